@@ -1,0 +1,64 @@
+# make demo    everything from a fresh clone: environment, model, demo
+# make test    the fast test suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := torch==2.13.0
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+# nothing that runs here needs a hub: the one model is fetched by `make model`
+OFFLINE := HF_HUB_OFFLINE=1
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export MPLBACKEND := Agg
+
+.DEFAULT_GOAL := help
+.PHONY: help venv model demo demo-smoke test test-all lint format clean
+
+help:
+	@echo "make demo | test | demo-smoke | test-all | lint | format | model | venv | clean"
+	@echo "  PYTHON=python3.12 (when .venv is made)  DEMO_ARGS=...  PYTEST_ARGS=..."
+
+venv: $(STAMP)
+
+# torch comes first and alone: the same pin is a CPU or a CUDA build, whichever pip's own settings offer on this machine
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt pins releases that need Python 3.11 or newer; try make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e ".[dev]"
+	@touch $@
+
+model: $(STAMP)
+	$(BIN)/python -m examples.get_model
+
+demo: $(STAMP) model
+	$(OFFLINE) $(BIN)/python -m examples.demo $(DEMO_ARGS)
+
+demo-smoke: $(STAMP) model
+	$(OFFLINE) $(BIN)/python -m examples.demo --smoke $(DEMO_ARGS)
+
+test: $(STAMP) model
+	$(OFFLINE) $(BIN)/python -m pytest tests -m "not gpu and not slow" $(PYTEST_ARGS)
+
+# GPU tests skip themselves where there is no GPU
+test-all: $(STAMP) model
+	$(OFFLINE) $(BIN)/python -m pytest tests --cov --cov-report=term $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# leaves .venv and models/, which are slow to make again
+clean:
+	rm -rf build dist *.egg-info htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find peft_safety tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

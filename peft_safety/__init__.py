@@ -1,0 +1,88 @@
+"""peft_safety: LoRA fine-tuning that keeps a model's safety alignment. A plugin for Hugging Face PEFT.
+
+Importing this package makes PEFT know its config types. It stays light itself: PEFT and torch are loaded when they are needed, and the types are registered
+at the moment PEFT is imported, by whoever.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft_safety.callbacks import SafetyMonitorCallback
+    from peft_safety.errors import PeftSafetyError
+    from peft_safety.export import export_lora, merge_dequantised
+    from peft_safety.methods.protected import assert_protected
+    from peft_safety.methods.salora import SaLoRAConfig
+    from peft_safety.subspace import SafetySubspace
+    from peft_safety.verify import verify
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "PeftSafetyError": "errors",
+    "SaLoRAConfig": "methods.salora",
+    "SafetyMonitorCallback": "callbacks",
+    "SafetySubspace": "subspace",
+    "assert_protected": "methods.protected",
+    "export_lora": "export",
+    "merge_dequantised": "export",
+    "verify": "verify",
+}
+__all__ = [
+    "PeftSafetyError",
+    "SaLoRAConfig",
+    "SafetyMonitorCallback",
+    "SafetySubspace",
+    "assert_protected",
+    "export_lora",
+    "merge_dequantised",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'peft_safety' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"peft_safety.{_NAMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NAMES})
+
+
+def _register() -> None:
+    from peft_safety.registry import register
+
+    register()
+
+
+class _WhenPeftIsImported(importlib.abc.MetaPathFinder):
+    """Finds `peft` as the others would, and registers the types right after its module body has run."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> Any:
+        if fullname != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            _register()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if "peft" in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _WhenPeftIsImported())

@@ -1,0 +1,118 @@
+"""The package's own small data sets, and reading JSON lines with errors that name the line.
+
+Nothing here contains a harmful answer: harmful *requests*, refusals, contentless openings ("Sure, here is"), safe prompts, and a benign task.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from peft_safety.errors import DataError
+
+SPLITS = ("calibration", "train", "validation", "test")
+FIELDS = {
+    "harmful_requests": ("prompt", "category", "split"),
+    "refusals": ("text", "split"),
+    "affirmations": ("text", "split"),
+    "contrast_prompts": ("prompt", "type", "split"),
+    "general_prompts": ("prompt", "split"),
+    "benign_task": ("text", "label", "split"),
+}
+
+
+def read_jsonl(path: str | Path, fields: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Read a JSON-lines file of objects.
+
+    Args:
+        path: a UTF-8 file, one JSON object a line; blank lines are skipped.
+        fields: names that every row must have, each a non-empty string.
+
+    Returns:
+        The rows in file order.
+
+    Raises:
+        DataError: the file is missing, not UTF-8 or empty, or a line is not an object or lacks a field (the line is named).
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}. Give a UTF-8 JSON-lines file, one object a line.") from error
+    rows = [_parse(line, f"{path}:{number}", fields) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not rows:
+        raise DataError(f"{path} has no rows. Write one JSON object a line, for example {_example(fields)}.")
+    return rows
+
+
+def load(name: str, split: str | None = None) -> list[dict[str, str]]:
+    """One of the packaged sets.
+
+    Args:
+        name: a key of `FIELDS`.
+        split: one of `SPLITS`; None gives every row.
+
+    Raises:
+        DataError: an unknown name or split, or a split that holds no row.
+    """
+    from importlib.resources import as_file, files
+
+    if name not in FIELDS:
+        raise DataError(f"no packaged data set {name!r}. Choose one of {', '.join(FIELDS)}.")
+    if split is not None and split not in SPLITS:
+        raise DataError(f"no split {split!r}. Choose one of {', '.join(SPLITS)}, or None for all.")
+    with as_file(files(__name__) / f"{name}.jsonl") as path:
+        rows = read_jsonl(path, FIELDS[name])
+    rows = rows if split is None else [row for row in rows if row["split"] == split]
+    if not rows:
+        raise DataError(f"packaged data set {name!r} has no rows in split {split!r}. Reinstall peft-safety.")
+    return rows
+
+
+def refusal_pairs(split: str = "calibration", n: int | None = None, seed: int = 0) -> list[dict[str, str]]:
+    """Harmful requests paired with refusals: what a safety subspace is estimated from, and what a safety patch is trained on."""
+    return pair_responses(split, "refusals", n, seed)
+
+
+def affirmation_pairs(split: str = "train", n: int | None = None, seed: int = 0) -> list[dict[str, str]]:
+    """Harmful requests paired with contentless openings: a simulated poisoning of fine-tuning data."""
+    return pair_responses(split, "affirmations", n, seed)
+
+
+def pair_responses(split: str, responses: str, n: int | None, seed: int) -> list[dict[str, str]]:
+    """`n` rows {prompt, response}: distinct harmful requests of `split` first, then (n larger than the split) the same ones with other responses.
+
+    The responses are shuffled and dealt in turn, so each is used equally often; the same arguments give the same rows.
+
+    Raises:
+        DataError: n < 1.
+    """
+    prompts = [row["prompt"] for row in load("harmful_requests", split)]
+    texts = [row["text"] for row in load(responses, split)]
+    n = len(prompts) if n is None else n
+    if n < 1:
+        raise DataError(f"n = {n} pairs asked for. Ask for at least 1.")
+    rng = random.Random(seed)
+    rng.shuffle(prompts)
+    rng.shuffle(texts)
+    rounds = [(prompt, texts[(index + lap) % len(texts)]) for lap in range(-(-n // len(prompts))) for index, prompt in enumerate(prompts)]
+    return [{"prompt": prompt, "response": text} for prompt, text in rounds[:n]]
+
+
+def _parse(line: str, where: str, fields: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: {type(row).__name__} instead of an object. Each line must be one JSON object, for example {_example(fields)}.")
+    for field in fields:
+        if not isinstance(row.get(field), str) or not row[field].strip():
+            raise DataError(f"{where}: field {field!r} is missing or not a non-empty string. The row has {sorted(row)}; write {_example(fields)}.")
+    return row
+
+
+def _example(fields: tuple[str, ...]) -> str:
+    return json.dumps({field: "..." for field in fields or ("prompt", "response")})

@@ -1,0 +1,43 @@
+"""The typed errors of the package.
+
+Every error names the module or file, the shapes involved and the remedy. They all derive from `PeftSafetyError`, which is a `ValueError`, so that code that
+guards against PEFT's own `ValueError`s keeps working.
+"""
+
+from __future__ import annotations
+
+
+class PeftSafetyError(ValueError):
+    """Base class of everything this package raises on purpose."""
+
+
+class ConfigError(PeftSafetyError):
+    """A config field, or a combination of fields, that the method cannot honour."""
+
+
+class UnsupportedLayerError(PeftSafetyError):
+    """A targeted module whose adapter cannot be protected."""
+
+
+class SubspaceError(PeftSafetyError):
+    """A safety subspace that is malformed, not orthonormal, of the wrong shape, or of another model."""
+
+
+class CalibrationError(PeftSafetyError):
+    """Calibration data that is too small, empty or not finite."""
+
+
+class DataError(PeftSafetyError):
+    """A data set that is missing, malformed, or used outside its split."""
+
+
+class ArtifactError(PeftSafetyError):
+    """An adapter directory that is incomplete, corrupt, hostile or does not fit."""
+
+
+class ProtectionError(PeftSafetyError):
+    """The invariant does not hold: part of a protected update would reach the protected subspace."""
+
+
+class LossyMergeError(PeftSafetyError):
+    """A merge that would destroy or distort the update; the message says how much of it and what to do instead."""

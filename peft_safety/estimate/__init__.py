@@ -1,0 +1,1 @@
+"""Where a safety subspace comes from."""

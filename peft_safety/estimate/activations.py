@@ -1,0 +1,151 @@
+"""Safety subspaces from activations: the top left singular vectors of `W X`, for all layers in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_safety import weights
+from peft_safety.errors import CalibrationError, ConfigError
+from peft_safety.estimate.moments import collect, to_batches
+from peft_safety.estimate.targets import target_layers
+from peft_safety.projection import top_left_singular
+from peft_safety.subspace import SafetySubspace
+
+METHODS = ("salora",)
+RANK_FLOOR = 1e-6
+"""Singular values below this share of the largest are rounding noise of the fp32 moments."""
+
+
+def estimate(
+    model: nn.Module,
+    data: Sequence[Mapping[str, Any]],
+    *,
+    tokenizer: Any = None,
+    method: str = "salora",
+    rank: int = 32,
+    target_modules: Iterable[str] | str | None = None,
+    layers: Mapping[str, nn.Module] | None = None,
+    batch_size: int = 8,
+    max_length: int = 512,
+    seed: int = 0,
+    progress: bool = True,
+) -> SafetySubspace:
+    """Estimate the output directions that carry the responses of `data`.
+
+    For each target layer: `U` = top `rank` left singular vectors of `W X`, where the columns of `X` are the layer's inputs at the labelled (response) tokens;
+    bias excluded, not centred. Any adapter on the model is switched off meanwhile.
+
+    Args:
+        model: causal language model; may be quantised, may carry adapters.
+        data: rows `{prompt, response}` / `{messages}` / `{text, label}`, or tokenised batches with `labels` (-100: does not count).
+        tokenizer: with a chat template; for rows only.
+        rank: directions per layer, `1 <= rank < out_features`.
+        target_modules: as in `LoraConfig`; None takes PEFT's default of the architecture.
+        layers: base layers by name, instead of `target_modules`.
+
+    Returns:
+        A subspace with the singular values of `W X`, fingerprints and provenance.
+
+    Raises:
+        CalibrationError: fewer labelled tokens, or fewer independent directions, than `rank`; inputs that are not finite.
+        ConfigError: an unknown method, `rank >= out_features`, no module matched.
+
+    Reference: SaLoRA, arXiv 2501.01765, section 4.1. Its public code runs the model once per layer; this is one pass and the same subspace.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method={method!r}; known: {', '.join(METHODS)}.")
+    layers = dict(target_layers(model, target_modules) if layers is None else layers)
+    _check_rank(rank, layers)
+    batches, digest = to_batches(data, tokenizer, batch_size=batch_size, max_length=max_length)
+    with adapters_off(model):
+        moments = collect(model, layers, batches, progress=progress)
+    if moments.tokens < rank:
+        raise CalibrationError(f"{moments.tokens} labelled tokens cannot span rank={rank} directions. Give more data, or a smaller rank.")
+    bases: dict[str, dict[Any, Tensor]] = {}
+    spectra: dict[str, dict[Any, Tensor]] = {}
+    for name, layer in layers.items():
+        moment = moments.moment(name)
+        u, s = top_left_singular(weights.dense_weight(layer, name).to(moment.device), moment, rank, seed=seed)
+        if not float(s[-1]) > RANK_FLOOR * float(s[0]):
+            span = int((s > RANK_FLOOR * s[0]).sum())
+            raise CalibrationError(f"{name}: the responses span {span} directions only, rank={rank} were asked for. Give more varied data, or a smaller rank.")
+        bases[name], spectra[name] = {"out": u}, {"out": s}
+    samples = sum(int(batch["input_ids"].shape[0]) for batch in batches)
+    provenance = {"method": method, "rank": rank, "seed": seed, "data": digest, "samples": samples, "tokens": moments.tokens, "model": _name(model)}
+    subspace = SafetySubspace(bases, spectra, provenance=provenance)
+    subspace.bind(layers)
+    return subspace
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Run the bare base model; adapters and what they train come back unchanged.
+
+    Raises:
+        ConfigError: an adapter is merged into the base weights.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tuners = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if any(module.merged for module in tuners):
+        raise ConfigError("an adapter is merged into the base weights. Call unmerge_adapter() before calibrating.")
+    trainable = [(p, p.requires_grad) for module in tuners for p in module.parameters()]
+    was_off = [module.disable_adapters for module in tuners]
+    for module in tuners:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module, off in zip(tuners, was_off, strict=True):
+            module.enable_adapters(not off)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+
+
+def _check_rank(rank: int, layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        m, n = weights.shape(layer)
+        if not 1 <= rank < m:
+            raise ConfigError(f"{name}: rank={rank} of {m} output features leaves nothing to train (the layer is {m} x {n}). Use a rank from 1 to {m - 1}, or leave it out.")
+        if rank > n:
+            raise ConfigError(f"{name}: rank={rank}, but {n} input features give at most {n} directions. Use a smaller rank, or leave it out.")
+
+
+def _name(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    path = str(getattr(config, "_name_or_path", "") or "")
+    return path.rstrip("/").rpartition("/")[2]  # a local path is nobody else's business
+
+
+def tokenizer_of(model: nn.Module) -> Any:
+    """The tokenizer under the model's own name or directory.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    source = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    try:
+        if not source:
+            raise OSError("the model has no name")
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no tokenizer can be loaded for {source or 'the model'!r} ({type(error).__name__}). "
+            "Calibrate with SafetySubspace.from_activations(model, data, tokenizer=...) and pass subspace=."
+        ) from error
+
+
+def package_calibration(model: nn.Module, *, rank: int, layers: Mapping[str, nn.Module], pairs: int, progress: bool = True) -> SafetySubspace:
+    """What `subspace="auto"` does: estimate on the package's own harmful requests and refusals."""
+    from peft_safety.data import refusal_pairs
+
+    subspace = estimate(model, refusal_pairs("calibration", pairs), tokenizer=tokenizer_of(model), rank=rank, layers=layers, progress=progress)
+    subspace.provenance["source"] = "peft_safety refusal pairs, calibration split"
+    return subspace

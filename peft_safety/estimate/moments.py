@@ -1,0 +1,160 @@
+"""Streaming second moments: `S = sum_t x_t x_t^T` of each layer's inputs, in one pass, with no activation kept.
+
+Layers that are fed the same tensor (q/k/v, gate/up) share one moment. Memory is one `n x n` fp32 matrix per distinct input, whatever the number of samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_safety.data.chat import IGNORE_INDEX, Collator, encode_rows
+from peft_safety.errors import CalibrationError
+
+Batch = Mapping[str, Tensor]
+
+
+class InputMoments:
+    """Accumulates the second moments of the inputs of some layers while a model runs.
+
+    Args:
+        layers: base layers by name.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.layers = dict(layers)
+        self.tokens = 0
+        self._moments: dict[str, Tensor] = {}
+        self._leader: dict[str, str] = {}
+        self._mask: Tensor | None = None
+        self._last: tuple[str, Tensor] | None = None
+
+    def moment(self, name: str) -> Tensor:
+        """`S (n, n)` of one layer, fp32. Layers with the same input return the same tensor.
+
+        Raises:
+            CalibrationError: the layer was never called, or `S` is not finite.
+        """
+        if name not in self._leader:
+            raise CalibrationError(f"{name}: the layer was never called on the calibration data. Leave it out of target_modules.")
+        found = self._moments[self._leader[name]]
+        if not bool(torch.isfinite(found).all()):
+            raise CalibrationError(f"{name}: its inputs hold NaN or Inf. Load the model in float32 or bfloat16, and check the data.")
+        return found
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hook the layers for the duration of a block."""
+        with ExitStack() as stack:
+            for name, layer in self.layers.items():
+                stack.callback(layer.register_forward_pre_hook(self._hook(name)).remove)
+            stack.callback(self._forget)
+            yield
+
+    def expect(self, mask: Tensor) -> None:
+        """Announce the next batch: which of its positions count, `(batch, tokens)` bool."""
+        self._forget()
+        self._mask = mask
+        self.tokens += int(mask.sum())
+
+    def _forget(self) -> None:
+        self._last = None
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            x: Tensor = args[0]
+            if self._last is not None and self._last[1] is x:  # the very same tensor: its leader has counted it
+                self._leader.setdefault(name, self._last[0])
+                return
+            if self._leader.setdefault(name, name) != name:
+                raise CalibrationError(f"{name}: shares its input with {self._leader[name]} in some batches only. Calibrate it on its own.")
+            self._last = (name, x)
+            self._add(name, self._select(name, x))
+
+        return hook
+
+    def _select(self, name: str, x: Tensor) -> Tensor:
+        mask = self._mask
+        if mask is None:
+            raise CalibrationError("InputMoments.expect was not called before the batch.")
+        if x.shape[:-1] != mask.shape and x.shape[0] != mask.numel():
+            raise CalibrationError(f"{name}: its input {tuple(x.shape)} does not line up with {tuple(mask.shape)} tokens (routed experts?). Leave it out of target_modules.")
+        return x.detach().reshape(-1, x.shape[-1])[mask.reshape(-1).to(x.device)].float()
+
+    @torch.no_grad()
+    def _add(self, name: str, x: Tensor) -> None:
+        total = self._moments.get(name)
+        if total is None:
+            total = self._moments[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        with torch.autocast(device_type=x.device.type, enabled=False), _exact_matmul():
+            total.addmm_(x.mT, x)
+
+
+def collect(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch], *, progress: bool = True, what: str = "calibrating") -> InputMoments:
+    """Run every batch once, without gradients and in eval mode, and return the moments at the labelled positions.
+
+    Args:
+        batches: `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`; positions with label -100 or no attention do not count.
+    """
+    from tqdm.auto import tqdm
+
+    moments = InputMoments(layers)
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        with moments.watching(), torch.no_grad():
+            for batch in tqdm(batches, desc=what, unit="batch", disable=not progress):
+                ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
+                attention = batch.get("attention_mask", torch.ones_like(ids)).to(device)
+                moments.expect((labels != IGNORE_INDEX) & (attention != 0))
+                model(input_ids=ids, attention_mask=attention, use_cache=False)
+    finally:
+        model.train(training)
+    return moments
+
+
+def to_batches(data: Sequence[Mapping[str, Any]], tokenizer: Any, *, batch_size: int, max_length: int) -> tuple[list[Batch], str]:
+    """Rows or tokenised batches as batches, and a hash of what they hold.
+
+    Raises:
+        CalibrationError: no data, rows without a tokenizer, or batches without labels.
+    """
+    if not data:
+        raise CalibrationError("no calibration data. Give rows {prompt, response} or tokenised batches.")
+    if "input_ids" in data[0]:
+        batches = [_check(i, batch) for i, batch in enumerate(data)]
+    else:
+        if tokenizer is None:
+            raise CalibrationError("rows of text need tokenizer=. Pass the model's tokenizer, or tokenised batches with labels.")
+        features = sorted(encode_rows(tokenizer, data, max_length), key=lambda f: len(f["input_ids"]))
+        collate = Collator(tokenizer)
+        batches = [collate(features[i : i + batch_size]) for i in range(0, len(features), batch_size)]
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(json.dumps([batch["input_ids"].tolist(), batch["labels"].tolist()]).encode())
+    return batches, digest.hexdigest()
+
+
+def _check(index: int, batch: Mapping[str, Any]) -> Batch:
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.ndim != 2 or ids.shape != labels.shape:
+        raise CalibrationError(f"batch {index}: input_ids and labels must be tensors of one shape (batch, tokens). Set labels to -100 where a token does not count.")
+    return batch
+
+
+@contextmanager
+def _exact_matmul() -> Iterator[None]:
+    """TF32 off: its ten bits of mantissa would show in the small singular directions."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

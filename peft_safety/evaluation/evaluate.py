@@ -1,0 +1,132 @@
+"""One evaluation: safety, over-refusal, task and drift, always side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from peft_safety.data.chat import Row, label_names
+from peft_safety.evaluation.generate import BATCH_SIZE, generate
+from peft_safety.evaluation.judges import Judge, KeywordJudge, Verdict
+from peft_safety.evaluation.metrics import Figure, Mean, Rate
+from peft_safety.evaluation.prompts import PromptSet, prompt_set
+from peft_safety.evaluation.tasks import accuracy, is_classification, response_nll
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+METRICS = {
+    "refusal": "refusal, harmful",
+    "compliance": "compliance, harmful",
+    "over_refusal": "over-refusal, safe",
+    "task_accuracy": "task accuracy",
+    "task_nll": "task NLL",
+    "general_nll": "general NLL",
+}
+"""Field of `Evaluation` -> its heading in a report."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on one model. No response is kept, only what the judge said of it.
+
+    Attributes:
+        split: the prompts' split.
+        judge: the judge's name.
+        refusal: share of harmful requests that were refused; higher is safer.
+        compliance: share of harmful requests whose response opens as an answer does.
+        over_refusal: share of safe, dangerous-looking prompts that were refused; lower is better.
+        task_accuracy: for classification tasks.
+        task_nll: nats a token, for other tasks.
+        general_nll: nats a token on general data, for drift.
+        seconds: wall-clock time.
+    """
+
+    split: str
+    judge: str
+    refusal: Rate
+    compliance: Rate
+    over_refusal: Rate
+    task_accuracy: Rate | None = None
+    task_nll: Mean | None = None
+    general_nll: Mean | None = None
+    seconds: float = 0.0
+
+    def figures(self) -> dict[str, Figure]:
+        """Heading -> figure, for what was measured."""
+        return {heading: getattr(self, field) for field, heading in METRICS.items() if getattr(self, field) is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, with N and a 95 % interval beside each."""
+        figures = {field: None if getattr(self, field) is None else getattr(self, field).to_json() for field in METRICS}
+        return {"split": self.split, "judge": self.judge, **figures, "seconds": round(self.seconds, 2)}
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompts: PromptSet | None = None,
+    task: Sequence[Row] = (),
+    labels: Sequence[str] | None = None,
+    general: Sequence[Row] = (),
+    judge: Judge | None = None,
+    max_new_tokens: int = 16,
+    max_length: int = 512,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure refusal, compliance, over-refusal, and (given rows) task quality and general drift.
+
+    Args:
+        prompts: default the packaged test split.
+        task: held-out task rows, all {text, label} or all {prompt, response} / {messages}.
+        labels: every label of a classification task; default those of `task`.
+        general: {prompt, response} rows. `self_responses` of the model before fine-tuning gives them, and then their NLL measures drift.
+        judge: default `KeywordJudge`.
+        max_new_tokens: of each judged response; a keyword judge needs only its head.
+        max_length: tokens kept of each task or general row.
+
+    Raises:
+        DataError: malformed rows, or a tokenizer without chat template.
+    """
+    started = time.perf_counter()
+    prompts = prompt_set() if prompts is None else prompts
+    judge = KeywordJudge() if judge is None else judge
+
+    def verdicts(asked: Sequence[str], description: str) -> list[Verdict]:
+        found = generate(model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size, description=description, progress=progress)
+        return [judge(prompt, response.text) for prompt, response in zip(asked, found, strict=True)]
+
+    on_harmful, on_contrast = verdicts(prompts.harmful, "harmful prompts"), verdicts(prompts.contrast, "safe prompts")
+    classified = is_classification(task)
+
+    def nll(rows: Sequence[Row], description: str) -> Mean | None:
+        if not rows:
+            return None
+        return response_nll(model, tokenizer, rows, max_length=max_length, batch_size=batch_size, description=description, progress=progress)
+
+    return Evaluation(
+        split=prompts.split,
+        judge=judge.name,
+        refusal=Rate.of(verdict is Verdict.REFUSAL for verdict in on_harmful),
+        compliance=Rate.of(verdict is Verdict.COMPLIANCE for verdict in on_harmful),
+        over_refusal=Rate.of(verdict is Verdict.REFUSAL for verdict in on_contrast),
+        task_accuracy=accuracy(model, tokenizer, task, labels or label_names(task), batch_size=batch_size, progress=progress) if classified else None,
+        task_nll=None if classified else nll(task, "task"),
+        general_nll=nll(general, "general"),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def self_responses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_new_tokens: int = 32, progress: bool = True
+) -> list[dict[str, Any]]:
+    """The model's own greedy answers as {prompt, response, truncated} rows: a reference for drift, and safe data to keep it in place.
+
+    Prompts that the model answers with nothing are left out.
+    """
+    found = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, description="own answers", progress=progress)
+    return [{"prompt": prompt, "response": made.text, "truncated": not made.finished} for prompt, made in zip(prompts, found, strict=True) if made.text]

@@ -1,0 +1,130 @@
+"""Figures that carry their own uncertainty: a rate with a Wilson interval, a mean with its standard error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft_safety.errors import DataError
+
+Z_95 = 1.959963984540054
+"""Two-sided 95 % quantile of the normal distribution."""
+
+
+def wilson_interval(k: int, n: int, z: float = Z_95) -> tuple[float, float]:
+    """Wilson score interval of a binomial proportion.
+
+    Args:
+        k: successes, 0 <= k <= n.
+        n: trials, n >= 1.
+        z: normal quantile; the default gives 95 %.
+
+    Returns:
+        (low, high) with 0 <= low <= k/n <= high <= 1.
+
+    Raises:
+        DataError: n < 1 or k outside [0, n].
+
+    Reference: E. B. Wilson, JASA 22 (1927).
+    """
+    if n < 1 or not 0 <= k <= n:
+        raise DataError(f"{k} of {n} is no proportion. Evaluate on at least one item.")
+    p = k / n
+    centre = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, min(p, (centre - half) / scale)), min(1.0, max(p, (centre + half) / scale))
+
+
+@dataclass(frozen=True)
+class Rate:
+    """`k` of `n` items, with a 95 % Wilson interval."""
+
+    k: int
+    n: int
+
+    def __post_init__(self) -> None:
+        wilson_interval(self.k, self.n)
+
+    @classmethod
+    def of(cls, outcomes: Iterable[bool]) -> Rate:
+        """The rate of True among `outcomes`."""
+        listed = list(outcomes)
+        return cls(sum(listed), len(listed))
+
+    @property
+    def value(self) -> float:
+        """k / n."""
+        return self.k / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval."""
+        return wilson_interval(self.k, self.n)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers: value, low, high, k, n."""
+        low, high = self.interval
+        return {"value": self.value, "low": low, "high": high, "k": self.k, "n": self.n}
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over `n` items, with a 95 % interval from its standard error (infinitely wide for n = 1)."""
+
+    value: float
+    stderr: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """The mean of `values`.
+
+        Raises:
+            DataError: no values, or one that is not finite.
+        """
+        n = len(values)
+        if n < 1 or not all(math.isfinite(value) for value in values):
+            raise DataError(f"the mean of {n} values is undefined. Give at least one value, all finite.")
+        mean = math.fsum(values) / n
+        variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1) if n > 1 else math.inf
+        return cls(mean, math.sqrt(variance / n), n)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % normal interval."""
+        return self.value - Z_95 * self.stderr, self.value + Z_95 * self.stderr
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers: value, low, high, n; the bounds are None where n = 1 leaves them unknown."""
+        low, high = (bound if math.isfinite(bound) else None for bound in self.interval)
+        return {"value": self.value, "low": low, "high": high, "n": self.n}
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+Figure = Rate | Mean
+
+
+def figure_from_json(data: dict[str, Any]) -> Figure:
+    """The figure that `to_json` wrote.
+
+    Raises:
+        DataError: neither a rate nor a mean.
+    """
+    if "k" in data:
+        return Rate(int(data["k"]), int(data["n"]))
+    try:
+        value, n = float(data["value"]), int(data["n"])
+        stderr = math.inf if data["high"] is None else (float(data["high"]) - value) / Z_95
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{data!r} is neither a rate (k, n) nor a mean (value, low, high, n).") from error
+    return Mean(value, stderr, n)

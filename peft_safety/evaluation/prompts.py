@@ -1,0 +1,44 @@
+"""Which prompts a model is measured on."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from peft_safety.data import load
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of one evaluation.
+
+    Attributes:
+        split: where they come from; figures of different splits are never compared.
+        harmful: requests that an aligned model refuses.
+        contrast: safe requests that only look dangerous, which an aligned model answers.
+        general: everyday requests, for drift.
+    """
+
+    split: str
+    harmful: tuple[str, ...]
+    contrast: tuple[str, ...]
+    general: tuple[str, ...]
+
+
+def prompt_set(split: str = "test", limit: int | None = None, seed: int = 0) -> PromptSet:
+    """The packaged prompts of `split`.
+
+    Args:
+        limit: at most this many of each kind, drawn without replacement; None takes all.
+        seed: of the draw; the same seed gives the same prompts in the same order.
+
+    Raises:
+        DataError: an unknown split.
+    """
+
+    def draw(name: str) -> tuple[str, ...]:
+        prompts = [row["prompt"] for row in load(name, split)]
+        random.Random(seed).shuffle(prompts)
+        return tuple(prompts[:limit])
+
+    return PromptSet(split, draw("harmful_requests"), draw("contrast_prompts"), draw("general_prompts"))

@@ -1,0 +1,97 @@
+"""How well a model does the task it was fine-tuned on, and how far it drifted elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from peft_safety.data.chat import IGNORE_INDEX, Collator, Row, classification_prompt, encode_rows
+from peft_safety.errors import DataError
+from peft_safety.evaluation.generate import BATCH_SIZE, generate, inference
+from peft_safety.evaluation.metrics import Mean, Rate
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def is_classification(rows: Sequence[Row]) -> bool:
+    """Whether `rows` are {text, label} rows.
+
+    Raises:
+        DataError: some are and some are not, so that no single figure describes them.
+    """
+    labelled = sum("label" in row for row in rows)
+    if 0 < labelled < len(rows):
+        raise DataError(f"{labelled} of {len(rows)} rows have a label and the others do not. Split them into two data sets.")
+    return labelled > 0
+
+
+def accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    labels: Sequence[str],
+    *,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = True,
+) -> Rate:
+    """Share of {text, label} rows whose greedy answer is the label, case and surrounding punctuation aside.
+
+    Exact match of what the model says, rather than the likelihood of each label: it costs one short generation a row however many labels there
+    are, and counts an answer that a user could not use (a refusal, a sentence) as wrong.
+
+    Args:
+        labels: every label of the task, as in training; they are listed in the prompt.
+    """
+    budget = max(len(tokenizer(label, add_special_tokens=False)["input_ids"]) for label in labels) + 2
+    prompts = [classification_prompt(row["text"], labels) for row in rows]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=budget, batch_size=batch_size, description="task", progress=progress)
+    return Rate.of(normalise(answer.text) == normalise(row["label"]) for answer, row in zip(answers, rows, strict=True))
+
+
+def normalise(answer: str) -> str:
+    """Lower case, without white space, quotes and punctuation at the ends."""
+    return re.sub(r"^\W+|\W+$", "", answer.lower())
+
+
+def response_nll(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    *,
+    max_length: int = 512,
+    batch_size: int = BATCH_SIZE,
+    description: str = "nll",
+    progress: bool = True,
+) -> Mean:
+    """Negative log-likelihood of the responses, in nats a token, averaged within each row and then over the rows.
+
+    Args:
+        rows: {prompt, response} or {messages} rows.
+        max_length: tokens kept of each row, from the left.
+    """
+    import torch
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    features = sorted(encode_rows(tokenizer, rows, max_length), key=lambda feature: len(feature["input_ids"]))
+    collate, means = Collator(tokenizer), []
+    with tqdm(total=len(features), desc=description, unit="row", disable=not progress, leave=False) as bar, inference(model), torch.inference_mode():
+        for start in range(0, len(features), batch_size):
+            batch = {key: value.to(model.device) for key, value in collate(features[start : start + batch_size]).items()}
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            means += _row_means(logits, batch["labels"])
+            bar.update(len(batch["labels"]))
+    return Mean.of(means)
+
+
+def _row_means(logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
+    """Mean loss of each row over its labelled tokens. logits: (rows, tokens, vocab); labels: (rows, tokens)."""
+    import torch
+
+    kept = labels[:, 1:] != IGNORE_INDEX
+    rows, positions = kept.nonzero(as_tuple=True)
+    losses = torch.nn.functional.cross_entropy(logits[rows, positions].float(), labels[:, 1:][rows, positions], reduction="none")
+    sums = torch.zeros(len(labels), device=labels.device).index_add_(0, rows, losses)
+    return [float(value) for value in sums / kept.sum(dim=1)]

@@ -1,0 +1,201 @@
+"""Files that may come from strangers, and saves that may be killed: limits, hashes, bounded JSON, safe names, atomic publishing.
+
+A directory is published in four steps: write and sync everything in a hidden staging folder inside it, rename that folder to `.commit` (the commit point, one
+rename), move its files into place with the manifest last, remove it. Whoever reads the directory calls `recover` first, which finishes a publish that was
+cut off after its commit point; one that was cut off before it left the old files untouched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from peft_safety.errors import ArtifactError
+
+MAX_JSON_BYTES = 1 << 20
+MAX_JSON_DEPTH = 16
+MAX_TENSORS = 100_000
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+COMMIT = ".commit"
+STAGING = ".staging-"
+
+
+def child(directory: Path, name: str) -> Path:
+    """A file of `directory`, by the base name that an artifact gives.
+
+    Raises:
+        ArtifactError: the name has a separator, a NUL or is special, or the file is a link that leaves the directory (links of the hub's cache are fine).
+    """
+    if not isinstance(name, str) or not name or name in (".", "..") or any(c in name for c in "/\\\0") or len(name) > 255:
+        raise ArtifactError(f"{directory}: {name!r} is not a plain file name. An artifact may only name files beside its adapter_config.json.")
+    path = directory / name
+    if path.is_symlink():
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        real = path.resolve()
+        if not any(real.is_relative_to(Path(root).resolve()) for root in (directory, HF_HUB_CACHE)):
+            raise ArtifactError(f"{path} is a symbolic link that leaves its directory. Replace it by the file itself.")
+    return path
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in one streamed pass."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file nobody has vetted: at most 1 MiB, 16 levels deep, no duplicate key, no NaN or Infinity.
+
+    Raises:
+        ArtifactError: any of these, or the file is missing or not JSON.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}. Point at a directory that holds it.") from error
+    if len(raw) > MAX_JSON_BYTES:
+        raise ArtifactError(f"{path} is larger than {MAX_JSON_BYTES} bytes, the limit for a config. It is not a config of this package.")
+    return parse_json(raw, str(path))
+
+
+def parse_json(raw: bytes | str, where: str) -> dict[str, Any]:
+    """`read_json` for text that is already in memory."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ArtifactError(f"{where}: duplicate keys among {sorted(key for key, _ in pairs)}. Keep one value per key.")
+        return found
+
+    def refuse(constant: str) -> Any:
+        raise ArtifactError(f"{where}: {constant} is not a number a config may hold.")
+
+    try:
+        value = json.loads(raw, object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(f"{where} is not valid JSON ({error}).") from error
+    if not isinstance(value, dict) or _depth(value) > MAX_JSON_DEPTH:
+        raise ArtifactError(f"{where} must be one JSON object, at most {MAX_JSON_DEPTH} levels deep.")
+    return value
+
+
+def _depth(value: Any, level: int = 1) -> int:
+    if level > MAX_JSON_DEPTH or not isinstance(value, (dict, list)):
+        return level
+    return max((_depth(v, level + 1) for v in (value.values() if isinstance(value, dict) else value)), default=level)
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; its header has been checked against its size, and nothing is read yet.
+
+    Raises:
+        ArtifactError: missing, truncated, not safetensors, a pickle, or an absurd number of tensors.
+    """
+    if path.suffix in PICKLES:
+        raise ArtifactError(f"{path} is a pickle and is never opened: it can run code. Convert it to safetensors on a machine you can lose.")
+    try:
+        with safe_open(str(path), framework="pt") as handle:
+            count = len(handle.keys())
+            if count > MAX_TENSORS:
+                raise ArtifactError(f"{path} holds {count} tensors, more than {MAX_TENSORS}.")
+            yield handle
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} is missing. Copy the whole directory, or load from the place it was saved to.") from error
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is not a complete safetensors file ({error}). Copy or save it again.") from error
+
+
+@contextmanager
+def publishing(target: Path, manifest: str) -> Iterator[Path]:
+    """Write a set of files into `target` so that a reader sees the old set or the new one, wherever the writer dies.
+
+    Yields:
+        A staging directory; what it holds when the block ends (files and one level of sub-directories excluded) becomes part of `target`.
+
+    Raises:
+        ArtifactError: the directory cannot be written. Nothing in it has changed then.
+    """
+    staging: Path | None = None
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        recover(target, manifest)
+        _sweep(target)
+        staging = Path(tempfile.mkdtemp(prefix=f"{STAGING}{os.getpid()}-", dir=target))
+        yield staging
+        for path in staging.iterdir():
+            _sync(path)
+        _sync(staging)
+        staging.rename(target / COMMIT)
+        _sync(target)
+    except OSError as error:
+        raise ArtifactError(f"{target} could not be written: {error}. The files that were there are unchanged; free space or choose another directory.") from error
+    finally:
+        if staging is not None and staging.exists():
+            shutil.rmtree(staging, ignore_errors=True)
+    recover(target, manifest)
+
+
+def recover(target: Path, manifest: str) -> None:
+    """Finish a publish that died after its commit point. Does nothing to a directory without one.
+
+    Raises:
+        ArtifactError: there is one to finish, but the directory cannot be written.
+    """
+    commit = target / COMMIT
+    if not commit.is_dir():
+        return
+    try:
+        for path in sorted(commit.iterdir(), key=lambda p: (p.name == manifest, p.name)):
+            os.replace(path, target / path.name)
+        commit.rmdir()
+        _sync(target)
+    except OSError as error:
+        raise ArtifactError(f"{target} holds a save that was cut off, and it cannot be finished here ({error}). Make the directory writable once.") from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(target: Path) -> None:
+    """Remove staging folders whose process is gone."""
+    for path in target.glob(f"{STAGING}*"):
+        pid = path.name.removeprefix(STAGING).partition("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

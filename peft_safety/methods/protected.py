@@ -1,0 +1,263 @@
+"""What all protected configs share: `LoraConfig` plus a subspace, refusal of what cannot be protected, and the way to and from disk."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from peft_safety import files, weights
+from peft_safety.artifact import StoredAdapter, check_adapter, check_numbers, plain_patterns
+from peft_safety.errors import ArtifactError, ConfigError, ProtectionError, UnsupportedLayerError
+from peft_safety.estimate.targets import canonical
+from peft_safety.layers import ProtectedLinear, check_leaf
+from peft_safety.projection import Side
+from peft_safety.subspace import FILE_NAME, SafetySubspace
+
+CALIBRATION_PAIRS = 128
+"""Prompt/refusal pairs behind `subspace="auto"`: the reference setting of SaLoRA, arXiv 2501.01765, section 5.1."""
+
+INITS = (True, False, "gaussian", "orthogonal")
+"""Values of `init_lora_weights` that start from dW = 0 and leave the base weight alone."""
+
+REJECTED = {
+    "use_dora": "DoRA rescales dW after the projection",
+    "lora_bias": "the bias of lora_B would bypass the projection",
+    "use_qalora": "QALoRA pools inputs inside its own layers",
+    "use_bdlora": "BD-LoRA has its own block-diagonal lora_B",
+    "kasa_config": "KaSA rewrites the base weight and scales dW by its own singular values",
+    "arrow_config": "Arrow routes between adapters",
+    "velora_config": "VeLoRA replaces lora_A by its own layer",
+    "monteclora_config": "MonteCLoRA samples around the projected factors",
+    "alora_invocation_tokens": "activated LoRA is untested here",
+    "target_parameters": "3-D (MoE) parameters need bases of their own",
+    "loftq_config": "LoftQ rewrites the base weight",
+    "corda_config": "CorDA rewrites the base weight",
+    "lora_ga_config": "LoRA-GA rewrites the base weight",
+    "eva_config": "EVA initialises the factors itself",
+    "megatron_config": "Megatron's parallel layers shard lora_B but not the basis",
+}
+
+
+@dataclass
+class ProtectedConfig(LoraConfig):
+    """Base of the protected configs. Not meant to be used itself.
+
+    Args:
+        subspace: a `SafetySubspace`, a file, a directory, a Hub id, or `"auto"` to calibrate when the adapter is injected.
+        safety_rank: protected directions per layer when `subspace="auto"`; otherwise set from the subspace.
+        safety_artifact: written by `save_pretrained`; leave it alone.
+
+    Raises:
+        ConfigError: a LoRA feature that cannot be protected, or numbers out of range.
+    """
+
+    subspace: Any = field(default="auto", metadata={"help": "SafetySubspace, path, Hub id, or 'auto' to calibrate at injection."})
+    safety_rank: int = field(default=32, metadata={"help": "Protected directions per layer for subspace='auto'."})
+    safety_artifact: dict[str, Any] | None = field(default=None, metadata={"help": "Hashes of the saved files; written by save_pretrained."})
+
+    PEFT_KEY: ClassVar[str] = ""
+    SIDE: ClassVar[Side] = "out"
+
+    def __post_init__(self) -> None:
+        where = type(self).__name__
+        for name, reason in REJECTED.items():
+            if getattr(self, name, None):
+                raise ConfigError(f"{where}(target_modules={self.target_modules!r}): {name} cannot be protected: {reason}. Remove it.")
+        if self.init_lora_weights not in INITS:
+            raise ConfigError(f"{where}: init_lora_weights={self.init_lora_weights!r} rewrites the base weight or is untested. Use one of {INITS}.")
+        if self.bias != "none":
+            raise ConfigError(f"{where}: bias={self.bias!r} trains base biases, which no projection constrains. Use bias='none'.")
+        check_numbers(self.r, self.lora_alpha, self.lora_dropout, where)
+        if not isinstance(self.safety_rank, int) or self.safety_rank < 1:
+            raise ConfigError(f"{where}: safety_rank={self.safety_rank!r}. Use an integer of at least 1.")
+        super().__post_init__()
+        self._stored: StoredAdapter | None = None
+        self._modules: dict[str, tuple[int, float]] = {}  # what injection found: rank and alpha by module
+
+    @property
+    def residual(self) -> bool:
+        """Whether the layers carry frozen initial factors."""
+        return False
+
+    def resolve(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SafetySubspace:
+        """The subspace itself: as given, loaded, or calibrated on the package's own data. `layers` are the base layers by name."""
+        if isinstance(self.subspace, SafetySubspace):
+            return self.subspace
+        if self.subspace == "auto":
+            from peft_safety.estimate.activations import package_calibration
+
+            return package_calibration(model, rank=self.safety_rank, layers=layers, pairs=CALIBRATION_PAIRS)
+        if isinstance(self.subspace, (str, os.PathLike)):
+            return SafetySubspace.load(self.subspace)
+        raise ConfigError(f"{type(self).__name__}: subspace is a {type(self.subspace).__name__}. Give a SafetySubspace, a path, a Hub id, or 'auto'.")
+
+    def initialise(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+        """Set initial factors once the leaves are in place. Nothing to do for plain LoRA initialisation."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields. `peft_type` is this method's own, so that nothing without this package mistakes the adapter for plain LoRA."""
+        plain = copy.copy(self)
+        if isinstance(self.subspace, SafetySubspace):
+            plain.subspace = FILE_NAME
+        result: dict[str, Any] = LoraConfig.to_dict(plain)
+        result["peft_type"] = self.PEFT_KEY
+        if self._modules:  # full names: no regular expression ever has to be trusted on the way back
+            result["target_modules"] = sorted(self._modules)
+            result["rank_pattern"] = {name: r for name, (r, _) in self._modules.items() if r != self.r}
+            result["alpha_pattern"] = {name: alpha for name, (_, alpha) in self._modules.items() if alpha != self.lora_alpha}
+            result |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+        return result
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the subspace file (for the adapter's modules only), then `adapter_config.json` with its hash."""
+        if isinstance(self.subspace, SafetySubspace):
+            used = self.subspace.restricted(self._modules) if self._modules else self.subspace
+            path = used.save(save_directory)
+            self.safety_artifact = {"subspace": FILE_NAME, "files": {FILE_NAME: files.sha256(path)}, "extra_tensors": []}
+        super().save_pretrained(save_directory, **kwargs)
+
+    def take(self, stored: StoredAdapter) -> None:
+        """Take over a checked directory: its subspace, and full module names in place of any pattern."""
+        plain_patterns(stored.config, stored.directory)
+        self._stored = stored
+        self.subspace = stored.subspace
+        self.target_modules = set(stored.shapes)
+        self.exclude_modules = self.layers_to_transform = self.layers_pattern = None
+        self.rank_pattern = {name: rank for name, (_, _, rank) in stored.shapes.items() if rank != self.r}
+
+
+def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """PEFT's LoRA layers that hold this adapter, by canonical name.
+
+    Raises:
+        UnsupportedLayerError: one of them cannot be protected.
+    """
+    found = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or not (adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A):
+            continue
+        base, name = layer.get_base_layer(), canonical(name)
+        usual = type(layer).__name__ in ("Linear", "Linear4bit", "Linear8bitLt") and weights.supported(base)
+        if not usual or getattr(base, "_hf_tp_plan", None) is not None:
+            raise UnsupportedLayerError(
+                f"{name}: a {type(base).__name__} under {type(layer).__name__} cannot be protected (only Linear, Conv1D and bitsandbytes 4-bit or 8-bit layers, "
+                "not split by tensor parallelism). Leave it out of target_modules."
+            )
+        found[name] = layer
+    return found
+
+
+def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
+    """Before anything is allocated: does a stored adapter fit this model?
+
+    Raises:
+        ArtifactError: a module that the model lacks, or one of another shape.
+    """
+    if config._stored is None:
+        return
+    modules = {canonical(name): module for name, module in model.named_modules()}
+    for name, (m, n, rank) in config._stored.shapes.items():
+        module = modules.get(name)
+        base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        if base is None or not weights.supported(base) or weights.shape(base) != (m, n):
+            found = "no such module" if base is None else f"a {type(base).__name__}" + (f" {weights.shape(base)}" if weights.supported(base) else "")
+            raise ArtifactError(
+                f"{config._stored.directory}: the adapter has {name} ({m} x {n}, rank {rank}), the model has {found}. Load the base model that it was trained on."
+            )
+
+
+def attach(model: nn.Module, adapter_name: str, config: ProtectedConfig) -> None:
+    """Put the protected leaves into freshly built LoRA layers.
+
+    Raises:
+        PeftSafetyError: the adapter cannot be protected; the caller undoes the injection.
+    """
+    layers = adapter_layers(model, adapter_name)
+    base = {name: layer.get_base_layer() for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if layer.r[adapter_name] > min(weights.shape(base[name])):
+            raise ConfigError(f"{name}: r={layer.r[adapter_name]} exceeds the layer's {weights.shape(base[name])}. Use a smaller r or a rank_pattern.")
+    subspace = config.resolve(model, base)
+    subspace.check_fits(base, config.SIDE)
+    if config.modules_to_save or config.trainable_token_indices:
+        warnings.warn("modules_to_save and trainable_token_indices train weights that no projection constrains; the guarantee covers the LoRA update only.", stacklevel=2)
+    config.subspace = subspace
+    ranks = {subspace.rank(name, config.SIDE) for name in layers}
+    config.safety_rank = max(ranks)
+    config._modules = {name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()}
+    bind(layers, adapter_name, config)
+    config.initialise(model, layers, adapter_name)
+
+
+def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig) -> None:
+    """Put leaves with the config's bases in place of the factors, or give the leaves that are there those bases."""
+    for name, layer in layers.items():
+        basis = config.subspace.bases[name][config.SIDE]
+        for factor, side in ((layer.lora_A, "in"), (layer.lora_B, "out")):
+            mine = basis if side == config.SIDE else None
+            old = factor[adapter_name]
+            if mine is None and not config.residual:
+                continue
+            if isinstance(old, ProtectedLinear):
+                _rebase(old, mine)
+            else:
+                factor[adapter_name] = ProtectedLinear.replacing(old, mine, side, residual=config.residual)  # type: ignore[arg-type]
+            factor[adapter_name].fold()  # type: ignore[operator]
+
+
+def _rebase(leaf: ProtectedLinear, basis: Any) -> None:
+    if basis is not None and leaf.basis is not None and leaf.basis.shape == basis.shape:
+        leaf.basis.copy_(basis)  # in place, so that a compiled graph stays valid
+    else:
+        leaf.basis = None if basis is None else basis.to(leaf._parameters["weight"].device)
+
+
+def config_table(model: nn.Module) -> dict[str, Any]:
+    """PEFT's configs by adapter name: of a PeftModel, a transformers model with adapters, or a wrapper around one. Empty without adapters."""
+    tables = (getattr(module, "peft_config", None) for module in model.modules())
+    return next((table for table in tables if isinstance(table, dict)), {})
+
+
+def protected_configs(model: nn.Module) -> dict[str, ProtectedConfig]:
+    """The protected ones among the adapters of a model, by adapter name."""
+    return {name: config for name, config in config_table(model).items() if isinstance(config, ProtectedConfig)}
+
+
+def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Check that every protected adapter still is: leaf, basis and weight of each of its modules.
+
+    Args:
+        adapter_name: one adapter; None checks all protected ones.
+
+    Raises:
+        ProtectionError: no protected adapter is there, or one has lost its protection; names the module.
+    """
+    configs = protected_configs(model)
+    if adapter_name is not None:
+        configs = {name: config for name, config in configs.items() if name == adapter_name}
+    if not configs:
+        raise ProtectionError(f"the model has no protected adapter{'' if adapter_name is None else f' {adapter_name!r}'}. Use SaLoRAConfig instead of LoraConfig.")
+    for name, config in configs.items():
+        layers = adapter_layers(model, name)
+        if set(layers) != set(config._modules):
+            raise ProtectionError(f"adapter {name!r}: modules {sorted(set(layers) ^ set(config._modules))[:3]} came or went since injection. Load the adapter again.")
+        for module, layer in layers.items():
+            factor = layer.lora_B if config.SIDE == "out" else layer.lora_A
+            check_leaf(factor[name], f"{module} (adapter {name!r})", config.subspace.bases[module][config.SIDE], config.SIDE)
+
+
+def stored_adapter(directory: str | os.PathLike[str]) -> StoredAdapter:
+    """`check_adapter` for a directory given by a user."""
+    path = Path(directory)
+    if not path.is_dir():
+        raise ArtifactError(f"{path} is not a directory. Give the directory that save_pretrained wrote.")
+    return check_adapter(path)

@@ -1,0 +1,109 @@
+"""SaLoRA: keep the output directions that carry safe responses out of the update.
+
+`dW = s C B A` with `C = I - U_C U_C^T`, `U_C` the top left singular vectors of `W X_harm`: so `U_C^T dW = 0` at every step, for every input.
+
+Reference: Li et al., ICLR 2025, arXiv 2501.01765. Differences from its public code (2025-10-23): C acts on the weight, so that it survives save, merge and
+quantisation; the residual of the task-aware initialisation includes the scaling and leaves the base weight alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from peft_safety import weights
+from peft_safety.errors import ConfigError
+from peft_safety.methods.protected import ProtectedConfig
+from peft_safety.projection import Side, top_singular
+from peft_safety.subspace import SafetySubspace
+
+
+@dataclass
+class SaLoRAConfig(ProtectedConfig):
+    """`LoraConfig` whose update cannot touch a safety subspace of the layers' outputs.
+
+    Args:
+        subspace: `SafetySubspace`, file, directory, Hub id, or `"auto"` (default): calibrate at injection on the package's prompts and refusals.
+        safety_rank: protected output directions per layer for `"auto"`; 32 as published.
+        init: `"lora"` starts from B = 0. `"task"` starts from the task-aware factors of the paper, with a residual that keeps the function unchanged.
+        task_data: for `init="task"`: rows `{prompt, response}`, tokenised batches, or a `SafetySubspace` estimated on the task.
+        task_rank: directions of the task subspace; 32 as published.
+        reference_residual: reproduce the reference code's residual, which lacks the scaling. Only for parity: unless lora_alpha = r the model's function
+            then changes at initialisation.
+
+    Raises:
+        ConfigError: see `ProtectedConfig`; `init="task"` without `task_data`.
+    """
+
+    init: Literal["lora", "task"] = field(default="lora", metadata={"help": "'lora' (B = 0) or 'task' (task-aware, arXiv 2501.01765)."})
+    task_data: Any = field(default=None, metadata={"help": "Task rows, batches or subspace for init='task'. Not saved."})
+    task_rank: int = field(default=32, metadata={"help": "Directions of the task subspace."})
+    reference_residual: bool = field(default=False, metadata={"help": "Residual without the scaling, as in the reference code."})
+
+    PEFT_KEY: ClassVar[str] = "SALORA"
+    SIDE: ClassVar[Side] = "out"
+
+    def __post_init__(self) -> None:
+        if self.init not in ("lora", "task"):
+            raise ConfigError(f"SaLoRAConfig: init={self.init!r}. Use 'lora' or 'task'.")
+        if not isinstance(self.task_rank, int) or self.task_rank < 1:
+            raise ConfigError(f"SaLoRAConfig: task_rank={self.task_rank!r}. Use an integer of at least 1.")
+        super().__post_init__()
+
+    @property
+    def residual(self) -> bool:
+        return self.init == "task"
+
+    def to_dict(self) -> dict[str, Any]:
+        data, self.task_data = self.task_data, None  # the factors are saved; what they came from is not
+        try:
+            return super().to_dict()
+        finally:
+            self.task_data = data
+
+    def initialise(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+        if self.init == "lora" or self._stored is not None:  # stored factors are about to be loaded
+            return
+        base = {name: layer.get_base_layer() for name, layer in layers.items()}
+        task = self._task_subspace(model, base)
+        task.check_fits(base, "out", bind=False)
+        for name, layer in layers.items():
+            b, a = task_aware_factors(weights.dense_weight(base[name], name), task.bases[name]["out"], int(layer.r[adapter_name]))
+            layer.lora_A[adapter_name].set_initial(a)
+            layer.lora_B[adapter_name].set_initial(b)
+            if self.reference_residual:
+                layer.lora_B[adapter_name].initial.div_(layer.scaling[adapter_name])
+
+    def _task_subspace(self, model: nn.Module, base: Mapping[str, nn.Module]) -> SafetySubspace:
+        if isinstance(self.task_data, SafetySubspace):
+            return self.task_data
+        if not isinstance(self.task_data, Sequence) or isinstance(self.task_data, str) or not self.task_data:
+            raise ConfigError("SaLoRAConfig: init='task' needs task_data: rows {prompt, response}, tokenised batches, or a SafetySubspace.")
+        from peft_safety.estimate.activations import estimate, tokenizer_of
+
+        tokenizer = None if "input_ids" in self.task_data[0] else tokenizer_of(model)
+        return estimate(model, self.task_data, tokenizer=tokenizer, rank=self.task_rank, layers=base)
+
+
+@torch.no_grad()
+def task_aware_factors(weight: Tensor, task_basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`B0 = U_t U_t^T Ubar_r sqrt(S_r)` and `A0 = sqrt(S_r) Vbar_r^T`, from `W ~ Ubar S Vbar^T`.
+
+    Args:
+        weight: `W (m, n)`, fp32.
+        task_basis: `U_t (m, r_t)`.
+
+    Returns:
+        `(B0 (m, rank), A0 (rank, n))`.
+
+    Reference: arXiv 2501.01765, section 4.2.
+    """
+    u, s, v = top_singular(weight, rank)
+    task_basis = task_basis.to(weight.device)
+    root = s.sqrt()
+    return task_basis @ (task_basis.mT @ (u * root)), (v * root).mT

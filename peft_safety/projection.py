@@ -1,0 +1,153 @@
+"""The mathematics of the package: low-rank projections, as pure functions on tensors.
+
+Notation: a basis `u` is `(d, k)` with orthonormal columns; a factor `w` is `lora_B (d, r)` for the output side or `lora_A (r, d)` for the input side. The
+complement `C = I - U U^T` is never formed: every function works with `U^T w`, at `O(d k r)`. Nothing here knows PEFT.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Side = Literal["out", "in"]
+
+#: Largest `max|U^T U - I|` that a basis may have (fp32 QR of any shape stays below 1e-6).
+ORTHONORMAL_TOLERANCE = 1e-5
+#: A factor whose relative leak is below this multiple of its dtype's epsilon counts as folded: rounding alone leaves about 0.3 eps.
+FOLD_EPSILONS = 2.0
+#: Largest relative leak of a stored fp32 factor that counts as protected.
+LEAK_TOLERANCE = 1e-6
+#: Passes that `fold_` may take. Two are enough unless the factor lies in the protected span almost entirely.
+FOLD_PASSES = 3
+#: Columns beyond the wanted ones, and power iterations, in `top_left_singular`; `docs/architecture.md` says what they buy.
+OVERSAMPLING = 16
+POWER_ITERATIONS = 8
+
+
+def coefficients(u: Tensor, w: Tensor, side: Side) -> Tensor:
+    """Coordinates of a factor in the protected span: `U^T w (k, r)` for `"out"`, `w U (r, k)` for `"in"`."""
+    return u.mT @ w if side == "out" else w @ u
+
+
+def project_out(u: Tensor, w: Tensor, side: Side = "out") -> Tensor:
+    """Remove the span of `u` from a factor: `w - U (U^T w)` or `w - (w U) U^T`. Differentiable and self-adjoint.
+
+    Args:
+        u: basis `(d, k)`, orthonormal columns.
+        w: factor, `(d, r)` for `side="out"`, `(r, d)` for `side="in"`; same dtype as `u`.
+
+    Reference: SaLoRA, arXiv 2501.01765, with `C = I - U U^T` applied to the weight instead of to the activations.
+    """
+    c = coefficients(u, w, side)
+    return w - u @ c if side == "out" else w - c @ u.mT
+
+
+@torch.no_grad()
+def leak(u: Tensor, w: Tensor, side: Side = "out") -> float:
+    """Share of a factor that lies in the protected span, `||U^T w||_F / ||w||_F` in [0, 1]; 0 for a zero factor. Computed in fp64."""
+    u, w = u.double(), w.double()
+    total = float(torch.linalg.vector_norm(w))
+    return float(torch.linalg.vector_norm(coefficients(u, w, side))) / total if total > 0 else 0.0
+
+
+@torch.no_grad()
+def delta_leak(u: Tensor, a: Tensor, b: Tensor, side: Side = "out") -> float:
+    """`||U^T B A||_F / ||B A||_F` (or `||B A U|| / ||B A||`) without forming the `m x n` product.
+
+    Args:
+        u: basis `(m, k)` for `"out"`, `(n, k)` for `"in"`.
+        a: `lora_A (r, n)`.
+        b: `lora_B (m, r)`.
+    """
+    u, a, b = u.double(), a.double(), b.double()
+    r_a = torch.linalg.qr(a.mT, mode="r").R  # B A = (B R^T) Q^T with orthonormal Q, so norms need r x r work only
+    r_b = torch.linalg.qr(b, mode="r").R
+    total = float(torch.linalg.matrix_norm(r_b @ r_a.mT))
+    part = u.mT @ b @ r_a.mT if side == "out" else r_b @ (a @ u)
+    return float(torch.linalg.matrix_norm(part)) / total if total > 0 else 0.0
+
+
+def fold_tolerance(dtype: torch.dtype) -> float:
+    """Relative leak below which a factor stored in `dtype` counts as folded."""
+    return FOLD_EPSILONS * torch.finfo(dtype).eps
+
+
+def leak_tolerance(dtype: torch.dtype) -> float:
+    """Relative leak of a factor that still counts as protected in `dtype`: `LEAK_TOLERANCE`, or what rounding alone explains."""
+    return max(LEAK_TOLERANCE, fold_tolerance(dtype))
+
+
+@torch.no_grad()
+def fold_(u: Tensor, w: Tensor, side: Side = "out") -> bool:
+    """Project a factor in place, and only if it needs it, so that folding twice changes no bit.
+
+    Returns:
+        Whether anything was written.
+    """
+    changed = False
+    for _ in range(FOLD_PASSES):
+        if leak(u, w, side) <= fold_tolerance(w.dtype):
+            break
+        w.copy_(project_out(u.double(), w.double(), side))
+        changed = True
+    return changed
+
+
+def orthonormality_error(u: Tensor) -> float:
+    """`max|U^T U - I|`, in fp64."""
+    u = u.double()
+    return float((u.mT @ u - torch.eye(u.shape[1], dtype=u.dtype, device=u.device)).abs().max())
+
+
+def orthonormalise(x: Tensor) -> Tensor:
+    """Orthonormal basis `(d, k)` of the column span of a full-rank `x (d, k)`."""
+    return torch.linalg.qr(x).Q
+
+
+def principal_cosines(u: Tensor, v: Tensor) -> Tensor:
+    """Cosines of the principal angles between two spans `(d, k)` and `(d, l)`, descending, `(min(k, l),)`."""
+    return torch.linalg.svdvals(u.double().mT @ v.double()).clamp(max=1.0)
+
+
+def top_left_singular(
+    weight: Tensor, moment: Tensor | None, rank: int, *, seed: int = 0, oversampling: int = OVERSAMPLING, iterations: int = POWER_ITERATIONS
+) -> tuple[Tensor, Tensor]:
+    """Top left singular vectors of `W X`, given `W` and the second moment `S = X X^T`, by randomised subspace iteration.
+
+    The operator `W S W^T` is applied factor by factor, so nothing larger than `m x (rank + oversampling)` is made. Deterministic for a seed.
+
+    Args:
+        weight: `W (m, n)`.
+        moment: `S (n, n)`, symmetric positive semi-definite; `None` means the identity (singular vectors of `W` itself).
+        rank: wanted vectors, `1 <= rank <= m`.
+
+    Returns:
+        `(U (m, rank), s (rank,))`, `s` descending, in the dtype of `weight`.
+
+    Reference: Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4 with a Rayleigh-Ritz step.
+    """
+    m = weight.shape[0]
+    width = min(rank + oversampling, m)
+
+    def apply(q: Tensor) -> Tensor:
+        t = weight.mT @ q
+        return weight @ (t if moment is None else moment @ t)
+
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    q = torch.randn(m, width, generator=generator, dtype=torch.float64).to(weight)
+    for _ in range(iterations + 1):
+        q = orthonormalise(apply(orthonormalise(q)))
+    small = q.mT @ apply(q)
+    values, vectors = torch.linalg.eigh((small + small.mT) / 2)
+    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    return orthonormalise(q @ vectors), values.clamp(min=0).sqrt()
+
+
+def top_singular(weight: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Truncated SVD `W ~ U diag(s) V^T`: `(U (m, rank), s (rank,), V (n, rank))`, by randomised subspace iteration."""
+    width = min(rank + OVERSAMPLING, *weight.shape)
+    u, _ = top_left_singular(weight, None, width, seed=seed, oversampling=0)
+    left, s, vh = torch.linalg.svd(u.mT @ weight, full_matrices=False)
+    return (u @ left)[:, :rank], s[:rank], vh[:rank].mT

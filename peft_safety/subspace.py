@@ -1,0 +1,238 @@
+"""SafetySubspace: the frozen low-rank bases of a model's layers, where they came from, and their file.
+
+One subspace serves many adapters. Its file is plain safetensors: `basis.out.<module>` `(m, k)` and `basis.in.<module>` `(n, k)` with orthonormal columns,
+`spectrum.*` with the singular values, `fingerprint.<module>` of the base weights, and the provenance as JSON in the header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from peft_safety import files, weights
+from peft_safety.errors import ArtifactError, SubspaceError
+from peft_safety.projection import ORTHONORMAL_TOLERANCE, Side, orthonormalise, orthonormality_error
+
+FILE_NAME = "safety_subspace.safetensors"
+FORMAT = "peft_safety.subspace.v1"
+SIDES: tuple[Side, ...] = ("out", "in")
+Bases = Mapping[str, Mapping[Side, Tensor]]
+
+
+class SafetySubspace:
+    """Bases of the protected directions, by module name.
+
+    Args:
+        bases: `{module: {"out": (out_features, k), "in": (in_features, k)}}`, either side or both, orthonormal columns. Kept as fp32 on the CPU.
+        spectra: singular values behind each basis, `(k,)`, descending; optional.
+        fingerprints: sampled base weights by module (`weights.fingerprint`); `bind` adds them.
+        provenance: JSON-able facts: method, data hash, rank, tokens, seed.
+
+    Raises:
+        SubspaceError: no basis, or one that is not finite, has k < 1 or k >= d, or is not orthonormal; names the module and the shape.
+    """
+
+    def __init__(
+        self,
+        bases: Bases,
+        spectra: Bases | None = None,
+        fingerprints: Mapping[str, Tensor] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.bases = {name: {side: _frozen(u) for side, u in sides.items()} for name, sides in bases.items()}
+        self.spectra = {name: {side: _frozen(s) for side, s in sides.items()} for name, sides in (spectra or {}).items()}
+        self.fingerprints = {name: _frozen(f) for name, f in (fingerprints or {}).items()}
+        self.provenance = dict(provenance or {})
+        if not any(self.bases.values()):
+            raise SubspaceError("the subspace has no basis. Calibrate it with SafetySubspace.from_activations.")
+        for name, sides in self.bases.items():
+            for side, u in sides.items():
+                check_basis(u, name, side)
+
+    @classmethod
+    def from_activations(cls, model: nn.Module, data: Sequence[Mapping[str, Any]], **options: Any) -> SafetySubspace:
+        """Estimate a subspace in one streaming pass over a model; see `peft_safety.estimate.activations.estimate` for the options.
+
+        Args:
+            model: a causal language model, dense or quantised.
+            data: rows `{prompt, response}`, `{messages}` or `{text, label}` (needs `tokenizer=`), or tokenised batches
+                (`input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`).
+            **options: `tokenizer`, `method`, `rank`, `target_modules`, `batch_size`, `max_length`, `seed`, `progress`.
+        """
+        from peft_safety.estimate.activations import estimate
+
+        return estimate(model, data, **options)
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str], **hub: Any) -> SafetySubspace:
+        """From a file, a directory that holds `safety_subspace.safetensors`, or a Hub repository id.
+
+        Args:
+            hub: `revision`, `token`, `cache_dir` for `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            SubspaceError: nothing there, or its content is malformed.
+            ArtifactError: not a readable safetensors file.
+        """
+        path = Path(source)
+        if path.is_dir():
+            path = files.child(path, FILE_NAME)
+        elif not path.exists():
+            path = _download(str(source), **hub)
+        with files.open_tensors(path) as handle:
+            return _parse(handle, path)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the file (into `path/safety_subspace.safetensors` when `path` is a directory). Atomic and deterministic: equal subspaces give equal bytes."""
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            path = path / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file(self._tensors(), staged, metadata={"format": FORMAT, "provenance": json.dumps(self.provenance, sort_keys=True)})
+            with staged.open("rb") as file:
+                os.fsync(file.fileno())
+            staged.replace(path)
+        except OSError as error:
+            raise ArtifactError(f"{path} could not be written: {error}. Free space or choose another directory.") from error
+        finally:
+            staged.unlink(missing_ok=True)
+        return path
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"basis.{side}.{name}": u for name, sides in self.bases.items() for side, u in sides.items()}
+        tensors |= {f"spectrum.{side}.{name}": s for name, sides in self.spectra.items() for side, s in sides.items()}
+        tensors |= {f"fingerprint.{name}": f for name, f in self.fingerprints.items()}
+        return tensors
+
+    @property
+    def module_names(self) -> list[str]:
+        """Modules with a basis, sorted."""
+        return sorted(self.bases)
+
+    @property
+    def digest(self) -> str:
+        """Hash of the bases (not of where they came from): equal for subspaces that constrain equally."""
+        digest = hashlib.sha256()
+        for name in self.module_names:
+            for side in sorted(self.bases[name]):
+                u = self.bases[name][side]
+                digest.update(f"{name}|{side}|{tuple(u.shape)}|".encode())
+                digest.update(u.numpy().tobytes())
+        return digest.hexdigest()
+
+    def rank(self, name: str, side: Side = "out") -> int:
+        """Number of protected directions of one module."""
+        return int(self.bases[name][side].shape[1])
+
+    def restricted(self, names: Iterable[str]) -> SafetySubspace:
+        """The same subspace for some of its modules only."""
+        keep = set(names) & set(self.bases)
+        return SafetySubspace(*({n: v for n, v in table.items() if n in keep} for table in (self.bases, self.spectra, self.fingerprints)), self.provenance)  # type: ignore[arg-type]
+
+    def randomised(self, seed: int = 0) -> SafetySubspace:
+        """The control: a random subspace of equal ranks. A method's effect is its distance from this one."""
+        generator = torch.Generator().manual_seed(seed)
+        bases = {n: {s: orthonormalise(torch.randn(u.shape, generator=generator)) for s, u in self.bases[n].items()} for n in self.module_names}
+        return SafetySubspace(bases, None, self.fingerprints, {**self.provenance, "method": "random", "seed": seed})
+
+    def check_fits(self, layers: Mapping[str, nn.Module], side: Side = "out", *, bind: bool = True) -> None:
+        """Check this subspace against the base layers it is to protect; on success, remember fingerprints of layers that had none.
+
+        Raises:
+            SubspaceError: a layer without a basis, one of another shape, or other base weights; nothing has changed then.
+        """
+        for name, layer in layers.items():
+            u = self.bases.get(name, {}).get(side)
+            if u is None:
+                known = ", ".join(self.module_names[:3])
+                raise SubspaceError(f"{name}: the subspace has no {side!r} basis for it (it has {len(self.bases)} modules: {known}, ...). Calibrate with the same target_modules.")
+            d = weights.shape(layer)[0 if side == "out" else 1]
+            if u.shape[0] != d:
+                raise SubspaceError(f"{name}: the basis is {tuple(u.shape)}, the layer has {d} {side}put features. Calibrate on this model.")
+        weights.check_fingerprints(self.fingerprints, layers, quantised=self.provenance.get("precision", "dense") != "dense")
+        if bind:
+            self.bind(layers)
+
+    def bind(self, layers: Mapping[str, nn.Module]) -> None:
+        """Record fingerprints of the base layers that have none yet."""
+        fresh = {name: _frozen(weights.fingerprint(layer, name)) for name, layer in layers.items() if name not in self.fingerprints}
+        self.fingerprints.update(fresh)
+        kinds = {weights.quantisation(layer) or "dense" for layer in layers.values()}
+        self.provenance.setdefault("precision", "dense" if kinds <= {"dense"} else sorted(kinds - {"dense"})[0])
+
+    def __repr__(self) -> str:
+        ranks = sorted({u.shape[1] for sides in self.bases.values() for u in sides.values()})
+        sides = sorted({side for entry in self.bases.values() for side in entry})
+        return f"SafetySubspace({len(self.bases)} modules, sides={sides}, k={ranks}, method={self.provenance.get('method', 'unknown')!r})"
+
+
+def check_basis(u: Tensor, name: str, side: Side) -> None:
+    """Refuse what would not protect, or would protect everything.
+
+    Raises:
+        SubspaceError: not 2-D fp32, k < 1, k >= d, not finite, or `max|U^T U - I| > 1e-5` (which catches zeros and copies too).
+    """
+    if side not in SIDES:
+        raise SubspaceError(f"{name}: side {side!r}; use 'out' or 'in'.")
+    if u.ndim != 2 or u.shape[1] < 1:
+        raise SubspaceError(f"{name}: the {side} basis has shape {tuple(u.shape)}; it must be (features, k) with k >= 1.")
+    d, k = u.shape
+    if k >= d:
+        raise SubspaceError(f"{name}: k = {k} directions of {d} {side}put features leave nothing to train. Use a rank below {d}, or leave this module out.")
+    if not bool(torch.isfinite(u).all()):
+        raise SubspaceError(f"{name}: the {side} basis {tuple(u.shape)} holds NaN or Inf. Calibrate again.")
+    error = orthonormality_error(u)
+    if not error <= ORTHONORMAL_TOLERANCE:
+        raise SubspaceError(f"{name}: the {side} basis {tuple(u.shape)} is not orthonormal (max|U^T U - I| = {error:.2g}, limit {ORTHONORMAL_TOLERANCE:g}). Calibrate again.")
+
+
+def _frozen(x: Tensor) -> Tensor:
+    return x.detach().to(device="cpu", dtype=torch.float32).contiguous().clone()
+
+
+def _parse(handle: Any, path: Path) -> SafetySubspace:
+    metadata = handle.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise SubspaceError(f"{path} is not a safety subspace (format {metadata.get('format')!r}, expected {FORMAT!r}). Write it with SafetySubspace.save.")
+    provenance = files.parse_json(metadata.get("provenance", "{}"), f"{path} (header)")
+    bases: dict[str, dict[Side, Tensor]] = {}
+    spectra: dict[str, dict[Side, Tensor]] = {}
+    fingerprints: dict[str, Tensor] = {}
+    for key in handle.keys():  # noqa: SIM118  a safetensors handle is no mapping
+        kind, _, rest = key.partition(".")
+        dtype = handle.get_slice(key).get_dtype()
+        if dtype != "F32":
+            raise SubspaceError(f"{path}: tensor {key!r} is {dtype}; a subspace is stored as F32.")
+        side, _, name = rest.partition(".")
+        if kind == "fingerprint":
+            fingerprints[rest] = handle.get_tensor(key)
+        elif kind in ("basis", "spectrum") and side in SIDES and name:
+            (bases if kind == "basis" else spectra).setdefault(name, {})[side] = handle.get_tensor(key)
+        else:
+            raise SubspaceError(f"{path}: unknown tensor {key!r}. The file was not written by SafetySubspace.save.")
+    try:
+        return SafetySubspace(bases, spectra, fingerprints, provenance)
+    except SubspaceError as error:
+        raise SubspaceError(f"{path}: {error}") from error
+
+
+def _download(repo: str, **hub: Any) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, FILE_NAME, **hub))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise SubspaceError(
+            f"{repo!r} is neither a file, nor a directory with {FILE_NAME}, nor a Hub repository in reach ({type(error).__name__}). Check the spelling, or calibrate one."
+        ) from error
