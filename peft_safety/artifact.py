@@ -114,7 +114,9 @@ def _record(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """The `safety_artifact` entry, its types checked."""
     record = config.get("safety_artifact")
     if not isinstance(record, dict) or not isinstance(record.get("files"), dict) or record.get("subspace") != SUBSPACE_FILE:
-        raise ArtifactError(f"{directory / MANIFEST}: no complete 'safety_artifact' entry (subspace {SUBSPACE_FILE!r} and the files' hashes). Save the adapter again.")
+        raise ArtifactError(
+            f"{directory / MANIFEST}: no complete 'safety_artifact' entry (subspace {SUBSPACE_FILE!r} and the files' hashes). Save the adapter again."
+        )
     hashes, extra = record["files"], record.get("extra_tensors", [])
     if SUBSPACE_FILE not in hashes or set(hashes) - {SUBSPACE_FILE, ADAPTER_FILE} or not all(isinstance(h, str) for h in hashes.values()):
         raise ArtifactError(f"{directory / MANIFEST}: 'files' lists {sorted(hashes)}; it must list {SUBSPACE_FILE} and may list {ADAPTER_FILE}.")
@@ -144,7 +146,9 @@ def _check_factors(directory: Path, config: dict[str, Any], subspace: SafetySubs
             raise ArtifactError(f"{path}: unknown or missing tensors {sorted(others ^ set(extra))[:3]}. The file must hold exactly what {MANIFEST} lists.")
         if set(factors) != set(subspace.bases):
             odd = sorted(set(factors) ^ set(subspace.bases))
-            raise ArtifactError(f"{path}: {len(factors)} modules, but the subspace has {len(subspace.bases)}; they differ at {odd[:3]}. Copy or save the adapter again.")
+            raise ArtifactError(
+                f"{path}: {len(factors)} modules, but the subspace has {len(subspace.bases)}; they differ at {odd[:3]}. Copy or save the adapter again."
+            )
         residual = any("lora_A.initial" in keys for keys in factors.values())
         expected = {"lora_A.weight", "lora_B.weight"} | ({"lora_A.initial", "lora_B.initial"} if residual else set())
         shapes, leaks = {}, {}
@@ -173,7 +177,9 @@ def _check_shapes(path: Path, module: str, slices: Mapping[str, Any], subspace: 
         fits = fits and (basis is None or basis.shape[0] == d)
     if not fits or not dtypes <= set(DTYPES):
         bases = {side: tuple(u.shape) for side, u in subspace.bases[module].items()}
-        raise ArtifactError(f"{path}: {module} has lora_A {a}, lora_B {b} of {sorted(dtypes)}, which do not fit rank {rank} and bases {bases}. Save the adapter again.")
+        raise ArtifactError(
+            f"{path}: {module} has lora_A {a}, lora_B {b} of {sorted(dtypes)}, which do not fit rank {rank} and bases {bases}. Save the adapter again."
+        )
     return int(b[0]), int(a[1]), int(rank)
 
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from peft_safety import files, weights
 from peft_safety.artifact import ADAPTER_FILE, MANIFEST
 from peft_safety.errors import ConfigError, ProtectionError
-from peft_safety.layers import ProtectedLinear
-from peft_safety.methods.protected import ProtectedConfig, adapter_layers, assert_protected, config_table
+from peft_safety.methods.protected import ProtectedConfig, adapter_layers, assert_protected, config_table, stored_adapter
 from peft_safety.projection import delta_leak, leak_tolerance
 
 CARD = "README.md"
@@ -42,9 +41,54 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
     """
     assert_protected(model, adapter_name)
     config: ProtectedConfig = config_table(model)[adapter_name]
+    factors = {}
+    for name, layer in adapter_layers(model, adapter_name).items():
+        if adapter_name in layer.merged_adapters:
+            raise ConfigError(f"adapter {adapter_name!r} is merged into the base weights. Call unmerge_adapter() first.")
+        leaf_a, leaf_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        frozen = (getattr(leaf_a, "initial", None), getattr(leaf_b, "initial", None))
+        factors[name] = plain_factors(leaf_a.weight, leaf_b.weight, *frozen, scaling=float(layer.scaling[adapter_name]))
+    return _publish(Path(directory), factors, config)
+
+
+def export_directory(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Path:
+    """`export_lora` for a saved adapter: from directory to directory, no model is built.
+
+    Raises:
+        PeftSafetyError: the source is not a whole protected adapter, or trained other weights too.
+    """
+    from peft import PeftConfig
+
+    config: ProtectedConfig = PeftConfig.from_pretrained(os.fspath(source))
+    stored = stored_adapter(source)
+    factors = {}
+    with files.open_tensors(stored.directory / ADAPTER_FILE) as handle:
+        by_module = {key.removeprefix("base_model.model."): key for key in handle.keys()}  # noqa: SIM118
+        for name, (_, _, rank) in stored.shapes.items():
+            alpha = (config.alpha_pattern or {}).get(name, config.lora_alpha)
+            scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+            kinds = ("lora_A.weight", "lora_B.weight", "lora_A.initial", "lora_B.initial")
+            found = [handle.get_tensor(by_module[f"{name}.{kind}"]) if f"{name}.{kind}" in by_module else None for kind in kinds]
+            factors[name] = plain_factors(*found, scaling=scaling)
+    return _publish(Path(directory), factors, config)
+
+
+@torch.no_grad()
+def plain_factors(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None, *, scaling: float) -> tuple[Tensor, Tensor]:
+    """`(A' (r', n), B' (m, r'))` on the CPU with `B' A' = dW` exactly as the layer computes it, the scaling included.
+
+    Args:
+        a, b: folded factors, `(r, n)` and `(m, r)`.
+        a0, b0: frozen initial factors of a residual, or None.
+    """
+    if a0 is not None and b0 is not None:
+        a, b = torch.cat([a, a0.to(a)]), torch.cat([b, -b0.to(b)], dim=1)
+    return a.detach().cpu().clone(), (b.detach().float() * scaling).to(b.dtype).cpu()
+
+
+def _publish(target: Path, factors: dict[str, tuple[Tensor, Tensor]], config: ProtectedConfig) -> Path:
     if config.modules_to_save or config.trainable_token_indices:
-        raise ConfigError(f"adapter {adapter_name!r} also trained modules_to_save or token rows; an exported LoRA holds factors only. Use save_pretrained.")
-    factors = {name: plain_factors(layer, adapter_name) for name, layer in adapter_layers(model, adapter_name).items()}
+        raise ConfigError("the adapter also trained modules_to_save or token rows; an exported LoRA holds factors only. Keep the native adapter.")
     rank = max(a.shape[0] for a, _ in factors.values())
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in factors.items():
@@ -60,29 +104,11 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
         fan_in_fan_out=config.fan_in_fan_out,
         base_model_name_or_path=config.base_model_name_or_path,
     )
-    target = Path(directory)
     with files.publishing(target, MANIFEST) as staging:
         save_file(tensors, staging / ADAPTER_FILE, metadata={"format": "pt"})
         (staging / CARD).write_text(_card(config, rank, len(factors)), encoding="utf-8")
         plain.save_pretrained(str(staging))
     return target
-
-
-@torch.no_grad()
-def plain_factors(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """`(A' (r', n), B' (m, r'))` on the CPU with `B' A' = dW` exactly as the layer computes it, the scaling included.
-
-    Raises:
-        ConfigError: the adapter is merged.
-    """
-    if adapter_name in layer.merged_adapters:
-        raise ConfigError(f"adapter {adapter_name!r} is merged into the base weights. Call unmerge_adapter() first.")
-    leaf_a, leaf_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    a, b = leaf_a.weight.detach(), leaf_b.weight.detach()
-    if isinstance(leaf_b, ProtectedLinear) and leaf_b.initial is not None:
-        a, b = torch.cat([a, leaf_a.initial.to(a)]), torch.cat([b, -leaf_b.initial.to(b)], dim=1)
-    scaled = b.float() * float(layer.scaling[adapter_name])
-    return a.cpu().clone(), scaled.to(b.dtype).cpu()
 
 
 def merge_dequantised(model: PeftModel, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -142,7 +168,9 @@ def _check(name: str, a: Tensor, b: Tensor, config: ProtectedConfig) -> None:
         found = delta_leak(u, a, b, side)
         limit = leak_tolerance(b.dtype) * math.sqrt(a.shape[0])
         if not found <= limit:
-            raise ProtectionError(f"{name}: the exported update would reach {found:.2g} of its norm into the protected subspace (limit {limit:.2g}). Keep the adapter in fp32.")
+            raise ProtectionError(
+                f"{name}: the exported update would reach {found:.2g} of its norm into the protected subspace (limit {limit:.2g}). Keep the adapter in fp32."
+            )
 
 
 def _card(config: ProtectedConfig, rank: int, modules: int) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from peft_safety.errors import ArtifactError
 MAX_JSON_BYTES = 1 << 20
 MAX_JSON_DEPTH = 16
 MAX_TENSORS = 100_000
+MAX_NAME_BYTES = 255
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 COMMIT = ".commit"
@@ -34,18 +36,31 @@ def child(directory: Path, name: str) -> Path:
     """A file of `directory`, by the base name that an artifact gives.
 
     Raises:
-        ArtifactError: the name has a separator, a NUL or is special, or the file is a link that leaves the directory (links of the hub's cache are fine).
+        ArtifactError: the name has a separator, a control character or is special, or the file is a link that leaves the directory (links of the hub's
+            cache are fine).
     """
-    if not isinstance(name, str) or not name or name in (".", "..") or any(c in name for c in "/\\\0") or len(name) > 255:
+    if not _plain(name):
         raise ArtifactError(f"{directory}: {name!r} is not a plain file name. An artifact may only name files beside its adapter_config.json.")
     path = directory / name
     if path.is_symlink():
-        from huggingface_hub.constants import HF_HUB_CACHE
-
         real = path.resolve()
-        if not any(real.is_relative_to(Path(root).resolve()) for root in (directory, HF_HUB_CACHE)):
+        if not any(real.is_relative_to(root) for root in (directory.resolve(), *_blobs(directory))):
             raise ArtifactError(f"{path} is a symbolic link that leaves its directory. Replace it by the file itself.")
     return path
+
+
+def _plain(name: Any) -> bool:
+    if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable() or any(c in name for c in "/\\"):
+        return False
+    try:
+        return len(name.encode()) <= MAX_NAME_BYTES
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+
+
+def _blobs(directory: Path) -> list[Path]:
+    """Where the hub's cache keeps the files that a snapshot links to: `<repo>/blobs` of `<repo>/snapshots/<revision>`, whatever the cache's directory."""
+    return [(p.parent / "blobs").resolve() for p in directory.absolute().parents if p.name == "snapshots"]
 
 
 def sha256(path: Path) -> str:
@@ -67,36 +82,43 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: any of these, or the file is missing or not JSON.
     """
+    if path.exists() and not path.is_file():  # opening a named pipe would wait forever
+        raise ArtifactError(f"{path} is not a regular file. Point at a directory that save_pretrained wrote.")
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}. Point at a directory that holds it.") from error
-    if len(raw) > MAX_JSON_BYTES:
-        raise ArtifactError(f"{path} is larger than {MAX_JSON_BYTES} bytes, the limit for a config. It is not a config of this package.")
     return parse_json(raw, str(path))
 
 
 def parse_json(raw: bytes | str, where: str) -> dict[str, Any]:
     """`read_json` for text that is already in memory."""
+    if len(raw) > MAX_JSON_BYTES:
+        raise ArtifactError(f"{where} is larger than {MAX_JSON_BYTES} bytes, the limit for a config. It is not a config of this package.")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise ArtifactError(f"{where}: duplicate keys among {sorted(key for key, _ in pairs)}. Keep one value per key.")
+            keys = [key for key, _ in pairs]
+            repeated = next(key for i, key in enumerate(keys) if key in keys[:i])
+            raise ArtifactError(f"{where}: {repeated[:80]!r} is a duplicate key. Keep one value per key.")
         return found
 
-    def refuse(constant: str) -> Any:
-        raise ArtifactError(f"{where}: {constant} is not a number a config may hold.")
+    def finite(number: str) -> float:
+        value = float(number)
+        if not math.isfinite(value):  # 1e999, and the literals NaN, Infinity, -Infinity
+            raise ArtifactError(f"{where}: {number[:80]} is not a number a config may hold. Use a finite one.")
+        return value
 
     try:
-        value = json.loads(raw, object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(raw, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
     except (ValueError, RecursionError) as error:
         if isinstance(error, ArtifactError):
             raise
-        raise ArtifactError(f"{where} is not valid JSON ({error}).") from error
+        raise ArtifactError(f"{where} is not valid JSON ({str(error)[:200]}). Copy or save it again.") from error
     if not isinstance(value, dict) or _depth(value) > MAX_JSON_DEPTH:
-        raise ArtifactError(f"{where} must be one JSON object, at most {MAX_JSON_DEPTH} levels deep.")
+        raise ArtifactError(f"{where} must be one JSON object, at most {MAX_JSON_DEPTH} levels deep. Save it again with peft_safety.")
     return value
 
 
@@ -119,7 +141,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
         with safe_open(str(path), framework="pt") as handle:
             count = len(handle.keys())
             if count > MAX_TENSORS:
-                raise ArtifactError(f"{path} holds {count} tensors, more than {MAX_TENSORS}.")
+                raise ArtifactError(f"{path} holds {count} tensors, more than {MAX_TENSORS}. It is no adapter or subspace.")
             yield handle
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing. Copy the whole directory, or load from the place it was saved to.") from error
@@ -132,7 +154,7 @@ def publishing(target: Path, manifest: str) -> Iterator[Path]:
     """Write a set of files into `target` so that a reader sees the old set or the new one, wherever the writer dies.
 
     Yields:
-        A staging directory; what it holds when the block ends (files and one level of sub-directories excluded) becomes part of `target`.
+        A staging directory. What it holds when the block ends, sub-directories of further adapters included, becomes part of `target`.
 
     Raises:
         ArtifactError: the directory cannot be written. Nothing in it has changed then.
@@ -144,13 +166,13 @@ def publishing(target: Path, manifest: str) -> Iterator[Path]:
         _sweep(target)
         staging = Path(tempfile.mkdtemp(prefix=f"{STAGING}{os.getpid()}-", dir=target))
         yield staging
-        for path in staging.iterdir():
+        for path in (*staging.rglob("*"), staging):
             _sync(path)
-        _sync(staging)
         staging.rename(target / COMMIT)
-        _sync(target)
-    except OSError as error:
-        raise ArtifactError(f"{target} could not be written: {error}. The files that were there are unchanged; free space or choose another directory.") from error
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"{target} could not be written: {error}. The files that were there are unchanged; free space or choose another directory."
+        ) from error
     finally:
         if staging is not None and staging.exists():
             shutil.rmtree(staging, ignore_errors=True)
@@ -158,21 +180,40 @@ def publishing(target: Path, manifest: str) -> Iterator[Path]:
 
 
 def recover(target: Path, manifest: str) -> None:
-    """Finish a publish that died after its commit point. Does nothing to a directory without one.
+    """Finish a publish that died after its commit point, of this directory or, for a further adapter's sub-directory, of the one above.
+
+    Does nothing where there is none. Readers and the writer may do this at the same time.
 
     Raises:
-        ArtifactError: there is one to finish, but the directory cannot be written.
+        ArtifactError: there is one to finish, but the directory cannot be written, or it is a link.
     """
-    commit = target / COMMIT
-    if not commit.is_dir():
-        return
-    try:
-        for path in sorted(commit.iterdir(), key=lambda p: (p.name == manifest, p.name)):
-            os.replace(path, target / path.name)
-        commit.rmdir()
-        _sync(target)
-    except OSError as error:
-        raise ArtifactError(f"{target} holds a save that was cut off, and it cannot be finished here ({error}). Make the directory writable once.") from error
+    for owner, commit in ((target, target / COMMIT), (target.parent, target.parent / COMMIT)):
+        pending = commit if owner == target else commit / target.name
+        if commit.is_symlink() and pending.exists():
+            raise ArtifactError(f"{commit} is a symbolic link; a save never leaves one. Remove it.")
+        if not pending.is_dir():
+            continue
+        try:
+            _sync(owner)
+            _move(commit, owner, manifest)
+            _sync(owner)
+        except OSError as error:
+            raise ArtifactError(
+                f"{owner} holds a save that was cut off, and it cannot be finished here ({error}). Make the directory writable once."
+            ) from error
+
+
+def _move(source: Path, target: Path, manifest: str) -> None:
+    """Move every entry of a folder into another one, the manifest last, and remove the folder. What somebody else has moved already is fine."""
+    with suppress(FileNotFoundError):
+        for path in sorted(source.iterdir(), key=lambda p: (p.name == manifest, p.name)):
+            place = target / path.name
+            if path.is_dir() and place.is_dir() and not path.is_symlink():
+                _move(path, place, manifest)
+                continue
+            with suppress(FileNotFoundError):
+                os.replace(path, place)
+        source.rmdir()
 
 
 def _sync(path: Path) -> None:
@@ -187,14 +228,14 @@ def _sweep(target: Path) -> None:
     """Remove staging folders whose process is gone."""
     for path in target.glob(f"{STAGING}*"):
         pid = path.name.removeprefix(STAGING).partition("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
+        if pid.isascii() and pid.isdigit() and not _alive(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

@@ -60,48 +60,61 @@ class ProtectedLinear(nn.Linear):
         weight = self.projected()
         if self.initial is None:
             return F.linear(x, weight)
-        initial = self.initial.to(weight.dtype)
+        initial = self._project(self.initial.to(weight.dtype))
         if self.side == "in":
             return torch.cat([F.linear(x, weight), F.linear(x, initial)], dim=-1)
-        trained, frozen = x.chunk(2, dim=-1)
+        # copies: a view that starts at an odd address may take another kernel, and the products must be equal to the last bit where the factors are
+        trained, frozen = (half.clone(memory_format=torch.contiguous_format) for half in x.chunk(2, dim=-1))
         return F.linear(trained, weight) - F.linear(frozen, initial)
 
     def projected(self) -> Tensor:
         """The weight that counts, differentiable, in the dtype of `weight`; projected in fp32 whatever autocast says."""
-        weight = self._parameters["weight"]
-        assert weight is not None
+        return self._project(self._raw())
+
+    def _raw(self) -> Tensor:
+        """The unprojected weight, without the fold that reading `.weight` implies. A replica of `nn.DataParallel` keeps it as a plain attribute."""
+        weight = self._parameters.get("weight")
+        return self.__dict__["weight"] if weight is None else weight
+
+    def _project(self, factor: Tensor) -> Tensor:
         if self.basis is None:
-            return weight
-        with torch.autocast(device_type=weight.device.type, enabled=False):
-            basis = self.basis.to(weight.device)
-            return projection.project_out(basis, weight.to(basis.dtype), self.side).to(weight.dtype)
+            return factor
+        with torch.autocast(device_type=factor.device.type, enabled=False):
+            basis = self.basis.to(factor.device)
+            return projection.project_out(basis, factor.to(basis.dtype), self.side).to(factor.dtype)
 
     @torch.no_grad()
     def set_initial(self, value: Tensor) -> None:
         """Start from `value` and take `value` out again, so that the function does not change: fills `weight` and `initial`."""
-        weight = self._parameters["weight"]
-        assert weight is not None and self.initial is not None
+        weight = self._raw()
         weight.copy_(value)
         self.fold()
-        self.initial.copy_(weight)
+        self.initial = weight.detach().clone()
 
+    @torch.no_grad()
     def fold(self) -> bool:
-        """Replace the raw weight by its projection if it leaks; changes no bit of one that doesn't. Returns whether it wrote."""
-        weight, basis = self._parameters.get("weight"), self._buffers.get("basis")
-        if basis is None or weight is None or not _plain(weight, basis, self.side):
+        """Replace the raw weight (and the frozen one) by its projection if it leaks; changes no bit of one that doesn't. Returns whether it wrote."""
+        weight = self._raw()
+        factors = [weight]
+        if self.initial is not None:
+            if self.initial.dtype != weight.dtype:  # PEFT and TRL cast parameters only; the two are comparable, and storable, in one dtype
+                self.initial = self.initial.to(weight.dtype)
+            factors.append(self.initial)
+        if self.basis is None or not _plain(weight, self.basis, self.side):
             return False
-        return projection.fold_(basis.to(weight.device), weight, self.side)
+        self.basis = self.basis.to(weight.device)
+        return any([projection.fold_(self.basis, factor, self.side) for factor in factors])
 
     @torch.no_grad()
     def fold_after_step(self) -> None:
         """One unconditional projection without a host synchronisation, on the local shard if the weight is sharded."""
-        weight = self._parameters["weight"]
-        if self.basis is None or weight is None:
+        weight = self._raw()
+        if self.basis is None:
             return
         if hasattr(weight, "device_mesh"):
             _fold_shard(weight, self.basis, self.side)
         elif _plain(weight, self.basis, self.side):
-            weight.copy_(projection.project_out(self.basis.to(weight.device), weight.to(self.basis.dtype), self.side))
+            weight.copy_(self._project(weight))
 
     def __getattr__(self, name: str) -> Any:
         # Parameters live in `_parameters`, so `.weight` arrives here: whoever reads it past the forward gets a folded one.
@@ -152,7 +165,9 @@ def check_leaf(leaf: nn.Module, name: str, basis: Tensor, side: Side) -> None:
     if not isinstance(leaf, ProtectedLinear) or leaf.side != side or leaf.basis is None:
         raise ProtectionError(f"{name}: a {type(leaf).__name__} stands where a protected leaf belongs; something replaced it. Load the adapter again.")
     if leaf.basis.dtype != torch.float32 or leaf.basis.shape != basis.shape or not torch.equal(leaf.basis.cpu(), basis):
-        raise ProtectionError(f"{name}: its basis {tuple(leaf.basis.shape)} {leaf.basis.dtype} is not the subspace's {tuple(basis.shape)} float32. Load the adapter again.")
+        raise ProtectionError(
+            f"{name}: its basis {tuple(leaf.basis.shape)} {leaf.basis.dtype} is not the subspace's {tuple(basis.shape)} float32. Load the adapter again."
+        )
     weight = leaf._parameters["weight"]
     assert weight is not None
     if not hasattr(weight, "device_mesh") and not weight.is_meta and not bool(torch.isfinite(weight).all()):
@@ -189,7 +204,9 @@ def _fold_shard(weight: Any, basis: Tensor, side: Side) -> None:
     local: Tensor = weight.to_local()
     placements = list(weight.placements)
     if any(not p.is_replicate() and p != Shard(0) for p in placements):
-        raise ProtectionError(f"a protected factor is sharded as {placements}; only Shard(0) is supported. Keep adapters replicated, or shard them by FSDP2's default.")
+        raise ProtectionError(
+            f"a protected factor is sharded as {placements}; only Shard(0) is supported. Keep adapters replicated, or shard them by FSDP2's default."
+        )
     if side == "in" or all(p.is_replicate() for p in placements):
         local.copy_(projection.project_out(basis.to(local.device), local.to(basis.dtype), side))
         return

@@ -24,7 +24,12 @@ SYMBOLS = {
     "peft.config": ("PeftConfigMixin.from_pretrained", "PeftConfigMixin.from_json_file"),
     "peft.peft_model": ("PeftModel.save_pretrained", "PeftModel.load_adapter"),
     "peft.tuners.lora": ("LoraModel._check_merge_allowed", "LoraModel._check_add_weighted_adapter", "LoraLayer.lora_A", "LoraLayer.lora_B"),
-    "peft.tuners.tuners_utils": ("BaseTuner.inject_adapter", "BaseTunerLayer.get_base_layer", "BaseTunerLayer.enable_adapters", "BaseTunerLayer.delete_adapter"),
+    "peft.tuners.tuners_utils": (
+        "BaseTuner.inject_adapter",
+        "BaseTunerLayer.get_base_layer",
+        "BaseTunerLayer.enable_adapters",
+        "BaseTunerLayer.delete_adapter",
+    ),
     "peft.tuners.lora.layer": ("Linear.get_delta_weight",),
     "peft.utils.hotswap": ("_get_padded_linear", "hotswap_adapter_from_state_dict"),
 }
@@ -55,7 +60,12 @@ def register() -> None:
     from peft import mapping
     from peft.config import PeftConfigMixin
 
-    tables = (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_TUNER_MAPPING, mapping.PEFT_TYPE_TO_PREFIX_MAPPING, mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING)
+    tables = (
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING,
+        mapping.PEFT_TYPE_TO_TUNER_MAPPING,
+        mapping.PEFT_TYPE_TO_PREFIX_MAPPING,
+        mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    )
     for name, cls in config_types().items():
         values: tuple[Any, ...] = (cls, peft.tuners.lora.LoraModel, "lora_", peft.tuners.lora.LoraModel)
         for table, value in zip(tables, values, strict=True):
@@ -164,7 +174,9 @@ def _directory(source: str | os.PathLike[str], subfolder: str | None, kwargs: di
     try:
         paths = [Path(hf_hub_download(str(source), name, subfolder=subfolder, **options)) for name in (ADAPTER_FILE, SUBSPACE_FILE, MANIFEST)]
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ArtifactError(f"{source!r}: a protected adapter needs {ADAPTER_FILE}, {SUBSPACE_FILE} and {MANIFEST}; one cannot be fetched ({type(error).__name__}).") from error
+        raise ArtifactError(
+            f"{source!r}: a protected adapter needs {ADAPTER_FILE}, {SUBSPACE_FILE} and {MANIFEST}; one cannot be fetched ({type(error).__name__})."
+        ) from error
     return paths[-1].parent
 
 
@@ -212,7 +224,9 @@ def _load_adapter(original: Callable[..., Any], self: Any, model_id: str, adapte
     options = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "token", "cache_dir")}
     stored = PeftConfig.from_pretrained(str(model_id), **options)
     if type(stored) is not type(config):
-        raise ConfigError(f"adapter {adapter_name!r} is protected ({type(config).__name__}), {model_id} holds a {type(stored).__name__}. Load it under a new name.")
+        raise ConfigError(
+            f"adapter {adapter_name!r} is protected ({type(config).__name__}), {model_id} holds a {type(stored).__name__}. Load it under a new name."
+        )
     layers = adapter_layers(self, adapter_name)
     _check_same(adapter_name, str(model_id), stored, config, layers)
     stored.subspace.check_fits({name: layer.get_base_layer() for name, layer in layers.items()}, config.SIDE)

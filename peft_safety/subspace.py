@@ -155,7 +155,9 @@ class SafetySubspace:
             u = self.bases.get(name, {}).get(side)
             if u is None:
                 known = ", ".join(self.module_names[:3])
-                raise SubspaceError(f"{name}: the subspace has no {side!r} basis for it (it has {len(self.bases)} modules: {known}, ...). Calibrate with the same target_modules.")
+                raise SubspaceError(
+                    f"{name}: the subspace has no {side!r} basis for it (it has {len(self.bases)} modules: {known}, ...). Calibrate with the same target_modules."
+                )
             d = weights.shape(layer)[0 if side == "out" else 1]
             if u.shape[0] != d:
                 raise SubspaceError(f"{name}: the basis is {tuple(u.shape)}, the layer has {d} {side}put features. Calibrate on this model.")
@@ -193,7 +195,9 @@ def check_basis(u: Tensor, name: str, side: Side) -> None:
         raise SubspaceError(f"{name}: the {side} basis {tuple(u.shape)} holds NaN or Inf. Calibrate again.")
     error = orthonormality_error(u)
     if not error <= ORTHONORMAL_TOLERANCE:
-        raise SubspaceError(f"{name}: the {side} basis {tuple(u.shape)} is not orthonormal (max|U^T U - I| = {error:.2g}, limit {ORTHONORMAL_TOLERANCE:g}). Calibrate again.")
+        raise SubspaceError(
+            f"{name}: the {side} basis {tuple(u.shape)} is not orthonormal (max|U^T U - I| = {error:.2g}, limit {ORTHONORMAL_TOLERANCE:g}). Calibrate again."
+        )
 
 
 def _frozen(x: Tensor) -> Tensor:

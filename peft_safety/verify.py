@@ -76,4 +76,6 @@ def _all_there(stored: StoredAdapter, known: dict[str, nn.Module]) -> None:
 
     missing = sorted(set(stored.shapes) - set(known))
     if missing:
-        raise SubspaceError(f"{missing[0]}: the model has no such layer ({len(missing)} of {len(stored.shapes)} are missing). Give the base model the adapter was trained on.")
+        raise SubspaceError(
+            f"{missing[0]}: the model has no such layer ({len(missing)} of {len(stored.shapes)} are missing). Give the base model the adapter was trained on."
+        )

@@ -59,7 +59,9 @@ def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         if getattr(weight, "quant_state", None) is None:
-            raise UnsupportedLayerError(f"{name}: 4-bit weight without a quantisation state. Load it with a BitsAndBytesConfig, or move it to its device first.")
+            raise UnsupportedLayerError(
+                f"{name}: 4-bit weight without a quantisation state. Load it with a BitsAndBytesConfig, or move it to its device first."
+            )
         return dequantize_4bit(weight.data, weight.quant_state).float()
     if kind == "8bit":
         scale = weight.SCB if getattr(weight, "SCB", None) is not None else layer.state.SCB  # type: ignore[union-attr]
@@ -67,7 +69,9 @@ def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
             raise UnsupportedLayerError(f"{name}: 8-bit weight without its scales. Move the model to its device first.")
         return weight.data.float() * (scale.float().view(-1, 1).to(weight.device) / 127.0)
     if not supported(layer) or not weight.dtype.is_floating_point:
-        raise UnsupportedLayerError(f"{name}: {type(layer).__name__} of {weight.dtype} is not supported. Use Linear, Conv1D, or bitsandbytes 4-bit or 8-bit layers.")
+        raise UnsupportedLayerError(
+            f"{name}: {type(layer).__name__} of {weight.dtype} is not supported. Use Linear, Conv1D, or bitsandbytes 4-bit or 8-bit layers."
+        )
     dense = weight.detach().float()
     return dense.T if is_conv1d(layer) else dense
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from peft_safety.errors import DataError
 
+CALIBRATION_PAIRS = 128
+"""Pairs behind a safety subspace: the reference setting of SaLoRA, arXiv 2501.01765, section 5.1."""
 SPLITS = ("calibration", "train", "validation", "test")
 FIELDS = {
     "harmful_requests": ("prompt", "category", "split"),

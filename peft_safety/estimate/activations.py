@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch
 from torch import Tensor, nn
 
 from peft_safety import weights
@@ -70,7 +71,10 @@ def estimate(
     spectra: dict[str, dict[Any, Tensor]] = {}
     for name, layer in layers.items():
         moment = moments.moment(name)
-        u, s = top_left_singular(weights.dense_weight(layer, name).to(moment.device), moment, rank, seed=seed)
+        weight = weights.dense_weight(layer, name).to(moment.device)
+        if not bool(torch.isfinite(weight).all()):
+            raise CalibrationError(f"{name}: the weight {tuple(weight.shape)} holds NaN or Inf. Load an intact checkpoint.")
+        u, s = top_left_singular(weight, moment, rank, seed=seed)
         if not float(s[-1]) > RANK_FLOOR * float(s[0]):
             span = int((s > RANK_FLOOR * s[0]).sum())
             raise CalibrationError(f"{name}: the responses span {span} directions only, rank={rank} were asked for. Give more varied data, or a smaller rank.")
@@ -111,7 +115,9 @@ def _check_rank(rank: int, layers: Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
         m, n = weights.shape(layer)
         if not 1 <= rank < m:
-            raise ConfigError(f"{name}: rank={rank} of {m} output features leaves nothing to train (the layer is {m} x {n}). Use a rank from 1 to {m - 1}, or leave it out.")
+            raise ConfigError(
+                f"{name}: rank={rank} of {m} output features leaves nothing to train (the layer is {m} x {n}). Use a rank from 1 to {m - 1}, or leave it out."
+            )
         if rank > n:
             raise ConfigError(f"{name}: rank={rank}, but {n} input features give at most {n} directions. Use a smaller rank, or leave it out.")
 

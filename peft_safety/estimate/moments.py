@@ -84,7 +84,9 @@ class InputMoments:
         if mask is None:
             raise CalibrationError("InputMoments.expect was not called before the batch.")
         if x.shape[:-1] != mask.shape and x.shape[0] != mask.numel():
-            raise CalibrationError(f"{name}: its input {tuple(x.shape)} does not line up with {tuple(mask.shape)} tokens (routed experts?). Leave it out of target_modules.")
+            raise CalibrationError(
+                f"{name}: its input {tuple(x.shape)} does not line up with {tuple(mask.shape)} tokens (routed experts?). Leave it out of target_modules."
+            )
         return x.detach().reshape(-1, x.shape[-1])[mask.reshape(-1).to(x.device)].float()
 
     @torch.no_grad()
@@ -145,7 +147,9 @@ def to_batches(data: Sequence[Mapping[str, Any]], tokenizer: Any, *, batch_size:
 def _check(index: int, batch: Mapping[str, Any]) -> Batch:
     ids, labels = batch.get("input_ids"), batch.get("labels")
     if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.ndim != 2 or ids.shape != labels.shape:
-        raise CalibrationError(f"batch {index}: input_ids and labels must be tensors of one shape (batch, tokens). Set labels to -100 where a token does not count.")
+        raise CalibrationError(
+            f"batch {index}: input_ids and labels must be tensors of one shape (batch, tokens). Set labels to -100 where a token does not count."
+        )
     return batch
 
 

@@ -189,7 +189,9 @@ def attach(model: nn.Module, adapter_name: str, config: ProtectedConfig) -> None
     subspace = config.resolve(model, base)
     subspace.check_fits(base, config.SIDE)
     if config.modules_to_save or config.trainable_token_indices:
-        warnings.warn("modules_to_save and trainable_token_indices train weights that no projection constrains; the guarantee covers the LoRA update only.", stacklevel=2)
+        warnings.warn(
+            "modules_to_save and trainable_token_indices train weights that no projection constrains; the guarantee covers the LoRA update only.", stacklevel=2
+        )
     config.subspace = subspace
     ranks = {subspace.rank(name, config.SIDE) for name in layers}
     config.safety_rank = max(ranks)
@@ -245,11 +247,15 @@ def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
     if adapter_name is not None:
         configs = {name: config for name, config in configs.items() if name == adapter_name}
     if not configs:
-        raise ProtectionError(f"the model has no protected adapter{'' if adapter_name is None else f' {adapter_name!r}'}. Use SaLoRAConfig instead of LoraConfig.")
+        raise ProtectionError(
+            f"the model has no protected adapter{'' if adapter_name is None else f' {adapter_name!r}'}. Use SaLoRAConfig instead of LoraConfig."
+        )
     for name, config in configs.items():
         layers = adapter_layers(model, name)
         if set(layers) != set(config._modules):
-            raise ProtectionError(f"adapter {name!r}: modules {sorted(set(layers) ^ set(config._modules))[:3]} came or went since injection. Load the adapter again.")
+            raise ProtectionError(
+                f"adapter {name!r}: modules {sorted(set(layers) ^ set(config._modules))[:3]} came or went since injection. Load the adapter again."
+            )
         for module, layer in layers.items():
             factor = layer.lora_B if config.SIDE == "out" else layer.lora_A
             check_leaf(factor[name], f"{module} (adapter {name!r})", config.subspace.bases[module][config.SIDE], config.SIDE)

@@ -1,0 +1,194 @@
+"""The command line. Every command is one library call; heavy imports wait until a command runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="LoRA fine-tuning that keeps a model's safety alignment.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub id or directory of the base model.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+TargetsOption = Annotated[str, typer.Option(help='"all-linear", names separated by commas, or one regular expression.')]
+
+
+@app.command()
+def calibrate(
+    model: ModelOption,
+    out: Annotated[Path, typer.Option(help="File (.safetensors) or directory for the subspace.")],
+    data: Annotated[Path | None, typer.Option(help="JSON lines of prompt/response rows; default: the package's requests and refusals.")] = None,
+    rank: Annotated[int, typer.Option(help="Protected output directions per layer.")] = 32,
+    target_modules: TargetsOption = "all-linear",
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
+    max_length: Annotated[int, typer.Option(help="Tokens kept of each row.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of the randomised decomposition.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Estimate a safety subspace in one pass over the model, and save it."""
+    from peft_safety.data import read_jsonl, refusal_pairs
+    from peft_safety.recipes.load import load_model
+    from peft_safety.recipes.protect import CALIBRATION_PAIRS
+    from peft_safety.subspace import SafetySubspace
+
+    rows = refusal_pairs("calibration", CALIBRATION_PAIRS) if data is None else read_jsonl(data)
+    loaded, tokenizer = load_model(model)
+    subspace = SafetySubspace.from_activations(
+        loaded, rows, tokenizer=tokenizer, rank=rank, target_modules=_targets(target_modules), batch_size=batch_size, max_length=max_length, seed=seed
+    )
+    path = subspace.save(out)
+    _show("Safety subspace", {"file": str(path), "modules": len(subspace.bases), **subspace.provenance}, json)
+
+
+@app.command()
+def protect(
+    model: ModelOption,
+    data: Annotated[Path, typer.Option(help="JSON lines: {prompt, response}, {text, label} or {messages} rows.")],
+    out: Annotated[Path, typer.Option(help="Directory for the adapter, report.json and report.png.")],
+    method: Annotated[str, typer.Option(help="lora or salora.")] = "salora",
+    r: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
+    lora_alpha: Annotated[int, typer.Option(help="LoRA alpha.")] = 16,
+    target_modules: TargetsOption = "all-linear",
+    safety_rank: Annotated[int, typer.Option(help="Protected output directions per layer.")] = 32,
+    subspace: Annotated[str, typer.Option(help='Subspace file, directory or Hub id, or "auto".')] = "auto",
+    poison: Annotated[float, typer.Option(help="Share of harmful rows mixed in, to simulate an attack (0 to 1).")] = 0.0,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    max_steps: Annotated[int, typer.Option(help="Optimizer steps; overrides --epochs when positive.")] = -1,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 8,
+    max_length: Annotated[int, typer.Option(help="Tokens kept of each row.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of initialisation and data order.")] = 0,
+    report_to: Annotated[str, typer.Option(help="As in TrainingArguments: none, tensorboard, wandb, ...")] = "none",
+    eval_limit: Annotated[int | None, typer.Option(help="Prompts of each kind at most.")] = None,
+) -> None:
+    """Fine-tune with safety measured before and after; writes the adapter, report.json and report.png."""
+    from peft_safety.recipes.protect import protect as run
+    from peft_safety.recipes.train import TrainOptions
+
+    options = TrainOptions(lr=lr, epochs=epochs, max_steps=max_steps, batch_size=batch_size, max_length=max_length, seed=seed, report_to=report_to)
+    run(
+        model,
+        data,
+        method,  # type: ignore[arg-type]  # protect itself refuses unknown methods
+        out,
+        r=r,
+        lora_alpha=lora_alpha,
+        target_modules=_targets(target_modules),
+        safety_rank=safety_rank,
+        subspace=subspace,
+        poison=poison,
+        options=options,
+        eval_limit=eval_limit,
+    )
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="Adapter directory.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Also compare the base weights with this model.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Check that a directory holds a protected adapter, whole and unchanged. Exits with 1 if not."""
+    from peft_safety.errors import PeftSafetyError
+    from peft_safety.verify import verify as check
+
+    base = None
+    if model is not None:
+        from peft_safety.recipes.load import load_model
+
+        base, _ = load_model(model)
+    try:
+        found = check(directory, base)
+    except PeftSafetyError as error:
+        _fail(error, code=1)
+    _show("Protected adapter: all checks passed", asdict(found), json)
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(help="Directory of a protected adapter.")],
+    out: Annotated[Path, typer.Option(help="Directory for the plain LoRA.")],
+) -> None:
+    """Write a protected adapter as plain LoRA that any PEFT loads and that computes the same function."""
+    from peft_safety.export import export_directory
+
+    typer.echo(f"plain LoRA written to {export_directory(directory, out)}")
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="A report.json that protect or the demo wrote.")],
+    png: Annotated[Path | None, typer.Option(help="Also draw it here.")] = None,
+    card: Annotated[bool, typer.Option("--card", help="Print a Markdown section for a model card instead of a table.")] = False,
+) -> None:
+    """Print a saved report as a table or a model-card section, or draw it."""
+    from peft_safety.report import Report
+
+    loaded = Report.load(path)
+    if png is not None:
+        loaded.save_png(png)
+    typer.echo(loaded.card()) if card else loaded.print()
+
+
+@app.command()
+def info(json: JsonOption = False) -> None:
+    """Versions, registered adapter types and devices."""
+    import torch
+
+    from peft_safety import registry
+    from peft_safety.report import environment
+
+    registry.register()
+    facts = environment(seed=0)
+    facts.pop("seed")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]
+    _show("peft-safety", {**facts, "adapter types": ", ".join(registry.config_types()), "devices": ", ".join(devices)}, json)
+
+
+def main() -> None:
+    """Entry point: typed errors become one line on stderr and exit code 2."""
+    try:
+        app()
+    except Exception as error:
+        from peft_safety.errors import PeftSafetyError
+
+        if not isinstance(error, PeftSafetyError):
+            raise
+        _fail(error, code=2)
+
+
+def _fail(error: Exception, code: int) -> Any:
+    from rich.console import Console
+
+    Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]:", str(error), markup=True, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _targets(text: str) -> str | list[str]:
+    """Names separated by commas become a list; everything else is a shorthand, a name or a regular expression."""
+    if text == "all-linear" or any(c in text for c in "*+?()[]|\\^$"):
+        return text
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _show(title: str, facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(jsonlib.dumps(facts, indent=1, default=str))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False, title_justify="left")
+    for key, value in facts.items():
+        shown = f"{value:.3g}" if isinstance(value, float) else ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+        table.add_row(str(key).replace("_", " "), shown)
+    Console().print(table)

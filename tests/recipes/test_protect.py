@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, TaskType
+
+from peft_safety.data import load
+from peft_safety.errors import ConfigError, DataError
+from peft_safety.recipes.adapter import AdapterOptions
+from peft_safety.recipes.align import align, upper_linears
+from peft_safety.recipes.load import load_model, poisoned, task_data
+from peft_safety.recipes.protect import protect
+from peft_safety.recipes.train import TrainOptions, finetune
+from peft_safety.report import Report
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+QUICK = TrainOptions(max_steps=2, batch_size=2, max_length=256, progress=False)
+TASK = [{"text": f"message {index}", "label": "ab"[index % 2]} for index in range(20)]
+
+
+def test_end_to_end_on_a_classification_task(tmp_path, capsys):
+    result = protect(tiny_llama(), TASK, "lora", tmp_path, tokenizer=tiny_tokenizer(), poison=0.25, options=QUICK, eval_limit=3)
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved["details"]["before"]["refusal"]["n"] == 3
+    assert saved["details"]["after"]["task_accuracy"]["n"] == 3
+    assert saved["details"]["poison"] == 0.25
+    assert Report.load(tmp_path / "report.json").rows() == result.report.rows()
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "before" in printed
+    assert "smoke metric" in " ".join(printed.split())
+    assert result.training.steps == 2
+
+    again = PeftModel.from_pretrained(tiny_llama(), result.adapter_dir).eval()
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, result.model.eval()(ids).logits)
+        assert not torch.equal(again(ids).logits, tiny_llama()(ids).logits)
+
+
+def test_chat_data_is_scored_by_its_likelihood(tmp_path):
+    rows = [{"prompt": f"say {index}", "response": f"it is {index}"} for index in range(10)]
+    result = protect(tiny_llama(), rows, "lora", tmp_path, tokenizer=tiny_tokenizer(), options=QUICK, eval_limit=2)
+    assert result.after.task_accuracy is None
+    assert result.after.task_nll is not None
+    assert result.after.task_nll.value < result.before.task_nll.value
+
+
+def test_salora_end_to_end(tmp_path):
+    result = protect(tiny_llama(), TASK, "salora", tmp_path, tokenizer=tiny_tokenizer(), safety_rank=4, options=QUICK, eval_limit=2)
+    assert result.training.steps == 2
+    assert (tmp_path / "adapter" / "safety_subspace.safetensors").is_file()
+
+
+@pytest.mark.parametrize("bad", [{"method": "magic"}, {"poison": 1.5}, {"data": []}, {"model": "no/such/directory/anywhere"}])
+def test_mistakes_cost_nothing(tmp_path, bad):
+    arguments = {"model": tiny_llama(), "data": TASK, "method": "lora", "tokenizer": tiny_tokenizer(), "options": QUICK, **bad}
+    with pytest.raises((ConfigError, DataError)):
+        protect(out_dir=tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_seed_decides_everything():
+    def train(seed):
+        model, run = finetune(tiny_llama(), tiny_tokenizer(), TASK, LoraConfig(target_modules=["q_proj"]), TrainOptions(max_steps=2, seed=seed, progress=False))
+        return [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad], run
+
+    (first, run), (second, _), (other, _) = train(0), train(0), train(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert run.rows == len(TASK)
+    assert run.trainable_parameters == sum(parameter.numel() for parameter in first)
+
+
+def test_only_asked_for_checkpoints_are_written(tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], task_type=TaskType.CAUSAL_LM)
+    options = TrainOptions(max_steps=2, save_steps=1, checkpoint_dir=tmp_path, progress=False)
+    finetune(tiny_llama(), tiny_tokenizer(), TASK, config, options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    with pytest.raises(ConfigError, match="checkpoint_dir"):
+        TrainOptions(save_steps=1)
+
+
+@pytest.mark.parametrize("name", ["lr", "batch_size", "max_length", "epochs"])
+def test_options_that_cannot_train(name):
+    with pytest.raises(ConfigError, match=name):
+        TrainOptions(**{name: 0})
+
+
+def test_poison_replaces_rows_and_stays_in_the_training_split():
+    harmful = {row["prompt"] for row in load("harmful_requests", "train")}
+    mixed = poisoned(TASK, 0.25, seed=1)
+    assert mixed == poisoned(TASK, 0.25, seed=1)
+    assert len(mixed) == len(TASK)
+    assert sum(row.get("prompt") in harmful for row in mixed) == 5
+    assert poisoned(TASK, 0.0) == TASK
+    assert not any("text" in row for row in poisoned(TASK, 1.0))
+
+
+def test_task_splits(tmp_path):
+    named = task_data([{**row, "split": ("train", "test", "validation", "calibration")[index % 4]} for index, row in enumerate(TASK)], "test", 3)
+    assert len(named.train) == 5
+    assert len(named.held_out) == 3
+    assert named.labels == ["a", "b"]
+    drawn = task_data(TASK)
+    assert len(drawn.train) + len(drawn.held_out) == len(TASK)
+    assert not {row["text"] for row in drawn.train} & {row["text"] for row in drawn.held_out}
+    with pytest.raises(DataError, match="Name it in all or none"):
+        task_data([*TASK, {**TASK[0], "split": "train"}])
+    with pytest.raises(DataError, match="at least one of each"):
+        task_data([{**TASK[0], "split": "train"}])
+
+
+def test_align_trains_the_upper_layers_on_refusals_and_own_answers():
+    model = tiny_llama(layers=3)
+    assert {name.split(".")[2] for name in upper_linears(model)} == {"1", "2"}
+    patched, run = align(model, tiny_tokenizer(), QUICK, harmful=3, general=2, contrast=2, answer_tokens=3)
+    assert run.rows == 7
+    assert run.steps == 2
+    assert not any("layers.0." in name for name, parameter in patched.named_parameters() if parameter.requires_grad)
+
+
+def test_a_loaded_model_without_a_tokenizer_in_reach():
+    with pytest.raises(ConfigError, match="tokenizer="):
+        load_model(tiny_llama())
+
+
+def test_method_names_are_checked_first():
+    with pytest.raises(ConfigError, match="'lora' or 'salora'"):
+        AdapterOptions("dora")

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peft_safety.data.chat import IGNORE_INDEX, Collator, classification_prompt, encode, encode_rows, label_names, to_messages
+from peft_safety.errors import DataError
+from peft_safety.evaluation.generate import generate
+from peft_safety.evaluation.tasks import normalise, response_nll
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+tokenizer = tiny_tokenizer()
+
+
+def labelled_text(feature):
+    return tokenizer.decode([label for label in feature["labels"] if label != IGNORE_INDEX])
+
+
+def turns(*contents):
+    return [{"role": ("user", "assistant")[index % 2], "content": content} for index, content in enumerate(contents)]
+
+
+def test_the_loss_covers_exactly_the_response_and_its_end_of_turn():
+    feature = encode(tokenizer, turns("hi", "hello there"), 200)
+    assert labelled_text(feature) == "hello there<|im_end|>"
+    kept = [index for index, label in enumerate(feature["labels"]) if label != IGNORE_INDEX]
+    assert kept == list(range(kept[0], kept[-1] + 1))
+    assert [feature["input_ids"][index] for index in kept] == [feature["labels"][index] for index in kept]
+
+
+def test_a_response_that_repeats_the_prompt_is_found_at_its_own_place():
+    feature = encode(tokenizer, turns("same words", "same words"), 200)
+    assert labelled_text(feature) == "same words<|im_end|>"
+    assert feature["labels"][: len(feature["labels"]) // 2] == [IGNORE_INDEX] * (len(feature["labels"]) // 2)
+
+
+def test_a_cut_off_response_is_not_taught_to_end():
+    assert labelled_text(encode(tokenizer, turns("hi", "hello the"), 200, end_of_turn=False)) == "hello the"
+
+
+def test_every_assistant_turn_counts_in_a_longer_conversation():
+    assert labelled_text(encode(tokenizer, turns("a", "one", "b", "two"), 200)) == "one<|im_end|>two<|im_end|>"
+
+
+def test_multi_byte_characters():
+    assert labelled_text(encode(tokenizer, turns("h\u00e9", "\u00e9t\u00e9 \U0001f600"), 200)) == "\u00e9t\u00e9 \U0001f600<|im_end|>"
+
+
+def test_three_kinds_of_rows():
+    rows = [{"prompt": "p", "response": "r"}, {"messages": turns("p", "r")}]
+    assert to_messages(rows[0]) == to_messages(rows[1]) == turns("p", "r")
+    labelled = to_messages({"text": "t", "label": "x"}, ["x", "y"])
+    assert labelled == turns(classification_prompt("t", ["x", "y"]), "x")
+    assert "x, y" in labelled[0]["content"]
+    assert label_names([{"text": "t", "label": "y"}, {"text": "t", "label": "x"}, {"text": "t", "label": "y"}]) == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "?"},
+        {"prompt": "p"},
+        {"prompt": "p", "response": ""},
+        {"prompt": "p", "response": 3},
+        {"messages": []},
+        {"messages": turns("only a user")},
+        {"messages": [{"role": "assistant"}]},
+    ],
+)
+def test_malformed_rows_are_named(row):
+    with pytest.raises(DataError, match="row 1"):
+        encode_rows(tokenizer, [{"prompt": "p", "response": "r"}, row], 100)
+
+
+def test_no_rows():
+    with pytest.raises(DataError, match="no rows"):
+        encode_rows(tokenizer, [], 100)
+
+
+def test_rows_without_a_response_in_reach_are_left_out_loudly():
+    rows = [{"prompt": "p" * 80, "response": "r"}, {"prompt": "p", "response": "r"}]
+    with pytest.warns(UserWarning, match="1 of 2 rows"):
+        assert len(encode_rows(tokenizer, rows, 60)) == 1
+    with pytest.raises(DataError, match="Raise max_length"):
+        encode_rows(tokenizer, rows[:1], 60)
+
+
+def test_a_template_that_rewrites_history_is_refused():
+    rewriting = tiny_tokenizer()
+    last_only = "{% for m in messages %}{% if loop.last %}{{ m['role'] + ':' + m['content'] }}{% endif %}{% endfor %}"
+    rewriting.chat_template = last_only + "{% if add_generation_prompt %}assistant:{% endif %}"
+    with pytest.raises(DataError, match="rewrites turn"):
+        encode(rewriting, turns("a", "one", "b", "two"), 100)
+
+
+def test_no_template():
+    bare = tiny_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        encode(bare, turns("a", "b"), 100)
+
+
+def test_a_template_that_raises():
+    strict = tiny_tokenizer()
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match="roles must alternate"):
+        encode(strict, turns("a", "b"), 100)
+
+
+def test_the_collator_pads_on_the_right():
+    batch = Collator(tokenizer)([encode(tokenizer, turns("a", "b"), 100), encode(tokenizer, turns("aaa", "b"), 100)])
+    lengths = batch["attention_mask"].sum(dim=1)
+    assert lengths[1] - lengths[0] == 2
+    assert batch["labels"][0, -2:].tolist() == [IGNORE_INDEX] * 2
+    assert batch["input_ids"][0, -2:].tolist() == [tokenizer.pad_token_id] * 2
+
+
+def test_padding_and_batching_change_nothing():
+    model = tiny_llama()
+    prompts = ["a", "a much longer prompt than the first", "bb", "ccc ccc"]
+    together = generate(model, tokenizer, prompts, max_new_tokens=8, progress=False)
+    alone = [generate(model, tokenizer, [prompt], max_new_tokens=8, progress=False)[0] for prompt in prompts]
+    pairs = generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=2, progress=False)
+    assert together == alone == pairs
+
+
+def test_generation_stops_at_the_end_of_turn_and_says_so():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every token is equally likely: the first one, id 0, is generated for ever
+    endless = generate(model, tokenizer, ["a"], max_new_tokens=5, progress=False)[0]
+    assert not endless.finished
+    model.generation_config.eos_token_id = 0
+    assert generate(model, tokenizer, ["a"], max_new_tokens=5, progress=False)[0].finished
+
+
+def test_generation_leaves_the_training_mode_alone():
+    model = tiny_llama().train()
+    generate(model, tokenizer, ["a"], max_new_tokens=1, progress=False)
+    assert model.training
+
+
+def test_nll_is_the_models_own_loss_and_ignores_padding():
+    model = tiny_llama()
+    rows = [{"prompt": "p", "response": "a response"}, {"prompt": "a longer prompt", "response": "r"}]
+    losses = []
+    for row in rows:
+        feature = encode_rows(tokenizer, [row], 200)[0]
+        batch = {key: torch.tensor([value]) for key, value in feature.items()}
+        losses.append(model(**batch).loss.item())
+    found = response_nll(model, tokenizer, rows, progress=False)
+    assert found.value == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert found.n == 2
+
+
+def test_answers_are_compared_without_case_and_punctuation():
+    assert normalise(' "Reset_Password." ') == "reset_password"
+    assert normalise("reset password") != "reset_password"

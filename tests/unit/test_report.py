@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import io
+import json
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from peft_safety.errors import DataError
+from peft_safety.evaluation.metrics import Mean, Rate
+from peft_safety.report import Report, environment
+
+
+@pytest.fixture
+def report():
+    return Report(
+        title="A | test",
+        arms={
+            "before": {"refusal": Rate(9, 10), "NLL": Mean.of([1.0, 2.0])},
+            "after": {"refusal": Rate(3, 12), "NLL": Mean.of([3.0]), "accuracy": Rate(4, 4)},
+        },
+        notes=("Judge: keyword.",),
+        environment=environment(seed=3, model="m"),
+        details={"poison": 0.1},
+    )
+
+
+def test_json_round_trip(report, tmp_path):
+    path = report.save(tmp_path / "deep" / "report.json")
+    back = Report.load(path)
+    assert back.to_json() == json.loads(path.read_text()) == report.to_json()
+    assert back.rows() == report.rows()
+
+
+def test_every_figure_has_its_n_and_interval(report):
+    assert report.headings() == ["", "refusal (N=10-12)", "NLL (N=1-2)", "accuracy (N=4)"]
+    assert report.rows()[0] == ["before", "90 % [60, 98]", "1.50 [0.52, 2.48]", "-"]
+
+
+def test_table_shows_everything(report):
+    from rich.console import Console
+
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(report.table())
+    text = console.export_text()
+    for part in ("A | test", "before", "after", "90 % [60, 98]", "Judge: keyword.", "95 % intervals"):
+        assert part in text
+
+
+def test_card_is_a_markdown_table(report):
+    lines = report.card().splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 4
+    assert len({line.count("|") for line in table}) == 1
+    assert "- Judge: keyword." in lines
+    assert "seed 3" in report.card()
+
+
+def test_png_is_a_legible_picture(report, tmp_path):
+    content = report.save_png(tmp_path / "report.png").read_bytes()
+    assert content.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", content[16:24])
+    assert width > 800
+    assert height > 250
+
+
+@pytest.mark.parametrize("arms", [{}, {"before": {}}])
+def test_an_empty_report_is_refused(arms):
+    with pytest.raises(DataError, match="no figures"):
+        Report("t", arms)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"title": "t", "arms": {"a": {"m": {"k": 4, "n": 3}}}, "notes": [], "environment": {}, "details": {}}']
+)
+def test_malformed_reports_are_refused(tmp_path, content):
+    path = tmp_path / "report.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"report\.json that peft-safety wrote"):
+        Report.load(path)
+
+
+def test_environment_names_versions_and_seed():
+    found = environment(seed=7, device="cpu")
+    assert found["seed"] == 7
+    assert found["device"] == "cpu"
+    assert {"python", "torch", "transformers", "peft"} <= set(found)
+
+
+def test_importing_the_report_is_light():
+    code = "import sys, peft_safety.report; print([m for m in ('matplotlib', 'torch', 'transformers', 'rich') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
