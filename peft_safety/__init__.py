@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft_safety.methods.protected import assert_protected
     from peft_safety.methods.salora import SaLoRAConfig
     from peft_safety.subspace import SafetySubspace
-    from peft_safety.verify import verify
+    from peft_safety.verification import verify
 
 __version__ = "0.1.0"
 
@@ -32,7 +32,7 @@ _NAMES = {
     "assert_protected": "methods.protected",
     "export_lora": "export",
     "merge_dequantised": "export",
-    "verify": "verify",
+    "verify": "verification",
 }
 __all__ = [
     "PeftSafetyError",
@@ -65,17 +65,26 @@ def _register() -> None:
 class _WhenPeftIsImported(importlib.abc.MetaPathFinder):
     """Finds `peft` as the others would, and registers the types right after its module body has run."""
 
+    def __init__(self) -> None:
+        self._looking = False
+
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> Any:
-        if fullname != "peft":
+        # Stays in place until the import itself: transformers asks whether peft can be found long before it imports it.
+        if fullname != "peft" or self._looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._looking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._looking = False
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             run(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             _register()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]

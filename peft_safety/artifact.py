@@ -1,11 +1,12 @@
 """The adapter on disk: what a protected adapter directory must hold, and the check that it does.
 
-`adapter_config.json` is the manifest: it names the other files and their sha256. `adapter_model.safetensors` holds PEFT's plain keys with *projected*
-factors. `safety_subspace.safetensors` holds the bases, for exactly the modules of the adapter. Nothing here builds or needs a model.
+`adapter_config.json` is the manifest: it names the other files and their sha256, and carries one over itself. `adapter_model.safetensors` holds PEFT's
+plain keys with *projected* factors. `safety_subspace.safetensors` holds the bases, for exactly the modules of the adapter. Nothing here builds or needs a model.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_safety import files
+from peft_safety import files, weights
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.projection import Side, leak, leak_tolerance
 from peft_safety.subspace import FILE_NAME as SUBSPACE_FILE
@@ -25,14 +26,19 @@ from peft_safety.subspace import SafetySubspace
 
 MANIFEST = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
-PROTECTED_TYPES = ("SALORA",)
-"""Values of `peft_type` that promise a protected adapter."""
+PROTECTED_TYPES: dict[str, tuple[Side, ...]] = {"SALORA": ("out",)}
+"""Values of `peft_type` that promise a protected adapter, and the sides of the update that they constrain."""
+FREE_FIELDS = ("base_model_name_or_path", "revision", "inference_mode")
+"""Fields of the manifest that may be edited: they change nothing of what the adapter computes on the base it was trained on."""
 
 MAX_ALPHA = 1e6
 MAX_RANK = 65_536
 DTYPES = ("F32", "BF16", "F16")
+COUNTER_DTYPES = ("I64", "I32", "I16", "I8", "U8", "BOOL")
+"""What other trained tensors may be too: buffers of a module in `modules_to_save`."""
 _PLAIN_NAME = re.compile(r"[\w.\-]+")
-_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.(?P<factor>lora_A|lora_B)\.(?P<kind>weight|initial)")
+_PREFIX = "base_model.model."
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<factor>lora_A|lora_B)\.(?P<kind>weight|initial)")
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,37 @@ def check_numbers(r: Any, alpha: Any, dropout: Any, where: str) -> None:
         ConfigError: a rank that is not an integer in [1, 65536], an alpha that is not finite and in (0, 1e6], a dropout outside [0, 1).
     """
     if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= MAX_RANK:
-        raise ConfigError(f"{where}: r={r!r}. A rank is an integer from 1 to {MAX_RANK}.")
+        raise ConfigError(f"{where}: r={r!r} is no rank. Use an integer from 1 to {MAX_RANK}.")
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha) or not 0 < alpha <= MAX_ALPHA:
         raise ConfigError(f"{where}: lora_alpha={alpha!r}. Use a finite number above 0 and at most {MAX_ALPHA:g}.")
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ConfigError(f"{where}: lora_dropout={dropout!r}. Use a number in [0, 1).")
+
+
+def check_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuse what a stored config of this package never holds: wrong types, numbers out of range, and regular expressions, which can take forever to match.
+
+    Raises:
+        ArtifactError: a pattern, or a key of `rank_pattern` or `alpha_pattern`, that is not a full module name.
+        ConfigError: a number out of range.
+    """
+    check_numbers(config.get("r"), config.get("lora_alpha"), config.get("lora_dropout"), where)
+    modules = config.get("target_modules")
+    if not isinstance(modules, list) or not all(isinstance(m, str) and _PLAIN_NAME.fullmatch(m) for m in modules):
+        raise ArtifactError(f"{where}: target_modules must list full module names, not patterns. Save the adapter again with peft_safety.")
+    for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        if config.get(field):
+            raise ArtifactError(f"{where}: {field} has no place beside a list of full module names. Save the adapter again with peft_safety.")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(m, str) and m for m in saved):
+        raise ArtifactError(f"{where}: modules_to_save must be a list of module names. Save the adapter again with peft_safety.")
+    for field in ("rank_pattern", "alpha_pattern"):
+        table = config.get(field) or {}
+        if not isinstance(table, dict) or not set(table) <= set(modules):
+            raise ArtifactError(f"{where}: {field} must map names in target_modules to numbers. Save the adapter again with peft_safety.")
+        for name, value in table.items():
+            rank, alpha = (value, 1) if field == "rank_pattern" else (1, value)
+            check_numbers(rank, alpha, 0, f"{where}, {field}[{name!r}]")
 
 
 def check_adapter(directory: Path) -> StoredAdapter:
@@ -81,54 +113,83 @@ def check_adapter(directory: Path) -> StoredAdapter:
 
     Raises:
         ArtifactError: anything but the exact set of files and tensors, or a changed byte.
+        ConfigError: a number of the config that is out of range.
         SubspaceError: bases that would not protect.
     """
     files.recover(directory, MANIFEST)
-    config = files.read_json(directory / MANIFEST)
-    if config.get("peft_type") not in PROTECTED_TYPES:
-        raise ArtifactError(f"{directory}: peft_type {config.get('peft_type')!r} promises no protection. Protected types: {', '.join(PROTECTED_TYPES)}.")
+    path = files.child(directory, MANIFEST)
+    config = files.read_json(path)
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in PROTECTED_TYPES:
+        raise ArtifactError(f"{path}: peft_type {kind!r} promises no protection. Give a directory of type {' or '.join(PROTECTED_TYPES)}.")
     _refuse_pickles(directory)
-    record = _record(directory, config)
+    record = _record(path, config)
+    check_config(config, str(path))
+    if record["config"] != config_digest(config):
+        raise ArtifactError(f"{path} is not the config that was saved (its sha256 differs; only {', '.join(FREE_FIELDS)} may change). Copy or save it again.")
     for name, expected in record["files"].items():
-        path = files.child(directory, name)
-        if not path.is_file():
-            raise ArtifactError(f"{path} is missing. Copy the whole directory.")
-        if files.sha256(path) != expected:
-            raise ArtifactError(f"{path} is not the file that was saved (its sha256 differs from the one in {MANIFEST}). Copy or save it again.")
+        file = files.child(directory, name)
+        if not file.is_file():
+            raise ArtifactError(f"{file} is missing. Copy the whole directory, or load from the place it was saved to.")
+        if files.sha256(file) != expected:
+            raise ArtifactError(f"{file} is not the file that was saved (its sha256 differs from the one in {MANIFEST}). Copy or save it again.")
     subspace = SafetySubspace.load(files.child(directory, record["subspace"]))
+    _check_subspace(directory / SUBSPACE_FILE, subspace, kind)
     return _check_factors(directory, config, subspace, tuple(record["extra_tensors"]))
 
 
 def seal(directory: Path) -> None:
-    """Complete the manifest of a freshly written directory: the adapter file's hash, and which tensors are not LoRA factors."""
+    """Complete the manifest of a freshly written directory: the adapter file's hash, which tensors are not LoRA factors, and the hash over all of that."""
     path = directory / MANIFEST
     config = files.read_json(path)
     record = config["safety_artifact"]
     record["files"][ADAPTER_FILE] = files.sha256(directory / ADAPTER_FILE)
     with files.open_tensors(directory / ADAPTER_FILE) as handle:
         record["extra_tensors"] = sorted(key for key in handle.keys() if _KEY.fullmatch(key) is None)  # noqa: SIM118
+    sign(config)
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _record(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def sign(config: dict[str, Any]) -> None:
+    """Put the hash of a config into its `safety_artifact` entry."""
+    config["safety_artifact"]["config"] = config_digest(config)
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """sha256 of a config's canonical JSON, without the fields that may change and without the hash itself."""
+    fixed = {k: v for k, v in config.items() if k not in FREE_FIELDS}
+    fixed["safety_artifact"] = {k: v for k, v in config["safety_artifact"].items() if k != "config"}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _record(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """The `safety_artifact` entry, its types checked."""
     record = config.get("safety_artifact")
     if not isinstance(record, dict) or not isinstance(record.get("files"), dict) or record.get("subspace") != SUBSPACE_FILE:
-        raise ArtifactError(
-            f"{directory / MANIFEST}: no complete 'safety_artifact' entry (subspace {SUBSPACE_FILE!r} and the files' hashes). Save the adapter again."
-        )
+        raise ArtifactError(f"{path}: no complete 'safety_artifact' entry (subspace {SUBSPACE_FILE!r} and the files' hashes). Save the adapter again.")
     hashes, extra = record["files"], record.get("extra_tensors", [])
     if SUBSPACE_FILE not in hashes or set(hashes) - {SUBSPACE_FILE, ADAPTER_FILE} or not all(isinstance(h, str) for h in hashes.values()):
-        raise ArtifactError(f"{directory / MANIFEST}: 'files' lists {sorted(hashes)}; it must list {SUBSPACE_FILE} and may list {ADAPTER_FILE}.")
+        raise ArtifactError(
+            f"{path}: 'files' lists {str(sorted(hashes))[:200]}; it must list {SUBSPACE_FILE} and may list {ADAPTER_FILE}. Save the adapter again."
+        )
     if not isinstance(extra, list) or not all(isinstance(key, str) for key in extra):
-        raise ArtifactError(f"{directory / MANIFEST}: 'extra_tensors' must be a list of tensor names.")
-    return {"subspace": SUBSPACE_FILE, "files": hashes, "extra_tensors": extra}
+        raise ArtifactError(f"{path}: 'extra_tensors' must be a list of tensor names. Save the adapter again.")
+    return {"subspace": SUBSPACE_FILE, "files": hashes, "extra_tensors": extra, "config": record.get("config")}
+
+
+def _check_subspace(path: Path, subspace: SafetySubspace, kind: str) -> None:
+    """Every module has the bases that the method constrains, and a fingerprint of its base weight."""
+    for module, sides in subspace.bases.items():
+        missing = [side for side in PROTECTED_TYPES[kind] if side not in sides]
+        if missing or module not in subspace.fingerprints:
+            what = f"no {missing[0]!r} basis" if missing else "no fingerprint of the base weight"
+            raise ArtifactError(f"{path}: {module} has {what}, which peft_type {kind!r} needs. Save the adapter again.")
 
 
 def _refuse_pickles(directory: Path) -> None:
     for path in directory.iterdir():
         if path.name.startswith("adapter_model") and path.suffix in files.PICKLES:
-            raise ArtifactError(f"{path} is a pickle and is never opened: it can run code. Remove it, or convert it to {ADAPTER_FILE}.")
+            raise ArtifactError(f"{path} is a pickle and is never opened: it can run code. Remove it, or convert it to {ADAPTER_FILE} where that cannot hurt.")
 
 
 def _check_factors(directory: Path, config: dict[str, Any], subspace: SafetySubspace, extra: tuple[str, ...]) -> StoredAdapter:
@@ -143,13 +204,18 @@ def _check_factors(directory: Path, config: dict[str, Any], subspace: SafetySubs
             else:
                 factors.setdefault(match["module"], {})[f"{match['factor']}.{match['kind']}"] = key
         if others != set(extra):
-            raise ArtifactError(f"{path}: unknown or missing tensors {sorted(others ^ set(extra))[:3]}. The file must hold exactly what {MANIFEST} lists.")
+            raise ArtifactError(
+                f"{path}: unknown or missing tensors {sorted(others ^ set(extra))[:3]}; it must hold exactly what {MANIFEST} lists. Copy or save it again."
+            )
         if set(factors) != set(subspace.bases):
             odd = sorted(set(factors) ^ set(subspace.bases))
             raise ArtifactError(
                 f"{path}: {len(factors)} modules, but the subspace has {len(subspace.bases)}; they differ at {odd[:3]}. Copy or save the adapter again."
             )
-        residual = any("lora_A.initial" in keys for keys in factors.values())
+        if set(config["target_modules"]) != set(factors):
+            odd = sorted(set(config["target_modules"]) ^ set(factors))
+            raise ArtifactError(f"{path}: {len(factors)} modules; target_modules in {MANIFEST} differs at {odd[:3]}. Copy or save the adapter again.")
+        residual = config.get("init") == "task"
         expected = {"lora_A.weight", "lora_B.weight"} | ({"lora_A.initial", "lora_B.initial"} if residual else set())
         shapes, leaks = {}, {}
         for module, keys in sorted(factors.items()):
@@ -159,8 +225,7 @@ def _check_factors(directory: Path, config: dict[str, Any], subspace: SafetySubs
             tensors = {kind: handle.get_tensor(key) for kind, key in keys.items()}
             leaks[module] = _check_values(path, module, tensors, subspace)
         for key in extra:
-            if not bool(torch.isfinite(handle.get_tensor(key)).all()):
-                raise ArtifactError(f"{path}: {key} holds NaN or Inf. Save the adapter again from the last good checkpoint.")
+            _check_extra(path, key, handle, subspace)
     return StoredAdapter(directory, config, subspace, shapes, residual, leaks, extra)
 
 
@@ -169,7 +234,7 @@ def _check_shapes(path: Path, module: str, slices: Mapping[str, Any], subspace: 
     shapes = {kind: tuple(s.get_shape()) for kind, s in slices.items()}
     dtypes = {s.get_dtype() for s in slices.values()}
     a, b = shapes["lora_A.weight"], shapes["lora_B.weight"]
-    rank = config.get("rank_pattern", {}).get(module, config.get("r"))
+    rank = (config.get("rank_pattern") or {}).get(module, config["r"])
     fits = len(a) == len(b) == 2 and a[0] == b[1] == rank and 1 <= rank <= min(a[1], b[0])
     fits = fits and all(shapes[f"{f}.initial"] == shapes[f"{f}.weight"] for f in ("lora_A", "lora_B") if f"{f}.initial" in shapes)
     for side, d in (("out", b[0] if b else 0), ("in", a[-1] if a else 0)):
@@ -206,16 +271,20 @@ def _leak(path: Path, module: str, kind: str, u: Tensor, tensor: Tensor, side: S
     return found
 
 
-def plain_patterns(config: Mapping[str, Any], directory: Path) -> None:
-    """Refuse regular expressions in a stored config: a stranger's can take forever to match. This package saves full module names.
-
-    Raises:
-        ArtifactError: a key of `rank_pattern` or `alpha_pattern` that is not a plain name; values out of range.
-    """
-    for field in ("rank_pattern", "alpha_pattern"):
-        table = config.get(field) or {}
-        if not isinstance(table, dict) or not all(isinstance(k, str) and _PLAIN_NAME.fullmatch(k) for k in table):
-            raise ArtifactError(f"{directory / MANIFEST}: {field} must map full module names to numbers. Save the adapter again with peft_safety.")
-        for name, value in table.items():
-            rank, alpha = (value, 1) if field == "rank_pattern" else (1, value)
-            check_numbers(rank, alpha, 0, f"{directory / MANIFEST}, {field}[{name!r}]")
+def _check_extra(path: Path, key: str, handle: Any, subspace: SafetySubspace) -> None:
+    """A trained tensor that is no factor. It may not be one in disguise, and not replace the base weight under a protected update."""
+    module = key.removeprefix(_PREFIX).rpartition(".")[0]
+    base = module.removesuffix(".base_layer")
+    if not key.startswith(_PREFIX) or "lora_" in key or module in subspace.bases or (base != module and base not in subspace.bases):
+        raise ArtifactError(f"{path}: unknown tensor {key!r}; it is neither a factor nor of a module in modules_to_save. Save the adapter again.")
+    dtype = handle.get_slice(key).get_dtype()
+    if dtype not in (*DTYPES, *COUNTER_DTYPES):
+        raise ArtifactError(f"{path}: {key} is {dtype}; an adapter holds {', '.join(DTYPES)}. Save the adapter again.")
+    tensor = handle.get_tensor(key)
+    if not bool(torch.isfinite(tensor).all()):
+        raise ArtifactError(f"{path}: {key} {tuple(tensor.shape)} holds NaN or Inf. Save the adapter again from the last good checkpoint.")
+    if base != module and key.endswith(".weight"):  # PEFT stores a targeted embedding or head whole: then it must be the base's
+        found = weights.sample(tensor.float()) if tensor.ndim == 2 else tensor
+        reference = subspace.fingerprints[base]
+        if found.shape != reference.shape or not weights.distance(found, reference) <= weights.DISTANCE_DENSE:
+            raise ArtifactError(f"{path}: {key} {tuple(tensor.shape)} is not the base weight that the subspace was made for. Save the adapter again.")

@@ -32,17 +32,19 @@ class SafetyMonitorCallback(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is not None:
             logs["safety_leak"] = largest_leak(kwargs["model"])
+            if state.log_history:  # the Trainer has made its own copy, the one that trainer_state.json keeps, before it calls us
+                state.log_history[-1]["safety_leak"] = logs["safety_leak"]
 
 
 @torch.no_grad()
 def largest_leak(model: nn.Module) -> float:
-    """Largest `||U^T B|| / ||B||` over the raw weights of all leaves, with one host synchronisation. Sharded weights are passed over."""
+    """Largest `||U^T B|| / ||B||` over the raw weights of all leaves, with one host synchronisation. Sharded weights are gathered, so every rank must call it."""
     worst = torch.zeros(())
     for _, leaf in protected_leaves(model):
-        weight = leaf._parameters["weight"]
-        if leaf.basis is None or weight is None or hasattr(weight, "device_mesh") or weight.is_meta:
+        weight = leaf.raw()
+        if leaf.basis is None or weight.is_meta:
             continue
-        w = weight.float()
+        w = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).float()
         part = torch.linalg.matrix_norm(coefficients(leaf.basis.to(w.device), w, leaf.side))
         worst = torch.maximum(worst.to(w.device), part / torch.linalg.matrix_norm(w).clamp(min=torch.finfo(torch.float32).tiny))
     return float(worst)

@@ -99,7 +99,7 @@ def verify(
 ) -> None:
     """Check that a directory holds a protected adapter, whole and unchanged. Exits with 1 if not."""
     from peft_safety.errors import PeftSafetyError
-    from peft_safety.verify import verify as check
+    from peft_safety.verification import verify as check
 
     base = None
     if model is not None:

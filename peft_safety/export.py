@@ -46,8 +46,9 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
         if adapter_name in layer.merged_adapters:
             raise ConfigError(f"adapter {adapter_name!r} is merged into the base weights. Call unmerge_adapter() first.")
         leaf_a, leaf_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        a, b = leaf_a.weight, leaf_b.weight  # reading folds, the frozen factors too
         frozen = (getattr(leaf_a, "initial", None), getattr(leaf_b, "initial", None))
-        factors[name] = plain_factors(leaf_a.weight, leaf_b.weight, *frozen, scaling=float(layer.scaling[adapter_name]))
+        factors[name] = plain_factors(a, b, *frozen, scaling=float(layer.scaling[adapter_name]))
     return _publish(Path(directory), factors, config)
 
 

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -95,13 +96,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(raw: bytes | str, where: str) -> dict[str, Any]:
     """`read_json` for text that is already in memory."""
     if len(raw) > MAX_JSON_BYTES:
-        raise ArtifactError(f"{where} is larger than {MAX_JSON_BYTES} bytes, the limit for a config. It is not a config of this package.")
+        raise ArtifactError(f"{where} is larger than {MAX_JSON_BYTES} bytes, the limit for a config. Copy or save the adapter again.")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            repeated = next(key for i, key in enumerate(keys) if key in keys[:i])
+            repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise ArtifactError(f"{where}: {repeated[:80]!r} is a duplicate key. Keep one value per key.")
         return found
 
@@ -167,6 +167,7 @@ def publishing(target: Path, manifest: str) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(prefix=f"{STAGING}{os.getpid()}-", dir=target))
         yield staging
         for path in (*staging.rglob("*"), staging):
+            _refuse_clash(path, target / path.relative_to(staging))
             _sync(path)
         staging.rename(target / COMMIT)
     except (OSError, SafetensorError) as error:
@@ -187,8 +188,9 @@ def recover(target: Path, manifest: str) -> None:
     Raises:
         ArtifactError: there is one to finish, but the directory cannot be written, or it is a link.
     """
-    for owner, commit in ((target, target / COMMIT), (target.parent, target.parent / COMMIT)):
-        pending = commit if owner == target else commit / target.name
+    above = target.resolve().parent
+    for owner, pending in ((target, target / COMMIT), (above, above / COMMIT / target.resolve().name)):
+        commit = owner / COMMIT
         if commit.is_symlink() and pending.exists():
             raise ArtifactError(f"{commit} is a symbolic link; a save never leaves one. Remove it.")
         if not pending.is_dir():
@@ -201,6 +203,12 @@ def recover(target: Path, manifest: str) -> None:
             raise ArtifactError(
                 f"{owner} holds a save that was cut off, and it cannot be finished here ({error}). Make the directory writable once."
             ) from error
+
+
+def _refuse_clash(path: Path, place: Path) -> None:
+    """A file cannot take the place of a directory, nor the other way round: find out before the commit point."""
+    if place.exists() and place.is_dir() != path.is_dir():
+        raise FileExistsError(f"{place} is {'a directory' if place.is_dir() else 'a file'} and is in the way")
 
 
 def _move(source: Path, target: Path, manifest: str) -> None:

@@ -56,6 +56,9 @@ class ProtectedLinear(nn.Linear):
         _LEAVES.add(leaf)
         return leaf
 
+    def reset_parameters(self) -> None:
+        """Nothing: the weight is PEFT's, which initialises it."""
+
     def forward(self, x: Tensor) -> Tensor:
         weight = self.projected()
         if self.initial is None:
@@ -69,9 +72,9 @@ class ProtectedLinear(nn.Linear):
 
     def projected(self) -> Tensor:
         """The weight that counts, differentiable, in the dtype of `weight`; projected in fp32 whatever autocast says."""
-        return self._project(self._raw())
+        return self._project(self.raw())
 
-    def _raw(self) -> Tensor:
+    def raw(self) -> Tensor:
         """The unprojected weight, without the fold that reading `.weight` implies. A replica of `nn.DataParallel` keeps it as a plain attribute."""
         weight = self._parameters.get("weight")
         return self.__dict__["weight"] if weight is None else weight
@@ -86,7 +89,7 @@ class ProtectedLinear(nn.Linear):
     @torch.no_grad()
     def set_initial(self, value: Tensor) -> None:
         """Start from `value` and take `value` out again, so that the function does not change: fills `weight` and `initial`."""
-        weight = self._raw()
+        weight = self.raw()
         weight.copy_(value)
         self.fold()
         self.initial = weight.detach().clone()
@@ -94,7 +97,7 @@ class ProtectedLinear(nn.Linear):
     @torch.no_grad()
     def fold(self) -> bool:
         """Replace the raw weight (and the frozen one) by its projection if it leaks; changes no bit of one that doesn't. Returns whether it wrote."""
-        weight = self._raw()
+        weight = self.raw()
         factors = [weight]
         if self.initial is not None:
             if self.initial.dtype != weight.dtype:  # PEFT and TRL cast parameters only; the two are comparable, and storable, in one dtype
@@ -108,7 +111,7 @@ class ProtectedLinear(nn.Linear):
     @torch.no_grad()
     def fold_after_step(self) -> None:
         """One unconditional projection without a host synchronisation, on the local shard if the weight is sharded."""
-        weight = self._raw()
+        weight = self.raw()
         if self.basis is None:
             return
         if hasattr(weight, "device_mesh"):
@@ -118,7 +121,7 @@ class ProtectedLinear(nn.Linear):
 
     def __getattr__(self, name: str) -> Any:
         # Parameters live in `_parameters`, so `.weight` arrives here: whoever reads it past the forward gets a folded one.
-        if name == "weight" and not torch.compiler.is_compiling():
+        if name == "weight" and name in self._parameters and not torch.compiler.is_compiling():
             self.fold()
         return super().__getattr__(name)
 
@@ -168,8 +171,7 @@ def check_leaf(leaf: nn.Module, name: str, basis: Tensor, side: Side) -> None:
         raise ProtectionError(
             f"{name}: its basis {tuple(leaf.basis.shape)} {leaf.basis.dtype} is not the subspace's {tuple(basis.shape)} float32. Load the adapter again."
         )
-    weight = leaf._parameters["weight"]
-    assert weight is not None
+    weight = leaf.raw()
     if not hasattr(weight, "device_mesh") and not weight.is_meta and not bool(torch.isfinite(weight).all()):
         raise ProtectionError(f"{name}: the weight {tuple(weight.shape)} holds NaN or Inf. Lower the learning rate, and load the last good checkpoint.")
 
@@ -179,7 +181,7 @@ _LEAVES: weakref.WeakSet[ProtectedLinear] = weakref.WeakSet()
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Fold what this optimizer has just moved. Leaves are taken in the order of its parameters, which all ranks share."""
-    by_weight = {id(leaf._parameters["weight"]): leaf for leaf in _LEAVES}
+    by_weight = {id(leaf._parameters.get("weight")): leaf for leaf in _LEAVES}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             leaf = by_weight.get(id(parameter))

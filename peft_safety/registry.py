@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +25,10 @@ SYMBOLS = {
     "peft.mapping": ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING"),
     "peft.config": ("PeftConfigMixin.from_pretrained", "PeftConfigMixin.from_json_file"),
     "peft.peft_model": ("PeftModel.save_pretrained", "PeftModel.load_adapter"),
-    "peft.tuners.lora": ("LoraModel._check_merge_allowed", "LoraModel._check_add_weighted_adapter", "LoraLayer.lora_A", "LoraLayer.lora_B"),
+    "peft.tuners.lora": ("LoraModel._check_add_weighted_adapter", "LoraLayer.lora_A", "LoraLayer.lora_B"),
     "peft.tuners.tuners_utils": (
+        "BaseTuner._unload_and_optionally_merge",
+        "BaseTuner.merge_adapter",
         "BaseTuner.inject_adapter",
         "BaseTunerLayer.get_base_layer",
         "BaseTunerLayer.enable_adapters",
@@ -76,7 +80,8 @@ def register() -> None:
     _wrap(peft.peft_model.PeftModel, "save_pretrained", _save_pretrained)
     _wrap(peft.peft_model.PeftModel, "load_adapter", _load_adapter)
     _wrap(peft.tuners.lora.LoraModel, "inject_adapter", _inject_adapter)
-    _wrap(peft.tuners.lora.LoraModel, "_check_merge_allowed", _check_merge_allowed)
+    _wrap(peft.tuners.lora.LoraModel, "merge_adapter", _merge_adapter)
+    _wrap(peft.tuners.lora.LoraModel, "_unload_and_optionally_merge", _unload_and_optionally_merge)
     _wrap(peft.tuners.lora.LoraModel, "_check_add_weighted_adapter", _check_add_weighted_adapter)
     _wrap(hotswap, "_get_padded_linear", _get_padded_linear)
     _wrap(hotswap, "hotswap_adapter_from_state_dict", _hotswap_adapter_from_state_dict)
@@ -137,26 +142,52 @@ def _undo(model: nn.Module, adapter_name: str, before: dict[str, nn.Module]) -> 
 
 
 def _from_json_file(original: Callable[..., Any], cls: Any, path_json_file: str, **kwargs: Any) -> Any:
-    """A protected config is parsed with limits; any other is PEFT's business."""
+    """A config of this package is parsed with limits before PEFT sees it, and refused where it hides what it is; any other is PEFT's business."""
     from peft_safety import files
+    from peft_safety.artifact import SUBSPACE_FILE, check_config
 
     path = Path(path_json_file)
+    files.recover(path.parent, path.name)
     with path.open("rb") as file:
-        head = file.read(files.MAX_JSON_BYTES + 1)
-    if any(f'"{name}"'.encode() in head for name in config_types()):
-        files.recover(path.parent, path.name)
+        raw = file.read(files.MAX_JSON_BYTES + 1)
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError):
+        found = None  # truncated, too long or not JSON: ours if anything says so
+    fields = found if isinstance(found, dict) else {}
+    kind = fields.get("peft_type")
+    ours = isinstance(kind, str) and kind in config_types()
+    unreadable = not isinstance(kind, str) and ((path.parent / SUBSPACE_FILE).exists() or any(name.encode() in raw for name in config_types()))
+    if ours or unreadable:
         files.read_json(path)
+    if unreadable or (not ours and fields.get("safety_artifact") is not None):
+        raise ArtifactError(
+            f"{path}: peft_type {kind!r} would load a protected adapter without its protection. Copy or save the adapter again; to make it a plain LoRA on "
+            "purpose, use peft_safety.export_lora."
+        )
+    if ours and fields.get("safety_artifact") is not None:
+        check_config(fields, str(path))
     return original(cls, path_json_file, **kwargs)
 
 
-def _config_from_pretrained(original: Callable[..., Any], cls: Any, source: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+def _config_from_pretrained(original: Callable[..., Any], cls: Any, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
     """A protected config comes with its checked directory: whatever loads it next finds subspace, shapes and full module names."""
     from peft_safety.artifact import check_adapter
     from peft_safety.methods.protected import ProtectedConfig
 
-    config = original(cls, source, subfolder, **kwargs)
-    if isinstance(config, ProtectedConfig) and config.safety_artifact is not None:
-        config.take(check_adapter(_directory(source, subfolder, kwargs)))
+    source = pretrained_model_name_or_path  # PEFT's own name above: callers may use it
+    try:
+        config = original(cls, source, subfolder, **kwargs)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, PeftSafetyError) or not issubclass(cls, ProtectedConfig):
+            raise
+        raise ArtifactError(f"{source!r}: its adapter_config.json is not a {cls.__name__}: {error}. Save the adapter again.") from error
+    if not isinstance(config, ProtectedConfig):
+        return config
+    local = Path(source, subfolder) if subfolder else Path(source)
+    if config.safety_artifact is None and local.is_dir() and not any(local.glob("adapter_model*")):
+        return config  # a config alone, saved before any adapter was made from it
+    config.take(check_adapter(_directory(source, subfolder, kwargs)))
     return config
 
 
@@ -186,13 +217,14 @@ def _save_pretrained(original: Callable[..., None], self: Any, save_directory: s
     from peft_safety.files import publishing
     from peft_safety.methods.protected import assert_protected, protected_configs
 
-    selected = kwargs.get("selected_adapters") or list(self.peft_config)
+    given = inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments  # by name, however the caller passed them
+    selected = given.get("selected_adapters") or list(self.peft_config)
     protected = [name for name in protected_configs(self) if name in selected]
-    if not protected or not kwargs.get("is_main_process", True):
+    if not protected or not given.get("is_main_process", True):
         return original(self, save_directory, *args, **kwargs)
-    if (args and not args[0]) or not kwargs.get("safe_serialization", True):
+    if not given.get("safe_serialization", True):
         raise ConfigError("safe_serialization=False writes pickles, which this package never reads. Save as safetensors.")
-    if kwargs.get("path_initial_model_for_weight_conversion") is not None:
+    if given.get("path_initial_model_for_weight_conversion") is not None:
         raise ConfigError("path_initial_model_for_weight_conversion is for inits that rewrite the base weight. Use peft_safety.export_lora.")
     for name in protected:
         assert_protected(self, name)
@@ -258,16 +290,28 @@ def _get_delta_weight(original: Callable[..., Any], self: Any, adapter: str, *ar
     return (delta.float() - frozen).to(delta.dtype)
 
 
-def _check_merge_allowed(original: Callable[..., None], self: Any) -> None:
-    """Merging a protected update into a k-bit weight rounds most of it away, and what is left leaks: refuse, with the figure."""
-    original(self)
+def _merge_adapter(original: Callable[..., None], self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    _refuse_lossy_merge(self, adapter_names)
+    original(self, adapter_names, safe_merge)
+
+
+def _unload_and_optionally_merge(
+    original: Callable[..., Any], self: Any, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+) -> Any:
+    if merge:
+        _refuse_lossy_merge(self, adapter_names)
+    return original(self, merge, progressbar, safe_merge, adapter_names)
+
+
+def _refuse_lossy_merge(model: Any, adapter_names: list[str] | None) -> None:
+    """Merging a protected update into a k-bit weight rounds most of it away, and what is left leaks: refuse, with the figure, before anything is merged."""
     from peft_safety.methods.protected import adapter_layers, protected_configs
 
-    for adapter, _ in protected_configs(self).items():
-        for name, layer in adapter_layers(self, adapter).items():
+    for adapter in protected_configs(model):
+        for name, layer in adapter_layers(model, adapter).items():
             base = layer.get_base_layer()
             kind = weights.quantisation(base)
-            if kind is not None and adapter in layer.active_adapters:
+            if kind is not None and adapter in (adapter_names or layer.active_adapters):
                 kept = weights.merge_survival(base, layer.get_delta_weight(adapter), name)
                 raise LossyMergeError(
                     f"{name}: merging into a {kind} weight would keep {kept:.1%} of the update of adapter {adapter!r} and let the rest leak into the protected "

@@ -10,10 +10,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -37,7 +39,8 @@ class SafetySubspace:
         provenance: JSON-able facts: method, data hash, rank, tokens, seed.
 
     Raises:
-        SubspaceError: no basis, or one that is not finite, has k < 1 or k >= d, or is not orthonormal; names the module and the shape.
+        SubspaceError: no basis, or one that is not finite, has k < 1 or k >= d, or is not orthonormal; names the module and the shape. Spectra or
+            fingerprints of another shape, or not finite.
     """
 
     def __init__(
@@ -47,15 +50,18 @@ class SafetySubspace:
         fingerprints: Mapping[str, Tensor] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        self.bases = {name: {side: _frozen(u) for side, u in sides.items()} for name, sides in bases.items()}
-        self.spectra = {name: {side: _frozen(s) for side, s in sides.items()} for name, sides in (spectra or {}).items()}
-        self.fingerprints = {name: _frozen(f) for name, f in (fingerprints or {}).items()}
+        self.bases = {name: {side: _frozen(u, name) for side, u in sides.items()} for name, sides in bases.items()}
+        self.spectra = {name: {side: _frozen(s, name) for side, s in sides.items()} for name, sides in (spectra or {}).items()}
+        self.fingerprints = {name: _frozen(f, name) for name, f in (fingerprints or {}).items()}
         self.provenance = dict(provenance or {})
-        if not any(self.bases.values()):
-            raise SubspaceError("the subspace has no basis. Calibrate it with SafetySubspace.from_activations.")
+        if not self.bases or not all(self.bases.values()):
+            raise SubspaceError("the subspace, or one of its modules, has no basis. Calibrate it with SafetySubspace.from_activations.")
         for name, sides in self.bases.items():
             for side, u in sides.items():
                 check_basis(u, name, side)
+                _check_values(self.spectra.get(name, {}).get(side, u[0]), (u.shape[1],), f"{name}: the {side} spectrum")
+        for name, values in self.fingerprints.items():
+            _check_values(values, (weights.SAMPLES,), f"{name}: the fingerprint")
 
     @classmethod
     def from_activations(cls, model: nn.Module, data: Sequence[Mapping[str, Any]], **options: Any) -> SafetySubspace:
@@ -86,7 +92,7 @@ class SafetySubspace:
         if path.is_dir():
             path = files.child(path, FILE_NAME)
         elif not path.exists():
-            path = _download(str(source), **hub)
+            path = _download(os.fspath(source), **hub)
         with files.open_tensors(path) as handle:
             return _parse(handle, path)
 
@@ -95,17 +101,18 @@ class SafetySubspace:
         path = Path(path)
         if path.suffix != ".safetensors":
             path = path / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_name(f".{path.name}.{os.getpid()}")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_file(self._tensors(), staged, metadata={"format": FORMAT, "provenance": json.dumps(self.provenance, sort_keys=True)})
             with staged.open("rb") as file:
                 os.fsync(file.fileno())
-            staged.replace(path)
-        except OSError as error:
+            os.replace(staged, path)
+        except (OSError, SafetensorError) as error:
             raise ArtifactError(f"{path} could not be written: {error}. Free space or choose another directory.") from error
         finally:
-            staged.unlink(missing_ok=True)
+            with suppress(OSError):
+                staged.unlink(missing_ok=True)
         return path
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -156,7 +163,7 @@ class SafetySubspace:
             if u is None:
                 known = ", ".join(self.module_names[:3])
                 raise SubspaceError(
-                    f"{name}: the subspace has no {side!r} basis for it (it has {len(self.bases)} modules: {known}, ...). Calibrate with the same target_modules."
+                    f"{name}: the subspace has no {side!r} basis for it (it has {len(self.bases)}: {known}, ...). Calibrate with the same target_modules."
                 )
             d = weights.shape(layer)[0 if side == "out" else 1]
             if u.shape[0] != d:
@@ -167,7 +174,7 @@ class SafetySubspace:
 
     def bind(self, layers: Mapping[str, nn.Module]) -> None:
         """Record fingerprints of the base layers that have none yet."""
-        fresh = {name: _frozen(weights.fingerprint(layer, name)) for name, layer in layers.items() if name not in self.fingerprints}
+        fresh = {name: _frozen(weights.fingerprint(layer, name), name) for name, layer in layers.items() if name not in self.fingerprints}
         self.fingerprints.update(fresh)
         kinds = {weights.quantisation(layer) or "dense" for layer in layers.values()}
         self.provenance.setdefault("precision", "dense" if kinds <= {"dense"} else sorted(kinds - {"dense"})[0])
@@ -187,7 +194,7 @@ def check_basis(u: Tensor, name: str, side: Side) -> None:
     if side not in SIDES:
         raise SubspaceError(f"{name}: side {side!r}; use 'out' or 'in'.")
     if u.ndim != 2 or u.shape[1] < 1:
-        raise SubspaceError(f"{name}: the {side} basis has shape {tuple(u.shape)}; it must be (features, k) with k >= 1.")
+        raise SubspaceError(f"{name}: the {side} basis has shape {tuple(u.shape)}; it must be (features, k) with k >= 1. Calibrate again.")
     d, k = u.shape
     if k >= d:
         raise SubspaceError(f"{name}: k = {k} directions of {d} {side}put features leave nothing to train. Use a rank below {d}, or leave this module out.")
@@ -200,7 +207,14 @@ def check_basis(u: Tensor, name: str, side: Side) -> None:
         )
 
 
-def _frozen(x: Tensor) -> Tensor:
+def _check_values(x: Tensor, shape: tuple[int, ...], what: str) -> None:
+    if tuple(x.shape) != shape or not bool(torch.isfinite(x).all()):
+        raise SubspaceError(f"{what} must hold {shape[0]} finite values; it has shape {tuple(x.shape)}, or NaN or Inf. Calibrate again.")
+
+
+def _frozen(x: Tensor, name: str) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise SubspaceError(f"{name}: a {type(x).__name__} where a tensor is expected. Calibrate with SafetySubspace.from_activations.")
     return x.detach().to(device="cpu", dtype=torch.float32).contiguous().clone()
 
 
@@ -216,7 +230,7 @@ def _parse(handle: Any, path: Path) -> SafetySubspace:
         kind, _, rest = key.partition(".")
         dtype = handle.get_slice(key).get_dtype()
         if dtype != "F32":
-            raise SubspaceError(f"{path}: tensor {key!r} is {dtype}; a subspace is stored as F32.")
+            raise SubspaceError(f"{path}: tensor {key!r} is {dtype}; a subspace is stored as F32. Save it again with SafetySubspace.save.")
         side, _, name = rest.partition(".")
         if kind == "fingerprint":
             fingerprints[rest] = handle.get_tensor(key)
@@ -231,6 +245,8 @@ def _parse(handle: Any, path: Path) -> SafetySubspace:
 
 
 def _download(repo: str, **hub: Any) -> Path:
+    if repo.count("/") > 1 or repo.startswith((".", "/", "~")) or repo.endswith(".safetensors"):  # a path, not a repository: don't ask the network
+        raise SubspaceError(f"{repo!r} does not exist. Check the spelling, or calibrate a subspace with SafetySubspace.from_activations.")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -238,5 +254,6 @@ def _download(repo: str, **hub: Any) -> Path:
         return Path(hf_hub_download(repo, FILE_NAME, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise SubspaceError(
-            f"{repo!r} is neither a file, nor a directory with {FILE_NAME}, nor a Hub repository in reach ({type(error).__name__}). Check the spelling, or calibrate one."
+            f"{repo!r} is neither a file, nor a directory with {FILE_NAME}, nor a Hub repository in reach ({type(error).__name__}). "
+            "Check the spelling, or calibrate one."
         ) from error

@@ -6,6 +6,7 @@ precision: the values are compared by relative distance, with a tolerance per pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -100,33 +101,45 @@ def merge_survival(layer: nn.Module, delta: Tensor, name: str = "the layer") -> 
 
 
 def fingerprint(layer: nn.Module, name: str) -> Tensor:
-    """`SAMPLES` evenly spaced values of the flattened `(out, in)` weight, fp32, on the CPU."""
-    weight = dense_weight(layer, name)
+    """`SAMPLES` evenly spaced values of the flattened `(out, in)` weight, fp32, on the CPU.
+
+    Raises:
+        SubspaceError: one of them is not finite.
+    """
+    found = sample(dense_weight(layer, name))
+    if not bool(torch.isfinite(found).all()):
+        raise SubspaceError(f"{name}: the base weight {shape(layer)} holds NaN or Inf, so nothing can be told from it. Load intact base weights.")
+    return found
+
+
+def sample(weight: Tensor) -> Tensor:
+    """The sampled values behind a fingerprint, of a dense `(out, in)` weight."""
     index = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64).round().long()
     rows, columns = index // weight.shape[1], index % weight.shape[1]  # no copy of a transposed view
     return weight[rows.to(weight.device), columns.to(weight.device)].cpu()
+
+
+def distance(found: Tensor, reference: Tensor) -> float:
+    """Relative distance of two fingerprints."""
+    return float((found - reference).norm() / reference.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def check_fingerprints(expected: Mapping[str, Tensor], layers: Mapping[str, nn.Module], *, quantised: bool = False) -> None:
     """Compare recorded fingerprints with the layers of a model, module by module.
 
     Args:
-        expected: fingerprints by module name.
+        expected: fingerprints by module name, `(SAMPLES,)` each, finite.
         layers: the base layers by module name; only common names are compared.
         quantised: whether the fingerprints were taken from quantised weights.
 
     Raises:
         SubspaceError: some weights are not those that were recorded; names the worst module.
     """
-    worst, worst_name = 0.0, ""
     limit = DISTANCE_QUANTISED if quantised or any(quantisation(layer) for layer in layers.values()) else DISTANCE_DENSE
-    for name in sorted(expected.keys() & layers.keys()):
-        reference, found = expected[name], fingerprint(layers[name], name)
-        distance = float((found - reference).norm() / reference.norm().clamp(min=torch.finfo(torch.float32).tiny))
-        if not distance <= worst:
-            worst, worst_name = distance, name
-    if not worst <= limit:
+    distances = {name: distance(fingerprint(layers[name], name), expected[name]) for name in sorted(expected.keys() & layers.keys())}
+    if not all(value <= limit for value in distances.values()):
+        worst = max(distances, key=lambda name: math.inf if math.isnan(distances[name]) else distances[name])
         raise SubspaceError(
-            f"{worst_name}: this subspace belongs to other base weights (relative distance of the fingerprints {worst:.3g}, limit {limit:g}). "
-            "Load the base model it was calibrated on, or calibrate a new one with SafetySubspace.from_activations."
+            f"{worst}: this subspace belongs to other base weights than this {shape(layers[worst])} layer (relative distance of the fingerprints "
+            f"{distances[worst]:.3g}, limit {limit:g}). Load the base model it was calibrated on, or calibrate a new one with SafetySubspace.from_activations."
         )

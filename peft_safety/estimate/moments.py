@@ -128,8 +128,10 @@ def to_batches(data: Sequence[Mapping[str, Any]], tokenizer: Any, *, batch_size:
     Raises:
         CalibrationError: no data, rows without a tokenizer, or batches without labels.
     """
-    if not data:
-        raise CalibrationError("no calibration data. Give rows {prompt, response} or tokenised batches.")
+    if isinstance(data, (str, bytes, Mapping)) or not hasattr(data, "__getitem__"):
+        raise CalibrationError(f"calibration data is a {type(data).__name__}. Give a list or data set of rows {{prompt, response}} or of tokenised batches.")
+    if not len(data) or not isinstance(data[0], Mapping):
+        raise CalibrationError("no calibration data, or not rows. Give rows {prompt, response} or tokenised batches.")
     if "input_ids" in data[0]:
         batches = [_check(i, batch) for i, batch in enumerate(data)]
     else:
@@ -146,9 +148,9 @@ def to_batches(data: Sequence[Mapping[str, Any]], tokenizer: Any, *, batch_size:
 
 def _check(index: int, batch: Mapping[str, Any]) -> Batch:
     ids, labels = batch.get("input_ids"), batch.get("labels")
-    if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.ndim != 2 or ids.shape != labels.shape:
+    if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.ndim != 2 or ids.shape != labels.shape or ids.numel() == 0:
         raise CalibrationError(
-            f"batch {index}: input_ids and labels must be tensors of one shape (batch, tokens). Set labels to -100 where a token does not count."
+            f"batch {index}: input_ids and labels must be tensors of one shape (batch, tokens), not empty. Set labels to -100 where a token does not count."
         )
     return batch
 

@@ -54,7 +54,10 @@ def target_layers(model: nn.Module, target_modules: Iterable[str] | str | None) 
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
         matched = {name: layer for name, layer in layers.items() if layer is not head and weights.supported(layer)}
     elif isinstance(target_modules, str):
-        pattern = re.compile(target_modules)
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ConfigError(f"target_modules={target_modules!r} is not a regular expression ({error}). Give names of layers, or a valid one.") from error
         matched = {name: layer for name, layer in layers.items() if pattern.fullmatch(name)}
     else:
         wanted = tuple(target_modules)

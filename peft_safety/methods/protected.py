@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -15,9 +16,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from peft_safety import files, weights
-from peft_safety.artifact import StoredAdapter, check_adapter, check_numbers, plain_patterns
-from peft_safety.errors import ArtifactError, ConfigError, ProtectionError, UnsupportedLayerError
-from peft_safety.estimate.targets import canonical
+from peft_safety.artifact import ADAPTER_FILE, MANIFEST, StoredAdapter, check_adapter, check_numbers, sign
+from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, ProtectionError, UnsupportedLayerError
+from peft_safety.estimate.targets import PREFIX, canonical
 from peft_safety.layers import ProtectedLinear, check_leaf
 from peft_safety.projection import Side
 from peft_safety.subspace import FILE_NAME, SafetySubspace
@@ -43,6 +44,7 @@ REJECTED = {
     "corda_config": "CorDA rewrites the base weight",
     "lora_ga_config": "LoRA-GA rewrites the base weight",
     "eva_config": "EVA initialises the factors itself",
+    "layer_replication": "replicated layers rebuild the base model",
     "megatron_config": "Megatron's parallel layers shard lora_B but not the basis",
 }
 
@@ -77,6 +79,10 @@ class ProtectedConfig(LoraConfig):
         if self.bias != "none":
             raise ConfigError(f"{where}: bias={self.bias!r} trains base biases, which no projection constrains. Use bias='none'.")
         check_numbers(self.r, self.lora_alpha, self.lora_dropout, where)
+        for name, rank in (self.rank_pattern or {}).items():
+            check_numbers(rank, self.lora_alpha, 0, f"{where}, rank_pattern[{name!r}]")
+        for name, alpha in (self.alpha_pattern or {}).items():
+            check_numbers(self.r, alpha, 0, f"{where}, alpha_pattern[{name!r}]")
         if not isinstance(self.safety_rank, int) or self.safety_rank < 1:
             raise ConfigError(f"{where}: safety_rank={self.safety_rank!r}. Use an integer of at least 1.")
         super().__post_init__()
@@ -124,15 +130,24 @@ class ProtectedConfig(LoraConfig):
             path = used.save(save_directory)
             self.safety_artifact = {"subspace": FILE_NAME, "files": {FILE_NAME: files.sha256(path)}, "extra_tensors": []}
         super().save_pretrained(save_directory, **kwargs)
+        if isinstance(self.subspace, SafetySubspace):
+            path = Path(save_directory, MANIFEST)
+            config = files.read_json(path)
+            sign(config)
+            path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
     def take(self, stored: StoredAdapter) -> None:
         """Take over a checked directory: its subspace, and full module names in place of any pattern."""
-        plain_patterns(stored.config, stored.directory)
+        if stored.residual != self.residual:
+            raise ArtifactError(f"{stored.directory}: its factors are of another init than {type(self).__name__} says. Save the adapter again.")
         self._stored = stored
         self.subspace = stored.subspace
         self.target_modules = set(stored.shapes)
         self.exclude_modules = self.layers_to_transform = self.layers_pattern = None
         self.rank_pattern = {name: rank for name, (_, _, rank) in stored.shapes.items() if rank != self.r}
+        library = self.auto_mapping.get("parent_library") if isinstance(self.auto_mapping, dict) else None
+        if not str(library).startswith("transformers."):
+            self.auto_mapping = None  # AutoPeftModel would import whatever it names
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
@@ -157,14 +172,18 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
 
 
 def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
-    """Before anything is allocated: does a stored adapter fit this model?
+    """Before anything is allocated: does a stored adapter fit this model, and is the rank one that some layer can have?
 
     Raises:
-        ArtifactError: a module that the model lacks, or one of another shape.
+        ArtifactError: a module that the model lacks, or one of another shape; a tensor that would replace a base weight.
+        ConfigError: a rank above every layer's width.
     """
-    if config._stored is None:
-        return
     modules = {canonical(name): module for name, module in model.named_modules()}
+    if config._stored is None:
+        widest = max((min(weights.shape(m)) for m in modules.values() if weights.supported(m)), default=config.r)
+        if config.r > widest:
+            raise ConfigError(f"{type(config).__name__}: r={config.r}, but no linear layer of the model is wider than {widest}. Use a smaller r.")
+        return
     for name, (m, n, rank) in config._stored.shapes.items():
         module = modules.get(name)
         base = module.get_base_layer() if isinstance(module, LoraLayer) else module
@@ -173,6 +192,32 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
             raise ArtifactError(
                 f"{config._stored.directory}: the adapter has {name} ({m} x {n}, rank {rank}), the model has {found}. Load the base model that it was trained on."
             )
+    _check_extra(model, config, config._stored)
+
+
+def _check_extra(model: nn.Module, config: ProtectedConfig, stored: StoredAdapter) -> None:
+    """Tensors that are no factors are exactly those of `modules_to_save`, or token rows, or the model's own embeddings: nothing else is replaced."""
+    saved = tuple(config.modules_to_save or ())
+    if not saved and not stored.extra_tensors:
+        return
+    modules = {canonical(name): getattr(module, "original_module", module) for name, module in model.named_modules()}
+    ends = [getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("input", "output")]
+    allowed = {f"{n}.{k}": tuple(v.shape) for n, m in modules.items() if saved and n.endswith(saved) for k, v in m.state_dict().items()}
+    needed = set(allowed)
+    for name, module in modules.items():
+        if any(module is end for end in ends if end is not None):
+            inner = module.get_base_layer() if isinstance(module, LoraLayer) else module
+            allowed |= {f"{name}.{k}": tuple(v.shape) for k, v in inner.state_dict().items()}
+    with files.open_tensors(stored.directory / ADAPTER_FILE) as handle:
+        found = {key.removeprefix(PREFIX).replace(".base_layer.", "."): tuple(handle.get_slice(key).get_shape()) for key in stored.extra_tensors}
+    if config.trainable_token_indices:
+        found = {key: shape for key, shape in found.items() if "token_adapter" not in key}
+    odd = sorted(key for key in found.keys() | needed if found.get(key) != allowed.get(key))
+    if odd:
+        raise ArtifactError(
+            f"{stored.directory}: {odd[0]} is {found.get(odd[0], 'missing')} in the adapter, and modules_to_save and the model's embeddings account for "
+            f"{allowed.get(odd[0], 'no such tensor')}: it would replace a base weight, or leave one untrained. Save the adapter again."
+        )
 
 
 def attach(model: nn.Module, adapter_name: str, config: ProtectedConfig) -> None:
@@ -197,7 +242,20 @@ def attach(model: nn.Module, adapter_name: str, config: ProtectedConfig) -> None
     config.safety_rank = max(ranks)
     config._modules = {name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()}
     bind(layers, adapter_name, config)
-    config.initialise(model, layers, adapter_name)
+    if config._stored is None:
+        config.initialise(model, layers, adapter_name)
+    elif config.residual:
+        _restore_initial(layers, adapter_name, config._stored)
+
+
+def _restore_initial(layers: Mapping[str, LoraLayer], adapter_name: str, stored: StoredAdapter) -> None:
+    """Frozen factors come with the directory, like the bases: transformers' loader, for one, loads parameters only."""
+    with files.open_tensors(files.child(stored.directory, ADAPTER_FILE)) as handle:
+        keys = {key.removeprefix(PREFIX): key for key in handle.keys()}  # noqa: SIM118
+        for name, layer in layers.items():
+            for factor in ("lora_A", "lora_B"):
+                leaf = getattr(layer, factor)[adapter_name]
+                leaf.initial = handle.get_tensor(keys[f"{name}.{factor}.initial"]).to(leaf.initial.device)
 
 
 def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig) -> None:
@@ -220,7 +278,7 @@ def _rebase(leaf: ProtectedLinear, basis: Any) -> None:
     if basis is not None and leaf.basis is not None and leaf.basis.shape == basis.shape:
         leaf.basis.copy_(basis)  # in place, so that a compiled graph stays valid
     else:
-        leaf.basis = None if basis is None else basis.to(leaf._parameters["weight"].device)
+        leaf.basis = None if basis is None else basis.to(leaf.raw().device)
 
 
 def config_table(model: nn.Module) -> dict[str, Any]:
@@ -267,3 +325,20 @@ def stored_adapter(directory: str | os.PathLike[str]) -> StoredAdapter:
     if not path.is_dir():
         raise ArtifactError(f"{path} is not a directory. Give the directory that save_pretrained wrote.")
     return check_adapter(path)
+
+
+def stored_config(stored: StoredAdapter) -> ProtectedConfig:
+    """The config of a checked directory, as loading would make it.
+
+    Raises:
+        PeftSafetyError: a field that the method cannot honour, or that is not of this config's types.
+    """
+    fields = {k: v for k, v in stored.config.items() if k != "runtime_config"}
+    try:
+        config: ProtectedConfig = LoraConfig.from_peft_type(**fields)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, PeftSafetyError):
+            raise
+        raise ArtifactError(f"{stored.directory / MANIFEST} is not a config of this PEFT: {error}. Save the adapter again.") from error
+    config.take(stored)
+    return config

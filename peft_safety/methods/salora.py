@@ -67,7 +67,7 @@ class SaLoRAConfig(ProtectedConfig):
             self.task_data = data
 
     def initialise(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
-        if self.init == "lora" or self._stored is not None:  # stored factors are about to be loaded
+        if self.init == "lora":
             return
         base = {name: layer.get_base_layer() for name, layer in layers.items()}
         task = self._task_subspace(model, base)

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from peft_safety.artifact import StoredAdapter
 from peft_safety.estimate.targets import base_layers
-from peft_safety.methods.protected import stored_adapter
+from peft_safety.methods.protected import check_ahead, stored_adapter, stored_config
 from peft_safety.projection import orthonormality_error
 
 
@@ -44,18 +43,17 @@ def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) ->
 
     Args:
         directory: what `save_pretrained` wrote.
-        model: a base model to compare with the stored fingerprints; optional.
+        model: a base model to compare with the shapes and the stored fingerprints; optional.
 
     Raises:
         PeftSafetyError: what is wrong, with the file, the module, the shapes and the remedy.
     """
     stored = stored_adapter(directory)
+    config = stored_config(stored)
     if model is not None:
         layers = base_layers(model)
-        known = {name: layers[name] for name in stored.shapes if name in layers}
-        for side in {side for sides in stored.subspace.bases.values() for side in sides}:
-            stored.subspace.check_fits(known, side, bind=False)
-        _all_there(stored, known)
+        check_ahead(model, config)
+        stored.subspace.check_fits({name: layers[name] for name in stored.shapes}, config.SIDE, bind=False)
     bases = [u for sides in stored.subspace.bases.values() for u in sides.values()]
     return Verification(
         directory=os.fspath(directory),
@@ -69,13 +67,3 @@ def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) ->
         unconstrained=stored.extra_tensors,
         provenance=stored.subspace.provenance,
     )
-
-
-def _all_there(stored: StoredAdapter, known: dict[str, nn.Module]) -> None:
-    from peft_safety.errors import SubspaceError
-
-    missing = sorted(set(stored.shapes) - set(known))
-    if missing:
-        raise SubspaceError(
-            f"{missing[0]}: the model has no such layer ({len(missing)} of {len(stored.shapes)} are missing). Give the base model the adapter was trained on."
-        )

@@ -1,0 +1,70 @@
+"""What every benchmark needs: interleaved timing, peak memory in a process of its own, and results as JSON lines with the environment beside them."""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(arms: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Wall-clock seconds of each arm, `rounds` times, the arms taken in turn so that a noisy neighbour hits them all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for index in range(warmup + rounds):
+        for name, arm in arms.items():
+            started = time.perf_counter()
+            arm()
+            if index >= warmup:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], of: str, to: str) -> tuple[float, float, float]:
+    """Median of the per-round ratios `of / to`, with their quartiles: noise that lasts longer than a round cancels."""
+    ratios = sorted(a / b for a, b in zip(seconds[of], seconds[to], strict=True))
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    return middle, low, high
+
+
+def peak_memory(module: str, *arguments: str) -> dict[str, Any]:
+    """Run `python -m module arguments` in a fresh process; it prints one JSON object as its last line."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def resident_mib() -> float:
+    """Memory this process has held at most, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform != "darwin" else 1024) / 1024
+
+
+def record(name: str, rows: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> Path:
+    """Write `results/<name>.jsonl`: the environment first, then a line a row."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.jsonl"
+    lines = [json.dumps({"environment": dict(environment)}), *(json.dumps(dict(row)) for row in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows of equal keys as a table."""
+    table = Table(title=title, title_justify="left")
+    for key in rows[0]:
+        table.add_column(key, justify="right" if isinstance(rows[0][key], (int, float)) else "left")
+    for row in rows:
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)

@@ -1,0 +1,63 @@
+"""What the interop tests share: a random subspace, an adapter on the tiny model, and questions about both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from peft_safety import SafetySubspace, SaLoRAConfig
+from peft_safety.estimate.targets import target_layers
+from peft_safety.layers import protected_leaves
+from peft_safety.projection import leak, orthonormalise
+from tests.tiny import tiny_llama
+
+MAX_LEAK = 1e-6
+
+
+def random_subspace(model: nn.Module, rank: int = 4, seed: int = 0) -> SafetySubspace:
+    """Random orthonormal output bases for every linear layer: what a calibration would give, in milliseconds."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = target_layers(model, "all-linear")
+    return SafetySubspace({name: {"out": orthonormalise(torch.randn(layer.out_features, rank, generator=generator))} for name, layer in layers.items()})
+
+
+def salora_config(seed: int = 0, **options: Any) -> SaLoRAConfig:
+    """A protected config for `tiny_llama`."""
+    options = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    return SaLoRAConfig(subspace=random_subspace(tiny_llama(), seed=seed), **options)
+
+
+def protected_llama(seed: int = 0, **options: Any) -> nn.Module:
+    """`tiny_llama` under a protected adapter whose lora_A is the same every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(tiny_llama(), salora_config(seed, **options))
+
+
+def factors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the raw trainable parameters, read past every hook."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if "lora_" in name}
+
+
+def largest_leak(model: nn.Module) -> float:
+    """Largest `||U^T B|| / ||B||` of the raw weights, in fp64; fails if there is nothing to measure or nothing was trained."""
+    weights = [(leaf.basis, leaf._parameters["weight"]) for _, leaf in protected_leaves(model) if leaf.basis is not None]
+    assert weights
+    assert all(weight.abs().max() > 0 for _, weight in weights), "an untrained factor leaks nothing"
+    return max(leak(basis, weight) for basis, weight in weights)
+
+
+def token_rows(count: int = 16, length: int = 12, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Random token rows of one length, ready for the Trainer's default collator."""
+    ids = torch.randint(4, 200, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [{"input_ids": row, "attention_mask": [1] * length, "labels": row} for row in ids]
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor], **tolerance: float) -> None:
+    """Equal names, and equal bits or values within `rtol`, `atol`."""
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        torch.testing.assert_close(value, right[name], **({"rtol": 0, "atol": 0} | tolerance), msg=lambda text, name=name: f"{name}: {text}")

@@ -1,0 +1,221 @@
+"""What this package relies on in PEFT is still there, still called, and is left as it was for plain LoRA."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+
+from peft_safety import assert_protected, registry
+from peft_safety.layers import protected_leaves
+from tests.interop.helpers import protected_llama, salora_config
+from tests.tiny import tiny_llama
+
+ROOT = Path(__file__).resolve().parents[2]
+SYMBOLS = [(module, symbol) for module, symbols in registry._symbols().items() for symbol in symbols]
+BY_NAME = {"save_pretrained": {"safe_serialization", "selected_adapters", "is_main_process", "path_initial_model_for_weight_conversion"}}
+"""Arguments that a wrapper looks up by name, beside those that stand in its own signature."""
+
+
+def wrapped() -> list[tuple[Any, str, Callable[..., Any]]]:
+    """What `register` wraps, `(owner, name, wrapper)`, written down instead of done."""
+    found: list[tuple[Any, str, Callable[..., Any]]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_done", False)
+        patch.setattr(registry, "_wrap", lambda *args: found.append(args))
+        registry.register()
+    return found
+
+
+WRAPPED = wrapped()
+
+
+def label(row: tuple[Any, str, Any]) -> str:
+    return f"{row[0].__name__}.{row[1]}"
+
+
+@pytest.mark.parametrize(("module", "symbol"), SYMBOLS, ids=[f"{m}.{s}" for m, s in SYMBOLS])
+def test_peft_has_each_symbol_that_is_relied_on(module: str, symbol: str) -> None:
+    owner, _, attribute = symbol.rpartition(".")
+    found = importlib.import_module(module)
+    if owner == "LoraLayer":  # made by its constructor
+        found = next(m for m in get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).modules() if isinstance(m, getattr(found, owner)))
+    elif owner:
+        found = getattr(found, owner)
+    assert hasattr(found, attribute)
+
+
+@pytest.mark.parametrize("row", WRAPPED, ids=label)
+def test_each_wrapped_function_is_among_the_named_symbols(row: tuple[Any, str, Any]) -> None:
+    owner, name, _ = row
+    classes = [base.__name__ for base in owner.__mro__] if isinstance(owner, type) else [""]
+    named = {symbol for _, symbol in SYMBOLS}
+    assert any(f"{cls}.{name}".removeprefix(".") in named for cls in classes)
+
+
+@pytest.mark.parametrize("row", WRAPPED, ids=label)
+def test_each_wrapped_function_has_the_parameters_that_its_wrapper_passes(row: tuple[Any, str, Any]) -> None:
+    owner, name, wrapper = row
+    original = getattr(owner, name).__wrapped__
+    theirs = inspect.signature(original).parameters
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    ours = [p.name for p in inspect.signature(wrapper).parameters.values() if p.kind not in variable][1:]  # the first one is the original itself
+    assert list(theirs)[: len(ours)] == ours
+    assert set(theirs) >= BY_NAME.get(name, set())
+    rest = {p.kind for p in inspect.signature(wrapper).parameters.values()} & set(variable)
+    assert rest == set(variable) or len(ours) == len([p for p in theirs.values() if p.kind not in variable]) or inspect.Parameter.VAR_KEYWORD in rest
+
+
+def test_peft_still_calls_each_wrapped_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PEFT that no longer went through one of them would leave its protection out without an error."""
+    dense = [row for row in WRAPPED if row[0].__name__ not in ("Linear4bit", "Linear8bitLt")]
+    called = set()
+
+    def spy(row: tuple[Any, str, Any]) -> None:
+        owner, name, _ = row
+        found = getattr(owner, name)
+        bound = isinstance(owner, type) and inspect.ismethod(found)
+        inner = found.__func__ if bound else found
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            called.add(label(row))
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, classmethod(record) if bound else record)
+
+    for row in dense:
+        spy(row)
+    model = protected_llama()
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
+    loaded.add_weighted_adapter(["default"], [1.0], "both", combination_type="svd")
+    loaded.set_adapter("default")
+    loaded.merge_adapter()
+    loaded.unmerge_adapter()
+    prepare_model_for_compiled_hotswap(loaded, target_rank=8)
+    hotswap_adapter(PeftModel.from_pretrained(tiny_llama(), str(tmp_path)), str(tmp_path), "default", torch_device="cpu")
+    PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).merge_and_unload()
+    assert called == {label(row) for row in dense}
+
+
+def test_registering_again_wraps_nothing_again() -> None:
+    before = [getattr(owner, name) for owner, name, _ in WRAPPED]
+    registry.register()
+    assert [getattr(owner, name) for owner, name, _ in WRAPPED] == before
+    assert not any(hasattr(function.__wrapped__, "__wrapped__") for function in before)
+
+
+def test_a_plain_adapter_beside_a_protected_one_stays_plain() -> None:
+    model = protected_llama()
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"]))
+    assert {name.rpartition(".")[2] for name, _ in protected_leaves(model)} == {"default"}
+    assert_protected(model, "default")
+
+
+def test_the_methods_take_their_arguments_by_any_way_peft_allows(tmp_path: Path) -> None:
+    model = protected_llama()
+    model.add_adapter("other", salora_config(seed=1))
+    model.save_pretrained(str(tmp_path / "one"), True, ["default"])
+    assert not (tmp_path / "one" / "other").exists()
+    model.save_pretrained(str(tmp_path / "none"), True, ["default"], "auto", False)
+    assert not list((tmp_path / "none").rglob("*.safetensors"))
+    config = peft.PeftConfig.from_pretrained(pretrained_model_name_or_path=str(tmp_path / "one"))
+    assert config.subspace.digest == model.peft_config["default"].subspace.digest
+    loaded = PeftModel.from_pretrained(tiny_llama(), model_id=str(tmp_path / "one"), adapter_name="mine")
+    assert_protected(loaded, "mine")
+
+
+def plain_lora_facts() -> dict[str, Any]:
+    """Everything that plain LoRA computes and writes, as hashes."""
+
+    def hashed(data: Any) -> str:
+        return hashlib.sha256(data.detach().numpy().tobytes() if isinstance(data, torch.Tensor) else data).hexdigest()
+
+    torch.set_num_threads(1)
+    ids = torch.arange(4, 24).view(2, 10)
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with tempfile.TemporaryDirectory() as directory, torch.no_grad():
+        model.save_pretrained(directory)
+        loaded = PeftModel.from_pretrained(tiny_llama(), directory)
+        facts = {path.name: hashed(path.read_bytes()) for path in sorted(Path(directory).iterdir()) if path.name != "adapter_config.json"}
+        written = json.loads((Path(directory) / "adapter_config.json").read_text())  # PEFT writes a set in no fixed order
+        facts["config"] = {key: sorted(value) if isinstance(value, list) else value for key, value in written.items()}
+        facts["trained"] = hashed(model.eval()(input_ids=ids).logits)
+        facts["loaded"] = hashed(loaded(input_ids=ids).logits)
+        facts["classes"] = sorted({type(m).__qualname__ for m in model.modules()})
+        facts["merged"] = hashed(loaded.merge_and_unload()(input_ids=ids).logits)
+    return facts
+
+
+def fresh_process(code: str) -> Any:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_plain_lora_is_the_same_with_and_without_this_package() -> None:
+    source = "\n".join(
+        [
+            "import hashlib, json, sys, tempfile, torch",
+            "from pathlib import Path",
+            "from typing import Any",
+            "from peft import LoraConfig, PeftModel, get_peft_model",
+            "from tests.tiny import tiny_llama",
+            inspect.getsource(plain_lora_facts),
+            "before = plain_lora_facts()",
+            "assert not any(name.partition('.')[0] == 'peft_safety' for name in sys.modules)",
+            "import peft_safety, peft.mapping",
+            "assert 'SALORA' in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING",
+            "print(json.dumps([before, plain_lora_facts()]))",
+        ]
+    )
+    before, after = fresh_process(source)
+    assert {"adapter_model.safetensors", "trained", "loaded", "merged", "classes"} <= before.keys()
+    assert before == after
+    assert "ProtectedLinear" not in before["classes"]
+
+
+def test_importing_the_package_first_is_light_and_registers_when_peft_comes() -> None:
+    """Others ask whether peft can be found before anyone imports it (transformers does); that must not use up the hook."""
+    light, registered, leaves = fresh_process(
+        "import importlib.util, json, sys, peft_safety\n"
+        "light = not {'torch', 'peft', 'transformers'} & set(sys.modules)\n"
+        "assert importlib.util.find_spec('peft') is not None\n"
+        "import peft\n"
+        "registered = 'SALORA' in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING\n"
+        "from tests.interop.helpers import protected_llama\n"
+        "from peft_safety.layers import protected_leaves\n"
+        "print(json.dumps([light, registered, len(list(protected_leaves(protected_llama())))]))"
+    )
+    assert light
+    assert registered
+    assert leaves == 14
+
+
+def test_public_names_stay_what_they_are_when_submodules_are_imported() -> None:
+    import peft_safety
+
+    for name in peft_safety.__all__:
+        getattr(peft_safety, name)
+        assert callable(getattr(peft_safety, name)), name
