@@ -38,7 +38,7 @@ class SafetyMonitorCallback(TrainerCallback):  # type: ignore[misc]
 
 @torch.no_grad()
 def largest_leak(model: nn.Module) -> float:
-    """Largest `||U^T B|| / ||B||` over the raw weights of all leaves, with one host synchronisation. Sharded weights are gathered, so every rank must call it."""
+    """Largest `||U^T B|| / ||B||` over the raw weights of all leaves, with one host synchronisation. Gathers sharded weights: every rank must call it."""
     worst = torch.zeros(())
     for _, leaf in protected_leaves(model):
         weight = leaf.raw()

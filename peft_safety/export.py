@@ -122,12 +122,15 @@ def merge_dequantised(model: PeftModel, dtype: torch.dtype = torch.bfloat16) -> 
         The base model, without adapters.
 
     Raises:
-        ConfigError: adapters that trained other weights too; use `merge_and_unload` of a dense base for those.
+        ConfigError: adapters that trained other weights too (use `merge_and_unload` of a dense base for those), or one that is merged already.
     """
     if any(getattr(config, "modules_to_save", None) for config in config_table(model).values()):
         raise ConfigError("modules_to_save cannot be merged here. Load the base in 16 bit and use merge_and_unload().")
     base: nn.Module = model.get_base_model()
-    for name, layer in [(n, m) for n, m in base.named_modules() if isinstance(m, LoraLayer)]:
+    layers = [(name, module) for name, module in base.named_modules() if isinstance(module, LoraLayer)]
+    if any(layer.merged for _, layer in layers):
+        raise ConfigError("an adapter is merged into the base weights. Call unmerge_adapter() first.")
+    for name, layer in layers:
         inner = layer.get_base_layer()
         active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
         delta = sum((layer.get_delta_weight(adapter).float() for adapter in active), start=torch.zeros(()))

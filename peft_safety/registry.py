@@ -114,14 +114,20 @@ def _inject_adapter(original: Callable[..., None], self: Any, model: nn.Module, 
         return original(self, model, adapter_name, *args, **kwargs)
     check_ahead(model, config)
     modules = dict(model.named_modules())
+    parameters = [(module, dict(module._parameters)) for module in modules.values()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         original(self, model, adapter_name, *args, **kwargs)
         attach(model, adapter_name, config)
-    except BaseException:
+    except BaseException as error:
         _undo(model, adapter_name, modules)
+        for module, own in parameters:  # PEFT's MultiheadAttention registers its base weights anew
+            module._parameters.clear()
+            module._parameters.update(own)
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
+        if isinstance(error, ValueError) and not isinstance(error, PeftSafetyError):  # PEFT's own, such as no module matched
+            raise ConfigError(f"{type(config).__name__}: {error} Give target_modules that the model has, or 'all-linear'.") from error
         raise
     return None
 
@@ -136,6 +142,10 @@ def _undo(model: nn.Module, adapter_name: str, before: dict[str, nn.Module]) -> 
         parent, _, child = name.rpartition(".")
         if name and parent in before and getattr(before[parent], child, None) is not module:
             setattr(before[parent], child, module)
+    if isinstance(getattr(model, "peft_config", None), dict):
+        model.peft_config.pop(adapter_name, None)
+    if not getattr(model, "peft_config", None):  # transformers marks the model before it injects
+        vars(model).pop("_hf_peft_config_loaded", None)
 
 
 # --- the artifact ----------------------------------------------------------------------------------------------------------------------------------------
@@ -243,7 +253,7 @@ def _load_adapter(original: Callable[..., Any], self: Any, model_id: str, adapte
     """Loading onto an adapter that is there (a resumed run): check the directory first, and bring its bases along."""
     from peft import PeftConfig
 
-    from peft_safety.methods.protected import ProtectedConfig, adapter_layers, bind
+    from peft_safety.methods.protected import ProtectedConfig, adapter_layers, bind, check_ahead
 
     config = self.peft_config.get(adapter_name)
     fresh = isinstance(config, ProtectedConfig) and config._stored is not None and config._stored.comes_from(str(model_id), kwargs.get("subfolder"))
@@ -259,6 +269,9 @@ def _load_adapter(original: Callable[..., Any], self: Any, model_id: str, adapte
         raise ConfigError(
             f"adapter {adapter_name!r} is protected ({type(config).__name__}), {model_id} holds a {type(stored).__name__}. Load it under a new name."
         )
+    if stored._stored is None:
+        raise ArtifactError(f"{model_id} holds a config without an adapter. Give a directory that save_pretrained wrote.")
+    check_ahead(self, stored)
     layers = adapter_layers(self, adapter_name)
     _check_same(adapter_name, str(model_id), stored, config, layers)
     stored.subspace.check_fits({name: layer.get_base_layer() for name, layer in layers.items()}, config.SIDE)

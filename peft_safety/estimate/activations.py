@@ -60,7 +60,7 @@ def estimate(
     Reference: SaLoRA, arXiv 2501.01765, section 4.1. Its public code runs the model once per layer; this is one pass and the same subspace.
     """
     if method not in METHODS:
-        raise ConfigError(f"method={method!r}; known: {', '.join(METHODS)}.")
+        raise ConfigError(f"method={method!r}; no such method. Use one of {', '.join(METHODS)}.")
     layers = dict(target_layers(model, target_modules) if layers is None else layers)
     _check_rank(rank, layers)
     batches, digest = to_batches(data, tokenizer, batch_size=batch_size, max_length=max_length)

@@ -108,7 +108,7 @@ def collect(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence
 
     moments = InputMoments(layers)
     device = next(model.parameters()).device
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with moments.watching(), torch.no_grad():
@@ -118,7 +118,8 @@ def collect(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence
                 moments.expect((labels != IGNORE_INDEX) & (attention != 0))
                 model(input_ids=ids, attention_mask=attention, use_cache=False)
     finally:
-        model.train(training)
+        for module, flag in training:
+            module.training = flag
     return moments
 
 

@@ -67,7 +67,7 @@ def target_layers(model: nn.Module, target_modules: Iterable[str] | str | None) 
             raise UnsupportedLayerError(f"{name}: {type(layer).__name__} cannot be protected. Target Linear, Conv1D or bitsandbytes layers only.")
     if not matched:
         some = ", ".join(sorted({name.rpartition(".")[2] for name in layers})[:10])
-        raise ConfigError(f"target_modules={target_modules!r} matches no linear layer of the model. It has: {some}.")
+        raise ConfigError(f"target_modules={target_modules!r} matches no linear layer of the model. Give names such as {some}, or 'all-linear'.")
     return matched
 
 

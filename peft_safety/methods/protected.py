@@ -114,6 +114,8 @@ class ProtectedConfig(LoraConfig):
         plain = copy.copy(self)
         if isinstance(self.subspace, SafetySubspace):
             plain.subspace = FILE_NAME
+        elif isinstance(self.subspace, os.PathLike):
+            plain.subspace = os.fspath(self.subspace)
         result: dict[str, Any] = LoraConfig.to_dict(plain)
         result["peft_type"] = self.PEFT_KEY
         if self._modules:  # full names: no regular expression ever has to be trusted on the way back

@@ -83,7 +83,7 @@ class SaLoRAConfig(ProtectedConfig):
         if isinstance(self.task_data, SafetySubspace):
             return self.task_data
         if not isinstance(self.task_data, Sequence) or isinstance(self.task_data, str) or not self.task_data:
-            raise ConfigError("SaLoRAConfig: init='task' needs task_data: rows {prompt, response}, tokenised batches, or a SafetySubspace.")
+            raise ConfigError("SaLoRAConfig: init='task' needs task_data. Give rows {prompt, response}, tokenised batches, or a SafetySubspace.")
         from peft_safety.estimate.activations import estimate, tokenizer_of
 
         tokenizer = None if "input_ids" in self.task_data[0] else tokenizer_of(model)

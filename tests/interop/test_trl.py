@@ -40,9 +40,7 @@ def completions(conversational: bool) -> Any:
 
 def sft(directory: Path, config: Any, conversational: bool = False, **options: Any) -> Any:
     arguments = trl.SFTConfig(output_dir=str(directory), max_length=64, **(OPTIONS | options))
-    return trl.SFTTrainer(
-        model=tiny_llama(), args=arguments, train_dataset=completions(conversational), processing_class=tiny_tokenizer(), peft_config=config
-    )
+    return trl.SFTTrainer(model=tiny_llama(), args=arguments, train_dataset=completions(conversational), processing_class=tiny_tokenizer(), peft_config=config)
 
 
 def assert_reloads(model: torch.nn.Module, directory: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_safety import SaLoRAConfig, SafetySubspace
 from peft_safety.estimate.targets import canonical, target_layers
+from peft_safety.layers import protected_leaves
 from peft_safety.methods.protected import protected_configs
 from peft_safety.projection import orthonormalise
 from peft_safety.weights import shape
@@ -60,6 +61,7 @@ def quantised(model: nn.Module, kind: str) -> nn.Module:
             new.weight = bnb.nn.Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
+    setattr(model, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)  # as transformers does; PEFT chooses its layer class by it
     return model.to("cpu").eval()  # bitsandbytes quantises on a move
 
 
@@ -91,11 +93,13 @@ def protected(kind: str = "linear", init: str = "lora", *, seed: int = 0, traine
 
 
 def perturb(model: nn.Module, seed: int = 0, adapter: str | None = None) -> Any:
-    """Move all factors of an adapter (of all adapters) at random, through their `.data`, past every hook."""
+    """Move all factors of an adapter (of all adapters) at random, and fold."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name and (adapter is None or f".{adapter}." in name):
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    for _, leaf in protected_leaves(model):
+        leaf.fold()  # as the optimizer's step would; what must hold without it is tested with raw writes
     return model.eval()
 
 
