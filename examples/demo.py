@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,17 +21,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
+    from peft_safety import SafetySubspace
     from peft_safety.evaluation import Evaluation
-    from peft_safety.recipes.adapter import AdapterOptions
-    from peft_safety.recipes.bench import Bench
-    from peft_safety.recipes.train import TrainOptions
     from peft_safety.report import Report
 
-SAFETY_RANK = 32
-TARGETS = "all-linear"
-LORA_RANK = 16
+SAFETY_RANK = 176
+"""Chosen on the validation split (`--split validation --safety-rank K`); k_proj and v_proj of this model have 192 outputs, which bounds it."""
+POISON = 0.1
+CONTROL = "random subspace"
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,23 @@ class Scale:
     contrast: int
     task_rows: int
     eval_limit: int
-    poisons: tuple[float, ...]
+    arms: tuple[tuple[str, float], ...]
 
 
-FULL = Scale(harmful=200, general=30, contrast=140, task_rows=160, eval_limit=72, poisons=(0.0, 0.1))
-SMOKE = Scale(harmful=64, general=8, contrast=24, task_rows=64, eval_limit=16, poisons=(0.0,))
+FULL = Scale(224, 20, 105, 160, 72, (("lora", 0.0), ("salora", 0.0), (CONTROL, 0.0), ("lora", POISON), ("salora", POISON)))
+SMOKE = Scale(80, 8, 36, 64, 16, (("lora", 0.0), ("salora", 0.0)))
 
 
 class Demo:
-    """The arms, the time each phase took, and what they share: one model, one bench, one seed."""
+    """The arms, and what they share: one aligned model, one bench, one seed."""
 
-    def __init__(self, scale: Scale, split: str, safety_rank: int, seed: int, progress: bool = True) -> None:
+    def __init__(self, scale: Scale, split: str, safety_rank: int, seed: int) -> None:
         from peft_safety.recipes.train import TrainOptions
 
         self.scale, self.split, self.safety_rank = scale, split, safety_rank
-        self.options = TrainOptions(lr=1e-3, max_length=128, seed=seed, progress=progress)
+        self.options = TrainOptions(lr=1e-3, max_length=128, seed=seed)
         self.evaluations: dict[str, Evaluation] = {}
-        self.training: dict[str, dict[str, Any]] = {}
+        self.details: dict[str, dict[str, Any]] = {}
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -68,4 +68,126 @@ class Demo:
         started = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - started, 1)
-        print(f"   {name}: {self.seconds[name]:.0f} s", flush=True)
+        print(f"   {self.seconds[name]:.0f} s", flush=True)
+
+    def run(self, model_path: str) -> None:
+        """Align, then fine-tune and measure every arm."""
+        from peft_safety.data import load
+        from peft_safety.recipes.bench import Bench
+        from peft_safety.recipes.load import TaskData, load_model, task_data
+
+        scale, seed = self.scale, self.options.seed
+        with self.phase("loading the model"):
+            model, self.tokenizer = load_model(model_path)
+            task = task_data(load("benign_task"), self.split, scale.eval_limit, seed)
+            task = TaskData(random.Random(seed).sample(task.train, scale.task_rows), task.held_out, task.labels)
+        aligned = self.align(model)
+        with self.phase("measuring the aligned model"):
+            self.bench = Bench.prepare(aligned, self.tokenizer, task, self.options, split=self.split, limit=scale.eval_limit)
+            self.evaluations["aligned, before"] = self.bench.measure(aligned, self.tokenizer)
+        with self.phase("estimating the safety subspace"):
+            subspace = self.estimate(aligned)
+        for method, poison in scale.arms:
+            with self.phase(f"{method}, {100 * poison:g} % poison"):
+                aligned = self.arm(aligned, method, poison, subspace)
+
+    def align(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model with a refusal patch merged in."""
+        from peft_safety.recipes.align import ALIGN_OPTIONS, align
+
+        options = replace(ALIGN_OPTIONS, seed=self.options.seed)
+        with self.phase("training the refusal patch"):
+            patched, run = align(model, self.tokenizer, options, harmful=self.scale.harmful, general=self.scale.general, contrast=self.scale.contrast)
+            self.details["refusal patch"] = asdict(run)
+            return patched.merge_and_unload()
+
+    def estimate(self, aligned: PreTrainedModel) -> SafetySubspace:
+        """Of the aligned model, on calibration prompts and refusals."""
+        from peft_safety import SafetySubspace
+        from peft_safety.data import CALIBRATION_PAIRS, refusal_pairs
+
+        pairs = refusal_pairs("calibration", CALIBRATION_PAIRS, self.options.seed)
+        return SafetySubspace.from_activations(
+            aligned, pairs, tokenizer=self.tokenizer, rank=self.safety_rank, target_modules="all-linear", seed=self.options.seed, allow_fewer=True
+        )
+
+    def arm(self, aligned: PreTrainedModel, method: str, poison: float, subspace: SafetySubspace) -> PreTrainedModel:
+        """Fine-tune, measure, and give the aligned model back without the adapter."""
+        from peft_safety.recipes.adapter import AdapterOptions
+        from peft_safety.recipes.load import poisoned
+        from peft_safety.recipes.train import finetune
+
+        seed, task = self.options.seed, self.bench.task
+        rows = poisoned(task.train, poison, seed)
+        chosen = subspace.randomised(seed) if method == CONTROL else subspace
+        adapter = AdapterOptions("lora" if method == "lora" else "salora", safety_rank=self.safety_rank, subspace=chosen)
+        config = adapter.config(aligned, self.tokenizer, rows, seed=seed)
+        tuned, run = finetune(aligned, self.tokenizer, rows, config, self.options, labels=task.labels)
+        name = f"{method}, {100 * poison:g} % poison"
+        self.evaluations[name] = self.bench.measure(tuned, self.tokenizer)
+        self.details[name] = asdict(run)
+        return tuned.unload()
+
+    def report(self, model_path: str) -> Report:
+        """All arms, with what a reader needs to judge them."""
+        from peft_safety.evaluation import KeywordJudge
+        from peft_safety.report import Report, environment
+
+        return Report(
+            title="SmolLM2-135M: what a benign fine-tune does to safety" if "SmolLM2-135M" in model_path else f"{model_path}: fine-tuning and safety",
+            arms={name: evaluation.figures() for name, evaluation in self.evaluations.items()},
+            notes=(
+                f"Judge: {KeywordJudge.name}. {KeywordJudge.caveat}",
+                f"Prompts and task rows: {self.split} split; one seed ({self.options.seed}), so differences inside the intervals mean nothing.",
+                f"SaLoRA and its control (a random subspace) protect {self.safety_rank} output directions of every linear layer.",
+            ),
+            environment=environment(self.options.seed, model=model_path, threads=torch_threads()),
+            details={"seconds": self.seconds, "training": self.details, "evaluations": {key: value.to_json() for key, value in self.evaluations.items()}},
+        )
+
+
+def torch_threads() -> int:
+    """Threads that torch computes with."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def verdict(evaluations: dict[str, Evaluation], poison: float) -> str:
+    """What the figures say about SaLoRA against plain LoRA at one poison level, intervals considered."""
+    lora, salora = (evaluations[f"{method}, {100 * poison:g} % poison"].refusal for method in ("lora", "salora"))
+    change = 100 * (salora.value - lora.value)
+    apart = salora.interval[0] > lora.interval[1] or salora.interval[1] < lora.interval[0]
+    words = "SaLoRA keeps more refusals" if change > 0 else "SaLoRA keeps fewer refusals" if change < 0 else "SaLoRA makes no difference"
+    certainty = "" if change == 0 else " (intervals apart)" if apart else " (intervals overlap: not shown by this run alone)"
+    return f"{100 * poison:g} % poison: refusal {lora} with plain LoRA, {salora} with SaLoRA, N = {lora.n}: {words}{certainty}."
+
+
+def main() -> None:
+    """Run the demo and print, save and draw its report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="few prompts and steps: at most 3 minutes, figures too rough to quote")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="directory of report.json and report.png")
+    parser.add_argument("--model", help="hub id or directory of an instruct model; default SmolLM2-135M-Instruct, fetched when missing")
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="choose settings on validation; look at test once")
+    parser.add_argument("--safety-rank", type=int, default=SAFETY_RANK)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+
+    from examples.get_model import model_dir
+
+    started = time.perf_counter()
+    model_path = given.model or str(model_dir())
+    demo = Demo(SMOKE if given.smoke else FULL, given.split, given.safety_rank, given.seed)
+    demo.run(model_path)
+    report = demo.report(model_path)
+    report.save(given.out / "report.json")
+    report.save_png(given.out / "report.png")
+    report.print()
+    for poison in dict.fromkeys(poison for _, poison in demo.scale.arms):
+        print(verdict(demo.evaluations, poison))
+    print(f"{time.perf_counter() - started:.0f} s in all. Wrote {given.out / 'report.json'} and {given.out / 'report.png'}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,8 @@
 """The adapter on disk: what a protected adapter directory must hold, and the check that it does.
 
 `adapter_config.json` is the manifest: it names the other files and their sha256, and carries one over itself. `adapter_model.safetensors` holds PEFT's
-plain keys with *projected* factors. `safety_subspace.safetensors` holds the bases, for exactly the modules of the adapter. Nothing here builds or needs a model.
+plain keys with *projected* factors. `safety_subspace.safetensors` holds the bases, for exactly the modules of the adapter. Nothing
+here builds or needs a model.
 """
 
 from __future__ import annotations
@@ -265,8 +266,8 @@ def _leak(path: Path, module: str, kind: str, u: Tensor, tensor: Tensor, side: S
     found = leak(u, tensor, side)
     if not found <= leak_tolerance(tensor.dtype):
         raise ArtifactError(
-            f"{path}: {module}.{kind} {tuple(tensor.shape)} reaches {found:.2g} of its norm into the protected subspace (limit {leak_tolerance(tensor.dtype):.2g}). "
-            "It is not a protected adapter of this subspace; train or save it again."
+            f"{path}: {module}.{kind} {tuple(tensor.shape)} reaches {found:.2g} of its norm into the protected subspace "
+            f"(limit {leak_tolerance(tensor.dtype):.2g}). It is not a protected adapter of this subspace; train or save it again."
         )
     return found
 

@@ -32,6 +32,7 @@ def calibrate(
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
     max_length: Annotated[int, typer.Option(help="Tokens kept of each row.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the randomised decomposition.")] = 0,
+    allow_fewer: Annotated[bool, typer.Option("--allow-fewer", help="Where responses span fewer directions than --rank, protect those.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Estimate a safety subspace in one pass over the model, and save it."""
@@ -43,7 +44,15 @@ def calibrate(
     rows = refusal_pairs("calibration", CALIBRATION_PAIRS) if data is None else read_jsonl(data)
     loaded, tokenizer = load_model(model)
     subspace = SafetySubspace.from_activations(
-        loaded, rows, tokenizer=tokenizer, rank=rank, target_modules=_targets(target_modules), batch_size=batch_size, max_length=max_length, seed=seed
+        loaded,
+        rows,
+        tokenizer=tokenizer,
+        rank=rank,
+        target_modules=_targets(target_modules),
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+        allow_fewer=allow_fewer,
     )
     path = subspace.save(out)
     _show("Safety subspace", {"file": str(path), "modules": len(subspace.bases), **subspace.provenance}, json)

@@ -66,10 +66,10 @@ def export_directory(source: str | os.PathLike[str], directory: str | os.PathLik
     with files.open_tensors(stored.directory / ADAPTER_FILE) as handle:
         by_module = {key.removeprefix("base_model.model."): key for key in handle.keys()}  # noqa: SIM118
         for name, (_, _, rank) in stored.shapes.items():
-            alpha = (config.alpha_pattern or {}).get(name, config.lora_alpha)
+            alpha: Any = (config.alpha_pattern or {}).get(name, config.lora_alpha)
             scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
             kinds = ("lora_A.weight", "lora_B.weight", "lora_A.initial", "lora_B.initial")
-            found = [handle.get_tensor(by_module[f"{name}.{kind}"]) if f"{name}.{kind}" in by_module else None for kind in kinds]
+            found: list[Any] = [handle.get_tensor(by_module[f"{name}.{kind}"]) if f"{name}.{kind}" in by_module else None for kind in kinds]
             factors[name] = plain_factors(*found, scaling=scaling)
     return _publish(Path(directory), factors, config)
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ def child(directory: Path, name: str) -> Path:
         raise ArtifactError(f"{directory}: {name!r} is not a plain file name. An artifact may only name files beside its adapter_config.json.")
     path = directory / name
     if path.is_symlink():
-        real = path.resolve()
+        real = Path(os.path.realpath(path))  # unlike resolve(), it lets a loop pass, which is then no file
         if not any(real.is_relative_to(root) for root in (directory.resolve(), *_blobs(directory))):
             raise ArtifactError(f"{path} is a symbolic link that leaves its directory. Replace it by the file itself.")
     return path
@@ -65,9 +66,16 @@ def _blobs(directory: Path) -> list[Path]:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file, read in one streamed pass."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+    """Hex digest of a file, read in one streamed pass.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}. Copy the whole directory, or make it readable.") from error
 
 
 def _digest(file: Any) -> str:  # Python 3.10
@@ -123,7 +131,10 @@ def parse_json(raw: bytes | str, where: str) -> dict[str, Any]:
 
 
 def _depth(value: Any, level: int = 1) -> int:
-    if level > MAX_JSON_DEPTH or not isinstance(value, (dict, list)):
+    """Levels of objects and lists, counted no further than one too many."""
+    if not isinstance(value, (dict, list)):
+        return level - 1
+    if level > MAX_JSON_DEPTH:
         return level
     return max((_depth(v, level + 1) for v in (value.values() if isinstance(value, dict) else value)), default=level)
 
@@ -165,9 +176,12 @@ def publishing(target: Path, manifest: str) -> Iterator[Path]:
         recover(target, manifest)
         _sweep(target)
         staging = Path(tempfile.mkdtemp(prefix=f"{STAGING}{os.getpid()}-", dir=target))
+        mode = usual_mode(staging / "mode")
         yield staging
         for path in (*staging.rglob("*"), staging):
             _refuse_clash(path, target / path.relative_to(staging))
+            if path.is_file():
+                path.chmod(mode)
             _sync(path)
         staging.rename(target / COMMIT)
     except (OSError, SafetensorError) as error:
@@ -178,6 +192,14 @@ def publishing(target: Path, manifest: str) -> Iterator[Path]:
         if staging is not None and staging.exists():
             shutil.rmtree(staging, ignore_errors=True)
     recover(target, manifest)
+
+
+def usual_mode(probe: Path) -> int:
+    """The permissions that a new file gets here; safetensors gives its files to the owner alone. `probe` is created and removed."""
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
 
 
 def recover(target: Path, manifest: str) -> None:

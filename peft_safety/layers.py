@@ -159,21 +159,26 @@ def protected_leaves(model: nn.Module) -> Iterator[tuple[str, ProtectedLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ProtectedLinear))
 
 
-def check_leaf(leaf: nn.Module, name: str, basis: Tensor, side: Side) -> None:
+def check_leaf(leaf: nn.Module, name: str, basis: Tensor | None, side: Side, residual: bool = False) -> None:
     """Refuse a leaf that does not hold the constraint.
 
+    Args:
+        basis: the expected one; None for the other factor of an adapter with a residual.
+
     Raises:
-        ProtectionError: an ordinary module stands in its place, its basis is not the expected one, or its weight is not finite.
+        ProtectionError: an ordinary module stands in its place, its basis is not the expected one, or a factor is not finite.
     """
-    if not isinstance(leaf, ProtectedLinear) or leaf.side != side or leaf.basis is None:
+    if not isinstance(leaf, ProtectedLinear) or leaf.side != side or (leaf.initial is not None) != residual:
         raise ProtectionError(f"{name}: a {type(leaf).__name__} stands where a protected leaf belongs; something replaced it. Load the adapter again.")
-    if leaf.basis.dtype != torch.float32 or leaf.basis.shape != basis.shape or not torch.equal(leaf.basis.cpu(), basis):
-        raise ProtectionError(
-            f"{name}: its basis {tuple(leaf.basis.shape)} {leaf.basis.dtype} is not the subspace's {tuple(basis.shape)} float32. Load the adapter again."
-        )
-    weight = leaf.raw()
-    if not hasattr(weight, "device_mesh") and not weight.is_meta and not bool(torch.isfinite(weight).all()):
-        raise ProtectionError(f"{name}: the weight {tuple(weight.shape)} holds NaN or Inf. Lower the learning rate, and load the last good checkpoint.")
+    found = leaf.basis
+    equal = found is basis is None or (found is not None and basis is not None and found.dtype == torch.float32 and torch.equal(found.cpu(), basis))
+    if not equal:
+        shapes = ["none" if u is None else f"{tuple(u.shape)} {u.dtype}" for u in (found, basis)]
+        raise ProtectionError(f"{name}: its basis ({shapes[0]}) is not the subspace's ({shapes[1]}). Load the adapter again.")
+    for factor in (leaf.raw(), leaf.initial):
+        if factor is None or hasattr(factor, "device_mesh") or factor.is_meta or bool(torch.isfinite(factor).all()):
+            continue
+        raise ProtectionError(f"{name}: a factor {tuple(factor.shape)} holds NaN or Inf. Lower the learning rate, and load the last good checkpoint.")
 
 
 _LEAVES: weakref.WeakSet[ProtectedLinear] = weakref.WeakSet()
@@ -183,10 +188,20 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
     """Fold what this optimizer has just moved. Leaves are taken in the order of its parameters, which all ranks share."""
     by_weight = {id(leaf._parameters.get("weight")): leaf for leaf in _LEAVES}
     for group in optimizer.param_groups:
+        if _stands_still(group):
+            continue
         for parameter in group["params"]:
             leaf = by_weight.get(id(parameter))
             if leaf is not None and parameter.grad is not None:
                 leaf.fold_after_step()
+
+
+def _stands_still(group: dict[str, Any]) -> bool:
+    """Whether a step has moved nothing because its rate is 0. torch's distributed checkpoints load optimizer states behind such a step, and projecting once
+    more would change the last bits of what they have just restored."""
+    lr: Any = group.get("lr")
+    on_host = isinstance(lr, (int, float)) or (isinstance(lr, Tensor) and lr.device.type == "cpu")
+    return on_host and float(lr) == 0
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)

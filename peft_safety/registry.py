@@ -60,9 +60,9 @@ def register() -> None:
     _done = True
     import peft.peft_model
     import peft.tuners.lora
-    import peft.utils.hotswap as hotswap
     from peft import mapping
     from peft.config import PeftConfigMixin
+    from peft.utils import hotswap
 
     tables = (
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -142,9 +142,10 @@ def _undo(model: nn.Module, adapter_name: str, before: dict[str, nn.Module]) -> 
         parent, _, child = name.rpartition(".")
         if name and parent in before and getattr(before[parent], child, None) is not module:
             setattr(before[parent], child, module)
-    if isinstance(getattr(model, "peft_config", None), dict):
-        model.peft_config.pop(adapter_name, None)
-    if not getattr(model, "peft_config", None):  # transformers marks the model before it injects
+    table = getattr(model, "peft_config", None)
+    if isinstance(table, dict):
+        table.pop(adapter_name, None)
+    if not table:  # transformers marks the model before it injects
         vars(model).pop("_hf_peft_config_loaded", None)
 
 
@@ -154,7 +155,8 @@ def _undo(model: nn.Module, adapter_name: str, before: dict[str, nn.Module]) -> 
 def _from_json_file(original: Callable[..., Any], cls: Any, path_json_file: str, **kwargs: Any) -> Any:
     """A config of this package is parsed with limits before PEFT sees it, and refused where it hides what it is; any other is PEFT's business."""
     from peft_safety import files
-    from peft_safety.artifact import SUBSPACE_FILE, check_config
+    from peft_safety.artifact import check_config
+    from peft_safety.subspace import FILE_NAME
 
     path = Path(path_json_file)
     files.recover(path.parent, path.name)
@@ -167,7 +169,7 @@ def _from_json_file(original: Callable[..., Any], cls: Any, path_json_file: str,
     fields = found if isinstance(found, dict) else {}
     kind = fields.get("peft_type")
     ours = isinstance(kind, str) and kind in config_types()
-    unreadable = not isinstance(kind, str) and ((path.parent / SUBSPACE_FILE).exists() or any(name.encode() in raw for name in config_types()))
+    unreadable = not isinstance(kind, str) and ((path.parent / FILE_NAME).exists() or any(name.encode() in raw for name in config_types()))
     if ours or unreadable:
         files.read_json(path)
     if unreadable or (not ours and fields.get("safety_artifact") is not None):
@@ -209,14 +211,15 @@ def _directory(source: str | os.PathLike[str], subfolder: str | None, kwargs: di
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    from peft_safety.artifact import ADAPTER_FILE, MANIFEST, SUBSPACE_FILE
+    from peft_safety.artifact import ADAPTER_FILE, MANIFEST
+    from peft_safety.subspace import FILE_NAME
 
     options = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "etag_timeout")}
     try:
-        paths = [Path(hf_hub_download(str(source), name, subfolder=subfolder, **options)) for name in (ADAPTER_FILE, SUBSPACE_FILE, MANIFEST)]
+        paths = [Path(hf_hub_download(str(source), name, subfolder=subfolder, **options)) for name in (ADAPTER_FILE, FILE_NAME, MANIFEST)]
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ArtifactError(
-            f"{source!r}: a protected adapter needs {ADAPTER_FILE}, {SUBSPACE_FILE} and {MANIFEST}; one cannot be fetched ({type(error).__name__})."
+            f"{source!r}: a protected adapter needs {ADAPTER_FILE}, {FILE_NAME} and {MANIFEST}; one cannot be fetched ({type(error).__name__})."
         ) from error
     return paths[-1].parent
 
@@ -347,7 +350,7 @@ def _check_add_weighted_adapter(original: Callable[..., Any], self: Any, adapter
     return original(self, adapters, *args, **kwargs)
 
 
-def _get_padded_linear(original: Callable[..., Any], lora_module: Any, target_rank: int, is_lora_A: bool, **kwargs: Any) -> Any:  # noqa: N803  PEFT's name
+def _get_padded_linear(original: Callable[..., Any], lora_module: Any, target_rank: int, is_lora_A: bool, **kwargs: Any) -> Any:
     """`prepare_model_for_compiled_hotswap` replaces the factors by wider plain ones: keep them protected."""
     from peft_safety.layers import ProtectedLinear
 

@@ -1,7 +1,7 @@
 """SafetySubspace: the frozen low-rank bases of a model's layers, where they came from, and their file.
 
 One subspace serves many adapters. Its file is plain safetensors: `basis.out.<module>` `(m, k)` and `basis.in.<module>` `(n, k)` with orthonormal columns,
-`spectrum.*` with the singular values, `fingerprint.<module>` of the base weights, and the provenance as JSON in the header.
+`spectrum.*` with the singular values, `fingerprint.<module>` of the base weights, and, in the header, the format's name with the provenance as JSON.
 """
 
 from __future__ import annotations
@@ -97,16 +97,27 @@ class SafetySubspace:
             return _parse(handle, path)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file (into `path/safety_subspace.safetensors` when `path` is a directory). Atomic and deterministic: equal subspaces give equal bytes."""
+        """Write the file (into `path/safety_subspace.safetensors` when `path` is a directory). Atomic and deterministic: equal subspaces give equal bytes.
+
+        Raises:
+            ArtifactError: it cannot be written; what was there is unchanged.
+            SubspaceError: provenance that is no JSON.
+        """
         path = Path(path)
         if path.suffix != ".safetensors":
             path = path / FILE_NAME
         staged = path.with_name(f".{path.name}.{os.getpid()}")
         try:
+            facts = json.dumps(self.provenance, sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise SubspaceError(f"{path}: the provenance cannot be written as JSON ({error}). Keep it to text and finite numbers.") from error
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(self._tensors(), staged, metadata={"format": FORMAT, "provenance": json.dumps(self.provenance, sort_keys=True)})
+            mode = files.usual_mode(staged)
+            save_file(self._tensors(), staged, metadata={FORMAT: facts})  # one entry: safetensors shuffles several
             with staged.open("rb") as file:
                 os.fsync(file.fileno())
+            staged.chmod(mode)
             os.replace(staged, path)
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"{path} could not be written: {error}. Free space or choose another directory.") from error
@@ -144,7 +155,9 @@ class SafetySubspace:
     def restricted(self, names: Iterable[str]) -> SafetySubspace:
         """The same subspace for some of its modules only."""
         keep = set(names) & set(self.bases)
-        return SafetySubspace(*({n: v for n, v in table.items() if n in keep} for table in (self.bases, self.spectra, self.fingerprints)), self.provenance)  # type: ignore[arg-type]
+        bases = {n: v for n, v in self.bases.items() if n in keep}
+        spectra = {n: v for n, v in self.spectra.items() if n in keep}
+        return SafetySubspace(bases, spectra, {n: v for n, v in self.fingerprints.items() if n in keep}, self.provenance)
 
     def randomised(self, seed: int = 0) -> SafetySubspace:
         """The control: a random subspace of equal ranks. A method's effect is its distance from this one."""
@@ -220,9 +233,11 @@ def _frozen(x: Tensor, name: str) -> Tensor:
 
 def _parse(handle: Any, path: Path) -> SafetySubspace:
     metadata = handle.metadata() or {}
-    if metadata.get("format") != FORMAT:
-        raise SubspaceError(f"{path} is not a safety subspace (format {metadata.get('format')!r}, expected {FORMAT!r}). Write it with SafetySubspace.save.")
-    provenance = files.parse_json(metadata.get("provenance", "{}"), f"{path} (header)")
+    if FORMAT not in metadata:
+        raise SubspaceError(
+            f"{path} is not a safety subspace (its header has {str(sorted(metadata))[:80]}, not {FORMAT!r}). Write it with SafetySubspace.save."
+        )
+    provenance = files.parse_json(metadata[FORMAT], f"{path} (header)")
     bases: dict[str, dict[Side, Tensor]] = {}
     spectra: dict[str, dict[Side, Tensor]] = {}
     fingerprints: dict[str, Tensor] = {}

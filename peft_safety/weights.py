@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +53,9 @@ def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
     Raises:
         UnsupportedLayerError: a weight that is sharded, on the meta device, or of a kind this package doesn't know.
     """
-    weight = layer.weight
-    if not isinstance(weight, Tensor) or weight.is_meta or hasattr(weight, "full_tensor") or hasattr(weight, "ds_id"):
+    weight: Any = layer.weight
+    whole = isinstance(weight, Tensor) and not (weight.is_meta or hasattr(weight, "full_tensor") or hasattr(weight, "ds_id"))
+    if not whole:
         raise UnsupportedLayerError(f"{name}: its weight is on the meta device or sharded. Calibrate or load before the model is sharded.")
     kind = quantisation(layer)
     if kind == "4bit":
@@ -65,7 +67,7 @@ def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
             )
         return dequantize_4bit(weight.data, weight.quant_state).float()
     if kind == "8bit":
-        scale = weight.SCB if getattr(weight, "SCB", None) is not None else layer.state.SCB  # type: ignore[union-attr]
+        scale = weight.SCB if getattr(weight, "SCB", None) is not None else getattr(getattr(layer, "state", None), "SCB", None)
         if scale is None or weight.dtype != torch.int8:
             raise UnsupportedLayerError(f"{name}: 8-bit weight without its scales. Move the model to its device first.")
         return weight.data.float() * (scale.float().view(-1, 1).to(weight.device) / 127.0)
@@ -90,7 +92,8 @@ def merge_survival(layer: nn.Module, delta: Tensor, name: str = "the layer") -> 
     if quantisation(layer) == "4bit":
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-        state = layer.weight.quant_state  # type: ignore[union-attr]
+        weight: Any = layer.weight
+        state = weight.quant_state
         packed, fresh = quantize_4bit((before + delta).to(state.dtype), blocksize=state.blocksize, quant_type=state.quant_type)
         after = dequantize_4bit(packed, fresh).float()
     else:

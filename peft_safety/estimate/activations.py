@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +35,7 @@ def estimate(
     batch_size: int = 8,
     max_length: int = 512,
     seed: int = 0,
+    allow_fewer: bool = False,
     progress: bool = True,
 ) -> SafetySubspace:
     """Estimate the output directions that carry the responses of `data`.
@@ -49,6 +50,8 @@ def estimate(
         rank: directions per layer, `1 <= rank < out_features`.
         target_modules: as in `LoraConfig`; None takes PEFT's default of the architecture.
         layers: base layers by name, instead of `target_modules`.
+        allow_fewer: where the responses span fewer than `rank` directions (a first layer sees little but the embeddings of the tokens that occur), keep those,
+            with a warning, instead of raising.
 
     Returns:
         A subspace with the singular values of `W X`, fingerprints and provenance.
@@ -76,10 +79,12 @@ def estimate(
         if not bool(torch.isfinite(weight).all()):
             raise CalibrationError(f"{name}: the weight {tuple(weight.shape)} holds NaN or Inf. Load an intact checkpoint.")
         u, s = top_left_singular(weight, moment, rank, seed=seed)
-        if not float(s[-1]) > RANK_FLOOR * float(s[0]):
-            span = int((s > RANK_FLOOR * s[0]).sum())
-            raise CalibrationError(f"{name}: the responses span {span} directions only, rank={rank} were asked for. Give more varied data, or a smaller rank.")
-        bases[name], spectra[name] = {"out": u}, {"out": s}
+        if (span := int((s > RANK_FLOOR * s[0]).sum())) < rank:
+            short = f"{name}: the responses span {span} directions only, rank={rank} were asked for."
+            if not (allow_fewer and span):
+                raise CalibrationError(f"{short} Give more varied data, a smaller rank, or allow_fewer=True.")
+            warnings.warn(f"{short} All {span} are protected.", stacklevel=2)
+        bases[name], spectra[name] = {"out": u[:, :span]}, {"out": s[:span]}
     samples = sum(int(batch["input_ids"].shape[0]) for batch in batches)
     provenance = {"method": method, "rank": rank, "seed": seed, "data": digest, "samples": samples, "tokens": moments.tokens, "model": _name(model)}
     subspace = SafetySubspace(bases, spectra, provenance=provenance)

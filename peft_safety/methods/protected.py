@@ -6,14 +6,15 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
 
 from peft_safety import files, weights
 from peft_safety.artifact import ADAPTER_FILE, MANIFEST, StoredAdapter, check_adapter, check_numbers, sign
@@ -147,8 +148,8 @@ class ProtectedConfig(LoraConfig):
         self.target_modules = set(stored.shapes)
         self.exclude_modules = self.layers_to_transform = self.layers_pattern = None
         self.rank_pattern = {name: rank for name, (_, _, rank) in stored.shapes.items() if rank != self.r}
-        library = self.auto_mapping.get("parent_library") if isinstance(self.auto_mapping, dict) else None
-        if not str(library).startswith("transformers."):
+        mapping: Any = getattr(self, "auto_mapping", None)
+        if not isinstance(mapping, dict) or not str(mapping.get("parent_library")).startswith("transformers."):
             self.auto_mapping = None  # AutoPeftModel would import whatever it names
 
 
@@ -159,6 +160,7 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
         UnsupportedLayerError: one of them cannot be protected.
     """
     found = {}
+    model = model.model if isinstance(model, BaseTuner) else model  # names as the base model has them
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or not (adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A):
             continue
@@ -166,8 +168,8 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
         usual = type(layer).__name__ in ("Linear", "Linear4bit", "Linear8bitLt") and weights.supported(base)
         if not usual or getattr(base, "_hf_tp_plan", None) is not None:
             raise UnsupportedLayerError(
-                f"{name}: a {type(base).__name__} under {type(layer).__name__} cannot be protected (only Linear, Conv1D and bitsandbytes 4-bit or 8-bit layers, "
-                "not split by tensor parallelism). Leave it out of target_modules."
+                f"{name}: a {type(base).__name__} under {type(layer).__name__} cannot be protected (only Linear, Conv1D and bitsandbytes "
+                "4-bit or 8-bit layers, not split by tensor parallelism). Leave it out of target_modules."
             )
         found[name] = layer
     return found
@@ -192,7 +194,8 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
         if base is None or not weights.supported(base) or weights.shape(base) != (m, n):
             found = "no such module" if base is None else f"a {type(base).__name__}" + (f" {weights.shape(base)}" if weights.supported(base) else "")
             raise ArtifactError(
-                f"{config._stored.directory}: the adapter has {name} ({m} x {n}, rank {rank}), the model has {found}. Load the base model that it was trained on."
+                f"{config._stored.directory}: the adapter has {name} ({m} x {n}, rank {rank}), the model has {found}. "
+                "Load the base model that it was trained on."
             )
     _check_extra(model, config, config._stored)
 
@@ -263,20 +266,26 @@ def _restore_initial(layers: Mapping[str, LoraLayer], adapter_name: str, stored:
 def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig) -> None:
     """Put leaves with the config's bases in place of the factors, or give the leaves that are there those bases."""
     for name, layer in layers.items():
-        basis = config.subspace.bases[name][config.SIDE]
-        for factor, side in ((layer.lora_A, "in"), (layer.lora_B, "out")):
-            mine = basis if side == config.SIDE else None
+        for factor, side, basis in _sides(layer, config, name):
             old = factor[adapter_name]
-            if mine is None and not config.residual:
-                continue
             if isinstance(old, ProtectedLinear):
-                _rebase(old, mine)
+                _rebase(old, basis)
             else:
-                factor[adapter_name] = ProtectedLinear.replacing(old, mine, side, residual=config.residual)  # type: ignore[arg-type]
-            factor[adapter_name].fold()  # type: ignore[operator]
+                factor[adapter_name] = ProtectedLinear.replacing(old, basis, side, residual=config.residual)
+            factor[adapter_name].fold()
 
 
-def _rebase(leaf: ProtectedLinear, basis: Any) -> None:
+def _sides(layer: LoraLayer, config: ProtectedConfig, name: str) -> Iterator[tuple[Any, Side, Tensor | None]]:
+    """The factors of a layer where a leaf belongs, each with its side and its basis: the constrained one, and with a residual the other one too."""
+    pairs: tuple[tuple[Any, Side], ...] = ((layer.lora_A, "in"), (layer.lora_B, "out"))
+    for factor, side in pairs:
+        if side == config.SIDE:
+            yield factor, side, config.subspace.bases[name][side]
+        elif config.residual:
+            yield factor, side, None
+
+
+def _rebase(leaf: ProtectedLinear, basis: Tensor | None) -> None:
     if basis is not None and leaf.basis is not None and leaf.basis.shape == basis.shape:
         leaf.basis.copy_(basis)  # in place, so that a compiled graph stays valid
     else:
@@ -317,8 +326,8 @@ def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
                 f"adapter {name!r}: modules {sorted(set(layers) ^ set(config._modules))[:3]} came or went since injection. Load the adapter again."
             )
         for module, layer in layers.items():
-            factor = layer.lora_B if config.SIDE == "out" else layer.lora_A
-            check_leaf(factor[name], f"{module} (adapter {name!r})", config.subspace.bases[module][config.SIDE], config.SIDE)
+            for factor, side, basis in _sides(layer, config, module):
+                check_leaf(factor[name], f"{module} (adapter {name!r})", basis, side, config.residual)
 
 
 def stored_adapter(directory: str | os.PathLike[str]) -> StoredAdapter:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from peft_safety import SafetySubspace, verify
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, SubspaceError
+from peft_safety.subspace import FORMAT
 from tests.hostile import tools
 from tests.hostile.tools import ADAPTER, DOWN, MANIFEST, PREFIX, Q0, Q1, REMEDIES, SUBSPACE, A, B, Damage, Tensors, U, bases, fields, put, record, tensors, text
 from tests.tiny import tiny_llama
@@ -232,9 +233,9 @@ CASES = [
     Case("fingerprints_permuted", bases(tools.swap(f"fingerprint.{Q0}", f"fingerprint.{Q1}")), SUB, ("q_proj", "other base weights"), knows_base=True),
     Case("spectrum_of_another_rank", bases(put(f"spectrum.out.{Q0}", lambda s: s[:3])), SUB, (SUBSPACE, Q0, "(3,)")),
     Case("unknown_tensor_in_subspace", bases(lambda t: t.update({"basis.up.x": torch.ones(2)})), SUB, (SUBSPACE, "basis.up.x")),
-    Case("not_a_subspace", bases(lambda t: None, format="something.else"), SUB, (SUBSPACE, "something.else")),
-    Case("provenance_not_json", bases(lambda t: None, provenance="{"), ART, (SUBSPACE, "header")),
-    Case("provenance_too_deep", bases(lambda t: None, provenance='{"a":' * 40 + "1" + "}" * 40), ART, (SUBSPACE, "header", "deep")),
+    Case("not_a_subspace", bases(lambda t: None, something="else"), SUB, (SUBSPACE, "something")),
+    Case("provenance_not_json", bases(lambda t: None, **{FORMAT: "{"}), ART, (SUBSPACE, "header")),
+    Case("provenance_too_deep", bases(lambda t: None, **{FORMAT: '{"a":' * 40 + "1" + "}" * 40}), ART, (SUBSPACE, "header", "deep")),
     # the config's text
     Case("json_too_long", text(lambda t: t.replace('"task_data": null', f'"task_data": "{"x" * (1 << 20)}"')), ART, (MANIFEST, "1048576")),
     Case("json_too_deep", text(lambda t: t.replace('"task_data": null', '"task_data": ' + "[" * 50 + "]" * 50)), ART, (MANIFEST, "deep")),
@@ -476,7 +477,7 @@ def test_a_subspace_from_the_pickle_of_a_stranger_is_refused(tmp_path: Path) -> 
 
 def test_a_subspace_of_zero_tensors_is_refused(tmp_path: Path) -> None:
     path = tmp_path / SUBSPACE
-    save_file({}, path, metadata={"format": "peft_safety.subspace.v1"})
+    save_file({}, path, metadata={FORMAT: "{}"})
     assert load_file(path) == {}
     with pytest.raises(SubspaceError, match="no basis"):
         SafetySubspace.load(tmp_path)

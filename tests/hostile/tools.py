@@ -106,7 +106,7 @@ def tensors(change: Callable[[Tensors], Any], name: str = ADAPTER, *, listed: tu
     def damage(directory: Path) -> None:
         path = directory / name
         with safe_open(str(path), "pt") as handle:
-            header = dict(handle.metadata()) | (metadata or {})
+            header = handle.metadata() if metadata is None else metadata
         content = load_file(path)
         change(content)
         save_file({key: value.contiguous() for key, value in content.items()}, path, metadata=header)
@@ -118,8 +118,8 @@ def tensors(change: Callable[[Tensors], Any], name: str = ADAPTER, *, listed: tu
 
 
 def bases(change: Callable[[Tensors], Any], **metadata: str) -> Damage:
-    """Change the side file."""
-    return tensors(change, SUBSPACE, metadata=metadata)
+    """Change the side file, and replace its header's metadata if any is given."""
+    return tensors(change, SUBSPACE, metadata=metadata or None)
 
 
 def put(key: str, value: Callable[[Tensor], Tensor]) -> Callable[[Tensors], None]:

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_safety import SaLoRAConfig, SafetySubspace, assert_protected
+from peft_safety import SafetySubspace, SaLoRAConfig, assert_protected
 from peft_safety.methods.salora import task_aware_factors
 from peft_safety.projection import leak, project_out, top_left_singular
 

@@ -26,7 +26,10 @@ def test_an_exported_adapter_is_plain_lora_of_the_same_function(base: str, init:
     config = loaded.peft_config["default"]
     assert type(config) is LoraConfig
     assert config.r == config.lora_alpha == (4 if init == "lora" else 8)
-    torch.testing.assert_close(cells.logits(loaded), cells.logits(model), rtol=1e-5, atol=1e-5)
+    # an int8 base rounds its inputs: one rounding that falls the other way is visible
+    torch.testing.assert_close(cells.logits(loaded), cells.logits(model), rtol=1e-5, atol=5e-3 if base == "int8" else 1e-5)
+    for name, delta in cells.deltas(model).items():
+        torch.testing.assert_close(cells.deltas(loaded)[name], delta, rtol=1e-5, atol=1e-6)
     assert cells.leak(loaded, subspace=model.peft_config["default"].subspace) <= LEAK
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 

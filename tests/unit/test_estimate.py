@@ -135,8 +135,23 @@ def test_targets_are_those_that_peft_matches(targets):
 
 
 def test_what_matches_nothing_is_named():
-    with pytest.raises(ConfigError, match="query_key_value.*q_proj"):
+    with pytest.raises(ConfigError, match=r"query_key_value.*q_proj"):
         target_layers(tiny_llama(), ["query_key_value"])
+
+
+def test_a_layer_with_fewer_directions_than_asked_for_is_refused_or_protected_whole(pairs):
+    ids = torch.tensor([[5, 6, 5, 6, 5, 6, 5, 6]])  # two distinct tokens: a first layer sees two directions
+    data = [{"input_ids": ids, "labels": ids}]
+    targets = ["model.layers.0.self_attn.q_proj"]
+    with pytest.raises(CalibrationError, match=r"layers.0.self_attn.q_proj.*span 2 directions.*allow_fewer"):
+        estimate(tiny_llama(), data, target_modules=targets)
+    with pytest.warns(UserWarning, match="All 2 are protected"):
+        subspace = estimate(tiny_llama(), data, target_modules=targets, allow_fewer=True)
+    assert subspace.rank(targets[0]) == 2
+    weight, inputs = tiny_llama().get_submodule(targets[0]).weight, torch.nn.functional.normalize(tiny_llama().model.embed_tokens(ids[0, :2]))
+    outputs = (weight @ inputs.mT).detach()
+    u = subspace.bases[targets[0]]["out"]
+    torch.testing.assert_close(u @ (u.mT @ outputs), outputs, rtol=0, atol=1e-5)
 
 
 def test_rows_without_a_tokenizer_are_refused(pairs):
