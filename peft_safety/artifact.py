@@ -224,7 +224,7 @@ def _check_factors(directory: Path, config: dict[str, Any], subspace: SafetySubs
                 raise ArtifactError(f"{path}: {module} has {sorted(keys)}, expected {sorted(expected)}. Copy or save the adapter again.")
             shapes[module] = _check_shapes(path, module, {k: handle.get_slice(v) for k, v in keys.items()}, subspace, config)
             tensors = {kind: handle.get_tensor(key) for kind, key in keys.items()}
-            leaks[module] = _check_values(path, module, tensors, subspace)
+            leaks[module] = _check_values(path, module, tensors, {side: subspace.bases[module][side] for side in PROTECTED_TYPES[config["peft_type"]]})
         for key in extra:
             _check_extra(path, key, handle, subspace)
     return StoredAdapter(directory, config, subspace, shapes, residual, leaks, extra)
@@ -249,12 +249,12 @@ def _check_shapes(path: Path, module: str, slices: Mapping[str, Any], subspace: 
     return int(b[0]), int(a[1]), int(rank)
 
 
-def _check_values(path: Path, module: str, tensors: Mapping[str, Tensor], subspace: SafetySubspace) -> float:
+def _check_values(path: Path, module: str, tensors: Mapping[str, Tensor], bases: Mapping[Side, Tensor]) -> float:
     for kind, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"{path}: {module}.{kind} {tuple(tensor.shape)} holds NaN or Inf. Save the adapter again from the last good checkpoint.")
     worst = 0.0
-    for side, u in subspace.bases[module].items():
+    for side, u in bases.items():
         factor = "lora_B" if side == "out" else "lora_A"
         for kind in ("weight", "initial"):
             if f"{factor}.{kind}" in tensors:

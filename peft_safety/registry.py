@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,8 @@ def _save_pretrained(original: Callable[..., None], self: Any, save_directory: s
     if Path(save_directory).is_file():
         raise ArtifactError(f"{save_directory} is a file. Give a directory.")
     with publishing(Path(save_directory), MANIFEST) as staging:
+        if (card := Path(save_directory, "README.md")).is_file():
+            shutil.copy(card, staging)  # PEFT adds to a model card that is there
         original(self, str(staging), *args, **kwargs)
         for name in protected:
             folder = staging if name == "default" else staging / name

@@ -24,8 +24,8 @@ def label_names(rows: Iterable[Row]) -> list[str]:
 
 
 def classification_prompt(text: str, labels: Sequence[str]) -> str:
-    """The user turn of a classification row: the text and the labels to choose from."""
-    return f"{text}\n\nWhich label fits? {', '.join(labels)}"
+    """The user turn of a classification row: the labels to choose from, then the text. The instruction comes first, so that every later token knows its task."""
+    return f"Answer with one of these labels: {', '.join(labels)}.\n\nText: {text}"
 
 
 def to_messages(row: Row, labels: Sequence[str] = ()) -> list[Message]:

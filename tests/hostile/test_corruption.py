@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor, nn
@@ -24,7 +24,10 @@ FILES = (tools.MANIFEST, tools.ADAPTER, tools.SUBSPACE)
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return tools.save_good(tmp_path_factory.mktemp("good") / "task", init="task")
+        directory = tools.save_good(tmp_path_factory.mktemp("good") / "task", init="task")
+    config = tools.manifest(directory) | {"base_model_name_or_path": "tiny/" + "llama" * 200}  # a free field, so that some damage changes nothing
+    (directory / tools.MANIFEST).write_text(tools.json.dumps(config))
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,7 @@ def test_a_corrupted_adapter_is_refused_or_computes_what_was_saved(
             content[int(where * len(content))] ^= bits
         if kind == "insert":
             content.insert(int(where * len(content)), bits)
+    assume(bytes(content) != (directory / name).read_bytes())
     (directory / name).write_bytes(bytes(content))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
-from peft_safety import SafetySubspace, SaLoRAConfig, assert_protected
+from peft_safety import SafetySubspace, SaLoRAConfig, assert_protected, export_lora
 from peft_safety.errors import ArtifactError, CalibrationError, ConfigError, DataError, PeftSafetyError, SubspaceError, UnsupportedLayerError
 from tests.hostile import tools
 from tests.hostile.tools import Q0, REMEDIES
@@ -246,6 +246,18 @@ def test_a_basis_that_protects_nothing_or_everything_is_refused(name: str) -> No
     with pytest.raises(SubspaceError) as caught:
         SafetySubspace(bases)
     assert says in str(caught.value)
+
+
+def test_a_subspace_with_more_sides_than_the_method_needs_serves_it(space: SafetySubspace, tmp_path: Path) -> None:
+    """One subspace serves several methods: what constrains the inputs is of no concern to SaLoRA, at save, load and export."""
+    inputs = {name: torch.linalg.qr(torch.randn(64 if "down" in name else 32, 4)).Q for name in space.module_names}
+    both = SafetySubspace({name: {**space.bases[name], "in": inputs[name]} for name in space.module_names}, None, space.fingerprints)
+    model = tools.trained(tiny_llama(), both)
+    model.save_pretrained(str(tmp_path / "native"))
+    export_lora(model, tmp_path / "plain")
+    expected = model(tools.tokens()).logits
+    assert torch.equal(PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "native"))(tools.tokens()).logits, expected)
+    assert torch.allclose(PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "plain"))(tools.tokens()).logits, expected, atol=1e-5)
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peft_safety import SaLoRAConfig, SafetySubspace
+from peft_safety import SafetySubspace, SaLoRAConfig
 from peft_safety.estimate.targets import canonical, target_layers
 from peft_safety.layers import protected_leaves
 from peft_safety.methods.protected import protected_configs
@@ -34,7 +34,7 @@ def base_model(kind: str = "linear", seed: int = 0) -> nn.Module:
     return copy.deepcopy(_base(kind, seed))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _base(kind: str, seed: int) -> nn.Module:
     if kind == "conv1d":
         with torch.random.fork_rng(devices=[]):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 
 from peft_safety import assert_protected, export_lora
 from peft_safety.layers import protected_leaves
@@ -152,7 +152,7 @@ READERS = {
     "state_dict": lambda model, name: model.state_dict()[f"{name}.weight"],
     "pickle": lambda model, name: pickle.loads(pickle.dumps(model)).get_submodule(name).weight,
     "deepcopy": lambda model, name: copy.deepcopy(model).get_submodule(name).weight,
-    "getattr of the parent": lambda model, name: getattr(model.get_submodule(name.rpartition(".")[0])["default"], "weight"),
+    "get_peft_model_state_dict": lambda model, name: get_peft_model_state_dict(model)[f"{name.removesuffix('.default')}.weight"],
 }
 
 

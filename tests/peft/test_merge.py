@@ -77,13 +77,12 @@ def test_a_merged_adapter_is_neither_exported_nor_merged_twice(tmp_path: Path) -
 def test_merging_into_k_bit_weights_is_refused_with_the_figure(base: str, init: str, how: str) -> None:
     model = cells.protected(base, init, trained=True)
     before = cells.logits(model)
+    if how == "by name":
+        model.add_adapter("other", cells.config(base, init, seed=3))
+        model.set_adapter("other")
+    merge = {"by name": lambda: model.merge_and_unload(adapter_names=["default"])}.get(how) or getattr(model, how)
     with pytest.raises(LossyMergeError, match="would keep") as caught:
-        if how == "by name":
-            model.add_adapter("other", cells.config(base, init, seed=3))
-            model.set_adapter("other")
-            model.merge_and_unload(adapter_names=["default"])
-        else:
-            getattr(model, how)()
+        merge()
     kept = float(re.search(r"would keep (-?[\d.]+)%", str(caught.value)).group(1))
     assert -100 < kept < 200
     assert "merge_dequantised" in str(caught.value)
