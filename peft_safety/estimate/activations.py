@@ -71,25 +71,34 @@ def estimate(
         moments = collect(model, layers, batches, progress=progress)
     if moments.tokens < rank:
         raise CalibrationError(f"{moments.tokens} labelled tokens cannot span rank={rank} directions. Give more data, or a smaller rank.")
-    bases: dict[str, dict[Any, Tensor]] = {}
-    spectra: dict[str, dict[Any, Tensor]] = {}
-    for name, layer in layers.items():
-        moment = moments.moment(name)
-        weight = weights.dense_weight(layer, name).to(moment.device)
-        if not bool(torch.isfinite(weight).all()):
-            raise CalibrationError(f"{name}: the weight {tuple(weight.shape)} holds NaN or Inf. Load an intact checkpoint.")
-        u, s = top_left_singular(weight, moment, rank, seed=seed)
-        if (span := int((s > RANK_FLOOR * s[0]).sum())) < rank:
-            short = f"{name}: the responses span {span} directions only, rank={rank} were asked for."
-            if not (allow_fewer and span):
-                raise CalibrationError(f"{short} Give more varied data, a smaller rank, or allow_fewer=True.")
-            warnings.warn(f"{short} All {span} are protected.", stacklevel=2)
-        bases[name], spectra[name] = {"out": u[:, :span]}, {"out": s[:span]}
+    found = {name: _directions(name, layer, moments.moment(name), rank, seed) for name, layer in layers.items()}
+    _check_spans({name: u.shape[1] for name, (u, _) in found.items()}, rank, allow_fewer)
     samples = sum(int(batch["input_ids"].shape[0]) for batch in batches)
     provenance = {"method": method, "rank": rank, "seed": seed, "data": digest, "samples": samples, "tokens": moments.tokens, "model": _name(model)}
-    subspace = SafetySubspace(bases, spectra, provenance=provenance)
+    subspace = SafetySubspace({n: {"out": u} for n, (u, _) in found.items()}, {n: {"out": s} for n, (_, s) in found.items()}, provenance=provenance)
     subspace.bind(layers)
     return subspace
+
+
+def _directions(name: str, layer: nn.Module, moment: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """`(U (m, k), s (k,))` of one layer, `k = rank` or, where the outputs span less, that."""
+    weight = weights.dense_weight(layer, name).to(moment.device)
+    if not bool(torch.isfinite(weight).all()):
+        raise CalibrationError(f"{name}: the weight {tuple(weight.shape)} holds NaN or Inf. Load an intact checkpoint.")
+    u, s = top_left_singular(weight, moment, rank, seed=seed)
+    span = int((s > RANK_FLOOR * s[0]).sum())
+    return u[:, :span], s[:span]
+
+
+def _check_spans(spans: Mapping[str, int], rank: int, allow_fewer: bool) -> None:
+    short = {name: span for name, span in spans.items() if span < rank}
+    if not short:
+        return
+    name = min(short, key=lambda n: short[n])
+    said = f"{name}: the responses span {short[name]} directions only, rank={rank} were asked for ({len(short)} of {len(spans)} layers fall short)."
+    if not allow_fewer or short[name] == 0:
+        raise CalibrationError(f"{said} Give more varied data, a smaller rank, or allow_fewer=True.")
+    warnings.warn(f"{said} Each protects all that it has.", stacklevel=3)
 
 
 @contextmanager

@@ -97,8 +97,11 @@ def test_gradients_are_those_of_the_dense_formula(base: str, init: str) -> None:
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize(("base", "init"), [("linear", "lora"), ("linear", "task"), ("nf4", "lora"), ("conv1d", "lora")])
+HUNDRED = [(base, "lora", optimizer) for base in ("linear", "nf4") for optimizer in OPTIMIZERS]
+HUNDRED += [("linear", "task", optimizer) for optimizer in ("adamw", "adamw8bit", "sgd")] + [("conv1d", "lora", "adamw"), ("int8", "task", "adamw")]
+
+
+@pytest.mark.parametrize(("base", "init", "optimizer"), HUNDRED)
 def test_a_hundred_steps_leak_nothing_at_save_load_fold_and_export(base: str, init: str, optimizer: str, tmp_path: Path) -> None:
     model = cells.protected(base, init)
     cells.train(model, OPTIMIZERS[optimizer], 100)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from peft_safety import export_lora
 from tests.peft import cells
@@ -62,12 +64,13 @@ save_file(out, here / f"{sys.argv[2]}.safetensors")
 """
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Native and exported adapters of both kinds, and the logits they must give."""
-    here = tmp_path_factory.mktemp("processes")
-    from safetensors.torch import save_file
+SCRIPTS = {"without": WITHOUT, "first": WITH, "last": WITH}
 
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, subprocess.Popen[str]]]]:
+    """Native and exported adapters of both kinds, the logits they must give, and three processes that load them side by side."""
+    here = tmp_path_factory.mktemp("processes")
     save_file({"ids": cells.tokens()}, here / "ids.safetensors")
     out = {}
     for init in cells.INITS:
@@ -76,26 +79,36 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         export_lora(model, here / f"plain-{init}")
         out[init] = cells.logits(model)
     save_file(out, here / "expected.safetensors")
-    return here
+    running = {
+        name: subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", script, str(here), name], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for name, script in SCRIPTS.items()
+    }
+    yield here, running
+    for process in running.values():
+        process.kill()
+        process.wait()
 
 
-def run(script: str, *arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def result(processes: tuple[Path, dict[str, subprocess.Popen[str]]], name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Logits of that process, once it is done, and the expected ones."""
+    here, running = processes
+    output, _ = running[name].communicate(timeout=240)
+    assert running[name].returncode == 0, output
+    return load_file(here / f"{name}.safetensors"), load_file(here / "expected.safetensors")
 
 
-def test_without_the_package_the_export_computes_the_same_and_the_native_adapter_fails_loudly(saved: Path) -> None:
-    run(WITHOUT, str(saved))
-    found, expected = load_file(saved / "without.safetensors"), load_file(saved / "expected.safetensors")
+def test_without_the_package_the_export_computes_the_same_and_the_native_adapter_fails_loudly(processes: Any) -> None:
+    found, expected = result(processes, "without")
     for init in cells.INITS:
         assert float((found[init] - expected[init]).abs().max()) <= 1e-5
-        config = json.loads((saved / f"plain-{init}" / "adapter_config.json").read_text())
+        config = json.loads((processes[0] / f"plain-{init}" / "adapter_config.json").read_text())
         assert config["peft_type"] == "LORA"
         assert config["r"] == config["lora_alpha"] == {"lora": 4, "task": 8}[init]
 
 
 @pytest.mark.parametrize("order", ["first", "last"])
-def test_a_fresh_process_loads_the_native_adapter(order: str, saved: Path) -> None:
-    run(WITH, str(saved), order)
-    found, expected = load_file(saved / f"{order}.safetensors"), load_file(saved / "expected.safetensors")
+def test_a_fresh_process_loads_the_native_adapter(order: str, processes: Any) -> None:
+    found, expected = result(processes, order)
     assert all(torch.equal(found[init], expected[init]) for init in cells.INITS)
