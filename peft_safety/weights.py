@@ -6,8 +6,10 @@ precision: the values are compared by relative distance, with a tolerance per pr
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,7 +67,7 @@ def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
             raise UnsupportedLayerError(
                 f"{name}: 4-bit weight without a quantisation state. Load it with a BitsAndBytesConfig, or move it to its device first."
             )
-        return dequantize_4bit(weight.data, weight.quant_state).float()
+        return dequantize_4bit(*_unpacked(weight)).float()
     if kind == "8bit":
         scale = weight.SCB if getattr(weight, "SCB", None) is not None else getattr(getattr(layer, "state", None), "SCB", None)
         if scale is None or weight.dtype != torch.int8:
@@ -77,6 +79,32 @@ def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
         )
     dense = weight.detach().float()
     return dense.T if is_conv1d(layer) else dense
+
+
+def _unpacked(weight: Any) -> tuple[Tensor, Any]:
+    """A 4-bit weight in bitsandbytes' usual layout: on CPUs with AVX512-BF16 it repacks weights in place at the first forward in eval mode."""
+    if not getattr(weight.quant_state, "packing_format_for_cpu", False):
+        return weight.data, weight.quant_state
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    state = copy.copy(weight.quant_state)  # which the conversion changes
+    scales = state.absmax.T.reshape(-1).float()  # packed scales are transposed; the conversion turns only nested ones back
+    data, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    state.absmax, state.nested = scales, False
+    return data, state
+
+
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """Keep bitsandbytes from repacking 4-bit weights (see `_unpacked`): a calibration pass must not touch them."""
+    layers = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_safety import weights
 from peft_safety.data.chat import IGNORE_INDEX, Collator, encode_rows
 from peft_safety.errors import CalibrationError
 
@@ -111,7 +112,7 @@ def collect(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with moments.watching(), torch.no_grad():
+        with moments.watching(), weights.unpacked(model), torch.no_grad():
             for batch in tqdm(batches, desc=what, unit="batch", disable=not progress):
                 ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
                 attention = batch.get("attention_mask", torch.ones_like(ids)).to(device)

@@ -207,7 +207,7 @@ def test_gradient_accumulation_equals_the_large_batch(tmp_path: Path) -> None:
     [
         False,
         pytest.param(
-            True, marks=pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 fails here with plain LoRA too: no input needs a grad")
+            True, marks=pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 fails here with plain LoRA too")
         ),
     ],
 )
