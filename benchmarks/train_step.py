@@ -60,25 +60,30 @@ def any_subspace(model: nn.Module) -> SafetySubspace:
     return SafetySubspace({n: {"out": orthonormalise(torch.randn(shape(layer)[0], SAFETY_RANK, generator=generator))} for n, layer in layers.items()})
 
 
+def adapter_name(arm: str) -> str:
+    """PEFT warns of names that its own prefix `lora_` contains."""
+    return f"{arm.replace(' ', '_')}_arm"
+
+
 def with_adapters(model: nn.Module, arms: tuple[str, ...]) -> PeftModel:
     """The model with one adapter an arm, of equal rank on all linear layers."""
     subspace = any_subspace(model)
     plain = {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     configs = {arm: SaLoRAConfig(**plain, subspace=subspace) if arm == "salora" else LoraConfig(**plain) for arm in arms}
     first = arms[0]
-    peft_model: PeftModel = get_peft_model(model, configs[first], adapter_name=first.replace(" ", "_"))
+    peft_model: PeftModel = get_peft_model(model, configs[first], adapter_name=adapter_name(first))
     for arm in arms[1:]:
-        peft_model.add_adapter(arm.replace(" ", "_"), configs[arm])
+        peft_model.add_adapter(adapter_name(arm), configs[arm])
     if "dense C" in arms:
         for name, layer in peft_model.get_base_model().named_modules():
             if isinstance(layer, LoraLayer):
-                layer.lora_B["dense_C"] = DenseProjected(layer.lora_B["dense_C"], subspace.bases[name]["out"])
+                layer.lora_B[adapter_name("dense C")] = DenseProjected(layer.lora_B[adapter_name("dense C")], subspace.bases[name]["out"])
     return peft_model
 
 
 def step_of(model: PeftModel, arm: str, tokens: int) -> Callable[[], None]:
     """One training step of an arm on `tokens` random tokens, as a function."""
-    adapter = arm.replace(" ", "_")
+    adapter = adapter_name(arm)
     model.set_adapter(adapter)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(tokens))

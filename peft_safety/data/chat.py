@@ -24,7 +24,7 @@ def label_names(rows: Iterable[Row]) -> list[str]:
 
 
 def classification_prompt(text: str, labels: Sequence[str]) -> str:
-    """The user turn of a classification row: the labels to choose from, then the text. The instruction comes first, so that every later token knows its task."""
+    """The user turn of a classification row: the labels to choose from, then the text: instruction first, so that later tokens know their task."""
     return f"Answer with one of these labels: {', '.join(labels)}.\n\nText: {text}"
 
 
