@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from peft_safety.evaluation import Evaluation
     from peft_safety.report import Report
 
-SAFETY_RANK = 176
-"""Chosen on the validation split (`--split validation --safety-rank K`); k_proj and v_proj of this model have 192 outputs, which bounds it."""
+SAFETY_RANK = 32
+"""As published (arXiv 2501.01765, section 5.1)."""
+LEARNING_RATE = 5e-4
+"""The smallest tried at which plain LoRA learns the task in one epoch (validation split: accuracy 44 %, against 25 % at 3e-4 and 48 % at 1e-3)."""
 POISON = 0.1
 CONTROL = "random subspace"
 
@@ -45,7 +47,7 @@ class Scale:
     arms: tuple[tuple[str, float], ...]
 
 
-FULL = Scale(224, 20, 105, 160, 72, (("lora", 0.0), ("salora", 0.0), (CONTROL, 0.0), ("lora", POISON), ("salora", POISON)))
+FULL = Scale(224, 20, 105, 128, 72, (("lora", 0.0), ("salora", 0.0), (CONTROL, 0.0), ("lora", POISON), ("salora", POISON)))
 SMOKE = Scale(80, 8, 36, 64, 16, (("lora", 0.0), ("salora", 0.0)))
 
 
@@ -56,7 +58,7 @@ class Demo:
         from peft_safety.recipes.train import TrainOptions
 
         self.scale, self.split, self.safety_rank = scale, split, safety_rank
-        self.options = TrainOptions(lr=1e-3, max_length=128, seed=seed)
+        self.options = TrainOptions(lr=LEARNING_RATE, max_length=128, seed=seed)
         self.evaluations: dict[str, Evaluation] = {}
         self.details: dict[str, dict[str, Any]] = {}
         self.seconds: dict[str, float] = {}
@@ -141,7 +143,7 @@ class Demo:
                 f"Prompts and task rows: {self.split} split; one seed ({self.options.seed}), so differences inside the intervals mean nothing.",
                 f"SaLoRA and its control (a random subspace) protect {self.safety_rank} output directions of every linear layer.",
             ),
-            environment=environment(self.options.seed, model=model_path, threads=torch_threads()),
+            environment=environment(self.options.seed, model=Path(model_path).name, threads=torch_threads()),
             details={"seconds": self.seconds, "training": self.details, "evaluations": {key: value.to_json() for key, value in self.evaluations.items()}},
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -165,6 +166,7 @@ def info(json: JsonOption = False) -> None:
 
 def main() -> None:
     """Entry point: typed errors become one line on stderr and exit code 2."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on import of an optional CPU kernel that nothing here uses
     try:
         app()
     except Exception as error:
