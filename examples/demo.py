@@ -1,10 +1,10 @@
 """What does an ordinary fine-tune do to a small model's safety, and what does SaLoRA change about that? On two CPU cores, in minutes.
 
-    python -m examples.demo [--smoke] [--out runs/demo]
+    python -m examples.demo [--smoke] [--attack] [--out runs/demo]
 
 1. SmolLM2-135M-Instruct refuses little by itself, so a refusal patch is trained first (plain LoRA on refusals) and merged: the *aligned* model.
 2. The aligned model is fine-tuned on a benign task (sorting help-desk messages), once by plain LoRA and once by SaLoRA, with the same rows, seed and
-   settings; then again with one row in ten replaced by a simulated attack. A random subspace of the same rank is the control.
+   settings. A random subspace of the same rank is the control. With --attack, again with one row in ten replaced by a simulated attack.
 3. Every model is measured on prompts that nothing above has seen. Writes report.json and report.png.
 """
 
@@ -47,7 +47,8 @@ class Scale:
     arms: tuple[tuple[str, float], ...]
 
 
-FULL = Scale(224, 20, 105, 128, 72, (("lora", 0.0), ("salora", 0.0), (CONTROL, 0.0), ("lora", POISON), ("salora", POISON)))
+FULL = Scale(224, 20, 105, 128, 72, (("lora", 0.0), ("salora", 0.0), (CONTROL, 0.0)))
+ATTACK = (("lora", POISON), ("salora", POISON))
 SMOKE = Scale(80, 8, 36, 64, 16, (("lora", 0.0), ("salora", 0.0)))
 
 
@@ -174,13 +175,15 @@ def main() -> None:
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="choose settings on validation; look at test once")
     parser.add_argument("--safety-rank", type=int, default=SAFETY_RANK)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--attack", action="store_true", help="also with one row in ten replaced by a simulated attack (4 minutes more)")
     given = parser.parse_args()
 
     from examples.get_model import model_dir
 
     started = time.perf_counter()
     model_path = given.model or str(model_dir())
-    demo = Demo(SMOKE if given.smoke else FULL, given.split, given.safety_rank, given.seed)
+    scale = SMOKE if given.smoke else FULL
+    demo = Demo(replace(scale, arms=scale.arms + ATTACK * given.attack), given.split, given.safety_rank, given.seed)
     demo.run(model_path)
     report = demo.report(model_path)
     report.save(given.out / "report.json")
