@@ -37,9 +37,8 @@ def calibrate(
     json: JsonOption = False,
 ) -> None:
     """Estimate a safety subspace in one pass over the model, and save it."""
-    from peft_safety.data import read_jsonl, refusal_pairs
+    from peft_safety.data import CALIBRATION_PAIRS, read_jsonl, refusal_pairs
     from peft_safety.recipes.load import load_model
-    from peft_safety.recipes.protect import CALIBRATION_PAIRS
     from peft_safety.subspace import SafetySubspace
 
     rows = refusal_pairs("calibration", CALIBRATION_PAIRS) if data is None else read_jsonl(data)

@@ -18,14 +18,12 @@ from torch import Tensor, nn
 
 from peft_safety import files, weights
 from peft_safety.artifact import ADAPTER_FILE, MANIFEST, StoredAdapter, check_adapter, check_numbers, sign
+from peft_safety.data import CALIBRATION_PAIRS
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, ProtectionError, UnsupportedLayerError
 from peft_safety.estimate.targets import PREFIX, canonical
 from peft_safety.layers import ProtectedLinear, check_leaf
 from peft_safety.projection import Side
 from peft_safety.subspace import FILE_NAME, SafetySubspace
-
-CALIBRATION_PAIRS = 128
-"""Prompt/refusal pairs behind `subspace="auto"`: the reference setting of SaLoRA, arXiv 2501.01765, section 5.1."""
 
 INITS = (True, False, "gaussian", "orthogonal")
 """Values of `init_lora_weights` that start from dW = 0 and leave the base weight alone."""

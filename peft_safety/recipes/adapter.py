@@ -62,7 +62,7 @@ class AdapterOptions:
         def estimate(data: Sequence[Row], rank: int) -> SafetySubspace:
             targets = self.target_modules
             return SafetySubspace.from_activations(
-                model, data, tokenizer=tokenizer, method="salora", rank=rank, target_modules=targets, seed=seed, progress=progress
+                model, data, tokenizer=tokenizer, rank=rank, target_modules=targets, seed=seed, allow_fewer=True, progress=progress
             )
 
         calibrate = isinstance(self.subspace, str) and self.subspace == "auto"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from peft_safety.data import CALIBRATION_PAIRS
 from peft_safety.data.chat import Row
 from peft_safety.evaluation.evaluate import Evaluation
 from peft_safety.evaluation.judges import KeywordJudge
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from peft_safety.subspace import SafetySubspace
-
-
-__all__ = ["CALIBRATION_PAIRS", "ProtectReport", "protect"]
 
 
 @dataclass(frozen=True)
