@@ -49,7 +49,7 @@ class Scale:
 
 FULL = Scale(224, 20, 105, 128, 72, (("lora", 0.0), ("salora", 0.0), (CONTROL, 0.0)))
 ATTACK = (("lora", POISON), ("salora", POISON))
-SMOKE = Scale(80, 8, 36, 64, 16, (("lora", 0.0), ("salora", 0.0)))
+SMOKE = Scale(48, 4, 20, 40, 16, (("lora", 0.0), ("salora", 0.0)))
 
 
 class Demo:
