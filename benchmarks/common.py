@@ -47,7 +47,10 @@ def peak_memory(module: str, *arguments: str) -> dict[str, Any]:
 
 
 def resident_mib() -> float:
-    """Memory this process has held at most, MiB."""
+    """Memory this process has held at most, MiB. On Linux not `ru_maxrss`, which a child inherits from the process that started it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform != "darwin" else 1024) / 1024
 
 
