@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peft_safety import files, weights
 from peft_safety.artifact import ADAPTER_FILE, MANIFEST
 from peft_safety.errors import ConfigError, ProtectionError
+from peft_safety.estimate.targets import PREFIX
 from peft_safety.methods.protected import ProtectedConfig, adapter_layers, assert_protected, config_table, stored_adapter
 from peft_safety.projection import delta_leak, leak_tolerance
 
@@ -64,7 +65,7 @@ def export_directory(source: str | os.PathLike[str], directory: str | os.PathLik
     stored = stored_adapter(source)
     factors = {}
     with files.open_tensors(stored.directory / ADAPTER_FILE) as handle:
-        by_module = {key.removeprefix("base_model.model."): key for key in handle.keys()}  # noqa: SIM118
+        by_module = {key.removeprefix(PREFIX): key for key in handle.keys()}  # noqa: SIM118
         for name, (_, _, rank) in stored.shapes.items():
             alpha: Any = (config.alpha_pattern or {}).get(name, config.lora_alpha)
             scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
@@ -94,8 +95,8 @@ def _publish(target: Path, factors: dict[str, tuple[Tensor, Tensor]], config: Pr
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in factors.items():
         _check(name, a, b, config)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, rank - a.shape[0])).contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(b, (0, rank - b.shape[1])).contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, rank - a.shape[0])).contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, rank - b.shape[1])).contiguous()
     plain = LoraConfig(
         r=rank,
         lora_alpha=rank,
