@@ -55,7 +55,7 @@ SMOKE = Scale(48, 4, 20, 40, 16, (("lora", 0.0), ("salora", 0.0)))
 class Demo:
     """The arms, and what they share: one aligned model, one bench, one seed."""
 
-    def __init__(self, scale: Scale, split: str, safety_rank: int, seed: int) -> None:
+    def __init__(self, scale: Scale, split: str, safety_rank: float, seed: int) -> None:
         from peft_safety.recipes.train import TrainOptions
 
         self.scale, self.split, self.safety_rank = scale, split, safety_rank
@@ -123,7 +123,7 @@ class Demo:
         seed, task = self.options.seed, self.bench.task
         rows = poisoned(task.train, poison, seed)
         chosen = subspace.randomised(seed) if method == CONTROL else subspace
-        adapter = AdapterOptions("lora" if method == "lora" else "salora", safety_rank=self.safety_rank, subspace=chosen)
+        adapter = AdapterOptions("lora" if method == "lora" else "salora", subspace=chosen)
         config = adapter.config(aligned, self.tokenizer, rows, seed=seed)
         tuned, run = finetune(aligned, self.tokenizer, rows, config, self.options, labels=task.labels)
         name = f"{method}, {100 * poison:g} % poison"
@@ -142,11 +142,21 @@ class Demo:
             notes=(
                 f"Judge: {KeywordJudge.name}. {KeywordJudge.caveat}",
                 f"Prompts and task rows: {self.split} split; one seed ({self.options.seed}), so differences inside the intervals mean nothing.",
-                f"SaLoRA and its control (a random subspace) protect {self.safety_rank} output directions of every linear layer.",
+                f"SaLoRA and its control (a random subspace) protect {directions(self.safety_rank)} of every linear layer.",
             ),
             environment=environment(self.options.seed, model=Path(model_path).name, threads=torch_threads()),
             details={"seconds": self.seconds, "training": self.details, "evaluations": {key: value.to_json() for key, value in self.evaluations.items()}},
         )
+
+
+def rank(text: str) -> float:
+    """A count, or a share below 1."""
+    return float(text) if "." in text else int(text)
+
+
+def directions(rank: float) -> str:
+    """In words."""
+    return f"{rank} output directions" if rank >= 1 else f"{100 * rank:g} % of the output directions"
 
 
 def torch_threads() -> int:
@@ -173,7 +183,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="directory of report.json and report.png")
     parser.add_argument("--model", help="hub id or directory of an instruct model; default SmolLM2-135M-Instruct, fetched when missing")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="choose settings on validation; look at test once")
-    parser.add_argument("--safety-rank", type=int, default=SAFETY_RANK)
+    parser.add_argument("--safety-rank", type=rank, default=SAFETY_RANK, help="output directions per layer, or a share of them (0.9)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attack", action="store_true", help="also with one row in ten replaced by a simulated attack (4 minutes more)")
     given = parser.parse_args()

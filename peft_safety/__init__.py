@@ -14,10 +14,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peft_safety.callbacks import SafetyMonitorCallback
+    from peft_safety.callbacks import SafeLoRACallback, SafetyMonitorCallback
     from peft_safety.errors import PeftSafetyError
     from peft_safety.export import export_lora, merge_dequantised
     from peft_safety.methods.protected import assert_protected
+    from peft_safety.methods.safe_lora import SafeLoRAConfig, apply_safe_lora, safe_lora_dir
     from peft_safety.methods.salora import SaLoRAConfig
     from peft_safety.subspace import SafetySubspace
     from peft_safety.verification import verify
@@ -27,21 +28,29 @@ __version__ = "0.1.0"
 _NAMES = {
     "PeftSafetyError": "errors",
     "SaLoRAConfig": "methods.salora",
+    "SafeLoRACallback": "callbacks",
+    "SafeLoRAConfig": "methods.safe_lora",
     "SafetyMonitorCallback": "callbacks",
     "SafetySubspace": "subspace",
+    "apply_safe_lora": "methods.safe_lora",
     "assert_protected": "methods.protected",
     "export_lora": "export",
     "merge_dequantised": "export",
+    "safe_lora_dir": "methods.safe_lora",
     "verify": "verification",
 }
 __all__ = [
     "PeftSafetyError",
     "SaLoRAConfig",
+    "SafeLoRACallback",
+    "SafeLoRAConfig",
     "SafetyMonitorCallback",
     "SafetySubspace",
+    "apply_safe_lora",
     "assert_protected",
     "export_lora",
     "merge_dequantised",
+    "safe_lora_dir",
     "verify",
 ]
 

@@ -28,7 +28,7 @@ def calibrate(
     model: ModelOption,
     out: Annotated[Path, typer.Option(help="File (.safetensors) or directory for the subspace.")],
     data: Annotated[Path | None, typer.Option(help="JSON lines of prompt/response rows; default: the package's requests and refusals.")] = None,
-    rank: Annotated[int, typer.Option(help="Protected output directions per layer.")] = 32,
+    rank: Annotated[float, typer.Option(help="Protected output directions per layer; below 1: a share of the layer's outputs.")] = 32,
     target_modules: TargetsOption = "all-linear",
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
     max_length: Annotated[int, typer.Option(help="Tokens kept of each row.")] = 512,
@@ -47,7 +47,7 @@ def calibrate(
         loaded,
         rows,
         tokenizer=tokenizer,
-        rank=rank,
+        rank=rank if rank < 1 or rank % 1 else int(rank),
         target_modules=_targets(target_modules),
         batch_size=batch_size,
         max_length=max_length,
@@ -119,7 +119,47 @@ def verify(
         found = check(directory, base)
     except PeftSafetyError as error:
         _fail(error, code=1)
-    _show("Protected adapter: all checks passed", asdict(found), json)
+    _show("Adapter: all checks passed", asdict(found), json)
+
+
+@app.command()
+def repair(
+    adapter: Annotated[Path, typer.Argument(help="Directory of a trained LoRA adapter.")],
+    unaligned: Annotated[str, typer.Option(help="Directory or Hub id of the model before its alignment.")],
+    aligned: Annotated[str | None, typer.Option(help="Of the model after it; default: the adapter's base model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for the repaired adapter.")] = None,
+    select: Annotated[str, typer.Option(help="Which modules: threshold, number or all.")] = "threshold",
+    threshold: Annotated[float, typer.Option(help="Repair modules with a smaller cosine.")] = 0.35,
+    num_modules: Annotated[int | None, typer.Option(help="For --select number: the modules with the smallest cosines.")] = None,
+    projection: Annotated[str, typer.Option(help="frobenius (as published), spectral, topk or soft.")] = "frobenius",
+    rank: Annotated[int | None, typer.Option(help="Directions of topk and soft.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Or the share of the alignment's energy they hold.")] = None,
+    penalty: Annotated[float, typer.Option(help="For soft: weight of the part outside.")] = 4.0,
+    zero_delta: Annotated[str, typer.Option(help="Modules that alignment left alone: error, keep or zero.")] = "error",
+    allow_quantized_delta: Annotated[bool, typer.Option("--allow-quantized-delta", help="Take the alignment from 4-bit or 8-bit weights.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report; --out is not written.")] = False,
+    png: Annotated[Path | None, typer.Option(help="Draw the cosines here.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Repair a trained LoRA adapter by Safe LoRA: no data, no training, no model in memory."""
+    from peft_safety.errors import ConfigError
+    from peft_safety.methods.safe_lora import safe_lora_dir
+    from peft_safety.repair_report import save_png, table
+
+    if out is None and not dry_run:
+        raise ConfigError("repair writes nothing without --out. Give a directory, or --dry-run.")
+    names = ("select", "threshold", "num_modules", "projection", "rank", "energy", "penalty", "zero_delta", "allow_quantized_delta")
+    given = locals()
+    found = safe_lora_dir(adapter, unaligned, aligned, None if dry_run else out, progress=not json, **{name: given[name] for name in names})
+    if png is not None:
+        save_png(found, png)
+    if json:
+        typer.echo(jsonlib.dumps(found.to_json(), indent=1))
+        return
+    from rich.console import Console
+
+    Console().print(table(found))
+    typer.echo(f"nothing written: --dry-run{'' if png is None else f' (picture: {png})'}" if dry_run else f"repaired adapter written to {out}")
 
 
 @app.command()

@@ -35,6 +35,10 @@ class ArtifactError(PeftSafetyError):
     """An adapter directory that is incomplete, corrupt, hostile or does not fit."""
 
 
+class CheckpointError(PeftSafetyError):
+    """A model's weights that are missing, incomplete, not finite, of another architecture, or of too low a precision."""
+
+
 class ProtectionError(PeftSafetyError):
     """The invariant does not hold: part of a protected update would reach the protected subspace."""
 

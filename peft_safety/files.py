@@ -85,8 +85,8 @@ def _digest(file: Any) -> str:  # Python 3.10
     return digest.hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file nobody has vetted: at most 1 MiB, 16 levels deep, no duplicate key, no NaN or Infinity.
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object from a file nobody has vetted: at most `limit` bytes, 16 levels deep, no duplicate key, no NaN or Infinity.
 
     Raises:
         ArtifactError: any of these, or the file is missing or not JSON.
@@ -95,16 +95,16 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is not a regular file. Point at a directory that save_pretrained wrote.")
     try:
         with path.open("rb") as file:
-            raw = file.read(MAX_JSON_BYTES + 1)
+            raw = file.read(limit + 1)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}. Point at a directory that holds it.") from error
-    return parse_json(raw, str(path))
+    return parse_json(raw, str(path), limit)
 
 
-def parse_json(raw: bytes | str, where: str) -> dict[str, Any]:
+def parse_json(raw: bytes | str, where: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """`read_json` for text that is already in memory."""
-    if len(raw) > MAX_JSON_BYTES:
-        raise ArtifactError(f"{where} is larger than {MAX_JSON_BYTES} bytes, the limit for a config. Copy or save the adapter again.")
+    if len(raw) > limit:
+        raise ArtifactError(f"{where} is larger than {limit} bytes, the limit for a config. Copy or save the adapter again.")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

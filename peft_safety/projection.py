@@ -6,6 +6,7 @@ complement `C = I - U U^T` is never formed: every function works with `U^T w`, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -116,7 +117,8 @@ def top_left_singular(
 ) -> tuple[Tensor, Tensor]:
     """Top left singular vectors of `W X`, given `W` and the second moment `S = X X^T`, by randomised subspace iteration.
 
-    The operator `W S W^T` is applied factor by factor, so nothing larger than `m x (rank + oversampling)` is made. Deterministic for a seed.
+    The operator `W S W^T` is applied factor by factor, so nothing larger than `m x (rank + oversampling)` is made. Deterministic for a seed. Where more than
+    half of all directions are wanted, one dense SVD of `W S^(1/2)` is both cheaper and exact.
 
     Args:
         weight: `W (m, n)`.
@@ -125,24 +127,49 @@ def top_left_singular(
 
     Returns:
         `(U (m, rank), s (rank,))`, `s` descending, in the dtype of `weight`.
-
-    Reference: Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4 with a Rayleigh-Ritz step.
     """
     m = weight.shape[0]
     width = min(rank + oversampling, m)
+    if 2 * width > min(weight.shape):
+        u, s, _ = torch.linalg.svd(weight if moment is None else weight @ _square_root(moment), full_matrices=False)
+        return u[:, :rank], s[:rank]
 
     def apply(q: Tensor) -> Tensor:
         t = weight.mT @ q
         return weight @ (t if moment is None else moment @ t)
 
+    u, values = top_eigenvectors(apply, m, width, like=weight, seed=seed, iterations=iterations)
+    return u[:, :rank], values[:rank].clamp(min=0).sqrt()
+
+
+def top_eigenvectors(
+    apply: Callable[[Tensor], Tensor], dimension: int, width: int, *, like: Tensor, seed: int = 0, iterations: int = POWER_ITERATIONS
+) -> tuple[Tensor, Tensor]:
+    """Leading eigenvectors of a symmetric positive semi-definite operator that is known only by what it does to a block of vectors.
+
+    Args:
+        apply: `(dimension, width)` -> `(dimension, width)`; called `iterations + 2` times.
+        width: vectors iterated, the last few of which are oversampling: not accurate.
+        like: a tensor of the dtype and on the device to compute in.
+
+    Returns:
+        Orthonormal `(dimension, width)` and the Ritz values `(width,)`, descending.
+
+    Reference: Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4 with a Rayleigh-Ritz step.
+    """
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    q = torch.randn(m, width, generator=generator, dtype=torch.float64).to(weight)
+    q = torch.randn(dimension, width, generator=generator, dtype=torch.float64).to(like)
     for _ in range(iterations + 1):
         q = orthonormalise(apply(q))
     small = q.mT @ apply(q)
     values, vectors = torch.linalg.eigh((small + small.mT) / 2)
-    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
-    return orthonormalise(q @ vectors), values.clamp(min=0).sqrt()
+    return orthonormalise(q @ vectors.flip(1)), values.flip(0)
+
+
+def _square_root(moment: Tensor) -> Tensor:
+    """`V sqrt(L)` of a symmetric positive semi-definite `V L V^T`."""
+    values, vectors = torch.linalg.eigh(moment)
+    return vectors * values.clamp(min=0).sqrt()
 
 
 def top_singular(weight: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

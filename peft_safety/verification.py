@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from peft_safety.artifact import MANIFEST
+from peft_safety.errors import ProtectionError
 from peft_safety.estimate.targets import base_layers
+from peft_safety.files import read_json
 from peft_safety.methods.protected import check_ahead, stored_adapter, stored_config
+from peft_safety.methods.safe_lora.directory import STORED_TYPE, read_factors, stored_record
+from peft_safety.methods.safe_lora.repair import factor_digest
 from peft_safety.projection import orthonormality_error
 
 
@@ -38,8 +44,24 @@ class Verification:
     provenance: dict[str, Any]
 
 
-def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) -> Verification:
-    """Check a protected adapter directory in full, without building a model.
+@dataclass(frozen=True)
+class RepairVerification:
+    """What was checked of an adapter that Safe LoRA has repaired: complete, finite, and the very factors that the repair wrote.
+
+    Attributes:
+        modules, repaired: how many there are, and how many of them were projected.
+        record: options and both models, as `RepairReport.record`.
+    """
+
+    directory: str
+    method: str
+    modules: int
+    repaired: int
+    record: dict[str, Any]
+
+
+def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) -> Verification | RepairVerification:
+    """Check an adapter directory in full, without building a model: a protected one, or one that Safe LoRA has repaired.
 
     Args:
         directory: what `save_pretrained` wrote.
@@ -48,6 +70,10 @@ def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) ->
     Raises:
         PeftSafetyError: what is wrong, with the file, the module, the shapes and the remedy.
     """
+    path = Path(directory)
+    manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
+    if manifest.get("peft_type") == STORED_TYPE or (manifest.get("peft_type") == "LORA" and stored_record(path) is not None):
+        return _verify_repair(path, manifest)
     stored = stored_adapter(directory)
     config = stored_config(stored)
     if model is not None:
@@ -67,3 +93,15 @@ def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) ->
         unconstrained=stored.extra_tensors,
         provenance=stored.subspace.provenance,
     )
+
+
+def _verify_repair(path: Path, manifest: dict[str, Any]) -> RepairVerification:
+    record = stored_record(path) or manifest.get("safe_lora")
+    if not isinstance(record, dict):
+        raise ProtectionError(f"{path}: Safe LoRA was never applied to this adapter; it is as unsafe as any LoRA. Run peft-safety repair.")
+    _, factors, _ = read_factors(path, manifest)
+    if factor_digest({name: (factor.a, factor.b) for name, factor in factors.items()}) != record.get("digest"):
+        raise ProtectionError(
+            f"{path}: the factors have changed since Safe LoRA was applied (trained on, combined or cast). Repair the adapter from its original."
+        )
+    return RepairVerification(str(path), str(manifest["peft_type"]), len(factors), int(record.get("repaired", 0)), record)

@@ -29,7 +29,7 @@ def estimate(
     *,
     tokenizer: Any = None,
     method: str = "salora",
-    rank: int = 32,
+    rank: float = 32,
     target_modules: Iterable[str] | str | None = None,
     layers: Mapping[str, nn.Module] | None = None,
     batch_size: int = 8,
@@ -47,7 +47,7 @@ def estimate(
         model: causal language model; may be quantised, may carry adapters.
         data: rows `{prompt, response}` / `{messages}` / `{text, label}`, or tokenised batches with `labels` (-100: does not count).
         tokenizer: with a chat template; for rows only.
-        rank: directions per layer, `1 <= rank < out_features`.
+        rank: directions per layer, an integer in `1 <= rank < out_features`; or a share of `out_features`, a float in (0, 1), at most `in_features` directions.
         target_modules: as in `LoraConfig`; None takes PEFT's default of the architecture.
         layers: base layers by name, instead of `target_modules`.
         allow_fewer: where the responses span fewer than `rank` directions (a first layer sees little but the embeddings of the tokens that occur), keep those,
@@ -65,14 +65,14 @@ def estimate(
     if method not in METHODS:
         raise ConfigError(f"method={method!r}; no such method. Use one of {', '.join(METHODS)}.")
     layers = dict(target_layers(model, target_modules) if layers is None else layers)
-    _check_rank(rank, layers)
+    ranks = {name: _rank_of(rank, name, layer) for name, layer in layers.items()}
     batches, digest = to_batches(data, tokenizer, batch_size=batch_size, max_length=max_length)
     with adapters_off(model):
         moments = collect(model, layers, batches, progress=progress)
-    if moments.tokens < rank:
-        raise CalibrationError(f"{moments.tokens} labelled tokens cannot span rank={rank} directions. Give more data, or a smaller rank.")
-    found = {name: _directions(name, layer, moments.moment(name), rank, seed) for name, layer in layers.items()}
-    _check_spans({name: u.shape[1] for name, (u, _) in found.items()}, rank, allow_fewer)
+    if moments.tokens < max(ranks.values()):
+        raise CalibrationError(f"{moments.tokens} labelled tokens cannot span rank={max(ranks.values())} directions. Give more data, or a smaller rank.")
+    found = {name: _directions(name, layer, moments.moment(name), ranks[name], seed) for name, layer in layers.items()}
+    _check_spans({name: u.shape[1] for name, (u, _) in found.items()}, ranks, allow_fewer)
     samples = sum(int(batch["input_ids"].shape[0]) for batch in batches)
     provenance = {"method": method, "rank": rank, "seed": seed, "data": digest, "samples": samples, "tokens": moments.tokens, "model": _name(model)}
     subspace = SafetySubspace({n: {"out": u} for n, (u, _) in found.items()}, {n: {"out": s} for n, (_, s) in found.items()}, provenance=provenance)
@@ -90,12 +90,12 @@ def _directions(name: str, layer: nn.Module, moment: Tensor, rank: int, seed: in
     return u[:, :span], s[:span]
 
 
-def _check_spans(spans: Mapping[str, int], rank: int, allow_fewer: bool) -> None:
-    short = {name: span for name, span in spans.items() if span < rank}
+def _check_spans(spans: Mapping[str, int], ranks: Mapping[str, int], allow_fewer: bool) -> None:
+    short = {name: span for name, span in spans.items() if span < ranks[name]}
     if not short:
         return
     name = min(short, key=lambda n: short[n])
-    said = f"{name}: the responses span {short[name]} directions only, rank={rank} were asked for ({len(short)} of {len(spans)} layers fall short)."
+    said = f"{name}: the responses span {short[name]} directions only, rank={ranks[name]} were asked for ({len(short)} of {len(spans)} layers fall short)."
     if not allow_fewer or short[name] == 0:
         raise CalibrationError(f"{said} Give more varied data, a smaller rank, or allow_fewer=True.")
     warnings.warn(f"{said} Each protects all that it has.", stacklevel=3)
@@ -126,17 +126,20 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _check_rank(rank: int, layers: Mapping[str, nn.Module]) -> None:
+def _rank_of(rank: float, name: str, layer: nn.Module) -> int:
+    """Directions to take of one layer."""
+    m, n = weights.shape(layer)
+    if isinstance(rank, float) and 0 < rank < 1:
+        return min(max(1, round(rank * m)), m - 1, n)
     if not isinstance(rank, int) or isinstance(rank, bool):
-        raise ConfigError(f"rank={rank!r}. Use an integer of at least 1.")
-    for name, layer in layers.items():
-        m, n = weights.shape(layer)
-        if not 1 <= rank < m:
-            raise ConfigError(
-                f"{name}: rank={rank} of {m} output features leaves nothing to train (the layer is {m} x {n}). Use a rank from 1 to {m - 1}, or leave it out."
-            )
-        if rank > n:
-            raise ConfigError(f"{name}: rank={rank}, but {n} input features give at most {n} directions. Use a smaller rank, or leave it out.")
+        raise ConfigError(f"rank={rank!r}. Use an integer of at least 1, or a share of the output features between 0 and 1.")
+    if not 1 <= rank < m:
+        raise ConfigError(
+            f"{name}: rank={rank} of {m} output features leaves nothing to train (the layer is {m} x {n}). Use a rank from 1 to {m - 1}, or leave it out."
+        )
+    if rank > n:
+        raise ConfigError(f"{name}: rank={rank}, but {n} input features give at most {n} directions. Use a smaller rank, or leave it out.")
+    return rank
 
 
 def _name(model: nn.Module) -> str:

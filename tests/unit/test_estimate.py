@@ -16,6 +16,7 @@ from peft_safety.projection import principal_cosines
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 RANK = 5
+Q0 = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,14 @@ def test_one_streaming_pass_spans_what_the_dense_svd_spans(pairs):
         exact = torch.linalg.svd(outputs, full_matrices=False)
         assert float(principal_cosines(subspace.bases[name]["out"], exact.U[:, :RANK]).min()) > 1 - 1e-5, name
         torch.testing.assert_close(subspace.spectra[name]["out"].double(), exact.S[:RANK], rtol=1e-4, atol=0)
+
+
+def test_a_share_of_each_layers_outputs(pairs):
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    subspace = estimate(model, pairs, tokenizer=tokenizer, rank=0.5, target_modules=[Q0, Q0.replace("q_proj", "k_proj")])
+    assert {name: subspace.rank(name) for name in subspace.module_names} == {Q0: 16, Q0.replace("q_proj", "k_proj"): 8}
+    exact = torch.linalg.svd(dense_reference(model, pairs, tokenizer)[Q0], full_matrices=False).U[:, :16]
+    assert float(principal_cosines(subspace.bases[Q0]["out"], exact).min()) > 1 - 1e-4
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 12])

@@ -1,0 +1,132 @@
+"""The alignment direction of one weight, `V = W_aligned - W_unaligned`, streamed; and what a factor becomes when it is projected onto it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peft_safety import weights
+from peft_safety.errors import CheckpointError
+from peft_safety.estimate.checkpoints import Matrix
+from peft_safety.methods.safe_lora.options import RepairOptions
+from peft_safety.projection import OVERSAMPLING, POWER_ITERATIONS, project_out, top_eigenvectors
+
+BLOCK_BYTES = 4 << 20
+"""Size of one block of V. Both passes of a product run over it while it is in the cache."""
+FIRST_WIDTH = 32
+
+
+def block_width(rows: int, itemsize: int = 4) -> int:
+    """Input columns that are read at a time."""
+    return max(16, BLOCK_BYTES // (rows * itemsize))
+
+
+@dataclass
+class Delta:
+    """`V (m, n)`, which exists one block of columns `V_j` at a time: `V V^T q = sum_j V_j (V_j^T q)` takes one pass over both checkpoints.
+
+    Attributes:
+        name: module, for errors.
+        energy: `||V||_F^2` once a pass is complete.
+        base_norm: `||W_aligned||_F`, likewise.
+    """
+
+    name: str
+    aligned: Matrix
+    unaligned: Matrix
+    dtype: torch.dtype
+    device: torch.device
+    energy: float = math.nan
+    base_norm: float = math.nan
+
+    def blocks(self) -> Iterator[Tensor]:
+        """`V_j (m, c)`, left to right.
+
+        Raises:
+            CheckpointError: a weight that is not finite.
+        """
+        energy = torch.zeros((), dtype=torch.float64, device=self.device)
+        base = torch.zeros_like(energy)
+        m, n = self.aligned.shape
+        width = block_width(m)
+        for start in range(0, n, width):
+            wa = self.aligned.block(start, min(start + width, n)).to(self.device, self.dtype, copy=True)
+            base += wa.square().sum(dtype=torch.float64)
+            v = wa.sub_(self.unaligned.block(start, min(start + width, n)).to(self.device))
+            energy += v.square().sum(dtype=torch.float64)
+            yield v
+        self.energy, self.base_norm = float(energy), math.sqrt(float(base))
+        if not math.isfinite(self.energy) or not math.isfinite(self.base_norm):
+            which = "aligned" if not math.isfinite(self.base_norm) else "unaligned"
+            raise CheckpointError(f"{self.name}: the {which} weight {self.aligned.shape} holds NaN or Inf. Use an intact checkpoint.")
+
+    def apply(self, q: Tensor) -> Tensor:
+        """`V V^T q (m, w)`, in one pass."""
+        total = torch.zeros_like(q)
+        for v in self.blocks():
+            total.addmm_(v, v.mT @ q)
+        return total
+
+    def tmul(self, q: Tensor) -> Tensor:
+        """`V^T q (n, w)`."""
+        return torch.cat([v.mT @ q for v in self.blocks()])
+
+
+def sample(matrix: Matrix) -> Tensor:
+    """Fingerprint of a weight from its first block of columns, fp32, `(SAMPLES,)`."""
+    m, n = matrix.shape
+    return weights.sample(matrix.block(0, min(block_width(m), n)).float())
+
+
+def projected(delta: Delta, b: Tensor, options: RepairOptions) -> tuple[Tensor, Tensor, int | None]:
+    """The repaired factor of one module.
+
+    Args:
+        b: `lora_B (m, r)`.
+
+    Returns:
+        `(B' (m, r), C B (m, r), k)`: what the module gets if it is selected, the undamped projection that its cosine is taken of (the same except for
+        "soft"), and the rank of the projector where there is one.
+
+    Reference: Safe LoRA, arXiv 2405.16833, equation 2 ("frobenius"). "spectral" and "topk" replace its `V V^T / ||V||_F` by a contraction and by a true
+    projector. "soft" is the minimiser of `||B' - B||^2 + penalty ||(I - U U^T) B'||^2`, which is `U U^T B + (I - U U^T) B / (1 + penalty)`.
+    """
+    cb = delta.apply(b)
+    if delta.energy == 0:
+        return torch.zeros_like(b), torch.zeros_like(b), None
+    if options.projection == "frobenius":
+        return cb / math.sqrt(delta.energy), cb, None
+    if options.projection == "spectral":
+        _, values = top_eigenvectors(delta.apply, b.shape[0], min(OVERSAMPLING, b.shape[0]), like=b)
+        return cb / values[0], cb, None
+    u = alignment_basis(delta, b, options)
+    outside = project_out(u, b)
+    inside = b - outside
+    kept = inside + outside / (1 + options.penalty) if options.projection == "soft" else inside
+    return kept, inside, u.shape[1]
+
+
+def alignment_basis(delta: Delta, like: Tensor, options: RepairOptions) -> Tensor:
+    """Top left singular vectors `(m, k)` of `V`: `rank` of them, or as many as hold the share `energy` of `||V||_F^2`; never more than V's numerical rank."""
+    limit = min(delta.aligned.shape)
+    width = min(FIRST_WIDTH if options.energy is not None else (options.rank or 0), limit)
+    while True:
+        u, s = _top_left(delta, min(width + OVERSAMPLING, limit), like)
+        found = int((s > max(delta.aligned.shape) * torch.finfo(s.dtype).eps * s[0]).sum())
+        if options.energy is None:
+            return u[:, : min(width, found)]
+        shares = s.double().square().cumsum(0) / delta.energy
+        enough = int((shares < options.energy).sum()) + 1
+        if enough <= width or found <= width or width == limit:
+            return u[:, : min(enough, found)]
+        width = min(2 * width, limit)
+
+
+def _top_left(delta: Delta, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    q, _ = top_eigenvectors(delta.apply, delta.aligned.shape[0], width, like=like, iterations=POWER_ITERATIONS // 2)
+    left, s, _ = torch.linalg.svd(delta.tmul(q).mT, full_matrices=False)
+    return q @ left, s

@@ -1,0 +1,54 @@
+"""Wrapped around PEFT's injection: the protected leaves go in, or everything comes out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from peft_safety.errors import ConfigError, PeftSafetyError
+
+
+def inject_adapter(original: Callable[..., None], self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    """PEFT builds its layers, then the protected leaves go in. If anything fails, the model is put back as it was."""
+    from peft_safety.methods.protected import ProtectedConfig, attach, check_ahead
+
+    config = self.peft_config[adapter_name]
+    if not isinstance(config, ProtectedConfig):
+        return original(self, model, adapter_name, *args, **kwargs)
+    check_ahead(model, config)
+    modules = dict(model.named_modules())
+    parameters = [(module, dict(module._parameters)) for module in modules.values()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        original(self, model, adapter_name, *args, **kwargs)
+        attach(model, adapter_name, config)
+    except BaseException as error:
+        _undo(model, adapter_name, modules)
+        for module, own in parameters:  # PEFT's MultiheadAttention registers its base weights anew
+            module._parameters.clear()
+            module._parameters.update(own)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+        if isinstance(error, ValueError) and not isinstance(error, PeftSafetyError):  # PEFT's own, such as no module matched
+            raise ConfigError(f"{type(config).__name__}: {error} Give target_modules that the model has, or 'all-linear'.") from error
+        raise
+    return None
+
+
+def _undo(model: nn.Module, adapter_name: str, before: dict[str, nn.Module]) -> None:
+    """Take a half-made adapter out again: modules that were replaced come back, layers that were there before lose the adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in before.items():
+        if isinstance(module, BaseTunerLayer):
+            module.delete_adapter(adapter_name)
+        parent, _, child = name.rpartition(".")
+        if name and parent in before and getattr(before[parent], child, None) is not module:
+            setattr(before[parent], child, module)
+    table = getattr(model, "peft_config", None)
+    if isinstance(table, dict):
+        table.pop(adapter_name, None)
+    if not table:  # transformers marks the model before it injects
+        vars(model).pop("_hf_peft_config_loaded", None)

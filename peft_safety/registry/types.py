@@ -1,0 +1,11 @@
+"""The adapter types of this package by the name they are stored under."""
+
+from __future__ import annotations
+
+
+def config_types() -> dict[str, type]:
+    """Stored name -> config class. A new method adds one line."""
+    from peft_safety.methods.safe_lora import SafeLoRAConfig
+    from peft_safety.methods.salora import SaLoRAConfig
+
+    return {"SALORA": SaLoRAConfig, "SAFELORA": SafeLoRAConfig}
