@@ -1,0 +1,200 @@
+"""Safe LoRA, streamed, against the dense published procedure (our own implementation of it), and against merely reading the checkpoints.
+
+    python -m benchmarks.safe_lora [--dir DIR]    (about 5 minutes; the 7B-shaped pair takes 4.3 GB in DIR while it runs)
+
+1. One 4096 x 4096 weight, r = 16.
+2. SmolLM2-135M and the same model after a rank-8 change, all linear layers, from directory to report.
+3. A sharded pair with the q and v weights of a 7B model: time beside reading and converting the same tensors to fp32, and peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks.common import interleaved, peak_memory, ratio, record, resident_mib, show
+from peft_safety.estimate.checkpoints import FileWeights, Matrix, Weights
+from peft_safety.methods.safe_lora.options import RepairOptions
+from peft_safety.methods.safe_lora.repair import Factors, repair
+from peft_safety.report import environment
+
+RANK, WIDTH, LAYERS, SHARDS = 16, 4096, 32, 8
+QUIET = RepairOptions(select="all", progress=False)
+
+
+class Loaded:
+    """Weights that are in memory."""
+
+    def __init__(self, label: str, tensors: dict[str, Tensor]) -> None:
+        self.label, self.tensors = label, tensors
+
+    def open(self, name: str, transposed: bool = False) -> Any:
+        from contextlib import nullcontext
+
+        w = self.tensors[name]
+        return nullcontext(Matrix((w.shape[0], w.shape[1]), None, lambda start, stop: w[:, start:stop]))
+
+
+def dense(factors: dict[str, Factors], unaligned: Weights, aligned: Weights) -> dict[str, tuple[Tensor, float]]:
+    """The published procedure: the whole `V V^T / ||V||_F` of every module first, then `C B A` and its cosine with `B A`, all as dense matrices."""
+    projectors = {}
+    for name in factors:
+        with aligned.open(name) as wa, unaligned.open(name) as wu:
+            v = wa.block(0, wa.shape[1]).float() - wu.block(0, wu.shape[1]).float()
+            projectors[name] = v @ v.mT / torch.linalg.matrix_norm(v)
+    found = {}
+    for name, factor in factors.items():
+        b = projectors[name] @ factor.b
+        old, new = factor.b @ factor.a, b @ factor.a
+        found[name] = (b, float(torch.nn.functional.cosine_similarity(new.reshape(1, -1), old.reshape(1, -1))))
+    return found
+
+
+def random_factors(names: dict[str, tuple[int, int]]) -> dict[str, Factors]:
+    g = torch.Generator().manual_seed(0)
+    return {name: Factors(torch.randn(RANK, n, generator=g), torch.randn(m, RANK, generator=g), 1.0) for name, (m, n) in names.items()}
+
+
+def one_weight(rounds: int) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(WIDTH, WIDTH, generator=g).mul_(0.02)
+    pair = Loaded("before", {"x": w.bfloat16()}), Loaded("after", {"x": (w + 1e-3 * torch.randn(w.shape, generator=g)).bfloat16()})
+    factors = random_factors({"x": (WIDTH, WIDTH)})
+    seconds = interleaved({"streamed": lambda: repair(factors, *pair, QUIET), "dense": lambda: dense(factors, *pair)}, rounds)
+    new, report = repair(factors, *pair, QUIET)
+    b, cos = dense(factors, *pair)["x"]
+    gain, low, high = ratio(seconds, "dense", "streamed")
+    return {
+        "what": f"one {WIDTH} x {WIDTH}, r = {RANK}",
+        **{f"{k} s": sorted(v)[len(v) // 2] for k, v in seconds.items()},
+        "dense/streamed": gain,
+        "quartiles": f"{low:.1f}-{high:.1f}",
+        "largest |dB|/max|B|": float((new["x"] - b).abs().max() / b.abs().max()),
+        "|dcos|": abs(cos - report.modules[0].cos),
+    }
+
+
+def real_pair(folder: Path, rounds: int) -> dict[str, Any]:
+    from examples.get_model import model_dir
+
+    source, changed = model_dir(), folder / "changed"
+    changed.mkdir()
+    names = {}
+    with safe_open(source / "model.safetensors", "pt") as handle:
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    g = torch.Generator().manual_seed(0)
+    for key, w in tensors.items():
+        if key.endswith("_proj.weight"):
+            m, n = w.shape
+            names[key.removesuffix(".weight")] = (m, n)
+            change = torch.randn(m, 8, generator=g) @ torch.randn(8, n, generator=g)
+            tensors[key] = w + 0.02 * w.norm() / change.norm() * change
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    del tensors
+    pair = FileWeights(str(source)), FileWeights(str(changed))
+    factors = random_factors(names)
+    seconds = interleaved({"streamed": lambda: repair(factors, *pair, QUIET), "dense": lambda: dense(factors, *pair)}, rounds)
+    gain, low, high = ratio(seconds, "dense", "streamed")
+    peaks = {how: peak_memory("benchmarks.safe_lora", "--memory-of", how, "--pair", str(source), str(changed))["mib"] for how in ("streamed", "dense")}
+    return {
+        "what": f"SmolLM2-135M, {len(names)} modules",
+        **{f"{k} s": sorted(v)[len(v) // 2] for k, v in seconds.items()},
+        "dense/streamed": gain,
+        "quartiles": f"{low:.1f}-{high:.1f}",
+        **{f"{how} MiB": peak for how, peak in peaks.items()},
+    }
+
+
+def sharded(folder: Path, shift: float) -> Path:
+    """The q and v weights of a 7B model, bf16, random, in shards."""
+    folder.mkdir()
+    place, g = {}, torch.Generator().manual_seed(0)
+    for shard in range(SHARDS):
+        tensors = {}
+        for layer in range(shard * LAYERS // SHARDS, (shard + 1) * LAYERS // SHARDS):
+            for kind in "qv":
+                w = torch.empty(WIDTH, WIDTH, dtype=torch.bfloat16).normal_(std=0.02, generator=g)
+                w[:, ::7] *= 1 + shift
+                tensors[f"model.layers.{layer}.self_attn.{kind}_proj.weight"] = w
+        name = f"model-{shard + 1:05}-of-{SHARDS:05}.safetensors"
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        place |= dict.fromkeys(tensors, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
+    return folder
+
+
+def read_and_convert(folders: tuple[Path, Path]) -> None:
+    """What nothing can avoid: every tensor of both models once, as fp32."""
+    for folder in folders:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as handle:
+                for key in handle.keys():  # noqa: SIM118
+                    handle.get_tensor(key).float()
+
+
+def streamed_pair(folder: Path, rounds: int) -> dict[str, Any]:
+    folders = sharded(folder / "before", 0.0), sharded(folder / "after", 0.02)
+    pair = FileWeights(str(folders[0])), FileWeights(str(folders[1]))
+    factors = random_factors({key.removesuffix(".weight"): (WIDTH, WIDTH) for key in pair[0].place})
+    seconds = interleaved({"streamed": lambda: repair(factors, *pair, QUIET), "read": lambda: read_and_convert(folders)}, rounds)
+    cost, low, high = ratio(seconds, "streamed", "read")
+    peak = peak_memory("benchmarks.safe_lora", "--memory-of", "streamed", "--pair", *map(str, folders))["mib"]
+    medians = {f"{k} s": sorted(v)[len(v) // 2] for k, v in seconds.items()}
+    return {
+        "what": f"7B-shaped q, v: {len(factors)} modules, {SHARDS} shards",
+        **medians,
+        "streamed/read": cost,
+        "quartiles": f"{low:.2f}-{high:.2f}",
+        "MiB": peak,
+    }
+
+
+def memory(how: str, folders: list[str]) -> None:
+    """Child process: one repair, then what the process held at most."""
+    pair = FileWeights(folders[0]), FileWeights(folders[1])
+    names = {}
+    for key in pair[0].place:
+        if key.endswith("_proj.weight"):
+            with pair[0].open(key.removesuffix(".weight")) as matrix:
+                names[key.removesuffix(".weight")] = matrix.shape
+    factors = random_factors(names)
+    before = resident_mib()
+    repair(factors, *pair, QUIET) if how == "streamed" else dense(factors, *pair)
+    print(json.dumps({"mib": resident_mib(), "before": before}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, help="where to put the synthetic checkpoints; default: a temporary directory")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory-of", choices=("streamed", "dense"), help=argparse.SUPPRESS)
+    parser.add_argument("--pair", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        memory(args.memory_of, args.pair)
+        return
+    folder = Path(tempfile.mkdtemp(dir=args.dir))
+    try:
+        rows = [one_weight(args.rounds)]
+        show("one weight", rows[-1:])
+        rows.append(real_pair(folder, args.rounds))
+        show("real model, all linear layers", rows[-1:])
+        rows.append(streamed_pair(folder, args.rounds))
+        show("7B-shaped pair from disk", rows[-1:])
+    finally:
+        shutil.rmtree(folder)
+    path = record("safe_lora", rows, environment(0, r=RANK, threads=torch.get_num_threads()))
+    print(f"written to {path}; targets: dense/streamed >= 40 for one weight, streamed/read <= 2.5 and at most 1024 MiB for the 7B-shaped pair")
+
+
+if __name__ == "__main__":
+    main()
