@@ -51,7 +51,7 @@ def main() -> None:
     aligned = demo.align(model)
     aligned_dir, broken = given.out / "aligned", given.out / "adapter"
     aligned.save_pretrained(aligned_dir)
-    aligned.config._name_or_path = str(aligned_dir)
+    aligned.config._name_or_path = aligned.name_or_path = str(aligned_dir)  # what the adapter is trained on, and says so
     bench = Bench.prepare(aligned, tokenizer, task, demo.options, split=given.split, limit=FULL.eval_limit)
     arms = {"aligned, before": bench.measure(aligned, tokenizer)}
     config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -65,7 +65,9 @@ def main() -> None:
         out = given.out / name.replace(" ", "-")
         command = [sys.executable, "-m", "peft_safety", "repair", str(broken), "--unaligned", str(source), "--aligned", str(aligned_dir), "--out", str(out)]
         picture = ["--png", str(given.out / f"{out.name}.png"), "--json"]
-        done = subprocess.run([*command, *options, *picture], check=True, capture_output=True, text=True)
+        done = subprocess.run([*command, *options, *picture], check=False, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SystemExit(done.returncode)  # the command has said why
         details[name] = json.loads(done.stdout)
         repaired = PeftModel.from_pretrained(aligned, str(out))
         arms[f"repaired: {name} ({details[name]['repaired']} modules)"] = bench.measure(repaired, tokenizer)

@@ -55,9 +55,9 @@ class Delta:
         width = block_width(m)
         for start in range(0, n, width):
             wa = self.aligned.block(start, min(start + width, n)).to(self.device, self.dtype, copy=True)
-            base += wa.square().sum(dtype=torch.float64)
+            base += _square_sum(wa)
             v = wa.sub_(self.unaligned.block(start, min(start + width, n)).to(self.device))
-            energy += v.square().sum(dtype=torch.float64)
+            energy += _square_sum(v)
             yield v
         self.energy, self.base_norm = float(energy), math.sqrt(float(base))
         if not math.isfinite(self.energy) or not math.isfinite(self.base_norm):
@@ -76,10 +76,15 @@ class Delta:
         return torch.cat([v.mT @ q for v in self.blocks()])
 
 
+def _square_sum(block: Tensor) -> Tensor:
+    """`||block||_F^2`: row norms in the block's precision, their sum in fp64 (one fp32 norm over millions of values is off by 1e-3)."""
+    return torch.linalg.vector_norm(block, dim=1).double().square().sum()
+
+
 def sample(matrix: Matrix) -> Tensor:
     """Fingerprint of a weight from its first block of columns, fp32, `(SAMPLES,)`."""
     m, n = matrix.shape
-    return weights.sample(matrix.block(0, min(block_width(m), n)).float())
+    return weights.sample(matrix.block(0, min(block_width(m), n))).float()
 
 
 def projected(delta: Delta, b: Tensor, options: RepairOptions) -> tuple[Tensor, Tensor, int | None]:
