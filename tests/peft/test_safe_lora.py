@@ -164,7 +164,8 @@ def test_conv1d_in_both_orientations(tmp_path):
     torch.testing.assert_close(found.detach(), v @ v.T @ b / v.norm(), rtol=1e-4, atol=1e-6)
 
 
-def test_an_interrupt_leaves_the_adapter_as_it_was(pair, monkeypatch):
+@pytest.mark.parametrize(("new_name", "after"), [(None, 5), ("safe", 20)])  # of 14 modules; with a new name lora_A is copied first
+def test_an_interrupt_leaves_the_adapter_as_it_was(pair, monkeypatch, new_name, after):
     model = trained(aligned_llama())
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     calls = []
@@ -172,7 +173,7 @@ def test_an_interrupt_leaves_the_adapter_as_it_was(pair, monkeypatch):
 
     def copy(self, *args):
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) == after:
             raise KeyboardInterrupt
         return real(self, *args)
 
@@ -185,8 +186,10 @@ def test_an_interrupt_leaves_the_adapter_as_it_was(pair, monkeypatch):
 
     monkeypatch.setattr(applying, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        apply_safe_lora(model, pair / "base", select="all", progress=False)
-    assert len(calls) > 5
+        apply_safe_lora(model, pair / "base", select="all", new_adapter_name=new_name, progress=False)
+    assert len(calls) > after
+    assert {n for n, _ in model.named_parameters()} == set(before)
+    assert list(model.peft_config) == ["default"]
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert getattr(model.peft_config["default"], "safe_lora", None) is None
 

@@ -67,10 +67,10 @@ def apply_safe_lora(
     here = ModuleWeights(peft_model)
     new, report = repair(factors, open_weights(unaligned), here if aligned is None else open_weights(aligned), chosen, None if aligned is None else here)
     if new_adapter_name is not None:
-        _add(peft_model, adapter_name, new_adapter_name, layers)  # type: ignore[arg-type]
-    target = new_adapter_name or adapter_name
-    _write({name: layer.lora_B[target].weight for name, layer in layers.items()}, new)
-    table[target].safe_lora = report.record
+        _add(peft_model, adapter_name, new_adapter_name, layers, new)  # type: ignore[arg-type]
+    else:
+        _write(_weights(layers, "lora_B", adapter_name), new)
+    table[new_adapter_name or adapter_name].safe_lora = report.record
     return report
 
 
@@ -114,8 +114,12 @@ def _factors(name: str, layer: LoraLayer, adapter_name: str) -> Factors:
     return Factors(a.detach(), b.detach(), float(layer.scaling[adapter_name]), weights.is_conv1d(layer.get_base_layer()))
 
 
-def _add(model: PeftModel, old: str, new: str, layers: Mapping[str, LoraLayer]) -> None:
-    """A copy of an adapter under another name; what trains, and what is active, stays."""
+def _weights(layers: Mapping[str, LoraLayer], factor: str, adapter: str) -> dict[str, Tensor]:
+    return {name: getattr(layer, factor)[adapter].weight for name, layer in layers.items()}
+
+
+def _add(model: PeftModel, old: str, new: str, layers: Mapping[str, LoraLayer], repaired: Mapping[str, Tensor]) -> None:
+    """The repaired copy of an adapter under another name, whole or not at all; what trains, and what is active, stays."""
     config = copy.deepcopy(model.peft_config[old])
     config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern = set(layers), None, None, None
     config.rank_pattern = {name: int(layer.r[old]) for name, layer in layers.items() if layer.r[old] != config.r}
@@ -123,8 +127,8 @@ def _add(model: PeftModel, old: str, new: str, layers: Mapping[str, LoraLayer]) 
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.add_adapter(new, config)
-        for factor in ("lora_A", "lora_B"):
-            _write({name: getattr(layer, factor)[new].weight for name, layer in layers.items()}, {n: getattr(x, factor)[old].weight for n, x in layers.items()})
+        _write(_weights(layers, "lora_A", new), _weights(layers, "lora_A", old))
+        _write(_weights(layers, "lora_B", new), {**_weights(layers, "lora_B", old), **repaired})
     except BaseException:
         if new in model.peft_config:
             model.delete_adapter(new)
