@@ -37,6 +37,11 @@ def ratio(seconds: Mapping[str, Sequence[float]], of: str, to: str) -> tuple[flo
     return middle, low, high
 
 
+def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Median seconds of each arm, under the heading of a column."""
+    return {f"{arm} s": statistics.median(values) for arm, values in seconds.items()}
+
+
 def peak_memory(module: str, *arguments: str) -> dict[str, Any]:
     """Run `python -m module arguments` in a fresh process; it prints one JSON object as its last line."""
     done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.common import interleaved, peak_memory, ratio, record, resident_mib, show
-from peft_safety.estimate.checkpoints import FileWeights, Matrix, Weights
+from benchmarks.common import interleaved, medians, peak_memory, ratio, record, resident_mib, show
+from peft_safety.estimate.checkpoints import FileWeights, ModuleWeights, Weights
 from peft_safety.methods.safe_lora.options import RepairOptions
 from peft_safety.methods.safe_lora.repair import Factors, repair
 from peft_safety.report import environment
@@ -31,17 +31,11 @@ RANK, WIDTH, LAYERS, SHARDS = 16, 4096, 32, 8
 QUIET = RepairOptions(select="all", progress=False)
 
 
-class Loaded:
-    """Weights that are in memory."""
-
-    def __init__(self, label: str, tensors: dict[str, Tensor]) -> None:
-        self.label, self.tensors = label, tensors
-
-    def open(self, name: str, transposed: bool = False) -> Any:
-        from contextlib import nullcontext
-
-        w = self.tensors[name]
-        return nullcontext(Matrix((w.shape[0], w.shape[1]), None, lambda start, stop: w[:, start:stop]))
+def loaded(weight: Tensor) -> ModuleWeights:
+    """A model of one linear layer, "x"."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return ModuleWeights(nn.ModuleDict({"x": linear}))
 
 
 def dense(factors: dict[str, Factors], unaligned: Weights, aligned: Weights) -> dict[str, tuple[Tensor, float]]:
@@ -67,7 +61,7 @@ def random_factors(names: dict[str, tuple[int, int]]) -> dict[str, Factors]:
 def one_weight(rounds: int) -> dict[str, Any]:
     g = torch.Generator().manual_seed(0)
     w = torch.randn(WIDTH, WIDTH, generator=g).mul_(0.02)
-    pair = Loaded("before", {"x": w.bfloat16()}), Loaded("after", {"x": (w + 1e-3 * torch.randn(w.shape, generator=g)).bfloat16()})
+    pair = loaded(w.bfloat16()), loaded((w + 1e-3 * torch.randn(w.shape, generator=g)).bfloat16())
     factors = random_factors({"x": (WIDTH, WIDTH)})
     seconds = interleaved({"streamed": lambda: repair(factors, *pair, QUIET), "dense": lambda: dense(factors, *pair)}, rounds)
     new, report = repair(factors, *pair, QUIET)
@@ -75,7 +69,7 @@ def one_weight(rounds: int) -> dict[str, Any]:
     gain, low, high = ratio(seconds, "dense", "streamed")
     return {
         "what": f"one {WIDTH} x {WIDTH}, r = {RANK}",
-        **{f"{k} s": sorted(v)[len(v) // 2] for k, v in seconds.items()},
+        **medians(seconds),
         "dense/streamed": gain,
         "quartiles": f"{low:.1f}-{high:.1f}",
         "largest |dB|/max|B|": float((new["x"] - b).abs().max() / b.abs().max()),
@@ -107,7 +101,7 @@ def real_pair(folder: Path, rounds: int) -> dict[str, Any]:
     peaks = {how: peak_memory("benchmarks.safe_lora", "--memory-of", how, "--pair", str(source), str(changed))["mib"] for how in ("streamed", "dense")}
     return {
         "what": f"SmolLM2-135M, {len(names)} modules",
-        **{f"{k} s": sorted(v)[len(v) // 2] for k, v in seconds.items()},
+        **medians(seconds),
         "dense/streamed": gain,
         "quartiles": f"{low:.1f}-{high:.1f}",
         **{f"{how} MiB": peak for how, peak in peaks.items()},
@@ -148,10 +142,9 @@ def streamed_pair(folder: Path, rounds: int) -> dict[str, Any]:
     seconds = interleaved({"streamed": lambda: repair(factors, *pair, QUIET), "read": lambda: read_and_convert(folders)}, rounds)
     cost, low, high = ratio(seconds, "streamed", "read")
     peak = peak_memory("benchmarks.safe_lora", "--memory-of", "streamed", "--pair", *map(str, folders))["mib"]
-    medians = {f"{k} s": sorted(v)[len(v) // 2] for k, v in seconds.items()}
     return {
         "what": f"7B-shaped q, v: {len(factors)} modules, {SHARDS} shards",
-        **medians,
+        **medians(seconds),
         "streamed/read": cost,
         "quartiles": f"{low:.2f}-{high:.2f}",
         "MiB": peak,
@@ -167,9 +160,8 @@ def memory(how: str, folders: list[str]) -> None:
             with pair[0].open(key.removesuffix(".weight")) as matrix:
                 names[key.removesuffix(".weight")] = matrix.shape
     factors = random_factors(names)
-    before = resident_mib()
     repair(factors, *pair, QUIET) if how == "streamed" else dense(factors, *pair)
-    print(json.dumps({"mib": resident_mib(), "before": before}))
+    print(json.dumps({"mib": resident_mib()}))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from benchmarks.common import interleaved, peak_memory, ratio, record, resident_mib, show
+from benchmarks.common import interleaved, medians, peak_memory, ratio, record, resident_mib, show
 from peft_safety import SafetySubspace, SaLoRAConfig
 from peft_safety.estimate.targets import target_layers
 from peft_safety.projection import orthonormalise
@@ -104,9 +104,16 @@ def timings(model_dir: str, base: str, lengths: list[int], rounds: int) -> list[
         seconds = interleaved({arm: step_of(model, arm, tokens) for arm in ARMS}, rounds)
         cost, low, high = ratio(seconds, "salora", "lora")
         gain, _, _ = ratio(seconds, "dense C", "salora")
-        medians = {f"{arm} s": sorted(seconds[arm])[len(seconds[arm]) // 2] for arm in ARMS}
         rows.append(
-            {"base": base, "tokens": tokens, "rounds": rounds, **medians, "salora/lora": cost, "quartiles": f"{low:.3f}-{high:.3f}", "dense C/salora": gain}
+            {
+                "base": base,
+                "tokens": tokens,
+                "rounds": rounds,
+                **medians(seconds),
+                "salora/lora": cost,
+                "quartiles": f"{low:.3f}-{high:.3f}",
+                "dense C/salora": gain,
+            }
         )
         show("one training step", rows[-1:])
     return rows

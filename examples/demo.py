@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from peft_safety import SafetySubspace
@@ -55,11 +56,11 @@ SMOKE = Scale(48, 4, 20, 40, 16, (("lora", 0.0), ("salora", 0.0)))
 class Demo:
     """The arms, and what they share: one aligned model, one bench, one seed."""
 
-    def __init__(self, scale: Scale, split: str, safety_rank: float, seed: int) -> None:
+    def __init__(self, scale: Scale, split: str, safety_rank: float, seed: int, lr: float = LEARNING_RATE) -> None:
         from peft_safety.recipes.train import TrainOptions
 
         self.scale, self.split, self.safety_rank = scale, split, safety_rank
-        self.options = TrainOptions(lr=LEARNING_RATE, max_length=128, seed=seed)
+        self.options = TrainOptions(lr=lr, max_length=128, seed=seed)
         self.evaluations: dict[str, Evaluation] = {}
         self.details: dict[str, dict[str, Any]] = {}
         self.seconds: dict[str, float] = {}
@@ -75,6 +76,15 @@ class Demo:
 
     def run(self, model_path: str) -> None:
         """Align, then fine-tune and measure every arm."""
+        aligned = self.prepare(model_path)
+        with self.phase("estimating the safety subspace"):
+            subspace = self.estimate(aligned)
+        for method, poison in self.scale.arms:
+            with self.phase(f"{method}, {100 * poison:g} % poison"):
+                aligned = self.arm(aligned, method, poison, subspace).unload()
+
+    def prepare(self, model_path: str) -> PreTrainedModel:
+        """Load, align, and measure the aligned model."""
         from peft_safety.data import load
         from peft_safety.recipes.bench import Bench
         from peft_safety.recipes.load import TaskData, load_model, task_data
@@ -88,11 +98,7 @@ class Demo:
         with self.phase("measuring the aligned model"):
             self.bench = Bench.prepare(aligned, self.tokenizer, task, self.options, split=self.split, limit=scale.eval_limit)
             self.evaluations["aligned, before"] = self.bench.measure(aligned, self.tokenizer)
-        with self.phase("estimating the safety subspace"):
-            subspace = self.estimate(aligned)
-        for method, poison in scale.arms:
-            with self.phase(f"{method}, {100 * poison:g} % poison"):
-                aligned = self.arm(aligned, method, poison, subspace)
+        return aligned
 
     def align(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model with a refusal patch merged in."""
@@ -114,34 +120,41 @@ class Demo:
             aligned, pairs, tokenizer=self.tokenizer, rank=self.safety_rank, target_modules="all-linear", seed=self.options.seed, allow_fewer=True
         )
 
-    def arm(self, aligned: PreTrainedModel, method: str, poison: float, subspace: SafetySubspace) -> PreTrainedModel:
-        """Fine-tune, measure, and give the aligned model back without the adapter."""
+    def arm(self, aligned: PreTrainedModel, method: str, poison: float, subspace: SafetySubspace | None) -> PeftModel:
+        """Fine-tune and measure. The adapter is left on the aligned model."""
         from peft_safety.recipes.adapter import AdapterOptions
         from peft_safety.recipes.load import poisoned
         from peft_safety.recipes.train import finetune
 
         seed, task = self.options.seed, self.bench.task
         rows = poisoned(task.train, poison, seed)
-        chosen = subspace.randomised(seed) if method == CONTROL else subspace
-        adapter = AdapterOptions("lora" if method == "lora" else "salora", subspace=chosen)
+        chosen = subspace.randomised(seed) if subspace is not None and method == CONTROL else subspace
+        adapter = AdapterOptions("lora") if method == "lora" else AdapterOptions("salora", subspace=chosen or "auto")
         config = adapter.config(aligned, self.tokenizer, rows, seed=seed)
         tuned, run = finetune(aligned, self.tokenizer, rows, config, self.options, labels=task.labels)
         name = f"{method}, {100 * poison:g} % poison"
         self.evaluations[name] = self.bench.measure(tuned, self.tokenizer)
         self.details[name] = asdict(run)
-        return tuned.unload()
+        return tuned
+
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of any of these figures needs."""
+        from peft_safety.evaluation import KeywordJudge
+
+        return (
+            f"Judge: {KeywordJudge.name}. {KeywordJudge.caveat}",
+            f"Prompts and task rows: {self.split} split; one seed ({self.options.seed}), so differences inside the intervals mean nothing.",
+        )
 
     def report(self, model_path: str) -> Report:
         """All arms, with what a reader needs to judge them."""
-        from peft_safety.evaluation import KeywordJudge
         from peft_safety.report import Report, environment
 
         return Report(
             title="SmolLM2-135M: what a benign fine-tune does to safety" if "SmolLM2-135M" in model_path else f"{model_path}: fine-tuning and safety",
             arms={name: evaluation.figures() for name, evaluation in self.evaluations.items()},
             notes=(
-                f"Judge: {KeywordJudge.name}. {KeywordJudge.caveat}",
-                f"Prompts and task rows: {self.split} split; one seed ({self.options.seed}), so differences inside the intervals mean nothing.",
+                *self.notes(),
                 f"SaLoRA and its control (a random subspace) protect {directions(self.safety_rank)} of every linear layer.",
             ),
             environment=environment(self.options.seed, model=Path(model_path).name, threads=torch_threads()),

@@ -12,10 +12,9 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-from examples.demo import FULL, POISON, Demo, torch_threads
+from examples.demo import FULL, POISON, SAFETY_RANK, Demo, torch_threads
 
 LEARNING_RATE = 1e-3
 """Twice the demo's: an attack that shows."""
@@ -30,33 +29,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
 
-    import random
-
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
 
     from examples.get_model import model_dir
-    from peft_safety.data import load
-    from peft_safety.evaluation import KeywordJudge
-    from peft_safety.recipes.bench import Bench
-    from peft_safety.recipes.load import TaskData, load_model, poisoned, task_data
-    from peft_safety.recipes.train import finetune
     from peft_safety.report import Report, environment
 
-    demo, source = Demo(FULL, given.split, 32, given.seed), model_dir()
-    demo.options = replace(demo.options, lr=LEARNING_RATE)
-    model, tokenizer = load_model(str(source))
-    demo.tokenizer = tokenizer
-    task = task_data(load("benign_task"), given.split, FULL.eval_limit, given.seed)
-    task = TaskData(random.Random(given.seed).sample(task.train, FULL.task_rows), task.held_out, task.labels)
-    aligned = demo.align(model)
+    demo, source = Demo(FULL, given.split, SAFETY_RANK, given.seed, LEARNING_RATE), model_dir()
+    aligned = demo.prepare(str(source))
     aligned_dir, broken = given.out / "aligned", given.out / "adapter"
     aligned.save_pretrained(aligned_dir)
     aligned.config._name_or_path = aligned.name_or_path = str(aligned_dir)  # what the adapter is trained on, and says so
-    bench = Bench.prepare(aligned, tokenizer, task, demo.options, split=given.split, limit=FULL.eval_limit)
-    arms = {"aligned, before": bench.measure(aligned, tokenizer)}
-    config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    tuned, _ = finetune(aligned, tokenizer, poisoned(task.train, POISON, given.seed), config, demo.options, labels=task.labels)
-    arms["plain LoRA, 10 % poison"] = bench.measure(tuned, tokenizer)
+    with demo.phase("plain LoRA on poisoned data"):
+        tuned = demo.arm(aligned, "lora", POISON, None)
     tuned.save_pretrained(str(broken))
     aligned = tuned.unload()
     details = {}
@@ -70,15 +54,12 @@ def main() -> None:
             raise SystemExit(done.returncode)  # the command has said why
         details[name] = json.loads(done.stdout)
         repaired = PeftModel.from_pretrained(aligned, str(out))
-        arms[f"repaired: {name} ({details[name]['repaired']} modules)"] = bench.measure(repaired, tokenizer)
+        demo.evaluations[f"repaired: {name} ({details[name]['repaired']} modules)"] = demo.bench.measure(repaired, demo.tokenizer)
         aligned = repaired.unload()
     report = Report(
         title="SmolLM2-135M: a poisoned LoRA, repaired by Safe LoRA",
-        arms={name: evaluation.figures() for name, evaluation in arms.items()},
-        notes=(
-            f"Judge: {KeywordJudge.name}. {KeywordJudge.caveat}",
-            f"Prompts and task rows: {given.split} split; one seed ({given.seed}), so differences inside the intervals mean nothing.",
-        ),
+        arms={name: evaluation.figures() for name, evaluation in demo.evaluations.items()},
+        notes=demo.notes(),
         environment=environment(given.seed, model=source.name, lr=LEARNING_RATE, threads=torch_threads()),
         details={"repairs": details},
     )

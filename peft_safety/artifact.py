@@ -38,7 +38,9 @@ DTYPES = ("F32", "BF16", "F16")
 COUNTER_DTYPES = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 """What other trained tensors may be too: buffers of a module in `modules_to_save`."""
 _PLAIN_NAME = re.compile(r"[\w.\-]+")
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""Of every key that PEFT stores."""
+CARD = "README.md"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<factor>lora_A|lora_B)\.(?P<kind>weight|initial)")
 
 
@@ -274,9 +276,9 @@ def _leak(path: Path, module: str, kind: str, u: Tensor, tensor: Tensor, side: S
 
 def _check_extra(path: Path, key: str, handle: Any, subspace: SafetySubspace) -> None:
     """A trained tensor that is no factor. It may not be one in disguise, and not replace the base weight under a protected update."""
-    module = key.removeprefix(_PREFIX).rpartition(".")[0]
+    module = key.removeprefix(PREFIX).rpartition(".")[0]
     base = module.removesuffix(".base_layer")
-    if not key.startswith(_PREFIX) or "lora_" in key or module in subspace.bases or (base != module and base not in subspace.bases):
+    if not key.startswith(PREFIX) or "lora_" in key or module in subspace.bases or (base != module and base not in subspace.bases):
         raise ArtifactError(f"{path}: unknown tensor {key!r}; it is neither a factor nor of a module in modules_to_save. Save the adapter again.")
     dtype = handle.get_slice(key).get_dtype()
     if dtype not in (*DTYPES, *COUNTER_DTYPES):

@@ -144,13 +144,13 @@ def repair(
     """Repair a trained LoRA adapter by Safe LoRA: no data, no training, no model in memory."""
     from peft_safety.errors import ConfigError
     from peft_safety.methods.safe_lora import safe_lora_dir
+    from peft_safety.methods.safe_lora.config import OPTIONS
     from peft_safety.repair_report import save_png, table
 
     if out is None and not dry_run:
         raise ConfigError("repair writes nothing without --out. Give a directory, or --dry-run.")
-    names = ("select", "threshold", "num_modules", "projection", "rank", "energy", "penalty", "zero_delta", "allow_quantized_delta")
     given = locals()
-    found = safe_lora_dir(adapter, unaligned, aligned, None if dry_run else out, progress=not json, **{name: given[name] for name in names})
+    found = safe_lora_dir(adapter, unaligned, aligned, None if dry_run else out, progress=not json, **{name: given[name] for name in OPTIONS})
     if png is not None:
         save_png(found, png)
     if json:

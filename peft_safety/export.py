@@ -14,13 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_safety import files, weights
-from peft_safety.artifact import ADAPTER_FILE, MANIFEST
+from peft_safety.artifact import ADAPTER_FILE, CARD, MANIFEST, PREFIX
 from peft_safety.errors import ConfigError, ProtectionError
-from peft_safety.estimate.targets import PREFIX
 from peft_safety.methods.protected import ProtectedConfig, adapter_layers, assert_protected, config_table, stored_adapter
 from peft_safety.projection import delta_leak, leak_tolerance
-
-CARD = "README.md"
 
 
 def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> Path:

@@ -12,7 +12,7 @@ from torch import nn
 from peft_safety.artifact import MANIFEST
 from peft_safety.errors import ProtectionError
 from peft_safety.estimate.targets import base_layers
-from peft_safety.files import read_json
+from peft_safety.files import read_json, recover
 from peft_safety.methods.protected import check_ahead, stored_adapter, stored_config
 from peft_safety.methods.safe_lora.directory import STORED_TYPE, read_factors, stored_record
 from peft_safety.methods.safe_lora.repair import factor_digest
@@ -71,9 +71,13 @@ def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) ->
         PeftSafetyError: what is wrong, with the file, the module, the shapes and the remedy.
     """
     path = Path(directory)
+    if path.is_dir():
+        recover(path, MANIFEST)
     manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
-    if manifest.get("peft_type") == STORED_TYPE or (manifest.get("peft_type") == "LORA" and stored_record(path) is not None):
-        return _verify_repair(path, manifest)
+    if manifest.get("peft_type") in ("LORA", STORED_TYPE):
+        record = stored_record(path) or manifest.get("safe_lora")
+        if record is not None or manifest["peft_type"] == STORED_TYPE:
+            return _verify_repair(path, manifest, record)
     stored = stored_adapter(directory)
     config = stored_config(stored)
     if model is not None:
@@ -95,11 +99,10 @@ def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) ->
     )
 
 
-def _verify_repair(path: Path, manifest: dict[str, Any]) -> RepairVerification:
-    record = stored_record(path) or manifest.get("safe_lora")
+def _verify_repair(path: Path, manifest: dict[str, Any], record: Any) -> RepairVerification:
     if not isinstance(record, dict):
         raise ProtectionError(f"{path}: Safe LoRA was never applied to this adapter; it is as unsafe as any LoRA. Run peft-safety repair.")
-    _, factors, _ = read_factors(path, manifest)
+    _, factors = read_factors(path, manifest)
     if factor_digest({name: (factor.a, factor.b) for name, factor in factors.items()}) != record.get("digest"):
         raise ProtectionError(
             f"{path}: the factors have changed since Safe LoRA was applied (trained on, combined or cast). Repair the adapter from its original."

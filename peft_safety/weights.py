@@ -48,6 +48,16 @@ def shape(layer: nn.Module) -> tuple[int, int]:
     return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
 
 
+def is_whole(weight: Any) -> bool:
+    """Whether a weight can be read here: a tensor, not on the meta device, not a shard of DTensor or DeepSpeed."""
+    return isinstance(weight, Tensor) and not (weight.is_meta or hasattr(weight, "full_tensor") or hasattr(weight, "ds_id"))
+
+
+def from_int8(values: Tensor, scale: Tensor) -> Tensor:
+    """bitsandbytes' 8-bit weight `(out, in)` with its row scales `SCB (out,)`, as fp32."""
+    return values.float() * (scale.float().view(-1, 1).to(values.device) / 127.0)
+
+
 @torch.no_grad()
 def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
     """The weight as `(out_features, in_features)` fp32 on its own device, dequantised if need be. A copy only where one is needed.
@@ -56,8 +66,7 @@ def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
         UnsupportedLayerError: a weight that is sharded, on the meta device, or of a kind this package doesn't know.
     """
     weight: Any = layer.weight
-    whole = isinstance(weight, Tensor) and not (weight.is_meta or hasattr(weight, "full_tensor") or hasattr(weight, "ds_id"))
-    if not whole:
+    if not is_whole(weight):
         raise UnsupportedLayerError(f"{name}: its weight is on the meta device or sharded. Calibrate or load before the model is sharded.")
     kind = quantisation(layer)
     if kind == "4bit":
@@ -72,7 +81,7 @@ def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
         scale = weight.SCB if getattr(weight, "SCB", None) is not None else getattr(getattr(layer, "state", None), "SCB", None)
         if scale is None or weight.dtype != torch.int8:
             raise UnsupportedLayerError(f"{name}: 8-bit weight without its scales. Move the model to its device first.")
-        return weight.data.float() * (scale.float().view(-1, 1).to(weight.device) / 127.0)
+        return from_int8(weight.data, scale)
     if not supported(layer) or not weight.dtype.is_floating_point:
         raise UnsupportedLayerError(
             f"{name}: {type(layer).__name__} of {weight.dtype} is not supported. Use Linear, Conv1D, or bitsandbytes 4-bit or 8-bit layers."

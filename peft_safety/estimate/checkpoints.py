@@ -82,8 +82,7 @@ class ModuleWeights:
         kind = weights.quantisation(layer)
         if kind is None:
             stored: Any = layer.weight
-            whole = isinstance(stored, Tensor) and not (stored.is_meta or hasattr(stored, "full_tensor") or hasattr(stored, "ds_id"))
-            if not whole or not stored.dtype.is_floating_point:
+            if not weights.is_whole(stored) or not stored.dtype.is_floating_point:
                 raise CheckpointError(
                     f"{self.label}: the weight of {name} is on the meta device, sharded or not of floating point. Give a checkpoint directory."
                 )
@@ -140,7 +139,7 @@ class FileWeights:
         values = {name: self._tensor(name) for name in [key, *beside]}
         scale = values.get(f"{key.removesuffix('weight')}SCB")
         if dtype == "I8" and scale is not None:
-            return values[key].float() * (scale.float().view(-1, 1) / 127.0), "8bit"
+            return weights.from_int8(values[key], scale), "8bit"
         if any(".quant_state.bitsandbytes__" in name for name in beside):
             packed = values.pop(key)
             state = QuantState.from_dict({name.removeprefix(f"{key}."): value for name, value in values.items()}, device=packed.device)

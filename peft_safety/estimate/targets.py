@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from torch import nn
 
 from peft_safety import weights
+from peft_safety.artifact import PREFIX
 from peft_safety.errors import ConfigError, UnsupportedLayerError
 
-PREFIX = "base_model.model."
 ALL_LINEAR = "all-linear"
 
 

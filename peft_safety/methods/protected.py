@@ -17,10 +17,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from peft_safety import files, weights
-from peft_safety.artifact import ADAPTER_FILE, MANIFEST, StoredAdapter, check_adapter, check_numbers, sign
+from peft_safety.artifact import ADAPTER_FILE, MANIFEST, PREFIX, StoredAdapter, check_adapter, check_numbers, sign
 from peft_safety.data import CALIBRATION_PAIRS
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, ProtectionError, UnsupportedLayerError
-from peft_safety.estimate.targets import PREFIX, canonical
+from peft_safety.estimate.targets import canonical
 from peft_safety.layers import ProtectedLinear, check_leaf
 from peft_safety.projection import Side
 from peft_safety.subspace import FILE_NAME, SafetySubspace

@@ -1,8 +1,8 @@
 """The package's place in PEFT: the only folder that touches PEFT's internals.
 
 A protected config keeps `peft_type == LORA` at run time, so that every gate in peft, transformers and trl stays open, and is stored under its own name, which
-PEFT resolves through its config mapping. Ten PEFT functions are wrapped, each by a few lines below; `SYMBOLS` names everything that is relied on, and a
-canary test checks all of it against the installed PEFT.
+PEFT resolves through its config mapping. Ten PEFT functions are wrapped, each by a few lines in the files beside this one; `SYMBOLS` names everything that is
+relied on, and a canary test checks all of it against the installed PEFT.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from peft_safety.errors import PeftSafetyError
 from peft_safety.registry import combining, injection, storage
 from peft_safety.registry.types import config_types
 
@@ -95,4 +94,4 @@ def _symbols() -> dict[str, tuple[str, ...]]:
     return SYMBOLS | (QUANTISED if importlib.util.find_spec("bitsandbytes") else {})
 
 
-__all__ = ["PeftSafetyError", "config_types", "register"]
+__all__ = ["config_types", "register"]

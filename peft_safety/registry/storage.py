@@ -93,16 +93,17 @@ def _directory(source: str | os.PathLike[str], subfolder: str | None, kwargs: di
 
 def save_pretrained(original: Callable[..., None], self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
     """Save into a staging folder, complete and check what is there, publish it in one step. Adapters that are not protected come along."""
-    from peft_safety.artifact import MANIFEST, check_adapter, seal
+    from peft_safety.artifact import CARD, MANIFEST, check_adapter, seal
     from peft_safety.files import publishing
     from peft_safety.methods.protected import assert_protected, protected_configs
 
     given = inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments  # by name, however the caller passed them
     selected = given.get("selected_adapters") or list(self.peft_config)
     protected = [name for name in protected_configs(self) if name in selected]
-    if not protected or not given.get("is_main_process", True):
+    main = given.get("is_main_process", True)
+    if not protected or not main:
         original(self, save_directory, *args, **kwargs)
-        if given.get("is_main_process", True):
+        if main:
             _record_repairs(self, selected, Path(save_directory))
         return None
     if not given.get("safe_serialization", True):
@@ -114,7 +115,7 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
     if Path(save_directory).is_file():
         raise ArtifactError(f"{save_directory} is a file. Give a directory.")
     with publishing(Path(save_directory), MANIFEST) as staging:
-        if (card := Path(save_directory, "README.md")).is_file():
+        if (card := Path(save_directory, CARD)).is_file():
             shutil.copy(card, staging)  # PEFT adds to a model card that is there
         original(self, str(staging), *args, **kwargs)
         for name in protected:
@@ -127,13 +128,14 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
 
 def _record_repairs(model: Any, selected: list[str], directory: Path) -> None:
     """Safe LoRA leaves plain factors: what was done to them is written beside them, and that nothing was done is said."""
+    from peft_safety.artifact import ADAPTER_FILE
     from peft_safety.methods.safe_lora.config import SafeLoRAConfig
     from peft_safety.methods.safe_lora.directory import stamp
 
     for name in selected:
         config, folder = model.peft_config[name], directory if name == "default" else directory / name
         record = getattr(config, "safe_lora", None)
-        if record is not None and (folder / "adapter_model.safetensors").is_file():
+        if record is not None and (folder / ADAPTER_FILE).is_file():
             stamp(folder, record)
         elif isinstance(config, SafeLoRAConfig):
             warnings.warn(

@@ -7,25 +7,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from peft_safety.estimate.checkpoints import Matrix
 from peft_safety.methods.safe_lora.options import RepairOptions
 from peft_safety.methods.safe_lora.repair import Factors, repair
+from tests.stored import TensorWeights
 
 ORACLE = Path(__file__).resolve().parents[3] / "shared" / "oracles" / "safelora.safetensors"
 pytestmark = pytest.mark.skipif(not ORACLE.exists(), reason="the oracles are not beside this checkout")
-
-
-class Stored:
-    """Weights from the oracle's tensors."""
-
-    def __init__(self, handle, label):
-        self.handle, self.label = handle, label
-
-    def open(self, name, transposed=False):
-        from contextlib import nullcontext
-
-        w = self.handle.get_tensor(f"in.{self.label}.{name}.weight")
-        return nullcontext(Matrix(tuple(w.shape), None, lambda start, stop: w[:, start:stop]))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +26,8 @@ def test_every_scenario(scenario, options, dtype):
         scaling = float(handle.metadata()["lora_alpha"]) / float(handle.metadata()["r"])
         factors = {n: Factors(handle.get_tensor(f"in.lora.{n}.lora_A"), handle.get_tensor(f"in.lora.{n}.lora_B"), scaling) for n in order}
         chosen = RepairOptions(**options, reference_selection=True, progress=False, dtype=dtype)
-        new, report = repair(factors, Stored(handle, "base"), Stored(handle, "aligned"), chosen)
+        base, aligned = (TensorWeights(side, {n: handle.get_tensor(f"in.{side}.{n}.weight") for n in order}) for side in ("base", "aligned"))
+        new, report = repair(factors, base, aligned, chosen)
         projected = {order[i] for i, flag in enumerate(handle.get_tensor(f"{scenario}.projected").tolist()) if flag}
         cosines = handle.get_tensor(f"{scenario}.cos")
         for name, module, cos in zip(order, report.modules, cosines.tolist(), strict=True):

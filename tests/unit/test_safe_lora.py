@@ -1,30 +1,17 @@
 """The streamed repair against the dense formulas, and selection exactly as asked."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_safety.errors import CheckpointError, ConfigError
-from peft_safety.estimate.checkpoints import Matrix
 from peft_safety.methods.safe_lora import delta as streaming
 from peft_safety.methods.safe_lora.options import RepairOptions
 from peft_safety.methods.safe_lora.repair import Factors, ModuleRepair, repair, select
+from tests.stored import TensorWeights
 
 QUIET = {"progress": False, "dtype": torch.float64, "device": "cpu"}
-
-
-class Tensors:
-    """Weights from a dict."""
-
-    def __init__(self, label, **tensors):
-        self.label, self.tensors = label, tensors
-
-    def open(self, name, transposed=False):
-        w = self.tensors[name]
-        return nullcontext(Matrix(tuple(w.shape), None, lambda start, stop: w[:, start:stop]))
 
 
 def case(m, n, r, rank, seed):
@@ -32,7 +19,7 @@ def case(m, n, r, rank, seed):
     w = torch.randn(m, n, generator=g, dtype=torch.float64)
     v = torch.randn(m, rank, generator=g, dtype=torch.float64) @ torch.randn(rank, n, generator=g, dtype=torch.float64) / 50
     a, b = torch.randn(r, n, generator=g, dtype=torch.float64), torch.randn(m, r, generator=g, dtype=torch.float64)
-    return Tensors("before", x=w), Tensors("after", x=w + v), Factors(a, b, 2.0), v
+    return TensorWeights("before", {"x": w}), TensorWeights("after", {"x": w + v}), Factors(a, b, 2.0), v
 
 
 @settings(max_examples=40, deadline=None)
@@ -46,7 +33,7 @@ def test_the_stream_gives_what_the_dense_formula_gives(m, n, r, rank, seed, bloc
     dense = v @ v.mT / torch.linalg.matrix_norm(v)
     old, new = factors.b @ factors.a, dense @ factors.b @ factors.a
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "block_width", lambda rows, itemsize=4: block)
+        patch.setattr(streaming, "block_width", lambda rows: block)
         found, report = repair({"x": factors}, before, after, RepairOptions(select="all", **QUIET))
     row = report.modules[0]
     torch.testing.assert_close(found["x"], dense @ factors.b, rtol=1e-10, atol=1e-10 * float(factors.b.abs().max()))

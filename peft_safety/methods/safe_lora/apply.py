@@ -107,7 +107,7 @@ def _factors(name: str, layer: LoraLayer, adapter_name: str) -> Factors:
     if layer.merged:
         raise ConfigError(f"{name}: an adapter is merged into the base weight. Call unmerge_adapter() first.")
     a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    if a.is_meta or hasattr(a, "full_tensor"):
+    if not weights.is_whole(a):
         raise UnsupportedLayerError(f"{name}: its factors are sharded or on the meta device. Repair the saved directory with safe_lora_dir.")
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise ConfigError(f"{name}: lora_A {tuple(a.shape)} or lora_B {tuple(b.shape)} holds NaN or Inf. Load the last good checkpoint.")

@@ -16,13 +16,13 @@ from peft_safety.methods.safe_lora.options import RepairOptions
 from peft_safety.projection import OVERSAMPLING, POWER_ITERATIONS, project_out, top_eigenvectors
 
 BLOCK_BYTES = 4 << 20
-"""Size of one block of V. Both passes of a product run over it while it is in the cache."""
+"""Size of one block of V in fp32. Both halves of a product run over it while it is in the cache."""
 FIRST_WIDTH = 32
 
 
-def block_width(rows: int, itemsize: int = 4) -> int:
+def block_width(rows: int) -> int:
     """Input columns that are read at a time."""
-    return max(16, BLOCK_BYTES // (rows * itemsize))
+    return max(16, BLOCK_BYTES // (4 * rows))
 
 
 @dataclass
@@ -100,19 +100,16 @@ def projected(delta: Delta, b: Tensor, options: RepairOptions) -> tuple[Tensor, 
     Reference: Safe LoRA, arXiv 2405.16833, equation 2 ("frobenius"). "spectral" and "topk" replace its `V V^T / ||V||_F` by a contraction and by a true
     projector. "soft" is the minimiser of `||B' - B||^2 + penalty ||(I - U U^T) B'||^2`, which is `U U^T B + (I - U U^T) B / (1 + penalty)`.
     """
-    cb = delta.apply(b)
+    u = alignment_basis(delta, b, options) if options.projection in ("topk", "soft") else None
+    cb = delta.apply(b) if u is None else b - project_out(u, b)
     if delta.energy == 0:
         return torch.zeros_like(b), torch.zeros_like(b), None
+    if u is not None:
+        return cb + (b - cb) / (1 + options.penalty) if options.projection == "soft" else cb, cb, u.shape[1]
     if options.projection == "frobenius":
         return cb / math.sqrt(delta.energy), cb, None
-    if options.projection == "spectral":
-        _, values = top_eigenvectors(delta.apply, b.shape[0], min(OVERSAMPLING, b.shape[0]), like=b)
-        return cb / values[0], cb, None
-    u = alignment_basis(delta, b, options)
-    outside = project_out(u, b)
-    inside = b - outside
-    kept = inside + outside / (1 + options.penalty) if options.projection == "soft" else inside
-    return kept, inside, u.shape[1]
+    _, values = top_eigenvectors(delta.apply, b.shape[0], min(OVERSAMPLING, b.shape[0]), like=b)
+    return cb / values[0], cb, None
 
 
 def alignment_basis(delta: Delta, like: Tensor, options: RepairOptions) -> Tensor:

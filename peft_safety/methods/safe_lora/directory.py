@@ -15,10 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_safety import files
-from peft_safety.artifact import ADAPTER_FILE, MANIFEST, check_numbers
+from peft_safety.artifact import ADAPTER_FILE, CARD, MANIFEST, PREFIX, check_numbers
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError
 from peft_safety.estimate.checkpoints import FileWeights, open_weights
-from peft_safety.estimate.targets import PREFIX
 from peft_safety.methods.safe_lora.apply import Model, check_different, check_plain
 from peft_safety.methods.safe_lora.options import RepairOptions
 from peft_safety.methods.safe_lora.repair import Factors, RepairReport, repair
@@ -26,7 +25,6 @@ from peft_safety.methods.safe_lora.repair import Factors, RepairReport, repair
 RECORD = "peft_safety.safe_lora"
 """Key of the record in the header of the adapter's safetensors file, where a plain LoRA has no other place for it."""
 STORED_TYPE = "SAFELORA"
-CARD = "README.md"
 
 
 def safe_lora_dir(
@@ -47,15 +45,12 @@ def safe_lora_dir(
     source = Path(adapter_dir)
     if out_dir is not None and os.path.realpath(out_dir) == os.path.realpath(source):
         raise ConfigError(f"{source} is also the output directory. Write somewhere else; the original adapter stays.")
-    fields, config = read_config(source)
+    fields = read_config(source)
     name: str | None = fields.get("base_model_name_or_path") or None
     if aligned is None and name is None:
         raise ConfigError(f"{source}: the adapter does not say which base model it is for. Give aligned=.")
     check_different(unaligned, name if aligned is None else aligned)
-    tensors, factors, record = read_factors(source, fields)
-    if record is not None:
-        config.safe_lora = record
-    check_plain(config, str(source))
+    tensors, factors = read_factors(source, fields)
     base = FileWeights(name) if aligned is not None and name is not None and os.path.isdir(name) else None
     new, report = repair(factors, open_weights(unaligned), open_weights(aligned if aligned is not None else str(name)), chosen, base)
     if out_dir is not None:
@@ -63,8 +58,8 @@ def safe_lora_dir(
     return report
 
 
-def read_config(directory: Path) -> tuple[dict[str, Any], Any]:
-    """The bounded JSON of a LoRA adapter and the config made of it.
+def read_config(directory: Path) -> dict[str, Any]:
+    """The bounded JSON of a plain LoRA adapter that has not been repaired.
 
     Raises:
         ArtifactError: not a directory, no config, or one of another kind. ConfigError: see `check_plain`.
@@ -84,13 +79,13 @@ def read_config(directory: Path) -> tuple[dict[str, Any], Any]:
         if isinstance(error, PeftSafetyError):
             raise
         raise ArtifactError(f"{directory / MANIFEST} is not a config of this PEFT: {error}. Save the adapter again.") from error
-    config.safe_lora = fields.get("safe_lora")
+    config.safe_lora = stored_record(directory) or fields.get("safe_lora")
     check_plain(config, str(directory))
-    return fields, config
+    return fields
 
 
-def read_factors(directory: Path, fields: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Factors], dict[str, Any] | None]:
-    """All tensors by key, the factors by module in the file's order of modules, and the record of an earlier repair.
+def read_factors(directory: Path, fields: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Factors]]:
+    """All tensors by key, and the factors by module, layer by layer.
 
     Raises:
         ArtifactError: a factor is missing, not finite, or of a wrong shape; a tensor that no plain LoRA has.
@@ -98,7 +93,6 @@ def read_factors(directory: Path, fields: Mapping[str, Any]) -> tuple[dict[str, 
     path = files.child(directory, ADAPTER_FILE)
     with files.open_tensors(path) as handle:
         keys = list(handle.keys())
-        record = json.loads((handle.metadata() or {}).get(RECORD, "null"))
         found: dict[str, dict[str, str]] = {}
         for key in keys:
             module, _, kind = key.removeprefix(PREFIX).partition(".lora_")
@@ -123,7 +117,7 @@ def read_factors(directory: Path, fields: Mapping[str, Any]) -> tuple[dict[str, 
     for module, pair in sorted(found.items(), key=lambda item: _natural(item[0])):
         a, b = tensors[pair["A"]], tensors[pair["B"]]
         factors[module] = Factors(a, b, _scaling(module, a.shape[0], fields), flipped)
-    return tensors, factors, record
+    return tensors, factors
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -180,7 +180,7 @@ def _module(name: str, factor: Factors, pair: list[Matrix], options: RepairOptio
 
 def _outcome(row: ModuleRepair, selected: bool) -> ModuleRepair:
     kept = row.kept_norm * (row.gain if selected and not math.isnan(row.gain) else 1.0)
-    return ModuleRepair(row.name, row.cos, selected, row.gain, kept, row.delta, row.k)
+    return replace(row, selected=selected, kept_norm=kept)
 
 
 def _check_pair(name: str, factor: Factors, pair: list[Matrix], sources: tuple[Weights, Weights], options: RepairOptions) -> None:
