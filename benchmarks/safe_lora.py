@@ -39,18 +39,24 @@ def loaded(weight: Tensor) -> ModuleWeights:
 
 
 def dense(factors: dict[str, Factors], unaligned: Weights, aligned: Weights) -> dict[str, tuple[Tensor, float]]:
-    """The published procedure: the whole `V V^T / ||V||_F` of every module first, then `C B A` and its cosine with `B A`, all as dense matrices."""
+    """The published procedure with its default selection, "number": the whole `V V^T / ||V||_F` of every module first; then all modules projected and
+    compared as dense matrices to find the threshold, and all once more to apply it."""
     projectors = {}
     for name in factors:
         with aligned.open(name) as wa, unaligned.open(name) as wu:
             v = wa.block(0, wa.shape[1]).float() - wu.block(0, wu.shape[1]).float()
             projectors[name] = v @ v.mT / torch.linalg.matrix_norm(v)
-    found = {}
-    for name, factor in factors.items():
-        b = projectors[name] @ factor.b
-        old, new = factor.b @ factor.a, b @ factor.a
-        found[name] = (b, float(torch.nn.functional.cosine_similarity(new.reshape(1, -1), old.reshape(1, -1))))
-    return found
+
+    def compared() -> dict[str, tuple[Tensor, float]]:
+        found = {}
+        for name, factor in factors.items():
+            b = projectors[name] @ factor.b
+            old, new = factor.b @ factor.a, b @ factor.a
+            found[name] = (b, float(torch.nn.functional.cosine_similarity(new.reshape(1, -1), old.reshape(1, -1))))
+        return found
+
+    threshold = max(cos for _, cos in compared().values())
+    return {name: (b if cos <= threshold else factors[name].b, cos) for name, (b, cos) in compared().items()}
 
 
 def random_factors(names: dict[str, tuple[int, int]]) -> dict[str, Factors]:

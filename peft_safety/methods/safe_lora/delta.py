@@ -16,7 +16,9 @@ from peft_safety.methods.safe_lora.options import RepairOptions
 from peft_safety.projection import OVERSAMPLING, POWER_ITERATIONS, project_out, top_eigenvectors
 
 BLOCK_BYTES = 4 << 20
-"""Size of one block of V in fp32. Both halves of a product run over it while it is in the cache."""
+"""Size of one block of V in fp32, of which two are held: large enough that a row of a block is worth fetching, small enough for the cache."""
+SAMPLED_COLUMNS = 256
+"""Columns that a fingerprint is taken from. Changing it makes the fingerprints of older records differ."""
 FIRST_WIDTH = 32
 
 
@@ -44,7 +46,7 @@ class Delta:
     base_norm: float = math.nan
 
     def blocks(self) -> Iterator[Tensor]:
-        """`V_j (m, c)`, left to right.
+        """`V_j (m, c)`, left to right, each in the place of the one before: fresh memory for every block would cost more than the arithmetic.
 
         Raises:
             CheckpointError: a weight that is not finite.
@@ -53,11 +55,12 @@ class Delta:
         base = torch.zeros_like(energy)
         m, n = self.aligned.shape
         width = block_width(m)
+        kept, other = (torch.empty(m, min(width, n), dtype=self.dtype, device=self.device) for _ in range(2))
         for start in range(0, n, width):
-            wa = self.aligned.block(start, min(start + width, n)).to(self.device, self.dtype, copy=True)
-            base += _square_sum(wa)
-            v = wa.sub_(self.unaligned.block(start, min(start + width, n)).to(self.device))
-            energy += _square_sum(v)
+            stop = min(start + width, n)
+            v, wu = kept[:, : stop - start], other[:, : stop - start]
+            base += _square_sum(v.copy_(self.aligned.block(start, stop)))
+            energy += _square_sum(v.sub_(wu.copy_(self.unaligned.block(start, stop))))
             yield v
         self.energy, self.base_norm = float(energy), math.sqrt(float(base))
         if not math.isfinite(self.energy) or not math.isfinite(self.base_norm):
@@ -82,9 +85,8 @@ def _square_sum(block: Tensor) -> Tensor:
 
 
 def sample(matrix: Matrix) -> Tensor:
-    """Fingerprint of a weight from its first block of columns, fp32, `(SAMPLES,)`."""
-    m, n = matrix.shape
-    return weights.sample(matrix.block(0, min(block_width(m), n))).float()
+    """Fingerprint of a weight from its first columns, fp32, `(SAMPLES,)`."""
+    return weights.sample(matrix.block(0, min(SAMPLED_COLUMNS, matrix.shape[1]))).float()
 
 
 def projected(delta: Delta, b: Tensor, options: RepairOptions) -> tuple[Tensor, Tensor, int | None]:
