@@ -27,8 +27,10 @@ from peft_safety.subspace import SafetySubspace
 
 MANIFEST = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
-PROTECTED_TYPES: dict[str, tuple[Side, ...]] = {"SALORA": ("out",)}
-"""Values of `peft_type` that promise a protected adapter, and the sides of the update that they constrain."""
+PROTECTED_TYPES = ("SALORA", "ORTHOSAFETYPATCH")
+"""Values of `peft_type` that promise an adapter of this package."""
+SIDES: dict[str, tuple[Side, ...]] = {"out": ("out",), "in": ("in",), "both": ("out", "in")}
+"""Values of a config's `side`, and the sides of the update that they name."""
 FREE_FIELDS = ("base_model_name_or_path", "revision", "inference_mode")
 """Fields of the manifest that may be edited: they change nothing of what the adapter computes on the base it was trained on."""
 
@@ -85,6 +87,20 @@ def check_numbers(r: Any, alpha: Any, dropout: Any, where: str) -> None:
         raise ConfigError(f"{where}: lora_dropout={dropout!r}. Use a number in [0, 1).")
 
 
+def stored_sides(config: Mapping[str, Any], where: str) -> tuple[tuple[Side, ...], tuple[Side, ...]]:
+    """Sides that have a basis, and those of them that are constrained to its complement.
+
+    Raises:
+        ArtifactError: a patch that names no such side or mode.
+    """
+    if config["peft_type"] == "SALORA":
+        return ("out",), ("out",)
+    side, mode = config.get("side"), config.get("mode")
+    if side not in SIDES or mode not in ("none", "soft", "hard"):
+        raise ArtifactError(f"{where}: side={side!r}, mode={mode!r}; a patch has one of {', '.join(SIDES)}, and none, soft or hard. Save the adapter again.")
+    return SIDES[side], SIDES[side] if mode == "hard" else ()
+
+
 def check_config(config: Mapping[str, Any], where: str) -> None:
     """Refuse what a stored config of this package never holds: wrong types, numbers out of range, and regular expressions, which can take forever to match.
 
@@ -137,8 +153,9 @@ def check_adapter(directory: Path) -> StoredAdapter:
         if files.sha256(file) != expected:
             raise ArtifactError(f"{file} is not the file that was saved (its sha256 differs from the one in {MANIFEST}). Copy or save it again.")
     subspace = SafetySubspace.load(files.child(directory, record["subspace"]))
-    _check_subspace(directory / SUBSPACE_FILE, subspace, kind)
-    return _check_factors(directory, config, subspace, tuple(record["extra_tensors"]))
+    with_basis, constrained = stored_sides(config, str(path))
+    _check_subspace(directory / SUBSPACE_FILE, subspace, with_basis)
+    return _check_factors(directory, config, subspace, constrained, tuple(record["extra_tensors"]))
 
 
 def seal(directory: Path) -> None:
@@ -180,13 +197,13 @@ def _record(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return {"subspace": SUBSPACE_FILE, "files": hashes, "extra_tensors": extra, "config": record.get("config")}
 
 
-def _check_subspace(path: Path, subspace: SafetySubspace, kind: str) -> None:
-    """Every module has the bases that the method constrains, and a fingerprint of its base weight."""
+def _check_subspace(path: Path, subspace: SafetySubspace, wanted: tuple[Side, ...]) -> None:
+    """Every module has the bases that the method needs, and a fingerprint of its base weight."""
     for module, sides in subspace.bases.items():
-        missing = [side for side in PROTECTED_TYPES[kind] if side not in sides]
+        missing = [side for side in wanted if side not in sides]
         if missing or module not in subspace.fingerprints:
             what = f"no {missing[0]!r} basis" if missing else "no fingerprint of the base weight"
-            raise ArtifactError(f"{path}: {module} has {what}, which peft_type {kind!r} needs. Save the adapter again.")
+            raise ArtifactError(f"{path}: {module} has {what}, which the adapter needs. Save the adapter again.")
 
 
 def _refuse_pickles(directory: Path) -> None:
@@ -195,7 +212,9 @@ def _refuse_pickles(directory: Path) -> None:
             raise ArtifactError(f"{path} is a pickle and is never opened: it can run code. Remove it, or convert it to {ADAPTER_FILE} where that cannot hurt.")
 
 
-def _check_factors(directory: Path, config: dict[str, Any], subspace: SafetySubspace, extra: tuple[str, ...]) -> StoredAdapter:
+def _check_factors(
+    directory: Path, config: dict[str, Any], subspace: SafetySubspace, constrained: tuple[Side, ...], extra: tuple[str, ...]
+) -> StoredAdapter:
     path = files.child(directory, ADAPTER_FILE)
     factors: dict[str, dict[str, str]] = {}
     others = set()
@@ -226,7 +245,7 @@ def _check_factors(directory: Path, config: dict[str, Any], subspace: SafetySubs
                 raise ArtifactError(f"{path}: {module} has {sorted(keys)}, expected {sorted(expected)}. Copy or save the adapter again.")
             shapes[module] = _check_shapes(path, module, {k: handle.get_slice(v) for k, v in keys.items()}, subspace, config)
             tensors = {kind: handle.get_tensor(key) for kind, key in keys.items()}
-            leaks[module] = _check_values(path, module, tensors, {side: subspace.bases[module][side] for side in PROTECTED_TYPES[config["peft_type"]]})
+            leaks[module] = _check_values(path, module, tensors, {side: subspace.bases[module][side] for side in constrained})
         for key in extra:
             _check_extra(path, key, handle, subspace)
     return StoredAdapter(directory, config, subspace, shapes, residual, leaks, extra)

@@ -166,12 +166,13 @@ def _forget_quantisation(base: nn.Module) -> None:
 
 
 def _check(name: str, a: Tensor, b: Tensor, config: ProtectedConfig) -> None:
-    found = delta_leak(config.subspace.bases[name][config.SIDE], a, b, config.SIDE)
     limit = leak_tolerance(b.dtype) * math.sqrt(a.shape[0])
-    if not found <= limit:
-        raise ProtectionError(
-            f"{name}: the exported update would reach {found:.2g} of its norm into the protected subspace (limit {limit:.2g}). Keep the adapter in fp32."
-        )
+    for side in config.sides:
+        found = delta_leak(config.subspace.bases[name][side], a, b, side)
+        if not found <= limit:
+            raise ProtectionError(
+                f"{name}: the exported update would reach {found:.2g} of its norm into the protected subspace (limit {limit:.2g}). Keep the adapter in fp32."
+            )
 
 
 def _card(config: ProtectedConfig, rank: int, modules: int) -> str:

@@ -50,7 +50,7 @@ class ProtectedLinear(nn.Linear):
         leaf.side = side
         leaf.weight = weight
         device = torch.device("cpu") if weight.is_meta else weight.device
-        leaf.register_buffer("basis", None if basis is None else basis.to(device=device, dtype=torch.float32), persistent=False)
+        leaf.register_buffer("basis", None if basis is None else basis.to(device=device, dtype=torch.float32, copy=True), persistent=False)
         leaf.register_buffer("initial", torch.zeros(weight.shape, device=device, dtype=weight.dtype) if residual else None)
         leaf.train(linear.training)
         _LEAVES.add(leaf)

@@ -165,13 +165,13 @@ class SafetySubspace:
         bases = {n: {s: orthonormalise(torch.randn(u.shape, generator=generator)) for s, u in self.bases[n].items()} for n in self.module_names}
         return SafetySubspace(bases, None, self.fingerprints, {**self.provenance, "method": "random", "seed": seed})
 
-    def check_fits(self, layers: Mapping[str, nn.Module], side: Side = "out", *, bind: bool = True) -> None:
+    def check_fits(self, layers: Mapping[str, nn.Module], sides: Sequence[Side] = ("out",), *, bind: bool = True) -> None:
         """Check this subspace against the base layers it is to protect; on success, remember fingerprints of layers that had none.
 
         Raises:
             SubspaceError: a layer without a basis, one of another shape, or other base weights; nothing has changed then.
         """
-        for name, layer in layers.items():
+        for name, layer, side in ((name, layer, side) for name, layer in layers.items() for side in sides):
             u = self.bases.get(name, {}).get(side)
             if u is None:
                 known = ", ".join(self.module_names[:3])

@@ -83,7 +83,7 @@ def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) ->
     if model is not None:
         layers = base_layers(model)
         check_ahead(model, config)
-        stored.subspace.check_fits({name: layers[name] for name in stored.shapes}, config.SIDE, bind=False)
+        stored.subspace.check_fits({name: layers[name] for name in stored.shapes}, config.basis_sides, bind=False)
     bases = [u for sides in stored.subspace.bases.values() for u in sides.values()]
     return Verification(
         directory=os.fspath(directory),

@@ -66,7 +66,6 @@ class ProtectedConfig(LoraConfig):
     safety_artifact: dict[str, Any] | None = field(default=None, metadata={"help": "Hashes of the saved files; written by save_pretrained."})
 
     PEFT_KEY: ClassVar[str] = ""
-    SIDE: ClassVar[Side] = "out"
 
     def __post_init__(self) -> None:
         where = type(self).__name__
@@ -87,6 +86,16 @@ class ProtectedConfig(LoraConfig):
         super().__post_init__()
         self._stored: StoredAdapter | None = None
         self._modules: dict[str, tuple[int, float]] = {}  # what injection found: rank and alpha by module
+
+    @property
+    def basis_sides(self) -> tuple[Side, ...]:
+        """Sides of the update that the subspace has a basis for."""
+        return ("out",)
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """Sides that are constrained to the complement of that basis."""
+        return self.basis_sides
 
     @property
     def residual(self) -> bool:
@@ -235,14 +244,13 @@ def attach(model: nn.Module, adapter_name: str, config: ProtectedConfig) -> None
         if layer.r[adapter_name] > min(weights.shape(base[name])):
             raise ConfigError(f"{name}: r={layer.r[adapter_name]} exceeds the layer's {weights.shape(base[name])}. Use a smaller r or a rank_pattern.")
     subspace = config.resolve(model, base)
-    subspace.check_fits(base, config.SIDE)
+    subspace.check_fits(base, config.basis_sides)
     if config.modules_to_save or config.trainable_token_indices:
         warnings.warn(
             "modules_to_save and trainable_token_indices train weights that no projection constrains; the guarantee covers the LoRA update only.", stacklevel=2
         )
     config.subspace = subspace
-    ranks = {subspace.rank(name, config.SIDE) for name in layers}
-    config.safety_rank = max(ranks)
+    config.safety_rank = max(subspace.rank(name, side) for name in layers for side in config.basis_sides)
     config._modules = {name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()}
     bind(layers, adapter_name, config)
     if config._stored is None:
@@ -277,7 +285,7 @@ def _sides(layer: LoraLayer, config: ProtectedConfig, name: str) -> Iterator[tup
     """The factors of a layer where a leaf belongs, each with its side and its basis: the constrained one, and with a residual the other one too."""
     pairs: tuple[tuple[Any, Side], ...] = ((layer.lora_A, "in"), (layer.lora_B, "out"))
     for factor, side in pairs:
-        if side == config.SIDE:
+        if side in config.sides:
             yield factor, side, config.subspace.bases[name][side]
         elif config.residual:
             yield factor, side, None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peft_safety import weights
 from peft_safety.errors import ConfigError
 from peft_safety.methods.protected import ProtectedConfig
-from peft_safety.projection import Side, top_singular
+from peft_safety.projection import top_singular
 from peft_safety.subspace import SafetySubspace
 
 
@@ -46,7 +46,6 @@ class SaLoRAConfig(ProtectedConfig):
     reference_residual: bool = field(default=False, metadata={"help": "Residual without the scaling, as in the reference code."})
 
     PEFT_KEY: ClassVar[str] = "SALORA"
-    SIDE: ClassVar[Side] = "out"
 
     def __post_init__(self) -> None:
         if self.init not in ("lora", "task"):
@@ -71,7 +70,7 @@ class SaLoRAConfig(ProtectedConfig):
             return
         base = {name: layer.get_base_layer() for name, layer in layers.items()}
         task = self._task_subspace(model, base)
-        task.check_fits(base, "out", bind=False)
+        task.check_fits(base, bind=False)
         for name, layer in layers.items():
             b, a = task_aware_factors(weights.dense_weight(base[name], name), task.bases[name]["out"], int(layer.r[adapter_name]))
             layer.lora_A[adapter_name].set_initial(a)

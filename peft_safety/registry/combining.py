@@ -57,7 +57,7 @@ def check_add_weighted_adapter(original: Callable[..., Any], self: Any, adapters
     from peft_safety.methods.protected import ProtectedConfig
 
     configs = {name: self.peft_config[name] for name in adapters if name in self.peft_config}
-    protected = {name: config for name, config in configs.items() if isinstance(config, ProtectedConfig)}
+    protected = {name: config for name, config in configs.items() if isinstance(config, ProtectedConfig) and config.sides}
     if protected:
         digests = {config.subspace.digest for config in protected.values()}
         if len(protected) < len(configs) or len(digests) > 1:
@@ -97,7 +97,7 @@ def hotswap_adapter_from_state_dict(
     if set(subspace.bases) != set(layers):
         odd = sorted(set(subspace.bases) ^ set(layers))[:3]
         raise ArtifactError(f"the new adapter and {adapter_name!r} target other modules; they differ at {odd}. Load it under a new name.")
-    subspace.check_fits({name: layer.get_base_layer() for name, layer in layers.items()}, config.SIDE)
+    subspace.check_fits({name: layer.get_base_layer() for name, layer in layers.items()}, config.basis_sides)
     original(model, state_dict, adapter_name, config, *args, **kwargs)
     config._modules = {name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()}
     config_table(model)[adapter_name] = config

@@ -170,7 +170,7 @@ def load_adapter(original: Callable[..., Any], self: Any, model_id: str, adapter
     check_ahead(self, stored)
     layers = adapter_layers(self, adapter_name)
     _check_same(adapter_name, str(model_id), stored, config, layers)
-    stored.subspace.check_fits({name: layer.get_base_layer() for name, layer in layers.items()}, config.SIDE)
+    stored.subspace.check_fits({name: layer.get_base_layer() for name, layer in layers.items()}, config.basis_sides)
     config.subspace = stored.subspace
     bind(layers, adapter_name, config)
     return original(self, model_id, adapter_name, *args, **kwargs)
