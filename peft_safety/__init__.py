@@ -14,9 +14,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peft_safety.callbacks import SafeLoRACallback, SafetyMonitorCallback
+    from peft_safety.callbacks import SafeLoRACallback, SafetyMonitorCallback, SoftPenaltyCallback
     from peft_safety.errors import PeftSafetyError
     from peft_safety.export import export_lora, merge_dequantised
+    from peft_safety.methods.ortho_patch import OrthoSafetyPatchConfig
     from peft_safety.methods.protected import assert_protected
     from peft_safety.methods.safe_lora import SafeLoRAConfig, apply_safe_lora, safe_lora_dir
     from peft_safety.methods.salora import SaLoRAConfig
@@ -27,10 +28,12 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "PeftSafetyError": "errors",
+    "OrthoSafetyPatchConfig": "methods.ortho_patch",
     "SaLoRAConfig": "methods.salora",
     "SafeLoRACallback": "callbacks",
     "SafeLoRAConfig": "methods.safe_lora",
     "SafetyMonitorCallback": "callbacks",
+    "SoftPenaltyCallback": "callbacks",
     "SafetySubspace": "subspace",
     "apply_safe_lora": "methods.safe_lora",
     "assert_protected": "methods.protected",
@@ -40,12 +43,14 @@ _NAMES = {
     "verify": "verification",
 }
 __all__ = [
+    "OrthoSafetyPatchConfig",
     "PeftSafetyError",
     "SaLoRAConfig",
     "SafeLoRACallback",
     "SafeLoRAConfig",
     "SafetyMonitorCallback",
     "SafetySubspace",
+    "SoftPenaltyCallback",
     "apply_safe_lora",
     "assert_protected",
     "export_lora",

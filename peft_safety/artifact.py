@@ -212,9 +212,7 @@ def _refuse_pickles(directory: Path) -> None:
             raise ArtifactError(f"{path} is a pickle and is never opened: it can run code. Remove it, or convert it to {ADAPTER_FILE} where that cannot hurt.")
 
 
-def _check_factors(
-    directory: Path, config: dict[str, Any], subspace: SafetySubspace, constrained: tuple[Side, ...], extra: tuple[str, ...]
-) -> StoredAdapter:
+def _check_factors(directory: Path, config: dict[str, Any], subspace: SafetySubspace, constrained: tuple[Side, ...], extra: tuple[str, ...]) -> StoredAdapter:
     path = files.child(directory, ADAPTER_FILE)
     factors: dict[str, dict[str, str]] = {}
     others = set()

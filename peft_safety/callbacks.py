@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from peft_safety.errors import ConfigError
 from peft_safety.layers import protected_leaves
+from peft_safety.methods.ortho_patch import SoftPenalty
 from peft_safety.methods.protected import assert_protected, config_table
 from peft_safety.methods.safe_lora import RepairReport, SafeLoRAConfig, apply_safe_lora, safe_lora_dir
 from peft_safety.projection import coefficients
@@ -34,9 +35,7 @@ class SafetyMonitorCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is not None:
-            logs["safety_leak"] = largest_leak(kwargs["model"])
-            if state.log_history:  # the Trainer has made its own copy, the one that trainer_state.json keeps, before it calls us
-                state.log_history[-1]["safety_leak"] = logs["safety_leak"]
+            _log(logs, state, "safety_leak", largest_leak(kwargs["model"]))
 
 
 class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]
@@ -75,6 +74,44 @@ class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]
         config = config_table(model)[self.adapter_name]
         options = {"adapter_name": self.adapter_name, "progress": self.progress, **config.repair_options()}
         self.report = apply_safe_lora(model, config.unaligned, config.aligned, **options)
+
+
+class SoftPenaltyCallback(TrainerCallback):  # type: ignore[misc]
+    """Trains an adapter with `OrthoSafetyPatchConfig(mode="soft")`: adds its penalty's exact gradient right before each optimizer step.
+
+    The loss that the user sees stays the task's; gradient accumulation, clipping and loss scaling are over by then. Logs the penalty, without its weight, as
+    `soft_penalty`.
+
+    Raises:
+        ConfigError: at the beginning of training: no such adapter, or DeepSpeed, whose optimizer takes the gradients away.
+    """
+
+    def __init__(self, adapter_name: str = "default") -> None:
+        self.adapter_name = adapter_name
+        self.penalty: SoftPenalty | None = None
+        self._hook: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # accelerate's wrapper skips steps that torch's never sees
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ConfigError(f"SoftPenaltyCallback: a {type(optimizer).__name__} takes no hook before its step. Train without DeepSpeed, or use mode='hard'.")
+        self.penalty = SoftPenalty(kwargs["model"], self.adapter_name)
+        self._hook = optimizer.register_step_pre_hook(self.penalty.before_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs is not None and self.penalty is not None:
+            _log(logs, state, "soft_penalty", self.penalty.value())
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+
+def _log(logs: dict[str, Any], state: TrainerState, name: str, value: float) -> None:
+    """Into this step's logs, and into the copy that the Trainer made of them before it called us, which trainer_state.json keeps."""
+    logs[name] = value
+    if state.log_history:
+        state.log_history[-1][name] = value
 
 
 @torch.no_grad()

@@ -20,6 +20,9 @@ ORTHONORMAL_TOLERANCE = 1e-5
 FOLD_EPSILONS = 4.0
 #: Largest relative leak of a stored fp32 factor that counts as protected.
 LEAK_TOLERANCE = 1e-6
+#: Relative length below which a further direction counts as one that is already in a span: dropping it leaves no more than that, a third of the leak's
+#: tolerance, and it is above what rounding a basis to fp32 leaves of it.
+UNION_TOLERANCE = 3e-7
 #: Passes that `fold_` may take. Two are enough unless the factor lies in the protected span almost entirely.
 FOLD_PASSES = 3
 #: Columns beyond the wanted ones, and iterations with `W S W^T` (each worth two with `W X`), in `top_left_singular`: cheap beside the pass over the model.
@@ -105,6 +108,24 @@ def orthonormality_error(u: Tensor) -> float:
 def orthonormalise(x: Tensor) -> Tensor:
     """Orthonormal basis `(d, k)` of the column span of a full-rank `x (d, k)`."""
     return torch.linalg.qr(x).Q
+
+
+@torch.no_grad()
+def union(u: Tensor | None, x: Tensor) -> Tensor:
+    """Orthonormal basis `(d, k')` of the span of a basis and of further columns, the basis first and unchanged. Computed in fp64.
+
+    Args:
+        u: basis `(d, k)` with orthonormal columns, or None.
+        x: `(d, l)`, finite; columns that depend on others, or lie in the span of `u` up to `UNION_TOLERANCE`, add nothing.
+    """
+    own = torch.linalg.svd(x.double(), full_matrices=False)
+    kept = own.U[:, UNION_TOLERANCE * own.S[:1].clamp(min=torch.finfo(torch.float64).tiny) < own.S]
+    if u is None:
+        return kept.to(x.dtype)
+    for _ in range(2):  # the second pass removes what rounding left of the first
+        kept = project_out(u.double(), kept)
+    left, s, _ = torch.linalg.svd(kept, full_matrices=False)
+    return torch.cat([u, left[:, s > UNION_TOLERANCE].to(u)], dim=1)
 
 
 def principal_cosines(u: Tensor, v: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """SafetySubspace: the frozen low-rank bases of a model's layers, where they came from, and their file.
 
 One subspace serves many adapters. Its file is plain safetensors: `basis.out.<module>` `(m, k)` and `basis.in.<module>` `(n, k)` with orthonormal columns,
-`spectrum.*` with the singular values, `fingerprint.<module>` of the base weights, and, in the header, the format's name with the provenance as JSON.
+`spectrum.*` with the singular values, `fingerprint.<module>` of the base weights, and, in the header, the format's name with the provenance as JSON. Modules
+with the same input (q/k/v, gate/up) may share a basis: it is then one tensor in memory and on disk, and the header says who shares whose.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from torch import Tensor, nn
 
 from peft_safety import files, weights
 from peft_safety.errors import ArtifactError, SubspaceError
-from peft_safety.projection import ORTHONORMAL_TOLERANCE, Side, orthonormalise, orthonormality_error
+from peft_safety.projection import ORTHONORMAL_TOLERANCE, Side, orthonormalise, orthonormality_error, union
 
 FILE_NAME = "safety_subspace.safetensors"
 FORMAT = "peft_safety.subspace.v1"
+SHARED = "shared"
+"""Key of the provenance in a file's header that maps the names of tensors that are not stored to those they equal."""
 SIDES: tuple[Side, ...] = ("out", "in")
 Bases = Mapping[str, Mapping[Side, Tensor]]
 
@@ -33,7 +36,8 @@ class SafetySubspace:
     """Bases of the protected directions, by module name.
 
     Args:
-        bases: `{module: {"out": (out_features, k), "in": (in_features, k)}}`, either side or both, orthonormal columns. Kept as fp32 on the CPU.
+        bases: `{module: {"out": (out_features, k), "in": (in_features, k)}}`, either side or both, orthonormal columns. Kept as fp32 on the CPU; one tensor
+            given to several modules stays one.
         spectra: singular values behind each basis, `(k,)`, descending; optional.
         fingerprints: sampled base weights by module (`weights.fingerprint`); `bind` adds them.
         provenance: JSON-able facts: method, data hash, rank, tokens, seed.
@@ -50,8 +54,9 @@ class SafetySubspace:
         fingerprints: Mapping[str, Tensor] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        self.bases = {name: {side: _frozen(u, name) for side, u in sides.items()} for name, sides in bases.items()}
-        self.spectra = {name: {side: _frozen(s, name) for side, s in sides.items()} for name, sides in (spectra or {}).items()}
+        kept: dict[int, Tensor] = {}
+        self.bases = {name: {side: _frozen(u, name, kept) for side, u in sides.items()} for name, sides in bases.items()}
+        self.spectra = {name: {side: _frozen(s, name, kept) for side, s in sides.items()} for name, sides in (spectra or {}).items()}
         self.fingerprints = {name: _frozen(f, name) for name, f in (fingerprints or {}).items()}
         self.provenance = dict(provenance or {})
         if not self.bases or not all(self.bases.values()):
@@ -71,11 +76,24 @@ class SafetySubspace:
             model: a causal language model, dense or quantised.
             data: rows `{prompt, response}`, `{messages}` or `{text, label}` (needs `tokenizer=`), or tokenised batches
                 (`input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`).
-            **options: `tokenizer`, `method`, `rank`, `target_modules`, `batch_size`, `max_length`, `seed`, `progress`.
+            **options: `tokenizer`, `method`, `rank`, `energy`, `sides`, `positions`, `against`, `target_modules`, `batch_size`, `max_length`, `seed`,
+                `progress`.
         """
         from peft_safety.estimate.activations import estimate
 
         return estimate(model, data, **options)
+
+    @classmethod
+    def from_weights(cls, model: nn.Module, **options: Any) -> SafetySubspace:
+        """The top singular directions of every target weight; see `peft_safety.estimate.weight_bases.estimate_from_weights` for the options.
+
+        Args:
+            model: dense or quantised.
+            **options: `rank`, `energy`, `sides`, `target_modules`, `seed`, `progress`.
+        """
+        from peft_safety.estimate.weight_bases import estimate_from_weights
+
+        return estimate_from_weights(model, **options)
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], **hub: Any) -> SafetySubspace:
@@ -108,13 +126,14 @@ class SafetySubspace:
             path = path / FILE_NAME
         staged = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            facts = json.dumps(self.provenance, sort_keys=True, allow_nan=False)
+            tensors, shared = self._tensors()
+            facts = json.dumps(self.provenance | ({SHARED: shared} if shared else {}), sort_keys=True, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise SubspaceError(f"{path}: the provenance cannot be written as JSON ({error}). Keep it to text and finite numbers.") from error
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             mode = files.usual_mode(staged)
-            save_file(self._tensors(), staged, metadata={FORMAT: facts})  # one entry: safetensors shuffles several
+            save_file(tensors, staged, metadata={FORMAT: facts})  # one entry: safetensors shuffles several
             with staged.open("rb") as file:
                 os.fsync(file.fileno())
             staged.chmod(mode)
@@ -126,11 +145,14 @@ class SafetySubspace:
                 staged.unlink(missing_ok=True)
         return path
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What is stored, and for every name that shares another one's tensor, that one."""
         tensors = {f"basis.{side}.{name}": u for name, sides in self.bases.items() for side, u in sides.items()}
         tensors |= {f"spectrum.{side}.{name}": s for name, sides in self.spectra.items() for side, s in sides.items()}
         tensors |= {f"fingerprint.{name}": f for name, f in self.fingerprints.items()}
-        return tensors
+        first: dict[int, str] = {}
+        shared = {key: first[id(x)] for key, x in tensors.items() if first.setdefault(id(x), key) != key}
+        return {key: x for key, x in tensors.items() if key not in shared}, shared
 
     @property
     def module_names(self) -> list[str]:
@@ -151,6 +173,39 @@ class SafetySubspace:
     def rank(self, name: str, side: Side = "out") -> int:
         """Number of protected directions of one module."""
         return int(self.bases[name][side].shape[1])
+
+    def capacity(self, side: Side) -> dict[str, int]:
+        """Directions of each module that are not protected."""
+        return {name: sides[side].shape[0] - sides[side].shape[1] for name, sides in self.bases.items() if side in sides}
+
+    @classmethod
+    def joined(cls, own: SafetySubspace | None, spans: Bases) -> SafetySubspace:
+        """A subspace with further directions protected. Spectra of the modules that grow are dropped.
+
+        Args:
+            own: None protects the further directions alone.
+            spans: `{module: {side: (d, l)}}`, any columns (not necessarily independent); modules and sides without a basis here get one.
+
+        Raises:
+            SubspaceError: nothing would be left to train in a module.
+        """
+        bases = {name: dict(sides) for name, sides in own.bases.items()} if own else {}
+        spectra = {name: dict(sides) for name, sides in own.spectra.items()} if own else {}
+        grown: dict[tuple[int | None, int], Tensor] = {}
+        for name, sides in spans.items():
+            for side, span in sides.items():
+                old = bases.get(name, {}).get(side)
+                key = (None if old is None else id(old), id(span))
+                new = grown[key] = grown[key] if key in grown else union(old, span)
+                if new.shape[1] >= new.shape[0]:
+                    raise SubspaceError(
+                        f"{name}: no capacity is left on side {side!r}: {new.shape[1]} of {new.shape[0]} directions are taken, {span.shape[1]} of them by "
+                        "the earlier patches. Use a smaller k, patches of a smaller r, or merge the earlier ones into the base."
+                    )
+                if new.shape[1]:
+                    bases.setdefault(name, {})[side] = new
+                    spectra.get(name, {}).pop(side, None)
+        return SafetySubspace(bases, spectra, own.fingerprints, own.provenance) if own else SafetySubspace(bases, provenance={"method": "prior patches"})
 
     def restricted(self, names: Iterable[str]) -> SafetySubspace:
         """The same subspace for some of its modules only."""
@@ -225,10 +280,15 @@ def _check_values(x: Tensor, shape: tuple[int, ...], what: str) -> None:
         raise SubspaceError(f"{what} must hold {shape[0]} finite values; it has shape {tuple(x.shape)}, or NaN or Inf. Calibrate again.")
 
 
-def _frozen(x: Tensor, name: str) -> Tensor:
+def _frozen(x: Tensor, name: str, kept: dict[int, Tensor] | None = None) -> Tensor:
+    """A copy; of one tensor one copy, where `kept` remembers them."""
     if not isinstance(x, Tensor):
         raise SubspaceError(f"{name}: a {type(x).__name__} where a tensor is expected. Calibrate with SafetySubspace.from_activations.")
-    return x.detach().to(device="cpu", dtype=torch.float32).contiguous().clone()
+    if kept is None:
+        return x.detach().to(device="cpu", dtype=torch.float32).contiguous().clone()
+    if id(x) not in kept:
+        kept[id(x)] = _frozen(x, name)
+    return kept[id(x)]
 
 
 def _parse(handle: Any, path: Path) -> SafetySubspace:
@@ -241,16 +301,22 @@ def _parse(handle: Any, path: Path) -> SafetySubspace:
     bases: dict[str, dict[Side, Tensor]] = {}
     spectra: dict[str, dict[Side, Tensor]] = {}
     fingerprints: dict[str, Tensor] = {}
+    stored = {}
     for key in handle.keys():  # noqa: SIM118  a safetensors handle is no mapping
-        kind, _, rest = key.partition(".")
         dtype = handle.get_slice(key).get_dtype()
         if dtype != "F32":
             raise SubspaceError(f"{path}: tensor {key!r} is {dtype}; a subspace is stored as F32. Save it again with SafetySubspace.save.")
+        stored[key] = handle.get_tensor(key)
+    shared = provenance.pop(SHARED, {})
+    if not isinstance(shared, dict) or not all(isinstance(of, str) and of in stored and key not in stored for key, of in shared.items()):
+        raise SubspaceError(f"{path}: its header says that tensors are shared which are not there. Save it again with SafetySubspace.save.")
+    for key, value in (stored | {key: stored[of] for key, of in shared.items()}).items():
+        kind, _, rest = key.partition(".")
         side, _, name = rest.partition(".")
         if kind == "fingerprint":
-            fingerprints[rest] = handle.get_tensor(key)
+            fingerprints[rest] = value
         elif kind in ("basis", "spectrum") and side in SIDES and name:
-            (bases if kind == "basis" else spectra).setdefault(name, {})[side] = handle.get_tensor(key)
+            (bases if kind == "basis" else spectra).setdefault(name, {})[side] = value
         else:
             raise SubspaceError(f"{path}: unknown tensor {key!r}. The file was not written by SafetySubspace.save.")
     try:

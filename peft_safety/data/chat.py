@@ -129,6 +129,16 @@ def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_len
     return kept
 
 
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int) -> list[dict[str, list[int]]]:
+    """Rows of a "prompt" alone, up to and including the header of the answer, as `encode` would give them: no position has a label."""
+    features = []
+    for row in rows:
+        text = render_prompt(tokenizer, [{"role": "user", "content": str(row["prompt"])}])
+        ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=max_length)["input_ids"]
+        features.append({"input_ids": list(ids), "attention_mask": [1] * len(ids), "labels": [IGNORE_INDEX] * len(ids)})
+    return features
+
+
 class Collator:
     """Pads features on the right to the longest of the batch: ids with the pad token, mask with 0, labels with -100."""
 

@@ -1,4 +1,4 @@
-"""Safety subspaces from activations: the top left singular vectors of `W X`, for all layers in one pass."""
+"""Safety subspaces from activations: what the inputs or the outputs of each layer span on some data, for all layers in one pass."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from peft_safety import weights
 from peft_safety.errors import CalibrationError, ConfigError
-from peft_safety.estimate.moments import collect, to_batches
+from peft_safety.estimate.bases import Size, contrastive_basis, input_basis, output_basis
+from peft_safety.estimate.moments import InputMoments, Positions, collect, to_batches
 from peft_safety.estimate.targets import target_layers
-from peft_safety.projection import top_left_singular
+from peft_safety.projection import Side
 from peft_safety.subspace import SafetySubspace
 
-METHODS = ("salora",)
-RANK_FLOOR = 1e-3
-"""Singular values below this share of the largest are rounding noise of the fp32 moments: a moment of exact rank r leaves up to 9e-4, about the square root of
-fp32's epsilon, in the next one. SmolLM2-135M's smallest of 32 is at 6e-3."""
+METHODS: dict[str, tuple[tuple[Side, ...], Positions]] = {"salora": (("out",), "response"), "ortho_patch": (("in",), "all")}
+"""Sides and token positions of each method, where none are given."""
+DEFAULT_RANK = 32
+"""As published for SaLoRA (arXiv 2501.01765, section 5.1)."""
 
 
 def estimate(
@@ -29,7 +29,11 @@ def estimate(
     *,
     tokenizer: Any = None,
     method: str = "salora",
-    rank: float = 32,
+    rank: float | None = None,
+    energy: float | None = None,
+    sides: Sequence[Side] | None = None,
+    positions: Positions | None = None,
+    against: Sequence[Mapping[str, Any]] | None = None,
     target_modules: Iterable[str] | str | None = None,
     layers: Mapping[str, nn.Module] | None = None,
     batch_size: int = 8,
@@ -38,65 +42,113 @@ def estimate(
     allow_fewer: bool = False,
     progress: bool = True,
 ) -> SafetySubspace:
-    """Estimate the output directions that carry the responses of `data`.
+    """Estimate the directions that `data` spans in each target layer, `X` being the layer's inputs at the tokens that count.
 
-    For each target layer: `U` = top `rank` left singular vectors of `W X`, where the columns of `X` are the layer's inputs at the labelled (response) tokens;
-    bias excluded, not centred. Any adapter on the model is switched off meanwhile.
+    On the output side the top left singular vectors of `W X` (bias excluded, not centred), on the input side the top eigenvectors of `X X^T`, which layers with
+    the same input share. Any adapter on the model is switched off meanwhile.
 
     Args:
         model: causal language model; may be quantised, may carry adapters.
-        data: rows `{prompt, response}` / `{messages}` / `{text, label}`, or tokenised batches with `labels` (-100: does not count).
+        data: rows `{prompt, response}` / `{messages}` / `{text, label}`, rows of a `{prompt}` alone, or tokenised batches with `labels` (-100: no response).
         tokenizer: with a chat template; for rows only.
-        rank: directions per layer, an integer in `1 <= rank < out_features`; or a share of `out_features`, a float in (0, 1), at most `in_features` directions.
+        method: "salora" (out, response tokens) or "ortho_patch" (in, all tokens); sets `sides` and `positions` where they are not given.
+        rank: directions per layer, an integer (default 32); or a share of the features of that side, a float in (0, 1).
+        energy: instead, as many directions as hold this share of `||W X||^2` or `||X||^2`, in (0, 1].
+        positions: "response", "prompt" or "all" tokens.
+        against: data that must stay in reach; the basis is then contrastive (see `contrastive_basis`).
         target_modules: as in `LoraConfig`; None takes PEFT's default of the architecture.
         layers: base layers by name, instead of `target_modules`.
-        allow_fewer: where the responses span fewer than `rank` directions (a first layer sees little but the embeddings of the tokens that occur), keep those,
+        allow_fewer: where the data span fewer than `rank` directions (a first layer sees little but the embeddings of the tokens that occur), keep those,
             with a warning, instead of raising.
 
     Returns:
-        A subspace with the singular values of `W X`, fingerprints and provenance.
+        A subspace with spectra, fingerprints and provenance.
 
     Raises:
-        CalibrationError: fewer labelled tokens, or fewer independent directions, than `rank`; inputs that are not finite.
-        ConfigError: an unknown method, `rank >= out_features`, no module matched.
+        CalibrationError: fewer tokens, or fewer independent directions, than `rank`; inputs that are zero or not finite.
+        ConfigError: an unknown method, a rank that leaves nothing to train, no module matched.
 
-    Reference: SaLoRA, arXiv 2501.01765, section 4.1. Its public code runs the model once per layer; this is one pass and the same subspace.
+    Reference: SaLoRA, arXiv 2501.01765, section 4.1; GuardSpace, arXiv 2510.14301. SaLoRA's public code runs the model once per layer; this is one pass.
     """
     if method not in METHODS:
         raise ConfigError(f"method={method!r}; no such method. Use one of {', '.join(METHODS)}.")
+    if positions not in (None, "response", "prompt", "all"):
+        raise ConfigError(f"positions={positions!r}. Use 'response', 'prompt' or 'all'.")
+    chosen: tuple[Side, ...] = METHODS[method][0] if sides is None else tuple(sides)
+    where = positions or METHODS[method][1]
+    size = size_of(DEFAULT_RANK if rank is None and energy is None else rank, energy)
     layers = dict(target_layers(model, target_modules) if layers is None else layers)
-    ranks = {name: _rank_of(rank, name, layer) for name, layer in layers.items()}
-    batches, digest = to_batches(data, tokenizer, batch_size=batch_size, max_length=max_length)
+    wanted = _wanted(layers, chosen, size)
+
+    def moments_of(rows: Sequence[Mapping[str, Any]], what: str) -> tuple[InputMoments, dict[str, Any]]:
+        batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length)
+        found = collect(model, layers, batches, positions=where, progress=progress, what=what)
+        return found, {"data": digest, "samples": sum(int(batch["input_ids"].shape[0]) for batch in batches), "tokens": found.tokens}
+
     with adapters_off(model):
-        moments = collect(model, layers, batches, progress=progress)
-    if moments.tokens < max(ranks.values()):
-        raise CalibrationError(f"{moments.tokens} labelled tokens cannot span rank={max(ranks.values())} directions. Give more data, or a smaller rank.")
-    found = {name: _directions(name, layer, moments.moment(name), ranks[name], seed) for name, layer in layers.items()}
-    _check_spans({name: u.shape[1] for name, (u, _) in found.items()}, ranks, allow_fewer)
-    samples = sum(int(batch["input_ids"].shape[0]) for batch in batches)
-    provenance = {"method": method, "rank": rank, "seed": seed, "data": digest, "samples": samples, "tokens": moments.tokens, "model": _name(model)}
-    subspace = SafetySubspace({n: {"out": u} for n, (u, _) in found.items()}, {n: {"out": s} for n, (_, s) in found.items()}, provenance=provenance)
+        moments, facts = moments_of(data, "calibrating")
+        contrast = None if against is None else moments_of(against, "calibrating (contrast)")
+    needed = max((k for k in wanted.values() if k is not None), default=1)
+    if moments.tokens < needed:
+        raise CalibrationError(
+            f"{moments.tokens} {'labelled ' * (where == 'response')}tokens cannot span rank={needed} directions. Give more data, or a smaller rank."
+        )
+    bases, spectra = _bases(layers, chosen, moments, None if contrast is None else contrast[0], size, seed)
+    _check_spans({key: bases[key[0]][key[1]].shape[1] for key in wanted}, wanted, allow_fewer)
+    provenance = {"method": method, "sides": "+".join(chosen), "positions": where, "seed": seed, "model": model_name(model), **facts}
+    provenance |= {"rank": rank or DEFAULT_RANK} if energy is None else {"energy": energy}
+    if contrast is not None:
+        provenance["against"] = contrast[1]["data"]
+    subspace = SafetySubspace(bases, spectra, provenance=provenance)
     subspace.bind(layers)
     return subspace
 
 
-def _directions(name: str, layer: nn.Module, moment: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`(U (m, k), s (k,))` of one layer, `k = rank` or, where the outputs span less, that."""
-    weight = weights.dense_weight(layer, name).to(moment.device)
-    if not bool(torch.isfinite(weight).all()):
-        raise CalibrationError(f"{name}: the weight {tuple(weight.shape)} holds NaN or Inf. Load an intact checkpoint.")
-    u, s = top_left_singular(weight, moment, rank, seed=seed)
-    span = int((s > RANK_FLOOR * s[0]).sum())
-    return u[:, :span], s[:span]
+def size_of(rank: float | None, energy: float | None = None) -> Size:
+    """An integer `rank` is a number of directions, a float below 1 a share of the features.
+
+    Raises:
+        ConfigError: neither; or both are given, or none.
+    """
+    return Size(share=rank, energy=energy) if isinstance(rank, float) else Size(rank=rank, energy=energy)
 
 
-def _check_spans(spans: Mapping[str, int], ranks: Mapping[str, int], allow_fewer: bool) -> None:
-    short = {name: span for name, span in spans.items() if span < ranks[name]}
+def _wanted(layers: Mapping[str, nn.Module], sides: Sequence[Side], size: Size) -> dict[tuple[str, Side], int | None]:
+    """Directions to take of each layer and side, checked before anything runs."""
+    return {(name, side): size.fixed(weights.shape(layer), side, name) for name, layer in layers.items() for side in sides}
+
+
+def _bases(
+    layers: Mapping[str, nn.Module], sides: Sequence[Side], moments: InputMoments, contrast: InputMoments | None, size: Size, seed: int
+) -> tuple[dict[str, dict[Side, Tensor]], dict[str, dict[Side, Tensor]]]:
+    """Basis and spectrum of every layer and side; layers with one moment share their input basis."""
+    shared: dict[int, tuple[Tensor, Tensor]] = {}
+    bases: dict[str, dict[Side, Tensor]] = {name: {} for name in layers}
+    spectra: dict[str, dict[Side, Tensor]] = {name: {} for name in layers}
+    for name, layer in layers.items():
+        moment, against = moments.moment(name), None if contrast is None else contrast.moment(name)
+        for side in sides:
+            if side == "in":
+                if id(moment) not in shared:
+                    shared[id(moment)] = input_basis(moment, size, name, seed=seed) if against is None else contrastive_basis(moment, against, size, name)
+                found = shared[id(moment)]
+            else:
+                weight = weights.dense_weight(layer, name).to(moment.device)
+                if against is None:
+                    found = output_basis(weight, moment, size, name, seed=seed)
+                else:
+                    found = contrastive_basis(weight @ moment @ weight.mT, weight @ against @ weight.mT, size, name)
+            bases[name][side], spectra[name][side] = found
+    return bases, spectra
+
+
+def _check_spans(spans: Mapping[tuple[str, Side], int], wanted: Mapping[tuple[str, Side], int | None], allow_fewer: bool) -> None:
+    short = {key: span for key, span in spans.items() if span < (wanted[key] or 0)}
     if not short:
         return
-    name = min(short, key=lambda n: short[n])
-    said = f"{name}: the responses span {short[name]} directions only, rank={ranks[name]} were asked for ({len(short)} of {len(spans)} layers fall short)."
-    if not allow_fewer or short[name] == 0:
+    key = min(short, key=lambda k: short[k])
+    said = f"{key[0]}: the data span {short[key]} directions only, rank={wanted[key]} were asked for ({len(short)} of {len(spans)} layers fall short)."
+    if not allow_fewer or short[key] == 0:
         raise CalibrationError(f"{said} Give more varied data, a smaller rank, or allow_fewer=True.")
     warnings.warn(f"{said} Each protects all that it has.", stacklevel=3)
 
@@ -126,26 +178,11 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _rank_of(rank: float, name: str, layer: nn.Module) -> int:
-    """Directions to take of one layer."""
-    m, n = weights.shape(layer)
-    if isinstance(rank, float) and 0 < rank < 1:
-        return min(max(1, round(rank * m)), m - 1, n)
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        raise ConfigError(f"rank={rank!r}. Use an integer of at least 1, or a share of the output features between 0 and 1.")
-    if not 1 <= rank < m:
-        raise ConfigError(
-            f"{name}: rank={rank} of {m} output features leaves nothing to train (the layer is {m} x {n}). Use a rank from 1 to {m - 1}, or leave it out."
-        )
-    if rank > n:
-        raise ConfigError(f"{name}: rank={rank}, but {n} input features give at most {n} directions. Use a smaller rank, or leave it out.")
-    return rank
-
-
-def _name(model: nn.Module) -> str:
+def model_name(model: nn.Module) -> str:
+    """Last part of the name or path that the model was loaded from; a local path is nobody else's business."""
     config = getattr(model, "config", None)
     path = str(getattr(config, "_name_or_path", "") or "")
-    return path.rstrip("/").rpartition("/")[2]  # a local path is nobody else's business
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def tokenizer_of(model: nn.Module) -> Any:

@@ -9,16 +9,17 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from peft_safety import weights
-from peft_safety.data.chat import IGNORE_INDEX, Collator, encode_rows
+from peft_safety.data.chat import IGNORE_INDEX, Collator, encode_prompts, encode_rows
 from peft_safety.errors import CalibrationError
 
 Batch = Mapping[str, Tensor]
+Positions = Literal["response", "prompt", "all"]
 
 
 class InputMoments:
@@ -99,11 +100,20 @@ class InputMoments:
             total.addmm_(x.mT, x)
 
 
-def collect(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch], *, progress: bool = True, what: str = "calibrating") -> InputMoments:
-    """Run every batch once, without gradients and in eval mode, and return the moments at the labelled positions.
+def collect(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    *,
+    positions: Positions = "response",
+    progress: bool = True,
+    what: str = "calibrating",
+) -> InputMoments:
+    """Run every batch once, without gradients and in eval mode, and return the moments at the positions that count.
 
     Args:
-        batches: `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`; positions with label -100 or no attention do not count.
+        batches: `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`; positions without attention never count.
+        positions: those with a label ("response"), those without ("prompt"), or both ("all").
     """
     from tqdm.auto import tqdm
 
@@ -116,12 +126,20 @@ def collect(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence
             for batch in tqdm(batches, desc=what, unit="batch", disable=not progress):
                 ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
                 attention = batch.get("attention_mask", torch.ones_like(ids)).to(device)
-                moments.expect((labels != IGNORE_INDEX) & (attention != 0))
+                moments.expect(counted(labels, attention, positions))
                 model(input_ids=ids, attention_mask=attention, use_cache=False)
     finally:
         for module, flag in training:
             module.training = flag
     return moments
+
+
+def counted(labels: Tensor, attention: Tensor, positions: Positions) -> Tensor:
+    """Which positions count, `(batch, tokens)` bool."""
+    there = attention != 0
+    if positions == "all":
+        return there
+    return there & ((labels != IGNORE_INDEX) == (positions == "response"))
 
 
 def to_batches(data: Sequence[Mapping[str, Any]], tokenizer: Any, *, batch_size: int, max_length: int) -> tuple[list[Batch], str]:
@@ -139,7 +157,9 @@ def to_batches(data: Sequence[Mapping[str, Any]], tokenizer: Any, *, batch_size:
     else:
         if tokenizer is None:
             raise CalibrationError("rows of text need tokenizer=. Pass the model's tokenizer, or tokenised batches with labels.")
-        features = sorted(encode_rows(tokenizer, data, max_length), key=lambda f: len(f["input_ids"]))
+        prompts = all(set(row) & {"prompt", "response", "messages", "text"} == {"prompt"} for row in data)
+        encoded = encode_prompts(tokenizer, data, max_length) if prompts else encode_rows(tokenizer, data, max_length)
+        features = sorted(encoded, key=lambda f: len(f["input_ids"]))
         collate = Collator(tokenizer)
         batches = [collate(features[i : i + batch_size]) for i in range(0, len(features), batch_size)]
     digest = hashlib.sha256()

@@ -107,12 +107,21 @@ class ProtectedConfig(LoraConfig):
         if isinstance(self.subspace, SafetySubspace):
             return self.subspace
         if self.subspace == "auto":
-            from peft_safety.estimate.activations import package_calibration
-
-            return package_calibration(model, rank=self.safety_rank, layers=layers, pairs=CALIBRATION_PAIRS)
+            return self.calibrate(model, layers)
         if isinstance(self.subspace, (str, os.PathLike)):
             return SafetySubspace.load(self.subspace)
         raise ConfigError(f"{type(self).__name__}: subspace is a {type(self.subspace).__name__}. Give a SafetySubspace, a path, a Hub id, or 'auto'.")
+
+    def calibrate(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SafetySubspace:
+        """What `subspace="auto"` means: an estimate on the package's own data."""
+        from peft_safety.estimate.activations import package_calibration
+
+        return package_calibration(model, rank=self.safety_rank, layers=layers, pairs=CALIBRATION_PAIRS)
+
+    @property
+    def unfinished(self) -> str | None:
+        """What is still missing for the adapter to be what its config says, for a warning when it is saved."""
+        return None
 
     def initialise(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
         """Set initial factors once the leaves are in place. Nothing to do for plain LoRA initialisation."""
@@ -158,6 +167,11 @@ class ProtectedConfig(LoraConfig):
         mapping: Any = getattr(self, "auto_mapping", None)
         if not isinstance(mapping, dict) or not str(mapping.get("parent_library")).startswith("transformers."):
             self.auto_mapping = None  # AutoPeftModel would import whatever it names
+
+
+def public_name(label: str) -> str:
+    """A Hub id or an adapter's name as it is; of a local path only the last part."""
+    return os.path.basename(os.path.normpath(label)) if os.path.isabs(label) or os.path.exists(label) else label
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:

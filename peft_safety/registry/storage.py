@@ -112,6 +112,8 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
         raise ConfigError("path_initial_model_for_weight_conversion is for inits that rewrite the base weight. Use peft_safety.export_lora.")
     for name in protected:
         assert_protected(self, name)
+        if (missing := self.peft_config[name].unfinished) is not None:
+            warnings.warn(f"adapter {name!r}: {missing}", stacklevel=3)
     if Path(save_directory).is_file():
         raise ArtifactError(f"{save_directory} is a file. Give a directory.")
     with publishing(Path(save_directory), MANIFEST) as staging:

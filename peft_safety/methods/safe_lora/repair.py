@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from torch import Tensor
 from peft_safety import weights
 from peft_safety.errors import CheckpointError, ConfigError
 from peft_safety.estimate.checkpoints import NOISE, Matrix, Weights
+from peft_safety.methods.protected import public_name
 from peft_safety.methods.safe_lora.delta import Delta, projected, sample
 from peft_safety.methods.safe_lora.options import RepairOptions
 
@@ -134,11 +134,6 @@ def factor_digest(factors: Mapping[str, tuple[Tensor, Tensor]]) -> str:
         for tensor in factors[name]:
             digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def public_name(label: str) -> str:
-    """A Hub id as it is; of a local path only the last part."""
-    return os.path.basename(os.path.normpath(label)) if os.path.isabs(label) or os.path.exists(label) else label
 
 
 def select(rows: list[ModuleRepair], options: RepairOptions) -> set[str]:

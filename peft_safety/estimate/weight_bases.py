@@ -1,0 +1,57 @@
+"""Subspaces from the weights alone: the top singular directions of every target layer, no data needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from peft_safety import weights
+from peft_safety.estimate.activations import model_name, size_of
+from peft_safety.estimate.bases import output_basis
+from peft_safety.estimate.targets import target_layers
+from peft_safety.projection import Side
+from peft_safety.subspace import SafetySubspace
+
+
+def estimate_from_weights(
+    model: nn.Module,
+    *,
+    rank: float | None = None,
+    energy: float | None = None,
+    sides: Sequence[Side] = ("in",),
+    target_modules: Iterable[str] | str | None = None,
+    layers: Mapping[str, nn.Module] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> SafetySubspace:
+    """Top singular vectors of every target weight: right ones for side "in", left ones for side "out". Deterministic for a seed.
+
+    Randomised subspace iteration with oversampling (`projection.OVERSAMPLING`, `bases.WEIGHT_ITERATIONS`); quantised weights are dequantised one at a time.
+
+    Args:
+        rank, energy, target_modules, layers: as in `activations.estimate`; the energy is that of the weight, `||W||_F^2`.
+
+    Raises:
+        ConfigError: a rank that leaves nothing to train, no module matched. CalibrationError: a weight that is zero or not finite.
+
+    Reference: OrthoSafetyPatch, arXiv 2510.09004, whose diagnostics compare an update with these directions.
+    """
+    from tqdm.auto import tqdm
+
+    size = size_of(32 if rank is None and energy is None else rank, energy)
+    layers = dict(target_layers(model, target_modules) if layers is None else layers)
+    for name, layer in layers.items():  # before anything is decomposed
+        for side in sides:
+            size.fixed(weights.shape(layer), side, name)
+    bases: dict[str, dict[Side, Tensor]] = {}
+    spectra: dict[str, dict[Side, Tensor]] = {}
+    for name, layer in tqdm(layers.items(), desc="weight bases", unit="module", disable=not progress):
+        weight = weights.dense_weight(layer, name)
+        found = {side: output_basis(weight if side == "out" else weight.mT, None, size, name, seed=seed) for side in sides}
+        bases[name], spectra[name] = ({side: pair[index] for side, pair in found.items()} for index in (0, 1))
+    provenance = {"method": "weight", "sides": "+".join(sides), "seed": seed, "model": model_name(model)}
+    provenance |= {"rank": rank or 32} if energy is None else {"energy": energy}
+    subspace = SafetySubspace(bases, spectra, provenance=provenance)
+    subspace.bind(layers)
+    return subspace

@@ -1,0 +1,154 @@
+"""OrthoSafetyPatchConfig: plain LoRA for refusals, kept out of the directions that the model's abilities use.
+
+`dW = s P_out (B A) P_in` with `P = I - Q Q^T`; Q spans what general data, or the weight itself, uses most, and whatever earlier patches have taken.
+
+Reference: Mou et al., arXiv 2510.09004, which observes that refusal LoRAs are nearly orthogonal to the weight; that it is enforced, and how, is ours.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from peft_safety.artifact import SIDES
+from peft_safety.data import CALIBRATION_PAIRS
+from peft_safety.errors import ConfigError
+from peft_safety.methods.ortho_patch.priors import prior_spans
+from peft_safety.methods.protected import ProtectedConfig, public_name
+from peft_safety.projection import Side
+from peft_safety.subspace import SafetySubspace
+
+DEFAULT_K = 32
+REG_LAMBDA = 1.0
+
+
+@dataclass
+class OrthoSafetyPatchConfig(ProtectedConfig):
+    """`LoraConfig` for a safety patch.
+
+    Args:
+        mode: "hard" constrains the update to the complement of the basis, in every forward; "soft" penalises its energy on the data of the basis (train with
+            `SoftPenaltyCallback`); "none" is plain LoRA, the published method, which only remembers the basis for its diagnostics.
+        basis: "weight" (top singular vectors of W), "activation" (what general data uses), or "contrastive" (what it uses and harmful requests do not).
+        side: "in" (on lora_A), "out" (on lora_B) or "both".
+        k, energy: directions per module (default 32), or as many as hold this share of the energy. k=0 protects earlier patches only.
+        subspace: a `SafetySubspace`, file, directory, Hub id, or `"auto"` (default): estimate it at injection, on the package's general prompts.
+        prior_patches: names of adapters on the model, or directories: the new patch is exactly orthogonal to them. Keep them frozen.
+        reg_lambda: weight of the penalty for mode="soft", in units of the loss per unit of `E||dW x||^2 / E||W x||^2`, summed over the modules.
+
+    Raises:
+        ConfigError: see `ProtectedConfig`; values that do not go together.
+    """
+
+    mode: Literal["none", "soft", "hard"] = field(default="hard", metadata={"help": "'hard', 'soft' or 'none'."})
+    basis: Literal["weight", "activation", "contrastive"] = field(default="activation", metadata={"help": "Where subspace='auto' comes from."})
+    side: Literal["in", "out", "both"] = field(default="in", metadata={"help": "Constrained side of the update."})
+    k: int | None = field(default=None, metadata={"help": "Protected directions per module; 32 if neither k nor energy is given."})
+    energy: float | None = field(default=None, metadata={"help": "Or as many as hold this share of the energy."})
+    prior_patches: list[str] | None = field(default=None, metadata={"help": "Earlier patches to be orthogonal to: adapter names or directories."})
+    reg_lambda: float = field(default=REG_LAMBDA, metadata={"help": "Weight of the penalty for mode='soft'."})
+
+    PEFT_KEY: ClassVar[str] = "ORTHOSAFETYPATCH"
+
+    def __post_init__(self) -> None:
+        where = type(self).__name__
+        for name, values in (("mode", ("none", "soft", "hard")), ("basis", ("weight", "activation", "contrastive")), ("side", tuple(SIDES))):
+            if getattr(self, name) not in values:
+                raise ConfigError(f"{where}: {name}={getattr(self, name)!r}. Use one of {', '.join(values)}.")
+        if self.mode == "soft" and (self.basis == "weight" or self.side != "in"):
+            raise ConfigError(
+                f"{where}: mode='soft' penalises the update's energy on data: it needs basis='activation' or 'contrastive' (not {self.basis!r}) and "
+                f"side='in' (not {self.side!r})."
+            )
+        if not isinstance(self.reg_lambda, (int, float)) or isinstance(self.reg_lambda, bool) or not 0 < self.reg_lambda < float("inf"):
+            raise ConfigError(f"{where}: reg_lambda={self.reg_lambda!r}. Use a finite number above 0.")
+        self._check_priors(where)
+        if self.k is not None and self.energy is not None:
+            raise ConfigError(f"{where}: k={self.k!r} and energy={self.energy!r}: give one of them.")
+        if self.k is None and self.energy is None:
+            self.k = DEFAULT_K
+        super().__post_init__()
+        self._penalised = False
+
+    def _check_priors(self, where: str) -> None:
+        self.prior_patches = [os.fspath(prior) for prior in self.prior_patches or []] or None
+        names = [os.path.normpath(prior) for prior in self.prior_patches or []]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(f"{where}: prior_patches names {twice[0]!r} twice. Name each earlier patch once.")
+        if names and self.mode != "hard":
+            raise ConfigError(f"{where}: prior_patches are a constraint; mode={self.mode!r} has none. Use mode='hard', with k=0 to be orthogonal to them only.")
+        if self.k == 0 and not names:
+            raise ConfigError(f"{where}: k=0 without prior_patches constrains nothing. Use mode='none', or k of at least 1.")
+
+    @property
+    def basis_sides(self) -> tuple[Side, ...]:
+        return SIDES[self.side]
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        return self.basis_sides if self.mode == "hard" else ()
+
+    def resolve(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SafetySubspace:
+        if self._stored is not None:  # what it was trained with, earlier patches included
+            return super().resolve(model, layers)
+        own = None if self.k == 0 and self.subspace == "auto" else super().resolve(model, layers)
+        if not self.prior_patches:
+            assert own is not None
+            self._check_spectrum(own, layers)
+            return own
+        spans, source = prior_spans(model, layers, self.prior_patches, self.basis_sides)
+        extended = SafetySubspace.joined(own, spans)
+        left = min(extended.capacity(side)[name] for side in self.basis_sides for name in layers)
+        extended.provenance |= {"prior_patches": source, "capacity_left": left}
+        return extended
+
+    def calibrate(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SafetySubspace:
+        from peft_safety.estimate.activations import estimate, tokenizer_of
+        from peft_safety.estimate.weight_bases import estimate_from_weights
+
+        if self.basis == "weight":
+            return estimate_from_weights(model, rank=self.k, energy=self.energy, sides=self.basis_sides, layers=layers)
+        from peft_safety.data import load, refusal_pairs
+
+        general = [{"prompt": row["prompt"]} for split in ("calibration", "train") for row in load("general_prompts", split)]
+        against = [{"prompt": row["prompt"]} for row in refusal_pairs("calibration", CALIBRATION_PAIRS)] if self.basis == "contrastive" else None
+        tokenizer = tokenizer_of(model)
+        subspace = estimate(
+            model,
+            general,
+            tokenizer=tokenizer,
+            method="ortho_patch",
+            rank=self.k,
+            energy=self.energy,
+            sides=self.basis_sides,
+            against=against,
+            layers=layers,
+            allow_fewer=True,
+        )
+        subspace.provenance["source"] = "peft_safety general prompts, calibration and train splits"
+        return subspace
+
+    def _check_spectrum(self, subspace: SafetySubspace, layers: Mapping[str, nn.Module]) -> None:
+        bare = [name for name in layers if "in" not in subspace.spectra.get(name, {})]
+        if self.mode == "soft" and (bare or subspace.provenance.get("method") == "weight"):
+            what = f"{bare[0]} has no input spectrum" if bare else "it comes from weights"
+            raise ConfigError(
+                f"mode='soft' needs a data basis: the subspace does not say how much energy the data has in each direction ({what}). "
+                "Estimate it with SafetySubspace.from_activations(..., method='ortho_patch')."
+            )
+
+    @property
+    def unfinished(self) -> str | None:
+        if self.mode != "soft" or self._penalised or self._stored is not None:
+            return None
+        return "mode='soft' was trained without its penalty, or not at all. Train with SoftPenaltyCallback."
+
+    def to_dict(self) -> dict[str, Any]:
+        result = super().to_dict()
+        result["prior_patches"] = [public_name(prior) for prior in self.prior_patches] if self.prior_patches else None
+        return result
