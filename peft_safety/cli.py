@@ -27,8 +27,12 @@ TargetsOption = Annotated[str, typer.Option(help='"all-linear", names separated 
 def calibrate(
     model: ModelOption,
     out: Annotated[Path, typer.Option(help="File (.safetensors) or directory for the subspace.")],
-    data: Annotated[Path | None, typer.Option(help="JSON lines of prompt/response rows; default: the package's requests and refusals.")] = None,
-    rank: Annotated[float, typer.Option(help="Protected output directions per layer; below 1: a share of the layer's outputs.")] = 32,
+    data: Annotated[Path | None, typer.Option(help="JSON lines of prompt/response rows; default: the package's own for the method.")] = None,
+    method: Annotated[str, typer.Option(help="salora (outputs on refusals), ortho_patch (inputs on --data), or weight (no data).")] = "salora",
+    rank: Annotated[float, typer.Option(help="Protected directions per layer; below 1: a share of the layer's features.")] = 32,
+    energy: Annotated[float | None, typer.Option(help="Instead of --rank: as many directions as hold this share of the energy.")] = None,
+    side: Annotated[str | None, typer.Option(help="in, out or both; default: the method's own.")] = None,
+    positions: Annotated[str | None, typer.Option(help="Tokens that count: response, prompt or all; default: the method's own.")] = None,
     target_modules: TargetsOption = "all-linear",
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
     max_length: Annotated[int, typer.Option(help="Tokens kept of each row.")] = 512,
@@ -37,23 +41,23 @@ def calibrate(
     json: JsonOption = False,
 ) -> None:
     """Estimate a safety subspace in one pass over the model, and save it."""
-    from peft_safety.data import CALIBRATION_PAIRS, read_jsonl, refusal_pairs
+    from peft_safety.artifact import SIDES
+    from peft_safety.data import calibration_rows, read_jsonl
+    from peft_safety.errors import ConfigError
     from peft_safety.recipes.load import load_model
     from peft_safety.subspace import SafetySubspace
 
-    rows = refusal_pairs("calibration", CALIBRATION_PAIRS) if data is None else read_jsonl(data)
+    if side is not None and side not in SIDES:
+        raise ConfigError(f"--side {side}. Use one of {', '.join(SIDES)}.")
+    size = {"rank": None if energy is not None else rank if rank < 1 or rank % 1 else int(rank), "energy": energy}
+    options = {**size, "target_modules": _targets(target_modules), "seed": seed, **({} if side is None else {"sides": SIDES[side]})}
+    rows = None if method == "weight" else calibration_rows(method) if data is None else read_jsonl(data)
     loaded, tokenizer = load_model(model)
-    subspace = SafetySubspace.from_activations(
-        loaded,
-        rows,
-        tokenizer=tokenizer,
-        rank=rank if rank < 1 or rank % 1 else int(rank),
-        target_modules=_targets(target_modules),
-        batch_size=batch_size,
-        max_length=max_length,
-        seed=seed,
-        allow_fewer=allow_fewer,
-    )
+    if rows is None:
+        subspace = SafetySubspace.from_weights(loaded, **options)
+    else:
+        reading = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length, "positions": positions}
+        subspace = SafetySubspace.from_activations(loaded, rows, method=method, allow_fewer=allow_fewer, **options, **reading)
     path = subspace.save(out)
     _show("Safety subspace", {"file": str(path), "modules": len(subspace.bases), **subspace.provenance}, json)
 
@@ -98,6 +102,53 @@ def protect(
         options=options,
         eval_limit=eval_limit,
     )
+
+
+@app.command()
+def patch(
+    model: ModelOption,
+    out: Annotated[Path, typer.Option(help="Directory for the adapter, report.json and report.png.")],
+    data: Annotated[Path | None, typer.Option(help="JSON lines of requests with refusals; default: the package's own.")] = None,
+    general: Annotated[Path | None, typer.Option(help="JSON lines to leave alone: {prompt} rows are answered by the model itself.")] = None,
+    mode: Annotated[str, typer.Option(help="hard (constrained), soft (penalised) or none (plain LoRA).")] = "hard",
+    basis: Annotated[str, typer.Option(help="What to stay out of: activation, contrastive or weight.")] = "activation",
+    side: Annotated[str, typer.Option(help="in, out or both.")] = "in",
+    k: Annotated[int | None, typer.Option(help="Protected directions per module (default 32).")] = None,
+    energy: Annotated[float | None, typer.Option(help="Or as many as hold this share of the energy.")] = None,
+    reg_lambda: Annotated[float, typer.Option(help="For --mode soft: weight of the penalty.")] = 1.0,
+    subspace: Annotated[str, typer.Option(help='Subspace file, directory or Hub id, or "auto".')] = "auto",
+    prior: Annotated[list[Path] | None, typer.Option(help="Directory of an earlier patch to stack on; may be repeated.")] = None,
+    r: Annotated[int, typer.Option(help="LoRA rank.")] = 8,
+    lora_alpha: Annotated[int, typer.Option(help="LoRA alpha.")] = 16,
+    target_modules: TargetsOption = "all-linear",
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    max_steps: Annotated[int, typer.Option(help="Optimizer steps; overrides --epochs when positive.")] = -1,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 8,
+    max_length: Annotated[int, typer.Option(help="Tokens kept of each row.")] = 128,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between two looks at the validation split.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of initialisation and data order.")] = 0,
+    report_to: Annotated[str, typer.Option(help="As in TrainingArguments: none, tensorboard, wandb, ...")] = "none",
+    eval_limit: Annotated[int | None, typer.Option(help="Prompts of each kind at most.")] = None,
+) -> None:
+    """Train a safety patch, stopped where validation is best; safety and drift measured before and after."""
+    from peft_safety.data import read_jsonl
+    from peft_safety.recipes.patch import PatchOptions, make_patch
+    from peft_safety.recipes.train import TrainOptions
+    from peft_safety.recipes.watch import Stopping
+
+    given = locals()
+    training = TrainOptions(lr=lr, epochs=epochs, max_steps=max_steps, batch_size=batch_size, max_length=max_length, seed=seed, report_to=report_to)
+    same = ("mode", "basis", "side", "k", "energy", "reg_lambda", "subspace", "r", "lora_alpha")
+    options = PatchOptions(
+        **{name: given[name] for name in same},
+        target_modules=_targets(target_modules),
+        prior_patches=tuple(str(path) for path in prior or ()),
+        stopping=Stopping(every=evaluate_every),
+        training=training,
+    )
+    refusals, kept = (None if path is None else read_jsonl(path) for path in (data, general))
+    make_patch(model, out, options, refusals=refusals, general=kept, eval_limit=eval_limit)
 
 
 @app.command()

@@ -83,6 +83,13 @@ def affirmation_pairs(split: str = "train", n: int | None = None, seed: int = 0)
     return pair_responses(split, "affirmations", n, seed)
 
 
+def calibration_rows(method: str) -> list[dict[str, str]]:
+    """What a method's subspace is estimated from where no data are given: requests with refusals, or for "ortho_patch" everyday prompts alone."""
+    if method != "ortho_patch":
+        return refusal_pairs("calibration", CALIBRATION_PAIRS)
+    return [{"prompt": row["prompt"]} for split in ("calibration", "train") for row in load("general_prompts", split)]
+
+
 def pair_responses(split: str, responses: str, n: int | None, seed: int) -> list[dict[str, str]]:
     """`n` rows {prompt, response}: distinct harmful requests of `split` first, then (n larger than the split) the same ones with other responses.
 

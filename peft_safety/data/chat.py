@@ -98,8 +98,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
-def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, labels: Sequence[str] | None = None) -> list[dict[str, list[int]]]:
-    """`encode` every row; a row with `"truncated": True` gets no end-of-turn label.
+def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, labels: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """`encode` every row; a row with `"truncated": True` gets no end-of-turn label, and `"distil": True` is passed on.
 
     Args:
         labels: the labels of a classification task; None takes those of `rows`.
@@ -118,7 +118,8 @@ def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_len
     features = []
     for index, row in enumerate(rows):
         try:
-            features.append(encode(tokenizer, to_messages(row, labels), max_length, end_of_turn=not row.get("truncated", False)))
+            feature: dict[str, Any] = encode(tokenizer, to_messages(row, labels), max_length, end_of_turn=not row.get("truncated", False))
+            features.append(feature | {"distil": True} if row.get("distil") else feature)
         except DataError as error:
             raise DataError(f"row {index}: {error}") from error
     kept = [feature for feature in features if any(label != IGNORE_INDEX for label in feature["labels"])]
@@ -140,16 +141,22 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_
 
 
 class Collator:
-    """Pads features on the right to the longest of the batch: ids with the pad token, mask with 0, labels with -100."""
+    """Pads features on the right to the longest of the batch: ids with the pad token, mask with 0, labels with -100.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    Args:
+        distil: also say which rows have `"distil": True`, `(batch,)` bool.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, distil: bool = False) -> None:
+        self.distil = distil
         self.padding = {"input_ids": pad_id(tokenizer), "attention_mask": 0, "labels": IGNORE_INDEX}
 
-    def __call__(self, features: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         import torch
 
         width = max(len(feature["input_ids"]) for feature in features)
-        return {key: torch.tensor([feature[key] + [fill] * (width - len(feature[key])) for feature in features]) for key, fill in self.padding.items()}
+        batch = {key: torch.tensor([feature[key] + [fill] * (width - len(feature[key])) for feature in features]) for key, fill in self.padding.items()}
+        return batch | ({"distil": torch.tensor([feature.get("distil", False) for feature in features])} if self.distil else {})
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -203,12 +203,3 @@ def tokenizer_of(model: nn.Module) -> Any:
             f"no tokenizer can be loaded for {source or 'the model'!r} ({type(error).__name__}). "
             "Calibrate with SafetySubspace.from_activations(model, data, tokenizer=...) and pass subspace=."
         ) from error
-
-
-def package_calibration(model: nn.Module, *, rank: int, layers: Mapping[str, nn.Module], pairs: int, progress: bool = True) -> SafetySubspace:
-    """What `subspace="auto"` does: estimate on the package's own harmful requests and refusals."""
-    from peft_safety.data import refusal_pairs
-
-    subspace = estimate(model, refusal_pairs("calibration", pairs), tokenizer=tokenizer_of(model), rank=rank, layers=layers, progress=progress)
-    subspace.provenance["source"] = "peft_safety refusal pairs, calibration split"
-    return subspace

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_safety import files, weights
 from peft_safety.artifact import ADAPTER_FILE, MANIFEST, PREFIX, StoredAdapter, check_adapter, check_numbers, sign
-from peft_safety.data import CALIBRATION_PAIRS
+from peft_safety.data import calibration_rows
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, ProtectionError, UnsupportedLayerError
 from peft_safety.estimate.targets import canonical
 from peft_safety.layers import ProtectedLinear, check_leaf
@@ -114,9 +114,11 @@ class ProtectedConfig(LoraConfig):
 
     def calibrate(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SafetySubspace:
         """What `subspace="auto"` means: an estimate on the package's own data."""
-        from peft_safety.estimate.activations import package_calibration
+        from peft_safety.estimate.activations import estimate, tokenizer_of
 
-        return package_calibration(model, rank=self.safety_rank, layers=layers, pairs=CALIBRATION_PAIRS)
+        subspace = estimate(model, calibration_rows("salora"), tokenizer=tokenizer_of(model), rank=self.safety_rank, layers=layers)
+        subspace.provenance["source"] = "peft_safety refusal pairs, calibration split"
+        return subspace
 
     @property
     def unfinished(self) -> str | None:

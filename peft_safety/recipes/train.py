@@ -92,12 +92,13 @@ def finetune(
     labels: Sequence[str] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     description: str = "training",
+    adapter_name: str = "default",
 ) -> tuple[PeftModel, TrainingRun]:
     """Put an adapter on `model` and train it on `rows`, with a loss on the assistant's tokens only.
 
     Args:
-        model: the model to adapt; PEFT injects its layers in place.
-        rows: {prompt, response}, {text, label} or {messages} rows.
+        model: the model to adapt; PEFT injects its layers in place. A PeftModel gets a further adapter; those it has stay active, and frozen.
+        rows: {prompt, response}, {text, label} or {messages} rows; those with `"distil": True` are not learned but kept, see `recipes.distil`.
         peft_config: any LoRA-like config; the adapter's random initialisation is seeded too.
         labels: every label of a classification task; default those of `rows`.
         callbacks: added to the Trainer's.
@@ -109,21 +110,37 @@ def finetune(
     Raises:
         DataError: malformed rows.
     """
-    from peft import get_peft_model
     from transformers import PrinterCallback, Trainer, set_seed
+
+    from peft_safety.recipes.distil import distilling_trainer
 
     options = TrainOptions() if options is None else options
     features = encode_rows(tokenizer, rows, options.max_length, labels)
     set_seed(options.seed)
-    peft_model = get_peft_model(model, peft_config)
+    peft_model = _with_adapter(model, peft_config, adapter_name)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = _arguments(options, scratch, pin_memory=model.device.type == "cuda")
-        trainer = Trainer(peft_model, arguments, data_collator=Collator(tokenizer), train_dataset=features, callbacks=list(callbacks))
+        distil = any("distil" in feature for feature in features)
+        kind = distilling_trainer() if distil else Trainer
+        trainer = kind(peft_model, arguments, data_collator=Collator(tokenizer, distil), train_dataset=features, callbacks=list(callbacks))
         trainer.remove_callback(PrinterCallback)
         if options.progress:
             trainer.add_callback(_progress_bar(description))
         run = _timed(trainer, peft_model, len(features))
     return peft_model, run
+
+
+def _with_adapter(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str) -> PeftModel:
+    from peft import PeftModel, get_peft_model
+
+    if not isinstance(model, PeftModel):
+        return get_peft_model(model, config, adapter_name=name)
+    there = list(model.active_adapters)
+    model.add_adapter(name, config)
+    model.base_model.set_adapter([*there, name])
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(f".{name}." in f"{key}." and "lora_" in key)
+    return model
 
 
 def _arguments(options: TrainOptions, scratch: str, pin_memory: bool) -> TrainingArguments:

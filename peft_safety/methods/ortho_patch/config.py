@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from peft_safety.artifact import SIDES
-from peft_safety.data import CALIBRATION_PAIRS
+from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
 from peft_safety.errors import ConfigError
 from peft_safety.methods.ortho_patch.priors import prior_spans
 from peft_safety.methods.protected import ProtectedConfig, public_name
@@ -113,14 +113,11 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
 
         if self.basis == "weight":
             return estimate_from_weights(model, rank=self.k, energy=self.energy, sides=self.basis_sides, layers=layers)
-        from peft_safety.data import load, refusal_pairs
-
-        general = [{"prompt": row["prompt"]} for split in ("calibration", "train") for row in load("general_prompts", split)]
         against = [{"prompt": row["prompt"]} for row in refusal_pairs("calibration", CALIBRATION_PAIRS)] if self.basis == "contrastive" else None
         tokenizer = tokenizer_of(model)
         subspace = estimate(
             model,
-            general,
+            calibration_rows("ortho_patch"),
             tokenizer=tokenizer,
             method="ortho_patch",
             rank=self.k,

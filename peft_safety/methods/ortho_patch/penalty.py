@@ -49,9 +49,10 @@ class SoftPenalty:
             a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
             if not weights.is_whole(a) or not weights.is_whole(b):
                 raise ConfigError(f"{name}: its factors are sharded or on the meta device; the soft penalty needs them whole. Use mode='hard', or DDP.")
-            basis = config.subspace.bases[name]["in"]
+            basis, spectrum = config.subspace.bases[name]["in"], config.subspace.spectra[name]["in"]
             if id(basis) not in roots:
-                roots[id(basis)] = (basis * config.subspace.spectra[name]["in"]).to(a.device)
+                precision = torch.promote_types(a.dtype, torch.float32)
+                roots[id(basis)] = (basis.to(precision) * spectrum.to(precision)).to(a.device)
             root = roots[id(basis)]
             energy = float((weights.dense_weight(layer.get_base_layer(), name).to(root) @ root).square().sum(dtype=torch.float64))
             if not energy > 0:

@@ -81,7 +81,7 @@ def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -
         base, own = public_name(str(fields.get("base_model_name_or_path") or "")), model_name(model)
         if base and own and base.rpartition("/")[2] != own:
             raise ConfigError(f"prior patch {directory!r} was trained on {base}, this model is {own}. Give patches of one base model.")
-    for name in factors.keys() & layers.keys():
+    for name in (name for name in layers if name in factors):
         shape = (factors[name][1].shape[0], factors[name][0].shape[1])
         if shape != weights.shape(layers[name]):
             raise ConfigError(

@@ -1,0 +1,290 @@
+"""A safety patch: LoRA on refusals, held to the model's own answers on prompts that deserve one, stopped where a validation split is best.
+
+On general and contrast prompts the loss is the distance from the unpatched model (`recipes.distil`), so that there is nothing to unlearn there.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from peft_safety.data import load, refusal_pairs
+from peft_safety.data.chat import Row
+from peft_safety.errors import ConfigError, DataError
+from peft_safety.estimate.activations import adapters_off
+from peft_safety.evaluation.evaluate import Evaluation, self_responses
+from peft_safety.evaluation.judges import KeywordJudge
+from peft_safety.evaluation.prompts import prompt_set
+from peft_safety.recipes.bench import Bench
+from peft_safety.recipes.load import TaskData, load_model
+from peft_safety.recipes.train import TrainingRun, TrainOptions, finetune
+from peft_safety.recipes.watch import Look, Stopping, Watch
+from peft_safety.report import Report, environment
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+    from peft_safety.subspace import SafetySubspace
+
+PATCH_TRAINING = TrainOptions(lr=1e-3, max_length=128)
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """What a patch is made of. The defaults were chosen on the validation split with SmolLM2-135M-Instruct.
+
+    Attributes:
+        mode, basis, side, k, energy, reg_lambda, prior_patches: as in `OrthoSafetyPatchConfig`.
+        subspace: as there; "auto" estimates it on the general rows of the patch itself, answers included.
+        r, lora_alpha, target_modules: as in `LoraConfig`.
+        harmful, general, contrast: how many rows of each kind of the package's own to take: requests with refusals; everyday prompts, and safe prompts that
+            look dangerous, both answered by the model itself. Past the split's size rows repeat.
+        answer_tokens: of the model's own answers, which are cut there and then not taught to end.
+        validation: prompts of each kind in a look at the validation split, at most.
+        stopping: when to look, and when to stop.
+        training: learning rate, epochs, batch size, seed, ...
+    """
+
+    mode: Literal["none", "soft", "hard"] = "hard"
+    basis: Literal["weight", "activation", "contrastive"] = "activation"
+    side: Literal["in", "out", "both"] = "in"
+    k: int | None = None
+    energy: float | None = None
+    reg_lambda: float = 1.0
+    subspace: SafetySubspace | str = "auto"
+    prior_patches: tuple[str, ...] = ()
+    r: int = 8
+    lora_alpha: int = 16
+    target_modules: str | list[str] = "all-linear"
+    harmful: int = 224
+    general: int = 108
+    contrast: int = 140
+    answer_tokens: int = 24
+    validation: int = 40
+    stopping: Stopping = field(default_factory=Stopping)
+    training: TrainOptions = PATCH_TRAINING
+
+    def __post_init__(self) -> None:
+        for name in ("harmful", "validation", "answer_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)} makes no patch. Give at least 1.")
+        if self.stopping.every < 1 or self.stopping.patience < 1:
+            raise ConfigError(f"{self.stopping}: every and patience count steps and looks. Give at least 1.")
+
+
+@dataclass
+class PatchRun:
+    """What making a patch did.
+
+    Attributes:
+        training: what it cost.
+        looks: at the validation split, the unpatched model first (step 0).
+        best: the look whose weights were kept.
+    """
+
+    training: TrainingRun
+    looks: list[Look] = field(default_factory=list)
+    best: Look | None = None
+
+
+def patch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: PatchOptions | None = None,
+    *,
+    refusals: Sequence[Row] | None = None,
+    general: Sequence[Row] | None = None,
+    adapter_name: str = "default",
+) -> tuple[PeftModel, PatchRun]:
+    """Train a safety patch and keep the weights of its best look at the validation split.
+
+    Args:
+        model: the model to make safer, or a PeftModel with earlier patches (which stay as they are, and active).
+        refusals: rows {prompt, response} or {messages} to learn; default the package's requests and refusals.
+        general: rows to keep the model's abilities by: {prompt} rows are answered by the model itself; default the package's.
+
+    Returns:
+        The model under the patch, and what the run did.
+
+    Raises:
+        ConfigError, DataError, CalibrationError: before anything is trained.
+
+    Reference: OrthoSafetyPatch, arXiv 2510.09004 (mode "none"); the contrast rows, the early stopping and the constraint are ours.
+    """
+    options = PatchOptions() if options is None else options
+    training = options.training
+    kept = _general_rows(model, tokenizer, options, general)
+    rows: list[Row] = [*(refusal_pairs("train", options.harmful, training.seed) if refusals is None else refusals), *kept]
+    random.Random(training.seed).shuffle(rows)
+    config = patch_config(model, tokenizer, options, kept)
+    watch = Watch(tokenizer, prompt_set("validation", options.validation, training.seed), options.stopping)
+    watch.look(model, 0)
+    tuned, run = finetune(
+        model,
+        tokenizer,
+        rows,
+        config,
+        training,
+        callbacks=[watch.callback(), *_penalty(options, adapter_name)],
+        description=f"safety patch ({options.mode})",
+        adapter_name=adapter_name,
+    )
+    watch.restore(tuned)
+    return tuned, PatchRun(run, watch.looks, watch.best)
+
+
+def patch_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: PatchOptions, general: Sequence[Row]) -> LoraConfig:
+    """The patch's PEFT config. A subspace "auto" is estimated here, on the rows that the patch is to leave alone."""
+    from peft import TaskType
+
+    from peft_safety.methods.ortho_patch import OrthoSafetyPatchConfig
+    from peft_safety.subspace import SafetySubspace
+
+    subspace = options.subspace
+    if isinstance(subspace, str) and subspace == "auto" and options.basis != "weight" and options.k != 0:
+        against = None if options.basis != "contrastive" else refusal_pairs("calibration", 128, options.training.seed)
+        subspace = SafetySubspace.from_activations(
+            model,
+            general,
+            tokenizer=tokenizer,
+            method="ortho_patch",
+            rank=None if options.energy is not None else options.k or 32,
+            energy=options.energy,
+            sides={"in": ("in",), "out": ("out",), "both": ("out", "in")}[options.side],
+            against=against,
+            target_modules=options.target_modules,
+            seed=options.training.seed,
+            allow_fewer=True,
+            progress=options.training.progress,
+        )
+    names = ("mode", "basis", "side", "k", "energy", "reg_lambda", "r", "lora_alpha", "target_modules")
+    return OrthoSafetyPatchConfig(
+        **{name: getattr(options, name) for name in names},
+        subspace=subspace,
+        prior_patches=list(options.prior_patches) or None,
+        task_type=TaskType.CAUSAL_LM,
+    )
+
+
+def _general_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: PatchOptions, given: Sequence[Row] | None) -> list[Row]:
+    """Rows on which the patch is to leave the model as it is: those with an answer as they are, prompts alone answered by the bare model itself."""
+    if given is None:
+        sets = (("general_prompts", options.general), ("contrast_prompts", options.contrast))
+        given = [row for name, count in sets for row in _repeat(load(name, "train"), count)]
+    bare = [row["prompt"] for row in given if "prompt" in row and "response" not in row]
+    answers: dict[str, dict[str, Any]] = {}
+    if bare:
+        distinct = list(dict.fromkeys(bare))
+        with adapters_off(model):
+            found = self_responses(model, tokenizer, distinct, max_new_tokens=options.answer_tokens, progress=options.training.progress)
+        answers = {row["prompt"]: row for row in found}
+    answered = [answers.get(row.get("prompt", ""), row) if "response" not in row else row for row in given]
+    rows: list[Row] = [{**row, "distil": True} for row in answered if "response" in row or "messages" in row]
+    if not rows:
+        raise DataError("no general rows: nothing would keep the patch from refusing everything. Give general= rows, or general and contrast of at least 1.")
+    return rows
+
+
+def _repeat(rows: list[dict[str, str]], count: int) -> list[dict[str, str]]:
+    """The first `count` of `rows`, `rows`, `rows`, ..."""
+    return [rows[index % len(rows)] for index in range(count)]
+
+
+def _penalty(options: PatchOptions, adapter_name: str) -> list[TrainerCallback]:
+    if options.mode != "soft":
+        return []
+    from peft_safety.callbacks import SoftPenaltyCallback
+
+    return [SoftPenaltyCallback(adapter_name)]
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `make_patch` did.
+
+    Attributes:
+        model: the model under the patch.
+        adapter_dir: where the patch was saved.
+        before, after: evaluations on the same prompts, without and with it.
+        run: what training did.
+        report: the same as a table, JSON, PNG or card section.
+    """
+
+    model: PeftModel
+    adapter_dir: Path
+    before: Evaluation
+    after: Evaluation
+    run: PatchRun
+    report: Report
+
+
+def make_patch(
+    model: str | Path | PreTrainedModel,
+    out_dir: str | Path = "runs/patch",
+    options: PatchOptions | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    refusals: Sequence[Row] | None = None,
+    general: Sequence[Row] | None = None,
+    eval_split: str = "test",
+    eval_limit: int | None = None,
+) -> PatchReport:
+    """Train a safety patch with safety and drift measured before and after; writes `adapter/`, `report.json` and `report.png` into `out_dir`.
+
+    Args:
+        model: hub id, directory, or a loaded model.
+        options: `prior_patches` are directories here; they are loaded, stay as they are, and the new patch is measured on top of them.
+        eval_split, eval_limit: as in `protect`.
+
+    Raises:
+        ConfigError, DataError, CalibrationError: before anything is trained or written.
+    """
+    options = PatchOptions() if options is None else options
+    base, tokenizer = load_model(model, tokenizer)
+    earlier = _with_priors(base, options.prior_patches)
+    names = tuple(f"prior{index}" for index in range(len(options.prior_patches)))
+    bench = Bench.prepare(earlier, tokenizer, TaskData([], [], []), options.training, split=eval_split, limit=eval_limit)
+    before = bench.measure(earlier, tokenizer)
+    tuned, run = patch(earlier, tokenizer, replace(options, prior_patches=names), refusals=refusals, general=general)
+    after = bench.measure(tuned, tokenizer)
+    out = Path(out_dir)
+    tuned.save_pretrained(str(out / "adapter"), selected_adapters=["default"])
+    best, seed = run.best, options.training.seed
+    report = Report(
+        title=f"Safety patch ({options.mode}): before and after",
+        arms={"before": before.figures(), "after": after.figures()},
+        notes=(
+            f"Judge: {before.judge}. {KeywordJudge.caveat}",
+            f"Prompts: the package's {before.split} split. One seed ({seed}). Kept: the weights of step {best.step if best else run.training.steps}.",
+        ),
+        environment=environment(seed, model=str(base.config._name_or_path), device=str(base.device)),
+        details={
+            "options": {name: value for name, value in vars(options).items() if isinstance(value, (str, int, float, list, tuple))},
+            "before": before.to_json(),
+            "after": after.to_json(),
+            "looks": [asdict(look) for look in run.looks],
+            "training": asdict(run.training),
+        },
+    )
+    report.save(out / "report.json")
+    report.save_png(out / "report.png")
+    report.print()
+    return PatchReport(tuned, out / "adapter", before, after, run, report)
+
+
+def _with_priors(model: PreTrainedModel, priors: Sequence[str]) -> Any:
+    from peft import PeftModel
+
+    tuned: Any = model
+    for index, directory in enumerate(priors):
+        if index == 0:
+            tuned = PeftModel.from_pretrained(model, directory, adapter_name="prior0")
+        else:
+            tuned.load_adapter(directory, f"prior{index}")
+    if priors:
+        tuned.base_model.set_adapter([f"prior{index}" for index in range(len(priors))])
+    return tuned
