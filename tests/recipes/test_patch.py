@@ -32,19 +32,17 @@ def test_rows_to_keep_pull_the_tuned_model_back_to_the_base():
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     before = finetune(tiny_llama(), tiny_tokenizer(), kept, LoraConfig(target_modules=["q_proj"]), QUICK)[1]
     assert abs(before.loss) < 1e-6, "B = 0: nothing to keep yet"
-    options = TrainOptions(max_steps=25, batch_size=4, max_length=256, lr=1e-2, progress=False)
-    ids = torch.arange(10, 30)[None]
     distances = {}
-    for steps in (1, 25):
-        tuned, run = finetune(tiny_llama(), tiny_tokenizer(), kept, config, TrainOptions(**{**vars(options), "max_steps": steps}))
+    for steps in (1, 60):
+        options = TrainOptions(max_steps=steps, batch_size=4, max_length=256, lr=2e-2, progress=False)
+        tuned, _ = finetune(tiny_llama(), tiny_tokenizer(), kept, config, options)
         batch = Collator(tiny_tokenizer())(encode_rows(tiny_tokenizer(), GENERAL, 256))
         with torch.no_grad():
             moved = tuned.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
             with tuned.disable_adapter():
                 base = tuned(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
         distances[steps] = float((moved - base)[batch["labels"] != -100].abs().mean())
-    assert ids.numel()
-    assert distances[25] < 0.5 * distances[1]
+    assert distances[60] < 0.5 * distances[1]
 
 
 def test_the_loss_of_each_kind_of_row_is_what_it_says():
@@ -69,7 +67,7 @@ def test_a_patch_end_to_end_and_another_one_stacked_on_it(tmp_path, capsys):
     first = make_patch(model, tmp_path / "one", PatchOptions(**SMALL), tokenizer=tiny_tokenizer(), eval_limit=2)
     saved = json.loads((tmp_path / "one" / "report.json").read_text())
     assert saved["details"]["options"]["mode"] == "hard"
-    assert [look["step"] for look in saved["details"]["looks"]][0] == 0
+    assert saved["details"]["looks"][0]["step"] == 0
     assert (tmp_path / "one" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "before" in capsys.readouterr().out
     assert verify(tmp_path / "one" / "adapter", tiny_llama()).worst_leak <= 1e-6
