@@ -51,6 +51,26 @@ def accuracy(
     return Rate.of(normalise(answer.text) == normalise(row["label"]) for answer, row in zip(answers, rows, strict=True))
 
 
+def choice_accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    labels: Sequence[str],
+    *,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = True,
+) -> Rate:
+    """Share of {text, label} rows whose label is the likeliest of all, in nats a token: what a model knows of a task that it was never trained to answer in form.
+
+    Args:
+        labels: every label of the task; each is tried for each row.
+    """
+    asked = [{"prompt": classification_prompt(row["text"], labels), "response": label, "truncated": True} for row in rows for label in labels]
+    losses = response_losses(model, tokenizer, asked, batch_size=batch_size, description="task", progress=progress)
+    by_row = [losses[start : start + len(labels)] for start in range(0, len(losses), len(labels))]
+    return Rate.of(labels[found.index(min(found))] == row["label"] for found, row in zip(by_row, rows, strict=True))
+
+
 def normalise(answer: str) -> str:
     """Lower case, without white space, quotes and punctuation at the ends."""
     return re.sub(r"^\W+|\W+$", "", answer.lower())
@@ -72,18 +92,35 @@ def response_nll(
         rows: {prompt, response} or {messages} rows.
         max_length: tokens kept of each row, from the left.
     """
+    return Mean.of(response_losses(model, tokenizer, rows, max_length=max_length, batch_size=batch_size, description=description, progress=progress))
+
+
+def response_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    *,
+    max_length: int = 512,
+    batch_size: int = BATCH_SIZE,
+    description: str = "nll",
+    progress: bool = True,
+) -> list[float]:
+    """`response_nll` of each row, in the order of `rows`."""
     import torch
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    features = sorted(encode_rows(tokenizer, rows, max_length), key=lambda feature: len(feature["input_ids"]))
-    collate, means = Collator(tokenizer), []
+    features = encode_rows(tokenizer, rows, max_length)
+    order = sorted(range(len(features)), key=lambda index: len(features[index]["input_ids"]))
+    collate, means = Collator(tokenizer), [0.0] * len(features)
     with tqdm(total=len(features), desc=description, unit="row", disable=not progress, leave=False) as bar, inference(model), torch.inference_mode():
-        for start in range(0, len(features), batch_size):
-            batch = {key: value.to(model.device) for key, value in collate(features[start : start + batch_size]).items()}
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = {key: value.to(model.device) for key, value in collate([features[index] for index in chosen]).items()}
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            means += _row_means(logits, batch["labels"])
-            bar.update(len(batch["labels"]))
-    return Mean.of(means)
+            for index, mean in zip(chosen, _row_means(logits, batch["labels"]), strict=True):
+                means[index] = mean
+            bar.update(len(chosen))
+    return means
 
 
 def _row_means(logits: torch.Tensor, labels: torch.Tensor) -> list[float]:

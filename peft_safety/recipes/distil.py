@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 @cache
-def distilling_trainer() -> type[Trainer]:
-    """A Trainer whose batches say which rows to `distil`: there the loss is `KL(base || tuned)` at the response tokens, elsewhere the usual cross entropy.
+def distilling_trainer(weight: float) -> type[Trainer]:
+    """A Trainer whose batches say which rows to `distil`: there the loss is `weight KL(base || tuned)` at the response tokens, elsewhere the usual cross entropy.
 
-    Both are means over the batch's tokens of either kind together. The base is the same model with its adapters switched off: no second copy.
+    The mean is over the batch's tokens of either kind together. The base is the same model with its adapters switched off: no second copy.
     """
     from transformers import Trainer
 
@@ -28,7 +28,7 @@ def distilling_trainer() -> type[Trainer]:
         def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             labels, distil = inputs["labels"], inputs["distil"]
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-            losses = _token_losses(outputs.logits, labels, distil, lambda rows: _base_logits(self, model, inputs, rows))
+            losses = _token_losses(outputs.logits, labels, distil, lambda rows: _base_logits(self, model, inputs, rows), weight)
             loss = losses.mean()
             return (loss, outputs) if return_outputs else loss
 
@@ -44,7 +44,7 @@ def _base_logits(trainer: Any, model: Any, inputs: dict[str, Any], rows: torch.T
     return logits
 
 
-def _token_losses(logits: torch.Tensor, labels: torch.Tensor, distil: torch.Tensor, base: Any) -> torch.Tensor:
+def _token_losses(logits: torch.Tensor, labels: torch.Tensor, distil: torch.Tensor, base: Any, weight: float = 1.0) -> torch.Tensor:
     """Loss of every labelled token, `(tokens,)`.
 
     Args:
@@ -64,5 +64,5 @@ def _token_losses(logits: torch.Tensor, labels: torch.Tensor, distil: torch.Tens
     if bool(distil.any()):
         kept = counts[distil]
         found, wanted = (x[:, :-1][kept].float().log_softmax(-1) for x in (logits[distil], base(distil)))
-        parts.append(functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1))
+        parts.append(weight * functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1))
     return torch.cat(parts)

@@ -44,6 +44,7 @@ class PatchOptions:
         harmful, general, contrast: how many rows of each kind of the package's own to take: requests with refusals; everyday prompts, and safe prompts that
             look dangerous, both answered by the model itself. Past the split's size rows repeat.
         answer_tokens: of the model's own answers, which are cut there and then not taught to end.
+        distil_weight: of the distance from the unpatched model there, token for token, beside the loss on refusals.
         validation: prompts of each kind in a look at the validation split, at most.
         stopping: when to look, and when to stop.
         training: learning rate, epochs, batch size, seed, ...
@@ -63,7 +64,8 @@ class PatchOptions:
     harmful: int = 224
     general: int = 108
     contrast: int = 140
-    answer_tokens: int = 24
+    answer_tokens: int = 16
+    distil_weight: float = 1.0
     validation: int = 40
     stopping: Stopping = field(default_factory=Stopping)
     training: TrainOptions = PATCH_TRAINING
@@ -117,7 +119,7 @@ def patch(
     """
     options = PatchOptions() if options is None else options
     training = options.training
-    kept = _general_rows(model, tokenizer, options, general)
+    kept = general_rows(model, tokenizer, options, general)
     rows: list[Row] = [*(refusal_pairs("train", options.harmful, training.seed) if refusals is None else refusals), *kept]
     random.Random(training.seed).shuffle(rows)
     config = patch_config(model, tokenizer, options, kept)
@@ -132,6 +134,7 @@ def patch(
         callbacks=[watch.callback(), *_penalty(options, adapter_name)],
         description=f"safety patch ({options.mode})",
         adapter_name=adapter_name,
+        distil_weight=options.distil_weight,
     )
     watch.restore(tuned)
     return tuned, PatchRun(run, watch.looks, watch.best)
@@ -170,7 +173,7 @@ def patch_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opt
     )
 
 
-def _general_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: PatchOptions, given: Sequence[Row] | None) -> list[Row]:
+def general_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: PatchOptions, given: Sequence[Row] | None = None) -> list[Row]:
     """Rows on which the patch is to leave the model as it is: those with an answer as they are, prompts alone answered by the bare model itself."""
     if given is None:
         sets = (("general_prompts", options.general), ("contrast_prompts", options.contrast))

@@ -93,6 +93,7 @@ def finetune(
     callbacks: Sequence[TrainerCallback] = (),
     description: str = "training",
     adapter_name: str = "default",
+    distil_weight: float = 1.0,
 ) -> tuple[PeftModel, TrainingRun]:
     """Put an adapter on `model` and train it on `rows`, with a loss on the assistant's tokens only.
 
@@ -103,6 +104,7 @@ def finetune(
         labels: every label of a classification task; default those of `rows`.
         callbacks: added to the Trainer's.
         description: label of the progress bar.
+        distil_weight: of the loss on the rows to keep, token for token.
 
     Returns:
         The PeftModel, and what the run cost.
@@ -121,7 +123,7 @@ def finetune(
     with tempfile.TemporaryDirectory() as scratch:
         arguments = _arguments(options, scratch, pin_memory=model.device.type == "cuda")
         distil = any("distil" in feature for feature in features)
-        kind = distilling_trainer() if distil else Trainer
+        kind = distilling_trainer(distil_weight) if distil else Trainer
         trainer = kind(peft_model, arguments, data_collator=Collator(tokenizer, distil), train_dataset=features, callbacks=list(callbacks))
         trainer.remove_callback(PrinterCallback)
         if options.progress:

@@ -1,0 +1,177 @@
+"""What does a safety patch cost, and what does keeping it out of the model's own directions buy? One small model, one command.
+
+    python -m examples.patch [--out runs/patch] [--arms none,hard,...]      (about 25 minutes on two cores)
+
+SmolLM2-135M-Instruct refuses little by itself. It gets a safety patch (`peft_safety.recipes.patch`) in several ways, from the same rows, seed and settings:
+
+- none: plain LoRA, the published method;
+- hard: the update constrained to the complement of what general prompts use; soft: its energy there penalised;
+- random: hard, with a random basis of equal rank: the control;
+- stacked: a second patch, from other rows, orthogonal to the first by construction; and the first one removed again.
+
+Measured on prompts that nothing here has seen: refusal of harmful requests, over-refusal of safe ones (the package's own, and XSTest's where its file is there),
+drift on general prompts, and whether the model still knows what it knew of a task it was never trained on. Writes report.json and report.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft_safety.evaluation.metrics import Figure
+    from peft_safety.recipes.patch import PatchOptions
+
+XSTEST = Path("../shared/data/xstest.jsonl")
+XSTEST_LIMIT = 100
+CONTROL = "hard, random basis"
+ARMS = ("none", "hard", "soft", CONTROL, "stacked")
+
+
+class Comparison:
+    """One model, one set of prompts, many patches."""
+
+    def __init__(self, model_path: str, split: str, seed: int, xstest: Path) -> None:
+        from peft_safety.data import load, read_jsonl
+        from peft_safety.recipes.bench import Bench
+        from peft_safety.recipes.load import TaskData, load_model, task_data
+        from peft_safety.recipes.patch import PatchOptions
+
+        self.defaults = PatchOptions()
+        self.options = replace(self.defaults, training=replace(self.defaults.training, seed=seed))
+        self.model, self.tokenizer = load_model(model_path)
+        self.task = task_data(load("benign_task"), split, 96, seed)
+        self.bench = Bench.prepare(self.model, self.tokenizer, TaskData([], [], []), self.options.training, split=split)
+        self.xstest = [row["prompt"] for row in read_jsonl(xstest) if row.get("label") == "safe"][:: 250 // XSTEST_LIMIT] if xstest.is_file() else []
+        self.arms: dict[str, dict[str, Figure]] = {}
+        self.details: dict[str, Any] = {}
+
+    def measure(self, name: str, model: Any) -> None:
+        """All figures of one arm."""
+        from peft_safety.evaluation.generate import generate
+        from peft_safety.evaluation.judges import KeywordJudge, Verdict
+        from peft_safety.evaluation.metrics import Rate
+        from peft_safety.evaluation.tasks import choice_accuracy
+        from peft_safety.recipes.bench import JUDGED_TOKENS
+
+        figures = self.bench.measure(model, self.tokenizer).figures()
+        if self.xstest:
+            answers = generate(model, self.tokenizer, self.xstest, max_new_tokens=JUDGED_TOKENS, description="XSTest")
+            judge = KeywordJudge()
+            found = Rate.of(judge(prompt, answer.text) is Verdict.REFUSAL for prompt, answer in zip(self.xstest, answers, strict=True))
+            figures["over-refusal, XSTest safe"] = found
+        figures["untrained task, likeliest label"] = choice_accuracy(model, self.tokenizer, self.task.held_out, self.task.labels)
+        self.arms[name] = figures
+        print(f"   {name}: " + ", ".join(f"{heading} {figure}" for heading, figure in figures.items()), flush=True)
+
+    def patch(self, model: Any, options: PatchOptions, **given: Any) -> Any:
+        """Train one patch; returns the model under it."""
+        from peft_safety.recipes.patch import patch
+
+        started = time.perf_counter()
+        tuned, run = patch(model, self.tokenizer, options, **given)
+        name = given.get("adapter_name", "default")
+        self.details[f"{len(self.details) + 1}: {options.mode}, {name}"] = {
+            "seconds": round(time.perf_counter() - started),
+            "looks": [asdict(look) for look in run.looks],
+            "kept": asdict(run.best) if run.best else None,
+            "training": asdict(run.training),
+            "k": sorted({u.shape[1] for sides in tuned.peft_config[name].subspace.bases.values() for u in sides.values()}),
+        }
+        return tuned
+
+    def arm(self, name: str) -> None:
+        """One patch on the bare model, measured, and taken off again."""
+        print(f"-> {name}", flush=True)
+        if name == "stacked":
+            self.stacked()
+            return
+        options = replace(self.options, mode=name.partition(",")[0])
+        if name == CONTROL:
+            options = replace(options, subspace=self.subspace().randomised(self.options.training.seed))
+        tuned = self.patch(self.model, options)
+        self.measure(name, tuned)
+        self.model = tuned.unload()
+
+    def subspace(self) -> Any:
+        """What "hard" is kept out of."""
+        from peft_safety.recipes.patch import general_rows, patch_config
+
+        rows = general_rows(self.model, self.tokenizer, self.options)
+        return patch_config(self.model, self.tokenizer, self.options, rows).subspace
+
+    def stacked(self) -> None:
+        """A first patch from half of the rows, a second one from the other half on top of it; then the first one goes."""
+        from peft_safety.data import refusal_pairs
+
+        pairs = refusal_pairs("train", self.options.harmful, self.options.training.seed)
+        first = self.patch(self.model, replace(self.options, k=self.options.k or 32), refusals=pairs[::2], adapter_name="first")
+        self.measure("first of two", first)
+        both = self.patch(first, replace(self.options, prior_patches=("first",)), refusals=pairs[1::2], adapter_name="second")
+        self.measure("both, stacked", both)
+        self.details["orthogonality"] = overlap(both, "first", "second")
+        self.details["capacity left"] = both.peft_config["second"].subspace.provenance["capacity_left"]
+        both.delete_adapter("first")
+        both.base_model.set_adapter(["second"])
+        self.measure("second alone, first removed", both)
+        self.model = both.unload()
+
+
+def overlap(model: Any, one: str, other: str) -> float:
+    """Largest `|<dW_i, dW_j>| / (||dW_i|| ||dW_j||)` of any module."""
+    from peft.tuners.lora import LoraLayer
+
+    worst = 0.0
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and one in layer.lora_A and other in layer.lora_A:
+            d, e = (layer.get_delta_weight(name).detach().double() for name in (one, other))
+            worst = max(worst, abs(float((d * e).sum() / (d.norm() * e.norm()))))
+    return worst
+
+
+def main() -> None:
+    """Run it, and print, save and draw the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/patch"), help="directory of report.json and report.png")
+    parser.add_argument("--model", help="hub id or directory of an instruct model; default SmolLM2-135M-Instruct, fetched when missing")
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="choose settings on validation; look at test once")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--xstest", type=Path, default=XSTEST, help="JSON lines of {prompt, label, type}; left out where there is no such file")
+    parser.add_argument("--arms", default=";".join(ARMS), help="separated by semicolons")
+    given = parser.parse_args()
+
+    from examples.demo import torch_threads
+    from examples.get_model import model_dir
+    from peft_safety.evaluation import KeywordJudge
+    from peft_safety.report import Report, environment
+
+    started = time.perf_counter()
+    model_path = given.model or str(model_dir())
+    run = Comparison(model_path, given.split, given.seed, given.xstest)
+    run.measure("unpatched", run.model)
+    for name in given.arms.split(";"):
+        run.arm(name)
+    options = run.options
+    size = f"{options.energy:.0%} of the energy" if options.energy else f"k = {options.k or 32}"
+    report = Report(
+        title="SmolLM2-135M: safety patches" if "SmolLM2-135M" in model_path else f"{model_path}: safety patches",
+        arms=run.arms,
+        notes=(
+            f"Judge: {KeywordJudge.name}. {KeywordJudge.caveat}",
+            f"Prompts: {given.split} split; one seed ({given.seed}), so differences inside the intervals mean nothing.",
+            f"Constrained arms: basis of {options.basis} data, side {options.side}, {size} in every linear layer; r = {options.r}.",
+        ),
+        environment=environment(given.seed, model=Path(model_path).name, threads=torch_threads()),
+        details=run.details,
+    )
+    report.save(given.out / "report.json")
+    report.save_png(given.out / "report.png")
+    report.print()
+    print(f"{time.perf_counter() - started:.0f} s in all. Wrote {given.out / 'report.json'} and {given.out / 'report.png'}.")
+
+
+if __name__ == "__main__":
+    main()
