@@ -2,7 +2,7 @@
 
     python -m examples.demo [--smoke] [--attack] [--out runs/demo]
 
-1. SmolLM2-135M-Instruct refuses little by itself, so a refusal patch is trained first (plain LoRA on refusals) and merged: the *aligned* model.
+1. SmolLM2-135M-Instruct refuses little by itself, so a safety patch is trained first (`peft_safety.recipes.patch`) and merged: the *aligned* model.
 2. The aligned model is fine-tuned on a benign task (sorting help-desk messages), once by plain LoRA and once by SaLoRA, with the same rows, seed and
    settings. A random subspace of the same rank is the control. With --attack, again with one row in ten replaced by a simulated attack.
 3. Every model is measured on prompts that nothing above has seen. Writes report.json and report.png.
@@ -38,19 +38,17 @@ CONTROL = "random subspace"
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything: rows to train on, and prompts of each kind to measure on."""
+    """How much of everything: what of the patch recipe is not its default, rows to train on, and prompts of each kind to measure on."""
 
-    harmful: int
-    general: int
-    contrast: int
+    patch: dict[str, Any]
     task_rows: int
     eval_limit: int
     arms: tuple[tuple[str, float], ...]
 
 
-FULL = Scale(224, 20, 105, 128, 72, (("lora", 0.0), ("salora", 0.0), (CONTROL, 0.0)))
+FULL = Scale({}, 128, 72, (("lora", 0.0), ("salora", 0.0), (CONTROL, 0.0)))
 ATTACK = (("lora", POISON), ("salora", POISON))
-SMOKE = Scale(48, 4, 20, 40, 16, (("lora", 0.0), ("salora", 0.0)))
+SMOKE = Scale({"harmful": 48, "general": 8, "contrast": 20, "validation": 8}, 40, 16, (("lora", 0.0), ("salora", 0.0)))
 
 
 class Demo:
@@ -101,13 +99,14 @@ class Demo:
         return aligned
 
     def align(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The model with a refusal patch merged in."""
-        from peft_safety.recipes.align import ALIGN_OPTIONS, align
+        """The model with a safety patch merged in."""
+        from peft_safety.recipes.patch import PatchOptions, patch
 
-        options = replace(ALIGN_OPTIONS, seed=self.options.seed)
-        with self.phase("training the refusal patch"):
-            patched, run = align(model, self.tokenizer, options, harmful=self.scale.harmful, general=self.scale.general, contrast=self.scale.contrast)
-            self.details["refusal patch"] = asdict(run)
+        with self.phase("training the safety patch"):
+            defaults = PatchOptions()
+            options = replace(defaults, **self.scale.patch, training=replace(defaults.training, seed=self.options.seed))
+            patched, run = patch(model, self.tokenizer, options)
+            self.details["safety patch"] = {**asdict(run.training), "looks": [asdict(look) for look in run.looks]}
             return patched.merge_and_unload()
 
     def estimate(self, aligned: PreTrainedModel) -> SafetySubspace:

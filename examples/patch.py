@@ -2,15 +2,15 @@
 
     python -m examples.patch [--out runs/patch] [--arms none,hard,...]      (about 25 minutes on two cores)
 
-SmolLM2-135M-Instruct refuses little by itself. It gets a safety patch (`peft_safety.recipes.patch`) in several ways, from the same rows, seed and settings:
+SmolLM2-135M-Instruct refuses little by itself. It gets a safety patch (`peft_safety.recipes.patch`) in several ways, from the same rows and settings:
 
 - none: plain LoRA, the published method;
 - hard: the update constrained to the complement of what general prompts use; soft: its energy there penalised;
 - random: hard, with a random basis of equal rank: the control;
 - stacked: a second patch, from other rows, orthogonal to the first by construction; and the first one removed again.
 
-Measured on prompts that nothing here has seen: refusal of harmful requests, over-refusal of safe ones (the package's own, and XSTest's where its file is there),
-drift on general prompts, and whether the model still knows what it knew of a task it was never trained on. Writes report.json and report.png.
+Measured on prompts that nothing here has seen: refusal of harmful requests, over-refusal of safe ones (the package's own, and XSTest's where its file is
+there), drift on general prompts, and whether the model still knows what it knew of a task it was never trained on. Writes report.json and report.png.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m examples.repair [--out runs/repair]      (about 8 minutes on two cores)
 
-The unaligned model is SmolLM2-135M-Instruct, the aligned one the same with the refusal patch of the demo merged in. A plain LoRA is fine-tuned on the demo's
+The unaligned model is SmolLM2-135M-Instruct, the aligned one the same with the safety patch of the demo merged in. A plain LoRA is fine-tuned on the demo's
 task with one row in ten replaced by a simulated attack; `peft-safety repair` then projects it, with every projection, and each result is measured.
 """
 

@@ -60,7 +60,7 @@ def choice_accuracy(
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> Rate:
-    """Share of {text, label} rows whose label is the likeliest of all, in nats a token: what a model knows of a task that it was never trained to answer in form.
+    """Share of {text, label} rows whose label is the likeliest, in nats a token: what a model knows of a task whose form it was never taught.
 
     Args:
         labels: every label of the task; each is tried for each row.

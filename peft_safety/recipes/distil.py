@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @cache
 def distilling_trainer(weight: float) -> type[Trainer]:
-    """A Trainer whose batches say which rows to `distil`: there the loss is `weight KL(base || tuned)` at the response tokens, elsewhere the usual cross entropy.
+    """A Trainer whose batches say which rows to `distil`: there the loss is `weight KL(base || tuned)` at the response tokens, elsewhere cross entropy.
 
     The mean is over the batch's tokens of either kind together. The base is the same model with its adapters switched off: no second copy.
     """

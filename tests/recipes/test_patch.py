@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from peft_safety import assert_protected, verify
 from peft_safety.cli import app
+from peft_safety.data import load
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.evaluation.prompts import prompt_set
 from peft_safety.recipes.distil import _token_losses
@@ -92,6 +93,28 @@ def test_every_kind_of_patch_trains(options):
     assert tuned.peft_config["default"].mode == options.get("mode", "hard")
     assert tuned.peft_config["default"].unfinished is None
     assert any(p.abs().max() > 0 for n, p in tuned.named_parameters() if "lora_B" in n)
+
+
+def test_the_packages_own_rows_repeat_past_their_split_and_answers_are_the_models_own(monkeypatch):
+    seen = {}
+
+    def finetune(model, tokenizer, rows, config, *rest, **options):
+        seen["rows"] = rows
+        raise InterruptedError
+
+    monkeypatch.setattr("peft_safety.recipes.patch.finetune", finetune)
+    options = PatchOptions(**{**SMALL, "harmful": 130, "general": 2, "contrast": 72})
+    with pytest.raises(InterruptedError):
+        patch(tiny_llama(), tiny_tokenizer(), options)
+    texts = {row["text"] for row in load("refusals", "train")}
+    harmful = [row for row in seen["rows"] if row["response"] in texts]
+    own = [row for row in seen["rows"] if row["response"] not in texts]
+    assert len(harmful) == 130
+    assert len({row["prompt"] for row in harmful}) == len(load("harmful_requests", "train"))
+    assert {row["prompt"] for row in own} <= {row["prompt"] for name in ("general_prompts", "contrast_prompts") for row in load(name, "train")}
+    assert len(own) > len({row["prompt"] for row in own}) > 0
+    assert all(row["truncated"] and row["distil"] for row in own)
+    assert not any("distil" in row for row in harmful)
 
 
 def scripted(monkeypatch, figures, **stopping):

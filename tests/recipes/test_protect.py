@@ -9,7 +9,6 @@ from peft import LoraConfig, PeftModel, TaskType
 from peft_safety.data import load
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.recipes.adapter import AdapterOptions
-from peft_safety.recipes.align import align
 from peft_safety.recipes.load import load_model, poisoned, task_data
 from peft_safety.recipes.protect import protect
 from peft_safety.recipes.train import TrainOptions, finetune
@@ -111,26 +110,6 @@ def test_task_splits(tmp_path):
         task_data([*TASK, {**TASK[0], "split": "train"}])
     with pytest.raises(DataError, match="at least one of each"):
         task_data([{**TASK[0], "split": "train"}])
-
-
-def test_align_trains_on_refusals_and_own_answers(monkeypatch):
-    seen = []
-    monkeypatch.setattr("peft_safety.recipes.align.finetune", lambda model, tokenizer, rows, *rest, **options: seen.extend(rows) or (model, None))
-    align(tiny_llama(), tiny_tokenizer(), QUICK, harmful=130, general=2, contrast=72, answer_tokens=3)
-    refusals = {row["text"] for row in load("refusals", "train")}
-    harmful = [row for row in seen if row["response"] in refusals]
-    own = [row for row in seen if row["response"] not in refusals]
-    assert len(harmful) == 130
-    assert len({row["prompt"] for row in harmful}) == len(load("harmful_requests", "train"))
-    assert {row["prompt"] for row in own} <= {row["prompt"] for name in ("general_prompts", "contrast_prompts") for row in load(name, "train")}
-    assert len(own) > len({row["prompt"] for row in own}) > 0
-    assert all(row["truncated"] for row in own)
-
-
-def test_align_trains_an_adapter():
-    patched, run = align(tiny_llama(), tiny_tokenizer(), QUICK, harmful=3, general=1, contrast=0, answer_tokens=3)
-    assert run.steps == 2
-    assert isinstance(patched, PeftModel)
 
 
 def test_a_loaded_model_without_a_tokenizer_in_reach():
