@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peft_safety.methods.protected import assert_protected
     from peft_safety.methods.safe_lora import SafeLoRAConfig, apply_safe_lora, safe_lora_dir
     from peft_safety.methods.salora import SaLoRAConfig
+    from peft_safety.orthogonality import orthogonality_report
     from peft_safety.subspace import SafetySubspace
     from peft_safety.verification import verify
 
@@ -39,6 +40,7 @@ _NAMES = {
     "assert_protected": "methods.protected",
     "export_lora": "export",
     "merge_dequantised": "export",
+    "orthogonality_report": "orthogonality",
     "safe_lora_dir": "methods.safe_lora",
     "verify": "verification",
 }
@@ -55,6 +57,7 @@ __all__ = [
     "assert_protected",
     "export_lora",
     "merge_dequantised",
+    "orthogonality_report",
     "safe_lora_dir",
     "verify",
 ]

@@ -214,6 +214,32 @@ def repair(
 
 
 @app.command()
+def audit(
+    adapter: Annotated[Path, typer.Argument(help="Directory of a LoRA adapter, of this package or not.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Hub id or directory of the base model; default: the one the adapter names.")] = None,
+    calibration: Annotated[str, typer.Option(help="Inputs for the functional part: none, or auto for the package's own.")] = "none",
+    general: Annotated[Path | None, typer.Option(help="Instead: JSON lines of harmless prompt/response rows; needs --harmful.")] = None,
+    harmful: Annotated[Path | None, typer.Option(help="And of harmful requests with safe answers.")] = None,
+    k: Annotated[int, typer.Option(help="Directions of each weight behind the energy overlap.")] = 32,
+    positions: Annotated[str, typer.Option(help="Tokens that count: response, prompt or all.")] = "response",
+    png: Annotated[Path | None, typer.Option(help="Draw layers by kinds of module here.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="One row a module instead of medians by kind of module.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """How an adapter's update lies in relation to the weights under it, beside chance; and what it does to general and harmful inputs."""
+    from peft_safety.orthogonality import orthogonality_report
+    from peft_safety.orthogonality.render import save_png, show
+    from peft_safety.recipes.load import load_adapter
+
+    data = _calibration(calibration, general, harmful)
+    loaded, tokenizer = load_adapter(adapter, model)
+    found = orthogonality_report(loaded, calibration=data, tokenizer=tokenizer, k=k, positions=positions)  # type: ignore[arg-type]  # it refuses others
+    if png is not None:
+        save_png(found, png)
+    typer.echo(jsonlib.dumps(found.to_json(), indent=1, allow_nan=False)) if json else show(found, every)
+
+
+@app.command()
 def export(
     directory: Annotated[Path, typer.Argument(help="Directory of a protected adapter.")],
     out: Annotated[Path, typer.Option(help="Directory for the plain LoRA.")],
@@ -279,6 +305,20 @@ def _targets(text: str) -> str | list[str]:
     if text == "all-linear" or any(c in text for c in "*+?()[]|\\^$"):
         return text
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _calibration(named: str, general: Path | None, harmful: Path | None) -> Any:
+    """What `--calibration`, `--general` and `--harmful` ask for."""
+    from peft_safety.data import read_jsonl
+    from peft_safety.errors import ConfigError
+
+    if named not in ("none", "auto"):
+        raise ConfigError(f"--calibration {named!r}. Use none or auto, or give --general and --harmful.")
+    if general is None and harmful is None:
+        return None if named == "none" else "auto"
+    if general is None or harmful is None or named == "auto":
+        raise ConfigError("own calibration data are two files. Give both --general and --harmful, without --calibration auto.")
+    return {"general": read_jsonl(general), "harmful": read_jsonl(harmful)}
 
 
 def _show(title: str, facts: dict[str, Any], as_json: bool) -> None:

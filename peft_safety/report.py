@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_safety.environment import environment
 from peft_safety.errors import DataError
 from peft_safety.evaluation.metrics import Figure, Rate, figure_from_json
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-PACKAGES = ("peft-safety", "torch", "transformers", "peft", "numpy")
+__all__ = ["MISSING", "Report", "environment"]
 MISSING = "-"
-
-
-def environment(seed: int, **extra: Any) -> dict[str, Any]:
-    """Fingerprint of a run: versions, machine, seed, and whatever else decided its numbers (plain JSON values)."""
-    found = {"python": platform.python_version(), "machine": platform.machine(), "cpus": os.cpu_count(), "seed": seed}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {**found, **extra}
 
 
 @dataclass(frozen=True)

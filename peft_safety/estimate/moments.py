@@ -82,22 +82,34 @@ class InputMoments:
         return hook
 
     def _select(self, name: str, x: Tensor) -> Tensor:
-        mask = self._mask
-        if mask is None:
+        if self._mask is None:
             raise CalibrationError("InputMoments.expect was not called before the batch.")
-        if x.shape[:-1] != mask.shape and x.shape[0] != mask.numel():
-            raise CalibrationError(
-                f"{name}: its input {tuple(x.shape)} does not line up with {tuple(mask.shape)} tokens (routed experts?). Leave it out of target_modules."
-            )
-        return x.detach().reshape(-1, x.shape[-1])[mask.reshape(-1).to(x.device)].float()
+        return selected(name, x, self._mask)
 
     @torch.no_grad()
     def _add(self, name: str, x: Tensor) -> None:
         total = self._moments.get(name)
         if total is None:
             total = self._moments[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        with torch.autocast(device_type=x.device.type, enabled=False), _exact_matmul():
+        with torch.autocast(device_type=x.device.type, enabled=False), exact_matmul():
             total.addmm_(x.mT, x)
+
+
+def selected(name: str, x: Tensor, mask: Tensor) -> Tensor:
+    """The rows of a layer's input or output that count, `(tokens, features)`, fp32.
+
+    Args:
+        x: `(batch, tokens, features)`, or flattened to `(batch * tokens, features)`.
+        mask: `(batch, tokens)` bool.
+
+    Raises:
+        CalibrationError: they do not line up.
+    """
+    if x.shape[:-1] != mask.shape and x.shape[0] != mask.numel():
+        raise CalibrationError(
+            f"{name}: its input {tuple(x.shape)} does not line up with {tuple(mask.shape)} tokens (routed experts?). Leave it out of target_modules."
+        )
+    return x.detach().reshape(-1, x.shape[-1])[mask.reshape(-1).to(x.device)].float()
 
 
 def collect(
@@ -115,23 +127,36 @@ def collect(
         batches: `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`; positions without attention never count.
         positions: those with a label ("response"), those without ("prompt"), or both ("all").
     """
+    moments = InputMoments(layers)
+    with moments.watching():
+        run(model, batches, moments.expect, positions=positions, progress=progress, what=what)
+    return moments
+
+
+@torch.no_grad()
+def run(
+    model: nn.Module, batches: Sequence[Batch], expect: Callable[[Tensor], None], *, positions: Positions = "response", progress: bool = True, what: str
+) -> None:
+    """One pass over the batches in eval mode; whoever has hooked the layers is told before each batch which of its positions count.
+
+    Args:
+        expect: called with a `(batch, tokens)` bool mask.
+    """
     from tqdm.auto import tqdm
 
-    moments = InputMoments(layers)
     device = next(model.parameters()).device
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with moments.watching(), weights.unpacked(model), torch.no_grad():
+        with weights.unpacked(model):
             for batch in tqdm(batches, desc=what, unit="batch", disable=not progress):
                 ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
                 attention = batch.get("attention_mask", torch.ones_like(ids)).to(device)
-                moments.expect(counted(labels, attention, positions))
+                expect(counted(labels, attention, positions))
                 model(input_ids=ids, attention_mask=attention, use_cache=False)
     finally:
         for module, flag in training:
             module.training = flag
-    return moments
 
 
 def counted(labels: Tensor, attention: Tensor, positions: Positions) -> Tensor:
@@ -178,7 +203,7 @@ def _check(index: int, batch: Mapping[str, Any]) -> Batch:
 
 
 @contextmanager
-def _exact_matmul() -> Iterator[None]:
+def exact_matmul() -> Iterator[None]:
     """TF32 off: its ten bits of mantissa would show in the small singular directions."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from peft_safety.data import affirmation_pairs, read_jsonl
 from peft_safety.data.chat import Row, label_names
-from peft_safety.errors import ConfigError, DataError
+from peft_safety.errors import ArtifactError, ConfigError, DataError, PeftSafetyError
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HOLDOUT = 0.15
@@ -43,6 +45,71 @@ def load_model(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokeniz
         return (loaded.to("cuda") if cuda else loaded), tokenizer
     except (OSError, ValueError) as error:
         raise ConfigError(f"no model or tokenizer at {source!r}: {error}. Give a hub id or a directory, or pass tokenizer= with a loaded model.") from error
+
+
+def load_adapter(directory: str | Path, model: str | Path | PreTrainedModel | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """A LoRA adapter of any origin on its base model, and the tokenizer. Neither a pickle nor a regular expression of the directory is ever run.
+
+    Args:
+        directory: what `save_pretrained` wrote.
+        model: as in `load_model`; default the base model that the adapter names.
+
+    Raises:
+        ArtifactError: the directory is not a whole, finite LoRA adapter, or does not fit the model.
+        ConfigError: no base model, or an adapter whose update is no plain product (see `orthogonality_report`).
+    """
+    from peft import PeftModel
+
+    path = Path(directory)
+    config = _adapter_config(path)
+    source = model if model is not None else config.base_model_name_or_path
+    if not source:
+        raise ConfigError(f"{path}: the adapter does not say which base model it is for. Give --model (or model=).")
+    base, tokenizer = load_model(source)
+    try:
+        return PeftModel.from_pretrained(base, str(path), config=config), tokenizer
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, PeftSafetyError):
+            raise
+        raise ArtifactError(f"{path}: the adapter does not fit this model: {error}. Give the model that it was trained on.") from error
+
+
+def _adapter_config(path: Path) -> Any:
+    """The checked config; of a plain LoRA with full names, ranks and alphas from its tensors in place of every pattern."""
+    from peft import PeftConfig
+
+    from peft_safety import files
+    from peft_safety.artifact import MANIFEST, PROTECTED_TYPES, check_numbers
+    from peft_safety.methods.safe_lora.directory import STORED_TYPE, read_factors
+    from peft_safety.orthogonality.adapters import check_config
+
+    if not path.is_dir():
+        raise ArtifactError(f"{path} is not a directory. Give the directory that save_pretrained wrote.")
+    files.recover(path, MANIFEST)
+    fields = files.read_json(path / MANIFEST)
+    kind = fields.get("peft_type")
+    if kind not in ("LORA", STORED_TYPE, *PROTECTED_TYPES):
+        raise ConfigError(f"{path} holds a {kind!r} adapter. Give a LoRA adapter.")
+    try:
+        config: Any = PeftConfig.from_pretrained(str(path))
+    except (TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, PeftSafetyError):
+            raise
+        raise ArtifactError(f"{path / MANIFEST} is not a config of this PEFT: {error}. Save the adapter again.") from error
+    check_config(config, str(path))
+    if kind in PROTECTED_TYPES:
+        return config
+    check_numbers(config.r, config.lora_alpha, config.lora_dropout, str(path / MANIFEST))
+    _, factors = read_factors(path, fields)
+    vague = [name for name, factor in factors.items() if not math.isfinite(factor.scaling)]
+    if vague:
+        raise ConfigError(f"{path}: the alpha of {vague[0]} stands in a regular expression, which is not run. Load the adapter yourself and pass the model.")
+    config.target_modules = set(factors)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.rank_pattern = {name: int(factor.a.shape[0]) for name, factor in factors.items()}
+    roots = {name: math.sqrt(rank) if config.use_rslora else rank for name, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {name: factor.scaling * roots[name] for name, factor in factors.items()}
+    return config
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """One rank of a distributed run: trains a protected tiny model and prints, as JSON on rank 0, what its factors leak.
 
-    python -m tests.distributed.worker RANK WORLD PORT HOW METHOD
+python -m tests.distributed.worker RANK WORLD PORT HOW METHOD
 """
 
 from __future__ import annotations

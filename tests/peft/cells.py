@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -90,6 +90,12 @@ def protected(kind: str = "linear", init: str = "lora", *, seed: int = 0, traine
     torch.manual_seed(seed)
     model = get_peft_model(base_model(kind), config(kind, init, seed=seed, **options))
     return perturb(model, seed) if trained else model.eval()
+
+
+def plain(kind: str = "linear", seed: int = 3, **options: Any) -> PeftModel:
+    """A plain LoRA with random factors."""
+    options = {"r": 4, "lora_alpha": 8, "target_modules": targets(kind), "fan_in_fan_out": kind == "conv1d", "task_type": "CAUSAL_LM", **options}
+    return perturb(get_peft_model(base_model(kind), LoraConfig(**options)), seed)
 
 
 def perturb(model: nn.Module, seed: int = 0, adapter: str | None = None) -> Any:

@@ -99,7 +99,7 @@ def read_factors(directory: Path, fields: Mapping[str, Any]) -> tuple[dict[str, 
             if not kind:
                 continue  # modules_to_save: comes along as it is
             if kind not in ("A.weight", "B.weight") or not key.startswith(PREFIX):
-                raise ArtifactError(f"{path}: {key} is no factor of a plain linear LoRA (DoRA, embeddings and biases cannot be repaired). Train without it.")
+                raise ArtifactError(f"{path}: {key} is no factor of a plain linear LoRA (DoRA, embeddings and biases have other tensors). Train without it.")
             found.setdefault(module, {})[kind[0]] = key
         for module, pair in found.items():
             shapes = {kind: tuple(handle.get_slice(key).get_shape()) for kind, key in pair.items()}

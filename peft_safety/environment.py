@@ -1,0 +1,21 @@
+"""What a run's numbers depend on besides its data."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGES = ("peft-safety", "torch", "transformers", "peft", "numpy")
+
+
+def environment(seed: int, **extra: Any) -> dict[str, Any]:
+    """Fingerprint of a run: versions, machine, seed, and whatever else decided its numbers (plain JSON values)."""
+    found = {"python": platform.python_version(), "machine": platform.machine(), "cpus": os.cpu_count(), "seed": seed}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {**found, **extra}
