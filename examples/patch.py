@@ -6,7 +6,7 @@ SmolLM2-135M-Instruct refuses little by itself. It gets a safety patch (`peft_sa
 
 - none: plain LoRA, the published method;
 - hard: the update constrained to the complement of what general prompts use; soft: its energy there penalised;
-- random: hard, with a random basis of equal rank: the control;
+- hard, random basis: hard, with a random basis of equal rank: the control;
 - stacked: a second patch, from other rows, orthogonal to the first by construction; and the first one removed again.
 
 Measured on prompts that nothing here has seen: refusal of harmful requests, over-refusal of safe ones (the package's own, and XSTest's where its file is
@@ -16,6 +16,7 @@ there), drift on general prompts, and whether the model still knows what it knew
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -65,7 +66,24 @@ class Comparison:
             figures["over-refusal, XSTest safe"] = found
         figures["untrained task, likeliest label"] = choice_accuracy(model, self.tokenizer, self.task.held_out, self.task.labels)
         self.arms[name] = figures
+        if hasattr(model, "peft_config"):
+            self.details[f"audit of {name}"] = self.audit(model)
         print(f"   {name}: " + ", ".join(f"{heading} {figure}" for heading, figure in figures.items()), flush=True)
+
+    def audit(self, model: Any) -> dict[str, Any]:
+        """Where the newest patch lies, and what it does to general and to harmful inputs: medians over the modules."""
+        from peft_safety import orthogonality_report
+        from peft_safety.data import refusal_pairs
+
+        sets = {"general": self.bench.general, "harmful": refusal_pairs("validation")}
+        found = orthogonality_report(model, list(model.peft_config)[-1], calibration=sets, tokenizer=self.tokenizer).summary
+        self.print_row({key: found[key] for key in ("z", "energy_ratio", "relative_norm", "general", "harmful", "interference_ratio")})
+        return {key: value for key, value in found.items() if not math.isnan(value)}
+
+    @staticmethod
+    def print_row(figures: dict[str, float]) -> None:
+        """Medians, on one line."""
+        print("   medians: " + ", ".join(f"{key} {value:.3g}" for key, value in figures.items()), flush=True)
 
     def patch(self, model: Any, options: PatchOptions, **given: Any) -> Any:
         """Train one patch; returns the model under it."""

@@ -3,7 +3,8 @@
     python -m examples.repair [--out runs/repair]      (about 8 minutes on two cores)
 
 The unaligned model is SmolLM2-135M-Instruct, the aligned one the same with the safety patch of the demo merged in. A plain LoRA is fine-tuned on the demo's
-task with one row in ten replaced by a simulated attack; `peft-safety repair` then projects it, with every projection, and each result is measured.
+task with one row in ten replaced by a simulated attack; `peft-safety repair` then projects it, with every projection, and each result is measured, beside the
+control: the same LoRA, each module merely shortened to the norm that "soft" leaves it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,23 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from examples.demo import FULL, POISON, SAFETY_RANK, Demo, torch_threads
 
 LEARNING_RATE = 1e-3
 """Twice the demo's: an attack that shows."""
 REPAIRS: tuple[tuple[str, ...], ...] = (("--projection", "frobenius"), ("--select", "all", "--projection", "topk"), ("--select", "all", "--projection", "soft"))
+
+
+def scaled(model: Any, factors: dict[str, float]) -> Any:
+    """The control that tells direction from size: every module's update made as short as the repair made it."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, LoraLayer):
+            layer.scaling["default"] *= factors[name]
+    return model
 
 
 def main() -> None:
@@ -56,6 +68,9 @@ def main() -> None:
         repaired = PeftModel.from_pretrained(aligned, str(out))
         demo.evaluations[f"repaired: {name} ({details[name]['repaired']} modules)"] = demo.bench.measure(repaired, demo.tokenizer)
         aligned = repaired.unload()
+    scales = {row["name"]: row["gain"] for row in details[" ".join(REPAIRS[-1]).replace("--", "")]["modules"]}
+    shrunk = scaled(PeftModel.from_pretrained(aligned, str(broken)), scales)
+    demo.evaluations["lora, each module scaled to the norm that soft keeps"] = demo.bench.measure(shrunk, demo.tokenizer)
     report = Report(
         title="SmolLM2-135M: a poisoned LoRA, repaired by Safe LoRA",
         arms={name: evaluation.figures() for name, evaluation in demo.evaluations.items()},

@@ -177,7 +177,7 @@ def general_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opt
     """Rows on which the patch is to leave the model as it is: those with an answer as they are, prompts alone answered by the bare model itself."""
     if given is None:
         sets = (("general_prompts", options.general), ("contrast_prompts", options.contrast))
-        given = [row for name, count in sets for row in _repeat(load(name, "train"), count)]
+        given = [row for name, count in sets for row in _repeat([*load(name, "train"), *load(name, "calibration")], count)]
     bare = [row["prompt"] for row in given if "prompt" in row and "response" not in row]
     answers: dict[str, dict[str, Any]] = {}
     if bare:

@@ -297,3 +297,19 @@ def test_calibration_data_without_a_token_that_counts():
         audit(plain(), calibration={"general": batches(0), "harmful": nothing})
     with pytest.raises(CalibrationError, match="no calibration data"):
         audit(plain(), calibration={"general": batches(0), "harmful": []})
+
+
+def test_a_stacked_input_side_patch_has_no_energy_in_its_basis_and_none_of_its_predecessor():
+    from peft_safety import OrthoSafetyPatchConfig, SafetySubspace
+
+    base = base_model()
+    space = SafetySubspace.from_weights(base, rank=8, target_modules=["q_proj", "down_proj"], progress=False)
+    options = {"r": 4, "target_modules": ["q_proj", "down_proj"], "subspace": space}
+    model = perturb(get_peft_model(base, OrthoSafetyPatchConfig(**options)))
+    model.add_adapter("second", OrthoSafetyPatchConfig(**options, prior_patches=["default"]))
+    model = perturb(model, 1, "second")
+    report = audit(model, "second", k=8)
+    for row in report.modules:
+        assert row.right.energy < 1e-4, "k = 8 right singular vectors of W are the basis, up to how exactly they were found"
+        assert row.left.energy > 0.02
+        assert row.others["default"] < 1e-6

@@ -103,7 +103,7 @@ def test_the_packages_own_rows_repeat_past_their_split_and_answers_are_the_model
         raise InterruptedError
 
     monkeypatch.setattr("peft_safety.recipes.patch.finetune", finetune)
-    options = PatchOptions(**{**SMALL, "harmful": 130, "general": 2, "contrast": 72})
+    options = PatchOptions(**{**SMALL, "harmful": 130, "general": 2, "contrast": 95})
     with pytest.raises(InterruptedError):
         patch(tiny_llama(), tiny_tokenizer(), options)
     texts = {row["text"] for row in load("refusals", "train")}
@@ -111,7 +111,9 @@ def test_the_packages_own_rows_repeat_past_their_split_and_answers_are_the_model
     own = [row for row in seen["rows"] if row["response"] not in texts]
     assert len(harmful) == 130
     assert len({row["prompt"] for row in harmful}) == len(load("harmful_requests", "train"))
-    assert {row["prompt"] for row in own} <= {row["prompt"] for name in ("general_prompts", "contrast_prompts") for row in load(name, "train")}
+    assert {row["prompt"] for row in own} <= {
+        row["prompt"] for name in ("general_prompts", "contrast_prompts") for split in ("train", "calibration") for row in load(name, split)
+    }
     assert len(own) > len({row["prompt"] for row in own}) > 0
     assert all(row["truncated"] and row["distil"] for row in own)
     assert not any("distil" in row for row in harmful)
