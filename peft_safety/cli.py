@@ -126,7 +126,7 @@ def patch(
     max_steps: Annotated[int, typer.Option(help="Optimizer steps; overrides --epochs when positive.")] = -1,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 8,
     max_length: Annotated[int, typer.Option(help="Tokens kept of each row.")] = 128,
-    evaluate_every: Annotated[int, typer.Option(help="Steps between two looks at the validation split.")] = 10,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between two looks at the validation split.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of initialisation and data order.")] = 0,
     report_to: Annotated[str, typer.Option(help="As in TrainingArguments: none, tensorboard, wandb, ...")] = "none",
     eval_limit: Annotated[int | None, typer.Option(help="Prompts of each kind at most.")] = None,

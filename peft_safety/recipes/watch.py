@@ -38,7 +38,7 @@ class Stopping:
         patience: stop after so many looks without a better one.
     """
 
-    every: int = 10
+    every: int = 16
     refusal_target: float = 0.98
     over_refusal_margin: float = 0.05
     patience: int = 3
