@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from peft_safety.data import load, refusal_pairs
+from peft_safety.artifact import SIDES
+from peft_safety.data import CALIBRATION_PAIRS, load, refusal_pairs
 from peft_safety.data.chat import Row
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.estimate.activations import adapters_off
@@ -149,7 +150,7 @@ def patch_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opt
 
     subspace = options.subspace
     if isinstance(subspace, str) and subspace == "auto" and options.basis != "weight" and options.k != 0:
-        against = None if options.basis != "contrastive" else refusal_pairs("calibration", 128, options.training.seed)
+        against = None if options.basis != "contrastive" else refusal_pairs("calibration", CALIBRATION_PAIRS, options.training.seed)
         subspace = SafetySubspace.from_activations(
             model,
             general,
@@ -157,7 +158,7 @@ def patch_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opt
             method="ortho_patch",
             rank=None if options.energy is not None else options.k or 32,
             energy=options.energy,
-            sides={"in": ("in",), "out": ("out",), "both": ("out", "in")}[options.side],
+            sides=SIDES[options.side],
             against=against,
             target_modules=options.target_modules,
             seed=options.training.seed,
