@@ -22,6 +22,7 @@ FIELDS = {
     "contrast_prompts": ("prompt", "type", "split"),
     "general_prompts": ("prompt", "split"),
     "benign_task": ("text", "label", "split"),
+    "second_task": ("text", "label", "split"),
 }
 
 
@@ -81,6 +82,12 @@ def refusal_pairs(split: str = "calibration", n: int | None = None, seed: int = 
 def affirmation_pairs(split: str = "train", n: int | None = None, seed: int = 0) -> list[dict[str, str]]:
     """Harmful requests paired with contentless openings: a simulated poisoning of fine-tuning data."""
     return pair_responses(split, "affirmations", n, seed)
+
+
+def preference_pairs(split: str = "train", n: int | None = None, seed: int = 0) -> list[dict[str, str]]:
+    """Harmful requests with a refusal as `chosen` and a contentless opening as `rejected`: what a safety mask is trained on."""
+    refusals, openings = refusal_pairs(split, n, seed), affirmation_pairs(split, n, seed)
+    return [{"prompt": a["prompt"], "chosen": a["response"], "rejected": b["response"]} for a, b in zip(refusals, openings, strict=True)]
 
 
 def pair_responses(split: str, responses: str, n: int | None, seed: int) -> list[dict[str, str]]:
