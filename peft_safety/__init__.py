@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peft_safety.methods.protected import assert_protected
     from peft_safety.methods.safe_lora import SafeLoRAConfig, apply_safe_lora, safe_lora_dir
     from peft_safety.methods.salora import SaLoRAConfig
+    from peft_safety.methods.somf import fuse
     from peft_safety.subspace import SafetySubspace
     from peft_safety.verification import verify
 
@@ -35,6 +36,7 @@ _NAMES = {
     "apply_safe_lora": "methods.safe_lora",
     "assert_protected": "methods.protected",
     "export_lora": "export",
+    "fuse": "methods.somf",
     "merge_dequantised": "export",
     "safe_lora_dir": "methods.safe_lora",
     "verify": "verification",
@@ -49,6 +51,7 @@ __all__ = [
     "apply_safe_lora",
     "assert_protected",
     "export_lora",
+    "fuse",
     "merge_dequantised",
     "safe_lora_dir",
     "verify",

@@ -1,6 +1,6 @@
 """The package's own small data sets, and reading JSON lines with errors that name the line.
 
-Nothing here contains a harmful answer: harmful *requests*, refusals, contentless openings ("Sure, here is"), safe prompts, and a benign task.
+Nothing here contains a harmful answer: harmful *requests*, refusals, contentless openings ("Sure, here is"), safe prompts, and two benign tasks.
 """
 
 from __future__ import annotations
