@@ -1,6 +1,6 @@
 """SOMF: fuse a safe model with fine-tuned ones through a learned mask; and the usual fusions without one."""
 
-from peft_safety.methods.somf.fuse import fuse
+from peft_safety.methods.somf.fusing import fuse
 from peft_safety.methods.somf.masks import Masks, export
 from peft_safety.methods.somf.options import FuseOptions, MaskTraining
 from peft_safety.methods.somf.plan import FusePlan, plan_fusion

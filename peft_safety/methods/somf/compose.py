@@ -17,7 +17,7 @@ from peft_safety.errors import ConfigError
 from peft_safety.methods.safe_lora.repair import Factors
 from peft_safety.methods.somf import fusions
 from peft_safety.methods.somf.fusions import Fusion
-from peft_safety.methods.somf.masks import Granularity, rescaled, rescaled_gate
+from peft_safety.methods.somf.masks import Granularity, length_ratio, rescaled, rescaled_gate
 from peft_safety.methods.somf.options import FuseOptions
 
 Shape = tuple[int, ...]
@@ -190,7 +190,7 @@ class Independent(Update):
             return rescaled(b, mask, self.options.rescale)
         root = torch.linalg.qr(self._parts("a")[index].mT, mode="r").R.mT  # ||B A|| = ||B R^T||
         full, masked = (torch.linalg.vector_norm(x @ root) for x in (b, b * mask))
-        return b * mask * (full / masked.clamp(min=torch.finfo(b.dtype).tiny))
+        return b * mask * length_ratio(full, masked)
 
     def masked_vectors(self, masks: Masked | None) -> dict[str, list[Tensor]]:
         """The dense updates, for the fusions that are not linear. Only without masks."""

@@ -57,8 +57,14 @@ def rescaled(vector: Tensor, mask: Tensor, how: Rescale) -> Tensor:
     if how == "mean":
         return masked / mask.mean().clamp(min=tiny)
     if how == "norm":
-        return masked * (torch.linalg.vector_norm(vector) / torch.linalg.vector_norm(masked).clamp(min=tiny))
+        return masked * length_ratio(torch.linalg.vector_norm(vector), torch.linalg.vector_norm(masked))
     return masked
+
+
+def length_ratio(before: Tensor, after: Tensor) -> Tensor:
+    """`before / after`, finite where nothing is left."""
+    limits = torch.finfo(before.dtype)
+    return before / torch.maximum(after, (limits.eps * before.detach()).clamp(min=limits.tiny))
 
 
 def rescaled_gate(gate: Tensor, gram: Tensor, how: Rescale) -> Tensor:
@@ -73,7 +79,7 @@ def rescaled_gate(gate: Tensor, gram: Tensor, how: Rescale) -> Tensor:
         return gate / gate.mean().clamp(min=tiny)
     if how == "norm":
         full = gate.expand(gram.shape[0])
-        return gate * (gram.sum().clamp(min=0).sqrt() / (full @ gram @ full).clamp(min=tiny).sqrt())
+        return gate * length_ratio(gram.sum().clamp(min=0).sqrt(), (full @ gram @ full).clamp(min=tiny).sqrt())
     return gate
 
 

@@ -17,7 +17,7 @@ from peft_safety import files
 from peft_safety.artifact import ADAPTER_FILE, CARD, MANIFEST, PREFIX
 from peft_safety.estimate.checkpoints import INDEX
 from peft_safety.methods.somf.masks import Masks
-from peft_safety.methods.somf.storage import save_masks
+from peft_safety.methods.somf.storage import save_masks, save_tensors
 
 RECORD = "peft_safety.fusion"
 """Key of the record in the header of the adapter's safetensors file, and in the metadata of a checkpoint's index."""
@@ -53,13 +53,14 @@ def write_adapter(
     config = lora_config(factors, base, fields)
     tensors = {f"{PREFIX}{name}.lora_{kind}.weight": factor for name, pair in factors.items() for kind, factor in zip("AB", pair, strict=True)}
     with target(directory, MANIFEST) as staging:
-        save_file(
-            {key: tensor.contiguous() for key, tensor in tensors.items()}, staging / ADAPTER_FILE, metadata={"format": "pt", RECORD: json.dumps(dict(record))}
-        )
+        save_tensors({key: tensor.contiguous() for key, tensor in tensors.items()}, staging / ADAPTER_FILE, {RECORD: json.dumps(dict(record), sort_keys=True)})
         if masks is not None:
             save_masks(masks, staging)
         (staging / CARD).write_text(card, encoding="utf-8")
         config.save_pretrained(str(staging))
+        stored = files.read_json(staging / MANIFEST)
+        stored["target_modules"] = sorted(factors)  # PEFT keeps a set, whose order differs from run to run
+        (staging / MANIFEST).write_text(json.dumps(stored, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def lora_config(factors: Factors, base: str | None, fields: Mapping[str, Any]) -> LoraConfig:

@@ -78,8 +78,22 @@ def stored_record(path: Path) -> dict[str, Any]:
 def _write(stored: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], kind: str, record: Mapping[str, Any], path: Path) -> Path:
     header = {"version": VERSION, "kind": kind, "shapes": shapes, "record": dict(record)}
     path = path if path.suffix == ".safetensors" else path / FILE_NAME
-    save_file(stored, path, metadata={"format": "pt", HEADER: json.dumps(header, sort_keys=True)})
+    save_tensors(stored, path, {HEADER: json.dumps(header, sort_keys=True)})
     return path
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """`save_file` whose bytes depend on nothing but its arguments: safetensors writes metadata in the order of a hash table, which differs from run to run."""
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise ArtifactError(f"{path}: its header cannot be put in order ({len(text)} bytes instead of {length}). Use plain tensor names.")
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def _check(path: Path, name: str, shape: Any, kind: str, tensor: Any) -> None:
