@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,8 @@ class FuseJob:
         if training:
             self.plan()  # refuse what can be refused before a model is loaded
             model, tokenizer = load_model(self._model())
-        return fuse(self.safe, self.tasks, model=model, tokenizer=tokenizer, mask=self.mask, data=rows, training=self.training, out=self.out, **options)
+        settings = replace(self.training, progress=progress and self.training.progress)
+        return fuse(self.safe, self.tasks, model=model, tokenizer=tokenizer, mask=self.mask, data=rows, training=settings, out=self.out, **options)
 
     def _model(self) -> str:
         if self.model is not None:

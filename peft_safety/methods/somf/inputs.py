@@ -22,9 +22,9 @@ from peft_safety.methods.safe_lora.repair import Factors, factor_digest, public_
 from peft_safety.methods.somf.options import FuseOptions
 
 Source = str | os.PathLike[str]
-CONTINUED_COSINE = 0.5
-"""Least cosine between the `lora_A` of a task and of the safe adapter that it was trained on from. Fine-tuning moves a factor by less than its own length;
-two random ones are at 1 / sqrt(r n)."""
+CONTINUED_COSINE = 0.2
+"""Least cosine between the `lora_A` of a task and of the safe adapter that it was trained on from. Two random ones are at 1 / sqrt(number of entries), below
+0.01 for any real adapter; ordinary fine-tuning leaves it above 0.5."""
 
 
 @dataclass(frozen=True)
