@@ -86,19 +86,19 @@ def finetune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    peft_config: PeftConfig,
+    peft_config: PeftConfig | None,
     options: TrainOptions | None = None,
     *,
     labels: Sequence[str] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     description: str = "training",
 ) -> tuple[PeftModel, TrainingRun]:
-    """Put an adapter on `model` and train it on `rows`, with a loss on the assistant's tokens only.
+    """Put an adapter on `model`, or take the one that is there, and train it on `rows`, with a loss on the assistant's tokens only.
 
     Args:
         model: the model to adapt; PEFT injects its layers in place.
         rows: {prompt, response}, {text, label} or {messages} rows.
-        peft_config: any LoRA-like config; the adapter's random initialisation is seeded too.
+        peft_config: any LoRA-like config; the adapter's random initialisation is seeded too. None trains the active adapter of a PeftModel on.
         labels: every label of a classification task; default those of `rows`.
         callbacks: added to the Trainer's.
         description: label of the progress bar.
@@ -107,15 +107,17 @@ def finetune(
         The PeftModel, and what the run cost.
 
     Raises:
-        DataError: malformed rows.
+        DataError: malformed rows. ConfigError: no config, and no PeftModel whose active adapter trains.
     """
-    from peft import get_peft_model
+    from peft import PeftModel, get_peft_model
     from transformers import PrinterCallback, Trainer, set_seed
 
     options = TrainOptions() if options is None else options
     features = encode_rows(tokenizer, rows, options.max_length, labels)
     set_seed(options.seed)
-    peft_model = get_peft_model(model, peft_config)
+    if peft_config is None and not (isinstance(model, PeftModel) and any(parameter.requires_grad for parameter in model.parameters())):
+        raise ConfigError("peft_config=None trains the active adapter on, and nothing of this model trains. Give a config, or load with is_trainable=True.")
+    peft_model = model if peft_config is None else get_peft_model(model, peft_config)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = _arguments(options, scratch, pin_memory=model.device.type == "cuda")
         trainer = Trainer(peft_model, arguments, data_collator=Collator(tokenizer), train_dataset=features, callbacks=list(callbacks))
