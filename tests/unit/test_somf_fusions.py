@@ -95,6 +95,7 @@ def test_gradient_of_the_density_penalty():
 
 
 @given(shapes, seeds, st.integers(1, 4))
+@settings(deadline=None)
 def test_the_linear_fusions_are_their_formulas(shape, seed, count):
     vectors = tensors(count, shape, seed)
     weights = [0.3 * (i + 1) for i in range(count)]
@@ -105,6 +106,7 @@ def test_the_linear_fusions_are_their_formulas(shape, seed, count):
 
 
 @given(shapes, seeds, st.integers(1, 4), st.floats(0.05, 0.95), st.sampled_from(["sum", "mean"]))
+@settings(deadline=None)
 def test_ties_entry_by_entry(shape, seed, count, density, merge):
     vectors, weights = tensors(count, shape, seed), [0.4] * count
     thresholds = [fusions.trim_threshold(v, density) for v in vectors]
@@ -117,6 +119,7 @@ def test_ties_entry_by_entry(shape, seed, count, density, merge):
 
 
 @given(shapes, st.floats(0.01, 0.99), seeds)
+@settings(deadline=None)
 def test_trimming_keeps_the_share_that_was_asked_for(shape, density, seed):
     vector = tensors(1, shape, seed)[0]
     kept = int((vector.abs() >= fusions.trim_threshold(vector, density)).sum())
@@ -134,6 +137,7 @@ def test_dares_drops_depend_on_the_name_and_the_seed_only():
 
 
 @given(shapes, seeds, st.floats(0.1, 2.0))
+@settings(deadline=None)
 def test_concrete_samples_are_relaxed_coin_flips(shape, seed, temperature):
     logit = tensors(1, shape, seed, torch.float32)[0]
     u = noise(logit, seed)
@@ -151,6 +155,7 @@ def test_a_logit_is_a_keep_probability_at_any_temperature():
 
 
 @given(shapes, seeds)
+@settings(deadline=None)
 def test_rescaling(shape, seed):
     vector = tensors(1, shape, seed)[0]
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.01
@@ -221,6 +226,7 @@ logit_sets = st.dictionaries(st.text("abc", min_size=1, max_size=3), st.tuples(s
 
 
 @given(logit_sets, st.sampled_from(["threshold", "sample", "soft"]))
+@settings(deadline=None)
 def test_exports_repeat_bit_by_bit(sets, how):
     logits = {name: tensors(1, shape, seed, torch.float32)[0] for name, (shape, seed) in sets.items()}
     first, second = export(logits, how, seed=3), export(logits, how, seed=3)
@@ -230,6 +236,7 @@ def test_exports_repeat_bit_by_bit(sets, how):
 
 
 @given(logit_sets, st.floats(0.05, 0.95))
+@settings(deadline=None)
 def test_topk_keeps_the_stated_density_and_the_largest(sets, density):
     logits = {name: tensors(1, shape, seed, torch.float32)[0] for name, (shape, seed) in sets.items()}
     masks = export(logits, "topk", density=density)
@@ -250,6 +257,7 @@ def test_topk_of_equal_logits_is_still_decided():
 
 
 @given(logit_sets, seeds)
+@settings(deadline=None)
 def test_the_control_has_the_same_density_everywhere_else(sets, seed):
     masks = export({name: tensors(1, shape, s, torch.float32)[0] for name, (shape, s) in sets.items()}, "threshold")
     control = masks.shuffled(seed)

@@ -26,7 +26,7 @@ from peft_safety.methods.somf.inputs import Checkpoints
 from peft_safety.methods.somf.masks import Masks, export
 from peft_safety.methods.somf.options import FuseOptions, MaskTraining
 from peft_safety.methods.somf.plan import FusePlan
-from peft_safety.methods.somf.publish import Shards, card_of, copy_beside, element_size, target, write_adapter
+from peft_safety.methods.somf.publish import Shards, card_of, copy_beside, element_size, main_process, target, write_adapter
 from peft_safety.methods.somf.report import FuseReport, ModuleFusion, overall, share
 from peft_safety.methods.somf.storage import save_masks
 from peft_safety.methods.somf.train import MaskRun, trained_logits
@@ -62,6 +62,7 @@ def fuse_checkpoints(
         logits, run = _trained(inputs, plan, options, model, tokenizer, data, training)
         masks = export(logits, options.export, density=options.export_density, seed=options.seed, record={"objective": training.objective, "steps": run.steps})
     job = _Job(inputs, plan, options, masks)
+    out = out if main_process() else None
     report = job.low_rank(out) if options.rank is not None else job.full(out)
     return dataclasses.replace(report, run=run, logits=logits)
 

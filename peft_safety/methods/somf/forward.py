@@ -52,6 +52,8 @@ class MaskedModel(nn.Module):
         self.names = list(shapes)
         start = initial_logit(options.initial_density)
         self.logit_list = nn.ParameterList(nn.Parameter(torch.full(shape, start, device=device)) for shape in shapes.values())
+        if len(devices := getattr(model, "hf_device_map", None) or {}) > 1:
+            self.hf_device_map = devices  # the Trainer then leaves a model alone that accelerate has spread over devices
         self.mode: Mode = "fused"
         self.step_seed = options.seed
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from peft_safety.data.chat import Row
 from peft_safety.errors import ConfigError
 from peft_safety.methods.protected import adapter_layers, config_table
-from peft_safety.methods.safe_lora.repair import public_name
 from peft_safety.methods.somf import checkpoints
 from peft_safety.methods.somf.compose import Independent, Update, recompressed, thresholds_of
 from peft_safety.methods.somf.forward import MaskedAdapters
@@ -24,7 +23,7 @@ from peft_safety.methods.somf.inputs import Adapters, Source, read_inputs
 from peft_safety.methods.somf.masks import Masks, export
 from peft_safety.methods.somf.options import FuseOptions, MaskTraining
 from peft_safety.methods.somf.plan import NONLINEAR, FusePlan, granularity_of, plan_of, updates_of
-from peft_safety.methods.somf.publish import card_of, lora_config, write_adapter
+from peft_safety.methods.somf.publish import card_of, lora_config, main_process, write_adapter
 from peft_safety.methods.somf.report import FuseReport, ModuleFusion, overall, product_norm, share
 from peft_safety.methods.somf.storage import load_masks
 from peft_safety.methods.somf.train import MaskRun, trained_logits
@@ -74,27 +73,23 @@ def fuse(
         ConfigError: options, or inputs that do not belong together. ArtifactError, CheckpointError: inputs that are not whole. DataError: rows. Nothing is
             written then.
 
-    Reference: Yi et al., SOMF, arXiv 2405.09055. Differences from its code: gradients of the whole expression, DPO against the aligned model, exports that
-    repeat, rank gates for adapters that share no past, safetensors throughout; see `FuseOptions` for a switch to what was published.
+    Reference: Yi et al., SOMF, arXiv 2405.09055. Differences from its code: `docs/architecture.md`; switches to what was published: `FuseOptions`.
     """
     chosen = FuseOptions(**options)
     inputs = read_inputs(safe, tasks, model, chosen)
-    names = ("the base model" if safe is None else public_name(os.fspath(safe)), tuple(public_name(os.fspath(task)) for task in tasks))
-    plan = plan_of(inputs, chosen, *names)
+    plan = plan_of(inputs, chosen, safe, tasks)
     _check_call(safe, tasks, model, mask, out, adapter_name, chosen)
     settings = MaskTraining() if training is None else training
     if not isinstance(inputs, Adapters):
         return checkpoints.fuse_checkpoints(inputs, plan, chosen, _masks(mask, chosen), model, tokenizer, data, settings, None if out is None else Path(out))
     updates = updates_of(inputs, granularity_of(inputs, chosen), chosen)
-    masks, logits, run = None, None, None
-    if chosen.method == "somf":
-        masks, logits = _masks(mask, chosen)
-        if masks is None:
-            masked = MaskedAdapters(_needed(model), updates, chosen)
-            logits, run = trained_logits(masked, tokenizer, data, settings)
-            masks = export(logits, chosen.export, density=chosen.export_density, seed=chosen.seed, record=_training_facts(settings, run))
+    masks, logits = _masks(mask, chosen)
+    run: MaskRun | None = None
+    if masks is None and chosen.method == "somf":
+        logits, run = trained_logits(MaskedAdapters(_needed(model), updates, chosen), tokenizer, data, settings)
+        masks = export(logits, chosen.export, density=chosen.export_density, seed=chosen.seed, record=_training_facts(settings, run))
     report = dataclasses.replace(_fused(inputs, plan, updates, masks, chosen), run=run, logits=logits)
-    if out is not None:
+    if out is not None and main_process():
         card = card_of(report.record, [dataclasses.asdict(module) for module in report.modules], "LoRA")
         base = next((a.base for a in (inputs.first, *inputs.tasks) if a.base), None) or _base_name(model)
         write_adapter(Path(out), report.factors, base, inputs.first.fields, masks, report.record, card)

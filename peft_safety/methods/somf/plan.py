@@ -80,11 +80,10 @@ def plan_fusion(safe: Source | None, tasks: Sequence[Source], *, model: nn.Modul
     """
     chosen = FuseOptions(**options)
     inputs = read_inputs(safe, tasks, model, chosen)
-    names = ("the base model" if safe is None else public_name(os.fspath(safe)), tuple(public_name(os.fspath(task)) for task in tasks))
-    return plan_of(inputs, chosen, *names)
+    return plan_of(inputs, chosen, safe, tasks)
 
 
-def plan_of(inputs: Adapters | Checkpoints, options: FuseOptions, safe: str, tasks: tuple[str, ...]) -> FusePlan:
+def plan_of(inputs: Adapters | Checkpoints, options: FuseOptions, safe: Source | None, tasks: Sequence[Source]) -> FusePlan:
     """The plan for inputs that are read.
 
     Raises:
@@ -98,7 +97,8 @@ def plan_of(inputs: Adapters | Checkpoints, options: FuseOptions, safe: str, tas
         layout = "continued" if inputs.continued else "independent"
         modules = tuple(_planned_module(name, inputs, granularity, options) for name in inputs.modules)
         result = f"a LoRA of rank {max(module.rank for module in modules)}"
-    return FusePlan(layout, granularity, options.method, fusion, tuple(options.weights_of(len(tasks))), safe, tasks, modules, result)
+    names = ("the base model" if safe is None else public_name(os.fspath(safe)), tuple(public_name(os.fspath(task)) for task in tasks))
+    return FusePlan(layout, granularity, options.method, fusion, tuple(options.weights_of(len(tasks))), *names, modules, result)
 
 
 def granularity_of(inputs: Adapters | Checkpoints, options: FuseOptions) -> Granularity | None:

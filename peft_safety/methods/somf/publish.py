@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +27,13 @@ BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")
 """Files of the safe checkpoint that go with its weights: config and tokenizer."""
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def main_process() -> bool:
+    """Whether this process is the one that writes: of several that train together, the first."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager

@@ -193,6 +193,7 @@ def _trainer(masked: MaskedModel, features: Features, batches: Batches, training
         label_names=["labels"],
         bf16=training.bf16,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # nn.DataParallel would copy the layers and leave the hooks' factors where they are; use DDP
     trainer = MaskTrainer(masked, arguments, data_collator=batches, train_dataset=features)
     trainer.remove_callback(PrinterCallback)
     return trainer
