@@ -203,6 +203,38 @@ def test_recompression_states_its_error():
         assert error > 0
 
 
+def test_a_rank_above_the_width_is_compressed_without_loss():
+    model = family(continued=False, r=8)  # v_proj has 16 outputs, the sum has rank 24
+    report = fuse("safe", TASKS, model=model, method="average", adapter_name="fused")
+    ranks = {row.name.rpartition(".")[2]: row.rank for row in report.modules}
+    assert ranks == {"q_proj": 24, "v_proj": 16, "down_proj": 24}
+    assert report.record["largest_error"] < 1e-6
+    parts = {name: deltas(model, name) for name in ("safe", *TASKS, "fused")}
+    for module, found in parts["fused"].items():
+        torch.testing.assert_close(found, parts["safe"][module] + (parts["task0"][module] + parts["task1"][module]) / 2, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("continued", [True, False])
+def test_half_precision_factors_stay_what_they_are(dtype, continued, tmp_path):
+    model = family(continued=continued)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    report = fuse("safe", TASKS, model=model, out=tmp_path / "out", **LEARN)
+    assert {factor.dtype for pair in report.factors.values() for factor in pair} == {dtype}
+    loaded = PeftModel.from_pretrained(base_model(), str(tmp_path / "out")).eval()
+    assert bool(torch.isfinite(logits(loaded)).all())
+
+
+def test_the_reference_model_is_a_choice():
+    found = {}
+    for reference in ("aligned", "base"):
+        found[reference] = fuse("safe", TASKS, model=family(), **{**LEARN, "training": replace(QUICK, reference=reference)})
+    assert found["aligned"].run.loss != found["base"].run.loss
+    assert found["base"].record["mask"]["reference"] == "base"
+
+
 @pytest.mark.parametrize("kind", ["linear", "nf4"])
 def test_no_safe_adapter_where_the_base_is_aligned(kind):
     model = family(kind, continued=False)
@@ -210,92 +242,6 @@ def test_no_safe_adapter_where_the_base_is_aligned(kind):
     assert report.plan.layout == "independent"
     assert report.record["safe"]["name"] == "the base model"
     assert report.record["rank"] == 8
-
-
-# --- beside PEFT's own ---
-
-
-def zero_safe(model):
-    """Adapters whose factors are their task vectors against the safe one, so that PEFT's methods see what ours see."""
-    state = dict(model.named_parameters())
-    for name in TASKS:
-        model.add_adapter(f"{name}_vector", config())
-    state = dict(model.named_parameters())
-    with torch.no_grad():
-        for key, parameter in state.items():
-            for name in TASKS:
-                if f".{name}_vector." in key:
-                    parameter.copy_(state[key.replace(f"{name}_vector", name)] - state[key.replace(f"{name}_vector", "safe")])
-    return model
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        ({"method": "task_arithmetic", "weights": 0.7}, {"combination_type": "linear"}),
-        ({"method": "ties", "ties_merge": "mean", "ties_density": 0.25, "weights": 0.7}, {"combination_type": "ties", "density": 0.25}),
-    ],
-)
-def test_task_vectors_of_factors_as_peft_adds_them(ours, theirs):
-    model = zero_safe(family())
-    report = fuse("safe", TASKS, model=model, adapter_name="fused", **ours)
-    assert report.plan.layout == "continued"
-    scaling = 2.0  # PEFT multiplies each factor by sqrt(weight * scaling)
-    model.add_weighted_adapter([f"{name}_vector" for name in TASKS], [0.7**2 / scaling] * 2, "theirs", **theirs)
-    parameters = dict(model.named_parameters())
-    compared = 0
-    for key, parameter in parameters.items():
-        if ".theirs." in key and "lora_" in key:
-            safe, factor = (parameters[key.replace(".theirs.", f".{name}.")] for name in ("safe", "fused"))
-            found = factor - (scaling if "lora_B" in key else 1.0) * safe
-            torch.testing.assert_close(found, (scaling if "lora_B" in key else 1.0) * parameter, rtol=1e-4, atol=1e-6)
-            compared += 1
-    assert compared == 12
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        ({"method": "task_arithmetic", "weights": 0.7}, {"combination_type": "cat"}),
-        ({"method": "task_arithmetic", "weights": 0.7, "rank": 4}, {"combination_type": "svd", "svd_rank": 4}),
-        ({"method": "average"}, {"combination_type": "cat"}),
-        (
-            {"method": "ties", "ties_merge": "mean", "ties_density": 0.25, "weights": 0.7, "rank": 6},
-            {"combination_type": "ties_svd", "density": 0.25, "svd_rank": 6},
-        ),
-    ],
-)
-def test_independent_adapters_as_peft_adds_them(ours, theirs):
-    model = family(continued=False)
-    fuse(None, TASKS, model=model, adapter_name="fused", layout="independent", **ours)
-    weight = 0.5 if ours["method"] == "average" else 0.7
-    model.add_weighted_adapter(TASKS, [weight] * 2, "theirs", **theirs)
-    ours_dense, theirs_dense = deltas(model, "fused"), deltas(model, "theirs")
-    assert ours_dense.keys() == theirs_dense.keys()
-    for name, found in ours_dense.items():
-        torch.testing.assert_close(found, theirs_dense[name], rtol=1e-3, atol=1e-5)
-
-
-def test_dare_keeps_what_it_is_expected_to_keep():
-    """PEFT draws from the global generator, so only the statistics can agree: unbiased, with the stated share dropped."""
-    model = family()
-    fuse("safe", TASKS, model=model, method="dare", weights=1.0, drop=0.4, adapter_name="dare")
-    parameters = dict(model.named_parameters())
-    dropped, total = 0, 0
-    for key, parameter in parameters.items():
-        if ".dare." in key and "lora_A" in key:
-            safe, one, two = (parameters[key.replace(".dare.", f".{name}.")] for name in ("safe", *TASKS))
-            unit = (parameter - safe) * 0.6
-            for choice in ((0, 0), (0, 1), (1, 0), (1, 1)):
-                candidate = choice[0] * (one - safe) + choice[1] * (two - safe)
-                close = torch.isclose(unit, candidate, rtol=1e-3, atol=1e-6)
-                dropped += int(close.sum()) * (2 - sum(choice))
-                total += 2 * int(close.sum())
-    assert total >= 2 * 0.99 * sum(p.numel() for k, p in parameters.items() if ".dare." in k and "lora_A" in k)
-    assert dropped / total == pytest.approx(0.4, abs=0.03)
-
-
-# --- provenance ---
 
 
 def test_the_card_and_the_header_say_where_it_comes_from(tmp_path):

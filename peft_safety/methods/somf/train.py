@@ -145,6 +145,7 @@ def _trainer(masked: MaskedModel, features: Features, batches: Batches, training
     class MaskTrainer(Trainer):
         """Saves and loads logits only, and tells the model which noise to draw: by step and micro-batch, so that a resumed run draws the same."""
 
+        loss_is_scaled_for_ga = False
         at_step, micro = -1, 0
 
         def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
