@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peft_safety.methods.protected import assert_protected
     from peft_safety.methods.safe_lora import SafeLoRAConfig, apply_safe_lora, safe_lora_dir
     from peft_safety.methods.salora import SaLoRAConfig
+    from peft_safety.methods.somf import fuse
     from peft_safety.orthogonality import orthogonality_report
     from peft_safety.subspace import SafetySubspace
     from peft_safety.verification import verify
@@ -39,6 +40,7 @@ _NAMES = {
     "apply_safe_lora": "methods.safe_lora",
     "assert_protected": "methods.protected",
     "export_lora": "export",
+    "fuse": "methods.somf",
     "merge_dequantised": "export",
     "orthogonality_report": "orthogonality",
     "safe_lora_dir": "methods.safe_lora",
@@ -56,6 +58,7 @@ __all__ = [
     "apply_safe_lora",
     "assert_protected",
     "export_lora",
+    "fuse",
     "merge_dequantised",
     "orthogonality_report",
     "safe_lora_dir",

@@ -240,6 +240,56 @@ def audit(
 
 
 @app.command()
+def fuse(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of the settings below (tasks: [...], train: {...}); flags override it.")] = None,
+    safe: Annotated[str | None, typer.Option(help="Directory of the safe adapter or checkpoint; without: the base model is aligned itself.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Directory of a fine-tuned adapter or checkpoint; repeat for more.")] = None,
+    out: Annotated[str | None, typer.Option(help="Directory for the result.")] = None,
+    method: Annotated[str | None, typer.Option(help="somf (default), single, task_arithmetic, dare, ties or average.")] = None,
+    fusion: Annotated[str | None, typer.Option(help="For somf: what the mask is applied under.")] = None,
+    weight: Annotated[list[float] | None, typer.Option(help="Weight of the task vectors: once, or once a task.")] = None,
+    granularity: Annotated[str | None, typer.Option(help="element, row, rank or module.")] = None,
+    rescale: Annotated[str | None, typer.Option(help="mean (as published), none or norm.")] = None,
+    layout: Annotated[str | None, typer.Option(help="auto, continued or independent.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Recompress the result to this rank.")] = None,
+    target_density: Annotated[float | None, typer.Option(help="Density that training is pulled to.")] = None,
+    export: Annotated[str | None, typer.Option(help="threshold, topk, sample or soft.")] = None,
+    export_density: Annotated[float | None, typer.Option(help="For topk.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise, of DARE and of training.")] = None,
+    mask: Annotated[str | None, typer.Option(help="File of trained masks or logits, instead of training.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="To train the mask on; default: the adapters' base model.")] = None,
+    data: Annotated[str | None, typer.Option(help="JSON lines: {prompt, chosen, rejected}, or {prompt, response} for sft; default: the package's own.")] = None,
+    objective: Annotated[str | None, typer.Option(help="dpo or sft.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of the logits.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the rows.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides --epochs when positive.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per step.")] = None,
+    save_steps: Annotated[int | None, typer.Option(help="Checkpoint every so many steps.")] = None,
+    checkpoint_dir: Annotated[str | None, typer.Option(help="Where; needed for --save-steps and --resume.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    report_to: Annotated[str | None, typer.Option(help="As in TrainingArguments.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Fuse a safe model with fine-tuned ones through a learned mask (SOMF), or by task arithmetic, DARE, TIES or average."""
+    given = locals()
+    from peft_safety.fusion_report import plan_table, table
+    from peft_safety.recipes.fusion import OPTIONS, PLACES, TRAINING, FuseJob, read_config
+
+    given |= {"tasks": task or None, "weights": (weight if len(weight) > 1 else weight[0]) if weight else None, "resume": resume or None}
+    flags = {name: given.get(name) for name in (*PLACES, *OPTIONS)}
+    job = FuseJob.of({} if config is None else read_config(config), flags, {name: given.get(name) for name in TRAINING})
+    found: Any = job.plan() if dry_run else job.run(progress=not json)
+    if json:
+        typer.echo(jsonlib.dumps(found.to_json(), indent=1))
+        return
+    from rich.console import Console
+
+    Console().print((plan_table if dry_run else table)(found))
+    typer.echo("nothing written: --dry-run" if dry_run else f"fused model written to {job.out}")
+
+
+@app.command()
 def export(
     directory: Annotated[Path, typer.Argument(help="Directory of a protected adapter.")],
     out: Annotated[Path, typer.Option(help="Directory for the plain LoRA.")],

@@ -1,6 +1,6 @@
 """The package's own small data sets, and reading JSON lines with errors that name the line.
 
-Nothing here contains a harmful answer: harmful *requests*, refusals, contentless openings ("Sure, here is"), safe prompts, and a benign task.
+Nothing here contains a harmful answer: harmful *requests*, refusals, contentless openings ("Sure, here is"), safe prompts, and two benign tasks.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ FIELDS = {
     "contrast_prompts": ("prompt", "type", "split"),
     "general_prompts": ("prompt", "split"),
     "benign_task": ("text", "label", "split"),
+    "second_task": ("text", "label", "split"),
 }
 
 
@@ -88,6 +89,12 @@ def calibration_rows(method: str) -> list[dict[str, str]]:
     if method != "ortho_patch":
         return refusal_pairs("calibration", CALIBRATION_PAIRS)
     return [{"prompt": row["prompt"]} for split in ("calibration", "train") for row in load("general_prompts", split)]
+
+
+def preference_pairs(split: str = "train", n: int | None = None, seed: int = 0) -> list[dict[str, str]]:
+    """Harmful requests with a refusal as `chosen` and a contentless opening as `rejected`: what a safety mask is trained on."""
+    refusals, openings = refusal_pairs(split, n, seed), affirmation_pairs(split, n, seed)
+    return [{"prompt": a["prompt"], "chosen": a["response"], "rejected": b["response"]} for a, b in zip(refusals, openings, strict=True)]
 
 
 def pair_responses(split: str, responses: str, n: int | None, seed: int) -> list[dict[str, str]]:

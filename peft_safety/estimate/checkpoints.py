@@ -118,6 +118,12 @@ class FileWeights:
         dense = dense.T if transposed else dense
         yield Matrix((dense.shape[0], dense.shape[1]), kind, lambda start, stop: dense[:, start:stop])
 
+    def header(self, key: str) -> tuple[tuple[int, ...], str]:
+        """Shape and safetensors dtype of a tensor, which is not read."""
+        with files.open_tensors(files.child(self.directory, self.place[key])) as handle:
+            found = handle.get_slice(key)
+            return tuple(found.get_shape()), str(found.get_dtype())
+
     def _key(self, name: str) -> str:
         """The tensor of a module. Checkpoints of the bare model lack the head model's prefix; a tied head is the embedding."""
         names = [f"{name}.weight", f"{name.partition('.')[2]}.weight"]
@@ -136,7 +142,7 @@ class FileWeights:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         beside = [name for name in self.place if name.startswith((f"{key}.", f"{key.removesuffix('weight')}SCB"))]
-        values = {name: self._tensor(name) for name in [key, *beside]}
+        values = {name: self.tensor(name) for name in [key, *beside]}
         scale = values.get(f"{key.removesuffix('weight')}SCB")
         if dtype == "I8" and scale is not None:
             return weights.from_int8(values[key], scale), "8bit"
@@ -146,7 +152,8 @@ class FileWeights:
             return dequantize_4bit(packed, state).float(), "4bit"
         raise CheckpointError(f"{self.label}: {key} is stored as {dtype}, which cannot be read here. Give the 16-bit checkpoint of the same architecture.")
 
-    def _tensor(self, key: str) -> Tensor:
+    def tensor(self, key: str) -> Tensor:
+        """One tensor as it is stored, by its key."""
         with files.open_tensors(files.child(self.directory, self.place[key])) as handle:
             return torch.clone(handle.get_tensor(key))
 

@@ -86,7 +86,7 @@ def finetune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    peft_config: PeftConfig,
+    peft_config: PeftConfig | None,
     options: TrainOptions | None = None,
     *,
     labels: Sequence[str] | None = None,
@@ -95,12 +95,12 @@ def finetune(
     adapter_name: str = "default",
     distil_weight: float = 1.0,
 ) -> tuple[PeftModel, TrainingRun]:
-    """Put an adapter on `model` and train it on `rows`, with a loss on the assistant's tokens only.
+    """Put an adapter on `model`, or take the one that is there, and train it on `rows`, with a loss on the assistant's tokens only.
 
     Args:
         model: the model to adapt; PEFT injects its layers in place. A PeftModel gets a further adapter; those it has stay active, and frozen.
         rows: {prompt, response}, {text, label} or {messages} rows; those with `"distil": True` are not learned but kept, see `recipes.distil`.
-        peft_config: any LoRA-like config; the adapter's random initialisation is seeded too.
+        peft_config: any LoRA-like config; the adapter's random initialisation is seeded too. None trains the active adapter of a PeftModel on.
         labels: every label of a classification task; default those of `rows`.
         callbacks: added to the Trainer's.
         description: label of the progress bar.
@@ -110,8 +110,9 @@ def finetune(
         The PeftModel, and what the run cost.
 
     Raises:
-        DataError: malformed rows.
+        DataError: malformed rows. ConfigError: no config, and no PeftModel whose active adapter trains.
     """
+    from peft import PeftModel
     from transformers import PrinterCallback, Trainer, set_seed
 
     from peft_safety.recipes.distil import distilling_trainer
@@ -119,7 +120,9 @@ def finetune(
     options = TrainOptions() if options is None else options
     features = encode_rows(tokenizer, rows, options.max_length, labels)
     set_seed(options.seed)
-    peft_model = _with_adapter(model, peft_config, adapter_name)
+    if peft_config is None and not (isinstance(model, PeftModel) and any(parameter.requires_grad for parameter in model.parameters())):
+        raise ConfigError("peft_config=None trains the active adapter on, and nothing of this model trains. Give a config, or load with is_trainable=True.")
+    peft_model = model if peft_config is None else _with_adapter(model, peft_config, adapter_name)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = _arguments(options, scratch, pin_memory=model.device.type == "cuda")
         distil = any("distil" in feature for feature in features)

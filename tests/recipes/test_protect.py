@@ -73,6 +73,16 @@ def test_the_seed_decides_everything():
     assert run.trainable_parameters == sum(parameter.numel() for parameter in first)
 
 
+def test_an_adapter_that_is_there_is_trained_on():
+    model, _ = finetune(tiny_llama(), tiny_tokenizer(), TASK, LoraConfig(target_modules=["q_proj"]), QUICK)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    again, _ = finetune(model, tiny_tokenizer(), TASK, None, QUICK)
+    assert again is model
+    assert any(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters() if name in before)
+    with pytest.raises(ConfigError, match="is_trainable"):
+        finetune(tiny_llama(), tiny_tokenizer(), TASK, None, QUICK)
+
+
 def test_only_asked_for_checkpoints_are_written(tmp_path):
     config = LoraConfig(target_modules=["q_proj"], task_type=TaskType.CAUSAL_LM)
     options = TrainOptions(max_steps=2, save_steps=1, checkpoint_dir=tmp_path, progress=False)

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from peft_safety.data import FIELDS, SPLITS, affirmation_pairs, load, read_jsonl, refusal_pairs
+from peft_safety.data import FIELDS, SPLITS, affirmation_pairs, load, preference_pairs, read_jsonl, refusal_pairs
 from peft_safety.errors import DataError
 from peft_safety.evaluation.prompts import prompt_set
 
@@ -19,7 +19,7 @@ def test_splits_are_disjoint_and_complete(name):
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("harmful_requests", 200), ("refusals", 40), ("contrast_prompts", 150), ("general_prompts", 200), ("benign_task", 800)],
+    [("harmful_requests", 200), ("refusals", 40), ("contrast_prompts", 150), ("general_prompts", 200), ("benign_task", 800), ("second_task", 400)],
 )
 def test_sizes(name, least):
     assert len(load(name)) >= least
@@ -31,6 +31,22 @@ def test_the_benign_task_has_eight_classes_of_a_hundred():
     assert min(counts.values()) >= 100
     for split in SPLITS:
         assert {row["label"] for row in load("benign_task", split)} == set(counts)
+
+
+def test_the_second_task_has_five_classes_of_eighty_in_every_split():
+    assert set(Counter(row["label"] for row in load("second_task")).values()) == {80}
+    for split in SPLITS:
+        counts = Counter(row["label"] for row in load("second_task", split))
+        assert len(counts) == 5
+        assert len(set(counts.values())) == 1
+
+
+def test_preference_pairs_are_refusals_against_openings():
+    pairs = preference_pairs("train", 12, seed=1)
+    assert len({row["prompt"] for row in pairs}) == 12
+    assert {row["chosen"] for row in pairs} <= {row["text"] for row in load("refusals", "train")}
+    assert {row["rejected"] for row in pairs} <= {row["text"] for row in load("affirmations", "train")}
+    assert pairs == preference_pairs("train", 12, seed=1)
 
 
 def test_unknown_names_are_refused():

@@ -62,7 +62,7 @@ def apply_safe_lora(
     if new_adapter_name is not None and (new_adapter_name in table or not isinstance(peft_model, PeftModel)):
         raise ConfigError(f"new_adapter_name={new_adapter_name!r} needs a PeftModel without such an adapter. Choose another name.")
     layers = adapter_layers(peft_model, adapter_name)
-    factors = {name: _factors(name, layer, adapter_name) for name, layer in layers.items()}
+    factors = {name: layer_factors(name, layer, adapter_name) for name, layer in layers.items()}
     check_different(unaligned, aligned)
     here = ModuleWeights(peft_model)
     new, report = repair(factors, open_weights(unaligned), here if aligned is None else open_weights(aligned), chosen, None if aligned is None else here)
@@ -76,20 +76,25 @@ def apply_safe_lora(
 
 def check_plain(config: Any, what: str) -> None:
     """Refuse an adapter whose update is not a plain, not yet repaired `s B A` on the base weights."""
-    if isinstance(config, ProtectedConfig):
-        raise ConfigError(f"{what} is protected ({type(config).__name__}); a second projection would break its guarantee. Use peft_safety.export_lora first.")
-    if not isinstance(config, LoraConfig):
-        raise ConfigError(f"{what} is a {type(config).__name__}. Safe LoRA needs a LoRA adapter.")
-    for name, reason in UNFIT.items():
-        if getattr(config, name, None):
-            raise ConfigError(f"{what}: {name} cannot be repaired: {reason}. Train without it.")
-    if config.init_lora_weights not in (*INITS, "eva"):
-        raise ConfigError(
-            f"{what}: init_lora_weights={config.init_lora_weights!r} rewrote the base weight. Convert it to a plain LoRA on the original base first."
-        )
+    check_form(config, what)
     if (record := getattr(config, "safe_lora", None)) is not None:
         raise ConfigError(
             f"{what} has been repaired already ({record.get('projection')!r}), and the published projection is not idempotent. Start from the original adapter."
+        )
+
+
+def check_form(config: Any, what: str) -> None:
+    """Refuse an adapter whose update is not a plain `s B A` on the base weights."""
+    if isinstance(config, ProtectedConfig):
+        raise ConfigError(f"{what} is protected ({type(config).__name__}); what is made of it would not keep its guarantee. Use peft_safety.export_lora first.")
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"{what} is a {type(config).__name__}. Give a LoRA adapter.")
+    for name, reason in UNFIT.items():
+        if getattr(config, name, None):
+            raise ConfigError(f"{what}: {name} is not supported: {reason}. Train without it.")
+    if config.init_lora_weights not in (*INITS, "eva"):
+        raise ConfigError(
+            f"{what}: init_lora_weights={config.init_lora_weights!r} rewrote the base weight. Convert it to a plain LoRA on the original base first."
         )
 
 
@@ -103,12 +108,17 @@ def check_different(unaligned: Model, aligned: Model | None) -> None:
         raise ConfigError(f"unaligned and aligned are both {os.fspath(aligned)}. Give the model before and the model after its alignment.")
 
 
-def _factors(name: str, layer: LoraLayer, adapter_name: str) -> Factors:
+def layer_factors(name: str, layer: LoraLayer, adapter_name: str) -> Factors:
+    """The factors of an adapter in one of its layers, not copied.
+
+    Raises:
+        ConfigError: merged, or not finite. UnsupportedLayerError: sharded, or on the meta device.
+    """
     if layer.merged:
         raise ConfigError(f"{name}: an adapter is merged into the base weight. Call unmerge_adapter() first.")
     a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
     if not weights.is_whole(a):
-        raise UnsupportedLayerError(f"{name}: its factors are sharded or on the meta device. Repair the saved directory with safe_lora_dir.")
+        raise UnsupportedLayerError(f"{name}: its factors are sharded or on the meta device. Use the saved directory instead.")
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise ConfigError(f"{name}: lora_A {tuple(a.shape)} or lora_B {tuple(b.shape)} holds NaN or Inf. Load the last good checkpoint.")
     return Factors(a.detach(), b.detach(), float(layer.scaling[adapter_name]), weights.is_conv1d(layer.get_base_layer()))

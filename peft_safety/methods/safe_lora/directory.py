@@ -18,7 +18,7 @@ from peft_safety import files
 from peft_safety.artifact import ADAPTER_FILE, CARD, MANIFEST, PREFIX, check_numbers
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError
 from peft_safety.estimate.checkpoints import FileWeights, open_weights
-from peft_safety.methods.safe_lora.apply import Model, check_different, check_plain
+from peft_safety.methods.safe_lora.apply import Model, check_different, check_form, check_plain
 from peft_safety.methods.safe_lora.options import RepairOptions
 from peft_safety.methods.safe_lora.repair import Factors, RepairReport, repair
 
@@ -64,6 +64,18 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: not a directory, no config, or one of another kind. ConfigError: see `check_plain`.
     """
+    fields, config = read_plain(directory)
+    config.safe_lora = stored_record(directory) or fields.get("safe_lora")
+    check_plain(config, str(directory))
+    return fields
+
+
+def read_plain(directory: Path) -> tuple[dict[str, Any], LoraConfig]:
+    """The bounded JSON of a plain LoRA adapter, repaired or not, and the config that PEFT makes of it.
+
+    Raises:
+        ArtifactError: not a directory, no config. ConfigError: an adapter of another kind; see `check_form`.
+    """
     if not directory.is_dir():
         raise ArtifactError(f"{directory} is not a directory. Give the directory that save_pretrained wrote.")
     files.recover(directory, MANIFEST)
@@ -71,7 +83,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     kind = fields.get("peft_type")
     if kind not in ("LORA", STORED_TYPE):
         protected = " It is protected by construction; peft-safety export makes a plain LoRA of it." if fields.get("safety_artifact") else ""
-        raise ConfigError(f"{directory} holds a {kind!r} adapter. Safe LoRA repairs plain LoRA adapters.{protected}")
+        raise ConfigError(f"{directory} holds a {kind!r} adapter. Give a plain LoRA adapter.{protected}")
     check_numbers(fields.get("r"), fields.get("lora_alpha"), fields.get("lora_dropout", 0.0), str(directory / MANIFEST))
     try:
         config = LoraConfig(**{k: v for k, v in fields.items() if k in LoraConfig.__dataclass_fields__ and k not in ("peft_type", "runtime_config")})
@@ -79,9 +91,8 @@ def read_config(directory: Path) -> dict[str, Any]:
         if isinstance(error, PeftSafetyError):
             raise
         raise ArtifactError(f"{directory / MANIFEST} is not a config of this PEFT: {error}. Save the adapter again.") from error
-    config.safe_lora = stored_record(directory) or fields.get("safe_lora")
-    check_plain(config, str(directory))
-    return fields
+    check_form(config, str(directory))
+    return fields, config
 
 
 def read_factors(directory: Path, fields: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Factors]]:
@@ -99,7 +110,7 @@ def read_factors(directory: Path, fields: Mapping[str, Any]) -> tuple[dict[str, 
             if not kind:
                 continue  # modules_to_save: comes along as it is
             if kind not in ("A.weight", "B.weight") or not key.startswith(PREFIX):
-                raise ArtifactError(f"{path}: {key} is no factor of a plain linear LoRA (DoRA, embeddings and biases have other tensors). Train without it.")
+                raise ArtifactError(f"{path}: {key} is no factor of a plain linear LoRA (DoRA, embeddings and biases are not supported). Train without it.")
             found.setdefault(module, {})[kind[0]] = key
         for module, pair in found.items():
             shapes = {kind: tuple(handle.get_slice(key).get_shape()) for kind, key in pair.items()}

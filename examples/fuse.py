@@ -1,0 +1,236 @@
+"""Two tasks and a safety patch in one adapter: what task arithmetic, DARE, TIES and a learned safety mask (SOMF) make of them.
+
+    python -m examples.fuse [--smoke] [--data rows.jsonl] [--out runs/fuse]      (about 13 minutes on two cores)
+
+1. A safety patch is trained on SmolLM2-135M-Instruct: the safe adapter.
+2. Two adapters are trained on from it: one on sorting help-desk messages (or --data), one on sorting headlines with one row in ten replaced by a simulated
+   attack.
+3. The three are fused five ways. SOMF's mask is trained by DPO on the training split's requests, with refusals against contentless openings, and on prompts
+   that only look dangerous, with the model's own answers against refusals. A random mask of equal density is its control.
+4. Everything is measured on prompts and rows that nothing above has seen. Writes report.json, report.png and the fused adapter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft_safety.methods.somf import FuseReport
+    from peft_safety.recipes.load import TaskData
+    from peft_safety.report import Report
+
+POISON = 0.1
+LEARNING_RATE = 1e-3
+"""Twice that of `examples.demo`: an attack that shows, as in `examples.repair`."""
+WEIGHT = 0.5
+"""Of each task vector, in every fusion: the average of the two. The published 0.3 belongs to more tasks."""
+TASKS = ("help desk", "headlines")
+ADAPTERS = ("first", "second")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything: what of the patch recipe is not its default, rows to train on, preference pairs, steps of the mask, and prompts of each kind to measure on."""
+
+    patch: dict[str, Any]
+    task_rows: int
+    pairs: int
+    safe_pairs: int
+    mask_steps: int
+    eval_limit: int
+
+
+FULL = Scale({}, 160, 112, 56, 30, 72)
+SMOKE = Scale({"harmful": 24, "general": 4, "contrast": 8, "validation": 4}, 16, 4, 2, 2, 4)
+
+
+class Fusing:
+    """One PeftModel that collects all adapters, and what they are measured on."""
+
+    def __init__(self, scale: Scale, given: argparse.Namespace) -> None:
+        from peft_safety.recipes.train import TrainOptions
+
+        self.scale, self.given = scale, given
+        self.options = TrainOptions(lr=LEARNING_RATE, max_length=128, seed=given.seed)
+        self.arms: dict[str, dict[str, Any]] = {}
+        self.details: dict[str, Any] = {"seconds": {}}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase, and say when it begins and ends."""
+        print(f"-> {name}", flush=True)
+        started = time.perf_counter()
+        yield
+        self.details["seconds"][name] = round(time.perf_counter() - started, 1)
+        print(f"   {self.details['seconds'][name]:.0f} s", flush=True)
+
+    def prepare(self, source: str) -> None:
+        """The safe adapter, and what everything is measured on."""
+        from peft import PeftModel
+
+        from peft_safety import export_lora
+        from peft_safety.data import load, read_jsonl
+        from peft_safety.evaluation import self_responses
+        from peft_safety.recipes.bench import Bench
+        from peft_safety.recipes.load import load_model
+        from peft_safety.recipes.patch import PatchOptions, patch
+
+        scale, given = self.scale, self.given
+        with self.phase("loading the model"):
+            base, self.tokenizer = load_model(source)
+            self.tasks = [self.task(read_jsonl(given.data) if given.data else load("benign_task")), self.task(load("second_task"))]
+        with self.phase("training the safety patch"):
+            prompts = [row["prompt"] for row in load("contrast_prompts", "train")][: scale.safe_pairs]
+            self.answers = self_responses(base, self.tokenizer, prompts, max_new_tokens=16)
+            defaults = PatchOptions()
+            options = replace(defaults, **scale.patch, training=replace(defaults.training, seed=given.seed))
+            patched, run = patch(base, self.tokenizer, options)
+            self.details["safety patch"] = {**asdict(run.training), "looks": [asdict(look) for look in run.looks]}
+        export_lora(patched, given.out / "safe")  # plain: the task adapters go on from it, and a constraint would bind them too
+        model = self.model = PeftModel.from_pretrained(patched.unload(), str(given.out / "safe"))
+        self.bench = Bench.prepare(model, self.tokenizer, self.tasks[0], self.options, split=given.split, limit=scale.eval_limit)
+        self.measure("safe adapter", "default")
+
+    def task(self, rows: list[dict[str, Any]]) -> TaskData:
+        """At most `task_rows` training rows and `eval_limit` held-out ones."""
+        from peft_safety.recipes.load import TaskData, task_data
+
+        found = task_data(rows, self.given.split, self.scale.eval_limit, self.given.seed)
+        few = random.Random(self.given.seed).sample(found.train, min(self.scale.task_rows, len(found.train)))
+        return TaskData(few, found.held_out, found.labels)
+
+    def train_tasks(self) -> None:
+        """Both task adapters, each trained on from the safe one; the second on poisoned rows."""
+        from peft_safety.recipes.load import poisoned
+        from peft_safety.recipes.train import finetune
+
+        for adapter, name, task, poison in zip(ADAPTERS, TASKS, self.tasks, (0.0, POISON), strict=True):
+            with self.phase(f"fine-tuning on {name}, {100 * poison:g} % poison"):
+                self.model.load_adapter(str(self.given.out / "safe"), adapter, is_trainable=True)
+                self.model.set_adapter(adapter)
+                rows = poisoned(task.train, poison, self.given.seed)
+                _, run = finetune(self.model, self.tokenizer, rows, None, self.options, labels=task.labels, description=name)
+                self.details[name] = asdict(run)
+            self.measure(f"{name}, {100 * poison:g} % poison", adapter)
+
+    def fuse_all(self) -> None:
+        """The fusions without a mask, with a learned one, and with a random one of equal density."""
+        weight = self.given.weight
+        for method in ("task_arithmetic", "dare", "ties"):
+            self.fuse(method.replace("_", " ") if method == "task_arithmetic" else method.upper(), method=method, weights=weight)
+        with self.phase("training SOMF's mask"):
+            report = self.learn(weight)
+        self.measure("SOMF", "somf")
+        if report.masks is not None:
+            self.fuse("random mask (control)", mask=report.masks.shuffled(self.given.seed), weights=weight, fusion="task_arithmetic")
+
+    def fuse(self, name: str, **options: Any) -> FuseReport:
+        """One fusion, under a name of its own, measured."""
+        from peft_safety import fuse
+
+        adapter = name.split(" ", maxsplit=1)[0].lower()
+        report = fuse("default", ADAPTERS, model=self.model, adapter_name=adapter, seed=self.given.seed, progress=False, **options)
+        self.details[name] = report.record
+        self.measure(name, adapter)
+        return report
+
+    def learn(self, weight: float) -> FuseReport:
+        """SOMF by DPO; the result is also written."""
+        from peft_safety import fuse
+        from peft_safety.data import preference_pairs, refusal_pairs
+        from peft_safety.methods.somf import MaskTraining
+
+        scale, seed = self.scale, self.given.seed
+        refusals = [row["response"] for row in refusal_pairs("train", max(1, len(self.answers)), seed)]
+        safe = [
+            {"prompt": row["prompt"], "chosen": row["response"], "rejected": refusal, "truncated": row["truncated"]}
+            for row, refusal in zip(self.answers, refusals, strict=False)
+        ]
+        rows = [*preference_pairs("train", scale.pairs, seed), *safe]
+        training = MaskTraining(lr=self.given.mask_lr, max_steps=scale.mask_steps, batch_size=8, max_length=96, seed=seed)
+        report = fuse(
+            "default",
+            ADAPTERS,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            data=rows,
+            training=training,
+            out=self.given.out / "somf",
+            adapter_name="somf",
+            weights=weight,
+            fusion="task_arithmetic",
+            rescale=self.given.rescale,
+            seed=seed,
+        )
+        self.details["SOMF"] = {**report.record, "run": asdict(report.run) if report.run else None}
+        return report
+
+    def measure(self, name: str, adapter: str) -> None:
+        """Safety, both accuracies and drift of one adapter."""
+        from peft_safety.evaluation.tasks import accuracy
+
+        with self.phase(f"measuring {name}"):
+            self.model.set_adapter(adapter)
+            figures = self.bench.measure(self.model, self.tokenizer).figures()
+            figures[f"accuracy, {TASKS[0]}"] = figures.pop("task accuracy")
+            second = self.tasks[1]
+            figures[f"accuracy, {TASKS[1]}"] = accuracy(self.model, self.tokenizer, second.held_out, second.labels)
+            self.arms[name] = figures
+
+    def report(self, model: str) -> Report:
+        """All arms, with what a reader needs to judge them."""
+        from peft_safety.evaluation import KeywordJudge
+        from peft_safety.report import Report, environment
+
+        given = self.given
+        return Report(
+            title=f"{model}: a safety patch and two tasks, one of them poisoned, fused",
+            arms=self.arms,
+            notes=(
+                f"Judge: {KeywordJudge.name}. {KeywordJudge.caveat}",
+                f"Prompts and task rows: {given.split} split; one seed ({given.seed}), so differences inside the intervals mean nothing.",
+                f"Every fusion weighs each task vector by {given.weight:g}. The random mask keeps as many entries of every tensor as SOMF's.",
+            ),
+            environment=environment(given.seed, model=model, lr=LEARNING_RATE, mask_lr=given.mask_lr, weight=given.weight, rescale=given.rescale),
+            details=self.details,
+        )
+
+
+def main() -> None:
+    """Run it, and print, save and draw the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="a few rows of everything: does it run? Figures mean nothing")
+    parser.add_argument("--out", type=Path, default=Path("runs/fuse"))
+    parser.add_argument("--data", type=Path, help="JSON lines {text, label} in place of the help-desk task, for example banking intents")
+    parser.add_argument("--model", help="hub id or directory of an instruct model; default SmolLM2-135M-Instruct, fetched when missing")
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="choose settings on validation; look at test once")
+    parser.add_argument("--weight", type=float, default=WEIGHT, help="of each task vector")
+    parser.add_argument("--mask-lr", type=float, default=1e-1, help="peak learning rate of the mask's logits")
+    parser.add_argument("--rescale", choices=("mean", "none", "norm"), default="mean")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+
+    from examples.get_model import model_dir
+
+    started = time.perf_counter()
+    source = given.model or str(model_dir())
+    job = Fusing(SMOKE if given.smoke else FULL, given)
+    job.prepare(source)
+    job.train_tasks()
+    job.fuse_all()
+    report = job.report(Path(source).name)
+    report.save(given.out / "report.json")
+    report.save_png(given.out / "report.png")
+    report.print()
+    print(f"{time.perf_counter() - started:.0f} s in all. Wrote {given.out / 'report.json'} and {given.out / 'report.png'}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""`peft-safety fuse`: flags, a YAML file, a dry run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from peft import PeftModel
+from typer.testing import CliRunner
+
+from peft_safety.cli import app
+from peft_safety.errors import ConfigError
+from peft_safety.methods.somf import load_masks, plan_fusion
+from peft_safety.recipes.fusion import FuseJob, read_config
+from tests.peft.fusion_cells import PAIRS, QUICK, family, saved
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+TASKS = ["task0", "task1"]
+PLAIN = {"method": "task_arithmetic", "progress": False}
+LEARN = {"tokenizer": tiny_tokenizer(), "data": PAIRS, "training": QUICK, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    return saved(family(), tmp_path_factory.mktemp("adapters"))
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["fuse", *map(str, arguments)])
+
+
+def test_flags(stored, tmp_path):
+    safe, one, two = (stored[name] for name in ("safe", *TASKS))
+    common = ("--safe", safe, "--task", one, "--task", two)
+    dry = run(*common, "--out", tmp_path / "out", "--dry-run")
+    assert dry.exit_code == 0, dry.output
+    assert "continued" in dry.output
+    assert not (tmp_path / "out").exists()
+    planned = run(*common, "--dry-run", "--json", "--granularity", "rank")
+    assert json.loads(planned.stdout)["logits"] == plan_fusion(safe, [one, two], granularity="rank").logits
+    done = run(*common, "--out", tmp_path / "out", "--method", "ties", "--weight", 0.4, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["fusion"] == "ties"
+    table = run(*common, "--out", tmp_path / "out2", "--method", "dare", "--weight", 0.3, "--weight", 0.6)
+    assert "fused model written" in table.output
+    assert PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "out")) is not None
+
+
+def test_a_config_trains_and_flags_override_it(stored, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
+    (tmp_path / "job.yaml").write_text(
+        f"safe: {stored['safe']}\ntasks: [{stored['task0']}, {stored['task1']}]\nmodel: {tmp_path / 'base'}\ndata: {tmp_path / 'rows.jsonl'}\n"
+        f"out: {tmp_path / 'out'}\ngranularity: rank\ntrain: {{max_steps: 3, batch_size: 4, max_length: 128, progress: false, lr: 0.5}}\n"
+    )
+    done = run(tmp_path / "job.yaml", "--granularity", "row", "--max-steps", 2, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["granularity"] == "row"
+    assert found["mask"]["steps"] == 2
+    assert found["mask"]["lr"] == 0.5
+    assert load_masks(tmp_path / "out").record["objective"] == "dpo"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "- a",
+        "safe: [",
+        "tasks: []",
+        "tasks: [a]\nlamda: 3",
+        "tasks: [a]\ntrain: 3",
+        "tasks: [a]\ntrain: {beta: -1}",
+        "tasks: [a]\nsafe: 3",
+        "tasks: [a]\ndrop: 2",
+        "tasks: !!python/object:os.system x",
+    ],
+)
+def test_bad_configs(tmp_path, text):
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(ConfigError):
+        FuseJob.of(read_config(tmp_path / "job.yaml"))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_config(tmp_path / "none.yaml")
+
+
+def test_a_job_without_an_output_directory(stored):
+    with pytest.raises(ConfigError, match="Give out"):
+        FuseJob.of({"tasks": [stored["task0"]], "safe": stored["safe"], "method": "average"}).run()
