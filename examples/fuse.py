@@ -37,7 +37,8 @@ ADAPTERS = ("first", "second")
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything: what of the patch recipe is not its default, rows to train on, preference pairs, steps of the mask, and prompts of each kind to measure on."""
+    """How much of everything: what of the patch recipe is not its default, rows to train on, preference pairs, steps of the mask, and prompts of each kind to
+    measure on."""
 
     patch: dict[str, Any]
     task_rows: int

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 XSTEST = Path("../shared/data/xstest.jsonl")
 XSTEST_LIMIT = 100
+TASK_ROWS = 64
 CONTROL = "hard, random basis"
 ARMS = ("none", "hard", "soft", CONTROL, "stacked")
 
@@ -44,7 +45,7 @@ class Comparison:
         self.defaults = PatchOptions()
         self.options = replace(self.defaults, training=replace(self.defaults.training, seed=seed))
         self.model, self.tokenizer = load_model(model_path)
-        self.task = task_data(load("benign_task"), split, 96, seed)
+        self.task = task_data(load("benign_task"), split, TASK_ROWS, seed)
         self.bench = Bench.prepare(self.model, self.tokenizer, TaskData([], [], []), self.options.training, split=split)
         self.xstest = [row["prompt"] for row in read_jsonl(xstest) if row.get("label") == "safe"][:: 250 // XSTEST_LIMIT] if xstest.is_file() else []
         self.arms: dict[str, dict[str, Figure]] = {}

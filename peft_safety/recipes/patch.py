@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from peft_safety.subspace import SafetySubspace
 
-PATCH_TRAINING = TrainOptions(lr=1e-3, max_length=128)
+PATCH_TRAINING = TrainOptions(lr=2e-3, max_length=128)
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class PatchOptions:
     r: int = 8
     lora_alpha: int = 16
     target_modules: str | list[str] = "all-linear"
-    harmful: int = 224
-    general: int = 108
-    contrast: int = 140
+    harmful: int = 264
+    general: int = 68
+    contrast: int = 180
     answer_tokens: int = 16
-    distil_weight: float = 1.0
+    distil_weight: float = 4.0
     validation: int = 40
     stopping: Stopping = field(default_factory=Stopping)
     training: TrainOptions = PATCH_TRAINING
