@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 PYTEST_ARGS ?=
+# one worker a core: the tests themselves run on one thread
+PYTEST_WORKERS ?= auto
 DEMO_ARGS ?=
 
 # nothing that runs here needs a hub: the one model is fetched by `make model`
@@ -44,7 +46,7 @@ demo-smoke: $(STAMP) model
 	$(OFFLINE) $(BIN)/python -m examples.demo --smoke $(DEMO_ARGS)
 
 test: $(STAMP) model
-	$(OFFLINE) $(BIN)/python -m pytest tests -m "not gpu and not slow" $(PYTEST_ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest tests -n $(PYTEST_WORKERS) -m "not gpu and not slow" $(PYTEST_ARGS)
 
 # GPU tests skip themselves where there is no GPU
 test-all: $(STAMP) model
