@@ -153,7 +153,7 @@ def contrastive_basis(moment: Tensor, against: Tensor, size: Size, name: str) ->
     directions = orthonormalise(torch.linalg.solve_triangular(factor.mT, vectors.flip(1), upper=True))
     if k is None:
         k = _enough((directions * (s @ directions)).sum(0), total, size.energy or 1.0)
-    return directions[:, :k].float(), values.flip(0)[:k].clamp(min=0).sqrt().float()
+    return _spanned(directions[:, :k].float(), values.flip(0)[:k].clamp(min=0).sqrt().float())
 
 
 def _enough(values: Tensor, total: float, energy: float) -> int:

@@ -159,3 +159,5 @@ def test_a_rank_deficient_moment_gives_the_directions_that_it_has():
     x = data(0, 12, 3)
     q, s = input_basis(x @ x.T, Size(rank=6), "layer")
     assert q.shape[1] == s.numel() == 3, "the caller compares this with what it asked for"
+    q, mu = contrastive_basis(x @ x.T, torch.eye(12), Size(rank=6), "layer")
+    assert q.shape[1] == mu.numel() == 3
