@@ -50,6 +50,7 @@ class Comparison:
         self.xstest = [row["prompt"] for row in read_jsonl(xstest) if row.get("label") == "safe"][:: 250 // XSTEST_LIMIT] if xstest.is_file() else []
         self.arms: dict[str, dict[str, Figure]] = {}
         self.details: dict[str, Any] = {}
+        self.current = ""
 
     def measure(self, name: str, model: Any) -> None:
         """All figures of one arm."""
@@ -93,7 +94,7 @@ class Comparison:
         started = time.perf_counter()
         tuned, run = patch(model, self.tokenizer, options, **given)
         name = given.get("adapter_name", "default")
-        self.details[f"{len(self.details) + 1}: {options.mode}, {name}"] = {
+        self.details[f"patch of {self.current}, {name}"] = {
             "seconds": round(time.perf_counter() - started),
             "looks": [asdict(look) for look in run.looks],
             "kept": asdict(run.best) if run.best else None,
@@ -105,6 +106,7 @@ class Comparison:
     def arm(self, name: str) -> None:
         """One patch on the bare model, measured, and taken off again."""
         print(f"-> {name}", flush=True)
+        self.current = name
         if name == "stacked":
             self.stacked()
             return
@@ -160,17 +162,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--xstest", type=Path, default=XSTEST, help="JSON lines of {prompt, label, type}; left out where there is no such file")
     parser.add_argument("--arms", default=";".join(ARMS), help="separated by semicolons")
+    parser.add_argument("--keep", action="store_true", help="keep what OUT/report.json has, and run only --arms again (same split, seed and machine)")
     given = parser.parse_args()
 
     from examples.demo import torch_threads
     from examples.get_model import model_dir
     from peft_safety.evaluation import KeywordJudge
+    from peft_safety.methods.ortho_patch.config import REG_LAMBDA
     from peft_safety.report import Report, environment
 
     started = time.perf_counter()
     model_path = given.model or str(model_dir())
     run = Comparison(model_path, given.split, given.seed, given.xstest)
-    run.measure("unpatched", run.model)
+    if given.keep:
+        before = Report.load(given.out / "report.json")
+        run.arms, run.details = {arm: dict(figures) for arm, figures in before.arms.items()}, dict(before.details)
+    if "unpatched" not in run.arms:
+        run.measure("unpatched", run.model)
     for name in given.arms.split(";"):
         run.arm(name)
     options = run.options
@@ -181,7 +189,7 @@ def main() -> None:
         notes=(
             f"Judge: {KeywordJudge.name}. {KeywordJudge.caveat}",
             f"Prompts: {given.split} split; one seed ({given.seed}), so differences inside the intervals mean nothing.",
-            f"Constrained arms: basis of {options.basis} data, side {options.side}, {size} in every linear layer; r = {options.r}.",
+            f"Constrained arms: basis of {options.basis} data, side {options.side}, {size} in every linear layer; r = {options.r}; soft: lambda = {REG_LAMBDA:g}.",
         ),
         environment=environment(given.seed, model=Path(model_path).name, threads=torch_threads()),
         details=run.details,

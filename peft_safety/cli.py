@@ -115,7 +115,7 @@ def patch(
     side: Annotated[str, typer.Option(help="in, out or both.")] = "in",
     k: Annotated[int | None, typer.Option(help="Protected directions per module (default 32).")] = None,
     energy: Annotated[float | None, typer.Option(help="Or as many as hold this share of the energy.")] = None,
-    reg_lambda: Annotated[float, typer.Option(help="For --mode soft: weight of the penalty.")] = 1.0,
+    reg_lambda: Annotated[float | None, typer.Option(help="For --mode soft: weight of the penalty (default 100).")] = None,
     subspace: Annotated[str, typer.Option(help='Subspace file, directory or Hub id, or "auto".')] = "auto",
     prior: Annotated[list[Path] | None, typer.Option(help="Directory of an earlier patch to stack on; may be repeated.")] = None,
     r: Annotated[int, typer.Option(help="LoRA rank.")] = 8,

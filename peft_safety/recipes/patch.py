@@ -39,7 +39,7 @@ class PatchOptions:
     """What a patch is made of. The defaults were chosen on the validation split with SmolLM2-135M-Instruct.
 
     Attributes:
-        mode, basis, side, k, energy, reg_lambda, prior_patches: as in `OrthoSafetyPatchConfig`.
+        mode, basis, side, k, energy, reg_lambda, prior_patches: as in `OrthoSafetyPatchConfig`, whose default None takes.
         subspace: as there; "auto" estimates it on the general rows of the patch itself, answers included.
         r, lora_alpha, target_modules: as in `LoraConfig`.
         harmful, general, contrast: how many rows of each kind of the package's own to take: requests with refusals; everyday prompts, and safe prompts that
@@ -56,7 +56,7 @@ class PatchOptions:
     side: Literal["in", "out", "both"] = "in"
     k: int | None = None
     energy: float | None = None
-    reg_lambda: float = 1.0
+    reg_lambda: float | None = None
     subspace: SafetySubspace | str = "auto"
     prior_patches: tuple[str, ...] = ()
     r: int = 8
@@ -167,7 +167,7 @@ def patch_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opt
         )
     names = ("mode", "basis", "side", "k", "energy", "reg_lambda", "r", "lora_alpha", "target_modules")
     return OrthoSafetyPatchConfig(
-        **{name: getattr(options, name) for name in names},
+        **{name: getattr(options, name) for name in names if getattr(options, name) is not None},
         subspace=subspace,
         prior_patches=list(options.prior_patches) or None,
         task_type=TaskType.CAUSAL_LM,
