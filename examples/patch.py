@@ -189,7 +189,8 @@ def main() -> None:
         notes=(
             f"Judge: {KeywordJudge.name}. {KeywordJudge.caveat}",
             f"Prompts: {given.split} split; one seed ({given.seed}), so differences inside the intervals mean nothing.",
-            f"Constrained arms: basis of {options.basis} data, side {options.side}, {size} in every linear layer; r = {options.r}; soft: lambda = {REG_LAMBDA:g}.",
+            f"Constrained arms: basis of {options.basis} data, side {options.side}, {size} in every linear layer; r = {options.r}.",
+            f"soft: lambda = {REG_LAMBDA:g}.",
         ),
         environment=environment(given.seed, model=Path(model_path).name, threads=torch_threads()),
         details=run.details,

@@ -24,7 +24,7 @@ from peft_safety.subspace import SafetySubspace
 
 DEFAULT_K = 32
 REG_LAMBDA = 100.0
-"""An unconstrained patch of SmolLM2-135M has a penalty of about 0.02 (0.9 % of each layer's output, squared, times 210 layers); at 1 it changes nothing there."""
+"""An unconstrained patch of SmolLM2-135M has a penalty of about 0.02 (0.9 % of each layer's output, squared, times 210 layers): at 1 it would not be felt."""
 
 
 @dataclass
