@@ -70,38 +70,40 @@ def estimate(
 
     Reference: SaLoRA, arXiv 2501.01765, section 4.1; GuardSpace, arXiv 2510.14301. SaLoRA's public code runs the model once per layer; this is one pass.
     """
-    if method not in METHODS:
-        raise ConfigError(f"method={method!r}; no such method. Use one of {', '.join(METHODS)}.")
-    if positions not in (None, "response", "prompt", "all"):
-        raise ConfigError(f"positions={positions!r}. Use 'response', 'prompt' or 'all'.")
-    chosen: tuple[Side, ...] = METHODS[method][0] if sides is None else tuple(sides)
-    where = positions or METHODS[method][1]
+    chosen, where = _where(method, sides, positions)
     size = size_of(DEFAULT_RANK if rank is None and energy is None else rank, energy)
     layers = dict(target_layers(model, target_modules) if layers is None else layers)
-    wanted = _wanted(layers, chosen, size)
-
-    def moments_of(rows: Sequence[Mapping[str, Any]], what: str) -> tuple[InputMoments, dict[str, Any]]:
+    wanted = {(name, side): size.fixed(weights.shape(layer), side, name) for name, layer in layers.items() for side in chosen}
+    found = []
+    for rows in [data] if against is None else [data, against]:
         batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length)
-        found = collect(model, layers, batches, positions=where, progress=progress, what=what)
-        return found, {"data": digest, "samples": sum(int(batch["input_ids"].shape[0]) for batch in batches), "tokens": found.tokens}
-
-    with adapters_off(model):
-        moments, facts = moments_of(data, "calibrating")
-        contrast = None if against is None else moments_of(against, "calibrating (contrast)")
+        with adapters_off(model):
+            moments = collect(model, layers, batches, positions=where, progress=progress)
+        found.append((moments, {"data": digest, "samples": sum(int(b["input_ids"].shape[0]) for b in batches), "tokens": moments.tokens}))
+    (moments, facts), contrast = found[0], found[1:]
     needed = max((k for k in wanted.values() if k is not None), default=1)
     if moments.tokens < needed:
         raise CalibrationError(
             f"{moments.tokens} {'labelled ' * (where == 'response')}tokens cannot span rank={needed} directions. Give more data, or a smaller rank."
         )
-    bases, spectra = _bases(layers, chosen, moments, None if contrast is None else contrast[0], size, seed)
+    bases, spectra = _bases(layers, chosen, moments, contrast[0][0] if contrast else None, size, seed)
     _check_spans({key: bases[key[0]][key[1]].shape[1] for key in wanted}, wanted, allow_fewer)
     provenance = {"method": method, "sides": "+".join(chosen), "positions": where, "seed": seed, "model": model_name(model), **facts}
     provenance |= {"rank": rank or DEFAULT_RANK} if energy is None else {"energy": energy}
-    if contrast is not None:
-        provenance["against"] = contrast[1]["data"]
+    provenance |= {"against": contrast[0][1]["data"]} if contrast else {}
     subspace = SafetySubspace(bases, spectra, provenance=provenance)
     subspace.bind(layers)
     return subspace
+
+
+def _where(method: str, sides: Sequence[Side] | None, positions: Positions | None) -> tuple[tuple[Side, ...], Positions]:
+    """Sides and token positions: those given, or else the method's own."""
+    if method not in METHODS:
+        raise ConfigError(f"method={method!r}; no such method. Use one of {', '.join(METHODS)}.")
+    if positions not in (None, "response", "prompt", "all"):
+        raise ConfigError(f"positions={positions!r}. Use 'response', 'prompt' or 'all'.")
+    own_sides, own_positions = METHODS[method]
+    return own_sides if sides is None else tuple(sides), positions or own_positions
 
 
 def size_of(rank: float | None, energy: float | None = None) -> Size:
@@ -111,11 +113,6 @@ def size_of(rank: float | None, energy: float | None = None) -> Size:
         ConfigError: neither; or both are given, or none.
     """
     return Size(share=rank, energy=energy) if isinstance(rank, float) else Size(rank=rank, energy=energy)
-
-
-def _wanted(layers: Mapping[str, nn.Module], sides: Sequence[Side], size: Size) -> dict[tuple[str, Side], int | None]:
-    """Directions to take of each layer and side, checked before anything runs."""
-    return {(name, side): size.fixed(weights.shape(layer), side, name) for name, layer in layers.items() for side in sides}
 
 
 def _bases(
