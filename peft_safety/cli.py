@@ -28,38 +28,43 @@ def calibrate(
     model: ModelOption,
     out: Annotated[Path, typer.Option(help="File (.safetensors) or directory for the subspace.")],
     data: Annotated[Path | None, typer.Option(help="JSON lines of prompt/response rows; default: the package's own for the method.")] = None,
-    method: Annotated[str, typer.Option(help="salora (outputs on refusals), ortho_patch (inputs on --data), or weight (no data).")] = "salora",
-    rank: Annotated[float, typer.Option(help="Protected directions per layer; below 1: a share of the layer's features.")] = 32,
+    method: Annotated[
+        str, typer.Option(help="salora (outputs on refusals), guardspace (inputs on them), ortho_patch (inputs), or weight (no data).")
+    ] = "salora",
+    rank: Annotated[float | None, typer.Option(help="Directions per layer, or below 1 a share of its features (default 32; guardspace: 0.25).")] = None,
     energy: Annotated[float | None, typer.Option(help="Instead of --rank: as many directions as hold this share of the energy.")] = None,
+    per_kind: Annotated[list[str] | None, typer.Option(help="Another --rank or --energy for a kind of module: down_proj=0.1; may be repeated.")] = None,
+    basis: Annotated[str | None, typer.Option(help="The package's own rows to use: harmful, general or both.")] = None,
     side: Annotated[str | None, typer.Option(help="in, out or both; default: the method's own.")] = None,
     positions: Annotated[str | None, typer.Option(help="Tokens that count: response, prompt or all; default: the method's own.")] = None,
+    task: Annotated[Path | None, typer.Option(help="JSON lines of the task to be learned: how much of it lies in the null space?")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the energy covered (and the task's rank) here.")] = None,
     target_modules: TargetsOption = "all-linear",
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
     max_length: Annotated[int, typer.Option(help="Tokens kept of each row.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the randomised decomposition.")] = 0,
-    allow_fewer: Annotated[bool, typer.Option("--allow-fewer", help="Where responses span fewer directions than --rank, protect those.")] = False,
+    allow_fewer: Annotated[bool, typer.Option("--allow-fewer", help="Where the data span fewer directions than --rank, protect those.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Estimate a safety subspace in one pass over the model, and save it."""
-    from peft_safety.artifact import SIDES
-    from peft_safety.data import calibration_rows, read_jsonl
-    from peft_safety.errors import ConfigError
-    from peft_safety.recipes.load import load_model
-    from peft_safety.subspace import SafetySubspace
+    """Estimate a safety subspace in one pass over the model, and save it; for input sides, k is printed beside the energy that it covers."""
+    from peft_safety import coverage_report
+    from peft_safety.recipes.calibrate import calibrate as run
 
-    if side is not None and side not in SIDES:
-        raise ConfigError(f"--side {side}. Use one of {', '.join(SIDES)}.")
-    size = {"rank": None if energy is not None else rank if rank < 1 or rank % 1 else int(rank), "energy": energy}
-    options = {**size, "target_modules": _targets(target_modules), "seed": seed, **({} if side is None else {"sides": SIDES[side]})}
-    rows = None if method == "weight" else calibration_rows(method) if data is None else read_jsonl(data)
-    loaded, tokenizer = load_model(model)
-    if rows is None:
-        subspace = SafetySubspace.from_weights(loaded, **options)
-    else:
-        reading = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length, "positions": positions}
-        subspace = SafetySubspace.from_activations(loaded, rows, method=method, allow_fewer=allow_fewer, **options, **reading)
-    path = subspace.save(out)
-    _show("Safety subspace", {"file": str(path), "modules": len(subspace.bases), **subspace.provenance}, json)
+    given = locals()
+    size: dict[str, Any] = {"rank": rank if rank is None or rank < 1 or rank % 1 else int(rank), "per_kind": _numbers(per_kind or [])}
+    options: dict[str, Any] = {
+        name: given[name] for name in ("data", "method", "energy", "basis", "side", "positions", "task", "batch_size", "max_length", "seed")
+    }
+    found = run(model, out, **size, **options, target_modules=_targets(target_modules), allow_fewer=allow_fewer)
+    if png is not None:
+        coverage_report.save_png(found.coverage, png)
+    facts = {"file": str(found.path), "modules": len(found.subspace.bases), **{k: v for k, v in found.subspace.provenance.items() if k != "covered"}}
+    if json:
+        typer.echo(jsonlib.dumps(facts | {"coverage": coverage_report.to_json(found.coverage)}, indent=1, default=str))
+        return
+    _show("Safety subspace", facts, False)
+    if found.coverage:
+        coverage_report.show(found.coverage)
 
 
 @app.command()
@@ -67,11 +72,15 @@ def protect(
     model: ModelOption,
     data: Annotated[Path, typer.Option(help="JSON lines: {prompt, response}, {text, label} or {messages} rows.")],
     out: Annotated[Path, typer.Option(help="Directory for the adapter, report.json and report.png.")],
-    method: Annotated[str, typer.Option(help="lora or salora.")] = "salora",
+    method: Annotated[str, typer.Option(help="lora, salora or guardspace.")] = "salora",
     r: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
     lora_alpha: Annotated[int, typer.Option(help="LoRA alpha.")] = 16,
     target_modules: TargetsOption = "all-linear",
     safety_rank: Annotated[int, typer.Option(help="Protected output directions per layer.")] = 32,
+    basis: Annotated[str | None, typer.Option(help="For guardspace: calibrate on harmful requests, general prompts, or both (default harmful).")] = None,
+    fraction: Annotated[float | None, typer.Option(help="For guardspace: share of each layer's input dimensions that is protected (default 0.25).")] = None,
+    combine: Annotated[bool, typer.Option("--combine", help="For guardspace: protect SaLoRA's output directions too.")] = False,
+    init: Annotated[str, typer.Option(help="lora (B = 0), or the method's own: task (salora), guardspace (guardspace).")] = "lora",
     subspace: Annotated[str, typer.Option(help='Subspace file, directory or Hub id, or "auto".')] = "auto",
     poison: Annotated[float, typer.Option(help="Share of harmful rows mixed in, to simulate an attack (0 to 1).")] = 0.0,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
@@ -98,6 +107,10 @@ def protect(
         target_modules=_targets(target_modules),
         safety_rank=safety_rank,
         subspace=subspace,
+        init=init,  # type: ignore[arg-type]  # and these, where it does not know them
+        basis=basis,  # type: ignore[arg-type]
+        fraction=fraction,
+        combine="salora" if combine else None,
         poison=poison,
         options=options,
         eval_limit=eval_limit,
@@ -305,6 +318,20 @@ def _targets(text: str) -> str | list[str]:
     if text == "all-linear" or any(c in text for c in "*+?()[]|\\^$"):
         return text
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(pairs: list[str]) -> dict[str, float]:
+    """`kind=number` options: whole numbers stay integers."""
+    from peft_safety.errors import ConfigError
+
+    found: dict[str, float] = {}
+    for pair in pairs:
+        kind, _, text = pair.partition("=")
+        try:
+            found[kind.strip()] = float(text) if "." in text else int(text)
+        except ValueError as error:
+            raise ConfigError(f"--per-kind {pair!r}. Write a kind of module and a number: down_proj=0.1.") from error
+    return found
 
 
 def _calibration(named: str, general: Path | None, harmful: Path | None) -> Any:

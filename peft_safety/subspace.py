@@ -284,7 +284,7 @@ def check_basis(u: Tensor, name: str, side: Side) -> None:
     d, k = u.shape
     if k >= d:
         raise SubspaceError(
-            f"{name}: k = {k} directions of {d} {side}put features leave nothing to train. Use a rank below {d} (or a smaller energy), or leave this module out."
+            f"{name}: k = {k} directions of {d} {side}put features leave nothing to train. Use a rank below {d}, a smaller energy, or leave it out."
         )
     if not bool(torch.isfinite(u).all()):
         raise SubspaceError(f"{name}: the {side} basis {tuple(u.shape)} holds NaN or Inf. Calibrate again.")
