@@ -5,8 +5,8 @@
     python -m benchmarks.guardspace --report                                  README's table and docs/guardspace.png from results/guardspace.jsonl
 
 A cell is one fine-tune of the aligned model and one measurement, one JSON file under runs/guardspace named by a hash of the cell and of the protocol. Three
-stages: (1) the core of the grid, on validation prompts; (2) the setting with the best score there, fixed then and written down, on test prompts with its controls
-and three seeds; (3) where it breaks: epochs, learning rates, calibration sizes, a second fine-tune without protection; and the rest of the grid.
+stages: (1) the core of the grid, on validation prompts; (2) the setting with the best score there, fixed then and written down, on test prompts with its
+controls and three seeds; (3) where it breaks: epochs, learning rates, calibration sizes, a second fine-tune without protection; and the rest of the grid.
 """
 
 from __future__ import annotations
@@ -225,7 +225,8 @@ def run(cache: Cache, work: Callable[[Cell], dict[str, Any]], budget: float) -> 
     from tqdm.auto import tqdm
 
     started, count = time.monotonic(), 0
-    while missing := [cell for cell in (plan := cache.plan()) if cache.get(cell) is None]:
+    while missing := [cell for cell in cache.plan() if cache.get(cell) is None]:
+        plan = cache.plan()
         with tqdm(total=len(plan), initial=len(plan) - len(missing), desc="cells", unit="cell") as bar:
             for cell in missing:
                 before = time.monotonic()
