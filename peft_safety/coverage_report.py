@@ -19,6 +19,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5
 """Colour-blind safe (Okabe and Ito)."""
 GRID = 64
 """Points of a drawn curve."""
+WIDEST = 1000
 
 
 def kinds(modules: Sequence[ModuleCoverage]) -> dict[str, list[ModuleCoverage]]:
@@ -53,7 +54,7 @@ def table(modules: Sequence[ModuleCoverage]) -> Table:
     shown = Table(title=f"Null spaces of {len(modules)} modules, by kind (medians)", caption="\n".join(notes), title_justify="left", caption_justify="left")
     headings = ["module", "inputs", "k", "covered", "(least)"] + (["task: seen", "(least)", "rank", "rank outside"] if with_task else [])
     for heading in headings:
-        shown.add_column(heading, justify="left" if heading == "module" else "right")
+        shown.add_column(heading, justify="left" if heading == "module" else "right", no_wrap=True)
     for kind, rows in [*kinds(modules).items(), ("all", list(modules))]:
         cells = [f"{kind} ({len(rows)})", _span(rows, lambda row: row.features), _span(rows, lambda row: row.k)]
         cells += _pair([row.covered for row in rows if row.covered is not None])
@@ -66,10 +67,12 @@ def table(modules: Sequence[ModuleCoverage]) -> Table:
 
 
 def show(modules: Sequence[ModuleCoverage]) -> None:
-    """Print the table to stdout."""
+    """Print the table to stdout, as wide as its columns need: a figure that is cut off is none."""
     from rich.console import Console
 
-    Console().print(table(modules))
+    console, printed = Console(), table(modules)
+    console.width = max(console.width, console.measure(printed, options=console.options.update(max_width=WIDEST)).maximum)
+    console.print(printed)
 
 
 def save_png(modules: Sequence[ModuleCoverage], path: str | Path) -> Path:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peft_safety.artifact import SIDES
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, read_jsonl
 from peft_safety.errors import ConfigError
+from peft_safety.estimate.activations import METHODS
 from peft_safety.estimate.coverage import ModuleCoverage, coverage, task_shares, warn_if_stalled
 from peft_safety.estimate.targets import target_layers
 from peft_safety.recipes.load import load_model
@@ -75,6 +76,9 @@ def calibrate(
         raise ConfigError(f"rank {rank:g} and energy {energy:g}: give one of them.")
     if method == "weight" and (data or basis or per_kind or positions or task):
         raise ConfigError("method 'weight' reads weights only. Leave out data, basis, per_kind, positions and task.")
+    sides = SIDES[side] if side is not None else METHODS[method][0] if method in METHODS else ("in",)
+    if task is not None and "in" not in sides:
+        raise ConfigError(f"method {method!r} has no input side here, so no task can lie in its null space. Use guardspace, or leave task out.")
     if data is not None and basis is not None:
         raise ConfigError(f"basis {basis!r} chooses among the package's own rows. Give either it or your own data.")
     options: dict[str, Any] = {"rank": rank, "energy": energy, "target_modules": target_modules, "seed": seed, "progress": progress}
@@ -89,8 +93,6 @@ def calibrate(
         extra = {"method": method, "positions": positions, "per_kind": per_kind or None, "allow_fewer": allow_fewer}
         subspace = SafetySubspace.from_activations(loaded, rows, **extra, **options, **reading)
     inputs = any("in" in sides for sides in subspace.bases.values())
-    if task_rows is not None and not inputs:
-        raise ConfigError(f"method {method!r} has no input side, so no task can lie in its null space. Use guardspace, or leave task out.")
     shares = None
     if task_rows is not None:
         shares = task_shares(loaded, target_layers(loaded, target_modules), subspace, task_rows, ranks=True, progress=progress, **reading)

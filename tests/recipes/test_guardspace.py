@@ -59,7 +59,8 @@ def test_the_calibrate_command_prints_and_draws_what_is_covered(files):
 def test_coverage_is_the_energy_inside_and_survives_a_file(tmp_path):
     model, batches = tiny_llama(), to_batches(HARMFUL, tiny_tokenizer(), batch_size=4, max_length=64)[0]
     space = SafetySubspace.from_activations(model, batches, method="guardspace", rank=5, target_modules="all-linear", progress=False)
-    assert coverage_report.to_json(coverage(SafetySubspace.load(space.save(tmp_path)))) == coverage_report.to_json(coverage(space))
+    loaded, same = ({row["name"]: row for row in coverage_report.to_json(coverage(s))} for s in (SafetySubspace.load(space.save(tmp_path)), space))
+    assert loaded == same
     inputs = {}
     layer = model.get_submodule("model.layers.1.mlp.down_proj")
     layer.register_forward_pre_hook(lambda _, args: inputs.setdefault("x", args[0].detach()))
@@ -77,7 +78,7 @@ def test_the_tasks_share_outside_is_what_a_dense_computation_gives():
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     layers = target_layers(model, ["q_proj", "down_proj"])
     space = SafetySubspace.from_activations(model, HARMFUL, tokenizer=tokenizer, method="guardspace", rank=5, layers=layers, progress=False)
-    batches = to_batches(TASK, tokenizer, batch_size=20, max_length=64)[0]
+    batches = to_batches(TASK, tokenizer, batch_size=20, max_length=256)[0]
     shares = task_shares(model, layers, space, batches, ranks=True, progress=False)
     inputs = {}
     hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, args[0].detach())) for name, layer in layers.items()]
@@ -118,7 +119,7 @@ def test_rows_of_a_prompt_alone_may_stand_among_complete_ones():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"method": "salora", "task": "task.jsonl"}, "has no input side"),
+        ({"method": "salora", "task": "task.jsonl"}, "has no input side here"),
         ({"method": "weight", "basis": "harmful"}, "reads weights only"),
         ({"data": "data.jsonl", "basis": "harmful"}, "Give either"),
         ({"rank": 4, "energy": 0.5}, "give one of them"),
@@ -237,7 +238,7 @@ def test_the_report_writes_the_section_and_the_picture(tmp_path, monkeypatch):
     (tmp_path / "bare.md").write_text("nothing")
     with pytest.raises(DataError, match="lacks the markers"):
         guardspace_report.report(path, tmp_path / "bare.md", tmp_path / "picture.png")
-    with pytest.raises(DataError, match="Run python -m benchmarks.guardspace"):
+    with pytest.raises(DataError, match=r"Run python -m benchmarks\.guardspace"):
         guardspace_report.report(tmp_path / "none.jsonl", readme, tmp_path / "picture.png")
 
 
