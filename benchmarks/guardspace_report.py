@@ -68,7 +68,7 @@ def markdown(environment: dict[str, Any], rows: Sequence[Row]) -> str:
     """The section between the markers."""
     tests = [row for row in rows if row["cell"]["split"] == "test"]
     grid = [row for row in rows if row["cell"]["split"] == "validation"]
-    lines = ["![refusal and compliance against steps, and what k does to them](docs/guardspace.png)", ""]
+    lines = ["![refusal against optimizer steps and against the size of the null space](docs/guardspace.png)", ""]
     if tests:
         basis, fraction, positions = environment["chosen"]
         lines += [
@@ -116,7 +116,7 @@ def _transfer(tests: Sequence[Row]) -> list[str]:
 
 
 def save_png(rows: Sequence[Row], path: Path) -> Path:
-    """Left: refusal against epochs, a line a size of the null space, and plain LoRA. Right: refusal against that size, a line a basis. Poison 0.1."""
+    """Left: refusal against steps, a line a size of the null space, and plain LoRA. Right: refusal against that size, a line a basis. Poison 0.1."""
     from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(10, 4), layout="constrained")
@@ -127,8 +127,8 @@ def save_png(rows: Sequence[Row], path: Path) -> Path:
         cell = row["cell"]
         if cell["arm"] == "lora" or (cell["arm"] == "guard" and cell["positions"] == "all" and cell["calibration"] == 64):
             name = "plain LoRA" if cell["arm"] == "lora" else f"{cell['basis']}, {cell['fraction']:.3g}"
-            lines.setdefault(name, []).append((cell["epochs"], row))
-    _draw(left, {name: points for name, points in lines.items() if len(points) > 1} or lines, "epochs")
+            lines.setdefault(name, []).append((row.get("steps", cell["epochs"]), row))
+    _draw(left, {name: points for name, points in lines.items() if len(points) > 1} or lines, "optimizer steps")
     sizes: dict[str, list[tuple[float, Row]]] = {}
     for row in usual:
         cell = row["cell"]

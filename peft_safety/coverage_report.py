@@ -20,6 +20,8 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5
 GRID = 64
 """Points of a drawn curve."""
 WIDEST = 1000
+FLOOR = 1e-5
+"""Where the picture ends: shares below it are rounding noise of the fp32 moments, or nothing at all."""
 
 
 def kinds(modules: Sequence[ModuleCoverage]) -> dict[str, list[ModuleCoverage]]:
@@ -110,12 +112,13 @@ def _draw_energy(panel: Any, modules: Sequence[ModuleCoverage]) -> None:
         largest = min(row.k / row.features for row in drawn)
         shares = torch.linspace(min(1 / row.features for row in drawn), max(row.k / row.features for row in drawn), GRID)
         lines = torch.stack([_at(row, shares) for row in drawn])
-        outside = (1 - lines).clamp(min=1e-7).median(dim=0).values
+        outside = (1 - lines).median(dim=0).values.clamp(min=FLOOR)
         panel.plot((100 * shares).tolist(), outside.tolist(), color=colour, label=kind, linewidth=1.6)
         free = [row.task.free for row in drawn if row.task is not None]
         if free:
             panel.plot([100 * largest], [statistics.median(free)], "x", color=colour, markersize=7, markeredgewidth=2)
     panel.set_yscale("log")
+    panel.set_ylim(bottom=FLOOR)
     panel.set_xlabel("k, % of the input dimensions", fontsize=9)
     panel.set_ylabel("share of energy outside", fontsize=9)
     crosses = "; crosses: the task" if any(row.task is not None for row in modules) else ""
@@ -136,12 +139,13 @@ def _draw_ranks(panel: Any, modules: Sequence[ModuleCoverage]) -> None:
     bars: tuple[tuple[str, str, Callable[[ModuleCoverage], int | None]], ...] = (
         ("null space (k)", "#999999", lambda row: row.k),
         (f"task, {TASK_ENERGY:.0%} of its energy", PALETTE[0], lambda row: row.task.rank if row.task else None),
-        ("the same, outside the null space", PALETTE[1], lambda row: row.task.rank_free if row.task else None),
+        (f"{TASK_ENERGY:.0%} of what is left of it outside", PALETTE[1], lambda row: row.task.rank_free if row.task else None),
     )
     for offset, (label, colour, figure) in enumerate(bars):
         values = [[value for row in rows if (value := figure(row)) is not None] for rows in groups.values()]
         heights = [100 * statistics.median(found) / rows[0].features if found else 0 for found, rows in zip(values, groups.values(), strict=True)]
         panel.bar([place + 0.27 * (offset - 1) for place in range(len(groups))], heights, width=0.25, color=colour, label=label)
+    panel.set_ylim(top=1.35 * panel.get_ylim()[1])  # room for the legend
     panel.set_xticks(range(len(groups)), list(groups), rotation=30, ha="right")
     panel.set_ylabel("% of the input dimensions (medians)", fontsize=9)
     panel.set_title("Directions taken, and directions that the task needs", fontsize=9)
