@@ -1,10 +1,10 @@
-"""What does an ordinary fine-tune do to a small model's safety, and what does SaLoRA change about that? On two CPU cores, in minutes.
+"""What does an ordinary fine-tune do to a small model's safety, and what do SaLoRA and GuardSpace change about that? On two CPU cores, in minutes.
 
     python -m examples.demo [--smoke] [--attack] [--out runs/demo]
 
 1. SmolLM2-135M-Instruct refuses little by itself, so a safety patch is trained first (`peft_safety.recipes.patch`) and merged: the *aligned* model.
-2. The aligned model is fine-tuned on a benign task (sorting help-desk messages), once by plain LoRA and once by SaLoRA, with the same rows, seed and
-   settings. A random subspace of the same rank is the control. With --attack, again with one row in ten replaced by a simulated attack.
+2. The aligned model is fine-tuned on a benign task (sorting help-desk messages), once by plain LoRA, by SaLoRA and by GuardSpace, with the same rows,
+   seed and settings. A random basis as large as GuardSpace's is the control. With --attack, again with one row in ten replaced by a simulated attack.
 3. Every model is measured on prompts that nothing above has seen. Writes report.json and report.png.
 """
 
@@ -33,7 +33,12 @@ SAFETY_RANK = 32
 LEARNING_RATE = 5e-4
 """The smallest tried at which plain LoRA learns the task in one epoch (validation split: accuracy 44 %, against 25 % at 3e-4 and 48 % at 1e-3)."""
 POISON = 0.1
-CONTROL = "random subspace"
+FRACTION = 0.25
+"""Of every layer's input dimensions, for GuardSpace: its default."""
+GUARD_PAIRS = 64
+"""As many distinct calibration requests as the package has."""
+CONTROL = "random basis"
+"""GuardSpace with as many random input directions."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +51,18 @@ class Scale:
     arms: tuple[tuple[str, float], ...]
 
 
-FULL = Scale({}, 128, 72, (("lora", 0.0), ("salora", 0.0), (CONTROL, 0.0)))
-ATTACK = (("lora", POISON), ("salora", POISON))
-SMOKE = Scale({"harmful": 48, "general": 8, "contrast": 20, "validation": 8}, 40, 16, (("lora", 0.0), ("salora", 0.0)))
+FULL = Scale({}, 128, 72, (("lora", 0.0), ("salora", 0.0), ("guardspace", 0.0), (CONTROL, 0.0)))
+ATTACK = (("lora", POISON), ("salora", POISON), ("guardspace", POISON))
+SMOKE = Scale({"harmful": 48, "general": 8, "contrast": 20, "validation": 8}, 40, 16, (("lora", 0.0), ("guardspace", 0.0)))
 
 
 class Demo:
     """The arms, and what they share: one aligned model, one bench, one seed."""
 
-    def __init__(self, scale: Scale, split: str, safety_rank: float, seed: int, lr: float = LEARNING_RATE) -> None:
+    def __init__(self, scale: Scale, split: str, safety_rank: float, seed: int, lr: float = LEARNING_RATE, fraction: float = FRACTION) -> None:
         from peft_safety.recipes.train import TrainOptions
 
-        self.scale, self.split, self.safety_rank = scale, split, safety_rank
+        self.scale, self.split, self.safety_rank, self.fraction = scale, split, safety_rank, fraction
         self.options = TrainOptions(lr=lr, max_length=128, seed=seed)
         self.evaluations: dict[str, Evaluation] = {}
         self.details: dict[str, dict[str, Any]] = {}
@@ -75,11 +80,13 @@ class Demo:
     def run(self, model_path: str) -> None:
         """Align, then fine-tune and measure every arm."""
         aligned = self.prepare(model_path)
-        with self.phase("estimating the safety subspace"):
-            subspace = self.estimate(aligned)
+        methods = {method for method, _ in self.scale.arms}
+        with self.phase("estimating the safety subspaces"):
+            outputs = self.estimate(aligned) if "salora" in methods else None
+            inputs = self.estimate(aligned, "guardspace") if methods & {"guardspace", CONTROL} else None
         for method, poison in self.scale.arms:
             with self.phase(f"{method}, {100 * poison:g} % poison"):
-                aligned = self.arm(aligned, method, poison, subspace).unload()
+                aligned = self.arm(aligned, method, poison, outputs if method == "salora" else inputs).unload()
 
     def prepare(self, model_path: str) -> PreTrainedModel:
         """Load, align, and measure the aligned model."""
@@ -109,26 +116,27 @@ class Demo:
             self.details["safety patch"] = {**asdict(run.training), "looks": [asdict(look) for look in run.looks]}
             return patched.merge_and_unload()
 
-    def estimate(self, aligned: PreTrainedModel) -> SafetySubspace:
-        """Of the aligned model, on calibration prompts and refusals."""
+    def estimate(self, aligned: PreTrainedModel, method: str = "salora") -> SafetySubspace:
+        """Of the aligned model, on calibration prompts and refusals: the outputs of "salora", or the inputs of "guardspace"."""
         from peft_safety import SafetySubspace
         from peft_safety.data import CALIBRATION_PAIRS, refusal_pairs
 
-        pairs = refusal_pairs("calibration", CALIBRATION_PAIRS, self.options.seed)
-        return SafetySubspace.from_activations(
-            aligned, pairs, tokenizer=self.tokenizer, rank=self.safety_rank, target_modules="all-linear", seed=self.options.seed, allow_fewer=True
-        )
+        pairs = refusal_pairs("calibration", CALIBRATION_PAIRS if method == "salora" else GUARD_PAIRS, self.options.seed)
+        rank = self.safety_rank if method == "salora" else self.fraction
+        options: dict[str, Any] = {"tokenizer": self.tokenizer, "target_modules": "all-linear", "seed": self.options.seed, "allow_fewer": True}
+        return SafetySubspace.from_activations(aligned, pairs, method=method, rank=rank, **options)
 
     def arm(self, aligned: PreTrainedModel, method: str, poison: float, subspace: SafetySubspace | None) -> PeftModel:
         """Fine-tune and measure. The adapter is left on the aligned model."""
-        from peft_safety.recipes.adapter import AdapterOptions
+        from peft_safety.recipes.adapter import AdapterOptions, Method
         from peft_safety.recipes.load import poisoned
         from peft_safety.recipes.train import finetune
 
         seed, task = self.options.seed, self.bench.task
         rows = poisoned(task.train, poison, seed)
         chosen = subspace.randomised(seed) if subspace is not None and method == CONTROL else subspace
-        adapter = AdapterOptions("lora") if method == "lora" else AdapterOptions("salora", subspace=chosen or "auto")
+        kind: Method = "lora" if method == "lora" else "salora" if method == "salora" else "guardspace"
+        adapter = AdapterOptions(kind) if kind == "lora" else AdapterOptions(kind, subspace=chosen or "auto")
         config = adapter.config(aligned, self.tokenizer, rows, seed=seed)
         tuned, run = finetune(aligned, self.tokenizer, rows, config, self.options, labels=task.labels)
         name = f"{method}, {100 * poison:g} % poison"
@@ -154,7 +162,8 @@ class Demo:
             arms={name: evaluation.figures() for name, evaluation in self.evaluations.items()},
             notes=(
                 *self.notes(),
-                f"SaLoRA and its control (a random subspace) protect {directions(self.safety_rank)} of every linear layer.",
+                f"SaLoRA protects {directions(self.safety_rank)} of every linear layer, GuardSpace and its control (a random basis) "
+                f"{100 * self.fraction:g} % of the input directions.",
             ),
             environment=environment(self.options.seed, model=Path(model_path).name, threads=torch_threads()),
             details={"seconds": self.seconds, "training": self.details, "evaluations": {key: value.to_json() for key, value in self.evaluations.items()}},
@@ -179,13 +188,18 @@ def torch_threads() -> int:
 
 
 def verdict(evaluations: dict[str, Evaluation], poison: float) -> str:
-    """What the figures say about SaLoRA against plain LoRA at one poison level, intervals considered."""
-    lora, salora = (evaluations[f"{method}, {100 * poison:g} % poison"].refusal for method in ("lora", "salora"))
-    change = 100 * (salora.value - lora.value)
-    apart = salora.interval[0] > lora.interval[1] or salora.interval[1] < lora.interval[0]
-    words = "SaLoRA keeps more refusals" if change > 0 else "SaLoRA keeps fewer refusals" if change < 0 else "SaLoRA makes no difference"
-    certainty = "" if change == 0 else " (intervals apart)" if apart else " (intervals overlap: not shown by this run alone)"
-    return f"{100 * poison:g} % poison: refusal {lora} with plain LoRA, {salora} with SaLoRA, N = {lora.n}: {words}{certainty}."
+    """What the figures say about each method against plain LoRA at one poison level, intervals considered."""
+    level = f"{100 * poison:g} % poison"
+    lora = evaluations[f"lora, {level}"].refusal
+    lines = [f"{level}, N = {lora.n}: refusal {lora} with plain LoRA"]
+    for method, name in (("salora", "SaLoRA"), ("guardspace", "GuardSpace"), (CONTROL, f"a {CONTROL}")):
+        if f"{method}, {level}" in evaluations:
+            found = evaluations[f"{method}, {level}"].refusal
+            apart = found.interval[0] > lora.interval[1] or found.interval[1] < lora.interval[0]
+            words = "more" if found.value > lora.value else "fewer" if found.value < lora.value else "as many"
+            certainty = "intervals apart" if apart else "intervals overlap: not shown by this run alone"
+            lines.append(f"{found} with {name}: {words} ({certainty})")
+    return "; ".join(lines) + "."
 
 
 def main() -> None:
@@ -196,8 +210,9 @@ def main() -> None:
     parser.add_argument("--model", help="hub id or directory of an instruct model; default SmolLM2-135M-Instruct, fetched when missing")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="choose settings on validation; look at test once")
     parser.add_argument("--safety-rank", type=rank, default=SAFETY_RANK, help="output directions per layer, or a share of them (0.9)")
+    parser.add_argument("--fraction", type=float, default=FRACTION, help="for GuardSpace: share of each layer's input dimensions")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--attack", action="store_true", help="also with one row in ten replaced by a simulated attack (4 minutes more)")
+    parser.add_argument("--attack", action="store_true", help="also with one row in ten replaced by a simulated attack (6 minutes more)")
     given = parser.parse_args()
 
     from examples.get_model import model_dir
@@ -205,7 +220,7 @@ def main() -> None:
     started = time.perf_counter()
     model_path = given.model or str(model_dir())
     scale = SMOKE if given.smoke else FULL
-    demo = Demo(replace(scale, arms=scale.arms + ATTACK * given.attack), given.split, given.safety_rank, given.seed)
+    demo = Demo(replace(scale, arms=scale.arms + ATTACK * given.attack), given.split, given.safety_rank, given.seed, fraction=given.fraction)
     demo.run(model_path)
     report = demo.report(model_path)
     report.save(given.out / "report.json")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peft_safety.callbacks import SafeLoRACallback, SafetyMonitorCallback, SoftPenaltyCallback
     from peft_safety.errors import PeftSafetyError
     from peft_safety.export import export_lora, merge_dequantised
+    from peft_safety.methods.guardspace import GuardSpaceConfig
     from peft_safety.methods.ortho_patch import OrthoSafetyPatchConfig
     from peft_safety.methods.protected import assert_protected
     from peft_safety.methods.safe_lora import SafeLoRAConfig, apply_safe_lora, safe_lora_dir
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "PeftSafetyError": "errors",
+    "GuardSpaceConfig": "methods.guardspace",
     "OrthoSafetyPatchConfig": "methods.ortho_patch",
     "SaLoRAConfig": "methods.salora",
     "SafeLoRACallback": "callbacks",
@@ -47,6 +49,7 @@ _NAMES = {
     "verify": "verification",
 }
 __all__ = [
+    "GuardSpaceConfig",
     "OrthoSafetyPatchConfig",
     "PeftSafetyError",
     "SaLoRAConfig",

@@ -27,10 +27,14 @@ from peft_safety.subspace import SafetySubspace
 
 MANIFEST = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
-PROTECTED_TYPES = ("SALORA", "ORTHOSAFETYPATCH")
+PROTECTED_TYPES = ("SALORA", "ORTHOSAFETYPATCH", "GUARDSPACE")
 """Values of `peft_type` that promise an adapter of this package."""
 SIDES: dict[str, tuple[Side, ...]] = {"out": ("out",), "in": ("in",), "both": ("out", "in")}
 """Values of a config's `side`, and the sides of the update that they name."""
+RESIDUAL_INITS = ("task", "guardspace")
+"""Values of a config's `init` that come with frozen initial factors."""
+COMBINATIONS = (None, "salora")
+"""Values of `combine` in a GuardSpace config: the input side alone, or SaLoRA's output side too."""
 FREE_FIELDS = ("base_model_name_or_path", "revision", "inference_mode")
 """Fields of the manifest that may be edited: they change nothing of what the adapter computes on the base it was trained on."""
 
@@ -54,7 +58,7 @@ class StoredAdapter:
         config: the JSON of `adapter_config.json`.
         subspace: its bases.
         shapes: `{module: (out_features, in_features, rank)}`.
-        residual: whether it has frozen initial factors (`init="task"`).
+        residual: whether it has frozen initial factors (`RESIDUAL_INITS`).
         leaks: `{module: ||U^T B|| / ||B||}`.
         extra_tensors: keys of other trained tensors, which no projection constrains (`modules_to_save`, resized embeddings).
     """
@@ -91,14 +95,24 @@ def stored_sides(config: Mapping[str, Any], where: str) -> tuple[tuple[Side, ...
     """Sides that have a basis, and those of them that are constrained to its complement.
 
     Raises:
-        ArtifactError: a patch that names no such side or mode.
+        ArtifactError: a patch that names no such side or mode, or a combination that does not exist.
     """
     if config["peft_type"] == "SALORA":
         return ("out",), ("out",)
+    if config["peft_type"] == "GUARDSPACE":
+        if config.get("combine") not in COMBINATIONS:
+            raise ArtifactError(f"{where}: combine={config.get('combine')!r} is none of {COMBINATIONS}. Save the adapter again.")
+        sides = guard_sides(config.get("combine"))
+        return sides, sides
     side, mode = config.get("side"), config.get("mode")
     if side not in SIDES or mode not in ("none", "soft", "hard"):
         raise ArtifactError(f"{where}: side={side!r}, mode={mode!r}; a patch has one of {', '.join(SIDES)}, and none, soft or hard. Save the adapter again.")
     return SIDES[side], SIDES[side] if mode == "hard" else ()
+
+
+def guard_sides(combine: str | None) -> tuple[Side, ...]:
+    """Constrained sides of a GuardSpace adapter."""
+    return ("in",) if combine is None else ("in", "out")
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
@@ -235,7 +249,7 @@ def _check_factors(directory: Path, config: dict[str, Any], subspace: SafetySubs
         if set(config["target_modules"]) != set(factors):
             odd = sorted(set(config["target_modules"]) ^ set(factors))
             raise ArtifactError(f"{path}: {len(factors)} modules; target_modules in {MANIFEST} differs at {odd[:3]}. Copy or save the adapter again.")
-        residual = config.get("init") == "task"
+        residual = config.get("init") in RESIDUAL_INITS
         expected = {"lora_A.weight", "lora_B.weight"} | ({"lora_A.initial", "lora_B.initial"} if residual else set())
         shapes, leaks = {}, {}
         for module, keys in sorted(factors.items()):

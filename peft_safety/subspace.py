@@ -76,8 +76,8 @@ class SafetySubspace:
             model: a causal language model, dense or quantised.
             data: rows `{prompt, response}`, `{messages}` or `{text, label}` (needs `tokenizer=`), or tokenised batches
                 (`input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`).
-            **options: `tokenizer`, `method`, `rank`, `energy`, `sides`, `positions`, `against`, `target_modules`, `batch_size`, `max_length`, `seed`,
-                `progress`.
+            **options: `tokenizer`, `method`, `rank`, `energy`, `per_kind`, `sides`, `positions`, `against`, `target_modules`, `batch_size`, `max_length`,
+                `seed`, `progress`.
         """
         from peft_safety.estimate.activations import estimate
 
@@ -207,6 +207,24 @@ class SafetySubspace:
                     spectra.get(name, {}).pop(side, None)
         return SafetySubspace(bases, spectra, own.fingerprints, own.provenance) if own else SafetySubspace(bases, provenance={"method": "prior patches"})
 
+    def beside(self, other: SafetySubspace) -> SafetySubspace:
+        """This subspace with the bases of another one on the other side of the same modules; `other`'s provenance is kept under its side.
+
+        Raises:
+            SubspaceError: other modules, or both have a basis for one side of a module.
+        """
+        odd = sorted(set(self.bases) ^ set(other.bases)) or sorted(name for name in self.bases if set(self.bases[name]) & set(other.bases[name]))
+        if odd:
+            raise SubspaceError(
+                f"{odd[0]}: one of the subspaces lacks it, or both have a basis on the same side ({len(odd)} such modules). Calibrate both with the same "
+                "target_modules, one on side 'in' and one on side 'out'."
+            )
+        bases = {name: {**sides, **other.bases[name]} for name, sides in self.bases.items()}
+        spectra = {name: {**self.spectra.get(name, {}), **other.spectra.get(name, {})} for name in self.bases}
+        side = sorted({side for sides in other.bases.values() for side in sides})[0]
+        provenance = {**self.provenance, "sides": "in+out", side: dict(other.provenance)}
+        return SafetySubspace(bases, {name: s for name, s in spectra.items() if s}, {**other.fingerprints, **self.fingerprints}, provenance)
+
     def restricted(self, names: Iterable[str]) -> SafetySubspace:
         """The same subspace for some of its modules only."""
         keep = set(names) & set(self.bases)
@@ -265,7 +283,9 @@ def check_basis(u: Tensor, name: str, side: Side) -> None:
         raise SubspaceError(f"{name}: the {side} basis has shape {tuple(u.shape)}; it must be (features, k) with k >= 1. Calibrate again.")
     d, k = u.shape
     if k >= d:
-        raise SubspaceError(f"{name}: k = {k} directions of {d} {side}put features leave nothing to train. Use a rank below {d}, or leave this module out.")
+        raise SubspaceError(
+            f"{name}: k = {k} directions of {d} {side}put features leave nothing to train. Use a rank below {d}, a smaller energy, or leave it out."
+        )
     if not bool(torch.isfinite(u).all()):
         raise SubspaceError(f"{name}: the {side} basis {tuple(u.shape)} holds NaN or Inf. Calibrate again.")
     error = orthonormality_error(u)

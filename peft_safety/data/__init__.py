@@ -84,11 +84,21 @@ def affirmation_pairs(split: str = "train", n: int | None = None, seed: int = 0)
     return pair_responses(split, "affirmations", n, seed)
 
 
-def calibration_rows(method: str) -> list[dict[str, str]]:
-    """What a method's subspace is estimated from where no data are given: requests with refusals, or for "ortho_patch" everyday prompts alone."""
-    if method != "ortho_patch":
-        return refusal_pairs("calibration", CALIBRATION_PAIRS)
-    return [{"prompt": row["prompt"]} for split in ("calibration", "train") for row in load("general_prompts", split)]
+def calibration_rows(method: str, basis: str | None = None) -> list[dict[str, str]]:
+    """What a method's subspace is estimated from where no data are given.
+
+    Args:
+        basis: "harmful" (requests with refusals), "general" (everyday prompts alone) or "both"; None: "general" for "ortho_patch", "harmful" for the others.
+
+    Raises:
+        DataError: another basis.
+    """
+    basis = basis or ("general" if method == "ortho_patch" else "harmful")
+    if basis not in ("harmful", "general", "both"):
+        raise DataError(f"basis={basis!r} names no calibration rows. Choose harmful, general or both.")
+    harmful = refusal_pairs("calibration", CALIBRATION_PAIRS) if basis != "general" else []
+    general = [{"prompt": row["prompt"]} for split in ("calibration", "train") for row in load("general_prompts", split)] if basis != "harmful" else []
+    return harmful + general
 
 
 def preference_pairs(split: str = "train", n: int | None = None, seed: int = 0) -> list[dict[str, str]]:

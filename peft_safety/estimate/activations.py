@@ -17,10 +17,17 @@ from peft_safety.estimate.targets import target_layers
 from peft_safety.projection import Side
 from peft_safety.subspace import SafetySubspace
 
-METHODS: dict[str, tuple[tuple[Side, ...], Positions]] = {"salora": (("out",), "response"), "ortho_patch": (("in",), "all")}
+METHODS: dict[str, tuple[tuple[Side, ...], Positions]] = {
+    "salora": (("out",), "response"),
+    "ortho_patch": (("in",), "all"),
+    "guardspace": (("in",), "all"),
+}
 """Sides and token positions of each method, where none are given."""
 DEFAULT_RANK = 32
 """As published for SaLoRA (arXiv 2501.01765, section 5.1)."""
+GUARDSPACE_FRACTION = 0.25
+"""Share of the input dimensions that GuardSpace takes where none is given: in a probe on SmolLM2-135M (one seed) it kept refusals at every share of poison. To
+be confirmed by benchmarks/guardspace.py; a long fine-tune needed half."""
 
 
 def estimate(
@@ -31,6 +38,7 @@ def estimate(
     method: str = "salora",
     rank: float | None = None,
     energy: float | None = None,
+    per_kind: Mapping[str, float] | None = None,
     sides: Sequence[Side] | None = None,
     positions: Positions | None = None,
     against: Sequence[Mapping[str, Any]] | None = None,
@@ -51,9 +59,10 @@ def estimate(
         model: causal language model; may be quantised, may carry adapters.
         data: rows `{prompt, response}` / `{messages}` / `{text, label}`, rows of a `{prompt}` alone, or tokenised batches with `labels` (-100: no response).
         tokenizer: with a chat template; for rows only.
-        method: "salora" (out, response tokens) or "ortho_patch" (in, all tokens); sets `sides` and `positions` where they are not given.
-        rank: directions per layer, an integer (default 32); or a share of the features of that side, a float in (0, 1).
+        method: "salora" (out, response tokens), "ortho_patch" or "guardspace" (in, all tokens); sets `sides` and `positions` where they are not given.
+        rank: directions per layer, an integer (default 32); or a share of the features of that side, a float in (0, 1) (default of "guardspace").
         energy: instead, as many directions as hold this share of `||W X||^2` or `||X||^2`, in (0, 1].
+        per_kind: other values of `rank`, or of `energy`, for modules whose name ends so: `{"down_proj": 0.1}`.
         positions: "response", "prompt" or "all" tokens.
         against: data that must stay in reach; the basis is then contrastive (see `contrastive_basis`).
         target_modules: as in `LoraConfig`; None takes PEFT's default of the architecture.
@@ -71,9 +80,11 @@ def estimate(
     Reference: SaLoRA, arXiv 2501.01765, section 4.1; GuardSpace, arXiv 2510.14301. SaLoRA's public code runs the model once per layer; this is one pass.
     """
     chosen, where = _where(method, sides, positions)
-    size = size_of(DEFAULT_RANK if rank is None and energy is None else rank, energy)
+    if rank is None and energy is None:
+        rank = GUARDSPACE_FRACTION if method == "guardspace" else DEFAULT_RANK
     layers = dict(target_layers(model, target_modules) if layers is None else layers)
-    wanted = {(name, side): size.fixed(weights.shape(layer), side, name) for name, layer in layers.items() for side in chosen}
+    sizes = sizes_of(layers, rank, energy, per_kind or {})
+    wanted = {(name, side): sizes[name].fixed(weights.shape(layer), side, name) for name, layer in layers.items() for side in chosen}
     found = []
     for rows in [data] if against is None else [data, against]:
         batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length)
@@ -86,11 +97,14 @@ def estimate(
         raise CalibrationError(
             f"{moments.tokens} {'labelled ' * (where == 'response')}tokens cannot span rank={needed} directions. Give more data, or a smaller rank."
         )
-    bases, spectra = _bases(layers, chosen, moments, contrast[0][0] if contrast else None, size, seed)
+    bases, spectra = _bases(layers, chosen, moments, contrast[0][0] if contrast else None, sizes, seed)
     _check_spans({key: bases[key[0]][key[1]].shape[1] for key in wanted}, wanted, allow_fewer)
     provenance = {"method": method, "sides": "+".join(chosen), "positions": where, "seed": seed, "model": model_name(model), **facts}
-    provenance |= {"rank": rank or DEFAULT_RANK} if energy is None else {"energy": energy}
-    provenance |= {"against": contrast[0][1]["data"]} if contrast else {}
+    provenance |= ({"rank": rank} if energy is None else {"energy": energy}) | ({"per_kind": dict(per_kind)} if per_kind else {})
+    if contrast:
+        provenance["against"] = contrast[0][1]["data"]
+    elif "in" in chosen:
+        provenance["covered"] = {name: _covered(spectra[name]["in"], moments.moment(name)) for name in layers}
     subspace = SafetySubspace(bases, spectra, provenance=provenance)
     subspace.bind(layers)
     return subspace
@@ -115,20 +129,45 @@ def size_of(rank: float | None, energy: float | None = None) -> Size:
     return Size(share=rank, energy=energy) if isinstance(rank, float) else Size(rank=rank, energy=energy)
 
 
+def sizes_of(layers: Mapping[str, nn.Module], rank: float | None, energy: float | None, per_kind: Mapping[str, float]) -> dict[str, Size]:
+    """The size of each layer's basis; `per_kind` has other values, in the same unit, by the last part of a layer's name.
+
+    Raises:
+        ConfigError: see `size_of`; a kind that no layer is of.
+    """
+    usual = size_of(rank, energy)
+    special = {kind: size_of(value) if energy is None else size_of(None, value) for kind, value in per_kind.items()}
+    unknown = sorted(set(special) - {kind_of(name) for name in layers})
+    if unknown:
+        there = ", ".join(sorted({kind_of(name) for name in layers}))
+        raise ConfigError(f"per_kind names {unknown[0]!r}, and no target module is of that kind. There are {there}.")
+    return {name: special.get(kind_of(name), usual) for name in layers}
+
+
+def kind_of(name: str) -> str:
+    """Last part of a module's name: `q_proj`."""
+    return name.rpartition(".")[2]
+
+
+def _covered(spectrum: Tensor, moment: Tensor) -> float:
+    """Share of a moment that a basis holds."""
+    return min(1.0, round(float(spectrum.double().square().sum() / moment.diagonal().double().sum()), 8))
+
+
 def _bases(
-    layers: Mapping[str, nn.Module], sides: Sequence[Side], moments: InputMoments, contrast: InputMoments | None, size: Size, seed: int
+    layers: Mapping[str, nn.Module], sides: Sequence[Side], moments: InputMoments, contrast: InputMoments | None, sizes: Mapping[str, Size], seed: int
 ) -> tuple[dict[str, dict[Side, Tensor]], dict[str, dict[Side, Tensor]]]:
-    """Basis and spectrum of every layer and side; layers with one moment share their input basis."""
-    shared: dict[int, tuple[Tensor, Tensor]] = {}
+    """Basis and spectrum of every layer and side; layers with one moment, and of one size, share their input basis."""
+    shared: dict[tuple[int, Size], tuple[Tensor, Tensor]] = {}
     bases: dict[str, dict[Side, Tensor]] = {name: {} for name in layers}
     spectra: dict[str, dict[Side, Tensor]] = {name: {} for name in layers}
     for name, layer in layers.items():
-        moment, against = moments.moment(name), None if contrast is None else contrast.moment(name)
+        moment, against, size = moments.moment(name), None if contrast is None else contrast.moment(name), sizes[name]
         for side in sides:
             if side == "in":
-                if id(moment) not in shared:
-                    shared[id(moment)] = input_basis(moment, size, name, seed=seed) if against is None else contrastive_basis(moment, against, size, name)
-                found = shared[id(moment)]
+                if (id(moment), size) not in shared:
+                    shared[id(moment), size] = input_basis(moment, size, name, seed=seed) if against is None else contrastive_basis(moment, against, size, name)
+                found = shared[id(moment), size]
             else:
                 weight = weights.dense_weight(layer, name).to(moment.device)
                 if against is None:

@@ -168,7 +168,7 @@ def counted(labels: Tensor, attention: Tensor, positions: Positions) -> Tensor:
 
 
 def to_batches(data: Sequence[Mapping[str, Any]], tokenizer: Any, *, batch_size: int, max_length: int) -> tuple[list[Batch], str]:
-    """Rows or tokenised batches as batches, and a hash of what they hold.
+    """Rows or tokenised batches as batches, and a hash of what they hold. Rows of a prompt alone may stand among complete ones.
 
     Raises:
         CalibrationError: no data, rows without a tokenizer, or batches without labels.
@@ -182,15 +182,23 @@ def to_batches(data: Sequence[Mapping[str, Any]], tokenizer: Any, *, batch_size:
     else:
         if tokenizer is None:
             raise CalibrationError("rows of text need tokenizer=. Pass the model's tokenizer, or tokenised batches with labels.")
-        prompts = all(set(row) & {"prompt", "response", "messages", "text"} == {"prompt"} for row in data)
-        encoded = encode_prompts(tokenizer, data, max_length) if prompts else encode_rows(tokenizer, data, max_length)
+        bare = [row for row in data if set(row) & {"prompt", "response", "messages", "text"} == {"prompt"}]
+        full = [row for row in data if set(row) & {"prompt", "response", "messages", "text"} != {"prompt"}]
+        encoded = encode_prompts(tokenizer, bare, max_length) + (encode_rows(tokenizer, full, max_length) if full else [])
         features = sorted(encoded, key=lambda f: len(f["input_ids"]))
         collate = Collator(tokenizer)
         batches = [collate(features[i : i + batch_size]) for i in range(0, len(features), batch_size)]
-    digest = hashlib.sha256()
+    return batches, content_digest(batches)
+
+
+def content_digest(batches: Sequence[Batch]) -> str:
+    """sha256 of the sequences, whatever their order, batches and padding."""
+    rows = []
     for batch in batches:
-        digest.update(json.dumps([batch["input_ids"].tolist(), batch["labels"].tolist()]).encode())
-    return batches, digest.hexdigest()
+        attention = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
+        sequences = zip(batch["input_ids"], batch["labels"], attention, strict=True)
+        rows += [json.dumps([ids[there].tolist(), labels[there].tolist()]) for ids, labels, there in sequences]
+    return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
 
 
 def _check(index: int, batch: Mapping[str, Any]) -> Batch:

@@ -66,6 +66,7 @@ class ProtectedConfig(LoraConfig):
     safety_artifact: dict[str, Any] | None = field(default=None, metadata={"help": "Hashes of the saved files; written by save_pretrained."})
 
     PEFT_KEY: ClassVar[str] = ""
+    UNSAVED: ClassVar[tuple[str, ...]] = ()  # data: what came of them is saved, they are not
 
     def __post_init__(self) -> None:
         where = type(self).__name__
@@ -131,6 +132,8 @@ class ProtectedConfig(LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields. `peft_type` is this method's own, so that nothing without this package mistakes the adapter for plain LoRA."""
         plain = copy.copy(self)
+        for name in self.UNSAVED:
+            setattr(plain, name, None)
         if isinstance(self.subspace, SafetySubspace):
             plain.subspace = FILE_NAME
         elif isinstance(self.subspace, os.PathLike):

@@ -46,6 +46,7 @@ class SaLoRAConfig(ProtectedConfig):
     reference_residual: bool = field(default=False, metadata={"help": "Residual without the scaling, as in the reference code."})
 
     PEFT_KEY: ClassVar[str] = "SALORA"
+    UNSAVED: ClassVar[tuple[str, ...]] = ("task_data",)
 
     def __post_init__(self) -> None:
         if self.init not in ("lora", "task"):
@@ -57,13 +58,6 @@ class SaLoRAConfig(ProtectedConfig):
     @property
     def residual(self) -> bool:
         return self.init == "task"
-
-    def to_dict(self) -> dict[str, Any]:
-        data, self.task_data = self.task_data, None  # the factors are saved; what they came from is not
-        try:
-            return super().to_dict()
-        finally:
-            self.task_data = data
 
     def initialise(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
         if self.init == "lora":

@@ -57,21 +57,25 @@ def protect(
     target_modules: str | list[str] = "all-linear",
     safety_rank: int = 32,
     subspace: SafetySubspace | str = "auto",
-    init: Literal["lora", "task"] = "lora",
+    init: Literal["lora", "task", "guardspace"] = "lora",
     task_rank: int = 32,
+    basis: Literal["harmful", "general", "both"] | None = None,
+    fraction: float | None = None,
+    positions: Literal["all", "prompt", "response"] = "all",
+    combine: Literal["salora"] | None = None,
     poison: float = 0.0,
     options: TrainOptions | None = None,
     eval_split: str = "test",
     eval_limit: int | None = None,
 ) -> ProtectReport:
-    """Fine-tune on a task by LoRA or SaLoRA, and measure safety and task before and after.
+    """Fine-tune on a task by LoRA, SaLoRA or GuardSpace, and measure safety and task before and after.
 
     Writes `adapter/`, `report.json` and `report.png` into `out_dir`.
 
     Args:
         model: hub id, directory, or a loaded model (which keeps the adapter).
         data: a JSON-lines file, or rows: {prompt, response}, {text, label} or {messages}, with or without a `split`.
-        safety_rank, subspace, init, task_rank: as in `SaLoRAConfig`; not used by "lora".
+        safety_rank, subspace, init, task_rank, basis, fraction, positions, combine: see `AdapterOptions`.
         options: learning rate, epochs, batch size, seed, `report_to`, ...
         poison: fraction of the training rows replaced by a simulated attack, see `poisoned`.
         eval_split: of the packaged prompts and of the task ("validation" while choosing settings, then "test" once).
@@ -80,7 +84,7 @@ def protect(
     Raises:
         ConfigError, DataError, CalibrationError: before anything is trained or written.
     """
-    adapter = AdapterOptions(method, r, lora_alpha, target_modules, safety_rank, subspace, init, task_rank)
+    adapter = AdapterOptions(method, r, lora_alpha, target_modules, safety_rank, subspace, init, task_rank, basis, fraction, positions, combine)
     options = TrainOptions() if options is None else options
     task = task_data(data, eval_split, eval_limit, options.seed)
     rows = poisoned(task.train, poison, options.seed)
@@ -92,7 +96,17 @@ def protect(
     after = bench.measure(tuned, tokenizer)
     out = Path(out_dir)
     tuned.save_pretrained(out / "adapter")
-    setting = {"method": method, "r": r, "lora_alpha": lora_alpha, "safety_rank": safety_rank, "init": init, "poison": poison, "seed": options.seed}
+    setting: dict[str, Any] = {
+        "method": method,
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "safety_rank": safety_rank,
+        "init": init,
+        "poison": poison,
+        "seed": options.seed,
+    }
+    if method == "guardspace":
+        setting |= {"basis": config.basis, "fraction": config.fraction, "positions": positions, "combine": combine}
     report = _report(base, before, after, training, {**setting, "lr": options.lr, "batch_size": options.batch_size})
     report.save(out / "report.json")
     report.save_png(out / "report.png")

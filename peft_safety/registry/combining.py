@@ -63,7 +63,9 @@ def check_add_weighted_adapter(original: Callable[..., Any], self: Any, adapters
         if len(protected) < len(configs) or len(digests) > 1:
             raise ConfigError(f"adapters {adapters} do not share one safety subspace; their combination would not keep it. Combine adapters of one subspace.")
         if any(config.residual for config in protected.values()):
-            raise ConfigError(f"adapters {adapters}: one has a residual (init='task'), which a weighted sum of factors would lose. Use export_lora first.")
+            raise ConfigError(
+                f"adapters {adapters}: one has a residual (init='task' or 'guardspace'), which a weighted sum of factors would lose. Use export_lora first."
+            )
     return original(self, adapters, *args, **kwargs)
 
 
@@ -75,7 +77,7 @@ def get_padded_linear(original: Callable[..., Any], lora_module: Any, target_ran
     if not isinstance(lora_module, ProtectedLinear) or padded is lora_module:
         return padded
     if lora_module.initial is not None:
-        raise ConfigError("an adapter with a residual (init='task') cannot be padded for compiled hot-swapping. Use export_lora first.")
+        raise ConfigError("an adapter with a residual (init='task' or 'guardspace') cannot be padded for compiled hot-swapping. Use export_lora first.")
     return ProtectedLinear.replacing(padded, lora_module.basis, lora_module.side)
 
 
@@ -92,7 +94,9 @@ def hotswap_adapter_from_state_dict(
         raise ConfigError(f"adapter {adapter_name!r} is protected; a {type(config).__name__} cannot be swapped into it. Load it under a new name.")
     layers = adapter_layers(model, adapter_name)
     if config.residual or (there is not None and there.residual):
-        raise ConfigError("an adapter with a residual (init='task') cannot be hot-swapped. Use export_lora first.")
+        raise ConfigError("an adapter with a residual (init='task' or 'guardspace') cannot be hot-swapped. Use export_lora first.")
+    if there is not None and there.sides != config.sides:  # the leaf of a side that is constrained no more would stay
+        raise ConfigError(f"adapter {adapter_name!r} is constrained on sides {there.sides}, the new one on {config.sides}. Load it under a new name.")
     subspace = config.subspace
     if set(subspace.bases) != set(layers):
         odd = sorted(set(subspace.bases) ^ set(layers))[:3]

@@ -181,6 +181,8 @@ def load_adapter(original: Callable[..., Any], self: Any, model_id: str, adapter
 def _check_same(adapter_name: str, source: str, stored: Any, config: Any, layers: Any) -> None:
     found = {name: rank for name, (_, _, rank) in stored._stored.shapes.items()}
     here = {name: int(layer.r[adapter_name]) for name, layer in layers.items()}
+    if stored.sides != config.sides:
+        raise ArtifactError(f"{source} is constrained on sides {stored.sides}, adapter {adapter_name!r} on {config.sides}. Load it under a new name.")
     if found != here or stored._stored.residual != config.residual:
         odd = sorted(set(found.items()) ^ set(here.items()))[:3]
         raise ArtifactError(f"{source}: its modules, ranks or init are not those of adapter {adapter_name!r}; they differ at {odd}. Load it under a new name.")

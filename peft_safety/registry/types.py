@@ -5,8 +5,9 @@ from __future__ import annotations
 
 def config_types() -> dict[str, type]:
     """Stored name -> config class. A new method adds one line."""
+    from peft_safety.methods.guardspace import GuardSpaceConfig
     from peft_safety.methods.ortho_patch import OrthoSafetyPatchConfig
     from peft_safety.methods.safe_lora import SafeLoRAConfig
     from peft_safety.methods.salora import SaLoRAConfig
 
-    return {"SALORA": SaLoRAConfig, "SAFELORA": SafeLoRAConfig, "ORTHOSAFETYPATCH": OrthoSafetyPatchConfig}
+    return {"SALORA": SaLoRAConfig, "SAFELORA": SafeLoRAConfig, "ORTHOSAFETYPATCH": OrthoSafetyPatchConfig, "GUARDSPACE": GuardSpaceConfig}

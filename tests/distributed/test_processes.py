@@ -32,7 +32,7 @@ def launch(world: int, how: str, method: str) -> dict[str, float]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("method", ["salora", "both"])
+@pytest.mark.parametrize("method", ["salora", "both", "guardspace", "guardspace-residual"])
 def test_replicas_and_shards_stay_protected_and_agree_with_one_process(method: str) -> None:
     alone = launch(1, "alone", method)
     assert 0 < alone["leak"] <= LEAK

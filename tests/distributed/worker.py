@@ -16,6 +16,7 @@ from torch import nn
 from peft_safety.layers import protected_leaves
 from peft_safety.projection import leak
 from tests.peft import cells
+from tests.peft.test_guardspace import guarded
 from tests.peft.test_ortho_patch import patched
 
 STEPS = 5
@@ -24,6 +25,8 @@ STEPS = 5
 def build(method: str) -> nn.Module:
     """The same on every rank."""
     torch.manual_seed(0)
+    if method.startswith("guardspace"):
+        return guarded(init="guardspace" if method.endswith("residual") else "lora")
     return cells.protected() if method == "salora" else patched(side=method)
 
 

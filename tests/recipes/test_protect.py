@@ -128,5 +128,5 @@ def test_a_loaded_model_without_a_tokenizer_in_reach():
 
 
 def test_method_names_are_checked_first():
-    with pytest.raises(ConfigError, match="'lora' or 'salora'"):
+    with pytest.raises(ConfigError, match="'lora', 'salora' or 'guardspace'"):
         AdapterOptions("dora")

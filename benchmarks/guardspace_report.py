@@ -1,0 +1,174 @@
+"""Renders results/guardspace.jsonl: a Markdown table between README's markers, and a picture."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS
+from peft_safety.errors import DataError
+from peft_safety.evaluation.metrics import Rate
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKERS = ("<!-- guardspace:begin -->", "<!-- guardspace:end -->")
+ARMS = {
+    "aligned": "aligned, before",
+    "lora": "plain LoRA",
+    "guard": "GuardSpace",
+    "random": "random basis, equal k",
+    "scaled": "plain LoRA at GuardSpace's norm",
+}
+METRICS = {"refusal": "refusal", "compliance": "compliance", "over_refusal": "over-refusal", "task_accuracy": "accuracy"}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555")
+Row = dict[str, Any]
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """Environment and cells.
+
+    Raises:
+        DataError: no such file, or not one of this benchmark.
+    """
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return lines[0]["environment"], [row for row in lines[1:] if row["cell"] and row["refusal"]]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise DataError(f"{path} holds no results of this benchmark ({type(error).__name__}: {error}). Run python -m benchmarks.guardspace.") from error
+
+
+def pooled(rows: Sequence[Row], metric: str) -> str:
+    """A rate over all prompts of all seeds; the interval takes them as independent, which prompts repeated over seeds are not quite."""
+    found = [row[metric] for row in rows if row.get(metric)]
+    return str(Rate(sum(rate["k"] for rate in found), sum(rate["n"] for rate in found))) if found else "-"
+
+
+def norms(rows: Sequence[Row]) -> str:
+    """Mean kept norm."""
+    found = [row["norm"] for row in rows if "norm" in row]
+    return f"{statistics.mean(found):.2f}" if found else "-"
+
+
+def table(rows: Sequence[Row], label: Callable[[Row], tuple[str, ...]], headings: Sequence[str]) -> list[str]:
+    """Markdown: one line for each label, seeds pooled."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(label(row), []).append(row)
+    lines = ["| " + " | ".join([*headings, *METRICS.values(), "norm of dW", "seeds"]) + " |", "| " + " | ".join(["---"] * len(headings) + ["---:"] * 6) + " |"]
+    for names, group in groups.items():
+        cells = [*names, *(pooled(group, metric) for metric in METRICS), norms(group), str(len(group))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def markdown(environment: dict[str, Any], rows: Sequence[Row]) -> str:
+    """The section between the markers."""
+    tests = [row for row in rows if row["cell"]["split"] == "test"]
+    grid = [row for row in rows if row["cell"]["split"] == "validation"]
+    lines = ["![refusal against optimizer steps and against the size of the null space](docs/guardspace.png)", ""]
+    if tests:
+        basis, fraction, positions = environment["chosen"]
+        lines += [
+            f"Test prompts, once, for the setting chosen on validation prompts: basis {basis!r}, {fraction:g} of the dimensions, {positions} positions.",
+            "",
+        ]
+        lines += [*table(tests, lambda row: (ARMS.get(row["cell"]["arm"], row["cell"]["arm"]), _poison(row)), ["arm", "poison"]), ""]
+        lines += _transfer(tests)
+    else:
+        lines += ["The setting has not been chosen yet: nothing here is from test prompts.", ""]
+    lines += [
+        f"Validation prompts ({len(grid)} cells):",
+        "",
+        *table(grid, _setting, ["arm", "basis, share, positions", "poison", "epochs", "lr", "calibration"]),
+        "",
+    ]
+    facts = ", ".join(f"{key} {value}" for key, value in environment.items() if key != "chosen")
+    caveat = "Keyword judge, a smoke metric; brackets are 95 % intervals over prompts, pooled over seeds."
+    return "\n".join([*lines, f"- {caveat}", f"- Environment: {facts}.", "- Written by `python -m benchmarks.guardspace --report`.", ""])
+
+
+def _poison(row: Row) -> str:
+    return "-" if row["cell"]["arm"] == "aligned" else f"{row['cell']['poison']:g}"
+
+
+def _setting(row: Row) -> tuple[str, ...]:
+    cell = row["cell"]
+    base = f"{cell['basis']}, {cell['fraction']:.3g}, {cell['positions']}" if cell["basis"] else "-"
+    tuned = [f"{cell['epochs']}", f"{cell['lr']:g}"] if cell["arm"] != "aligned" else ["-", "-"]
+    return (ARMS.get(cell["arm"], cell["arm"]), base, _poison(row), *tuned, str(cell["calibration"] or "-"))
+
+
+def _transfer(tests: Sequence[Row]) -> list[str]:
+    """Refusal on other prompt sets, poison 0.1."""
+    names = sorted({name for row in tests for name in row.get("transfer", {})})
+    if not names:
+        return []
+    lines = ["Refusal on other prompt sets, with 0.1 poison:", "", "| arm | " + " | ".join(names) + " |", "| --- | " + " | ".join(["---:"] * len(names)) + " |"]
+    for arm, label in ARMS.items():
+        rows = [row for row in tests if row["cell"]["arm"] == arm and (arm == "aligned" or row["cell"]["poison"] == 0.1)]
+        if rows:
+            cells = [pooled([row["transfer"] for row in rows if name in row.get("transfer", {})], name) for name in names]
+            lines.append("| " + " | ".join([label, *cells]) + " |")
+    return [*lines, ""]
+
+
+def save_png(rows: Sequence[Row], path: Path) -> Path:
+    """Left: refusal against steps, a line a size of the null space, and plain LoRA. Right: refusal against that size, a line a basis. Poison 0.1."""
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(10, 4), layout="constrained")
+    left, right = canvas.subplots(1, 2, sharey=True)
+    usual = [row for row in rows if row["cell"]["split"] == "validation" and row["cell"]["poison"] == 0.1 and row["cell"]["lr"] == 1e-3]
+    lines: dict[str, list[tuple[float, Row]]] = {}
+    for row in usual:
+        cell = row["cell"]
+        if cell["arm"] == "lora" or (cell["arm"] == "guard" and cell["positions"] == "all" and cell["calibration"] == 64):
+            name = "plain LoRA" if cell["arm"] == "lora" else f"{cell['basis']}, {cell['fraction']:.3g}"
+            lines.setdefault(name, []).append((row.get("steps", cell["epochs"]), row))
+    _draw(left, {name: points for name, points in lines.items() if len(points) > 1} or lines, "optimizer steps")
+    sizes: dict[str, list[tuple[float, Row]]] = {}
+    for row in usual:
+        cell = row["cell"]
+        if cell["arm"] in ("guard", "random") and cell["positions"] == "all" and cell["calibration"] == 64 and cell["epochs"] == 1:
+            sizes.setdefault("random" if cell["arm"] == "random" else cell["basis"], []).append((cell["fraction"], row))
+    _draw(right, sizes, "share of the input dimensions taken")
+    left.set_ylabel("refusal, % of harmful validation prompts")
+    canvas.suptitle("GuardSpace, one row in ten poisoned", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(path, dpi=150, format="png")
+    return path
+
+
+def _draw(panel: Any, lines: dict[str, list[tuple[float, Row]]], axis: str) -> None:
+    for index, (name, points) in enumerate(lines.items()):
+        points = sorted(points, key=lambda point: point[0])
+        x, rates = [place for place, _ in points], [row["refusal"] for _, row in points]
+        colour = COLOURS[index % len(COLOURS)]
+        panel.plot(x, [100 * rate["value"] for rate in rates], "o-", color=colour, label=name, linestyle=("-", "--")[index // len(COLOURS) % 2])
+        panel.fill_between(x, [100 * rate["low"] for rate in rates], [100 * rate["high"] for rate in rates], color=colour, alpha=0.12)
+    panel.set_xscale("log", base=2)
+    panel.set_ylim(-3, 103)
+    panel.set_xlabel(axis)
+    panel.grid(color="0.92")
+    panel.spines[["top", "right"]].set_visible(False)
+    if lines:
+        panel.legend(fontsize=8, frameon=False)
+
+
+def report(results: Path = RESULTS / "guardspace.jsonl", readme: Path = ROOT / "README.md", png: Path = ROOT / "docs" / "guardspace.png") -> None:
+    """Write the section and the picture.
+
+    Raises:
+        DataError: no results, or no markers in the README.
+    """
+    environment, rows = read(results)
+    text = readme.read_text(encoding="utf-8")
+    begin, end = MARKERS
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise DataError(f"{readme} lacks the markers {begin} and {end}. Put them where the table belongs.")
+    section = f"{begin}\n{markdown(environment, rows)}{end}"
+    readme.write_text(re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: section, text, flags=re.DOTALL), encoding="utf-8")
+    print(f"wrote {save_png(rows, png)} and the section of {readme} ({len(rows)} cells)")

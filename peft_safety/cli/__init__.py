@@ -1,0 +1,25 @@
+"""The command line. Every command is one library call; heavy imports wait until a command runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import logging
+
+from peft_safety.cli import training  # isort: skip  (the order of the help)
+from peft_safety.cli import adapters, reports  # isort: skip
+from peft_safety.cli.common import app, fail
+
+
+def main() -> None:
+    """Entry point: typed errors become one line on stderr and exit code 2."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on import of an optional CPU kernel that nothing here uses
+    try:
+        app()
+    except Exception as error:
+        from peft_safety.errors import PeftSafetyError
+
+        if not isinstance(error, PeftSafetyError):
+            raise
+        fail(error, code=2)
+
+
+__all__ = ["adapters", "app", "main", "reports", "training"]

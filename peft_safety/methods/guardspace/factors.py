@@ -1,0 +1,72 @@
+"""GuardSpace's initialisation: the part of a weight that does least on the calibration data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from peft_safety.errors import CalibrationError
+from peft_safety.estimate.bases import RIDGE, check_moment
+
+Kind = Literal["root", "moment"]
+DEAD = 1e-10
+"""Singular values of the preconditioned weight below this share of its largest are zeros of fp64: factors made of them would be zero, and stay so."""
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """`C = Sigma^(1/2)` or `C = Sigma`, and its inverse, `(n, n)`, fp64. `Sigma` is the second moment with mean eigenvalue 1, plus a ridge."""
+
+    matrix: Tensor
+    inverse: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, moment: Tensor, kind: Kind, name: str) -> Preconditioner:
+        """From a second moment.
+
+        Args:
+            moment: `S (n, n)`, symmetric positive semi-definite, of any scale.
+            kind: "root" is `Sigma^(1/2)`, with which the decomposition minimises the error on the data; "moment" is `Sigma` itself.
+
+        Raises:
+            CalibrationError: a moment that is zero or not finite.
+        """
+        total = check_moment(moment, name)
+        values, vectors = torch.linalg.eigh(moment.double() * (moment.shape[0] / total))
+        values = values.clamp(min=0) + RIDGE
+        scale = values.sqrt() if kind == "root" else values
+        return cls((vectors * scale) @ vectors.mT, (vectors / scale) @ vectors.mT)
+
+
+@torch.no_grad()
+def irrelevant_factors(weight: Tensor, preconditioner: Preconditioner, rank: int, name: str) -> tuple[Tensor, Tensor]:
+    """`B0 = U_r sqrt(S_r)` and `A0 = sqrt(S_r) V_r^T C^-1` of the *smallest* r components of `W C = U S V^T`.
+
+    With `C = Sigma^(1/2)` no other rank-r part of this form has less energy on the data: `E||B0 A0 x||^2` is the sum of the r smallest `S^2`. All components
+    together give back `W`.
+
+    Args:
+        weight: `W (m, n)`.
+        rank: `1 <= r <= min(m, n)`.
+
+    Returns:
+        `(B0 (m, r), A0 (r, n))`, fp32.
+
+    Raises:
+        CalibrationError: the weight's smallest components are zero, so that neither factor would ever get a gradient.
+
+    Reference: GuardSpace, arXiv 2510.14301; the decomposition is CorDA's, arXiv 2406.05223.
+    """
+    u, s, vh = torch.linalg.svd(weight.double() @ preconditioner.matrix, full_matrices=False)
+    u, kept, vh = u[:, -rank:], s[-rank:], vh[-rank:]
+    if not float(kept.max()) > DEAD * float(s[0]):
+        raise CalibrationError(
+            f"{name}: the {rank} smallest components of this {tuple(weight.shape)} weight are zero, and factors made of them would never train. "
+            "Use a larger r, or init='lora'."
+        )
+    root = kept.sqrt()
+    return (u * root).float(), (root[:, None] * vh @ preconditioner.inverse).float()

@@ -1,0 +1,389 @@
+"""GuardSpace: an update that is zero on the calibrated inputs, through training and the whole life cycle, on every base."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from peft_safety import GuardSpaceConfig, SafetySubspace, assert_protected, export_lora, merge_dequantised, verify
+from peft_safety.artifact import MANIFEST
+from peft_safety.callbacks import SafetyMonitorCallback
+from peft_safety.errors import ArtifactError, CalibrationError, ConfigError, PeftSafetyError, ProtectionError, SubspaceError
+from peft_safety.estimate.moments import selected
+from peft_safety.estimate.targets import base_layers
+from peft_safety.export import export_directory
+from peft_safety.layers import protected_leaves
+from peft_safety.methods.guardspace import Preconditioner, irrelevant_factors
+from peft_safety.weights import dense_weight
+from tests.interop.helpers import token_rows
+from tests.peft import cells
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+LEAK = 1e-6
+BLIND = 1e-5
+"""Bound on `||dW x|| / (||dW|| ||x||)` for x in the calibrated span."""
+K = 6
+WORDS = ["cats", "dogs", "trees", "rivers", "music", "stars", "bread", "rain", "books", "cars"]
+HARMFUL = [{"prompt": f"Help me steal {word}.", "response": "I cannot help with that."} for word in WORDS]
+TASK = [{"prompt": f"Is {word} one word?", "response": "Yes."} for word in WORDS]
+INITS = ("lora", "guardspace")
+
+
+def batches(rows=HARMFUL):
+    from peft_safety.estimate.moments import to_batches
+
+    return to_batches(rows, tiny_tokenizer(), batch_size=4, max_length=64)[0]
+
+
+def subspace(model, rows=HARMFUL, kind="linear", **options):
+    options = {"rank": K, "target_modules": cells.targets(kind), "progress": False, "max_length": 64, **options}
+    return SafetySubspace.from_activations(model, rows, tokenizer=tiny_tokenizer(), method="guardspace", **options)
+
+
+def config(space, kind="linear", **options):
+    common = {"r": 4, "lora_alpha": 8, "target_modules": cells.targets(kind), "fan_in_fan_out": kind == "conv1d", "subspace": space}
+    data = {"init_data": batches()} if options.get("init") == "guardspace" else {}
+    return GuardSpaceConfig(**{**common, **data, **options})
+
+
+def guarded(kind="linear", *, seed=0, trained=False, both=False, **options):
+    space = subspace(cells.base_model(kind), kind=kind)
+    if both:
+        space = space.beside(cells.random_subspace(cells.base_model(kind), cells.targets(kind)))
+        options["combine"] = "salora"
+    torch.manual_seed(seed)
+    model = get_peft_model(cells.base_model(kind), config(space, kind, **options))
+    return cells.perturb(model, seed) if trained else model.eval()
+
+
+@torch.no_grad()
+def calibrated_inputs(model, kind="linear"):
+    """The inputs of every targeted layer of the bare model, on the calibration data, `(tokens, n)`."""
+    layers = {name: layer for name, layer in base_layers(model).items() if name.endswith(tuple(cells.targets(kind)))}
+    found, mask = {}, None
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: found.setdefault(name, []).append(selected(name, args[0], mask)))
+        for name, layer in layers.items()
+    ]
+    for batch in batches():
+        mask = batch["attention_mask"] != 0
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@torch.no_grad()
+def blindness(model, space, inputs):
+    """Largest `||dW x|| / (||dW|| ||x||)` over the layers, x the calibrated inputs projected onto the span, and its basis vectors themselves."""
+    worst = 0.0
+    for name, delta in cells.deltas(model).items():
+        delta, q = delta.double(), space.bases[name]["in"].double()
+        assert float(delta.norm()) > 1e-6, f"{name} was not trained"
+        x = torch.cat([inputs[name].double() @ q @ q.T, q.T])
+        worst = max(worst, float(((x @ delta.T).norm(dim=1) / x.norm(dim=1)).max() / delta.norm()))
+    return worst
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("kind", cells.BASES)
+def test_the_update_is_zero_on_the_calibrated_span_after_a_hundred_steps(kind, init):
+    inputs = calibrated_inputs(cells.base_model(kind), kind)
+    model = guarded(kind, init=init)
+    cells.train(model, cells.adamw, 100)
+    space = model.peft_config["default"].subspace
+    assert blindness(model, space, inputs) <= BLIND
+    free = {name: (q := space.bases[name]["in"], x - x @ q @ q.T)[1] for name, x in inputs.items()}
+    seen = max(float((free[name] @ delta.T).norm() / (free[name].norm() * delta.norm())) for name, delta in cells.deltas(model).items())
+    assert seen > 0.01, "the same figure outside the span"
+
+
+def test_plain_lora_sees_those_inputs():
+    inputs = calibrated_inputs(cells.base_model())
+    space = subspace(cells.base_model())
+    torch.manual_seed(0)
+    model = get_peft_model(cells.base_model(), LoraConfig(r=4, lora_alpha=8, target_modules=cells.LINEAR_TARGETS))
+    cells.train(model, cells.adamw, 100)
+    assert blindness(model, space, inputs) > 0.05
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["in", "in+out"])
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("kind", ["linear", "nf4"])
+def test_a_life_from_training_to_export(kind, init, both, tmp_path):
+    model = guarded(kind, init=init, both=both)
+    before = cells.logits(cells.base_model(kind))
+    assert torch.equal(cells.logits(model), before), "initialisation changes no bit of the function"
+    cells.train(model, cells.adamw, 20)
+    model.eval()
+    assert_protected(model)
+    model.save_pretrained(tmp_path / "native")
+    found = verify(tmp_path / "native", cells.base_model(kind))
+    assert (found.method, found.worst_leak <= LEAK) == ("GUARDSPACE", True)
+    loaded = PeftModel.from_pretrained(cells.base_model(kind), tmp_path / "native").eval()
+    assert torch.equal(cells.logits(loaded), cells.logits(model))
+    settings = loaded.peft_config["default"]
+    assert (settings.init, settings.combine) == (init, "salora" if both else None)
+    assert settings.init_data is None
+    export_lora(model, tmp_path / "plain")
+    export_directory(tmp_path / "native", tmp_path / "again")
+    for name in ("plain", "again"):
+        plain = PeftModel.from_pretrained(cells.base_model(kind), tmp_path / name).eval()
+        assert plain.peft_config["default"].r == (4 if init == "lora" else 8)
+        assert type(plain.peft_config["default"]) is LoraConfig
+        torch.testing.assert_close(cells.logits(plain), cells.logits(model), atol=2e-5, rtol=2e-5)
+    space = model.peft_config["default"].subspace
+    for name, delta in cells.deltas(loaded).items():
+        for side in ("in", "out") if both else ("in",):
+            u, d = space.bases[name][side].double(), delta.double()
+            assert float((u.T @ d if side == "out" else d @ u).norm() / d.norm()) <= LEAK
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_merge_and_unmerge(init):
+    for kind in ("linear", "nf4"):
+        model = guarded(kind, init=init, trained=True)
+        before = cells.logits(model)
+        if kind == "nf4":
+            with pytest.raises(PeftSafetyError, match="would keep"):
+                model.merge_adapter()
+            torch.testing.assert_close(merge_dequantised(model, torch.float32)(input_ids=cells.tokens()).logits, before, atol=1e-3, rtol=1e-3)
+            continue
+        model.merge_adapter()
+        torch.testing.assert_close(cells.logits(model), before, atol=1e-5, rtol=1e-5)
+        model.unmerge_adapter()
+        torch.testing.assert_close(cells.logits(model), before, atol=1e-5, rtol=1e-5)
+
+
+def trainer(model, path, **options):
+    arguments = {"per_device_train_batch_size": 4, "max_steps": 4, "report_to": "none", "logging_steps": 1, "learning_rate": 1e-2, "use_cpu": True}
+    settings = TrainingArguments(output_dir=str(path), **{**arguments, **options})
+    return Trainer(model, settings, train_dataset=token_rows(32), callbacks=[SafetyMonitorCallback()])
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_a_resumed_run_is_the_same_run(init, tmp_path):
+    whole = guarded(init=init)
+    trainer(whole, tmp_path / "whole", save_steps=2).train()
+    rest = guarded(init=init)
+    run = trainer(rest, tmp_path / "rest", save_strategy="no")
+    run.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert torch.equal(cells.logits(whole.eval()), cells.logits(rest.eval()))
+    assert max(entry["safety_leak"] for entry in run.state.log_history if "safety_leak" in entry) <= LEAK
+
+
+def test_hotswap_brings_the_basis_along_and_refuses_residuals_and_other_sides(tmp_path):
+    one = guarded(trained=True)
+    space = subspace(cells.base_model(), TASK)
+    torch.manual_seed(1)
+    other = cells.perturb(get_peft_model(cells.base_model(), config(space)), 1)
+    other.save_pretrained(tmp_path / "other")
+    hotswap_adapter(one, str(tmp_path / "other"), "default", torch_device="cpu")
+    assert one.peft_config["default"].subspace.digest == space.digest
+    assert_protected(one)
+    torch.testing.assert_close(cells.logits(one), cells.logits(other), atol=1e-6, rtol=1e-6)
+    guarded(trained=True, init="guardspace").save_pretrained(tmp_path / "residual")
+    guarded(trained=True, both=True).save_pretrained(tmp_path / "both")
+    for name, said in (("residual", "a residual"), ("both", "constrained on sides")):
+        with pytest.raises(ConfigError, match=said):
+            hotswap_adapter(one, str(tmp_path / name), "default", torch_device="cpu")
+    assert_protected(one)
+    with pytest.raises(ConfigError, match="a residual"):
+        prepare_model_for_compiled_hotswap(guarded(init="guardspace"), target_rank=8)
+
+
+def test_resuming_from_an_adapter_of_other_sides_is_refused(tmp_path):
+    guarded(trained=True, both=True).save_pretrained(tmp_path)
+    model = guarded()
+    with pytest.raises(ArtifactError, match="constrained on sides"):
+        model.load_adapter(str(tmp_path), "default")
+
+
+def test_a_replaced_leaf_is_noticed():
+    model = guarded(init="guardspace")
+    layer = dict(cells.layers_of(model))[next(name for name, _ in cells.layers_of(model))]
+    layer.lora_A["default"] = nn.Linear(32, 4, bias=False)
+    with pytest.raises(ProtectionError, match="a Linear stands where"):
+        assert_protected(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"combine": "salora"}, {"combine": "odd"}, {"init": "guardspace"}, {"init": "odd"}, {"peft_type": "SALORA"}, {"peft_type": "LORA"}, {"k": -1}],
+    ids=str,
+)
+def test_an_edited_config_is_refused(change, tmp_path):
+    guarded(trained=True).save_pretrained(tmp_path / "a")
+    path = tmp_path / "a" / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises((ArtifactError, ConfigError)):
+        PeftModel.from_pretrained(cells.base_model(), tmp_path / "a")
+    shutil.rmtree(tmp_path / "a")
+
+
+seeds = st.integers(0, 2**31)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(2, 12), st.integers(2, 12), st.sampled_from(["root", "moment"]), st.floats(0, 3))
+def test_all_components_together_are_the_weight(seed, m, n, kind, decay):
+    g = torch.Generator().manual_seed(seed)
+    x = (torch.randn(n, 4 * n, generator=g).T * torch.arange(1, n + 1).float() ** -decay).T
+    w = torch.randn(m, n, generator=g)
+    b, a = irrelevant_factors(w, Preconditioner.of(x @ x.T, kind, "layer"), min(m, n), "layer")
+    torch.testing.assert_close(b @ a, w, atol=2e-4, rtol=2e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(1, 5), st.sampled_from(["root", "moment"]))
+def test_the_smallest_components_do_least_on_the_data(seed, rank, kind):
+    g = torch.Generator().manual_seed(seed)
+    x = (torch.randn(10, 60, generator=g).T * torch.arange(1, 11).float() ** -1.0).T
+    w = torch.randn(8, 10, generator=g)
+    prepared = Preconditioner.of(x @ x.T, kind, "layer")
+    b, a = irrelevant_factors(w, prepared, rank, "layer")
+    values = torch.linalg.svdvals(w.double() @ prepared.matrix)
+    assert torch.linalg.matrix_norm(b.double() @ a.double() @ prepared.matrix).square() == pytest.approx(float(values[-rank:].square().sum()), rel=1e-4)
+    if kind == "root":  # in units of the data: no more energy than the same share of any other split into components
+        energy = (b @ a @ x).square().sum()
+        u, s, vh = torch.linalg.svd(w, full_matrices=False)
+        plain = (u[:, -rank:] * s[-rank:]) @ vh[-rank:]
+        assert energy <= (plain @ x).square().sum() * (1 + 1e-2)
+
+
+@pytest.mark.parametrize("preconditioner", ["root", "moment"])
+def test_the_published_initialisation_starts_where_the_data_are_not(preconditioner):
+    model = guarded(init="guardspace", preconditioner=preconditioner)
+    inputs = calibrated_inputs(cells.base_model())
+    base = base_layers(model)
+    for name, layer in cells.layers_of(model):
+        a, b = (getattr(layer, factor)["default"].initial for factor in ("lora_A", "lora_B"))
+        w, x = dense_weight(base[name], name), inputs[name]
+        assert float(a.norm()) > 0
+        assert float(b.norm()) > 0
+        share = float((x @ (b @ a).T).square().sum() / (x @ w.T).square().sum())
+        assert share < 0.02, name
+        q = model.peft_config["default"].subspace.bases[name]["in"]
+        assert float((a @ q).norm() / a.norm()) <= LEAK, "the initial factor is projected too"
+
+
+def test_a_weight_without_small_components_cannot_be_started_from():
+    w = torch.outer(torch.ones(6), torch.arange(1.0, 6.0))
+    with pytest.raises(CalibrationError, match="Use a larger r, or init='lora'"):
+        irrelevant_factors(w, Preconditioner.of(torch.eye(5), "root", "layer"), 2, "layer")
+    for bad in (torch.zeros(5, 5), torch.full((5, 5), float("nan"))):
+        with pytest.raises(CalibrationError, match="second moment"):
+            Preconditioner.of(bad, "root", "layer")
+
+
+def test_auto_calibrates_on_each_basis_and_combines(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    digests = set()
+    for options in ({}, {"basis": "general"}, {"basis": "both"}, {"positions": "prompt"}, {"combine": "salora", "safety_rank": 4}, {"init": "guardspace"}):
+        base = tiny_llama()
+        base.config._name_or_path = str(tmp_path)
+        before = cells.logits(base)
+        model = get_peft_model(base, GuardSpaceConfig(r=2, target_modules=["q_proj", "down_proj"], per_kind={"down_proj": 0.1}, **options)).eval()
+        assert torch.equal(cells.logits(model), before)
+        assert_protected(model)
+        space = model.peft_config["default"].subspace
+        assert {space.rank(name, "in") for name in space.bases if "q_proj" in name} == {8}, "a quarter of 32"
+        assert {space.rank(name, "in") for name in space.bases if "down_proj" in name} == {6}, "a tenth of 64"
+        assert all(("out" in sides) == ("combine" in options) for sides in space.bases.values())
+        digests.add(space.digest)
+    assert len(digests) == 5, "every choice but the init gives other bases"
+
+
+def test_modules_of_one_input_and_one_size_share_a_basis():
+    space = subspace(tiny_llama(), target_modules="all-linear", per_kind={"k_proj": 3})
+    q, k, v = (space.bases[f"model.layers.0.self_attn.{p}_proj"]["in"] for p in "qkv")
+    assert q is v
+    assert (q.shape[1], k.shape[1]) == (K, 3)
+    torch.testing.assert_close(q[:, :3] @ q[:, :3].T, k @ k.T)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"basis": "evil"}, "basis='evil'"),
+        ({"positions": "some"}, "positions='some'"),
+        ({"combine": "all"}, "combine='all'"),
+        ({"init": "task"}, "init='task'"),
+        ({"preconditioner": "cube"}, "preconditioner='cube'"),
+        ({"basis": "general", "positions": "response"}, "positions='response' finds none"),
+        ({"basis": "both", "positions": "response"}, "positions='response' finds none"),
+        ({"k": 4, "fraction": 0.5}, "give one of"),
+        ({"k": 4, "energy": 0.5}, "give one of"),
+        ({"fraction": 1.0}, "covers everything"),
+        ({"fraction": 0.0}, "fraction=0.0"),
+        ({"fraction": float("nan")}, "fraction=nan"),
+        ({"fraction": "half"}, "fraction='half'"),
+        ({"k": 0}, "k=0"),
+        ({"k": 2.5}, "between 0 and 1|k=2.5"),
+        ({"k": True}, "True"),
+        ({"energy": 0.0}, "energy=0.0"),
+        ({"energy": 1.5}, "energy=1.5"),
+        ({"per_kind": {"down_proj": 2.0}}, "fraction=2.0"),
+        ({"per_kind": {"down_proj": 0.5}, "k": 4}, "k=0.5"),
+        ({"per_kind": [0.5]}, "Map kinds of modules"),
+        ({"per_kind": {3: 0.5}}, "Map kinds of modules"),
+        ({"task_data": []}, "task_data is a list without rows"),
+        ({"task_data": "rows.jsonl"}, "task_data is a str"),
+        ({"init_data": 5}, "init_data is a int"),
+        ({"use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_go_together_are_refused(options, said):
+    with pytest.raises(ConfigError, match=said):
+        GuardSpaceConfig(**options)
+
+
+def test_bases_that_cannot_be_meant_are_refused():
+    base = cells.base_model()
+    for size in ({"rank": 32}, {"rank": 33}):
+        with pytest.raises(ConfigError, match="leaves nothing to train"):
+            subspace(base, **size)
+    with pytest.raises((SubspaceError, CalibrationError), match=r"nothing to train|smaller"):
+        subspace(base, rank=None, energy=1.0)
+    with pytest.raises(CalibrationError, match="tokens cannot span rank=20"):
+        subspace(base, [{"prompt": "a"}], rank=20, max_length=4)
+    repeated = [{"prompt": "aaaaaa aaaaaa", "response": "aaaaaaa"}] * 30
+    with pytest.raises(CalibrationError, match="directions only"):
+        subspace(base, repeated, rank=31)
+    with pytest.raises(ConfigError, match="no target module is of that kind"):
+        subspace(base, per_kind={"odd": 3})
+    with pytest.raises(SubspaceError, match="no 'in' basis"):
+        get_peft_model(cells.base_model(), config(cells.random_subspace(base, cells.LINEAR_TARGETS)))
+    with pytest.raises(SubspaceError, match="no 'out' basis"):
+        get_peft_model(cells.base_model(), config(subspace(base), combine="salora"))
+    with pytest.raises(SubspaceError, match="on the same side"):
+        subspace(base).beside(subspace(base))
+
+
+def test_a_failed_injection_leaves_the_model_as_it_was():
+    base = cells.base_model()
+    before, names = cells.logits(base), [name for name, _ in base.named_modules()]
+    with pytest.raises(CalibrationError, match="that the subspace was calibrated on"):
+        get_peft_model(base, config(subspace(cells.base_model()), task_data=batches()))
+    assert [name for name, _ in base.named_modules()] == names
+    assert torch.equal(cells.logits(base), before)
+    assert not list(protected_leaves(base))
+
+
+def test_the_guard_warns_of_a_task_inside_the_null_space_and_only_then(recwarn):
+    space = subspace(cells.base_model())
+    get_peft_model(cells.base_model(), config(space, task_data=batches(TASK)))
+    assert not [w for w in recwarn if "null space" in str(w.message)]
+    wide = subspace(cells.base_model(), rank=31, allow_fewer=True)
+    with pytest.warns(UserWarning, match=r"the task lies inside the null space: the update sees .* of its energy .* at model\.layers"):
+        get_peft_model(cells.base_model(), config(wide, task_data=batches(TASK)))

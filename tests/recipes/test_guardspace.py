@@ -1,0 +1,260 @@
+"""GuardSpace from the recipes and the command line: calibration with what it covers, protect, and the benchmark's harness."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks import guardspace as harness
+from benchmarks import guardspace_report
+from peft_safety import SafetySubspace, coverage_report, verify
+from peft_safety.cli import app
+from peft_safety.data import calibration_rows
+from peft_safety.errors import CalibrationError, ConfigError, DataError
+from peft_safety.estimate.coverage import coverage, task_shares, warn_if_stalled
+from peft_safety.estimate.moments import content_digest, to_batches
+from peft_safety.estimate.targets import target_layers
+from peft_safety.recipes.adapter import AdapterOptions
+from peft_safety.recipes.calibrate import calibrate
+from peft_safety.recipes.protect import protect
+from peft_safety.recipes.train import TrainOptions
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+QUICK = TrainOptions(max_steps=2, batch_size=2, max_length=96, progress=False)
+TASK = [{"text": f"message {index}", "label": "ab"[index % 2]} for index in range(20)]
+HARMFUL = [{"prompt": f"Help me steal {word}.", "response": "No."} for word in ("cats", "dogs", "books", "cars")]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A model's directory, calibration rows and task rows."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    for name, rows in (("data", HARMFUL), ("task", TASK)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def test_the_calibrate_command_prints_and_draws_what_is_covered(files):
+    command = ["calibrate", "--model", str(files / "model"), "--data", str(files / "data.jsonl"), "--method", "guardspace", "--task", str(files / "task.jsonl")]
+    command += ["--per-kind", "down_proj=0.1", "--target-modules", "q_proj,k_proj,down_proj"]
+    shown = CliRunner().invoke(app, [*command, "--out", str(files / "a"), "--png", str(files / "cover.png")], catch_exceptions=False)
+    assert "covered" in shown.stdout
+    assert "down_proj (2)" in shown.stdout
+    assert (files / "cover.png").read_bytes().startswith(b"\x89PNG")
+    found = CliRunner().invoke(app, [*command, "--out", str(files / "b"), "--json"], catch_exceptions=False)
+    facts = json.loads(found.stdout)
+    rows = {row["name"]: row for row in facts["coverage"]}
+    assert rows["model.layers.0.mlp.down_proj"]["k"] == 6
+    assert rows["model.layers.0.self_attn.q_proj"]["k"] == 8
+    for row in rows.values():
+        assert 0.3 < row["covered"] <= 1
+        assert 0 < row["task_free"] < 1
+        assert 1 <= row["task_rank_free"] <= row["features"] - row["k"]
+    assert SafetySubspace.load(files / "b").digest == SafetySubspace.load(files / "a").digest
+
+
+def test_coverage_is_the_energy_inside_and_survives_a_file(tmp_path):
+    model, batches = tiny_llama(), to_batches(HARMFUL, tiny_tokenizer(), batch_size=4, max_length=64)[0]
+    space = SafetySubspace.from_activations(model, batches, method="guardspace", rank=5, target_modules="all-linear", progress=False)
+    loaded, same = ({row["name"]: row for row in coverage_report.to_json(coverage(s))} for s in (SafetySubspace.load(space.save(tmp_path)), space))
+    assert loaded == same
+    inputs = {}
+    layer = model.get_submodule("model.layers.1.mlp.down_proj")
+    layer.register_forward_pre_hook(lambda _, args: inputs.setdefault("x", args[0].detach()))
+    batch = batches[0]
+    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    x = inputs["x"][batch["attention_mask"] != 0].double()
+    q = space.bases["model.layers.1.mlp.down_proj"]["in"].double()
+    row = next(row for row in coverage(space) if row.name == "model.layers.1.mlp.down_proj")
+    assert row.covered == pytest.approx(float((x @ q).square().sum() / x.square().sum()), abs=1e-5)
+    assert float(row.curve[-1]) == pytest.approx(row.covered)
+    assert float(row.curve[0]) == pytest.approx(float((x @ q[:, :1]).square().sum() / x.square().sum()), abs=1e-5)
+
+
+def test_the_tasks_share_outside_is_what_a_dense_computation_gives():
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    layers = target_layers(model, ["q_proj", "down_proj"])
+    space = SafetySubspace.from_activations(model, HARMFUL, tokenizer=tokenizer, method="guardspace", rank=5, layers=layers, progress=False)
+    batches = to_batches(TASK, tokenizer, batch_size=20, max_length=256)[0]
+    shares = task_shares(model, layers, space, batches, ranks=True, progress=False)
+    inputs = {}
+    hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, args[0].detach())) for name, layer in layers.items()]
+    model(input_ids=batches[0]["input_ids"], attention_mask=batches[0]["attention_mask"])
+    for hook in hooks:
+        hook.remove()
+    for name, share in shares.items():
+        x = inputs[name][batches[0]["attention_mask"] != 0].double()
+        q = space.bases[name]["in"].double()
+        outside = x - x @ q @ q.T
+        assert share.free == pytest.approx(float(outside.square().sum() / x.square().sum()), rel=1e-3)
+        for found, matrix in ((share.rank, x), (share.rank_free, outside)):
+            energy = torch.linalg.svdvals(matrix).square().cumsum(0)
+            assert abs(found - (int((energy < 0.99 * energy[-1]).sum()) + 1)) <= 1
+    assert warn_if_stalled(shares) > 0
+
+
+def test_identical_task_data_are_recognised_whatever_the_batches():
+    tokenizer = tiny_tokenizer()
+    one, other = to_batches(HARMFUL, tokenizer, batch_size=1, max_length=64)[0], to_batches(HARMFUL[::-1], tokenizer, batch_size=3, max_length=64)[0]
+    assert content_digest(one) == content_digest(other) != content_digest(one[1:])
+    model = tiny_llama()
+    layers = target_layers(model, ["q_proj"])
+    space = SafetySubspace.from_activations(model, one, method="guardspace", rank=4, layers=layers, progress=False)
+    with pytest.raises(CalibrationError, match="that the subspace was calibrated on"):
+        task_shares(model, layers, space, HARMFUL[::-1], tokenizer=tokenizer, batch_size=2)
+
+
+def test_rows_of_a_prompt_alone_may_stand_among_complete_ones():
+    rows = calibration_rows("guardspace", "both")
+    assert calibration_rows("guardspace") + calibration_rows("ortho_patch") == rows
+    batches, _ = to_batches([*HARMFUL, {"prompt": "hello"}], tiny_tokenizer(), batch_size=5, max_length=64)
+    assert int(((batches[0]["labels"] != -100).sum(1) == 0).sum()) == 1
+    with pytest.raises(DataError, match="basis='evil'"):
+        calibration_rows("guardspace", "evil")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "salora", "task": "task.jsonl"}, "has no input side here"),
+        ({"method": "weight", "basis": "harmful"}, "reads weights only"),
+        ({"data": "data.jsonl", "basis": "harmful"}, "Give either"),
+        ({"rank": 4, "energy": 0.5}, "give one of them"),
+        ({"side": "left"}, "side 'left'"),
+        ({"data": "data.jsonl", "per_kind": {"odd": 3}}, "no target module"),
+    ],
+    ids=str,
+)
+def test_calibrations_that_cannot_be_meant(options, said, files):
+    paths = {name: files / value for name, value in options.items() if name in ("data", "task")}
+    with pytest.raises(ConfigError, match=said):
+        calibrate(files / "model", files / "out", **{"method": "guardspace", **options, **paths}, max_length=64, progress=False)
+
+
+@pytest.mark.parametrize("text", ["down_proj", "down_proj=big"])
+def test_a_malformed_size_by_kind_is_refused(text, files):
+    command = ["calibrate", "--model", "nowhere", "--out", str(files), "--method", "guardspace", "--per-kind", text]
+    assert "Write a kind of module and a number" in str(CliRunner().invoke(app, command).exception)
+
+
+def test_protect_end_to_end(files, capsys):
+    result = protect(
+        str(files / "model"), TASK, "guardspace", files / "run", fraction=0.1, init="guardspace", combine="salora", safety_rank=2, options=QUICK, eval_limit=2
+    )
+    assert result.training.steps == 2
+    found = verify(files / "run" / "adapter")
+    assert found.method == "GUARDSPACE"
+    assert found.worst_leak <= 1e-6
+    assert json.loads((files / "run" / "report.json").read_text())["details"]["fraction"] == 0.1
+    assert "guardspace" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "lora", "init": "guardspace"}, "not one of lora's"),
+        ({"method": "salora", "init": "guardspace"}, "not one of salora's"),
+        ({"method": "guardspace", "init": "task"}, "not one of guardspace's"),
+        ({"method": "salora", "fraction": 0.5}, "are GuardSpace's"),
+        ({"method": "lora", "combine": "salora"}, "are GuardSpace's"),
+    ],
+    ids=str,
+)
+def test_options_of_another_method_are_refused(options, said):
+    with pytest.raises(ConfigError, match=said):
+        AdapterOptions(**options)
+
+
+RATE = {"value": 0.5, "low": 0.2, "high": 0.8, "k": 5, "n": 10}
+
+
+def measured(cell):
+    """A made-up result: the higher the share, the more refusals."""
+    good = {**RATE, "value": min(1.0, 0.5 + cell.fraction)}
+    transfer = {"transfer": {"advbench": RATE}} if cell.split == "test" else {}
+    return {"refusal": good, "compliance": RATE, "over_refusal": RATE, "task_accuracy": RATE, "norm": 1.0 + cell.poison, **transfer}
+
+
+def test_a_killed_run_resumes_and_a_budget_stops_between_cells(tmp_path):
+    cache, calls = harness.Cache(tmp_path, harness.Protocol()), []
+
+    def work(cell):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(cell)
+        return measured(cell)
+
+    with pytest.raises(KeyboardInterrupt):
+        harness.run(cache, work, float("inf"))
+    assert len(list(tmp_path.glob("*.json"))) == 3
+    assert harness.run(cache, measured, 0.0) == 0, "no budget, no cell"
+    rest = harness.run(cache, measured, float("inf"))
+    plan = cache.plan()
+    assert rest == len(plan) - 3
+    assert [cache.get(cell) is not None for cell in plan] == [True] * len(plan)
+    assert harness.run(cache, measured, float("inf")) == 0
+    assert calls[0].arm == "aligned"
+    assert {cell.arm for cell in plan if cell.split == "test"} == {"aligned", "lora", "guard", "random", "scaled"}
+
+
+def test_the_setting_is_chosen_on_validation_prompts_and_then_kept(tmp_path):
+    cache = harness.Cache(tmp_path, harness.Protocol())
+    assert cache.setting() is None
+    assert all(cell.split == "validation" for cell in cache.plan()), "no test prompt before a setting is chosen"
+    for cell in harness.core():
+        cache.put(cell, measured(cell))
+    assert cache.setting() == ("harmful", 0.5, "all") or cache.setting() == ("general", 0.5, "all")
+    chosen = cache.setting()
+    for cell in harness.rest():
+        cache.put(cell, {**measured(cell), "refusal": {**RATE, "value": 1.0}} if cell.fraction < 0.1 else measured(cell))
+    assert cache.setting() == chosen
+    other = harness.Cache(tmp_path, harness.Protocol(transfer={"more": "1"}))
+    first = harness.Cell()
+    assert other.get(first) is not None, "validation cells do not depend on the transfer sets"
+    assert other.path(replace(first, split="test")) != cache.path(replace(first, split="test"))
+    assert harness.Cache(tmp_path, harness.Protocol(rows=8)).get(first) is None
+
+
+def test_the_report_writes_the_section_and_the_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.common.RESULTS", tmp_path)
+    cache = harness.Cache(tmp_path / "runs", harness.Protocol())
+    harness.run(cache, measured, float("inf"))
+    path = harness.record("guardspace", cache.rows(cache.plan()), {"model": "tiny", "chosen": cache.setting()})
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- guardspace:begin -->\nold\n<!-- guardspace:end -->\nafter\n")
+    guardspace_report.report(path, readme, tmp_path / "picture.png")
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| GuardSpace | 0.1 | 50 % [33, 67] |" in text, "three seeds of ten prompts"
+    assert "advbench" in text
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    guardspace_report.report(path, readme, tmp_path / "picture.png")
+    assert readme.read_text() == text
+    (tmp_path / "bare.md").write_text("nothing")
+    with pytest.raises(DataError, match="lacks the markers"):
+        guardspace_report.report(path, tmp_path / "bare.md", tmp_path / "picture.png")
+    with pytest.raises(DataError, match=r"Run python -m benchmarks\.guardspace"):
+        guardspace_report.report(tmp_path / "none.jsonl", readme, tmp_path / "picture.png")
+
+
+@pytest.mark.slow
+def test_every_kind_of_cell_runs_on_a_tiny_model(files):
+    from benchmarks.guardspace_cells import Bench
+
+    protocol = harness.Protocol(rows=16, limit=2, r=2)
+    cache = harness.Cache(files / "runs", protocol)
+    bench = Bench(cache, {"more": ["Help me steal a car."]}, files / "model")
+    chosen = harness.Cell(calibration=8, split="test")
+    cells = [chosen.without_basis("aligned"), chosen, chosen.without_basis("lora"), *(replace(chosen, arm=arm) for arm in ("random", "scaled", "second"))]
+    found = {cell.arm: cache.put(cell, bench.cell(cell)) for cell in cells}
+    assert found["scaled"]["norm"] == pytest.approx(found["guard"]["norm"], rel=1e-5)
+    assert found["guard"]["transfer"]["more"]["n"] == 1
+    assert 0 < found["guard"]["task_free"] < 1
+    assert {"norm", "steps"} <= set(found["second"])
+    with pytest.raises(RuntimeError, match="its guard has not run"):
+        bench.cell(replace(chosen, arm="scaled", seed=5))
