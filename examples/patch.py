@@ -129,7 +129,7 @@ class Comparison:
         from peft_safety.data import refusal_pairs
 
         pairs = refusal_pairs("train", self.options.harmful, self.options.training.seed)
-        first = self.patch(self.model, replace(self.options, k=self.options.k or 32), refusals=pairs[::2], adapter_name="first")
+        first = self.patch(self.model, self.options, refusals=pairs[::2], adapter_name="first")
         self.measure("first of two", first)
         both = self.patch(first, replace(self.options, prior_patches=("first",)), refusals=pairs[1::2], adapter_name="second")
         self.measure("both, stacked", both)
@@ -167,6 +167,7 @@ def main() -> None:
 
     from examples.demo import torch_threads
     from examples.get_model import model_dir
+    from peft_safety.estimate.activations import DEFAULT_RANK
     from peft_safety.evaluation import KeywordJudge
     from peft_safety.methods.ortho_patch.config import REG_LAMBDA
     from peft_safety.report import Report, environment
@@ -182,7 +183,7 @@ def main() -> None:
     for name in given.arms.split(";"):
         run.arm(name)
     options = run.options
-    size = f"{options.energy:.0%} of the energy" if options.energy else f"k = {options.k or 32}"
+    size = f"{options.energy:.0%} of the energy" if options.energy else f"k = {options.k or DEFAULT_RANK}"
     report = Report(
         title="SmolLM2-135M: safety patches" if "SmolLM2-135M" in model_path else f"{model_path}: safety patches",
         arms=run.arms,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from peft_safety import weights
-from peft_safety.estimate.activations import model_name, size_of
+from peft_safety.estimate.activations import DEFAULT_RANK, model_name, size_of
 from peft_safety.estimate.bases import output_basis
 from peft_safety.estimate.targets import target_layers
 from peft_safety.projection import Side
@@ -39,7 +39,7 @@ def estimate_from_weights(
     """
     from tqdm.auto import tqdm
 
-    size = size_of(32 if rank is None and energy is None else rank, energy)
+    size = size_of(DEFAULT_RANK if rank is None and energy is None else rank, energy)
     layers = dict(target_layers(model, target_modules) if layers is None else layers)
     for name, layer in layers.items():  # before anything is decomposed
         for side in sides:
@@ -51,7 +51,7 @@ def estimate_from_weights(
         found = {side: output_basis(weight if side == "out" else weight.mT, None, size, name, seed=seed) for side in sides}
         bases[name], spectra[name] = ({side: pair[index] for side, pair in found.items()} for index in (0, 1))
     provenance = {"method": "weight", "sides": "+".join(sides), "seed": seed, "model": model_name(model)}
-    provenance |= {"rank": rank or 32} if energy is None else {"energy": energy}
+    provenance |= {"rank": rank or DEFAULT_RANK} if energy is None else {"energy": energy}
     subspace = SafetySubspace(bases, spectra, provenance=provenance)
     subspace.bind(layers)
     return subspace

@@ -156,7 +156,7 @@ def patch_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opt
             general,
             tokenizer=tokenizer,
             method="ortho_patch",
-            rank=None if options.energy is not None else options.k or 32,
+            rank=options.k,
             energy=options.energy,
             sides=SIDES[options.side],
             against=against,

@@ -17,12 +17,13 @@ from torch import nn
 from peft_safety.artifact import SIDES
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
 from peft_safety.errors import ConfigError
+from peft_safety.estimate.activations import DEFAULT_RANK, estimate, tokenizer_of
+from peft_safety.estimate.weight_bases import estimate_from_weights
 from peft_safety.methods.ortho_patch.priors import prior_spans
 from peft_safety.methods.protected import ProtectedConfig, public_name
 from peft_safety.projection import Side
 from peft_safety.subspace import SafetySubspace
 
-DEFAULT_K = 32
 REG_LAMBDA = 100.0
 """An unconstrained patch of SmolLM2-135M has a penalty of about 0.02 (0.9 % of each layer's output, squared, times 210 layers): at 1 it would not be felt."""
 
@@ -71,7 +72,7 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         if self.k is not None and self.energy is not None:
             raise ConfigError(f"{where}: k={self.k!r} and energy={self.energy!r}: give one of them.")
         if self.k is None and self.energy is None:
-            self.k = DEFAULT_K
+            self.k = DEFAULT_RANK
         super().__post_init__()
         self._penalised = False
 
@@ -109,9 +110,6 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         return extended
 
     def calibrate(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SafetySubspace:
-        from peft_safety.estimate.activations import estimate, tokenizer_of
-        from peft_safety.estimate.weight_bases import estimate_from_weights
-
         if self.basis == "weight":
             return estimate_from_weights(model, rank=self.k, energy=self.energy, sides=self.basis_sides, layers=layers)
         against = [{"prompt": row["prompt"]} for row in refusal_pairs("calibration", CALIBRATION_PAIRS)] if self.basis == "contrastive" else None
