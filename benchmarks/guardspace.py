@@ -26,7 +26,7 @@ from benchmarks.common import record
 
 POISONS = (0.1, 0.0, 0.5, 1.0)
 FRACTIONS = (1 / 4, 1 / 8, 1 / 2, 1 / 32)
-EPOCHS = (1, 4, 16, 2, 8)
+EPOCHS = 16
 SEEDS = (0, 1, 2)
 CALIBRATIONS = (64, 16, 128)
 RUNS = Path("runs/guardspace")
@@ -89,23 +89,26 @@ class Protocol:
 
     def key(self, cell: Cell) -> str:
         """Name of a cell's file; prompts of other files are measured on test cells only, so that only those depend on them."""
-        shared = asdict(self) if cell.split == "test" else asdict(replace(self, transfer={}))
-        return hashlib.sha256(json.dumps([asdict(cell), shared], sort_keys=True).encode()).hexdigest()[:16]
+        shared = self if cell.split == "test" else replace(self, transfer={})
+        return hashlib.sha256(json.dumps([_set(cell), _set(shared)], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _set(record: Any) -> dict[str, Any]:
+    """The fields that differ from their defaults: a field added later leaves the names of finished cells as they are."""
+    defaults = type(record)()
+    return {name: value for name, value in asdict(record).items() if value != getattr(defaults, name)}
 
 
 def core() -> Iterator[Cell]:
     """Stage 1, most informative first: does it hold, against both controls and at every share of poison; then k, the basis, and a look at the rest."""
     first = Cell()
     yield from (first.without_basis("aligned"), first.without_basis("lora"), first, replace(first, arm="random"), replace(first, basis="general"))
+    yield from (replace(first, fraction=fraction) for fraction in FRACTIONS[1:])
     for poison in POISONS[1:]:
-        yield from (replace(first, poison=poison), replace(first, poison=poison).without_basis("lora"))
-    yield replace(first, arm="random", fraction=1 / 2)
-    yield replace(first, basis="both")
+        yield from (replace(first, poison=poison), replace(first, poison=poison, fraction=1 / 2), replace(first, poison=poison, basis="general"))
+    yield replace(first, poison=0.0).without_basis("lora")
+    yield from (replace(first, arm="random", fraction=1 / 2), replace(first, basis="both"))
     yield from (replace(first, positions=positions) for positions in ("prompt", "response"))
-    for fraction in FRACTIONS[1:]:
-        yield from (replace(first, fraction=fraction, poison=poison) for poison in POISONS)
-    for fraction in (1 / 4, 1 / 2):
-        yield from (replace(first, basis="general", fraction=fraction, poison=poison) for poison in POISONS)
 
 
 def rest() -> Iterator[Cell]:
@@ -123,24 +126,22 @@ def confirmation(setting: Sequence[Any]) -> Iterator[Cell]:
     """Stage 2: the chosen setting and its controls on test prompts."""
     chosen = replace(Cell(), basis=setting[0], fraction=setting[1], positions=setting[2], split="test")
     yield chosen.without_basis("aligned")
-    for poison in POISONS:
-        for seed in SEEDS:
-            cell = replace(chosen, poison=poison, seed=seed)
-            yield from (cell, cell.without_basis("lora"), replace(cell, arm="random"), replace(cell, arm="scaled"))
+    for poison, seed in [(p, s) for s in SEEDS for p in POISONS]:
+        cell = replace(chosen, poison=poison, seed=seed)
+        yield from (cell, cell.without_basis("lora"), replace(cell, arm="random"), replace(cell, arm="scaled"))
 
 
 def limits(setting: Sequence[Any]) -> Iterator[Cell]:
     """Stage 3: where it stops."""
     chosen = replace(Cell(), basis=setting[0], fraction=setting[1], positions=setting[2])
-    for epochs in EPOCHS[1:]:
-        longer = replace(chosen, epochs=epochs)
-        yield from (longer, replace(longer, fraction=1 / 2), longer.without_basis("lora"), replace(longer, basis="general", fraction=1 / 2, positions="all"))
-    for lr in (3e-3, 1e-2):
-        yield from (replace(chosen, lr=lr), replace(chosen, lr=lr).without_basis("lora"))
     yield from (replace(chosen, calibration=rows) for rows in CALIBRATIONS[1:])
-    yield from (replace(chosen, arm="second", poison=poison) for poison in (0.0, 0.1))
-    for epochs in EPOCHS[1:]:
-        yield from (replace(chosen, epochs=epochs, fraction=fraction) for fraction in (1 / 8, 1 / 32))
+    yield from (replace(chosen, lr=lr) for lr in (3e-3, 1e-2))
+    yield replace(chosen, arm="second", poison=0.0)
+    longer = replace(chosen, epochs=EPOCHS)
+    yield from (longer, replace(longer, fraction=1 / 2), replace(longer, basis="general", fraction=1 / 2, positions="all"), longer.without_basis("lora"))
+    yield from (replace(chosen, lr=lr).without_basis("lora") for lr in (3e-3, 1e-2))
+    yield replace(chosen, arm="second")
+    yield from (replace(longer, fraction=fraction) for fraction in (1 / 8, 1 / 32))
 
 
 def score(rows: Sequence[dict[str, Any]]) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from transformers import TrainerCallback
 
 from benchmarks.guardspace import Cache, Cell, Protocol
 from peft_safety import SafetySubspace
@@ -60,6 +61,24 @@ def norm(model: torch.nn.Module) -> float:
         a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
         total += float(((b.mT @ b) * (a @ a.mT)).sum()) * float(layer.scaling["default"]) ** 2
     return float(total**0.5)
+
+
+class Along(TrainerCallback):
+    """Measures refusal during a long fine-tune, each time its steps have doubled; the end is the cell's own measurement."""
+
+    def __init__(self, bench: Bench, cell: Cell) -> None:
+        self.bench, self.cell = bench, cell
+        self.found: dict[int, dict[str, Any]] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        parts, rest = divmod(state.max_steps, max(state.global_step, 1))
+        if rest or parts == 1 or parts > self.cell.epochs or parts & (parts - 1):
+            return
+        harmful = self.bench._measures(self.cell).prompts.harmful
+        answers = generate(model, self.bench.tokenizer, harmful, max_new_tokens=JUDGED_TOKENS, progress=False)
+        verdicts = [KeywordJudge()(prompt, answer.text) for prompt, answer in zip(harmful, answers, strict=True)]
+        rates = {name: Rate.of(verdict is kind for verdict in verdicts) for name, kind in (("refusal", Verdict.REFUSAL), ("compliance", Verdict.COMPLIANCE))}
+        self.found[state.global_step] = {"norm": norm(model), **{name: rate.to_json() for name, rate in rates.items()}}
 
 
 class Bench:
@@ -124,7 +143,9 @@ class Bench:
             found["task_free"] = sorted(share.free for share in shares.values())[len(shares) // 2]
             adapter = replace(adapter, method="guardspace", subspace=subspace)
         config = adapter.config(self.model, self.tokenizer, rows, seed=cell.seed, progress=False)
-        tuned, training = finetune(self.model, self.tokenizer, rows, config, options, labels=task.labels)
+        along = Along(self, cell)
+        tuned, training = finetune(self.model, self.tokenizer, rows, config, options, labels=task.labels, callbacks=[along])
+        found |= {"along": along.found} if along.found else {}
         found |= {"norm": norm(tuned), "steps": training.steps, "loss": training.loss}
         if cell.arm == "scaled":
             self._scale(tuned, cell, found)

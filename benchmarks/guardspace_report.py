@@ -147,7 +147,7 @@ def _draw(panel: Any, lines: dict[str, list[tuple[float, Row]]], axis: str) -> N
         points = sorted(points, key=lambda point: point[0])
         x, rates = [place for place, _ in points], [row["refusal"] for _, row in points]
         colour = COLOURS[index % len(COLOURS)]
-        panel.plot(x, [100 * rate["value"] for rate in rates], "o-", color=colour, label=name, linestyle=("-", "--")[index // len(COLOURS) % 2])
+        panel.plot(x, [100 * rate["value"] for rate in rates], ("o-", "o--")[index // len(COLOURS) % 2], color=colour, label=name)
         panel.fill_between(x, [100 * rate["low"] for rate in rates], [100 * rate["high"] for rate in rates], color=colour, alpha=0.12)
     panel.set_xscale("log", base=2)
     panel.set_ylim(-3, 103)

@@ -21,7 +21,7 @@ GRID = 64
 """Points of a drawn curve."""
 WIDEST = 1000
 FLOOR = 1e-5
-"""Where the picture ends: shares below it are rounding noise of the fp32 moments, or nothing at all."""
+"""Where the picture ends: shares below it are rounding noise of the moments, or nothing at all."""
 
 
 def kinds(modules: Sequence[ModuleCoverage]) -> dict[str, list[ModuleCoverage]]:

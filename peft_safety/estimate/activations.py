@@ -173,6 +173,7 @@ def _bases(
                 if against is None:
                     found = output_basis(weight, moment, size, name, seed=seed)
                 else:
+                    weight = weight.to(moment.dtype)
                     found = contrastive_basis(weight @ moment @ weight.mT, weight @ against @ weight.mT, size, name)
             bases[name][side], spectra[name][side] = found
     return bases, spectra

@@ -14,9 +14,9 @@ from torch import Tensor
 from peft_safety.errors import CalibrationError, ConfigError
 from peft_safety.projection import OVERSAMPLING, POWER_ITERATIONS, Side, orthonormalise, top_eigenvectors, top_left_singular
 
-RANK_FLOOR = 1e-3
-"""Singular values below this share of the largest are rounding noise of the fp32 moments: a moment of exact rank r leaves up to 9e-4, about the square root of
-fp32's epsilon, in the next one. SmolLM2-135M's smallest of 32 is at 6e-3."""
+RANK_FLOORS = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""Singular values below this share of the largest are rounding noise. A fp32 moment of exact rank r leaves up to 9e-4, about the square root of its epsilon, in
+the next one; a fp64 moment of fp32 activations shows those down to the activations' own rounding."""
 RIDGE = 1e-3
 """Share of the mean eigenvalue added to the denominator of a contrastive basis, so that directions that neither data set uses are no contrast."""
 WEIGHT_ITERATIONS = 2
@@ -98,17 +98,18 @@ def output_basis(weight: Tensor, moment: Tensor | None, size: Size, name: str, *
         raise CalibrationError(f"{name}: the weight {(m, n)} is zero or holds NaN or Inf. Load an intact checkpoint.")
     if moment is not None:
         check_moment(moment, name)
+        moment = moment.to(weight)
     iterations = WEIGHT_ITERATIONS if moment is None else POWER_ITERATIONS
     k = size.fixed((m, min(m, n) if moment is None else n), "out", name)
     width = min(k or 2 * OVERSAMPLING, m, n)
     while True:
         u, s = top_left_singular(weight, moment, width, seed=seed, iterations=iterations)
         if size.energy is None:
-            return _spanned(u, s)
+            return _spanned(u, s, weight.dtype)
         total = float((weight * (weight if moment is None else weight @ moment)).sum(dtype=torch.float64))
         enough = _enough(s.double().square(), total, size.energy)
         if enough < width or width == min(m, n):
-            return _spanned(u[:, :enough], s[:enough])
+            return _spanned(u[:, :enough], s[:enough], weight.dtype)
         width = min(2 * width, m, n)
 
 
@@ -127,9 +128,9 @@ def input_basis(moment: Tensor, size: Size, name: str, *, seed: int = 0) -> tupl
         values, vectors = torch.linalg.eigh(moment.double())
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
         k = _enough(values, total, size.energy or 1.0) if k is None else k
-        return _spanned(vectors[:, :k].float(), values[:k].sqrt().float())
+        return _spanned(vectors[:, :k], values[:k].sqrt(), moment.dtype)
     vectors, values = top_eigenvectors(lambda q: moment @ q, n, k + OVERSAMPLING, like=moment, seed=seed)
-    return _spanned(vectors[:, :k], values[:k].clamp(min=0).sqrt())
+    return _spanned(vectors[:, :k], values[:k].clamp(min=0).sqrt(), moment.dtype)
 
 
 @torch.no_grad()
@@ -153,7 +154,7 @@ def contrastive_basis(moment: Tensor, against: Tensor, size: Size, name: str) ->
     directions = orthonormalise(torch.linalg.solve_triangular(factor.mT, vectors.flip(1), upper=True))
     if k is None:
         k = _enough((directions * (s @ directions)).sum(0), total, size.energy or 1.0)
-    return _spanned(directions[:, :k].float(), values.flip(0)[:k].clamp(min=0).sqrt().float())
+    return _spanned(directions[:, :k], values.flip(0)[:k].clamp(min=0).sqrt(), moment.dtype)
 
 
 def _enough(values: Tensor, total: float, energy: float) -> int:
@@ -161,7 +162,7 @@ def _enough(values: Tensor, total: float, energy: float) -> int:
     return min(int((values.cumsum(0) < energy * total * (1 - 1e-12)).sum()) + 1, values.numel())
 
 
-def _spanned(u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the directions that are rounding noise."""
-    span = int((s > RANK_FLOOR * s[0]).sum())
-    return u[:, :span], s[:span]
+def _spanned(u: Tensor, s: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+    """In fp32, without the directions that are rounding noise of a moment of this precision."""
+    span = int((s > RANK_FLOORS[precision] * s[0]).sum())
+    return u[:, :span].float(), s[:span].float()

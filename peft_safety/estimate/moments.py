@@ -1,6 +1,7 @@
 """Streaming second moments: `S = sum_t x_t x_t^T` of each layer's inputs, in one pass, with no activation kept.
 
-Layers that are fed the same tensor (q/k/v, gate/up) share one moment. Memory is one `n x n` fp32 matrix per distinct input, whatever the number of samples.
+Layers that are fed the same tensor (q/k/v, gate/up) share one moment. Memory is one `n x n` fp64 matrix per distinct input, whatever the number of samples:
+in fp32, one massive activation, as many models have, would drown all but a few dozen directions in rounding noise.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class InputMoments:
         self._last: tuple[str, Tensor] | None = None
 
     def moment(self, name: str) -> Tensor:
-        """`S (n, n)` of one layer, fp32. Layers with the same input return the same tensor.
+        """`S (n, n)` of one layer, fp64 (fp32 where the device has no fp64). Layers with the same input return the same tensor.
 
         Raises:
             CalibrationError: the layer was never called, or `S` is not finite.
@@ -90,7 +91,9 @@ class InputMoments:
     def _add(self, name: str, x: Tensor) -> None:
         total = self._moments.get(name)
         if total is None:
-            total = self._moments[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            wide = torch.float32 if x.device.type == "mps" else torch.float64
+            total = self._moments[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device, dtype=wide)
+        x = x.to(total.dtype)
         with torch.autocast(device_type=x.device.type, enabled=False), exact_matmul():
             total.addmm_(x.mT, x)
 
