@@ -1,4 +1,4 @@
-"""Renders results/guardspace.jsonl: a Markdown table between README's markers, and a picture."""
+"""Renders results/guardspace.jsonl: a section between README's markers, the whole grid in docs/guardspace.md, and a picture."""
 
 from __future__ import annotations
 
@@ -79,15 +79,31 @@ def markdown(environment: dict[str, Any], rows: Sequence[Row]) -> str:
         lines += _transfer(tests)
     else:
         lines += ["The setting has not been chosen yet: nothing here is from test prompts.", ""]
-    lines += [
-        f"Validation prompts ({len(grid)} cells):",
-        "",
-        *table(grid, _setting, ["arm", "basis, share, positions", "poison", "epochs", "lr", "calibration"]),
-        "",
-    ]
+    lines += [f"The {len(grid)} cells on validation prompts, among them where it stops: [docs/guardspace.md](docs/guardspace.md).", ""]
     facts = ", ".join(f"{key} {value}" for key, value in environment.items() if key != "chosen")
     caveat = "Keyword judge, a smoke metric; brackets are 95 % intervals over prompts, pooled over seeds."
     return "\n".join([*lines, f"- {caveat}", f"- Environment: {facts}.", "- Written by `python -m benchmarks.guardspace --report`.", ""])
+
+
+def grid_page(rows: Sequence[Row]) -> str:
+    """docs/guardspace.md: every cell on validation prompts, and refusal along the long fine-tunes."""
+    grid = [row for row in rows if row["cell"]["split"] == "validation"]
+    lines = ["# GuardSpace: the grid on validation prompts", "", "Written by `python -m benchmarks.guardspace --report`; keyword judge, 95 % intervals.", ""]
+    lines += table(grid, _setting, ["arm", "basis, share, positions", "poison", "epochs", "lr", "calibration"])
+    long = [row for row in grid if row.get("along")]
+    if long:
+        steps = sorted({int(step) for row in long for step in row["along"]} | {row["steps"] for row in long})
+        lines += ["", "## Refusal along a long fine-tune, % after so many steps", ""]
+        lines += ["| arm | basis, share, positions | " + " | ".join(map(str, steps)) + " |", "| --- | --- | " + " | ".join(["---:"] * len(steps)) + " |"]
+        for row in long:
+            reached = {step: f"{100 * found['refusal']['value']:.0f}" for step, found in along(row)}
+            lines.append("| " + " | ".join([*_setting(row)[:2], *(reached.get(step, "-") for step in steps)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def along(row: Row) -> list[tuple[int, Row]]:
+    """What was measured after how many steps, the end last."""
+    return [*((int(step), found) for step, found in row.get("along", {}).items()), (row.get("steps", 0), row)]
 
 
 def _poison(row: Row) -> str:
@@ -119,7 +135,7 @@ def save_png(rows: Sequence[Row], path: Path) -> Path:
     """Left: refusal against steps, a line a size of the null space, and plain LoRA. Right: refusal against that size, a line a basis. Poison 0.1."""
     from matplotlib.figure import Figure
 
-    canvas = Figure(figsize=(10, 4), layout="constrained")
+    canvas = Figure(figsize=(10, 5), layout="constrained")
     left, right = canvas.subplots(1, 2, sharey=True)
     usual = [row for row in rows if row["cell"]["split"] == "validation" and row["cell"]["poison"] == 0.1 and row["cell"]["lr"] == 1e-3]
     lines: dict[str, list[tuple[float, Row]]] = {}
@@ -127,8 +143,8 @@ def save_png(rows: Sequence[Row], path: Path) -> Path:
         cell = row["cell"]
         if cell["arm"] == "lora" or (cell["arm"] == "guard" and cell["positions"] == "all" and cell["calibration"] == 64):
             name = "plain LoRA" if cell["arm"] == "lora" else f"{cell['basis']}, {cell['fraction']:.3g}"
-            lines.setdefault(name, []).append((row.get("steps", cell["epochs"]), row))
-    _draw(left, {name: points for name, points in lines.items() if len(points) > 1} or lines, "optimizer steps")
+            lines.setdefault(name, []).extend(along(row) if row.get("along") else [])
+    _draw(left, {name: points for name, points in lines.items() if points}, "optimizer steps")
     sizes: dict[str, list[tuple[float, Row]]] = {}
     for row in usual:
         cell = row["cell"]
@@ -155,11 +171,11 @@ def _draw(panel: Any, lines: dict[str, list[tuple[float, Row]]], axis: str) -> N
     panel.grid(color="0.92")
     panel.spines[["top", "right"]].set_visible(False)
     if lines:
-        panel.legend(fontsize=8, frameon=False)
+        panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=3)
 
 
 def report(results: Path = RESULTS / "guardspace.jsonl", readme: Path = ROOT / "README.md", png: Path = ROOT / "docs" / "guardspace.png") -> None:
-    """Write the section and the picture.
+    """Write the section, the picture, and the grid's page beside the picture.
 
     Raises:
         DataError: no results, or no markers in the README.
@@ -171,4 +187,6 @@ def report(results: Path = RESULTS / "guardspace.jsonl", readme: Path = ROOT / "
         raise DataError(f"{readme} lacks the markers {begin} and {end}. Put them where the table belongs.")
     section = f"{begin}\n{markdown(environment, rows)}{end}"
     readme.write_text(re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: section, text, flags=re.DOTALL), encoding="utf-8")
+    png.with_suffix(".md").parent.mkdir(parents=True, exist_ok=True)
+    png.with_suffix(".md").write_text(grid_page(rows), encoding="utf-8")
     print(f"wrote {save_png(rows, png)} and the section of {readme} ({len(rows)} cells)")

@@ -174,7 +174,9 @@ RATE = {"value": 0.5, "low": 0.2, "high": 0.8, "k": 5, "n": 10}
 def measured(cell):
     """A made-up result: the higher the share, the more refusals."""
     good = {**RATE, "value": min(1.0, 0.5 + cell.fraction)}
-    transfer = {"transfer": {"advbench": RATE}} if cell.split == "test" else {}
+    transfer: dict = {"transfer": {"advbench": RATE}} if cell.split == "test" else {}
+    if cell.epochs > 1:
+        transfer |= {"along": {"20": {"refusal": RATE}, "40": {"refusal": RATE}}, "steps": 80}
     return {"refusal": good, "compliance": RATE, "over_refusal": RATE, "task_accuracy": RATE, "norm": 1.0 + cell.poison, **transfer}
 
 
@@ -232,6 +234,9 @@ def test_the_report_writes_the_section_and_the_picture(tmp_path, monkeypatch):
     assert "old" not in text
     assert "| GuardSpace | 0.1 | 50 % [33, 67] |" in text, "three seeds of ten prompts"
     assert "advbench" in text
+    page = (tmp_path / "picture.md").read_text()
+    assert "| GuardSpace | harmful, 0.25, all | 0.1 | 1 | 0.001 | 64 |" in page
+    assert "| arm | basis, share, positions | 20 | 40 | 80 |" in page
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     guardspace_report.report(path, readme, tmp_path / "picture.png")
     assert readme.read_text() == text
