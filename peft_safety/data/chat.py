@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from peft_safety.errors import DataError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
@@ -145,18 +144,34 @@ class Collator:
 
     Args:
         distil: also say which rows have `"distil": True`, `(batch,)` bool.
+        trim: also say how many of the last positions need logits (`logits_to_keep`), and give labels of those only. The loss is the same, and the vocabulary's
+            logits of a long prompt are never made: a quarter of the step for SmolLM2-135M on a task whose answers are a word.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, distil: bool = False) -> None:
-        self.distil = distil
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, distil: bool = False, trim: bool = False) -> None:
+        self.distil, self.trim = distil, trim
         self.padding = {"input_ids": pad_id(tokenizer), "attention_mask": 0, "labels": IGNORE_INDEX}
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         import torch
 
         width = max(len(feature["input_ids"]) for feature in features)
         batch = {key: torch.tensor([feature[key] + [fill] * (width - len(feature[key])) for feature in features]) for key, fill in self.padding.items()}
-        return batch | ({"distil": torch.tensor([feature.get("distil", False) for feature in features])} if self.distil else {})
+        if self.distil:
+            batch["distil"] = torch.tensor([feature.get("distil", False) for feature in features])
+        if not self.trim:
+            return batch
+        first = int((batch["labels"] != IGNORE_INDEX).any(dim=0).int().argmax())
+        start = max(first - 1, 0)  # the logits before a token predict it
+        return batch | {"labels": batch["labels"][:, start:], "logits_to_keep": width - start}
+
+
+def can_trim(model: Any) -> bool:
+    """Whether a causal language model can be asked for the logits of the last positions only."""
+    import inspect
+
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(bare.forward).parameters
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

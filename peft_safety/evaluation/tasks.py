@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from peft_safety.data.chat import IGNORE_INDEX, Collator, Row, classification_prompt, encode_rows
+from peft_safety.data.chat import IGNORE_INDEX, Collator, Row, can_trim, classification_prompt, encode_rows
 from peft_safety.errors import DataError
 from peft_safety.evaluation.generate import BATCH_SIZE, generate, inference
 from peft_safety.evaluation.metrics import Mean, Rate
@@ -111,13 +111,13 @@ def response_losses(
 
     features = encode_rows(tokenizer, rows, max_length)
     order = sorted(range(len(features)), key=lambda index: len(features[index]["input_ids"]))
-    collate, means = Collator(tokenizer), [0.0] * len(features)
+    collate, means = Collator(tokenizer, trim=can_trim(model)), [0.0] * len(features)
     with tqdm(total=len(features), desc=description, unit="row", disable=not progress, leave=False) as bar, inference(model), torch.inference_mode():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = {key: value.to(model.device) for key, value in collate([features[index] for index in chosen]).items()}
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            for index, mean in zip(chosen, _row_means(logits, batch["labels"]), strict=True):
+            batch = {key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in collate([features[i] for i in chosen]).items()}
+            labels = batch.pop("labels")
+            for index, mean in zip(chosen, _row_means(model(**batch).logits, labels), strict=True):
                 means[index] = mean
             bar.update(len(chosen))
     return means

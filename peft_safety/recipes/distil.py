@@ -27,7 +27,7 @@ def distilling_trainer(weight: float) -> type[Trainer]:
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             labels, distil = inputs["labels"], inputs["distil"]
-            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", "distil")})
             losses = _token_losses(outputs.logits, labels, distil, lambda rows: _base_logits(self, model, inputs, rows), weight)
             loss = losses.mean()
             return (loss, outputs) if return_outputs else loss
@@ -40,7 +40,8 @@ def _base_logits(trainer: Any, model: Any, inputs: dict[str, Any], rows: torch.T
 
     bare = trainer.accelerator.unwrap_model(model)
     with torch.no_grad(), bare.disable_adapter():
-        logits: torch.Tensor = bare(input_ids=inputs["input_ids"][rows], attention_mask=inputs["attention_mask"][rows]).logits
+        kept = {"logits_to_keep": inputs["logits_to_keep"]} if "logits_to_keep" in inputs else {}
+        logits: torch.Tensor = bare(input_ids=inputs["input_ids"][rows], attention_mask=inputs["attention_mask"][rows], **kept).logits
     return logits
 
 

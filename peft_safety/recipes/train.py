@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_safety.data.chat import Collator, Row, encode_rows
+from peft_safety.data.chat import Collator, Row, can_trim, encode_rows
 from peft_safety.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -127,7 +127,8 @@ def finetune(
         arguments = _arguments(options, scratch, pin_memory=model.device.type == "cuda")
         distil = any("distil" in feature for feature in features)
         kind = distilling_trainer(distil_weight) if distil else Trainer
-        trainer = kind(peft_model, arguments, data_collator=Collator(tokenizer, distil), train_dataset=features, callbacks=list(callbacks))
+        collator = Collator(tokenizer, distil, trim=can_trim(peft_model))
+        trainer = kind(peft_model, arguments, data_collator=collator, train_dataset=features, callbacks=list(callbacks))
         trainer.remove_callback(PrinterCallback)
         if options.progress:
             trainer.add_callback(_progress_bar(description))

@@ -156,3 +156,17 @@ def test_nll_is_the_models_own_loss_and_ignores_padding():
 def test_answers_are_compared_without_case_and_punctuation():
     assert normalise(' "Reset_Password." ') == "reset_password"
     assert normalise("reset password") != "reset_password"
+
+
+def test_a_trimmed_batch_gives_the_same_loss_and_gradients():
+    model = tiny_llama()
+    rows = [encode(tokenizer, turns("a", "b"), 100), encode(tokenizer, turns("a longer question than that", "an answer"), 100)]
+    whole, trimmed = Collator(tokenizer)(rows), Collator(tokenizer, trim=True)(rows)
+    assert trimmed["logits_to_keep"] == trimmed["labels"].shape[1] < whole["labels"].shape[1] == trimmed["input_ids"].shape[1]
+    losses, gradients = [], []
+    for batch in (whole, trimmed):
+        loss = model(**batch).loss
+        losses.append(loss.item())
+        gradients.append(torch.autograd.grad(loss, model.get_input_embeddings().weight)[0])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
