@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from benchmarks.frontier.adapters import norm
 from benchmarks.frontier.cells import Cell
-from benchmarks.frontier.measure import HARMFUL, LETTERS, rate
+from benchmarks.frontier.measure import HARMFUL, letters, rate
 from peft_safety.evaluation import KeywordJudge
 from peft_safety.evaluation.generate import generate
 
@@ -27,8 +27,8 @@ class Along(TrainerCallback):
         parts, rest = divmod(state.max_steps, max(state.global_step, 1))
         if rest or parts == 1 or parts > self.cell.epochs or parts & (parts - 1):
             return
-        measures, judge = self.bench.measures(self.cell), KeywordJudge()
+        measures = self.bench.measures(self.cell)
         prompts = measures.prompts[HARMFUL]
-        answers = generate(model, self.bench.tokenizer, prompts, max_new_tokens=measures.tokens, progress=False)
-        verdicts = "".join(LETTERS[judge(prompt, answer.text)] for prompt, answer in zip(prompts, answers, strict=True))
+        answers = [answer.text for answer in generate(model, self.bench.tokenizer, prompts, max_new_tokens=measures.tokens, progress=False)]
+        verdicts = letters(KeywordJudge(), prompts, answers)
         self.found[state.global_step] = {"norm": norm(model), "refusal": rate(verdicts, "R"), "compliance": rate(verdicts, "C")}

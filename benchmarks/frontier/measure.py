@@ -10,6 +10,7 @@ from benchmarks.frontier.cells import Protocol
 from peft_safety.errors import DataError, DivergedError
 from peft_safety.evaluation import Judge, KeywordJudge, Rate, Verdict, prompt_set, self_responses
 from peft_safety.evaluation.generate import generate
+from peft_safety.evaluation.judges import verdicts_of
 from peft_safety.evaluation.tasks import exact_answers, likeliest_labels, response_nll
 from peft_safety.recipes.bench import GENERAL_TOKENS
 from peft_safety.recipes.load import TaskData
@@ -68,9 +69,9 @@ class Measures:
         """
         verdicts: dict[str, dict[str, str]] = {judge.name: {} for judge in self.judges}
         for name, prompts in self.prompts.items():
-            answers = generate(model, tokenizer, prompts, max_new_tokens=self.tokens, progress=False)
+            answers = [answer.text for answer in generate(model, tokenizer, prompts, max_new_tokens=self.tokens, progress=False)]
             for judge in self.judges:
-                verdicts[judge.name][name] = "".join(LETTERS[judge(prompt, answer.text)] for prompt, answer in zip(prompts, answers, strict=True))
+                verdicts[judge.name][name] = letters(judge, prompts, answers)
         correct = {"task": exact_answers(model, tokenizer, self.task.held_out, self.task.labels, progress=False)}
         if self.second is not None:
             correct["second"] = likeliest_labels(model, tokenizer, self.second.held_out, self.second.labels, progress=False)
@@ -92,6 +93,11 @@ class Measures:
             "verdicts": verdicts,
             "correct": {name: "".join("01"[hit] for hit in hits) for name, hits in correct.items()},
         }
+
+
+def letters(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) -> str:
+    """A judge's verdicts, one letter a prompt."""
+    return "".join(LETTERS[verdict] for verdict in verdicts_of(judge, prompts, answers))
 
 
 def rate(verdicts: str, letter: str) -> dict[str, Any]:
