@@ -52,7 +52,7 @@ def scaled(bench: Bench, cell: Cell) -> Made:
 
 def costs(facts: Found) -> Found:
     """Of a plain adapter, what holds for what is made of it too."""
-    return {name: facts[name] for name in ("steps", "loss", "train_seconds", "train_mib") if name in facts}
+    return {name: facts[name] for name in ("steps", "loss", "train_seconds", "train_cpu_seconds", "train_mib") if name in facts}
 
 
 def aligned(bench: Bench, cell: Cell) -> Made:
@@ -76,7 +76,7 @@ def mixed(bench: Bench, cell: Cell) -> Made:
 def salora(bench: Bench, cell: Cell) -> Made:
     """SaLoRA: `k` output directions of safe responses, or below 1 a share of them."""
     found: Found = {}
-    with timed(found, "setup_seconds"):
+    with timed(found, "setup"):
         subspace = randomly(cell, truncated(_outputs(bench), cell.options()["k"], "out"))
     adapter = replace(bench.adapter(), method="salora", subspace=subspace)
     tuned, facts = bench.train(cell, adapter.config(bench.model, bench.tokenizer, []), bench.rows(cell))
@@ -87,7 +87,7 @@ def guard(bench: Bench, cell: Cell) -> Made:
     """GuardSpace; with the knob `combine` ("salora") also blind on the output side, in `k` directions."""
     found: Found = {}
     rows, combine = bench.rows(cell), cell.options().get("combine")
-    with timed(found, "setup_seconds"):
+    with timed(found, "setup"):
         subspace = truncated(_inputs(bench, cell), cell.fraction)
         if combine:
             subspace = subspace.beside(truncated(_outputs(bench), cell.options()["k"], "out"))
@@ -118,7 +118,7 @@ def safe_lora(bench: Bench, cell: Cell) -> Made:
 
     directory, facts = bench.plain(cell)
     tuned, found, options = bench.attach(directory), costs(facts), cell.options()
-    with timed(found, "setup_seconds"):
+    with timed(found, "setup"):
         if cell.control == "random":
             kind = options.get("projection")
             if kind not in ("topk", "soft") or options.get("select") != "all":
@@ -162,7 +162,7 @@ def patch(bench: Bench, cell: Cell) -> Made:
 
         subspace = patch_config(tuned, bench.tokenizer, replace(options, prior_patches=()), general_rows(tuned, bench.tokenizer, options)).subspace
         options = replace(options, subspace=subspace.randomised(cell.seed))
-    with timed(found, "setup_seconds"):
+    with timed(found, "setup"):
         both, run = train_patch(tuned, bench.tokenizer, options)
     found |= {"patch_steps": run.training.steps, "patch_norm": norm(both)}
     return both, {**found, "norm": (facts["norm"] ** 2 + found["patch_norm"] ** 2) ** 0.5}
@@ -180,7 +180,7 @@ def somf(bench: Bench, cell: Cell) -> Made:
     training = MaskTraining(lr=options["lr"], max_steps=int(options["steps"]), batch_size=8, max_length=96, seed=cell.seed, progress=False)
     quiet: dict[str, Any] = {"model": tuned, "progress": False, "seed": cell.seed}
     name = "default" if cell.control != "random" else "learned"
-    with timed(found, "setup_seconds"):
+    with timed(found, "setup"):
         rows = preference_pairs("train", 8 * training.max_steps, cell.seed)
         report = fuse(None, ["task"], tokenizer=bench.tokenizer, data=rows, training=training, adapter_name=name, **quiet)
     if cell.control == "random" and report.masks is not None:
