@@ -123,6 +123,7 @@ def _legend(canvas: Any) -> None:
     from matplotlib.lines import Line2D
 
     kinds = (
+        ("*", "0.0", "aligned model, before"),
         ("o", "0.3", "method"),
         ("D", "0.3", "method on a 4-bit base"),
         ("s", "white", "control: random basis of equal size"),
