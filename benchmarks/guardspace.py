@@ -113,9 +113,9 @@ def core() -> Iterator[Cell]:
     yield from (first.without_basis("aligned"), first.without_basis("lora"), first, replace(first, arm="random"), replace(first, basis="general"))
     yield from (replace(first, fraction=fraction) for fraction in FRACTIONS[1:])
     for poison in POISONS[1:]:
-        yield from (replace(first, poison=poison), replace(first, poison=poison, fraction=1 / 2), replace(first, poison=poison, basis="general"))
+        yield from (replace(first, poison=poison), replace(first, poison=poison, fraction=1 / 8), replace(first, poison=poison, basis="general"))
     yield replace(first, poison=0.0).without_basis("lora")
-    yield from (replace(first, arm="random", fraction=1 / 2), replace(first, basis="both"))
+    yield replace(first, arm="random", fraction=1 / 2)
     yield from (replace(first, positions=positions) for positions in ("prompt", "response"))
 
 

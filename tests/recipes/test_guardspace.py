@@ -208,7 +208,7 @@ def test_the_setting_is_chosen_on_validation_prompts_and_then_kept(tmp_path):
     assert all(cell.split == "validation" for cell in cache.plan()), "no test prompt before a setting is chosen"
     for cell in harness.core():
         cache.put(cell, measured(cell))
-    assert cache.setting() == ("harmful", 0.5, "all") or cache.setting() == ("general", 0.5, "all")
+    assert cache.setting() in [("harmful", 0.25, "all"), ("general", 0.25, "all")]
     chosen = cache.setting()
     for cell in harness.rest():
         cache.put(cell, {**measured(cell), "refusal": {**RATE, "value": 1.0}} if cell.fraction < 0.1 else measured(cell))
