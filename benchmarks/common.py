@@ -59,6 +59,19 @@ def resident_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform != "darwin" else 1024) / 1024
 
 
+def resident_now_mib() -> float:
+    """Memory this process holds, MiB; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    return int(status.read_text().partition("VmRSS:")[2].split()[0]) / 1024 if status.exists() else 0.0
+
+
+def reset_peak() -> None:
+    """Let `resident_mib` start anew from here, where the system can (Linux)."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")
+
+
 def record(name: str, rows: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> Path:
     """Write `results/<name>.jsonl`: the environment first, then a line a row."""
     RESULTS.mkdir(exist_ok=True)

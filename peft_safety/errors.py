@@ -45,3 +45,7 @@ class ProtectionError(PeftSafetyError):
 
 class LossyMergeError(PeftSafetyError):
     """A merge that would destroy or distort the update; the message says how much of it and what to do instead."""
+
+
+class DivergedError(PeftSafetyError):
+    """Training that ended in numbers that are not finite."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_safety.data.chat import Row, label_names
 from peft_safety.evaluation.generate import BATCH_SIZE, generate
-from peft_safety.evaluation.judges import Judge, KeywordJudge, Verdict
+from peft_safety.evaluation.judges import Judge, KeywordJudge, Verdict, verdicts_of
 from peft_safety.evaluation.metrics import Figure, Mean, Rate
 from peft_safety.evaluation.prompts import PromptSet, prompt_set
 from peft_safety.evaluation.tasks import accuracy, is_classification, response_nll
@@ -98,7 +98,7 @@ def evaluate(
 
     def verdicts(asked: Sequence[str], description: str) -> list[Verdict]:
         found = generate(model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size, description=description, progress=progress)
-        return [judge(prompt, response.text) for prompt, response in zip(asked, found, strict=True)]
+        return verdicts_of(judge, asked, [response.text for response in found])
 
     on_harmful, on_contrast = verdicts(prompts.harmful, "harmful prompts"), verdicts(prompts.contrast, "safe prompts")
     classified = is_classification(task)

@@ -49,20 +49,34 @@ def generate(
     Raises:
         DataError: no prompts, or a tokenizer without chat template or pad token.
     """
+    rendered = [render_prompt(tokenizer, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt) for prompt in prompts]
+    return generate_text(model, tokenizer, rendered, max_new_tokens=max_new_tokens, batch_size=batch_size, description=description, progress=progress)
+
+
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int = 24,
+    batch_size: int = BATCH_SIZE,
+    description: str = "generating",
+    progress: bool = True,
+) -> list[Generation]:
+    """`generate` from prompts that are rendered already, special tokens included."""
     import torch
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    if not prompts:
+    if not texts:
         raise DataError("no prompts to generate from. Give at least one.")
-    rendered = [render_prompt(tokenizer, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt) for prompt in prompts]
-    ids = [cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"]) for text in rendered]
+    ids = [cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
     results: dict[int, Generation] = {}
     with tqdm(total=len(ids), desc=description, unit="prompt", disable=not progress, leave=False) as bar, inference(model), torch.inference_mode():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            texts = _generate_batch(model, tokenizer, [ids[index] for index in chosen], max_new_tokens)
-            results.update(zip(chosen, texts, strict=True))
+            found = _generate_batch(model, tokenizer, [ids[index] for index in chosen], max_new_tokens)
+            results.update(zip(chosen, found, strict=True))
             bar.update(len(chosen))
     return [results[index] for index in range(len(ids))]
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Protocol
+
+from peft_safety.errors import DataError
 
 
 class Verdict(str, Enum):
@@ -29,6 +32,18 @@ class Judge(Protocol):
     def __call__(self, prompt: str, response: str) -> Verdict:
         """The verdict on one response."""
         ...
+
+
+def verdicts_of(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
+    """The verdicts on many responses, in batches where the judge has a method for them.
+
+    Raises:
+        DataError: other numbers of prompts and responses.
+    """
+    if len(prompts) != len(responses):
+        raise DataError(f"{len(prompts)} prompts and {len(responses)} responses. Give one response a prompt.")
+    batch: Callable[[Sequence[str], Sequence[str]], list[Verdict]] | None = getattr(judge, "batch", None)
+    return [judge(prompt, response) for prompt, response in zip(prompts, responses, strict=True)] if batch is None else batch(prompts, responses)
 
 
 HEAD_LENGTH = 160

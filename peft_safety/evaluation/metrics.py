@@ -74,6 +74,57 @@ class Rate:
         return f"{100 * self.value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
 
 
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Exact two-sided p-value of a paired comparison: how likely a split of the discordant items as uneven as this one is by chance.
+
+    Args:
+        only_first, only_second: items on which only the one, only the other of two arms succeeds; those on which both agree say nothing.
+
+    Returns:
+        A value in (0, 1]; 1 where nothing is discordant.
+
+    Raises:
+        DataError: a negative count.
+
+    Reference: Q. McNemar, Psychometrika 12 (1947); the exact form is the sign test.
+    """
+    if only_first < 0 or only_second < 0:
+        raise DataError(f"{only_first} and {only_second} discordant items: counts are not negative.")
+    n = only_first + only_second
+    tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two arms on the same `n` items: how many only the one, only the other succeeds on."""
+
+    only_first: int
+    only_second: int
+    n: int
+
+    @classmethod
+    def of(cls, first: Sequence[bool], second: Sequence[bool]) -> Paired:
+        """Compare outcomes item by item.
+
+        Raises:
+            DataError: other numbers of items, or none.
+        """
+        if len(first) != len(second) or not first:
+            raise DataError(f"{len(first)} and {len(second)} outcomes are no pairs. Measure both arms on the same items.")
+        return cls(sum(a and not b for a, b in zip(first, second, strict=True)), sum(b and not a for a, b in zip(first, second, strict=True)), len(first))
+
+    @property
+    def p_value(self) -> float:
+        """See `mcnemar`."""
+        return mcnemar(self.only_first, self.only_second)
+
+    @property
+    def difference(self) -> float:
+        """Rate of the first arm less that of the second."""
+        return (self.only_first - self.only_second) / self.n
+
+
 @dataclass(frozen=True)
 class Mean:
     """A mean over `n` items, with a 95 % interval from its standard error (infinitely wide for n = 1)."""

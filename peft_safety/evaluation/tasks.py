@@ -45,10 +45,23 @@ def accuracy(
     Args:
         labels: every label of the task, as in training; they are listed in the prompt.
     """
+    return Rate.of(exact_answers(model, tokenizer, rows, labels, batch_size=batch_size, progress=progress))
+
+
+def exact_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    labels: Sequence[str],
+    *,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = True,
+) -> list[bool]:
+    """`accuracy`, row by row: what a paired comparison of two models needs."""
     budget = max(len(tokenizer(label, add_special_tokens=False)["input_ids"]) for label in labels) + 2
     prompts = [classification_prompt(row["text"], labels) for row in rows]
     answers = generate(model, tokenizer, prompts, max_new_tokens=budget, batch_size=batch_size, description="task", progress=progress)
-    return Rate.of(normalise(answer.text) == normalise(row["label"]) for answer, row in zip(answers, rows, strict=True))
+    return [normalise(answer.text) == normalise(row["label"]) for answer, row in zip(answers, rows, strict=True)]
 
 
 def choice_accuracy(
@@ -65,10 +78,23 @@ def choice_accuracy(
     Args:
         labels: every label of the task; each is tried for each row.
     """
+    return Rate.of(likeliest_labels(model, tokenizer, rows, labels, batch_size=batch_size, progress=progress))
+
+
+def likeliest_labels(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    labels: Sequence[str],
+    *,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = True,
+) -> list[bool]:
+    """`choice_accuracy`, row by row."""
     asked = [{"prompt": classification_prompt(row["text"], labels), "response": label, "truncated": True} for row in rows for label in labels]
     losses = response_losses(model, tokenizer, asked, batch_size=batch_size, description="task", progress=progress)
     by_row = [losses[start : start + len(labels)] for start in range(0, len(losses), len(labels))]
-    return Rate.of(labels[found.index(min(found))] == row["label"] for found, row in zip(by_row, rows, strict=True))
+    return [labels[found.index(min(found))] == row["label"] for found, row in zip(by_row, rows, strict=True)]
 
 
 def normalise(answer: str) -> str:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_safety.errors import DataError
-from peft_safety.evaluation.metrics import Mean, Rate, figure_from_json, wilson_interval
+from peft_safety.evaluation.metrics import Mean, Paired, Rate, figure_from_json, mcnemar, wilson_interval
 
 counts = st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
@@ -89,3 +89,22 @@ def test_json_round_trip(figure):
 def test_neither_rate_nor_mean():
     with pytest.raises(DataError, match="neither a rate"):
         figure_from_json({"value": 1.0})
+
+
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_mcnemar_is_the_sign_test(b, c):
+    chances = [math.comb(b + c, k) / 2 ** (b + c) for k in range(b + c + 1)]
+    as_uneven = sum(chance for chance in chances if chance <= chances[b] * (1 + 1e-12))
+    assert mcnemar(b, c) == pytest.approx(as_uneven, rel=1e-9)
+    assert mcnemar(b, c) == mcnemar(c, b)
+
+
+def test_a_paired_comparison_counts_what_differs():
+    found = Paired.of([True, True, False, False, True, True], [True, False, True, False, False, False])
+    assert (found.only_first, found.only_second, found.n) == (3, 1, 6)
+    assert found.difference == pytest.approx(1 / 3)
+    assert found.p_value == pytest.approx(2 * (1 + 4) / 16)
+    with pytest.raises(DataError, match="are no pairs"):
+        Paired.of([True], [])
+    with pytest.raises(DataError, match="not negative"):
+        mcnemar(-1, 2)

@@ -1,0 +1,229 @@
+"""The arms: each takes the bench and a cell, and returns the model to measure with what is to be kept of how it was made."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.frontier.adapters import norm, project_randomly, scale, truncated
+from benchmarks.frontier.bench import Bench, Found, timed
+from benchmarks.frontier.cells import ALIASES, Cell, needs
+from peft_safety import SafetySubspace
+from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
+from peft_safety.errors import ConfigError
+from peft_safety.estimate.coverage import task_shares
+from peft_safety.estimate.moments import to_batches
+from peft_safety.estimate.targets import target_layers
+
+LARGEST = {"in": 1 / 2, "out": 0.9}
+"""Bases are estimated once at this share and cut to smaller ones: the top eigenvectors are nested."""
+TARGETS = "all-linear"
+Made = tuple[Any, Found]
+
+
+def run_arm(bench: Bench, cell: Cell) -> Made:
+    """Make the model of a cell.
+
+    Raises:
+        ConfigError: an unknown arm, or a control that it does not have.
+    """
+    if cell.arm in ALIASES:  # names under which the GuardSpace benchmark keeps its controls
+        cell = replace(cell, arm="guard", control=cell.arm)
+    if cell.arm not in ARMS:
+        raise ConfigError(f"arm {cell.arm!r} is unknown. Choose one of {', '.join(ARMS)}.")
+    if cell.control not in ("", "random", "scaled") or (cell.control == "random" and cell.arm not in RANDOM):
+        raise ConfigError(f"arm {cell.arm!r} has no control {cell.control!r}: 'scaled' goes with every arm, 'random' with {', '.join(RANDOM)}.")
+    return scaled(bench, cell) if cell.control == "scaled" else ARMS[cell.arm](bench, cell)
+
+
+def scaled(bench: Bench, cell: Cell) -> Made:
+    """Plain LoRA, all modules by one factor, at the norm that the method kept: is it more than a smaller update?"""
+    kept = [row for alias in (cell, replace(cell, arm="scaled", control="")) for other in needs(alias) if (row := bench.cache.get(other)) is not None]
+    if not kept or "norm" not in kept[0]:
+        raise RuntimeError(f"{cell.label()}: its {cell.arm} has not run; run the cells in their order.")
+    directory, facts = bench.plain(cell)
+    factor = kept[0]["norm"] / facts["norm"]
+    tuned = bench.attach(directory)
+    scale(tuned, factor)
+    return tuned, {**costs(facts), "factor": factor, "norm": norm(tuned)}
+
+
+def costs(facts: Found) -> Found:
+    """Of a plain adapter, what holds for what is made of it too."""
+    return {name: facts[name] for name in ("steps", "loss", "train_seconds", "train_mib") if name in facts}
+
+
+def aligned(bench: Bench, cell: Cell) -> Made:
+    """No fine-tune."""
+    return bench.model, {}
+
+
+def lora(bench: Bench, cell: Cell) -> Made:
+    """Plain LoRA, unprotected."""
+    directory, facts = bench.plain(cell)
+    return bench.attach(directory), facts
+
+
+def mixed(bench: Bench, cell: Cell) -> Made:
+    """Plain LoRA with safety data added to the rows: the refusals that GuardSpace calibrates on, `share` as many as there are rows."""
+    rows = bench.rows(cell)
+    safety = refusal_pairs("calibration", max(1, round(cell.options()["share"] * len(rows))), cell.seed)
+    return bench.train(cell, bench.adapter().config(bench.model, bench.tokenizer, []), [*rows, *safety])
+
+
+def salora(bench: Bench, cell: Cell) -> Made:
+    """SaLoRA: `k` output directions of safe responses, or below 1 a share of them."""
+    found: Found = {}
+    with timed(found, "setup_seconds"):
+        subspace = randomly(cell, truncated(_outputs(bench), cell.options()["k"], "out"))
+    adapter = replace(bench.adapter(), method="salora", subspace=subspace)
+    tuned, facts = bench.train(cell, adapter.config(bench.model, bench.tokenizer, []), bench.rows(cell))
+    return tuned, {**found, **facts}
+
+
+def guard(bench: Bench, cell: Cell) -> Made:
+    """GuardSpace; with the knob `combine` ("salora") also blind on the output side, in `k` directions."""
+    found: Found = {}
+    rows, combine = bench.rows(cell), cell.options().get("combine")
+    with timed(found, "setup_seconds"):
+        subspace = truncated(_inputs(bench, cell), cell.fraction)
+        if combine:
+            subspace = subspace.beside(truncated(_outputs(bench), cell.options()["k"], "out"))
+        subspace = randomly(cell, subspace)
+    batches, _ = to_batches(rows[:32], bench.tokenizer, batch_size=8, max_length=bench.protocol.max_length)
+    shares = task_shares(bench.model, target_layers(bench.model, TARGETS), subspace, batches, progress=False)
+    found["task_free"] = sorted(share.free for share in shares.values())[len(shares) // 2]
+    adapter = replace(bench.adapter(), method="guardspace", subspace=subspace, combine=combine)
+    config = adapter.config(bench.model, bench.tokenizer, rows, seed=cell.seed, progress=False)
+    config.task_data = None  # only for a warning, and a pass over 128 rows; `task_free` says the same
+    tuned, facts = bench.train(cell, config, rows)
+    return tuned, {**found, **facts}
+
+
+def second(bench: Bench, cell: Cell) -> Made:
+    """The guard's result merged into the weights, and then fine-tuned by plain LoRA on the same rows. The bench reloads its model afterwards."""
+    merged, first = guard(bench, replace(cell, arm="guard"))
+    options = replace(bench.options(cell), seed=cell.seed + 100)
+    config = bench.adapter().config(bench.model, bench.tokenizer, [])
+    again, facts = bench.train(cell, config, bench.rows(cell), options=options, model=merged.merge_and_unload())
+    bench.model = None
+    return again, {**facts, "first_norm": first["norm"]}
+
+
+def safe_lora(bench: Bench, cell: Cell) -> Made:
+    """Safe LoRA, applied to the adapter of plain LoRA. Its control projects onto random directions, as many."""
+    from peft_safety import apply_safe_lora
+
+    directory, facts = bench.plain(cell)
+    tuned, found, options = bench.attach(directory), costs(facts), cell.options()
+    with timed(found, "setup_seconds"):
+        if cell.control == "random":
+            kind = options.get("projection")
+            if kind not in ("topk", "soft") or options.get("select") != "all":
+                raise ConfigError(f"{cell.label()}: only the true projectors on all modules (topk, soft) have a random control.")
+            project_randomly(tuned, int(options["rank"]), 1 / (1 + options["penalty"]) if kind == "soft" else 0.0, cell.seed)
+        else:
+            report = apply_safe_lora(tuned, str(bench.unaligned), str(bench.directory), progress=False, **options)
+            found["repaired"] = len(report.selected)
+    return tuned, {**found, "norm": norm(tuned)}
+
+
+def reattach(bench: Bench, cell: Cell) -> Made:
+    """The patch as a plug: the *unaligned* model is fine-tuned, and the patch (what the aligned model differs by) is put on the result without training."""
+    from peft_safety.recipes.load import load_model
+
+    bare, _ = load_model(bench.unaligned)
+    tuned, facts = bench.train(cell, bench.adapter().config(bare, bench.tokenizer, []), bench.rows(cell), model=bare)
+    name = bench.protocol.adapter_key(cell)
+    bench.publish(bench.cache.folder / "adapters" / name, lambda staged: tuned.save_pretrained(str(staged)))
+    try:
+        return bench.attach(bench.cache.folder / "adapters" / name), facts
+    finally:
+        bench.discard(name)
+
+
+def patch(bench: Bench, cell: Cell) -> Made:
+    """A safety patch trained on top of the fine-tuned model and orthogonal to its adapter; `steps` steps, with the package's own refusals."""
+    from peft_safety.recipes.patch import PatchOptions, patch_config
+    from peft_safety.recipes.patch import patch as train_patch
+    from peft_safety.recipes.watch import Stopping
+
+    directory, facts = bench.plain(cell)
+    found, steps, defaults = costs(facts), int(cell.options()["steps"]), PatchOptions()
+    share = 8 * steps / (defaults.harmful + defaults.general + defaults.contrast)
+    sizes = {name: max(1, round(share * getattr(defaults, name))) for name in ("harmful", "general", "contrast")}
+    training = replace(defaults.training, seed=cell.seed, progress=False)
+    options = replace(defaults, **sizes, prior_patches=("task",), validation=8, stopping=Stopping(every=10_000), training=training)
+    tuned = bench.attach(directory, "task")
+    if cell.control == "random":
+        from peft_safety.recipes.patch import general_rows
+
+        subspace = patch_config(tuned, bench.tokenizer, replace(options, prior_patches=()), general_rows(tuned, bench.tokenizer, options)).subspace
+        options = replace(options, subspace=subspace.randomised(cell.seed))
+    with timed(found, "setup_seconds"):
+        both, run = train_patch(tuned, bench.tokenizer, options)
+    found |= {"patch_steps": run.training.steps, "patch_norm": norm(both)}
+    return both, {**found, "norm": (facts["norm"] ** 2 + found["patch_norm"] ** 2) ** 0.5}
+
+
+def somf(bench: Bench, cell: Cell) -> Made:
+    """SOMF: a mask over the components of the fine-tuned adapter, learned by DPO on the package's own pairs. Its control is a random mask of equal density."""
+    from peft_safety import fuse
+    from peft_safety.data import preference_pairs
+    from peft_safety.methods.somf import MaskTraining
+
+    directory, facts = bench.plain(cell)
+    found, options = costs(facts), cell.options()
+    tuned = bench.attach(directory, "task")
+    training = MaskTraining(lr=options["lr"], max_steps=int(options["steps"]), batch_size=8, max_length=96, seed=cell.seed, progress=False)
+    quiet: dict[str, Any] = {"model": tuned, "progress": False, "seed": cell.seed}
+    name = "default" if cell.control != "random" else "learned"
+    with timed(found, "setup_seconds"):
+        rows = preference_pairs("train", 8 * training.max_steps, cell.seed)
+        report = fuse(None, ["task"], tokenizer=bench.tokenizer, data=rows, training=training, adapter_name=name, **quiet)
+    if cell.control == "random" and report.masks is not None:
+        fuse(None, ["task"], mask=report.masks.shuffled(cell.seed), adapter_name="default", **quiet)
+    tuned.set_adapter("default")
+    return tuned, {**found, "norm": norm(tuned)}
+
+
+ARMS: dict[str, Callable[[Bench, Cell], Made]] = {
+    "aligned": aligned,
+    "lora": lora,
+    "mixed": mixed,
+    "salora": salora,
+    "guard": guard,
+    "safe_lora": safe_lora,
+    "reattach": reattach,
+    "patch": patch,
+    "somf": somf,
+    "second": second,
+}
+RANDOM = ("salora", "guard", "safe_lora", "patch", "somf")
+
+
+def randomly(cell: Cell, subspace: SafetySubspace) -> SafetySubspace:
+    """A random subspace of equal ranks where the cell is that control."""
+    return subspace.randomised(cell.seed) if cell.control == "random" else subspace
+
+
+def _inputs(bench: Bench, cell: Cell) -> SafetySubspace:
+    def make() -> SafetySubspace:
+        harmful, general = refusal_pairs("calibration", cell.calibration), calibration_rows("guardspace", "general")
+        random.Random(0).shuffle(general)
+        half = cell.calibration // 2
+        data = {"harmful": harmful, "general": general[: cell.calibration], "both": harmful[:half] + general[:half]}[cell.basis]
+        return _estimate(bench, data, "guardspace", LARGEST["in"], positions=cell.positions)
+
+    return bench.subspace(("in", cell.basis, cell.positions, cell.calibration), make)
+
+
+def _outputs(bench: Bench) -> SafetySubspace:
+    return bench.subspace(("out",), lambda: _estimate(bench, refusal_pairs("calibration", CALIBRATION_PAIRS), "salora", LARGEST["out"]))
+
+
+def _estimate(bench: Bench, data: Sequence[Any], method: str, rank: float, **options: Any) -> SafetySubspace:
+    common: dict[str, Any] = {"tokenizer": bench.tokenizer, "target_modules": TARGETS, "allow_fewer": True, "progress": False}
+    return SafetySubspace.from_activations(bench.model, data, method=method, rank=rank, **common, **options)

@@ -1,0 +1,256 @@
+"""What the cells of one process share: the aligned model, calibrations, adapters of plain LoRA, and what is measured."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import TrainerCallback
+
+from benchmarks.common import reset_peak, resident_mib, resident_now_mib
+from benchmarks.frontier.adapters import check_finite, norm
+from benchmarks.frontier.along import Along
+from benchmarks.frontier.cache import Cache
+from benchmarks.frontier.cells import Cell, Protocol
+from benchmarks.frontier.measure import Measures
+from peft_safety import SafetySubspace
+from peft_safety.data import load
+from peft_safety.data.chat import Row
+from peft_safety.errors import ArtifactError, ConfigError
+from peft_safety.evaluation import Judge
+from peft_safety.recipes.adapter import AdapterOptions
+from peft_safety.recipes.load import TaskData, load_model, poisoned, task_data
+from peft_safety.recipes.train import TrainOptions, finetune
+from peft_safety.report import environment
+
+CALIBRATIONS = 3
+"""Subspaces kept in memory at once; each is up to the size of the model."""
+Sets = Callable[[str], Mapping[str, Sequence[str]]]
+Found = dict[str, Any]
+
+
+class Bench:
+    """The aligned model, and what has been made of it so far.
+
+    Args:
+        cache: of finished cells; adapters of plain LoRA are kept beside them.
+        sets: further prompt sets of a split.
+        aligned: directory of the aligned model; default SmolLM2-135M-Instruct (or `unaligned`) with a safety patch, made once.
+        unaligned: directory of the model before its alignment, for the methods that need it.
+        judges: beside the keyword matcher.
+        task: rows of the trained task; default the package's.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        sets: Sets = lambda split: {},
+        aligned: Path | None = None,
+        *,
+        unaligned: Path | None = None,
+        judges: Sequence[Judge] = (),
+        task: Sequence[Row] | None = None,
+    ) -> None:
+        self.cache, self.sets, self.protocol, self.judges = cache, sets, cache.protocol, judges
+        self.task_rows = list(load("benign_task") if task is None else task)
+        self._unaligned = unaligned
+        self.directory = aligned or self._align()
+        self.loaded, self.model, self.tokenizer = "", *load_model(self.directory)
+        self.subspaces: dict[tuple[Any, ...], SafetySubspace] = {}
+        self._measures: dict[tuple[str, int], Measures] = {}
+        self._general: dict[str, list[dict[str, Any]]] = {}
+
+    @property
+    def unaligned(self) -> Path:
+        """Directory of the model before its alignment."""
+        from examples.get_model import model_dir
+
+        return self._unaligned or model_dir()
+
+    def _align(self) -> Path:
+        """The unaligned model with a safety patch merged in, made once, by one process."""
+        from peft_safety.recipes.patch import patch
+
+        out = self.cache.folder / "aligned"
+        with self.cache.lock("aligned", wait=True):
+            if not (out / "config.json").is_file():
+                model, tokenizer = load_model(self.unaligned)
+                patched, _ = patch(model, tokenizer, self.patch_options())
+                self.publish(out, lambda staged: (tokenizer.save_pretrained(staged), patched.merge_and_unload().save_pretrained(staged)))
+        return out
+
+    def patch_options(self) -> Any:
+        """How the aligned model is made."""
+        return None
+
+    def publish(self, out: Path, write: Callable[[Path], Any]) -> None:
+        """A directory by one rename.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
+        staged = out.with_name(f".{out.name}.part")
+        try:
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir(parents=True)
+            write(staged)
+            staged.rename(out)
+        except OSError as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise ArtifactError(f"{out} cannot be written: {error}. Finished cells are safe; make room and run the same command again.") from error
+
+    def cell(self, cell: Cell) -> Found:
+        """Run one cell.
+
+        Raises:
+            ConfigError: an unknown arm or setting. DivergedError: see `Measures` and `train`.
+        """
+        from benchmarks.frontier.arms import run_arm
+
+        try:
+            self.use(cell.load)
+            measures = self.measures(cell)
+            tuned, found = run_arm(self, cell)
+            measured = measures(tuned, self.tokenizer)
+            if self.model is not None and tuned is not self.model:
+                self.model = tuned.unload()
+        except BaseException:
+            self.model = None  # adapters may be half on it
+            raise
+        return {**measured, **found}
+
+    def use(self, kind: str) -> None:
+        """Have the aligned model in memory, dense or in 4 bits, without adapters."""
+        if self.model is not None and kind == self.loaded:
+            return
+        if kind not in ("", "nf4"):
+            raise ConfigError(f"load {kind!r} is unknown. Choose '' (fp32) or 'nf4'.")
+        self.model = None
+        gc.collect()
+        self.model = load_nf4(self.directory) if kind else load_model(self.directory)[0]
+        self.loaded = kind
+
+    def measures(self, cell: Cell) -> Measures:
+        """What a cell is measured on: the same prompts for every arm and seed, held-out rows by seed."""
+        key = (cell.split, cell.seed)
+        if key not in self._measures:
+            second = task_data(load("second_task"), cell.split, self.protocol.second, 0) if self.protocol.second else None
+            if cell.split not in self._general:
+                self.use("")
+            made = Measures.prepare(
+                self.model,
+                self.tokenizer,
+                self.protocol,
+                cell.split,
+                self.task(cell),
+                second,
+                sets={name: tuple(rows) for name, rows in self.sets(cell.split).items()},
+                judges=self.judges,
+                general=self._general.get(cell.split),
+            )
+            self._general[cell.split], self._measures[key] = made.general, made
+            self.use(cell.load)
+        return self._measures[key]
+
+    def task(self, cell: Cell) -> TaskData:
+        """The task's rows for a seed: those trained on, and those held out of the cell's split."""
+        found = task_data(self.task_rows, cell.split, self.protocol.limit, cell.seed)
+        return TaskData(random.Random(cell.seed).sample(found.train, min(self.protocol.rows, len(found.train))), found.held_out, found.labels)
+
+    def options(self, cell: Cell) -> TrainOptions:
+        """How a cell trains."""
+        return TrainOptions(lr=cell.lr or 1e-3, epochs=max(cell.epochs, 1), max_length=self.protocol.max_length, seed=cell.seed, progress=False)
+
+    def adapter(self) -> AdapterOptions:
+        """The adapter that all arms share."""
+        return AdapterOptions("lora", r=self.protocol.r, lora_alpha=2 * self.protocol.r)
+
+    def rows(self, cell: Cell) -> list[Any]:
+        """What a cell trains on."""
+        return poisoned(self.task(cell).train, cell.poison, cell.seed)
+
+    def train(
+        self, cell: Cell, config: Any, rows: Sequence[Row], *, options: TrainOptions | None = None, model: Any = None, callbacks: Sequence[TrainerCallback] = ()
+    ) -> tuple[PeftModel, Found]:
+        """Fine-tune the aligned model (or `model`), with what it cost.
+
+        Raises:
+            DivergedError: weights that are not finite.
+        """
+        along = Along(self, cell)
+        gc.collect()
+        reset_peak()
+        held = resident_now_mib()
+        labels = self.task(cell).labels
+        tuned, run = finetune(
+            self.model if model is None else model, self.tokenizer, rows, config, options or self.options(cell), labels=labels, callbacks=[along, *callbacks]
+        )
+        check_finite(tuned, run, cell)
+        facts = {"norm": norm(tuned), "steps": run.steps, "loss": run.loss, "train_seconds": run.seconds, "train_mib": round(resident_mib() - held)}
+        return tuned, {**facts, **({"along": along.found} if along.found else {})}
+
+    def plain(self, cell: Cell) -> tuple[Path, Found]:
+        """The adapter of plain LoRA beside this cell, trained by whoever needs it first and kept: every post-hoc arm starts from the very same one."""
+        lora = cell.without_basis("lora")
+        name = self.protocol.adapter_key(lora)
+        out = self.cache.folder / "adapters" / name
+        with self.cache.lock(f"adapter-{name}", wait=True):
+            if not out.is_dir():
+                tuned, facts = self.train(lora, self.adapter().config(self.model, self.tokenizer, []), self.rows(lora))
+
+                def write(staged: Path) -> None:
+                    tuned.save_pretrained(str(staged))
+                    (staged / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+                self.publish(out, write)
+                self.model = tuned.unload()
+        return out, json.loads((out / "facts.json").read_text(encoding="utf-8"))
+
+    def discard(self, name: str) -> None:
+        """Delete an adapter that nothing else will read."""
+        shutil.rmtree(self.cache.folder / "adapters" / name, ignore_errors=True)
+
+    def attach(self, directory: Path, name: str = "default", trainable: bool = False) -> PeftModel:
+        """The aligned model under a saved adapter."""
+        return PeftModel.from_pretrained(self.model, str(directory), adapter_name=name, is_trainable=trainable)
+
+    def subspace(self, key: tuple[Any, ...], make: Callable[[], SafetySubspace]) -> SafetySubspace:
+        """A calibration of the model in use, made once a process."""
+        full = (self.loaded, *key)
+        if full not in self.subspaces:
+            while len(self.subspaces) >= CALIBRATIONS:
+                self.subspaces.pop(next(iter(self.subspaces)))
+            self.subspaces[full] = make()
+        return self.subspaces[full]
+
+
+def environment_of(protocol: Protocol) -> Found:
+    """What the figures depend on."""
+    return environment(0, model=protocol.aligned, threads=torch.get_num_threads(), **{k: v for k, v in asdict(protocol).items() if k != "aligned"})
+
+
+def load_nf4(directory: Path) -> Any:
+    """A model in 4 bits, computing in fp32 on the CPU and in bf16 on a GPU."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=kind)
+    return AutoModelForCausalLM.from_pretrained(str(directory), quantization_config=quantised, dtype=kind)
+
+
+@contextmanager
+def timed(found: Found, name: str) -> Iterator[None]:
+    """Add the seconds of a block to `found[name]`."""
+    started = time.perf_counter()
+    yield
+    found[name] = round(found.get(name, 0.0) + time.perf_counter() - started, 2)

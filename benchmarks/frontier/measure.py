@@ -1,0 +1,105 @@
+"""What every cell is measured on, and the measuring: rates for people, verdicts prompt by prompt for paired comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.frontier.cells import Protocol
+from peft_safety.errors import DataError, DivergedError
+from peft_safety.evaluation import Judge, KeywordJudge, Rate, Verdict, prompt_set, self_responses
+from peft_safety.evaluation.generate import generate
+from peft_safety.evaluation.judges import verdicts_of
+from peft_safety.evaluation.tasks import exact_answers, likeliest_labels, response_nll
+from peft_safety.recipes.bench import GENERAL_TOKENS
+from peft_safety.recipes.load import TaskData
+
+LETTERS = {Verdict.REFUSAL: "R", Verdict.COMPLIANCE: "C", Verdict.OTHER: "O"}
+HARMFUL, CONTRAST = "harmful", "contrast"
+"""The package's own sets."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Prompts, rows and references of one split.
+
+    Attributes:
+        prompts: by set; `HARMFUL` and `CONTRAST` are always there.
+        task: the trained task. second: another one, which nothing here trains; None leaves it out.
+        general: the aligned model's own answers to everyday prompts; their NLL afterwards is the drift.
+        judges: the keyword matcher first.
+    """
+
+    split: str
+    prompts: dict[str, tuple[str, ...]]
+    task: TaskData
+    second: TaskData | None
+    general: list[dict[str, Any]]
+    max_length: int
+    tokens: int
+    judges: Sequence[Judge] = field(default_factory=lambda: (KeywordJudge(),))
+
+    @classmethod
+    def prepare(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        protocol: Protocol,
+        split: str,
+        task: TaskData,
+        second: TaskData | None = None,
+        *,
+        sets: dict[str, tuple[str, ...]],
+        judges: Sequence[Judge] = (),
+        general: list[dict[str, Any]] | None = None,
+    ) -> Measures:
+        """Draw the prompts, the same ones for every seed, and let `model`, which is the aligned one, answer the general ones (unless they are given)."""
+        own = prompt_set(split, protocol.limit, 0)
+        if general is None:
+            general = self_responses(model, tokenizer, own.general, max_new_tokens=GENERAL_TOKENS, progress=False)
+        prompts = {HARMFUL: own.harmful, CONTRAST: own.contrast, **sets}
+        return cls(split, prompts, task, second, general, protocol.max_length, protocol.tokens, (KeywordJudge(), *judges))
+
+    def __call__(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        """All figures of one model as plain values. No response is kept.
+
+        Raises:
+            DivergedError: the model's loss is not finite.
+        """
+        verdicts: dict[str, dict[str, str]] = {judge.name: {} for judge in self.judges}
+        for name, prompts in self.prompts.items():
+            answers = [answer.text for answer in generate(model, tokenizer, prompts, max_new_tokens=self.tokens, progress=False)]
+            for judge in self.judges:
+                verdicts[judge.name][name] = letters(judge, prompts, answers)
+        correct = {"task": exact_answers(model, tokenizer, self.task.held_out, self.task.labels, progress=False)}
+        if self.second is not None:
+            correct["second"] = likeliest_labels(model, tokenizer, self.second.held_out, self.second.labels, progress=False)
+        try:
+            drift = response_nll(model, tokenizer, self.general, max_length=self.max_length, progress=False)
+        except DataError as error:
+            raise DivergedError(f"the general NLL is not finite after training ({error}). Lower the learning rate.") from error
+        seen = verdicts[self.judges[0].name]
+        return {
+            "split": self.split,
+            "judge": self.judges[0].name,
+            "refusal": rate(seen[HARMFUL], "R"),
+            "compliance": rate(seen[HARMFUL], "C"),
+            "over_refusal": rate(seen[CONTRAST], "R"),
+            "task_accuracy": Rate.of(correct["task"]).to_json(),
+            **({"second_accuracy": Rate.of(correct["second"]).to_json()} if "second" in correct else {}),
+            "general_nll": drift.to_json(),
+            "transfer": {name: rate(text, "R") for name, text in seen.items() if name not in (HARMFUL, CONTRAST)},
+            "verdicts": verdicts,
+            "correct": {name: "".join("01"[hit] for hit in hits) for name, hits in correct.items()},
+        }
+
+
+def letters(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) -> str:
+    """A judge's verdicts, one letter a prompt."""
+    return "".join(LETTERS[verdict] for verdict in verdicts_of(judge, prompts, answers))
+
+
+def rate(verdicts: str, letter: str) -> dict[str, Any]:
+    """Share of one verdict, with its interval."""
+    return Rate(verdicts.count(letter), len(verdicts)).to_json()

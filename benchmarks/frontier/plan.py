@@ -1,0 +1,143 @@
+"""The methods by name, each with its documented default settings, and the order in which their cells run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import replace
+
+from benchmarks.frontier.cells import Cell
+from peft_safety.errors import ConfigError
+
+POISONS = (0.0, 0.1, 0.5, 1.0)
+SEEDS = (0, 1, 2)
+MODULES = 35
+"""Of 210, for Safe LoRA's "number": the share that the reference code takes (10 of 64)."""
+BARE = Cell().without_basis("lora")
+"""Plain LoRA: what every method without GuardSpace's fields starts from."""
+GUARD = Cell()
+METHODS: dict[str, Cell] = {
+    "aligned": Cell().without_basis("aligned"),
+    "lora": BARE,
+    "guardspace": GUARD,
+    "guardspace-general": replace(GUARD, basis="general"),
+    "safe-lora": replace(BARE, arm="safe_lora", knobs="projection=frobenius,select=threshold,threshold=0.35"),
+    "safe-lora-number": replace(BARE, arm="safe_lora", knobs=f"projection=frobenius,select=number,num_modules={MODULES}"),
+    "safe-lora-topk": replace(BARE, arm="safe_lora", knobs="projection=topk,select=all,rank=32"),
+    "safe-lora-soft": replace(BARE, arm="safe_lora", knobs="projection=soft,select=all,rank=32,penalty=4"),
+    "salora-32": replace(BARE, arm="salora", knobs="k=32"),
+    "salora-0.9": replace(BARE, arm="salora", knobs="k=0.9"),
+    "both-sides": replace(GUARD, knobs="combine=salora,k=32"),
+    "lora-mixed": replace(BARE, arm="mixed", knobs="share=0.1"),
+    "patch-reattached": replace(BARE, arm="reattach"),
+    "patch-stacked": replace(BARE, arm="patch", knobs="steps=24"),
+    "somf": replace(BARE, arm="somf", knobs="lr=0.1,steps=16"),
+}
+"""Documented defaults: as published, or the package's own."""
+RANDOM = ("guardspace", "salora-32", "salora-0.9", "both-sides", "safe-lora-topk", "safe-lora-soft", "patch-stacked", "somf")
+SCALED = (
+    "guardspace",
+    "guardspace-general",
+    "both-sides",
+    "salora-32",
+    "salora-0.9",
+    "safe-lora",
+    "safe-lora-number",
+    "safe-lora-topk",
+    "safe-lora-soft",
+    "somf",
+)
+NF4 = ("aligned", "lora", "guardspace")
+METHODS |= {f"random:{name}": replace(METHODS[name], control="random") for name in RANDOM}
+METHODS |= {f"scaled:{name}": replace(METHODS[name], control="scaled") for name in SCALED}
+METHODS |= {f"{name}-nf4": replace(METHODS[name], load="nf4") for name in NF4}
+
+CORE = ("aligned", "lora", "guardspace", "safe-lora-soft", "random:guardspace", "scaled:guardspace", "lora-mixed")
+SMOKE = ("aligned", "lora", "safe-lora-soft", "guardspace", "random:guardspace")
+GROUPS = {
+    "core": CORE,
+    "smoke": SMOKE,
+    "controls": tuple(name for name in METHODS if ":" in name),
+    "nf4": tuple(f"{name}-nf4" for name in NF4),
+    "main": tuple(name for name in METHODS if ":" not in name and not name.endswith("-nf4")),
+    "all": tuple(METHODS),
+}
+FIRST_POISON = 0.1
+"""Where the methods differ most."""
+
+
+def named(names: Sequence[str]) -> list[str]:
+    """Methods by name or group, each once.
+
+    Raises:
+        ConfigError: an unknown one.
+    """
+    found: list[str] = []
+    for name in names:
+        if name not in METHODS and name not in GROUPS:
+            close = difflib.get_close_matches(name, [*METHODS, *GROUPS], 1)
+            hint = f"Did you mean {close[0]!r}? " if close else ""
+            raise ConfigError(f"method {name!r} is unknown. {hint}Methods: {', '.join(METHODS)}; groups: {', '.join(GROUPS)}.")
+        found += GROUPS.get(name, (name,))
+    return list(dict.fromkeys(found))
+
+
+def place(method: Cell, poison: float, seed: int, split: str) -> Cell:
+    """A method at one place of the grid; "aligned" has neither rows nor seed."""
+    return replace(method, split=split) if method.arm == "aligned" else replace(method, poison=poison, seed=seed, split=split)
+
+
+def plan(methods: Sequence[Cell], poisons: Sequence[float] = POISONS, seeds: Sequence[int] = SEEDS, split: str = "test") -> list[Cell]:
+    """All cells, most informative first: seed by seed, in each the share of poison that tells methods apart, the core methods before the others.
+
+    A control follows its method, and what shares a plain adapter stands together.
+    """
+    order = sorted(poisons, key=lambda p: (p != FIRST_POISON, p == 1.0, p))
+    core = [METHODS[name] for name in CORE]
+    return list(
+        dict.fromkeys(
+            place(method, poison, seed, split)
+            for seed in seeds
+            for chosen in ([m for m in methods if m in core], [m for m in methods if m not in core])
+            for poison in order
+            for method in chosen
+        )
+    )
+
+
+def name_of(cell: Cell) -> str:
+    """The name of a cell's method; a setting that is no default is spelled out."""
+    bare = cell.method
+    for name, method in METHODS.items():
+        if method.method == bare:
+            return name
+    for name, method in METHODS.items():
+        if (method.arm, method.control, method.load) == (cell.arm, cell.control, cell.load):
+            return f"{name} with {difference(method, cell)}"
+    return cell.label()
+
+
+def difference(default: Cell, cell: Cell) -> str:
+    """What of a method's settings differs from the default, as `--set` takes it."""
+    fields = ("basis", "fraction", "positions", "calibration", "epochs", "lr")
+    said = [f"{name}={getattr(cell, name)}" for name in fields if getattr(cell, name) != getattr(default, name)]
+    before = default.options()
+    return ",".join(said + [f"{name}={value}" for name, value in cell.options().items() if before.get(name) != value])
+
+
+def with_setting(method: Cell, setting: str) -> Cell:
+    """A method with other settings: fields of a cell, or knobs of its arm.
+
+    Raises:
+        ConfigError: a setting the method does not have.
+    """
+    knobs, fields = method.options(), {}
+    settable = ("epochs", "lr", *(("basis", "fraction", "positions", "calibration") if method.arm == "guard" else ()))
+    for name, value in replace(method, knobs=setting).options().items():
+        if name in knobs:
+            knobs[name] = value
+        elif name in settable:
+            fields[name] = value
+        else:
+            raise ConfigError(f"{name_of(method)} has no setting {name!r}. It has {', '.join(dict.fromkeys([*knobs, *settable]))}.")
+    return replace(method, knobs=",".join(f"{name}={value}" for name, value in knobs.items()), **fields)
