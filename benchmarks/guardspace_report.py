@@ -75,7 +75,7 @@ def markdown(environment: dict[str, Any], rows: Sequence[Row]) -> str:
             f"Test prompts, once, for the setting chosen on validation prompts: basis {basis!r}, {fraction:g} of the dimensions, {positions} positions.",
             "",
         ]
-        lines += [*table(tests, lambda row: (ARMS.get(row["cell"]["arm"], row["cell"]["arm"]), _poison(row)), ["arm", "poison"]), ""]
+        lines += [*table(tests, lambda row: (_arm(row), _poison(row)), ["arm", "poison"]), ""]
         lines += _transfer(tests)
     else:
         lines += ["The setting has not been chosen yet: nothing here is from test prompts.", ""]
@@ -106,6 +106,14 @@ def along(row: Row) -> list[tuple[int, Row]]:
     return [*((int(step), found) for step, found in row.get("along", {}).items()), (row.get("steps", 0), row)]
 
 
+def _kind(row: Row) -> str:
+    return row["cell"]["control"] or row["cell"]["arm"]
+
+
+def _arm(row: Row) -> str:
+    return ARMS.get(_kind(row), _kind(row))
+
+
 def _poison(row: Row) -> str:
     return "-" if row["cell"]["arm"] == "aligned" else f"{row['cell']['poison']:g}"
 
@@ -114,7 +122,7 @@ def _setting(row: Row) -> tuple[str, ...]:
     cell = row["cell"]
     base = f"{cell['basis']}, {cell['fraction']:.3g}, {cell['positions']}" if cell["basis"] else "-"
     tuned = [f"{cell['epochs']}", f"{cell['lr']:g}"] if cell["arm"] != "aligned" else ["-", "-"]
-    return (ARMS.get(cell["arm"], cell["arm"]), base, _poison(row), *tuned, str(cell["calibration"] or "-"))
+    return (_arm(row), base, _poison(row), *tuned, str(cell["calibration"] or "-"))
 
 
 def _transfer(tests: Sequence[Row]) -> list[str]:
@@ -124,7 +132,7 @@ def _transfer(tests: Sequence[Row]) -> list[str]:
         return []
     lines = ["Refusal on other prompt sets, with 0.1 poison:", "", "| arm | " + " | ".join(names) + " |", "| --- | " + " | ".join(["---:"] * len(names)) + " |"]
     for arm, label in ARMS.items():
-        rows = [row for row in tests if row["cell"]["arm"] == arm and (arm == "aligned" or row["cell"]["poison"] == 0.1)]
+        rows = [row for row in tests if _kind(row) == arm and (arm == "aligned" or row["cell"]["poison"] == 0.1)]
         if rows:
             cells = [pooled([row["transfer"] for row in rows if name in row.get("transfer", {})], name) for name in names]
             lines.append("| " + " | ".join([label, *cells]) + " |")
@@ -141,15 +149,15 @@ def save_png(rows: Sequence[Row], path: Path) -> Path:
     lines: dict[str, list[tuple[float, Row]]] = {}
     for row in usual:
         cell = row["cell"]
-        if cell["arm"] == "lora" or (cell["arm"] == "guard" and cell["positions"] == "all" and cell["calibration"] == 64):
+        if cell["arm"] == "lora" or (_kind(row) == "guard" and cell["positions"] == "all" and cell["calibration"] == 64):
             name = "plain LoRA" if cell["arm"] == "lora" else f"{cell['basis']}, {cell['fraction']:.3g}"
             lines.setdefault(name, []).extend(along(row) if row.get("along") else [])
     _draw(left, {name: points for name, points in lines.items() if points}, "optimizer steps")
     sizes: dict[str, list[tuple[float, Row]]] = {}
     for row in usual:
         cell = row["cell"]
-        if cell["arm"] in ("guard", "random") and cell["positions"] == "all" and cell["calibration"] == 64 and cell["epochs"] == 1:
-            sizes.setdefault("random" if cell["arm"] == "random" else cell["basis"], []).append((cell["fraction"], row))
+        if _kind(row) in ("guard", "random") and cell["positions"] == "all" and cell["calibration"] == 64 and cell["epochs"] == 1:
+            sizes.setdefault("random" if cell["control"] else cell["basis"], []).append((cell["fraction"], row))
     _draw(right, sizes, "share of the input dimensions taken")
     left.set_ylabel("refusal, % of harmful validation prompts")
     canvas.suptitle("GuardSpace, one row in ten poisoned", fontsize=11)

@@ -20,14 +20,12 @@ from pathlib import Path
 from benchmarks.common import RESULTS
 from benchmarks.frontier import data, plan, splits
 from benchmarks.frontier.cache import Cache
-from benchmarks.frontier.cells import Cell, Protocol, needs
+from benchmarks.frontier.cells import SECOND, Cell, Protocol, needs
 from benchmarks.frontier.results import keep, stored
 from benchmarks.frontier.run import Outcome, run
 from peft_safety.errors import ConfigError, PeftSafetyError
 
 RUNS = Path("runs/frontier")
-SECOND = 48
-"""Rows of the untrained task."""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,6 +38,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--budget", type=float, default=float("inf"), help="minutes; stops between two cells")
     parser.add_argument("--data", help="directory, or hub:owner/name, of advbench.jsonl and xstest.jsonl; default ../shared/data where it is, else none")
+    parser.add_argument("--harmful", type=Path, nargs="*", default=[], help="JSON lines of {prompt} rows: further harmful prompts, for transfer")
     parser.add_argument("--task", choices=("help-desk", "banking"), default="help-desk", help="the trained task; banking needs --data")
     parser.add_argument("--judge", action="append", default=[], help="model id or directory of a classifier that also judges")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
@@ -115,7 +114,7 @@ def work(given: argparse.Namespace) -> int:
         report(given.out, README if given.out == RESULTS else None)
         return 0
     folder = data.resolve(given.data)
-    sets, task = data.public_sets(folder), None
+    sets, task = data.further_sets(folder, given.harmful), None
     if given.task == "banking":
         if folder is None:
             raise ConfigError("--task banking needs --data, the directory of its files.")
@@ -144,7 +143,7 @@ def work(given: argparse.Namespace) -> int:
 
     def one(cell: Cell) -> dict[str, object]:
         if not benches:  # loading the model can wait until a cell is ours
-            benches.append(Bench(cache, sets.of, given.aligned, unaligned=unaligned, judges=judges, task=task))
+            benches.append(Bench(cache, sets, given.aligned, unaligned=unaligned, judges=judges, task=task))
         return benches[0].cell(cell)
 
     outcome = run(cache, lambda: cells, one, given.budget, needs)
@@ -160,7 +159,7 @@ def protocol_of(given: argparse.Namespace, sets: data.Sets, task: list[dict[str,
         rows=given.rows,
         limit=given.limit,
         aligned=given.aligned.name if given.aligned and given.aligned.name != "aligned" else f"{unaligned}, patched",
-        sets=sets.hashes(),
+        sets=data.hashes(sets),
         second=given.second,
         task="" if task is None else data.task_fingerprint(task),
         judges=",".join(sorted(given.judge)),

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.frontier.adapters import norm, project_randomly, scale, truncated
 from benchmarks.frontier.bench import Bench, Found, timed
-from benchmarks.frontier.cells import ALIASES, Cell, needs
+from benchmarks.frontier.cells import Cell, needs
 from peft_safety import SafetySubspace
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
 from peft_safety.errors import ConfigError
@@ -29,8 +29,6 @@ def run_arm(bench: Bench, cell: Cell) -> Made:
     Raises:
         ConfigError: an unknown arm, or a control that it does not have.
     """
-    if cell.arm in ALIASES:  # names under which the GuardSpace benchmark keeps its controls
-        cell = replace(cell, arm="guard", control=cell.arm)
     if cell.arm not in ARMS:
         raise ConfigError(f"arm {cell.arm!r} is unknown. Choose one of {', '.join(ARMS)}.")
     if cell.control not in ("", "random", "scaled") or (cell.control == "random" and cell.arm not in RANDOM):
@@ -40,7 +38,7 @@ def run_arm(bench: Bench, cell: Cell) -> Made:
 
 def scaled(bench: Bench, cell: Cell) -> Made:
     """Plain LoRA, all modules by one factor, at the norm that the method kept: is it more than a smaller update?"""
-    kept = [row for alias in (cell, replace(cell, arm="scaled", control="")) for other in needs(alias) if (row := bench.cache.get(other)) is not None]
+    kept = [row for other in needs(cell) if (row := bench.cache.get(other)) is not None]
     if not kept or "norm" not in kept[0]:
         raise RuntimeError(f"{cell.label()}: its {cell.arm} has not run; run the cells in their order.")
     directory, facts = bench.plain(cell)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from peft_safety.report import environment
 
 CALIBRATIONS = 3
 """Subspaces kept in memory at once; each is up to the size of the model."""
-Sets = Callable[[str], Mapping[str, Sequence[str]]]
+Sets = Mapping[str, Sequence[str]]
 Found = dict[str, Any]
 
 
@@ -44,7 +45,7 @@ class Bench:
 
     Args:
         cache: of finished cells; adapters of plain LoRA are kept beside them.
-        sets: further prompt sets of a split.
+        sets: further prompt sets by name, for test cells.
         aligned: directory of the aligned model; default SmolLM2-135M-Instruct (or `unaligned`) with a safety patch, made once.
         unaligned: directory of the model before its alignment, for the methods that need it.
         judges: beside the keyword matcher.
@@ -54,7 +55,7 @@ class Bench:
     def __init__(
         self,
         cache: Cache,
-        sets: Sets = lambda split: {},
+        sets: Sets = MappingProxyType({}),
         aligned: Path | None = None,
         *,
         unaligned: Path | None = None,
@@ -144,7 +145,8 @@ class Bench:
         """What a cell is measured on: the same prompts for every arm and seed, held-out rows by seed."""
         key = (cell.split, cell.seed)
         if key not in self._measures:
-            second = task_data(load("second_task"), cell.split, self.protocol.second, 0) if self.protocol.second else None
+            last = cell.split == "test"
+            second = task_data(load("second_task"), cell.split, self.protocol.second, 0) if last and self.protocol.second else None
             if cell.split not in self._general:
                 self.use("")
             made = Measures.prepare(
@@ -154,7 +156,7 @@ class Bench:
                 cell.split,
                 self.task(cell),
                 second,
-                sets={name: tuple(rows) for name, rows in self.sets(cell.split).items()},
+                sets={name: tuple(rows) for name, rows in self.sets.items()} if last else {},
                 judges=self.judges,
                 general=self._general.get(cell.split),
             )

@@ -9,8 +9,8 @@ from typing import Any
 
 from peft_safety.errors import ConfigError
 
-ALIASES = ("random", "scaled")
-"""Arms of the GuardSpace benchmark that are controls of "guard" here."""
+SECOND = 48
+"""Rows of the untrained task that both benchmarks measure."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,6 @@ class Cell:
 
 def needs(cell: Cell) -> list[Cell]:
     """Cells whose results a cell reads: "scaled" the one whose norm it takes."""
-    if cell.arm == "scaled":
-        return [replace(cell, arm="guard")]
     return [replace(cell, control="")] if cell.control == "scaled" else []
 
 
@@ -104,9 +102,8 @@ class Protocol:
         limit: prompts and task rows of each kind at most.
         aligned: name of the aligned model.
         r, max_length: of the fine-tune.
-        transfer: further prompt sets by name, with a hash of their prompts, measured on test cells only (the GuardSpace benchmark).
-        sets: the same, measured on all cells, from prompts of the cell's split.
-        second: rows of a second, untrained task; 0 leaves it out.
+        sets: further prompt sets by name, with a hash of their prompts; measured on test cells only.
+        second: rows of a second, untrained task, the same; 0 leaves it out.
         task: hash of the rows of another task than the package's; empty for that.
         judges: names of judges beside the keyword matcher.
         tokens: generated of a response that is judged.
@@ -117,7 +114,6 @@ class Protocol:
     aligned: str = "SmolLM2-135M-Instruct, patched"
     r: int = 8
     max_length: int = 128
-    transfer: dict[str, str] = field(default_factory=dict)
     sets: dict[str, str] = field(default_factory=dict)
     second: int = 0
     task: str = ""
@@ -125,8 +121,8 @@ class Protocol:
     tokens: int = 16
 
     def key(self, cell: Cell) -> str:
-        """Name of a cell's file. The transfer sets are measured on test cells only, so that only those depend on them."""
-        shared = self if cell.split == "test" else replace(self, transfer={})
+        """Name of a cell's file. Settings are chosen by the package's own prompts, so validation cells have no further sets and do not depend on them."""
+        shared = self if cell.split == "test" else replace(self, sets={}, second=0)
         return _digest(_set(cell), _set(shared))
 
     def adapter_key(self, cell: Cell) -> str:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Method = Literal["lora", "salora", "guardspace"]
 INITS = {"lora": ("lora",), "salora": ("lora", "task"), "guardspace": ("lora", "guardspace")}
 """Initialisations of each method."""
+GUARD_ROWS = 32
+"""Training rows that GuardSpace's guard against stalling looks at: thousands of tokens, plenty for a share of energy."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class AdapterOptions:
         """The PEFT config. A subspace is estimated here rather than at injection, so that `model` and `tokenizer` are the ones at hand.
 
         Args:
-            rows: training rows; the first 128 give the task subspace of `init="task"`, and GuardSpace's guard against stalling.
+            rows: training rows; the first 128 give the task subspace of `init="task"`, the first 32 GuardSpace's guard against stalling.
 
         Raises:
             ConfigError: settings that the config refuses. CalibrationError: see `SafetySubspace.from_activations`.
@@ -108,7 +110,7 @@ class AdapterOptions:
             combine=self.combine,
             init=init,
             init_data=batches(calibration_rows("guardspace", basis)) if init == "guardspace" else None,
-            task_data=batches(rows[:CALIBRATION_PAIRS]),
+            task_data=batches(rows[:GUARD_ROWS]),
         )
         if isinstance(self.subspace, str) and self.subspace == "auto":
             layers = target_layers(model, self.target_modules)

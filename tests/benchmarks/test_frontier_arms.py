@@ -28,7 +28,7 @@ def bench(tmp_path_factory):
     for name, model in (("aligned", aligned), ("bare", unaligned)):
         model.save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
-    return Bench(Cache(folder / "runs", PROTOCOL), lambda split: SETS, folder / "aligned", unaligned=folder / "bare")
+    return Bench(Cache(folder / "runs", PROTOCOL), SETS, folder / "aligned", unaligned=folder / "bare")
 
 
 def quick(name, **place):

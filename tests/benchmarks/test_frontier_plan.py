@@ -125,15 +125,21 @@ def public(tmp_path):
     return tmp_path
 
 
-def test_the_splits_of_the_public_sets_share_no_prompt(public):
+def test_the_further_sets_hold_nothing_that_is_trained_on(public):
     sets = data.public_sets(public, 30)
-    assert sets.hashes().keys() == {f"{split}/{name}" for split in ("validation", "test") for name in ("advbench", "xstest_unsafe", "xstest_safe")}
-    for name, rows in sets.of("test").items():
-        assert len(rows) == 30
-        assert not set(rows) & set(sets.of("validation")[name])
-    assert all(int(prompt.split()[1]) >= data.HELD_OUT for prompt in sets.of("test")["advbench"])
-    assert data.public_sets(None).of("test") == {}
-    assert data.public_sets(public, 29).hashes() != sets.hashes()
+    assert {name: len(rows) for name, rows in sets.items()} == dict.fromkeys(("advbench", "xstest_unsafe", "xstest_safe"), 30)
+    assert all(int(prompt.split()[1]) >= data.HELD_OUT for prompt in sets["advbench"])
+    assert data.public_sets(None) == {}
+    assert data.hashes(data.public_sets(public, 29)) != data.hashes(sets)
+    own = data.further_sets(None, [public / "advbench.jsonl"], 5)
+    assert {name: len(rows) for name, rows in own.items()} == {"reworded": 24, "other_languages": 24, "advbench": 5}
+    assert not any("{}" in prompt for prompt in own["reworded"])
+
+
+def test_validation_cells_do_not_depend_on_the_further_sets():
+    bare, full = Protocol(), Protocol(sets={"advbench": "1"}, second=48)
+    assert bare.key(replace(GUARD, split="validation")) == full.key(replace(GUARD, split="validation"))
+    assert bare.key(replace(GUARD, split="test")) != full.key(replace(GUARD, split="test"))
 
 
 def test_missing_data_is_named(public, tmp_path, capsys):
