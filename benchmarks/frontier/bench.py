@@ -31,6 +31,7 @@ from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.evaluation import Judge
 from peft_safety.recipes.adapter import AdapterOptions
 from peft_safety.recipes.load import TaskData, load_model, poisoned, task_data
+from peft_safety.recipes.patch import PatchOptions, patch
 from peft_safety.recipes.train import TrainOptions, finetune
 from peft_safety.report import environment
 
@@ -50,6 +51,7 @@ class Bench:
         unaligned: directory of the model before its alignment, for the methods that need it.
         judges: beside the keyword matcher.
         task: rows of the trained task; default the package's.
+        patch: how the aligned model is made; default `PatchOptions`.
     """
 
     def __init__(
@@ -61,10 +63,11 @@ class Bench:
         unaligned: Path | None = None,
         judges: Sequence[Judge] = (),
         task: Sequence[Row] | None = None,
+        patch: PatchOptions | None = None,
     ) -> None:
         self.cache, self.sets, self.protocol, self.judges = cache, sets, cache.protocol, judges
         self.task_rows = list(load("benign_task") if task is None else task)
-        self._unaligned = unaligned
+        self._unaligned, self._patch = unaligned, patch
         self.directory = aligned or self._align()
         self.loaded, self.model, self.tokenizer = "", *load_model(self.directory)
         self.subspaces: dict[tuple[Any, ...], SafetySubspace] = {}
@@ -80,19 +83,13 @@ class Bench:
 
     def _align(self) -> Path:
         """The unaligned model with a safety patch merged in, made once, by one process."""
-        from peft_safety.recipes.patch import patch
-
         out = self.cache.folder / "aligned"
         with self.cache.lock("aligned", wait=True):
             if not (out / "config.json").is_file():
                 model, tokenizer = load_model(self.unaligned)
-                patched, _ = patch(model, tokenizer, self.patch_options())
+                patched, _ = patch(model, tokenizer, self._patch)
                 self.publish(out, lambda staged: (tokenizer.save_pretrained(staged), patched.merge_and_unload().save_pretrained(staged)))
         return out
-
-    def patch_options(self) -> Any:
-        """How the aligned model is made."""
-        return None
 
     def publish(self, out: Path, write: Callable[[Path], Any]) -> None:
         """A directory by one rename.
