@@ -50,7 +50,7 @@ def scaled(bench: Bench, cell: Cell) -> Made:
 
 def costs(facts: Found) -> Found:
     """Of a plain adapter, what holds for what is made of it too."""
-    return {name: facts[name] for name in ("steps", "loss", "train_seconds", "train_cpu_seconds", "train_mib") if name in facts}
+    return {name: facts[name] for name in ("steps", "loss", "train_seconds", "train_cpu_seconds", "added_mib") if name in facts}
 
 
 def aligned(bench: Bench, cell: Cell) -> Made:

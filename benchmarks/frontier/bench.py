@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from benchmarks.common import reset_peak, resident_mib, resident_now_mib
@@ -103,7 +104,7 @@ class Bench:
             staged.mkdir(parents=True)
             write(staged)
             staged.rename(out)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(staged, ignore_errors=True)
             raise ArtifactError(f"{out} cannot be written: {error}. Finished cells are safe; make room and run the same command again.") from error
 
@@ -187,7 +188,6 @@ class Bench:
             DivergedError: weights that are not finite.
         """
         along = Along(self, cell)
-        gc.collect()
         reset_peak()
         held = resident_now_mib()
         labels, spent = self.task(cell).labels, {}
@@ -202,7 +202,7 @@ class Bench:
                 callbacks=[along, *callbacks],
             )
         check_finite(tuned, run, cell)
-        facts = {"norm": norm(tuned), "steps": run.steps, "loss": run.loss, **spent, "train_mib": round(resident_mib() - held)}
+        facts = {"norm": norm(tuned), "steps": run.steps, "loss": run.loss, **spent, "added_mib": round(resident_mib() - held)}
         return tuned, {**facts, **({"along": along.found} if along.found else {})}
 
     def plain(self, cell: Cell) -> tuple[Path, Found]:

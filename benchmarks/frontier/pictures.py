@@ -211,8 +211,8 @@ def cost(found: Points, name: str) -> tuple[float | None, float, float | None]:
     Seconds of processor time where they were taken: other jobs on the machine disturb them less.
     """
     unit = "cpu_seconds" if _median(found, "lora", "train_cpu_seconds") else "seconds"
-    train, setup, memory = (_median(found, name, key) for key in (f"train_{unit}", f"setup_{unit}", "train_mib"))
-    base, base_memory = _median(found, "lora", f"train_{unit}"), _median(found, "lora", "train_mib")
+    train, setup, memory = (_median(found, name, key) for key in (f"train_{unit}", f"setup_{unit}", "added_mib"))
+    base, base_memory = _median(found, "lora", f"train_{unit}"), _median(found, "lora", "added_mib")
     if not train or not base:
         return None, 0.0, None
     return train / base, (setup or 0.0) / base, memory / base_memory if memory and base_memory else None
@@ -224,6 +224,12 @@ def _median(found: Points, name: str, key: str) -> float | None:
 
 
 def _saved(canvas: Any, path: Path) -> Path:
+    """In a palette, which is a third of the size: these files are committed."""
+    from PIL import Image
+
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=110, format="png", metadata={"Software": None})
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
     return path

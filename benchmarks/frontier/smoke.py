@@ -35,14 +35,14 @@ def cells() -> list[Cell]:
 
 
 def alignment() -> Any:
-    """A short patch, looked at once."""
+    """A short patch without a constraint, looked at once; the basis it would keep out of is that of the weights, which needs no pass over data."""
     from peft_safety.recipes.patch import PatchOptions
     from peft_safety.recipes.watch import Stopping
 
     usual = PatchOptions()
     scale = 8 * STEPS / (usual.harmful + usual.general + usual.contrast)
     sizes = {name: round(scale * getattr(usual, name)) for name in ("harmful", "general", "contrast")}
-    return replace(usual, **sizes, validation=8, stopping=Stopping(every=10 * STEPS))
+    return replace(usual, **sizes, mode="none", basis="weight", validation=8, stopping=Stopping(every=10 * STEPS))
 
 
 def verdict(rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[bool, str]]:

@@ -33,7 +33,7 @@ def row(cell: Cell, harmful: str = "RROO", task: str = "1100", **further) -> dic
         "norm": 5.0,
         "train_seconds": 50.0,
         "train_cpu_seconds": 90.0 + cell.fraction,
-        "train_mib": 900,
+        "added_mib": 900,
         "seconds": 100.0,
         **further,
     }
@@ -184,7 +184,7 @@ def test_two_judges_stand_side_by_side():
 
 def test_costs_are_multiples_of_plain_lora():
     found = aggregate.points(
-        [row(place(LORA, 0.1, 0, "test")), row(place(GUARD, 0.1, 0, "test"), train_cpu_seconds=180.0, setup_cpu_seconds=45.0, train_mib=1800)]
+        [row(place(LORA, 0.1, 0, "test")), row(place(GUARD, 0.1, 0, "test"), train_cpu_seconds=180.0, setup_cpu_seconds=45.0, added_mib=1800)]
     )
     assert pictures.cost(found, "guardspace") == (2.0, 0.5, 2.0)
     assert pictures.cost(found, "somf") == (None, 0.0, None)
