@@ -230,6 +230,6 @@ def _saved(canvas: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=110, format="png", metadata={"Software": None})
     with Image.open(path) as image:
-        small = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        small = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
     return path
