@@ -50,10 +50,11 @@ def frontier(found: Points, path: Path) -> Path:
     panels = shares(found)
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    height = 5.0 * lines + 0.9
+    foot = 0.95 if columns == 2 else 1.35  # the legend takes three lines where the picture is narrow
+    height = 5.0 * lines + foot
     canvas = Figure(figsize=(7.2 * columns, height))
     axes = canvas.subplots(lines, columns, squeeze=False)
-    canvas.subplots_adjust(left=0.055 if columns == 2 else 0.09, right=0.985, top=1 - 0.85 / height, bottom=0.95 / height, hspace=0.24, wspace=0.1)
+    canvas.subplots_adjust(left=0.055 if columns == 2 else 0.09, right=0.985, top=1 - 0.85 / height, bottom=foot / height, hspace=0.24, wspace=0.1)
     for index, axis in enumerate(axes.flat):
         if index >= len(panels):
             axis.set_visible(False)
@@ -140,11 +141,11 @@ def heat(found: Points, path: Path) -> Path:
 
     rows, columns = beside(names(found)), shares(found)
     metrics = (
-        ("refusal", "refusal, harmful prompts", "RdYlGn"),
-        ("over_refusal", "over-refusal, safe prompts", "RdYlGn_r"),
-        ("task_accuracy", "accuracy, trained task", "viridis"),
+        ("refusal", "refusal", "RdYlGn"),
+        ("over_refusal", "over-refusal", "RdYlGn_r"),
+        ("task_accuracy", "accuracy", "viridis"),
     )
-    canvas = Figure(figsize=(3.4 + 0.75 * len(columns) * len(metrics), 1.3 + 0.27 * len(rows)), layout="constrained")
+    canvas = Figure(figsize=(3.4 + max(1.3, 0.75 * len(columns)) * len(metrics), 1.3 + 0.27 * len(rows)), layout="constrained")
     axes = canvas.subplots(1, len(metrics), sharey=True)
     for axis, (metric, title, scheme) in zip(axes, metrics, strict=True):
         table = [[_value(found.get((name, poison)), metric) for poison in columns] for name in rows]
@@ -200,26 +201,33 @@ def costs(found: Points, path: Path) -> Path:
         axis.margins(x=0.12)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlabel("plain LoRA = 1", fontsize=8)
+    right.set_visible(any(row[3] is not None for row in rows))
     left.set_yticks(range(len(rows)), [label(row[0]) for row in rows], fontsize=8)
     left.invert_yaxis()
     return _saved(canvas, path)
 
 
 def cost(found: Points, name: str) -> tuple[float | None, float, float | None]:
-    """Median training and other seconds, and memory, as multiples of plain LoRA's, over all shares of poison. None without either.
+    """Seconds of training (median over all shares of poison) and besides it, and memory, as multiples of plain LoRA's. None where there are none.
 
-    Seconds of processor time where they were taken: other jobs on the machine disturb them less.
+    Besides it: the most that any cell took, since only the first one of a process calibrates. Seconds of processor time where they were taken: other jobs on
+    the machine disturb them less.
     """
     unit = "cpu_seconds" if _median(found, "lora", "train_cpu_seconds") else "seconds"
-    train, setup, memory = (_median(found, name, key) for key in (f"train_{unit}", f"setup_{unit}", "added_mib"))
+    train, memory = (_median(found, name, key) for key in (f"train_{unit}", "added_mib"))
+    setup = max(_values(found, name, f"setup_{unit}"), default=0.0)
     base, base_memory = _median(found, "lora", f"train_{unit}"), _median(found, "lora", "added_mib")
     if not train or not base:
         return None, 0.0, None
-    return train / base, (setup or 0.0) / base, memory / base_memory if memory and base_memory else None
+    return train / base, setup / base, memory / base_memory if memory and base_memory else None
+
+
+def _values(found: Points, name: str, key: str) -> list[float]:
+    return [row[key] for (other, _), point in found.items() if other == name for row in point.rows if row.get(key) is not None]
 
 
 def _median(found: Points, name: str, key: str) -> float | None:
-    values = [row[key] for (other, _), point in found.items() if other == name for row in point.rows if row.get(key) is not None]
+    values = _values(found, name, key)
     return statistics.median(values) if values else None
 
 

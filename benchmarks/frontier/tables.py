@@ -152,7 +152,10 @@ def costs(found: Points) -> Table:
         train, setup, memory = cost(found, name)
         if train is not None:
             rows.append((label(name), _number(train), _number(setup), _number(memory)))
-    note = "Medians over all cells of a method; processor time on the CPU, wall clock on a GPU. A calibration is made once a process and shared by its cells."
+    note = (
+        "Medians over all cells of a method, for calibration or repair the most (one calibration serves all cells of a process); "
+        "processor time on the CPU, wall clock on a GPU."
+    )
     return Table(("", "training time", "calibration or repair", "memory added while training"), rows, note)
 
 
