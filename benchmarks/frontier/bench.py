@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import TrainerCallback
@@ -69,6 +70,7 @@ class Bench:
         self.cache, self.sets, self.protocol, self.judges = cache, sets, cache.protocol, judges
         self.task_rows = list(load("benign_task") if task is None else task)
         self._unaligned, self._patch = unaligned, patch
+        transformers.utils.logging.disable_progress_bar()  # the cells have one
         self.directory = aligned or self._align()
         self.loaded, self.model, self.tokenizer = "", *load_model(self.directory)
         self.subspaces: dict[tuple[Any, ...], SafetySubspace] = {}
