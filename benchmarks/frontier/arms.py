@@ -12,7 +12,7 @@ from benchmarks.frontier.bench import Bench, Found, timed
 from benchmarks.frontier.cells import Cell, needs
 from peft_safety import SafetySubspace
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
-from peft_safety.errors import ConfigError
+from peft_safety.errors import ConfigError, DivergedError
 from peft_safety.estimate.coverage import task_shares
 from peft_safety.estimate.moments import to_batches
 from peft_safety.estimate.targets import target_layers
@@ -39,7 +39,9 @@ def run_arm(bench: Bench, cell: Cell) -> Made:
 def scaled(bench: Bench, cell: Cell) -> Made:
     """Plain LoRA, all modules by one factor, at the norm that the method kept: is it more than a smaller update?"""
     kept = [row for other in needs(cell) if (row := bench.cache.get(other)) is not None]
-    if not kept or "norm" not in kept[0]:
+    if kept and "diverged" in kept[0]:
+        raise DivergedError(f"{cell.label()}: the method whose norm it takes has diverged.")
+    if not kept:
         raise RuntimeError(f"{cell.label()}: its {cell.arm} has not run; run the cells in their order.")
     directory, facts = bench.plain(cell)
     factor = kept[0]["norm"] / facts["norm"]
@@ -135,6 +137,7 @@ def reattach(bench: Bench, cell: Cell) -> Made:
     bare, _ = load_model(bench.unaligned)
     tuned, facts = bench.train(cell, bench.adapter().config(bare, bench.tokenizer, []), bench.rows(cell), model=bare)
     name = bench.protocol.adapter_key(cell)
+    bench.discard(name)  # of a run that was killed here
     bench.publish(bench.cache.folder / "adapters" / name, lambda staged: tuned.save_pretrained(str(staged)))
     try:
         return bench.attach(bench.cache.folder / "adapters" / name), facts

@@ -33,7 +33,7 @@ def section(results: Path) -> str:
     gone = sum(missing(rows, planned).values())
     table = tables.headline(found, poison)
     seeds = sorted({row["cell"]["seed"] for row in rows if row["cell"]["arm"] != "aligned"})
-    facts = ", ".join(f"{key} {value}" for key, value in environment.items() if key not in ("sets", "transfer", "chosen", "judges", "task") or value)
+    facts = ", ".join(f"{key} {value}" for key, value in environment.items() if value not in ("", {}) and key != "sets")
     lines = [
         "![refusal against accuracy, a panel a share of poison, controls hollow](benchmarks/results/frontier.png)",
         "",
