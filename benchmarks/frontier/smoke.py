@@ -19,9 +19,9 @@ from benchmarks.frontier.results import keep
 from benchmarks.frontier.run import run
 from peft_safety.errors import DataError
 
-PROTOCOL = Protocol(rows=128, limit=96, aligned="SmolLM2-135M-Instruct, patched briefly")
-LR = 1.5e-3
-STEPS = 28
+PROTOCOL = Protocol(rows=104, limit=64, aligned="SmolLM2-135M-Instruct, patched briefly")
+LR = 2e-3
+STEPS = 24
 """Of the alignment."""
 POISON = 0.1
 LOST, KEPT, PRICE = 0.20, 0.85, 0.03
