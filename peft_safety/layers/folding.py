@@ -23,11 +23,15 @@ LOW_PRECISION_PASSES = 2
 
 
 @torch.no_grad()
-def fold_together(leaves: Iterable[ProtectedLinear]) -> None:
+def fold_together(leaves: Iterable[ProtectedLinear], batched: bool | None = None) -> None:
     """Project the weights of leaves in place, unconditionally and without a host synchronisation: leaves of equal (d, k, r, side, dtype, device) at once.
 
     Sharded weights (DTensor) are projected one by one, on their local shards. Weights on the meta device, and such as a sharding wrapper has flattened, are
     left alone.
+
+    Args:
+        batched: few calls on stacked copies, or one leaf after another in place. Default: batched except on a CPU, which has no launches to save, and where
+            the copies cost two to three times what they save (benchmarks/grouped.py).
     """
     groups: dict[tuple[Any, ...], list[ProtectedLinear]] = defaultdict(list)
     for leaf in leaves:
@@ -38,9 +42,15 @@ def fold_together(leaves: Iterable[ProtectedLinear]) -> None:
             fold_shard(weight, leaf.basis, leaf.side)
         elif is_plain(weight, leaf.basis, leaf.side):
             groups[leaf.side, tuple(weight.shape), leaf.basis.shape[1], weight.dtype, weight.device].append(leaf)
-    for group in groups.values():
-        for part in _chunks(group):
-            _fold_group(part)
+    passes = 1 if _full_precision() else LOW_PRECISION_PASSES
+    for (side, *_, device), group in groups.items():
+        with torch.autocast(device_type=device.type, enabled=False):
+            for part in _chunks(group) if (device.type != "cpu" if batched is None else batched) else ([leaf] for leaf in group):
+                weights = [leaf.raw() for leaf in part]
+                bases = [moved(leaf.basis, device) for leaf in part]  # type: ignore[arg-type]
+                _fold_stack(weights, bases, side, passes) if len(part) > 1 else _fold_one(weights[0], bases[0], side, passes)
+                for leaf in part:
+                    leaf.mark_folded("weight", stepped=True)
 
 
 def _chunks(group: list[ProtectedLinear]) -> Iterator[list[ProtectedLinear]]:
@@ -50,18 +60,21 @@ def _chunks(group: list[ProtectedLinear]) -> Iterator[list[ProtectedLinear]]:
     return (group[i : i + size] for i in range(0, len(group), size))
 
 
-def _fold_group(group: list[ProtectedLinear]) -> None:
-    side, weights = group[0].side, [leaf.raw() for leaf in group]
-    wide = torch.promote_types(torch.float32, weights[0].dtype)
-    u = torch.stack([moved(leaf.basis, weights[0].device) for leaf in group]).to(wide)  # type: ignore[arg-type]
-    w = torch.stack(weights).to(wide)
-    columns = w if side == "out" else w.mT  # (g, d, r)
-    with torch.autocast(device_type=w.device.type, enabled=False):
-        for _ in range(1 if _full_precision() else LOW_PRECISION_PASSES):
-            columns = torch.baddbmm(columns, u, u.mT @ columns, alpha=-1)
-    torch._foreach_copy_(weights, list((columns if side == "out" else columns.mT).unbind()))
-    for leaf in group:
-        leaf.mark_folded("weight", stepped=True)
+def _fold_stack(weights: list[Tensor], bases: list[Tensor], side: Side, passes: int) -> None:
+    wide = torch.promote_types(bases[0].dtype, weights[0].dtype)
+    u, w = torch.stack(bases).to(wide), torch.stack(weights).to(wide)
+    for _ in range(passes):
+        w = torch.baddbmm(w, u, u.mT @ w, alpha=-1) if side == "out" else torch.baddbmm(w, w @ u, u.mT, alpha=-1)
+    torch._foreach_copy_(weights, list(w.unbind()))
+
+
+def _fold_one(weight: Tensor, basis: Tensor, side: Side, passes: int) -> None:
+    wide = torch.promote_types(basis.dtype, weight.dtype)
+    u, w = basis.to(wide), weight.to(wide)
+    for _ in range(passes):
+        w.addmm_(*((u, u.mT @ w) if side == "out" else (w @ u, u.mT)), alpha=-1)
+    if w is not weight:
+        weight.copy_(w)
 
 
 def _full_precision() -> bool:

@@ -148,13 +148,14 @@ def test_gradients_by_differences(side: Side, known: bool) -> None:
     torch.testing.assert_close(gradient.flatten(), numeric, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("limit", [folding.MAX_GROUP_BYTES, 5000, 1], ids=["at once", "in parts", "one by one"])
-def test_a_grouped_fold_is_the_fold_of_each(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grouped_fold_is_the_fold_of_each(limit: int, batched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folding, "MAX_GROUP_BYTES", limit)
     shapes: list[Any] = [(32, 4, 5, "out"), (32, 4, 5, "in"), (48, 2, 7, "out"), (32, 4, 6, "out"), (32, 4, 5, "out", torch.bfloat16)]
     leaves = [leaf_of(*shape, seed=7 * i + j) for j in range(4) for i, shape in enumerate(shapes)]
     before = [leaf.raw().detach().clone() for leaf in leaves]
-    fold_together(leaves)
+    fold_together(leaves, batched)
     for leaf, raw in zip(leaves, before, strict=True):
         expected = projection.project_out(leaf.basis.double(), raw.double(), leaf.side)
         eps = torch.finfo(raw.dtype).eps
@@ -169,19 +170,19 @@ def test_a_step_of_a_7b_model_folds_in_at_most_ten_calls() -> None:
     widths = {"q": 40, "k": 40, "v": 40, "o": 40, "gate": 108, "up": 108, "down": 40}
     leaves = [leaf_of(d, 4, 8, "out", seed=100 * layer + i) for layer in range(32) for i, d in enumerate(widths.values())]
     with Calls() as calls:
-        fold_together(leaves)
+        fold_together(leaves, batched=True)
     assert 0 < calls.ops.total() <= 10, calls.ops
     assert all(leak(leaf.basis, leaf.raw()) <= LEAK for leaf in leaves)
 
 
 def test_products_of_low_precision_are_made_twice() -> None:
-    leaf, counts = leaf_of(32, 4, 8, "out"), []
+    leaves, counts = [leaf_of(32, 4, 8, "out", seed=seed) for seed in range(2)], []
     before = torch.get_float32_matmul_precision()
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
         try:
             with Calls() as calls:
-                fold_together([leaf])
+                fold_together(leaves, batched=True)
         finally:
             torch.set_float32_matmul_precision(before)
         counts.append(calls.ops["aten.baddbmm.default"])
