@@ -85,15 +85,19 @@ class ProtectedLinear(nn.Linear):
         """Nothing: the weight is PEFT's, which initialises it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.projected()
-        if self.initial is None:
+        weight, initial = self.factors()
+        if initial is None:
             return F.linear(x, weight)
-        initial = self._effective("initial", self.initial.to(weight.dtype))
         if self.side == "in":
             return torch.cat([F.linear(x, weight), F.linear(x, initial)], dim=-1)
         # copies: a view that starts at an odd address may take another kernel, and the products must be equal to the last bit where the factors are
         trained, frozen = (half.clone(memory_format=torch.contiguous_format) for half in x.chunk(2, dim=-1))
         return F.linear(trained, weight) - F.linear(frozen, initial)
+
+    def factors(self) -> tuple[Tensor, Tensor | None]:
+        """`projected()`, and the frozen initial factor of a residual as it counts, in the same dtype."""
+        weight = self.projected()
+        return weight, None if self.initial is None else self._effective("initial", self.initial.to(weight.dtype))
 
     def projected(self) -> Tensor:
         """The weight that counts, differentiable, in the dtype of `weight`; projected in fp32 or better whatever autocast says, and only if it needs it."""
