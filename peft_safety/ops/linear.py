@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_safety.ops import dispatch
+from peft_safety.ops import dispatch, reference
 from peft_safety.ops.quant import QuantBundle
 
 SKINNY_ROWS = 64
@@ -28,12 +28,12 @@ def forward(x: Tensor, x_adapter: Tensor | None, q: QuantBundle, a: Tensor, bp: 
         y = rows @ kernels.nf4_merged(q, a, bp, scale, x.dtype).mT
         z = x.new_empty(0, a.shape[0])
     else:
-        factor = bp.to(x.dtype)
-        z = (rows if x_adapter is None else x_adapter.reshape(-1, q.k)) @ a.to(x.dtype).mT
+        xa = rows if x_adapter is None else x_adapter.reshape(-1, q.k)
+        factors = a.to(x.dtype), bp.to(x.dtype)
         if rows.shape[0] <= SKINNY_ROWS:
-            y = kernels.nf4_skinny(rows, q, z, factor, scale)
+            y, z = kernels.nf4_skinny(rows, xa, q, *factors, scale)
         else:
-            y = (rows @ kernels.nf4_dequant(q, x.dtype).mT).addmm_(z, factor.mT, alpha=scale)
+            y, z = reference.two_paths(rows, xa, kernels.nf4_dequant(q, x.dtype), *factors, scale)
     return y.view(*x.shape[:-1], q.n), z
 
 

@@ -57,6 +57,12 @@ def nf4_merged(q: QuantBundle, a: Tensor, bp: Tensor, scale: float, dtype: torch
     return unrounded(q).addmm_(bp.to(dtype).float(), a.to(dtype).float(), alpha=scale).to(dtype)
 
 
-def nf4_skinny(x: Tensor, q: QuantBundle, z: Tensor, bp: Tensor, scale: float) -> Tensor:
-    """`x W^T + scale * z B'^T (t, n)`, two products; `x (t, k)`, `z (t, r)`, `bp (n, r)` in one dtype."""
-    return torch.addmm(x @ nf4_dequant(q, x.dtype).mT, z, bp.mT, alpha=scale)
+def nf4_skinny(x: Tensor, xa: Tensor, q: QuantBundle, a: Tensor, bp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`(y (t, n), z (t, r))` as `two_paths`, for so few rows that a backend may read the packed weight instead of a dense one."""
+    return two_paths(x, xa, nf4_dequant(q, x.dtype), a, bp, scale)
+
+
+def two_paths(x: Tensor, xa: Tensor, weight: Tensor, a: Tensor, bp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`y = x W^T + scale * z B'^T` and `z = xa A^T`; `x, xa (t, k)`, `weight (n, k)`, all in one dtype."""
+    z = xa @ a.mT
+    return (x @ weight.mT).addmm_(z, bp.mT, alpha=scale), z
