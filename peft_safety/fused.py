@@ -1,20 +1,23 @@
 """The fused path of LoRA on NF4 weights: `ops.nf4_lora` in place of PEFT's base product, adapter product and sum, where a layer is eligible.
 
-Protected adapters and plain LoRA alike. Taken on GPUs that Triton serves, and wherever `PEFT_SAFETY_BACKEND` names a backend; `PEFT_SAFETY_FUSED=0` turns it off.
-Whatever is not eligible runs as PEFT wrote it, and `explain` says why.
+Protected adapters and plain LoRA alike. Taken on GPUs that Triton serves, and wherever `PEFT_SAFETY_BACKEND` names a backend; `PEFT_SAFETY_FUSED=0` turns it
+off. Whatever is not eligible runs as PEFT wrote it, and `explain` says why.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from peft_safety import ops, weights
-from peft_safety.layers import ProtectedLinear
+from peft_safety.estimate.targets import canonical
+from peft_safety.layers import ProtectedLinear, joined
 from peft_safety.ops.dispatch import VARIABLE
 
 SWITCH = "PEFT_SAFETY_FUSED"
@@ -47,11 +50,8 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
 
 def factors(leaf_a: nn.Module, leaf_b: nn.Module) -> tuple[Tensor, Tensor]:
     """`(A' (r', in), B' (out, r'))` with `B' A' = dW / s`, differentiable: projected, and with a residual `[A; A0]` and `[B, -B0]`."""
-    a, a0 = leaf_a.factors() if isinstance(leaf_a, ProtectedLinear) else (leaf_a.weight, None)
-    b, b0 = leaf_b.factors() if isinstance(leaf_b, ProtectedLinear) else (leaf_b.weight, None)
-    if a0 is None or b0 is None:
-        return a, b  # type: ignore[return-value]
-    return torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
+    (a, a0), (b, b0) = (leaf.factors() if isinstance(leaf, ProtectedLinear) else (leaf.weight, None) for leaf in (leaf_a, leaf_b))
+    return joined(a, b, a0, b0)  # type: ignore[arg-type]
 
 
 def drops(dropout: nn.Module) -> bool:
@@ -116,6 +116,37 @@ def _unusual(layer: Any, adapter: str, base: nn.Module) -> str | None:
     return None
 
 
-def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
-    """All of PEFT's LoRA layers with their names."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+class Route(NamedTuple):
+    """Which path a layer takes now.
+
+    Attributes:
+        module: its name.
+        path: "fused:triton", "fused:reference" or "peft".
+        reason: why the fused path is taken, or is not.
+    """
+
+    module: str
+    path: str
+    reason: str
+
+
+def explain(model: nn.Module) -> list[Route]:
+    """Which path each LoRA layer of a model takes in its present state (mode, active adapters, device, environment), and why. A call with `adapter_names`,
+    or with an input of another device, takes PEFT's path whatever this says.
+
+    Args:
+        model: any module with LoRA layers in it, protected or plain; without any, the list is empty.
+    """
+    routes = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            found = plan(layer)
+            path, reason = ("peft", found) if isinstance(found, str) else (f"fused:{found[2].partition(':')[0]}", found[2].partition(": ")[2])
+            routes.append(Route(canonical(name), path, reason))
+    return routes
+
+
+def summary(routes: Iterable[Route]) -> list[dict[str, Any]]:
+    """Rows of `kind` (the last part of the names), `path`, `reason` and `modules` (how many)."""
+    found = Counter((route.module.rpartition(".")[2], route.path, route.reason) for route in routes)
+    return [{"kind": kind, "path": path, "reason": reason, "modules": count} for (kind, path, reason), count in found.items()]

@@ -202,6 +202,20 @@ def protected_leaves(model: nn.Module) -> Iterator[tuple[str, ProtectedLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ProtectedLinear))
 
 
+def joined(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`(A' (r', n), B' (m, r'))` with `B' A' = B A - B0 A0`: `[A; A0]` and `[B, -B0]`; without a residual the factors themselves."""
+    if a0 is None or b0 is None:
+        return a, b
+    return torch.cat([a, a0.to(a)]), torch.cat([b, -b0.to(b)], dim=1)
+
+
+def stored_factors(leaf_a: nn.Module, leaf_b: nn.Module) -> tuple[Tensor, Tensor]:
+    """`joined` factors of a LoRA layer as they stand in its leaves, folded, not differentiable; of plain LoRA its two weights."""
+    a: Tensor = leaf_a.weight.detach()  # type: ignore[assignment, operator]  # reading folds, the frozen factors too
+    b: Tensor = leaf_b.weight.detach()  # type: ignore[assignment, operator]
+    return joined(a, b, getattr(leaf_a, "initial", None), getattr(leaf_b, "initial", None))
+
+
 def check_leaf(leaf: nn.Module, name: str, basis: Tensor | None, side: Side, residual: bool = False) -> None:
     """Refuse a leaf that does not hold the constraint.
 
