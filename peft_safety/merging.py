@@ -237,13 +237,17 @@ def _with_plain(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> 
 
 
 def _bare(base: nn.Module) -> nn.Module:
-    """Without adapters; once no layer is quantised any more, the model is an ordinary one: it can be saved and moved."""
+    """Without adapters, and so that it can be saved and loaded: an ordinary model once no layer is quantised any more, and until then one whose dense layers
+    are not quantised when it is loaded."""
     if hasattr(base, "peft_config"):
         del base.peft_config
-    if any(weights.quantisation(module) for module in base.modules()):
-        return base
     config: Any = getattr(base, "config", None)
-    if getattr(config, "quantization_config", None) is not None:
+    how = getattr(config, "quantization_config", None)
+    if any(weights.quantisation(module) for module in base.modules()):
+        if how is not None:
+            how.llm_int8_skip_modules = [name for name, module in base.named_modules() if type(module) is nn.Linear]
+        return base
+    if how is not None:
         del config.quantization_config
     for flag in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer"):
         if hasattr(base, flag):
