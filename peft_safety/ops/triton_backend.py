@@ -24,26 +24,28 @@ class Tile(NamedTuple):
     warps: int
 
 
-#: By bytes of an output value. Both keep 64 accumulators a thread or fewer, and no architecture spills (tests/ops/test_compiled.py).
-WEIGHT_TILES = {2: Tile(64, 128, 4), 4: Tile(32, 128, 4)}
-SKINNY_TILE = Tile(32, 128, 4)
-FINISH_ROWS = 64
-UNROLL = 4
-"""Chunks of packed weights asked for before the first is used: 4 KB in flight a program."""
+#: By bytes of an output value. Small enough for three blocks of threads a processor, and for no architecture to spill (tests/ops/test_compiled.py);
+#: high enough that the columns of A, which every row of tiles reads again, stay a quarter of what is written.
+WEIGHT_TILES = {2: Tile(64, 64, 8), 4: Tile(16, 128, 4)}
+SKINNY_TILE = Tile(32, 64, 4)
+FINISH_ROWS = 32
 PROGRAMS = 1024
 """What the skinny product is divided into, if its columns allow: about eight programs on each of the 132 processors of an H100, to keep its memory busy."""
-LEAST_CHUNKS = 8
-"""Chunks of a part, below which its sum in fp32, written and read, costs as much as the packed weights."""
-RANK_STEP = 64
-"""Largest part of the rank that a tile holds at a time."""
+LEAST_COLUMNS = 256
+"""Columns of a part, below which a program has too little to do."""
+SUM_SHARE = 64
+"""Columns of a part for each row of x: then the part's sums, written and read in fp32, are a quarter of its packed weights."""
+MOST_PARTS = 16
+RANK_STEPS = {2: 64, 4: 16}
+"""Largest part of the rank that a tile holds at a time, by bytes of a factor: fp32 is multiplied without tensor cores, from registers."""
 OPTIONS = {"enable_fp_fusion": False}
 """Separate roundings, as bitsandbytes has them, where a multiplication meets an addition."""
 INTERPRETED = type(triton_kernels.weight_kernel).__name__ == "InterpretedFunction"
 
 
-def rank_block(r: int) -> int:
+def rank_block(r: int, dtype: torch.dtype) -> int:
     """Ranks held at a time: a power of two that tensor cores accept."""
-    return min(RANK_STEP, max(16, 1 << (r - 1).bit_length()))
+    return min(RANK_STEPS[dtype.itemsize], max(16, 1 << (max(r, 1) - 1).bit_length()))
 
 
 def token_block(t: int) -> int:
@@ -51,11 +53,21 @@ def token_block(t: int) -> int:
     return max(16, 1 << (t - 1).bit_length())
 
 
-def splits(n: int, k: int, chunk: int) -> int:
+def chunk_of(q: QuantBundle) -> int:
+    """Columns of a skinny product that are multiplied before their block's scale is."""
+    return min(q.blocksize, SKINNY_TILE.columns)
+
+
+def unroll(chunk: int, width: int) -> int:
+    """Chunks asked for before the first is used: as many as leave registers for `width` rows of x, up to 4 KB of packed weights a program."""
+    return max(1, chunk // width)
+
+
+def splits(n: int, k: int, t: int) -> int:
     """Parts that the columns of a skinny product are divided into. By shape alone, so that results do not depend on the GPU's size."""
     wanted = max(1, PROGRAMS * SKINNY_TILE.rows // max(n, 1))
-    possible = max(1, k // chunk // LEAST_CHUNKS)
-    return 1 << (min(wanted, possible, 16).bit_length() - 1)
+    possible = max(1, k // max(LEAST_COLUMNS, SUM_SHARE * t))
+    return 1 << (min(wanted, possible, MOST_PARTS).bit_length() - 1)
 
 
 @cache
@@ -94,7 +106,7 @@ def _weight(q: QuantBundle, a: Tensor, bp: Tensor, r: int, scale: float, dtype: 
     with _on(out):
         triton_kernels.weight_kernel[(programs,)](
             out, *_bundle(q), reference.code(out.device), a, bp, scale, q.n, q.k, r,
-            BLOCKSIZE=q.blocksize, BLOCK2=max(q.blocksize2, 1), NESTED=q.nested, HAS_LORA=r > 0, BN=tile.rows, BK=tile.columns, BR=rank_block(max(r, 1)),
+            BLOCKSIZE=q.blocksize, BLOCK2=max(q.blocksize2, 1), NESTED=q.nested, HAS_LORA=r > 0, BN=tile.rows, BK=tile.columns, BR=rank_block(r, dtype),
             WIDEN=INTERPRETED, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
     return out
@@ -106,18 +118,18 @@ def nf4_skinny(x: Tensor, xa: Tensor, q: QuantBundle, a: Tensor, bp: Tensor, sca
     if x.dtype == torch.float32 or not t or not q.n:
         return reference.two_paths(x, xa, nf4_dequant(q, x.dtype), a, bp, scale)
     x, xa, a, bp = x.contiguous(), xa.contiguous(), a.contiguous(), bp.contiguous()
-    tile, chunk, width = SKINNY_TILE, min(q.blocksize, SKINNY_TILE.columns), token_block(t)
-    parts = splits(q.n, q.k, chunk)
-    partial = torch.empty(parts, q.n + r, width, dtype=torch.float32, device=x.device)
-    y, z = x.new_empty(t, q.n), x.new_empty(t, r)
+    tile, chunk, width = SKINNY_TILE, chunk_of(q), token_block(t)
+    parts = splits(q.n, q.k, t)
+    partial = torch.empty(parts, t, q.n + r, dtype=torch.float32, device=x.device)
+    y, z = (torch.empty(t, columns, dtype=x.dtype, device=x.device) for columns in (q.n, r))
     grid = (-(-q.n // tile.rows) + -(-r // tile.rows), parts)
     with _on(x):
         triton_kernels.partial_kernel[grid](
             partial, x, xa, *_bundle(q), words(x.device, x.dtype), a, q.n, q.k, r, t, -(-(q.k // chunk) // parts),
-            BLOCKSIZE=q.blocksize, BLOCK2=max(q.blocksize2, 1), NESTED=q.nested, BN=tile.rows, BK=chunk, BT=width, UNROLL=UNROLL,
+            BLOCKSIZE=q.blocksize, BLOCK2=max(q.blocksize2, 1), NESTED=q.nested, BN=tile.rows, BK=chunk, BT=width, UNROLL=unroll(chunk, width),
             WIDEN=INTERPRETED, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
         triton_kernels.finish_kernel[(-(-q.n // FINISH_ROWS),)](
-            y, z, partial, bp, scale, q.n, r, t, SPLITS=parts, BN=FINISH_ROWS, BT=width, BR=rank_block(r), WIDEN=INTERPRETED, num_warps=4, **OPTIONS
+            y, z, partial, bp, scale, q.n, r, t, parts, BN=FINISH_ROWS, BT=width, BR=rank_block(r, x.dtype), WIDEN=INTERPRETED, num_warps=4, **OPTIONS
         )
     return y, z

@@ -77,7 +77,7 @@ def partial_kernel(
     BLOCKSIZE: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """`partial[s] (n + r, BT) = [W; A] x^T` over the s-th part of the columns, fp32: the rows of A are further tiles behind those of W.
+    """`partial[s] (t, n + r) = x [W; A]^T` over the s-th part of the columns, fp32: the rows of A are further tiles behind those of W.
 
     Args:
         pairs: for each byte its two values in the dtype of x, as one 32-bit word: half the look-ups, and no arithmetic on the values. The scales are applied
@@ -111,7 +111,7 @@ def partial_kernel(
                 product = dot(odd, tl.load(source + 1, mask=mask, other=0.0), product, WIDEN)
                 index = wide * (k // BLOCKSIZE) + chunk * BK // BLOCKSIZE
                 sums += product * block_scales(absmax, absmax2, code2, offset, index, inside, NESTED, BLOCK2)[:, None]
-        tl.store(partial + (part * (n + r) + wide[:, None]) * BT + token[None, :], sums, mask=inside[:, None])
+        tl.store(partial + (part * t + token)[None, :].to(tl.int64) * (n + r) + row[:, None], sums, mask=inside[:, None] & (token < t)[None, :])
     else:
         rank = (pid - tiles) * BN + tl.arange(0, BN)
         column = tl.arange(0, BK)
@@ -119,34 +119,36 @@ def partial_kernel(
             left = tl.load(a + rank[:, None].to(tl.int64) * k + (chunk * BK + column)[None, :], mask=(rank < r)[:, None], other=0.0)
             right = tl.load(xa + token[None, :] * k + (chunk * BK + column)[:, None], mask=(token < t)[None, :], other=0.0)
             sums = dot(left, right, sums, WIDEN)
-        place = (part * (n + r) + n + rank[:, None]).to(tl.int64)
-        tl.store(partial + place * BT + token[None, :], sums, mask=(rank < r)[:, None])
+        place = (part * t + token)[None, :].to(tl.int64) * (n + r) + n + rank[:, None]
+        tl.store(partial + place, sums, mask=(rank < r)[:, None] & (token < t)[None, :])
+
+
+@triton.jit
+def summed(partial, first, row, inside, token, n, r, t, parts, BN: tl.constexpr, BT: tl.constexpr):
+    """`(BN, BT)`: rows `first + row` of `[W; A] x^T`, over all parts of the columns, in their order."""
+    sums = tl.zeros((BN, BT), dtype=tl.float32)
+    for part in range(parts):
+        place = (part * t + token)[None, :].to(tl.int64) * (n + r) + first + row[:, None]
+        sums += tl.load(partial + place, mask=inside[:, None] & (token < t)[None, :], other=0.0)
+    return sums
 
 
 @triton.jit
 def finish_kernel(
-    y, z, partial, bp, scale, n, r, t, SPLITS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, WIDEN: tl.constexpr
+    y, z, partial, bp, scale, n, r, t, parts, BN: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, WIDEN: tl.constexpr
 ):  # fmt: skip
-    """`y (t, n) = sum_s W x + scale * z B'^T`, with `z (t, r)` the summed rows of A, which the first program also stores."""
+    """`y (t, n) = sum_s x W^T + scale * z B'^T`, with `z (t, r)` the summed `x A^T`, which the first program also stores."""
     pid = tl.program_id(0)
     token = tl.arange(0, BT)
     row = pid * BN + tl.arange(0, BN)
     inside = row < n
-    sums = tl.zeros((BN, BT), dtype=tl.float32)
-    for part in tl.static_range(SPLITS):
-        place = (part * (n + r) + row[:, None]).to(tl.int64)
-        sums += tl.load(partial + place * BT + token[None, :], mask=inside[:, None], other=0.0)
     delta = tl.zeros((BN, BT), dtype=tl.float32)
     for done in range(0, r, BR):
         rank = done + tl.arange(0, BR)
-        reduced = tl.zeros((BR, BT), dtype=tl.float32)
-        for part in tl.static_range(SPLITS):
-            place = (part * (n + r) + n + rank[:, None]).to(tl.int64)
-            reduced += tl.load(partial + place * BT + token[None, :], mask=(rank < r)[:, None], other=0.0)
-        rounded = reduced.to(z.dtype.element_ty)
+        rounded = summed(partial, n, rank, rank < r, token, n, r, t, parts, BR, BT).to(z.dtype.element_ty)
         if pid == 0:
             tl.store(z + token[None, :] * r + rank[:, None], rounded, mask=(rank < r)[:, None] & (token < t)[None, :])
         left = tl.load(bp + row[:, None].to(tl.int64) * r + rank[None, :], mask=inside[:, None] & (rank < r)[None, :], other=0.0)
         delta = dot(left, rounded, delta, WIDEN)
-    total = sums + delta * scale
+    total = summed(partial, 0, row, inside, token, n, r, t, parts, BN, BT) + delta * scale
     tl.store(y + token[None, :].to(tl.int64) * n + row[:, None], total.to(y.dtype.element_ty), mask=inside[:, None] & (token < t)[None, :])
