@@ -1,5 +1,5 @@
-"""What it costs to project all adapters of the real model: all together (as an optimizer's step does) against
-module by module.
+"""What it costs to project all adapters of the real model: folded together, as behind an optimizer's step, against module by module; and what is left of it in
+a training step, now that no forward projects a folded weight.
 
 Interleaved, on whatever device the model is on. Run `python -m benchmarks.grouped` (a minute). The number of calls for the modules of a 7B model is counted in
 tests/peft/test_grouped.py.
@@ -19,7 +19,7 @@ from benchmarks.common import interleaved, medians, ratio, record, show
 from peft_safety import OrthoSafetyPatchConfig, SafetySubspace, SaLoRAConfig, projection
 from peft_safety.environment import environment
 from peft_safety.estimate.targets import target_layers
-from peft_safety.layers import fold_together, protected_leaves
+from peft_safety.layers import ProtectedLinear, fold_together, protected_leaves
 from peft_safety.projection import orthonormalise
 from peft_safety.weights import shape
 
@@ -44,9 +44,8 @@ def subspace(model: nn.Module, side: str) -> SafetySubspace:
     return SafetySubspace(bases)
 
 
-def arms(model: nn.Module) -> dict[str, Callable[[], None]]:
-    """Ways to project every leaf once: as the forward of each module would, in place one after another, and batched."""
-    leaves = [leaf for _, leaf in protected_leaves(model) if leaf.basis is not None]
+def folds(leaves: list[ProtectedLinear]) -> dict[str, Callable[[], None]]:
+    """Ways to fold every leaf once: each as its forward projects, in place one after another, and batched."""
 
     @torch.no_grad()
     def one_by_one() -> None:
@@ -54,6 +53,26 @@ def arms(model: nn.Module) -> dict[str, Callable[[], None]]:
             leaf.raw().copy_(projection.project_wide(leaf.basis, leaf.raw(), leaf.side))  # type: ignore[arg-type]
 
     return {"module by module": one_by_one, "in place": lambda: fold_together(leaves, batched=False), "batched": lambda: fold_together(leaves, batched=True)}
+
+
+def steps(leaves: list[ProtectedLinear], accumulate: int = 1) -> dict[str, Callable[[], None]]:
+    """All that one training step projects, without the model: `accumulate` forwards and backwards, and the fold."""
+    gradients = [torch.randn_like(leaf.raw()) for leaf in leaves]
+
+    def step(weight_of: Callable[[ProtectedLinear], torch.Tensor], fold: Callable[[], None]) -> None:
+        for _ in range(accumulate):
+            torch.autograd.backward([weight_of(leaf) for leaf in leaves], gradients)
+        fold()
+        for leaf in leaves:
+            leaf.raw().grad = None
+
+    def projecting(leaf: ProtectedLinear) -> torch.Tensor:
+        return projection.project_wide(leaf.basis, leaf.raw(), leaf.side)  # type: ignore[arg-type]
+
+    return {
+        "each forward projects": lambda: step(projecting, folds(leaves)["module by module"]),
+        "folded": lambda: step(lambda leaf: leaf.projected(), lambda: fold_together(leaves)),
+    }
 
 
 def main() -> None:
@@ -66,7 +85,8 @@ def main() -> None:
     from examples.get_model import model_dir
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = []
+    rows: list[dict[str, Any]] = []
+    spent: list[dict[str, Any]] = []
     for side in ("out", "in"):
         base = AutoModelForCausalLM.from_pretrained(args.model or str(model_dir()), dtype=torch.float32).to(device)
         options = {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "subspace": subspace(base, side)}
@@ -74,10 +94,14 @@ def main() -> None:
         leaves = [leaf for _, leaf in protected_leaves(model)]
         held = {id(leaf.basis): leaf.basis.numel() * 4 / 2**20 for leaf in leaves if leaf.basis is not None}
         every = sum(leaf.basis.numel() * 4 / 2**20 for leaf in leaves if leaf.basis is not None)
-        seconds = interleaved(arms(model), args.rounds)
+        seconds = interleaved(folds(leaves), args.rounds)
         facts = {"side": side, "device": device, "leaves": len(leaves), "bases MiB": sum(held.values()), "as copies MiB": every}
         rows.append({**facts, **medians(seconds), **{f"gain {arm}": ratio(seconds, "module by module", arm)[0] for arm in ("in place", "batched")}})
-    show("one projection of every adapter", rows)
+        for accumulate in (1, 8):
+            seconds = interleaved(steps(leaves, accumulate), args.rounds)
+            spent.append({"side": side, "micro-batches": accumulate, **medians(seconds), "gain": ratio(seconds, "each forward projects", "folded")[0]})
+    show("one fold of every adapter", rows)
+    show("what a training step projects", spent)
     print(f"written to {record('grouped', rows, environment(0, r=RANK, threads=torch.get_num_threads(), rounds=args.rounds))}")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,19 +33,20 @@ class _Folded(torch.autograd.Function):
     """A factor as it counts: itself where it is folded, its projection elsewhere; with the gradient of the projection, `dB = C dB'`, either way."""
 
     @staticmethod
-    def forward(factor: Tensor, basis: Tensor, side: Side, known: bool) -> Tensor:
+    def forward(ctx: Any, factor: Tensor, basis: Tensor, side: Side, known: bool) -> Tensor:
+        # not `save_for_backward`: DDP broadcasts buffers, equal values, into the basis at every forward, and autograd would take that for a change
+        ctx.basis, ctx.side = basis, side
         return factor.view_as(factor) if known else projection.settled(basis, factor, side)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, basis, ctx.side, _ = inputs
-        ctx.save_for_backward(basis)
-
-    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (basis,), (gradient,) = ctx.saved_tensors, gradients
-        with torch.autocast(device_type=gradient.device.type, enabled=False):
-            return projection.project_wide(basis, gradient, ctx.side), None, None, None
+        (gradient,) = gradients
+        with _without_autocast(gradient.device.type):
+            return projection.project_wide(ctx.basis, gradient, ctx.side), None, None, None
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class ProtectedLinear(nn.Linear):
@@ -111,13 +113,18 @@ class ProtectedLinear(nn.Linear):
     def _effective(self, kind: Kind, factor: Tensor) -> Tensor:
         if self.basis is None:
             return factor
-        with torch.autocast(device_type=factor.device.type, enabled=False):
-            if torch.compiler.is_compiling():  # two products that a compiler fuses, and nothing it would have to guard
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        known = not traced and self.is_known(factor, kind)
+        trained = torch.is_grad_enabled() and factor.requires_grad
+        if known and not trained:
+            return factor
+        with _without_autocast(factor.device.type):
+            if traced:  # two products that a compiler fuses, and nothing it would have to guard
                 return projection.project_wide(self.basis.to(factor.device), factor, self.side)
-            basis, known = moved(self.basis, factor.device), self.is_known(factor, kind)
-            if torch.is_grad_enabled() and factor.requires_grad:
+            basis = moved(self.basis, factor.device)
+            if trained:
                 return _Folded.apply(factor, basis, self.side, known)  # type: ignore[no-untyped-call]
-            return factor if known else projection.settled(basis, factor, self.side)
+            return projection.settled(basis, factor, self.side)
 
     def is_known(self, factor: Tensor, kind: Kind = "weight") -> bool:
         """Whether this is the very tensor that was folded last, unwritten since. Writes through `.data` escape torch's version counter, so a weight that is

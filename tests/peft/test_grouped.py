@@ -148,6 +148,20 @@ def test_gradients_by_differences(side: Side, known: bool) -> None:
     torch.testing.assert_close(gradient.flatten(), numeric, rtol=1e-6, atol=1e-8)
 
 
+def test_functional_transforms_see_the_projection() -> None:
+    leaf = leaf_of(12, 3, 4, "out")
+    fold_together([leaf])
+    x, w = torch.randn(5, 3), torch.randn(12, 3)
+
+    def value(weight: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(leaf, {"weight": weight}, x).sin().sum()
+
+    expected = w.clone().requires_grad_()
+    torch.nn.functional.linear(x, projection.project_out(leaf.basis, expected)).sin().sum().backward()
+    torch.testing.assert_close(torch.func.grad(value)(w), expected.grad)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(value))(w.expand(2, -1, -1))[1], expected.grad)
+
+
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("limit", [folding.MAX_GROUP_BYTES, 5000, 1], ids=["at once", "in parts", "one by one"])
 def test_a_grouped_fold_is_the_fold_of_each(limit: int, batched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
