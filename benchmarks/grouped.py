@@ -102,7 +102,7 @@ def main() -> None:
             spent.append({"side": side, "micro-batches": accumulate, **medians(seconds), "gain": ratio(seconds, "each forward projects", "folded")[0]})
     show("one fold of every adapter", rows)
     show("what a training step projects", spent)
-    print(f"written to {record('grouped', rows, environment(0, r=RANK, threads=torch.get_num_threads(), rounds=args.rounds))}")
+    print(f"written to {record('grouped', [*rows, *spent], environment(0, r=RANK, threads=torch.get_num_threads(), rounds=args.rounds))}")
 
 
 if __name__ == "__main__":

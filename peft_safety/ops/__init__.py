@@ -61,7 +61,7 @@ def nf4_merged(q: QuantBundle, a: Tensor, bp: Tensor, scale: float, dtype: torch
     Raises:
         OperationError: shapes, devices or dtypes that do not fit.
 
-    A 16-bit sum cannot hold an update far below the spacing of W's values exactly; what is lost is of the size of the rounding of W itself.
+    A 16-bit sum holds an update far below the spacing of W's values only with noise; see `exact` in `nf4_lora`.
     """
     _check_dtype(dtype)
     _check_factors(q, a, bp)
@@ -78,7 +78,8 @@ def nf4_lora(x: Tensor, q: QuantBundle, a: Tensor, bp: Tensor, scale: float, *, 
         x: `(..., k)`, fp32, bf16 or fp16, any strides; no rows are fine. All products are in this dtype with fp32 accumulation.
         a: `lora_A (r, k)`, any float dtype.
         bp: the projected `lora_B (n, r)`, any float dtype.
-        exact: base and adapter stay two paths at any size, so that an update is not rounded to the spacing of W's values (16-bit dtypes only differ in this).
+        exact: base and adapter stay two paths at any size. In 16 bits a merged weight rounds `W + scale * B' A` to the spacing of W's values: as much noise as
+            rounding W itself makes, but for bf16 and an update of 1 % of W (1024 x 1024) that is 0.23 of the update's length, 0.04 in a span of 32.
         x_adapter: the adapter's own input, of the shape and dtype of `x`, where dropout makes it another one. Implies two paths.
 
     Raises:

@@ -48,6 +48,11 @@ def rank_block(r: int, dtype: torch.dtype) -> int:
     return min(RANK_STEPS[dtype.itemsize], max(16, 1 << (max(r, 1) - 1).bit_length()))
 
 
+def finish_ranks(r: int, dtype: torch.dtype, width: int) -> int:
+    """Ranks held beside the sums of `width` rows of x: 1,024 values of z at a time, or they spill."""
+    return min(rank_block(r, dtype), 1024 // width)
+
+
 def token_block(t: int) -> int:
     """Rows of x, padded likewise."""
     return max(16, 1 << (t - 1).bit_length())
@@ -130,6 +135,6 @@ def nf4_skinny(x: Tensor, xa: Tensor, q: QuantBundle, a: Tensor, bp: Tensor, sca
             WIDEN=INTERPRETED, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
         triton_kernels.finish_kernel[(-(-q.n // FINISH_ROWS),)](
-            y, z, partial, bp, scale, q.n, r, t, parts, BN=FINISH_ROWS, BT=width, BR=rank_block(r, x.dtype), WIDEN=INTERPRETED, num_warps=4, **OPTIONS
+            y, z, partial, bp, scale, q.n, r, t, parts, BN=FINISH_ROWS, BT=width, BR=finish_ranks(r, x.dtype, width), WIDEN=INTERPRETED, num_warps=4, **OPTIONS
         )
     return y, z

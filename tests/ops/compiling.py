@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -30,9 +31,10 @@ class Variant(NamedTuple):
 
 
 class Usage(NamedTuple):
+    """What the assembler reports: registers a thread, bytes stored to and loaded from the stack for want of more; and its input."""
+
     registers: int
     spilled: int
-    """Bytes of stack, which is where registers spill to."""
     ptx: str
 
 
@@ -70,9 +72,9 @@ def partial_variant(dtype: torch.dtype, blocksize: int, nested: bool, t: int) ->
 def finish_variant(dtype: torch.dtype, t: int, r: int) -> Variant:
     from peft_safety.ops import triton_backend as backend
 
-    pointer = _POINTERS[dtype]
+    pointer, width = _POINTERS[dtype], backend.token_block(t)
     types = {"y": pointer, "z": pointer, "partial": "*fp32", "bp": pointer, "scale": "fp32", "n": "i32", "r": "i32", "t": "i32", "parts": "i32"}
-    constants = {"BN": backend.FINISH_ROWS, "BT": backend.token_block(t), "BR": backend.rank_block(r, dtype), "WIDEN": False}
+    constants = {"BN": backend.FINISH_ROWS, "BT": width, "BR": backend.finish_ranks(r, dtype, width), "WIDEN": False}
     return Variant(f"finish-{dtype}-{t}-{r}".replace("torch.", ""), "finish_kernel", types, constants, 4)
 
 
@@ -94,7 +96,7 @@ def everything() -> list[Variant]:
 
 
 def compiled(variant: Variant, capability: int) -> Usage:
-    """Compile, and ask the assembler's own tool what the result needs."""
+    """Compile, and read what the assembler says of the result."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -107,18 +109,10 @@ def compiled(variant: Variant, capability: int) -> Usage:
     attributes = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(function.arg_names) if name in aligned}
     source = ASTSource(function, signature, constexprs=variant.constants, attrs=attributes)
     options = {"num_warps": variant.warps, **triton_backend.OPTIONS}
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return Usage(*_resources(kernel.asm["cubin"]), ptx=kernel.asm["ptx"])
-
-
-def _resources(binary: bytes) -> tuple[int, int]:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
-    assert found is not None, said
-    return int(found[1]), int(found[2])
+    said = io.StringIO()
+    with mock.patch.dict(os.environ, {"TRITON_DUMP_PTXAS_LOG": "1"}), contextlib.redirect_stdout(said):
+        kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, spilled = (re.findall(pattern, said.getvalue()) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill (?:stores|loads)"))
+    if not registers or not spilled:
+        raise AssertionError(f"{variant.name}: the assembler said nothing of registers. Was it found in a cache?")
+    return Usage(max(map(int, registers)), sum(map(int, spilled)), kernel.asm["ptx"])

@@ -39,7 +39,8 @@ def test_dequantised_as_bitsandbytes_does_it(blocksize: int, nested: bool) -> No
         q = require(from_quant_state(packed, state))
         for wanted in (dtype, torch.float32):
             state.dtype = wanted
-            assert torch.equal(nf4_dequant(q, wanted), dequantize_4bit(packed, state))
+            with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles what it does with large blocks on some CPUs, which takes seconds
+                assert torch.equal(nf4_dequant(q, wanted), dequantize_4bit(packed, state))
 
 
 def reason(layer: torch.nn.Module) -> str:
