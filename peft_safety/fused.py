@@ -101,6 +101,8 @@ def _unusual(layer: Any, adapter: str, base: nn.Module) -> str | None:
         return f"a LoRA variant ({type(layer.lora_variant[adapter]).__name__})"
     if layer.lora_bias[adapter]:
         return "lora_bias"
+    if isinstance(layer.scaling[adapter], Tensor):
+        return "a scaling held in a tensor (prepared for compiled hot-swapping)"
     leaf_a, leaf_b, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
     if not isinstance(dropout, (nn.Dropout, nn.Identity)):
         return f"a {type(dropout).__name__} in place of dropout"

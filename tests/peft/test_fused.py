@@ -16,9 +16,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_safety import explain, fused
-from peft_safety.layers import protected_leaves
+from peft_safety.layers import fold_together, protected_leaves
 from peft_safety.projection import leak
 from tests.peft import cells, fused_runs
 from tests.peft.test_ortho_patch import patched
@@ -130,6 +131,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Any], Any] | No
     "quant_storage": ({}, {"quant_storage": torch.float32}, None, "quant_storage"),
     "hooks": ({}, {}, hooked, "hooks on its Linear4bit"),
     "offloading": ({}, {}, offloaded, "hooks on its Linear4bit"),
+    "compiled hot-swap": ({}, {}, lambda m: m.get_base_model()[0].scaling.update(default=torch.tensor(2.0)), "scaling held in a tensor"),
     "another module": ({}, {}, foreign_factor, "Sequential in place of a factor"),
 }
 
@@ -262,6 +264,59 @@ def test_a_model_compiles_in_one_graph(reference: None) -> None:
     expected = cells.logits(model)
     torch.testing.assert_close(cells.logits(torch.compile(model, backend="aot_eager", fullgraph=True)), expected, rtol=1e-5, atol=1e-5)
     torch._dynamo.reset()
+
+
+class Waits(TorchDispatchMode):
+    """Records operations that bring a value of the device to the host, which stalls a GPU and cannot be captured in a CUDA graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        if func._overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("arm", ["salora", "salora-residual", "guardspace", "dropout"])
+def test_no_step_waits_for_the_device(arm: str, reference: None) -> None:
+    model = fused_runs.build(arm)
+    layers = [layer for _, layer in cells.layers_of(model)]
+    for state in ("unknown", "known"):
+        with Waits() as waits:
+            for layer in layers:
+                layer(torch.randn(70, layer.in_features, requires_grad=True)).sum().backward()
+            fold_together([leaf for _, leaf in protected_leaves(model)], batched=True)
+            for layer in layers:
+                layer.eval()(torch.randn(2, layer.in_features))
+        assert waits.calls > 0
+        assert not waits.found, f"{state}: {waits.found}"
+        model.train()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_served_layer_is_captured_in_a_cuda_graph() -> None:
+    model = quantised(plain(), bias=True).to("cuda").eval()
+    (row,) = explain(model)
+    assert row.path == "fused:triton", row
+    for rows in (1, 80):
+        x = torch.randn(rows, 64, device="cuda")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), torch.cuda.stream(stream):
+            model(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            y = model(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        with torch.no_grad():
+            torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("side", ["in", "out", "both"])
