@@ -23,7 +23,7 @@ def placed(source: Tensor, device: torch.device) -> Tensor:
     subspace's."""
     key = (id(source), device)
     found = _placed.get(key)
-    if found is not None and found[0]() is source and found[1] == source._version:
+    if found is not None and found[0]() is source and found[1] == _version(source):
         there = found[2]()
         if there is not None:
             return there
@@ -35,10 +35,14 @@ def moved(basis: Tensor, device: torch.device) -> Tensor:
     return basis if basis.device == device else placed(basis, device)
 
 
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # what is made in inference mode has no counter
+
+
 def _remember(source: Tensor, copy: Tensor, key: tuple[int, torch.device]) -> Tensor:
     for old in [k for k, (origin, _, there) in _placed.items() if origin() is None or there() is None]:
         del _placed[old]
-    _placed[key] = (weakref.ref(source), source._version, weakref.ref(copy))
+    _placed[key] = (weakref.ref(source), _version(source), weakref.ref(copy))
     return copy
 
 

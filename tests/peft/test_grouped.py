@@ -291,6 +291,14 @@ def test_one_basis_is_held_once_whoever_uses_it() -> None:
     assert_protected(twin)
 
 
+def test_an_adapter_made_in_inference_mode_computes_the_same() -> None:
+    expected = cells.logits(cells.protected())
+    with torch.inference_mode():
+        model = cells.protected()
+        assert torch.equal(cells.logits(model), expected)
+        assert_protected(model)
+
+
 def test_a_hot_swap_leaves_the_basis_of_another_adapter_alone(tmp_path: Path) -> None:
     subspace = shared_subspace()
     model = with_shared(subspace)
