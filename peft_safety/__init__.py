@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peft_safety.callbacks import SafeLoRACallback, SafetyMonitorCallback, SoftPenaltyCallback
     from peft_safety.errors import PeftSafetyError
-    from peft_safety.export import export_lora, merge_dequantised
+    from peft_safety.export import export_lora
+    from peft_safety.fused import explain
+    from peft_safety.merging import merge_dequantised, merge_quantised
     from peft_safety.methods.guardspace import GuardSpaceConfig
     from peft_safety.methods.ortho_patch import OrthoSafetyPatchConfig
     from peft_safety.methods.protected import assert_protected
@@ -41,9 +43,11 @@ _NAMES = {
     "SafetySubspace": "subspace",
     "apply_safe_lora": "methods.safe_lora",
     "assert_protected": "methods.protected",
+    "explain": "fused",
     "export_lora": "export",
     "fuse": "methods.somf",
-    "merge_dequantised": "export",
+    "merge_dequantised": "merging",
+    "merge_quantised": "merging",
     "orthogonality_report": "orthogonality",
     "safe_lora_dir": "methods.safe_lora",
     "verify": "verification",
@@ -60,9 +64,11 @@ __all__ = [
     "SoftPenaltyCallback",
     "apply_safe_lora",
     "assert_protected",
+    "explain",
     "export_lora",
     "fuse",
     "merge_dequantised",
+    "merge_quantised",
     "orthogonality_report",
     "safe_lora_dir",
     "verify",

@@ -43,6 +43,10 @@ class ProtectionError(PeftSafetyError):
     """The invariant does not hold: part of a protected update would reach the protected subspace."""
 
 
+class OperationError(PeftSafetyError):
+    """Operands of an operation whose shapes, dtypes or devices do not fit one another."""
+
+
 class LossyMergeError(PeftSafetyError):
     """A merge that would destroy or distort the update; the message says how much of it and what to do instead."""
 

@@ -18,6 +18,8 @@ Side = Literal["out", "in"]
 ORTHONORMAL_TOLERANCE = 1e-5
 #: A factor whose relative leak is below this multiple of its dtype's epsilon counts as folded: one fp32 projection leaves 0.3 eps as a rule, 2.7 at worst.
 FOLD_EPSILONS = 4.0
+#: Multiples of fp32's epsilon that measuring a leak in fp32 may add to it: below 1 in practice.
+SETTLED_SLACK = 4.0
 #: Largest relative leak of a stored fp32 factor that counts as protected.
 LEAK_TOLERANCE = 1e-6
 #: Relative length below which a further direction counts as one that is already in a span: dropping it leaves no more than that, a third of the leak's
@@ -46,6 +48,26 @@ def project_out(u: Tensor, w: Tensor, side: Side = "out") -> Tensor:
     """
     c = coefficients(u, w, side)
     return w - u @ c if side == "out" else w - c @ u.mT
+
+
+def project_wide(u: Tensor, w: Tensor, side: Side) -> Tensor:
+    """`project_out` in fp32 or better, back in the dtype of `w`. Differentiable."""
+    wide = torch.promote_types(u.dtype, w.dtype)
+    return project_out(u.to(wide), w.to(wide), side).to(w.dtype)
+
+
+@torch.no_grad()
+def settled(u: Tensor, w: Tensor, side: Side) -> Tensor:
+    """The factor itself where it counts as folded, its projection elsewhere: a function of its values alone, without a host synchronisation.
+
+    What `fold_` leaves alone comes back bit for bit; the measure here is fp32, whose own noise `SETTLED_SLACK` allows for.
+    """
+    wide = torch.promote_types(u.dtype, w.dtype)
+    u, f = u.to(wide), w.to(wide)
+    c = coefficients(u, f, side)
+    p = f - u @ c if side == "out" else f - c @ u.mT
+    limit = fold_tolerance(w.dtype) + SETTLED_SLACK * torch.finfo(u.dtype).eps
+    return torch.where(torch.linalg.vector_norm(c) <= limit * torch.linalg.vector_norm(f), w, p.to(w.dtype))
 
 
 @torch.no_grad()

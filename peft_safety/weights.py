@@ -126,18 +126,22 @@ def merge_survival(layer: nn.Module, delta: Tensor, name: str = "the layer") -> 
     """
     before = dense_weight(layer, name)
     delta = delta.to(before)
+    return float(((requantised(layer, delta, name) - before) * delta).sum() / delta.square().sum())
+
+
+@torch.no_grad()
+def requantised(layer: nn.Module, delta: Tensor, name: str = "the layer") -> Tensor:
+    """`Q(W + dW)` as a dense fp32 `(out_features, in_features)`, quantised as the bitsandbytes layer is. The layer is not changed."""
+    merged = dense_weight(layer, name) + delta
     if quantisation(layer) == "4bit":
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
         weight: Any = layer.weight
         state = weight.quant_state
-        packed, fresh = quantize_4bit((before + delta).to(state.dtype), blocksize=state.blocksize, quant_type=state.quant_type)
-        after = dequantize_4bit(packed, fresh).float()
-    else:
-        merged = before + delta
-        scale = merged.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127.0
-        after = (merged / scale).round() * scale
-    return float(((after - before) * delta).sum() / delta.square().sum())
+        packed, fresh = quantize_4bit(merged.to(state.dtype), blocksize=state.blocksize, quant_type=state.quant_type, compress_statistics=state.nested)
+        return dequantize_4bit(packed, fresh).float()
+    scale = merged.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127.0
+    return (merged / scale).round() * scale
 
 
 def fingerprint(layer: nn.Module, name: str) -> Tensor:

@@ -153,9 +153,26 @@ def fuse(
 @app.command()
 def export(
     directory: Annotated[Path, typer.Argument(help="Directory of a protected adapter.")],
-    out: Annotated[Path, typer.Option(help="Directory for the plain LoRA.")],
+    out: Annotated[Path, typer.Option(help="Directory for the plain LoRA, or for the merged model.")],
+    merge_to: Annotated[
+        str | None, typer.Option(help="Merge into the base model in 4 bits instead: 16bit, nf4+residual (exact: a plain LoRA beside it) or nf4 (lossy).")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="For --merge-to: the base model; default: the one the adapter names.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="For --merge-to nf4: although most of the update is lost.")] = False,
+    json: JsonOption = False,
 ) -> None:
-    """Write a protected adapter as plain LoRA that any PEFT loads and that computes the same function."""
-    from peft_safety.export import export_directory
+    """Write a protected adapter as plain LoRA that any PEFT loads and that computes the same function, or merge it."""
+    if merge_to is None:
+        from peft_safety.export import export_directory
 
-    typer.echo(f"plain LoRA written to {export_directory(directory, out)}")
+        written = export_directory(directory, out)
+        typer.echo(jsonlib.dumps({"out": str(written)}) if json else f"plain LoRA written to {written}")
+        return
+    from peft_safety.recipes.merge import merge_directory
+
+    found = merge_directory(directory, out, merge_to, model, force=force)  # type: ignore[arg-type]  # it refuses others
+    if json:
+        typer.echo(jsonlib.dumps(found.to_json(), indent=1))
+        return
+    found.print()
+    typer.echo(f"written to {out}")

@@ -75,3 +75,16 @@ def show(title: str, facts: dict[str, Any], as_json: bool) -> None:
         shown = f"{value:.3g}" if isinstance(value, float) else ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
         table.add_row(str(key).replace("_", " "), shown)
     Console().print(table)
+
+
+def rows(title: str, found: list[dict[str, Any]]) -> None:
+    """A table of rows with equal keys."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for key in found[0] if found else ():
+        table.add_column(key.replace("_", " "))
+    for row in found:
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json as jsonlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from peft_safety.cli.common import JsonOption, app, show
+from peft_safety.cli.common import JsonOption, app, rows, show
 
 
 @app.command()
@@ -26,15 +27,33 @@ def report(
 
 
 @app.command()
-def info(json: JsonOption = False) -> None:
-    """Versions, registered adapter types and devices."""
+def info(
+    adapter: Annotated[Path | None, typer.Option(help="Directory of a LoRA adapter: also tell which path each kind of module takes, and why.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Its base model, if it is not the one that the adapter names.")] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Load that base model in NF4.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Versions, registered adapter types and devices; with --adapter, which path its modules take."""
     import torch
 
-    from peft_safety import registry
+    from peft_safety import fused, ops, registry
     from peft_safety.report import environment
 
     registry.register()
     facts = environment(seed=0)
     facts.pop("seed")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]
-    show("peft-safety", {**facts, "adapter types": ", ".join(registry.config_types()), "devices": ", ".join(devices)}, json)
+    name, reason = ops.backend_for(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
+    facts |= {"adapter types": ", ".join(registry.config_types()), "devices": ", ".join(devices), "operations": f"{name}: {reason}"}
+    if adapter is None:
+        show("peft-safety", facts, json)
+        return
+    from peft_safety.recipes.load import load_adapter
+
+    loaded, _ = load_adapter(adapter, model, load_in_4bit=load_in_4bit)
+    routes = fused.explain(loaded)
+    if json:
+        typer.echo(jsonlib.dumps({**facts, "paths": [route._asdict() for route in routes]}, indent=1, default=str))
+        return
+    show("peft-safety", facts, False)
+    rows("which path runs", fused.summary(routes))

@@ -21,7 +21,7 @@ from peft_safety.artifact import ADAPTER_FILE, MANIFEST, PREFIX, StoredAdapter, 
 from peft_safety.data import calibration_rows
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, ProtectionError, UnsupportedLayerError
 from peft_safety.estimate.targets import canonical
-from peft_safety.layers import ProtectedLinear, check_leaf
+from peft_safety.layers import ProtectedLinear, check_leaf, live_leaves, rebase
 from peft_safety.projection import Side
 from peft_safety.subspace import FILE_NAME, SafetySubspace
 
@@ -290,13 +290,17 @@ def _restore_initial(layers: Mapping[str, LoraLayer], adapter_name: str, stored:
 
 def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig) -> None:
     """Put leaves with the config's bases in place of the factors, or give the leaves that are there those bases."""
+    there: dict[ProtectedLinear, Tensor | None] = {}
     for name, layer in layers.items():
         for factor, side, basis in _sides(layer, config, name):
             old = factor[adapter_name]
             if isinstance(old, ProtectedLinear):
-                _rebase(old, basis)
+                there[old] = basis
             else:
                 factor[adapter_name] = ProtectedLinear.replacing(old, basis, side, residual=config.residual)
+    rebase(there, live_leaves())
+    for name, layer in layers.items():
+        for factor, _, _ in _sides(layer, config, name):
             factor[adapter_name].fold()
 
 
@@ -308,13 +312,6 @@ def _sides(layer: LoraLayer, config: ProtectedConfig, name: str) -> Iterator[tup
             yield factor, side, config.subspace.bases[name][side]
         elif config.residual:
             yield factor, side, None
-
-
-def _rebase(leaf: ProtectedLinear, basis: Tensor | None) -> None:
-    if basis is not None and leaf.basis is not None and leaf.basis.shape == basis.shape:
-        leaf.basis.copy_(basis)  # in place, so that a compiled graph stays valid
-    else:
-        leaf.basis = None if basis is None else basis.to(leaf.raw().device)
 
 
 def config_table(model: nn.Module) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class SaLoRAConfig(ProtectedConfig):
             layer.lora_B[adapter_name].set_initial(b)
             if self.reference_residual:
                 layer.lora_B[adapter_name].initial.div_(layer.scaling[adapter_name])
+                layer.lora_B[adapter_name].fold()
 
     def _task_subspace(self, model: nn.Module, base: Mapping[str, nn.Module]) -> SafetySubspace:
         if isinstance(self.task_data, SafetySubspace):

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
 
 from peft_safety import weights
 from peft_safety.errors import ConfigError, UnsupportedLayerError
+from peft_safety.layers import stored_factors
 from peft_safety.methods.protected import INITS
 from peft_safety.orthogonality.metrics import Update, decompose
 
@@ -56,13 +56,9 @@ def update_of(name: str, layer: LoraLayer, adapter: str) -> Update:
     if layer.merged:
         raise ConfigError(f"{name}: an adapter is merged into the base weight. Call unmerge_adapter() first.")
     leaves = layer.lora_A[adapter], layer.lora_B[adapter]
-    a, b = (leaf.weight for leaf in leaves)  # a protected leaf folds what is read
-    if not weights.is_whole(a) or not weights.is_whole(b):
+    if not all(weights.is_whole(leaf.weight) for leaf in leaves):
         raise UnsupportedLayerError(f"{name}: its factors are sharded or on the meta device. Save the adapter and audit the directory.")
-    a, b = a.detach().cpu().double(), b.detach().cpu().double()
-    a0, b0 = (getattr(leaf, "initial", None) for leaf in leaves)
-    if isinstance(a0, Tensor) and isinstance(b0, Tensor):
-        a, b = torch.cat([a, a0.to(a)]), torch.cat([b, -b0.to(b)], dim=1)
+    a, b = (factor.cpu().double() for factor in stored_factors(*leaves))
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise ConfigError(f"{name}: lora_A {tuple(a.shape)} or lora_B {tuple(b.shape)} holds NaN or Inf. Load the last good checkpoint.")
     return decompose(a, b, float(layer.scaling[adapter]))

@@ -21,12 +21,15 @@ HOLDOUT = 0.15
 """Share of a data set without splits that is held out for evaluation."""
 
 
-def load_model(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, load_in_4bit: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer.
 
     Args:
         model: a hub id or directory (loaded in fp32 on the CPU, where bf16 is five times slower, and in its own dtype on CUDA), or a loaded model.
         tokenizer: default the one stored with the model.
+        load_in_4bit: quantise to NF4, double quantisation included, on the way in; not for a loaded model.
 
     Raises:
         ConfigError: nothing loads from there.
@@ -41,18 +44,29 @@ def load_model(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokeniz
         if isinstance(model, PreTrainedModel):
             return model, tokenizer
         cuda = torch.cuda.is_available()
+        if load_in_4bit:
+            return _load_nf4(source, torch.bfloat16 if cuda else torch.float32), tokenizer
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if cuda else torch.float32)
         return (loaded.to("cuda") if cuda else loaded), tokenizer
     except (OSError, ValueError) as error:
         raise ConfigError(f"no model or tokenizer at {source!r}: {error}. Give a hub id or a directory, or pass tokenizer= with a loaded model.") from error
 
 
-def load_adapter(directory: str | Path, model: str | Path | PreTrainedModel | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def _load_nf4(source: str, dtype: Any) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=how)
+
+
+def load_adapter(
+    directory: str | Path, model: str | Path | PreTrainedModel | None = None, *, load_in_4bit: bool = False
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """A LoRA adapter of any origin on its base model, and the tokenizer. Neither a pickle nor a regular expression of the directory is ever run.
 
     Args:
         directory: what `save_pretrained` wrote.
-        model: as in `load_model`; default the base model that the adapter names.
+        model: as in `load_model`, like `load_in_4bit`; default the base model that the adapter names.
 
     Raises:
         ArtifactError: the directory is not a whole, finite LoRA adapter, or does not fit the model.
@@ -65,7 +79,7 @@ def load_adapter(directory: str | Path, model: str | Path | PreTrainedModel | No
     source = model if model is not None else config.base_model_name_or_path
     if not source:
         raise ConfigError(f"{path}: the adapter does not say which base model it is for. Give --model (or model=).")
-    base, tokenizer = load_model(source)
+    base, tokenizer = load_model(source, load_in_4bit=load_in_4bit)
     try:
         return PeftModel.from_pretrained(base, str(path), config=config), tokenizer
     except (RuntimeError, ValueError) as error:

@@ -1,8 +1,8 @@
 """The package's place in PEFT: the only folder that touches PEFT's internals.
 
 A protected config keeps `peft_type == LORA` at run time, so that every gate in peft, transformers and trl stays open, and is stored under its own name, which
-PEFT resolves through its config mapping. Ten PEFT functions are wrapped, each by a few lines in the files beside this one; `SYMBOLS` names everything that is
-relied on, and a canary test checks all of it against the installed PEFT.
+PEFT resolves through its config mapping. Eleven PEFT functions are wrapped, each by a few lines in the files beside this one; `SYMBOLS` names everything that
+is relied on, and a canary test checks all of it against the installed PEFT.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SYMBOLS = {
 }
 """Every PEFT symbol that is read or wrapped, by module. Instance attributes (`LoraLayer.lora_A`) are checked on an instance."""
 
-QUANTISED = {"peft.tuners.lora.bnb": ("Linear4bit.get_delta_weight", "Linear8bitLt.get_delta_weight")}
+QUANTISED = {"peft.tuners.lora.bnb": ("Linear4bit.forward", "Linear4bit.get_delta_weight", "Linear8bitLt.get_delta_weight")}
 """The same, where bitsandbytes is installed."""
 
 _done = False
@@ -75,6 +75,10 @@ def register() -> None:
     layers = [peft.tuners.lora.Linear] + [getattr(peft.tuners.lora, n) for n in ("Linear4bit", "Linear8bitLt") if hasattr(peft.tuners.lora, n)]
     for layer in layers:
         _wrap(layer, "get_delta_weight", combining.get_delta_weight)
+    if hasattr(peft.tuners.lora, "Linear4bit"):
+        from peft_safety.registry import forward
+
+        _wrap(peft.tuners.lora.Linear4bit, "forward", forward.linear4bit_forward)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:

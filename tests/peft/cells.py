@@ -23,6 +23,8 @@ from tests.tiny import tiny_llama
 
 BASES = ("linear", "conv1d", "nf4", "int8")
 """Kinds of base layers: fp32 Linear, transformers' Conv1D, bitsandbytes 4-bit and 8-bit."""
+WIDE = "nf4-wide"
+"""4-bit too, and as wide as a block of the quantisation: what the fused path asks for."""
 INITS = ("lora", "task")
 LINEAR_TARGETS = ("q_proj", "v_proj", "down_proj")
 K = 4
@@ -40,7 +42,7 @@ def _base(kind: str, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return GPT2LMHeadModel(GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=2, n_positions=64)).eval()
-    model = tiny_llama(seed)
+    model = tiny_llama(seed, hidden=64 if kind == WIDE else 32)
     return model if kind == "linear" else quantised(model, kind)
 
 
@@ -52,7 +54,7 @@ def quantised(model: nn.Module, kind: str) -> nn.Module:
         if type(layer) is not nn.Linear or name == "lm_head":
             continue
         m, n = shape(layer)
-        if kind == "nf4":
+        if kind in ("nf4", WIDE):
             new = bnb.nn.Linear4bit(n, m, bias=False, compute_dtype=torch.float32, quant_type="nf4")
             new.support_avx512bf16_for_cpu = False  # its packed format computes in bf16, cuts gradients, and needs wider layers
             new.weight = bnb.nn.Params4bit(layer.weight.data.clone(), requires_grad=False, quant_type="nf4")
@@ -61,7 +63,7 @@ def quantised(model: nn.Module, kind: str) -> nn.Module:
             new.weight = bnb.nn.Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
-    setattr(model, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)  # as transformers does; PEFT chooses its layer class by it
+    setattr(model, "is_loaded_in_4bit" if kind in ("nf4", WIDE) else "is_loaded_in_8bit", True)  # as transformers does; PEFT chooses its layer class by it
     return model.to("cpu").eval()  # bitsandbytes quantises on a move
 
 

@@ -13,6 +13,7 @@ from peft_safety import files, weights
 from peft_safety.artifact import ADAPTER_FILE, MANIFEST, PREFIX, PROTECTED_TYPES, check_adapter
 from peft_safety.errors import ConfigError
 from peft_safety.estimate.activations import model_name
+from peft_safety.layers import stored_factors
 from peft_safety.methods.protected import adapter_layers, public_name
 from peft_safety.methods.safe_lora.directory import read_factors
 from peft_safety.projection import Side
@@ -52,13 +53,7 @@ def prior_spans(model: nn.Module, layers: Mapping[str, nn.Module], priors: Seque
 
 
 def _loaded(model: nn.Module, name: str) -> Factors:
-    found = {}
-    for module, layer in adapter_layers(model, name).items():
-        leaves = layer.lora_A[name], layer.lora_B[name]
-        a, b = (leaf.weight for leaf in leaves)
-        a0, b0 = (getattr(leaf, "initial", None) for leaf in leaves)
-        found[module] = (a, b) if a0 is None or b0 is None else (torch.cat([a, a0]), torch.cat([b, b0], dim=1))
-    return found
+    return {module: stored_factors(layer.lora_A[name], layer.lora_B[name]) for module, layer in adapter_layers(model, name).items()}
 
 
 def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -> Factors:

@@ -1,25 +1,52 @@
-"""The mechanism: one protected leaf in place of `lora_A` or `lora_B`.
+"""One protected leaf in place of `lora_A` or `lora_B`.
 
 PEFT computes `lora_B(lora_A(dropout(x))) * scaling` in every layer class, quantised ones and mixed batches included, so a leaf there constrains them all. The
 leaf's parameter stays the raw trainable weight under its usual name; what it computes with is the projected one, `C B` or `A C`. The raw weight is *folded*
 (replaced by its projection) after every optimizer step, when it is loaded, and whenever somebody reads `.weight`: since `C` is idempotent and commutes with
 weight decay, the trajectory of `C B` is the same, and a reader that bypasses the forward finds a weight that is already safe.
+
+A folded weight needs no projection in the forward, only its gradient does. Whether it is folded is a question of its values, so that a resumed run computes
+the same bits; what is *known* to be folded (the last writer was our own fold, by torch's version counter) is not even looked at.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from peft_safety import projection
 from peft_safety.errors import ProtectionError
+from peft_safety.layers.sharing import moved, placed
 from peft_safety.projection import Side
+
+Kind = Literal["weight", "initial"]
+
+
+class _Folded(torch.autograd.Function):
+    """A factor as it counts: itself where it is folded, its projection elsewhere; with the gradient of the projection, `dB = C dB'`, either way."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: Tensor, basis: Tensor, side: Side, known: bool) -> Tensor:
+        # not `save_for_backward`: DDP broadcasts buffers, equal values, into the basis at every forward, and autograd would take that for a change
+        ctx.basis, ctx.side = basis, side
+        return factor.view_as(factor) if known else projection.settled(basis, factor, side)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = gradients
+        with _without_autocast(gradient.device.type):
+            return projection.project_wide(ctx.basis, gradient, ctx.side), None, None, None
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class ProtectedLinear(nn.Linear):
@@ -50,7 +77,7 @@ class ProtectedLinear(nn.Linear):
         leaf.side = side
         leaf.weight = weight
         device = torch.device("cpu") if weight.is_meta else weight.device
-        leaf.register_buffer("basis", None if basis is None else basis.to(device=device, dtype=torch.float32, copy=True), persistent=False)
+        leaf.register_buffer("basis", None if basis is None else placed(basis, device), persistent=False)
         leaf.register_buffer("initial", torch.zeros(weight.shape, device=device, dtype=weight.dtype) if residual else None)
         leaf.train(linear.training)
         _LEAVES.add(leaf)
@@ -60,31 +87,58 @@ class ProtectedLinear(nn.Linear):
         """Nothing: the weight is PEFT's, which initialises it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.projected()
-        if self.initial is None:
+        weight, initial = self.factors()
+        if initial is None:
             return F.linear(x, weight)
-        initial = self._project(self.initial.to(weight.dtype))
         if self.side == "in":
             return torch.cat([F.linear(x, weight), F.linear(x, initial)], dim=-1)
         # copies: a view that starts at an odd address may take another kernel, and the products must be equal to the last bit where the factors are
         trained, frozen = (half.clone(memory_format=torch.contiguous_format) for half in x.chunk(2, dim=-1))
         return F.linear(trained, weight) - F.linear(frozen, initial)
 
+    def factors(self) -> tuple[Tensor, Tensor | None]:
+        """`projected()`, and the frozen initial factor of a residual as it counts, in the same dtype."""
+        weight = self.projected()
+        return weight, None if self.initial is None else self._effective("initial", self.initial.to(weight.dtype))
+
     def projected(self) -> Tensor:
-        """The weight that counts, differentiable, in the dtype of `weight`; projected in fp32 whatever autocast says."""
-        return self._project(self.raw())
+        """The weight that counts, differentiable, in the dtype of `weight`; projected in fp32 or better whatever autocast says, and only if it needs it."""
+        return self._effective("weight", self.raw())
 
     def raw(self) -> Tensor:
         """The unprojected weight, without the fold that reading `.weight` implies. A replica of `nn.DataParallel` keeps it as a plain attribute."""
         weight = self._parameters.get("weight")
         return self.__dict__["weight"] if weight is None else weight
 
-    def _project(self, factor: Tensor) -> Tensor:
+    def _effective(self, kind: Kind, factor: Tensor) -> Tensor:
         if self.basis is None:
             return factor
-        with torch.autocast(device_type=factor.device.type, enabled=False):
-            basis = self.basis.to(factor.device)
-            return projection.project_out(basis, factor.to(basis.dtype), self.side).to(factor.dtype)
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        known = not traced and self.is_known(factor, kind)
+        trained = torch.is_grad_enabled() and factor.requires_grad
+        if known and not trained:
+            return factor
+        with _without_autocast(factor.device.type):
+            if traced:  # two products that a compiler fuses, and nothing it would have to guard
+                return projection.project_wide(self.basis.to(factor.device), factor, self.side)
+            basis = moved(self.basis, factor.device)
+            if trained:
+                return _Folded.apply(factor, basis, self.side, known)  # type: ignore[no-untyped-call]
+            return projection.settled(basis, factor, self.side)
+
+    def is_known(self, factor: Tensor, kind: Kind = "weight") -> bool:
+        """Whether this is the very tensor that was folded last, unwritten since. Writes through `.data` escape torch's version counter, so a weight that is
+        being trained counts as known only behind the fold after an optimizer's step, and a frozen one behind any fold."""
+        mark = _MARKS.get(self, {}).get(kind)
+        if mark is None or mark.factor() is not factor or (factor.requires_grad and not mark.stepped):
+            return False
+        return bool(factor._version == mark.version and factor.data_ptr() == mark.storage.data_ptr())
+
+    def mark_folded(self, kind: Kind, stepped: bool) -> None:
+        """Note that a factor has just been folded; `stepped`: behind an optimizer's step."""
+        factor = self.raw() if kind == "weight" else self.initial
+        if factor is not None and not factor.is_inference():
+            _MARKS.setdefault(self, {})[kind] = _Mark(weakref.ref(factor), factor.detach(), factor._version, stepped)
 
     @torch.no_grad()
     def set_initial(self, value: Tensor) -> None:
@@ -93,6 +147,7 @@ class ProtectedLinear(nn.Linear):
         weight.copy_(value)
         self.fold()
         self.initial = weight.detach().clone()
+        self.mark_folded("initial", stepped=False)
 
     @torch.no_grad()
     def fold(self) -> bool:
@@ -103,26 +158,21 @@ class ProtectedLinear(nn.Linear):
             if self.initial.dtype != weight.dtype:  # PEFT and TRL cast parameters only; the two are comparable, and storable, in one dtype
                 self.initial = self.initial.to(weight.dtype)
             factors.append(self.initial)
-        if self.basis is None or not _plain(weight, self.basis, self.side):
+        if self.basis is None or not is_plain(weight, self.basis, self.side):
             return False
-        self.basis = self.basis.to(weight.device)
-        return any([projection.fold_(self.basis, factor, self.side) for factor in factors])
-
-    @torch.no_grad()
-    def fold_after_step(self) -> None:
-        """One unconditional projection without a host synchronisation, on the local shard if the weight is sharded."""
-        weight = self.raw()
-        if self.basis is None:
-            return
-        if hasattr(weight, "device_mesh"):
-            _fold_shard(weight, self.basis, self.side)
-        elif _plain(weight, self.basis, self.side):
-            weight.copy_(self._project(weight))
+        self.basis = moved(self.basis, weight.device)
+        changed = any([projection.fold_(self.basis, factor, self.side) for factor in factors])
+        if not self.is_known(weight):  # a step's mark outlives a look that changed nothing
+            self.mark_folded("weight", stepped=False)
+        self.mark_folded("initial", stepped=False)
+        return changed
 
     def __getattr__(self, name: str) -> Any:
         # Parameters live in `_parameters`, so `.weight` arrives here: whoever reads it past the forward gets a folded one.
         if name == "weight" and name in self._parameters and not torch.compiler.is_compiling():
-            self.fold()
+            weight, initial = self.raw(), self.initial
+            if not (self.is_known(weight) and (initial is None or (initial.dtype == weight.dtype and self.is_known(initial, "initial")))):
+                self.fold()
         return super().__getattr__(name)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -142,7 +192,7 @@ class ProtectedLinear(nn.Linear):
         if basis is not None:  # follow moves to another device, ignore casts: a bf16 basis would leak 3.6e-4
             device = fn(basis.new_zeros(1)).device
             if device.type != "meta":
-                self.basis = basis.to(device)
+                self.basis = moved(basis, device)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -157,6 +207,20 @@ class ProtectedLinear(nn.Linear):
 def protected_leaves(model: nn.Module) -> Iterator[tuple[str, ProtectedLinear]]:
     """Every leaf of a model with its name, in module order (equal on all ranks)."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ProtectedLinear))
+
+
+def joined(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`(A' (r', n), B' (m, r'))` with `B' A' = B A - B0 A0`: `[A; A0]` and `[B, -B0]`; without a residual the factors themselves."""
+    if a0 is None or b0 is None:
+        return a, b
+    return torch.cat([a, a0.to(a)]), torch.cat([b, -b0.to(b)], dim=1)
+
+
+def stored_factors(leaf_a: nn.Module, leaf_b: nn.Module) -> tuple[Tensor, Tensor]:
+    """`joined` factors of a LoRA layer as they stand in its leaves, folded, not differentiable; of plain LoRA its two weights."""
+    a: Tensor = leaf_a.weight.detach()  # type: ignore[assignment, operator]  # reading folds, the frozen factors too
+    b: Tensor = leaf_b.weight.detach()  # type: ignore[assignment, operator]
+    return joined(a, b, getattr(leaf_a, "initial", None), getattr(leaf_b, "initial", None))
 
 
 def check_leaf(leaf: nn.Module, name: str, basis: Tensor | None, side: Side, residual: bool = False) -> None:
@@ -181,56 +245,26 @@ def check_leaf(leaf: nn.Module, name: str, basis: Tensor | None, side: Side, res
         raise ProtectionError(f"{name}: a factor {tuple(factor.shape)} holds NaN or Inf. Lower the learning rate, and load the last good checkpoint.")
 
 
+@dataclass(frozen=True)
+class _Mark:
+    """What a factor was when it was folded. The storage is held, so that no other can come to lie at its address."""
+
+    factor: weakref.ref[Tensor]
+    storage: Tensor
+    version: int
+    stepped: bool
+
+
 _LEAVES: weakref.WeakSet[ProtectedLinear] = weakref.WeakSet()
+_MARKS: weakref.WeakKeyDictionary[ProtectedLinear, dict[str, _Mark]] = weakref.WeakKeyDictionary()
+"""Beside the leaves, not on them: copies, pickles and replicas must know nothing."""
 
 
-def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Fold what this optimizer has just moved. Leaves are taken in the order of its parameters, which all ranks share."""
-    by_weight = {id(leaf._parameters.get("weight")): leaf for leaf in _LEAVES}
-    for group in optimizer.param_groups:
-        if _stands_still(group):
-            continue
-        for parameter in group["params"]:
-            leaf = by_weight.get(id(parameter))
-            if leaf is not None and parameter.grad is not None:
-                leaf.fold_after_step()
+def live_leaves() -> Iterator[ProtectedLinear]:
+    """Every leaf of this process."""
+    return iter(list(_LEAVES))
 
 
-def _stands_still(group: dict[str, Any]) -> bool:
-    """Whether a step has moved nothing because its rate is 0. torch's distributed checkpoints load optimizer states behind such a step, and projecting once
-    more would change the last bits of what they have just restored."""
-    lr: Any = group.get("lr")
-    on_host = isinstance(lr, (int, float)) or (isinstance(lr, Tensor) and lr.device.type == "cpu")
-    return on_host and float(lr) == 0
-
-
-register_optimizer_step_post_hook(_after_optimizer_step)
-
-
-def _plain(weight: Tensor, basis: Tensor, side: Side) -> bool:
+def is_plain(weight: Tensor, basis: Tensor, side: Side) -> bool:
     """Whether the weight is a whole tensor here: not meta, not a shard, not flattened by a sharding wrapper."""
     return not weight.is_meta and not hasattr(weight, "device_mesh") and weight.ndim == 2 and weight.shape[0 if side == "out" else 1] == basis.shape[0]
-
-
-def _fold_shard(weight: Any, basis: Tensor, side: Side) -> None:
-    """Fold one shard of a DTensor that is split along its first dimension: one all-reduce of `k x r`, and only for the output side."""
-    from torch.distributed._functional_collectives import all_reduce
-    from torch.distributed.tensor import Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    local: Tensor = weight.to_local()
-    placements = list(weight.placements)
-    if any(not p.is_replicate() and p != Shard(0) for p in placements):
-        raise ProtectionError(
-            f"a protected factor is sharded as {placements}; only Shard(0) is supported. Keep adapters replicated, or shard them by FSDP2's default."
-        )
-    if side == "in" or all(p.is_replicate() for p in placements):
-        local.copy_(projection.project_out(basis.to(local.device), local.to(basis.dtype), side))
-        return
-    shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    rows = basis.to(local.device)[offset[0] : offset[0] + shape[0]]
-    coefficients = rows.mT @ local.to(basis.dtype)
-    for dimension, placement in enumerate(placements):
-        if placement == Shard(0):
-            coefficients = all_reduce(coefficients, "sum", (weight.device_mesh, dimension))
-    local.copy_(local.to(basis.dtype) - rows @ coefficients)

@@ -1,0 +1,102 @@
+"""The operations on 4-bit weights: what a protected layer costs beside its alternatives, and beside what the machine can do at best.
+
+On a GPU, one command for K1 (training, 4,096 tokens through the linear layers of a 7B block), K2 (dequantising, with and without the adapter), K3 (one token
+through all linear layers of a 7B model) and K6 (all adapters of it projected), eager and as CUDA graphs. On a CPU: the reference backend beside the naive form.
+The top-32 subspace (K5) is in `benchmarks/subspace.py`, Safe LoRA (K4) in `benchmarks/safe_lora.py`, compiling for four architectures (K7) in the tests.
+
+Run `python -m benchmarks.ops`    (`--smoke` runs the GPU parts at tiny sizes on whatever there is, to try the code).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import RESULTS, interleaved, ratio, record, show
+from benchmarks.ops_arms import arms, bare, layer, trained
+from benchmarks.ops_gpu import everything, rows_of
+from peft_safety.environment import environment
+from peft_safety.ops import backend_for
+
+TARGETS = {
+    "K1": {"naive SaLoRA / this": ">= 1.4", "peft LoRA / this": ">= 1.2", "bare GEMM / this": ">= 0.85", "this / LoRA on this path": "<= 1.005"},
+    "K2": {"share of copy bandwidth, merged": ">= 0.85", "bitsandbytes / dequantised": ">= 1.3"},
+    "K3": {"peft LoRA / this, graphed": ">= 1.5"},
+    "K6": {"ms a step": "<= 0.2", "launches": "<= 10"},
+}
+CPU_SHAPES, CPU_TOKENS = ((1024, 1024), (576, 1536)), (1, 256)
+
+
+def on_cpu(rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Forward and backward in fp32 on one thread or as many as torch has: is the reference backend a sensible fallback?"""
+    rows: list[dict[str, Any]] = []
+    figures: dict[str, float] = {}
+    for n, k in CPU_SHAPES:
+        one = layer(n, k, "cpu", torch.float32)
+        for tokens in CPU_TOKENS:
+            x, dy = torch.randn(tokens, k), torch.randn(tokens, n)
+            works = {name: trained(arm, x, dy) for name, arm in {**arms(one), "bare GEMM": bare(one, torch.float32)}.items()}
+            seconds = interleaved(works, rounds)
+            place = f"CPU {n} x {k}, {tokens} tokens"
+            rows += rows_of(place, "eager", seconds, statistics.median(seconds["bare GEMM"]))
+            figures |= {f"{place}: {other} / this": ratio(seconds, other, "this")[0] for other in ("naive SaLoRA", "peft LoRA")}
+    return rows, figures
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Medians with quartiles, a panel a part, the floor as a line."""
+    from matplotlib.figure import Figure
+
+    parts = list(dict.fromkeys((row["part"], row["mode"]) for row in rows))
+    figure = Figure(figsize=(9, 2.2 * len(parts)), layout="constrained")
+    for axes, (part, mode) in zip(figure.subplots(len(parts), squeeze=False)[:, 0], parts, strict=True):
+        found = [row for row in rows if (row["part"], row["mode"]) == (part, mode)]
+        middle = [row["us"] for row in found]
+        errors = [[row["us"] - row["low"] for row in found], [row["high"] - row["us"] for row in found]]
+        axes.barh([row["arm"] for row in found], middle, xerr=errors, color="#0072B2", ecolor="#555555")
+        axes.axvline(found[0]["of floor"] * found[0]["us"], color="#D55E00", label="floor")
+        axes.set_title(f"{part}, {mode}", loc="left", fontsize=10)
+        axes.set_xlabel("µs")
+        axes.invert_yaxis()
+        axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, nothing recorded")
+    args = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
+    if args.smoke:
+        rows, figures = everything(device, 3, tiny=True)
+        show("a trial of the code at tiny sizes: these numbers mean nothing", rows)
+        print({part: list(found) for part, found in figures.items()})
+        return
+    name, reason = backend_for(torch.empty(1, device=device))
+    print(f"backend: {name} ({reason})")
+    if gpu:
+        rows, figures = everything(device, args.rounds, tiny=False)
+        for part, found in figures.items():
+            for what, value in found.items():
+                print(f"{part}  {what}: {value:.3g}  (target {TARGETS[part][what]})")
+    else:
+        rows, ratios = on_cpu(args.rounds)
+        for what, value in ratios.items():
+            print(f"{what}: {value:.3g}")
+        print("K1, K2, K3 and K6 need a GPU and have not been run.")
+    show("operations" + (f" on {torch.cuda.get_device_name()}" if gpu else " on the CPU, fp32"), rows)
+    extra = {"device": torch.cuda.get_device_name() if gpu else "cpu", "backend": name, "threads": torch.get_num_threads()}
+    stem = "ops_gpu" if gpu else "ops_cpu"
+    path = record(stem, rows, environment(0, **extra))
+    draw(rows, RESULTS / f"{stem}.png")
+    print(f"written to {path} and {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""One protected NF4 linear layer, computed in every way that is worth comparing. All arms share the packed weight and the factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.train_step import DenseProjected
+from peft_safety import ops
+from peft_safety.projection import orthonormalise
+
+R, SAFETY_RANK, SCALE = 16, 32, 1.0
+#: Linear layers of one block of Llama-2-7B: (out_features, in_features)
+BLOCK = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)
+BLOCKS = 32
+
+Arm = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Layer:
+    """A weight in bitsandbytes' form and in ours, with an adapter and the basis its B must avoid."""
+
+    base: Any
+    q: ops.QuantBundle
+    a: Tensor
+    b: Tensor
+    u: Tensor
+
+    @property
+    def state(self) -> Any:
+        return self.base.weight.quant_state
+
+
+class Holder(nn.Module):
+    """The smallest model that PEFT puts an adapter on."""
+
+    is_loaded_in_4bit = True
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x)
+        return out
+
+
+def layer(n: int, k: int, device: str, dtype: torch.dtype, seed: int = 0) -> Layer:
+    """Random, double-quantised, with factors of the usual sizes in `dtype`; the basis is fp32."""
+    import bitsandbytes as bnb
+
+    torch.manual_seed(seed)
+    base = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
+    weight = torch.randn(n, k, device=device, dtype=dtype) / k**0.5
+    base.weight = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=base)
+    base = base.to(device)
+    a = (torch.randn(R, k, device=device) / k**0.5).to(dtype)
+    b = (torch.randn(n, R, device=device) / 30).to(dtype)
+    u = orthonormalise(torch.randn(n, min(SAFETY_RANK, n // 2), device=device))
+    return Layer(base, ops.require(ops.from_linear4bit(base)), a.requires_grad_(), b.requires_grad_(), u)
+
+
+def peft_arm(one: Layer, *, dense: bool) -> Arm:
+    """PEFT's own LoRA layer over bitsandbytes; with `dense`, C on its activations as well, without it on unprotected factors."""
+    from peft import LoraConfig, get_peft_model
+
+    holder = Holder(one.base)
+    config = LoraConfig(r=R, lora_alpha=int(SCALE * R), target_modules=["linear"], lora_dropout=0.0)
+    model = get_peft_model(holder, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    module: Any = model.base_model.model.linear  # type: ignore[union-attr]
+    a, b = nn.Parameter(one.a.detach()), nn.Parameter(one.b.detach())
+    module.lora_A["default"].weight = a
+    module.lora_B["default"].weight = b
+    if dense:
+        module.lora_B["default"] = DenseProjected(module.lora_B["default"], one.u.cpu())
+        module.lora_B["default"].complement = module.lora_B["default"].complement.to(b)
+    model.train()
+    return module  # type: ignore[no-any-return]
+
+
+class _TwoPath(torch.autograd.Function):
+    """Base and adapter apart, by hand: dequantise and multiply, both ways, with as few other passes over activations as there can be."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, packed: Tensor, state: Any) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        z = x @ a.mT
+        ctx.save_for_backward(x, z, a, b, packed)
+        ctx.state = state
+        return (x @ dequantize_4bit(packed, state).mT).addmm_(z, b.mT, alpha=SCALE)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from bitsandbytes.functional import dequantize_4bit
+
+        (dy,) = grads
+        x, z, a, b, packed = ctx.saved_tensors
+        dz = (dy @ b).mul_(SCALE)
+        dx = (dy @ dequantize_4bit(packed, ctx.state)).addmm_(dz, a)
+        return dx, dz.mT @ x, (dy.mT @ z).mul_(SCALE), None, None
+
+
+def arms(one: Layer) -> dict[str, Arm]:
+    """Every way to compute the layer's output from x (t, k); all protected but "peft LoRA" and "LoRA, this path"."""
+    packed, state = one.base.weight.data, one.state
+
+    def two_path(x: Tensor) -> Tensor:
+        found: Tensor = _TwoPath.apply(x, one.a, ops.project_out(one.u, one.b), packed, state)
+        return found
+
+    return {
+        "naive SaLoRA": peft_arm(one, dense=True),
+        "peft LoRA": peft_arm(one, dense=False),
+        "two-path": two_path,
+        "LoRA, this path": lambda x: ops.nf4_lora(x, one.q, one.a, one.b, SCALE),
+        "this": lambda x: ops.nf4_lora(x, one.q, one.a, ops.project_out(one.u, one.b), SCALE),
+        "this, exact": lambda x: ops.nf4_lora(x, one.q, one.a, ops.project_out(one.u, one.b), SCALE, exact=True),
+    }
+
+
+def bare(one: Layer, dtype: torch.dtype) -> Arm:
+    """The two products alone, with a dense weight and no adapter."""
+    weight = ops.nf4_dequant(one.q, dtype)
+    return lambda x: x @ weight.mT
+
+
+def trained(arm: Arm, x: Tensor, dy: Tensor) -> Callable[[], Any]:
+    """One forward and backward of an arm, with gradients for x and for whatever factors the arm has."""
+    leaf = x.detach().requires_grad_()
+    return lambda: torch.autograd.backward(arm(leaf), dy)

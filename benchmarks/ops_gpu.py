@@ -1,0 +1,152 @@
+"""K1, K2, K3 and K6 of the benchmark of operations: what only a GPU can tell. Each function returns rows for a table; `ops.py` says what they are for."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import ratio
+from benchmarks.ops_arms import BLOCK, BLOCKS, SAFETY_RANK, Layer, R, arms, bare, layer, trained
+from benchmarks.ops_timing import bandwidth, both_ways, launches, spread
+from peft_safety import ops
+
+Row = dict[str, Any]
+Shapes = Sequence[tuple[int, int]]
+POOL_BYTES = 512 << 20
+"""What kernels that are bound by memory go through in turn: many times the second-level cache of any GPU."""
+
+
+def rows_of(part: str, mode: str, seconds: dict[str, list[float]], floor: float) -> list[Row]:
+    """One row an arm: median and quartiles in microseconds, and the share of the floor's speed that it reaches."""
+    found = []
+    for name, values in seconds.items():
+        middle, low, high = spread(values)
+        found.append({"part": part, "mode": mode, "arm": name, "us": middle * 1e6, "low": low * 1e6, "high": high * 1e6, "of floor": floor / middle})
+    return found
+
+
+def k1_training(shapes: Shapes, tokens: int, device: str, dtype: torch.dtype, rounds: int) -> tuple[list[Row], dict[str, float]]:
+    """Forward and backward of the linear layers of one block, each arm over all of them; the floor is the bare products with a dense weight."""
+    layers = [layer(n, k, device, dtype, seed) for seed, (n, k) in enumerate(shapes)]
+    work: dict[str, list[Callable[[], Any]]] = {}
+    for one in layers:
+        x, dy = (torch.randn(tokens, size, device=device, dtype=dtype) for size in (one.q.k, one.q.n))
+        for name, arm in {**arms(one), "bare GEMM": bare(one, dtype)}.items():
+            work.setdefault(name, []).append(trained(arm, x, dy))
+    works = {name: (lambda parts=parts: [part() for part in parts]) for name, parts in work.items()}
+    found = both_ways(works, rounds, device)
+    rows: list[Row] = []
+    for mode, seconds in found.items():
+        rows += rows_of("K1", mode, seconds, statistics.median(seconds["bare GEMM"]))
+    eager = found["eager"]
+    return rows, {
+        "naive SaLoRA / this": ratio(eager, "naive SaLoRA", "this")[0],
+        "peft LoRA / this": ratio(eager, "peft LoRA", "this")[0],
+        "bare GEMM / this": ratio(eager, "bare GEMM", "this")[0],
+        "this / LoRA on this path": ratio(eager, "this", "LoRA, this path")[0],
+    }
+
+
+def k2_weights(n: int, k: int, device: str, dtype: torch.dtype, rounds: int) -> tuple[list[Row], dict[str, float]]:
+    """Dequantising one weight, with and without an adapter, over a pool of weights that no cache holds."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    count = max(2, POOL_BYTES // (n * k * 3)) if device != "cpu" else 2
+    pool: list[Layer] = [layer(n, k, device, dtype, seed) for seed in range(count)]
+
+    def over(call: Callable[[Layer], Tensor]) -> Callable[[], Any]:
+        return lambda: [call(one) for one in pool]
+
+    works = {
+        "bitsandbytes": over(lambda one: dequantize_4bit(one.base.weight.data, one.state)),
+        "dequantised": over(lambda one: ops.nf4_dequant(one.q, dtype)),
+        "merged": over(lambda one: ops.nf4_merged(one.q, one.a.detach(), one.b.detach(), 1.0, dtype)),
+    }
+    moved = n * k * (0.5 + 1 / 64 + 4 / 64 / 256 + dtype.itemsize)
+    floor = moved / bandwidth(device, 1024 if device != "cpu" else 8)
+    rows: list[Row] = []
+    for mode, seconds in both_ways(works, rounds, device).items():
+        each = {name: [value / count for value in values] for name, values in seconds.items()}
+        rows += rows_of(f"K2 {n} x {k}", mode, each, floor)
+        best = {name: statistics.median(values) for name, values in each.items()}
+    return rows, {"share of copy bandwidth, merged": floor / best["merged"], "bitsandbytes / dequantised": best["bitsandbytes"] / best["dequantised"]}
+
+
+def k3_decode(shapes: Shapes, blocks: int, device: str, dtype: torch.dtype, rounds: int) -> tuple[list[Row], dict[str, float]]:
+    """One token through the linear layers of a model, each with its adapter, in one CUDA graph; factors are projected beforehand, as in evaluation."""
+    import bitsandbytes as bnb
+
+    layers = [layer(n, k, device, dtype, index) for index in range(blocks) for n, k in shapes]
+    inputs = {k: torch.randn(1, k, device=device, dtype=dtype) for _, k in shapes}
+    by_layer = [arms(one) for one in layers]
+    factors = [(one.a.detach(), ops.project_out(one.u, one.b.detach())) for one in layers]
+
+    def all_of(call: Callable[[int, Layer], Tensor]) -> Callable[[], Any]:
+        def work() -> None:
+            with torch.no_grad():
+                for index, one in enumerate(layers):
+                    call(index, one)
+
+        return work
+
+    works = {
+        "naive SaLoRA": all_of(lambda index, one: by_layer[index]["naive SaLoRA"](inputs[one.q.k])),
+        "peft LoRA": all_of(lambda index, one: by_layer[index]["peft LoRA"](inputs[one.q.k])),
+        "bnb gemm_4bit, no adapter": all_of(lambda _, one: bnb.matmul_4bit(inputs[one.q.k], one.base.weight.data.t(), quant_state=one.state)),
+        "this": all_of(lambda index, one: ops.nf4_lora(inputs[one.q.k], one.q, *factors[index], 1.0)),
+    }
+    moved = blocks * sum(n * k * (0.5 + 1 / 64) + R * (n + k) * dtype.itemsize for n, k in shapes)
+    floor = moved / bandwidth(device, 1024 if device != "cpu" else 8)
+    found = both_ways(works, rounds, device)
+    rows = [row for mode, seconds in found.items() for row in rows_of("K3", mode, seconds, floor)]
+    graphs = found["graphed"]
+    return rows, {"peft LoRA / this, graphed": ratio(graphs, "peft LoRA", "this")[0] if {"peft LoRA", "this"} <= graphs.keys() else float("nan")}
+
+
+def k6_projections(shapes: Shapes, blocks: int, device: str, rounds: int) -> tuple[list[Row], dict[str, float]]:
+    """All adapters of a model projected at once, grouped by shape, beside one after the other."""
+    heights = [n for n, _ in shapes]
+    groups = {n: heights.count(n) * blocks for n in dict.fromkeys(heights)}
+    k = {n: min(SAFETY_RANK, n // 2) for n in groups}
+    bases = {n: torch.linalg.qr(torch.randn(count, n, k[n], device=device)).Q for n, count in groups.items()}
+    factors = {n: torch.randn(count, n, R, device=device) for n, count in groups.items()}
+
+    def grouped() -> None:
+        for n in groups:
+            ops.project_out_grouped(bases[n], factors[n])
+
+    def one_by_one() -> None:
+        for n in groups:
+            for u, w in zip(bases[n], factors[n], strict=True):
+                ops.project_out(u, w)
+
+    works = {"grouped": grouped, "one by one": one_by_one}
+    moved = sum(4 * count * n * (2 * k[n] + 3 * R) for n, count in groups.items())
+    floor = moved / bandwidth(device, 1024 if device != "cpu" else 8)
+    found = both_ways(works, rounds, device)
+    rows = [row for mode, seconds in found.items() for row in rows_of("K6", mode, seconds, floor)]
+    count = launches(grouped, device)
+    return rows, {"ms a step": statistics.median(found["eager"]["grouped"]) * 1e3, "launches": float("nan") if count is None else float(count)}
+
+
+def everything(device: str, rounds: int, *, tiny: bool) -> tuple[list[Row], dict[str, dict[str, float]]]:
+    """All parts. `tiny` is a trial of the code at sizes that a CPU takes, whose numbers mean nothing."""
+    shapes: Shapes = ((128, 64), (64, 128)) if tiny else BLOCK
+    blocks, tokens = (2, 80) if tiny else (BLOCKS, 4096)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    rows: list[Row] = []
+    figures: dict[str, dict[str, float]] = {}
+    parts = {
+        "K1": lambda: k1_training(shapes, tokens, device, dtype, rounds),
+        "K2": lambda: k2_weights(*((128, 128) if tiny else (4096, 4096)), device, dtype, rounds),
+        "K3": lambda: k3_decode(shapes, blocks, device, dtype, rounds),
+        "K6": lambda: k6_projections(shapes, blocks, device, rounds),
+    }
+    for name, part in parts.items():
+        found, figures[name] = part()
+        rows += found
+    return rows, figures

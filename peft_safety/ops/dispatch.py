@@ -1,0 +1,75 @@
+"""Which backend runs, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from peft_safety.errors import ConfigError
+
+VARIABLE = "PEFT_SAFETY_BACKEND"
+Backend = Literal["reference", "triton"]
+OLDEST_CAPABILITY = (8, 0)
+"""Ampere: bf16 tensor cores and asynchronous copies, which the kernels are written for."""
+
+
+def backend_for(tensor: Tensor) -> tuple[Backend, str]:
+    """The backend for tensors like this one, with the reason.
+
+    `PEFT_SAFETY_BACKEND=reference` or `triton` decides; otherwise Triton on NVIDIA GPUs from compute capability 8.0 on, and the reference everywhere else.
+
+    Raises:
+        ConfigError: the variable has another value, or asks for Triton where it cannot run.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted not in ("", "auto", "reference", "triton"):
+        raise ConfigError(f"{VARIABLE}={wanted!r} is no backend. Use reference or triton, or unset it.")
+    if wanted == "reference":
+        return "reference", f"{VARIABLE}=reference"
+    obstacle = _obstacle(tensor.device)
+    if wanted == "triton":
+        if obstacle is not None:
+            raise ConfigError(f"{VARIABLE}=triton, but {obstacle}. Unset the variable, or use tensors and a machine that Triton can serve.")
+        return "triton", f"{VARIABLE}=triton"
+    if obstacle is None and tensor.device.type == "cuda":
+        return "triton", "an NVIDIA GPU"
+    return "reference", obstacle or "CPU tensors (the interpreter is for tests)"
+
+
+def _obstacle(device: torch.device) -> str | None:
+    """Why Triton cannot run on a device."""
+    if not _has_triton():
+        return "triton is not installed"
+    if device.type == "cpu":
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else "the tensors are on the CPU (which needs TRITON_INTERPRET=1)"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the tensors are on {'a ROCm device' if device.type == 'cuda' else device.type}"
+    found = _capability(device)
+    return None if found >= OLDEST_CAPABILITY else f"the GPU has compute capability {found[0]}.{found[1]}, below {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def backend(tensor: Tensor) -> ModuleType:
+    """The module that holds `nf4_dequant`, `nf4_merged` and `nf4_skinny` for tensors like this one."""
+    if backend_for(tensor)[0] == "triton":
+        from peft_safety.ops import triton_backend
+
+        return triton_backend
+    from peft_safety.ops import reference
+
+    return reference

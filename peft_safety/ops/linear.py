@@ -1,0 +1,80 @@
+"""A linear layer of an NF4 weight with an adapter, forward and backward, in terms of a backend's three kernels and dense products.
+
+With `y = x W^T + s (x A^T) B'^T`: `dz = s dY B'`, `dX = dY W + dz A`, `dA = dz^T x`, `dB' = s dY^T z`. W is never saved: the backward pass makes it again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peft_safety.ops import dispatch, reference
+from peft_safety.ops.quant import QuantBundle
+
+SKINNY_ROWS = 64
+"""Rows of x up to which the product is bound by reading W: 0.5 bytes a weight if the packed one is read, 4.5 if it is dequantised first (read, write, read).
+bitsandbytes leaves its own fused kernel between 16 and 64 rows. So few rows take two paths, and more take one merged weight and one product."""
+
+
+def forward(x: Tensor, x_adapter: Tensor | None, q: QuantBundle, a: Tensor, bp: Tensor, scale: float, merged: bool) -> tuple[Tensor, Tensor]:
+    """`(y (..., n), z (t, r))`; z is empty on the merged path.
+
+    There, z = x A^T is left to the backward pass, which alone needs it (for dB'): evaluation, and the first of the two forwards that gradient checkpointing
+    runs, do without that product, and nothing is kept for it.
+    """
+    kernels = dispatch.backend(x)
+    rows = x.reshape(-1, q.k)
+    if merged:
+        y = rows @ kernels.nf4_merged(q, a, bp, scale, x.dtype).mT
+        z = x.new_empty(0, a.shape[0])
+    else:
+        xa = rows if x_adapter is None else x_adapter.reshape(-1, q.k)
+        factors = a.to(x.dtype), bp.to(x.dtype)
+        if rows.shape[0] <= SKINNY_ROWS:
+            y, z = kernels.nf4_skinny(rows, xa, q, *factors, scale)
+        else:
+            y, z = reference.two_paths(rows, xa, kernels.nf4_dequant(q, x.dtype), *factors, scale)
+    return y.view(*x.shape[:-1], q.n), z
+
+
+def backward(
+    dy: Tensor, xa: Tensor, z: Tensor, q: QuantBundle, a: Tensor, bp: Tensor, scale: float, merged: bool, split: bool, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(dX, dX_adapter, dA, dB')`, each empty where `needs` says that nobody wants it.
+
+    Args:
+        xa: what the adapter saw, `(..., k)`: x itself unless `split`.
+        split: the adapter's input was another tensor than the base's, so their gradients stay apart.
+    """
+    kernels = dispatch.backend(xa)
+    dtype = xa.dtype
+    grad, rows = dy.reshape(-1, q.n).to(dtype), xa.reshape(-1, q.k)
+    factor_a, factor_b = a.to(dtype), bp.to(dtype)
+    need_x, need_xa, need_a, need_b = needs
+    dx, dxa, da, db = (xa.new_empty(0), xa.new_empty(0), a.new_empty(0), bp.new_empty(0))
+    if need_a or (not merged and (need_x or need_xa)):
+        dz = (grad @ factor_b).mul_(scale)
+    if need_x:
+        dx = grad @ (kernels.nf4_merged(q, a, bp, scale, dtype) if merged else kernels.nf4_dequant(q, dtype))
+        if not merged and not split:
+            dx.addmm_(dz, factor_a)
+        dx = dx.view(xa.shape)
+    if need_xa:
+        dxa = (dz @ factor_a).view(xa.shape)
+    if need_a:
+        da = (dz.mT @ rows).to(a.dtype)
+    if need_b:
+        db = (grad.mT @ (rows @ factor_a.mT if merged else z)).mul_(scale).to(bp.dtype)
+    return dx, dxa, da, db
+
+
+def chosen(rows: int, exact: bool, split: bool) -> bool:
+    """Whether the adapter is merged into the dequantised weight."""
+    return not exact and not split and rows > SKINNY_ROWS
+
+
+def empty_gradients(xa: Tensor, a: Tensor, bp: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tensors of the shapes that `backward` returns, for tracing."""
+    wanted = [xa, xa, a, bp]
+    made = [torch.empty(t.shape if need else (0,), dtype=t.dtype, device=t.device) for t, need in zip(wanted, needs, strict=True)]
+    return made[0], made[1], made[2], made[3]

@@ -1,0 +1,69 @@
+"""The reference backend: every operation that touches NF4 data, in plain torch. It runs anywhere, and the kernels are tested against it.
+
+Equal to the last bit to `bitsandbytes.functional.dequantize_4bit`: `code * scale` in fp32, rounded once to the wanted dtype.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from peft_safety.ops.quant import QuantBundle
+
+NF4_CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The values of NF4: QLoRA, arXiv 2305.14314, appendix E."""
+
+
+@cache
+def code(device: torch.device) -> Tensor:
+    """`NF4_CODE (16,)` fp32 on a device, made once: a copy from the host cannot be captured in a CUDA graph."""
+    return torch.tensor(NF4_CODE, device=device)
+
+
+@cache
+def pairs(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`(256, 2)`: the two values of a packed byte, the first from its high half."""
+    byte = torch.arange(256, device=device)
+    return torch.stack([code(device)[byte >> 4], code(device)[byte & 15]], dim=1).to(dtype)
+
+
+def scales(q: QuantBundle) -> Tensor:
+    """The fp32 scale of each block, `(n * k / blocksize,)`, two roundings as in bitsandbytes: product, then sum."""
+    if q.absmax2 is None or q.code2 is None or q.offset is None:
+        return q.absmax
+    values = q.code2[q.absmax.int()]
+    blocks = torch.arange(values.numel(), device=values.device) // q.blocksize2
+    return values * q.absmax2[blocks] + q.offset
+
+
+def unrounded(q: QuantBundle) -> Tensor:
+    """`W (n, k)` in fp32. A pair of values is looked up as one 64-bit word, which takes half the time."""
+    words = pairs(q.wq.device).view(torch.int64).reshape(-1)
+    values = words.index_select(0, q.wq.reshape(-1).int()).view(torch.float32)
+    return values.view(-1, q.blocksize).mul_(scales(q).unsqueeze(1)).view(q.n, q.k)
+
+
+def nf4_dequant(q: QuantBundle, dtype: torch.dtype) -> Tensor:
+    """`W (n, k)`."""
+    return unrounded(q).to(dtype)
+
+
+def nf4_merged(q: QuantBundle, a: Tensor, bp: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """`W + scale * B' A (n, k)`: factors rounded to `dtype`, everything else in fp32, one rounding at the end."""
+    return unrounded(q).addmm_(bp.to(dtype).float(), a.to(dtype).float(), alpha=scale).to(dtype)
+
+
+def nf4_skinny(x: Tensor, xa: Tensor, q: QuantBundle, a: Tensor, bp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`(y (t, n), z (t, r))` as `two_paths`, for so few rows that a backend may read the packed weight instead of a dense one."""
+    return two_paths(x, xa, nf4_dequant(q, x.dtype), a, bp, scale)
+
+
+def two_paths(x: Tensor, xa: Tensor, weight: Tensor, a: Tensor, bp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`y = x W^T + scale * z B'^T` and `z = xa A^T`; `x, xa (t, k)`, `weight (n, k)`, all in one dtype."""
+    z = xa @ a.mT
+    return (x @ weight.mT).addmm_(z, bp.mT, alpha=scale), z

@@ -1,0 +1,140 @@
+"""The Triton backend: allocates, picks tiles from a small table, launches. No host synchronisation and no measuring at run time, so CUDA graphs can hold it.
+
+Dense products stay with torch (cuBLAS): only what reads packed weights is a kernel.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_safety.ops import reference, triton_kernels
+from peft_safety.ops.quant import QuantBundle
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a tile, and warps that work on it."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+#: By bytes of an output value. Small enough for three blocks of threads a processor, and for no architecture to spill (tests/ops/test_compiled.py);
+#: high enough that the columns of A, which every row of tiles reads again, stay a quarter of what is written.
+WEIGHT_TILES = {2: Tile(64, 64, 8), 4: Tile(16, 128, 4)}
+SKINNY_TILE = Tile(32, 64, 4)
+FINISH_ROWS = 32
+PROGRAMS = 1024
+"""What the skinny product is divided into, if its columns allow: about eight programs on each of the 132 processors of an H100, to keep its memory busy."""
+LEAST_COLUMNS = 256
+"""Columns of a part, below which a program has too little to do."""
+SUM_SHARE = 64
+"""Columns of a part for each row of x: then the part's sums, written and read in fp32, are a quarter of its packed weights."""
+MOST_PARTS = 16
+RANK_STEPS = {2: 64, 4: 16}
+"""Largest part of the rank that a tile holds at a time, by bytes of a factor: fp32 is multiplied without tensor cores, from registers."""
+OPTIONS = {"enable_fp_fusion": False}
+"""Separate roundings, as bitsandbytes has them, where a multiplication meets an addition."""
+INTERPRETED = type(triton_kernels.weight_kernel).__name__ == "InterpretedFunction"
+
+
+def rank_block(r: int, dtype: torch.dtype) -> int:
+    """Ranks held at a time: a power of two that tensor cores accept."""
+    return min(RANK_STEPS[dtype.itemsize], max(16, 1 << (max(r, 1) - 1).bit_length()))
+
+
+def finish_ranks(r: int, dtype: torch.dtype, width: int) -> int:
+    """Ranks held beside the sums of `width` rows of x: 1,024 values of z at a time, or they spill."""
+    return min(rank_block(r, dtype), 1024 // width)
+
+
+def token_block(t: int) -> int:
+    """Rows of x, padded likewise."""
+    return max(16, 1 << (t - 1).bit_length())
+
+
+def chunk_of(q: QuantBundle) -> int:
+    """Columns of a skinny product that are multiplied before their block's scale is."""
+    return min(q.blocksize, SKINNY_TILE.columns)
+
+
+def unroll(chunk: int, width: int) -> int:
+    """Chunks asked for before the first is used: two, where `width` rows of x leave registers for them. Four spill on sm_80."""
+    return max(1, min(2, chunk // width))
+
+
+def splits(n: int, k: int, t: int) -> int:
+    """Parts that the columns of a skinny product are divided into. By shape alone, so that results do not depend on the GPU's size."""
+    wanted = max(1, PROGRAMS * SKINNY_TILE.rows // max(n, 1))
+    possible = max(1, k // max(LEAST_COLUMNS, SUM_SHARE * t))
+    return 1 << (min(wanted, possible, MOST_PARTS).bit_length() - 1)
+
+
+@cache
+def words(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`reference.pairs` of a 16-bit dtype, each pair as one word `(256,)`; the first value in its low half."""
+    return reference.pairs(device, dtype).contiguous().view(torch.int32).reshape(-1)
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's where a model is spread over several."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _bundle(q: QuantBundle) -> tuple[Tensor, ...]:
+    """The tensors of a bundle; what plain scales don't have is never read, but a kernel needs some pointer."""
+    return tuple(q.absmax if part is None else part for part in q[:5])
+
+
+def nf4_dequant(q: QuantBundle, dtype: torch.dtype) -> Tensor:
+    """See `reference.nf4_dequant`."""
+    nothing = q.absmax
+    return _weight(q, nothing, nothing, 0, 0.0, dtype)
+
+
+def nf4_merged(q: QuantBundle, a: Tensor, bp: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """See `reference.nf4_merged`."""
+    return _weight(q, a.to(dtype).contiguous(), bp.to(dtype).contiguous(), a.shape[0], scale, dtype)
+
+
+def _weight(q: QuantBundle, a: Tensor, bp: Tensor, r: int, scale: float, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(q.n, q.k, dtype=dtype, device=q.wq.device)
+    if not out.numel():
+        return out
+    tile = WEIGHT_TILES[dtype.itemsize]
+    programs = -(-q.n // tile.rows) * -(-q.k // tile.columns)
+    with _on(out):
+        triton_kernels.weight_kernel[(programs,)](
+            out, *_bundle(q), reference.code(out.device), a, bp, scale, q.n, q.k, r,
+            BLOCKSIZE=q.blocksize, BLOCK2=max(q.blocksize2, 1), NESTED=q.nested, HAS_LORA=r > 0, BN=tile.rows, BK=tile.columns, BR=rank_block(r, dtype),
+            WIDEN=INTERPRETED, num_warps=tile.warps, **OPTIONS,
+        )  # fmt: skip
+    return out
+
+
+def nf4_skinny(x: Tensor, xa: Tensor, q: QuantBundle, a: Tensor, bp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """See `reference.nf4_skinny`. Two launches, and the packed weight is all that is read of W; fp32 has no tensor cores to do it with, and is dequantised."""
+    t, r = x.shape[0], a.shape[0]
+    if x.dtype == torch.float32 or not t or not q.n:
+        return reference.two_paths(x, xa, nf4_dequant(q, x.dtype), a, bp, scale)
+    x, xa, a, bp = x.contiguous(), xa.contiguous(), a.contiguous(), bp.contiguous()
+    tile, chunk, width = SKINNY_TILE, chunk_of(q), token_block(t)
+    parts = splits(q.n, q.k, t)
+    partial = torch.empty(parts, t, q.n + r, dtype=torch.float32, device=x.device)
+    y, z = (torch.empty(t, columns, dtype=x.dtype, device=x.device) for columns in (q.n, r))
+    grid = (-(-q.n // tile.rows) + -(-r // tile.rows), parts)
+    with _on(x):
+        triton_kernels.partial_kernel[grid](
+            partial, x, xa, *_bundle(q), words(x.device, x.dtype), a, q.n, q.k, r, t, -(-(q.k // chunk) // parts),
+            BLOCKSIZE=q.blocksize, BLOCK2=max(q.blocksize2, 1), NESTED=q.nested, BN=tile.rows, BK=chunk, BT=width, UNROLL=unroll(chunk, width),
+            WIDEN=INTERPRETED, num_warps=tile.warps, **OPTIONS,
+        )  # fmt: skip
+        triton_kernels.finish_kernel[(-(-q.n // FINISH_ROWS),)](
+            y, z, partial, bp, scale, q.n, r, t, parts, BN=FINISH_ROWS, BT=width, BR=finish_ranks(r, x.dtype, width), WIDEN=INTERPRETED, num_warps=4, **OPTIONS
+        )
+    return y, z

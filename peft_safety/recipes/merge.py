@@ -1,0 +1,30 @@
+"""A saved adapter merged into the 4-bit form of its base model, from directory to directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from peft_safety.merging import MergeResult, MergeTo, merge_quantised
+from peft_safety.recipes.load import load_adapter
+
+REPORT = "merge.json"
+
+
+def merge_directory(adapter: str | Path, out: str | Path, to: MergeTo, model: str | None = None, *, force: bool = False) -> MergeResult:
+    """Load the base model in NF4, merge, and save what comes of it with its tokenizer, and the figures beside them as `merge.json`.
+
+    Args:
+        adapter: directory of a LoRA adapter, protected or plain, that was trained on that base in 4 bits.
+        out: receives the whole model ("16bit", "nf4"), or a plain LoRA for the 4-bit base ("nf4+residual").
+        model: default the base model that the adapter names.
+
+    Raises:
+        PeftSafetyError: as in `load_adapter` and `merge_quantised`.
+    """
+    loaded, tokenizer = load_adapter(adapter, model, load_in_4bit=True)
+    result = merge_quantised(loaded, to, force=force, verbose=False)
+    result.model.save_pretrained(str(out))  # type: ignore[operator]
+    tokenizer.save_pretrained(str(out))
+    Path(out, REPORT).write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+    return result

@@ -1,0 +1,88 @@
+"""The kernels under Triton's interpreter, on the CPU, in a process of its own (it reads TRITON_INTERPRET when it is imported): prints one JSON line a case.
+
+Run by `test_interpreted.py`. The interpreter cuts bf16 off where GPUs round it, and cannot multiply matrices of it (see `WIDEN` in the kernels); so values
+that should be rounded to bf16 are compared with the truncated ones, and their rounding is looked for in the compiled code (`test_compiled.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_safety import ops
+from peft_safety.ops import linear, reference, triton_backend
+from tests.ops.helpers import EPS, Case, case, quantised, writes_out_of_bounds
+
+#: n, k, r, block size: whole tiles; tails in rows, columns and rank; blocks larger than a tile; more rank than one step; several parts of the columns
+SHAPES = ((64, 128, 16, 64), (70, 192, 5, 64), (33, 96, 1, 32), (5, 512, 70, 256), (40, 2048, 20, 128))
+ROWS = (1, 20, linear.SKINNY_ROWS)
+
+
+def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 to `dtype` as the interpreter does it."""
+    if dtype != torch.bfloat16:
+        return value.to(dtype)
+    return (value.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def off(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference, in spacings of the dtype at the largest entry."""
+    return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max()) / EPS[found.dtype]
+
+
+def weights(c: Case, dtype: torch.dtype) -> dict[str, Any]:
+    dense = reference.unrounded(c.q)
+    merged = triton_backend.nf4_merged(c.q, c.a, c.bp, 0.7, dtype)
+    sum_ = dense.double() + 0.7 * c.bp.to(dtype).double() @ c.a.to(dtype).double()
+    return {"equal": torch.equal(triton_backend.nf4_dequant(c.q, dtype), rounded(dense, dtype)), "merged": off(merged, sum_)}
+
+
+def skinny(c: Case, dtype: torch.dtype, rows: int) -> dict[str, Any]:
+    x, xa = torch.randn(rows, c.q.k).to(dtype), torch.randn(rows, c.q.k).to(dtype)
+    a, bp = c.a.to(dtype), c.bp.to(dtype)
+    y, z = triton_backend.nf4_skinny(x, xa, c.q, a, bp, 0.7)
+    inner = xa.double() @ a.double().mT
+    wanted = x.double() @ c.dense.mT + 0.7 * inner @ bp.double().mT
+    return {"y": off(y, wanted), "z": off(z, inner), "parts": triton_backend.splits(c.q.n, c.q.k, rows)}
+
+
+def layer(rows: int) -> dict[str, Any]:
+    """Forward, backward, streamed products in fp32: the same numbers as the reference backend."""
+    import os
+
+    c = case(33, 192, 5, nested=True)
+    found: dict[str, list[Tensor]] = {}
+    torch.manual_seed(rows)
+    inputs, dy, b, z = torch.randn(rows, 192), torch.randn(rows, 33), torch.randn(33, 3), torch.randn(192, 3)
+    for name in ("reference", "triton"):
+        os.environ["PEFT_SAFETY_BACKEND"] = name
+        leaves = [t.clone().requires_grad_() for t in (inputs, c.a, c.bp)]
+        y = ops.nf4_lora(leaves[0], c.q, *leaves[1:], 0.7)
+        found[name] = [y.detach(), *torch.autograd.grad(y, leaves, dy), ops.nf4_tmul(c.q, b), ops.nf4_mul(c.q, z)]
+    return {"off": max(off(got, want) for got, want in zip(found["triton"], found["reference"], strict=True))}
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    for nested in (False, True):
+        for shape in SHAPES:
+            c = case(*shape[:3], blocksize=shape[3], nested=nested)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                place = {"nested": nested, "shape": shape, "dtype": str(dtype)}
+                print(json.dumps({"kernel": "weight", **place, **weights(c, dtype)}))
+                for rows in ROWS if dtype != torch.float32 else ():
+                    print(json.dumps({"kernel": "skinny", **place, "rows": rows, **skinny(c, dtype, rows)}))
+    for rows in (3, 70):
+        print(json.dumps({"kernel": "layer", "rows": rows, **layer(rows)}))
+    print(
+        json.dumps({"kernel": "bounds", "outside": [name for shape in ((70, 192), (5, 64)) for name in writes_out_of_bounds(quantised(*shape, nested=True))]})
+    )
+    print(json.dumps({"kernel": "done", "interpreted": triton_backend.INTERPRETED}))
+
+
+if __name__ == "__main__":
+    main()

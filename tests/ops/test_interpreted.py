@@ -1,0 +1,56 @@
+"""Every kernel under Triton's interpreter: see `interpreted.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[dict[str, Any]]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PEFT_SAFETY_BACKEND": "triton"}
+    done = subprocess.run([sys.executable, "-m", "tests.ops.interpreted"], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert found[-1] == {"kernel": "done", "interpreted": True}
+    return found
+
+
+def test_dequantised_to_the_last_bit(lines: list[dict[str, Any]]) -> None:
+    cases = [line for line in lines if line["kernel"] == "weight"]
+    assert len(cases) == 2 * 5 * 3
+    assert [line for line in cases if not line["equal"]] == []
+
+
+def bound(line: dict[str, Any]) -> float:
+    """Half a spacing where results are rounded, and a whole one where the interpreter truncates (bf16); a tenth for the summation, more in fp32."""
+    return {"torch.float16": 0.6, "torch.bfloat16": 1.1, "torch.float32": 4.0}[line["dtype"]]
+
+
+def test_merged_weights_are_rounded_once(lines: list[dict[str, Any]]) -> None:
+    assert [line for line in lines if line["kernel"] == "weight" and not line["merged"] <= bound(line)] == []
+
+
+def test_skinny_products(lines: list[dict[str, Any]]) -> None:
+    cases = [line for line in lines if line["kernel"] == "skinny"]
+    assert {line["parts"] for line in cases} == {1, 2, 8}  # sums over several parts of the columns are among them
+    assert {line["rows"] for line in cases} == {1, 20, 64}
+    assert [line for line in cases if not (line["y"] <= bound(line) and line["z"] <= bound(line))] == []
+
+
+def test_the_layer_is_that_of_the_reference(lines: list[dict[str, Any]]) -> None:
+    cases = [line for line in lines if line["kernel"] == "layer"]
+    assert [line["rows"] for line in cases] == [3, 70]
+    assert all(line["off"] <= 4.0 for line in cases), cases
+
+
+def test_nothing_is_written_beside_the_results(lines: list[dict[str, Any]]) -> None:
+    assert [line["outside"] for line in lines if line["kernel"] == "bounds"] == [[]]

@@ -1,0 +1,54 @@
+"""Training runs on a 4-bit base, as a process of its own: Triton decides at its import whether it interprets. Prints JSON.
+
+PEFT_SAFETY_BACKEND=triton TRITON_INTERPRET=1 python -m tests.peft.fused_runs STEPS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from peft_safety import explain
+from tests.peft import cells
+from tests.peft.test_guardspace import guarded
+
+ARMS = ("salora", "salora-residual", "guardspace", "plain", "dropout")
+
+
+def build(arm: str) -> Any:
+    cells.base_model(cells.WIDE)  # made once, from random numbers that the adapter must not miss
+    torch.manual_seed(0)
+    if arm == "guardspace":
+        return guarded(cells.WIDE).train()
+    if arm == "plain":
+        return get_peft_model(cells.base_model(cells.WIDE), LoraConfig(r=4, lora_alpha=8, target_modules=cells.targets(cells.WIDE))).train()
+    options = {"lora_dropout": 0.3} if arm == "dropout" else {}
+    return cells.protected(cells.WIDE, "task" if arm == "salora-residual" else "lora", **options).train()
+
+
+def losses(arm: str, steps: int, rows: int = 8) -> list[float]:
+    """Losses of a run; batches alternate between few rows (two paths) and many (one merged product)."""
+    model = build(arm)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    found = []
+    for step in range(steps):
+        torch.manual_seed(step)  # dropout's masks
+        ids = cells.tokens(rows=rows if step % 2 else 2, seed=step % 8)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def main(steps: int) -> None:
+    print(json.dumps({"paths": sorted({row.path for row in explain(build("salora"))}), **{arm: losses(arm, steps) for arm in ARMS}}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

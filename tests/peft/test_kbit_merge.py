@@ -1,0 +1,189 @@
+"""Merging into quantised weights: what survives, what leaks, and the way that loses nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+from peft_safety import merge_quantised
+from peft_safety.errors import ConfigError, LossyMergeError
+from peft_safety.layers import protected_leaves
+from peft_safety.weights import dense_weight
+from tests.peft import cells
+from tests.peft.test_ortho_patch import patched
+
+LEAK = 1e-6
+INITS = cells.INITS
+
+
+def small(init: str = "lora", base: str = "nf4", **options: Any) -> PeftModel:
+    """A protected adapter whose update is a few hundredths of the weight, as a fine-tune's is."""
+    model = cells.protected(base, init, trained=True, **options)
+    with torch.no_grad():
+        for _, leaf in protected_leaves(model):
+            start = torch.zeros_like(leaf.raw()) if leaf.initial is None else leaf.initial
+            leaf.raw().copy_(start + 0.02 * (leaf.raw() - start))
+    return model
+
+
+def figures(model: PeftModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """dW, W and U of each module, before a merge, in fp64."""
+    bases = model.peft_config["default"].subspace.bases
+    updates = {name: delta.double() for name, delta in cells.deltas(model).items()}
+    dense = {name: dense_weight(layer.get_base_layer()).double().clone() for name, layer in cells.layers_of(model)}
+    return updates, dense, {name: bases[name]["out"].double() for name in updates}
+
+
+@pytest.mark.parametrize(("to", "dtype"), [("16bit", torch.bfloat16), ("16bit", torch.float32), ("nf4", None)])
+@pytest.mark.parametrize("init", INITS)
+def test_the_figures_are_those_of_the_merged_weights(init: str, to: Any, dtype: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    model = small(init)
+    updates, dense, bases = figures(model)
+    result = merge_quantised(model, to, force=to == "nf4", **({} if dtype is None else {"dtype": dtype}))
+    assert {row.module for row in result.modules} == set(updates)
+    for row in result.modules:
+        delta, layer = updates[row.module], result.model.get_submodule(row.module)
+        assert type(layer).__name__ == ("Linear4bit" if to == "nf4" else "Linear")
+        change = dense_weight(layer).double() - dense[row.module]
+        assert row.norm == pytest.approx(float(delta.norm() / dense[row.module].norm()), rel=1e-4)
+        assert row.kept == pytest.approx(float((change * delta).sum() / delta.square().sum()), rel=1e-3, abs=1e-4)
+        assert row.leak == pytest.approx(float((bases[row.module].T @ change).norm() / delta.norm()), rel=1e-2, abs=2e-6)
+        if dtype is torch.float32:
+            assert abs(row.kept - 1) <= 1e-5
+            assert row.leak <= 1e-5  # fp32's spacing at W, of dW a hundred times smaller
+        if to == "nf4":
+            assert row.kept < 0.9
+            assert row.leak > 1e-3
+    assert "kept" in capsys.readouterr().out
+    assert json.loads(json.dumps(result.to_json()))["modules"][0]["module"] == result.modules[0].module
+
+
+def test_quantising_again_is_refused_with_its_figures_and_changes_nothing() -> None:
+    model = small()
+    before = cells.logits(model)
+    with pytest.raises(LossyMergeError, match=r"would keep -?[\d.]+% of the update .* protected subspace") as caught:
+        merge_quantised(model, "nf4")
+    assert "nf4+residual" in str(caught.value)
+    assert torch.equal(cells.logits(model), before)
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+@pytest.mark.parametrize("init", INITS)
+def test_the_residual_form_is_exact(init: str, base: str, tmp_path: Path) -> None:
+    model = small(init, base=base)
+    packed = {name: layer.get_base_layer().weight.data.clone() for name, layer in cells.layers_of(model)}
+    before = cells.logits(model)
+    updates, _, bases = figures(model)
+    result = merge_quantised(model, "nf4+residual", verbose=False)
+    assert type(result.model.peft_config["default"]) is LoraConfig
+    assert not list(protected_leaves(result.model))
+    tolerance = {"nf4": 1e-5, "int8": 1e-5}[base] * float(before.abs().max())
+    torch.testing.assert_close(cells.logits(result.model), before, rtol=0, atol=tolerance)
+    for name, delta in cells.deltas(result.model).items():
+        torch.testing.assert_close(delta.double(), updates[name], rtol=1e-5, atol=1e-7)
+        assert torch.equal(dict(cells.layers_of(result.model))[name].get_base_layer().weight.data, packed[name]), "the quantised weight is left as it is"
+    for row in result.modules:
+        assert abs(row.kept - 1) <= 1e-4
+        assert row.leak <= 1e-5
+    result.model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(cells.base_model(base), tmp_path)
+    torch.testing.assert_close(cells.logits(loaded), cells.logits(result.model), rtol=0, atol=tolerance)
+    assert cells.leak(loaded, subspace=_subspace(bases)) <= LEAK
+
+
+def _subspace(bases: dict[str, torch.Tensor]) -> Any:
+    from peft_safety import SafetySubspace
+
+    return SafetySubspace({name: {"out": u.float()} for name, u in bases.items()})
+
+
+def test_several_active_adapters_merge_as_their_sum() -> None:
+    model = small(seed=1)
+    model.add_adapter("plain", LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "plain"])
+    before = cells.logits(model)
+    for to in ("16bit", "nf4+residual"):
+        result = merge_quantised(copy.deepcopy(model), to, dtype=torch.float32, verbose=False)
+        torch.testing.assert_close(cells.logits(result.model), before, rtol=0, atol=1e-4 * float(before.abs().max()))
+        by_kind = {row.module.rpartition(".")[2]: row for row in result.modules}
+        assert by_kind["q_proj"].leak is None, "a sum of two adapters is bound by no one subspace"
+        assert by_kind["v_proj"].leak is not None
+
+
+def test_input_side_and_plain_adapters_are_measured_too() -> None:
+    patch = cells.perturb(patched("nf4", side="in"))
+    assert all(row.leak <= 1e-4 for row in merge_quantised(patch, "16bit", dtype=torch.float32, verbose=False).modules)
+    plain = merge_quantised(cells.plain("nf4"), "16bit", verbose=False)
+    assert {row.leak for row in plain.modules} == {None}
+
+
+def test_an_untrained_adapter_has_nothing_to_lose() -> None:
+    result = merge_quantised(cells.protected("nf4"), "nf4", force=True, verbose=False)
+    assert all(math.isnan(row.kept) and row.norm == 0 for row in result.modules)
+    assert result.to_json()["modules"][0]["kept"] is None
+    merge_quantised(cells.protected("nf4"), "nf4", verbose=False)
+
+
+def test_what_cannot_be_merged_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'16bit'"):
+        merge_quantised(small(), "8bit")
+    with pytest.raises(ConfigError, match="8bit weight cannot be merged to 'nf4'"):
+        merge_quantised(small(base="int8"), "nf4", force=True)
+    with pytest.raises(ConfigError, match="dense weight cannot be merged to 'nf4'"):
+        merge_quantised(cells.protected(trained=True), "nf4", force=True)
+
+
+def test_a_requantised_model_still_is_one(tmp_path: Path) -> None:
+    model = small()
+    expected = {row.module: row for row in merge_quantised(copy.deepcopy(model), "nf4", force=True, verbose=False).modules}
+    merged = merge_quantised(model, "nf4", force=True, verbose=False).model
+    assert torch.isfinite(cells.logits(merged)).all()
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    again = copy.deepcopy(merged)
+    assert torch.equal(cells.logits(again), cells.logits(merged))
+    assert all(isinstance(merged.get_submodule(name), nn.Linear) for name in expected)
+
+
+@pytest.mark.parametrize("to", ["16bit", "nf4+residual", "nf4"])
+def test_the_command_merges_a_saved_adapter(to: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+    from typer.testing import CliRunner
+
+    from peft_safety.cli import app
+    from tests.tiny import tiny_llama, tiny_tokenizer
+
+    tiny_llama(hidden=64).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    from peft import get_peft_model
+
+    from peft_safety import SaLoRAConfig
+
+    options = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    base = tiny_llama(hidden=64)
+    model = cells.perturb(get_peft_model(base, SaLoRAConfig(**options, subspace=cells.random_subspace(base, ["q_proj", "down_proj"]))))
+    model.save_pretrained(tmp_path / "adapter")
+    arguments = ["export", str(tmp_path / "adapter"), "--out", str(tmp_path / "out"), "--merge-to", to, "--model", str(tmp_path / "base"), "--json"]
+    if to == "nf4":
+        refused = CliRunner().invoke(app, arguments)
+        assert isinstance(refused.exception, LossyMergeError)
+        arguments.append("--force")
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    assert {row["module"].rpartition(".")[2] for row in found["modules"]} == {"q_proj", "down_proj"}
+    assert json.loads((tmp_path / "out" / "merge.json").read_text()) == found
+    if to == "nf4+residual":
+        assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        kinds = {type(loaded.get_submodule(row["module"])).__name__ for row in found["modules"]}
+        assert kinds == {"Linear" if to == "16bit" else "Linear4bit"}, "what was merged in 16 bits must not be quantised by the next load"
+        assert type(loaded.get_submodule("model.layers.0.self_attn.k_proj")).__name__ == "Linear4bit"
+        assert type(loaded.lm_head) is torch.nn.Linear
