@@ -105,9 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def work(given: argparse.Namespace) -> int:
     """Do what was asked for; the exit status."""
     if given.smoke:
-        from benchmarks.frontier.smoke import smoke
+        from benchmarks.frontier.smoke import smoke, version
 
-        return smoke(given.runs / "smoke" if given.runs == RUNS else given.runs)
+        return smoke(given.runs / f"smoke-{version()}" if given.runs == RUNS else given.runs)
     if given.report:
         from benchmarks.frontier.report import README, report
 

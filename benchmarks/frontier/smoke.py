@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.frontier import plan
+from benchmarks.frontier import data, plan
 from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Cell, Protocol, needs
 from benchmarks.frontier.results import keep
@@ -43,6 +43,11 @@ def alignment() -> Any:
     from peft_safety.recipes.watch import Stopping
 
     return replace(PatchOptions(), **ALIGNMENT, mode="none", basis="weight", distil_weight=1.0, validation=8, stopping=Stopping(every=1000))
+
+
+def version() -> str:
+    """A short hash of the settings, for the folder's name: the aligned model of other settings is another one."""
+    return data.fingerprint([str(PROTOCOL), str(ALIGNMENT), *map(str, cells())])
 
 
 def verdict(rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[bool, str]]:
