@@ -64,8 +64,8 @@ def chunk_of(q: QuantBundle) -> int:
 
 
 def unroll(chunk: int, width: int) -> int:
-    """Chunks asked for before the first is used: as many as leave registers for `width` rows of x, up to 4 KB of packed weights a program."""
-    return max(1, chunk // width)
+    """Chunks asked for before the first is used: two, where `width` rows of x leave registers for them. Four spill on sm_80."""
+    return max(1, min(2, chunk // width))
 
 
 def splits(n: int, k: int, t: int) -> int:

@@ -38,6 +38,14 @@ class Usage(NamedTuple):
     ptx: str
 
 
+def _specialised(types: dict[str, str], constants: dict[str, Any], **sizes: int) -> None:
+    """A size of 1 is a constant to Triton, as it will be at the launch."""
+    for name, size in sizes.items():
+        if size == 1:
+            del types[name]
+            constants[name] = 1
+
+
 def _quantised(nested: bool) -> dict[str, str]:
     return {"wq": "*u8", "absmax": "*u8" if nested else "*fp32", "absmax2": "*fp32", "code2": "*fp32", "offset": "*fp32"}
 
@@ -52,6 +60,7 @@ def weight_variant(dtype: torch.dtype, blocksize: int, nested: bool, r: int) -> 
         "BLOCKSIZE": blocksize, "BLOCK2": 256 if nested else 1, "NESTED": nested, "HAS_LORA": r > 0,
         "BN": tile.rows, "BK": tile.columns, "BR": backend.rank_block(r, dtype), "WIDEN": False,
     }  # fmt: skip
+    _specialised(types, constants, r=r)
     return Variant(f"weight-{dtype}-{blocksize}-{nested}-{r}".replace("torch.", ""), "weight_kernel", types, constants, tile.warps)
 
 
@@ -66,6 +75,7 @@ def partial_variant(dtype: torch.dtype, blocksize: int, nested: bool, t: int) ->
         "BLOCKSIZE": blocksize, "BLOCK2": 256 if nested else 1, "NESTED": nested, "BN": tile.rows, "BK": chunk,
         "BT": width, "UNROLL": backend.unroll(chunk, width), "WIDEN": False,
     }  # fmt: skip
+    _specialised(types, constants, t=t)
     return Variant(f"partial-{dtype}-{blocksize}-{nested}-{t}".replace("torch.", ""), "partial_kernel", types, constants, tile.warps)
 
 
@@ -75,6 +85,7 @@ def finish_variant(dtype: torch.dtype, t: int, r: int) -> Variant:
     pointer, width = _POINTERS[dtype], backend.token_block(t)
     types = {"y": pointer, "z": pointer, "partial": "*fp32", "bp": pointer, "scale": "fp32", "n": "i32", "r": "i32", "t": "i32", "parts": "i32"}
     constants = {"BN": backend.FINISH_ROWS, "BT": width, "BR": backend.finish_ranks(r, dtype, width), "WIDEN": False}
+    _specialised(types, constants, t=t, r=r, parts=r)  # r = 1 stands for a weight so small that its columns are not divided
     return Variant(f"finish-{dtype}-{t}-{r}".replace("torch.", ""), "finish_kernel", types, constants, 4)
 
 

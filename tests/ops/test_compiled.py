@@ -15,8 +15,8 @@ from tests.ops import compiling
 pytest.importorskip("triton", minversion="3.6")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's assembler comes with its Linux wheels only")
 
-#: Registers a thread. Of 65,536 a processor this leaves two or three blocks of 128 threads for the skinny product of a few rows, and two of 256 for weights.
-LIMITS = {"weight_kernel": 96, "partial_kernel": 184, "finish_kernel": 128}
+#: Registers a thread. Of 65,536 a processor this leaves four blocks of 128 threads for the skinny product of a few rows, and two of 256 for weights.
+LIMITS = {"weight_kernel": 96, "partial_kernel": 128, "finish_kernel": 128}
 #: With 32 or more rows of x the sums alone take more.
 MANY_ROWS = 255
 
