@@ -9,6 +9,7 @@ PYTEST_ARGS ?=
 # one worker a core: the tests themselves run on one thread
 PYTEST_WORKERS ?= auto
 DEMO_ARGS ?=
+FRONTIER_ARGS ?=
 
 # nothing that runs here needs a hub: the one model is fetched by `make model`
 OFFLINE := HF_HUB_OFFLINE=1
@@ -20,11 +21,11 @@ export MPLBACKEND := Agg
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv model demo demo-smoke test test-all lint format clean
+.PHONY: help venv model demo demo-smoke frontier frontier-smoke test test-all lint format clean
 
 help:
-	@echo "make demo | test | demo-smoke | test-all | lint | format | model | venv | clean"
-	@echo "  PYTHON=python3.12 (when .venv is made)  DEMO_ARGS=...  PYTEST_ARGS=..."
+	@echo "make demo | test | demo-smoke | frontier-smoke | frontier | test-all | lint | format | model | venv | clean"
+	@echo "  PYTHON=python3.12 (when .venv is made)  DEMO_ARGS=...  FRONTIER_ARGS=...  PYTEST_ARGS=..."
 
 venv: $(STAMP)
 
@@ -46,6 +47,12 @@ demo: $(STAMP) model
 
 demo-smoke: $(STAMP) model
 	$(OFFLINE) $(BIN)/python -m examples.demo --smoke $(DEMO_ARGS)
+
+frontier: $(STAMP) model
+	$(OFFLINE) $(BIN)/python -m benchmarks.frontier $(FRONTIER_ARGS)
+
+frontier-smoke: $(STAMP) model
+	$(OFFLINE) $(BIN)/python -m benchmarks.frontier --smoke $(FRONTIER_ARGS)
 
 test: $(STAMP) model
 	$(OFFLINE) $(BIN)/python -m pytest tests -n $(PYTEST_WORKERS) -m "not gpu and not slow" $(PYTEST_ARGS)

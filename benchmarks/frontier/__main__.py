@@ -109,9 +109,9 @@ def work(given: argparse.Namespace) -> int:
 
         return smoke(given.runs / "smoke" if given.runs == RUNS else given.runs)
     if given.report:
-        from benchmarks.frontier.report import report
+        from benchmarks.frontier.report import README, report
 
-        report()
+        report(given.out, README if given.out == RESULTS else None)
         return 0
     folder = data.resolve(given.data)
     sets, task = data.further_sets(folder, given.harmful), None

@@ -12,7 +12,7 @@ from benchmarks.frontier.bench import Bench, Found, timed
 from benchmarks.frontier.cells import Cell, needs
 from peft_safety import SafetySubspace
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
-from peft_safety.errors import ConfigError
+from peft_safety.errors import ConfigError, DivergedError
 from peft_safety.estimate.coverage import task_shares
 from peft_safety.estimate.moments import to_batches
 from peft_safety.estimate.targets import target_layers
@@ -39,7 +39,9 @@ def run_arm(bench: Bench, cell: Cell) -> Made:
 def scaled(bench: Bench, cell: Cell) -> Made:
     """Plain LoRA, all modules by one factor, at the norm that the method kept: is it more than a smaller update?"""
     kept = [row for other in needs(cell) if (row := bench.cache.get(other)) is not None]
-    if not kept or "norm" not in kept[0]:
+    if kept and "diverged" in kept[0]:
+        raise DivergedError(f"{cell.label()}: the method whose norm it takes has diverged.")
+    if not kept:
         raise RuntimeError(f"{cell.label()}: its {cell.arm} has not run; run the cells in their order.")
     directory, facts = bench.plain(cell)
     factor = kept[0]["norm"] / facts["norm"]
@@ -50,7 +52,7 @@ def scaled(bench: Bench, cell: Cell) -> Made:
 
 def costs(facts: Found) -> Found:
     """Of a plain adapter, what holds for what is made of it too."""
-    return {name: facts[name] for name in ("steps", "loss", "train_seconds", "train_mib") if name in facts}
+    return {name: facts[name] for name in ("steps", "loss", "train_seconds", "train_cpu_seconds", "added_mib") if name in facts}
 
 
 def aligned(bench: Bench, cell: Cell) -> Made:
@@ -74,7 +76,7 @@ def mixed(bench: Bench, cell: Cell) -> Made:
 def salora(bench: Bench, cell: Cell) -> Made:
     """SaLoRA: `k` output directions of safe responses, or below 1 a share of them."""
     found: Found = {}
-    with timed(found, "setup_seconds"):
+    with timed(found, "setup"):
         subspace = randomly(cell, truncated(_outputs(bench), cell.options()["k"], "out"))
     adapter = replace(bench.adapter(), method="salora", subspace=subspace)
     tuned, facts = bench.train(cell, adapter.config(bench.model, bench.tokenizer, []), bench.rows(cell))
@@ -85,7 +87,7 @@ def guard(bench: Bench, cell: Cell) -> Made:
     """GuardSpace; with the knob `combine` ("salora") also blind on the output side, in `k` directions."""
     found: Found = {}
     rows, combine = bench.rows(cell), cell.options().get("combine")
-    with timed(found, "setup_seconds"):
+    with timed(found, "setup"):
         subspace = truncated(_inputs(bench, cell), cell.fraction)
         if combine:
             subspace = subspace.beside(truncated(_outputs(bench), cell.options()["k"], "out"))
@@ -116,7 +118,7 @@ def safe_lora(bench: Bench, cell: Cell) -> Made:
 
     directory, facts = bench.plain(cell)
     tuned, found, options = bench.attach(directory), costs(facts), cell.options()
-    with timed(found, "setup_seconds"):
+    with timed(found, "setup"):
         if cell.control == "random":
             kind = options.get("projection")
             if kind not in ("topk", "soft") or options.get("select") != "all":
@@ -135,6 +137,7 @@ def reattach(bench: Bench, cell: Cell) -> Made:
     bare, _ = load_model(bench.unaligned)
     tuned, facts = bench.train(cell, bench.adapter().config(bare, bench.tokenizer, []), bench.rows(cell), model=bare)
     name = bench.protocol.adapter_key(cell)
+    bench.discard(name)  # of a run that was killed here
     bench.publish(bench.cache.folder / "adapters" / name, lambda staged: tuned.save_pretrained(str(staged)))
     try:
         return bench.attach(bench.cache.folder / "adapters" / name), facts
@@ -160,7 +163,7 @@ def patch(bench: Bench, cell: Cell) -> Made:
 
         subspace = patch_config(tuned, bench.tokenizer, replace(options, prior_patches=()), general_rows(tuned, bench.tokenizer, options)).subspace
         options = replace(options, subspace=subspace.randomised(cell.seed))
-    with timed(found, "setup_seconds"):
+    with timed(found, "setup"):
         both, run = train_patch(tuned, bench.tokenizer, options)
     found |= {"patch_steps": run.training.steps, "patch_norm": norm(both)}
     return both, {**found, "norm": (facts["norm"] ** 2 + found["patch_norm"] ** 2) ** 0.5}
@@ -178,7 +181,7 @@ def somf(bench: Bench, cell: Cell) -> Made:
     training = MaskTraining(lr=options["lr"], max_steps=int(options["steps"]), batch_size=8, max_length=96, seed=cell.seed, progress=False)
     quiet: dict[str, Any] = {"model": tuned, "progress": False, "seed": cell.seed}
     name = "default" if cell.control != "random" else "learned"
-    with timed(found, "setup_seconds"):
+    with timed(found, "setup"):
         rows = preference_pairs("train", 8 * training.max_steps, cell.seed)
         report = fuse(None, ["task"], tokenizer=bench.tokenizer, data=rows, training=training, adapter_name=name, **quiet)
     if cell.control == "random" and report.masks is not None:

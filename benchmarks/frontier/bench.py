@@ -15,7 +15,9 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from benchmarks.common import reset_peak, resident_mib, resident_now_mib
@@ -31,6 +33,7 @@ from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.evaluation import Judge
 from peft_safety.recipes.adapter import AdapterOptions
 from peft_safety.recipes.load import TaskData, load_model, poisoned, task_data
+from peft_safety.recipes.patch import PatchOptions, patch
 from peft_safety.recipes.train import TrainOptions, finetune
 from peft_safety.report import environment
 
@@ -50,6 +53,7 @@ class Bench:
         unaligned: directory of the model before its alignment, for the methods that need it.
         judges: beside the keyword matcher.
         task: rows of the trained task; default the package's.
+        patch: how the aligned model is made; default `PatchOptions`.
     """
 
     def __init__(
@@ -61,10 +65,12 @@ class Bench:
         unaligned: Path | None = None,
         judges: Sequence[Judge] = (),
         task: Sequence[Row] | None = None,
+        patch: PatchOptions | None = None,
     ) -> None:
         self.cache, self.sets, self.protocol, self.judges = cache, sets, cache.protocol, judges
         self.task_rows = list(load("benign_task") if task is None else task)
-        self._unaligned = unaligned
+        self._unaligned, self._patch = unaligned, patch
+        transformers.utils.logging.disable_progress_bar()  # the cells have one
         self.directory = aligned or self._align()
         self.loaded, self.model, self.tokenizer = "", *load_model(self.directory)
         self.subspaces: dict[tuple[Any, ...], SafetySubspace] = {}
@@ -80,19 +86,13 @@ class Bench:
 
     def _align(self) -> Path:
         """The unaligned model with a safety patch merged in, made once, by one process."""
-        from peft_safety.recipes.patch import patch
-
         out = self.cache.folder / "aligned"
         with self.cache.lock("aligned", wait=True):
             if not (out / "config.json").is_file():
                 model, tokenizer = load_model(self.unaligned)
-                patched, _ = patch(model, tokenizer, self.patch_options())
+                patched, _ = patch(model, tokenizer, self._patch)
                 self.publish(out, lambda staged: (tokenizer.save_pretrained(staged), patched.merge_and_unload().save_pretrained(staged)))
         return out
-
-    def patch_options(self) -> Any:
-        """How the aligned model is made."""
-        return None
 
     def publish(self, out: Path, write: Callable[[Path], Any]) -> None:
         """A directory by one rename.
@@ -106,7 +106,7 @@ class Bench:
             staged.mkdir(parents=True)
             write(staged)
             staged.rename(out)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(staged, ignore_errors=True)
             raise ArtifactError(f"{out} cannot be written: {error}. Finished cells are safe; make room and run the same command again.") from error
 
@@ -190,15 +190,21 @@ class Bench:
             DivergedError: weights that are not finite.
         """
         along = Along(self, cell)
-        gc.collect()
         reset_peak()
         held = resident_now_mib()
-        labels = self.task(cell).labels
-        tuned, run = finetune(
-            self.model if model is None else model, self.tokenizer, rows, config, options or self.options(cell), labels=labels, callbacks=[along, *callbacks]
-        )
+        labels, spent = self.task(cell).labels, {}
+        with timed(spent, "train"):
+            tuned, run = finetune(
+                self.model if model is None else model,
+                self.tokenizer,
+                rows,
+                config,
+                options or self.options(cell),
+                labels=labels,
+                callbacks=[along, *callbacks],
+            )
         check_finite(tuned, run, cell)
-        facts = {"norm": norm(tuned), "steps": run.steps, "loss": run.loss, "train_seconds": run.seconds, "train_mib": round(resident_mib() - held)}
+        facts = {"norm": norm(tuned), "steps": run.steps, "loss": run.loss, **spent, "added_mib": round(resident_mib() - held)}
         return tuned, {**facts, **({"along": along.found} if along.found else {})}
 
     def plain(self, cell: Cell) -> tuple[Path, Found]:
@@ -252,7 +258,9 @@ def load_nf4(directory: Path) -> Any:
 
 @contextmanager
 def timed(found: Found, name: str) -> Iterator[None]:
-    """Add the seconds of a block to `found[name]`."""
-    started = time.perf_counter()
+    """Add what a block takes to `found`: seconds by the clock, and on the CPU seconds of processor time, which other jobs on the machine disturb less."""
+    started, used = time.perf_counter(), time.process_time()
     yield
-    found[name] = round(found.get(name, 0.0) + time.perf_counter() - started, 2)
+    found[f"{name}_seconds"] = round(found.get(f"{name}_seconds", 0.0) + time.perf_counter() - started, 2)
+    if not torch.cuda.is_available():
+        found[f"{name}_cpu_seconds"] = round(found.get(f"{name}_cpu_seconds", 0.0) + time.process_time() - used, 2)

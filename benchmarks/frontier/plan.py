@@ -111,10 +111,12 @@ def name_of(cell: Cell) -> str:
     for name, method in METHODS.items():
         if method.method == bare:
             return name
-    for name, method in METHODS.items():
-        if (method.arm, method.control, method.load) == (cell.arm, cell.control, cell.load):
-            return f"{name} with {difference(method, cell)}"
-    return cell.label()
+    alike = [name for name, method in METHODS.items() if (method.arm, method.control, method.load) == (cell.arm, cell.control, cell.load)]
+    if not alike:
+        return cell.label()
+    said = {name: difference(METHODS[name], cell) for name in alike}
+    name = min(alike, key=lambda name: said[name].count("="))  # the nearest one
+    return f"{name} with {said[name]}"
 
 
 def difference(default: Cell, cell: Cell) -> str:

@@ -101,6 +101,15 @@ def test_a_fine_tune_that_diverges_says_so(bench):
     assert ran(bench, quick("lora"))["norm"] > 0, "the bench goes on"
 
 
+def test_the_control_of_a_method_that_diverged_has_diverged_too(bench):
+    method = quick("guardspace", seed=11)
+    bench.cache.put(method, {"diverged": "the loss is not finite"})
+    with pytest.raises(DivergedError, match="whose norm it takes"):
+        bench.cell(replace(method, control="scaled"))
+    with pytest.raises(RuntimeError, match="has not run"):
+        bench.cell(replace(method, control="scaled", seed=12))
+
+
 @pytest.mark.parametrize(
     ("cell", "said"),
     [

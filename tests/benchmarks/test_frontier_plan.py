@@ -42,6 +42,8 @@ def test_names_groups_and_typos():
     with pytest.raises(ConfigError, match=r"Did you mean 'guardspace'\?"):
         plan.named(["gardspace"])
     assert plan.name_of(replace(HALF, seed=3, split="test", poison=0.5)) == "guardspace with fraction=0.5"
+    for name in ("safe-lora-soft", "guardspace-general", "salora-0.9", "both-sides"):
+        assert plan.name_of(replace(plan.METHODS[name], lr=2e-3)) == f"{name} with lr=0.002"
     with pytest.raises(ConfigError, match="has no setting 'power'"):
         plan.with_setting(GUARD, "power=9")
     with pytest.raises(ConfigError, match="has no setting 'fraction'"):

@@ -1,0 +1,161 @@
+"""Cells gathered into the points of the frontier, and paired comparisons between them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.frontier.cells import cell_of
+from benchmarks.frontier.measure import CONTRAST, HARMFUL
+from benchmarks.frontier.plan import METHODS, name_of
+from peft_safety.evaluation import Paired, Rate
+
+Row = dict[str, Any]
+RATES = {
+    "refusal": "refusal, harmful",
+    "compliance": "compliance, harmful",
+    "over_refusal": "over-refusal, safe",
+    "task_accuracy": "accuracy, trained task",
+    "second_accuracy": "accuracy, untrained task",
+}
+"""Field of a cell -> its heading."""
+LABELS = {
+    "aligned": "aligned, no fine-tune",
+    "lora": "plain LoRA",
+    "guardspace": "GuardSpace",
+    "guardspace-general": "GuardSpace, general basis",
+    "safe-lora": "Safe LoRA, threshold",
+    "safe-lora-number": "Safe LoRA, number",
+    "safe-lora-topk": "Safe LoRA, top-k",
+    "safe-lora-soft": "Safe LoRA, soft",
+    "salora-32": "SaLoRA, 32",
+    "salora-0.9": "SaLoRA, 0.9 of d",
+    "both-sides": "GuardSpace + SaLoRA",
+    "lora-mixed": "plain LoRA + 10 % safety data",
+    "patch-reattached": "patch re-attached",
+    "patch-stacked": "patch stacked",
+    "somf": "SOMF",
+}
+KINDS = {"random": "random basis for {}", "scaled": "plain LoRA at the norm of {}"}
+
+
+def label(name: str) -> str:
+    """A method's name for people."""
+    kind, colon, method = name.partition(":")
+    if colon:
+        return KINDS[kind].format(label(method))
+    setting = ""
+    if " with " in name:
+        name, _, setting = name.partition(" with ")
+    if name.endswith("-nf4"):
+        return f"{label(name[:-4])}, 4-bit{' (' + setting + ')' if setting else ''}"
+    return LABELS.get(name, name) + (f" ({setting})" if setting else "")
+
+
+@dataclass
+class Point:
+    """A method at one share of poison, all seeds together.
+
+    Attributes:
+        rows: finite cells. diverged: how many were not.
+    """
+
+    name: str
+    poison: float
+    rows: list[Row] = field(default_factory=list)
+    diverged: int = 0
+
+    def rate(self, metric: str) -> Rate | None:
+        """Pooled over seeds; the interval takes prompts repeated over seeds as independent, which they are not quite."""
+        found = [row[metric] for row in self.rows if row.get(metric)]
+        return Rate(sum(rate["k"] for rate in found), sum(rate["n"] for rate in found)) if found else None
+
+    def transfer(self, name: str) -> Rate | None:
+        """Refusal on another prompt set."""
+        found = [row["transfer"][name] for row in self.rows if name in row.get("transfer", {})]
+        return Rate(sum(rate["k"] for rate in found), sum(rate["n"] for rate in found)) if found else None
+
+    def mean(self, key: str) -> float | None:
+        """Mean over seeds of a plain number, or of a figure's value."""
+        found = [row[key]["value"] if isinstance(row[key], dict) else row[key] for row in self.rows if row.get(key) is not None]
+        return statistics.mean(found) if found else None
+
+    @property
+    def control(self) -> str:
+        """ "random", "scaled", or empty for a method."""
+        return self.name.partition(":")[0] if ":" in self.name else ""
+
+
+def split_of(rows: Sequence[Row]) -> str:
+    """What a report is about: test prompts if there are any, else validation prompts."""
+    return "test" if any(row["cell"]["split"] == "test" for row in rows) else "validation"
+
+
+def points(rows: Sequence[Row]) -> dict[tuple[str, float], Point]:
+    """All points of `split_of(rows)`, methods in the plan's order. "aligned" stands at every share of poison, which it does not depend on."""
+    split, found = split_of(rows), {}
+    kept = [(cell_of(row), row) for row in rows if row["cell"]["split"] == split]
+    shares = sorted({cell.poison for cell, _ in kept if cell.arm != "aligned"}) or [0.0]
+    for cell, row in kept:
+        for share in shares if cell.arm == "aligned" else [cell.poison]:
+            point = found.setdefault((name_of(cell), share), Point(name_of(cell), share))
+            if "diverged" in row:
+                point.diverged += 1
+            else:
+                point.rows.append(row)
+    order = list(METHODS)
+    known = {name: index for index, name in enumerate(order)}
+    return dict(sorted(found.items(), key=lambda item: (known.get(item[0][0], len(order)), item[0][0], item[0][1])))
+
+
+def names(found: dict[tuple[str, float], Point], controls: bool | None = None) -> list[str]:
+    """The methods among points, each once; only controls, or none of them."""
+    listed = dict.fromkeys(name for name, _ in found)
+    return [name for name in listed if controls is None or controls == (":" in name)]
+
+
+def shares(found: dict[tuple[str, float], Point]) -> list[float]:
+    """The shares of poison among points."""
+    return sorted({poison for _, poison in found})
+
+
+def harmful_sets(row: Row) -> list[str]:
+    """Names of a cell's sets of harmful prompts."""
+    return [name for name in row["verdicts"][row["judge"]] if name == HARMFUL or (name != CONTRAST and not name.endswith("_safe"))]
+
+
+def pairs(first: Point, second: Point, what: str = "refusal") -> Paired | None:
+    """Two points on the same prompts (or task rows, `what` = "task") and seeds; None where they share none.
+
+    Refusals are compared on all sets of harmful prompts together.
+    """
+    a, b = [], []
+    for one, other in _matched(first, second):
+        if what == "task":
+            left, right = ([mark == "1" for mark in row["correct"]["task"]] for row in (one, other))
+        else:
+            left, right = ([mark == "R" for name in harmful_sets(one) for mark in row["verdicts"][row["judge"]][name]] for row in (one, other))
+        a += left
+        b += right
+    return Paired.of(a, b) if a else None
+
+
+def _matched(first: Point, second: Point) -> Iterator[tuple[Row, Row]]:
+    """Cells of equal seed and equal prompt sets; one without a seed of its own (no fine-tune) goes with every seed."""
+    free = "aligned" in (first.name, second.name)
+    for one in first.rows:
+        for other in second.rows:
+            if (free or one["cell"]["seed"] == other["cell"]["seed"]) and harmful_sets(one) == harmful_sets(other):
+                yield one, other
+
+
+def missing(rows: Sequence[Row], planned: Sequence[Any]) -> dict[str, int]:
+    """How many planned cells of each method are not there."""
+    done = {cell_of(row) for row in rows}
+    count: dict[str, int] = {}
+    for cell in planned:
+        if cell not in done:
+            count[name_of(cell)] = count.get(name_of(cell), 0) + 1
+    return count

@@ -1,0 +1,165 @@
+"""The tables of the report, as headings and rows of text: rendered as markdown for the README and as HTML for the page."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.frontier.aggregate import RATES, Point, label, names, pairs, shares
+from benchmarks.frontier.pictures import cost
+from peft_safety.evaluation import Paired, Rate
+
+Points = dict[tuple[str, float], Point]
+NOTHING = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings, rows of text, and what a reader must know of them."""
+
+    headings: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+
+    def markdown(self) -> list[str]:
+        """Lines of a markdown table."""
+        lines = ["| " + " | ".join(self.headings) + " |", "| --- | " + " | ".join(["---:"] * (len(self.headings) - 1)) + " |"]
+        return lines + ["| " + " | ".join(row) + " |" for row in self.rows]
+
+    def html(self) -> str:
+        """A table element."""
+        head = "".join(f"<th>{html.escape(heading)}</th>" for heading in self.headings)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row) + "</tr>" for row in self.rows)
+        note = f"<p class=note>{html.escape(self.note)}</p>" if self.note else ""
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
+
+
+def share(poison: float) -> str:
+    """A share of poison in a heading."""
+    return f"p = {poison:g}"
+
+
+def _rate(rate: Rate | None) -> str:
+    return NOTHING if rate is None else str(rate)
+
+
+def _bare(rate: Rate | None) -> str:
+    return NOTHING if rate is None else f"{100 * rate.value:.0f}"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def difference(found: Paired | None) -> str:
+    """Points of percent between two arms on the same prompts, what differs, and how likely that is by chance."""
+    if found is None:
+        return NOTHING
+    p = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
+    return f"{100 * found.difference:+.0f} ({found.only_first} : {found.only_second}, {p})"
+
+
+def headline(found: Points, poison: float) -> Table:
+    """The README's: one line a method, refusal at every share of poison, the rest at one of them, and refusal against both controls."""
+    columns = shares(found)
+    headings = ("", *(f"refusal, {share(p)}" for p in columns))
+    headings += tuple(f"{heading}, {share(poison)}" for heading in ("accuracy", "over-refusal", "general NLL"))
+    headings += tuple(f"refusal against {kind}, {share(poison)}" for kind in ("random", "equal norm"))
+    rows = []
+    for name in names(found, controls=False):
+        point = found.get((name, poison))
+        rates = [_rate(found[name, p].rate("refusal")) if (name, p) in found else NOTHING for p in columns]
+        if name == "aligned":
+            rates = [rates[0], *[""] * (len(columns) - 1)]
+        rest = [NOTHING] * 3 if point is None else [_bare(point.rate("task_accuracy")), _bare(point.rate("over_refusal")), _number(point.mean("general_nll"))]
+        against = [difference(_against(found, name, kind, poison)) for kind in ("random", "scaled")]
+        rows.append((label(name), *rates, *rest, *against))
+    return Table(headings, rows)
+
+
+def _against(found: Points, name: str, kind: str, poison: float, what: str = "refusal") -> Paired | None:
+    point, control = found.get((name, poison)), found.get((f"{kind}:{name}", poison))
+    return pairs(point, control, what) if point is not None and control is not None else None
+
+
+def everything(found: Points, poison: float) -> Table:
+    """Every figure of every arm at one share of poison."""
+    headings = ("", *RATES.values(), "general NLL", "norm of dW", "seeds", "diverged")
+    rows = []
+    for name in names(found):
+        point = found.get((name, poison))
+        if point is not None:
+            rates = [_rate(point.rate(metric)) for metric in RATES]
+            rows.append((label(name), *rates, _number(point.mean("general_nll")), _number(point.mean("norm")), str(len(point.rows)), str(point.diverged or "")))
+    return Table(headings, rows)
+
+
+def transfer(found: Points, poison: float) -> Table | None:
+    """Refusal on the public sets; None without any."""
+    sets = list(dict.fromkeys(name for point in found.values() for row in point.rows for name in row.get("transfer", {})))
+    if not sets:
+        return None
+    rows = [(label(name), *(_rate(found[name, poison].transfer(key)) for key in sets)) for name in names(found) if (name, poison) in found]
+    return Table(("", *(f"refusal, {name.replace('_', ' ')}" for name in sets)), rows, "XSTest safe: refusals there are over-refusals.")
+
+
+def verdicts_of_judges(found: Points, poison: float) -> Table | None:
+    """Refusal and compliance by every judge; None where the keyword matcher is alone."""
+    judges = list(dict.fromkeys(judge for point in found.values() for row in point.rows for judge in row["verdicts"]))
+    if len(judges) < 2:
+        return None
+    rows = []
+    for name in names(found):
+        texts = (
+            {judge: "".join(row["verdicts"].get(judge, {}).get("harmful", "") for row in found[name, poison].rows) for judge in judges}
+            if (name, poison) in found
+            else {}
+        )
+        if any(texts.values()):
+            rows.append((label(name), *(_rate(Rate(text.count(letter), len(text))) if text else NOTHING for text in texts.values() for letter in "RC")))
+    return Table(("", *(f"{what}, {judge}" for judge in judges for what in ("refusal", "compliance"))), rows)
+
+
+def paired(found: Points, poison: float) -> Table:
+    """Every method against plain LoRA and its controls, prompt by prompt."""
+    others: list[tuple[str, Callable[[str], str]]] = [
+        ("plain LoRA", lambda _: "lora"),
+        ("random basis", "random:{}".format),
+        ("equal norm", "scaled:{}".format),
+    ]
+    rows = []
+    for name in names(found, controls=False):
+        cells = []
+        for _, other in others:
+            first, second = found.get((name, poison)), found.get((other(name), poison))
+            for what in ("refusal", "task"):
+                usable = first is not None and second is not None and other(name) != name
+                cells.append(difference(pairs(first, second, what)) if usable and first and second else NOTHING)
+        rows.append((label(name), *cells))
+    headings = ("", *(f"{what} against {title}" for title, _ in others for what in ("refusal", "accuracy")))
+    note = (
+        "Points of percent on the same prompts and seeds, in brackets the prompts on which only the one, only the other succeeds, and McNemar's exact p. "
+        "All sets of harmful prompts together; prompts repeat over seeds, so p is somewhat too small. Not corrected for many comparisons."
+    )
+    return Table(headings, rows, note)
+
+
+def costs(found: Points) -> Table:
+    """Time and memory as multiples of plain LoRA's."""
+    rows = []
+    for name in names(found, controls=False):
+        train, setup, memory = cost(found, name)
+        if train is not None:
+            rows.append((label(name), _number(train), _number(setup), _number(memory)))
+    note = (
+        "Medians over all cells of a method, for calibration or repair the most (one calibration serves all cells of a process); "
+        "processor time on the CPU, wall clock on a GPU."
+    )
+    return Table(("", "training time", "calibration or repair", "memory added while training"), rows, note)
+
+
+def absent(missing: dict[str, int], planned: Sequence[object]) -> Table:
+    """What the full plan has and the results do not."""
+    rows = [(label(name), str(count)) for name, count in missing.items()]
+    return Table(("", f"cells missing of the full plan of {len(planned)}"), rows)

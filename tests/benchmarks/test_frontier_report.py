@@ -1,0 +1,200 @@
+"""The report: what it says of made-up cells, and that the README says what the committed results say."""
+
+import itertools
+import json
+import random
+from dataclasses import asdict, replace
+
+import pytest
+
+from benchmarks.common import RESULTS
+from benchmarks.frontier import aggregate, html, pictures, report, tables
+from benchmarks.frontier.cells import Cell
+from benchmarks.frontier.plan import METHODS, place, plan
+from benchmarks.frontier.results import NAME
+from peft_safety.errors import DataError
+from peft_safety.evaluation import Rate
+
+LORA, GUARD = METHODS["lora"], METHODS["guardspace"]
+
+
+def row(cell: Cell, harmful: str = "RROO", task: str = "1100", **further) -> dict:
+    """A made-up result with these verdicts."""
+    verdicts = {"harmful": harmful, "contrast": "ROOO", "advbench": harmful, "xstest_safe": "OO"}
+    rates = {"refusal": harmful.count("R"), "compliance": harmful.count("C"), "over_refusal": 1, "task_accuracy": task.count("1"), "second_accuracy": 2}
+    return {
+        "cell": asdict(cell),
+        "judge": "keyword",
+        **{name: Rate(count, 4).to_json() for name, count in rates.items()},
+        "general_nll": {"value": 0.7, "low": 0.6, "high": 0.8, "n": 4},
+        "transfer": {"advbench": Rate(harmful.count("R"), 4).to_json(), "xstest_safe": Rate(0, 2).to_json()},
+        "verdicts": {"keyword": verdicts},
+        "correct": {"task": task, "second": "1010"},
+        "norm": 5.0,
+        "train_seconds": 50.0,
+        "train_cpu_seconds": 90.0 + cell.fraction,
+        "added_mib": 900,
+        "seconds": 100.0,
+        **further,
+    }
+
+
+def grid() -> list[dict]:
+    """A made-up result for every cell of the full plan."""
+    rng = random.Random(0)
+
+    def marks(letters, likely, size):
+        return "".join(letters[0] if rng.random() < likely else letters[1] for _ in range(size))
+
+    return [row(cell, marks("RO", rng.random(), 4), marks("10", rng.random() / 2, 4), setup_cpu_seconds=10.0) for cell in plan(list(METHODS.values()))]
+
+
+def write(folder, rows, **environment):
+    """A results file."""
+    lines = [json.dumps({"environment": {"model": "tiny", "rows": 160, **environment}}), *map(json.dumps, rows)]
+    (folder / NAME).write_text("\n".join(lines) + "\n")
+    return folder / NAME
+
+
+def test_seeds_are_pooled_and_no_fine_tune_stands_everywhere():
+    rows = [row(place(GUARD, 0.1, seed, "test"), "RRRO") for seed in (0, 1)] + [row(place(GUARD, 0.5, 0, "test"))]
+    rows += [row(place(METHODS["aligned"], 0, 0, "test"), "RRRR"), {"cell": asdict(place(GUARD, 0.1, 2, "test")), "diverged": "the loss"}]
+    rows += [row(place(LORA, 0.1, 0, "validation"))]
+    found = aggregate.points(rows)
+    assert set(found) == {("guardspace", 0.1), ("guardspace", 0.5), ("aligned", 0.1), ("aligned", 0.5)}, "validation cells are not mixed in"
+    point = found["guardspace", 0.1]
+    assert point.rate("refusal") == Rate(6, 8)
+    assert point.transfer("advbench") == Rate(6, 8)
+    assert point.diverged == 1
+    assert point.mean("norm") == 5.0
+    assert found["aligned", 0.5].rate("refusal") == Rate(4, 4)
+    assert aggregate.split_of(rows[-1:]) == "validation"
+
+
+def test_arms_are_compared_on_the_same_prompts_and_seeds():
+    guard = [row(place(GUARD, 0.1, seed, "test"), harmful, task) for seed, harmful, task in ((0, "RRRR", "1111"), (1, "RRRO", "0000"), (2, "RRRR", "1111"))]
+    lora = [row(place(LORA, 0.1, seed, "test"), harmful) for seed, harmful in ((1, "OOOR"), (0, "ROOO"))]
+    found = aggregate.points(guard + lora)
+    pair = aggregate.pairs(found["guardspace", 0.1], found["lora", 0.1])
+    assert (pair.only_first, pair.only_second, pair.n) == (2 * (3 + 3), 2 * (0 + 1), 16), "own and AdvBench's harmful prompts, two shared seeds"
+    task = aggregate.pairs(found["guardspace", 0.1], found["lora", 0.1], "task")
+    assert (task.only_first, task.only_second, task.n) == (2, 2, 8)
+    other = aggregate.points([row(place(LORA, 0.1, 9, "test"))])["lora", 0.1]
+    assert aggregate.pairs(found["guardspace", 0.1], other) is None
+    assert tables.difference(pair) == "+62 (12 : 2, p = 0.013)"
+
+
+def test_a_setting_that_is_no_default_is_named_in_full():
+    chosen = place(replace(GUARD, fraction=0.5), 0.1, 0, "test")
+    found = aggregate.points([row(chosen), row(replace(chosen, load="nf4")), row(replace(chosen, control="random"))])
+    assert [aggregate.label(name) for name, _ in found] == [
+        "GuardSpace (fraction=0.5)",
+        "GuardSpace, 4-bit (fraction=0.5)",
+        "random basis for GuardSpace (fraction=0.5)",
+    ]
+
+
+@pytest.mark.parametrize("wanted", [[], [50.0], [99.0] * 12, [1.0] * 12, [90.0, 89.0, 88.0, 12.0, 2.0, 1.0], [50.0] * 40], ids=str)
+def test_labels_keep_their_distance_and_their_order(wanted):
+    placed = pictures.spread(wanted, 6.0, 0.0, 100.0)
+    gap = min(6.0, 100.0 / max(1, len(wanted) - 1))
+    assert all(a - b >= gap - 1e-9 for a, b in itertools.pairwise(placed))
+    assert all(-1e-9 <= value <= 100 + 1e-9 for value in placed)
+    if len(wanted) == 1:
+        assert placed == wanted
+
+
+def test_no_label_of_the_picture_lies_on_another(tmp_path):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    seen = []
+    found = aggregate.points(grid())
+    real = Figure.savefig
+
+    def look(figure, *args, **options):
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        for axis in figure.axes:
+            seen.append([text.get_window_extent(canvas.get_renderer()) for text in axis.texts if text.get_text() != "before"])
+        return real(figure, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", look)
+        pictures.frontier(found, tmp_path / "frontier.png")
+    assert len(seen) == 4
+    for boxes in seen:
+        assert len(boxes) == 14, "every method but its 4-bit twin and the aligned model has its name"
+        assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+
+
+def test_the_report_is_written_whole_and_again_the_same(tmp_path):
+    write(tmp_path, grid(), torch="2")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- frontier:begin -->\nSTALE\n<!-- frontier:end -->\nafter\n")
+    report.report(tmp_path, readme)
+    text, page = readme.read_text(), (tmp_path / "frontier.html").read_text()
+    assert text.startswith("before\n<!-- frontier:begin -->\n![")
+    assert text.endswith("<!-- frontier:end -->\nafter\n")
+    assert "STALE" not in text
+    assert "| GuardSpace |" in text
+    for name in report.PICTURES:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page.split("<style>")[1].split("base64,")[0], "nothing outside the file is fetched"
+    assert "<p>Nothing of the plan.</p>" in page
+    report.report(tmp_path, readme)
+    assert readme.read_text() == text
+    assert (tmp_path / "frontier.html").read_text() == page
+
+
+def test_a_partial_grid_says_what_is_missing_and_that_validation_is_no_result(tmp_path):
+    cells = [place(METHODS[name], 0.1, 0, "validation") for name in ("aligned", "lora", "guardspace")]
+    write(tmp_path, [row(cell) for cell in cells])
+    report.report(tmp_path, None)
+    page = (tmp_path / "frontier.html").read_text()
+    assert "nothing here is a result" in page
+    assert "<td>random basis for GuardSpace</td><td>12</td>" in page
+    assert "nothing here is a result" in report.section(tmp_path / NAME)
+    assert html.summary(aggregate.points([row(cells[0])]), 0.0) == ["Plain LoRA has not been measured yet: nothing can be compared."]
+
+
+def test_results_that_cannot_be_reported(tmp_path):
+    with pytest.raises(DataError, match=r"Run python -m benchmarks\.frontier"):
+        report.report(tmp_path, None)
+    write(tmp_path, [{"cell": asdict(place(LORA, 0.1, 0, "test")), "diverged": "the loss"}])
+    with pytest.raises(DataError, match="no finite cell"):
+        report.report(tmp_path, None)
+    write(tmp_path, [row(place(LORA, 0.1, 0, "test"))])
+    (tmp_path / "bare.md").write_text("nothing")
+    with pytest.raises(DataError, match="lacks the markers"):
+        report.report(tmp_path, tmp_path / "bare.md")
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_two_judges_stand_side_by_side():
+    cell = place(LORA, 0.1, 0, "test")
+    both = row(cell)
+    assert tables.verdicts_of_judges(aggregate.points([both]), 0.1) is None
+    both["verdicts"]["classifier:x"] = {"harmful": "CCCR"}
+    table = tables.verdicts_of_judges(aggregate.points([both]), 0.1)
+    assert table.headings == ("", "refusal, keyword", "compliance, keyword", "refusal, classifier:x", "compliance, classifier:x")
+    assert [value.split(" [")[0] for value in table.rows[0]] == ["plain LoRA", "50 %", "0 %", "25 %", "75 %"]
+
+
+def test_costs_are_multiples_of_plain_lora():
+    found = aggregate.points(
+        [row(place(LORA, 0.1, 0, "test")), row(place(GUARD, 0.1, 0, "test"), train_cpu_seconds=180.0, setup_cpu_seconds=45.0, added_mib=1800)]
+    )
+    assert pictures.cost(found, "guardspace") == (2.0, 0.5, 2.0)
+    assert pictures.cost(found, "somf") == (None, 0.0, None)
+
+
+def test_the_readme_says_what_the_committed_results_say():
+    if not (RESULTS / NAME).is_file():
+        pytest.skip("no results of the frontier are committed yet")
+    text = report.README.read_text(encoding="utf-8")
+    assert report.section(RESULTS / NAME) in text, "run python -m benchmarks.frontier --report"
+    for name in (*report.PICTURES, "frontier.html"):
+        assert (RESULTS / name).is_file()
+        assert (RESULTS / name).stat().st_size < 3 << 20
