@@ -28,6 +28,8 @@ COLOURS = {
     "somf": "#888888",
 }
 MARKERS = {"": "o", "random": "s", "scaled": "^"}
+TOO_CAREFUL = 0.25
+"""Over-refusal that a label tells of: a method high up in the picture may have learned to refuse everything that looks dangerous."""
 LABEL_GAP = 6.3
 """Percent of the axis between two labels at least."""
 
@@ -85,7 +87,9 @@ def _panel(axis: Any, found: Points, poison: float) -> None:
         if name == "aligned":
             axis.annotate("before", at, (0, -9), textcoords="offset points", fontsize=8, ha="center", va="top")
         elif not hollow and not quantised:
-            labelled.append((at, label(name), tint))
+            over = point.rate("over_refusal")
+            price = f"\nbut refuses {100 * over.value:.0f} % of safe prompts" if over is not None and over.value > TOO_CAREFUL else ""
+            labelled.append((at, label(name) + price, tint))
     _labels(axis, labelled, right + 4)
     axis.set_xlim(-3, right + 4 + 0.52 * (right + 7))
     axis.set_xticks([tick for tick in range(0, 101, 20 if right > 60 else 10) if tick <= right + 2])
@@ -104,7 +108,7 @@ def _labels(axis: Any, labelled: Sequence[tuple[tuple[float, float], str, str]],
     places = spread([at[1] for at, _, _ in order], LABEL_GAP, -2.0, 103.0)
     for (at, text, tint), y in zip(order, places, strict=True):
         axis.plot([at[0], x - 0.5], [at[1], y], color=tint, lw=0.6, alpha=0.55, zorder=0)
-        axis.text(x, y, text, color=tint if tint != COLOURS["safe-lora-soft"] else "#5B8C1A", fontsize=8, va="center", ha="left")
+        axis.text(x, y, text, color=tint if tint != COLOURS["safe-lora-soft"] else "#5B8C1A", fontsize=8, va="center", ha="left", linespacing=0.95)
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

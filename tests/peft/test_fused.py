@@ -37,7 +37,6 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def taken(reference: None, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """One entry a call of a layer: whether it took the fused path."""
     found: list[bool] = []
     original = fused.forward
 
@@ -52,12 +51,6 @@ def taken(reference: None, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def layer_of(model: nn.Module, kind: str = "q_proj") -> Any:
     return next(layer for name, layer in cells.layers_of(model) if name.endswith(kind))
-
-
-def peft_logits(model: nn.Module, **kwargs: Any) -> torch.Tensor:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(fused.SWITCH, "0")
-        return cells.logits(model, **kwargs)
 
 
 @pytest.mark.parametrize("arm", fused_runs.ARMS)
@@ -172,9 +165,7 @@ def test_on_a_cpu_nothing_is_fused_by_default(monkeypatch: pytest.MonkeyPatch) -
     assert all("CPU" in row.reason or "triton is not installed" in row.reason for row in rows)
     assert {row["kind"] for row in fused.summary(rows)} == set(cells.targets(cells.WIDE))
     assert sum(row["modules"] for row in fused.summary(rows)) == 6
-
-
-def test_the_switch_turns_it_off(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFT_SAFETY_BACKEND", "reference")
     monkeypatch.setenv(fused.SWITCH, "0")
     assert {(row.path, row.reason) for row in explain(cells.protected(cells.WIDE))} == {("peft", "PEFT_SAFETY_FUSED=0")}
 
@@ -357,11 +348,14 @@ def test_inputs_of_any_shape(taken: list[bool]) -> None:
     assert any(taken)
 
 
-def test_copies_and_switches_of_adapters(reference: None) -> None:
+def test_copies_and_switches_of_adapters(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = cells.protected(cells.WIDE, "task", trained=True)
     twin = copy.deepcopy(model)
     assert torch.equal(cells.logits(twin), cells.logits(model))
-    torch.testing.assert_close(cells.logits(model), peft_logits(model), rtol=1e-5, atol=1e-5)
+    found = cells.logits(model)
+    monkeypatch.setenv(fused.SWITCH, "0")
+    torch.testing.assert_close(found, cells.logits(model), rtol=1e-5, atol=1e-5)
+    monkeypatch.delenv(fused.SWITCH)
     with model.disable_adapter():
         off = cells.logits(model)
     torch.testing.assert_close(off, cells.logits(cells.base_model(cells.WIDE)), rtol=1e-5, atol=1e-5)
