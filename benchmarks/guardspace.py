@@ -34,15 +34,12 @@ RUNS = Path("runs/frontier")
 
 
 def core() -> Iterator[Cell]:
-    """Stage 1, most informative first: does it hold, against both controls and at every share of poison; then k, the basis, and a look at the rest."""
+    """Stage 1, most informative first: does it hold, against its controls and at every share of poison; then k and the basis."""
     first = Cell()
     yield from (first.without_basis("aligned"), first.without_basis("lora"), first, replace(first, control="random"), replace(first, basis="general"))
     yield from (replace(first, fraction=fraction) for fraction in FRACTIONS[1:])
     for poison in POISONS[1:]:
         yield from (replace(first, poison=poison), replace(first, poison=poison, fraction=1 / 8), replace(first, poison=poison, basis="general"))
-    yield replace(first, poison=0.0).without_basis("lora")
-    yield replace(first, control="random", fraction=1 / 2)
-    yield from (replace(first, positions=positions) for positions in ("prompt", "response"))
 
 
 def rest() -> Iterator[Cell]:
@@ -71,6 +68,7 @@ def limits(setting: Sequence[Any]) -> Iterator[Cell]:
     yield from (replace(chosen, calibration=rows) for rows in CALIBRATIONS[1:])
     yield from (replace(chosen, lr=lr) for lr in (3e-3, 1e-2))
     yield replace(chosen, arm="second", poison=0.0)
+    yield from (replace(chosen, positions=positions) for positions in ("prompt", "response"))
     longer = replace(chosen, epochs=EPOCHS)
     yield from (longer, replace(longer, fraction=1 / 2), replace(longer, basis="general", fraction=1 / 2, positions="all"), longer.without_basis("lora"))
     yield from (replace(chosen, lr=lr).without_basis("lora") for lr in (3e-3, 1e-2))
