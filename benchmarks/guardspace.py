@@ -26,7 +26,7 @@ from benchmarks.frontier.data import further_sets, hashes, resolve
 
 POISONS = (0.1, 0.0, 0.5, 1.0)
 FRACTIONS = (1 / 4, 1 / 8, 1 / 2, 1 / 32)
-EPOCHS = 16
+EPOCHS = (8, 16)
 SEEDS = (0, 1, 2)
 CALIBRATIONS = (64, 16, 128)
 RUNS = Path("runs/frontier")
@@ -69,11 +69,11 @@ def limits(setting: Sequence[Any]) -> Iterator[Cell]:
     yield from (replace(chosen, lr=lr) for lr in (3e-3, 1e-2))
     yield replace(chosen, arm="second", poison=0.0)
     yield from (replace(chosen, positions=positions) for positions in ("prompt", "response"))
-    longer = replace(chosen, epochs=EPOCHS)
-    yield from (longer, replace(longer, fraction=1 / 2), replace(longer, basis="general", fraction=1 / 2, positions="all"), longer.without_basis("lora"))
+    for longer in (replace(chosen, epochs=epochs) for epochs in EPOCHS):
+        yield from (longer, replace(longer, fraction=1 / 2), replace(longer, basis="general", fraction=1 / 2, positions="all"), longer.without_basis("lora"))
     yield from (replace(chosen, lr=lr).without_basis("lora") for lr in (3e-3, 1e-2))
     yield replace(chosen, arm="second")
-    yield from (replace(longer, fraction=fraction) for fraction in (1 / 8, 1 / 32))
+    yield from (replace(chosen, epochs=EPOCHS[-1], fraction=fraction) for fraction in (1 / 8, 1 / 32))
 
 
 def score(rows: Sequence[dict[str, Any]]) -> float:
