@@ -80,7 +80,7 @@ def markdown(environment: dict[str, Any], rows: Sequence[Row]) -> str:
     else:
         lines += ["The setting has not been chosen yet: nothing here is from test prompts.", ""]
     lines += [f"The {len(grid)} cells on validation prompts, among them where it stops: [docs/guardspace.md](docs/guardspace.md).", ""]
-    facts = ", ".join(f"{key} {value}" for key, value in environment.items() if key != "chosen")
+    facts = ", ".join(f"{key} {value}" for key, value in environment.items() if key not in ("chosen", "sets") and value != "")
     caveat = "Keyword judge, a smoke metric; brackets are 95 % intervals over prompts, pooled over seeds."
     return "\n".join([*lines, f"- {caveat}", f"- Environment: {facts}.", "- Written by `python -m benchmarks.guardspace --report`.", ""])
 
@@ -150,7 +150,7 @@ def save_png(rows: Sequence[Row], path: Path) -> Path:
     for row in usual:
         cell = row["cell"]
         if cell["arm"] == "lora" or (_kind(row) == "guard" and cell["positions"] == "all" and cell["calibration"] == 64):
-            name = "plain LoRA" if cell["arm"] == "lora" else f"{cell['basis']}, {cell['fraction']:.3g}"
+            name = f"plain LoRA, {cell['epochs']} epochs" if cell["arm"] == "lora" else f"{cell['basis']}, {cell['fraction']:.3g}, {cell['epochs']} epochs"
             lines.setdefault(name, []).extend(along(row) if row.get("along") else [])
     _draw(left, {name: points for name, points in lines.items() if points}, "optimizer steps")
     sizes: dict[str, list[tuple[float, Row]]] = {}
@@ -167,13 +167,17 @@ def save_png(rows: Sequence[Row], path: Path) -> Path:
 
 
 def _draw(panel: Any, lines: dict[str, list[tuple[float, Row]]], axis: str) -> None:
+    """Lines with 95 % intervals; each is moved by a hair, so that equal figures stay visible."""
+    places = sorted({place for points in lines.values() for place, _ in points})
     for index, (name, points) in enumerate(lines.items()):
         points = sorted(points, key=lambda point: point[0])
-        x, rates = [place for place, _ in points], [row["refusal"] for _, row in points]
-        colour = COLOURS[index % len(COLOURS)]
-        panel.plot(x, [100 * rate["value"] for rate in rates], ("o-", "o--")[index // len(COLOURS) % 2], color=colour, label=name)
-        panel.fill_between(x, [100 * rate["low"] for rate in rates], [100 * rate["high"] for rate in rates], color=colour, alpha=0.12)
+        x, rates = [place * 1.06**index for place, _ in points], [row["refusal"] for _, row in points]
+        bars = [[100 * (rate["value"] - rate["low"]) for rate in rates], [100 * (rate["high"] - rate["value"]) for rate in rates]]
+        style = {"fmt": ("o-", "s--")[index // len(COLOURS) % 2], "color": COLOURS[index % len(COLOURS)], "capsize": 2, "elinewidth": 1}
+        panel.errorbar(x, [100 * rate["value"] for rate in rates], yerr=bars, label=name, **style)
     panel.set_xscale("log", base=2)
+    panel.set_xticks(places, [f"{place:g}" if place >= 1 else f"1/{1 / place:.0f}" for place in places])
+    panel.minorticks_off()
     panel.set_ylim(-3, 103)
     panel.set_xlabel(axis)
     panel.grid(color="0.92")
