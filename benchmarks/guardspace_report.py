@@ -172,7 +172,7 @@ def _draw(panel: Any, lines: dict[str, list[tuple[float, Row]]], axis: str) -> N
     for index, (name, points) in enumerate(lines.items()):
         points = sorted(points, key=lambda point: point[0])
         x, rates = [place * 1.06**index for place, _ in points], [row["refusal"] for _, row in points]
-        bars = [[100 * (rate["value"] - rate["low"]) for rate in rates], [100 * (rate["high"] - rate["value"]) for rate in rates]]
+        bars = [[max(0.0, 100 * (end * (rate[edge] - rate["value"]))) for rate in rates] for end, edge in ((-1, "low"), (1, "high"))]
         style = {"fmt": ("o-", "s--")[index // len(COLOURS) % 2], "color": COLOURS[index % len(COLOURS)], "capsize": 2, "elinewidth": 1}
         panel.errorbar(x, [100 * rate["value"] for rate in rates], yerr=bars, label=name, **style)
     panel.set_xscale("log", base=2)
