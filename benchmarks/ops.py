@@ -62,7 +62,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_title(f"{part}, {mode}", loc="left", fontsize=10)
         axes.set_xlabel("µs")
         axes.invert_yaxis()
-        axes.legend(loc="lower right")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0.1)
     figure.savefig(path, dpi=120)
 
 
