@@ -21,7 +21,7 @@ from benchmarks.common import RESULTS
 from benchmarks.frontier import data, plan, splits
 from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import SECOND, Cell, Protocol, needs
-from benchmarks.frontier.results import keep, stored
+from benchmarks.frontier.results import adopt, keep, stored
 from benchmarks.frontier.run import Outcome, run
 from peft_safety.errors import ConfigError, PeftSafetyError
 
@@ -49,6 +49,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=Protocol.rows, help="of the task, to train on")
     parser.add_argument("--limit", type=int, default=Protocol.limit, help="prompts and task rows of each kind at most")
     parser.add_argument("--second", type=int, default=SECOND, help="rows of the untrained task")
+    parser.add_argument("--adopt", type=Path, metavar="FILE", help="a results file (results/frontier.jsonl) whose cells count as finished here")
     parser.add_argument("--list", action="store_true", help="print the plan and what of it is done")
     parser.add_argument("--report", action="store_true", help="render the results instead of running")
     parser.add_argument("--smoke", action="store_true")
@@ -126,6 +127,8 @@ def work(given: argparse.Namespace) -> int:
     else:
         judges = []
     cache = Cache(given.runs, protocol_of(given, sets, task))
+    if given.adopt is not None:
+        print(f"took {adopt(cache, given.adopt)} cells from {given.adopt}")
     chosen = splits.read(cache)
     cells = plan.plan(methods_of(given, chosen), numbers(given.p, float), [int(seed) for seed in numbers(given.seeds, int)], given.split)
     splits.enforce(cells, chosen)

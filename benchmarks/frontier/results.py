@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,23 @@ def keep(cache: Cache, environment: Mapping[str, Any], out: Path) -> Path:
     lines = [json.dumps({"environment": dict(environment)}), *(json.dumps(row) for row in stored(cache))]
     publish(path, "\n".join(lines) + "\n")
     return path
+
+
+def adopt(cache: Cache, path: Path) -> int:
+    """Take the cells of a results file as finished, where the cache lacks them; how many were taken.
+
+    Raises:
+        DataError: the file was made by another protocol, which it names.
+    """
+    environment, rows = read(path)
+    for name, value in asdict(cache.protocol).items():
+        found = environment.get("model" if name == "aligned" else name)
+        if found != value:
+            raise DataError(f"{path} has {name} {found!r}, this call {value!r}: its cells are not these. Give the options that it was made with.")
+    missing = [row for row in rows if cache.get(cell_of(row)) is None]
+    for row in missing:
+        cache.put(cell_of(row), {name: value for name, value in row.items() if name != "cell"})
+    return len(missing)
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:

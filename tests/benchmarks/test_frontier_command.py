@@ -56,6 +56,11 @@ def test_a_tiny_grid_end_to_end(arguments, tmp_path, capsys):
     assert {tuple(row["transfer"]) for row in rows} == {("reworded", "other_languages")}, "nothing but the package's own prompts"
     assert command.main(["--report", "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "frontier.html").is_file()
+    elsewhere = ["--runs", str(tmp_path / "elsewhere"), "--adopt", str(tmp_path / "out" / NAME)]
+    assert command.main([*arguments, *elsewhere, "--list"]) == 0
+    assert capsys.readouterr().out.count("done") == 7
+    assert command.main([*arguments, *elsewhere, "--limit", "3"]) == 1
+    assert "has limit 2, this call 3" in capsys.readouterr().err
 
 
 @pytest.mark.slow
