@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -16,6 +17,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from peft_safety.errors import DataError
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -87,6 +90,19 @@ def record(name: str, rows: Sequence[Mapping[str, Any]], environment: Mapping[st
     lines = [json.dumps({"environment": dict(environment)}), *(json.dumps(dict(row)) for row in rows)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def with_section(readme: Path, markers: tuple[str, str], section: str) -> str:
+    """The text of a README with `section`, markers included, in the place of what stands between its markers.
+
+    Raises:
+        DataError: it does not have each marker once.
+    """
+    text = readme.read_text(encoding="utf-8")
+    begin, end = markers
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise DataError(f"{readme} lacks the markers {begin} and {end}. Put them where the table belongs.")
+    return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: section, text, flags=re.DOTALL)
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

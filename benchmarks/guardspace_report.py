@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, with_section
 from peft_safety.errors import DataError
 from peft_safety.evaluation.metrics import Rate
 
@@ -193,12 +192,8 @@ def report(results: Path = RESULTS / "guardspace.jsonl", readme: Path = ROOT / "
         DataError: no results, or no markers in the README.
     """
     environment, rows = read(results)
-    text = readme.read_text(encoding="utf-8")
     begin, end = MARKERS
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise DataError(f"{readme} lacks the markers {begin} and {end}. Put them where the table belongs.")
-    section = f"{begin}\n{markdown(environment, rows)}{end}"
-    readme.write_text(re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: section, text, flags=re.DOTALL), encoding="utf-8")
+    readme.write_text(with_section(readme, MARKERS, f"{begin}\n{markdown(environment, rows)}{end}"), encoding="utf-8")
     png.with_suffix(".md").parent.mkdir(parents=True, exist_ok=True)
     png.with_suffix(".md").write_text(grid_page(rows), encoding="utf-8")
     print(f"wrote {save_png(rows, png)} and the section of {readme} ({len(rows)} cells)")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, with_section
 from benchmarks.frontier import pictures, tables
 from benchmarks.frontier.aggregate import missing, points, shares, split_of
 from benchmarks.frontier.cache import publish
@@ -68,17 +67,9 @@ def report(out: Path = RESULTS, readme: Path | None = README) -> None:
     environment, rows = read(out / NAME)
     found = points(rows)
     poison, planned = _headline(found), plan(list(METHODS.values()))
-    text = None if readme is None else _with_section(readme, section(out / NAME))
+    text = None if readme is None else with_section(readme, MARKERS, section(out / NAME))
     paths = [draw(found, out / name) for name, draw in PICTURES.items()]
     publish(out / "frontier.html", page(found, environment, paths, split_of(rows), poison, missing(rows, planned), planned))
     if readme is not None and text is not None:
         publish(readme, text)
     print(f"wrote {out / 'frontier.html'}, {', '.join(path.name for path in paths)}" + (f" and the section of {readme}" if readme else ""))
-
-
-def _with_section(readme: Path, text: str) -> str:
-    old = readme.read_text(encoding="utf-8")
-    begin, end = MARKERS
-    if old.count(begin) != 1 or old.count(end) != 1:
-        raise DataError(f"{readme} lacks the markers {begin} and {end}. Put them where the table belongs.")
-    return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: text, old, flags=re.DOTALL)
