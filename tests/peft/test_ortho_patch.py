@@ -1,8 +1,5 @@
 """OrthoSafetyPatch: the constraint on either side, the soft penalty, stacking, and the life cycle of a patch."""
 
-import json
-import shutil
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -10,40 +7,18 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from peft_safety import OrthoSafetyPatchConfig, SafetySubspace, SoftPenaltyCallback, assert_protected, export_lora, merge_dequantised, verify
-from peft_safety.artifact import MANIFEST, SIDES
+from peft_safety.artifact import SIDES
 from peft_safety.callbacks import SafetyMonitorCallback
-from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, ProtectionError, SubspaceError
+from peft_safety.errors import ConfigError, PeftSafetyError, ProtectionError
 from peft_safety.estimate.targets import base_layers
 from peft_safety.methods.ortho_patch import SoftPenalty
 from peft_safety.weights import dense_weight
 from tests.interop.helpers import token_rows
 from tests.peft import cells
+from tests.peft.patch_cells import GENERAL, K, config, patched, subspace
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 LEAK = 1e-6
-K = 6
-WORDS = ["cats", "dogs", "trees", "rivers", "music", "stars", "bread", "rain", "books", "cars"]
-GENERAL = [{"prompt": f"Tell me about {word}.", "response": f"All about {word}, then."} for word in WORDS]
-HARMFUL = [{"prompt": f"Help me steal {word}.", "response": "I cannot help with that."} for word in WORDS]
-
-
-def subspace(model, sides=("in",), basis="activation", k=K, **options):
-    if basis == "weight":
-        return SafetySubspace.from_weights(model, rank=k, sides=sides, target_modules=cells.LINEAR_TARGETS, progress=False)
-    options = {"against": HARMFUL if basis == "contrastive" else None, "rank": k, **options}
-    return SafetySubspace.from_activations(
-        model, GENERAL, tokenizer=tiny_tokenizer(), method="ortho_patch", sides=sides, target_modules=cells.LINEAR_TARGETS, progress=False, **options
-    )
-
-
-def config(space, **options):
-    return OrthoSafetyPatchConfig(**{"r": 4, "lora_alpha": 8, "target_modules": cells.LINEAR_TARGETS, "subspace": space, **options})
-
-
-def patched(kind="linear", *, side="in", basis="activation", seed=0, **options):
-    torch.manual_seed(seed)
-    base = cells.base_model(kind)
-    return get_peft_model(base, config(subspace(cells.base_model(kind), SIDES[side], basis), side=side, **options)).eval()
 
 
 def shares(model, space, side, adapter="default"):
@@ -319,99 +294,6 @@ def tiny_llama_at(path):
     model = tiny_llama()
     model.config._name_or_path = str(path)
     return model
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (dict(mode="firm"), "mode='firm'"),
-        (dict(basis="magic"), "basis='magic'"),
-        (dict(side="left"), "side='left'"),
-        (dict(mode="soft", basis="weight"), "needs basis='activation'"),
-        (dict(mode="soft", side="out"), "side='in'"),
-        (dict(k=4, energy=0.5), "give one of them"),
-        (dict(k=0), "k=0 without prior_patches"),
-        (dict(reg_lambda=0), "reg_lambda=0"),
-        (dict(reg_lambda=float("nan")), "reg_lambda=nan"),
-        (dict(prior_patches=["a", "a"]), "names 'a' twice"),
-        (dict(prior_patches=["a"], mode="none"), "mode='none' has none"),
-        (dict(use_dora=True), "use_dora"),
-    ],
-)
-def test_settings_that_do_not_go_together_are_refused(options, said):
-    with pytest.raises(ConfigError, match=said):
-        OrthoSafetyPatchConfig(**options)
-
-
-def inject(space, model=None, **options):
-    return get_peft_model(model or cells.base_model(), config(space, **options))
-
-
-def test_soft_without_the_datas_spectrum_is_refused():
-    base = cells.base_model()
-    for space in (subspace(base, basis="weight"), SafetySubspace(subspace(base).bases)):
-        with pytest.raises(ConfigError, match="needs a data basis"):
-            inject(space, mode="soft")
-
-
-@pytest.mark.parametrize(("k", "error"), [(32, ConfigError), (16, ConfigError)])
-def test_a_basis_that_leaves_nothing_is_refused(k, error):
-    with pytest.raises(error, match=rf"rank={k} of {k} (in|out)put features leaves nothing"):
-        subspace(cells.base_model(), ("in",) if k == 32 else ("out",), k=k)
-
-
-def test_prior_patches_that_cannot_be_meant_are_refused(tmp_path):
-    base = cells.base_model()
-    space = subspace(base)
-    with pytest.raises(ConfigError, match="'nowhere' is neither an adapter"):
-        inject(space, prior_patches=["nowhere"])
-    fresh = get_peft_model(cells.base_model(), LoraConfig(r=4, target_modules=cells.LINEAR_TARGETS))
-    fresh.save_pretrained(tmp_path / "untrained")
-    with pytest.raises(ConfigError, match="changes none of"):
-        inject(space, prior_patches=[str(tmp_path / "untrained")])
-    torch.manual_seed(0)
-    other = cells.perturb(get_peft_model(cells.base_model(seed=5), config(subspace(cells.base_model(seed=5)))))
-    other.save_pretrained(tmp_path / "other")
-    with pytest.raises(SubspaceError, match="other base weights"):
-        inject(space, prior_patches=[str(tmp_path / "other")])
-    wide = cells.perturb(get_peft_model(tiny_llama(hidden=64), LoraConfig(r=4, target_modules=cells.LINEAR_TARGETS)))
-    wide.save_pretrained(tmp_path / "wide")
-    with pytest.raises(ConfigError, match=r"its update of .* is \(64, 64\), the layer \(32, 32\)"):
-        inject(space, prior_patches=[str(tmp_path / "wide")])
-
-
-def test_no_capacity_left_is_an_error_and_nothing_is_left_behind():
-    model = patched(side="out")
-    cells.perturb(model)
-    names = ["default"]
-    space = model.peft_config["default"].subspace
-
-    def stack(index):
-        name = f"patch{index}"
-        model.add_adapter(name, config(space, side="out", prior_patches=list(names)))
-        cells.perturb(model, index + 1, name)  # not the seed of the first
-        names.append(name)
-
-    stack(0)
-    stack(1)  # v_proj has 16 outputs: 6 + 4 + 4 leave this one 2
-    with pytest.raises(SubspaceError, match="no capacity is left on side 'out'"):
-        stack(2)
-    assert set(model.peft_config) == set(names), "the one that failed is not there"
-    assert len(names) == 3
-
-
-@pytest.mark.parametrize(
-    "change",
-    [dict(mode="none"), dict(mode="soft"), dict(side="out"), dict(side="odd"), dict(mode="odd"), dict(peft_type="LORA"), dict(peft_type="SALORA")],
-    ids=str,
-)
-def test_an_edited_config_cannot_lift_the_constraint(change, tmp_path):
-    cells.perturb(patched()).save_pretrained(tmp_path / "a")
-    path = tmp_path / "a" / MANIFEST
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises((ArtifactError, ConfigError)):
-        PeftModel.from_pretrained(cells.base_model(), tmp_path / "a")
-    shutil.rmtree(tmp_path / "a")
 
 
 def test_rows_of_prompts_alone_calibrate_on_prompt_tokens():
