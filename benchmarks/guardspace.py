@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.common import record
 from benchmarks.frontier import run as engine
 from benchmarks.frontier.cache import Cache as Finished
-from benchmarks.frontier.cells import SECOND, Cell, Protocol, needs
+from benchmarks.frontier.cells import SECOND, Cell, Protocol, cell_of, needs
 from benchmarks.frontier.data import further_sets, hashes, resolve
 from benchmarks.frontier.splits import score
 
@@ -81,8 +81,8 @@ def choose(done: Sequence[dict[str, Any]]) -> tuple[str, float, str] | None:
     """The best setting among those measured at every share of poison on validation prompts; None while there is none."""
     found: dict[tuple[str, float, str], dict[float, dict[str, Any]]] = {}
     for row in done:
-        cell = Cell(**row["cell"])
-        if replace(cell, poison=0.1, basis="harmful", fraction=1 / 4, positions="all") == Cell():
+        cell = cell_of(row)
+        if "diverged" not in row and replace(cell, poison=0.1, basis="harmful", fraction=1 / 4, positions="all") == Cell():
             found.setdefault(cell.setting, {})[cell.poison] = row
     whole = {setting: list(rows.values()) for setting, rows in found.items() if set(rows) == set(POISONS)}
     return max(whole, key=lambda setting: score(whole[setting])) if whole else None

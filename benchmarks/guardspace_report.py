@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, with_section
-from peft_safety.errors import DataError
+from benchmarks.frontier.results import Row, read
 from peft_safety.evaluation.metrics import Rate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,29 +19,18 @@ ARMS = {
     "guard": "GuardSpace",
     "random": "random basis, equal k",
     "scaled": "plain LoRA at GuardSpace's norm",
+    "second": "GuardSpace, then plain LoRA on its result",
 }
 METRICS = {"refusal": "refusal", "compliance": "compliance", "over_refusal": "over-refusal", "task_accuracy": "accuracy"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555")
-Row = dict[str, Any]
-
-
-def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """Environment and cells.
-
-    Raises:
-        DataError: no such file, or not one of this benchmark.
-    """
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return lines[0]["environment"], [row for row in lines[1:] if row["cell"] and row["refusal"]]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise DataError(f"{path} holds no results of this benchmark ({type(error).__name__}: {error}). Run python -m benchmarks.guardspace.") from error
 
 
 def pooled(rows: Sequence[Row], metric: str) -> str:
     """A rate over all prompts of all seeds; the interval takes them as independent, which prompts repeated over seeds are not quite."""
-    found = [row[metric] for row in rows if row.get(metric)]
-    return str(Rate(sum(rate["k"] for rate in found), sum(rate["n"] for rate in found))) if found else "-"
+    found = [row[metric] for row in rows if metric in row]
+    if not found:
+        return "diverged" if any("diverged" in row for row in rows) else "-"
+    return str(Rate(sum(rate["k"] for rate in found), sum(rate["n"] for rate in found)))
 
 
 def norms(rows: Sequence[Row]) -> str:
@@ -144,7 +132,8 @@ def save_png(rows: Sequence[Row], path: Path) -> Path:
 
     canvas = Figure(figsize=(10, 5), layout="constrained")
     left, right = canvas.subplots(1, 2, sharey=True)
-    usual = [row for row in rows if row["cell"]["split"] == "validation" and row["cell"]["poison"] == 0.1 and row["cell"]["lr"] == 1e-3]
+    finite = [row for row in rows if "refusal" in row]
+    usual = [row for row in finite if row["cell"]["split"] == "validation" and row["cell"]["poison"] == 0.1 and row["cell"]["lr"] == 1e-3]
     lines: dict[str, list[tuple[float, Row]]] = {}
     for row in usual:
         cell = row["cell"]

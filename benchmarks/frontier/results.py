@@ -68,5 +68,5 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
         for row in rows:
             cell_of(row)
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise DataError(f"{path} holds no results of this benchmark ({type(error).__name__}: {error}). Run python -m benchmarks.frontier.") from error
+        raise DataError(f"{path} holds no results ({type(error).__name__}: {error}). Run python -m benchmarks.{path.stem}.") from error
     return environment, rows

@@ -16,8 +16,8 @@ from torch import nn
 from peft_safety.layers import protected_leaves
 from peft_safety.projection import leak
 from tests.peft import cells
+from tests.peft.patch_cells import patched
 from tests.peft.test_guardspace import guarded
-from tests.peft.test_ortho_patch import patched
 
 STEPS = 5
 

@@ -22,7 +22,7 @@ from peft_safety import explain, fused
 from peft_safety.layers import fold_together, protected_leaves
 from peft_safety.projection import leak
 from tests.peft import cells, fused_runs
-from tests.peft.test_ortho_patch import patched
+from tests.peft.patch_cells import patched
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAK = 1e-6

@@ -18,7 +18,7 @@ from peft_safety import SafetySubspace, assert_protected, projection
 from peft_safety.layers import ProtectedLinear, fold_together, folding, protected_leaves
 from peft_safety.projection import Side, leak, orthonormalise
 from tests.peft import cells
-from tests.peft.test_ortho_patch import patched
+from tests.peft.patch_cells import patched
 
 LEAK = 1e-6
 NO_WORK = ("aten.detach.default", "aten._unsafe_view.default", "aten.promote_types.default")

@@ -18,7 +18,7 @@ from peft_safety.errors import ConfigError, LossyMergeError
 from peft_safety.layers import protected_leaves
 from peft_safety.weights import dense_weight
 from tests.peft import cells
-from tests.peft.test_ortho_patch import patched
+from tests.peft.patch_cells import patched
 
 LEAK = 1e-6
 INITS = cells.INITS

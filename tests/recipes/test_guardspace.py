@@ -223,7 +223,7 @@ def test_the_setting_is_chosen_on_validation_prompts_and_then_kept(tmp_path):
 def test_the_report_writes_the_section_and_the_picture(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.common.RESULTS", tmp_path)
     cache = harness.Cache(tmp_path / "runs", harness.Protocol())
-    harness.run(cache, measured, float("inf"))
+    harness.run(cache, lambda cell: {"diverged": "not finite"} if cell.lr == 1e-2 else measured(cell), float("inf"))
     path = harness.record("guardspace", cache.rows(cache.plan()), {"model": "tiny", "chosen": cache.setting()})
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- guardspace:begin -->\nold\n<!-- guardspace:end -->\nafter\n")
@@ -237,6 +237,8 @@ def test_the_report_writes_the_section_and_the_picture(tmp_path, monkeypatch):
     page = (tmp_path / "picture.md").read_text()
     assert "| GuardSpace | harmful, 0.25, all | 0.1 | 1 | 0.001 | 64 |" in page
     assert "| arm | basis, share, positions | 20 | 40 | 80 |" in page
+    assert "| GuardSpace | harmful, 0.25, all | 0.1 | 1 | 0.01 | 64 | diverged | diverged |" in page
+    assert "| GuardSpace, then plain LoRA on its result | harmful, 0.25, all | 0.1 |" in page
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     guardspace_report.report(path, readme, tmp_path / "picture.png")
     assert readme.read_text() == text
@@ -244,7 +246,7 @@ def test_the_report_writes_the_section_and_the_picture(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="lacks the markers"):
         guardspace_report.report(path, tmp_path / "bare.md", tmp_path / "picture.png")
     with pytest.raises(DataError, match=r"Run python -m benchmarks\.guardspace"):
-        guardspace_report.report(tmp_path / "none.jsonl", readme, tmp_path / "picture.png")
+        guardspace_report.report(tmp_path / "none" / "guardspace.jsonl", readme, tmp_path / "picture.png")
 
 
 @pytest.mark.slow
