@@ -57,19 +57,19 @@ def frontier(found: Points, path: Path) -> Path:
     canvas = Figure(figsize=(7.2 * columns, height))
     axes = canvas.subplots(lines, columns, squeeze=False)
     canvas.subplots_adjust(left=0.055 if columns == 2 else 0.09, right=0.985, top=1 - 0.85 / height, bottom=foot / height, hspace=0.24, wspace=0.1)
+    right = max(100 * accuracy.interval[1] for point in found.values() if (accuracy := point.rate("task_accuracy")))
     for index, axis in enumerate(axes.flat):
         if index >= len(panels):
             axis.set_visible(False)
             continue
-        _panel(axis, found, panels[index])
+        _panel(axis, found, panels[index], right)
     _legend(canvas)
     return _saved(canvas, path)
 
 
-def _panel(axis: Any, found: Points, poison: float) -> None:
+def _panel(axis: Any, found: Points, poison: float, right: float) -> None:
     here = {name: point for (name, share), point in found.items() if share == poison and point.rate("refusal") and point.rate("task_accuracy")}
     labelled = []
-    right = max([100 * point.rate("task_accuracy").interval[1] for point in here.values()] or [100.0])  # type: ignore[union-attr]
     for name, point in here.items():
         x, y = point.rate("task_accuracy"), point.rate("refusal")
         if x is None or y is None:
