@@ -212,27 +212,28 @@ def costs(found: Points, path: Path) -> Path:
 
 
 def cost(found: Points, name: str) -> tuple[float | None, float, float | None]:
-    """Seconds of training (median over all shares of poison) and besides it, and memory, as multiples of plain LoRA's. None where there are none.
+    """Seconds of training and besides it, and memory, as multiples of plain LoRA's; None where there are none.
 
-    Besides it: the most that any cell took, since only the first one of a process calibrates. Seconds of processor time where they were taken: other jobs on
-    the machine disturb them less.
+    Training and memory: the median over cells of the ratio to plain LoRA at the same place (share of poison and seed). Besides it: the most that any cell
+    took, since only the first one of a process calibrates. Seconds of processor time where they were taken: other jobs on the machine disturb them less.
     """
-    unit = "cpu_seconds" if _median(found, "lora", "train_cpu_seconds") else "seconds"
-    train, memory = (_median(found, name, key) for key in (f"train_{unit}", "added_mib"))
-    setup = max(_values(found, name, f"setup_{unit}"), default=0.0)
-    base, base_memory = _median(found, "lora", f"train_{unit}"), _median(found, "lora", "added_mib")
-    if not train or not base:
+    unit = "cpu_seconds" if _values(found, "lora", "train_cpu_seconds") else "seconds"
+    train, memory = (_ratio(found, name, key) for key in (f"train_{unit}", "added_mib"))
+    if train is None:
         return None, 0.0, None
-    return train / base, setup / base, memory / base_memory if memory and base_memory else None
+    setup = max(_values(found, name, f"setup_{unit}").values(), default=0.0)
+    return train, setup / statistics.median(_values(found, "lora", f"train_{unit}").values()), memory
 
 
-def _values(found: Points, name: str, key: str) -> list[float]:
-    return [row[key] for (other, _), point in found.items() if other == name for row in point.rows if row.get(key) is not None]
+def _values(found: Points, name: str, key: str) -> dict[tuple[float, int], float]:
+    """By share of poison and seed."""
+    return {(share, row["cell"]["seed"]): row[key] for (other, share), point in found.items() if other == name for row in point.rows if row.get(key)}
 
 
-def _median(found: Points, name: str, key: str) -> float | None:
-    values = _values(found, name, key)
-    return statistics.median(values) if values else None
+def _ratio(found: Points, name: str, key: str) -> float | None:
+    base, own = _values(found, "lora", key), _values(found, name, key)
+    ratios = [value / base[place] for place, value in own.items() if place in base]
+    return statistics.median(ratios) if ratios else None
 
 
 def _saved(canvas: Any, path: Path) -> Path:

@@ -15,7 +15,7 @@ from benchmarks.frontier.results import NAME
 from peft_safety.errors import DataError
 from peft_safety.evaluation import Rate
 
-LORA, GUARD = METHODS["lora"], METHODS["guardspace"]
+LORA, GUARD, SOFT = METHODS["lora"], METHODS["guardspace"], METHODS["safe-lora-soft"]
 
 
 def row(cell: Cell, harmful: str = "RROO", task: str = "1100", **further) -> dict:
@@ -188,6 +188,14 @@ def test_costs_are_multiples_of_plain_lora():
     )
     assert pictures.cost(found, "guardspace") == (2.0, 0.5, 2.0)
     assert pictures.cost(found, "somf") == (None, 0.0, None)
+
+
+def test_training_is_compared_with_plain_lora_at_the_same_place():
+    """A run on a slow machine at one place says nothing about a method that was only run at another."""
+    slow = [row(place(cell, 0.5, 0, "test"), train_cpu_seconds=900.0) for cell in (LORA, GUARD)]
+    found = aggregate.points([row(place(LORA, 0.1, 0, "test")), row(place(SOFT, 0.1, 0, "test")), *slow])
+    assert pictures.cost(found, "guardspace")[0] == 1.0
+    assert pictures.cost(found, "safe-lora-soft")[0] == 1.0
 
 
 def test_the_readme_says_what_the_committed_results_say():
