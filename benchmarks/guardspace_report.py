@@ -53,7 +53,7 @@ def table(rows: Sequence[Row], label: Callable[[Row], tuple[str, ...]], headings
 
 def markdown(environment: dict[str, Any], rows: Sequence[Row]) -> str:
     """The section between the markers."""
-    tests = [row for row in rows if row["cell"]["split"] == "test"]
+    tests = sorted((row for row in rows if row["cell"]["split"] == "test"), key=lambda row: row["cell"]["poison"])
     grid = [row for row in rows if row["cell"]["split"] == "validation"]
     lines = ["![refusal against optimizer steps and against the size of the null space](docs/guardspace.png)", ""]
     if tests:
@@ -62,7 +62,7 @@ def markdown(environment: dict[str, Any], rows: Sequence[Row]) -> str:
             f"Test prompts, once, for the setting chosen on validation prompts: basis {basis!r}, {fraction:g} of the dimensions, {positions} positions.",
             "",
         ]
-        lines += [*table(tests, lambda row: (_arm(row), _poison(row)), ["arm", "poison"]), ""]
+        lines += [*table(tests, lambda row: (_poison(row), _arm(row)), ["poison", "arm"]), ""]
         lines += _transfer(tests)
     else:
         lines += ["The setting has not been chosen yet: nothing here is from test prompts.", ""]

@@ -70,7 +70,7 @@ def headline(found: Points, poison: float) -> Table:
     for name in names(found, controls=False):
         point = found.get((name, poison))
         rates = [_rate(found[name, p].rate("refusal")) if (name, p) in found else NOTHING for p in columns]
-        if name == "aligned":
+        if name.startswith("aligned"):  # no share of poison changes it
             rates = [rates[0], *[""] * (len(columns) - 1)]
         rest = [NOTHING] * 3 if point is None else [_bare(point.rate("task_accuracy")), _bare(point.rate("over_refusal")), _number(point.mean("general_nll"))]
         against = [difference(_against(found, name, kind, poison)) for kind in ("random", "scaled")]

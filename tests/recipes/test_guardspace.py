@@ -232,7 +232,7 @@ def test_the_report_writes_the_section_and_the_picture(tmp_path, monkeypatch):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "| GuardSpace | 0.1 | 50 % [33, 67] |" in text, "three seeds of ten prompts"
+    assert "| 0.1 | GuardSpace | 50 % [33, 67] |" in text, "three seeds of ten prompts"
     assert "advbench" in text
     page = (tmp_path / "picture.md").read_text()
     assert "| GuardSpace | harmful, 0.25, all | 0.1 | 1 | 0.001 | 64 |" in page
