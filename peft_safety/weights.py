@@ -117,6 +117,22 @@ def unpacked(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
+def stay_unpacked(model: nn.Module) -> None:
+    """`unpacked` for good, and those that are packed already come back: no gradient passes through a packed weight, and bitsandbytes says nothing of it.
+
+    One forward in eval mode on a CPU with AVX512-BF16 is enough to pack them: an evaluation, before training or between its epochs.
+    """
+    for layer in model.modules():
+        if not getattr(layer, "support_avx512bf16_for_cpu", False):
+            continue
+        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        weight: Any = layer.weight
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            weight.data, weight.quant_state = _unpacked(weight)
+            layer.quant_state = weight.quant_state
+
+
+@torch.no_grad()
 def merge_survival(layer: nn.Module, delta: Tensor, name: str = "the layer") -> float:
     """Share of an update that a merge into this quantised layer would keep: `<Q(W + dW) - W, dW> / ||dW||^2`; nan for a zero update.
 

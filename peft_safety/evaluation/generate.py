@@ -83,11 +83,14 @@ def generate_text(
 
 @contextmanager
 def inference(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, with the previous mode restored afterwards."""
+    """Evaluation mode, with the previous mode restored afterwards; 4-bit weights stay as they are (see `weights.unpacked`)."""
+    from peft_safety import weights
+
     training = model.training
     model.eval()
     try:
-        yield
+        with weights.unpacked(model):
+            yield
     finally:
         model.train(training)
 

@@ -115,6 +115,7 @@ def finetune(
     from peft import PeftModel
     from transformers import PrinterCallback, Trainer, set_seed
 
+    from peft_safety import weights
     from peft_safety.recipes.distil import distilling_trainer
 
     options = TrainOptions() if options is None else options
@@ -122,6 +123,7 @@ def finetune(
     set_seed(options.seed)
     if peft_config is None and not (isinstance(model, PeftModel) and any(parameter.requires_grad for parameter in model.parameters())):
         raise ConfigError("peft_config=None trains the active adapter on, and nothing of this model trains. Give a config, or load with is_trainable=True.")
+    weights.stay_unpacked(model)
     peft_model = model if peft_config is None else _with_adapter(model, peft_config, adapter_name)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = _arguments(options, scratch, pin_memory=model.device.type == "cuda")

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from peft_safety import weights
 from peft_safety.errors import ConfigError, PeftSafetyError
 
 
@@ -18,6 +19,7 @@ def inject_adapter(original: Callable[..., None], self: Any, model: nn.Module, a
     if not isinstance(config, ProtectedConfig):
         return original(self, model, adapter_name, *args, **kwargs)
     check_ahead(model, config)
+    weights.stay_unpacked(model)
     modules = dict(model.named_modules())
     parameters = [(module, dict(module._parameters)) for module in modules.values()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
