@@ -171,7 +171,7 @@ def _draw(panel: Any, lines: dict[str, list[tuple[float, Row]]], axis: str) -> N
     panel.grid(color="0.92")
     panel.spines[["top", "right"]].set_visible(False)
     if lines:
-        panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=3)
+        panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
 
 
 def report(results: Path = RESULTS / "guardspace.jsonl", readme: Path = ROOT / "README.md", png: Path = ROOT / "docs" / "guardspace.png") -> None:
