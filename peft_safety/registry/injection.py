@@ -19,7 +19,8 @@ def inject_adapter(original: Callable[..., None], self: Any, model: nn.Module, a
     if not isinstance(config, ProtectedConfig):
         return original(self, model, adapter_name, *args, **kwargs)
     check_ahead(model, config)
-    weights.stay_unpacked(model)
+    if not config.inference_mode:
+        weights.stay_unpacked(model)
     modules = dict(model.named_modules())
     parameters = [(module, dict(module._parameters)) for module in modules.values()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
