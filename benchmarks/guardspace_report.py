@@ -180,7 +180,7 @@ def report(results: Path = RESULTS / "guardspace.jsonl", readme: Path = ROOT / "
     Raises:
         DataError: no results, or no markers in the README.
     """
-    environment, rows = read(results)
+    environment, rows = read(results, "guardspace")
     begin, end = MARKERS
     readme.write_text(with_section(readme, MARKERS, f"{begin}\n{markdown(environment, rows)}{end}"), encoding="utf-8")
     png.with_suffix(".md").parent.mkdir(parents=True, exist_ok=True)

@@ -56,8 +56,8 @@ def adopt(cache: Cache, path: Path) -> int:
     return len(missing)
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """Environment and cells.
+def read(path: Path, benchmark: str = "frontier") -> tuple[dict[str, Any], list[Row]]:
+    """Environment and cells of a benchmark.
 
     Raises:
         DataError: no such file, or not one of this benchmark.
@@ -68,5 +68,5 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
         for row in rows:
             cell_of(row)
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise DataError(f"{path} holds no results ({type(error).__name__}: {error}). Run python -m benchmarks.{path.stem}.") from error
+        raise DataError(f"{path} holds no results ({type(error).__name__}: {error}). Run python -m benchmarks.{benchmark}.") from error
     return environment, rows

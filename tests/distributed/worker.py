@@ -1,12 +1,11 @@
 """One rank of a distributed run: trains a protected tiny model and prints, as JSON on rank 0, what its factors leak.
 
-python -m tests.distributed.worker RANK WORLD PORT HOW METHOD
+python -m tests.distributed.worker RANK WORLD FILE HOW METHOD
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 
 import torch
@@ -39,10 +38,9 @@ def train(model: nn.Module, rank: int, world: int) -> None:
         optimizer.zero_grad()
 
 
-def main(rank: int, world: int, port: str, how: str, method: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def main(rank: int, world: int, meeting: str, how: str, method: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     model = build(method)
     inner = model
     if how == "fsdp2":
