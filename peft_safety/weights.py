@@ -92,7 +92,7 @@ def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
 
 def _unpacked(weight: Any) -> tuple[Tensor, Any]:
     """A 4-bit weight in bitsandbytes' usual layout: on CPUs with AVX512-BF16 it repacks weights in place at the first forward in eval mode."""
-    if not getattr(weight.quant_state, "packing_format_for_cpu", False):
+    if not _is_packed(weight):
         return weight.data, weight.quant_state
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
@@ -103,17 +103,26 @@ def _unpacked(weight: Any) -> tuple[Tensor, Any]:
     return data, state
 
 
+def _is_packed(weight: Any) -> bool:
+    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
+
+
+def _repacking(model: nn.Module) -> list[Any]:
+    """The layers whose 4-bit weights bitsandbytes may repack."""
+    return [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+
+
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
-    """Keep bitsandbytes from repacking 4-bit weights (see `_unpacked`): a calibration pass must not touch them."""
-    layers = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    """Keep bitsandbytes from repacking 4-bit weights (see `_unpacked`): a calibration or an evaluation must not touch them."""
+    layers = _repacking(model)
     for layer in layers:
-        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        layer.support_avx512bf16_for_cpu = False
     try:
         yield
     finally:
         for layer in layers:
-            layer.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+            layer.support_avx512bf16_for_cpu = True
 
 
 @torch.no_grad()
@@ -122,14 +131,11 @@ def stay_unpacked(model: nn.Module) -> None:
 
     One forward in eval mode on a CPU with AVX512-BF16 is enough to pack them: an evaluation, before training or between its epochs.
     """
-    for layer in model.modules():
-        if not getattr(layer, "support_avx512bf16_for_cpu", False):
-            continue
-        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        weight: Any = layer.weight
-        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-            weight.data, weight.quant_state = _unpacked(weight)
-            layer.quant_state = weight.quant_state
+    for layer in _repacking(model):
+        layer.support_avx512bf16_for_cpu = False
+        if _is_packed(layer.weight):
+            layer.weight.data, layer.weight.quant_state = _unpacked(layer.weight)
+            layer.quant_state = layer.weight.quant_state
 
 
 @torch.no_grad()
