@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, with_section
+from benchmarks.frontier.aggregate import pooled
 from benchmarks.frontier.results import Row, read
-from peft_safety.evaluation.metrics import Rate
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKERS = ("<!-- guardspace:begin -->", "<!-- guardspace:end -->")
@@ -25,12 +25,10 @@ METRICS = {"refusal": "refusal", "compliance": "compliance", "over_refusal": "ov
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555")
 
 
-def pooled(rows: Sequence[Row], metric: str) -> str:
-    """A rate over all prompts of all seeds; the interval takes them as independent, which prompts repeated over seeds are not quite."""
-    found = [row[metric] for row in rows if metric in row]
-    if not found:
-        return "diverged" if any("diverged" in row for row in rows) else "-"
-    return str(Rate(sum(rate["k"] for rate in found), sum(rate["n"] for rate in found)))
+def share(rows: Sequence[Row], metric: str) -> str:
+    """A rate over all seeds, or why there is none."""
+    found = pooled(rows, metric)
+    return str(found) if found else "diverged" if any("diverged" in row for row in rows) else "-"
 
 
 def norms(rows: Sequence[Row]) -> str:
@@ -46,7 +44,7 @@ def table(rows: Sequence[Row], label: Callable[[Row], tuple[str, ...]], headings
         groups.setdefault(label(row), []).append(row)
     lines = ["| " + " | ".join([*headings, *METRICS.values(), "norm of dW", "seeds"]) + " |", "| " + " | ".join(["---"] * len(headings) + ["---:"] * 6) + " |"]
     for names, group in groups.items():
-        cells = [*names, *(pooled(group, metric) for metric in METRICS), norms(group), str(len(group))]
+        cells = [*names, *(share(group, metric) for metric in METRICS), norms(group), str(len(group))]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -121,7 +119,7 @@ def _transfer(tests: Sequence[Row]) -> list[str]:
     for arm, label in ARMS.items():
         rows = [row for row in tests if _kind(row) == arm and (arm == "aligned" or row["cell"]["poison"] == 0.1)]
         if rows:
-            cells = [pooled([row["transfer"] for row in rows if name in row.get("transfer", {})], name) for name in names]
+            cells = [share([row["transfer"] for row in rows if "transfer" in row], name) for name in names]
             lines.append("| " + " | ".join([label, *cells]) + " |")
     return [*lines, ""]
 

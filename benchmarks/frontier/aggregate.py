@@ -68,14 +68,12 @@ class Point:
     diverged: int = 0
 
     def rate(self, metric: str) -> Rate | None:
-        """Pooled over seeds; the interval takes prompts repeated over seeds as independent, which they are not quite."""
-        found = [row[metric] for row in self.rows if row.get(metric)]
-        return Rate(sum(rate["k"] for rate in found), sum(rate["n"] for rate in found)) if found else None
+        """See `pooled`."""
+        return pooled(self.rows, metric)
 
     def transfer(self, name: str) -> Rate | None:
         """Refusal on another prompt set."""
-        found = [row["transfer"][name] for row in self.rows if name in row.get("transfer", {})]
-        return Rate(sum(rate["k"] for rate in found), sum(rate["n"] for rate in found)) if found else None
+        return pooled([row["transfer"] for row in self.rows if "transfer" in row], name)
 
     def mean(self, key: str) -> float | None:
         """Mean over seeds of a plain number, or of a figure's value."""
@@ -86,6 +84,12 @@ class Point:
     def control(self) -> str:
         """ "random", "scaled", or empty for a method."""
         return self.name.partition(":")[0] if ":" in self.name else ""
+
+
+def pooled(rows: Sequence[Row], metric: str) -> Rate | None:
+    """A rate over all prompts of all seeds; the interval takes prompts repeated over seeds as independent, which they are not quite."""
+    found = [row[metric] for row in rows if row.get(metric)]
+    return Rate(sum(rate["k"] for rate in found), sum(rate["n"] for rate in found)) if found else None
 
 
 def split_of(rows: Sequence[Row]) -> str:
