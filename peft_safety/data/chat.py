@@ -1,17 +1,21 @@
-"""From rows to tokens: the model's own chat template, with a loss on the assistant's tokens only."""
+"""From rows to tokens: the model's own chat template, with a loss on what the assistant says only."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from peft_safety.data.labels import label_mask
+from peft_safety.data.templates import Chat, Message, plain_messages, read_tools
 from peft_safety.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
+__all__ = ["IGNORE_INDEX", "Collator", "Message", "Row", "encode", "encode_each", "encode_prompts", "encode_row", "encode_rows", "is_prompt_only"]
+
 Row = Mapping[str, Any]
+Feature = dict[str, Any]
 IGNORE_INDEX = -100
 """The label that torch's cross entropy skips."""
 SHAPES = '{"prompt", "response"}, {"text", "label"} or {"messages": [{"role", "content"}, ...]}'
@@ -31,112 +35,176 @@ def to_messages(row: Row, labels: Sequence[str] = ()) -> list[Message]:
     """A row of any accepted kind as chat messages that end with the assistant's turn.
 
     Args:
-        row: {prompt, response}, {text, label} or {messages}.
+        row: {prompt, response}, {prompt, completion}, {text, label} or {messages}. A prompt or an answer is a string (one turn) or a list of turns.
         labels: every label of the data set; needed for {text, label}.
 
     Raises:
-        DataError: a row of no accepted kind, or one whose last turn is not a non-empty assistant turn.
+        DataError: a row of no accepted kind, or one whose last turn is not an assistant turn that says or calls something.
     """
-    if "messages" in row:
-        messages = [dict(message) for message in row["messages"]]
-    elif "prompt" in row and "response" in row:
-        messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
-    elif "text" in row and "label" in row:
-        messages = [{"role": "user", "content": classification_prompt(row["text"], labels)}, {"role": "assistant", "content": row["label"]}]
-    else:
-        raise DataError(f"a row has fields {sorted(row)}. Accepted: {SHAPES}.")
-    for message in messages:
-        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise DataError(f"a message has {message!r}. Each message needs a string 'role' and a string 'content'.")
-    if not messages or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        raise DataError(f"the last turn of a row must be a non-empty assistant turn to train on. The row has fields {sorted(row)}; accepted: {SHAPES}.")
-    return messages
+    prompt, answer = _sides(row, labels)
+    return prompt + answer
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
     """`messages` by the model's chat template, up to and including the header of the assistant's next turn."""
-    return _render(tokenizer, messages, add_generation_prompt=True)
+    return Chat(tokenizer).text(plain_messages(messages), header=True)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_length: int, end_of_turn: bool = True) -> dict[str, list[int]]:
-    """Tokens and labels of one conversation.
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    max_length: int,
+    end_of_turn: bool = True,
+    tools: Sequence[Any] | None = None,
+) -> dict[str, list[int]]:
+    """Tokens and labels of one conversation: those that TRL's SFTTrainer gives.
 
-    A label is the token itself for what the assistant says, end-of-turn token included, and -100 elsewhere; white space that a template puts
-    after the end of a turn belongs to no turn.
+    A label is the token itself for what the assistant says, with the end-of-turn token and the white space that the template writes after it, and
+    -100 elsewhere. Where the only answer is the last turn, it is labelled as TRL's prompt/completion rows are; where there are several, all are, as by
+    TRL's assistant-only loss.
 
     Args:
-        messages: ends with an assistant turn; every assistant turn is labelled.
-        max_length: tokens kept, from the left.
-        end_of_turn: False leaves the end-of-turn token of the last turn unlabelled, for a response that was cut off.
+        messages: ends with an assistant turn.
+        max_length: tokens kept, from the left; a label past them is lost.
+        end_of_turn: False leaves what follows the last turn's text unlabelled, for a response that was cut off.
+        tools: JSON schemas of the tools that the assistant may call.
 
     Returns:
         `input_ids`, `attention_mask` and `labels`, lists of equal length.
 
     Raises:
-        DataError: no chat template, or one that rewrites earlier turns (then train on the last turn's own prompt instead).
+        DataError: no chat template, one that refuses these turns, leaves one out, or rewrites earlier ones (then train on the last turn's own prompt).
     """
-    text = _render(tokenizer, messages, add_generation_prompt=False)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        header = render_prompt(tokenizer, messages[:index])
-        turn = _render(tokenizer, messages[: index + 1], add_generation_prompt=False).rstrip()
-        if not turn.startswith(header) or not text.startswith(turn):
-            raise DataError(f"the chat template rewrites turn {index} once later turns follow. Give each assistant turn as its own prompt/response row.")
-        spans.append((len(header), len(turn)))
-    if not end_of_turn:
-        begin, content = spans[-1][0], messages[-1]["content"].strip()
-        spans[-1] = (begin, text.index(content, begin) + len(content))
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=True, max_length=max_length)
-    ids = list(tokens["input_ids"])
-    labels = [
-        token if any(start <= left and right <= end for start, end in spans) else IGNORE_INDEX
-        for token, (left, right) in zip(ids, tokens["offset_mapping"], strict=True)
-    ]
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+    turns = _answered(plain_messages(messages))
+    answers = [index for index, message in enumerate(turns) if message["role"] == "assistant"]
+    single = len(answers) == 1 and answers[0] > 0
+    return _encode(Chat(tokenizer, tools), turns, answers[0] if single else None, max_length, end_of_turn)
 
 
-def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, labels: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """`encode` every row; a row with `"truncated": True` gets no end-of-turn label, and `"distil": True` is passed on.
+def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, labels: Sequence[str] = ()) -> Feature:
+    """`encode` for a row of any accepted kind, with its `tools`, `chat_template_kwargs`, `truncated` and `distil` columns where it has them.
+
+    {prompt, response} rows are labelled after their prompt, as TRL's {prompt, completion} rows of turns are; every assistant turn of a {messages} row is
+    labelled, as by TRL's assistant-only loss.
+    """
+    options = row.get("chat_template_kwargs") or {}
+    if not isinstance(options, Mapping):
+        raise DataError(f"'chat_template_kwargs' is a {type(options).__name__}. Give a mapping of template variables.")
+    prompt, answer = _sides(row, labels)
+    chat = Chat(tokenizer, read_tools(row.get("tools")), {key: value for key, value in options.items() if value is not None})
+    turns = None if row.get("messages") is not None else len(prompt)
+    feature: Feature = _encode(chat, prompt + answer, turns, max_length, end_of_turn=not row.get("truncated", False))
+    return feature | {"distil": True} if row.get("distil") else feature
+
+
+def encode_each(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, labels: Sequence[str] | None = None) -> list[Feature | None]:
+    """`encode_row` for every row, in their order: None for a row whose answer lies past `max_length`, where no label is left.
+
+    Raises:
+        DataError: no rows, or a malformed row (its index is named).
+    """
+    if not len(rows):
+        raise DataError(f"no rows to encode. Give at least one of {SHAPES}.")
+    labels = label_names(rows) if labels is None else labels
+    features: list[Feature | None] = []
+    for index, row in enumerate(rows):
+        try:
+            feature = encode_row(tokenizer, row, max_length, labels)
+        except DataError as error:
+            raise DataError(f"row {index}: {error}") from error
+        features.append(feature if has_labels(feature) else None)
+    return features
+
+
+def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, labels: Sequence[str] | None = None) -> list[Feature]:
+    """`encode_row` for every row; a row with `"truncated": True` gets no end-of-turn label, and `"distil": True` is passed on.
 
     Args:
         labels: the labels of a classification task; None takes those of `rows`.
 
     Returns:
-        One feature dict a row. Rows whose response lies past `max_length` are left out, with a warning that counts them.
+        One feature dict a row that is kept. Rows whose answer lies past `max_length` are left out, as TRL does, with one warning that counts and names
+        them. `encode_each` keeps their places.
 
     Raises:
         DataError: no rows, a malformed row (its index is named), or no row with a response token inside `max_length`.
     """
     import warnings
 
-    if not rows:
-        raise DataError(f"no rows to encode. Give at least one of {SHAPES}.")
-    labels = label_names(rows) if labels is None else labels
-    features = []
-    for index, row in enumerate(rows):
-        try:
-            feature: dict[str, Any] = encode(tokenizer, to_messages(row, labels), max_length, end_of_turn=not row.get("truncated", False))
-            features.append(feature | {"distil": True} if row.get("distil") else feature)
-        except DataError as error:
-            raise DataError(f"row {index}: {error}") from error
-    kept = [feature for feature in features if any(label != IGNORE_INDEX for label in feature["labels"])]
+    found = encode_each(tokenizer, rows, max_length, labels)
+    kept = [feature for feature in found if feature is not None]
     if not kept:
         raise DataError(f"no row has a response token within max_length = {max_length} tokens. Raise max_length.")
-    if len(kept) < len(rows):
-        warnings.warn(f"{len(rows) - len(kept)} of {len(rows)} rows have no response token within {max_length} tokens and are left out", stacklevel=2)
+    lost = [index for index, feature in enumerate(found) if feature is None]
+    if lost:
+        named = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
+        warnings.warn(f"{len(lost)} of {len(found)} rows have no response token within {max_length} tokens and are left out: rows {named}", stacklevel=2)
     return kept
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int) -> list[dict[str, list[int]]]:
-    """Rows of a "prompt" alone, up to and including the header of the answer, as `encode` would give them: no position has a label."""
+    """Rows of a "prompt" alone, up to and including the header of the answer, as `encode` would give them: no position has a label.
+
+    Raises:
+        DataError: a prompt that is neither a string nor a list of turns, or that the template refuses (the row is named).
+    """
     features = []
-    for row in rows:
-        text = render_prompt(tokenizer, [{"role": "user", "content": str(row["prompt"])}])
-        ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=max_length)["input_ids"]
-        features.append({"input_ids": list(ids), "attention_mask": [1] * len(ids), "labels": [IGNORE_INDEX] * len(ids)})
+    for index, row in enumerate(rows):
+        try:
+            chat = Chat(tokenizer, read_tools(row.get("tools")))
+            ids = chat.ids(chat.text(_turns(row["prompt"], "user"), header=True))[:max_length]
+        except DataError as error:
+            raise DataError(f"row {index}: {error}") from error
+        features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORE_INDEX] * len(ids)})
     return features
+
+
+def is_prompt_only(row: Row) -> bool:
+    """Whether a row asks and has no answer."""
+    fields = ("prompt", "response", "completion", "messages", "text")
+    return [key for key in fields if row.get(key) is not None] == ["prompt"]
+
+
+def has_labels(feature: Mapping[str, Any]) -> bool:
+    """Whether any token of a feature is trained on."""
+    return any(label != IGNORE_INDEX for label in feature["labels"])
+
+
+def _encode(chat: Chat, messages: list[Message], prompt_turns: int | None, max_length: int, end_of_turn: bool) -> dict[str, list[int]]:
+    if max_length < 1:
+        raise DataError(f"max_length = {max_length} keeps no token. Give at least 1.")
+    ids, mask = label_mask(chat, messages, prompt_turns, end_of_turn)
+    labels = [token if labelled else IGNORE_INDEX for token, labelled in zip(ids, mask, strict=True)][:max_length]
+    return {"input_ids": ids[:max_length], "attention_mask": [1] * len(labels), "labels": labels}
+
+
+def _sides(row: Row, labels: Sequence[str]) -> tuple[list[Message], list[Message]]:
+    """What is asked and what is answered; a {messages} row is all answer."""
+    given = {key for key, value in row.items() if value is not None}  # a data set of several kinds of rows fills up with None
+    answer = next((key for key in ("response", "completion") if key in given), None)
+    if "messages" in given:
+        prompt, answered = [], plain_messages(row["messages"])
+    elif "prompt" in given and answer:
+        prompt, answered = _turns(row["prompt"], "user"), _turns(row[answer], "assistant")
+    elif {"text", "label"} <= given:
+        prompt, answered = _turns(classification_prompt(row["text"], labels), "user"), _turns(row["label"], "assistant")
+    else:
+        raise DataError(f"a row has fields {sorted(map(str, row))}. Accepted: {SHAPES}.")
+    return prompt, _answered(answered)
+
+
+def _turns(given: Any, role: str) -> list[Message]:
+    return plain_messages([{"role": role, "content": given}] if isinstance(given, str) else given)
+
+
+def _answered(messages: list[Message]) -> list[Message]:
+    last = messages[-1] if messages else {}
+    if last.get("role") != "assistant" or not (str(last.get("content", "")).strip() or last.get("tool_calls")):
+        raise DataError(
+            f"the last turn of a row must be a non-empty assistant turn to train on, and the turns are {[turn['role'] for turn in messages]}. "
+            f"Accepted rows: {SHAPES}."
+        )
+    return messages
 
 
 class Collator:
@@ -180,15 +248,3 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if found is None:
         raise DataError("the tokenizer has neither a pad nor an end-of-sequence token. Set tokenizer.pad_token.")
     return int(found)
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    if not tokenizer.chat_template:
-        raise DataError("the tokenizer has no chat template. Use an instruct model, or set tokenizer.chat_template.")
-    from jinja2 import TemplateError
-
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt))
-    except TemplateError as error:
-        roles = [message["role"] for message in messages]
-        raise DataError(f"the chat template refuses turns {roles}: {error}. Start with a user turn and alternate user and assistant.") from error

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_safety import weights
-from peft_safety.data.chat import IGNORE_INDEX, Collator, encode_prompts, encode_rows
+from peft_safety.data.chat import IGNORE_INDEX, Collator, encode_prompts, encode_rows, is_prompt_only
 from peft_safety.errors import CalibrationError
 
 Batch = Mapping[str, Tensor]
@@ -185,8 +185,8 @@ def to_batches(data: Sequence[Mapping[str, Any]], tokenizer: Any, *, batch_size:
     else:
         if tokenizer is None:
             raise CalibrationError("rows of text need tokenizer=. Pass the model's tokenizer, or tokenised batches with labels.")
-        bare = [row for row in data if set(row) & {"prompt", "response", "messages", "text"} == {"prompt"}]
-        full = [row for row in data if set(row) & {"prompt", "response", "messages", "text"} != {"prompt"}]
+        bare = [row for row in data if is_prompt_only(row)]
+        full = [row for row in data if not is_prompt_only(row)]
         encoded = encode_prompts(tokenizer, bare, max_length) + (encode_rows(tokenizer, full, max_length) if full else [])
         features = sorted(encoded, key=lambda f: len(f["input_ids"]))
         collate = Collator(tokenizer)

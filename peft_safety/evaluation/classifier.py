@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from peft_safety.data.chat import render_prompt
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.evaluation.judges import Verdict
 
@@ -116,7 +117,7 @@ class ClassifierJudge:
         if self.template is not None:
             return self.template.format(prompt=prompt, response=response)
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        return render_prompt(self.tokenizer, turns)
 
     def _cut(self, response: str) -> str:
         tokens = self.tokenizer(response, add_special_tokens=False)["input_ids"]

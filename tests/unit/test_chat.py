@@ -22,7 +22,7 @@ def turns(*contents):
 
 def test_the_loss_covers_exactly_the_response_and_its_end_of_turn():
     feature = encode(tokenizer, turns("hi", "hello there"), 200)
-    assert labelled_text(feature) == "hello there<|im_end|>"
+    assert labelled_text(feature) == "hello there<|im_end|>\n"
     kept = [index for index, label in enumerate(feature["labels"]) if label != IGNORE_INDEX]
     assert kept == list(range(kept[0], kept[-1] + 1))
     assert [feature["input_ids"][index] for index in kept] == [feature["labels"][index] for index in kept]
@@ -30,7 +30,7 @@ def test_the_loss_covers_exactly_the_response_and_its_end_of_turn():
 
 def test_a_response_that_repeats_the_prompt_is_found_at_its_own_place():
     feature = encode(tokenizer, turns("same words", "same words"), 200)
-    assert labelled_text(feature) == "same words<|im_end|>"
+    assert labelled_text(feature) == "same words<|im_end|>\n"
     assert feature["labels"][: len(feature["labels"]) // 2] == [IGNORE_INDEX] * (len(feature["labels"]) // 2)
 
 
@@ -39,11 +39,11 @@ def test_a_cut_off_response_is_not_taught_to_end():
 
 
 def test_every_assistant_turn_counts_in_a_longer_conversation():
-    assert labelled_text(encode(tokenizer, turns("a", "one", "b", "two"), 200)) == "one<|im_end|>two<|im_end|>"
+    assert labelled_text(encode(tokenizer, turns("a", "one", "b", "two"), 200)) == "one<|im_end|>\ntwo<|im_end|>\n"
 
 
 def test_multi_byte_characters():
-    assert labelled_text(encode(tokenizer, turns("h\u00e9", "\u00e9t\u00e9 \U0001f600"), 200)) == "\u00e9t\u00e9 \U0001f600<|im_end|>"
+    assert labelled_text(encode(tokenizer, turns("h\u00e9", "\u00e9t\u00e9 \U0001f600"), 200)) == "\u00e9t\u00e9 \U0001f600<|im_end|>\n"
 
 
 def test_three_kinds_of_rows():

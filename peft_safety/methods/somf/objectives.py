@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_safety.data import preference_pairs, refusal_pairs
-from peft_safety.data.chat import IGNORE_INDEX, Collator, Row, encode, encode_rows, to_messages
+from peft_safety.data.chat import IGNORE_INDEX, Collator, Row, encode_row, encode_rows, has_labels
 from peft_safety.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ def features_of(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, objecti
         if not all(isinstance(row.get(key), str) and row[key].strip() for key in ("prompt", "chosen", "rejected")):
             raise DataError(f'row {index}: DPO needs {{"prompt", "chosen", "rejected"}}, each a non-empty string. The row has {sorted(row)}.')
         sides = {
-            side: encode(tokenizer, to_messages({"prompt": row["prompt"], "response": row[side]}), max_length, end_of_turn=not row.get("truncated", False))
+            side: encode_row(tokenizer, {"prompt": row["prompt"], "response": row[side], "truncated": row.get("truncated")}, max_length)
             for side in ("chosen", "rejected")
         }
-        if all(any(label != IGNORE_INDEX for label in side["labels"]) for side in sides.values()):
+        if all(map(has_labels, sides.values())):
             found.append(sides)
     if not found:
         raise DataError(f"no preference pair has both responses within max_length = {max_length} tokens. Raise max_length.")

@@ -1,0 +1,122 @@
+"""Which tokens of a conversation the model is trained to say: those that TRL's SFTTrainer labels.
+
+A prompt with its answer is labelled as TRL's prompt/completion rows are: from the first token that differs from the prompt's own tokens to the end,
+so that a token which joins the header's last space with the answer counts. Conversations of several answers are labelled as TRL's assistant-only
+loss does, by the template's own marks; for templates without them each answer is what its turn adds to the turns before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+from peft_safety.data.templates import Chat, Message, roles
+from peft_safety.errors import DataError
+
+SPLIT = "Give each assistant turn as its own prompt/response row"
+
+
+def label_mask(chat: Chat, messages: Sequence[Message], prompt_turns: int | None, end_of_turn: bool) -> tuple[list[int], list[bool]]:
+    """Tokens of `messages`, and which of them have a label.
+
+    Args:
+        prompt_turns: turns at the head that are asked; all after them is answered. None labels each assistant turn.
+        end_of_turn: False leaves what follows the last turn's content unlabelled.
+
+    Raises:
+        DataError: the template refuses the turns, leaves one out, or rewrites what was asked once the answer is there.
+    """
+    if prompt_turns is None and (marked := chat.training()) is not None:
+        chat = marked
+        ids, marks = chat.marked(messages)
+        mask = [bool(mark) for mark in marks]
+        if not any(mask):
+            raise DataError("the chat template marks no token of the assistant. Mend its {% generation %} blocks, or take them out.")
+    else:
+        text = chat.text(messages)
+        ids = chat.ids(text)
+        mask = [False] * len(ids)
+        for start, end in _spans(chat, messages, text, ids, prompt_turns):
+            mask[start:end] = [True] * (end - start)
+    _nothing_left_out(chat, messages)
+    if not end_of_turn:
+        end = _shared(chat.ids(chat.text(messages, cut=True)), ids)
+        mask[end:] = [False] * (len(ids) - end)
+    return ids, mask
+
+
+def _spans(chat: Chat, messages: Sequence[Message], text: str, ids: list[int], prompt_turns: int | None) -> list[tuple[int, int]]:
+    if prompt_turns is not None:
+        return [(_start(chat, messages, prompt_turns, text, ids), len(ids))]
+    return [
+        (_start(chat, messages, index, text, ids), _end(chat, messages, index, text, ids))
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+
+
+def _start(chat: Chat, messages: Sequence[Message], turn: int, text: str, ids: list[int]) -> int:
+    """The first token of the answer that turn `turn` begins."""
+    asked = chat.text(messages[:turn], header=True) if turn else _opening(chat, messages, text)
+    tokens = chat.ids(asked)
+    start = _shared(tokens, ids)
+    # The end of the header may differ, as where a template opens a thought in it. What was said before it may not.
+    if not text.startswith(asked) and start < _shared(tokens, chat.ids(chat.text(messages[:turn]))):
+        raise DataError(f"the chat template rewrites turns {roles(messages[:turn])} once turn {turn} follows. {SPLIT}.")
+    return start
+
+
+def _end(chat: Chat, messages: Sequence[Message], turn: int, text: str, ids: list[int]) -> int:
+    """One past the last token of turn `turn`, with what ends a turn."""
+    if turn == len(messages) - 1:
+        return len(ids)
+    said = chat.text(messages[: turn + 1])
+    end = str(chat.tokenizer.eos_token or "")
+    if not text.startswith(said) and end and said.endswith(end):  # a template may end the conversation, beside its last turn
+        said = said[: -len(end)]
+        if said.rstrip().endswith(str(messages[turn].get("content", "")).strip()):
+            said += end  # what ended the turn, rather
+    if not text.startswith(said):
+        raise DataError(
+            f"the chat template rewrites turn {turn} once later turns follow. {SPLIT}, or use a template with {{% generation %}} blocks "
+            "(TRL has them for common models: install it)."
+        )
+    return _shared(chat.ids(said), ids)
+
+
+def _opening(chat: Chat, messages: Sequence[Message], text: str) -> str:
+    """What comes before the answer of a conversation that the assistant opens: no template renders a prompt of no turns."""
+    first = list(messages[:1])
+    with_header, without = chat.text(first, header=True), chat.text(first)
+    header = with_header[_shared(with_header, without) :]
+    said = len(without)
+    if first[0].get("content"):
+        said = _shared(text, chat.text([_changed(first[0]), *messages[1:]]))
+    at = text.rfind(header, 0, said)
+    if not header.strip() or at < 0:
+        raise DataError("the chat template shows no header before the assistant's first turn. Start with a user turn.")
+    return text[: at + len(header)]
+
+
+def _nothing_left_out(chat: Chat, messages: Sequence[Message]) -> None:
+    """Templates may drop a turn in silence: a system prompt they have no place for, or text where they expect parts."""
+    text, said = chat.text(messages), [message.get("content", "") for message in messages]
+    for index, message in enumerate(messages):
+        content = said[index].strip()
+        if content and text.count(content) < sum(other.count(content) for other in said):
+            changed = message | {"content": f"{message['content']}x"}
+            if chat.text([*messages[:index], changed, *messages[index + 1 :]]) == text:
+                raise DataError(
+                    f"the chat template leaves out turn {index} ({message['role']}). Put its text into a turn that the template renders, or mend the template."
+                )
+
+
+def _changed(message: Message) -> Message:
+    """The same turn with a content that differs from its first character on."""
+    content = message["content"].lstrip()
+    return message | {"content": ("b" if content.startswith("a") else "a") + content}
+
+
+def _shared(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many items two sequences begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
