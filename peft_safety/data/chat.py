@@ -85,7 +85,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, la
     """`encode` for a row of any accepted kind, with its `tools`, `chat_template_kwargs`, `truncated` and `distil` columns where it has them.
 
     {prompt, response} rows are labelled after their prompt, as TRL's {prompt, completion} rows of turns are; every assistant turn of a {messages} row is
-    labelled, as by TRL's assistant-only loss.
+    labelled, as by TRL's assistant-only loss. Strings are turns here too: the chat template is what the model is asked with.
     """
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, Mapping):

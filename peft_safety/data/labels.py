@@ -99,16 +99,25 @@ def _opening(chat: Chat, messages: Sequence[Message], text: str) -> str:
 
 
 def _nothing_left_out(chat: Chat, messages: Sequence[Message]) -> None:
-    """Templates may drop a turn in silence: a system prompt they have no place for, or text where they expect parts."""
+    """Templates may drop in silence what they have no place for: a system prompt, a tool call, text where they expect parts."""
     text, said = chat.text(messages), [message.get("content", "") for message in messages]
     for index, message in enumerate(messages):
         content = said[index].strip()
         if content and text.count(content) < sum(other.count(content) for other in said):
-            changed = message | {"content": f"{message['content']}x"}
-            if chat.text([*messages[:index], changed, *messages[index + 1 :]]) == text:
-                raise DataError(
-                    f"the chat template leaves out turn {index} ({message['role']}). Put its text into a turn that the template renders, or mend the template."
-                )
+            _must_show(chat, messages, index, message | {"content": f"{message['content']}x"}, text)
+        if message.get("tool_calls"):
+            silent = {"content": "", **{key: value for key, value in message.items() if key != "tool_calls"}}
+            _must_show(chat, messages, index, silent, text)
+
+
+def _must_show(chat: Chat, messages: Sequence[Message], index: int, changed: Message, text: str) -> None:
+    """Refuses a template that writes turn `index` as it writes another one."""
+    if chat.text([*messages[:index], changed, *messages[index + 1 :]]) == text:
+        calls = "the tool calls of " if messages[index].keys() - changed.keys() else ""
+        raise DataError(
+            f"the chat template leaves out {calls}turn {index} ({messages[index]['role']}). "
+            "Put what it says into turns that the template renders, or mend the template."
+        )
 
 
 def _changed(message: Message) -> Message:
@@ -119,4 +128,6 @@ def _changed(message: Message) -> Message:
 
 def _shared(one: Sequence[object], other: Sequence[object]) -> int:
     """How many items two sequences begin with alike."""
+    if one == other[: len(one)]:
+        return len(one)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -61,9 +61,12 @@ class Chat:
 
         TRL's SFTTrainer trains on these marks. They need a fast tokenizer.
         """
-        if not self.tokenizer.is_fast:
+        if not self.tokenizer.is_fast or not self.tokenizer.chat_template:
             return None
-        own = str(self.tokenizer.get_chat_template(None, self.tools))
+        try:
+            own = str(self.tokenizer.get_chat_template(None, self.tools))
+        except ValueError as error:  # several templates, none of them the default
+            raise DataError(f"the tokenizer names no chat template for these turns: {error}. Set tokenizer.chat_template.") from error
         if MARKERS.search(own):
             return self
         if own not in _training_templates:
@@ -134,8 +137,8 @@ def _plain(message: Mapping[str, Any]) -> Message:
 def _remedy(messages: Sequence[Message]) -> str:
     if "system" in roles(messages):
         return "If it takes no system turn, put that text at the head of the first user turn; else alternate user and assistant."
-    if any("content" not in message for message in messages):
-        return 'If it needs the content of every turn, give turns of tool calls alone "content": "".'
+    if any("tool_calls" in message for message in messages):
+        return 'Templates differ in what they take beside tool calls: "content": "" or none, arguments as a mapping or as JSON text.'
     return "Start with a user turn and alternate user and assistant."
 
 

@@ -3,7 +3,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_safety.data.chat import IGNORE_INDEX, Collator, classification_prompt, encode, encode_rows, label_names, to_messages
+from peft_safety.data.chat import (
+    IGNORE_INDEX,
+    Collator,
+    classification_prompt,
+    encode,
+    encode_each,
+    encode_prompts,
+    encode_row,
+    encode_rows,
+    label_names,
+    to_messages,
+)
 from peft_safety.errors import DataError
 from peft_safety.evaluation.generate import generate
 from peft_safety.evaluation.tasks import normalise, response_nll
@@ -93,11 +104,67 @@ def test_a_template_that_rewrites_history_is_refused():
         encode(rewriting, turns("a", "one", "b", "two"), 100)
 
 
-def test_no_template():
+@pytest.mark.parametrize("messages", [turns("a", "b"), turns("a", "b", "c", "d")])
+def test_no_template(messages):
     bare = tiny_tokenizer()
     bare.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
-        encode(bare, turns("a", "b"), 100)
+        encode(bare, messages, 100)
+
+
+def test_prompts_and_answers_are_strings_or_turns():
+    right = encode_row(tokenizer, {"prompt": "a", "response": "b"}, 100)
+    sides = {"prompt": turns("a"), "completion": [{"role": "assistant", "content": "b"}]}
+    parts = [{"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in turns("a", "b")]
+    filled = {"prompt": "a", "response": "b", "messages": None, "text": None, "label": None, "tools": None}
+    for row in ({"prompt": "a", "completion": "b"}, sides, {"prompt": "a", "completion": sides["completion"]}, {"messages": parts}, filled):
+        assert encode_row(tokenizer, row, 100) == right
+
+
+def test_what_no_template_of_text_can_show_is_refused():
+    picture = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "b"}]
+    for row in ({"messages": picture}, {"messages": 3}, {"messages": ["a"]}, {"prompt": turns("a"), "response": []}, {"prompt": {}, "response": "b"}):
+        with pytest.raises(DataError, match="row 0"):
+            encode_rows(tokenizer, [row], 100)
+
+
+def test_a_template_that_leaves_a_turn_out_is_refused():
+    forgetful = tiny_tokenizer()
+    forgetful.chat_template = "{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}" + forgetful.chat_template
+    asked = [{"role": "system", "content": "be brief"}, *turns("a", "b")]
+    assert labelled_text(encode(tokenizer, asked, 100)) == "b<|im_end|>\n"
+    with pytest.raises(DataError, match=r"leaves out turn 0 \(system\)"):
+        encode(forgetful, asked, 100)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    with pytest.raises(DataError, match="tool calls of turn 1"):
+        encode(tokenizer, [*turns("a"), call], 100)
+
+
+def test_a_template_for_other_roles_names_the_row_and_the_remedy():
+    strict = tiny_tokenizer()
+    strict.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + strict.chat_template
+    rows = [{"messages": turns("a", "b")}, {"messages": [{"role": "system", "content": "be brief"}, *turns("a", "b")]}]
+    with pytest.raises(DataError, match=r"row 1: .*no system role.*head of the first user turn"):
+        encode_rows(strict, rows, 100)
+
+
+def test_rows_keep_their_places_where_one_result_a_row_is_promised():
+    rows = [{"prompt": "p" * 80, "response": "r"}, {"prompt": "p", "response": "r"}]
+    lost, kept = encode_each(tokenizer, rows, 60)
+    assert lost is None
+    assert kept == encode_row(tokenizer, rows[1], 60)
+    with pytest.raises(DataError, match="max_length = 0"):
+        encode_each(tokenizer, rows, 0)
+
+
+def test_prompts_alone_end_with_the_header_of_the_answer():
+    whole = encode_row(tokenizer, {"prompt": "a", "response": "b"}, 100)
+    for prompt in ("a", turns("a")):
+        feature = encode_prompts(tokenizer, [{"prompt": prompt}], 100)[0]
+        assert whole["input_ids"][: len(feature["input_ids"])] == feature["input_ids"]
+        assert whole["labels"][len(feature["input_ids"]) :] == whole["input_ids"][len(feature["input_ids"]) :]
+    with pytest.raises(DataError, match="row 1"):
+        encode_prompts(tokenizer, [{"prompt": "a"}, {"prompt": 3}], 100)
 
 
 def test_a_template_that_raises():
