@@ -112,7 +112,11 @@ def _nothing_left_out(chat: Chat, messages: Sequence[Message]) -> None:
 
 def _must_show(chat: Chat, messages: Sequence[Message], index: int, changed: Message, text: str) -> None:
     """Refuses a template that writes turn `index` as it writes another one."""
-    if chat.text([*messages[:index], changed, *messages[index + 1 :]]) == text:
+    try:
+        other = chat.text([*messages[:index], changed, *messages[index + 1 :]])
+    except DataError:  # a template that refuses the other turn has read it
+        return
+    if other == text:
         calls = "the tool calls of " if messages[index].keys() - changed.keys() else ""
         raise DataError(
             f"the chat template leaves out {calls}turn {index} ({messages[index]['role']}). "
