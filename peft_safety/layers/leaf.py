@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from peft_safety import projection
 from peft_safety.errors import ProtectionError
+from peft_safety.layers.layout import fresh, lay_out
 from peft_safety.layers.sharing import moved, placed
 from peft_safety.projection import Side
 
@@ -179,8 +180,11 @@ class ProtectedLinear(nn.Linear):
         self.fold()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        if local_metadata.get("assign_to_params_buffers"):  # the caller's own tensors, wherever they lie: of a file, as a rule
+            lay_out(self)
+            self.initial = None if self.initial is None else fresh(self.initial)
         self.fold()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProtectedLinear:
@@ -207,6 +211,15 @@ class ProtectedLinear(nn.Linear):
 def protected_leaves(model: nn.Module) -> Iterator[tuple[str, ProtectedLinear]]:
     """Every leaf of a model with its name, in module order (equal on all ranks)."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ProtectedLinear))
+
+
+def lay_out_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Move what an adapter holds, both factors of each layer and the modules saved beside them, to where new tensors would lie, and fold what was moved."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == adapter_name:
+            for part in module.modules():
+                if lay_out(part) and isinstance(part, ProtectedLinear):
+                    part.fold()
 
 
 def joined(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> tuple[Tensor, Tensor]:

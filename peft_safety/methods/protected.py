@@ -21,7 +21,7 @@ from peft_safety.artifact import ADAPTER_FILE, MANIFEST, PREFIX, StoredAdapter, 
 from peft_safety.data import calibration_rows
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, ProtectionError, UnsupportedLayerError
 from peft_safety.estimate.targets import canonical
-from peft_safety.layers import ProtectedLinear, check_leaf, live_leaves, rebase
+from peft_safety.layers import ProtectedLinear, check_leaf, fresh, live_leaves, rebase
 from peft_safety.projection import Side
 from peft_safety.subspace import FILE_NAME, SafetySubspace
 
@@ -285,7 +285,7 @@ def _restore_initial(layers: Mapping[str, LoraLayer], adapter_name: str, stored:
         for name, layer in layers.items():
             for factor in ("lora_A", "lora_B"):
                 leaf = getattr(layer, factor)[adapter_name]
-                leaf.initial = handle.get_tensor(keys[f"{name}.{factor}.initial"]).to(leaf.initial.device)
+                leaf.initial = fresh(handle.get_tensor(keys[f"{name}.{factor}.initial"]).to(leaf.initial.device))
 
 
 def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig) -> None:

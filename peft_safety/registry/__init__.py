@@ -19,7 +19,7 @@ SYMBOLS = {
     "peft.mapping": ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING"),
     "peft.config": ("PeftConfigMixin.from_pretrained", "PeftConfigMixin.from_json_file"),
     "peft.peft_model": ("PeftModel.save_pretrained", "PeftModel.load_adapter"),
-    "peft.tuners.lora": ("LoraModel._check_add_weighted_adapter", "LoraLayer.lora_A", "LoraLayer.lora_B"),
+    "peft.tuners.lora": ("LoraModel.add_weighted_adapter", "LoraLayer.lora_A", "LoraLayer.lora_B"),
     "peft.tuners.tuners_utils": (
         "BaseTuner._unload_and_optionally_merge",
         "BaseTuner.merge_adapter",
@@ -69,7 +69,7 @@ def register() -> None:
     _wrap(peft.tuners.lora.LoraModel, "inject_adapter", injection.inject_adapter)
     _wrap(peft.tuners.lora.LoraModel, "merge_adapter", combining.merge_adapter)
     _wrap(peft.tuners.lora.LoraModel, "_unload_and_optionally_merge", combining.unload_and_optionally_merge)
-    _wrap(peft.tuners.lora.LoraModel, "_check_add_weighted_adapter", combining.check_add_weighted_adapter)
+    _wrap(peft.tuners.lora.LoraModel, "add_weighted_adapter", combining.add_weighted_adapter)
     _wrap(hotswap, "_get_padded_linear", combining.get_padded_linear)
     _wrap(hotswap, "hotswap_adapter_from_state_dict", combining.hotswap_adapter_from_state_dict)
     layers = [peft.tuners.lora.Linear] + [getattr(peft.tuners.lora, n) for n in ("Linear4bit", "Linear8bitLt") if hasattr(peft.tuners.lora, n)]

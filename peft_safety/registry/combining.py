@@ -52,11 +52,16 @@ def _refuse_lossy_merge(model: Any, adapter_names: list[str] | None) -> None:
                 )
 
 
-def check_add_weighted_adapter(original: Callable[..., Any], self: Any, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
-    """A combination is constrained by one subspace: refuse to mix subspaces, plain LoRA and residuals."""
+def add_weighted_adapter(
+    original: Callable[..., None], self: Any, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+) -> None:
+    """A combination is constrained by one subspace: refuse to mix subspaces, plain LoRA and residuals. Some combinations are slices of an SVD, which PEFT puts
+    in place as they lie."""
+    from peft_safety.layers import lay_out_adapter
     from peft_safety.methods.protected import ProtectedConfig
 
-    configs = {name: self.peft_config[name] for name in adapters if name in self.peft_config}
+    there = adapter_name in self.peft_config  # then PEFT does nothing
+    configs = {name: self.peft_config[name] for name in adapters if name in self.peft_config and not there}
     protected = {name: config for name, config in configs.items() if isinstance(config, ProtectedConfig) and config.sides}
     if protected:
         digests = {config.subspace.digest for config in protected.values()}
@@ -66,7 +71,9 @@ def check_add_weighted_adapter(original: Callable[..., Any], self: Any, adapters
             raise ConfigError(
                 f"adapters {adapters}: one has a residual (init='task' or 'guardspace'), which a weighted sum of factors would lose. Use export_lora first."
             )
-    return original(self, adapters, *args, **kwargs)
+    original(self, adapters, weights, adapter_name, *args, **kwargs)
+    if protected:
+        lay_out_adapter(self, adapter_name)
 
 
 def get_padded_linear(original: Callable[..., Any], lora_module: Any, target_rank: int, is_lora_A: bool, **kwargs: Any) -> Any:

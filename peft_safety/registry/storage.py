@@ -151,6 +151,7 @@ def load_adapter(original: Callable[..., Any], self: Any, model_id: str, adapter
     """Loading onto an adapter that is there (a resumed run): check the directory first, and bring its bases along."""
     from peft import PeftConfig
 
+    from peft_safety.layers import lay_out_adapter
     from peft_safety.methods.protected import ProtectedConfig, adapter_layers, bind, check_ahead
 
     config = self.peft_config.get(adapter_name)
@@ -160,6 +161,7 @@ def load_adapter(original: Callable[..., Any], self: Any, model_id: str, adapter
         config = self.peft_config.get(adapter_name)
         if isinstance(config, ProtectedConfig):
             config._stored = None
+            lay_out_adapter(self, adapter_name)  # with low_cpu_mem_usage the factors are what the file's reader made
         return result
     options = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "token", "cache_dir")}
     stored = PeftConfig.from_pretrained(str(model_id), **options)

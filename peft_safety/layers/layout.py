@@ -1,0 +1,35 @@
+"""Where a factor lies in memory.
+
+Products of equal values are equal to the last bit only where the same kernel runs, and a CPU's BLAS chooses its kernels
+by strides and addresses: a factor that is a slice of an SVD, or of a file that was read whole, gives other last bits
+than its copy does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 64
+"""Bytes: what torch's allocator aligns to on CPUs. A safetensors file promises eight."""
+
+
+def is_fresh(tensor: Tensor) -> bool:
+    """Whether a tensor lies as torch would lay out a new one; what has no memory of its own here (meta, shards) counts."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
+        return True
+    return tensor.is_contiguous() and (tensor.device.type != "cpu" or tensor.data_ptr() % ALIGNMENT == 0)
+
+
+def fresh(tensor: Tensor) -> Tensor:
+    """The tensor itself where it lies as a new one would, a copy that does elsewhere."""
+    return tensor if is_fresh(tensor) else tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
+def lay_out(module: nn.Module) -> bool:
+    """Move those parameters of a module that lie oddly, and say whether any was moved. The Parameters stay the same."""
+    odd = [parameter for parameter in module._parameters.values() if parameter is not None and not is_fresh(parameter)]
+    for parameter in odd:
+        parameter.data = fresh(parameter.data)
+    return bool(odd)
