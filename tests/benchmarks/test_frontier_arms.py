@@ -82,7 +82,8 @@ def test_post_hoc_arms_start_from_one_adapter_whatever_they_are_measured_on(benc
     lora, soft = ran(bench, cell), ran(bench, quick("safe-lora-soft", seed=7))
     again = ran(bench, replace(cell, split="validation"))
     assert len(set((bench.cache.folder / "adapters").iterdir()) - before) == 1
-    assert soft["norm"] < lora["norm"] == again["norm"]
+    assert soft["norm"] < lora["norm"]
+    assert again["norm"] == pytest.approx(lora["norm"], rel=1e-6)  # read from a file
 
 
 def test_an_arm_leaves_the_aligned_model_as_it_was(bench):

@@ -89,7 +89,7 @@ def test_strides_leading_dimensions_and_no_rows(rows: int) -> None:
     wide = torch.randn(64, 3, rows, dtype=torch.float32)
     x = wide.permute(1, 2, 0)
     assert not x.is_contiguous()
-    assert torch.equal(ops.nf4_lora(x, c.q, c.a, c.bp, 1.0), ops.nf4_lora(x.contiguous(), c.q, c.a, c.bp, 1.0))
+    close(ops.nf4_lora(x, c.q, c.a, c.bp, 1.0), dense(c, x.double(), 1.0), torch.float32)
     one = ops.nf4_lora(x[0, 0], c.q, c.a, c.bp, 1.0)
     close(one, dense(c, x[0, 0].double(), 1.0), torch.float32)
     empty = torch.randn(0, 64, requires_grad=True)

@@ -55,13 +55,15 @@ def fused(oracle, name, how):
 def test_task_vectors_masks_and_masked_vectors(oracle, settings):
     for name in names(oracle):
         soft_mask = soft(oracle, name, settings)
-        hard = (oracle[f"logits/{name}"] + torch.logit(oracle[f"u/{name}"]) > 0).float()
+        margin = oracle[f"logits/{name}"] + torch.logit(oracle[f"u/{name}"])
+        clear = margin.abs() > 1e-5  # a logarithm's last bit is the machine's
         torch.testing.assert_close(soft_mask, oracle[f"soft_mask/{name}"], **BOUND)
-        assert torch.equal(hard, oracle[f"hard_mask/{name}"])
+        assert float(clear.float().mean()) > 0.99
+        assert torch.equal((margin > 0).float()[clear], oracle[f"hard_mask/{name}"][clear])
         for i in range(TASKS):
             vector = oracle[f"in/task{i}/{dotted(name)}"] - oracle[f"in/safe/{dotted(name)}"]
             torch.testing.assert_close(vector, oracle[f"delta{i}/{name}"], **BOUND)
-        for i, (a, b) in enumerate(zip(masked(oracle, name, soft_mask), masked(oracle, name, hard), strict=True)):
+        for i, (a, b) in enumerate(zip(masked(oracle, name, soft_mask), masked(oracle, name, oracle[f"hard_mask/{name}"]), strict=True)):
             torch.testing.assert_close(a, oracle[f"masked_soft{i}/{name}"], **BOUND)
             torch.testing.assert_close(b, oracle[f"masked_hard{i}/{name}"], **BOUND)
 

@@ -120,6 +120,22 @@ def logits(model: Any, ids: Tensor | None = None, **kwargs: Any) -> Tensor:
     return model(input_ids=tokens() if ids is None else ids, **kwargs).logits
 
 
+def assert_same_function(found: Tensor, expected: Tensor) -> None:
+    """Equal logits to rounding: of factors that lie elsewhere in memory, where a CPU's products may have other last bits, or of another process."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+def factors(model: nn.Module) -> dict[str, Tensor]:
+    """All factors of all adapters as they are stored, the frozen ones too, by name."""
+    return {name: value for name, value in model.state_dict().items() if "lora_" in name}
+
+
+def assert_same_factors(found: nn.Module, expected: nn.Module) -> None:
+    """The very bits, whatever the adapters are called and wherever the factors lie."""
+    for one, other in zip(factors(found).values(), factors(expected).values(), strict=True):
+        assert torch.equal(one, other)
+
+
 def train(model: Any, optimizer: Callable[[Any], torch.optim.Optimizer], steps: int) -> torch.optim.Optimizer:
     """A few steps on random tokens; what is trained is what requires a gradient."""
     chosen = optimizer([p for p in model.parameters() if p.requires_grad])

@@ -144,7 +144,9 @@ def test_concrete_samples_are_relaxed_coin_flips(shape, seed, temperature):
     mask = concrete(logit, u, temperature)
     assert float(u.min()) > 0
     assert float(u.max()) < 1
-    assert torch.equal(mask > 0.5, logit + torch.logit(u) > 0)
+    margin = logit + torch.logit(u)
+    clear = margin.abs() > 1e-4  # nearer than that, two ways of rounding may fall on two sides
+    assert torch.equal((mask > 0.5)[clear], (margin > 0)[clear])
     assert torch.equal(u, noise(logit, seed))
 
 
