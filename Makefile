@@ -1,9 +1,12 @@
-# make demo    everything from a fresh clone: environment, model, demo
-# make test    the fast test suite
+# make demo    everything from a fresh clone: what the demo needs, model, demo
+# make test    the fast test suite, and whatever else it needs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# one environment in two steps: what the demo needs, then everything
+DEMO_STAMP := $(VENV)/.demo
 STAMP := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --progress-bar off
 TORCH := torch==2.13.0
 PYTEST_ARGS ?=
 # one worker a core: the tests themselves run on one thread
@@ -21,31 +24,45 @@ export MPLBACKEND := Agg
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv model demo demo-smoke frontier frontier-smoke test test-all lint format clean
+.PHONY: help venv lock model demo demo-smoke frontier frontier-smoke test test-isa test-all lint format clean
 
 help:
-	@echo "make demo | test | demo-smoke | frontier-smoke | frontier | test-all | lint | format | model | venv | clean"
+	@echo "make demo | test | test-isa | demo-smoke | frontier-smoke | frontier | test-all | lint | format | model | venv | lock | clean"
 	@echo "  PYTHON=python3.12 (when .venv is made)  DEMO_ARGS=...  FRONTIER_ARGS=...  PYTEST_ARGS=..."
 
 venv: $(STAMP)
 
 # torch comes first and alone: the same pin is a CPU or a CUDA build, whichever pip's own settings offer on this machine
-$(STAMP): setup.cfg pyproject.toml constraints.txt
+$(DEMO_STAMP): setup.cfg pyproject.toml constraints.txt requirements/demo.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt pins releases that need Python 3.11 or newer; try make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt "$(TORCH)"
-# CUDA builds of torch bring the Triton they need; CPU builds bring none, and the kernels' tests compile and interpret with this one
-	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --progress-bar off "triton==3.9.0; platform_system == 'Linux'"
-	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e ".[dev]"
+	$(PIP_INSTALL) -c constraints.txt "$(TORCH)"
+	$(PIP_INSTALL) --no-deps -r requirements/demo.txt
+	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	$(call complete,demo)
 	@touch $@
 
-model: $(STAMP)
+# CUDA builds of torch bring the Triton they need; CPU builds bring none, and the kernels' tests compile and interpret with this one
+$(STAMP): $(DEMO_STAMP)
+	$(PIP_INSTALL) --no-deps -r constraints.txt
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) "triton==3.9.0; platform_system == 'Linux'"
+	$(call complete,dev)
+	@touch $@
+
+# the locks are whole, so nothing is resolved; another Python or system may need more than they hold, and only there pip has to search
+complete = $(BIN)/python -m pip check || { $(PIP_INSTALL) -c constraints.txt -e ".[$(1)]" && $(BIN)/python -m pip check; }
+
+# after an upgrade in .venv, and the tests: write down what is installed
+lock: $(STAMP)
+	$(BIN)/python requirements/lock.py
+
+model: $(DEMO_STAMP)
 	$(BIN)/python -m examples.get_model
 
-demo: $(STAMP) model
+demo: $(DEMO_STAMP) model
 	$(OFFLINE) $(BIN)/python -m examples.demo $(DEMO_ARGS)
 
-demo-smoke: $(STAMP) model
+demo-smoke: $(DEMO_STAMP) model
 	$(OFFLINE) $(BIN)/python -m examples.demo --smoke $(DEMO_ARGS)
 
 frontier: $(STAMP) model
@@ -56,6 +73,12 @@ frontier-smoke: $(STAMP) model
 
 test: $(STAMP) model
 	$(OFFLINE) $(BIN)/python -m pytest tests -n $(PYTEST_WORKERS) -m "not gpu and not slow" $(PYTEST_ARGS)
+
+# The same tests, with the instructions that every x86-64 CPU has: torch's own kernels, MKL, oneDNN and NumPy's OpenBLAS each have a switch. A test that passes
+# here and on the machine's own instructions does not hang on the order in which one CPU happens to add.
+OLDEST_ISA := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem
+test-isa:
+	$(OLDEST_ISA) $(MAKE) test
 
 # GPU tests skip themselves where there is no GPU
 test-all: $(STAMP) model
