@@ -8,6 +8,11 @@ import pytest
 import torch
 
 
+def pytest_report_header() -> str:
+    """Which instructions torch's own kernels use: `make test` and `make test-isa` differ in them."""
+    return f"torch {torch.__version__}, CPU capability {torch.backends.cpu.get_cpu_capability()}"
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()

@@ -17,6 +17,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
@@ -111,6 +112,12 @@ def test_peft_still_calls_each_wrapped_function(tmp_path: Path, monkeypatch: pyt
     hotswap_adapter(PeftModel.from_pretrained(tiny_llama(), str(tmp_path)), str(tmp_path), "default", torch_device="cpu")
     PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).merge_and_unload()
     assert called == {label(row) for row in dense}
+
+
+def test_the_installed_peft_is_new_enough_for_the_installed_transformers() -> None:
+    """pip does not see to it: transformers names no PEFT among its requirements, and asks at the first call of its adapter methods."""
+    minimum = getattr(importlib.import_module("transformers.integrations.peft"), "MIN_PEFT_VERSION", "0")
+    assert Version(peft.__version__) >= Version(minimum)
 
 
 def test_registering_again_wraps_nothing_again() -> None:
