@@ -1,0 +1,162 @@
+"""A directory that is reached by its descriptor: no link that somebody puts into it leads out of it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from peft_safety.errors import ArtifactError
+
+BY_DESCRIPTOR = hasattr(os, "O_NOFOLLOW") and {os.open, os.stat, os.mkdir, os.rename} <= os.supports_dir_fd
+"""Whether names are looked up in an open directory. Where they cannot be (Windows), every step looks with `lstat` and
+refuses links and junctions; somebody who swaps a directory for a link between the look and the step is not stopped."""
+
+_DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
+_FILE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+class Folder:
+    """Names given to its methods are plain names of this directory, or tuples of them for what is below it."""
+
+    def __init__(self, path: Path, descriptor: int | None) -> None:
+        self.path, self.descriptor = path, descriptor
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path) -> Iterator[Folder]:
+        """The directory that the user named: a link to it is followed, none below it is."""
+        if not BY_DESCRIPTOR:
+            yield cls(path, None)
+            return
+        descriptor = os.open(path, _DIRECTORY & ~os.O_NOFOLLOW)
+        try:
+            yield cls(path, descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def sub(self, name: str, create: bool = False) -> Iterator[Folder]:
+        """A directory in this one.
+
+        Raises:
+            ArtifactError: it is a link or no directory. FileNotFoundError: it is missing.
+        """
+        path, found = self.path / name, self.stat(name)
+        if found is None and create:
+            os.mkdir(self._name(name), dir_fd=self.descriptor)
+        elif found is None:
+            raise FileNotFoundError(f"{path} is missing")
+        elif not is_directory(found):
+            raise ArtifactError(f"{path} is {what(found)}, where a save has a directory. Remove it, or save elsewhere.")
+        if self.descriptor is None:
+            yield Folder(path, None)
+            return
+        descriptor = os.open(name, _DIRECTORY, dir_fd=self.descriptor)
+        try:
+            yield Folder(path, descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def reach(self, parts: Sequence[str], create: bool = False) -> Iterator[Folder]:
+        """`sub`, several levels down."""
+        with ExitStack() as stack:
+            here = self
+            for part in parts:
+                here = stack.enter_context(here.sub(part, create))
+            yield here
+
+    def stat(self, name: str) -> os.stat_result | None:
+        """Of the name itself, not of what it links to; None where there is none."""
+        try:
+            return os.stat(self._name(name), dir_fd=self.descriptor, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def find(self, parts: Sequence[str]) -> os.stat_result | None:
+        """`stat`, several levels down."""
+        try:
+            with self.reach(parts[:-1]) as folder:
+                return folder.stat(parts[-1])
+        except FileNotFoundError:
+            return None
+
+    def inode(self) -> int:
+        """Its number in the file system."""
+        return os.stat(self.path if self.descriptor is None else self.descriptor).st_ino
+
+    def names(self) -> list[str]:
+        """What is in it, sorted."""
+        return sorted(os.listdir(self.path if self.descriptor is None else self.descriptor))
+
+    @contextmanager
+    def file(self, name: str, write: bool = False) -> Iterator[int]:
+        """Descriptor of a regular file that has this one name.
+
+        Raises:
+            ArtifactError: it is a link, a device, a pipe, or has a second name. FileNotFoundError: it is missing.
+        """
+        path, found = self.path / name, self.stat(name)
+        if found is None:
+            raise FileNotFoundError(f"{path} is missing")
+        _refuse_odd(path, found)
+        descriptor = os.open(self._name(name), _FILE | (os.O_RDWR if write else os.O_RDONLY), dir_fd=self.descriptor)
+        try:
+            _refuse_odd(path, os.fstat(descriptor))
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def move(self, name: str, other: Folder, new: str | None = None) -> None:
+        """Into another directory, in place of what has that name there."""
+        source, place = self._name(name), other._name(name if new is None else new)
+        if self.descriptor is None:
+            os.replace(source, place)
+        else:
+            os.rename(source, place, src_dir_fd=self.descriptor, dst_dir_fd=other.descriptor)
+
+    def sync(self) -> None:
+        """Its names reach the disk. Windows has no call for that."""
+        if self.descriptor is not None:
+            os.fsync(self.descriptor)
+
+    def _name(self, name: str) -> str:
+        return name if self.descriptor is not None else str(self.path / name)
+
+
+def is_directory(found: os.stat_result) -> bool:
+    """And no junction of Windows, which is one to `lstat`."""
+    return stat.S_ISDIR(found.st_mode) and not _junction(found)
+
+
+def _junction(found: os.stat_result) -> bool:
+    return bool(getattr(found, "st_reparse_tag", None))
+
+
+def what(found: os.stat_result) -> str:
+    """In words."""
+    if stat.S_ISLNK(found.st_mode) or _junction(found):
+        return "a symbolic link"
+    if stat.S_ISDIR(found.st_mode):
+        return "a directory"
+    return "a file" if stat.S_ISREG(found.st_mode) else "a device or a pipe"
+
+
+def sha256_of(descriptor: int) -> str:
+    """Hex digest of an open file, from its start."""
+    digest = hashlib.sha256()
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    while block := os.read(descriptor, 1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _refuse_odd(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise ArtifactError(f"{path} is {what(found)}, where a save has a file. Remove it, or save elsewhere.")
+    if found.st_nlink > 1:
+        raise ArtifactError(f"{path} is a hard link: the file has another name elsewhere. Replace it by a copy.")
