@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_safety import files, weights
+from peft_safety import files, publish, weights
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.projection import Side, leak, leak_tolerance
 from peft_safety.subspace import FILE_NAME as SUBSPACE_FILE
@@ -149,7 +149,7 @@ def check_adapter(directory: Path) -> StoredAdapter:
         ConfigError: a number of the config that is out of range.
         SubspaceError: bases that would not protect.
     """
-    files.recover(directory, MANIFEST)
+    publish.require_whole(directory, warn=False)
     path = files.child(directory, MANIFEST)
     config = files.read_json(path)
     kind = config.get("peft_type")

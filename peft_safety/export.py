@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peft_safety import files
+from peft_safety import files, publish
 from peft_safety.artifact import ADAPTER_FILE, CARD, MANIFEST, PREFIX
 from peft_safety.errors import ConfigError, ProtectionError
 from peft_safety.layers import joined, stored_factors
@@ -99,7 +99,7 @@ def _publish(target: Path, factors: dict[str, tuple[Tensor, Tensor]], config: Pr
         tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, rank - a.shape[0])).contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, rank - b.shape[1])).contiguous()
     plain = plain_config(config, rank, factors)
-    with files.publishing(target, MANIFEST) as staging:
+    with publish.publishing(target, MANIFEST) as staging:
         save_file(tensors, staging / ADAPTER_FILE, metadata={"format": "pt"})
         (staging / CARD).write_text(_card(config, rank, len(factors)), encoding="utf-8")
         plain.save_pretrained(str(staging))

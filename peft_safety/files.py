@@ -1,9 +1,4 @@
-"""Files that may come from strangers, and saves that may be killed: limits, hashes, bounded JSON, safe names, atomic publishing.
-
-A directory is published in four steps: write and sync everything in a hidden staging folder inside it, rename that folder to `.commit` (the commit point, one
-rename), move its files into place with the manifest last, remove it. Whoever reads the directory calls `recover` first, which finishes a publish that was
-cut off after its commit point; one that was cut off before it left the old files untouched.
-"""
+"""Files that may come from strangers: limits, hashes, bounded JSON, safe names. How they are published is in `publish`."""
 
 from __future__ import annotations
 
@@ -11,12 +6,10 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import stat
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +23,6 @@ MAX_TENSORS = 100_000
 MAX_NAME_BYTES = 255
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
-COMMIT = ".commit"
-STAGING = ".staging-"
-
 
 def child(directory: Path, name: str) -> Path:
     """A file of `directory`, by the base name that an artifact gives.
@@ -41,7 +31,7 @@ def child(directory: Path, name: str) -> Path:
         ArtifactError: the name has a separator, a control character or is special, or the file is a link that leaves the directory (links of the hub's
             cache are fine).
     """
-    if not _plain(name):
+    if not is_plain(name):
         raise ArtifactError(f"{directory}: {name!r} is not a plain file name. An artifact may only name files beside its adapter_config.json.")
     path = directory / name
     if path.is_symlink():
@@ -51,7 +41,8 @@ def child(directory: Path, name: str) -> Path:
     return path
 
 
-def _plain(name: Any) -> bool:
+def is_plain(name: Any) -> bool:
+    """Whether a name is one of a file in a directory, and can be printed."""
     if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable() or any(c in name for c in "/\\"):
         return False
     try:
@@ -160,113 +151,9 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise ArtifactError(f"{path} is not a complete safetensors file ({error}). Copy or save it again.") from error
 
 
-@contextmanager
-def publishing(target: Path, manifest: str) -> Iterator[Path]:
-    """Write a set of files into `target` so that a reader sees the old set or the new one, wherever the writer dies.
-
-    Yields:
-        A staging directory. What it holds when the block ends, sub-directories of further adapters included, becomes part of `target`.
-
-    Raises:
-        ArtifactError: the directory cannot be written. Nothing in it has changed then.
-    """
-    staging: Path | None = None
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        recover(target, manifest)
-        _sweep(target)
-        staging = Path(tempfile.mkdtemp(prefix=f"{STAGING}{os.getpid()}-", dir=target))
-        mode = usual_mode(staging / "mode")
-        yield staging
-        for path in (*staging.rglob("*"), staging):
-            _refuse_clash(path, target / path.relative_to(staging))
-            if path.is_file():
-                path.chmod(mode)
-            _sync(path)
-        staging.rename(target / COMMIT)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(
-            f"{target} could not be written: {error}. The files that were there are unchanged; free space or choose another directory."
-        ) from error
-    finally:
-        if staging is not None and staging.exists():
-            shutil.rmtree(staging, ignore_errors=True)
-    recover(target, manifest)
-
-
 def usual_mode(probe: Path) -> int:
     """The permissions that a new file gets here; safetensors gives its files to the owner alone. `probe` is created and removed."""
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()
     return mode
-
-
-def recover(target: Path, manifest: str) -> None:
-    """Finish a publish that died after its commit point, of this directory or, for a further adapter's sub-directory, of the one above.
-
-    Does nothing where there is none. Readers and the writer may do this at the same time.
-
-    Raises:
-        ArtifactError: there is one to finish, but the directory cannot be written, or it is a link.
-    """
-    above = target.resolve().parent
-    for owner, pending in ((target, target / COMMIT), (above, above / COMMIT / target.resolve().name)):
-        commit = owner / COMMIT
-        if commit.is_symlink() and pending.exists():
-            raise ArtifactError(f"{commit} is a symbolic link; a save never leaves one. Remove it.")
-        if not pending.is_dir():
-            continue
-        try:
-            _sync(owner)
-            _move(commit, owner, manifest)
-            _sync(owner)
-        except OSError as error:
-            raise ArtifactError(
-                f"{owner} holds a save that was cut off, and it cannot be finished here ({error}). Make the directory writable once."
-            ) from error
-
-
-def _refuse_clash(path: Path, place: Path) -> None:
-    """A file cannot take the place of a directory, nor the other way round: find out before the commit point."""
-    if place.exists() and place.is_dir() != path.is_dir():
-        raise FileExistsError(f"{place} is {'a directory' if place.is_dir() else 'a file'} and is in the way")
-
-
-def _move(source: Path, target: Path, manifest: str) -> None:
-    """Move every entry of a folder into another one, the manifest last, and remove the folder. What somebody else has moved already is fine."""
-    with suppress(FileNotFoundError):
-        for path in sorted(source.iterdir(), key=lambda p: (p.name == manifest, p.name)):
-            place = target / path.name
-            if path.is_dir() and place.is_dir() and not path.is_symlink():
-                _move(path, place, manifest)
-                continue
-            with suppress(FileNotFoundError):
-                os.replace(path, place)
-        source.rmdir()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sweep(target: Path) -> None:
-    """Remove staging folders whose process is gone."""
-    for path in target.glob(f"{STAGING}*"):
-        pid = path.name.removeprefix(STAGING).partition("-")[0]
-        if pid.isascii() and pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True

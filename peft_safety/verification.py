@@ -12,11 +12,12 @@ from torch import nn
 from peft_safety.artifact import MANIFEST
 from peft_safety.errors import ProtectionError
 from peft_safety.estimate.targets import base_layers
-from peft_safety.files import read_json, recover
+from peft_safety.files import read_json
 from peft_safety.methods.protected import check_ahead, stored_adapter, stored_config
 from peft_safety.methods.safe_lora.directory import STORED_TYPE, read_factors, stored_record
 from peft_safety.methods.safe_lora.repair import factor_digest
 from peft_safety.projection import orthonormality_error
+from peft_safety.publish import require_whole
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) ->
     """
     path = Path(directory)
     if path.is_dir():
-        recover(path, MANIFEST)
+        require_whole(path)
     manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
     if manifest.get("peft_type") in ("LORA", STORED_TYPE):
         record = stored_record(path) or manifest.get("safe_lora")

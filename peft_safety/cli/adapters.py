@@ -1,4 +1,4 @@
-"""Commands on adapters that are there: verify, repair, audit, fuse, export."""
+"""Commands on adapters that are there: verify, recover, repair, audit, fuse, export."""
 
 from __future__ import annotations
 
@@ -32,6 +32,21 @@ def verify(
     except PeftSafetyError as error:
         fail(error, code=1)
     show("Adapter: all checks passed", asdict(found), json)
+
+
+@app.command()
+def recover(
+    directory: Annotated[Path, typer.Argument(help="Directory that a save was interrupted in.")],
+    json: JsonOption = False,
+) -> None:
+    """Finish a save that was cut off while its files were moved into place. Refuses what this package did not write there."""
+    from peft_safety.publish import recover as finish
+
+    moved = finish(directory)
+    if json:
+        typer.echo(jsonlib.dumps({"moved": moved}))
+        return
+    typer.echo(f"{directory}: moved {', '.join(moved)}; the save is finished" if moved else f"{directory}: nothing to finish")
 
 
 @app.command()

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from peft_safety import files, weights
+from peft_safety import files, publish, weights
 from peft_safety.errors import CheckpointError
 from peft_safety.estimate.targets import base_layers
 
@@ -98,6 +98,7 @@ class FileWeights:
     def __init__(self, source: str) -> None:
         self.label = source
         self.directory = Path(source) if Path(source).is_dir() else _download(source)
+        publish.require_whole(self.directory, ours=False)
         self.place = _tensor_files(self.directory)
         config = self.directory / "config.json"
         self.tied = config.is_file() and bool(files.read_json(config).get("tie_word_embeddings", True))

@@ -92,14 +92,14 @@ def _adapter_config(path: Path) -> Any:
     """The checked config; of a plain LoRA with full names, ranks and alphas from its tensors in place of every pattern."""
     from peft import PeftConfig
 
-    from peft_safety import files
+    from peft_safety import files, publish
     from peft_safety.artifact import MANIFEST, PROTECTED_TYPES, check_numbers
     from peft_safety.methods.safe_lora.directory import STORED_TYPE, read_factors
     from peft_safety.orthogonality.adapters import check_config
 
     if not path.is_dir():
         raise ArtifactError(f"{path} is not a directory. Give the directory that save_pretrained wrote.")
-    files.recover(path, MANIFEST)
+    publish.require_whole(path, warn=False)
     fields = files.read_json(path / MANIFEST)
     kind = fields.get("peft_type")
     if kind not in ("LORA", STORED_TYPE, *PROTECTED_TYPES):

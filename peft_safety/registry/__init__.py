@@ -1,7 +1,7 @@
 """The package's place in PEFT: the only folder that touches PEFT's internals.
 
 A protected config keeps `peft_type == LORA` at run time, so that every gate in peft, transformers and trl stays open, and is stored under its own name, which
-PEFT resolves through its config mapping. Eleven PEFT functions are wrapped, each by a few lines in the files beside this one; `SYMBOLS` names everything that
+PEFT resolves through its config mapping. Twelve PEFT functions are wrapped, each by a few lines in the files beside this one; `SYMBOLS` names everything that
 is relied on, and a canary test checks all of it against the installed PEFT.
 """
 
@@ -17,7 +17,7 @@ from peft_safety.registry.types import config_types
 
 SYMBOLS = {
     "peft.mapping": ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING"),
-    "peft.config": ("PeftConfigMixin.from_pretrained", "PeftConfigMixin.from_json_file"),
+    "peft.config": ("PeftConfigMixin.from_pretrained", "PeftConfigMixin.from_json_file", "PeftConfigMixin._get_peft_type"),
     "peft.peft_model": ("PeftModel.save_pretrained", "PeftModel.load_adapter"),
     "peft.tuners.lora": ("LoraModel.add_weighted_adapter", "LoraLayer.lora_A", "LoraLayer.lora_B"),
     "peft.tuners.tuners_utils": (
@@ -64,6 +64,7 @@ def register() -> None:
 
     _wrap(PeftConfigMixin, "from_json_file", storage.from_json_file)
     _wrap(PeftConfigMixin, "from_pretrained", storage.config_from_pretrained)
+    _wrap(PeftConfigMixin, "_get_peft_type", storage.get_peft_type)
     _wrap(peft.peft_model.PeftModel, "save_pretrained", storage.save_pretrained)
     _wrap(peft.peft_model.PeftModel, "load_adapter", storage.load_adapter)
     _wrap(peft.tuners.lora.LoraModel, "inject_adapter", injection.inject_adapter)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +16,11 @@ from peft_safety.registry.types import config_types
 
 def from_json_file(original: Callable[..., Any], cls: Any, path_json_file: str, **kwargs: Any) -> Any:
     """A config of this package is parsed with limits before PEFT sees it, and refused where it hides what it is; any other is PEFT's business."""
-    from peft_safety import files
+    from peft_safety import files, publish
     from peft_safety.artifact import check_config
     from peft_safety.subspace import FILE_NAME
 
     path = Path(path_json_file)
-    files.recover(path.parent, path.name)
     with path.open("rb") as file:
         raw = file.read(files.MAX_JSON_BYTES + 1)
     try:
@@ -35,6 +33,7 @@ def from_json_file(original: Callable[..., Any], cls: Any, path_json_file: str, 
     unreadable = not isinstance(kind, str) and ((path.parent / FILE_NAME).exists() or any(name.encode() in raw for name in config_types()))
     if ours or unreadable:
         files.read_json(path)
+    publish.require_whole(path.parent, ours=ours or unreadable, warn=False)
     if unreadable or (not ours and fields.get("safety_artifact") is not None):
         raise ArtifactError(
             f"{path}: peft_type {kind!r} would load a protected adapter without its protection. Copy or save the adapter again; to make it a plain LoRA on "
@@ -47,17 +46,20 @@ def from_json_file(original: Callable[..., Any], cls: Any, path_json_file: str, 
 
 def config_from_pretrained(original: Callable[..., Any], cls: Any, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
     """A protected config comes with its checked directory: whatever loads it next finds subspace, shapes and full module names."""
+    from peft_safety import publish
     from peft_safety.artifact import check_adapter
     from peft_safety.methods.protected import ProtectedConfig
 
     source = pretrained_model_name_or_path  # PEFT's own name above: callers may use it
+    local = Path(source, subfolder) if subfolder else Path(source)
+    if local.is_dir():
+        publish.require_whole(local, ours=False)
     try:
         config = original(cls, source, subfolder, **kwargs)
     except (TypeError, ValueError) as error:
         if isinstance(error, PeftSafetyError) or not issubclass(cls, ProtectedConfig):
             raise
         raise ArtifactError(f"{source!r}: its adapter_config.json is not a {cls.__name__}: {error}. Save the adapter again.") from error
-    local = Path(source, subfolder) if subfolder else Path(source)
     if not isinstance(config, ProtectedConfig):
         from peft_safety.methods.safe_lora.directory import stored_record
 
@@ -68,6 +70,16 @@ def config_from_pretrained(original: Callable[..., Any], cls: Any, pretrained_mo
         return config  # a config alone, saved before any adapter was made from it
     config.take(check_adapter(_directory(source, subfolder, kwargs)))
     return config
+
+
+def get_peft_type(original: Callable[..., Any], cls: Any, model_id: str, **kwargs: Any) -> Any:
+    """PEFT asks for the type first: where an interrupted publish left no config yet, say that instead of looking for the directory on the Hub."""
+    from peft_safety import publish
+
+    local = Path(model_id, kwargs.get("subfolder") or "")
+    if local.is_dir():
+        publish.require_whole(local, ours=False, warn=False)
+    return original(cls, model_id, **kwargs)
 
 
 def _directory(source: str | os.PathLike[str], subfolder: str | None, kwargs: dict[str, Any]) -> Path:
@@ -94,14 +106,16 @@ def _directory(source: str | os.PathLike[str], subfolder: str | None, kwargs: di
 def save_pretrained(original: Callable[..., None], self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
     """Save into a staging folder, complete and check what is there, publish it in one step. Adapters that are not protected come along."""
     from peft_safety.artifact import CARD, MANIFEST, check_adapter, seal
-    from peft_safety.files import publishing
     from peft_safety.methods.protected import assert_protected, protected_configs
+    from peft_safety.publish import copy_own, is_interrupted, publishing, recover
 
     given = inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments  # by name, however the caller passed them
     selected = given.get("selected_adapters") or list(self.peft_config)
     protected = [name for name in protected_configs(self) if name in selected]
     main = given.get("is_main_process", True)
     if not protected or not main:
+        if main and is_interrupted(Path(save_directory)):  # finished later, it would replace what is saved now
+            recover(Path(save_directory))
         original(self, save_directory, *args, **kwargs)
         if main:
             _record_repairs(self, selected, Path(save_directory))
@@ -117,8 +131,7 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
     if Path(save_directory).is_file():
         raise ArtifactError(f"{save_directory} is a file. Give a directory.")
     with publishing(Path(save_directory), MANIFEST) as staging:
-        if (card := Path(save_directory, CARD)).is_file():
-            shutil.copy(card, staging)  # PEFT adds to a model card that is there
+        copy_own(Path(save_directory), CARD, staging)  # PEFT adds to a model card that is there
         original(self, str(staging), *args, **kwargs)
         for name in protected:
             folder = staging if name == "default" else staging / name

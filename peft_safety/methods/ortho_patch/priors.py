@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from peft_safety import files, weights
+from peft_safety import files, publish, weights
 from peft_safety.artifact import ADAPTER_FILE, MANIFEST, PREFIX, PROTECTED_TYPES, check_adapter
 from peft_safety.errors import ConfigError
 from peft_safety.estimate.activations import model_name
@@ -58,6 +58,7 @@ def _loaded(model: nn.Module, name: str) -> Factors:
 
 def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -> Factors:
     path = Path(directory)
+    publish.require_whole(path, ours=False)
     if not (path / MANIFEST).is_file():
         raise ConfigError(f"prior patch {directory!r} is neither an adapter on the model nor a directory with {MANIFEST}. Check the spelling.")
     fields = files.read_json(path / MANIFEST)

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peft_safety import files
+from peft_safety import files, publish
 from peft_safety.artifact import ADAPTER_FILE, CARD, MANIFEST, PREFIX, check_numbers
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError
 from peft_safety.estimate.checkpoints import FileWeights, open_weights
@@ -78,7 +78,7 @@ def read_plain(directory: Path) -> tuple[dict[str, Any], LoraConfig]:
     """
     if not directory.is_dir():
         raise ArtifactError(f"{directory} is not a directory. Give the directory that save_pretrained wrote.")
-    files.recover(directory, MANIFEST)
+    publish.require_whole(directory)
     fields = files.read_json(directory / MANIFEST)
     kind = fields.get("peft_type")
     if kind not in ("LORA", STORED_TYPE):
@@ -147,7 +147,7 @@ def _scaling(module: str, rank: int, fields: Mapping[str, Any]) -> float:
 
 def _publish(target: Path, source: Path, fields: dict[str, Any], tensors: dict[str, Tensor], report: RepairReport) -> None:
     fields = fields | ({"safe_lora": report.record} if fields["peft_type"] == STORED_TYPE else {})
-    with files.publishing(target, MANIFEST) as staging:
+    with publish.publishing(target, MANIFEST) as staging:
         save_file({k: v.contiguous() for k, v in tensors.items()}, staging / ADAPTER_FILE, metadata={"format": "pt", RECORD: json.dumps(report.record)})
         card = files.child(source, CARD)
         before = card.read_text(encoding="utf-8") if card.is_file() else "---\nlibrary_name: peft\n---\n"

@@ -20,6 +20,7 @@ from peft_safety.methods.safe_lora.apply import check_form, layer_factors
 from peft_safety.methods.safe_lora.directory import read_factors, read_plain
 from peft_safety.methods.safe_lora.repair import Factors, factor_digest
 from peft_safety.methods.somf.options import FuseOptions
+from peft_safety.publish import require_whole
 
 Source = str | os.PathLike[str]
 CONTINUED_COSINE = 0.2
@@ -128,6 +129,7 @@ def _kind(source: Source, model: nn.Module | None) -> str:
     if os.fspath(source) in table:
         return "name"
     path = Path(source)
+    require_whole(path, ours=False, warn=False)
     if (path / MANIFEST).is_file():
         return "directory"
     if (path / SINGLE).is_file() or (path / INDEX).is_file():

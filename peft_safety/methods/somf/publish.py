@@ -15,7 +15,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peft_safety import files
+from peft_safety import files, publish
 from peft_safety.artifact import ADAPTER_FILE, CARD, MANIFEST, PREFIX
 from peft_safety.estimate.checkpoints import INDEX
 from peft_safety.methods.somf.masks import Masks
@@ -38,10 +38,10 @@ def main_process() -> bool:
 
 @contextmanager
 def target(directory: Path, manifest: str) -> Iterator[Path]:
-    """`files.publishing` that leaves no empty directory behind where it fails."""
+    """`publish.publishing` that leaves no empty directory behind where it fails."""
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
-        with files.publishing(directory, manifest) as staging:
+        with publish.publishing(directory, manifest) as staging:
             yield staging
     except BaseException:
         for path in made:
