@@ -65,7 +65,13 @@ def new_name(target: Path) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Remove a folder; what cannot be removed now is swept later."""
+    """Remove a folder, its journal last, so that half of it is still known to be litter. What cannot be removed now is swept later."""
+    with suppress(OSError):
+        for inner in path.iterdir():
+            if inner.is_dir() and not inner.is_symlink():
+                shutil.rmtree(inner, ignore_errors=True)
+            elif inner.name != NAME:
+                inner.unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
 

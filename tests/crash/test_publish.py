@@ -1,20 +1,18 @@
-"""A save that dies, at any file system call, leaves the complete old adapter or the complete new one; a save that fails says so and leaves the old one.
+"""A save that dies, at any file system call, leaves the complete old adapter or the complete new one, if need be after `recover`; a reader loads one of the two
+or is told to recover; a save that fails says so.
 
-Every writer is a real process, forked from this one so that nothing is imported twice. What it does to the file system is seen by an audit hook, plus wrappers
-around `os.fsync` and the writer of safetensors, which no audit event covers.
+Every writer is a real process, forked from this one so that nothing is imported twice.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import os
 import random
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import traceback
@@ -24,23 +22,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peft_safety import SaLoRAConfig, verify
 from peft_safety.errors import ArtifactError, PeftSafetyError
+from peft_safety.publish import recover
+from tests.crash.steps import BROKEN, REFUSED, SAVED, at_step, child, die, steps_of
 from tests.hostile import tools
 from tests.tiny import tiny_llama
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.filterwarnings("ignore:.*interrupted publish"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+]
 
-EVENTS = {"open": 1, "os.rename": 2, "os.mkdir": 1, "os.rmdir": 1, "os.remove": 1, "os.listdir": 1, "os.scandir": 1}
-"""Audit events of the file system, and how many of their arguments are paths."""
 FILES = ["README.md", tools.MANIFEST, tools.ADAPTER, tools.SUBSPACE]
-SAVED, REFUSED, BROKEN = 0, 10, 20
 NOBODY = 65534
 
 
@@ -55,8 +55,17 @@ class World:
     digests: dict[str, str] = field(default_factory=dict)
 
     def state(self, directory: Path, subfolder: str = "") -> str:
-        """Which of the two adapters a directory holds: it is checked every time, and its logits are compared once for each distinct content."""
-        verify(directory / subfolder)
+        """Which of the two adapters a reader gets, or `interrupted`: it is checked every time, and its logits are compared once for each distinct content.
+        Reading changes nothing."""
+        before = listing(directory)
+        try:
+            verify(directory / subfolder)
+        except ArtifactError as error:
+            if f"peft-safety recover {directory}" not in str(error):
+                raise
+            assert listing(directory) == before, "a reader wrote"
+            return "interrupted"
+        assert listing(directory) == before, "a reader wrote"
         digest = contents(directory / subfolder)
         if digest not in self.digests:
             loaded = PeftModel.from_pretrained(tiny_llama(), str(directory), subfolder=subfolder or None)
@@ -64,6 +73,10 @@ class World:
             assert len(matches) == 1, "neither the old nor the new function"
             self.digests[digest] = matches[0]
         return self.digests[digest]
+
+
+def listing(directory: Path) -> list[tuple]:
+    return sorted((str(path), path.lstat().st_ino, path.lstat().st_mtime_ns) for path in directory.rglob("*"))
 
 
 def contents(directory: Path) -> str:
@@ -89,82 +102,14 @@ def target(world: World, tmp_path: Path) -> Path:
     return Path(shutil.copytree(world.folders["old"], tmp_path / "adapter"))
 
 
-def watch(root: Path, step: Callable[[str], None]) -> None:
-    """Call `step` before every file system call of this process below `root`, and before, amid and after every safetensors file. For a forked child only."""
-
-    def hook(event: str, arguments: tuple) -> None:
-        if event in EVENTS and any(str(argument).startswith(str(root)) for argument in arguments[: EVENTS[event]]):
-            step(event)
-
-    fsync, write = os.fsync, safetensors.torch.serialize_file
-
-    def synced(descriptor: int) -> None:
-        step("fsync")
-        fsync(descriptor)
-
-    def written(content: dict, path: object, **rest: object) -> None:
-        step("safetensors")
-        Path(str(path)).write_bytes(b"\0" * 100)  # a part of it
-        step("half a file")
-        write(content, path, **rest)
-        step("safetensors done")
-
-    os.fsync, safetensors.torch.serialize_file = synced, written
-    sys.addaudithook(hook)
-
-
-def child(work: Callable[[], None]) -> int:
-    """Do `work` in a forked process. Returns `SAVED`, `REFUSED` (a typed error), `BROKEN` (any other), or minus the signal that killed it."""
-    pid = os.fork()
-    if pid == 0:
-        code = BROKEN
-        try:
-            warnings.simplefilter("ignore")
-            work()
-            code = SAVED
-        except ArtifactError:
-            code = REFUSED
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def save(world: World, directory: Path, at: int, act: Callable[[str], None], model: str = "new") -> int:
+def save(world: World, directory: Path, at: int, act: Callable[[str], None] = die, model: str = "new") -> int:
     """Save in a child that does `act` at its `at`-th step."""
-
-    def work() -> None:
-        count = 0
-
-        def step(event: str) -> None:
-            nonlocal count
-            count += 1
-            if count == at:
-                act(event)
-
-        watch(directory, step)
-        world.models[model].save_pretrained(str(directory))
-
-    return child(work)
+    return at_step(directory, at, lambda: world.models[model].save_pretrained(str(directory)), act)
 
 
-def steps(world: World, directory: Path, tmp_path: Path, model: str = "new") -> list[str]:
+def steps(world: World, directory: Path, model: str = "new") -> list[str]:
     """What a whole save does, step by step."""
-    log = tmp_path / "steps"
-
-    def work() -> None:
-        found: list[str] = []
-        watch(directory, found.append)
-        world.models[model].save_pretrained(str(directory))
-        log.write_text("\n".join(found))
-
-    assert child(work) == SAVED
-    return log.read_text().split("\n")
-
-
-def die(_: str) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    return steps_of(directory, lambda: world.models[model].save_pretrained(str(directory)))
 
 
 def fail(code: int) -> Callable[[str], None]:
@@ -176,40 +121,71 @@ def fail(code: int) -> Callable[[str], None]:
     return act
 
 
-def test_a_save_killed_at_any_step_leaves_the_old_adapter_or_the_new_one(world: World, target: Path, tmp_path: Path) -> None:
-    total = len(steps(world, target, tmp_path))
-    assert total > 30
-    seen = []
-    for at in range(1, total + 1):
+def some(total: int, tail: int, every: int) -> list[int]:
+    """Steps to be killed at: all of the last `tail`, where the commit point lies, and a few before."""
+    return [*range(1, total - tail, every), *range(max(total - tail, 1), total + 1)]
+
+
+def test_a_save_killed_at_any_step_leaves_the_old_adapter_or_the_new_one(world: World, target: Path) -> None:
+    names = steps(world, target)
+    total, commit = len(names), len(names) - names[::-1].index("os.mkdir")
+    read, recovered = [], []
+    for at in some(total, 36, 15)[::2]:
         shutil.rmtree(target)
         shutil.copytree(world.folders["old"], target)
-        assert save(world, target, at, die) == -signal.SIGKILL, f"step {at} of {total}"
-        seen.append(world.state(target))
-        if at % 3:
+        assert save(world, target, at) == -signal.SIGKILL, f"step {at} of {total}"
+        read.append(world.state(target))
+        recover(target)
+        recovered.append(world.state(target))
+        assert read[-1] in (recovered[-1], "interrupted", "old")
+        if at % 5:
             continue
         world.models["old"].save_pretrained(str(target))  # and the next save works, and sweeps up
         assert world.state(target) == "old"
         assert sorted(path.name for path in target.iterdir()) == FILES, f"litter after step {at}"
-    flips = sum(first != second for first, second in itertools.pairwise(seen))
-    assert (seen[0], seen[-1], flips) == ("old", "new", 1), "one commit point"
+    assert commit < total
+    assert recovered == sorted(recovered, reverse=True), "one commit point: old, then new"
+    assert set(recovered) == {"old", "new"}
+    assert read == sorted(read, key=["old", "interrupted", "new"].index), "and one moment after which everything is in place"
+    assert set(read) == {"old", "interrupted", "new"}
+
+
+def test_the_next_save_finishes_what_was_cut_off(world: World, target: Path) -> None:
+    total = len(steps(world, target))
+    seen = set()
+    for at in range(total - 16, total, 4):
+        assert save(world, target, at) == -signal.SIGKILL
+        seen.add(world.state(target))
+        world.models["old"].save_pretrained(str(target))
+        assert world.state(target) == "old"
+        assert sorted(path.name for path in target.iterdir()) == FILES
+    assert "interrupted" in seen
 
 
 def test_a_first_save_killed_at_any_step_leaves_nothing_or_the_whole(world: World, tmp_path: Path) -> None:
     target = tmp_path / "fresh"
-    total = len(steps(world, target, tmp_path))
+    total = len(steps(world, target))
     complete = 0
-    for at in range(1, total + 1, 2):
+    for at in some(total, 26, 24)[::2]:
         shutil.rmtree(target, ignore_errors=True)
-        assert save(world, target, at, die) == -signal.SIGKILL
-        try:
-            complete += world.state(target) == "new"
-        except PeftSafetyError:
-            assert complete == 0, "whole once, whole ever after"
-    assert complete > 1
+        assert save(world, target, at) == -signal.SIGKILL
+        waits = (target / ".commit").exists()
+        if waits and not (target / tools.MANIFEST).exists():
+            with pytest.raises(ArtifactError, match="peft-safety recover"):
+                PeftModel.from_pretrained(tiny_llama(), str(target))
+        if waits:
+            recover(target)
+        if waits or complete:
+            assert world.state(target) == "new", "whole once, whole ever after"
+            complete += 1
+        else:
+            with pytest.raises(PeftSafetyError):
+                verify(target)
+    assert complete > 3
 
 
 def test_two_adapters_of_one_model_are_saved_together(world: World, tmp_path: Path) -> None:
-    """A reader of either finds the old pair or the new pair, whichever it opens first."""
+    """A reader of either finds the old pair or the new pair, or is sent to the directory of both."""
     target = tmp_path / "pair"
     pair = {}
     for name, model in world.models.items():
@@ -223,18 +199,25 @@ def test_two_adapters_of_one_model_are_saved_together(world: World, tmp_path: Pa
     pair["old"].save_pretrained(str(target))
     pair["old"].save_pretrained(str(target))  # over itself: a sub-directory that is there is no obstacle
     old = Path(shutil.copytree(target, tmp_path / "old_pair"))
-    total = len(steps(both, target, tmp_path))
+    total = len(steps(both, target))
     assert [both.state(target), both.state(target, "second")] == ["new", "new"]
     seen = []
-    for at in [*range(1, total - 25, 11), *range(total - 25, total + 1)]:
+    for at in some(total, 44, 60)[::3]:
         shutil.rmtree(target)
         shutil.copytree(old, target)
-        assert save(both, target, at, die) == -signal.SIGKILL
-        order = ("", "second") if at % 2 else ("second", "")
-        states = [both.state(target, subfolder) for subfolder in order]
+        assert save(both, target, at) == -signal.SIGKILL
+        states = [both.state(target), both.state(target, "second")]
         assert states[0] == states[1], f"step {at} of {total}"
         seen.append(states[0])
-    assert {"old", "new"} == set(seen)
+        if states[0] == "interrupted":
+            with pytest.raises(ArtifactError, match=f"recover {target}"):
+                recover(target / "second")
+            with pytest.raises(ArtifactError, match=f"recover {target}"):
+                world.models["old"].save_pretrained(str(target / "second"))
+        recover(target)
+        states = [both.state(target), both.state(target, "second")]
+        assert states[0] == states[1] != "interrupted"
+    assert set(seen) == {"old", "interrupted", "new"}
 
 
 def test_a_writer_killed_at_any_moment_leaves_one_of_the_two(world: World, target: Path) -> None:
@@ -253,6 +236,7 @@ def test_a_writer_killed_at_any_moment_leaves_one_of_the_two(world: World, targe
         time.sleep(chooser.uniform(0.05, 0.25))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+        recover(target)
         assert world.state(target) in ("old", "new")
     world.models["new"].save_pretrained(str(target))
     assert sorted(path.name for path in target.iterdir()) == FILES
@@ -260,20 +244,24 @@ def test_a_writer_killed_at_any_moment_leaves_one_of_the_two(world: World, targe
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
 def test_a_failing_call_is_a_typed_error_and_the_old_adapter_stays(code: int, world: World, target: Path, tmp_path: Path) -> None:
-    total = len(steps(world, target, tmp_path))
+    total = len(steps(world, target))
     seen, outcomes = [], set()
-    for at in range(1 + (code == errno.EIO), total + 1, 2):
+    for at in some(total, 40, 12)[code == errno.EIO :: 4]:
         shutil.rmtree(target)
         shutil.copytree(world.folders["old"], target)
         outcome = save(world, target, at, fail(code))
         assert outcome in (SAVED, REFUSED), f"an untyped error at step {at} of {total}"
         outcomes.add(outcome)
         untouched = contents(target) == contents(world.folders["old"]) and sorted(path.name for path in target.iterdir()) == FILES
+        waits = (target / ".commit").exists()
+        recover(target)
         seen.append(world.state(target))
-        assert seen[-1] == "new" if outcome == SAVED else (seen[-1] == "new" or untouched), f"step {at}"
+        assert seen[-1] == "new" if outcome == SAVED else (waits or seen[-1] == "new" or untouched), f"step {at}"
+        if seen[-1] == "new":  # what could not be removed, the next save sweeps
+            world.models["new"].save_pretrained(str(target))
         assert sorted(path.name for path in target.iterdir()) == FILES, f"litter after step {at}"
     assert REFUSED in outcomes
-    assert seen.count("old") > len(seen) / 2, "most of a save lies before its commit point"
+    assert set(seen) == {"old", "new"}
 
 
 def test_a_disk_quota_is_a_typed_error(world: World, target: Path) -> None:
@@ -328,44 +316,70 @@ def test_a_read_only_directory_can_be_loaded_and_not_overwritten(world: World, p
     assert sorted(path.name for path in public.iterdir()) == FILES
 
 
-def test_an_unfinished_save_in_a_read_only_directory_is_a_typed_error(world: World, public: Path) -> None:
-    shutil.copytree(world.folders["new"], public / ".commit")
+def interrupted(world: World, target: Path) -> None:
+    """A save is killed in the middle of its moves."""
+    moves = [at for at, event in enumerate(steps(world, target), start=1) if event == "os.rename"]
+    shutil.rmtree(target)
+    shutil.copytree(world.folders["old"], target)
+    assert save(world, target, moves[-2]) == -signal.SIGKILL
+    assert world.state(target) == "interrupted"
+
+
+def test_an_interrupted_save_in_a_read_only_directory_can_neither_be_read_nor_finished(world: World, public: Path) -> None:
+    interrupted(world, public)
 
     def load() -> None:
         without_rights(public)
         verify(public)
 
+    def finish() -> None:
+        without_rights(public)
+        recover(public)
+
     assert child(load) == REFUSED
+    assert child(finish) == REFUSED
     public.chmod(0o755)
+    recover(public)
     assert world.state(public) == "new"
 
 
-def test_readers_that_finish_a_save_together_do_not_disturb_each_other(world: World, target: Path) -> None:
-    for _ in range(5):
-        shutil.copytree(world.folders["new"], target / ".commit")
-        readers = []
+def test_processes_that_finish_a_save_together_do_not_disturb_each_other(world: World, target: Path) -> None:
+    for _ in range(3):
+        interrupted(world, target)
+        workers = []
         for _ in range(4):
             pid = os.fork()
             if pid == 0:
                 try:
+                    recover(target)
                     verify(target)
                     os._exit(SAVED)
                 except BaseException:
                     traceback.print_exc()
                     os._exit(BROKEN)
-            readers.append(pid)
-        assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in readers] == [SAVED] * 4
+            workers.append(pid)
+        assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in workers] == [SAVED] * 4
         assert world.state(target) == "new"
 
 
-def test_the_litter_of_a_live_writer_is_left_alone(world: World, target: Path) -> None:
-    alive = target / f".staging-{os.getppid()}-x"
-    dead = target / ".staging-99999999999999999999-x"
-    odd = target / ".staging-²-x"
-    for path in (alive, dead, odd):
-        path.mkdir()
-    world.models["new"].save_pretrained(str(target))
-    assert alive.exists()
-    assert odd.exists()
-    assert not dead.exists()
-    assert world.state(target) == "new"
+def test_a_plain_lora_that_is_saved_over_an_interrupted_save_is_not_undone_later(world: World, target: Path) -> None:
+    interrupted(world, target)
+    plain = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    plain.save_pretrained(str(target))
+    assert recover(target) == []
+    assert PeftConfig.from_pretrained(str(target)).peft_type == "LORA"
+
+
+def test_an_interrupted_save_that_moved_nothing_yet_is_read_as_it_was_with_one_warning(world: World, target: Path) -> None:
+    moves = [at for at, event in enumerate(steps(world, target), start=1) if event == "os.rename"]
+    shutil.rmtree(target)
+    shutil.copytree(world.folders["old"], target)
+    assert save(world, target, moves[-5]) == -signal.SIGKILL
+    for read in (verify, lambda d: PeftModel.from_pretrained(tiny_llama(), str(d))):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            read(target)
+        assert ["peft-safety recover" in str(w.message) for w in caught if "interrupted" in str(w.message)] == [True]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert world.state(target) == "old"

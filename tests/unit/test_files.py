@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from peft_safety import files
@@ -159,109 +157,3 @@ def test_an_absurd_number_of_tensors_is_refused(tmp_path: Path, monkeypatch: pyt
     save_file({name: torch.ones(1) for name in "abc"}, tmp_path / "many.safetensors")
     with pytest.raises(ArtifactError, match="3 tensors, more than 2"), files.open_tensors(tmp_path / "many.safetensors"):
         pass
-
-
-# --- publishing ------------------------------------------------------------------------------------------------------------------------------------------
-
-
-def publish(target: Path, **contents: str) -> None:
-    with files.publishing(target, "manifest") as staging:
-        for name, text in contents.items():
-            path = staging / name.replace("__", "/")
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
-
-
-def read(target: Path) -> dict[str, str]:
-    return {str(p.relative_to(target)): p.read_text() for p in sorted(target.rglob("*")) if p.is_file()}
-
-
-def test_published_files_replace_and_others_stay(tmp_path: Path) -> None:
-    publish(tmp_path / "new" / "deep", manifest="1", a="1", sub__manifest="1")
-    publish(tmp_path / "new" / "deep", manifest="2", b="2", sub__manifest="2", sub__c="2")
-    assert read(tmp_path / "new" / "deep") == {"a": "1", "b": "2", "manifest": "2", "sub/c": "2", "sub/manifest": "2"}
-    assert sorted(p.name for p in (tmp_path / "new" / "deep").iterdir()) == ["a", "b", "manifest", "sub"]
-
-
-def test_an_exception_inside_publishes_nothing(tmp_path: Path) -> None:
-    publish(tmp_path, manifest="1")
-
-    def stop(error: Exception) -> None:
-        with files.publishing(tmp_path, "manifest") as staging:
-            (staging / "manifest").write_text("2")
-            raise error
-
-    with pytest.raises(KeyError):
-        stop(KeyError("x"))
-    with pytest.raises(ArtifactError, match=r"could not be written.*free space"):
-        stop(OSError(28, "No space left on device"))
-    with pytest.raises(ArtifactError, match=r"could not be written.*I/O error"):
-        stop(SafetensorError("I/O error"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest"]
-    assert read(tmp_path) == {"manifest": "1"}
-
-
-@pytest.mark.parametrize("kind", ["file", "directory"])
-def test_a_name_that_is_in_the_way_is_found_before_anything_changes(kind: str, tmp_path: Path) -> None:
-    publish(tmp_path, manifest="1", a="1")
-    if kind == "file":
-        (tmp_path / "sub").write_text("not a directory")
-    else:
-        (tmp_path / "b").mkdir()
-    before = read(tmp_path)
-    with pytest.raises(ArtifactError, match="in the way"):
-        publish(tmp_path, manifest="2", a="2", **({"sub__x": "2"} if kind == "file" else {"b": "2"}))
-    assert read(tmp_path) == before
-    publish(tmp_path, manifest="3")
-    assert read(tmp_path)["manifest"] == "3"
-
-
-def test_the_manifest_is_moved_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    moved = []
-    real = os.replace
-    monkeypatch.setattr(os, "replace", lambda source, target: (moved.append(Path(source).name), real(source, target)))
-    publish(tmp_path, manifest="1", a="1", z="1")
-    assert moved == ["a", "z", "manifest"]
-
-
-def test_a_publish_that_was_cut_off_is_finished_once(tmp_path: Path) -> None:
-    publish(tmp_path, manifest="1", a="1", sub__manifest="1")
-    commit = tmp_path / files.COMMIT
-    (commit / "sub").mkdir(parents=True)
-    (commit / "manifest").write_text("2")
-    (commit / "sub" / "manifest").write_text("2")
-    files.recover(tmp_path / "sub", "manifest")
-    assert read(tmp_path) == {"a": "1", "manifest": "2", "sub/manifest": "2"}
-    files.recover(tmp_path, "manifest")
-    assert read(tmp_path) == {"a": "1", "manifest": "2", "sub/manifest": "2"}
-
-
-def test_a_commit_of_the_directory_above_that_is_not_about_this_one_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / files.COMMIT).mkdir()
-    (tmp_path / files.COMMIT / "manifest").write_text("2")
-    (tmp_path / "sub").mkdir()
-    files.recover(tmp_path / "sub", "manifest")
-    assert (tmp_path / files.COMMIT / "manifest").exists()
-
-
-def test_published_files_have_the_usual_permissions(tmp_path: Path) -> None:
-    """safetensors creates its files for the owner alone; a directory others may read must stay readable."""
-    before = os.umask(0o027)
-    try:
-        with files.publishing(tmp_path, "manifest") as staging:
-            save_file({"a": torch.ones(1)}, staging / "x.safetensors")
-            (staging / "manifest").write_text("1")
-    finally:
-        os.umask(before)
-    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o640}
-
-
-@settings(max_examples=30, deadline=None)
-@given(old=st.dictionaries(st.sampled_from("abcm"), st.text(max_size=3)), new=st.dictionaries(st.sampled_from("abcm"), st.text(max_size=3)))
-def test_publishing_is_an_update(old: dict[str, str], new: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> None:
-    target = tmp_path_factory.mktemp("update")
-    for contents in (old, new):
-        with files.publishing(target, "m") as staging:
-            for name, text in contents.items():
-                (staging / name).write_bytes(text.encode("utf-8", "replace"))
-    assert {p.name: p.read_bytes() for p in target.iterdir()} == {name: text.encode("utf-8", "replace") for name, text in (old | new).items()}
