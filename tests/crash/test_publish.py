@@ -153,7 +153,7 @@ def test_a_save_killed_at_any_step_leaves_the_old_adapter_or_the_new_one(world: 
 def test_the_next_save_finishes_what_was_cut_off(world: World, target: Path) -> None:
     total = len(steps(world, target))
     seen = set()
-    for at in range(total - 16, total, 4):
+    for at in range(total - 20, total, 3):
         assert save(world, target, at) == -signal.SIGKILL
         seen.add(world.state(target))
         world.models["old"].save_pretrained(str(target))

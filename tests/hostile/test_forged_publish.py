@@ -56,7 +56,7 @@ def everything(directory: Path) -> list[tuple]:
     return found
 
 
-def journal(directory: Path, names: dict[str, bytes], **changes: object) -> None:
+def journal(directory: Path, names: dict[str, bytes], /, **changes: object) -> None:
     """A journal as good as a stranger can make it, and better: he does not know the inodes."""
     rows = [[name.split("/"), len(raw), hashlib.sha256(raw).hexdigest()] for name, raw in names.items()]
     commit = directory / ".commit"
@@ -64,7 +64,7 @@ def journal(directory: Path, names: dict[str, bytes], **changes: object) -> None
     (commit / JOURNAL).write_text(json.dumps(fields | {"manifest": "manifest", "files": rows} | changes))
 
 
-def pending(directory: Path, names: dict[str, bytes], **changes: object) -> Path:
+def pending(directory: Path, names: dict[str, bytes], /, **changes: object) -> Path:
     """An interrupted publish that is right in every respect, before somebody tampers with it."""
     commit = directory / ".commit"
     for name, raw in names.items():
