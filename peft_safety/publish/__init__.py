@@ -1,4 +1,4 @@
-"""Saves that may be killed: a set of files is published whole, a reader never writes, and whoever may write can finish what was cut off.
+"""Saves that may be killed: files are published whole, a reader never writes, and a writer can finish what was cut off.
 
 A publish writes and syncs everything, with a journal of it, in a hidden staging folder inside the directory; renames that
 folder to `.commit` (the commit point, one rename); moves the files into place, the manifest last; and renames `.commit`
@@ -65,7 +65,7 @@ def publishing(target: Path, manifest: str) -> Iterator[Path]:
 
 
 def recover(directory: Path) -> list[str]:
-    """Finish a publish of this package into `directory` that was cut off after its commit point. Nothing outside is touched.
+    """Finish a publish of this package that was cut off after its commit point. Nothing outside `directory` is touched.
 
     Returns:
         The files that were moved into place; none where there was nothing to finish.
@@ -112,7 +112,9 @@ def is_interrupted(directory: Path) -> bool:
 
 
 def require_whole(directory: Path, ours: bool = True, warn: bool = True) -> None:
-    """For readers, before anything is read. Writes nothing. Where a publish was cut off before its first move, the old files are read, with a warning.
+    """For readers, before anything is read. Writes nothing.
+
+    Where a publish was cut off before its first move, the old files are whole and are read, with a warning.
 
     Args:
         ours: a `.commit` that is no publish of this package is an error; where False, it is somebody else's business.
@@ -159,7 +161,10 @@ def _require_whole(directory: Path, owner: Path, journal: Journal, warn: bool) -
 
 
 def copy_own(directory: Path, name: str, staging: Path) -> None:
-    """Take a file of a directory over into a staging folder; none is fine. A link is not followed: what it leads to may be private."""
+    """Take a file of a directory over into a staging folder, if there is one.
+
+    A link is not followed: what it leads to may be private.
+    """
     with Folder.open(directory) as folder:
         if folder.stat(name) is None:
             return

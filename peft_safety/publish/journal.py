@@ -1,4 +1,7 @@
-"""The journal of a publish: which files it puts into which directory. It is written before the commit point and proves whose `.commit` that is."""
+"""The journal of a publish: which files it puts into which directory.
+
+It is written before the commit point and proves whose `.commit` that is.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ class Journal:
 
     @classmethod
     def of(cls, staging: Folder, target: Folder, manifest: str) -> Journal:
-        """Of everything that was written into a staging folder. Manifests move last, that of the directory itself at the very end.
+        """Of everything in a staging folder. Manifests move last, that of the directory itself at the very end.
 
         Raises:
             ArtifactError: something else than files with plain names.
@@ -100,7 +103,7 @@ class Journal:
         return cls(directory, commit, fields["manifest"], entries)
 
     def check(self, target: Folder, commit: Folder) -> None:
-        """That this publish was made here, and can be finished: every file is whole, in one of the two places, and nothing else is there.
+        """That this publish was made here and can be finished: every file is whole, in one of the two places.
 
         Raises:
             ArtifactError: why not.
@@ -122,7 +125,7 @@ class Journal:
         self.refuse_clash(target)
 
     def refuse_clash(self, target: Folder) -> None:
-        """A file cannot take the place of a directory, nor the other way round, and no directory on the way may be a link."""
+        """A file cannot take the place of a directory, nor the other way round; no directory may be a link."""
         for entry in self.entries:
             for depth in range(1, len(entry.parts) + 1):
                 place, found = target.path.joinpath(*entry.parts[:depth]), target.find(entry.parts[:depth])
@@ -133,7 +136,7 @@ class Journal:
                     raise FileExistsError(f"{place} is {what(found)} and is in the way")
 
     def state(self, target: Folder, commit: Folder) -> str:
-        """What stands in the directory: `old` (nothing was moved yet), `new` (everything was, and here), or `mixed`."""
+        """What stands in the directory: `old` (nothing was moved yet), `new` (everything was) or `mixed`."""
         waiting = sum(commit.find(entry.parts) is not None for entry in self.entries)
         if waiting == len(self.entries):
             return "old"

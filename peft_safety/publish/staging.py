@@ -65,7 +65,7 @@ def new_name(target: Path) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Remove a folder, its journal last, so that half of it is still known to be litter. What cannot be removed now is swept later."""
+    """Remove a folder, its journal last: half of it is still known to be litter, and is swept later."""
     with suppress(OSError):
         for inner in path.iterdir():
             if inner.is_dir() and not inner.is_symlink():
@@ -76,7 +76,7 @@ def discard(path: Path) -> None:
 
 
 def lock(descriptor: int, shared: bool = False, seconds: float = 0.0) -> bool | None:
-    """Take the lock of a journal: True if it could be had, False if somebody alive holds it, None if there are no locks here."""
+    """Take the lock of a journal: True if it was free, False if somebody alive holds it, None if there are no locks."""
     if fcntl is None:
         return None
     end = time.monotonic() + seconds

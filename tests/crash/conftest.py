@@ -1,4 +1,4 @@
-"""Hundreds of small saves, each of which waits for the disk several times: they are made in memory where there is a file system for that."""
+"""Hundreds of small saves wait for the disk several times each: they are made in memory where there is a place for that."""
 
 from __future__ import annotations
 

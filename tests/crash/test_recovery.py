@@ -1,4 +1,4 @@
-"""Publishing small files, killed at every single call: what readers get, and what `recover` makes of it, killed itself."""
+"""Publishing small files, killed at every call: what readers get, and what `recover`, killed itself, makes of it."""
 
 from __future__ import annotations
 

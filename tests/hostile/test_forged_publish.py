@@ -1,4 +1,4 @@
-"""A stranger's directory that pretends to hold an interrupted save: readers write nothing, and nothing outside is ever written, whoever saves or recovers."""
+"""A stranger's directory that pretends to hold an interrupted save: readers write nothing, and nobody writes outside."""
 
 from __future__ import annotations
 
