@@ -269,7 +269,7 @@ def _check_shapes(path: Path, module: str, slices: Mapping[str, Any], subspace: 
     dtypes = {s.get_dtype() for s in slices.values()}
     a, b = shapes["lora_A.weight"], shapes["lora_B.weight"]
     rank = (config.get("rank_pattern") or {}).get(module, config["r"])
-    fits = len(a) == len(b) == 2 and a[0] == b[1] == rank and 1 <= rank <= min(a[1], b[0])
+    fits = len(a) == len(b) == 2 and a[0] == b[1] == rank and (1 <= rank <= min(a[1], b[0]) or rank == config["r"])  # r may exceed a narrow layer
     fits = fits and all(shapes[f"{f}.initial"] == shapes[f"{f}.weight"] for f in ("lora_A", "lora_B") if f"{f}.initial" in shapes)
     for side, d in (("out", b[0] if b else 0), ("in", a[-1] if a else 0)):
         basis = subspace.bases[module].get(side)  # type: ignore[call-overload]

@@ -68,8 +68,9 @@ def plan(layer: Any) -> tuple[str, ops.QuantBundle, str] | str:
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0"
     base = layer.get_base_layer()
-    if weights.quantisation(base) != "4bit":
-        return {"8bit": "an 8-bit base weight", None: "a dense base weight: there is nothing to dequantise"}[weights.quantisation(base)]
+    kind = weights.quantisation(base)
+    if kind != "4bit":
+        return {"8bit": "an 8-bit base weight", "fp8": "an FP8 base weight"}.get(kind or "", "a dense base weight: there is nothing to dequantise")
     if type(layer).__name__ != "Linear4bit":
         return f"a {type(layer).__name__} around a 4-bit weight (PEFT did not know that the model is quantised)"
     name, reason = ops.backend_for(base.weight)

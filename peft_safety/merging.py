@@ -245,7 +245,8 @@ def _bare(base: nn.Module) -> nn.Module:
     how = getattr(config, "quantization_config", None)
     if any(weights.quantisation(module) for module in base.modules()):
         if how is not None:
-            how.llm_int8_skip_modules = [name for name, module in base.named_modules() if type(module) is nn.Linear]
+            dense = [name for name, module in base.named_modules() if type(module) is nn.Linear]
+            setattr(how, "llm_int8_skip_modules" if hasattr(how, "llm_int8_skip_modules") else "modules_to_not_convert", dense)
         return base
     if how is not None:
         del config.quantization_config

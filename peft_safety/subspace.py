@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peft_safety import files, weights
+from peft_safety import files, naming, weights
 from peft_safety.errors import ArtifactError, SubspaceError
 from peft_safety.projection import ORTHONORMAL_TOLERANCE, Side, orthonormalise, orthonormality_error, union
 
@@ -29,6 +29,8 @@ FORMAT = "peft_safety.subspace.v1"
 SHARED = "shared"
 """Key of the provenance in a file's header that maps the names of tensors that are not stored to those they equal."""
 SIDES: tuple[Side, ...] = ("out", "in")
+UNREACHED, NARROW = "unreached", "narrow"
+"""Why a layer has no basis: no token of the calibration data reached it, or a single feature leaves nothing free."""
 Bases = Mapping[str, Mapping[Side, Tensor]]
 
 
@@ -73,15 +75,18 @@ class SafetySubspace:
         """Estimate a subspace in one streaming pass over a model; see `peft_safety.estimate.activations.estimate` for the options.
 
         Args:
-            model: a causal language model, dense or quantised.
+            model: a model of language, dense or quantised.
             data: rows `{prompt, response}`, `{messages}` or `{text, label}` (needs `tokenizer=`), or tokenised batches
                 (`input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`).
-            **options: `tokenizer`, `method`, `rank`, `energy`, `per_kind`, `sides`, `positions`, `against`, `target_modules`, `batch_size`, `max_length`,
-                `seed`, `progress`.
+            **options: `tokenizer`, `method`, `rank`, `energy`, `per_kind`, `sides`, `positions`, `against`, `target_modules`, `exclude_modules`,
+                `batch_size`, `max_length`, `seed`, `progress`.
+
+        Layers that no token reaches, or that have a single feature, are left out, with one warning; see `left_out`.
         """
         from peft_safety.estimate.activations import estimate
+        from peft_safety.estimate.leaving_out import announced
 
-        return estimate(model, data, **options)
+        return announced(estimate(model, data, **options))
 
     @classmethod
     def from_weights(cls, model: nn.Module, **options: Any) -> SafetySubspace:
@@ -89,11 +94,12 @@ class SafetySubspace:
 
         Args:
             model: dense or quantised.
-            **options: `rank`, `energy`, `sides`, `target_modules`, `seed`, `progress`.
+            **options: `rank`, `energy`, `sides`, `target_modules`, `exclude_modules`, `seed`, `progress`.
         """
+        from peft_safety.estimate.leaving_out import announced
         from peft_safety.estimate.weight_bases import estimate_from_weights
 
-        return estimate_from_weights(model, **options)
+        return announced(estimate_from_weights(model, **options))
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], **hub: Any) -> SafetySubspace:
@@ -160,6 +166,14 @@ class SafetySubspace:
         return sorted(self.bases)
 
     @property
+    def left_out(self) -> dict[str, str]:
+        """Layers that were targeted and have no basis, each with the reason, `UNREACHED` or `NARROW`: an adapter on this subspace leaves them out too."""
+        found = self.provenance.get("left_out")
+        lists = {reason: found.get(reason) for reason in (UNREACHED, NARROW)} if isinstance(found, dict) else {}
+        named = {name: reason for reason, names in lists.items() if isinstance(names, list) for name in names if isinstance(name, str)}
+        return {name: reason for name, reason in named.items() if name not in self.bases}
+
+    @property
     def digest(self) -> str:
         """Hash of the bases (not of where they came from): equal for subspaces that constrain equally."""
         digest = hashlib.sha256()
@@ -210,20 +224,27 @@ class SafetySubspace:
     def beside(self, other: SafetySubspace) -> SafetySubspace:
         """This subspace with the bases of another one on the other side of the same modules; `other`'s provenance is kept under its side.
 
+        What either of them leaves out (see `left_out`) is left out.
+
         Raises:
             SubspaceError: other modules, or both have a basis for one side of a module.
         """
-        odd = sorted(set(self.bases) ^ set(other.bases)) or sorted(name for name in self.bases if set(self.bases[name]) & set(other.bases[name]))
+        lost = other.left_out | self.left_out
+        both = [name for name in self.bases if name in other.bases]
+        odd = sorted((set(self.bases) ^ set(other.bases)) - set(lost)) or sorted(n for n in both if set(self.bases[n]) & set(other.bases[n]))
         if odd:
             raise SubspaceError(
                 f"{odd[0]}: one of the subspaces lacks it, or both have a basis on the same side ({len(odd)} such modules). Calibrate both with the same "
                 "target_modules, one on side 'in' and one on side 'out'."
             )
-        bases = {name: {**sides, **other.bases[name]} for name, sides in self.bases.items()}
-        spectra = {name: {**self.spectra.get(name, {}), **other.spectra.get(name, {})} for name in self.bases}
+        bases = {name: {**self.bases[name], **other.bases[name]} for name in both}
+        spectra = {name: {**self.spectra.get(name, {}), **other.spectra.get(name, {})} for name in both}
         side = sorted({side for sides in other.bases.values() for side in sides})[0]
         provenance = {**self.provenance, "sides": "in+out", side: dict(other.provenance)}
-        return SafetySubspace(bases, {name: s for name, s in spectra.items() if s}, {**other.fingerprints, **self.fingerprints}, provenance)
+        if lost:
+            provenance["left_out"] = {reason: sorted(name for name in lost if lost[name] == reason) for reason in sorted(set(lost.values()))}
+        prints = {name: value for name, value in {**other.fingerprints, **self.fingerprints}.items() if name in bases}
+        return SafetySubspace(bases, {name: s for name, s in spectra.items() if s}, prints, provenance)
 
     def restricted(self, names: Iterable[str]) -> SafetySubspace:
         """The same subspace for some of its modules only."""
@@ -244,19 +265,26 @@ class SafetySubspace:
         Raises:
             SubspaceError: a layer without a basis, one of another shape, or other base weights; nothing has changed then.
         """
+        lacking = self.lacking(layers, sides)
+        if lacking:
+            side = next(side for side in sides if side not in self.bases.get(lacking[0], {}))
+            raise SubspaceError(
+                f"{naming.some(lacking)}: the subspace has no {side!r} basis for {len(lacking)} of {len(layers)} layers (it has "
+                f"{naming.some(self.bases)}). Calibrate with the same target_modules, or leave them out: "
+                f'exclude_modules=r"{naming.pattern(lacking, layers)}".'
+            )
         for name, layer, side in ((name, layer, side) for name, layer in layers.items() for side in sides):
-            u = self.bases.get(name, {}).get(side)
-            if u is None:
-                known = ", ".join(self.module_names[:3])
-                raise SubspaceError(
-                    f"{name}: the subspace has no {side!r} basis for it (it has {len(self.bases)}: {known}, ...). Calibrate with the same target_modules."
-                )
+            u = self.bases[name][side]
             d = weights.shape(layer)[0 if side == "out" else 1]
             if u.shape[0] != d:
                 raise SubspaceError(f"{name}: the basis is {tuple(u.shape)}, the layer has {d} {side}put features. Calibrate on this model.")
         weights.check_fingerprints(self.fingerprints, layers, quantised=self.provenance.get("precision", "dense") != "dense")
         if bind:
             self.bind(layers)
+
+    def lacking(self, names: Iterable[str], sides: Sequence[Side]) -> list[str]:
+        """Those of some modules that lack a basis on one of the sides, in their order."""
+        return [name for name in names if any(side not in self.bases.get(name, {}) for side in sides)]
 
     def bind(self, layers: Mapping[str, nn.Module]) -> None:
         """Record fingerprints of the base layers that have none yet."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_safety import scales
 from peft_safety.errors import SubspaceError, UnsupportedLayerError
 
 SAMPLES = 256
@@ -22,16 +23,33 @@ SAMPLES = 256
 #: int8 by 1 %, and unrelated weights, or another layer's, are at 140 %.
 DISTANCE_DENSE = 0.01
 DISTANCE_QUANTISED = 0.35
+_BITSANDBYTES = {"Linear4bit": "4bit", "LinearNF4": "4bit", "LinearFP4": "4bit", "Linear8bitLt": "8bit"}
 
 
 def quantisation(layer: nn.Module) -> str | None:
-    """`"4bit"`, `"8bit"` (bitsandbytes) or None for a dense layer, by the layer's type and not by a flag of the model."""
-    return {"Linear4bit": "4bit", "LinearNF4": "4bit", "LinearFP4": "4bit", "Linear8bitLt": "8bit"}.get(type(layer).__name__)
+    """`"4bit"`, `"8bit"` (bitsandbytes), `"fp8"` (transformers) or None, by the layer's type and not by a flag of the model."""
+    return "fp8" if scales.is_fp8(layer) else _BITSANDBYTES.get(type(layer).__name__)
 
 
 def supported(layer: nn.Module) -> bool:
-    """Whether an update of this base layer can be protected: torch Linear, transformers Conv1D, bitsandbytes 4-bit and 8-bit."""
+    """Whether this is a linear layer: of torch, or transformers' Conv1D, or a subclass. Whether its weight can be read is `check_readable`'s question."""
     return isinstance(layer, nn.Linear) or is_conv1d(layer)
+
+
+def check_readable(layer: nn.Module, name: str) -> None:
+    """Refuse a layer whose weight, whole or not, is none that can be read here: dense, bitsandbytes 4-bit or 8-bit, or transformers' FP8.
+
+    Raises:
+        UnsupportedLayerError: names the module, its kind and the remedy.
+    """
+    if not supported(layer):
+        reason = "its weight is packed" if scales.is_packed(layer) else "it is no Linear, Conv1D or bitsandbytes layer"
+        raise scales.refusal(layer, name, reason)
+    weight = getattr(layer, "weight", None)
+    if type(layer).__name__ not in _BITSANDBYTES and (weight is None or is_whole(weight)):
+        reason = scales.unreadable(layer)
+        if reason is not None:
+            raise scales.refusal(layer, name, reason)
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -59,12 +77,15 @@ def from_int8(values: Tensor, scale: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
-    """The weight as `(out_features, in_features)` fp32 on its own device, dequantised if need be. A copy only where one is needed.
+def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
+    """The weight as `(out_features, in_features)` on its own device: a dense one in its own precision and without a copy, a quantised one in fp32.
+
+    Every reader of a base weight comes through here.
 
     Raises:
         UnsupportedLayerError: a weight that is sharded, on the meta device, or of a kind this package doesn't know.
     """
+    check_readable(layer, name)
     weight: Any = layer.weight
     if not is_whole(weight):
         raise UnsupportedLayerError(f"{name}: its weight is on the meta device or sharded. Calibrate or load before the model is sharded.")
@@ -82,12 +103,17 @@ def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
         if scale is None or weight.dtype != torch.int8:
             raise UnsupportedLayerError(f"{name}: 8-bit weight without its scales. Move the model to its device first.")
         return from_int8(weight.data, scale)
-    if not supported(layer) or not weight.dtype.is_floating_point:
-        raise UnsupportedLayerError(
-            f"{name}: {type(layer).__name__} of {weight.dtype} is not supported. Use Linear, Conv1D, or bitsandbytes 4-bit or 8-bit layers."
-        )
-    dense = weight.detach().float()
-    return dense.T if is_conv1d(layer) else dense
+    if kind == "fp8":
+        return scales.from_fp8(layer, name)
+    if is_conv1d(layer):
+        return weight.detach().T
+    scales.check_forward(layer, name)
+    return weight.detach()
+
+
+def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
+    """`stored_weight` as fp32. A copy only where one is needed."""
+    return stored_weight(layer, name).float()
 
 
 def _unpacked(weight: Any) -> tuple[Tensor, Any]:
@@ -143,7 +169,7 @@ def merge_survival(layer: nn.Module, delta: Tensor, name: str = "the layer") -> 
     """Share of an update that a merge into this quantised layer would keep: `<Q(W + dW) - W, dW> / ||dW||^2`; nan for a zero update.
 
     Args:
-        layer: a bitsandbytes 4-bit or 8-bit layer. It is not changed.
+        layer: a quantised layer. It is not changed.
         delta: `dW (out_features, in_features)`.
     """
     before = dense_weight(layer, name)
@@ -153,7 +179,9 @@ def merge_survival(layer: nn.Module, delta: Tensor, name: str = "the layer") -> 
 
 @torch.no_grad()
 def requantised(layer: nn.Module, delta: Tensor, name: str = "the layer") -> Tensor:
-    """`Q(W + dW)` as a dense fp32 `(out_features, in_features)`, quantised as the bitsandbytes layer is. The layer is not changed."""
+    """`Q(W + dW)` as a dense fp32 `(out_features, in_features)`, quantised as the layer is. The layer is not changed."""
+    if quantisation(layer) == "fp8":
+        return scales.requantised_fp8(layer, delta, name)
     merged = dense_weight(layer, name) + delta
     if quantisation(layer) == "4bit":
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_safety import weights
+from peft_safety import naming, weights
 from peft_safety.errors import CalibrationError, ConfigError
 from peft_safety.estimate.bases import Size, contrastive_basis, input_basis, output_basis
+from peft_safety.estimate.leaving_out import cut, fitted, narrow_layers, record, without_room
 from peft_safety.estimate.moments import InputMoments, Positions, collect, to_batches
 from peft_safety.estimate.targets import target_layers
 from peft_safety.projection import Side
@@ -43,6 +44,7 @@ def estimate(
     positions: Positions | None = None,
     against: Sequence[Mapping[str, Any]] | None = None,
     target_modules: Iterable[str] | str | None = None,
+    exclude_modules: Iterable[str] | str | None = None,
     layers: Mapping[str, nn.Module] | None = None,
     batch_size: int = 8,
     max_length: int = 512,
@@ -56,7 +58,7 @@ def estimate(
     the same input share. Any adapter on the model is switched off meanwhile.
 
     Args:
-        model: causal language model; may be quantised, may carry adapters.
+        model: language model; may be quantised, may carry adapters. Of an encoder-decoder the encoder's tokens are the prompt, the decoder's the response.
         data: rows `{prompt, response}` / `{messages}` / `{text, label}`, rows of a `{prompt}` alone, or tokenised batches with `labels` (-100: no response).
         tokenizer: with a chat template; for rows only.
         method: "salora" (out, response tokens), "ortho_patch" or "guardspace" (in, all tokens); sets `sides` and `positions` where they are not given.
@@ -65,13 +67,14 @@ def estimate(
         per_kind: other values of `rank`, or of `energy`, for modules whose name ends so: `{"down_proj": 0.1}`.
         positions: "response", "prompt" or "all" tokens.
         against: data that must stay in reach; the basis is then contrastive (see `contrastive_basis`).
-        target_modules: as in `LoraConfig`; None takes PEFT's default of the architecture.
-        layers: base layers by name, instead of `target_modules`.
+        target_modules, exclude_modules: as in `LoraConfig`; without `target_modules`, PEFT's default of the architecture.
+        layers: base layers by name, instead of these two.
         allow_fewer: where the data span fewer than `rank` directions (a first layer sees little but the embeddings of the tokens that occur), keep those,
             with a warning, instead of raising.
 
     Returns:
-        A subspace with spectra, fingerprints and provenance.
+        A subspace with spectra, fingerprints and provenance. Layers that no token reaches, or with a single feature on a side, have none: see
+        `SafetySubspace.left_out`. Layers far narrower than the others (heads, gates) have fewer directions where `rank` is too much for them, with a warning.
 
     Raises:
         CalibrationError: fewer tokens, or fewer independent directions, than `rank`; inputs that are zero or not finite.
@@ -82,31 +85,37 @@ def estimate(
     chosen, where = _where(method, sides, positions)
     if rank is None and energy is None:
         rank = GUARDSPACE_FRACTION if method == "guardspace" else DEFAULT_RANK
-    layers = dict(target_layers(model, target_modules) if layers is None else layers)
-    sizes = sizes_of(layers, rank, energy, per_kind or {})
-    wanted = {(name, side): sizes[name].fixed(weights.shape(layer), side, name) for name, layer in layers.items() for side in chosen}
+    targets = dict(target_layers(model, target_modules, exclude_modules) if layers is None else layers)
+    unfit = without_room(targets, chosen)
+    layers = {name: layer for name, layer in targets.items() if name not in unfit}
+    sizes = fitted(layers, sizes_of(targets, rank, energy, per_kind or {}), chosen)
     found = []
     for rows in [data] if against is None else [data, against]:
-        batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length)
+        batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
         with adapters_off(model):
             moments = collect(model, layers, batches, positions=where, progress=progress)
         found.append((moments, {"data": digest, "samples": sum(int(b["input_ids"].shape[0]) for b in batches), "tokens": moments.tokens}))
     (moments, facts), contrast = found[0], found[1:]
+    wanted = {(name, side): sizes[name][side].fixed(weights.shape(layer), side, name) for name, layer in layers.items() for side in chosen}
     needed = max((k for k in wanted.values() if k is not None), default=1)
     if moments.tokens < needed:
         raise CalibrationError(
             f"{moments.tokens} {'labelled ' * (where == 'response')}tokens cannot span rank={needed} directions. Give more data, or a smaller rank."
         )
-    bases, spectra = _bases(layers, chosen, moments, contrast[0][0] if contrast else None, sizes, seed)
-    _check_spans({key: bases[key[0]][key[1]].shape[1] for key in wanted}, wanted, allow_fewer)
+    reached = {name: layer for name, layer in layers.items() if all(seen.reaches(name) for seen, _ in found)}
+    if not reached:
+        raise CalibrationError(f"no token that counts reaches any of the {len(layers)} target layers ({naming.some(layers)}). Give data that do.")
+    bases, spectra = _bases({side: narrow_layers(layers, side) for side in chosen}, reached, chosen, moments, contrast[0][0] if contrast else None, sizes, seed)
+    _check_spans({(name, side): bases[name][side].shape[1] for name in reached for side in chosen}, wanted, allow_fewer)
     provenance = {"method": method, "sides": "+".join(chosen), "positions": where, "seed": seed, "model": model_name(model), **facts}
     provenance |= ({"rank": rank} if energy is None else {"energy": energy}) | ({"per_kind": dict(per_kind)} if per_kind else {})
+    provenance |= record([name for name in layers if name not in reached], unfit)
     if contrast:
         provenance["against"] = contrast[0][1]["data"]
     elif "in" in chosen:
-        provenance["covered"] = {name: _covered(spectra[name]["in"], moments.moment(name)) for name in layers}
+        provenance["covered"] = {name: _covered(spectra[name]["in"], moments.moment(name)) for name in reached}
     subspace = SafetySubspace(bases, spectra, provenance=provenance)
-    subspace.bind(layers)
+    subspace.bind(reached)
     return subspace
 
 
@@ -155,19 +164,28 @@ def _covered(spectrum: Tensor, moment: Tensor) -> float:
 
 
 def _bases(
-    layers: Mapping[str, nn.Module], sides: Sequence[Side], moments: InputMoments, contrast: InputMoments | None, sizes: Mapping[str, Size], seed: int
+    narrow: Mapping[Side, set[str]],
+    layers: Mapping[str, nn.Module],
+    sides: Sequence[Side],
+    moments: InputMoments,
+    contrast: InputMoments | None,
+    sizes: Mapping[str, Mapping[Side, Size]],
+    seed: int,
 ) -> tuple[dict[str, dict[Side, Tensor]], dict[str, dict[Side, Tensor]]]:
     """Basis and spectrum of every layer and side; layers with one moment, and of one size, share their input basis."""
-    shared: dict[tuple[int, Size], tuple[Tensor, Tensor]] = {}
+    shared: dict[tuple[int, Size, bool], tuple[Tensor, Tensor]] = {}
     bases: dict[str, dict[Side, Tensor]] = {name: {} for name in layers}
     spectra: dict[str, dict[Side, Tensor]] = {name: {} for name in layers}
     for name, layer in layers.items():
-        moment, against, size = moments.moment(name), None if contrast is None else contrast.moment(name), sizes[name]
+        moment, against = moments.moment(name), None if contrast is None else contrast.moment(name)
         for side in sides:
+            size, slim = sizes[name][side], name in narrow[side]
             if side == "in":
-                if (id(moment), size) not in shared:
-                    shared[id(moment), size] = input_basis(moment, size, name, seed=seed) if against is None else contrastive_basis(moment, against, size, name)
-                found = shared[id(moment), size]
+                key = (id(moment), size, slim)
+                if key not in shared:
+                    found = input_basis(moment, size, name, seed=seed) if against is None else contrastive_basis(moment, against, size, name)
+                    shared[key] = cut(*found) if slim else found
+                found = shared[key]
             else:
                 weight = weights.dense_weight(layer, name).to(moment.device)
                 if against is None:
@@ -175,6 +193,7 @@ def _bases(
                 else:
                     weight = weight.to(moment.dtype)
                     found = contrastive_basis(weight @ moment @ weight.mT, weight @ against @ weight.mT, size, name)
+                found = cut(*found) if slim else found
             bases[name][side], spectra[name][side] = found
     return bases, spectra
 

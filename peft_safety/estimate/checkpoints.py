@@ -24,8 +24,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 64 << 20
 FLOATS = ("F64", "F32", "F16", "BF16")
-NOISE = {"4bit": 0.09, "8bit": 0.01}
-"""Relative distance of a Gaussian weight from its quantised copy, `||Q(W) - W|| / ||W||`: NF4 at block size 64, and int8 by row."""
+NOISE = {"4bit": 0.09, "8bit": 0.01, "fp8": 0.03}
+"""Relative distance of a Gaussian weight from its quantised copy, `||Q(W) - W|| / ||W||`: NF4 at block size 64, int8 by row, and FP8 (e4m3)."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Matrix:
     """One weight `W (out_features, in_features)`, whatever its storage.
 
     Attributes:
-        quantisation: "4bit", "8bit" or None.
+        quantisation: "4bit", "8bit", "fp8" or None.
         block: `(start, stop)` -> columns `start:stop`, `(out_features, stop - start)`, in the stored precision (fp32 if quantised).
     """
 
@@ -79,17 +79,10 @@ class ModuleWeights:
         if name not in self.layers:
             raise CheckpointError(f"{self.label}: the model has no linear layer {name}. Give the model that the adapter belongs to.")
         layer = self.layers[name]
-        kind = weights.quantisation(layer)
-        if kind is None:
-            stored: Any = layer.weight
-            if not weights.is_whole(stored) or not stored.dtype.is_floating_point:
-                raise CheckpointError(
-                    f"{self.label}: the weight of {name} is on the meta device, sharded or not of floating point. Give a checkpoint directory."
-                )
-            dense = stored.detach().T if weights.is_conv1d(layer) else stored.detach()
-        else:
-            dense = weights.dense_weight(layer, name)
-        yield Matrix((dense.shape[0], dense.shape[1]), kind, lambda start, stop: dense[:, start:stop])
+        if hasattr(layer, "weight") and not weights.is_whole(layer.weight):
+            raise CheckpointError(f"{self.label}: the weight of {name} is on the meta device or sharded. Give a checkpoint directory.")
+        dense = weights.stored_weight(layer, name)
+        yield Matrix((dense.shape[0], dense.shape[1]), weights.quantisation(layer), lambda start, stop: dense[:, start:stop])
 
 
 class FileWeights:

@@ -103,16 +103,17 @@ def task_shares(
     """What is left of a task's inputs outside the null space of each layer; one pass over the bare model.
 
     Args:
-        layers: base layers by name, each with an input basis.
+        layers: base layers by name; those without an input basis, or that the task does not reach, are left out.
         rows: of the task: any rows, or tokenised batches.
         tokenizer: for rows only.
         positions: tokens that count; an update acts on all of them.
         ranks: also the ranks, which take two eigendecompositions a distinct input.
 
     Raises:
-        CalibrationError: the rows are those that the subspace was calibrated on, or inputs that are zero or not finite.
+        CalibrationError: the rows are those that the subspace was calibrated on, or inputs that are zero or not finite, or that reach none of the layers.
     """
-    batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length)
+    layers = {name: layer for name, layer in layers.items() if "in" in subspace.bases.get(name, {})}
+    batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
     if digest == subspace.provenance.get("data"):
         raise CalibrationError(
             f"the task data are the {len(rows)} rows that the subspace was calibrated on: their inputs are what the update must not see. Give rows of the "
@@ -122,12 +123,14 @@ def task_shares(
         moments = collect(model, layers, batches, positions=positions, progress=progress, what="task inputs")
     found: dict[tuple[int, int], TaskShare] = {}
     shares = {}
-    for name in layers:
+    for name in filter(moments.reaches, layers):
         basis, moment = subspace.bases[name]["in"], moments.moment(name)
         key = (id(basis), id(moment))
         if key not in found:
             found[key] = _share(moment, basis, name, ranks)
         shares[name] = found[key]
+    if not shares:
+        raise CalibrationError("the task data reach none of the layers with an input basis. Give rows of the task with tokens that count.")
     return shares
 
 

@@ -7,7 +7,9 @@ in fp32, one massive activation, as many models have, would drown all but a few 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -15,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peft_safety import weights
+from peft_safety import naming, weights
 from peft_safety.data.chat import IGNORE_INDEX, Collator, encode_prompts, encode_rows, is_prompt_only
 from peft_safety.errors import CalibrationError
 
@@ -33,19 +35,24 @@ class InputMoments:
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self.layers = dict(layers)
         self.tokens = 0
+        self.loose: set[str] = set()
         self._moments: dict[str, Tensor] = {}
         self._leader: dict[str, str] = {}
-        self._mask: Tensor | None = None
+        self._masks: tuple[Tensor, ...] = ()
         self._last: tuple[str, Tensor] | None = None
+
+    def reaches(self, name: str) -> bool:
+        """Whether the layer was fed anything that counts."""
+        return self._leader.get(name) in self._moments
 
     def moment(self, name: str) -> Tensor:
         """`S (n, n)` of one layer, fp64 (fp32 where the device has no fp64). Layers with the same input return the same tensor.
 
         Raises:
-            CalibrationError: the layer was never called, or `S` is not finite.
+            CalibrationError: the layer saw nothing that counts, or `S` is not finite.
         """
-        if name not in self._leader:
-            raise CalibrationError(f"{name}: the layer was never called on the calibration data. Leave it out of target_modules.")
+        if not self.reaches(name):
+            raise CalibrationError(f"{name}: no token that counts reaches this layer. Give data that do, or leave it out of target_modules.")
         found = self._moments[self._leader[name]]
         if not bool(torch.isfinite(found).all()):
             raise CalibrationError(f"{name}: its inputs hold NaN or Inf. Load the model in float32 or bfloat16, and check the data.")
@@ -56,39 +63,39 @@ class InputMoments:
         """Hook the layers for the duration of a block."""
         with ExitStack() as stack:
             for name, layer in self.layers.items():
-                stack.callback(layer.register_forward_pre_hook(self._hook(name)).remove)
+                stack.callback(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True).remove)
             stack.callback(self._forget)
             yield
 
-    def expect(self, mask: Tensor) -> None:
-        """Announce the next batch: which of its positions count, `(batch, tokens)` bool."""
+    def expect(self, *masks: Tensor) -> None:
+        """Announce the next batch: which of its positions count, `(batch, tokens)` bool; of an encoder-decoder the decoder's, then the encoder's."""
         self._forget()
-        self._mask = mask
-        self.tokens += int(mask.sum())
+        self._masks = masks
+        self.tokens += sum(int(mask.sum()) for mask in masks)
 
     def _forget(self) -> None:
         self._last = None
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            x: Tensor = args[0]
-            if self._last is not None and self._last[1] is x:  # the very same tensor: its leader has counted it
-                self._leader.setdefault(name, self._last[0])
-                return
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x: Tensor = args[0] if args else next(iter(kwargs.values()))
+            if self._last is not None and self._last[1] is x and self._leader.setdefault(name, self._last[0]) == self._last[0]:
+                return  # the very same tensor: its leader has counted it
             if self._leader.setdefault(name, name) != name:
                 raise CalibrationError(f"{name}: shares its input with {self._leader[name]} in some batches only. Calibrate it on its own.")
             self._last = (name, x)
-            self._add(name, self._select(name, x))
+            if not self._masks:
+                raise CalibrationError("InputMoments.expect was not called before the batch.")
+            if positions_of(x.shape[:-1], *self._masks) is None and not all(bool(mask.all()) for mask in self._masks):
+                self.loose.add(name)
+            self._add(name, selected(x, *self._masks))
 
         return hook
 
-    def _select(self, name: str, x: Tensor) -> Tensor:
-        if self._mask is None:
-            raise CalibrationError("InputMoments.expect was not called before the batch.")
-        return selected(name, x, self._mask)
-
     @torch.no_grad()
     def _add(self, name: str, x: Tensor) -> None:
+        if not x.shape[0]:
+            return
         total = self._moments.get(name)
         if total is None:
             wide = torch.float32 if x.device.type == "mps" else torch.float64
@@ -98,21 +105,38 @@ class InputMoments:
             total.addmm_(x.mT, x)
 
 
-def selected(name: str, x: Tensor, mask: Tensor) -> Tensor:
-    """The rows of a layer's input or output that count, `(tokens, features)`, fp32.
+def positions_of(lead: Sequence[int], *masks: Tensor) -> Tensor | None:
+    """Which rows of a layer's input count, bool of the shape `lead`; None where the rows are no positions of the batch.
 
     Args:
-        x: `(batch, tokens, features)`, or flattened to `(batch * tokens, features)`.
-        mask: `(batch, tokens)` bool.
-
-    Raises:
-        CalibrationError: they do not line up.
+        lead: the input's shape without its features: `(batch, tokens)`, with further dimensions (heads) behind or between, flattened, or `(batch,)` of a pooled
+            input, which counts where any position of its sequence does.
+        masks: `(batch, tokens)` bool each.
     """
-    if x.shape[:-1] != mask.shape and x.shape[0] != mask.numel():
-        raise CalibrationError(
-            f"{name}: its input {tuple(x.shape)} does not line up with {tuple(mask.shape)} tokens (routed experts?). Leave it out of target_modules."
-        )
-    return x.detach().reshape(-1, x.shape[-1])[mask.reshape(-1).to(x.device)].float()
+    for mask in masks:
+        batch, tokens = mask.shape
+        if tuple(lead) == (mask.numel(),):
+            return mask.reshape(-1)
+        if len(lead) > 1 and lead[0] == batch and tokens in lead[1:]:
+            axis = 1 + list(lead[1:]).index(tokens)
+            return mask.view(batch, *(tokens if i == axis else 1 for i in range(1, len(lead)))).expand(*lead)
+    if len(lead) >= 1 and lead[0] == masks[0].shape[0]:  # pooled, or the patches of an image: by sequence
+        chosen = torch.stack([mask.any(dim=1) for mask in masks]).any(dim=0)
+        return chosen.view(-1, *(1 for _ in lead[1:])).expand(*lead)
+    return None
+
+
+def selected(x: Tensor, *masks: Tensor) -> Tensor:
+    """The rows of a layer's input or output that count, `(rows, features)`, fp32.
+
+    Args:
+        x: `(..., features)`; see `positions_of`. All rows count where they are no positions of the batch (routed experts, patches of images).
+        masks: `(batch, tokens)` bool.
+    """
+    rows, chosen = x.detach().reshape(-1, x.shape[-1]), positions_of(x.shape[:-1], *masks)
+    if chosen is None:
+        return rows.float() if any(bool(mask.any()) for mask in masks) else rows[:0].float()
+    return rows[chosen.reshape(-1).to(x.device)].float()
 
 
 def collect(
@@ -133,17 +157,24 @@ def collect(
     moments = InputMoments(layers)
     with moments.watching():
         run(model, batches, moments.expect, positions=positions, progress=progress, what=what)
+    if moments.loose:
+        warnings.warn(
+            f"{what}: {len(moments.loose)} layers have inputs that do not line up with the tokens of a batch (routed experts, images), so all of them count "
+            f"there, padding included: {naming.some(moments.loose)}. Batches of one length without padding, with positions='all', are exact.",
+            stacklevel=3,
+        )
     return moments
 
 
 @torch.no_grad()
 def run(
-    model: nn.Module, batches: Sequence[Batch], expect: Callable[[Tensor], None], *, positions: Positions = "response", progress: bool = True, what: str
+    model: nn.Module, batches: Sequence[Batch], expect: Callable[..., None], *, positions: Positions = "response", progress: bool = True, what: str
 ) -> None:
     """One pass over the batches in eval mode; whoever has hooked the layers is told before each batch which of its positions count.
 
     Args:
-        expect: called with a `(batch, tokens)` bool mask.
+        batches: besides ids, attention and labels, whatever tensors the model's forward names (`pixel_values`, `token_type_ids`) are passed on.
+        expect: called with a `(batch, tokens)` bool mask; for an encoder-decoder with the decoder's and the encoder's.
     """
     from tqdm.auto import tqdm
 
@@ -153,13 +184,38 @@ def run(
     try:
         with weights.unpacked(model):
             for batch in tqdm(batches, desc=what, unit="batch", disable=not progress):
-                ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
-                attention = batch.get("attention_mask", torch.ones_like(ids)).to(device)
-                expect(counted(labels, attention, positions))
-                model(input_ids=ids, attention_mask=attention, use_cache=False)
+                on_device = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+                masks, arguments = _call(model, on_device, positions)
+                expect(*masks)
+                model(**arguments)
     finally:
         for module, flag in training:
             module.training = flag
+
+
+def _call(model: nn.Module, batch: dict[str, Tensor], positions: Positions) -> tuple[list[Tensor], dict[str, Any]]:
+    """The positions that count, and the arguments of the model's forward."""
+    bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    accepted = inspect.signature(bare.forward).parameters
+    ids, labels = batch["input_ids"], batch["labels"]
+    attention = batch.get("attention_mask", torch.ones_like(ids))
+    extra = {key: value for key, value in batch.items() if key in accepted and key not in ("input_ids", "attention_mask", "labels")}
+    if "use_cache" in accepted or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
+        extra["use_cache"] = False
+    if not is_encoder_decoder(model):
+        return [counted(labels, attention, positions)], {"input_ids": ids, "attention_mask": attention, **extra}
+    if labels.shape[1] == ids.shape[1]:  # of different lengths, so that it can be told which of the two a layer is fed
+        ids, attention = nn.functional.pad(ids, (0, 1), value=int(ids[0, 0])), nn.functional.pad(attention, (0, 1))
+    if "decoder_input_ids" not in extra:
+        extra["decoder_input_ids"] = bare.prepare_decoder_input_ids_from_labels(labels=labels)
+    prompt = (attention != 0) & (positions != "response")
+    answer = (labels != IGNORE_INDEX) & (positions != "prompt")
+    return [answer, prompt], {"input_ids": ids, "attention_mask": attention, **extra}
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the labels are another sequence than the inputs."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def counted(labels: Tensor, attention: Tensor, positions: Positions) -> Tensor:
@@ -170,8 +226,13 @@ def counted(labels: Tensor, attention: Tensor, positions: Positions) -> Tensor:
     return there & ((labels != IGNORE_INDEX) == (positions == "response"))
 
 
-def to_batches(data: Sequence[Mapping[str, Any]], tokenizer: Any, *, batch_size: int, max_length: int) -> tuple[list[Batch], str]:
+def to_batches(
+    data: Sequence[Mapping[str, Any]], tokenizer: Any, *, batch_size: int, max_length: int, model: nn.Module | None = None
+) -> tuple[list[Batch], str]:
     """Rows or tokenised batches as batches, and a hash of what they hold. Rows of a prompt alone may stand among complete ones.
+
+    Args:
+        model: an encoder-decoder may have labels of another length than its inputs.
 
     Raises:
         CalibrationError: no data, rows without a tokenizer, or batches without labels.
@@ -181,7 +242,7 @@ def to_batches(data: Sequence[Mapping[str, Any]], tokenizer: Any, *, batch_size:
     if not len(data) or not isinstance(data[0], Mapping):
         raise CalibrationError("no calibration data, or not rows. Give rows {prompt, response} or tokenised batches.")
     if "input_ids" in data[0]:
-        batches = [_check(i, batch) for i, batch in enumerate(data)]
+        batches = [_check(i, batch, model is not None and is_encoder_decoder(model)) for i, batch in enumerate(data)]
     else:
         if tokenizer is None:
             raise CalibrationError("rows of text need tokenizer=. Pass the model's tokenizer, or tokenised batches with labels.")
@@ -199,14 +260,17 @@ def content_digest(batches: Sequence[Batch]) -> str:
     rows = []
     for batch in batches:
         attention = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
-        sequences = zip(batch["input_ids"], batch["labels"], attention, strict=True)
-        rows += [json.dumps([ids[there].tolist(), labels[there].tolist()]) for ids, labels, there in sequences]
+        for ids, labels, there in zip(batch["input_ids"], batch["labels"], attention, strict=True):
+            rows.append(json.dumps([ids[there].tolist(), (labels[there] if labels.shape == there.shape else labels[labels != IGNORE_INDEX]).tolist()]))
     return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
 
 
-def _check(index: int, batch: Mapping[str, Any]) -> Batch:
+def _check(index: int, batch: Mapping[str, Any], two_sequences: bool) -> Batch:
     ids, labels = batch.get("input_ids"), batch.get("labels")
-    if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.ndim != 2 or ids.shape != labels.shape or ids.numel() == 0:
+    whole = isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.ndim == 2 and ids.numel() > 0 and labels.numel() > 0
+    if whole and labels.ndim == 1 and len(labels) == len(ids):  # type: ignore[union-attr, arg-type]
+        return {**batch, "labels": torch.full_like(ids, IGNORE_INDEX)}  # type: ignore[arg-type]  # classes of sequences: no position is a response
+    if not whole or not (ids.shape == labels.shape or (two_sequences and labels.ndim == 2 and len(labels) == len(ids))):  # type: ignore[union-attr, arg-type]
         raise CalibrationError(
             f"batch {index}: input_ids and labels must be tensors of one shape (batch, tokens), not empty. Set labels to -100 where a token does not count."
         )

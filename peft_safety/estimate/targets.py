@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from peft_safety import weights
+from peft_safety import scales, weights
 from peft_safety.artifact import PREFIX
-from peft_safety.errors import ConfigError, UnsupportedLayerError
+from peft_safety.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
 
@@ -36,12 +36,15 @@ def base_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def target_layers(model: nn.Module, target_modules: Iterable[str] | str | None) -> dict[str, nn.Module]:
+def target_layers(
+    model: nn.Module, target_modules: Iterable[str] | str | None, exclude_modules: Iterable[str] | str | None = None
+) -> dict[str, nn.Module]:
     """The layers that PEFT would match.
 
     Args:
         target_modules: names or suffixes, a regular expression for the full name, `"all-linear"` (all but the output embedding), or None for PEFT's
             default of this architecture.
+        exclude_modules: names or suffixes, or a regular expression for the full name, of those that are not meant.
 
     Raises:
         ConfigError: nothing matches, or no default is known.
@@ -50,25 +53,33 @@ def target_layers(model: nn.Module, target_modules: Iterable[str] | str | None) 
     if target_modules is None:
         target_modules = _default(model)
     layers = base_layers(model)
-    if target_modules == ALL_LINEAR:
+    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
         matched = {name: layer for name, layer in layers.items() if layer is not head and weights.supported(layer)}
-    elif isinstance(target_modules, str):
-        try:
-            pattern = re.compile(target_modules)
-        except re.error as error:
-            raise ConfigError(f"target_modules={target_modules!r} is not a regular expression ({error}). Give names of layers, or a valid one.") from error
-        matched = {name: layer for name, layer in layers.items() if pattern.fullmatch(name)}
     else:
-        wanted = tuple(target_modules)
-        matched = {name: layer for name, layer in layers.items() if name in wanted or name.endswith(tuple(f".{w}" for w in wanted))}
-    for name, layer in matched.items():
-        if not weights.supported(layer):
-            raise UnsupportedLayerError(f"{name}: {type(layer).__name__} cannot be protected. Target Linear, Conv1D or bitsandbytes layers only.")
-    if not matched:
+        packed = {canonical(name): module for name, module in model.named_modules() if scales.is_packed(module)}
+        matched = _named(layers | {name: module for name, module in packed.items() if name not in layers}, target_modules, "target_modules")
+    excluded = _named(matched, exclude_modules, "exclude_modules") if exclude_modules else {}
+    kept = {name: layer for name, layer in matched.items() if name not in excluded}
+    if not kept:
         some = ", ".join(sorted({name.rpartition(".")[2] for name in layers})[:10])
-        raise ConfigError(f"target_modules={target_modules!r} matches no linear layer of the model. Give names such as {some}, or 'all-linear'.")
-    return matched
+        but = f" but those of exclude_modules={exclude_modules!r}" if excluded else ""
+        raise ConfigError(f"target_modules={target_modules!r} matches no linear layer of the model{but}. Give names such as {some}, or 'all-linear'.")
+    for name, layer in kept.items():
+        weights.check_readable(layer, name)
+    return kept
+
+
+def _named(layers: Mapping[str, nn.Module], wanted: Iterable[str] | str, field: str) -> dict[str, nn.Module]:
+    """Those that a regular expression, or names and suffixes, mean."""
+    if isinstance(wanted, str):
+        try:
+            pattern = re.compile(wanted)
+        except re.error as error:
+            raise ConfigError(f"{field}={wanted!r} is not a regular expression ({error}). Give names of layers, or a valid one.") from error
+        return {name: layer for name, layer in layers.items() if pattern.fullmatch(name)}
+    exact = tuple(wanted)
+    return {name: layer for name, layer in layers.items() if name in exact or name.endswith(tuple(f".{w}" for w in exact))}
 
 
 def _default(model: nn.Module) -> list[str]:

@@ -6,20 +6,22 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from peft_safety import files, weights
+from peft_safety import files, naming, scales, weights
 from peft_safety.artifact import ADAPTER_FILE, MANIFEST, PREFIX, StoredAdapter, check_adapter, check_numbers, sign
 from peft_safety.data import calibration_rows
-from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, ProtectionError, UnsupportedLayerError
+from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, ProtectionError, SubspaceError, UnsupportedLayerError
+from peft_safety.estimate.leaving_out import warn_left_out
 from peft_safety.estimate.targets import canonical
 from peft_safety.layers import ProtectedLinear, check_leaf, fresh, live_leaves, rebase
 from peft_safety.projection import Side
@@ -192,6 +194,8 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
             continue
         base, name = layer.get_base_layer(), canonical(name)
         usual = type(layer).__name__ in ("Linear", "Linear4bit", "Linear8bitLt") and weights.supported(base)
+        if usual or scales.is_packed(base):
+            weights.check_readable(base, name)
         if not usual or getattr(base, "_hf_tp_plan", None) is not None:
             raise UnsupportedLayerError(
                 f"{name}: a {type(base).__name__} under {type(layer).__name__} cannot be protected (only Linear, Conv1D and bitsandbytes "
@@ -251,8 +255,14 @@ def _check_extra(model: nn.Module, config: ProtectedConfig, stored: StoredAdapte
         )
 
 
-def attach(model: nn.Module, adapter_name: str, config: ProtectedConfig) -> None:
-    """Put the protected leaves into freshly built LoRA layers.
+def attach(model: nn.Module, adapter_name: str, config: ProtectedConfig, take_out: Callable[[Collection[str]], None]) -> Collection[str]:
+    """Put the protected leaves into freshly built LoRA layers. What the subspace leaves out, because it could not be calibrated, the adapter leaves out too.
+
+    Args:
+        take_out: removes the adapter's layers of some names again.
+
+    Returns:
+        The names of the layers that were taken out.
 
     Raises:
         PeftSafetyError: the adapter cannot be protected; the caller undoes the injection.
@@ -260,9 +270,17 @@ def attach(model: nn.Module, adapter_name: str, config: ProtectedConfig) -> None
     layers = adapter_layers(model, adapter_name)
     base = {name: layer.get_base_layer() for name, layer in layers.items()}
     for name, layer in layers.items():
-        if layer.r[adapter_name] > min(weights.shape(base[name])):
+        if config.r != layer.r[adapter_name] > min(weights.shape(base[name])):
             raise ConfigError(f"{name}: r={layer.r[adapter_name]} exceeds the layer's {weights.shape(base[name])}. Use a smaller r or a rank_pattern.")
     subspace = config.resolve(model, base)
+    known = subspace.left_out
+    gone = {name: known[name] for name in subspace.lacking(layers, config.basis_sides) if name in known}
+    if len(gone) == len(layers):
+        raise SubspaceError(f"{naming.some(gone)}: the subspace leaves out every layer of the adapter. Use other target_modules, or calibrate on other data.")
+    if gone:
+        take_out(gone)
+        warn_left_out(gone, len(layers), "the adapter, which does not train them")
+        layers, base = ({name: value for name, value in table.items() if name not in gone} for table in (layers, base))
     subspace.check_fits(base, config.basis_sides)
     if config.modules_to_save or config.trainable_token_indices:
         warnings.warn(
@@ -276,6 +294,20 @@ def attach(model: nn.Module, adapter_name: str, config: ProtectedConfig) -> None
         config.initialise(model, layers, adapter_name)
     elif config.residual:
         _restore_initial(layers, adapter_name, config._stored)
+    return gone
+
+
+@torch.no_grad()
+def start_from(layer: LoraLayer, adapter_name: str, b: Tensor, a: Tensor) -> None:
+    """Set the initial factors of a residual. A layer narrower than r has fewer components than that: the others start as plain LoRA's do, at B = 0."""
+    leaf_a, leaf_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    found, rank = a.shape[0], int(layer.r[adapter_name])
+    if found < rank:
+        own = leaf_a.weight
+        a = torch.cat([a.to(own), own[found:]])
+        b = nn.functional.pad(b, (0, rank - found))
+    leaf_a.set_initial(a)
+    leaf_b.set_initial(b)
 
 
 def _restore_initial(layers: Mapping[str, LoraLayer], adapter_name: str, stored: StoredAdapter) -> None:

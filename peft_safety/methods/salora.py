@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from peft_safety import weights
 from peft_safety.errors import ConfigError
-from peft_safety.methods.protected import ProtectedConfig
+from peft_safety.estimate.leaving_out import warn_left_out
+from peft_safety.methods.protected import ProtectedConfig, start_from
 from peft_safety.projection import top_singular
 from peft_safety.subspace import SafetySubspace
 
@@ -64,11 +65,15 @@ class SaLoRAConfig(ProtectedConfig):
             return
         base = {name: layer.get_base_layer() for name, layer in layers.items()}
         task = self._task_subspace(model, base)
-        task.check_fits(base, bind=False)
+        unseen = {name: task.left_out[name] for name in task.lacking(base, ("out",)) if name in task.left_out}
+        warn_left_out(unseen, len(base), "the task-aware initialisation, and start as plain LoRA's do")
+        task.check_fits({name: layer for name, layer in base.items() if name not in unseen}, bind=False)
         for name, layer in layers.items():
-            b, a = task_aware_factors(weights.dense_weight(base[name], name), task.bases[name]["out"], int(layer.r[adapter_name]))
-            layer.lora_A[adapter_name].set_initial(a)
-            layer.lora_B[adapter_name].set_initial(b)
+            if name in unseen:
+                continue
+            rank = min(int(layer.r[adapter_name]), *weights.shape(base[name]))
+            b, a = task_aware_factors(weights.dense_weight(base[name], name), task.bases[name]["out"], rank)
+            start_from(layer, adapter_name, b, a)
             if self.reference_residual:
                 layer.lora_B[adapter_name].initial.div_(layer.scaling[adapter_name])
                 layer.lora_B[adapter_name].fold()

@@ -45,7 +45,7 @@ class _Lengths:
         self.probes = {name: (update.right * update.values).mT.float() for name, update in updates.items()}
         self.sums: dict[str, Tensor] = {}
         self.counts = dict.fromkeys(self.layers, 0)
-        self.mask: Tensor | None = None
+        self.masks: tuple[Tensor, ...] = ()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -54,14 +54,14 @@ class _Lengths:
                 stack.callback(layer.register_forward_hook(self._hook(name)).remove)
             yield
 
-    def expect(self, mask: Tensor) -> None:
-        self.mask = mask
+    def expect(self, *masks: Tensor) -> None:
+        self.masks = masks
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if self.mask is None:
+            if not self.masks:
                 return
-            x, y = selected(name, args[0], self.mask), selected(name, output, self.mask)
+            x, y = selected(args[0], *self.masks), selected(output, *self.masks)
             bias = getattr(layer, "bias", None)
             if isinstance(bias, Tensor):
                 y = y - bias.float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from peft_safety.errors import ConfigError, PeftSafetyError
 
 def inject_adapter(original: Callable[..., None], self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
     """PEFT builds its layers, then the protected leaves go in. If anything fails, the model is put back as it was."""
+    from peft_safety.estimate.targets import canonical
     from peft_safety.methods.protected import ProtectedConfig, attach, check_ahead
 
     config = self.peft_config[adapter_name]
@@ -26,7 +27,8 @@ def inject_adapter(original: Callable[..., None], self: Any, model: nn.Module, a
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         original(self, model, adapter_name, *args, **kwargs)
-        attach(model, adapter_name, config)
+        gone = attach(model, adapter_name, config, lambda names: _take_out(adapter_name, modules, names))
+        self.targeted_module_names = [name for name in self.targeted_module_names if canonical(name) not in gone]
     except BaseException as error:
         _undo(model, adapter_name, modules)
         for module, own in parameters:  # PEFT's MultiheadAttention registers its base weights anew
@@ -41,17 +43,26 @@ def inject_adapter(original: Callable[..., None], self: Any, model: nn.Module, a
 
 
 def _undo(model: nn.Module, adapter_name: str, before: dict[str, nn.Module]) -> None:
-    """Take a half-made adapter out again: modules that were replaced come back, layers that were there before lose the adapter."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in before.items():
-        if isinstance(module, BaseTunerLayer):
-            module.delete_adapter(adapter_name)
-        parent, _, child = name.rpartition(".")
-        if name and parent in before and getattr(before[parent], child, None) is not module:
-            setattr(before[parent], child, module)
+    """Take a half-made adapter out again."""
+    _take_out(adapter_name, before)
     table = getattr(model, "peft_config", None)
     if isinstance(table, dict):
         table.pop(adapter_name, None)
     if not table:  # transformers marks the model before it injects
         vars(model).pop("_hf_peft_config_loaded", None)
+
+
+def _take_out(adapter_name: str, before: dict[str, nn.Module], names: Collection[str] | None = None) -> None:
+    """Modules that were replaced come back, layers that were there before lose the adapter: all of them, or those of some canonical names."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from peft_safety.estimate.targets import canonical
+
+    for name, module in before.items():
+        if names is not None and canonical(name) not in names:
+            continue
+        if isinstance(module, BaseTunerLayer):
+            module.delete_adapter(adapter_name)
+        parent, _, child = name.rpartition(".")
+        if name and parent in before and getattr(before[parent], child, None) is not module:
+            setattr(before[parent], child, module)

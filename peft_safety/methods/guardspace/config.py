@@ -9,6 +9,7 @@ module, the guard against stalling and the residual that leaves the base weight 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, Literal
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from peft_safety import weights
+from peft_safety import naming, weights
 from peft_safety.artifact import COMBINATIONS, guard_sides
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
 from peft_safety.errors import ConfigError
@@ -24,7 +25,7 @@ from peft_safety.estimate.activations import GUARDSPACE_FRACTION, adapters_off, 
 from peft_safety.estimate.coverage import task_shares, warn_if_stalled
 from peft_safety.estimate.moments import InputMoments, collect, to_batches
 from peft_safety.methods.guardspace.factors import Preconditioner, irrelevant_factors
-from peft_safety.methods.protected import ProtectedConfig
+from peft_safety.methods.protected import ProtectedConfig, start_from
 from peft_safety.projection import Side
 from peft_safety.subspace import SafetySubspace
 
@@ -139,18 +140,25 @@ class GuardSpaceConfig(ProtectedConfig):
             return
         moments = self._moments(model, base)
         prepared: dict[int, Preconditioner] = {}
+        unseen = [name for name in layers if not moments.reaches(name)]
+        if unseen:
+            warnings.warn(
+                f"{len(unseen)} of {len(layers)} layers see nothing of the data behind init='guardspace', and start as plain LoRA's do: {naming.some(unseen)}.",
+                stacklevel=2,
+            )
         for name, layer in layers.items():
+            if name in unseen:
+                continue
             moment = moments.moment(name)
             if id(moment) not in prepared:  # modules with one input share it; one at a time is kept
                 prepared = {id(moment): Preconditioner.of(moment, self.preconditioner, name)}
             weight = weights.dense_weight(base[name], name).to(moment.device)
-            b, a = irrelevant_factors(weight, prepared[id(moment)], int(layer.r[adapter_name]), name)
-            layer.lora_A[adapter_name].set_initial(a)
-            layer.lora_B[adapter_name].set_initial(b)
+            b, a = irrelevant_factors(weight, prepared[id(moment)], min(int(layer.r[adapter_name]), *weight.shape), name)
+            start_from(layer, adapter_name, b, a)
 
     def _moments(self, model: nn.Module, base: Mapping[str, nn.Module]) -> InputMoments:
         rows: Sequence[Any] = calibration_rows("guardspace", self.basis) if self.init_data is None else self.init_data
-        batches, _ = to_batches(rows, self._tokenizer(model, rows), batch_size=8, max_length=512)
+        batches, _ = to_batches(rows, self._tokenizer(model, rows), batch_size=8, max_length=512, model=model)
         with adapters_off(model):
             return collect(model, base, batches, positions=self.positions, what="calibrating (init)")
 

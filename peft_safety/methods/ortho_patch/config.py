@@ -104,8 +104,9 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
             self._check_spectrum(own, layers)
             return own
         spans, source = prior_spans(model, layers, self.prior_patches, self.basis_sides)
-        extended = SafetySubspace.joined(own, spans)
-        left = min(extended.capacity(side)[name] for side in self.basis_sides for name in layers)
+        gone = own.left_out if own else {}
+        extended = SafetySubspace.joined(own, {name: sides for name, sides in spans.items() if name not in gone})
+        left = min(extended.capacity(side)[name] for side in self.basis_sides for name in layers if name not in gone)
         extended.provenance |= {"prior_patches": source, "capacity_left": left}
         return extended
 
@@ -130,7 +131,7 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         return subspace
 
     def _check_spectrum(self, subspace: SafetySubspace, layers: Mapping[str, nn.Module]) -> None:
-        bare = [name for name in layers if "in" not in subspace.spectra.get(name, {})]
+        bare = [name for name in layers if "in" not in subspace.spectra.get(name, {}) and name not in subspace.left_out]
         if self.mode == "soft" and (bare or subspace.provenance.get("method") == "weight"):
             what = f"{bare[0]} has no input spectrum" if bare else "it comes from weights"
             raise ConfigError(

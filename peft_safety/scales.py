@@ -1,0 +1,113 @@
+"""Weights that are not what their dtype says: FP8 with scales beside it is read with them, every other kind is refused by name.
+
+A subclass of `nn.Linear` is not dense just because it is one. What counts is what it holds (a plain tensor of a floating dtype of two bytes or more) and
+what it does (`x W^T + b`, tried on a few inputs where the forward is not `nn.Linear`'s own).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peft_safety.errors import UnsupportedLayerError
+
+FP8_SCALES = {"FP8Linear": "weight_scale_inv", "FbgemmFp8Linear": "weight_scale", "CompressedTensorsFP8Linear": "weight_scale"}
+"""transformers' FP8 layers by class, and the parameter that their weight is multiplied by: one number, one a row, or one a block."""
+READABLE = "Load the model in 16 bit, or in 4 or 8 bit by bitsandbytes, or leave this layer out of target_modules."
+FORWARD_TOLERANCE = 0.01
+"""Relative difference from `x W^T + b` up to which a forward is that of a dense layer: bf16 rounding stays below half of it."""
+PROBES = 4
+
+
+def is_fp8(layer: nn.Module) -> bool:
+    """Whether this is one of transformers' FP8 layers, its weight in one byte: at two and more it is dense."""
+    return type(layer).__name__ in FP8_SCALES and getattr(getattr(layer, "weight", None), "itemsize", 0) == 1
+
+
+def scale_of(layer: nn.Module, name: str) -> Tensor:
+    """The scales of an FP8 layer in fp32, in a shape that broadcasts over its weight `(out, in)`.
+
+    Raises:
+        UnsupportedLayerError: no scales, or of a shape that says nothing of what they scale.
+    """
+    weight: Any = layer.weight
+    scale = getattr(layer, FP8_SCALES[type(layer).__name__], None)
+    where = f"{name}: {type(layer).__name__} of {weight.dtype} {tuple(weight.shape)}"
+    if not isinstance(scale, Tensor) or not weight.dtype.is_floating_point or weight.ndim != 2:
+        raise UnsupportedLayerError(f"{where} without its scales, or packed. {READABLE}")
+    rows, columns = weight.shape
+    scale = scale.detach().float().to(weight.device)
+    if scale.numel() == 1:
+        return scale.reshape(1, 1)
+    block = getattr(layer, "block_size", None)
+    if block is None and scale.numel() == rows and scale.ndim <= 2 and max(scale.shape) == rows:
+        return scale.reshape(rows, 1)
+    height, width = (int(size) for size in block or (0, 0))
+    if min(height, width) < 1 or tuple(scale.shape) != (-(-rows // height), -(-columns // width)):
+        raise UnsupportedLayerError(f"{where} has scales {tuple(scale.shape)} for blocks of {block}, which do not fit. {READABLE}")
+    return scale.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
+
+
+def from_fp8(layer: nn.Module, name: str) -> Tensor:
+    """The weight `(out, in)` of an FP8 layer times its scales, as fp32.
+
+    Raises:
+        UnsupportedLayerError: see `scale_of`.
+    """
+    return layer.weight.detach().float() * scale_of(layer, name)  # type: ignore[union-attr, operator]
+
+
+def requantised_fp8(layer: nn.Module, delta: Tensor, name: str) -> Tensor:
+    """`Q(W + dW)` of an FP8 layer with the scales it has, as fp32."""
+    scale, dtype = scale_of(layer, name), layer.weight.dtype
+    limit = torch.finfo(dtype).max  # type: ignore[arg-type]
+    return ((from_fp8(layer, name) + delta) / scale).clamp(-limit, limit).to(dtype).float() * scale  # type: ignore[call-overload, arg-type]
+
+
+def unreadable(layer: nn.Module) -> str | None:
+    """Why what this layer holds is not its weight; None for a dense weight (whatever the forward makes of it) and for transformers' FP8."""
+    weight: Any = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        return "it has no weight of its own (packed)"
+    if type(weight) not in (Tensor, nn.Parameter):
+        return f"its weight is a {type(weight).__name__}"
+    if weight.dtype.is_floating_point and (weight.itemsize > 1 or is_fp8(layer)):
+        return None
+    return f"its weight is stored as {str(weight.dtype).removeprefix('torch.')}, with scales that cannot be read here or without any"
+
+
+def is_packed(layer: nn.Module) -> bool:
+    """Whether this looks like the linear layer of a quantization that is not supported (GPTQ, AWQ, HQQ, EETQ, BitNet, ...): a leaf with packed numbers."""
+    sized = any(hasattr(layer, feature) for feature in ("in_features", "infeatures"))
+    held = [t for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None]
+    return sized and any(t.ndim >= 2 and (not t.dtype.is_floating_point or t.itemsize == 1) for t in held)
+
+
+def refusal(layer: nn.Module, name: str, reason: str) -> UnsupportedLayerError:
+    """The error for a layer whose weight cannot be read."""
+    return UnsupportedLayerError(f"{name}: this {type(layer).__name__} is not supported: {reason}. {READABLE}")
+
+
+@torch.no_grad()
+def check_forward(layer: nn.Module, name: str) -> None:
+    """A dense layer whose forward is not `nn.Linear`'s own must do the same all the same.
+
+    Raises:
+        UnsupportedLayerError: it does not: it scales, quantizes, or splits what it holds.
+    """
+    if type(layer).forward is nn.Linear.forward and "forward" not in vars(layer):
+        return
+    weight: Any = layer.weight
+    x = torch.randn(PROBES, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    try:
+        with torch.autocast(weight.device.type, enabled=False):
+            found, expected = layer.forward(x), F.linear(x, weight, layer.bias)  # type: ignore[arg-type]
+        same = isinstance(found, Tensor) and found.shape == expected.shape
+        error = float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=torch.finfo(torch.float32).tiny)) if same else float("inf")
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, ImportError, AssertionError) as problem:
+        raise refusal(layer, name, f"its forward is its own, and could not be compared with x W^T + b ({type(problem).__name__})") from problem
+    if error > FORWARD_TOLERANCE:
+        raise refusal(layer, name, f"its forward is its own, and does not compute x W^T + b with the weight it holds (relative difference {error:.2g})")
