@@ -47,9 +47,9 @@ def check_readable(layer: nn.Module, name: str) -> None:
         raise scales.refusal(layer, name, reason)
     weight = getattr(layer, "weight", None)
     if type(layer).__name__ not in _BITSANDBYTES and (weight is None or is_whole(weight)):
-        reason = scales.unreadable(layer)
-        if reason is not None:
-            raise scales.refusal(layer, name, reason)
+        problem = scales.unreadable(layer)
+        if problem is not None:
+            raise scales.refusal(layer, name, problem)
 
 
 def is_conv1d(layer: nn.Module) -> bool:

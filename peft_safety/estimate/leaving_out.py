@@ -48,9 +48,7 @@ def without_room(layers: Mapping[str, nn.Module], sides: Sequence[Side]) -> list
     return found
 
 
-def fitted(
-    layers: Mapping[str, nn.Module], sizes: Mapping[str, Size], sides: Sequence[Side], weights_only: bool = False
-) -> dict[str, dict[Side, Size]]:
+def fitted(layers: Mapping[str, nn.Module], sizes: Mapping[str, Size], sides: Sequence[Side], weights_only: bool = False) -> dict[str, dict[Side, Size]]:
     """The size of each basis, by side; narrow layers that cannot hold a rank take what they can, with one warning.
 
     Raises:

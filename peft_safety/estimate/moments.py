@@ -86,9 +86,9 @@ class InputMoments:
             self._last = (name, x)
             if not self._masks:
                 raise CalibrationError("InputMoments.expect was not called before the batch.")
+            self._add(name, selected(name, x, *self._masks))
             if positions_of(x.shape[:-1], *self._masks) is None and not all(bool(mask.all()) for mask in self._masks):
                 self.loose.add(name)
-            self._add(name, selected(x, *self._masks))
 
         return hook
 
@@ -126,13 +126,18 @@ def positions_of(lead: Sequence[int], *masks: Tensor) -> Tensor | None:
     return None
 
 
-def selected(x: Tensor, *masks: Tensor) -> Tensor:
+def selected(name: str, x: Tensor, *masks: Tensor) -> Tensor:
     """The rows of a layer's input or output that count, `(rows, features)`, fp32.
 
     Args:
         x: `(..., features)`; see `positions_of`. All rows count where they are no positions of the batch (routed experts, patches of images).
         masks: `(batch, tokens)` bool.
+
+    Raises:
+        CalibrationError: no tensor.
     """
+    if not isinstance(x, Tensor) or x.ndim < 1:
+        raise CalibrationError(f"{name}: it is fed, or gives, a {type(x).__name__} and no rows of features. Leave it out of target_modules.")
     rows, chosen = x.detach().reshape(-1, x.shape[-1]), positions_of(x.shape[:-1], *masks)
     if chosen is None:
         return rows.float() if any(bool(mask.any()) for mask in masks) else rows[:0].float()
@@ -199,7 +204,7 @@ def _call(model: nn.Module, batch: dict[str, Tensor], positions: Positions) -> t
     accepted = inspect.signature(bare.forward).parameters
     ids, labels = batch["input_ids"], batch["labels"]
     attention = batch.get("attention_mask", torch.ones_like(ids))
-    extra = {key: value for key, value in batch.items() if key in accepted and key not in ("input_ids", "attention_mask", "labels")}
+    extra: dict[str, Any] = {key: value for key, value in batch.items() if key in accepted and key not in ("input_ids", "attention_mask", "labels")}
     if "use_cache" in accepted or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
         extra["use_cache"] = False
     if not is_encoder_decoder(model):
@@ -267,14 +272,14 @@ def content_digest(batches: Sequence[Batch]) -> str:
 
 def _check(index: int, batch: Mapping[str, Any], two_sequences: bool) -> Batch:
     ids, labels = batch.get("input_ids"), batch.get("labels")
-    whole = isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.ndim == 2 and ids.numel() > 0 and labels.numel() > 0
-    if whole and labels.ndim == 1 and len(labels) == len(ids):  # type: ignore[union-attr, arg-type]
-        return {**batch, "labels": torch.full_like(ids, IGNORE_INDEX)}  # type: ignore[arg-type]  # classes of sequences: no position is a response
-    if not whole or not (ids.shape == labels.shape or (two_sequences and labels.ndim == 2 and len(labels) == len(ids))):  # type: ignore[union-attr, arg-type]
-        raise CalibrationError(
-            f"batch {index}: input_ids and labels must be tensors of one shape (batch, tokens), not empty. Set labels to -100 where a token does not count."
-        )
-    return batch
+    if isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.ndim == 2 and ids.numel() > 0 and labels.numel() > 0:
+        if labels.ndim == 1 and len(labels) == len(ids):  # classes of sequences: no position is a response
+            return {**batch, "labels": torch.full_like(ids, IGNORE_INDEX)}
+        if ids.shape == labels.shape or (two_sequences and labels.ndim == 2 and len(labels) == len(ids)):
+            return batch
+    raise CalibrationError(
+        f"batch {index}: input_ids and labels must be tensors of one shape (batch, tokens), not empty. Set labels to -100 where a token does not count."
+    )
 
 
 @contextmanager

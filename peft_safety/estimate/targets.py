@@ -36,9 +36,7 @@ def base_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def target_layers(
-    model: nn.Module, target_modules: Iterable[str] | str | None, exclude_modules: Iterable[str] | str | None = None
-) -> dict[str, nn.Module]:
+def target_layers(model: nn.Module, target_modules: Iterable[str] | str | None, exclude_modules: Iterable[str] | str | None = None) -> dict[str, nn.Module]:
     """The layers that PEFT would match.
 
     Args:

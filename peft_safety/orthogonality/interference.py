@@ -61,7 +61,7 @@ class _Lengths:
         def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if not self.masks:
                 return
-            x, y = selected(args[0], *self.masks), selected(output, *self.masks)
+            x, y = selected(name, args[0], *self.masks), selected(name, output, *self.masks)
             bias = getattr(layer, "bias", None)
             if isinstance(bias, Tensor):
                 y = y - bias.float()
