@@ -123,10 +123,8 @@ class Tuple(nn.Linear):
         return super().forward(input), input
 
 
-class Hidden(torch.Tensor):
+class Hidden(nn.Parameter):
     """A quantized tensor, as torchao's and quanto's are: what it holds is not what it stands for."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
 
 
 class Packed(nn.Module):
@@ -140,7 +138,7 @@ class Packed(nn.Module):
 
 def linear(weight: torch.Tensor, **beside: torch.Tensor) -> nn.Linear:
     layer = nn.Linear(N, M)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.weight = weight if isinstance(weight, Hidden) else nn.Parameter(weight, requires_grad=False)
     for name, value in beside.items():
         layer.register_buffer(name, value)
     return layer
@@ -151,9 +149,9 @@ ODD = {
     "fp8_with_scales_of_unknown_meaning": lambda: linear(torch.zeros(M, N).to(torch.float8_e5m2), weight_scale=torch.ones(M, 1)),
     "int8_with_scales": lambda: linear(torch.zeros(M, N, dtype=torch.int8), scales=torch.ones(M, 1)),
     "packed_in_uint8": lambda: linear(torch.zeros(M, N // 2, dtype=torch.uint8), weight_scale=torch.ones(M, 1)),
-    "tensor_subclass": lambda: linear(torch.zeros(M, N).as_subclass(Hidden)),
+    "tensor_subclass": lambda: linear(Hidden(torch.zeros(M, N))),
     "scaled_in_the_forward": Scaled,
-    "forward_gives_more": Tuple,
+    "forward_gives_more": lambda: Tuple(N, M),
     "no_linear": Packed,
 }
 
