@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
@@ -23,7 +22,8 @@ from peft_safety.data import calibration_rows
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, ProtectionError, SubspaceError, UnsupportedLayerError
 from peft_safety.estimate.leaving_out import warn_left_out
 from peft_safety.estimate.targets import canonical
-from peft_safety.layers import ProtectedLinear, check_leaf, fresh, live_leaves, rebase
+from peft_safety.layers import ProtectedLinear, check_leaf, live_leaves, rebase
+from peft_safety.methods.initial import restore_initial
 from peft_safety.projection import Side
 from peft_safety.subspace import FILE_NAME, SafetySubspace
 
@@ -293,31 +293,8 @@ def attach(model: nn.Module, adapter_name: str, config: ProtectedConfig, take_ou
     if config._stored is None:
         config.initialise(model, layers, adapter_name)
     elif config.residual:
-        _restore_initial(layers, adapter_name, config._stored)
+        restore_initial(layers, adapter_name, config._stored)
     return gone
-
-
-@torch.no_grad()
-def start_from(layer: LoraLayer, adapter_name: str, b: Tensor, a: Tensor) -> None:
-    """Set the initial factors of a residual. A layer narrower than r has fewer components than that: the others start as plain LoRA's do, at B = 0."""
-    leaf_a, leaf_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    found, rank = a.shape[0], int(layer.r[adapter_name])
-    if found < rank:
-        own = leaf_a.weight
-        a = torch.cat([a.to(own), own[found:]])
-        b = nn.functional.pad(b, (0, rank - found))
-    leaf_a.set_initial(a)
-    leaf_b.set_initial(b)
-
-
-def _restore_initial(layers: Mapping[str, LoraLayer], adapter_name: str, stored: StoredAdapter) -> None:
-    """Frozen factors come with the directory, like the bases: transformers' loader, for one, loads parameters only."""
-    with files.open_tensors(files.child(stored.directory, ADAPTER_FILE)) as handle:
-        keys = {key.removeprefix(PREFIX): key for key in handle.keys()}  # noqa: SIM118
-        for name, layer in layers.items():
-            for factor in ("lora_A", "lora_B"):
-                leaf = getattr(layer, factor)[adapter_name]
-                leaf.initial = fresh(handle.get_tensor(keys[f"{name}.{factor}.initial"]).to(leaf.initial.device))
 
 
 def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig) -> None:
