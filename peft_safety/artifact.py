@@ -11,8 +11,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def seal(directory: Path) -> None:
     record = config["safety_artifact"]
     record["files"][ADAPTER_FILE] = files.sha256(directory / ADAPTER_FILE)
     with files.open_tensors(directory / ADAPTER_FILE) as handle:
-        record["extra_tensors"] = sorted(key for key in handle.keys() if _KEY.fullmatch(key) is None)  # noqa: SIM118
+        record["extra_tensors"] = sorted(key for key in handle.keys() if _factor(key, config["target_modules"]) is None)  # noqa: SIM118
     sign(config)
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
@@ -194,6 +195,19 @@ def config_digest(config: Mapping[str, Any]) -> str:
     fixed = {k: v for k, v in config.items() if k not in FREE_FIELDS}
     fixed["safety_artifact"] = {k: v for k, v in config["safety_artifact"].items() if k != "config"}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def base_key(key: str, targets: Container[str]) -> str:
+    """The base model's own key of a tensor that is no factor: PEFT stores the weight under a targeted head as `base_layer`."""
+    module, _, kind = key.removeprefix(PREFIX).rpartition(".")
+    inner = module.removesuffix(".base_layer")
+    return f"{inner if inner in targets else module}.{kind}"
+
+
+def _factor(key: str, targets: Container[str]) -> re.Match[str] | None:
+    """A key taken apart, if it is that of a factor; an ordinary module may be called lora_A too."""
+    match = _KEY.fullmatch(key)
+    return match if match is not None and match["module"] in targets else None
 
 
 def _record(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,7 +246,7 @@ def _check_factors(directory: Path, config: dict[str, Any], subspace: SafetySubs
     others = set()
     with files.open_tensors(path) as handle:
         for key in handle.keys():  # noqa: SIM118
-            match = _KEY.fullmatch(key)
+            match = _factor(key, subspace.bases)
             if match is None:
                 others.add(key)
             else:
@@ -259,7 +273,7 @@ def _check_factors(directory: Path, config: dict[str, Any], subspace: SafetySubs
             tensors = {kind: handle.get_tensor(key) for kind, key in keys.items()}
             leaks[module] = _check_values(path, module, tensors, {side: subspace.bases[module][side] for side in constrained})
         for key in extra:
-            _check_extra(path, key, handle, subspace)
+            _check_extra(path, key, handle, subspace, config.get("modules_to_save") or [])
     return StoredAdapter(directory, config, subspace, shapes, residual, leaks, extra)
 
 
@@ -305,11 +319,13 @@ def _leak(path: Path, module: str, kind: str, u: Tensor, tensor: Tensor, side: S
     return found
 
 
-def _check_extra(path: Path, key: str, handle: Any, subspace: SafetySubspace) -> None:
+def _check_extra(path: Path, key: str, handle: Any, subspace: SafetySubspace, saved: Sequence[str]) -> None:
     """A trained tensor that is no factor. It may not be one in disguise, and not replace the base weight under a protected update."""
-    module = key.removeprefix(PREFIX).rpartition(".")[0]
-    base = module.removesuffix(".base_layer")
-    if not key.startswith(PREFIX) or "lora_" in key or module in subspace.bases or (base != module and base not in subspace.bases):
+    base, _, kind = base_key(key, subspace.bases).rpartition(".")
+    under_base = base in subspace.bases and key == f"{PREFIX}{base}.base_layer.{kind}"
+    around = list(accumulate(base.split("."), lambda path, part: f"{path}.{part}"))
+    disguised = "lora_" in key and not under_base and not any(path.endswith(tuple(saved)) for path in around)
+    if not key.startswith(PREFIX) or disguised or (not under_base and any(path in subspace.bases for path in around)):
         raise ArtifactError(f"{path}: unknown tensor {key!r}; it is neither a factor nor of a module in modules_to_save. Save the adapter again.")
     dtype = handle.get_slice(key).get_dtype()
     if dtype not in (*DTYPES, *COUNTER_DTYPES):
@@ -317,7 +333,7 @@ def _check_extra(path: Path, key: str, handle: Any, subspace: SafetySubspace) ->
     tensor = handle.get_tensor(key)
     if not bool(torch.isfinite(tensor).all()):
         raise ArtifactError(f"{path}: {key} {tuple(tensor.shape)} holds NaN or Inf. Save the adapter again from the last good checkpoint.")
-    if base != module and key.endswith(".weight"):  # PEFT stores a targeted embedding or head whole: then it must be the base's
+    if under_base and kind == "weight":  # PEFT stores a targeted embedding or head whole: then it must be the base's
         found = weights.sample(tensor.float()) if tensor.ndim == 2 else tensor
         reference = subspace.fingerprints[base]
         if found.shape != reference.shape or not weights.distance(found, reference) <= weights.DISTANCE_DENSE:

@@ -18,6 +18,7 @@ from peft_safety.artifact import ADAPTER_FILE, CARD, MANIFEST, PREFIX
 from peft_safety.errors import ConfigError, ProtectionError
 from peft_safety.layers import joined, stored_factors
 from peft_safety.methods.protected import ProtectedConfig, adapter_layers, assert_protected, config_table, stored_adapter
+from peft_safety.names import pin, places
 from peft_safety.projection import delta_leak, leak_tolerance
 
 
@@ -45,7 +46,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
         if adapter_name in layer.merged_adapters:
             raise ConfigError(f"adapter {adapter_name!r} is merged into the base weights. Call unmerge_adapter() first.")
         factors[name] = plain_factors(*stored_factors(layer.lora_A[adapter_name], layer.lora_B[adapter_name]), float(layer.scaling[adapter_name]))
-    return _publish(Path(directory), factors, config)
+    return _publish(Path(directory), factors, config, places(model))
 
 
 def export_directory(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Path:
@@ -62,7 +63,7 @@ def export_directory(source: str | os.PathLike[str], directory: str | os.PathLik
     with files.open_tensors(stored.directory / ADAPTER_FILE) as handle:
         by_module = {key.removeprefix(PREFIX): key for key in handle.keys()}  # noqa: SIM118
         for name, (_, _, rank) in stored.shapes.items():
-            alpha: Any = (config.alpha_pattern or {}).get(name, config.lora_alpha)
+            alpha: Any = config._modules[name][1]
             scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
             kinds = ("lora_A.weight", "lora_B.weight", "lora_A.initial", "lora_B.initial")
             found: list[Any] = [handle.get_tensor(by_module[f"{name}.{kind}"]) if f"{name}.{kind}" in by_module else None for kind in kinds]
@@ -89,7 +90,7 @@ def plain_config(config: LoraConfig, rank: int, modules: Iterable[str]) -> LoraC
     )
 
 
-def _publish(target: Path, factors: dict[str, tuple[Tensor, Tensor]], config: ProtectedConfig) -> Path:
+def _publish(target: Path, factors: dict[str, tuple[Tensor, Tensor]], config: ProtectedConfig, there: Iterable[str] = ()) -> Path:
     if config.modules_to_save or config.trainable_token_indices:
         raise ConfigError("the adapter also trained modules_to_save or token rows; an exported LoRA holds factors only. Keep the native adapter.")
     rank = max(a.shape[0] for a, _ in factors.values())
@@ -99,6 +100,7 @@ def _publish(target: Path, factors: dict[str, tuple[Tensor, Tensor]], config: Pr
         tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, rank - a.shape[0])).contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, rank - b.shape[1])).contiguous()
     plain = plain_config(config, rank, factors)
+    pin(plain, dict.fromkeys(factors, (rank, rank)), {name: name for name in (*there, *factors)})
     with publish.publishing(target, MANIFEST) as staging:
         save_file(tensors, staging / ADAPTER_FILE, metadata={"format": "pt"})
         (staging / CARD).write_text(_card(config, rank, len(factors)), encoding="utf-8")

@@ -16,8 +16,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from peft_safety import ops, weights
-from peft_safety.estimate.targets import canonical
 from peft_safety.layers import ProtectedLinear, joined
+from peft_safety.names import walk
 from peft_safety.ops.dispatch import VARIABLE
 
 SWITCH = "PEFT_SAFETY_FUSED"
@@ -141,11 +141,11 @@ def explain(model: nn.Module) -> list[Route]:
         model: any module with LoRA layers in it, protected or plain; without any, the list is empty.
     """
     routes = []
-    for name, layer in model.named_modules():
+    for name, _, layer in walk(model):
         if isinstance(layer, LoraLayer):
             found = plan(layer)
             path, reason = ("peft", found) if isinstance(found, str) else (f"fused:{found[2].partition(':')[0]}", found[2].partition(": ")[2])
-            routes.append(Route(canonical(name), path, reason))
+            routes.append(Route(name, path, reason))
     return routes
 
 

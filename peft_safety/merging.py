@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from peft_safety import projection, weights
 from peft_safety.errors import ConfigError, LossyMergeError
-from peft_safety.estimate.targets import canonical
 from peft_safety.export import plain_config, plain_factors
 from peft_safety.layers import stored_factors
 from peft_safety.methods.protected import config_table, protected_configs
+from peft_safety.names import own_name, pin, places
 from peft_safety.projection import Side
 
 MergeTo = Literal["16bit", "nf4+residual", "nf4"]
@@ -87,7 +87,7 @@ class _Part:
         change, total = after - before, float(self.delta.norm())
         kept = float((change * self.delta).sum()) / total**2 if total > 0 else math.nan
         parts = [float(projection.coefficients(u.to(change), change, side).norm()) for side, u in self.bases.items()]
-        return MergedModule(canonical(self.name), total / float(before.norm()), kept, max(parts) / total if parts and total > 0 else None)
+        return MergedModule(own_name(self.name), total / float(before.norm()), kept, max(parts) / total if parts and total > 0 else None)
 
 
 @torch.no_grad()
@@ -165,7 +165,7 @@ def _part(model: PeftModel, base: nn.Module, name: str) -> _Part:
         update = layer.get_delta_weight(adapter).to(delta)
         delta += update.T if getattr(layer, "fan_in_fan_out", False) else update
     config = protected_configs(model).get(active[0]) if len(active) == 1 else None  # two subspaces bind two parts of a sum, not the sum
-    bases = {} if config is None else {side: config.subspace.bases[canonical(name)][side] for side in config.sides}
+    bases = {} if config is None else {side: config.subspace.bases[own_name(name)][side] for side in config.sides}
     return _Part(name, layer, inner, delta, bases)
 
 
@@ -226,8 +226,7 @@ def _with_plain(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> 
     config: LoraConfig = next(iter(config_table(model).values()))
     base = model.unload()
     plain = plain_config(config, max(a.shape[0] for a, _ in factors.values()), factors)
-    plain.rank_pattern = {name: a.shape[0] for name, (a, _) in factors.items()}
-    plain.alpha_pattern = dict(plain.rank_pattern)
+    pin(plain, {own_name(name): (a.shape[0], a.shape[0]) for name, (a, _) in factors.items()}, places(base))
     result = get_peft_model(base, plain)
     for name, (a, b) in factors.items():
         layer: Any = result.get_base_model().get_submodule(name)

@@ -8,31 +8,22 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from peft_safety import scales, weights
-from peft_safety.artifact import PREFIX
 from peft_safety.errors import ConfigError
+from peft_safety.names import walk
 
 ALL_LINEAR = "all-linear"
 
 
-def canonical(name: str) -> str:
-    """A module's name in the base model: without PEFT's and compile's prefixes and without `.base_layer`."""
-    return name.removeprefix("_orig_mod.").removeprefix(PREFIX).removesuffix(".base_layer")
-
-
 def base_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every base layer that an adapter could sit on, by canonical name, adapters that are already there looked through."""
+    """Every base layer that an adapter could sit on, by its name in the base model, adapters that are already there looked through."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found: dict[str, nn.Module] = {}
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if name.startswith(inside) and inside:
-            continue
+    for name, _, module in walk(model):
         if isinstance(module, BaseTunerLayer):
-            found[canonical(name)] = module.get_base_layer()
-            inside = (*inside, f"{name}.")
+            found[name] = module.get_base_layer()
         elif weights.supported(module):
-            found[canonical(name)] = module
+            found[name] = module
     return found
 
 
@@ -55,7 +46,7 @@ def target_layers(model: nn.Module, target_modules: Iterable[str] | str | None, 
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
         matched = {name: layer for name, layer in layers.items() if layer is not head and weights.supported(layer)}
     else:
-        packed = {canonical(name): module for name, module in model.named_modules() if scales.is_packed(module)}
+        packed = {name: module for name, _, module in walk(model) if scales.is_packed(module)}
         matched = _named(layers | {name: module for name, module in packed.items() if name not in layers}, target_modules, "target_modules")
     excluded = _named(matched, exclude_modules, "exclude_modules") if exclude_modules else {}
     kept = {name: layer for name, layer in matched.items() if name not in excluded}

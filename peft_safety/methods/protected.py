@@ -13,17 +13,18 @@ from typing import Any, ClassVar
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_safety import files, naming, scales, weights
-from peft_safety.artifact import ADAPTER_FILE, MANIFEST, PREFIX, StoredAdapter, check_adapter, check_numbers, sign
+from peft_safety.artifact import ADAPTER_FILE, MANIFEST, PREFIX, StoredAdapter, base_key, check_adapter, check_numbers, sign
 from peft_safety.data import calibration_rows
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, ProtectionError, SubspaceError, UnsupportedLayerError
 from peft_safety.estimate.leaving_out import warn_left_out
-from peft_safety.estimate.targets import canonical
 from peft_safety.layers import ProtectedLinear, check_leaf, live_leaves, rebase
 from peft_safety.methods.initial import restore_initial
+from peft_safety.names import pin, walk
 from peft_safety.projection import Side
 from peft_safety.subspace import FILE_NAME, SafetySubspace
 
@@ -163,14 +164,14 @@ class ProtectedConfig(LoraConfig):
             path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
     def take(self, stored: StoredAdapter) -> None:
-        """Take over a checked directory: its subspace, and full module names in place of any pattern."""
+        """Take over a checked directory: its subspace, and the modules that it has, with their ranks and alphas, in place of any pattern."""
         if stored.residual != self.residual:
             raise ArtifactError(f"{stored.directory}: its factors are of another init than {type(self).__name__} says. Save the adapter again.")
         self._stored = stored
         self.subspace = stored.subspace
-        self.target_modules = set(stored.shapes)
-        self.exclude_modules = self.layers_to_transform = self.layers_pattern = None
-        self.rank_pattern = {name: rank for name, (_, _, rank) in stored.shapes.items() if rank != self.r}
+        alphas = stored.config.get("alpha_pattern") or {}
+        self._modules = {name: (rank, alphas.get(name, self.lora_alpha)) for name, (_, _, rank) in stored.shapes.items()}
+        pin(self, self._modules)
         mapping: Any = getattr(self, "auto_mapping", None)
         if not isinstance(mapping, dict) or not str(mapping.get("parent_library")).startswith("transformers."):
             self.auto_mapping = None  # AutoPeftModel would import whatever it names
@@ -182,17 +183,17 @@ def public_name(label: str) -> str:
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """PEFT's LoRA layers that hold this adapter, by canonical name.
+    """PEFT's LoRA layers that hold this adapter, by the module's name in the base model.
 
     Raises:
         UnsupportedLayerError: one of them cannot be protected.
     """
     found = {}
-    model = model.model if isinstance(model, BaseTuner) else model  # names as the base model has them
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer) or not (adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A):
+    for name, _, module in walk(model):
+        layer = next((part for part in _stacked(module) if adapter_name in part.lora_A or adapter_name in part.lora_embedding_A), None)
+        if layer is None:
             continue
-        base, name = layer.get_base_layer(), canonical(name)
+        base = layer.get_base_layer()
         usual = type(layer).__name__ in ("Linear", "Linear4bit", "Linear8bitLt") and weights.supported(base)
         if usual or scales.is_packed(base):
             weights.check_readable(base, name)
@@ -205,6 +206,21 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     return found
 
 
+def _stacked(module: nn.Module | None) -> Iterator[LoraLayer]:
+    """The LoRA layers in one place of a model: a mixed model has adapters of other kinds around them."""
+    while isinstance(module, BaseTunerLayer):
+        if isinstance(module, LoraLayer):
+            yield module
+        module = getattr(module, "base_layer", None)
+
+
+def _original(module: nn.Module) -> nn.Module:
+    """The base model's own module under what PEFT put there."""
+    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+    return module
+
+
 def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
     """Before anything is allocated: does a stored adapter fit this model, and is the rank one that some layer can have?
 
@@ -212,15 +228,14 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
         ArtifactError: a module that the model lacks, or one of another shape; a tensor that would replace a base weight.
         ConfigError: a rank above every layer's width.
     """
-    modules = {canonical(name): module for name, module in model.named_modules()}
+    modules = {name: _original(module) for name, _, module in walk(model)}
     if config._stored is None:
         widest = max((min(weights.shape(m)) for m in modules.values() if weights.supported(m)), default=config.r)
         if config.r > widest:
             raise ConfigError(f"{type(config).__name__}: r={config.r}, but no linear layer of the model is wider than {widest}. Use a smaller r.")
         return
     for name, (m, n, rank) in config._stored.shapes.items():
-        module = modules.get(name)
-        base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        base = modules.get(name)
         if base is None or not weights.supported(base) or weights.shape(base) != (m, n):
             found = "no such module" if base is None else f"a {type(base).__name__}" + (f" {weights.shape(base)}" if weights.supported(base) else "")
             raise ArtifactError(
@@ -235,16 +250,18 @@ def _check_extra(model: nn.Module, config: ProtectedConfig, stored: StoredAdapte
     saved = tuple(config.modules_to_save or ())
     if not saved and not stored.extra_tensors:
         return
-    modules = {canonical(name): getattr(module, "original_module", module) for name, module in model.named_modules()}
+    places = {name: module for name, _, module in walk(model, shared=True)}
+    inside = tuple(f"{name}." for name, module in places.items() if isinstance(module, AuxiliaryTrainingWrapper))
+    modules = {name: _original(module) for name, module in places.items() if not name.startswith(inside)}
     ends = [getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("input", "output")]
+    ends = [_original(end) for end in ends if end is not None]
     allowed = {f"{n}.{k}": tuple(v.shape) for n, m in modules.items() if saved and n.endswith(saved) for k, v in m.state_dict().items()}
     needed = set(allowed)
     for name, module in modules.items():
-        if any(module is end for end in ends if end is not None):
-            inner = module.get_base_layer() if isinstance(module, LoraLayer) else module
-            allowed |= {f"{name}.{k}": tuple(v.shape) for k, v in inner.state_dict().items()}
+        if any(module is end for end in ends):
+            allowed |= {f"{name}.{k}": tuple(v.shape) for k, v in module.state_dict().items()}
     with files.open_tensors(stored.directory / ADAPTER_FILE) as handle:
-        found = {key.removeprefix(PREFIX).replace(".base_layer.", "."): tuple(handle.get_slice(key).get_shape()) for key in stored.extra_tensors}
+        found = {base_key(key, stored.shapes): tuple(handle.get_slice(key).get_shape()) for key in stored.extra_tensors}
     if config.trainable_token_indices:
         found = {key: shape for key, shape in found.items() if "token_adapter" not in key}
     odd = sorted(key for key in found.keys() | needed if found.get(key) != allowed.get(key))

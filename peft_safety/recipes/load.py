@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from peft_safety.data import affirmation_pairs, read_jsonl
 from peft_safety.data.chat import Row, label_names
 from peft_safety.errors import ArtifactError, ConfigError, DataError, PeftSafetyError
+from peft_safety.names import exclude_look_alikes, pin, places
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -80,6 +81,7 @@ def load_adapter(
     if not source:
         raise ConfigError(f"{path}: the adapter does not say which base model it is for. Give --model (or model=).")
     base, tokenizer = load_model(source, load_in_4bit=load_in_4bit)
+    exclude_look_alikes(config, places(base).values())
     try:
         return PeftModel.from_pretrained(base, str(path), config=config), tokenizer
     except (RuntimeError, ValueError) as error:
@@ -118,11 +120,9 @@ def _adapter_config(path: Path) -> Any:
     vague = [name for name, factor in factors.items() if not math.isfinite(factor.scaling)]
     if vague:
         raise ConfigError(f"{path}: the alpha of {vague[0]} stands in a regular expression, which is not run. Load the adapter yourself and pass the model.")
-    config.target_modules = set(factors)
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    config.rank_pattern = {name: int(factor.a.shape[0]) for name, factor in factors.items()}
-    roots = {name: math.sqrt(rank) if config.use_rslora else rank for name, rank in config.rank_pattern.items()}
-    config.alpha_pattern = {name: factor.scaling * roots[name] for name, factor in factors.items()}
+    ranks = {name: int(factor.a.shape[0]) for name, factor in factors.items()}
+    roots = {name: math.sqrt(rank) if config.use_rslora else rank for name, rank in ranks.items()}
+    pin(config, {name: (ranks[name], factor.scaling * roots[name]) for name, factor in factors.items()})
     return config
 
 

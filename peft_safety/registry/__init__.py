@@ -18,7 +18,7 @@ from peft_safety.registry.types import config_types
 SYMBOLS = {
     "peft.mapping": ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING"),
     "peft.config": ("PeftConfigMixin.from_pretrained", "PeftConfigMixin.from_json_file", "PeftConfigMixin._get_peft_type"),
-    "peft.peft_model": ("PeftModel.save_pretrained", "PeftModel.load_adapter"),
+    "peft.peft_model": ("PeftModel.save_pretrained", "PeftModel.load_adapter", "set_peft_model_state_dict"),
     "peft.tuners.lora": ("LoraModel.add_weighted_adapter", "LoraLayer.lora_A", "LoraLayer.lora_B"),
     "peft.tuners.tuners_utils": (
         "BaseTuner._unload_and_optionally_merge",
@@ -67,6 +67,7 @@ def register() -> None:
     _wrap(PeftConfigMixin, "_get_peft_type", storage.get_peft_type)
     _wrap(peft.peft_model.PeftModel, "save_pretrained", storage.save_pretrained)
     _wrap(peft.peft_model.PeftModel, "load_adapter", storage.load_adapter)
+    _wrap(peft.peft_model, "set_peft_model_state_dict", storage.set_peft_model_state_dict)
     _wrap(peft.tuners.lora.LoraModel, "inject_adapter", injection.inject_adapter)
     _wrap(peft.tuners.lora.LoraModel, "merge_adapter", combining.merge_adapter)
     _wrap(peft.tuners.lora.LoraModel, "_unload_and_optionally_merge", combining.unload_and_optionally_merge)

@@ -9,17 +9,19 @@ from torch import nn
 
 from peft_safety import weights
 from peft_safety.errors import ConfigError, PeftSafetyError
+from peft_safety.names import own_name, pin, places
 
 
 def inject_adapter(original: Callable[..., None], self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
     """PEFT builds its layers, then the protected leaves go in. If anything fails, the model is put back as it was."""
-    from peft_safety.estimate.targets import canonical
     from peft_safety.methods.protected import ProtectedConfig, attach, check_ahead
 
     config = self.peft_config[adapter_name]
     if not isinstance(config, ProtectedConfig):
         return original(self, model, adapter_name, *args, **kwargs)
     check_ahead(model, config)
+    if config._stored is not None:
+        pin(config, config._modules, places(model))
     if not config.inference_mode:
         weights.stay_unpacked(model)
     modules = dict(model.named_modules())
@@ -28,7 +30,7 @@ def inject_adapter(original: Callable[..., None], self: Any, model: nn.Module, a
     try:
         original(self, model, adapter_name, *args, **kwargs)
         gone = attach(model, adapter_name, config, lambda names: _take_out(adapter_name, modules, names))
-        self.targeted_module_names = [name for name in self.targeted_module_names if canonical(name) not in gone]
+        self.targeted_module_names = [name for name in self.targeted_module_names if own_name(name) not in gone]
     except BaseException as error:
         _undo(model, adapter_name, modules)
         for module, own in parameters:  # PEFT's MultiheadAttention registers its base weights anew
@@ -56,10 +58,9 @@ def _take_out(adapter_name: str, before: dict[str, nn.Module], names: Collection
     """Modules that were replaced come back, layers that were there before lose the adapter: all of them, or those of some canonical names."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from peft_safety.estimate.targets import canonical
 
     for name, module in before.items():
-        if names is not None and canonical(name) not in names:
+        if names is not None and own_name(name) not in names:
             continue
         if isinstance(module, BaseTunerLayer):
             module.delete_adapter(adapter_name)

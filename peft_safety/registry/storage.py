@@ -6,11 +6,12 @@ import inspect
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError
+from peft_safety.names import places, relocated
 from peft_safety.registry.types import config_types
 
 
@@ -105,7 +106,7 @@ def _directory(source: str | os.PathLike[str], subfolder: str | None, kwargs: di
 
 def save_pretrained(original: Callable[..., None], self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
     """Save into a staging folder, complete and check what is there, publish it in one step. Adapters that are not protected come along."""
-    from peft_safety.artifact import CARD, MANIFEST, check_adapter, seal
+    from peft_safety.artifact import ADAPTER_FILE, CARD, MANIFEST, PREFIX, check_adapter, seal
     from peft_safety.methods.protected import assert_protected, protected_configs
     from peft_safety.publish import copy_own, is_interrupted, publishing, recover
 
@@ -135,10 +136,37 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
         original(self, str(staging), *args, **kwargs)
         for name in protected:
             folder = staging if name == "default" else staging / name
+            _rename(folder / ADAPTER_FILE, {there: f"{PREFIX}{name}" for name, there in places(self).items()})
             seal(folder)
             check_adapter(folder)
         _record_repairs(self, selected, staging)
     return None
+
+
+def _rename(path: Path, names: Mapping[str, str]) -> None:
+    """Give the tensors of an adapter file the base model's own names of their modules: wrappers inside the model show in PEFT's."""
+    from safetensors.torch import save_file
+
+    from peft_safety import files
+
+    if all(name == own for name, own in names.items()):
+        return
+    with files.open_tensors(path) as handle:
+        metadata = handle.metadata()
+        tensors = {relocated(key, names): handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata=metadata)
+
+
+def set_peft_model_state_dict(original: Callable[..., Any], model: Any, state_dict: dict[str, Any], adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
+    """A stored adapter has the base model's own names; wrappers inside the model are put back into them."""
+    from peft_safety.artifact import PREFIX
+    from peft_safety.methods.protected import protected_configs
+
+    if adapter_name in protected_configs(model):
+        there = {f"{PREFIX}{name}": place for name, place in places(model).items()}
+        if any(name != place for name, place in there.items()):
+            state_dict = {relocated(key, there): value for key, value in state_dict.items()}
+    return original(model, state_dict, adapter_name, *args, **kwargs)
 
 
 def _record_repairs(model: Any, selected: list[str], directory: Path) -> None:

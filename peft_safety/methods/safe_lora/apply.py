@@ -18,6 +18,7 @@ from peft_safety.estimate.checkpoints import ModuleWeights, open_weights
 from peft_safety.methods.protected import INITS, ProtectedConfig, adapter_layers, config_table
 from peft_safety.methods.safe_lora.options import RepairOptions
 from peft_safety.methods.safe_lora.repair import Factors, RepairReport, repair
+from peft_safety.names import pin, places
 
 UNFIT = {
     "use_dora": "DoRA rescales the update after lora_B",
@@ -131,9 +132,7 @@ def _weights(layers: Mapping[str, LoraLayer], factor: str, adapter: str) -> dict
 def _add(model: PeftModel, old: str, new: str, layers: Mapping[str, LoraLayer], repaired: Mapping[str, Tensor]) -> None:
     """The repaired copy of an adapter under another name, whole or not at all; what trains, and what is active, stays."""
     config = copy.deepcopy(model.peft_config[old])
-    config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern = set(layers), None, None, None
-    config.rank_pattern = {name: int(layer.r[old]) for name, layer in layers.items() if layer.r[old] != config.r}
-    config.alpha_pattern = {name: layer.lora_alpha[old] for name, layer in layers.items() if layer.lora_alpha[old] != config.lora_alpha}
+    pin(config, {name: (int(layer.r[old]), layer.lora_alpha[old]) for name, layer in layers.items()}, places(model.get_base_model()))
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.add_adapter(new, config)

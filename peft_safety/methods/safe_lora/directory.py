@@ -21,6 +21,7 @@ from peft_safety.estimate.checkpoints import FileWeights, open_weights
 from peft_safety.methods.safe_lora.apply import Model, check_different, check_form, check_plain
 from peft_safety.methods.safe_lora.options import RepairOptions
 from peft_safety.methods.safe_lora.repair import Factors, RepairReport, repair
+from peft_safety.names import pattern_value
 
 RECORD = "peft_safety.safe_lora"
 """Key of the record in the header of the adapter's safetensors file, where a plain LoRA has no other place for it."""
@@ -137,12 +138,9 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _scaling(module: str, rank: int, fields: Mapping[str, Any]) -> float:
-    """`alpha / r`; NaN where only a regular expression with groups says which alpha: none of a stranger's is ever run."""
-    patterns: dict[str, Any] = fields.get("alpha_pattern") or {}
-    alpha = next((value for key, value in patterns.items() if module == key or module.endswith(f".{key}")), None)
-    if alpha is None:
-        alpha = math.nan if any(not key.replace("_", "").replace(".", "").isalnum() for key in patterns) else fields["lora_alpha"]
-    return float(alpha) / (math.sqrt(rank) if fields.get("use_rslora") else rank)
+    """`alpha / r`; NaN where a regular expression says which alpha: none of a stranger's is ever run."""
+    alpha = pattern_value(fields.get("alpha_pattern"), module, fields["lora_alpha"])
+    return float(math.nan if alpha is None else alpha) / (math.sqrt(rank) if fields.get("use_rslora") else rank)
 
 
 def _publish(target: Path, source: Path, fields: dict[str, Any], tensors: dict[str, Tensor], report: RepairReport) -> None:

@@ -27,6 +27,7 @@ from peft_safety.methods.somf.publish import card_of, lora_config, main_process,
 from peft_safety.methods.somf.report import FuseReport, ModuleFusion, overall, product_norm, share
 from peft_safety.methods.somf.storage import load_masks
 from peft_safety.methods.somf.train import MaskRun, trained_logits
+from peft_safety.names import places
 from peft_safety.projection import top_singular
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def _base_name(model: nn.Module | None) -> str | None:
 def _add(model: PeftModel, name: str, factors: Mapping[str, tuple[Tensor, Tensor]], fields: Mapping[str, Any]) -> None:
     """The result as one more adapter; what is active, and what trains, stays. Whole or not at all."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    config = lora_config(factors, _base_name(model), fields)
+    config = lora_config(factors, _base_name(model), fields, places(model.get_base_model()))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # PEFT notes that there is an adapter already

@@ -20,6 +20,7 @@ from peft_safety.artifact import ADAPTER_FILE, CARD, MANIFEST, PREFIX
 from peft_safety.estimate.checkpoints import INDEX
 from peft_safety.methods.somf.masks import Masks
 from peft_safety.methods.somf.storage import save_masks, save_tensors
+from peft_safety.names import pin
 
 RECORD = "peft_safety.fusion"
 """Key of the record in the header of the adapter's safetensors file, and in the metadata of a checkpoint's index."""
@@ -72,22 +73,21 @@ def write_adapter(
         (staging / MANIFEST).write_text(json.dumps(stored, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def lora_config(factors: Factors, base: str | None, fields: Mapping[str, Any]) -> LoraConfig:
-    """The config of these factors, modules by full name."""
+def lora_config(factors: Factors, base: str | None, fields: Mapping[str, Any], there: Mapping[str, str] | None = None) -> LoraConfig:
+    """The config of these factors, modules by full name; `there` are the `places` of a model that it is for."""
     ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
     r = max(ranks.values())
-    other = {name: rank for name, rank in ranks.items() if rank != r}
-    return LoraConfig(
+    config = LoraConfig(
         r=r,
         lora_alpha=r,
         target_modules=sorted(factors),
-        rank_pattern=other,
-        alpha_pattern=dict(other),
         task_type=fields.get("task_type"),
         fan_in_fan_out=bool(fields.get("fan_in_fan_out", False)),
         base_model_name_or_path=base,
         inference_mode=True,
     )
+    pin(config, {name: (rank, rank) for name, rank in ranks.items()}, there)
+    return config
 
 
 class Shards:
