@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from peft_safety import files, publish, weights
 from peft_safety.errors import CheckpointError
+from peft_safety.estimate.conversion import model_keys
 from peft_safety.estimate.targets import base_layers
 
 INDEX = "model.safetensors.index.json"
@@ -94,6 +95,7 @@ class FileWeights:
         publish.require_whole(self.directory, ours=False)
         self.place = _tensor_files(self.directory)
         config = self.directory / "config.json"
+        self._renamed: dict[str, str] | None = None
         self.tied = config.is_file() and bool(files.read_json(config).get("tie_word_embeddings", True))
 
     @contextmanager
@@ -119,9 +121,16 @@ class FileWeights:
             return tuple(found.get_shape()), str(found.get_dtype())
 
     def _key(self, name: str) -> str:
-        """The tensor of a module. Checkpoints of the bare model lack the head model's prefix; a tied head is the embedding."""
-        names = [f"{name}.weight", f"{name.partition('.')[2]}.weight"]
-        names += [key for key in self.place if key.endswith(f".{name}.weight")]
+        """The tensor of a module. Checkpoints of the bare model lack the head model's prefix, or have one more; transformers renames some; a tied head is the
+        embedding."""
+        names = [f"{name}.weight"]
+        if names[0] not in self.place:
+            prefix, _, rest = name.partition(".")
+            if not any(key.startswith(f"{prefix}.") for key in self.place):
+                names.append(f"{rest}.weight")
+            names += [key for key, model_key in self.renamed.items() if model_key == f"{name}.weight"]
+            longer = [key for key in self.place if key.endswith(f".{name}.weight")]
+            names += longer if len(longer) == 1 else []
         if self.tied and name.endswith(("lm_head", "embed_out")):
             names += [key for key in self.place if key.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))]
         found = next((key for key in names if key in self.place), None)
@@ -130,6 +139,13 @@ class FileWeights:
             what = "is packed by GPTQ, AWQ or the like" if packed else "is not there"
             raise CheckpointError(f"{self.label}: the weight of {name} {what}. Give the 16-bit checkpoint of the same architecture.")
         return found
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """`{key: key in the model}` as transformers loads this checkpoint; see `model_keys`."""
+        if self._renamed is None:
+            self._renamed = model_keys(self.directory, self.place)
+        return self._renamed
 
     def _dequantised(self, key: str, dtype: str) -> tuple[Tensor, str]:
         """A bitsandbytes weight, from the tensors stored beside it."""

@@ -8,10 +8,16 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from peft_safety import scales, weights
+from peft_safety.artifact import PREFIX
 from peft_safety.errors import ConfigError
-from peft_safety.names import walk
+from peft_safety.names import own_name, walk
 
 ALL_LINEAR = "all-linear"
+
+
+def canonical(name: str) -> str:
+    """A module's name in the base model, from its name in a PeftModel alone. With the model at hand, `names.walk` knows better."""
+    return own_name(name).removeprefix(PREFIX).removesuffix(".base_layer")
 
 
 def base_layers(model: nn.Module) -> dict[str, nn.Module]:

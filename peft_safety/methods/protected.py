@@ -169,8 +169,8 @@ class ProtectedConfig(LoraConfig):
             raise ArtifactError(f"{stored.directory}: its factors are of another init than {type(self).__name__} says. Save the adapter again.")
         self._stored = stored
         self.subspace = stored.subspace
-        alphas = stored.config.get("alpha_pattern") or {}
-        self._modules = {name: (rank, alphas.get(name, self.lora_alpha)) for name, (_, _, rank) in stored.shapes.items()}
+        alphas: dict[str, float] = stored.config.get("alpha_pattern") or {}
+        self._modules = {name: (rank, alphas.get(name, stored.config["lora_alpha"])) for name, (_, _, rank) in stored.shapes.items()}
         pin(self, self._modules)
         mapping: Any = getattr(self, "auto_mapping", None)
         if not isinstance(mapping, dict) or not str(mapping.get("parent_library")).startswith("transformers."):

@@ -157,7 +157,9 @@ def _rename(path: Path, names: Mapping[str, str]) -> None:
     save_file(tensors, path, metadata=metadata)
 
 
-def set_peft_model_state_dict(original: Callable[..., Any], model: Any, state_dict: dict[str, Any], adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
+def set_peft_model_state_dict(
+    original: Callable[..., Any], model: Any, peft_model_state_dict: dict[str, Any], adapter_name: str = "default", *args: Any, **kwargs: Any
+) -> Any:
     """A stored adapter has the base model's own names; wrappers inside the model are put back into them."""
     from peft_safety.artifact import PREFIX
     from peft_safety.methods.protected import protected_configs
@@ -165,8 +167,8 @@ def set_peft_model_state_dict(original: Callable[..., Any], model: Any, state_di
     if adapter_name in protected_configs(model):
         there = {f"{PREFIX}{name}": place for name, place in places(model).items()}
         if any(name != place for name, place in there.items()):
-            state_dict = {relocated(key, there): value for key, value in state_dict.items()}
-    return original(model, state_dict, adapter_name, *args, **kwargs)
+            peft_model_state_dict = {relocated(key, there): value for key, value in peft_model_state_dict.items()}
+    return original(model, peft_model_state_dict, adapter_name, *args, **kwargs)
 
 
 def _record_repairs(model: Any, selected: list[str], directory: Path) -> None:

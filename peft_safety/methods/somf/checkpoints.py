@@ -173,8 +173,9 @@ class _Job:
             a, b = s.sqrt()[:, None] * v.mT, u * s.sqrt()
             error = float((change - b @ a).norm()) / math.sqrt(energy)
             lost += error**2 * energy
-            factors[key.removesuffix(".weight")] = (a, b)
-            self.rows.append(ModuleFusion(key.removesuffix(".weight"), a.shape[0], density, kept, error))
+            name = self.inputs.safe.renamed.get(key, key).removesuffix(".weight")  # an adapter's modules have the model's names
+            factors[name] = (a, b)
+            self.rows.append(ModuleFusion(name, a.shape[0], density, kept, error))
         report = self._report({"error": math.sqrt(lost / whole) if whole > 0 else 0.0})
         if not factors:
             raise ConfigError(f"{self.inputs.safe.label}: no linear weight was changed, so a LoRA has nothing to hold. Leave rank= out, for full weights.")
