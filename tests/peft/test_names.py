@@ -134,7 +134,7 @@ def test_a_plain_adapter_whose_alpha_only_a_regular_expression_knows(tmp_path):
     model.save_pretrained(tmp_path)
     _, factors = read_factors(tmp_path, json.loads((tmp_path / "adapter_config.json").read_text()))
     for name, factor in factors.items():
-        assert not factor.scaling == factor.scaling or factor.scaling == model.get_base_model().get_submodule(name).scaling["default"]
+        assert math.isnan(factor.scaling) or factor.scaling == model.get_base_model().get_submodule(name).scaling["default"]
 
 
 ODD = ("lora_head", "x.lora_A", "x.lora_B", "base_layer", "y.base_layer.lin", "modules_to_save", "z.weight", "base_model.model.lin", "lora_A.lin", "_hidden")
@@ -157,6 +157,10 @@ def test_modules_with_names_of_peft(name, role, tmp_path):
         served = False
     if not served:
         pytest.skip("plain LoRA cannot either")
+    if (name, role) == ("base_layer", "saved"):  # PEFT matches the end of any name, and would train the weight under the adapter
+        with pytest.raises(PeftSafetyError, match="body"):
+            protected(Net(*names), names, **options)
+        return
     model = protected(Net(*names), names, **options)
     model.save_pretrained(tmp_path / "ours")
     peft_safety.verify(tmp_path / "ours")
@@ -244,7 +248,9 @@ def test_a_run_with_a_head_resumes_and_ends_with_its_best_model(case, tmp_path):
         config = SaLoRAConfig(r=4, subspace=random_subspace(base(), targets), task_type="CAUSAL_LM", **options)
         settings = {"max_steps": 4, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
         quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 0}
-        return Trainer(get_peft_model(base(), config), TrainingArguments(str(tmp_path), **settings, **quiet, **arguments), train_dataset=rows, eval_dataset=rows)
+        return Trainer(
+            get_peft_model(base(), config), TrainingArguments(str(tmp_path), **settings, **quiet, **arguments), train_dataset=rows, eval_dataset=rows
+        )
 
     first = trainer(load_best_model_at_end=True)
     first.train()
