@@ -246,7 +246,7 @@ def _check_factors(directory: Path, config: dict[str, Any], subspace: SafetySubs
     others = set()
     with files.open_tensors(path) as handle:
         for key in handle.keys():  # noqa: SIM118
-            match = _factor(key, subspace.bases)
+            match = _factor(key, config["target_modules"])
             if match is None:
                 others.add(key)
             else:

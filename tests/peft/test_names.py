@@ -1,6 +1,7 @@
 """An adapter is the modules that it was trained on: whatever else their names could mean, and whatever is wrapped around them."""
 
 import json
+import math
 
 import pytest
 import torch
