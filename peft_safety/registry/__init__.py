@@ -1,7 +1,7 @@
 """The package's place in PEFT: the only folder that touches PEFT's internals.
 
 A protected config keeps `peft_type == LORA` at run time, so that every gate in peft, transformers and trl stays open, and is stored under its own name, which
-PEFT resolves through its config mapping. Twelve PEFT functions are wrapped, each by a few lines in the files beside this one; `SYMBOLS` names everything that
+PEFT resolves through its config mapping. Thirteen PEFT functions are wrapped, each by a few lines in the files beside this one; `SYMBOLS` names everything that
 is relied on, and a canary test checks all of it against the installed PEFT.
 """
 
