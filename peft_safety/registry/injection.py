@@ -58,7 +58,6 @@ def _take_out(adapter_name: str, before: dict[str, nn.Module], names: Collection
     """Modules that were replaced come back, layers that were there before lose the adapter: all of them, or those of some canonical names."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-
     for name, module in before.items():
         if names is not None and own_name(name) not in names:
             continue
