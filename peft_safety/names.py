@@ -37,6 +37,17 @@ def base_model(model: nn.Module) -> nn.Module:
             return model
 
 
+def original(module: nn.Module) -> nn.Module:
+    """The base model's own module under what PEFT put in its place."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+        module = inner  # type: ignore[assignment]
+    return module
+
+
 def own_name(name: str) -> str:
     """A module's name in the base model, from its name there with wrappers."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -18,13 +18,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_safety import files, naming, scales, weights
-from peft_safety.artifact import ADAPTER_FILE, MANIFEST, PREFIX, StoredAdapter, base_key, check_adapter, check_numbers, sign
+from peft_safety.artifact import ADAPTER_FILE, MANIFEST, StoredAdapter, base_key, check_adapter, check_numbers, sign
 from peft_safety.data import calibration_rows
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, ProtectionError, SubspaceError, UnsupportedLayerError
 from peft_safety.estimate.leaving_out import warn_left_out
 from peft_safety.layers import ProtectedLinear, check_leaf, live_leaves, rebase
 from peft_safety.methods.initial import restore_initial
-from peft_safety.names import pin, walk
+from peft_safety.names import original, pin, walk
 from peft_safety.projection import Side
 from peft_safety.subspace import FILE_NAME, SafetySubspace
 
@@ -214,13 +214,6 @@ def _stacked(module: nn.Module | None) -> Iterator[LoraLayer]:
         module = getattr(module, "base_layer", None)
 
 
-def _original(module: nn.Module) -> nn.Module:
-    """The base model's own module under what PEFT put there."""
-    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
-    return module
-
-
 def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
     """Before anything is allocated: does a stored adapter fit this model, and is the rank one that some layer can have?
 
@@ -228,7 +221,7 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
         ArtifactError: a module that the model lacks, or one of another shape; a tensor that would replace a base weight.
         ConfigError: a rank above every layer's width.
     """
-    modules = {name: _original(module) for name, _, module in walk(model)}
+    modules = {name: original(module) for name, _, module in walk(model)}
     if config._stored is None:
         widest = max((min(weights.shape(m)) for m in modules.values() if weights.supported(m)), default=config.r)
         if config.r > widest:
@@ -252,9 +245,9 @@ def _check_extra(model: nn.Module, config: ProtectedConfig, stored: StoredAdapte
         return
     places = {name: module for name, _, module in walk(model, shared=True)}
     inside = tuple(f"{name}." for name, module in places.items() if isinstance(module, AuxiliaryTrainingWrapper))
-    modules = {name: _original(module) for name, module in places.items() if not name.startswith(inside)}
+    modules = {name: original(module) for name, module in places.items() if not name.startswith(inside)}
     ends = [getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("input", "output")]
-    ends = [_original(end) for end in ends if end is not None]
+    ends = [original(end) for end in ends if end is not None]
     allowed = {f"{n}.{k}": tuple(v.shape) for n, m in modules.items() if saved and n.endswith(saved) for k, v in m.state_dict().items()}
     needed = set(allowed)
     for name, module in modules.items():
