@@ -21,14 +21,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_safety.recipes.train import LEARNING_RATE
+
 if TYPE_CHECKING:
     from peft_safety.methods.somf import FuseReport
     from peft_safety.recipes.load import TaskData
     from peft_safety.report import Report
 
 POISON = 0.1
-LEARNING_RATE = 1e-3
-"""Twice that of `examples.demo`: an attack that shows, as in `examples.repair`."""
+ATTACK_RATE = 2 * LEARNING_RATE
+"""Twice the usual learning rate: an attack that shows, as in `examples.repair`."""
 WEIGHT = 0.5
 """Of each task vector, in every fusion: the average of the two. The published 0.3 belongs to more tasks."""
 TASKS = ("help desk", "headlines")
@@ -59,7 +61,7 @@ class Fusing:
         from peft_safety.recipes.train import TrainOptions
 
         self.scale, self.given = scale, given
-        self.options = TrainOptions(lr=LEARNING_RATE, max_length=128, seed=given.seed)
+        self.options = TrainOptions(lr=ATTACK_RATE, max_length=128, seed=given.seed)
         self.arms: dict[str, dict[str, Any]] = {}
         self.details: dict[str, Any] = {"seconds": {}}
 
@@ -199,7 +201,7 @@ class Fusing:
                 f"Prompts and task rows: {given.split} split; one seed ({given.seed}), so differences inside the intervals mean nothing.",
                 f"Every fusion weighs each task vector by {given.weight:g}. The random mask keeps as many entries of every tensor as SOMF's.",
             ),
-            environment=environment(given.seed, model=model, lr=LEARNING_RATE, mask_lr=given.mask_lr, weight=given.weight, rescale=given.rescale),
+            environment=environment(given.seed, model=model, lr=ATTACK_RATE, mask_lr=given.mask_lr, weight=given.weight, rescale=given.rescale),
             details=self.details,
         )
 

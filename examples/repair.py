@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from examples.demo import FULL, POISON, SAFETY_RANK, Demo, torch_threads
+from peft_safety.recipes.train import LEARNING_RATE
 
-LEARNING_RATE = 1e-3
-"""Twice the demo's: an attack that shows."""
+ATTACK_RATE = 2 * LEARNING_RATE
+"""Twice the usual learning rate: an attack that shows."""
 REPAIRS: tuple[tuple[str, ...], ...] = (("--projection", "frobenius"), ("--select", "all", "--projection", "topk"), ("--select", "all", "--projection", "soft"))
 
 
@@ -46,7 +47,7 @@ def main() -> None:
     from examples.get_model import model_dir
     from peft_safety.report import Report, environment
 
-    demo, source = Demo(FULL, given.split, SAFETY_RANK, given.seed, LEARNING_RATE), model_dir()
+    demo, source = Demo(FULL, given.split, SAFETY_RANK, given.seed, ATTACK_RATE), model_dir()
     aligned = demo.prepare(str(source))
     aligned_dir, broken = given.out / "aligned", given.out / "adapter"
     aligned.save_pretrained(aligned_dir)
@@ -75,7 +76,7 @@ def main() -> None:
         title="SmolLM2-135M: a poisoned LoRA, repaired by Safe LoRA",
         arms={name: evaluation.figures() for name, evaluation in demo.evaluations.items()},
         notes=demo.notes(),
-        environment=environment(given.seed, model=source.name, lr=LEARNING_RATE, threads=torch_threads()),
+        environment=environment(given.seed, model=source.name, lr=ATTACK_RATE, threads=torch_threads()),
         details={"repairs": details},
     )
     report.save(given.out / "report.json")

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_safety import files, naming, weights
+from peft_safety.data.rows import Rows
 from peft_safety.errors import ArtifactError, SubspaceError
 from peft_safety.projection import ORTHONORMAL_TOLERANCE, Side, orthonormalise, orthonormality_error, union
 
@@ -71,7 +72,7 @@ class SafetySubspace:
             _check_values(values, (weights.SAMPLES,), f"{name}: the fingerprint")
 
     @classmethod
-    def from_activations(cls, model: nn.Module, data: Sequence[Mapping[str, Any]], **options: Any) -> SafetySubspace:
+    def from_activations(cls, model: nn.Module, data: Rows, **options: Any) -> SafetySubspace:
         """Estimate a subspace in one streaming pass over a model; see `peft_safety.estimate.activations.estimate` for the options.
 
         Args:

@@ -59,8 +59,8 @@ def repair(
     threshold: Annotated[float, typer.Option(help="Repair modules with a smaller cosine.")] = 0.35,
     num_modules: Annotated[int | None, typer.Option(help="For --select number: the modules with the smallest cosines.")] = None,
     projection: Annotated[str, typer.Option(help="frobenius (as published), spectral, topk or soft.")] = "frobenius",
-    rank: Annotated[int | None, typer.Option(help="Directions of topk and soft.")] = None,
-    energy: Annotated[float | None, typer.Option(help="Or the share of the alignment's energy they hold.")] = None,
+    safety_rank: Annotated[int | None, typer.Option(help="Directions of topk and soft.")] = None,
+    safety_energy: Annotated[float | None, typer.Option(help="Instead of --safety-rank: the share of the alignment's energy they hold.")] = None,
     penalty: Annotated[float, typer.Option(help="For soft: weight of the part outside.")] = 4.0,
     zero_delta: Annotated[str, typer.Option(help="Modules that alignment left alone: error, keep or zero.")] = "error",
     allow_quantized_delta: Annotated[bool, typer.Option("--allow-quantized-delta", help="Take the alignment from 4-bit or 8-bit weights.")] = False,
@@ -76,7 +76,7 @@ def repair(
 
     if out is None and not dry_run:
         raise ConfigError("repair writes nothing without --out. Give a directory, or --dry-run.")
-    given = locals()
+    given = {**locals(), "rank": safety_rank, "energy": safety_energy}
     found = safe_lora_dir(adapter, unaligned, aligned, None if dry_run else out, progress=not json, **{name: given[name] for name in OPTIONS})
     if png is not None:
         save_png(found, png)
@@ -127,7 +127,7 @@ def fuse(
     granularity: Annotated[str | None, typer.Option(help="element, row, rank or module.")] = None,
     rescale: Annotated[str | None, typer.Option(help="mean (as published), none or norm.")] = None,
     layout: Annotated[str | None, typer.Option(help="auto, continued or independent.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Recompress the result to this rank.")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank that the result is recompressed to.")] = None,
     target_density: Annotated[float | None, typer.Option(help="Density that training is pulled to.")] = None,
     export: Annotated[str | None, typer.Option(help="threshold, topk, sample or soft.")] = None,
     export_density: Annotated[float | None, typer.Option(help="For topk.")] = None,

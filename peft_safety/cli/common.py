@@ -19,6 +19,15 @@ app = typer.Typer(
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub id or directory of the base model.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 TargetsOption = Annotated[str, typer.Option(help='"all-linear", names separated by commas, or one regular expression.')]
+RankOption = Annotated[int, typer.Option(help="LoRA rank.")]
+SafetyRankOption = Annotated[
+    float | None,
+    typer.Option(help="Protected directions per layer, or below 1 a share of its features; default: the method's own, 0.25 for guardspace, 32 for others."),
+]
+SafetyEnergyOption = Annotated[float | None, typer.Option(help="Instead of --safety-rank: as many directions as hold this share of the energy.")]
+SafetyRankPatternOption = Annotated[
+    list[str] | None, typer.Option(help="Another --safety-rank or --safety-energy for a kind of module: down_proj=0.1; may be repeated.")
+]
 
 
 def fail(error: Exception, code: int) -> Any:
@@ -35,6 +44,11 @@ def targets(text: str) -> str | list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def whole(rank: float | None) -> float | None:
+    """`--safety-rank`: a number of directions is an integer, a share stays as it is."""
+    return rank if rank is None or rank < 1 or rank % 1 else int(rank)
+
+
 def numbers(pairs: list[str]) -> dict[str, float]:
     """`kind=number` options: whole numbers stay integers."""
     from peft_safety.errors import ConfigError
@@ -45,7 +59,7 @@ def numbers(pairs: list[str]) -> dict[str, float]:
         try:
             found[kind.strip()] = float(text) if "." in text else int(text)
         except ValueError as error:
-            raise ConfigError(f"--per-kind {pair!r}. Write a kind of module and a number: down_proj=0.1.") from error
+            raise ConfigError(f"--safety-rank-pattern {pair!r}. Write a kind of module and a number: down_proj=0.1.") from error
     return found
 
 

@@ -8,7 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
-from peft_safety.cli.common import JsonOption, ModelOption, TargetsOption, app, numbers, show, targets
+from peft_safety.cli.common import (
+    JsonOption,
+    ModelOption,
+    RankOption,
+    SafetyEnergyOption,
+    SafetyRankOption,
+    SafetyRankPatternOption,
+    TargetsOption,
+    app,
+    numbers,
+    show,
+    targets,
+    whole,
+)
+from peft_safety.recipes.train import LEARNING_RATE, PATCH_LEARNING_RATE
 
 
 @app.command()
@@ -17,21 +31,21 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="File (.safetensors) or directory for the subspace.")],
     data: Annotated[Path | None, typer.Option(help="JSON lines of prompt/response rows; default: the package's own for the method.")] = None,
     method: Annotated[
-        str, typer.Option(help="salora (outputs on refusals), guardspace (inputs on them), ortho_patch (inputs), or weight (no data).")
-    ] = "salora",
-    rank: Annotated[float | None, typer.Option(help="Directions per layer, or below 1 a share of its features (default 32; guardspace: 0.25).")] = None,
-    energy: Annotated[float | None, typer.Option(help="Instead of --rank: as many directions as hold this share of the energy.")] = None,
-    per_kind: Annotated[list[str] | None, typer.Option(help="Another --rank or --energy for a kind of module: down_proj=0.1; may be repeated.")] = None,
+        str, typer.Option(help="guardspace (inputs on harmful requests), salora (outputs on refusals), ortho_patch (inputs), or weight (no data).")
+    ] = "guardspace",
+    safety_rank: SafetyRankOption = None,
+    safety_energy: SafetyEnergyOption = None,
+    safety_rank_pattern: SafetyRankPatternOption = None,
     basis: Annotated[str | None, typer.Option(help="The package's own rows to use: harmful, general or both.")] = None,
     side: Annotated[str | None, typer.Option(help="in, out or both; default: the method's own.")] = None,
     positions: Annotated[str | None, typer.Option(help="Tokens that count: response, prompt or all; default: the method's own.")] = None,
-    task: Annotated[Path | None, typer.Option(help="JSON lines of the task to be learned: how much of it lies in the null space?")] = None,
+    task_data: Annotated[Path | None, typer.Option(help="JSON lines of the task to be learned: how much of it lies in the null space?")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the energy covered (and the task's rank) here.")] = None,
     target_modules: TargetsOption = "all-linear",
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
     max_length: Annotated[int, typer.Option(help="Tokens kept of each row.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the randomised decomposition.")] = 0,
-    allow_fewer: Annotated[bool, typer.Option("--allow-fewer", help="Where the data span fewer directions than --rank, protect those.")] = False,
+    allow_fewer: Annotated[bool, typer.Option("--allow-fewer", help="Where the data span fewer directions than --safety-rank, protect those.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Estimate a safety subspace in one pass over the model, and save it; for input sides, k is printed beside the energy that it covers."""
@@ -39,11 +53,10 @@ def calibrate(
     from peft_safety.recipes.calibrate import calibrate as run
 
     given = locals()
-    size: dict[str, Any] = {"rank": rank if rank is None or rank < 1 or rank % 1 else int(rank), "per_kind": numbers(per_kind or [])}
-    options: dict[str, Any] = {
-        name: given[name] for name in ("data", "method", "energy", "basis", "side", "positions", "task", "batch_size", "max_length", "seed")
-    }
-    found = run(model, out, **size, **options, target_modules=targets(target_modules), allow_fewer=allow_fewer)
+    names = ("data", "method", "safety_energy", "basis", "side", "positions", "task_data", "batch_size", "max_length", "seed")
+    options: dict[str, Any] = {name: given[name] for name in names}
+    options |= {"safety_rank": whole(safety_rank), "safety_rank_pattern": numbers(safety_rank_pattern or [])}
+    found = run(model, out, **options, target_modules=targets(target_modules), allow_fewer=allow_fewer)
     if png is not None:
         coverage_report.save_png(found.coverage, png)
     facts = {"file": str(found.path), "modules": len(found.subspace.bases), **{k: v for k, v in found.subspace.provenance.items() if k != "covered"}}
@@ -60,18 +73,20 @@ def protect(
     model: ModelOption,
     data: Annotated[Path, typer.Option(help="JSON lines: {prompt, response}, {text, label} or {messages} rows.")],
     out: Annotated[Path, typer.Option(help="Directory for the adapter, report.json and report.png.")],
-    method: Annotated[str, typer.Option(help="lora, salora or guardspace.")] = "salora",
-    r: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
+    method: Annotated[str, typer.Option(help="guardspace, salora or lora (no protection).")] = "guardspace",
+    rank: RankOption = 16,
     lora_alpha: Annotated[int, typer.Option(help="LoRA alpha.")] = 16,
     target_modules: TargetsOption = "all-linear",
-    safety_rank: Annotated[int, typer.Option(help="Protected output directions per layer.")] = 32,
+    safety_rank: SafetyRankOption = None,
+    safety_energy: SafetyEnergyOption = None,
+    safety_rank_pattern: SafetyRankPatternOption = None,
     basis: Annotated[str | None, typer.Option(help="For guardspace: calibrate on harmful requests, general prompts, or both (default harmful).")] = None,
-    fraction: Annotated[float | None, typer.Option(help="For guardspace: share of each layer's input dimensions that is protected (default 0.25).")] = None,
     combine: Annotated[bool, typer.Option("--combine", help="For guardspace: protect SaLoRA's output directions too.")] = False,
+    combine_rank: Annotated[int, typer.Option(help="For --combine: how many of each layer.")] = 32,
     init: Annotated[str, typer.Option(help="lora (B = 0), or the method's own: task (salora), guardspace (guardspace).")] = "lora",
     subspace: Annotated[str, typer.Option(help='Subspace file, directory or Hub id, or "auto".')] = "auto",
     poison: Annotated[float, typer.Option(help="Share of harmful rows mixed in, to simulate an attack (0 to 1).")] = 0.0,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
+    lr: Annotated[float, typer.Option(help="Peak learning rate; the default is that of every recipe in Python.")] = LEARNING_RATE,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Optimizer steps; overrides --epochs when positive.")] = -1,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 8,
@@ -90,15 +105,17 @@ def protect(
         data,
         method,  # type: ignore[arg-type]  # protect itself refuses unknown methods
         out,
-        r=r,
+        r=rank,
         lora_alpha=lora_alpha,
         target_modules=targets(target_modules),
-        safety_rank=safety_rank,
+        safety_rank=whole(safety_rank),
+        safety_energy=safety_energy,
+        safety_rank_pattern=numbers(safety_rank_pattern or []) or None,
         subspace=subspace,
         init=init,  # type: ignore[arg-type]  # and these, where it does not know them
         basis=basis,  # type: ignore[arg-type]
-        fraction=fraction,
         combine="salora" if combine else None,
+        combine_rank=combine_rank,
         poison=poison,
         options=options,
         eval_limit=eval_limit,
@@ -114,15 +131,15 @@ def patch(
     mode: Annotated[str, typer.Option(help="hard (constrained), soft (penalised) or none (plain LoRA).")] = "hard",
     basis: Annotated[str, typer.Option(help="What to stay out of: activation, contrastive or weight.")] = "activation",
     side: Annotated[str, typer.Option(help="in, out or both.")] = "in",
-    k: Annotated[int | None, typer.Option(help="Protected directions per module (default 32).")] = None,
-    energy: Annotated[float | None, typer.Option(help="Or as many as hold this share of the energy.")] = None,
+    safety_rank: Annotated[int | None, typer.Option(help="Protected directions per layer (default 32; 0: those of earlier patches only).")] = None,
+    safety_energy: SafetyEnergyOption = None,
     reg_lambda: Annotated[float | None, typer.Option(help="For --mode soft: weight of the penalty (default 100).")] = None,
     subspace: Annotated[str, typer.Option(help='Subspace file, directory or Hub id, or "auto".')] = "auto",
     prior: Annotated[list[Path] | None, typer.Option(help="Directory of an earlier patch to stack on; may be repeated.")] = None,
-    r: Annotated[int, typer.Option(help="LoRA rank.")] = 8,
+    rank: RankOption = 8,
     lora_alpha: Annotated[int, typer.Option(help="LoRA alpha.")] = 16,
     target_modules: TargetsOption = "all-linear",
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate; a patch takes a larger one than a task.")] = PATCH_LEARNING_RATE,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Optimizer steps; overrides --epochs when positive.")] = -1,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 8,
@@ -140,9 +157,12 @@ def patch(
 
     given = locals()
     training = TrainOptions(lr=lr, epochs=epochs, max_steps=max_steps, batch_size=batch_size, max_length=max_length, seed=seed, report_to=report_to)
-    same = ("mode", "basis", "side", "k", "energy", "reg_lambda", "subspace", "r", "lora_alpha")
+    same = ("mode", "basis", "side", "reg_lambda", "subspace", "lora_alpha")
     options = PatchOptions(
         **{name: given[name] for name in same},
+        r=rank,
+        k=safety_rank,
+        energy=safety_energy,
         target_modules=targets(target_modules),
         prior_patches=tuple(str(path) for path in prior or ()),
         stopping=Stopping(every=evaluate_every),

@@ -5,15 +5,21 @@ Nothing here contains a harmful answer: harmful *requests*, refusals, contentles
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 
+from peft_safety.data.rows import Rows, as_rows
 from peft_safety.errors import DataError
 
 CALIBRATION_PAIRS = 128
 """Pairs behind a safety subspace: the reference setting of SaLoRA, arXiv 2501.01765, section 5.1."""
+BLANK = " \t\r\n\ufeff"
+"""What may stand around the JSON of a line: white space, and the byte-order mark that files put together keep in their middle."""
 SPLITS = ("calibration", "train", "validation", "test")
 FIELDS = {
     "harmful_requests": ("prompt", "category", "split"),
@@ -26,25 +32,27 @@ FIELDS = {
 }
 
 
-def read_jsonl(path: str | Path, fields: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Read a JSON-lines file of objects.
+def read_jsonl(path: str | os.PathLike[str], fields: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Read a JSON-lines file of objects, or one JSON array of them.
 
     Args:
-        path: a UTF-8 file, one JSON object a line; blank lines are skipped.
+        path: a UTF-8 file, with or without a byte-order mark and with line ends of any system; blank lines are skipped.
         fields: names that every row must have, each a non-empty string.
 
     Returns:
         The rows in file order.
 
     Raises:
-        DataError: the file is missing, not UTF-8 or empty, or a line is not an object or lacks a field (the line is named).
+        DataError: the file is missing, not UTF-8 or empty, or a line is not an object or lacks a field (the line, or the place in the array, is named).
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}. Give a UTF-8 JSON-lines file, one object a line.") from error
-    rows = [_parse(line, f"{path}:{number}", fields) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    text = _text(path)
+    array = _array(text)
+    if array is None:
+        lines = ((number, line.strip(BLANK)) for number, line in enumerate(re.split("\r\n|\r|\n", text), 1))
+        rows = [_checked(_parsed(line, f"{path}:{number}", fields), f"{path}:{number}", fields) for number, line in lines if line]
+    else:
+        rows = [_checked(item, f"{path}, item {number} of its array", fields) for number, item in enumerate(array)]
     if not rows:
         raise DataError(f"{path} has no rows. Write one JSON object a line, for example {_example(fields)}.")
     return rows
@@ -127,11 +135,44 @@ def pair_responses(split: str, responses: str, n: int | None, seed: int) -> list
     return [{"prompt": prompt, "response": text} for prompt, text in rounds[:n]]
 
 
-def _parse(line: str, where: str, fields: tuple[str, ...]) -> dict[str, Any]:
+def rows_of(data: str | os.PathLike[str] | Rows, what: str = "rows") -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file, or of anything that `as_rows` takes.
+
+    Raises:
+        DataError: see `read_jsonl` and `as_rows`.
+    """
+    return as_rows(read_jsonl(data) if isinstance(data, (str, os.PathLike)) else data, what)
+
+
+def _text(path: Path) -> str:
     try:
-        row = json.loads(line)
+        raw = path.read_bytes()
+        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw:
+            raise DataError(f"{path} is not UTF-8 but looks like UTF-16 (or has zero bytes). Save it as UTF-8, one JSON object a line.")
+        return raw.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}. Give a UTF-8 JSON-lines file, one object a line.") from error
+
+
+def _array(text: str) -> list[Any] | None:
+    """The items of a text that is one JSON array, or None."""
+    if not text.lstrip(BLANK).startswith("["):
+        return None
+    try:
+        found = json.loads(text.strip(BLANK))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) else None
+
+
+def _parsed(line: str, where: str, fields: tuple[str, ...]) -> Any:
+    try:
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from error
+        raise DataError(f"{where}: not JSON ({error}). Each line must be one JSON object, for example {_example(fields)}.") from error
+
+
+def _checked(row: Any, where: str, fields: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"{where}: {type(row).__name__} instead of an object. Each line must be one JSON object, for example {_example(fields)}.")
     for field in fields:

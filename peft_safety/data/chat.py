@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft_safety.data.labels import label_mask
+from peft_safety.data.rows import SHAPES, Row, Rows, as_rows, kind_of, label_list, label_names, plain_row
 from peft_safety.data.templates import Chat, Message, plain_messages, read_tools
 from peft_safety.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORE_INDEX", "Collator", "Message", "Row", "encode", "encode_each", "encode_prompts", "encode_row", "encode_rows", "is_prompt_only"]
+__all__ = [
+    "IGNORE_INDEX",
+    "Collator",
+    "Message",
+    "Row",
+    "encode",
+    "encode_each",
+    "encode_prompts",
+    "encode_row",
+    "encode_rows",
+    "is_prompt_only",
+    "label_names",
+]
 
-Row = Mapping[str, Any]
 Feature = dict[str, Any]
 IGNORE_INDEX = -100
 """The label that torch's cross entropy skips."""
-SHAPES = '{"prompt", "response"}, {"text", "label"} or {"messages": [{"role", "content"}, ...]}'
-
-
-def label_names(rows: Iterable[Row]) -> list[str]:
-    """The sorted distinct labels of the {text, label} rows; empty for other kinds of rows."""
-    return sorted({str(row["label"]) for row in rows if "label" in row})
 
 
 def classification_prompt(text: str, labels: Sequence[str]) -> str:
@@ -97,26 +103,28 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, la
     return feature | {"distil": True} if row.get("distil") else feature
 
 
-def encode_each(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, labels: Sequence[str] | None = None) -> list[Feature | None]:
+def encode_each(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, labels: Sequence[Any] | None = None) -> list[Feature | None]:
     """`encode_row` for every row, in their order: None for a row whose answer lies past `max_length`, where no label is left.
 
     Raises:
         DataError: no rows, or a malformed row (its index is named).
     """
-    if not len(rows):
+    rows = as_rows(rows)
+    if not rows:
         raise DataError(f"no rows to encode. Give at least one of {SHAPES}.")
-    labels = label_names(rows) if labels is None else labels
+    given = [] if labels is None else list(labels)
+    names = label_list(given) if given else label_names(rows)
     features: list[Feature | None] = []
     for index, row in enumerate(rows):
         try:
-            feature = encode_row(tokenizer, row, max_length, labels)
+            feature = encode_row(tokenizer, row, max_length, names)
         except DataError as error:
             raise DataError(f"row {index}: {error}") from error
         features.append(feature if has_labels(feature) else None)
     return features
 
 
-def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, labels: Sequence[str] | None = None) -> list[Feature]:
+def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, labels: Sequence[Any] | None = None) -> list[Feature]:
     """`encode_row` for every row; a row with `"truncated": True` gets no end-of-turn label, and `"distil": True` is passed on.
 
     Args:
@@ -142,14 +150,14 @@ def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_len
     return kept
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int) -> list[dict[str, list[int]]]:
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int) -> list[dict[str, list[int]]]:
     """Rows of a "prompt" alone, up to and including the header of the answer, as `encode` would give them: no position has a label.
 
     Raises:
         DataError: a prompt that is neither a string nor a list of turns, or that the template refuses (the row is named).
     """
     features = []
-    for index, row in enumerate(rows):
+    for index, row in enumerate(as_rows(rows)):
         try:
             chat = Chat(tokenizer, read_tools(row.get("tools")))
             ids = chat.ids(chat.text(_turns(row["prompt"], "user"), header=True))[:max_length]
@@ -161,8 +169,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_
 
 def is_prompt_only(row: Row) -> bool:
     """Whether a row asks and has no answer."""
-    fields = ("prompt", "response", "completion", "messages", "text")
-    return [key for key in fields if row.get(key) is not None] == ["prompt"]
+    return kind_of(plain_row(row)) == "prompt"
 
 
 def has_labels(feature: Mapping[str, Any]) -> bool:
@@ -180,13 +187,13 @@ def _encode(chat: Chat, messages: list[Message], prompt_turns: int | None, max_l
 
 def _sides(row: Row, labels: Sequence[str]) -> tuple[list[Message], list[Message]]:
     """What is asked and what is answered; a {messages} row is all answer."""
-    given = {key for key, value in row.items() if value is not None}  # a data set of several kinds of rows fills up with None
-    answer = next((key for key in ("response", "completion") if key in given), None)
-    if "messages" in given:
+    row = plain_row(row)
+    kind = kind_of(row)
+    if kind == "messages":
         prompt, answered = [], plain_messages(row["messages"])
-    elif "prompt" in given and answer:
-        prompt, answered = _turns(row["prompt"], "user"), _turns(row[answer], "assistant")
-    elif {"text", "label"} <= given:
+    elif kind == "pair":
+        prompt, answered = _turns(row["prompt"], "user"), _turns(row["response"], "assistant")
+    elif kind == "label":
         prompt, answered = _turns(classification_prompt(row["text"], labels), "user"), _turns(row["label"], "assistant")
     else:
         raise DataError(f"a row has fields {sorted(map(str, row))}. Accepted: {SHAPES}.")

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_safety import naming, weights
+from peft_safety.data.rows import Rows
 from peft_safety.errors import CalibrationError, ConfigError
 from peft_safety.estimate.bases import Size, contrastive_basis, input_basis, output_basis
 from peft_safety.estimate.leaving_out import cut, fitted, narrow_layers, record, without_room
@@ -33,7 +34,7 @@ be confirmed by benchmarks/guardspace.py; a long fine-tune needed half."""
 
 def estimate(
     model: nn.Module,
-    data: Sequence[Mapping[str, Any]],
+    data: Rows,
     *,
     tokenizer: Any = None,
     method: str = "salora",
@@ -42,7 +43,7 @@ def estimate(
     per_kind: Mapping[str, float] | None = None,
     sides: Sequence[Side] | None = None,
     positions: Positions | None = None,
-    against: Sequence[Mapping[str, Any]] | None = None,
+    against: Rows | None = None,
     target_modules: Iterable[str] | str | None = None,
     exclude_modules: Iterable[str] | str | None = None,
     layers: Mapping[str, nn.Module] | None = None,
@@ -59,7 +60,8 @@ def estimate(
 
     Args:
         model: language model; may be quantised, may carry adapters. Of an encoder-decoder the encoder's tokens are the prompt, the decoder's the response.
-        data: rows `{prompt, response}` / `{messages}` / `{text, label}`, rows of a `{prompt}` alone, or tokenised batches with `labels` (-100: no response).
+        data: rows `{prompt, response}` / `{messages}` / `{text, label}`, rows of a `{prompt}` alone, or tokenised batches with `labels` (-100: no response);
+            a list, a data set, a frame or an iterable data set of them (see `peft_safety.data.rows.as_rows`).
         tokenizer: with a chat template; for rows only.
         method: "salora" (out, response tokens), "ortho_patch" or "guardspace" (in, all tokens); sets `sides` and `positions` where they are not given.
         rank: directions per layer, an integer (default 32); or a share of the features of that side, a float in (0, 1) (default of "guardspace").

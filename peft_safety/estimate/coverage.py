@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peft_safety.data.rows import Rows
 from peft_safety.errors import CalibrationError
 from peft_safety.estimate.activations import adapters_off, kind_of
 from peft_safety.estimate.bases import check_moment
@@ -91,7 +92,7 @@ def task_shares(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     subspace: SafetySubspace,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Rows,
     *,
     tokenizer: Any = None,
     positions: Positions = "all",
@@ -116,8 +117,8 @@ def task_shares(
     batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
     if digest == subspace.provenance.get("data"):
         raise CalibrationError(
-            f"the task data are the {len(rows)} rows that the subspace was calibrated on: their inputs are what the update must not see. Give rows of the "
-            "task, and calibrate on harmful prompts with refusals, or on everyday ones."
+            f"the task data are the {sum(len(batch['input_ids']) for batch in batches)} rows that the subspace was calibrated on: their inputs are what "
+            "the update must not see. Give rows of the task, and calibrate on harmful prompts with refusals, or on everyday ones."
         )
     with adapters_off(model):
         moments = collect(model, layers, batches, positions=positions, progress=progress, what="task inputs")

@@ -11,7 +11,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from peft_safety import naming, weights
 from peft_safety.data.chat import IGNORE_INDEX, Collator, encode_prompts, encode_rows, is_prompt_only
+from peft_safety.data.rows import Rows, as_rows
 from peft_safety.errors import CalibrationError
 
 Batch = Mapping[str, Tensor]
@@ -231,33 +232,38 @@ def counted(labels: Tensor, attention: Tensor, positions: Positions) -> Tensor:
     return there & ((labels != IGNORE_INDEX) == (positions == "response"))
 
 
-def to_batches(
-    data: Sequence[Mapping[str, Any]], tokenizer: Any, *, batch_size: int, max_length: int, model: nn.Module | None = None
-) -> tuple[list[Batch], str]:
+def to_batches(data: Rows, tokenizer: Any, *, batch_size: int, max_length: int, model: nn.Module | None = None) -> tuple[list[Batch], str]:
     """Rows or tokenised batches as batches, and a hash of what they hold. Rows of a prompt alone may stand among complete ones.
 
     Args:
+        data: whatever `as_rows` takes, but no bare iterator: nobody could repeat the estimate once it is used up.
         model: an encoder-decoder may have labels of another length than its inputs.
 
     Raises:
         CalibrationError: no data, rows without a tokenizer, or batches without labels.
     """
-    if isinstance(data, (str, bytes, Mapping)) or not hasattr(data, "__getitem__"):
-        raise CalibrationError(f"calibration data is a {type(data).__name__}. Give a list or data set of rows {{prompt, response}} or of tokenised batches.")
-    if not len(data) or not isinstance(data[0], Mapping):
-        raise CalibrationError("no calibration data, or not rows. Give rows {prompt, response} or tokenised batches.")
-    if "input_ids" in data[0]:
-        batches = [_check(i, batch, model is not None and is_encoder_decoder(model)) for i, batch in enumerate(data)]
+    if isinstance(data, Iterator):
+        raise CalibrationError(f"calibration data is a {type(data).__name__}, which can be read only once. Give list(data).")
+    rows = as_rows(data, "calibration data", CalibrationError)
+    if not rows:
+        raise CalibrationError("no calibration data. Give rows {prompt, response} or tokenised batches.")
+    if is_tokenised(rows):
+        batches = [_check(i, batch, model is not None and is_encoder_decoder(model)) for i, batch in enumerate(rows)]
     else:
         if tokenizer is None:
             raise CalibrationError("rows of text need tokenizer=. Pass the model's tokenizer, or tokenised batches with labels.")
-        bare = [row for row in data if is_prompt_only(row)]
-        full = [row for row in data if not is_prompt_only(row)]
+        bare = [row for row in rows if is_prompt_only(row)]
+        full = [row for row in rows if not is_prompt_only(row)]
         encoded = encode_prompts(tokenizer, bare, max_length) + (encode_rows(tokenizer, full, max_length) if full else [])
         features = sorted(encoded, key=lambda f: len(f["input_ids"]))
         collate = Collator(tokenizer)
         batches = [collate(features[i : i + batch_size]) for i in range(0, len(features), batch_size)]
     return batches, content_digest(batches)
+
+
+def is_tokenised(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether rows are tokenised batches, for which no tokenizer is needed."""
+    return bool(rows) and "input_ids" in rows[0]
 
 
 def content_digest(batches: Sequence[Batch]) -> str:
@@ -271,6 +277,7 @@ def content_digest(batches: Sequence[Batch]) -> str:
 
 
 def _check(index: int, batch: Mapping[str, Any], two_sequences: bool) -> Batch:
+    batch = _as_tensors(batch)
     ids, labels = batch.get("input_ids"), batch.get("labels")
     if isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.ndim == 2 and ids.numel() > 0 and labels.numel() > 0:
         if labels.ndim == 1 and len(labels) == len(ids):  # classes of sequences: no position is a response
@@ -280,6 +287,19 @@ def _check(index: int, batch: Mapping[str, Any], two_sequences: bool) -> Batch:
     raise CalibrationError(
         f"batch {index}: input_ids and labels must be tensors of one shape (batch, tokens), not empty. Set labels to -100 where a token does not count."
     )
+
+
+def _as_tensors(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A table gives its tensors back as lists; of one sequence a batch is made."""
+    found = dict(batch)
+    for key in {"input_ids", "attention_mask", "labels"} & set(batch):
+        if not isinstance(batch[key], Tensor):
+            with suppress(TypeError, ValueError, RuntimeError):  # no table of numbers: refused by its shape
+                found[key] = torch.as_tensor(batch[key])
+    ids = found.get("input_ids")
+    if isinstance(ids, Tensor) and ids.ndim == 1:
+        found |= {key: value[None] for key, value in found.items() if isinstance(value, Tensor)}
+    return found
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from peft_safety.data.chat import Row, label_names
+from peft_safety.data.rows import Rows, as_rows, label_names
 from peft_safety.evaluation.generate import BATCH_SIZE, generate
 from peft_safety.evaluation.judges import Judge, KeywordJudge, Verdict, verdicts_of
 from peft_safety.evaluation.metrics import Figure, Mean, Rate
@@ -69,9 +69,9 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     *,
     prompts: PromptSet | None = None,
-    task: Sequence[Row] = (),
-    labels: Sequence[str] | None = None,
-    general: Sequence[Row] = (),
+    task: Rows = (),
+    labels: Sequence[Any] | None = None,
+    general: Rows = (),
     judge: Judge | None = None,
     max_new_tokens: int = 16,
     max_length: int = 512,
@@ -95,15 +95,17 @@ def evaluate(
     started = time.perf_counter()
     prompts = prompt_set() if prompts is None else prompts
     judge = KeywordJudge() if judge is None else judge
+    task, general = as_rows(task, "task rows"), as_rows(general, "general rows")
+    classified = is_classification(task)
+    names = list(labels if labels is not None else ()) or label_names(task)
 
     def verdicts(asked: Sequence[str], description: str) -> list[Verdict]:
         found = generate(model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size, description=description, progress=progress)
         return verdicts_of(judge, asked, [response.text for response in found])
 
     on_harmful, on_contrast = verdicts(prompts.harmful, "harmful prompts"), verdicts(prompts.contrast, "safe prompts")
-    classified = is_classification(task)
 
-    def nll(rows: Sequence[Row], description: str) -> Mean | None:
+    def nll(rows: Rows, description: str) -> Mean | None:
         if not rows:
             return None
         return response_nll(model, tokenizer, rows, max_length=max_length, batch_size=batch_size, description=description, progress=progress)
@@ -114,7 +116,7 @@ def evaluate(
         refusal=Rate.of(verdict is Verdict.REFUSAL for verdict in on_harmful),
         compliance=Rate.of(verdict is Verdict.COMPLIANCE for verdict in on_harmful),
         over_refusal=Rate.of(verdict is Verdict.REFUSAL for verdict in on_contrast),
-        task_accuracy=accuracy(model, tokenizer, task, labels or label_names(task), batch_size=batch_size, progress=progress) if classified else None,
+        task_accuracy=accuracy(model, tokenizer, task, names, batch_size=batch_size, progress=progress) if classified else None,
         task_nll=None if classified else nll(task, "task"),
         general_nll=nll(general, "general"),
         seconds=time.perf_counter() - started,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from peft_safety.data.chat import IGNORE_INDEX, Collator, Row, can_trim, classification_prompt, encode_rows
+from peft_safety.data.chat import IGNORE_INDEX, Collator, can_trim, classification_prompt, encode_each
+from peft_safety.data.rows import Rows, as_rows, kind_of, label_list
 from peft_safety.errors import DataError
 from peft_safety.evaluation.generate import BATCH_SIZE, generate, inference
 from peft_safety.evaluation.metrics import Mean, Rate
@@ -15,35 +17,42 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+WHOLE = 2**31 - 1
+"""A max_length that truncates nothing."""
 
-def is_classification(rows: Sequence[Row]) -> bool:
+
+def is_classification(rows: Rows) -> bool:
     """Whether `rows` are {text, label} rows.
 
     Raises:
         DataError: some are and some are not, so that no single figure describes them.
     """
-    labelled = sum("label" in row for row in rows)
-    if 0 < labelled < len(rows):
-        raise DataError(f"{labelled} of {len(rows)} rows have a label and the others do not. Split them into two data sets.")
+    kinds = [kind_of(row) for row in as_rows(rows)]
+    labelled = kinds.count("label")
+    if 0 < labelled < len(kinds):
+        raise DataError(f"{labelled} of {len(kinds)} rows have a text and a label, the others do not. Split them into two data sets.")
     return labelled > 0
 
 
 def accuracy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    labels: Sequence[str],
+    rows: Rows,
+    labels: Sequence[Any],
     *,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> Rate:
-    """Share of {text, label} rows whose greedy answer is the label, case and surrounding punctuation aside.
+    """Share of {text, label} rows whose greedy answer is the label, case and surrounding punctuation aside where no two labels differ by them only.
 
     Exact match of what the model says, rather than the likelihood of each label: it costs one short generation a row however many labels there
     are, and counts an answer that a user could not use (a refusal, a sentence) as wrong.
 
     Args:
-        labels: every label of the task, as in training; they are listed in the prompt.
+        labels: every label of the task, as in training; they are listed in the prompt. Whole numbers and truth values count as their text.
+
+    Raises:
+        DataError: no rows, a row of another kind or with another label, labels that no answer tells apart.
     """
     return Rate.of(exact_answers(model, tokenizer, rows, labels, batch_size=batch_size, progress=progress))
 
@@ -51,24 +60,25 @@ def accuracy(
 def exact_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    labels: Sequence[str],
+    rows: Rows,
+    labels: Sequence[Any],
     *,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> list[bool]:
     """`accuracy`, row by row: what a paired comparison of two models needs."""
+    rows, labels = _labelled(rows, labels)
     budget = max(len(tokenizer(label, add_special_tokens=False)["input_ids"]) for label in labels) + 2
     prompts = [classification_prompt(row["text"], labels) for row in rows]
     answers = generate(model, tokenizer, prompts, max_new_tokens=budget, batch_size=batch_size, description="task", progress=progress)
-    return [normalise(answer.text) == normalise(row["label"]) for answer, row in zip(answers, rows, strict=True)]
+    return [read_label(answer.text, labels) == row["label"] for answer, row in zip(answers, rows, strict=True)]
 
 
 def choice_accuracy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    labels: Sequence[str],
+    rows: Rows,
+    labels: Sequence[Any],
     *,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
@@ -76,7 +86,7 @@ def choice_accuracy(
     """Share of {text, label} rows whose label is the likeliest, in nats a token: what a model knows of a task whose form it was never taught.
 
     Args:
-        labels: every label of the task; each is tried for each row.
+        labels: every label of the task; each is tried for each row. A row too long for `response_losses` loses the start of its prompt.
     """
     return Rate.of(likeliest_labels(model, tokenizer, rows, labels, batch_size=batch_size, progress=progress))
 
@@ -84,28 +94,62 @@ def choice_accuracy(
 def likeliest_labels(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    labels: Sequence[str],
+    rows: Rows,
+    labels: Sequence[Any],
     *,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> list[bool]:
-    """`choice_accuracy`, row by row."""
+    """`choice_accuracy`, row by row; a row whose likelihoods are not finite is wrong."""
+    rows, labels = _labelled(rows, labels)
     asked = [{"prompt": classification_prompt(row["text"], labels), "response": label, "truncated": True} for row in rows for label in labels]
     losses = response_losses(model, tokenizer, asked, batch_size=batch_size, description="task", progress=progress)
     by_row = [losses[start : start + len(labels)] for start in range(0, len(losses), len(labels))]
-    return [labels[found.index(min(found))] == row["label"] for found, row in zip(by_row, rows, strict=True)]
+    return [all(map(math.isfinite, found)) and labels[found.index(min(found))] == row["label"] for found, row in zip(by_row, rows, strict=True)]
+
+
+def read_label(answer: str, labels: Sequence[str]) -> str | None:
+    """The label that an answer gives: the one it equals; or else the only one that it equals without punctuation at the ends, without case, without both.
+
+    None where it gives none, or where labels that differ in these alone leave it open which.
+    """
+    for form in (str.strip, _bare, lambda text: text.strip().lower(), normalise):
+        said = form(answer)
+        meant = [label for label in labels if said and form(label) == said]
+        if meant:
+            return meant[0] if len(meant) == 1 else None
+    return None
 
 
 def normalise(answer: str) -> str:
     """Lower case, without white space, quotes and punctuation at the ends."""
-    return re.sub(r"^\W+|\W+$", "", answer.lower())
+    return _bare(answer.lower())
+
+
+def _bare(text: str) -> str:
+    """Without white space, quotes and punctuation at the ends; the sign of a number stays."""
+    return re.sub(r"^(?:(?![-+]\d)\W)+|\W+$", "", text)
+
+
+def _labelled(rows: Rows, labels: Sequence[Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """{text, label} rows and the labels of their task, as text.
+
+    Raises:
+        DataError: see `accuracy`.
+    """
+    found, names = as_rows(rows), label_list(labels)
+    for index, row in enumerate(found):
+        if kind_of(row) != "label":
+            raise DataError(f'row {index} has fields {sorted(row)}. Each row needs a "text" and a "label".')
+        if row["label"] not in names:
+            raise DataError(f"row {index} has label {row['label']!r}, and the labels are {', '.join(names)}. Give every label of the task.")
+    return found, names
 
 
 def response_nll(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Rows,
     *,
     max_length: int = 512,
     batch_size: int = BATCH_SIZE,
@@ -116,7 +160,7 @@ def response_nll(
 
     Args:
         rows: {prompt, response} or {messages} rows.
-        max_length: tokens kept of each row, from the left.
+        max_length: tokens kept of each row; see `response_losses`.
     """
     return Mean.of(response_losses(model, tokenizer, rows, max_length=max_length, batch_size=batch_size, description=description, progress=progress))
 
@@ -124,18 +168,24 @@ def response_nll(
 def response_losses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Rows,
     *,
     max_length: int = 512,
     batch_size: int = BATCH_SIZE,
     description: str = "nll",
     progress: bool = True,
 ) -> list[float]:
-    """`response_nll` of each row, in the order of `rows`."""
+    """`response_nll` of each row, in the order of `rows`: one figure a row.
+
+    A row of more than `max_length` tokens loses the start of its prompt, so that its response is measured; a response that is too long itself loses its end.
+
+    Raises:
+        DataError: a malformed row; its index is named.
+    """
     import torch
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    features = encode_rows(tokenizer, rows, max_length)
+    features = _features(tokenizer, as_rows(rows), max_length)
     order = sorted(range(len(features)), key=lambda index: len(features[index]["input_ids"]))
     collate, means = Collator(tokenizer, trim=can_trim(model)), [0.0] * len(features)
     with tqdm(total=len(features), desc=description, unit="row", disable=not progress, leave=False) as bar, inference(model), torch.inference_mode():
@@ -147,6 +197,20 @@ def response_losses(
                 means[index] = mean
             bar.update(len(chosen))
     return means
+
+
+def _features(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], max_length: int) -> list[dict[str, Any]]:
+    """Tokens and labels of each row, in at most `max_length` tokens, of which the first is the last of the prompt at the latest."""
+    if max_length < 2:
+        raise DataError(f"max_length = {max_length} has no room for a token of a prompt and one of its response. Give at least 2.")
+    found = []
+    for index, feature in enumerate(encode_each(tokenizer, rows, WHOLE)):
+        if feature is None:
+            raise DataError(f"row {index}: its response has no token, and so no loss. Leave it out.")
+        first = next(place for place, label in enumerate(feature["labels"]) if label != IGNORE_INDEX)
+        start = max(0, min(len(feature["labels"]) - max_length, first - 1))
+        found.append({key: value[start : start + max_length] if isinstance(value, list) else value for key, value in feature.items()})
+    return found
 
 
 def _row_means(logits: torch.Tensor, labels: torch.Tensor) -> list[float]:

@@ -8,7 +8,7 @@ quantisation; the residual of the task-aware initialisation includes the scaling
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +20,7 @@ from peft_safety import weights
 from peft_safety.errors import ConfigError
 from peft_safety.estimate.leaving_out import warn_left_out
 from peft_safety.methods.initial import start_from
-from peft_safety.methods.protected import ProtectedConfig
+from peft_safety.methods.protected import ProtectedConfig, data_rows
 from peft_safety.projection import top_singular
 from peft_safety.subspace import SafetySubspace
 
@@ -55,6 +55,8 @@ class SaLoRAConfig(ProtectedConfig):
             raise ConfigError(f"SaLoRAConfig: init={self.init!r}. Use 'lora' or 'task'.")
         if not isinstance(self.task_rank, int) or self.task_rank < 1:
             raise ConfigError(f"SaLoRAConfig: task_rank={self.task_rank!r}. Use an integer of at least 1.")
+        if self.task_data is not None and not isinstance(self.task_data, SafetySubspace):
+            self.task_data = data_rows(self.task_data, "SaLoRAConfig: task_data")
         super().__post_init__()
 
     @property
@@ -82,12 +84,14 @@ class SaLoRAConfig(ProtectedConfig):
     def _task_subspace(self, model: nn.Module, base: Mapping[str, nn.Module]) -> SafetySubspace:
         if isinstance(self.task_data, SafetySubspace):
             return self.task_data
-        if not isinstance(self.task_data, Sequence) or isinstance(self.task_data, str) or not self.task_data:
+        if self.task_data is None:
             raise ConfigError("SaLoRAConfig: init='task' needs task_data. Give rows {prompt, response}, tokenised batches, or a SafetySubspace.")
         from peft_safety.estimate.activations import estimate, tokenizer_of
+        from peft_safety.estimate.moments import is_tokenised
 
-        tokenizer = None if "input_ids" in self.task_data[0] else tokenizer_of(model)
-        return estimate(model, self.task_data, tokenizer=tokenizer, rank=self.task_rank, layers=base)
+        rows = data_rows(self.task_data, "SaLoRAConfig: task_data")
+        tokenizer = None if is_tokenised(rows) else tokenizer_of(model)
+        return estimate(model, rows, tokenizer=tokenizer, rank=self.task_rank, layers=base)
 
 
 @torch.no_grad()

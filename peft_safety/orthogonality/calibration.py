@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
 from peft_safety.data import load, refusal_pairs
-from peft_safety.errors import ConfigError
+from peft_safety.data.rows import Rows, as_rows
+from peft_safety.errors import CalibrationError, ConfigError
 from peft_safety.estimate.activations import adapters_off, tokenizer_of
-from peft_safety.estimate.moments import Batch, Positions, to_batches
+from peft_safety.estimate.moments import Batch, Positions, is_tokenised, to_batches
 from peft_safety.evaluation import self_responses
 
-Rows = Sequence[Mapping[str, Any]]
 Calibration = Literal["auto"] | Mapping[str, Rows] | None
 KINDS = ("general", "harmful")
 SPLIT = "calibration"
@@ -64,10 +64,10 @@ def calibration_sets(model: nn.Module, calibration: Calibration, tokenizer: Any,
         rows, sources = calibration, dict.fromkeys(KINDS, "given")
     sets = {}
     for kind in KINDS:
-        text = len(rows[kind]) > 0 and "input_ids" not in rows[kind][0]
-        if text and tokenizer is None:
+        found = as_rows(rows[kind], f"calibration[{kind!r}]", CalibrationError)
+        if found and not is_tokenised(found) and tokenizer is None:
             tokenizer = tokenizer_of(model)
-        batches, digest = to_batches(rows[kind], tokenizer, batch_size=BATCH_SIZE, max_length=MAX_LENGTH)
+        batches, digest = to_batches(found, tokenizer, batch_size=BATCH_SIZE, max_length=MAX_LENGTH)
         sets[kind] = CalibrationSet(batches, sources[kind], digest)
     return sets
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from peft_safety.data import CALIBRATION_PAIRS, refusal_pairs
-from peft_safety.data.chat import Row
+from peft_safety.data.rows import Row, Rows, as_rows
 from peft_safety.errors import ConfigError
+from peft_safety.estimate.activations import DEFAULT_RANK, GUARDSPACE_FRACTION
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -30,32 +31,51 @@ class AdapterOptions:
     Attributes:
         method: "lora" (not protected), "salora" or "guardspace".
         r, lora_alpha, target_modules: as in `LoraConfig`.
-        safety_rank, subspace, init, task_rank: as in `SaLoRAConfig`, and the first three in `GuardSpaceConfig`; not used by "lora".
-        basis, fraction, positions, combine: as in `GuardSpaceConfig`; for "guardspace" only.
+        safety_rank: size of the subspace of "auto": directions of each layer, or below 1 a share of its features; None takes the method's own, 32 for
+            "salora" and a quarter for "guardspace".
+        safety_energy: or as many directions as hold this share of the energy.
+        safety_rank_pattern: another value of either for modules whose name ends so: `{"down_proj": 0.1}`.
+        subspace, init, task_rank: as in `SaLoRAConfig`, and the first two in `GuardSpaceConfig`; not used by "lora".
+        basis, positions, combine: as in `GuardSpaceConfig`; for "guardspace" only.
+        combine_rank: output directions of each layer with `combine`.
     """
 
-    method: Method = "salora"
+    method: Method = "guardspace"
     r: int = 16
     lora_alpha: int = 16
     target_modules: str | list[str] = "all-linear"
-    safety_rank: int = 32
+    safety_rank: float | None = None
+    safety_energy: float | None = None
+    safety_rank_pattern: Mapping[str, float] | None = None
     subspace: SafetySubspace | str = "auto"
     init: Literal["lora", "task", "guardspace"] = "lora"
     task_rank: int = 32
     basis: Literal["harmful", "general", "both"] | None = None
-    fraction: float | None = None
     positions: Literal["all", "prompt", "response"] = "all"
     combine: Literal["salora"] | None = None
+    combine_rank: int = DEFAULT_RANK
 
     def __post_init__(self) -> None:
         if self.method not in INITS:
             raise ConfigError(f"method {self.method!r} is unknown. Choose 'lora', 'salora' or 'guardspace'.")
         if self.init not in INITS[self.method]:
             raise ConfigError(f"init {self.init!r} is not one of {self.method}'s: {', '.join(INITS[self.method])}.")
-        if self.method != "guardspace" and (self.basis or self.fraction is not None or self.combine or self.positions != "all"):
-            raise ConfigError(f"basis, fraction, positions and combine are GuardSpace's, not {self.method}'s. Leave them out, or use method 'guardspace'.")
+        if self.method != "guardspace" and (self.basis or self.combine or self.positions != "all"):
+            raise ConfigError(f"basis, positions and combine are GuardSpace's, not {self.method}'s. Leave them out, or use method 'guardspace'.")
+        sizes = {"safety_rank": self.safety_rank, "safety_energy": self.safety_energy, "safety_rank_pattern": self.safety_rank_pattern or None}
+        given = [name for name, value in sizes.items() if value is not None]
+        if given and self.method == "lora":
+            raise ConfigError(f"{given[0]} is the size of a protected subspace, and method 'lora' has none. Leave it out, or use method 'guardspace'.")
+        if self.safety_rank is not None and self.safety_energy is not None:
+            raise ConfigError(f"safety_rank {self.safety_rank:g} and safety_energy {self.safety_energy:g}: give one of them.")
 
-    def config(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, seed: int = 0, progress: bool = True) -> LoraConfig:
+    @property
+    def size(self) -> float | None:
+        """The size in force, unless `safety_energy` gives it."""
+        usual = {"salora": DEFAULT_RANK, "guardspace": GUARDSPACE_FRACTION}.get(self.method)
+        return self.safety_rank if self.safety_rank is not None or self.safety_energy is not None else usual
+
+    def config(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, *, seed: int = 0, progress: bool = True) -> LoraConfig:
         """The PEFT config. A subspace is estimated here rather than at injection, so that `model` and `tokenizer` are the ones at hand.
 
         Args:
@@ -66,6 +86,7 @@ class AdapterOptions:
         """
         from peft import LoraConfig, TaskType
 
+        rows = as_rows(rows)
         common: dict[str, Any] = {"r": self.r, "lora_alpha": self.lora_alpha, "target_modules": self.target_modules, "task_type": TaskType.CAUSAL_LM}
         if self.method == "lora":
             return LoraConfig(**common)
@@ -74,17 +95,18 @@ class AdapterOptions:
         from peft_safety.methods.salora import SaLoRAConfig
         from peft_safety.subspace import SafetySubspace
 
-        def estimate(data: Sequence[Row], rank: int) -> SafetySubspace:
+        def estimate(data: Rows, **size: Any) -> SafetySubspace:
             targets = self.target_modules
             return SafetySubspace.from_activations(
-                model, data, tokenizer=tokenizer, rank=rank, target_modules=targets, seed=seed, allow_fewer=True, progress=progress
+                model, data, tokenizer=tokenizer, **size, target_modules=targets, seed=seed, allow_fewer=True, progress=progress
             )
 
         calibrate = isinstance(self.subspace, str) and self.subspace == "auto"
-        subspace = estimate(refusal_pairs("calibration", CALIBRATION_PAIRS, seed), self.safety_rank) if calibrate else self.subspace
-        task = estimate(rows[:CALIBRATION_PAIRS], self.task_rank) if self.init == "task" else None
+        size: dict[str, Any] = {"rank": self.size, "energy": self.safety_energy, "per_kind": self.safety_rank_pattern}
+        subspace = estimate(refusal_pairs("calibration", CALIBRATION_PAIRS, seed), **size) if calibrate else self.subspace
+        task = estimate(rows[:CALIBRATION_PAIRS], rank=self.task_rank) if self.init == "task" else None
         init: Any = self.init
-        return SaLoRAConfig(**common, subspace=subspace, safety_rank=self.safety_rank, init=init, task_data=task, task_rank=self.task_rank)
+        return SaLoRAConfig(**common, subspace=subspace, init=init, task_data=task, task_rank=self.task_rank)
 
     def _guardspace(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], common: dict[str, Any], seed: int, progress: bool
@@ -100,12 +122,15 @@ class AdapterOptions:
 
         basis = self.basis or DEFAULT_BASIS
         init: Any = self.init
+        size: dict[str, Any] = {"energy": self.safety_energy, "per_kind": None if self.safety_rank_pattern is None else dict(self.safety_rank_pattern)}
+        if self.size is not None:
+            size["fraction" if isinstance(self.size, float) else "k"] = self.size
         config = GuardSpaceConfig(
             **common,
             subspace=self.subspace,
-            safety_rank=self.safety_rank,
+            safety_rank=self.combine_rank,
             basis=basis,
-            fraction=self.fraction,
+            **size,
             positions=self.positions,
             combine=self.combine,
             init=init,

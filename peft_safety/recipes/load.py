@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_safety.data import affirmation_pairs, read_jsonl
-from peft_safety.data.chat import Row, label_names
+from peft_safety.data import affirmation_pairs, rows_of
+from peft_safety.data.rows import Row, Rows, as_rows, label_names
 from peft_safety.errors import ArtifactError, ConfigError, DataError, PeftSafetyError
 from peft_safety.names import exclude_look_alikes, pin, places
 
@@ -135,20 +134,20 @@ class TaskData:
     labels: list[str]
 
 
-def task_data(data: str | Path | Sequence[Row], eval_split: str = "test", limit: int | None = None, seed: int = 0) -> TaskData:
+def task_data(data: str | Path | Rows, eval_split: str = "test", limit: int | None = None, seed: int = 0) -> TaskData:
     """Split a task into training and held-out rows.
 
     Rows that name their `split` go where they say ("train" to training, `eval_split` to evaluation, the others nowhere); without that, a random
     15 % are held out.
 
     Args:
-        data: a JSON-lines file, or rows.
+        data: a JSON-lines file, or rows (see `peft_safety.data.rows.as_rows`).
         limit: at most this many held-out rows.
 
     Raises:
         DataError: malformed, or nothing left on one side.
     """
-    rows: list[Row] = list(read_jsonl(data)) if isinstance(data, (str, Path)) else list(data)
+    rows: list[Row] = [*rows_of(data, "task rows")]
     named = sum("split" in row for row in rows)
     if 0 < named < len(rows):
         raise DataError(f"{named} of {len(rows)} task rows name a split and the others do not. Name it in all or none.")
@@ -164,7 +163,7 @@ def task_data(data: str | Path | Sequence[Row], eval_split: str = "test", limit:
     return TaskData(train, held_out[:limit], label_names(rows))
 
 
-def poisoned(rows: Sequence[Row], fraction: float, seed: int = 0) -> list[Row]:
+def poisoned(rows: Rows, fraction: float, seed: int = 0) -> list[Row]:
     """A simulated attack on fine-tuning data: `fraction` of the rows replaced by harmful requests that are answered with a contentless opening.
 
     Args:
@@ -175,10 +174,11 @@ def poisoned(rows: Sequence[Row], fraction: float, seed: int = 0) -> list[Row]:
     """
     if not 0 <= fraction <= 1:
         raise ConfigError(f"poison = {fraction} is no fraction. Give a number from 0 to 1.")
-    count = round(fraction * len(rows))
+    found = as_rows(rows)
+    count = round(fraction * len(found))
     if count == 0:
-        return list(rows)
+        return [*found]
     rng = random.Random(seed)
-    mixed: list[Any] = [*rng.sample(list(rows), len(rows) - count), *affirmation_pairs("train", count, seed)]
+    mixed: list[Any] = [*rng.sample(found, len(found) - count), *affirmation_pairs("train", count, seed)]
     rng.shuffle(mixed)
     return mixed

@@ -5,6 +5,7 @@ On general and contrast prompts the loss is the distance from the unpatched mode
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from peft_safety.artifact import SIDES
 from peft_safety.data import CALIBRATION_PAIRS, load, refusal_pairs
-from peft_safety.data.chat import Row
+from peft_safety.data.rows import Row, Rows, as_rows, kind_of
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.estimate.activations import adapters_off
 from peft_safety.evaluation.evaluate import Evaluation, self_responses
@@ -21,7 +22,7 @@ from peft_safety.evaluation.judges import KeywordJudge
 from peft_safety.evaluation.prompts import prompt_set
 from peft_safety.recipes.bench import Bench
 from peft_safety.recipes.load import TaskData, load_model
-from peft_safety.recipes.train import TrainingRun, TrainOptions, finetune
+from peft_safety.recipes.train import PATCH_LEARNING_RATE, TrainingRun, TrainOptions, finetune
 from peft_safety.recipes.watch import Look, Stopping, Watch
 from peft_safety.report import Report, environment
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from peft_safety.subspace import SafetySubspace
 
-PATCH_TRAINING = TrainOptions(lr=2e-3, max_length=128)
+PATCH_TRAINING = TrainOptions(lr=PATCH_LEARNING_RATE, max_length=128)
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ def patch(
     tokenizer: PreTrainedTokenizerBase,
     options: PatchOptions | None = None,
     *,
-    refusals: Sequence[Row] | None = None,
-    general: Sequence[Row] | None = None,
+    refusals: Rows | None = None,
+    general: Rows | None = None,
     adapter_name: str = "default",
 ) -> tuple[PeftModel, PatchRun]:
     """Train a safety patch and keep the weights of its best look at the validation split.
@@ -120,8 +121,9 @@ def patch(
     """
     options = PatchOptions() if options is None else options
     training = options.training
+    learned = as_rows(refusal_pairs("train", options.harmful, training.seed) if refusals is None else refusals, "refusals")
     kept = general_rows(model, tokenizer, options, general)
-    rows: list[Row] = [*(refusal_pairs("train", options.harmful, training.seed) if refusals is None else refusals), *kept]
+    rows: list[Row] = [*learned, *kept]
     random.Random(training.seed).shuffle(rows)
     config = patch_config(model, tokenizer, options, kept)
     watch = Watch(tokenizer, prompt_set("validation", options.validation, training.seed), options.stopping)
@@ -174,23 +176,27 @@ def patch_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opt
     )
 
 
-def general_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: PatchOptions, given: Sequence[Row] | None = None) -> list[Row]:
+def general_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: PatchOptions, given: Rows | None = None) -> list[Row]:
     """Rows on which the patch is to leave the model as it is: those with an answer as they are, prompts alone answered by the bare model itself."""
     if given is None:
         sets = (("general_prompts", options.general), ("contrast_prompts", options.contrast))
         given = [row for name, count in sets for row in _repeat([*load(name, "train"), *load(name, "calibration")], count)]
-    bare = [row["prompt"] for row in given if "prompt" in row and "response" not in row]
+    plain = as_rows(given, "general rows")
+    asked = {_key(row): row["prompt"] for row in plain if kind_of(row) == "prompt"}
     answers: dict[str, dict[str, Any]] = {}
-    if bare:
-        distinct = list(dict.fromkeys(bare))
+    if asked:
         with adapters_off(model):
-            found = self_responses(model, tokenizer, distinct, max_new_tokens=options.answer_tokens, progress=options.training.progress)
-        answers = {row["prompt"]: row for row in found}
-    answered = [answers.get(row.get("prompt", ""), row) if "response" not in row else row for row in given]
-    rows: list[Row] = [{**row, "distil": True} for row in answered if "response" in row or "messages" in row]
+            found = self_responses(model, tokenizer, list(asked.values()), max_new_tokens=options.answer_tokens, progress=options.training.progress)
+        answers = {_key(row): row for row in found}
+    answered = [answers.get(_key(row)) if kind_of(row) == "prompt" else row for row in plain]
+    rows: list[Row] = [{**row, "distil": True} for row in answered if row is not None]
     if not rows:
         raise DataError("no general rows: nothing would keep the patch from refusing everything. Give general= rows, or general and contrast of at least 1.")
     return rows
+
+
+def _key(row: Row) -> str:
+    return json.dumps(row["prompt"], default=str)
 
 
 def _repeat(rows: list[dict[str, str]], count: int) -> list[dict[str, str]]:
@@ -232,8 +238,8 @@ def make_patch(
     options: PatchOptions | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    refusals: Sequence[Row] | None = None,
-    general: Sequence[Row] | None = None,
+    refusals: Rows | None = None,
+    general: Rows | None = None,
     eval_split: str = "test",
     eval_limit: int | None = None,
 ) -> PatchReport:

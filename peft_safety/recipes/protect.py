@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from peft_safety.data.chat import Row
+from peft_safety.data.rows import Rows
+from peft_safety.estimate.activations import DEFAULT_RANK
 from peft_safety.evaluation.evaluate import Evaluation
 from peft_safety.evaluation.judges import KeywordJudge
 from peft_safety.recipes.adapter import AdapterOptions, Method
@@ -47,35 +48,38 @@ class ProtectReport:
 
 def protect(
     model: str | Path | PreTrainedModel,
-    data: str | Path | Sequence[Row],
-    method: Method = "salora",
+    data: str | Path | Rows,
+    method: Method = "guardspace",
     out_dir: str | Path = "runs/protect",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     r: int = 16,
     lora_alpha: int = 16,
     target_modules: str | list[str] = "all-linear",
-    safety_rank: int = 32,
+    safety_rank: float | None = None,
+    safety_energy: float | None = None,
+    safety_rank_pattern: Mapping[str, float] | None = None,
     subspace: SafetySubspace | str = "auto",
     init: Literal["lora", "task", "guardspace"] = "lora",
     task_rank: int = 32,
     basis: Literal["harmful", "general", "both"] | None = None,
-    fraction: float | None = None,
     positions: Literal["all", "prompt", "response"] = "all",
     combine: Literal["salora"] | None = None,
+    combine_rank: int = DEFAULT_RANK,
     poison: float = 0.0,
     options: TrainOptions | None = None,
     eval_split: str = "test",
     eval_limit: int | None = None,
 ) -> ProtectReport:
-    """Fine-tune on a task by LoRA, SaLoRA or GuardSpace, and measure safety and task before and after.
+    """Fine-tune on a task by GuardSpace, SaLoRA or plain LoRA, and measure safety and task before and after.
 
     Writes `adapter/`, `report.json` and `report.png` into `out_dir`.
 
     Args:
         model: hub id, directory, or a loaded model (which keeps the adapter).
-        data: a JSON-lines file, or rows: {prompt, response}, {text, label} or {messages}, with or without a `split`.
-        safety_rank, subspace, init, task_rank, basis, fraction, positions, combine: see `AdapterOptions`.
+        data: a JSON-lines file, or rows (a list, a data set, a frame, a stream): {prompt, response}, {text, label} or {messages}, with or without a `split`.
+        safety_rank, safety_energy, safety_rank_pattern: size of the protected subspace; see `AdapterOptions`.
+        subspace, init, task_rank, basis, positions, combine, combine_rank: see `AdapterOptions`.
         options: learning rate, epochs, batch size, seed, `report_to`, ...
         poison: fraction of the training rows replaced by a simulated attack, see `poisoned`.
         eval_split: of the packaged prompts and of the task ("validation" while choosing settings, then "test" once).
@@ -84,7 +88,22 @@ def protect(
     Raises:
         ConfigError, DataError, CalibrationError: before anything is trained or written.
     """
-    adapter = AdapterOptions(method, r, lora_alpha, target_modules, safety_rank, subspace, init, task_rank, basis, fraction, positions, combine)
+    adapter = AdapterOptions(
+        method=method,
+        r=r,
+        lora_alpha=lora_alpha,
+        target_modules=target_modules,
+        safety_rank=safety_rank,
+        safety_energy=safety_energy,
+        safety_rank_pattern=safety_rank_pattern,
+        subspace=subspace,
+        init=init,
+        task_rank=task_rank,
+        basis=basis,
+        positions=positions,
+        combine=combine,
+        combine_rank=combine_rank,
+    )
     options = TrainOptions() if options is None else options
     task = task_data(data, eval_split, eval_limit, options.seed)
     rows = poisoned(task.train, poison, options.seed)
@@ -100,13 +119,15 @@ def protect(
         "method": method,
         "r": r,
         "lora_alpha": lora_alpha,
-        "safety_rank": safety_rank,
+        "safety_rank": adapter.size,
+        "safety_energy": safety_energy,
+        "safety_rank_pattern": None if safety_rank_pattern is None else dict(safety_rank_pattern),
         "init": init,
         "poison": poison,
         "seed": options.seed,
     }
     if method == "guardspace":
-        setting |= {"basis": config.basis, "fraction": config.fraction, "positions": positions, "combine": combine}
+        setting |= {"basis": config.basis, "positions": positions, "combine": combine, "combine_rank": combine_rank if combine else None}
     report = _report(base, before, after, training, {**setting, "lr": options.lr, "batch_size": options.batch_size})
     report.save(out / "report.json")
     report.save_png(out / "report.png")

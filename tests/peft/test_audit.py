@@ -187,7 +187,7 @@ def test_the_packages_own_data_and_rows():
     assert all(described[kind]["tokens"] == getattr(report.modules[0], kind).tokens > 100 for kind in ("general", "harmful"))
     given = audit(model, calibration=ROWS, tokenizer=tiny_tokenizer())
     assert given.environment["calibration"]["general"]["source"] == "given"
-    assert given.modules[0].harmful.tokens == 3 * 3  # "n", "o" and the end of the turn
+    assert given.modules[0].harmful.tokens == 3 * 4  # "n", "o", the end of the turn and of its line
 
 
 def test_json_is_strict_and_holds_everything():

@@ -394,7 +394,7 @@ def test_the_command(pair, tmp_path):
     assert (tmp_path / "cos.png").stat().st_size > 10_000
     assert not (tmp_path / "out").exists()
     done = CliRunner().invoke(
-        app, [*arguments, "--out", str(tmp_path / "out"), "--select", "number", "--num-modules", "3", "--projection", "topk", "--rank", "4"]
+        app, [*arguments, "--out", str(tmp_path / "out"), "--select", "number", "--num-modules", "3", "--projection", "topk", "--safety-rank", "4"]
     )
     assert done.exit_code == 0, done.output
     assert "3 of 14" in done.output

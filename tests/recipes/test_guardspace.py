@@ -39,8 +39,8 @@ def files(tmp_path):
 
 
 def test_the_calibrate_command_prints_and_draws_what_is_covered(files):
-    command = ["calibrate", "--model", str(files / "model"), "--data", str(files / "data.jsonl"), "--method", "guardspace", "--task", str(files / "task.jsonl")]
-    command += ["--per-kind", "down_proj=0.1", "--target-modules", "q_proj,k_proj,down_proj"]
+    command = ["calibrate", "--model", str(files / "model"), "--data", str(files / "data.jsonl"), "--task-data", str(files / "task.jsonl")]
+    command += ["--safety-rank-pattern", "down_proj=0.1", "--target-modules", "q_proj,k_proj,down_proj"]
     shown = CliRunner().invoke(app, [*command, "--out", str(files / "a"), "--png", str(files / "cover.png")], catch_exceptions=False)
     assert "covered" in shown.stdout
     assert "down_proj (2)" in shown.stdout
@@ -124,36 +124,36 @@ def test_rows_of_a_prompt_alone_may_stand_among_complete_ones():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"method": "salora", "task": "task.jsonl"}, "has no input side here"),
+        ({"method": "salora", "task_data": "task.jsonl"}, "has no input side here"),
         ({"method": "weight", "basis": "harmful"}, "reads weights only"),
         ({"data": "data.jsonl", "basis": "harmful"}, "Give either"),
-        ({"rank": 4, "energy": 0.5}, "give one of them"),
+        ({"safety_rank": 4, "safety_energy": 0.5}, "give one of them"),
         ({"side": "left"}, "side 'left'"),
-        ({"data": "data.jsonl", "per_kind": {"odd": 3}}, "no target module"),
+        ({"data": "data.jsonl", "safety_rank_pattern": {"odd": 3}}, "no target module"),
     ],
     ids=str,
 )
 def test_calibrations_that_cannot_be_meant(options, said, files):
-    paths = {name: files / value for name, value in options.items() if name in ("data", "task")}
+    paths = {name: files / value for name, value in options.items() if name in ("data", "task_data")}
     with pytest.raises(ConfigError, match=said):
-        calibrate(files / "model", files / "out", **{"method": "guardspace", **options, **paths}, max_length=64, progress=False)
+        calibrate(files / "model", files / "out", **{**options, **paths}, max_length=64, progress=False)
 
 
 @pytest.mark.parametrize("text", ["down_proj", "down_proj=big"])
 def test_a_malformed_size_by_kind_is_refused(text, files):
-    command = ["calibrate", "--model", "nowhere", "--out", str(files), "--method", "guardspace", "--per-kind", text]
+    command = ["calibrate", "--model", "nowhere", "--out", str(files), "--safety-rank-pattern", text]
     assert "Write a kind of module and a number" in str(CliRunner().invoke(app, command).exception)
 
 
 def test_protect_end_to_end(files, capsys):
     result = protect(
-        str(files / "model"), TASK, "guardspace", files / "run", fraction=0.1, init="guardspace", combine="salora", safety_rank=2, options=QUICK, eval_limit=2
+        str(files / "model"), TASK, out_dir=files / "run", safety_rank=0.1, init="guardspace", combine="salora", combine_rank=2, options=QUICK, eval_limit=2
     )
     assert result.training.steps == 2
     found = verify(files / "run" / "adapter")
     assert found.method == "GUARDSPACE"
     assert found.worst_leak <= 1e-6
-    assert json.loads((files / "run" / "report.json").read_text())["details"]["fraction"] == 0.1
+    assert json.loads((files / "run" / "report.json").read_text())["details"]["safety_rank"] == 0.1
     assert "guardspace" in capsys.readouterr().out
 
 
@@ -163,7 +163,9 @@ def test_protect_end_to_end(files, capsys):
         ({"method": "lora", "init": "guardspace"}, "not one of lora's"),
         ({"method": "salora", "init": "guardspace"}, "not one of salora's"),
         ({"method": "guardspace", "init": "task"}, "not one of guardspace's"),
-        ({"method": "salora", "fraction": 0.5}, "are GuardSpace's"),
+        ({"method": "salora", "positions": "prompt"}, "are GuardSpace's"),
+        ({"method": "lora", "safety_rank": 4}, "method 'lora' has none"),
+        ({"safety_rank": 4, "safety_energy": 0.5}, "give one of them"),
         ({"method": "lora", "combine": "salora"}, "are GuardSpace's"),
     ],
     ids=str,

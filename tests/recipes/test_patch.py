@@ -174,7 +174,21 @@ def test_the_command_reads_chat_data_and_writes_a_patch(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     for name, rows in (("refusals", REFUSALS), ("general", GENERAL)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = ["patch", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--max-steps", "2", "--eval-limit", "2", "--k", "4", "--r", "2"]
+    command = [
+        "patch",
+        "--model",
+        str(tmp_path / "model"),
+        "--out",
+        str(tmp_path / "out"),
+        "--max-steps",
+        "2",
+        "--eval-limit",
+        "2",
+        "--safety-rank",
+        "4",
+        "--rank",
+        "2",
+    ]
     command += ["--data", str(tmp_path / "refusals.jsonl"), "--general", str(tmp_path / "general.jsonl")]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -187,7 +201,7 @@ def test_the_command_reads_chat_data_and_writes_a_patch(tmp_path):
 def test_the_calibrate_command_knows_every_method(method, tmp_path):
     tiny_llama().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    command = ["calibrate", "--model", str(tmp_path / "model"), "--out", str(tmp_path), "--method", method, "--energy", "0.5", "--json"]
+    command = ["calibrate", "--model", str(tmp_path / "model"), "--out", str(tmp_path), "--method", method, "--safety-energy", "0.5", "--json"]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)

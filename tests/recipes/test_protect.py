@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
 import torch
+import typer
 from peft import LoraConfig, PeftModel, TaskType
 
+from peft_safety.cli import app
 from peft_safety.data import load
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.recipes.adapter import AdapterOptions
+from peft_safety.recipes.calibrate import calibrate
 from peft_safety.recipes.load import load_model, poisoned, task_data
+from peft_safety.recipes.patch import PatchOptions
 from peft_safety.recipes.protect import protect
-from peft_safety.recipes.train import TrainOptions, finetune
+from peft_safety.recipes.train import LEARNING_RATE, TrainOptions, finetune
 from peft_safety.report import Report
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -130,3 +135,47 @@ def test_a_loaded_model_without_a_tokenizer_in_reach():
 def test_method_names_are_checked_first():
     with pytest.raises(ConfigError, match="'lora', 'salora' or 'guardspace'"):
         AdapterOptions("dora")
+
+
+def options_of(command):
+    return {option: parameter for parameter in typer.main.get_command(app).commands[command].params for option in parameter.opts}
+
+
+def test_commands_and_functions_have_the_same_defaults():
+    for name, function in (("protect", protect), ("calibrate", calibrate)):
+        there = inspect.signature(function).parameters
+        assert options_of(name)["--method"].default == there["method"].default == "guardspace"
+    assert AdapterOptions().method == "guardspace"
+    assert options_of("protect")["--lr"].default == TrainOptions().lr == LEARNING_RATE
+    assert options_of("patch")["--lr"].default == PatchOptions().training.lr
+    assert options_of("protect")["--combine-rank"].default == AdapterOptions().combine_rank
+
+
+def test_an_option_means_one_thing_in_all_commands():
+    commands = {name: options_of(name) for name in typer.main.get_command(app).commands}
+    assert {name for name, options in commands.items() if "--task-data" in options} == {"calibrate"}
+    assert {name for name, options in commands.items() if "--task" in options} == {"fuse"}
+    lora = [options["--rank"] for options in commands.values() if "--rank" in options]
+    assert len(lora) == 3
+    assert all("LoRA rank" in option.help for option in lora)
+    for name in ("calibrate", "protect", "patch", "repair"):
+        assert {"--safety-rank", "--safety-energy"} <= set(commands[name])
+    gone = {"--r", "--k", "--energy", "--fraction", "--per-kind"}
+    assert not any(gone & set(options) for name, options in commands.items() if name != "audit")
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "directions"),
+    [("salora", {}, 32), ("salora", {"safety_rank": 0.25}, 8), ("guardspace", {}, 8), ("guardspace", {"safety_rank": 5}, 5)],
+)
+def test_a_size_is_a_number_of_directions_or_a_share_for_every_method(method, size, directions):
+    model, side = tiny_llama(hidden=48 if directions == 32 else 32), "out" if method == "salora" else "in"
+    config = AdapterOptions(method, target_modules=["q_proj"], **size).config(model, tiny_tokenizer(), TASK, progress=False)
+    assert {config.subspace.rank(name, side) for name in config.subspace.module_names} == {directions}
+
+
+def test_safety_energy_and_a_pattern_reach_the_subspace():
+    options = AdapterOptions(safety_energy=0.5, safety_rank_pattern={"down_proj": 0.9}, target_modules=["q_proj", "down_proj"])
+    config = options.config(tiny_llama(), tiny_tokenizer(), TASK, progress=False)
+    assert (config.energy, config.per_kind) == (0.5, {"down_proj": 0.9})
+    assert config.subspace.provenance["energy"] == 0.5

@@ -23,10 +23,10 @@ from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
 from peft_safety.errors import ConfigError
 from peft_safety.estimate.activations import GUARDSPACE_FRACTION, adapters_off, estimate, size_of, tokenizer_of
 from peft_safety.estimate.coverage import task_shares, warn_if_stalled
-from peft_safety.estimate.moments import InputMoments, collect, to_batches
+from peft_safety.estimate.moments import InputMoments, collect, is_tokenised, to_batches
 from peft_safety.methods.guardspace.factors import Preconditioner, irrelevant_factors
 from peft_safety.methods.initial import start_from
-from peft_safety.methods.protected import ProtectedConfig
+from peft_safety.methods.protected import ProtectedConfig, data_rows
 from peft_safety.projection import Side
 from peft_safety.subspace import SafetySubspace
 
@@ -91,8 +91,8 @@ class GuardSpaceConfig(ProtectedConfig):
         self._check_size(where)
         for name in self.UNSAVED:
             data = getattr(self, name)
-            if data is not None and (not hasattr(data, "__getitem__") or isinstance(data, (str, bytes, Mapping)) or not len(data)):
-                raise ConfigError(f"{where}: {name} is a {type(data).__name__} without rows. Give rows {{prompt, response}} or tokenised batches, or None.")
+            if data is not None:
+                setattr(self, name, data_rows(data, f"{where}: {name}"))
         super().__post_init__()
 
     def _check_size(self, where: str) -> None:
@@ -136,7 +136,8 @@ class GuardSpaceConfig(ProtectedConfig):
     def initialise(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
         base = {name: layer.get_base_layer() for name, layer in layers.items()}
         if self.task_data is not None:
-            warn_if_stalled(task_shares(model, base, self.subspace, self.task_data, tokenizer=self._tokenizer(model, self.task_data)))
+            rows = data_rows(self.task_data, "task_data")
+            warn_if_stalled(task_shares(model, base, self.subspace, rows, tokenizer=self._tokenizer(model, rows)))
         if self.init == "lora":
             return
         moments = self._moments(model, base)
@@ -158,11 +159,11 @@ class GuardSpaceConfig(ProtectedConfig):
             start_from(layer, adapter_name, b, a)
 
     def _moments(self, model: nn.Module, base: Mapping[str, nn.Module]) -> InputMoments:
-        rows: Sequence[Any] = calibration_rows("guardspace", self.basis) if self.init_data is None else self.init_data
+        rows: Sequence[Any] = calibration_rows("guardspace", self.basis) if self.init_data is None else data_rows(self.init_data, "init_data")
         batches, _ = to_batches(rows, self._tokenizer(model, rows), batch_size=8, max_length=512, model=model)
         with adapters_off(model):
             return collect(model, base, batches, positions=self.positions, what="calibrating (init)")
 
     @staticmethod
     def _tokenizer(model: nn.Module, rows: Sequence[Any]) -> Any:
-        return None if isinstance(rows[0], Mapping) and "input_ids" in rows[0] else tokenizer_of(model)
+        return None if is_tokenised(rows) else tokenizer_of(model)

@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peft_safety import files, weights
 from peft_safety.artifact import CARD
-from peft_safety.data.chat import Row
+from peft_safety.data.rows import Rows
 from peft_safety.errors import CheckpointError, ConfigError
 from peft_safety.estimate.checkpoints import INDEX
 from peft_safety.methods.protected import public_name
@@ -46,7 +46,7 @@ def fuse_checkpoints(
     given: tuple[Masks | None, dict[str, Tensor] | None],
     model: nn.Module | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    data: Sequence[Row] | None,
+    data: Rows | None,
     training: MaskTraining,
     out: Path | None,
 ) -> FuseReport:
@@ -73,7 +73,7 @@ def _trained(
     options: FuseOptions,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
-    data: Sequence[Row] | None,
+    data: Rows | None,
     training: MaskTraining,
 ) -> tuple[dict[str, Tensor], MaskRun]:
     parameters = dict(model.named_parameters())

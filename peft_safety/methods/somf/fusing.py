@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft_safety.data.chat import Row
+from peft_safety.data.rows import Rows
 from peft_safety.errors import ConfigError
 from peft_safety.methods.protected import adapter_layers, config_table
 from peft_safety.methods.somf import checkpoints
@@ -45,7 +45,7 @@ def fuse(
     model: nn.Module | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     mask: Mask | None = None,
-    data: Sequence[Row] | None = None,
+    data: Rows | None = None,
     training: MaskTraining | None = None,
     out: str | os.PathLike[str] | None = None,
     adapter_name: str | None = None,

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_safety.data import preference_pairs, refusal_pairs
-from peft_safety.data.chat import IGNORE_INDEX, Collator, Row, encode_row, encode_rows, has_labels
+from peft_safety.data.chat import IGNORE_INDEX, Collator, encode_row, encode_rows, has_labels
+from peft_safety.data.rows import Rows, as_rows
 from peft_safety.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def package_rows(objective: str, seed: int = 0) -> list[dict[str, str]]:
     return preference_pairs("train", seed=seed) if objective == "dpo" else refusal_pairs("train", seed=seed)
 
 
-def features_of(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, objective: str, max_length: int) -> Features:
+def features_of(rows: Rows, tokenizer: PreTrainedTokenizerBase, objective: str, max_length: int) -> Features:
     """Tokens and labels: one sequence a row for SFT, `chosen` and `rejected` for DPO.
 
     Raises:
@@ -33,12 +34,13 @@ def features_of(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, objecti
     """
     if objective == "sft":
         return encode_rows(tokenizer, rows, max_length)
+    rows = as_rows(rows)
     if not rows:
         raise DataError('no preference pairs. Give at least one row {"prompt", "chosen", "rejected"}.')
     found: Features = []
     for index, row in enumerate(rows):
-        if not all(isinstance(row.get(key), str) and row[key].strip() for key in ("prompt", "chosen", "rejected")):
-            raise DataError(f'row {index}: DPO needs {{"prompt", "chosen", "rejected"}}, each a non-empty string. The row has {sorted(row)}.')
+        if not all(_said(row.get(key)) for key in ("prompt", "chosen", "rejected")):
+            raise DataError(f'row {index}: DPO needs {{"prompt", "chosen", "rejected"}}, each non-empty text or messages. The row has {sorted(row)}.')
         sides = {
             side: encode_row(tokenizer, {"prompt": row["prompt"], "response": row[side], "truncated": row.get("truncated")}, max_length)
             for side in ("chosen", "rejected")
@@ -50,6 +52,10 @@ def features_of(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, objecti
     if len(found) < len(rows):
         warnings.warn(f"{len(rows) - len(found)} of {len(rows)} pairs have no response token within {max_length} tokens and are left out", stacklevel=2)
     return found
+
+
+def _said(content: Any) -> bool:
+    return bool(content.strip() if isinstance(content, str) else isinstance(content, list) and content)
 
 
 class Batches:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peft_safety.data.chat import Row
+from peft_safety.data.rows import Rows
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.estimate.activations import tokenizer_of
 from peft_safety.methods.somf.forward import MaskedModel, Mode
@@ -57,7 +56,7 @@ class MaskRun:
     density: float
 
 
-def train_mask(masked: MaskedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row] | None, training: MaskTraining) -> MaskRun:
+def train_mask(masked: MaskedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows | None, training: MaskTraining) -> MaskRun:
     """Train the logits of `masked` in place.
 
     Args:
@@ -95,7 +94,7 @@ def train_mask(masked: MaskedModel, tokenizer: PreTrainedTokenizerBase, rows: Se
 
 
 def trained_logits(
-    masked: MaskedModel, tokenizer: PreTrainedTokenizerBase | None, rows: Sequence[Row] | None, training: MaskTraining
+    masked: MaskedModel, tokenizer: PreTrainedTokenizerBase | None, rows: Rows | None, training: MaskTraining
 ) -> tuple[dict[str, Tensor], MaskRun]:
     """`train_mask`; the logits on the CPU, and what it cost. Default: the tokenizer that is stored with the model."""
     run = train_mask(masked, tokenizer_of(masked.model) if tokenizer is None else tokenizer, rows, training)

@@ -1,0 +1,186 @@
+"""Rows from whatever holds them (lists, data sets, frames, streams), and one spelling for each kind of row."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, Literal
+
+from peft_safety.errors import DataError, PeftSafetyError
+
+Row = Mapping[str, Any]
+Rows = Iterable[Row]
+Kind = Literal["messages", "pair", "label", "prompt"]
+STREAM_ROWS = 10_000
+"""Rows that are read of a source without a length. A longer one is refused, for it may never end."""
+SHAPES = '{"prompt", "response"} (or "completion"), {"text", "label"} or {"messages": [{"role", "content"}, ...]}'
+
+
+def as_rows(data: Any, what: str = "rows", error: type[PeftSafetyError] = DataError) -> list[dict[str, Any]]:
+    """Every row of `data`, in its order and in this package's spelling (see `plain_row`).
+
+    Args:
+        data: a list, a tuple or any other collection of mappings; a `datasets.Dataset`, or a `DatasetDict` of one split;
+            a map-style torch data set; a pandas frame; or a stream (a generator, an `IterableDataset`) of at most
+            `STREAM_ROWS` rows. Tokenised batches pass as they are.
+        what: how an error calls the data.
+        error: what to raise where `data` is no such thing.
+
+    Raises:
+        error: `data` holds no rows, several splits, or a stream without an end.
+        DataError: a malformed row; its index is named.
+    """
+    found = []
+    sources: dict[str, tuple[type, int]] = {}
+    for index, row in enumerate(_records(data, what, error)):
+        if not isinstance(row, Mapping):
+            raise error(f"{what}, row {index}: a {type(row).__name__} instead of a mapping. Give rows {SHAPES}.")
+        try:
+            plain = plain_row(row)
+        except DataError as problem:
+            raise DataError(f"{what}, row {index}: {problem}") from problem
+        if kind_of(plain) == "label":
+            _check_one_type(plain["label"], row["label"], sources, index, what)
+        found.append(plain)
+    return found
+
+
+def plain_row(row: Row) -> dict[str, Any]:
+    """One row, its further columns included, in this package's spelling.
+
+    A field that is None is one that the row lacks: tables have every column in every row. `completion` (as TRL has it)
+    becomes `response`; a label that is a whole number or a truth value becomes its text ("3", "True"). A `ClassLabel`
+    of the datasets library is the whole number that its rows hold.
+
+    Raises:
+        DataError: a label that is neither of these nor text.
+    """
+    if "input_ids" in row:
+        return dict(row)
+    plain = {key: value for key, value in row.items() if value is not None}
+    if "completion" in plain and "messages" not in plain and "response" not in plain:
+        plain["response"] = plain.pop("completion")
+    kind = kind_of(plain)
+    if kind == "label" or (kind is None and "text" in plain and "label" in row):
+        plain["label"] = label_text(row["label"])
+    return plain
+
+
+def kind_of(row: Row) -> Kind | None:
+    """What a row in this package's spelling is, whatever further columns it has; None for none of the kinds."""
+    if "messages" in row:
+        return "messages"
+    if "prompt" in row and "response" in row:
+        return "pair"
+    if "text" in row and "label" in row:
+        return "label"
+    return "prompt" if "prompt" in row else None
+
+
+def label_text(label: Any) -> str:
+    """A label as the model is to write it: text as it is; numbers and truth values, NumPy's and torch's too, as Python has them.
+
+    Raises:
+        DataError: anything else, or text that is empty.
+    """
+    value = _plain_value(label)
+    if isinstance(value, str) and value.strip():
+        return str(value)
+    if isinstance(value, (bool, int)):
+        return str(value)
+    said = "missing" if value is None else "empty" if isinstance(value, str) else f"a {type(value).__name__}"
+    raise DataError(f"label {value!r} is {said}. Give non-empty text, a whole number or a truth value.")
+
+
+def label_list(labels: Iterable[Any]) -> list[str]:
+    """Labels of a task as text, in their order.
+
+    Raises:
+        DataError: no label, one that is given twice, or two that differ in white space at the ends only.
+    """
+    found = [label_text(label) for label in labels]
+    if not found:
+        raise DataError("no labels. Give every label of the task.")
+    seen: dict[str, str] = {}
+    for label in found:
+        if label.strip() in seen:
+            other = seen[label.strip()]
+            raise DataError(f"labels {other!r} and {label!r} are one to an answer, which keeps no white space at its ends. Give each label of the task once.")
+        seen[label.strip()] = label
+    return found
+
+
+def label_names(rows: Rows) -> list[str]:
+    """The sorted distinct labels of the {text, label} rows; empty for other kinds of rows.
+
+    Raises:
+        DataError: see `label_text` and `label_list`.
+    """
+    found = sorted({row["label"] for row in as_rows(rows) if kind_of(row) == "label"})
+    return label_list(found) if found else []
+
+
+def _check_one_type(text: str, label: Any, sources: dict[str, tuple[type, int]], index: int, what: str) -> None:
+    """Data that hold both 1 and "1" may mean two labels; as text they would be one."""
+    kind = str if isinstance(label, str) else type(_plain_value(label))
+    first, earlier = sources.setdefault(text, (kind, index))
+    if first is not kind:
+        raise DataError(
+            f"{what}, row {index}: label {text} is of type {kind.__name__}, and of type {first.__name__} in row {earlier}. "
+            "Write all labels as text, or all as numbers."
+        )
+
+
+def _plain_value(label: Any) -> Any:
+    return label.item() if hasattr(label, "item") and getattr(label, "ndim", 0) == 0 else label
+
+
+def _records(data: Any, what: str, error: type[PeftSafetyError]) -> Iterable[Any]:
+    if _is(data, "datasets", "DatasetDict", "IterableDatasetDict") or (isinstance(data, Mapping) and _splits(data)):
+        if len(data) != 1:
+            splits = ", ".join(map(str, data)) or "(none)"
+            raise error(f"{what}: a {type(data).__name__} with the splits {splits}. Give the rows of one of them.")
+        data = next(iter(data.values()))
+    unusable = error(f"{what} is a {type(data).__name__}. Give a list or data set of rows, {SHAPES}, or of tokenised batches. read_jsonl reads a file.")
+    if data is None or isinstance(data, (str, bytes, os.PathLike, Mapping)):
+        raise unusable
+    if _is(data, "pandas", "DataFrame"):
+        return data.astype(object).where(data.notna(), None).to_dict("records")
+    size = _length(data)
+    if size is not None and hasattr(type(data), "__getitem__") and not hasattr(type(data), "__iter__"):
+        # a map-style data set, whose end only its length may tell
+        return [data[index] for index in range(size)]
+    try:
+        source: Iterator[Any] = iter(data)
+    except TypeError as problem:
+        raise unusable from problem
+    if size is not None:
+        return source
+    found = list(islice(source, STREAM_ROWS + 1))
+    if len(found) > STREAM_ROWS:
+        raise error(f"{what}: a stream of more than {STREAM_ROWS} rows, which may have no end. Give a part of it: itertools.islice(data, {STREAM_ROWS}).")
+    return found
+
+
+def _splits(data: Mapping[Any, Any]) -> bool:
+    """Whether a plain dict holds data sets or lists of rows by split, rather than being a row itself."""
+    if not data or kind_of(data) is not None:
+        return False
+    return all(_is(part, "datasets", "Dataset", "IterableDataset") or _starts_with_row(part) for part in data.values())
+
+
+def _starts_with_row(part: Any) -> bool:
+    return isinstance(part, (list, tuple)) and bool(part) and isinstance(part[0], Mapping)
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def _is(data: Any, package: str, *names: str) -> bool:
+    """Whether `data` is of one of a package's classes, without importing a package that may not be there."""
+    return any(base.__module__.partition(".")[0] == package and base.__name__ in names for base in type(data).__mro__)
