@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Literal
 
-from peft_safety.errors import DataError, PeftSafetyError
+from peft_safety.errors import ConfigError, DataError, PeftSafetyError
 
 Row = Mapping[str, Any]
 Rows = Iterable[Row]
@@ -43,6 +43,18 @@ def as_rows(data: Any, what: str = "rows", error: type[PeftSafetyError] = DataEr
         if kind_of(plain) == "label":
             _check_one_type(plain["label"], row["label"], sources, index, what)
         found.append(plain)
+    return found
+
+
+def data_rows(data: Any, what: str) -> list[dict[str, Any]]:
+    """The rows of a config's data. They are read at once: a stream can be read only once, and a config is copied.
+
+    Raises:
+        ConfigError: no rows. DataError: a malformed one.
+    """
+    found = as_rows(data, what, ConfigError)
+    if not found:
+        raise ConfigError(f"{what} is a {type(data).__name__} without rows. Give rows {{prompt, response}} or tokenised batches, or None.")
     return found
 
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from peft_safety import files, naming, scales, weights
 from peft_safety.artifact import ADAPTER_FILE, MANIFEST, StoredAdapter, base_key, check_adapter, check_numbers, sign
 from peft_safety.data import calibration_rows
-from peft_safety.data.rows import as_rows
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, ProtectionError, SubspaceError, UnsupportedLayerError
 from peft_safety.estimate.leaving_out import warn_left_out
 from peft_safety.layers import ProtectedLinear, check_leaf, live_leaves, rebase
@@ -176,18 +175,6 @@ class ProtectedConfig(LoraConfig):
         mapping: Any = getattr(self, "auto_mapping", None)
         if not isinstance(mapping, dict) or not str(mapping.get("parent_library")).startswith("transformers."):
             self.auto_mapping = None  # AutoPeftModel would import whatever it names
-
-
-def data_rows(data: Any, what: str) -> list[dict[str, Any]]:
-    """The rows of a config's data. They are read at once: a stream can be read only once, and a config is copied.
-
-    Raises:
-        ConfigError: no rows. DataError: a malformed one.
-    """
-    found = as_rows(data, what, ConfigError)
-    if not found:
-        raise ConfigError(f"{what} is a {type(data).__name__} without rows. Give rows {{prompt, response}} or tokenised batches, or None.")
-    return found
 
 
 def public_name(label: str) -> str:

@@ -17,10 +17,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from peft_safety import weights
+from peft_safety.data.rows import data_rows
 from peft_safety.errors import ConfigError
 from peft_safety.estimate.leaving_out import warn_left_out
 from peft_safety.methods.initial import start_from
-from peft_safety.methods.protected import ProtectedConfig, data_rows
+from peft_safety.methods.protected import ProtectedConfig
 from peft_safety.projection import top_singular
 from peft_safety.subspace import SafetySubspace
 
