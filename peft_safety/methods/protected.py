@@ -23,7 +23,7 @@ from peft_safety.data import calibration_rows
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, ProtectionError, SubspaceError, UnsupportedLayerError
 from peft_safety.estimate.leaving_out import warn_left_out
 from peft_safety.layers import ProtectedLinear, check_leaf, live_leaves, rebase
-from peft_safety.methods.initial import restore_initial
+from peft_safety.methods import reuse
 from peft_safety.names import original, pin, walk
 from peft_safety.projection import Side
 from peft_safety.subspace import FILE_NAME, SafetySubspace
@@ -89,6 +89,9 @@ class ProtectedConfig(LoraConfig):
             raise ConfigError(f"{where}: safety_rank={self.safety_rank!r}. Use an integer of at least 1.")
         super().__post_init__()
         self._stored: StoredAdapter | None = None
+        self._origin: reuse.Origin | None = None  # of the adapter that was made from it
+        self._mark: str | None = None
+        self._injecting = False
         self._modules: dict[str, tuple[int, float]] = {}  # what injection found: rank and alpha by module
 
     @property
@@ -265,10 +268,15 @@ def _check_extra(model: nn.Module, config: ProtectedConfig, stored: StoredAdapte
         )
 
 
-def attach(model: nn.Module, adapter_name: str, config: ProtectedConfig, take_out: Callable[[Collection[str]], None]) -> Collection[str]:
-    """Put the protected leaves into freshly built LoRA layers. What the subspace leaves out, because it could not be calibrated, the adapter leaves out too.
+def attach(
+    model: nn.Module, adapter_name: str, config: ProtectedConfig, configs: Mapping[str, Any], take_out: Callable[[Collection[str]], None]
+) -> Collection[str]:
+    """Put the protected leaves into freshly built LoRA layers. From the config of an adapter that is there, the new one is a copy: never calibrated again.
+    What the subspace leaves out, because it could not be calibrated, the adapter leaves out too.
 
     Args:
+        config: the adapter's own one; what was calibrated or loaded is noted in it.
+        configs: all of the model's, by adapter.
         take_out: removes the adapter's layers of some names again.
 
     Returns:
@@ -278,11 +286,17 @@ def attach(model: nn.Module, adapter_name: str, config: ProtectedConfig, take_ou
         PeftSafetyError: the adapter cannot be protected; the caller undoes the injection.
     """
     layers = adapter_layers(model, adapter_name)
+    if not layers:
+        raise UnsupportedLayerError(f"{type(config).__name__}: {config.target_modules!r} gave no LoRA layer to protect. Use get_peft_model with linear layers.")
     base = {name: layer.get_base_layer() for name, layer in layers.items()}
     for name, layer in layers.items():
         if config.r != layer.r[adapter_name] > min(weights.shape(base[name])):
             raise ConfigError(f"{name}: r={layer.r[adapter_name]} exceeds the layer's {weights.shape(base[name])}. Use a smaller r or a rank_pattern.")
-    subspace = config.resolve(model, base)
+    copied = reuse.is_copy(config, configs) and reuse.fits(config, base)
+    if not copied:
+        reuse.start_over(config)
+    asked = reuse.settings(config)
+    subspace = config.subspace if copied else config.resolve(model, base)
     known = subspace.left_out
     gone = {name: known[name] for name in subspace.lacking(layers, config.basis_sides) if name in known}
     if len(gone) == len(layers):
@@ -300,10 +314,9 @@ def attach(model: nn.Module, adapter_name: str, config: ProtectedConfig, take_ou
     config.safety_rank = max(subspace.rank(name, side) for name in layers for side in config.basis_sides)
     config._modules = {name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()}
     bind(layers, adapter_name, config)
-    if config._stored is None:
-        config.initialise(model, layers, adapter_name)
-    elif config.residual:
-        restore_initial(layers, adapter_name, config._stored)
+    reuse.start(model, layers, adapter_name, config, configs, copied)
+    if not copied:
+        reuse.remember(config, asked, loaded=config._stored is not None or (config._origin is not None and config._origin.loaded))
     return gone
 
 

@@ -1,8 +1,8 @@
 """The package's place in PEFT: the only folder that touches PEFT's internals.
 
 A protected config keeps `peft_type == LORA` at run time, so that every gate in peft, transformers and trl stays open, and is stored under its own name, which
-PEFT resolves through its config mapping. Thirteen PEFT functions are wrapped, each by a few lines in the files beside this one; `SYMBOLS` names everything that
-is relied on, and a canary test checks all of it against the installed PEFT.
+PEFT resolves through its config mapping. PEFT's functions are wrapped, each by a few lines in the files beside this one; `SYMBOLS` names everything that is
+relied on, and a canary test checks all of it against the installed PEFT.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ SYMBOLS = {
     "peft.config": ("PeftConfigMixin.from_pretrained", "PeftConfigMixin.from_json_file", "PeftConfigMixin._get_peft_type"),
     "peft.peft_model": ("PeftModel.save_pretrained", "PeftModel.load_adapter", "set_peft_model_state_dict"),
     "peft.tuners.lora": ("LoraModel.add_weighted_adapter", "LoraLayer.lora_A", "LoraLayer.lora_B"),
+    "peft.tuners.adalora": ("AdaLoraModel",),
     "peft.tuners.tuners_utils": (
         "BaseTuner._unload_and_optionally_merge",
         "BaseTuner.merge_adapter",
@@ -28,7 +29,8 @@ SYMBOLS = {
         "BaseTunerLayer.enable_adapters",
         "BaseTunerLayer.delete_adapter",
     ),
-    "peft.tuners.lora.layer": ("Linear.get_delta_weight",),
+    "peft.tuners.lora.layer": ("Linear.get_delta_weight", "LoraLayer.update_layer", "Embedding.update_layer", "_ConvNd.update_layer"),
+    "peft.tuners.mixed": ("MixedModel._unload_and_optionally_merge",),
     "peft.utils.hotswap": ("_get_padded_linear", "hotswap_adapter_from_state_dict"),
 }
 """Every PEFT symbol that is read or wrapped, by module. Instance attributes (`LoraLayer.lora_A`) are checked on an instance."""
@@ -49,6 +51,9 @@ def register() -> None:
     import peft.tuners.lora
     from peft import mapping
     from peft.config import PeftConfigMixin
+    from peft.tuners.lora import layer as lora_layer
+    from peft.tuners.mixed import MixedModel
+    from peft.tuners.tuners_utils import BaseTuner
     from peft.utils import hotswap
 
     tables = (
@@ -68,9 +73,12 @@ def register() -> None:
     _wrap(peft.peft_model.PeftModel, "save_pretrained", storage.save_pretrained)
     _wrap(peft.peft_model.PeftModel, "load_adapter", storage.load_adapter)
     _wrap(peft.peft_model, "set_peft_model_state_dict", storage.set_peft_model_state_dict)
-    _wrap(peft.tuners.lora.LoraModel, "inject_adapter", injection.inject_adapter)
-    _wrap(peft.tuners.lora.LoraModel, "merge_adapter", combining.merge_adapter)
-    _wrap(peft.tuners.lora.LoraModel, "_unload_and_optionally_merge", combining.unload_and_optionally_merge)
+    for tuner in (BaseTuner, MixedModel):  # not LoraModel: a mixed model builds and merges LoRA layers too
+        _wrap(tuner, "_unload_and_optionally_merge", combining.unload_and_optionally_merge)
+    _wrap(BaseTuner, "inject_adapter", injection.inject_adapter)
+    _wrap(BaseTuner, "merge_adapter", combining.merge_adapter)
+    for kind in (lora_layer.LoraLayer, lora_layer.Embedding, lora_layer._ConvNd):
+        _wrap(kind, "update_layer", injection.update_layer)
     _wrap(peft.tuners.lora.LoraModel, "add_weighted_adapter", combining.add_weighted_adapter)
     _wrap(hotswap, "_get_padded_linear", combining.get_padded_linear)
     _wrap(hotswap, "hotswap_adapter_from_state_dict", combining.hotswap_adapter_from_state_dict)

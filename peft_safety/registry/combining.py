@@ -93,6 +93,7 @@ def hotswap_adapter_from_state_dict(
 ) -> None:
     """Swap the factors, and the bases with them."""
     from peft_safety.methods.protected import ProtectedConfig, adapter_layers, bind, config_table, protected_configs
+    from peft_safety.methods.reuse import remember
 
     there = protected_configs(model).get(adapter_name)
     if there is None and not isinstance(config, ProtectedConfig):
@@ -111,6 +112,7 @@ def hotswap_adapter_from_state_dict(
     subspace.check_fits({name: layer.get_base_layer() for name, layer in layers.items()}, config.basis_sides)
     original(model, state_dict, adapter_name, config, *args, **kwargs)
     config._modules = {name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()}
+    remember(config, loaded=True)
     config_table(model)[adapter_name] = config
     bind(layers, adapter_name, config)
     return None

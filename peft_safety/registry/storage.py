@@ -196,6 +196,7 @@ def load_adapter(original: Callable[..., Any], self: Any, model_id: str, adapter
 
     from peft_safety.layers import lay_out_adapter
     from peft_safety.methods.protected import ProtectedConfig, adapter_layers, bind, check_ahead
+    from peft_safety.methods.reuse import remember
 
     config = self.peft_config.get(adapter_name)
     fresh = isinstance(config, ProtectedConfig) and config._stored is not None and config._stored.comes_from(str(model_id), kwargs.get("subfolder"))
@@ -219,6 +220,7 @@ def load_adapter(original: Callable[..., Any], self: Any, model_id: str, adapter
     _check_same(adapter_name, str(model_id), stored, config, layers)
     stored.subspace.check_fits({name: layer.get_base_layer() for name, layer in layers.items()}, config.basis_sides)
     config.subspace = stored.subspace
+    remember(config, loaded=True)
     bind(layers, adapter_name, config)
     return original(self, model_id, adapter_name, *args, **kwargs)
 

@@ -111,6 +111,9 @@ def test_peft_still_calls_each_wrapped_function(tmp_path: Path, monkeypatch: pyt
     prepare_model_for_compiled_hotswap(loaded, target_rank=8)
     hotswap_adapter(PeftModel.from_pretrained(tiny_llama(), str(tmp_path)), str(tmp_path), "default", torch_device="cpu")
     PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).merge_and_unload()
+    get_peft_model(tiny_llama(), salora_config(), mixed=True).merge_and_unload()
+    other = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Conv1d(4, 4, 1))
+    get_peft_model(other, LoraConfig(r=2, target_modules=["0", "1"]))
     assert called == {label(row) for row in dense}
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_safety import SafetyMonitorCallback, assert_protected, export_lora, verify
-from tests.interop.helpers import MAX_LEAK, assert_same, factors, largest_leak, salora_config
+from tests.interop.helpers import MAX_LEAK, assert_same, factors, largest_leak, salora_config, token_rows
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 trl = pytest.importorskip("trl")
@@ -118,3 +118,27 @@ def test_dpo_trains_a_protected_adapter_against_the_base_model_as_reference(tmp_
     assert largest_leak(run.model) <= MAX_LEAK
     run.save_model(str(tmp_path / "final"))
     assert_reloads(run.model, tmp_path / "final")
+
+
+def test_dpo_of_a_loaded_residual_adapter_starts_from_that_adapter_as_reference(tmp_path: Path) -> None:
+    """TRL adds "ref" from the config of "default" and copies parameters by name; the frozen factors are none."""
+    task = [{"input_ids": torch.tensor([row["input_ids"]]), "labels": torch.tensor([row["input_ids"]])} for row in token_rows(4)]
+    model = get_peft_model(tiny_llama(), salora_config(init="task", task_data=task, task_rank=4))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for batch in task:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "start")
+    rows = [{"prompt": f"Item {i}?", "chosen": " I can't help with that.", "rejected": " Sure, here it is."} for i in range(8)]
+    run = trl.DPOTrainer(
+        model=PeftModel.from_pretrained(tiny_llama(), tmp_path / "start", is_trainable=True),
+        args=trl.DPOConfig(output_dir=str(tmp_path), max_length=64, **OPTIONS),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tiny_tokenizer(),
+    )
+    run.train()
+    losses = [row["loss"] for row in run.state.log_history if "loss" in row]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-4)
+    assert losses[-1] < losses[0]
+    assert_protected(run.model)
