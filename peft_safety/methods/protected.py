@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,11 +16,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_safety import files, naming, scales, weights
+from peft_safety import files, scales, weights
 from peft_safety.artifact import ADAPTER_FILE, MANIFEST, StoredAdapter, base_key, check_adapter, check_numbers, sign
 from peft_safety.data import calibration_rows
-from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, ProtectionError, SubspaceError, UnsupportedLayerError
-from peft_safety.estimate.leaving_out import warn_left_out
+from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, ProtectionError, UnsupportedLayerError
 from peft_safety.layers import ProtectedLinear, check_leaf, live_leaves, rebase
 from peft_safety.methods import reuse
 from peft_safety.names import original, pin, walk
@@ -266,58 +264,6 @@ def _check_extra(model: nn.Module, config: ProtectedConfig, stored: StoredAdapte
             f"{stored.directory}: {odd[0]} is {found.get(odd[0], 'missing')} in the adapter, and modules_to_save and the model's embeddings account for "
             f"{allowed.get(odd[0], 'no such tensor')}: it would replace a base weight, or leave one untrained. Save the adapter again."
         )
-
-
-def attach(
-    model: nn.Module, adapter_name: str, config: ProtectedConfig, configs: Mapping[str, Any], take_out: Callable[[Collection[str]], None]
-) -> Collection[str]:
-    """Put the protected leaves into freshly built LoRA layers. From the config of an adapter that is there, the new one is a copy: never calibrated again.
-    What the subspace leaves out, because it could not be calibrated, the adapter leaves out too.
-
-    Args:
-        config: the adapter's own one; what was calibrated or loaded is noted in it.
-        configs: all of the model's, by adapter.
-        take_out: removes the adapter's layers of some names again.
-
-    Returns:
-        The names of the layers that were taken out.
-
-    Raises:
-        PeftSafetyError: the adapter cannot be protected; the caller undoes the injection.
-    """
-    layers = adapter_layers(model, adapter_name)
-    if not layers:
-        raise UnsupportedLayerError(f"{type(config).__name__}: {config.target_modules!r} gave no LoRA layer to protect. Use get_peft_model with linear layers.")
-    base = {name: layer.get_base_layer() for name, layer in layers.items()}
-    for name, layer in layers.items():
-        if config.r != layer.r[adapter_name] > min(weights.shape(base[name])):
-            raise ConfigError(f"{name}: r={layer.r[adapter_name]} exceeds the layer's {weights.shape(base[name])}. Use a smaller r or a rank_pattern.")
-    copied = reuse.is_copy(config, configs) and reuse.fits(config, base)
-    if not copied:
-        reuse.start_over(config)
-    asked = reuse.settings(config)
-    subspace = config.subspace if copied else config.resolve(model, base)
-    known = subspace.left_out
-    gone = {name: known[name] for name in subspace.lacking(layers, config.basis_sides) if name in known}
-    if len(gone) == len(layers):
-        raise SubspaceError(f"{naming.some(gone)}: the subspace leaves out every layer of the adapter. Use other target_modules, or calibrate on other data.")
-    if gone:
-        take_out(gone)
-        warn_left_out(gone, len(layers), "the adapter, which does not train them")
-        layers, base = ({name: value for name, value in table.items() if name not in gone} for table in (layers, base))
-    subspace.check_fits(base, config.basis_sides)
-    if config.modules_to_save or config.trainable_token_indices:
-        warnings.warn(
-            "modules_to_save and trainable_token_indices train weights that no projection constrains; the guarantee covers the LoRA update only.", stacklevel=2
-        )
-    config.subspace = subspace
-    config.safety_rank = max(subspace.rank(name, side) for name in layers for side in config.basis_sides)
-    config._modules = {name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()}
-    bind(layers, adapter_name, config)
-    reuse.start(model, layers, adapter_name, config, configs, copied)
-    if not copied:
-        reuse.remember(config, asked, loaded=config._stored is not None or (config._origin is not None and config._origin.loaded))
-    return gone
 
 
 def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig) -> None:

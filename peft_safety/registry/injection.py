@@ -14,7 +14,8 @@ from peft_safety.names import pin, places, walk
 
 def inject_adapter(original: Callable[..., None], self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
     """PEFT builds its layers, then the protected leaves go in. If anything fails, the model is put back as it was."""
-    from peft_safety.methods.protected import ProtectedConfig, attach, check_ahead
+    from peft_safety.methods.attach import attach
+    from peft_safety.methods.protected import ProtectedConfig, check_ahead
     from peft_safety.methods.reuse import private
 
     given = self.peft_config[adapter_name]
@@ -28,14 +29,14 @@ def inject_adapter(original: Callable[..., None], self: Any, model: nn.Module, a
     if not config.inference_mode:
         weights.stay_unpacked(model)
     modules = dict(model.named_modules())
-    own = [(base_name, name) for base_name, name, _ in walk(model, shared=True)]
+    where = [(own, name) for own, name, _ in walk(model, shared=True)]
     parameters = [(module, dict(module._parameters)) for module in modules.values()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         config._injecting = True
         original(self, model, adapter_name, *args, **kwargs)
-        gone = attach(model, adapter_name, config, self.peft_config, lambda names: _take_out(adapter_name, modules, _wanted(own, names)))
-        self.targeted_module_names = [name for name in self.targeted_module_names if name not in _wanted(own, gone)]
+        gone = attach(model, adapter_name, config, self.peft_config, lambda names: _take_out(adapter_name, modules, _wanted(where, names)))
+        self.targeted_module_names = [name for name in self.targeted_module_names if name not in _wanted(where, gone)]
     except BaseException as error:
         _undo(model, adapter_name, modules)
         for module, own in parameters:  # PEFT's MultiheadAttention registers its base weights anew

@@ -1,0 +1,67 @@
+"""From freshly built LoRA layers to protected ones."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from torch import nn
+
+from peft_safety import naming, weights
+from peft_safety.errors import ConfigError, SubspaceError, UnsupportedLayerError
+from peft_safety.estimate.leaving_out import warn_left_out
+from peft_safety.methods import reuse
+from peft_safety.methods.protected import ProtectedConfig, adapter_layers, bind
+
+
+def attach(
+    model: nn.Module, adapter_name: str, config: ProtectedConfig, configs: Mapping[str, Any], take_out: Callable[[Collection[str]], None]
+) -> Collection[str]:
+    """Put the protected leaves into freshly built LoRA layers. From the config of an adapter that is there, the new one is a copy: never calibrated again.
+    What the subspace leaves out, because it could not be calibrated, the adapter leaves out too.
+
+    Args:
+        config: the adapter's own one; what was calibrated or loaded is noted in it.
+        configs: all of the model's, by adapter.
+        take_out: removes the adapter's layers of some names again.
+
+    Returns:
+        The names of the layers that were taken out.
+
+    Raises:
+        PeftSafetyError: the adapter cannot be protected; the caller undoes the injection.
+    """
+    layers = adapter_layers(model, adapter_name)
+    if not layers:
+        raise UnsupportedLayerError(f"{type(config).__name__}: {config.target_modules!r} gave no LoRA layer to protect. Use get_peft_model with linear layers.")
+    base = {name: layer.get_base_layer() for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if config.r != layer.r[adapter_name] > min(weights.shape(base[name])):
+            raise ConfigError(f"{name}: r={layer.r[adapter_name]} exceeds the layer's {weights.shape(base[name])}. Use a smaller r or a rank_pattern.")
+    copied = reuse.is_copy(config, configs) and reuse.fits(config, base)
+    if not copied:
+        reuse.start_over(config)
+    asked = reuse.settings(config)
+    subspace = config.subspace if copied else config.resolve(model, base)
+    known = subspace.left_out
+    gone = {name: known[name] for name in subspace.lacking(layers, config.basis_sides) if name in known}
+    if len(gone) == len(layers):
+        raise SubspaceError(f"{naming.some(gone)}: the subspace leaves out every layer of the adapter. Use other target_modules, or calibrate on other data.")
+    if gone:
+        take_out(gone)
+        warn_left_out(gone, len(layers), "the adapter, which does not train them")
+        layers, base = ({name: value for name, value in table.items() if name not in gone} for table in (layers, base))
+    subspace.check_fits(base, config.basis_sides)
+    if config.modules_to_save or config.trainable_token_indices:
+        warnings.warn(
+            "modules_to_save and trainable_token_indices train weights that no projection constrains; the guarantee covers the LoRA update only.", stacklevel=2
+        )
+    config.subspace = subspace
+    config.safety_rank = max(subspace.rank(name, side) for name in layers for side in config.basis_sides)
+    config._modules = {name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()}
+    bind(layers, adapter_name, config)
+    reuse.start(model, layers, adapter_name, config, configs, copied)
+    if not copied:
+        reuse.remember(config, asked, loaded=config._stored is not None or (config._origin is not None and config._origin.loaded))
+    return gone
