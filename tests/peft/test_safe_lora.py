@@ -393,11 +393,9 @@ def test_the_command(pair, tmp_path):
     assert len(json.loads(dry.stdout)["modules"]) == 14
     assert (tmp_path / "cos.png").stat().st_size > 10_000
     assert not (tmp_path / "out").exists()
-    done = CliRunner().invoke(
-        app, [*arguments, "--out", str(tmp_path / "out"), "--select", "number", "--num-modules", "3", "--projection", "topk", "--safety-rank", "4"]
-    )
+    options = "--select number --num-modules 3 --projection topk --safety-rank 4"
+    done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out"), *options.split()])
     assert done.exit_code == 0, done.output
     assert "3 of 14" in done.output
     assert verify(tmp_path / "out").repaired == 3
-    without = CliRunner().invoke(app, arguments)
-    assert isinstance(without.exception, ConfigError)
+    assert isinstance(CliRunner().invoke(app, arguments).exception, ConfigError)

@@ -190,7 +190,7 @@ def test_a_live_writer_is_left_alone_and_a_dead_one_swept_at_once(tmp_path: Path
     assert read(tmp_path) == {"manifest": "ours again"}
 
 
-@pytest.mark.parametrize("pid", [1, os.getpid(), 999_999_999])
+@pytest.mark.parametrize("pid", [1, os.getpid(), 999_999_999], ids=["the first", "our own", "nobody's"])
 def test_another_machines_staging_goes_by_its_age_whatever_number_it_carries(pid: int, tmp_path: Path) -> None:
     young, old, busy = (tmp_path / f".staging-{host}-{pid}-x" for host in ("a", "b", "c"))
     for path in (young, old, busy):
