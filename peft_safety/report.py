@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,12 @@ from peft_safety.errors import DataError
 from peft_safety.evaluation.metrics import Figure, Rate, figure_from_json
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 __all__ = ["MISSING", "Report", "environment"]
 MISSING = "-"
+WIDTH = 80
+"""Columns of a terminal that a printed table fits."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +57,35 @@ class Report:
         """Column headings: empty, then each metric with its N (`N=a-b` where arms differ)."""
         return ["", *(f"{metric} (N={self._sizes(metric)})" for metric in self.metrics)]
 
-    def table(self) -> Table:
-        """As a rich table, with the notes as its caption."""
-        from rich.table import Table
+    def table(self) -> Group:
+        """As rich tables of at most `WIDTH` columns, with the notes below: a metric a row, and as many arms side by side as fit.
 
-        table = Table(title=self.title, caption="\n".join((*self.notes, "Brackets: 95 % intervals.")), caption_justify="left")
-        for heading in self.headings():
-            table.add_column(heading, justify="right" if heading else "left")
-        for row in self.rows():
-            table.add_row(*row)
-        return table
+        The first arm is the reference, and is repeated in each table.
+        """
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        names = list(self.arms)
+        label = max(map(len, self.metrics))
+        widths = {name: max(len(name), *(len(_short(figure)) for figure in self.arms[name].values())) for name in names}
+        room = WIDTH - label - max(len(self._sizes(metric)) for metric in self.metrics) - 4
+        parts: list[Any] = [Text(self.title, style="italic")]
+        for chosen in _fitting(names, {name: width + 2 for name, width in widths.items()}, room):
+            table = Table("", "N", *chosen, box=None, padding=(0, 2, 0, 0), header_style="bold")
+            for column in table.columns[1:]:
+                column.justify, column.no_wrap = "right", True
+            for metric in self.metrics:
+                cells = (_short(self.arms[name][metric]) if metric in self.arms[name] else MISSING for name in chosen)
+                table.add_row(metric, self._sizes(metric), *cells)
+            parts += [table, ""]
+        return Group(*parts, *(Text(note, style="dim") for note in (*self.notes, "Brackets: 95 % intervals.")))
 
     def print(self) -> None:
         """Print the table to stdout."""
         from rich.console import Console
 
-        console = Console()
+        console = Console(width=min(Console().width, WIDTH))
         console.print(self.table())
 
     def to_json(self) -> dict[str, Any]:
@@ -168,6 +184,24 @@ class Report:
     def _sizes(self, metric: str) -> str:
         sizes = sorted({figures[metric].n for figures in self.arms.values() if metric in figures})
         return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"
+
+
+def _short(figure: Figure) -> str:
+    """A rate with its interval; a mean with half of it."""
+    if isinstance(figure, Rate) or not math.isfinite(figure.interval[1]):
+        return str(figure)
+    return f"{figure.value:.2f} ± {figure.interval[1] - figure.value:.2f}"
+
+
+def _fitting(names: list[str], widths: Mapping[str, int], room: int) -> list[list[str]]:
+    """Groups of names that fit side by side, each after the first beginning with the first name again."""
+    first, *others = names
+    groups = [[first]]
+    for name in others:
+        if len(groups[-1]) > 1 and sum(widths[there] for there in groups[-1]) + widths[name] > room:
+            groups.append([first])
+        groups[-1].append(name)
+    return groups
 
 
 def _colours(n: int) -> list[str]:

@@ -49,6 +49,26 @@ def test_table_shows_everything(report):
         assert part in text
 
 
+@pytest.mark.parametrize("arms", [1, 2, 3, 4, 8])
+def test_printed_tables_fit_80_columns_and_hold_every_figure(arms, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    figures = {"over-refusal, everyday": Rate(60, 60), "general NLL": Mean.of([0.6, 0.8, 0.7]), "task accuracy": Rate(11, 60)}
+    names = [f"arm number {index}" for index in range(arms)]
+    Report("A title", {name: figures for name in names}, ("A note of some length. " * 6,)).print()
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    assert all(name in text for name in names)
+    assert text.count("100 % [94, 100]") >= arms
+    assert text.count("0.70 ± 0.11") >= arms
+    assert lines[1].split()[0] == "N"
+
+
+def test_arms_of_any_length_are_shown_whole(capsys):
+    Report("t", {"first": {"refusal": Rate(1, 2)}, "a very long name of an arm that no column is wide enough for, really": {"refusal": Rate(2, 2)}}).print()
+    assert "100 %" in capsys.readouterr().out
+
+
 def test_card_is_a_markdown_table(report):
     lines = report.card().splitlines()
     table = [line for line in lines if line.startswith("|")]
