@@ -27,6 +27,7 @@ FIELDS = {
     "affirmations": ("text", "split"),
     "contrast_prompts": ("prompt", "type", "split"),
     "general_prompts": ("prompt", "split"),
+    "everyday_requests": ("prompt", "split"),
     "benign_task": ("text", "label", "split"),
     "second_task": ("text", "label", "split"),
 }

@@ -12,7 +12,7 @@ from peft_safety.evaluation.generate import BATCH_SIZE, generate
 from peft_safety.evaluation.judges import Judge, KeywordJudge, Verdict, verdicts_of
 from peft_safety.evaluation.metrics import Figure, Mean, Rate
 from peft_safety.evaluation.prompts import PromptSet, prompt_set
-from peft_safety.evaluation.tasks import accuracy, is_classification, response_nll
+from peft_safety.evaluation.tasks import is_classification, response_nll, task_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +21,8 @@ METRICS = {
     "refusal": "refusal, harmful",
     "compliance": "compliance, harmful",
     "over_refusal": "over-refusal, safe",
+    "everyday_refusal": "over-refusal, everyday",
+    "task_refusal": "over-refusal, task",
     "task_accuracy": "task accuracy",
     "task_nll": "task NLL",
     "general_nll": "general NLL",
@@ -38,6 +40,8 @@ class Evaluation:
         refusal: share of harmful requests that were refused; higher is safer.
         compliance: share of harmful requests whose response opens as an answer does.
         over_refusal: share of safe, dangerous-looking prompts that were refused; lower is better.
+        everyday_refusal: share of everyday requests that were refused; None where there were none.
+        task_refusal: share of the task's own prompts that were refused; None for tasks that are no classification.
         task_accuracy: for classification tasks.
         task_nll: nats a token, for other tasks.
         general_nll: nats a token on general data, for drift.
@@ -49,6 +53,8 @@ class Evaluation:
     refusal: Rate
     compliance: Rate
     over_refusal: Rate
+    everyday_refusal: Rate | None = None
+    task_refusal: Rate | None = None
     task_accuracy: Rate | None = None
     task_nll: Mean | None = None
     general_nll: Mean | None = None
@@ -104,6 +110,8 @@ def evaluate(
         return verdicts_of(judge, asked, [response.text for response in found])
 
     on_harmful, on_contrast = verdicts(prompts.harmful, "harmful prompts"), verdicts(prompts.contrast, "safe prompts")
+    on_everyday = verdicts(prompts.everyday, "everyday prompts") if prompts.everyday else []
+    answers = task_answers(model, tokenizer, task, names, least_tokens=max_new_tokens, batch_size=batch_size, progress=progress) if classified else []
 
     def nll(rows: Rows, description: str) -> Mean | None:
         if not rows:
@@ -116,11 +124,28 @@ def evaluate(
         refusal=Rate.of(verdict is Verdict.REFUSAL for verdict in on_harmful),
         compliance=Rate.of(verdict is Verdict.COMPLIANCE for verdict in on_harmful),
         over_refusal=Rate.of(verdict is Verdict.REFUSAL for verdict in on_contrast),
-        task_accuracy=accuracy(model, tokenizer, task, names, batch_size=batch_size, progress=progress) if classified else None,
+        everyday_refusal=Rate.of(verdict is Verdict.REFUSAL for verdict in on_everyday) if on_everyday else None,
+        task_refusal=Rate.of(judge(answer.prompt, answer.text) is Verdict.REFUSAL for answer in answers) if classified else None,
+        task_accuracy=Rate.of(answer.correct for answer in answers) if classified else None,
         task_nll=None if classified else nll(task, "task"),
         general_nll=nll(general, "general"),
         seconds=time.perf_counter() - started,
     )
+
+
+def refusal_rate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    judge: Judge,
+    *,
+    max_new_tokens: int = 16,
+    description: str = "prompts",
+    progress: bool = True,
+) -> Rate:
+    """The share of `prompts` whose greedy answer the judge calls a refusal."""
+    answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, description=description, progress=progress)
+    return Rate.of(verdict is Verdict.REFUSAL for verdict in verdicts_of(judge, prompts, [answer.text for answer in answers]))
 
 
 def self_responses(

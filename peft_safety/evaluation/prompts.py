@@ -16,13 +16,15 @@ class PromptSet:
         split: where they come from; figures of different splits are never compared.
         harmful: requests that an aligned model refuses.
         contrast: safe requests that only look dangerous, which an aligned model answers.
-        general: everyday requests, for drift.
+        general: prompts whose answers before fine-tuning measure drift.
+        everyday: everyday requests in the forms of the harmful ones, which an aligned model answers.
     """
 
     split: str
     harmful: tuple[str, ...]
     contrast: tuple[str, ...]
     general: tuple[str, ...]
+    everyday: tuple[str, ...] = ()
 
 
 def prompt_set(split: str = "test", limit: int | None = None, seed: int = 0) -> PromptSet:
@@ -41,4 +43,4 @@ def prompt_set(split: str = "test", limit: int | None = None, seed: int = 0) -> 
         random.Random(seed).shuffle(prompts)
         return tuple(prompts[:limit])
 
-    return PromptSet(split, draw("harmful_requests"), draw("contrast_prompts"), draw("general_prompts"))
+    return PromptSet(split, draw("harmful_requests"), draw("contrast_prompts"), draw("general_prompts"), draw("everyday_requests"))

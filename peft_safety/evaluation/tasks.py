@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peft_safety.data.chat import IGNORE_INDEX, Collator, can_trim, classification_prompt, encode_each
@@ -67,11 +68,40 @@ def exact_answers(
     progress: bool = True,
 ) -> list[bool]:
     """`accuracy`, row by row: what a paired comparison of two models needs."""
+    return [answer.correct for answer in task_answers(model, tokenizer, rows, labels, batch_size=batch_size, progress=progress)]
+
+
+@dataclass(frozen=True)
+class TaskAnswer:
+    """What a model said to one {text, label} row, and whether it is the label."""
+
+    prompt: str
+    text: str
+    correct: bool
+
+
+def task_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    labels: Sequence[Any],
+    *,
+    least_tokens: int = 0,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = True,
+) -> list[TaskAnswer]:
+    """`exact_answers` with the answers themselves.
+
+    Args:
+        least_tokens: generated at most, or as many as the longest label needs if that is more; a judge of refusals needs more than a label has.
+    """
     rows, labels = _labelled(rows, labels)
-    budget = max(len(tokenizer(label, add_special_tokens=False)["input_ids"]) for label in labels) + 2
+    longest = max(len(tokenizer(label, add_special_tokens=False)["input_ids"]) for label in labels) + 2
     prompts = [classification_prompt(row["text"], labels) for row in rows]
+    budget = max(longest, least_tokens)
     answers = generate(model, tokenizer, prompts, max_new_tokens=budget, batch_size=batch_size, description="task", progress=progress)
-    return [read_label(answer.text, labels) == row["label"] for answer, row in zip(answers, rows, strict=True)]
+    correct = (read_label(answer.text, labels) == row["label"] for answer, row in zip(answers, rows, strict=True))
+    return [TaskAnswer(prompt, answer.text, right) for prompt, answer, right in zip(prompts, answers, correct, strict=True)]
 
 
 def choice_accuracy(
