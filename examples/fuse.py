@@ -51,7 +51,7 @@ class Scale:
 
 
 FULL = Scale({}, 160, 112, 56, 30, 72)
-SMOKE = Scale({"harmful": 24, "general": 4, "contrast": 8, "validation": 4}, 16, 4, 2, 2, 4)
+SMOKE = Scale({"harmful": 24, "general": 4, "everyday": 4, "contrast": 8, "validation": 4}, 16, 4, 2, 2, 4)
 
 
 class Fusing:

@@ -153,8 +153,9 @@ def patch(bench: Bench, cell: Cell) -> Made:
 
     directory, facts = bench.plain(cell)
     found, steps, defaults = costs(facts), int(cell.options()["steps"]), PatchOptions()
-    share = 8 * steps / (defaults.harmful + defaults.general + defaults.contrast)
-    sizes = {name: max(1, round(share * getattr(defaults, name))) for name in ("harmful", "general", "contrast")}
+    kinds = ("harmful", "general", "everyday", "contrast")
+    share = 8 * steps / sum(getattr(defaults, name) for name in kinds)
+    sizes = {name: max(1, round(share * getattr(defaults, name))) for name in kinds}
     training = replace(defaults.training, seed=cell.seed, progress=False)
     options = replace(defaults, **sizes, prior_patches=("task",), validation=8, stopping=Stopping(every=10_000), training=training)
     tuned = bench.attach(directory, "task")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from peft_safety.subspace import SafetySubspace
 
-PATCH_TRAINING = TrainOptions(lr=PATCH_LEARNING_RATE, max_length=128)
+PATCH_TRAINING = TrainOptions(lr=PATCH_LEARNING_RATE, epochs=2.5, max_length=128)
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class PatchOptions:
         mode, basis, side, k, energy, reg_lambda, prior_patches: as in `OrthoSafetyPatchConfig`, whose default None takes.
         subspace: as there; "auto" estimates it on the general rows of the patch itself, answers included.
         r, lora_alpha, target_modules: as in `LoraConfig`.
-        harmful, general, contrast: how many rows of each kind of the package's own to take: requests with refusals; everyday prompts, and safe prompts that
-            look dangerous, both answered by the model itself. Past the split's size rows repeat.
+        harmful: requests with refusals, of the package's own. Past the split's size rows repeat.
+        general, everyday, contrast: prompts of each kind that the model answers itself: general ones; everyday requests in the same forms as the harmful
+            ones ("Help me ...", "Write a ..."), without which a small model learns to refuse the form; safe ones that look dangerous.
         answer_tokens: of the model's own answers, which are cut there and then not taught to end.
         distil_weight: of the distance from the unpatched model there, token for token, beside the loss on refusals.
         validation: prompts of each kind in a look at the validation split, at most.
@@ -63,10 +64,11 @@ class PatchOptions:
     r: int = 8
     lora_alpha: int = 16
     target_modules: str | list[str] = "all-linear"
-    harmful: int = 264
-    general: int = 68
-    contrast: int = 180
-    answer_tokens: int = 16
+    harmful: int = 168
+    general: int = 60
+    everyday: int = 324
+    contrast: int = 90
+    answer_tokens: int = 12
     distil_weight: float = 4.0
     validation: int = 40
     stopping: Stopping = field(default_factory=Stopping)
@@ -179,7 +181,7 @@ def patch_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opt
 def general_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: PatchOptions, given: Rows | None = None) -> list[Row]:
     """Rows on which the patch is to leave the model as it is: those with an answer as they are, prompts alone answered by the bare model itself."""
     if given is None:
-        sets = (("general_prompts", options.general), ("contrast_prompts", options.contrast))
+        sets = (("general_prompts", options.general), ("everyday_requests", options.everyday), ("contrast_prompts", options.contrast))
         given = [row for name, count in sets for row in _repeat([*load(name, "train"), *load(name, "calibration")], count)]
     plain = as_rows(given, "general rows")
     asked = {_key(row): row["prompt"] for row in plain if kind_of(row) == "prompt"}

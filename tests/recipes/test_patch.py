@@ -21,7 +21,18 @@ from peft_safety.recipes.watch import Look, Stopping, Watch
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 QUICK = TrainOptions(max_steps=2, batch_size=4, max_length=256, lr=1e-2, progress=False)
-SMALL = {"harmful": 4, "general": 3, "contrast": 3, "validation": 2, "answer_tokens": 4, "k": 4, "r": 2, "training": QUICK, "stopping": Stopping(every=1)}
+SMALL = {
+    "harmful": 4,
+    "general": 3,
+    "everyday": 2,
+    "contrast": 3,
+    "validation": 2,
+    "answer_tokens": 4,
+    "k": 4,
+    "r": 2,
+    "training": QUICK,
+    "stopping": Stopping(every=1),
+}
 GENERAL = [{"prompt": f"say {word}", "response": f"{word}, then"} for word in ("cats", "dogs", "trees", "bread")]
 REFUSALS = [{"prompt": f"steal {word}", "response": "No, I will not."} for word in ("cats", "dogs", "trees", "bread")]
 
@@ -112,7 +123,10 @@ def test_the_packages_own_rows_repeat_past_their_split_and_answers_are_the_model
     assert len(harmful) == 130
     assert len({row["prompt"] for row in harmful}) == len(load("harmful_requests", "train"))
     assert {row["prompt"] for row in own} <= {
-        row["prompt"] for name in ("general_prompts", "contrast_prompts") for split in ("train", "calibration") for row in load(name, split)
+        row["prompt"]
+        for name in ("general_prompts", "everyday_requests", "contrast_prompts")
+        for split in ("train", "calibration")
+        for row in load(name, split)
     }
     assert len(own) > len({row["prompt"] for row in own}) > 0
     assert all(row["truncated"] and row["distil"] for row in own)
@@ -126,7 +140,7 @@ def scripted(monkeypatch, figures, **stopping):
 
     class Figure:
         def __init__(self, pair):
-            self.refusal, self.over_refusal = (type("Rate", (), {"value": value})() for value in pair)
+            self.refusal, self.over_refusal, self.everyday_refusal = (type("Rate", (), {"value": value})() for value in (*pair, 0.0)[:3])
 
     monkeypatch.setattr("peft_safety.recipes.watch.evaluate", lambda *args, **kwargs: Figure(next(pairs)))
     return watch
@@ -145,6 +159,12 @@ def test_training_stops_when_the_targets_are_met(monkeypatch):
     watch, _, run = run_watched(monkeypatch, [(0.3, 0.1), (0.9, 0.1), (1.0, 0.3), (0.98, 0.15), (1.0, 0.0)])
     assert run.steps == 3
     assert watch.best == Look(3, 0.98, 0.15)
+
+
+def test_everyday_refusals_keep_training_from_stopping_and_weigh_twice_in_its_choice(monkeypatch):
+    watch, _, run = run_watched(monkeypatch, [(0.1, 0.0, 0.0), (1.0, 0.0, 0.2), (0.98, 0.0, 0.1), (0.99, 0.0, 0.04), (1.0, 0.0, 0.0)])
+    assert run.steps == 3
+    assert watch.best == Look(3, 0.99, 0.0, 0.04)
 
 
 def test_training_stops_when_nothing_gets_better_and_the_best_weights_come_back(monkeypatch):
