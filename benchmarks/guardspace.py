@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.common import record
 from benchmarks.frontier import run as engine
 from benchmarks.frontier.cache import Cache as Finished
-from benchmarks.frontier.cells import SECOND, Cell, Protocol, cell_of, needs
+from benchmarks.frontier.cells import PATCH, SECOND, Cell, Protocol, cell_of, needs
 from benchmarks.frontier.data import further_sets, hashes, resolve
 from benchmarks.frontier.splits import score
 
@@ -139,7 +139,8 @@ def main() -> None:
         report()
         return
     sets = further_sets(resolve(None), given.harmful)
-    protocol = Protocol(given.rows, given.limit, given.aligned.name if given.aligned else Protocol.aligned, sets=hashes(sets), second=SECOND)
+    aligned, patch = (given.aligned.name, "") if given.aligned else (Protocol.aligned, PATCH)
+    protocol = Protocol(given.rows, given.limit, aligned, sets=hashes(sets), second=SECOND, patch=patch)
     cache = Cache(given.runs, protocol)
     if given.list:
         for cell in cache.plan():

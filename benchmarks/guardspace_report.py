@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS, with_section
 from benchmarks.frontier.aggregate import pooled
+from benchmarks.frontier.cells import caveats
 from benchmarks.frontier.results import Row, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,13 +68,15 @@ def markdown(environment: dict[str, Any], rows: Sequence[Row]) -> str:
     lines += [f"The {len(grid)} cells on validation prompts, among them where it stops: [docs/guardspace.md](docs/guardspace.md).", ""]
     facts = ", ".join(f"{key} {value}" for key, value in environment.items() if key not in ("chosen", "sets") and value != "")
     caveat = "Keyword judge, a smoke metric; brackets are 95 % intervals over prompts, pooled over seeds."
-    return "\n".join([*lines, f"- {caveat}", f"- Environment: {facts}.", "- Written by `python -m benchmarks.guardspace --report`.", ""])
+    older = [f"- **{known}**" for known in caveats(environment)]
+    return "\n".join([*lines, *older, f"- {caveat}", f"- Environment: {facts}.", "- Written by `python -m benchmarks.guardspace --report`.", ""])
 
 
-def grid_page(rows: Sequence[Row]) -> str:
+def grid_page(environment: dict[str, Any], rows: Sequence[Row]) -> str:
     """docs/guardspace.md: every cell on validation prompts, and refusal along the long fine-tunes."""
     grid = [row for row in rows if row["cell"]["split"] == "validation"]
     lines = ["# GuardSpace: the grid on validation prompts", "", "Written by `python -m benchmarks.guardspace --report`; keyword judge, 95 % intervals.", ""]
+    lines += [text for caveat in caveats(environment) for text in (f"**{caveat}**", "")]
     lines += table(grid, _setting, ["arm", "basis, share, positions", "poison", "epochs", "lr", "calibration"])
     long = [row for row in grid if row.get("along")]
     if long:
@@ -182,5 +185,5 @@ def report(results: Path = RESULTS / "guardspace.jsonl", readme: Path = ROOT / "
     begin, end = MARKERS
     readme.write_text(with_section(readme, MARKERS, f"{begin}\n{markdown(environment, rows)}{end}"), encoding="utf-8")
     png.with_suffix(".md").parent.mkdir(parents=True, exist_ok=True)
-    png.with_suffix(".md").write_text(grid_page(rows), encoding="utf-8")
+    png.with_suffix(".md").write_text(grid_page(environment, rows), encoding="utf-8")
     print(f"wrote {save_png(rows, png)} and the section of {readme} ({len(rows)} cells)")

@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.common import RESULTS
 from benchmarks.frontier import data, plan, splits
 from benchmarks.frontier.cache import Cache
-from benchmarks.frontier.cells import SECOND, Cell, Protocol, needs
+from benchmarks.frontier.cells import PATCH, SECOND, Cell, Protocol, needs
 from benchmarks.frontier.results import adopt, keep, stored
 from benchmarks.frontier.run import Outcome, run
 from peft_safety.errors import ConfigError, PeftSafetyError
@@ -158,10 +158,12 @@ def work(given: argparse.Namespace) -> int:
 def protocol_of(given: argparse.Namespace, sets: data.Sets, task: list[dict[str, object]] | None) -> Protocol:
     """What the cells of this call share."""
     unaligned = Path(given.model).name if given.model else "SmolLM2-135M-Instruct"
+    made = given.aligned is None or given.aligned.name == "aligned"
     return Protocol(
         rows=given.rows,
         limit=given.limit,
-        aligned=given.aligned.name if given.aligned and given.aligned.name != "aligned" else f"{unaligned}, patched",
+        aligned=f"{unaligned}, patched" if made else given.aligned.name,
+        patch=PATCH if made else "",
         sets=data.hashes(sets),
         second=given.second,
         task="" if task is None else data.task_fingerprint(task),

@@ -86,7 +86,7 @@ class Bench:
 
     def _align(self) -> Path:
         """The unaligned model with a safety patch merged in, made once, by one process."""
-        out = self.cache.folder / "aligned"
+        out = self.cache.folder / f"aligned{self.cache.protocol.patch}"
         with self.cache.lock("aligned", wait=True):
             if not (out / "config.json").is_file():
                 model, tokenizer = load_model(self.unaligned)

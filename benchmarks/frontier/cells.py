@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -93,6 +94,19 @@ def _value(text: str) -> Any:
     return text
 
 
+PATCH = "2"
+"""The recipe of `peft_safety.recipes.patch` that aligns the model today."""
+FIRST_PATCH = (
+    "Measured on a model that the first patch recipe aligned: it also refuses 28 % of a foreign set of everyday instructions (3 % without the patch), "
+    "and the keyword judge still took polite apologies for refusals. To be run anew on today's patch."
+)
+
+
+def caveats(environment: Mapping[str, Any]) -> list[str]:
+    """What a reader of older results has to know."""
+    return [FIRST_PATCH] if str(environment.get("model", "")).endswith("patched") and not environment.get("patch") else []
+
+
 @dataclass(frozen=True)
 class Protocol:
     """What all cells share, and what their cache is valid for. New fields as in `Cell`.
@@ -107,6 +121,7 @@ class Protocol:
         task: hash of the rows of another task than the package's; empty for that.
         judges: names of judges beside the keyword matcher.
         tokens: generated of a response that is judged.
+        patch: which recipe aligned the model; empty for the first one, and for a model that was given.
     """
 
     rows: int = 160
@@ -119,6 +134,7 @@ class Protocol:
     task: str = ""
     judges: str = ""
     tokens: int = 16
+    patch: str = ""
 
     def key(self, cell: Cell) -> str:
         """Name of a cell's file. Settings are chosen by the package's own prompts, so validation cells have no further sets and do not depend on them."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.frontier import tables
 from benchmarks.frontier.aggregate import Point, label, names, pairs, shares
-from benchmarks.frontier.cells import Cell
+from benchmarks.frontier.cells import Cell, caveats
 from peft_safety.evaluation import KeywordJudge
 
 Points = dict[tuple[str, float], Point]
@@ -57,6 +57,7 @@ def page(
     parts.append(
         f"<p>{html.escape(environment.get('model', 'unknown model'))}, {html.escape(split)} prompts. Judge: keyword. {html.escape(KeywordJudge.caveat)}</p>"
     )
+    parts += [f"<p><b>{html.escape(caveat)}</b></p>" for caveat in caveats(environment)]
     if split != "test":
         parts.append("<p><b>Validation prompts only: nothing here is a result.</b></p>")
     parts += [_picture(path) for path in pictures[:1]]

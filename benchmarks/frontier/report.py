@@ -8,6 +8,7 @@ from benchmarks.common import RESULTS, with_section
 from benchmarks.frontier import pictures, tables
 from benchmarks.frontier.aggregate import missing, points, shares, split_of
 from benchmarks.frontier.cache import publish
+from benchmarks.frontier.cells import caveats
 from benchmarks.frontier.html import page
 from benchmarks.frontier.plan import FIRST_POISON, METHODS, plan
 from benchmarks.frontier.results import NAME, read
@@ -38,6 +39,7 @@ def section(results: Path) -> str:
         "",
         *table.markdown(),
         "",
+        *(f"- **{caveat}**" for caveat in caveats(environment)),
         f"- {split} prompts, seeds {', '.join(map(str, seeds))}; brackets after a rate are 95 % intervals over prompts, pooled over seeds. Judge: keyword. "
         f"{KeywordJudge.caveat}",
         "- Against its controls: points of refusal on the same harmful prompts of all sets, in brackets the prompts on which only the method, only the control "
