@@ -13,10 +13,11 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from examples.demo import FULL, POISON, SAFETY_RANK, Demo, torch_threads
+from examples.demo import DEFAULT, LORA, POISON, Demo, torch_threads
 from peft_safety.recipes.train import LEARNING_RATE
 
 ATTACK_RATE = 2 * LEARNING_RATE
@@ -47,13 +48,14 @@ def main() -> None:
     from examples.get_model import model_dir
     from peft_safety.report import Report, environment
 
-    demo, source = Demo(FULL, given.split, SAFETY_RANK, given.seed, ATTACK_RATE), model_dir()
+    scale = replace(DEFAULT, arms=(LORA,), eval_limit=72)
+    demo, source = Demo(scale, POISON, given.split, given.seed, ATTACK_RATE), model_dir()
     aligned = demo.prepare(str(source))
     aligned_dir, broken = given.out / "aligned", given.out / "adapter"
     aligned.save_pretrained(aligned_dir)
     aligned.config._name_or_path = aligned.name_or_path = str(aligned_dir)  # what the adapter is trained on, and says so
-    with demo.phase("plain LoRA on poisoned data"):
-        tuned = demo.arm(aligned, "lora", POISON, None)
+    with demo.progress.phase("plain LoRA on poisoned data"):
+        tuned = demo.arm(aligned, LORA, None)
     tuned.save_pretrained(str(broken))
     aligned = tuned.unload()
     details = {}
