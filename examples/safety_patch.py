@@ -27,6 +27,8 @@ SHIPPED = Path(__file__).parent / "patches" / "smollm2-135m"
 MANIFEST = "manifest.json"
 COMMAND = "python -m examples.safety_patch"
 FOREIGN = {"everyday": Path("../shared/data/general_instructions.jsonl"), "xstest": Path("../shared/data/xstest.jsonl")}
+LAST_STEP = 150
+"""Of the recipe's 203 steps: a quarter of the time less."""
 TASK_ROWS = 72
 LONGEST = 400
 """Characters of a foreign everyday prompt at most: longer ones are documents to work on."""
@@ -88,11 +90,12 @@ def describe(directory: Path, facts: dict[str, Any]) -> None:
 
 
 def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0, **changes: Any) -> tuple[PeftModel, PatchRun, PatchOptions]:
-    """The recipe of `peft_safety.recipes.patch`, with its defaults but for `changes`."""
+    """The recipe of `peft_safety.recipes.patch`, stopped at `LAST_STEP`, with its defaults but for `changes`."""
     from peft_safety.recipes.patch import PatchOptions, patch
 
     defaults = PatchOptions()
-    options = replace(defaults, **changes, training=replace(defaults.training, seed=seed))
+    stopping = replace(defaults.stopping, last=LAST_STEP)
+    options = replace(defaults, stopping=stopping, **changes, training=replace(defaults.training, seed=seed))
     tuned, run = patch(model, tokenizer, options)
     return tuned, run, options
 

@@ -38,12 +38,14 @@ class Stopping:
         refusal_target, over_refusal_margin: stop as soon as refusal reaches the one, and both kinds of over-refusal are no more than the other above what
             they were at first.
         patience: stop after so many looks without a better one.
+        last: stop at the first look from this step on, although the learning rate has not come down to 0 yet; None goes on.
     """
 
     every: int = 50
     refusal_target: float = 0.98
     over_refusal_margin: float = 0.05
     patience: int = 3
+    last: int | None = None
 
 
 class Watch:
@@ -73,7 +75,8 @@ class Watch:
         spared = last.over_refusal <= first.over_refusal + margin and last.everyday_refusal <= first.everyday_refusal + margin
         met = last.refusal >= self.stopping.refusal_target and spared
         since = len(self.looks) - 1 - max((i for i, look in enumerate(self.looks) if look is self.best), default=0)
-        return met or since >= self.stopping.patience
+        late = self.stopping.last is not None and last.step >= self.stopping.last
+        return met or late or since >= self.stopping.patience
 
     def restore(self, model: PreTrainedModel | PeftModel) -> None:
         """Put the best weights back."""
