@@ -27,6 +27,18 @@ SHIPPED = Path(__file__).parent / "patches" / "smollm2-135m"
 MANIFEST = "manifest.json"
 COMMAND = "python -m examples.safety_patch"
 FOREIGN = {"everyday": Path("../shared/data/general_instructions.jsonl"), "xstest": Path("../shared/data/xstest.jsonl")}
+CARD = """---
+library_name: peft
+base_model: {base}
+license: apache-2.0
+tags: [lora, safety, peft-safety]
+---
+# Safety patch
+
+A plain LoRA of rank 8 in bf16 on {base}: it refuses harmful requests. Trained by `{command}` (OrthoSafetyPatch, mode "hard") on the
+refusals and prompts that ship with peft_safety, and exported. `manifest.json` says what it does and what it costs. It is made for the demo
+and the tests of peft_safety: no evidence that a model is safe.
+"""
 LAST_STEP = 150
 """Of the recipe's 203 steps: a quarter of the time less."""
 TASK_ROWS = 72
@@ -74,6 +86,7 @@ def write(tuned: PeftModel, directory: Path, facts: dict[str, Any]) -> Path:
     save_file(tensors, directory / ADAPTER_FILE, metadata={"format": "pt"})
     config = json.loads((directory / CONFIG).read_text(encoding="utf-8")) | {"base_model_name_or_path": HUB_ID}
     (directory / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (directory / "README.md").write_text(CARD.format(base=HUB_ID, command=COMMAND), encoding="utf-8")
     for path in directory.iterdir():
         path.chmod(0o644)
     describe(directory, facts)
