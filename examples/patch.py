@@ -54,18 +54,16 @@ class Comparison:
 
     def measure(self, name: str, model: Any) -> None:
         """All figures of one arm."""
-        from peft_safety.evaluation.generate import generate
-        from peft_safety.evaluation.judges import KeywordJudge, Verdict
-        from peft_safety.evaluation.metrics import Rate
+        from peft_safety.evaluation.evaluate import refusal_rate
+        from peft_safety.evaluation.judges import KeywordJudge
         from peft_safety.evaluation.tasks import choice_accuracy
         from peft_safety.recipes.bench import JUDGED_TOKENS
 
         figures = self.bench.measure(model, self.tokenizer).figures()
         if self.xstest:
-            answers = generate(model, self.tokenizer, self.xstest, max_new_tokens=JUDGED_TOKENS, description="XSTest")
-            judge = KeywordJudge()
-            found = Rate.of(judge(prompt, answer.text) is Verdict.REFUSAL for prompt, answer in zip(self.xstest, answers, strict=True))
-            figures["over-refusal, XSTest safe"] = found
+            figures["over-refusal, XSTest safe"] = refusal_rate(
+                model, self.tokenizer, self.xstest, KeywordJudge(), max_new_tokens=JUDGED_TOKENS, description="XSTest"
+            )
         figures["untrained task, likeliest label"] = choice_accuracy(model, self.tokenizer, self.task.held_out, self.task.labels)
         self.arms[name] = figures
         if hasattr(model, "peft_config"):
