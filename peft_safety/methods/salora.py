@@ -36,8 +36,6 @@ class SaLoRAConfig(ProtectedConfig):
         init: `"lora"` starts from B = 0. `"task"` starts from the task-aware factors of the paper, with a residual that keeps the function unchanged.
         task_data: for `init="task"`: rows `{prompt, response}`, tokenised batches, or a `SafetySubspace` estimated on the task.
         task_rank: directions of the task subspace; 32 as published.
-        reference_residual: reproduce the reference code's residual, which lacks the scaling. Only for parity: unless lora_alpha = r the model's function
-            then changes at initialisation.
 
     Raises:
         ConfigError: see `ProtectedConfig`; `init="task"` without `task_data`.
@@ -46,7 +44,6 @@ class SaLoRAConfig(ProtectedConfig):
     init: Literal["lora", "task"] = field(default="lora", metadata={"help": "'lora' (B = 0) or 'task' (task-aware, arXiv 2501.01765)."})
     task_data: Any = field(default=None, metadata={"help": "Task rows, batches or subspace for init='task'. Not saved."})
     task_rank: int = field(default=32, metadata={"help": "Directions of the task subspace."})
-    reference_residual: bool = field(default=False, metadata={"help": "Residual without the scaling, as in the reference code."})
 
     PEFT_KEY: ClassVar[str] = "SALORA"
     UNSAVED: ClassVar[tuple[str, ...]] = ("task_data",)
@@ -78,9 +75,6 @@ class SaLoRAConfig(ProtectedConfig):
             rank = min(int(layer.r[adapter_name]), *weights.shape(base[name]))
             b, a = task_aware_factors(weights.dense_weight(base[name], name), task.bases[name]["out"], rank)
             start_from(layer, adapter_name, b, a)
-            if self.reference_residual:
-                layer.lora_B[adapter_name].initial.div_(layer.scaling[adapter_name])
-                layer.lora_B[adapter_name].fold()
 
     def _task_subspace(self, model: nn.Module, base: Mapping[str, nn.Module]) -> SafetySubspace:
         if isinstance(self.task_data, SafetySubspace):

@@ -9,7 +9,7 @@ import torch
 from peft_safety.data import load
 from peft_safety.errors import DataError
 from peft_safety.evaluation import evaluate, prompt_set
-from peft_safety.evaluation.lm_eval import TASKS, functions, include_path
+from peft_safety.evaluation.lm_eval import functions, include_path
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 REFUSAL = "Ican't"
@@ -62,7 +62,7 @@ def test_the_harness_measures_what_evaluate_measures(refuser):
     manager = TaskManager(include_path=include_path(), include_defaults=False, metadata={"split": "validation"})
     found = lm_eval.simple_evaluate(
         HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4),
-        tasks=list(TASKS),
+        tasks=["peft_safety_refusal", "peft_safety_over_refusal"],
         task_manager=manager,
         apply_chat_template=True,
         bootstrap_iters=0,

@@ -25,7 +25,7 @@ def test_every_scenario(scenario, options, dtype):
         order = json.loads(handle.metadata()["order"])
         scaling = float(handle.metadata()["lora_alpha"]) / float(handle.metadata()["r"])
         factors = {n: Factors(handle.get_tensor(f"in.lora.{n}.lora_A"), handle.get_tensor(f"in.lora.{n}.lora_B"), scaling) for n in order}
-        chosen = RepairOptions(**options, reference_selection=True, progress=False, dtype=dtype)
+        chosen = RepairOptions(**options, progress=False, dtype=dtype)
         base, aligned = (TensorWeights(side, {n: handle.get_tensor(f"in.{side}.{n}.weight") for n in order}) for side in ("base", "aligned"))
         new, report = repair(factors, base, aligned, chosen)
         projected = {order[i] for i, flag in enumerate(handle.get_tensor(f"{scenario}.projected").tolist()) if flag}

@@ -76,17 +76,14 @@ def rows(*cosines, deltas=None):
     ("options", "expected"),
     [
         (dict(threshold=0.3), {"m1"}),
-        (dict(threshold=0.3, reference_selection=True), {"m0", "m1", "m2"}),
         (dict(select="number", num_modules=1), {"m1"}),
         (dict(select="number", num_modules=2), {"m0", "m1"}),
-        (dict(select="number", num_modules=2, reference_selection=True), {"m0", "m1", "m2"}),
         (dict(select="number", num_modules=4), {"m0", "m1", "m2", "m3"}),
         (dict(select="all"), {"m0", "m1", "m2", "m3"}),
     ],
 )
 def test_selection_is_exactly_what_was_asked(options, expected):
-    cosines = (0.3, 0.1, 0.300001, 0.9) if options.get("reference_selection") else (0.3, 0.1, 0.3, 0.9)
-    assert select(rows(*cosines), RepairOptions(**options)) == expected
+    assert select(rows(0.3, 0.1, 0.3, 0.9), RepairOptions(**options)) == expected
 
 
 def test_modules_without_a_cosine_come_last_and_zero_deltas_follow_the_policy():

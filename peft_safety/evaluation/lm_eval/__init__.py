@@ -9,8 +9,6 @@ keyword matcher: a smoke metric.
 
 from pathlib import Path
 
-TASKS = ("peft_safety_refusal", "peft_safety_over_refusal")
-
 
 def include_path() -> str:
     """The directory for the harness's `--include_path`."""

@@ -27,7 +27,6 @@ class RepairOptions:
         rank, energy: size of the projector of "topk" and "soft": directions (default 32), or a share of `||V||_F^2` in (0, 1].
         penalty: weight of the part outside in "soft"; 0 changes nothing, large values approach "topk". Not tuned.
         zero_delta: a module whose two weights are equal has no alignment direction: "error", "keep" its update, or "zero" it. All equal is always an error.
-        reference_selection: select as the reference code does: `<=` on a cos rounded to five digits, so that ties select more than `num_modules`.
         allow_quantized_delta: take V from 4-bit or 8-bit weights, whose rounding noise is usually larger than V; warns with the figure.
         dtype: of the products, float32 or float64. Cosines are taken in float64.
         device: default CUDA if there is a GPU.
@@ -42,7 +41,6 @@ class RepairOptions:
     energy: float | None = None
     penalty: float = 4.0
     zero_delta: ZeroDelta = "error"
-    reference_selection: bool = False
     allow_quantized_delta: bool = False
     dtype: torch.dtype = torch.float32
     device: str | torch.device | None = None
@@ -78,7 +76,7 @@ class RepairOptions:
         names = {"threshold": "threshold", "number": "num_modules"}.get(self.select)
         optional = (names, "rank", "energy", "penalty" if self.projection == "soft" else None)
         found |= {name: getattr(self, name) for name in optional if name is not None and getattr(self, name) is not None}
-        return found | {name: True for name in ("reference_selection", "allow_quantized_delta") if getattr(self, name)}
+        return found | ({"allow_quantized_delta": True} if self.allow_quantized_delta else {})
 
 
 def _number(value: Any, low: float, high: float) -> bool:

@@ -142,13 +142,11 @@ def select(rows: list[ModuleRepair], options: RepairOptions) -> set[str]:
     usable = [row for row in rows if row.delta > 0 or row.name in zeroed]
     if options.select == "all":
         return {row.name for row in usable}
-    cos = {row.name: math.inf if math.isnan(row.cos) else round(row.cos, 5) if options.reference_selection else row.cos for row in usable}
+    cos = {row.name: math.inf if math.isnan(row.cos) else row.cos for row in usable}
     if options.select == "threshold":
-        return zeroed | {name for name, value in cos.items() if value < options.threshold or (options.reference_selection and value == options.threshold)}
+        return zeroed | {name for name, value in cos.items() if value < options.threshold}
     ordered = sorted(cos, key=lambda name: cos[name])  # stable: equal cosines in the adapter's order
     count = min(options.num_modules or 0, len(ordered))
-    if options.reference_selection and count:
-        return zeroed | {name for name, value in cos.items() if value <= cos[ordered[count - 1]]}
     return zeroed | set(ordered[:count])
 
 

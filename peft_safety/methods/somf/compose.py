@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -29,12 +29,11 @@ class Masked(Protocol):
     def __getitem__(self, name: str) -> Tensor: ...
 
 
-def combine(vectors: Sequence[Tensor], options: FuseOptions, name: str, thresholds: Sequence[Tensor] | None = None) -> Tensor:
+def combine(vectors: Sequence[Tensor], options: FuseOptions, name: str) -> Tensor:
     """The task vectors of one tensor, fused by `options`.
 
     Args:
         name: of the tensor; decides DARE's drops.
-        thresholds: for TIES trimmed over the whole model; default: this tensor's own.
     """
     tasks = len(vectors)
     fusion: Fusion = options.fusion_of(tasks)
@@ -48,8 +47,8 @@ def combine(vectors: Sequence[Tensor], options: FuseOptions, name: str, threshol
     if fusion == "dare":
         keeps = fusions.drop_masks(tuple(vectors[0].shape), tasks, options.drop, options.seed, name, vectors[0])
         return fusions.dare(vectors, keeps, options.drop, weights)
-    thresholds = thresholds or [fusions.trim_threshold(v, options.ties_density) for v in vectors]
-    return fusions.ties(vectors, thresholds, weights, merge=options.ties_merge, reference_gradient=options.reference_gradient)
+    thresholds = [fusions.trim_threshold(v, options.ties_density) for v in vectors]
+    return fusions.ties(vectors, thresholds, weights, merge=options.ties_merge)
 
 
 def mask_shape(shape: Shape, granularity: Granularity, name: str) -> Shape:
@@ -74,11 +73,7 @@ class Update(nn.Module):
         self.shapes: dict[str, Shape] = {}
         self.covers: dict[str, int] = {}
 
-    def masked_vectors(self, masks: Masked | None) -> dict[str, list[Tensor]]:
-        """The masked and rescaled task vectors of each tensor that is fused entry by entry."""
-        raise NotImplementedError
-
-    def factors(self, masks: Masked | None, thresholds: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def factors(self, masks: Masked | None) -> tuple[Tensor, Tensor]:
         """`(A (r, n), B (m, r))` under these masks (None: everything is kept), differentiable in them."""
         raise NotImplementedError
 
@@ -121,23 +116,16 @@ class Continued(Update):
             return masks[f"{self.name}.lora_{kind.upper()}"]
         return masks[f"{self.name}.{self.granularity}"].view((-1, 1) if kind == "a" else (1, -1))
 
-    def masked_vectors(self, masks: Masked | None) -> dict[str, list[Tensor]]:
-        found = {}
-        for kind in ("a", "b"):
-            vectors = list(self.get_buffer(f"vectors_{kind}").unbind())
-            if masks is not None:
-                mask = self._view(masks, kind).to(vectors[0].device)
-                vectors = [rescaled(v, mask, self.options.rescale) for v in vectors]
-            found[kind] = vectors
-        return found
+    def _fused(self, masks: Masked | None, kind: str) -> Tensor:
+        vectors = list(self.get_buffer(f"vectors_{kind}").unbind())
+        if masks is not None:
+            mask = self._view(masks, kind).to(vectors[0].device)
+            vectors = [rescaled(v, mask, self.options.rescale) for v in vectors]
+        fused = combine(vectors, self.options, f"{self.name}.lora_{kind.upper()}")
+        return self.get_buffer(f"safe_{kind}").to(fused.dtype) + fused
 
-    def factors(self, masks: Masked | None, thresholds: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        vectors = self.masked_vectors(masks)
-        a, b = (
-            self.get_buffer(f"safe_{kind}").to(vectors[kind][0].dtype) + combine(vectors[kind], self.options, f"{self.name}.lora_{kind.upper()}", thresholds)
-            for kind in ("a", "b")
-        )
-        return a, self.scaling * b
+    def factors(self, masks: Masked | None) -> tuple[Tensor, Tensor]:
+        return self._fused(masks, "a"), self.scaling * self._fused(masks, "b")
 
     def aligned(self) -> tuple[Tensor, Tensor]:
         dtype = self.get_buffer("vectors_a").dtype
@@ -192,20 +180,17 @@ class Independent(Update):
         full, masked = (torch.linalg.vector_norm(x @ root) for x in (b, b * mask))
         return b * mask * length_ratio(full, masked)
 
-    def masked_vectors(self, masks: Masked | None) -> dict[str, list[Tensor]]:
-        """The dense updates, for the fusions that are not linear. Only without masks."""
-        return {"dense": [y @ x for x, y in zip(self._parts("a"), self._parts("b"), strict=True)]} if masks is None else {}
-
-    def factors(self, masks: Masked | None, thresholds: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def factors(self, masks: Masked | None) -> tuple[Tensor, Tensor]:
         weights = self.options.weights_of(self.tasks)
         tasks = [w * (b if masks is None else self._masked(i, b, masks)) for i, (w, b) in enumerate(zip(weights, self._parts("b"), strict=True))]
         safe = self.get_buffer("b")[:, : self.ranks[0]] if self.has_safe else None
         return self.get_buffer("a"), torch.cat([*([] if safe is None else [safe]), *tasks], dim=1)
 
-    def dense(self, thresholds: Sequence[Tensor] | None = None) -> Tensor:
+    def dense(self) -> Tensor:
         """The whole update `(m, n)` under DARE or TIES, which leave no low rank."""
         a, b = self.aligned()
-        return b @ a + combine(self.masked_vectors(None)["dense"], self.options, self.name, thresholds)
+        vectors = [y @ x for x, y in zip(self._parts("a"), self._parts("b"), strict=True)]
+        return b @ a + combine(vectors, self.options, self.name)
 
     def aligned(self) -> tuple[Tensor, Tensor]:
         r = self.ranks[0] if self.has_safe else 0
@@ -235,18 +220,3 @@ def recompressed(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float
     total = float(torch.linalg.vector_norm(s))
     error = float(torch.linalg.vector_norm(s[k:])) / total if total > 0 else 0.0
     return (root[:, None] * (vh[:k] @ right.Q.mT)).to(a.dtype), ((left.Q @ u[:, :k]) * root).to(b.dtype), error
-
-
-def thresholds_of(updates: Mapping[str, Update], masks: Masked | None, options: FuseOptions) -> list[Tensor] | None:
-    """TIES's thresholds over all modules at once, one a task, where `ties_scope` asks for that."""
-    some = next(iter(updates.values()))
-    tasks = some.tasks if isinstance(some, Independent) else len(some.get_buffer("vectors_a"))
-    if options.ties_scope != "global" or options.fusion_of(tasks) != "ties":
-        return None
-    with torch.no_grad():
-        found: list[list[Tensor]] = [[] for _ in range(tasks)]
-        for update in updates.values():
-            for vectors in update.masked_vectors(masks).values():
-                for index, vector in enumerate(vectors):
-                    found[index].append(vector.flatten())
-        return [fusions.trim_threshold(torch.cat(parts), options.ties_density) for parts in found]

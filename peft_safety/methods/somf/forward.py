@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from peft_safety import weights
 from peft_safety.errors import ConfigError
 from peft_safety.estimate.targets import base_layers
-from peft_safety.methods.somf.compose import Shape, Update, dense_tensor, mask_shape, thresholds_of
+from peft_safety.methods.somf.compose import Shape, Update, dense_tensor, mask_shape
 from peft_safety.methods.somf.fusions import stream
 from peft_safety.methods.somf.masks import Granularity, concrete, expected_density, initial_logit, noise
 from peft_safety.methods.somf.options import FuseOptions
@@ -135,11 +135,8 @@ class MaskedAdapters(MaskedModel):
         super().__init__(model, shapes, covers, options, device)  # type: ignore[arg-type]
         self.layers = {name: self_layers[name] for name in updates}
         self.updates = nn.ModuleList(update.to(self.layers[name].weight.device) for name, update in updates.items())  # type: ignore[arg-type]
-        self.thresholds: list[Tensor] | None = None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        if self.mode == "fused":
-            self.thresholds = thresholds_of({update.name: update for update in self.updates}, self.samples(), self.options)  # type: ignore[misc]
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     def _attach(self, stack: ExitStack) -> None:
@@ -161,10 +158,10 @@ class MaskedAdapters(MaskedModel):
                 return None
             if self.mode == "aligned":
                 return output + apply(inputs[0], *update.aligned()).to(output.dtype)
-            samples, thresholds = self.samples(), self.thresholds
+            samples = self.samples()
 
             def fused(x: Tensor) -> Tensor:
-                return apply(x, *update.factors(samples, thresholds))
+                return apply(x, *update.factors(samples))
 
             if not torch.is_grad_enabled():
                 return output + fused(inputs[0]).to(output.dtype)

@@ -17,7 +17,7 @@ from peft_safety.data.rows import Rows
 from peft_safety.errors import ConfigError
 from peft_safety.methods.protected import adapter_layers, config_table
 from peft_safety.methods.somf import checkpoints
-from peft_safety.methods.somf.compose import Independent, Update, recompressed, thresholds_of
+from peft_safety.methods.somf.compose import Independent, Update, recompressed
 from peft_safety.methods.somf.forward import MaskedAdapters
 from peft_safety.methods.somf.inputs import Adapters, Source, read_inputs
 from peft_safety.methods.somf.masks import Masks, export
@@ -150,18 +150,17 @@ def _fused(inputs: Adapters, plan: FusePlan, updates: Mapping[str, Update], mask
     covers = {key: count for update in updates.values() for key, count in update.covers.items()}
     if masks is not None:
         _check_masks(masks, updates)
-    thresholds, unmasked = thresholds_of(updates, masks, options), thresholds_of(updates, None, options)
     dense = not inputs.continued and plan.fusion in NONLINEAR
     rows, factors = [], {}
     for planned in plan.modules:
         name, update = planned.name, updates[planned.name]
         if dense and isinstance(update, Independent):
-            a, b, error = _truncated(update.dense(thresholds), planned.rank)
+            a, b, error = _truncated(update.dense(), planned.rank)
         else:
-            a, b = update.factors(masks, thresholds)
+            a, b = update.factors(masks)
             a, b, error = recompressed(a, b, planned.rank) if planned.rank < a.shape[0] else (a, b, 0.0)
         own = None if masks is None else Masks({key: masks.values[key] for key in update.shapes}, masks.levels).density(update.covers)
-        kept = None if masks is None else _kept(update, masks, thresholds, unmasked)
+        kept = None if masks is None else _kept(update, masks)
         dtype = _dtype(inputs, name)
         factors[name] = (a.to("cpu", dtype), b.to("cpu", dtype))
         rows.append(ModuleFusion(name, a.shape[0], own, kept, error))
@@ -197,10 +196,10 @@ def _check_masks(masks: Masks, updates: Mapping[str, Update]) -> None:
         )
 
 
-def _kept(update: Update, masks: Masks, thresholds: list[Tensor] | None, unmasked: list[Tensor] | None) -> float | None:
+def _kept(update: Update, masks: Masks) -> float | None:
     """Length of the tasks' part, relative to the same without a mask."""
     safe = (*update.aligned(), -1.0)
-    with_mask, without = (product_norm([(*update.factors(m, t), 1.0), safe]) for m, t in ((masks, thresholds), (None, unmasked)))
+    with_mask, without = (product_norm([(*update.factors(m), 1.0), safe]) for m in (masks, None))
     return share(with_mask, without)
 
 

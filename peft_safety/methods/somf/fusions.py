@@ -54,9 +54,7 @@ def dare(vectors: Sequence[Tensor], keeps: Sequence[Tensor], drop: float, weight
     return task_arithmetic([k * v / (1 - drop) for k, v in zip(keeps, vectors, strict=True)], weights)
 
 
-def ties(
-    vectors: Sequence[Tensor], thresholds: Sequence[Tensor], weights: Sequence[float], *, merge: Merge = "sum", reference_gradient: bool = False
-) -> Tensor:
+def ties(vectors: Sequence[Tensor], thresholds: Sequence[Tensor], weights: Sequence[float], *, merge: Merge = "sum") -> Tensor:
     """Trim, elect a sign, merge what agrees with it: `sum_i w_i V_i [|V_i| >= t_i and sign V_i = sign sum_j V_j]`, divided by how many agree for "mean".
 
     The choice of entries is piecewise constant, so the gradient is that of the chosen entries: exact almost everywhere, for every task.
@@ -64,8 +62,6 @@ def ties(
     Args:
         thresholds: `t_i`, scalars; see `trim_threshold`.
         merge: "sum" as SOMF's reference code, "mean" as the paper of TIES and PEFT.
-        reference_gradient: SOMF's reference code overwrites values in place, so that the gradient is `w_1` times that of the first vector, untrimmed. Only for
-            parity.
 
     Reference: Yadav et al., arXiv 2306.01708; where the elected sum is zero, the positive sign (as PEFT).
     """
@@ -76,8 +72,6 @@ def ties(
     fused = (scale * kept * agrees).sum(dim=0)
     if merge == "mean":
         fused = fused / agrees.sum(dim=0).clamp(min=1)
-    if reference_gradient:
-        return fused.detach() + weights[0] * (vectors[0] - vectors[0].detach())
     return fused
 
 

@@ -14,7 +14,6 @@ from peft_safety.methods.somf.masks import Export, Granularity, Rescale
 
 Method = Literal["somf", "single", "task_arithmetic", "dare", "ties", "average"]
 Layout = Literal["auto", "continued", "independent"]
-Scope = Literal["tensor", "global"]
 Objective = Literal["dpo", "sft"]
 Reference = Literal["aligned", "base"]
 
@@ -32,8 +31,8 @@ class FuseOptions:
         fusion: for "somf"; default task_arithmetic, or single where there is one task.
         weights: of the task vectors, one number or one a task; default as published (0.3; ties 0.4; single 1). "average" has none.
         drop: share of entries that "dare" drops.
-        ties_density, ties_merge, ties_scope: share of entries that "ties" keeps; "sum" of what agrees (SOMF) or "mean" (TIES, PEFT); trimmed within each
-            tensor, or as SOMF's reference code over the whole model ("global", adapters only).
+        ties_density, ties_merge: share of entries that "ties" keeps; "sum" of what agrees (SOMF) or "mean" (TIES, PEFT); trimmed within each
+            tensor.
         granularity: one logit an "element", "row", "rank" component or "module"; default element, and rank for independent adapters.
         rescale: see `masks.rescaled`. "module" needs "none": the other two cancel a mask of one value.
         temperature: of the concrete samples.
@@ -44,7 +43,6 @@ class FuseOptions:
             "auto" looks at the factors.
         rank: recompress the result to this rank, and report the relative error. Full checkpoints become a LoRA on the safe one. Needed for dare and ties of
             independent adapters, whose result is dense.
-        reference_gradient: TIES's gradient as in SOMF's reference code. Only for parity.
         ignore_base_names: adapters name different base models, and you know that they are the same one.
         max_shard_bytes: of written checkpoints.
         progress: show a bar.
@@ -59,7 +57,6 @@ class FuseOptions:
     drop: float = 0.2
     ties_density: float = 0.2
     ties_merge: Merge = "sum"
-    ties_scope: Scope = "tensor"
     granularity: Granularity | None = None
     rescale: Rescale = "mean"
     temperature: float = 0.5
@@ -71,7 +68,6 @@ class FuseOptions:
     seed: int = 0
     layout: Layout = "auto"
     rank: int | None = None
-    reference_gradient: bool = False
     ignore_base_names: bool = False
     max_shard_bytes: int = MAX_SHARD_BYTES
     progress: bool = True
@@ -137,9 +133,9 @@ class FuseOptions:
     def facts(self, tasks: int) -> dict[str, Any]:
         """What decided the result, as plain JSON values."""
         fusion = self.fusion_of(tasks)
-        used = {"dare": ("drop",), "ties": ("ties_density", "ties_merge", "ties_scope")}.get(fusion, ())
+        used = {"dare": ("drop",), "ties": ("ties_density", "ties_merge")}.get(fusion, ())
         masked = ("rescale", "temperature", "initial_density", "target_density", "export", "export_density")
-        names = (*used, *(masked if self.method == "somf" else ()), *(("reference_gradient",) if self.reference_gradient else ()))
+        names = (*used, *(masked if self.method == "somf" else ()))
         found = {"method": self.method, "fusion": fusion, "weights": self.weights_of(tasks), "seed": self.seed}
         return found | {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
@@ -192,7 +188,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "method": get_args(Method),
     "fusion": (None, *get_args(Fusion)),
     "ties_merge": get_args(Merge),
-    "ties_scope": get_args(Scope),
     "granularity": (None, *get_args(Granularity)),
     "rescale": get_args(Rescale),
     "export": get_args(Export),

@@ -109,8 +109,6 @@ def granularity_of(inputs: Adapters | Checkpoints, options: FuseOptions) -> Gran
     """
     independent = isinstance(inputs, Adapters) and not inputs.continued
     fusion = options.fusion_of(len(inputs.tasks))
-    if isinstance(inputs, Checkpoints) and options.ties_scope == "global" and fusion == "ties":
-        raise ConfigError("ties_scope='global' needs all tensors in memory at once; full checkpoints are streamed. Use ties_scope='tensor'.")
     if independent and fusion in NONLINEAR:
         if options.method == "somf":
             raise ConfigError(

@@ -67,14 +67,6 @@ def load_masks(path: Path) -> Masks | dict[str, Tensor]:
     return raw if kind == LOGITS else Masks(raw, KINDS[kind], record)
 
 
-def stored_record(path: Path) -> dict[str, Any]:
-    """The provenance in the header of a masks file that `load_masks` accepts."""
-    path = path / FILE_NAME if path.is_dir() else path
-    with files.open_tensors(path) as handle:
-        found: dict[str, Any] = files.parse_json((handle.metadata() or {}).get(HEADER, "{}"), str(path), MAX_INDEX_BYTES).get("record", {})
-    return found
-
-
 def _write(stored: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], kind: str, record: Mapping[str, Any], path: Path) -> Path:
     header = {"version": VERSION, "kind": kind, "shapes": shapes, "record": dict(record)}
     path = path if path.suffix == ".safetensors" else path / FILE_NAME
