@@ -1,4 +1,5 @@
-"""Operations on NF4 weights, adapters and projections, as `torch.library` ops that compile, differentiate, and run on any device.
+"""Operations on NF4 weights, adapters and projections, as `torch.library` ops that compile, differentiate, and run on
+any device.
 
 Which backend runs: `dispatch.backend_for`. Importing this package loads torch, but neither Triton nor bitsandbytes.
 """
@@ -60,19 +61,32 @@ def nf4_merged(q: QuantBundle, a: Tensor, bp: Tensor, scale: float, dtype: torch
     return _OPS.nf4_merged(*q, a, bp, float(scale), dtype)
 
 
-def nf4_lora(x: Tensor, q: QuantBundle, a: Tensor, bp: Tensor, scale: float, *, exact: bool = False, x_adapter: Tensor | None = None) -> Tensor:
-    """`y = x W^T + scale * (x A^T) B'^T`, `(..., n)` in the dtype of `x`; gradients go to `x`, `x_adapter`, `a` and `bp`.
+def nf4_lora(
+    x: Tensor,
+    q: QuantBundle,
+    a: Tensor,
+    bp: Tensor,
+    scale: float,
+    *,
+    exact: bool = False,
+    x_adapter: Tensor | None = None,
+) -> Tensor:
+    """`y = x W^T + scale * (x A^T) B'^T`, `(..., n)` in the dtype of `x`; gradients go to `x`, `x_adapter`, `a` and
+    `bp`.
 
-    More than `linear.SKINNY_ROWS` rows take one product with the merged weight, in both directions; fewer take two paths that read the packed weight. W is made
-    again in the backward pass, and never saved.
+    More than `linear.SKINNY_ROWS` rows take one product with the merged weight, in both directions; fewer take two
+    paths that read the packed weight. W is made again in the backward pass, and never saved.
 
     Args:
-        x: `(..., k)`, fp32, bf16 or fp16, any strides; no rows are fine. All products are in this dtype with fp32 accumulation.
+        x: `(..., k)`, fp32, bf16 or fp16, any strides; no rows are fine. All products are in this dtype with fp32
+            accumulation.
         a: `lora_A (r, k)`, any float dtype.
         bp: the projected `lora_B (n, r)`, any float dtype.
-        exact: base and adapter stay two paths at any size. In 16 bits a merged weight rounds `W + scale * B' A` to the spacing of W's values: as much noise as
-            rounding W itself makes, but for bf16 and an update of 1 % of W (1024 x 1024) that is 0.23 of the update's length, 0.04 in a span of 32.
-        x_adapter: the adapter's own input, of the shape and dtype of `x`, where dropout makes it another one. Implies two paths.
+        exact: base and adapter stay two paths at any size. In 16 bits a merged weight rounds `W + scale * B' A` to the
+            spacing of W's values: as much noise as rounding W itself makes, but for bf16 and an update of 1 % of W
+            (1024 x 1024) that is 0.23 of the update's length, 0.04 in a span of 32.
+        x_adapter: the adapter's own input, of the shape and dtype of `x`, where dropout makes it another one. Implies
+            two paths.
 
     Raises:
         OperationError: shapes, devices or dtypes that do not fit.
@@ -80,9 +94,15 @@ def nf4_lora(x: Tensor, q: QuantBundle, a: Tensor, bp: Tensor, scale: float, *, 
     _check_dtype(x.dtype)
     _check_factors(q, a, bp)
     if x.dim() == 0 or x.shape[-1] != q.k or x.device != q.wq.device:
-        raise OperationError(f"x {tuple(x.shape)} on {x.device} for a weight ({q.n}, {q.k}) on {q.wq.device}. Pass (..., {q.k}) on that device.")
+        raise OperationError(
+            f"x {tuple(x.shape)} on {x.device} for a weight ({q.n}, {q.k}) on {q.wq.device}. Pass (..., {q.k}) on "
+            "that device."
+        )
     if x_adapter is not None and (x_adapter.shape != x.shape or x_adapter.dtype != x.dtype):
-        raise OperationError(f"x_adapter {tuple(x_adapter.shape)} {x_adapter.dtype} beside x {tuple(x.shape)} {x.dtype}. Both must be alike.")
+        raise OperationError(
+            f"x_adapter {tuple(x_adapter.shape)} {x_adapter.dtype} beside x {tuple(x.shape)} {x.dtype}. Both must be "
+            "alike."
+        )
     merged = linear.chosen(x.numel() // q.k, exact, x_adapter is not None)
     return _OPS.nf4_lora(x, x_adapter, *q, a, bp, float(scale), merged)[0]
 
@@ -93,7 +113,10 @@ def project_out(u: Tensor, w: Tensor, side: Side = "out") -> Tensor:
     Computed in the wider dtype of `u (d, k)` and `w` whatever autocast says, and returned in that of `w`.
     """
     if u.dim() != 2 or w.dim() != 2 or u.shape[0] != w.shape[0 if side == "out" else 1]:
-        raise OperationError(f"a basis {tuple(u.shape)} for a factor {tuple(w.shape)} on side {side!r}. Its rows must be the factor's protected dimension.")
+        raise OperationError(
+            f"a basis {tuple(u.shape)} for a factor {tuple(w.shape)} on side {side!r}. Its rows must be the factor's "
+            "protected dimension."
+        )
     return _OPS.project_out(u, w, side == "out")
 
 
@@ -104,6 +127,12 @@ def _check_dtype(dtype: torch.dtype) -> None:
 
 def _check_factors(q: QuantBundle, a: Tensor, bp: Tensor) -> None:
     if a.dim() != 2 or bp.dim() != 2 or a.shape[1] != q.k or bp.shape[0] != q.n or a.shape[0] != bp.shape[1]:
-        raise OperationError(f"factors A {tuple(a.shape)} and B {tuple(bp.shape)} for a weight ({q.n}, {q.k}). Pass (r, {q.k}) and ({q.n}, r).")
+        raise OperationError(
+            f"factors A {tuple(a.shape)} and B {tuple(bp.shape)} for a weight ({q.n}, {q.k}). Pass (r, {q.k}) and "
+            f"({q.n}, r)."
+        )
     if not a.device == bp.device == q.wq.device:
-        raise OperationError(f"factors on {a.device} and {bp.device}, the weight ({q.n}, {q.k}) on {q.wq.device}. Move them to one device.")
+        raise OperationError(
+            f"factors on {a.device} and {bp.device}, the weight ({q.n}, {q.k}) on {q.wq.device}. Move them to one "
+            "device."
+        )

@@ -1,4 +1,6 @@
-"""Derivatives of the operations. Gradients reach activations and factors; quantised weights and bases never get any."""
+"""Derivatives of the operations. Gradients reach activations and factors; quantized weights and bases never get
+any.
+"""
 
 from __future__ import annotations
 

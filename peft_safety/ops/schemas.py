@@ -1,6 +1,8 @@
-"""The operations as torch knows them: schemas, shapes, and which function runs. Namespace `peft_safety`, plain tensors only.
+"""The operations as torch knows them: schemas, shapes, and which function runs. Namespace `peft_safety`, plain tensors
+only.
 
-A `QuantBundle` is nine arguments in its own order (`*bundle`), so that compilers and other runtimes see tensors. Derivatives are in `autograd.py`.
+A `QuantBundle` is nine arguments in its own order (`*bundle`), so that compilers and other runtimes see tensors.
+Derivatives are in `autograd.py`.
 """
 
 from __future__ import annotations
@@ -16,14 +18,18 @@ from peft_safety import projection
 from peft_safety.ops import dispatch, linear
 from peft_safety.ops.quant import QuantBundle
 
-_BUNDLE = "Tensor wq, Tensor absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, int n, int k, int blocksize, int blocksize2"
+_BUNDLE = (
+    "Tensor wq, Tensor absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, int n, int k, int "
+    "blocksize, int blocksize2"
+)
 _Q = len(QuantBundle._fields)
 SCHEMAS = {
     "nf4_dequant": f"({_BUNDLE}, ScalarType dtype) -> Tensor",
     "nf4_merged": f"({_BUNDLE}, Tensor a, Tensor bp, float scale, ScalarType dtype) -> Tensor",
-    "nf4_lora": f"(Tensor x, Tensor? x_adapter, {_BUNDLE}, Tensor a, Tensor bp, float scale, bool merged) -> (Tensor, Tensor)",
-    "nf4_lora_backward": f"(Tensor dy, Tensor xa, Tensor z, {_BUNDLE}, Tensor a, Tensor bp, float scale, bool merged, bool split, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "nf4_lora": f"(Tensor x, Tensor? x_adapter, {_BUNDLE}, Tensor a, Tensor bp, float scale, bool merged)"
+    " -> (Tensor, Tensor)",
+    "nf4_lora_backward": f"(Tensor dy, Tensor xa, Tensor z, {_BUNDLE}, Tensor a, Tensor bp, float scale, bool merged, "
+    "bool split, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     "project_out": "(Tensor u, Tensor w, bool left) -> Tensor",
 }
 

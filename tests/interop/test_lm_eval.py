@@ -18,7 +18,9 @@ REFUSAL = "Ican't"
 
 @pytest.fixture
 def refuser(tmp_path):
-    """A model that refuses everything: each token is followed by what comes after it in the refusal, and the prompt's last one by its first."""
+    """A model that refuses everything: each token is followed by what comes after it in the refusal, and the prompt's
+    last one by its first.
+    """
     tokenizer, model = tiny_tokenizer(), tiny_llama(hidden=264, layers=1)
     start = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"][-1]
     said = tokenizer(REFUSAL + "<|im_end|>", add_special_tokens=False)["input_ids"]
@@ -42,13 +44,17 @@ def test_the_metric_is_the_keyword_matchers():
 def test_the_prompts_are_those_of_one_split():
     pytest.importorskip("datasets")
     assert functions.harmful()["test"]["prompt"] == [row["prompt"] for row in load("harmful_requests", "test")]
-    assert functions.contrast("validation", version=1.0)["test"]["prompt"] == [row["prompt"] for row in load("contrast_prompts", "validation")]
+    assert functions.contrast("validation", version=1.0)["test"]["prompt"] == [
+        row["prompt"] for row in load("contrast_prompts", "validation")
+    ]
     with pytest.raises(DataError, match="no split"):
         functions.harmful("secret")
 
 
 def test_the_directory_can_be_asked_for():
-    said = subprocess.run([sys.executable, "-m", "peft_safety.evaluation.lm_eval"], capture_output=True, text=True, check=True).stdout.strip()
+    said = subprocess.run(
+        [sys.executable, "-m", "peft_safety.evaluation.lm_eval"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert said == include_path()
 
 

@@ -1,7 +1,9 @@
-"""The kernels under Triton's interpreter, on the CPU, in a process of its own (it reads TRITON_INTERPRET when it is imported): prints one JSON line a case.
+"""The kernels under Triton's interpreter, on the CPU, in a process of its own (it reads TRITON_INTERPRET when it is
+imported): prints one JSON line a case.
 
-Run by `test_interpreted.py`. The interpreter cuts bf16 off where GPUs round it, and cannot multiply matrices of it (see `WIDEN` in the kernels); so values
-that should be rounded to bf16 are compared with the truncated ones, and their rounding is looked for in the compiled code (`test_compiled.py`).
+Run by `test_interpreted.py`. The interpreter cuts bf16 off where GPUs round it, and cannot multiply matrices of it
+(see `WIDEN` in the kernels); so values that should be rounded to bf16 are compared with the truncated ones, and their
+rounding is looked for in the compiled code (`test_compiled.py`).
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from torch import Tensor
 
 from peft_safety import ops
 from peft_safety.ops import linear, reference, triton_backend
-from tests.ops.helpers import EPS, Case, case, quantised, writes_out_of_bounds
+from tests.ops.helpers import EPS, Case, case, quantized, writes_out_of_bounds
 
-#: n, k, r, block size: whole tiles; tails in rows, columns and rank; blocks larger than a tile; more rank than one step; several parts of the columns
+#: n, k, r, block size: whole tiles; tails in rows, columns and rank; blocks larger than a tile; more rank than one
+#: step; several parts of the columns
 SHAPES = ((64, 128, 16, 64), (70, 192, 5, 64), (33, 96, 1, 32), (5, 512, 70, 256), (40, 2048, 20, 128))
 ROWS = (1, 20, linear.SKINNY_ROWS)
 
@@ -37,7 +40,10 @@ def weights(c: Case, dtype: torch.dtype) -> dict[str, Any]:
     dense = reference.unrounded(c.q)
     merged = triton_backend.nf4_merged(c.q, c.a, c.bp, 0.7, dtype)
     sum_ = dense.double() + 0.7 * c.bp.to(dtype).double() @ c.a.to(dtype).double()
-    return {"equal": torch.equal(triton_backend.nf4_dequant(c.q, dtype), rounded(dense, dtype)), "merged": off(merged, sum_)}
+    return {
+        "equal": torch.equal(triton_backend.nf4_dequant(c.q, dtype), rounded(dense, dtype)),
+        "merged": off(merged, sum_),
+    }
 
 
 def skinny(c: Case, dtype: torch.dtype, rows: int) -> dict[str, Any]:
@@ -79,7 +85,16 @@ def main() -> None:
     for rows in (3, 70):
         print(json.dumps({"kernel": "layer", "rows": rows, **layer(rows)}))
     print(
-        json.dumps({"kernel": "bounds", "outside": [name for shape in ((70, 192), (5, 64)) for name in writes_out_of_bounds(quantised(*shape, nested=True))]})
+        json.dumps(
+            {
+                "kernel": "bounds",
+                "outside": [
+                    name
+                    for shape in ((70, 192), (5, 64))
+                    for name in writes_out_of_bounds(quantized(*shape, nested=True))
+                ],
+            }
+        )
     )
     print(json.dumps({"kernel": "done", "interpreted": triton_backend.INTERPRETED}))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from peft_safety import ops, projection
 from peft_safety.errors import OperationError
 from peft_safety.ops import schemas
-from tests.ops.helpers import case, quantised
+from tests.ops.helpers import case, quantized
 
 OPS: Any = torch.ops.peft_safety
 
@@ -35,9 +35,15 @@ def test_project_out(side: projection.Side) -> None:
 
 def test_projections_are_differentiated_by_themselves() -> None:
     u = basis(6, 2)
-    assert torch.autograd.gradcheck(lambda w: ops.project_out(u, w, "out"), torch.randn(6, 3, dtype=torch.float64, requires_grad=True))
-    assert torch.autograd.gradcheck(lambda w: ops.project_out(u, w, "in"), torch.randn(3, 6, dtype=torch.float64, requires_grad=True))
-    assert torch.autograd.gradgradcheck(lambda w: ops.project_out(u, w, "out").pow(2), torch.randn(6, 3, dtype=torch.float64, requires_grad=True))
+    assert torch.autograd.gradcheck(
+        lambda w: ops.project_out(u, w, "out"), torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    )
+    assert torch.autograd.gradcheck(
+        lambda w: ops.project_out(u, w, "in"), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    )
+    assert torch.autograd.gradgradcheck(
+        lambda w: ops.project_out(u, w, "out").pow(2), torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    )
 
 
 def test_autocast_does_not_lower_a_projection() -> None:
@@ -47,7 +53,7 @@ def test_autocast_does_not_lower_a_projection() -> None:
 
 
 def test_operands_that_do_not_fit() -> None:
-    q = quantised(32, 64)
+    q = quantized(32, 64)
     for call in (
         lambda: ops.nf4_dequant(q, torch.float64),
         lambda: ops.project_out(torch.zeros(4, 2), torch.zeros(5, 2)),
@@ -71,8 +77,34 @@ def arguments(nested: bool) -> dict[str, list[tuple[Any, ...]]]:
         x, xa = leaves((rows, 64), (rows, 64))
         lora.append((x, xa if split else None, *c.q, a, bp, 0.5, merged))
         z = torch.randn(0 if merged else rows, 3)
-        backward.append((torch.randn(rows, 16), xa.detach(), z, *c.q, a.detach(), bp.detach(), 0.5, merged, split, [True, split, True, True]))
-        backward.append((torch.randn(rows, 16), xa.detach(), z, *c.q, a.detach(), bp.detach(), 0.5, merged, split, [False, False, False, True]))
+        backward.append(
+            (
+                torch.randn(rows, 16),
+                xa.detach(),
+                z,
+                *c.q,
+                a.detach(),
+                bp.detach(),
+                0.5,
+                merged,
+                split,
+                [True, split, True, True],
+            )
+        )
+        backward.append(
+            (
+                torch.randn(rows, 16),
+                xa.detach(),
+                z,
+                *c.q,
+                a.detach(),
+                bp.detach(),
+                0.5,
+                merged,
+                split,
+                [False, False, False, True],
+            )
+        )
     return {
         "nf4_dequant": [(*c.q, torch.bfloat16)],
         "nf4_merged": [(*c.q, a, bp, 0.5, torch.float32)],
