@@ -14,7 +14,7 @@ from peft_safety.layers import protected_leaves
 from peft_safety.methods.ortho_patch import SoftPenalty
 from peft_safety.methods.protected import assert_protected, config_table
 from peft_safety.methods.safe_lora import RepairReport, SafeLoRAConfig, apply_safe_lora, safe_lora_dir
-from peft_safety.projection import coefficients
+from peft_safety.projection import coefficients, project_wide
 
 
 class SafetyMonitorCallback(TrainerCallback):  # type: ignore[misc]
@@ -158,7 +158,7 @@ def _log(logs: dict[str, Any], state: TrainerState, name: str, value: float) -> 
 
 @torch.no_grad()
 def largest_leak(model: nn.Module) -> float:
-    """Largest `||U^T B|| / ||B||` over the raw weights of all leaves, with one host synchronization. Gathers sharded
+    """Largest `||U^T B|| / ||B||` of what all leaves compute with, with one host synchronization. Gathers sharded
     weights: every rank must call it.
     """
     worst = torch.zeros(())
@@ -166,8 +166,10 @@ def largest_leak(model: nn.Module) -> float:
         weight = leaf.raw()
         if leaf.basis is None or weight.is_meta:
             continue
-        w = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).float()
-        part = torch.linalg.matrix_norm(coefficients(leaf.basis.to(w.device), w, leaf.side))
+        whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        basis = leaf.basis.to(whole.device)
+        w = project_wide(basis, whole, leaf.side).float()
+        part = torch.linalg.matrix_norm(coefficients(basis, w, leaf.side))
         worst = torch.maximum(
             worst.to(w.device), part / torch.linalg.matrix_norm(w).clamp(min=torch.finfo(torch.float32).tiny)
         )

@@ -20,8 +20,6 @@ ORTHONORMAL_TOLERANCE = 1e-5
 #: A factor whose relative leak is below this multiple of its dtype's epsilon counts as folded: one fp32 projection
 #: leaves 0.3 eps as a rule, 2.7 at worst.
 FOLD_EPSILONS = 4.0
-#: Multiples of fp32's epsilon that measuring a leak in fp32 may add to it: below 1 in practice.
-SETTLED_SLACK = 4.0
 #: Largest relative leak of a stored fp32 factor that counts as protected.
 LEAK_TOLERANCE = 1e-6
 #: Relative length below which a further direction counts as one that is already in a span: dropping it leaves no more
@@ -30,6 +28,9 @@ LEAK_TOLERANCE = 1e-6
 UNION_TOLERANCE = 3e-7
 #: Passes that `fold_` may take. Two are enough unless the factor lies in the protected span almost entirely.
 FOLD_PASSES = 3
+#: Where matrix products are allowed in TF32 or bf16, one pass leaves 1e-4 of what it removes; a second one leaves 1e-4
+#: of that.
+LOW_PRECISION_PASSES = 2
 #: Columns beyond the wanted ones, and iterations with `W S W^T` (each worth two with `W X`), in `top_left_singular`:
 #: cheap beside the pass over the model.
 OVERSAMPLING = 16
@@ -57,23 +58,25 @@ def project_out(u: Tensor, w: Tensor, side: Side = "out") -> Tensor:
 def project_wide(u: Tensor, w: Tensor, side: Side) -> Tensor:
     """`project_out` in fp32 or better, back in the dtype of `w`. Differentiable."""
     wide = torch.promote_types(u.dtype, w.dtype)
-    return project_out(u.to(wide), w.to(wide), side).to(w.dtype)
+    u, p = u.to(wide), w.to(wide)
+    exact = (
+        not torch.compiler.is_compiling() and _full_precision()
+    )  # a compiled product may run where other precision is allowed
+    for _ in range(1 if exact else LOW_PRECISION_PASSES):
+        p = project_out(u, p, side)
+    return p.to(w.dtype)
 
 
-@torch.no_grad()
-def settled(u: Tensor, w: Tensor, side: Side) -> Tensor:
-    """The factor itself where it counts as folded, its projection elsewhere: a function of its values alone, without a
-    host synchronization.
-
-    What `fold_` leaves alone comes back bit for bit; the measure here is fp32, whose own noise `SETTLED_SLACK` allows
-    for.
-    """
-    wide = torch.promote_types(u.dtype, w.dtype)
-    u, f = u.to(wide), w.to(wide)
-    c = coefficients(u, f, side)
-    p = f - u @ c if side == "out" else f - c @ u.mT
-    limit = fold_tolerance(w.dtype) + SETTLED_SLACK * torch.finfo(u.dtype).eps
-    return torch.where(torch.linalg.vector_norm(c) <= limit * torch.linalg.vector_norm(f), w, p.to(w.dtype))
+def _full_precision() -> bool:
+    """Whether fp32 matrix products are computed in fp32 on every device."""
+    found = [
+        getattr(backend.matmul, "fp32_precision", None)
+        for backend in (torch.backends.cuda, torch.backends.mkldnn)
+        if hasattr(backend, "matmul")
+    ]
+    if None in found or not found:  # torch before 2.9
+        return torch.get_float32_matmul_precision() == "highest"
+    return all(precision in ("none", "ieee") for precision in found)
 
 
 @torch.no_grad()

@@ -1,24 +1,20 @@
 """One protected leaf in place of `lora_A` or `lora_B`.
 
 PEFT computes `lora_B(lora_A(dropout(x))) * scaling` in every layer class, quantized ones and mixed batches included,
-so a leaf there constrains them all. The leaf's parameter stays the raw trainable weight under its usual name; what it
-computes with is the projected one, `C B` or `A C`. The raw weight is *folded* (replaced by its projection) after every
-optimizer step, when it is loaded, and whenever somebody reads `.weight`: since `C` is idempotent and commutes with
-weight decay, the trajectory of `C B` is the same, and a reader that bypasses the forward finds a weight that is
-already safe.
-
-A folded weight needs no projection in the forward, only its gradient does. Whether it is folded is a question of its
-values, so that a resumed run computes the same bits; what is *known* to be folded (the last writer was our own fold,
-by torch's version counter) is not even looked at.
+so a leaf there constrains them all. The parameter of the leaf stays the raw trainable weight under its usual name;
+every forward in training computes with its projection, `C B` or `A C`. An optimizer may move the raw weight out of the
+complement. Since `C` is idempotent, the trajectory of `C B` stays the same when the raw weight is replaced by its
+projection. That is *folding*. It happens in place wherever somebody may look past the forward: when `.weight` is read,
+on `eval()`, on load and in `state_dict()`.
 """
 
 from __future__ import annotations
 
-import weakref
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from types import CodeType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,29 +23,30 @@ from torch import Tensor, nn
 from peft_safety import projection
 from peft_safety.errors import ProtectionError
 from peft_safety.layers.layout import fresh, lay_out
-from peft_safety.layers.sharing import moved, placed
+from peft_safety.layers.sharing import enlist, moved, placed
 from peft_safety.projection import Side
 
-Kind = Literal["weight", "initial"]
+DTYPE_READERS: set[CodeType] = set()
+"""The forwards of PEFT's layers, which read `lora_A.weight` for its dtype only and need no fold. `registry` fills this
+set. A forward that is missing costs time, not safety.
+"""
 
 
-class _Folded(torch.autograd.Function):
-    """A factor as it counts: itself where it is folded, its projection elsewhere; with the gradient of the projection,
-    `dB = C dB'`, either way.
-    """
+class _Project(torch.autograd.Function):
+    """A factor's projection, with that of its gradient, `dB = C dB'`."""
 
     @staticmethod
-    def forward(ctx: Any, factor: Tensor, basis: Tensor, side: Side, known: bool) -> Tensor:
+    def forward(ctx: Any, factor: Tensor, basis: Tensor, side: Side) -> Tensor:
         # not `save_for_backward`: DDP broadcasts buffers, equal values, into the basis at every forward, and autograd
         # would take that for a change
         ctx.basis, ctx.side = basis, side
-        return factor.view_as(factor) if known else projection.settled(basis, factor, side)
+        return projection.project_wide(basis, factor, side)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = gradients
         with _without_autocast(gradient.device.type):
-            return projection.project_wide(ctx.basis, gradient, ctx.side), None, None, None
+            return projection.project_wide(ctx.basis, gradient, ctx.side), None, None
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -73,6 +70,7 @@ class ProtectedLinear(nn.Linear):
     basis: Tensor | None
     initial: Tensor | None
     side: Side
+    _folded_at: tuple[int, int, int] | None
 
     @classmethod
     def replacing(cls, linear: nn.Module, basis: Tensor | None, side: Side, residual: bool = False) -> ProtectedLinear:
@@ -90,8 +88,8 @@ class ProtectedLinear(nn.Linear):
         leaf.register_buffer(
             "initial", torch.zeros(weight.shape, device=device, dtype=weight.dtype) if residual else None
         )
-        leaf.train(linear.training)
-        _LEAVES.add(leaf)
+        leaf.training, leaf._folded_at = linear.training, None
+        enlist(leaf)
         return leaf
 
     def reset_parameters(self) -> None:
@@ -109,15 +107,22 @@ class ProtectedLinear(nn.Linear):
         return F.linear(trained, weight) - F.linear(frozen, initial)
 
     def factors(self) -> tuple[Tensor, Tensor | None]:
-        """`projected()`, and the frozen initial factor of a residual as it counts, in the same dtype."""
+        """The weight that counts, and the frozen initial factor of a residual beside it, in the same dtype.
+
+        In training and wherever gradients flow they are projected anew. A leaf in eval mode has folded weights, and
+        takes them as they are until somebody writes them.
+        """
+        raw = self.raw()
+        if not torch.is_grad_enabled() and self._is_folded(raw):
+            return raw, self.initial
         weight = self.projected()
-        return weight, None if self.initial is None else self._effective("initial", self.initial.to(weight.dtype))
+        return weight, None if self.initial is None else self._projection(self.initial.to(weight.dtype))
 
     def projected(self) -> Tensor:
         """The weight that counts, differentiable, in the dtype of `weight`; projected in fp32 or better whatever
-        autocast says, and only if it needs it.
+        autocast says.
         """
-        return self._effective("weight", self.raw())
+        return self._projection(self.raw())
 
     def raw(self) -> Tensor:
         """The unprojected weight, without the fold that reading `.weight` implies. A replica of `nn.DataParallel`
@@ -126,36 +131,14 @@ class ProtectedLinear(nn.Linear):
         weight = self._parameters.get("weight")
         return self.__dict__["weight"] if weight is None else weight
 
-    def _effective(self, kind: Kind, factor: Tensor) -> Tensor:
+    def _projection(self, factor: Tensor) -> Tensor:
         if self.basis is None:
             return factor
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        known = not traced and self.is_known(factor, kind)
-        trained = torch.is_grad_enabled() and factor.requires_grad
-        if known and not trained:
-            return factor
         with _without_autocast(factor.device.type):
-            if traced:  # two products that a compiler fuses, and nothing it would have to guard
+            if _traced():  # plain products, which a compiler fuses and functional transforms differentiate
                 return projection.project_wide(self.basis.to(factor.device), factor, self.side)
-            basis = moved(self.basis, factor.device)
-            if trained:
-                return _Folded.apply(factor, basis, self.side, known)  # type: ignore[no-untyped-call]
-            return projection.settled(basis, factor, self.side)
-
-    def is_known(self, factor: Tensor, kind: Kind = "weight") -> bool:
-        """Whether this is the very tensor that was folded last, unwritten since. Writes through `.data` escape torch's
-        version counter, so a weight that is being trained counts as known only behind the fold after an optimizer's
-        step, and a frozen one behind any fold."""
-        mark = _MARKS.get(self, {}).get(kind)
-        if mark is None or mark.factor() is not factor or (factor.requires_grad and not mark.stepped):
-            return False
-        return bool(factor._version == mark.version and factor.data_ptr() == mark.storage.data_ptr())
-
-    def mark_folded(self, kind: Kind, stepped: bool) -> None:
-        """Note that a factor has just been folded; `stepped`: behind an optimizer's step."""
-        factor = self.raw() if kind == "weight" else self.initial
-        if factor is not None and not factor.is_inference():
-            _MARKS.setdefault(self, {})[kind] = _Mark(weakref.ref(factor), factor.detach(), factor._version, stepped)
+            projected: Tensor = _Project.apply(factor, moved(self.basis, factor.device), self.side)  # type: ignore[no-untyped-call]
+            return projected
 
     @torch.no_grad()
     def set_initial(self, value: Tensor) -> None:
@@ -166,40 +149,53 @@ class ProtectedLinear(nn.Linear):
         weight.copy_(value)
         self.fold()
         self.initial = weight.detach().clone()
-        self.mark_folded("initial", stepped=False)
 
     @torch.no_grad()
     def fold(self) -> bool:
-        """Replace the raw weight (and the frozen one) by its projection if it leaks; changes no bit of one that
-        doesn't. Returns whether it wrote.
+        """Replace the raw weight, and the frozen one, by its projection if it leaks. A weight that does not leak keeps
+        every bit. A weight that is not whole here (a shard, or on the meta device) is left alone: forwards project it,
+        and `folded_state` folds it when it is saved.
+
+        Returns:
+            Whether anything was written.
         """
+        self._folded_at = None
         weight = self.raw()
         factors = [weight]
         if self.initial is not None:
-            if (
-                self.initial.dtype != weight.dtype
-            ):  # PEFT and TRL cast parameters only; the two are comparable, and storable, in one dtype
+            if self.initial.dtype != weight.dtype:  # PEFT and TRL cast parameters only; one file stores one dtype
                 self.initial = self.initial.to(weight.dtype)
             factors.append(self.initial)
         if self.basis is None or not is_plain(weight, self.basis, self.side):
             return False
         self.basis = moved(self.basis, weight.device)
-        changed = any([projection.fold_(self.basis, factor, self.side) for factor in factors])
-        if not self.is_known(weight):  # a step's mark outlives a look that changed nothing
-            self.mark_folded("weight", stepped=False)
-        self.mark_folded("initial", stepped=False)
-        return changed
+        wrote = any([projection.fold_(self.basis, factor, self.side) for factor in factors])
+        self._folded_at = None if self.training else _state(weight)
+        return wrote
+
+    def _is_folded(self, weight: Tensor) -> bool:
+        """Whether this very weight was folded in eval mode and not written since. In training nothing is believed:
+        fused optimizers write past torch's version counter.
+        """
+        return not (self._folded_at is None or self.training or _traced()) and self._folded_at == _state(weight)
+
+    def train(self, mode: bool = True) -> ProtectedLinear:
+        super().train(mode)
+        self._folded_at = None
+        if not mode:
+            self.fold()
+        return self
 
     def __getattr__(self, name: str) -> Any:
-        # Parameters live in `_parameters`, so `.weight` arrives here: whoever reads it past the forward gets a folded
-        # one.
-        if name == "weight" and name in self._parameters and not torch.compiler.is_compiling():
-            weight, initial = self.raw(), self.initial
-            if not (
-                self.is_known(weight)
-                and (initial is None or (initial.dtype == weight.dtype and self.is_known(initial, "initial")))
-            ):
-                self.fold()
+        # Parameters live in `_parameters`, so `.weight` arrives here: a reader past the forward gets a folded one.
+        if (
+            name == "weight"
+            and name in self._parameters
+            and not torch.compiler.is_compiling()
+            and sys._getframe(1).f_code not in DTYPE_READERS
+            and not self._is_folded(self.raw())
+        ):
+            self.fold()
         return super().__getattr__(name)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -210,15 +206,13 @@ class ProtectedLinear(nn.Linear):
         self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
-        if local_metadata.get(
-            "assign_to_params_buffers"
-        ):  # the caller's own tensors, wherever they lie: of a file, as a rule
+        if local_metadata.get("assign_to_params_buffers"):  # the caller's own tensors, of a file as a rule
             lay_out(self)
             self.initial = None if self.initial is None else fresh(self.initial)
         self.fold()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProtectedLinear:
-        basis, self.basis = self.basis, None
+        basis, self.basis, self._folded_at = self.basis, None, None
         try:
             super()._apply(fn, recurse)
         finally:
@@ -229,9 +223,12 @@ class ProtectedLinear(nn.Linear):
                 self.basis = moved(basis, device)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded_at": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _LEAVES.add(self)
+        enlist(self)
 
     def extra_repr(self) -> str:
         k = 0 if self.basis is None else self.basis.shape[1]
@@ -305,24 +302,13 @@ def check_leaf(leaf: nn.Module, name: str, basis: Tensor | None, side: Side, res
         )
 
 
-@dataclass(frozen=True)
-class _Mark:
-    """What a factor was when it was folded. The storage is held, so that no other can come to lie at its address."""
-
-    factor: weakref.ref[Tensor]
-    storage: Tensor
-    version: int
-    stepped: bool
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-_LEAVES: weakref.WeakSet[ProtectedLinear] = weakref.WeakSet()
-_MARKS: weakref.WeakKeyDictionary[ProtectedLinear, dict[str, _Mark]] = weakref.WeakKeyDictionary()
-"""Beside the leaves, not on them: copies, pickles and replicas must know nothing."""
-
-
-def live_leaves() -> Iterator[ProtectedLinear]:
-    """Every leaf of this process."""
-    return iter(list(_LEAVES))
+def _state(weight: Tensor) -> tuple[int, int, int] | None:
+    """What tells a written weight from an untouched one; None where torch does not count writes."""
+    return None if weight.is_inference() else (id(weight), weight._version, weight.data_ptr())
 
 
 def is_plain(weight: Tensor, basis: Tensor, side: Side) -> bool:

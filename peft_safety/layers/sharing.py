@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,13 @@ _placed: dict[tuple[int, torch.device], _Entry] = {}
 """Copies by the id of their source, with the source itself and its version, so that neither a new tensor of an old id
 nor a changed one is mistaken for it.
 """
+
+_leaves: weakref.WeakSet[ProtectedLinear] = weakref.WeakSet()
+
+
+def enlist(leaf: ProtectedLinear) -> None:
+    """Remember a leaf as long as it lives: `rebase` must not write into a basis that another one uses."""
+    _leaves.add(leaf)
 
 
 def placed(source: Tensor, device: torch.device) -> Tensor:
@@ -51,18 +58,17 @@ def _remember(source: Tensor, copy: Tensor, key: tuple[int, torch.device]) -> Te
 
 
 @torch.no_grad()
-def rebase(new: Mapping[ProtectedLinear, Tensor | None], others: Iterable[ProtectedLinear]) -> None:
+def rebase(new: Mapping[ProtectedLinear, Tensor | None]) -> None:
     """Give leaves other bases. In place where a tensor keeps its shape and all its users get the same one, so that
     compiled graphs and captured ones stay valid; a tensor that anybody else uses is left alone.
 
     Args:
         new: each leaf's basis `(d, k)`, or None.
-        others: all leaves there are.
     """
     users: dict[int, list[ProtectedLinear]] = defaultdict(list)
     for leaf in new:
         users[id(leaf.basis)].append(leaf)
-    foreign = {id(leaf.basis) for leaf in others if leaf not in new}
+    foreign = {id(leaf.basis) for leaf in list(_leaves) if leaf not in new}
     for leaves in users.values():
         old, wanted = leaves[0].basis, {id(new[leaf]): new[leaf] for leaf in leaves}
         first = next(iter(wanted.values()))

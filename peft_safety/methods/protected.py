@@ -22,7 +22,7 @@ from peft_safety import files, scales, weights
 from peft_safety.artifact import ADAPTER_FILE, MANIFEST, StoredAdapter, base_key, check_adapter, check_numbers, sign
 from peft_safety.data import calibration_rows
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, ProtectionError, UnsupportedLayerError
-from peft_safety.layers import ProtectedLinear, check_leaf, live_leaves, rebase
+from peft_safety.layers import ProtectedLinear, check_leaf, rebase
 from peft_safety.methods import reuse
 from peft_safety.names import original, pin, walk
 from peft_safety.projection import Side
@@ -341,7 +341,7 @@ def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedCo
                 there[old] = basis
             else:
                 factor[adapter_name] = ProtectedLinear.replacing(old, basis, side, residual=config.residual)
-    rebase(there, live_leaves())
+    rebase(there)
     for name, layer in layers.items():
         for factor, _, _ in _sides(layer, config, name):
             factor[adapter_name].fold()

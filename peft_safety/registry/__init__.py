@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,12 @@ SYMBOLS = {
         "PeftConfigMixin._get_peft_type",
     ),
     "peft.peft_model": ("PeftModel.save_pretrained", "PeftModel.load_adapter", "set_peft_model_state_dict"),
-    "peft.tuners.lora": ("LoraModel.add_weighted_adapter", "LoraLayer.lora_A", "LoraLayer.lora_B"),
+    "peft.tuners.lora": (
+        "LoraModel.add_weighted_adapter",
+        "LoraLayer.lora_A",
+        "LoraLayer.lora_B",
+        "LoraLayer._mixed_batch_forward",
+    ),
     "peft.tuners.adalora": ("AdaLoraModel",),
     "peft.tuners.tuners_utils": (
         "BaseTuner._unload_and_optionally_merge",
@@ -108,10 +114,25 @@ def register() -> None:
     ]
     for layer in layers:
         _wrap(layer, "get_delta_weight", combining.get_delta_weight)
+    _name_dtype_readers(peft.tuners.lora.LoraLayer)
     if hasattr(peft.tuners.lora, "Linear4bit"):
         from peft_safety.registry import forward
 
         _wrap(peft.tuners.lora.Linear4bit, "forward", forward.linear4bit_forward)
+
+
+def _name_dtype_readers(layer: type) -> None:
+    """Tell the leaves that the forwards of PEFT's layers, `layer` and all below it, read `lora_A.weight` for its dtype
+    and nothing else.
+    """
+    from peft_safety.layers import DTYPE_READERS
+
+    for name in ("forward", "_mixed_batch_forward"):
+        if name in vars(layer):
+            DTYPE_READERS.add(inspect.unwrap(vars(layer)[name]).__code__)
+    kinds: list[type] = layer.__subclasses__()
+    for kind in kinds:
+        _name_dtype_readers(kind)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:

@@ -134,6 +134,7 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
     protected come along.
     """
     from peft_safety.artifact import ADAPTER_FILE, CARD, MANIFEST, PREFIX, check_adapter, seal
+    from peft_safety.layers import folded_state, protected_leaves
     from peft_safety.methods.protected import assert_protected, protected_configs
     from peft_safety.publish import copy_own, is_interrupted, publishing, recover
 
@@ -165,6 +166,10 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
             warnings.warn(f"adapter {name!r}: {missing}", stacklevel=3)
     if Path(save_directory).is_file():
         raise ArtifactError(f"{save_directory} is a file. Give a directory.")
+    state = kwargs.get("state_dict")
+    if state is not None or any(hasattr(leaf.raw(), "device_mesh") for _, leaf in protected_leaves(self)):
+        # gathered weights come as the optimizer left them
+        kwargs["state_dict"] = folded_state(self, self.state_dict() if state is None else state)
     with publishing(Path(save_directory), MANIFEST) as staging:
         copy_own(Path(save_directory), CARD, staging)  # PEFT adds to a model card that is there
         original(self, str(staging), *args, **kwargs)

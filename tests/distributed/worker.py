@@ -1,17 +1,26 @@
 """One rank of a distributed run: trains a protected tiny model and prints, as JSON on rank 0, what its factors leak.
 
 python -m tests.distributed.worker RANK WORLD FILE HOW METHOD
+
+What is measured is the saved adapter: of shards, gathered as accelerate gathers them.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
 
+from peft_safety.errors import ProtectionError
 from peft_safety.layers import protected_leaves
 from peft_safety.projection import leak
 from tests.peft import cells
@@ -21,7 +30,7 @@ from tests.peft.test_guardspace import guarded
 STEPS = 5
 
 
-def build(method: str) -> nn.Module:
+def build(method: str) -> PeftModel:
     """The same on every rank."""
     torch.manual_seed(0)
     if method.startswith("guardspace"):
@@ -29,7 +38,7 @@ def build(method: str) -> nn.Module:
     return cells.protected() if method == "salora" else patched(side=method)
 
 
-def train(model: nn.Module, rank: int, world: int) -> None:
+def train(model: Any, rank: int, world: int) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     for step in range(STEPS):
         ids = cells.tokens(rows=6, seed=step)[rank::world]
@@ -38,11 +47,27 @@ def train(model: nn.Module, rank: int, world: int) -> None:
         optimizer.zero_grad()
 
 
+def gathered(model: PeftModel) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def saved(model: PeftModel, state: dict[str, Any] | None) -> dict[str, Tensor]:
+    """What the file holds; shards that nobody gathered are refused."""
+    with tempfile.TemporaryDirectory() as folder:
+        if state is not None:
+            with pytest.raises(ProtectionError, match="gathered"):
+                model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
+        return {name: value.clone() for name, value in load_file(Path(folder, "adapter_model.safetensors")).items()}
+
+
 def main(rank: int, world: int, meeting: str, how: str, method: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
-    model = build(method)
-    inner = model
+    inner = build(method)
+    model: Any = inner
     if how == "fsdp2":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -52,16 +77,17 @@ def main(rank: int, world: int, meeting: str, how: str, method: str) -> None:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     elif how == "ddp":
-        model = nn.parallel.DistributedDataParallel(model)
+        model = torch.nn.parallel.DistributedDataParallel(model)
     train(model, rank, world)
-    worst, total, sharded = 0.0, 0.0, 0
-    for _, leaf in protected_leaves(inner):
-        raw = leaf.raw().detach()
-        sharded += hasattr(raw, "full_tensor")
-        whole = raw.full_tensor() if hasattr(raw, "full_tensor") else raw
-        if leaf.basis is not None:
-            worst, total = max(worst, leak(leaf.basis, whole, leaf.side)), total + float(whole.abs().sum())
+    sharded = sum(hasattr(leaf.raw(), "full_tensor") for _, leaf in protected_leaves(inner))
+    state = gathered(inner) if sharded else None
     if rank == 0:
+        stored = saved(inner, state)
+        worst, total = 0.0, 0.0
+        for name, leaf in protected_leaves(inner):
+            if leaf.basis is not None:
+                factor = stored[f"{name.removesuffix('.default')}.weight"]
+                worst, total = max(worst, leak(leaf.basis, factor, leaf.side)), total + float(factor.abs().sum())
         print(json.dumps({"leak": worst, "sum": total, "sharded": sharded}))
     dist.destroy_process_group()
 

@@ -48,11 +48,11 @@ def factors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def largest_leak(model: nn.Module) -> float:
-    """Largest `||U^T B|| / ||B||` of the raw weights, in fp64; fails if there is nothing to measure or nothing was
-    trained.
+    """Largest `||U^T B|| / ||B||` of what the forwards compute with, in fp64; fails if there is nothing to measure or
+    nothing was trained.
     """
     weights = [
-        (leaf.basis, leaf._parameters["weight"]) for _, leaf in protected_leaves(model) if leaf.basis is not None
+        (leaf.basis, leaf.projected().detach()) for _, leaf in protected_leaves(model) if leaf.basis is not None
     ]
     assert weights
     assert all(weight.abs().max() > 0 for _, weight in weights), "an untrained factor leaks nothing"

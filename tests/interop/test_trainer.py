@@ -84,10 +84,11 @@ class ReplaceLeafAt(TrainerCallback):
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd"])
 def test_a_killed_run_resumes_to_the_very_bits_of_an_uninterrupted_one(tmp_path: Path, optimizer: str) -> None:
     options = {"optim": optimizer, "weight_decay": 0.1, "lr_scheduler_type": "cosine"}
-    whole = trainer(protected_llama(lora_dropout=0.1), tmp_path / "whole", **options)
-    whole.train()
-
     saving = {**options, "save_strategy": "steps", "save_steps": CHECKPOINT}
+    whole = trainer(
+        protected_llama(lora_dropout=0.1), tmp_path / "whole", **saving
+    )  # saving folds: a run that does not save has other last bits
+    whole.train()
     with pytest.raises(Crash):
         trainer(protected_llama(lora_dropout=0.1), tmp_path / "cut", [CrashAt(CHECKPOINT + 1)], **saving).train()
     resumed = trainer(
@@ -115,9 +116,9 @@ def test_a_resumed_adapter_is_held_to_the_checkpoints_subspace_and_not_to_its_ow
 
 def test_a_trained_task_initialization_resumes_bit_exactly(tmp_path: Path) -> None:
     task = {"init": "task", "task_data": random_subspace(tiny_llama(), rank=6, seed=3)}
-    whole = trainer(protected_llama(**task), tmp_path / "whole")
-    whole.train()
     saving = {"save_strategy": "steps", "save_steps": CHECKPOINT}
+    whole = trainer(protected_llama(**task), tmp_path / "whole", **saving)
+    whole.train()
     with pytest.raises(Crash):
         trainer(protected_llama(**task), tmp_path / "cut", [CrashAt(CHECKPOINT + 1)], **saving).train()
     resumed = trainer(protected_llama(**task), tmp_path / "cut", **saving)
@@ -251,7 +252,9 @@ def test_gradient_checkpointing_with_accumulation_changes_no_bit(tmp_path: Path,
 
 
 def test_a_distributed_checkpoint_restores_weights_and_optimizer_to_the_bit() -> None:
-    """It initializes the optimizer by a step at rate 0, which must not count as one that moved something."""
+    """It initializes the optimizer by a step at rate 0, and must leave the weights that it has restored as they
+    are.
+    """
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_optimizer_state_dict
 
     def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:

@@ -131,7 +131,7 @@ def perturb(model: nn.Module, seed: int = 0, adapter: str | None = None) -> Any:
         if "lora_" in name and (adapter is None or f".{adapter}." in name):
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     for _, leaf in protected_leaves(model):
-        leaf.fold()  # as the optimizer's step would; what must hold without it is tested with raw writes
+        leaf.fold()  # what must hold without it is tested with raw writes
     return model.eval()
 
 

@@ -50,7 +50,7 @@ def test_tensors_that_are_assigned_compute_as_copies_do(how: str) -> None:
         other = inject_adapter_in_model(
             cells.config("linear", "task", r=rank), cells.base_model(), low_cpu_mem_usage=True
         )
-        set_peft_model_state_dict(other, state, low_cpu_mem_usage=True)
+        set_peft_model_state_dict(other.eval(), state, low_cpu_mem_usage=True)
         cells.assert_same_factors(other, model)
         assert not odd_ones(other)
         for rows in (1, 2, 7):
@@ -95,4 +95,4 @@ def test_a_combination_lies_as_its_copy_on_disk_will(combination: str, tmp_path:
     model.save_pretrained(tmp_path, selected_adapters=["mix"])
     loaded = PeftModel.from_pretrained(cells.base_model(), tmp_path / "mix")
     assert torch.equal(cells.logits(loaded), expected)
-    assert all(leaf.is_known(leaf.raw()) for _, leaf in protected_leaves(loaded)), "moving a factor leaves it folded"
+    assert not any(leaf.fold() for _, leaf in protected_leaves(loaded)), "moving a factor leaves it folded"

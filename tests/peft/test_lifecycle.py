@@ -276,9 +276,7 @@ def test_a_copy_of_the_model_is_protected_and_independent(base: str, init: str, 
     assert torch.equal(cells.logits(twin), before)
     cells.train(twin.train(), cells.adamw, 5)
     assert_protected(twin)
-    for name, leaf in protected_leaves(twin):  # the optimizer's step folded the copy's own weights
-        if leaf.basis is not None:
-            assert float((leaf.basis.T @ leaf.raw()).norm() / leaf.raw().norm()) <= LEAK, name
+    assert cells.leak(twin) <= LEAK
     assert torch.equal(cells.logits(model), before)
 
 

@@ -1,0 +1,44 @@
+"""Where sharding keeps a leaf from folding in place: FSDP and ZeRO hand whole weights to its forward, which projects
+them, and what they gather to be saved is folded on its way to the file. No collectives of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_safety import projection
+from peft_safety.errors import ProtectionError
+from peft_safety.layers.leaf import is_plain, protected_leaves
+
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+"""Parts of module names that torch's wrappers add and its state dicts leave out."""
+
+
+@torch.no_grad()
+def folded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict with the factors of all leaves folded. Changes neither the model nor `state`.
+
+    Raises:
+        ProtectionError: a factor that is not whole.
+    """
+    result = dict(state)
+    for name, leaf in protected_leaves(model):
+        for wrapper in WRAPPERS:
+            name = name.replace(wrapper, "")
+        for key in (f"{name}.weight", f"{name}.initial"):
+            if leaf.basis is None or key not in result:
+                continue
+            factor = result[key]
+            if not is_plain(factor, leaf.basis, leaf.side):
+                raise ProtectionError(
+                    f"{key} {tuple(factor.shape)} is a shard or on the meta device, and cannot be saved as it is. "
+                    "Pass save_pretrained the gathered weights: "
+                    "state_dict=get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, "
+                    "cpu_offload=True))."
+                )
+            result[key] = factor.detach().clone()
+            projection.fold_(leaf.basis.to(factor.device), result[key], leaf.side)
+    return result
