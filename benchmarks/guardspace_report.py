@@ -1,4 +1,4 @@
-"""Renders results/guardspace.jsonl: a section between README's markers, the whole grid in docs/guardspace.md, and a picture."""
+"""Renders results/guardspace.jsonl: a section of docs/results.md, the whole grid in docs/guardspace.md, and a picture."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def markdown(environment: dict[str, Any], rows: Sequence[Row]) -> str:
     """The section between the markers."""
     tests = sorted((row for row in rows if row["cell"]["split"] == "test"), key=lambda row: row["cell"]["poison"])
     grid = [row for row in rows if row["cell"]["split"] == "validation"]
-    lines = ["![refusal against optimizer steps and against the size of the null space](docs/guardspace.png)", ""]
+    lines = ["![refusal against optimizer steps and against the size of the null space](guardspace.png)", ""]
     if tests:
         basis, fraction, positions = environment["chosen"]
         lines += [
@@ -65,7 +65,7 @@ def markdown(environment: dict[str, Any], rows: Sequence[Row]) -> str:
         lines += _transfer(tests)
     else:
         lines += ["The setting has not been chosen yet: nothing here is from test prompts.", ""]
-    lines += [f"The {len(grid)} cells on validation prompts, among them where it stops: [docs/guardspace.md](docs/guardspace.md).", ""]
+    lines += [f"The {len(grid)} cells on validation prompts, among them where it stops: [guardspace.md](guardspace.md).", ""]
     facts = ", ".join(f"{key} {value}" for key, value in environment.items() if key not in ("chosen", "sets") and value != "")
     caveat = "Keyword judge, a smoke metric; brackets are 95 % intervals over prompts, pooled over seeds."
     older = [f"- **{known}**" for known in caveats(environment)]
@@ -175,15 +175,15 @@ def _draw(panel: Any, lines: dict[str, list[tuple[float, Row]]], axis: str) -> N
         panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
 
 
-def report(results: Path = RESULTS / "guardspace.jsonl", readme: Path = ROOT / "README.md", png: Path = ROOT / "docs" / "guardspace.png") -> None:
+def report(results: Path = RESULTS / "guardspace.jsonl", page: Path = ROOT / "docs" / "results.md", png: Path = ROOT / "docs" / "guardspace.png") -> None:
     """Write the section, the picture, and the grid's page beside the picture.
 
     Raises:
-        DataError: no results, or no markers in the README.
+        DataError: no results, or no markers in the page.
     """
     environment, rows = read(results, "guardspace")
     begin, end = MARKERS
-    readme.write_text(with_section(readme, MARKERS, f"{begin}\n{markdown(environment, rows)}{end}"), encoding="utf-8")
+    page.write_text(with_section(page, MARKERS, f"{begin}\n{markdown(environment, rows)}{end}"), encoding="utf-8")
     png.with_suffix(".md").parent.mkdir(parents=True, exist_ok=True)
     png.with_suffix(".md").write_text(grid_page(environment, rows), encoding="utf-8")
-    print(f"wrote {save_png(rows, png)} and the section of {readme} ({len(rows)} cells)")
+    print(f"wrote {save_png(rows, png)} and the section of {page} ({len(rows)} cells)")
