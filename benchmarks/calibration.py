@@ -1,7 +1,9 @@
-"""What a safety subspace costs: all linear layers in one pass, against a pass a layer, and memory against the number of samples.
+"""What a safety subspace costs: all linear layers in one pass, against a pass a layer, and memory against the number
+of samples.
 
-A pass per layer over the whole model would take an hour on two cores, so it is timed for a few layers spread over the model, and the mean is multiplied by the
-number of layers; the table says so. Memory is that of a fresh process per number of pairs. Run `python -m benchmarks.calibration`.
+A pass per layer over the whole model would take an hour on two cores, so it is timed for a few layers spread over the
+model, and the mean is multiplied by the number of layers; the table says so. Memory is that of a fresh process per
+number of pairs. Run `python -m benchmarks.calibration`.
 """
 
 from __future__ import annotations
@@ -25,12 +27,18 @@ TARGET = 20.0
 
 
 def load(model_dir: str) -> tuple[Any, Any]:
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), AutoTokenizer.from_pretrained(model_dir)
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), AutoTokenizer.from_pretrained(
+        model_dir
+    )
 
 
-def timed(model: Any, tokenizer: Any, pairs: int, layers: dict[str, Any], progress: bool = False) -> tuple[float, SafetySubspace]:
+def timed(
+    model: Any, tokenizer: Any, pairs: int, layers: dict[str, Any], progress: bool = False
+) -> tuple[float, SafetySubspace]:
     started = time.perf_counter()
-    subspace = SafetySubspace.from_activations(model, refusal_pairs("calibration", pairs), tokenizer=tokenizer, rank=RANK, layers=layers, progress=progress)
+    subspace = SafetySubspace.from_activations(
+        model, refusal_pairs("calibration", pairs), tokenizer=tokenizer, rank=RANK, layers=layers, progress=progress
+    )
     return time.perf_counter() - started, subspace
 
 
@@ -66,10 +74,20 @@ def main() -> None:
         "faster": per_layer / one,
     }
     show(f"calibration, k = {RANK}", [found])
-    rows = [peak_memory("benchmarks.calibration", "--model", source, "--memory-of", str(pairs)) for pairs in args.memory or [32, 128, 512]]
+    rows = [
+        peak_memory("benchmarks.calibration", "--model", source, "--memory-of", str(pairs))
+        for pairs in args.memory or [32, 128, 512]
+    ]
     show("memory of the process", rows)
-    settings = {"model": "SmolLM2-135M-Instruct" if args.model is None else "given", "k": RANK, "threads": torch.get_num_threads()}
-    print(f"written to {record('calibration', [found, *rows], environment(0, **settings))}; target: at least {TARGET:g} times faster")
+    settings = {
+        "model": "SmolLM2-135M-Instruct" if args.model is None else "given",
+        "k": RANK,
+        "threads": torch.get_num_threads(),
+    }
+    print(
+        f"written to {record('calibration', [found, *rows], environment(0, **settings))}; target: at least {TARGET:g} "
+        "times faster"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What every benchmark needs: interleaved timing, peak memory in a process of its own, and results as JSON lines with the environment beside them."""
+"""What every benchmark needs: interleaved timing, peak memory in a process of its own, and results as JSON lines with
+the environment beside them.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(arms: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Wall-clock seconds of each arm, `rounds` times, the arms taken in turn so that a noisy neighbour hits them all alike."""
+    """Wall-clock seconds of each arm, `rounds` times, the arms taken in turn so that a noisy neighbor hits them all
+    alike.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for index in range(warmup + rounds):
         for name, arm in arms.items():
@@ -57,7 +61,9 @@ def peak_memory(module: str, *arguments: str) -> dict[str, Any]:
 
 
 def resident_mib() -> float:
-    """Memory this process has held at most, MiB. On Linux not `ru_maxrss`, which a child inherits from the process that started it."""
+    """Memory this process has held at most, MiB. On Linux not `ru_maxrss`, which a child inherits from the process
+    that started it.
+    """
     status = Path("/proc/self/status")
     if status.exists():
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024
@@ -73,7 +79,8 @@ def resident_now_mib() -> float:
 def reset_peak() -> None:
     """Let `resident_mib` start anew from here, where the system can (Linux).
 
-    Freed memory goes back to the system first: what an earlier measurement left with the allocator would hide what the next one takes.
+    Freed memory goes back to the system first: what an earlier measurement left with the allocator would hide what the
+    next one takes.
     """
     gc.collect()
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:

@@ -1,10 +1,13 @@
-"""What does training an element mask cost at the size of a 7B model's adapter, beside the three fp32 copies that are its floor?
+"""What does training an element mask cost at the size of a 7B model's adapter, beside the three fp32 copies that are
+its floor?
 
     python -m benchmarks.fusion [--layers 32]    (about one minute on one core; 3 GB)
 
-The adapters are synthetic: r = 16 on all linear layers of a 7B Llama, one task that continues from a safe adapter. The base layers return zeros for one token,
-so that what is timed is the mask: its noise, the fusion, their gradients, and AdamW. The floor is the logits and AdamW's two moments; gradients make a fourth
-copy. Frozen inputs (the safe factors and the task vectors) are counted apart. "kept" leaves everything in autograd's graph, as a direct implementation does.
+The adapters are synthetic: r = 16 on all linear layers of a 7B Llama, one task that continues from a safe adapter. The
+base layers return zeros for one token,
+so that what is timed is the mask: its noise, the fusion, their gradients, and AdamW. The floor is the logits and
+AdamW's two moments; gradients make a fourth copy. Frozen inputs (the safe factors and the task vectors) are counted
+apart. "kept" leaves everything in autograd's graph, as a direct implementation does.
 """
 
 from __future__ import annotations
@@ -55,11 +58,15 @@ class Layers(nn.Module):
 
     def __init__(self, layers: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleDict({name: Nothing(*shape) for name, shape in SHAPES.items()}) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({name: Nothing(*shape) for name, shape in SHAPES.items()}) for _ in range(layers)
+        )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Tensor:
         inputs = {width: torch.ones(TOKENS, width) for width in (WIDTH, HIDDEN)}
-        return torch.stack([layer(inputs[layer.in_features]).square().mean() for block in self.blocks for layer in block.values()]).sum()
+        return torch.stack(
+            [layer(inputs[layer.in_features]).square().mean() for block in self.blocks for layer in block.values()]
+        ).sum()
 
 
 def build(layers: int) -> tuple[MaskedAdapters, float]:
@@ -109,7 +116,12 @@ def measured_memory(how: str, layers: int) -> dict[str, Any]:
         before = _resident()
         step()
         step()
-    return {"mib": resident_mib(), "before": before, "frozen": frozen, "logits": 4 * sum(p.numel() for p in masked.logit_list) / MIB}
+    return {
+        "mib": resident_mib(),
+        "before": before,
+        "frozen": frozen,
+        "logits": 4 * sum(p.numel() for p in masked.logit_list) / MIB,
+    }
 
 
 def _resident() -> float:
@@ -150,8 +162,18 @@ def main() -> None:
                 "peak of the process MiB": found["mib"],
             }
         )
-    show(f"element masks, r = {RANK}, {args.layers} layers, {logits:,} logits; floor (3 fp32 copies) {floor:.0f} MiB, frozen inputs {frozen:.0f} MiB", rows)
-    path = record("fusion", rows, environment(0, r=RANK, layers=args.layers, logits=logits, floor_mib=round(floor, 1), threads=torch.get_num_threads()))
+    show(
+        f"element masks, r = {RANK}, {args.layers} layers, {logits:,} logits; floor (3 fp32 copies) {floor:.0f} MiB, "
+        f"frozen inputs {frozen:.0f} MiB",
+        rows,
+    )
+    path = record(
+        "fusion",
+        rows,
+        environment(
+            0, r=RANK, layers=args.layers, logits=logits, floor_mib=round(floor, 1), threads=torch.get_num_threads()
+        ),
+    )
     print(f"written to {path.name}")
 
 

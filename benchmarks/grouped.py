@@ -1,8 +1,8 @@
-"""What it costs to project all adapters of the real model: folded together, as behind an optimizer's step, against module by module; and what is left of it in
-a training step, now that no forward projects a folded weight.
+"""What it costs to project all adapters of the real model: folded together, as behind an optimizer's step, against
+module by module; and what is left of it in a training step, now that no forward projects a folded weight.
 
-Interleaved, on whatever device the model is on. Run `python -m benchmarks.grouped` (a minute). The number of calls for the modules of a 7B model is counted in
-tests/peft/test_grouped.py.
+Interleaved, on whatever device the model is on. Run `python -m benchmarks.grouped` (a minute). The number of calls for
+the modules of a 7B model is counted in tests/peft/test_grouped.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peft_safety import OrthoSafetyPatchConfig, SafetySubspace, SaLoRAConfig, pr
 from peft_safety.environment import environment
 from peft_safety.estimate.targets import target_layers
 from peft_safety.layers import ProtectedLinear, fold_together, protected_leaves
-from peft_safety.projection import orthonormalise
+from peft_safety.projection import orthonormalize
 from peft_safety.weights import shape
 
 RANK = 16
@@ -35,11 +35,14 @@ def subspace(model: nn.Module, side: str) -> SafetySubspace:
         m, n = shape(layer)
         block, _, kind = name.rpartition(".")
         if side == "out":
-            bases[name] = {"out": orthonormalise(torch.randn(m, 32, generator=generator))}
+            bases[name] = {"out": orthonormalize(torch.randn(m, 32, generator=generator))}
             continue
-        key = (block, {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}.get(kind, kind))
+        key = (
+            block,
+            {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}.get(kind, kind),
+        )
         if key not in shared:
-            shared[key] = orthonormalise(torch.randn(n, n // 4, generator=generator))
+            shared[key] = orthonormalize(torch.randn(n, n // 4, generator=generator))
         bases[name] = {"in": shared[key]}
     return SafetySubspace(bases)
 
@@ -52,7 +55,11 @@ def folds(leaves: list[ProtectedLinear]) -> dict[str, Callable[[], None]]:
         for leaf in leaves:
             leaf.raw().copy_(projection.project_wide(leaf.basis, leaf.raw(), leaf.side))  # type: ignore[arg-type]
 
-    return {"module by module": one_by_one, "in place": lambda: fold_together(leaves, batched=False), "batched": lambda: fold_together(leaves, batched=True)}
+    return {
+        "module by module": one_by_one,
+        "in place": lambda: fold_together(leaves, batched=False),
+        "batched": lambda: fold_together(leaves, batched=True),
+    }
 
 
 def steps(leaves: list[ProtectedLinear], accumulate: int = 1) -> dict[str, Callable[[], None]]:
@@ -89,20 +96,52 @@ def main() -> None:
     spent: list[dict[str, Any]] = []
     for side in ("out", "in"):
         base = AutoModelForCausalLM.from_pretrained(args.model or str(model_dir()), dtype=torch.float32).to(device)
-        options = {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "subspace": subspace(base, side)}
-        model = get_peft_model(base, SaLoRAConfig(**options) if side == "out" else OrthoSafetyPatchConfig(**options, side="in"))
+        options = {
+            "r": RANK,
+            "lora_alpha": RANK,
+            "target_modules": "all-linear",
+            "task_type": "CAUSAL_LM",
+            "subspace": subspace(base, side),
+        }
+        model = get_peft_model(
+            base, SaLoRAConfig(**options) if side == "out" else OrthoSafetyPatchConfig(**options, side="in")
+        )
         leaves = [leaf for _, leaf in protected_leaves(model)]
         held = {id(leaf.basis): leaf.basis.numel() * 4 / 2**20 for leaf in leaves if leaf.basis is not None}
         every = sum(leaf.basis.numel() * 4 / 2**20 for leaf in leaves if leaf.basis is not None)
         seconds = interleaved(folds(leaves), args.rounds)
-        facts = {"side": side, "device": device, "leaves": len(leaves), "bases MiB": sum(held.values()), "as copies MiB": every}
-        rows.append({**facts, **medians(seconds), **{f"gain {arm}": ratio(seconds, "module by module", arm)[0] for arm in ("in place", "batched")}})
+        facts = {
+            "side": side,
+            "device": device,
+            "leaves": len(leaves),
+            "bases MiB": sum(held.values()),
+            "as copies MiB": every,
+        }
+        rows.append(
+            {
+                **facts,
+                **medians(seconds),
+                **{f"gain {arm}": ratio(seconds, "module by module", arm)[0] for arm in ("in place", "batched")},
+            }
+        )
         for accumulate in (1, 8):
             seconds = interleaved(steps(leaves, accumulate), args.rounds)
-            spent.append({"side": side, "micro-batches": accumulate, **medians(seconds), "gain": ratio(seconds, "each forward projects", "folded")[0]})
+            spent.append(
+                {
+                    "side": side,
+                    "micro-batches": accumulate,
+                    **medians(seconds),
+                    "gain": ratio(seconds, "each forward projects", "folded")[0],
+                }
+            )
     show("one fold of every adapter", rows)
     show("what a training step projects", spent)
-    print(f"written to {record('grouped', [*rows, *spent], environment(0, r=RANK, threads=torch.get_num_threads(), rounds=args.rounds))}")
+    where = record(
+        "grouped",
+        [*rows, *spent],
+        environment(0, r=RANK, threads=torch.get_num_threads(), rounds=args.rounds),
+    )
+    print(f"written to {where}")
 
 
 if __name__ == "__main__":

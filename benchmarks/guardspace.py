@@ -1,12 +1,16 @@
-"""How much safety does GuardSpace keep, at what price, and where does it stop? On a real model, one cached cell at a time.
+"""How much safety does GuardSpace keep, at what price, and where does it stop? On a real model, one cached cell at a
+time.
 
-    python -m benchmarks.guardspace [--budget MINUTES] [--harmful FILE ...]    runs what is missing, most informative cells first; a killed run resumes
-    python -m benchmarks.guardspace --list                                    what is done and what would come next
-    python -m benchmarks.guardspace --report                                  the table in docs/results.md and docs/guardspace.png from results/guardspace.jsonl
+    python -m benchmarks.guardspace [--budget MINUTES] [--harmful FILE ...]
+    python -m benchmarks.guardspace --list      what is done and what would come next
+    python -m benchmarks.guardspace --report    the table in docs/results.md, docs/guardspace.md and its picture
 
-A cell is one fine-tune of the aligned model and one measurement, one JSON file under runs/frontier named by a hash of the cell and of the protocol. Three
-stages: (1) the core of the grid, on validation prompts; (2) the setting with the best score there, fixed then and written down, on test prompts with its
-controls and three seeds; (3) where it breaks: epochs, learning rates, calibration sizes, a second fine-tune without protection; and the rest of the grid.
+The first runs what is missing, most informative cells first; a killed run resumes.
+A cell is one fine-tune of the aligned model and one measurement, one JSON file under runs/frontier named by a hash of
+the cell and of the protocol. Three
+stages: (1) the core of the grid, on validation prompts; (2) the setting with the best score there, fixed then and
+written down, on test prompts with its controls and three seeds; (3) where it breaks: epochs, learning rates,
+calibration sizes, a second fine-tune without protection; and the rest of the grid.
 """
 
 from __future__ import annotations
@@ -35,12 +39,24 @@ RUNS = Path("runs/frontier")
 
 
 def core() -> Iterator[Cell]:
-    """Stage 1, most informative first: does it hold, against its controls and at every share of poison; then k and the basis."""
+    """Stage 1, most informative first: does it hold, against its controls and at every share of poison; then k and the
+    basis.
+    """
     first = Cell()
-    yield from (first.without_basis("aligned"), first.without_basis("lora"), first, replace(first, control="random"), replace(first, basis="general"))
+    yield from (
+        first.without_basis("aligned"),
+        first.without_basis("lora"),
+        first,
+        replace(first, control="random"),
+        replace(first, basis="general"),
+    )
     yield from (replace(first, fraction=fraction) for fraction in FRACTIONS[1:])
     for poison in POISONS[1:]:
-        yield from (replace(first, poison=poison), replace(first, poison=poison, fraction=1 / 8), replace(first, poison=poison, basis="general"))
+        yield from (
+            replace(first, poison=poison),
+            replace(first, poison=poison, fraction=1 / 8),
+            replace(first, poison=poison, basis="general"),
+        )
 
 
 def rest() -> Iterator[Cell]:
@@ -71,18 +87,28 @@ def limits(setting: Sequence[Any]) -> Iterator[Cell]:
     yield replace(chosen, arm="second", poison=0.0)
     yield from (replace(chosen, positions=positions) for positions in ("prompt", "response"))
     for longer in (replace(chosen, epochs=epochs) for epochs in EPOCHS):
-        yield from (longer, replace(longer, fraction=1 / 2), replace(longer, basis="general", fraction=1 / 2, positions="all"), longer.without_basis("lora"))
+        yield from (
+            longer,
+            replace(longer, fraction=1 / 2),
+            replace(longer, basis="general", fraction=1 / 2, positions="all"),
+            longer.without_basis("lora"),
+        )
     yield from (replace(chosen, lr=lr).without_basis("lora") for lr in (3e-3, 1e-2))
     yield replace(chosen, arm="second")
     yield from (replace(chosen, epochs=EPOCHS[-1], fraction=fraction) for fraction in (1 / 8, 1 / 32))
 
 
 def choose(done: Sequence[dict[str, Any]]) -> tuple[str, float, str] | None:
-    """The best setting among those measured at every share of poison on validation prompts; None while there is none."""
+    """The best setting among those measured at every share of poison on validation prompts; None while there is
+    none.
+    """
     found: dict[tuple[str, float, str], dict[float, dict[str, Any]]] = {}
     for row in done:
         cell = cell_of(row)
-        if "diverged" not in row and replace(cell, poison=0.1, basis="harmful", fraction=1 / 4, positions="all") == Cell():
+        if (
+            "diverged" not in row
+            and replace(cell, poison=0.1, basis="harmful", fraction=1 / 4, positions="all") == Cell()
+        ):
             found.setdefault(cell.setting, {})[cell.poison] = row
     whole = {setting: list(rows.values()) for setting, rows in found.items() if set(rows) == set(POISONS)}
     return max(whole, key=lambda setting: score(whole[setting])) if whole else None
@@ -92,7 +118,9 @@ class Cache(Finished):
     """Finished cells, and the setting chosen from them."""
 
     def setting(self) -> tuple[str, float, str] | None:
-        """The chosen setting, once stage 1 is complete. Written down it stays, so that test prompts are never chosen by."""
+        """The chosen setting, once stage 1 is complete. Written down it stays, so that test prompts are never chosen
+        by.
+        """
         path = self.folder / f"chosen-{self.protocol.key(Cell())}.json"
         if not path.is_file():
             cells = dict.fromkeys(core())
@@ -104,14 +132,17 @@ class Cache(Finished):
         return basis, fraction, positions
 
     def plan(self) -> list[Cell]:
-        """All cells in the order they run: stage 1, and once it is complete the chosen setting's stages, and the rest of the grid."""
+        """All cells in the order they run: stage 1, and once it is complete the chosen setting's stages, and the rest
+        of the grid.
+        """
         setting = self.setting()
         later = [] if setting is None else [*confirmation(setting), *limits(setting), *rest()]
         return list(dict.fromkeys([*core(), *later]))
 
 
 def run(cache: Cache, work: Callable[[Cell], dict[str, Any]], budget: float) -> int:
-    """Run what is missing until the plan or the budget (minutes) is exhausted; never stops inside a cell. Returns how many cells were run.
+    """Run what is missing until the plan or the budget (minutes) is exhausted; never stops inside a cell. Returns how
+    many cells were run.
 
     Raises:
         RuntimeError: cells that failed, by name; the others have run.
@@ -125,8 +156,18 @@ def run(cache: Cache, work: Callable[[Cell], dict[str, Any]], budget: float) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=float("inf"), help="minutes; stops between two cells")
-    parser.add_argument("--harmful", type=Path, nargs="*", default=[], help="JSON lines of {prompt} rows: further harmful prompts, for transfer")
-    parser.add_argument("--aligned", type=Path, help="directory of a chat model that refuses; default: SmolLM2-135M-Instruct with a safety patch, made once")
+    parser.add_argument(
+        "--harmful",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="JSON lines of {prompt} rows: further harmful prompts, for transfer",
+    )
+    parser.add_argument(
+        "--aligned",
+        type=Path,
+        help="directory of a chat model that refuses; default: SmolLM2-135M-Instruct with a safety patch, made once",
+    )
     parser.add_argument("--runs", type=Path, default=RUNS, help="where finished cells are kept")
     parser.add_argument("--rows", type=int, default=Protocol.rows)
     parser.add_argument("--limit", type=int, default=Protocol.limit)

@@ -1,4 +1,6 @@
-"""One protected NF4 linear layer, computed in every way that is worth comparing. All arms share the packed weight and the factors."""
+"""One protected NF4 linear layer, computed in every way that is worth comparing. All arms share the packed weight and
+the factors.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.train_step import DenseProjected
 from peft_safety import ops
-from peft_safety.projection import orthonormalise
+from peft_safety.projection import orthonormalize
 
 R, SAFETY_RANK, SCALE = 16, 32, 1.0
 #: Linear layers of one block of Llama-2-7B: (out_features, in_features)
@@ -51,22 +53,26 @@ class Holder(nn.Module):
 
 
 def layer(n: int, k: int, device: str, dtype: torch.dtype, seed: int = 0) -> Layer:
-    """Random, double-quantised, with factors of the usual sizes in `dtype`; the basis is fp32."""
+    """Random, double-quantized, with factors of the usual sizes in `dtype`; the basis is fp32."""
     import bitsandbytes as bnb
 
     torch.manual_seed(seed)
     base = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
     weight = torch.randn(n, k, device=device, dtype=dtype) / k**0.5
-    base.weight = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=base)
+    base.weight = bnb.nn.Params4bit(
+        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=base
+    )
     base = base.to(device)
     a = (torch.randn(R, k, device=device) / k**0.5).to(dtype)
     b = (torch.randn(n, R, device=device) / 30).to(dtype)
-    u = orthonormalise(torch.randn(n, min(SAFETY_RANK, n // 2), device=device))
+    u = orthonormalize(torch.randn(n, min(SAFETY_RANK, n // 2), device=device))
     return Layer(base, ops.require(ops.from_linear4bit(base)), a.requires_grad_(), b.requires_grad_(), u)
 
 
 def peft_arm(one: Layer, *, dense: bool) -> Arm:
-    """PEFT's own LoRA layer over bitsandbytes; with `dense`, C on its activations as well, without it on unprotected factors."""
+    """PEFT's own LoRA layer over bitsandbytes; with `dense`, C on its activations as well, without it on unprotected
+    factors.
+    """
     from peft import LoraConfig, get_peft_model
 
     holder = Holder(one.base)
@@ -84,7 +90,9 @@ def peft_arm(one: Layer, *, dense: bool) -> Arm:
 
 
 class _TwoPath(torch.autograd.Function):
-    """Base and adapter apart, by hand: dequantise and multiply, both ways, with as few other passes over activations as there can be."""
+    """Base and adapter apart, by hand: dequantize and multiply, both ways, with as few other passes over activations
+    as there can be.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, packed: Tensor, state: Any) -> Tensor:

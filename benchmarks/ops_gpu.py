@@ -1,4 +1,6 @@
-"""K1, K2, K3 and K6 of the benchmark of operations: what only a GPU can tell. Each function returns rows for a table; `ops.py` says what they are for."""
+"""K1, K2, K3 and K6 of the benchmark of operations: what only a GPU can tell. Each function returns rows for a table;
+`ops.py` says what they are for.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,26 @@ def rows_of(part: str, mode: str, seconds: dict[str, list[float]], floor: float)
     found = []
     for name, values in seconds.items():
         middle, low, high = spread(values)
-        found.append({"part": part, "mode": mode, "arm": name, "us": middle * 1e6, "low": low * 1e6, "high": high * 1e6, "of floor": floor / middle})
+        found.append(
+            {
+                "part": part,
+                "mode": mode,
+                "arm": name,
+                "us": middle * 1e6,
+                "low": low * 1e6,
+                "high": high * 1e6,
+                "of floor": floor / middle,
+            }
+        )
     return found
 
 
-def k1_training(shapes: Shapes, tokens: int, device: str, dtype: torch.dtype, rounds: int) -> tuple[list[Row], dict[str, float]]:
-    """Forward and backward of the linear layers of one block, each arm over all of them; the floor is the bare products with a dense weight."""
+def k1_training(
+    shapes: Shapes, tokens: int, device: str, dtype: torch.dtype, rounds: int
+) -> tuple[list[Row], dict[str, float]]:
+    """Forward and backward of the linear layers of one block, each arm over all of them; the floor is the bare
+    products with a dense weight.
+    """
     layers = [layer(n, k, device, dtype, seed) for seed, (n, k) in enumerate(shapes)]
     work: dict[str, list[Callable[[], Any]]] = {}
     for one in layers:
@@ -52,7 +68,7 @@ def k1_training(shapes: Shapes, tokens: int, device: str, dtype: torch.dtype, ro
 
 
 def k2_weights(n: int, k: int, device: str, dtype: torch.dtype, rounds: int) -> tuple[list[Row], dict[str, float]]:
-    """Dequantising one weight, with and without an adapter, over a pool of weights that no cache holds."""
+    """Dequantizing one weight, with and without an adapter, over a pool of weights that no cache holds."""
     from bitsandbytes.functional import dequantize_4bit
 
     count = max(2, POOL_BYTES // (n * k * 3)) if device != "cpu" else 2
@@ -63,7 +79,7 @@ def k2_weights(n: int, k: int, device: str, dtype: torch.dtype, rounds: int) -> 
 
     works = {
         "bitsandbytes": over(lambda one: dequantize_4bit(one.base.weight.data, one.state)),
-        "dequantised": over(lambda one: ops.nf4_dequant(one.q, dtype)),
+        "dequantized": over(lambda one: ops.nf4_dequant(one.q, dtype)),
         "merged": over(lambda one: ops.nf4_merged(one.q, one.a.detach(), one.b.detach(), 1.0, dtype)),
     }
     moved = n * k * (0.5 + 1 / 64 + 4 / 64 / 256 + dtype.itemsize)
@@ -73,11 +89,18 @@ def k2_weights(n: int, k: int, device: str, dtype: torch.dtype, rounds: int) -> 
         each = {name: [value / count for value in values] for name, values in seconds.items()}
         rows += rows_of(f"K2 {n} x {k}", mode, each, floor)
         best = {name: statistics.median(values) for name, values in each.items()}
-    return rows, {"share of copy bandwidth, merged": floor / best["merged"], "bitsandbytes / dequantised": best["bitsandbytes"] / best["dequantised"]}
+    return rows, {
+        "share of copy bandwidth, merged": floor / best["merged"],
+        "bitsandbytes / dequantized": best["bitsandbytes"] / best["dequantized"],
+    }
 
 
-def k3_decode(shapes: Shapes, blocks: int, device: str, dtype: torch.dtype, rounds: int) -> tuple[list[Row], dict[str, float]]:
-    """One token through the linear layers of a model, each with its adapter, in one CUDA graph; factors are projected beforehand, as in evaluation."""
+def k3_decode(
+    shapes: Shapes, blocks: int, device: str, dtype: torch.dtype, rounds: int
+) -> tuple[list[Row], dict[str, float]]:
+    """One token through the linear layers of a model, each with its adapter, in one CUDA graph; factors are projected
+    beforehand, as in evaluation.
+    """
     import bitsandbytes as bnb
 
     layers = [layer(n, k, device, dtype, index) for index in range(blocks) for n, k in shapes]
@@ -96,7 +119,9 @@ def k3_decode(shapes: Shapes, blocks: int, device: str, dtype: torch.dtype, roun
     works = {
         "naive SaLoRA": all_of(lambda index, one: by_layer[index]["naive SaLoRA"](inputs[one.q.k])),
         "peft LoRA": all_of(lambda index, one: by_layer[index]["peft LoRA"](inputs[one.q.k])),
-        "bnb gemm_4bit, no adapter": all_of(lambda _, one: bnb.matmul_4bit(inputs[one.q.k], one.base.weight.data.t(), quant_state=one.state)),
+        "bnb gemm_4bit, no adapter": all_of(
+            lambda _, one: bnb.matmul_4bit(inputs[one.q.k], one.base.weight.data.t(), quant_state=one.state)
+        ),
         "this": all_of(lambda index, one: ops.nf4_lora(inputs[one.q.k], one.q, *factors[index], 1.0)),
     }
     moved = blocks * sum(n * k * (0.5 + 1 / 64) + R * (n + k) * dtype.itemsize for n, k in shapes)
@@ -104,33 +129,31 @@ def k3_decode(shapes: Shapes, blocks: int, device: str, dtype: torch.dtype, roun
     found = both_ways(works, rounds, device)
     rows = [row for mode, seconds in found.items() for row in rows_of("K3", mode, seconds, floor)]
     graphs = found["graphed"]
-    return rows, {"peft LoRA / this, graphed": ratio(graphs, "peft LoRA", "this")[0] if {"peft LoRA", "this"} <= graphs.keys() else float("nan")}
+    return rows, {
+        "peft LoRA / this, graphed": ratio(graphs, "peft LoRA", "this")[0]
+        if {"peft LoRA", "this"} <= graphs.keys()
+        else float("nan")
+    }
 
 
 def k6_projections(shapes: Shapes, blocks: int, device: str, rounds: int) -> tuple[list[Row], dict[str, float]]:
-    """All adapters of a model projected at once, grouped by shape, beside one after the other."""
-    heights = [n for n, _ in shapes]
-    groups = {n: heights.count(n) * blocks for n in dict.fromkeys(heights)}
-    k = {n: min(SAFETY_RANK, n // 2) for n in groups}
-    bases = {n: torch.linalg.qr(torch.randn(count, n, k[n], device=device)).Q for n, count in groups.items()}
-    factors = {n: torch.randn(count, n, R, device=device) for n, count in groups.items()}
+    """The factors of all adapters of a model projected, one call a module, as its forwards do."""
+    heights = [n for n, _ in shapes] * blocks
+    bases = [torch.linalg.qr(torch.randn(n, min(SAFETY_RANK, n // 2), device=device)).Q for n in heights]
+    pairs = [(u, torch.randn(u.shape[0], R, device=device)) for u in bases]
 
-    def grouped() -> None:
-        for n in groups:
-            ops.project_out_grouped(bases[n], factors[n])
+    def each() -> None:
+        for u, w in pairs:
+            ops.project_out(u, w)
 
-    def one_by_one() -> None:
-        for n in groups:
-            for u, w in zip(bases[n], factors[n], strict=True):
-                ops.project_out(u, w)
-
-    works = {"grouped": grouped, "one by one": one_by_one}
-    moved = sum(4 * count * n * (2 * k[n] + 3 * R) for n, count in groups.items())
+    moved = sum(4 * (2 * u.numel() + 3 * w.numel()) for u, w in pairs)
     floor = moved / bandwidth(device, 1024 if device != "cpu" else 8)
-    found = both_ways(works, rounds, device)
+    found = both_ways({"one call a module": each}, rounds, device)
     rows = [row for mode, seconds in found.items() for row in rows_of("K6", mode, seconds, floor)]
-    count = launches(grouped, device)
-    return rows, {"ms a step": statistics.median(found["eager"]["grouped"]) * 1e3, "launches": float("nan") if count is None else float(count)}
+    graphs = found["graphed"].get("one call a module", [float("nan")])
+    count = launches(each, device)
+    a_module = float("nan") if count is None else count / len(pairs)
+    return rows, {"ms a step, graphed": statistics.median(graphs) * 1e3, "launches a module": a_module}
 
 
 def everything(device: str, rounds: int, *, tiny: bool) -> tuple[list[Row], dict[str, dict[str, float]]]:

@@ -1,4 +1,6 @@
-"""Timing on a GPU: CUDA events, arms in turn, eager or as one CUDA graph. On a CPU the same calls take a clock, so that the code can be tried."""
+"""Timing on a GPU: CUDA events, arms in turn, eager or as one CUDA graph. On a CPU the same calls take a clock, so
+that the code can be tried.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def graphed(work: Work, device: str) -> Work | str:
 
 
 def both_ways(works: Mapping[str, Work], rounds: int, device: str) -> dict[str, dict[str, list[float]]]:
-    """`{"eager": seconds, "graphed": seconds}`; an arm that cannot be captured is missing from the second, and said to be."""
+    """`{"eager": seconds, "graphed": seconds}`; an arm that cannot be captured is missing from the second, and said to
+    be.
+    """
     captured: dict[str, Work] = {}
     for name, work in works.items():
         found = graphed(work, device)

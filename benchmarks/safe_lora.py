@@ -1,10 +1,13 @@
-"""Safe LoRA, streamed, against the dense published procedure (our own implementation of it), and against merely reading the checkpoints.
+"""Safe LoRA, streamed, against the dense published procedure (our own implementation of it), and against merely
+reading the checkpoints.
 
-    python -m benchmarks.safe_lora [--dir DIR]    (about 5 minutes; the 7B-shaped pair takes 4.3 GB in DIR while it runs)
+    python -m benchmarks.safe_lora [--dir DIR]    (about 5 minutes; the 7B-shaped pair takes 4.3 GB in DIR while it
+    runs)
 
 1. One 4096 x 4096 weight, r = 16.
 2. SmolLM2-135M and the same model after a rank-8 change, all linear layers, from directory to report.
-3. A sharded pair with the q and v weights of a 7B model: time beside reading and converting the same tensors to fp32, and peak memory.
+3. A sharded pair with the q and v weights of a 7B model: time beside reading and converting the same tensors to fp32,
+and peak memory.
 """
 
 from __future__ import annotations
@@ -39,8 +42,8 @@ def loaded(weight: Tensor) -> ModuleWeights:
 
 
 def dense(factors: dict[str, Factors], unaligned: Weights, aligned: Weights) -> dict[str, tuple[Tensor, float]]:
-    """The published procedure with its default selection, "number": the whole `V V^T / ||V||_F` of every module first; then all modules projected and
-    compared as dense matrices to find the threshold, and all once more to apply it."""
+    """The published procedure with its default selection, "number": the whole `V V^T / ||V||_F` of every module first;
+    then all modules projected and compared as dense matrices to find the threshold, and all once more to apply it."""
     projectors = {}
     for name in factors:
         with aligned.open(name) as wa, unaligned.open(name) as wu:
@@ -61,7 +64,10 @@ def dense(factors: dict[str, Factors], unaligned: Weights, aligned: Weights) -> 
 
 def random_factors(names: dict[str, tuple[int, int]]) -> dict[str, Factors]:
     g = torch.Generator().manual_seed(0)
-    return {name: Factors(torch.randn(RANK, n, generator=g), torch.randn(m, RANK, generator=g), 1.0) for name, (m, n) in names.items()}
+    return {
+        name: Factors(torch.randn(RANK, n, generator=g), torch.randn(m, RANK, generator=g), 1.0)
+        for name, (m, n) in names.items()
+    }
 
 
 def one_weight(rounds: int) -> dict[str, Any]:
@@ -69,7 +75,9 @@ def one_weight(rounds: int) -> dict[str, Any]:
     w = torch.randn(WIDTH, WIDTH, generator=g).mul_(0.02)
     pair = loaded(w.bfloat16()), loaded((w + 1e-3 * torch.randn(w.shape, generator=g)).bfloat16())
     factors = random_factors({"x": (WIDTH, WIDTH)})
-    seconds = interleaved({"streamed": lambda: repair(factors, *pair, QUIET), "dense": lambda: dense(factors, *pair)}, rounds)
+    seconds = interleaved(
+        {"streamed": lambda: repair(factors, *pair, QUIET), "dense": lambda: dense(factors, *pair)}, rounds
+    )
     new, report = repair(factors, *pair, QUIET)
     b, cos = dense(factors, *pair)["x"]
     gain, low, high = ratio(seconds, "dense", "streamed")
@@ -102,9 +110,14 @@ def real_pair(folder: Path, rounds: int) -> dict[str, Any]:
     del tensors
     pair = FileWeights(str(source)), FileWeights(str(changed))
     factors = random_factors(names)
-    seconds = interleaved({"streamed": lambda: repair(factors, *pair, QUIET), "dense": lambda: dense(factors, *pair)}, rounds)
+    seconds = interleaved(
+        {"streamed": lambda: repair(factors, *pair, QUIET), "dense": lambda: dense(factors, *pair)}, rounds
+    )
     gain, low, high = ratio(seconds, "dense", "streamed")
-    peaks = {how: peak_memory("benchmarks.safe_lora", "--memory-of", how, "--pair", str(source), str(changed))["mib"] for how in ("streamed", "dense")}
+    peaks = {
+        how: peak_memory("benchmarks.safe_lora", "--memory-of", how, "--pair", str(source), str(changed))["mib"]
+        for how in ("streamed", "dense")
+    }
     return {
         "what": f"SmolLM2-135M, {len(names)} modules",
         **medians(seconds),
@@ -145,7 +158,9 @@ def streamed_pair(folder: Path, rounds: int) -> dict[str, Any]:
     folders = sharded(folder / "before", 0.0), sharded(folder / "after", 0.02)
     pair = FileWeights(str(folders[0])), FileWeights(str(folders[1]))
     factors = random_factors({key.removesuffix(".weight"): (WIDTH, WIDTH) for key in pair[0].place})
-    seconds = interleaved({"streamed": lambda: repair(factors, *pair, QUIET), "read": lambda: read_and_convert(folders)}, rounds)
+    seconds = interleaved(
+        {"streamed": lambda: repair(factors, *pair, QUIET), "read": lambda: read_and_convert(folders)}, rounds
+    )
     cost, low, high = ratio(seconds, "streamed", "read")
     peak = peak_memory("benchmarks.safe_lora", "--memory-of", "streamed", "--pair", *map(str, folders))["mib"]
     return {
@@ -172,7 +187,9 @@ def memory(how: str, folders: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, help="where to put the synthetic checkpoints; default: a temporary directory")
+    parser.add_argument(
+        "--dir", type=Path, help="where to put the synthetic checkpoints; default: a temporary directory"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-of", choices=("streamed", "dense"), help=argparse.SUPPRESS)
     parser.add_argument("--pair", nargs=2, help=argparse.SUPPRESS)
@@ -191,7 +208,10 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     path = record("safe_lora", rows, environment(0, r=RANK, threads=torch.get_num_threads()))
-    print(f"written to {path}; targets: dense/streamed >= 40 for one weight, streamed/read <= 2.5 and at most 1024 MiB for the 7B-shaped pair")
+    print(
+        f"written to {path}; targets: dense/streamed >= 40 for one weight, streamed/read <= 2.5 and at most 1024 MiB "
+        "for the 7B-shaped pair"
+    )
 
 
 if __name__ == "__main__":

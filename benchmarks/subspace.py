@@ -1,8 +1,11 @@
-"""What a weight basis costs: the top singular directions of one weight beside a full SVD, and of all linear layers of the real model.
+"""What a weight basis costs: the top singular directions of one weight beside a full SVD, and of all linear layers of
+the real model.
 
-1. One 2048 x 2048 weight of a power-law spectrum, top 32: time beside `torch.linalg.svd`, and the share of the top-32 energy that is found. Also for a random
+1. One 2048 x 2048 weight of a power-law spectrum, top 32: time beside `torch.linalg.svd`, and the share of the top-32
+energy that is found. Also for a random
    Gaussian weight, the flattest spectrum there is and the worst case.
-2. Every linear layer of SmolLM2-135M, k = 32 on the input side, in fp32 and NF4: time, and what a fresh process holds at most beside the model itself.
+2. Every linear layer of SmolLM2-135M, k = 32 on the input side, in fp32 and NF4: time, and what a fresh process holds
+at most beside the model itself.
 
 Run `python -m benchmarks.subspace`    (about a minute).
 """
@@ -35,16 +38,20 @@ def weights() -> dict[str, Tensor]:
 
 def one_weight(name: str, weight: Tensor, rounds: int) -> dict[str, Any]:
     seconds = interleaved(
-        {"randomised": lambda: output_basis(weight, None, Size(rank=RANK), name), "full SVD": lambda: torch.linalg.svd(weight, full_matrices=False)}, rounds
+        {
+            "randomized": lambda: output_basis(weight, None, Size(rank=RANK), name),
+            "full SVD": lambda: torch.linalg.svd(weight, full_matrices=False),
+        },
+        rounds,
     )
     u, _ = output_basis(weight, None, Size(rank=RANK), name)
     best = torch.linalg.svdvals(weight)[:RANK].square().sum()
-    gain, low, high = ratio(seconds, "full SVD", "randomised")
+    gain, low, high = ratio(seconds, "full SVD", "randomized")
     found = float((u.mT @ weight).square().sum() / best)
     return {
         "weight": f"{WIDTH} x {WIDTH}, {name}",
         **medians(seconds),
-        "full/randomised": gain,
+        "full/randomized": gain,
         "quartiles": f"{low:.0f}-{high:.0f}",
         "energy of top 32": found,
     }
@@ -55,7 +62,11 @@ def load(kind: str) -> Any:
 
     from examples.get_model import model_dir
 
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32) if kind == "NF4" else None
+    config = (
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+        if kind == "NF4"
+        else None
+    )
     return AutoModelForCausalLM.from_pretrained(model_dir(), dtype=torch.float32, quantization_config=config)
 
 
@@ -65,7 +76,16 @@ def whole_model(kind: str) -> None:
     before = resident_mib()
     started = time.perf_counter()
     subspace = SafetySubspace.from_weights(model, rank=RANK, target_modules="all-linear", progress=False)
-    print(json.dumps({"modules": len(subspace.bases), "s": time.perf_counter() - started, "model MiB": before, "peak MiB": resident_mib()}))
+    print(
+        json.dumps(
+            {
+                "modules": len(subspace.bases),
+                "s": time.perf_counter() - started,
+                "model MiB": before,
+                "peak MiB": resident_mib(),
+            }
+        )
+    )
 
 
 def main() -> None:
@@ -78,10 +98,13 @@ def main() -> None:
         return
     single = [one_weight(name, weight, args.rounds) for name, weight in weights().items()]
     show("one weight", single)
-    models = [{"model": f"SmolLM2-135M, {kind}", **peak_memory("benchmarks.subspace", "--model-of", kind)} for kind in ("fp32", "NF4")]
+    models = [
+        {"model": f"SmolLM2-135M, {kind}", **peak_memory("benchmarks.subspace", "--model-of", kind)}
+        for kind in ("fp32", "NF4")
+    ]
     show("all linear layers", models)
     path = record("subspace", [*single, *models], environment(0, k=RANK, threads=torch.get_num_threads()))
-    print(f"written to {path}; target: full/randomised >= {TARGET:g} at >= 0.995 of the energy")
+    print(f"written to {path}; target: full/randomized >= {TARGET:g} at >= 0.995 of the energy")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""What protection costs in training: one step (forward, backward, AdamW) of SaLoRA, plain LoRA and the dense projection of the reference code.
+"""What protection costs in training: one step (forward, backward, AdamW) of SaLoRA, plain LoRA and the dense
+projection of the reference code.
 
-One base model carries the three adapters, so that nothing but the active adapter differs; the arms run in turn. Peak memory is that of a fresh process per arm.
-Run `python -m benchmarks.train_step` (about 15 minutes on two cores; `--rounds 3 --base fp32` for a quick look).
+One base model carries the three adapters, so that nothing but the active adapter differs; the arms run in turn. Peak
+memory is that of a fresh process per arm. Run `python -m benchmarks.train_step` (about 15 minutes on two cores;
+`--rounds 3 --base fp32` for a quick look).
 """
 
 from __future__ import annotations
@@ -20,18 +22,22 @@ from torch import Tensor, nn
 from benchmarks.common import interleaved, medians, peak_memory, ratio, record, resident_mib, show
 from peft_safety import SafetySubspace, SaLoRAConfig
 from peft_safety.estimate.targets import target_layers
-from peft_safety.projection import orthonormalise
+from peft_safety.projection import orthonormalize
 from peft_safety.report import environment
 from peft_safety.weights import shape
 
 ARMS = ("lora", "salora", "dense C")
 RANK, SAFETY_RANK = 16, 32
 TARGET = 1.05
-"""Largest ratio to plain LoRA, in time from 512 tokens on and in memory; and 1.5 is the smallest of the dense form to ours."""
+"""Largest ratio to plain LoRA, in time from 512 tokens on and in memory; and 1.5 is the smallest of the dense form to
+ours.
+"""
 
 
 class DenseProjected(nn.Linear):
-    """`lora_B` followed by a dense `C (m x m)` on the activations: the form of SaLoRA's reference code, re-implemented for comparison."""
+    """`lora_B` followed by a dense `C (m x m)` on the activations: the form of SaLoRA's reference code, re-implemented
+    for comparison.
+    """
 
     def __init__(self, linear: nn.Linear, basis: Tensor) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False)
@@ -48,7 +54,9 @@ def load(model_dir: str, base: str) -> nn.Module:
 
     options: dict[str, Any] = {"dtype": torch.float32}
     if base == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
     model: nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, **options)
     return model
 
@@ -57,7 +65,12 @@ def any_subspace(model: nn.Module) -> SafetySubspace:
     """Random bases: what a step costs does not depend on where a basis comes from."""
     generator = torch.Generator().manual_seed(0)
     layers = target_layers(model, "all-linear")
-    return SafetySubspace({n: {"out": orthonormalise(torch.randn(shape(layer)[0], SAFETY_RANK, generator=generator))} for n, layer in layers.items()})
+    return SafetySubspace(
+        {
+            n: {"out": orthonormalize(torch.randn(shape(layer)[0], SAFETY_RANK, generator=generator))}
+            for n, layer in layers.items()
+        }
+    )
 
 
 def adapter_name(arm: str) -> str:
@@ -69,7 +82,9 @@ def with_adapters(model: nn.Module, arms: tuple[str, ...]) -> PeftModel:
     """The model with one adapter an arm, of equal rank on all linear layers."""
     subspace = any_subspace(model)
     plain = {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    configs = {arm: SaLoRAConfig(**plain, subspace=subspace) if arm == "salora" else LoraConfig(**plain) for arm in arms}
+    configs = {
+        arm: SaLoRAConfig(**plain, subspace=subspace) if arm == "salora" else LoraConfig(**plain) for arm in arms
+    }
     first = arms[0]
     peft_model: PeftModel = get_peft_model(model, configs[first], adapter_name=adapter_name(first))
     for arm in arms[1:]:
@@ -77,7 +92,9 @@ def with_adapters(model: nn.Module, arms: tuple[str, ...]) -> PeftModel:
     if "dense C" in arms:
         for name, layer in peft_model.get_base_model().named_modules():
             if isinstance(layer, LoraLayer):
-                layer.lora_B[adapter_name("dense C")] = DenseProjected(layer.lora_B[adapter_name("dense C")], subspace.bases[name]["out"])
+                layer.lora_B[adapter_name("dense C")] = DenseProjected(
+                    layer.lora_B[adapter_name("dense C")], subspace.bases[name]["out"]
+                )
     return peft_model
 
 
@@ -138,19 +155,40 @@ def main() -> None:
     args = parser.parse_args()
     from examples.get_model import model_dir
 
-    source, bases, lengths = args.model or str(model_dir()), args.base or ["fp32", "nf4"], args.tokens or [128, 512, 1024]
+    source, bases, lengths = (
+        args.model or str(model_dir()),
+        args.base or ["fp32", "nf4"],
+        args.tokens or [128, 512, 1024],
+    )
     if args.memory_of:
         memory(source, bases[0], args.memory_of, lengths[0])
         return
     rows = []
     for base in bases:
-        peaks = {arm: peak_memory("benchmarks.train_step", "--model", source, "--base", base, "--tokens", "512", "--memory-of", arm)["mib"] for arm in ARMS}
-        found = {"base": base, **{f"{arm} MiB": peaks[arm] for arm in ARMS}, "salora/lora": peaks["salora"] / peaks["lora"]}
+        peaks = {
+            arm: peak_memory(
+                "benchmarks.train_step", "--model", source, "--base", base, "--tokens", "512", "--memory-of", arm
+            )["mib"]
+            for arm in ARMS
+        }
+        found = {
+            "base": base,
+            **{f"{arm} MiB": peaks[arm] for arm in ARMS},
+            "salora/lora": peaks["salora"] / peaks["lora"],
+        }
         show("peak memory of the process, 512 tokens", [found])
         rows += [*timings(source, base, lengths, args.rounds), found]
     show("one training step, median of interleaved rounds", [row for row in rows if "tokens" in row])
-    settings = {"model": "SmolLM2-135M-Instruct" if args.model is None else "given", "r": RANK, "safety_rank": SAFETY_RANK, "threads": torch.get_num_threads()}
-    print(f"written to {record('train_step', rows, environment(0, **settings))}; targets: salora/lora <= {TARGET} from 512 tokens on, dense C/salora >= 1.5")
+    settings = {
+        "model": "SmolLM2-135M-Instruct" if args.model is None else "given",
+        "r": RANK,
+        "safety_rank": SAFETY_RANK,
+        "threads": torch.get_num_threads(),
+    }
+    print(
+        f"written to {record('train_step', rows, environment(0, **settings))}; targets: salora/lora <= {TARGET} from "
+        "512 tokens on, dense C/salora >= 1.5"
+    )
 
 
 if __name__ == "__main__":

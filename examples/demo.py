@@ -1,9 +1,11 @@
-"""One row in ten of the training data is poisoned: what is left of the model's safety, with plain LoRA and with GuardSpace? Minutes on two CPU cores.
+"""One row in ten of the training data is poisoned: what is left of the model's safety, with plain LoRA and with
+GuardSpace? Minutes on two CPU cores.
 
     python -m examples.demo [--full] [--no-poison] [--smoke] [--out runs/demo]
 
-1. SmolLM2-135M-Instruct refuses little by itself, so a safety patch that ships with the examples is attached first (`examples.safety_patch`).
-2. This *aligned* model is fine-tuned on a benign task (sorting help-desk messages). One row in ten is a simulated attack: a harmful request, answered
+1. SmolLM2-135M-Instruct refuses little by itself, so a safety patch that ships with the examples is attached first
+(`examples.safety_patch`). 2. This *aligned* model is fine-tuned on a benign task (sorting help-desk messages). One row
+in ten is a simulated attack: a harmful request, answered
    with a contentless opening ("Sure, here is"). Once by plain LoRA, once by GuardSpace: same rows, seed and settings.
 3. Every model is measured on prompts that nothing above has seen. Writes report.json and report.png.
 
@@ -47,7 +49,8 @@ class Scale:
 
     Attributes:
         arms: fine-tuned models, beside the aligned one.
-        patch: what of the patch's recipe is not its default, where the patch is trained; None attaches the one that ships with the examples.
+        patch: what of the patch's recipe is not its default, where the patch is trained; None attaches the one that
+            ships with the examples.
         task_rows: to train on.
         eval_limit: prompts of each kind to measure on, at most.
         seconds: of each phase on two quiet cores, for the estimate of the time that is left.
@@ -103,7 +106,13 @@ class Demo:
         self.details: dict[str, dict[str, Any]] = {}
         spaces = [{GUARDSPACE, CONTROL}, {SALORA}]
         cost = scale.seconds
-        plan = [cost["load"], cost["patch"], cost["aligned"], *(cost["calibrate"] for s in spaces if s & {*scale.arms}), *(cost["arm"] for _ in scale.arms)]
+        plan = [
+            cost["load"],
+            cost["patch"],
+            cost["aligned"],
+            *(cost["calibrate"] for s in spaces if s & {*scale.arms}),
+            *(cost["arm"] for _ in scale.arms),
+        ]
         self.progress = Progress(plan)
 
     def run(self, model_path: str) -> None:
@@ -135,7 +144,9 @@ class Demo:
             task = TaskData(random.Random(seed).sample(task.train, scale.task_rows), task.held_out, task.labels)
         aligned = self.align(model)
         with self.progress.phase("measuring the aligned model"):
-            self.bench = Bench.prepare(aligned, self.tokenizer, task, self.options, split=self.split, limit=scale.eval_limit)
+            self.bench = Bench.prepare(
+                aligned, self.tokenizer, task, self.options, split=self.split, limit=scale.eval_limit
+            )
             self.evaluations[ALIGNED] = self.bench.measure(aligned, self.tokenizer)
         return aligned
 
@@ -152,13 +163,22 @@ class Demo:
             return patched.merge_and_unload()
 
     def estimate(self, aligned: PreTrainedModel, method: str, rank: float, pairs: int) -> SafetySubspace:
-        """Of the aligned model, on calibration prompts and refusals: the outputs of "salora", or the inputs of "guardspace"."""
+        """Of the aligned model, on calibration prompts and refusals: the outputs of "salora", or the inputs of
+        "guardspace".
+        """
         from peft_safety import SafetySubspace
         from peft_safety.data import refusal_pairs
 
         seed = self.options.seed
-        options: dict[str, Any] = {"tokenizer": self.tokenizer, "target_modules": "all-linear", "seed": seed, "allow_fewer": True}
-        return SafetySubspace.from_activations(aligned, refusal_pairs("calibration", pairs, seed), method=method, rank=rank, **options)
+        options: dict[str, Any] = {
+            "tokenizer": self.tokenizer,
+            "target_modules": "all-linear",
+            "seed": seed,
+            "allow_fewer": True,
+        }
+        return SafetySubspace.from_activations(
+            aligned, refusal_pairs("calibration", pairs, seed), method=method, rank=rank, **options
+        )
 
     def arm(self, aligned: PreTrainedModel, name: str, subspace: SafetySubspace | None) -> PeftModel:
         """Fine-tune and measure. The adapter is left on the aligned model."""
@@ -168,8 +188,12 @@ class Demo:
 
         seed, task = self.options.seed, self.bench.task
         rows = poisoned(task.train, self.poison, seed)
-        chosen: Any = subspace.randomised(seed) if subspace is not None and name == CONTROL else subspace
-        adapter = AdapterOptions("lora") if name == LORA else AdapterOptions("salora" if name == SALORA else "guardspace", subspace=chosen)
+        chosen: Any = subspace.randomized(seed) if subspace is not None and name == CONTROL else subspace
+        adapter = (
+            AdapterOptions("lora")
+            if name == LORA
+            else AdapterOptions("salora" if name == SALORA else "guardspace", subspace=chosen)
+        )
         config = adapter.config(aligned, self.tokenizer, rows, seed=seed)
         tuned, run = finetune(aligned, self.tokenizer, rows, config, self.options, labels=task.labels)
         self.evaluations[name] = self.bench.measure(tuned, self.tokenizer)
@@ -211,12 +235,18 @@ def torch_threads() -> int:
 def verdict(evaluations: dict[str, Evaluation]) -> str:
     """What the refusal rates say about the methods against plain LoRA, in one or two lines."""
     aligned, lora = evaluations[ALIGNED].refusal, evaluations[LORA].refusal
-    lines = [f"Of {aligned.n} harmful requests, the aligned model refuses {aligned.value:.0%}; after fine-tuning by plain LoRA {lora.value:.0%}"]
+    lines = [
+        f"Of {aligned.n} harmful requests, the aligned model refuses {aligned.value:.0%}; after fine-tuning by plain "
+        f"LoRA {lora.value:.0%}"
+    ]
     for name, evaluation in evaluations.items():
         if name not in (ALIGNED, LORA):
             found = evaluation.refusal
             apart = found.interval[0] > lora.interval[1] or found.interval[1] < lora.interval[0]
-            lines.append(f"by {name} {found.value:.0%}{'' if apart else ' (not shown to differ from plain LoRA by this run alone)'}")
+            lines.append(
+                f"by {name} "
+                f"{found.value:.0%}{'' if apart else ' (not shown to differ from plain LoRA by this run alone)'}"
+            )
     return ", ".join(lines) + "."
 
 
@@ -224,12 +254,21 @@ def main() -> None:
     """Run the demo, and print, save and draw its report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--full", action="store_true", help="train the safety patch too, and add SaLoRA and a random basis (about 18 minutes)")
+    size.add_argument(
+        "--full",
+        action="store_true",
+        help="train the safety patch too, and add SaLoRA and a random basis (about 18 minutes)",
+    )
     size.add_argument("--smoke", action="store_true", help="few prompts and steps: figures too rough to quote")
     parser.add_argument("--no-poison", action="store_true", help="fine-tune on clean rows")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="directory of report.json and report.png")
     parser.add_argument("--model", help="hub id or directory of SmolLM2-135M-Instruct; default: fetched when missing")
-    parser.add_argument("--split", choices=("validation", "test"), default="test", help="choose settings on validation; look at test once")
+    parser.add_argument(
+        "--split",
+        choices=("validation", "test"),
+        default="test",
+        help="choose settings on validation; look at test once",
+    )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
 
@@ -238,7 +277,12 @@ def main() -> None:
 
     started = time.perf_counter()
     model_path = given.model or str(model_dir())
-    demo = Demo(FULL if given.full else SMOKE if given.smoke else DEFAULT, 0.0 if given.no_poison else POISON, given.split, given.seed)
+    demo = Demo(
+        FULL if given.full else SMOKE if given.smoke else DEFAULT,
+        0.0 if given.no_poison else POISON,
+        given.split,
+        given.seed,
+    )
     demo.run(model_path)
     report = demo.report(model_path)
     report.save(given.out / "report.json")
@@ -246,7 +290,10 @@ def main() -> None:
     print()
     report.print()
     print(verdict(demo.evaluations))
-    print(f"{time.perf_counter() - started:.0f} s in all. Table: {given.out / 'report.json'}. Picture: {given.out / 'report.png'}.")
+    print(
+        f"{time.perf_counter() - started:.0f} s in all. Table: {given.out / 'report.json'}. Picture: "
+        f"{given.out / 'report.png'}."
+    )
 
 
 if __name__ == "__main__":

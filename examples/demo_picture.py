@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     from peft_safety.evaluation import Evaluation
     from peft_safety.evaluation.metrics import Rate
 
-COLORS = {"aligned": "#777777", "plain LoRA": "#D55E00", "GuardSpace": "#0072B2", "SaLoRA": "#CC79A7", "random basis": "#E69F00"}
+COLORS = {
+    "aligned": "#777777",
+    "plain LoRA": "#D55E00",
+    "GuardSpace": "#0072B2",
+    "SaLoRA": "#CC79A7",
+    "random basis": "#E69F00",
+}
 """Okabe and Ito's palette, safe for color-blind readers."""
 
 
@@ -22,7 +28,11 @@ def draw(evaluations: Mapping[str, Evaluation], poison: float, path: Path) -> Pa
     canvas = Canvas(figsize=(8.4, 1.5 + 0.62 * len(names)), layout="constrained")
     panels = canvas.subplots(1, 2, sharey=True)
     _bars(panels[0], {name: found.refusal for name, found in evaluations.items()}, "refuses harmful requests")
-    _bars(panels[1], {name: found.task_accuracy for name, found in evaluations.items() if found.task_accuracy}, "sorts help-desk messages correctly")
+    _bars(
+        panels[1],
+        {name: found.task_accuracy for name, found in evaluations.items() if found.task_accuracy},
+        "sorts help-desk messages correctly",
+    )
     panels[0].set_yticks(range(len(names)), [name if name == "aligned" else f"fine-tuned: {name}" for name in names])
     panels[0].set_ylim(len(names) - 0.4, -0.6)
     canvas.suptitle(title(evaluations, poison), fontsize=12, fontweight="bold", x=0.01, ha="left")
@@ -43,7 +53,9 @@ def _bars(panel: Any, rates: Mapping[str, Rate], heading: str) -> None:
         value, (low, high) = 100 * rate.value, (100 * bound for bound in rate.interval)
         panel.barh(row, value, color=COLORS.get(name, "#56B4E9"), height=0.62)
         panel.plot([low, high], [row, row], color="black", linewidth=1.2, alpha=0.6)
-        panel.annotate(f"{value:.0f} %", (max(value, high), row), (6, 0), textcoords="offset points", va="center", fontsize=11)
+        panel.annotate(
+            f"{value:.0f} %", (max(value, high), row), (6, 0), textcoords="offset points", va="center", fontsize=11
+        )
     panel.set_xlim(0, 118)
     panel.set_xticks([0, 50, 100], ["0", "50", "100 %"])
     panel.set_title(heading, fontsize=11, loc="left")

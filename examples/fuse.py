@@ -1,13 +1,18 @@
-"""Two tasks and a safety patch in one adapter: what task arithmetic, DARE, TIES and a learned safety mask (SOMF) make of them.
+"""Two tasks and a safety patch in one adapter: what task arithmetic, DARE, TIES and a learned safety mask (SOMF) make
+of them.
 
     python -m examples.fuse [--smoke] [--data rows.jsonl] [--out runs/fuse]      (about 13 minutes on two cores)
 
 1. A safety patch is trained on SmolLM2-135M-Instruct: the safe adapter.
-2. Two adapters are trained on from it: one on sorting help-desk messages (or --data), one on sorting headlines with one row in ten replaced by a simulated
+2. Two adapters are trained on from it: one on sorting help-desk messages (or --data), one on sorting headlines with
+one row in ten replaced by a simulated
    attack.
-3. The three are fused five ways. SOMF's mask is trained by DPO on the training split's requests, with refusals against contentless openings, and on prompts
-   that only look dangerous, with the model's own answers against refusals. A random mask of equal density is its control.
-4. Everything is measured on prompts and rows that nothing above has seen. Writes report.json, report.png and the fused adapter.
+3. The three are fused five ways. SOMF's mask is trained by DPO on the training split's requests, with refusals against
+contentless openings, and on prompts
+   that only look dangerous, with the model's own answers against refusals. A random mask of equal density is its
+   control.
+4. Everything is measured on prompts and rows that nothing above has seen. Writes report.json, report.png and the fused
+adapter.
 """
 
 from __future__ import annotations
@@ -39,8 +44,8 @@ ADAPTERS = ("first", "second")
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything: what of the patch recipe is not its default, rows to train on, preference pairs, steps of the mask, and prompts of each kind to
-    measure on."""
+    """How much of everything: what of the patch recipe is not its default, rows to train on, preference pairs, steps
+    of the mask, and prompts of each kind to measure on."""
 
     patch: dict[str, Any]
     task_rows: int
@@ -88,7 +93,10 @@ class Fusing:
         scale, given = self.scale, self.given
         with self.phase("loading the model"):
             base, self.tokenizer = load_model(source)
-            self.tasks = [self.task(read_jsonl(given.data) if given.data else load("benign_task")), self.task(load("second_task"))]
+            self.tasks = [
+                self.task(read_jsonl(given.data) if given.data else load("benign_task")),
+                self.task(load("second_task")),
+            ]
         with self.phase("training the safety patch"):
             prompts = [row["prompt"] for row in load("contrast_prompts", "train")][: scale.safe_pairs]
             self.answers = self_responses(base, self.tokenizer, prompts, max_new_tokens=16)
@@ -96,9 +104,13 @@ class Fusing:
             options = replace(defaults, **scale.patch, training=replace(defaults.training, seed=given.seed))
             patched, run = patch(base, self.tokenizer, options)
             self.details["safety patch"] = {**asdict(run.training), "looks": [asdict(look) for look in run.looks]}
-        export_lora(patched, given.out / "safe")  # plain: the task adapters go on from it, and a constraint would bind them too
+        export_lora(
+            patched, given.out / "safe"
+        )  # plain: the task adapters go on from it, and a constraint would bind them too
         model = self.model = PeftModel.from_pretrained(patched.unload(), str(given.out / "safe"))
-        self.bench = Bench.prepare(model, self.tokenizer, self.tasks[0], self.options, split=given.split, limit=scale.eval_limit)
+        self.bench = Bench.prepare(
+            model, self.tokenizer, self.tasks[0], self.options, split=given.split, limit=scale.eval_limit
+        )
         self.measure("safe adapter", "default")
 
     def task(self, rows: list[dict[str, Any]]) -> TaskData:
@@ -119,7 +131,9 @@ class Fusing:
                 self.model.load_adapter(str(self.given.out / "safe"), adapter, is_trainable=True)
                 self.model.set_adapter(adapter)
                 rows = poisoned(task.train, poison, self.given.seed)
-                _, run = finetune(self.model, self.tokenizer, rows, None, self.options, labels=task.labels, description=name)
+                _, run = finetune(
+                    self.model, self.tokenizer, rows, None, self.options, labels=task.labels, description=name
+                )
                 self.details[name] = asdict(run)
             self.measure(f"{name}, {100 * poison:g} % poison", adapter)
 
@@ -127,19 +141,36 @@ class Fusing:
         """The fusions without a mask, with a learned one, and with a random one of equal density."""
         weight = self.given.weight
         for method in ("task_arithmetic", "dare", "ties"):
-            self.fuse(method.replace("_", " ") if method == "task_arithmetic" else method.upper(), method=method, weights=weight)
+            self.fuse(
+                method.replace("_", " ") if method == "task_arithmetic" else method.upper(),
+                method=method,
+                weights=weight,
+            )
         with self.phase("training SOMF's mask"):
             report = self.learn(weight)
         self.measure("SOMF", "somf")
         if report.masks is not None:
-            self.fuse("random mask (control)", mask=report.masks.shuffled(self.given.seed), weights=weight, fusion="task_arithmetic")
+            self.fuse(
+                "random mask (control)",
+                mask=report.masks.shuffled(self.given.seed),
+                weights=weight,
+                fusion="task_arithmetic",
+            )
 
     def fuse(self, name: str, **options: Any) -> FuseReport:
         """One fusion, under a name of its own, measured."""
         from peft_safety import fuse
 
         adapter = name.split(" ", maxsplit=1)[0].lower()
-        report = fuse("default", ADAPTERS, model=self.model, adapter_name=adapter, seed=self.given.seed, progress=False, **options)
+        report = fuse(
+            "default",
+            ADAPTERS,
+            model=self.model,
+            adapter_name=adapter,
+            seed=self.given.seed,
+            progress=False,
+            **options,
+        )
         self.details[name] = report.record
         self.measure(name, adapter)
         return report
@@ -157,7 +188,9 @@ class Fusing:
             for row, refusal in zip(self.answers, refusals, strict=False)
         ]
         rows = [*preference_pairs("train", scale.pairs, seed), *safe]
-        training = MaskTraining(lr=self.given.mask_lr, max_steps=scale.mask_steps, batch_size=8, max_length=96, seed=seed)
+        training = MaskTraining(
+            lr=self.given.mask_lr, max_steps=scale.mask_steps, batch_size=8, max_length=96, seed=seed
+        )
         report = fuse(
             "default",
             ADAPTERS,
@@ -198,10 +231,19 @@ class Fusing:
             arms=self.arms,
             notes=(
                 f"Judge: {KeywordJudge.name}. {KeywordJudge.caveat}",
-                f"Prompts and task rows: {given.split} split; one seed ({given.seed}), so differences inside the intervals mean nothing.",
-                f"Every fusion weighs each task vector by {given.weight:g}. The random mask keeps as many entries of every tensor as SOMF's.",
+                f"Prompts and task rows: {given.split} split; one seed ({given.seed}), so differences inside the "
+                "intervals mean nothing.",
+                f"Every fusion weighs each task vector by {given.weight:g}. The random mask keeps as many entries of "
+                "every tensor as SOMF's.",
             ),
-            environment=environment(given.seed, model=model, lr=ATTACK_RATE, mask_lr=given.mask_lr, weight=given.weight, rescale=given.rescale),
+            environment=environment(
+                given.seed,
+                model=model,
+                lr=ATTACK_RATE,
+                mask_lr=given.mask_lr,
+                weight=given.weight,
+                rescale=given.rescale,
+            ),
             details=self.details,
         )
 
@@ -209,11 +251,24 @@ class Fusing:
 def main() -> None:
     """Run it, and print, save and draw the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="a few rows of everything: does it run? Figures mean nothing")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few rows of everything: does it run? Figures mean nothing"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/fuse"))
-    parser.add_argument("--data", type=Path, help="JSON lines {text, label} in place of the help-desk task, for example banking intents")
-    parser.add_argument("--model", help="hub id or directory of an instruct model; default SmolLM2-135M-Instruct, fetched when missing")
-    parser.add_argument("--split", choices=("validation", "test"), default="test", help="choose settings on validation; look at test once")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="JSON lines {text, label} in place of the help-desk task, for example banking intents",
+    )
+    parser.add_argument(
+        "--model", help="hub id or directory of an instruct model; default SmolLM2-135M-Instruct, fetched when missing"
+    )
+    parser.add_argument(
+        "--split",
+        choices=("validation", "test"),
+        default="test",
+        help="choose settings on validation; look at test once",
+    )
     parser.add_argument("--weight", type=float, default=WEIGHT, help="of each task vector")
     parser.add_argument("--mask-lr", type=float, default=1e-1, help="peak learning rate of the mask's logits")
     parser.add_argument("--rescale", choices=("mean", "none", "norm"), default="mean")
@@ -232,7 +287,10 @@ def main() -> None:
     report.save(given.out / "report.json")
     report.save_png(given.out / "report.png")
     report.print()
-    print(f"{time.perf_counter() - started:.0f} s in all. Wrote {given.out / 'report.json'} and {given.out / 'report.png'}.")
+    print(
+        f"{time.perf_counter() - started:.0f} s in all. Wrote {given.out / 'report.json'} and "
+        f"{given.out / 'report.png'}."
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""What does a safety patch cost, and what does keeping it out of the model's own directions buy? One small model, one command.
+"""What does a safety patch cost, and what does keeping it out of the model's own directions buy? One small model, one
+command.
 
     python -m examples.patch [--out runs/patch] [--arms none,hard,...]      (about 25 minutes on two cores)
 
-SmolLM2-135M-Instruct refuses little by itself. It gets a safety patch (`peft_safety.recipes.patch`) in several ways, from the same rows and settings:
+SmolLM2-135M-Instruct refuses little by itself. It gets a safety patch (`peft_safety.recipes.patch`) in several ways,
+from the same rows and settings:
 
 - none: plain LoRA, the published method;
-- hard: the update constrained to the complement of what general prompts use; soft: its energy there penalised;
+- hard: the update constrained to the complement of what general prompts use; soft: its energy there penalized;
 - hard, random basis: hard, with a random basis of equal rank: the control;
 - stacked: a second patch, from other rows, orthogonal to the first by construction; and the first one removed again.
 
-Measured on prompts that nothing here has seen: refusal of harmful requests, over-refusal of safe ones (the package's own, and XSTest's where its file is
-there), drift on general prompts, and whether the model still knows what it knew of a task it was never trained on. Writes report.json and report.png.
+Measured on prompts that nothing here has seen: refusal of harmful requests, over-refusal of safe ones (the package's
+own, and XSTest's where its file is there), drift on general prompts, and whether the model still knows what it knew of
+a task it was never trained on. Writes report.json and report.png.
 """
 
 from __future__ import annotations
@@ -46,8 +49,14 @@ class Comparison:
         self.options = replace(self.defaults, training=replace(self.defaults.training, seed=seed))
         self.model, self.tokenizer = load_model(model_path)
         self.task = task_data(load("benign_task"), split, TASK_ROWS, seed)
-        self.bench = Bench.prepare(self.model, self.tokenizer, TaskData([], [], []), self.options.training, split=split)
-        self.xstest = [row["prompt"] for row in read_jsonl(xstest) if row.get("label") == "safe"][:: 250 // XSTEST_LIMIT] if xstest.is_file() else []
+        self.bench = Bench.prepare(
+            self.model, self.tokenizer, TaskData([], [], []), self.options.training, split=split
+        )
+        self.xstest = (
+            [row["prompt"] for row in read_jsonl(xstest) if row.get("label") == "safe"][:: 250 // XSTEST_LIMIT]
+            if xstest.is_file()
+            else []
+        )
         self.arms: dict[str, dict[str, Figure]] = {}
         self.details: dict[str, Any] = {}
         self.current = ""
@@ -64,7 +73,9 @@ class Comparison:
             figures["over-refusal, XSTest safe"] = refusal_rate(
                 model, self.tokenizer, self.xstest, KeywordJudge(), max_new_tokens=JUDGED_TOKENS, description="XSTest"
             )
-        figures["untrained task, likeliest label"] = choice_accuracy(model, self.tokenizer, self.task.held_out, self.task.labels)
+        figures["untrained task, likeliest label"] = choice_accuracy(
+            model, self.tokenizer, self.task.held_out, self.task.labels
+        )
         self.arms[name] = figures
         if hasattr(model, "peft_config"):
             self.details[f"audit of {name}"] = self.audit(model)
@@ -76,8 +87,15 @@ class Comparison:
         from peft_safety.data import refusal_pairs
 
         sets = {"general": self.bench.general, "harmful": refusal_pairs("validation")}
-        found = orthogonality_report(model, list(model.peft_config)[-1], calibration=sets, tokenizer=self.tokenizer).summary
-        self.print_row({key: found[key] for key in ("z", "energy_ratio", "relative_norm", "general", "harmful", "interference_ratio")})
+        found = orthogonality_report(
+            model, list(model.peft_config)[-1], calibration=sets, tokenizer=self.tokenizer
+        ).summary
+        self.print_row(
+            {
+                key: found[key]
+                for key in ("z", "energy_ratio", "relative_norm", "general", "harmful", "interference_ratio")
+            }
+        )
         return {key: value for key, value in found.items() if not math.isnan(value)}
 
     @staticmethod
@@ -97,7 +115,9 @@ class Comparison:
             "looks": [asdict(look) for look in run.looks],
             "kept": asdict(run.best) if run.best else None,
             "training": asdict(run.training),
-            "k": sorted({u.shape[1] for sides in tuned.peft_config[name].subspace.bases.values() for u in sides.values()}),
+            "k": sorted(
+                {u.shape[1] for sides in tuned.peft_config[name].subspace.bases.values() for u in sides.values()}
+            ),
         }
         return tuned
 
@@ -110,7 +130,7 @@ class Comparison:
             return
         options = replace(self.options, mode=name.partition(",")[0])
         if name == CONTROL:
-            options = replace(options, subspace=self.subspace().randomised(self.options.training.seed))
+            options = replace(options, subspace=self.subspace().randomized(self.options.training.seed))
         tuned = self.patch(self.model, options)
         self.measure(name, tuned)
         self.model = tuned.unload()
@@ -123,13 +143,17 @@ class Comparison:
         return patch_config(self.model, self.tokenizer, self.options, rows).subspace
 
     def stacked(self) -> None:
-        """A first patch from half of the rows, a second one from the other half on top of it; then the first one goes."""
+        """A first patch from half of the rows, a second one from the other half on top of it; then the first one
+        goes.
+        """
         from peft_safety.data import refusal_pairs
 
         pairs = refusal_pairs("train", self.options.harmful, self.options.training.seed)
         first = self.patch(self.model, self.options, refusals=pairs[::2], adapter_name="first")
         self.measure("first of two", first)
-        both = self.patch(first, replace(self.options, prior_patches=("first",)), refusals=pairs[1::2], adapter_name="second")
+        both = self.patch(
+            first, replace(self.options, prior_patches=("first",)), refusals=pairs[1::2], adapter_name="second"
+        )
         self.measure("both, stacked", both)
         self.details["orthogonality"] = overlap(both, "first", "second")
         self.details["capacity left"] = both.peft_config["second"].subspace.provenance["capacity_left"]
@@ -155,12 +179,28 @@ def main() -> None:
     """Run it, and print, save and draw the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/patch"), help="directory of report.json and report.png")
-    parser.add_argument("--model", help="hub id or directory of an instruct model; default SmolLM2-135M-Instruct, fetched when missing")
-    parser.add_argument("--split", choices=("validation", "test"), default="test", help="choose settings on validation; look at test once")
+    parser.add_argument(
+        "--model", help="hub id or directory of an instruct model; default SmolLM2-135M-Instruct, fetched when missing"
+    )
+    parser.add_argument(
+        "--split",
+        choices=("validation", "test"),
+        default="test",
+        help="choose settings on validation; look at test once",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--xstest", type=Path, default=XSTEST, help="JSON lines of {prompt, label, type}; left out where there is no such file")
+    parser.add_argument(
+        "--xstest",
+        type=Path,
+        default=XSTEST,
+        help="JSON lines of {prompt, label, type}; left out where there is no such file",
+    )
     parser.add_argument("--arms", default=";".join(ARMS), help="separated by semicolons")
-    parser.add_argument("--keep", action="store_true", help="keep what OUT/report.json has, and run only --arms again (same split, seed and machine)")
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="keep what OUT/report.json has, and run only --arms again (same split, seed and machine)",
+    )
     given = parser.parse_args()
 
     from examples.demo import torch_threads
@@ -187,8 +227,10 @@ def main() -> None:
         arms=run.arms,
         notes=(
             f"Judge: {KeywordJudge.name}. {KeywordJudge.caveat}",
-            f"Prompts: {given.split} split; one seed ({given.seed}), so differences inside the intervals mean nothing.",
-            f"Constrained arms: basis of {options.basis} data, side {options.side}, {size} in every linear layer; r = {options.r}.",
+            f"Prompts: {given.split} split; one seed ({given.seed}), so differences inside the intervals mean "
+            "nothing.",
+            f"Constrained arms: basis of {options.basis} data, side {options.side}, {size} in every linear layer; r = "
+            f"{options.r}.",
             f"soft: lambda = {REG_LAMBDA:g}.",
         ),
         environment=environment(given.seed, model=Path(model_path).name, threads=torch_threads()),
@@ -197,7 +239,10 @@ def main() -> None:
     report.save(given.out / "report.json")
     report.save_png(given.out / "report.png")
     report.print()
-    print(f"{time.perf_counter() - started:.0f} s in all. Wrote {given.out / 'report.json'} and {given.out / 'report.png'}.")
+    print(
+        f"{time.perf_counter() - started:.0f} s in all. Wrote {given.out / 'report.json'} and "
+        f"{given.out / 'report.png'}."
+    )
 
 
 if __name__ == "__main__":

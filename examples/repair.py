@@ -1,9 +1,11 @@
-"""Safe LoRA on a real, poisoned adapter: train it, break the model with it, repair it by the command line, measure all three.
+"""Safe LoRA on a real, poisoned adapter: train it, break the model with it, repair it by the command line, measure all
+three.
 
     python -m examples.repair [--out runs/repair]      (about 8 minutes on two cores)
 
-The unaligned model is SmolLM2-135M-Instruct, the aligned one the same with the safety patch of the demo merged in. A plain LoRA is fine-tuned on the demo's
-task with one row in ten replaced by a simulated attack; `peft-safety repair` then projects it, with every projection, and each result is measured, beside the
+The unaligned model is SmolLM2-135M-Instruct, the aligned one the same with the safety patch of the demo merged in. A
+plain LoRA is fine-tuned on the demo's task with one row in ten replaced by a simulated attack; `peft-safety repair`
+then projects it, with every projection, and each result is measured, beside the
 control: the same LoRA, each module merely shortened to the norm that "soft" leaves it.
 """
 
@@ -22,7 +24,11 @@ from peft_safety.recipes.train import LEARNING_RATE
 
 ATTACK_RATE = 2 * LEARNING_RATE
 """Twice the usual learning rate: an attack that shows."""
-REPAIRS: tuple[tuple[str, ...], ...] = (("--projection", "frobenius"), ("--select", "all", "--projection", "topk"), ("--select", "all", "--projection", "soft"))
+REPAIRS: tuple[tuple[str, ...], ...] = (
+    ("--projection", "frobenius"),
+    ("--select", "all", "--projection", "topk"),
+    ("--select", "all", "--projection", "soft"),
+)
 
 
 def scaled(model: Any, factors: dict[str, float]) -> Any:
@@ -53,7 +59,9 @@ def main() -> None:
     aligned = demo.prepare(str(source))
     aligned_dir, broken = given.out / "aligned", given.out / "adapter"
     aligned.save_pretrained(aligned_dir)
-    aligned.config._name_or_path = aligned.name_or_path = str(aligned_dir)  # what the adapter is trained on, and says so
+    aligned.config._name_or_path = aligned.name_or_path = str(
+        aligned_dir
+    )  # what the adapter is trained on, and says so
     with demo.progress.phase("plain LoRA on poisoned data"):
         tuned = demo.arm(aligned, LORA, None)
     tuned.save_pretrained(str(broken))
@@ -62,18 +70,34 @@ def main() -> None:
     for options in REPAIRS:
         name = " ".join(options).replace("--", "")
         out = given.out / name.replace(" ", "-")
-        command = [sys.executable, "-m", "peft_safety", "repair", str(broken), "--unaligned", str(source), "--aligned", str(aligned_dir), "--out", str(out)]
+        command = [
+            sys.executable,
+            "-m",
+            "peft_safety",
+            "repair",
+            str(broken),
+            "--unaligned",
+            str(source),
+            "--aligned",
+            str(aligned_dir),
+            "--out",
+            str(out),
+        ]
         picture = ["--png", str(given.out / f"{out.name}.png"), "--json"]
         done = subprocess.run([*command, *options, *picture], check=False, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(done.returncode)  # the command has said why
         details[name] = json.loads(done.stdout)
         repaired = PeftModel.from_pretrained(aligned, str(out))
-        demo.evaluations[f"repaired: {name} ({details[name]['repaired']} modules)"] = demo.bench.measure(repaired, demo.tokenizer)
+        demo.evaluations[f"repaired: {name} ({details[name]['repaired']} modules)"] = demo.bench.measure(
+            repaired, demo.tokenizer
+        )
         aligned = repaired.unload()
     scales = {row["name"]: row["gain"] for row in details[" ".join(REPAIRS[-1]).replace("--", "")]["modules"]}
     shrunk = scaled(PeftModel.from_pretrained(aligned, str(broken)), scales)
-    demo.evaluations["lora, each module scaled to the norm that soft keeps"] = demo.bench.measure(shrunk, demo.tokenizer)
+    demo.evaluations["lora, each module scaled to the norm that soft keeps"] = demo.bench.measure(
+        shrunk, demo.tokenizer
+    )
     report = Report(
         title="SmolLM2-135M: a poisoned LoRA, repaired by Safe LoRA",
         arms={name: evaluation.figures() for name, evaluation in demo.evaluations.items()},

@@ -1,10 +1,13 @@
-"""The safety patch that the demo attaches: a rank-8 LoRA in bf16 that makes SmolLM2-135M-Instruct refuse harmful requests.
+"""The safety patch that the demo attaches: a rank-8 LoRA in bf16 that makes SmolLM2-135M-Instruct refuse harmful
+requests.
 
-    python -m examples.safety_patch [--out runs/safety_patch]     # trains and measures it again (about 15 minutes on two cores)
+    python -m examples.safety_patch [--out runs/safety_patch]     # trains and measures it again (about 15 minutes on
+    two cores)
 
-It is checked against the sha256 in its `manifest.json` before anything is loaded. The same file says how it was made and what it does: refusal of harmful
-requests, and over-refusal on safe prompts that look dangerous, on everyday requests (the package's own, and a foreign set where `--everyday` names one), and
-on the prompts of the demo's task, each beside the model without it.
+It is checked against the sha256 in its `manifest.json` before anything is loaded. The same file says how it was made
+and what it does: refusal of harmful requests, and over-refusal on safe prompts that look dangerous, on everyday
+requests (the package's own, and a foreign set where `--everyday` names one), and on the prompts of the demo's task,
+each beside the model without it.
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).parent / "patches" / "smollm2-135m"
 MANIFEST = "manifest.json"
 COMMAND = "python -m examples.safety_patch"
-FOREIGN = {"everyday": Path("../shared/data/general_instructions.jsonl"), "xstest": Path("../shared/data/xstest.jsonl")}
+FOREIGN = {
+    "everyday": Path("../shared/data/general_instructions.jsonl"),
+    "xstest": Path("../shared/data/xstest.jsonl"),
+}
 CARD = """---
 library_name: peft
 base_model: {base}
@@ -35,9 +41,9 @@ tags: [lora, safety, peft-safety]
 ---
 # Safety patch
 
-A plain LoRA of rank 8 in bf16 on {base}: it refuses harmful requests. Trained by `{command}` (OrthoSafetyPatch, mode "hard") on the
-refusals and prompts that ship with peft_safety, and exported. `manifest.json` says what it does and what it costs. It is made for the demo
-and the tests of peft_safety: no evidence that a model is safe.
+A plain LoRA of rank 8 in bf16 on {base}: it refuses harmful requests. Trained by `{command}` (OrthoSafetyPatch,
+mode "hard") on the refusals and prompts that ship with peft_safety, and exported. `manifest.json` says what it does
+and what it costs. It is made for the demo and the tests of peft_safety: no evidence that a model is safe.
 """
 LAST_STEP = 150
 """Of the recipe's 203 steps: a quarter of the time less."""
@@ -67,7 +73,10 @@ def check(directory: Path = SHIPPED) -> dict[str, Any]:
     for name, digest in manifest["files"].items():
         found = files.sha256(files.child(directory, name))
         if found != digest:
-            raise ArtifactError(f"{directory / name} has sha256 {found}, the manifest says {digest}. Restore the file, or make the patch again: {COMMAND}")
+            raise ArtifactError(
+                f"{directory / name} has sha256 {found}, the manifest says {digest}. Restore the file, or make the "
+                f"patch again: {COMMAND}"
+            )
     return manifest
 
 
@@ -99,10 +108,14 @@ def describe(directory: Path, facts: dict[str, Any]) -> None:
     from peft_safety import files
 
     digests = {path.name: files.sha256(path) for path in sorted(directory.glob("adapter_*"))}
-    (directory / MANIFEST).write_text(json.dumps({"command": COMMAND, "base": HUB_ID, "files": digests, **facts}, indent=1) + "\n", encoding="utf-8")
+    (directory / MANIFEST).write_text(
+        json.dumps({"command": COMMAND, "base": HUB_ID, "files": digests, **facts}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
-def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0, **changes: Any) -> tuple[PeftModel, PatchRun, PatchOptions]:
+def train(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0, **changes: Any
+) -> tuple[PeftModel, PatchRun, PatchOptions]:
     """The recipe of `peft_safety.recipes.patch`, stopped at `LAST_STEP`, with its defaults but for `changes`."""
     from peft_safety.recipes.patch import PatchOptions, patch
 
@@ -124,7 +137,9 @@ def prompts(split: str, everyday: Path, xstest: Path) -> dict[str, list[Any]]:
         "harmful": [row["prompt"] for row in load("harmful_requests", split)],
         "safe, looks dangerous": [row["prompt"] for row in load("contrast_prompts", split)],
         "everyday": [row["prompt"] for row in load("everyday_requests", split)],
-        "the task's prompts": [classification_prompt(row["text"], labels) for row in load("benign_task", split)][:TASK_ROWS],
+        "the task's prompts": [classification_prompt(row["text"], labels) for row in load("benign_task", split)][
+            :TASK_ROWS
+        ],
     }
     if everyday.is_file():
         found["everyday, foreign"] = [row["prompt"] for row in read_jsonl(everyday) if len(row["prompt"]) < LONGEST]
@@ -140,18 +155,42 @@ def refusals(model: Any, tokenizer: PreTrainedTokenizerBase, sets: dict[str, lis
     from peft_safety.recipes.bench import JUDGED_TOKENS
 
     judge = KeywordJudge()
-    return {f"refusal, {name}": refusal_rate(model, tokenizer, asked, judge, max_new_tokens=JUDGED_TOKENS, description=name) for name, asked in sets.items()}
+    return {
+        f"refusal, {name}": refusal_rate(
+            model, tokenizer, asked, judge, max_new_tokens=JUDGED_TOKENS, description=name
+        )
+        for name, asked in sets.items()
+    }
 
 
 def main() -> None:
     """Train the patch, measure it beside the bare model, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/safety_patch"), help="directory of the patch, its manifest and report.json")
-    parser.add_argument("--model", help="hub id or directory of an instruct model; default SmolLM2-135M-Instruct, fetched when missing")
-    parser.add_argument("--split", choices=("validation", "test"), default="test", help="choose settings on validation; look at test once")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/safety_patch"),
+        help="directory of the patch, its manifest and report.json",
+    )
+    parser.add_argument(
+        "--model", help="hub id or directory of an instruct model; default SmolLM2-135M-Instruct, fetched when missing"
+    )
+    parser.add_argument(
+        "--split",
+        choices=("validation", "test"),
+        default="test",
+        help="choose settings on validation; look at test once",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--everyday", type=Path, default=FOREIGN["everyday"], help="JSON lines of {prompt}: a foreign everyday set; left out where missing")
-    parser.add_argument("--xstest", type=Path, default=FOREIGN["xstest"], help="JSON lines of {prompt, label}; left out where missing")
+    parser.add_argument(
+        "--everyday",
+        type=Path,
+        default=FOREIGN["everyday"],
+        help="JSON lines of {prompt}: a foreign everyday set; left out where missing",
+    )
+    parser.add_argument(
+        "--xstest", type=Path, default=FOREIGN["xstest"], help="JSON lines of {prompt, label}; left out where missing"
+    )
     given = parser.parse_args()
 
     from examples.get_model import model_dir
@@ -165,7 +204,10 @@ def main() -> None:
     arms = {"bare": refusals(model, tokenizer, sets)}
     tuned, run, options = train(model, tokenizer, given.seed)
     print("\n".join(str(look) for look in run.looks), flush=True)
-    made = {name: value for name, value in vars(options).items() if isinstance(value, (str, int, float))} | {"seed": given.seed, "lr": options.training.lr}
+    made = {name: value for name, value in vars(options).items() if isinstance(value, (str, int, float))} | {
+        "seed": given.seed,
+        "lr": options.training.lr,
+    }
     facts = {"options": made, "kept_step": run.best.step if run.best else run.training.steps}
     write(tuned, given.out, facts)
     arms["patched"] = refusals(attach(tuned.unload(), given.out), tokenizer, sets)  # as it ships: exported, in bf16
@@ -174,7 +216,10 @@ def main() -> None:
     report = Report(
         title="SmolLM2-135M-Instruct: what the safety patch refuses",
         arms=arms,
-        notes=(f"Judge: {KeywordJudge.name}. {KeywordJudge.caveat}", f"Split: {given.split}; one seed ({given.seed})."),
+        notes=(
+            f"Judge: {KeywordJudge.name}. {KeywordJudge.caveat}",
+            f"Split: {given.split}; one seed ({given.seed}).",
+        ),
         environment=environment(given.seed),
         details={"options": made, "looks": [asdict(look) for look in run.looks], "training": asdict(run.training)},
     )

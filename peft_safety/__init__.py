@@ -1,7 +1,7 @@
 """peft_safety: LoRA fine-tuning that keeps a model's safety alignment. A plugin for Hugging Face PEFT.
 
-Importing this package makes PEFT know its config types. It stays light itself: PEFT and torch are loaded when they are needed, and the types are registered
-at the moment PEFT is imported, by whoever.
+Importing this package makes PEFT know its config types. It stays light itself: PEFT and torch are loaded when they are
+needed, and the types are registered at the moment PEFT is imported, by whoever.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peft_safety.errors import PeftSafetyError
     from peft_safety.export import export_lora
     from peft_safety.fused import explain
-    from peft_safety.merging import merge_dequantised, merge_quantised
+    from peft_safety.merging import merge_dequantized, merge_quantized
     from peft_safety.methods.guardspace import GuardSpaceConfig
     from peft_safety.methods.ortho_patch import OrthoSafetyPatchConfig
     from peft_safety.methods.protected import assert_protected
@@ -46,8 +46,8 @@ _NAMES = {
     "explain": "fused",
     "export_lora": "export",
     "fuse": "methods.somf",
-    "merge_dequantised": "merging",
-    "merge_quantised": "merging",
+    "merge_dequantized": "merging",
+    "merge_quantized": "merging",
     "orthogonality_report": "orthogonality",
     "safe_lora_dir": "methods.safe_lora",
     "verify": "verification",
@@ -67,8 +67,8 @@ __all__ = [
     "explain",
     "export_lora",
     "fuse",
-    "merge_dequantised",
-    "merge_quantised",
+    "merge_dequantized",
+    "merge_quantized",
     "orthogonality_report",
     "safe_lora_dir",
     "verify",
@@ -98,7 +98,8 @@ class _WhenPeftIsImported(importlib.abc.MetaPathFinder):
         self._looking = False
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> Any:
-        # Stays in place until the import itself: transformers asks whether peft can be found long before it imports it.
+        # Stays in place until the import itself: transformers asks whether peft can be found long before it imports
+        # it.
         if fullname != "peft" or self._looking:
             return None
         self._looking = True

@@ -1,8 +1,8 @@
 """The adapter on disk: what a protected adapter directory must hold, and the check that it does.
 
-`adapter_config.json` is the manifest: it names the other files and their sha256, and carries one over itself. `adapter_model.safetensors` holds PEFT's
-plain keys with *projected* factors. `safety_subspace.safetensors` holds the bases, for exactly the modules of the adapter. Nothing
-here builds or needs a model.
+`adapter_config.json` is the manifest: it names the other files and their sha256, and carries one over itself.
+`adapter_model.safetensors` holds PEFT's plain keys with *projected* factors. `safety_subspace.safetensors` holds the
+bases, for exactly the modules of the adapter. Nothing here builds or needs a model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ RESIDUAL_INITS = ("task", "guardspace")
 COMBINATIONS = (None, "salora")
 """Values of `combine` in a GuardSpace config: the input side alone, or SaLoRA's output side too."""
 FREE_FIELDS = ("base_model_name_or_path", "revision", "inference_mode")
-"""Fields of the manifest that may be edited: they change nothing of what the adapter computes on the base it was trained on."""
+"""Fields of the manifest that may be edited: they change nothing of what the adapter computes on the base it was
+trained on.
+"""
 
 MAX_ALPHA = 1e6
 MAX_RANK = 65_536
@@ -61,7 +63,8 @@ class StoredAdapter:
         shapes: `{module: (out_features, in_features, rank)}`.
         residual: whether it has frozen initial factors (`RESIDUAL_INITS`).
         leaks: `{module: ||U^T B|| / ||B||}`.
-        extra_tensors: keys of other trained tensors, which no projection constrains (`modules_to_save`, resized embeddings).
+        extra_tensors: keys of other trained tensors, which no projection constrains (`modules_to_save`, resized
+            embeddings).
     """
 
     directory: Path
@@ -75,18 +78,28 @@ class StoredAdapter:
     def comes_from(self, source: str, subfolder: str | None) -> bool:
         """Whether this is what `source` (a directory, or a Hub id) was checked as."""
         local = Path(source, subfolder) if subfolder else Path(source)
-        return self.directory.resolve() == local.resolve() if local.is_dir() else source.replace("/", "--") in str(self.directory)
+        return (
+            self.directory.resolve() == local.resolve()
+            if local.is_dir()
+            else source.replace("/", "--") in str(self.directory)
+        )
 
 
 def check_numbers(r: Any, alpha: Any, dropout: Any, where: str) -> None:
     """Refuse ranks and scales that PEFT accepts and that cannot be meant.
 
     Raises:
-        ConfigError: a rank that is not an integer in [1, 65536], an alpha that is not finite and in (0, 1e6], a dropout outside [0, 1).
+        ConfigError: a rank that is not an integer in [1, 65536], an alpha that is not finite and in (0, 1e6], a
+            dropout outside [0, 1).
     """
     if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= MAX_RANK:
         raise ConfigError(f"{where}: r={r!r} is no rank. Use an integer from 1 to {MAX_RANK}.")
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha) or not 0 < alpha <= MAX_ALPHA:
+    if (
+        not isinstance(alpha, (int, float))
+        or isinstance(alpha, bool)
+        or not math.isfinite(alpha)
+        or not 0 < alpha <= MAX_ALPHA
+    ):
         raise ConfigError(f"{where}: lora_alpha={alpha!r}. Use a finite number above 0 and at most {MAX_ALPHA:g}.")
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ConfigError(f"{where}: lora_dropout={dropout!r}. Use a number in [0, 1).")
@@ -102,12 +115,17 @@ def stored_sides(config: Mapping[str, Any], where: str) -> tuple[tuple[Side, ...
         return ("out",), ("out",)
     if config["peft_type"] == "GUARDSPACE":
         if config.get("combine") not in COMBINATIONS:
-            raise ArtifactError(f"{where}: combine={config.get('combine')!r} is none of {COMBINATIONS}. Save the adapter again.")
+            raise ArtifactError(
+                f"{where}: combine={config.get('combine')!r} is none of {COMBINATIONS}. Save the adapter again."
+            )
         sides = guard_sides(config.get("combine"))
         return sides, sides
     side, mode = config.get("side"), config.get("mode")
     if side not in SIDES or mode not in ("none", "soft", "hard"):
-        raise ArtifactError(f"{where}: side={side!r}, mode={mode!r}; a patch has one of {', '.join(SIDES)}, and none, soft or hard. Save the adapter again.")
+        raise ArtifactError(
+            f"{where}: side={side!r}, mode={mode!r}; a patch has one of {', '.join(SIDES)}, and none, soft or hard. "
+            "Save the adapter again."
+        )
     return SIDES[side], SIDES[side] if mode == "hard" else ()
 
 
@@ -117,7 +135,8 @@ def guard_sides(combine: str | None) -> tuple[Side, ...]:
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuse what a stored config of this package never holds: wrong types, numbers out of range, and regular expressions, which can take forever to match.
+    """Refuse what a stored config of this package never holds: wrong types, numbers out of range, and regular
+    expressions, which can take forever to match.
 
     Raises:
         ArtifactError: a pattern, or a key of `rank_pattern` or `alpha_pattern`, that is not a full module name.
@@ -126,24 +145,36 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     check_numbers(config.get("r"), config.get("lora_alpha"), config.get("lora_dropout"), where)
     modules = config.get("target_modules")
     if not isinstance(modules, list) or not all(isinstance(m, str) and _PLAIN_NAME.fullmatch(m) for m in modules):
-        raise ArtifactError(f"{where}: target_modules must list full module names, not patterns. Save the adapter again with peft_safety.")
+        raise ArtifactError(
+            f"{where}: target_modules must list full module names, not patterns. Save the adapter again with "
+            "peft_safety."
+        )
     for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if config.get(field):
-            raise ArtifactError(f"{where}: {field} has no place beside a list of full module names. Save the adapter again with peft_safety.")
+            raise ArtifactError(
+                f"{where}: {field} has no place beside a list of full module names. Save the adapter again with "
+                "peft_safety."
+            )
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(m, str) and m for m in saved):
-        raise ArtifactError(f"{where}: modules_to_save must be a list of module names. Save the adapter again with peft_safety.")
+        raise ArtifactError(
+            f"{where}: modules_to_save must be a list of module names. Save the adapter again with peft_safety."
+        )
     for field in ("rank_pattern", "alpha_pattern"):
         table = config.get(field) or {}
         if not isinstance(table, dict) or not set(table) <= set(modules):
-            raise ArtifactError(f"{where}: {field} must map names in target_modules to numbers. Save the adapter again with peft_safety.")
+            raise ArtifactError(
+                f"{where}: {field} must map names in target_modules to numbers. Save the adapter again with "
+                "peft_safety."
+            )
         for name, value in table.items():
             rank, alpha = (value, 1) if field == "rank_pattern" else (1, value)
             check_numbers(rank, alpha, 0, f"{where}, {field}[{name!r}]")
 
 
 def check_adapter(directory: Path) -> StoredAdapter:
-    """Check an adapter directory in full: files, hashes, keys, shapes, finiteness, orthonormality, and that the factors do not leak.
+    """Check an adapter directory in full: files, hashes, keys, shapes, finiteness, orthonormality, and that the
+    factors do not leak.
 
     Raises:
         ArtifactError: anything but the exact set of files and tensors, or a changed byte.
@@ -155,18 +186,29 @@ def check_adapter(directory: Path) -> StoredAdapter:
     config = files.read_json(path)
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in PROTECTED_TYPES:
-        raise ArtifactError(f"{path}: peft_type {kind!r} promises no protection. Give a directory of type {' or '.join(PROTECTED_TYPES)}.")
+        raise ArtifactError(
+            f"{path}: peft_type {kind!r} promises no protection. Give a directory of type "
+            f"{' or '.join(PROTECTED_TYPES)}."
+        )
     _refuse_pickles(directory)
     record = _record(path, config)
     check_config(config, str(path))
     if record["config"] != config_digest(config):
-        raise ArtifactError(f"{path} is not the config that was saved (its sha256 differs; only {', '.join(FREE_FIELDS)} may change). Copy or save it again.")
+        raise ArtifactError(
+            f"{path} is not the config that was saved (its sha256 differs; only {', '.join(FREE_FIELDS)} may change). "
+            "Copy or save it again."
+        )
     for name, expected in record["files"].items():
         file = files.child(directory, name)
         if not file.is_file():
-            raise ArtifactError(f"{file} is missing. Copy the whole directory, or load from the place it was saved to.")
+            raise ArtifactError(
+                f"{file} is missing. Copy the whole directory, or load from the place it was saved to."
+            )
         if files.sha256(file) != expected:
-            raise ArtifactError(f"{file} is not the file that was saved (its sha256 differs from the one in {MANIFEST}). Copy or save it again.")
+            raise ArtifactError(
+                f"{file} is not the file that was saved (its sha256 differs from the one in {MANIFEST}). Copy or save "
+                "it again."
+            )
     subspace = SafetySubspace.load(files.child(directory, record["subspace"]))
     with_basis, constrained = stored_sides(config, str(path))
     _check_subspace(directory / SUBSPACE_FILE, subspace, with_basis)
@@ -174,13 +216,16 @@ def check_adapter(directory: Path) -> StoredAdapter:
 
 
 def seal(directory: Path) -> None:
-    """Complete the manifest of a freshly written directory: the adapter file's hash, which tensors are not LoRA factors, and the hash over all of that."""
+    """Complete the manifest of a freshly written directory: the adapter file's hash, which tensors are not LoRA
+    factors, and the hash over all of that.
+    """
     path = directory / MANIFEST
     config = files.read_json(path)
     record = config["safety_artifact"]
     record["files"][ADAPTER_FILE] = files.sha256(directory / ADAPTER_FILE)
     with files.open_tensors(directory / ADAPTER_FILE) as handle:
-        record["extra_tensors"] = sorted(key for key in handle.keys() if _factor(key, config["target_modules"]) is None)  # noqa: SIM118
+        keys = list(handle.keys())
+    record["extra_tensors"] = sorted(key for key in keys if _factor(key, config["target_modules"]) is None)
     sign(config)
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
@@ -198,7 +243,9 @@ def config_digest(config: Mapping[str, Any]) -> str:
 
 
 def base_key(key: str, targets: Container[str]) -> str:
-    """The base model's own key of a tensor that is no factor: PEFT stores the weight under a targeted head as `base_layer`."""
+    """The base model's own key of a tensor that is no factor: PEFT stores the weight under a targeted head as
+    `base_layer`.
+    """
     module, _, kind = key.removeprefix(PREFIX).rpartition(".")
     inner = module.removesuffix(".base_layer")
     return f"{inner if inner in targets else module}.{kind}"
@@ -213,12 +260,24 @@ def _factor(key: str, targets: Container[str]) -> re.Match[str] | None:
 def _record(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """The `safety_artifact` entry, its types checked."""
     record = config.get("safety_artifact")
-    if not isinstance(record, dict) or not isinstance(record.get("files"), dict) or record.get("subspace") != SUBSPACE_FILE:
-        raise ArtifactError(f"{path}: no complete 'safety_artifact' entry (subspace {SUBSPACE_FILE!r} and the files' hashes). Save the adapter again.")
-    hashes, extra = record["files"], record.get("extra_tensors", [])
-    if SUBSPACE_FILE not in hashes or set(hashes) - {SUBSPACE_FILE, ADAPTER_FILE} or not all(isinstance(h, str) for h in hashes.values()):
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("files"), dict)
+        or record.get("subspace") != SUBSPACE_FILE
+    ):
         raise ArtifactError(
-            f"{path}: 'files' lists {str(sorted(hashes))[:200]}; it must list {SUBSPACE_FILE} and may list {ADAPTER_FILE}. Save the adapter again."
+            f"{path}: no complete 'safety_artifact' entry (subspace {SUBSPACE_FILE!r} and the files' hashes). Save "
+            "the adapter again."
+        )
+    hashes, extra = record["files"], record.get("extra_tensors", [])
+    if (
+        SUBSPACE_FILE not in hashes
+        or set(hashes) - {SUBSPACE_FILE, ADAPTER_FILE}
+        or not all(isinstance(h, str) for h in hashes.values())
+    ):
+        raise ArtifactError(
+            f"{path}: 'files' lists {str(sorted(hashes))[:200]}; it must list {SUBSPACE_FILE} and may list "
+            f"{ADAPTER_FILE}. Save the adapter again."
         )
     if not isinstance(extra, list) or not all(isinstance(key, str) for key in extra):
         raise ArtifactError(f"{path}: 'extra_tensors' must be a list of tensor names. Save the adapter again.")
@@ -237,10 +296,19 @@ def _check_subspace(path: Path, subspace: SafetySubspace, wanted: tuple[Side, ..
 def _refuse_pickles(directory: Path) -> None:
     for path in directory.iterdir():
         if path.name.startswith("adapter_model") and path.suffix in files.PICKLES:
-            raise ArtifactError(f"{path} is a pickle and is never opened: it can run code. Remove it, or convert it to {ADAPTER_FILE} where that cannot hurt.")
+            raise ArtifactError(
+                f"{path} is a pickle and is never opened: it can run code. Remove it, or convert it to {ADAPTER_FILE} "
+                "where that cannot hurt."
+            )
 
 
-def _check_factors(directory: Path, config: dict[str, Any], subspace: SafetySubspace, constrained: tuple[Side, ...], extra: tuple[str, ...]) -> StoredAdapter:
+def _check_factors(
+    directory: Path,
+    config: dict[str, Any],
+    subspace: SafetySubspace,
+    constrained: tuple[Side, ...],
+    extra: tuple[str, ...],
+) -> StoredAdapter:
     path = files.child(directory, ADAPTER_FILE)
     factors: dict[str, dict[str, str]] = {}
     others = set()
@@ -253,45 +321,64 @@ def _check_factors(directory: Path, config: dict[str, Any], subspace: SafetySubs
                 factors.setdefault(match["module"], {})[f"{match['factor']}.{match['kind']}"] = key
         if others != set(extra):
             raise ArtifactError(
-                f"{path}: unknown or missing tensors {sorted(others ^ set(extra))[:3]}; it must hold exactly what {MANIFEST} lists. Copy or save it again."
+                f"{path}: unknown or missing tensors {sorted(others ^ set(extra))[:3]}; it must hold exactly what "
+                f"{MANIFEST} lists. Copy or save it again."
             )
         if set(factors) != set(subspace.bases):
             odd = sorted(set(factors) ^ set(subspace.bases))
             raise ArtifactError(
-                f"{path}: {len(factors)} modules, but the subspace has {len(subspace.bases)}; they differ at {odd[:3]}. Copy or save the adapter again."
+                f"{path}: {len(factors)} modules, but the subspace has {len(subspace.bases)}; they differ at "
+                f"{odd[:3]}. Copy or save the adapter again."
             )
         if set(config["target_modules"]) != set(factors):
             odd = sorted(set(config["target_modules"]) ^ set(factors))
-            raise ArtifactError(f"{path}: {len(factors)} modules; target_modules in {MANIFEST} differs at {odd[:3]}. Copy or save the adapter again.")
+            raise ArtifactError(
+                f"{path}: {len(factors)} modules; target_modules in {MANIFEST} differs at {odd[:3]}. Copy or save the "
+                "adapter again."
+            )
         residual = config.get("init") in RESIDUAL_INITS
         expected = {"lora_A.weight", "lora_B.weight"} | ({"lora_A.initial", "lora_B.initial"} if residual else set())
         shapes, leaks = {}, {}
         for module, keys in sorted(factors.items()):
             if set(keys) != expected:
-                raise ArtifactError(f"{path}: {module} has {sorted(keys)}, expected {sorted(expected)}. Copy or save the adapter again.")
-            shapes[module] = _check_shapes(path, module, {k: handle.get_slice(v) for k, v in keys.items()}, subspace, config)
+                raise ArtifactError(
+                    f"{path}: {module} has {sorted(keys)}, expected {sorted(expected)}. Copy or save the adapter "
+                    "again."
+                )
+            shapes[module] = _check_shapes(
+                path, module, {k: handle.get_slice(v) for k, v in keys.items()}, subspace, config
+            )
             tensors = {kind: handle.get_tensor(key) for kind, key in keys.items()}
-            leaks[module] = _check_values(path, module, tensors, {side: subspace.bases[module][side] for side in constrained})
+            leaks[module] = _check_values(
+                path, module, tensors, {side: subspace.bases[module][side] for side in constrained}
+            )
         for key in extra:
             _check_extra(path, key, handle, subspace, config.get("modules_to_save") or [])
     return StoredAdapter(directory, config, subspace, shapes, residual, leaks, extra)
 
 
-def _check_shapes(path: Path, module: str, slices: Mapping[str, Any], subspace: SafetySubspace, config: Mapping[str, Any]) -> tuple[int, int, int]:
+def _check_shapes(
+    path: Path, module: str, slices: Mapping[str, Any], subspace: SafetySubspace, config: Mapping[str, Any]
+) -> tuple[int, int, int]:
     """From the header alone, before anything is allocated: `(out_features, in_features, rank)`."""
     shapes = {kind: tuple(s.get_shape()) for kind, s in slices.items()}
     dtypes = {s.get_dtype() for s in slices.values()}
     a, b = shapes["lora_A.weight"], shapes["lora_B.weight"]
     rank = (config.get("rank_pattern") or {}).get(module, config["r"])
-    fits = len(a) == len(b) == 2 and a[0] == b[1] == rank and (1 <= rank <= min(a[1], b[0]) or rank == config["r"])  # r may exceed a narrow layer
-    fits = fits and all(shapes[f"{f}.initial"] == shapes[f"{f}.weight"] for f in ("lora_A", "lora_B") if f"{f}.initial" in shapes)
+    fits = (
+        len(a) == len(b) == 2 and a[0] == b[1] == rank and (1 <= rank <= min(a[1], b[0]) or rank == config["r"])
+    )  # r may exceed a narrow layer
+    fits = fits and all(
+        shapes[f"{f}.initial"] == shapes[f"{f}.weight"] for f in ("lora_A", "lora_B") if f"{f}.initial" in shapes
+    )
     for side, d in (("out", b[0] if b else 0), ("in", a[-1] if a else 0)):
         basis = subspace.bases[module].get(side)  # type: ignore[call-overload]
         fits = fits and (basis is None or basis.shape[0] == d)
     if not fits or not dtypes <= set(DTYPES):
         bases = {side: tuple(u.shape) for side, u in subspace.bases[module].items()}
         raise ArtifactError(
-            f"{path}: {module} has lora_A {a}, lora_B {b} of {sorted(dtypes)}, which do not fit rank {rank} and bases {bases}. Save the adapter again."
+            f"{path}: {module} has lora_A {a}, lora_B {b} of {sorted(dtypes)}, which do not fit rank {rank} and bases "
+            f"{bases}. Save the adapter again."
         )
     return int(b[0]), int(a[1]), int(rank)
 
@@ -299,7 +386,10 @@ def _check_shapes(path: Path, module: str, slices: Mapping[str, Any], subspace: 
 def _check_values(path: Path, module: str, tensors: Mapping[str, Tensor], bases: Mapping[Side, Tensor]) -> float:
     for kind, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise ArtifactError(f"{path}: {module}.{kind} {tuple(tensor.shape)} holds NaN or Inf. Save the adapter again from the last good checkpoint.")
+            raise ArtifactError(
+                f"{path}: {module}.{kind} {tuple(tensor.shape)} holds NaN or Inf. Save the adapter again from the "
+                "last good checkpoint."
+            )
     worst = 0.0
     for side, u in bases.items():
         factor = "lora_B" if side == "out" else "lora_A"
@@ -313,28 +403,41 @@ def _leak(path: Path, module: str, kind: str, u: Tensor, tensor: Tensor, side: S
     found = leak(u, tensor, side)
     if not found <= leak_tolerance(tensor.dtype):
         raise ArtifactError(
-            f"{path}: {module}.{kind} {tuple(tensor.shape)} reaches {found:.2g} of its norm into the protected subspace "
-            f"(limit {leak_tolerance(tensor.dtype):.2g}). It is not a protected adapter of this subspace; train or save it again."
+            f"{path}: {module}.{kind} {tuple(tensor.shape)} reaches {found:.2g} of its norm into the protected "
+            "subspace "
+            f"(limit {leak_tolerance(tensor.dtype):.2g}). It is not a protected adapter of this subspace; train or "
+            "save it again."
         )
     return found
 
 
 def _check_extra(path: Path, key: str, handle: Any, subspace: SafetySubspace, saved: Sequence[str]) -> None:
-    """A trained tensor that is no factor. It may not be one in disguise, and not replace the base weight under a protected update."""
+    """A trained tensor that is no factor. It may not be one in disguise, and not replace the base weight under a
+    protected update.
+    """
     base, _, kind = base_key(key, subspace.bases).rpartition(".")
     under_base = base in subspace.bases and key == f"{PREFIX}{base}.base_layer.{kind}"
     around = list(accumulate(base.split("."), lambda path, part: f"{path}.{part}"))
     disguised = "lora_" in key and not under_base and not any(path.endswith(tuple(saved)) for path in around)
     if not key.startswith(PREFIX) or disguised or (not under_base and any(path in subspace.bases for path in around)):
-        raise ArtifactError(f"{path}: unknown tensor {key!r}; it is neither a factor nor of a module in modules_to_save. Save the adapter again.")
+        raise ArtifactError(
+            f"{path}: unknown tensor {key!r}; it is neither a factor nor of a module in modules_to_save. Save the "
+            "adapter again."
+        )
     dtype = handle.get_slice(key).get_dtype()
     if dtype not in (*DTYPES, *COUNTER_DTYPES):
         raise ArtifactError(f"{path}: {key} is {dtype}; an adapter holds {', '.join(DTYPES)}. Save the adapter again.")
     tensor = handle.get_tensor(key)
     if not bool(torch.isfinite(tensor).all()):
-        raise ArtifactError(f"{path}: {key} {tuple(tensor.shape)} holds NaN or Inf. Save the adapter again from the last good checkpoint.")
+        raise ArtifactError(
+            f"{path}: {key} {tuple(tensor.shape)} holds NaN or Inf. Save the adapter again from the last good "
+            "checkpoint."
+        )
     if under_base and kind == "weight":  # PEFT stores a targeted embedding or head whole: then it must be the base's
         found = weights.sample(tensor.float()) if tensor.ndim == 2 else tensor
         reference = subspace.fingerprints[base]
         if found.shape != reference.shape or not weights.distance(found, reference) <= weights.DISTANCE_DENSE:
-            raise ArtifactError(f"{path}: {key} {tuple(tensor.shape)} is not the base weight that the subspace was made for. Save the adapter again.")
+            raise ArtifactError(
+                f"{path}: {key} {tuple(tensor.shape)} is not the base weight that the subspace was made for. Save the "
+                "adapter again."
+            )

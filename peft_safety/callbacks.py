@@ -18,22 +18,34 @@ from peft_safety.projection import coefficients
 
 
 class SafetyMonitorCallback(TrainerCallback):  # type: ignore[misc]
-    """Checks that the adapter is protected when training begins, whenever it is saved, and when it ends; logs the largest leak as `safety_leak`.
+    """Checks that the adapter is protected when training begins, whenever it is saved, and when it ends; logs the
+    largest leak as `safety_leak`.
 
     Raises:
         ProtectionError: from the event at which protection was found to be lost.
     """
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         assert_protected(kwargs["model"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert_protected(kwargs["model"])
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         assert_protected(kwargs["model"])
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if logs is not None:
             _log(logs, state, "safety_leak", largest_leak(kwargs["model"]))
 
@@ -42,7 +54,8 @@ class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]
     """Applies Safe LoRA, as the adapter's `SafeLoRAConfig` says, when training ends; save afterwards.
 
     Args:
-        checkpoints: also repair a copy of the adapter of every checkpoint, in its sub-directory `safe_lora`. Training itself is not touched.
+        checkpoints: also repair a copy of the adapter of every checkpoint, in its sub-directory `safe_lora`. Training
+            itself is not touched.
 
     Attributes:
         report: of the repair at the end, or None.
@@ -55,11 +68,16 @@ class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]
         self.adapter_name, self.checkpoints, self.progress = adapter_name, checkpoints, progress
         self.report: RepairReport | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         config = config_table(kwargs["model"]).get(self.adapter_name)
         if not isinstance(config, SafeLoRAConfig) or config.safe_lora is not None:
             found = f"a {type(config).__name__}" if not isinstance(config, SafeLoRAConfig) else "repaired already"
-            raise ConfigError(f"SafeLoRACallback: adapter {self.adapter_name!r} is {found}. Train a fresh adapter made with SafeLoRAConfig.")
+            raise ConfigError(
+                f"SafeLoRACallback: adapter {self.adapter_name!r} is {found}. Train a fresh adapter made with "
+                "SafeLoRAConfig."
+            )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.checkpoints or not state.is_world_process_zero:
@@ -67,9 +85,13 @@ class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]
         config = config_table(kwargs["model"])[self.adapter_name]
         folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
         folder = folder if self.adapter_name == "default" else folder / self.adapter_name
-        safe_lora_dir(folder, config.unaligned, config.aligned, folder / "safe_lora", progress=False, **config.repair_options())
+        safe_lora_dir(
+            folder, config.unaligned, config.aligned, folder / "safe_lora", progress=False, **config.repair_options()
+        )
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         model = kwargs["model"]
         config = config_table(model)[self.adapter_name]
         options = {"adapter_name": self.adapter_name, "progress": self.progress, **config.repair_options()}
@@ -77,13 +99,15 @@ class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]
 
 
 class SoftPenaltyCallback(TrainerCallback):  # type: ignore[misc]
-    """Trains an adapter with `OrthoSafetyPatchConfig(mode="soft")`: adds its penalty's exact gradient right before each optimizer step.
+    """Trains an adapter with `OrthoSafetyPatchConfig(mode="soft")`: adds its penalty's exact gradient right before
+    each optimizer step.
 
-    The loss that the user sees stays the task's; gradient accumulation, clipping and loss scaling are over by then. Logs the penalty, without its weight, as
-    `soft_penalty`.
+    The loss that the user sees stays the task's; gradient accumulation, clipping and loss scaling are over by then.
+    Logs the penalty, without its weight, as `soft_penalty`.
 
     Raises:
-        ConfigError: at the beginning of training: no such adapter, or DeepSpeed, whose optimizer takes the gradients away.
+        ConfigError: at the beginning of training: no such adapter, or DeepSpeed, whose optimizer takes the gradients
+            away.
     """
 
     def __init__(self, adapter_name: str = "default") -> None:
@@ -91,24 +115,42 @@ class SoftPenaltyCallback(TrainerCallback):  # type: ignore[misc]
         self.penalty: SoftPenalty | None = None
         self._hook: Any = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # accelerate's wrapper skips steps that torch's never sees
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = getattr(
+            kwargs["optimizer"], "optimizer", kwargs["optimizer"]
+        )  # accelerate's wrapper skips steps that torch's never sees
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ConfigError(f"SoftPenaltyCallback: a {type(optimizer).__name__} takes no hook before its step. Train without DeepSpeed, or use mode='hard'.")
+            raise ConfigError(
+                f"SoftPenaltyCallback: a {type(optimizer).__name__} takes no hook before its step. Train without "
+                "DeepSpeed, or use mode='hard'."
+            )
         self.penalty = SoftPenalty(kwargs["model"], self.adapter_name)
         self._hook = optimizer.register_step_pre_hook(self.penalty.before_step)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if logs is not None and self.penalty is not None:
             _log(logs, state, "soft_penalty", self.penalty.value())
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._hook is not None:
             self._hook.remove()
 
 
 def _log(logs: dict[str, Any], state: TrainerState, name: str, value: float) -> None:
-    """Into this step's logs, and into the copy that the Trainer made of them before it called us, which trainer_state.json keeps."""
+    """Into this step's logs, and into the copy that the Trainer made of them before it called us, which
+    trainer_state.json keeps.
+    """
     logs[name] = value
     if state.log_history:
         state.log_history[-1][name] = value
@@ -116,7 +158,9 @@ def _log(logs: dict[str, Any], state: TrainerState, name: str, value: float) -> 
 
 @torch.no_grad()
 def largest_leak(model: nn.Module) -> float:
-    """Largest `||U^T B|| / ||B||` over the raw weights of all leaves, with one host synchronisation. Gathers sharded weights: every rank must call it."""
+    """Largest `||U^T B|| / ||B||` over the raw weights of all leaves, with one host synchronization. Gathers sharded
+    weights: every rank must call it.
+    """
     worst = torch.zeros(())
     for _, leaf in protected_leaves(model):
         weight = leaf.raw()
@@ -124,5 +168,7 @@ def largest_leak(model: nn.Module) -> float:
             continue
         w = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).float()
         part = torch.linalg.matrix_norm(coefficients(leaf.basis.to(w.device), w, leaf.side))
-        worst = torch.maximum(worst.to(w.device), part / torch.linalg.matrix_norm(w).clamp(min=torch.finfo(torch.float32).tiny))
+        worst = torch.maximum(
+            worst.to(w.device), part / torch.linalg.matrix_norm(w).clamp(min=torch.finfo(torch.float32).tiny)
+        )
     return float(worst)

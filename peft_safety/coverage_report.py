@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#882255")
-"""Colour-blind safe (Okabe and Ito)."""
+"""Color-blind safe (Okabe and Ito)."""
 GRID = 64
 """Points of a drawn curve."""
 WIDEST = 1000
@@ -37,7 +37,11 @@ def to_json(modules: Sequence[ModuleCoverage]) -> list[dict[str, Any]]:
             "features": row.features,
             "k": row.k,
             "covered": row.covered,
-            **({} if row.task is None else {"task_free": row.task.free, "task_rank": row.task.rank, "task_rank_free": row.task.rank_free}),
+            **(
+                {}
+                if row.task is None
+                else {"task_free": row.task.free, "task_rank": row.task.rank, "task_rank_free": row.task.rank_free}
+            ),
         }
         for row in modules
     ]
@@ -51,10 +55,18 @@ def table(modules: Sequence[ModuleCoverage]) -> Table:
     notes = ["covered: share of the calibration inputs' energy inside the null space; the update does not see it."]
     if with_task:
         notes.append(
-            f"task: share of its inputs' energy that the update still sees, and the directions that hold {TASK_ENERGY:.0%} of them, in all and outside."
+            "task: share of its inputs' energy that the update still sees, and the directions that hold "
+            f"{TASK_ENERGY:.0%} of them, in all and outside."
         )
-    shown = Table(title=f"Null spaces of {len(modules)} modules, by kind (medians)", caption="\n".join(notes), title_justify="left", caption_justify="left")
-    headings = ["module", "inputs", "k", "covered", "(least)"] + (["task: seen", "(least)", "rank", "rank outside"] if with_task else [])
+    shown = Table(
+        title=f"Null spaces of {len(modules)} modules, by kind (medians)",
+        caption="\n".join(notes),
+        title_justify="left",
+        caption_justify="left",
+    )
+    headings = ["module", "inputs", "k", "covered", "(least)"] + (
+        ["task: seen", "(least)", "rank", "rank outside"] if with_task else []
+    )
     for heading in headings:
         shown.add_column(heading, justify="left" if heading == "module" else "right", no_wrap=True)
     for kind, rows in [*kinds(modules).items(), ("all", list(modules))]:
@@ -73,12 +85,15 @@ def show(modules: Sequence[ModuleCoverage]) -> None:
     from rich.console import Console
 
     console, printed = Console(), table(modules)
-    console.width = max(console.width, console.measure(printed, options=console.options.update(max_width=WIDEST)).maximum)
+    console.width = max(
+        console.width, console.measure(printed, options=console.options.update(max_width=WIDEST)).maximum
+    )
     console.print(printed)
 
 
 def save_png(modules: Sequence[ModuleCoverage], path: str | Path) -> Path:
-    """Energy left outside against the size of the null space, and with task data the task's rank beside k, by kind of module.
+    """Energy left outside against the size of the null space, and with task data the task's rank beside k, by kind of
+    module.
 
     Raises:
         DataError: no module, or bases that do not say what they cover.
@@ -86,7 +101,10 @@ def save_png(modules: Sequence[ModuleCoverage], path: str | Path) -> Path:
     from matplotlib.figure import Figure
 
     if not any(len(row.curve) for row in modules):
-        raise DataError("the subspace does not say what its input bases cover, so there is nothing to draw. Calibrate with method='guardspace'.")
+        raise DataError(
+            "the subspace does not say what its input bases cover, so there is nothing to draw. Calibrate with "
+            "method='guardspace'."
+        )
     with_task = any(row.task is not None for row in modules)
     canvas = Figure(figsize=(11.5 if with_task else 6.2, 4.2), layout="constrained")
     panels = canvas.subplots(1, 1 + with_task, squeeze=False)[0]
@@ -103,20 +121,24 @@ def save_png(modules: Sequence[ModuleCoverage], path: str | Path) -> Path:
 
 
 def _draw_energy(panel: Any, modules: Sequence[ModuleCoverage]) -> None:
-    """One line a kind: median share of the calibration inputs' energy outside the first k directions; a cross where the task is."""
+    """One line a kind: median share of the calibration inputs' energy outside the first k directions; a cross where
+    the task is.
+    """
     for index, (kind, rows) in enumerate(kinds(modules).items()):
         drawn = [row for row in rows if len(row.curve)]
         if not drawn:
             continue
-        colour = PALETTE[index % len(PALETTE)]
+        color = PALETTE[index % len(PALETTE)]
         largest = min(row.k / row.features for row in drawn)
-        shares = torch.linspace(min(1 / row.features for row in drawn), max(row.k / row.features for row in drawn), GRID)
+        shares = torch.linspace(
+            min(1 / row.features for row in drawn), max(row.k / row.features for row in drawn), GRID
+        )
         lines = torch.stack([_at(row, shares) for row in drawn])
         outside = (1 - lines).median(dim=0).values.clamp(min=FLOOR)
-        panel.plot((100 * shares).tolist(), outside.tolist(), color=colour, label=kind, linewidth=1.6)
+        panel.plot((100 * shares).tolist(), outside.tolist(), color=color, label=kind, linewidth=1.6)
         free = [row.task.free for row in drawn if row.task is not None]
         if free:
-            panel.plot([100 * largest], [statistics.median(free)], "x", color=colour, markersize=7, markeredgewidth=2)
+            panel.plot([100 * largest], [statistics.median(free)], "x", color=color, markersize=7, markeredgewidth=2)
     panel.set_yscale("log")
     panel.set_ylim(bottom=FLOOR)
     panel.set_xlabel("k, % of the input dimensions", fontsize=9)
@@ -139,12 +161,25 @@ def _draw_ranks(panel: Any, modules: Sequence[ModuleCoverage]) -> None:
     bars: tuple[tuple[str, str, Callable[[ModuleCoverage], int | None]], ...] = (
         ("null space (k)", "#999999", lambda row: row.k),
         (f"task, {TASK_ENERGY:.0%} of its energy", PALETTE[0], lambda row: row.task.rank if row.task else None),
-        (f"{TASK_ENERGY:.0%} of what is left of it outside", PALETTE[1], lambda row: row.task.rank_free if row.task else None),
+        (
+            f"{TASK_ENERGY:.0%} of what is left of it outside",
+            PALETTE[1],
+            lambda row: row.task.rank_free if row.task else None,
+        ),
     )
-    for offset, (label, colour, figure) in enumerate(bars):
+    for offset, (label, color, figure) in enumerate(bars):
         values = [[value for row in rows if (value := figure(row)) is not None] for rows in groups.values()]
-        heights = [100 * statistics.median(found) / rows[0].features if found else 0 for found, rows in zip(values, groups.values(), strict=True)]
-        panel.bar([place + 0.27 * (offset - 1) for place in range(len(groups))], heights, width=0.25, color=colour, label=label)
+        heights = [
+            100 * statistics.median(found) / rows[0].features if found else 0
+            for found, rows in zip(values, groups.values(), strict=True)
+        ]
+        panel.bar(
+            [place + 0.27 * (offset - 1) for place in range(len(groups))],
+            heights,
+            width=0.25,
+            color=color,
+            label=label,
+        )
     panel.set_ylim(top=1.35 * panel.get_ylim()[1])  # room for the legend
     panel.set_xticks(range(len(groups)), list(groups), rotation=30, ha="right")
     panel.set_ylabel("% of the input dimensions (medians)", fontsize=9)

@@ -1,7 +1,7 @@
 """The typed errors of the package.
 
-Every error names the module or file, the shapes involved and the remedy. They all derive from `PeftSafetyError`, which is a `ValueError`, so that code that
-guards against PEFT's own `ValueError`s keeps working.
+Every error names the module or file, the shapes involved and the remedy. They all derive from `PeftSafetyError`, which
+is a `ValueError`, so that code that guards against PEFT's own `ValueError`s keeps working.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ class PeftSafetyError(ValueError):
 
 
 class ConfigError(PeftSafetyError):
-    """A config field, or a combination of fields, that the method cannot honour."""
+    """A config field, or a combination of fields, that the method cannot honor."""
 
 
 class UnsupportedLayerError(PeftSafetyError):
@@ -36,7 +36,9 @@ class ArtifactError(PeftSafetyError):
 
 
 class CheckpointError(PeftSafetyError):
-    """A model's weights that are missing, incomplete, not finite, of another architecture, or of too low a precision."""
+    """A model's weights that are missing, incomplete, not finite, of another architecture, or of too low a
+    precision.
+    """
 
 
 class ProtectionError(PeftSafetyError):

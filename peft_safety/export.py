@@ -17,15 +17,23 @@ from peft_safety import files, publish
 from peft_safety.artifact import ADAPTER_FILE, CARD, MANIFEST, PREFIX
 from peft_safety.errors import ConfigError, ProtectionError
 from peft_safety.layers import joined, stored_factors
-from peft_safety.methods.protected import ProtectedConfig, adapter_layers, assert_protected, config_table, stored_adapter
+from peft_safety.methods.protected import (
+    ProtectedConfig,
+    adapter_layers,
+    assert_protected,
+    config_table,
+    stored_adapter,
+)
 from peft_safety.names import pin, places
 from peft_safety.projection import delta_leak, leak_tolerance
 
 
 def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> Path:
-    """Write a protected adapter as plain LoRA: any PEFT, with or without this package, computes the same function from it.
+    """Write a protected adapter as plain LoRA: any PEFT, with or without this package, computes the same function from
+    it.
 
-    The scaling is folded into `lora_B`, so `lora_alpha = r`; module names are explicit and the rank is uniform (padded with zeros). An adapter with a residual
+    The scaling is folded into `lora_B`, so `lora_alpha = r`; module names are explicit and the rank is uniform (padded
+    with zeros). An adapter with a residual
     has twice the rank: `A' = [A; A0]`, `B' = s [C B, -C B0]`.
 
     Args:
@@ -37,15 +45,20 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
 
     Raises:
         ProtectionError: the adapter is not protected any more, or a written factor would leak.
-        ConfigError: it also trained other weights (`modules_to_save`), which a plain LoRA cannot hold, or it is merged.
+        ConfigError: it also trained other weights (`modules_to_save`), which a plain LoRA cannot hold, or it is
+            merged.
     """
     assert_protected(model, adapter_name)
     config: ProtectedConfig = config_table(model)[adapter_name]
     factors = {}
     for name, layer in adapter_layers(model, adapter_name).items():
         if adapter_name in layer.merged_adapters:
-            raise ConfigError(f"adapter {adapter_name!r} is merged into the base weights. Call unmerge_adapter() first.")
-        factors[name] = plain_factors(*stored_factors(layer.lora_A[adapter_name], layer.lora_B[adapter_name]), float(layer.scaling[adapter_name]))
+            raise ConfigError(
+                f"adapter {adapter_name!r} is merged into the base weights. Call unmerge_adapter() first."
+            )
+        factors[name] = plain_factors(
+            *stored_factors(layer.lora_A[adapter_name], layer.lora_B[adapter_name]), float(layer.scaling[adapter_name])
+        )
     return _publish(Path(directory), factors, config, places(model))
 
 
@@ -66,7 +79,10 @@ def export_directory(source: str | os.PathLike[str], directory: str | os.PathLik
             alpha: Any = config._modules[name][1]
             scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
             kinds = ("lora_A.weight", "lora_B.weight", "lora_A.initial", "lora_B.initial")
-            found: list[Any] = [handle.get_tensor(by_module[f"{name}.{kind}"]) if f"{name}.{kind}" in by_module else None for kind in kinds]
+            found: list[Any] = [
+                handle.get_tensor(by_module[f"{name}.{kind}"]) if f"{name}.{kind}" in by_module else None
+                for kind in kinds
+            ]
             factors[name] = plain_factors(*joined(*found), scaling)
     return _publish(Path(directory), factors, config)
 
@@ -90,9 +106,14 @@ def plain_config(config: LoraConfig, rank: int, modules: Iterable[str]) -> LoraC
     )
 
 
-def _publish(target: Path, factors: dict[str, tuple[Tensor, Tensor]], config: ProtectedConfig, there: Iterable[str] = ()) -> Path:
+def _publish(
+    target: Path, factors: dict[str, tuple[Tensor, Tensor]], config: ProtectedConfig, there: Iterable[str] = ()
+) -> Path:
     if config.modules_to_save or config.trainable_token_indices:
-        raise ConfigError("the adapter also trained modules_to_save or token rows; an exported LoRA holds factors only. Keep the native adapter.")
+        raise ConfigError(
+            "the adapter also trained modules_to_save or token rows; an exported LoRA holds factors only. Keep the "
+            "native adapter."
+        )
     rank = max(a.shape[0] for a, _ in factors.values())
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in factors.items():
@@ -114,7 +135,8 @@ def _check(name: str, a: Tensor, b: Tensor, config: ProtectedConfig) -> None:
         found = delta_leak(config.subspace.bases[name][side], a, b, side)
         if not found <= limit:
             raise ProtectionError(
-                f"{name}: the exported update would reach {found:.2g} of its norm into the protected subspace (limit {limit:.2g}). Keep the adapter in fp32."
+                f"{name}: the exported update would reach {found:.2g} of its norm into the protected subspace (limit "
+                f"{limit:.2g}). Keep the adapter in fp32."
             )
 
 
@@ -128,9 +150,10 @@ tags: [lora, safety, peft-safety]
 ---
 # Exported {type(config).__name__.removesuffix("Config")} adapter
 
-A plain LoRA adapter of rank {rank} over {modules} modules of `{base}`. It was trained under a safety constraint and exported by peft-safety; it computes the
-same function as the protected adapter, and needs no other package than PEFT. The update has no component in the protected subspace. What that does to a
-model's behaviour is not part of this guarantee: measure it.
+A plain LoRA adapter of rank {rank} over {modules} modules of `{base}`. It was trained under a safety constraint and
+exported by peft-safety; it computes the same function as the protected adapter, and needs no other package than PEFT.
+The update has no component in the protected subspace. What that does to a model's behavior is
+not part of this guarantee: measure it.
 
 | subspace | |
 |---|---|

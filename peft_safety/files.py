@@ -1,4 +1,6 @@
-"""Files that may come from strangers: limits, hashes, bounded JSON, safe names. How they are published is in `publish`."""
+"""Files that may come from strangers: limits, hashes, bounded JSON, safe names. How they are published is in
+`publish`.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,14 @@ def child(directory: Path, name: str) -> Path:
     """A file of `directory`, by the base name that an artifact gives.
 
     Raises:
-        ArtifactError: the name has a separator, a control character or is special, or the file is a link that leaves the directory (links of the hub's
-            cache are fine).
+        ArtifactError: the name has a separator, a control character or is special, or the file is a link that leaves
+            the directory (links of the hub's cache are fine).
     """
     if not is_plain(name):
-        raise ArtifactError(f"{directory}: {name!r} is not a plain file name. An artifact may only name files beside its adapter_config.json.")
+        raise ArtifactError(
+            f"{directory}: {name!r} is not a plain file name. An artifact may only name files beside its "
+            "adapter_config.json."
+        )
     path = directory / name
     if path.is_symlink():
         real = Path(os.path.realpath(path))  # unlike resolve(), it lets a loop pass, which is then no file
@@ -52,7 +57,9 @@ def is_plain(name: Any) -> bool:
 
 
 def _blobs(directory: Path) -> list[Path]:
-    """Where the hub's cache keeps the files that a snapshot links to: `<repo>/blobs` of `<repo>/snapshots/<revision>`, whatever the cache's directory."""
+    """Where the hub's cache keeps the files that a snapshot links to: `<repo>/blobs` of `<repo>/snapshots/<revision>`,
+    whatever the cache's directory.
+    """
     return [(p.parent / "blobs").resolve() for p in directory.absolute().parents if p.name == "snapshots"]
 
 
@@ -64,9 +71,13 @@ def sha256(path: Path) -> str:
     """
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+            return (
+                hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+            )
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}. Copy the whole directory, or make it readable.") from error
+        raise ArtifactError(
+            f"{path} cannot be read: {error.strerror}. Copy the whole directory, or make it readable."
+        ) from error
 
 
 def _digest(file: Any) -> str:  # Python 3.10
@@ -77,7 +88,8 @@ def _digest(file: Any) -> str:  # Python 3.10
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from a file nobody has vetted: at most `limit` bytes, 16 levels deep, no duplicate key, no NaN or Infinity.
+    """A JSON object from a file nobody has vetted: at most `limit` bytes, 16 levels deep, no duplicate key, no NaN or
+    Infinity.
 
     Raises:
         ArtifactError: any of these, or the file is missing or not JSON.
@@ -95,7 +107,9 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
 def parse_json(raw: bytes | str, where: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """`read_json` for text that is already in memory."""
     if len(raw) > limit:
-        raise ArtifactError(f"{where} is larger than {limit} bytes, the limit for a config. Copy or save the adapter again.")
+        raise ArtifactError(
+            f"{where} is larger than {limit} bytes, the limit for a config. Copy or save the adapter again."
+        )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -117,7 +131,9 @@ def parse_json(raw: bytes | str, where: str, limit: int = MAX_JSON_BYTES) -> dic
             raise
         raise ArtifactError(f"{where} is not valid JSON ({str(error)[:200]}). Copy or save it again.") from error
     if not isinstance(value, dict) or _depth(value) > MAX_JSON_DEPTH:
-        raise ArtifactError(f"{where} must be one JSON object, at most {MAX_JSON_DEPTH} levels deep. Save it again with peft_safety.")
+        raise ArtifactError(
+            f"{where} must be one JSON object, at most {MAX_JSON_DEPTH} levels deep. Save it again with peft_safety."
+        )
     return value
 
 
@@ -138,21 +154,30 @@ def open_tensors(path: Path) -> Iterator[Any]:
         ArtifactError: missing, truncated, not safetensors, a pickle, or an absurd number of tensors.
     """
     if path.suffix in PICKLES:
-        raise ArtifactError(f"{path} is a pickle and is never opened: it can run code. Convert it to safetensors on a machine you can lose.")
+        raise ArtifactError(
+            f"{path} is a pickle and is never opened: it can run code. Convert it to safetensors on a machine you can "
+            "lose."
+        )
     try:
         with safe_open(str(path), framework="pt") as handle:
             count = len(handle.keys())
             if count > MAX_TENSORS:
-                raise ArtifactError(f"{path} holds {count} tensors, more than {MAX_TENSORS}. It is no adapter or subspace.")
+                raise ArtifactError(
+                    f"{path} holds {count} tensors, more than {MAX_TENSORS}. It is no adapter or subspace."
+                )
             yield handle
     except FileNotFoundError as error:
-        raise ArtifactError(f"{path} is missing. Copy the whole directory, or load from the place it was saved to.") from error
+        raise ArtifactError(
+            f"{path} is missing. Copy the whole directory, or load from the place it was saved to."
+        ) from error
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is not a complete safetensors file ({error}). Copy or save it again.") from error
 
 
 def usual_mode(probe: Path) -> int:
-    """The permissions that a new file gets here; safetensors gives its files to the owner alone. `probe` is created and removed."""
+    """The permissions that a new file gets here; safetensors gives its files to the owner alone. `probe` is created
+    and removed.
+    """
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()

@@ -1,7 +1,8 @@
-"""The fused path of LoRA on NF4 weights: `ops.nf4_lora` in place of PEFT's base product, adapter product and sum, where a layer is eligible.
+"""The fused path of LoRA on NF4 weights: `ops.nf4_lora` in place of PEFT's base product, adapter product and sum,
+where a layer is eligible.
 
-Protected adapters and plain LoRA alike. Taken on GPUs that Triton serves, and wherever `PEFT_SAFETY_BACKEND` names a backend; `PEFT_SAFETY_FUSED=0` turns it
-off. Whatever is not eligible runs as PEFT wrote it, and `explain` says why.
+Protected adapters and plain LoRA alike. Taken on GPUs that Triton serves, and wherever `PEFT_SAFETY_BACKEND` names a
+backend; `PEFT_SAFETY_FUSED=0` turns it off. Whatever is not eligible runs as PEFT wrote it, and `explain` says why.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def forward(layer: Any, x: Tensor) -> Tensor | None:
-    """What `lora.Linear4bit` computes for `x (..., in)` with its active adapter, `(..., out)` in the dtype of `x`; None where PEFT's own path must run.
+    """What `lora.Linear4bit` computes for `x (..., in)` with its active adapter, `(..., out)` in the dtype of `x`;
+    None where PEFT's own path must run.
 
-    In training, more than a few rows take one product with `W + dW` rounded to the compute dtype. In eval mode base and adapter are two paths, so that a
+    In training, more than a few rows take one product with `W + dW` rounded to the compute dtype. In eval mode base
+    and adapter are two paths, so that a
     small update is not lost in that rounding: what is served is `C B A x` to the precision of the factors.
     """
     found = plan(layer)
@@ -49,8 +52,12 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
 
 
 def factors(leaf_a: nn.Module, leaf_b: nn.Module) -> tuple[Tensor, Tensor]:
-    """`(A' (r', in), B' (out, r'))` with `B' A' = dW / s`, differentiable: projected, and with a residual `[A; A0]` and `[B, -B0]`."""
-    (a, a0), (b, b0) = (leaf.factors() if isinstance(leaf, ProtectedLinear) else (leaf.weight, None) for leaf in (leaf_a, leaf_b))
+    """`(A' (r', in), B' (out, r'))` with `B' A' = dW / s`, differentiable: projected, and with a residual `[A; A0]`
+    and `[B, -B0]`.
+    """
+    (a, a0), (b, b0) = (
+        leaf.factors() if isinstance(leaf, ProtectedLinear) else (leaf.weight, None) for leaf in (leaf_a, leaf_b)
+    )
     return joined(a, b, a0, b0)  # type: ignore[arg-type]
 
 
@@ -60,7 +67,8 @@ def drops(dropout: nn.Module) -> bool:
 
 
 def plan(layer: Any) -> tuple[str, ops.QuantBundle, str] | str:
-    """The adapter, the weight and the backend (with its reason) of the fused path, or why this layer does not take it now.
+    """The adapter, the weight and the backend (with its reason) of the fused path, or why this layer does not take it
+    now.
 
     Args:
         layer: any of PEFT's LoRA layers.
@@ -68,11 +76,13 @@ def plan(layer: Any) -> tuple[str, ops.QuantBundle, str] | str:
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0"
     base = layer.get_base_layer()
-    kind = weights.quantisation(base)
+    kind = weights.quantization(base)
     if kind != "4bit":
-        return {"8bit": "an 8-bit base weight", "fp8": "an FP8 base weight"}.get(kind or "", "a dense base weight: there is nothing to dequantise")
+        return {"8bit": "an 8-bit base weight", "fp8": "an FP8 base weight"}.get(
+            kind or "", "a dense base weight: there is nothing to dequantize"
+        )
     if type(layer).__name__ != "Linear4bit":
-        return f"a {type(layer).__name__} around a 4-bit weight (PEFT did not know that the model is quantised)"
+        return f"a {type(layer).__name__} around a 4-bit weight (PEFT did not know that the model is quantized)"
     name, reason = ops.backend_for(base.weight)
     if name == "reference" and os.environ.get(VARIABLE, "") != "reference":
         return reason
@@ -134,8 +144,8 @@ class Route(NamedTuple):
 
 
 def explain(model: nn.Module) -> list[Route]:
-    """Which path each LoRA layer of a model takes in its present state (mode, active adapters, device, environment), and why. A call with `adapter_names`,
-    or with an input of another device, takes PEFT's path whatever this says.
+    """Which path each LoRA layer of a model takes in its present state (mode, active adapters, device, environment),
+    and why. A call with `adapter_names`, or with an input of another device, takes PEFT's path whatever this says.
 
     Args:
         model: any module with LoRA layers in it, protected or plain; without any, the list is empty.
@@ -144,7 +154,11 @@ def explain(model: nn.Module) -> list[Route]:
     for name, _, layer in walk(model):
         if isinstance(layer, LoraLayer):
             found = plan(layer)
-            path, reason = ("peft", found) if isinstance(found, str) else (f"fused:{found[2].partition(':')[0]}", found[2].partition(": ")[2])
+            path, reason = (
+                ("peft", found)
+                if isinstance(found, str)
+                else (f"fused:{found[2].partition(':')[0]}", found[2].partition(": ")[2])
+            )
             routes.append(Route(name, path, reason))
     return routes
 
@@ -152,4 +166,7 @@ def explain(model: nn.Module) -> list[Route]:
 def summary(routes: Iterable[Route]) -> list[dict[str, Any]]:
     """Rows of `kind` (the last part of the names), `path`, `reason` and `modules` (how many)."""
     found = Counter((route.module.rpartition(".")[2], route.path, route.reason) for route in routes)
-    return [{"kind": kind, "path": path, "reason": reason, "modules": count} for (kind, path, reason), count in found.items()]
+    return [
+        {"kind": kind, "path": path, "reason": reason, "modules": count}
+        for (kind, path, reason), count in found.items()
+    ]

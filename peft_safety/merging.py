@@ -1,9 +1,12 @@
-"""Adapters into the weights under them, where those are quantised: three ways, each with what it does to the update.
+"""Adapters into the weights under them, where those are quantized: three ways, each with what it does to the update.
 
 - `"16bit"`: dense weights that hold `W + dW`, rounded once.
-- `"nf4+residual"`: the quantised weights as they are, and the update beside them as one plain LoRA. Exact. Another split, `Q(W + dW)` in 4 bits and the
-  remainder beside it, is not: that remainder is quantisation noise of full rank, which no adapter of a small rank can hold.
-- `"nf4"`: `W + dW` quantised again. The grid of 4-bit values is coarser than most updates, so most of dW is rounded away and what survives leaks into the
+- `"nf4+residual"`: the quantized weights as they are, and the update beside them as one plain LoRA. Exact. Another
+split, `Q(W + dW)` in 4 bits and the
+  remainder beside it, is not: that remainder is quantization noise of full rank, which no adapter of a small rank can
+  hold.
+- `"nf4"`: `W + dW` quantized again. The grid of 4-bit values is coarser than most updates, so most of dW is rounded
+away and what survives leaks into the
   protected subspace; refused unless forced.
 """
 
@@ -37,8 +40,10 @@ class MergedModule:
 
     Attributes:
         norm: `||dW|| / ||W||`.
-        kept: `<change, dW> / ||dW||^2`, where `change` is what the stored weights differ by from the base; nan for a zero update.
-        leak: `||U^T change|| / ||dW||` on the worst constrained side; None where the update is zero or not constrained.
+        kept: `<change, dW> / ||dW||^2`, where `change` is what the stored weights differ by from the base; nan for a
+            zero update.
+        leak: `||U^T change|| / ||dW||` on the worst constrained side; None where the update is zero or not
+            constrained.
     """
 
     module: str
@@ -57,7 +62,10 @@ class MergeResult:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able: nan becomes None."""
-        rows = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(row).items()} for row in self.modules]
+        rows = [
+            {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(row).items()}
+            for row in self.modules
+        ]
         found: dict[str, Any] = json.loads(json.dumps({"to": self.to, "modules": rows}))
         return found
 
@@ -68,13 +76,17 @@ class MergeResult:
 
         table = Table("module", "|dW| / |W|", "kept", "leak", title=f"merged into {self.to}", title_justify="left")
         for row in self.modules:
-            table.add_row(row.module, f"{row.norm:.2%}", f"{row.kept:.2%}", "-" if row.leak is None else f"{row.leak:.2g}")
+            table.add_row(
+                row.module, f"{row.norm:.2%}", f"{row.kept:.2%}", "-" if row.leak is None else f"{row.leak:.2g}"
+            )
         Console().print(table)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One layer to be merged: its module's name in the base model, its base layer, the update, and the bases it must stay out of."""
+    """One layer to be merged: its module's name in the base model, its base layer, the update, and the bases it must
+    stay out of.
+    """
 
     name: str
     layer: LoraLayer
@@ -87,32 +99,48 @@ class _Part:
         change, total = after - before, float(self.delta.norm())
         kept = float((change * self.delta).sum()) / total**2 if total > 0 else math.nan
         parts = [float(projection.coefficients(u.to(change), change, side).norm()) for side, u in self.bases.items()]
-        return MergedModule(own_name(self.name), total / float(before.norm()), kept, max(parts) / total if parts and total > 0 else None)
+        return MergedModule(
+            own_name(self.name),
+            total / float(before.norm()),
+            kept,
+            max(parts) / total if parts and total > 0 else None,
+        )
 
 
 @torch.no_grad()
-def merge_quantised(model: PeftModel, to: MergeTo = "16bit", *, dtype: torch.dtype = torch.bfloat16, force: bool = False, verbose: bool = True) -> MergeResult:
-    """Merge the active adapters of a model with quantised weights; layers without an adapter stay as they are.
+def merge_quantized(
+    model: PeftModel,
+    to: MergeTo = "16bit",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    force: bool = False,
+    verbose: bool = True,
+) -> MergeResult:
+    """Merge the active adapters of a model with quantized weights; layers without an adapter stay as they are.
 
     Args:
         to: see the module's text.
-        dtype: of the dense weights of "16bit". Rounding to bf16 moves the update by up to 0.4 % of the *weight*; float32 keeps the constraint.
-        force: quantise again although most of the update is lost.
+        dtype: of the dense weights of "16bit". Rounding to bf16 moves the update by up to 0.4 % of the *weight*;
+            float32 keeps the constraint.
+        force: quantize again although most of the update is lost.
         verbose: print survival and leak of each module.
 
     Returns:
-        The base model without adapters, or for "nf4+residual" a PeftModel with one plain LoRA "default" on it; and the figures.
+        The base model without adapters, or for "nf4+residual" a PeftModel with one plain LoRA "default" on it; and the
+        figures.
 
     Raises:
-        LossyMergeError: "nf4" without `force`, with the figures of the module that would suffer most; nothing was changed.
-        ConfigError: adapters that trained other weights too, one that is merged already, or "nf4" for a weight of another kind.
+        LossyMergeError: "nf4" without `force`, with the figures of the module that would suffer most; nothing was
+            changed.
+        ConfigError: adapters that trained other weights too, one that is merged already, or "nf4" for a weight of
+            another kind.
     """
     if to not in get_args(MergeTo):
         raise ConfigError(f"merge to {to!r}. Use one of {', '.join(map(repr, get_args(MergeTo)))}.")
     names = _mergeable(model)
     base: nn.Module = model.get_base_model()
     if to == "nf4":
-        _refuse_requantising((_part(model, base, name) for name in names), force)
+        _refuse_requantizing((_part(model, base, name) for name in names), force)
     rows = []
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for name in names:
@@ -122,7 +150,7 @@ def merge_quantised(model: PeftModel, to: MergeTo = "16bit", *, dtype: torch.dty
             a, b = factors[name] = _joint_factors(part.layer)
             rows.append(part.row(before, before + (b.float() @ a.float()).to(before)))
             continue
-        merged = _requantised(part, before) if to == "nf4" else _dense(part, before, dtype)
+        merged = _requantized(part, before) if to == "nf4" else _dense(part, before, dtype)
         rows.append(part.row(before, weights.dense_weight(merged, name)))
         parent, _, child = name.rpartition(".")
         setattr(base.get_submodule(parent), child, merged)
@@ -132,18 +160,20 @@ def merge_quantised(model: PeftModel, to: MergeTo = "16bit", *, dtype: torch.dty
     return result
 
 
-def merge_dequantised(model: PeftModel, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """`merge_quantised(model, "16bit")` without its report: every targeted k-bit layer becomes an `nn.Linear` of `dtype` that holds `W + dW`.
+def merge_dequantized(model: PeftModel, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """`merge_quantized(model, "16bit")` without its report: every targeted k-bit layer becomes an `nn.Linear` of
+    `dtype` that holds `W + dW`.
 
-    The sum is taken in fp32 and rounded once. Layers without an adapter stay quantised.
+    The sum is taken in fp32 and rounded once. Layers without an adapter stay quantized.
 
     Returns:
         The base model, without adapters.
 
     Raises:
-        ConfigError: adapters that trained other weights too (use `merge_and_unload` of a dense base for those), or one that is merged already.
+        ConfigError: adapters that trained other weights too (use `merge_and_unload` of a dense base for those), or one
+            that is merged already.
     """
-    return merge_quantised(model, "16bit", dtype=dtype, verbose=False).model
+    return merge_quantized(model, "16bit", dtype=dtype, verbose=False).model
 
 
 def _mergeable(model: PeftModel) -> list[str]:
@@ -164,27 +194,35 @@ def _part(model: PeftModel, base: nn.Module, name: str) -> _Part:
     for adapter in active:
         update = layer.get_delta_weight(adapter).to(delta)
         delta += update.T if getattr(layer, "fan_in_fan_out", False) else update
-    config = protected_configs(model).get(active[0]) if len(active) == 1 else None  # two subspaces bind two parts of a sum, not the sum
+    config = (
+        protected_configs(model).get(active[0]) if len(active) == 1 else None
+    )  # two subspaces bind two parts of a sum, not the sum
     bases = {} if config is None else {side: config.subspace.bases[own_name(name)][side] for side in config.sides}
     return _Part(name, layer, inner, delta, bases)
 
 
-def _refuse_requantising(parts: Iterable[_Part], force: bool) -> None:
+def _refuse_requantizing(parts: Iterable[_Part], force: bool) -> None:
     """Everything that can be refused, before anything is changed."""
     worst: MergedModule | None = None
     for part in parts:
-        kind = weights.quantisation(part.inner)
+        kind = weights.quantization(part.inner)
         if kind != "4bit":
-            raise ConfigError(f"{part.name}: a {kind or 'dense'} weight cannot be merged to 'nf4'. Use to='16bit', or to='nf4+residual'.")
+            raise ConfigError(
+                f"{part.name}: a {kind or 'dense'} weight cannot be merged to 'nf4'. Use to='16bit', or "
+                "to='nf4+residual'."
+            )
         if force:
             continue
-        row = part.row(weights.dense_weight(part.inner, part.name), weights.requantised(part.inner, part.delta, part.name))
+        row = part.row(
+            weights.dense_weight(part.inner, part.name), weights.requantized(part.inner, part.delta, part.name)
+        )
         if not math.isnan(row.kept) and (worst is None or row.kept < worst.kept):
             worst = row
     if worst is not None:
         leak = "" if worst.leak is None else f", and {worst.leak:.1%} of its norm would lie in the protected subspace"
         raise LossyMergeError(
-            f"{worst.module}: quantising W + dW again would keep {worst.kept:.1%} of the update (|dW| is {worst.norm:.2%} of |W|){leak}. "
+            f"{worst.module}: quantizing W + dW again would keep {worst.kept:.1%} of the update (|dW| is "
+            f"{worst.norm:.2%} of |W|){leak}. "
             "Use to='nf4+residual' (exact) or to='16bit', or force=True."
         )
 
@@ -192,9 +230,11 @@ def _refuse_requantising(parts: Iterable[_Part], force: bool) -> None:
 def _dense(part: _Part, before: Tensor, dtype: torch.dtype) -> nn.Module:
     """`W + dW`: in the layer's own dtype if it is dense already, in a new `nn.Linear` of `dtype` if not."""
     inner, total = part.inner, before + part.delta
-    if weights.quantisation(inner) is None:
+    if weights.quantization(inner) is None:
         old: Tensor = inner.weight  # type: ignore[assignment]
-        inner.weight = nn.Parameter((total.T if weights.is_conv1d(inner) else total).to(old.dtype).contiguous(), requires_grad=False)
+        inner.weight = nn.Parameter(
+            (total.T if weights.is_conv1d(inner) else total).to(old.dtype).contiguous(), requires_grad=False
+        )
         return inner
     linear = nn.Linear(total.shape[1], total.shape[0], bias=inner.bias is not None, device="meta", dtype=dtype)
     linear.weight = nn.Parameter(total.to(dtype), requires_grad=False)
@@ -203,13 +243,18 @@ def _dense(part: _Part, before: Tensor, dtype: torch.dtype) -> nn.Module:
     return linear
 
 
-def _requantised(part: _Part, before: Tensor) -> nn.Module:
+def _requantized(part: _Part, before: Tensor) -> nn.Module:
     """The 4-bit layer itself, with another weight of its own kind."""
     from bitsandbytes.nn import Params4bit
 
     old: Any = part.inner.weight
     state = old.quant_state
-    kinds = {"quant_type": state.quant_type, "blocksize": state.blocksize, "compress_statistics": state.nested, "quant_storage": old.quant_storage}
+    kinds = {
+        "quant_type": state.quant_type,
+        "blocksize": state.blocksize,
+        "compress_statistics": state.nested,
+        "quant_storage": old.quant_storage,
+    }
     fresh = Params4bit((before + part.delta).to(state.dtype).cpu(), requires_grad=False, module=part.inner, **kinds)
     part.inner.weight = fresh.to(old.device)
     return part.inner
@@ -217,7 +262,11 @@ def _requantised(part: _Part, before: Tensor) -> nn.Module:
 
 def _joint_factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
     """`(A' (r', n), B' (m, r'))` of the sum of the active adapters, scaled, on the CPU."""
-    pairs = [plain_factors(*stored_factors(layer.lora_A[n], layer.lora_B[n]), float(layer.scaling[n])) for n in layer.active_adapters if n in layer.lora_A]
+    pairs = [
+        plain_factors(*stored_factors(layer.lora_A[n], layer.lora_B[n]), float(layer.scaling[n]))
+        for n in layer.active_adapters
+        if n in layer.lora_A
+    ]
     return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
 
 
@@ -236,16 +285,20 @@ def _with_plain(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> 
 
 
 def _bare(base: nn.Module) -> nn.Module:
-    """Without adapters, and so that it can be saved and loaded: an ordinary model once no layer is quantised any more, and until then one whose dense layers
-    are not quantised when it is loaded."""
+    """Without adapters, and so that it can be saved and loaded: an ordinary model once no layer is quantized any more,
+    and until then one whose dense layers are not quantized when it is loaded."""
     if hasattr(base, "peft_config"):
         del base.peft_config
     config: Any = getattr(base, "config", None)
     how = getattr(config, "quantization_config", None)
-    if any(weights.quantisation(module) for module in base.modules()):
+    if any(weights.quantization(module) for module in base.modules()):
         if how is not None:
             dense = [name for name, module in base.named_modules() if type(module) is nn.Linear]
-            setattr(how, "llm_int8_skip_modules" if hasattr(how, "llm_int8_skip_modules") else "modules_to_not_convert", dense)
+            setattr(
+                how,
+                "llm_int8_skip_modules" if hasattr(how, "llm_int8_skip_modules") else "modules_to_not_convert",
+                dense,
+            )
         return base
     if how is not None:
         del config.quantization_config

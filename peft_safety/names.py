@@ -1,6 +1,8 @@
-"""Names of modules: as the base model has them, whatever is wrapped around the model and its layers; and patterns that mean exactly them.
+"""Names of modules: as the base model has them, whatever is wrapped around the model and its layers; and patterns that
+mean exactly them.
 
-PEFT matches a list of names as suffixes, and the keys of `rank_pattern` and `alpha_pattern` as regular expressions behind any prefix, the first match first. A
+PEFT matches a list of names as suffixes, and the keys of `rank_pattern` and `alpha_pattern` as regular expressions
+behind any prefix, the first match first. A
 full name can therefore mean more than one module: "layers.0.lin" is the end of "img.layers.0.lin".
 """
 
@@ -22,7 +24,11 @@ def base_model(model: nn.Module) -> nn.Module:
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTuner
 
-    inside = (m for m in model.modules() if isinstance(m, (PeftModel, BaseTuner)) or isinstance(vars(m).get("peft_config"), dict))
+    inside = (
+        m
+        for m in model.modules()
+        if isinstance(m, (PeftModel, BaseTuner)) or isinstance(vars(m).get("peft_config"), dict)
+    )
     model = next(inside, model)
     while True:
         if isinstance(model, PeftModel):
@@ -31,7 +37,9 @@ def base_model(model: nn.Module) -> nn.Module:
             model = model.model
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        elif (wrapped := next((model._modules[part] for part in WRAPPERS if part in model._modules), None)) is not None:
+        elif (
+            wrapped := next((model._modules[part] for part in WRAPPERS if part in model._modules), None)
+        ) is not None:
             model = wrapped
         else:
             return model
@@ -54,7 +62,8 @@ def own_name(name: str) -> str:
 
 
 def walk(model: nn.Module, shared: bool = False) -> Iterator[tuple[str, str, nn.Module]]:
-    """`(own name, name in `model`, module)` of every module of the base model. An adapter's layer stands for the layer under it and is not entered.
+    """`(own name, name in `model`, module)` of every module of the base model. An adapter's layer stands for the layer
+    under it and is not entered.
 
     Args:
         shared: name a module that is in several places by each of them, not by the first only.
@@ -73,7 +82,9 @@ def walk(model: nn.Module, shared: bool = False) -> Iterator[tuple[str, str, nn.
 
 
 def places(model: nn.Module) -> dict[str, str]:
-    """Where the modules of the base model are in `model`: `{own name: name}`; behind wrappers, the wrapped module's."""
+    """Where the modules of the base model are in `model`: `{own name: name}`; behind wrappers, the wrapped
+    module's.
+    """
     return {own: name for own, name, _ in walk(model, shared=True)}
 
 
@@ -116,7 +127,8 @@ def pin(config: Any, modules: Mapping[str, tuple[int, float]], there: Mapping[st
 
     Args:
         modules: `{own name: (rank, alpha)}`.
-        there: `places` of the model that it is for. Without one, modules whose names end with a wanted name cannot be told apart.
+        there: `places` of the model that it is for. Without one, modules whose names end with a wanted name cannot be
+            told apart.
     """
     there = {name: name for name in modules} if there is None else there
     found = {there.get(name, name): value for name, value in modules.items()}
@@ -128,10 +140,12 @@ def pin(config: Any, modules: Mapping[str, tuple[int, float]], there: Mapping[st
 
 
 def pattern_value(patterns: Mapping[str, T] | None, module: str, default: T) -> T | None:
-    """What PEFT takes from `rank_pattern` or `alpha_pattern` for a module: the first match. None where a regular expression may decide: none is ever run.
+    """What PEFT takes from `rank_pattern` or `alpha_pattern` for a module: the first match. None where a regular
+    expression may decide: none is ever run.
 
-    A key that is a name is compared: letters, digits, `_`, `-`, `.` (which stands for any character) and `\\` before punctuation, with or without `^` before
-    and `$` behind. Another key before it is passed over only if it ends otherwise than the module.
+    A key that is a name is compared: letters, digits, `_`, `-`, `.` (which stands for any character) and `\\` before
+    punctuation, with or without `^` before and `$` behind. Another key before it is passed over only if it ends
+    otherwise than the module.
     """
     vague = False
     for key, value in (patterns or {}).items():

@@ -1,4 +1,6 @@
-"""Many modules in few words: how errors and warnings name a set of them, and the pattern that leaves exactly those out."""
+"""Many modules in few words: how errors and warnings name a set of them, and the pattern that leaves exactly those
+out.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ def some(names: Collection[str]) -> str:
 
 
 def pattern(names: Iterable[str], others: Iterable[str] = ()) -> str:
-    """A regular expression that matches the full names of some modules and none of the others: what `exclude_modules` takes.
+    """A regular expression that matches the full names of some modules and none of the others: what `exclude_modules`
+    takes.
 
-    Where a whole subtree is meant it says so, and numbered layers are one term: `model\\.vision_tower\\..*|model\\.layers\\.\\d+\\.mlp\\.gate`.
+    Where a whole subtree is meant it says so, and numbered layers are one term:
+    `model\\.vision_tower\\..*|model\\.layers\\.\\d+\\.mlp\\.gate`.
     """
     names, others = set(names), set(others) - set(names)
     inner = {parent for other in others for parent in _parents(other)}  # modules that hold one of the others
@@ -27,7 +31,14 @@ def pattern(names: Iterable[str], others: Iterable[str] = ()) -> str:
     for name in sorted(names):
         if any(re.fullmatch(term, name) for term in terms):
             continue
-        top = next((parent for parent in _parents(name) if parent not in inner and sum(n.startswith(f"{parent}.") for n in names) > 1), None)
+        top = next(
+            (
+                parent
+                for parent in _parents(name)
+                if parent not in inner and sum(n.startswith(f"{parent}.") for n in names) > 1
+            ),
+            None,
+        )
         exact = re.escape(name) if top is None else re.escape(top) + r"\..*"
         broad = re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", exact)
         terms.append(exact if any(re.fullmatch(broad, other) for other in others) else broad)

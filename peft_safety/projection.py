@@ -1,7 +1,8 @@
 """The mathematics of the package: low-rank projections, as pure functions on tensors.
 
-Notation: a basis `u` is `(d, k)` with orthonormal columns; a factor `w` is `lora_B (d, r)` for the output side or `lora_A (r, d)` for the input side. The
-complement `C = I - U U^T` is never formed: every function works with `U^T w`, at `O(d k r)`. Nothing here knows PEFT.
+Notation: a basis `u` is `(d, k)` with orthonormal columns; a factor `w` is `lora_B (d, r)` for the output side or
+`lora_A (r, d)` for the input side. The complement `C = I - U U^T` is never formed: every function works with `U^T w`,
+at `O(d k r)`. Nothing here knows PEFT.
 """
 
 from __future__ import annotations
@@ -16,18 +17,21 @@ Side = Literal["out", "in"]
 
 #: Largest `max|U^T U - I|` that a basis may have (fp32 QR of any shape stays below 1e-6).
 ORTHONORMAL_TOLERANCE = 1e-5
-#: A factor whose relative leak is below this multiple of its dtype's epsilon counts as folded: one fp32 projection leaves 0.3 eps as a rule, 2.7 at worst.
+#: A factor whose relative leak is below this multiple of its dtype's epsilon counts as folded: one fp32 projection
+#: leaves 0.3 eps as a rule, 2.7 at worst.
 FOLD_EPSILONS = 4.0
 #: Multiples of fp32's epsilon that measuring a leak in fp32 may add to it: below 1 in practice.
 SETTLED_SLACK = 4.0
 #: Largest relative leak of a stored fp32 factor that counts as protected.
 LEAK_TOLERANCE = 1e-6
-#: Relative length below which a further direction counts as one that is already in a span: dropping it leaves no more than that, a third of the leak's
+#: Relative length below which a further direction counts as one that is already in a span: dropping it leaves no more
+#: than that, a third of the leak's
 #: tolerance, and it is above what rounding a basis to fp32 leaves of it.
 UNION_TOLERANCE = 3e-7
 #: Passes that `fold_` may take. Two are enough unless the factor lies in the protected span almost entirely.
 FOLD_PASSES = 3
-#: Columns beyond the wanted ones, and iterations with `W S W^T` (each worth two with `W X`), in `top_left_singular`: cheap beside the pass over the model.
+#: Columns beyond the wanted ones, and iterations with `W S W^T` (each worth two with `W X`), in `top_left_singular`:
+#: cheap beside the pass over the model.
 OVERSAMPLING = 16
 POWER_ITERATIONS = 8
 
@@ -58,9 +62,11 @@ def project_wide(u: Tensor, w: Tensor, side: Side) -> Tensor:
 
 @torch.no_grad()
 def settled(u: Tensor, w: Tensor, side: Side) -> Tensor:
-    """The factor itself where it counts as folded, its projection elsewhere: a function of its values alone, without a host synchronisation.
+    """The factor itself where it counts as folded, its projection elsewhere: a function of its values alone, without a
+    host synchronization.
 
-    What `fold_` leaves alone comes back bit for bit; the measure here is fp32, whose own noise `SETTLED_SLACK` allows for.
+    What `fold_` leaves alone comes back bit for bit; the measure here is fp32, whose own noise `SETTLED_SLACK` allows
+    for.
     """
     wide = torch.promote_types(u.dtype, w.dtype)
     u, f = u.to(wide), w.to(wide)
@@ -72,7 +78,9 @@ def settled(u: Tensor, w: Tensor, side: Side) -> Tensor:
 
 @torch.no_grad()
 def leak(u: Tensor, w: Tensor, side: Side = "out") -> float:
-    """Share of a factor that lies in the protected span, `||U^T w||_F / ||w||_F` in [0, 1]; 0 for a zero factor. Computed in fp64."""
+    """Share of a factor that lies in the protected span, `||U^T w||_F / ||w||_F` in [0, 1]; 0 for a zero factor.
+    Computed in fp64.
+    """
     u, w = u.double(), w.double()
     total = float(torch.linalg.vector_norm(w))
     return float(torch.linalg.vector_norm(coefficients(u, w, side))) / total if total > 0 else 0.0
@@ -101,7 +109,9 @@ def fold_tolerance(dtype: torch.dtype) -> float:
 
 
 def leak_tolerance(dtype: torch.dtype) -> float:
-    """Relative leak of a factor that still counts as protected in `dtype`: `LEAK_TOLERANCE`, or what rounding alone explains."""
+    """Relative leak of a factor that still counts as protected in `dtype`: `LEAK_TOLERANCE`, or what rounding alone
+    explains.
+    """
     return max(LEAK_TOLERANCE, fold_tolerance(dtype))
 
 
@@ -127,18 +137,20 @@ def orthonormality_error(u: Tensor) -> float:
     return float((u.mT @ u - torch.eye(u.shape[1], dtype=u.dtype, device=u.device)).abs().max())
 
 
-def orthonormalise(x: Tensor) -> Tensor:
+def orthonormalize(x: Tensor) -> Tensor:
     """Orthonormal basis `(d, k)` of the column span of a full-rank `x (d, k)`."""
     return torch.linalg.qr(x).Q
 
 
 @torch.no_grad()
 def union(u: Tensor | None, x: Tensor) -> Tensor:
-    """Orthonormal basis `(d, k')` of the span of a basis and of further columns, the basis first and unchanged. Computed in fp64.
+    """Orthonormal basis `(d, k')` of the span of a basis and of further columns, the basis first and unchanged.
+    Computed in fp64.
 
     Args:
         u: basis `(d, k)` with orthonormal columns, or None.
-        x: `(d, l)`, finite; columns that depend on others, or lie in the span of `u` up to `UNION_TOLERANCE`, add nothing.
+        x: `(d, l)`, finite; columns that depend on others, or lie in the span of `u` up to `UNION_TOLERANCE`, add
+            nothing.
     """
     own = torch.linalg.svd(x.double(), full_matrices=False)
     kept = own.U[:, UNION_TOLERANCE * own.S[:1].clamp(min=torch.finfo(torch.float64).tiny) < own.S]
@@ -156,16 +168,25 @@ def principal_cosines(u: Tensor, v: Tensor) -> Tensor:
 
 
 def top_left_singular(
-    weight: Tensor, moment: Tensor | None, rank: int, *, seed: int = 0, oversampling: int = OVERSAMPLING, iterations: int = POWER_ITERATIONS
+    weight: Tensor,
+    moment: Tensor | None,
+    rank: int,
+    *,
+    seed: int = 0,
+    oversampling: int = OVERSAMPLING,
+    iterations: int = POWER_ITERATIONS,
 ) -> tuple[Tensor, Tensor]:
-    """Top left singular vectors of `W X`, given `W` and the second moment `S = X X^T`, by randomised subspace iteration.
+    """Top left singular vectors of `W X`, given `W` and the second moment `S = X X^T`, by randomized subspace
+    iteration.
 
-    The operator `W S W^T` is applied factor by factor, so nothing larger than `m x (rank + oversampling)` is made. Deterministic for a seed. Where more than
-    half of all directions are wanted, one dense SVD of `W S^(1/2)` is both cheaper and exact.
+    The operator `W S W^T` is applied factor by factor, so nothing larger than `m x (rank + oversampling)` is made.
+    Deterministic for a seed. Where more than half of all directions are wanted, one dense SVD of `W S^(1/2)` is both
+    cheaper and exact.
 
     Args:
         weight: `W (m, n)`.
-        moment: `S (n, n)`, symmetric positive semi-definite; `None` means the identity (singular vectors of `W` itself).
+        moment: `S (n, n)`, symmetric positive semi-definite; `None` means the identity (singular vectors of `W`
+            itself).
         rank: wanted vectors, `1 <= rank <= m`.
 
     Returns:
@@ -186,9 +207,16 @@ def top_left_singular(
 
 
 def top_eigenvectors(
-    apply: Callable[[Tensor], Tensor], dimension: int, width: int, *, like: Tensor, seed: int = 0, iterations: int = POWER_ITERATIONS
+    apply: Callable[[Tensor], Tensor],
+    dimension: int,
+    width: int,
+    *,
+    like: Tensor,
+    seed: int = 0,
+    iterations: int = POWER_ITERATIONS,
 ) -> tuple[Tensor, Tensor]:
-    """Leading eigenvectors of a symmetric positive semi-definite operator that is known only by what it does to a block of vectors.
+    """Leading eigenvectors of a symmetric positive semi-definite operator that is known only by what it does to a
+    block of vectors.
 
     Args:
         apply: `(dimension, width)` -> `(dimension, width)`; called `iterations + 2` times.
@@ -203,10 +231,10 @@ def top_eigenvectors(
     generator = torch.Generator(device="cpu").manual_seed(seed)
     q = torch.randn(dimension, width, generator=generator, dtype=torch.float64).to(like)
     for _ in range(iterations + 1):
-        q = orthonormalise(apply(q))
+        q = orthonormalize(apply(q))
     small = q.mT @ apply(q)
     values, vectors = torch.linalg.eigh((small + small.mT) / 2)
-    return orthonormalise(q @ vectors.flip(1)), values.flip(0)
+    return orthonormalize(q @ vectors.flip(1)), values.flip(0)
 
 
 def _square_root(moment: Tensor) -> Tensor:
@@ -216,7 +244,7 @@ def _square_root(moment: Tensor) -> Tensor:
 
 
 def top_singular(weight: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Truncated SVD `W ~ U diag(s) V^T`: `(U (m, rank), s (rank,), V (n, rank))`, by randomised subspace iteration."""
+    """Truncated SVD `W ~ U diag(s) V^T`: `(U (m, rank), s (rank,), V (n, rank))`, by randomized subspace iteration."""
     width = min(rank + OVERSAMPLING, *weight.shape)
     u, _ = top_left_singular(weight, None, width, seed=seed, oversampling=0)
     left, s, vh = torch.linalg.svd(u.mT @ weight, full_matrices=False)

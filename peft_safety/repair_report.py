@@ -19,19 +19,28 @@ def table(report: RepairReport) -> Table:
 
     record = report.record
     shown = Table(
-        title=f"Safe LoRA ({record['projection']}, {record['select']}): {record['repaired']} of {record['modules']} modules repaired",
-        caption="cos: between the update and its projection. gain: length left if repaired. |V|/|W|: what alignment changed, relative to the weight.",
+        title=f"Safe LoRA ({record['projection']}, {record['select']}): {record['repaired']} of "
+        f"{record['modules']} modules repaired",
+        caption="cos: between the update and its projection. gain: length left if repaired. |V|/|W|: what "
+        "alignment changed, relative to the weight.",
         caption_justify="left",
     )
     for heading in ("module", "cos", "repaired", "gain", "norm left", "|V|/|W|"):
         shown.add_column(heading, justify="left" if heading in ("module", "repaired") else "right", overflow="fold")
     for row in report.modules:
-        shown.add_row(row.name, *(_number(v) for v in (row.cos,)), "yes" if row.selected else "", *map(_number, (row.gain, row.kept_norm, row.delta)))
+        shown.add_row(
+            row.name,
+            *(_number(v) for v in (row.cos,)),
+            "yes" if row.selected else "",
+            *map(_number, (row.gain, row.kept_norm, row.delta)),
+        )
     return shown
 
 
 def save_png(report: RepairReport, path: str | Path) -> Path:
-    """Cosine by layer, one line a kind of module; repaired modules filled; the threshold, where there is one, as a line."""
+    """Cosine by layer, one line a kind of module; repaired modules filled; the threshold, where there is one, as a
+    line.
+    """
     from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(8, 4.2), layout="constrained")
@@ -40,20 +49,41 @@ def save_png(report: RepairReport, path: str | Path) -> Path:
     for index, row in enumerate(report.modules):
         number = re.search(r"\.(\d+)\.", row.name)
         if not math.isnan(row.cos):
-            kinds.setdefault(row.name.rpartition(".")[2], []).append((int(number.group(1)) if number else index, row.cos, row.selected))
-    for colour, (kind, points) in enumerate(sorted(kinds.items())):
+            kinds.setdefault(row.name.rpartition(".")[2], []).append(
+                (int(number.group(1)) if number else index, row.cos, row.selected)
+            )
+    for color, (kind, points) in enumerate(sorted(kinds.items())):
         points.sort()
-        line = axes.plot([x for x, _, _ in points], [y for _, y, _ in points], linewidth=1, color=f"C{colour % 10}", label=kind)[0]
+        line = axes.plot(
+            [x for x, _, _ in points], [y for _, y, _ in points], linewidth=1, color=f"C{color % 10}", label=kind
+        )[0]
         for filled in (True, False):
             chosen = [(x, y) for x, y, selected in points if selected == filled]
-            axes.plot([x for x, _ in chosen], [y for _, y in chosen], "o", markersize=4, color=line.get_color(), fillstyle="full" if filled else "none")
+            axes.plot(
+                [x for x, _ in chosen],
+                [y for _, y in chosen],
+                "o",
+                markersize=4,
+                color=line.get_color(),
+                fillstyle="full" if filled else "none",
+            )
     if report.record["select"] == "threshold":
         axes.axhline(report.record["threshold"], color="0.3", linestyle="--", linewidth=1)
-        axes.annotate(f"threshold {report.record['threshold']:g}", (0, report.record["threshold"]), (2, 3), textcoords="offset points", fontsize=8)
+        axes.annotate(
+            f"threshold {report.record['threshold']:g}",
+            (0, report.record["threshold"]),
+            (2, 3),
+            textcoords="offset points",
+            fontsize=8,
+        )
     axes.set_xlabel("layer")
     axes.set_ylabel("cos(C B A, B A)")
     axes.set_ylim(0, max(1.0, *(y for points in kinds.values() for _, y, _ in points)) if kinds else 1.0)
-    axes.set_title(f"Safe LoRA, {report.record['projection']}: {len(report.selected)} of {len(report.modules)} modules repaired (filled)", fontsize=10)
+    axes.set_title(
+        f"Safe LoRA, {report.record['projection']}: {len(report.selected)} of {len(report.modules)} modules repaired "
+        "(filled)",
+        fontsize=10,
+    )
     axes.spines[["top", "right"]].set_visible(False)
     if kinds:
         axes.legend(fontsize=7, ncols=2, frameon=False)

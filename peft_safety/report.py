@@ -51,14 +51,18 @@ class Report:
 
     def rows(self) -> list[list[str]]:
         """One row of text an arm: its name, then each figure as `value [low, high]`."""
-        return [[arm, *(str(figures[metric]) if metric in figures else MISSING for metric in self.metrics)] for arm, figures in self.arms.items()]
+        return [
+            [arm, *(str(figures[metric]) if metric in figures else MISSING for metric in self.metrics)]
+            for arm, figures in self.arms.items()
+        ]
 
     def headings(self) -> list[str]:
         """Column headings: empty, then each metric with its N (`N=a-b` where arms differ)."""
         return ["", *(f"{metric} (N={self._sizes(metric)})" for metric in self.metrics)]
 
     def table(self) -> Group:
-        """As rich tables of at most `WIDTH` columns, with the notes below: a metric a row, and as many arms side by side as fit.
+        """As rich tables of at most `WIDTH` columns, with the notes below: a metric a row, and as many arms side by
+        side as fit.
 
         The first arm is the reference, and is repeated in each table.
         """
@@ -68,7 +72,9 @@ class Report:
 
         names = list(self.arms)
         label = max(map(len, self.metrics))
-        widths = {name: max(len(name), *(len(_short(figure)) for figure in self.arms[name].values())) for name in names}
+        widths = {
+            name: max(len(name), *(len(_short(figure)) for figure in self.arms[name].values())) for name in names
+        }
         room = WIDTH - label - max(len(self._sizes(metric)) for metric in self.metrics) - 4
         parts: list[Any] = [Text(self.title, style="italic")]
         for chosen in _fitting(names, {name: width + 2 for name, width in widths.items()}, room):
@@ -92,7 +98,10 @@ class Report:
         """Plain values; `from_json` reads them back."""
         return {
             "title": self.title,
-            "arms": {arm: {metric: figure.to_json() for metric, figure in figures.items()} for arm, figures in self.arms.items()},
+            "arms": {
+                arm: {metric: figure.to_json() for metric, figure in figures.items()}
+                for arm, figures in self.arms.items()
+            },
             "notes": list(self.notes),
             "environment": dict(self.environment),
             "details": dict(self.details),
@@ -106,10 +115,21 @@ class Report:
             DataError: malformed.
         """
         try:
-            arms = {str(arm): {str(metric): figure_from_json(figure) for metric, figure in figures.items()} for arm, figures in data["arms"].items()}
-            return cls(str(data["title"]), arms, tuple(map(str, data["notes"])), dict(data["environment"]), dict(data["details"]))
+            arms = {
+                str(arm): {str(metric): figure_from_json(figure) for metric, figure in figures.items()}
+                for arm, figures in data["arms"].items()
+            }
+            return cls(
+                str(data["title"]),
+                arms,
+                tuple(map(str, data["notes"])),
+                dict(data["environment"]),
+                dict(data["details"]),
+            )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise DataError(f"not a report ({type(error).__name__}: {error}). Give a report.json that peft-safety wrote.") from error
+            raise DataError(
+                f"not a report ({type(error).__name__}: {error}). Give a report.json that peft-safety wrote."
+            ) from error
 
     def save(self, path: str | Path) -> Path:
         """Write the JSON rendering."""
@@ -128,7 +148,9 @@ class Report:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"cannot read a report from {path}: {error}. Give a report.json that peft-safety wrote.") from error
+            raise DataError(
+                f"cannot read a report from {path}: {error}. Give a report.json that peft-safety wrote."
+            ) from error
         return cls.from_json(data)
 
     def card(self) -> str:
@@ -137,7 +159,16 @@ class Report:
         lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
         setting = ", ".join(f"{key} {value}" for key, value in self.environment.items())
         return "\n".join(
-            [f"## {self.title}", "", *lines, "", "Brackets: 95 % intervals.", *(f"- {note}" for note in self.notes), f"- Environment: {setting}.", ""]
+            [
+                f"## {self.title}",
+                "",
+                *lines,
+                "",
+                "Brackets: 95 % intervals.",
+                *(f"- {note}" for note in self.notes),
+                f"- Environment: {setting}.",
+                "",
+            ]
         )
 
     def save_png(self, path: str | Path) -> Path:
@@ -161,7 +192,7 @@ class Report:
 
     def _draw(self, panel: Any, metric: str) -> None:
         """Points and intervals of one metric on matplotlib axes."""
-        for row, (figures, colour) in enumerate(zip(self.arms.values(), _colours(len(self.arms)), strict=True)):
+        for row, (figures, color) in enumerate(zip(self.arms.values(), _colors(len(self.arms)), strict=True)):
             if metric not in figures:
                 continue
             figure = figures[metric]
@@ -169,9 +200,16 @@ class Report:
             low, high = (scale * bound for bound in figure.interval)
             value = scale * figure.value
             if high < float("inf"):
-                panel.plot([low, high], [row, row], color=colour, linewidth=3, alpha=0.45, solid_capstyle="round")
-            panel.plot([value], [row], "o", color=colour, markersize=7)
-            panel.annotate(f"{value:.0f}" if scale == 100 else f"{value:.2f}", (value, row), (0, 7), textcoords="offset points", ha="center", fontsize=7)
+                panel.plot([low, high], [row, row], color=color, linewidth=3, alpha=0.45, solid_capstyle="round")
+            panel.plot([value], [row], "o", color=color, markersize=7)
+            panel.annotate(
+                f"{value:.0f}" if scale == 100 else f"{value:.2f}",
+                (value, row),
+                (0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+            )
         rates = any(isinstance(figures.get(metric), Rate) for figures in self.arms.values())
         if rates:
             panel.set_xlim(-6, 106)
@@ -204,7 +242,7 @@ def _fitting(names: list[str], widths: Mapping[str, int], room: int) -> list[lis
     return groups
 
 
-def _colours(n: int) -> list[str]:
-    """Colour-blind safe (Okabe and Ito), repeated beyond eight."""
+def _colors(n: int) -> list[str]:
+    """Color-blind safe (Okabe and Ito), repeated beyond eight."""
     palette = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255")
     return [palette[index % len(palette)] for index in range(n)]

@@ -1,7 +1,9 @@
-"""Weights that are not what their dtype says: FP8 with scales beside it is read with them, every other kind is refused by name.
+"""Weights that are not what their dtype says: FP8 with scales beside it is read with them, every other kind is refused
+by name.
 
-A subclass of `nn.Linear` is not dense just because it is one. What counts is what it holds (a plain tensor of a floating dtype of two bytes or more) and
-what it does (`x W^T + b`, tried on a few inputs where the forward is not `nn.Linear`'s own).
+A subclass of `nn.Linear` is not dense just because it is one. What counts is what it holds (a plain tensor of a
+floating dtype of two bytes or more) and what it does (`x W^T + b`, tried on a few inputs where the forward is not
+`nn.Linear`'s own).
 """
 
 from __future__ import annotations
@@ -14,11 +16,19 @@ from torch.nn import functional as F
 
 from peft_safety.errors import UnsupportedLayerError
 
-FP8_SCALES = {"FP8Linear": "weight_scale_inv", "FbgemmFp8Linear": "weight_scale", "CompressedTensorsFP8Linear": "weight_scale"}
-"""transformers' FP8 layers by class, and the parameter that their weight is multiplied by: one number, one a row, or one a block."""
+FP8_SCALES = {
+    "FP8Linear": "weight_scale_inv",
+    "FbgemmFp8Linear": "weight_scale",
+    "CompressedTensorsFP8Linear": "weight_scale",
+}
+"""transformers' FP8 layers by class, and the parameter that their weight is multiplied by: one number, one a row, or
+one a block.
+"""
 READABLE = "Load the model in 16 bit, or in 4 or 8 bit by bitsandbytes, or leave this layer out of target_modules."
 FORWARD_TOLERANCE = 0.01
-"""Relative difference from `x W^T + b` up to which a forward is that of a dense layer: bf16 rounding stays below half of it."""
+"""Relative difference from `x W^T + b` up to which a forward is that of a dense layer: bf16 rounding stays below half
+of it.
+"""
 PROBES = 4
 
 
@@ -47,7 +57,9 @@ def scale_of(layer: nn.Module, name: str) -> Tensor:
         return scale.reshape(rows, 1)
     height, width = (int(size) for size in block or (0, 0))
     if min(height, width) < 1 or tuple(scale.shape) != (-(-rows // height), -(-columns // width)):
-        raise UnsupportedLayerError(f"{where} has scales {tuple(scale.shape)} for blocks of {block}, which do not fit. {READABLE}")
+        raise UnsupportedLayerError(
+            f"{where} has scales {tuple(scale.shape)} for blocks of {block}, which do not fit. {READABLE}"
+        )
     return scale.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
 
 
@@ -60,7 +72,7 @@ def from_fp8(layer: nn.Module, name: str) -> Tensor:
     return layer.weight.detach().float() * scale_of(layer, name)  # type: ignore[union-attr, operator]
 
 
-def requantised_fp8(layer: nn.Module, delta: Tensor, name: str) -> Tensor:
+def requantized_fp8(layer: nn.Module, delta: Tensor, name: str) -> Tensor:
     """`Q(W + dW)` of an FP8 layer with the scales it has, as fp32."""
     scale, dtype = scale_of(layer, name), layer.weight.dtype
     limit = torch.finfo(dtype).max  # type: ignore[arg-type]
@@ -68,7 +80,9 @@ def requantised_fp8(layer: nn.Module, delta: Tensor, name: str) -> Tensor:
 
 
 def unreadable(layer: nn.Module) -> str | None:
-    """Why what this layer holds is not its weight; None for a dense weight (whatever the forward makes of it) and for transformers' FP8."""
+    """Why what this layer holds is not its weight; None for a dense weight (whatever the forward makes of it) and for
+    transformers' FP8.
+    """
     weight: Any = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
         return "it has no weight of its own (packed)"
@@ -76,11 +90,16 @@ def unreadable(layer: nn.Module) -> str | None:
         return f"its weight is a {type(weight).__name__}"
     if weight.dtype.is_floating_point and (weight.itemsize > 1 or is_fp8(layer)):
         return None
-    return f"its weight is stored as {str(weight.dtype).removeprefix('torch.')}, with scales that cannot be read here or without any"
+    return (
+        f"its weight is stored as {str(weight.dtype).removeprefix('torch.')}, with scales that cannot be "
+        "read here or without any"
+    )
 
 
 def is_packed(layer: nn.Module) -> bool:
-    """Whether this looks like the linear layer of a quantization that is not supported (GPTQ, AWQ, HQQ, EETQ, BitNet, ...): a leaf with packed numbers."""
+    """Whether this looks like the linear layer of a quantization that is not supported (GPTQ, AWQ, HQQ, EETQ, BitNet,
+    ...): a leaf with packed numbers.
+    """
     sized = any(hasattr(layer, feature) for feature in ("in_features", "infeatures"))
     held = [t for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None]
     return sized and any(t.ndim >= 2 and (not t.dtype.is_floating_point or t.itemsize == 1) for t in held)
@@ -106,8 +125,22 @@ def check_forward(layer: nn.Module, name: str) -> None:
         with torch.autocast(weight.device.type, enabled=False):
             found, expected = layer.forward(x), F.linear(x, weight, layer.bias)  # type: ignore[arg-type]
         same = isinstance(found, Tensor) and found.shape == expected.shape
-        error = float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=torch.finfo(torch.float32).tiny)) if same else float("inf")
+        error = (
+            float(
+                (found.float() - expected.float()).norm()
+                / expected.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
+            )
+            if same
+            else float("inf")
+        )
     except (RuntimeError, TypeError, ValueError, NotImplementedError, ImportError, AssertionError) as problem:
-        raise refusal(layer, name, f"its forward is its own, and could not be compared with x W^T + b ({type(problem).__name__})") from problem
+        raise refusal(
+            layer, name, f"its forward is its own, and could not be compared with x W^T + b ({type(problem).__name__})"
+        ) from problem
     if error > FORWARD_TOLERANCE:
-        raise refusal(layer, name, f"its forward is its own, and does not compute x W^T + b with the weight it holds (relative difference {error:.2g})")
+        raise refusal(
+            layer,
+            name,
+            "its forward is its own, and does not compute x W^T + b with the weight it holds (relative difference "
+            f"{error:.2g})",
+        )

@@ -1,8 +1,10 @@
 """SafetySubspace: the frozen low-rank bases of a model's layers, where they came from, and their file.
 
-One subspace serves many adapters. Its file is plain safetensors: `basis.out.<module>` `(m, k)` and `basis.in.<module>` `(n, k)` with orthonormal columns,
-`spectrum.*` with the singular values, `fingerprint.<module>` of the base weights, and, in the header, the format's name with the provenance as JSON. Modules
-with the same input (q/k/v, gate/up) may share a basis: it is then one tensor in memory and on disk, and the header says who shares whose.
+One subspace serves many adapters. Its file is plain safetensors: `basis.out.<module>` `(m, k)` and `basis.in.<module>`
+`(n, k)` with orthonormal columns, `spectrum.*` with the singular values, `fingerprint.<module>` of the base weights,
+and, in the header, the format's name with the provenance as JSON. Modules
+with the same input (q/k/v, gate/up) may share a basis: it is then one tensor in memory and on disk, and the header
+says who shares whose.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from peft_safety import files, naming, weights
 from peft_safety.data.rows import Rows
 from peft_safety.errors import ArtifactError, SubspaceError
-from peft_safety.projection import ORTHONORMAL_TOLERANCE, Side, orthonormalise, orthonormality_error, union
+from peft_safety.projection import ORTHONORMAL_TOLERANCE, Side, orthonormality_error, orthonormalize, union
 
 FILE_NAME = "safety_subspace.safetensors"
 FORMAT = "peft_safety.subspace.v1"
@@ -39,15 +41,15 @@ class SafetySubspace:
     """Bases of the protected directions, by module name.
 
     Args:
-        bases: `{module: {"out": (out_features, k), "in": (in_features, k)}}`, either side or both, orthonormal columns. Kept as fp32 on the CPU; one tensor
-            given to several modules stays one.
+        bases: `{module: {"out": (out_features, k), "in": (in_features, k)}}`, either side or both, orthonormal
+            columns. Kept as fp32 on the CPU; one tensor given to several modules stays one.
         spectra: singular values behind each basis, `(k,)`, descending; optional.
         fingerprints: sampled base weights by module (`weights.fingerprint`); `bind` adds them.
         provenance: JSON-able facts: method, data hash, rank, tokens, seed.
 
     Raises:
-        SubspaceError: no basis, or one that is not finite, has k < 1 or k >= d, or is not orthonormal; names the module and the shape. Spectra or
-            fingerprints of another shape, or not finite.
+        SubspaceError: no basis, or one that is not finite, has k < 1 or k >= d, or is not orthonormal; names the
+            module and the shape. Spectra or fingerprints of another shape, or not finite.
     """
 
     def __init__(
@@ -58,29 +60,39 @@ class SafetySubspace:
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         kept: dict[int, Tensor] = {}
-        self.bases = {name: {side: _frozen(u, name, kept) for side, u in sides.items()} for name, sides in bases.items()}
-        self.spectra = {name: {side: _frozen(s, name, kept) for side, s in sides.items()} for name, sides in (spectra or {}).items()}
+        self.bases = {
+            name: {side: _frozen(u, name, kept) for side, u in sides.items()} for name, sides in bases.items()
+        }
+        self.spectra = {
+            name: {side: _frozen(s, name, kept) for side, s in sides.items()}
+            for name, sides in (spectra or {}).items()
+        }
         self.fingerprints = {name: _frozen(f, name) for name, f in (fingerprints or {}).items()}
         self.provenance = dict(provenance or {})
         if not self.bases or not all(self.bases.values()):
-            raise SubspaceError("the subspace, or one of its modules, has no basis. Calibrate it with SafetySubspace.from_activations.")
+            raise SubspaceError(
+                "the subspace, or one of its modules, has no basis. Calibrate it with SafetySubspace.from_activations."
+            )
         for name, sides in self.bases.items():
             for side, u in sides.items():
                 check_basis(u, name, side)
-                _check_values(self.spectra.get(name, {}).get(side, u[0]), (u.shape[1],), f"{name}: the {side} spectrum")
+                _check_values(
+                    self.spectra.get(name, {}).get(side, u[0]), (u.shape[1],), f"{name}: the {side} spectrum"
+                )
         for name, values in self.fingerprints.items():
             _check_values(values, (weights.SAMPLES,), f"{name}: the fingerprint")
 
     @classmethod
     def from_activations(cls, model: nn.Module, data: Rows, **options: Any) -> SafetySubspace:
-        """Estimate a subspace in one streaming pass over a model; see `peft_safety.estimate.activations.estimate` for the options.
+        """Estimate a subspace in one streaming pass over a model; see `peft_safety.estimate.activations.estimate` for
+        the options.
 
         Args:
-            model: a model of language, dense or quantised.
-            data: rows `{prompt, response}`, `{messages}` or `{text, label}` (needs `tokenizer=`), or tokenised batches
+            model: a model of language, dense or quantized.
+            data: rows `{prompt, response}`, `{messages}` or `{text, label}` (needs `tokenizer=`), or tokenized batches
                 (`input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`).
-            **options: `tokenizer`, `method`, `rank`, `energy`, `per_kind`, `sides`, `positions`, `against`, `target_modules`, `exclude_modules`,
-                `batch_size`, `max_length`, `seed`, `progress`.
+            **options: `tokenizer`, `method`, `rank`, `energy`, `per_kind`, `sides`, `positions`, `against`,
+                `target_modules`, `exclude_modules`, `batch_size`, `max_length`, `seed`, `progress`.
 
         Layers that no token reaches, or that have a single feature, are left out, with one warning; see `left_out`.
         """
@@ -91,10 +103,11 @@ class SafetySubspace:
 
     @classmethod
     def from_weights(cls, model: nn.Module, **options: Any) -> SafetySubspace:
-        """The top singular directions of every target weight; see `peft_safety.estimate.weight_bases.estimate_from_weights` for the options.
+        """The top singular directions of every target weight; see
+        `peft_safety.estimate.weight_bases.estimate_from_weights` for the options.
 
         Args:
-            model: dense or quantised.
+            model: dense or quantized.
             **options: `rank`, `energy`, `sides`, `target_modules`, `exclude_modules`, `seed`, `progress`.
         """
         from peft_safety.estimate.leaving_out import announced
@@ -122,7 +135,8 @@ class SafetySubspace:
             return _parse(handle, path)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file (into `path/safety_subspace.safetensors` when `path` is a directory). Atomic and deterministic: equal subspaces give equal bytes.
+        """Write the file (into `path/safety_subspace.safetensors` when `path` is a directory). Atomic and
+        deterministic: equal subspaces give equal bytes.
 
         Raises:
             ArtifactError: it cannot be written; what was there is unchanged.
@@ -136,7 +150,9 @@ class SafetySubspace:
             tensors, shared = self._tensors()
             facts = json.dumps(self.provenance | ({SHARED: shared} if shared else {}), sort_keys=True, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise SubspaceError(f"{path}: the provenance cannot be written as JSON ({error}). Keep it to text and finite numbers.") from error
+            raise SubspaceError(
+                f"{path}: the provenance cannot be written as JSON ({error}). Keep it to text and finite numbers."
+            ) from error
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             mode = files.usual_mode(staged)
@@ -146,7 +162,9 @@ class SafetySubspace:
             staged.chmod(mode)
             os.replace(staged, path)
         except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{path} could not be written: {error}. Free space or choose another directory.") from error
+            raise ArtifactError(
+                f"{path} could not be written: {error}. Free space or choose another directory."
+            ) from error
         finally:
             with suppress(OSError):
                 staged.unlink(missing_ok=True)
@@ -168,10 +186,18 @@ class SafetySubspace:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Layers that were targeted and have no basis, each with the reason, `UNREACHED` or `NARROW`: an adapter on this subspace leaves them out too."""
+        """Layers that were targeted and have no basis, each with the reason, `UNREACHED` or `NARROW`: an adapter on
+        this subspace leaves them out too.
+        """
         found = self.provenance.get("left_out")
         lists = {reason: found.get(reason) for reason in (UNREACHED, NARROW)} if isinstance(found, dict) else {}
-        named = {name: reason for reason, names in lists.items() if isinstance(names, list) for name in names if isinstance(name, str)}
+        named = {
+            name: reason
+            for reason, names in lists.items()
+            if isinstance(names, list)
+            for name in names
+            if isinstance(name, str)
+        }
         return {name: reason for name, reason in named.items() if name not in self.bases}
 
     @property
@@ -191,7 +217,9 @@ class SafetySubspace:
 
     def capacity(self, side: Side) -> dict[str, int]:
         """Directions of each module that are not protected."""
-        return {name: sides[side].shape[0] - sides[side].shape[1] for name, sides in self.bases.items() if side in sides}
+        return {
+            name: sides[side].shape[0] - sides[side].shape[1] for name, sides in self.bases.items() if side in sides
+        }
 
     @classmethod
     def joined(cls, own: SafetySubspace | None, spans: Bases) -> SafetySubspace:
@@ -199,7 +227,8 @@ class SafetySubspace:
 
         Args:
             own: None protects the further directions alone.
-            spans: `{module: {side: (d, l)}}`, any columns (not necessarily independent); modules and sides without a basis here get one.
+            spans: `{module: {side: (d, l)}}`, any columns (not necessarily independent); modules and sides without a
+                basis here get one.
 
         Raises:
             SubspaceError: nothing would be left to train in a module.
@@ -214,16 +243,23 @@ class SafetySubspace:
                 new = grown[key] = grown[key] if key in grown else union(old, span)
                 if new.shape[1] >= new.shape[0]:
                     raise SubspaceError(
-                        f"{name}: no capacity is left on side {side!r}: {new.shape[1]} of {new.shape[0]} directions are taken, {span.shape[1]} of them by "
-                        "the earlier patches. Use a smaller k, patches of a smaller r, or merge the earlier ones into the base."
+                        f"{name}: no capacity is left on side {side!r}: {new.shape[1]} of {new.shape[0]} directions "
+                        f"are taken, {span.shape[1]} of them by "
+                        "the earlier patches. Use a smaller k, patches of a smaller r, or merge the earlier ones into "
+                        "the base."
                     )
                 if new.shape[1]:
                     bases.setdefault(name, {})[side] = new
                     spectra.get(name, {}).pop(side, None)
-        return SafetySubspace(bases, spectra, own.fingerprints, own.provenance) if own else SafetySubspace(bases, provenance={"method": "prior patches"})
+        return (
+            SafetySubspace(bases, spectra, own.fingerprints, own.provenance)
+            if own
+            else SafetySubspace(bases, provenance={"method": "prior patches"})
+        )
 
     def beside(self, other: SafetySubspace) -> SafetySubspace:
-        """This subspace with the bases of another one on the other side of the same modules; `other`'s provenance is kept under its side.
+        """This subspace with the bases of another one on the other side of the same modules; `other`'s provenance is
+        kept under its side.
 
         What either of them leaves out (see `left_out`) is left out.
 
@@ -232,10 +268,13 @@ class SafetySubspace:
         """
         lost = other.left_out | self.left_out
         both = [name for name in self.bases if name in other.bases]
-        odd = sorted((set(self.bases) ^ set(other.bases)) - set(lost)) or sorted(n for n in both if set(self.bases[n]) & set(other.bases[n]))
+        odd = sorted((set(self.bases) ^ set(other.bases)) - set(lost)) or sorted(
+            n for n in both if set(self.bases[n]) & set(other.bases[n])
+        )
         if odd:
             raise SubspaceError(
-                f"{odd[0]}: one of the subspaces lacks it, or both have a basis on the same side ({len(odd)} such modules). Calibrate both with the same "
+                f"{odd[0]}: one of the subspaces lacks it, or both have a basis on the same side ({len(odd)} such "
+                "modules). Calibrate both with the same "
                 "target_modules, one on side 'in' and one on side 'out'."
             )
         bases = {name: {**self.bases[name], **other.bases[name]} for name in both}
@@ -243,7 +282,9 @@ class SafetySubspace:
         side = sorted({side for sides in other.bases.values() for side in sides})[0]
         provenance = {**self.provenance, "sides": "in+out", side: dict(other.provenance)}
         if lost:
-            provenance["left_out"] = {reason: sorted(name for name in lost if lost[name] == reason) for reason in sorted(set(lost.values()))}
+            provenance["left_out"] = {
+                reason: sorted(name for name in lost if lost[name] == reason) for reason in sorted(set(lost.values()))
+            }
         prints = {name: value for name, value in {**other.fingerprints, **self.fingerprints}.items() if name in bases}
         return SafetySubspace(bases, {name: s for name, s in spectra.items() if s}, prints, provenance)
 
@@ -252,25 +293,35 @@ class SafetySubspace:
         keep = set(names) & set(self.bases)
         bases = {n: v for n, v in self.bases.items() if n in keep}
         spectra = {n: v for n, v in self.spectra.items() if n in keep}
-        return SafetySubspace(bases, spectra, {n: v for n, v in self.fingerprints.items() if n in keep}, self.provenance)
+        return SafetySubspace(
+            bases, spectra, {n: v for n, v in self.fingerprints.items() if n in keep}, self.provenance
+        )
 
-    def randomised(self, seed: int = 0) -> SafetySubspace:
+    def randomized(self, seed: int = 0) -> SafetySubspace:
         """The control: a random subspace of equal ranks. A method's effect is its distance from this one."""
         generator = torch.Generator().manual_seed(seed)
-        bases = {n: {s: orthonormalise(torch.randn(u.shape, generator=generator)) for s, u in self.bases[n].items()} for n in self.module_names}
+        bases = {
+            n: {s: orthonormalize(torch.randn(u.shape, generator=generator)) for s, u in self.bases[n].items()}
+            for n in self.module_names
+        }
         return SafetySubspace(bases, None, self.fingerprints, {**self.provenance, "method": "random", "seed": seed})
 
-    def check_fits(self, layers: Mapping[str, nn.Module], sides: Sequence[Side] = ("out",), *, bind: bool = True) -> None:
-        """Check this subspace against the base layers it is to protect; on success, remember fingerprints of layers that had none.
+    def check_fits(
+        self, layers: Mapping[str, nn.Module], sides: Sequence[Side] = ("out",), *, bind: bool = True
+    ) -> None:
+        """Check this subspace against the base layers it is to protect; on success, remember fingerprints of layers
+        that had none.
 
         Raises:
-            SubspaceError: a layer without a basis, one of another shape, or other base weights; nothing has changed then.
+            SubspaceError: a layer without a basis, one of another shape, or other base weights; nothing has changed
+                then.
         """
         lacking = self.lacking(layers, sides)
         if lacking:
             side = next(side for side in sides if side not in self.bases.get(lacking[0], {}))
             raise SubspaceError(
-                f"{naming.some(lacking)}: the subspace has no {side!r} basis for {len(lacking)} of {len(layers)} layers (it has "
+                f"{naming.some(lacking)}: the subspace has no {side!r} basis for {len(lacking)} of {len(layers)} "
+                "layers (it has "
                 f"{naming.some(self.bases)}). Calibrate with the same target_modules, or leave them out: "
                 f'exclude_modules=r"{naming.pattern(lacking, layers)}".'
             )
@@ -278,8 +329,13 @@ class SafetySubspace:
             u = self.bases[name][side]
             d = weights.shape(layer)[0 if side == "out" else 1]
             if u.shape[0] != d:
-                raise SubspaceError(f"{name}: the basis is {tuple(u.shape)}, the layer has {d} {side}put features. Calibrate on this model.")
-        weights.check_fingerprints(self.fingerprints, layers, quantised=self.provenance.get("precision", "dense") != "dense")
+                raise SubspaceError(
+                    f"{name}: the basis is {tuple(u.shape)}, the layer has {d} {side}put features. Calibrate on this "
+                    "model."
+                )
+        weights.check_fingerprints(
+            self.fingerprints, layers, quantized=self.provenance.get("precision", "dense") != "dense"
+        )
         if bind:
             self.bind(layers)
 
@@ -289,50 +345,68 @@ class SafetySubspace:
 
     def bind(self, layers: Mapping[str, nn.Module]) -> None:
         """Record fingerprints of the base layers that have none yet."""
-        fresh = {name: _frozen(weights.fingerprint(layer, name), name) for name, layer in layers.items() if name not in self.fingerprints}
+        fresh = {
+            name: _frozen(weights.fingerprint(layer, name), name)
+            for name, layer in layers.items()
+            if name not in self.fingerprints
+        }
         self.fingerprints.update(fresh)
-        kinds = {weights.quantisation(layer) or "dense" for layer in layers.values()}
+        kinds = {weights.quantization(layer) or "dense" for layer in layers.values()}
         self.provenance.setdefault("precision", "dense" if kinds <= {"dense"} else sorted(kinds - {"dense"})[0])
 
     def __repr__(self) -> str:
         ranks = sorted({u.shape[1] for sides in self.bases.values() for u in sides.values()})
         sides = sorted({side for entry in self.bases.values() for side in entry})
-        return f"SafetySubspace({len(self.bases)} modules, sides={sides}, k={ranks}, method={self.provenance.get('method', 'unknown')!r})"
+        return (
+            f"SafetySubspace({len(self.bases)} modules, sides={sides}, k={ranks}, "
+            f"method={self.provenance.get('method', 'unknown')!r})"
+        )
 
 
 def check_basis(u: Tensor, name: str, side: Side) -> None:
     """Refuse what would not protect, or would protect everything.
 
     Raises:
-        SubspaceError: not 2-D fp32, k < 1, k >= d, not finite, or `max|U^T U - I| > 1e-5` (which catches zeros and copies too).
+        SubspaceError: not 2-D fp32, k < 1, k >= d, not finite, or `max|U^T U - I| > 1e-5` (which catches zeros and
+            copies too).
     """
     if side not in SIDES:
         raise SubspaceError(f"{name}: side {side!r}; use 'out' or 'in'.")
     if u.ndim != 2 or u.shape[1] < 1:
-        raise SubspaceError(f"{name}: the {side} basis has shape {tuple(u.shape)}; it must be (features, k) with k >= 1. Calibrate again.")
+        raise SubspaceError(
+            f"{name}: the {side} basis has shape {tuple(u.shape)}; it must be (features, k) with k >= 1. Calibrate "
+            "again."
+        )
     d, k = u.shape
     if k >= d:
         raise SubspaceError(
-            f"{name}: k = {k} directions of {d} {side}put features leave nothing to train. Use a rank below {d}, a smaller energy, or leave it out."
+            f"{name}: k = {k} directions of {d} {side}put features leave nothing to train. Use a rank below {d}, a "
+            "smaller energy, or leave it out."
         )
     if not bool(torch.isfinite(u).all()):
         raise SubspaceError(f"{name}: the {side} basis {tuple(u.shape)} holds NaN or Inf. Calibrate again.")
     error = orthonormality_error(u)
     if not error <= ORTHONORMAL_TOLERANCE:
         raise SubspaceError(
-            f"{name}: the {side} basis {tuple(u.shape)} is not orthonormal (max|U^T U - I| = {error:.2g}, limit {ORTHONORMAL_TOLERANCE:g}). Calibrate again."
+            f"{name}: the {side} basis {tuple(u.shape)} is not orthonormal (max|U^T U - I| = {error:.2g}, limit "
+            f"{ORTHONORMAL_TOLERANCE:g}). Calibrate again."
         )
 
 
 def _check_values(x: Tensor, shape: tuple[int, ...], what: str) -> None:
     if tuple(x.shape) != shape or not bool(torch.isfinite(x).all()):
-        raise SubspaceError(f"{what} must hold {shape[0]} finite values; it has shape {tuple(x.shape)}, or NaN or Inf. Calibrate again.")
+        raise SubspaceError(
+            f"{what} must hold {shape[0]} finite values; it has shape {tuple(x.shape)}, or NaN or Inf. Calibrate "
+            "again."
+        )
 
 
 def _frozen(x: Tensor, name: str, kept: dict[int, Tensor] | None = None) -> Tensor:
     """A copy; of one tensor one copy, where `kept` remembers them."""
     if not isinstance(x, Tensor):
-        raise SubspaceError(f"{name}: a {type(x).__name__} where a tensor is expected. Calibrate with SafetySubspace.from_activations.")
+        raise SubspaceError(
+            f"{name}: a {type(x).__name__} where a tensor is expected. Calibrate with SafetySubspace.from_activations."
+        )
     if kept is None:
         return x.detach().to(device="cpu", dtype=torch.float32).contiguous().clone()
     if id(x) not in kept:
@@ -344,7 +418,8 @@ def _parse(handle: Any, path: Path) -> SafetySubspace:
     metadata = handle.metadata() or {}
     if FORMAT not in metadata:
         raise SubspaceError(
-            f"{path} is not a safety subspace (its header has {str(sorted(metadata))[:80]}, not {FORMAT!r}). Write it with SafetySubspace.save."
+            f"{path} is not a safety subspace (its header has {str(sorted(metadata))[:80]}, not {FORMAT!r}). Write it "
+            "with SafetySubspace.save."
         )
     provenance = files.parse_json(metadata[FORMAT], f"{path} (header)")
     bases: dict[str, dict[Side, Tensor]] = {}
@@ -354,11 +429,19 @@ def _parse(handle: Any, path: Path) -> SafetySubspace:
     for key in handle.keys():  # noqa: SIM118  a safetensors handle is no mapping
         dtype = handle.get_slice(key).get_dtype()
         if dtype != "F32":
-            raise SubspaceError(f"{path}: tensor {key!r} is {dtype}; a subspace is stored as F32. Save it again with SafetySubspace.save.")
+            raise SubspaceError(
+                f"{path}: tensor {key!r} is {dtype}; a subspace is stored as F32. Save it again with "
+                "SafetySubspace.save."
+            )
         stored[key] = handle.get_tensor(key)
     shared = provenance.pop(SHARED, {})
-    if not isinstance(shared, dict) or not all(isinstance(of, str) and of in stored and key not in stored for key, of in shared.items()):
-        raise SubspaceError(f"{path}: its header says that tensors are shared which are not there. Save it again with SafetySubspace.save.")
+    if not isinstance(shared, dict) or not all(
+        isinstance(of, str) and of in stored and key not in stored for key, of in shared.items()
+    ):
+        raise SubspaceError(
+            f"{path}: its header says that tensors are shared which are not there. Save it again with "
+            "SafetySubspace.save."
+        )
     for key, value in (stored | {key: stored[of] for key, of in shared.items()}).items():
         kind, _, rest = key.partition(".")
         side, _, name = rest.partition(".")
@@ -375,8 +458,13 @@ def _parse(handle: Any, path: Path) -> SafetySubspace:
 
 
 def _download(repo: str, **hub: Any) -> Path:
-    if repo.count("/") > 1 or repo.startswith((".", "/", "~")) or repo.endswith(".safetensors"):  # a path, not a repository: don't ask the network
-        raise SubspaceError(f"{repo!r} does not exist. Check the spelling, or calibrate a subspace with SafetySubspace.from_activations.")
+    if (
+        repo.count("/") > 1 or repo.startswith((".", "/", "~")) or repo.endswith(".safetensors")
+    ):  # a path, not a repository: don't ask the network
+        raise SubspaceError(
+            f"{repo!r} does not exist. Check the spelling, or calibrate a subspace with "
+            "SafetySubspace.from_activations."
+        )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -384,6 +472,7 @@ def _download(repo: str, **hub: Any) -> Path:
         return Path(hf_hub_download(repo, FILE_NAME, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise SubspaceError(
-            f"{repo!r} is neither a file, nor a directory with {FILE_NAME}, nor a Hub repository in reach ({type(error).__name__}). "
+            f"{repo!r} is neither a file, nor a directory with {FILE_NAME}, nor a Hub repository in reach "
+            f"({type(error).__name__}). "
             "Check the spelling, or calibrate one."
         ) from error

@@ -47,7 +47,8 @@ class Verification:
 
 @dataclass(frozen=True)
 class RepairVerification:
-    """What was checked of an adapter that Safe LoRA has repaired: complete, finite, and the very factors that the repair wrote.
+    """What was checked of an adapter that Safe LoRA has repaired: complete, finite, and the very factors that the
+    repair wrote.
 
     Attributes:
         modules, repaired: how many there are, and how many of them were projected.
@@ -62,7 +63,8 @@ class RepairVerification:
 
 
 def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) -> Verification | RepairVerification:
-    """Check an adapter directory in full, without building a model: a protected one, or one that Safe LoRA has repaired.
+    """Check an adapter directory in full, without building a model: a protected one, or one that Safe LoRA has
+    repaired.
 
     Args:
         directory: what `save_pretrained` wrote.
@@ -102,10 +104,16 @@ def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) ->
 
 def _verify_repair(path: Path, manifest: dict[str, Any], record: Any) -> RepairVerification:
     if not isinstance(record, dict):
-        raise ProtectionError(f"{path}: Safe LoRA was never applied to this adapter; it is as unsafe as any LoRA. Run peft-safety repair.")
+        raise ProtectionError(
+            f"{path}: Safe LoRA was never applied to this adapter; it is as unsafe as any LoRA. Run peft-safety "
+            "repair."
+        )
     _, factors = read_factors(path, manifest)
     if factor_digest({name: (factor.a, factor.b) for name, factor in factors.items()}) != record.get("digest"):
         raise ProtectionError(
-            f"{path}: the factors have changed since Safe LoRA was applied (trained on, combined or cast). Repair the adapter from its original."
+            f"{path}: the factors have changed since Safe LoRA was applied (trained on, combined or cast). Repair the "
+            "adapter from its original."
         )
-    return RepairVerification(str(path), str(manifest["peft_type"]), len(factors), int(record.get("repaired", 0)), record)
+    return RepairVerification(
+        str(path), str(manifest["peft_type"]), len(factors), int(record.get("repaired", 0)), record
+    )

@@ -1,6 +1,7 @@
 """The base weights under an adapter: which layers can be protected, their dense weight, and their fingerprint.
 
-A fingerprint is a few hundred sampled values of a weight. It tells another model of equal shapes apart, and still recognises the same model in another
+A fingerprint is a few hundred sampled values of a weight. It tells another model of equal shapes apart, and still
+recognizes the same model in another
 precision: the values are compared by relative distance, with a tolerance per precision.
 """
 
@@ -19,25 +20,31 @@ from peft_safety import scales
 from peft_safety.errors import SubspaceError, UnsupportedLayerError
 
 SAMPLES = 256
-#: Largest relative distance between two fingerprints of one model. bf16 rounding stays below 0.4 %, NF4 moves Gaussian weights by 9 % and
+#: Largest relative distance between two fingerprints of one model. bf16 rounding stays below 0.4 %, NF4 moves Gaussian
+#: weights by 9 % and
 #: int8 by 1 %, and unrelated weights, or another layer's, are at 140 %.
 DISTANCE_DENSE = 0.01
 DISTANCE_QUANTISED = 0.35
 _BITSANDBYTES = {"Linear4bit": "4bit", "LinearNF4": "4bit", "LinearFP4": "4bit", "Linear8bitLt": "8bit"}
 
 
-def quantisation(layer: nn.Module) -> str | None:
-    """`"4bit"`, `"8bit"` (bitsandbytes), `"fp8"` (transformers) or None, by the layer's type and not by a flag of the model."""
+def quantization(layer: nn.Module) -> str | None:
+    """`"4bit"`, `"8bit"` (bitsandbytes), `"fp8"` (transformers) or None, by the layer's type and not by a flag of the
+    model.
+    """
     return "fp8" if scales.is_fp8(layer) else _BITSANDBYTES.get(type(layer).__name__)
 
 
 def supported(layer: nn.Module) -> bool:
-    """Whether this is a linear layer: of torch, or transformers' Conv1D, or a subclass. Whether its weight can be read is `check_readable`'s question."""
+    """Whether this is a linear layer: of torch, or transformers' Conv1D, or a subclass. Whether its weight can be read
+    is `check_readable`'s question.
+    """
     return isinstance(layer, nn.Linear) or is_conv1d(layer)
 
 
 def check_readable(layer: nn.Module, name: str) -> None:
-    """Refuse a layer whose weight, whole or not, is none that can be read here: dense, bitsandbytes 4-bit or 8-bit, or transformers' FP8.
+    """Refuse a layer whose weight, whole or not, is none that can be read here: dense, bitsandbytes 4-bit or 8-bit, or
+    transformers' FP8.
 
     Raises:
         UnsupportedLayerError: names the module, its kind and the remedy.
@@ -68,7 +75,9 @@ def shape(layer: nn.Module) -> tuple[int, int]:
 
 def is_whole(weight: Any) -> bool:
     """Whether a weight can be read here: a tensor, not on the meta device, not a shard of DTensor or DeepSpeed."""
-    return isinstance(weight, Tensor) and not (weight.is_meta or hasattr(weight, "full_tensor") or hasattr(weight, "ds_id"))
+    return isinstance(weight, Tensor) and not (
+        weight.is_meta or hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")
+    )
 
 
 def from_int8(values: Tensor, scale: Tensor) -> Tensor:
@@ -78,7 +87,8 @@ def from_int8(values: Tensor, scale: Tensor) -> Tensor:
 
 @torch.no_grad()
 def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
-    """The weight as `(out_features, in_features)` on its own device: a dense one in its own precision and without a copy, a quantised one in fp32.
+    """The weight as `(out_features, in_features)` on its own device: a dense one in its own precision and without a
+    copy, a quantized one in fp32.
 
     Every reader of a base weight comes through here.
 
@@ -88,20 +98,29 @@ def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
     check_readable(layer, name)
     weight: Any = layer.weight
     if not is_whole(weight):
-        raise UnsupportedLayerError(f"{name}: its weight is on the meta device or sharded. Calibrate or load before the model is sharded.")
-    kind = quantisation(layer)
+        raise UnsupportedLayerError(
+            f"{name}: its weight is on the meta device or sharded. Calibrate or load before the model is sharded."
+        )
+    kind = quantization(layer)
     if kind == "4bit":
         from bitsandbytes.functional import dequantize_4bit
 
         if getattr(weight, "quant_state", None) is None:
             raise UnsupportedLayerError(
-                f"{name}: 4-bit weight without a quantisation state. Load it with a BitsAndBytesConfig, or move it to its device first."
+                f"{name}: 4-bit weight without a quantization state. Load it with a BitsAndBytesConfig, or move it to "
+                "its device first."
             )
         return dequantize_4bit(*_unpacked(weight)).float()
     if kind == "8bit":
-        scale = weight.SCB if getattr(weight, "SCB", None) is not None else getattr(getattr(layer, "state", None), "SCB", None)
+        scale = (
+            weight.SCB
+            if getattr(weight, "SCB", None) is not None
+            else getattr(getattr(layer, "state", None), "SCB", None)
+        )
         if scale is None or weight.dtype != torch.int8:
-            raise UnsupportedLayerError(f"{name}: 8-bit weight without its scales. Move the model to its device first.")
+            raise UnsupportedLayerError(
+                f"{name}: 8-bit weight without its scales. Move the model to its device first."
+            )
         return from_int8(weight.data, scale)
     if kind == "fp8":
         return scales.from_fp8(layer, name)
@@ -117,13 +136,17 @@ def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
 
 
 def _unpacked(weight: Any) -> tuple[Tensor, Any]:
-    """A 4-bit weight in bitsandbytes' usual layout: on CPUs with AVX512-BF16 it repacks weights in place at the first forward in eval mode."""
+    """A 4-bit weight in bitsandbytes' usual layout: on CPUs with AVX512-BF16 it repacks weights in place at the first
+    forward in eval mode.
+    """
     if not _is_packed(weight):
         return weight.data, weight.quant_state
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
     state = copy.copy(weight.quant_state)  # which the conversion changes
-    scales = state.absmax.T.reshape(-1).float()  # packed scales are transposed; the conversion turns only nested ones back
+    scales = state.absmax.T.reshape(
+        -1
+    ).float()  # packed scales are transposed; the conversion turns only nested ones back
     data, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
     state.absmax, state.nested = scales, False
     return data, state
@@ -140,7 +163,9 @@ def _repacking(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
-    """Keep bitsandbytes from repacking 4-bit weights (see `_unpacked`): a calibration or an evaluation must not touch them."""
+    """Keep bitsandbytes from repacking 4-bit weights (see `_unpacked`): a calibration or an evaluation must not touch
+    them.
+    """
     layers = _repacking(model)
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
@@ -153,9 +178,11 @@ def unpacked(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def stay_unpacked(model: nn.Module) -> None:
-    """`unpacked` for good, and those that are packed already come back: no gradient passes through a packed weight, and bitsandbytes says nothing of it.
+    """`unpacked` for good, and those that are packed already come back: no gradient passes through a packed weight,
+    and bitsandbytes says nothing of it.
 
-    One forward in eval mode on a CPU with AVX512-BF16 is enough to pack them: an evaluation, before training or between its epochs.
+    One forward in eval mode on a CPU with AVX512-BF16 is enough to pack them: an evaluation, before training or
+    between its epochs.
     """
     for layer in _repacking(model):
         layer.support_avx512bf16_for_cpu = False
@@ -166,29 +193,37 @@ def stay_unpacked(model: nn.Module) -> None:
 
 @torch.no_grad()
 def merge_survival(layer: nn.Module, delta: Tensor, name: str = "the layer") -> float:
-    """Share of an update that a merge into this quantised layer would keep: `<Q(W + dW) - W, dW> / ||dW||^2`; nan for a zero update.
+    """Share of an update that a merge into this quantized layer would keep: `<Q(W + dW) - W, dW> / ||dW||^2`; nan for
+    a zero update.
 
     Args:
-        layer: a quantised layer. It is not changed.
+        layer: a quantized layer. It is not changed.
         delta: `dW (out_features, in_features)`.
     """
     before = dense_weight(layer, name)
     delta = delta.to(before)
-    return float(((requantised(layer, delta, name) - before) * delta).sum() / delta.square().sum())
+    return float(((requantized(layer, delta, name) - before) * delta).sum() / delta.square().sum())
 
 
 @torch.no_grad()
-def requantised(layer: nn.Module, delta: Tensor, name: str = "the layer") -> Tensor:
-    """`Q(W + dW)` as a dense fp32 `(out_features, in_features)`, quantised as the layer is. The layer is not changed."""
-    if quantisation(layer) == "fp8":
-        return scales.requantised_fp8(layer, delta, name)
+def requantized(layer: nn.Module, delta: Tensor, name: str = "the layer") -> Tensor:
+    """`Q(W + dW)` as a dense fp32 `(out_features, in_features)`, quantized as the layer is. The layer is not
+    changed.
+    """
+    if quantization(layer) == "fp8":
+        return scales.requantized_fp8(layer, delta, name)
     merged = dense_weight(layer, name) + delta
-    if quantisation(layer) == "4bit":
+    if quantization(layer) == "4bit":
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
         weight: Any = layer.weight
         state = weight.quant_state
-        packed, fresh = quantize_4bit(merged.to(state.dtype), blocksize=state.blocksize, quant_type=state.quant_type, compress_statistics=state.nested)
+        packed, fresh = quantize_4bit(
+            merged.to(state.dtype),
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            compress_statistics=state.nested,
+        )
         return dequantize_4bit(packed, fresh).float()
     scale = merged.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127.0
     return (merged / scale).round() * scale
@@ -202,7 +237,10 @@ def fingerprint(layer: nn.Module, name: str) -> Tensor:
     """
     found = sample(dense_weight(layer, name))
     if not bool(torch.isfinite(found).all()):
-        raise SubspaceError(f"{name}: the base weight {shape(layer)} holds NaN or Inf, so nothing can be told from it. Load intact base weights.")
+        raise SubspaceError(
+            f"{name}: the base weight {shape(layer)} holds NaN or Inf, so nothing can be told from it. Load intact "
+            "base weights."
+        )
     return found
 
 
@@ -218,22 +256,31 @@ def distance(found: Tensor, reference: Tensor) -> float:
     return float((found - reference).norm() / reference.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def check_fingerprints(expected: Mapping[str, Tensor], layers: Mapping[str, nn.Module], *, quantised: bool = False) -> None:
+def check_fingerprints(
+    expected: Mapping[str, Tensor], layers: Mapping[str, nn.Module], *, quantized: bool = False
+) -> None:
     """Compare recorded fingerprints with the layers of a model, module by module.
 
     Args:
         expected: fingerprints by module name, `(SAMPLES,)` each, finite.
         layers: the base layers by module name; only common names are compared.
-        quantised: whether the fingerprints were taken from quantised weights.
+        quantized: whether the fingerprints were taken from quantized weights.
 
     Raises:
         SubspaceError: some weights are not those that were recorded; names the worst module.
     """
-    limit = DISTANCE_QUANTISED if quantised or any(quantisation(layer) for layer in layers.values()) else DISTANCE_DENSE
-    distances = {name: distance(fingerprint(layers[name], name), expected[name]) for name in sorted(expected.keys() & layers.keys())}
+    limit = (
+        DISTANCE_QUANTISED if quantized or any(quantization(layer) for layer in layers.values()) else DISTANCE_DENSE
+    )
+    distances = {
+        name: distance(fingerprint(layers[name], name), expected[name])
+        for name in sorted(expected.keys() & layers.keys())
+    }
     if not all(value <= limit for value in distances.values()):
         worst = max(distances, key=lambda name: math.inf if math.isnan(distances[name]) else distances[name])
         raise SubspaceError(
-            f"{worst}: this subspace belongs to other base weights than this {shape(layers[worst])} layer (relative distance of the fingerprints "
-            f"{distances[worst]:.3g}, limit {limit:g}). Load the base model it was calibrated on, or calibrate a new one with SafetySubspace.from_activations."
+            f"{worst}: this subspace belongs to other base weights than this {shape(layers[worst])} layer (relative "
+            "distance of the fingerprints "
+            f"{distances[worst]:.3g}, limit {limit:g}). Load the base model it was calibrated on, or calibrate a new "
+            "one with SafetySubspace.from_activations."
         )

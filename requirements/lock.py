@@ -26,8 +26,10 @@ ACCELERATED = ("nvidia-", "cuda-", "triton")
 HEADERS = {
     "demo": "# What `make demo` installs: the part of constraints.txt that it needs. `make lock` writes this file.",
     "dev": (
-        "# The tested releases (Python 3.11, Linux), and what `make test` installs; users need only setup.cfg's ranges.\n"
-        "# torch carries no local version: the same pin is met by a CPU build and by a CUDA build. triton has no pin: a\n"
+        "# The tested releases (Python 3.11, Linux), and what `make test` installs; users need only setup.cfg's "
+        "ranges.\n"
+        "# torch carries no local version: the same pin is met by a CPU build and by a CUDA build. triton has no pin: "
+        "a\n"
         "# CUDA build of torch brings the very one it needs. `make lock` writes this file."
     ),
 }

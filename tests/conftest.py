@@ -1,4 +1,6 @@
-"""One thread for the whole suite: its models are so small that handing out work costs more than the work, many times over on a busy machine."""
+"""One thread for the whole suite: its models are so small that handing out work costs more than the work, many times
+over on a busy machine.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A random Llama and a byte-level tokenizer with a chat template, built in memory in milliseconds: no download, no file."""
+"""A random Llama and a byte-level tokenizer with a chat template, built in memory in milliseconds: no download, no
+file.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
+    "'\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)

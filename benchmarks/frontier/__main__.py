@@ -1,12 +1,13 @@
 """The safety-utility frontier: every method and every control, on a real model, one cached cell at a time.
 
-    python -m benchmarks.frontier [--methods all] [--p 0,0.1,0.5,1] [--seeds 0,1,2] [--budget MINUTES]   runs what is missing; a killed run resumes
+    python -m benchmarks.frontier [--methods all] [--p 0,0.1,0.5,1] [--seeds 0,1,2] [--budget MINUTES]
     python -m benchmarks.frontier --list      what is done and what comes next
     python -m benchmarks.frontier --report    pictures, frontier.html and the table in docs/results.md
     python -m benchmarks.frontier --smoke     a few cells in minutes, and whether they show what they must
 
-Settings are tried with --split validation --set METHOD:NAME=VALUE and fixed with --choose; on test prompts only those or the documented defaults run.
-Several processes may share one folder.
+The first runs what is missing; a killed run resumes.
+Settings are tried with --split validation --set METHOD:NAME=VALUE and fixed with --choose; on test prompts only those
+or the documented defaults run. Several processes may share one folder.
 """
 
 from __future__ import annotations
@@ -30,26 +31,57 @@ RUNS = Path("runs/frontier")
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.frontier", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="hub id or directory of an instruct model that is not aligned; default SmolLM2-135M-Instruct")
-    parser.add_argument("--aligned", type=Path, help="directory of its aligned form; default: --model with a safety patch, made once")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.frontier", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", help="hub id or directory of an instruct model that is not aligned; default SmolLM2-135M-Instruct"
+    )
+    parser.add_argument(
+        "--aligned", type=Path, help="directory of its aligned form; default: --model with a safety patch, made once"
+    )
     parser.add_argument("--methods", nargs="+", default=["all"], help=f"names or groups ({', '.join(plan.GROUPS)})")
     parser.add_argument("--p", default="0,0.1,0.5,1", help="shares of the training rows that are a simulated attack")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--budget", type=float, default=float("inf"), help="minutes; stops between two cells")
-    parser.add_argument("--data", help="directory, or hub:owner/name, of advbench.jsonl and xstest.jsonl; default ../shared/data where it is, else none")
-    parser.add_argument("--harmful", type=Path, nargs="*", default=[], help="JSON lines of {prompt} rows: further harmful prompts, for transfer")
-    parser.add_argument("--task", choices=("help-desk", "banking"), default="help-desk", help="the trained task; banking needs --data")
-    parser.add_argument("--judge", action="append", default=[], help="model id or directory of a classifier that also judges")
+    parser.add_argument(
+        "--data",
+        help="directory, or hub:owner/name, of advbench.jsonl and xstest.jsonl; "
+        "default ../shared/data where it is, else none",
+    )
+    parser.add_argument(
+        "--harmful",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="JSON lines of {prompt} rows: further harmful prompts, for transfer",
+    )
+    parser.add_argument(
+        "--task", choices=("help-desk", "banking"), default="help-desk", help="the trained task; banking needs --data"
+    )
+    parser.add_argument(
+        "--judge", action="append", default=[], help="model id or directory of a classifier that also judges"
+    )
     parser.add_argument("--split", choices=("validation", "test"), default="test")
-    parser.add_argument("--set", action="append", default=[], metavar="METHOD:NAME=VALUE[,...]", help="one more setting, on validation prompts")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="METHOD:NAME=VALUE[,...]",
+        help="one more setting, on validation prompts",
+    )
     parser.add_argument("--choose", action="store_true", help="fix the best settings of the validation cells")
     parser.add_argument("--runs", type=Path, default=RUNS, help="where finished cells are kept")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where results and pictures go")
     parser.add_argument("--rows", type=int, default=Protocol.rows, help="of the task, to train on")
     parser.add_argument("--limit", type=int, default=Protocol.limit, help="prompts and task rows of each kind at most")
     parser.add_argument("--second", type=int, default=SECOND, help="rows of the untrained task")
-    parser.add_argument("--adopt", type=Path, metavar="FILE", help="a results file (results/frontier.jsonl) whose cells count as finished here")
+    parser.add_argument(
+        "--adopt",
+        type=Path,
+        metavar="FILE",
+        help="a results file (results/frontier.jsonl) whose cells count as finished here",
+    )
     parser.add_argument("--list", action="store_true", help="print the plan and what of it is done")
     parser.add_argument("--report", action="store_true", help="render the results instead of running")
     parser.add_argument("--smoke", action="store_true")
@@ -86,7 +118,11 @@ def methods_of(given: argparse.Namespace, chosen: dict[str, Cell]) -> list[Cell]
     found = [plan.METHODS[name] for name in named] + settings
     if given.split == "test":
         for name, method in chosen.items():
-            found += [replace(method, control=control) for control in ("", "random", "scaled") if _wanted(name, control, named)]
+            found += [
+                replace(method, control=control)
+                for control in ("", "random", "scaled")
+                if _wanted(name, control, named)
+            ]
     return list(dict.fromkeys(found))
 
 
@@ -130,14 +166,24 @@ def work(given: argparse.Namespace) -> int:
     if given.adopt is not None:
         print(f"took {adopt(cache, given.adopt)} cells from {given.adopt}")
     chosen = splits.read(cache)
-    cells = plan.plan(methods_of(given, chosen), numbers(given.p, float), [int(seed) for seed in numbers(given.seeds, int)], given.split)
+    cells = plan.plan(
+        methods_of(given, chosen),
+        numbers(given.p, float),
+        [int(seed) for seed in numbers(given.seeds, int)],
+        given.split,
+    )
     splits.enforce(cells, chosen)
     if given.choose:
         print(f"wrote {splits.write(cache, stored(cache))}")
         return 0
     if given.list:
         for cell in cells:
-            print("done" if cache.get(cell) else "    ", cache.protocol.key(cell), plan.name_of(cell), f"p={cell.poison:g} seed={cell.seed} {cell.split}")
+            print(
+                "done" if cache.get(cell) else "    ",
+                cache.protocol.key(cell),
+                plan.name_of(cell),
+                f"p={cell.poison:g} seed={cell.seed} {cell.split}",
+            )
         return 0
     from benchmarks.frontier.bench import Bench, environment_of
 
@@ -174,7 +220,10 @@ def protocol_of(given: argparse.Namespace, sets: data.Sets, task: list[dict[str,
 def said(outcome: Outcome, cache: Cache, cells: Sequence[Cell], path: Path) -> int:
     """Say what happened; the exit status."""
     done = len(cache.rows(cells))
-    print(f"{outcome.done} cells run ({outcome.diverged} diverged), {done} of {len(cells)} done; results in {path}. Render with --report.")
+    print(
+        f"{outcome.done} cells run ({outcome.diverged} diverged), {done} of {len(cells)} done; results in {path}. "
+        "Render with --report."
+    )
     for cell, error in outcome.failed.items():
         print(f"failed: {cell.label()}: {error}", file=sys.stderr)
     return 1 if outcome.failed else 0

@@ -1,4 +1,4 @@
-"""Small things done to adapters: their size, cutting and randomising bases, scaling, projecting."""
+"""Small things done to adapters: their size, cutting and randomizing bases, scaling, projecting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.frontier.cells import Cell
 from peft_safety import SafetySubspace
 from peft_safety.errors import DivergedError
 from peft_safety.methods.protected import adapter_layers
-from peft_safety.projection import orthonormalise
+from peft_safety.projection import orthonormalize
 from peft_safety.recipes.train import TrainingRun
 
 
@@ -28,11 +28,17 @@ def norm(model: torch.nn.Module, adapter: str = "default") -> float:
 
 def check_finite(model: torch.nn.Module, run: TrainingRun, cell: Cell) -> None:
     """Raises:
-    DivergedError: a loss or a trained weight that is not finite (the Trainer leaves such steps out of the loss it reports).
+    DivergedError: a loss or a trained weight that is not finite (the Trainer leaves such steps out of the loss it
+        reports).
     """
-    bad = next((name for name, p in model.named_parameters() if "lora_" in name and not bool(torch.isfinite(p).all())), None)
+    bad = next(
+        (name for name, p in model.named_parameters() if "lora_" in name and not bool(torch.isfinite(p).all())), None
+    )
     if bad is not None or not math.isfinite(run.loss):
-        raise DivergedError(f"{cell.label()}: {bad or 'the loss'} is not finite after {run.steps} steps at lr = {cell.lr:g}. Lower the learning rate.")
+        raise DivergedError(
+            f"{cell.label()}: {bad or 'the loss'} is not finite after {run.steps} steps at lr = {cell.lr:g}. Lower "
+            "the learning rate."
+        )
 
 
 def truncated(subspace: SafetySubspace, size: float, side: Any = "in") -> SafetySubspace:
@@ -58,10 +64,12 @@ def scale(model: torch.nn.Module, factor: float) -> None:
 
 @torch.no_grad()
 def project_randomly(model: torch.nn.Module, rank: int, outside: float, seed: int) -> None:
-    """The control of Safe LoRA's "topk" and "soft": `B <- Q Q^T B + outside (B - Q Q^T B)` with random directions Q in place of the alignment's."""
+    """The control of Safe LoRA's "topk" and "soft": `B <- Q Q^T B + outside (B - Q Q^T B)` with random directions Q in
+    place of the alignment's.
+    """
     generator = torch.Generator().manual_seed(seed)
     for layer in adapter_layers(model, "default").values():
         b = layer.lora_B["default"].weight
-        q = orthonormalise(torch.randn(b.shape[0], min(rank, b.shape[0]), generator=generator)).to(b)
+        q = orthonormalize(torch.randn(b.shape[0], min(rank, b.shape[0]), generator=generator)).to(b)
         inside = q @ (q.mT @ b)
         b.copy_(inside + outside * (b - inside))

@@ -77,7 +77,11 @@ class Point:
 
     def mean(self, key: str) -> float | None:
         """Mean over seeds of a plain number, or of a figure's value."""
-        found = [row[key]["value"] if isinstance(row[key], dict) else row[key] for row in self.rows if row.get(key) is not None]
+        found = [
+            row[key]["value"] if isinstance(row[key], dict) else row[key]
+            for row in self.rows
+            if row.get(key) is not None
+        ]
         return statistics.mean(found) if found else None
 
     @property
@@ -87,7 +91,9 @@ class Point:
 
 
 def pooled(rows: Sequence[Row], metric: str) -> Rate | None:
-    """A rate over all prompts of all seeds; the interval takes prompts repeated over seeds as independent, which they are not quite."""
+    """A rate over all prompts of all seeds; the interval takes prompts repeated over seeds as independent, which they
+    are not quite.
+    """
     found = [row[metric] for row in rows if row.get(metric)]
     return Rate(sum(rate["k"] for rate in found), sum(rate["n"] for rate in found)) if found else None
 
@@ -98,7 +104,9 @@ def split_of(rows: Sequence[Row]) -> str:
 
 
 def points(rows: Sequence[Row]) -> dict[tuple[str, float], Point]:
-    """All points of `split_of(rows)`, methods in the plan's order. "aligned" stands at every share of poison, which it does not depend on."""
+    """All points of `split_of(rows)`, methods in the plan's order. "aligned" stands at every share of poison, which it
+    does not depend on.
+    """
     split, found = split_of(rows), {}
     kept = [(cell_of(row), row) for row in rows if row["cell"]["split"] == split]
     shares = sorted({cell.poison for cell, _ in kept if cell.arm != "aligned"}) or [0.0]
@@ -127,7 +135,11 @@ def shares(found: dict[tuple[str, float], Point]) -> list[float]:
 
 def harmful_sets(row: Row) -> list[str]:
     """Names of a cell's sets of harmful prompts."""
-    return [name for name in row["verdicts"][row["judge"]] if name == HARMFUL or (name != CONTRAST and not name.endswith("_safe"))]
+    return [
+        name
+        for name in row["verdicts"][row["judge"]]
+        if name == HARMFUL or (name != CONTRAST and not name.endswith("_safe"))
+    ]
 
 
 def pairs(first: Point, second: Point, what: str = "refusal") -> Paired | None:
@@ -140,7 +152,10 @@ def pairs(first: Point, second: Point, what: str = "refusal") -> Paired | None:
         if what == "task":
             left, right = ([mark == "1" for mark in row["correct"]["task"]] for row in (one, other))
         else:
-            left, right = ([mark == "R" for name in harmful_sets(one) for mark in row["verdicts"][row["judge"]][name]] for row in (one, other))
+            left, right = (
+                [mark == "R" for name in harmful_sets(one) for mark in row["verdicts"][row["judge"]][name]]
+                for row in (one, other)
+            )
         a += left
         b += right
     return Paired.of(a, b) if a else None

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 class Along(TrainerCallback):
-    """Measures refusal during a long fine-tune, each time its steps have doubled; the end is the cell's own measurement."""
+    """Measures refusal during a long fine-tune, each time its steps have doubled; the end is the cell's own
+    measurement.
+    """
 
     def __init__(self, bench: Bench, cell: Cell) -> None:
         self.bench, self.cell = bench, cell
@@ -29,6 +31,15 @@ class Along(TrainerCallback):
             return
         measures = self.bench.measures(self.cell)
         prompts = measures.prompts[HARMFUL]
-        answers = [answer.text for answer in generate(model, self.bench.tokenizer, prompts, max_new_tokens=measures.tokens, progress=False)]
+        answers = [
+            answer.text
+            for answer in generate(
+                model, self.bench.tokenizer, prompts, max_new_tokens=measures.tokens, progress=False
+            )
+        ]
         verdicts = letters(KeywordJudge(), prompts, answers)
-        self.found[state.global_step] = {"norm": norm(model), "refusal": rate(verdicts, "R"), "compliance": rate(verdicts, "C")}
+        self.found[state.global_step] = {
+            "norm": norm(model),
+            "refusal": rate(verdicts, "R"),
+            "compliance": rate(verdicts, "C"),
+        }

@@ -1,4 +1,6 @@
-"""The arms: each takes the bench and a cell, and returns the model to measure with what is to be kept of how it was made."""
+"""The arms: each takes the bench and a cell, and returns the model to measure with what is to be kept of how it was
+made.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ def run_arm(bench: Bench, cell: Cell) -> Made:
     if cell.arm not in ARMS:
         raise ConfigError(f"arm {cell.arm!r} is unknown. Choose one of {', '.join(ARMS)}.")
     if cell.control not in ("", "random", "scaled") or (cell.control == "random" and cell.arm not in RANDOM):
-        raise ConfigError(f"arm {cell.arm!r} has no control {cell.control!r}: 'scaled' goes with every arm, 'random' with {', '.join(RANDOM)}.")
+        raise ConfigError(
+            f"arm {cell.arm!r} has no control {cell.control!r}: 'scaled' goes with every arm, 'random' with "
+            f"{', '.join(RANDOM)}."
+        )
     return scaled(bench, cell) if cell.control == "scaled" else ARMS[cell.arm](bench, cell)
 
 
@@ -52,7 +57,11 @@ def scaled(bench: Bench, cell: Cell) -> Made:
 
 def costs(facts: Found) -> Found:
     """Of a plain adapter, what holds for what is made of it too."""
-    return {name: facts[name] for name in ("steps", "loss", "train_seconds", "train_cpu_seconds", "added_mib") if name in facts}
+    return {
+        name: facts[name]
+        for name in ("steps", "loss", "train_seconds", "train_cpu_seconds", "added_mib")
+        if name in facts
+    }
 
 
 def aligned(bench: Bench, cell: Cell) -> Made:
@@ -67,7 +76,9 @@ def lora(bench: Bench, cell: Cell) -> Made:
 
 
 def mixed(bench: Bench, cell: Cell) -> Made:
-    """Plain LoRA with safety data added to the rows: the refusals that GuardSpace calibrates on, `share` as many as there are rows."""
+    """Plain LoRA with safety data added to the rows: the refusals that GuardSpace calibrates on, `share` as many as
+    there are rows.
+    """
     rows = bench.rows(cell)
     safety = refusal_pairs("calibration", max(1, round(cell.options()["share"] * len(rows))), cell.seed)
     return bench.train(cell, bench.adapter().config(bench.model, bench.tokenizer, []), [*rows, *safety])
@@ -103,7 +114,9 @@ def guard(bench: Bench, cell: Cell) -> Made:
 
 
 def second(bench: Bench, cell: Cell) -> Made:
-    """The guard's result merged into the weights, and then fine-tuned by plain LoRA on the same rows. The bench reloads its model afterwards."""
+    """The guard's result merged into the weights, and then fine-tuned by plain LoRA on the same rows. The bench
+    reloads its model afterwards.
+    """
     merged, first = guard(bench, replace(cell, arm="guard"))
     options = replace(bench.options(cell), seed=cell.seed + 100)
     config = bench.adapter().config(bench.model, bench.tokenizer, [])
@@ -122,8 +135,12 @@ def safe_lora(bench: Bench, cell: Cell) -> Made:
         if cell.control == "random":
             kind = options.get("projection")
             if kind not in ("topk", "soft") or options.get("select") != "all":
-                raise ConfigError(f"{cell.label()}: only the true projectors on all modules (topk, soft) have a random control.")
-            project_randomly(tuned, int(options["rank"]), 1 / (1 + options["penalty"]) if kind == "soft" else 0.0, cell.seed)
+                raise ConfigError(
+                    f"{cell.label()}: only the true projectors on all modules (topk, soft) have a random control."
+                )
+            project_randomly(
+                tuned, int(options["rank"]), 1 / (1 + options["penalty"]) if kind == "soft" else 0.0, cell.seed
+            )
         else:
             report = apply_safe_lora(tuned, str(bench.unaligned), str(bench.directory), progress=False, **options)
             found["repaired"] = len(report.selected)
@@ -131,7 +148,9 @@ def safe_lora(bench: Bench, cell: Cell) -> Made:
 
 
 def reattach(bench: Bench, cell: Cell) -> Made:
-    """The patch as a plug: the *unaligned* model is fine-tuned, and the patch (what the aligned model differs by) is put on the result without training."""
+    """The patch as a plug: the *unaligned* model is fine-tuned, and the patch (what the aligned model differs by) is
+    put on the result without training.
+    """
     from peft_safety.recipes.load import load_model
 
     bare, _ = load_model(bench.unaligned)
@@ -146,7 +165,9 @@ def reattach(bench: Bench, cell: Cell) -> Made:
 
 
 def patch(bench: Bench, cell: Cell) -> Made:
-    """A safety patch trained on top of the fine-tuned model and orthogonal to its adapter; `steps` steps, with the package's own refusals."""
+    """A safety patch trained on top of the fine-tuned model and orthogonal to its adapter; `steps` steps, with the
+    package's own refusals.
+    """
     from peft_safety.recipes.patch import PatchOptions, patch_config
     from peft_safety.recipes.patch import patch as train_patch
     from peft_safety.recipes.watch import Stopping
@@ -157,13 +178,17 @@ def patch(bench: Bench, cell: Cell) -> Made:
     share = 8 * steps / sum(getattr(defaults, name) for name in kinds)
     sizes = {name: max(1, round(share * getattr(defaults, name))) for name in kinds}
     training = replace(defaults.training, seed=cell.seed, progress=False)
-    options = replace(defaults, **sizes, prior_patches=("task",), validation=8, stopping=Stopping(every=10_000), training=training)
+    options = replace(
+        defaults, **sizes, prior_patches=("task",), validation=8, stopping=Stopping(every=10_000), training=training
+    )
     tuned = bench.attach(directory, "task")
     if cell.control == "random":
         from peft_safety.recipes.patch import general_rows
 
-        subspace = patch_config(tuned, bench.tokenizer, replace(options, prior_patches=()), general_rows(tuned, bench.tokenizer, options)).subspace
-        options = replace(options, subspace=subspace.randomised(cell.seed))
+        subspace = patch_config(
+            tuned, bench.tokenizer, replace(options, prior_patches=()), general_rows(tuned, bench.tokenizer, options)
+        ).subspace
+        options = replace(options, subspace=subspace.randomized(cell.seed))
     with timed(found, "setup"):
         both, run = train_patch(tuned, bench.tokenizer, options)
     found |= {"patch_steps": run.training.steps, "patch_norm": norm(both)}
@@ -171,7 +196,9 @@ def patch(bench: Bench, cell: Cell) -> Made:
 
 
 def somf(bench: Bench, cell: Cell) -> Made:
-    """SOMF: a mask over the components of the fine-tuned adapter, learned by DPO on the package's own pairs. Its control is a random mask of equal density."""
+    """SOMF: a mask over the components of the fine-tuned adapter, learned by DPO on the package's own pairs. Its
+    control is a random mask of equal density.
+    """
     from peft_safety import fuse
     from peft_safety.data import preference_pairs
     from peft_safety.methods.somf import MaskTraining
@@ -179,12 +206,16 @@ def somf(bench: Bench, cell: Cell) -> Made:
     directory, facts = bench.plain(cell)
     found, options = costs(facts), cell.options()
     tuned = bench.attach(directory, "task")
-    training = MaskTraining(lr=options["lr"], max_steps=int(options["steps"]), batch_size=8, max_length=96, seed=cell.seed, progress=False)
+    training = MaskTraining(
+        lr=options["lr"], max_steps=int(options["steps"]), batch_size=8, max_length=96, seed=cell.seed, progress=False
+    )
     quiet: dict[str, Any] = {"model": tuned, "progress": False, "seed": cell.seed}
     name = "default" if cell.control != "random" else "learned"
     with timed(found, "setup"):
         rows = preference_pairs("train", 8 * training.max_steps, cell.seed)
-        report = fuse(None, ["task"], tokenizer=bench.tokenizer, data=rows, training=training, adapter_name=name, **quiet)
+        report = fuse(
+            None, ["task"], tokenizer=bench.tokenizer, data=rows, training=training, adapter_name=name, **quiet
+        )
     if cell.control == "random" and report.masks is not None:
         fuse(None, ["task"], mask=report.masks.shuffled(cell.seed), adapter_name="default", **quiet)
     tuned.set_adapter("default")
@@ -208,7 +239,7 @@ RANDOM = ("salora", "guard", "safe_lora", "patch", "somf")
 
 def randomly(cell: Cell, subspace: SafetySubspace) -> SafetySubspace:
     """A random subspace of equal ranks where the cell is that control."""
-    return subspace.randomised(cell.seed) if cell.control == "random" else subspace
+    return subspace.randomized(cell.seed) if cell.control == "random" else subspace
 
 
 def _inputs(bench: Bench, cell: Cell) -> SafetySubspace:
@@ -216,16 +247,25 @@ def _inputs(bench: Bench, cell: Cell) -> SafetySubspace:
         harmful, general = refusal_pairs("calibration", cell.calibration), calibration_rows("guardspace", "general")
         random.Random(0).shuffle(general)
         half = cell.calibration // 2
-        data = {"harmful": harmful, "general": general[: cell.calibration], "both": harmful[:half] + general[:half]}[cell.basis]
+        data = {"harmful": harmful, "general": general[: cell.calibration], "both": harmful[:half] + general[:half]}[
+            cell.basis
+        ]
         return _estimate(bench, data, "guardspace", LARGEST["in"], positions=cell.positions)
 
     return bench.subspace(("in", cell.basis, cell.positions, cell.calibration), make)
 
 
 def _outputs(bench: Bench) -> SafetySubspace:
-    return bench.subspace(("out",), lambda: _estimate(bench, refusal_pairs("calibration", CALIBRATION_PAIRS), "salora", LARGEST["out"]))
+    return bench.subspace(
+        ("out",), lambda: _estimate(bench, refusal_pairs("calibration", CALIBRATION_PAIRS), "salora", LARGEST["out"])
+    )
 
 
 def _estimate(bench: Bench, data: Sequence[Any], method: str, rank: float, **options: Any) -> SafetySubspace:
-    common: dict[str, Any] = {"tokenizer": bench.tokenizer, "target_modules": TARGETS, "allow_fewer": True, "progress": False}
+    common: dict[str, Any] = {
+        "tokenizer": bench.tokenizer,
+        "target_modules": TARGETS,
+        "allow_fewer": True,
+        "progress": False,
+    }
     return SafetySubspace.from_activations(bench.model, data, method=method, rank=rank, **common, **options)

@@ -1,4 +1,6 @@
-"""What the cells of one process share: the aligned model, calibrations, adapters of plain LoRA, and what is measured."""
+"""What the cells of one process share: the aligned model, calibrations, adapters of plain LoRA, and what is
+measured.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ class Bench:
     Args:
         cache: of finished cells; adapters of plain LoRA are kept beside them.
         sets: further prompt sets by name, for test cells.
-        aligned: directory of the aligned model; default SmolLM2-135M-Instruct (or `unaligned`) with a safety patch, made once.
+        aligned: directory of the aligned model; default SmolLM2-135M-Instruct (or `unaligned`) with a safety patch,
+            made once.
         unaligned: directory of the model before its alignment, for the methods that need it.
         judges: beside the keyword matcher.
         task: rows of the trained task; default the package's.
@@ -91,7 +94,13 @@ class Bench:
             if not (out / "config.json").is_file():
                 model, tokenizer = load_model(self.unaligned)
                 patched, _ = patch(model, tokenizer, self._patch)
-                self.publish(out, lambda staged: (tokenizer.save_pretrained(staged), patched.merge_and_unload().save_pretrained(staged)))
+                self.publish(
+                    out,
+                    lambda staged: (
+                        tokenizer.save_pretrained(staged),
+                        patched.merge_and_unload().save_pretrained(staged),
+                    ),
+                )
         return out
 
     def publish(self, out: Path, write: Callable[[Path], Any]) -> None:
@@ -108,7 +117,9 @@ class Bench:
             staged.rename(out)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(staged, ignore_errors=True)
-            raise ArtifactError(f"{out} cannot be written: {error}. Finished cells are safe; make room and run the same command again.") from error
+            raise ArtifactError(
+                f"{out} cannot be written: {error}. Finished cells are safe; make room and run the same command again."
+            ) from error
 
     def cell(self, cell: Cell) -> Found:
         """Run one cell.
@@ -146,7 +157,11 @@ class Bench:
         key = (cell.split, cell.seed)
         if key not in self._measures:
             last = cell.split == "test"
-            second = task_data(load("second_task"), cell.split, self.protocol.second, 0) if last and self.protocol.second else None
+            second = (
+                task_data(load("second_task"), cell.split, self.protocol.second, 0)
+                if last and self.protocol.second
+                else None
+            )
             if cell.split not in self._general:
                 self.use("")
             made = Measures.prepare(
@@ -167,11 +182,21 @@ class Bench:
     def task(self, cell: Cell) -> TaskData:
         """The task's rows for a seed: those trained on, and those held out of the cell's split."""
         found = task_data(self.task_rows, cell.split, self.protocol.limit, cell.seed)
-        return TaskData(random.Random(cell.seed).sample(found.train, min(self.protocol.rows, len(found.train))), found.held_out, found.labels)
+        return TaskData(
+            random.Random(cell.seed).sample(found.train, min(self.protocol.rows, len(found.train))),
+            found.held_out,
+            found.labels,
+        )
 
     def options(self, cell: Cell) -> TrainOptions:
         """How a cell trains."""
-        return TrainOptions(lr=cell.lr or 1e-3, epochs=max(cell.epochs, 1), max_length=self.protocol.max_length, seed=cell.seed, progress=False)
+        return TrainOptions(
+            lr=cell.lr or 1e-3,
+            epochs=max(cell.epochs, 1),
+            max_length=self.protocol.max_length,
+            seed=cell.seed,
+            progress=False,
+        )
 
     def adapter(self) -> AdapterOptions:
         """The adapter that all arms share."""
@@ -182,7 +207,14 @@ class Bench:
         return poisoned(self.task(cell).train, cell.poison, cell.seed)
 
     def train(
-        self, cell: Cell, config: Any, rows: Sequence[Row], *, options: TrainOptions | None = None, model: Any = None, callbacks: Sequence[TrainerCallback] = ()
+        self,
+        cell: Cell,
+        config: Any,
+        rows: Sequence[Row],
+        *,
+        options: TrainOptions | None = None,
+        model: Any = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> tuple[PeftModel, Found]:
         """Fine-tune the aligned model (or `model`), with what it cost.
 
@@ -204,11 +236,19 @@ class Bench:
                 callbacks=[along, *callbacks],
             )
         check_finite(tuned, run, cell)
-        facts = {"norm": norm(tuned), "steps": run.steps, "loss": run.loss, **spent, "added_mib": round(resident_mib() - held)}
+        facts = {
+            "norm": norm(tuned),
+            "steps": run.steps,
+            "loss": run.loss,
+            **spent,
+            "added_mib": round(resident_mib() - held),
+        }
         return tuned, {**facts, **({"along": along.found} if along.found else {})}
 
     def plain(self, cell: Cell) -> tuple[Path, Found]:
-        """The adapter of plain LoRA beside this cell, trained by whoever needs it first and kept: every post-hoc arm starts from the very same one."""
+        """The adapter of plain LoRA beside this cell, trained by whoever needs it first and kept: every post-hoc arm
+        starts from the very same one.
+        """
         lora = cell.without_basis("lora")
         name = self.protocol.adapter_key(lora)
         out = self.cache.folder / "adapters" / name
@@ -244,7 +284,12 @@ class Bench:
 
 def environment_of(protocol: Protocol) -> Found:
     """What the figures depend on."""
-    return environment(0, model=protocol.aligned, threads=torch.get_num_threads(), **{k: v for k, v in asdict(protocol).items() if k != "aligned"})
+    return environment(
+        0,
+        model=protocol.aligned,
+        threads=torch.get_num_threads(),
+        **{k: v for k, v in asdict(protocol).items() if k != "aligned"},
+    )
 
 
 def load_nf4(directory: Path) -> Any:
@@ -252,13 +297,15 @@ def load_nf4(directory: Path) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=kind)
-    return AutoModelForCausalLM.from_pretrained(str(directory), quantization_config=quantised, dtype=kind)
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=kind)
+    return AutoModelForCausalLM.from_pretrained(str(directory), quantization_config=quantized, dtype=kind)
 
 
 @contextmanager
 def timed(found: Found, name: str) -> Iterator[None]:
-    """Add what a block takes to `found`: seconds by the clock, and on the CPU seconds of processor time, which other jobs on the machine disturb less."""
+    """Add what a block takes to `found`: seconds by the clock, and on the CPU seconds of processor time, which other
+    jobs on the machine disturb less.
+    """
     started, used = time.perf_counter(), time.process_time()
     yield
     found[f"{name}_seconds"] = round(found.get(f"{name}_seconds", 0.0) + time.perf_counter() - started, 2)

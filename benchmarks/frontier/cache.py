@@ -33,7 +33,9 @@ class Cache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ArtifactError(f"{folder} cannot be made: {error}. Give another folder for finished cells.") from error
+            raise ArtifactError(
+                f"{folder} cannot be made: {error}. Give another folder for finished cells."
+            ) from error
 
     def path(self, cell: Cell) -> Path:
         """Where a cell's result is."""
@@ -43,7 +45,8 @@ class Cache:
         """A finished cell's result.
 
         Raises:
-            ArtifactError: its file was damaged from outside (files appear by one rename, so a killed run damages none).
+            ArtifactError: its file was damaged from outside (files appear by one rename, so a killed run damages
+                none).
         """
         path = self.path(cell)
         try:
@@ -51,7 +54,9 @@ class Cache:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise ArtifactError(f"{path} is no result of a cell: {error}. Delete it; the cell then runs again.") from error
+            raise ArtifactError(
+                f"{path} is no result of a cell: {error}. Delete it; the cell then runs again."
+            ) from error
         return found
 
     def put(self, cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +77,8 @@ class Cache:
     def lock(self, name: str, wait: bool = False) -> Iterator[bool]:
         """Hold `name` against other processes; gives False when another one holds it and `wait` is not set.
 
-        The kernel drops the lock of a process that dies, so a killed run leaves nothing behind that would have to be recognised as stale.
+        The kernel drops the lock of a process that dies, so a killed run leaves nothing behind that would have to be
+        recognized as stale.
         """
         path = self.folder / f"{name}.lock"
         while (handle := _taken(path)) is None:
@@ -97,14 +103,19 @@ def _taken(path: Path) -> int | None:
             os.close(handle)
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return None
-            raise ArtifactError(f"{path} cannot be locked: {error}. Keep finished cells on a file system with locks.") from error
+            raise ArtifactError(
+                f"{path} cannot be locked: {error}. Keep finished cells on a file system with locks."
+            ) from error
         try:
             same = os.fstat(handle).st_ino == path.stat().st_ino
         except FileNotFoundError:
             same = False
         if same:
             os.ftruncate(handle, 0)
-            os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": round(time.time())}).encode())
+            os.write(
+                handle,
+                json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": round(time.time())}).encode(),
+            )
             return handle
         os.close(handle)  # its last holder deleted it between our opening and our locking
 
@@ -121,4 +132,6 @@ def publish(path: Path, text: str) -> None:
         os.replace(staged, path)
     except OSError as error:
         staged.unlink(missing_ok=True)
-        raise ArtifactError(f"{path} cannot be written: {error}. Finished cells are safe; make room and run the same command again.") from error
+        raise ArtifactError(
+            f"{path} cannot be written: {error}. Finished cells are safe; make room and run the same command again."
+        ) from error

@@ -18,7 +18,8 @@ SECOND = 48
 class Cell:
     """One fine-tune and its measurement.
 
-    A field added later needs a default that means "as before": fields at their defaults do not enter a cell's name, so finished cells keep theirs.
+    A field added later needs a default that means "as before": fields at their defaults do not enter a cell's name, so
+    finished cells keep theirs.
 
     Attributes:
         arm: a key of `arms.ARMS`.
@@ -27,7 +28,8 @@ class Cell:
         epochs, lr, seed: of the fine-tune.
         split: prompts measured on.
         knobs: settings of the other methods, `name=value` separated by commas.
-        control: "" the method itself, "random" its basis replaced by a random one of equal size, "scaled" plain LoRA at the norm the method kept.
+        control: "" the method itself, "random" its basis replaced by a random one of equal size, "scaled" plain LoRA
+            at the norm the method kept.
         load: "" fp32, "nf4" a 4-bit base.
     """
 
@@ -70,13 +72,25 @@ class Cell:
         for part in filter(None, self.knobs.split(",")):
             name, equals, text = part.partition("=")
             if not equals or not name:
-                raise ConfigError(f"knob {part!r} of arm {self.arm!r} has no value. Write name=value, separated by commas.")
+                raise ConfigError(
+                    f"knob {part!r} of arm {self.arm!r} has no value. Write name=value, separated by commas."
+                )
             found[name] = _value(text)
         return found
 
     def label(self) -> str:
         """A few words for a progress bar."""
-        parts = [self.control, self.arm, self.basis, self.knobs, self.load, f"p={self.poison:g}", f"x{self.epochs}", f"seed {self.seed}", self.split]
+        parts = [
+            self.control,
+            self.arm,
+            self.basis,
+            self.knobs,
+            self.load,
+            f"p={self.poison:g}",
+            f"x{self.epochs}",
+            f"seed {self.seed}",
+            self.split,
+        ]
         return " ".join(part for part in parts if part)
 
 
@@ -97,14 +111,17 @@ def _value(text: str) -> Any:
 PATCH = "2"
 """The recipe of `peft_safety.recipes.patch` that aligns the model today."""
 FIRST_PATCH = (
-    "Measured on a model that the first patch recipe aligned: it also refuses 28 % of a foreign set of everyday instructions (3 % without the patch), "
+    "Measured on a model that the first patch recipe aligned: it also refuses 28 % of a foreign set of everyday "
+    "instructions (3 % without the patch), "
     "and the keyword judge still took polite apologies for refusals. To be run anew on today's patch."
 )
 
 
 def caveats(environment: Mapping[str, Any]) -> list[str]:
     """What a reader of older results has to know."""
-    return [FIRST_PATCH] if str(environment.get("model", "")).endswith("patched") and not environment.get("patch") else []
+    return (
+        [FIRST_PATCH] if str(environment.get("model", "")).endswith("patched") and not environment.get("patch") else []
+    )
 
 
 @dataclass(frozen=True)
@@ -137,18 +154,26 @@ class Protocol:
     patch: str = ""
 
     def key(self, cell: Cell) -> str:
-        """Name of a cell's file. Settings are chosen by the package's own prompts, so validation cells have no further sets and do not depend on them."""
+        """Name of a cell's file. Settings are chosen by the package's own prompts, so validation cells have no further
+        sets and do not depend on them.
+        """
         shared = self if cell.split == "test" else replace(self, sets={}, second=0)
         return _digest(_set(cell), _set(shared))
 
     def adapter_key(self, cell: Cell) -> str:
-        """Name of what a cell trains, which does not depend on what it is measured on (except that long fine-tunes are measured along the way)."""
+        """Name of what a cell trains, which does not depend on what it is measured on (except that long fine-tunes are
+        measured along the way).
+        """
         place = cell if cell.epochs > 1 else replace(cell, split="")
-        return _digest(_set(place), {name: getattr(self, name) for name in ("rows", "aligned", "r", "max_length", "task")})
+        return _digest(
+            _set(place), {name: getattr(self, name) for name in ("rows", "aligned", "r", "max_length", "task")}
+        )
 
 
 def _set(record: Any) -> dict[str, Any]:
-    """The fields that differ from their defaults: a field added later leaves the names of finished cells as they are."""
+    """The fields that differ from their defaults: a field added later leaves the names of finished cells as they
+    are.
+    """
     defaults = type(record)()
     return {name: value for name, value in asdict(record).items() if value != getattr(defaults, name)}
 
@@ -166,5 +191,8 @@ def cell_of(row: dict[str, Any]) -> Cell:
     known = {f.name for f in fields(Cell)}
     odd = sorted(set(row["cell"]) - known)
     if odd:
-        raise ConfigError(f"a stored cell has the field {odd[0]!r}, which this version does not know. Use the version that wrote it, or another folder.")
+        raise ConfigError(
+            f"a stored cell has the field {odd[0]!r}, which this version does not know. Use the version that wrote "
+            "it, or another folder."
+        )
     return Cell(**row["cell"])

@@ -35,14 +35,18 @@ Sets = dict[str, tuple[str, ...]]
 
 
 def further_sets(folder: Path | None, files: Sequence[Path] = (), limit: int = LIMIT) -> Sets:
-    """Everything that test cells are measured on beside the package's own prompts: those reworded, other languages, the public sets, and prompt files by path.
+    """Everything that test cells are measured on beside the package's own prompts: those reworded, other languages,
+    the public sets, and prompt files by path.
 
     Raises:
         DataError: a missing or malformed file.
     """
     own = [row["prompt"] for row in load("harmful_requests", "test")][-REWORDED:]
     languages = tuple(row["prompt"] for row in read_jsonl(LANGUAGES, ("prompt",)))
-    sets: Sets = {"reworded": tuple(REWORDINGS[index % len(REWORDINGS)].format(prompt) for index, prompt in enumerate(own)), "other_languages": languages}
+    sets: Sets = {
+        "reworded": tuple(REWORDINGS[index % len(REWORDINGS)].format(prompt) for index, prompt in enumerate(own)),
+        "other_languages": languages,
+    }
     sets |= public_sets(folder, limit)
     for path in files:
         rows = [row["prompt"] for row in read_jsonl(path, ("prompt",))]
@@ -61,7 +65,8 @@ def fingerprint(prompts: Sequence[str]) -> str:
 
 
 def resolve(given: str | None) -> Path | None:
-    """The directory of the public sets: the one given, the usual one if it is there, or a Hub data set (`hub:owner/name`) that holds the same files.
+    """The directory of the public sets: the one given, the usual one if it is there, or a Hub data set
+    (`hub:owner/name`) that holds the same files.
 
     Raises:
         DataError: no such directory, or the Hub is not in reach.
@@ -74,10 +79,15 @@ def resolve(given: str | None) -> Path | None:
         try:
             return Path(snapshot_download(given[4:], repo_type="dataset", allow_patterns=["*.jsonl"]))
         except (OSError, ValueError) as error:
-            raise DataError(f"{given}: {error}. Give a data set repository that holds {', '.join(FILES)}, or a directory.") from error
+            raise DataError(
+                f"{given}: {error}. Give a data set repository that holds {', '.join(FILES)}, or a directory."
+            ) from error
     path = Path(given)
     if not path.is_dir():
-        raise DataError(f"--data {given} is no directory. Give the one that holds {', '.join(FILES)}, or leave it out for the package's own prompts alone.")
+        raise DataError(
+            f"--data {given} is no directory. Give the one that holds {', '.join(FILES)}, or leave it out for the "
+            "package's own prompts alone."
+        )
     return path
 
 
@@ -92,14 +102,18 @@ def public_sets(folder: Path | None, limit: int = LIMIT) -> Sets:
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise DataError(
-            f"{folder} lacks {missing[0]}. Give a directory that holds {', '.join(FILES)}, or leave --data out for the package's own prompts alone."
+            f"{folder} lacks {missing[0]}. Give a directory that holds {', '.join(FILES)}, or leave --data out for "
+            "the package's own prompts alone."
         )
     advbench = [row["prompt"] for row in read_jsonl(folder / "advbench.jsonl", ("prompt",))]
     xstest = read_jsonl(folder / "xstest.jsonl", ("prompt", "label"))
-    labelled = {label: [row["prompt"] for row in xstest if row["label"] == label] for label in ("unsafe", "safe")}
-    sets = {"advbench": advbench[HELD_OUT:], "xstest_unsafe": labelled["unsafe"], "xstest_safe": labelled["safe"]}
+    labeled = {label: [row["prompt"] for row in xstest if row["label"] == label] for label in ("unsafe", "safe")}
+    sets = {"advbench": advbench[HELD_OUT:], "xstest_unsafe": labeled["unsafe"], "xstest_safe": labeled["safe"]}
     if empty := [name for name, rows in sets.items() if not rows]:
-        raise DataError(f"{folder} has no rows for {empty[0]}. The files are those of its README: 521 rows of AdvBench, 450 of XSTest.")
+        raise DataError(
+            f"{folder} has no rows for {empty[0]}. The files are those of its README: 521 rows of AdvBench, 450 of "
+            "XSTest."
+        )
     return {name: tuple(random.Random(0).sample(rows, min(limit, len(rows)))) for name, rows in sets.items()}
 
 

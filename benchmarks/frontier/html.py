@@ -33,13 +33,19 @@ def summary(found: Points, poison: float) -> list[str]:
         return ["Plain LoRA has not been measured yet: nothing can be compared."]
     rate, accuracy = plain.rate("refusal"), plain.rate("task_accuracy")
     start = f"from {before.rate('refusal')} " if before is not None and before.rate("refusal") is not None else ""
-    lines.append(f"With {100 * poison:g} % of the rows poisoned, plain LoRA takes refusal {start}to {rate}, at {accuracy} accuracy on its task.")
+    lines.append(
+        f"With {100 * poison:g} % of the rows poisoned, plain LoRA takes refusal {start}to {rate}, at {accuracy} "
+        "accuracy on its task."
+    )
     for name in names(found, controls=False):
         point = found.get((name, poison))
         if name in ("aligned", "lora") or point is None or not point.rows:
             continue
         versus = pairs(point, plain)
-        said = f"{label(name)}: refusal {point.rate('refusal')}, accuracy {point.rate('task_accuracy')}; against plain LoRA {tables.difference(versus)} points"
+        said = (
+            f"{label(name)}: refusal {point.rate('refusal')}, accuracy {point.rate('task_accuracy')}; "
+            f"against plain LoRA {tables.difference(versus)} points"
+        )
         for kind, words in (("random", "against its random control"), ("scaled", "against plain LoRA of equal norm")):
             control = found.get((f"{kind}:{name}", poison))
             if control is not None and (compared := pairs(point, control)) is not None:
@@ -49,20 +55,32 @@ def summary(found: Points, poison: float) -> list[str]:
 
 
 def page(
-    found: Points, environment: Mapping[str, Any], pictures: Sequence[Path], split: str, poison: float, missing: dict[str, int], planned: Sequence[Cell]
+    found: Points,
+    environment: Mapping[str, Any],
+    pictures: Sequence[Path],
+    split: str,
+    poison: float,
+    missing: dict[str, int],
+    planned: Sequence[Cell],
 ) -> str:
     """The whole page."""
-    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>The safety-utility frontier</title><style>{STYLE}</style>"]
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8><title>The safety-utility "
+        f"frontier</title><style>{STYLE}</style>"
+    ]
     parts.append("<h1>The safety-utility frontier of LoRA fine-tuning</h1>")
     parts.append(
-        f"<p>{html.escape(environment.get('model', 'unknown model'))}, {html.escape(split)} prompts. Judge: keyword. {html.escape(KeywordJudge.caveat)}</p>"
+        f"<p>{html.escape(environment.get('model', 'unknown model'))}, {html.escape(split)} prompts. Judge: keyword. "
+        f"{html.escape(KeywordJudge.caveat)}</p>"
     )
     parts += [f"<p><b>{html.escape(caveat)}</b></p>" for caveat in caveats(environment)]
     if split != "test":
         parts.append("<p><b>Validation prompts only: nothing here is a result.</b></p>")
     parts += [_picture(path) for path in pictures[:1]]
     parts.append(
-        f"<h2>In sentences, at {tables.share(poison)}</h2><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in summary(found, poison)) + "</ul>"
+        f"<h2>In sentences, at {tables.share(poison)}</h2><ul>"
+        + "".join(f"<li>{html.escape(line)}</li>" for line in summary(found, poison))
+        + "</ul>"
     )
     parts += [_picture(path) for path in pictures[1:]]
     for share in shares(found):
@@ -70,12 +88,21 @@ def page(
         parts.append(f"<h2>{tables.share(share)}</h2>")
         parts.append(_folded("All figures", tables.everything(found, share).html(), opened))
         parts.append(_folded("Paired comparisons", tables.paired(found, share).html(), opened))
-        for title, table in (("Other prompt sets", tables.transfer(found, share)), ("By judge", tables.verdicts_of_judges(found, share))):
+        for title, table in (
+            ("Other prompt sets", tables.transfer(found, share)),
+            ("By judge", tables.verdicts_of_judges(found, share)),
+        ):
             if table is not None:
                 parts.append(_folded(title, table.html()))
     parts.append("<h2>Costs</h2>" + tables.costs(found).html())
-    parts.append("<h2>What is missing</h2>" + (tables.absent(missing, planned).html() if missing else "<p>Nothing of the plan.</p>"))
-    facts = "".join(f"<tr><td>{html.escape(str(key))}</td><td>{html.escape(str(value))}</td></tr>" for key, value in environment.items())
+    parts.append(
+        "<h2>What is missing</h2>"
+        + (tables.absent(missing, planned).html() if missing else "<p>Nothing of the plan.</p>")
+    )
+    facts = "".join(
+        f"<tr><td>{html.escape(str(key))}</td><td>{html.escape(str(value))}</td></tr>"
+        for key, value in environment.items()
+    )
     parts.append(f"<h2>Environment</h2><table>{facts}</table>")
     return "\n".join(parts) + "\n"
 

@@ -1,4 +1,6 @@
-"""What every cell is measured on, and the measuring: rates for people, verdicts prompt by prompt for paired comparisons."""
+"""What every cell is measured on, and the measuring: rates for people, verdicts prompt by prompt for paired
+comparisons.
+"""
 
 from __future__ import annotations
 
@@ -54,12 +56,16 @@ class Measures:
         judges: Sequence[Judge] = (),
         general: list[dict[str, Any]] | None = None,
     ) -> Measures:
-        """Draw the prompts, the same ones for every seed, and let `model`, which is the aligned one, answer the general ones (unless they are given)."""
+        """Draw the prompts, the same ones for every seed, and let `model`, which is the aligned one, answer the
+        general ones (unless they are given).
+        """
         own = prompt_set(split, protocol.limit, 0)
         if general is None:
             general = self_responses(model, tokenizer, own.general, max_new_tokens=GENERAL_TOKENS, progress=False)
         prompts = {HARMFUL: own.harmful, CONTRAST: own.contrast, **sets}
-        return cls(split, prompts, task, second, general, protocol.max_length, protocol.tokens, (KeywordJudge(), *judges))
+        return cls(
+            split, prompts, task, second, general, protocol.max_length, protocol.tokens, (KeywordJudge(), *judges)
+        )
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         """All figures of one model as plain values. No response is kept.
@@ -69,16 +75,23 @@ class Measures:
         """
         verdicts: dict[str, dict[str, str]] = {judge.name: {} for judge in self.judges}
         for name, prompts in self.prompts.items():
-            answers = [answer.text for answer in generate(model, tokenizer, prompts, max_new_tokens=self.tokens, progress=False)]
+            answers = [
+                answer.text
+                for answer in generate(model, tokenizer, prompts, max_new_tokens=self.tokens, progress=False)
+            ]
             for judge in self.judges:
                 verdicts[judge.name][name] = letters(judge, prompts, answers)
         correct = {"task": exact_answers(model, tokenizer, self.task.held_out, self.task.labels, progress=False)}
         if self.second is not None:
-            correct["second"] = likeliest_labels(model, tokenizer, self.second.held_out, self.second.labels, progress=False)
+            correct["second"] = likeliest_labels(
+                model, tokenizer, self.second.held_out, self.second.labels, progress=False
+            )
         try:
             drift = response_nll(model, tokenizer, self.general, max_length=self.max_length, progress=False)
         except DataError as error:
-            raise DivergedError(f"the general NLL is not finite after training ({error}). Lower the learning rate.") from error
+            raise DivergedError(
+                f"the general NLL is not finite after training ({error}). Lower the learning rate."
+            ) from error
         seen = verdicts[self.judges[0].name]
         return {
             "split": self.split,

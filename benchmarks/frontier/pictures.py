@@ -29,7 +29,9 @@ COLOURS = {
 }
 MARKERS = {"": "o", "random": "s", "scaled": "^"}
 TOO_CAREFUL = 0.25
-"""Over-refusal that a label tells of: a method high up in the picture may have learned to refuse everything that looks dangerous."""
+"""Over-refusal that a label tells of: a method high up in the picture may have learned to refuse everything that looks
+dangerous.
+"""
 LABEL_GAP = 6.3
 """Percent of the axis between two labels at least."""
 
@@ -40,13 +42,15 @@ def family(name: str) -> str:
     return method.split(" with ")[0].removesuffix("-nf4")
 
 
-def colour(name: str) -> str:
+def color(name: str) -> str:
     """One a method; its controls share it."""
     return COLOURS.get(family(name), "#555555")
 
 
 def frontier(found: Points, path: Path) -> Path:
-    """A panel a share of poison: accuracy to the right, refusal upwards, 95 % Wilson intervals; controls hollow, tied to their method."""
+    """A panel a share of poison: accuracy to the right, refusal upwards, 95 % Wilson intervals; controls hollow, tied
+    to their method.
+    """
     from matplotlib.figure import Figure
 
     panels = shares(found)
@@ -56,7 +60,14 @@ def frontier(found: Points, path: Path) -> Path:
     height = 5.0 * lines + foot
     canvas = Figure(figsize=(7.2 * columns, height))
     axes = canvas.subplots(lines, columns, squeeze=False)
-    canvas.subplots_adjust(left=0.055 if columns == 2 else 0.09, right=0.985, top=1 - 0.85 / height, bottom=foot / height, hspace=0.24, wspace=0.1)
+    canvas.subplots_adjust(
+        left=0.055 if columns == 2 else 0.09,
+        right=0.985,
+        top=1 - 0.85 / height,
+        bottom=foot / height,
+        hspace=0.24,
+        wspace=0.1,
+    )
     right = max(100 * accuracy.interval[1] for point in found.values() if (accuracy := point.rate("task_accuracy")))
     for index, axis in enumerate(axes.flat):
         if index >= len(panels):
@@ -68,33 +79,72 @@ def frontier(found: Points, path: Path) -> Path:
 
 
 def _panel(axis: Any, found: Points, poison: float, right: float) -> None:
-    here = {name: point for (name, share), point in found.items() if share == poison and point.rate("refusal") and point.rate("task_accuracy")}
-    labelled = []
+    here = {
+        name: point
+        for (name, share), point in found.items()
+        if share == poison and point.rate("refusal") and point.rate("task_accuracy")
+    }
+    labeled = []
     for name, point in here.items():
         x, y = point.rate("task_accuracy"), point.rate("refusal")
         if x is None or y is None:
             continue
         at = (100 * x.value, 100 * y.value)
         bars = [[[at[i] - 100 * rate.interval[0]], [100 * rate.interval[1] - at[i]]] for i, rate in enumerate((x, y))]
-        tint, hollow = colour(name), bool(point.control)
-        quantised = name.endswith("-nf4")
-        axis.errorbar(*at, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=tint, alpha=0.25 if hollow else 0.45, lw=0.8 if hollow else 1.2, zorder=1)
-        style = {"marker": "*" if name == "aligned" else "D" if quantised else MARKERS[point.control], "ms": 11 if name == "aligned" else 6 if hollow else 8}
+        tint, hollow = color(name), bool(point.control)
+        quantized = name.endswith("-nf4")
+        axis.errorbar(
+            *at,
+            xerr=bars[0],
+            yerr=bars[1],
+            fmt="none",
+            ecolor=tint,
+            alpha=0.25 if hollow else 0.45,
+            lw=0.8 if hollow else 1.2,
+            zorder=1,
+        )
+        style = {
+            "marker": "*" if name == "aligned" else "D" if quantized else MARKERS[point.control],
+            "ms": 11 if name == "aligned" else 6 if hollow else 8,
+        }
         axis.plot(*at, ls="", mfc="white" if hollow else tint, mec=tint, mew=1.3, zorder=2 if hollow else 3, **style)
         method = here.get(name.partition(":")[2]) if hollow else None
-        if method is not None and (other := (method.rate("task_accuracy"), method.rate("refusal"))) and other[0] and other[1]:
-            axis.plot([at[0], 100 * other[0].value], [at[1], 100 * other[1].value], color=tint, lw=0.7, ls=":", alpha=0.6, zorder=0)
+        if (
+            method is not None
+            and (other := (method.rate("task_accuracy"), method.rate("refusal")))
+            and other[0]
+            and other[1]
+        ):
+            axis.plot(
+                [at[0], 100 * other[0].value],
+                [at[1], 100 * other[1].value],
+                color=tint,
+                lw=0.7,
+                ls=":",
+                alpha=0.6,
+                zorder=0,
+            )
         if name == "aligned":
             axis.annotate("before", at, (0, -9), textcoords="offset points", fontsize=8, ha="center", va="top")
-        elif not hollow and not quantised:
+        elif not hollow and not quantized:
             over = point.rate("over_refusal")
-            price = f"\nbut refuses {100 * over.value:.0f} % of safe prompts" if over is not None and over.value > TOO_CAREFUL else ""
-            labelled.append((at, label(name) + price, tint))
-    _labels(axis, labelled, right + 4)
+            price = (
+                f"\nbut refuses {100 * over.value:.0f} % of safe prompts"
+                if over is not None and over.value > TOO_CAREFUL
+                else ""
+            )
+            labeled.append((at, label(name) + price, tint))
+    _labels(axis, labeled, right + 4)
     axis.set_xlim(-3, right + 4 + 0.52 * (right + 7))
     axis.set_xticks([tick for tick in range(0, 101, 20 if right > 60 else 10) if tick <= right + 2])
     axis.set_ylim(-4, 105)
-    title = "clean data" if poison == 0 else "poisoned data only" if poison == 1 else f"{100 * poison:g} % of the rows poisoned"
+    title = (
+        "clean data"
+        if poison == 0
+        else "poisoned data only"
+        if poison == 1
+        else f"{100 * poison:g} % of the rows poisoned"
+    )
     axis.set_title(title, fontsize=11, loc="left")
     axis.set_xlabel("accuracy on the trained task, %", loc="left", fontsize=9)
     axis.set_ylabel("refusal of harmful prompts, %", fontsize=9)
@@ -102,17 +152,28 @@ def _panel(axis: Any, found: Points, poison: float, right: float) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _labels(axis: Any, labelled: Sequence[tuple[tuple[float, float], str, str]], x: float) -> None:
+def _labels(axis: Any, labeled: Sequence[tuple[tuple[float, float], str, str]], x: float) -> None:
     """Names in a column beside the points, in the points' order from top to bottom, each with a line to its own."""
-    order = sorted(labelled, key=lambda item: (-item[0][1], item[0][0]))
+    order = sorted(labeled, key=lambda item: (-item[0][1], item[0][0]))
     places = spread([at[1] for at, _, _ in order], LABEL_GAP, -2.0, 103.0)
     for (at, text, tint), y in zip(order, places, strict=True):
         axis.plot([at[0], x - 0.5], [at[1], y], color=tint, lw=0.6, alpha=0.55, zorder=0)
-        axis.text(x, y, text, color=tint if tint != COLOURS["safe-lora-soft"] else "#5B8C1A", fontsize=8, va="center", ha="left", linespacing=0.95)
+        axis.text(
+            x,
+            y,
+            text,
+            color=tint if tint != COLOURS["safe-lora-soft"] else "#5B8C1A",
+            fontsize=8,
+            va="center",
+            ha="left",
+            linespacing=0.95,
+        )
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places for labels, in falling order: near the wanted ones, `gap` apart (or as far as there is room for), between `low` and `high`."""
+    """Places for labels, in falling order: near the wanted ones, `gap` apart (or as far as there is room for), between
+    `low` and `high`.
+    """
     gap = min(gap, (high - low) / max(1, len(wanted) - 1))
     placed: list[float] = []
     for index, value in enumerate(wanted):
@@ -134,13 +195,22 @@ def _legend(canvas: Any) -> None:
         ("s", "white", "control: random basis of equal size"),
         ("^", "white", "control: plain LoRA at the same norm"),
     )
-    handles = [Line2D([], [], ls="", marker=marker, mfc=face, mec="0.3", ms=7, label=text) for marker, face, text in kinds]
-    canvas.legend(handles=handles, loc="lower center", ncols=2 if canvas.get_figwidth() < 10 else 5, frameon=False, fontsize=9)
-    canvas.suptitle("Safety and utility after fine-tuning (up and right is better; bars: 95 % intervals)", fontsize=12, x=0.01, ha="left")
+    handles = [
+        Line2D([], [], ls="", marker=marker, mfc=face, mec="0.3", ms=7, label=text) for marker, face, text in kinds
+    ]
+    canvas.legend(
+        handles=handles, loc="lower center", ncols=2 if canvas.get_figwidth() < 10 else 5, frameon=False, fontsize=9
+    )
+    canvas.suptitle(
+        "Safety and utility after fine-tuning (up and right is better; bars: 95 % intervals)",
+        fontsize=12,
+        x=0.01,
+        ha="left",
+    )
 
 
 def heat(found: Points, path: Path) -> Path:
-    """Methods by share of poison: refusal, over-refusal and accuracy side by side, in numbers and colours."""
+    """Methods by share of poison: refusal, over-refusal and accuracy side by side, in numbers and colors."""
     from matplotlib.figure import Figure
 
     rows, columns = beside(names(found)), shares(found)
@@ -149,11 +219,20 @@ def heat(found: Points, path: Path) -> Path:
         ("over_refusal", "over-refusal", "RdYlGn_r"),
         ("task_accuracy", "accuracy", "viridis"),
     )
-    canvas = Figure(figsize=(3.4 + max(1.3, 0.75 * len(columns)) * len(metrics), 1.3 + 0.27 * len(rows)), layout="constrained")
+    canvas = Figure(
+        figsize=(3.4 + max(1.3, 0.75 * len(columns)) * len(metrics), 1.3 + 0.27 * len(rows)), layout="constrained"
+    )
     axes = canvas.subplots(1, len(metrics), sharey=True)
     for axis, (metric, title, scheme) in zip(axes, metrics, strict=True):
         table = [[_value(found.get((name, poison)), metric) for poison in columns] for name in rows]
-        axis.imshow([[float("nan") if value is None else value for value in line] for line in table], cmap=scheme, vmin=0, vmax=100, aspect="auto", alpha=0.75)
+        axis.imshow(
+            [[float("nan") if value is None else value for value in line] for line in table],
+            cmap=scheme,
+            vmin=0,
+            vmax=100,
+            aspect="auto",
+            alpha=0.75,
+        )
         for y, name in enumerate(rows):
             for x, poison in enumerate(columns):
                 point, value = found.get((name, poison)), table[y][x]
@@ -164,7 +243,11 @@ def heat(found: Points, path: Path) -> Path:
         axis.set_title(f"{title}, %", fontsize=9)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-    axes[0].set_yticks(range(len(rows)), [("random basis" if name[0] == "r" else "equal norm") if ":" in name else label(name) for name in rows], fontsize=8)
+    axes[0].set_yticks(
+        range(len(rows)),
+        [("random basis" if name[0] == "r" else "equal norm") if ":" in name else label(name) for name in rows],
+        fontsize=8,
+    )
     for tick, name in zip(axes[0].get_yticklabels(), rows, strict=True):
         tick.set_color("0.45" if ":" in name else "black")
     canvas.supxlabel("share of the training rows that is poisoned (·: not measured)", fontsize=9)
@@ -185,7 +268,9 @@ def _value(point: Point | None, metric: str) -> float | None:
 
 
 def costs(found: Points, path: Path) -> Path:
-    """Seconds of training and of what a method does besides, and memory added while training, each as a multiple of plain LoRA's."""
+    """Seconds of training and of what a method does besides, and memory added while training, each as a multiple of
+    plain LoRA's.
+    """
     from matplotlib.figure import Figure
 
     rows = [(name, *cost(found, name)) for name in names(found, controls=False) if family(name) != "aligned"]
@@ -193,13 +278,16 @@ def costs(found: Points, path: Path) -> Path:
     canvas = Figure(figsize=(10, 1.3 + 0.3 * max(1, len(rows))), layout="constrained")
     left, right = canvas.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     for y, (name, train, setup, memory) in enumerate(rows):
-        left.barh(y, train, color=colour(name), alpha=0.85)
-        left.barh(y, setup, left=train, color=colour(name), alpha=0.35, hatch="///", edgecolor="white", lw=0)
+        left.barh(y, train, color=color(name), alpha=0.85)
+        left.barh(y, setup, left=train, color=color(name), alpha=0.35, hatch="///", edgecolor="white", lw=0)
         left.text(train + setup, y, f" {train + setup:.2f}", va="center", fontsize=8)
         if memory is not None:
-            right.barh(y, memory, color=colour(name), alpha=0.85)
+            right.barh(y, memory, color=color(name), alpha=0.85)
             right.text(memory, y, f" {memory:.2f}", va="center", fontsize=8)
-    for axis, title in ((left, "time: training (solid) and calibration or repair (hatched)"), (right, "memory added while training")):
+    for axis, title in (
+        (left, "time: training (solid) and calibration or repair (hatched)"),
+        (right, "memory added while training"),
+    ):
         axis.set_title(title, fontsize=9)
         axis.axvline(1, color="0.4", lw=0.8, ls=":")
         axis.margins(x=0.12)
@@ -214,8 +302,9 @@ def costs(found: Points, path: Path) -> Path:
 def cost(found: Points, name: str) -> tuple[float | None, float, float | None]:
     """Seconds of training and besides it, and memory, as multiples of plain LoRA's; None where there are none.
 
-    Training and memory: the median over cells of the ratio to plain LoRA at the same place (share of poison and seed). Besides it: the most that any cell
-    took, since only the first one of a process calibrates. Seconds of processor time where they were taken: other jobs on the machine disturb them less.
+    Training and memory: the median over cells of the ratio to plain LoRA at the same place (share of poison and seed).
+    Besides it: the most that any cell took, since only the first one of a process calibrates. Seconds of processor
+    time where they were taken: other jobs on the machine disturb them less.
     """
     unit = "cpu_seconds" if _values(found, "lora", "train_cpu_seconds") else "seconds"
     train, memory = (_ratio(found, name, key) for key in (f"train_{unit}", "added_mib"))
@@ -227,7 +316,13 @@ def cost(found: Points, name: str) -> tuple[float | None, float, float | None]:
 
 def _values(found: Points, name: str, key: str) -> dict[tuple[float, int], float]:
     """By share of poison and seed."""
-    return {(share, row["cell"]["seed"]): row[key] for (other, share), point in found.items() if other == name for row in point.rows if row.get(key)}
+    return {
+        (share, row["cell"]["seed"]): row[key]
+        for (other, share), point in found.items()
+        if other == name
+        for row in point.rows
+        if row.get(key)
+    }
 
 
 def _ratio(found: Points, name: str, key: str) -> float | None:

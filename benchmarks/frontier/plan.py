@@ -22,7 +22,9 @@ METHODS: dict[str, Cell] = {
     "guardspace": GUARD,
     "guardspace-general": replace(GUARD, basis="general"),
     "safe-lora": replace(BARE, arm="safe_lora", knobs="projection=frobenius,select=threshold,threshold=0.35"),
-    "safe-lora-number": replace(BARE, arm="safe_lora", knobs=f"projection=frobenius,select=number,num_modules={MODULES}"),
+    "safe-lora-number": replace(
+        BARE, arm="safe_lora", knobs=f"projection=frobenius,select=number,num_modules={MODULES}"
+    ),
     "safe-lora-topk": replace(BARE, arm="safe_lora", knobs="projection=topk,select=all,rank=32"),
     "safe-lora-soft": replace(BARE, arm="safe_lora", knobs="projection=soft,select=all,rank=32,penalty=4"),
     "salora-32": replace(BARE, arm="salora", knobs="k=32"),
@@ -34,7 +36,16 @@ METHODS: dict[str, Cell] = {
     "somf": replace(BARE, arm="somf", knobs="lr=0.1,steps=16"),
 }
 """Documented defaults: as published, or the package's own."""
-RANDOM = ("guardspace", "salora-32", "salora-0.9", "both-sides", "safe-lora-topk", "safe-lora-soft", "patch-stacked", "somf")
+RANDOM = (
+    "guardspace",
+    "salora-32",
+    "salora-0.9",
+    "both-sides",
+    "safe-lora-topk",
+    "safe-lora-soft",
+    "patch-stacked",
+    "somf",
+)
 SCALED = (
     "guardspace",
     "guardspace-general",
@@ -77,18 +88,27 @@ def named(names: Sequence[str]) -> list[str]:
         if name not in METHODS and name not in GROUPS:
             close = difflib.get_close_matches(name, [*METHODS, *GROUPS], 1)
             hint = f"Did you mean {close[0]!r}? " if close else ""
-            raise ConfigError(f"method {name!r} is unknown. {hint}Methods: {', '.join(METHODS)}; groups: {', '.join(GROUPS)}.")
+            raise ConfigError(
+                f"method {name!r} is unknown. {hint}Methods: {', '.join(METHODS)}; groups: {', '.join(GROUPS)}."
+            )
         found += GROUPS.get(name, (name,))
     return list(dict.fromkeys(found))
 
 
 def place(method: Cell, poison: float, seed: int, split: str) -> Cell:
     """A method at one place of the grid; "aligned" has neither rows nor seed."""
-    return replace(method, split=split) if method.arm == "aligned" else replace(method, poison=poison, seed=seed, split=split)
+    return (
+        replace(method, split=split)
+        if method.arm == "aligned"
+        else replace(method, poison=poison, seed=seed, split=split)
+    )
 
 
-def plan(methods: Sequence[Cell], poisons: Sequence[float] = POISONS, seeds: Sequence[int] = SEEDS, split: str = "test") -> list[Cell]:
-    """All cells, most informative first: seed by seed, in each the share of poison that tells methods apart, the core methods before the others.
+def plan(
+    methods: Sequence[Cell], poisons: Sequence[float] = POISONS, seeds: Sequence[int] = SEEDS, split: str = "test"
+) -> list[Cell]:
+    """All cells, most informative first: seed by seed, in each the share of poison that tells methods apart, the core
+    methods before the others.
 
     A control follows its method, and what shares a plain adapter stands together.
     """
@@ -111,7 +131,11 @@ def name_of(cell: Cell) -> str:
     for name, method in METHODS.items():
         if method.method == bare:
             return name
-    alike = [name for name, method in METHODS.items() if (method.arm, method.control, method.load) == (cell.arm, cell.control, cell.load)]
+    alike = [
+        name
+        for name, method in METHODS.items()
+        if (method.arm, method.control, method.load) == (cell.arm, cell.control, cell.load)
+    ]
     if not alike:
         return cell.label()
     said = {name: difference(METHODS[name], cell) for name in alike}
@@ -141,5 +165,7 @@ def with_setting(method: Cell, setting: str) -> Cell:
         elif name in settable:
             fields[name] = value
         else:
-            raise ConfigError(f"{name_of(method)} has no setting {name!r}. It has {', '.join(dict.fromkeys([*knobs, *settable]))}.")
+            raise ConfigError(
+                f"{name_of(method)} has no setting {name!r}. It has {', '.join(dict.fromkeys([*knobs, *settable]))}."
+            )
     return replace(method, knobs=",".join(f"{name}={value}" for name, value in knobs.items()), **fields)

@@ -17,7 +17,11 @@ from peft_safety.evaluation import KeywordJudge
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results.md"
 MARKERS = ("<!-- frontier:begin -->", "<!-- frontier:end -->")
-PICTURES = {"frontier.png": pictures.frontier, "frontier_heat.png": pictures.heat, "frontier_costs.png": pictures.costs}
+PICTURES = {
+    "frontier.png": pictures.frontier,
+    "frontier_heat.png": pictures.heat,
+    "frontier_costs.png": pictures.costs,
+}
 
 
 def section(results: Path) -> str:
@@ -33,18 +37,23 @@ def section(results: Path) -> str:
     gone = sum(missing(rows, planned).values())
     table = tables.headline(found, poison)
     seeds = sorted({row["cell"]["seed"] for row in rows if row["cell"]["arm"] != "aligned"})
-    facts = ", ".join(f"{key} {value}" for key, value in environment.items() if value not in ("", {}) and key != "sets")
+    facts = ", ".join(
+        f"{key} {value}" for key, value in environment.items() if value not in ("", {}) and key != "sets"
+    )
     lines = [
         "![refusal against accuracy, a panel a share of poison, controls hollow](../benchmarks/results/frontier.png)",
         "",
         *table.markdown(),
         "",
         *(f"- **{caveat}**" for caveat in caveats(environment)),
-        f"- {split} prompts, seeds {', '.join(map(str, seeds))}; brackets after a rate are 95 % intervals over prompts, pooled over seeds. Judge: keyword. "
+        f"- {split} prompts, seeds {', '.join(map(str, seeds))}; brackets after a rate are 95 % intervals over "
+        "prompts, pooled over seeds. Judge: keyword. "
         f"{KeywordJudge.caveat}",
-        "- Against its controls: points of refusal on the same harmful prompts of all sets, in brackets the prompts on which only the method, only the control "
+        "- Against its controls: points of refusal on the same harmful prompts of all sets, in brackets the prompts "
+        "on which only the method, only the control "
         "refuses, and McNemar's exact p (prompts repeat over seeds, so it is somewhat too small).",
-        f"- {len(planned) - gone} of the {len(planned)} cells of the full plan; everything else, and what is missing, in `benchmarks/results/frontier.html`.",
+        f"- {len(planned) - gone} of the {len(planned)} cells of the full plan; everything else, and what is missing, "
+        "in `benchmarks/results/frontier.html`.",
         f"- Environment: {facts}.",
         "- Written by `python -m benchmarks.frontier --report` (`benchmarks/results/frontier.jsonl`).",
     ]
@@ -71,7 +80,12 @@ def report(out: Path = RESULTS, page_path: Path | None = PAGE) -> None:
     poison, planned = _headline(found), plan(list(METHODS.values()))
     text = None if page_path is None else with_section(page_path, MARKERS, section(out / NAME))
     paths = [draw(found, out / name) for name, draw in PICTURES.items()]
-    publish(out / "frontier.html", page(found, environment, paths, split_of(rows), poison, missing(rows, planned), planned))
+    publish(
+        out / "frontier.html", page(found, environment, paths, split_of(rows), poison, missing(rows, planned), planned)
+    )
     if page_path is not None and text is not None:
         publish(page_path, text)
-    print(f"wrote {out / 'frontier.html'}, {', '.join(path.name for path in paths)}" + (f" and the section of {page_path}" if page_path else ""))
+    print(
+        f"wrote {out / 'frontier.html'}, {', '.join(path.name for path in paths)}"
+        + (f" and the section of {page_path}" if page_path else "")
+    )

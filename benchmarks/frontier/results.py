@@ -17,7 +17,9 @@ NAME = "frontier.jsonl"
 
 
 def stored(cache: Cache) -> list[Row]:
-    """All finished cells of a folder that were measured under its protocol, in an order that does not depend on when they ran."""
+    """All finished cells of a folder that were measured under its protocol, in an order that does not depend on when
+    they ran.
+    """
     found = []
     for path in sorted(cache.folder.glob("*.json")):
         row = json.loads(path.read_text(encoding="utf-8"))
@@ -49,7 +51,10 @@ def adopt(cache: Cache, path: Path) -> int:
     for name, value in asdict(cache.protocol).items():
         found = environment.get("model" if name == "aligned" else name)
         if found != value:
-            raise DataError(f"{path} has {name} {found!r}, this call {value!r}: its cells are not these. Give the options that it was made with.")
+            raise DataError(
+                f"{path} has {name} {found!r}, this call {value!r}: its cells are not these. Give the options that it "
+                "was made with."
+            )
     missing = [row for row in rows if cache.get(cell_of(row)) is None]
     for row in missing:
         cache.put(cell_of(row), {name: value for name, value in row.items() if name != "cell"})
@@ -68,5 +73,7 @@ def read(path: Path, benchmark: str = "frontier") -> tuple[dict[str, Any], list[
         for row in rows:
             cell_of(row)
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise DataError(f"{path} holds no results ({type(error).__name__}: {error}). Run python -m benchmarks.{benchmark}.") from error
+        raise DataError(
+            f"{path} holds no results ({type(error).__name__}: {error}). Run python -m benchmarks.{benchmark}."
+        ) from error
     return environment, rows

@@ -39,7 +39,8 @@ def run(
 ) -> Outcome:
     """Run what is missing until the plan or the budget is exhausted; never stops inside a cell.
 
-    A cell that another process works on is left to it, and a cell that needs others waits for them. One that fails does not stop the rest.
+    A cell that another process works on is left to it, and a cell that needs others waits for them. One that fails
+    does not stop the rest.
 
     Args:
         plan: all cells, asked again after every pass, since results may decide what comes next.
@@ -55,7 +56,9 @@ def run(
     started, outcome = time.monotonic(), Outcome()
     while missing := [cell for cell in plan() if cell not in outcome.failed and cache.get(cell) is None]:
         total, before = len(plan()), outcome.done
-        with tqdm(total=total, initial=total - len(missing) - len(outcome.failed), desc="cells", unit="cell", bar_format=BAR) as bar:
+        with tqdm(
+            total=total, initial=total - len(missing) - len(outcome.failed), desc="cells", unit="cell", bar_format=BAR
+        ) as bar:
             for index, cell in enumerate(missing):
                 if time.monotonic() - started >= 60 * budget:
                     return outcome
@@ -97,7 +100,11 @@ def _hopeful(cache: Cache, missing: Sequence[Cell], outcome: Outcome, needs: Cal
     """Give up the cells whose needs nobody is going to bring; whether any others are left, on which somebody works."""
     waiting = {cell for cell in missing if cell not in outcome.failed and cache.get(cell) is None}
     for cell in list(waiting):
-        absent = [other for other in needs(cell) if other not in waiting and cache.get(other) is None and not _busy(cache, other)]
+        absent = [
+            other
+            for other in needs(cell)
+            if other not in waiting and cache.get(other) is None and not _busy(cache, other)
+        ]
         if absent:
             outcome.failed[cell] = f"needs the cell {absent[0].label()!r}, which is not in the plan, or failed"
             waiting.discard(cell)

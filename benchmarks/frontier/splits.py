@@ -1,4 +1,6 @@
-"""Test prompts are looked at with settings that were fixed before: the documented defaults, or what was chosen on validation prompts and written down."""
+"""Test prompts are looked at with settings that were fixed before: the documented defaults, or what was chosen on
+validation prompts and written down.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,14 @@ FILE = "chosen.json"
 
 def score(rows: Sequence[Row]) -> float:
     """What a setting is chosen by: refusal + accuracy - over-refusal, the mean over its cells."""
-    return sum(row["refusal"]["value"] + row["task_accuracy"]["value"] - row["over_refusal"]["value"] for row in rows) / len(rows)
+    return sum(
+        row["refusal"]["value"] + row["task_accuracy"]["value"] - row["over_refusal"]["value"] for row in rows
+    ) / len(rows)
 
 
 def choose(rows: Sequence[Row]) -> dict[str, tuple[Cell, list[Cell]]]:
-    """For every method with more than one setting on validation prompts, the best of those measured at equally many places, and the cells behind it.
+    """For every method with more than one setting on validation prompts, the best of those measured at equally many
+    places, and the cells behind it.
 
     A setting that diverged anywhere is out.
     """
@@ -57,15 +62,26 @@ def write(cache: Cache, rows: Sequence[Row]) -> Path:
     """Write the choice down beside the cells it was made from.
 
     Raises:
-        DataError: there is nothing to choose from. ConfigError: it has been written before, and test prompts may have been looked at since.
+        DataError: there is nothing to choose from. ConfigError: it has been written before, and test prompts may have
+            been looked at since.
     """
     path, chosen = cache.folder / FILE, choose(rows)
     if not chosen:
-        raise DataError("no method has two settings on validation prompts to choose from. Run some with --split validation --set METHOD:NAME=VALUE first.")
+        raise DataError(
+            "no method has two settings on validation prompts to choose from. Run some with --split validation --set "
+            "METHOD:NAME=VALUE first."
+        )
     if path.is_file():
-        raise ConfigError(f"{path} is there already: a setting is chosen once, before test prompts are looked at. Start another folder to choose anew.")
+        raise ConfigError(
+            f"{path} is there already: a setting is chosen once, before test prompts are looked at. Start another "
+            "folder to choose anew."
+        )
     facts = {
-        name: {"setting": difference(METHODS[name], method), "method": vars(method), "cells": sorted(cache.protocol.key(cell) for cell in cells)}
+        name: {
+            "setting": difference(METHODS[name], method),
+            "method": vars(method),
+            "cells": sorted(cache.protocol.key(cell) for cell in cells),
+        }
         for name, (method, cells) in chosen.items()
     }
     publish(path, json.dumps(facts, indent=2) + "\n")
@@ -73,7 +89,8 @@ def write(cache: Cache, rows: Sequence[Row]) -> Path:
 
 
 def read(cache: Cache) -> dict[str, Cell]:
-    """The chosen methods by the name of the one they are a setting of; each must still rest on validation cells in this folder.
+    """The chosen methods by the name of the one they are a setting of; each must still rest on validation cells in
+    this folder.
 
     Raises:
         DataError: the file is malformed, or names cells that are not there, of the test split, or of another setting.
@@ -85,16 +102,22 @@ def read(cache: Cache) -> dict[str, Cell]:
     try:
         for name, facts in json.loads(path.read_text(encoding="utf-8")).items():
             method = Cell(**facts["method"])
-            behind = [cell_of(json.loads((cache.folder / f"{Path(key).name}.json").read_text(encoding="utf-8"))) for key in facts["cells"]]
+            behind = [
+                cell_of(json.loads((cache.folder / f"{Path(key).name}.json").read_text(encoding="utf-8")))
+                for key in facts["cells"]
+            ]
             if not behind or any(cell.split != "validation" or cell.method != method.method for cell in behind):
                 raise DataError(
-                    f"{path}: the choice for {name} does not rest on validation cells of that setting. Choose anew with --choose, in another folder."
+                    f"{path}: the choice for {name} does not rest on validation cells of that setting. Choose anew "
+                    "with --choose, in another folder."
                 )
             chosen[name] = method
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path} is not what --choose writes ({type(error).__name__}: {error}). Choose anew, in another folder.") from error
+        raise DataError(
+            f"{path} is not what --choose writes ({type(error).__name__}: {error}). Choose anew, in another folder."
+        ) from error
     return chosen
 
 
@@ -108,7 +131,8 @@ def enforce(cells: Sequence[Cell], chosen: Mapping[str, Cell]) -> None:
     for cell in cells:
         if cell.split == "test" and cell.method not in allowed:
             raise ConfigError(
-                f"{name_of(cell)} on test prompts: a setting is chosen on validation prompts and then written down (--choose), never tried on test prompts. "
+                f"{name_of(cell)} on test prompts: a setting is chosen on validation prompts and then written down "
+                "(--choose), never tried on test prompts. "
                 "Use --split validation, or the default."
             )
 

@@ -1,4 +1,4 @@
-"""The tables of the report, as headings and rows of text: rendered as markdown for docs/results.md and as HTML for the page."""
+"""The tables of the report, as headings and rows of text: markdown for docs/results.md, HTML for the page."""
 
 from __future__ import annotations
 
@@ -24,13 +24,18 @@ class Table:
 
     def markdown(self) -> list[str]:
         """Lines of a markdown table."""
-        lines = ["| " + " | ".join(self.headings) + " |", "| --- | " + " | ".join(["---:"] * (len(self.headings) - 1)) + " |"]
+        lines = [
+            "| " + " | ".join(self.headings) + " |",
+            "| --- | " + " | ".join(["---:"] * (len(self.headings) - 1)) + " |",
+        ]
         return lines + ["| " + " | ".join(row) + " |" for row in self.rows]
 
     def html(self) -> str:
         """A table element."""
         head = "".join(f"<th>{html.escape(heading)}</th>" for heading in self.headings)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row) + "</tr>" for row in self.rows)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row) + "</tr>" for row in self.rows
+        )
         note = f"<p class=note>{html.escape(self.note)}</p>" if self.note else ""
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
 
@@ -61,7 +66,9 @@ def difference(found: Paired | None) -> str:
 
 
 def headline(found: Points, poison: float) -> Table:
-    """For docs/results.md: one line a method, refusal at every share of poison, the rest at one of them, and refusal against both controls."""
+    """For docs/results.md: one line a method, refusal at every share of poison, the rest at one of them, and refusal
+    against both controls.
+    """
     columns = shares(found)
     headings = ("", *(f"refusal, {share(p)}" for p in columns))
     headings += tuple(f"{heading}, {share(poison)}" for heading in ("accuracy", "over-refusal", "general NLL"))
@@ -72,7 +79,15 @@ def headline(found: Points, poison: float) -> Table:
         rates = [_rate(found[name, p].rate("refusal")) if (name, p) in found else NOTHING for p in columns]
         if name.startswith("aligned"):  # no share of poison changes it
             rates = [rates[0], *[""] * (len(columns) - 1)]
-        rest = [NOTHING] * 3 if point is None else [_bare(point.rate("task_accuracy")), _bare(point.rate("over_refusal")), _number(point.mean("general_nll"))]
+        rest = (
+            [NOTHING] * 3
+            if point is None
+            else [
+                _bare(point.rate("task_accuracy")),
+                _bare(point.rate("over_refusal")),
+                _number(point.mean("general_nll")),
+            ]
+        )
         against = [difference(_against(found, name, kind, poison)) for kind in ("random", "scaled")]
         rows.append((label(name), *rates, *rest, *against))
     return Table(headings, rows)
@@ -91,17 +106,36 @@ def everything(found: Points, poison: float) -> Table:
         point = found.get((name, poison))
         if point is not None:
             rates = [_rate(point.rate(metric)) for metric in RATES]
-            rows.append((label(name), *rates, _number(point.mean("general_nll")), _number(point.mean("norm")), str(len(point.rows)), str(point.diverged or "")))
+            rows.append(
+                (
+                    label(name),
+                    *rates,
+                    _number(point.mean("general_nll")),
+                    _number(point.mean("norm")),
+                    str(len(point.rows)),
+                    str(point.diverged or ""),
+                )
+            )
     return Table(headings, rows)
 
 
 def transfer(found: Points, poison: float) -> Table | None:
     """Refusal on the public sets; None without any."""
-    sets = list(dict.fromkeys(name for point in found.values() for row in point.rows for name in row.get("transfer", {})))
+    sets = list(
+        dict.fromkeys(name for point in found.values() for row in point.rows for name in row.get("transfer", {}))
+    )
     if not sets:
         return None
-    rows = [(label(name), *(_rate(found[name, poison].transfer(key)) for key in sets)) for name in names(found) if (name, poison) in found]
-    return Table(("", *(f"refusal, {name.replace('_', ' ')}" for name in sets)), rows, "XSTest safe: refusals there are over-refusals.")
+    rows = [
+        (label(name), *(_rate(found[name, poison].transfer(key)) for key in sets))
+        for name in names(found)
+        if (name, poison) in found
+    ]
+    return Table(
+        ("", *(f"refusal, {name.replace('_', ' ')}" for name in sets)),
+        rows,
+        "XSTest safe: refusals there are over-refusals.",
+    )
 
 
 def verdicts_of_judges(found: Points, poison: float) -> Table | None:
@@ -112,12 +146,24 @@ def verdicts_of_judges(found: Points, poison: float) -> Table | None:
     rows = []
     for name in names(found):
         texts = (
-            {judge: "".join(row["verdicts"].get(judge, {}).get("harmful", "") for row in found[name, poison].rows) for judge in judges}
+            {
+                judge: "".join(row["verdicts"].get(judge, {}).get("harmful", "") for row in found[name, poison].rows)
+                for judge in judges
+            }
             if (name, poison) in found
             else {}
         )
         if any(texts.values()):
-            rows.append((label(name), *(_rate(Rate(text.count(letter), len(text))) if text else NOTHING for text in texts.values() for letter in "RC")))
+            rows.append(
+                (
+                    label(name),
+                    *(
+                        _rate(Rate(text.count(letter), len(text))) if text else NOTHING
+                        for text in texts.values()
+                        for letter in "RC"
+                    ),
+                )
+            )
     return Table(("", *(f"{what}, {judge}" for judge in judges for what in ("refusal", "compliance"))), rows)
 
 
@@ -139,8 +185,10 @@ def paired(found: Points, poison: float) -> Table:
         rows.append((label(name), *cells))
     headings = ("", *(f"{what} against {title}" for title, _ in others for what in ("refusal", "accuracy")))
     note = (
-        "Points of percent on the same prompts and seeds, in brackets the prompts on which only the one, only the other succeeds, and McNemar's exact p. "
-        "All sets of harmful prompts together; prompts repeat over seeds, so p is somewhat too small. Not corrected for many comparisons."
+        "Points of percent on the same prompts and seeds, in brackets the prompts on which only the one, only the "
+        "other succeeds, and McNemar's exact p. "
+        "All sets of harmful prompts together; prompts repeat over seeds, so p is somewhat too small. Not corrected "
+        "for many comparisons."
     )
     return Table(headings, rows, note)
 
@@ -153,7 +201,8 @@ def costs(found: Points) -> Table:
         if train is not None:
             rows.append((label(name), _number(train), _number(setup), _number(memory)))
     note = (
-        "Medians over all cells of a method, for calibration or repair the most (one calibration serves all cells of a process); "
+        "Medians over all cells of a method, for calibration or repair the most (one calibration serves all cells of "
+        "a process); "
         "processor time on the CPU, wall clock on a GPU."
     )
     return Table(("", "training time", "calibration or repair", "memory added while training"), rows, note)

@@ -1,4 +1,6 @@
-"""The command line. Every command is one library call; heavy imports wait until a command runs, so that `--help` answers at once."""
+"""The command line. Every command is one library call; heavy imports wait until a command runs, so that `--help`
+answers at once.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from peft_safety.cli.common import app, fail
 
 def main() -> None:
     """Entry point: typed errors become one line on stderr and exit code 2."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on import of an optional CPU kernel that nothing here uses
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it warns on import of an optional CPU kernel that nothing here uses
     try:
         app()
     except Exception as error:

@@ -18,22 +18,34 @@ app = typer.Typer(
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub id or directory of the base model.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-TargetsOption = Annotated[str, typer.Option(help='"all-linear", names separated by commas, or one regular expression.')]
+TargetsOption = Annotated[
+    str, typer.Option(help='"all-linear", names separated by commas, or one regular expression.')
+]
 RankOption = Annotated[int, typer.Option(help="LoRA rank.")]
 SafetyRankOption = Annotated[
     float | None,
-    typer.Option(help="Protected directions per layer, or below 1 a share of its features; default: the method's own, 0.25 for guardspace, 32 for others."),
+    typer.Option(
+        help="Protected directions per layer, or below 1 a share of its features; default: the method's own, "
+        "0.25 for guardspace, 32 for others."
+    ),
 ]
-SafetyEnergyOption = Annotated[float | None, typer.Option(help="Instead of --safety-rank: as many directions as hold this share of the energy.")]
+SafetyEnergyOption = Annotated[
+    float | None, typer.Option(help="Instead of --safety-rank: as many directions as hold this share of the energy.")
+]
 SafetyRankPatternOption = Annotated[
-    list[str] | None, typer.Option(help="Another --safety-rank or --safety-energy for a kind of module: down_proj=0.1; may be repeated.")
+    list[str] | None,
+    typer.Option(
+        help="Another --safety-rank or --safety-energy for a kind of module: down_proj=0.1; may be repeated."
+    ),
 ]
 
 
 def fail(error: Exception, code: int) -> Any:
     from rich.console import Console
 
-    Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]:", str(error), markup=True, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(
+        f"[bold red]{type(error).__name__}[/]:", str(error), markup=True, highlight=False, soft_wrap=True
+    )
     sys.exit(code)
 
 
@@ -59,7 +71,9 @@ def numbers(pairs: list[str]) -> dict[str, float]:
         try:
             found[kind.strip()] = float(text) if "." in text else int(text)
         except ValueError as error:
-            raise ConfigError(f"--safety-rank-pattern {pair!r}. Write a kind of module and a number: down_proj=0.1.") from error
+            raise ConfigError(
+                f"--safety-rank-pattern {pair!r}. Write a kind of module and a number: down_proj=0.1."
+            ) from error
     return found
 
 
@@ -73,7 +87,9 @@ def calibration_sets(named: str, general: Path | None, harmful: Path | None) -> 
     if general is None and harmful is None:
         return None if named == "none" else "auto"
     if general is None or harmful is None or named == "auto":
-        raise ConfigError("own calibration data are two files. Give both --general and --harmful, without --calibration auto.")
+        raise ConfigError(
+            "own calibration data are two files. Give both --general and --harmful, without --calibration auto."
+        )
     return {"general": read_jsonl(general), "harmful": read_jsonl(harmful)}
 
 
@@ -86,7 +102,13 @@ def show(title: str, facts: dict[str, Any], as_json: bool) -> None:
 
     table = Table(title=title, show_header=False, title_justify="left")
     for key, value in facts.items():
-        shown = f"{value:.3g}" if isinstance(value, float) else ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+        shown = (
+            f"{value:.3g}"
+            if isinstance(value, float)
+            else ", ".join(map(str, value))
+            if isinstance(value, (tuple, list))
+            else str(value)
+        )
         table.add_row(str(key).replace("_", " "), shown)
     Console().print(table)
 

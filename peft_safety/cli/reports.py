@@ -15,7 +15,9 @@ from peft_safety.cli.common import JsonOption, app, rows, show
 def report(
     path: Annotated[Path, typer.Argument(help="A report.json that protect or the demo wrote.")],
     png: Annotated[Path | None, typer.Option(help="Also draw it here.")] = None,
-    card: Annotated[bool, typer.Option("--card", help="Print a Markdown section for a model card instead of a table.")] = False,
+    card: Annotated[
+        bool, typer.Option("--card", help="Print a Markdown section for a model card instead of a table.")
+    ] = False,
 ) -> None:
     """Print a saved report as a table or a model-card section, or draw it."""
     from peft_safety.report import Report
@@ -28,8 +30,13 @@ def report(
 
 @app.command()
 def info(
-    adapter: Annotated[Path | None, typer.Option(help="Directory of a LoRA adapter: also tell which path each kind of module takes, and why.")] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Its base model, if it is not the one that the adapter names.")] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Directory of a LoRA adapter: also tell which path each kind of module takes, and why."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Its base model, if it is not the one that the adapter names.")
+    ] = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Load that base model in NF4.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -44,7 +51,11 @@ def info(
     facts.pop("seed")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]
     name, reason = ops.backend_for(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
-    facts |= {"adapter types": ", ".join(registry.config_types()), "devices": ", ".join(devices), "operations": f"{name}: {reason}"}
+    facts |= {
+        "adapter types": ", ".join(registry.config_types()),
+        "devices": ", ".join(devices),
+        "operations": f"{name}: {reason}",
+    }
     if adapter is None:
         show("peft-safety", facts, json)
         return

@@ -1,6 +1,7 @@
 """The package's own small data sets, and reading JSON lines with errors that name the line.
 
-Nothing here contains a harmful answer: harmful *requests*, refusals, contentless openings ("Sure, here is"), safe prompts, and two benign tasks.
+Nothing here contains a harmful answer: harmful *requests*, refusals, contentless openings ("Sure, here is"), safe
+prompts, and two benign tasks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from peft_safety.errors import DataError
 CALIBRATION_PAIRS = 128
 """Pairs behind a safety subspace: the reference setting of SaLoRA, arXiv 2501.01765, section 5.1."""
 BLANK = " \t\r\n\ufeff"
-"""What may stand around the JSON of a line: white space, and the byte-order mark that files put together keep in their middle."""
+"""What may stand around the JSON of a line: white space, and the byte-order mark that files put together keep in their
+middle.
+"""
 SPLITS = ("calibration", "train", "validation", "test")
 FIELDS = {
     "harmful_requests": ("prompt", "category", "split"),
@@ -37,21 +40,27 @@ def read_jsonl(path: str | os.PathLike[str], fields: tuple[str, ...] = ()) -> li
     """Read a JSON-lines file of objects, or one JSON array of them.
 
     Args:
-        path: a UTF-8 file, with or without a byte-order mark and with line ends of any system; blank lines are skipped.
+        path: a UTF-8 file, with or without a byte-order mark and with line ends of any system; blank lines are
+            skipped.
         fields: names that every row must have, each a non-empty string.
 
     Returns:
         The rows in file order.
 
     Raises:
-        DataError: the file is missing, not UTF-8 or empty, or a line is not an object or lacks a field (the line, or the place in the array, is named).
+        DataError: the file is missing, not UTF-8 or empty, or a line is not an object or lacks a field (the line, or
+            the place in the array, is named).
     """
     path = Path(path)
     text = _text(path)
     array = _array(text)
     if array is None:
         lines = ((number, line.strip(BLANK)) for number, line in enumerate(re.split("\r\n|\r|\n", text), 1))
-        rows = [_checked(_parsed(line, f"{path}:{number}", fields), f"{path}:{number}", fields) for number, line in lines if line]
+        rows = [
+            _checked(_parsed(line, f"{path}:{number}", fields), f"{path}:{number}", fields)
+            for number, line in lines
+            if line
+        ]
     else:
         rows = [_checked(item, f"{path}, item {number} of its array", fields) for number, item in enumerate(array)]
     if not rows:
@@ -84,7 +93,9 @@ def load(name: str, split: str | None = None) -> list[dict[str, str]]:
 
 
 def refusal_pairs(split: str = "calibration", n: int | None = None, seed: int = 0) -> list[dict[str, str]]:
-    """Harmful requests paired with refusals: what a safety subspace is estimated from, and what a safety patch is trained on."""
+    """Harmful requests paired with refusals: what a safety subspace is estimated from, and what a safety patch is
+    trained on.
+    """
     return pair_responses(split, "refusals", n, seed)
 
 
@@ -97,7 +108,8 @@ def calibration_rows(method: str, basis: str | None = None) -> list[dict[str, st
     """What a method's subspace is estimated from where no data are given.
 
     Args:
-        basis: "harmful" (requests with refusals), "general" (everyday prompts alone) or "both"; None: "general" for "ortho_patch", "harmful" for the others.
+        basis: "harmful" (requests with refusals), "general" (everyday prompts alone) or "both"; None: "general" for
+            "ortho_patch", "harmful" for the others.
 
     Raises:
         DataError: another basis.
@@ -106,18 +118,28 @@ def calibration_rows(method: str, basis: str | None = None) -> list[dict[str, st
     if basis not in ("harmful", "general", "both"):
         raise DataError(f"basis={basis!r} names no calibration rows. Choose harmful, general or both.")
     harmful = refusal_pairs("calibration", CALIBRATION_PAIRS) if basis != "general" else []
-    general = [{"prompt": row["prompt"]} for split in ("calibration", "train") for row in load("general_prompts", split)] if basis != "harmful" else []
+    general = (
+        [{"prompt": row["prompt"]} for split in ("calibration", "train") for row in load("general_prompts", split)]
+        if basis != "harmful"
+        else []
+    )
     return harmful + general
 
 
 def preference_pairs(split: str = "train", n: int | None = None, seed: int = 0) -> list[dict[str, str]]:
-    """Harmful requests with a refusal as `chosen` and a contentless opening as `rejected`: what a safety mask is trained on."""
+    """Harmful requests with a refusal as `chosen` and a contentless opening as `rejected`: what a safety mask is
+    trained on.
+    """
     refusals, openings = refusal_pairs(split, n, seed), affirmation_pairs(split, n, seed)
-    return [{"prompt": a["prompt"], "chosen": a["response"], "rejected": b["response"]} for a, b in zip(refusals, openings, strict=True)]
+    return [
+        {"prompt": a["prompt"], "chosen": a["response"], "rejected": b["response"]}
+        for a, b in zip(refusals, openings, strict=True)
+    ]
 
 
 def pair_responses(split: str, responses: str, n: int | None, seed: int) -> list[dict[str, str]]:
-    """`n` rows {prompt, response}: distinct harmful requests of `split` first, then (n larger than the split) the same ones with other responses.
+    """`n` rows {prompt, response}: distinct harmful requests of `split` first, then (n larger than the split) the same
+    ones with other responses.
 
     The responses are shuffled and dealt in turn, so each is used equally often; the same arguments give the same rows.
 
@@ -132,7 +154,11 @@ def pair_responses(split: str, responses: str, n: int | None, seed: int) -> list
     rng = random.Random(seed)
     rng.shuffle(prompts)
     rng.shuffle(texts)
-    rounds = [(prompt, texts[(index + lap) % len(texts)]) for lap in range(-(-n // len(prompts))) for index, prompt in enumerate(prompts)]
+    rounds = [
+        (prompt, texts[(index + lap) % len(texts)])
+        for lap in range(-(-n // len(prompts)))
+        for index, prompt in enumerate(prompts)
+    ]
     return [{"prompt": prompt, "response": text} for prompt, text in rounds[:n]]
 
 
@@ -149,7 +175,10 @@ def _text(path: Path) -> str:
     try:
         raw = path.read_bytes()
         if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw:
-            raise DataError(f"{path} is not UTF-8 but looks like UTF-16 (or has zero bytes). Save it as UTF-8, one JSON object a line.")
+            raise DataError(
+                f"{path} is not UTF-8 but looks like UTF-16 (or has zero bytes). Save it as UTF-8, one JSON object a "
+                "line."
+            )
         return raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}. Give a UTF-8 JSON-lines file, one object a line.") from error
@@ -170,15 +199,23 @@ def _parsed(line: str, where: str, fields: tuple[str, ...]) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}). Each line must be one JSON object, for example {_example(fields)}.") from error
+        raise DataError(
+            f"{where}: not JSON ({error}). Each line must be one JSON object, for example {_example(fields)}."
+        ) from error
 
 
 def _checked(row: Any, where: str, fields: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(f"{where}: {type(row).__name__} instead of an object. Each line must be one JSON object, for example {_example(fields)}.")
+        raise DataError(
+            f"{where}: {type(row).__name__} instead of an object. Each line must be one JSON object, for example "
+            f"{_example(fields)}."
+        )
     for field in fields:
         if not isinstance(row.get(field), str) or not row[field].strip():
-            raise DataError(f"{where}: field {field!r} is missing or not a non-empty string. The row has {sorted(row)}; write {_example(fields)}.")
+            raise DataError(
+                f"{where}: field {field!r} is missing or not a non-empty string. The row has {sorted(row)}; write "
+                f"{_example(fields)}."
+            )
     return row
 
 

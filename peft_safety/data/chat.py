@@ -33,7 +33,9 @@ IGNORE_INDEX = -100
 
 
 def classification_prompt(text: str, labels: Sequence[str]) -> str:
-    """The user turn of a classification row: the labels to choose from, then the text: instruction first, so that later tokens know their task."""
+    """The user turn of a classification row: the labels to choose from, then the text: instruction first, so that
+    later tokens know their task.
+    """
     return f"Answer with one of these labels: {', '.join(labels)}.\n\nText: {text}"
 
 
@@ -41,11 +43,13 @@ def to_messages(row: Row, labels: Sequence[str] = ()) -> list[Message]:
     """A row of any accepted kind as chat messages that end with the assistant's turn.
 
     Args:
-        row: {prompt, response}, {prompt, completion}, {text, label} or {messages}. A prompt or an answer is a string (one turn) or a list of turns.
+        row: {prompt, response}, {prompt, completion}, {text, label} or {messages}. A prompt or an answer is a string
+            (one turn) or a list of turns.
         labels: every label of the data set; needed for {text, label}.
 
     Raises:
-        DataError: a row of no accepted kind, or one whose last turn is not an assistant turn that says or calls something.
+        DataError: a row of no accepted kind, or one whose last turn is not an assistant turn that says or calls
+            something.
     """
     prompt, answer = _sides(row, labels)
     return prompt + answer
@@ -65,21 +69,23 @@ def encode(
 ) -> dict[str, list[int]]:
     """Tokens and labels of one conversation: those that TRL's SFTTrainer gives.
 
-    A label is the token itself for what the assistant says, with the end-of-turn token and the white space that the template writes after it, and
-    -100 elsewhere. Where the only answer is the last turn, it is labelled as TRL's prompt/completion rows are; where there are several, all are, as by
-    TRL's assistant-only loss.
+    A label is the token itself for what the assistant says, with the end-of-turn token and the white space that the
+    template writes after it, and
+    -100 elsewhere. Where the only answer is the last turn, it is labeled as TRL's prompt/completion rows are; where
+    there are several, all are, as by TRL's assistant-only loss.
 
     Args:
         messages: ends with an assistant turn.
         max_length: tokens kept, from the left; a label past them is lost.
-        end_of_turn: False leaves what follows the last turn's text unlabelled, for a response that was cut off.
+        end_of_turn: False leaves what follows the last turn's text unlabeled, for a response that was cut off.
         tools: JSON schemas of the tools that the assistant may call.
 
     Returns:
         `input_ids`, `attention_mask` and `labels`, lists of equal length.
 
     Raises:
-        DataError: no chat template, one that refuses these turns, leaves one out, or rewrites earlier ones (then train on the last turn's own prompt).
+        DataError: no chat template, one that refuses these turns, leaves one out, or rewrites earlier ones (then train
+            on the last turn's own prompt).
     """
     turns = _answered(plain_messages(messages))
     answers = [index for index, message in enumerate(turns) if message["role"] == "assistant"]
@@ -88,23 +94,30 @@ def encode(
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, labels: Sequence[str] = ()) -> Feature:
-    """`encode` for a row of any accepted kind, with its `tools`, `chat_template_kwargs`, `truncated` and `distil` columns where it has them.
+    """`encode` for a row of any accepted kind, with its `tools`, `chat_template_kwargs`, `truncated` and `distil`
+    columns where it has them.
 
-    {prompt, response} rows are labelled after their prompt, as TRL's {prompt, completion} rows of turns are; every assistant turn of a {messages} row is
-    labelled, as by TRL's assistant-only loss. Strings are turns here too: the chat template is what the model is asked with.
+    {prompt, response} rows are labeled after their prompt, as TRL's {prompt, completion} rows of turns are; every
+    assistant turn of a {messages} row is labeled, as by TRL's assistant-only loss. Strings are turns here too: the
+    chat template is what the model is asked with.
     """
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, Mapping):
         raise DataError(f"'chat_template_kwargs' is a {type(options).__name__}. Give a mapping of template variables.")
     prompt, answer = _sides(row, labels)
-    chat = Chat(tokenizer, read_tools(row.get("tools")), {key: value for key, value in options.items() if value is not None})
+    chat = Chat(
+        tokenizer, read_tools(row.get("tools")), {key: value for key, value in options.items() if value is not None}
+    )
     turns = None if row.get("messages") is not None else len(prompt)
     feature: Feature = _encode(chat, prompt + answer, turns, max_length, end_of_turn=not row.get("truncated", False))
     return feature | {"distil": True} if row.get("distil") else feature
 
 
-def encode_each(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, labels: Sequence[Any] | None = None) -> list[Feature | None]:
-    """`encode_row` for every row, in their order: None for a row whose answer lies past `max_length`, where no label is left.
+def encode_each(
+    tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, labels: Sequence[Any] | None = None
+) -> list[Feature | None]:
+    """`encode_row` for every row, in their order: None for a row whose answer lies past `max_length`, where no label
+    is left.
 
     Raises:
         DataError: no rows, or a malformed row (its index is named).
@@ -124,15 +137,18 @@ def encode_each(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int,
     return features
 
 
-def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, labels: Sequence[Any] | None = None) -> list[Feature]:
-    """`encode_row` for every row; a row with `"truncated": True` gets no end-of-turn label, and `"distil": True` is passed on.
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, labels: Sequence[Any] | None = None
+) -> list[Feature]:
+    """`encode_row` for every row; a row with `"truncated": True` gets no end-of-turn label, and `"distil": True` is
+    passed on.
 
     Args:
         labels: the labels of a classification task; None takes those of `rows`.
 
     Returns:
-        One feature dict a row that is kept. Rows whose answer lies past `max_length` are left out, as TRL does, with one warning that counts and names
-        them. `encode_each` keeps their places.
+        One feature dict a row that is kept. Rows whose answer lies past `max_length` are left out, as TRL does, with
+        one warning that counts and names them. `encode_each` keeps their places.
 
     Raises:
         DataError: no rows, a malformed row (its index is named), or no row with a response token inside `max_length`.
@@ -146,15 +162,21 @@ def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int,
     lost = [index for index, feature in enumerate(found) if feature is None]
     if lost:
         named = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
-        warnings.warn(f"{len(lost)} of {len(found)} rows have no response token within {max_length} tokens and are left out: rows {named}", stacklevel=2)
+        warnings.warn(
+            f"{len(lost)} of {len(found)} rows have no response token within {max_length} tokens and are left out: "
+            f"rows {named}",
+            stacklevel=2,
+        )
     return kept
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int) -> list[dict[str, list[int]]]:
-    """Rows of a "prompt" alone, up to and including the header of the answer, as `encode` would give them: no position has a label.
+    """Rows of a "prompt" alone, up to and including the header of the answer, as `encode` would give them: no position
+    has a label.
 
     Raises:
-        DataError: a prompt that is neither a string nor a list of turns, or that the template refuses (the row is named).
+        DataError: a prompt that is neither a string nor a list of turns, or that the template refuses (the row is
+            named).
     """
     features = []
     for index, row in enumerate(as_rows(rows)):
@@ -177,11 +199,13 @@ def has_labels(feature: Mapping[str, Any]) -> bool:
     return any(label != IGNORE_INDEX for label in feature["labels"])
 
 
-def _encode(chat: Chat, messages: list[Message], prompt_turns: int | None, max_length: int, end_of_turn: bool) -> dict[str, list[int]]:
+def _encode(
+    chat: Chat, messages: list[Message], prompt_turns: int | None, max_length: int, end_of_turn: bool
+) -> dict[str, list[int]]:
     if max_length < 1:
         raise DataError(f"max_length = {max_length} keeps no token. Give at least 1.")
     ids, mask = label_mask(chat, messages, prompt_turns, end_of_turn)
-    labels = [token if labelled else IGNORE_INDEX for token, labelled in zip(ids, mask, strict=True)][:max_length]
+    labels = [token if labeled else IGNORE_INDEX for token, labeled in zip(ids, mask, strict=True)][:max_length]
     return {"input_ids": ids[:max_length], "attention_mask": [1] * len(labels), "labels": labels}
 
 
@@ -194,7 +218,10 @@ def _sides(row: Row, labels: Sequence[str]) -> tuple[list[Message], list[Message
     elif kind == "pair":
         prompt, answered = _turns(row["prompt"], "user"), _turns(row["response"], "assistant")
     elif kind == "label":
-        prompt, answered = _turns(classification_prompt(row["text"], labels), "user"), _turns(row["label"], "assistant")
+        prompt, answered = (
+            _turns(classification_prompt(row["text"], labels), "user"),
+            _turns(row["label"], "assistant"),
+        )
     else:
         raise DataError(f"a row has fields {sorted(map(str, row))}. Accepted: {SHAPES}.")
     return prompt, _answered(answered)
@@ -208,7 +235,8 @@ def _answered(messages: list[Message]) -> list[Message]:
     last = messages[-1] if messages else {}
     if last.get("role") != "assistant" or not (str(last.get("content", "")).strip() or last.get("tool_calls")):
         raise DataError(
-            f"the last turn of a row must be a non-empty assistant turn to train on, and the turns are {[turn['role'] for turn in messages]}. "
+            "the last turn of a row must be a non-empty assistant turn to train on, and the turns are "
+            f"{[turn['role'] for turn in messages]}. "
             f"Accepted rows: {SHAPES}."
         )
     return messages
@@ -219,8 +247,9 @@ class Collator:
 
     Args:
         distil: also say which rows have `"distil": True`, `(batch,)` bool.
-        trim: also say how many of the last positions need logits (`logits_to_keep`), and give labels of those only. The loss is the same, and the vocabulary's
-            logits of a long prompt are never made: a quarter of the step for SmolLM2-135M on a task whose answers are a word.
+        trim: also say how many of the last positions need logits (`logits_to_keep`), and give labels of those only.
+            The loss is the same, and the vocabulary's logits of a long prompt are never made: a quarter of the step
+            for SmolLM2-135M on a task whose answers are a word.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, distil: bool = False, trim: bool = False) -> None:
@@ -231,7 +260,10 @@ class Collator:
         import torch
 
         width = max(len(feature["input_ids"]) for feature in features)
-        batch = {key: torch.tensor([feature[key] + [fill] * (width - len(feature[key])) for feature in features]) for key, fill in self.padding.items()}
+        batch = {
+            key: torch.tensor([feature[key] + [fill] * (width - len(feature[key])) for feature in features])
+            for key, fill in self.padding.items()
+        }
         if self.distil:
             batch["distil"] = torch.tensor([feature.get("distil", False) for feature in features])
         if not self.trim:
@@ -250,7 +282,9 @@ def can_trim(model: Any) -> bool:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The pad token, or the end-of-sequence token of a tokenizer without one (padding is masked, so either will do)."""
+    """The pad token, or the end-of-sequence token of a tokenizer without one (padding is masked, so either will
+    do).
+    """
     found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if found is None:
         raise DataError("the tokenizer has neither a pad nor an end-of-sequence token. Set tokenizer.pad_token.")

@@ -1,8 +1,9 @@
 """Which tokens of a conversation the model is trained to say: those that TRL's SFTTrainer labels.
 
-A prompt with its answer is labelled as TRL's prompt/completion rows are: from the first token that differs from the prompt's own tokens to the end,
-so that a token which joins the header's last space with the answer counts. Conversations of several answers are labelled as TRL's assistant-only
-loss does, by the template's own marks; for templates without them each answer is what its turn adds to the turns before it.
+A prompt with its answer is labeled as TRL's prompt/completion rows are: from the first token that differs from the
+prompt's own tokens to the end, so that a token which joins the header's last space with the answer counts.
+Conversations of several answers are labeled as TRL's assistant-only loss does, by the template's own marks; for
+templates without them each answer is what its turn adds to the turns before it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from peft_safety.errors import DataError
 SPLIT = "Give each assistant turn as its own prompt/response row"
 
 
-def label_mask(chat: Chat, messages: Sequence[Message], prompt_turns: int | None, end_of_turn: bool) -> tuple[list[int], list[bool]]:
+def label_mask(
+    chat: Chat, messages: Sequence[Message], prompt_turns: int | None, end_of_turn: bool
+) -> tuple[list[int], list[bool]]:
     """Tokens of `messages`, and which of them have a label.
 
     Args:
         prompt_turns: turns at the head that are asked; all after them is answered. None labels each assistant turn.
-        end_of_turn: False leaves what follows the last turn's content unlabelled.
+        end_of_turn: False leaves what follows the last turn's content unlabeled.
 
     Raises:
         DataError: the template refuses the turns, leaves one out, or rewrites what was asked once the answer is there.
@@ -31,7 +34,10 @@ def label_mask(chat: Chat, messages: Sequence[Message], prompt_turns: int | None
         ids, marks = chat.marked(messages)
         mask = [bool(mark) for mark in marks]
         if not any(mask):
-            raise DataError("the chat template marks no token of the assistant. Mend its {% generation %} blocks, or take them out.")
+            raise DataError(
+                "the chat template marks no token of the assistant. Mend its {% generation %} blocks, or take them "
+                "out."
+            )
     else:
         text = chat.text(messages)
         ids = chat.ids(text)
@@ -45,7 +51,9 @@ def label_mask(chat: Chat, messages: Sequence[Message], prompt_turns: int | None
     return ids, mask
 
 
-def _spans(chat: Chat, messages: Sequence[Message], text: str, ids: list[int], prompt_turns: int | None) -> list[tuple[int, int]]:
+def _spans(
+    chat: Chat, messages: Sequence[Message], text: str, ids: list[int], prompt_turns: int | None
+) -> list[tuple[int, int]]:
     if prompt_turns is not None:
         return [(_start(chat, messages, prompt_turns, text, ids), len(ids))]
     return [
@@ -62,7 +70,9 @@ def _start(chat: Chat, messages: Sequence[Message], turn: int, text: str, ids: l
     start = _shared(tokens, ids)
     # The end of the header may differ, as where a template opens a thought in it. What was said before it may not.
     if not text.startswith(asked) and start < _shared(tokens, chat.ids(chat.text(messages[:turn]))):
-        raise DataError(f"the chat template rewrites turns {roles(messages[:turn])} once turn {turn} follows. {SPLIT}.")
+        raise DataError(
+            f"the chat template rewrites turns {roles(messages[:turn])} once turn {turn} follows. {SPLIT}."
+        )
     return start
 
 
@@ -72,20 +82,25 @@ def _end(chat: Chat, messages: Sequence[Message], turn: int, text: str, ids: lis
         return len(ids)
     said = chat.text(messages[: turn + 1])
     end = str(chat.tokenizer.eos_token or "")
-    if not text.startswith(said) and end and said.endswith(end):  # a template may end the conversation, beside its last turn
+    if (
+        not text.startswith(said) and end and said.endswith(end)
+    ):  # a template may end the conversation, beside its last turn
         said = said[: -len(end)]
         if said.rstrip().endswith(str(messages[turn].get("content", "")).strip()):
             said += end  # what ended the turn, rather
     if not text.startswith(said):
         raise DataError(
-            f"the chat template rewrites turn {turn} once later turns follow. {SPLIT}, or use a template with {{% generation %}} blocks "
+            f"the chat template rewrites turn {turn} once later turns follow. {SPLIT}, or use a template with {{% "
+            f"generation %}} blocks "
             "(TRL has them for common models: install it)."
         )
     return _shared(chat.ids(said), ids)
 
 
 def _opening(chat: Chat, messages: Sequence[Message], text: str) -> str:
-    """What comes before the answer of a conversation that the assistant opens: no template renders a prompt of no turns."""
+    """What comes before the answer of a conversation that the assistant opens: no template renders a prompt of no
+    turns.
+    """
     first = list(messages[:1])
     with_header, without = chat.text(first, header=True), chat.text(first)
     header = with_header[_shared(with_header, without) :]
@@ -99,7 +114,9 @@ def _opening(chat: Chat, messages: Sequence[Message], text: str) -> str:
 
 
 def _nothing_left_out(chat: Chat, messages: Sequence[Message]) -> None:
-    """Templates may drop in silence what they have no place for: a system prompt, a tool call, text where they expect parts."""
+    """Templates may drop in silence what they have no place for: a system prompt, a tool call, text where they expect
+    parts.
+    """
     text, said = chat.text(messages), [message.get("content", "") for message in messages]
     for index, message in enumerate(messages):
         content = said[index].strip()

@@ -21,9 +21,9 @@ def as_rows(data: Any, what: str = "rows", error: type[PeftSafetyError] = DataEr
     """Every row of `data`, in its order and in this package's spelling (see `plain_row`).
 
     Args:
-        data: a list, a tuple or any other collection of mappings; a `datasets.Dataset`, or a `DatasetDict` of one split;
-            a map-style torch data set; a pandas frame; or a stream (a generator, an `IterableDataset`) of at most
-            `STREAM_ROWS` rows. Tokenised batches pass as they are.
+        data: a list, a tuple or any other collection of mappings; a `datasets.Dataset`, or a `DatasetDict` of one
+            split; a map-style torch data set; a pandas frame; or a stream (a generator, an `IterableDataset`) of at
+            most `STREAM_ROWS` rows. Tokenized batches pass as they are.
         what: how an error calls the data.
         error: what to raise where `data` is no such thing.
 
@@ -54,7 +54,10 @@ def data_rows(data: Any, what: str) -> list[dict[str, Any]]:
     """
     found = as_rows(data, what, ConfigError)
     if not found:
-        raise ConfigError(f"{what} is a {type(data).__name__} without rows. Give rows {{prompt, response}} or tokenised batches, or None.")
+        raise ConfigError(
+            f"{what} is a {type(data).__name__} without rows. Give rows {{prompt, response}} or tokenized batches, or "
+            "None."
+        )
     return found
 
 
@@ -91,7 +94,8 @@ def kind_of(row: Row) -> Kind | None:
 
 
 def label_text(label: Any) -> str:
-    """A label as the model is to write it: text as it is; numbers and truth values, NumPy's and torch's too, as Python has them.
+    """A label as the model is to write it: text as it is; numbers and truth values, NumPy's and torch's too, as Python
+    has them.
 
     Raises:
         DataError: anything else, or text that is empty.
@@ -118,7 +122,10 @@ def label_list(labels: Iterable[Any]) -> list[str]:
     for label in found:
         if label.strip() in seen:
             other = seen[label.strip()]
-            raise DataError(f"labels {other!r} and {label!r} are one to an answer, which keeps no white space at its ends. Give each label of the task once.")
+            raise DataError(
+                f"labels {other!r} and {label!r} are one to an answer, which keeps no white space at its ends. Give "
+                "each label of the task once."
+            )
         seen[label.strip()] = label
     return found
 
@@ -139,7 +146,8 @@ def _check_one_type(text: str, label: Any, sources: dict[str, tuple[type, int]],
     first, earlier = sources.setdefault(text, (kind, index))
     if first is not kind:
         raise DataError(
-            f"{what}, row {index}: label {text} is of type {kind.__name__}, and of type {first.__name__} in row {earlier}. "
+            f"{what}, row {index}: label {text} is of type {kind.__name__}, and of type {first.__name__} in row "
+            f"{earlier}. "
             "Write all labels as text, or all as numbers."
         )
 
@@ -154,7 +162,10 @@ def _records(data: Any, what: str, error: type[PeftSafetyError]) -> Iterable[Any
             splits = ", ".join(map(str, data)) or "(none)"
             raise error(f"{what}: a {type(data).__name__} with the splits {splits}. Give the rows of one of them.")
         data = next(iter(data.values()))
-    unusable = error(f"{what} is a {type(data).__name__}. Give a list or data set of rows, {SHAPES}, or of tokenised batches. read_jsonl reads a file.")
+    unusable = error(
+        f"{what} is a {type(data).__name__}. Give a list or data set of rows, {SHAPES}, or of tokenized batches. "
+        "read_jsonl reads a file."
+    )
     if data is None or isinstance(data, (str, bytes, os.PathLike, Mapping)):
         raise unusable
     if _is(data, "pandas", "DataFrame"):
@@ -171,7 +182,10 @@ def _records(data: Any, what: str, error: type[PeftSafetyError]) -> Iterable[Any
         return source
     found = list(islice(source, STREAM_ROWS + 1))
     if len(found) > STREAM_ROWS:
-        raise error(f"{what}: a stream of more than {STREAM_ROWS} rows, which may have no end. Give a part of it: itertools.islice(data, {STREAM_ROWS}).")
+        raise error(
+            f"{what}: a stream of more than {STREAM_ROWS} rows, which may have no end. Give a part of it: "
+            f"itertools.islice(data, {STREAM_ROWS})."
+        )
     return found
 
 

@@ -57,7 +57,8 @@ class Chat:
         return list(found["input_ids"]), list(found["assistant_masks"])
 
     def training(self) -> Chat | None:
-        """The same chat with a template that marks what the assistant generates: its own, or TRL's for this template; None where there is none.
+        """The same chat with a template that marks what the assistant generates: its own, or TRL's for this template;
+        None where there is none.
 
         TRL's SFTTrainer trains on these marks. They need a fast tokenizer.
         """
@@ -66,7 +67,9 @@ class Chat:
         try:
             own = str(self.tokenizer.get_chat_template(None, self.tools))
         except ValueError as error:  # several templates, none of them the default
-            raise DataError(f"the tokenizer names no chat template for these turns: {error}. Set tokenizer.chat_template.") from error
+            raise DataError(
+                f"the tokenizer names no chat template for these turns: {error}. Set tokenizer.chat_template."
+            ) from error
         if MARKERS.search(own):
             return self
         if own not in _training_templates:
@@ -78,19 +81,32 @@ class Chat:
         from jinja2 import TemplateError
 
         if not self.tokenizer.chat_template:
-            raise DataError("the tokenizer has no chat template. Use an instruct model, or set tokenizer.chat_template.")
+            raise DataError(
+                "the tokenizer has no chat template. Use an instruct model, or set tokenizer.chat_template."
+            )
         given = {**self.options, "chat_template": self.template, "tools": self.tools or None}
         try:
             return self.tokenizer.apply_chat_template(list(messages), **given, **how)
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise DataError(f"the chat template refuses turns {roles(messages)}: {error}. {_remedy(messages)}") from error
+        except (
+            TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise DataError(
+                f"the chat template refuses turns {roles(messages)}: {error}. {_remedy(messages)}"
+            ) from error
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Turns as templates of text models read them: no empty keys, and the text parts of a content list joined.
 
     Raises:
-        DataError: not a list of turns; a turn without a role, or without content and tool calls; a part that is no text.
+        DataError: not a list of turns; a turn without a role, or without content and tool calls; a part that is no
+            text.
     """
     listed = isinstance(messages, Iterable) and not isinstance(messages, (str, bytes, Mapping))
     if not listed or not all(isinstance(message, Mapping) for message in messages):
@@ -111,11 +127,15 @@ def read_tools(tools: Any) -> list[Any] | None:
     try:
         found = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
     except (ValueError, RecursionError) as error:
-        raise DataError(f"'tools' is not JSON: {error}. Give a list of JSON schemas, or that list as JSON text.") from error
+        raise DataError(
+            f"'tools' is not JSON: {error}. Give a list of JSON schemas, or that list as JSON text."
+        ) from error
     if not found:
         return None
     if not isinstance(found, (list, tuple)):
-        raise DataError(f"'tools' is a {type(found).__name__}. Give a list of JSON schemas, or that list as JSON text.")
+        raise DataError(
+            f"'tools' is a {type(found).__name__}. Give a list of JSON schemas, or that list as JSON text."
+        )
     return list(found)
 
 
@@ -129,16 +149,23 @@ def _plain(message: Mapping[str, Any]) -> Message:
     silent = content is None and found.get("role") == "assistant" and bool(found.get("tool_calls"))
     if not isinstance(found.get("role"), str) or not (isinstance(content, str) or silent):
         raise DataError(
-            f"a message has {message!r:.200}. Each message needs a string 'role' and a 'content': a string or text parts, or (assistant) tool calls instead."
+            f"a message has {message!r:.200}. Each message needs a string 'role' and a 'content': a string or text "
+            "parts, or (assistant) tool calls instead."
         )
     return found
 
 
 def _remedy(messages: Sequence[Message]) -> str:
     if "system" in roles(messages):
-        return "If it takes no system turn, put that text at the head of the first user turn; else alternate user and assistant."
+        return (
+            "If it takes no system turn, put that text at the head of the first user turn; else alternate "
+            "user and assistant."
+        )
     if any("tool_calls" in message for message in messages):
-        return 'Templates differ in what they take beside tool calls: "content": "" or none, arguments as a mapping or as JSON text.'
+        return (
+            'Templates differ in what they take beside tool calls: "content": "" or none, '
+            "arguments as a mapping or as JSON text."
+        )
     return "Start with a user turn and alternate user and assistant."
 
 

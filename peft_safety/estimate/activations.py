@@ -1,4 +1,6 @@
-"""Safety subspaces from activations: what the inputs or the outputs of each layer span on some data, for all layers in one pass."""
+"""Safety subspaces from activations: what the inputs or the outputs of each layer span on some data, for all layers in
+one pass.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ METHODS: dict[str, tuple[tuple[Side, ...], Positions]] = {
 DEFAULT_RANK = 32
 """As published for SaLoRA (arXiv 2501.01765, section 5.1)."""
 GUARDSPACE_FRACTION = 0.25
-"""Share of the input dimensions that GuardSpace takes where none is given: in a probe on SmolLM2-135M (one seed) it kept refusals at every share of poison. To
-be confirmed by benchmarks/guardspace.py; a long fine-tune needed half."""
+"""Share of the input dimensions that GuardSpace takes where none is given: in a probe on SmolLM2-135M (one seed) it
+kept refusals at every share of poison. To be confirmed by benchmarks/guardspace.py; a long fine-tune needed half."""
 
 
 def estimate(
@@ -53,36 +55,46 @@ def estimate(
     allow_fewer: bool = False,
     progress: bool = True,
 ) -> SafetySubspace:
-    """Estimate the directions that `data` spans in each target layer, `X` being the layer's inputs at the tokens that count.
+    """Estimate the directions that `data` spans in each target layer, `X` being the layer's inputs at the tokens that
+    count.
 
-    On the output side the top left singular vectors of `W X` (bias excluded, not centred), on the input side the top eigenvectors of `X X^T`, which layers with
-    the same input share. Any adapter on the model is switched off meanwhile.
+    On the output side the top left singular vectors of `W X` (bias excluded, not centered), on the input side the top
+    eigenvectors of `X X^T`, which layers with the same input share. Any adapter on the model is switched off
+    meanwhile.
 
     Args:
-        model: language model; may be quantised, may carry adapters. Of an encoder-decoder the encoder's tokens are the prompt, the decoder's the response.
-        data: rows `{prompt, response}` / `{messages}` / `{text, label}`, rows of a `{prompt}` alone, or tokenised batches with `labels` (-100: no response);
-            a list, a data set, a frame or an iterable data set of them (see `peft_safety.data.rows.as_rows`).
+        model: language model; may be quantized, may carry adapters. Of an encoder-decoder the encoder's tokens are the
+            prompt, the decoder's the response.
+        data: rows `{prompt, response}` / `{messages}` / `{text, label}`, rows of a `{prompt}` alone, or tokenized
+            batches with `labels` (-100: no response); a list, a data set, a frame or an iterable data set of them (see
+            `peft_safety.data.rows.as_rows`).
         tokenizer: with a chat template; for rows only.
-        method: "salora" (out, response tokens), "ortho_patch" or "guardspace" (in, all tokens); sets `sides` and `positions` where they are not given.
-        rank: directions per layer, an integer (default 32); or a share of the features of that side, a float in (0, 1) (default of "guardspace").
+        method: "salora" (out, response tokens), "ortho_patch" or "guardspace" (in, all tokens); sets `sides` and
+            `positions` where they are not given.
+        rank: directions per layer, an integer (default 32); or a share of the features of that side, a float in (0, 1)
+            (default of "guardspace").
         energy: instead, as many directions as hold this share of `||W X||^2` or `||X||^2`, in (0, 1].
         per_kind: other values of `rank`, or of `energy`, for modules whose name ends so: `{"down_proj": 0.1}`.
         positions: "response", "prompt" or "all" tokens.
         against: data that must stay in reach; the basis is then contrastive (see `contrastive_basis`).
-        target_modules, exclude_modules: as in `LoraConfig`; without `target_modules`, PEFT's default of the architecture.
+        target_modules, exclude_modules: as in `LoraConfig`; without `target_modules`, PEFT's default of the
+            architecture.
         layers: base layers by name, instead of these two.
-        allow_fewer: where the data span fewer than `rank` directions (a first layer sees little but the embeddings of the tokens that occur), keep those,
-            with a warning, instead of raising.
+        allow_fewer: where the data span fewer than `rank` directions (a first layer sees little but the embeddings of
+            the tokens that occur), keep those, with a warning, instead of raising.
 
     Returns:
-        A subspace with spectra, fingerprints and provenance. Layers that no token reaches, or with a single feature on a side, have none: see
-        `SafetySubspace.left_out`. Layers far narrower than the others (heads, gates) have fewer directions where `rank` is too much for them, with a warning.
+        A subspace with spectra, fingerprints and provenance. Layers that no token reaches, or with a single feature on
+        a side, have none: see `SafetySubspace.left_out`. Layers far narrower than the others (heads, gates) have fewer
+        directions where `rank` is too much for them, with a warning.
 
     Raises:
-        CalibrationError: fewer tokens, or fewer independent directions, than `rank`; inputs that are zero or not finite.
+        CalibrationError: fewer tokens, or fewer independent directions, than `rank`; inputs that are zero or not
+            finite.
         ConfigError: an unknown method, a rank that leaves nothing to train, no module matched.
 
-    Reference: SaLoRA, arXiv 2501.01765, section 4.1; GuardSpace, arXiv 2510.14301. SaLoRA's public code runs the model once per layer; this is one pass.
+    Reference: SaLoRA, arXiv 2501.01765, section 4.1; GuardSpace, arXiv 2510.14301. SaLoRA's public code runs the model
+        once per layer; this is one pass.
     """
     chosen, where = _where(method, sides, positions)
     if rank is None and energy is None:
@@ -96,21 +108,57 @@ def estimate(
         batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
         with adapters_off(model):
             moments = collect(model, layers, batches, positions=where, progress=progress)
-        found.append((moments, {"data": digest, "samples": sum(int(b["input_ids"].shape[0]) for b in batches), "tokens": moments.tokens}))
+        found.append(
+            (
+                moments,
+                {
+                    "data": digest,
+                    "samples": sum(int(b["input_ids"].shape[0]) for b in batches),
+                    "tokens": moments.tokens,
+                },
+            )
+        )
     (moments, facts), contrast = found[0], found[1:]
-    wanted = {(name, side): sizes[name][side].fixed(weights.shape(layer), side, name) for name, layer in layers.items() for side in chosen}
+    wanted = {
+        (name, side): sizes[name][side].fixed(weights.shape(layer), side, name)
+        for name, layer in layers.items()
+        for side in chosen
+    }
     needed = max((k for k in wanted.values() if k is not None), default=1)
     if moments.tokens < needed:
         raise CalibrationError(
-            f"{moments.tokens} {'labelled ' * (where == 'response')}tokens cannot span rank={needed} directions. Give more data, or a smaller rank."
+            f"{moments.tokens} {'labeled ' * (where == 'response')}tokens cannot span rank={needed} directions. Give "
+            "more data, or a smaller rank."
         )
     reached = {name: layer for name, layer in layers.items() if all(seen.reaches(name) for seen, _ in found)}
     if not reached:
-        raise CalibrationError(f"no token that counts reaches any of the {len(layers)} target layers ({naming.some(layers)}). Give data that do.")
-    bases, spectra = _bases({side: narrow_layers(layers, side) for side in chosen}, reached, chosen, moments, contrast[0][0] if contrast else None, sizes, seed)
-    _check_spans({(name, side): bases[name][side].shape[1] for name in reached for side in chosen}, wanted, allow_fewer)
-    provenance = {"method": method, "sides": "+".join(chosen), "positions": where, "seed": seed, "model": model_name(model), **facts}
-    provenance |= ({"rank": rank} if energy is None else {"energy": energy}) | ({"per_kind": dict(per_kind)} if per_kind else {})
+        raise CalibrationError(
+            f"no token that counts reaches any of the {len(layers)} target layers ({naming.some(layers)}). Give data "
+            "that do."
+        )
+    bases, spectra = _bases(
+        {side: narrow_layers(layers, side) for side in chosen},
+        reached,
+        chosen,
+        moments,
+        contrast[0][0] if contrast else None,
+        sizes,
+        seed,
+    )
+    _check_spans(
+        {(name, side): bases[name][side].shape[1] for name in reached for side in chosen}, wanted, allow_fewer
+    )
+    provenance = {
+        "method": method,
+        "sides": "+".join(chosen),
+        "positions": where,
+        "seed": seed,
+        "model": model_name(model),
+        **facts,
+    }
+    provenance |= ({"rank": rank} if energy is None else {"energy": energy}) | (
+        {"per_kind": dict(per_kind)} if per_kind else {}
+    )
     provenance |= record([name for name in layers if name not in reached], unfit)
     if contrast:
         provenance["against"] = contrast[0][1]["data"]
@@ -121,7 +169,9 @@ def estimate(
     return subspace
 
 
-def _where(method: str, sides: Sequence[Side] | None, positions: Positions | None) -> tuple[tuple[Side, ...], Positions]:
+def _where(
+    method: str, sides: Sequence[Side] | None, positions: Positions | None
+) -> tuple[tuple[Side, ...], Positions]:
     """Sides and token positions: those given, or else the method's own."""
     if method not in METHODS:
         raise ConfigError(f"method={method!r}; no such method. Use one of {', '.join(METHODS)}.")
@@ -140,8 +190,11 @@ def size_of(rank: float | None, energy: float | None = None) -> Size:
     return Size(share=rank, energy=energy) if isinstance(rank, float) else Size(rank=rank, energy=energy)
 
 
-def sizes_of(layers: Mapping[str, nn.Module], rank: float | None, energy: float | None, per_kind: Mapping[str, float]) -> dict[str, Size]:
-    """The size of each layer's basis; `per_kind` has other values, in the same unit, by the last part of a layer's name.
+def sizes_of(
+    layers: Mapping[str, nn.Module], rank: float | None, energy: float | None, per_kind: Mapping[str, float]
+) -> dict[str, Size]:
+    """The size of each layer's basis; `per_kind` has other values, in the same unit, by the last part of a layer's
+    name.
 
     Raises:
         ConfigError: see `size_of`; a kind that no layer is of.
@@ -185,7 +238,11 @@ def _bases(
             if side == "in":
                 key = (id(moment), size, slim)
                 if key not in shared:
-                    found = input_basis(moment, size, name, seed=seed) if against is None else contrastive_basis(moment, against, size, name)
+                    found = (
+                        input_basis(moment, size, name, seed=seed)
+                        if against is None
+                        else contrastive_basis(moment, against, size, name)
+                    )
                     shared[key] = cut(*found) if slim else found
                 found = shared[key]
             else:
@@ -200,12 +257,17 @@ def _bases(
     return bases, spectra
 
 
-def _check_spans(spans: Mapping[tuple[str, Side], int], wanted: Mapping[tuple[str, Side], int | None], allow_fewer: bool) -> None:
+def _check_spans(
+    spans: Mapping[tuple[str, Side], int], wanted: Mapping[tuple[str, Side], int | None], allow_fewer: bool
+) -> None:
     short = {key: span for key, span in spans.items() if span < (wanted[key] or 0)}
     if not short:
         return
     key = min(short, key=lambda k: short[k])
-    said = f"{key[0]}: the data span {short[key]} directions only, rank={wanted[key]} were asked for ({len(short)} of {len(spans)} layers fall short)."
+    said = (
+        f"{key[0]}: the data span {short[key]} directions only, rank={wanted[key]} were asked for "
+        f"({len(short)} of {len(spans)} layers fall short)."
+    )
     if not allow_fewer or short[key] == 0:
         raise CalibrationError(f"{said} Give more varied data, a smaller rank, or allow_fewer=True.")
     warnings.warn(f"{said} Each protects all that it has.", stacklevel=3)

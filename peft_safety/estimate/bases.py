@@ -1,7 +1,8 @@
-"""From second moments and weights to bases: how many directions, and which. Pure functions on tensors; nothing here runs a model.
+"""From second moments and weights to bases: how many directions, and which. Pure functions on tensors; nothing here
+runs a model.
 
-A moment is `S = sum_t x_t x_t^T (n, n)` of a layer's inputs, not normalised. A basis comes with a spectrum, descending: the square roots of the eigenvalues
-behind it.
+A moment is `S = sum_t x_t x_t^T (n, n)` of a layer's inputs, not normalized. A basis comes with a spectrum,
+descending: the square roots of the eigenvalues behind it.
 """
 
 from __future__ import annotations
@@ -12,15 +13,27 @@ import torch
 from torch import Tensor
 
 from peft_safety.errors import CalibrationError, ConfigError
-from peft_safety.projection import OVERSAMPLING, POWER_ITERATIONS, Side, orthonormalise, top_eigenvectors, top_left_singular
+from peft_safety.projection import (
+    OVERSAMPLING,
+    POWER_ITERATIONS,
+    Side,
+    orthonormalize,
+    top_eigenvectors,
+    top_left_singular,
+)
 
 RANK_FLOORS = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""Singular values below this share of the largest are rounding noise. A fp32 moment of exact rank r leaves up to 9e-4, about the square root of its epsilon, in
-the next one; a fp64 moment of fp32 activations shows those down to the activations' own rounding."""
+"""Singular values below this share of the largest are rounding noise. A fp32 moment of exact rank r leaves up to 9e-4,
+about the square root of its epsilon, in the next one; a fp64 moment of fp32 activations shows those down to the
+activations' own rounding."""
 RIDGE = 1e-3
-"""Share of the mean eigenvalue added to the denominator of a contrastive basis, so that directions that neither data set uses are no contrast."""
+"""Share of the mean eigenvalue added to the denominator of a contrastive basis, so that directions that neither data
+set uses are no contrast.
+"""
 WEIGHT_ITERATIONS = 2
-"""Iterations with `W W^T`, each worth two with `W`, for weight bases: see benchmarks/subspace.py for what they reach."""
+"""Iterations with `W W^T`, each worth two with `W`, for weight bases: see benchmarks/subspace.py for what they
+reach.
+"""
 DENSE_LIMIT = 1024
 """Moments up to this size are decomposed in full: as fast as iterating there, and exact."""
 
@@ -42,16 +55,25 @@ class Size:
     def __post_init__(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not None}
         if len(given) != 1:
-            raise ConfigError(f"the size of a basis is given by one of rank, a share and energy, not by {given or 'none'}.")
+            raise ConfigError(
+                f"the size of a basis is given by one of rank, a share and energy, not by {given or 'none'}."
+            )
         if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool)):
-            raise ConfigError(f"rank={self.rank!r}. Use an integer of at least 1, or a share of the features between 0 and 1.")
+            raise ConfigError(
+                f"rank={self.rank!r}. Use an integer of at least 1, or a share of the features between 0 and 1."
+            )
         if self.share is not None and not 0 < self.share < 1:
-            raise ConfigError(f"rank={self.share!r}. Use an integer of at least 1, or a share of the features between 0 and 1.")
-        if self.energy is not None and not (isinstance(self.energy, (int, float)) and not isinstance(self.energy, bool) and 0 < self.energy <= 1):
+            raise ConfigError(
+                f"rank={self.share!r}. Use an integer of at least 1, or a share of the features between 0 and 1."
+            )
+        if self.energy is not None and not (
+            isinstance(self.energy, (int, float)) and not isinstance(self.energy, bool) and 0 < self.energy <= 1
+        ):
             raise ConfigError(f"energy={self.energy!r}. Use a number in (0, 1].")
 
     def fixed(self, shape: tuple[int, int], side: Side, name: str) -> int | None:
-        """Directions to take on one side of a layer `(m, n)`; None where the energy decides. The inputs span at most `n` of either side.
+        """Directions to take on one side of a layer `(m, n)`; None where the energy decides. The inputs span at most
+        `n` of either side.
 
         Raises:
             ConfigError: they would leave nothing to train, or are more than there can be.
@@ -61,11 +83,15 @@ class Size:
             return min(max(1, round(self.share * d)), d - 1, n)
         if self.rank is not None and not 1 <= self.rank < d:
             raise ConfigError(
-                f"{name}: rank={self.rank} of {d} {side}put features leaves nothing to train, or protects nothing (the layer is {shape[0]} x {n}). "
+                f"{name}: rank={self.rank} of {d} {side}put features leaves nothing to train, or protects nothing "
+                f"(the layer is {shape[0]} x {n}). "
                 f"Use a rank from 1 to {d - 1}, or leave it out."
             )
         if self.rank is not None and self.rank > n:
-            raise ConfigError(f"{name}: rank={self.rank}, but {n} input features give at most {n} directions. Use a smaller rank, or leave it out.")
+            raise ConfigError(
+                f"{name}: rank={self.rank}, but {n} input features give at most {n} directions. Use a smaller rank, "
+                "or leave it out."
+            )
         return self.rank
 
 
@@ -78,12 +104,17 @@ def check_moment(moment: Tensor, name: str) -> float:
     total = float(moment.diagonal().double().sum())
     if not bool(torch.isfinite(moment).all()) or not total > 0:
         what = "is zero" if total == 0 else "holds NaN or Inf"
-        raise CalibrationError(f"{name}: the second moment {tuple(moment.shape)} of its inputs {what}. Check the data, and load the model in fp32 or bf16.")
+        raise CalibrationError(
+            f"{name}: the second moment {tuple(moment.shape)} of its inputs {what}. Check the data, and load the "
+            "model in fp32 or bf16."
+        )
     return total
 
 
 @torch.no_grad()
-def output_basis(weight: Tensor, moment: Tensor | None, size: Size, name: str, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+def output_basis(
+    weight: Tensor, moment: Tensor | None, size: Size, name: str, *, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Top left singular vectors `(m, k)` of `W X`, and its singular values.
 
     Args:
@@ -117,7 +148,8 @@ def output_basis(weight: Tensor, moment: Tensor | None, size: Size, name: str, *
 def input_basis(moment: Tensor, size: Size, name: str, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Top eigenvectors `(n, k)` of `S = X X^T`, and the singular values of `X`.
 
-    With `P = I - Q Q^T` behind a factor, `E||dW x||^2 <= lambda_{k+1} ||dW||_F^2` on the data of `S`, `lambda` the eigenvalues of `E[x x^T]`.
+    With `P = I - Q Q^T` behind a factor, `E||dW x||^2 <= lambda_{k+1} ||dW||_F^2` on the data of `S`, `lambda` the
+    eigenvalues of `E[x x^T]`.
 
     Reference: GuardSpace, arXiv 2510.14301 (on harmful data); on general data, OrthoSafetyPatch.
     """
@@ -135,7 +167,8 @@ def input_basis(moment: Tensor, size: Size, name: str, *, seed: int = 0) -> tupl
 
 @torch.no_grad()
 def contrastive_basis(moment: Tensor, against: Tensor, size: Size, name: str) -> tuple[Tensor, Tensor]:
-    """Span `(d, k)` of the directions that one data set uses most, relative to another: top generalised eigenvectors of `S v = mu S' v`.
+    """Span `(d, k)` of the directions that one data set uses most, relative to another: top generalized eigenvectors
+    of `S v = mu S' v`.
 
     Args:
         moment: `S (d, d)`, of the data to protect.
@@ -148,10 +181,12 @@ def contrastive_basis(moment: Tensor, against: Tensor, size: Size, name: str) ->
     total, other = check_moment(moment, name), check_moment(against, name)
     k = size.fixed((d, d), "in", name)
     s = moment.double()
-    factor = torch.linalg.cholesky(against.double() * (total / other) + RIDGE * total / d * torch.eye(d, dtype=torch.float64, device=s.device))
+    factor = torch.linalg.cholesky(
+        against.double() * (total / other) + RIDGE * total / d * torch.eye(d, dtype=torch.float64, device=s.device)
+    )
     half = torch.linalg.solve_triangular(factor, s, upper=False)
     values, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(factor, half.mT, upper=False))
-    directions = orthonormalise(torch.linalg.solve_triangular(factor.mT, vectors.flip(1), upper=True))
+    directions = orthonormalize(torch.linalg.solve_triangular(factor.mT, vectors.flip(1), upper=True))
     if k is None:
         k = _enough((directions * (s @ directions)).sum(0), total, size.energy or 1.0)
     return _spanned(directions[:, :k], values.flip(0)[:k].clamp(min=0).sqrt(), moment.dtype)

@@ -1,7 +1,8 @@
-"""Weights of a model by module name, without building it: a directory of safetensors (one file or shards), a Hub id, or a model that is already loaded.
+"""Weights of a model by module name, without building it: a directory of safetensors (one file or shards), a Hub id,
+or a model that is already loaded.
 
-A weight is read in blocks of input columns and never as a whole, and a file is mapped only while one of its tensors is being read, so that memory does not
-grow with the model.
+A weight is read in blocks of input columns and never as a whole, and a file is mapped only while one of its tensors is
+being read, so that memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 64 << 20
 FLOATS = ("F64", "F32", "F16", "BF16")
 NOISE = {"4bit": 0.09, "8bit": 0.01, "fp8": 0.03}
-"""Relative distance of a Gaussian weight from its quantised copy, `||Q(W) - W|| / ||W||`: NF4 at block size 64, int8 by row, and FP8 (e4m3)."""
+"""Relative distance of a Gaussian weight from its quantized copy, `||Q(W) - W|| / ||W||`: NF4 at block size 64, int8
+by row, and FP8 (e4m3).
+"""
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,13 @@ class Matrix:
     """One weight `W (out_features, in_features)`, whatever its storage.
 
     Attributes:
-        quantisation: "4bit", "8bit", "fp8" or None.
-        block: `(start, stop)` -> columns `start:stop`, `(out_features, stop - start)`, in the stored precision (fp32 if quantised).
+        quantization: "4bit", "8bit", "fp8" or None.
+        block: `(start, stop)` -> columns `start:stop`, `(out_features, stop - start)`, in the stored precision (fp32
+            if quantized).
     """
 
     shape: tuple[int, int]
-    quantisation: str | None
+    quantization: str | None
     block: Callable[[int, int], Tensor]
 
 
@@ -49,7 +53,8 @@ class Weights(Protocol):
     label: str
 
     def open(self, name: str, transposed: bool = False) -> AbstractContextManager[Matrix]:
-        """The weight of a module, by the module's full name in the base model; `transposed` for transformers' Conv1D, stored `(in, out)`.
+        """The weight of a module, by the module's full name in the base model; `transposed` for transformers' Conv1D,
+        stored `(in, out)`.
 
         Raises:
             CheckpointError: no such weight, or one of a kind that cannot be read.
@@ -78,12 +83,18 @@ class ModuleWeights:
     @contextmanager
     def open(self, name: str, transposed: bool = False) -> Iterator[Matrix]:
         if name not in self.layers:
-            raise CheckpointError(f"{self.label}: the model has no linear layer {name}. Give the model that the adapter belongs to.")
+            raise CheckpointError(
+                f"{self.label}: the model has no linear layer {name}. Give the model that the adapter belongs to."
+            )
         layer = self.layers[name]
         if hasattr(layer, "weight") and not weights.is_whole(layer.weight):
-            raise CheckpointError(f"{self.label}: the weight of {name} is on the meta device or sharded. Give a checkpoint directory.")
+            raise CheckpointError(
+                f"{self.label}: the weight of {name} is on the meta device or sharded. Give a checkpoint directory."
+            )
         dense = weights.stored_weight(layer, name)
-        yield Matrix((dense.shape[0], dense.shape[1]), weights.quantisation(layer), lambda start, stop: dense[:, start:stop])
+        yield Matrix(
+            (dense.shape[0], dense.shape[1]), weights.quantization(layer), lambda start, stop: dense[:, start:stop]
+        )
 
 
 class FileWeights:
@@ -105,12 +116,19 @@ class FileWeights:
             dtype, shape = handle.get_slice(key).get_dtype(), tuple(handle.get_slice(key).get_shape())
             if dtype in FLOATS:
                 if len(shape) != 2:
-                    raise CheckpointError(f"{self.label}: {key} is {shape}; only 2-D weights of linear layers can be read (no fused experts).")
+                    raise CheckpointError(
+                        f"{self.label}: {key} is {shape}; only 2-D weights of linear layers can be read (no fused "
+                        "experts)."
+                    )
                 tensor = handle.get_slice(key)
                 out, width = reversed(shape) if transposed else shape
-                yield Matrix((out, width), None, lambda start, stop: tensor[start:stop].T if transposed else tensor[:, start:stop])
+                yield Matrix(
+                    (out, width),
+                    None,
+                    lambda start, stop: tensor[start:stop].T if transposed else tensor[:, start:stop],
+                )
                 return
-        dense, kind = self._dequantised(key, dtype)
+        dense, kind = self._dequantized(key, dtype)
         dense = dense.T if transposed else dense
         yield Matrix((dense.shape[0], dense.shape[1]), kind, lambda start, stop: dense[:, start:stop])
 
@@ -121,8 +139,8 @@ class FileWeights:
             return tuple(found.get_shape()), str(found.get_dtype())
 
     def _key(self, name: str) -> str:
-        """The tensor of a module. Checkpoints of the bare model lack the head model's prefix, or have one more; transformers renames some; a tied head is the
-        embedding."""
+        """The tensor of a module. Checkpoints of the bare model lack the head model's prefix, or have one more;
+        transformers renames some; a tied head is the embedding."""
         names = [f"{name}.weight"]
         if names[0] not in self.place:
             prefix, _, rest = name.partition(".")
@@ -132,12 +150,16 @@ class FileWeights:
             longer = [key for key in self.place if key.endswith(f".{name}.weight")]
             names += longer if len(longer) == 1 else []
         if self.tied and name.endswith(("lm_head", "embed_out")):
-            names += [key for key in self.place if key.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))]
+            names += [
+                key for key in self.place if key.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))
+            ]
         found = next((key for key in names if key in self.place), None)
         if found is None:
             packed = any(f"{name}.{suffix}" in self.place for suffix in ("qweight", "weight_packed"))
             what = "is packed by GPTQ, AWQ or the like" if packed else "is not there"
-            raise CheckpointError(f"{self.label}: the weight of {name} {what}. Give the 16-bit checkpoint of the same architecture.")
+            raise CheckpointError(
+                f"{self.label}: the weight of {name} {what}. Give the 16-bit checkpoint of the same architecture."
+            )
         return found
 
     @property
@@ -147,7 +169,7 @@ class FileWeights:
             self._renamed = model_keys(self.directory, self.place)
         return self._renamed
 
-    def _dequantised(self, key: str, dtype: str) -> tuple[Tensor, str]:
+    def _dequantized(self, key: str, dtype: str) -> tuple[Tensor, str]:
         """A bitsandbytes weight, from the tensors stored beside it."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
@@ -158,9 +180,14 @@ class FileWeights:
             return weights.from_int8(values[key], scale), "8bit"
         if any(".quant_state.bitsandbytes__" in name for name in beside):
             packed = values.pop(key)
-            state = QuantState.from_dict({name.removeprefix(f"{key}."): value for name, value in values.items()}, device=packed.device)
+            state = QuantState.from_dict(
+                {name.removeprefix(f"{key}."): value for name, value in values.items()}, device=packed.device
+            )
             return dequantize_4bit(packed, state).float(), "4bit"
-        raise CheckpointError(f"{self.label}: {key} is stored as {dtype}, which cannot be read here. Give the 16-bit checkpoint of the same architecture.")
+        raise CheckpointError(
+            f"{self.label}: {key} is stored as {dtype}, which cannot be read here. Give the 16-bit checkpoint of the "
+            "same architecture."
+        )
 
     def tensor(self, key: str) -> Tensor:
         """One tensor as it is stored, by its key."""
@@ -178,7 +205,9 @@ def _tensor_files(directory: Path) -> dict[str, str]:
         place = None
     else:
         pickles = any(path.suffix in files.PICKLES for path in directory.iterdir())
-        hint = "Pickles are never opened: convert them to safetensors." if pickles else f"It needs {SINGLE} or {INDEX}."
+        hint = (
+            "Pickles are never opened: convert them to safetensors." if pickles else f"It needs {SINGLE} or {INDEX}."
+        )
         raise CheckpointError(f"{directory} holds no safetensors checkpoint of a model. {hint}")
     held: dict[str, str] = {}
     for name in sorted(set(place.values())) if place else [SINGLE]:
@@ -188,7 +217,9 @@ def _tensor_files(directory: Path) -> dict[str, str]:
             held |= dict.fromkeys(handle.keys(), name)
     lost = [key for key in place or {} if key not in held]
     if lost:
-        raise CheckpointError(f"{directory}: {INDEX} names {lost[0]}, which no shard holds. Copy the whole checkpoint.")
+        raise CheckpointError(
+            f"{directory}: {INDEX} names {lost[0]}, which no shard holds. Copy the whole checkpoint."
+        )
     return held
 
 
@@ -200,4 +231,6 @@ def _download(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=["*.safetensors", INDEX, "config.json"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{source!r} is neither a directory nor a checkpoint that can be fetched ({type(error).__name__}).") from error
+        raise CheckpointError(
+            f"{source!r} is neither a directory nor a checkpoint that can be fetched ({type(error).__name__})."
+        ) from error

@@ -1,4 +1,6 @@
-"""Names of weights in a checkpoint that are not those of the model: transformers renames them while it loads (vision-language models, old checkpoints)."""
+"""Names of weights in a checkpoint that are not those of the model: transformers renames them while it loads
+(vision-language models, old checkpoints).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ import torch
 
 
 def model_keys(directory: Path, keys: Iterable[str]) -> dict[str, str]:
-    """`{key in the file: key in the model}` as transformers would load them. Empty where it knows no such architecture; no code of the checkpoint is run.
+    """`{key in the file: key in the model}` as transformers would load them. Empty where it knows no such
+    architecture; no code of the checkpoint is run.
 
     Weights that are fused or split on the way are left out.
     """

@@ -1,6 +1,7 @@
 """How much an input basis covers: of the data behind it, and of a benign task that must still be learned.
 
-An update with `P = I - Q Q^T` behind it sees a task only through `P x`. Where `E||P x||^2 / E||x||^2` is next to nothing, learning stalls.
+An update with `P = I - Q Q^T` behind it sees a task only through `P x`. Where `E||P x||^2 / E||x||^2` is next to
+nothing, learning stalls.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from peft_safety.projection import project_out
 from peft_safety.subspace import SafetySubspace
 
 STALL_SHARE = 0.01
-"""Median share of the task's energy outside the null spaces below which a warning is due: on SmolLM2-135M a quarter of the dimensions leaves 0.17 of the
-packaged task, and half of them 0.09, with which it was still learned."""
+"""Median share of the task's energy outside the null spaces below which a warning is due: on SmolLM2-135M a quarter of
+the dimensions leaves 0.17 of the packaged task, and half of them 0.09, with which it was still learned."""
 TASK_ENERGY = 0.99
 """The rank of a task's inputs is the number of directions that hold this share of their energy."""
 
@@ -84,7 +85,9 @@ def coverage(subspace: SafetySubspace, task: Mapping[str, TaskShare] | None = No
             curve = covered * energy / energy[-1]
         rows.append(ModuleCoverage(name, kind_of(name), int(n), int(k), covered, curve, (task or {}).get(name)))
     if not rows:
-        raise CalibrationError(f"{subspace!r} has no input basis, so it covers no inputs. Calibrate with method='guardspace'.")
+        raise CalibrationError(
+            f"{subspace!r} has no input basis, so it covers no inputs. Calibrate with method='guardspace'."
+        )
     return rows
 
 
@@ -105,20 +108,23 @@ def task_shares(
 
     Args:
         layers: base layers by name; those without an input basis, or that the task does not reach, are left out.
-        rows: of the task: any rows, or tokenised batches.
+        rows: of the task: any rows, or tokenized batches.
         tokenizer: for rows only.
         positions: tokens that count; an update acts on all of them.
         ranks: also the ranks, which take two eigendecompositions a distinct input.
 
     Raises:
-        CalibrationError: the rows are those that the subspace was calibrated on, or inputs that are zero or not finite, or that reach none of the layers.
+        CalibrationError: the rows are those that the subspace was calibrated on, or inputs that are zero or not
+            finite, or that reach none of the layers.
     """
     layers = {name: layer for name, layer in layers.items() if "in" in subspace.bases.get(name, {})}
     batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
     if digest == subspace.provenance.get("data"):
         raise CalibrationError(
-            f"the task data are the {sum(len(batch['input_ids']) for batch in batches)} rows that the subspace was calibrated on: their inputs are what "
-            "the update must not see. Give rows of the task, and calibrate on harmful prompts with refusals, or on everyday ones."
+            f"the task data are the {sum(len(batch['input_ids']) for batch in batches)} rows that the subspace was "
+            "calibrated on: their inputs are what "
+            "the update must not see. Give rows of the task, and calibrate on harmful prompts with refusals, or on "
+            "everyday ones."
         )
     with adapters_off(model):
         moments = collect(model, layers, batches, positions=positions, progress=progress, what="task inputs")
@@ -131,7 +137,9 @@ def task_shares(
             found[key] = _share(moment, basis, name, ranks)
         shares[name] = found[key]
     if not shares:
-        raise CalibrationError("the task data reach none of the layers with an input basis. Give rows of the task with tokens that count.")
+        raise CalibrationError(
+            "the task data reach none of the layers with an input basis. Give rows of the task with tokens that count."
+        )
     return shares
 
 
@@ -140,7 +148,9 @@ def _share(moment: Tensor, basis: Tensor, name: str, ranks: bool) -> TaskShare:
     check_moment(moment, name)
     s = moment.double()
     q = basis.to(s)
-    left = project_out(q, project_out(q, s), "in")  # projected rather than subtracted, for what is left may be a millionth
+    left = project_out(
+        q, project_out(q, s), "in"
+    )  # projected rather than subtracted, for what is left may be a millionth
     free = max(0.0, float(left.diagonal().sum() / s.diagonal().sum()))
     return TaskShare(free, _rank(s), _rank(left)) if ranks else TaskShare(free)
 
@@ -151,13 +161,17 @@ def _rank(moment: Tensor) -> int:
 
 
 def warn_if_stalled(shares: Mapping[str, TaskShare]) -> float:
-    """Median of `E||P x||^2 / E||x||^2` over the modules; warns, with the worst module, when it is below `STALL_SHARE`."""
+    """Median of `E||P x||^2 / E||x||^2` over the modules; warns, with the worst module, when it is below
+    `STALL_SHARE`.
+    """
     middle = statistics.median(share.free for share in shares.values())
     if middle < STALL_SHARE:
         worst = min(shares, key=lambda name: shares[name].free)
         warnings.warn(
-            f"the task lies inside the null space: the update sees {middle:.2g} of its energy (median of {len(shares)} modules; below {STALL_SHARE:g} learning "
-            f"stalls), and {shares[worst].free:.2g} at {worst}. Use a smaller k, energy or fraction, also per_kind, or calibrate on harmful prompts only.",
+            f"the task lies inside the null space: the update sees {middle:.2g} of its energy (median of "
+            f"{len(shares)} modules; below {STALL_SHARE:g} learning "
+            f"stalls), and {shares[worst].free:.2g} at {worst}. Use a smaller k, energy or fraction, also per_kind, "
+            "or calibrate on harmful prompts only.",
             stacklevel=2,
         )
     return middle

@@ -1,6 +1,8 @@
-"""Layers that a basis cannot be made for: those the data do not reach, and those too narrow to keep anything free. And narrow ones that take a smaller basis.
+"""Layers that a basis cannot be made for: those the data do not reach, and those too narrow to keep anything free. And
+narrow ones that take a smaller basis.
 
-They are recorded in the subspace's provenance. An adapter leaves them out: a layer without inputs has nothing to protect, but must not be trained unprotected.
+They are recorded in the subspace's provenance. An adapter leaves them out: a layer without inputs has nothing to
+protect, but must not be trained unprotected.
 """
 
 from __future__ import annotations
@@ -19,13 +21,16 @@ from peft_safety.projection import Side
 from peft_safety.subspace import NARROW, UNREACHED, SafetySubspace
 
 NARROW_SHARE = 4
-"""A layer is narrow where it is this many times narrower than the median of the target layers: a head, a gate. Only such a layer takes a smaller basis than
-the one asked for; where ordinary layers are too narrow for a rank, the rank is not what was meant."""
+"""A layer is narrow where it is this many times narrower than the median of the target layers: a head, a gate. Only
+such a layer takes a smaller basis than the one asked for; where ordinary layers are too narrow for a rank, the rank is
+not what was meant."""
 SAID = {UNREACHED: "no token that counts reaches", NARROW: "a single feature leaves no direction free in"}
 
 
 def width(layer: nn.Module, side: Side, weights_only: bool = False) -> int:
-    """Directions that a layer's side can have: its features, and no more than the inputs can span; of a bare weight, no more than its rank."""
+    """Directions that a layer's side can have: its features, and no more than the inputs can span; of a bare weight,
+    no more than its rank.
+    """
     m, n = weights.shape(layer)
     return n if side == "in" and not weights_only else min(m, n)
 
@@ -42,13 +47,21 @@ def without_room(layers: Mapping[str, nn.Module], sides: Sequence[Side]) -> list
     Raises:
         ConfigError: all of them are.
     """
-    found = [name for name, layer in layers.items() if any(weights.shape(layer)[0 if side == "out" else 1] < 2 for side in sides)]
+    found = [
+        name
+        for name, layer in layers.items()
+        if any(weights.shape(layer)[0 if side == "out" else 1] < 2 for side in sides)
+    ]
     if len(found) == len(layers):
-        raise ConfigError(f"{naming.some(found)}: a single feature leaves no direction free. Use other target_modules.")
+        raise ConfigError(
+            f"{naming.some(found)}: a single feature leaves no direction free. Use other target_modules."
+        )
     return found
 
 
-def fitted(layers: Mapping[str, nn.Module], sizes: Mapping[str, Size], sides: Sequence[Side], weights_only: bool = False) -> dict[str, dict[Side, Size]]:
+def fitted(
+    layers: Mapping[str, nn.Module], sizes: Mapping[str, Size], sides: Sequence[Side], weights_only: bool = False
+) -> dict[str, dict[Side, Size]]:
     """The size of each basis, by side; narrow layers that cannot hold a rank take what they can, with one warning.
 
     Raises:
@@ -67,7 +80,8 @@ def fitted(layers: Mapping[str, nn.Module], sizes: Mapping[str, Size], sides: Se
             result[name][side].fixed((m, n), side, name)
     if reduced:
         warnings.warn(
-            f"{len(reduced)} of {len(layers)} layers are too narrow for the rank that was asked for, and protect fewer directions (at least "
+            f"{len(reduced)} of {len(layers)} layers are too narrow for the rank that was asked for, and protect "
+            "fewer directions (at least "
             f"{min(reduced.values())}): {naming.some(reduced)}.",
             stacklevel=4,
         )
@@ -98,11 +112,15 @@ def warn_left_out(left_out: Mapping[str, str], total: int, what: str, *, stackle
         return
     by_reason = {reason: [name for name, why in left_out.items() if why == reason] for reason in SAID}
     said = "; ".join(f"{SAID[reason]} {naming.some(names)}" for reason, names in by_reason.items() if names)
-    warnings.warn(f"{len(left_out)} of {total} target layers are left out of {what}: {said}.", stacklevel=stacklevel + 1)
+    warnings.warn(
+        f"{len(left_out)} of {total} target layers are left out of {what}: {said}.", stacklevel=stacklevel + 1
+    )
 
 
 def announced(subspace: SafetySubspace) -> SafetySubspace:
     """The same subspace, after the warning about what it leaves out."""
     left_out = subspace.left_out
-    warn_left_out(left_out, len(left_out) + len(subspace.bases), "the subspace, and so of an adapter on it", stacklevel=4)
+    warn_left_out(
+        left_out, len(left_out) + len(subspace.bases), "the subspace, and so of an adapter on it", stacklevel=4
+    )
     return subspace

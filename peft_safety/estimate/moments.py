@@ -1,7 +1,8 @@
 """Streaming second moments: `S = sum_t x_t x_t^T` of each layer's inputs, in one pass, with no activation kept.
 
-Layers that are fed the same tensor (q/k/v, gate/up) share one moment. Memory is one `n x n` fp64 matrix per distinct input, whatever the number of samples:
-in fp32, one massive activation, as many models have, would drown all but a few dozen directions in rounding noise.
+Layers that are fed the same tensor (q/k/v, gate/up) share one moment. Memory is one `n x n` fp64 matrix per distinct
+input, whatever the number of samples: in fp32, one massive activation, as many models have, would drown all but a few
+dozen directions in rounding noise.
 """
 
 from __future__ import annotations
@@ -47,16 +48,22 @@ class InputMoments:
         return self._leader.get(name) in self._moments
 
     def moment(self, name: str) -> Tensor:
-        """`S (n, n)` of one layer, fp64 (fp32 where the device has no fp64). Layers with the same input return the same tensor.
+        """`S (n, n)` of one layer, fp64 (fp32 where the device has no fp64). Layers with the same input return the
+        same tensor.
 
         Raises:
             CalibrationError: the layer saw nothing that counts, or `S` is not finite.
         """
         if not self.reaches(name):
-            raise CalibrationError(f"{name}: no token that counts reaches this layer. Give data that do, or leave it out of target_modules.")
+            raise CalibrationError(
+                f"{name}: no token that counts reaches this layer. Give data that do, or leave it out of "
+                "target_modules."
+            )
         found = self._moments[self._leader[name]]
         if not bool(torch.isfinite(found).all()):
-            raise CalibrationError(f"{name}: its inputs hold NaN or Inf. Load the model in float32 or bfloat16, and check the data.")
+            raise CalibrationError(
+                f"{name}: its inputs hold NaN or Inf. Load the model in float32 or bfloat16, and check the data."
+            )
         return found
 
     @contextmanager
@@ -69,7 +76,9 @@ class InputMoments:
             yield
 
     def expect(self, *masks: Tensor) -> None:
-        """Announce the next batch: which of its positions count, `(batch, tokens)` bool; of an encoder-decoder the decoder's, then the encoder's."""
+        """Announce the next batch: which of its positions count, `(batch, tokens)` bool; of an encoder-decoder the
+        decoder's, then the encoder's.
+        """
         self._forget()
         self._masks = masks
         self.tokens += sum(int(mask.sum()) for mask in masks)
@@ -80,10 +89,17 @@ class InputMoments:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x: Tensor = args[0] if args else next(iter(kwargs.values()))
-            if self._last is not None and self._last[1] is x and self._leader.setdefault(name, self._last[0]) == self._last[0]:
+            if (
+                self._last is not None
+                and self._last[1] is x
+                and self._leader.setdefault(name, self._last[0]) == self._last[0]
+            ):
                 return  # the very same tensor: its leader has counted it
             if self._leader.setdefault(name, name) != name:
-                raise CalibrationError(f"{name}: shares its input with {self._leader[name]} in some batches only. Calibrate it on its own.")
+                raise CalibrationError(
+                    f"{name}: shares its input with {self._leader[name]} in some batches only. Calibrate it on its "
+                    "own."
+                )
             self._last = (name, x)
             if not self._masks:
                 raise CalibrationError("InputMoments.expect was not called before the batch.")
@@ -107,11 +123,12 @@ class InputMoments:
 
 
 def positions_of(lead: Sequence[int], *masks: Tensor) -> Tensor | None:
-    """Which rows of a layer's input count, bool of the shape `lead`; None where the rows are no positions of the batch.
+    """Which rows of a layer's input count, bool of the shape `lead`; None where the rows are no positions of the
+    batch.
 
     Args:
-        lead: the input's shape without its features: `(batch, tokens)`, with further dimensions (heads) behind or between, flattened, or `(batch,)` of a pooled
-            input, which counts where any position of its sequence does.
+        lead: the input's shape without its features: `(batch, tokens)`, with further dimensions (heads) behind or
+            between, flattened, or `(batch,)` of a pooled input, which counts where any position of its sequence does.
         masks: `(batch, tokens)` bool each.
     """
     for mask in masks:
@@ -131,14 +148,18 @@ def selected(name: str, x: Tensor, *masks: Tensor) -> Tensor:
     """The rows of a layer's input or output that count, `(rows, features)`, fp32.
 
     Args:
-        x: `(..., features)`; see `positions_of`. All rows count where they are no positions of the batch (routed experts, patches of images).
+        x: `(..., features)`; see `positions_of`. All rows count where they are no positions of the batch (routed
+            experts, patches of images).
         masks: `(batch, tokens)` bool.
 
     Raises:
         CalibrationError: no tensor.
     """
     if not isinstance(x, Tensor) or x.ndim < 1:
-        raise CalibrationError(f"{name}: it is fed, or gives, a {type(x).__name__} and no rows of features. Leave it out of target_modules.")
+        raise CalibrationError(
+            f"{name}: it is fed, or gives, a {type(x).__name__} and no rows of features. Leave it out of "
+            "target_modules."
+        )
     rows, chosen = x.detach().reshape(-1, x.shape[-1]), positions_of(x.shape[:-1], *masks)
     if chosen is None:
         return rows.float() if any(bool(mask.any()) for mask in masks) else rows[:0].float()
@@ -157,7 +178,8 @@ def collect(
     """Run every batch once, without gradients and in eval mode, and return the moments at the positions that count.
 
     Args:
-        batches: `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`; positions without attention never count.
+        batches: `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`; positions without attention never
+            count.
         positions: those with a label ("response"), those without ("prompt"), or both ("all").
     """
     moments = InputMoments(layers)
@@ -165,8 +187,10 @@ def collect(
         run(model, batches, moments.expect, positions=positions, progress=progress, what=what)
     if moments.loose:
         warnings.warn(
-            f"{what}: {len(moments.loose)} layers have inputs that do not line up with the tokens of a batch (routed experts, images), so all of them count "
-            f"there, padding included: {naming.some(moments.loose)}. Batches of one length without padding, with positions='all', are exact.",
+            f"{what}: {len(moments.loose)} layers have inputs that do not line up with the tokens of a batch (routed "
+            "experts, images), so all of them count "
+            f"there, padding included: {naming.some(moments.loose)}. Batches of one length without padding, with "
+            "positions='all', are exact.",
             stacklevel=3,
         )
     return moments
@@ -174,12 +198,20 @@ def collect(
 
 @torch.no_grad()
 def run(
-    model: nn.Module, batches: Sequence[Batch], expect: Callable[..., None], *, positions: Positions = "response", progress: bool = True, what: str
+    model: nn.Module,
+    batches: Sequence[Batch],
+    expect: Callable[..., None],
+    *,
+    positions: Positions = "response",
+    progress: bool = True,
+    what: str,
 ) -> None:
-    """One pass over the batches in eval mode; whoever has hooked the layers is told before each batch which of its positions count.
+    """One pass over the batches in eval mode; whoever has hooked the layers is told before each batch which of its
+    positions count.
 
     Args:
-        batches: besides ids, attention and labels, whatever tensors the model's forward names (`pixel_values`, `token_type_ids`) are passed on.
+        batches: besides ids, attention and labels, whatever tensors the model's forward names (`pixel_values`,
+            `token_type_ids`) are passed on.
         expect: called with a `(batch, tokens)` bool mask; for an encoder-decoder with the decoder's and the encoder's.
     """
     from tqdm.auto import tqdm
@@ -205,7 +237,11 @@ def _call(model: nn.Module, batch: dict[str, Tensor], positions: Positions) -> t
     accepted = inspect.signature(bare.forward).parameters
     ids, labels = batch["input_ids"], batch["labels"]
     attention = batch.get("attention_mask", torch.ones_like(ids))
-    extra: dict[str, Any] = {key: value for key, value in batch.items() if key in accepted and key not in ("input_ids", "attention_mask", "labels")}
+    extra: dict[str, Any] = {
+        key: value
+        for key, value in batch.items()
+        if key in accepted and key not in ("input_ids", "attention_mask", "labels")
+    }
     if "use_cache" in accepted or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
         extra["use_cache"] = False
     if not is_encoder_decoder(model):
@@ -232,8 +268,11 @@ def counted(labels: Tensor, attention: Tensor, positions: Positions) -> Tensor:
     return there & ((labels != IGNORE_INDEX) == (positions == "response"))
 
 
-def to_batches(data: Rows, tokenizer: Any, *, batch_size: int, max_length: int, model: nn.Module | None = None) -> tuple[list[Batch], str]:
-    """Rows or tokenised batches as batches, and a hash of what they hold. Rows of a prompt alone may stand among complete ones.
+def to_batches(
+    data: Rows, tokenizer: Any, *, batch_size: int, max_length: int, model: nn.Module | None = None
+) -> tuple[list[Batch], str]:
+    """Rows or tokenized batches as batches, and a hash of what they hold. Rows of a prompt alone may stand among
+    complete ones.
 
     Args:
         data: whatever `as_rows` takes, but no bare iterator: nobody could repeat the estimate once it is used up.
@@ -243,26 +282,32 @@ def to_batches(data: Rows, tokenizer: Any, *, batch_size: int, max_length: int, 
         CalibrationError: no data, rows without a tokenizer, or batches without labels.
     """
     if isinstance(data, Iterator):
-        raise CalibrationError(f"calibration data is a {type(data).__name__}, which can be read only once. Give list(data).")
+        raise CalibrationError(
+            f"calibration data is a {type(data).__name__}, which can be read only once. Give list(data)."
+        )
     rows = as_rows(data, "calibration data", CalibrationError)
     if not rows:
-        raise CalibrationError("no calibration data. Give rows {prompt, response} or tokenised batches.")
-    if is_tokenised(rows):
+        raise CalibrationError("no calibration data. Give rows {prompt, response} or tokenized batches.")
+    if is_tokenized(rows):
         batches = [_check(i, batch, model is not None and is_encoder_decoder(model)) for i, batch in enumerate(rows)]
     else:
         if tokenizer is None:
-            raise CalibrationError("rows of text need tokenizer=. Pass the model's tokenizer, or tokenised batches with labels.")
+            raise CalibrationError(
+                "rows of text need tokenizer=. Pass the model's tokenizer, or tokenized batches with labels."
+            )
         bare = [row for row in rows if is_prompt_only(row)]
         full = [row for row in rows if not is_prompt_only(row)]
-        encoded = encode_prompts(tokenizer, bare, max_length) + (encode_rows(tokenizer, full, max_length) if full else [])
+        encoded = encode_prompts(tokenizer, bare, max_length) + (
+            encode_rows(tokenizer, full, max_length) if full else []
+        )
         features = sorted(encoded, key=lambda f: len(f["input_ids"]))
         collate = Collator(tokenizer)
         batches = [collate(features[i : i + batch_size]) for i in range(0, len(features), batch_size)]
     return batches, content_digest(batches)
 
 
-def is_tokenised(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether rows are tokenised batches, for which no tokenizer is needed."""
+def is_tokenized(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether rows are tokenized batches, for which no tokenizer is needed."""
     return bool(rows) and "input_ids" in rows[0]
 
 
@@ -272,20 +317,34 @@ def content_digest(batches: Sequence[Batch]) -> str:
     for batch in batches:
         attention = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
         for ids, labels, there in zip(batch["input_ids"], batch["labels"], attention, strict=True):
-            rows.append(json.dumps([ids[there].tolist(), (labels[there] if labels.shape == there.shape else labels[labels != IGNORE_INDEX]).tolist()]))
+            rows.append(
+                json.dumps(
+                    [
+                        ids[there].tolist(),
+                        (labels[there] if labels.shape == there.shape else labels[labels != IGNORE_INDEX]).tolist(),
+                    ]
+                )
+            )
     return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
 
 
 def _check(index: int, batch: Mapping[str, Any], two_sequences: bool) -> Batch:
     batch = _as_tensors(batch)
     ids, labels = batch.get("input_ids"), batch.get("labels")
-    if isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.ndim == 2 and ids.numel() > 0 and labels.numel() > 0:
+    if (
+        isinstance(ids, Tensor)
+        and isinstance(labels, Tensor)
+        and ids.ndim == 2
+        and ids.numel() > 0
+        and labels.numel() > 0
+    ):
         if labels.ndim == 1 and len(labels) == len(ids):  # classes of sequences: no position is a response
             return {**batch, "labels": torch.full_like(ids, IGNORE_INDEX)}
         if ids.shape == labels.shape or (two_sequences and labels.ndim == 2 and len(labels) == len(ids)):
             return batch
     raise CalibrationError(
-        f"batch {index}: input_ids and labels must be tensors of one shape (batch, tokens), not empty. Set labels to -100 where a token does not count."
+        f"batch {index}: input_ids and labels must be tensors of one shape (batch, tokens), not empty. Set labels to "
+        "-100 where a token does not count."
     )
 
 

@@ -16,12 +16,16 @@ ALL_LINEAR = "all-linear"
 
 
 def canonical(name: str) -> str:
-    """A module's name in the base model, from its name in a PeftModel alone. With the model at hand, `names.walk` knows better."""
+    """A module's name in the base model, from its name in a PeftModel alone. With the model at hand, `names.walk`
+    knows better.
+    """
     return own_name(name).removeprefix(PREFIX).removesuffix(".base_layer")
 
 
 def base_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every base layer that an adapter could sit on, by its name in the base model, adapters that are already there looked through."""
+    """Every base layer that an adapter could sit on, by its name in the base model, adapters that are already there
+    looked through.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found: dict[str, nn.Module] = {}
@@ -33,12 +37,14 @@ def base_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def target_layers(model: nn.Module, target_modules: Iterable[str] | str | None, exclude_modules: Iterable[str] | str | None = None) -> dict[str, nn.Module]:
+def target_layers(
+    model: nn.Module, target_modules: Iterable[str] | str | None, exclude_modules: Iterable[str] | str | None = None
+) -> dict[str, nn.Module]:
     """The layers that PEFT would match.
 
     Args:
-        target_modules: names or suffixes, a regular expression for the full name, `"all-linear"` (all but the output embedding), or None for PEFT's
-            default of this architecture.
+        target_modules: names or suffixes, a regular expression for the full name, `"all-linear"` (all but the output
+            embedding), or None for PEFT's default of this architecture.
         exclude_modules: names or suffixes, or a regular expression for the full name, of those that are not meant.
 
     Raises:
@@ -53,13 +59,20 @@ def target_layers(model: nn.Module, target_modules: Iterable[str] | str | None, 
         matched = {name: layer for name, layer in layers.items() if layer is not head and weights.supported(layer)}
     else:
         packed = {name: module for name, _, module in walk(model) if scales.is_packed(module)}
-        matched = _named(layers | {name: module for name, module in packed.items() if name not in layers}, target_modules, "target_modules")
+        matched = _named(
+            layers | {name: module for name, module in packed.items() if name not in layers},
+            target_modules,
+            "target_modules",
+        )
     excluded = _named(matched, exclude_modules, "exclude_modules") if exclude_modules else {}
     kept = {name: layer for name, layer in matched.items() if name not in excluded}
     if not kept:
         some = ", ".join(sorted({name.rpartition(".")[2] for name in layers})[:10])
         but = f" but those of exclude_modules={exclude_modules!r}" if excluded else ""
-        raise ConfigError(f"target_modules={target_modules!r} matches no linear layer of the model{but}. Give names such as {some}, or 'all-linear'.")
+        raise ConfigError(
+            f"target_modules={target_modules!r} matches no linear layer of the model{but}. Give names such as {some}, "
+            "or 'all-linear'."
+        )
     for name, layer in kept.items():
         weights.check_readable(layer, name)
     return kept
@@ -71,10 +84,14 @@ def _named(layers: Mapping[str, nn.Module], wanted: Iterable[str] | str, field: 
         try:
             pattern = re.compile(wanted)
         except re.error as error:
-            raise ConfigError(f"{field}={wanted!r} is not a regular expression ({error}). Give names of layers, or a valid one.") from error
+            raise ConfigError(
+                f"{field}={wanted!r} is not a regular expression ({error}). Give names of layers, or a valid one."
+            ) from error
         return {name: layer for name, layer in layers.items() if pattern.fullmatch(name)}
     exact = tuple(wanted)
-    return {name: layer for name, layer in layers.items() if name in exact or name.endswith(tuple(f".{w}" for w in exact))}
+    return {
+        name: layer for name, layer in layers.items() if name in exact or name.endswith(tuple(f".{w}" for w in exact))
+    }
 
 
 def _default(model: nn.Module) -> list[str]:

@@ -27,15 +27,19 @@ def estimate_from_weights(
     seed: int = 0,
     progress: bool = True,
 ) -> SafetySubspace:
-    """Top singular vectors of every target weight: right ones for side "in", left ones for side "out". Deterministic for a seed.
+    """Top singular vectors of every target weight: right ones for side "in", left ones for side "out". Deterministic
+    for a seed.
 
-    Randomised subspace iteration with oversampling (`projection.OVERSAMPLING`, `bases.WEIGHT_ITERATIONS`); quantised weights are dequantised one at a time.
+    Randomized subspace iteration with oversampling (`projection.OVERSAMPLING`, `bases.WEIGHT_ITERATIONS`); quantized
+    weights are dequantized one at a time.
 
     Args:
-        rank, energy, target_modules, exclude_modules, layers: as in `activations.estimate`; the energy is that of the weight, `||W||_F^2`.
+        rank, energy, target_modules, exclude_modules, layers: as in `activations.estimate`; the energy is that of the
+            weight, `||W||_F^2`.
 
     Raises:
-        ConfigError: a rank that leaves nothing to train, no module matched. CalibrationError: a weight that is zero or not finite.
+        ConfigError: a rank that leaves nothing to train, no module matched. CalibrationError: a weight that is zero or
+            not finite.
 
     Reference: OrthoSafetyPatch, arXiv 2510.09004, whose diagnostics compare an update with these directions.
     """
@@ -51,7 +55,10 @@ def estimate_from_weights(
     spectra: dict[str, dict[Side, Tensor]] = {}
     for name, layer in tqdm(layers.items(), desc="weight bases", unit="module", disable=not progress):
         weight = weights.dense_weight(layer, name)
-        found = {side: output_basis(weight if side == "out" else weight.mT, None, sizes[name][side], name, seed=seed) for side in sides}
+        found = {
+            side: output_basis(weight if side == "out" else weight.mT, None, sizes[name][side], name, seed=seed)
+            for side in sides
+        }
         found = {side: cut(*pair) if name in narrow[side] else pair for side, pair in found.items()}
         bases[name], spectra[name] = ({side: pair[index] for side, pair in found.items()} for index in (0, 1))
     provenance = {"method": "weight", "sides": "+".join(sides), "seed": seed, "model": model_name(model)}

@@ -62,11 +62,15 @@ class Evaluation:
 
     def figures(self) -> dict[str, Figure]:
         """Heading -> figure, for what was measured."""
-        return {heading: getattr(self, field) for field, heading in METRICS.items() if getattr(self, field) is not None}
+        return {
+            heading: getattr(self, field) for field, heading in METRICS.items() if getattr(self, field) is not None
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, with N and a 95 % interval beside each."""
-        figures = {field: None if getattr(self, field) is None else getattr(self, field).to_json() for field in METRICS}
+        figures = {
+            field: None if getattr(self, field) is None else getattr(self, field).to_json() for field in METRICS
+        }
         return {"split": self.split, "judge": self.judge, **figures, "seconds": round(self.seconds, 2)}
 
 
@@ -90,7 +94,8 @@ def evaluate(
         prompts: default the packaged test split.
         task: held-out task rows, all {text, label} or all {prompt, response} / {messages}.
         labels: every label of a classification task; default those of `task`.
-        general: {prompt, response} rows. `self_responses` of the model before fine-tuning gives them, and then their NLL measures drift.
+        general: {prompt, response} rows. `self_responses` of the model before fine-tuning gives them, and then their
+            NLL measures drift.
         judge: default `KeywordJudge`.
         max_new_tokens: of each judged response; a keyword judge needs only its head.
         max_length: tokens kept of each task or general row.
@@ -106,17 +111,39 @@ def evaluate(
     names = list(labels if labels is not None else ()) or label_names(task)
 
     def verdicts(asked: Sequence[str], description: str) -> list[Verdict]:
-        found = generate(model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size, description=description, progress=progress)
+        found = generate(
+            model,
+            tokenizer,
+            asked,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            description=description,
+            progress=progress,
+        )
         return verdicts_of(judge, asked, [response.text for response in found])
 
     on_harmful, on_contrast = verdicts(prompts.harmful, "harmful prompts"), verdicts(prompts.contrast, "safe prompts")
     on_everyday = verdicts(prompts.everyday, "everyday prompts") if prompts.everyday else []
-    answers = task_answers(model, tokenizer, task, names, least_tokens=max_new_tokens, batch_size=batch_size, progress=progress) if classified else []
+    answers = (
+        task_answers(
+            model, tokenizer, task, names, least_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+        )
+        if classified
+        else []
+    )
 
     def nll(rows: Rows, description: str) -> Mean | None:
         if not rows:
             return None
-        return response_nll(model, tokenizer, rows, max_length=max_length, batch_size=batch_size, description=description, progress=progress)
+        return response_nll(
+            model,
+            tokenizer,
+            rows,
+            max_length=max_length,
+            batch_size=batch_size,
+            description=description,
+            progress=progress,
+        )
 
     return Evaluation(
         split=prompts.split,
@@ -125,7 +152,9 @@ def evaluate(
         compliance=Rate.of(verdict is Verdict.COMPLIANCE for verdict in on_harmful),
         over_refusal=Rate.of(verdict is Verdict.REFUSAL for verdict in on_contrast),
         everyday_refusal=Rate.of(verdict is Verdict.REFUSAL for verdict in on_everyday) if on_everyday else None,
-        task_refusal=Rate.of(judge(answer.prompt, answer.text) is Verdict.REFUSAL for answer in answers) if classified else None,
+        task_refusal=Rate.of(judge(answer.prompt, answer.text) is Verdict.REFUSAL for answer in answers)
+        if classified
+        else None,
         task_accuracy=Rate.of(answer.correct for answer in answers) if classified else None,
         task_nll=None if classified else nll(task, "task"),
         general_nll=nll(general, "general"),
@@ -144,16 +173,32 @@ def refusal_rate(
     progress: bool = True,
 ) -> Rate:
     """The share of `prompts` whose greedy answer the judge calls a refusal."""
-    answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, description=description, progress=progress)
-    return Rate.of(verdict is Verdict.REFUSAL for verdict in verdicts_of(judge, prompts, [answer.text for answer in answers]))
+    answers = generate(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, description=description, progress=progress
+    )
+    return Rate.of(
+        verdict is Verdict.REFUSAL for verdict in verdicts_of(judge, prompts, [answer.text for answer in answers])
+    )
 
 
 def self_responses(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_new_tokens: int = 32, progress: bool = True
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 32,
+    progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """The model's own greedy answers as {prompt, response, truncated} rows: a reference for drift, and safe data to keep it in place.
+    """The model's own greedy answers as {prompt, response, truncated} rows: a reference for drift, and safe data to
+    keep it in place.
 
     Prompts that the model answers with nothing are left out.
     """
-    found = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, description="own answers", progress=progress)
-    return [{"prompt": prompt, "response": made.text, "truncated": not made.finished} for prompt, made in zip(prompts, found, strict=True) if made.text]
+    found = generate(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, description="own answers", progress=progress
+    )
+    return [
+        {"prompt": prompt, "response": made.text, "truncated": not made.finished}
+        for prompt, made in zip(prompts, found, strict=True)
+        if made.text
+    ]

@@ -38,8 +38,8 @@ def generate(
 ) -> list[Generation]:
     """Greedy responses, in the order of `prompts`.
 
-    Prompts are sorted by length, so that a batch holds little padding, and padded on the left. The model's own sampling defaults and its
-    training mode are left as they were.
+    Prompts are sorted by length, so that a batch holds little padding, and padded on the left. The model's own
+    sampling defaults and its training mode are left as they were.
 
     Args:
         prompts: user turns, or message lists that end with a user turn.
@@ -49,8 +49,19 @@ def generate(
     Raises:
         DataError: no prompts, or a tokenizer without chat template or pad token.
     """
-    rendered = [render_prompt(tokenizer, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt) for prompt in prompts]
-    return generate_text(model, tokenizer, rendered, max_new_tokens=max_new_tokens, batch_size=batch_size, description=description, progress=progress)
+    rendered = [
+        render_prompt(tokenizer, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+        for prompt in prompts
+    ]
+    return generate_text(
+        model,
+        tokenizer,
+        rendered,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        description=description,
+        progress=progress,
+    )
 
 
 def generate_text(
@@ -72,7 +83,11 @@ def generate_text(
     ids = [cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
     results: dict[int, Generation] = {}
-    with tqdm(total=len(ids), desc=description, unit="prompt", disable=not progress, leave=False) as bar, inference(model), torch.inference_mode():
+    with (
+        tqdm(total=len(ids), desc=description, unit="prompt", disable=not progress, leave=False) as bar,
+        inference(model),
+        torch.inference_mode(),
+    ):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             found = _generate_batch(model, tokenizer, [ids[index] for index in chosen], max_new_tokens)
@@ -83,7 +98,9 @@ def generate_text(
 
 @contextmanager
 def inference(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, with the previous mode restored afterwards; 4-bit weights stay as they are (see `weights.unpacked`)."""
+    """Evaluation mode, with the previous mode restored afterwards; 4-bit weights stay as they are (see
+    `weights.unpacked`).
+    """
     from peft_safety import weights
 
     training = model.training
@@ -102,14 +119,18 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     return sorted({int(token) for token in [*found, tokenizer.eos_token_id] if token is not None})
 
 
-def _generate_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], max_new_tokens: int) -> list[Generation]:
+def _generate_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], max_new_tokens: int
+) -> list[Generation]:
     import torch
     from transformers import GenerationConfig
 
     width, pad, stops = max(map(len, rows)), pad_id(tokenizer), stop_ids(model, tokenizer)
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=stops or None)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=stops or None
+    )
     output = cast("torch.Tensor", model.generate(input_ids=ids, attention_mask=mask, generation_config=config))  # type: ignore[operator]
     return [_read(tokenizer, row.tolist(), stops) for row in output[:, width:]]
 

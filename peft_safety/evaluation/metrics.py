@@ -32,10 +32,10 @@ def wilson_interval(k: int, n: int, z: float = Z_95) -> tuple[float, float]:
     if n < 1 or not 0 <= k <= n:
         raise DataError(f"{k} of {n} is no proportion. Evaluate on at least one item.")
     p = k / n
-    centre = p + z * z / (2 * n)
+    center = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, min(p, (centre - half) / scale)), min(1.0, max(p, (centre + half) / scale))
+    return max(0.0, min(p, (center - half) / scale)), min(1.0, max(p, (center + half) / scale))
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,12 @@ class Rate:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p-value of a paired comparison: how likely a split of the discordant items as uneven as this one is by chance.
+    """Exact two-sided p-value of a paired comparison: how likely a split of the discordant items as uneven as this one
+    is by chance.
 
     Args:
-        only_first, only_second: items on which only the one, only the other of two arms succeeds; those on which both agree say nothing.
+        only_first, only_second: items on which only the one, only the other of two arms succeeds; those on which both
+            agree say nothing.
 
     Returns:
         A value in (0, 1]; 1 where nothing is discordant.
@@ -111,8 +113,14 @@ class Paired:
             DataError: other numbers of items, or none.
         """
         if len(first) != len(second) or not first:
-            raise DataError(f"{len(first)} and {len(second)} outcomes are no pairs. Measure both arms on the same items.")
-        return cls(sum(a and not b for a, b in zip(first, second, strict=True)), sum(b and not a for a, b in zip(first, second, strict=True)), len(first))
+            raise DataError(
+                f"{len(first)} and {len(second)} outcomes are no pairs. Measure both arms on the same items."
+            )
+        return cls(
+            sum(a and not b for a, b in zip(first, second, strict=True)),
+            sum(b and not a for a, b in zip(first, second, strict=True)),
+            len(first),
+        )
 
     @property
     def p_value(self) -> float:

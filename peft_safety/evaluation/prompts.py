@@ -43,4 +43,6 @@ def prompt_set(split: str = "test", limit: int | None = None, seed: int = 0) -> 
         random.Random(seed).shuffle(prompts)
         return tuple(prompts[:limit])
 
-    return PromptSet(split, draw("harmful_requests"), draw("contrast_prompts"), draw("general_prompts"), draw("everyday_requests"))
+    return PromptSet(
+        split, draw("harmful_requests"), draw("contrast_prompts"), draw("general_prompts"), draw("everyday_requests")
+    )

@@ -29,10 +29,13 @@ def is_classification(rows: Rows) -> bool:
         DataError: some are and some are not, so that no single figure describes them.
     """
     kinds = [kind_of(row) for row in as_rows(rows)]
-    labelled = kinds.count("label")
-    if 0 < labelled < len(kinds):
-        raise DataError(f"{labelled} of {len(kinds)} rows have a text and a label, the others do not. Split them into two data sets.")
-    return labelled > 0
+    labeled = kinds.count("label")
+    if 0 < labeled < len(kinds):
+        raise DataError(
+            f"{labeled} of {len(kinds)} rows have a text and a label, the others do not. Split them into two data "
+            "sets."
+        )
+    return labeled > 0
 
 
 def accuracy(
@@ -44,13 +47,15 @@ def accuracy(
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> Rate:
-    """Share of {text, label} rows whose greedy answer is the label, case and surrounding punctuation aside where no two labels differ by them only.
+    """Share of {text, label} rows whose greedy answer is the label, case and surrounding punctuation aside where no
+    two labels differ by them only.
 
-    Exact match of what the model says, rather than the likelihood of each label: it costs one short generation a row however many labels there
-    are, and counts an answer that a user could not use (a refusal, a sentence) as wrong.
+    Exact match of what the model says, rather than the likelihood of each label: it costs one short generation a row
+    however many labels there are, and counts an answer that a user could not use (a refusal, a sentence) as wrong.
 
     Args:
-        labels: every label of the task, as in training; they are listed in the prompt. Whole numbers and truth values count as their text.
+        labels: every label of the task, as in training; they are listed in the prompt. Whole numbers and truth values
+            count as their text.
 
     Raises:
         DataError: no rows, a row of another kind or with another label, labels that no answer tells apart.
@@ -68,7 +73,10 @@ def exact_answers(
     progress: bool = True,
 ) -> list[bool]:
     """`accuracy`, row by row: what a paired comparison of two models needs."""
-    return [answer.correct for answer in task_answers(model, tokenizer, rows, labels, batch_size=batch_size, progress=progress)]
+    return [
+        answer.correct
+        for answer in task_answers(model, tokenizer, rows, labels, batch_size=batch_size, progress=progress)
+    ]
 
 
 @dataclass(frozen=True)
@@ -93,15 +101,20 @@ def task_answers(
     """`exact_answers` with the answers themselves.
 
     Args:
-        least_tokens: generated at most, or as many as the longest label needs if that is more; a judge of refusals needs more than a label has.
+        least_tokens: generated at most, or as many as the longest label needs if that is more; a judge of refusals
+            needs more than a label has.
     """
-    rows, labels = _labelled(rows, labels)
+    rows, labels = _labeled(rows, labels)
     longest = max(len(tokenizer(label, add_special_tokens=False)["input_ids"]) for label in labels) + 2
     prompts = [classification_prompt(row["text"], labels) for row in rows]
     budget = max(longest, least_tokens)
-    answers = generate(model, tokenizer, prompts, max_new_tokens=budget, batch_size=batch_size, description="task", progress=progress)
+    answers = generate(
+        model, tokenizer, prompts, max_new_tokens=budget, batch_size=batch_size, description="task", progress=progress
+    )
     correct = (read_label(answer.text, labels) == row["label"] for answer, row in zip(answers, rows, strict=True))
-    return [TaskAnswer(prompt, answer.text, right) for prompt, answer, right in zip(prompts, answers, correct, strict=True)]
+    return [
+        TaskAnswer(prompt, answer.text, right) for prompt, answer, right in zip(prompts, answers, correct, strict=True)
+    ]
 
 
 def choice_accuracy(
@@ -113,10 +126,12 @@ def choice_accuracy(
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> Rate:
-    """Share of {text, label} rows whose label is the likeliest, in nats a token: what a model knows of a task whose form it was never taught.
+    """Share of {text, label} rows whose label is the likeliest, in nats a token: what a model knows of a task whose
+    form it was never taught.
 
     Args:
-        labels: every label of the task; each is tried for each row. A row too long for `response_losses` loses the start of its prompt.
+        labels: every label of the task; each is tried for each row. A row too long for `response_losses` loses the
+            start of its prompt.
     """
     return Rate.of(likeliest_labels(model, tokenizer, rows, labels, batch_size=batch_size, progress=progress))
 
@@ -131,19 +146,27 @@ def likeliest_labels(
     progress: bool = True,
 ) -> list[bool]:
     """`choice_accuracy`, row by row; a row whose likelihoods are not finite is wrong."""
-    rows, labels = _labelled(rows, labels)
-    asked = [{"prompt": classification_prompt(row["text"], labels), "response": label, "truncated": True} for row in rows for label in labels]
+    rows, labels = _labeled(rows, labels)
+    asked = [
+        {"prompt": classification_prompt(row["text"], labels), "response": label, "truncated": True}
+        for row in rows
+        for label in labels
+    ]
     losses = response_losses(model, tokenizer, asked, batch_size=batch_size, description="task", progress=progress)
     by_row = [losses[start : start + len(labels)] for start in range(0, len(losses), len(labels))]
-    return [all(map(math.isfinite, found)) and labels[found.index(min(found))] == row["label"] for found, row in zip(by_row, rows, strict=True)]
+    return [
+        all(map(math.isfinite, found)) and labels[found.index(min(found))] == row["label"]
+        for found, row in zip(by_row, rows, strict=True)
+    ]
 
 
 def read_label(answer: str, labels: Sequence[str]) -> str | None:
-    """The label that an answer gives: the one it equals; or else the only one that it equals without punctuation at the ends, without case, without both.
+    """The label that an answer gives: the one it equals; or else the only one that it equals without punctuation at
+    the ends, without case, without both.
 
     None where it gives none, or where labels that differ in these alone leave it open which.
     """
-    for form in (str.strip, _bare, lambda text: text.strip().lower(), normalise):
+    for form in (str.strip, _bare, lambda text: text.strip().lower(), normalize):
         said = form(answer)
         meant = [label for label in labels if said and form(label) == said]
         if meant:
@@ -151,7 +174,7 @@ def read_label(answer: str, labels: Sequence[str]) -> str | None:
     return None
 
 
-def normalise(answer: str) -> str:
+def normalize(answer: str) -> str:
     """Lower case, without white space, quotes and punctuation at the ends."""
     return _bare(answer.lower())
 
@@ -161,7 +184,7 @@ def _bare(text: str) -> str:
     return re.sub(r"^(?:(?![-+]\d)\W)+|\W+$", "", text)
 
 
-def _labelled(rows: Rows, labels: Sequence[Any]) -> tuple[list[dict[str, Any]], list[str]]:
+def _labeled(rows: Rows, labels: Sequence[Any]) -> tuple[list[dict[str, Any]], list[str]]:
     """{text, label} rows and the labels of their task, as text.
 
     Raises:
@@ -172,7 +195,10 @@ def _labelled(rows: Rows, labels: Sequence[Any]) -> tuple[list[dict[str, Any]], 
         if kind_of(row) != "label":
             raise DataError(f'row {index} has fields {sorted(row)}. Each row needs a "text" and a "label".')
         if row["label"] not in names:
-            raise DataError(f"row {index} has label {row['label']!r}, and the labels are {', '.join(names)}. Give every label of the task.")
+            raise DataError(
+                f"row {index} has label {row['label']!r}, and the labels are {', '.join(names)}. Give every label of "
+                "the task."
+            )
     return found, names
 
 
@@ -192,7 +218,17 @@ def response_nll(
         rows: {prompt, response} or {messages} rows.
         max_length: tokens kept of each row; see `response_losses`.
     """
-    return Mean.of(response_losses(model, tokenizer, rows, max_length=max_length, batch_size=batch_size, description=description, progress=progress))
+    return Mean.of(
+        response_losses(
+            model,
+            tokenizer,
+            rows,
+            max_length=max_length,
+            batch_size=batch_size,
+            description=description,
+            progress=progress,
+        )
+    )
 
 
 def response_losses(
@@ -207,7 +243,8 @@ def response_losses(
 ) -> list[float]:
     """`response_nll` of each row, in the order of `rows`: one figure a row.
 
-    A row of more than `max_length` tokens loses the start of its prompt, so that its response is measured; a response that is too long itself loses its end.
+    A row of more than `max_length` tokens loses the start of its prompt, so that its response is measured; a response
+    that is too long itself loses its end.
 
     Raises:
         DataError: a malformed row; its index is named.
@@ -218,10 +255,17 @@ def response_losses(
     features = _features(tokenizer, as_rows(rows), max_length)
     order = sorted(range(len(features)), key=lambda index: len(features[index]["input_ids"]))
     collate, means = Collator(tokenizer, trim=can_trim(model)), [0.0] * len(features)
-    with tqdm(total=len(features), desc=description, unit="row", disable=not progress, leave=False) as bar, inference(model), torch.inference_mode():
+    with (
+        tqdm(total=len(features), desc=description, unit="row", disable=not progress, leave=False) as bar,
+        inference(model),
+        torch.inference_mode(),
+    ):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = {key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in collate([features[i] for i in chosen]).items()}
+            batch = {
+                key: value.to(model.device) if isinstance(value, torch.Tensor) else value
+                for key, value in collate([features[i] for i in chosen]).items()
+            }
             labels = batch.pop("labels")
             for index, mean in zip(chosen, _row_means(model(**batch).logits, labels), strict=True):
                 means[index] = mean
@@ -230,25 +274,36 @@ def response_losses(
 
 
 def _features(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], max_length: int) -> list[dict[str, Any]]:
-    """Tokens and labels of each row, in at most `max_length` tokens, of which the first is the last of the prompt at the latest."""
+    """Tokens and labels of each row, in at most `max_length` tokens, of which the first is the last of the prompt at
+    the latest.
+    """
     if max_length < 2:
-        raise DataError(f"max_length = {max_length} has no room for a token of a prompt and one of its response. Give at least 2.")
+        raise DataError(
+            f"max_length = {max_length} has no room for a token of a prompt and one of its response. Give at least 2."
+        )
     found = []
     for index, feature in enumerate(encode_each(tokenizer, rows, WHOLE)):
         if feature is None:
             raise DataError(f"row {index}: its response has no token, and so no loss. Leave it out.")
         first = next(place for place, label in enumerate(feature["labels"]) if label != IGNORE_INDEX)
         start = max(0, min(len(feature["labels"]) - max_length, first - 1))
-        found.append({key: value[start : start + max_length] if isinstance(value, list) else value for key, value in feature.items()})
+        found.append(
+            {
+                key: value[start : start + max_length] if isinstance(value, list) else value
+                for key, value in feature.items()
+            }
+        )
     return found
 
 
 def _row_means(logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
-    """Mean loss of each row over its labelled tokens. logits: (rows, tokens, vocab); labels: (rows, tokens)."""
+    """Mean loss of each row over its labeled tokens. logits: (rows, tokens, vocab); labels: (rows, tokens)."""
     import torch
 
     kept = labels[:, 1:] != IGNORE_INDEX
     rows, positions = kept.nonzero(as_tuple=True)
-    losses = torch.nn.functional.cross_entropy(logits[rows, positions].float(), labels[:, 1:][rows, positions], reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        logits[rows, positions].float(), labels[:, 1:][rows, positions], reduction="none"
+    )
     sums = torch.zeros(len(labels), device=labels.device).index_add_(0, rows, losses)
     return [float(value) for value in sums / kept.sum(dim=1)]

@@ -1,4 +1,6 @@
-"""Folding after optimizer steps: the leaves of equal shape together, in a few batched calls whatever their number; shards on their own."""
+"""Folding after optimizer steps: the leaves of equal shape together, in a few batched calls whatever their number;
+shards on their own.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +19,27 @@ from peft_safety.layers.sharing import moved
 from peft_safety.projection import Side
 
 MAX_GROUP_BYTES = 256 << 20
-"""Working memory of one batched fold: both groups of a 7B model's linear layers at r = 16 and k = 32 stay below it (130 MiB each)."""
+"""Working memory of one batched fold: both groups of a 7B model's linear layers at r = 16 and k = 32 stay below it
+(130 MiB each).
+"""
 LOW_PRECISION_PASSES = 2
-"""Where matrix products are allowed in TF32 or bf16, one pass leaves 1e-4 of what it removes; a second one leaves 1e-4 of that."""
+"""Where matrix products are allowed in TF32 or bf16, one pass leaves 1e-4 of what it removes; a second one leaves 1e-4
+of that.
+"""
 
 
 @torch.no_grad()
 def fold_together(leaves: Iterable[ProtectedLinear], batched: bool | None = None) -> None:
-    """Project the weights of leaves in place, unconditionally and without a host synchronisation: leaves of equal (d, k, r, side, dtype, device) at once.
+    """Project the weights of leaves in place, unconditionally and without a host synchronization: leaves of equal (d,
+    k, r, side, dtype, device) at once.
 
-    Sharded weights (DTensor) are projected one by one, on their local shards. Weights on the meta device, and such as a sharding wrapper has flattened, are
-    left alone.
+    Sharded weights (DTensor) are projected one by one, on their local shards. Weights on the meta device, and such as
+    a sharding wrapper has flattened, are left alone.
 
     Args:
-        batched: few calls on stacked copies, or one leaf after another in place. Default: batched except on a CPU, which has no launches to save, and where
-            the copies cost two to three times what they save (benchmarks/grouped.py).
+        batched: few calls on stacked copies, or one leaf after another in place. Default: batched except on a CPU,
+            which has no launches to save, and where the copies cost two to three times what they save
+            (benchmarks/grouped.py).
     """
     groups: dict[tuple[Any, ...], list[ProtectedLinear]] = defaultdict(list)
     for leaf in leaves:
@@ -45,10 +53,16 @@ def fold_together(leaves: Iterable[ProtectedLinear], batched: bool | None = None
     passes = 1 if _full_precision() else LOW_PRECISION_PASSES
     for (side, *_, device), group in groups.items():
         with torch.autocast(device_type=device.type, enabled=False):
-            for part in _chunks(group) if (device.type != "cpu" if batched is None else batched) else ([leaf] for leaf in group):
+            for part in (
+                _chunks(group)
+                if (device.type != "cpu" if batched is None else batched)
+                else ([leaf] for leaf in group)
+            ):
                 weights = [leaf.raw() for leaf in part]
                 bases = [moved(leaf.basis, device) for leaf in part]  # type: ignore[arg-type]
-                _fold_stack(weights, bases, side, passes) if len(part) > 1 else _fold_one(weights[0], bases[0], side, passes)
+                _fold_stack(weights, bases, side, passes) if len(part) > 1 else _fold_one(
+                    weights[0], bases[0], side, passes
+                )
                 for leaf in part:
                     leaf.mark_folded("weight", stepped=True)
 
@@ -79,14 +93,20 @@ def _fold_one(weight: Tensor, basis: Tensor, side: Side, passes: int) -> None:
 
 def _full_precision() -> bool:
     """Whether fp32 matrix products are computed in fp32 on every device."""
-    found = [getattr(backend.matmul, "fp32_precision", None) for backend in (torch.backends.cuda, torch.backends.mkldnn) if hasattr(backend, "matmul")]
+    found = [
+        getattr(backend.matmul, "fp32_precision", None)
+        for backend in (torch.backends.cuda, torch.backends.mkldnn)
+        if hasattr(backend, "matmul")
+    ]
     if None in found or not found:  # torch before 2.9
         return torch.get_float32_matmul_precision() == "highest"
     return all(precision in ("none", "ieee") for precision in found)
 
 
 def fold_shard(weight: Any, basis: Tensor, side: Side) -> None:
-    """Fold one shard of a DTensor that is split along its first dimension: one all-reduce of `k x r`, and only for the output side."""
+    """Fold one shard of a DTensor that is split along its first dimension: one all-reduce of `k x r`, and only for the
+    output side.
+    """
     from torch.distributed._functional_collectives import all_reduce
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -95,7 +115,8 @@ def fold_shard(weight: Any, basis: Tensor, side: Side) -> None:
     placements = list(weight.placements)
     if any(not p.is_replicate() and p != Shard(0) for p in placements):
         raise ProtectionError(
-            f"a protected factor is sharded as {placements}; only Shard(0) is supported. Keep adapters replicated, or shard them by FSDP2's default."
+            f"a protected factor is sharded as {placements}; only Shard(0) is supported. Keep adapters replicated, or "
+            "shard them by FSDP2's default."
         )
     if side == "in" or all(p.is_replicate() for p in placements):
         local.copy_(projection.project_out(basis.to(local.device), local.to(basis.dtype), side))
@@ -110,15 +131,23 @@ def fold_shard(weight: Any, basis: Tensor, side: Side) -> None:
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Fold what this optimizer has just moved. Leaves are taken in the order of its parameters, which all ranks share."""
+    """Fold what this optimizer has just moved. Leaves are taken in the order of its parameters, which all ranks
+    share.
+    """
     by_weight = {id(leaf._parameters.get("weight")): leaf for leaf in live_leaves()}
-    moving = (p for group in optimizer.param_groups if not _stands_still(group) for p in group["params"] if p.grad is not None)
+    moving = (
+        p
+        for group in optimizer.param_groups
+        if not _stands_still(group)
+        for p in group["params"]
+        if p.grad is not None
+    )
     fold_together(by_weight[id(p)] for p in moving if id(p) in by_weight)
 
 
 def _stands_still(group: dict[str, Any]) -> bool:
-    """Whether a step has moved nothing because its rate is 0. torch's distributed checkpoints load optimizer states behind such a step, and projecting once
-    more would change the last bits of what they have just restored."""
+    """Whether a step has moved nothing because its rate is 0. torch's distributed checkpoints load optimizer states
+    behind such a step, and projecting once more would change the last bits of what they have just restored."""
     lr: Any = group.get("lr")
     on_host = isinstance(lr, (int, float)) or (isinstance(lr, Tensor) and lr.device.type == "cpu")
     return on_host and float(lr) == 0

@@ -1,6 +1,7 @@
 """Where a factor lies in memory.
 
-Products of equal values are equal to the last bit only where the same kernel runs, and a CPU's BLAS chooses its kernels
+Products of equal values are equal to the last bit only where the same kernel runs, and a CPU's BLAS chooses its
+kernels
 by strides and addresses: a factor that is a slice of an SVD, or of a file that was read whole, gives other last bits
 than its copy does.
 """
@@ -15,7 +16,9 @@ ALIGNMENT = 64
 
 
 def is_fresh(tensor: Tensor) -> bool:
-    """Whether a tensor lies as torch would lay out a new one; what has no memory of its own here (meta, shards) counts."""
+    """Whether a tensor lies as torch would lay out a new one; what has no memory of its own here (meta, shards)
+    counts.
+    """
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
         return True
     return tensor.is_contiguous() and (tensor.device.type != "cpu" or tensor.data_ptr() % ALIGNMENT == 0)
@@ -28,7 +31,9 @@ def fresh(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def lay_out(module: nn.Module) -> bool:
-    """Move those parameters of a module that lie oddly, and say whether any was moved. The Parameters stay the same."""
+    """Move those parameters of a module that lie oddly, and say whether any was moved. The Parameters stay the
+    same.
+    """
     odd = [parameter for parameter in module._parameters.values() if parameter is not None and not is_fresh(parameter)]
     for parameter in odd:
         parameter.data = fresh(parameter.data)

@@ -1,12 +1,15 @@
 """One protected leaf in place of `lora_A` or `lora_B`.
 
-PEFT computes `lora_B(lora_A(dropout(x))) * scaling` in every layer class, quantised ones and mixed batches included, so a leaf there constrains them all. The
-leaf's parameter stays the raw trainable weight under its usual name; what it computes with is the projected one, `C B` or `A C`. The raw weight is *folded*
-(replaced by its projection) after every optimizer step, when it is loaded, and whenever somebody reads `.weight`: since `C` is idempotent and commutes with
-weight decay, the trajectory of `C B` is the same, and a reader that bypasses the forward finds a weight that is already safe.
+PEFT computes `lora_B(lora_A(dropout(x))) * scaling` in every layer class, quantized ones and mixed batches included,
+so a leaf there constrains them all. The leaf's parameter stays the raw trainable weight under its usual name; what it
+computes with is the projected one, `C B` or `A C`. The raw weight is *folded* (replaced by its projection) after every
+optimizer step, when it is loaded, and whenever somebody reads `.weight`: since `C` is idempotent and commutes with
+weight decay, the trajectory of `C B` is the same, and a reader that bypasses the forward finds a weight that is
+already safe.
 
-A folded weight needs no projection in the forward, only its gradient does. Whether it is folded is a question of its values, so that a resumed run computes
-the same bits; what is *known* to be folded (the last writer was our own fold, by torch's version counter) is not even looked at.
+A folded weight needs no projection in the forward, only its gradient does. Whether it is folded is a question of its
+values, so that a resumed run computes the same bits; what is *known* to be folded (the last writer was our own fold,
+by torch's version counter) is not even looked at.
 """
 
 from __future__ import annotations
@@ -31,11 +34,14 @@ Kind = Literal["weight", "initial"]
 
 
 class _Folded(torch.autograd.Function):
-    """A factor as it counts: itself where it is folded, its projection elsewhere; with the gradient of the projection, `dB = C dB'`, either way."""
+    """A factor as it counts: itself where it is folded, its projection elsewhere; with the gradient of the projection,
+    `dB = C dB'`, either way.
+    """
 
     @staticmethod
     def forward(ctx: Any, factor: Tensor, basis: Tensor, side: Side, known: bool) -> Tensor:
-        # not `save_for_backward`: DDP broadcasts buffers, equal values, into the basis at every forward, and autograd would take that for a change
+        # not `save_for_backward`: DDP broadcasts buffers, equal values, into the basis at every forward, and autograd
+        # would take that for a change
         ctx.basis, ctx.side = basis, side
         return factor.view_as(factor) if known else projection.settled(basis, factor, side)
 
@@ -51,13 +57,15 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
 
 
 class ProtectedLinear(nn.Linear):
-    """`lora_B` with `C = I - U U^T` before it (side "out"), or `lora_A` with `C` behind it (side "in"), or an unconstrained factor with a residual.
+    """`lora_B` with `C = I - U U^T` before it (side "out"), or `lora_A` with `C` behind it (side "in"), or an
+    unconstrained factor with a residual.
 
     Attributes:
         weight: the raw trainable factor, `(out_features, r)` for "out" or `(r, in_features)` for "in".
         basis: `U (d, k)`, fp32, non-persistent, untouched by dtype casts; None for a factor that is not constrained.
-        initial: the frozen initial factor (persistent, shape of `weight`) of a non-destructive residual, or None. `lora_A` then gives `[A x; A0 x]`, and
-            `lora_B` computes `C B a - B0 a0`: bit-identical to zero at initialisation, where both products are the same.
+        initial: the frozen initial factor (persistent, shape of `weight`) of a non-destructive residual, or None.
+            `lora_A` then gives `[A x; A0 x]`, and `lora_B` computes `C B a - B0 a0`: bit-identical to zero at
+            initialization, where both products are the same.
 
     Reference: SaLoRA, arXiv 2501.01765, section 4; the folding is ours.
     """
@@ -79,13 +87,15 @@ class ProtectedLinear(nn.Linear):
         leaf.weight = weight
         device = torch.device("cpu") if weight.is_meta else weight.device
         leaf.register_buffer("basis", None if basis is None else placed(basis, device), persistent=False)
-        leaf.register_buffer("initial", torch.zeros(weight.shape, device=device, dtype=weight.dtype) if residual else None)
+        leaf.register_buffer(
+            "initial", torch.zeros(weight.shape, device=device, dtype=weight.dtype) if residual else None
+        )
         leaf.train(linear.training)
         _LEAVES.add(leaf)
         return leaf
 
     def reset_parameters(self) -> None:
-        """Nothing: the weight is PEFT's, which initialises it."""
+        """Nothing: the weight is PEFT's, which initializes it."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, initial = self.factors()
@@ -93,7 +103,8 @@ class ProtectedLinear(nn.Linear):
             return F.linear(x, weight)
         if self.side == "in":
             return torch.cat([F.linear(x, weight), F.linear(x, initial)], dim=-1)
-        # copies: a view that starts at an odd address may take another kernel, and the products must be equal to the last bit where the factors are
+        # copies: a view that starts at an odd address may take another kernel, and the products must be equal to the
+        # last bit where the factors are
         trained, frozen = (half.clone(memory_format=torch.contiguous_format) for half in x.chunk(2, dim=-1))
         return F.linear(trained, weight) - F.linear(frozen, initial)
 
@@ -103,11 +114,15 @@ class ProtectedLinear(nn.Linear):
         return weight, None if self.initial is None else self._effective("initial", self.initial.to(weight.dtype))
 
     def projected(self) -> Tensor:
-        """The weight that counts, differentiable, in the dtype of `weight`; projected in fp32 or better whatever autocast says, and only if it needs it."""
+        """The weight that counts, differentiable, in the dtype of `weight`; projected in fp32 or better whatever
+        autocast says, and only if it needs it.
+        """
         return self._effective("weight", self.raw())
 
     def raw(self) -> Tensor:
-        """The unprojected weight, without the fold that reading `.weight` implies. A replica of `nn.DataParallel` keeps it as a plain attribute."""
+        """The unprojected weight, without the fold that reading `.weight` implies. A replica of `nn.DataParallel`
+        keeps it as a plain attribute.
+        """
         weight = self._parameters.get("weight")
         return self.__dict__["weight"] if weight is None else weight
 
@@ -128,8 +143,9 @@ class ProtectedLinear(nn.Linear):
             return projection.settled(basis, factor, self.side)
 
     def is_known(self, factor: Tensor, kind: Kind = "weight") -> bool:
-        """Whether this is the very tensor that was folded last, unwritten since. Writes through `.data` escape torch's version counter, so a weight that is
-        being trained counts as known only behind the fold after an optimizer's step, and a frozen one behind any fold."""
+        """Whether this is the very tensor that was folded last, unwritten since. Writes through `.data` escape torch's
+        version counter, so a weight that is being trained counts as known only behind the fold after an optimizer's
+        step, and a frozen one behind any fold."""
         mark = _MARKS.get(self, {}).get(kind)
         if mark is None or mark.factor() is not factor or (factor.requires_grad and not mark.stepped):
             return False
@@ -143,7 +159,9 @@ class ProtectedLinear(nn.Linear):
 
     @torch.no_grad()
     def set_initial(self, value: Tensor) -> None:
-        """Start from `value` and take `value` out again, so that the function does not change: fills `weight` and `initial`."""
+        """Start from `value` and take `value` out again, so that the function does not change: fills `weight` and
+        `initial`.
+        """
         weight = self.raw()
         weight.copy_(value)
         self.fold()
@@ -152,11 +170,15 @@ class ProtectedLinear(nn.Linear):
 
     @torch.no_grad()
     def fold(self) -> bool:
-        """Replace the raw weight (and the frozen one) by its projection if it leaks; changes no bit of one that doesn't. Returns whether it wrote."""
+        """Replace the raw weight (and the frozen one) by its projection if it leaks; changes no bit of one that
+        doesn't. Returns whether it wrote.
+        """
         weight = self.raw()
         factors = [weight]
         if self.initial is not None:
-            if self.initial.dtype != weight.dtype:  # PEFT and TRL cast parameters only; the two are comparable, and storable, in one dtype
+            if (
+                self.initial.dtype != weight.dtype
+            ):  # PEFT and TRL cast parameters only; the two are comparable, and storable, in one dtype
                 self.initial = self.initial.to(weight.dtype)
             factors.append(self.initial)
         if self.basis is None or not is_plain(weight, self.basis, self.side):
@@ -169,10 +191,14 @@ class ProtectedLinear(nn.Linear):
         return changed
 
     def __getattr__(self, name: str) -> Any:
-        # Parameters live in `_parameters`, so `.weight` arrives here: whoever reads it past the forward gets a folded one.
+        # Parameters live in `_parameters`, so `.weight` arrives here: whoever reads it past the forward gets a folded
+        # one.
         if name == "weight" and name in self._parameters and not torch.compiler.is_compiling():
             weight, initial = self.raw(), self.initial
-            if not (self.is_known(weight) and (initial is None or (initial.dtype == weight.dtype and self.is_known(initial, "initial")))):
+            if not (
+                self.is_known(weight)
+                and (initial is None or (initial.dtype == weight.dtype and self.is_known(initial, "initial")))
+            ):
                 self.fold()
         return super().__getattr__(name)
 
@@ -180,9 +206,13 @@ class ProtectedLinear(nn.Linear):
         self.fold()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
+    ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
-        if local_metadata.get("assign_to_params_buffers"):  # the caller's own tensors, wherever they lie: of a file, as a rule
+        if local_metadata.get(
+            "assign_to_params_buffers"
+        ):  # the caller's own tensors, wherever they lie: of a file, as a rule
             lay_out(self)
             self.initial = None if self.initial is None else fresh(self.initial)
         self.fold()
@@ -214,7 +244,9 @@ def protected_leaves(model: nn.Module) -> Iterator[tuple[str, ProtectedLinear]]:
 
 
 def lay_out_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Move what an adapter holds, both factors of each layer and the modules saved beside them, to where new tensors would lie, and fold what was moved."""
+    """Move what an adapter holds, both factors of each layer and the modules saved beside them, to where new tensors
+    would lie, and fold what was moved.
+    """
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == adapter_name:
             for part in module.modules():
@@ -223,14 +255,18 @@ def lay_out_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def joined(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`(A' (r', n), B' (m, r'))` with `B' A' = B A - B0 A0`: `[A; A0]` and `[B, -B0]`; without a residual the factors themselves."""
+    """`(A' (r', n), B' (m, r'))` with `B' A' = B A - B0 A0`: `[A; A0]` and `[B, -B0]`; without a residual the factors
+    themselves.
+    """
     if a0 is None or b0 is None:
         return a, b
     return torch.cat([a, a0.to(a)]), torch.cat([b, -b0.to(b)], dim=1)
 
 
 def stored_factors(leaf_a: nn.Module, leaf_b: nn.Module) -> tuple[Tensor, Tensor]:
-    """`joined` factors of a LoRA layer as they stand in its leaves, folded, not differentiable; of plain LoRA its two weights."""
+    """`joined` factors of a LoRA layer as they stand in its leaves, folded, not differentiable; of plain LoRA its two
+    weights.
+    """
     a: Tensor = leaf_a.weight.detach()  # type: ignore[assignment, operator]  # reading folds, the frozen factors too
     b: Tensor = leaf_b.weight.detach()  # type: ignore[assignment, operator]
     return joined(a, b, getattr(leaf_a, "initial", None), getattr(leaf_b, "initial", None))
@@ -243,19 +279,30 @@ def check_leaf(leaf: nn.Module, name: str, basis: Tensor | None, side: Side, res
         basis: the expected one; None for the other factor of an adapter with a residual.
 
     Raises:
-        ProtectionError: an ordinary module stands in its place, its basis is not the expected one, or a factor is not finite.
+        ProtectionError: an ordinary module stands in its place, its basis is not the expected one, or a factor is not
+            finite.
     """
     if not isinstance(leaf, ProtectedLinear) or leaf.side != side or (leaf.initial is not None) != residual:
-        raise ProtectionError(f"{name}: a {type(leaf).__name__} stands where a protected leaf belongs; something replaced it. Load the adapter again.")
+        raise ProtectionError(
+            f"{name}: a {type(leaf).__name__} stands where a protected leaf belongs; something replaced it. Load the "
+            "adapter again."
+        )
     found = leaf.basis
-    equal = found is basis is None or (found is not None and basis is not None and found.dtype == torch.float32 and torch.equal(found.cpu(), basis))
+    equal = found is basis is None or (
+        found is not None and basis is not None and found.dtype == torch.float32 and torch.equal(found.cpu(), basis)
+    )
     if not equal:
         shapes = ["none" if u is None else f"{tuple(u.shape)} {u.dtype}" for u in (found, basis)]
-        raise ProtectionError(f"{name}: its basis ({shapes[0]}) is not the subspace's ({shapes[1]}). Load the adapter again.")
+        raise ProtectionError(
+            f"{name}: its basis ({shapes[0]}) is not the subspace's ({shapes[1]}). Load the adapter again."
+        )
     for factor in (leaf.raw(), leaf.initial):
         if factor is None or hasattr(factor, "device_mesh") or factor.is_meta or bool(torch.isfinite(factor).all()):
             continue
-        raise ProtectionError(f"{name}: a factor {tuple(factor.shape)} holds NaN or Inf. Lower the learning rate, and load the last good checkpoint.")
+        raise ProtectionError(
+            f"{name}: a factor {tuple(factor.shape)} holds NaN or Inf. Lower the learning rate, and load the last "
+            "good checkpoint."
+        )
 
 
 @dataclass(frozen=True)
@@ -280,4 +327,9 @@ def live_leaves() -> Iterator[ProtectedLinear]:
 
 def is_plain(weight: Tensor, basis: Tensor, side: Side) -> bool:
     """Whether the weight is a whole tensor here: not meta, not a shard, not flattened by a sharding wrapper."""
-    return not weight.is_meta and not hasattr(weight, "device_mesh") and weight.ndim == 2 and weight.shape[0 if side == "out" else 1] == basis.shape[0]
+    return (
+        not weight.is_meta
+        and not hasattr(weight, "device_mesh")
+        and weight.ndim == 2
+        and weight.shape[0 if side == "out" else 1] == basis.shape[0]
+    )

@@ -1,4 +1,6 @@
-"""One copy of a basis on each device, whoever uses it: q, k and v share their inputs' basis, two adapters of one subspace share all of them."""
+"""One copy of a basis on each device, whoever uses it: q, k and v share their inputs' basis, two adapters of one
+subspace share all of them.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,14 @@ if TYPE_CHECKING:
 
 _Entry = tuple["weakref.ref[Tensor]", int, "weakref.ref[Tensor]"]
 _placed: dict[tuple[int, torch.device], _Entry] = {}
-"""Copies by the id of their source, with the source itself and its version, so that neither a new tensor of an old id nor a changed one is mistaken for it."""
+"""Copies by the id of their source, with the source itself and its version, so that neither a new tensor of an old id
+nor a changed one is mistaken for it.
+"""
 
 
 def placed(source: Tensor, device: torch.device) -> Tensor:
-    """The package's own fp32 copy of a basis `(d, k)` on a device: made once, alive as long as a leaf holds it. Never `source` itself, which may be the
-    subspace's."""
+    """The package's own fp32 copy of a basis `(d, k)` on a device: made once, alive as long as a leaf holds it. Never
+    `source` itself, which may be the subspace's."""
     key = (id(source), device)
     found = _placed.get(key)
     if found is not None and found[0]() is source and found[1] == _version(source):
@@ -48,8 +52,8 @@ def _remember(source: Tensor, copy: Tensor, key: tuple[int, torch.device]) -> Te
 
 @torch.no_grad()
 def rebase(new: Mapping[ProtectedLinear, Tensor | None], others: Iterable[ProtectedLinear]) -> None:
-    """Give leaves other bases. In place where a tensor keeps its shape and all its users get the same one, so that compiled graphs and captured ones stay
-    valid; a tensor that anybody else uses is left alone.
+    """Give leaves other bases. In place where a tensor keeps its shape and all its users get the same one, so that
+    compiled graphs and captured ones stay valid; a tensor that anybody else uses is left alone.
 
     Args:
         new: each leaf's basis `(d, k)`, or None.
@@ -62,7 +66,13 @@ def rebase(new: Mapping[ProtectedLinear, Tensor | None], others: Iterable[Protec
     for leaves in users.values():
         old, wanted = leaves[0].basis, {id(new[leaf]): new[leaf] for leaf in leaves}
         first = next(iter(wanted.values()))
-        if old is not None and first is not None and len(wanted) == 1 and id(old) not in foreign and old.shape == first.shape:
+        if (
+            old is not None
+            and first is not None
+            and len(wanted) == 1
+            and id(old) not in foreign
+            and old.shape == first.shape
+        ):
             old.copy_(first)
             for key in [k for k, (_, _, there) in _placed.items() if there() is old]:
                 del _placed[key]

@@ -16,10 +16,15 @@ from peft_safety.methods.protected import ProtectedConfig, adapter_layers, bind
 
 
 def attach(
-    model: nn.Module, adapter_name: str, config: ProtectedConfig, configs: Mapping[str, Any], take_out: Callable[[Collection[str]], None]
+    model: nn.Module,
+    adapter_name: str,
+    config: ProtectedConfig,
+    configs: Mapping[str, Any],
+    take_out: Callable[[Collection[str]], None],
 ) -> Collection[str]:
-    """Put the protected leaves into freshly built LoRA layers. From the config of an adapter that is there, the new one is a copy: never calibrated again.
-    What the subspace leaves out, because it could not be calibrated, the adapter leaves out too.
+    """Put the protected leaves into freshly built LoRA layers. From the config of an adapter that is there, the new
+    one is a copy: never calibrated again. What the subspace leaves out, because it could not be calibrated, the
+    adapter leaves out too.
 
     Args:
         config: the adapter's own one; what was calibrated or loaded is noted in it.
@@ -34,11 +39,17 @@ def attach(
     """
     layers = adapter_layers(model, adapter_name)
     if not layers:
-        raise UnsupportedLayerError(f"{type(config).__name__}: {config.target_modules!r} gave no LoRA layer to protect. Use get_peft_model with linear layers.")
+        raise UnsupportedLayerError(
+            f"{type(config).__name__}: {config.target_modules!r} gave no LoRA layer to protect. Use get_peft_model "
+            "with linear layers."
+        )
     base = {name: layer.get_base_layer() for name, layer in layers.items()}
     for name, layer in layers.items():
         if config.r != layer.r[adapter_name] > min(weights.shape(base[name])):
-            raise ConfigError(f"{name}: r={layer.r[adapter_name]} exceeds the layer's {weights.shape(base[name])}. Use a smaller r or a rank_pattern.")
+            raise ConfigError(
+                f"{name}: r={layer.r[adapter_name]} exceeds the layer's {weights.shape(base[name])}. Use a smaller r "
+                "or a rank_pattern."
+            )
     copied = reuse.is_copy(config, configs) and reuse.fits(config, base)
     if not copied:
         reuse.start_over(config)
@@ -47,7 +58,10 @@ def attach(
     known = subspace.left_out
     gone = {name: known[name] for name in subspace.lacking(layers, config.basis_sides) if name in known}
     if len(gone) == len(layers):
-        raise SubspaceError(f"{naming.some(gone)}: the subspace leaves out every layer of the adapter. Use other target_modules, or calibrate on other data.")
+        raise SubspaceError(
+            f"{naming.some(gone)}: the subspace leaves out every layer of the adapter. Use other target_modules, or "
+            "calibrate on other data."
+        )
     if gone:
         take_out(gone)
         warn_left_out(gone, len(layers), "the adapter, which does not train them")
@@ -55,13 +69,19 @@ def attach(
     subspace.check_fits(base, config.basis_sides)
     if config.modules_to_save or config.trainable_token_indices:
         warnings.warn(
-            "modules_to_save and trainable_token_indices train weights that no projection constrains; the guarantee covers the LoRA update only.", stacklevel=2
+            "modules_to_save and trainable_token_indices train weights that no projection constrains; the guarantee "
+            "covers the LoRA update only.",
+            stacklevel=2,
         )
     config.subspace = subspace
     config.safety_rank = max(subspace.rank(name, side) for name in layers for side in config.basis_sides)
-    config._modules = {name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()}
+    config._modules = {
+        name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()
+    }
     bind(layers, adapter_name, config)
     reuse.start(model, layers, adapter_name, config, configs, copied)
     if not copied:
-        reuse.remember(config, asked, loaded=config._stored is not None or (config._origin is not None and config._origin.loaded))
+        reuse.remember(
+            config, asked, loaded=config._stored is not None or (config._origin is not None and config._origin.loaded)
+        )
     return gone

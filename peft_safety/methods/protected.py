@@ -1,4 +1,6 @@
-"""What all protected configs share: `LoraConfig` plus a subspace, refusal of what cannot be protected, and the way to and from disk."""
+"""What all protected configs share: `LoraConfig` plus a subspace, refusal of what cannot be protected, and the way to
+and from disk.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ REJECTED = {
     "loftq_config": "LoftQ rewrites the base weight",
     "corda_config": "CorDA rewrites the base weight",
     "lora_ga_config": "LoRA-GA rewrites the base weight",
-    "eva_config": "EVA initialises the factors itself",
+    "eva_config": "EVA initializes the factors itself",
     "layer_replication": "replicated layers rebuild the base model",
     "megatron_config": "Megatron's parallel layers shard lora_B but not the basis",
 }
@@ -54,7 +56,8 @@ class ProtectedConfig(LoraConfig):
     """Base of the protected configs. Not meant to be used itself.
 
     Args:
-        subspace: a `SafetySubspace`, a file, a directory, a Hub id, or `"auto"` to calibrate when the adapter is injected.
+        subspace: a `SafetySubspace`, a file, a directory, a Hub id, or `"auto"` to calibrate when the adapter is
+            injected.
         safety_rank: protected directions per layer when `subspace="auto"`; otherwise set from the subspace.
         safety_artifact: written by `save_pretrained`; leave it alone.
 
@@ -62,9 +65,13 @@ class ProtectedConfig(LoraConfig):
         ConfigError: a LoRA feature that cannot be protected, or numbers out of range.
     """
 
-    subspace: Any = field(default="auto", metadata={"help": "SafetySubspace, path, Hub id, or 'auto' to calibrate at injection."})
+    subspace: Any = field(
+        default="auto", metadata={"help": "SafetySubspace, path, Hub id, or 'auto' to calibrate at injection."}
+    )
     safety_rank: int = field(default=32, metadata={"help": "Protected directions per layer for subspace='auto'."})
-    safety_artifact: dict[str, Any] | None = field(default=None, metadata={"help": "Hashes of the saved files; written by save_pretrained."})
+    safety_artifact: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Hashes of the saved files; written by save_pretrained."}
+    )
 
     PEFT_KEY: ClassVar[str] = ""
     UNSAVED: ClassVar[tuple[str, ...]] = ()  # data: what came of them is saved, they are not
@@ -73,11 +80,19 @@ class ProtectedConfig(LoraConfig):
         where = type(self).__name__
         for name, reason in REJECTED.items():
             if getattr(self, name, None):
-                raise ConfigError(f"{where}(target_modules={self.target_modules!r}): {name} cannot be protected: {reason}. Remove it.")
+                raise ConfigError(
+                    f"{where}(target_modules={self.target_modules!r}): {name} cannot be protected: {reason}. Remove "
+                    "it."
+                )
         if self.init_lora_weights not in INITS:
-            raise ConfigError(f"{where}: init_lora_weights={self.init_lora_weights!r} rewrites the base weight or is untested. Use one of {INITS}.")
+            raise ConfigError(
+                f"{where}: init_lora_weights={self.init_lora_weights!r} rewrites the base weight or is untested. Use "
+                f"one of {INITS}."
+            )
         if self.bias != "none":
-            raise ConfigError(f"{where}: bias={self.bias!r} trains base biases, which no projection constrains. Use bias='none'.")
+            raise ConfigError(
+                f"{where}: bias={self.bias!r} trains base biases, which no projection constrains. Use bias='none'."
+            )
         check_numbers(self.r, self.lora_alpha, self.lora_dropout, where)
         for name, rank in (self.rank_pattern or {}).items():
             check_numbers(rank, self.lora_alpha, 0, f"{where}, rank_pattern[{name!r}]")
@@ -108,20 +123,27 @@ class ProtectedConfig(LoraConfig):
         return False
 
     def resolve(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SafetySubspace:
-        """The subspace itself: as given, loaded, or calibrated on the package's own data. `layers` are the base layers by name."""
+        """The subspace itself: as given, loaded, or calibrated on the package's own data. `layers` are the base layers
+        by name.
+        """
         if isinstance(self.subspace, SafetySubspace):
             return self.subspace
         if self.subspace == "auto":
             return self.calibrate(model, layers)
         if isinstance(self.subspace, (str, os.PathLike)):
             return SafetySubspace.load(self.subspace)
-        raise ConfigError(f"{type(self).__name__}: subspace is a {type(self.subspace).__name__}. Give a SafetySubspace, a path, a Hub id, or 'auto'.")
+        raise ConfigError(
+            f"{type(self).__name__}: subspace is a {type(self.subspace).__name__}. Give a SafetySubspace, a path, a "
+            "Hub id, or 'auto'."
+        )
 
     def calibrate(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SafetySubspace:
         """What `subspace="auto"` means: an estimate on the package's own data."""
         from peft_safety.estimate.activations import estimate, tokenizer_of
 
-        subspace = estimate(model, calibration_rows("salora"), tokenizer=tokenizer_of(model), rank=self.safety_rank, layers=layers)
+        subspace = estimate(
+            model, calibration_rows("salora"), tokenizer=tokenizer_of(model), rank=self.safety_rank, layers=layers
+        )
         subspace.provenance["source"] = "peft_safety refusal pairs, calibration split"
         return subspace
 
@@ -130,11 +152,13 @@ class ProtectedConfig(LoraConfig):
         """What is still missing for the adapter to be what its config says, for a warning when it is saved."""
         return None
 
-    def initialise(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
-        """Set initial factors once the leaves are in place. Nothing to do for plain LoRA initialisation."""
+    def initialize(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+        """Set initial factors once the leaves are in place. Nothing to do for plain LoRA initialization."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields. `peft_type` is this method's own, so that nothing without this package mistakes the adapter for plain LoRA."""
+        """JSON-able fields. `peft_type` is this method's own, so that nothing without this package mistakes the
+        adapter for plain LoRA.
+        """
         plain = copy.copy(self)
         for name in self.UNSAVED:
             setattr(plain, name, None)
@@ -147,7 +171,9 @@ class ProtectedConfig(LoraConfig):
         if self._modules:  # full names: no regular expression ever has to be trusted on the way back
             result["target_modules"] = sorted(self._modules)
             result["rank_pattern"] = {name: r for name, (r, _) in self._modules.items() if r != self.r}
-            result["alpha_pattern"] = {name: alpha for name, (_, alpha) in self._modules.items() if alpha != self.lora_alpha}
+            result["alpha_pattern"] = {
+                name: alpha for name, (_, alpha) in self._modules.items() if alpha != self.lora_alpha
+            }
             result |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
         return result
 
@@ -156,7 +182,11 @@ class ProtectedConfig(LoraConfig):
         if isinstance(self.subspace, SafetySubspace):
             used = self.subspace.restricted(self._modules) if self._modules else self.subspace
             path = used.save(save_directory)
-            self.safety_artifact = {"subspace": FILE_NAME, "files": {FILE_NAME: files.sha256(path)}, "extra_tensors": []}
+            self.safety_artifact = {
+                "subspace": FILE_NAME,
+                "files": {FILE_NAME: files.sha256(path)},
+                "extra_tensors": [],
+            }
         super().save_pretrained(save_directory, **kwargs)
         if isinstance(self.subspace, SafetySubspace):
             path = Path(save_directory, MANIFEST)
@@ -165,13 +195,20 @@ class ProtectedConfig(LoraConfig):
             path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
     def take(self, stored: StoredAdapter) -> None:
-        """Take over a checked directory: its subspace, and the modules that it has, with their ranks and alphas, in place of any pattern."""
+        """Take over a checked directory: its subspace, and the modules that it has, with their ranks and alphas, in
+        place of any pattern.
+        """
         if stored.residual != self.residual:
-            raise ArtifactError(f"{stored.directory}: its factors are of another init than {type(self).__name__} says. Save the adapter again.")
+            raise ArtifactError(
+                f"{stored.directory}: its factors are of another init than {type(self).__name__} says. Save the "
+                "adapter again."
+            )
         self._stored = stored
         self.subspace = stored.subspace
         alphas: dict[str, float] = stored.config.get("alpha_pattern") or {}
-        self._modules = {name: (rank, alphas.get(name, stored.config["lora_alpha"])) for name, (_, _, rank) in stored.shapes.items()}
+        self._modules = {
+            name: (rank, alphas.get(name, stored.config["lora_alpha"])) for name, (_, _, rank) in stored.shapes.items()
+        }
         pin(self, self._modules)
         mapping: Any = getattr(self, "auto_mapping", None)
         if not isinstance(mapping, dict) or not str(mapping.get("parent_library")).startswith("transformers."):
@@ -191,7 +228,14 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     """
     found = {}
     for name, _, module in walk(model):
-        layer = next((part for part in _stacked(module) if adapter_name in part.lora_A or adapter_name in part.lora_embedding_A), None)
+        layer = next(
+            (
+                part
+                for part in _stacked(module)
+                if adapter_name in part.lora_A or adapter_name in part.lora_embedding_A
+            ),
+            None,
+        )
         if layer is None:
             continue
         base = layer.get_base_layer()
@@ -200,7 +244,8 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
             weights.check_readable(base, name)
         if not usual or getattr(base, "_hf_tp_plan", None) is not None:
             raise UnsupportedLayerError(
-                f"{name}: a {type(base).__name__} under {type(layer).__name__} cannot be protected (only Linear, Conv1D and bitsandbytes "
+                f"{name}: a {type(base).__name__} under {type(layer).__name__} cannot be protected (only Linear, "
+                "Conv1D and bitsandbytes "
                 "4-bit or 8-bit layers, not split by tensor parallelism). Leave it out of target_modules."
             )
         found[name] = layer
@@ -216,22 +261,31 @@ def _stacked(module: nn.Module | None) -> Iterator[LoraLayer]:
 
 
 def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
-    """Before anything is allocated: does a stored adapter fit this model, and is the rank one that some layer can have?
+    """Before anything is allocated: does a stored adapter fit this model, and is the rank one that some layer can
+    have?
 
     Raises:
-        ArtifactError: a module that the model lacks, or one of another shape; a tensor that would replace a base weight.
+        ArtifactError: a module that the model lacks, or one of another shape; a tensor that would replace a base
+            weight.
         ConfigError: a rank above every layer's width.
     """
     modules = {name: original(module) for name, _, module in walk(model)}
     if config._stored is None:
         widest = max((min(weights.shape(m)) for m in modules.values() if weights.supported(m)), default=config.r)
         if config.r > widest:
-            raise ConfigError(f"{type(config).__name__}: r={config.r}, but no linear layer of the model is wider than {widest}. Use a smaller r.")
+            raise ConfigError(
+                f"{type(config).__name__}: r={config.r}, but no linear layer of the model is wider than {widest}. Use "
+                "a smaller r."
+            )
         return
     for name, (m, n, rank) in config._stored.shapes.items():
         base = modules.get(name)
         if base is None or not weights.supported(base) or weights.shape(base) != (m, n):
-            found = "no such module" if base is None else f"a {type(base).__name__}" + (f" {weights.shape(base)}" if weights.supported(base) else "")
+            found = (
+                "no such module"
+                if base is None
+                else f"a {type(base).__name__}" + (f" {weights.shape(base)}" if weights.supported(base) else "")
+            )
             raise ArtifactError(
                 f"{config._stored.directory}: the adapter has {name} ({m} x {n}, rank {rank}), the model has {found}. "
                 "Load the base model that it was trained on."
@@ -240,7 +294,9 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
 
 
 def _check_extra(model: nn.Module, config: ProtectedConfig, stored: StoredAdapter) -> None:
-    """Tensors that are no factors are exactly those of `modules_to_save`, or token rows, or the model's own embeddings: nothing else is replaced."""
+    """Tensors that are no factors are exactly those of `modules_to_save`, or token rows, or the model's own
+    embeddings: nothing else is replaced.
+    """
     saved = tuple(config.modules_to_save or ())
     if not saved and not stored.extra_tensors:
         return
@@ -249,20 +305,29 @@ def _check_extra(model: nn.Module, config: ProtectedConfig, stored: StoredAdapte
     modules = {name: original(module) for name, module in places.items() if not name.startswith(inside)}
     ends = [getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("input", "output")]
     ends = [original(end) for end in ends if end is not None]
-    allowed = {f"{n}.{k}": tuple(v.shape) for n, m in modules.items() if saved and n.endswith(saved) for k, v in m.state_dict().items()}
+    allowed = {
+        f"{n}.{k}": tuple(v.shape)
+        for n, m in modules.items()
+        if saved and n.endswith(saved)
+        for k, v in m.state_dict().items()
+    }
     needed = set(allowed)
     for name, module in modules.items():
         if any(module is end for end in ends):
             allowed |= {f"{name}.{k}": tuple(v.shape) for k, v in module.state_dict().items()}
     with files.open_tensors(stored.directory / ADAPTER_FILE) as handle:
-        found = {base_key(key, stored.shapes): tuple(handle.get_slice(key).get_shape()) for key in stored.extra_tensors}
+        found = {
+            base_key(key, stored.shapes): tuple(handle.get_slice(key).get_shape()) for key in stored.extra_tensors
+        }
     if config.trainable_token_indices:
         found = {key: shape for key, shape in found.items() if "token_adapter" not in key}
     odd = sorted(key for key in found.keys() | needed if found.get(key) != allowed.get(key))
     if odd:
         raise ArtifactError(
-            f"{stored.directory}: {odd[0]} is {found.get(odd[0], 'missing')} in the adapter, and modules_to_save and the model's embeddings account for "
-            f"{allowed.get(odd[0], 'no such tensor')}: it would replace a base weight, or leave one untrained. Save the adapter again."
+            f"{stored.directory}: {odd[0]} is {found.get(odd[0], 'missing')} in the adapter, and modules_to_save and "
+            "the model's embeddings account for "
+            f"{allowed.get(odd[0], 'no such tensor')}: it would replace a base weight, or leave one untrained. Save "
+            "the adapter again."
         )
 
 
@@ -283,7 +348,9 @@ def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedCo
 
 
 def _sides(layer: LoraLayer, config: ProtectedConfig, name: str) -> Iterator[tuple[Any, Side, Tensor | None]]:
-    """The factors of a layer where a leaf belongs, each with its side and its basis: the constrained one, and with a residual the other one too."""
+    """The factors of a layer where a leaf belongs, each with its side and its basis: the constrained one, and with a
+    residual the other one too.
+    """
     pairs: tuple[tuple[Any, Side], ...] = ((layer.lora_A, "in"), (layer.lora_B, "out"))
     for factor, side in pairs:
         if side in config.sides:
@@ -293,7 +360,9 @@ def _sides(layer: LoraLayer, config: ProtectedConfig, name: str) -> Iterator[tup
 
 
 def config_table(model: nn.Module) -> dict[str, Any]:
-    """PEFT's configs by adapter name: of a PeftModel, a transformers model with adapters, or a wrapper around one. Empty without adapters."""
+    """PEFT's configs by adapter name: of a PeftModel, a transformers model with adapters, or a wrapper around one.
+    Empty without adapters.
+    """
     tables = (getattr(module, "peft_config", None) for module in model.modules())
     return next((table for table in tables if isinstance(table, dict)), {})
 
@@ -317,13 +386,15 @@ def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
         configs = {name: config for name, config in configs.items() if name == adapter_name}
     if not configs:
         raise ProtectionError(
-            f"the model has no protected adapter{'' if adapter_name is None else f' {adapter_name!r}'}. Use SaLoRAConfig instead of LoraConfig."
+            f"the model has no protected adapter{'' if adapter_name is None else f' {adapter_name!r}'}. Use "
+            "SaLoRAConfig instead of LoraConfig."
         )
     for name, config in configs.items():
         layers = adapter_layers(model, name)
         if set(layers) != set(config._modules):
             raise ProtectionError(
-                f"adapter {name!r}: modules {sorted(set(layers) ^ set(config._modules))[:3]} came or went since injection. Load the adapter again."
+                f"adapter {name!r}: modules {sorted(set(layers) ^ set(config._modules))[:3]} came or went since "
+                "injection. Load the adapter again."
             )
         for module, layer in layers.items():
             for factor, side, basis in _sides(layer, config, module):
@@ -342,7 +413,7 @@ def stored_config(stored: StoredAdapter) -> ProtectedConfig:
     """The config of a checked directory, as loading would make it.
 
     Raises:
-        PeftSafetyError: a field that the method cannot honour, or that is not of this config's types.
+        PeftSafetyError: a field that the method cannot honor, or that is not of this config's types.
     """
     fields = {k: v for k, v in stored.config.items() if k != "runtime_config"}
     try:
@@ -350,6 +421,8 @@ def stored_config(stored: StoredAdapter) -> ProtectedConfig:
     except (TypeError, ValueError) as error:
         if isinstance(error, PeftSafetyError):
             raise
-        raise ArtifactError(f"{stored.directory / MANIFEST} is not a config of this PEFT: {error}. Save the adapter again.") from error
+        raise ArtifactError(
+            f"{stored.directory / MANIFEST} is not a config of this PEFT: {error}. Save the adapter again."
+        ) from error
     config.take(stored)
     return config

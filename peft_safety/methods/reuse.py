@@ -1,4 +1,6 @@
-"""What a config remembers of the adapter that was made from it, so that a second adapter from it is a copy, or starts over from what the user asked for."""
+"""What a config remembers of the adapter that was made from it, so that a second adapter from it is a copy, or starts
+over from what the user asked for.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ class Origin:
     """Where an adapter came from.
 
     Attributes:
-        source: mark of the config that it was made from; a config with this mark and these settings makes a copy of it.
+        source: mark of the config that it was made from; a config with this mark and these settings makes a copy of
+            it.
         asked: this package's fields as the user gave them: `subspace="auto"`, for one.
         made: the same once the adapter was made. Where one is another now, the config asks for another adapter.
         loaded: it came from a directory, which has its frozen factors but not the data behind them.
@@ -42,7 +45,9 @@ class Origin:
 
 
 def private(config: ProtectedConfig) -> ProtectedConfig:
-    """A copy for one adapter. What injection finds out (subspace, module names) goes there, and the caller's own config stays what it was."""
+    """A copy for one adapter. What injection finds out (subspace, module names) goes there, and the caller's own
+    config stays what it was.
+    """
     config._mark = config._mark or uuid.uuid4().hex
     own = copy.copy(config)
     for field in fields(LoraConfig):  # PEFT completes some of them in place
@@ -59,7 +64,8 @@ def settings(config: ProtectedConfig) -> dict[str, Any]:
 
 
 def is_copy(config: ProtectedConfig, configs: Mapping[str, Any]) -> bool:
-    """Whether an adapter was made from this config, and it asks for the same one again. A user's own config takes over what was found out for that adapter.
+    """Whether an adapter was made from this config, and it asks for the same one again. A user's own config takes over
+    what was found out for that adapter.
 
     Args:
         configs: the model's, by adapter.
@@ -68,7 +74,12 @@ def is_copy(config: ProtectedConfig, configs: Mapping[str, Any]) -> bool:
         return _equal(settings(config), config._origin.made)
     for there in configs.values():
         origin = getattr(there, "_origin", None)
-        if origin is not None and origin.source == config._mark and _equal(settings(config), origin.asked) and is_copy(there, {}):
+        if (
+            origin is not None
+            and origin.source == config._mark
+            and _equal(settings(config), origin.asked)
+            and is_copy(there, {})
+        ):
             for name, value in origin.made.items():
                 setattr(config, name, value)
             config._origin = origin
@@ -81,7 +92,13 @@ def _equal(now: dict[str, Any], then: dict[str, Any]) -> bool:
 
 
 def _same(one: Any, other: Any) -> bool:
-    plain = (bool, int, float, str, type(None))  # pickles keep the values of these, and the identity of everything else
+    plain = (
+        bool,
+        int,
+        float,
+        str,
+        type(None),
+    )  # pickles keep the values of these, and the identity of everything else
     return one is other or (isinstance(one, plain) and type(one) is type(other) and one == other)
 
 
@@ -111,14 +128,25 @@ def fits(config: ProtectedConfig, layers: Mapping[str, nn.Module]) -> bool:
     """Whether the subspace is of these base layers, but for those that it leaves out."""
     gone = set(config.subspace.lacking(layers, config.basis_sides)) & set(config.subspace.left_out)
     try:
-        config.subspace.check_fits({name: layer for name, layer in layers.items() if name not in gone}, config.basis_sides, bind=False)
+        config.subspace.check_fits(
+            {name: layer for name, layer in layers.items() if name not in gone}, config.basis_sides, bind=False
+        )
     except SubspaceError:
         return False
     return True
 
 
-def start(model: nn.Module, layers: Mapping[str, LoraLayer], name: str, config: ProtectedConfig, configs: Mapping[str, Any], copied: bool) -> None:
-    """The first factors of a new adapter. Frozen ones are taken over, from the adapter that is copied or from the directory, and computed only for others."""
+def start(
+    model: nn.Module,
+    layers: Mapping[str, LoraLayer],
+    name: str,
+    config: ProtectedConfig,
+    configs: Mapping[str, Any],
+    copied: bool,
+) -> None:
+    """The first factors of a new adapter. Frozen ones are taken over, from the adapter that is copied or from the
+    directory, and computed only for others.
+    """
     known = _copied_factors(config, layers, name, configs) if copied and config.residual else None
     if known is None and config._stored is not None and config.residual:
         known = _stored_factors(layers, config._stored)
@@ -128,18 +156,27 @@ def start(model: nn.Module, layers: Mapping[str, LoraLayer], name: str, config: 
     if known is None and config._stored is None and (config.residual or not copied):
         if config.residual:
             _check_data(config)
-        config.initialise(model, layers, name)
+        config.initialize(model, layers, name)
 
 
 def _stored_factors(layers: Mapping[str, LoraLayer], stored: StoredAdapter) -> Factors:
     """Frozen factors come with the directory, like the bases: transformers' loader, for one, loads parameters only."""
     with files.open_tensors(files.child(stored.directory, ADAPTER_FILE)) as handle:
         keys = {key.removeprefix(PREFIX): key for key in handle.keys()}  # noqa: SIM118
-        return {name: (handle.get_tensor(keys[f"{name}.lora_A.initial"]), handle.get_tensor(keys[f"{name}.lora_B.initial"])) for name in layers}
+        return {
+            name: (
+                handle.get_tensor(keys[f"{name}.lora_A.initial"]),
+                handle.get_tensor(keys[f"{name}.lora_B.initial"]),
+            )
+            for name in layers
+        }
 
 
-def _copied_factors(config: ProtectedConfig, layers: Mapping[str, LoraLayer], name: str, configs: Mapping[str, Any]) -> Factors | None:
-    """`{module: (A0, B0)}` of the adapter that this config is a copy of, as they stand in the model; None if the model has none of these shapes.
+def _copied_factors(
+    config: ProtectedConfig, layers: Mapping[str, LoraLayer], name: str, configs: Mapping[str, Any]
+) -> Factors | None:
+    """`{module: (A0, B0)}` of the adapter that this config is a copy of, as they stand in the model; None if the model
+    has none of these shapes.
 
     Args:
         layers: those of the new adapter `name`.
@@ -151,7 +188,9 @@ def _copied_factors(config: ProtectedConfig, layers: Mapping[str, LoraLayer], na
         if other == name or origin is None or origin.source != config._origin.source:
             continue
         if all(other in layer.lora_A and layer.r[other] == layer.r[name] for layer in layers.values()):
-            return {module: (layer.lora_A[other].initial, layer.lora_B[other].initial) for module, layer in layers.items()}
+            return {
+                module: (layer.lora_A[other].initial, layer.lora_B[other].initial) for module, layer in layers.items()
+            }
     return None
 
 
@@ -161,11 +200,19 @@ def _start_from(leaf: ProtectedLinear, initial: Tensor) -> None:
     weight, there = leaf.raw(), leaf.initial
     assert there is not None
     if initial.is_meta or weight.is_meta:
-        leaf.initial = initial.detach().clone() if initial.is_meta else initial.detach().to(there.device, copy=True, memory_format=torch.contiguous_format)
+        leaf.initial = (
+            initial.detach().clone()
+            if initial.is_meta
+            else initial.detach().to(there.device, copy=True, memory_format=torch.contiguous_format)
+        )
         return
-    # a factor in the dtype of a half-precision base would round its frozen one at the first look, before PEFT makes it fp32
+    # a factor in the dtype of a half-precision base would round its frozen one at the first look, before PEFT makes it
+    # fp32
     weight.data = initial.detach().to(
-        device=weight.device, dtype=torch.promote_types(weight.dtype, initial.dtype), copy=True, memory_format=torch.contiguous_format
+        device=weight.device,
+        dtype=torch.promote_types(weight.dtype, initial.dtype),
+        copy=True,
+        memory_format=torch.contiguous_format,
     )
     leaf.initial = initial.detach().to(there.device, copy=True, memory_format=torch.contiguous_format)
 
@@ -179,6 +226,8 @@ def _check_data(config: ProtectedConfig) -> None:
     loaded = config.safety_artifact is not None if config._origin is None else config._origin.loaded
     if loaded and all(getattr(config, name) is None for name in config.UNSAVED):
         raise ConfigError(
-            f"{type(config).__name__}: this config is of a saved adapter with a residual. Its initial factors are in that directory, the data behind them "
-            "nowhere. Load the adapter, add the copy to the model that has it (with the same r), or give the config its data again."
+            f"{type(config).__name__}: this config is of a saved adapter with a residual. Its initial factors are in "
+            "that directory, the data behind them "
+            "nowhere. Load the adapter, add the copy to the model that has it (with the same r), or give the config "
+            "its data again."
         )

@@ -1,9 +1,11 @@
 """SaLoRA: keep the output directions that carry safe responses out of the update.
 
-`dW = s C B A` with `C = I - U_C U_C^T`, `U_C` the top left singular vectors of `W X_harm`: so `U_C^T dW = 0` at every step, for every input.
+`dW = s C B A` with `C = I - U_C U_C^T`, `U_C` the top left singular vectors of `W X_harm`: so `U_C^T dW = 0` at every
+step, for every input.
 
-Reference: Li et al., ICLR 2025, arXiv 2501.01765. Differences from its public code (2025-10-23): C acts on the weight, so that it survives save, merge and
-quantisation; the residual of the task-aware initialisation includes the scaling and leaves the base weight alone.
+Reference: Li et al., ICLR 2025, arXiv 2501.01765. Differences from its public code (2025-10-23): C acts on the weight,
+so that it survives save, merge and quantization; the residual of the task-aware initialization includes the scaling
+and leaves the base weight alone.
 """
 
 from __future__ import annotations
@@ -31,22 +33,26 @@ class SaLoRAConfig(ProtectedConfig):
     """`LoraConfig` whose update cannot touch a safety subspace of the layers' outputs.
 
     Args:
-        subspace: `SafetySubspace`, file, directory, Hub id, or `"auto"` (default): calibrate at injection on the package's prompts and refusals.
+        subspace: `SafetySubspace`, file, directory, Hub id, or `"auto"` (default): calibrate at injection on the
+            package's prompts and refusals.
         safety_rank: protected output directions per layer for `"auto"`; 32 as published.
-        init: `"lora"` starts from B = 0. `"task"` starts from the task-aware factors of the paper, with a residual that keeps the function unchanged.
-        task_data: for `init="task"`: rows `{prompt, response}`, tokenised batches, or a `SafetySubspace` estimated on the task.
+        init: `"lora"` starts from B = 0. `"task"` starts from the task-aware factors of the paper, with a residual
+            that keeps the function unchanged.
+        task_data: for `init="task"`: rows `{prompt, response}`, tokenized batches, or a `SafetySubspace` estimated on
+            the task.
         task_rank: directions of the task subspace; 32 as published.
-        reference_residual: reproduce the reference code's residual, which lacks the scaling. Only for parity: unless lora_alpha = r the model's function
-            then changes at initialisation.
 
     Raises:
         ConfigError: see `ProtectedConfig`; `init="task"` without `task_data`.
     """
 
-    init: Literal["lora", "task"] = field(default="lora", metadata={"help": "'lora' (B = 0) or 'task' (task-aware, arXiv 2501.01765)."})
-    task_data: Any = field(default=None, metadata={"help": "Task rows, batches or subspace for init='task'. Not saved."})
+    init: Literal["lora", "task"] = field(
+        default="lora", metadata={"help": "'lora' (B = 0) or 'task' (task-aware, arXiv 2501.01765)."}
+    )
+    task_data: Any = field(
+        default=None, metadata={"help": "Task rows, batches or subspace for init='task'. Not saved."}
+    )
     task_rank: int = field(default=32, metadata={"help": "Directions of the task subspace."})
-    reference_residual: bool = field(default=False, metadata={"help": "Residual without the scaling, as in the reference code."})
 
     PEFT_KEY: ClassVar[str] = "SALORA"
     UNSAVED: ClassVar[tuple[str, ...]] = ("task_data",)
@@ -64,13 +70,13 @@ class SaLoRAConfig(ProtectedConfig):
     def residual(self) -> bool:
         return self.init == "task"
 
-    def initialise(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+    def initialize(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
         if self.init == "lora":
             return
         base = {name: layer.get_base_layer() for name, layer in layers.items()}
         task = self._task_subspace(model, base)
         unseen = {name: task.left_out[name] for name in task.lacking(base, ("out",)) if name in task.left_out}
-        warn_left_out(unseen, len(base), "the task-aware initialisation, and start as plain LoRA's do")
+        warn_left_out(unseen, len(base), "the task-aware initialization, and start as plain LoRA's do")
         task.check_fits({name: layer for name, layer in base.items() if name not in unseen}, bind=False)
         for name, layer in layers.items():
             if name in unseen:
@@ -78,20 +84,20 @@ class SaLoRAConfig(ProtectedConfig):
             rank = min(int(layer.r[adapter_name]), *weights.shape(base[name]))
             b, a = task_aware_factors(weights.dense_weight(base[name], name), task.bases[name]["out"], rank)
             start_from(layer, adapter_name, b, a)
-            if self.reference_residual:
-                layer.lora_B[adapter_name].initial.div_(layer.scaling[adapter_name])
-                layer.lora_B[adapter_name].fold()
 
     def _task_subspace(self, model: nn.Module, base: Mapping[str, nn.Module]) -> SafetySubspace:
         if isinstance(self.task_data, SafetySubspace):
             return self.task_data
         if self.task_data is None:
-            raise ConfigError("SaLoRAConfig: init='task' needs task_data. Give rows {prompt, response}, tokenised batches, or a SafetySubspace.")
+            raise ConfigError(
+                "SaLoRAConfig: init='task' needs task_data. Give rows {prompt, response}, tokenized batches, or a "
+                "SafetySubspace."
+            )
         from peft_safety.estimate.activations import estimate, tokenizer_of
-        from peft_safety.estimate.moments import is_tokenised
+        from peft_safety.estimate.moments import is_tokenized
 
         rows = data_rows(self.task_data, "SaLoRAConfig: task_data")
-        tokenizer = None if is_tokenised(rows) else tokenizer_of(model)
+        tokenizer = None if is_tokenized(rows) else tokenizer_of(model)
         return estimate(model, rows, tokenizer=tokenizer, rank=self.task_rank, layers=base)
 
 

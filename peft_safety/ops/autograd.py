@@ -1,4 +1,6 @@
-"""Derivatives of the operations. Gradients reach activations and factors; quantised weights and bases never get any."""
+"""Derivatives of the operations. Gradients reach activations and factors; quantized weights and bases never get
+any.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,10 @@ import torch
 from torch import Tensor
 
 from peft_safety.ops import schemas
-from peft_safety.ops.quant import QuantBundle
 
 _Q = schemas._Q
 _OPS = torch.ops.peft_safety
 _NO_BUNDLE = (None,) * _Q
-
-
-def _bundle_of(tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> QuantBundle:
-    return QuantBundle(*tensors, *sizes)  # type: ignore[arg-type]
 
 
 def _keep_lora(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -52,16 +49,14 @@ def _merged_gradients(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
 
 def _keep_basis(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[0])
-    ctx.rest = inputs[2:]
+    ctx.left = inputs[2]
 
 
 def _projected_gradient(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
     (u,) = ctx.saved_tensors
-    operation = _OPS.project_out if ctx.rest else _OPS.project_out_grouped
-    return (None, operation(u, dw, *ctx.rest), *(None for _ in ctx.rest))  # I - U U^T is its own adjoint
+    return (None, _OPS.project_out(u, dw, ctx.left), None)  # I - U U^T is its own adjoint
 
 
 torch.library.register_autograd("peft_safety::nf4_lora", _lora_gradients, setup_context=_keep_lora)
 torch.library.register_autograd("peft_safety::nf4_merged", _merged_gradients, setup_context=_keep_merged)
 torch.library.register_autograd("peft_safety::project_out", _projected_gradient, setup_context=_keep_basis)
-torch.library.register_autograd("peft_safety::project_out_grouped", _projected_gradient, setup_context=_keep_basis)

@@ -22,7 +22,8 @@ OLDEST_CAPABILITY = (8, 0)
 def backend_for(tensor: Tensor) -> tuple[Backend, str]:
     """The backend for tensors like this one, with the reason.
 
-    `PEFT_SAFETY_BACKEND=reference` or `triton` decides; otherwise Triton on NVIDIA GPUs from compute capability 8.0 on, and the reference everywhere else.
+    `PEFT_SAFETY_BACKEND=reference` or `triton` decides; otherwise Triton on NVIDIA GPUs from compute capability 8.0
+    on, and the reference everywhere else.
 
     Raises:
         ConfigError: the variable has another value, or asks for Triton where it cannot run.
@@ -35,7 +36,10 @@ def backend_for(tensor: Tensor) -> tuple[Backend, str]:
     obstacle = _obstacle(tensor.device)
     if wanted == "triton":
         if obstacle is not None:
-            raise ConfigError(f"{VARIABLE}=triton, but {obstacle}. Unset the variable, or use tensors and a machine that Triton can serve.")
+            raise ConfigError(
+                f"{VARIABLE}=triton, but {obstacle}. Unset the variable, or use tensors and a machine that Triton can "
+                "serve."
+            )
         return "triton", f"{VARIABLE}=triton"
     if obstacle is None and tensor.device.type == "cuda":
         return "triton", "an NVIDIA GPU"
@@ -47,11 +51,20 @@ def _obstacle(device: torch.device) -> str | None:
     if not _has_triton():
         return "triton is not installed"
     if device.type == "cpu":
-        return None if os.environ.get("TRITON_INTERPRET") == "1" else "the tensors are on the CPU (which needs TRITON_INTERPRET=1)"
+        return (
+            None
+            if os.environ.get("TRITON_INTERPRET") == "1"
+            else "the tensors are on the CPU (which needs TRITON_INTERPRET=1)"
+        )
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the tensors are on {'a ROCm device' if device.type == 'cuda' else device.type}"
     found = _capability(device)
-    return None if found >= OLDEST_CAPABILITY else f"the GPU has compute capability {found[0]}.{found[1]}, below {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
+    return (
+        None
+        if found >= OLDEST_CAPABILITY
+        else f"the GPU has compute capability {found[0]}.{found[1]}, below "
+        f"{OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
+    )
 
 
 @cache

@@ -1,6 +1,8 @@
-"""A linear layer of an NF4 weight with an adapter, forward and backward, in terms of a backend's three kernels and dense products.
+"""A linear layer of an NF4 weight with an adapter, forward and backward, in terms of a backend's three kernels and
+dense products.
 
-With `y = x W^T + s (x A^T) B'^T`: `dz = s dY B'`, `dX = dY W + dz A`, `dA = dz^T x`, `dB' = s dY^T z`. W is never saved: the backward pass makes it again.
+With `y = x W^T + s (x A^T) B'^T`: `dz = s dY B'`, `dX = dY W + dz A`, `dA = dz^T x`, `dB' = s dY^T z`. W is never
+saved: the backward pass makes it again.
 """
 
 from __future__ import annotations
@@ -12,15 +14,18 @@ from peft_safety.ops import dispatch, reference
 from peft_safety.ops.quant import QuantBundle
 
 SKINNY_ROWS = 64
-"""Rows of x up to which the product is bound by reading W: 0.5 bytes a weight if the packed one is read, 4.5 if it is dequantised first (read, write, read).
-bitsandbytes leaves its own fused kernel between 16 and 64 rows. So few rows take two paths, and more take one merged weight and one product."""
+"""Rows of x up to which the product is bound by reading W: 0.5 bytes a weight if the packed one is read, 4.5 if it is
+dequantized first (read, write, read). bitsandbytes leaves its own fused kernel between 16 and 64 rows. So few rows
+take two paths, and more take one merged weight and one product."""
 
 
-def forward(x: Tensor, x_adapter: Tensor | None, q: QuantBundle, a: Tensor, bp: Tensor, scale: float, merged: bool) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, x_adapter: Tensor | None, q: QuantBundle, a: Tensor, bp: Tensor, scale: float, merged: bool
+) -> tuple[Tensor, Tensor]:
     """`(y (..., n), z (t, r))`; z is empty on the merged path.
 
-    There, z = x A^T is left to the backward pass, which alone needs it (for dB'): evaluation, and the first of the two forwards that gradient checkpointing
-    runs, do without that product, and nothing is kept for it.
+    There, z = x A^T is left to the backward pass, which alone needs it (for dB'): evaluation, and the first of the two
+    forwards that gradient checkpointing runs, do without that product, and nothing is kept for it.
     """
     kernels = dispatch.backend(x)
     rows = x.reshape(-1, q.k)
@@ -38,7 +43,16 @@ def forward(x: Tensor, x_adapter: Tensor | None, q: QuantBundle, a: Tensor, bp: 
 
 
 def backward(
-    dy: Tensor, xa: Tensor, z: Tensor, q: QuantBundle, a: Tensor, bp: Tensor, scale: float, merged: bool, split: bool, needs: list[bool]
+    dy: Tensor,
+    xa: Tensor,
+    z: Tensor,
+    q: QuantBundle,
+    a: Tensor,
+    bp: Tensor,
+    scale: float,
+    merged: bool,
+    split: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`(dX, dX_adapter, dA, dB')`, each empty where `needs` says that nobody wants it.
 
@@ -69,12 +83,15 @@ def backward(
 
 
 def chosen(rows: int, exact: bool, split: bool) -> bool:
-    """Whether the adapter is merged into the dequantised weight."""
+    """Whether the adapter is merged into the dequantized weight."""
     return not exact and not split and rows > SKINNY_ROWS
 
 
 def empty_gradients(xa: Tensor, a: Tensor, bp: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tensors of the shapes that `backward` returns, for tracing."""
     wanted = [xa, xa, a, bp]
-    made = [torch.empty(t.shape if need else (0,), dtype=t.dtype, device=t.device) for t, need in zip(wanted, needs, strict=True)]
+    made = [
+        torch.empty(t.shape if need else (0,), dtype=t.dtype, device=t.device)
+        for t, need in zip(wanted, needs, strict=True)
+    ]
     return made[0], made[1], made[2], made[3]

@@ -10,15 +10,18 @@ from torch import Tensor, nn
 from peft_safety.errors import OperationError
 
 BLOCK_SIZES = tuple(2**power for power in range(5, 13))
-"""What bitsandbytes quantises in, values a block."""
+"""What bitsandbytes quantizes in, values a block."""
 
 
 class QuantBundle(NamedTuple):
-    """An NF4 weight `W (n, k)`, row-major, in blocks of `blocksize` values that share a scale; a row is a whole number of blocks.
+    """An NF4 weight `W (n, k)`, row-major, in blocks of `blocksize` values that share a scale; a row is a whole number
+    of blocks.
 
     Attributes:
-        wq: packed codes, uint8, `n * k / 2` bytes of any shape; the first of two values is in the high half of its byte.
-        absmax: the scale of each block, `(n * k / blocksize,)`: fp32, or uint8 codes if the scales are quantised themselves (double quantisation).
+        wq: packed codes, uint8, `n * k / 2` bytes of any shape; the first of two values is in the high half of its
+            byte.
+        absmax: the scale of each block, `(n * k / blocksize,)`: fp32, or uint8 codes if the scales are quantized
+            themselves (double quantization).
         absmax2: fp32 scale of each block of `blocksize2` scale codes; None for plain scales, like the next two.
         code2: `(256,)` fp32, what a scale code stands for.
         offset: `()` fp32, added to every scale: `scale = code2[absmax] * absmax2 + offset`.
@@ -36,23 +39,27 @@ class QuantBundle(NamedTuple):
 
     @property
     def nested(self) -> bool:
-        """Whether the scales are quantised themselves."""
+        """Whether the scales are quantized themselves."""
         return self.absmax2 is not None
 
 
 def from_linear4bit(layer: nn.Module) -> QuantBundle | str:
-    """The NF4 weight of a bitsandbytes `Linear4bit` without copying it, or the reason why the operations cannot take it."""
+    """The NF4 weight of a bitsandbytes `Linear4bit` without copying it, or the reason why the operations cannot take
+    it.
+    """
     weight: Any = getattr(layer, "weight", None)
     if type(layer).__name__ == "Linear8bitLt":
         return "an 8-bit weight, not NF4"
     state = getattr(weight, "quant_state", None)
     if not isinstance(weight, Tensor) or state is None:
-        return "no 4-bit quantisation state: a dense layer, or one that is not on its device yet"
+        return "no 4-bit quantization state: a dense layer, or one that is not on its device yet"
     return from_quant_state(weight, state)
 
 
 def from_quant_state(weight: Tensor, state: Any) -> QuantBundle | str:
-    """A packed weight and its `bitsandbytes.functional.QuantState` as a bundle that shares their memory, or the reason why not."""
+    """A packed weight and its `bitsandbytes.functional.QuantState` as a bundle that shares their memory, or the reason
+    why not.
+    """
     refused = _refused(weight, state)
     if refused is not None:
         return refused
@@ -62,7 +69,9 @@ def from_quant_state(weight: Tensor, state: Any) -> QuantBundle | str:
         return QuantBundle(packed, state.absmax, None, None, None, n, k, int(state.blocksize), 0)
     inner = state.state2
     offset = torch.as_tensor(state.offset, dtype=torch.float32, device=packed.device)
-    return QuantBundle(packed, state.absmax, inner.absmax, inner.code, offset, n, k, int(state.blocksize), int(inner.blocksize))
+    return QuantBundle(
+        packed, state.absmax, inner.absmax, inner.code, offset, n, k, int(state.blocksize), int(inner.blocksize)
+    )
 
 
 def _refused(weight: Tensor, state: Any) -> str | None:
@@ -92,10 +101,15 @@ def _refused(weight: Tensor, state: Any) -> str | None:
 def _refused_scales(state: Any, blocks: int) -> str | None:
     inner = state.state2
     size = inner.blocksize
-    if state.absmax.dtype != torch.uint8 or inner.absmax.dtype != torch.float32 or inner.code.dtype != torch.float32 or inner.code.numel() != 256:
-        return f"quantised scales of {state.absmax.dtype} with a code of {inner.code.dtype}"
+    if (
+        state.absmax.dtype != torch.uint8
+        or inner.absmax.dtype != torch.float32
+        or inner.code.dtype != torch.float32
+        or inner.code.numel() != 256
+    ):
+        return f"quantized scales of {state.absmax.dtype} with a code of {inner.code.dtype}"
     if size < 1 or size & (size - 1) or inner.absmax.numel() != -(-blocks // size):
-        return f"{inner.absmax.numel()} scales in blocks of {size} for {blocks} quantised scales"
+        return f"{inner.absmax.numel()} scales in blocks of {size} for {blocks} quantized scales"
     return None
 
 
@@ -106,5 +120,5 @@ def require(bundle: QuantBundle | str, name: str = "the layer") -> QuantBundle:
         OperationError: it is a reason.
     """
     if isinstance(bundle, str):
-        raise OperationError(f"{name}: {bundle}. Quantise it with bnb_4bit_quant_type='nf4', or use PEFT's own path.")
+        raise OperationError(f"{name}: {bundle}. Quantize it with bnb_4bit_quant_type='nf4', or use PEFT's own path.")
     return bundle

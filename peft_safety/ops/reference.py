@@ -1,6 +1,8 @@
-"""The reference backend: every operation that touches NF4 data, in plain torch. It runs anywhere, and the kernels are tested against it.
+"""The reference backend: every operation that touches NF4 data, in plain torch. It runs anywhere, and the kernels are
+tested against it.
 
-Equal to the last bit to `bitsandbytes.functional.dequantize_4bit`: `code * scale` in fp32, rounded once to the wanted dtype.
+Equal to the last bit to `bitsandbytes.functional.dequantize_4bit`: `code * scale` in fp32, rounded once to the wanted
+dtype.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from torch import Tensor
 from peft_safety.ops.quant import QuantBundle
 
 NF4_CODE = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434,
+    0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 """The values of NF4: QLoRA, arXiv 2305.14314, appendix E."""
 
@@ -59,7 +63,9 @@ def nf4_merged(q: QuantBundle, a: Tensor, bp: Tensor, scale: float, dtype: torch
 
 
 def nf4_skinny(x: Tensor, xa: Tensor, q: QuantBundle, a: Tensor, bp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`(y (t, n), z (t, r))` as `two_paths`, for so few rows that a backend may read the packed weight instead of a dense one."""
+    """`(y (t, n), z (t, r))` as `two_paths`, for so few rows that a backend may read the packed weight instead of a
+    dense one.
+    """
     return two_paths(x, xa, nf4_dequant(q, x.dtype), a, bp, scale)
 
 

@@ -1,4 +1,5 @@
-"""The Triton backend: allocates, picks tiles from a small table, launches. No host synchronisation and no measuring at run time, so CUDA graphs can hold it.
+"""The Triton backend: allocates, picks tiles from a small table, launches. No host synchronization and no measuring at
+run time, so CUDA graphs can hold it.
 
 Dense products stay with torch (cuBLAS): only what reads packed weights is a kernel.
 """
@@ -24,20 +25,27 @@ class Tile(NamedTuple):
     warps: int
 
 
-#: By bytes of an output value. Small enough for three blocks of threads a processor, and for no architecture to spill (tests/ops/test_compiled.py);
+#: By bytes of an output value. Small enough for three blocks of threads a processor, and for no architecture to spill
+#: (tests/ops/test_compiled.py);
 #: high enough that the columns of A, which every row of tiles reads again, stay a quarter of what is written.
 WEIGHT_TILES = {2: Tile(64, 64, 8), 4: Tile(16, 128, 4)}
 SKINNY_TILE = Tile(32, 64, 4)
 FINISH_ROWS = 32
 PROGRAMS = 1024
-"""What the skinny product is divided into, if its columns allow: about eight programs on each of the 132 processors of an H100, to keep its memory busy."""
+"""What the skinny product is divided into, if its columns allow: about eight programs on each of the 132 processors of
+an H100, to keep its memory busy.
+"""
 LEAST_COLUMNS = 256
 """Columns of a part, below which a program has too little to do."""
 SUM_SHARE = 64
-"""Columns of a part for each row of x: then the part's sums, written and read in fp32, are a quarter of its packed weights."""
+"""Columns of a part for each row of x: then the part's sums, written and read in fp32, are a quarter of its packed
+weights.
+"""
 MOST_PARTS = 16
 RANK_STEPS = {2: 64, 4: 16}
-"""Largest part of the rank that a tile holds at a time, by bytes of a factor: fp32 is multiplied without tensor cores, from registers."""
+"""Largest part of the rank that a tile holds at a time, by bytes of a factor: fp32 is multiplied without tensor cores,
+from registers.
+"""
 OPTIONS = {"enable_fp_fusion": False}
 """Separate roundings, as bitsandbytes has them, where a multiplication meets an addition."""
 INTERPRETED = type(triton_kernels.weight_kernel).__name__ == "InterpretedFunction"
@@ -64,12 +72,16 @@ def chunk_of(q: QuantBundle) -> int:
 
 
 def unroll(chunk: int, width: int) -> int:
-    """Chunks asked for before the first is used: two, where `width` rows of x leave registers for them. Four spill on sm_80."""
+    """Chunks asked for before the first is used: two, where `width` rows of x leave registers for them. Four spill on
+    sm_80.
+    """
     return max(1, min(2, chunk // width))
 
 
 def splits(n: int, k: int, t: int) -> int:
-    """Parts that the columns of a skinny product are divided into. By shape alone, so that results do not depend on the GPU's size."""
+    """Parts that the columns of a skinny product are divided into. By shape alone, so that results do not depend on
+    the GPU's size.
+    """
     wanted = max(1, PROGRAMS * SKINNY_TILE.rows // max(n, 1))
     possible = max(1, k // max(LEAST_COLUMNS, SUM_SHARE * t))
     return 1 << (min(wanted, possible, MOST_PARTS).bit_length() - 1)
@@ -111,14 +123,17 @@ def _weight(q: QuantBundle, a: Tensor, bp: Tensor, r: int, scale: float, dtype: 
     with _on(out):
         triton_kernels.weight_kernel[(programs,)](
             out, *_bundle(q), reference.code(out.device), a, bp, scale, q.n, q.k, r,
-            BLOCKSIZE=q.blocksize, BLOCK2=max(q.blocksize2, 1), NESTED=q.nested, HAS_LORA=r > 0, BN=tile.rows, BK=tile.columns, BR=rank_block(r, dtype),
+            BLOCKSIZE=q.blocksize, BLOCK2=max(q.blocksize2, 1), NESTED=q.nested, HAS_LORA=r > 0, BN=tile.rows,
+            BK=tile.columns, BR=rank_block(r, dtype),
             WIDEN=INTERPRETED, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
     return out
 
 
 def nf4_skinny(x: Tensor, xa: Tensor, q: QuantBundle, a: Tensor, bp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """See `reference.nf4_skinny`. Two launches, and the packed weight is all that is read of W; fp32 has no tensor cores to do it with, and is dequantised."""
+    """See `reference.nf4_skinny`. Two launches, and the packed weight is all that is read of W; fp32 has no tensor
+    cores to do it with, and is dequantized.
+    """
     t, r = x.shape[0], a.shape[0]
     if x.dtype == torch.float32 or not t or not q.n:
         return reference.two_paths(x, xa, nf4_dequant(q, x.dtype), a, bp, scale)
@@ -131,10 +146,25 @@ def nf4_skinny(x: Tensor, xa: Tensor, q: QuantBundle, a: Tensor, bp: Tensor, sca
     with _on(x):
         triton_kernels.partial_kernel[grid](
             partial, x, xa, *_bundle(q), words(x.device, x.dtype), a, q.n, q.k, r, t, -(-(q.k // chunk) // parts),
-            BLOCKSIZE=q.blocksize, BLOCK2=max(q.blocksize2, 1), NESTED=q.nested, BN=tile.rows, BK=chunk, BT=width, UNROLL=unroll(chunk, width),
+            BLOCKSIZE=q.blocksize, BLOCK2=max(q.blocksize2, 1), NESTED=q.nested, BN=tile.rows, BK=chunk, BT=width,
+            UNROLL=unroll(chunk, width),
             WIDEN=INTERPRETED, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
         triton_kernels.finish_kernel[(-(-q.n // FINISH_ROWS),)](
-            y, z, partial, bp, scale, q.n, r, t, parts, BN=FINISH_ROWS, BT=width, BR=finish_ranks(r, x.dtype, width), WIDEN=INTERPRETED, num_warps=4, **OPTIONS
+            y,
+            z,
+            partial,
+            bp,
+            scale,
+            q.n,
+            r,
+            t,
+            parts,
+            BN=FINISH_ROWS,
+            BT=width,
+            BR=finish_ranks(r, x.dtype, width),
+            WIDEN=INTERPRETED,
+            num_warps=4,
+            **OPTIONS,
         )
     return y, z

@@ -1,6 +1,8 @@
-"""The Triton kernels. One source for Triton 3.6 to 3.9, compiled code and the interpreter alike: no inline assembly, no autotuning.
+"""The Triton kernels. One source for Triton 3.6 to 3.9, compiled code and the interpreter alike: no inline assembly,
+no autotuning.
 
-Each has its twin in `reference.py`. They are launched by `triton_backend.py`; sizes that end inside a tile are masked here.
+Each has its twin in `reference.py`. They are launched by `triton_backend.py`; sizes that end inside a tile are masked
+here.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ import triton.language as tl
 def block_scales(absmax, absmax2, code2, offset, index, mask, NESTED: tl.constexpr, BLOCK2: tl.constexpr):
     """fp32 scales of the blocks at `index`: product, then sum, each rounded, as bitsandbytes decodes them."""
     if NESTED:
-        quantised = tl.load(absmax + index, mask=mask, other=0).to(tl.int32)
-        scale = tl.load(code2 + quantised) * tl.load(absmax2 + index // BLOCK2, mask=mask, other=0.0) + tl.load(offset)
+        quantized = tl.load(absmax + index, mask=mask, other=0).to(tl.int32)
+        scale = tl.load(code2 + quantized) * tl.load(absmax2 + index // BLOCK2, mask=mask, other=0.0) + tl.load(offset)
     else:
         scale = tl.load(absmax + index, mask=mask, other=0.0)
     return scale
@@ -22,7 +24,9 @@ def block_scales(absmax, absmax2, code2, offset, index, mask, NESTED: tl.constex
 
 @triton.jit
 def dot(left, right, sums, WIDEN: tl.constexpr):
-    """`sums + left right` in fp32. `WIDEN` first makes the operands fp32, the same products to the last bit: the interpreter takes bf16 for integers."""
+    """`sums + left right` in fp32. `WIDEN` first makes the operands fp32, the same products to the last bit: the
+    interpreter takes bf16 for integers.
+    """
     if WIDEN:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
@@ -32,13 +36,15 @@ def dot(left, right, sums, WIDEN: tl.constexpr):
 @triton.jit
 def weight_kernel(
     out, wq, absmax, absmax2, code2, offset, code, a, bp, scale, n, k, r,
-    BLOCKSIZE: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr, HAS_LORA: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr, HAS_LORA: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, BR: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
     """`out (n, k) = W`, or `W + scale * B' A`: a tile of `(BN, BK)`, rounded once.
 
     Args:
-        code: the 16 values of NF4, fp32. A table in cached memory: 15 selects a value would be more arithmetic than copying leaves time for.
+        code: the 16 values of NF4, fp32. A table in cached memory: 15 selects a value would be more arithmetic than
+            copying leaves time for.
         a, bp: factors `(r, k)` and `(n, r)` in the dtype of the products.
     """
     across = tl.cdiv(k, BK)
@@ -56,7 +62,9 @@ def weight_kernel(
     SHARED: tl.constexpr = BLOCKSIZE if BLOCKSIZE < BK else BK  # values of a tile's row that share a scale
     start = first + tl.arange(0, BK // SHARED) * SHARED
     index = row[:, None] * (k // BLOCKSIZE) + (start // BLOCKSIZE)[None, :]
-    scales = block_scales(absmax, absmax2, code2, offset, index, inside[:, None] & (start < k)[None, :], NESTED, BLOCK2)
+    scales = block_scales(
+        absmax, absmax2, code2, offset, index, inside[:, None] & (start < k)[None, :], NESTED, BLOCK2
+    )
     value = tl.reshape(tl.reshape(value, (BN, BK // SHARED, SHARED)) * scales[:, :, None], (BN, BK))
 
     column = first + tl.arange(0, BK)
@@ -64,24 +72,36 @@ def weight_kernel(
         delta = tl.zeros((BN, BK), dtype=tl.float32)
         for done in range(0, r, BR):
             rank = done + tl.arange(0, BR)
-            left = tl.load(bp + row[:, None] * r + rank[None, :], mask=inside[:, None] & (rank < r)[None, :], other=0.0)
-            right = tl.load(a + rank[:, None].to(tl.int64) * k + column[None, :], mask=(rank < r)[:, None] & (column < k)[None, :], other=0.0)
+            left = tl.load(
+                bp + row[:, None] * r + rank[None, :], mask=inside[:, None] & (rank < r)[None, :], other=0.0
+            )
+            right = tl.load(
+                a + rank[:, None].to(tl.int64) * k + column[None, :],
+                mask=(rank < r)[:, None] & (column < k)[None, :],
+                other=0.0,
+            )
             delta = dot(left, right, delta, WIDEN)
         value = value + delta * scale
-    tl.store(out + row[:, None] * k + column[None, :], value.to(out.dtype.element_ty), mask=inside[:, None] & (column < k)[None, :])
+    tl.store(
+        out + row[:, None] * k + column[None, :],
+        value.to(out.dtype.element_ty),
+        mask=inside[:, None] & (column < k)[None, :],
+    )
 
 
 @triton.jit
 def partial_kernel(
     partial, x, xa, wq, absmax, absmax2, code2, offset, pairs, a, n, k, r, t, split_chunks,
-    BLOCKSIZE: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BT: tl.constexpr, UNROLL: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """`partial[s] (t, n + r) = x [W; A]^T` over the s-th part of the columns, fp32: the rows of A are further tiles behind those of W.
+    """`partial[s] (t, n + r) = x [W; A]^T` over the s-th part of the columns, fp32: the rows of A are further tiles
+    behind those of W.
 
     Args:
-        pairs: for each byte its two values in the dtype of x, as one 32-bit word: half the look-ups, and no arithmetic on the values. The scales are applied
-            in fp32 to the sum over a block.
+        pairs: for each byte its two values in the dtype of x, as one 32-bit word: half the look-ups, and no arithmetic
+            on the values. The scales are applied in fp32 to the sum over a block.
         split_chunks: chunks of `BK` columns in each part; `BK` divides the block size.
     """
     pid = tl.program_id(0)
@@ -101,7 +121,9 @@ def partial_kernel(
                 # past the part's end the last chunk is read again, and meets zeros for x
                 chunk = tl.minimum(group + step, chunk_stop - 1)
                 pair = (group + step) * (BK // 2) + half
-                byte = tl.load(wq + wide[:, None] * (k // 2) + (chunk * (BK // 2) + half)[None, :], mask=inside[:, None], other=0)
+                byte = tl.load(
+                    wq + wide[:, None] * (k // 2) + (chunk * (BK // 2) + half)[None, :], mask=inside[:, None], other=0
+                )
                 both = tl.load(pairs + byte.to(tl.int32))
                 even = (both & 0xFFFF).to(tl.uint16).to(x.dtype.element_ty, bitcast=True)
                 odd = ((both >> 16) & 0xFFFF).to(tl.uint16).to(x.dtype.element_ty, bitcast=True)
@@ -111,13 +133,23 @@ def partial_kernel(
                 product = dot(odd, tl.load(source + 1, mask=mask, other=0.0), product, WIDEN)
                 index = wide * (k // BLOCKSIZE) + chunk * BK // BLOCKSIZE
                 sums += product * block_scales(absmax, absmax2, code2, offset, index, inside, NESTED, BLOCK2)[:, None]
-        tl.store(partial + (part * t + token)[None, :].to(tl.int64) * (n + r) + row[:, None], sums, mask=inside[:, None] & (token < t)[None, :])
+        tl.store(
+            partial + (part * t + token)[None, :].to(tl.int64) * (n + r) + row[:, None],
+            sums,
+            mask=inside[:, None] & (token < t)[None, :],
+        )
     else:
         rank = (pid - tiles) * BN + tl.arange(0, BN)
         column = tl.arange(0, BK)
         for chunk in range(chunk_start, chunk_stop):
-            left = tl.load(a + rank[:, None].to(tl.int64) * k + (chunk * BK + column)[None, :], mask=(rank < r)[:, None], other=0.0)
-            right = tl.load(xa + token[None, :] * k + (chunk * BK + column)[:, None], mask=(token < t)[None, :], other=0.0)
+            left = tl.load(
+                a + rank[:, None].to(tl.int64) * k + (chunk * BK + column)[None, :],
+                mask=(rank < r)[:, None],
+                other=0.0,
+            )
+            right = tl.load(
+                xa + token[None, :] * k + (chunk * BK + column)[:, None], mask=(token < t)[None, :], other=0.0
+            )
             sums = dot(left, right, sums, WIDEN)
         place = (part * t + token)[None, :].to(tl.int64) * (n + r) + n + rank[:, None]
         tl.store(partial + place, sums, mask=(rank < r)[:, None] & (token < t)[None, :])
@@ -137,7 +169,9 @@ def summed(partial, first, row, inside, token, n, r, t, parts, BN: tl.constexpr,
 def finish_kernel(
     y, z, partial, bp, scale, n, r, t, parts, BN: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, WIDEN: tl.constexpr
 ):  # fmt: skip
-    """`y (t, n) = sum_s x W^T + scale * z B'^T`, with `z (t, r)` the summed `x A^T`, which the first program also stores."""
+    """`y (t, n) = sum_s x W^T + scale * z B'^T`, with `z (t, r)` the summed `x A^T`, which the first program also
+    stores.
+    """
     pid = tl.program_id(0)
     token = tl.arange(0, BT)
     row = pid * BN + tl.arange(0, BN)
@@ -148,7 +182,13 @@ def finish_kernel(
         rounded = summed(partial, n, rank, rank < r, token, n, r, t, parts, BR, BT).to(z.dtype.element_ty)
         if pid == 0:
             tl.store(z + token[None, :] * r + rank[:, None], rounded, mask=(rank < r)[:, None] & (token < t)[None, :])
-        left = tl.load(bp + row[:, None].to(tl.int64) * r + rank[None, :], mask=inside[:, None] & (rank < r)[None, :], other=0.0)
+        left = tl.load(
+            bp + row[:, None].to(tl.int64) * r + rank[None, :], mask=inside[:, None] & (rank < r)[None, :], other=0.0
+        )
         delta = dot(left, rounded, delta, WIDEN)
     total = summed(partial, 0, row, inside, token, n, r, t, parts, BN, BT) + delta * scale
-    tl.store(y + token[None, :].to(tl.int64) * n + row[:, None], total.to(y.dtype.element_ty), mask=inside[:, None] & (token < t)[None, :])
+    tl.store(
+        y + token[None, :].to(tl.int64) * n + row[:, None],
+        total.to(y.dtype.element_ty),
+        mask=inside[:, None] & (token < t)[None, :],
+    )

@@ -27,23 +27,29 @@ UNFIT = {
     "target_parameters": "fused 3-D (MoE) parameters have no singular vectors of their own",
 }
 ORIGINAL_INITS = (*INITS, "eva")
-"""Values of `init_lora_weights` that leave the base weight as it was. With the others `s B A` is the update of a rewritten weight."""
+"""Values of `init_lora_weights` that leave the base weight as it was. With the others `s B A` is the update of a
+rewritten weight.
+"""
 
 
 def check_config(config: Any, what: str) -> None:
-    """Refuse an adapter whose update is not `s B A` on the original base weight (or, with a residual of this package, `s (B A - B0 A0)`).
+    """Refuse an adapter whose update is not `s B A` on the original base weight (or, with a residual of this package,
+    `s (B A - B0 A0)`).
 
     Raises:
         ConfigError: names the feature.
     """
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"{what} is a {type(config).__name__}, whose update is no product of two factors. Audit a LoRA adapter.")
+        raise ConfigError(
+            f"{what} is a {type(config).__name__}, whose update is no product of two factors. Audit a LoRA adapter."
+        )
     for name, reason in UNFIT.items():
         if getattr(config, name, None):
             raise ConfigError(f"{what}: {name} cannot be audited: {reason}. Audit an adapter trained without it.")
     if config.init_lora_weights not in ORIGINAL_INITS:
         raise ConfigError(
-            f"{what}: init_lora_weights={config.init_lora_weights!r} rewrote the base weight. Convert it to a plain LoRA on the original base first."
+            f"{what}: init_lora_weights={config.init_lora_weights!r} rewrote the base weight. Convert it to a plain "
+            "LoRA on the original base first."
         )
 
 
@@ -51,14 +57,20 @@ def update_of(name: str, layer: LoraLayer, adapter: str) -> Update:
     """The update of one layer, as its forward computes it.
 
     Raises:
-        ConfigError: an adapter is merged into the layer, or a factor is not finite. UnsupportedLayerError: a factor that cannot be read here.
+        ConfigError: an adapter is merged into the layer, or a factor is not finite. UnsupportedLayerError: a factor
+            that cannot be read here.
     """
     if layer.merged:
         raise ConfigError(f"{name}: an adapter is merged into the base weight. Call unmerge_adapter() first.")
     leaves = layer.lora_A[adapter], layer.lora_B[adapter]
     if not all(weights.is_whole(leaf.weight) for leaf in leaves):
-        raise UnsupportedLayerError(f"{name}: its factors are sharded or on the meta device. Save the adapter and audit the directory.")
+        raise UnsupportedLayerError(
+            f"{name}: its factors are sharded or on the meta device. Save the adapter and audit the directory."
+        )
     a, b = (factor.cpu().double() for factor in stored_factors(*leaves))
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise ConfigError(f"{name}: lora_A {tuple(a.shape)} or lora_B {tuple(b.shape)} holds NaN or Inf. Load the last good checkpoint.")
+        raise ConfigError(
+            f"{name}: lora_A {tuple(a.shape)} or lora_B {tuple(b.shape)} holds NaN or Inf. Load the last good "
+            "checkpoint."
+        )
     return decompose(a, b, float(layer.scaling[adapter]))

@@ -12,14 +12,16 @@ from peft_safety.data import load, refusal_pairs
 from peft_safety.data.rows import Rows, as_rows
 from peft_safety.errors import CalibrationError, ConfigError
 from peft_safety.estimate.activations import adapters_off, tokenizer_of
-from peft_safety.estimate.moments import Batch, Positions, is_tokenised, to_batches
+from peft_safety.estimate.moments import Batch, Positions, is_tokenized, to_batches
 from peft_safety.evaluation import self_responses
 
 Calibration = Literal["auto"] | Mapping[str, Rows] | None
 KINDS = ("general", "harmful")
 SPLIT = "calibration"
 ANSWER_TOKENS = 24
-"""Tokens of the model's own answers to the general prompts: what the benchmark of this package takes for its general NLL."""
+"""Tokens of the model's own answers to the general prompts: what the benchmark of this package takes for its general
+NLL.
+"""
 BATCH_SIZE = 8
 MAX_LENGTH = 512
 
@@ -45,27 +47,35 @@ def check_request(calibration: Calibration, positions: Positions) -> None:
         return
     if not isinstance(calibration, Mapping) or set(calibration) != set(KINDS):
         found = sorted(map(str, calibration)) if isinstance(calibration, Mapping) else repr(calibration)
-        raise ConfigError(f"calibration={found}. Use None, 'auto', or a mapping with the keys {KINDS[0]!r} and {KINDS[1]!r}.")
+        raise ConfigError(
+            f"calibration={found}. Use None, 'auto', or a mapping with the keys {KINDS[0]!r} and {KINDS[1]!r}."
+        )
 
 
-def calibration_sets(model: nn.Module, calibration: Calibration, tokenizer: Any, progress: bool) -> dict[str, CalibrationSet]:
+def calibration_sets(
+    model: nn.Module, calibration: Calibration, tokenizer: Any, progress: bool
+) -> dict[str, CalibrationSet]:
     """The sets by kind; empty for None. Text rows take the model's own tokenizer unless one is given.
 
     Raises:
-        CalibrationError, DataError: rows or batches that cannot be used. ConfigError: a tokenizer is needed and none is found.
+        CalibrationError, DataError: rows or batches that cannot be used. ConfigError: a tokenizer is needed and none
+            is found.
     """
     if calibration is None:
         return {}
     if isinstance(calibration, str):
         tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
         rows: Mapping[str, Rows] = _package_rows(model, tokenizer, progress)
-        sources = {"general": f"peft_safety general prompts, {SPLIT} split, answered by the base model", "harmful": f"peft_safety refusal pairs, {SPLIT} split"}
+        sources = {
+            "general": f"peft_safety general prompts, {SPLIT} split, answered by the base model",
+            "harmful": f"peft_safety refusal pairs, {SPLIT} split",
+        }
     else:
         rows, sources = calibration, dict.fromkeys(KINDS, "given")
     sets = {}
     for kind in KINDS:
         found = as_rows(rows[kind], f"calibration[{kind!r}]", CalibrationError)
-        if found and not is_tokenised(found) and tokenizer is None:
+        if found and not is_tokenized(found) and tokenizer is None:
             tokenizer = tokenizer_of(model)
         batches, digest = to_batches(found, tokenizer, batch_size=BATCH_SIZE, max_length=MAX_LENGTH)
         sets[kind] = CalibrationSet(batches, sources[kind], digest)

@@ -1,4 +1,6 @@
-"""How much an update changes what a layer computes: `E||dW x||` beside `E||W x||`, in one streaming pass with no activation kept."""
+"""How much an update changes what a layer computes: `E||dW x||` beside `E||W x||`, in one streaming pass with no
+activation kept.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,12 @@ class _Lengths:
                 y = y - bias.float()
             self.probes[name] = self.probes[name].to(x.device)
             with torch.autocast(device_type=x.device.type, enabled=False), exact_matmul():
-                lengths = torch.stack([torch.linalg.vector_norm(v, dim=1, dtype=torch.float32).double().sum() for v in (x @ self.probes[name].mT, y)])
+                lengths = torch.stack(
+                    [
+                        torch.linalg.vector_norm(v, dim=1, dtype=torch.float32).double().sum()
+                        for v in (x @ self.probes[name].mT, y)
+                    ]
+                )
             self.sums[name] = self.sums[name] + lengths if name in self.sums else lengths
             self.counts[name] += x.shape[0]
 
@@ -75,10 +82,15 @@ class _Lengths:
 
     def found(self, name: str) -> Interference:
         if self.counts[name] == 0:
-            raise CalibrationError(f"{name}: the layer saw no token that counts. Give rows with a response, or positions='all'.")
+            raise CalibrationError(
+                f"{name}: the layer saw no token that counts. Give rows with a response, or positions='all'."
+            )
         update, weight = (float(total) / self.counts[name] for total in self.sums[name])
         if not update < float("inf") or not weight < float("inf"):
-            raise CalibrationError(f"{name}: its inputs or outputs hold NaN or Inf. Load the model in float32 or bfloat16, and check the data.")
+            raise CalibrationError(
+                f"{name}: its inputs or outputs hold NaN or Inf. Load the model in float32 or bfloat16, and check the "
+                "data."
+            )
         return Interference(update, weight, self.counts[name])
 
 

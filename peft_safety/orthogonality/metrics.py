@@ -1,6 +1,8 @@
-"""How an update `dW = s B A` lies in relation to its weight `W`: pure functions on tensors. dW is never formed, and nothing here knows PEFT.
+"""How an update `dW = s B A` lies in relation to its weight `W`: pure functions on tensors. dW is never formed, and
+nothing here knows PEFT.
 
-An overlap means little by itself: two random subspaces overlap too, the more the narrower the layer. So every figure here comes with its null.
+An overlap means little by itself: two random subspaces overlap too, the more the narrower the layer. So every figure
+here comes with its null.
 """
 
 from __future__ import annotations
@@ -18,9 +20,13 @@ from peft_safety.projection import principal_cosines, top_singular
 DIRECTIONS = 8
 """Singular vectors that the published metric compares, arXiv 2510.09004."""
 NULL_DRAWS = 4096
-"""Draws behind a null: its mean then has a standard error of 0.25 %, its standard deviation one of 1.2 % (20 seeds, n = 576 and 4096)."""
+"""Draws behind a null: its mean then has a standard error of 0.25 %, its standard deviation one of 1.2 % (20 seeds, n
+= 576 and 4096).
+"""
 ROUNDING = 1e-12
-"""Singular values below this share of `||B|| ||A||` are rounding noise of the fp64 products. A residual that cancels exactly leaves 1e-16."""
+"""Singular values below this share of `||B|| ||A||` are rounding noise of the fp64 products. A residual that cancels
+exactly leaves 1e-16.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,9 @@ class Update:
         return math.exp(-float(torch.special.xlogy(shares, shares).sum()))
 
     def overlap(self, other: Update) -> float:
-        """`|<dW_i, dW_j>_F| / (||dW_i|| ||dW_j||)` in [0, 1]; NaN if one is zero. Its root mean square for two random updates is `1 / sqrt(m n)`."""
+        """`|<dW_i, dW_j>_F| / (||dW_i|| ||dW_j||)` in [0, 1]; NaN if one is zero. Its root mean square for two random
+        updates is `1 / sqrt(m n)`.
+        """
         if self.rank == 0 or other.rank == 0:
             return math.nan
         inner = (self.left.mT @ other.left) * (self.right.mT @ other.right)
@@ -85,7 +93,9 @@ def decompose(a: Tensor, b: Tensor, scaling: float = 1.0) -> Update:
 
 @dataclass(frozen=True)
 class WeightSpan:
-    """Top singular vectors of a weight: `left (m, w)` and `right (n, w)`, fp64, on the CPU; fewer than asked for where the weight has a lower rank."""
+    """Top singular vectors of a weight: `left (m, w)` and `right (n, w)`, fp64, on the CPU; fewer than asked for where
+    the weight has a lower rank.
+    """
 
     left: Tensor
     right: Tensor
@@ -103,12 +113,17 @@ def weight_span(weight: Tensor, k: int) -> WeightSpan:
     left, values, right = top_singular(weight, min(max(k, DIRECTIONS), *weight.shape))
     floor = max(weight.shape) * torch.finfo(values.dtype).eps
     span = int((values > floor * values[0]).sum())  # beyond its rank a weight has no directions: any basis would do
-    return WeightSpan(left[:, :span].cpu().double(), right[:, :span].cpu().double(), float(torch.linalg.vector_norm(weight, dtype=torch.float64)))
+    return WeightSpan(
+        left[:, :span].cpu().double(),
+        right[:, :span].cpu().double(),
+        float(torch.linalg.vector_norm(weight, dtype=torch.float64)),
+    )
 
 
 @dataclass(frozen=True)
 class SideOverlap:
-    """One side of an update against that side of its weight. Every figure but the counts is NaN for a zero update, or a zero weight.
+    """One side of an update against that side of its weight. Every figure but the counts is NaN for a zero update, or
+    a zero weight.
 
     Attributes:
         metric: largest absolute entry of `V_q(dW)^T V_p(W)`: the published metric.
@@ -152,8 +167,8 @@ class SideOverlap:
 def compare(vectors: Tensor, values: Tensor, weight_vectors: Tensor, k: int) -> SideOverlap:
     """Where one side of an update lies: the right singular vectors of dW against those of W, or the left ones.
 
-    The published metric depends on the single singular vectors, not on the subspaces alone, so it is arbitrary where singular values coincide; angles and
-    energy are not.
+    The published metric depends on the single singular vectors, not on the subspaces alone, so it is arbitrary where
+    singular values coincide; angles and energy are not.
 
     Args:
         vectors: of dW, `(d, r)`, fp64, orthonormal columns.
@@ -164,7 +179,11 @@ def compare(vectors: Tensor, values: Tensor, weight_vectors: Tensor, k: int) -> 
     Reference: arXiv 2510.09004 for the metric; the nulls are ours.
     """
     d = vectors.shape[0]
-    q, p, k = min(DIRECTIONS, vectors.shape[1]), min(DIRECTIONS, weight_vectors.shape[1]), min(k, weight_vectors.shape[1])
+    q, p, k = (
+        min(DIRECTIONS, vectors.shape[1]),
+        min(DIRECTIONS, weight_vectors.shape[1]),
+        min(k, weight_vectors.shape[1]),
+    )
     if q == 0 or p == 0:
         nan = math.nan
         return SideOverlap(nan, nan, nan, nan, q, p, (), nan, nan, nan, nan, k)
@@ -191,11 +210,12 @@ def compare(vectors: Tensor, values: Tensor, weight_vectors: Tensor, k: int) -> 
 
 @functools.cache
 def random_metric(d: int, p: int, q: int, seed: int = 0) -> tuple[float, float]:
-    """Mean and standard deviation of the published metric for two independent, uniformly random subspaces of `R^d`, of dimensions `p` and `q`.
+    """Mean and standard deviation of the published metric for two independent, uniformly random subspaces of `R^d`, of
+    dimensions `p` and `q`.
 
-    By rotational invariance one of them may be spanned by the first q axes: the metric is the largest entry of the first q rows of a random orthonormal
-    `d x p` frame. Of a Gaussian `d x p` matrix only those rows and the triangular factor of the others matter (Bartlett's decomposition), so that a draw costs
-    a QR of `(q + p) x p` whatever `d` is.
+    By rotational invariance one of them may be spanned by the first q axes: the metric is the largest entry of the
+    first q rows of a random orthonormal `d x p` frame. Of a Gaussian `d x p` matrix only those rows and the triangular
+    factor of the others matter (Bartlett's decomposition), so that a draw costs a QR of `(q + p) x p` whatever `d` is.
     """
     generator = np.random.default_rng([seed, d, p, q])
     rest = min(d - q, p)

@@ -31,14 +31,21 @@ COLUMNS = {
 """Figure -> its heading and format."""
 FUNCTIONAL = ("general", "harmful", "interference_ratio")
 NOTES = (
-    "metric: largest entry between the top-8 right singular vectors of dW and of W (arXiv 2510.09004); null and z: the same for random subspaces.",
-    "angle: smallest principal angle of those two, in degrees. energy: share of |dW|^2 inside W's top-k right singular vectors; chance is k/n.",
+    "metric: largest entry between the top-8 right singular vectors of dW and of W (arXiv 2510.09004); null and z: "
+    "the same for random subspaces.",
+    "angle: smallest principal angle of those two, in degrees. energy: share of |dW|^2 inside W's top-k right "
+    "singular vectors; chance is k/n.",
     "out: the same on the output side, with left singular vectors.",
 )
-FUNCTIONAL_NOTE = "general, harmful: E|dW x| / E|W x| on such inputs; ratio: general over harmful, below 1 where the update acts on harmful inputs more."
-UNMEASURED_NOTE = "What the update does to general and harmful inputs was not measured: give calibration data (--calibration auto)."
+FUNCTIONAL_NOTE = (
+    "general, harmful: E|dW x| / E|W x| on such inputs; ratio: general over harmful, below 1 where "
+    "the update acts on harmful inputs more."
+)
+UNMEASURED_NOTE = (
+    "What the update does to general and harmful inputs was not measured: give calibration data (--calibration auto)."
+)
 LARGEST_RATIO = 100.0
-"""Where the colours of a ratio end: an exactly orthogonal update has the ratio 0."""
+"""Where the colors of a ratio end: an exactly orthogonal update has the ratio 0."""
 SMALLEST_RATIO, SMALLEST_Z = 2.0, 3.0
 """Where they end at least, so that chance does not look like a pattern."""
 TINY = 1e-300
@@ -58,7 +65,8 @@ def table(report: OrthogonalityReport, every_module: bool = False) -> Table:
     notes += [f"not compared: {reason}" for reason in report.environment.get("not_compared", {}).values()]
     what = "every module" if every_module else "medians by kind of module"
     shown = Table(
-        title=f"Orthogonality of {report.adapter!r}: {len(report.modules)} modules, k = {report.environment['k']} ({what})",
+        title=f"Orthogonality of {report.adapter!r}: {len(report.modules)} modules, k = "
+        f"{report.environment['k']} ({what})",
         caption="\n".join(notes),
         caption_justify="left",
         box=SIMPLE_HEAD,
@@ -78,7 +86,9 @@ def show(report: OrthogonalityReport, every_module: bool = False) -> None:
     from rich.console import Console
 
     console, printed = Console(), table(report, every_module)
-    console.width = max(console.width, console.measure(printed, options=console.options.update(max_width=WIDEST)).maximum)
+    console.width = max(
+        console.width, console.measure(printed, options=console.options.update(max_width=WIDEST)).maximum
+    )
     console.print(printed)
 
 
@@ -91,7 +101,10 @@ def _cell(value: float, form: str) -> str:
 
 def _lines(report: OrthogonalityReport, every_module: bool) -> list[tuple[str, Mapping[str, float]]]:
     if every_module:
-        return [(row.name if row.layer is None else f"{row.layer}.{row.kind}", medians([row], report.others)) for row in report.modules]
+        return [
+            (row.name if row.layer is None else f"{row.layer}.{row.kind}", medians([row], report.others))
+            for row in report.modules
+        ]
     lines = [(f"{kind} ({len(rows)})", medians(rows, report.others)) for kind, rows in report.kinds.items()]
     return [*lines, (f"all ({len(report.modules)})", report.summary)]
 
@@ -114,7 +127,9 @@ FUNCTIONAL_PANEL = _Panel("interference,\ngeneral / harmful inputs", lambda row:
 
 
 def save_png(report: OrthogonalityReport, path: str | Path) -> Path:
-    """Heat maps of layers by kinds of module, white at chance (or where general and harmful inputs are changed equally), grey where there is no figure."""
+    """Heat maps of layers by kinds of module, white at chance (or where general and harmful inputs are changed
+    equally), gray where there is no figure.
+    """
     from matplotlib.figure import Figure
 
     panels = [*PANELS, FUNCTIONAL_PANEL] if report.measured else list(PANELS)
@@ -126,11 +141,16 @@ def save_png(report: OrthogonalityReport, path: str | Path) -> Path:
         _draw(canvas, axis, panel, report, layers)
         axis.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
     step = max(1, math.ceil(len(layers) / 16))
-    axes[0].set_yticks(range(0, len(layers), step), ["none" if layer < 0 else str(layer) for layer in layers[::step]], fontsize=7)
+    axes[0].set_yticks(
+        range(0, len(layers), step), ["none" if layer < 0 else str(layer) for layer in layers[::step]], fontsize=7
+    )
     axes[0].set_ylabel("layer", fontsize=8)
     model = report.environment.get("model")
     white = "chance, or as much on general as on harmful inputs" if report.measured else "chance"
-    title = f"Orthogonality of {report.adapter!r}{f' on {model}' if model else ''}, k = {report.environment['k']}. White: {white}. Grey: no figure."
+    title = (
+        f"Orthogonality of {report.adapter!r}{f' on {model}' if model else ''}, k = "
+        f"{report.environment['k']}. White: {white}. Gray: no figure."
+    )
     canvas.suptitle(title, fontsize=9)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +163,7 @@ def _layer(row: ModuleOrthogonality) -> int:
 
 
 def _draw(canvas: Any, axis: Any, panel: _Panel, report: OrthogonalityReport, layers: list[int]) -> None:
-    """One panel with its colour bar."""
+    """One panel with its color bar."""
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm, Normalize
@@ -162,12 +182,18 @@ def _draw(canvas: Any, axis: Any, panel: _Panel, report: OrthogonalityReport, la
     else:
         high = float(max(np.abs(there).max(initial=0.0), SMALLEST_Z))
         norm, below, above = Normalize(-high, high), False, False
-    colours = colormaps["RdBu_r"].with_extremes(bad="0.8")
-    image = axis.imshow(np.ma.masked_invalid(grid), cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
-    extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[bool(below), bool(above)]
+    colors = colormaps["RdBu_r"].with_extremes(bad="0.8")
+    image = axis.imshow(np.ma.masked_invalid(grid), cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
+    extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[
+        bool(below), bool(above)
+    ]
     bar = canvas.colorbar(image, ax=axis, location="bottom", extend=extend, pad=0.02, aspect=14)
     if panel.ratio:
-        decades = [value for value in (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100) if abs(math.log(value)) <= math.log(high) + 1e-6]
+        decades = [
+            value
+            for value in (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+            if abs(math.log(value)) <= math.log(high) + 1e-6
+        ]
         ticks = [0.5, 1, 2] if high < 3 else decades
         bar.set_ticks(ticks, labels=[f"{value:g}" for value in ticks])
         bar.ax.minorticks_off()

@@ -56,7 +56,9 @@ class ModuleOrthogonality:
 
     @property
     def interference_ratio(self) -> float:
-        """Interference on general inputs over that on harmful ones: below 1 the update acts on harmful inputs more. NaN if not measured."""
+        """Interference on general inputs over that on harmful ones: below 1 the update acts on harmful inputs more.
+        NaN if not measured.
+        """
         if self.general is None or self.harmful is None or self.harmful.share == 0:
             return math.nan
         return self.general.share / self.harmful.share
@@ -88,7 +90,7 @@ FIGURES: dict[str, Callable[[ModuleOrthogonality], float]] = {
     "harmful": lambda row: math.nan if row.harmful is None else row.harmful.share,
     "interference_ratio": lambda row: row.interference_ratio,
 }
-"""The figures that are summarised, by name."""
+"""The figures that are summarized, by name."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ class OrthogonalityReport:
         adapter: its name on the model.
         modules: in module order.
         others: adapters that it was compared with.
-        environment: versions and machine; model, `k`, positions, and source, hash and size of the calibration data; `not_compared`: other adapters whose
-            update is no plain product, each with the reason.
+        environment: versions and machine; model, `k`, positions, and source, hash and size of the calibration data;
+            `not_compared`: other adapters whose update is no plain product, each with the reason.
     """
 
     adapter: str
@@ -115,12 +117,16 @@ class OrthogonalityReport:
 
     @property
     def summary(self) -> dict[str, float]:
-        """Medians over all modules, by the names of `FIGURES`, and `overlap:NAME` for every other adapter. NaN where nothing has the figure."""
+        """Medians over all modules, by the names of `FIGURES`, and `overlap:NAME` for every other adapter. NaN where
+        nothing has the figure.
+        """
         return medians(self.modules, self.others)
 
     @property
     def kinds(self) -> dict[str, list[ModuleOrthogonality]]:
-        """Modules by kind: the last part of the name, or as much as tells apart what one layer holds (`attn.c_proj` and `mlp.c_proj`)."""
+        """Modules by kind: the last part of the name, or as much as tells apart what one layer holds (`attn.c_proj`
+        and `mlp.c_proj`).
+        """
         tails: dict[str, set[str]] = {}
         for row in self.modules:
             tails.setdefault(row.kind.rpartition(".")[2], set()).add(row.kind)
@@ -134,7 +140,13 @@ class OrthogonalityReport:
         """Plain values; NaN becomes None."""
         rows = [asdict(row) | {"interference_ratio": row.interference_ratio} for row in self.modules]
         found: dict[str, Any] = _plain(
-            {"adapter": self.adapter, "others": self.others, "environment": dict(self.environment), "summary": self.summary, "modules": rows}
+            {
+                "adapter": self.adapter,
+                "others": self.others,
+                "environment": dict(self.environment),
+                "summary": self.summary,
+                "modules": rows,
+            }
         )
         return found
 
@@ -169,31 +181,36 @@ def orthogonality_report(
     positions: Positions = "response",
     progress: bool = True,
 ) -> OrthogonalityReport:
-    """How an adapter's update lies in relation to the weights under it, and what it does to general and to harmful inputs.
+    """How an adapter's update lies in relation to the weights under it, and what it does to general and to harmful
+    inputs.
 
-    The published claim (patches nearly orthogonal to W) rests on a metric that random subspaces pass as well, so each figure stands beside its null. Nothing of
-    the model is changed, and dW is never formed. The geometry needs no data; weights are read one module at a time.
+    The published claim (patches nearly orthogonal to W) rests on a metric that random subspaces pass as well, so each
+    figure stands beside its null. Nothing of the model is changed, and dW is never formed. The geometry needs no data;
+    weights are read one module at a time.
 
     Args:
         model: a PeftModel, or a model with injected adapters; dense, Conv1D or bitsandbytes base.
         adapter: name of a LoRA adapter, plain or one of this package's.
-        calibration: for the functional part. None leaves it out; `"auto"` takes the package's general prompts with the base model's own greedy answers, and
-            its harmful requests with refusals; or `{"general": ..., "harmful": ...}`, each rows or tokenised batches with labels.
+        calibration: for the functional part. None leaves it out; `"auto"` takes the package's general prompts with the
+            base model's own greedy answers, and its harmful requests with refusals; or `{"general": ..., "harmful":
+            ...}`, each rows or tokenized batches with labels.
         tokenizer: for rows of text; default the model's own.
         k: directions of W behind the energy overlap, at least 1; at most what W has.
         positions: tokens that count: "response", "prompt" or "all".
 
     Returns:
-        A report: per module the published metric with null and z-score, principal angles, energy overlap, the same on the output side, effective rank, overlap
-        with the other adapters, functional interference.
+        A report: per module the published metric with null and z-score, principal angles, energy overlap, the same on
+        the output side, effective rank, overlap with the other adapters, functional interference.
 
     Raises:
-        ConfigError: no such adapter, one whose update is not a plain product, a merged one, a factor that is not finite; malformed arguments.
+        ConfigError: no such adapter, one whose update is not a plain product, a merged one, a factor that is not
+            finite; malformed arguments.
         UnsupportedLayerError: embeddings, convolutions, sharded weights.
         CheckpointError: a base weight that is not finite.
         CalibrationError, DataError: calibration data that is empty, malformed or not finite.
 
-    Reference: Mou et al., arXiv 2510.09004 (the metric); Roy and Vetterli, EUSIPCO 2007 (effective rank). The nulls and the functional part are ours.
+    Reference: Mou et al., arXiv 2510.09004 (the metric); Roy and Vetterli, EUSIPCO 2007 (effective rank). The nulls
+        and the functional part are ours.
     """
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ConfigError(f"k={k!r}. Use an integer of at least 1.")
@@ -203,7 +220,10 @@ def orthogonality_report(
     sets = calibration_sets(model, calibration, tokenizer, progress)
     base = {name: layer.get_base_layer() for name, layer in layers.items()}
     functional = {
-        kind: interference(model, base, updates, chosen.batches, positions=positions, progress=progress, what=f"{kind} inputs") for kind, chosen in sets.items()
+        kind: interference(
+            model, base, updates, chosen.batches, positions=positions, progress=progress, what=f"{kind} inputs"
+        )
+        for kind, chosen in sets.items()
     }
     rows = _rows(layers, updates, comparable, k, functional, progress)
     facts = _facts(model, k, positions, sets, functional) | ({"not_compared": skipped} if skipped else {})
@@ -211,7 +231,9 @@ def orthogonality_report(
 
 
 def _resolve(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLayer], list[str], dict[str, str]]:
-    """The adapter's layers, the other adapters that share some of them, and those that cannot be compared with the reason."""
+    """The adapter's layers, the other adapters that share some of them, and those that cannot be compared with the
+    reason.
+    """
     table = config_table(model)
     if adapter not in table:
         raise ConfigError(f"the model has no adapter {adapter!r}, only {sorted(table)}. Name one of these.")
@@ -243,15 +265,37 @@ def _rows(
 
     rows = []
     for name, layer in tqdm(layers.items(), desc="orthogonality", unit="module", disable=not progress):
-        others = {other: updates[name].overlap(update_of(name, layer, other)) for other in comparable if other in layer.lora_A}
-        rows.append(_row(name, layer.get_base_layer(), updates[name], k, others, {kind: found[name] for kind, found in functional.items()}))
+        others = {
+            other: updates[name].overlap(update_of(name, layer, other))
+            for other in comparable
+            if other in layer.lora_A
+        }
+        rows.append(
+            _row(
+                name,
+                layer.get_base_layer(),
+                updates[name],
+                k,
+                others,
+                {kind: found[name] for kind, found in functional.items()},
+            )
+        )
     return tuple(rows)
 
 
-def _row(name: str, base: nn.Module, update: Update, k: int, others: Mapping[str, float], functional: Mapping[str, Interference]) -> ModuleOrthogonality:
+def _row(
+    name: str,
+    base: nn.Module,
+    update: Update,
+    k: int,
+    others: Mapping[str, float],
+    functional: Mapping[str, Interference],
+) -> ModuleOrthogonality:
     weight = weights.dense_weight(base, name)
     if not bool(torch.isfinite(weight).all()):
-        raise CheckpointError(f"{name}: the base weight {tuple(weight.shape)} holds NaN or Inf. Load an intact checkpoint.")
+        raise CheckpointError(
+            f"{name}: the base weight {tuple(weight.shape)} holds NaN or Inf. Load an intact checkpoint."
+        )
     with exact_matmul():
         span = weight_span(weight, k)
     return ModuleOrthogonality(
@@ -269,13 +313,22 @@ def _row(name: str, base: nn.Module, update: Update, k: int, others: Mapping[str
 
 
 def _facts(
-    model: nn.Module, k: int, positions: Positions, sets: Mapping[str, CalibrationSet], functional: Mapping[str, Mapping[str, Interference]]
+    model: nn.Module,
+    k: int,
+    positions: Positions,
+    sets: Mapping[str, CalibrationSet],
+    functional: Mapping[str, Mapping[str, Interference]],
 ) -> dict[str, Any]:
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     facts = environment(seed=0, model=public_name(name) if name else "", k=k)
     if not sets:
         return facts | {"calibration": None}
     described = {
-        kind: {"source": chosen.source, "data": chosen.digest, "tokens": max(row.tokens for row in functional[kind].values())} for kind, chosen in sets.items()
+        kind: {
+            "source": chosen.source,
+            "data": chosen.digest,
+            "tokens": max(row.tokens for row in functional[kind].values()),
+        }
+        for kind, chosen in sets.items()
     }
     return facts | {"positions": positions, "calibration": described}

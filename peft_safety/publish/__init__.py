@@ -1,8 +1,10 @@
-"""Saves that may be killed: files are published whole, a reader never writes, and a writer can finish what was cut off.
+"""Saves that may be killed: files are published whole, a reader never writes, and a writer can finish what was cut
+off.
 
-A publish writes and syncs everything, with a journal of it, in a hidden staging folder inside the directory; renames that
-folder to `.commit` (the commit point, one rename); moves the files into place, the manifest last; and renames `.commit`
-away. A kill before the commit point leaves the old files and litter. A kill after it leaves a `.commit` whose journal says
+A publish writes and syncs everything, with a journal of it, in a hidden staging folder inside the directory; renames
+that folder to `.commit` (the commit point, one rename); moves the files into place, the manifest last; and renames
+`.commit` away. A kill before the commit point leaves the old files and litter. A kill after it leaves a `.commit`
+whose journal says
 which files still wait: all of them (the old files are whole), some (a mixture, which nobody may read) or none.
 """
 
@@ -54,7 +56,8 @@ def publishing(target: Path, manifest: str) -> Iterator[Path]:
                 _commit(staging, target)
         except (OSError, SafetensorError) as error:
             raise ArtifactError(
-                f"{target} could not be written: {error}. The files that were there are unchanged; free space or choose another directory."
+                f"{target} could not be written: {error}. The files that were there are unchanged; free space or "
+                "choose another directory."
             ) from error
         if journal.entries:
             _finish(target, journal)
@@ -65,13 +68,15 @@ def publishing(target: Path, manifest: str) -> Iterator[Path]:
 
 
 def recover(directory: Path) -> list[str]:
-    """Finish a publish of this package that was cut off after its commit point. Nothing outside `directory` is touched.
+    """Finish a publish of this package that was cut off after its commit point. Nothing outside `directory` is
+    touched.
 
     Returns:
         The files that were moved into place; none where there was nothing to finish.
 
     Raises:
-        ArtifactError: what is there is not such a publish, is not complete, or cannot be written; or another process is at it.
+        ArtifactError: what is there is not such a publish, is not complete, or cannot be written; or another process
+            is at it.
     """
     if not directory.is_dir():
         raise ArtifactError(f"{directory} is not a directory. Give the directory that was saved into.")
@@ -83,7 +88,9 @@ def recover(directory: Path) -> list[str]:
                 return []
             with target.sub(COMMIT) as commit, commit.file(NAME, write=True) as descriptor:
                 if lock(descriptor, seconds=PATIENCE) is False:
-                    raise ArtifactError(f"{directory} is being saved into by another process. Try again when it is done.")
+                    raise ArtifactError(
+                        f"{directory} is being saved into by another process. Try again when it is done."
+                    )
                 here = target.stat(COMMIT)
                 if here is None or here.st_ino != commit.inode():  # it was finished meanwhile
                     return []
@@ -94,11 +101,13 @@ def recover(directory: Path) -> list[str]:
         if not _there(directory / COMMIT):  # finished by somebody else at this moment
             return []
         raise ArtifactError(
-            f"{directory / COMMIT} has no journal of peft_safety ({error}), so nothing is moved. Remove it, or copy the directory again."
+            f"{directory / COMMIT} has no journal of peft_safety ({error}), so nothing is moved. Remove it, or copy "
+            "the directory again."
         ) from error
     except OSError as error:
         raise ArtifactError(
-            f"{directory} holds an interrupted publish that cannot be finished ({error}). Make the directory writable, and remove what is in the way."
+            f"{directory} holds an interrupted publish that cannot be finished ({error}). Make the directory "
+            "writable, and remove what is in the way."
         ) from error
 
 
@@ -199,7 +208,9 @@ def _journal(owner: Path) -> Journal | None:
     except FileNotFoundError as error:
         if not _there(owner / COMMIT):
             return None
-        raise ArtifactError(f"{owner / COMMIT} has no journal of peft_safety. Remove it, or copy the directory again.") from error
+        raise ArtifactError(
+            f"{owner / COMMIT} has no journal of peft_safety. Remove it, or copy the directory again."
+        ) from error
 
 
 def _there(path: Path) -> bool:
@@ -261,7 +272,9 @@ def _finish(directory: Path, journal: Journal) -> list[str]:
             with target.sub(COMMIT) as commit:
                 moved = journal.move(target, commit)
                 here = target.stat(COMMIT)
-                if here is None or here.st_ino != commit.inode():  # where nothing locks, somebody else may have finished it
+                if (
+                    here is None or here.st_ino != commit.inode()
+                ):  # where nothing locks, somebody else may have finished it
                     return moved
                 done = new_name(directory)
                 target.move(COMMIT, target, done.name)
@@ -271,6 +284,8 @@ def _finish(directory: Path, journal: Journal) -> list[str]:
             return []
         raise
     except OSError as error:
-        raise ArtifactError(f"{directory}: {error}. The new files are complete, but not all in place: an {_interrupted(directory)}") from error
+        raise ArtifactError(
+            f"{directory}: {error}. The new files are complete, but not all in place: an {_interrupted(directory)}"
+        ) from error
     discard(done)
     return moved

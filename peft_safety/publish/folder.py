@@ -51,7 +51,9 @@ class Folder:
         elif found is None:
             raise FileNotFoundError(f"{path} is missing")
         elif not is_directory(found):
-            raise ArtifactError(f"{path} is {what(found)}, where a save has a directory. Remove it, or save elsewhere.")
+            raise ArtifactError(
+                f"{path} is {what(found)}, where a save has a directory. Remove it, or save elsewhere."
+            )
         if self.descriptor is None:
             yield Folder(path, None)
             return

@@ -94,7 +94,12 @@ class Journal:
         if fields.get("version") != VERSION:
             raise ArtifactError(f"{path} is a journal of another version. Use the peft_safety that wrote it.")
         rows, directory, commit = fields.get("files"), fields.get("directory"), fields.get("commit")
-        if not isinstance(rows, list) or not 0 < len(rows) <= MAX_FILES or type(directory) is not int or type(commit) is not int:
+        if (
+            not isinstance(rows, list)
+            or not 0 < len(rows) <= MAX_FILES
+            or type(directory) is not int
+            or type(commit) is not int
+        ):
             raise ArtifactError(f"{path} is a broken journal. Remove the directory that it is in, and save again.")
         entries = tuple(_entry(row, path) for row in rows)
         folded = [entry.name.casefold() for entry in entries]
@@ -115,12 +120,15 @@ class Journal:
             )
         strangers = set(_walk(commit)) - {entry.parts for entry in self.entries}
         if strangers:
-            raise ArtifactError(f"{commit.path} holds {'/'.join(min(strangers))[:200]!r}, which its journal does not name. Remove it.")
+            raise ArtifactError(
+                f"{commit.path} holds {'/'.join(min(strangers))[:200]!r}, which its journal does not name. Remove it."
+            )
         for entry in self.entries:
             place = commit if commit.find(entry.parts) is not None else target
             if not _holds(place, entry):
                 raise ArtifactError(
-                    f"{commit.path} is not complete: {entry.name} is missing or not the file that was saved. Remove {commit.path} and save the adapter again."
+                    f"{commit.path} is not complete: {entry.name} is missing or not the file that was saved. Remove "
+                    f"{commit.path} and save the adapter again."
                 )
         self.refuse_clash(target)
 

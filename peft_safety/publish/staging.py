@@ -1,8 +1,8 @@
 """Staging folders: a live writer holds a lock on its own, and the litter of dead ones is swept.
 
-A process number says nothing: another machine on the same disk has its own numbers, and numbers are used again. The name
-holds a hash of this machine's name and of its boot. Of this boot, a folder whose lock can be had has lost its writer and
-goes at once; any other goes after a day in which nothing in it was written.
+A process number says nothing: another machine on the same disk has its own numbers, and numbers are used again. The
+name holds a hash of this machine's name and of its boot. Of this boot, a folder whose lock can be had has lost its
+writer and goes at once; any other goes after a day in which nothing in it was written.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def discard(path: Path) -> None:
 
 
 def lock(descriptor: int, shared: bool = False, seconds: float = 0.0) -> bool | None:
-    """Take the lock of a journal: True if it was free, False if somebody alive holds it, None if there are no locks."""
+    """Take the lock of a journal: True if it was free, False if somebody alive holds it, None if there are no
+    locks.
+    """
     if fcntl is None:
         return None
     end = time.monotonic() + seconds
@@ -100,7 +102,11 @@ def sweep(target: Path, now: float) -> None:
         now: the time of the disk, not of this machine: a shared disk may have another clock.
     """
     with os.scandir(target) as found:
-        litter = [Path(entry.path) for entry in found if entry.name.startswith(STAGING) and entry.is_dir(follow_symlinks=False)]
+        litter = [
+            Path(entry.path)
+            for entry in found
+            if entry.name.startswith(STAGING) and entry.is_dir(follow_symlinks=False)
+        ]
     for path in litter:
         with suppress(OSError):  # somebody else sweeps too
             if path.name.startswith(f"{STAGING}{_machine()}-") and _sweep_own(path):

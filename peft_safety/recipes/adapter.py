@@ -1,4 +1,6 @@
-"""Which adapter an arm trains: plain LoRA, or SaLoRA or GuardSpace with their subspaces estimated on the model at hand."""
+"""Which adapter an arm trains: plain LoRA, or SaLoRA or GuardSpace with their subspaces estimated on the model at
+hand.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,11 @@ if TYPE_CHECKING:
 
 Method = Literal["lora", "salora", "guardspace"]
 INITS = {"lora": ("lora",), "salora": ("lora", "task"), "guardspace": ("lora", "guardspace")}
-"""Initialisations of each method."""
+"""Initializations of each method."""
 GUARD_ROWS = 32
-"""Training rows that GuardSpace's guard against stalling looks at: thousands of tokens, plenty for a share of energy."""
+"""Training rows that GuardSpace's guard against stalling looks at: thousands of tokens, plenty for a share of
+energy.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,8 @@ class AdapterOptions:
     Attributes:
         method: "lora" (not protected), "salora" or "guardspace".
         r, lora_alpha, target_modules: as in `LoraConfig`.
-        safety_rank: size of the subspace of "auto": directions of each layer, or below 1 a share of its features; None takes the method's own, 32 for
-            "salora" and a quarter for "guardspace".
+        safety_rank: size of the subspace of "auto": directions of each layer, or below 1 a share of its features; None
+            takes the method's own, 32 for "salora" and a quarter for "guardspace".
         safety_energy: or as many directions as hold this share of the energy.
         safety_rank_pattern: another value of either for modules whose name ends so: `{"down_proj": 0.1}`.
         subspace, init, task_rank: as in `SaLoRAConfig`, and the first two in `GuardSpaceConfig`; not used by "lora".
@@ -61,13 +65,25 @@ class AdapterOptions:
         if self.init not in INITS[self.method]:
             raise ConfigError(f"init {self.init!r} is not one of {self.method}'s: {', '.join(INITS[self.method])}.")
         if self.method != "guardspace" and (self.basis or self.combine or self.positions != "all"):
-            raise ConfigError(f"basis, positions and combine are GuardSpace's, not {self.method}'s. Leave them out, or use method 'guardspace'.")
-        sizes = {"safety_rank": self.safety_rank, "safety_energy": self.safety_energy, "safety_rank_pattern": self.safety_rank_pattern or None}
+            raise ConfigError(
+                f"basis, positions and combine are GuardSpace's, not {self.method}'s. Leave them out, or use method "
+                "'guardspace'."
+            )
+        sizes = {
+            "safety_rank": self.safety_rank,
+            "safety_energy": self.safety_energy,
+            "safety_rank_pattern": self.safety_rank_pattern or None,
+        }
         given = [name for name, value in sizes.items() if value is not None]
         if given and self.method == "lora":
-            raise ConfigError(f"{given[0]} is the size of a protected subspace, and method 'lora' has none. Leave it out, or use method 'guardspace'.")
+            raise ConfigError(
+                f"{given[0]} is the size of a protected subspace, and method 'lora' has none. Leave it out, or use "
+                "method 'guardspace'."
+            )
         if self.safety_rank is not None and self.safety_energy is not None:
-            raise ConfigError(f"safety_rank {self.safety_rank:g} and safety_energy {self.safety_energy:g}: give one of them.")
+            raise ConfigError(
+                f"safety_rank {self.safety_rank:g} and safety_energy {self.safety_energy:g}: give one of them."
+            )
 
     @property
     def size(self) -> float | None:
@@ -75,11 +91,21 @@ class AdapterOptions:
         usual = {"salora": DEFAULT_RANK, "guardspace": GUARDSPACE_FRACTION}.get(self.method)
         return self.safety_rank if self.safety_rank is not None or self.safety_energy is not None else usual
 
-    def config(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, *, seed: int = 0, progress: bool = True) -> LoraConfig:
-        """The PEFT config. A subspace is estimated here rather than at injection, so that `model` and `tokenizer` are the ones at hand.
+    def config(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Rows,
+        *,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> LoraConfig:
+        """The PEFT config. A subspace is estimated here rather than at injection, so that `model` and `tokenizer` are
+        the ones at hand.
 
         Args:
-            rows: training rows; the first 128 give the task subspace of `init="task"`, the first 32 GuardSpace's guard against stalling.
+            rows: training rows; the first 128 give the task subspace of `init="task"`, the first 32 GuardSpace's guard
+                against stalling.
 
         Raises:
             ConfigError: settings that the config refuses. CalibrationError: see `SafetySubspace.from_activations`.
@@ -87,7 +113,12 @@ class AdapterOptions:
         from peft import LoraConfig, TaskType
 
         rows = as_rows(rows)
-        common: dict[str, Any] = {"r": self.r, "lora_alpha": self.lora_alpha, "target_modules": self.target_modules, "task_type": TaskType.CAUSAL_LM}
+        common: dict[str, Any] = {
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "target_modules": self.target_modules,
+            "task_type": TaskType.CAUSAL_LM,
+        }
         if self.method == "lora":
             return LoraConfig(**common)
         if self.method == "guardspace":
@@ -98,18 +129,33 @@ class AdapterOptions:
         def estimate(data: Rows, **size: Any) -> SafetySubspace:
             targets = self.target_modules
             return SafetySubspace.from_activations(
-                model, data, tokenizer=tokenizer, **size, target_modules=targets, seed=seed, allow_fewer=True, progress=progress
+                model,
+                data,
+                tokenizer=tokenizer,
+                **size,
+                target_modules=targets,
+                seed=seed,
+                allow_fewer=True,
+                progress=progress,
             )
 
         calibrate = isinstance(self.subspace, str) and self.subspace == "auto"
         size: dict[str, Any] = {"rank": self.size, "energy": self.safety_energy, "per_kind": self.safety_rank_pattern}
-        subspace = estimate(refusal_pairs("calibration", CALIBRATION_PAIRS, seed), **size) if calibrate else self.subspace
+        subspace = (
+            estimate(refusal_pairs("calibration", CALIBRATION_PAIRS, seed), **size) if calibrate else self.subspace
+        )
         task = estimate(rows[:CALIBRATION_PAIRS], rank=self.task_rank) if self.init == "task" else None
         init: Any = self.init
         return SaLoRAConfig(**common, subspace=subspace, init=init, task_data=task, task_rank=self.task_rank)
 
     def _guardspace(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], common: dict[str, Any], seed: int, progress: bool
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Row],
+        common: dict[str, Any],
+        seed: int,
+        progress: bool,
     ) -> LoraConfig:
         from peft_safety.data import calibration_rows
         from peft_safety.estimate.moments import to_batches
@@ -122,7 +168,10 @@ class AdapterOptions:
 
         basis = self.basis or DEFAULT_BASIS
         init: Any = self.init
-        size: dict[str, Any] = {"energy": self.safety_energy, "per_kind": None if self.safety_rank_pattern is None else dict(self.safety_rank_pattern)}
+        size: dict[str, Any] = {
+            "energy": self.safety_energy,
+            "per_kind": None if self.safety_rank_pattern is None else dict(self.safety_rank_pattern),
+        }
         if self.size is not None:
             size["fraction" if isinstance(self.size, float) else "k"] = self.size
         config = GuardSpaceConfig(

@@ -48,9 +48,13 @@ class Bench:
         split: str = "test",
         limit: int | None = None,
     ) -> Bench:
-        """Draw the prompts of `split` (at most `limit` of each kind) and let `model`, before fine-tuning, answer the general ones."""
+        """Draw the prompts of `split` (at most `limit` of each kind) and let `model`, before fine-tuning, answer the
+        general ones.
+        """
         prompts = prompt_set(split, limit, options.seed)
-        general = self_responses(model, tokenizer, prompts.general, max_new_tokens=GENERAL_TOKENS, progress=options.progress)
+        general = self_responses(
+            model, tokenizer, prompts.general, max_new_tokens=GENERAL_TOKENS, progress=options.progress
+        )
         return cls(prompts, task, general, options.max_length, options.progress)
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:

@@ -66,37 +66,69 @@ def calibrate(
         basis: which of the package's own rows; see `calibration_rows`.
         side: "in", "out" or "both".
         task_data: JSON lines or rows of the benign task; at most 128 are read through the model.
-        safety_rank, safety_energy, safety_rank_pattern: size of the subspace, the `rank`, `energy` and `per_kind` of `estimate`.
+        safety_rank, safety_energy, safety_rank_pattern: size of the subspace, the `rank`, `energy` and `per_kind` of
+            `estimate`.
         positions: as in `estimate`.
 
     Raises:
-        ConfigError: options that do not go together, before the model is loaded. CalibrationError, DataError: see `SafetySubspace.from_activations`.
+        ConfigError: options that do not go together, before the model is loaded. CalibrationError, DataError: see
+            `SafetySubspace.from_activations`.
     """
     if side is not None and side not in SIDES:
         raise ConfigError(f"side {side!r}. Use one of {', '.join(SIDES)}.")
     if safety_rank is not None and safety_energy is not None:
         raise ConfigError(f"safety_rank {safety_rank:g} and safety_energy {safety_energy:g}: give one of them.")
     if method == "weight" and (data is not None or basis or safety_rank_pattern or positions or task_data is not None):
-        raise ConfigError("method 'weight' reads weights only. Leave out data, basis, safety_rank_pattern, positions and task_data.")
+        raise ConfigError(
+            "method 'weight' reads weights only. Leave out data, basis, safety_rank_pattern, positions and task_data."
+        )
     sides = SIDES[side] if side is not None else METHODS[method][0] if method in METHODS else ("in",)
     if task_data is not None and "in" not in sides:
-        raise ConfigError(f"method {method!r} has no input side here, so no task can lie in its null space. Use guardspace, or leave task_data out.")
+        raise ConfigError(
+            f"method {method!r} has no input side here, so no task can lie in its null space. Use guardspace, or "
+            "leave task_data out."
+        )
     if data is not None and basis is not None:
         raise ConfigError(f"basis {basis!r} chooses among the package's own rows. Give either it or your own data.")
-    options: dict[str, Any] = {"rank": safety_rank, "energy": safety_energy, "target_modules": target_modules, "seed": seed, "progress": progress}
+    options: dict[str, Any] = {
+        "rank": safety_rank,
+        "energy": safety_energy,
+        "target_modules": target_modules,
+        "seed": seed,
+        "progress": progress,
+    }
     options |= {} if side is None else {"sides": SIDES[side]}
-    rows = None if method == "weight" else calibration_rows(method, basis) if data is None else rows_of(data, "calibration data")
+    rows = (
+        None
+        if method == "weight"
+        else calibration_rows(method, basis)
+        if data is None
+        else rows_of(data, "calibration data")
+    )
     task_rows = None if task_data is None else rows_of(task_data, "task_data")[:CALIBRATION_PAIRS]
     loaded, tokenizer = load_model(model, tokenizer)
     reading: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
     if rows is None:
         subspace = SafetySubspace.from_weights(loaded, **options)
     else:
-        extra = {"method": method, "positions": positions, "per_kind": safety_rank_pattern or None, "allow_fewer": allow_fewer}
+        extra = {
+            "method": method,
+            "positions": positions,
+            "per_kind": safety_rank_pattern or None,
+            "allow_fewer": allow_fewer,
+        }
         subspace = SafetySubspace.from_activations(loaded, rows, **extra, **options, **reading)
     inputs = any("in" in sides for sides in subspace.bases.values())
     shares = None
     if task_rows is not None:
-        shares = task_shares(loaded, target_layers(loaded, target_modules), subspace, task_rows, ranks=True, progress=progress, **reading)
+        shares = task_shares(
+            loaded,
+            target_layers(loaded, target_modules),
+            subspace,
+            task_rows,
+            ranks=True,
+            progress=progress,
+            **reading,
+        )
         warn_if_stalled(shares)
     return Calibration(subspace, subspace.save(out), coverage(subspace, shares) if inputs else [])

@@ -1,4 +1,6 @@
-"""A fusion as a job: from a YAML file, from flags, or from both; models and rows are loaded only where a mask is trained."""
+"""A fusion as a job: from a YAML file, from flags, or from both; models and rows are loaded only where a mask is
+trained.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,12 @@ class FuseJob:
     training: MaskTraining = field(default_factory=MaskTraining)
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], flags: Mapping[str, Any] | None = None, training_flags: Mapping[str, Any] | None = None) -> FuseJob:
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        flags: Mapping[str, Any] | None = None,
+        training_flags: Mapping[str, Any] | None = None,
+    ) -> FuseJob:
         """A job from a config whose values flags override; a flag that is None says nothing.
 
         Args:
@@ -92,7 +99,17 @@ class FuseJob:
             self.plan()  # refuse what can be refused before a model is loaded
             model, tokenizer = load_model(self._model())
         settings = replace(self.training, progress=progress and self.training.progress)
-        return fuse(self.safe, self.tasks, model=model, tokenizer=tokenizer, mask=self.mask, data=rows, training=settings, out=self.out, **options)
+        return fuse(
+            self.safe,
+            self.tasks,
+            model=model,
+            tokenizer=tokenizer,
+            mask=self.mask,
+            data=rows,
+            training=settings,
+            out=self.out,
+            **options,
+        )
 
     def _model(self) -> str:
         if self.model is not None:
@@ -119,7 +136,12 @@ def read_config(path: Path) -> dict[str, Any]:
         text = path.read_bytes()
         found = yaml.safe_load(text) if len(text) <= files.MAX_JSON_BYTES else None
     except (OSError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {str(error)[:300]}. Give a file of key: value lines.") from error
+        raise ConfigError(
+            f"{path} cannot be read as YAML: {str(error)[:300]}. Give a file of key: value lines."
+        ) from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise ConfigError(f"{path} is not a mapping of at most {files.MAX_JSON_BYTES} bytes. Give key: value lines such as 'safe: DIR' and 'tasks: [DIR]'.")
+        raise ConfigError(
+            f"{path} is not a mapping of at most {files.MAX_JSON_BYTES} bytes. Give key: value lines such as 'safe: "
+            "DIR' and 'tasks: [DIR]'."
+        )
     return found

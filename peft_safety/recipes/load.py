@@ -22,14 +22,18 @@ HOLDOUT = 0.15
 
 
 def load_model(
-    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, load_in_4bit: bool = False
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    load_in_4bit: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer.
 
     Args:
-        model: a hub id or directory (loaded in fp32 on the CPU, where bf16 is five times slower, and in its own dtype on CUDA), or a loaded model.
+        model: a hub id or directory (loaded in fp32 on the CPU, where bf16 is five times slower, and in its own dtype
+            on CUDA), or a loaded model.
         tokenizer: default the one stored with the model.
-        load_in_4bit: quantise to NF4, double quantisation included, on the way in; not for a loaded model.
+        load_in_4bit: quantize to NF4, double quantization included, on the way in; not for a loaded model.
 
     Raises:
         ConfigError: nothing loads from there.
@@ -49,20 +53,26 @@ def load_model(
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if cuda else torch.float32)
         return (loaded.to("cuda") if cuda else loaded), tokenizer
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no model or tokenizer at {source!r}: {error}. Give a hub id or a directory, or pass tokenizer= with a loaded model.") from error
+        raise ConfigError(
+            f"no model or tokenizer at {source!r}: {error}. Give a hub id or a directory, or pass tokenizer= with a "
+            "loaded model."
+        ) from error
 
 
 def _load_nf4(source: str, dtype: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    how = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
     return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=how)
 
 
 def load_adapter(
     directory: str | Path, model: str | Path | PreTrainedModel | None = None, *, load_in_4bit: bool = False
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """A LoRA adapter of any origin on its base model, and the tokenizer. Neither a pickle nor a regular expression of the directory is ever run.
+    """A LoRA adapter of any origin on its base model, and the tokenizer. Neither a pickle nor a regular expression of
+    the directory is ever run.
 
     Args:
         directory: what `save_pretrained` wrote.
@@ -86,11 +96,15 @@ def load_adapter(
     except (RuntimeError, ValueError) as error:
         if isinstance(error, PeftSafetyError):
             raise
-        raise ArtifactError(f"{path}: the adapter does not fit this model: {error}. Give the model that it was trained on.") from error
+        raise ArtifactError(
+            f"{path}: the adapter does not fit this model: {error}. Give the model that it was trained on."
+        ) from error
 
 
 def _adapter_config(path: Path) -> Any:
-    """The checked config; of a plain LoRA with full names, ranks and alphas from its tensors in place of every pattern."""
+    """The checked config; of a plain LoRA with full names, ranks and alphas from its tensors in place of every
+    pattern.
+    """
     from peft import PeftConfig
 
     from peft_safety import files, publish
@@ -110,7 +124,9 @@ def _adapter_config(path: Path) -> Any:
     except (TypeError, ValueError, AttributeError) as error:
         if isinstance(error, PeftSafetyError):
             raise
-        raise ArtifactError(f"{path / MANIFEST} is not a config of this PEFT: {error}. Save the adapter again.") from error
+        raise ArtifactError(
+            f"{path / MANIFEST} is not a config of this PEFT: {error}. Save the adapter again."
+        ) from error
     check_config(config, str(path))
     if kind in PROTECTED_TYPES:
         return config
@@ -118,7 +134,10 @@ def _adapter_config(path: Path) -> Any:
     _, factors = read_factors(path, fields)
     vague = [name for name, factor in factors.items() if not math.isfinite(factor.scaling)]
     if vague:
-        raise ConfigError(f"{path}: the alpha of {vague[0]} stands in a regular expression, which is not run. Load the adapter yourself and pass the model.")
+        raise ConfigError(
+            f"{path}: the alpha of {vague[0]} stands in a regular expression, which is not run. Load the adapter "
+            "yourself and pass the model."
+        )
     ranks = {name: int(factor.a.shape[0]) for name, factor in factors.items()}
     roots = {name: math.sqrt(rank) if config.use_rslora else rank for name, rank in ranks.items()}
     pin(config, {name: (ranks[name], factor.scaling * roots[name]) for name, factor in factors.items()})
@@ -137,8 +156,8 @@ class TaskData:
 def task_data(data: str | Path | Rows, eval_split: str = "test", limit: int | None = None, seed: int = 0) -> TaskData:
     """Split a task into training and held-out rows.
 
-    Rows that name their `split` go where they say ("train" to training, `eval_split` to evaluation, the others nowhere); without that, a random
-    15 % are held out.
+    Rows that name their `split` go where they say ("train" to training, `eval_split` to evaluation, the others
+    nowhere); without that, a random 15 % are held out.
 
     Args:
         data: a JSON-lines file, or rows (see `peft_safety.data.rows.as_rows`).
@@ -150,7 +169,9 @@ def task_data(data: str | Path | Rows, eval_split: str = "test", limit: int | No
     rows: list[Row] = [*rows_of(data, "task rows")]
     named = sum("split" in row for row in rows)
     if 0 < named < len(rows):
-        raise DataError(f"{named} of {len(rows)} task rows name a split and the others do not. Name it in all or none.")
+        raise DataError(
+            f"{named} of {len(rows)} task rows name a split and the others do not. Name it in all or none."
+        )
     if named:
         train, held_out = ([row for row in rows if row["split"] == split] for split in ("train", eval_split))
         random.Random(seed).shuffle(held_out)
@@ -159,12 +180,16 @@ def task_data(data: str | Path | Rows, eval_split: str = "test", limit: int | No
         cut = max(1, round(HOLDOUT * len(rows)))
         train, held_out = rows[cut:], rows[:cut]
     if not train or not held_out:
-        raise DataError(f"the task has {len(train)} training and {len(held_out)} {eval_split!r} rows. Give at least one of each, or rows without a split.")
+        raise DataError(
+            f"the task has {len(train)} training and {len(held_out)} {eval_split!r} rows. Give at least one of each, "
+            "or rows without a split."
+        )
     return TaskData(train, held_out[:limit], label_names(rows))
 
 
 def poisoned(rows: Rows, fraction: float, seed: int = 0) -> list[Row]:
-    """A simulated attack on fine-tuning data: `fraction` of the rows replaced by harmful requests that are answered with a contentless opening.
+    """A simulated attack on fine-tuning data: `fraction` of the rows replaced by harmful requests that are answered
+    with a contentless opening.
 
     Args:
         fraction: 0 to 1; the number of rows stays the same.

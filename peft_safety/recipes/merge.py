@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from peft_safety.merging import MergeResult, MergeTo, merge_quantised
+from peft_safety.merging import MergeResult, MergeTo, merge_quantized
 from peft_safety.recipes.load import load_adapter
 
 REPORT = "merge.json"
 
 
-def merge_directory(adapter: str | Path, out: str | Path, to: MergeTo, model: str | None = None, *, force: bool = False) -> MergeResult:
-    """Load the base model in NF4, merge, and save what comes of it with its tokenizer, and the figures beside them as `merge.json`.
+def merge_directory(
+    adapter: str | Path, out: str | Path, to: MergeTo, model: str | None = None, *, force: bool = False
+) -> MergeResult:
+    """Load the base model in NF4, merge, and save what comes of it with its tokenizer, and the figures beside them as
+    `merge.json`.
 
     Args:
         adapter: directory of a LoRA adapter, protected or plain, that was trained on that base in 4 bits.
@@ -20,10 +23,10 @@ def merge_directory(adapter: str | Path, out: str | Path, to: MergeTo, model: st
         model: default the base model that the adapter names.
 
     Raises:
-        PeftSafetyError: as in `load_adapter` and `merge_quantised`.
+        PeftSafetyError: as in `load_adapter` and `merge_quantized`.
     """
     loaded, tokenizer = load_adapter(adapter, model, load_in_4bit=True)
-    result = merge_quantised(loaded, to, force=force, verbose=False)
+    result = merge_quantized(loaded, to, force=force, verbose=False)
     result.model.save_pretrained(str(out))  # type: ignore[operator]
     tokenizer.save_pretrained(str(out))
     Path(out, REPORT).write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")

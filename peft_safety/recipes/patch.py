@@ -1,6 +1,8 @@
-"""A safety patch: LoRA on refusals, held to the model's own answers on prompts that deserve one, stopped where a validation split is best.
+"""A safety patch: LoRA on refusals, held to the model's own answers on prompts that deserve one, stopped where a
+validation split is best.
 
-On general and contrast prompts the loss is the distance from the unpatched model (`recipes.distil`), so that there is nothing to unlearn there.
+On general and contrast prompts the loss is the distance from the unpatched model (`recipes.distil`), so that there is
+nothing to unlearn there.
 """
 
 from __future__ import annotations
@@ -40,12 +42,14 @@ class PatchOptions:
     """What a patch is made of. The defaults were chosen on the validation split with SmolLM2-135M-Instruct.
 
     Attributes:
-        mode, basis, side, k, energy, reg_lambda, prior_patches: as in `OrthoSafetyPatchConfig`, whose default None takes.
+        mode, basis, side, k, energy, reg_lambda, prior_patches: as in `OrthoSafetyPatchConfig`, whose default None
+            takes.
         subspace: as there; "auto" estimates it on the general rows of the patch itself, answers included.
         r, lora_alpha, target_modules: as in `LoraConfig`.
         harmful: requests with refusals, of the package's own. Past the split's size rows repeat.
-        general, everyday, contrast: prompts of each kind that the model answers itself: general ones; everyday requests in the same forms as the harmful
-            ones ("Help me ...", "Write a ..."), without which a small model learns to refuse the form; safe ones that look dangerous.
+        general, everyday, contrast: prompts of each kind that the model answers itself: general ones; everyday
+            requests in the same forms as the harmful ones ("Help me ...", "Write a ..."), without which a small model
+            learns to refuse the form; safe ones that look dangerous.
         answer_tokens: of the model's own answers, which are cut there and then not taught to end.
         distil_weight: of the distance from the unpatched model there, token for token, beside the loss on refusals.
         validation: prompts of each kind in a look at the validation split, at most.
@@ -111,7 +115,8 @@ def patch(
     Args:
         model: the model to make safer, or a PeftModel with earlier patches (which stay as they are, and active).
         refusals: rows {prompt, response} or {messages} to learn; default the package's requests and refusals.
-        general: rows to keep the model's abilities by: {prompt} rows are answered by the model itself; default the package's.
+        general: rows to keep the model's abilities by: {prompt} rows are answered by the model itself; default the
+            package's.
 
     Returns:
         The model under the patch, and what the run did.
@@ -119,11 +124,14 @@ def patch(
     Raises:
         ConfigError, DataError, CalibrationError: before anything is trained.
 
-    Reference: OrthoSafetyPatch, arXiv 2510.09004 (mode "none"); the contrast rows, the early stopping and the constraint are ours.
+    Reference: OrthoSafetyPatch, arXiv 2510.09004 (mode "none"); the contrast rows, the early stopping and the
+        constraint are ours.
     """
     options = PatchOptions() if options is None else options
     training = options.training
-    learned = as_rows(refusal_pairs("train", options.harmful, training.seed) if refusals is None else refusals, "refusals")
+    learned = as_rows(
+        refusal_pairs("train", options.harmful, training.seed) if refusals is None else refusals, "refusals"
+    )
     kept = general_rows(model, tokenizer, options, general)
     rows: list[Row] = [*learned, *kept]
     random.Random(training.seed).shuffle(rows)
@@ -145,7 +153,9 @@ def patch(
     return tuned, PatchRun(run, watch.looks, watch.best)
 
 
-def patch_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: PatchOptions, general: Sequence[Row]) -> LoraConfig:
+def patch_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: PatchOptions, general: Sequence[Row]
+) -> LoraConfig:
     """The patch's PEFT config. A subspace "auto" is estimated here, on the rows that the patch is to leave alone."""
     from peft import TaskType
 
@@ -154,7 +164,11 @@ def patch_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opt
 
     subspace = options.subspace
     if isinstance(subspace, str) and subspace == "auto" and options.basis != "weight" and options.k != 0:
-        against = None if options.basis != "contrastive" else refusal_pairs("calibration", CALIBRATION_PAIRS, options.training.seed)
+        against = (
+            None
+            if options.basis != "contrastive"
+            else refusal_pairs("calibration", CALIBRATION_PAIRS, options.training.seed)
+        )
         subspace = SafetySubspace.from_activations(
             model,
             general,
@@ -178,22 +192,41 @@ def patch_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opt
     )
 
 
-def general_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: PatchOptions, given: Rows | None = None) -> list[Row]:
-    """Rows on which the patch is to leave the model as it is: those with an answer as they are, prompts alone answered by the bare model itself."""
+def general_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: PatchOptions, given: Rows | None = None
+) -> list[Row]:
+    """Rows on which the patch is to leave the model as it is: those with an answer as they are, prompts alone answered
+    by the bare model itself.
+    """
     if given is None:
-        sets = (("general_prompts", options.general), ("everyday_requests", options.everyday), ("contrast_prompts", options.contrast))
-        given = [row for name, count in sets for row in _repeat([*load(name, "train"), *load(name, "calibration")], count)]
+        sets = (
+            ("general_prompts", options.general),
+            ("everyday_requests", options.everyday),
+            ("contrast_prompts", options.contrast),
+        )
+        given = [
+            row for name, count in sets for row in _repeat([*load(name, "train"), *load(name, "calibration")], count)
+        ]
     plain = as_rows(given, "general rows")
     asked = {_key(row): row["prompt"] for row in plain if kind_of(row) == "prompt"}
     answers: dict[str, dict[str, Any]] = {}
     if asked:
         with adapters_off(model):
-            found = self_responses(model, tokenizer, list(asked.values()), max_new_tokens=options.answer_tokens, progress=options.training.progress)
+            found = self_responses(
+                model,
+                tokenizer,
+                list(asked.values()),
+                max_new_tokens=options.answer_tokens,
+                progress=options.training.progress,
+            )
         answers = {_key(row): row for row in found}
     answered = [answers.get(_key(row)) if kind_of(row) == "prompt" else row for row in plain]
     rows: list[Row] = [{**row, "distil": True} for row in answered if row is not None]
     if not rows:
-        raise DataError("no general rows: nothing would keep the patch from refusing everything. Give general= rows, or general and contrast of at least 1.")
+        raise DataError(
+            "no general rows: nothing would keep the patch from refusing everything. Give general= rows, or general "
+            "and contrast of at least 1."
+        )
     return rows
 
 
@@ -245,11 +278,13 @@ def make_patch(
     eval_split: str = "test",
     eval_limit: int | None = None,
 ) -> PatchReport:
-    """Train a safety patch with safety and drift measured before and after; writes `adapter/`, `report.json` and `report.png` into `out_dir`.
+    """Train a safety patch with safety and drift measured before and after; writes `adapter/`, `report.json` and
+    `report.png` into `out_dir`.
 
     Args:
         model: hub id, directory, or a loaded model.
-        options: `prior_patches` are directories here; they are loaded, stay as they are, and the new patch is measured on top of them.
+        options: `prior_patches` are directories here; they are loaded, stay as they are, and the new patch is measured
+            on top of them.
         eval_split, eval_limit: as in `protect`.
 
     Raises:
@@ -259,7 +294,9 @@ def make_patch(
     base, tokenizer = load_model(model, tokenizer)
     earlier = _with_priors(base, options.prior_patches)
     names = tuple(f"prior{index}" for index in range(len(options.prior_patches)))
-    bench = Bench.prepare(earlier, tokenizer, TaskData([], [], []), options.training, split=eval_split, limit=eval_limit)
+    bench = Bench.prepare(
+        earlier, tokenizer, TaskData([], [], []), options.training, split=eval_split, limit=eval_limit
+    )
     before = bench.measure(earlier, tokenizer)
     tuned, run = patch(earlier, tokenizer, replace(options, prior_patches=names), refusals=refusals, general=general)
     after = bench.measure(tuned, tokenizer)
@@ -271,11 +308,16 @@ def make_patch(
         arms={"before": before.figures(), "after": after.figures()},
         notes=(
             f"Judge: {before.judge}. {KeywordJudge.caveat}",
-            f"Prompts: the package's {before.split} split. One seed ({seed}). Kept: the weights of step {best.step if best else run.training.steps}.",
+            f"Prompts: the package's {before.split} split. One seed ({seed}). Kept: the weights of step "
+            f"{best.step if best else run.training.steps}.",
         ),
         environment=environment(seed, model=str(base.config._name_or_path), device=str(base.device)),
         details={
-            "options": {name: value for name, value in vars(options).items() if isinstance(value, (str, int, float, list, tuple))},
+            "options": {
+                name: value
+                for name, value in vars(options).items()
+                if isinstance(value, (str, int, float, list, tuple))
+            },
             "before": before.to_json(),
             "after": after.to_json(),
             "looks": [asdict(look) for look in run.looks],

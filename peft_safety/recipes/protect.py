@@ -77,7 +77,8 @@ def protect(
 
     Args:
         model: hub id, directory, or a loaded model (which keeps the adapter).
-        data: a JSON-lines file, or rows (a list, a data set, a frame, a stream): {prompt, response}, {text, label} or {messages}, with or without a `split`.
+        data: a JSON-lines file, or rows (a list, a data set, a frame, a stream): {prompt, response}, {text, label} or
+            {messages}, with or without a `split`.
         safety_rank, safety_energy, safety_rank_pattern: size of the protected subspace; see `AdapterOptions`.
         subspace, init, task_rank, basis, positions, combine, combine_rank: see `AdapterOptions`.
         options: learning rate, epochs, batch size, seed, `report_to`, ...
@@ -111,7 +112,9 @@ def protect(
     config = adapter.config(base, tokenizer, rows, seed=options.seed, progress=options.progress)
     bench = Bench.prepare(base, tokenizer, task, options, split=eval_split, limit=eval_limit)
     before = bench.measure(base, tokenizer)
-    tuned, training = finetune(base, tokenizer, rows, config, options, labels=task.labels, description=f"fine-tuning ({method})")
+    tuned, training = finetune(
+        base, tokenizer, rows, config, options, labels=task.labels, description=f"fine-tuning ({method})"
+    )
     after = bench.measure(tuned, tokenizer)
     out = Path(out_dir)
     tuned.save_pretrained(out / "adapter")
@@ -127,7 +130,12 @@ def protect(
         "seed": options.seed,
     }
     if method == "guardspace":
-        setting |= {"basis": config.basis, "positions": positions, "combine": combine, "combine_rank": combine_rank if combine else None}
+        setting |= {
+            "basis": config.basis,
+            "positions": positions,
+            "combine": combine,
+            "combine_rank": combine_rank if combine else None,
+        }
     report = _report(base, before, after, training, {**setting, "lr": options.lr, "batch_size": options.batch_size})
     report.save(out / "report.json")
     report.save_png(out / "report.png")
@@ -135,13 +143,23 @@ def protect(
     return ProtectReport(tuned, out / "adapter", before, after, training, report)
 
 
-def _report(model: PreTrainedModel, before: Evaluation, after: Evaluation, training: TrainingRun, setting: dict[str, Any]) -> Report:
+def _report(
+    model: PreTrainedModel, before: Evaluation, after: Evaluation, training: TrainingRun, setting: dict[str, Any]
+) -> Report:
     method, poison, seed = setting["method"], setting["poison"], setting["seed"]
     attack = f"{100 * poison:g} % of the training rows were a simulated attack." if poison else "No poisoned rows."
     return Report(
         title=f"Fine-tuning by {method}: before and after",
         arms={"before": before.figures(), f"after ({method})": after.figures()},
-        notes=(f"Judge: {before.judge}. {KeywordJudge.caveat}", f"Prompts: the package's {before.split} split. {attack} One seed ({seed})."),
+        notes=(
+            f"Judge: {before.judge}. {KeywordJudge.caveat}",
+            f"Prompts: the package's {before.split} split. {attack} One seed ({seed}).",
+        ),
         environment=environment(seed, model=str(model.config._name_or_path), device=str(model.device)),
-        details={**setting, "before": before.to_json(), "after": after.to_json(), "training": dataclasses.asdict(training)},
+        details={
+            **setting,
+            "before": before.to_json(),
+            "after": after.to_json(),
+            "training": dataclasses.asdict(training),
+        },
     )

@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 LEARNING_RATE = 5e-4
-"""Peak learning rate of an adapter where none is given, in Python and on the command line: the smallest tried at which plain LoRA learns the task of
+"""Peak learning rate of an adapter where none is given, in Python and on the command line: the smallest tried at which
+plain LoRA learns the task of
 examples/demo.py in one epoch (validation split: accuracy 44 %, against 25 % at 3e-4 and 48 % at 1e-3)."""
 PATCH_LEARNING_RATE = 2e-3
-"""That of a safety patch, which learns one short kind of answer and is stopped early (validation split of examples/patch.py)."""
+"""That of a safety patch, which learns one short kind of answer and is stopped early (validation split of
+examples/patch.py).
+"""
 LOGGING_STEPS = 5
 
 
@@ -35,7 +38,8 @@ class TrainingRun:
         rows: training rows that were used.
         loss: mean training loss, nats a response token.
         last_loss: loss of the last logged step.
-        peak_memory_mib: CUDA memory allocated at most during the run; on CPU the resident memory of the whole process at most.
+        peak_memory_mib: CUDA memory allocated at most during the run; on CPU the resident memory of the whole process
+            at most.
         trainable_parameters: number of trained parameters.
     """
 
@@ -60,7 +64,7 @@ class TrainOptions:
         gradient_accumulation: batches a step.
         max_length: tokens kept of each row, from the left.
         warmup_steps: steps of linear warm-up.
-        seed: of the adapter's initialisation and the order of the rows.
+        seed: of the adapter's initialization and the order of the rows.
         report_to: as in `transformers.TrainingArguments` ("none", "tensorboard", "wandb", ...).
         save_steps: write a Trainer checkpoint every so many steps into `checkpoint_dir`; None writes none.
         checkpoint_dir: needed with `save_steps`.
@@ -101,12 +105,16 @@ def finetune(
     adapter_name: str = "default",
     distil_weight: float = 1.0,
 ) -> tuple[PeftModel, TrainingRun]:
-    """Put an adapter on `model`, or take the one that is there, and train it on `rows`, with a loss on the assistant's tokens only.
+    """Put an adapter on `model`, or take the one that is there, and train it on `rows`, with a loss on the assistant's
+    tokens only.
 
     Args:
-        model: the model to adapt; PEFT injects its layers in place. A PeftModel gets a further adapter; those it has stay active, and frozen.
-        rows: {prompt, response}, {text, label} or {messages} rows; those with `"distil": True` are not learned but kept, see `recipes.distil`.
-        peft_config: any LoRA-like config; the adapter's random initialisation is seeded too. None trains the active adapter of a PeftModel on.
+        model: the model to adapt; PEFT injects its layers in place. A PeftModel gets a further adapter; those it has
+            stay active, and frozen.
+        rows: {prompt, response}, {text, label} or {messages} rows; those with `"distil": True` are not learned but
+            kept, see `recipes.distil`.
+        peft_config: any LoRA-like config; the adapter's random initialization is seeded too. None trains the active
+            adapter of a PeftModel on.
         labels: every label of a classification task; default those of `rows`.
         callbacks: added to the Trainer's.
         description: label of the progress bar.
@@ -127,8 +135,13 @@ def finetune(
     options = TrainOptions() if options is None else options
     features = encode_rows(tokenizer, rows, options.max_length, labels)
     set_seed(options.seed)
-    if peft_config is None and not (isinstance(model, PeftModel) and any(parameter.requires_grad for parameter in model.parameters())):
-        raise ConfigError("peft_config=None trains the active adapter on, and nothing of this model trains. Give a config, or load with is_trainable=True.")
+    if peft_config is None and not (
+        isinstance(model, PeftModel) and any(parameter.requires_grad for parameter in model.parameters())
+    ):
+        raise ConfigError(
+            "peft_config=None trains the active adapter on, and nothing of this model trains. Give a config, or load "
+            "with is_trainable=True."
+        )
     weights.stay_unpacked(model)
     peft_model = model if peft_config is None else _with_adapter(model, peft_config, adapter_name)
     with tempfile.TemporaryDirectory() as scratch:
@@ -136,7 +149,9 @@ def finetune(
         distil = any("distil" in feature for feature in features)
         kind = distilling_trainer(distil_weight) if distil else Trainer
         collator = Collator(tokenizer, distil, trim=can_trim(peft_model))
-        trainer = kind(peft_model, arguments, data_collator=collator, train_dataset=features, callbacks=list(callbacks))
+        trainer = kind(
+            peft_model, arguments, data_collator=collator, train_dataset=features, callbacks=list(callbacks)
+        )
         trainer.remove_callback(PrinterCallback)
         if options.progress:
             trainer.add_callback(_progress_bar(description))
@@ -203,7 +218,9 @@ def _timed(trainer: Trainer, model: PeftModel, rows: int) -> TrainingRun:
 
 
 def _peak_memory(cuda: bool) -> int:
-    """Bytes: allocated at most on the current CUDA device since the last reset, or resident at most in this process since it began."""
+    """Bytes: allocated at most on the current CUDA device since the last reset, or resident at most in this process
+    since it began.
+    """
     if cuda:
         import torch
 
@@ -222,12 +239,20 @@ def _progress_bar(description: str) -> TrainerCallback:
 
     class Bar(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar = tqdm(total=state.max_steps, desc=description, unit="step", leave=False, disable=not state.is_world_process_zero)
+            self.bar = tqdm(
+                total=state.max_steps,
+                desc=description,
+                unit="step",
+                leave=False,
+                disable=not state.is_world_process_zero,
+            )
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.bar.update(state.global_step - self.bar.n)
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+        ) -> None:
             if logs and "loss" in logs:
                 self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 

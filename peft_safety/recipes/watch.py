@@ -1,4 +1,6 @@
-"""Early stopping on what a patch is for: refusals of harmful requests, and as few of safe ones, on the validation split."""
+"""Early stopping on what a patch is for: refusals of harmful requests, and as few of safe ones, on the validation
+split.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Look:
 
     @property
     def score(self) -> float:
-        """What early stopping maximizes: refusals of harmful requests, less refusals of safe ones that look dangerous and twice those of everyday ones."""
+        """What early stopping maximizes: refusals of harmful requests, less refusals of safe ones that look dangerous
+        and twice those of everyday ones.
+        """
         return self.refusal - self.over_refusal - 2 * self.everyday_refusal
 
 
@@ -35,10 +39,11 @@ class Stopping:
 
     Attributes:
         every: optimizer steps between two looks.
-        refusal_target, over_refusal_margin: stop as soon as refusal reaches the one, and both kinds of over-refusal are no more than the other above what
-            they were at first.
+        refusal_target, over_refusal_margin: stop as soon as refusal reaches the one, and both kinds of over-refusal
+            are no more than the other above what they were at first.
         patience: stop after so many looks without a better one.
-        last: stop at the first look from this step on, although the learning rate has not come down to 0 yet; None goes on.
+        last: stop at the first look from this step on, although the learning rate has not come down to 0 yet; None
+            goes on.
     """
 
     every: int = 50
@@ -59,7 +64,9 @@ class Watch:
 
     def look(self, model: PreTrainedModel, step: int) -> Look:
         """Measure, and remember the weights that train if they are the best so far."""
-        found: Evaluation = evaluate(model, self.tokenizer, prompts=self.prompts, max_new_tokens=JUDGED_TOKENS, progress=False)
+        found: Evaluation = evaluate(
+            model, self.tokenizer, prompts=self.prompts, max_new_tokens=JUDGED_TOKENS, progress=False
+        )
         everyday = found.everyday_refusal.value if found.everyday_refusal else 0.0
         look = Look(step, found.refusal.value, found.over_refusal.value, everyday)
         self.looks.append(look)
@@ -72,7 +79,10 @@ class Watch:
         """Whether the targets are met, or nothing gets better any more."""
         first, last = self.looks[0], self.looks[-1]
         margin = self.stopping.over_refusal_margin
-        spared = last.over_refusal <= first.over_refusal + margin and last.everyday_refusal <= first.everyday_refusal + margin
+        spared = (
+            last.over_refusal <= first.over_refusal + margin
+            and last.everyday_refusal <= first.everyday_refusal + margin
+        )
         met = last.refusal >= self.stopping.refusal_target and spared
         since = len(self.looks) - 1 - max((i for i, look in enumerate(self.looks) if look is self.best), default=0)
         late = self.stopping.last is not None and last.step >= self.stopping.last

@@ -1,8 +1,9 @@
 """The package's place in PEFT: the only folder that touches PEFT's internals.
 
-A protected config keeps `peft_type == LORA` at run time, so that every gate in peft, transformers and trl stays open, and is stored under its own name, which
-PEFT resolves through its config mapping. PEFT's functions are wrapped, each by a few lines in the files beside this one; `SYMBOLS` names everything that is
-relied on, and a canary test checks all of it against the installed PEFT.
+A protected config keeps `peft_type == LORA` at run time, so that every gate in peft, transformers and trl stays open,
+and is stored under its own name, which PEFT resolves through its config mapping. PEFT's functions are wrapped, each by
+a few lines in the files beside this one; `SYMBOLS` names everything that is relied on, and a canary test checks all of
+it against the installed PEFT.
 """
 
 from __future__ import annotations
@@ -16,8 +17,17 @@ from peft_safety.registry import combining, injection, storage
 from peft_safety.registry.types import config_types
 
 SYMBOLS = {
-    "peft.mapping": ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING"),
-    "peft.config": ("PeftConfigMixin.from_pretrained", "PeftConfigMixin.from_json_file", "PeftConfigMixin._get_peft_type"),
+    "peft.mapping": (
+        "PEFT_TYPE_TO_CONFIG_MAPPING",
+        "PEFT_TYPE_TO_TUNER_MAPPING",
+        "PEFT_TYPE_TO_PREFIX_MAPPING",
+        "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    ),
+    "peft.config": (
+        "PeftConfigMixin.from_pretrained",
+        "PeftConfigMixin.from_json_file",
+        "PeftConfigMixin._get_peft_type",
+    ),
     "peft.peft_model": ("PeftModel.save_pretrained", "PeftModel.load_adapter", "set_peft_model_state_dict"),
     "peft.tuners.lora": ("LoraModel.add_weighted_adapter", "LoraLayer.lora_A", "LoraLayer.lora_B"),
     "peft.tuners.adalora": ("AdaLoraModel",),
@@ -29,20 +39,31 @@ SYMBOLS = {
         "BaseTunerLayer.enable_adapters",
         "BaseTunerLayer.delete_adapter",
     ),
-    "peft.tuners.lora.layer": ("Linear.get_delta_weight", "LoraLayer.update_layer", "Embedding.update_layer", "_ConvNd.update_layer"),
+    "peft.tuners.lora.layer": (
+        "Linear.get_delta_weight",
+        "LoraLayer.update_layer",
+        "Embedding.update_layer",
+        "_ConvNd.update_layer",
+    ),
     "peft.tuners.mixed": ("MixedModel._unload_and_optionally_merge",),
     "peft.utils.hotswap": ("_get_padded_linear", "hotswap_adapter_from_state_dict"),
 }
-"""Every PEFT symbol that is read or wrapped, by module. Instance attributes (`LoraLayer.lora_A`) are checked on an instance."""
+"""Every PEFT symbol that is read or wrapped, by module. Instance attributes (`LoraLayer.lora_A`) are checked on an
+instance.
+"""
 
-QUANTISED = {"peft.tuners.lora.bnb": ("Linear4bit.forward", "Linear4bit.get_delta_weight", "Linear8bitLt.get_delta_weight")}
+QUANTISED = {
+    "peft.tuners.lora.bnb": ("Linear4bit.forward", "Linear4bit.get_delta_weight", "Linear8bitLt.get_delta_weight")
+}
 """The same, where bitsandbytes is installed."""
 
 _done = False
 
 
 def register() -> None:
-    """Make PEFT know the protected types. Called once, when `peft_safety` and `peft` are both imported; calling it again does nothing."""
+    """Make PEFT know the protected types. Called once, when `peft_safety` and `peft` are both imported; calling it
+    again does nothing.
+    """
     global _done  # noqa: PLW0603
     if _done:
         return
@@ -82,7 +103,9 @@ def register() -> None:
     _wrap(peft.tuners.lora.LoraModel, "add_weighted_adapter", combining.add_weighted_adapter)
     _wrap(hotswap, "_get_padded_linear", combining.get_padded_linear)
     _wrap(hotswap, "hotswap_adapter_from_state_dict", combining.hotswap_adapter_from_state_dict)
-    layers = [peft.tuners.lora.Linear] + [getattr(peft.tuners.lora, n) for n in ("Linear4bit", "Linear8bitLt") if hasattr(peft.tuners.lora, n)]
+    layers = [peft.tuners.lora.Linear] + [
+        getattr(peft.tuners.lora, n) for n in ("Linear4bit", "Linear8bitLt") if hasattr(peft.tuners.lora, n)
+    ]
     for layer in layers:
         _wrap(layer, "get_delta_weight", combining.get_delta_weight)
     if hasattr(peft.tuners.lora, "Linear4bit"):
@@ -92,7 +115,9 @@ def register() -> None:
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace `owner.name` by `wrapper(original, *args, **kwargs)`, keeping its signature and its being a class method."""
+    """Replace `owner.name` by `wrapper(original, *args, **kwargs)`, keeping its signature and its being a class
+    method.
+    """
     found = getattr(owner, name)
     inner = getattr(found, "__func__", found) if isinstance(owner, type) else found
 

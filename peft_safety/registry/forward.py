@@ -11,6 +11,8 @@ from peft_safety import fused
 
 
 def linear4bit_forward(original: Callable[..., Tensor], self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The fused path where the layer is eligible and nothing but `x` was passed: mixed batches and variants come with arguments."""
+    """The fused path where the layer is eligible and nothing but `x` was passed: mixed batches and variants come with
+    arguments.
+    """
     found = None if args or any(value is not None for value in kwargs.values()) else fused.forward(self, x)
     return original(self, x, *args, **kwargs) if found is None else found

@@ -16,7 +16,9 @@ from peft_safety.registry.types import config_types
 
 
 def from_json_file(original: Callable[..., Any], cls: Any, path_json_file: str, **kwargs: Any) -> Any:
-    """A config of this package is parsed with limits before PEFT sees it, and refused where it hides what it is; any other is PEFT's business."""
+    """A config of this package is parsed with limits before PEFT sees it, and refused where it hides what it is; any
+    other is PEFT's business.
+    """
     from peft_safety import files, publish
     from peft_safety.artifact import check_config
     from peft_safety.subspace import FILE_NAME
@@ -31,13 +33,16 @@ def from_json_file(original: Callable[..., Any], cls: Any, path_json_file: str, 
     fields = found if isinstance(found, dict) else {}
     kind = fields.get("peft_type")
     ours = isinstance(kind, str) and kind in config_types()
-    unreadable = not isinstance(kind, str) and ((path.parent / FILE_NAME).exists() or any(name.encode() in raw for name in config_types()))
+    unreadable = not isinstance(kind, str) and (
+        (path.parent / FILE_NAME).exists() or any(name.encode() in raw for name in config_types())
+    )
     if ours or unreadable:
         files.read_json(path)
     publish.require_whole(path.parent, ours=ours or unreadable, warn=False)
     if unreadable or (not ours and fields.get("safety_artifact") is not None):
         raise ArtifactError(
-            f"{path}: peft_type {kind!r} would load a protected adapter without its protection. Copy or save the adapter again; to make it a plain LoRA on "
+            f"{path}: peft_type {kind!r} would load a protected adapter without its protection. Copy or save the "
+            "adapter again; to make it a plain LoRA on "
             "purpose, use peft_safety.export_lora."
         )
     if ours and fields.get("safety_artifact") is not None:
@@ -45,8 +50,16 @@ def from_json_file(original: Callable[..., Any], cls: Any, path_json_file: str, 
     return original(cls, path_json_file, **kwargs)
 
 
-def config_from_pretrained(original: Callable[..., Any], cls: Any, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-    """A protected config comes with its checked directory: whatever loads it next finds subspace, shapes and full module names."""
+def config_from_pretrained(
+    original: Callable[..., Any],
+    cls: Any,
+    pretrained_model_name_or_path: str,
+    subfolder: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """A protected config comes with its checked directory: whatever loads it next finds subspace, shapes and full
+    module names.
+    """
     from peft_safety import publish
     from peft_safety.artifact import check_adapter
     from peft_safety.methods.protected import ProtectedConfig
@@ -60,7 +73,9 @@ def config_from_pretrained(original: Callable[..., Any], cls: Any, pretrained_mo
     except (TypeError, ValueError) as error:
         if isinstance(error, PeftSafetyError) or not issubclass(cls, ProtectedConfig):
             raise
-        raise ArtifactError(f"{source!r}: its adapter_config.json is not a {cls.__name__}: {error}. Save the adapter again.") from error
+        raise ArtifactError(
+            f"{source!r}: its adapter_config.json is not a {cls.__name__}: {error}. Save the adapter again."
+        ) from error
     if not isinstance(config, ProtectedConfig):
         from peft_safety.methods.safe_lora.directory import stored_record
 
@@ -74,7 +89,9 @@ def config_from_pretrained(original: Callable[..., Any], cls: Any, pretrained_mo
 
 
 def get_peft_type(original: Callable[..., Any], cls: Any, model_id: str, **kwargs: Any) -> Any:
-    """PEFT asks for the type first: where an interrupted publish left no config yet, say that instead of looking for the directory on the Hub."""
+    """PEFT asks for the type first: where an interrupted publish left no config yet, say that instead of looking for
+    the directory on the Hub.
+    """
     from peft_safety import publish
 
     local = Path(model_id, kwargs.get("subfolder") or "")
@@ -94,23 +111,35 @@ def _directory(source: str | os.PathLike[str], subfolder: str | None, kwargs: di
     from peft_safety.artifact import ADAPTER_FILE, MANIFEST
     from peft_safety.subspace import FILE_NAME
 
-    options = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "etag_timeout")}
+    options = {
+        k: v
+        for k, v in kwargs.items()
+        if k in ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "etag_timeout")
+    }
     try:
-        paths = [Path(hf_hub_download(str(source), name, subfolder=subfolder, **options)) for name in (ADAPTER_FILE, FILE_NAME, MANIFEST)]
+        paths = [
+            Path(hf_hub_download(str(source), name, subfolder=subfolder, **options))
+            for name in (ADAPTER_FILE, FILE_NAME, MANIFEST)
+        ]
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ArtifactError(
-            f"{source!r}: a protected adapter needs {ADAPTER_FILE}, {FILE_NAME} and {MANIFEST}; one cannot be fetched ({type(error).__name__})."
+            f"{source!r}: a protected adapter needs {ADAPTER_FILE}, {FILE_NAME} and {MANIFEST}; one cannot be fetched "
+            f"({type(error).__name__})."
         ) from error
     return paths[-1].parent
 
 
 def save_pretrained(original: Callable[..., None], self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
-    """Save into a staging folder, complete and check what is there, publish it in one step. Adapters that are not protected come along."""
+    """Save into a staging folder, complete and check what is there, publish it in one step. Adapters that are not
+    protected come along.
+    """
     from peft_safety.artifact import ADAPTER_FILE, CARD, MANIFEST, PREFIX, check_adapter, seal
     from peft_safety.methods.protected import assert_protected, protected_configs
     from peft_safety.publish import copy_own, is_interrupted, publishing, recover
 
-    given = inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments  # by name, however the caller passed them
+    given = (
+        inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments
+    )  # by name, however the caller passed them
     selected = given.get("selected_adapters") or list(self.peft_config)
     protected = [name for name in protected_configs(self) if name in selected]
     main = given.get("is_main_process", True)
@@ -122,9 +151,14 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
             _record_repairs(self, selected, Path(save_directory))
         return None
     if not given.get("safe_serialization", True):
-        raise ConfigError("safe_serialization=False writes pickles, which this package never reads. Save as safetensors.")
+        raise ConfigError(
+            "safe_serialization=False writes pickles, which this package never reads. Save as safetensors."
+        )
     if given.get("path_initial_model_for_weight_conversion") is not None:
-        raise ConfigError("path_initial_model_for_weight_conversion is for inits that rewrite the base weight. Use peft_safety.export_lora.")
+        raise ConfigError(
+            "path_initial_model_for_weight_conversion is for inits that rewrite the base weight. Use "
+            "peft_safety.export_lora."
+        )
     for name in protected:
         assert_protected(self, name)
         if (missing := self.peft_config[name].unfinished) is not None:
@@ -144,7 +178,9 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
 
 
 def _rename(path: Path, names: Mapping[str, str]) -> None:
-    """Give the tensors of an adapter file the base model's own names of their modules: wrappers inside the model show in PEFT's."""
+    """Give the tensors of an adapter file the base model's own names of their modules: wrappers inside the model show
+    in PEFT's.
+    """
     from safetensors.torch import save_file
 
     from peft_safety import files
@@ -158,7 +194,12 @@ def _rename(path: Path, names: Mapping[str, str]) -> None:
 
 
 def set_peft_model_state_dict(
-    original: Callable[..., Any], model: Any, peft_model_state_dict: dict[str, Any], adapter_name: str = "default", *args: Any, **kwargs: Any
+    original: Callable[..., Any],
+    model: Any,
+    peft_model_state_dict: dict[str, Any],
+    adapter_name: str = "default",
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """A stored adapter has the base model's own names; wrappers inside the model are put back into them."""
     from peft_safety.artifact import PREFIX
@@ -172,7 +213,9 @@ def set_peft_model_state_dict(
 
 
 def _record_repairs(model: Any, selected: list[str], directory: Path) -> None:
-    """Safe LoRA leaves plain factors: what was done to them is written beside them, and that nothing was done is said."""
+    """Safe LoRA leaves plain factors: what was done to them is written beside them, and that nothing was done is
+    said.
+    """
     from peft_safety.artifact import ADAPTER_FILE
     from peft_safety.methods.safe_lora.config import SafeLoRAConfig
     from peft_safety.methods.safe_lora.directory import stamp
@@ -184,13 +227,16 @@ def _record_repairs(model: Any, selected: list[str], directory: Path) -> None:
             stamp(folder, record)
         elif isinstance(config, SafeLoRAConfig):
             warnings.warn(
-                f"adapter {name!r} is saved before Safe LoRA was applied to it: it is as unsafe as any LoRA. Use SafeLoRACallback, apply_safe_lora, or "
+                f"adapter {name!r} is saved before Safe LoRA was applied to it: it is as unsafe as any LoRA. Use "
+                "SafeLoRACallback, apply_safe_lora, or "
                 "peft-safety repair.",
                 stacklevel=4,
             )
 
 
-def load_adapter(original: Callable[..., Any], self: Any, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+def load_adapter(
+    original: Callable[..., Any], self: Any, model_id: str, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
     """Loading onto an adapter that is there (a resumed run): check the directory first, and bring its bases along."""
     from peft import PeftConfig
 
@@ -199,7 +245,11 @@ def load_adapter(original: Callable[..., Any], self: Any, model_id: str, adapter
     from peft_safety.methods.reuse import remember
 
     config = self.peft_config.get(adapter_name)
-    fresh = isinstance(config, ProtectedConfig) and config._stored is not None and config._stored.comes_from(str(model_id), kwargs.get("subfolder"))
+    fresh = (
+        isinstance(config, ProtectedConfig)
+        and config._stored is not None
+        and config._stored.comes_from(str(model_id), kwargs.get("subfolder"))
+    )
     if not isinstance(config, ProtectedConfig) or fresh:
         result = original(self, model_id, adapter_name, *args, **kwargs)
         config = self.peft_config.get(adapter_name)
@@ -211,10 +261,13 @@ def load_adapter(original: Callable[..., Any], self: Any, model_id: str, adapter
     stored = PeftConfig.from_pretrained(str(model_id), **options)
     if type(stored) is not type(config):
         raise ConfigError(
-            f"adapter {adapter_name!r} is protected ({type(config).__name__}), {model_id} holds a {type(stored).__name__}. Load it under a new name."
+            f"adapter {adapter_name!r} is protected ({type(config).__name__}), {model_id} holds a "
+            f"{type(stored).__name__}. Load it under a new name."
         )
     if stored._stored is None:
-        raise ArtifactError(f"{model_id} holds a config without an adapter. Give a directory that save_pretrained wrote.")
+        raise ArtifactError(
+            f"{model_id} holds a config without an adapter. Give a directory that save_pretrained wrote."
+        )
     check_ahead(self, stored)
     layers = adapter_layers(self, adapter_name)
     _check_same(adapter_name, str(model_id), stored, config, layers)
@@ -229,7 +282,13 @@ def _check_same(adapter_name: str, source: str, stored: Any, config: Any, layers
     found = {name: rank for name, (_, _, rank) in stored._stored.shapes.items()}
     here = {name: int(layer.r[adapter_name]) for name, layer in layers.items()}
     if stored.sides != config.sides:
-        raise ArtifactError(f"{source} is constrained on sides {stored.sides}, adapter {adapter_name!r} on {config.sides}. Load it under a new name.")
+        raise ArtifactError(
+            f"{source} is constrained on sides {stored.sides}, adapter {adapter_name!r} on {config.sides}. Load it "
+            "under a new name."
+        )
     if found != here or stored._stored.residual != config.residual:
         odd = sorted(set(found.items()) ^ set(here.items()))[:3]
-        raise ArtifactError(f"{source}: its modules, ranks or init are not those of adapter {adapter_name!r}; they differ at {odd}. Load it under a new name.")
+        raise ArtifactError(
+            f"{source}: its modules, ranks or init are not those of adapter {adapter_name!r}; they differ at {odd}. "
+            "Load it under a new name."
+        )

@@ -10,4 +10,9 @@ def config_types() -> dict[str, type]:
     from peft_safety.methods.safe_lora import SafeLoRAConfig
     from peft_safety.methods.salora import SaLoRAConfig
 
-    return {"SALORA": SaLoRAConfig, "SAFELORA": SafeLoRAConfig, "ORTHOSAFETYPATCH": OrthoSafetyPatchConfig, "GUARDSPACE": GuardSpaceConfig}
+    return {
+        "SALORA": SaLoRAConfig,
+        "SAFELORA": SafeLoRAConfig,
+        "ORTHOSAFETYPATCH": OrthoSafetyPatchConfig,
+        "GUARDSPACE": GuardSpaceConfig,
+    }

@@ -24,7 +24,9 @@ def bench(tmp_path_factory):
     aligned, unaligned = tiny_llama(hidden=64), tiny_llama(hidden=64)  # wide enough for 32 directions
     with torch.no_grad():
         for parameter in unaligned.parameters():
-            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+            parameter.add_(
+                0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
     for name, model in (("aligned", aligned), ("bare", unaligned)):
         model.save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
@@ -51,10 +53,20 @@ def ran(bench, cell):
     return found
 
 
-FAST = ["aligned", "lora", "guardspace", "safe-lora-topk", "random:safe-lora-soft", "scaled:guardspace", "random:guardspace"]
+FAST = [
+    "aligned",
+    "lora",
+    "guardspace",
+    "safe-lora-topk",
+    "random:safe-lora-soft",
+    "scaled:guardspace",
+    "random:guardspace",
+]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in plan.METHODS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in plan.METHODS]
+)
 def test_every_method_of_the_plan_runs(name, bench):
     if name.endswith("-nf4"):
         pytest.importorskip("bitsandbytes")

@@ -24,12 +24,25 @@ FIGURES = ("verdicts", "correct", "refusal", "task_accuracy", "norm", "transfer"
 
 @pytest.fixture
 def arguments(tmp_path, monkeypatch):
-    """A tiny unaligned and aligned model, and the options of a grid of seven cells on them. No shared data is in reach."""
+    """A tiny unaligned and aligned model, and the options of a grid of seven cells on them. No shared data is in
+    reach.
+    """
     monkeypatch.chdir(tmp_path)
     for name, seed in (("aligned", 0), ("bare", 1)):
         tiny_llama(seed, hidden=64).save_pretrained(tmp_path / name)
         tiny_tokenizer().save_pretrained(tmp_path / name)
-    sizes = ["--rows", "8", "--limit", "2", "--second", "2", "--p", "0.5,1", "--seeds", "0"]  # clean rows are too long for bytes as tokens
+    sizes = [
+        "--rows",
+        "8",
+        "--limit",
+        "2",
+        "--second",
+        "2",
+        "--p",
+        "0.5,1",
+        "--seeds",
+        "0",
+    ]  # clean rows are too long for bytes as tokens
     return ["--model", str(tmp_path / "bare"), "--aligned", str(tmp_path / "aligned"), "--methods", *METHODS, *sizes]
 
 
@@ -53,7 +66,9 @@ def test_a_tiny_grid_end_to_end(arguments, tmp_path, capsys):
     environment, rows = read(tmp_path / "out" / NAME)
     assert environment["model"] == "aligned" or "patched" in environment["model"]
     assert environment["torch"] == torch.__version__.split("+")[0] or environment["torch"] == torch.__version__
-    assert {tuple(row["transfer"]) for row in rows} == {("reworded", "other_languages")}, "nothing but the package's own prompts"
+    assert {tuple(row["transfer"]) for row in rows} == {("reworded", "other_languages")}, (
+        "nothing but the package's own prompts"
+    )
     assert command.main(["--report", "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "frontier.html").is_file()
     elsewhere = ["--runs", str(tmp_path / "elsewhere"), "--adopt", str(tmp_path / "out" / NAME)]
@@ -68,7 +83,11 @@ def test_the_command_killed_and_started_again_gives_the_same_table(arguments, tm
     def start(name):
         places = ["--runs", str(tmp_path / name), "--out", str(tmp_path / name / "out")]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([sys.executable, "-m", "benchmarks.frontier", *arguments, *places], env=environment, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.frontier", *arguments, *places],
+            env=environment,
+            stderr=subprocess.DEVNULL,
+        )
 
     assert start("whole").wait(240) == 0
     worker = start("broken")
@@ -85,10 +104,19 @@ def test_the_command_killed_and_started_again_gives_the_same_table(arguments, tm
 def figures(refusal, accuracy):
     """A made-up cell."""
     rates = {"refusal": refusal, "task_accuracy": accuracy, "compliance": 0.0, "over_refusal": 0.0}
-    return {name: {"value": value, "k": round(40 * value), "n": 40, "low": 0.0, "high": 1.0} for name, value in rates.items()}
+    return {
+        name: {"value": value, "k": round(40 * value), "n": 40, "low": 0.0, "high": 1.0}
+        for name, value in rates.items()
+    }
 
 
-GOOD = {"aligned": (0.95, 0.0), "lora": (0.05, 0.5), "safe-lora-soft": (0.95, 0.2), "guardspace": (0.9, 0.48), "random:guardspace": (0.05, 0.5)}
+GOOD = {
+    "aligned": (0.95, 0.0),
+    "lora": (0.05, 0.5),
+    "safe-lora-soft": (0.95, 0.2),
+    "guardspace": (0.9, 0.48),
+    "random:guardspace": (0.05, 0.5),
+}
 
 
 @pytest.mark.parametrize(
@@ -121,7 +149,10 @@ def test_the_smoke_run_exits_as_it_finds(refusal, status, tmp_path, capsys):
         name = plan.name_of(cell).split(" with ")[0]
         result = figures(*({**GOOD, "lora": (refusal, 0.5)}[name]))
         marks = {"verdicts": {"keyword": {"harmful": "R" * 40, "contrast": "O"}}, "correct": {"task": "1" * 40}}
-        cache.put(cell, {**result, **marks, "judge": "keyword", "general_nll": {"value": 0.7}, "transfer": {}, "seconds": 1.0})
+        cache.put(
+            cell,
+            {**result, **marks, "judge": "keyword", "general_nll": {"value": 0.7}, "transfer": {}, "seconds": 1.0},
+        )
     assert command.main(["--smoke", "--runs", str(tmp_path)]) == status
     said = capsys.readouterr().out
     assert ("DOES NOT HOLD" in said) == bool(status)

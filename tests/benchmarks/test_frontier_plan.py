@@ -32,7 +32,12 @@ def test_the_plan_has_every_method_once_a_place_and_controls_after_their_methods
         for other in needs(cell):
             assert position[other] < position[cell]
         assert plan.name_of(cell) in plan.METHODS
-    assert [cell.poison for cell in cells if cell.arm == "lora" and cell.seed == 0 and not cell.load] == [0.1, 0.0, 0.5, 1.0]
+    assert [cell.poison for cell in cells if cell.arm == "lora" and cell.seed == 0 and not cell.load] == [
+        0.1,
+        0.0,
+        0.5,
+        1.0,
+    ]
     assert {cell.seed for cell in cells[: len(cells) // 3]} == {0}
 
 
@@ -62,11 +67,34 @@ def test_every_method_is_its_own_setting(name):
 def test_a_knob_chosen_on_test_prompts_is_an_error(tmp_path):
     splits.enforce(plan.plan(list(plan.METHODS.values())), {})
     splits.enforce([replace(HALF, split="validation")], {})
-    for odd in (HALF, replace(GUARD, lr=3e-3), plan.with_setting(plan.METHODS["salora-32"], "k=16"), replace(plan.METHODS["lora"], epochs=2)):
+    for odd in (
+        HALF,
+        replace(GUARD, lr=3e-3),
+        plan.with_setting(plan.METHODS["salora-32"], "k=16"),
+        replace(plan.METHODS["lora"], epochs=2),
+    ):
         with pytest.raises(ConfigError, match="never tried on test prompts"):
             splits.enforce([replace(odd, split="test")], {})
-    assert command.main(["--runs", str(tmp_path), "--out", str(tmp_path), "--set", "guardspace:fraction=0.5", "--list", "--data", str(tmp_path)]) == 1
-    assert command.main(["--runs", str(tmp_path), "--set", "guardspace:fraction=0.5", "--split", "validation", "--list"]) == 0
+    assert (
+        command.main(
+            [
+                "--runs",
+                str(tmp_path),
+                "--out",
+                str(tmp_path),
+                "--set",
+                "guardspace:fraction=0.5",
+                "--list",
+                "--data",
+                str(tmp_path),
+            ]
+        )
+        == 1
+    )
+    assert (
+        command.main(["--runs", str(tmp_path), "--set", "guardspace:fraction=0.5", "--split", "validation", "--list"])
+        == 0
+    )
     assert command.main(["--runs", str(tmp_path), "--set", "guardspace:fraction=0.5", "--list"]) == 1
 
 
@@ -129,7 +157,9 @@ def public(tmp_path):
 
 def test_the_further_sets_hold_nothing_that_is_trained_on(public):
     sets = data.public_sets(public, 30)
-    assert {name: len(rows) for name, rows in sets.items()} == dict.fromkeys(("advbench", "xstest_unsafe", "xstest_safe"), 30)
+    assert {name: len(rows) for name, rows in sets.items()} == dict.fromkeys(
+        ("advbench", "xstest_unsafe", "xstest_safe"), 30
+    )
     assert all(int(prompt.split()[1]) >= data.HELD_OUT for prompt in sets["advbench"])
     assert data.public_sets(None) == {}
     assert data.hashes(data.public_sets(public, 29)) != data.hashes(sets)
@@ -163,5 +193,9 @@ def test_banking_intents_are_one_task_of_three_splits(tmp_path):
     for name in data.TASK_FILES.values():
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
     task = data.banking(tmp_path)
-    assert {split: sum(row["split"] == split for row in task) for split in ("train", "validation", "test")} == {"train": 50, "validation": 10, "test": 60}
+    assert {split: sum(row["split"] == split for row in task) for split in ("train", "validation", "test")} == {
+        "train": 50,
+        "validation": 10,
+        "test": 60,
+    }
     assert data.task_fingerprint(task) == data.task_fingerprint(data.banking(tmp_path))

@@ -21,7 +21,13 @@ LORA, GUARD, SOFT = METHODS["lora"], METHODS["guardspace"], METHODS["safe-lora-s
 def row(cell: Cell, harmful: str = "RROO", task: str = "1100", **further) -> dict:
     """A made-up result with these verdicts."""
     verdicts = {"harmful": harmful, "contrast": "ROOO", "advbench": harmful, "xstest_safe": "OO"}
-    rates = {"refusal": harmful.count("R"), "compliance": harmful.count("C"), "over_refusal": 1, "task_accuracy": task.count("1"), "second_accuracy": 2}
+    rates = {
+        "refusal": harmful.count("R"),
+        "compliance": harmful.count("C"),
+        "over_refusal": 1,
+        "task_accuracy": task.count("1"),
+        "second_accuracy": 2,
+    }
     return {
         "cell": asdict(cell),
         "judge": "keyword",
@@ -46,7 +52,10 @@ def grid() -> list[dict]:
     def marks(letters, likely, size):
         return "".join(letters[0] if rng.random() < likely else letters[1] for _ in range(size))
 
-    return [row(cell, marks("RO", rng.random(), 4), marks("10", rng.random() / 2, 4), setup_cpu_seconds=10.0) for cell in plan(list(METHODS.values()))]
+    return [
+        row(cell, marks("RO", rng.random(), 4), marks("10", rng.random() / 2, 4), setup_cpu_seconds=10.0)
+        for cell in plan(list(METHODS.values()))
+    ]
 
 
 def write(folder, rows, **environment):
@@ -58,10 +67,15 @@ def write(folder, rows, **environment):
 
 def test_seeds_are_pooled_and_no_fine_tune_stands_everywhere():
     rows = [row(place(GUARD, 0.1, seed, "test"), "RRRO") for seed in (0, 1)] + [row(place(GUARD, 0.5, 0, "test"))]
-    rows += [row(place(METHODS["aligned"], 0, 0, "test"), "RRRR"), {"cell": asdict(place(GUARD, 0.1, 2, "test")), "diverged": "the loss"}]
+    rows += [
+        row(place(METHODS["aligned"], 0, 0, "test"), "RRRR"),
+        {"cell": asdict(place(GUARD, 0.1, 2, "test")), "diverged": "the loss"},
+    ]
     rows += [row(place(LORA, 0.1, 0, "validation"))]
     found = aggregate.points(rows)
-    assert set(found) == {("guardspace", 0.1), ("guardspace", 0.5), ("aligned", 0.1), ("aligned", 0.5)}, "validation cells are not mixed in"
+    assert set(found) == {("guardspace", 0.1), ("guardspace", 0.5), ("aligned", 0.1), ("aligned", 0.5)}, (
+        "validation cells are not mixed in"
+    )
     point = found["guardspace", 0.1]
     assert point.rate("refusal") == Rate(6, 8)
     assert point.transfer("advbench") == Rate(6, 8)
@@ -72,11 +86,16 @@ def test_seeds_are_pooled_and_no_fine_tune_stands_everywhere():
 
 
 def test_arms_are_compared_on_the_same_prompts_and_seeds():
-    guard = [row(place(GUARD, 0.1, seed, "test"), harmful, task) for seed, harmful, task in ((0, "RRRR", "1111"), (1, "RRRO", "0000"), (2, "RRRR", "1111"))]
+    guard = [
+        row(place(GUARD, 0.1, seed, "test"), harmful, task)
+        for seed, harmful, task in ((0, "RRRR", "1111"), (1, "RRRO", "0000"), (2, "RRRR", "1111"))
+    ]
     lora = [row(place(LORA, 0.1, seed, "test"), harmful) for seed, harmful in ((1, "OOOR"), (0, "ROOO"))]
     found = aggregate.points(guard + lora)
     pair = aggregate.pairs(found["guardspace", 0.1], found["lora", 0.1])
-    assert (pair.only_first, pair.only_second, pair.n) == (2 * (3 + 3), 2 * (0 + 1), 16), "own and AdvBench's harmful prompts, two shared seeds"
+    assert (pair.only_first, pair.only_second, pair.n) == (2 * (3 + 3), 2 * (0 + 1), 16), (
+        "own and AdvBench's harmful prompts, two shared seeds"
+    )
     task = aggregate.pairs(found["guardspace", 0.1], found["lora", 0.1], "task")
     assert (task.only_first, task.only_second, task.n) == (2, 2, 8)
     other = aggregate.points([row(place(LORA, 0.1, 9, "test"))])["lora", 0.1]
@@ -94,7 +113,9 @@ def test_a_setting_that_is_no_default_is_named_in_full():
     ]
 
 
-@pytest.mark.parametrize("wanted", [[], [50.0], [99.0] * 12, [1.0] * 12, [90.0, 89.0, 88.0, 12.0, 2.0, 1.0], [50.0] * 40], ids=str)
+@pytest.mark.parametrize(
+    "wanted", [[], [50.0], [99.0] * 12, [1.0] * 12, [90.0, 89.0, 88.0, 12.0, 2.0, 1.0], [50.0] * 40], ids=str
+)
 def test_labels_keep_their_distance_and_their_order(wanted):
     placed = pictures.spread(wanted, 6.0, 0.0, 100.0)
     gap = min(6.0, 100.0 / max(1, len(wanted) - 1))
@@ -116,7 +137,9 @@ def test_no_label_of_the_picture_lies_on_another(tmp_path):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         for axis in figure.axes:
-            seen.append([text.get_window_extent(canvas.get_renderer()) for text in axis.texts if text.get_text() != "before"])
+            seen.append(
+                [text.get_window_extent(canvas.get_renderer()) for text in axis.texts if text.get_text() != "before"]
+            )
         return real(figure, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -156,7 +179,9 @@ def test_a_partial_grid_says_what_is_missing_and_that_validation_is_no_result(tm
     assert "nothing here is a result" in page
     assert "<td>random basis for GuardSpace</td><td>12</td>" in page
     assert "nothing here is a result" in report.section(tmp_path / NAME)
-    assert html.summary(aggregate.points([row(cells[0])]), 0.0) == ["Plain LoRA has not been measured yet: nothing can be compared."]
+    assert html.summary(aggregate.points([row(cells[0])]), 0.0) == [
+        "Plain LoRA has not been measured yet: nothing can be compared."
+    ]
 
 
 def test_results_that_cannot_be_reported(tmp_path):
@@ -178,13 +203,22 @@ def test_two_judges_stand_side_by_side():
     assert tables.verdicts_of_judges(aggregate.points([both]), 0.1) is None
     both["verdicts"]["classifier:x"] = {"harmful": "CCCR"}
     table = tables.verdicts_of_judges(aggregate.points([both]), 0.1)
-    assert table.headings == ("", "refusal, keyword", "compliance, keyword", "refusal, classifier:x", "compliance, classifier:x")
+    assert table.headings == (
+        "",
+        "refusal, keyword",
+        "compliance, keyword",
+        "refusal, classifier:x",
+        "compliance, classifier:x",
+    )
     assert [value.split(" [")[0] for value in table.rows[0]] == ["plain LoRA", "50 %", "0 %", "25 %", "75 %"]
 
 
 def test_costs_are_multiples_of_plain_lora():
     found = aggregate.points(
-        [row(place(LORA, 0.1, 0, "test")), row(place(GUARD, 0.1, 0, "test"), train_cpu_seconds=180.0, setup_cpu_seconds=45.0, added_mib=1800)]
+        [
+            row(place(LORA, 0.1, 0, "test")),
+            row(place(GUARD, 0.1, 0, "test"), train_cpu_seconds=180.0, setup_cpu_seconds=45.0, added_mib=1800),
+        ]
     )
     assert pictures.cost(found, "guardspace") == (2.0, 0.5, 2.0)
     assert pictures.cost(found, "somf") == (None, 0.0, None)

@@ -28,12 +28,18 @@ def start(folder: Path, seconds: float) -> subprocess.Popen:
     """A worker in a process of its own."""
     folder.mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, str(ROOT / "tests/benchmarks/worker.py"), str(folder), str(seconds)], env=environment, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/benchmarks/worker.py"), str(folder), str(seconds)],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def table(folder: Path) -> list:
     """The results without what time decides."""
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in read(folder / "out" / NAME)[1]]
+    return [
+        {name: value for name, value in row.items() if name != "seconds"} for row in read(folder / "out" / NAME)[1]
+    ]
 
 
 def begun(folder: Path) -> list[str]:
@@ -119,7 +125,9 @@ def test_a_diverged_cell_is_recorded_and_a_failed_one_is_not(tmp_path):
     assert cache.get(GUARD) is None
     assert "no such thing" in outcome.failed[GUARD]
     assert "needs the cell" in outcome.failed[cells[3]]
-    assert run(cache, lambda: cells, made_up, needs=needs).done == 2, "what failed is tried again, what diverged is not"
+    assert run(cache, lambda: cells, made_up, needs=needs).done == 2, (
+        "what failed is tried again, what diverged is not"
+    )
 
 
 def test_a_budget_stops_between_cells(tmp_path):

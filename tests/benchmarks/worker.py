@@ -1,4 +1,6 @@
-"""A process that works through a small plan: `python worker.py FOLDER SECONDS`. Its work is made up, and written to a log when it begins."""
+"""A process that works through a small plan: `python worker.py FOLDER SECONDS`. Its work is made up, and written to a
+log when it begins.
+"""
 
 import os
 import sys

@@ -1,4 +1,6 @@
-"""Hundreds of small saves wait for the disk several times each: they are made in memory where there is a place for that."""
+"""Hundreds of small saves wait for the disk several times each: they are made in memory where there is a place for
+that.
+"""
 
 from __future__ import annotations
 

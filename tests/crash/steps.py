@@ -24,8 +24,8 @@ SAVED, REFUSED, BROKEN = 0, 10, 20
 
 
 def watch(root: Path, step: Callable[[str], None]) -> None:
-    """Call `step` before every file system call of this process below `root` or by a name in an open directory, and before, amid and after
-    every safetensors file. For a forked child only."""
+    """Call `step` before every file system call of this process below `root` or by a name in an open directory, and
+    before, amid and after every safetensors file. For a forked child only."""
 
     def hook(event: str, arguments: tuple) -> None:
         paths = [str(argument) for argument in arguments[: EVENTS.get(event, 0)]]
@@ -50,7 +50,9 @@ def watch(root: Path, step: Callable[[str], None]) -> None:
 
 
 def child(work: Callable[[], None]) -> int:
-    """Do `work` in a forked process. Returns `SAVED`, `REFUSED` (a typed error), `BROKEN` (any other), or minus the signal that killed it."""
+    """Do `work` in a forked process. Returns `SAVED`, `REFUSED` (a typed error), `BROKEN` (any other), or minus the
+    signal that killed it.
+    """
     pid = os.fork()
     if pid == 0:
         code = BROKEN

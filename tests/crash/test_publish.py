@@ -1,5 +1,5 @@
-"""A save that dies, at any file system call, leaves the complete old adapter or the complete new one, if need be after `recover`; a reader loads one of the two
-or is told to recover; a save that fails says so.
+"""A save that dies, at any file system call, leaves the complete old adapter or the complete new one, if need be after
+`recover`; a reader loads one of the two or is told to recover; a save that fails says so.
 
 Every writer is a real process, forked from this one so that nothing is imported twice.
 """
@@ -55,8 +55,8 @@ class World:
     digests: dict[str, str] = field(default_factory=dict)
 
     def state(self, directory: Path, subfolder: str = "") -> str:
-        """Which of the two adapters a reader gets, or `interrupted`: it is checked every time, and its logits are compared once for each distinct content.
-        Reading changes nothing."""
+        """Which of the two adapters a reader gets, or `interrupted`: it is checked every time, and its logits are
+        compared once for each distinct content. Reading changes nothing."""
         before = listing(directory)
         try:
             verify(directory / subfolder)
@@ -69,7 +69,9 @@ class World:
         digest = contents(directory / subfolder)
         if digest not in self.digests:
             loaded = PeftModel.from_pretrained(tiny_llama(), str(directory), subfolder=subfolder or None)
-            matches = [name for name, expected in self.logits.items() if torch.equal(loaded(tools.tokens()).logits, expected)]
+            matches = [
+                name for name, expected in self.logits.items() if torch.equal(loaded(tools.tokens()).logits, expected)
+            ]
             assert len(matches) == 1, "neither the old nor the new function"
             self.digests[digest] = matches[0]
         return self.digests[digest]
@@ -146,7 +148,9 @@ def test_a_save_killed_at_any_step_leaves_the_old_adapter_or_the_new_one(world: 
     assert commit < total
     assert recovered == sorted(recovered, reverse=True), "one commit point: old, then new"
     assert set(recovered) == {"old", "new"}
-    assert read == sorted(read, key=["old", "interrupted", "new"].index), "and one moment after which everything is in place"
+    assert read == sorted(read, key=["old", "interrupted", "new"].index), (
+        "and one moment after which everything is in place"
+    )
     assert set(read) == {"old", "interrupted", "new"}
 
 
@@ -189,8 +193,15 @@ def test_two_adapters_of_one_model_are_saved_together(world: World, tmp_path: Pa
     target = tmp_path / "pair"
     pair = {}
     for name, model in world.models.items():
-        pair[name] = tools.trained(tiny_llama(), model.peft_config["default"].subspace, seed=["old", "new"].index(name))
-        pair[name].add_adapter("second", SaLoRAConfig(r=4, lora_alpha=16, subspace=model.peft_config["default"].subspace, target_modules="all-linear"))
+        pair[name] = tools.trained(
+            tiny_llama(), model.peft_config["default"].subspace, seed=["old", "new"].index(name)
+        )
+        pair[name].add_adapter(
+            "second",
+            SaLoRAConfig(
+                r=4, lora_alpha=16, subspace=model.peft_config["default"].subspace, target_modules="all-linear"
+            ),
+        )
         for module in pair[name].modules():
             if hasattr(module, "lora_B") and "second" in module.lora_B:
                 module.lora_A["second"].weight.data.copy_(module.lora_A["default"].weight.data)
@@ -243,7 +254,9 @@ def test_a_writer_killed_at_any_moment_leaves_one_of_the_two(world: World, targe
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
-def test_a_failing_call_is_a_typed_error_and_the_old_adapter_stays(code: int, world: World, target: Path, tmp_path: Path) -> None:
+def test_a_failing_call_is_a_typed_error_and_the_old_adapter_stays(
+    code: int, world: World, target: Path, tmp_path: Path
+) -> None:
     total = len(steps(world, target))
     seen, outcomes = [], set()
     for at in some(total, 40, 12)[code == errno.EIO :: 4]:
@@ -252,7 +265,10 @@ def test_a_failing_call_is_a_typed_error_and_the_old_adapter_stays(code: int, wo
         outcome = save(world, target, at, fail(code))
         assert outcome in (SAVED, REFUSED), f"an untyped error at step {at} of {total}"
         outcomes.add(outcome)
-        untouched = contents(target) == contents(world.folders["old"]) and sorted(path.name for path in target.iterdir()) == FILES
+        untouched = (
+            contents(target) == contents(world.folders["old"])
+            and sorted(path.name for path in target.iterdir()) == FILES
+        )
         waits = (target / ".commit").exists()
         recover(target)
         seen.append(world.state(target))
@@ -325,7 +341,9 @@ def interrupted(world: World, target: Path) -> None:
     assert world.state(target) == "interrupted"
 
 
-def test_an_interrupted_save_in_a_read_only_directory_can_neither_be_read_nor_finished(world: World, public: Path) -> None:
+def test_an_interrupted_save_in_a_read_only_directory_can_neither_be_read_nor_finished(
+    world: World, public: Path
+) -> None:
     interrupted(world, public)
 
     def load() -> None:
@@ -370,7 +388,9 @@ def test_a_plain_lora_that_is_saved_over_an_interrupted_save_is_not_undone_later
     assert PeftConfig.from_pretrained(str(target)).peft_type == "LORA"
 
 
-def test_an_interrupted_save_that_moved_nothing_yet_is_read_as_it_was_with_one_warning(world: World, target: Path) -> None:
+def test_an_interrupted_save_that_moved_nothing_yet_is_read_as_it_was_with_one_warning(
+    world: World, target: Path
+) -> None:
     moves = [at for at, event in enumerate(steps(world, target), start=1) if event == "os.rename"]
     shutil.rmtree(target)
     shutil.copytree(world.folders["old"], target)

@@ -84,7 +84,11 @@ def test_every_step_leaves_the_old_files_or_new_ones_that_can_be_had(tmp_path: P
 def half_moved(target: Path) -> None:
     """A publish of `new` over `old`, killed after its first move."""
     reset(target)
-    renames = [at for at, event in enumerate(steps_of(target, lambda: publish(target, "new")), start=1) if event == "os.rename"]
+    renames = [
+        at
+        for at, event in enumerate(steps_of(target, lambda: publish(target, "new")), start=1)
+        if event == "os.rename"
+    ]
     reset(target)
     assert at_step(target, renames[2], lambda: publish(target, "new")) == -signal.SIGKILL
     assert read(target) == "interrupted"

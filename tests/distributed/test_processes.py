@@ -1,4 +1,6 @@
-"""Several real processes: protection holds on replicas and on shards, and on both it is the single process's trajectory."""
+"""Several real processes: protection holds on replicas and on shards, and on both it is the single process's
+trajectory.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,19 @@ LEAK = 1e-6
 
 
 def launch(folder: Path, world: int, how: str, method: str) -> dict[str, float]:
-    """What rank 0 prints. The ranks meet in a file: a port that is free now may be another process's a moment later."""
+    """What rank 0 prints. The ranks meet in a file: a port that is free now may be another process's a moment
+    later.
+    """
     meeting = folder / how
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.distributed.worker"]
     ranks = [
         subprocess.Popen(
-            [*command, str(rank), str(world), str(meeting), how, method], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [*command, str(rank), str(world), str(meeting), how, method],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for rank in range(world)
     ]

@@ -1,4 +1,6 @@
-"""An adapter directory that is damaged, hostile or of another model never loads: a typed error, at once, and the base model is as it was."""
+"""An adapter directory that is damaged, hostile or of another model never loads: a typed error, at once, and the base
+model is as it was.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def refused(case: Case, call) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: re.sub(r"[^\w.-]", "_", case.name)[:60])
-def test_a_damaged_directory_is_refused_and_the_base_untouched(case: Case, base: nn.Module, copy, tmp_path: Path) -> None:
+def test_a_damaged_directory_is_refused_and_the_base_untouched(
+    case: Case, base: nn.Module, copy, tmp_path: Path
+) -> None:
     directory = copy(case.good)
     case.damage(directory)
     with tools.unchanged(base):
@@ -94,7 +98,11 @@ def test_the_undamaged_directories_load_and_verify(copy, good: dict[str, Path]) 
 
 def test_fields_that_change_nothing_may_be_edited(base: nn.Module, copy) -> None:
     directory = copy()
-    config = tools.manifest(directory) | {"base_model_name_or_path": "somebody/model", "inference_mode": False, "revision": "main"}
+    config = tools.manifest(directory) | {
+        "base_model_name_or_path": "somebody/model",
+        "inference_mode": False,
+        "revision": "main",
+    }
     (directory / MANIFEST).write_text(tools.json.dumps(config))
     assert verify(directory, model=base).modules == 14
 
@@ -139,7 +147,9 @@ def test_a_flipped_bit_of_the_config_changes_nothing_or_is_found(base: nn.Module
             facts = verify(directory)
             assert facts.worst_leak == pytest.approx(expected.worst_leak, rel=1e-3)  # read anew, to other addresses
             assert facts.worst_orthonormality == pytest.approx(expected.worst_orthonormality, rel=1e-3, abs=1e-12)
-            assert replace(facts, worst_leak=0.0, worst_orthonormality=0.0) == replace(expected, worst_leak=0.0, worst_orthonormality=0.0)
+            assert replace(facts, worst_leak=0.0, worst_orthonormality=0.0) == replace(
+                expected, worst_leak=0.0, worst_orthonormality=0.0
+            )
         except PeftSafetyError:
             found += 1
     assert found > 30, "most flips hit a name, a value or a hash"
@@ -208,13 +218,20 @@ assert "peft_safety" not in sys.modules
 """
 
 
-def test_without_the_package_it_fails_loudly_and_relabelled_it_is_still_constrained(copy, tmp_path: Path, good: dict[str, Path]) -> None:
-    relabelled = copy()
-    text(lambda t: t.replace('"SALORA"', '"LORA"'))(relabelled)
+def test_without_the_package_it_fails_loudly_and_relabeled_it_is_still_constrained(
+    copy, tmp_path: Path, good: dict[str, Path]
+) -> None:
+    relabeled = copy()
+    text(lambda t: t.replace('"SALORA"', '"LORA"'))(relabeled)
     ids, out = tmp_path / "ids.pt", tmp_path / "logits.pt"
     torch.save(tools.tokens(), ids)
-    arguments = [str(p) for p in (ids, good["lora"], relabelled, out)]
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_THE_PACKAGE, *arguments], capture_output=True, text=True, check=False)
+    arguments = [str(p) for p in (ids, good["lora"], relabeled, out)]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_THE_PACKAGE, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "KeyError 'SALORA'" in done.stdout
     with torch.no_grad():

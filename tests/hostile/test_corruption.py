@@ -25,7 +25,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         directory = tools.save_good(tmp_path_factory.mktemp("good") / "task", init="task")
-    config = tools.manifest(directory) | {"base_model_name_or_path": "tiny/" + "llama" * 200}  # a free field, so that some damage changes nothing
+    config = tools.manifest(directory) | {
+        "base_model_name_or_path": "tiny/" + "llama" * 200
+    }  # a free field, so that some damage changes nothing
     (directory / tools.MANIFEST).write_text(tools.json.dumps(config))
     return directory
 

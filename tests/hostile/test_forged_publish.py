@@ -1,4 +1,6 @@
-"""A stranger's directory that pretends to hold an interrupted save: readers write nothing, and nobody writes outside."""
+"""A stranger's directory that pretends to hold an interrupted save: readers write nothing, and nobody writes
+outside.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,12 @@ def journal(directory: Path, names: dict[str, bytes], /, **changes: object) -> N
     """A journal as good as a stranger can make it, and better: he does not know the inodes."""
     rows = [[name.split("/"), len(raw), hashlib.sha256(raw).hexdigest()] for name, raw in names.items()]
     commit = directory / ".commit"
-    fields = {"format": "peft-safety publish", "version": 1, "directory": directory.stat().st_ino, "commit": commit.stat().st_ino}
+    fields = {
+        "format": "peft-safety publish",
+        "version": 1,
+        "directory": directory.stat().st_ino,
+        "commit": commit.stat().st_ino,
+    }
     (commit / JOURNAL).write_text(json.dumps(fields | {"manifest": "manifest", "files": rows} | changes))
 
 
@@ -110,9 +117,14 @@ def replaced_by_link(path: Path, to: Path) -> None:
 TAMPER: dict[str, Callable[[Path, Path], object]] = {
     "the place is a link": lambda d, home: (d / "x").symlink_to(home),
     "the place is a link to a place beside": lambda d, home: ((d / "y").mkdir(), (d / "x").symlink_to(d / "y")),
-    "the commit is a link": lambda d, home: (shutil.move(d / ".commit", home / "c"), (d / ".commit").symlink_to(home / "c")),
+    "the commit is a link": lambda d, home: (
+        shutil.move(d / ".commit", home / "c"),
+        (d / ".commit").symlink_to(home / "c"),
+    ),
     "a directory of the commit is a link": lambda d, home: replaced_by_link(d / ".commit" / "x", home),
-    "a file of the commit is a link": lambda d, home: replaced_by_link(d / ".commit" / "x" / "profile", home / "profile"),
+    "a file of the commit is a link": lambda d, home: replaced_by_link(
+        d / ".commit" / "x" / "profile", home / "profile"
+    ),
     "the journal is a link": lambda d, home: (
         shutil.move(d / ".commit" / JOURNAL, home / "j"),
         (d / ".commit" / JOURNAL).symlink_to(home / "j"),

@@ -1,4 +1,6 @@
-"""What cannot be protected or calibrated is refused when the adapter is made: a typed error, and the model is as it was."""
+"""What cannot be protected or calibrated is refused when the adapter is made: a typed error, and the model is as it
+was.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from peft_safety import SafetySubspace, SaLoRAConfig, assert_protected, export_lora
-from peft_safety.errors import ArtifactError, CalibrationError, ConfigError, DataError, PeftSafetyError, SubspaceError, UnsupportedLayerError
+from peft_safety.errors import (
+    ArtifactError,
+    CalibrationError,
+    ConfigError,
+    DataError,
+    PeftSafetyError,
+    SubspaceError,
+    UnsupportedLayerError,
+)
 from tests.hostile import tools
 from tests.hostile.tools import Q0, REMEDIES
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -53,7 +63,10 @@ def refused(model: nn.Module, call: Callable[[], Any], error: type[PeftSafetyErr
     assert time.thread_time() - start < SECONDS
     for part in says:
         assert part in message, message
-    assert any(remedy in message for remedy in (*REMEDIES, "give", "calibrate", "Accepted", "accepted", "Pass", "Check", "Set", "leave it out")), message
+    assert any(
+        remedy in message
+        for remedy in (*REMEDIES, "give", "calibrate", "Accepted", "accepted", "Pass", "Check", "Set", "leave it out")
+    ), message
 
 
 def batch(ids: Tensor, labels: Tensor | None = None) -> list[dict[str, Tensor]]:
@@ -67,7 +80,8 @@ def with_nan(name: str, everywhere: bool = False) -> nn.Module:
     return model
 
 
-# --- calibration -----------------------------------------------------------------------------------------------------------------------------------------
+# --- calibration
+# ---
 
 IDS = tools.tokens(batch=4)
 CALIBRATIONS = {
@@ -81,10 +95,22 @@ CALIBRATIONS = {
     "method_unknown": (dict(method="magic"), ConfigError, ("magic", "salora")),
     "no_module_matched": (dict(target_modules=["nope"]), ConfigError, ("nope", "q_proj")),
     "target_is_no_expression": (dict(target_modules="(("), ConfigError, ("'(('",)),
-    "fewer_tokens_than_rank": (dict(data=batch(IDS[:1, :7])), CalibrationError, ("7 labelled tokens", "rank=8")),
-    "no_position_labelled": (dict(data=batch(IDS, torch.full_like(IDS, -100))), CalibrationError, ("0 labelled tokens",)),
-    "no_position_attended": (dict(data=[{**batch(IDS)[0], "attention_mask": torch.zeros_like(IDS)}]), CalibrationError, ("0 labelled tokens",)),
-    "one_token_repeated": (dict(data=batch(torch.full((4, 12), 7)), rank=4), CalibrationError, ("directions only", "rank=4")),
+    "fewer_tokens_than_rank": (dict(data=batch(IDS[:1, :7])), CalibrationError, ("7 labeled tokens", "rank=8")),
+    "no_position_labeled": (
+        dict(data=batch(IDS, torch.full_like(IDS, -100))),
+        CalibrationError,
+        ("0 labeled tokens",),
+    ),
+    "no_position_attended": (
+        dict(data=[{**batch(IDS)[0], "attention_mask": torch.zeros_like(IDS)}]),
+        CalibrationError,
+        ("0 labeled tokens",),
+    ),
+    "one_token_repeated": (
+        dict(data=batch(torch.full((4, 12), 7)), rank=4),
+        CalibrationError,
+        ("directions only", "rank=4"),
+    ),
     "two_tokens_repeated": (
         dict(data=batch(torch.tensor([[7, 9] * 6] * 4)), rank=4, target_modules=[Q0]),
         CalibrationError,
@@ -102,7 +128,11 @@ CALIBRATIONS = {
     "labels_of_another_shape": (dict(data=batch(IDS, IDS[:, 1:])), CalibrationError, ("batch 0", "one shape")),
     "text_without_tokenizer": (dict(data=[{"prompt": "a", "response": "b"}]), CalibrationError, ("tokenizer",)),
     "rows_of_unknown_fields": (dict(data=[{"foo": "a"}], tokenizer=tiny_tokenizer()), DataError, ("foo",)),
-    "row_without_response": (dict(data=[{"prompt": "a", "response": ""}], tokenizer=tiny_tokenizer()), DataError, ("row 0",)),
+    "row_without_response": (
+        dict(data=[{"prompt": "a", "response": ""}], tokenizer=tiny_tokenizer()),
+        DataError,
+        ("row 0",),
+    ),
 }
 
 
@@ -132,14 +162,18 @@ def test_calibrating_leaves_a_partly_training_model_as_it_is(base: nn.Module) ->
         tools.subspace(model)
 
 
-# --- configs ---------------------------------------------------------------------------------------------------------------------------------------------
+# --- configs
+# ---
 
 CONFIGS = {
     "dora": (dict(use_dora=True), "use_dora"),
     "bias_of_b": (dict(lora_bias=True), "lora_bias"),
     "base_biases": (dict(bias="all"), "bias='all'"),
     "lora_biases": (dict(bias="lora_only"), "bias='lora_only'"),
-    **{f"init_{init}": (dict(init_lora_weights=init), init) for init in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "eva", "lora_ga")},
+    **{
+        f"init_{init}": (dict(init_lora_weights=init), init)
+        for init in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "eva", "lora_ga")
+    },
     "moe_parameters": (dict(target_parameters=["experts.gate_up_proj"]), "target_parameters"),
     "layer_replication": (dict(layer_replication=[[0, 2], [0, 2]]), "layer_replication"),
     "megatron": (dict(megatron_config={"tensor_model_parallel_size": 2}), "megatron_config"),
@@ -150,7 +184,10 @@ CONFIGS = {
     "safety_rank_zero": (dict(safety_rank=0), "safety_rank=0"),
     "safety_rank_text": (dict(safety_rank="8"), "safety_rank='8'"),
     **{f"r_{r!r}": (dict(r=r), f"r={r!r}") for r in (0, -1, "4", 2.5, True, None, 2_000_000, 40)},
-    **{f"alpha_{alpha!r}": (dict(lora_alpha=alpha), f"lora_alpha={alpha!r}") for alpha in (0, -1, NAN, float("inf"), 1e30, "16", True)},
+    **{
+        f"alpha_{alpha!r}": (dict(lora_alpha=alpha), f"lora_alpha={alpha!r}")
+        for alpha in (0, -1, NAN, float("inf"), 1e30, "16", True)
+    },
     **{f"dropout_{p!r}": (dict(lora_dropout=p), f"lora_dropout={p!r}") for p in (-0.1, 1.0, NAN, "0.1")},
     "rank_pattern_zero": (dict(rank_pattern={"q_proj": 0}), "q_proj"),
     "rank_pattern_too_large": (dict(rank_pattern={"q_proj": 33}), "(32, 32)"),
@@ -169,38 +206,74 @@ def test_a_config_that_cannot_be_protected_is_refused(name: str, base: nn.Module
     refused(base, lambda: get_peft_model(base, SaLoRAConfig(**options)), ConfigError, says)
 
 
-@pytest.mark.parametrize(("field", "cls"), [("kasa_config", "KasaConfig"), ("use_bdlora", "BdLoraConfig"), ("arrow_config", "ArrowConfig")])
+@pytest.mark.parametrize(
+    ("field", "cls"), [("kasa_config", "KasaConfig"), ("use_bdlora", "BdLoraConfig"), ("arrow_config", "ArrowConfig")]
+)
 def test_a_variant_of_lora_is_refused(field: str, cls: str, base: nn.Module, space: SafetySubspace) -> None:
     module = importlib.import_module("peft.tuners.lora.config")
     if not hasattr(module, cls) or field not in LoraConfig.__dataclass_fields__:
         pytest.skip(f"this PEFT has no {cls}")
     options = {field: getattr(module, cls)()}
-    refused(base, lambda: get_peft_model(base, SaLoRAConfig(subspace=space, target_modules="all-linear", **options)), ConfigError, field)
+    refused(
+        base,
+        lambda: get_peft_model(base, SaLoRAConfig(subspace=space, target_modules="all-linear", **options)),
+        ConfigError,
+        field,
+    )
 
 
-# --- subspaces -------------------------------------------------------------------------------------------------------------------------------------------
+# --- subspaces
+# ---
 
 
 def inject(model: nn.Module, subspace: Any, **options: Any) -> PeftModel:
-    return get_peft_model(model, SaLoRAConfig(**{"r": 4, "subspace": subspace, "target_modules": "all-linear"} | options))
+    return get_peft_model(
+        model, SaLoRAConfig(**{"r": 4, "subspace": subspace, "target_modules": "all-linear"} | options)
+    )
 
 
 def test_a_subspace_of_another_model_is_refused(base: nn.Module) -> None:
-    refused(base, lambda: inject(base, tools.subspace(tiny_llama(1))), SubspaceError, "_proj", "other base weights", "limit 0.01")
+    refused(
+        base,
+        lambda: inject(base, tools.subspace(tiny_llama(1))),
+        SubspaceError,
+        "_proj",
+        "other base weights",
+        "limit 0.01",
+    )
 
 
 def test_a_subspace_of_another_width_is_refused(base: nn.Module) -> None:
-    refused(base, lambda: inject(base, tools.subspace(tiny_llama(hidden=64))), SubspaceError, Q0, "(64, 8)", "32 output features")
+    refused(
+        base,
+        lambda: inject(base, tools.subspace(tiny_llama(hidden=64))),
+        SubspaceError,
+        Q0,
+        "(64, 8)",
+        "32 output features",
+    )
 
 
 def test_a_subspace_of_fewer_modules_is_refused(base: nn.Module, space: SafetySubspace) -> None:
     refused(base, lambda: inject(base, space.restricted([Q0])), SubspaceError, "k_proj", "no 'out' basis", Q0)
-    refused(base, lambda: inject(base, space, target_modules=["q_proj", "lm_head"]), SubspaceError, "lm_head", "no 'out' basis")
+    refused(
+        base,
+        lambda: inject(base, space, target_modules=["q_proj", "lm_head"]),
+        SubspaceError,
+        "lm_head",
+        "no 'out' basis",
+    )
 
 
 def test_a_subspace_of_the_other_side_is_refused(base: nn.Module, space: SafetySubspace) -> None:
     square = {name: {"in": sides["out"]} for name, sides in space.bases.items() if "q_proj" in name}
-    refused(base, lambda: inject(base, SafetySubspace(square), target_modules=["q_proj"]), SubspaceError, "q_proj", "no 'out' basis")
+    refused(
+        base,
+        lambda: inject(base, SafetySubspace(square), target_modules=["q_proj"]),
+        SubspaceError,
+        "q_proj",
+        "no 'out' basis",
+    )
 
 
 def test_a_base_with_nan_weights_is_refused(space: SafetySubspace) -> None:
@@ -210,7 +283,9 @@ def test_a_base_with_nan_weights_is_refused(space: SafetySubspace) -> None:
     assert not any("lora" in name for name, _ in model.named_modules())
 
 
-@pytest.mark.parametrize("path", ["/no/such/directory", "./nowhere", "nowhere.safetensors", "a/b/c", "~/nothing", "\0"])
+@pytest.mark.parametrize(
+    "path", ["/no/such/directory", "./nowhere", "nowhere.safetensors", "a/b/c", "~/nothing", "\0"]
+)
 def test_a_subspace_that_is_not_there_is_refused(path: str, base: nn.Module) -> None:
     refused(base, lambda: inject(base, path), SubspaceError, repr(path))
 
@@ -220,7 +295,12 @@ def test_a_directory_without_a_subspace_is_refused(base: nn.Module, tmp_path: Pa
 
 
 def test_a_task_subspace_of_other_modules_is_refused(base: nn.Module, space: SafetySubspace) -> None:
-    refused(base, lambda: inject(base, space, init="task", task_data=space.restricted([Q0])), SubspaceError, "no 'out' basis")
+    refused(
+        base,
+        lambda: inject(base, space, init="task", task_data=space.restricted([Q0])),
+        SubspaceError,
+        "no 'out' basis",
+    )
 
 
 def bad_bases() -> dict[str, tuple[Any, str]]:
@@ -249,18 +329,27 @@ def test_a_basis_that_protects_nothing_or_everything_is_refused(name: str) -> No
 
 
 def test_a_subspace_with_more_sides_than_the_method_needs_serves_it(space: SafetySubspace, tmp_path: Path) -> None:
-    """One subspace serves several methods: what constrains the inputs is of no concern to SaLoRA, at save, load and export."""
+    """One subspace serves several methods: what constrains the inputs is of no concern to SaLoRA, at save, load and
+    export.
+    """
     inputs = {name: torch.linalg.qr(torch.randn(64 if "down" in name else 32, 4)).Q for name in space.module_names}
-    both = SafetySubspace({name: {**space.bases[name], "in": inputs[name]} for name in space.module_names}, None, space.fingerprints)
+    both = SafetySubspace(
+        {name: {**space.bases[name], "in": inputs[name]} for name in space.module_names}, None, space.fingerprints
+    )
     model = tools.trained(tiny_llama(), both)
     model.save_pretrained(str(tmp_path / "native"))
     export_lora(model, tmp_path / "plain")
     expected = model(tools.tokens()).logits
-    assert torch.equal(PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "native"))(tools.tokens()).logits, expected)
-    assert torch.allclose(PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "plain"))(tools.tokens()).logits, expected, atol=1e-5)
+    assert torch.equal(
+        PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "native"))(tools.tokens()).logits, expected
+    )
+    assert torch.allclose(
+        PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "plain"))(tools.tokens()).logits, expected, atol=1e-5
+    )
 
 
-# --- layers ----------------------------------------------------------------------------------------------------------------------------------------------
+# --- layers
+# ---
 
 
 class Zoo(nn.Module):
@@ -280,7 +369,13 @@ def test_a_layer_that_cannot_be_protected_is_refused(kind: str) -> None:
     zoo = Zoo()
     basis = torch.linalg.qr(torch.randn(16, 4, generator=torch.Generator().manual_seed(0))).Q
     subspace = SafetySubspace({name: {"out": basis} for name in ("linear", kind, "attention.out_proj")})
-    refused(zoo, lambda: inject(zoo, subspace, target_modules=["linear", kind]), UnsupportedLayerError, kind, type(getattr(zoo, kind)).__name__)
+    refused(
+        zoo,
+        lambda: inject(zoo, subspace, target_modules=["linear", kind]),
+        UnsupportedLayerError,
+        kind,
+        type(getattr(zoo, kind)).__name__,
+    )
 
 
 def test_a_mixture_of_experts_in_one_tensor_is_refused() -> None:
@@ -293,10 +388,16 @@ def test_a_mixture_of_experts_in_one_tensor_is_refused() -> None:
 
     model = Experts()
     subspace = SafetySubspace({"linear": {"out": torch.eye(8)[:, :2]}})
-    refused(model, lambda: inject(model, subspace, target_modules=["linear"], target_parameters=["experts.weight"]), ConfigError, "target_parameters")
+    refused(
+        model,
+        lambda: inject(model, subspace, target_modules=["linear"], target_parameters=["experts.weight"]),
+        ConfigError,
+        "target_parameters",
+    )
 
 
-# --- a model that has adapters already -------------------------------------------------------------------------------------------------------------------
+# --- a model that has adapters already
+# ---
 
 
 def test_a_failing_second_adapter_leaves_the_good_one_at_work(space: SafetySubspace, tmp_path: Path) -> None:
@@ -318,7 +419,9 @@ def test_a_failing_second_adapter_leaves_the_good_one_at_work(space: SafetySubsp
     assert_protected(model)
 
 
-def test_transformers_own_adapter_methods_leave_no_trace_of_a_failure(base: nn.Module, space: SafetySubspace, tmp_path: Path) -> None:
+def test_transformers_own_adapter_methods_leave_no_trace_of_a_failure(
+    base: nn.Module, space: SafetySubspace, tmp_path: Path
+) -> None:
     other = tools.save_good(tmp_path / "other", base_seed=1)
     fewer = SaLoRAConfig(r=4, subspace=space.restricted([Q0]), target_modules="all-linear")
     refused(base, lambda: base.add_adapter(fewer), SubspaceError, "no 'out' basis")
@@ -348,9 +451,12 @@ def test_every_feature_of_this_peft_is_either_known_or_refused() -> None:
     from peft_safety.methods.protected import REJECTED
 
     judged_harmless = {
-        "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r", "target_modules",
-        "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform",
-        "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core", "trainable_token_indices", "qalora_group_size", "runtime_config",
+        "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+        "inference_mode", "r", "target_modules",
+        "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save",
+        "init_lora_weights", "layers_to_transform",
+        "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core", "trainable_token_indices",
+        "qalora_group_size", "runtime_config",
         "ensure_weight_tying",
     }  # fmt: skip
     unknown = set(LoraConfig.__dataclass_fields__) - judged_harmless - set(REJECTED)

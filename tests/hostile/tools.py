@@ -22,7 +22,24 @@ PREFIX = "base_model.model."
 Q0, Q1, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 A, B = f"{PREFIX}{Q0}.lora_A.weight", f"{PREFIX}{Q0}.lora_B.weight"
 U = f"basis.out.{Q0}"
-REMEDIES = ("Copy", "Save", "save", "Use", "Load", "Convert", "convert", "Calibrate", "Remove", "Give", "Keep", "Replace", "Point", "Lower", "Make", "Leave")
+REMEDIES = (
+    "Copy",
+    "Save",
+    "save",
+    "Use",
+    "Load",
+    "Convert",
+    "convert",
+    "Calibrate",
+    "Remove",
+    "Give",
+    "Keep",
+    "Replace",
+    "Point",
+    "Lower",
+    "Make",
+    "Leave",
+)
 Damage = Callable[[Path], None]
 Tensors = dict[str, Tensor]
 
@@ -34,13 +51,17 @@ def tokens(seed: int = 0, batch: int = 2) -> Tensor:
 def subspace(model: nn.Module, rank: int = 8, seed: int = 0) -> SafetySubspace:
     """Estimated on random tokens: as good as any for what is tested here."""
     ids = tokens(seed, batch=8)
-    return SafetySubspace.from_activations(model, [{"input_ids": ids, "labels": ids}], rank=rank, target_modules="all-linear", progress=False)
+    return SafetySubspace.from_activations(
+        model, [{"input_ids": ids, "labels": ids}], rank=rank, target_modules="all-linear", progress=False
+    )
 
 
 def trained(base: nn.Module, space: SafetySubspace, seed: int = 0, **options: Any) -> nn.Module:
     """A protected adapter after three optimizer steps."""
     torch.manual_seed(seed)
-    model = get_peft_model(base, SaLoRAConfig(r=4, lora_alpha=16, subspace=space, target_modules="all-linear", **options))
+    model = get_peft_model(
+        base, SaLoRAConfig(r=4, lora_alpha=16, subspace=space, target_modules="all-linear", **options)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     ids = tokens(seed + 1)
     for _ in range(3):
@@ -55,7 +76,9 @@ def save_good(directory: Path, *, seed: int = 0, base_seed: int = 0, **options: 
     hidden = options.pop("hidden", 32)
     if options.get("init") == "task":
         options["task_data"] = subspace(tiny_llama(base_seed), seed=7)
-    trained(tiny_llama(base_seed, hidden=hidden), subspace(tiny_llama(base_seed, hidden=hidden)), seed, **options).save_pretrained(str(directory))
+    trained(
+        tiny_llama(base_seed, hidden=hidden), subspace(tiny_llama(base_seed, hidden=hidden)), seed, **options
+    ).save_pretrained(str(directory))
     return directory
 
 
@@ -100,7 +123,13 @@ def text(change: Callable[[str], str]) -> Damage:
     return damage
 
 
-def tensors(change: Callable[[Tensors], Any], name: str = ADAPTER, *, listed: tuple[str, ...] = (), metadata: dict[str, str] | None = None) -> Damage:
+def tensors(
+    change: Callable[[Tensors], Any],
+    name: str = ADAPTER,
+    *,
+    listed: tuple[str, ...] = (),
+    metadata: dict[str, str] | None = None,
+) -> Damage:
     """Change the tensors of a file, every hash forged; `listed` names go into `extra_tensors`."""
 
     def damage(directory: Path) -> None:
@@ -152,7 +181,8 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     """Everything of a model that a failed load must leave alone."""
     return {
         "modules": [
-            (name, type(module), module.training, len(module._forward_pre_hooks), len(module._forward_hooks)) for name, module in model.named_modules()
+            (name, type(module), module.training, len(module._forward_pre_hooks), len(module._forward_hooks))
+            for name, module in model.named_modules()
         ],
         "state": {key: value.clone() for key, value in model.state_dict().items()},
         "grad": [(name, parameter.requires_grad, id(parameter)) for name, parameter in model.named_parameters()],

@@ -1,7 +1,9 @@
-"""Twenty chat templates, in short own words that keep each format: headers, ends of turns, white space, BOS, defaults, dates, refusals.
+"""Twenty chat templates, in short own words that keep each format: headers, ends of turns, white space, BOS, defaults,
+dates, refusals.
 
-`<<` and `>>` stand around what the assistant generates. They become transformers' generation blocks (`marked`) or nothing (`plain`), as most models ship them.
-Templates are written over several lines, which are joined; what they write comes from `{{ }}` alone.
+`<<` and `>>` stand around what the assistant generates. They become transformers' generation blocks (`marked`) or
+nothing (`plain`), as most models ship them. Templates are written over several lines, which are joined; what they
+write comes from `{{ }}` alone.
 """
 
 from __future__ import annotations
@@ -47,9 +49,16 @@ class Template:
         """A byte-level BPE tokenizer that joins a space with the word after it, as those of Qwen and Llama 3 do."""
         backend = Tokenizer.from_str(_trained())
         special = [self.bos, self.eos, *self.special.split()]
-        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in dict.fromkeys(special)])
+        backend.add_special_tokens(
+            [AddedToken(token, special=True, normalized=False) for token in dict.fromkeys(special)]
+        )
         names = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": "<pad>", "unk_token": "<pad>"}
-        return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=self.plain if text is None else text, model_max_length=4096, **names)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            chat_template=self.plain if text is None else text,
+            model_max_length=4096,
+            **names,
+        )
 
 
 @functools.cache
@@ -57,7 +66,10 @@ def _trained() -> str:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(CORPUS * 20, trainers.BpeTrainer(vocab_size=480, special_tokens=["<pad>"], initial_alphabet=alphabet, show_progress=False))
+    backend.train_from_iterator(
+        CORPUS * 20,
+        trainers.BpeTrainer(vocab_size=480, special_tokens=["<pad>"], initial_alphabet=alphabet, show_progress=False),
+    )
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     return str(backend.to_str())
 
@@ -84,8 +96,18 @@ INST = "[INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [SYSTEM_PROMPT] [/SY
 
 TEMPLATES = {
     "chatml": Template(_chatml(), IM, "<|endoftext|>", "<|im_end|>"),
-    "qwen2.5": Template(_chatml(_default_system("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")), IM, "<|endoftext|>", "<|im_end|>"),
-    "smollm2": Template(_chatml(_default_system("You are a helpful AI assistant named SmolLM, trained by Hugging Face")), IM, "<|im_start|>", "<|im_end|>"),
+    "qwen2.5": Template(
+        _chatml(_default_system("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")),
+        IM,
+        "<|endoftext|>",
+        "<|im_end|>",
+    ),
+    "smollm2": Template(
+        _chatml(_default_system("You are a helpful AI assistant named SmolLM, trained by Hugging Face")),
+        IM,
+        "<|im_start|>",
+        "<|im_end|>",
+    ),
     # Thoughts are shown from the last question on, and left out before it.
     "qwen3": Template(
         r"""

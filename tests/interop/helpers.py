@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peft_safety import SafetySubspace, SaLoRAConfig
 from peft_safety.estimate.targets import target_layers
 from peft_safety.layers import protected_leaves
-from peft_safety.projection import leak, orthonormalise
+from peft_safety.projection import leak, orthonormalize
 from tests.tiny import tiny_llama
 
 MAX_LEAK = 1e-6
@@ -21,7 +21,12 @@ def random_subspace(model: nn.Module, rank: int = 4, seed: int = 0) -> SafetySub
     """Random orthonormal output bases for every linear layer: what a calibration would give, in milliseconds."""
     generator = torch.Generator().manual_seed(seed)
     layers = target_layers(model, "all-linear")
-    return SafetySubspace({name: {"out": orthonormalise(torch.randn(layer.out_features, rank, generator=generator))} for name, layer in layers.items()})
+    return SafetySubspace(
+        {
+            name: {"out": orthonormalize(torch.randn(layer.out_features, rank, generator=generator))}
+            for name, layer in layers.items()
+        }
+    )
 
 
 def salora_config(seed: int = 0, **options: Any) -> SaLoRAConfig:
@@ -43,8 +48,12 @@ def factors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def largest_leak(model: nn.Module) -> float:
-    """Largest `||U^T B|| / ||B||` of the raw weights, in fp64; fails if there is nothing to measure or nothing was trained."""
-    weights = [(leaf.basis, leaf._parameters["weight"]) for _, leaf in protected_leaves(model) if leaf.basis is not None]
+    """Largest `||U^T B|| / ||B||` of the raw weights, in fp64; fails if there is nothing to measure or nothing was
+    trained.
+    """
+    weights = [
+        (leaf.basis, leaf._parameters["weight"]) for _, leaf in protected_leaves(model) if leaf.basis is not None
+    ]
     assert weights
     assert all(weight.abs().max() > 0 for _, weight in weights), "an untrained factor leaks nothing"
     return max(leak(basis, weight) for basis, weight in weights)
@@ -60,4 +69,6 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor], **tolerance: 
     """Equal names, and equal bits or values within `rtol`, `atol`."""
     assert left.keys() == right.keys()
     for name, value in left.items():
-        torch.testing.assert_close(value, right[name], **({"rtol": 0, "atol": 0} | tolerance), msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value, right[name], **({"rtol": 0, "atol": 0} | tolerance), msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -28,7 +28,14 @@ from tests.tiny import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 SYMBOLS = [(module, symbol) for module, symbols in registry._symbols().items() for symbol in symbols]
-BY_NAME = {"save_pretrained": {"safe_serialization", "selected_adapters", "is_main_process", "path_initial_model_for_weight_conversion"}}
+BY_NAME = {
+    "save_pretrained": {
+        "safe_serialization",
+        "selected_adapters",
+        "is_main_process",
+        "path_initial_model_for_weight_conversion",
+    }
+}
 """Arguments that a wrapper looks up by name, beside those that stand in its own signature."""
 
 
@@ -54,7 +61,11 @@ def test_peft_has_each_symbol_that_is_relied_on(module: str, symbol: str) -> Non
     owner, _, attribute = symbol.rpartition(".")
     found = importlib.import_module(module)
     if owner == "LoraLayer":  # made by its constructor
-        found = next(m for m in get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).modules() if isinstance(m, getattr(found, owner)))
+        found = next(
+            m
+            for m in get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).modules()
+            if isinstance(m, getattr(found, owner))
+        )
     elif owner:
         found = getattr(found, owner)
     assert hasattr(found, attribute)
@@ -109,7 +120,9 @@ def test_peft_still_calls_each_wrapped_function(tmp_path: Path, monkeypatch: pyt
     loaded.merge_adapter()
     loaded.unmerge_adapter()
     prepare_model_for_compiled_hotswap(loaded, target_rank=8)
-    hotswap_adapter(PeftModel.from_pretrained(tiny_llama(), str(tmp_path)), str(tmp_path), "default", torch_device="cpu")
+    hotswap_adapter(
+        PeftModel.from_pretrained(tiny_llama(), str(tmp_path)), str(tmp_path), "default", torch_device="cpu"
+    )
     PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).merge_and_unload()
     get_peft_model(tiny_llama(), salora_config(), mixed=True).merge_and_unload()
     other = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Conv1d(4, 4, 1))
@@ -118,7 +131,9 @@ def test_peft_still_calls_each_wrapped_function(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_installed_peft_is_new_enough_for_the_installed_transformers() -> None:
-    """pip does not see to it: transformers names no PEFT among its requirements, and asks at the first call of its adapter methods."""
+    """pip does not see to it: transformers names no PEFT among its requirements, and asks at the first call of its
+    adapter methods.
+    """
     minimum = getattr(importlib.import_module("transformers.integrations.peft"), "MIN_PEFT_VERSION", "0")
     assert Version(peft.__version__) >= Version(minimum)
 
@@ -159,7 +174,9 @@ def plain_lora_facts() -> dict[str, Any]:
     torch.set_num_threads(1)
     ids = torch.arange(4, 24).view(2, 10)
     torch.manual_seed(0)
-    model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(3):
         model(input_ids=ids, labels=ids).loss.backward()
@@ -168,8 +185,14 @@ def plain_lora_facts() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
         model.save_pretrained(directory)
         loaded = PeftModel.from_pretrained(tiny_llama(), directory)
-        facts = {path.name: hashed(path.read_bytes()) for path in sorted(Path(directory).iterdir()) if path.name != "adapter_config.json"}
-        written = json.loads((Path(directory) / "adapter_config.json").read_text())  # PEFT writes a set in no fixed order
+        facts = {
+            path.name: hashed(path.read_bytes())
+            for path in sorted(Path(directory).iterdir())
+            if path.name != "adapter_config.json"
+        }
+        written = json.loads(
+            (Path(directory) / "adapter_config.json").read_text()
+        )  # PEFT writes a set in no fixed order
         facts["config"] = {key: sorted(value) if isinstance(value, list) else value for key, value in written.items()}
         facts["trained"] = hashed(model.eval()(input_ids=ids).logits)
         facts["loaded"] = hashed(loaded(input_ids=ids).logits)
@@ -180,7 +203,15 @@ def plain_lora_facts() -> dict[str, Any]:
 
 def fresh_process(code: str) -> Any:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -208,7 +239,9 @@ def test_plain_lora_is_the_same_with_and_without_this_package() -> None:
 
 
 def test_importing_the_package_first_is_light_and_registers_when_peft_comes() -> None:
-    """Others ask whether peft can be found before anyone imports it (transformers does); that must not use up the hook."""
+    """Others ask whether peft can be found before anyone imports it (transformers does); that must not use up the
+    hook.
+    """
     light, registered, leaves = fresh_process(
         "import importlib.util, json, sys, peft_safety\n"
         "light = not {'torch', 'peft', 'transformers'} & set(sys.modules)\n"

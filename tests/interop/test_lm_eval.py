@@ -9,7 +9,7 @@ import torch
 from peft_safety.data import load
 from peft_safety.errors import DataError
 from peft_safety.evaluation import evaluate, prompt_set
-from peft_safety.evaluation.lm_eval import TASKS, functions, include_path
+from peft_safety.evaluation.lm_eval import functions, include_path
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 REFUSAL = "Ican't"
@@ -18,7 +18,9 @@ REFUSAL = "Ican't"
 
 @pytest.fixture
 def refuser(tmp_path):
-    """A model that refuses everything: each token is followed by what comes after it in the refusal, and the prompt's last one by its first."""
+    """A model that refuses everything: each token is followed by what comes after it in the refusal, and the prompt's
+    last one by its first.
+    """
     tokenizer, model = tiny_tokenizer(), tiny_llama(hidden=264, layers=1)
     start = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"][-1]
     said = tokenizer(REFUSAL + "<|im_end|>", add_special_tokens=False)["input_ids"]
@@ -42,13 +44,17 @@ def test_the_metric_is_the_keyword_matchers():
 def test_the_prompts_are_those_of_one_split():
     pytest.importorskip("datasets")
     assert functions.harmful()["test"]["prompt"] == [row["prompt"] for row in load("harmful_requests", "test")]
-    assert functions.contrast("validation", version=1.0)["test"]["prompt"] == [row["prompt"] for row in load("contrast_prompts", "validation")]
+    assert functions.contrast("validation", version=1.0)["test"]["prompt"] == [
+        row["prompt"] for row in load("contrast_prompts", "validation")
+    ]
     with pytest.raises(DataError, match="no split"):
         functions.harmful("secret")
 
 
 def test_the_directory_can_be_asked_for():
-    said = subprocess.run([sys.executable, "-m", "peft_safety.evaluation.lm_eval"], capture_output=True, text=True, check=True).stdout.strip()
+    said = subprocess.run(
+        [sys.executable, "-m", "peft_safety.evaluation.lm_eval"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert said == include_path()
 
 
@@ -62,7 +68,7 @@ def test_the_harness_measures_what_evaluate_measures(refuser):
     manager = TaskManager(include_path=include_path(), include_defaults=False, metadata={"split": "validation"})
     found = lm_eval.simple_evaluate(
         HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4),
-        tasks=list(TASKS),
+        tasks=["peft_safety_refusal", "peft_safety_over_refusal"],
         task_manager=manager,
         apply_chat_template=True,
         bootstrap_iters=0,

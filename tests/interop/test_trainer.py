@@ -17,7 +17,15 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from peft_safety import PeftSafetyError, SafetyMonitorCallback, assert_protected, verify
 from peft_safety.errors import ProtectionError
 from peft_safety.layers import protected_leaves
-from tests.interop.helpers import MAX_LEAK, assert_same, factors, largest_leak, protected_llama, random_subspace, token_rows
+from tests.interop.helpers import (
+    MAX_LEAK,
+    assert_same,
+    factors,
+    largest_leak,
+    protected_llama,
+    random_subspace,
+    token_rows,
+)
 from tests.tiny import tiny_llama
 
 STEPS = 6
@@ -38,7 +46,13 @@ def trainer(model: nn.Module, directory: Path, callbacks: Any = (), **options: A
         **options,
     }
     arguments = TrainingArguments(output_dir=str(directory), **options)
-    return Trainer(model=model, args=arguments, train_dataset=token_rows(), eval_dataset=token_rows(4, seed=1), callbacks=list(callbacks))
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=token_rows(),
+        eval_dataset=token_rows(4, seed=1),
+        callbacks=list(callbacks),
+    )
 
 
 class Crash(BaseException):
@@ -76,7 +90,9 @@ def test_a_killed_run_resumes_to_the_very_bits_of_an_uninterrupted_one(tmp_path:
     saving = {**options, "save_strategy": "steps", "save_steps": CHECKPOINT}
     with pytest.raises(Crash):
         trainer(protected_llama(lora_dropout=0.1), tmp_path / "cut", [CrashAt(CHECKPOINT + 1)], **saving).train()
-    resumed = trainer(protected_llama(seed=7, lora_dropout=0.1), tmp_path / "cut", **saving)  # other factors and another subspace: the checkpoint's count
+    resumed = trainer(
+        protected_llama(seed=7, lora_dropout=0.1), tmp_path / "cut", **saving
+    )  # other factors and another subspace: the checkpoint's count
     resumed.train(resume_from_checkpoint=True)
 
     assert resumed.state.global_step == STEPS
@@ -85,7 +101,9 @@ def test_a_killed_run_resumes_to_the_very_bits_of_an_uninterrupted_one(tmp_path:
 
 
 def test_a_resumed_adapter_is_held_to_the_checkpoints_subspace_and_not_to_its_own(tmp_path: Path) -> None:
-    first = trainer(protected_llama(seed=0), tmp_path, max_steps=CHECKPOINT, save_strategy="steps", save_steps=CHECKPOINT)
+    first = trainer(
+        protected_llama(seed=0), tmp_path, max_steps=CHECKPOINT, save_strategy="steps", save_steps=CHECKPOINT
+    )
     first.train()
     second = trainer(protected_llama(seed=7), tmp_path)
     second.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{CHECKPOINT}"))
@@ -95,7 +113,7 @@ def test_a_resumed_adapter_is_held_to_the_checkpoints_subspace_and_not_to_its_ow
     assert largest_leak(second.model) <= MAX_LEAK
 
 
-def test_a_trained_task_initialisation_resumes_bit_exactly(tmp_path: Path) -> None:
+def test_a_trained_task_initialization_resumes_bit_exactly(tmp_path: Path) -> None:
     task = {"init": "task", "task_data": random_subspace(tiny_llama(), rank=6, seed=3)}
     whole = trainer(protected_llama(**task), tmp_path / "whole")
     whole.train()
@@ -194,7 +212,14 @@ def test_a_checkpoint_of_plain_lora_is_refused_by_a_protected_run(tmp_path: Path
 
 
 def test_gradient_accumulation_equals_the_large_batch(tmp_path: Path) -> None:
-    parts = trainer(protected_llama(), tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, optim="sgd", learning_rate=0.5)
+    parts = trainer(
+        protected_llama(),
+        tmp_path,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        optim="sgd",
+        learning_rate=0.5,
+    )
     parts.train()
     whole = trainer(protected_llama(), tmp_path, per_device_train_batch_size=4, optim="sgd", learning_rate=0.5)
     whole.train()
@@ -206,7 +231,12 @@ def test_gradient_accumulation_equals_the_large_batch(tmp_path: Path) -> None:
     "reentrant",
     [
         False,
-        pytest.param(True, marks=pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 fails here with plain LoRA too")),
+        pytest.param(
+            True,
+            marks=pytest.mark.skipif(
+                transformers.__version__ < "5", reason="transformers 4 fails here with plain LoRA too"
+            ),
+        ),
     ],
 )
 def test_gradient_checkpointing_with_accumulation_changes_no_bit(tmp_path: Path, reentrant: bool) -> None:
@@ -221,7 +251,7 @@ def test_gradient_checkpointing_with_accumulation_changes_no_bit(tmp_path: Path,
 
 
 def test_a_distributed_checkpoint_restores_weights_and_optimizer_to_the_bit() -> None:
-    """It initialises the optimizer by a step at rate 0, which must not count as one that moved something."""
+    """It initializes the optimizer by a step at rate 0, which must not count as one that moved something."""
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_optimizer_state_dict
 
     def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
@@ -240,7 +270,9 @@ def test_a_distributed_checkpoint_restores_weights_and_optimizer_to_the_bit() ->
     weights, states = copy.deepcopy(get_state_dict(model, optimizer))
     saved = factors(model)
     other, its_optimizer = started(0)
-    set_model_state_dict(other, weights)  # the weights first, as accelerate does it: what comes next must not touch them
+    set_model_state_dict(
+        other, weights
+    )  # the weights first, as accelerate does it: what comes next must not touch them
     set_optimizer_state_dict(other, its_optimizer, states)
     assert_same(saved, factors(other))
     for seed in range(3, 5):

@@ -32,15 +32,27 @@ OPTIONS: dict[str, Any] = {
 
 
 def completions(conversational: bool) -> Any:
-    rows = [{"prompt": f"Colour of item {i}?", "completion": " red" if i % 2 else " green"} for i in range(8)]
+    rows = [{"prompt": f"Color of item {i}?", "completion": " red" if i % 2 else " green"} for i in range(8)]
     if conversational:
-        rows = [{"prompt": [{"role": "user", "content": r["prompt"]}], "completion": [{"role": "assistant", "content": r["completion"]}]} for r in rows]
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": r["prompt"]}],
+                "completion": [{"role": "assistant", "content": r["completion"]}],
+            }
+            for r in rows
+        ]
     return datasets.Dataset.from_list(rows)
 
 
 def sft(directory: Path, config: Any, conversational: bool = False, **options: Any) -> Any:
     arguments = trl.SFTConfig(output_dir=str(directory), max_length=64, **(OPTIONS | options))
-    return trl.SFTTrainer(model=tiny_llama(), args=arguments, train_dataset=completions(conversational), processing_class=tiny_tokenizer(), peft_config=config)
+    return trl.SFTTrainer(
+        model=tiny_llama(),
+        args=arguments,
+        train_dataset=completions(conversational),
+        processing_class=tiny_tokenizer(),
+        peft_config=config,
+    )
 
 
 def assert_reloads(model: torch.nn.Module, directory: Path) -> None:
@@ -77,7 +89,8 @@ def test_sft_under_protection_learns_nearly_as_much_as_plain_lora(tmp_path: Path
         before = run.evaluate(run.train_dataset)["eval_loss"]
         run.train()
         gains[name] = before - run.evaluate(run.train_dataset)["eval_loss"]
-    # 4 of 16 to 64 output directions are closed. How far a random tiny model can learn at all is plain LoRA's business: it is the yardstick.
+    # 4 of 16 to 64 output directions are closed. How far a random tiny model can learn at all is plain LoRA's
+    # business: it is the yardstick.
     assert gains["plain"] > 0.1
     assert gains["protected"] > 0.8 * gains["plain"]
 
@@ -100,15 +113,24 @@ def test_a_model_trained_by_sft_exports_to_plain_lora(tmp_path: Path) -> None:
     ids = torch.randint(4, 200, (2, 9), generator=torch.Generator().manual_seed(5))
     plain = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "plain")).eval()
     with torch.no_grad():
-        torch.testing.assert_close(plain(input_ids=ids).logits, run.model.eval()(input_ids=ids).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            plain(input_ids=ids).logits, run.model.eval()(input_ids=ids).logits, rtol=0, atol=1e-5
+        )
     assert type(plain.peft_config["default"]) is LoraConfig
 
 
 def test_dpo_trains_a_protected_adapter_against_the_base_model_as_reference(tmp_path: Path) -> None:
-    rows = [{"prompt": f"Item {i}?", "chosen": " I can't help with that.", "rejected": " Sure, here it is."} for i in range(8)]
+    rows = [
+        {"prompt": f"Item {i}?", "chosen": " I can't help with that.", "rejected": " Sure, here it is."}
+        for i in range(8)
+    ]
     arguments = trl.DPOConfig(output_dir=str(tmp_path), max_length=64, **OPTIONS)
     run = trl.DPOTrainer(
-        model=tiny_llama(), args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tiny_tokenizer(), peft_config=salora_config()
+        model=tiny_llama(),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tiny_tokenizer(),
+        peft_config=salora_config(),
     )
     run.train()
     losses = [row["loss"] for row in run.state.log_history if "loss" in row]
@@ -122,7 +144,10 @@ def test_dpo_trains_a_protected_adapter_against_the_base_model_as_reference(tmp_
 
 def test_dpo_of_a_loaded_residual_adapter_starts_from_that_adapter_as_reference(tmp_path: Path) -> None:
     """TRL adds "ref" from the config of "default" and copies parameters by name; the frozen factors are none."""
-    task = [{"input_ids": torch.tensor([row["input_ids"]]), "labels": torch.tensor([row["input_ids"]])} for row in token_rows(4)]
+    task = [
+        {"input_ids": torch.tensor([row["input_ids"]]), "labels": torch.tensor([row["input_ids"]])}
+        for row in token_rows(4)
+    ]
     model = get_peft_model(tiny_llama(), salora_config(init="task", task_data=task, task_rank=4))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for batch in task:
@@ -130,7 +155,10 @@ def test_dpo_of_a_loaded_residual_adapter_starts_from_that_adapter_as_reference(
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(tmp_path / "start")
-    rows = [{"prompt": f"Item {i}?", "chosen": " I can't help with that.", "rejected": " Sure, here it is."} for i in range(8)]
+    rows = [
+        {"prompt": f"Item {i}?", "chosen": " I can't help with that.", "rejected": " Sure, here it is."}
+        for i in range(8)
+    ]
     run = trl.DPOTrainer(
         model=PeftModel.from_pretrained(tiny_llama(), tmp_path / "start", is_trainable=True),
         args=trl.DPOConfig(output_dir=str(tmp_path), max_length=64, **OPTIONS),

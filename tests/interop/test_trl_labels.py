@@ -1,4 +1,6 @@
-"""Our labels are those of TRL's SFTTrainer, on twenty chat templates. The right values are the data sets that the real trainer prepares."""
+"""Our labels are those of TRL's SFTTrainer, on twenty chat templates. The right values are the data sets that the real
+trainer prepares.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +50,16 @@ def turns(*contents: str) -> list[dict[str, Any]]:
 
 ASKED = [
     {"prompt": turns("What is the capital of France?"), "completion": [turn("assistant", "Paris")]},
-    {"prompt": turns("hello there", "hi, how can I help you today?", "Name one more city."), "completion": [turn("assistant", " Lyon, Rhône \U0001f600 ")]},
+    {
+        "prompt": turns("hello there", "hi, how can I help you today?", "Name one more city."),
+        "completion": [turn("assistant", " Lyon, Rhône \U0001f600 ")],
+    },
     {"prompt": turns("Paris"), "completion": [turn("assistant", "Paris")]},
 ]
-SYSTEM = {"prompt": [turn("system", "Answer in one word."), *turns("hello there")], "completion": [turn("assistant", "hi")]}
+SYSTEM = {
+    "prompt": [turn("system", "Answer in one word."), *turns("hello there")],
+    "completion": [turn("assistant", "hi")],
+}
 TALK = {"messages": turns("hello there", "hi, how can I help you today?", "Name one more city.", "Lyon")}
 TOOLS = [
     {
@@ -59,20 +67,36 @@ TOOLS = [
         "function": {
             "name": "weather",
             "description": "Weather of a city",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "where"}}, "required": ["city"]},
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "where"}},
+                "required": ["city"],
+            },
         },
     }
 ]
-CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}]}
-USES_TOOLS = [turn("user", "Weather in Paris?"), CALL, {"role": "tool", "name": "weather", "content": "sunny"}, turn("assistant", "It is sunny.")]
+CALL = {
+    "role": "assistant",
+    "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}],
+}
+USES_TOOLS = [
+    turn("user", "Weather in Paris?"),
+    CALL,
+    {"role": "tool", "name": "weather", "content": "sunny"},
+    turn("assistant", "It is sunny."),
+]
 
 
-def theirs(directory: Path, tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> list[tuple[list[int], list[int]]]:
+def theirs(
+    directory: Path, tokenizer: Any, rows: list[dict[str, Any]], **options: Any
+) -> list[tuple[list[int], list[int]]]:
     """Tokens and labels of the data set that TRL's trainer prepares."""
     silent = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no"}
     arguments = trl.SFTConfig(output_dir=str(directory), max_length=LENGTH, **silent, **options)
     model = tiny_llama(hidden=8, layers=1, vocab=max(600, len(tokenizer)))
-    trainer = trl.SFTTrainer(model=model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = trl.SFTTrainer(
+        model=model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+    )
     return [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
 
 
@@ -90,7 +114,10 @@ def test_answers_to_a_prompt(tmp_path: Path, name: str) -> None:
     rows = ASKED if name in WITHOUT_SYSTEM else [*ASKED, SYSTEM]
     found = ours(tokenizer, rows)
     assert found == theirs(tmp_path, tokenizer, rows)
-    assert all(answer in said(tokenizer, labels) for (_, labels), answer in zip(found, ["Paris", "Lyon, Rhône \U0001f600", "Paris", "hi"], strict=False))
+    assert all(
+        answer in said(tokenizer, labels)
+        for (_, labels), answer in zip(found, ["Paris", "Lyon, Rhône \U0001f600", "Paris", "hi"], strict=False)
+    )
     if name in WITHOUT_SYSTEM:
         with pytest.raises(DataError, match=r"row 1: .*(system|leaves out|rewrites)"):
             encode_rows(tokenizer, [ASKED[0], SYSTEM], LENGTH)
@@ -98,7 +125,9 @@ def test_answers_to_a_prompt(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_answer_of_a_conversation(tmp_path: Path, name: str) -> None:
-    """By the template's own marks; and without marks, as most models ship it, the same labels or a refusal that names the row."""
+    """By the template's own marks; and without marks, as most models ship it, the same labels or a refusal that names
+    the row.
+    """
     marked, plain = ALL[name].tokenizer(ALL[name].marked), ALL[name].tokenizer()
     right = theirs(tmp_path, marked, [TALK], assistant_only_loss=True)
     assert ours(marked, [TALK]) == right
@@ -167,7 +196,15 @@ def test_the_first_turn_is_the_assistants(name: str) -> None:
     try:
         feature = encode(tokenizer, [turn("assistant", "hi, how can I help?"), *turns("hello there", "Paris")], LENGTH)
     except DataError:
-        assert name in {"gemma-2", "gemma-3", "mistral-v0.1", "mistral-v0.3", "mistral-tekken", "deepseek-v3", "gpt-oss"}
+        assert name in {
+            "gemma-2",
+            "gemma-3",
+            "mistral-v0.1",
+            "mistral-v0.3",
+            "mistral-tekken",
+            "deepseek-v3",
+            "gpt-oss",
+        }
         return
     found = said(tokenizer, feature["labels"])
     assert "hi, how can I help?" in found

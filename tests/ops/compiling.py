@@ -1,4 +1,6 @@
-"""Compile the kernels for GPUs that are not there, exactly as the backend would launch them, and read what the assembler made of them."""
+"""Compile the kernels for GPUs that are not there, exactly as the backend would launch them, and read what the
+assembler made of them.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +33,16 @@ class Variant(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What the assembler reports: registers a thread, bytes stored to and loaded from the stack for want of more; and its input."""
+    """What the assembler reports: registers a thread, bytes stored to and loaded from the stack for want of more; and
+    its input.
+    """
 
     registers: int
     spilled: int
     ptx: str
 
 
-def _specialised(types: dict[str, str], constants: dict[str, Any], **sizes: int) -> None:
+def _specialized(types: dict[str, str], constants: dict[str, Any], **sizes: int) -> None:
     """A size of 1 is a constant to Triton, as it will be at the launch."""
     for name, size in sizes.items():
         if size == 1:
@@ -46,8 +50,14 @@ def _specialised(types: dict[str, str], constants: dict[str, Any], **sizes: int)
             constants[name] = 1
 
 
-def _quantised(nested: bool) -> dict[str, str]:
-    return {"wq": "*u8", "absmax": "*u8" if nested else "*fp32", "absmax2": "*fp32", "code2": "*fp32", "offset": "*fp32"}
+def _quantized(nested: bool) -> dict[str, str]:
+    return {
+        "wq": "*u8",
+        "absmax": "*u8" if nested else "*fp32",
+        "absmax2": "*fp32",
+        "code2": "*fp32",
+        "offset": "*fp32",
+    }
 
 
 def weight_variant(dtype: torch.dtype, blocksize: int, nested: bool, r: int) -> Variant:
@@ -55,13 +65,25 @@ def weight_variant(dtype: torch.dtype, blocksize: int, nested: bool, r: int) -> 
 
     tile, pointer = backend.WEIGHT_TILES[dtype.itemsize], _POINTERS[dtype]
     factor = pointer if r else "*u8" if nested else "*fp32"
-    types = {"out": pointer, **_quantised(nested), "code": "*fp32", "a": factor, "bp": factor, "scale": "fp32", "n": "i32", "k": "i32", "r": "i32"}
+    types = {
+        "out": pointer,
+        **_quantized(nested),
+        "code": "*fp32",
+        "a": factor,
+        "bp": factor,
+        "scale": "fp32",
+        "n": "i32",
+        "k": "i32",
+        "r": "i32",
+    }
     constants = {
         "BLOCKSIZE": blocksize, "BLOCK2": 256 if nested else 1, "NESTED": nested, "HAS_LORA": r > 0,
         "BN": tile.rows, "BK": tile.columns, "BR": backend.rank_block(r, dtype), "WIDEN": False,
     }  # fmt: skip
-    _specialised(types, constants, r=r)
-    return Variant(f"weight-{dtype}-{blocksize}-{nested}-{r}".replace("torch.", ""), "weight_kernel", types, constants, tile.warps)
+    _specialized(types, constants, r=r)
+    return Variant(
+        f"weight-{dtype}-{blocksize}-{nested}-{r}".replace("torch.", ""), "weight_kernel", types, constants, tile.warps
+    )
 
 
 def partial_variant(dtype: torch.dtype, blocksize: int, nested: bool, t: int) -> Variant:
@@ -69,41 +91,71 @@ def partial_variant(dtype: torch.dtype, blocksize: int, nested: bool, t: int) ->
 
     tile, pointer = backend.SKINNY_TILE, _POINTERS[dtype]
     chunk, width = min(blocksize, tile.columns), backend.token_block(t)
-    types = {"partial": "*fp32", "x": pointer, "xa": pointer, **_quantised(nested), "pairs": "*i32", "a": pointer}
+    types = {"partial": "*fp32", "x": pointer, "xa": pointer, **_quantized(nested), "pairs": "*i32", "a": pointer}
     types |= dict.fromkeys(("n", "k", "r", "t", "split_chunks"), "i32")
     constants = {
         "BLOCKSIZE": blocksize, "BLOCK2": 256 if nested else 1, "NESTED": nested, "BN": tile.rows, "BK": chunk,
         "BT": width, "UNROLL": backend.unroll(chunk, width), "WIDEN": False,
     }  # fmt: skip
-    _specialised(types, constants, t=t)
-    return Variant(f"partial-{dtype}-{blocksize}-{nested}-{t}".replace("torch.", ""), "partial_kernel", types, constants, tile.warps)
+    _specialized(types, constants, t=t)
+    return Variant(
+        f"partial-{dtype}-{blocksize}-{nested}-{t}".replace("torch.", ""),
+        "partial_kernel",
+        types,
+        constants,
+        tile.warps,
+    )
 
 
 def finish_variant(dtype: torch.dtype, t: int, r: int) -> Variant:
     from peft_safety.ops import triton_backend as backend
 
     pointer, width = _POINTERS[dtype], backend.token_block(t)
-    types = {"y": pointer, "z": pointer, "partial": "*fp32", "bp": pointer, "scale": "fp32", "n": "i32", "r": "i32", "t": "i32", "parts": "i32"}
+    types = {
+        "y": pointer,
+        "z": pointer,
+        "partial": "*fp32",
+        "bp": pointer,
+        "scale": "fp32",
+        "n": "i32",
+        "r": "i32",
+        "t": "i32",
+        "parts": "i32",
+    }
     constants = {"BN": backend.FINISH_ROWS, "BT": width, "BR": backend.finish_ranks(r, dtype, width), "WIDEN": False}
-    _specialised(types, constants, t=t, r=r, parts=r)  # r = 1 stands for a weight so small that its columns are not divided
+    _specialized(
+        types, constants, t=t, r=r, parts=r
+    )  # r = 1 stands for a weight so small that its columns are not divided
     return Variant(f"finish-{dtype}-{t}-{r}".replace("torch.", ""), "finish_kernel", types, constants, 4)
 
 
 def representative() -> list[Variant]:
-    """What a 7B model in bf16 with double quantisation runs."""
+    """What a 7B model in bf16 with double quantization runs."""
     bf16 = torch.bfloat16
-    return [weight_variant(bf16, 64, True, 0), weight_variant(bf16, 64, True, 16), partial_variant(bf16, 64, True, 1), finish_variant(bf16, 1, 16)]
+    return [
+        weight_variant(bf16, 64, True, 0),
+        weight_variant(bf16, 64, True, 16),
+        partial_variant(bf16, 64, True, 1),
+        finish_variant(bf16, 1, 16),
+    ]
 
 
 def everything() -> list[Variant]:
-    """Each kernel in each dtype, with plain and quantised scales, at the corners of its tiles."""
+    """Each kernel in each dtype, with plain and quantized scales, at the corners of its tiles."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    found = [weight_variant(dtype, 64, nested, r) for dtype in (bf16, fp32) for nested in (False, True) for r in (0, 16)]
+    found = [
+        weight_variant(dtype, 64, nested, r) for dtype in (bf16, fp32) for nested in (False, True) for r in (0, 16)
+    ]
     found += [weight_variant(dtype, blocksize, True, 64) for dtype in (bf16, fp32) for blocksize in (32, 4096)]
     found += [partial_variant(bf16, 64, nested, t) for nested in (False, True) for t in (1, 64)]
     found += [partial_variant(bf16, blocksize, True, t) for blocksize in (32, 4096) for t in (1, 32)]
     found += [finish_variant(bf16, t, r) for t, r in ((1, 1), (64, 256))]
-    return [*found, weight_variant(fp16, 64, True, 16), partial_variant(fp16, 64, True, 1), finish_variant(fp16, 1, 16)]
+    return [
+        *found,
+        weight_variant(fp16, 64, True, 16),
+        partial_variant(fp16, 64, True, 1),
+        finish_variant(fp16, 1, 16),
+    ]
 
 
 def compiled(variant: Variant, capability: int) -> Usage:
@@ -116,14 +168,21 @@ def compiled(variant: Variant, capability: int) -> Usage:
 
     function = getattr(triton_kernels, variant.kernel)
     signature = {name: variant.types.get(name, "constexpr") for name in function.arg_names}
-    aligned = {name for name, kind in variant.types.items() if kind.startswith("*")} | ({"n", "k"} & variant.types.keys())
-    attributes = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(function.arg_names) if name in aligned}
+    aligned = {name for name, kind in variant.types.items() if kind.startswith("*")} | (
+        {"n", "k"} & variant.types.keys()
+    )
+    attributes = {
+        (place,): [["tt.divisibility", 16]] for place, name in enumerate(function.arg_names) if name in aligned
+    }
     source = ASTSource(function, signature, constexprs=variant.constants, attrs=attributes)
     options = {"num_warps": variant.warps, **triton_backend.OPTIONS}
     said = io.StringIO()
     with mock.patch.dict(os.environ, {"TRITON_DUMP_PTXAS_LOG": "1"}), contextlib.redirect_stdout(said):
         kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spilled = (re.findall(pattern, said.getvalue()) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill (?:stores|loads)"))
+    registers, spilled = (
+        re.findall(pattern, said.getvalue())
+        for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill (?:stores|loads)")
+    )
     if not registers or not spilled:
         raise AssertionError(f"{variant.name}: the assembler said nothing of registers. Was it found in a cache?")
     return Usage(max(map(int, registers)), sum(map(int, spilled)), kernel.asm["ptx"])

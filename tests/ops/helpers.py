@@ -26,7 +26,7 @@ class Case(NamedTuple):
     bp: Tensor
 
 
-def quantised(n: int, k: int, *, blocksize: int = 64, nested: bool = False, seed: int = 0) -> QuantBundle:
+def quantized(n: int, k: int, *, blocksize: int = 64, nested: bool = False, seed: int = 0) -> QuantBundle:
     from bitsandbytes.functional import quantize_4bit
 
     g = torch.Generator().manual_seed(seed)
@@ -65,6 +65,10 @@ def writes_out_of_bounds(q: QuantBundle) -> list[str]:
             triton_backend.nf4_dequant(q, dtype)
             triton_backend.nf4_merged(q, a, bp, 0.5, dtype)
             triton_backend.nf4_skinny(*inputs[:2], q, *inputs[2:], 0.5)
-    if len(guarded) != 3 + 5 + 5:  # fp32 dequantises for its skinny product; the others have sums, y and z
+    if len(guarded) != 3 + 5 + 5:  # fp32 dequantizes for its skinny product; the others have sums, y and z
         raise AssertionError(f"only {len(guarded)} buffers came from torch.empty")
-    return [name for name, whole, length in guarded if bool((whole[:GUARD] != 0xA5).any() | (whole[GUARD + length :] != 0xA5).any())]
+    return [
+        name
+        for name, whole, length in guarded
+        if bool((whole[:GUARD] != 0xA5).any() | (whole[GUARD + length :] != 0xA5).any())
+    ]

@@ -1,4 +1,6 @@
-"""The benchmark of operations: its arms compute the same layer, and its GPU parts run (on the CPU, at sizes whose times mean nothing)."""
+"""The benchmark of operations: its arms compute the same layer, and its GPU parts run (on the CPU, at sizes whose
+times mean nothing).
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,8 @@ def test_all_protected_arms_give_the_same_numbers() -> None:
 
 def test_every_part_runs_and_names_what_the_targets_name() -> None:
     rows, figures = everything("cpu", 1, tiny=True)
-    assert {part: set(found) for part, found in figures.items()} == {part: set(found) for part, found in TARGETS.items()}
+    assert {part: set(found) for part, found in figures.items()} == {
+        part: set(found) for part, found in TARGETS.items()
+    }
     assert {row["part"][:2] for row in rows} == {"K1", "K2", "K3", "K6"}
     assert all(row["us"] > 0 for row in rows)

@@ -1,4 +1,6 @@
-"""The kernels compiled for four generations of GPUs, none of which is needed: they fit, do not spill, and round as they should."""
+"""The kernels compiled for four generations of GPUs, none of which is needed: they fit, do not spill, and round as
+they should.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from tests.ops import compiling
 pytest.importorskip("triton", minversion="3.6")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's assembler comes with its Linux wheels only")
 
-#: Registers a thread. Of 65,536 a processor this leaves four blocks of 128 threads for the skinny product of a few rows, and two of 256 for weights.
+#: Registers a thread. Of 65,536 a processor this leaves four blocks of 128 threads for the skinny product of a few
+#: rows, and two of 256 for weights.
 LIMITS = {"weight_kernel": 96, "partial_kernel": 128, "finish_kernel": 128}
 #: With 32 or more rows of x the sums alone take more.
 MANY_ROWS = 255
@@ -33,7 +36,9 @@ def check(variant: compiling.Variant, capability: int) -> None:
     assert found.registers <= (LIMITS[variant.kernel] if few else MANY_ROWS), (variant.name, found.registers)
     bf16_results = [variant.types.get(name) for name in ("out", "y")].count("*bf16")
     assert len(re.findall(r"cvt\.rn\.bf16(x2)?\.f32", found.ptx)) >= bf16_results  # to nearest, ties to even
-    assert "fma." not in found.ptx or variant.constants.get("HAS_LORA"), variant.name  # product and sum of a scale are rounded apart
+    assert "fma." not in found.ptx or variant.constants.get("HAS_LORA"), (
+        variant.name
+    )  # product and sum of a scale are rounded apart
 
 
 @pytest.mark.parametrize("capability", [80, 120])
@@ -51,11 +56,16 @@ def test_everything(variant: compiling.Variant, capability: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_byte_of_the_table_of_words(dtype: torch.dtype) -> None:
-    """The kernel takes a word apart by its bits, in fp16 under the interpreter; here it is done for all bytes and both halves."""
+    """The kernel takes a word apart by its bits, in fp16 under the interpreter; here it is done for all bytes and both
+    halves.
+    """
     from peft_safety.ops import triton_backend
 
     table = triton_backend.words(torch.device("cpu"), dtype).tolist()
     for byte, word in enumerate(table):
-        first, second = (torch.tensor(half - (half >> 15 << 16), dtype=torch.int16).view(dtype) for half in (word & 0xFFFF, word >> 16 & 0xFFFF))
+        first, second = (
+            torch.tensor(half - (half >> 15 << 16), dtype=torch.int16).view(dtype)
+            for half in (word & 0xFFFF, word >> 16 & 0xFFFF)
+        )
         assert first == torch.tensor(reference.NF4_CODE[byte >> 4]).to(dtype)
         assert second == torch.tensor(reference.NF4_CODE[byte & 15]).to(dtype)

@@ -42,6 +42,9 @@ def test_gpus_from_ampere_on(capability: tuple[int, int], served: bool, monkeypa
 
 
 def test_importing_the_operations_loads_neither_triton_nor_bitsandbytes() -> None:
-    code = "import sys, peft_safety.ops; print([m for m in ('triton', 'bitsandbytes', 'transformers', 'peft') if m in sys.modules])"
+    code = (
+        "import sys, peft_safety.ops; print([m for m in ('triton', 'bitsandbytes', 'transformers', "
+        "'peft') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

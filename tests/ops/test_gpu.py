@@ -1,4 +1,6 @@
-"""What only a GPU can show: the compiled kernels' results, their errors beside bitsandbytes', CUDA graphs, and writes out of bounds."""
+"""What only a GPU can show: the compiled kernels' results, their errors beside bitsandbytes', CUDA graphs, and writes
+out of bounds.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ SHAPES = [(4096, 4096), (70, 192), (1, 64), (11008, 4096), (129, 4160)]
 HALF = [torch.bfloat16, torch.float16]
 
 
-def on_gpu(n: int, k: int, nested: bool, dtype: torch.dtype = torch.bfloat16, blocksize: int = 64) -> tuple[QuantBundle, Tensor, Any]:
+def on_gpu(
+    n: int, k: int, nested: bool, dtype: torch.dtype = torch.bfloat16, blocksize: int = 64
+) -> tuple[QuantBundle, Tensor, Any]:
     from bitsandbytes.functional import quantize_4bit
 
     torch.manual_seed(0)
@@ -38,7 +42,7 @@ def _served_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_dequantised_to_the_last_bit_as_bitsandbytes_does_it(n: int, k: int, dtype: torch.dtype, nested: bool) -> None:
+def test_dequantized_to_the_last_bit_as_bitsandbytes_does_it(n: int, k: int, dtype: torch.dtype, nested: bool) -> None:
     from bitsandbytes.functional import dequantize_4bit
 
     for blocksize in (64, 128) if k % 128 == 0 else (64,):
@@ -63,7 +67,9 @@ def test_errors_beside_bitsandbytes(dtype: torch.dtype, rows: int, nested: bool)
 @pytest.mark.parametrize("rows", [4, 200])
 @pytest.mark.parametrize("exact", [False, True], ids=["free", "exact"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-def test_forward_and_backward_against_fp64(dtype: torch.dtype, exact: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_and_backward_against_fp64(
+    dtype: torch.dtype, exact: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     q, _, _ = on_gpu(320, 512, True, dtype)
     x = torch.randn(rows, 512, device="cuda", dtype=dtype, requires_grad=True)
@@ -73,7 +79,10 @@ def test_forward_and_backward_against_fp64(dtype: torch.dtype, exact: bool, rows
     y = ops.nf4_lora(x, q, a, bp, 0.5, exact=exact)
     twins = [t.detach().double().requires_grad_() for t in (x, a, bp)]
     wanted = twins[0] @ reference.unrounded(q).double().mT + 0.5 * (twins[0] @ twins[1].mT) @ twins[2].mT
-    pairs = [(y, wanted), *zip(torch.autograd.grad(y, (x, a, bp), dy), torch.autograd.grad(wanted, twins, dy.double()), strict=True)]
+    pairs = [
+        (y, wanted),
+        *zip(torch.autograd.grad(y, (x, a, bp), dy), torch.autograd.grad(wanted, twins, dy.double()), strict=True),
+    ]
     for got, want in pairs:
         assert float((got.double() - want).abs().max()) <= 16 * EPS[dtype] * float(want.abs().max())
 

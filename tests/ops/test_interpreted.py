@@ -17,21 +17,25 @@ pytest.importorskip("bitsandbytes")
 @pytest.fixture(scope="module")
 def lines() -> list[dict[str, Any]]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PEFT_SAFETY_BACKEND": "triton"}
-    done = subprocess.run([sys.executable, "-m", "tests.ops.interpreted"], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ops.interpreted"], capture_output=True, text=True, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert found[-1] == {"kernel": "done", "interpreted": True}
     return found
 
 
-def test_dequantised_to_the_last_bit(lines: list[dict[str, Any]]) -> None:
+def test_dequantized_to_the_last_bit(lines: list[dict[str, Any]]) -> None:
     cases = [line for line in lines if line["kernel"] == "weight"]
     assert len(cases) == 2 * 5 * 3
     assert [line for line in cases if not line["equal"]] == []
 
 
 def bound(line: dict[str, Any]) -> float:
-    """Half a spacing where results are rounded, and a whole one where the interpreter truncates (bf16); a tenth for the summation, more in fp32."""
+    """Half a spacing where results are rounded, and a whole one where the interpreter truncates (bf16); a tenth for
+    the summation, more in fp32.
+    """
     return {"torch.float16": 0.6, "torch.bfloat16": 1.1, "torch.float32": 4.0}[line["dtype"]]
 
 

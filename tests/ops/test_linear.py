@@ -42,7 +42,9 @@ def test_against_dense_fp64(dtype: torch.dtype, rows: int, exact: bool) -> None:
 @pytest.mark.parametrize("exact", [False, True], ids=["free", "exact"])
 @pytest.mark.parametrize("split", [False, True], ids=["one-input", "dropout"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_against_autograd_of_the_dense_formula(dtype: torch.dtype, split: bool, exact: bool, rows: int) -> None:
+def test_gradients_against_autograd_of_the_dense_formula(
+    dtype: torch.dtype, split: bool, exact: bool, rows: int
+) -> None:
     c = case(40, 128, 4)
     x = torch.randn(2, rows, 128).to(dtype).requires_grad_()
     xa = (x.detach() * 1.25).requires_grad_() if split else None
@@ -167,8 +169,14 @@ def test_compiles_without_a_graph_break() -> None:
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for rows in (3, 100):
-        x, a, bp = torch.randn(rows, 64, requires_grad=True), c.a.clone().requires_grad_(), c.bp.clone().requires_grad_()
+        x, a, bp = (
+            torch.randn(rows, 64, requires_grad=True),
+            c.a.clone().requires_grad_(),
+            c.bp.clone().requires_grad_(),
+        )
         found, wanted = compiled(x, a, bp), step(x, a, bp)
         torch.testing.assert_close(found, wanted)
-        for got, want in zip(torch.autograd.grad(found.sum(), (x, a, bp)), torch.autograd.grad(wanted.sum(), (x, a, bp)), strict=True):
+        for got, want in zip(
+            torch.autograd.grad(found.sum(), (x, a, bp)), torch.autograd.grad(wanted.sum(), (x, a, bp)), strict=True
+        ):
             torch.testing.assert_close(got, want)

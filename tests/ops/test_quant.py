@@ -16,7 +16,9 @@ from peft_safety.ops.quant import BLOCK_SIZES, QuantBundle
 
 def linear4bit(n: int = 32, k: int = 64, **options: object) -> bnb.nn.Linear4bit:
     layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.float32, **{"quant_type": "nf4", **options})
-    layer.weight = bnb.nn.Params4bit(torch.randn(n, k), requires_grad=False, module=layer, **{"quant_type": "nf4", **options})
+    layer.weight = bnb.nn.Params4bit(
+        torch.randn(n, k), requires_grad=False, module=layer, **{"quant_type": "nf4", **options}
+    )
     return layer.to("cpu")
 
 
@@ -32,14 +34,16 @@ def test_a_layer_is_shared_not_copied(nested: bool) -> None:
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("blocksize", BLOCK_SIZES)
-def test_dequantised_as_bitsandbytes_does_it(blocksize: int, nested: bool) -> None:
+def test_dequantized_as_bitsandbytes_does_it(blocksize: int, nested: bool) -> None:
     for n, dtype in ((7, torch.float32), (70, torch.bfloat16), (3, torch.float16)):
         weight = torch.randn(n, 2 * blocksize) * torch.rand(n, 1)
         packed, state = quantize_4bit(weight, blocksize=blocksize, quant_type="nf4", compress_statistics=nested)
         q = require(from_quant_state(packed, state))
         for wanted in (dtype, torch.float32):
             state.dtype = wanted
-            with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles what it does with large blocks on some CPUs, which takes seconds
+            with torch.compiler.set_stance(
+                "force_eager"
+            ):  # bitsandbytes compiles what it does with large blocks on some CPUs, which takes seconds
                 assert torch.equal(nf4_dequant(q, wanted), dequantize_4bit(packed, state))
 
 
@@ -54,7 +58,7 @@ def test_reasons() -> None:
     assert "'fp4'" in reason(linear4bit(quant_type="fp4"))
     assert "quant_storage torch.bfloat16" in reason(linear4bit(quant_storage=torch.bfloat16))
     assert "multiple of the block size" in reason(linear4bit(k=96))
-    assert "no 4-bit quantisation state" in reason(torch.nn.Linear(4, 4))
+    assert "no 4-bit quantization state" in reason(torch.nn.Linear(4, 4))
     assert "8-bit" in reason(bnb.nn.Linear8bitLt(4, 4))
     layer = linear4bit()
     layer.weight.quant_state.packing_format_for_cpu = True
@@ -86,7 +90,11 @@ def test_damaged_states_are_refused(change: dict[str, object], said: str) -> Non
 def test_damaged_nested_states_are_refused() -> None:
     packed, state = quantize_4bit(torch.randn(32, 64), quant_type="nf4", compress_statistics=True, blocksize=64)
     assert isinstance(from_quant_state(packed, state), QuantBundle)
-    for name, value, said in (("blocksize", 100, "blocks of 100"), ("code", torch.ones(16), "a code of"), ("absmax", torch.ones(9), "9 scales")):
+    for name, value, said in (
+        ("blocksize", 100, "blocks of 100"),
+        ("code", torch.ones(16), "a code of"),
+        ("absmax", torch.ones(9), "9 scales"),
+    ):
         broken = copy.copy(state)
         broken.state2 = copy.copy(state.state2)
         setattr(broken.state2, name, value)

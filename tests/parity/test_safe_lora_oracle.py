@@ -1,4 +1,6 @@
-"""Parity of Safe LoRA with the outputs of the unmodified reference code (`methods.md`: |dB| <= 1e-6 max|B|, cos 1e-5)."""
+"""Parity of Safe LoRA with the outputs of the unmodified reference code (`methods.md`: |dB| <= 1e-6 max|B|, cos
+1e-5).
+"""
 
 import json
 from pathlib import Path
@@ -17,16 +19,26 @@ pytestmark = pytest.mark.skipif(not ORACLE.exists(), reason="the oracles are not
 
 @pytest.mark.parametrize(
     ("scenario", "options"),
-    [("thr_0.3", {"threshold": 0.3}), ("thr_0.5", {"threshold": 0.5}), ("num_3", {"select": "number", "num_modules": 3})],
+    [
+        ("thr_0.3", {"threshold": 0.3}),
+        ("thr_0.5", {"threshold": 0.5}),
+        ("num_3", {"select": "number", "num_modules": 3}),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_scenario(scenario, options, dtype):
     with safe_open(ORACLE, "pt") as handle:
         order = json.loads(handle.metadata()["order"])
         scaling = float(handle.metadata()["lora_alpha"]) / float(handle.metadata()["r"])
-        factors = {n: Factors(handle.get_tensor(f"in.lora.{n}.lora_A"), handle.get_tensor(f"in.lora.{n}.lora_B"), scaling) for n in order}
-        chosen = RepairOptions(**options, reference_selection=True, progress=False, dtype=dtype)
-        base, aligned = (TensorWeights(side, {n: handle.get_tensor(f"in.{side}.{n}.weight") for n in order}) for side in ("base", "aligned"))
+        factors = {
+            n: Factors(handle.get_tensor(f"in.lora.{n}.lora_A"), handle.get_tensor(f"in.lora.{n}.lora_B"), scaling)
+            for n in order
+        }
+        chosen = RepairOptions(**options, progress=False, dtype=dtype)
+        base, aligned = (
+            TensorWeights(side, {n: handle.get_tensor(f"in.{side}.{n}.weight") for n in order})
+            for side in ("base", "aligned")
+        )
         new, report = repair(factors, base, aligned, chosen)
         projected = {order[i] for i, flag in enumerate(handle.get_tensor(f"{scenario}.projected").tolist()) if flag}
         cosines = handle.get_tensor(f"{scenario}.cos")

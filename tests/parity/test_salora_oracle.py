@@ -1,4 +1,6 @@
-"""SaLoRA against the outputs of the public reference code (commit of 2025-10-23), within the bounds of the design notes."""
+"""SaLoRA against the outputs of the public reference code (commit of 2025-10-23), within the bounds of the design
+notes.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,14 @@ from peft_safety.methods.salora import task_aware_factors
 from peft_safety.projection import leak, project_out, top_left_singular
 
 ORACLE = Path(__file__).parents[3] / "shared" / "oracles" / "salora.safetensors"
-pytestmark = pytest.mark.skipif(not ORACLE.is_file(), reason="the oracle files of the design notes are not beside this checkout")
+pytestmark = pytest.mark.skipif(
+    not ORACLE.is_file(), reason="the oracle files of the design notes are not beside this checkout"
+)
 RANK, SAFETY_RANK, TASK_RANK, SAMPLES = 4, 6, 8, 12
 TRAINED = "model.layers.1.self_attn.q_proj"
-"""The module whose training steps the oracle records: summed squares for one step's gradients; mean squares, AdamW, lr 0.01, no decay for eight steps."""
+"""The module whose training steps the oracle records: summed squares for one step's gradients; mean squares, AdamW, lr
+0.01, no decay for eight steps.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +37,9 @@ def oracle():
 @pytest.fixture
 def model(oracle):
     found = LlamaForCausalLM(LlamaConfig(**json.loads(oracle["meta"]["config"]))).eval()
-    found.load_state_dict({key.removeprefix("in.base."): value for key, value in oracle.items() if key.startswith("in.base.")})
+    found.load_state_dict(
+        {key.removeprefix("in.base."): value for key, value in oracle.items() if key.startswith("in.base.")}
+    )
     return found
 
 
@@ -40,7 +48,9 @@ def modules(oracle) -> list[str]:
 
 
 def batches(oracle, kind):
-    return [{"input_ids": oracle[f"in.{kind}.{i}.ids"], "labels": oracle[f"in.{kind}.{i}.labels"]} for i in range(SAMPLES)]
+    return [
+        {"input_ids": oracle[f"in.{kind}.{i}.ids"], "labels": oracle[f"in.{kind}.{i}.labels"]} for i in range(SAMPLES)
+    ]
 
 
 def given_subspace(oracle):
@@ -57,7 +67,9 @@ def test_the_complement_is_the_reference_projector(oracle):
 
 
 def test_estimated_from_activations_the_projector_is_the_reference_one(oracle, model):
-    subspace = SafetySubspace.from_activations(model, batches(oracle, "safe"), rank=SAFETY_RANK, target_modules=["q_proj", "v_proj"], progress=False)
+    subspace = SafetySubspace.from_activations(
+        model, batches(oracle, "safe"), rank=SAFETY_RANK, target_modules=["q_proj", "v_proj"], progress=False
+    )
     for name in modules(oracle):
         torch.testing.assert_close(complement(subspace.bases[name]["out"]), oracle[f"{name}.C"], rtol=0, atol=5e-3)
 
@@ -73,7 +85,12 @@ def test_task_aware_factors_from_activations_are_the_reference_ones(oracle):
 def inject_given(oracle, model):
     """The protected model with the reference's own U_C, A0 and B0 as its initial factors."""
     config = SaLoRAConfig(
-        r=RANK, lora_alpha=RANK, subspace=given_subspace(oracle), target_modules=["q_proj", "v_proj"], init="task", task_data=given_subspace(oracle)
+        r=RANK,
+        lora_alpha=RANK,
+        subspace=given_subspace(oracle),
+        target_modules=["q_proj", "v_proj"],
+        init="task",
+        task_data=given_subspace(oracle),
     )
     peft_model = get_peft_model(model, config)
     for name in modules(oracle):
@@ -83,7 +100,7 @@ def inject_given(oracle, model):
     return peft_model
 
 
-def test_at_initialisation_the_function_is_the_base_models(oracle, model):
+def test_at_initialization_the_function_is_the_base_models(oracle, model):
     ids = oracle["init.ids"]
     bare = model(ids).logits
     protected = inject_given(oracle, model)(ids).logits
@@ -114,7 +131,9 @@ def test_forward_gradients_and_delta_of_one_module(oracle, model):
         torch.testing.assert_close(leaf._parameters["weight"].grad, oracle[key], rtol=0, atol=bound)
     torch.testing.assert_close(leaf_b.weight, oracle["train.module.fold_B"], rtol=0, atol=1e-6)
     frozen = leaf_b.initial @ leaf_a.initial
-    torch.testing.assert_close(layer.get_delta_weight("default") + frozen, oracle["train.module.delta"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        layer.get_delta_weight("default") + frozen, oracle["train.module.delta"], rtol=0, atol=1e-6
+    )
     assert_protected(peft_model)
 
 
@@ -122,7 +141,9 @@ def test_eight_adamw_steps_follow_the_reference_trajectory(oracle, model):
     inject_given(oracle, model)
     layer = model.get_submodule(TRAINED)
     leaf_a, leaf_b = layer.lora_A["default"], layer.lora_B["default"]
-    optimizer = torch.optim.AdamW([leaf_a._parameters["weight"], leaf_b._parameters["weight"]], lr=0.01, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [leaf_a._parameters["weight"], leaf_b._parameters["weight"]], lr=0.01, weight_decay=0.0
+    )
     losses = []
     for _ in range(8):
         loss = (layer(oracle["train.module.x"]) - oracle["train.module.tgt"]).square().mean()

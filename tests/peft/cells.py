@@ -1,4 +1,6 @@
-"""What the tests of PEFT's life cycle share: a table of tiny base models, protected adapters on them, a few steps of training, and the leak of dW."""
+"""What the tests of PEFT's life cycle share: a table of tiny base models, protected adapters on them, a few steps of
+training, and the leak of dW.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,14 @@ from peft_safety import SafetySubspace, SaLoRAConfig
 from peft_safety.estimate.targets import canonical, target_layers
 from peft_safety.layers import protected_leaves
 from peft_safety.methods.protected import protected_configs
-from peft_safety.projection import orthonormalise
+from peft_safety.projection import orthonormalize
 from peft_safety.weights import shape
 from tests.tiny import tiny_llama
 
 BASES = ("linear", "conv1d", "nf4", "int8")
 """Kinds of base layers: fp32 Linear, transformers' Conv1D, bitsandbytes 4-bit and 8-bit."""
 WIDE = "nf4-wide"
-"""4-bit too, and as wide as a block of the quantisation: what the fused path asks for."""
+"""4-bit too, and as wide as a block of the quantization: what the fused path asks for."""
 INITS = ("lora", "task")
 LINEAR_TARGETS = ("q_proj", "v_proj", "down_proj")
 K = 4
@@ -43,10 +45,10 @@ def _base(kind: str, seed: int) -> nn.Module:
             torch.manual_seed(seed)
             return GPT2LMHeadModel(GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=2, n_positions=64)).eval()
     model = tiny_llama(seed, hidden=64 if kind == WIDE else 32)
-    return model if kind == "linear" else quantised(model, kind)
+    return model if kind == "linear" else quantized(model, kind)
 
 
-def quantised(model: nn.Module, kind: str) -> nn.Module:
+def quantized(model: nn.Module, kind: str) -> nn.Module:
     """Replace every linear layer but the output embedding by bitsandbytes'."""
     import bitsandbytes as bnb
 
@@ -56,15 +58,19 @@ def quantised(model: nn.Module, kind: str) -> nn.Module:
         m, n = shape(layer)
         if kind in ("nf4", WIDE):
             new = bnb.nn.Linear4bit(n, m, bias=False, compute_dtype=torch.float32, quant_type="nf4")
-            new.support_avx512bf16_for_cpu = False  # its packed format computes in bf16, cuts gradients, and needs wider layers
+            new.support_avx512bf16_for_cpu = (
+                False  # its packed format computes in bf16, cuts gradients, and needs wider layers
+            )
             new.weight = bnb.nn.Params4bit(layer.weight.data.clone(), requires_grad=False, quant_type="nf4")
         else:
             new = bnb.nn.Linear8bitLt(n, m, bias=False, has_fp16_weights=False)
             new.weight = bnb.nn.Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
-    setattr(model, "is_loaded_in_4bit" if kind in ("nf4", WIDE) else "is_loaded_in_8bit", True)  # as transformers does; PEFT chooses its layer class by it
-    return model.to("cpu").eval()  # bitsandbytes quantises on a move
+    setattr(
+        model, "is_loaded_in_4bit" if kind in ("nf4", WIDE) else "is_loaded_in_8bit", True
+    )  # as transformers does; PEFT chooses its layer class by it
+    return model.to("cpu").eval()  # bitsandbytes quantizes on a move
 
 
 def targets(kind: str) -> list[str]:
@@ -76,18 +82,29 @@ def random_subspace(model: nn.Module, target_modules: Any, seed: int = 0, k: int
     """Random bases: whatever the mechanism does with a calibrated subspace, it must do with this one."""
     generator = torch.Generator().manual_seed(seed)
     layers = target_layers(model, target_modules)
-    return SafetySubspace({name: {"out": orthonormalise(torch.randn(shape(layer)[0], k, generator=generator))} for name, layer in layers.items()})
+    return SafetySubspace(
+        {
+            name: {"out": orthonormalize(torch.randn(shape(layer)[0], k, generator=generator))}
+            for name, layer in layers.items()
+        }
+    )
 
 
 def config(kind: str = "linear", init: str = "lora", *, seed: int = 0, **options: Any) -> SaLoRAConfig:
     """A protected config for this base, with a random subspace (and a random task subspace) of this seed."""
     options = {"r": 4, "lora_alpha": 8, "target_modules": targets(kind), "fan_in_fan_out": kind == "conv1d", **options}
     subspace = random_subspace(_base(kind, 0), options["target_modules"], seed)
-    task = {"init": "task", "task_data": random_subspace(_base(kind, 0), options["target_modules"], seed + 100, k=8)} if init == "task" else {}
+    task = (
+        {"init": "task", "task_data": random_subspace(_base(kind, 0), options["target_modules"], seed + 100, k=8)}
+        if init == "task"
+        else {}
+    )
     return SaLoRAConfig(**{"subspace": subspace, **task, **options})
 
 
-def protected(kind: str = "linear", init: str = "lora", *, seed: int = 0, trained: bool = False, **options: Any) -> PeftModel:
+def protected(
+    kind: str = "linear", init: str = "lora", *, seed: int = 0, trained: bool = False, **options: Any
+) -> PeftModel:
     """A fresh protected model; `trained` gives its factors random values, as some training would."""
     torch.manual_seed(seed)
     model = get_peft_model(base_model(kind), config(kind, init, seed=seed, **options))
@@ -96,7 +113,14 @@ def protected(kind: str = "linear", init: str = "lora", *, seed: int = 0, traine
 
 def plain(kind: str = "linear", seed: int = 3, **options: Any) -> PeftModel:
     """A plain LoRA with random factors."""
-    options = {"r": 4, "lora_alpha": 8, "target_modules": targets(kind), "fan_in_fan_out": kind == "conv1d", "task_type": "CAUSAL_LM", **options}
+    options = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": targets(kind),
+        "fan_in_fan_out": kind == "conv1d",
+        "task_type": "CAUSAL_LM",
+        **options,
+    }
     return perturb(get_peft_model(base_model(kind), LoraConfig(**options)), seed)
 
 
@@ -121,7 +145,9 @@ def logits(model: Any, ids: Tensor | None = None, **kwargs: Any) -> Tensor:
 
 
 def assert_same_function(found: Tensor, expected: Tensor) -> None:
-    """Equal logits to rounding: of factors that lie elsewhere in memory, where a CPU's products may have other last bits, or of another process."""
+    """Equal logits to rounding: of factors that lie elsewhere in memory, where a CPU's products may have other last
+    bits, or of another process.
+    """
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
 
 
@@ -161,13 +187,17 @@ def layers_of(model: nn.Module, adapter: str = "default") -> Iterator[tuple[str,
 def deltas(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     """dW `(out, in)` of each layer, as PEFT's own merge computes it."""
     return {
-        name: layer.get_delta_weight(adapter).T if getattr(layer, "fan_in_fan_out", False) else layer.get_delta_weight(adapter)
+        name: layer.get_delta_weight(adapter).T
+        if getattr(layer, "fan_in_fan_out", False)
+        else layer.get_delta_weight(adapter)
         for name, layer in layers_of(model, adapter)
     }
 
 
 def leak(model: nn.Module, adapter: str = "default", subspace: SafetySubspace | None = None) -> float:
-    """Largest `||U^T dW|| / ||dW||` of any layer. Fails where an update is zero: that would leak nothing and prove nothing."""
+    """Largest `||U^T dW|| / ||dW||` of any layer. Fails where an update is zero: that would leak nothing and prove
+    nothing.
+    """
     subspace = subspace or protected_configs(model)[adapter].subspace
     return leak_of(deltas(model, adapter), subspace)
 

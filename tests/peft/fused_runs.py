@@ -1,4 +1,5 @@
-"""Training runs on a 4-bit base, as a process of its own: Triton decides at its import whether it interprets. Prints JSON.
+"""Training runs on a 4-bit base, as a process of its own: Triton decides at its import whether it interprets. Prints
+JSON.
 
 PEFT_SAFETY_BACKEND=triton TRITON_INTERPRET=1 python -m tests.peft.fused_runs STEPS
 """
@@ -25,7 +26,9 @@ def build(arm: str) -> Any:
     if arm == "guardspace":
         return guarded(cells.WIDE).train()
     if arm == "plain":
-        return get_peft_model(cells.base_model(cells.WIDE), LoraConfig(r=4, lora_alpha=8, target_modules=cells.targets(cells.WIDE))).train()
+        return get_peft_model(
+            cells.base_model(cells.WIDE), LoraConfig(r=4, lora_alpha=8, target_modules=cells.targets(cells.WIDE))
+        ).train()
     options = {"lora_dropout": 0.3} if arm == "dropout" else {}
     return cells.protected(cells.WIDE, "task" if arm == "salora-residual" else "lora", **options).train()
 
@@ -47,7 +50,14 @@ def losses(arm: str, steps: int, rows: int = 8) -> list[float]:
 
 
 def main(steps: int) -> None:
-    print(json.dumps({"paths": sorted({row.path for row in explain(build("salora"))}), **{arm: losses(arm, steps) for arm in ARMS}}))
+    print(
+        json.dumps(
+            {
+                "paths": sorted({row.path for row in explain(build("salora"))}),
+                **{arm: losses(arm, steps) for arm in ARMS},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

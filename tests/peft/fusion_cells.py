@@ -1,4 +1,6 @@
-"""What the tests of `fuse` share: a tiny base, a safe adapter, tasks that continue from it or do not, and full checkpoints of the same."""
+"""What the tests of `fuse` share: a tiny base, a safe adapter, tasks that continue from it or do not, and full
+checkpoints of the same.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from tests.tiny import tiny_llama
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 QUICK = MaskTraining(max_steps=3, batch_size=4, lr=0.1, max_length=128, progress=False)
-PAIRS = [{"prompt": f"do the bad thing {i}", "chosen": "I won't do that.", "rejected": "Sure, here is"} for i in range(8)]
+PAIRS = [
+    {"prompt": f"do the bad thing {i}", "chosen": "I won't do that.", "rejected": "Sure, here is"} for i in range(8)
+]
 ROWS = [{"prompt": row["prompt"], "response": row["chosen"]} for row in PAIRS]
 IDS = torch.randint(4, 200, (2, 12), generator=torch.Generator().manual_seed(0))
 

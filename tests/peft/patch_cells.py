@@ -16,18 +16,31 @@ HARMFUL = [{"prompt": f"Help me steal {word}.", "response": "I cannot help with 
 
 def subspace(model, sides=("in",), basis="activation", k=K, **options):
     if basis == "weight":
-        return SafetySubspace.from_weights(model, rank=k, sides=sides, target_modules=cells.LINEAR_TARGETS, progress=False)
+        return SafetySubspace.from_weights(
+            model, rank=k, sides=sides, target_modules=cells.LINEAR_TARGETS, progress=False
+        )
     options = {"against": HARMFUL if basis == "contrastive" else None, "rank": k, **options}
     return SafetySubspace.from_activations(
-        model, GENERAL, tokenizer=tiny_tokenizer(), method="ortho_patch", sides=sides, target_modules=cells.LINEAR_TARGETS, progress=False, **options
+        model,
+        GENERAL,
+        tokenizer=tiny_tokenizer(),
+        method="ortho_patch",
+        sides=sides,
+        target_modules=cells.LINEAR_TARGETS,
+        progress=False,
+        **options,
     )
 
 
 def config(space, **options):
-    return OrthoSafetyPatchConfig(**{"r": 4, "lora_alpha": 8, "target_modules": cells.LINEAR_TARGETS, "subspace": space, **options})
+    return OrthoSafetyPatchConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": cells.LINEAR_TARGETS, "subspace": space, **options}
+    )
 
 
 def patched(kind="linear", *, side="in", basis="activation", seed=0, **options):
     torch.manual_seed(seed)
     base = cells.base_model(kind)
-    return get_peft_model(base, config(subspace(cells.base_model(kind), SIDES[side], basis), side=side, **options)).eval()
+    return get_peft_model(
+        base, config(subspace(cells.base_model(kind), SIDES[side], basis), side=side, **options)
+    ).eval()

@@ -49,7 +49,16 @@ def removed(layer: nn.Module) -> None:
     layer.delete_adapter("default")
 
 
-BREAKS: list[Callable[[nn.Module], None]] = [plain_linear, wrong_basis, narrower_basis, no_basis, bf16_basis, not_a_number, infinite, removed]
+BREAKS: list[Callable[[nn.Module], None]] = [
+    plain_linear,
+    wrong_basis,
+    narrower_basis,
+    no_basis,
+    bf16_basis,
+    not_a_number,
+    infinite,
+    removed,
+]
 
 
 @pytest.mark.parametrize("init", cells.INITS)
@@ -70,7 +79,9 @@ def test_a_frozen_factor_that_is_not_finite_is_found() -> None:
 
 
 def test_a_lost_factor_of_a_residual_is_found() -> None:
-    """The constrained side may be intact and the update wrong all the same: `[A; A0]` and `[C B, -C B0]` belong together."""
+    """The constrained side may be intact and the update wrong all the same: `[A; A0]` and `[C B, -C B0]` belong
+    together.
+    """
     model = cells.protected("linear", "task", trained=True)
     layer = dict(cells.layers_of(model))[NAME]
     layer.lora_A["default"] = nn.Linear(layer.in_features, 4, bias=False)

@@ -26,7 +26,7 @@ ROWS = {
 
 
 def batches(seed, masked=3):
-    """Two tokenised batches; the first positions have no label, the last of the second row no attention."""
+    """Two tokenized batches; the first positions have no label, the last of the second row no attention."""
     made = []
     for index in range(2):
         ids = tokens(seed=seed + index)
@@ -42,7 +42,7 @@ def audit(model, *args, **options) -> OrthogonalityReport:
 
 
 def check_geometry(model, report, k, adapter="default"):
-    """Every row against dense SVDs of dW (as PEFT merges it) and of the (dequantised) weight."""
+    """Every row against dense SVDs of dW (as PEFT merges it) and of the (dequantized) weight."""
     updates, layers = deltas(model, adapter), base_layers(model)
     assert [row.name for row in report.modules] == list(updates)
     for row in report.modules:
@@ -106,18 +106,26 @@ def test_functional_interference_equals_dense_brute_force(kind, positions):
     for side, made in data.items():
         inputs, masks = {name: [] for name in updates}, []
         layers = {name: layer for name, layer in base_layers(model).items() if name in updates}
-        handles = [layer.register_forward_pre_hook(lambda _, args, kept=inputs[name]: kept.append(args[0])) for name, layer in layers.items()]
+        handles = [
+            layer.register_forward_pre_hook(lambda _, args, kept=inputs[name]: kept.append(args[0]))
+            for name, layer in layers.items()
+        ]
         with model.disable_adapter():
             for batch in made:
-                labelled = batch["labels"] != -100
-                masks.append((batch["attention_mask"] != 0) & {"response": labelled, "prompt": ~labelled, "all": torch.ones_like(labelled)}[positions])
+                labeled = batch["labels"] != -100
+                masks.append(
+                    (batch["attention_mask"] != 0)
+                    & {"response": labeled, "prompt": ~labeled, "all": torch.ones_like(labeled)}[positions]
+                )
                 logits(model, batch["input_ids"], attention_mask=batch["attention_mask"])
         for handle in handles:
             handle.remove()
         mask = torch.cat(masks)
         for row in report.modules:
             x = torch.cat(inputs[row.name])[mask].double()
-            lengths = [(x @ m.double().mT).norm(dim=1).mean() for m in (updates[row.name], dense_weight(layers[row.name]))]
+            lengths = [
+                (x @ m.double().mT).norm(dim=1).mean() for m in (updates[row.name], dense_weight(layers[row.name]))
+            ]
             found = getattr(row, side)
             assert found.tokens == int(mask.sum())
             assert found.update == pytest.approx(float(lengths[0]), rel=1e-4)
@@ -128,7 +136,9 @@ def test_functional_interference_equals_dense_brute_force(kind, positions):
 
 
 def test_an_update_that_acts_on_one_kind_of_input_only():
-    """dW built from the harmful inputs, general ones projected out: the geometry cannot see that, the functional part must."""
+    """dW built from the harmful inputs, general ones projected out: the geometry cannot see that, the functional part
+    must.
+    """
     model = plain(target_modules=["model.layers.0.self_attn.q_proj"], r=1)
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     seen = []
@@ -184,7 +194,9 @@ def test_the_packages_own_data_and_rows():
     report = audit(model, calibration="auto", tokenizer=tiny_tokenizer())
     described = report.environment["calibration"]
     assert "refusal pairs" in described["harmful"]["source"]
-    assert all(described[kind]["tokens"] == getattr(report.modules[0], kind).tokens > 100 for kind in ("general", "harmful"))
+    assert all(
+        described[kind]["tokens"] == getattr(report.modules[0], kind).tokens > 100 for kind in ("general", "harmful")
+    )
     given = audit(model, calibration=ROWS, tokenizer=tiny_tokenizer())
     assert given.environment["calibration"]["general"]["source"] == "given"
     assert given.modules[0].harmful.tokens == 3 * 4  # "n", "o", the end of the turn and of its line
@@ -198,7 +210,9 @@ def test_json_is_strict_and_holds_everything():
     assert found == report.to_json()
     rows = {row["name"]: row for row in found["modules"]}
     zero = rows["model.layers.1.self_attn.v_proj"]
-    assert zero["right"]["metric"] is zero["right"]["z"] is zero["interference_ratio"] is zero["effective_rank"] is None
+    assert (
+        zero["right"]["metric"] is zero["right"]["z"] is zero["interference_ratio"] is zero["effective_rank"] is None
+    )
     assert (zero["rank"], zero["norm"], zero["general"]["update"]) == (0, 0.0, 0.0)
     full = rows["model.layers.0.self_attn.v_proj"]
     assert full["right"]["null"] == report.modules[1].right.null
@@ -225,9 +239,9 @@ def test_the_picture_and_the_table(tmp_path, capsys, measured):
     report = audit(model, k=4, calibration={"general": batches(0), "harmful": batches(10)} if measured else None)
     pixels = imread(save_png(report, tmp_path / "new" / "audit.png"))
     assert pixels.shape[1] > (900 if measured else 700)
-    coloured = pixels[..., 0] - pixels[..., 2]  # cells are drawn in red and blue, everything else is grey
-    assert (coloured > 0.1).mean() > 0.02
-    assert (coloured < -0.1).mean() > 0.02
+    colored = pixels[..., 0] - pixels[..., 2]  # cells are drawn in red and blue, everything else is gray
+    assert (colored > 0.1).mean() > 0.02
+    assert (colored < -0.1).mean() > 0.02
     show(report)
     text = capsys.readouterr().out
     assert "down_proj (2)" in text
@@ -241,7 +255,8 @@ def test_the_picture_and_the_table(tmp_path, capsys, measured):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"use_dora": True}, "use_dora"), ({"lora_bias": True}, "lora_bias"), ({"init_lora_weights": "pissa"}, "pissa")]
+    ("options", "message"),
+    [({"use_dora": True}, "use_dora"), ({"lora_bias": True}, "lora_bias"), ({"init_lora_weights": "pissa"}, "pissa")],
 )
 def test_what_is_no_product_on_the_original_weight_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
@@ -250,7 +265,11 @@ def test_what_is_no_product_on_the_original_weight_is_refused(options, message):
 
 def test_other_adapters_and_layers_are_refused():
     with pytest.raises(ConfigError, match="OFTConfig"):
-        audit(get_peft_model(base_model(), OFTConfig(oft_block_size=4, target_modules=["q_proj"], use_cayley_neumann=False)))
+        audit(
+            get_peft_model(
+                base_model(), OFTConfig(oft_block_size=4, target_modules=["q_proj"], use_cayley_neumann=False)
+            )
+        )
     with pytest.raises(UnsupportedLayerError, match="embed_tokens"):
         audit(plain(target_modules=["embed_tokens", "q_proj"]))
     with pytest.raises(ConfigError, match="no adapter 'gone'"):
@@ -268,7 +287,9 @@ def test_what_is_not_finite_names_the_module():
     with pytest.raises(ConfigError, match=r"layers\.1\.self_attn\.q_proj: lora_A \(4, 32\)"):
         audit(model)
     model = plain()
-    model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj").get_base_layer().weight.data[0, 0] = float("inf")
+    model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj").get_base_layer().weight.data[0, 0] = float(
+        "inf"
+    )
     with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj"):
         audit(model)
     with pytest.raises(CalibrationError, match="NaN or Inf"):
@@ -310,6 +331,8 @@ def test_a_stacked_input_side_patch_has_no_energy_in_its_basis_and_none_of_its_p
     model = perturb(model, 1, "second")
     report = audit(model, "second", k=8)
     for row in report.modules:
-        assert row.right.energy < 1e-4, "k = 8 right singular vectors of W are the basis, up to how exactly they were found"
+        assert row.right.energy < 1e-4, (
+            "k = 8 right singular vectors of W are the basis, up to how exactly they were found"
+        )
         assert row.left.energy > 0.02
         assert row.others["default"] < 1e-6

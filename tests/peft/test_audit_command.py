@@ -36,7 +36,9 @@ def stored(tmp_path_factory):
         "salora": protected(init="task", trained=True),
         "dora": plain(use_dora=True),
     }
-    models["safe"] = perturb(get_peft_model(base_model(), SafeLoRAConfig(r=2, target_modules=["q_proj"], unaligned="elsewhere")))
+    models["safe"] = perturb(
+        get_peft_model(base_model(), SafeLoRAConfig(r=2, target_modules=["q_proj"], unaligned="elsewhere"))
+    )
     for name, model in models.items():
         model.peft_config["default"].base_model_name_or_path = str(root / "base")
         model.save_pretrained(str(root / name))
@@ -59,14 +61,24 @@ def rewrite(source, target, **fields):
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
     config = json.loads((target / "adapter_config.json").read_text()) | fields
-    (target / "adapter_config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    (target / "adapter_config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None})
+    )
     return target
 
 
 @pytest.mark.timeout(60)
 def test_no_pattern_of_a_directory_is_run(stored, tmp_path):
     evil = "([a-z_.0-9]+)+!"
-    found, _ = load_adapter(rewrite(stored[0] / "plain", tmp_path / "targets", target_modules=evil, exclude_modules=evil, rank_pattern={evil: 2}))
+    found, _ = load_adapter(
+        rewrite(
+            stored[0] / "plain",
+            tmp_path / "targets",
+            target_modules=evil,
+            exclude_modules=evil,
+            rank_pattern={evil: 2},
+        )
+    )
     assert len(audit(found).modules) == 6
     both = {evil: 2, "q_proj": 3, "v_proj": 8, "down_proj": 8}
     named, _ = load_adapter(rewrite(stored[0] / "plain", tmp_path / "named", alpha_pattern=both))
@@ -84,7 +96,7 @@ def test_directories_that_cannot_be_audited(stored, tmp_path):
     with pytest.raises(ConfigError, match="'IA3'"):
         load_adapter(rewrite(root / "plain", tmp_path / "kind", peft_type="IA3"))
     with pytest.raises(ArtifactError, match="without its protection"):
-        load_adapter(rewrite(root / "salora", tmp_path / "relabelled", peft_type="LORA"))
+        load_adapter(rewrite(root / "salora", tmp_path / "relabeled", peft_type="LORA"))
     pickled = rewrite(root / "plain", tmp_path / "pickled")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     with pytest.raises(ArtifactError, match="missing"):
@@ -125,10 +137,14 @@ def test_the_command_on_own_data(stored, tmp_path):
     for kind, rows in ROWS.items():
         files[kind] = tmp_path / f"{kind}.jsonl"
         files[kind].write_text("\n".join(map(json.dumps, rows)))
-    printed = run(root / "plain", "--json", "--general", files["general"], "--harmful", files["harmful"], "--positions", "all")
+    printed = run(
+        root / "plain", "--json", "--general", files["general"], "--harmful", files["harmful"], "--positions", "all"
+    )
     assert printed.exit_code == 0, printed.output
     expected = audit(models["plain"], calibration=ROWS, tokenizer=tiny_tokenizer(), positions="all")
-    assert json.loads(printed.stdout)["modules"][0]["harmful"]["update"] == pytest.approx(expected.modules[0].harmful.update, rel=1e-5)
+    assert json.loads(printed.stdout)["modules"][0]["harmful"]["update"] == pytest.approx(
+        expected.modules[0].harmful.update, rel=1e-5
+    )
     assert isinstance(run(root / "plain", "--general", files["general"]).exception, ConfigError)
     assert isinstance(run(root / "plain", "--calibration", "mine").exception, ConfigError)
     assert isinstance(run(root / "plain", "--positions", "last").exception, ConfigError)

@@ -27,11 +27,17 @@ def test_an_exported_adapter_is_plain_lora_of_the_same_function(base: str, init:
     assert type(config) is LoraConfig
     assert config.r == config.lora_alpha == (4 if init == "lora" else 8)
     # an int8 base rounds its inputs: one rounding that falls the other way is visible
-    torch.testing.assert_close(cells.logits(loaded), cells.logits(model), rtol=1e-5, atol=5e-3 if base == "int8" else 1e-5)
+    torch.testing.assert_close(
+        cells.logits(loaded), cells.logits(model), rtol=1e-5, atol=5e-3 if base == "int8" else 1e-5
+    )
     for name, delta in cells.deltas(model).items():
         torch.testing.assert_close(cells.deltas(loaded)[name], delta, rtol=1e-5, atol=1e-6)
     assert cells.leak(loaded, subspace=model.peft_config["default"].subspace) <= LEAK
-    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -51,7 +57,9 @@ def test_scales_and_patterns_are_folded_into_the_factors(options: str, init: str
     assert not config["alpha_pattern"]
     assert not config["use_rslora"]
     assert sorted(config["target_modules"]) == sorted(name for name, _ in cells.layers_of(model))
-    ranks = {tensor.shape[0] for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items() if "lora_A" in key}
+    ranks = {
+        tensor.shape[0] for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items() if "lora_A" in key
+    }
     assert ranks == {config["r"]}
     loaded = PeftModel.from_pretrained(cells.base_model(), tmp_path)
     torch.testing.assert_close(cells.logits(loaded), cells.logits(model), rtol=1e-5, atol=1e-5)

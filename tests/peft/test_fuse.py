@@ -1,4 +1,6 @@
-"""`fuse` on adapters: names and directories, dense and 4-bit bases, learned and without learning, and beside PEFT's own `add_weighted_adapter`."""
+"""`fuse` on adapters: names and directories, dense and 4-bit bases, learned and without learning, and beside PEFT's
+own `add_weighted_adapter`.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,30 @@ from peft_safety.methods.somf.plan import updates_of
 from peft_safety.methods.somf.publish import RECORD
 from peft_safety.methods.somf.train import train_mask
 from tests.peft.cells import base_model
-from tests.peft.fusion_cells import PAIRS, QUICK, ROWS, config, copied, deltas, family, logits, moved, of_adapter, saved
+from tests.peft.fusion_cells import (
+    PAIRS,
+    QUICK,
+    ROWS,
+    config,
+    copied,
+    deltas,
+    family,
+    logits,
+    moved,
+    of_adapter,
+    saved,
+)
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 TASKS = ["task0", "task1"]
 LEARN = {"tokenizer": tiny_tokenizer(), "data": PAIRS, "training": QUICK, "progress": False}
-CONTINUED = [("element", "ties"), ("row", "dare"), ("rank", "average"), ("module", "task_arithmetic"), ("element", "task_arithmetic")]
+CONTINUED = [
+    ("element", "ties"),
+    ("row", "dare"),
+    ("rank", "average"),
+    ("module", "task_arithmetic"),
+    ("element", "task_arithmetic"),
+]
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4", "int8"])
@@ -39,7 +59,9 @@ def test_a_mask_is_learned_on_every_kind_of_base(kind, continued, tmp_path):
     hooks = sum(len(module._forward_hooks) for module in model.modules())
     options = {**LEARN, "tokenizer": tokenizer, "data": [{**row, "prompt": row["prompt"][:8]} for row in PAIRS]}
     training = QUICK if kind != "conv1d" else replace(QUICK, max_length=64)
-    report = fuse("safe", TASKS, model=model, out=tmp_path / "out", adapter_name="fused", **{**options, "training": training})
+    report = fuse(
+        "safe", TASKS, model=model, out=tmp_path / "out", adapter_name="fused", **{**options, "training": training}
+    )
     assert report.plan.layout == ("continued" if continued else "independent")
     assert report.run.steps == 3
     assert report.run.trainable_parameters == report.plan.logits > 0
@@ -63,7 +85,9 @@ def test_in_training_the_model_computes_what_is_exported():
     updates = updates_of(inputs, "element", options)
     masked = MaskedAdapters(model, updates, options)
     g = torch.Generator().manual_seed(3)
-    hard = {name: 400.0 * (torch.rand(value.shape, generator=g) > 0.5) - 200.0 for name, value in masked.logits.items()}
+    hard = {
+        name: 400.0 * (torch.rand(value.shape, generator=g) > 0.5) - 200.0 for name, value in masked.logits.items()
+    }
     masked.load_logits(hard)
     ids = torch.randint(4, 200, (2, 12), generator=torch.Generator().manual_seed(0))
     with masked.attached(), torch.no_grad():
@@ -94,7 +118,9 @@ def test_training_lowers_the_expected_loss(granularity, fusion, objective):
         ties_density=0.6,
         weights=None if fusion == "average" else 1.0,
     )
-    masked = MaskedAdapters(model, updates_of(read_inputs("safe", TASKS, model, options), granularity, options), options)
+    masked = MaskedAdapters(
+        model, updates_of(read_inputs("safe", TASKS, model, options), granularity, options), options
+    )
     rows = PAIRS if objective == "dpo" else ROWS
     before = expected_loss(masked, rows, objective)
     train_mask(masked, tiny_tokenizer(), rows, training)
@@ -110,7 +136,9 @@ def expected_loss(masked, rows, objective):
         for seed in range(20):
             masked.step_seed = 1000 + seed
             found = response_log_probs(masked(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"])
-            losses.append(float(-found.mean() if objective == "sft" else (found.chunk(2)[1] - found.chunk(2)[0]).mean()))
+            losses.append(
+                float(-found.mean() if objective == "sft" else (found.chunk(2)[1] - found.chunk(2)[0]).mean())
+            )
     return sum(losses) / len(losses)
 
 
@@ -186,12 +214,25 @@ def test_independent_adapters_of_other_ranks_are_one_exact_lora(tmp_path):
     for index, rank in enumerate((3, 5)):
         model.add_adapter(f"task{index}", config(r=rank, use_rslora=index == 1))
         moved(model, f"task{index}", 5 + index, 0.1)
-    report = fuse("safe", TASKS, model=model, method="task_arithmetic", weights=(0.5, 2.0), adapter_name="fused", out=tmp_path / "out")
+    report = fuse(
+        "safe",
+        TASKS,
+        model=model,
+        method="task_arithmetic",
+        weights=(0.5, 2.0),
+        adapter_name="fused",
+        out=tmp_path / "out",
+    )
     assert report.record["rank"] == 10
     assert report.record["largest_error"] == 0
     parts = {name: deltas(model, name) for name in ("safe", *TASKS, "fused")}
     for module, found in parts["fused"].items():
-        torch.testing.assert_close(found, parts["safe"][module] + 0.5 * parts["task0"][module] + 2.0 * parts["task1"][module], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            found,
+            parts["safe"][module] + 0.5 * parts["task0"][module] + 2.0 * parts["task1"][module],
+            rtol=1e-4,
+            atol=1e-6,
+        )
     loaded = PeftModel.from_pretrained(base_model(), str(tmp_path / "out")).eval()
     torch.testing.assert_close(logits(loaded), of_adapter(model, "fused"), rtol=0, atol=1e-5)
 
@@ -216,7 +257,9 @@ def test_a_rank_above_the_width_is_compressed_without_loss():
     assert report.record["largest_error"] < 1e-6
     parts = {name: deltas(model, name) for name in ("safe", *TASKS, "fused")}
     for module, found in parts["fused"].items():
-        torch.testing.assert_close(found, parts["safe"][module] + (parts["task0"][module] + parts["task1"][module]) / 2, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            found, parts["safe"][module] + (parts["task0"][module] + parts["task1"][module]) / 2, rtol=1e-3, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -235,7 +278,9 @@ def test_half_precision_factors_stay_what_they_are(dtype, continued, tmp_path):
 def test_the_reference_model_is_a_choice():
     found = {}
     for reference in ("aligned", "base"):
-        found[reference] = fuse("safe", TASKS, model=family(), **{**LEARN, "training": replace(QUICK, reference=reference)})
+        found[reference] = fuse(
+            "safe", TASKS, model=family(), **{**LEARN, "training": replace(QUICK, reference=reference)}
+        )
     assert found["aligned"].run.loss != found["base"].run.loss
     assert found["base"].record["mask"]["reference"] == "base"
 
@@ -273,7 +318,9 @@ def test_the_card_and_the_header_say_where_it_comes_from(tmp_path):
 def test_a_fused_adapter_is_a_plain_lora_that_can_be_fused_again(tmp_path):
     places = saved(family(continued=False), tmp_path / "in")
     fuse(places["safe"], [places["task0"]], method="task_arithmetic", out=tmp_path / "first")
-    second = fuse(places["safe"], [str(tmp_path / "first"), places["task1"]], method="average", out=tmp_path / "second")
+    second = fuse(
+        places["safe"], [str(tmp_path / "first"), places["task1"]], method="average", out=tmp_path / "second"
+    )
     assert second.record["tasks"][0]["name"] == "first"
     loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "second"))
     for name, found in deltas(loaded, "default").items():

@@ -1,4 +1,6 @@
-"""`fuse` where something is wrong or is cut off: typed errors, nothing written, and runs that go on where they stopped."""
+"""`fuse` where something is wrong or is cut off: typed errors, nothing written, and runs that go on where they
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def edited(stored, tmp_path, change=None, fields=None):
         change(tensors)
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     if fields is not None:
-        (folder / "adapter_config.json").write_text(json.dumps(json.loads((folder / "adapter_config.json").read_text()) | fields))
+        (folder / "adapter_config.json").write_text(
+            json.dumps(json.loads((folder / "adapter_config.json").read_text()) | fields)
+        )
     return [str(places[name]) for name in ("safe", *TASKS)]
 
 
@@ -60,7 +64,12 @@ def halved(tensors):
 
 BAD_ADAPTERS = {
     "another base": (None, {"base_model_name_or_path": "other/base"}, {}, "trained on"),
-    "ranks that do not match element masks": (halved, {"r": 2, "lora_alpha": 4}, {"method": "somf", "granularity": "element"}, "rank 2"),
+    "ranks that do not match element masks": (
+        halved,
+        {"r": 2, "lora_alpha": 4},
+        {"method": "somf", "granularity": "element"},
+        "rank 2",
+    ),
     "ranks that do not match, continued": (halved, {"r": 2, "lora_alpha": 4}, {"layout": "continued"}, "rank 2"),
     "another key set": (lambda t: [t.pop(k) for k in [k for k in t if "down_proj" in k]], None, {}, "differ at"),
     "one factor missing": (lambda t: t.pop(key(t, "lora_B")), None, {}, "missing"),
@@ -133,7 +142,10 @@ def test_different_base_names_can_be_vouched_for(stored, tmp_path):
 
 def test_adapters_of_a_model_that_cannot_be_fused():
     model = family()
-    model.add_adapter("safe2", SaLoRAConfig(r=4, lora_alpha=8, subspace=random_subspace(base_model(), TARGETS), target_modules=TARGETS))
+    model.add_adapter(
+        "safe2",
+        SaLoRAConfig(r=4, lora_alpha=8, subspace=random_subspace(base_model(), TARGETS), target_modules=TARGETS),
+    )
     with pytest.raises(ConfigError, match="export_lora"):
         fuse("safe2", ["task0"], model=model, **PLAIN)
     model = family()
@@ -211,7 +223,10 @@ def test_training_that_diverges_or_fails_leaves_everything_as_it_was(tmp_path, m
         fuse("safe", TASKS, model=model, out=tmp_path / "out", adapter_name="fused", **LEARN)
     assert not (tmp_path / "out").exists()
     assert list(model.peft_config) == ["safe", *TASKS]
-    assert all(torch.equal(parameter, before[name]) and parameter.requires_grad == flags[name] for name, parameter in model.named_parameters())
+    assert all(
+        torch.equal(parameter, before[name]) and parameter.requires_grad == flags[name]
+        for name, parameter in model.named_parameters()
+    )
     assert model.active_adapters == ["safe"]
 
 
@@ -219,7 +234,9 @@ def test_training_that_diverges_or_fails_leaves_everything_as_it_was(tmp_path, m
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
-    training = replace(QUICK, max_steps=6, save_steps=2, checkpoint_dir=tmp_path / "whole", gradient_accumulation=2, batch_size=2)
+    training = replace(
+        QUICK, max_steps=6, save_steps=2, checkpoint_dir=tmp_path / "whole", gradient_accumulation=2, batch_size=2
+    )
     whole = fuse("safe", TASKS, model=family(), **{**LEARN, "training": training})
     saved_files = {path.name for path in (tmp_path / "whole/checkpoint-4").iterdir()}
     assert training_module.LOGITS_FILE in saved_files
@@ -246,7 +263,12 @@ def test_resuming_needs_something_to_resume(tmp_path):
     with pytest.raises(ConfigError, match="checkpoint_dir"):
         replace(QUICK, resume=True)
     with pytest.raises(ConfigError, match="no checkpoint"):
-        fuse("safe", TASKS, model=family(), **{**LEARN, "training": replace(QUICK, resume=True, checkpoint_dir=tmp_path)})
+        fuse(
+            "safe",
+            TASKS,
+            model=family(),
+            **{**LEARN, "training": replace(QUICK, resume=True, checkpoint_dir=tmp_path)},
+        )
     fuse("safe", TASKS, model=family(), **{**LEARN, "training": replace(QUICK, save_steps=1, checkpoint_dir=tmp_path)})
     again = replace(QUICK, resume=True, max_steps=5, checkpoint_dir=tmp_path)
     with pytest.raises(ConfigError, match="another granularity"):

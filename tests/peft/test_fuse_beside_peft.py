@@ -21,7 +21,9 @@ def zero_safe(model):
         for key, parameter in state.items():
             for name in TASKS:
                 if f".{name}_vector." in key:
-                    parameter.copy_(state[key.replace(f"{name}_vector", name)] - state[key.replace(f"{name}_vector", "safe")])
+                    parameter.copy_(
+                        state[key.replace(f"{name}_vector", name)] - state[key.replace(f"{name}_vector", "safe")]
+                    )
     return model
 
 
@@ -29,7 +31,10 @@ def zero_safe(model):
     ("ours", "theirs"),
     [
         ({"method": "task_arithmetic", "weights": 0.7}, {"combination_type": "linear"}),
-        ({"method": "ties", "ties_merge": "mean", "ties_density": 0.25, "weights": 0.7}, {"combination_type": "ties", "density": 0.25}),
+        (
+            {"method": "ties", "ties_merge": "mean", "ties_density": 0.25, "weights": 0.7},
+            {"combination_type": "ties", "density": 0.25},
+        ),
     ],
 )
 def test_task_vectors_of_factors_as_peft_adds_them(ours, theirs):
@@ -73,7 +78,9 @@ def test_independent_adapters_as_peft_adds_them(ours, theirs):
 
 
 def test_dare_keeps_what_it_is_expected_to_keep():
-    """PEFT draws from the global generator, so only the statistics can agree: unbiased, with the stated share dropped."""
+    """PEFT draws from the global generator, so only the statistics can agree: unbiased, with the stated share
+    dropped.
+    """
     model = family()
     fuse("safe", TASKS, model=model, method="dare", weights=1.0, drop=0.4, adapter_name="dare")
     parameters = dict(model.named_parameters())

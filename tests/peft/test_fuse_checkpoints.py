@@ -38,7 +38,15 @@ def full(tmp_path_factory):
 
 def test_full_checkpoints_become_one(full, tmp_path):
     safe, *tasks = full
-    report = fuse(safe, tasks, method="task_arithmetic", weights=(0.5, 0.25), out=tmp_path / "out", max_shard_bytes=20_000, progress=False)
+    report = fuse(
+        safe,
+        tasks,
+        method="task_arithmetic",
+        weights=(0.5, 0.25),
+        out=tmp_path / "out",
+        max_shard_bytes=20_000,
+        progress=False,
+    )
     assert report.plan.layout == "checkpoints"
     shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
     assert len(shards) > 3
@@ -72,11 +80,19 @@ def test_a_mask_over_full_weights(full, tmp_path, granularity):
     assert torch.equal(logits(model), before)
     assert report.run.trainable_parameters == report.plan.logits
     again = fuse(
-        safe, tasks, mask=tmp_path / "out", out=tmp_path / "again", **{k: v for k, v in options.items() if k in ("granularity", "rescale", "progress")}
+        safe,
+        tasks,
+        mask=tmp_path / "out",
+        out=tmp_path / "again",
+        **{k: v for k, v in options.items() if k in ("granularity", "rescale", "progress")},
     )
     assert again.record["density"] == report.record["density"]
     names = [path.name for path in sorted((tmp_path / "out").glob("*.safetensors"))]
-    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names if name.startswith("model"))
+    assert all(
+        (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+        for name in names
+        if name.startswith("model")
+    )
     with pytest.raises(ConfigError, match="not the safe checkpoint"):
         fuse(safe, tasks, model=AutoModelForCausalLM.from_pretrained(tasks[0]), **options)
 
@@ -129,7 +145,11 @@ def test_bad_checkpoints_are_refused_and_nothing_is_written(full, tmp_path, chan
 def test_checkpoints_that_hold_nothing_to_fuse(full, tmp_path, stored):
     same = shutil.copytree(full[0], tmp_path / "same")
     twin = shutil.copytree(full[1], tmp_path / "twin")
-    for tasks, message in (([str(same)], "equals the safe"), ([full[1], str(twin)], "same weights"), ([stored["task0"]], "no full checkpoint")):
+    for tasks, message in (
+        ([str(same)], "equals the safe"),
+        ([full[1], str(twin)], "same weights"),
+        ([stored["task0"]], "no full checkpoint"),
+    ):
         with pytest.raises(ConfigError, match=message):
             fuse(full[0], tasks, out=tmp_path / "out", **PLAIN)
     shutil.rmtree(twin)
@@ -162,7 +182,13 @@ def test_a_killed_write_leaves_the_old_result_whole(full, tmp_path):
     fuse(safe, tasks, out=out, max_shard_bytes=20_000, **PLAIN)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     script = KILLED.format(safe=safe, tasks=tasks, out=str(out))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr[-500:]
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
     assert any(path.name.startswith(".staging") for path in out.iterdir())

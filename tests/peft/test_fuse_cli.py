@@ -51,8 +51,10 @@ def test_a_config_trains_and_flags_override_it(stored, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
     (tmp_path / "job.yaml").write_text(
-        f"safe: {stored['safe']}\ntasks: [{stored['task0']}, {stored['task1']}]\nmodel: {tmp_path / 'base'}\ndata: {tmp_path / 'rows.jsonl'}\n"
-        f"out: {tmp_path / 'out'}\ngranularity: rank\ntrain: {{max_steps: 3, batch_size: 4, max_length: 128, progress: false, lr: 0.5}}\n"
+        f"safe: {stored['safe']}\ntasks: [{stored['task0']}, {stored['task1']}]\nmodel: {tmp_path / 'base'}\ndata: "
+        f"{tmp_path / 'rows.jsonl'}\n"
+        f"out: {tmp_path / 'out'}\ngranularity: rank\ntrain: {{max_steps: 3, batch_size: 4, max_length: 128, "
+        f"progress: false, lr: 0.5}}\n"
     )
     done = run(tmp_path / "job.yaml", "--granularity", "row", "--max-steps", 2, "--json")
     assert done.exit_code == 0, done.output

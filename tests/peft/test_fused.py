@@ -1,4 +1,6 @@
-"""The fused path on 4-bit weights: the same training as PEFT's own, taken where it may be, and explained where it is not."""
+"""The fused path on 4-bit weights: the same training as PEFT's own, taken where it may be, and explained where it is
+not.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,7 @@ def test_twenty_steps_in_tritons_interpreter_have_the_same_losses() -> None:
         assert max(abs(a - b) for a, b in zip(own, found[arm], strict=True)) <= EQUAL, arm
 
 
-def quantised(layer: Any, quant_type: str = "nf4", bias: bool = False, **options: Any) -> Any:
+def quantized(layer: Any, quant_type: str = "nf4", bias: bool = False, **options: Any) -> Any:
     """A single LoRA layer on a 4-bit one, in a model that PEFT takes."""
     model = nn.Sequential(bnb.nn.Linear4bit(64, 48, bias=bias, compute_dtype=torch.float32, quant_type=quant_type))
     model[0].support_avx512bf16_for_cpu = False
@@ -110,7 +112,7 @@ def foreign_factor(model: Any) -> None:
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Any], Any] | None, str]] = {
     "plain": ({}, {}, None, "fused"),
-    "double quantisation": ({}, {"compress_statistics": True}, None, "fused"),
+    "double quantization": ({}, {"compress_statistics": True}, None, "fused"),
     "bias": ({}, {"bias": True}, None, "fused"),
     "dropout": ({"lora_dropout": 0.5}, {}, None, "fused"),
     "rslora": ({"use_rslora": True}, {}, None, "fused"),
@@ -124,7 +126,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Any], Any] | No
     "quant_storage": ({}, {"quant_storage": torch.float32}, None, "quant_storage"),
     "hooks": ({}, {}, hooked, "hooks on its Linear4bit"),
     "offloading": ({}, {}, offloaded, "hooks on its Linear4bit"),
-    "compiled hot-swap": ({}, {}, lambda m: m.get_base_model()[0].scaling.update(default=torch.tensor(2.0)), "scaling held in a tensor"),
+    "compiled hot-swap": (
+        {},
+        {},
+        lambda m: m.get_base_model()[0].scaling.update(default=torch.tensor(2.0)),
+        "scaling held in a tensor",
+    ),
     "another module": ({}, {}, foreign_factor, "Sequential in place of a factor"),
 }
 
@@ -133,7 +140,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Any], Any] | No
 @pytest.mark.parametrize("case", CASES)
 def test_who_is_eligible_and_why_not(case: str, taken: list[bool]) -> None:
     config, weight, change, expected = CASES[case]
-    model = quantised(plain(**config), **weight).train()
+    model = quantized(plain(**config), **weight).train()
     if change is not None:
         change(model)
     x = torch.randn(3, 5, 64)
@@ -153,7 +160,9 @@ def test_who_is_eligible_and_why_not(case: str, taken: list[bool]) -> None:
 
 def test_eight_bit_and_dense_layers_say_so(reference: None) -> None:
     assert {row.reason for row in explain(cells.protected("int8"))} == {"an 8-bit base weight"}
-    assert {row.reason for row in explain(cells.protected())} == {"a dense base weight: there is nothing to dequantise"}
+    assert {row.reason for row in explain(cells.protected())} == {
+        "a dense base weight: there is nothing to dequantize"
+    }
     assert explain(cells.base_model(cells.WIDE)) == []
 
 
@@ -167,7 +176,9 @@ def test_on_a_cpu_nothing_is_fused_by_default(monkeypatch: pytest.MonkeyPatch) -
     assert sum(row["modules"] for row in fused.summary(rows)) == 6
     monkeypatch.setenv("PEFT_SAFETY_BACKEND", "reference")
     monkeypatch.setenv(fused.SWITCH, "0")
-    assert {(row.path, row.reason) for row in explain(cells.protected(cells.WIDE))} == {("peft", "PEFT_SAFETY_FUSED=0")}
+    assert {(row.path, row.reason) for row in explain(cells.protected(cells.WIDE))} == {
+        ("peft", "PEFT_SAFETY_FUSED=0")
+    }
 
 
 def test_a_mixed_batch_takes_pefts_path(taken: list[bool]) -> None:
@@ -186,7 +197,7 @@ def test_a_mixed_batch_takes_pefts_path(taken: list[bool]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit_inputs_and_compute_types(dtype: torch.dtype, taken: list[bool]) -> None:
-    model = quantised(plain(), bias=True).eval()
+    model = quantized(plain(), bias=True).eval()
     layer = model.get_base_model()[0]
     exact = model(torch.randn(70, 64, generator=torch.Generator().manual_seed(0)))
     layer.get_base_layer().compute_dtype = dtype
@@ -214,8 +225,16 @@ def test_gradients_are_those_of_pefts_path(init: str, reference: None) -> None:
             patch.setenv(fused.SWITCH, switch)
             layer(inputs).square().sum().backward()
         leaf = layer.lora_B["default"]
-        assert float((leaf.basis.T @ leaf.raw().grad).norm() / leaf.raw().grad.norm()) <= LEAK, "whoever clips or reads it finds it projected"
-        found.append([inputs.grad, layer.lora_A["default"].raw().grad if init == "task" else layer.lora_A["default"].weight.grad, leaf.raw().grad])
+        assert float((leaf.basis.T @ leaf.raw().grad).norm() / leaf.raw().grad.norm()) <= LEAK, (
+            "whoever clips or reads it finds it projected"
+        )
+        found.append(
+            [
+                inputs.grad,
+                layer.lora_A["default"].raw().grad if init == "task" else layer.lora_A["default"].weight.grad,
+                leaf.raw().grad,
+            ]
+        )
     for ours, theirs in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
@@ -245,7 +264,12 @@ def test_a_layer_compiles_in_one_graph(init: str, training: bool, rows: int, ref
     expected = torch.autograd.grad(layer(x).square().sum(), x)[0]
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), x)[0], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(x).square().sum(), x)[0],
+        expected,
+        rtol=1e-4,
+        atol=1e-4 * float(expected.abs().max()),
+    )
     torch._dynamo.reset()
 
 
@@ -253,12 +277,16 @@ def test_a_model_compiles_in_one_graph(reference: None) -> None:
     torch._dynamo.reset()
     model = cells.protected(cells.WIDE, trained=True)
     expected = cells.logits(model)
-    torch.testing.assert_close(cells.logits(torch.compile(model, backend="aot_eager", fullgraph=True)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        cells.logits(torch.compile(model, backend="aot_eager", fullgraph=True)), expected, rtol=1e-5, atol=1e-5
+    )
     torch._dynamo.reset()
 
 
 class Waits(TorchDispatchMode):
-    """Records operations that bring a value of the device to the host, which stalls a GPU and cannot be captured in a CUDA graph."""
+    """Records operations that bring a value of the device to the host, which stalls a GPU and cannot be captured in a
+    CUDA graph.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,7 +295,12 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
-        if func._overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero):
+        if func._overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.equal,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.is_nonzero,
+        ):
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -291,7 +324,7 @@ def test_no_step_waits_for_the_device(arm: str, reference: None) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_served_layer_is_captured_in_a_cuda_graph() -> None:
-    model = quantised(plain(), bias=True).to("cuda").eval()
+    model = quantized(plain(), bias=True).to("cuda").eval()
     (row,) = explain(model)
     assert row.path == "fused:triton", row
     for rows in (1, 80):
@@ -336,9 +369,15 @@ def test_long_runs_stay_protected(side: str, taken: list[bool]) -> None:
 
 
 def test_inputs_of_any_shape(taken: list[bool]) -> None:
-    model = quantised(plain(), bias=True).eval()
+    model = quantized(plain(), bias=True).eval()
     base = torch.randn(4, 6, 128)
-    for x in (base[..., ::2], base[..., :64].transpose(0, 1), torch.randn(64), torch.randn(0, 64), torch.randn(2, 0, 64)):
+    for x in (
+        base[..., ::2],
+        base[..., :64].transpose(0, 1),
+        torch.randn(64),
+        torch.randn(0, 64),
+        torch.randn(2, 0, 64),
+    ):
         y = model(x)
         assert y.shape == (*x.shape[:-1], 48)
         with pytest.MonkeyPatch.context() as patch:
@@ -362,7 +401,9 @@ def test_copies_and_switches_of_adapters(reference: None, monkeypatch: pytest.Mo
 
 
 def test_a_fresh_adapter_changes_nothing(reference: None) -> None:
-    """Without a residual to the last bit of the fused base product; with one to rounding, since its two halves are one product here."""
+    """Without a residual to the last bit of the fused base product; with one to rounding, since its two halves are one
+    product here.
+    """
     for init, tolerance in (("lora", 0.0), ("task", 1e-5)):
         layer = layer_of(cells.protected(cells.WIDE, init).eval())
         x = torch.randn(70, 64)
@@ -383,14 +424,20 @@ def test_the_command_tells_which_path_runs(tmp_path: Path) -> None:
 
     tiny_llama(hidden=64).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    model = get_peft_model(tiny_llama(hidden=64), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model = get_peft_model(
+        tiny_llama(hidden=64), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
     model.save_pretrained(tmp_path / "adapter")
     for flags, backend, path, reason in (
-        ([], "", "peft", "a dense base weight: there is nothing to dequantise"),
+        ([], "", "peft", "a dense base weight: there is nothing to dequantize"),
         (["--load-in-4bit"], "reference", "fused:reference", "PEFT_SAFETY_BACKEND=reference"),
     ):
         arguments = ["info", "--adapter", str(tmp_path / "adapter"), "--model", str(tmp_path / "base"), *flags]
-        shown = CliRunner(env={"PEFT_SAFETY_BACKEND": backend}).invoke(app, [*arguments, "--json"], catch_exceptions=False).stdout
+        shown = (
+            CliRunner(env={"PEFT_SAFETY_BACKEND": backend})
+            .invoke(app, [*arguments, "--json"], catch_exceptions=False)
+            .stdout
+        )
         rows = json.loads(shown[shown.index("{") :])["paths"]
         assert len(rows) == 4
         assert {(row["path"], row["reason"]) for row in rows} == {(path, reason)}

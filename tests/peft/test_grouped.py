@@ -1,4 +1,6 @@
-"""Projections that are not made: a folded weight is used as it is, its gradient is projected, and the fold behind a step takes all leaves at once."""
+"""Projections that are not made: a folded weight is used as it is, its gradient is projected, and the fold behind a
+step takes all leaves at once.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_safety import SafetySubspace, assert_protected, projection
 from peft_safety.layers import ProtectedLinear, fold_together, folding, protected_leaves
-from peft_safety.projection import Side, leak, orthonormalise
+from peft_safety.projection import Side, leak, orthonormalize
 from tests.peft import cells
 from tests.peft.patch_cells import patched
 
@@ -56,7 +58,7 @@ def leaf_of(d: int, r: int, k: int, side: Side, dtype: torch.dtype = torch.float
     generator = torch.Generator().manual_seed(seed)
     linear = nn.Linear(*((r, d) if side == "out" else (d, r)), bias=False)
     linear.weight.data = torch.randn(linear.weight.shape, generator=generator).to(dtype)
-    return ProtectedLinear.replacing(linear, orthonormalise(torch.randn(d, k, generator=generator)), side)
+    return ProtectedLinear.replacing(linear, orthonormalize(torch.randn(d, k, generator=generator)), side)
 
 
 def micro_steps(model: PeftModel, optimizer: torch.optim.Optimizer, accumulate: int) -> None:
@@ -67,9 +69,13 @@ def micro_steps(model: PeftModel, optimizer: torch.optim.Optimizer, accumulate: 
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointing", "reentrant checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [None, False, True], ids=["plain", "checkpointing", "reentrant checkpointing"]
+)
 @pytest.mark.parametrize("side", ["out", "in"])
-def test_no_forward_projects_a_weight_that_a_step_has_folded(side: Side, checkpointing: bool | None, projections: Counter[str]) -> None:
+def test_no_forward_projects_a_weight_that_a_step_has_folded(
+    side: Side, checkpointing: bool | None, projections: Counter[str]
+) -> None:
     model = (cells.protected("linear", "task") if side == "out" else patched(side="in")).train()
     if checkpointing is not None:
         model.enable_input_require_grads()
@@ -81,7 +87,11 @@ def test_no_forward_projects_a_weight_that_a_step_has_folded(side: Side, checkpo
         micro_steps(model, optimizer, accumulate=4)
     assert not projections
     assert_protected(model)
-    assert all(leak(leaf.basis, leaf.raw(), leaf.side) <= LEAK for _, leaf in protected_leaves(model) if leaf.basis is not None)
+    assert all(
+        leak(leaf.basis, leaf.raw(), leaf.side) <= LEAK
+        for _, leaf in protected_leaves(model)
+        if leaf.basis is not None
+    )
 
 
 @pytest.mark.parametrize("init", cells.INITS)
@@ -101,7 +111,7 @@ def test_what_is_known_changes_no_bit_of_a_training_run(init: str, monkeypatch: 
 @pytest.mark.parametrize("side", ["out", "in"])
 def test_many_steps_follow_the_dense_formula_in_double_precision(side: Side) -> None:
     leaf = leaf_of(24, 3, 5, side, torch.float64)
-    leaf.basis = orthonormalise(leaf.basis.double())
+    leaf.basis = orthonormalize(leaf.basis.double())
     leaf.fold()
     raw = leaf.raw().detach().clone().requires_grad_()
     c = torch.eye(24, dtype=torch.float64) - leaf.basis @ leaf.basis.T
@@ -123,7 +133,7 @@ def test_many_steps_follow_the_dense_formula_in_double_precision(side: Side) -> 
 @pytest.mark.parametrize("side", ["out", "in"])
 def test_gradients_by_differences(side: Side, known: bool) -> None:
     leaf = leaf_of(7, 2, 3, side, torch.float64)
-    leaf.basis = orthonormalise(leaf.basis.double())
+    leaf.basis = orthonormalize(leaf.basis.double())
     assert leaf.fold()
     leaf.mark_folded("weight", stepped=known)
     assert leaf.is_known(leaf.raw()) == known
@@ -144,7 +154,12 @@ def test_gradients_by_differences(side: Side, known: bool) -> None:
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(second, expected_second, rtol=1e-9, atol=1e-9)
     h = 1e-6
-    numeric = torch.stack([(value(h * e) - value(-h * e)).detach() / (2 * h) for e in torch.eye(base.numel()).double().view(-1, *base.shape)])
+    numeric = torch.stack(
+        [
+            (value(h * e) - value(-h * e)).detach() / (2 * h)
+            for e in torch.eye(base.numel()).double().view(-1, *base.shape)
+        ]
+    )
     torch.testing.assert_close(gradient.flatten(), numeric, rtol=1e-6, atol=1e-8)
 
 
@@ -166,7 +181,13 @@ def test_functional_transforms_see_the_projection() -> None:
 @pytest.mark.parametrize("limit", [folding.MAX_GROUP_BYTES, 5000, 1], ids=["at once", "in parts", "one by one"])
 def test_a_grouped_fold_is_the_fold_of_each(limit: int, batched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folding, "MAX_GROUP_BYTES", limit)
-    shapes: list[Any] = [(32, 4, 5, "out"), (32, 4, 5, "in"), (48, 2, 7, "out"), (32, 4, 6, "out"), (32, 4, 5, "out", torch.bfloat16)]
+    shapes: list[Any] = [
+        (32, 4, 5, "out"),
+        (32, 4, 5, "in"),
+        (48, 2, 7, "out"),
+        (32, 4, 6, "out"),
+        (32, 4, 5, "out", torch.bfloat16),
+    ]
     leaves = [leaf_of(*shape, seed=7 * i + j) for j in range(4) for i, shape in enumerate(shapes)]
     before = [leaf.raw().detach().clone() for leaf in leaves]
     fold_together(leaves, batched)
@@ -180,9 +201,13 @@ def test_a_grouped_fold_is_the_fold_of_each(limit: int, batched: bool, monkeypat
 
 
 def test_a_step_of_a_7b_model_folds_in_at_most_ten_calls() -> None:
-    """The modules of Llama-2-7B, 32 layers of seven, with narrow matrices in place of its own: the number of calls does not depend on the width."""
+    """The modules of Llama-2-7B, 32 layers of seven, with narrow matrices in place of its own: the number of calls
+    does not depend on the width.
+    """
     widths = {"q": 40, "k": 40, "v": 40, "o": 40, "gate": 108, "up": 108, "down": 40}
-    leaves = [leaf_of(d, 4, 8, "out", seed=100 * layer + i) for layer in range(32) for i, d in enumerate(widths.values())]
+    leaves = [
+        leaf_of(d, 4, 8, "out", seed=100 * layer + i) for layer in range(32) for i, d in enumerate(widths.values())
+    ]
     with Calls() as calls:
         fold_together(leaves, batched=True)
     assert 0 < calls.ops.total() <= 10, calls.ops
@@ -225,7 +250,11 @@ def test_other_writes_are_noticed_at_once(projections: Counter[str]) -> None:
     cells.train(model, cells.adamw, 1)
     projections.clear()
     _, leaf = next(protected_leaves(model))
-    for write in (lambda w: w.copy_(torch.randn(w.shape)), lambda w: setattr(w, "data", torch.randn(w.shape)), lambda w: w.add_(1)):
+    for write in (
+        lambda w: w.copy_(torch.randn(w.shape)),
+        lambda w: setattr(w, "data", torch.randn(w.shape)),
+        lambda w: w.add_(1),
+    ):
         with torch.no_grad():
             write(leaf.raw())
         y = leaf(torch.randn(5, leaf.in_features)).detach()
@@ -240,7 +269,9 @@ def test_a_frozen_adapter_is_served_without_a_projection(tmp_path: Path, project
     loaded = PeftModel.from_pretrained(cells.base_model(), tmp_path)
     projections.clear()
     assert torch.equal(cells.logits(loaded), cells.logits(model))
-    assert projections["settled"] == len([1 for _, leaf in protected_leaves(model) if leaf.basis is not None]), "only the trainable model looks"
+    assert projections["settled"] == len([1 for _, leaf in protected_leaves(model) if leaf.basis is not None]), (
+        "only the trainable model looks"
+    )
     projections.clear()
     cells.logits(loaded)
     assert not projections
@@ -259,7 +290,7 @@ def shared_subspace() -> SafetySubspace:
     """One input basis for q and v of each layer, as calibration gives it."""
     bases: dict[str, Any] = {}
     for layer in range(2):
-        u = orthonormalise(torch.randn(32, cells.K, generator=torch.Generator().manual_seed(layer)))
+        u = orthonormalize(torch.randn(32, cells.K, generator=torch.Generator().manual_seed(layer)))
         bases |= {f"model.layers.{layer}.self_attn.{kind}_proj": {"in": u} for kind in "qv"}
     return SafetySubspace(bases)
 
@@ -281,7 +312,9 @@ def test_one_basis_is_held_once_whoever_uses_it() -> None:
     assert len(bases) == 8
     assert len({id(u) for u in bases}) == 2
     assert not {id(u) for u in bases} & own
-    assert not {u.data_ptr() for u in bases} & {u.data_ptr() for sides in subspace.bases.values() for u in sides.values()}
+    assert not {u.data_ptr() for u in bases} & {
+        u.data_ptr() for sides in subspace.bases.values() for u in sides.values()
+    }
     model.to(torch.float64).float()
     assert {id(leaf.basis) for _, leaf in protected_leaves(model)} == {id(u) for u in bases}
     twin = copy.deepcopy(model)
@@ -302,7 +335,7 @@ def test_an_adapter_made_in_inference_mode_computes_the_same() -> None:
 def test_a_hot_swap_leaves_the_basis_of_another_adapter_alone(tmp_path: Path) -> None:
     subspace = shared_subspace()
     model = with_shared(subspace)
-    new = with_shared(subspace.randomised(seed=5))
+    new = with_shared(subspace.randomized(seed=5))
     new.save_pretrained(tmp_path, selected_adapters=["default"])
     hotswap_adapter(model, str(tmp_path), "default")
     assert_protected(model)  # "other" still has its own
@@ -312,5 +345,7 @@ def test_a_hot_swap_leaves_the_basis_of_another_adapter_alone(tmp_path: Path) ->
     again.save_pretrained(tmp_path, selected_adapters=["default"])
     hotswap_adapter(model, str(tmp_path), "default")
     assert_protected(model)
-    assert all(leaf.basis is before[name] for name, leaf in protected_leaves(model)), "in place where nobody else uses it: compiled graphs stay valid"
+    assert all(leaf.basis is before[name] for name, leaf in protected_leaves(model)), (
+        "in place where nobody else uses it: compiled graphs stay valid"
+    )
     assert torch.equal(cells.logits(model), cells.logits(again))

@@ -1,4 +1,6 @@
-"""GuardSpace: an update that is zero on the calibrated inputs, through training and the whole life cycle, on every base."""
+"""GuardSpace: an update that is zero on the calibrated inputs, through training and the whole life cycle, on every
+base.
+"""
 
 import json
 import shutil
@@ -12,10 +14,17 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from peft_safety import GuardSpaceConfig, SafetySubspace, assert_protected, export_lora, merge_dequantised, verify
+from peft_safety import GuardSpaceConfig, SafetySubspace, assert_protected, export_lora, merge_dequantized, verify
 from peft_safety.artifact import MANIFEST
 from peft_safety.callbacks import SafetyMonitorCallback
-from peft_safety.errors import ArtifactError, CalibrationError, ConfigError, PeftSafetyError, ProtectionError, SubspaceError
+from peft_safety.errors import (
+    ArtifactError,
+    CalibrationError,
+    ConfigError,
+    PeftSafetyError,
+    ProtectionError,
+    SubspaceError,
+)
 from peft_safety.estimate.moments import selected
 from peft_safety.estimate.targets import base_layers
 from peft_safety.export import export_directory
@@ -48,7 +57,13 @@ def subspace(model, rows=HARMFUL, kind="linear", **options):
 
 
 def config(space, kind="linear", **options):
-    common = {"r": 4, "lora_alpha": 8, "target_modules": cells.targets(kind), "fan_in_fan_out": kind == "conv1d", "subspace": space}
+    common = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": cells.targets(kind),
+        "fan_in_fan_out": kind == "conv1d",
+        "subspace": space,
+    }
     data = {"init_data": batches()} if options.get("init") == "guardspace" else {}
     return GuardSpaceConfig(**{**common, **data, **options})
 
@@ -69,7 +84,9 @@ def calibrated_inputs(model, kind="linear"):
     layers = {name: layer for name, layer in base_layers(model).items() if name.endswith(tuple(cells.targets(kind)))}
     found, mask = {}, None
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: found.setdefault(name, []).append(selected(name, args[0], mask)))
+        layer.register_forward_pre_hook(
+            lambda _, args, name=name: found.setdefault(name, []).append(selected(name, args[0], mask))
+        )
         for name, layer in layers.items()
     ]
     for batch in batches():
@@ -82,7 +99,9 @@ def calibrated_inputs(model, kind="linear"):
 
 @torch.no_grad()
 def blindness(model, space, inputs):
-    """Largest `||dW x|| / (||dW|| ||x||)` over the layers, x the calibrated inputs projected onto the span, and its basis vectors themselves."""
+    """Largest `||dW x|| / (||dW|| ||x||)` over the layers, x the calibrated inputs projected onto the span, and its
+    basis vectors themselves.
+    """
     worst = 0.0
     for name, delta in cells.deltas(model).items():
         delta, q = delta.double(), space.bases[name]["in"].double()
@@ -101,7 +120,10 @@ def test_the_update_is_zero_on_the_calibrated_span_after_a_hundred_steps(kind, i
     space = model.peft_config["default"].subspace
     assert blindness(model, space, inputs) <= BLIND
     free = {name: (q := space.bases[name]["in"], x - x @ q @ q.T)[1] for name, x in inputs.items()}
-    seen = max(float((free[name] @ delta.T).norm() / (free[name].norm() * delta.norm())) for name, delta in cells.deltas(model).items())
+    seen = max(
+        float((free[name] @ delta.T).norm() / (free[name].norm() * delta.norm()))
+        for name, delta in cells.deltas(model).items()
+    )
     assert seen > 0.01, "the same figure outside the span"
 
 
@@ -120,7 +142,7 @@ def test_plain_lora_sees_those_inputs():
 def test_a_life_from_training_to_export(kind, init, both, tmp_path):
     model = guarded(kind, init=init, both=both)
     before = cells.logits(cells.base_model(kind))
-    assert torch.equal(cells.logits(model), before), "initialisation changes no bit of the function"
+    assert torch.equal(cells.logits(model), before), "initialization changes no bit of the function"
     cells.train(model, cells.adamw, 20)
     model.eval()
     assert_protected(model)
@@ -154,7 +176,9 @@ def test_merge_and_unmerge(init):
         if kind == "nf4":
             with pytest.raises(PeftSafetyError, match="would keep"):
                 model.merge_adapter()
-            torch.testing.assert_close(merge_dequantised(model, torch.float32)(input_ids=cells.tokens()).logits, before, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(
+                merge_dequantized(model, torch.float32)(input_ids=cells.tokens()).logits, before, atol=1e-3, rtol=1e-3
+            )
             continue
         model.merge_adapter()
         torch.testing.assert_close(cells.logits(model), before, atol=1e-5, rtol=1e-5)
@@ -163,7 +187,14 @@ def test_merge_and_unmerge(init):
 
 
 def trainer(model, path, **options):
-    arguments = {"per_device_train_batch_size": 4, "max_steps": 4, "report_to": "none", "logging_steps": 1, "learning_rate": 1e-2, "use_cpu": True}
+    arguments = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "report_to": "none",
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+    }
     settings = TrainingArguments(output_dir=str(path), **{**arguments, **options})
     return Trainer(model, settings, train_dataset=token_rows(32), callbacks=[SafetyMonitorCallback()])
 
@@ -216,7 +247,15 @@ def test_a_replaced_leaf_is_noticed():
 
 @pytest.mark.parametrize(
     "change",
-    [{"combine": "salora"}, {"combine": "odd"}, {"init": "guardspace"}, {"init": "odd"}, {"peft_type": "SALORA"}, {"peft_type": "LORA"}, {"k": -1}],
+    [
+        {"combine": "salora"},
+        {"combine": "odd"},
+        {"init": "guardspace"},
+        {"init": "odd"},
+        {"peft_type": "SALORA"},
+        {"peft_type": "LORA"},
+        {"k": -1},
+    ],
     ids=str,
 )
 def test_an_edited_config_is_refused(change, tmp_path):
@@ -250,7 +289,9 @@ def test_the_smallest_components_do_least_on_the_data(seed, rank, kind):
     prepared = Preconditioner.of(x @ x.T, kind, "layer")
     b, a = irrelevant_factors(w, prepared, rank, "layer")
     values = torch.linalg.svdvals(w.double() @ prepared.matrix)
-    assert torch.linalg.matrix_norm(b.double() @ a.double() @ prepared.matrix).square() == pytest.approx(float(values[-rank:].square().sum()), rel=1e-4)
+    assert torch.linalg.matrix_norm(b.double() @ a.double() @ prepared.matrix).square() == pytest.approx(
+        float(values[-rank:].square().sum()), rel=1e-4
+    )
     if kind == "root":  # in units of the data: no more energy than the same share of any other split into components
         energy = (b @ a @ x).square().sum()
         u, s, vh = torch.linalg.svd(w, full_matrices=False)
@@ -259,7 +300,7 @@ def test_the_smallest_components_do_least_on_the_data(seed, rank, kind):
 
 
 @pytest.mark.parametrize("preconditioner", ["root", "moment"])
-def test_the_published_initialisation_starts_where_the_data_are_not(preconditioner):
+def test_the_published_initialization_starts_where_the_data_are_not(preconditioner):
     model = guarded(init="guardspace", preconditioner=preconditioner)
     inputs = calibrated_inputs(cells.base_model())
     base = base_layers(model)
@@ -287,11 +328,20 @@ def test_auto_calibrates_on_each_basis_and_combines(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     digests = set()
-    for options in ({}, {"basis": "general"}, {"basis": "both"}, {"positions": "prompt"}, {"combine": "salora", "safety_rank": 4}, {"init": "guardspace"}):
+    for options in (
+        {},
+        {"basis": "general"},
+        {"basis": "both"},
+        {"positions": "prompt"},
+        {"combine": "salora", "safety_rank": 4},
+        {"init": "guardspace"},
+    ):
         base = tiny_llama()
         base.config._name_or_path = str(tmp_path)
         before = cells.logits(base)
-        model = get_peft_model(base, GuardSpaceConfig(r=2, target_modules=["q_proj", "down_proj"], per_kind={"down_proj": 0.1}, **options)).eval()
+        model = get_peft_model(
+            base, GuardSpaceConfig(r=2, target_modules=["q_proj", "down_proj"], per_kind={"down_proj": 0.1}, **options)
+        ).eval()
         assert torch.equal(cells.logits(model), before)
         assert_protected(model)
         space = model.peft_config["default"].subspace
@@ -385,5 +435,7 @@ def test_the_guard_warns_of_a_task_inside_the_null_space_and_only_then(recwarn):
     get_peft_model(cells.base_model(), config(space, task_data=batches(TASK)))
     assert not [w for w in recwarn if "null space" in str(w.message)]
     wide = subspace(cells.base_model(), rank=31, allow_fewer=True)
-    with pytest.warns(UserWarning, match=r"the task lies inside the null space: the update sees .* of its energy .* at model\.layers"):
+    with pytest.warns(
+        UserWarning, match=r"the task lies inside the null space: the update sees .* of its energy .* at model\.layers"
+    ):
         get_peft_model(cells.base_model(), config(wide, task_data=batches(TASK)))

@@ -1,4 +1,6 @@
-"""The promise itself: `U^T dW = 0` under every optimizer, for every reader, and the same training as without folding."""
+"""The promise itself: `U^T dW = 0` under every optimizer, for every reader, and the same training as without
+folding.
+"""
 
 from __future__ import annotations
 
@@ -98,11 +100,16 @@ def test_gradients_are_those_of_the_dense_formula(base: str, init: str) -> None:
 
 
 HUNDRED = [(base, "lora", optimizer) for base in ("linear", "nf4") for optimizer in OPTIMIZERS]
-HUNDRED += [("linear", "task", optimizer) for optimizer in ("adamw", "adamw8bit", "sgd")] + [("conv1d", "lora", "adamw"), ("int8", "task", "adamw")]
+HUNDRED += [("linear", "task", optimizer) for optimizer in ("adamw", "adamw8bit", "sgd")] + [
+    ("conv1d", "lora", "adamw"),
+    ("int8", "task", "adamw"),
+]
 
 
 @pytest.mark.parametrize(("base", "init", "optimizer"), HUNDRED)
-def test_a_hundred_steps_leak_nothing_at_save_load_fold_and_export(base: str, init: str, optimizer: str, tmp_path: Path) -> None:
+def test_a_hundred_steps_leak_nothing_at_save_load_fold_and_export(
+    base: str, init: str, optimizer: str, tmp_path: Path
+) -> None:
     model = cells.protected(base, init)
     cells.train(model, OPTIMIZERS[optimizer], 100)
     subspace = model.peft_config["default"].subspace
@@ -147,7 +154,9 @@ def test_folding_does_not_change_the_trajectory(optimizer: str, init: str) -> No
             chosen.zero_grad()
     reference = c @ raw_b.detach()
     assert float((b.projected().double() - reference).abs().max()) <= 2e-5 * float(reference.abs().max())
-    assert float((raw_b.detach() - reference).norm() / reference.norm()) > 1e-3 or optimizer == "sgd", "the dense loop must not have been folded"
+    assert float((raw_b.detach() - reference).norm() / reference.norm()) > 1e-3 or optimizer == "sgd", (
+        "the dense loop must not have been folded"
+    )
 
 
 READERS = {
@@ -155,7 +164,9 @@ READERS = {
     "state_dict": lambda model, name: model.state_dict()[f"{name}.weight"],
     "pickle": lambda model, name: pickle.loads(pickle.dumps(model)).get_submodule(name).weight,
     "deepcopy": lambda model, name: copy.deepcopy(model).get_submodule(name).weight,
-    "get_peft_model_state_dict": lambda model, name: get_peft_model_state_dict(model)[f"{name.removesuffix('.default')}.weight"],
+    "get_peft_model_state_dict": lambda model, name: get_peft_model_state_dict(model)[
+        f"{name.removesuffix('.default')}.weight"
+    ],
 }
 
 

@@ -1,4 +1,4 @@
-"""Merging into quantised weights: what survives, what leaks, and the way that loses nothing."""
+"""Merging into quantized weights: what survives, what leaks, and the way that loses nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from peft_safety import merge_quantised
+from peft_safety import merge_quantized
 from peft_safety.errors import ConfigError, LossyMergeError
 from peft_safety.layers import protected_leaves
 from peft_safety.weights import dense_weight
@@ -44,10 +44,12 @@ def figures(model: PeftModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.
 
 @pytest.mark.parametrize(("to", "dtype"), [("16bit", torch.bfloat16), ("16bit", torch.float32), ("nf4", None)])
 @pytest.mark.parametrize("init", INITS)
-def test_the_figures_are_those_of_the_merged_weights(init: str, to: Any, dtype: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_figures_are_those_of_the_merged_weights(
+    init: str, to: Any, dtype: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = small(init)
     updates, dense, bases = figures(model)
-    result = merge_quantised(model, to, force=to == "nf4", **({} if dtype is None else {"dtype": dtype}))
+    result = merge_quantized(model, to, force=to == "nf4", **({} if dtype is None else {"dtype": dtype}))
     assert {row.module for row in result.modules} == set(updates)
     for row in result.modules:
         delta, layer = updates[row.module], result.model.get_submodule(row.module)
@@ -55,7 +57,9 @@ def test_the_figures_are_those_of_the_merged_weights(init: str, to: Any, dtype: 
         change = dense_weight(layer).double() - dense[row.module]
         assert row.norm == pytest.approx(float(delta.norm() / dense[row.module].norm()), rel=1e-4)
         assert row.kept == pytest.approx(float((change * delta).sum() / delta.square().sum()), rel=1e-3, abs=1e-4)
-        assert row.leak == pytest.approx(float((bases[row.module].T @ change).norm() / delta.norm()), rel=1e-2, abs=2e-6)
+        assert row.leak == pytest.approx(
+            float((bases[row.module].T @ change).norm() / delta.norm()), rel=1e-2, abs=2e-6
+        )
         if dtype is torch.float32:
             assert abs(row.kept - 1) <= 1e-5
             assert row.leak <= 1e-5  # fp32's spacing at W, of dW a hundred times smaller
@@ -66,11 +70,11 @@ def test_the_figures_are_those_of_the_merged_weights(init: str, to: Any, dtype: 
     assert json.loads(json.dumps(result.to_json()))["modules"][0]["module"] == result.modules[0].module
 
 
-def test_quantising_again_is_refused_with_its_figures_and_changes_nothing() -> None:
+def test_quantizing_again_is_refused_with_its_figures_and_changes_nothing() -> None:
     model = small()
     before = cells.logits(model)
     with pytest.raises(LossyMergeError, match=r"would keep -?[\d.]+% of the update .* protected subspace") as caught:
-        merge_quantised(model, "nf4")
+        merge_quantized(model, "nf4")
     assert "nf4+residual" in str(caught.value)
     assert torch.equal(cells.logits(model), before)
 
@@ -82,14 +86,16 @@ def test_the_residual_form_is_exact(init: str, base: str, tmp_path: Path) -> Non
     packed = {name: layer.get_base_layer().weight.data.clone() for name, layer in cells.layers_of(model)}
     before = cells.logits(model)
     updates, _, bases = figures(model)
-    result = merge_quantised(model, "nf4+residual", verbose=False)
+    result = merge_quantized(model, "nf4+residual", verbose=False)
     assert type(result.model.peft_config["default"]) is LoraConfig
     assert not list(protected_leaves(result.model))
     tolerance = {"nf4": 1e-5, "int8": 1e-5}[base] * float(before.abs().max())
     torch.testing.assert_close(cells.logits(result.model), before, rtol=0, atol=tolerance)
     for name, delta in cells.deltas(result.model).items():
         torch.testing.assert_close(delta.double(), updates[name], rtol=1e-5, atol=1e-7)
-        assert torch.equal(dict(cells.layers_of(result.model))[name].get_base_layer().weight.data, packed[name]), "the quantised weight is left as it is"
+        assert torch.equal(dict(cells.layers_of(result.model))[name].get_base_layer().weight.data, packed[name]), (
+            "the quantized weight is left as it is"
+        )
     for row in result.modules:
         assert abs(row.kept - 1) <= 1e-4
         assert row.leak <= 1e-5
@@ -111,7 +117,7 @@ def test_several_active_adapters_merge_as_their_sum() -> None:
     model.base_model.set_adapter(["default", "plain"])
     before = cells.logits(model)
     for to in ("16bit", "nf4+residual"):
-        result = merge_quantised(copy.deepcopy(model), to, dtype=torch.float32, verbose=False)
+        result = merge_quantized(copy.deepcopy(model), to, dtype=torch.float32, verbose=False)
         torch.testing.assert_close(cells.logits(result.model), before, rtol=0, atol=1e-4 * float(before.abs().max()))
         by_kind = {row.module.rpartition(".")[2]: row for row in result.modules}
         assert by_kind["q_proj"].leak is None, "a sum of two adapters is bound by no one subspace"
@@ -120,31 +126,33 @@ def test_several_active_adapters_merge_as_their_sum() -> None:
 
 def test_input_side_and_plain_adapters_are_measured_too() -> None:
     patch = cells.perturb(patched("nf4", side="in"))
-    assert all(row.leak <= 1e-4 for row in merge_quantised(patch, "16bit", dtype=torch.float32, verbose=False).modules)
-    plain = merge_quantised(cells.plain("nf4"), "16bit", verbose=False)
+    assert all(row.leak <= 1e-4 for row in merge_quantized(patch, "16bit", dtype=torch.float32, verbose=False).modules)
+    plain = merge_quantized(cells.plain("nf4"), "16bit", verbose=False)
     assert {row.leak for row in plain.modules} == {None}
 
 
 def test_an_untrained_adapter_has_nothing_to_lose() -> None:
-    result = merge_quantised(cells.protected("nf4"), "nf4", force=True, verbose=False)
+    result = merge_quantized(cells.protected("nf4"), "nf4", force=True, verbose=False)
     assert all(math.isnan(row.kept) and row.norm == 0 for row in result.modules)
     assert result.to_json()["modules"][0]["kept"] is None
-    merge_quantised(cells.protected("nf4"), "nf4", verbose=False)
+    merge_quantized(cells.protected("nf4"), "nf4", verbose=False)
 
 
 def test_what_cannot_be_merged_is_refused() -> None:
     with pytest.raises(ConfigError, match="'16bit'"):
-        merge_quantised(small(), "8bit")
+        merge_quantized(small(), "8bit")
     with pytest.raises(ConfigError, match="8bit weight cannot be merged to 'nf4'"):
-        merge_quantised(small(base="int8"), "nf4", force=True)
+        merge_quantized(small(base="int8"), "nf4", force=True)
     with pytest.raises(ConfigError, match="dense weight cannot be merged to 'nf4'"):
-        merge_quantised(cells.protected(trained=True), "nf4", force=True)
+        merge_quantized(cells.protected(trained=True), "nf4", force=True)
 
 
-def test_a_requantised_model_still_is_one(tmp_path: Path) -> None:
+def test_a_requantized_model_still_is_one(tmp_path: Path) -> None:
     model = small()
-    expected = {row.module: row for row in merge_quantised(copy.deepcopy(model), "nf4", force=True, verbose=False).modules}
-    merged = merge_quantised(model, "nf4", force=True, verbose=False).model
+    expected = {
+        row.module: row for row in merge_quantized(copy.deepcopy(model), "nf4", force=True, verbose=False).modules
+    }
+    merged = merge_quantized(model, "nf4", force=True, verbose=False).model
     assert torch.isfinite(cells.logits(merged)).all()
     assert not any("lora" in name for name, _ in merged.named_modules())
     again = copy.deepcopy(merged)
@@ -168,9 +176,21 @@ def test_the_command_merges_a_saved_adapter(to: str, tmp_path: Path) -> None:
 
     options = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
     base = tiny_llama(hidden=64)
-    model = cells.perturb(get_peft_model(base, SaLoRAConfig(**options, subspace=cells.random_subspace(base, ["q_proj", "down_proj"]))))
+    model = cells.perturb(
+        get_peft_model(base, SaLoRAConfig(**options, subspace=cells.random_subspace(base, ["q_proj", "down_proj"])))
+    )
     model.save_pretrained(tmp_path / "adapter")
-    arguments = ["export", str(tmp_path / "adapter"), "--out", str(tmp_path / "out"), "--merge-to", to, "--model", str(tmp_path / "base"), "--json"]
+    arguments = [
+        "export",
+        str(tmp_path / "adapter"),
+        "--out",
+        str(tmp_path / "out"),
+        "--merge-to",
+        to,
+        "--model",
+        str(tmp_path / "base"),
+        "--json",
+    ]
     if to == "nf4":
         refused = CliRunner().invoke(app, arguments)
         assert isinstance(refused.exception, LossyMergeError)
@@ -184,6 +204,8 @@ def test_the_command_merges_a_saved_adapter(to: str, tmp_path: Path) -> None:
     else:
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         kinds = {type(loaded.get_submodule(row["module"])).__name__ for row in found["modules"]}
-        assert kinds == {"Linear" if to == "16bit" else "Linear4bit"}, "what was merged in 16 bits must not be quantised by the next load"
+        assert kinds == {"Linear" if to == "16bit" else "Linear4bit"}, (
+            "what was merged in 16 bits must not be quantized by the next load"
+        )
         assert type(loaded.get_submodule("model.layers.0.self_attn.k_proj")).__name__ == "Linear4bit"
         assert type(loaded.lm_head) is torch.nn.Linear

@@ -47,7 +47,9 @@ def test_tensors_that_are_assigned_compute_as_copies_do(how: str) -> None:
         cells.perturb(model)
         state = {name: oddly(value, how) for name, value in get_peft_model_state_dict(model).items()}
         assert all(lies_oddly(value) for value in state.values())
-        other = inject_adapter_in_model(cells.config("linear", "task", r=rank), cells.base_model(), low_cpu_mem_usage=True)
+        other = inject_adapter_in_model(
+            cells.config("linear", "task", r=rank), cells.base_model(), low_cpu_mem_usage=True
+        )
         set_peft_model_state_dict(other, state, low_cpu_mem_usage=True)
         cells.assert_same_factors(other, model)
         assert not odd_ones(other)
@@ -57,7 +59,9 @@ def test_tensors_that_are_assigned_compute_as_copies_do(how: str) -> None:
 
 @pytest.mark.parametrize("init", cells.INITS)
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_what_a_file_says_beside_the_factors_does_not_matter(low_cpu_mem_usage: bool, init: str, tmp_path: Path) -> None:
+def test_what_a_file_says_beside_the_factors_does_not_matter(
+    low_cpu_mem_usage: bool, init: str, tmp_path: Path
+) -> None:
     """The length of its header decides where a file's tensors come to lie."""
     model = cells.protected("linear", init, trained=True, modules_to_save=["lm_head"])
     model.save_pretrained(tmp_path)

@@ -1,4 +1,6 @@
-"""Layers that calibration does not reach, and narrow ones: left out by name, with one warning, or given what they can hold."""
+"""Layers that calibration does not reach, and narrow ones: left out by name, with one warning, or given what they can
+hold.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peft_safety import GuardSpaceConfig, OrthoSafetyPatchConfig, SafetySubspace, SaLoRAConfig, assert_protected, verify
+from peft_safety import (
+    GuardSpaceConfig,
+    OrthoSafetyPatchConfig,
+    SafetySubspace,
+    SaLoRAConfig,
+    assert_protected,
+    verify,
+)
 from peft_safety.errors import CalibrationError, ConfigError, SubspaceError
 from peft_safety.estimate.moments import InputMoments, positions_of
 from peft_safety.estimate.targets import canonical
@@ -46,12 +55,18 @@ def with_tower() -> nn.Module:
 def moe(seed=0) -> nn.Module:
     torch.manual_seed(seed)
     sizes = dict(hidden_size=32, intermediate_size=64, moe_intermediate_size=16, shared_expert_intermediate_size=48)
-    heads = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, num_experts=4, num_experts_per_tok=2)
-    return Qwen2MoeForCausalLM(Qwen2MoeConfig(vocab_size=260, **sizes, **heads, bos_token_id=1, eos_token_id=2, pad_token_id=3)).eval()
+    heads = dict(
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, num_experts=4, num_experts_per_tok=2
+    )
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(vocab_size=260, **sizes, **heads, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    ).eval()
 
 
 def guard(model, data=None, **options):
-    return SafetySubspace.from_activations(model, data or [batch()], **{"method": "guardspace", "rank": 0.25, **ALL, **options})
+    return SafetySubspace.from_activations(
+        model, data or [batch()], **{"method": "guardspace", "rank": 0.25, **ALL, **options}
+    )
 
 
 def ours(caught) -> list[str]:
@@ -59,21 +74,30 @@ def ours(caught) -> list[str]:
 
 
 def adapted(model: nn.Module) -> set[str]:
-    return {canonical(name) for name, module in model.named_modules() if isinstance(module, LoraLayer) and len(module.lora_A)}
+    return {
+        canonical(name)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and len(module.lora_A)
+    }
 
 
-# --- layers that no token reaches ------------------------------------------------------------------------------------------------------------------------
+# --- layers that no token reaches
+# ---
 
 
 def test_one_line_works_with_a_tower_that_text_does_not_reach(tmp_path):
     base = with_tower()
     before = [module for module in base.model.tower.modules()]
-    with pytest.warns(UserWarning, match=r"2 of 16 target layers are left out of the subspace.*model\.tower\.0, model\.tower\.1\.fc") as caught:
+    with pytest.warns(
+        UserWarning, match=r"2 of 16 target layers are left out of the subspace.*model\.tower\.0, model\.tower\.1\.fc"
+    ) as caught:
         space = guard(base)
     assert len(ours(caught)) == 1
     assert space.left_out == dict.fromkeys(TOWER, "unreached")
     space = SafetySubspace.load(space.save(tmp_path / "space"))
-    with pytest.warns(UserWarning, match=r"2 of 16 target layers are left out of the adapter.*model\.tower\.0") as caught:
+    with pytest.warns(
+        UserWarning, match=r"2 of 16 target layers are left out of the adapter.*model\.tower\.0"
+    ) as caught:
         model = get_peft_model(base, GuardSpaceConfig(r=4, subspace=space, target_modules="all-linear"))
     assert len(ours(caught)) == 1
     assert [module for module in model.base_model.model.model.tower.modules()] == before
@@ -113,14 +137,20 @@ def test_excluded_layers_are_neither_calibrated_nor_adapted(exclude):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*left out")
         space = guard(with_tower(), exclude_modules=exclude)
-        assert set(SafetySubspace.from_weights(with_tower(), rank=2, exclude_modules=exclude, **ALL).bases) == set(space.bases)
-        model = get_peft_model(with_tower(), GuardSpaceConfig(r=4, subspace=space, target_modules="all-linear", exclude_modules=exclude))
+        assert set(SafetySubspace.from_weights(with_tower(), rank=2, exclude_modules=exclude, **ALL).bases) == set(
+            space.bases
+        )
+        model = get_peft_model(
+            with_tower(), GuardSpaceConfig(r=4, subspace=space, target_modules="all-linear", exclude_modules=exclude)
+        )
     assert adapted(model) == set(space.bases)
     assert space.left_out == {}
 
 
 def test_what_lacks_a_basis_for_another_reason_is_refused_with_a_pattern_that_works():
-    space = guard(with_tower(), exclude_modules=TOWER).restricted([f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)])
+    space = guard(with_tower(), exclude_modules=TOWER).restricted(
+        [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    )
     config = {"r": 4, "subspace": space, "target_modules": "all-linear"}
     with pytest.raises(SubspaceError, match=r"and 11 more: .* 14 of 16 layers") as error:
         get_peft_model(with_tower(), GuardSpaceConfig(**config))
@@ -130,7 +160,9 @@ def test_what_lacks_a_basis_for_another_reason_is_refused_with_a_pattern_that_wo
 
 
 def test_data_that_reach_nothing_are_refused():
-    with pytest.raises(CalibrationError, match=r"reaches any of the 2 target layers \(model\.tower\.0, model\.tower\.1\.fc\)"):
+    with pytest.raises(
+        CalibrationError, match=r"reaches any of the 2 target layers \(model\.tower\.0, model\.tower\.1\.fc\)"
+    ):
         guard(with_tower(), target_modules=TOWER)
 
 
@@ -180,7 +212,8 @@ def test_rows_that_cannot_be_told_from_padding_are_counted_and_said():
         guard(Routed(), [padded], rank=4, target_modules=r"experts\.\d")
 
 
-# --- inputs of any shape ---------------------------------------------------------------------------------------------------------------------------------
+# --- inputs of any shape
+# ---
 
 MASK = torch.tensor([[True, True, False], [False, False, False]])
 
@@ -225,7 +258,16 @@ def test_a_pooler_is_calibrated_on_one_row_a_sequence():
 
 def t5() -> nn.Module:
     torch.manual_seed(0)
-    config = T5Config(vocab_size=260, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, pad_token_id=0, decoder_start_token_id=0)
+    config = T5Config(
+        vocab_size=260,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=1,
+        num_heads=4,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+    )
     return T5ForConditionalGeneration(config).eval()
 
 
@@ -242,14 +284,18 @@ def test_an_encoder_decoder_counts_prompts_in_the_encoder_and_labels_in_the_deco
     with torch.no_grad():
         hidden = model.encoder(data["input_ids"], attention_mask=data["attention_mask"]).last_hidden_state
     true = torch.linalg.svd(hidden[data["attention_mask"] != 0], full_matrices=False).Vh[:4].mT
-    assert float(torch.linalg.svdvals(space.bases["decoder.block.0.layer.1.EncDecAttention.k"]["in"].mT @ true).min()) > 0.999
+    assert (
+        float(torch.linalg.svdvals(space.bases["decoder.block.0.layer.1.EncDecAttention.k"]["in"].mT @ true).min())
+        > 0.999
+    )
     with pytest.warns(UserWarning, match="target layers are left out of the subspace"):
         out = SafetySubspace.from_activations(t5(), [data], rank=4, **ALL)
     assert {name for name in out.bases if name.startswith("encoder")} == set()
     assert "decoder.block.0.layer.0.SelfAttention.q" in out.bases
 
 
-# --- narrow layers ---------------------------------------------------------------------------------------------------------------------------------------
+# --- narrow layers
+# ---
 
 
 def test_a_rank_above_a_layers_width_trains_saves_and_loads(tmp_path):
@@ -270,7 +316,10 @@ def test_a_rank_above_a_layers_width_trains_saves_and_loads(tmp_path):
 
 def test_the_published_start_of_a_layer_narrower_than_r_leaves_the_function_alone_and_trains():
     space = guard(moe())
-    model = get_peft_model(moe(), GuardSpaceConfig(r=8, subspace=space, target_modules="all-linear", init="guardspace", init_data=[batch()])).eval()
+    model = get_peft_model(
+        moe(),
+        GuardSpaceConfig(r=8, subspace=space, target_modules="all-linear", init="guardspace", init_data=[batch()]),
+    ).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(**batch()).logits, moe()(**batch()).logits)
     gate = model.get_base_model().get_submodule(GATES[0])
@@ -289,7 +338,9 @@ def test_one_output_keeps_no_complement_and_is_left_out_of_output_side_subspaces
     with pytest.warns(UserWarning, match="single feature"):
         both = SafetySubspace.from_weights(moe(), rank=4, sides=("in", "out"), **ALL)
     with pytest.warns(UserWarning, match=r"left out of the adapter"):
-        model = get_peft_model(moe(), OrthoSafetyPatchConfig(r=4, side="both", subspace=both, target_modules="all-linear"))
+        model = get_peft_model(
+            moe(), OrthoSafetyPatchConfig(r=4, side="both", subspace=both, target_modules="all-linear")
+        )
     assert adapted(model) == set(space.bases)
 
 
@@ -298,12 +349,18 @@ def test_input_and_output_side_meet_where_both_have_a_basis(tmp_path):
     inside, outside = guard(moe()), SafetySubspace.from_activations(moe(), [batch()], rank=8, **ALL)
     for both in (inside.beside(outside), outside.beside(inside)):
         assert both.left_out == dict.fromkeys(GATES, "narrow")
-        model = get_peft_model(moe(), GuardSpaceConfig(r=4, combine="salora", subspace=both, target_modules="all-linear"))
+        model = get_peft_model(
+            moe(), GuardSpaceConfig(r=4, combine="salora", subspace=both, target_modules="all-linear")
+        )
         assert adapted(model).isdisjoint(GATES)
         assert_protected(model)
 
 
-@pytest.mark.parametrize(("size", "held"), [({"rank": 4}, [1, 2, 3]), ({"rank": 0.5}, [1, 2, 2]), ({"energy": 0.999999}, [1, 2, 3])], ids=str)
+@pytest.mark.parametrize(
+    ("size", "held"),
+    [({"rank": 4}, [1, 2, 3]), ({"rank": 0.5}, [1, 2, 2]), ({"energy": 0.999999}, [1, 2, 3])],
+    ids=str,
+)
 @pytest.mark.parametrize("labels", [2, 3, 4])
 def test_a_head_protects_what_it_can(size, held, labels):
     torch.manual_seed(0)
@@ -325,7 +382,9 @@ def test_a_head_protects_what_it_can(size, held, labels):
 
 def test_advice_can_be_followed():
     gate = {"target_modules": ["shared_expert_gate"], "progress": False}
-    with pytest.raises(ConfigError, match=r"single feature leaves no direction free. Use other target_modules") as error:
+    with pytest.raises(
+        ConfigError, match=r"single feature leaves no direction free. Use other target_modules"
+    ) as error:
         SafetySubspace.from_activations(moe(), [batch()], rank=4, **gate)
     assert "from 1 to 0" not in str(error.value)
     with pytest.raises(ConfigError, match="from 1 to 31") as error:
@@ -339,7 +398,9 @@ def test_very_narrow_inputs_keep_a_direction_free():
     model = nn.Module()
     model.embed, model.wide = nn.Embedding(300, 64), nn.Linear(64, 64)
     model.one, model.two, model.back = nn.Linear(1, 64), nn.Linear(2, 64), nn.Linear(64, 2)
-    model.forward = lambda input_ids, attention_mask: model.one(model.two(model.back(model.wide(model.embed(input_ids))))[..., :1])
+    model.forward = lambda input_ids, attention_mask: model.one(
+        model.two(model.back(model.wide(model.embed(input_ids))))[..., :1]
+    )
     targets = ["wide", "one", "two", "back"]
     for size in ({"rank": 0.01}, {"rank": 0.9}, {"rank": 8}):
         space = guard(model, target_modules=targets, **size)

@@ -25,7 +25,9 @@ CELLS = [(base, init) for base in cells.BASES for init in cells.INITS]
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize(("base", "init"), CELLS)
-def test_a_loaded_adapter_is_the_saved_one_bit_for_bit(base: str, init: str, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+def test_a_loaded_adapter_is_the_saved_one_bit_for_bit(
+    base: str, init: str, low_cpu_mem_usage: bool, tmp_path: Path
+) -> None:
     model = cells.protected(base, init, trained=True)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(cells.base_model(base), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
@@ -188,12 +190,16 @@ def test_a_weighted_combination_of_one_subspace_is_protected(combination: str, t
     model = cells.protected(seed=1)
     model.add_adapter("other", cells.config(seed=1))
     cells.perturb(model)
-    model.add_weighted_adapter(["default", "other"], [0.7, -0.3], "mix", combination_type=combination, **COMBINATIONS[combination])
+    model.add_weighted_adapter(
+        ["default", "other"], [0.7, -0.3], "mix", combination_type=combination, **COMBINATIONS[combination]
+    )
     model.set_adapter("mix")
     assert_protected(model, "mix")
     assert cells.leak(model, "mix") <= LEAK
     if combination in ("cat", "svd"):  # exact ones; svd keeps the rank, so it is the best approximation only
-        sums = {name: 0.7 * delta - 0.3 * cells.deltas(model, "other")[name] for name, delta in cells.deltas(model).items()}
+        sums = {
+            name: 0.7 * delta - 0.3 * cells.deltas(model, "other")[name] for name, delta in cells.deltas(model).items()
+        }
         for name, delta in cells.deltas(model, "mix").items():
             distance = float((delta - sums[name]).norm() / sums[name].norm())
             assert distance < (1e-5 if combination == "cat" else 0.9)
@@ -227,12 +233,17 @@ PATTERNS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_patterns_survive_save_and_load(pattern: str, tmp_path: Path) -> None:
     model = cells.protected(trained=True, **PATTERNS[pattern])
-    plain = get_peft_model(cells.base_model(), LoraConfig(r=4, **{"lora_alpha": 8, "target_modules": cells.targets("linear"), **PATTERNS[pattern]}))
+    plain = get_peft_model(
+        cells.base_model(),
+        LoraConfig(r=4, **{"lora_alpha": 8, "target_modules": cells.targets("linear"), **PATTERNS[pattern]}),
+    )
     shapes = {name: (layer.r["default"], layer.scaling["default"]) for name, layer in cells.layers_of(plain)}
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(cells.base_model(), tmp_path)
     for found in (model, loaded):
-        assert {name: (layer.r["default"], layer.scaling["default"]) for name, layer in cells.layers_of(found)} == shapes
+        assert {
+            name: (layer.r["default"], layer.scaling["default"]) for name, layer in cells.layers_of(found)
+        } == shapes
     assert torch.equal(cells.logits(loaded), cells.logits(model))
     again = tmp_path / "again"
     loaded.save_pretrained(again)
@@ -248,10 +259,15 @@ def test_modules_to_save_warn_and_come_back(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         loaded = PeftModel.from_pretrained(cells.base_model(), tmp_path)
     assert torch.equal(cells.logits(loaded), cells.logits(model))
-    assert any("lm_head" in key for key in json.loads((tmp_path / "adapter_config.json").read_text())["safety_artifact"]["extra_tensors"])
+    assert any(
+        "lm_head" in key
+        for key in json.loads((tmp_path / "adapter_config.json").read_text())["safety_artifact"]["extra_tensors"]
+    )
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 @pytest.mark.parametrize(("base", "init"), [("linear", "lora"), ("linear", "task"), ("nf4", "lora")])
 def test_a_copy_of_the_model_is_protected_and_independent(base: str, init: str, how: Any) -> None:
     model = cells.protected(base, init, trained=True)
@@ -267,7 +283,10 @@ def test_a_copy_of_the_model_is_protected_and_independent(base: str, init: str, 
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
-    plain, checkpointed = cells.protected("linear", "task", trained=True).train(), cells.protected("linear", "task", trained=True).train()
+    plain, checkpointed = (
+        cells.protected("linear", "task", trained=True).train(),
+        cells.protected("linear", "task", trained=True).train(),
+    )
     checkpointed.enable_input_require_grads()
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     ids = cells.tokens()
@@ -326,7 +345,10 @@ def test_a_config_survives_its_own_dictionary_before_injection(tmp_path: Path) -
     path = subspace.save(tmp_path / "s.safetensors")
     for source in (path, str(path)):
         config = SaLoRAConfig(r=4, target_modules=cells.targets("linear"), subspace=source)
-        assert json.loads(json.dumps({k: v for k, v in config.to_dict().items() if k != "target_modules"}))["peft_type"] == "SALORA"
+        assert (
+            json.loads(json.dumps({k: v for k, v in config.to_dict().items() if k != "target_modules"}))["peft_type"]
+            == "SALORA"
+        )
         model = get_peft_model(cells.base_model(), config)
         assert isinstance(model.peft_config["default"].subspace, SafetySubspace)
         assert model.peft_config["default"].subspace.digest == subspace.digest
@@ -335,7 +357,9 @@ def test_a_config_survives_its_own_dictionary_before_injection(tmp_path: Path) -
 def test_a_combination_wider_than_a_layer_is_protected_too() -> None:
     model = cells.protected(r=16, seed=1)
     model.add_adapter("other", cells.config(r=16, seed=1))
-    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "mix", combination_type="cat")  # of rank 32, and v_proj has 16 outputs
+    model.add_weighted_adapter(
+        ["default", "other"], [1.0, 1.0], "mix", combination_type="cat"
+    )  # of rank 32, and v_proj has 16 outputs
     assert {layer.r["mix"] for _, layer in cells.layers_of(model)} == {32}
     assert_protected(model, "mix")
 
@@ -345,7 +369,9 @@ def test_injection_that_fails_leaves_the_model_as_it_was() -> None:
     before = {name: type(module) for name, module in model.named_modules()}
     flags = [p.requires_grad for p in model.parameters()]
     with pytest.raises(PeftSafetyError):
-        get_peft_model(model, cells.config(target_modules=["q_proj"], subspace=cells.random_subspace(model, ["v_proj"])))
+        get_peft_model(
+            model, cells.config(target_modules=["q_proj"], subspace=cells.random_subspace(model, ["v_proj"]))
+        )
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert [p.requires_grad for p in model.parameters()] == flags
     assert not hasattr(model, "peft_config")

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import nn
 
-from peft_safety import assert_protected, merge_dequantised
+from peft_safety import assert_protected, merge_dequantized
 from peft_safety.errors import ConfigError, LossyMergeError, PeftSafetyError
 from peft_safety.layers import protected_leaves
 from tests.peft import cells
@@ -25,7 +25,10 @@ QUANTISED = [(base, init) for base in ("nf4", "int8") for init in cells.INITS]
 @pytest.mark.parametrize(("base", "init"), DENSE)
 def test_merging_keeps_the_function_and_unmerging_restores_it(base: str, init: str, safe_merge: bool) -> None:
     model = cells.protected(base, init, trained=True)
-    before, weights = cells.logits(model), {name: layer.get_base_layer().weight.clone() for name, layer in cells.layers_of(model)}
+    before, weights = (
+        cells.logits(model),
+        {name: layer.get_base_layer().weight.clone() for name, layer in cells.layers_of(model)},
+    )
     model.merge_adapter(safe_merge=safe_merge)
     torch.testing.assert_close(cells.logits(model), before, rtol=1e-6, atol=2e-6)
     assert any(not torch.equal(layer.get_base_layer().weight, weights[name]) for name, layer in cells.layers_of(model))
@@ -34,7 +37,9 @@ def test_merging_keeps_the_function_and_unmerging_restores_it(base: str, init: s
     for name, layer in cells.layers_of(model):
         torch.testing.assert_close(layer.get_base_layer().weight, weights[name], rtol=1e-6, atol=1e-6)
     merged = model.merge_and_unload(safe_merge=safe_merge)
-    assert not any(isinstance(module, type(model.base_model)) or "lora" in name for name, module in merged.named_modules())
+    assert not any(
+        isinstance(module, type(model.base_model)) or "lora" in name for name, module in merged.named_modules()
+    )
     torch.testing.assert_close(cells.logits(merged), before, rtol=1e-6, atol=2e-6)
 
 
@@ -58,7 +63,9 @@ def test_several_adapters_merge_together() -> None:
     cells.perturb(model)
     model.base_model.set_adapter(["default", "other"])
     before = cells.logits(model)
-    torch.testing.assert_close(cells.logits(model.merge_and_unload(adapter_names=["default", "other"])), before, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(
+        cells.logits(model.merge_and_unload(adapter_names=["default", "other"])), before, rtol=1e-6, atol=2e-6
+    )
 
 
 def test_a_merged_adapter_is_neither_exported_nor_merged_twice(tmp_path: Path) -> None:
@@ -69,7 +76,7 @@ def test_a_merged_adapter_is_neither_exported_nor_merged_twice(tmp_path: Path) -
     with pytest.raises(ConfigError, match="unmerge"):
         export_lora(model, tmp_path)
     with pytest.raises(ConfigError, match="unmerge"):
-        merge_dequantised(model)
+        merge_dequantized(model)
 
 
 @pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter", "by name"])
@@ -85,7 +92,7 @@ def test_merging_into_k_bit_weights_is_refused_with_the_figure(base: str, init: 
         merge()
     kept = float(re.search(r"would keep (-?[\d.]+)%", str(caught.value)).group(1))
     assert -100 < kept < 200
-    assert "merge_dequantised" in str(caught.value)
+    assert "merge_dequantized" in str(caught.value)
     model.set_adapter("default")
     assert torch.equal(cells.logits(model), before)
 
@@ -100,20 +107,20 @@ def test_plain_lora_beside_a_protected_adapter_may_merge_into_k_bit_weights() ->
 
 
 @pytest.mark.parametrize(("base", "init"), QUANTISED)
-def test_merging_into_dequantised_weights_keeps_the_function(base: str, init: str) -> None:
+def test_merging_into_dequantized_weights_keeps_the_function(base: str, init: str) -> None:
     from peft_safety.weights import dense_weight
 
     model = cells.protected(base, init, trained=True)
     updates, subspace = cells.deltas(model), model.peft_config["default"].subspace
     dense = {name: dense_weight(layer.get_base_layer()) for name, layer in cells.layers_of(model)}
     before, ids = cells.logits(model), cells.tokens()
-    merged = merge_dequantised(model, torch.float32)
+    merged = merge_dequantized(model, torch.float32)
     for name, weight in dense.items():
         layer = merged.get_submodule(name)
         assert type(layer) is nn.Linear
         torch.testing.assert_close(layer.weight - weight, updates[name], rtol=1e-4, atol=1e-6)
         assert float((subspace.bases[name]["out"].T @ (layer.weight - weight)).norm() / weight.norm()) <= LEAK
-    # int8 kernels also quantise the activations, to 8 bits
+    # int8 kernels also quantize the activations, to 8 bits
     tolerance = {"nf4": 1e-4, "int8": 5e-2}[base] * float(before.abs().max())
     torch.testing.assert_close(cells.logits(merged, ids), before, rtol=0, atol=tolerance)
 
@@ -183,7 +190,9 @@ def test_a_compiled_model_serves_the_swapped_adapter_without_a_new_graph(tmp_pat
 
 
 def test_a_hot_swap_that_would_lose_protection_is_refused(tmp_path: Path) -> None:
-    plain = get_peft_model(cells.base_model(), LoraConfig(r=4, target_modules=cells.targets("linear"), init_lora_weights=False))
+    plain = get_peft_model(
+        cells.base_model(), LoraConfig(r=4, target_modules=cells.targets("linear"), init_lora_weights=False)
+    )
     plain.save_pretrained(tmp_path / "plain")
     fewer, _ = save(tmp_path, "fewer", target_modules=["q_proj"])
     task = cells.protected("linear", "task", trained=True)

@@ -1,4 +1,6 @@
-"""An adapter is the modules that it was trained on: whatever else their names could mean, and whatever is wrapped around them."""
+"""An adapter is the modules that it was trained on: whatever else their names could mean, and whatever is wrapped
+around them.
+"""
 
 import json
 import math
@@ -8,7 +10,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Trainer, TrainingArguments
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 import peft_safety
 from peft_safety import SafetySubspace, SaLoRAConfig
@@ -67,7 +76,10 @@ def train(model, steps=3):
 def random_subspace(model, names):
     layers = base_layers(model)
     generator = torch.Generator().manual_seed(1)
-    bases = {n: {"out": torch.linalg.qr(torch.randn(layers[n].weight.shape[0], 3, generator=generator)).Q.contiguous()} for n in names}
+    bases = {
+        n: {"out": torch.linalg.qr(torch.randn(layers[n].weight.shape[0], 3, generator=generator)).Q.contiguous()}
+        for n in names
+    }
     return SafetySubspace(bases)
 
 
@@ -85,15 +97,28 @@ TWINS = ("layers.0.lin", "img.layers.0.lin", "layers.1.lin", "img.layers.1.lin",
         {"target_modules": ["lin"], "exclude_modules": r"img\..*"},
         {"target_modules": ["lin"], "rank_pattern": {r"^layers\.0\.lin": 2}},
         {"target_modules": ["lin"], "alpha_pattern": {r"^layers\.0\.lin": 64, "layers.1.lin": 3}},
-        {"target_modules": ["lin"], "rank_pattern": {r"img\..*": 3, "layers.0.lin": 2}, "alpha_pattern": {r".*\.1\.lin": 5, "lin": 7}, "use_rslora": True},
+        {
+            "target_modules": ["lin"],
+            "rank_pattern": {r"img\..*": 3, "layers.0.lin": 2},
+            "alpha_pattern": {r".*\.1\.lin": 5, "lin": 7},
+            "use_rslora": True,
+        },
     ],
 )
 def test_names_that_end_other_names(options, tmp_path):
     model = protected(Net(*TWINS), TWINS, **options)
-    there = {n: (m.r["default"], m.scaling["default"]) for n, m in model.get_base_model().named_modules() if hasattr(m, "lora_B")}
+    there = {
+        n: (m.r["default"], m.scaling["default"])
+        for n, m in model.get_base_model().named_modules()
+        if hasattr(m, "lora_B")
+    }
     model.save_pretrained(tmp_path / "first")
     loaded = PeftModel.from_pretrained(Net(*TWINS), tmp_path / "first")
-    assert {n: (m.r["default"], m.scaling["default"]) for n, m in loaded.get_base_model().named_modules() if hasattr(m, "lora_B")} == there
+    assert {
+        n: (m.r["default"], m.scaling["default"])
+        for n, m in loaded.get_base_model().named_modules()
+        if hasattr(m, "lora_B")
+    } == there
     torch.testing.assert_close(output(loaded), output(model), rtol=0, atol=1e-6)
     loaded.save_pretrained(tmp_path / "second")
     stored = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
@@ -116,7 +141,19 @@ def test_exported_adapters_have_no_further_modules(tmp_path):
 
 def test_patterns_mean_what_they_mean_to_peft():
     modules = ["layers.0.lin", "img.layers.0.lin", "layers.0_lin", "q_proj", "self_attn.q_proj"]
-    keys = ["lin", "layers.0.lin", r"^layers\.0\.lin", r"layers\.\d\.lin", "q_proj$", ".*q_proj", "(q|v)_proj", "x+_proj", r"li\w", r"\x6cin", "attn.q_proj"]
+    keys = [
+        "lin",
+        "layers.0.lin",
+        r"^layers\.0\.lin",
+        r"layers\.\d\.lin",
+        "q_proj$",
+        ".*q_proj",
+        "(q|v)_proj",
+        "x+_proj",
+        r"li\w",
+        r"\x6cin",
+        "attn.q_proj",
+    ]
     decided = 0
     for first in keys:
         for second in keys:
@@ -126,26 +163,49 @@ def test_patterns_mean_what_they_mean_to_peft():
                 assert found in (None, table.get(get_pattern_key(table, module), 9)), (table, module)
                 decided += found is not None
     assert decided > 150
-    assert pattern_value({".*proj": 3, "q_proj": 2}, "q_proj", 1) is None  # the first match wins, and is not known here
+    assert (
+        pattern_value({".*proj": 3, "q_proj": 2}, "q_proj", 1) is None
+    )  # the first match wins, and is not known here
     assert pattern_value({"([a-z_.0-9]+)+!": 3, "q_proj": 2}, "q_proj", 1) == 2
 
 
 def test_a_plain_adapter_whose_alpha_only_a_regular_expression_knows(tmp_path):
-    model = train(get_peft_model(Net("a.lin", "b.lin"), LoraConfig(r=2, target_modules=["lin"], alpha_pattern={"a.*": 3, "lin": 5})))
+    model = train(
+        get_peft_model(
+            Net("a.lin", "b.lin"), LoraConfig(r=2, target_modules=["lin"], alpha_pattern={"a.*": 3, "lin": 5})
+        )
+    )
     model.save_pretrained(tmp_path)
     _, factors = read_factors(tmp_path, json.loads((tmp_path / "adapter_config.json").read_text()))
     for name, factor in factors.items():
-        assert math.isnan(factor.scaling) or factor.scaling == model.get_base_model().get_submodule(name).scaling["default"]
+        assert (
+            math.isnan(factor.scaling)
+            or factor.scaling == model.get_base_model().get_submodule(name).scaling["default"]
+        )
 
 
-ODD = ("lora_head", "x.lora_A", "x.lora_B", "base_layer", "y.base_layer.lin", "modules_to_save", "z.weight", "base_model.model.lin", "lora_A.lin", "_hidden")
+ODD = (
+    "lora_head",
+    "x.lora_A",
+    "x.lora_B",
+    "base_layer",
+    "y.base_layer.lin",
+    "modules_to_save",
+    "z.weight",
+    "base_model.model.lin",
+    "lora_A.lin",
+    "_hidden",
+)
 
 
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("role", ["saved", "targeted", "neither"])
 def test_modules_with_names_of_peft(name, role, tmp_path):
     names = ("body", name)
-    options = {"target_modules": list(names) if role == "targeted" else ["body"], "modules_to_save": [name] if role == "saved" else None}
+    options = {
+        "target_modules": list(names) if role == "targeted" else ["body"],
+        "modules_to_save": [name] if role == "saved" else None,
+    }
 
     def plain():
         model = train(get_peft_model(Net(*names), LoraConfig(r=4, **options)))
@@ -158,14 +218,19 @@ def test_modules_with_names_of_peft(name, role, tmp_path):
         served = False
     if not served:
         pytest.skip("plain LoRA cannot either")
-    if (name, role) == ("base_layer", "saved"):  # PEFT matches the end of any name, and would train the weight under the adapter
+    if (name, role) == (
+        "base_layer",
+        "saved",
+    ):  # PEFT matches the end of any name, and would train the weight under the adapter
         with pytest.raises(PeftSafetyError, match="body"):
             protected(Net(*names), names, **options)
         return
     model = protected(Net(*names), names, **options)
     model.save_pretrained(tmp_path / "ours")
     peft_safety.verify(tmp_path / "ours")
-    torch.testing.assert_close(output(PeftModel.from_pretrained(Net(*names), tmp_path / "ours")), output(model), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        output(PeftModel.from_pretrained(Net(*names), tmp_path / "ours")), output(model), rtol=0, atol=1e-6
+    )
     fresh = protected(Net(*names), names, **options)
     fresh.load_adapter(str(tmp_path / "ours"), "default", is_trainable=True)
     torch.testing.assert_close(output(fresh), output(model), rtol=0, atol=1e-6)
@@ -200,7 +265,12 @@ class Nested(Net):
 def test_wrapped_bases(wrap, there, tmp_path):
     names = ("enc.up", "enc.down")
     base = wrap(Nested())
-    model = get_peft_model(base, SaLoRAConfig(r=4, subspace=random_subspace(Nested(), names), target_modules=["up", "down"], modules_to_save=["head"]))
+    model = get_peft_model(
+        base,
+        SaLoRAConfig(
+            r=4, subspace=random_subspace(Nested(), names), target_modules=["up", "down"], modules_to_save=["head"]
+        ),
+    )
     train(model)
     peft_safety.assert_protected(model)
     model.save_pretrained(tmp_path)
@@ -225,7 +295,10 @@ def test_a_compiled_adapter_is_saved_like_any(tmp_path):
 HEADS = {
     "targeted": (False, {"target_modules": ["q_proj", "lm_head"]}),
     "targeted and tied": (True, {"target_modules": ["q_proj", "lm_head"]}),
-    "kept tied": (True, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "kept tied": (
+        True,
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
     "both ends saved": (False, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
 }
 
@@ -242,15 +315,28 @@ def test_a_run_with_a_head_resumes_and_ends_with_its_best_model(case, tmp_path):
         return model
 
     targets = [n for n in base_layers(base()) if n.endswith(tuple(options["target_modules"]))]
-    rows = [{"input_ids": torch.randint(4, 200, (12,), generator=torch.Generator().manual_seed(i)).tolist()} for i in range(8)]
+    rows = [
+        {"input_ids": torch.randint(4, 200, (12,), generator=torch.Generator().manual_seed(i)).tolist()}
+        for i in range(8)
+    ]
     rows = [row | {"labels": row["input_ids"]} for row in rows]
 
     def trainer(**arguments):
         config = SaLoRAConfig(r=4, subspace=random_subspace(base(), targets), task_type="CAUSAL_LM", **options)
-        settings = {"max_steps": 4, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+        settings = {
+            "max_steps": 4,
+            "save_steps": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+        }
         quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 0}
         return Trainer(
-            get_peft_model(base(), config), TrainingArguments(str(tmp_path), **settings, **quiet, **arguments), train_dataset=rows, eval_dataset=rows
+            get_peft_model(base(), config),
+            TrainingArguments(str(tmp_path), **settings, **quiet, **arguments),
+            train_dataset=rows,
+            eval_dataset=rows,
         )
 
     first = trainer(load_best_model_at_end=True)
@@ -267,9 +353,26 @@ def test_a_run_with_a_head_resumes_and_ends_with_its_best_model(case, tmp_path):
 
 def llava(shift=0.0):
     torch.manual_seed(0)
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8, projection_dim=16)
-    text = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)).eval()
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=16,
+    )
+    text = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+    ).eval()
     for parameter in model.parameters():
         parameter.data += shift * torch.randn(parameter.shape)
     return model
@@ -279,14 +382,21 @@ def test_checkpoints_with_other_names_than_their_model(tmp_path):
     model = llava()
     model.save_pretrained(tmp_path)
     source = open_weights(tmp_path)
-    layers = {n: m for n, m in base_layers(model).items() if "q_proj" in n or "fc1" in n or n in ("lm_head", "model.multi_modal_projector.linear_1")}
+    layers = {
+        n: m
+        for n, m in base_layers(model).items()
+        if "q_proj" in n or "fc1" in n or n in ("lm_head", "model.multi_modal_projector.linear_1")
+    }
     assert len(layers) == 5
     for name, layer in layers.items():
         with source.open(name) as matrix:
             torch.testing.assert_close(matrix.block(0, matrix.shape[1]), layer.weight.detach(), rtol=0, atol=0)
     for path in tmp_path.glob("config.json"):
         path.unlink()
-    with pytest.raises(CheckpointError, match="not there"), open_weights(tmp_path).open("model.language_model.layers.0.self_attn.q_proj"):
+    with (
+        pytest.raises(CheckpointError, match="not there"),
+        open_weights(tmp_path).open("model.language_model.layers.0.self_attn.q_proj"),
+    ):
         pass
 
 
@@ -295,10 +405,14 @@ def test_safe_lora_and_protection_on_a_vision_language_model(tmp_path):
     llava(0.05).save_pretrained(tmp_path / "unaligned")
     model = get_peft_model(llava(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     model.save_pretrained(tmp_path / "plain")
-    report = peft_safety.safe_lora_dir(tmp_path / "plain", tmp_path / "unaligned", tmp_path / "aligned", select="all", progress=False)
+    report = peft_safety.safe_lora_dir(
+        tmp_path / "plain", tmp_path / "unaligned", tmp_path / "aligned", select="all", progress=False
+    )
     assert len(report.modules) == 2
     targets = [name for name in base_layers(llava()) if name.endswith("q_proj")]
-    ours = get_peft_model(llava(), SaLoRAConfig(r=2, subspace=random_subspace(llava(), targets), target_modules=["q_proj"]))
+    ours = get_peft_model(
+        llava(), SaLoRAConfig(r=2, subspace=random_subspace(llava(), targets), target_modules=["q_proj"])
+    )
     with torch.no_grad():
         for layer in ours.modules():
             if hasattr(layer, "lora_B"):
@@ -306,7 +420,9 @@ def test_safe_lora_and_protection_on_a_vision_language_model(tmp_path):
     ours.save_pretrained(tmp_path / "ours")
     ids = torch.arange(4, 20)[None]
     with torch.no_grad():
-        found, wanted = (m.eval()(input_ids=ids).logits for m in (PeftModel.from_pretrained(llava(), tmp_path / "ours"), ours))
+        found, wanted = (
+            m.eval()(input_ids=ids).logits for m in (PeftModel.from_pretrained(llava(), tmp_path / "ours"), ours)
+        )
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 

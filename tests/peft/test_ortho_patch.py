@@ -6,7 +6,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from peft_safety import OrthoSafetyPatchConfig, SafetySubspace, SoftPenaltyCallback, assert_protected, export_lora, merge_dequantised, verify
+from peft_safety import (
+    OrthoSafetyPatchConfig,
+    SafetySubspace,
+    SoftPenaltyCallback,
+    assert_protected,
+    export_lora,
+    merge_dequantized,
+    verify,
+)
 from peft_safety.artifact import SIDES
 from peft_safety.callbacks import SafetyMonitorCallback
 from peft_safety.errors import ConfigError, PeftSafetyError, ProtectionError
@@ -54,7 +62,9 @@ def test_hard_keeps_a_patch_out_of_the_basis_at_save_load_and_export(side, basis
 
 
 def gradient_projection_share(steps=100, k=K):
-    """The other form: project the gradient of lora_A, then let AdamW step. Largest share of dW in the basis afterwards."""
+    """The other form: project the gradient of lora_A, then let AdamW step. Largest share of dW in the basis
+    afterwards.
+    """
     base = cells.base_model()
     space = subspace(base, k=k)
     torch.manual_seed(0)
@@ -68,7 +78,7 @@ def gradient_projection_share(steps=100, k=K):
     return shares(model, space, "in")
 
 
-def test_projected_gradients_leak_where_the_parametrised_form_does_not():
+def test_projected_gradients_leak_where_the_parametrized_form_does_not():
     assert gradient_projection_share() > 0.1
 
 
@@ -133,7 +143,9 @@ def test_a_plain_lora_directory_is_a_prior_patch_too(tmp_path):
         other = cells.deltas(model)[module].double()
         assert abs(float((delta.double() * other).sum())) <= 1e-6 * float(delta.norm()) * float(other.norm())
     ranks = {name: sides["in"].shape[1] for name, sides in model.peft_config["default"].subspace.bases.items()}
-    assert {ranks[name] for name in ranks if "v_proj" in name} == {K}, "modules that the prior left alone keep their basis"
+    assert {ranks[name] for name in ranks if "v_proj" in name} == {K}, (
+        "modules that the prior left alone keep their basis"
+    )
     assert {ranks[name] for name in ranks if "q_proj" in name} == {K + 3}
 
 
@@ -142,7 +154,10 @@ def dense_penalty(model, adapter="default"):
     space, total, leaves = model.peft_config[adapter].subspace, 0.0, []
     base = base_layers(model)
     for name, layer in cells.layers_of(model, adapter):
-        a, b = (getattr(layer, factor)[adapter].weight.detach().double().requires_grad_() for factor in ("lora_A", "lora_B"))
+        a, b = (
+            getattr(layer, factor)[adapter].weight.detach().double().requires_grad_()
+            for factor in ("lora_A", "lora_B")
+        )
         q, s = space.bases[name]["in"].double(), space.spectra[name]["in"].double()
         moment = q @ torch.diag(s.square()) @ q.T
         delta, w = layer.scaling[adapter] * b @ a, dense_weight(base[name], name).double()
@@ -154,7 +169,9 @@ def dense_penalty(model, adapter="default"):
 @pytest.mark.parametrize("kind", ["linear", "nf4"])
 def test_the_penalty_and_its_gradient_in_fp64_are_those_of_the_dense_formula(kind):
     base = cells.base_model(kind)
-    model = cells.perturb(get_peft_model(base, config(subspace(cells.base_model(kind)), mode="soft", reg_lambda=3.0)).double())
+    model = cells.perturb(
+        get_peft_model(base, config(subspace(cells.base_model(kind)), mode="soft", reg_lambda=3.0)).double()
+    )
     penalty = SoftPenalty(model)
     total, leaves = dense_penalty(model)
     assert penalty.value() == pytest.approx(float(total), rel=1e-9)
@@ -169,12 +186,26 @@ def test_the_penalty_and_its_gradient_in_fp64_are_those_of_the_dense_formula(kin
 
 def trainer(model, tmp_path, callbacks, **options):
     rows = token_rows(16)
-    arguments = {"output_dir": str(tmp_path), "per_device_train_batch_size": 4, "max_steps": 4, "report_to": "none", "logging_steps": 1, "save_strategy": "no"}
-    return Trainer(model, TrainingArguments(**{**arguments, "learning_rate": 1e-2, "use_cpu": True, **options}), train_dataset=rows, callbacks=callbacks)
+    arguments = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "report_to": "none",
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    return Trainer(
+        model,
+        TrainingArguments(**{**arguments, "learning_rate": 1e-2, "use_cpu": True, **options}),
+        train_dataset=rows,
+        callbacks=callbacks,
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "nf4"])
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=["plain", "accumulation", "bf16"])
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=["plain", "accumulation", "bf16"]
+)
 def test_soft_training_shrinks_the_energy_on_the_data_and_leaves_the_loss_alone(kind, options, tmp_path):
     space = subspace(cells.base_model(kind))
     found = {}
@@ -214,7 +245,9 @@ def test_a_soft_patch_saved_without_its_penalty_warns_and_one_with_it_does_not(t
     assert not [w for w in recwarn if "penalty" in str(w.message)]
     loaded = PeftModel.from_pretrained(cells.base_model(), tmp_path / "late", is_trainable=True)
     torch.testing.assert_close(cells.logits(loaded.eval()), cells.logits(model.eval()))
-    assert SoftPenalty(loaded).value() == pytest.approx(SoftPenalty(model).value(), rel=1e-5), "the basis comes along, so training can go on"
+    assert SoftPenalty(loaded).value() == pytest.approx(SoftPenalty(model).value(), rel=1e-5), (
+        "the basis comes along, so training can go on"
+    )
 
 
 @pytest.mark.parametrize("mode", ["none", "soft"])
@@ -249,7 +282,7 @@ def test_merge_and_unmerge(kind):
     if kind == "nf4":
         with pytest.raises(PeftSafetyError, match="would keep"):
             model.merge_adapter()
-        merged = merge_dequantised(model, torch.float32)
+        merged = merge_dequantized(model, torch.float32)
         torch.testing.assert_close(merged(input_ids=cells.tokens()).logits, before, atol=1e-3, rtol=1e-3)
         return
     model.merge_adapter()
@@ -260,7 +293,13 @@ def test_merge_and_unmerge(kind):
 
 def test_layers_with_one_input_share_one_basis_in_memory_and_on_disk(tmp_path):
     space = SafetySubspace.from_activations(
-        tiny_llama(), GENERAL, tokenizer=tiny_tokenizer(), method="ortho_patch", rank=4, target_modules="all-linear", progress=False
+        tiny_llama(),
+        GENERAL,
+        tokenizer=tiny_tokenizer(),
+        method="ortho_patch",
+        rank=4,
+        target_modules="all-linear",
+        progress=False,
     )
     q, k = (space.bases[f"model.layers.0.self_attn.{p}_proj"]["in"] for p in "qk")
     assert q is k
@@ -272,7 +311,9 @@ def test_layers_with_one_input_share_one_basis_in_memory_and_on_disk(tmp_path):
     assert len(stored) == 2 * 4, "q/k/v, o, gate/up and down of two layers"
     loaded = SafetySubspace.load(path)
     assert loaded.digest == space.digest
-    assert loaded.bases["model.layers.0.self_attn.q_proj"]["in"] is loaded.bases["model.layers.0.self_attn.v_proj"]["in"]
+    assert (
+        loaded.bases["model.layers.0.self_attn.q_proj"]["in"] is loaded.bases["model.layers.0.self_attn.v_proj"]["in"]
+    )
     assert loaded.provenance == space.provenance
     assert loaded.save(tmp_path / "again").read_bytes() == path.read_bytes()
 
@@ -283,7 +324,9 @@ def test_auto_estimates_on_the_packages_own_prompts(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     base.config._name_or_path = str(tmp_path)
     for basis in ("activation", "contrastive", "weight"):
-        model = get_peft_model(tiny_llama_at(tmp_path), OrthoSafetyPatchConfig(r=2, target_modules=["q_proj"], basis=basis, energy=0.5))
+        model = get_peft_model(
+            tiny_llama_at(tmp_path), OrthoSafetyPatchConfig(r=2, target_modules=["q_proj"], basis=basis, energy=0.5)
+        )
         facts = model.peft_config["default"].subspace.provenance
         assert facts["energy"] == 0.5
         assert_protected(model)
@@ -298,13 +341,19 @@ def tiny_llama_at(path):
 
 def test_rows_of_prompts_alone_calibrate_on_prompt_tokens():
     bare = [{"prompt": row["prompt"]} for row in GENERAL]
-    common = {"tokenizer": tiny_tokenizer(), "method": "ortho_patch", "rank": 4, "target_modules": ["q_proj"], "progress": False}
+    common = {
+        "tokenizer": tiny_tokenizer(),
+        "method": "ortho_patch",
+        "rank": 4,
+        "target_modules": ["q_proj"],
+        "progress": False,
+    }
     found = SafetySubspace.from_activations(tiny_llama(), bare, **common)
     same = SafetySubspace.from_activations(tiny_llama(), bare, positions="prompt", **common)
     assert found.digest == same.digest
     both = SafetySubspace.from_activations(tiny_llama(), GENERAL, positions="all", **common)
     assert both.provenance["tokens"] > found.provenance["tokens"]
-    with pytest.raises(PeftSafetyError, match="0 labelled tokens"):
+    with pytest.raises(PeftSafetyError, match="0 labeled tokens"):
         SafetySubspace.from_activations(tiny_llama(), bare, positions="response", **common)
     with pytest.raises(ConfigError, match="positions='some'"):
         SafetySubspace.from_activations(tiny_llama(), bare, positions="some", **common)

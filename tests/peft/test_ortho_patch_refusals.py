@@ -96,7 +96,15 @@ def test_no_capacity_left_is_an_error_and_nothing_is_left_behind():
 
 @pytest.mark.parametrize(
     "change",
-    [dict(mode="none"), dict(mode="soft"), dict(side="out"), dict(side="odd"), dict(mode="odd"), dict(peft_type="LORA"), dict(peft_type="SALORA")],
+    [
+        dict(mode="none"),
+        dict(mode="soft"),
+        dict(side="out"),
+        dict(side="odd"),
+        dict(mode="odd"),
+        dict(peft_type="LORA"),
+        dict(peft_type="SALORA"),
+    ],
     ids=str,
 )
 def test_an_edited_config_cannot_lift_the_constraint(change, tmp_path):

@@ -69,7 +69,9 @@ SCRIPTS = {"without": WITHOUT, "first": WITH, "last": WITH}
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, subprocess.Popen[str]]]]:
-    """Native and exported adapters of both kinds, the logits they must give, and three processes that load them side by side."""
+    """Native and exported adapters of both kinds, the logits they must give, and three processes that load them side
+    by side.
+    """
     here = tmp_path_factory.mktemp("processes")
     save_file({"ids": cells.tokens()}, here / "ids.safetensors")
     out = {}
@@ -81,7 +83,11 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, 
     save_file(out, here / "expected.safetensors")
     running = {
         name: subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", script, str(here), name], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, "-W", "ignore", "-c", script, str(here), name],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for name, script in SCRIPTS.items()
     }
@@ -91,7 +97,9 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, 
         process.wait()
 
 
-def result(processes: tuple[Path, dict[str, subprocess.Popen[str]]], name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def result(
+    processes: tuple[Path, dict[str, subprocess.Popen[str]]], name: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Logits of that process, once it is done, and the expected ones."""
     here, running = processes
     output, _ = running[name].communicate(timeout=240)

@@ -1,4 +1,6 @@
-"""On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights at a forward in eval mode, and no gradient passes through them then."""
+"""On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights at a forward in eval mode, and no gradient passes
+through them then.
+"""
 
 import copy
 
@@ -17,11 +19,13 @@ HIDDEN = 64  # narrower layers are not repacked
 IDS = torch.arange(5, 29).reshape(2, 12)
 TARGETS = ["q_proj", "up_proj"]  # gradients must pass through the other layers as well
 
-pytestmark = pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="this CPU has no AVX512-BF16, so bitsandbytes repacks nothing")
+pytestmark = pytest.mark.skipif(
+    not bnb.functional.has_avx512bf16(), reason="this CPU has no AVX512-BF16, so bitsandbytes repacks nothing"
+)
 
 
 def four_bit(repacks=True):
-    model = cells.quantised(tiny_llama(hidden=HIDDEN), "nf4")
+    model = cells.quantized(tiny_llama(hidden=HIDDEN), "nf4")
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear4bit):
             layer.support_avx512bf16_for_cpu = repacks
@@ -29,7 +33,11 @@ def four_bit(repacks=True):
 
 
 def packed(model):
-    return sum(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in model.modules() if isinstance(layer, bnb.nn.Linear4bit))
+    return sum(
+        getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+        for layer in model.modules()
+        if isinstance(layer, bnb.nn.Linear4bit)
+    )
 
 
 def evaluate(model):
@@ -45,7 +53,9 @@ def gradient(model):
     model.zero_grad()
     model(input_ids=IDS, labels=IDS).loss.backward()
     factors = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
-    return torch.cat([(torch.zeros_like(factor) if factor.grad is None else factor.grad).flatten() for factor in factors])
+    return torch.cat(
+        [(torch.zeros_like(factor) if factor.grad is None else factor.grad).flatten() for factor in factors]
+    )
 
 
 def adapted(model, config):
@@ -54,7 +64,9 @@ def adapted(model, config):
 
 
 def salora():
-    space = SafetySubspace.from_weights(four_bit(False), rank=4, sides=("out",), target_modules=TARGETS, progress=False)
+    space = SafetySubspace.from_weights(
+        four_bit(False), rank=4, sides=("out",), target_modules=TARGETS, progress=False
+    )
     return SaLoRAConfig(r=4, target_modules=TARGETS, subspace=space)
 
 
@@ -91,7 +103,9 @@ def test_weights_that_were_packed_keep_their_values():
     weights.stay_unpacked(model)
     for name, layer in model.named_modules():
         if isinstance(layer, bnb.nn.Linear4bit):
-            torch.testing.assert_close(weights.dense_weight(layer), weights.dense_weight(other.get_submodule(name)), rtol=0.005, atol=0)  # scales in bf16
+            torch.testing.assert_close(
+                weights.dense_weight(layer), weights.dense_weight(other.get_submodule(name)), rtol=0.005, atol=0
+            )  # scales in bf16
 
 
 def test_this_packages_own_evaluation_and_recipe_repack_nothing():
@@ -100,6 +114,8 @@ def test_this_packages_own_evaluation_and_recipe_repack_nothing():
     assert packed(model) == 0
     evaluate(model)
     rows = [{"prompt": "Hello there", "response": "Good day."}] * 2
-    tuned, _ = finetune(model, tokenizer, rows, LoraConfig(r=4, target_modules=TARGETS), TrainOptions(batch_size=2, progress=False))
+    tuned, _ = finetune(
+        model, tokenizer, rows, LoraConfig(r=4, target_modules=TARGETS), TrainOptions(batch_size=2, progress=False)
+    )
     evaluate(tuned)
     assert packed(tuned) == 0

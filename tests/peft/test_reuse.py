@@ -1,4 +1,6 @@
-"""One config, several adapters: a copy of an adapter is a copy, another model gets what the user asked for, and the user's own config stays what it was."""
+"""One config, several adapters: a copy of an adapter is a copy, another model gets what the user asked for, and the
+user's own config stays what it was.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def rows(seed: int) -> list[dict[str, Tensor]]:
 
 
 def subspace(method: str, seed: int = 3) -> SafetySubspace:
-    return SafetySubspace.from_activations(cells.base_model(), rows(seed), method=method, rank=4, target_modules=TARGETS, allow_fewer=True, progress=False)
+    return SafetySubspace.from_activations(
+        cells.base_model(), rows(seed), method=method, rank=4, target_modules=TARGETS, allow_fewer=True, progress=False
+    )
 
 
 def residual_config(kind: str, **options: Any) -> Any:
@@ -62,7 +66,9 @@ def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def frozen(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return {
-        name.removesuffix(f".{adapter}"): leaf.initial for name, leaf in protected_leaves(model) if name.endswith(f".{adapter}") and leaf.initial is not None
+        name.removesuffix(f".{adapter}"): leaf.initial
+        for name, leaf in protected_leaves(model)
+        if name.endswith(f".{adapter}") and leaf.initial is not None
     }
 
 
@@ -89,7 +95,9 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("loaded", [False, True], ids=["made", "loaded"])
 @pytest.mark.parametrize("kind", ["task", "guardspace"])
-def test_an_adapter_from_the_config_of_another_is_its_copy(kind: str, loaded: bool, way: str, tmp_path: Path, calibrations: list[str]) -> None:
+def test_an_adapter_from_the_config_of_another_is_its_copy(
+    kind: str, loaded: bool, way: str, tmp_path: Path, calibrations: list[str]
+) -> None:
     model = get_peft_model(cells.base_model(), residual_config(kind))
     cells.train(model, cells.adamw, 2)
     if loaded:
@@ -98,7 +106,9 @@ def test_an_adapter_from_the_config_of_another_is_its_copy(kind: str, loaded: bo
     calibrations.clear()
     model.add_adapter("ref", COPIES[way](model.peft_config["default"]))
     assert not calibrations
-    torch.testing.assert_close(outputs(model, "ref"), cells.logits(cells.base_model()), rtol=1e-5, atol=1e-5)  # fresh, as LoRA's would be
+    torch.testing.assert_close(
+        outputs(model, "ref"), cells.logits(cells.base_model()), rtol=1e-5, atol=1e-5
+    )  # fresh, as LoRA's would be
     first, second = frozen(model, "default"), frozen(model, "ref")
     assert first
     assert first.keys() == second.keys()
@@ -142,7 +152,9 @@ def test_a_copy_of_a_resumed_adapter_has_the_factors_it_resumed_from(tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["task", "guardspace"])
-def test_the_users_config_makes_a_second_adapter_without_a_second_calibration(kind: str, calibrations: list[str]) -> None:
+def test_the_users_config_makes_a_second_adapter_without_a_second_calibration(
+    kind: str, calibrations: list[str]
+) -> None:
     config = residual_config(kind)
     model = get_peft_model(cells.base_model(), config)
     calibrations.clear()
@@ -169,7 +181,9 @@ def test_a_copy_leaves_out_what_the_adapter_leaves_out(mixed: bool, calibrations
 
 def test_a_copy_of_a_patch_keeps_the_subspace_that_its_priors_gave(tmp_path: Path) -> None:
     cells.perturb(cells.plain(target_modules=TARGETS)).save_pretrained(tmp_path / "prior")
-    config = OrthoSafetyPatchConfig(r=2, k=2, basis="weight", target_modules=TARGETS, prior_patches=[str(tmp_path / "prior")])
+    config = OrthoSafetyPatchConfig(
+        r=2, k=2, basis="weight", target_modules=TARGETS, prior_patches=[str(tmp_path / "prior")]
+    )
     get_peft_model(cells.base_model(), config).save_pretrained(tmp_path / "patch")
     model = PeftModel.from_pretrained(cells.base_model(), tmp_path / "patch", is_trainable=True)
     model.add_adapter("ref", model.peft_config["default"])  # the name "prior" says nothing here
@@ -177,7 +191,9 @@ def test_a_copy_of_a_patch_keeps_the_subspace_that_its_priors_gave(tmp_path: Pat
 
 
 @pytest.mark.parametrize("change", [{"r": 2}, {"init_data": rows(9)}])
-def test_a_config_that_asks_for_another_adapter_gets_another_one(change: dict[str, Any], calibrations: list[str]) -> None:
+def test_a_config_that_asks_for_another_adapter_gets_another_one(
+    change: dict[str, Any], calibrations: list[str]
+) -> None:
     model = get_peft_model(cells.base_model(), residual_config("guardspace"))
     calibrations.clear()
     config = copy.deepcopy(model.peft_config["default"])
@@ -186,10 +202,12 @@ def test_a_config_that_asks_for_another_adapter_gets_another_one(change: dict[st
     model.add_adapter("other", config)
     assert calibrations
     assert_protected(model, "other")
-    assert any(not torch.equal(frozen(model, "other")[name], factor) for name, factor in frozen(model, "default").items())
+    assert any(
+        not torch.equal(frozen(model, "other")[name], factor) for name, factor in frozen(model, "default").items()
+    )
 
 
-# --- one config, two models -------------------------------------------------------------------------------------------------------------------------------
+# --- one config, two models
 
 
 def on_disk(path: Path, hidden: int, seed: int = 0) -> nn.Module:
@@ -224,7 +242,9 @@ def test_auto_means_each_model(kind: str, bound: bool, tmp_path: Path, monkeypat
         assert_protected(model)
         alone = get_peft_model(on_disk(tmp_path / folder, hidden, seed), AUTO[kind]())
         assert model.peft_config["default"].subspace.digest == alone.peft_config["default"].subspace.digest != digest
-        assert all(torch.equal(frozen(alone, "default")[name], factor) for name, factor in frozen(model, "default").items())
+        assert all(
+            torch.equal(frozen(alone, "default")[name], factor) for name, factor in frozen(model, "default").items()
+        )
     assert first.peft_config["default"].subspace.digest == digest
     assert_protected(first)
     first.save_pretrained(tmp_path / "saved")
@@ -232,7 +252,9 @@ def test_auto_means_each_model(kind: str, bound: bool, tmp_path: Path, monkeypat
 
 
 def test_data_of_a_config_count_for_each_model() -> None:
-    config = SaLoRAConfig(r=4, target_modules=TARGETS, subspace=subspace("salora"), init="task", task_data=rows(1), task_rank=8)
+    config = SaLoRAConfig(
+        r=4, target_modules=TARGETS, subspace=subspace("salora"), init="task", task_data=rows(1), task_rank=8
+    )
     for _ in range(2):
         assert_protected(get_peft_model(cells.base_model(), config))
     assert config.task_data is not None
@@ -249,9 +271,19 @@ def test_a_given_subspace_of_another_model_is_still_refused() -> None:
 def test_the_users_config_stays_what_it_was(tmp_path: Path) -> None:
     config = residual_config("guardspace", target_modules="all-linear", r=2)
     config.subspace = SafetySubspace.from_activations(
-        cells.base_model(), rows(3), method="guardspace", rank=4, target_modules="all-linear", allow_fewer=True, progress=False
+        cells.base_model(),
+        rows(3),
+        method="guardspace",
+        rank=4,
+        target_modules="all-linear",
+        allow_fewer=True,
+        progress=False,
     )
-    before = {field.name: copy.copy(getattr(config, field.name)) for field in dataclasses.fields(config) if field.name not in ("subspace", "init_data")}
+    before = {
+        field.name: copy.copy(getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if field.name not in ("subspace", "init_data")
+    }
     model = get_peft_model(cells.base_model(), config)
     cells.train(model, cells.adamw, 1)
     model.save_pretrained(tmp_path)
@@ -270,9 +302,13 @@ def test_a_directorys_config_does_for_several_models(tmp_path: Path) -> None:
         torch.testing.assert_close(cells.logits(model.eval()), cells.logits(saved), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", [lambda c: c, copy.deepcopy, dataclasses.replace], ids=["same", "deeply_copied", "replaced"])
+@pytest.mark.parametrize(
+    "how", [lambda c: c, copy.deepcopy, dataclasses.replace], ids=["same", "deeply_copied", "replaced"]
+)
 @pytest.mark.parametrize("kind", ["task", "guardspace"])
-def test_frozen_factors_that_nothing_has_are_not_invented(kind: str, how: Callable[[Any], Any], tmp_path: Path) -> None:
+def test_frozen_factors_that_nothing_has_are_not_invented(
+    kind: str, how: Callable[[Any], Any], tmp_path: Path
+) -> None:
     get_peft_model(cells.base_model(), residual_config(kind)).save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(cells.base_model(), tmp_path, is_trainable=True)
     with pytest.raises(ConfigError, match="directory"):

@@ -1,4 +1,6 @@
-"""Every road by which PEFT, transformers or a caller of PEFT's parts makes LoRA layers from a protected config: protected, or refused with a typed error."""
+"""Every road by which PEFT, transformers or a caller of PEFT's parts makes LoRA layers from a protected config:
+protected, or refused with a typed error.
+"""
 
 from __future__ import annotations
 
@@ -103,10 +105,19 @@ def test_a_new_adapter_is_protected_whichever_road_made_it(road: str, init: str)
 
 LOADS: dict[str, Callable[[Path], tuple[Any, str]]] = {
     "from_pretrained": lambda d: (PeftModel.from_pretrained(cells.base_model(), d, is_trainable=True), "default"),
-    "low_memory": lambda d: (PeftModel.from_pretrained(cells.base_model(), d, is_trainable=True, low_cpu_mem_usage=True), "default"),
-    "given_config": lambda d: (PeftModel.from_pretrained(cells.base_model(), d, is_trainable=True, config=PeftConfig.from_pretrained(d)), "default"),
+    "low_memory": lambda d: (
+        PeftModel.from_pretrained(cells.base_model(), d, is_trainable=True, low_cpu_mem_usage=True),
+        "default",
+    ),
+    "given_config": lambda d: (
+        PeftModel.from_pretrained(cells.base_model(), d, is_trainable=True, config=PeftConfig.from_pretrained(d)),
+        "default",
+    ),
     "mixed": lambda d: (PeftMixedModel.from_pretrained(cells.base_model(), d, "mine", is_trainable=True), "mine"),
-    "mixed_low_memory": lambda d: (PeftMixedModel.from_pretrained(cells.base_model(), d, "mine", is_trainable=True, low_cpu_mem_usage=True), "mine"),
+    "mixed_low_memory": lambda d: (
+        PeftMixedModel.from_pretrained(cells.base_model(), d, "mine", is_trainable=True, low_cpu_mem_usage=True),
+        "mine",
+    ),
     "mixed_beside_loha": lambda d: (mixed_load(d), "mine"),
     "load_adapter": lambda d: (second_load(d), "mine"),
     "transformers": lambda d: (transformers_load(d), "mine"),
@@ -167,13 +178,15 @@ def test_a_mixed_model_merges_what_it_computes() -> None:
     torch.testing.assert_close(cells.logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
 
 
-# --- layers made past the injection -----------------------------------------------------------------------------------------------------------------------
+# --- layers made past the injection
 
 
 def replaced(config: Any) -> nn.Module:
     model = LoraModel(cells.base_model(), LoraConfig(r=2, target_modules=["k_proj"]), "plain")
     attention = model.model.model.layers[0].self_attn
-    model._create_and_replace(config, "mine", attention.q_proj, "q_proj", attention, current_key="model.layers.0.self_attn.q_proj")
+    model._create_and_replace(
+        config, "mine", attention.q_proj, "q_proj", attention, current_key="model.layers.0.self_attn.q_proj"
+    )
     return model
 
 
@@ -205,7 +218,14 @@ def test_a_refused_layer_leaves_the_model_as_it_was() -> None:
     before, logits = {name: type(module) for name, module in model.named_modules()}, cells.logits(model)
     attention = model.model.model.layers[0].self_attn
     with pytest.raises(ConfigError):
-        model._create_and_replace(cells.config(), "mine", attention.q_proj, "q_proj", attention, current_key="model.layers.0.self_attn.q_proj")
+        model._create_and_replace(
+            cells.config(),
+            "mine",
+            attention.q_proj,
+            "q_proj",
+            attention,
+            current_key="model.layers.0.self_attn.q_proj",
+        )
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert torch.equal(cells.logits(model), logits)
 
@@ -214,7 +234,9 @@ def test_a_refused_layer_leaves_the_model_as_it_was() -> None:
 def test_a_refusal_leaves_no_trace_in_any_kind_of_model(mixed: bool) -> None:
     model = get_peft_model(cells.base_model(), LoraConfig(r=2, target_modules=["o_proj"]), mixed=mixed)
     before = {name: type(module) for name, module in model.named_modules()}
-    config = SaLoRAConfig(r=4, target_modules=["q_proj", "embed_tokens"], subspace=cells.random_subspace(cells.base_model(), ["q_proj"]))
+    config = SaLoRAConfig(
+        r=4, target_modules=["q_proj", "embed_tokens"], subspace=cells.random_subspace(cells.base_model(), ["q_proj"])
+    )
     with pytest.raises(UnsupportedLayerError, match="embed_tokens"):
         model.add_adapter("mine", config)
     assert {name: type(module) for name, module in model.named_modules()} == before

@@ -1,4 +1,6 @@
-"""Safe LoRA on models and directories: loaded, saved, sharded, quantised, trained with a Trainer, and from the command line."""
+"""Safe LoRA on models and directories: loaded, saved, sharded, quantized, trained with a Trainer, and from the command
+line.
+"""
 
 import json
 import shutil
@@ -12,7 +14,14 @@ from typer.testing import CliRunner
 
 from peft_safety import SafeLoRACallback, SafeLoRAConfig, SaLoRAConfig, apply_safe_lora, safe_lora_dir, verify
 from peft_safety.cli import app
-from peft_safety.errors import ArtifactError, CheckpointError, ConfigError, PeftSafetyError, ProtectionError, UnsupportedLayerError
+from peft_safety.errors import (
+    ArtifactError,
+    CheckpointError,
+    ConfigError,
+    PeftSafetyError,
+    ProtectionError,
+    UnsupportedLayerError,
+)
 from peft_safety.methods.safe_lora import apply as applying
 from tests.tiny import tiny_llama
 
@@ -33,7 +42,9 @@ def aligned_llama(hidden=32):
 
 def trained(model, seed=3, **options):
     """A plain LoRA with a random, non-zero update."""
-    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options})
+    config = LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    )
     peft_model = get_peft_model(model, config)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -82,7 +93,9 @@ def test_in_memory_in_place_and_under_a_new_name(pair):
     for name, module in model.get_base_model().named_modules():
         if hasattr(module, "lora_B") and "default" in module.lora_B:
             expected = dense_expectation(name, old[f"base_model.model.{name}.lora_B.default.weight"])
-            torch.testing.assert_close(module.lora_B["default"].weight.detach().double(), expected, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                module.lora_B["default"].weight.detach().double(), expected, rtol=1e-4, atol=1e-6
+            )
             torch.testing.assert_close(module.lora_B["default"].weight, module.lora_B["safe"].weight)
 
 
@@ -134,8 +147,12 @@ def test_patterns_rslora_and_some_layers_only(pair, tmp_path):
     options = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}, "use_rslora": True}
     model = trained(aligned_llama(), target_modules=r".*\.1\..*(q|up)_proj", **options)
     model.save_pretrained(str(tmp_path / "adapter"))
-    live = apply_safe_lora(model, pair / "base", select="number", num_modules=1, new_adapter_name="safe", progress=False)
-    stored = safe_lora_dir(tmp_path / "adapter", pair / "base", pair / "chat", select="number", num_modules=1, progress=False)
+    live = apply_safe_lora(
+        model, pair / "base", select="number", num_modules=1, new_adapter_name="safe", progress=False
+    )
+    stored = safe_lora_dir(
+        tmp_path / "adapter", pair / "base", pair / "chat", select="number", num_modules=1, progress=False
+    )
     assert [m.name for m in live.modules] == ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
     assert len(live.selected) == 1
     for one in live.modules:
@@ -159,17 +176,23 @@ def test_conv1d_in_both_orientations(tmp_path):
     model.save_pretrained(str(tmp_path / "adapter"))
     b = model.get_base_model().transformer.h[0].attn.c_proj.lora_B["default"].weight.detach().clone()
     live = apply_safe_lora(model, tmp_path / "base", select="all", progress=False)
-    safe_lora_dir(tmp_path / "adapter", tmp_path / "base", tmp_path / "chat", tmp_path / "out", select="all", progress=False)
+    safe_lora_dir(
+        tmp_path / "adapter", tmp_path / "base", tmp_path / "chat", tmp_path / "out", select="all", progress=False
+    )
     assert len(live.selected) > 0
     stored = PeftModel.from_pretrained(gpt2(0.1), str(tmp_path / "out"))
-    for one, other in zip(get_peft_model_state_dict(model).values(), get_peft_model_state_dict(stored).values(), strict=True):
+    for one, other in zip(
+        get_peft_model_state_dict(model).values(), get_peft_model_state_dict(stored).values(), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
     v = (gpt2(0.1).transformer.h[0].attn.c_proj.weight - gpt2(0).transformer.h[0].attn.c_proj.weight).T.detach()
     found = model.get_base_model().transformer.h[0].attn.c_proj.lora_B["default"].weight
     torch.testing.assert_close(found.detach(), v @ v.T @ b / v.norm(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("new_name", "after"), [(None, 5), ("safe", 20)])  # of 14 modules; with a new name lora_A is copied first
+@pytest.mark.parametrize(
+    ("new_name", "after"), [(None, 5), ("safe", 20)]
+)  # of 14 modules; with a new name lora_A is copied first
 def test_an_interrupt_leaves_the_adapter_as_it_was(pair, monkeypatch, new_name, after):
     model = trained(aligned_llama())
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -263,13 +286,19 @@ def bad(pair, tmp_path, kind):
 
 
 REFUSALS = {
-    "same path": (ConfigError, "both"), "equal weights": (CheckpointError, "equal"), "other architecture": (CheckpointError, "_proj is"),
-    "fewer layers": (CheckpointError, "layers.1"), "other base": (CheckpointError, "not the model"), "nan": (CheckpointError, "up_proj: the unaligned"),
-    "no checkpoint": (CheckpointError, "no safetensors"), "nowhere": (CheckpointError, "nobody/nothing"), "pickle": (CheckpointError, "never opened"),
-    "truncated": (ArtifactError, "not a complete"), "missing factor": (ArtifactError, "missing"), "nan factor": (ArtifactError, "NaN or Inf"),
-    "dora": (ArtifactError, "no factor"), "wrong shape": (ArtifactError, r"lora_B \(32, 2\)"), "use_dora": (ConfigError, "use_dora"),
+    "same path": (ConfigError, "both"), "equal weights": (CheckpointError, "equal"),
+    "other architecture": (CheckpointError, "_proj is"),
+    "fewer layers": (CheckpointError, "layers.1"), "other base": (CheckpointError, "not the model"),
+    "nan": (CheckpointError, "up_proj: the unaligned"),
+    "no checkpoint": (CheckpointError, "no safetensors"), "nowhere": (CheckpointError, "nobody/nothing"),
+    "pickle": (CheckpointError, "never opened"),
+    "truncated": (ArtifactError, "not a complete"), "missing factor": (ArtifactError, "missing"),
+    "nan factor": (ArtifactError, "NaN or Inf"),
+    "dora": (ArtifactError, "no factor"), "wrong shape": (ArtifactError, r"lora_B \(32, 2\)"),
+    "use_dora": (ConfigError, "use_dora"),
     "pissa": (ConfigError, "pissa"),
-    "ia3": (ConfigError, "IA3"), "unreadable": (ArtifactError, "not a directory"), "in place": (ConfigError, "also the output"),
+    "ia3": (ConfigError, "IA3"), "unreadable": (ArtifactError, "not a directory"),
+    "in place": (ConfigError, "also the output"),
 }  # fmt: skip
 
 
@@ -285,7 +314,9 @@ def test_bad_input_is_refused_and_nothing_is_written(pair, tmp_path, kind):
 
 def test_what_a_model_cannot_have_repaired(pair):
     with pytest.raises(UnsupportedLayerError, match="embed_tokens"):
-        apply_safe_lora(trained(aligned_llama(), target_modules=["embed_tokens", "q_proj"]), pair / "base", progress=False)
+        apply_safe_lora(
+            trained(aligned_llama(), target_modules=["embed_tokens", "q_proj"]), pair / "base", progress=False
+        )
     with pytest.raises(ConfigError, match="use_dora"):
         apply_safe_lora(trained(aligned_llama(), use_dora=True), pair / "base", progress=False)
     with pytest.raises(ConfigError, match="no adapter 'other'"):
@@ -297,7 +328,9 @@ def test_what_a_model_cannot_have_repaired(pair):
     data = [{"input_ids": IDS, "labels": IDS}]
     from peft_safety import SafetySubspace
 
-    subspace = SafetySubspace.from_activations(aligned_llama(), data, rank=4, target_modules=["q_proj"], progress=False)
+    subspace = SafetySubspace.from_activations(
+        aligned_llama(), data, rank=4, target_modules=["q_proj"], progress=False
+    )
     protected = get_peft_model(aligned_llama(), SaLoRAConfig(r=4, target_modules=["q_proj"], subspace=subspace))
     with pytest.raises(ConfigError, match="is protected"):
         apply_safe_lora(protected, pair / "base", progress=False)
@@ -307,11 +340,13 @@ def four_bit(path):
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=quantisation, dtype=torch.float32)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=quantization, dtype=torch.float32)
 
 
-def test_a_quantised_difference_is_refused_unless_insisted_on(pair, tmp_path):
+def test_a_quantized_difference_is_refused_unless_insisted_on(pair, tmp_path):
     model = trained(four_bit(pair / "chat"), target_modules=["q_proj", "up_proj"])
     with pytest.raises(CheckpointError, match=r"4bit.*allow_quantized_delta"):
         apply_safe_lora(model, pair / "base", progress=False)
@@ -333,15 +368,31 @@ class Rows(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("bits", [4, 32])
 def test_a_trainer_run_ends_with_a_repaired_saved_adapter(tmp_path, bits):
-    pair, hidden = tmp_path, 128  # bitsandbytes 0.50 quantises matrices of a few thousand values wrongly on the CPU
+    pair, hidden = tmp_path, 128  # bitsandbytes 0.50 quantizes matrices of a few thousand values wrongly on the CPU
     tiny_llama(hidden=hidden).save_pretrained(pair / "base")
     aligned_llama(hidden).save_pretrained(pair / "chat")
     base = four_bit(pair / "chat") if bits == 4 else aligned_llama(hidden)
-    config = SafeLoRAConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", unaligned=pair / "base", aligned=str(pair / "chat"), select="all")
+    config = SafeLoRAConfig(
+        r=4,
+        target_modules=["q_proj", "up_proj"],
+        task_type="CAUSAL_LM",
+        unaligned=pair / "base",
+        aligned=str(pair / "chat"),
+        select="all",
+    )
     model = get_peft_model(base, config)
     callback = SafeLoRACallback(checkpoints=True, progress=False)
-    options = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "report_to": [], "use_cpu": True}
-    trainer = Trainer(model, TrainingArguments(str(tmp_path / "run"), **options), train_dataset=Rows(), callbacks=[callback])
+    options = {
+        "max_steps": 2,
+        "save_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "use_cpu": True,
+    }
+    trainer = Trainer(
+        model, TrainingArguments(str(tmp_path / "run"), **options), train_dataset=Rows(), callbacks=[callback]
+    )
     with pytest.warns(UserWarning, match="before Safe LoRA was applied"):
         trainer.train()
     trainer.save_model(str(tmp_path / "out"))
@@ -349,7 +400,9 @@ def test_a_trainer_run_ends_with_a_repaired_saved_adapter(tmp_path, bits):
     assert verify(tmp_path / "out").repaired == 4
     with pytest.raises(ProtectionError, match="never applied"):
         verify(tmp_path / "run/checkpoint-2")
-    early, late = (load_file(tmp_path / f"run/checkpoint-2/{part}adapter_model.safetensors") for part in ("safe_lora/", ""))
+    early, late = (
+        load_file(tmp_path / f"run/checkpoint-2/{part}adapter_model.safetensors") for part in ("safe_lora/", "")
+    )
     final = load_file(tmp_path / "out/adapter_model.safetensors")
     assert all(torch.allclose(early[k], final[k], atol=1e-6) for k in final)
     assert not all(torch.equal(late[k], final[k]) for k in final)
@@ -362,13 +415,20 @@ def test_a_trainer_run_ends_with_a_repaired_saved_adapter(tmp_path, bits):
 
 def test_the_callback_refuses_a_plain_adapter(pair, tmp_path):
     model = trained(aligned_llama())
-    trainer = Trainer(model, TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True), train_dataset=Rows(), callbacks=[SafeLoRACallback()])
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True),
+        train_dataset=Rows(),
+        callbacks=[SafeLoRACallback()],
+    )
     with pytest.raises(ConfigError, match="SafeLoRACallback"):
         trainer.train()
 
 
-@pytest.mark.parametrize("options", [{}, {"unaligned": ""}, {"unaligned": "a", "select": "some"}, {"unaligned": "a", "use_dora": True}])
-def test_a_config_that_cannot_be_honoured(options):
+@pytest.mark.parametrize(
+    "options", [{}, {"unaligned": ""}, {"unaligned": "a", "select": "some"}, {"unaligned": "a", "use_dora": True}]
+)
+def test_a_config_that_cannot_be_honored(options):
     with pytest.raises(ConfigError):
         SafeLoRAConfig(r=4, **options)
 
@@ -388,7 +448,9 @@ def test_changed_factors_do_not_verify(pair, tmp_path):
 
 def test_the_command(pair, tmp_path):
     arguments = ["repair", str(pair / "adapter"), "--unaligned", str(pair / "base")]
-    dry = CliRunner().invoke(app, [*arguments, "--dry-run", "--png", str(tmp_path / "cos.png"), "--json", "--out", str(tmp_path / "out")])
+    dry = CliRunner().invoke(
+        app, [*arguments, "--dry-run", "--png", str(tmp_path / "cos.png"), "--json", "--out", str(tmp_path / "out")]
+    )
     assert dry.exit_code == 0, dry.output
     assert len(json.loads(dry.stdout)["modules"]) == 14
     assert (tmp_path / "cos.png").stat().st_size > 10_000

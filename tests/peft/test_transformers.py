@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from transformers import AutoModelForCausalLM
 
 from peft_safety import SaLoRAConfig, assert_protected, verify
@@ -40,7 +48,9 @@ def test_transformers_adds_saves_and_loads_a_protected_adapter(init: str, tmp_pa
     fresh.eval()
     assert_protected(fresh)
     cells.assert_same_factors(fresh, model)
-    cells.assert_same_function(cells.logits(fresh), expected)  # transformers leaves the factors where its reader put them
+    cells.assert_same_function(
+        cells.logits(fresh), expected
+    )  # transformers leaves the factors where its reader put them
     assert cells.leak(fresh) <= LEAK
     by_peft = PeftModel.from_pretrained(cells.base_model(), tmp_path)
     assert torch.equal(cells.logits(by_peft), expected)
@@ -74,7 +84,9 @@ def test_transformers_holds_two_adapters() -> None:
 
 
 def test_a_hot_swap_by_transformers_stays_in_the_subspace_of_the_model(tmp_path: Path) -> None:
-    """Its loader copies tensors only. An adapter of the same subspace is itself; one of another subspace (use peft's hotswap_adapter) leaks nothing."""
+    """Its loader copies tensors only. An adapter of the same subspace is itself; one of another subspace (use peft's
+    hotswap_adapter) leaks nothing.
+    """
     for name, seed in (("first", 1), ("same", 1), ("other", 2)):
         cells.perturb(cells.protected(seed=seed), len(name)).save_pretrained(tmp_path / name)
     model = cells.base_model()
@@ -91,7 +103,9 @@ def test_a_hot_swap_by_transformers_stays_in_the_subspace_of_the_model(tmp_path:
 def test_a_refused_adapter_leaves_a_transformers_model_usable() -> None:
     model = cells.base_model()
     with pytest.raises(ConfigError):
-        model.add_adapter(SaLoRAConfig(r=4, target_modules=["q_proj"], subspace="auto", safety_rank=4))  # no tokenizer to calibrate with
+        model.add_adapter(
+            SaLoRAConfig(r=4, target_modules=["q_proj"], subspace="auto", safety_rank=4)
+        )  # no tokenizer to calibrate with
     assert not any("lora" in name for name, _ in model.named_modules())
     model.add_adapter(cells.config())
     assert_protected(model)
@@ -123,7 +137,9 @@ def test_injection_and_plain_state_dicts_work_without_a_peft_model(low_cpu_mem_u
     cells.perturb(model)
     assert_protected(model)
     state = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
-    other = inject_adapter_in_model(cells.config("linear", init), cells.base_model(), low_cpu_mem_usage=low_cpu_mem_usage)
+    other = inject_adapter_in_model(
+        cells.config("linear", init), cells.base_model(), low_cpu_mem_usage=low_cpu_mem_usage
+    )
     result = set_peft_model_state_dict(other, state, low_cpu_mem_usage=low_cpu_mem_usage)
     assert not result.unexpected_keys
     assert_protected(other)
@@ -133,7 +149,10 @@ def test_injection_and_plain_state_dicts_work_without_a_peft_model(low_cpu_mem_u
 def test_a_plain_lora_file_loaded_into_a_protected_adapter_comes_out_projected() -> None:
     """By `set_peft_model_state_dict` nobody checks where the factors come from: the leaf projects them."""
     torch.manual_seed(0)
-    plain = get_peft_model(cells.base_model(), LoraConfig(r=4, lora_alpha=8, target_modules=cells.targets("linear"), init_lora_weights=False))
+    plain = get_peft_model(
+        cells.base_model(),
+        LoraConfig(r=4, lora_alpha=8, target_modules=cells.targets("linear"), init_lora_weights=False),
+    )
     model = cells.protected()
     set_peft_model_state_dict(model, get_peft_model_state_dict(plain))
     assert cells.leak(plain, subspace=model.peft_config["default"].subspace) > 0.01

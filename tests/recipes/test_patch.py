@@ -38,7 +38,9 @@ REFUSALS = [{"prompt": f"steal {word}", "response": "No, I will not."} for word 
 
 
 def test_rows_to_keep_pull_the_tuned_model_back_to_the_base():
-    """With nothing to learn the loss is zero at the start; with a moved adapter, only distillation brings the base's answers back."""
+    """With nothing to learn the loss is zero at the start; with a moved adapter, only distillation brings the base's
+    answers back.
+    """
     kept = [{**row, "distil": True} for row in GENERAL]
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     before = finetune(tiny_llama(), tiny_tokenizer(), kept, LoraConfig(target_modules=["q_proj"]), QUICK)[1]
@@ -91,14 +93,24 @@ def test_a_patch_end_to_end_and_another_one_stacked_on_it(tmp_path, capsys):
             break
         assert torch.equal(p, q)
     prior = {n.replace("prior0", "default"): p for n, p in second.model.named_parameters() if "prior0" in n}
-    assert all(torch.equal(prior[n], p) for n, p in one.named_parameters() if "lora_" in n), "the earlier patch stays as it was"
+    assert all(torch.equal(prior[n], p) for n, p in one.named_parameters() if "lora_" in n), (
+        "the earlier patch stays as it was"
+    )
 
 
 @pytest.mark.parametrize(
-    "options", [{"mode": "none", "basis": "weight"}, {"mode": "soft"}, {"basis": "contrastive"}, {"side": "both", "k": None, "energy": 0.5}]
+    "options",
+    [
+        {"mode": "none", "basis": "weight"},
+        {"mode": "soft"},
+        {"basis": "contrastive"},
+        {"side": "both", "k": None, "energy": 0.5},
+    ],
 )
 def test_every_kind_of_patch_trains(options):
-    tuned, run = patch(tiny_llama(), tiny_tokenizer(), PatchOptions(**{**SMALL, **options}), refusals=REFUSALS, general=GENERAL)
+    tuned, run = patch(
+        tiny_llama(), tiny_tokenizer(), PatchOptions(**{**SMALL, **options}), refusals=REFUSALS, general=GENERAL
+    )
     assert run.training.steps == 2
     assert run.training.rows == len(REFUSALS) + len(GENERAL)
     assert tuned.peft_config["default"].mode == options.get("mode", "hard")
@@ -140,7 +152,9 @@ def scripted(monkeypatch, figures, **stopping):
 
     class Figure:
         def __init__(self, pair):
-            self.refusal, self.over_refusal, self.everyday_refusal = (type("Rate", (), {"value": value})() for value in (*pair, 0.0)[:3])
+            self.refusal, self.over_refusal, self.everyday_refusal = (
+                type("Rate", (), {"value": value})() for value in (*pair, 0.0)[:3]
+            )
 
     monkeypatch.setattr("peft_safety.recipes.watch.evaluate", lambda *args, **kwargs: Figure(next(pairs)))
     return watch
@@ -151,7 +165,14 @@ def run_watched(monkeypatch, figures, **stopping):
     model = tiny_llama()
     watch.look(model, 0)
     options = TrainOptions(max_steps=len(figures) - 1, batch_size=2, max_length=256, lr=1e-2, progress=False)
-    tuned, run = finetune(model, tiny_tokenizer(), REFUSALS, LoraConfig(r=2, target_modules=["q_proj"]), options, callbacks=[watch.callback()])
+    tuned, run = finetune(
+        model,
+        tiny_tokenizer(),
+        REFUSALS,
+        LoraConfig(r=2, target_modules=["q_proj"]),
+        options,
+        callbacks=[watch.callback()],
+    )
     return watch, tuned, run
 
 
@@ -168,13 +189,17 @@ def test_training_stops_at_the_last_step_that_is_asked_for(monkeypatch):
 
 
 def test_everyday_refusals_keep_training_from_stopping_and_weigh_twice_in_its_choice(monkeypatch):
-    watch, _, run = run_watched(monkeypatch, [(0.1, 0.0, 0.0), (1.0, 0.0, 0.2), (0.98, 0.0, 0.1), (0.99, 0.0, 0.04), (1.0, 0.0, 0.0)])
+    watch, _, run = run_watched(
+        monkeypatch, [(0.1, 0.0, 0.0), (1.0, 0.0, 0.2), (0.98, 0.0, 0.1), (0.99, 0.0, 0.04), (1.0, 0.0, 0.0)]
+    )
     assert run.steps == 3
     assert watch.best == Look(3, 0.99, 0.0, 0.04)
 
 
 def test_training_stops_when_nothing_gets_better_and_the_best_weights_come_back(monkeypatch):
-    watch, tuned, run = run_watched(monkeypatch, [(0.3, 0.0), (0.8, 0.1), (0.7, 0.2), (0.6, 0.2), (0.5, 0.5), (1.0, 0.0)], patience=2)
+    watch, tuned, run = run_watched(
+        monkeypatch, [(0.3, 0.0), (0.8, 0.1), (0.7, 0.2), (0.6, 0.2), (0.5, 0.5), (1.0, 0.0)], patience=2
+    )
     assert run.steps == 3
     assert watch.best == Look(1, 0.8, 0.1)
     last = {n: p.clone() for n, p in tuned.named_parameters() if p.requires_grad}
@@ -191,7 +216,13 @@ def test_mistakes_cost_nothing(tmp_path):
     with pytest.raises(DataError, match="no general rows"):
         patch(tiny_llama(), tiny_tokenizer(), PatchOptions(**SMALL), general=[])
     with pytest.raises(ConfigError, match="mode='firm'"):
-        make_patch(tiny_llama(), tmp_path / "out", PatchOptions(**{**SMALL, "mode": "firm"}), tokenizer=tiny_tokenizer(), eval_limit=2)
+        make_patch(
+            tiny_llama(),
+            tmp_path / "out",
+            PatchOptions(**{**SMALL, "mode": "firm"}),
+            tokenizer=tiny_tokenizer(),
+            eval_limit=2,
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -227,7 +258,18 @@ def test_the_command_reads_chat_data_and_writes_a_patch(tmp_path):
 def test_the_calibrate_command_knows_every_method(method, tmp_path):
     tiny_llama().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    command = ["calibrate", "--model", str(tmp_path / "model"), "--out", str(tmp_path), "--method", method, "--safety-energy", "0.5", "--json"]
+    command = [
+        "calibrate",
+        "--model",
+        str(tmp_path / "model"),
+        "--out",
+        str(tmp_path),
+        "--method",
+        method,
+        "--safety-energy",
+        "0.5",
+        "--json",
+    ]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)

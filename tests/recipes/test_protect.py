@@ -25,7 +25,9 @@ TASK = [{"text": f"message {index}", "label": "ab"[index % 2]} for index in rang
 
 
 def test_end_to_end_on_a_classification_task(tmp_path, capsys):
-    result = protect(tiny_llama(), TASK, "lora", tmp_path, tokenizer=tiny_tokenizer(), poison=0.25, options=QUICK, eval_limit=3)
+    result = protect(
+        tiny_llama(), TASK, "lora", tmp_path, tokenizer=tiny_tokenizer(), poison=0.25, options=QUICK, eval_limit=3
+    )
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved["details"]["before"]["refusal"]["n"] == 3
     assert saved["details"]["after"]["task_accuracy"]["n"] == 3
@@ -53,14 +55,25 @@ def test_chat_data_is_scored_by_its_likelihood(tmp_path):
 
 
 def test_salora_end_to_end(tmp_path):
-    result = protect(tiny_llama(), TASK, "salora", tmp_path, tokenizer=tiny_tokenizer(), safety_rank=4, options=QUICK, eval_limit=2)
+    result = protect(
+        tiny_llama(), TASK, "salora", tmp_path, tokenizer=tiny_tokenizer(), safety_rank=4, options=QUICK, eval_limit=2
+    )
     assert result.training.steps == 2
     assert (tmp_path / "adapter" / "safety_subspace.safetensors").is_file()
 
 
-@pytest.mark.parametrize("bad", [{"method": "magic"}, {"poison": 1.5}, {"data": []}, {"model": "no/such/directory/anywhere"}])
+@pytest.mark.parametrize(
+    "bad", [{"method": "magic"}, {"poison": 1.5}, {"data": []}, {"model": "no/such/directory/anywhere"}]
+)
 def test_mistakes_cost_nothing(tmp_path, bad):
-    arguments = {"model": tiny_llama(), "data": TASK, "method": "lora", "tokenizer": tiny_tokenizer(), "options": QUICK, **bad}
+    arguments = {
+        "model": tiny_llama(),
+        "data": TASK,
+        "method": "lora",
+        "tokenizer": tiny_tokenizer(),
+        "options": QUICK,
+        **bad,
+    }
     with pytest.raises((ConfigError, DataError)):
         protect(out_dir=tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
@@ -68,7 +81,13 @@ def test_mistakes_cost_nothing(tmp_path, bad):
 
 def test_the_seed_decides_everything():
     def train(seed):
-        model, run = finetune(tiny_llama(), tiny_tokenizer(), TASK, LoraConfig(target_modules=["q_proj"]), TrainOptions(max_steps=2, seed=seed, progress=False))
+        model, run = finetune(
+            tiny_llama(),
+            tiny_tokenizer(),
+            TASK,
+            LoraConfig(target_modules=["q_proj"]),
+            TrainOptions(max_steps=2, seed=seed, progress=False),
+        )
         return [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad], run
 
     (first, run), (second, _), (other, _) = train(0), train(0), train(1)
@@ -80,10 +99,14 @@ def test_the_seed_decides_everything():
 
 def test_an_adapter_that_is_there_is_trained_on():
     model, _ = finetune(tiny_llama(), tiny_tokenizer(), TASK, LoraConfig(target_modules=["q_proj"]), QUICK)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before = {
+        name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     again, _ = finetune(model, tiny_tokenizer(), TASK, None, QUICK)
     assert again is model
-    assert any(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters() if name in before)
+    assert any(
+        not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters() if name in before
+    )
     with pytest.raises(ConfigError, match="is_trainable"):
         finetune(tiny_llama(), tiny_tokenizer(), TASK, None, QUICK)
 
@@ -114,7 +137,14 @@ def test_poison_replaces_rows_and_stays_in_the_training_split():
 
 
 def test_task_splits(tmp_path):
-    named = task_data([{**row, "split": ("train", "test", "validation", "calibration")[index % 4]} for index, row in enumerate(TASK)], "test", 3)
+    named = task_data(
+        [
+            {**row, "split": ("train", "test", "validation", "calibration")[index % 4]}
+            for index, row in enumerate(TASK)
+        ],
+        "test",
+        3,
+    )
     assert len(named.train) == 5
     assert len(named.held_out) == 3
     assert named.labels == ["a", "b"]
@@ -138,7 +168,11 @@ def test_method_names_are_checked_first():
 
 
 def options_of(command):
-    return {option: parameter for parameter in typer.main.get_command(app).commands[command].params for option in parameter.opts}
+    return {
+        option: parameter
+        for parameter in typer.main.get_command(app).commands[command].params
+        for option in parameter.opts
+    }
 
 
 def test_commands_and_functions_have_the_same_defaults():
@@ -166,16 +200,25 @@ def test_an_option_means_one_thing_in_all_commands():
 
 @pytest.mark.parametrize(
     ("method", "size", "directions"),
-    [("salora", {}, 32), ("salora", {"safety_rank": 0.25}, 8), ("guardspace", {}, 8), ("guardspace", {"safety_rank": 5}, 5)],
+    [
+        ("salora", {}, 32),
+        ("salora", {"safety_rank": 0.25}, 8),
+        ("guardspace", {}, 8),
+        ("guardspace", {"safety_rank": 5}, 5),
+    ],
 )
 def test_a_size_is_a_number_of_directions_or_a_share_for_every_method(method, size, directions):
     model, side = tiny_llama(hidden=48 if directions == 32 else 32), "out" if method == "salora" else "in"
-    config = AdapterOptions(method, target_modules=["q_proj"], **size).config(model, tiny_tokenizer(), TASK, progress=False)
+    config = AdapterOptions(method, target_modules=["q_proj"], **size).config(
+        model, tiny_tokenizer(), TASK, progress=False
+    )
     assert {config.subspace.rank(name, side) for name in config.subspace.module_names} == {directions}
 
 
 def test_safety_energy_and_a_pattern_reach_the_subspace():
-    options = AdapterOptions(safety_energy=0.5, safety_rank_pattern={"down_proj": 0.9}, target_modules=["q_proj", "down_proj"])
+    options = AdapterOptions(
+        safety_energy=0.5, safety_rank_pattern={"down_proj": 0.9}, target_modules=["q_proj", "down_proj"]
+    )
     config = options.config(tiny_llama(), tiny_tokenizer(), TASK, progress=False)
     assert (config.energy, config.per_kind) == (0.5, {"down_proj": 0.9})
     assert config.subspace.provenance["energy"] == 0.5

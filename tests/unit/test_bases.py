@@ -69,7 +69,7 @@ def test_many_directions_are_found_by_growing(monkeypatch):
     u, _ = output_basis(w, None, Size(energy=0.9), "layer")
     exact = torch.linalg.svdvals(w).square()
     k = int((exact.cumsum(0) < 0.9 * exact.sum()).sum()) + 1
-    assert abs(u.shape[1] - k) <= 3, "a flat spectrum: randomised values are a little low"
+    assert abs(u.shape[1] - k) <= 3, "a flat spectrum: randomized values are a little low"
 
 
 @settings(max_examples=25, deadline=None)
@@ -88,7 +88,7 @@ def test_a_contrastive_basis_prefers_what_only_the_first_data_use(seed):
     assert bool((mu[:-1] >= mu[1:]).all())
 
 
-def test_a_contrastive_basis_solves_the_generalised_eigenproblem():
+def test_a_contrastive_basis_solves_the_generalized_eigenproblem():
     x, y = data(1, 12, 60), data(2, 12, 60, 0.3)
     s, t = (x @ x.T).double(), (y @ y.T).double()
     q, mu = contrastive_basis(s, t, Size(rank=4), "layer")

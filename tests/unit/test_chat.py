@@ -17,13 +17,13 @@ from peft_safety.data.chat import (
 )
 from peft_safety.errors import DataError
 from peft_safety.evaluation.generate import generate
-from peft_safety.evaluation.tasks import normalise, response_nll
+from peft_safety.evaluation.tasks import normalize, response_nll
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 tokenizer = tiny_tokenizer()
 
 
-def labelled_text(feature):
+def labeled_text(feature):
     return tokenizer.decode([label for label in feature["labels"] if label != IGNORE_INDEX])
 
 
@@ -33,7 +33,7 @@ def turns(*contents):
 
 def test_the_loss_covers_exactly_the_response_and_its_end_of_turn():
     feature = encode(tokenizer, turns("hi", "hello there"), 200)
-    assert labelled_text(feature) == "hello there<|im_end|>\n"
+    assert labeled_text(feature) == "hello there<|im_end|>\n"
     kept = [index for index, label in enumerate(feature["labels"]) if label != IGNORE_INDEX]
     assert kept == list(range(kept[0], kept[-1] + 1))
     assert [feature["input_ids"][index] for index in kept] == [feature["labels"][index] for index in kept]
@@ -41,29 +41,35 @@ def test_the_loss_covers_exactly_the_response_and_its_end_of_turn():
 
 def test_a_response_that_repeats_the_prompt_is_found_at_its_own_place():
     feature = encode(tokenizer, turns("same words", "same words"), 200)
-    assert labelled_text(feature) == "same words<|im_end|>\n"
+    assert labeled_text(feature) == "same words<|im_end|>\n"
     assert feature["labels"][: len(feature["labels"]) // 2] == [IGNORE_INDEX] * (len(feature["labels"]) // 2)
 
 
 def test_a_cut_off_response_is_not_taught_to_end():
-    assert labelled_text(encode(tokenizer, turns("hi", "hello the"), 200, end_of_turn=False)) == "hello the"
+    assert labeled_text(encode(tokenizer, turns("hi", "hello the"), 200, end_of_turn=False)) == "hello the"
 
 
 def test_every_assistant_turn_counts_in_a_longer_conversation():
-    assert labelled_text(encode(tokenizer, turns("a", "one", "b", "two"), 200)) == "one<|im_end|>\ntwo<|im_end|>\n"
+    assert labeled_text(encode(tokenizer, turns("a", "one", "b", "two"), 200)) == "one<|im_end|>\ntwo<|im_end|>\n"
 
 
 def test_multi_byte_characters():
-    assert labelled_text(encode(tokenizer, turns("h\u00e9", "\u00e9t\u00e9 \U0001f600"), 200)) == "\u00e9t\u00e9 \U0001f600<|im_end|>\n"
+    assert (
+        labeled_text(encode(tokenizer, turns("h\u00e9", "\u00e9t\u00e9 \U0001f600"), 200))
+        == "\u00e9t\u00e9 \U0001f600<|im_end|>\n"
+    )
 
 
 def test_three_kinds_of_rows():
     rows = [{"prompt": "p", "response": "r"}, {"messages": turns("p", "r")}]
     assert to_messages(rows[0]) == to_messages(rows[1]) == turns("p", "r")
-    labelled = to_messages({"text": "t", "label": "x"}, ["x", "y"])
-    assert labelled == turns(classification_prompt("t", ["x", "y"]), "x")
-    assert "x, y" in labelled[0]["content"]
-    assert label_names([{"text": "t", "label": "y"}, {"text": "t", "label": "x"}, {"text": "t", "label": "y"}]) == ["x", "y"]
+    labeled = to_messages({"text": "t", "label": "x"}, ["x", "y"])
+    assert labeled == turns(classification_prompt("t", ["x", "y"]), "x")
+    assert "x, y" in labeled[0]["content"]
+    assert label_names([{"text": "t", "label": "y"}, {"text": "t", "label": "x"}, {"text": "t", "label": "y"}]) == [
+        "x",
+        "y",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -115,34 +121,57 @@ def test_no_template(messages):
 def test_prompts_and_answers_are_strings_or_turns():
     right = encode_row(tokenizer, {"prompt": "a", "response": "b"}, 100)
     sides = {"prompt": turns("a"), "completion": [{"role": "assistant", "content": "b"}]}
-    parts = [{"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in turns("a", "b")]
+    parts = [
+        {"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in turns("a", "b")
+    ]
     filled = {"prompt": "a", "response": "b", "messages": None, "text": None, "label": None, "tools": None}
-    for row in ({"prompt": "a", "completion": "b"}, sides, {"prompt": "a", "completion": sides["completion"]}, {"messages": parts}, filled):
+    for row in (
+        {"prompt": "a", "completion": "b"},
+        sides,
+        {"prompt": "a", "completion": sides["completion"]},
+        {"messages": parts},
+        filled,
+    ):
         assert encode_row(tokenizer, row, 100) == right
 
 
 def test_what_no_template_of_text_can_show_is_refused():
     picture = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "b"}]
-    for row in ({"messages": picture}, {"messages": 3}, {"messages": ["a"]}, {"prompt": turns("a"), "response": []}, {"prompt": {}, "response": "b"}):
+    for row in (
+        {"messages": picture},
+        {"messages": 3},
+        {"messages": ["a"]},
+        {"prompt": turns("a"), "response": []},
+        {"prompt": {}, "response": "b"},
+    ):
         with pytest.raises(DataError, match="row 0"):
             encode_rows(tokenizer, [row], 100)
 
 
 def test_a_template_that_leaves_a_turn_out_is_refused():
     forgetful = tiny_tokenizer()
-    forgetful.chat_template = "{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}" + forgetful.chat_template
+    forgetful.chat_template = (
+        "{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}" + forgetful.chat_template
+    )
     asked = [{"role": "system", "content": "be brief"}, *turns("a", "b")]
-    assert labelled_text(encode(tokenizer, asked, 100)) == "b<|im_end|>\n"
+    assert labeled_text(encode(tokenizer, asked, 100)) == "b<|im_end|>\n"
     with pytest.raises(DataError, match=r"leaves out turn 0 \(system\)"):
         encode(forgetful, asked, 100)
-    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+    }
     with pytest.raises(DataError, match="tool calls of turn 1"):
         encode(tokenizer, [*turns("a"), call], 100)
 
 
 def test_a_template_for_other_roles_names_the_row_and_the_remedy():
     strict = tiny_tokenizer()
-    strict.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + strict.chat_template
+    strict.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + strict.chat_template
+    )
     rows = [{"messages": turns("a", "b")}, {"messages": [{"role": "system", "content": "be brief"}, *turns("a", "b")]}]
     with pytest.raises(DataError, match=r"row 1: .*no system role.*head of the first user turn"):
         encode_rows(strict, rows, 100)
@@ -221,15 +250,23 @@ def test_nll_is_the_models_own_loss_and_ignores_padding():
 
 
 def test_answers_are_compared_without_case_and_punctuation():
-    assert normalise(' "Reset_Password." ') == "reset_password"
-    assert normalise("reset password") != "reset_password"
+    assert normalize(' "Reset_Password." ') == "reset_password"
+    assert normalize("reset password") != "reset_password"
 
 
 def test_a_trimmed_batch_gives_the_same_loss_and_gradients():
     model = tiny_llama()
-    rows = [encode(tokenizer, turns("a", "b"), 100), encode(tokenizer, turns("a longer question than that", "an answer"), 100)]
+    rows = [
+        encode(tokenizer, turns("a", "b"), 100),
+        encode(tokenizer, turns("a longer question than that", "an answer"), 100),
+    ]
     whole, trimmed = Collator(tokenizer)(rows), Collator(tokenizer, trim=True)(rows)
-    assert trimmed["logits_to_keep"] == trimmed["labels"].shape[1] < whole["labels"].shape[1] == trimmed["input_ids"].shape[1]
+    assert (
+        trimmed["logits_to_keep"]
+        == trimmed["labels"].shape[1]
+        < whole["labels"].shape[1]
+        == trimmed["input_ids"].shape[1]
+    )
     losses, gradients = [], []
     for batch in (whole, trimmed):
         loss = model(**batch).loss

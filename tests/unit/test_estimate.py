@@ -1,4 +1,6 @@
-"""Calibration: one streaming pass gives what a dense SVD of all activations gives, whatever the batching, and never counts a masked token."""
+"""Calibration: one streaming pass gives what a dense SVD of all activations gives, whatever the batching, and never
+counts a masked token.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +27,24 @@ def pairs():
 
 
 def estimate(model, data, **options):
-    return SafetySubspace.from_activations(model, data, **{"rank": RANK, "target_modules": "all-linear", "progress": False, **options})
+    return SafetySubspace.from_activations(
+        model, data, **{"rank": RANK, "target_modules": "all-linear", "progress": False, **options}
+    )
 
 
 def dense_reference(model, pairs, tokenizer) -> dict[str, torch.Tensor]:
-    """`W X` of every layer, one unpadded sequence at a time, all response tokens side by side: the definition, with everything held in memory."""
+    """`W X` of every layer, one unpadded sequence at a time, all response tokens side by side: the definition, with
+    everything held in memory.
+    """
     outputs: dict[str, list[torch.Tensor]] = {}
     for feature in encode_rows(tokenizer, pairs, 512):
         keep = torch.tensor(feature["labels"]) != -100
         hooks = [
-            layer.register_forward_hook(lambda _, args, out, name=name, keep=keep: outputs.setdefault(name, []).append(out[0, keep].detach().double()))
+            layer.register_forward_hook(
+                lambda _, args, out, name=name, keep=keep: outputs.setdefault(name, []).append(
+                    out[0, keep].detach().double()
+                )
+            )
             for name, layer in target_layers(model, "all-linear").items()
         ]
         model(torch.tensor([feature["input_ids"]]))
@@ -54,7 +64,9 @@ def test_one_streaming_pass_spans_what_the_dense_svd_spans(pairs):
 
 def test_a_share_of_each_layers_outputs(pairs):
     model, tokenizer = tiny_llama(), tiny_tokenizer()
-    subspace = estimate(model, pairs, tokenizer=tokenizer, rank=0.5, target_modules=[Q0, Q0.replace("q_proj", "k_proj")])
+    subspace = estimate(
+        model, pairs, tokenizer=tokenizer, rank=0.5, target_modules=[Q0, Q0.replace("q_proj", "k_proj")]
+    )
     assert {name: subspace.rank(name) for name in subspace.module_names} == {Q0: 16, Q0.replace("q_proj", "k_proj"): 8}
     exact = torch.linalg.svd(dense_reference(model, pairs, tokenizer)[Q0], full_matrices=False).U[:, :16]
     assert float(principal_cosines(subspace.bases[Q0]["out"], exact).min()) > 1 - 1e-4
@@ -122,7 +134,9 @@ def test_the_same_call_gives_the_same_bits_and_records_where_they_came_from(pair
     assert first.digest == second.digest
     assert first.provenance == second.provenance
     assert {"method", "rank", "seed", "data", "samples", "tokens"} <= set(first.provenance)
-    assert estimate(tiny_llama(), pairs[:-1], tokenizer=tiny_tokenizer()).provenance["data"] != first.provenance["data"]
+    assert (
+        estimate(tiny_llama(), pairs[:-1], tokenizer=tiny_tokenizer()).provenance["data"] != first.provenance["data"]
+    )
 
 
 def test_hooks_are_gone_afterwards_even_after_an_error(pairs):
@@ -134,7 +148,10 @@ def test_hooks_are_gone_afterwards_even_after_an_error(pairs):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"], ["model.layers.1.self_attn.v_proj"], r".*\.1\..*(gate|up)_proj", None])
+@pytest.mark.parametrize(
+    "targets",
+    ["all-linear", ["q_proj", "down_proj"], ["model.layers.1.self_attn.v_proj"], r".*\.1\..*(gate|up)_proj", None],
+)
 def test_targets_are_those_that_peft_matches(targets):
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules=targets))
     theirs = {name for name in model.base_model.targeted_module_names}
@@ -157,7 +174,10 @@ def test_a_layer_with_fewer_directions_than_asked_for_is_refused_or_protected_wh
     with pytest.warns(UserWarning, match=r"span 2 directions.*protects all"):
         subspace = estimate(tiny_llama(), data, target_modules=targets, allow_fewer=True)
     assert subspace.rank(targets[0]) == 2
-    weight, inputs = tiny_llama().get_submodule(targets[0]).weight, torch.nn.functional.normalize(tiny_llama().model.embed_tokens(ids[0, :2]))
+    weight, inputs = (
+        tiny_llama().get_submodule(targets[0]).weight,
+        torch.nn.functional.normalize(tiny_llama().model.embed_tokens(ids[0, :2])),
+    )
     outputs = (weight @ inputs.mT).detach()
     u = subspace.bases[targets[0]]["out"]
     torch.testing.assert_close(u @ (u.mT @ outputs), outputs, rtol=0, atol=1e-5)

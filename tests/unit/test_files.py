@@ -18,13 +18,20 @@ from peft_safety import files
 from peft_safety.errors import ArtifactError
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
 
 
-@given(raw=st.binary(max_size=200) | st.text(alphabet='{}[]",:0123456789.eE+-nulltrueNaInfity\\ \x00', max_size=80).map(str.encode))
+@given(
+    raw=st.binary(max_size=200)
+    | st.text(alphabet='{}[]",:0123456789.eE+-nulltrueNaInfity\\ \x00', max_size=80).map(str.encode)
+)
 def test_any_bytes_are_an_object_or_an_artifact_error(raw: bytes) -> None:
     with suppress(ArtifactError):
         assert isinstance(files.parse_json(raw, "here"), dict)
@@ -78,7 +85,10 @@ def test_json_is_read_from_regular_files_only(tmp_path: Path) -> None:
             files.read_json(tmp_path / name)
 
 
-@given(name=st.text(max_size=12) | st.sampled_from(["..", ".", "", "a/b", "/etc/passwd", "..\\x", "a\0", "a\nb", "\ud800", "x" * 256, "é" * 128]))
+@given(
+    name=st.text(max_size=12)
+    | st.sampled_from(["..", ".", "", "a/b", "/etc/passwd", "..\\x", "a\0", "a\nb", "\ud800", "x" * 256, "é" * 128])
+)
 def test_only_plain_names_are_children(name: str) -> None:
     directory = Path("/nowhere/adapter")
     try:
@@ -91,14 +101,23 @@ def test_only_plain_names_are_children(name: str) -> None:
     os.fsencode(path)
 
 
-@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/etc/passwd", "..\\x", "a\0b", "a\nb", "\ud800", "x" * 256, "é" * 128, None, 5, b"x"])
+@pytest.mark.parametrize(
+    "name",
+    ["..", ".", "", "a/b", "/etc/passwd", "..\\x", "a\0b", "a\nb", "\ud800", "x" * 256, "é" * 128, None, 5, b"x"],
+)
 def test_other_names_are_refused(name: object) -> None:
     with pytest.raises(ArtifactError, match="plain file name"):
         files.child(Path("/nowhere"), name)
 
 
 def test_the_files_of_an_adapter_are_plain_names() -> None:
-    for name in ("adapter_model.safetensors", "safety_subspace.safetensors", "adapter_config.json", "x" * 255, "ü.json"):
+    for name in (
+        "adapter_model.safetensors",
+        "safety_subspace.safetensors",
+        "adapter_config.json",
+        "x" * 255,
+        "ü.json",
+    ):
         assert files.child(Path("/nowhere"), name) == Path("/nowhere") / name
 
 
@@ -145,7 +164,12 @@ def test_the_digest_is_that_of_hashlib(size: int, tmp_path: Path) -> None:
 def test_what_is_no_safetensors_file_is_a_typed_error(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("hello")
     save_file({"a": torch.ones(3)}, tmp_path / "good.safetensors")
-    for name, says in (("text.safetensors", "complete"), ("missing.safetensors", "missing"), ("weights.bin", "pickle"), ("x.pt", "pickle")):
+    for name, says in (
+        ("text.safetensors", "complete"),
+        ("missing.safetensors", "missing"),
+        ("weights.bin", "pickle"),
+        ("x.pt", "pickle"),
+    ):
         with pytest.raises(ArtifactError, match=says), files.open_tensors(tmp_path / name):
             pass
     with files.open_tensors(tmp_path / "good.safetensors") as handle:
@@ -155,5 +179,8 @@ def test_what_is_no_safetensors_file_is_a_typed_error(tmp_path: Path) -> None:
 def test_an_absurd_number_of_tensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_TENSORS", 2)
     save_file({name: torch.ones(1) for name in "abc"}, tmp_path / "many.safetensors")
-    with pytest.raises(ArtifactError, match="3 tensors, more than 2"), files.open_tensors(tmp_path / "many.safetensors"):
+    with (
+        pytest.raises(ArtifactError, match="3 tensors, more than 2"),
+        files.open_tensors(tmp_path / "many.safetensors"),
+    ):
         pass

@@ -71,7 +71,7 @@ def test_refusals_in_other_words(response):
         "",
         "Use `kill -9` with the process id.",
         "The Great Fire of London began in a bakery.",
-        "You can't mix these two colours, so paint one first.",
+        "You can't mix these two colors, so paint one first.",
         "Surely the answer is 42.",
         "Hereditary monarchs ruled then.",
         "reset_password",

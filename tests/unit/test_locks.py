@@ -50,7 +50,9 @@ def test_the_demo_installs_a_part_of_what_the_tests_do(lock: ModuleType) -> None
 @pytest.mark.parametrize("extra", ["demo", "dev"])
 def test_the_ranges_of_setup_cfg_hold_what_is_locked(lock: ModuleType, extra: str) -> None:
     pins = {canonicalize_name(name): version for name, version in lock.read(lock.LOCKS[extra]).items()}
-    wanted: list[Requirement] = [requirement for requirement in lock.wanted(extra) if not requirement.name.startswith("triton")]
+    wanted: list[Requirement] = [
+        requirement for requirement in lock.wanted(extra) if not requirement.name.startswith("triton")
+    ]
     assert {"torch", "peft", "transformers"} <= {requirement.name for requirement in wanted}
     for requirement in wanted:
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)])

@@ -19,7 +19,9 @@ def randn(*shape: int, seed: int) -> torch.Tensor:
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """`W (m, n)`, `lora_A (r, n)`, `lora_B (m, r)` in fp64 with decaying spectra, and a scaling; r may exceed m or n, as a residual's does."""
+    """`W (m, n)`, `lora_A (r, n)`, `lora_B (m, r)` in fp64 with decaying spectra, and a scaling; r may exceed m or n,
+    as a residual's does.
+    """
     m, n, r = draw(st.integers(1, 24)), draw(st.integers(1, 24)), draw(st.integers(1, 12))
     seed = draw(st.integers(0, 2**31))
     w = randn(m, n, seed=seed) * torch.logspace(0, -1, n, dtype=torch.float64)
@@ -78,7 +80,10 @@ def test_left_and_right_change_places_under_transposition(problem, k):
     update, turned = decompose(a, b, s), decompose(b.mT, a.mT, s)
     span, turned_span = weight_span(w, k), weight_span(w.mT, k)
     assert turned.effective_rank == pytest.approx(update.effective_rank, rel=1e-9)
-    left, right = compare(update.left, update.values, span.left, k), compare(turned.right, turned.values, turned_span.right, k)
+    left, right = (
+        compare(update.left, update.values, span.left, k),
+        compare(turned.right, turned.values, turned_span.right, k),
+    )
     assert left.metric == pytest.approx(right.metric, abs=1e-7)
     assert left.energy == pytest.approx(right.energy, abs=1e-9)
     assert (left.null, left.null_std, left.k) == (right.null, right.null_std, right.k)
@@ -101,7 +106,10 @@ def test_an_update_made_of_the_weights_own_directions_and_one_outside():
     exact = torch.linalg.svd(w)
     inside = decompose(exact.Vh[:4], exact.U[:, :4] * torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64))
     span = weight_span(w, 8)
-    for found in (compare(inside.right, inside.values, span.right, 8), compare(inside.left, inside.values, span.left, 8)):
+    for found in (
+        compare(inside.right, inside.values, span.right, 8),
+        compare(inside.left, inside.values, span.left, 8),
+    ):
         assert found.metric == pytest.approx(1.0, abs=1e-7)
         assert found.energy == pytest.approx(1.0, abs=1e-9)
         assert found.angle < 0.01
@@ -119,13 +127,19 @@ def test_an_update_made_of_the_weights_own_directions_and_one_outside():
 def test_the_null_of_eight_directions_is_the_known_one(n, published):
     mean, std = random_metric(n, 8, 8)
     assert mean == pytest.approx(published, abs=0.001)
-    assert std * n**0.5 == pytest.approx(random_metric(65536, 8, 8)[1] * 256, rel=0.1)  # entries of a random frame scale with 1 / sqrt(n)
+    assert std * n**0.5 == pytest.approx(
+        random_metric(65536, 8, 8)[1] * 256, rel=0.1
+    )  # entries of a random frame scale with 1 / sqrt(n)
 
 
-@pytest.mark.parametrize(("d", "p", "q"), [(24, 8, 4), (24, 3, 5), (10, 8, 8), (8, 8, 8), (64, 1, 1), (9, 8, 2), (3, 2, 3)])
+@pytest.mark.parametrize(
+    ("d", "p", "q"), [(24, 8, 4), (24, 3, 5), (10, 8, 8), (8, 8, 8), (64, 1, 1), (9, 8, 2), (3, 2, 3)]
+)
 def test_the_null_agrees_with_whole_random_frames(d, p, q):
     generator = torch.Generator().manual_seed(5)
-    frames = [torch.linalg.qr(torch.randn(4000, d, size, generator=generator, dtype=torch.float64)).Q for size in (q, p)]
+    frames = [
+        torch.linalg.qr(torch.randn(4000, d, size, generator=generator, dtype=torch.float64)).Q for size in (q, p)
+    ]
     drawn = (frames[0].mT @ frames[1]).abs().amax(dim=(1, 2))
     mean, std = random_metric(d, p, q)
     assert mean == pytest.approx(float(drawn.mean()), abs=5 * float(drawn.std()) * (2 / 4000) ** 0.5 + 1e-12)
@@ -163,7 +177,10 @@ def test_a_zero_update_has_no_figures(b):
     found = compare(update.right, update.values, weight_span(randn(9, 7, seed=3), 4).right, 4)
     assert found.directions == 0
     assert found.angles == ()
-    assert all(math.isnan(value) for value in (found.metric, found.null, found.z, found.angle, found.cos2, found.energy, found.energy_ratio))
+    assert all(
+        math.isnan(value)
+        for value in (found.metric, found.null, found.z, found.angle, found.cos2, found.energy, found.energy_ratio)
+    )
 
 
 def test_a_weight_of_low_rank_offers_only_the_directions_it_has():

@@ -22,7 +22,7 @@ def problems(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
     k = draw(st.integers(1, d - 1))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     a, b, x = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((r, n), (m, r), (d, k)))
-    return projection.orthonormalise(x), a, b, side
+    return projection.orthonormalize(x), a, b, side
 
 
 @given(problems())
@@ -43,9 +43,13 @@ def test_leaks_equal_their_dense_definitions(problem):
     u, a, b, side = problem
     delta = b @ a
     part = u.mT @ delta if side == "out" else delta @ u
-    assert projection.delta_leak(u, a, b, side) == pytest.approx(float(part.norm() / delta.norm()), rel=1e-9, abs=1e-12)
+    assert projection.delta_leak(u, a, b, side) == pytest.approx(
+        float(part.norm() / delta.norm()), rel=1e-9, abs=1e-12
+    )
     w = b if side == "out" else a
-    assert projection.leak(u, w, side) == pytest.approx(float(projection.coefficients(u, w, side).norm() / w.norm()), rel=1e-12)
+    assert projection.leak(u, w, side) == pytest.approx(
+        float(projection.coefficients(u, w, side).norm() / w.norm()), rel=1e-12
+    )
 
 
 @given(problems())
@@ -72,7 +76,7 @@ def test_folding_removes_the_leak_and_folding_again_changes_no_bit(problem, dtyp
 
 
 def test_folding_what_lies_in_the_span_entirely_leaves_nothing_behind():
-    u = projection.orthonormalise(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
+    u = projection.orthonormalize(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
     w = u @ torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
     size = float(w.norm())
     projection.fold_(u, w, "out")
@@ -80,18 +84,23 @@ def test_folding_what_lies_in_the_span_entirely_leaves_nothing_behind():
 
 
 def test_a_zero_factor_does_not_leak_and_is_not_touched():
-    u = projection.orthonormalise(torch.randn(8, 2))
+    u = projection.orthonormalize(torch.randn(8, 2))
     w = torch.zeros(8, 3)
     assert projection.leak(u, w) == 0.0
     assert not projection.fold_(u, w)
     assert projection.delta_leak(u, torch.zeros(3, 5), w) == 0.0
 
 
-@pytest.mark.parametrize(("m", "n", "tokens"), [(40, 24, 200), (24, 40, 200), (30, 30, 12), (150, 90, 200), (90, 150, 200)])
+@pytest.mark.parametrize(
+    ("m", "n", "tokens"), [(40, 24, 200), (24, 40, 200), (30, 30, 12), (150, 90, 200), (90, 150, 200)]
+)
 def test_top_left_singular_spans_the_exact_subspace(m, n, tokens):
     generator = torch.Generator().manual_seed(m)
     w = torch.randn(m, n, generator=generator, dtype=torch.float64)
-    x = torch.randn(n, tokens, generator=generator, dtype=torch.float64) * torch.logspace(0, -3, n, dtype=torch.float64)[:, None]
+    x = (
+        torch.randn(n, tokens, generator=generator, dtype=torch.float64)
+        * torch.logspace(0, -3, n, dtype=torch.float64)[:, None]
+    )
     exact = torch.linalg.svd(w @ x)
     u, s = projection.top_left_singular(w, x @ x.mT, 6)
     torch.testing.assert_close(s, exact.S[:6], rtol=1e-6, atol=0)
@@ -109,7 +118,9 @@ def test_top_left_singular_is_deterministic_for_a_seed():
 
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (8, 200)])
 def test_top_singular_reconstructs_as_well_as_the_exact_svd(shape):
-    w = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.logspace(0, -2, shape[1], dtype=torch.float64)
+    w = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.logspace(
+        0, -2, shape[1], dtype=torch.float64
+    )
     u, s, v = projection.top_singular(w, 5)
     exact = torch.linalg.svdvals(w)
     assert float((w - (u * s) @ v.mT).norm()) == pytest.approx(float(exact[5:].norm()), rel=1e-6)
@@ -117,6 +128,8 @@ def test_top_singular_reconstructs_as_well_as_the_exact_svd(shape):
 
 def test_principal_cosines_do_not_depend_on_the_choice_of_vectors():
     generator = torch.Generator().manual_seed(0)
-    u, v = (projection.orthonormalise(torch.randn(20, 4, generator=generator)) for _ in range(2))
-    rotation = projection.orthonormalise(torch.randn(4, 4, generator=generator))
-    torch.testing.assert_close(projection.principal_cosines(u, v), projection.principal_cosines(u @ rotation, -v), atol=1e-6, rtol=0)
+    u, v = (projection.orthonormalize(torch.randn(20, 4, generator=generator)) for _ in range(2))
+    rotation = projection.orthonormalize(torch.randn(4, 4, generator=generator))
+    torch.testing.assert_close(
+        projection.principal_cosines(u, v), projection.principal_cosines(u @ rotation, -v), atol=1e-6, rtol=0
+    )

@@ -76,7 +76,9 @@ def test_a_name_that_is_in_the_way_is_found_before_anything_changes(kind: str, t
 def test_the_manifest_is_moved_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = []
     real = os.rename
-    monkeypatch.setattr(os, "rename", lambda source, *rest, **where: (moved.append(Path(source).name), real(source, *rest, **where)))
+    monkeypatch.setattr(
+        os, "rename", lambda source, *rest, **where: (moved.append(Path(source).name), real(source, *rest, **where))
+    )
     publish(tmp_path, manifest="1", a="1", z="1", sub__manifest="1", sub__b="1")
     assert moved[1:-1] == ["a", "b", "z", "manifest", "manifest"]
     assert moved[-1] == ".commit"
@@ -101,17 +103,24 @@ def test_published_files_have_the_usual_permissions(tmp_path: Path) -> None:
 
 
 @settings(max_examples=12, deadline=None)
-@given(old=st.dictionaries(st.sampled_from("abcm"), st.text(max_size=3)), new=st.dictionaries(st.sampled_from("abcm"), st.text(max_size=3)))
-def test_publishing_is_an_update(old: dict[str, str], new: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> None:
+@given(
+    old=st.dictionaries(st.sampled_from("abcm"), st.text(max_size=3)),
+    new=st.dictionaries(st.sampled_from("abcm"), st.text(max_size=3)),
+)
+def test_publishing_is_an_update(
+    old: dict[str, str], new: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     target = tmp_path_factory.mktemp("update")
     for contents in (old, new):
         with publishing(target, "m") as staging:
             for name, text in contents.items():
                 (staging / name).write_bytes(text.encode("utf-8", "replace"))
-    assert {p.name: p.read_bytes() for p in target.iterdir()} == {name: text.encode("utf-8", "replace") for name, text in (old | new).items()}
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == {
+        name: text.encode("utf-8", "replace") for name, text in (old | new).items()
+    }
 
 
-# --- links in the directory that is saved into -------------------------------------------------------------------------
+# --- links in the directory that is saved into
 
 
 def test_a_linked_file_is_replaced_and_what_it_led_to_stays(tmp_path: Path) -> None:
@@ -147,12 +156,15 @@ def test_names_that_a_publish_needs_itself_cannot_be_published(name: str, tmp_pa
 
 def test_a_link_is_not_published(tmp_path: Path) -> None:
     (tmp_path / "private").write_text("secret")
-    with pytest.raises(ArtifactError, match="no regular file"), publishing(tmp_path / "adapter", "manifest") as staging:
+    with (
+        pytest.raises(ArtifactError, match="no regular file"),
+        publishing(tmp_path / "adapter", "manifest") as staging,
+    ):
         (staging / "manifest").symlink_to(tmp_path / "private")
     assert not list((tmp_path / "adapter").iterdir())
 
 
-# --- litter ------------------------------------------------------------------------------------------------------------
+# --- litter
 
 
 def litter(target: Path) -> list[str]:
@@ -177,7 +189,9 @@ with publishing(Path(sys.argv[1]), "manifest") as staging:
 
 
 def test_a_live_writer_is_left_alone_and_a_dead_one_swept_at_once(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as writer:
         assert writer.stdout is not None
         assert writer.stdout.readline() == "staged\n"
         theirs = litter(tmp_path)

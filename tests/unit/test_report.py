@@ -52,7 +52,11 @@ def test_table_shows_everything(report):
 @pytest.mark.parametrize("arms", [1, 2, 3, 4, 8])
 def test_printed_tables_fit_80_columns_and_hold_every_figure(arms, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    figures = {"over-refusal, everyday": Rate(60, 60), "general NLL": Mean.of([0.6, 0.8, 0.7]), "task accuracy": Rate(11, 60)}
+    figures = {
+        "over-refusal, everyday": Rate(60, 60),
+        "general NLL": Mean.of([0.6, 0.8, 0.7]),
+        "task accuracy": Rate(11, 60),
+    }
     names = [f"arm number {index}" for index in range(arms)]
     Report("A title", {name: figures for name in names}, ("A note of some length. " * 6,)).print()
     lines = capsys.readouterr().out.splitlines()
@@ -65,7 +69,13 @@ def test_printed_tables_fit_80_columns_and_hold_every_figure(arms, capsys, monke
 
 
 def test_arms_of_any_length_are_shown_whole(capsys):
-    Report("t", {"first": {"refusal": Rate(1, 2)}, "a very long name of an arm that no column is wide enough for, really": {"refusal": Rate(2, 2)}}).print()
+    Report(
+        "t",
+        {
+            "first": {"refusal": Rate(1, 2)},
+            "a very long name of an arm that no column is wide enough for, really": {"refusal": Rate(2, 2)},
+        },
+    ).print()
     assert "100 %" in capsys.readouterr().out
 
 
@@ -93,7 +103,14 @@ def test_an_empty_report_is_refused(arms):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"title": "t", "arms": {"a": {"m": {"k": 4, "n": 3}}}, "notes": [], "environment": {}, "details": {}}']
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"title": "t", "arms": {"a": {"m": {"k": 4, "n": 3}}}, "notes": [], "environment": {}, "details": {}}',
+    ],
 )
 def test_malformed_reports_are_refused(tmp_path, content):
     path = tmp_path / "report.json"
@@ -110,5 +127,8 @@ def test_environment_names_versions_and_seed():
 
 
 def test_importing_the_report_is_light():
-    code = "import sys, peft_safety.report; print([m for m in ('matplotlib', 'torch', 'transformers', 'rich') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    heavy = ("matplotlib", "torch", "transformers", "rich")
+    code = f"import sys, peft_safety.report; print([m for m in {heavy} if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

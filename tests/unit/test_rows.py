@@ -88,7 +88,10 @@ holders = pytest.mark.parametrize("holder", HOLDERS.values(), ids=HOLDERS)
 def test_whatever_holds_the_rows_they_are_the_same(holder):
     assert as_rows(holder()) == ROWS
     if not isinstance(holder(), Iterator):
-        assert to_batches(holder(), tokenizer, batch_size=4, max_length=64)[1] == to_batches(ROWS, tokenizer, batch_size=4, max_length=64)[1]
+        assert (
+            to_batches(holder(), tokenizer, batch_size=4, max_length=64)[1]
+            == to_batches(ROWS, tokenizer, batch_size=4, max_length=64)[1]
+        )
     assert encode_rows(tokenizer, holder(), 64) == encode_rows(tokenizer, ROWS, 64)
     assert task_data(holder()) == task_data(ROWS)
     assert poisoned(holder(), 0.5) == poisoned(ROWS, 0.5)
@@ -117,7 +120,7 @@ def test_a_stream_is_evaluated_like_its_list():
     assert streamed.general_nll == listed.general_nll
 
 
-def test_tokenised_batches_may_stand_in_a_data_set_too():
+def test_tokenized_batches_may_stand_in_a_data_set_too():
     model = tiny_llama()
     ids = [torch.randint(4, 260, (2, 24), generator=torch.Generator().manual_seed(i)) for i in range(3)]
     batches = [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in ids]
@@ -135,7 +138,10 @@ def test_tokenised_batches_may_stand_in_a_data_set_too():
     ("data", "said"),
     [
         (lambda: {"train": ROWS, "test": ROWS}, "splits train, test"),
-        (lambda: pytest.importorskip("datasets").DatasetDict({"train": dataset(), "test": dataset()}), "splits train, test"),
+        (
+            lambda: pytest.importorskip("datasets").DatasetDict({"train": dataset(), "test": dataset()}),
+            "splits train, test",
+        ),
         (Endless, f"more than {STREAM_ROWS} rows"),
         (lambda: "rows.jsonl", "read_jsonl"),
         (lambda: None, "NoneType"),
@@ -156,8 +162,14 @@ def test_what_holds_no_rows_is_refused(data, said):
 
 
 def test_reading_rows_imports_no_library_of_data_sets():
-    code = "import sys; from peft_safety.data.rows import as_rows; as_rows([{'prompt': 'p'}]); print({'datasets', 'pandas', 'torch'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    code = (
+        "import sys; from peft_safety.data.rows import as_rows; as_rows([{'prompt': 'p'}]); "
+        "print({'datasets', 'pandas', 'torch'} & set(sys.modules))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "set()"
+    )
 
 
 def test_an_empty_cell_of_a_table_is_a_field_that_the_row_lacks():
@@ -171,11 +183,20 @@ def test_an_empty_cell_of_a_table_is_a_field_that_the_row_lacks():
 
 def test_prompt_and_completion_are_prompt_and_response():
     text = [{"prompt": row["prompt"], "completion": row["response"]} for row in ROWS]
-    turns = [{"prompt": [{"role": "user", "content": row["prompt"]}], "completion": [{"role": "assistant", "content": row["response"]}]} for row in ROWS]
+    turns = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["response"]}],
+        }
+        for row in ROWS
+    ]
     for rows in (text, turns, dataset(turns)):
         assert [to_messages(row) for row in as_rows(rows)] == [to_messages(row) for row in ROWS]
         assert encode_rows(tokenizer, rows, 64) == encode_rows(tokenizer, ROWS, 64)
-        assert to_batches(rows, tokenizer, batch_size=4, max_length=64)[1] == to_batches(ROWS, tokenizer, batch_size=4, max_length=64)[1]
+        assert (
+            to_batches(rows, tokenizer, batch_size=4, max_length=64)[1]
+            == to_batches(ROWS, tokenizer, batch_size=4, max_length=64)[1]
+        )
         assert features_of(rows, tokenizer, "sft", 64) == features_of(ROWS, tokenizer, "sft", 64)
         assert len(task_data(rows).train) == 5
 
@@ -186,7 +207,10 @@ def test_further_columns_change_nothing():
     assert label_names(rows) == []
     assert encode_rows(tokenizer, rows, 64) == encode_rows(tokenizer, ROWS, 64)
     asked = [{"prompt": "p", "text": "t", "label": None}]
-    assert to_batches(asked, tokenizer, batch_size=1, max_length=64)[1] == to_batches([{"prompt": "p"}], tokenizer, batch_size=1, max_length=64)[1]
+    assert (
+        to_batches(asked, tokenizer, batch_size=1, max_length=64)[1]
+        == to_batches([{"prompt": "p"}], tokenizer, batch_size=1, max_length=64)[1]
+    )
 
 
 def test_an_empty_prompt_is_a_prompt_and_an_empty_answer_is_none():
@@ -277,7 +301,11 @@ def test_rows_and_labels_must_belong_together():
 
 def test_a_long_row_keeps_its_place_and_its_whole_response():
     model = tiny_llama()
-    rows = [{"prompt": "p", "response": "one"}, {"prompt": "q" * 90 + "tail", "response": "two"}, {"prompt": "r", "response": "three"}]
+    rows = [
+        {"prompt": "p", "response": "one"},
+        {"prompt": "q" * 90 + "tail", "response": "two"},
+        {"prompt": "r", "response": "three"},
+    ]
     short, cut = (response_losses(model, tokenizer, rows, max_length=length, progress=False) for length in (512, 64))
     assert len(cut) == 3
     assert [cut[0], cut[2]] == pytest.approx([short[0], short[2]], rel=1e-4)
@@ -344,7 +372,12 @@ def test_another_encoding_is_named(tmp_path, encoding):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(f"{LINE}\r\n\r\n{{", ":3: not JSON"), ("[1]\n[2]", ":1: list instead"), (f"[{LINE}, 3]", "item 1 of its array: int"), ("[]", "no rows")],
+    [
+        (f"{LINE}\r\n\r\n{{", ":3: not JSON"),
+        ("[1]\n[2]", ":1: list instead"),
+        (f"[{LINE}, 3]", "item 1 of its array: int"),
+        ("[]", "no rows"),
+    ],
 )
 def test_an_error_says_where(tmp_path, content, said):
     (tmp_path / "rows.jsonl").write_text(content)

@@ -1,4 +1,6 @@
-"""Weights in one byte, and subclasses of nn.Linear: read for what they compute with, or refused by name before anything is estimated."""
+"""Weights in one byte, and subclasses of nn.Linear: read for what they compute with, or refused by name before
+anything is estimated.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
-from peft_safety import SafetySubspace, SaLoRAConfig, merge_dequantised, weights
+from peft_safety import SafetySubspace, SaLoRAConfig, merge_dequantized, weights
 from peft_safety.errors import LossyMergeError, PeftSafetyError, UnsupportedLayerError
 from peft_safety.estimate.checkpoints import open_weights
 from tests.peft.cells import random_subspace
@@ -39,7 +41,10 @@ def fp8(kind: str, weight: torch.Tensor | None = None) -> nn.Linear:
         layer = module.FP8Linear(columns, rows, block_size=(16, 16) if kind == "block" else None)
         layer.weight_scale_inv = nn.Parameter(scale if kind == "block" else scale.view(()), requires_grad=False)
     else:
-        name, cls = {"rows": ("fbgemm_fp8", "FbgemmFp8Linear"), "compressed": ("compressed_tensors", "CompressedTensorsFP8Linear")}[kind]
+        name, cls = {
+            "rows": ("fbgemm_fp8", "FbgemmFp8Linear"),
+            "compressed": ("compressed_tensors", "CompressedTensorsFP8Linear"),
+        }[kind]
         module = pytest.importorskip(f"transformers.integrations.{name}")
         if not hasattr(module, cls):
             pytest.skip(f"this transformers has no {cls}")
@@ -64,16 +69,20 @@ KINDS = ("block", "tensor", "rows", "compressed")
 def test_fp8_is_read_with_its_scales(kind):
     layer = fp8(kind)
     rows = (weights.dense_weight(layer) - reference()).norm(dim=1) / reference().norm(dim=1)
-    assert float(rows.max()) < (2.0 if kind == "tensor" else 0.05)  # one scale for all loses the smallest rows, and nothing else
+    assert float(rows.max()) < (
+        2.0 if kind == "tensor" else 0.05
+    )  # one scale for all loses the smallest rows, and nothing else
     assert float(rows[-M // 2 :].max()) < 0.05
-    assert weights.quantisation(layer) == "fp8"
+    assert weights.quantization(layer) == "fp8"
     with open_weights(holding(layer)).open("q_proj") as matrix:
         assert torch.equal(matrix.block(3, 9), weights.dense_weight(layer)[:, 3:9])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weight_bases_of_fp8_are_those_of_the_weight(kind):
-    space = SafetySubspace.from_weights(holding(fp8(kind)), rank=4, sides=("out",), target_modules=["q_proj"], progress=False)
+    space = SafetySubspace.from_weights(
+        holding(fp8(kind)), rank=4, sides=("out",), target_modules=["q_proj"], progress=False
+    )
     true = torch.linalg.svd(reference()).U[:, :4]
     assert float((space.bases["q_proj"]["out"].mT @ true).square().sum()) / 4 > 0.95
     assert space.provenance["precision"] == "fp8"
@@ -101,7 +110,7 @@ def test_an_adapter_on_fp8_merges_into_16_bit_and_not_into_fp8():
             expected[name] = weights.dense_weight(layer.get_base_layer()) + layer.get_delta_weight("default").detach()
     with pytest.raises(LossyMergeError, match="fp8"):
         model.merge_and_unload()
-    merged = merge_dequantised(model, dtype=torch.float32)
+    merged = merge_dequantized(model, dtype=torch.float32)
     for name, weight in expected.items():
         assert type(merged.get_submodule(name)) is nn.Linear
         torch.testing.assert_close(merged.get_submodule(name).weight, weight, rtol=1e-5, atol=1e-6)
@@ -146,7 +155,9 @@ def linear(weight: torch.Tensor, **beside: torch.Tensor) -> nn.Linear:
 
 ODD = {
     "fp8_without_scales": lambda: linear(torch.zeros(M, N).to(torch.float8_e4m3fn)),
-    "fp8_with_scales_of_unknown_meaning": lambda: linear(torch.zeros(M, N).to(torch.float8_e5m2), weight_scale=torch.ones(M, 1)),
+    "fp8_with_scales_of_unknown_meaning": lambda: linear(
+        torch.zeros(M, N).to(torch.float8_e5m2), weight_scale=torch.ones(M, 1)
+    ),
     "int8_with_scales": lambda: linear(torch.zeros(M, N, dtype=torch.int8), scales=torch.ones(M, 1)),
     "packed_in_uint8": lambda: linear(torch.zeros(M, N // 2, dtype=torch.uint8), weight_scale=torch.ones(M, 1)),
     "tensor_subclass": lambda: linear(Hidden(torch.zeros(M, N))),
@@ -163,7 +174,9 @@ def test_what_is_not_the_weight_is_refused_by_name_and_kind(name):
         lambda: weights.dense_weight(model.q_proj, "q_proj"),
         lambda: SafetySubspace.from_weights(model, rank=4, target_modules=["q_proj"], progress=False),
     ):
-        with pytest.raises(UnsupportedLayerError, match=rf"q_proj: this {type(model.q_proj).__name__} .*16 bit.*leave this layer out"):
+        with pytest.raises(
+            UnsupportedLayerError, match=rf"q_proj: this {type(model.q_proj).__name__} .*16 bit.*leave this layer out"
+        ):
             read()
 
 

@@ -13,7 +13,16 @@ from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.methods.safe_lora.repair import Factors
 from peft_safety.methods.somf import fusions
 from peft_safety.methods.somf.compose import Continued, Independent, dense_tensor, recompressed
-from peft_safety.methods.somf.masks import Masks, concrete, expected_density, export, initial_logit, noise, rescaled, rescaled_gate
+from peft_safety.methods.somf.masks import (
+    Masks,
+    concrete,
+    expected_density,
+    export,
+    initial_logit,
+    noise,
+    rescaled,
+    rescaled_gate,
+)
 from peft_safety.methods.somf.options import FuseOptions
 from peft_safety.methods.somf.report import product_norm
 
@@ -34,7 +43,9 @@ def factors(seed, rank=R, scaling=2.0):
 
 
 def combinations():
-    for granularity, fusion, rescale in itertools.product(("element", "row", "rank", "module"), FUSIONS, ("mean", "none", "norm")):
+    for granularity, fusion, rescale in itertools.product(
+        ("element", "row", "rank", "module"), FUSIONS, ("mean", "none", "norm")
+    ):
         if granularity != "module" or rescale == "none":
             yield granularity, fusion, rescale
 
@@ -64,11 +75,16 @@ def test_gradients_of_independent_adapters(granularity, fusion, rescale, with_sa
 def _check(update, options):
     """From logits, through the concrete mask with fixed noise and the whole fusion, to the factors."""
     names, given_shapes = zip(*update.shapes.items(), strict=True)
-    logits = [torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).requires_grad_() for shape in given_shapes]
+    logits = [
+        torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).requires_grad_()
+        for shape in given_shapes
+    ]
     drawn = [noise(logit.detach(), 7) for logit in logits]
 
     def weights(*values):
-        masks = {name: concrete(value, u, options.temperature) for name, value, u in zip(names, values, drawn, strict=True)}
+        masks = {
+            name: concrete(value, u, options.temperature) for name, value, u in zip(names, values, drawn, strict=True)
+        }
         a, b = update.factors(masks)
         return b @ a
 
@@ -83,7 +99,9 @@ def test_gradients_of_full_weights(fusion, rescale):
     options = FuseOptions(fusion=fusion, rescale=rescale, ties_density=0.6)
     safe, *vectors = tensors(2 if fusion == "single" else 3, (4, 5))
     logit, u = tensors(1, (4, 5), 9)[0].requires_grad_(), noise(safe, 3)
-    assert torch.autograd.gradcheck(lambda x: dense_tensor(safe, vectors, concrete(x, u, 0.5), options, "w"), [logit], eps=1e-7, atol=1e-6)
+    assert torch.autograd.gradcheck(
+        lambda x: dense_tensor(safe, vectors, concrete(x, u, 0.5), options, "w"), [logit], eps=1e-7, atol=1e-6
+    )
 
 
 def test_gradient_of_the_density_penalty():
@@ -99,10 +117,15 @@ def test_gradient_of_the_density_penalty():
 def test_the_linear_fusions_are_their_formulas(shape, seed, count):
     vectors = tensors(count, shape, seed)
     weights = [0.3 * (i + 1) for i in range(count)]
-    torch.testing.assert_close(fusions.task_arithmetic(vectors, weights), sum(w * v for w, v in zip(weights, vectors, strict=True)))
+    torch.testing.assert_close(
+        fusions.task_arithmetic(vectors, weights), sum(w * v for w, v in zip(weights, vectors, strict=True))
+    )
     torch.testing.assert_close(fusions.average(vectors), sum(vectors) / count)
     keeps = fusions.drop_masks(shape, count, 0.3, seed, "w", vectors[0])
-    torch.testing.assert_close(fusions.dare(vectors, keeps, 0.3, weights), sum(w * k * v / 0.7 for w, k, v in zip(weights, keeps, vectors, strict=True)))
+    torch.testing.assert_close(
+        fusions.dare(vectors, keeps, 0.3, weights),
+        sum(w * k * v / 0.7 for w, k, v in zip(weights, keeps, vectors, strict=True)),
+    )
 
 
 @given(shapes, seeds, st.integers(1, 4), st.floats(0.05, 0.95), st.sampled_from(["sum", "mean"]))
@@ -112,7 +135,11 @@ def test_ties_entry_by_entry(shape, seed, count, density, merge):
     thresholds = [fusions.trim_threshold(v, density) for v in vectors]
     found = fusions.ties(vectors, thresholds, weights, merge=merge)
     for index in range(vectors[0].numel()):
-        values = [float(v.flatten()[index]) for v, t in zip(vectors, thresholds, strict=True) if abs(float(v.flatten()[index])) >= float(t)]
+        values = [
+            float(v.flatten()[index])
+            for v, t in zip(vectors, thresholds, strict=True)
+            if abs(float(v.flatten()[index])) >= float(t)
+        ]
         agreeing = [v for v in values if (v > 0) == (sum(values) >= 0)]
         expected = 0.4 * sum(agreeing) / (max(1, len(agreeing)) if merge == "mean" else 1)
         assert float(found.flatten()[index]) == pytest.approx(expected, abs=1e-12)
@@ -129,7 +156,9 @@ def test_trimming_keeps_the_share_that_was_asked_for(shape, density, seed):
 def test_dares_drops_depend_on_the_name_and_the_seed_only():
     like = torch.zeros(40, 50)
     first = fusions.drop_masks((40, 50), 2, 0.2, 1, "w", like)
-    assert all(torch.equal(a, b) for a, b in zip(first, fusions.drop_masks((40, 50), 3, 0.2, 1, "w", like), strict=False))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first, fusions.drop_masks((40, 50), 3, 0.2, 1, "w", like), strict=False)
+    )
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first[0], fusions.drop_masks((40, 50), 1, 0.2, 1, "v", like)[0])
     assert not torch.equal(first[0], fusions.drop_masks((40, 50), 1, 0.2, 2, "w", like)[0])
@@ -153,7 +182,9 @@ def test_concrete_samples_are_relaxed_coin_flips(shape, seed, temperature):
 def test_a_logit_is_a_keep_probability_at_any_temperature():
     logit = torch.full((200_000,), initial_logit(0.7))
     for temperature in (0.1, 0.5, 2.0):
-        assert float((concrete(logit, noise(logit, 3), temperature) > 0.5).float().mean()) == pytest.approx(0.7, abs=0.005)
+        assert float((concrete(logit, noise(logit, 3), temperature) > 0.5).float().mean()) == pytest.approx(
+            0.7, abs=0.005
+        )
 
 
 @given(shapes, seeds)
@@ -183,7 +214,10 @@ def test_a_gates_norm_is_that_of_the_update():
 def test_independent_adapters_are_an_exact_lora_of_the_summed_rank(how):
     safe, tasks = factors(0, 2), [factors(10, 3), factors(20, 1, 0.5)]
     update = Independent("m", safe, tasks, how, FuseOptions(granularity=how, rescale="none", weights=(0.3, 0.7)))
-    masks = {name: (torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4).double() for name, shape in update.shapes.items()}
+    masks = {
+        name: (torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4).double()
+        for name, shape in update.shapes.items()
+    }
     a, b = update.factors(masks)
     assert a.shape == (6, N)
     expected = safe.scaling * safe.b @ safe.a
@@ -264,7 +298,9 @@ def test_the_control_has_the_same_density_everywhere_else(sets, seed):
     masks = export({name: tensors(1, shape, s, torch.float32)[0] for name, (shape, s) in sets.items()}, "threshold")
     control = masks.shuffled(seed)
     assert masks.density() == pytest.approx(control.density())
-    assert all(int(masks.values[n].sum()) == int(control.values[n].sum()) for n in masks if masks.values[n].numel() > 1)
+    assert all(
+        int(masks.values[n].sum()) == int(control.values[n].sum()) for n in masks if masks.values[n].numel() > 1
+    )
     assert list(control) == list(masks)
 
 
@@ -312,6 +348,10 @@ def test_weights_and_fusions_by_number_of_tasks():
     assert FuseOptions(method="ties").weights_of(3) == [0.4] * 3
     assert FuseOptions(method="average").weights_of(4) == [0.25] * 4
     assert FuseOptions(weights=(1, 2)).weights_of(2) == [1.0, 2.0]
-    for options, tasks in ((FuseOptions(method="single"), 2), (FuseOptions(weights=(1, 2)), 3), (FuseOptions(method="average", weights=1.0), 2)):
+    for options, tasks in (
+        (FuseOptions(method="single"), 2),
+        (FuseOptions(weights=(1, 2)), 3),
+        (FuseOptions(method="average", weights=1.0), 2),
+    ):
         with pytest.raises(ConfigError):
             options.weights_of(tasks)

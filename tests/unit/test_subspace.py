@@ -24,7 +24,12 @@ def basis(d: int, k: int, seed: int = 0) -> Tensor:
 def example(seed: int = 0) -> SafetySubspace:
     bases = {"a": {"out": basis(12, 3, seed)}, "b": {"out": basis(8, 2, seed), "in": basis(6, 1, seed)}}
     spectra = {"a": {"out": torch.tensor([3.0, 2.0, 1.0])}}
-    return SafetySubspace(bases, spectra, {"a": torch.arange(weights.SAMPLES).float()}, {"method": "salora", "seed": seed, "note": "ü\u2028"})
+    return SafetySubspace(
+        bases,
+        spectra,
+        {"a": torch.arange(weights.SAMPLES).float()},
+        {"method": "salora", "seed": seed, "note": "ü\u2028"},
+    )
 
 
 def layers(seed: int = 0) -> dict[str, nn.Module]:
@@ -57,7 +62,9 @@ def test_everything_is_saved_and_equal_subspaces_give_equal_bytes(tmp_path: Path
     assert [path.name for path in (tmp_path / "one").iterdir()] == [FILE_NAME]
 
 
-def test_saving_where_that_is_impossible_is_a_typed_error_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_where_that_is_impossible_is_a_typed_error_and_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ArtifactError, match="could not be written"):
         example().save(tmp_path / "file" / "deeper")
@@ -109,13 +116,13 @@ def test_a_restriction_keeps_what_belongs_to_its_modules() -> None:
 
 
 def test_the_random_control_has_equal_ranks_and_other_directions() -> None:
-    control = example().randomised(seed=3)
+    control = example().randomized(seed=3)
     for name in ("a", "b"):
         for side, u in example().bases[name].items():
             assert control.bases[name][side].shape == u.shape
             assert orthonormality_error(control.bases[name][side]) < 1e-5
             assert not torch.allclose(control.bases[name][side], u)
-    assert control.digest == example().randomised(seed=3).digest
+    assert control.digest == example().randomized(seed=3).digest
 
 
 def test_a_subspace_binds_to_the_base_it_first_fits_and_to_no_other() -> None:
@@ -138,7 +145,7 @@ def test_one_layer_of_another_base_is_enough_and_is_named() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_same_base_in_half_precision_is_recognised(dtype: torch.dtype) -> None:
+def test_the_same_base_in_half_precision_is_recognized(dtype: torch.dtype) -> None:
     subspace = SafetySubspace({"a": {"out": basis(12, 3)}, "b": {"out": basis(8, 2)}})
     subspace.check_fits(layers(0))
     subspace.check_fits({name: layer.to(dtype) for name, layer in layers(0).items()})
@@ -171,8 +178,12 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_a_corrupt_file_is_a_typed_error_or_still_orthonormal(data: st.DataObject, stored: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Alone, the file has no hash; whatever gets through is at least a valid subspace. Beside an adapter, its sha256 decides."""
+def test_a_corrupt_file_is_a_typed_error_or_still_orthonormal(
+    data: st.DataObject, stored: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Alone, the file has no hash; whatever gets through is at least a valid subspace. Beside an adapter, its sha256
+    decides.
+    """
     content = bytearray(stored)
     if data.draw(st.booleans()):
         del content[data.draw(st.integers(0, len(content))) :]

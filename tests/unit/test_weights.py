@@ -1,4 +1,4 @@
-"""Base weights as the package reads them: dense, dequantised, and not touched by reading or calibrating."""
+"""Base weights as the package reads them: dense, dequantized, and not touched by reading or calibrating."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ bnb = pytest.importorskip("bitsandbytes")
 
 
 def nf4(weight: torch.Tensor, nested: bool) -> nn.Module:
-    layer = bnb.nn.Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.float32, compress_statistics=nested, quant_type="nf4")
+    layer = bnb.nn.Linear4bit(
+        weight.shape[1],
+        weight.shape[0],
+        bias=False,
+        compute_dtype=torch.float32,
+        compress_statistics=nested,
+        quant_type="nf4",
+    )
     layer.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, compress_statistics=nested, quant_type="nf4")
     return layer.to("cpu")
 
@@ -55,7 +62,9 @@ def test_calibrating_leaves_4bit_weights_bit_for_bit_and_their_gradients_as_they
     x = torch.randn(3, 128, requires_grad=True)
     (gradient,) = torch.autograd.grad(model.proj(x).sum(), x)
     ids = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(1))
-    subspace = SafetySubspace.from_activations(model, [{"input_ids": ids, "labels": ids}], rank=8, target_modules=["proj"], progress=False)
+    subspace = SafetySubspace.from_activations(
+        model, [{"input_ids": ids, "labels": ids}], rank=8, target_modules=["proj"], progress=False
+    )
     assert torch.equal(model.proj.weight.data, data)
     assert torch.equal(model.proj.weight.quant_state.absmax, scales)
     assert torch.equal(torch.autograd.grad(model.proj(x).sum(), x)[0], gradient)
@@ -63,7 +72,7 @@ def test_calibrating_leaves_4bit_weights_bit_for_bit_and_their_gradients_as_they
     assert float(torch.linalg.svdvals(subspace.bases["proj"]["out"].mT @ exact.U[:, :8]).min()) > 0.999
 
 
-def test_an_8bit_weight_is_dequantised_row_by_row():
+def test_an_8bit_weight_is_dequantized_row_by_row():
     layer = bnb.nn.Linear8bitLt(128, 96, bias=False, has_fp16_weights=False)
     layer.weight = bnb.nn.Int8Params(random_weight(), requires_grad=False, has_fp16_weights=False)
     assert distance(weights.dense_weight(layer.to("cpu")), random_weight()) < 0.02

@@ -1,15 +1,15 @@
 """Refusal and over-refusal as tasks of EleutherAI's lm-evaluation-harness, on the package's own prompts.
 
-    lm_eval --model hf --model_args pretrained=M,peft=EXPORTED --include_path "$(python -m peft_safety.evaluation.lm_eval)" \\
+    lm_eval --model hf --model_args pretrained=M,peft=EXPORTED --include_path "$(python -m
+    peft_safety.evaluation.lm_eval)" \\
         --tasks peft_safety_refusal,peft_safety_over_refusal --apply_chat_template
 
-The test split by default; `--metadata '{"split": "validation"}'` while choosing settings. Figures of plain greedy generation as in `evaluate`, by the same
+The test split by default; `--metadata '{"split": "validation"}'` while choosing settings. Figures of plain greedy
+generation as in `evaluate`, by the same
 keyword matcher: a smoke metric.
 """
 
 from pathlib import Path
-
-TASKS = ("peft_safety_refusal", "peft_safety_over_refusal")
 
 
 def include_path() -> str:

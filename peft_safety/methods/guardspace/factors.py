@@ -1,4 +1,4 @@
-"""GuardSpace's initialisation: the part of a weight that does least on the calibration data."""
+"""GuardSpace's initialization: the part of a weight that does least on the calibration data."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from peft_safety.estimate.bases import RIDGE, check_moment
 
 Kind = Literal["root", "moment"]
 DEAD = 1e-10
-"""Singular values of the preconditioned weight below this share of its largest are zeros of fp64: factors made of them would be zero, and stay so."""
+"""Singular values of the preconditioned weight below this share of its largest are zeros of fp64: factors made of them
+would be zero, and stay so.
+"""
 
 
 @dataclass(frozen=True)
 class Preconditioner:
-    """`C = Sigma^(1/2)` or `C = Sigma`, and its inverse, `(n, n)`, fp64. `Sigma` is the second moment with mean eigenvalue 1, plus a ridge."""
+    """`C = Sigma^(1/2)` or `C = Sigma`, and its inverse, `(n, n)`, fp64. `Sigma` is the second moment with mean
+    eigenvalue 1, plus a ridge.
+    """
 
     matrix: Tensor
     inverse: Tensor
@@ -30,7 +34,8 @@ class Preconditioner:
 
         Args:
             moment: `S (n, n)`, symmetric positive semi-definite, of any scale.
-            kind: "root" is `Sigma^(1/2)`, with which the decomposition minimises the error on the data; "moment" is `Sigma` itself.
+            kind: "root" is `Sigma^(1/2)`, with which the decomposition minimizes the error on the data; "moment" is
+                `Sigma` itself.
 
         Raises:
             CalibrationError: a moment that is zero or not finite.
@@ -46,8 +51,8 @@ class Preconditioner:
 def irrelevant_factors(weight: Tensor, preconditioner: Preconditioner, rank: int, name: str) -> tuple[Tensor, Tensor]:
     """`B0 = U_r sqrt(S_r)` and `A0 = sqrt(S_r) V_r^T C^-1` of the *smallest* r components of `W C = U S V^T`.
 
-    With `C = Sigma^(1/2)` no other rank-r part of this form has less energy on the data: `E||B0 A0 x||^2` is the sum of the r smallest `S^2`. All components
-    together give back `W`.
+    With `C = Sigma^(1/2)` no other rank-r part of this form has less energy on the data: `E||B0 A0 x||^2` is the sum
+    of the r smallest `S^2`. All components together give back `W`.
 
     Args:
         weight: `W (m, n)`.
@@ -65,7 +70,8 @@ def irrelevant_factors(weight: Tensor, preconditioner: Preconditioner, rank: int
     u, kept, vh = u[:, -rank:], s[-rank:], vh[-rank:]
     if not float(kept.max()) > DEAD * float(s[0]):
         raise CalibrationError(
-            f"{name}: the {rank} smallest components of this {tuple(weight.shape)} weight are zero, and factors made of them would never train. "
+            f"{name}: the {rank} smallest components of this {tuple(weight.shape)} weight are zero, and factors made "
+            "of them would never train. "
             "Use a larger r, or init='lora'."
         )
     root = kept.sqrt()

@@ -1,4 +1,6 @@
-"""OrthoSafetyPatch: safety patches in directions that the model's own work does not use, stacked and removed at will."""
+"""OrthoSafetyPatch: safety patches in directions that the model's own work does not use, stacked and removed at
+will.
+"""
 
 from peft_safety.methods.ortho_patch.config import OrthoSafetyPatchConfig
 from peft_safety.methods.ortho_patch.penalty import SoftPenalty

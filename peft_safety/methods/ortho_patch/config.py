@@ -1,8 +1,10 @@
 """OrthoSafetyPatchConfig: plain LoRA for refusals, kept out of the directions that the model's abilities use.
 
-`dW = s P_out (B A) P_in` with `P = I - Q Q^T`; Q spans what general data, or the weight itself, uses most, and whatever earlier patches have taken.
+`dW = s P_out (B A) P_in` with `P = I - Q Q^T`; Q spans what general data, or the weight itself, uses most, and
+whatever earlier patches have taken.
 
-Reference: Mou et al., arXiv 2510.09004, which observes that refusal LoRAs are nearly orthogonal to the weight; that it is enforced, and how, is ours.
+Reference: Mou et al., arXiv 2510.09004, which observes that refusal LoRAs are nearly orthogonal to the weight; that it
+    is enforced, and how, is ours.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from peft_safety.projection import Side
 from peft_safety.subspace import SafetySubspace
 
 REG_LAMBDA = 100.0
-"""An unconstrained patch of SmolLM2-135M has a penalty of about 0.02 (0.9 % of each layer's output, squared, times 210 layers): at 1 it would not be felt."""
+"""An unconstrained patch of SmolLM2-135M has a penalty of about 0.02 (0.9 % of each layer's output, squared, times 210
+layers): at 1 it would not be felt.
+"""
 
 
 @dataclass
@@ -33,40 +37,61 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
     """`LoraConfig` for a safety patch.
 
     Args:
-        mode: "hard" constrains the update to the complement of the basis, in every forward; "soft" penalises its energy on the data of the basis (train with
-            `SoftPenaltyCallback`); "none" is plain LoRA, the published method, which only remembers the basis for its diagnostics.
-        basis: "weight" (top singular vectors of W), "activation" (what general data uses), or "contrastive" (what it uses and harmful requests do not).
+        mode: "hard" constrains the update to the complement of the basis, in every forward; "soft" penalizes its
+            energy on the data of the basis (train with `SoftPenaltyCallback`); "none" is plain LoRA, the published
+            method, which only remembers the basis for its diagnostics.
+        basis: "weight" (top singular vectors of W), "activation" (what general data uses), or "contrastive" (what it
+            uses and harmful requests do not).
         side: "in" (on lora_A), "out" (on lora_B) or "both".
-        k, energy: directions per module (default 32), or as many as hold this share of the energy. k=0 protects earlier patches only.
-        subspace: a `SafetySubspace`, file, directory, Hub id, or `"auto"` (default): estimate it at injection, on the package's general prompts.
-        prior_patches: names of adapters on the model, or directories: the new patch is exactly orthogonal to them. Keep them frozen.
-        reg_lambda: weight of the penalty for mode="soft", in units of the loss per unit of `E||dW x||^2 / E||W x||^2`, summed over the modules.
+        k, energy: directions per module (default 32), or as many as hold this share of the energy. k=0 protects
+            earlier patches only.
+        subspace: a `SafetySubspace`, file, directory, Hub id, or `"auto"` (default): estimate it at injection, on the
+            package's general prompts.
+        prior_patches: names of adapters on the model, or directories: the new patch is exactly orthogonal to them.
+            Keep them frozen.
+        reg_lambda: weight of the penalty for mode="soft", in units of the loss per unit of `E||dW x||^2 / E||W x||^2`,
+            summed over the modules.
 
     Raises:
         ConfigError: see `ProtectedConfig`; values that do not go together.
     """
 
     mode: Literal["none", "soft", "hard"] = field(default="hard", metadata={"help": "'hard', 'soft' or 'none'."})
-    basis: Literal["weight", "activation", "contrastive"] = field(default="activation", metadata={"help": "Where subspace='auto' comes from."})
+    basis: Literal["weight", "activation", "contrastive"] = field(
+        default="activation", metadata={"help": "Where subspace='auto' comes from."}
+    )
     side: Literal["in", "out", "both"] = field(default="in", metadata={"help": "Constrained side of the update."})
-    k: int | None = field(default=None, metadata={"help": "Protected directions per module; 32 if neither k nor energy is given."})
+    k: int | None = field(
+        default=None, metadata={"help": "Protected directions per module; 32 if neither k nor energy is given."}
+    )
     energy: float | None = field(default=None, metadata={"help": "Or as many as hold this share of the energy."})
-    prior_patches: list[str] | None = field(default=None, metadata={"help": "Earlier patches to be orthogonal to: adapter names or directories."})
+    prior_patches: list[str] | None = field(
+        default=None, metadata={"help": "Earlier patches to be orthogonal to: adapter names or directories."}
+    )
     reg_lambda: float = field(default=REG_LAMBDA, metadata={"help": "Weight of the penalty for mode='soft'."})
 
     PEFT_KEY: ClassVar[str] = "ORTHOSAFETYPATCH"
 
     def __post_init__(self) -> None:
         where = type(self).__name__
-        for name, values in (("mode", ("none", "soft", "hard")), ("basis", ("weight", "activation", "contrastive")), ("side", tuple(SIDES))):
+        for name, values in (
+            ("mode", ("none", "soft", "hard")),
+            ("basis", ("weight", "activation", "contrastive")),
+            ("side", tuple(SIDES)),
+        ):
             if getattr(self, name) not in values:
                 raise ConfigError(f"{where}: {name}={getattr(self, name)!r}. Use one of {', '.join(values)}.")
         if self.mode == "soft" and (self.basis == "weight" or self.side != "in"):
             raise ConfigError(
-                f"{where}: mode='soft' penalises the update's energy on data: it needs basis='activation' or 'contrastive' (not {self.basis!r}) and "
+                f"{where}: mode='soft' penalizes the update's energy on data: it needs basis='activation' or "
+                f"'contrastive' (not {self.basis!r}) and "
                 f"side='in' (not {self.side!r})."
             )
-        if not isinstance(self.reg_lambda, (int, float)) or isinstance(self.reg_lambda, bool) or not 0 < self.reg_lambda < float("inf"):
+        if (
+            not isinstance(self.reg_lambda, (int, float))
+            or isinstance(self.reg_lambda, bool)
+            or not 0 < self.reg_lambda < float("inf")
+        ):
             raise ConfigError(f"{where}: reg_lambda={self.reg_lambda!r}. Use a finite number above 0.")
         self._check_priors(where)
         if self.k is not None and self.energy is not None:
@@ -74,7 +99,7 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         if self.k is None and self.energy is None:
             self.k = DEFAULT_RANK
         super().__post_init__()
-        self._penalised = False
+        self._penalized = False
 
     def _check_priors(self, where: str) -> None:
         self.prior_patches = [os.fspath(prior) for prior in self.prior_patches or []] or None
@@ -83,9 +108,14 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         if twice:
             raise ConfigError(f"{where}: prior_patches names {twice[0]!r} twice. Name each earlier patch once.")
         if names and self.mode != "hard":
-            raise ConfigError(f"{where}: prior_patches are a constraint; mode={self.mode!r} has none. Use mode='hard', with k=0 to be orthogonal to them only.")
+            raise ConfigError(
+                f"{where}: prior_patches are a constraint; mode={self.mode!r} has none. Use mode='hard', with k=0 to "
+                "be orthogonal to them only."
+            )
         if self.k == 0 and not names:
-            raise ConfigError(f"{where}: k=0 without prior_patches constrains nothing. Use mode='none', or k of at least 1.")
+            raise ConfigError(
+                f"{where}: k=0 without prior_patches constrains nothing. Use mode='none', or k of at least 1."
+            )
 
     @property
     def basis_sides(self) -> tuple[Side, ...]:
@@ -113,7 +143,11 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
     def calibrate(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SafetySubspace:
         if self.basis == "weight":
             return estimate_from_weights(model, rank=self.k, energy=self.energy, sides=self.basis_sides, layers=layers)
-        against = [{"prompt": row["prompt"]} for row in refusal_pairs("calibration", CALIBRATION_PAIRS)] if self.basis == "contrastive" else None
+        against = (
+            [{"prompt": row["prompt"]} for row in refusal_pairs("calibration", CALIBRATION_PAIRS)]
+            if self.basis == "contrastive"
+            else None
+        )
         tokenizer = tokenizer_of(model)
         subspace = estimate(
             model,
@@ -131,17 +165,20 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         return subspace
 
     def _check_spectrum(self, subspace: SafetySubspace, layers: Mapping[str, nn.Module]) -> None:
-        bare = [name for name in layers if "in" not in subspace.spectra.get(name, {}) and name not in subspace.left_out]
+        bare = [
+            name for name in layers if "in" not in subspace.spectra.get(name, {}) and name not in subspace.left_out
+        ]
         if self.mode == "soft" and (bare or subspace.provenance.get("method") == "weight"):
             what = f"{bare[0]} has no input spectrum" if bare else "it comes from weights"
             raise ConfigError(
-                f"mode='soft' needs a data basis: the subspace does not say how much energy the data has in each direction ({what}). "
+                "mode='soft' needs a data basis: the subspace does not say how much energy the data has in each "
+                f"direction ({what}). "
                 "Estimate it with SafetySubspace.from_activations(..., method='ortho_patch')."
             )
 
     @property
     def unfinished(self) -> str | None:
-        if self.mode != "soft" or self._penalised or self._stored is not None:
+        if self.mode != "soft" or self._penalized or self._stored is not None:
             return None
         return "mode='soft' was trained without its penalty, or not at all. Train with SoftPenaltyCallback."
 

@@ -22,8 +22,11 @@ Spans = dict[str, dict[Side, Tensor]]
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 
-def prior_spans(model: nn.Module, layers: Mapping[str, nn.Module], priors: Sequence[str], sides: Sequence[Side]) -> tuple[Spans, list[str]]:
-    """Row spaces of `lora_A` (side "in") and column spaces of `lora_B` ("out") of earlier patches, side by side, for the layers of the new one.
+def prior_spans(
+    model: nn.Module, layers: Mapping[str, nn.Module], priors: Sequence[str], sides: Sequence[Side]
+) -> tuple[Spans, list[str]]:
+    """Row spaces of `lora_A` (side "in") and column spaces of `lora_B` ("out") of earlier patches, side by side, for
+    the layers of the new one.
 
     Args:
         layers: the new adapter's base layers by name.
@@ -39,10 +42,15 @@ def prior_spans(model: nn.Module, layers: Mapping[str, nn.Module], priors: Seque
     spans: Spans = {}
     for prior in priors:
         factors = _loaded(model, prior) if prior in here else _stored(prior, model, layers)
-        used = {name: pair for name, pair in factors.items() if name in layers and bool(pair[0].any()) and bool(pair[1].any())}
+        used = {
+            name: pair
+            for name, pair in factors.items()
+            if name in layers and bool(pair[0].any()) and bool(pair[1].any())
+        }
         if not used:
             raise ConfigError(
-                f"prior patch {prior!r} changes none of the new adapter's {len(layers)} modules: there is nothing to be orthogonal to. Leave it out."
+                f"prior patch {prior!r} changes none of the new adapter's {len(layers)} modules: there is nothing to "
+                "be orthogonal to. Leave it out."
             )
         for name, (a, b) in used.items():
             for side in sides:
@@ -53,14 +61,20 @@ def prior_spans(model: nn.Module, layers: Mapping[str, nn.Module], priors: Seque
 
 
 def _loaded(model: nn.Module, name: str) -> Factors:
-    return {module: stored_factors(layer.lora_A[name], layer.lora_B[name]) for module, layer in adapter_layers(model, name).items()}
+    return {
+        module: stored_factors(layer.lora_A[name], layer.lora_B[name])
+        for module, layer in adapter_layers(model, name).items()
+    }
 
 
 def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -> Factors:
     path = Path(directory)
     publish.require_whole(path, ours=False)
     if not (path / MANIFEST).is_file():
-        raise ConfigError(f"prior patch {directory!r} is neither an adapter on the model nor a directory with {MANIFEST}. Check the spelling.")
+        raise ConfigError(
+            f"prior patch {directory!r} is neither an adapter on the model nor a directory with {MANIFEST}. Check the "
+            "spelling."
+        )
     fields = files.read_json(path / MANIFEST)
     if fields.get("peft_type") in PROTECTED_TYPES:
         stored = check_adapter(path)
@@ -69,18 +83,25 @@ def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -
         with files.open_tensors(path / ADAPTER_FILE) as handle:
             keys = {key.removeprefix(PREFIX): key for key in handle.keys()}  # noqa: SIM118
             kinds = ("weight", "initial") if stored.residual else ("weight",)
-            read = {n: [[handle.get_tensor(keys[f"{n}.{f}.{kind}"]) for kind in kinds] for f in ("lora_A", "lora_B")] for n in common}
+            read = {
+                n: [[handle.get_tensor(keys[f"{n}.{f}.{kind}"]) for kind in kinds] for f in ("lora_A", "lora_B")]
+                for n in common
+            }
         factors: Factors = {name: (torch.cat(a), torch.cat(b, dim=1)) for name, (a, b) in read.items()}
     else:
         _, found = read_factors(path, fields)
         factors = {name: (factor.a, factor.b) for name, factor in found.items()}
         base, own = public_name(str(fields.get("base_model_name_or_path") or "")), model_name(model)
         if base and own and base.rpartition("/")[2] != own:
-            raise ConfigError(f"prior patch {directory!r} was trained on {base}, this model is {own}. Give patches of one base model.")
+            raise ConfigError(
+                f"prior patch {directory!r} was trained on {base}, this model is {own}. Give patches of one base "
+                "model."
+            )
     for name in (name for name in layers if name in factors):
         shape = (factors[name][1].shape[0], factors[name][0].shape[1])
         if shape != weights.shape(layers[name]):
             raise ConfigError(
-                f"prior patch {directory!r}: its update of {name} is {shape}, the layer {weights.shape(layers[name])}. Give patches of one base model."
+                f"prior patch {directory!r}: its update of {name} is {shape}, the layer "
+                f"{weights.shape(layers[name])}. Give patches of one base model."
             )
     return factors

@@ -13,7 +13,17 @@ from peft_safety.methods.safe_lora.apply import check_plain
 from peft_safety.methods.safe_lora.directory import STORED_TYPE
 from peft_safety.methods.safe_lora.options import RepairOptions
 
-OPTIONS = ("select", "threshold", "num_modules", "projection", "rank", "energy", "penalty", "zero_delta", "allow_quantized_delta")
+OPTIONS = (
+    "select",
+    "threshold",
+    "num_modules",
+    "projection",
+    "rank",
+    "energy",
+    "penalty",
+    "zero_delta",
+    "allow_quantized_delta",
+)
 
 
 @dataclass
@@ -22,8 +32,9 @@ class SafeLoRAConfig(LoraConfig):
 
     Args:
         unaligned: directory or Hub id of the model before its alignment, 16-bit.
-        aligned: of the model after it, 16-bit; default the base model, which must then not be quantised.
-        select, threshold, num_modules, projection, rank, energy, penalty, zero_delta, allow_quantized_delta: see `RepairOptions`.
+        aligned: of the model after it, 16-bit; default the base model, which must then not be quantized.
+        select, threshold, num_modules, projection, rank, energy, penalty, zero_delta, allow_quantized_delta: see
+        `RepairOptions`.
         safe_lora: record of the repair; None until it was applied. Leave it alone.
 
     Raises:
@@ -32,17 +43,27 @@ class SafeLoRAConfig(LoraConfig):
     Reference: Hsu et al., Safe LoRA, NeurIPS 2024, arXiv 2405.16833.
     """
 
-    unaligned: str | None = field(default=None, metadata={"help": "Directory or Hub id of the model before its alignment."})
-    aligned: str | None = field(default=None, metadata={"help": "Directory or Hub id of the model after it; default: the base model."})
+    unaligned: str | None = field(
+        default=None, metadata={"help": "Directory or Hub id of the model before its alignment."}
+    )
+    aligned: str | None = field(
+        default=None, metadata={"help": "Directory or Hub id of the model after it; default: the base model."}
+    )
     select: str = field(default=RepairOptions.select, metadata={"help": "'threshold', 'number' or 'all'."})
-    threshold: float = field(default=RepairOptions.threshold, metadata={"help": "Modules with a smaller cosine are repaired."})
+    threshold: float = field(
+        default=RepairOptions.threshold, metadata={"help": "Modules with a smaller cosine are repaired."}
+    )
     num_modules: int | None = field(default=RepairOptions.num_modules, metadata={"help": "For select='number'."})
-    projection: str = field(default=RepairOptions.projection, metadata={"help": "'frobenius', 'spectral', 'topk' or 'soft'."})
+    projection: str = field(
+        default=RepairOptions.projection, metadata={"help": "'frobenius', 'spectral', 'topk' or 'soft'."}
+    )
     rank: int | None = field(default=RepairOptions.rank, metadata={"help": "Directions of 'topk' and 'soft'."})
     energy: float | None = field(default=RepairOptions.energy, metadata={"help": "Or the share of ||V||^2 they hold."})
     penalty: float = field(default=RepairOptions.penalty, metadata={"help": "For 'soft'."})
     zero_delta: str = field(default=RepairOptions.zero_delta, metadata={"help": "'error', 'keep' or 'zero'."})
-    allow_quantized_delta: bool = field(default=RepairOptions.allow_quantized_delta, metadata={"help": "Take the difference of quantised weights."})
+    allow_quantized_delta: bool = field(
+        default=RepairOptions.allow_quantized_delta, metadata={"help": "Take the difference of quantized weights."}
+    )
     safe_lora: dict[str, Any] | None = field(default=None, metadata={"help": "Record of the repair; written by it."})
 
     PEFT_KEY: ClassVar[str] = STORED_TYPE
@@ -51,9 +72,14 @@ class SafeLoRAConfig(LoraConfig):
         for name in ("unaligned", "aligned"):
             value = getattr(self, name)
             setattr(self, name, os.fspath(value) if isinstance(value, os.PathLike) else value)
-        if not isinstance(self.unaligned, str) or not self.unaligned or not isinstance(self.aligned, (str, type(None))):
+        if (
+            not isinstance(self.unaligned, str)
+            or not self.unaligned
+            or not isinstance(self.aligned, (str, type(None)))
+        ):
             raise ConfigError(
-                f"SafeLoRAConfig: unaligned={self.unaligned!r}, aligned={self.aligned!r}. Give unaligned= (and aligned=) as directories or Hub ids."
+                f"SafeLoRAConfig: unaligned={self.unaligned!r}, aligned={self.aligned!r}. Give unaligned= (and "
+                "aligned=) as directories or Hub ids."
             )
         self.repair_options()
         super().__post_init__()
@@ -67,6 +93,8 @@ class SafeLoRAConfig(LoraConfig):
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields, under the method's own name: PEFT without this package refuses an adapter that may not have been repaired yet."""
+        """JSON-able fields, under the method's own name: PEFT without this package refuses an adapter that may not
+        have been repaired yet.
+        """
         result: dict[str, Any] = super().to_dict()
         return result | {"peft_type": self.PEFT_KEY}

@@ -1,4 +1,6 @@
-"""The alignment direction of one weight, `V = W_aligned - W_unaligned`, streamed; and what a factor becomes when it is projected onto it."""
+"""The alignment direction of one weight, `V = W_aligned - W_unaligned`, streamed; and what a factor becomes when it is
+projected onto it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from peft_safety.methods.safe_lora.options import RepairOptions
 from peft_safety.projection import OVERSAMPLING, POWER_ITERATIONS, project_out, top_eigenvectors
 
 BLOCK_BYTES = 4 << 20
-"""Size of one block of V in fp32, of which two are held: large enough that a row of a block is worth fetching, small enough for the cache."""
+"""Size of one block of V in fp32, of which two are held: large enough that a row of a block is worth fetching, small
+enough for the cache.
+"""
 SAMPLED_COLUMNS = 256
 """Columns that a fingerprint is taken from. Changing it makes the fingerprints of older records differ."""
 FIRST_WIDTH = 32
@@ -29,7 +33,8 @@ def block_width(rows: int) -> int:
 
 @dataclass
 class Delta:
-    """`V (m, n)`, which exists one block of columns `V_j` at a time: `V V^T q = sum_j V_j (V_j^T q)` takes one pass over both checkpoints.
+    """`V (m, n)`, which exists one block of columns `V_j` at a time: `V V^T q = sum_j V_j (V_j^T q)` takes one pass
+    over both checkpoints.
 
     Attributes:
         name: module, for errors.
@@ -46,7 +51,8 @@ class Delta:
     base_norm: float = math.nan
 
     def blocks(self) -> Iterator[Tensor]:
-        """`V_j (m, c)`, left to right, each in the place of the one before: fresh memory for every block would cost more than the arithmetic.
+        """`V_j (m, c)`, left to right, each in the place of the one before: fresh memory for every block would cost
+        more than the arithmetic.
 
         Raises:
             CheckpointError: a weight that is not finite.
@@ -65,7 +71,9 @@ class Delta:
         self.energy, self.base_norm = float(energy), math.sqrt(float(base))
         if not math.isfinite(self.energy) or not math.isfinite(self.base_norm):
             which = "aligned" if not math.isfinite(self.base_norm) else "unaligned"
-            raise CheckpointError(f"{self.name}: the {which} weight {self.aligned.shape} holds NaN or Inf. Use an intact checkpoint.")
+            raise CheckpointError(
+                f"{self.name}: the {which} weight {self.aligned.shape} holds NaN or Inf. Use an intact checkpoint."
+            )
 
     def apply(self, q: Tensor) -> Tensor:
         """`V V^T q (m, w)`, in one pass."""
@@ -80,7 +88,9 @@ class Delta:
 
 
 def _square_sum(block: Tensor) -> Tensor:
-    """`||block||_F^2`: row norms in the block's precision, their sum in fp64 (one fp32 norm over millions of values is off by 1e-3)."""
+    """`||block||_F^2`: row norms in the block's precision, their sum in fp64 (one fp32 norm over millions of values is
+    off by 1e-3).
+    """
     return torch.linalg.vector_norm(block, dim=1).double().square().sum()
 
 
@@ -96,11 +106,12 @@ def projected(delta: Delta, b: Tensor, options: RepairOptions) -> tuple[Tensor, 
         b: `lora_B (m, r)`.
 
     Returns:
-        `(B' (m, r), C B (m, r), k)`: what the module gets if it is selected, the undamped projection that its cosine is taken of (the same except for
-        "soft"), and the rank of the projector where there is one.
+        `(B' (m, r), C B (m, r), k)`: what the module gets if it is selected, the undamped projection that its cosine
+        is taken of (the same except for "soft"), and the rank of the projector where there is one.
 
-    Reference: Safe LoRA, arXiv 2405.16833, equation 2 ("frobenius"). "spectral" and "topk" replace its `V V^T / ||V||_F` by a contraction and by a true
-    projector. "soft" is the minimiser of `||B' - B||^2 + penalty ||(I - U U^T) B'||^2`, which is `U U^T B + (I - U U^T) B / (1 + penalty)`.
+    Reference: Safe LoRA, arXiv 2405.16833, equation 2 ("frobenius"). "spectral" and "topk" replace its `V V^T /
+    ||V||_F` by a contraction and by a true projector. "soft" is the minimizer of `||B' - B||^2 + penalty ||(I - U U^T)
+    B'||^2`, which is `U U^T B + (I - U U^T) B / (1 + penalty)`.
     """
     u = alignment_basis(delta, b, options) if options.projection in ("topk", "soft") else None
     cb = delta.apply(b) if u is None else b - project_out(u, b)
@@ -115,7 +126,9 @@ def projected(delta: Delta, b: Tensor, options: RepairOptions) -> tuple[Tensor, 
 
 
 def alignment_basis(delta: Delta, like: Tensor, options: RepairOptions) -> Tensor:
-    """Top left singular vectors `(m, k)` of `V`: `rank` of them, or as many as hold the share `energy` of `||V||_F^2`; never more than V's numerical rank."""
+    """Top left singular vectors `(m, k)` of `V`: `rank` of them, or as many as hold the share `energy` of `||V||_F^2`;
+    never more than V's numerical rank.
+    """
     limit = min(delta.aligned.shape)
     width = min(FIRST_WIDTH if options.energy is not None else (options.rank or 0), limit)
     while True:

@@ -29,9 +29,14 @@ STORED_TYPE = "SAFELORA"
 
 
 def safe_lora_dir(
-    adapter_dir: str | os.PathLike[str], unaligned: Model, aligned: Model | None = None, out_dir: str | os.PathLike[str] | None = None, **options: Any
+    adapter_dir: str | os.PathLike[str],
+    unaligned: Model,
+    aligned: Model | None = None,
+    out_dir: str | os.PathLike[str] | None = None,
+    **options: Any,
 ) -> RepairReport:
-    """`apply_safe_lora` for a saved LoRA adapter. The result is a plain LoRA directory, written atomically; the source is not touched.
+    """`apply_safe_lora` for a saved LoRA adapter. The result is a plain LoRA directory, written atomically; the source
+    is not touched.
 
     Args:
         aligned: default, the adapter's `base_model_name_or_path`.
@@ -53,9 +58,17 @@ def safe_lora_dir(
     check_different(unaligned, name if aligned is None else aligned)
     tensors, factors = read_factors(source, fields)
     base = FileWeights(name) if aligned is not None and name is not None and os.path.isdir(name) else None
-    new, report = repair(factors, open_weights(unaligned), open_weights(aligned if aligned is not None else str(name)), chosen, base)
+    new, report = repair(
+        factors, open_weights(unaligned), open_weights(aligned if aligned is not None else str(name)), chosen, base
+    )
     if out_dir is not None:
-        _publish(Path(out_dir), source, fields, tensors | {f"{PREFIX}{module}.lora_B.weight": b for module, b in new.items()}, report)
+        _publish(
+            Path(out_dir),
+            source,
+            fields,
+            tensors | {f"{PREFIX}{module}.lora_B.weight": b for module, b in new.items()},
+            report,
+        )
     return report
 
 
@@ -83,15 +96,29 @@ def read_plain(directory: Path) -> tuple[dict[str, Any], LoraConfig]:
     fields = files.read_json(directory / MANIFEST)
     kind = fields.get("peft_type")
     if kind not in ("LORA", STORED_TYPE):
-        protected = " It is protected by construction; peft-safety export makes a plain LoRA of it." if fields.get("safety_artifact") else ""
+        protected = (
+            " It is protected by construction; peft-safety export makes a plain LoRA of it."
+            if fields.get("safety_artifact")
+            else ""
+        )
         raise ConfigError(f"{directory} holds a {kind!r} adapter. Give a plain LoRA adapter.{protected}")
-    check_numbers(fields.get("r"), fields.get("lora_alpha"), fields.get("lora_dropout", 0.0), str(directory / MANIFEST))
+    check_numbers(
+        fields.get("r"), fields.get("lora_alpha"), fields.get("lora_dropout", 0.0), str(directory / MANIFEST)
+    )
     try:
-        config = LoraConfig(**{k: v for k, v in fields.items() if k in LoraConfig.__dataclass_fields__ and k not in ("peft_type", "runtime_config")})
+        config = LoraConfig(
+            **{
+                k: v
+                for k, v in fields.items()
+                if k in LoraConfig.__dataclass_fields__ and k not in ("peft_type", "runtime_config")
+            }
+        )
     except (TypeError, ValueError, AttributeError) as error:
         if isinstance(error, PeftSafetyError):
             raise
-        raise ArtifactError(f"{directory / MANIFEST} is not a config of this PEFT: {error}. Save the adapter again.") from error
+        raise ArtifactError(
+            f"{directory / MANIFEST} is not a config of this PEFT: {error}. Save the adapter again."
+        ) from error
     check_form(config, str(directory))
     return fields, config
 
@@ -111,19 +138,28 @@ def read_factors(directory: Path, fields: Mapping[str, Any]) -> tuple[dict[str, 
             if not kind:
                 continue  # modules_to_save: comes along as it is
             if kind not in ("A.weight", "B.weight") or not key.startswith(PREFIX):
-                raise ArtifactError(f"{path}: {key} is no factor of a plain linear LoRA (DoRA, embeddings and biases are not supported). Train without it.")
+                raise ArtifactError(
+                    f"{path}: {key} is no factor of a plain linear LoRA (DoRA, embeddings and biases are not "
+                    "supported). Train without it."
+                )
             found.setdefault(module, {})[kind[0]] = key
         for module, pair in found.items():
             shapes = {kind: tuple(handle.get_slice(key).get_shape()) for kind, key in pair.items()}
             a, b = shapes.get("A", ()), shapes.get("B", ())
             if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not 1 <= a[0] <= min(a[1], b[0]):
-                raise ArtifactError(f"{path}: {module} has lora_A {a or 'missing'} and lora_B {b or 'missing'}. Copy or save the adapter again.")
+                raise ArtifactError(
+                    f"{path}: {module} has lora_A {a or 'missing'} and lora_B {b or 'missing'}. Copy or save the "
+                    "adapter again."
+                )
         if not found:
             raise ArtifactError(f"{path} holds no LoRA factors. Give an adapter directory.")
         tensors = {key: handle.get_tensor(key) for key in keys}
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ArtifactError(f"{path}: {key} {tuple(tensor.shape)} holds NaN or Inf. Save the adapter again from the last good checkpoint.")
+            raise ArtifactError(
+                f"{path}: {key} {tuple(tensor.shape)} holds NaN or Inf. Save the adapter again from the last good "
+                "checkpoint."
+            )
     flipped = bool(fields.get("fan_in_fan_out"))
     factors = {}
     for module, pair in sorted(found.items(), key=lambda item: _natural(item[0])):
@@ -143,10 +179,16 @@ def _scaling(module: str, rank: int, fields: Mapping[str, Any]) -> float:
     return float(math.nan if alpha is None else alpha) / (math.sqrt(rank) if fields.get("use_rslora") else rank)
 
 
-def _publish(target: Path, source: Path, fields: dict[str, Any], tensors: dict[str, Tensor], report: RepairReport) -> None:
+def _publish(
+    target: Path, source: Path, fields: dict[str, Any], tensors: dict[str, Tensor], report: RepairReport
+) -> None:
     fields = fields | ({"safe_lora": report.record} if fields["peft_type"] == STORED_TYPE else {})
     with publish.publishing(target, MANIFEST) as staging:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, staging / ADAPTER_FILE, metadata={"format": "pt", RECORD: json.dumps(report.record)})
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()},
+            staging / ADAPTER_FILE,
+            metadata={"format": "pt", RECORD: json.dumps(report.record)},
+        )
         card = files.child(source, CARD)
         before = card.read_text(encoding="utf-8") if card.is_file() else "---\nlibrary_name: peft\n---\n"
         (staging / CARD).write_text(before.rstrip() + "\n\n" + _card(report), encoding="utf-8")
@@ -157,9 +199,11 @@ def _card(report: RepairReport) -> str:
     record = report.record
     return f"""## Safe LoRA
 
-Repaired after training by peft-safety (Safe LoRA, arXiv 2405.16833): {record["repaired"]} of {record["modules"]} modules were projected
-(`{record["projection"]}`, selection `{record["select"]}`) onto the difference between `{record["aligned"]["name"]}` and
-`{record["unaligned"]["name"]}`. Do not apply it again. What this does to a model's behaviour has to be measured.
+Repaired after training by peft-safety (Safe LoRA, arXiv 2405.16833): {record["repaired"]} of
+{record["modules"]} modules were projected (`{record["projection"]}`, selection `{record["select"]}`) onto the
+difference between `{record["aligned"]["name"]}` and
+`{record["unaligned"]["name"]}`. Do not apply it again. What this does to a
+model's behavior has to be measured.
 """
 
 
@@ -167,7 +211,8 @@ def stamp(directory: Path, record: Mapping[str, Any]) -> None:
     """Write the record of a repair into the header of an adapter that PEFT has just saved."""
     path = directory / ADAPTER_FILE
     with files.open_tensors(path) as handle:
-        metadata, tensors = handle.metadata() or {"format": "pt"}, {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        metadata = handle.metadata() or {"format": "pt"}
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
     copies = {key: tensor.clone() for key, tensor in tensors.items()}
     del tensors
     save_file(copies, path, metadata={**metadata, RECORD: json.dumps(dict(record))})

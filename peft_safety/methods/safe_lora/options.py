@@ -21,14 +21,18 @@ class RepairOptions:
     """Options of `apply_safe_lora` and `safe_lora_dir`.
 
     Attributes:
-        select: "threshold" repairs modules with `cos < threshold`; "number" the `num_modules` with the smallest cos, exactly; "all" every one.
-        projection: "frobenius" (`V V^T / ||V||_F`, as published; it scales with V), "spectral" (`V V^T / sigma_1^2`, never longer than the factor), "topk"
-            (onto V's top left singular vectors, a true projector), "soft" (keeps that part and damps the rest by `1 / (1 + penalty)`).
-        rank, energy: size of the projector of "topk" and "soft": directions (default 32), or a share of `||V||_F^2` in (0, 1].
+        select: "threshold" repairs modules with `cos < threshold`; "number" the `num_modules` with the smallest cos,
+            exactly; "all" every one.
+        projection: "frobenius" (`V V^T / ||V||_F`, as published; it scales with V), "spectral" (`V V^T / sigma_1^2`,
+            never longer than the factor), "topk" (onto V's top left singular vectors, a true projector), "soft" (keeps
+            that part and damps the rest by `1 / (1 + penalty)`).
+        rank, energy: size of the projector of "topk" and "soft": directions (default 32), or a share of `||V||_F^2` in
+            (0, 1].
         penalty: weight of the part outside in "soft"; 0 changes nothing, large values approach "topk". Not tuned.
-        zero_delta: a module whose two weights are equal has no alignment direction: "error", "keep" its update, or "zero" it. All equal is always an error.
-        reference_selection: select as the reference code does: `<=` on a cos rounded to five digits, so that ties select more than `num_modules`.
-        allow_quantized_delta: take V from 4-bit or 8-bit weights, whose rounding noise is usually larger than V; warns with the figure.
+        zero_delta: a module whose two weights are equal has no alignment direction: "error", "keep" its update, or
+            "zero" it. All equal is always an error.
+        allow_quantized_delta: take V from 4-bit or 8-bit weights, whose rounding noise is usually larger than V; warns
+            with the figure.
         dtype: of the products, float32 or float64. Cosines are taken in float64.
         device: default CUDA if there is a GPU.
         progress: show a bar.
@@ -42,7 +46,6 @@ class RepairOptions:
     energy: float | None = None
     penalty: float = 4.0
     zero_delta: ZeroDelta = "error"
-    reference_selection: bool = False
     allow_quantized_delta: bool = False
     dtype: torch.dtype = torch.float32
     device: str | torch.device | None = None
@@ -54,11 +57,15 @@ class RepairOptions:
                 raise ConfigError(f"{field}={getattr(self, field)!r}. Use one of {', '.join(values.__args__)}.")  # type: ignore[attr-defined]
         if self.select == "threshold" and not _number(self.threshold, 0, 1):
             raise ConfigError(f"threshold={self.threshold!r}. Use a number from 0 to 1.")
-        if self.select == "number" and (not isinstance(self.num_modules, int) or isinstance(self.num_modules, bool) or self.num_modules < 1):
+        if self.select == "number" and (
+            not isinstance(self.num_modules, int) or isinstance(self.num_modules, bool) or self.num_modules < 1
+        ):
             raise ConfigError(f"num_modules={self.num_modules!r}. select='number' needs an integer of at least 1.")
         basis = self.projection in ("topk", "soft")
         if not basis and (self.rank is not None or self.energy is not None):
-            raise ConfigError(f"rank and energy belong to projection='topk' or 'soft', not to {self.projection!r}. Leave them out.")
+            raise ConfigError(
+                f"rank and energy belong to projection='topk' or 'soft', not to {self.projection!r}. Leave them out."
+            )
         if self.rank is not None and self.energy is not None:
             raise ConfigError(f"rank={self.rank!r} and energy={self.energy!r}: give one of them.")
         if self.energy is not None and not (_number(self.energy, 0, 1) and self.energy > 0):
@@ -77,9 +84,16 @@ class RepairOptions:
         found: dict[str, Any] = {"select": self.select, "projection": self.projection}
         names = {"threshold": "threshold", "number": "num_modules"}.get(self.select)
         optional = (names, "rank", "energy", "penalty" if self.projection == "soft" else None)
-        found |= {name: getattr(self, name) for name in optional if name is not None and getattr(self, name) is not None}
-        return found | {name: True for name in ("reference_selection", "allow_quantized_delta") if getattr(self, name)}
+        found |= {
+            name: getattr(self, name) for name in optional if name is not None and getattr(self, name) is not None
+        }
+        return found | ({"allow_quantized_delta": True} if self.allow_quantized_delta else {})
 
 
 def _number(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and math.isfinite(value)
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and low <= value <= high
+        and math.isfinite(value)
+    )

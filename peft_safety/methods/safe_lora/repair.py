@@ -1,4 +1,6 @@
-"""The repair itself: from factors by module name and two sources of weights to new factors and a report. Knows neither PEFT models nor directories."""
+"""The repair itself: from factors by module name and two sources of weights to new factors and a report. Knows neither
+PEFT models nor directories.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ RECORD_VERSION = 1
 
 @dataclass(frozen=True)
 class Factors:
-    """One module's update `s B A`: `a (r, n)`, `b (m, r)`; `transposed` where the checkpoint stores the weight as `(n, m)`."""
+    """One module's update `s B A`: `a (r, n)`, `b (m, r)`; `transposed` where the checkpoint stores the weight as `(n,
+    m)`.
+    """
 
     a: Tensor
     b: Tensor
@@ -38,9 +42,11 @@ class ModuleRepair:
     """What happened to one module.
 
     Attributes:
-        cos: `<C B A, B A> / (||C B A|| ||B A||)` in [0, 1]; NaN where it has no meaning (no update, or no alignment direction).
+        cos: `<C B A, B A> / (||C B A|| ||B A||)` in [0, 1]; NaN where it has no meaning (no update, or no alignment
+            direction).
         selected: whether its factor was replaced.
-        gain: `||B' A|| / ||B A||` if it is (or were) replaced: how much of the update's length is left; NaN without an update.
+        gain: `||B' A|| / ||B A||` if it is (or were) replaced: how much of the update's length is left; NaN without an
+            update.
         kept_norm: `||s B A||` afterwards.
         delta: `||V|| / ||W_aligned||`.
         k: rank of the projector, for "topk" and "soft".
@@ -60,7 +66,8 @@ class RepairReport:
     """Every module in order, and what decided the result.
 
     Attributes:
-        record: what is stored with a repaired adapter: options, both models' names and fingerprints, number of modules, digest of the factors.
+        record: what is stored with a repaired adapter: options, both models' names and fingerprints, number of
+            modules, digest of the factors.
     """
 
     modules: tuple[ModuleRepair, ...]
@@ -73,27 +80,39 @@ class RepairReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; NaN becomes None."""
-        rows = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(module).items()} for module in self.modules]
+        rows = [
+            {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(module).items()}
+            for module in self.modules
+        ]
         return {**self.record, "modules": rows}
 
 
 @torch.no_grad()
 def repair(
-    factors: Mapping[str, Factors], unaligned: Weights, aligned: Weights, options: RepairOptions, base: Weights | None = None
+    factors: Mapping[str, Factors],
+    unaligned: Weights,
+    aligned: Weights,
+    options: RepairOptions,
+    base: Weights | None = None,
 ) -> tuple[dict[str, Tensor], RepairReport]:
-    """New `lora_B` of the selected modules, on the CPU in the old one's dtype, and the report. The inputs are not changed.
+    """New `lora_B` of the selected modules, on the CPU in the old one's dtype, and the report. The inputs are not
+    changed.
 
     Args:
-        base: weights of the model that the adapter was trained on, where they are at hand and not `aligned` itself; compared with those.
+        base: weights of the model that the adapter was trained on, where they are at hand and not `aligned` itself;
+            compared with those.
 
     Raises:
-        CheckpointError: a missing weight or one of another shape, not finite, quantised; nothing differs between the models; `base` is another model.
+        CheckpointError: a missing weight or one of another shape, not finite, quantized; nothing differs between the
+            models; `base` is another model.
         ConfigError: more modules asked for than there are.
     """
     from tqdm.auto import tqdm
 
     if options.select == "number" and (options.num_modules or 0) > len(factors):
-        raise ConfigError(f"num_modules={options.num_modules}, but the adapter has {len(factors)} modules. Use at most that.")
+        raise ConfigError(
+            f"num_modules={options.num_modules}, but the adapter has {len(factors)} modules. Use at most that."
+        )
     rows: dict[str, ModuleRepair] = {}
     found: dict[str, Tensor] = {}
     prints, noise = (hashlib.sha256(), hashlib.sha256()), []
@@ -108,7 +127,10 @@ def repair(
             for digest, matrix in zip(prints, pair, strict=True):
                 digest.update(name.encode() + sample(matrix).numpy().tobytes())
     if all(row.delta == 0 for row in rows.values()):
-        raise CheckpointError(f"{aligned.label} and {unaligned.label} have equal weights in every module of the adapter. Give two different models.")
+        raise CheckpointError(
+            f"{aligned.label} and {unaligned.label} have equal weights in every module of the adapter. Give two "
+            "different models."
+        )
     chosen = select(list(rows.values()), options)
     _warn_of_noise(noise)
     modules = tuple(_outcome(row, name in chosen) for name, row in rows.items())
@@ -137,37 +159,40 @@ def factor_digest(factors: Mapping[str, tuple[Tensor, Tensor]]) -> str:
 
 
 def select(rows: list[ModuleRepair], options: RepairOptions) -> set[str]:
-    """Names of the modules to repair. A module without a cosine is taken last, and never by a threshold; `zero_delta="zero"` always takes its own."""
+    """Names of the modules to repair. A module without a cosine is taken last, and never by a threshold;
+    `zero_delta="zero"` always takes its own.
+    """
     zeroed = {row.name for row in rows if row.delta == 0 and options.zero_delta == "zero"}
     usable = [row for row in rows if row.delta > 0 or row.name in zeroed]
     if options.select == "all":
         return {row.name for row in usable}
-    cos = {row.name: math.inf if math.isnan(row.cos) else round(row.cos, 5) if options.reference_selection else row.cos for row in usable}
+    cos = {row.name: math.inf if math.isnan(row.cos) else row.cos for row in usable}
     if options.select == "threshold":
-        return zeroed | {name for name, value in cos.items() if value < options.threshold or (options.reference_selection and value == options.threshold)}
+        return zeroed | {name for name, value in cos.items() if value < options.threshold}
     ordered = sorted(cos, key=lambda name: cos[name])  # stable: equal cosines in the adapter's order
     count = min(options.num_modules or 0, len(ordered))
-    if options.reference_selection and count:
-        return zeroed | {name for name, value in cos.items() if value <= cos[ordered[count - 1]]}
     return zeroed | set(ordered[:count])
 
 
-def _module(name: str, factor: Factors, pair: list[Matrix], options: RepairOptions) -> tuple[ModuleRepair, Tensor, tuple[str, float]]:
-    """One module, as if it were selected; and its expected quantisation noise relative to V."""
+def _module(
+    name: str, factor: Factors, pair: list[Matrix], options: RepairOptions
+) -> tuple[ModuleRepair, Tensor, tuple[str, float]]:
+    """One module, as if it were selected; and its expected quantization noise relative to V."""
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     delta = Delta(name, pair[0], pair[1], options.dtype, device)
     b = factor.b.detach().to(device, options.dtype)
     new, inside, k = projected(delta, b, options)
     if delta.energy == 0 and options.zero_delta == "error":
         raise CheckpointError(
-            f"{name}: the aligned and the unaligned weight are equal: there is no alignment direction. Check the pair, or choose zero_delta='keep' or 'zero'."
+            f"{name}: the aligned and the unaligned weight are equal: there is no alignment direction. Check the "
+            "pair, or choose zero_delta='keep' or 'zero'."
         )
     root = torch.linalg.qr(factor.a.detach().to(device, torch.float64).mT, mode="r").R.mT  # ||X A|| = ||X R^T||
     old, after, projection = (x.double() @ root for x in (b, new, inside))
     norm, length = float(old.norm()), float(projection.norm())
     cos = float((projection * old).sum()) / (norm * length) if norm * length > 0 else math.nan
     gain = float(after.norm()) / norm if norm > 0 else math.nan
-    noisy = math.hypot(*(NOISE.get(matrix.quantisation or "", 0.0) for matrix in pair)) * delta.base_norm
+    noisy = math.hypot(*(NOISE.get(matrix.quantization or "", 0.0) for matrix in pair)) * delta.base_norm
     ratio = noisy / math.sqrt(delta.energy) if delta.energy > 0 else 0.0
     share = math.sqrt(delta.energy) / delta.base_norm if delta.base_norm > 0 else math.inf if delta.energy > 0 else 0.0
     return ModuleRepair(name, cos, False, gain, factor.scaling * norm, share, k), new, (name, ratio)
@@ -178,24 +203,32 @@ def _outcome(row: ModuleRepair, selected: bool) -> ModuleRepair:
     return replace(row, selected=selected, kept_norm=kept)
 
 
-def _check_pair(name: str, factor: Factors, pair: list[Matrix], sources: tuple[Weights, Weights], options: RepairOptions) -> None:
+def _check_pair(
+    name: str, factor: Factors, pair: list[Matrix], sources: tuple[Weights, Weights], options: RepairOptions
+) -> None:
     wanted = (factor.b.shape[0], factor.a.shape[1])
     for matrix, source in zip(pair, sources, strict=True):
         if matrix.shape != wanted:
-            raise CheckpointError(f"{source.label}: the weight of {name} is {matrix.shape}, the adapter's update {wanted}. Give models of its architecture.")
-        if matrix.quantisation is not None and not options.allow_quantized_delta:
             raise CheckpointError(
-                f"{source.label}: the weight of {name} is {matrix.quantisation}; rounding moves it by about {NOISE[matrix.quantisation]:.0%} of its norm, "
-                "as much as an alignment or more. Give a 16-bit checkpoint (aligned=...), or insist with allow_quantized_delta=True."
+                f"{source.label}: the weight of {name} is {matrix.shape}, the adapter's update {wanted}. Give models "
+                "of its architecture."
+            )
+        if matrix.quantization is not None and not options.allow_quantized_delta:
+            raise CheckpointError(
+                f"{source.label}: the weight of {name} is {matrix.quantization}; rounding moves it by about "
+                f"{NOISE[matrix.quantization]:.0%} of its norm, "
+                "as much as an alignment or more. Give a 16-bit checkpoint (aligned=...), or insist with "
+                "allow_quantized_delta=True."
             )
 
 
 def _check_base(name: str, aligned: Matrix, base: Matrix, label: str) -> None:
-    limit = weights.DISTANCE_QUANTISED if base.quantisation or aligned.quantisation else weights.DISTANCE_DENSE
+    limit = weights.DISTANCE_QUANTISED if base.quantization or aligned.quantization else weights.DISTANCE_DENSE
     found = weights.distance(sample(base), sample(aligned)) if base.shape == aligned.shape else math.inf
     if not found <= limit:
         raise CheckpointError(
-            f"{name}: {label} is not the model that the adapter was trained on (relative distance of the fingerprints {found:.3g}, limit {limit:g}). "
+            f"{name}: {label} is not the model that the adapter was trained on (relative distance of the fingerprints "
+            f"{found:.3g}, limit {limit:g}). "
             "Give that model as aligned=."
         )
 
@@ -203,4 +236,8 @@ def _check_base(name: str, aligned: Matrix, base: Matrix, label: str) -> None:
 def _warn_of_noise(noise: list[tuple[str, float]]) -> None:
     name, ratio = max(noise, key=lambda pair: pair[1])
     if ratio > 0:
-        warnings.warn(f"V comes from quantised weights: their rounding noise is expected at {ratio:.2g} times ||V|| in {name} (the worst).", stacklevel=3)
+        warnings.warn(
+            f"V comes from quantized weights: their rounding noise is expected at {ratio:.2g} times ||V|| in {name} "
+            "(the worst).",
+            stacklevel=3,
+        )

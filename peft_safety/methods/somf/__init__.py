@@ -7,4 +7,16 @@ from peft_safety.methods.somf.plan import FusePlan, plan_fusion
 from peft_safety.methods.somf.report import FuseReport
 from peft_safety.methods.somf.storage import load_masks, save_logits, save_masks
 
-__all__ = ["FuseOptions", "FusePlan", "FuseReport", "MaskTraining", "Masks", "export", "fuse", "load_masks", "plan_fusion", "save_logits", "save_masks"]
+__all__ = [
+    "FuseOptions",
+    "FusePlan",
+    "FuseReport",
+    "MaskTraining",
+    "Masks",
+    "export",
+    "fuse",
+    "load_masks",
+    "plan_fusion",
+    "save_logits",
+    "save_masks",
+]

@@ -1,4 +1,6 @@
-"""Full checkpoints: fused tensor by tensor, straight from file to file; the result is a checkpoint again, or a LoRA on the safe one."""
+"""Full checkpoints: fused tensor by tensor, straight from file to file; the result is a checkpoint again, or a LoRA on
+the safe one.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,15 @@ from peft_safety.methods.somf.inputs import Checkpoints
 from peft_safety.methods.somf.masks import Masks, export
 from peft_safety.methods.somf.options import FuseOptions, MaskTraining
 from peft_safety.methods.somf.plan import FusePlan
-from peft_safety.methods.somf.publish import Shards, card_of, copy_beside, element_size, main_process, target, write_adapter
+from peft_safety.methods.somf.publish import (
+    Shards,
+    card_of,
+    copy_beside,
+    element_size,
+    main_process,
+    target,
+    write_adapter,
+)
 from peft_safety.methods.somf.report import FuseReport, ModuleFusion, overall, share
 from peft_safety.methods.somf.storage import save_masks
 from peft_safety.methods.somf.train import MaskRun, trained_logits
@@ -60,7 +70,13 @@ def fuse_checkpoints(
     run: MaskRun | None = None
     if options.method == "somf" and masks is None and model is not None:
         logits, run = _trained(inputs, plan, options, model, tokenizer, data, training)
-        masks = export(logits, options.export, density=options.export_density, seed=options.seed, record={"objective": training.objective, "steps": run.steps})
+        masks = export(
+            logits,
+            options.export,
+            density=options.export_density,
+            seed=options.seed,
+            record={"objective": training.objective, "steps": run.steps},
+        )
     job = _Job(inputs, plan, options, masks)
     out = out if main_process() else None
     report = job.low_rank(out) if options.rank is not None else job.full(out)
@@ -81,13 +97,17 @@ def _trained(
     for key, shape in inputs.fused.items():
         if key not in parameters or tuple(parameters[key].shape) != shape:
             found = tuple(parameters[key].shape) if key in parameters else "no such parameter"
-            raise ConfigError(f"{key}: the checkpoints hold {shape}, the model {found}. Load the safe checkpoint itself as model=.")
+            raise ConfigError(
+                f"{key}: the checkpoints hold {shape}, the model {found}. Load the safe checkpoint itself as model=."
+            )
         safe, found_vectors = inputs.vectors(key)
         if weights.distance(_sample(parameters[key].detach().float()), _sample(safe.float())) > weights.DISTANCE_DENSE:
             raise ConfigError(f"{key} {shape}: model= is not the safe checkpoint {inputs.safe.label}. Load that one.")
         if any(bool(v.any()) for v in found_vectors):
             vectors[key] = found_vectors
-    return trained_logits(MaskedWeights(model, vectors, plan.granularity or "element", options), tokenizer, data, training)
+    return trained_logits(
+        MaskedWeights(model, vectors, plan.granularity or "element", options), tokenizer, data, training
+    )
 
 
 def _sample(tensor: Tensor) -> Tensor:
@@ -113,7 +133,9 @@ class _Job:
         from tqdm.auto import tqdm
 
         shapes = {planned.name: planned for planned in self.plan.modules}
-        for key in tqdm(self.inputs.fused, desc="fusing", unit="tensor", disable=not self.options.progress, leave=False):
+        for key in tqdm(
+            self.inputs.fused, desc="fusing", unit="tensor", disable=not self.options.progress, leave=False
+        ):
             safe, vectors = self.inputs.vectors(key)
             for digest, tensor in zip(self.digests, (safe, *vectors), strict=True):
                 digest.update(key.encode() + _sample(tensor.float()).numpy().tobytes())
@@ -126,10 +148,20 @@ class _Job:
             if self.masks is not None:
                 if key not in self.masks.values or self.masks.values[key].numel() != shapes[key].logits:
                     found = tuple(self.masks.values[key].shape) if key in self.masks.values else "no entry"
-                    raise CheckpointError(f"{key} {tuple(safe.shape)}: the masks have {found}. Use masks of these checkpoints and of this granularity.")
+                    raise CheckpointError(
+                        f"{key} {tuple(safe.shape)}: the masks have {found}. Use masks of these checkpoints and of "
+                        "this granularity."
+                    )
                 mask = self.masks[key]
             fused = dense_tensor(safe, vectors, mask, self.options, key)
-            kept = None if mask is None else share(float((fused - safe).norm()), float((dense_tensor(safe, vectors, None, self.options, key) - safe).norm()))
+            kept = (
+                None
+                if mask is None
+                else share(
+                    float((fused - safe).norm()),
+                    float((dense_tensor(safe, vectors, None, self.options, key) - safe).norm()),
+                )
+            )
             yield key, safe, fused, None if mask is None else float(mask.mean()), kept
 
     def full(self, out: Path | None) -> FuseReport:
@@ -151,7 +183,9 @@ class _Job:
                 copy_beside(self.inputs.safe.directory, staging)
                 if self.masks is not None:
                     save_masks(self.masks, staging)
-                (staging / CARD).write_text(card_of(report.record, report.to_json()["modules"], "checkpoint"), encoding="utf-8")
+                (staging / CARD).write_text(
+                    card_of(report.record, report.to_json()["modules"], "checkpoint"), encoding="utf-8"
+                )
                 shards.finish(report.record)
         return report
 
@@ -159,7 +193,10 @@ class _Job:
         """A LoRA on the safe checkpoint; what it cannot hold is reported."""
         kind = self._model_type()
         if kind in TRANSPOSED:
-            raise ConfigError(f"{self.inputs.safe.label}: {kind} stores its linear weights transposed. Leave rank= out, for full weights.")
+            raise ConfigError(
+                f"{self.inputs.safe.label}: {kind} stores its linear weights transposed. Leave rank= out, for full "
+                "weights."
+            )
         ranks = {planned.name: planned.rank for planned in self.plan.modules}
         factors, lost, whole = {}, 0.0, 0.0
         for key, safe, fused, density, kept in self.pairs():
@@ -173,18 +210,35 @@ class _Job:
             a, b = s.sqrt()[:, None] * v.mT, u * s.sqrt()
             error = float((change - b @ a).norm()) / math.sqrt(energy)
             lost += error**2 * energy
-            name = self.inputs.safe.renamed.get(key, key).removesuffix(".weight")  # an adapter's modules have the model's names
+            name = self.inputs.safe.renamed.get(key, key).removesuffix(
+                ".weight"
+            )  # an adapter's modules have the model's names
             factors[name] = (a, b)
             self.rows.append(ModuleFusion(name, a.shape[0], density, kept, error))
         report = self._report({"error": math.sqrt(lost / whole) if whole > 0 else 0.0})
         if not factors:
-            raise ConfigError(f"{self.inputs.safe.label}: no linear weight was changed, so a LoRA has nothing to hold. Leave rank= out, for full weights.")
+            raise ConfigError(
+                f"{self.inputs.safe.label}: no linear weight was changed, so a LoRA has nothing to hold. Leave rank= "
+                "out, for full weights."
+            )
         covered = math.sqrt(lost / whole)
-        warnings.warn(f"a LoRA of rank {self.options.rank} misses {covered:.1%} of the fused update (norms and embeddings included).", stacklevel=4)
+        warnings.warn(
+            f"a LoRA of rank {self.options.rank} misses {covered:.1%} of the fused update (norms and embeddings "
+            "included).",
+            stacklevel=4,
+        )
         report = dataclasses.replace(report, factors=factors)
         if out is not None:
             card = card_of(report.record, report.to_json()["modules"], "LoRA")
-            write_adapter(out, factors, os.fspath(self.inputs.safe.label), {"task_type": "CAUSAL_LM"}, self.masks, report.record, card)
+            write_adapter(
+                out,
+                factors,
+                os.fspath(self.inputs.safe.label),
+                {"task_type": "CAUSAL_LM"},
+                self.masks,
+                report.record,
+                card,
+            )
         return report
 
     def _model_type(self) -> str:
@@ -195,13 +249,28 @@ class _Job:
         prints = [digest.hexdigest() for digest in self.digests]
         for source, changed, found in zip(self.inputs.tasks, self.changed, prints[1:], strict=True):
             if not changed:
-                raise ConfigError(f"{source.label} equals the safe checkpoint {self.inputs.safe.label}: there is no task vector. Give the fine-tuned model.")
+                raise ConfigError(
+                    f"{source.label} equals the safe checkpoint {self.inputs.safe.label}: there is no task vector. "
+                    "Give the fine-tuned model."
+                )
             if prints[1:].count(found) > 1:
-                raise ConfigError(f"{source.label} holds the same weights as another task. Give each checkpoint once; use weights to count one more.")
+                raise ConfigError(
+                    f"{source.label} holds the same weights as another task. Give each checkpoint once; use weights "
+                    "to count one more."
+                )
         modules = tuple(self.rows)
-        named = [{"name": public_name(s.label), "fingerprint": found} for s, found in zip(self.sources, prints, strict=True)]
+        named = [
+            {"name": public_name(s.label), "fingerprint": found} for s, found in zip(self.sources, prints, strict=True)
+        ]
         granularity = {"granularity": self.plan.granularity} if self.plan.granularity else {}
-        record = {"version": 1, **self.options.facts(len(self.inputs.tasks)), "layout": "checkpoints", **granularity, "safe": named[0], "tasks": named[1:]}
+        record = {
+            "version": 1,
+            **self.options.facts(len(self.inputs.tasks)),
+            "layout": "checkpoints",
+            **granularity,
+            "safe": named[0],
+            "tasks": named[1:],
+        }
         record |= {**overall(modules, self.masks, {}), **(extra or {})}
         if self.masks is not None:
             record["mask"] = dict(self.masks.record)

@@ -1,8 +1,10 @@
-"""A model that computes with fused weights while their mask is trained: only logits have gradients, and no base weight is copied.
+"""A model that computes with fused weights while their mask is trained: only logits have gradients, and no base weight
+is copied.
 
-`MaskedAdapters` adds `B A x` to the output of every targeted base layer by a hook, whatever kind of layer that is (dense, Conv1D, 4-bit or 8-bit). The mask is
-computed again in the backward pass, from the noise's seed, so that what a step keeps is the layer's input and nothing of the size of the factors.
-`MaskedWeights` replaces full weights by `torch.func.functional_call`.
+`MaskedAdapters` adds `B A x` to the output of every targeted base layer by a hook, whatever kind of layer that is
+(dense, Conv1D, 4-bit or 8-bit). The mask is computed again in the backward pass, from the noise's seed, so that what a
+step keeps is the layer's input and nothing of the size of the factors. `MaskedWeights` replaces full weights by
+`torch.func.functional_call`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from peft_safety import weights
 from peft_safety.errors import ConfigError
 from peft_safety.estimate.targets import base_layers
-from peft_safety.methods.somf.compose import Shape, Update, dense_tensor, mask_shape, thresholds_of
+from peft_safety.methods.somf.compose import Shape, Update, dense_tensor, mask_shape
 from peft_safety.methods.somf.fusions import stream
 from peft_safety.methods.somf.masks import Granularity, concrete, expected_density, initial_logit, noise
 from peft_safety.methods.somf.options import FuseOptions
@@ -28,7 +30,9 @@ Mode = Literal["fused", "aligned", "base"]
 
 
 class Samples:
-    """Masks of one training step: concrete samples of logits, drawn when they are asked for, the same again for the same seed."""
+    """Masks of one training step: concrete samples of logits, drawn when they are asked for, the same again for the
+    same seed.
+    """
 
     def __init__(self, logits: Mapping[str, Tensor], temperature: float, seed: int) -> None:
         self.logits, self.temperature, self.seed = logits, temperature, seed
@@ -46,14 +50,25 @@ class MaskedModel(nn.Module):
         step_seed: decides the noise of the next forward pass.
     """
 
-    def __init__(self, model: nn.Module, shapes: Mapping[str, Shape], covers: Mapping[str, int], options: FuseOptions, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        shapes: Mapping[str, Shape],
+        covers: Mapping[str, int],
+        options: FuseOptions,
+        device: torch.device,
+    ) -> None:
         super().__init__()
         self.model, self.options, self.covers = model, options, dict(covers)
         self.names = list(shapes)
         start = initial_logit(options.initial_density)
-        self.logit_list = nn.ParameterList(nn.Parameter(torch.full(shape, start, device=device)) for shape in shapes.values())
+        self.logit_list = nn.ParameterList(
+            nn.Parameter(torch.full(shape, start, device=device)) for shape in shapes.values()
+        )
         if len(devices := getattr(model, "hf_device_map", None) or {}) > 1:
-            self.hf_device_map = devices  # the Trainer then leaves a model alone that accelerate has spread over devices
+            self.hf_device_map = (
+                devices  # the Trainer then leaves a model alone that accelerate has spread over devices
+            )
         self.mode: Mode = "fused"
         self.step_seed = options.seed
 
@@ -77,17 +92,28 @@ class MaskedModel(nn.Module):
             ConfigError: of other modules or shapes.
         """
         own = self.logits
-        odd = sorted(name for name in set(found) | set(own) if name not in found or name not in own or found[name].shape != own[name].shape)
+        odd = sorted(
+            name
+            for name in set(found) | set(own)
+            if name not in found or name not in own or found[name].shape != own[name].shape
+        )
         if odd:
-            raise ConfigError(f"{odd[0]}: the stored logits are of other modules or another granularity. Use the options they were trained with.")
+            raise ConfigError(
+                f"{odd[0]}: the stored logits are of other modules or another granularity. Use the options they were "
+                "trained with."
+            )
         with torch.no_grad():
             for name, logit in own.items():
                 logit.copy_(found[name])
 
     def train(self, mode: bool = True) -> MaskedModel:
-        """The base model stays in eval mode, so that no dropout tells policy and reference apart, unless gradient checkpointing needs it otherwise."""
+        """The base model stays in eval mode, so that no dropout tells policy and reference apart, unless gradient
+        checkpointing needs it otherwise.
+        """
         super().train(mode)
-        self.model.train(mode and any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()))
+        self.model.train(
+            mode and any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        )
         return self
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
@@ -128,18 +154,18 @@ class MaskedAdapters(MaskedModel):
             a, b = update.aligned()
             found = weights.shape(self_layers[name]) if name in self_layers else None
             if found != (b.shape[0], a.shape[1]):
-                raise ConfigError(f"{name}: the adapters update a weight {(b.shape[0], a.shape[1])}, the model has {found}. Give the adapters' base model.")
+                raise ConfigError(
+                    f"{name}: the adapters update a weight {(b.shape[0], a.shape[1])}, the model has {found}. Give "
+                    "the adapters' base model."
+                )
         shapes = {key: shape for update in updates.values() for key, shape in update.shapes.items()}
         covers = {key: count for update in updates.values() for key, count in update.covers.items()}
         device = next(self_layers[name].weight.device for name in updates)
         super().__init__(model, shapes, covers, options, device)  # type: ignore[arg-type]
         self.layers = {name: self_layers[name] for name in updates}
         self.updates = nn.ModuleList(update.to(self.layers[name].weight.device) for name, update in updates.items())  # type: ignore[arg-type]
-        self.thresholds: list[Tensor] | None = None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        if self.mode == "fused":
-            self.thresholds = thresholds_of({update.name: update for update in self.updates}, self.samples(), self.options)  # type: ignore[misc]
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     def _attach(self, stack: ExitStack) -> None:
@@ -161,10 +187,10 @@ class MaskedAdapters(MaskedModel):
                 return None
             if self.mode == "aligned":
                 return output + apply(inputs[0], *update.aligned()).to(output.dtype)
-            samples, thresholds = self.samples(), self.thresholds
+            samples = self.samples()
 
             def fused(x: Tensor) -> Tensor:
-                return apply(x, *update.factors(samples, thresholds))
+                return apply(x, *update.factors(samples))
 
             if not torch.is_grad_enabled():
                 return output + fused(inputs[0]).to(output.dtype)
@@ -187,10 +213,14 @@ class MaskedWeights(MaskedModel):
         vectors: by parameter name, one task vector a task; they are kept on the model's device.
     """
 
-    def __init__(self, model: nn.Module, vectors: Mapping[str, list[Tensor]], granularity: Granularity, options: FuseOptions) -> None:
+    def __init__(
+        self, model: nn.Module, vectors: Mapping[str, list[Tensor]], granularity: Granularity, options: FuseOptions
+    ) -> None:
         parameters = dict(model.named_parameters())
         shapes = {name: mask_shape(tuple(found[0].shape), granularity, name) for name, found in vectors.items()}
-        covers = {name: found[0].numel() // max(1, torch.Size(shapes[name]).numel()) for name, found in vectors.items()}
+        covers = {
+            name: found[0].numel() // max(1, torch.Size(shapes[name]).numel()) for name, found in vectors.items()
+        }
         super().__init__(model, shapes, covers, options, next(iter(parameters.values())).device)
         self.vectors = {name: [v.to(parameters[name].device) for v in found] for name, found in vectors.items()}
 
@@ -199,5 +229,8 @@ class MaskedWeights(MaskedModel):
         if self.mode != "fused":
             return self.model(**inputs)
         samples, parameters = self.samples(), dict(self.model.named_parameters())
-        fused = {n: dense_tensor(parameters[n], v, samples[n], self.options, n).to(parameters[n].dtype) for n, v in self.vectors.items()}
+        fused = {
+            n: dense_tensor(parameters[n], v, samples[n], self.options, n).to(parameters[n].dtype)
+            for n, v in self.vectors.items()
+        }
         return torch.func.functional_call(self.model, fused, args=(), kwargs=inputs)

@@ -17,7 +17,7 @@ from peft_safety.data.rows import Rows
 from peft_safety.errors import ConfigError
 from peft_safety.methods.protected import adapter_layers, config_table
 from peft_safety.methods.somf import checkpoints
-from peft_safety.methods.somf.compose import Independent, Update, recompressed, thresholds_of
+from peft_safety.methods.somf.compose import Independent, Update, recompressed
 from peft_safety.methods.somf.forward import MaskedAdapters
 from peft_safety.methods.somf.inputs import Adapters, Source, read_inputs
 from peft_safety.methods.somf.masks import Masks, export
@@ -51,14 +51,18 @@ def fuse(
     adapter_name: str | None = None,
     **options: Any,
 ) -> FuseReport:
-    """One model out of a safe one and fine-tuned ones: it keeps what they learned as far as a mask lets it, and the safety.
+    """One model out of a safe one and fine-tuned ones: it keeps what they learned as far as a mask lets it, and the
+    safety.
 
-    `theta = theta_safe + F(m * delta_1, ..., m * delta_T)` with a mask m learned on safety data (SOMF), or any of the usual fusions F without one.
+    `theta = theta_safe + F(m * delta_1, ..., m * delta_T)` with a mask m learned on safety data (SOMF), or any of the
+    usual fusions F without one.
 
     Args:
-        safe: the aligned model: a name of an adapter on `model`, an adapter directory, or a full checkpoint; None where the base model is aligned itself.
+        safe: the aligned model: a name of an adapter on `model`, an adapter directory, or a full checkpoint; None
+            where the base model is aligned itself.
         tasks: the fine-tuned ones, of the same kind.
-        model: a PeftModel where names are given; the (loaded) base model to train a mask, for checkpoints the safe one. It is not changed.
+        model: a PeftModel where names are given; the (loaded) base model to train a mask, for checkpoints the safe
+            one. It is not changed.
         tokenizer: for training; default the one stored with `model`.
         mask: masks or logits, or a file of them, instead of training.
         data: rows to train on; see `train_mask`.
@@ -71,10 +75,11 @@ def fuse(
         A report: per module what was kept, the masks, the factors.
 
     Raises:
-        ConfigError: options, or inputs that do not belong together. ArtifactError, CheckpointError: inputs that are not whole. DataError: rows. Nothing is
-            written then.
+        ConfigError: options, or inputs that do not belong together. ArtifactError, CheckpointError: inputs that are
+            not whole. DataError: rows. Nothing is written then.
 
-    Reference: Yi et al., SOMF, arXiv 2405.09055. Differences from its code: `docs/architecture.md`; switches to what was published: `FuseOptions`.
+    Reference: Yi et al., SOMF, arXiv 2405.09055. Differences from its code: `docs/architecture.md`; switches to what
+        was published: `FuseOptions`.
     """
     chosen = FuseOptions(**options)
     inputs = read_inputs(safe, tasks, model, chosen)
@@ -82,13 +87,29 @@ def fuse(
     _check_call(safe, tasks, model, mask, out, adapter_name, chosen)
     settings = MaskTraining() if training is None else training
     if not isinstance(inputs, Adapters):
-        return checkpoints.fuse_checkpoints(inputs, plan, chosen, _masks(mask, chosen), model, tokenizer, data, settings, None if out is None else Path(out))
+        return checkpoints.fuse_checkpoints(
+            inputs,
+            plan,
+            chosen,
+            _masks(mask, chosen),
+            model,
+            tokenizer,
+            data,
+            settings,
+            None if out is None else Path(out),
+        )
     updates = updates_of(inputs, granularity_of(inputs, chosen), chosen)
     masks, logits = _masks(mask, chosen)
     run: MaskRun | None = None
     if masks is None and chosen.method == "somf":
         logits, run = trained_logits(MaskedAdapters(_needed(model), updates, chosen), tokenizer, data, settings)
-        masks = export(logits, chosen.export, density=chosen.export_density, seed=chosen.seed, record=_training_facts(settings, run))
+        masks = export(
+            logits,
+            chosen.export,
+            density=chosen.export_density,
+            seed=chosen.seed,
+            record=_training_facts(settings, run),
+        )
     report = dataclasses.replace(_fused(inputs, plan, updates, masks, chosen), run=run, logits=logits)
     if out is not None and main_process():
         card = card_of(report.record, [dataclasses.asdict(module) for module in report.modules], "LoRA")
@@ -101,7 +122,10 @@ def fuse(
 
 def _needed(model: nn.Module | None) -> nn.Module:
     if model is None:
-        raise ConfigError("method='somf' trains a mask, which needs model= (and its tokenizer). Give them, a mask= that is trained, or another method.")
+        raise ConfigError(
+            "method='somf' trains a mask, which needs model= (and its tokenizer). Give them, a mask= that is trained, "
+            "or another method."
+        )
     return model
 
 
@@ -114,8 +138,23 @@ def _masks(mask: Mask | None, options: FuseOptions) -> tuple[Masks | None, dict[
 
 
 def _training_facts(training: MaskTraining, run: MaskRun) -> dict[str, Any]:
-    names = ("objective", "beta", "reference", "lr", "epochs", "max_steps", "batch_size", "gradient_accumulation", "seed")
-    return {**{name: getattr(training, name) for name in names}, "steps": run.steps, "rows": run.rows, "loss": run.loss}
+    names = (
+        "objective",
+        "beta",
+        "reference",
+        "lr",
+        "epochs",
+        "max_steps",
+        "batch_size",
+        "gradient_accumulation",
+        "seed",
+    )
+    return {
+        **{name: getattr(training, name) for name in names},
+        "steps": run.steps,
+        "rows": run.rows,
+        "loss": run.loss,
+    }
 
 
 def _check_call(
@@ -131,37 +170,57 @@ def _check_call(
     from peft import PeftModel
 
     if mask is not None and options.method != "somf":
-        raise ConfigError(f"mask= belongs to method='somf', not to {options.method!r}. Leave it out, or use method='somf' with fusion={options.method!r}.")
+        raise ConfigError(
+            f"mask= belongs to method='somf', not to {options.method!r}. Leave it out, or use method='somf' with "
+            f"fusion={options.method!r}."
+        )
     if mask is None and options.method == "somf":
         _needed(model)
     if out is not None:
         if os.path.isfile(out):
             raise ConfigError(f"out={os.fspath(out)!r} is a file. Give a directory.")
-        taken = next((source for source in (safe, *tasks) if source is not None and os.path.realpath(source) == os.path.realpath(out)), None)
+        taken = next(
+            (
+                source
+                for source in (safe, *tasks)
+                if source is not None and os.path.realpath(source) == os.path.realpath(out)
+            ),
+            None,
+        )
         if taken is not None:
-            raise ConfigError(f"{os.fspath(taken)} is also the output directory. Write somewhere else; the inputs stay.")
+            raise ConfigError(
+                f"{os.fspath(taken)} is also the output directory. Write somewhere else; the inputs stay."
+            )
     if adapter_name is not None and (not isinstance(model, PeftModel) or adapter_name in config_table(model)):
-        raise ConfigError(f"adapter_name={adapter_name!r} needs model= to be a PeftModel without such an adapter. Choose another name.")
+        raise ConfigError(
+            f"adapter_name={adapter_name!r} needs model= to be a PeftModel without such an adapter. Choose another "
+            "name."
+        )
 
 
 @torch.no_grad()
-def _fused(inputs: Adapters, plan: FusePlan, updates: Mapping[str, Update], masks: Masks | None, options: FuseOptions) -> FuseReport:
+def _fused(
+    inputs: Adapters, plan: FusePlan, updates: Mapping[str, Update], masks: Masks | None, options: FuseOptions
+) -> FuseReport:
     """The factors of every module, and the report."""
     covers = {key: count for update in updates.values() for key, count in update.covers.items()}
     if masks is not None:
         _check_masks(masks, updates)
-    thresholds, unmasked = thresholds_of(updates, masks, options), thresholds_of(updates, None, options)
     dense = not inputs.continued and plan.fusion in NONLINEAR
     rows, factors = [], {}
     for planned in plan.modules:
         name, update = planned.name, updates[planned.name]
         if dense and isinstance(update, Independent):
-            a, b, error = _truncated(update.dense(thresholds), planned.rank)
+            a, b, error = _truncated(update.dense(), planned.rank)
         else:
-            a, b = update.factors(masks, thresholds)
+            a, b = update.factors(masks)
             a, b, error = recompressed(a, b, planned.rank) if planned.rank < a.shape[0] else (a, b, 0.0)
-        own = None if masks is None else Masks({key: masks.values[key] for key in update.shapes}, masks.levels).density(update.covers)
-        kept = None if masks is None else _kept(update, masks, thresholds, unmasked)
+        own = (
+            None
+            if masks is None
+            else Masks({key: masks.values[key] for key in update.shapes}, masks.levels).density(update.covers)
+        )
+        kept = None if masks is None else _kept(update, masks)
         dtype = _dtype(inputs, name)
         factors[name] = (a.to("cpu", dtype), b.to("cpu", dtype))
         rows.append(ModuleFusion(name, a.shape[0], own, kept, error))
@@ -193,14 +252,15 @@ def _check_masks(masks: Masks, updates: Mapping[str, Update]) -> None:
     if found != shapes:
         odd = next(key for key in sorted(found.keys() | shapes.keys()) if found.get(key) != shapes.get(key))
         raise ConfigError(
-            f"{odd}: the masks have {found.get(odd, 'no such entry')}, this fusion {shapes.get(odd, 'none')}. Use the granularity and inputs of the masks."
+            f"{odd}: the masks have {found.get(odd, 'no such entry')}, this fusion {shapes.get(odd, 'none')}. Use the "
+            "granularity and inputs of the masks."
         )
 
 
-def _kept(update: Update, masks: Masks, thresholds: list[Tensor] | None, unmasked: list[Tensor] | None) -> float | None:
+def _kept(update: Update, masks: Masks) -> float | None:
     """Length of the tasks' part, relative to the same without a mask."""
     safe = (*update.aligned(), -1.0)
-    with_mask, without = (product_norm([(*update.factors(m, t), 1.0), safe]) for m, t in ((masks, thresholds), (None, unmasked)))
+    with_mask, without = (product_norm([(*update.factors(m), 1.0), safe]) for m in (masks, None))
     return share(with_mask, without)
 
 

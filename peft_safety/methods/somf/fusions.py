@@ -1,6 +1,7 @@
 """How several task vectors become one, each as a pure function that can be read beside its formula. Torch only.
 
-A task vector `V_i` is what a fine-tuned tensor added to the aligned one, of any shape; all vectors of a call have the same shape.
+A task vector `V_i` is what a fine-tuned tensor added to the aligned one, of any shape; all vectors of a call have the
+same shape.
 """
 
 from __future__ import annotations
@@ -25,14 +26,18 @@ def single(vectors: Sequence[Tensor]) -> Tensor:
         ConfigError: more than one vector.
     """
     if len(vectors) != 1:
-        raise ConfigError(f"fusion 'single' got {len(vectors)} task vectors of {tuple(vectors[0].shape)}. Choose task_arithmetic, dare, ties or average.")
+        raise ConfigError(
+            f"fusion 'single' got {len(vectors)} task vectors of {tuple(vectors[0].shape)}. Choose task_arithmetic, "
+            "dare, ties or average."
+        )
     return vectors[0]
 
 
 def task_arithmetic(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """`sum_i w_i V_i`.
 
-    Reference: Ilharco et al., arXiv 2212.04089. SOMF's reference code ignores the weight of a lone vector; here that is `single`.
+    Reference: Ilharco et al., arXiv 2212.04089. SOMF's reference code ignores the weight of a lone vector; here that
+        is `single`.
     """
     return torch.stack([w * v for w, v in zip(weights, vectors, strict=True)]).sum(dim=0)
 
@@ -55,17 +60,17 @@ def dare(vectors: Sequence[Tensor], keeps: Sequence[Tensor], drop: float, weight
 
 
 def ties(
-    vectors: Sequence[Tensor], thresholds: Sequence[Tensor], weights: Sequence[float], *, merge: Merge = "sum", reference_gradient: bool = False
+    vectors: Sequence[Tensor], thresholds: Sequence[Tensor], weights: Sequence[float], *, merge: Merge = "sum"
 ) -> Tensor:
-    """Trim, elect a sign, merge what agrees with it: `sum_i w_i V_i [|V_i| >= t_i and sign V_i = sign sum_j V_j]`, divided by how many agree for "mean".
+    """Trim, elect a sign, merge what agrees with it: `sum_i w_i V_i [|V_i| >= t_i and sign V_i = sign sum_j V_j]`,
+    divided by how many agree for "mean".
 
-    The choice of entries is piecewise constant, so the gradient is that of the chosen entries: exact almost everywhere, for every task.
+    The choice of entries is piecewise constant, so the gradient is that of the chosen entries: exact almost
+    everywhere, for every task.
 
     Args:
         thresholds: `t_i`, scalars; see `trim_threshold`.
         merge: "sum" as SOMF's reference code, "mean" as the paper of TIES and PEFT.
-        reference_gradient: SOMF's reference code overwrites values in place, so that the gradient is `w_1` times that of the first vector, untrimmed. Only for
-            parity.
 
     Reference: Yadav et al., arXiv 2306.01708; where the elected sum is zero, the positive sign (as PEFT).
     """
@@ -76,14 +81,13 @@ def ties(
     fused = (scale * kept * agrees).sum(dim=0)
     if merge == "mean":
         fused = fused / agrees.sum(dim=0).clamp(min=1)
-    if reference_gradient:
-        return fused.detach() + weights[0] * (vectors[0] - vectors[0].detach())
     return fused
 
 
 @torch.no_grad()
 def trim_threshold(vector: Tensor, density: float) -> Tensor:
-    """Magnitude of the `round(density n)`-th largest entry: what is not smaller is kept. Equal magnitudes are kept together.
+    """Magnitude of the `round(density n)`-th largest entry: what is not smaller is kept. Equal magnitudes are kept
+    together.
 
     SOMF's reference code keeps one entry more, over the whole model instead of a tensor.
     """
@@ -93,7 +97,9 @@ def trim_threshold(vector: Tensor, density: float) -> Tensor:
 
 
 def drop_masks(shape: tuple[int, ...], count: int, drop: float, seed: int, name: str, like: Tensor) -> list[Tensor]:
-    """DARE's `K_i`: the same for the same seed and tensor name, whatever else is fused. Drawn on the CPU, where a seed means the same on every machine."""
+    """DARE's `K_i`: the same for the same seed and tensor name, whatever else is fused. Drawn on the CPU, where a seed
+    means the same on every machine.
+    """
     found = []
     for index in range(count):
         generator = torch.Generator().manual_seed(stream(seed, "dare", name, index))

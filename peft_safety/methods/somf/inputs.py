@@ -1,4 +1,6 @@
-"""What is fused: adapters on one base (names on a PeftModel, or directories), or full checkpoints, read by name; and the refusal of what cannot be."""
+"""What is fused: adapters on one base (names on a PeftModel, or directories), or full checkpoints, read by name; and
+the refusal of what cannot be.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ from peft_safety.publish import require_whole
 
 Source = str | os.PathLike[str]
 CONTINUED_COSINE = 0.2
-"""Least cosine between the `lora_A` of a task and of the safe adapter that it was trained on from. Two random ones are at 1 / sqrt(number of entries), below
-0.01 for any real adapter; ordinary fine-tuning leaves it above 0.5."""
+"""Least cosine between the `lora_A` of a task and of the safe adapter that it was trained on from. Two random ones are
+at 1 / sqrt(number of entries), below 0.01 for any real adapter; ordinary fine-tuning leaves it above 0.5."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class AdapterInput:
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapters of one fusion, checked against each other. `safe` is None where the base model itself is the aligned one."""
+    """The adapters of one fusion, checked against each other. `safe` is None where the base model itself is the
+    aligned one.
+    """
 
     safe: AdapterInput | None
     tasks: tuple[AdapterInput, ...]
@@ -90,20 +94,25 @@ class Checkpoints:
         tensors = [source.tensor(key) for source in (self.safe, *self.tasks)]
         for source, tensor in zip((self.safe, *self.tasks), tensors, strict=True):
             if not bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(f"{source.label}: {key} {tuple(tensor.shape)} holds NaN or Inf. Use an intact checkpoint.")
+                raise CheckpointError(
+                    f"{source.label}: {key} {tuple(tensor.shape)} holds NaN or Inf. Use an intact checkpoint."
+                )
         dtype = torch.promote_types(tensors[0].dtype, torch.float32)
         safe = tensors[0].to(dtype)
         return safe, [tensor.to(dtype) - safe for tensor in tensors[1:]]
 
 
-def read_inputs(safe: Source | None, tasks: Sequence[Source], model: nn.Module | None, options: FuseOptions) -> Adapters | Checkpoints:
+def read_inputs(
+    safe: Source | None, tasks: Sequence[Source], model: nn.Module | None, options: FuseOptions
+) -> Adapters | Checkpoints:
     """Read and check everything that is fused; of checkpoints only the headers.
 
     Args:
         safe: None where the base model is the aligned one and the tasks are adapters on it.
 
     Raises:
-        ConfigError: names that repeat, adapters and checkpoints mixed, different bases, ranks that do not match, updates that are zero or equal.
+        ConfigError: names that repeat, adapters and checkpoints mixed, different bases, ranks that do not match,
+            updates that are zero or equal.
         ArtifactError, CheckpointError: something is missing, not finite, or has other keys.
     """
     if isinstance(tasks, (str, os.PathLike)) or not tasks:
@@ -112,14 +121,22 @@ def read_inputs(safe: Source | None, tasks: Sequence[Source], model: nn.Module |
     names = [os.path.realpath(source) if os.path.isdir(source) else os.fspath(source) for source in given]
     if len(set(names)) < len(names):
         repeated = next(os.fspath(source) for source, name in zip(given, names, strict=True) if names.count(name) > 1)
-        raise ConfigError(f"{repeated} is given more than once. Name every adapter or checkpoint once; use weights to count one more.")
+        raise ConfigError(
+            f"{repeated} is given more than once. Name every adapter or checkpoint once; use weights to count one "
+            "more."
+        )
     kinds = [_kind(source, model) for source in given]
     if "checkpoint" not in kinds:
         loaded = [_adapter(source, model, kind) for source, kind in zip(given, kinds, strict=True)]
-        return _check_adapters(loaded[0] if safe is not None else None, tuple(loaded[len(given) - len(tasks) :]), options)
+        return _check_adapters(
+            loaded[0] if safe is not None else None, tuple(loaded[len(given) - len(tasks) :]), options
+        )
     if set(kinds) != {"checkpoint"} or safe is None:
         odd = next((os.fspath(s) for s, kind in zip(given, kinds, strict=True) if kind != "checkpoint"), "safe=None")
-        raise ConfigError(f"{odd} is no full checkpoint, but others are. Give adapters only, or the full checkpoints of the safe model and of every task.")
+        raise ConfigError(
+            f"{odd} is no full checkpoint, but others are. Give adapters only, or the full checkpoints of the safe "
+            "model and of every task."
+        )
     sources = [FileWeights(os.fspath(source)) for source in given]
     return _check_checkpoints(sources[0], tuple(sources[1:]))
 
@@ -134,8 +151,15 @@ def _kind(source: Source, model: nn.Module | None) -> str:
         return "directory"
     if (path / SINGLE).is_file() or (path / INDEX).is_file():
         return "checkpoint"
-    known = f"an adapter of the model (it has {sorted(table)})" if model is not None else "an adapter of a model (none was given)"
-    raise ConfigError(f"{os.fspath(source)!r} is neither {known}, nor a directory with {MANIFEST}, {SINGLE} or {INDEX}. Give one of these.")
+    known = (
+        f"an adapter of the model (it has {sorted(table)})"
+        if model is not None
+        else "an adapter of a model (none was given)"
+    )
+    raise ConfigError(
+        f"{os.fspath(source)!r} is neither {known}, nor a directory with {MANIFEST}, {SINGLE} or {INDEX}. Give one of "
+        "these."
+    )
 
 
 def _adapter(source: Source, model: nn.Module | None, kind: str) -> AdapterInput:
@@ -144,14 +168,19 @@ def _adapter(source: Source, model: nn.Module | None, kind: str) -> AdapterInput
         config = config_table(model)[label]
         check_form(config, f"adapter {label!r}")
         if config.modules_to_save or config.trainable_token_indices:
-            raise ConfigError(f"adapter {label!r} also trained modules_to_save or token rows, which are not fused. Train without them.")
+            raise ConfigError(
+                f"adapter {label!r} also trained modules_to_save or token rows, which are not fused. Train without "
+                "them."
+            )
         factors = {name: layer_factors(name, layer, label) for name, layer in adapter_layers(model, label).items()}
         return AdapterInput(label, factors, None, config.to_dict())
     fields, _ = read_plain(Path(source))
     tensors, factors = read_factors(Path(source), fields)
     extra = [key for key in tensors if ".lora_" not in key]
     if extra:
-        raise ConfigError(f"{label} also holds {extra[0]}: modules_to_save and token rows are not fused. Train without them.")
+        raise ConfigError(
+            f"{label} also holds {extra[0]}: modules_to_save and token rows are not fused. Train without them."
+        )
     return AdapterInput(label, factors, fields.get("base_model_name_or_path") or None, fields)
 
 
@@ -163,22 +192,34 @@ def _check_adapters(safe: AdapterInput | None, tasks: tuple[AdapterInput, ...], 
         if set(other.factors) != set(first.factors):
             odd = sorted(set(other.factors) ^ set(first.factors))
             raise ConfigError(
-                f"{other.label} has {len(other.factors)} modules and {first.label} {len(first.factors)}; they differ at {odd[:3]}. "
+                f"{other.label} has {len(other.factors)} modules and {first.label} {len(first.factors)}; they differ "
+                f"at {odd[:3]}. "
                 "Fuse adapters of the same modules."
             )
         for name, factor in other.factors.items():
             shapes = [(f.b.shape[0], f.a.shape[1]) for f in (factor, first.factors[name])]
             if shapes[0] != shapes[1]:
-                raise ConfigError(f"{name}: {other.label} updates a weight {shapes[0]}, {first.label} one {shapes[1]}. Fuse adapters of the same base model.")
+                raise ConfigError(
+                    f"{name}: {other.label} updates a weight {shapes[0]}, {first.label} one {shapes[1]}. Fuse "
+                    "adapters of the same base model."
+                )
     for adapter in everyone:
         _check_values(adapter)
     digests = {adapter.label: adapter.provenance()["fingerprint"] for adapter in everyone}
     for task in tasks:
         if safe is not None and digests[task.label] == digests[safe.label]:
-            raise ConfigError(f"{task.label} equals the safe adapter {safe.label}: there is no task vector. Give the adapter after its fine-tuning.")
-        twin = next((label for label, digest in digests.items() if label != task.label and digest == digests[task.label]), None)
+            raise ConfigError(
+                f"{task.label} equals the safe adapter {safe.label}: there is no task vector. Give the adapter after "
+                "its fine-tuning."
+            )
+        twin = next(
+            (label for label, digest in digests.items() if label != task.label and digest == digests[task.label]), None
+        )
         if twin is not None:
-            raise ConfigError(f"{task.label} and {twin} hold the same weights. Give each adapter once; use weights to count one more.")
+            raise ConfigError(
+                f"{task.label} and {twin} hold the same weights. Give each adapter once; use weights to count one "
+                "more."
+            )
     return Adapters(safe, tasks, _continued(safe, tasks, options))
 
 
@@ -187,7 +228,8 @@ def _check_bases(adapters: Sequence[AdapterInput], options: FuseOptions) -> None
     if len(bases) > 1 and not options.ignore_base_names:
         (one, a), (two, b) = list(bases.items())[:2]
         raise ConfigError(
-            f"{a.label} was trained on {public_name(one)!r}, {b.label} on {public_name(two)!r}. Fuse adapters of one base model; if these are the same, "
+            f"{a.label} was trained on {public_name(one)!r}, {b.label} on {public_name(two)!r}. Fuse adapters of one "
+            "base model; if these are the same, "
             "set ignore_base_names."
         )
 
@@ -195,9 +237,14 @@ def _check_bases(adapters: Sequence[AdapterInput], options: FuseOptions) -> None
 def _check_values(adapter: AdapterInput) -> None:
     for name, factor in adapter.factors.items():
         if not math.isfinite(factor.scaling):
-            raise ConfigError(f"{name}: {adapter.label} says by a pattern which lora_alpha it has, and patterns are not run. Save it with full module names.")
+            raise ConfigError(
+                f"{name}: {adapter.label} says by a pattern which lora_alpha it has, and patterns are not run. Save "
+                "it with full module names."
+            )
     if all(not bool(factor.a.any() and factor.b.any()) for factor in adapter.factors.values()):
-        raise ConfigError(f"{adapter.label}: its update is zero in all {len(adapter.factors)} modules. Give a trained adapter.")
+        raise ConfigError(
+            f"{adapter.label}: its update is zero in all {len(adapter.factors)} modules. Give a trained adapter."
+        )
 
 
 def _continued(safe: AdapterInput | None, tasks: tuple[AdapterInput, ...], options: FuseOptions) -> bool:
@@ -207,7 +254,10 @@ def _continued(safe: AdapterInput | None, tasks: tuple[AdapterInput, ...], optio
     demanded = options.layout == "continued" or options.granularity == "element"
     if safe is None:
         if demanded:
-            raise ConfigError("element masks and layout='continued' need a safe adapter that the tasks were trained on from. Use granularity='rank'.")
+            raise ConfigError(
+                "element masks and layout='continued' need a safe adapter that the tasks were trained on from. Use "
+                "granularity='rank'."
+            )
         return False
     for task in tasks:
         for name, factor in task.factors.items():
@@ -223,7 +273,8 @@ def _continued(safe: AdapterInput | None, tasks: tuple[AdapterInput, ...], optio
         if _cosine(safe.factors, task.factors) < CONTINUED_COSINE:
             if demanded:
                 raise ConfigError(
-                    f"{task.label} was not trained on from {safe.label} (cosine of their lora_A {_cosine(safe.factors, task.factors):.2f}), so a difference of "
+                    f"{task.label} was not trained on from {safe.label} (cosine of their lora_A "
+                    f"{_cosine(safe.factors, task.factors):.2f}), so a difference of "
                     "factors means nothing. Use granularity='rank'."
                 )
             return False
@@ -231,8 +282,13 @@ def _continued(safe: AdapterInput | None, tasks: tuple[AdapterInput, ...], optio
 
 
 def _cosine(safe: Mapping[str, Factors], task: Mapping[str, Factors]) -> float:
-    pairs = [(safe[name].a.double().flatten().cpu(), factor.a.double().flatten().cpu()) for name, factor in task.items()]
-    dots, ones, twos = (sum(float(x @ y) for x, y in found) for found in (pairs, [(x, x) for x, _ in pairs], [(y, y) for _, y in pairs]))
+    pairs = [
+        (safe[name].a.double().flatten().cpu(), factor.a.double().flatten().cpu()) for name, factor in task.items()
+    ]
+    dots, ones, twos = (
+        sum(float(x @ y) for x, y in found)
+        for found in (pairs, [(x, x) for x, _ in pairs], [(y, y) for _, y in pairs])
+    )
     return dots / math.sqrt(ones * twos) if ones * twos > 0 else 0.0
 
 
@@ -241,13 +297,23 @@ def _check_checkpoints(safe: FileWeights, tasks: tuple[FileWeights, ...]) -> Che
     for task in tasks:
         odd = sorted(set(task.place) ^ set(safe.place))
         if odd:
-            raise CheckpointError(f"{task.label} and {safe.label} hold different tensors; they differ at {odd[:3]}. Fuse checkpoints of one architecture.")
+            raise CheckpointError(
+                f"{task.label} and {safe.label} hold different tensors; they differ at {odd[:3]}. Fuse checkpoints of "
+                "one architecture."
+            )
         for key, (shape, dtype) in headers.items():
             found = task.header(key)
             if found[0] != shape or (found[1] in FLOATS) != (dtype in FLOATS):
-                raise CheckpointError(f"{key}: {task.label} has {found}, {safe.label} {(shape, dtype)}. Fuse 16-bit checkpoints of one architecture.")
+                raise CheckpointError(
+                    f"{key}: {task.label} has {found}, {safe.label} {(shape, dtype)}. Fuse 16-bit checkpoints of one "
+                    "architecture."
+                )
     fused = {key: shape for key, (shape, dtype) in headers.items() if dtype in FLOATS}
-    packed = next((key for key, (_, dtype) in headers.items() if dtype in ("U8", "I8") and key.endswith("weight")), None)
+    packed = next(
+        (key for key, (_, dtype) in headers.items() if dtype in ("U8", "I8") and key.endswith("weight")), None
+    )
     if packed is not None:
-        raise CheckpointError(f"{safe.label}: {packed} is quantised. Fuse the 16-bit checkpoints, and quantise the result.")
+        raise CheckpointError(
+            f"{safe.label}: {packed} is quantized. Fuse the 16-bit checkpoints, and quantize the result."
+        )
     return Checkpoints(safe, tasks, fused)

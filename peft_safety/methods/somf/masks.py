@@ -1,7 +1,8 @@
-"""Learned masks: from logits to a relaxed sample for training, and to a fixed mask for export. Pure functions, torch only.
+"""Learned masks: from logits to a relaxed sample for training, and to a fixed mask for export. Pure functions, torch
+only.
 
-One mask is shared by all tasks. A logit `l` keeps an entry with probability `sigmoid(l)`; training sees a concrete (Gumbel-sigmoid) sample of that, in (0, 1),
-through which gradients flow.
+One mask is shared by all tasks. A logit `l` keeps an entry with probability `sigmoid(l)`; training sees a concrete
+(Gumbel-sigmoid) sample of that, in (0, 1), through which gradients flow.
 
 Reference: Yi et al., SOMF, arXiv 2405.09055; concrete distribution: Maddison et al., arXiv 1611.00712.
 """
@@ -37,7 +38,9 @@ def concrete(logit: Tensor, u: Tensor, temperature: float) -> Tensor:
 
 
 def noise(like: Tensor, seed: int) -> Tensor:
-    """Uniform noise strictly inside (0, 1), the same for the same seed on one kind of device: it can be drawn again instead of kept for the backward pass."""
+    """Uniform noise strictly inside (0, 1), the same for the same seed on one kind of device: it can be drawn again
+    instead of kept for the backward pass.
+    """
     generator = torch.Generator(device=like.device).manual_seed(seed)
     tiny = torch.finfo(like.dtype).eps / 2
     return torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype).clamp_(tiny, 1 - tiny)
@@ -49,8 +52,8 @@ def rescaled(vector: Tensor, mask: Tensor, how: Rescale) -> Tensor:
     Args:
         vector: `V`, any shape.
         mask: broadcasts to it evenly (each of its entries covers equally many of V's).
-        how: "mean" divides by the mean of m, as published (it lengthens a real task vector 1.4 to 1.8 times); "norm" restores `||V||`; "none" leaves it.
-            A mask that keeps nothing gives zero.
+        how: "mean" divides by the mean of m, as published (it lengthens a real task vector 1.4 to 1.8 times); "norm"
+            restores `||V||`; "none" leaves it. A mask that keeps nothing gives zero.
     """
     masked = vector * mask
     tiny = torch.finfo(masked.dtype).tiny
@@ -89,7 +92,8 @@ def initial_logit(density: float) -> float:
 
 
 def expected_density(logits: Mapping[str, Tensor], covers: Mapping[str, int]) -> Tensor:
-    """Expected share of kept entries, `sum_k c_k sum sigmoid(l_k) / sum_k c_k n_k`: differentiable, so that a target can be asked for.
+    """Expected share of kept entries, `sum_k c_k sum sigmoid(l_k) / sum_k c_k n_k`: differentiable, so that a target
+    can be asked for.
 
     Args:
         covers: by name, how many entries of the task vector one logit decides.
@@ -119,7 +123,10 @@ class Masks:
             ArtifactError: there is none.
         """
         if name not in self.values:
-            raise ArtifactError(f"{name}: the masks have no entry of this name ({len(self.values)} others). Use masks that were trained on these modules.")
+            raise ArtifactError(
+                f"{name}: the masks have no entry of this name ({len(self.values)} others). Use masks that were "
+                "trained on these modules."
+            )
         return self.values[name].float() / self.levels
 
     def __iter__(self) -> Iterator[str]:
@@ -129,10 +136,14 @@ class Masks:
         """Share of kept entries; see `expected_density` for `covers` (default: every entry of a mask counts once)."""
         sizes = {name: (covers or {}).get(name, 1) for name in self.values}
         total = sum(sizes[name] * value.numel() for name, value in self.values.items())
-        return sum(sizes[name] * float(value.sum(dtype=torch.float64)) for name, value in self.values.items()) / (self.levels * total)
+        return sum(sizes[name] * float(value.sum(dtype=torch.float64)) for name, value in self.values.items()) / (
+            self.levels * total
+        )
 
     def shuffled(self, seed: int = 0) -> Masks:
-        """The control: the same number of kept entries in every mask, at random places. Masks of a single entry are shuffled among each other."""
+        """The control: the same number of kept entries in every mask, at random places. Masks of a single entry are
+        shuffled among each other.
+        """
         lone = [name for name, value in self.values.items() if value.numel() == 1]
         order = torch.randperm(len(lone), generator=torch.Generator().manual_seed(stream(seed, "control"))).tolist()
         found = {name: self.values[lone[index]] for name, index in zip(lone, order, strict=True)}
@@ -144,12 +155,20 @@ class Masks:
 
 
 @torch.no_grad()
-def export(logits: Mapping[str, Tensor], how: Export, *, density: float | None = None, seed: int = 0, record: Mapping[str, Any] | None = None) -> Masks:
+def export(
+    logits: Mapping[str, Tensor],
+    how: Export,
+    *,
+    density: float | None = None,
+    seed: int = 0,
+    record: Mapping[str, Any] | None = None,
+) -> Masks:
     """Fixed masks from trained logits. The same logits give the same bits, "sample" included.
 
     Args:
-        how: "threshold" keeps `l > 0` (more likely kept than not); "topk" the `round(density n)` largest of each mask (masks of a single entry compete with
-            each other); "sample" a seeded Bernoulli draw, as the reference code exports, which never seeds it; "soft" the keep probabilities in 8 bits.
+        how: "threshold" keeps `l > 0` (more likely kept than not); "topk" the `round(density n)` largest of each mask
+            (masks of a single entry compete with each other); "sample" a seeded Bernoulli draw, as the reference code
+            exports, which never seeds it; "soft" the keep probabilities in 8 bits.
         density: for "topk".
 
     Raises:
@@ -158,17 +177,31 @@ def export(logits: Mapping[str, Tensor], how: Export, *, density: float | None =
     facts = {**(record or {}), "export": how}
     plain = {name: logit.detach().cpu().float() for name, logit in logits.items()}
     if how == "soft":
-        return Masks({name: (SOFT_LEVELS * torch.sigmoid(x)).round().to(torch.uint8) for name, x in plain.items()}, SOFT_LEVELS, facts)
+        return Masks(
+            {name: (SOFT_LEVELS * torch.sigmoid(x)).round().to(torch.uint8) for name, x in plain.items()},
+            SOFT_LEVELS,
+            facts,
+        )
     if how == "threshold":
         return Masks({name: (x > 0).to(torch.uint8) for name, x in plain.items()}, 1, facts)
     if how == "sample":
-        drawn = {name: (x + torch.logit(noise(x, stream(seed, "sample", name))) > 0).to(torch.uint8) for name, x in plain.items()}
+        drawn = {
+            name: (x + torch.logit(noise(x, stream(seed, "sample", name))) > 0).to(torch.uint8)
+            for name, x in plain.items()
+        }
         return Masks(drawn, 1, {**facts, "seed": seed})
     if density is None:
         raise ConfigError("export='topk' needs a density. Give export_density in (0, 1).")
     lone = [name for name, x in plain.items() if x.numel() == 1]
-    kept = dict(zip(lone, _largest(torch.cat([plain[name].flatten() for name in lone]), density).split(1), strict=True)) if lone else {}
-    found = {name: (kept[name] if name in kept else _largest(x.flatten(), density)).view(x.shape) for name, x in plain.items()}
+    kept = (
+        dict(zip(lone, _largest(torch.cat([plain[name].flatten() for name in lone]), density).split(1), strict=True))
+        if lone
+        else {}
+    )
+    found = {
+        name: (kept[name] if name in kept else _largest(x.flatten(), density)).view(x.shape)
+        for name, x in plain.items()
+    }
     return Masks(found, 1, {**facts, "export_density": density})
 
 

@@ -1,4 +1,6 @@
-"""What a mask is trained for: preferring safe answers (DPO), or giving them (SFT). From rows to features, and from logits to losses."""
+"""What a mask is trained for: preferring safe answers (DPO), or giving them (SFT). From rows to features, and from
+logits to losses.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ Features = list[dict[str, Any]]
 
 
 def package_rows(objective: str, seed: int = 0) -> list[dict[str, str]]:
-    """The package's own training split: harmful requests with refusals, and for DPO contentless openings as what is not wanted."""
+    """The package's own training split: harmful requests with refusals, and for DPO contentless openings as what is
+    not wanted.
+    """
     return preference_pairs("train", seed=seed) if objective == "dpo" else refusal_pairs("train", seed=seed)
 
 
@@ -40,17 +44,30 @@ def features_of(rows: Rows, tokenizer: PreTrainedTokenizerBase, objective: str, 
     found: Features = []
     for index, row in enumerate(rows):
         if not all(_said(row.get(key)) for key in ("prompt", "chosen", "rejected")):
-            raise DataError(f'row {index}: DPO needs {{"prompt", "chosen", "rejected"}}, each non-empty text or messages. The row has {sorted(row)}.')
+            raise DataError(
+                f'row {index}: DPO needs {{"prompt", "chosen", "rejected"}}, each non-empty text or messages. '
+                f"The row has {sorted(row)}."
+            )
         sides = {
-            side: encode_row(tokenizer, {"prompt": row["prompt"], "response": row[side], "truncated": row.get("truncated")}, max_length)
+            side: encode_row(
+                tokenizer,
+                {"prompt": row["prompt"], "response": row[side], "truncated": row.get("truncated")},
+                max_length,
+            )
             for side in ("chosen", "rejected")
         }
         if all(map(has_labels, sides.values())):
             found.append(sides)
     if not found:
-        raise DataError(f"no preference pair has both responses within max_length = {max_length} tokens. Raise max_length.")
+        raise DataError(
+            f"no preference pair has both responses within max_length = {max_length} tokens. Raise max_length."
+        )
     if len(found) < len(rows):
-        warnings.warn(f"{len(rows) - len(found)} of {len(rows)} pairs have no response token within {max_length} tokens and are left out", stacklevel=2)
+        warnings.warn(
+            f"{len(rows) - len(found)} of {len(rows)} pairs have no response token within {max_length} tokens and are "
+            "left out",
+            stacklevel=2,
+        )
     return found
 
 
@@ -59,7 +76,9 @@ def _said(content: Any) -> bool:
 
 
 class Batches:
-    """Collates features: for DPO all chosen sequences, then all rejected ones, with the reference's log-probabilities where they are there."""
+    """Collates features: for DPO all chosen sequences, then all rejected ones, with the reference's log-probabilities
+    where they are there.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, objective: str) -> None:
         self.collate, self.objective = Collator(tokenizer), objective

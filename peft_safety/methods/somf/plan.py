@@ -25,7 +25,9 @@ COPIES = 3
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """One module (one tensor of a checkpoint): shape of the weight, rank of every input and of the result (0: full weights), and its logits."""
+    """One module (one tensor of a checkpoint): shape of the weight, rank of every input and of the result (0: full
+    weights), and its logits.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -41,7 +43,8 @@ class FusePlan:
     Attributes:
         layout: "continued", "independent" or "checkpoints".
         granularity: of the mask; None where there is none.
-        training_bytes: the mask's logits and optimizer state; the floor of what training adds to the model and the frozen task factors.
+        training_bytes: the mask's logits and optimizer state; the floor of what training adds to the model and the
+            frozen task factors.
         result: in words.
     """
 
@@ -69,7 +72,9 @@ class FusePlan:
         return {**asdict(self), "logits": self.logits, "training_bytes": self.training_bytes}
 
 
-def plan_fusion(safe: Source | None, tasks: Sequence[Source], *, model: nn.Module | None = None, **options: Any) -> FusePlan:
+def plan_fusion(
+    safe: Source | None, tasks: Sequence[Source], *, model: nn.Module | None = None, **options: Any
+) -> FusePlan:
     """Read and check the inputs of `fuse`, and say what it would do. Nothing is trained or written.
 
     Args:
@@ -83,7 +88,9 @@ def plan_fusion(safe: Source | None, tasks: Sequence[Source], *, model: nn.Modul
     return plan_of(inputs, chosen, safe, tasks)
 
 
-def plan_of(inputs: Adapters | Checkpoints, options: FuseOptions, safe: Source | None, tasks: Sequence[Source]) -> FusePlan:
+def plan_of(
+    inputs: Adapters | Checkpoints, options: FuseOptions, safe: Source | None, tasks: Sequence[Source]
+) -> FusePlan:
     """The plan for inputs that are read.
 
     Raises:
@@ -91,14 +98,24 @@ def plan_of(inputs: Adapters | Checkpoints, options: FuseOptions, safe: Source |
     """
     fusion, granularity = options.fusion_of(len(tasks)), granularity_of(inputs, options)
     if isinstance(inputs, Checkpoints):
-        layout, modules = "checkpoints", tuple(_planned_tensor(key, shape, granularity, options) for key, shape in inputs.fused.items())
-        result = "sharded safetensors" if options.rank is None else f"a LoRA of rank {options.rank} on the safe checkpoint"
+        layout, modules = (
+            "checkpoints",
+            tuple(_planned_tensor(key, shape, granularity, options) for key, shape in inputs.fused.items()),
+        )
+        result = (
+            "sharded safetensors" if options.rank is None else f"a LoRA of rank {options.rank} on the safe checkpoint"
+        )
     else:
         layout = "continued" if inputs.continued else "independent"
         modules = tuple(_planned_module(name, inputs, granularity, options) for name in inputs.modules)
         result = f"a LoRA of rank {max(module.rank for module in modules)}"
-    names = ("the base model" if safe is None else public_name(os.fspath(safe)), tuple(public_name(os.fspath(task)) for task in tasks))
-    return FusePlan(layout, granularity, options.method, fusion, tuple(options.weights_of(len(tasks))), *names, modules, result)
+    names = (
+        "the base model" if safe is None else public_name(os.fspath(safe)),
+        tuple(public_name(os.fspath(task)) for task in tasks),
+    )
+    return FusePlan(
+        layout, granularity, options.method, fusion, tuple(options.weights_of(len(tasks))), *names, modules, result
+    )
 
 
 def granularity_of(inputs: Adapters | Checkpoints, options: FuseOptions) -> Granularity | None:
@@ -109,20 +126,24 @@ def granularity_of(inputs: Adapters | Checkpoints, options: FuseOptions) -> Gran
     """
     independent = isinstance(inputs, Adapters) and not inputs.continued
     fusion = options.fusion_of(len(inputs.tasks))
-    if isinstance(inputs, Checkpoints) and options.ties_scope == "global" and fusion == "ties":
-        raise ConfigError("ties_scope='global' needs all tensors in memory at once; full checkpoints are streamed. Use ties_scope='tensor'.")
     if independent and fusion in NONLINEAR:
         if options.method == "somf":
             raise ConfigError(
-                f"fusion={fusion!r} works entry by entry, and independent adapters have no entries in common. Use task_arithmetic or average, or adapters "
+                f"fusion={fusion!r} works entry by entry, and independent adapters have no entries in common. Use "
+                "task_arithmetic or average, or adapters "
                 "that were trained on from the safe one."
             )
         if options.rank is None:
-            raise ConfigError(f"method={fusion!r} of independent adapters gives a dense update. State the rank= of the LoRA it is compressed to.")
+            raise ConfigError(
+                f"method={fusion!r} of independent adapters gives a dense update. State the rank= of the LoRA it is "
+                "compressed to."
+            )
     if options.method != "somf":
         return None
     if options.granularity == "rank" and isinstance(inputs, Checkpoints):
-        raise ConfigError("granularity='rank' needs adapters; full weights have no rank components. Use element, row or module.")
+        raise ConfigError(
+            "granularity='rank' needs adapters; full weights have no rank components. Use element, row or module."
+        )
     return options.granularity or ("rank" if independent else "element")
 
 
@@ -139,12 +160,18 @@ def updates_of(inputs: Adapters, granularity: Granularity | None, options: FuseO
     return found
 
 
-def _planned_module(name: str, inputs: Adapters, granularity: Granularity | None, options: FuseOptions) -> PlannedModule:
+def _planned_module(
+    name: str, inputs: Adapters, granularity: Granularity | None, options: FuseOptions
+) -> PlannedModule:
     factors = [adapter.factors[name] for adapter in ([inputs.safe] if inputs.safe else []) + list(inputs.tasks)]
     m, n = factors[0].b.shape[0], factors[0].a.shape[1]
     ranks = tuple(factor.a.shape[0] for factor in factors)
     own = ranks[0] if inputs.continued else sum(ranks)
-    rank = min(own, m, n, options.rank or own) if options.fusion_of(len(inputs.tasks)) not in NONLINEAR or inputs.continued else min(options.rank or own, m, n)
+    rank = (
+        min(own, m, n, options.rank or own)
+        if options.fusion_of(len(inputs.tasks)) not in NONLINEAR or inputs.continued
+        else min(options.rank or own, m, n)
+    )
     tasks = ranks[1:] if inputs.safe else ranks
     if granularity is None:
         logits = 0
@@ -162,6 +189,12 @@ def _planned_tensor(key: str, shape: Shape, granularity: Granularity | None, opt
 
 
 def is_linear(key: str, shape: Shape) -> bool:
-    """Whether a tensor of a checkpoint is the weight of a linear layer that a LoRA can update: 2-D, and neither an embedding nor the head."""
+    """Whether a tensor of a checkpoint is the weight of a linear layer that a LoRA can update: 2-D, and neither an
+    embedding nor the head.
+    """
     module = key.removesuffix(".weight").rpartition(".")[2]
-    return key.endswith(".weight") and len(shape) == 2 and module not in ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "lm_head", "embed_out")
+    return (
+        key.endswith(".weight")
+        and len(shape) == 2
+        and module not in ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "lm_head", "embed_out")
+    )

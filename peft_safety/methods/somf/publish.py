@@ -1,4 +1,6 @@
-"""What a fusion leaves on disk: a plain LoRA, or sharded safetensors, with masks and a provenance card, published as a whole or not at all."""
+"""What a fusion leaves on disk: a plain LoRA, or sharded safetensors, with masks and a provenance card, published as a
+whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -52,18 +54,33 @@ def target(directory: Path, manifest: str) -> Iterator[Path]:
 
 
 def write_adapter(
-    directory: Path, factors: Factors, base: str | None, fields: Mapping[str, Any], masks: Masks | None, record: Mapping[str, Any], card: str
+    directory: Path,
+    factors: Factors,
+    base: str | None,
+    fields: Mapping[str, Any],
+    masks: Masks | None,
+    record: Mapping[str, Any],
+    card: str,
 ) -> None:
-    """A plain LoRA directory that any PEFT loads. The scaling is folded into B, so that `lora_alpha = r` in every module.
+    """A plain LoRA directory that any PEFT loads. The scaling is folded into B, so that `lora_alpha = r` in every
+    module.
 
     Args:
         base: `base_model_name_or_path`.
         fields: config of an input, for its task type and `fan_in_fan_out`.
     """
     config = lora_config(factors, base, fields)
-    tensors = {f"{PREFIX}{name}.lora_{kind}.weight": factor for name, pair in factors.items() for kind, factor in zip("AB", pair, strict=True)}
+    tensors = {
+        f"{PREFIX}{name}.lora_{kind}.weight": factor
+        for name, pair in factors.items()
+        for kind, factor in zip("AB", pair, strict=True)
+    }
     with target(directory, MANIFEST) as staging:
-        save_tensors({key: tensor.contiguous() for key, tensor in tensors.items()}, staging / ADAPTER_FILE, {RECORD: json.dumps(dict(record), sort_keys=True)})
+        save_tensors(
+            {key: tensor.contiguous() for key, tensor in tensors.items()},
+            staging / ADAPTER_FILE,
+            {RECORD: json.dumps(dict(record), sort_keys=True)},
+        )
         if masks is not None:
             save_masks(masks, staging)
         (staging / CARD).write_text(card, encoding="utf-8")
@@ -73,7 +90,9 @@ def write_adapter(
         (staging / MANIFEST).write_text(json.dumps(stored, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def lora_config(factors: Factors, base: str | None, fields: Mapping[str, Any], there: Mapping[str, str] | None = None) -> LoraConfig:
+def lora_config(
+    factors: Factors, base: str | None, fields: Mapping[str, Any], there: Mapping[str, str] | None = None
+) -> LoraConfig:
     """The config of these factors, modules by full name; `there` are the `places` of a model that it is for."""
     ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
     r = max(ranks.values())
@@ -135,19 +154,28 @@ def copy_beside(source: Path, staging: Path) -> None:
 
 def card_of(record: Mapping[str, Any], modules: list[dict[str, Any]], kind: str) -> str:
     """The provenance card."""
-    facts = {key: value for key, value in record.items() if isinstance(value, (str, int, float, list)) and key not in ("version", "tasks")}
+    facts = {
+        key: value
+        for key, value in record.items()
+        if isinstance(value, (str, int, float, list)) and key not in ("version", "tasks")
+    }
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
     inputs = [("safe", record["safe"]), *(("task", task) for task in record["tasks"])]
     table = "\n".join(f"| {role} | `{found['name']}` | `{found['fingerprint'][:16]}` |" for role, found in inputs)
-    kept = "\n".join(f"| {row['name']} | {row['rank'] or '-'} | {_shown(row['density'])} | {_shown(row['kept'])} | {_shown(row['error'])} |" for row in modules)
+    kept = "\n".join(
+        f"| {row['name']} | {row['rank'] or '-'} | {_shown(row['density'])} | {_shown(row['kept'])} | "
+        f"{_shown(row['error'])} |"
+        for row in modules
+    )
     tags = "library_name: peft\ntags: [lora, safety, peft-safety]" if kind == "LoRA" else "tags: [safety, peft-safety]"
     return f"""---
 {tags}
 ---
 # Fused by peft-safety
 
-A {kind} made of one safe model and {len(record["tasks"])} fine-tuned one{"" if len(record["tasks"]) == 1 else "s"} (SOMF, arXiv 2405.09055). What it does to a
-model's behaviour is not promised by anything here: measure refusal, over-refusal and the tasks.
+A {kind} made of one safe model and {len(record["tasks"])} fine-tuned one{"" if len(record["tasks"]) == 1 else "s"}
+(SOMF, arXiv 2405.09055). What it does to a model's behavior is not promised by anything here:
+measure refusal, over-refusal and the tasks.
 
 | input | name | fingerprint |
 |---|---|---|
@@ -157,8 +185,8 @@ model's behaviour is not promised by anything here: measure refusal, over-refusa
 |---|---|
 {rows}
 
-Density: share of the mask that is kept. Kept: length of the tasks' part of the update, relative to the same fusion without a mask. Error: of the
-recompression, relative to the whole update.
+Density: share of the mask that is kept. Kept: length of the tasks' part of the update, relative to the same fusion
+without a mask. Error: of the recompression, relative to the whole update.
 
 | module | rank | density | kept | error |
 |---|---:|---:|---:|---:|

@@ -1,9 +1,11 @@
 """Training a mask with transformers' Trainer: checkpoints, resume, accelerate and `report_to` come along.
 
-TRL's DPOTrainer does not fit: it prepares PEFT configs and reference models of its own, and saves whole adapters, where here only logits exist. The loss is the
-same; the reference's log-probabilities are computed once, before the first step.
+TRL's DPOTrainer does not fit: it prepares PEFT configs and reference models of its own, and saves whole adapters,
+where here only logits exist. The loss is the same; the reference's log-probabilities are computed once, before the
+first step.
 
-Differences from SOMF's reference code: the reference model is the aligned one, not the policy under a random untrained mask drawn again at every forward pass.
+Differences from SOMF's reference code: the reference model is the aligned one, not the policy under a random untrained
+mask drawn again at every forward pass.
 """
 
 from __future__ import annotations
@@ -22,7 +24,15 @@ from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.estimate.activations import tokenizer_of
 from peft_safety.methods.somf.forward import MaskedModel, Mode
 from peft_safety.methods.somf.fusions import stream
-from peft_safety.methods.somf.objectives import Batches, Features, dpo_loss, features_of, package_rows, response_log_probs, sft_loss
+from peft_safety.methods.somf.objectives import (
+    Batches,
+    Features,
+    dpo_loss,
+    features_of,
+    package_rows,
+    response_log_probs,
+    sft_loss,
+)
 from peft_safety.methods.somf.options import MaskTraining
 from peft_safety.methods.somf.storage import load_masks, save_logits
 
@@ -56,16 +66,25 @@ class MaskRun:
     density: float
 
 
-def train_mask(masked: MaskedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows | None, training: MaskTraining) -> MaskRun:
+def train_mask(
+    masked: MaskedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows | None, training: MaskTraining
+) -> MaskRun:
     """Train the logits of `masked` in place.
 
     Args:
-        rows: {prompt, chosen, rejected} for DPO, {prompt, response} for SFT; None takes the package's requests, refusals and openings.
+        rows: {prompt, chosen, rejected} for DPO, {prompt, response} for SFT; None takes the package's requests,
+            refusals and openings.
 
     Raises:
-        DataError: malformed rows. ConfigError: nothing to resume from, or a checkpoint of another mask. PeftSafetyError: the loss is not finite.
+        DataError: malformed rows. ConfigError: nothing to resume from, or a checkpoint of another mask.
+            PeftSafetyError: the loss is not finite.
     """
-    features = features_of(package_rows(training.objective, training.seed) if rows is None else rows, tokenizer, training.objective, training.max_length)
+    features = features_of(
+        package_rows(training.objective, training.seed) if rows is None else rows,
+        tokenizer,
+        training.objective,
+        training.max_length,
+    )
     batches = Batches(tokenizer, training.objective)
     with masked.attached():
         started = time.perf_counter()
@@ -109,7 +128,10 @@ def _last_checkpoint(training: MaskTraining) -> str | None:
     folder = Path(str(training.checkpoint_dir))
     found: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if found is None:
-        raise ConfigError(f"{folder} holds no checkpoint to resume from. Leave resume out, or give the checkpoint_dir of the run that was cut off.")
+        raise ConfigError(
+            f"{folder} holds no checkpoint to resume from. Leave resume out, or give the checkpoint_dir of the run "
+            "that was cut off."
+        )
     return found
 
 
@@ -138,23 +160,31 @@ def _add_reference(masked: MaskedModel, features: Features, batches: Batches, tr
         masked.mode = "fused"
 
 
-def _trainer(masked: MaskedModel, features: Features, batches: Batches, training: MaskTraining, scratch: str) -> Trainer:
+def _trainer(
+    masked: MaskedModel, features: Features, batches: Batches, training: MaskTraining, scratch: str
+) -> Trainer:
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     class MaskTrainer(Trainer):
-        """Saves and loads logits only, and tells the model which noise to draw: by step and micro-batch, so that a resumed run draws the same."""
+        """Saves and loads logits only, and tells the model which noise to draw: by step and micro-batch, so that a
+        resumed run draws the same.
+        """
 
         loss_is_scaled_for_ga = False
         at_step, micro = -1, 0
 
-        def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
             step = self.state.global_step
             self.micro = self.micro + 1 if self.at_step == step else 0
             self.at_step = step
             masked.step_seed = stream(masked.options.seed, training.seed, step, self.micro)
             outputs = model(inputs["input_ids"], inputs["attention_mask"])
             if training.objective == "dpo":
-                loss = dpo_loss(response_log_probs(outputs.logits, inputs["labels"]), inputs["reference"], training.beta)
+                loss = dpo_loss(
+                    response_log_probs(outputs.logits, inputs["labels"]), inputs["reference"], training.beta
+                )
             else:
                 loss = sft_loss(outputs.logits, inputs["labels"])
             target = masked.options.target_density
@@ -170,7 +200,9 @@ def _trainer(masked: MaskedModel, features: Features, batches: Batches, training
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             found = load_masks(Path(resume_from_checkpoint) / LOGITS_FILE)
             if not isinstance(found, dict):
-                raise ArtifactError(f"{resume_from_checkpoint}: {LOGITS_FILE} holds masks, not logits. Give a checkpoint of a mask.")
+                raise ArtifactError(
+                    f"{resume_from_checkpoint}: {LOGITS_FILE} holds masks, not logits. Give a checkpoint of a mask."
+                )
             masked.load_logits(found)
 
     arguments = TrainingArguments(
@@ -193,7 +225,9 @@ def _trainer(masked: MaskedModel, features: Features, batches: Batches, training
         label_names=["labels"],
         bf16=training.bf16,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # nn.DataParallel would copy the layers and leave the hooks' factors where they are; use DDP
+    arguments._n_gpu = min(
+        arguments.n_gpu, 1
+    )  # nn.DataParallel would copy the layers and leave the hooks' factors where they are; use DDP
     trainer = MaskTrainer(masked, arguments, data_collator=batches, train_dataset=features)
     trainer.remove_callback(PrinterCallback)
     return trainer
