@@ -99,16 +99,16 @@ def record(name: str, rows: Sequence[Mapping[str, Any]], environment: Mapping[st
     return path
 
 
-def with_section(readme: Path, markers: tuple[str, str], section: str) -> str:
-    """The text of a README with `section`, markers included, in the place of what stands between its markers.
+def with_section(page: Path, markers: tuple[str, str], section: str) -> str:
+    """The text of a page with `section`, markers included, in the place of what stands between its markers.
 
     Raises:
         DataError: it does not have each marker once.
     """
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     begin, end = markers
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise DataError(f"{readme} lacks the markers {begin} and {end}. Put them where the table belongs.")
+        raise DataError(f"{page} lacks the markers {begin} and {end}. Put them where the table belongs.")
     return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: section, text, flags=re.DOTALL)
 
 

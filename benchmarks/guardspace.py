@@ -1,11 +1,11 @@
 """How much safety does GuardSpace keep, at what price, and where does it stop? On a real model, one cached cell at a
 time.
 
-    python -m benchmarks.guardspace [--budget MINUTES] [--harmful FILE ...]    runs what is missing, most informative
-    cells first; a killed run resumes python -m benchmarks.guardspace --list                                    what is
-    done and what would come next python -m benchmarks.guardspace --report                                  README's
-    table and docs/guardspace.png from results/guardspace.jsonl
+    python -m benchmarks.guardspace [--budget MINUTES] [--harmful FILE ...]
+    python -m benchmarks.guardspace --list      what is done and what would come next
+    python -m benchmarks.guardspace --report    the table in docs/results.md, docs/guardspace.md and its picture
 
+The first runs what is missing, most informative cells first; a killed run resumes.
 A cell is one fine-tune of the aligned model and one measurement, one JSON file under runs/frontier named by a hash of
 the cell and of the protocol. Three
 stages: (1) the core of the grid, on validation prompts; (2) the setting with the best score there, fixed then and

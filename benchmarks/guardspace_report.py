@@ -1,6 +1,4 @@
-"""Renders results/guardspace.jsonl: a section between README's markers, the whole grid in docs/guardspace.md, and a
-picture.
-"""
+"""Renders results/guardspace.jsonl: a section of docs/results.md, the grid in docs/guardspace.md, and a picture."""
 
 from __future__ import annotations
 
@@ -64,7 +62,7 @@ def markdown(environment: dict[str, Any], rows: Sequence[Row]) -> str:
     """The section between the markers."""
     tests = sorted((row for row in rows if row["cell"]["split"] == "test"), key=lambda row: row["cell"]["poison"])
     grid = [row for row in rows if row["cell"]["split"] == "validation"]
-    lines = ["![refusal against optimizer steps and against the size of the null space](docs/guardspace.png)", ""]
+    lines = ["![refusal against optimizer steps and against the size of the null space](guardspace.png)", ""]
     if tests:
         basis, fraction, positions = environment["chosen"]
         lines += [
@@ -77,8 +75,7 @@ def markdown(environment: dict[str, Any], rows: Sequence[Row]) -> str:
     else:
         lines += ["The setting has not been chosen yet: nothing here is from test prompts.", ""]
     lines += [
-        f"The {len(grid)} cells on validation prompts, among them where it stops: "
-        "[docs/guardspace.md](docs/guardspace.md).",
+        f"The {len(grid)} cells on validation prompts, among them where it stops: [guardspace.md](guardspace.md).",
         "",
     ]
     facts = ", ".join(
@@ -241,17 +238,17 @@ def _draw(panel: Any, lines: dict[str, list[tuple[float, Row]]], axis: str) -> N
 
 def report(
     results: Path = RESULTS / "guardspace.jsonl",
-    readme: Path = ROOT / "README.md",
+    page: Path = ROOT / "docs" / "results.md",
     png: Path = ROOT / "docs" / "guardspace.png",
 ) -> None:
     """Write the section, the picture, and the grid's page beside the picture.
 
     Raises:
-        DataError: no results, or no markers in the README.
+        DataError: no results, or no markers in the page.
     """
     environment, rows = read(results, "guardspace")
     begin, end = MARKERS
-    readme.write_text(with_section(readme, MARKERS, f"{begin}\n{markdown(environment, rows)}{end}"), encoding="utf-8")
+    page.write_text(with_section(page, MARKERS, f"{begin}\n{markdown(environment, rows)}{end}"), encoding="utf-8")
     png.with_suffix(".md").parent.mkdir(parents=True, exist_ok=True)
     png.with_suffix(".md").write_text(grid_page(environment, rows), encoding="utf-8")
-    print(f"wrote {save_png(rows, png)} and the section of {readme} ({len(rows)} cells)")
+    print(f"wrote {save_png(rows, png)} and the section of {page} ({len(rows)} cells)")

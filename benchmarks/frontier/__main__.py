@@ -1,10 +1,11 @@
 """The safety-utility frontier: every method and every control, on a real model, one cached cell at a time.
 
-    python -m benchmarks.frontier [--methods all] [--p 0,0.1,0.5,1] [--seeds 0,1,2] [--budget MINUTES]   runs what is
-    missing; a killed run resumes python -m benchmarks.frontier --list      what is done and what comes next python -m
-    benchmarks.frontier --report    pictures, frontier.html and the README's table python -m benchmarks.frontier
-    --smoke     a few cells in minutes, and whether they show what they must
+    python -m benchmarks.frontier [--methods all] [--p 0,0.1,0.5,1] [--seeds 0,1,2] [--budget MINUTES]
+    python -m benchmarks.frontier --list      what is done and what comes next
+    python -m benchmarks.frontier --report    pictures, frontier.html and the table in docs/results.md
+    python -m benchmarks.frontier --smoke     a few cells in minutes, and whether they show what they must
 
+The first runs what is missing; a killed run resumes.
 Settings are tried with --split validation --set METHOD:NAME=VALUE and fixed with --choose; on test prompts only those
 or the documented defaults run. Several processes may share one folder.
 """
@@ -145,9 +146,9 @@ def work(given: argparse.Namespace) -> int:
 
         return smoke(given.runs / f"smoke-{version()}" if given.runs == RUNS else given.runs)
     if given.report:
-        from benchmarks.frontier.report import README, report
+        from benchmarks.frontier.report import PAGE, report
 
-        report(given.out, README if given.out == RESULTS else None)
+        report(given.out, PAGE if given.out == RESULTS else None)
         return 0
     folder = data.resolve(given.data)
     sets, task = data.further_sets(folder, given.harmful), None

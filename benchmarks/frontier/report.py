@@ -1,4 +1,4 @@
-"""From results/frontier.jsonl to the pictures, the page, and the README's section."""
+"""From results/frontier.jsonl to the pictures, the page, and the section of docs/results.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.frontier.results import NAME, read
 from peft_safety.errors import DataError
 from peft_safety.evaluation import KeywordJudge
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "results.md"
 MARKERS = ("<!-- frontier:begin -->", "<!-- frontier:end -->")
 PICTURES = {
     "frontier.png": pictures.frontier,
@@ -25,7 +25,7 @@ PICTURES = {
 
 
 def section(results: Path) -> str:
-    """What stands between the README's markers; decided by the results file alone.
+    """What stands between the page's markers; decided by the results file alone.
 
     Raises:
         DataError: no results, or none that are finite.
@@ -41,7 +41,7 @@ def section(results: Path) -> str:
         f"{key} {value}" for key, value in environment.items() if value not in ("", {}) and key != "sets"
     )
     lines = [
-        "![refusal against accuracy, a panel a share of poison, controls hollow](benchmarks/results/frontier.png)",
+        "![refusal against accuracy, a panel a share of poison, controls hollow](../benchmarks/results/frontier.png)",
         "",
         *table.markdown(),
         "",
@@ -69,23 +69,23 @@ def _headline(found: pictures.Points) -> float:
     return FIRST_POISON if FIRST_POISON in there else there[0]
 
 
-def report(out: Path = RESULTS, readme: Path | None = README) -> None:
-    """Write the pictures and the page beside the results, and the README's section.
+def report(out: Path = RESULTS, page_path: Path | None = PAGE) -> None:
+    """Write the pictures and the page beside the results, and the section of docs/results.md.
 
     Raises:
-        DataError: no results, or a README without markers; nothing is written then.
+        DataError: no results, or a page without markers; nothing is written then.
     """
     environment, rows = read(out / NAME)
     found = points(rows)
     poison, planned = _headline(found), plan(list(METHODS.values()))
-    text = None if readme is None else with_section(readme, MARKERS, section(out / NAME))
+    text = None if page_path is None else with_section(page_path, MARKERS, section(out / NAME))
     paths = [draw(found, out / name) for name, draw in PICTURES.items()]
     publish(
         out / "frontier.html", page(found, environment, paths, split_of(rows), poison, missing(rows, planned), planned)
     )
-    if readme is not None and text is not None:
-        publish(readme, text)
+    if page_path is not None and text is not None:
+        publish(page_path, text)
     print(
         f"wrote {out / 'frontier.html'}, {', '.join(path.name for path in paths)}"
-        + (f" and the section of {readme}" if readme else "")
+        + (f" and the section of {page_path}" if page_path else "")
     )

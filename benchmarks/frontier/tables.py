@@ -1,6 +1,4 @@
-"""The tables of the report, as headings and rows of text: rendered as markdown for the README and as HTML for the
-page.
-"""
+"""The tables of the report, as headings and rows of text: markdown for docs/results.md, HTML for the page."""
 
 from __future__ import annotations
 
@@ -68,8 +66,8 @@ def difference(found: Paired | None) -> str:
 
 
 def headline(found: Points, poison: float) -> Table:
-    """The README's: one line a method, refusal at every share of poison, the rest at one of them, and refusal against
-    both controls.
+    """For docs/results.md: one line a method, refusal at every share of poison, the rest at one of them, and refusal
+    against both controls.
     """
     columns = shares(found)
     headings = ("", *(f"refusal, {share(p)}" for p in columns))

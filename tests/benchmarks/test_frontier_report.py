@@ -1,4 +1,4 @@
-"""The report: what it says of made-up cells, and that the README says what the committed results say."""
+"""The report: what it says of made-up cells, and that docs/results.md says what the committed results say."""
 
 import itertools
 import json
@@ -153,10 +153,10 @@ def test_no_label_of_the_picture_lies_on_another(tmp_path):
 
 def test_the_report_is_written_whole_and_again_the_same(tmp_path):
     write(tmp_path, grid(), torch="2")
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- frontier:begin -->\nSTALE\n<!-- frontier:end -->\nafter\n")
-    report.report(tmp_path, readme)
-    text, page = readme.read_text(), (tmp_path / "frontier.html").read_text()
+    page_path = tmp_path / "results.md"
+    page_path.write_text("before\n<!-- frontier:begin -->\nSTALE\n<!-- frontier:end -->\nafter\n")
+    report.report(tmp_path, page_path)
+    text, page = page_path.read_text(), (tmp_path / "frontier.html").read_text()
     assert text.startswith("before\n<!-- frontier:begin -->\n![")
     assert text.endswith("<!-- frontier:end -->\nafter\n")
     assert "STALE" not in text
@@ -166,8 +166,8 @@ def test_the_report_is_written_whole_and_again_the_same(tmp_path):
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page.split("<style>")[1].split("base64,")[0], "nothing outside the file is fetched"
     assert "<p>Nothing of the plan.</p>" in page
-    report.report(tmp_path, readme)
-    assert readme.read_text() == text
+    report.report(tmp_path, page_path)
+    assert page_path.read_text() == text
     assert (tmp_path / "frontier.html").read_text() == page
 
 
@@ -232,10 +232,10 @@ def test_training_is_compared_with_plain_lora_at_the_same_place():
     assert pictures.cost(found, "safe-lora-soft")[0] == 1.0
 
 
-def test_the_readme_says_what_the_committed_results_say():
+def test_the_page_of_results_says_what_the_committed_results_say():
     if not (RESULTS / NAME).is_file():
         pytest.skip("no results of the frontier are committed yet")
-    text = report.README.read_text(encoding="utf-8")
+    text = report.PAGE.read_text(encoding="utf-8")
     assert report.section(RESULTS / NAME) in text, "run python -m benchmarks.frontier --report"
     for name in (*report.PICTURES, "frontier.html"):
         assert (RESULTS / name).is_file()

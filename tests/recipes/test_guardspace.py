@@ -280,10 +280,10 @@ def test_the_report_writes_the_section_and_the_picture(tmp_path, monkeypatch):
     cache = harness.Cache(tmp_path / "runs", harness.Protocol())
     harness.run(cache, lambda cell: {"diverged": "not finite"} if cell.lr == 1e-2 else measured(cell), float("inf"))
     path = harness.record("guardspace", cache.rows(cache.plan()), {"model": "tiny", "chosen": cache.setting()})
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- guardspace:begin -->\nold\n<!-- guardspace:end -->\nafter\n")
-    guardspace_report.report(path, readme, tmp_path / "picture.png")
-    text = readme.read_text()
+    results = tmp_path / "results.md"
+    results.write_text("before\n<!-- guardspace:begin -->\nold\n<!-- guardspace:end -->\nafter\n")
+    guardspace_report.report(path, results, tmp_path / "picture.png")
+    text = results.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
@@ -295,13 +295,21 @@ def test_the_report_writes_the_section_and_the_picture(tmp_path, monkeypatch):
     assert "| GuardSpace | harmful, 0.25, all | 0.1 | 1 | 0.01 | 64 | diverged | diverged |" in page
     assert "| GuardSpace, then plain LoRA on its result | harmful, 0.25, all | 0.1 |" in page
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    guardspace_report.report(path, readme, tmp_path / "picture.png")
-    assert readme.read_text() == text
+    guardspace_report.report(path, results, tmp_path / "picture.png")
+    assert results.read_text() == text
     (tmp_path / "bare.md").write_text("nothing")
     with pytest.raises(DataError, match="lacks the markers"):
         guardspace_report.report(path, tmp_path / "bare.md", tmp_path / "picture.png")
     with pytest.raises(DataError, match=r"Run python -m benchmarks\.guardspace"):
-        guardspace_report.report(tmp_path / "none" / "guardspace.jsonl", readme, tmp_path / "picture.png")
+        guardspace_report.report(tmp_path / "none" / "guardspace.jsonl", results, tmp_path / "picture.png")
+
+
+def test_the_pages_say_what_the_committed_results_say():
+    environment, rows = guardspace_report.read(guardspace_report.RESULTS / "guardspace.jsonl", "guardspace")
+    docs = guardspace_report.ROOT / "docs"
+    written = guardspace_report.markdown(environment, rows)
+    assert written in (docs / "results.md").read_text(encoding="utf-8"), "run python -m benchmarks.guardspace --report"
+    assert guardspace_report.grid_page(environment, rows) == (docs / "guardspace.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
