@@ -229,6 +229,8 @@ class ProtectedLinear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         enlist(self)
+        if not self.training:
+            self.fold()
 
     def extra_repr(self) -> str:
         k = 0 if self.basis is None else self.basis.shape[1]
