@@ -42,7 +42,7 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
     dtype = base.compute_dtype or x.dtype
     if not isinstance(x, Tensor) or dtype not in COMPUTE or not x.dtype.is_floating_point or x.device != q.wq.device:
         return None
-    a, b = factors(layer.lora_A[adapter], layer.lora_B[adapter])
+    a, b = factors(layer.lora_A[adapter], layer.lora_B[adapter], x)
     inputs, dropout = x.to(dtype), layer.lora_dropout[adapter]
     dropped = dropout(inputs) if drops(dropout) else None
     y = ops.nf4_lora(inputs, q, a, b, layer.scaling[adapter], exact=not layer.training, x_adapter=dropped)
@@ -51,12 +51,12 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
     return y.to(x.dtype)
 
 
-def factors(leaf_a: nn.Module, leaf_b: nn.Module) -> tuple[Tensor, Tensor]:
+def factors(leaf_a: nn.Module, leaf_b: nn.Module, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`(A' (r', in), B' (out, r'))` with `B' A' = dW / s`, differentiable: projected, and with a residual `[A; A0]`
     and `[B, -B0]`.
     """
     (a, a0), (b, b0) = (
-        leaf.factors() if isinstance(leaf, ProtectedLinear) else (leaf.weight, None) for leaf in (leaf_a, leaf_b)
+        leaf.factors(x) if isinstance(leaf, ProtectedLinear) else (leaf.weight, None) for leaf in (leaf_a, leaf_b)
     )
     return joined(a, b, a0, b0)  # type: ignore[arg-type]
 

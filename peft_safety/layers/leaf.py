@@ -2,10 +2,10 @@
 
 PEFT computes `lora_B(lora_A(dropout(x))) * scaling` in every layer class, quantized ones and mixed batches included,
 so a leaf there constrains them all. The parameter of the leaf stays the raw trainable weight under its usual name;
-every forward in training computes with its projection, `C B` or `A C`. An optimizer may move the raw weight out of the
-complement. Since `C` is idempotent, the trajectory of `C B` stays the same when the raw weight is replaced by its
-projection. That is *folding*. It happens in place wherever somebody may look past the forward: when `.weight` is read,
-on `eval()`, on load and in `state_dict()`.
+every forward computes with its projection, `C B` or `A C`. An optimizer may move the raw weight out of the complement.
+Since `C` is idempotent, the trajectory of `C B` stays the same when the raw weight is replaced by its projection. That
+is *folding*. It happens in place wherever somebody may look past the forward: when `.weight` is read, on `eval()`, on
+load and in `state_dict()`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,13 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
+class _Decoding(NamedTuple):
+    """What the last decoded token computed with, and the state of the weight that it was made from."""
+
+    state: tuple[int, int, int]
+    factors: tuple[Tensor, Tensor | None]
+
+
 class ProtectedLinear(nn.Linear):
     """`lora_B` with `C = I - U U^T` before it (side "out"), or `lora_A` with `C` behind it (side "in"), or an
     unconstrained factor with a residual.
@@ -70,7 +77,7 @@ class ProtectedLinear(nn.Linear):
     basis: Tensor | None
     initial: Tensor | None
     side: Side
-    _folded_at: tuple[int, int, int] | None
+    _decoding: _Decoding | None
 
     @classmethod
     def replacing(cls, linear: nn.Module, basis: Tensor | None, side: Side, residual: bool = False) -> ProtectedLinear:
@@ -88,7 +95,7 @@ class ProtectedLinear(nn.Linear):
         leaf.register_buffer(
             "initial", torch.zeros(weight.shape, device=device, dtype=weight.dtype) if residual else None
         )
-        leaf.training, leaf._folded_at = linear.training, None
+        leaf.training, leaf._decoding = linear.training, None
         enlist(leaf)
         return leaf
 
@@ -96,7 +103,7 @@ class ProtectedLinear(nn.Linear):
         """Nothing: the weight is PEFT's, which initializes it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, initial = self.factors()
+        weight, initial = self.factors(x)
         if initial is None:
             return F.linear(x, weight)
         if self.side == "in":
@@ -106,17 +113,26 @@ class ProtectedLinear(nn.Linear):
         trained, frozen = (half.clone(memory_format=torch.contiguous_format) for half in x.chunk(2, dim=-1))
         return F.linear(trained, weight) - F.linear(frozen, initial)
 
-    def factors(self) -> tuple[Tensor, Tensor | None]:
+    def factors(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The weight that counts, and the frozen initial factor of a residual beside it, in the same dtype.
 
-        In training and wherever gradients flow they are projected anew. A leaf in eval mode has folded weights, and
-        takes them as they are until somebody writes them.
+        Args:
+            x: the input `(..., tokens, features)` they are for. A single token in eval mode, without gradients, is a
+                step of decoding. It takes the factors of the token before if nobody has written the weight since. A
+                write past torch's version counter (through `.data`) is seen by the next longer input; until then the
+                old update is computed, protected as ever.
         """
         raw = self.raw()
-        if not torch.is_grad_enabled() and self._is_folded(raw):
-            return raw, self.initial
+        single = x is not None and x.shape[-2:-1] == (1,)
+        decoding = single and not (self.training or torch.is_grad_enabled() or _traced() or _is_untracked(raw))
+        last = self._decoding
+        if decoding and last is not None and last.state == _state(raw):
+            return last.factors
         weight = self.projected()
-        return weight, None if self.initial is None else self._projection(self.initial.to(weight.dtype))
+        result = weight, None if self.initial is None else self._projection(self.initial.to(weight.dtype))
+        if decoding or last is not None:
+            self._decoding = _Decoding(_state(raw), result) if decoding else None
+        return result
 
     def projected(self) -> Tensor:
         """The weight that counts, differentiable, in the dtype of `weight`; projected in fp32 or better whatever
@@ -159,7 +175,7 @@ class ProtectedLinear(nn.Linear):
         Returns:
             Whether anything was written.
         """
-        self._folded_at = None
+        self._decoding = None
         weight = self.raw()
         factors = [weight]
         if self.initial is not None:
@@ -169,19 +185,10 @@ class ProtectedLinear(nn.Linear):
         if self.basis is None or not is_plain(weight, self.basis, self.side):
             return False
         self.basis = moved(self.basis, weight.device)
-        wrote = any([projection.fold_(self.basis, factor, self.side) for factor in factors])
-        self._folded_at = None if self.training else _state(weight)
-        return wrote
-
-    def _is_folded(self, weight: Tensor) -> bool:
-        """Whether this very weight was folded in eval mode and not written since. In training nothing is believed:
-        fused optimizers write past torch's version counter.
-        """
-        return not (self._folded_at is None or self.training or _traced()) and self._folded_at == _state(weight)
+        return any([projection.fold_(self.basis, factor, self.side) for factor in factors])
 
     def train(self, mode: bool = True) -> ProtectedLinear:
         super().train(mode)
-        self._folded_at = None
         if not mode:
             self.fold()
         return self
@@ -193,7 +200,6 @@ class ProtectedLinear(nn.Linear):
             and name in self._parameters
             and not torch.compiler.is_compiling()
             and sys._getframe(1).f_code not in DTYPE_READERS
-            and not self._is_folded(self.raw())
         ):
             self.fold()
         return super().__getattr__(name)
@@ -212,7 +218,7 @@ class ProtectedLinear(nn.Linear):
         self.fold()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProtectedLinear:
-        basis, self.basis, self._folded_at = self.basis, None, None
+        basis, self.basis, self._decoding = self.basis, None, None
         try:
             super()._apply(fn, recurse)
         finally:
@@ -224,13 +230,11 @@ class ProtectedLinear(nn.Linear):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded_at": None}
+        return {**self.__dict__, "_decoding": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         enlist(self)
-        if not self.training:
-            self.fold()
 
     def extra_repr(self) -> str:
         k = 0 if self.basis is None else self.basis.shape[1]
@@ -308,9 +312,16 @@ def _traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def _state(weight: Tensor) -> tuple[int, int, int] | None:
-    """What tells a written weight from an untouched one; None where torch does not count writes."""
-    return None if weight.is_inference() else (id(weight), weight._version, weight.data_ptr())
+def _state(weight: Tensor) -> tuple[int, int, int]:
+    """What tells a written weight from an untouched one."""
+    return id(weight), weight._version, weight.data_ptr()
+
+
+def _is_untracked(weight: Tensor) -> bool:
+    """Whether nothing may be kept for the next call: torch counts no writes to this weight, or a CUDA graph records
+    addresses that must stay valid.
+    """
+    return weight.is_inference() or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def is_plain(weight: Tensor, basis: Tensor, side: Side) -> bool:

@@ -94,36 +94,37 @@ def test_gathered_weights_are_folded_on_their_way_to_the_file(tmp_path: Path) ->
 
 
 @torch.no_grad()
-def test_a_leaf_in_eval_mode_projects_nothing_until_somebody_writes(calls: Counter[str]) -> None:
+def test_decoded_tokens_share_the_projection_until_somebody_writes(calls: Counter[str]) -> None:
     leaf = leaf_of(32, 4, 5, "out").eval()
-    x = torch.randn(2, 7, 4)
+    prompt, token = torch.randn(2, 7, 4), torch.randn(2, 1, 4)
 
-    def check(times: int, how: str) -> None:
-        """Three forwards, of which `times` project."""
+    def expected(x: Tensor) -> Tensor:
+        return nn.functional.linear(x, projection.project_out(leaf.basis, leaf.raw()))
+
+    def made(x: Tensor, times: int, how: str) -> None:
         calls.clear()
         for _ in range(3):
-            y = leaf(x)
-            torch.testing.assert_close(y, nn.functional.linear(x, projection.project_out(leaf.basis, leaf.raw())))
+            torch.testing.assert_close(leaf(x), expected(x), msg=lambda text: f"{how}: {text}")
         assert calls["project_wide"] == times, how
 
-    check(0, "folded by eval()")
+    made(prompt, 3, "a prompt")
+    made(token, 1, "tokens")
     leaf.raw().copy_(torch.randn(32, 4))
-    check(3, "written")
-    assert leak(leaf.basis, leaf.weight) <= LEAK
-    check(0, "folded by a reader")
+    made(token, 1, "tokens after a write")
     leaf.raw().data = torch.randn(32, 4)
-    check(3, "other memory")
+    made(token, 1, "tokens after other data")
     leaf.load_state_dict({"weight": torch.randn(32, 4)})
-    check(0, "folded by the load")
+    made(token, 1, "tokens after a load")
+    leaf.raw().data.copy_(torch.randn(32, 4))  # past torch's version counter
+    y = leaf(token).flatten(0, 1)
+    assert float((y @ leaf.basis).norm() / y.norm()) <= LEAK, "the old update, protected"
+    made(prompt, 3, "the next prompt")
+    made(token, 1, "its tokens")
     twin = copy.deepcopy(leaf)
     twin.raw().mul_(2)
-    torch.testing.assert_close(twin(x), 2 * leaf(x))
+    torch.testing.assert_close(twin(token), 2 * leaf(token))
     leaf.train()
-    check(3, "in training mode")
-    leaf.raw().data.copy_(torch.randn(32, 4))  # past torch's version counter, as fused optimizers write
-    check(3, "written by a fused optimizer")
-    leaf.eval()
-    check(0, "eval() looks at the weights again")
+    made(token, 3, "training mode")
 
 
 def test_a_reader_in_training_mode_gets_a_folded_weight() -> None:
