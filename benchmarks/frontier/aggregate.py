@@ -1,4 +1,4 @@
-"""Cells gathered into the points of the frontier, and paired comparisons between them."""
+"""Cells with equal settings become one point of the frontier; points are compared in pairs; costs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from benchmarks.frontier.cells import cell_of
 from benchmarks.frontier.measure import CONTRAST, HARMFUL
 from benchmarks.frontier.plan import METHODS, name_of
+from benchmarks.frontier.results import Row
 from peft_safety.evaluation import Paired, Rate
 
-Row = dict[str, Any]
 RATES = {
     "refusal": "refusal, harmful",
     "compliance": "compliance, harmful",
@@ -67,6 +67,13 @@ class Point:
     rows: list[Row] = field(default_factory=list)
     diverged: int = 0
 
+    def add(self, row: Row) -> None:
+        """Count one cell."""
+        if "diverged" in row:
+            self.diverged += 1
+        else:
+            self.rows.append(row)
+
     def rate(self, metric: str) -> Rate | None:
         """See `pooled`."""
         return pooled(self.rows, metric)
@@ -90,6 +97,10 @@ class Point:
         return self.name.partition(":")[0] if ":" in self.name else ""
 
 
+Points = dict[tuple[str, float], Point]
+"""By method and share of poison."""
+
+
 def pooled(rows: Sequence[Row], metric: str) -> Rate | None:
     """A rate over all prompts of all seeds; the interval takes prompts repeated over seeds as independent, which they
     are not quite.
@@ -103,7 +114,7 @@ def split_of(rows: Sequence[Row]) -> str:
     return "test" if any(row["cell"]["split"] == "test" for row in rows) else "validation"
 
 
-def points(rows: Sequence[Row]) -> dict[tuple[str, float], Point]:
+def points(rows: Sequence[Row]) -> Points:
     """All points of `split_of(rows)`, methods in the plan's order. "aligned" stands at every share of poison, which it
     does not depend on.
     """
@@ -112,23 +123,19 @@ def points(rows: Sequence[Row]) -> dict[tuple[str, float], Point]:
     shares = sorted({cell.poison for cell, _ in kept if cell.arm != "aligned"}) or [0.0]
     for cell, row in kept:
         for share in shares if cell.arm == "aligned" else [cell.poison]:
-            point = found.setdefault((name_of(cell), share), Point(name_of(cell), share))
-            if "diverged" in row:
-                point.diverged += 1
-            else:
-                point.rows.append(row)
+            found.setdefault((name_of(cell), share), Point(name_of(cell), share)).add(row)
     order = list(METHODS)
     known = {name: index for index, name in enumerate(order)}
     return dict(sorted(found.items(), key=lambda item: (known.get(item[0][0], len(order)), item[0][0], item[0][1])))
 
 
-def names(found: dict[tuple[str, float], Point], controls: bool | None = None) -> list[str]:
+def names(found: Points, controls: bool | None = None) -> list[str]:
     """The methods among points, each once; only controls, or none of them."""
     listed = dict.fromkeys(name for name, _ in found)
     return [name for name in listed if controls is None or controls == (":" in name)]
 
 
-def shares(found: dict[tuple[str, float], Point]) -> list[float]:
+def shares(found: Points) -> list[float]:
     """The shares of poison among points."""
     return sorted({poison for _, poison in found})
 
@@ -178,3 +185,35 @@ def missing(rows: Sequence[Row], planned: Sequence[Any]) -> dict[str, int]:
         if cell not in done:
             count[name_of(cell)] = count.get(name_of(cell), 0) + 1
     return count
+
+
+def cost(found: Points, name: str) -> tuple[float | None, float, float | None]:
+    """Seconds of training and besides it, and memory, as multiples of plain LoRA's; None where there are none.
+
+    Training and memory: the median over cells of the ratio to plain LoRA at the same place (share of poison and seed).
+    Besides it: the most that any cell took, since only the first one of a process calibrates. Seconds of processor
+    time where they were taken: other jobs on the machine disturb them less.
+    """
+    unit = "cpu_seconds" if _values(found, "lora", "train_cpu_seconds") else "seconds"
+    train, memory = (_ratio(found, name, key) for key in (f"train_{unit}", "added_mib"))
+    if train is None:
+        return None, 0.0, None
+    setup = max(_values(found, name, f"setup_{unit}").values(), default=0.0)
+    return train, setup / statistics.median(_values(found, "lora", f"train_{unit}").values()), memory
+
+
+def _values(found: Points, name: str, key: str) -> dict[tuple[float, int], float]:
+    """By share of poison and seed."""
+    return {
+        (share, row["cell"]["seed"]): row[key]
+        for (other, share), point in found.items()
+        if other == name
+        for row in point.rows
+        if row.get(key)
+    }
+
+
+def _ratio(found: Points, name: str, key: str) -> float | None:
+    base, own = _values(found, "lora", key), _values(found, name, key)
+    ratios = [value / base[place] for place, value in own.items() if place in base]
+    return statistics.median(ratios) if ratios else None

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import publish
 from benchmarks.frontier.cells import Cell, Protocol
 from peft_safety.errors import ArtifactError
 
@@ -118,20 +119,3 @@ def _taken(path: Path) -> int | None:
             )
             return handle
         os.close(handle)  # its last holder deleted it between our opening and our locking
-
-
-def publish(path: Path, text: str) -> None:
-    """Write a file by one rename.
-
-    Raises:
-        ArtifactError: no space, no permission; nothing of it is left.
-    """
-    staged = path.with_suffix(f".{os.getpid()}")
-    try:
-        staged.write_text(text, encoding="utf-8")
-        os.replace(staged, path)
-    except OSError as error:
-        staged.unlink(missing_ok=True)
-        raise ArtifactError(
-            f"{path} cannot be written: {error}. Finished cells are safe; make room and run the same command again."
-        ) from error

@@ -1,4 +1,4 @@
-"""frontier.html: one file without anything outside it, read in a minute from the top, with everything below."""
+"""frontier.html: one file that loads nothing from outside. The summary is at the top, all tables are below."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.frontier import tables
-from benchmarks.frontier.aggregate import Point, label, names, pairs, shares
-from benchmarks.frontier.cells import Cell, caveats
+from benchmarks.frontier.aggregate import Points, label, names, pairs, shares
+from benchmarks.frontier.cells import Cell
+from benchmarks.frontier.results import caveats
 from peft_safety.evaluation import KeywordJudge
 
-Points = dict[tuple[str, float], Point]
 STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}img{max-width:100%}
@@ -26,7 +26,7 @@ details{margin:.6em 0}summary{cursor:pointer;font-weight:600}
 
 
 def summary(found: Points, poison: float) -> list[str]:
-    """What the figures say, in sentences made from them."""
+    """The figures as sentences."""
     lines = []
     plain, before = found.get(("lora", poison)), found.get(("aligned", poison))
     if plain is None or plain.rate("refusal") is None:
@@ -54,7 +54,7 @@ def summary(found: Points, poison: float) -> list[str]:
     return lines
 
 
-def page(
+def html_page(
     found: Points,
     environment: Mapping[str, Any],
     pictures: Sequence[Path],

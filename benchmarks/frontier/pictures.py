@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.frontier.aggregate import Point, label, names, shares
+from benchmarks.frontier.aggregate import Point, Points, cost, label, names, shares
 
-Points = dict[tuple[str, float], Point]
 COLOURS = {
     "aligned": "#000000",
     "lora": "#D55E00",
@@ -297,38 +295,6 @@ def costs(found: Points, path: Path) -> Path:
     left.set_yticks(range(len(rows)), [label(row[0]) for row in rows], fontsize=8)
     left.invert_yaxis()
     return _saved(canvas, path)
-
-
-def cost(found: Points, name: str) -> tuple[float | None, float, float | None]:
-    """Seconds of training and besides it, and memory, as multiples of plain LoRA's; None where there are none.
-
-    Training and memory: the median over cells of the ratio to plain LoRA at the same place (share of poison and seed).
-    Besides it: the most that any cell took, since only the first one of a process calibrates. Seconds of processor
-    time where they were taken: other jobs on the machine disturb them less.
-    """
-    unit = "cpu_seconds" if _values(found, "lora", "train_cpu_seconds") else "seconds"
-    train, memory = (_ratio(found, name, key) for key in (f"train_{unit}", "added_mib"))
-    if train is None:
-        return None, 0.0, None
-    setup = max(_values(found, name, f"setup_{unit}").values(), default=0.0)
-    return train, setup / statistics.median(_values(found, "lora", f"train_{unit}").values()), memory
-
-
-def _values(found: Points, name: str, key: str) -> dict[tuple[float, int], float]:
-    """By share of poison and seed."""
-    return {
-        (share, row["cell"]["seed"]): row[key]
-        for (other, share), point in found.items()
-        if other == name
-        for row in point.rows
-        if row.get(key)
-    }
-
-
-def _ratio(found: Points, name: str, key: str) -> float | None:
-    base, own = _values(found, "lora", key), _values(found, name, key)
-    ratios = [value / base[place] for place, value in own.items() if place in base]
-    return statistics.median(ratios) if ratios else None
 
 
 def _saved(canvas: Any, path: Path) -> Path:

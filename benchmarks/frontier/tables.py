@@ -1,6 +1,4 @@
-"""The tables of the report, as headings and rows of text: rendered as markdown for the README and as HTML for the
-page.
-"""
+"""The tables of the report: text, rendered as markdown and as HTML."""
 
 from __future__ import annotations
 
@@ -8,27 +6,26 @@ import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.frontier.aggregate import RATES, Point, label, names, pairs, shares
-from benchmarks.frontier.pictures import cost
+from benchmarks.frontier.aggregate import RATES, Points, cost, label, names, pairs, shares
 from peft_safety.evaluation import Paired, Rate
 
-Points = dict[tuple[str, float], Point]
 NOTHING = "-"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Headings, rows of text, and what a reader must know of them."""
+    """Headings, rows of text, and a note for the reader. The first `labels` columns are aligned to the left."""
 
     headings: tuple[str, ...]
     rows: list[tuple[str, ...]]
     note: str = ""
+    labels: int = 1
 
     def markdown(self) -> list[str]:
         """Lines of a markdown table."""
         lines = [
             "| " + " | ".join(self.headings) + " |",
-            "| --- | " + " | ".join(["---:"] * (len(self.headings) - 1)) + " |",
+            "| " + " | ".join(["---"] * self.labels + ["---:"] * (len(self.headings) - self.labels)) + " |",
         ]
         return lines + ["| " + " | ".join(row) + " |" for row in self.rows]
 
@@ -47,20 +44,22 @@ def share(poison: float) -> str:
     return f"p = {poison:g}"
 
 
-def _rate(rate: Rate | None) -> str:
-    return NOTHING if rate is None else str(rate)
+def percent(rate: Rate | None, missing: str = NOTHING) -> str:
+    """A rate with its interval, or `missing`."""
+    return missing if rate is None else str(rate)
 
 
 def _bare(rate: Rate | None) -> str:
     return NOTHING if rate is None else f"{100 * rate.value:.0f}"
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def number(value: float | None, digits: int = 2) -> str:
+    """A number, or a dash."""
     return NOTHING if value is None else f"{value:.{digits}f}"
 
 
 def difference(found: Paired | None) -> str:
-    """Points of percent between two arms on the same prompts, what differs, and how likely that is by chance."""
+    """Two arms on the same prompts: difference in points, prompts on which only one succeeds, and the p value."""
     if found is None:
         return NOTHING
     p = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
@@ -68,8 +67,8 @@ def difference(found: Paired | None) -> str:
 
 
 def headline(found: Points, poison: float) -> Table:
-    """The README's: one line a method, refusal at every share of poison, the rest at one of them, and refusal against
-    both controls.
+    """The table of the page, one line for each method: refusal at every share of poison, the other figures at one
+    share, and refusal against both controls.
     """
     columns = shares(found)
     headings = ("", *(f"refusal, {share(p)}" for p in columns))
@@ -78,8 +77,8 @@ def headline(found: Points, poison: float) -> Table:
     rows = []
     for name in names(found, controls=False):
         point = found.get((name, poison))
-        rates = [_rate(found[name, p].rate("refusal")) if (name, p) in found else NOTHING for p in columns]
-        if name.startswith("aligned"):  # no share of poison changes it
+        rates = [percent(found[name, p].rate("refusal")) if (name, p) in found else NOTHING for p in columns]
+        if name.startswith("aligned"):  # it does not depend on the share of poison
             rates = [rates[0], *[""] * (len(columns) - 1)]
         rest = (
             [NOTHING] * 3
@@ -87,7 +86,7 @@ def headline(found: Points, poison: float) -> Table:
             else [
                 _bare(point.rate("task_accuracy")),
                 _bare(point.rate("over_refusal")),
-                _number(point.mean("general_nll")),
+                number(point.mean("general_nll")),
             ]
         )
         against = [difference(_against(found, name, kind, poison)) for kind in ("random", "scaled")]
@@ -107,13 +106,13 @@ def everything(found: Points, poison: float) -> Table:
     for name in names(found):
         point = found.get((name, poison))
         if point is not None:
-            rates = [_rate(point.rate(metric)) for metric in RATES]
+            rates = [percent(point.rate(metric)) for metric in RATES]
             rows.append(
                 (
                     label(name),
                     *rates,
-                    _number(point.mean("general_nll")),
-                    _number(point.mean("norm")),
+                    number(point.mean("general_nll")),
+                    number(point.mean("norm")),
                     str(len(point.rows)),
                     str(point.diverged or ""),
                 )
@@ -129,7 +128,7 @@ def transfer(found: Points, poison: float) -> Table | None:
     if not sets:
         return None
     rows = [
-        (label(name), *(_rate(found[name, poison].transfer(key)) for key in sets))
+        (label(name), *(percent(found[name, poison].transfer(key)) for key in sets))
         for name in names(found)
         if (name, poison) in found
     ]
@@ -160,7 +159,7 @@ def verdicts_of_judges(found: Points, poison: float) -> Table | None:
                 (
                     label(name),
                     *(
-                        _rate(Rate(text.count(letter), len(text))) if text else NOTHING
+                        percent(Rate(text.count(letter), len(text))) if text else NOTHING
                         for text in texts.values()
                         for letter in "RC"
                     ),
@@ -201,7 +200,7 @@ def costs(found: Points) -> Table:
     for name in names(found, controls=False):
         train, setup, memory = cost(found, name)
         if train is not None:
-            rows.append((label(name), _number(train), _number(setup), _number(memory)))
+            rows.append((label(name), number(train), number(setup), number(memory)))
     note = (
         "Medians over all cells of a method, for calibration or repair the most (one calibration serves all cells of "
         "a process); "
@@ -211,6 +210,6 @@ def costs(found: Points) -> Table:
 
 
 def absent(missing: dict[str, int], planned: Sequence[object]) -> Table:
-    """What the full plan has and the results do not."""
+    """The cells of the full plan that are missing from the results."""
     rows = [(label(name), str(count)) for name, count in missing.items()]
     return Table(("", f"cells missing of the full plan of {len(planned)}"), rows)
