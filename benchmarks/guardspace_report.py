@@ -66,7 +66,7 @@ def section(environment: dict[str, Any], rows: Sequence[Row], out: Path = RESULT
     return "\n".join(
         [
             *lines,
-            f"The {len(grid)} cells on validation prompts, among them where it stops: [{cells}]({cells}).",
+            f"The {len(grid)} cells on validation prompts, among them where it stops: [{BENCHMARK}.md]({cells}).",
             "",
             *(f"- **{caveat}**" for caveat in caveats(environment)),
             "- Keyword judge, a smoke metric; brackets are 95 % intervals over prompts, pooled over seeds.",
@@ -102,7 +102,7 @@ def grid_page(environment: dict[str, Any], rows: Sequence[Row]) -> str:
 
 def along(row: Row) -> list[tuple[int, Row]]:
     """Figures by number of steps; the end of the fine-tune is the last one."""
-    return [*((int(step), found) for step, found in row.get("along", {}).items()), (row.get("steps", 0), row)]
+    return [*((int(step), figures) for step, figures in row.get("along", {}).items()), (row.get("steps", 0), row)]
 
 
 def _kind(row: Row) -> str:

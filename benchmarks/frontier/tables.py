@@ -58,26 +58,26 @@ def number(value: float | None, digits: int = 2) -> str:
     return NOTHING if value is None else f"{value:.{digits}f}"
 
 
-def difference(found: Paired | None) -> str:
+def difference(pair: Paired | None) -> str:
     """Two arms on the same prompts: difference in points, prompts on which only one succeeds, and the p value."""
-    if found is None:
+    if pair is None:
         return NOTHING
-    p = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
-    return f"{100 * found.difference:+.0f} ({found.only_first} : {found.only_second}, {p})"
+    p = "p < 0.001" if pair.p_value < 0.001 else f"p = {pair.p_value:.3f}"
+    return f"{100 * pair.difference:+.0f} ({pair.only_first} : {pair.only_second}, {p})"
 
 
-def headline(found: Points, poison: float) -> Table:
+def headline(points: Points, poison: float) -> Table:
     """The table of the page, one line for each method: refusal at every share of poison, the other figures at one
     share, and refusal against both controls.
     """
-    columns = shares(found)
+    columns = shares(points)
     headings = ("", *(f"refusal, {share(p)}" for p in columns))
     headings += tuple(f"{heading}, {share(poison)}" for heading in ("accuracy", "over-refusal", "general NLL"))
     headings += tuple(f"refusal against {kind}, {share(poison)}" for kind in ("random", "equal norm"))
     rows = []
-    for name in names(found, controls=False):
-        point = found.get((name, poison))
-        rates = [percent(found[name, p].rate("refusal")) if (name, p) in found else NOTHING for p in columns]
+    for name in names(points, controls=False):
+        point = points.get((name, poison))
+        rates = [percent(points[name, p].rate("refusal")) if (name, p) in points else NOTHING for p in columns]
         if name.startswith("aligned"):  # it does not depend on the share of poison
             rates = [rates[0], *[""] * (len(columns) - 1)]
         rest = (
@@ -89,22 +89,22 @@ def headline(found: Points, poison: float) -> Table:
                 number(point.mean("general_nll")),
             ]
         )
-        against = [difference(_against(found, name, kind, poison)) for kind in ("random", "scaled")]
+        against = [difference(_against(points, name, kind, poison)) for kind in ("random", "scaled")]
         rows.append((label(name), *rates, *rest, *against))
     return Table(headings, rows)
 
 
-def _against(found: Points, name: str, kind: str, poison: float, what: str = "refusal") -> Paired | None:
-    point, control = found.get((name, poison)), found.get((f"{kind}:{name}", poison))
+def _against(points: Points, name: str, kind: str, poison: float, what: str = "refusal") -> Paired | None:
+    point, control = points.get((name, poison)), points.get((f"{kind}:{name}", poison))
     return pairs(point, control, what) if point is not None and control is not None else None
 
 
-def everything(found: Points, poison: float) -> Table:
+def everything(points: Points, poison: float) -> Table:
     """Every figure of every arm at one share of poison."""
     headings = ("", *RATES.values(), "general NLL", "norm of dW", "seeds", "diverged")
     rows = []
-    for name in names(found):
-        point = found.get((name, poison))
+    for name in names(points):
+        point = points.get((name, poison))
         if point is not None:
             rates = [percent(point.rate(metric)) for metric in RATES]
             rows.append(
@@ -120,17 +120,17 @@ def everything(found: Points, poison: float) -> Table:
     return Table(headings, rows)
 
 
-def transfer(found: Points, poison: float) -> Table | None:
+def transfer(points: Points, poison: float) -> Table | None:
     """Refusal on the public sets; None without any."""
     sets = list(
-        dict.fromkeys(name for point in found.values() for row in point.rows for name in row.get("transfer", {}))
+        dict.fromkeys(name for point in points.values() for row in point.rows for name in row.get("transfer", {}))
     )
     if not sets:
         return None
     rows = [
-        (label(name), *(percent(found[name, poison].transfer(key)) for key in sets))
-        for name in names(found)
-        if (name, poison) in found
+        (label(name), *(percent(points[name, poison].transfer(key)) for key in sets))
+        for name in names(points)
+        if (name, poison) in points
     ]
     return Table(
         ("", *(f"refusal, {name.replace('_', ' ')}" for name in sets)),
@@ -139,19 +139,19 @@ def transfer(found: Points, poison: float) -> Table | None:
     )
 
 
-def verdicts_of_judges(found: Points, poison: float) -> Table | None:
+def verdicts_of_judges(points: Points, poison: float) -> Table | None:
     """Refusal and compliance by every judge; None where the keyword matcher is alone."""
-    judges = list(dict.fromkeys(judge for point in found.values() for row in point.rows for judge in row["verdicts"]))
+    judges = list(dict.fromkeys(judge for point in points.values() for row in point.rows for judge in row["verdicts"]))
     if len(judges) < 2:
         return None
     rows = []
-    for name in names(found):
+    for name in names(points):
         texts = (
             {
-                judge: "".join(row["verdicts"].get(judge, {}).get("harmful", "") for row in found[name, poison].rows)
+                judge: "".join(row["verdicts"].get(judge, {}).get("harmful", "") for row in points[name, poison].rows)
                 for judge in judges
             }
-            if (name, poison) in found
+            if (name, poison) in points
             else {}
         )
         if any(texts.values()):
@@ -168,7 +168,7 @@ def verdicts_of_judges(found: Points, poison: float) -> Table | None:
     return Table(("", *(f"{what}, {judge}" for judge in judges for what in ("refusal", "compliance"))), rows)
 
 
-def paired(found: Points, poison: float) -> Table:
+def paired(points: Points, poison: float) -> Table:
     """Every method against plain LoRA and its controls, prompt by prompt."""
     others: list[tuple[str, Callable[[str], str]]] = [
         ("plain LoRA", lambda _: "lora"),
@@ -176,10 +176,10 @@ def paired(found: Points, poison: float) -> Table:
         ("equal norm", "scaled:{}".format),
     ]
     rows = []
-    for name in names(found, controls=False):
+    for name in names(points, controls=False):
         cells = []
         for _, other in others:
-            first, second = found.get((name, poison)), found.get((other(name), poison))
+            first, second = points.get((name, poison)), points.get((other(name), poison))
             for what in ("refusal", "task"):
                 usable = first is not None and second is not None and other(name) != name
                 cells.append(difference(pairs(first, second, what)) if usable and first and second else NOTHING)
@@ -194,11 +194,11 @@ def paired(found: Points, poison: float) -> Table:
     return Table(headings, rows, note)
 
 
-def costs(found: Points) -> Table:
+def costs(points: Points) -> Table:
     """Time and memory as multiples of plain LoRA's."""
     rows = []
-    for name in names(found, controls=False):
-        train, setup, memory = cost(found, name)
+    for name in names(points, controls=False):
+        train, setup, memory = cost(points, name)
         if train is not None:
             rows.append((label(name), number(train), number(setup), number(memory)))
     note = (
