@@ -153,10 +153,10 @@ def test_no_label_of_the_picture_lies_on_another(tmp_path):
 
 def test_the_report_is_written_whole_and_again_the_same(tmp_path):
     write(tmp_path, grid(), torch="2")
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- frontier:begin -->\nSTALE\n<!-- frontier:end -->\nafter\n")
-    report.report(tmp_path, readme)
-    text, page = readme.read_text(), (tmp_path / "frontier.html").read_text()
+    page_path = tmp_path / "results.md"
+    page_path.write_text("before\n<!-- frontier:begin -->\nSTALE\n<!-- frontier:end -->\nafter\n")
+    report.report(tmp_path, page_path)
+    text, page = page_path.read_text(), (tmp_path / "frontier.html").read_text()
     assert text.startswith("before\n<!-- frontier:begin -->\n![")
     assert text.endswith("<!-- frontier:end -->\nafter\n")
     assert "STALE" not in text
@@ -166,8 +166,8 @@ def test_the_report_is_written_whole_and_again_the_same(tmp_path):
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page.split("<style>")[1].split("base64,")[0], "nothing outside the file is fetched"
     assert "<p>Nothing of the plan.</p>" in page
-    report.report(tmp_path, readme)
-    assert readme.read_text() == text
+    report.report(tmp_path, page_path)
+    assert page_path.read_text() == text
     assert (tmp_path / "frontier.html").read_text() == page
 
 

@@ -1,0 +1,95 @@
+"""The README and docs/: short, with links that lead somewhere, and with commands and code that exist and run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from peft import PeftModel
+
+from peft_safety import assert_protected, verify
+from peft_safety.cli import app
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LONGEST_README = 900
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").split()) <= LONGEST_README
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")) if "://" not in link]
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES if f"{page.name})" not in index] == ["README.md", "README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_parse_and_import_what_exists(page: Path) -> None:
+    for block in blocks(page, "python"):
+        compile(block, str(page), "exec")
+        for module, names in re.findall(r"^from (peft_safety[\w.]*) import ([\w, ]+)$", block, re.MULTILINE):
+            for name in names.split(","):
+                assert hasattr(importlib.import_module(module), name.strip()), f"{module}.{name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_their_options_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`(peft-safety [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    commands: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["peft-safety"] and words[1] != "COMMAND":
+            options = {option for parameter in commands[words[1]].params for option in parameter.opts}
+            assert {word for word in words if word.startswith("-")} <= options, line
+
+
+def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is printed, but on a tiny model, and on the CPU, where TRL's default of bf16 has to be turned off."""
+    pytest.importorskip("trl")
+    pytest.importorskip("datasets")
+    tiny_llama().save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    rows = [{"prompt": f"Color of item {i}?", "completion": " red" if i % 2 else " green"} for i in range(8)]
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (block,) = blocks(README, "python")
+    cpu = 'SFTConfig(output_dir="run", use_cpu=True, bf16=False, report_to="none"'
+    for printed, here in {MODEL: str(tmp_path / "tiny"), 'SFTConfig(output_dir="run"': cpu}.items():
+        assert block.count(printed) == 1
+        block = block.replace(printed, here)
+    exec(compile(block, str(README), "exec"), {})
+    assert verify("adapter").method == "GUARDSPACE"
+    assert_protected(PeftModel.from_pretrained(tiny_llama(), "adapter"))
