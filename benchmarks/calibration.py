@@ -1,9 +1,10 @@
-"""What a safety subspace costs: all linear layers in one pass, against a pass a layer, and memory against the number
-of samples.
+"""The cost of a safety subspace: one pass for all linear layers compared with one pass for each layer; and memory for
+different numbers of samples.
 
-A pass per layer over the whole model would take an hour on two cores, so it is timed for a few layers spread over the
-model, and the mean is multiplied by the number of layers; the table says so. Memory is that of a fresh process per
-number of pairs. Run `python -m benchmarks.calibration`.
+One pass for each layer would take an hour on two cores. So a few layers of the model are timed, and the mean is
+multiplied by the number of layers. Memory is measured in a new process for each number of pairs.
+
+    python -m benchmarks.calibration
 """
 
 from __future__ import annotations
@@ -14,9 +15,19 @@ import time
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from benchmarks.common import peak_memory, record, resident_mib, show
+from benchmarks.common import (
+    add_model,
+    load_causal,
+    model_name,
+    model_source,
+    parser_of,
+    peak_memory,
+    record,
+    resident_mib,
+    show,
+)
 from peft_safety import SafetySubspace
 from peft_safety.data import refusal_pairs
 from peft_safety.estimate.targets import target_layers
@@ -26,15 +37,10 @@ RANK = 32
 TARGET = 20.0
 
 
-def load(model_dir: str) -> tuple[Any, Any]:
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), AutoTokenizer.from_pretrained(
-        model_dir
-    )
-
-
 def timed(
     model: Any, tokenizer: Any, pairs: int, layers: dict[str, Any], progress: bool = False
 ) -> tuple[float, SafetySubspace]:
+    """Seconds of one calibration of these layers, and its subspace."""
     started = time.perf_counter()
     subspace = SafetySubspace.from_activations(
         model, refusal_pairs("calibration", pairs), tokenizer=tokenizer, rank=RANK, layers=layers, progress=progress
@@ -43,17 +49,15 @@ def timed(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="model directory; default: the embedded SmolLM2-135M-Instruct")
+    parser = parser_of(__doc__)
+    add_model(parser)
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--sampled-layers", type=int, default=4)
     parser.add_argument("--memory", type=int, action="append", help="numbers of pairs; default 32, 128 and 512")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    from examples.get_model import model_dir
-
-    source = args.model or str(model_dir())
-    model, tokenizer = load(source)
+    source = model_source(args.model)
+    model, tokenizer = load_causal(source), AutoTokenizer.from_pretrained(source)
     layers = target_layers(model, "all-linear")
     if args.memory_of:
         loaded = resident_mib()
@@ -64,7 +68,7 @@ def main() -> None:
     names = list(layers)[:: max(1, len(layers) // args.sampled_layers)][: args.sampled_layers]
     each = [timed(model, tokenizer, args.pairs, {name: layers[name]})[0] for name in names]
     per_layer = sum(each) / len(each) * len(layers)
-    found = {
+    passes = {
         "layers": len(layers),
         "pairs": args.pairs,
         "tokens": subspace.provenance["tokens"],
@@ -73,21 +77,15 @@ def main() -> None:
         "timed for layers": len(names),
         "faster": per_layer / one,
     }
-    show(f"calibration, k = {RANK}", [found])
+    show(f"calibration, k = {RANK}", [passes])
     rows = [
         peak_memory("benchmarks.calibration", "--model", source, "--memory-of", str(pairs))
         for pairs in args.memory or [32, 128, 512]
     ]
     show("memory of the process", rows)
-    settings = {
-        "model": "SmolLM2-135M-Instruct" if args.model is None else "given",
-        "k": RANK,
-        "threads": torch.get_num_threads(),
-    }
-    print(
-        f"written to {record('calibration', [found, *rows], environment(0, **settings))}; target: at least {TARGET:g} "
-        "times faster"
-    )
+    facts = environment(0, model=model_name(args.model), k=RANK, threads=torch.get_num_threads())
+    path = record("calibration", [passes, *rows], facts)
+    print(f"written to {path}; target: at least {TARGET:g} times faster")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What every benchmark needs: interleaved timing, peak memory in a process of its own, and results as JSON lines with
-the environment beside them.
-"""
+"""What all benchmarks share: timing, memory, results files, tables and the model that they measure."""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
+import os
 import re
 import resource
 import statistics
@@ -20,50 +20,71 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from peft_safety.errors import DataError
+from examples.get_model import MODEL_NAME, model_dir
+from peft_safety.errors import ArtifactError, DataError
 
 RESULTS = Path(__file__).parent / "results"
+"""All results files, pictures and pages."""
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+"""The page that has a section for each report, between markers."""
 
 
-def interleaved(arms: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Wall-clock seconds of each arm, `rounds` times, the arms taken in turn so that a noisy neighbor hits them all
-    alike.
-    """
+def wall_clock(work: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def interleaved(
+    arms: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[Callable[[], Any]], float] = wall_clock,
+) -> dict[str, list[float]]:
+    """Seconds of each arm, `rounds` times. The arms take turns, so that other work on the machine slows all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for index in range(warmup + rounds):
         for name, arm in arms.items():
-            started = time.perf_counter()
-            arm()
+            spent = clock(arm)
             if index >= warmup:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(spent)
     return seconds
 
 
-def ratio(seconds: Mapping[str, Sequence[float]], of: str, to: str) -> tuple[float, float, float]:
-    """Median of the per-round ratios `of / to`, with their quartiles: noise that lasts longer than a round cancels."""
-    ratios = sorted(a / b for a, b in zip(seconds[of], seconds[to], strict=True))
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, lower quartile and upper quartile."""
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
     return middle, low, high
 
 
+def ratio(seconds: Mapping[str, Sequence[float]], of: str, to: str) -> tuple[float, float, float]:
+    """Median and quartiles of the ratio `of / to` in each round: slow noise cancels."""
+    return quartiles([a / b for a, b in zip(seconds[of], seconds[to], strict=True)])
+
+
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Median seconds of each arm, under the heading of a column."""
+    """Median seconds of each arm, as columns of a table."""
     return {f"{arm} s": statistics.median(values) for arm, values in seconds.items()}
 
 
+def compared(seconds: Mapping[str, Sequence[float]], of: str, to: str, digits: int) -> dict[str, Any]:
+    """Median seconds of each arm and the ratio `of / to` with its quartiles, as columns of a table."""
+    middle, low, high = ratio(seconds, of, to)
+    return {**medians(seconds), f"{of}/{to}": middle, "quartiles": f"{low:.{digits}f}-{high:.{digits}f}"}
+
+
 def peak_memory(module: str, *arguments: str) -> dict[str, Any]:
-    """Run `python -m module arguments` in a fresh process; it prints one JSON object as its last line."""
+    """Run `python -m module arguments` in a new process. Its last line is a JSON object, which is returned."""
     done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
 
 
 def resident_mib() -> float:
-    """Memory this process has held at most, MiB. On Linux not `ru_maxrss`, which a child inherits from the process
-    that started it.
-    """
+    """Peak memory of this process in MiB. Linux: not `ru_maxrss`, which a child process inherits from its parent."""
     status = Path("/proc/self/status")
     if status.exists():
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024
@@ -71,16 +92,15 @@ def resident_mib() -> float:
 
 
 def resident_now_mib() -> float:
-    """Memory this process holds, MiB; 0 where the system does not say."""
+    """Memory that this process holds now in MiB; 0 where the system does not tell."""
     status = Path("/proc/self/status")
     return int(status.read_text().partition("VmRSS:")[2].split()[0]) / 1024 if status.exists() else 0.0
 
 
 def reset_peak() -> None:
-    """Let `resident_mib` start anew from here, where the system can (Linux).
+    """Let `resident_mib` start again from here (Linux only).
 
-    Freed memory goes back to the system first: what an earlier measurement left with the allocator would hide what the
-    next one takes.
+    Freed memory goes back to the system first. Otherwise the next measurement would reuse it and look smaller.
     """
     gc.collect()
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
@@ -90,26 +110,56 @@ def reset_peak() -> None:
         clear.write_text("5")
 
 
-def record(name: str, rows: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> Path:
-    """Write `results/<name>.jsonl`: the environment first, then a line a row."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.jsonl"
+def publish(path: Path, text: str) -> None:
+    """Write a file by one rename: it is complete or not there.
+
+    Raises:
+        ArtifactError: no space or no permission. No part of the file remains.
+    """
+    staged = path.with_suffix(f".{os.getpid()}")
+    try:
+        staged.write_text(text, encoding="utf-8")
+        os.replace(staged, path)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise ArtifactError(
+            f"{path} cannot be written: {error}. Finished cells are safe; make room and run the same command again."
+        ) from error
+
+
+def record(
+    name: str, rows: Sequence[Mapping[str, Any]], environment: Mapping[str, Any], folder: Path = RESULTS
+) -> Path:
+    """Write `folder/<name>.jsonl`: first the environment, then one line for each row.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.jsonl"
     lines = [json.dumps({"environment": dict(environment)}), *(json.dumps(dict(row)) for row in rows)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    publish(path, "\n".join(lines) + "\n")
     return path
 
 
 def with_section(page: Path, markers: tuple[str, str], section: str) -> str:
-    """The text of a page with `section`, markers included, in the place of what stands between its markers.
+    """The text of a page with `section` between its markers, in place of the old one.
 
     Raises:
-        DataError: it does not have each marker once.
+        DataError: the page does not have each marker once.
     """
     text = page.read_text(encoding="utf-8")
     begin, end = markers
     if text.count(begin) != 1 or text.count(end) != 1:
         raise DataError(f"{page} lacks the markers {begin} and {end}. Put them where the table belongs.")
-    return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: section, text, flags=re.DOTALL)
+    return re.sub(
+        f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{section}\n{end}", text, flags=re.DOTALL
+    )
+
+
+def link(path: Path, page: Path) -> str:
+    """The path of a file as a link on a page."""
+    return Path(os.path.relpath(path, page.parent)).as_posix()
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -120,3 +170,37 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
     Console().print(table)
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """A command line that prints its description as it is written."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The option `--model`."""
+    parser.add_argument("--model", help=f"model directory; default: {MODEL_NAME}")
+
+
+def model_source(given: str | None) -> str:
+    """The directory of the model that `--model` asks for."""
+    return given or str(model_dir())
+
+
+def model_name(given: str | None) -> str:
+    """What the results say of `--model`."""
+    return MODEL_NAME if given is None else "given"
+
+
+def load_causal(directory: str | Path, nf4: bool = False) -> Any:
+    """A model in fp32, or in NF4. NF4 computes in bf16 on a GPU and in fp32 on a CPU, where bf16 is much slower."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if nf4:
+        options["dtype"] = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=options["dtype"]
+        )
+    return AutoModelForCausalLM.from_pretrained(str(directory), **options)

@@ -1,46 +1,51 @@
-"""How much safety does GuardSpace keep, at what price, and where does it stop? On a real model, one cached cell at a
-time.
+"""How much safety does GuardSpace keep, at which price, and where does it stop? A second plan of cells for the engine
+in `benchmarks/frontier`.
 
     python -m benchmarks.guardspace [--budget MINUTES] [--harmful FILE ...]
-    python -m benchmarks.guardspace --list      what is done and what would come next
-    python -m benchmarks.guardspace --report    the table in docs/results.md, docs/guardspace.md and its picture
+                                               run the missing cells; a killed run continues where it stopped
+    python -m benchmarks.guardspace --list     what is done and what comes next
+    python -m benchmarks.guardspace --report   write guardspace.png, guardspace.md and the section of docs/results.md
 
-The first runs what is missing, most informative cells first; a killed run resumes.
-A cell is one fine-tune of the aligned model and one measurement, one JSON file under runs/frontier named by a hash of
-the cell and of the protocol. Three
-stages: (1) the core of the grid, on validation prompts; (2) the setting with the best score there, fixed then and
-written down, on test prompts with its controls and three seeds; (3) where it breaks: epochs, learning rates,
-calibration sizes, a second fine-tune without protection; and the rest of the grid.
+Three stages. (1) The core of the grid, on validation prompts. (2) The setting with the best score there is written
+down and measured on test prompts, with its controls and three seeds. (3) Where it stops: epochs, learning rates,
+calibration sizes, a second fine-tune without protection; then the rest of the grid.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from benchmarks.common import record
-from benchmarks.frontier import run as engine
-from benchmarks.frontier.cache import Cache as Finished
-from benchmarks.frontier.cells import PATCH, SECOND, Cell, Protocol, cell_of, needs
-from benchmarks.frontier.data import further_sets, hashes, resolve
-from benchmarks.frontier.splits import score
+from benchmarks.common import PAGE, RESULTS, parser_of, record
+from benchmarks.frontier import splits
+from benchmarks.frontier.cache import Cache
+from benchmarks.frontier.cells import Cell
+from benchmarks.frontier.command import (
+    add_options,
+    environment_of,
+    exit_status,
+    print_outcome,
+    protocol_of,
+    run_plan,
+    show_plan,
+)
+from benchmarks.frontier.data import further_sets, resolve
+from peft_safety.errors import DataError
 
+BENCHMARK = "guardspace"
 POISONS = (0.1, 0.0, 0.5, 1.0)
 FRACTIONS = (1 / 4, 1 / 8, 1 / 2, 1 / 32)
 EPOCHS = (8, 16)
 SEEDS = (0, 1, 2)
 CALIBRATIONS = (64, 16, 128)
-RUNS = Path("runs/frontier")
-"""Shared with `benchmarks.frontier`: cells that both plan run once."""
 
 
 def core() -> Iterator[Cell]:
-    """Stage 1, most informative first: does it hold, against its controls and at every share of poison; then k and the
-    basis.
+    """Stage 1, most informative first: does it hold, against its controls and at every share of poison? Then the
+    fraction and the basis.
     """
     first = Cell()
     yield from (
@@ -59,29 +64,17 @@ def core() -> Iterator[Cell]:
         )
 
 
-def rest() -> Iterator[Cell]:
-    """Everything else of the grid."""
-    for fraction in FRACTIONS:
-        for basis in ("harmful", "general", "both"):
-            for positions in ("all", "prompt", "response"):
-                if positions == "response" and basis != "harmful":
-                    continue  # everyday prompts come without answers
-                yield from (Cell(poison=p, basis=basis, fraction=fraction, positions=positions) for p in POISONS)
-        yield from (Cell(control="random", poison=p, fraction=fraction) for p in POISONS)
-
-
-def confirmation(setting: Sequence[Any]) -> Iterator[Cell]:
+def confirmation(chosen: Cell) -> Iterator[Cell]:
     """Stage 2: the chosen setting and its controls on test prompts."""
-    chosen = replace(Cell(), basis=setting[0], fraction=setting[1], positions=setting[2], split="test")
+    chosen = replace(chosen, split="test")
     yield chosen.without_basis("aligned")
     for poison, seed in [(p, s) for s in SEEDS for p in POISONS]:
         cell = replace(chosen, poison=poison, seed=seed)
         yield from (cell, cell.without_basis("lora"), replace(cell, control="random"), replace(cell, control="scaled"))
 
 
-def limits(setting: Sequence[Any]) -> Iterator[Cell]:
+def limits(chosen: Cell) -> Iterator[Cell]:
     """Stage 3: where it stops."""
-    chosen = replace(Cell(), basis=setting[0], fraction=setting[1], positions=setting[2])
     yield from (replace(chosen, calibration=rows) for rows in CALIBRATIONS[1:])
     yield from (replace(chosen, lr=lr) for lr in (3e-3, 1e-2))
     yield replace(chosen, arm="second", poison=0.0)
@@ -98,103 +91,89 @@ def limits(setting: Sequence[Any]) -> Iterator[Cell]:
     yield from (replace(chosen, epochs=EPOCHS[-1], fraction=fraction) for fraction in (1 / 8, 1 / 32))
 
 
-def choose(done: Sequence[dict[str, Any]]) -> tuple[str, float, str] | None:
-    """The best setting among those measured at every share of poison on validation prompts; None while there is
-    none.
-    """
-    found: dict[tuple[str, float, str], dict[float, dict[str, Any]]] = {}
-    for row in done:
-        cell = cell_of(row)
-        if (
-            "diverged" not in row
-            and replace(cell, poison=0.1, basis="harmful", fraction=1 / 4, positions="all") == Cell()
-        ):
-            found.setdefault(cell.setting, {})[cell.poison] = row
-    whole = {setting: list(rows.values()) for setting, rows in found.items() if set(rows) == set(POISONS)}
-    return max(whole, key=lambda setting: score(whole[setting])) if whole else None
+def rest() -> Iterator[Cell]:
+    """The rest of the grid."""
+    for fraction in FRACTIONS:
+        for basis in ("harmful", "general", "both"):
+            for positions in ("all", "prompt", "response"):
+                if positions == "response" and basis != "harmful":
+                    continue  # everyday prompts have no answers
+                yield from (Cell(poison=p, basis=basis, fraction=fraction, positions=positions) for p in POISONS)
+        yield from (Cell(control="random", poison=p, fraction=fraction) for p in POISONS)
 
 
-class Cache(Finished):
-    """Finished cells, and the setting chosen from them."""
-
-    def setting(self) -> tuple[str, float, str] | None:
-        """The chosen setting, once stage 1 is complete. Written down it stays, so that test prompts are never chosen
-        by.
-        """
-        path = self.folder / f"chosen-{self.protocol.key(Cell())}.json"
-        if not path.is_file():
-            cells = dict.fromkeys(core())
-            found = self.rows(list(cells))
-            if len(found) < len(cells):
-                return None
-            path.write_text(json.dumps(choose(found)))
-        basis, fraction, positions = json.loads(path.read_text())
-        return basis, fraction, positions
-
-    def plan(self) -> list[Cell]:
-        """All cells in the order they run: stage 1, and once it is complete the chosen setting's stages, and the rest
-        of the grid.
-        """
-        setting = self.setting()
-        later = [] if setting is None else [*confirmation(setting), *limits(setting), *rest()]
-        return list(dict.fromkeys([*core(), *later]))
-
-
-def run(cache: Cache, work: Callable[[Cell], dict[str, Any]], budget: float) -> int:
-    """Run what is missing until the plan or the budget (minutes) is exhausted; never stops inside a cell. Returns how
-    many cells were run.
+def chosen_setting(cache: Cache) -> Cell | None:
+    """The best setting of stage 1; None until all its cells are finished. It is written down once, so that results on
+    test prompts cannot change it.
 
     Raises:
-        RuntimeError: cells that failed, by name; the others have run.
+        DataError: no setting is finite at every share of poison.
     """
-    outcome = engine.run(cache, cache.plan, work, budget, needs)
-    if outcome.failed:
-        raise RuntimeError("; ".join(f"{cell.label()}: {error}" for cell, error in outcome.failed.items()))
-    return outcome.done
+    file = f"chosen-{BENCHMARK}-{cache.protocol.key(Cell())}.json"
+    cells = list(dict.fromkeys(core()))
+    if not (cache.folder / file).is_file():
+        rows = cache.rows(cells)
+        if len(rows) < len(cells):
+            return None
+        with cache.lock(f"chosen-{BENCHMARK}", wait=True):
+            if not (cache.folder / file).is_file():
+                splits.write(cache, {BENCHMARK: best(rows)}, file)
+    method = splits.read(cache, file)[BENCHMARK]
+    return replace(Cell(), basis=method.basis, fraction=method.fraction, positions=method.positions)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=float("inf"), help="minutes; stops between two cells")
-    parser.add_argument(
-        "--harmful",
-        type=Path,
-        nargs="*",
-        default=[],
-        help="JSON lines of {prompt} rows: further harmful prompts, for transfer",
-    )
-    parser.add_argument(
-        "--aligned",
-        type=Path,
-        help="directory of a chat model that refuses; default: SmolLM2-135M-Instruct with a safety patch, made once",
-    )
-    parser.add_argument("--runs", type=Path, default=RUNS, help="where finished cells are kept")
-    parser.add_argument("--rows", type=int, default=Protocol.rows)
-    parser.add_argument("--limit", type=int, default=Protocol.limit)
-    parser.add_argument("--list", action="store_true", help="print the plan and what of it is done")
-    parser.add_argument("--report", action="store_true", help="render the results instead of running")
-    given = parser.parse_args()
+def best(rows: Sequence[splits.Row]) -> tuple[Cell, list[Cell]]:
+    """The best of the settings that were measured at every share of poison, and the cells that it was chosen by.
+
+    Raises:
+        DataError: none is finite at every share.
+    """
+    chosen = splits.choose(rows, family=lambda cell: cell.arm).get("guard")
+    if chosen is None or len(chosen[1]) < len(POISONS):
+        raise DataError(
+            "no setting of GuardSpace is finite at every share of poison. Look at the diverged cells, and run again "
+            "in another folder."
+        )
+    return chosen
+
+
+def plan(cache: Cache) -> list[Cell]:
+    """All cells in the order in which they run. Stages 2 and 3 follow when stage 1 is complete."""
+    chosen = chosen_setting(cache)
+    later = [] if chosen is None else [*confirmation(chosen), *limits(chosen), *rest()]
+    return list(dict.fromkeys([*core(), *later]))
+
+
+def work(given: argparse.Namespace) -> int:
+    """Do what was asked for; returns the exit status."""
     if given.report:
         from benchmarks.guardspace_report import report
 
-        report()
-        return
-    sets = further_sets(resolve(None), given.harmful)
-    aligned, patch = (given.aligned.name, "") if given.aligned else (Protocol.aligned, PATCH)
-    protocol = Protocol(given.rows, given.limit, aligned, sets=hashes(sets), second=SECOND, patch=patch)
-    cache = Cache(given.runs, protocol)
+        report(given.out, PAGE if given.out == RESULTS else None)
+        return 0
+    sets = further_sets(resolve(given.data), given.harmful)
+    cache = Cache(given.runs, protocol_of(given, sets))
     if given.list:
-        for cell in cache.plan():
-            print("done " if cache.get(cell) else "     ", json.dumps(asdict(cell)))
-        return
-    from benchmarks.frontier.bench import Bench, environment_of
+        show_plan(cache, plan(cache))
+        return 0
+    outcome = run_plan(cache, lambda: plan(cache), given.budget, sets, aligned=given.aligned)
+    return print_outcome(outcome, cache, plan(cache), keep(cache, given.out))
 
-    bench = Bench(cache, sets, given.aligned)
-    count = run(cache, bench.cell, given.budget)
-    rows = cache.rows(cache.plan())
-    path = record("guardspace", rows, {**environment_of(protocol), "chosen": cache.setting()})
-    print(f"{count} cells run, {len(rows)} of {len(cache.plan())} done; written to {path}. Render with --report.")
+
+def keep(cache: Cache, out: Path) -> Path:
+    """Write the results file."""
+    chosen = chosen_setting(cache)
+    setting = None if chosen is None else [chosen.basis, chosen.fraction, chosen.positions]
+    return record(BENCHMARK, cache.rows(plan(cache)), {**environment_of(cache.protocol), "chosen": setting}, out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = parser_of(__doc__)
+    parser.prog = "python -m benchmarks.guardspace"
+    add_options(parser)
+    return exit_status(work, parser.parse_args(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

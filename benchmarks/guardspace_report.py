@@ -1,18 +1,19 @@
-"""Renders results/guardspace.jsonl: a section of docs/results.md, the grid in docs/guardspace.md, and a picture."""
+"""The report on results/guardspace.jsonl: a section of the results page, a page of all validation cells, and a
+picture.
+"""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, with_section
-from benchmarks.frontier.aggregate import pooled
-from benchmarks.frontier.cells import caveats
-from benchmarks.frontier.results import Row, read
+from benchmarks.common import PAGE, RESULTS, link, publish, with_section
+from benchmarks.frontier.aggregate import Point
+from benchmarks.frontier.results import Row, caveats, facts, read
+from benchmarks.frontier.tables import NOTHING, Table, number, percent
 
-ROOT = Path(__file__).resolve().parents[1]
+BENCHMARK = "guardspace"
 MARKERS = ("<!-- guardspace:begin -->", "<!-- guardspace:end -->")
 ARMS = {
     "aligned": "aligned, before",
@@ -31,72 +32,52 @@ METRICS = {
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555")
 
 
-def share(rows: Sequence[Row], metric: str) -> str:
-    """A rate over all seeds, or why there is none."""
-    found = pooled(rows, metric)
-    return str(found) if found else "diverged" if any("diverged" in row for row in rows) else "-"
-
-
-def norms(rows: Sequence[Row]) -> str:
-    """Mean kept norm."""
-    found = [row["norm"] for row in rows if "norm" in row]
-    return f"{statistics.mean(found):.2f}" if found else "-"
-
-
 def table(rows: Sequence[Row], label: Callable[[Row], tuple[str, ...]], headings: Sequence[str]) -> list[str]:
-    """Markdown: one line for each label, seeds pooled."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
+    """A markdown table with one line for each label; seeds are pooled."""
+    groups: dict[tuple[str, ...], Point] = {}
     for row in rows:
-        groups.setdefault(label(row), []).append(row)
-    lines = [
-        "| " + " | ".join([*headings, *METRICS.values(), "norm of dW", "seeds"]) + " |",
-        "| " + " | ".join(["---"] * len(headings) + ["---:"] * 6) + " |",
-    ]
-    for names, group in groups.items():
-        cells = [*names, *(share(group, metric) for metric in METRICS), norms(group), str(len(group))]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        groups.setdefault(label(row), Point(_kind(row), row["cell"]["poison"])).add(row)
+    lines = []
+    for names, point in groups.items():
+        missing = "diverged" if point.diverged else NOTHING
+        rates = (percent(point.rate(metric), missing) for metric in METRICS)
+        lines.append((*names, *rates, number(point.mean("norm")), str(len(point.rows) + point.diverged)))
+    return Table((*headings, *METRICS.values(), "norm of dW", "seeds"), lines, labels=len(headings)).markdown()
 
 
-def markdown(environment: dict[str, Any], rows: Sequence[Row]) -> str:
-    """The section between the markers."""
+def section(environment: dict[str, Any], rows: Sequence[Row], out: Path = RESULTS, page: Path = PAGE) -> str:
+    """The section of the page, as markdown."""
     tests = sorted((row for row in rows if row["cell"]["split"] == "test"), key=lambda row: row["cell"]["poison"])
     grid = [row for row in rows if row["cell"]["split"] == "validation"]
-    lines = ["![refusal against optimizer steps and against the size of the null space](guardspace.png)", ""]
+    picture, cells = (link(out / f"{BENCHMARK}.{kind}", page) for kind in ("png", "md"))
+    lines = [f"![refusal against optimizer steps and against the size of the null space]({picture})", ""]
     if tests:
         basis, fraction, positions = environment["chosen"]
         lines += [
             f"Test prompts, once, for the setting chosen on validation prompts: basis {basis!r}, {fraction:g} of the "
             f"dimensions, {positions} positions.",
             "",
+            *table(tests, lambda row: (_poison(row), _arm(row)), ["poison", "arm"]),
+            "",
+            *_transfer(tests),
         ]
-        lines += [*table(tests, lambda row: (_poison(row), _arm(row)), ["poison", "arm"]), ""]
-        lines += _transfer(tests)
     else:
         lines += ["The setting has not been chosen yet: nothing here is from test prompts.", ""]
-    lines += [
-        f"The {len(grid)} cells on validation prompts, among them where it stops: [guardspace.md](guardspace.md).",
-        "",
-    ]
-    facts = ", ".join(
-        f"{key} {value}" for key, value in environment.items() if key not in ("chosen", "sets") and value != ""
-    )
-    caveat = "Keyword judge, a smoke metric; brackets are 95 % intervals over prompts, pooled over seeds."
-    older = [f"- **{known}**" for known in caveats(environment)]
     return "\n".join(
         [
             *lines,
-            *older,
-            f"- {caveat}",
-            f"- Environment: {facts}.",
-            "- Written by `python -m benchmarks.guardspace --report`.",
+            f"The {len(grid)} cells on validation prompts, among them where it stops: [{BENCHMARK}.md]({cells}).",
             "",
+            *(f"- **{caveat}**" for caveat in caveats(environment)),
+            "- Keyword judge, a smoke metric; brackets are 95 % intervals over prompts, pooled over seeds.",
+            f"- Environment: {facts(environment, ('sets', 'chosen'))}.",
+            "- Written by `python -m benchmarks.guardspace --report`.",
         ]
     )
 
 
 def grid_page(environment: dict[str, Any], rows: Sequence[Row]) -> str:
-    """docs/guardspace.md: every cell on validation prompts, and refusal along the long fine-tunes."""
+    """The page of all validation cells, with refusal during the long fine-tunes."""
     grid = [row for row in rows if row["cell"]["split"] == "validation"]
     lines = [
         "# GuardSpace: the grid on validation prompts",
@@ -109,20 +90,19 @@ def grid_page(environment: dict[str, Any], rows: Sequence[Row]) -> str:
     long = [row for row in grid if row.get("along")]
     if long:
         steps = sorted({int(step) for row in long for step in row["along"]} | {row["steps"] for row in long})
-        lines += ["", "## Refusal along a long fine-tune, % after so many steps", ""]
-        lines += [
-            "| arm | basis, share, positions | " + " | ".join(map(str, steps)) + " |",
-            "| --- | --- | " + " | ".join(["---:"] * len(steps)) + " |",
-        ]
+        curves = []
         for row in long:
-            reached = {step: f"{100 * found['refusal']['value']:.0f}" for step, found in along(row)}
-            lines.append("| " + " | ".join([*_setting(row)[:2], *(reached.get(step, "-") for step in steps)]) + " |")
+            reached = {step: f"{100 * figures['refusal']['value']:.0f}" for step, figures in along(row)}
+            curves.append((*_setting(row)[:2], *(reached.get(step, NOTHING) for step in steps)))
+        headings = ("arm", "basis, share, positions", *map(str, steps))
+        lines += ["", "## Refusal along a long fine-tune, % after so many steps", ""]
+        lines += Table(headings, curves, labels=2).markdown()
     return "\n".join(lines) + "\n"
 
 
 def along(row: Row) -> list[tuple[int, Row]]:
-    """What was measured after how many steps, the end last."""
-    return [*((int(step), found) for step, found in row.get("along", {}).items()), (row.get("steps", 0), row)]
+    """Figures by number of steps; the end of the fine-tune is the last one."""
+    return [*((int(step), figures) for step, figures in row.get("along", {}).items()), (row.get("steps", 0), row)]
 
 
 def _kind(row: Row) -> str:
@@ -145,27 +125,22 @@ def _setting(row: Row) -> tuple[str, ...]:
 
 
 def _transfer(tests: Sequence[Row]) -> list[str]:
-    """Refusal on other prompt sets, poison 0.1."""
-    names = sorted({name for row in tests for name in row.get("transfer", {})})
-    if not names:
+    """Refusal on other prompt sets with 0.1 poison."""
+    sets = sorted({name for row in tests for name in row.get("transfer", {})})
+    if not sets:
         return []
-    lines = [
-        "Refusal on other prompt sets, with 0.1 poison:",
-        "",
-        "| arm | " + " | ".join(names) + " |",
-        "| --- | " + " | ".join(["---:"] * len(names)) + " |",
-    ]
-    for arm, label in ARMS.items():
-        rows = [row for row in tests if _kind(row) == arm and (arm == "aligned" or row["cell"]["poison"] == 0.1)]
-        if rows:
-            cells = [share([row["transfer"] for row in rows if "transfer" in row], name) for name in names]
-            lines.append("| " + " | ".join([label, *cells]) + " |")
-    return [*lines, ""]
+    points: dict[str, Point] = {}
+    for row in tests:
+        if row["cell"]["arm"] == "aligned" or row["cell"]["poison"] == 0.1:
+            points.setdefault(_kind(row), Point(_kind(row), 0.1)).add(row)
+    measured = {label: points[arm] for arm, label in ARMS.items() if arm in points}
+    rows = [(label, *(percent(point.transfer(name)) for name in sets)) for label, point in measured.items()]
+    return ["Refusal on other prompt sets, with 0.1 poison:", "", *Table(("arm", *sets), rows).markdown(), ""]
 
 
 def save_png(rows: Sequence[Row], path: Path) -> Path:
-    """Left: refusal against steps, a line a size of the null space, and plain LoRA. Right: refusal against that size,
-    a line a basis. Poison 0.1.
+    """Left: refusal against steps, one line for each size of the null space and one for plain LoRA. Right: refusal
+    against that size, one line for each basis. Poison 0.1.
     """
     from matplotlib.figure import Figure
 
@@ -209,7 +184,7 @@ def save_png(rows: Sequence[Row], path: Path) -> Path:
 
 
 def _draw(panel: Any, lines: dict[str, list[tuple[float, Row]]], axis: str) -> None:
-    """Lines with 95 % intervals; each is moved by a hair, so that equal figures stay visible."""
+    """Lines with 95 % intervals. Each is shifted a little, so that equal figures stay visible."""
     places = sorted({place for points in lines.values() for place, _ in points})
     for index, (name, points) in enumerate(lines.items()):
         points = sorted(points, key=lambda point: point[0])
@@ -236,19 +211,16 @@ def _draw(panel: Any, lines: dict[str, list[tuple[float, Row]]], axis: str) -> N
         panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
 
 
-def report(
-    results: Path = RESULTS / "guardspace.jsonl",
-    page: Path = ROOT / "docs" / "results.md",
-    png: Path = ROOT / "docs" / "guardspace.png",
-) -> None:
-    """Write the section, the picture, and the grid's page beside the picture.
+def report(out: Path = RESULTS, page: Path | None = PAGE) -> None:
+    """Write the picture and the page of all cells next to the results, and the section of the page.
 
     Raises:
-        DataError: no results, or no markers in the page.
+        DataError: no results, or a page without markers. Nothing is written then.
     """
-    environment, rows = read(results, "guardspace")
-    begin, end = MARKERS
-    page.write_text(with_section(page, MARKERS, f"{begin}\n{markdown(environment, rows)}{end}"), encoding="utf-8")
-    png.with_suffix(".md").parent.mkdir(parents=True, exist_ok=True)
-    png.with_suffix(".md").write_text(grid_page(environment, rows), encoding="utf-8")
-    print(f"wrote {save_png(rows, png)} and the section of {page} ({len(rows)} cells)")
+    environment, rows = read(out / f"{BENCHMARK}.jsonl", BENCHMARK)
+    text = None if page is None else with_section(page, MARKERS, section(environment, rows, out, page))
+    picture = save_png(rows, out / f"{BENCHMARK}.png")
+    publish(out / f"{BENCHMARK}.md", grid_page(environment, rows))
+    if page is not None and text is not None:
+        publish(page, text)
+    print(f"wrote {picture} ({len(rows)} cells)" + (f" and the section of {page}" if page else ""))

@@ -1,25 +1,22 @@
-"""The operations on 4-bit weights: what a protected layer costs beside its alternatives, and beside what the machine
-can do at best.
+"""Operations on 4-bit weights: the cost of a protected layer, compared with other ways and with the machine's limit.
 
-On a GPU, one command for K1 (training, 4,096 tokens through the linear layers of a 7B block), K2 (dequantizing, with
-and without the adapter), K3 (one token through all linear layers of a 7B model) and K6 (all adapters of it projected),
-eager and as CUDA graphs. On a CPU: the reference backend beside the naive form. The top-32 subspace (K5) is in
-`benchmarks/subspace.py`, Safe LoRA (K4) in `benchmarks/safe_lora.py`, compiling for four architectures (K7) in the
-tests.
+On a GPU: K1 (training, 4,096 tokens through the linear layers of a 7B block), K2 (dequantizing, with and without the
+adapter), K3 (one token through all linear layers of a 7B model) and K6 (projecting all its adapters), eager and as
+CUDA graphs. On a CPU: the reference backend compared with the naive form. Elsewhere: K4 in `benchmarks/safe_lora.py`,
+K5 in `benchmarks/subspace.py`, K7 (compiling for four architectures) in the tests.
 
-Run `python -m benchmarks.ops`    (`--smoke` runs the GPU parts at tiny sizes on whatever there is, to try the code).
+    python -m benchmarks.ops [--smoke]    (`--smoke` tests the GPU parts at tiny sizes on any machine)
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, interleaved, ratio, record, show
+from benchmarks.common import RESULTS, interleaved, parser_of, ratio, record, show
 from benchmarks.ops_arms import arms, bare, layer, trained
 from benchmarks.ops_gpu import everything, rows_of
 from peft_safety.environment import environment
@@ -40,9 +37,7 @@ CPU_SHAPES, CPU_TOKENS = ((1024, 1024), (576, 1536)), (1, 256)
 
 
 def on_cpu(rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Forward and backward in fp32 on one thread or as many as torch has: is the reference backend a sensible
-    fallback?
-    """
+    """Forward and backward in fp32: is the reference backend a sensible fallback?"""
     rows: list[dict[str, Any]] = []
     figures: dict[str, float] = {}
     for n, k in CPU_SHAPES:
@@ -62,17 +57,17 @@ def on_cpu(rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Medians with quartiles, a panel a part, the floor as a line."""
+    """Medians with quartiles, one panel for each part; a line marks the floor."""
     from matplotlib.figure import Figure
 
     parts = list(dict.fromkeys((row["part"], row["mode"]) for row in rows))
     figure = Figure(figsize=(9, 2.2 * len(parts)), layout="constrained")
     for axes, (part, mode) in zip(figure.subplots(len(parts), squeeze=False)[:, 0], parts, strict=True):
-        found = [row for row in rows if (row["part"], row["mode"]) == (part, mode)]
-        middle = [row["us"] for row in found]
-        errors = [[row["us"] - row["low"] for row in found], [row["high"] - row["us"] for row in found]]
-        axes.barh([row["arm"] for row in found], middle, xerr=errors, color="#0072B2", ecolor="#555555")
-        axes.axvline(found[0]["of floor"] * found[0]["us"], color="#D55E00", label="floor")
+        shown = [row for row in rows if (row["part"], row["mode"]) == (part, mode)]
+        middle = [row["us"] for row in shown]
+        errors = [[row["us"] - row["low"] for row in shown], [row["high"] - row["us"] for row in shown]]
+        axes.barh([row["arm"] for row in shown], middle, xerr=errors, color="#0072B2", ecolor="#555555")
+        axes.axvline(shown[0]["of floor"] * shown[0]["us"], color="#D55E00", label="floor")
         axes.set_title(f"{part}, {mode}", loc="left", fontsize=10)
         axes.set_xlabel("µs")
         axes.invert_yaxis()
@@ -81,23 +76,23 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, nothing recorded")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes; nothing is recorded")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
     device = "cuda" if gpu else "cpu"
     if args.smoke:
         rows, figures = everything(device, 3, tiny=True)
-        show("a trial of the code at tiny sizes: these numbers mean nothing", rows)
-        print({part: list(found) for part, found in figures.items()})
+        show("a test of the code at tiny sizes: these numbers mean nothing", rows)
+        print({part: list(values) for part, values in figures.items()})
         return
     name, reason = backend_for(torch.empty(1, device=device))
     print(f"backend: {name} ({reason})")
     if gpu:
         rows, figures = everything(device, args.rounds, tiny=False)
-        for part, found in figures.items():
-            for what, value in found.items():
+        for part, values in figures.items():
+            for what, value in values.items():
                 print(f"{part}  {what}: {value:.3g}  (target {TARGETS[part][what]})")
     else:
         rows, ratios = on_cpu(args.rounds)

@@ -1,6 +1,4 @@
-"""One protected NF4 linear layer, computed in every way that is worth comparing. All arms share the packed weight and
-the factors.
-"""
+"""The ways to compute one protected NF4 linear layer. All arms share the packed weight and the factors."""
 
 from __future__ import annotations
 
@@ -16,8 +14,8 @@ from peft_safety import ops
 from peft_safety.projection import orthonormalize
 
 R, SAFETY_RANK, SCALE = 16, 32, 1.0
-#: Linear layers of one block of Llama-2-7B: (out_features, in_features)
 BLOCK = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)
+"""Linear layers of one block of Llama-2-7B: (out_features, in_features)."""
 BLOCKS = 32
 
 Arm = Callable[[Tensor], Tensor]
@@ -25,7 +23,7 @@ Arm = Callable[[Tensor], Tensor]
 
 @dataclass
 class Layer:
-    """A weight in bitsandbytes' form and in ours, with an adapter and the basis its B must avoid."""
+    """A weight in the form of bitsandbytes and in ours, with an adapter and the basis that its B must avoid."""
 
     base: Any
     q: ops.QuantBundle
@@ -53,7 +51,7 @@ class Holder(nn.Module):
 
 
 def layer(n: int, k: int, device: str, dtype: torch.dtype, seed: int = 0) -> Layer:
-    """Random, double-quantized, with factors of the usual sizes in `dtype`; the basis is fp32."""
+    """A random layer: double-quantized, with factors of usual size in `dtype` and a basis in fp32."""
     import bitsandbytes as bnb
 
     torch.manual_seed(seed)
@@ -70,9 +68,7 @@ def layer(n: int, k: int, device: str, dtype: torch.dtype, seed: int = 0) -> Lay
 
 
 def peft_arm(one: Layer, *, dense: bool) -> Arm:
-    """PEFT's own LoRA layer over bitsandbytes; with `dense`, C on its activations as well, without it on unprotected
-    factors.
-    """
+    """PEFT's LoRA layer on bitsandbytes: unprotected, or with `dense` protected by C on its activations."""
     from peft import LoraConfig, get_peft_model
 
     holder = Holder(one.base)
@@ -90,8 +86,8 @@ def peft_arm(one: Layer, *, dense: bool) -> Arm:
 
 
 class _TwoPath(torch.autograd.Function):
-    """Base and adapter apart, by hand: dequantize and multiply, both ways, with as few other passes over activations
-    as there can be.
+    """Base and adapter computed apart: dequantize and multiply, forward and backward, with few passes over the
+    activations.
     """
 
     @staticmethod
@@ -115,12 +111,12 @@ class _TwoPath(torch.autograd.Function):
 
 
 def arms(one: Layer) -> dict[str, Arm]:
-    """Every way to compute the layer's output from x (t, k); all protected but "peft LoRA" and "LoRA, this path"."""
+    """Ways to compute the output from x (t, k). All but "peft LoRA" and "LoRA, this path" are protected."""
     packed, state = one.base.weight.data, one.state
 
     def two_path(x: Tensor) -> Tensor:
-        found: Tensor = _TwoPath.apply(x, one.a, ops.project_out(one.u, one.b), packed, state)
-        return found
+        output: Tensor = _TwoPath.apply(x, one.a, ops.project_out(one.u, one.b), packed, state)
+        return output
 
     return {
         "naive SaLoRA": peft_arm(one, dense=True),
@@ -133,12 +129,12 @@ def arms(one: Layer) -> dict[str, Arm]:
 
 
 def bare(one: Layer, dtype: torch.dtype) -> Arm:
-    """The two products alone, with a dense weight and no adapter."""
+    """The matrix product alone, with a dense weight and no adapter."""
     weight = ops.nf4_dequant(one.q, dtype)
     return lambda x: x @ weight.mT
 
 
 def trained(arm: Arm, x: Tensor, dy: Tensor) -> Callable[[], Any]:
-    """One forward and backward of an arm, with gradients for x and for whatever factors the arm has."""
+    """One forward and backward of an arm, with gradients for x and for the factors of the arm."""
     leaf = x.detach().requires_grad_()
     return lambda: torch.autograd.backward(arm(leaf), dy)

@@ -1,5 +1,5 @@
-"""K1, K2, K3 and K6 of the benchmark of operations: what only a GPU can tell. Each function returns rows for a table;
-`ops.py` says what they are for.
+"""K1, K2, K3 and K6 of the benchmark of operations, which need a GPU. Each function returns the rows of a table and
+the figures that have targets; see `ops.py`.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import ratio
+from benchmarks.common import quartiles, ratio
 from benchmarks.ops_arms import BLOCK, BLOCKS, SAFETY_RANK, Layer, R, arms, bare, layer, trained
-from benchmarks.ops_timing import bandwidth, both_ways, launches, spread
+from benchmarks.ops_timing import bandwidth, both_ways, launches
 from peft_safety import ops
 
 Row = dict[str, Any]
 Shapes = Sequence[tuple[int, int]]
 POOL_BYTES = 512 << 20
-"""What kernels that are bound by memory go through in turn: many times the second-level cache of any GPU."""
+"""Size of the weights that memory-bound kernels read in turn: much larger than the cache of any GPU."""
 
 
 def rows_of(part: str, mode: str, seconds: dict[str, list[float]], floor: float) -> list[Row]:
-    """One row an arm: median and quartiles in microseconds, and the share of the floor's speed that it reaches."""
-    found = []
+    """One row for each arm: median and quartiles in microseconds, and its speed as a share of the floor's."""
+    rows = []
     for name, values in seconds.items():
-        middle, low, high = spread(values)
-        found.append(
+        middle, low, high = quartiles(values)
+        rows.append(
             {
                 "part": part,
                 "mode": mode,
@@ -38,14 +38,14 @@ def rows_of(part: str, mode: str, seconds: dict[str, list[float]], floor: float)
                 "of floor": floor / middle,
             }
         )
-    return found
+    return rows
 
 
 def k1_training(
     shapes: Shapes, tokens: int, device: str, dtype: torch.dtype, rounds: int
 ) -> tuple[list[Row], dict[str, float]]:
-    """Forward and backward of the linear layers of one block, each arm over all of them; the floor is the bare
-    products with a dense weight.
+    """Forward and backward of all linear layers of one block. The floor is the matrix products alone, with a dense
+    weight.
     """
     layers = [layer(n, k, device, dtype, seed) for seed, (n, k) in enumerate(shapes)]
     work: dict[str, list[Callable[[], Any]]] = {}
@@ -54,11 +54,11 @@ def k1_training(
         for name, arm in {**arms(one), "bare GEMM": bare(one, dtype)}.items():
             work.setdefault(name, []).append(trained(arm, x, dy))
     works = {name: (lambda parts=parts: [part() for part in parts]) for name, parts in work.items()}
-    found = both_ways(works, rounds, device)
+    seconds = both_ways(works, rounds, device)
     rows: list[Row] = []
-    for mode, seconds in found.items():
-        rows += rows_of("K1", mode, seconds, statistics.median(seconds["bare GEMM"]))
-    eager = found["eager"]
+    for mode, times in seconds.items():
+        rows += rows_of("K1", mode, times, statistics.median(times["bare GEMM"]))
+    eager = seconds["eager"]
     return rows, {
         "naive SaLoRA / this": ratio(eager, "naive SaLoRA", "this")[0],
         "peft LoRA / this": ratio(eager, "peft LoRA", "this")[0],
@@ -68,7 +68,7 @@ def k1_training(
 
 
 def k2_weights(n: int, k: int, device: str, dtype: torch.dtype, rounds: int) -> tuple[list[Row], dict[str, float]]:
-    """Dequantizing one weight, with and without an adapter, over a pool of weights that no cache holds."""
+    """Dequantizing a weight, with and without an adapter. The weights take turns, so that no cache holds them."""
     from bitsandbytes.functional import dequantize_4bit
 
     count = max(2, POOL_BYTES // (n * k * 3)) if device != "cpu" else 2
@@ -98,8 +98,8 @@ def k2_weights(n: int, k: int, device: str, dtype: torch.dtype, rounds: int) -> 
 def k3_decode(
     shapes: Shapes, blocks: int, device: str, dtype: torch.dtype, rounds: int
 ) -> tuple[list[Row], dict[str, float]]:
-    """One token through the linear layers of a model, each with its adapter, in one CUDA graph; factors are projected
-    beforehand, as in evaluation.
+    """One token through all linear layers of a model, each with its adapter. The factors are projected before, as in
+    evaluation.
     """
     import bitsandbytes as bnb
 
@@ -126,9 +126,9 @@ def k3_decode(
     }
     moved = blocks * sum(n * k * (0.5 + 1 / 64) + R * (n + k) * dtype.itemsize for n, k in shapes)
     floor = moved / bandwidth(device, 1024 if device != "cpu" else 8)
-    found = both_ways(works, rounds, device)
-    rows = [row for mode, seconds in found.items() for row in rows_of("K3", mode, seconds, floor)]
-    graphs = found["graphed"]
+    seconds = both_ways(works, rounds, device)
+    rows = [row for mode, times in seconds.items() for row in rows_of("K3", mode, times, floor)]
+    graphs = seconds["graphed"]
     return rows, {
         "peft LoRA / this, graphed": ratio(graphs, "peft LoRA", "this")[0]
         if {"peft LoRA", "this"} <= graphs.keys()
@@ -137,7 +137,7 @@ def k3_decode(
 
 
 def k6_projections(shapes: Shapes, blocks: int, device: str, rounds: int) -> tuple[list[Row], dict[str, float]]:
-    """The factors of all adapters of a model projected, one call a module, as its forwards do."""
+    """Projecting the factors of all adapters of a model, with one call for each module, as in its forward."""
     heights = [n for n, _ in shapes] * blocks
     bases = [torch.linalg.qr(torch.randn(n, min(SAFETY_RANK, n // 2), device=device)).Q for n in heights]
     pairs = [(u, torch.randn(u.shape[0], R, device=device)) for u in bases]
@@ -148,16 +148,16 @@ def k6_projections(shapes: Shapes, blocks: int, device: str, rounds: int) -> tup
 
     moved = sum(4 * (2 * u.numel() + 3 * w.numel()) for u, w in pairs)
     floor = moved / bandwidth(device, 1024 if device != "cpu" else 8)
-    found = both_ways({"one call a module": each}, rounds, device)
-    rows = [row for mode, seconds in found.items() for row in rows_of("K6", mode, seconds, floor)]
-    graphs = found["graphed"].get("one call a module", [float("nan")])
+    seconds = both_ways({"one call a module": each}, rounds, device)
+    rows = [row for mode, times in seconds.items() for row in rows_of("K6", mode, times, floor)]
+    graphs = seconds["graphed"].get("one call a module", [float("nan")])
     count = launches(each, device)
     a_module = float("nan") if count is None else count / len(pairs)
     return rows, {"ms a step, graphed": statistics.median(graphs) * 1e3, "launches a module": a_module}
 
 
 def everything(device: str, rounds: int, *, tiny: bool) -> tuple[list[Row], dict[str, dict[str, float]]]:
-    """All parts. `tiny` is a trial of the code at sizes that a CPU takes, whose numbers mean nothing."""
+    """All parts. `tiny` tests the code with sizes for a CPU; its numbers mean nothing."""
     shapes: Shapes = ((128, 64), (64, 128)) if tiny else BLOCK
     blocks, tokens = (2, 80) if tiny else (BLOCKS, 4096)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -170,6 +170,6 @@ def everything(device: str, rounds: int, *, tiny: bool) -> tuple[list[Row], dict
         "K6": lambda: k6_projections(shapes, blocks, device, rounds),
     }
     for name, part in parts.items():
-        found, figures[name] = part()
-        rows += found
+        measured, figures[name] = part()
+        rows += measured
     return rows, figures

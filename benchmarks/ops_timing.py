@@ -1,26 +1,23 @@
-"""Timing on a GPU: CUDA events, arms in turn, eager or as one CUDA graph. On a CPU the same calls take a clock, so
-that the code can be tried.
+"""Timing on a GPU: CUDA events, arms in turn, eager or as one CUDA graph. On a CPU the same calls use the clock, so
+that the code can be tested.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from benchmarks.common import interleaved, wall_clock
+
 Work = Callable[[], Any]
 WARMUPS = 3
 
 
-def once(work: Work, device: str) -> float:
-    """Seconds of one call."""
-    if device == "cpu":
-        started = time.perf_counter()
-        work()
-        return time.perf_counter() - started
+def cuda_clock(work: Work) -> float:
+    """Seconds of one call on the GPU."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     work()
@@ -30,15 +27,8 @@ def once(work: Work, device: str) -> float:
 
 
 def timed(works: Mapping[str, Work], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each arm, `rounds` times, taken in turn."""
-    for work in works.values():
-        for _ in range(WARMUPS):
-            work()
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds):
-        for name, work in works.items():
-            seconds[name].append(once(work, device))
-    return seconds
+    """Seconds of each arm, `rounds` times, in turn."""
+    return interleaved(works, rounds, WARMUPS, wall_clock if device == "cpu" else cuda_clock)
 
 
 def graphed(work: Work, device: str) -> Work | str:
@@ -61,27 +51,21 @@ def graphed(work: Work, device: str) -> Work | str:
 
 
 def both_ways(works: Mapping[str, Work], rounds: int, device: str) -> dict[str, dict[str, list[float]]]:
-    """`{"eager": seconds, "graphed": seconds}`; an arm that cannot be captured is missing from the second, and said to
-    be.
+    """`{"eager": seconds, "graphed": seconds}`. An arm that cannot be captured as a graph is printed, and missing from
+    the second.
     """
     captured: dict[str, Work] = {}
     for name, work in works.items():
-        found = graphed(work, device)
-        if isinstance(found, str):
-            print(f"{name}: cannot be captured in a CUDA graph: {found}")
+        graph = graphed(work, device)
+        if isinstance(graph, str):
+            print(f"{name}: cannot be captured in a CUDA graph: {graph}")
         else:
-            captured[name] = found
+            captured[name] = graph
     return {"eager": timed(works, rounds, device), "graphed": timed(captured, rounds, device)}
 
 
-def spread(seconds: list[float]) -> tuple[float, float, float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (seconds[0],) * 3
-    return middle, low, high
-
-
 def bandwidth(device: str, mib: int = 1024) -> float:
-    """Bytes a second that a device copy moves, read and written together: the floor of what is bound by memory."""
+    """Bytes per second of a copy on the device, read and written together: the limit of memory-bound work."""
     source = torch.empty(mib << 18, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     seconds = timed({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
@@ -89,14 +73,14 @@ def bandwidth(device: str, mib: int = 1024) -> float:
 
 
 def launches(work: Work, device: str) -> int | None:
-    """Kernels that a call launches; None on a CPU."""
+    """Number of kernels that a call launches; None on a CPU."""
     if device == "cpu":
         return None
     from torch.profiler import ProfilerActivity, profile
 
     work()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
         work()
         torch.cuda.synchronize()
-    return sum(event.count for event in found.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(event.count for event in trace.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)

@@ -1,13 +1,12 @@
-"""Safe LoRA, streamed, against the dense published procedure (our own implementation of it), and against merely
-reading the checkpoints.
+"""Safe LoRA, streamed, compared with the dense published procedure (our implementation) and with only reading the
+checkpoints.
 
-    python -m benchmarks.safe_lora [--dir DIR]    (about 5 minutes; the 7B-shaped pair takes 4.3 GB in DIR while it
-    runs)
+    python -m benchmarks.safe_lora [--dir DIR]    (5 minutes; needs 4.3 GB in DIR while it runs)
 
 1. One 4096 x 4096 weight, r = 16.
 2. SmolLM2-135M and the same model after a rank-8 change, all linear layers, from directory to report.
-3. A sharded pair with the q and v weights of a 7B model: time beside reading and converting the same tensors to fp32,
-and peak memory.
+3. A sharded pair with the q and v weights of a 7B model: peak memory, and time compared with reading the same tensors
+   and converting them to fp32.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks.common import interleaved, medians, peak_memory, ratio, record, resident_mib, show
+from benchmarks.common import compared, interleaved, parser_of, peak_memory, record, resident_mib, show
+from examples.get_model import model_dir
 from peft_safety.estimate.checkpoints import FileWeights, ModuleWeights, Weights
 from peft_safety.methods.safe_lora.options import RepairOptions
 from peft_safety.methods.safe_lora.repair import Factors, repair
@@ -42,8 +42,9 @@ def loaded(weight: Tensor) -> ModuleWeights:
 
 
 def dense(factors: dict[str, Factors], unaligned: Weights, aligned: Weights) -> dict[str, tuple[Tensor, float]]:
-    """The published procedure with its default selection, "number": the whole `V V^T / ||V||_F` of every module first;
-    then all modules projected and compared as dense matrices to find the threshold, and all once more to apply it."""
+    """The published procedure with its default selection, "number". It computes the dense `V V^T / ||V||_F` of every
+    module, projects and compares all modules as dense matrices to find the threshold, and then applies it.
+    """
     projectors = {}
     for name in factors:
         with aligned.open(name) as wa, unaligned.open(name) as wu:
@@ -51,18 +52,19 @@ def dense(factors: dict[str, Factors], unaligned: Weights, aligned: Weights) -> 
             projectors[name] = v @ v.mT / torch.linalg.matrix_norm(v)
 
     def compared() -> dict[str, tuple[Tensor, float]]:
-        found = {}
+        projected = {}
         for name, factor in factors.items():
             b = projectors[name] @ factor.b
             old, new = factor.b @ factor.a, b @ factor.a
-            found[name] = (b, float(torch.nn.functional.cosine_similarity(new.reshape(1, -1), old.reshape(1, -1))))
-        return found
+            projected[name] = (b, float(torch.nn.functional.cosine_similarity(new.reshape(1, -1), old.reshape(1, -1))))
+        return projected
 
     threshold = max(cos for _, cos in compared().values())
     return {name: (b if cos <= threshold else factors[name].b, cos) for name, (b, cos) in compared().items()}
 
 
 def random_factors(names: dict[str, tuple[int, int]]) -> dict[str, Factors]:
+    """LoRA factors by module name, from the shapes of the weights."""
     g = torch.Generator().manual_seed(0)
     return {
         name: Factors(torch.randn(RANK, n, generator=g), torch.randn(m, RANK, generator=g), 1.0)
@@ -71,6 +73,7 @@ def random_factors(names: dict[str, tuple[int, int]]) -> dict[str, Factors]:
 
 
 def one_weight(rounds: int) -> dict[str, Any]:
+    """One large weight; also how much the two procedures differ."""
     g = torch.Generator().manual_seed(0)
     w = torch.randn(WIDTH, WIDTH, generator=g).mul_(0.02)
     pair = loaded(w.bfloat16()), loaded((w + 1e-3 * torch.randn(w.shape, generator=g)).bfloat16())
@@ -80,20 +83,16 @@ def one_weight(rounds: int) -> dict[str, Any]:
     )
     new, report = repair(factors, *pair, QUIET)
     b, cos = dense(factors, *pair)["x"]
-    gain, low, high = ratio(seconds, "dense", "streamed")
     return {
         "what": f"one {WIDTH} x {WIDTH}, r = {RANK}",
-        **medians(seconds),
-        "dense/streamed": gain,
-        "quartiles": f"{low:.1f}-{high:.1f}",
+        **compared(seconds, "dense", "streamed", 1),
         "largest |dB|/max|B|": float((new["x"] - b).abs().max() / b.abs().max()),
         "|dcos|": abs(cos - report.modules[0].cos),
     }
 
 
 def real_pair(folder: Path, rounds: int) -> dict[str, Any]:
-    from examples.get_model import model_dir
-
+    """The real model, and the same model after a small change."""
     source, changed = model_dir(), folder / "changed"
     changed.mkdir()
     names = {}
@@ -113,16 +112,13 @@ def real_pair(folder: Path, rounds: int) -> dict[str, Any]:
     seconds = interleaved(
         {"streamed": lambda: repair(factors, *pair, QUIET), "dense": lambda: dense(factors, *pair)}, rounds
     )
-    gain, low, high = ratio(seconds, "dense", "streamed")
     peaks = {
         how: peak_memory("benchmarks.safe_lora", "--memory-of", how, "--pair", str(source), str(changed))["mib"]
         for how in ("streamed", "dense")
     }
     return {
         "what": f"SmolLM2-135M, {len(names)} modules",
-        **medians(seconds),
-        "dense/streamed": gain,
-        "quartiles": f"{low:.1f}-{high:.1f}",
+        **compared(seconds, "dense", "streamed", 1),
         **{f"{how} MiB": peak for how, peak in peaks.items()},
     }
 
@@ -146,7 +142,7 @@ def sharded(folder: Path, shift: float) -> Path:
 
 
 def read_and_convert(folders: tuple[Path, Path]) -> None:
-    """What nothing can avoid: every tensor of both models once, as fp32."""
+    """The work that no procedure avoids: read every tensor of both models and convert it to fp32."""
     for folder in folders:
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, "pt") as handle:
@@ -155,25 +151,23 @@ def read_and_convert(folders: tuple[Path, Path]) -> None:
 
 
 def streamed_pair(folder: Path, rounds: int) -> dict[str, Any]:
+    """The weights of a 7B model from disk."""
     folders = sharded(folder / "before", 0.0), sharded(folder / "after", 0.02)
     pair = FileWeights(str(folders[0])), FileWeights(str(folders[1]))
     factors = random_factors({key.removesuffix(".weight"): (WIDTH, WIDTH) for key in pair[0].place})
     seconds = interleaved(
         {"streamed": lambda: repair(factors, *pair, QUIET), "read": lambda: read_and_convert(folders)}, rounds
     )
-    cost, low, high = ratio(seconds, "streamed", "read")
     peak = peak_memory("benchmarks.safe_lora", "--memory-of", "streamed", "--pair", *map(str, folders))["mib"]
     return {
         "what": f"7B-shaped q, v: {len(factors)} modules, {SHARDS} shards",
-        **medians(seconds),
-        "streamed/read": cost,
-        "quartiles": f"{low:.2f}-{high:.2f}",
+        **compared(seconds, "streamed", "read", 2),
         "MiB": peak,
     }
 
 
 def memory(how: str, folders: list[str]) -> None:
-    """Child process: one repair, then what the process held at most."""
+    """In a new process: print the peak memory after one repair."""
     pair = FileWeights(folders[0]), FileWeights(folders[1])
     names = {}
     for key in pair[0].place:
@@ -186,7 +180,7 @@ def memory(how: str, folders: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--dir", type=Path, help="where to put the synthetic checkpoints; default: a temporary directory"
     )

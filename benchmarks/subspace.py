@@ -1,13 +1,11 @@
-"""What a weight basis costs: the top singular directions of one weight beside a full SVD, and of all linear layers of
-the real model.
+"""The cost of a weight basis: the top singular directions of one weight, compared with a full SVD; and of all linear
+layers of the real model.
 
-1. One 2048 x 2048 weight of a power-law spectrum, top 32: time beside `torch.linalg.svd`, and the share of the top-32
-energy that is found. Also for a random
-   Gaussian weight, the flattest spectrum there is and the worst case.
-2. Every linear layer of SmolLM2-135M, k = 32 on the input side, in fp32 and NF4: time, and what a fresh process holds
-at most beside the model itself.
+1. The top 32 of a 2048 x 2048 weight with a power-law spectrum: time compared with `torch.linalg.svd`, and the share
+   of the top-32 energy that the basis holds. The same for a random Gaussian weight, the worst case (a flat spectrum).
+2. Every linear layer of SmolLM2-135M, k = 32 on the input side, in fp32 and NF4: time, and peak memory of a process.
 
-Run `python -m benchmarks.subspace`    (about a minute).
+    python -m benchmarks.subspace    (one minute)
 """
 
 from __future__ import annotations
@@ -20,7 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import interleaved, medians, peak_memory, ratio, record, resident_mib, show
+from benchmarks.common import (
+    interleaved,
+    load_causal,
+    medians,
+    parser_of,
+    peak_memory,
+    ratio,
+    record,
+    resident_mib,
+    show,
+)
+from examples.get_model import model_dir
 from peft_safety import SafetySubspace
 from peft_safety.estimate.bases import Size, output_basis
 from peft_safety.report import environment
@@ -30,6 +39,7 @@ TARGET = 150.0
 
 
 def weights() -> dict[str, Tensor]:
+    """The weights by name."""
     g = torch.Generator().manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=g)).Q for _ in range(2))
     values = torch.arange(1, WIDTH + 1).float() ** -0.5
@@ -37,6 +47,7 @@ def weights() -> dict[str, Tensor]:
 
 
 def one_weight(name: str, weight: Tensor, rounds: int) -> dict[str, Any]:
+    """One row of the table."""
     seconds = interleaved(
         {
             "randomized": lambda: output_basis(weight, None, Size(rank=RANK), name),
@@ -47,32 +58,19 @@ def one_weight(name: str, weight: Tensor, rounds: int) -> dict[str, Any]:
     u, _ = output_basis(weight, None, Size(rank=RANK), name)
     best = torch.linalg.svdvals(weight)[:RANK].square().sum()
     gain, low, high = ratio(seconds, "full SVD", "randomized")
-    found = float((u.mT @ weight).square().sum() / best)
+    energy = float((u.mT @ weight).square().sum() / best)
     return {
         "weight": f"{WIDTH} x {WIDTH}, {name}",
         **medians(seconds),
         "full/randomized": gain,
         "quartiles": f"{low:.0f}-{high:.0f}",
-        "energy of top 32": found,
+        "energy of top 32": energy,
     }
 
 
-def load(kind: str) -> Any:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    from examples.get_model import model_dir
-
-    config = (
-        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-        if kind == "NF4"
-        else None
-    )
-    return AutoModelForCausalLM.from_pretrained(model_dir(), dtype=torch.float32, quantization_config=config)
-
-
 def whole_model(kind: str) -> None:
-    """Child process: load, estimate, print."""
-    model = load(kind)
+    """In a new process: estimate all bases of the model and print time and memory."""
+    model = load_causal(model_dir(), nf4=kind == "NF4")
     before = resident_mib()
     started = time.perf_counter()
     subspace = SafetySubspace.from_weights(model, rank=RANK, target_modules="all-linear", progress=False)
@@ -89,7 +87,7 @@ def whole_model(kind: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model-of", choices=("fp32", "NF4"), help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,9 +1,10 @@
-"""What protection costs in training: one step (forward, backward, AdamW) of SaLoRA, plain LoRA and the dense
+"""The cost of protection in training: one step (forward, backward, AdamW) of SaLoRA, plain LoRA and the dense
 projection of the reference code.
 
-One base model carries the three adapters, so that nothing but the active adapter differs; the arms run in turn. Peak
-memory is that of a fresh process per arm. Run `python -m benchmarks.train_step` (about 15 minutes on two cores;
-`--rounds 3 --base fp32` for a quick look).
+One base model carries the three adapters, so that only the active adapter differs. The arms take turns. Peak memory is
+measured in a new process for each arm.
+
+    python -m benchmarks.train_step [--rounds 3 --base fp32]    (15 minutes on two cores; less with these options)
 """
 
 from __future__ import annotations
@@ -19,7 +20,20 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from benchmarks.common import interleaved, medians, peak_memory, ratio, record, resident_mib, show
+from benchmarks.common import (
+    add_model,
+    compared,
+    interleaved,
+    load_causal,
+    model_name,
+    model_source,
+    parser_of,
+    peak_memory,
+    ratio,
+    record,
+    resident_mib,
+    show,
+)
 from peft_safety import SafetySubspace, SaLoRAConfig
 from peft_safety.estimate.targets import target_layers
 from peft_safety.projection import orthonormalize
@@ -29,15 +43,11 @@ from peft_safety.weights import shape
 ARMS = ("lora", "salora", "dense C")
 RANK, SAFETY_RANK = 16, 32
 TARGET = 1.05
-"""Largest ratio to plain LoRA, in time from 512 tokens on and in memory; and 1.5 is the smallest of the dense form to
-ours.
-"""
+"""Largest ratio to plain LoRA, in memory and, from 512 tokens on, in time."""
 
 
 class DenseProjected(nn.Linear):
-    """`lora_B` followed by a dense `C (m x m)` on the activations: the form of SaLoRA's reference code, re-implemented
-    for comparison.
-    """
+    """`lora_B` followed by a dense `C (m x m)` on the activations, as in SaLoRA's reference code."""
 
     def __init__(self, linear: nn.Linear, basis: Tensor) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False)
@@ -48,21 +58,8 @@ class DenseProjected(nn.Linear):
         return F.linear(F.linear(x, self.weight), self.complement)
 
 
-def load(model_dir: str, base: str) -> nn.Module:
-    """The real model in fp32, or NF4 with fp32 compute (bf16 is many times slower on a CPU)."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    options: dict[str, Any] = {"dtype": torch.float32}
-    if base == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-        )
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, **options)
-    return model
-
-
 def any_subspace(model: nn.Module) -> SafetySubspace:
-    """Random bases: what a step costs does not depend on where a basis comes from."""
+    """Random bases: the cost of a step does not depend on the basis."""
     generator = torch.Generator().manual_seed(0)
     layers = target_layers(model, "all-linear")
     return SafetySubspace(
@@ -74,12 +71,12 @@ def any_subspace(model: nn.Module) -> SafetySubspace:
 
 
 def adapter_name(arm: str) -> str:
-    """PEFT warns of names that its own prefix `lora_` contains."""
+    """The name of an arm's adapter. PEFT warns of names that are a part of its prefix `lora_`."""
     return f"{arm.replace(' ', '_')}_arm"
 
 
 def with_adapters(model: nn.Module, arms: tuple[str, ...]) -> PeftModel:
-    """The model with one adapter an arm, of equal rank on all linear layers."""
+    """The model with one adapter for each arm, of equal rank on all linear layers."""
     subspace = any_subspace(model)
     plain = {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     configs = {
@@ -99,7 +96,7 @@ def with_adapters(model: nn.Module, arms: tuple[str, ...]) -> PeftModel:
 
 
 def step_of(model: PeftModel, arm: str, tokens: int) -> Callable[[], None]:
-    """One training step of an arm on `tokens` random tokens, as a function."""
+    """A function that does one training step of an arm on random tokens."""
     adapter = adapter_name(arm)
     model.set_adapter(adapter)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -114,31 +111,28 @@ def step_of(model: PeftModel, arm: str, tokens: int) -> Callable[[], None]:
     return step
 
 
-def timings(model_dir: str, base: str, lengths: list[int], rounds: int) -> list[dict[str, Any]]:
-    model = with_adapters(load(model_dir, base), ARMS).train()
+def timings(source: str, base: str, lengths: list[int], rounds: int) -> list[dict[str, Any]]:
+    """One row for each number of tokens."""
+    model = with_adapters(load_causal(source, nf4=base == "nf4"), ARMS).train()
     rows = []
     for tokens in lengths:
         seconds = interleaved({arm: step_of(model, arm, tokens) for arm in ARMS}, rounds)
-        cost, low, high = ratio(seconds, "salora", "lora")
-        gain, _, _ = ratio(seconds, "dense C", "salora")
         rows.append(
             {
                 "base": base,
                 "tokens": tokens,
                 "rounds": rounds,
-                **medians(seconds),
-                "salora/lora": cost,
-                "quartiles": f"{low:.3f}-{high:.3f}",
-                "dense C/salora": gain,
+                **compared(seconds, "salora", "lora", 3),
+                "dense C/salora": ratio(seconds, "dense C", "salora")[0],
             }
         )
         show("one training step", rows[-1:])
     return rows
 
 
-def memory(model_dir: str, base: str, arm: str, tokens: int) -> None:
-    """Child process: three steps of one arm, then what the process held at most."""
-    model = with_adapters(load(model_dir, base), (arm,)).train()
+def memory(source: str, base: str, arm: str, tokens: int) -> None:
+    """In a new process: print the peak memory after three steps of one arm."""
+    model = with_adapters(load_causal(source, nf4=base == "nf4"), (arm,)).train()
     step = step_of(model, arm, tokens)
     for _ in range(3):
         step()
@@ -146,20 +140,15 @@ def memory(model_dir: str, base: str, arm: str, tokens: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="model directory; default: the embedded SmolLM2-135M-Instruct")
+    parser = parser_of(__doc__)
+    add_model(parser)
     parser.add_argument("--base", choices=("fp32", "nf4"), action="append", help="default: both")
     parser.add_argument("--tokens", type=int, action="append", help="default: 128, 512 and 1024")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    from examples.get_model import model_dir
-
-    source, bases, lengths = (
-        args.model or str(model_dir()),
-        args.base or ["fp32", "nf4"],
-        args.tokens or [128, 512, 1024],
-    )
+    source = model_source(args.model)
+    bases, lengths = args.base or ["fp32", "nf4"], args.tokens or [128, 512, 1024]
     if args.memory_of:
         memory(source, bases[0], args.memory_of, lengths[0])
         return
@@ -171,16 +160,16 @@ def main() -> None:
             )["mib"]
             for arm in ARMS
         }
-        found = {
+        memory_row = {
             "base": base,
             **{f"{arm} MiB": peaks[arm] for arm in ARMS},
             "salora/lora": peaks["salora"] / peaks["lora"],
         }
-        show("peak memory of the process, 512 tokens", [found])
-        rows += [*timings(source, base, lengths, args.rounds), found]
+        show("peak memory of the process, 512 tokens", [memory_row])
+        rows += [*timings(source, base, lengths, args.rounds), memory_row]
     show("one training step, median of interleaved rounds", [row for row in rows if "tokens" in row])
     settings = {
-        "model": "SmolLM2-135M-Instruct" if args.model is None else "given",
+        "model": model_name(args.model),
         "r": RANK,
         "safety_rank": SAFETY_RANK,
         "threads": torch.get_num_threads(),

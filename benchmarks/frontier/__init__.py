@@ -1,3 +1,3 @@
-"""Cached cells on a real model: fine-tune the aligned model in one way, measure safety and utility, keep the result.
-`python -m benchmarks.frontier`.
+"""The engine of the benchmarks on a real model. A cell fine-tunes the aligned model in one way and measures safety and
+utility; its result is kept. The frontier is one plan of cells, `benchmarks/guardspace.py` another.
 """

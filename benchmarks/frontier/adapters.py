@@ -1,4 +1,4 @@
-"""Small things done to adapters: their size, cutting and randomizing bases, scaling, projecting."""
+"""Small operations on adapters and bases: norm, scaling, projection, truncation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_finite(model: torch.nn.Module, run: TrainingRun, cell: Cell) -> None:
 
 
 def truncated(subspace: SafetySubspace, size: float, side: Any = "in") -> SafetySubspace:
-    """The leading directions of each basis: as many as `size`, or below 1 as that share of the dimensions."""
+    """The first `size` directions of each basis; a `size` below 1 is a share of the dimensions."""
     cut: dict[int, torch.Tensor] = {}
     bases: dict[str, dict[Any, torch.Tensor]] = {}
     for name, sides in subspace.bases.items():
@@ -56,7 +56,7 @@ def truncated(subspace: SafetySubspace, size: float, side: Any = "in") -> Safety
 
 
 def scale(model: torch.nn.Module, factor: float) -> None:
-    """Shorten every module's update by one factor."""
+    """Multiply the update of every module by one factor."""
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             layer.scaling["default"] *= factor
@@ -64,8 +64,8 @@ def scale(model: torch.nn.Module, factor: float) -> None:
 
 @torch.no_grad()
 def project_randomly(model: torch.nn.Module, rank: int, outside: float, seed: int) -> None:
-    """The control of Safe LoRA's "topk" and "soft": `B <- Q Q^T B + outside (B - Q Q^T B)` with random directions Q in
-    place of the alignment's.
+    """The control of Safe LoRA's "topk" and "soft": `B <- Q Q^T B + outside (B - Q Q^T B)` with random directions Q
+    instead of those of the alignment.
     """
     generator = torch.Generator().manual_seed(seed)
     for layer in adapter_layers(model, "default").values():

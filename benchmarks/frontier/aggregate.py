@@ -1,4 +1,4 @@
-"""Cells gathered into the points of the frontier, and paired comparisons between them."""
+"""Cells with equal settings become one point of the frontier; points are compared in pairs; costs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from benchmarks.frontier.cells import cell_of
 from benchmarks.frontier.measure import CONTRAST, HARMFUL
 from benchmarks.frontier.plan import METHODS, name_of
+from benchmarks.frontier.results import Row
 from peft_safety.evaluation import Paired, Rate
 
-Row = dict[str, Any]
 RATES = {
     "refusal": "refusal, harmful",
     "compliance": "compliance, harmful",
@@ -59,13 +59,20 @@ class Point:
     """A method at one share of poison, all seeds together.
 
     Attributes:
-        rows: finite cells. diverged: how many were not.
+        rows: cells with finite figures. diverged: number of the other cells.
     """
 
     name: str
     poison: float
     rows: list[Row] = field(default_factory=list)
     diverged: int = 0
+
+    def add(self, row: Row) -> None:
+        """Count one cell."""
+        if "diverged" in row:
+            self.diverged += 1
+        else:
+            self.rows.append(row)
 
     def rate(self, metric: str) -> Rate | None:
         """See `pooled`."""
@@ -77,12 +84,12 @@ class Point:
 
     def mean(self, key: str) -> float | None:
         """Mean over seeds of a plain number, or of a figure's value."""
-        found = [
+        values = [
             row[key]["value"] if isinstance(row[key], dict) else row[key]
             for row in self.rows
             if row.get(key) is not None
         ]
-        return statistics.mean(found) if found else None
+        return statistics.mean(values) if values else None
 
     @property
     def control(self) -> str:
@@ -90,47 +97,47 @@ class Point:
         return self.name.partition(":")[0] if ":" in self.name else ""
 
 
+Points = dict[tuple[str, float], Point]
+"""By method and share of poison."""
+
+
 def pooled(rows: Sequence[Row], metric: str) -> Rate | None:
-    """A rate over all prompts of all seeds; the interval takes prompts repeated over seeds as independent, which they
-    are not quite.
+    """A rate over all prompts and seeds. Its interval takes the prompts of different seeds as independent, which is
+    not quite true.
     """
-    found = [row[metric] for row in rows if row.get(metric)]
-    return Rate(sum(rate["k"] for rate in found), sum(rate["n"] for rate in found)) if found else None
+    rates = [row[metric] for row in rows if row.get(metric)]
+    return Rate(sum(rate["k"] for rate in rates), sum(rate["n"] for rate in rates)) if rates else None
 
 
 def split_of(rows: Sequence[Row]) -> str:
-    """What a report is about: test prompts if there are any, else validation prompts."""
+    """The split of a report: test if there are test cells, else validation."""
     return "test" if any(row["cell"]["split"] == "test" for row in rows) else "validation"
 
 
-def points(rows: Sequence[Row]) -> dict[tuple[str, float], Point]:
-    """All points of `split_of(rows)`, methods in the plan's order. "aligned" stands at every share of poison, which it
-    does not depend on.
+def points(rows: Sequence[Row]) -> Points:
+    """All points of `split_of(rows)`, methods in the order of the plan. "aligned" does not depend on the share of
+    poison and is repeated at every share.
     """
-    split, found = split_of(rows), {}
+    split, grouped = split_of(rows), {}
     kept = [(cell_of(row), row) for row in rows if row["cell"]["split"] == split]
     shares = sorted({cell.poison for cell, _ in kept if cell.arm != "aligned"}) or [0.0]
     for cell, row in kept:
         for share in shares if cell.arm == "aligned" else [cell.poison]:
-            point = found.setdefault((name_of(cell), share), Point(name_of(cell), share))
-            if "diverged" in row:
-                point.diverged += 1
-            else:
-                point.rows.append(row)
+            grouped.setdefault((name_of(cell), share), Point(name_of(cell), share)).add(row)
     order = list(METHODS)
     known = {name: index for index, name in enumerate(order)}
-    return dict(sorted(found.items(), key=lambda item: (known.get(item[0][0], len(order)), item[0][0], item[0][1])))
+    return dict(sorted(grouped.items(), key=lambda item: (known.get(item[0][0], len(order)), item[0][0], item[0][1])))
 
 
-def names(found: dict[tuple[str, float], Point], controls: bool | None = None) -> list[str]:
-    """The methods among points, each once; only controls, or none of them."""
-    listed = dict.fromkeys(name for name, _ in found)
+def names(points: Points, controls: bool | None = None) -> list[str]:
+    """The names of the points, each once: all, only controls, or no controls."""
+    listed = dict.fromkeys(name for name, _ in points)
     return [name for name in listed if controls is None or controls == (":" in name)]
 
 
-def shares(found: dict[tuple[str, float], Point]) -> list[float]:
+def shares(points: Points) -> list[float]:
     """The shares of poison among points."""
-    return sorted({poison for _, poison in found})
+    return sorted({poison for _, poison in points})
 
 
 def harmful_sets(row: Row) -> list[str]:
@@ -162,7 +169,7 @@ def pairs(first: Point, second: Point, what: str = "refusal") -> Paired | None:
 
 
 def _matched(first: Point, second: Point) -> Iterator[tuple[Row, Row]]:
-    """Cells of equal seed and equal prompt sets; one without a seed of its own (no fine-tune) goes with every seed."""
+    """Pairs of cells with equal seed and equal prompt sets. "aligned" has no seed and goes with every one."""
     free = "aligned" in (first.name, second.name)
     for one in first.rows:
         for other in second.rows:
@@ -171,10 +178,42 @@ def _matched(first: Point, second: Point) -> Iterator[tuple[Row, Row]]:
 
 
 def missing(rows: Sequence[Row], planned: Sequence[Any]) -> dict[str, int]:
-    """How many planned cells of each method are not there."""
+    """Number of missing cells of each method."""
     done = {cell_of(row) for row in rows}
     count: dict[str, int] = {}
     for cell in planned:
         if cell not in done:
             count[name_of(cell)] = count.get(name_of(cell), 0) + 1
     return count
+
+
+def cost(points: Points, name: str) -> tuple[float | None, float, float | None]:
+    """Time of training, time of calibration or repair, and memory, as multiples of plain LoRA's; None if not measured.
+
+    Training and memory: the median over cells of the ratio to plain LoRA with the same share of poison and seed.
+    Calibration or repair: the largest time, since only the first cell of a process calibrates. Processor time is used
+    where it was measured: other programs disturb it less.
+    """
+    unit = "cpu_seconds" if _values(points, "lora", "train_cpu_seconds") else "seconds"
+    train, memory = (_ratio(points, name, key) for key in (f"train_{unit}", "added_mib"))
+    if train is None:
+        return None, 0.0, None
+    setup = max(_values(points, name, f"setup_{unit}").values(), default=0.0)
+    return train, setup / statistics.median(_values(points, "lora", f"train_{unit}").values()), memory
+
+
+def _values(points: Points, name: str, key: str) -> dict[tuple[float, int], float]:
+    """By share of poison and seed."""
+    return {
+        (share, row["cell"]["seed"]): row[key]
+        for (other, share), point in points.items()
+        if other == name
+        for row in point.rows
+        if row.get(key)
+    }
+
+
+def _ratio(points: Points, name: str, key: str) -> float | None:
+    base, own = _values(points, "lora", key), _values(points, name, key)
+    ratios = [value / base[place] for place, value in own.items() if place in base]
+    return statistics.median(ratios) if ratios else None

@@ -1,6 +1,4 @@
-"""The arms: each takes the bench and a cell, and returns the model to measure with what is to be kept of how it was
-made.
-"""
+"""The arms: ways to fine-tune. Each takes the bench and a cell, and returns the model and facts about its training."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.frontier.adapters import norm, project_randomly, scale, truncated
-from benchmarks.frontier.bench import Bench, Found, timed
+from benchmarks.frontier.bench import Bench, Facts, timed
 from benchmarks.frontier.cells import Cell, needs
 from peft_safety import SafetySubspace
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
@@ -20,9 +18,28 @@ from peft_safety.estimate.moments import to_batches
 from peft_safety.estimate.targets import target_layers
 
 LARGEST = {"in": 1 / 2, "out": 0.9}
-"""Bases are estimated once at this share and cut to smaller ones: the top eigenvectors are nested."""
+"""Bases are estimated once at this share of the dimensions and then cut: the top eigenvectors are nested."""
 TARGETS = "all-linear"
-Made = tuple[Any, Found]
+Made = tuple[Any, Facts]
+
+
+def run_cell(bench: Bench, cell: Cell) -> Facts:
+    """Make the model of a cell and measure it.
+
+    Raises:
+        ConfigError: an unknown arm or setting. DivergedError: weights or a loss that are not finite.
+    """
+    try:
+        bench.use(cell.load)
+        measures = bench.measures(cell)
+        tuned, facts = run_arm(bench, cell)
+        figures = measures(tuned, bench.tokenizer)
+        if bench.model is not None and tuned is not bench.model:
+            bench.model = tuned.unload()
+    except BaseException:
+        bench.model = None  # it may still carry a part of an adapter
+        raise
+    return {**figures, **facts}
 
 
 def run_arm(bench: Bench, cell: Cell) -> Made:
@@ -42,7 +59,9 @@ def run_arm(bench: Bench, cell: Cell) -> Made:
 
 
 def scaled(bench: Bench, cell: Cell) -> Made:
-    """Plain LoRA, all modules by one factor, at the norm that the method kept: is it more than a smaller update?"""
+    """Plain LoRA, all modules scaled by one factor to the norm of the method: is the method more than a smaller
+    update?
+    """
     kept = [row for other in needs(cell) if (row := bench.cache.get(other)) is not None]
     if kept and "diverged" in kept[0]:
         raise DivergedError(f"{cell.label()}: the method whose norm it takes has diverged.")
@@ -55,8 +74,8 @@ def scaled(bench: Bench, cell: Cell) -> Made:
     return tuned, {**costs(facts), "factor": factor, "norm": norm(tuned)}
 
 
-def costs(facts: Found) -> Found:
-    """Of a plain adapter, what holds for what is made of it too."""
+def costs(facts: Facts) -> Facts:
+    """The facts of a plain adapter that also hold for a model that is made from it."""
     return {
         name: facts[name]
         for name in ("steps", "loss", "train_seconds", "train_cpu_seconds", "added_mib")
@@ -76,8 +95,8 @@ def lora(bench: Bench, cell: Cell) -> Made:
 
 
 def mixed(bench: Bench, cell: Cell) -> Made:
-    """Plain LoRA with safety data added to the rows: the refusals that GuardSpace calibrates on, `share` as many as
-    there are rows.
+    """Plain LoRA with refusals added to the training rows. They are those that GuardSpace calibrates on; `share` is
+    their number as a share of the rows.
     """
     rows = bench.rows(cell)
     safety = refusal_pairs("calibration", max(1, round(cell.options()["share"] * len(rows))), cell.seed)
@@ -85,37 +104,37 @@ def mixed(bench: Bench, cell: Cell) -> Made:
 
 
 def salora(bench: Bench, cell: Cell) -> Made:
-    """SaLoRA: `k` output directions of safe responses, or below 1 a share of them."""
-    found: Found = {}
-    with timed(found, "setup"):
+    """SaLoRA: `k` output directions of safe responses; below 1 a share of the dimensions."""
+    made: Facts = {}
+    with timed(made, "setup"):
         subspace = randomly(cell, truncated(_outputs(bench), cell.options()["k"], "out"))
     adapter = replace(bench.adapter(), method="salora", subspace=subspace)
     tuned, facts = bench.train(cell, adapter.config(bench.model, bench.tokenizer, []), bench.rows(cell))
-    return tuned, {**found, **facts}
+    return tuned, {**made, **facts}
 
 
 def guard(bench: Bench, cell: Cell) -> Made:
-    """GuardSpace; with the knob `combine` ("salora") also blind on the output side, in `k` directions."""
-    found: Found = {}
+    """GuardSpace; with the knob `combine` ("salora") also protected on the output side, in `k` directions."""
+    made: Facts = {}
     rows, combine = bench.rows(cell), cell.options().get("combine")
-    with timed(found, "setup"):
+    with timed(made, "setup"):
         subspace = truncated(_inputs(bench, cell), cell.fraction)
         if combine:
             subspace = subspace.beside(truncated(_outputs(bench), cell.options()["k"], "out"))
         subspace = randomly(cell, subspace)
     batches, _ = to_batches(rows[:32], bench.tokenizer, batch_size=8, max_length=bench.protocol.max_length)
     shares = task_shares(bench.model, target_layers(bench.model, TARGETS), subspace, batches, progress=False)
-    found["task_free"] = sorted(share.free for share in shares.values())[len(shares) // 2]
+    made["task_free"] = sorted(share.free for share in shares.values())[len(shares) // 2]
     adapter = replace(bench.adapter(), method="guardspace", subspace=subspace, combine=combine)
     config = adapter.config(bench.model, bench.tokenizer, rows, seed=cell.seed, progress=False)
     config.task_data = None  # only for a warning, and a pass over 128 rows; `task_free` says the same
     tuned, facts = bench.train(cell, config, rows)
-    return tuned, {**found, **facts}
+    return tuned, {**made, **facts}
 
 
 def second(bench: Bench, cell: Cell) -> Made:
-    """The guard's result merged into the weights, and then fine-tuned by plain LoRA on the same rows. The bench
-    reloads its model afterwards.
+    """GuardSpace merged into the weights, and then a second fine-tune by plain LoRA on the same rows. The bench loads
+    its model again afterwards.
     """
     merged, first = guard(bench, replace(cell, arm="guard"))
     options = replace(bench.options(cell), seed=cell.seed + 100)
@@ -126,12 +145,12 @@ def second(bench: Bench, cell: Cell) -> Made:
 
 
 def safe_lora(bench: Bench, cell: Cell) -> Made:
-    """Safe LoRA, applied to the adapter of plain LoRA. Its control projects onto random directions, as many."""
+    """Safe LoRA, applied to the adapter of plain LoRA. Its control projects onto equally many random directions."""
     from peft_safety import apply_safe_lora
 
     directory, facts = bench.plain(cell)
-    tuned, found, options = bench.attach(directory), costs(facts), cell.options()
-    with timed(found, "setup"):
+    tuned, made, options = bench.attach(directory), costs(facts), cell.options()
+    with timed(made, "setup"):
         if cell.control == "random":
             kind = options.get("projection")
             if kind not in ("topk", "soft") or options.get("select") != "all":
@@ -143,13 +162,13 @@ def safe_lora(bench: Bench, cell: Cell) -> Made:
             )
         else:
             report = apply_safe_lora(tuned, str(bench.unaligned), str(bench.directory), progress=False, **options)
-            found["repaired"] = len(report.selected)
-    return tuned, {**found, "norm": norm(tuned)}
+            made["repaired"] = len(report.selected)
+    return tuned, {**made, "norm": norm(tuned)}
 
 
 def reattach(bench: Bench, cell: Cell) -> Made:
-    """The patch as a plug: the *unaligned* model is fine-tuned, and the patch (what the aligned model differs by) is
-    put on the result without training.
+    """The *unaligned* model is fine-tuned; then its adapter is attached to the aligned model without training. It is
+    as if the safety patch were attached to the fine-tuned model.
     """
     from peft_safety.recipes.load import load_model
 
@@ -165,15 +184,15 @@ def reattach(bench: Bench, cell: Cell) -> Made:
 
 
 def patch(bench: Bench, cell: Cell) -> Made:
-    """A safety patch trained on top of the fine-tuned model and orthogonal to its adapter; `steps` steps, with the
-    package's own refusals.
+    """A safety patch, trained on the fine-tuned model with the package's own refusals and orthogonal to its adapter;
+    `steps` steps.
     """
     from peft_safety.recipes.patch import PatchOptions, patch_config
     from peft_safety.recipes.patch import patch as train_patch
     from peft_safety.recipes.watch import Stopping
 
     directory, facts = bench.plain(cell)
-    found, steps, defaults = costs(facts), int(cell.options()["steps"]), PatchOptions()
+    made, steps, defaults = costs(facts), int(cell.options()["steps"]), PatchOptions()
     kinds = ("harmful", "general", "everyday", "contrast")
     share = 8 * steps / sum(getattr(defaults, name) for name in kinds)
     sizes = {name: max(1, round(share * getattr(defaults, name))) for name in kinds}
@@ -189,10 +208,10 @@ def patch(bench: Bench, cell: Cell) -> Made:
             tuned, bench.tokenizer, replace(options, prior_patches=()), general_rows(tuned, bench.tokenizer, options)
         ).subspace
         options = replace(options, subspace=subspace.randomized(cell.seed))
-    with timed(found, "setup"):
+    with timed(made, "setup"):
         both, run = train_patch(tuned, bench.tokenizer, options)
-    found |= {"patch_steps": run.training.steps, "patch_norm": norm(both)}
-    return both, {**found, "norm": (facts["norm"] ** 2 + found["patch_norm"] ** 2) ** 0.5}
+    made |= {"patch_steps": run.training.steps, "patch_norm": norm(both)}
+    return both, {**made, "norm": (facts["norm"] ** 2 + made["patch_norm"] ** 2) ** 0.5}
 
 
 def somf(bench: Bench, cell: Cell) -> Made:
@@ -204,14 +223,14 @@ def somf(bench: Bench, cell: Cell) -> Made:
     from peft_safety.methods.somf import MaskTraining
 
     directory, facts = bench.plain(cell)
-    found, options = costs(facts), cell.options()
+    made, options = costs(facts), cell.options()
     tuned = bench.attach(directory, "task")
     training = MaskTraining(
         lr=options["lr"], max_steps=int(options["steps"]), batch_size=8, max_length=96, seed=cell.seed, progress=False
     )
     quiet: dict[str, Any] = {"model": tuned, "progress": False, "seed": cell.seed}
     name = "default" if cell.control != "random" else "learned"
-    with timed(found, "setup"):
+    with timed(made, "setup"):
         rows = preference_pairs("train", 8 * training.max_steps, cell.seed)
         report = fuse(
             None, ["task"], tokenizer=bench.tokenizer, data=rows, training=training, adapter_name=name, **quiet
@@ -219,7 +238,7 @@ def somf(bench: Bench, cell: Cell) -> Made:
     if cell.control == "random" and report.masks is not None:
         fuse(None, ["task"], mask=report.masks.shuffled(cell.seed), adapter_name="default", **quiet)
     tuned.set_adapter("default")
-    return tuned, {**found, "norm": norm(tuned)}
+    return tuned, {**made, "norm": norm(tuned)}
 
 
 ARMS: dict[str, Callable[[Bench, Cell], Made]] = {
@@ -238,7 +257,7 @@ RANDOM = ("salora", "guard", "safe_lora", "patch", "somf")
 
 
 def randomly(cell: Cell, subspace: SafetySubspace) -> SafetySubspace:
-    """A random subspace of equal ranks where the cell is that control."""
+    """The subspace, or for the control "random" a random one of equal ranks."""
     return subspace.randomized(cell.seed) if cell.control == "random" else subspace
 
 

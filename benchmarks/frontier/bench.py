@@ -1,6 +1,4 @@
-"""What the cells of one process share: the aligned model, calibrations, adapters of plain LoRA, and what is
-measured.
-"""
+"""What the cells of one process share: the aligned model, calibrations, adapters of plain LoRA, and the prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +9,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,14 +17,14 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import TrainerCallback
 
-from benchmarks.common import reset_peak, resident_mib, resident_now_mib
+from benchmarks.common import load_causal, reset_peak, resident_mib, resident_now_mib
 from benchmarks.frontier.adapters import check_finite, norm
 from benchmarks.frontier.along import Along
 from benchmarks.frontier.cache import Cache
-from benchmarks.frontier.cells import Cell, Protocol
+from benchmarks.frontier.cells import Cell
 from benchmarks.frontier.measure import Measures
+from examples.get_model import model_dir
 from peft_safety import SafetySubspace
 from peft_safety.data import load
 from peft_safety.data.chat import Row
@@ -37,25 +34,24 @@ from peft_safety.recipes.adapter import AdapterOptions
 from peft_safety.recipes.load import TaskData, load_model, poisoned, task_data
 from peft_safety.recipes.patch import PatchOptions, patch
 from peft_safety.recipes.train import TrainOptions, finetune
-from peft_safety.report import environment
 
 CALIBRATIONS = 3
-"""Subspaces kept in memory at once; each is up to the size of the model."""
+"""Largest number of subspaces in memory; one can be as large as the model."""
 Sets = Mapping[str, Sequence[str]]
-Found = dict[str, Any]
+Facts = dict[str, Any]
 
 
 class Bench:
-    """The aligned model, and what has been made of it so far.
+    """The aligned model, and what has been made from it so far.
 
     Args:
-        cache: of finished cells; adapters of plain LoRA are kept beside them.
+        cache: finished cells; adapters of plain LoRA are kept in the same folder.
         sets: further prompt sets by name, for test cells.
         aligned: directory of the aligned model; default SmolLM2-135M-Instruct (or `unaligned`) with a safety patch,
             made once.
         unaligned: directory of the model before its alignment, for the methods that need it.
-        judges: beside the keyword matcher.
-        task: rows of the trained task; default the package's.
+        judges: in addition to the keyword matcher.
+        task: rows of the trained task; default the package's own.
         patch: how the aligned model is made; default `PatchOptions`.
     """
 
@@ -83,12 +79,10 @@ class Bench:
     @property
     def unaligned(self) -> Path:
         """Directory of the model before its alignment."""
-        from examples.get_model import model_dir
-
         return self._unaligned or model_dir()
 
     def _align(self) -> Path:
-        """The unaligned model with a safety patch merged in, made once, by one process."""
+        """The unaligned model with a safety patch merged into it. One process makes it, once."""
         out = self.cache.folder / f"aligned{self.cache.protocol.patch}"
         with self.cache.lock("aligned", wait=True):
             if not (out / "config.json").is_file():
@@ -104,7 +98,7 @@ class Bench:
         return out
 
     def publish(self, out: Path, write: Callable[[Path], Any]) -> None:
-        """A directory by one rename.
+        """Write a directory by one rename: it is complete or not there.
 
         Raises:
             ArtifactError: it cannot be written.
@@ -121,39 +115,21 @@ class Bench:
                 f"{out} cannot be written: {error}. Finished cells are safe; make room and run the same command again."
             ) from error
 
-    def cell(self, cell: Cell) -> Found:
-        """Run one cell.
-
-        Raises:
-            ConfigError: an unknown arm or setting. DivergedError: see `Measures` and `train`.
-        """
-        from benchmarks.frontier.arms import run_arm
-
-        try:
-            self.use(cell.load)
-            measures = self.measures(cell)
-            tuned, found = run_arm(self, cell)
-            measured = measures(tuned, self.tokenizer)
-            if self.model is not None and tuned is not self.model:
-                self.model = tuned.unload()
-        except BaseException:
-            self.model = None  # adapters may be half on it
-            raise
-        return {**measured, **found}
-
     def use(self, kind: str) -> None:
-        """Have the aligned model in memory, dense or in 4 bits, without adapters."""
+        """Load the aligned model without adapters, in fp32 ("") or in 4 bits ("nf4"), if it is not loaded already."""
         if self.model is not None and kind == self.loaded:
             return
         if kind not in ("", "nf4"):
             raise ConfigError(f"load {kind!r} is unknown. Choose '' (fp32) or 'nf4'.")
         self.model = None
         gc.collect()
-        self.model = load_nf4(self.directory) if kind else load_model(self.directory)[0]
+        self.model = load_causal(self.directory, nf4=True) if kind else load_model(self.directory)[0]
         self.loaded = kind
 
     def measures(self, cell: Cell) -> Measures:
-        """What a cell is measured on: the same prompts for every arm and seed, held-out rows by seed."""
+        """What a cell is measured on. Prompts are the same for every arm and seed; the held-out rows depend on the
+        seed.
+        """
         key = (cell.split, cell.seed)
         if key not in self._measures:
             last = cell.split == "test"
@@ -180,12 +156,12 @@ class Bench:
         return self._measures[key]
 
     def task(self, cell: Cell) -> TaskData:
-        """The task's rows for a seed: those trained on, and those held out of the cell's split."""
-        found = task_data(self.task_rows, cell.split, self.protocol.limit, cell.seed)
+        """The rows of the task for a seed: the training rows, and the held-out rows of the cell's split."""
+        data = task_data(self.task_rows, cell.split, self.protocol.limit, cell.seed)
         return TaskData(
-            random.Random(cell.seed).sample(found.train, min(self.protocol.rows, len(found.train))),
-            found.held_out,
-            found.labels,
+            random.Random(cell.seed).sample(data.train, min(self.protocol.rows, len(data.train))),
+            data.held_out,
+            data.labels,
         )
 
     def options(self, cell: Cell) -> TrainOptions:
@@ -214,14 +190,13 @@ class Bench:
         *,
         options: TrainOptions | None = None,
         model: Any = None,
-        callbacks: Sequence[TrainerCallback] = (),
-    ) -> tuple[PeftModel, Found]:
-        """Fine-tune the aligned model (or `model`), with what it cost.
+    ) -> tuple[PeftModel, Facts]:
+        """Fine-tune the aligned model (or `model`); returns it with its norm, its loss and what it cost.
 
         Raises:
             DivergedError: weights that are not finite.
         """
-        along = Along(self, cell)
+        along = Along(self.measures(cell), self.tokenizer, cell.epochs)
         reset_peak()
         held = resident_now_mib()
         labels, spent = self.task(cell).labels, {}
@@ -233,7 +208,7 @@ class Bench:
                 config,
                 options or self.options(cell),
                 labels=labels,
-                callbacks=[along, *callbacks],
+                callbacks=[along],
             )
         check_finite(tuned, run, cell)
         facts = {
@@ -243,11 +218,11 @@ class Bench:
             **spent,
             "added_mib": round(resident_mib() - held),
         }
-        return tuned, {**facts, **({"along": along.found} if along.found else {})}
+        return tuned, {**facts, **({"along": along.results} if along.results else {})}
 
-    def plain(self, cell: Cell) -> tuple[Path, Found]:
-        """The adapter of plain LoRA beside this cell, trained by whoever needs it first and kept: every post-hoc arm
-        starts from the very same one.
+    def plain(self, cell: Cell) -> tuple[Path, Facts]:
+        """The adapter of plain LoRA for the same rows and seed. The first cell that needs it trains it; then it is
+        kept, so that all arms that change a trained adapter start from the same one.
         """
         lora = cell.without_basis("lora")
         name = self.protocol.adapter_key(lora)
@@ -265,15 +240,15 @@ class Bench:
         return out, json.loads((out / "facts.json").read_text(encoding="utf-8"))
 
     def discard(self, name: str) -> None:
-        """Delete an adapter that nothing else will read."""
+        """Delete a saved adapter."""
         shutil.rmtree(self.cache.folder / "adapters" / name, ignore_errors=True)
 
-    def attach(self, directory: Path, name: str = "default", trainable: bool = False) -> PeftModel:
-        """The aligned model under a saved adapter."""
-        return PeftModel.from_pretrained(self.model, str(directory), adapter_name=name, is_trainable=trainable)
+    def attach(self, directory: Path, name: str = "default") -> PeftModel:
+        """The aligned model with a saved adapter."""
+        return PeftModel.from_pretrained(self.model, str(directory), adapter_name=name)
 
     def subspace(self, key: tuple[Any, ...], make: Callable[[], SafetySubspace]) -> SafetySubspace:
-        """A calibration of the model in use, made once a process."""
+        """A safety subspace of the loaded model, estimated once in a process."""
         full = (self.loaded, *key)
         if full not in self.subspaces:
             while len(self.subspaces) >= CALIBRATIONS:
@@ -282,32 +257,15 @@ class Bench:
         return self.subspaces[full]
 
 
-def environment_of(protocol: Protocol) -> Found:
-    """What the figures depend on."""
-    return environment(
-        0,
-        model=protocol.aligned,
-        threads=torch.get_num_threads(),
-        **{k: v for k, v in asdict(protocol).items() if k != "aligned"},
-    )
-
-
-def load_nf4(directory: Path) -> Any:
-    """A model in 4 bits, computing in fp32 on the CPU and in bf16 on a GPU."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=kind)
-    return AutoModelForCausalLM.from_pretrained(str(directory), quantization_config=quantized, dtype=kind)
-
-
 @contextmanager
-def timed(found: Found, name: str) -> Iterator[None]:
-    """Add what a block takes to `found`: seconds by the clock, and on the CPU seconds of processor time, which other
-    jobs on the machine disturb less.
+def timed(facts: Facts, name: str) -> Iterator[None]:
+    """Add the time of a block to `facts`: seconds by the clock, and on the CPU also seconds of processor time, which
+    other programs on the machine disturb less.
     """
     started, used = time.perf_counter(), time.process_time()
     yield
-    found[f"{name}_seconds"] = round(found.get(f"{name}_seconds", 0.0) + time.perf_counter() - started, 2)
+    spent = {f"{name}_seconds": time.perf_counter() - started}
     if not torch.cuda.is_available():
-        found[f"{name}_cpu_seconds"] = round(found.get(f"{name}_cpu_seconds", 0.0) + time.process_time() - used, 2)
+        spent[f"{name}_cpu_seconds"] = time.process_time() - used
+    for key, seconds in spent.items():
+        facts[key] = round(facts.get(key, 0.0) + seconds, 2)

@@ -1,4 +1,4 @@
-"""Finished cells as files, and who is working on which."""
+"""Finished cells as files, and locks between the processes that work on them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import publish
 from benchmarks.frontier.cells import Cell, Protocol
 from peft_safety.errors import ArtifactError
 
 POLL = 1.0
-"""Seconds between two looks at a lock that another process holds."""
+"""Seconds between two tries to take a lock that another process holds."""
 
 
 class Cache:
-    """Finished cells, one file each, written whole.
+    """Finished cells, one complete file each.
 
     Raises:
         ArtifactError: the folder cannot be made.
@@ -38,47 +39,45 @@ class Cache:
             ) from error
 
     def path(self, cell: Cell) -> Path:
-        """Where a cell's result is."""
+        """The file of a cell."""
         return self.folder / f"{self.protocol.key(cell)}.json"
 
     def get(self, cell: Cell) -> dict[str, Any] | None:
-        """A finished cell's result.
+        """The result of a finished cell, or None.
 
         Raises:
-            ArtifactError: its file was damaged from outside (files appear by one rename, so a killed run damages
-                none).
+            ArtifactError: its file is damaged. (A killed run damages no file, since files appear by one rename.)
         """
         path = self.path(cell)
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             raise ArtifactError(
                 f"{path} is no result of a cell: {error}. Delete it; the cell then runs again."
             ) from error
-        return found
+        return result
 
     def put(self, cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
-        """Keep a result, by one rename.
+        """Write a result by one rename.
 
         Raises:
-            ArtifactError: it cannot be written (a full disk, say). Finished cells are as they were.
+            ArtifactError: it cannot be written, for example on a full disk. Finished cells do not change.
         """
         row = {"cell": asdict(cell), **result}
         publish(self.path(cell), json.dumps(row))
         return row
 
     def rows(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-        """Those of these cells that are finished, each once."""
+        """The results of those cells that are finished, each once."""
         return [row for cell in dict.fromkeys(cells) if (row := self.get(cell)) is not None]
 
     @contextmanager
     def lock(self, name: str, wait: bool = False) -> Iterator[bool]:
-        """Hold `name` against other processes; gives False when another one holds it and `wait` is not set.
+        """Lock `name` against other processes. Yields False if another process holds it and `wait` is not set.
 
-        The kernel drops the lock of a process that dies, so a killed run leaves nothing behind that would have to be
-        recognized as stale.
+        The kernel frees the lock of a process that dies, so there are no stale locks.
         """
         path = self.folder / f"{name}.lock"
         while (handle := _taken(path)) is None:
@@ -94,7 +93,7 @@ class Cache:
 
 
 def _taken(path: Path) -> int | None:
-    """An open, locked file that is still the one at `path`; None when another process has it."""
+    """An open and locked file that is still at `path`; None if another process has locked it."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -117,21 +116,4 @@ def _taken(path: Path) -> int | None:
                 json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": round(time.time())}).encode(),
             )
             return handle
-        os.close(handle)  # its last holder deleted it between our opening and our locking
-
-
-def publish(path: Path, text: str) -> None:
-    """Write a file by one rename.
-
-    Raises:
-        ArtifactError: no space, no permission; nothing of it is left.
-    """
-    staged = path.with_suffix(f".{os.getpid()}")
-    try:
-        staged.write_text(text, encoding="utf-8")
-        os.replace(staged, path)
-    except OSError as error:
-        staged.unlink(missing_ok=True)
-        raise ArtifactError(
-            f"{path} cannot be written: {error}. Finished cells are safe; make room and run the same command again."
-        ) from error
+        os.close(handle)  # its last holder deleted it after we opened it

@@ -1,4 +1,4 @@
-"""frontier.html: one file without anything outside it, read in a minute from the top, with everything below."""
+"""frontier.html: one file that loads nothing from outside. The summary is at the top, all tables are below."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.frontier import tables
-from benchmarks.frontier.aggregate import Point, label, names, pairs, shares
-from benchmarks.frontier.cells import Cell, caveats
+from benchmarks.frontier.aggregate import Points, label, names, pairs, shares
+from benchmarks.frontier.cells import Cell
+from benchmarks.frontier.results import caveats
 from peft_safety.evaluation import KeywordJudge
 
-Points = dict[tuple[str, float], Point]
 STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}img{max-width:100%}
@@ -25,10 +25,10 @@ details{margin:.6em 0}summary{cursor:pointer;font-weight:600}
 """
 
 
-def summary(found: Points, poison: float) -> list[str]:
-    """What the figures say, in sentences made from them."""
+def summary(points: Points, poison: float) -> list[str]:
+    """The figures as sentences."""
     lines = []
-    plain, before = found.get(("lora", poison)), found.get(("aligned", poison))
+    plain, before = points.get(("lora", poison)), points.get(("aligned", poison))
     if plain is None or plain.rate("refusal") is None:
         return ["Plain LoRA has not been measured yet: nothing can be compared."]
     rate, accuracy = plain.rate("refusal"), plain.rate("task_accuracy")
@@ -37,8 +37,8 @@ def summary(found: Points, poison: float) -> list[str]:
         f"With {100 * poison:g} % of the rows poisoned, plain LoRA takes refusal {start}to {rate}, at {accuracy} "
         "accuracy on its task."
     )
-    for name in names(found, controls=False):
-        point = found.get((name, poison))
+    for name in names(points, controls=False):
+        point = points.get((name, poison))
         if name in ("aligned", "lora") or point is None or not point.rows:
             continue
         versus = pairs(point, plain)
@@ -47,15 +47,15 @@ def summary(found: Points, poison: float) -> list[str]:
             f"against plain LoRA {tables.difference(versus)} points"
         )
         for kind, words in (("random", "against its random control"), ("scaled", "against plain LoRA of equal norm")):
-            control = found.get((f"{kind}:{name}", poison))
+            control = points.get((f"{kind}:{name}", poison))
             if control is not None and (compared := pairs(point, control)) is not None:
                 said += f"; {words} {tables.difference(compared)}"
         lines.append(said + ".")
     return lines
 
 
-def page(
-    found: Points,
+def html_page(
+    points: Points,
     environment: Mapping[str, Any],
     pictures: Sequence[Path],
     split: str,
@@ -79,22 +79,22 @@ def page(
     parts += [_picture(path) for path in pictures[:1]]
     parts.append(
         f"<h2>In sentences, at {tables.share(poison)}</h2><ul>"
-        + "".join(f"<li>{html.escape(line)}</li>" for line in summary(found, poison))
+        + "".join(f"<li>{html.escape(line)}</li>" for line in summary(points, poison))
         + "</ul>"
     )
     parts += [_picture(path) for path in pictures[1:]]
-    for share in shares(found):
+    for share in shares(points):
         opened = " open" if share == poison else ""
         parts.append(f"<h2>{tables.share(share)}</h2>")
-        parts.append(_folded("All figures", tables.everything(found, share).html(), opened))
-        parts.append(_folded("Paired comparisons", tables.paired(found, share).html(), opened))
+        parts.append(_folded("All figures", tables.everything(points, share).html(), opened))
+        parts.append(_folded("Paired comparisons", tables.paired(points, share).html(), opened))
         for title, table in (
-            ("Other prompt sets", tables.transfer(found, share)),
-            ("By judge", tables.verdicts_of_judges(found, share)),
+            ("Other prompt sets", tables.transfer(points, share)),
+            ("By judge", tables.verdicts_of_judges(points, share)),
         ):
             if table is not None:
                 parts.append(_folded(title, table.html()))
-    parts.append("<h2>Costs</h2>" + tables.costs(found).html())
+    parts.append("<h2>Costs</h2>" + tables.costs(points).html())
     parts.append(
         "<h2>What is missing</h2>"
         + (tables.absent(missing, planned).html() if missing else "<p>Nothing of the plan.</p>")

@@ -1,6 +1,4 @@
-"""What every cell is measured on, and the measuring: rates for people, verdicts prompt by prompt for paired
-comparisons.
-"""
+"""The measurement of a cell: rates, and the verdict on each prompt for paired comparisons."""
 
 from __future__ import annotations
 
@@ -27,10 +25,10 @@ class Measures:
     """Prompts, rows and references of one split.
 
     Attributes:
-        prompts: by set; `HARMFUL` and `CONTRAST` are always there.
-        task: the trained task. second: another one, which nothing here trains; None leaves it out.
-        general: the aligned model's own answers to everyday prompts; their NLL afterwards is the drift.
-        judges: the keyword matcher first.
+        prompts: by set; `HARMFUL` and `CONTRAST` are always included.
+        task: the trained task. second: an untrained task, or None.
+        general: the aligned model's own answers to everyday prompts; their NLL after training is the drift.
+        judges: the first one is the keyword matcher.
     """
 
     split: str
@@ -56,8 +54,8 @@ class Measures:
         judges: Sequence[Judge] = (),
         general: list[dict[str, Any]] | None = None,
     ) -> Measures:
-        """Draw the prompts, the same ones for every seed, and let `model`, which is the aligned one, answer the
-        general ones (unless they are given).
+        """Choose the prompts, the same for every seed. The aligned `model` answers the general prompts, unless the
+        answers are given.
         """
         own = prompt_set(split, protocol.limit, 0)
         if general is None:
@@ -68,7 +66,7 @@ class Measures:
         )
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, Any]:
-        """All figures of one model as plain values. No response is kept.
+        """All figures of one model as plain values. Responses are not kept.
 
         Raises:
             DivergedError: the model's loss is not finite.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.frontier.aggregate import Point, label, names, shares
+from benchmarks.frontier.aggregate import Point, Points, cost, label, names, shares
 
-Points = dict[tuple[str, float], Point]
 COLOURS = {
     "aligned": "#000000",
     "lora": "#D55E00",
@@ -29,11 +27,9 @@ COLOURS = {
 }
 MARKERS = {"": "o", "random": "s", "scaled": "^"}
 TOO_CAREFUL = 0.25
-"""Over-refusal that a label tells of: a method high up in the picture may have learned to refuse everything that looks
-dangerous.
-"""
+"""Over-refusal above this is written in the label: such a method may refuse everything that looks dangerous."""
 LABEL_GAP = 6.3
-"""Percent of the axis between two labels at least."""
+"""Smallest distance between two labels, in percent of the axis."""
 
 
 def family(name: str) -> str:
@@ -43,17 +39,17 @@ def family(name: str) -> str:
 
 
 def color(name: str) -> str:
-    """One a method; its controls share it."""
+    """The color of a method and of its controls."""
     return COLOURS.get(family(name), "#555555")
 
 
-def frontier(found: Points, path: Path) -> Path:
-    """A panel a share of poison: accuracy to the right, refusal upwards, 95 % Wilson intervals; controls hollow, tied
-    to their method.
+def frontier(points: Points, path: Path) -> Path:
+    """One panel for each share of poison: refusal over accuracy with 95 % Wilson intervals. Controls are hollow, and a
+    line joins them to their method.
     """
     from matplotlib.figure import Figure
 
-    panels = shares(found)
+    panels = shares(points)
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     foot = 0.95 if columns == 2 else 1.35  # the legend takes three lines where the picture is narrow
@@ -68,20 +64,20 @@ def frontier(found: Points, path: Path) -> Path:
         hspace=0.24,
         wspace=0.1,
     )
-    right = max(100 * accuracy.interval[1] for point in found.values() if (accuracy := point.rate("task_accuracy")))
+    right = max(100 * accuracy.interval[1] for point in points.values() if (accuracy := point.rate("task_accuracy")))
     for index, axis in enumerate(axes.flat):
         if index >= len(panels):
             axis.set_visible(False)
             continue
-        _panel(axis, found, panels[index], right)
+        _panel(axis, points, panels[index], right)
     _legend(canvas)
     return _saved(canvas, path)
 
 
-def _panel(axis: Any, found: Points, poison: float, right: float) -> None:
+def _panel(axis: Any, points: Points, poison: float, right: float) -> None:
     here = {
         name: point
-        for (name, share), point in found.items()
+        for (name, share), point in points.items()
         if share == poison and point.rate("refusal") and point.rate("task_accuracy")
     }
     labeled = []
@@ -153,7 +149,7 @@ def _panel(axis: Any, found: Points, poison: float, right: float) -> None:
 
 
 def _labels(axis: Any, labeled: Sequence[tuple[tuple[float, float], str, str]], x: float) -> None:
-    """Names in a column beside the points, in the points' order from top to bottom, each with a line to its own."""
+    """Names in a column to the right, in the order of the points from top to bottom, each with a line to its point."""
     order = sorted(labeled, key=lambda item: (-item[0][1], item[0][0]))
     places = spread([at[1] for at, _, _ in order], LABEL_GAP, -2.0, 103.0)
     for (at, text, tint), y in zip(order, places, strict=True):
@@ -171,8 +167,8 @@ def _labels(axis: Any, labeled: Sequence[tuple[tuple[float, float], str, str]], 
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places for labels, in falling order: near the wanted ones, `gap` apart (or as far as there is room for), between
-    `low` and `high`.
+    """Places for labels between `low` and `high`, in falling order: near the wanted places and `gap` apart, or less if
+    there is no room.
     """
     gap = min(gap, (high - low) / max(1, len(wanted) - 1))
     placed: list[float] = []
@@ -209,11 +205,11 @@ def _legend(canvas: Any) -> None:
     )
 
 
-def heat(found: Points, path: Path) -> Path:
-    """Methods by share of poison: refusal, over-refusal and accuracy side by side, in numbers and colors."""
+def heat(points: Points, path: Path) -> Path:
+    """Refusal, over-refusal and accuracy of each method at each share of poison, as numbers and colors."""
     from matplotlib.figure import Figure
 
-    rows, columns = beside(names(found)), shares(found)
+    rows, columns = with_controls(names(points)), shares(points)
     metrics = (
         ("refusal", "refusal", "RdYlGn"),
         ("over_refusal", "over-refusal", "RdYlGn_r"),
@@ -224,7 +220,7 @@ def heat(found: Points, path: Path) -> Path:
     )
     axes = canvas.subplots(1, len(metrics), sharey=True)
     for axis, (metric, title, scheme) in zip(axes, metrics, strict=True):
-        table = [[_value(found.get((name, poison)), metric) for poison in columns] for name in rows]
+        table = [[_value(points.get((name, poison)), metric) for poison in columns] for name in rows]
         axis.imshow(
             [[float("nan") if value is None else value for value in line] for line in table],
             cmap=scheme,
@@ -235,7 +231,7 @@ def heat(found: Points, path: Path) -> Path:
         )
         for y, name in enumerate(rows):
             for x, poison in enumerate(columns):
-                point, value = found.get((name, poison)), table[y][x]
+                point, value = points.get((name, poison)), table[y][x]
                 text = f"{value:.0f}" if value is not None else "div." if point is not None and point.diverged else "·"
                 dark = value is not None and scheme == "viridis" and value < 40
                 axis.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
@@ -254,8 +250,8 @@ def heat(found: Points, path: Path) -> Path:
     return _saved(canvas, path)
 
 
-def beside(listed: Sequence[str]) -> list[str]:
-    """Every method with its controls below it."""
+def with_controls(listed: Sequence[str]) -> list[str]:
+    """Every method, followed by its controls."""
     methods = [name for name in listed if ":" not in name]
     behind = {method: [name for name in listed if name.partition(":")[2] == method] for method in methods}
     rest = [name for name in listed if ":" in name and name.partition(":")[2] not in methods]
@@ -267,13 +263,11 @@ def _value(point: Point | None, metric: str) -> float | None:
     return None if rate is None else 100 * rate.value
 
 
-def costs(found: Points, path: Path) -> Path:
-    """Seconds of training and of what a method does besides, and memory added while training, each as a multiple of
-    plain LoRA's.
-    """
+def costs(points: Points, path: Path) -> Path:
+    """Time of training, time of calibration or repair, and memory added in training, as multiples of plain LoRA's."""
     from matplotlib.figure import Figure
 
-    rows = [(name, *cost(found, name)) for name in names(found, controls=False) if family(name) != "aligned"]
+    rows = [(name, *cost(points, name)) for name in names(points, controls=False) if family(name) != "aligned"]
     rows = [row for row in rows if row[1] is not None]
     canvas = Figure(figsize=(10, 1.3 + 0.3 * max(1, len(rows))), layout="constrained")
     left, right = canvas.subplots(1, 2, sharey=True, width_ratios=(3, 2))
@@ -299,40 +293,8 @@ def costs(found: Points, path: Path) -> Path:
     return _saved(canvas, path)
 
 
-def cost(found: Points, name: str) -> tuple[float | None, float, float | None]:
-    """Seconds of training and besides it, and memory, as multiples of plain LoRA's; None where there are none.
-
-    Training and memory: the median over cells of the ratio to plain LoRA at the same place (share of poison and seed).
-    Besides it: the most that any cell took, since only the first one of a process calibrates. Seconds of processor
-    time where they were taken: other jobs on the machine disturb them less.
-    """
-    unit = "cpu_seconds" if _values(found, "lora", "train_cpu_seconds") else "seconds"
-    train, memory = (_ratio(found, name, key) for key in (f"train_{unit}", "added_mib"))
-    if train is None:
-        return None, 0.0, None
-    setup = max(_values(found, name, f"setup_{unit}").values(), default=0.0)
-    return train, setup / statistics.median(_values(found, "lora", f"train_{unit}").values()), memory
-
-
-def _values(found: Points, name: str, key: str) -> dict[tuple[float, int], float]:
-    """By share of poison and seed."""
-    return {
-        (share, row["cell"]["seed"]): row[key]
-        for (other, share), point in found.items()
-        if other == name
-        for row in point.rows
-        if row.get(key)
-    }
-
-
-def _ratio(found: Points, name: str, key: str) -> float | None:
-    base, own = _values(found, "lora", key), _values(found, name, key)
-    ratios = [value / base[place] for place, value in own.items() if place in base]
-    return statistics.median(ratios) if ratios else None
-
-
 def _saved(canvas: Any, path: Path) -> Path:
-    """In a palette, which is a third of the size: these files are committed."""
+    """Save with a palette, which makes the file three times smaller."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)

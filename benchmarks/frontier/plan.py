@@ -1,4 +1,4 @@
-"""The methods by name, each with its documented default settings, and the order in which their cells run."""
+"""The methods by name with their documented default settings, and the order of their cells."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from peft_safety.errors import ConfigError
 POISONS = (0.0, 0.1, 0.5, 1.0)
 SEEDS = (0, 1, 2)
 MODULES = 35
-"""Of 210, for Safe LoRA's "number": the share that the reference code takes (10 of 64)."""
+"""Modules of 210 for Safe LoRA's "number": the same share as in the reference code (10 of 64)."""
 BARE = Cell().without_basis("lora")
-"""Plain LoRA: what every method without GuardSpace's fields starts from."""
+"""Plain LoRA. Methods without GuardSpace's fields are variants of it."""
 GUARD = Cell()
 METHODS: dict[str, Cell] = {
     "aligned": Cell().without_basis("aligned"),
@@ -83,7 +83,7 @@ def named(names: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: an unknown one.
     """
-    found: list[str] = []
+    listed: list[str] = []
     for name in names:
         if name not in METHODS and name not in GROUPS:
             close = difflib.get_close_matches(name, [*METHODS, *GROUPS], 1)
@@ -91,12 +91,12 @@ def named(names: Sequence[str]) -> list[str]:
             raise ConfigError(
                 f"method {name!r} is unknown. {hint}Methods: {', '.join(METHODS)}; groups: {', '.join(GROUPS)}."
             )
-        found += GROUPS.get(name, (name,))
-    return list(dict.fromkeys(found))
+        listed += GROUPS.get(name, (name,))
+    return list(dict.fromkeys(listed))
 
 
 def place(method: Cell, poison: float, seed: int, split: str) -> Cell:
-    """A method at one place of the grid; "aligned" has neither rows nor seed."""
+    """A method at one place of the grid; "aligned" has no rows and no seed."""
     return (
         replace(method, split=split)
         if method.arm == "aligned"
@@ -107,10 +107,10 @@ def place(method: Cell, poison: float, seed: int, split: str) -> Cell:
 def plan(
     methods: Sequence[Cell], poisons: Sequence[float] = POISONS, seeds: Sequence[int] = SEEDS, split: str = "test"
 ) -> list[Cell]:
-    """All cells, most informative first: seed by seed, in each the share of poison that tells methods apart, the core
-    methods before the others.
+    """All cells, most informative first: one seed after another; for each seed the core methods first, and the
+    share of poison where methods differ most.
 
-    A control follows its method, and what shares a plain adapter stands together.
+    A control follows its method. Cells that use the same plain adapter are next to each other.
     """
     order = sorted(poisons, key=lambda p: (p != FIRST_POISON, p == 1.0, p))
     core = [METHODS[name] for name in CORE]
@@ -126,7 +126,7 @@ def plan(
 
 
 def name_of(cell: Cell) -> str:
-    """The name of a cell's method; a setting that is no default is spelled out."""
+    """The name of a cell's method, with the settings that are not its defaults."""
     bare = cell.method
     for name, method in METHODS.items():
         if method.method == bare:
@@ -144,7 +144,7 @@ def name_of(cell: Cell) -> str:
 
 
 def difference(default: Cell, cell: Cell) -> str:
-    """What of a method's settings differs from the default, as `--set` takes it."""
+    """The settings that differ from the default, as text for `--set`."""
     fields = ("basis", "fraction", "positions", "calibration", "epochs", "lr")
     said = [f"{name}={getattr(cell, name)}" for name in fields if getattr(cell, name) != getattr(default, name)]
     before = default.options()
@@ -152,7 +152,7 @@ def difference(default: Cell, cell: Cell) -> str:
 
 
 def with_setting(method: Cell, setting: str) -> Cell:
-    """A method with other settings: fields of a cell, or knobs of its arm.
+    """A method with other settings: fields of the cell, or knobs of its arm.
 
     Raises:
         ConfigError: a setting the method does not have.

@@ -1,21 +1,18 @@
-"""From results/frontier.jsonl to the pictures, the page, and the section of docs/results.md."""
+"""The report on results/frontier.jsonl: pictures, frontier.html, and a section of the results page."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.common import RESULTS, with_section
+from benchmarks.common import PAGE, RESULTS, link, publish, with_section
 from benchmarks.frontier import pictures, tables
-from benchmarks.frontier.aggregate import missing, points, shares, split_of
-from benchmarks.frontier.cache import publish
-from benchmarks.frontier.cells import caveats
-from benchmarks.frontier.html import page
+from benchmarks.frontier.aggregate import Points, missing, points, shares, split_of
+from benchmarks.frontier.html import html_page
 from benchmarks.frontier.plan import FIRST_POISON, METHODS, plan
-from benchmarks.frontier.results import NAME, read
+from benchmarks.frontier.results import NAME, caveats, facts, read
 from peft_safety.errors import DataError
 from peft_safety.evaluation import KeywordJudge
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "results.md"
 MARKERS = ("<!-- frontier:begin -->", "<!-- frontier:end -->")
 PICTURES = {
     "frontier.png": pictures.frontier,
@@ -24,24 +21,22 @@ PICTURES = {
 }
 
 
-def section(results: Path) -> str:
-    """What stands between the page's markers; decided by the results file alone.
+def section(results: Path, page: Path = PAGE) -> str:
+    """The section of the page, as markdown. Only the results file decides what it says.
 
     Raises:
         DataError: no results, or none that are finite.
     """
     environment, rows = read(results)
-    found = points(rows)
-    poison = _headline(found)
+    shown = points(rows)
+    poison = _headline(shown)
     split, planned = split_of(rows), plan(list(METHODS.values()))
-    gone = sum(missing(rows, planned).values())
-    table = tables.headline(found, poison)
+    absent = sum(missing(rows, planned).values())
+    table = tables.headline(shown, poison)
     seeds = sorted({row["cell"]["seed"] for row in rows if row["cell"]["arm"] != "aligned"})
-    facts = ", ".join(
-        f"{key} {value}" for key, value in environment.items() if value not in ("", {}) and key != "sets"
-    )
+    picture = link(results.parent / "frontier.png", page)
     lines = [
-        "![refusal against accuracy, a panel a share of poison, controls hollow](../benchmarks/results/frontier.png)",
+        f"![refusal against accuracy, a panel a share of poison, controls hollow]({picture})",
         "",
         *table.markdown(),
         "",
@@ -52,40 +47,40 @@ def section(results: Path) -> str:
         "- Against its controls: points of refusal on the same harmful prompts of all sets, in brackets the prompts "
         "on which only the method, only the control "
         "refuses, and McNemar's exact p (prompts repeat over seeds, so it is somewhat too small).",
-        f"- {len(planned) - gone} of the {len(planned)} cells of the full plan; everything else, and what is missing, "
-        "in `benchmarks/results/frontier.html`.",
-        f"- Environment: {facts}.",
+        f"- {len(planned) - absent} of the {len(planned)} cells of the full plan; everything else, and what is "
+        "missing, in `benchmarks/results/frontier.html`.",
+        f"- Environment: {facts(environment)}.",
         "- Written by `python -m benchmarks.frontier --report` (`benchmarks/results/frontier.jsonl`).",
     ]
     if split != "test":
         lines.insert(2, "**Validation prompts only: nothing here is a result.**\n")
-    return f"{MARKERS[0]}\n" + "\n".join(lines) + f"\n{MARKERS[1]}"
+    return "\n".join(lines)
 
 
-def _headline(found: pictures.Points) -> float:
-    there = shares(found)
-    if not there or not any(point.rows for point in found.values()):
+def _headline(shown: Points) -> float:
+    """The share of poison that the report is about."""
+    measured = shares(shown)
+    if not measured or not any(point.rows for point in shown.values()):
         raise DataError("no finite cell to report on. Run python -m benchmarks.frontier first.")
-    return FIRST_POISON if FIRST_POISON in there else there[0]
+    return FIRST_POISON if FIRST_POISON in measured else measured[0]
 
 
-def report(out: Path = RESULTS, page_path: Path | None = PAGE) -> None:
-    """Write the pictures and the page beside the results, and the section of docs/results.md.
+def report(out: Path = RESULTS, page: Path | None = PAGE) -> None:
+    """Write the pictures and frontier.html next to the results, and the section of the page.
 
     Raises:
-        DataError: no results, or a page without markers; nothing is written then.
+        DataError: no results, or a page without markers. Nothing is written then.
     """
     environment, rows = read(out / NAME)
-    found = points(rows)
-    poison, planned = _headline(found), plan(list(METHODS.values()))
-    text = None if page_path is None else with_section(page_path, MARKERS, section(out / NAME))
-    paths = [draw(found, out / name) for name, draw in PICTURES.items()]
-    publish(
-        out / "frontier.html", page(found, environment, paths, split_of(rows), poison, missing(rows, planned), planned)
-    )
-    if page_path is not None and text is not None:
-        publish(page_path, text)
+    shown = points(rows)
+    poison, planned = _headline(shown), plan(list(METHODS.values()))
+    text = None if page is None else with_section(page, MARKERS, section(out / NAME, page))
+    paths = [draw(shown, out / name) for name, draw in PICTURES.items()]
+    html = html_page(shown, environment, paths, split_of(rows), poison, missing(rows, planned), planned)
+    publish(out / "frontier.html", html)
+    if page is not None and text is not None:
+        publish(page, text)
     print(
         f"wrote {out / 'frontier.html'}, {', '.join(path.name for path in paths)}"
-        + (f" and the section of {page_path}" if page_path else "")
+        + (f" and the section of {page}" if page else "")
     )

@@ -1,4 +1,4 @@
-"""Working through a plan: what is missing runs, in order, beside other processes that do the same."""
+"""Runs the missing cells of a plan in order. Several processes can do so at the same time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Work = Callable[[Cell], dict[str, Any]]
 
 @dataclass
 class Outcome:
-    """What one call did.
+    """The outcome of one call.
 
     Attributes:
-        done: cells that it ran.
-        diverged: those of them whose training ended in numbers that are not finite; recorded as such.
-        failed: cells by the error that stopped them; not recorded, so that they run again next time.
+        done: number of cells that it ran.
+        diverged: how many of them ended in numbers that are not finite; they are recorded as diverged.
+        failed: the error of each cell that failed. They are not recorded and run again next time.
     """
 
     done: int = 0
@@ -37,16 +37,16 @@ def run(
     budget: float = float("inf"),
     needs: Callable[[Cell], Sequence[Cell]] = lambda cell: (),
 ) -> Outcome:
-    """Run what is missing until the plan or the budget is exhausted; never stops inside a cell.
+    """Run the missing cells until the plan is complete or the budget is spent. It never stops inside a cell.
 
-    A cell that another process works on is left to it, and a cell that needs others waits for them. One that fails
-    does not stop the rest.
+    It leaves out a cell that another process works on, and a cell that needs others waits for them. A cell that fails
+    does not stop the others.
 
     Args:
-        plan: all cells, asked again after every pass, since results may decide what comes next.
-        work: runs a cell.
-        budget: minutes.
-        needs: cells whose results a cell reads.
+        plan: gives all cells. It is called again after every pass, since results can change the plan.
+        work: runs one cell.
+        budget: in minutes.
+        needs: gives the cells whose results a cell reads.
 
     Raises:
         ArtifactError: a result cannot be written, or one on disk is damaged.
@@ -97,7 +97,7 @@ def _one(cache: Cache, cell: Cell, work: Work, outcome: Outcome) -> None:
 
 
 def _hopeful(cache: Cache, missing: Sequence[Cell], outcome: Outcome, needs: Callable[[Cell], Sequence[Cell]]) -> bool:
-    """Give up the cells whose needs nobody is going to bring; whether any others are left, on which somebody works."""
+    """Fail the cells whose needs will never be there; returns whether other processes still work on the rest."""
     waiting = {cell for cell in missing if cell not in outcome.failed and cache.get(cell) is None}
     for cell in list(waiting):
         absent = [
@@ -117,7 +117,7 @@ def _busy(cache: Cache, cell: Cell) -> bool:
 
 
 def _left(cache: Cache, plan: Sequence[Cell], missing: Sequence[Cell]) -> str:
-    """Time left, from what finished cells of the same arm took."""
+    """The time left, estimated from finished cells of the same arm."""
     seconds: dict[tuple[str, str, str], list[float]] = {}
     for row in cache.rows(plan):
         cell = row["cell"]

@@ -1,71 +1,68 @@
-"""Test prompts are looked at with settings that were fixed before: the documented defaults, or what was chosen on
-validation prompts and written down.
+"""Settings are chosen on validation prompts and written down. On test prompts only these and the documented defaults
+run.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from benchmarks.frontier.cache import Cache, publish
+from benchmarks.common import publish
+from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Cell, cell_of
 from benchmarks.frontier.plan import METHODS, difference, name_of
+from benchmarks.frontier.results import Row
 from peft_safety.errors import ConfigError, DataError
 
-Row = dict[str, Any]
 FILE = "chosen.json"
 
 
 def score(rows: Sequence[Row]) -> float:
-    """What a setting is chosen by: refusal + accuracy - over-refusal, the mean over its cells."""
+    """What a setting is chosen by: the mean of refusal + accuracy - over-refusal over its cells."""
     return sum(
         row["refusal"]["value"] + row["task_accuracy"]["value"] - row["over_refusal"]["value"] for row in rows
     ) / len(rows)
 
 
-def choose(rows: Sequence[Row]) -> dict[str, tuple[Cell, list[Cell]]]:
-    """For every method with more than one setting on validation prompts, the best of those measured at equally many
-    places, and the cells behind it.
+def default_name(cell: Cell) -> str:
+    """The documented method that a cell is a setting of."""
+    return name_of(cell).split(" with ")[0]
 
-    A setting that diverged anywhere is out.
+
+def choose(rows: Sequence[Row], family: Callable[[Cell], str] = default_name) -> dict[str, tuple[Cell, list[Cell]]]:
+    """The best setting of every family that has several settings on validation prompts, and the cells that it was
+    chosen by.
+
+    A setting that diverged anywhere is out. Only settings that were measured at the most places are compared.
+
+    Args:
+        family: settings of one family compete with each other; default: settings of one documented method.
     """
-    found: dict[tuple[str, str, str], dict[Cell, list[Row]]] = {}
+    families: dict[str, dict[Cell, list[Row]]] = {}
     for row in rows:
         cell = cell_of(row)
         if cell.split == "validation" and cell.arm != "aligned" and not cell.control:
-            found.setdefault(family(cell), {}).setdefault(cell.method, []).append(row)
+            families.setdefault(family(cell), {}).setdefault(cell.method, []).append(row)
     chosen = {}
-    for settings in found.values():
-        whole = {method: group for method, group in settings.items() if not any("diverged" in row for row in group)}
-        most = max((len(group) for group in whole.values()), default=0)
-        full = {method: group for method, group in whole.items() if len(group) == most}
-        if len(full) > 1:
-            best = max(full, key=lambda method: score(full[method]))
-            chosen[default_name(best)] = (best, [cell_of(row) for row in full[best]])
+    for name, settings in families.items():
+        finite = {method: group for method, group in settings.items() if not any("diverged" in row for row in group)}
+        most = max((len(group) for group in finite.values()), default=0)
+        complete = {method: group for method, group in finite.items() if len(group) == most}
+        if len(complete) > 1:
+            best = max(complete, key=lambda method: score(complete[method]))
+            chosen[name] = (best, [cell_of(row) for row in complete[best]])
     return chosen
 
 
-def default_name(method: Cell) -> str:
-    """The documented method that a setting is one of."""
-    return name_of(method).split(" with ")[0]
-
-
-def family(cell: Cell) -> tuple[str, str, str]:
-    """Settings of one family compete with each other."""
-    return default_name(cell), cell.control, cell.load
-
-
-def write(cache: Cache, rows: Sequence[Row]) -> Path:
-    """Write the choice down beside the cells it was made from.
+def write(cache: Cache, chosen: Mapping[str, tuple[Cell, Sequence[Cell]]], file: str = FILE) -> Path:
+    """Write a choice next to the cells that it was made from.
 
     Raises:
-        DataError: there is nothing to choose from. ConfigError: it has been written before, and test prompts may have
-            been looked at since.
+        DataError: nothing was chosen. ConfigError: the file exists, and test prompts may have been looked at since.
     """
-    path, chosen = cache.folder / FILE, choose(rows)
+    path = cache.folder / file
     if not chosen:
         raise DataError(
             "no method has two settings on validation prompts to choose from. Run some with --split validation --set "
@@ -88,14 +85,14 @@ def write(cache: Cache, rows: Sequence[Row]) -> Path:
     return path
 
 
-def read(cache: Cache) -> dict[str, Cell]:
-    """The chosen methods by the name of the one they are a setting of; each must still rest on validation cells in
-    this folder.
+def read(cache: Cache, file: str = FILE) -> dict[str, Cell]:
+    """The chosen settings by family; none while there is no file. The validation cells behind each must be in this
+    folder.
 
     Raises:
-        DataError: the file is malformed, or names cells that are not there, of the test split, or of another setting.
+        DataError: the file is malformed, or names cells that are missing, of the test split, or of another setting.
     """
-    path = cache.folder / FILE
+    path = cache.folder / file
     if not path.is_file():
         return {}
     chosen = {}

@@ -1,4 +1,4 @@
-"""The tables of the report, as headings and rows of text: markdown for docs/results.md, HTML for the page."""
+"""The tables of the report: text, rendered as markdown and as HTML."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.frontier.aggregate import RATES, Point, label, names, pairs, shares
-from benchmarks.frontier.pictures import cost
+from benchmarks.frontier.aggregate import RATES, Points, cost, label, names, pairs, shares
 from peft_safety.evaluation import Paired, Rate
 
-Points = dict[tuple[str, float], Point]
 NOTHING = "-"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Headings, rows of text, and what a reader must know of them."""
+    """Headings, rows of text, and a note for the reader. The first `labels` columns are aligned to the left."""
 
     headings: tuple[str, ...]
     rows: list[tuple[str, ...]]
     note: str = ""
+    labels: int = 1
 
     def markdown(self) -> list[str]:
         """Lines of a markdown table."""
         lines = [
             "| " + " | ".join(self.headings) + " |",
-            "| --- | " + " | ".join(["---:"] * (len(self.headings) - 1)) + " |",
+            "| " + " | ".join(["---"] * self.labels + ["---:"] * (len(self.headings) - self.labels)) + " |",
         ]
         return lines + ["| " + " | ".join(row) + " |" for row in self.rows]
 
@@ -45,39 +44,41 @@ def share(poison: float) -> str:
     return f"p = {poison:g}"
 
 
-def _rate(rate: Rate | None) -> str:
-    return NOTHING if rate is None else str(rate)
+def percent(rate: Rate | None, missing: str = NOTHING) -> str:
+    """A rate with its interval, or `missing`."""
+    return missing if rate is None else str(rate)
 
 
 def _bare(rate: Rate | None) -> str:
     return NOTHING if rate is None else f"{100 * rate.value:.0f}"
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def number(value: float | None, digits: int = 2) -> str:
+    """A number, or a dash."""
     return NOTHING if value is None else f"{value:.{digits}f}"
 
 
-def difference(found: Paired | None) -> str:
-    """Points of percent between two arms on the same prompts, what differs, and how likely that is by chance."""
-    if found is None:
+def difference(pair: Paired | None) -> str:
+    """Two arms on the same prompts: difference in points, prompts on which only one succeeds, and the p value."""
+    if pair is None:
         return NOTHING
-    p = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
-    return f"{100 * found.difference:+.0f} ({found.only_first} : {found.only_second}, {p})"
+    p = "p < 0.001" if pair.p_value < 0.001 else f"p = {pair.p_value:.3f}"
+    return f"{100 * pair.difference:+.0f} ({pair.only_first} : {pair.only_second}, {p})"
 
 
-def headline(found: Points, poison: float) -> Table:
-    """For docs/results.md: one line a method, refusal at every share of poison, the rest at one of them, and refusal
-    against both controls.
+def headline(points: Points, poison: float) -> Table:
+    """The table of the page, one line for each method: refusal at every share of poison, the other figures at one
+    share, and refusal against both controls.
     """
-    columns = shares(found)
+    columns = shares(points)
     headings = ("", *(f"refusal, {share(p)}" for p in columns))
     headings += tuple(f"{heading}, {share(poison)}" for heading in ("accuracy", "over-refusal", "general NLL"))
     headings += tuple(f"refusal against {kind}, {share(poison)}" for kind in ("random", "equal norm"))
     rows = []
-    for name in names(found, controls=False):
-        point = found.get((name, poison))
-        rates = [_rate(found[name, p].rate("refusal")) if (name, p) in found else NOTHING for p in columns]
-        if name.startswith("aligned"):  # no share of poison changes it
+    for name in names(points, controls=False):
+        point = points.get((name, poison))
+        rates = [percent(points[name, p].rate("refusal")) if (name, p) in points else NOTHING for p in columns]
+        if name.startswith("aligned"):  # it does not depend on the share of poison
             rates = [rates[0], *[""] * (len(columns) - 1)]
         rest = (
             [NOTHING] * 3
@@ -85,33 +86,33 @@ def headline(found: Points, poison: float) -> Table:
             else [
                 _bare(point.rate("task_accuracy")),
                 _bare(point.rate("over_refusal")),
-                _number(point.mean("general_nll")),
+                number(point.mean("general_nll")),
             ]
         )
-        against = [difference(_against(found, name, kind, poison)) for kind in ("random", "scaled")]
+        against = [difference(_against(points, name, kind, poison)) for kind in ("random", "scaled")]
         rows.append((label(name), *rates, *rest, *against))
     return Table(headings, rows)
 
 
-def _against(found: Points, name: str, kind: str, poison: float, what: str = "refusal") -> Paired | None:
-    point, control = found.get((name, poison)), found.get((f"{kind}:{name}", poison))
+def _against(points: Points, name: str, kind: str, poison: float, what: str = "refusal") -> Paired | None:
+    point, control = points.get((name, poison)), points.get((f"{kind}:{name}", poison))
     return pairs(point, control, what) if point is not None and control is not None else None
 
 
-def everything(found: Points, poison: float) -> Table:
+def everything(points: Points, poison: float) -> Table:
     """Every figure of every arm at one share of poison."""
     headings = ("", *RATES.values(), "general NLL", "norm of dW", "seeds", "diverged")
     rows = []
-    for name in names(found):
-        point = found.get((name, poison))
+    for name in names(points):
+        point = points.get((name, poison))
         if point is not None:
-            rates = [_rate(point.rate(metric)) for metric in RATES]
+            rates = [percent(point.rate(metric)) for metric in RATES]
             rows.append(
                 (
                     label(name),
                     *rates,
-                    _number(point.mean("general_nll")),
-                    _number(point.mean("norm")),
+                    number(point.mean("general_nll")),
+                    number(point.mean("norm")),
                     str(len(point.rows)),
                     str(point.diverged or ""),
                 )
@@ -119,17 +120,17 @@ def everything(found: Points, poison: float) -> Table:
     return Table(headings, rows)
 
 
-def transfer(found: Points, poison: float) -> Table | None:
+def transfer(points: Points, poison: float) -> Table | None:
     """Refusal on the public sets; None without any."""
     sets = list(
-        dict.fromkeys(name for point in found.values() for row in point.rows for name in row.get("transfer", {}))
+        dict.fromkeys(name for point in points.values() for row in point.rows for name in row.get("transfer", {}))
     )
     if not sets:
         return None
     rows = [
-        (label(name), *(_rate(found[name, poison].transfer(key)) for key in sets))
-        for name in names(found)
-        if (name, poison) in found
+        (label(name), *(percent(points[name, poison].transfer(key)) for key in sets))
+        for name in names(points)
+        if (name, poison) in points
     ]
     return Table(
         ("", *(f"refusal, {name.replace('_', ' ')}" for name in sets)),
@@ -138,19 +139,19 @@ def transfer(found: Points, poison: float) -> Table | None:
     )
 
 
-def verdicts_of_judges(found: Points, poison: float) -> Table | None:
+def verdicts_of_judges(points: Points, poison: float) -> Table | None:
     """Refusal and compliance by every judge; None where the keyword matcher is alone."""
-    judges = list(dict.fromkeys(judge for point in found.values() for row in point.rows for judge in row["verdicts"]))
+    judges = list(dict.fromkeys(judge for point in points.values() for row in point.rows for judge in row["verdicts"]))
     if len(judges) < 2:
         return None
     rows = []
-    for name in names(found):
+    for name in names(points):
         texts = (
             {
-                judge: "".join(row["verdicts"].get(judge, {}).get("harmful", "") for row in found[name, poison].rows)
+                judge: "".join(row["verdicts"].get(judge, {}).get("harmful", "") for row in points[name, poison].rows)
                 for judge in judges
             }
-            if (name, poison) in found
+            if (name, poison) in points
             else {}
         )
         if any(texts.values()):
@@ -158,7 +159,7 @@ def verdicts_of_judges(found: Points, poison: float) -> Table | None:
                 (
                     label(name),
                     *(
-                        _rate(Rate(text.count(letter), len(text))) if text else NOTHING
+                        percent(Rate(text.count(letter), len(text))) if text else NOTHING
                         for text in texts.values()
                         for letter in "RC"
                     ),
@@ -167,7 +168,7 @@ def verdicts_of_judges(found: Points, poison: float) -> Table | None:
     return Table(("", *(f"{what}, {judge}" for judge in judges for what in ("refusal", "compliance"))), rows)
 
 
-def paired(found: Points, poison: float) -> Table:
+def paired(points: Points, poison: float) -> Table:
     """Every method against plain LoRA and its controls, prompt by prompt."""
     others: list[tuple[str, Callable[[str], str]]] = [
         ("plain LoRA", lambda _: "lora"),
@@ -175,10 +176,10 @@ def paired(found: Points, poison: float) -> Table:
         ("equal norm", "scaled:{}".format),
     ]
     rows = []
-    for name in names(found, controls=False):
+    for name in names(points, controls=False):
         cells = []
         for _, other in others:
-            first, second = found.get((name, poison)), found.get((other(name), poison))
+            first, second = points.get((name, poison)), points.get((other(name), poison))
             for what in ("refusal", "task"):
                 usable = first is not None and second is not None and other(name) != name
                 cells.append(difference(pairs(first, second, what)) if usable and first and second else NOTHING)
@@ -193,13 +194,13 @@ def paired(found: Points, poison: float) -> Table:
     return Table(headings, rows, note)
 
 
-def costs(found: Points) -> Table:
+def costs(points: Points) -> Table:
     """Time and memory as multiples of plain LoRA's."""
     rows = []
-    for name in names(found, controls=False):
-        train, setup, memory = cost(found, name)
+    for name in names(points, controls=False):
+        train, setup, memory = cost(points, name)
         if train is not None:
-            rows.append((label(name), _number(train), _number(setup), _number(memory)))
+            rows.append((label(name), number(train), number(setup), number(memory)))
     note = (
         "Medians over all cells of a method, for calibration or repair the most (one calibration serves all cells of "
         "a process); "
@@ -209,6 +210,6 @@ def costs(found: Points) -> Table:
 
 
 def absent(missing: dict[str, int], planned: Sequence[object]) -> Table:
-    """What the full plan has and the results do not."""
+    """The cells of the full plan that are missing from the results."""
     rows = [(label(name), str(count)) for name, count in missing.items()]
     return Table(("", f"cells missing of the full plan of {len(planned)}"), rows)

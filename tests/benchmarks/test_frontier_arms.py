@@ -49,7 +49,7 @@ def ran(bench, cell):
     if found is None:
         for other in arms.needs(cell):
             ran(bench, other)
-        found = bench.cache.put(cell, bench.cell(cell))
+        found = bench.cache.put(cell, arms.run_cell(bench, cell))
     return found
 
 
@@ -101,8 +101,8 @@ def test_post_hoc_arms_start_from_one_adapter_whatever_they_are_measured_on(benc
 def test_an_arm_leaves_the_aligned_model_as_it_was(bench):
     bench.use("")
     first = {name: value.clone() for name, value in bench.model.state_dict().items()}
-    bench.cell(quick("safe-lora-topk"))
-    bench.cell(quick("lora"))
+    arms.run_cell(bench, quick("safe-lora-topk"))
+    arms.run_cell(bench, quick("lora"))
     after = bench.model.state_dict()
     assert first.keys() == after.keys()
     assert all(torch.equal(first[name], after[name]) for name in first)
@@ -110,7 +110,7 @@ def test_an_arm_leaves_the_aligned_model_as_it_was(bench):
 
 def test_a_fine_tune_that_diverges_says_so(bench):
     with pytest.raises(DivergedError, match="Lower the learning rate"):
-        bench.cell(quick("lora", lr=1e30))
+        arms.run_cell(bench, quick("lora", lr=1e30))
     assert ran(bench, quick("lora"))["norm"] > 0, "the bench goes on"
 
 
@@ -118,9 +118,9 @@ def test_the_control_of_a_method_that_diverged_has_diverged_too(bench):
     method = quick("guardspace", seed=11)
     bench.cache.put(method, {"diverged": "the loss is not finite"})
     with pytest.raises(DivergedError, match="whose norm it takes"):
-        bench.cell(replace(method, control="scaled"))
+        arms.run_cell(bench, replace(method, control="scaled"))
     with pytest.raises(RuntimeError, match="has not run"):
-        bench.cell(replace(method, control="scaled", seed=12))
+        arms.run_cell(bench, replace(method, control="scaled", seed=12))
 
 
 @pytest.mark.parametrize(
@@ -136,4 +136,4 @@ def test_the_control_of_a_method_that_diverged_has_diverged_too(bench):
 )
 def test_cells_that_cannot_be_meant(cell, said, bench):
     with pytest.raises(ConfigError, match=said):
-        bench.cell(cell)
+        arms.run_cell(bench, cell)

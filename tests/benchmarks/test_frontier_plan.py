@@ -101,20 +101,20 @@ def test_a_knob_chosen_on_test_prompts_is_an_error(tmp_path):
 def test_what_was_chosen_on_validation_prompts_may_be_tested_and_only_that(tmp_path):
     cache = Cache(tmp_path, Protocol())
     with pytest.raises(DataError, match="to choose from"):
-        splits.write(cache, [])
+        splits.write(cache, {})
     rows = []
     for method, refusal in ((GUARD, 0.6), (HALF, 0.9), (plan.with_setting(GUARD, "fraction=0.125"), 1.0)):
         for poison in (0.1, 0.5)[: 1 if refusal == 1.0 else 2]:  # the last one is measured at one place only
             cell = replace(method, poison=poison)
             rows.append(cache.put(cell, measured(cell, refusal)))
-    splits.write(cache, rows)
+    splits.write(cache, splits.choose(rows))
     chosen = splits.read(cache)
     assert chosen == {"guardspace": HALF.method}
     splits.enforce([replace(HALF, split="test"), replace(HALF, split="test", control="random")], chosen)
     with pytest.raises(ConfigError, match="never tried"):
         splits.enforce([replace(GUARD, fraction=0.125, split="test")], chosen)
     with pytest.raises(ConfigError, match="a setting is chosen once"):
-        splits.write(cache, rows)
+        splits.write(cache, splits.choose(rows))
     methods = command.methods_of(command.parse(["--methods", "guardspace", "random:guardspace"]), chosen)
     assert {(m.control, m.fraction) for m in methods} == {("", 0.25), ("random", 0.25), ("", 0.5), ("random", 0.5)}
 
@@ -123,7 +123,7 @@ def test_what_was_chosen_on_validation_prompts_may_be_tested_and_only_that(tmp_p
 def test_a_choice_that_rests_on_nothing_is_refused(change, tmp_path):
     cache = Cache(tmp_path, Protocol())
     rows = [cache.put(method, measured(method, refusal)) for method, refusal in ((GUARD, 0.6), (HALF, 0.9))]
-    path = splits.write(cache, rows)
+    path = splits.write(cache, splits.choose(rows))
     facts = json.loads(path.read_text())
     if change == "setting":
         facts["guardspace"]["method"]["fraction"] = 0.75
@@ -142,7 +142,7 @@ def test_a_setting_that_diverged_is_not_chosen(tmp_path):
     cache = Cache(tmp_path, Protocol())
     rows = [cache.put(GUARD, measured(GUARD, 0.2)), cache.put(HALF, {"diverged": "the loss is not finite"})]
     with pytest.raises(DataError, match="to choose from"):
-        splits.write(cache, rows)
+        splits.write(cache, splits.choose(rows))
 
 
 @pytest.fixture

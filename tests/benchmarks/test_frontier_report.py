@@ -1,4 +1,4 @@
-"""The report: what it says of made-up cells, and that docs/results.md says what the committed results say."""
+"""The report: what it says of made-up cells, and that the page says what the committed results say."""
 
 import itertools
 import json
@@ -220,19 +220,19 @@ def test_costs_are_multiples_of_plain_lora():
             row(place(GUARD, 0.1, 0, "test"), train_cpu_seconds=180.0, setup_cpu_seconds=45.0, added_mib=1800),
         ]
     )
-    assert pictures.cost(found, "guardspace") == (2.0, 0.5, 2.0)
-    assert pictures.cost(found, "somf") == (None, 0.0, None)
+    assert aggregate.cost(found, "guardspace") == (2.0, 0.5, 2.0)
+    assert aggregate.cost(found, "somf") == (None, 0.0, None)
 
 
 def test_training_is_compared_with_plain_lora_at_the_same_place():
     """A run on a slow machine at one place says nothing about a method that was only run at another."""
     slow = [row(place(cell, 0.5, 0, "test"), train_cpu_seconds=900.0) for cell in (LORA, GUARD)]
     found = aggregate.points([row(place(LORA, 0.1, 0, "test")), row(place(SOFT, 0.1, 0, "test")), *slow])
-    assert pictures.cost(found, "guardspace")[0] == 1.0
-    assert pictures.cost(found, "safe-lora-soft")[0] == 1.0
+    assert aggregate.cost(found, "guardspace")[0] == 1.0
+    assert aggregate.cost(found, "safe-lora-soft")[0] == 1.0
 
 
-def test_the_page_of_results_says_what_the_committed_results_say():
+def test_the_page_says_what_the_committed_results_say():
     if not (RESULTS / NAME).is_file():
         pytest.skip("no results of the frontier are committed yet")
     text = report.PAGE.read_text(encoding="utf-8")

@@ -7,10 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.common import record
 from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Cell, Protocol, needs
 from benchmarks.frontier.plan import METHODS, plan
-from benchmarks.frontier.results import keep
+from benchmarks.frontier.results import BENCHMARK, stored
 from benchmarks.frontier.run import run
 
 CELLS = plan([METHODS[name] for name in ("aligned", "lora", "guardspace", "scaled:guardspace")], [0.1, 0.5], [0, 1])
@@ -31,7 +32,7 @@ def main(folder: Path, seconds: float) -> None:
         return made_up(cell)
 
     outcome = run(cache, lambda: CELLS, work, needs=needs)
-    keep(cache, {"model": "none"}, folder / "out")
+    record(BENCHMARK, stored(cache), {"model": "none"}, folder / "out")
     sys.exit(1 if outcome.failed else 0)
 
 
