@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from benchmarks.common import interleaved, medians, peak_memory, ratio, record, resident_mib, show
 from peft_safety.estimate.checkpoints import FileWeights, ModuleWeights, Weights
 from peft_safety.methods.safe_lora.options import RepairOptions
-from peft_safety.methods.safe_lora.repair import Factors, repair
+from peft_safety.methods.safe_lora.repair import repair
+from peft_safety.plain_lora import Factors
 from peft_safety.report import environment
 
 RANK, WIDTH, LAYERS, SHARDS = 16, 4096, 32, 8

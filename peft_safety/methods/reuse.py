@@ -16,8 +16,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from peft_safety import files
-from peft_safety.artifact import ADAPTER_FILE, PREFIX, StoredAdapter
+from peft_safety.artifact import StoredAdapter
 from peft_safety.errors import ConfigError, SubspaceError
+from peft_safety.plain_lora import ADAPTER_FILE, PREFIX
 
 if TYPE_CHECKING:
     from peft_safety.layers import ProtectedLinear
