@@ -300,18 +300,13 @@ def _check_factors(
                 f"{path}: unknown or missing tensors {sorted(others ^ set(extra))[:3]}; it must hold exactly what "
                 f"{MANIFEST} lists. Copy or save it again."
             )
-        if set(factors) != set(subspace.bases):
-            differing = sorted(set(factors) ^ set(subspace.bases))
-            raise ArtifactError(
-                f"{path}: {len(factors)} modules, but the subspace has {len(subspace.bases)}; they differ at "
-                f"{differing[:3]}. Copy or save the adapter again."
-            )
-        if set(config["target_modules"]) != set(factors):
-            differing = sorted(set(config["target_modules"]) ^ set(factors))
-            raise ArtifactError(
-                f"{path}: {len(factors)} modules; target_modules in {MANIFEST} differs at {differing[:3]}. Copy or "
-                "save the adapter again."
-            )
+        listed = {"the subspace": subspace.bases, f"target_modules in {MANIFEST}": config["target_modules"]}
+        for what, modules in listed.items():
+            if differing := sorted(set(factors) ^ set(modules)):
+                raise ArtifactError(
+                    f"{path}: {len(factors)} modules, but {what} has {len(modules)}; they differ at {differing[:3]}. "
+                    "Copy or save the adapter again."
+                )
         residual = config.get("init") in RESIDUAL_INITS
         expected = {"lora_A.weight", "lora_B.weight"} | ({"lora_A.initial", "lora_B.initial"} if residual else set())
         shapes, leaks = {}, {}

@@ -25,12 +25,10 @@ from peft_safety.projection import delta_leak, leak_tolerance
 
 
 def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> Path:
-    """Write a protected adapter as plain LoRA: any PEFT, with or without this package, computes the same function from
-    it.
+    """Write a protected adapter as plain LoRA. PEFT computes the same function from it without this package.
 
-    The scaling is folded into `lora_B`, so `lora_alpha = r`; module names are explicit and the rank is uniform (padded
-    with zeros). An adapter with a residual
-    has twice the rank: `A' = [A; A0]`, `B' = s [C B, -C B0]`.
+    The scaling is folded into `lora_B`, so `lora_alpha = r`. Module names are explicit. The rank is uniform (padded
+    with zeros). An adapter with a residual has twice the rank: `A' = [A; A0]`, `B' = s [C B, -C B0]`.
 
     Args:
         model: a PeftModel, or a model with injected adapters.
@@ -41,8 +39,8 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
 
     Raises:
         ProtectionError: the adapter is not protected any more, or a written factor would leak.
-        ConfigError: it also trained other weights (`modules_to_save`), which a plain LoRA cannot hold, or it is
-            merged.
+        ConfigError: it also trained other weights (`modules_to_save`), which a plain LoRA cannot hold, or an
+            adapter is merged into the base weights.
     """
     assert_protected(model, adapter_name)
     layers = adapter_layers(model, adapter_name)

@@ -1,13 +1,10 @@
-"""Adapters into the weights under them, where those are quantized: three ways, each with what it does to the update.
+"""Merging adapters into quantized weights. There are three ways; each reports what it does to the update.
 
 - `"16bit"`: dense weights that hold `W + dW`, rounded once.
-- `"nf4+residual"`: the quantized weights as they are, and the update beside them as one plain LoRA. Exact. Another
-split, `Q(W + dW)` in 4 bits and the
-  remainder beside it, is not: that remainder is quantization noise of full rank, which no adapter of a small rank can
-  hold.
-- `"nf4"`: `W + dW` quantized again. The grid of 4-bit values is coarser than most updates, so most of dW is rounded
-away and what survives leaks into the
-  protected subspace; refused unless forced.
+- `"nf4+residual"`: the quantized weights unchanged, and the update as one plain LoRA. Exact. (`Q(W + dW)` with the
+  remainder as an adapter is not: the remainder is quantization noise of full rank.)
+- `"nf4"`: `W + dW` quantized again. The 4-bit grid is coarser than most updates, so most of dW is rounded away. The
+  rest leaks into the protected subspace. Refused unless forced.
 """
 
 from __future__ import annotations

@@ -357,20 +357,30 @@ def write_plain(
     card: str,
     records: Mapping[str, Any] | None = None,
 ) -> None:
-    """Publish a plain LoRA directory atomically: adapter, model card and config.
+    """Publish a plain LoRA directory atomically. For the arguments, see `write_files`."""
+    with publish.publishing(target, MANIFEST) as staging:
+        write_files(staging, tensors, config, card, records)
+
+
+def write_files(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: LoraConfig | Mapping[str, Any],
+    card: str,
+    records: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the adapter's file, the model card and the config into a folder.
 
     Args:
         tensors: by PEFT's keys.
         config: a config, or the fields of one.
         records: JSON values for the header of the adapter's file, by key.
     """
+    _save_tensors(tensors, folder / ADAPTER_FILE, {key: json.dumps(value) for key, value in (records or {}).items()})
+    (folder / CARD).write_text(card, encoding="utf-8")
     fields = config.to_dict() if isinstance(config, LoraConfig) else config
     fields = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
-    with publish.publishing(target, MANIFEST) as staging:
-        metadata = {key: json.dumps(value) for key, value in (records or {}).items()}
-        _save_tensors(tensors, staging / ADAPTER_FILE, metadata)
-        (staging / CARD).write_text(card, encoding="utf-8")
-        (staging / MANIFEST).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

@@ -72,11 +72,11 @@ def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) ->
         PeftSafetyError: what is wrong, with the file, the module, the shapes and the remedy.
     """
     path = Path(directory)
-    manifest = read_manifest(path)
+    manifest = read_manifest(path, warn=False)
     repaired = manifest.get("peft_type") == REPAIRED_TYPE or manifest.get("safe_lora") is not None
     if manifest.get("peft_type") in PLAIN_TYPES and (repaired or stored_record(path) is not None):
         return _verify_repair(path)
-    stored = check_adapter(path)
+    stored = check_adapter(path, warn=True)
     config = stored_config(stored)
     if model is not None:
         layers = base_layers(model)

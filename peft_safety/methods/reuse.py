@@ -163,11 +163,10 @@ def start(
 def _stored_factors(layers: Mapping[str, LoraLayer], stored: StoredAdapter) -> Factors:
     """Frozen factors come with the directory, like the bases: transformers' loader, for one, loads parameters only."""
     with files.open_tensors(files.child(stored.directory, ADAPTER_FILE)) as handle:
-        keys = {key.removeprefix(PREFIX): key for key in handle.keys()}  # noqa: SIM118
         return {
             name: (
-                handle.get_tensor(keys[f"{name}.lora_A.initial"]),
-                handle.get_tensor(keys[f"{name}.lora_B.initial"]),
+                handle.get_tensor(f"{PREFIX}{name}.lora_A.initial"),
+                handle.get_tensor(f"{PREFIX}{name}.lora_B.initial"),
             )
             for name in layers
         }

@@ -66,14 +66,14 @@ def prior_spans(
 
 def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, Factors]:
     path = Path(directory)
-    publish.require_whole(path, ours=False)
+    publish.require_whole(path, ours=False, warn=False)
     if not (path / MANIFEST).is_file():
         raise ConfigError(
             f"prior patch {directory!r} is neither an adapter on the model nor a directory with {MANIFEST}. Check the "
             "spelling."
         )
     if read_manifest(path, warn=False).get("peft_type") in PROTECTED_TYPES:
-        stored = check_adapter(path)
+        stored = check_adapter(path, warn=True)
         common = {name: layers[name] for name in stored.shapes if name in layers}
         stored.subspace.check_fits(common, (), bind=False)
         factors = protected_factors(stored, common)

@@ -97,17 +97,12 @@ def check_unrepaired(config: Any, what: str) -> None:
 
 
 def check_different(unaligned: Model, aligned: Model | None) -> None:
-    """Refuse one path given twice before anything is read."""
-    if unaligned is aligned:
+    """Refuse one model or path given twice before anything is read."""
+    one, other = (m if isinstance(m, (nn.Module, type(None))) else os.path.realpath(m) for m in (unaligned, aligned))
+    if one == other:
+        label = type(one).__name__ if isinstance(one, nn.Module) else one
         raise ConfigError(
-            "unaligned and aligned are the same. Give the model before and the model after its alignment."
-        )
-    if isinstance(unaligned, nn.Module) or aligned is None or isinstance(aligned, nn.Module):
-        return
-    if os.path.realpath(unaligned) == os.path.realpath(aligned):
-        raise ConfigError(
-            f"unaligned and aligned are both {os.fspath(aligned)}. Give the model before and the model after its "
-            "alignment."
+            f"unaligned and aligned are both {label}. Give the model before and the model after its alignment."
         )
 
 
