@@ -27,7 +27,8 @@ from benchmarks.common import compared, interleaved, parser_of, peak_memory, rec
 from examples.get_model import model_dir
 from peft_safety.estimate.checkpoints import FileWeights, ModuleWeights, Weights
 from peft_safety.methods.safe_lora.options import RepairOptions
-from peft_safety.methods.safe_lora.repair import Factors, repair
+from peft_safety.methods.safe_lora.repair import repair
+from peft_safety.plain_lora import Factors
 from peft_safety.report import environment
 
 RANK, WIDTH, LAYERS, SHARDS = 16, 4096, 32, 8

@@ -87,8 +87,8 @@ def write(tuned: PeftModel, directory: Path, facts: dict[str, Any]) -> Path:
 
     from examples.get_model import HUB_ID
     from peft_safety import export_lora
-    from peft_safety.artifact import ADAPTER_FILE
-    from peft_safety.artifact import MANIFEST as CONFIG
+    from peft_safety.plain_lora import ADAPTER_FILE
+    from peft_safety.plain_lora import MANIFEST as CONFIG
 
     export_lora(tuned, directory)
     tensors = {key: value.to(torch.bfloat16) for key, value in load_file(directory / ADAPTER_FILE).items()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +16,24 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from peft_safety import files, publish, weights
-from peft_safety.errors import ArtifactError, ConfigError
+from peft_safety import files, weights
+from peft_safety.errors import ArtifactError
+from peft_safety.plain_lora import (
+    ADAPTER_FILE,
+    DTYPES,
+    EXTRA_DTYPES,
+    MANIFEST,
+    PREFIX,
+    check_sizes,
+    read_manifest,
+    read_tensor,
+)
 from peft_safety.projection import Side, leak, leak_tolerance
 from peft_safety.subspace import FILE_NAME as SUBSPACE_FILE
 from peft_safety.subspace import SafetySubspace
 
-MANIFEST = "adapter_config.json"
-ADAPTER_FILE = "adapter_model.safetensors"
 PROTECTED_TYPES = ("SALORA", "ORTHOSAFETYPATCH", "GUARDSPACE")
 """Values of `peft_type` that promise an adapter of this package."""
 SIDES: dict[str, tuple[Side, ...]] = {"out": ("out",), "in": ("in",), "both": ("out", "in")}
@@ -41,15 +47,7 @@ FREE_FIELDS = ("base_model_name_or_path", "revision", "inference_mode")
 trained on.
 """
 
-MAX_ALPHA = 1e6
-MAX_RANK = 65_536
-DTYPES = ("F32", "BF16", "F16")
-COUNTER_DTYPES = ("I64", "I32", "I16", "I8", "U8", "BOOL")
-"""What other trained tensors may be too: buffers of a module in `modules_to_save`."""
 _PLAIN_NAME = re.compile(r"[\w.\-]+")
-PREFIX = "base_model.model."
-"""Of every key that PEFT stores."""
-CARD = "README.md"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<factor>lora_A|lora_B)\.(?P<kind>weight|initial)")
 
 
@@ -83,26 +81,6 @@ class StoredAdapter:
             if local.is_dir()
             else source.replace("/", "--") in str(self.directory)
         )
-
-
-def check_numbers(r: Any, alpha: Any, dropout: Any, where: str) -> None:
-    """Refuse ranks and scales that PEFT accepts and that cannot be meant.
-
-    Raises:
-        ConfigError: a rank that is not an integer in [1, 65536], an alpha that is not finite and in (0, 1e6], a
-            dropout outside [0, 1).
-    """
-    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= MAX_RANK:
-        raise ConfigError(f"{where}: r={r!r} is no rank. Use an integer from 1 to {MAX_RANK}.")
-    if (
-        not isinstance(alpha, (int, float))
-        or isinstance(alpha, bool)
-        or not math.isfinite(alpha)
-        or not 0 < alpha <= MAX_ALPHA
-    ):
-        raise ConfigError(f"{where}: lora_alpha={alpha!r}. Use a finite number above 0 and at most {MAX_ALPHA:g}.")
-    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ConfigError(f"{where}: lora_dropout={dropout!r}. Use a number in [0, 1).")
 
 
 def stored_sides(config: Mapping[str, Any], where: str) -> tuple[tuple[Side, ...], tuple[Side, ...]]:
@@ -142,7 +120,6 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         ArtifactError: a pattern, or a key of `rank_pattern` or `alpha_pattern`, that is not a full module name.
         ConfigError: a number out of range.
     """
-    check_numbers(config.get("r"), config.get("lora_alpha"), config.get("lora_dropout"), where)
     modules = config.get("target_modules")
     if not isinstance(modules, list) or not all(isinstance(m, str) and _PLAIN_NAME.fullmatch(m) for m in modules):
         raise ArtifactError(
@@ -152,7 +129,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if config.get(field):
             raise ArtifactError(
-                f"{where}: {field} has no place beside a list of full module names. Save the adapter again with "
+                f"{where}: {field} cannot be combined with a list of full module names. Save the adapter again with "
                 "peft_safety."
             )
     saved = config.get("modules_to_save") or []
@@ -167,23 +144,22 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
                 f"{where}: {field} must map names in target_modules to numbers. Save the adapter again with "
                 "peft_safety."
             )
-        for name, value in table.items():
-            rank, alpha = (value, 1) if field == "rank_pattern" else (1, value)
-            check_numbers(rank, alpha, 0, f"{where}, {field}[{name!r}]")
+    check_sizes(config, where)
 
 
-def check_adapter(directory: Path) -> StoredAdapter:
+def check_adapter(directory: Path, warn: bool = False) -> StoredAdapter:
     """Check an adapter directory in full: files, hashes, keys, shapes, finiteness, orthonormality, and that the
     factors do not leak.
+
+    Args:
+        warn: see `read_manifest`.
 
     Raises:
         ArtifactError: anything but the exact set of files and tensors, or a changed byte.
         ConfigError: a number of the config that is out of range.
         SubspaceError: bases that would not protect.
     """
-    publish.require_whole(directory, warn=False)
-    path = files.child(directory, MANIFEST)
-    config = files.read_json(path)
+    config, path = read_manifest(directory, warn), directory / MANIFEST
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in PROTECTED_TYPES:
         raise ArtifactError(
@@ -324,18 +300,13 @@ def _check_factors(
                 f"{path}: unknown or missing tensors {sorted(others ^ set(extra))[:3]}; it must hold exactly what "
                 f"{MANIFEST} lists. Copy or save it again."
             )
-        if set(factors) != set(subspace.bases):
-            odd = sorted(set(factors) ^ set(subspace.bases))
-            raise ArtifactError(
-                f"{path}: {len(factors)} modules, but the subspace has {len(subspace.bases)}; they differ at "
-                f"{odd[:3]}. Copy or save the adapter again."
-            )
-        if set(config["target_modules"]) != set(factors):
-            odd = sorted(set(config["target_modules"]) ^ set(factors))
-            raise ArtifactError(
-                f"{path}: {len(factors)} modules; target_modules in {MANIFEST} differs at {odd[:3]}. Copy or save the "
-                "adapter again."
-            )
+        listed = {"the subspace": subspace.bases, f"target_modules in {MANIFEST}": config["target_modules"]}
+        for what, modules in listed.items():
+            if differing := sorted(set(factors) ^ set(modules)):
+                raise ArtifactError(
+                    f"{path}: {len(factors)} modules, but {what} has {len(modules)}; they differ at {differing[:3]}. "
+                    "Copy or save the adapter again."
+                )
         residual = config.get("init") in RESIDUAL_INITS
         expected = {"lora_A.weight", "lora_B.weight"} | ({"lora_A.initial", "lora_B.initial"} if residual else set())
         shapes, leaks = {}, {}
@@ -345,11 +316,10 @@ def _check_factors(
                     f"{path}: {module} has {sorted(keys)}, expected {sorted(expected)}. Copy or save the adapter "
                     "again."
                 )
-            shapes[module] = _check_shapes(
-                path, module, {k: handle.get_slice(v) for k, v in keys.items()}, subspace, config
-            )
-            tensors = {kind: handle.get_tensor(key) for kind, key in keys.items()}
-            leaks[module] = _check_values(
+            headers = {kind: tuple(handle.get_slice(key).get_shape()) for kind, key in keys.items()}
+            shapes[module] = _check_shapes(path, module, headers, subspace, config)
+            tensors = {kind: read_tensor(handle, path, key, DTYPES) for kind, key in keys.items()}
+            leaks[module] = _worst_leak(
                 path, module, tensors, {side: subspace.bases[module][side] for side in constrained}
             )
         for key in extra:
@@ -358,11 +328,9 @@ def _check_factors(
 
 
 def _check_shapes(
-    path: Path, module: str, slices: Mapping[str, Any], subspace: SafetySubspace, config: Mapping[str, Any]
+    path: Path, module: str, shapes: dict[str, tuple[int, ...]], subspace: SafetySubspace, config: Mapping[str, Any]
 ) -> tuple[int, int, int]:
     """From the header alone, before anything is allocated: `(out_features, in_features, rank)`."""
-    shapes = {kind: tuple(s.get_shape()) for kind, s in slices.items()}
-    dtypes = {s.get_dtype() for s in slices.values()}
     a, b = shapes["lora_A.weight"], shapes["lora_B.weight"]
     rank = (config.get("rank_pattern") or {}).get(module, config["r"])
     fits = (
@@ -374,41 +342,28 @@ def _check_shapes(
     for side, d in (("out", b[0] if b else 0), ("in", a[-1] if a else 0)):
         basis = subspace.bases[module].get(side)  # type: ignore[call-overload]
         fits = fits and (basis is None or basis.shape[0] == d)
-    if not fits or not dtypes <= set(DTYPES):
+    if not fits:
         bases = {side: tuple(u.shape) for side, u in subspace.bases[module].items()}
         raise ArtifactError(
-            f"{path}: {module} has lora_A {a}, lora_B {b} of {sorted(dtypes)}, which do not fit rank {rank} and bases "
-            f"{bases}. Save the adapter again."
+            f"{path}: {module} has lora_A {a}, lora_B {b}, which do not fit rank {rank} and bases {bases}. Save the "
+            "adapter again."
         )
     return int(b[0]), int(a[1]), int(rank)
 
 
-def _check_values(path: Path, module: str, tensors: Mapping[str, Tensor], bases: Mapping[Side, Tensor]) -> float:
-    for kind, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ArtifactError(
-                f"{path}: {module}.{kind} {tuple(tensor.shape)} holds NaN or Inf. Save the adapter again from the "
-                "last good checkpoint."
-            )
+def _worst_leak(path: Path, module: str, tensors: Mapping[str, Tensor], bases: Mapping[Side, Tensor]) -> float:
     worst = 0.0
     for side, u in bases.items():
         factor = "lora_B" if side == "out" else "lora_A"
-        for kind in ("weight", "initial"):
-            if f"{factor}.{kind}" in tensors:
-                worst = max(worst, _leak(path, module, f"{factor}.{kind}", u, tensors[f"{factor}.{kind}"], side))
+        for kind in tensors.keys() & {f"{factor}.weight", f"{factor}.initial"}:
+            share, limit = leak(u, tensors[kind], side), leak_tolerance(tensors[kind].dtype)
+            if not share <= limit:
+                raise ArtifactError(
+                    f"{path}: {module}.{kind} {tuple(tensors[kind].shape)} reaches {share:.2g} of its norm into the "
+                    f"protected subspace (limit {limit:.2g}). Train or save the adapter again."
+                )
+            worst = max(worst, share)
     return worst
-
-
-def _leak(path: Path, module: str, kind: str, u: Tensor, tensor: Tensor, side: Side) -> float:
-    found = leak(u, tensor, side)
-    if not found <= leak_tolerance(tensor.dtype):
-        raise ArtifactError(
-            f"{path}: {module}.{kind} {tuple(tensor.shape)} reaches {found:.2g} of its norm into the protected "
-            "subspace "
-            f"(limit {leak_tolerance(tensor.dtype):.2g}). It is not a protected adapter of this subspace; train or "
-            "save it again."
-        )
-    return found
 
 
 def _check_extra(path: Path, key: str, handle: Any, subspace: SafetySubspace, saved: Sequence[str]) -> None:
@@ -424,19 +379,11 @@ def _check_extra(path: Path, key: str, handle: Any, subspace: SafetySubspace, sa
             f"{path}: unknown tensor {key!r}; it is neither a factor nor of a module in modules_to_save. Save the "
             "adapter again."
         )
-    dtype = handle.get_slice(key).get_dtype()
-    if dtype not in (*DTYPES, *COUNTER_DTYPES):
-        raise ArtifactError(f"{path}: {key} is {dtype}; an adapter holds {', '.join(DTYPES)}. Save the adapter again.")
-    tensor = handle.get_tensor(key)
-    if not bool(torch.isfinite(tensor).all()):
-        raise ArtifactError(
-            f"{path}: {key} {tuple(tensor.shape)} holds NaN or Inf. Save the adapter again from the last good "
-            "checkpoint."
-        )
+    tensor = read_tensor(handle, path, key, EXTRA_DTYPES)
     if under_base and kind == "weight":  # PEFT stores a targeted embedding or head whole: then it must be the base's
-        found = weights.sample(tensor.float()) if tensor.ndim == 2 else tensor
+        sample = weights.sample(tensor.float()) if tensor.ndim == 2 else tensor
         reference = subspace.fingerprints[base]
-        if found.shape != reference.shape or not weights.distance(found, reference) <= weights.DISTANCE_DENSE:
+        if sample.shape != reference.shape or not weights.distance(sample, reference) <= weights.DISTANCE_DENSE:
             raise ArtifactError(
                 f"{path}: {key} {tuple(tensor.shape)} is not the base weight that the subspace was made for. Save the "
                 "adapter again."

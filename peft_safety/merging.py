@@ -1,34 +1,30 @@
-"""Adapters into the weights under them, where those are quantized: three ways, each with what it does to the update.
+"""Merging adapters into quantized weights. There are three ways; each reports what it does to the update.
 
 - `"16bit"`: dense weights that hold `W + dW`, rounded once.
-- `"nf4+residual"`: the quantized weights as they are, and the update beside them as one plain LoRA. Exact. Another
-split, `Q(W + dW)` in 4 bits and the
-  remainder beside it, is not: that remainder is quantization noise of full rank, which no adapter of a small rank can
-  hold.
-- `"nf4"`: `W + dW` quantized again. The grid of 4-bit values is coarser than most updates, so most of dW is rounded
-away and what survives leaks into the
-  protected subspace; refused unless forced.
+- `"nf4+residual"`: the quantized weights unchanged, and the update as one plain LoRA. Exact. (`Q(W + dW)` with the
+  remainder as an adapter is not: the remainder is quantization noise of full rank.)
+- `"nf4"`: `W + dW` quantized again. The 4-bit grid is coarser than most updates, so most of dW is rounded away. The
+  rest leaks into the protected subspace. Refused unless forced.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from peft_safety import projection, weights
 from peft_safety.errors import ConfigError, LossyMergeError
-from peft_safety.export import plain_config, plain_factors
-from peft_safety.layers import stored_factors
+from peft_safety.methods.factors import layer_factors
 from peft_safety.methods.protected import config_table, protected_configs
-from peft_safety.names import own_name, pin, places
+from peft_safety.names import own_name, places
+from peft_safety.plain_lora import plain_config
 from peft_safety.projection import Side
 
 MergeTo = Literal["16bit", "nf4+residual", "nf4"]
@@ -66,8 +62,7 @@ class MergeResult:
             {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(row).items()}
             for row in self.modules
         ]
-        found: dict[str, Any] = json.loads(json.dumps({"to": self.to, "modules": rows}))
-        return found
+        return {"to": self.to, "modules": rows}
 
     def print(self) -> None:
         """A table on the console."""
@@ -147,7 +142,7 @@ def merge_quantized(
         part = _part(model, base, name)
         before = weights.dense_weight(part.inner, name)
         if to == "nf4+residual":
-            a, b = factors[name] = _joint_factors(part.layer)
+            a, b = factors[name] = _joint_factors(name, part.layer)
             rows.append(part.row(before, before + (b.float() @ a.float()).to(before)))
             continue
         merged = _requantized(part, before) if to == "nf4" else _dense(part, before, dtype)
@@ -260,23 +255,19 @@ def _requantized(part: _Part, before: Tensor) -> nn.Module:
     return part.inner
 
 
-def _joint_factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+def _joint_factors(name: str, layer: LoraLayer) -> tuple[Tensor, Tensor]:
     """`(A' (r', n), B' (m, r'))` of the sum of the active adapters, scaled, on the CPU."""
-    pairs = [
-        plain_factors(*stored_factors(layer.lora_A[n], layer.lora_B[n]), float(layer.scaling[n]))
-        for n in layer.active_adapters
-        if n in layer.lora_A
-    ]
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    pairs = [layer_factors(name, layer, adapter).scaled() for adapter in active]
     return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
 
 
 def _with_plain(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> nn.Module:
     """The model with one plain LoRA of these factors in place of its adapters; its base is not touched."""
-    config: LoraConfig = next(iter(config_table(model).values()))
+    config = next(iter(config_table(model).values()))
     base = model.unload()
-    plain = plain_config(config, max(a.shape[0] for a, _ in factors.values()), factors)
-    pin(plain, {own_name(name): (a.shape[0], a.shape[0]) for name, (a, _) in factors.items()}, places(base))
-    result = get_peft_model(base, plain)
+    pairs = {own_name(name): pair for name, pair in factors.items()}
+    result = get_peft_model(base, plain_config(pairs, vars(config), places(base)))
     for name, (a, b) in factors.items():
         layer: Any = result.get_base_model().get_submodule(name)
         for leaf, factor in ((layer.lora_A["default"], a), (layer.lora_B["default"], b)):

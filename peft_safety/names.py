@@ -1,5 +1,5 @@
-"""Names of modules: as the base model has them, whatever is wrapped around the model and its layers; and patterns that
-mean exactly them.
+"""Names of modules: as the base model has them, whatever is wrapped around the model and its layers; patterns that
+mean exactly them; and short lists of them for messages.
 
 PEFT matches a list of names as suffixes, and the keys of `rank_pattern` and `alpha_pattern` as regular expressions
 behind any prefix, the first match first. A
@@ -17,6 +17,8 @@ from torch import nn
 T = TypeVar("T")
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of a name that torch's wrappers put in: compiled, sharded and checkpointed modules."""
+SHOWN = 3
+"""Names that a message spells out."""
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -104,39 +106,39 @@ def exact(table: Mapping[str, T]) -> dict[str, T]:
     return {f"^{re.escape(name)}": value for name, value in table.items()}
 
 
-def look_alikes(wanted: Collection[str], there: Iterable[str]) -> list[str]:
+def look_alikes(wanted: Collection[str], existing: Iterable[str]) -> list[str]:
     """Names that PEFT would take in beyond the wanted full ones, because they end with one."""
-    found = []
-    for name in there:
+    result = []
+    for name in existing:
         rest = name
         while name not in wanted and "." in rest:
             rest = rest.partition(".")[2]
             if rest in wanted:
-                found.append(name)
+                result.append(name)
                 break
-    return found
+    return result
 
 
-def exclude_look_alikes(config: Any, there: Iterable[str]) -> None:
-    """Make a LoRA config that lists full names of modules mean no others, of all those in its model."""
-    config.exclude_modules = "|".join(map(re.escape, look_alikes(config.target_modules, there))) or None
+def exclude_look_alikes(config: Any, existing: Iterable[str]) -> None:
+    """Make a LoRA config that lists full names of modules mean no others of the existing ones."""
+    config.exclude_modules = "|".join(map(re.escape, look_alikes(config.target_modules, existing))) or None
 
 
-def pin(config: Any, modules: Mapping[str, tuple[int, float]], there: Mapping[str, str] | None = None) -> None:
+def pin(config: Any, modules: Mapping[str, tuple[int, float]], existing: Mapping[str, str] | None = None) -> None:
     """Make a LoRA config mean exactly these modules, with these ranks and alphas.
 
     Args:
         modules: `{own name: (rank, alpha)}`.
-        there: `places` of the model that it is for. Without one, modules whose names end with a wanted name cannot be
-            told apart.
+        existing: `places` of the model that it is for. Without one, modules whose names end with a wanted name cannot
+            be told apart.
     """
-    there = {name: name for name in modules} if there is None else there
-    found = {there.get(name, name): value for name, value in modules.items()}
-    config.target_modules = set(found)
-    exclude_look_alikes(config, there.values())
+    existing = {name: name for name in modules} if existing is None else existing
+    wanted = {existing.get(name, name): value for name, value in modules.items()}
+    config.target_modules = set(wanted)
+    exclude_look_alikes(config, existing.values())
     config.layers_to_transform = config.layers_pattern = None
-    config.rank_pattern = exact({name: rank for name, (rank, _) in found.items() if rank != config.r})
-    config.alpha_pattern = exact({name: alpha for name, (_, alpha) in found.items() if alpha != config.lora_alpha})
+    config.rank_pattern = exact({name: rank for name, (rank, _) in wanted.items() if rank != config.r})
+    config.alpha_pattern = exact({name: alpha for name, (_, alpha) in wanted.items() if alpha != config.lora_alpha})
 
 
 def pattern_value(patterns: Mapping[str, T] | None, module: str, default: T) -> T | None:
@@ -177,5 +179,45 @@ def _certain_end(key: str) -> str:
     """Letters that everything ends with that a regular expression matches, as far as they are plain to see."""
     if "|" in key or "(?" in key:
         return ""
-    found = re.search(r"(\\\w?)?([\w!,;:=-]*)$", key)
-    return "" if found is None or found[1] else found[2]
+    match = re.search(r"(\\\w?)?([\w!,;:=-]*)$", key)
+    return "" if match is None or match[1] else match[2]
+
+
+def listed(names: Collection[str]) -> str:
+    """`a, b, c and 21 more`."""
+    first = sorted(names)[:SHOWN]
+    rest = len(names) - len(first)
+    return ", ".join(first) + (f" and {rest} more" if rest else "")
+
+
+def exclusion_pattern(names: Iterable[str], others: Iterable[str] = ()) -> str:
+    """A regular expression that matches the full names of some modules and none of the others: what `exclude_modules`
+    takes.
+
+    Where a whole subtree is meant it says so, and numbered layers are one term:
+    `model\\.vision_tower\\..*|model\\.layers\\.\\d+\\.mlp\\.gate`.
+    """
+    names, others = set(names), set(others) - set(names)
+    inner = {parent for other in others for parent in _parents(other)}  # modules that hold one of the others
+    terms: list[str] = []
+    for name in sorted(names):
+        if any(re.fullmatch(term, name) for term in terms):
+            continue
+        top = next(
+            (
+                parent
+                for parent in _parents(name)
+                if parent not in inner and sum(n.startswith(f"{parent}.") for n in names) > 1
+            ),
+            None,
+        )
+        exact = re.escape(name) if top is None else re.escape(top) + r"\..*"
+        broad = re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", exact)
+        terms.append(exact if any(re.fullmatch(broad, other) for other in others) else broad)
+    return "|".join(terms)
+
+
+def _parents(name: str) -> list[str]:
+    """The modules around one, outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))]

@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peft_safety import files, naming, weights
+from peft_safety import files, weights
 from peft_safety.data.rows import Rows
 from peft_safety.errors import ArtifactError, SubspaceError
+from peft_safety.names import exclusion_pattern, listed
 from peft_safety.projection import ORTHONORMAL_TOLERANCE, Side, orthonormality_error, orthonormalize, union
 
 FILE_NAME = "safety_subspace.safetensors"
@@ -320,10 +321,10 @@ class SafetySubspace:
         if lacking:
             side = next(side for side in sides if side not in self.bases.get(lacking[0], {}))
             raise SubspaceError(
-                f"{naming.some(lacking)}: the subspace has no {side!r} basis for {len(lacking)} of {len(layers)} "
+                f"{listed(lacking)}: the subspace has no {side!r} basis for {len(lacking)} of {len(layers)} "
                 "layers (it has "
-                f"{naming.some(self.bases)}). Calibrate with the same target_modules, or leave them out: "
-                f'exclude_modules=r"{naming.pattern(lacking, layers)}".'
+                f"{listed(self.bases)}). Calibrate with the same target_modules, or leave them out: "
+                f'exclude_modules=r"{exclusion_pattern(lacking, layers)}".'
             )
         for name, layer, side in ((name, layer, side) for name, layer in layers.items() for side in sides):
             u = self.bases[name][side]

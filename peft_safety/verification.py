@@ -9,15 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from peft_safety.artifact import MANIFEST
+from peft_safety.artifact import check_adapter
 from peft_safety.errors import ProtectionError
 from peft_safety.estimate.targets import base_layers
-from peft_safety.files import read_json
-from peft_safety.methods.protected import check_ahead, stored_adapter, stored_config
-from peft_safety.methods.safe_lora.directory import STORED_TYPE, read_factors, stored_record
+from peft_safety.methods.protected import check_ahead, stored_config
 from peft_safety.methods.safe_lora.repair import factor_digest
+from peft_safety.plain_lora import PLAIN_TYPES, REPAIRED_TYPE, read_manifest, read_plain, stored_record
 from peft_safety.projection import orthonormality_error
-from peft_safety.publish import require_whole
 
 
 @dataclass(frozen=True)
@@ -74,14 +72,11 @@ def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) ->
         PeftSafetyError: what is wrong, with the file, the module, the shapes and the remedy.
     """
     path = Path(directory)
-    if path.is_dir():
-        require_whole(path)
-    manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
-    if manifest.get("peft_type") in ("LORA", STORED_TYPE):
-        record = stored_record(path) or manifest.get("safe_lora")
-        if record is not None or manifest["peft_type"] == STORED_TYPE:
-            return _verify_repair(path, manifest, record)
-    stored = stored_adapter(directory)
+    manifest = read_manifest(path, warn=False)
+    repaired = manifest.get("peft_type") == REPAIRED_TYPE or manifest.get("safe_lora") is not None
+    if manifest.get("peft_type") in PLAIN_TYPES and (repaired or stored_record(path) is not None):
+        return _verify_repair(path)
+    stored = check_adapter(path, warn=True)
     config = stored_config(stored)
     if model is not None:
         layers = base_layers(model)
@@ -102,18 +97,19 @@ def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) ->
     )
 
 
-def _verify_repair(path: Path, manifest: dict[str, Any], record: Any) -> RepairVerification:
-    if not isinstance(record, dict):
+def _verify_repair(path: Path) -> RepairVerification:
+    plain = read_plain(path)
+    record = plain.record
+    if record is None:
         raise ProtectionError(
             f"{path}: Safe LoRA was never applied to this adapter; it is as unsafe as any LoRA. Run peft-safety "
             "repair."
         )
-    _, factors = read_factors(path, manifest)
-    if factor_digest({name: (factor.a, factor.b) for name, factor in factors.items()}) != record.get("digest"):
+    if factor_digest({name: (factor.a, factor.b) for name, factor in plain.factors.items()}) != record.get("digest"):
         raise ProtectionError(
             f"{path}: the factors have changed since Safe LoRA was applied (trained on, combined or cast). Repair the "
             "adapter from its original."
         )
     return RepairVerification(
-        str(path), str(manifest["peft_type"]), len(factors), int(record.get("repaired", 0)), record
+        str(path), str(plain.fields["peft_type"]), len(plain.factors), int(record.get("repaired", 0)), record
     )

@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_safety import naming, weights
+from peft_safety import weights
 from peft_safety.data.rows import Rows
 from peft_safety.errors import CalibrationError, ConfigError
 from peft_safety.estimate.bases import Size, contrastive_basis, input_basis, output_basis
 from peft_safety.estimate.leaving_out import cut, fitted, narrow_layers, record, without_room
 from peft_safety.estimate.moments import InputMoments, Positions, collect, to_batches
 from peft_safety.estimate.targets import target_layers
+from peft_safety.names import listed
 from peft_safety.projection import Side
 from peft_safety.subspace import SafetySubspace
 
@@ -133,7 +134,7 @@ def estimate(
     reached = {name: layer for name, layer in layers.items() if all(seen.reaches(name) for seen, _ in found)}
     if not reached:
         raise CalibrationError(
-            f"no token that counts reaches any of the {len(layers)} target layers ({naming.some(layers)}). Give data "
+            f"no token that counts reaches any of the {len(layers)} target layers ({listed(layers)}). Give data "
             "that do."
         )
     bases, spectra = _bases(

@@ -14,9 +14,10 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from peft_safety import naming, weights
+from peft_safety import weights
 from peft_safety.errors import ConfigError
 from peft_safety.estimate.bases import Size
+from peft_safety.names import listed
 from peft_safety.projection import Side
 from peft_safety.subspace import NARROW, UNREACHED, SafetySubspace
 
@@ -53,9 +54,7 @@ def without_room(layers: Mapping[str, nn.Module], sides: Sequence[Side]) -> list
         if any(weights.shape(layer)[0 if side == "out" else 1] < 2 for side in sides)
     ]
     if len(found) == len(layers):
-        raise ConfigError(
-            f"{naming.some(found)}: a single feature leaves no direction free. Use other target_modules."
-        )
+        raise ConfigError(f"{listed(found)}: a single feature leaves no direction free. Use other target_modules.")
     return found
 
 
@@ -82,7 +81,7 @@ def fitted(
         warnings.warn(
             f"{len(reduced)} of {len(layers)} layers are too narrow for the rank that was asked for, and protect "
             "fewer directions (at least "
-            f"{min(reduced.values())}): {naming.some(reduced)}.",
+            f"{min(reduced.values())}): {listed(reduced)}.",
             stacklevel=4,
         )
     return result
@@ -111,7 +110,7 @@ def warn_left_out(left_out: Mapping[str, str], total: int, what: str, *, stackle
     if not left_out:
         return
     by_reason = {reason: [name for name, why in left_out.items() if why == reason] for reason in SAID}
-    said = "; ".join(f"{SAID[reason]} {naming.some(names)}" for reason, names in by_reason.items() if names)
+    said = "; ".join(f"{SAID[reason]} {listed(names)}" for reason, names in by_reason.items() if names)
     warnings.warn(
         f"{len(left_out)} of {total} target layers are left out of {what}: {said}.", stacklevel=stacklevel + 1
     )

@@ -18,10 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peft_safety import naming, weights
+from peft_safety import weights
 from peft_safety.data.chat import IGNORE_INDEX, Collator, encode_prompts, encode_rows, is_prompt_only
 from peft_safety.data.rows import Rows, as_rows
 from peft_safety.errors import CalibrationError
+from peft_safety.names import listed
 
 Batch = Mapping[str, Tensor]
 Positions = Literal["response", "prompt", "all"]
@@ -189,7 +190,7 @@ def collect(
         warnings.warn(
             f"{what}: {len(moments.loose)} layers have inputs that do not line up with the tokens of a batch (routed "
             "experts, images), so all of them count "
-            f"there, padding included: {naming.some(moments.loose)}. Batches of one length without padding, with "
+            f"there, padding included: {listed(moments.loose)}. Batches of one length without padding, with "
             "positions='all', are exact.",
             stacklevel=3,
         )

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from peft_safety import scales, weights
-from peft_safety.artifact import PREFIX
 from peft_safety.errors import ConfigError
 from peft_safety.names import own_name, walk
+from peft_safety.plain_lora import PREFIX
 
 ALL_LINEAR = "all-linear"
 

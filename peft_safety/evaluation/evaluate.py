@@ -110,20 +110,10 @@ def evaluate(
     classified = is_classification(task)
     names = list(labels if labels is not None else ()) or label_names(task)
 
-    def verdicts(asked: Sequence[str], description: str) -> list[Verdict]:
-        found = generate(
-            model,
-            tokenizer,
-            asked,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            description=description,
-            progress=progress,
-        )
-        return verdicts_of(judge, asked, [response.text for response in found])
-
-    on_harmful, on_contrast = verdicts(prompts.harmful, "harmful prompts"), verdicts(prompts.contrast, "safe prompts")
-    on_everyday = verdicts(prompts.everyday, "everyday prompts") if prompts.everyday else []
+    asking: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
+    on_harmful = _verdicts(model, tokenizer, prompts.harmful, judge, description="harmful prompts", **asking)
+    on_contrast = _verdicts(model, tokenizer, prompts.contrast, judge, description="safe prompts", **asking)
+    on_everyday = _verdicts(model, tokenizer, prompts.everyday, judge, description="everyday prompts", **asking)
     answers = (
         task_answers(
             model, tokenizer, task, names, least_tokens=max_new_tokens, batch_size=batch_size, progress=progress
@@ -173,12 +163,22 @@ def refusal_rate(
     progress: bool = True,
 ) -> Rate:
     """The share of `prompts` whose greedy answer the judge calls a refusal."""
-    answers = generate(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, description=description, progress=progress
-    )
-    return Rate.of(
-        verdict is Verdict.REFUSAL for verdict in verdicts_of(judge, prompts, [answer.text for answer in answers])
-    )
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "description": description, "progress": progress}
+    return Rate.of(verdict is Verdict.REFUSAL for verdict in _verdicts(model, tokenizer, prompts, judge, **options))
+
+
+def _verdicts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    judge: Judge,
+    **options: Any,
+) -> list[Verdict]:
+    """The judge's verdicts on greedy answers; none without prompts. The options are those of `generate`."""
+    if not prompts:
+        return []
+    answers = generate(model, tokenizer, prompts, **options)
+    return verdicts_of(judge, prompts, [answer.text for answer in answers])
 
 
 def self_responses(

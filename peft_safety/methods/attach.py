@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from peft_safety import naming, weights
+from peft_safety import weights
 from peft_safety.errors import ConfigError, SubspaceError, UnsupportedLayerError
 from peft_safety.estimate.leaving_out import warn_left_out
 from peft_safety.methods import reuse
 from peft_safety.methods.protected import ProtectedConfig, adapter_layers, bind
+from peft_safety.names import listed
 
 
 def attach(
@@ -59,7 +60,7 @@ def attach(
     gone = {name: known[name] for name in subspace.lacking(layers, config.basis_sides) if name in known}
     if len(gone) == len(layers):
         raise SubspaceError(
-            f"{naming.some(gone)}: the subspace leaves out every layer of the adapter. Use other target_modules, or "
+            f"{listed(gone)}: the subspace leaves out every layer of the adapter. Use other target_modules, or "
             "calibrate on other data."
         )
     if gone:

@@ -19,36 +19,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_safety import files, scales, weights
-from peft_safety.artifact import ADAPTER_FILE, MANIFEST, StoredAdapter, base_key, check_adapter, check_numbers, sign
+from peft_safety.artifact import StoredAdapter, base_key, sign
 from peft_safety.data import calibration_rows
-from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, ProtectionError, UnsupportedLayerError
+from peft_safety.errors import ArtifactError, ConfigError, ProtectionError, UnsupportedLayerError
 from peft_safety.layers import ProtectedLinear, check_leaf, rebase
 from peft_safety.methods import reuse
 from peft_safety.names import original, pin, walk
+from peft_safety.plain_lora import ADAPTER_FILE, INITS, MANIFEST, NOT_PROTECTED, check_features, check_sizes, config_of
 from peft_safety.projection import Side
 from peft_safety.subspace import FILE_NAME, SafetySubspace
-
-INITS = (True, False, "gaussian", "orthogonal")
-"""Values of `init_lora_weights` that start from dW = 0 and leave the base weight alone."""
-
-REJECTED = {
-    "use_dora": "DoRA rescales dW after the projection",
-    "lora_bias": "the bias of lora_B would bypass the projection",
-    "use_qalora": "QALoRA pools inputs inside its own layers",
-    "use_bdlora": "BD-LoRA has its own block-diagonal lora_B",
-    "kasa_config": "KaSA rewrites the base weight and scales dW by its own singular values",
-    "arrow_config": "Arrow routes between adapters",
-    "velora_config": "VeLoRA replaces lora_A by its own layer",
-    "monteclora_config": "MonteCLoRA samples around the projected factors",
-    "alora_invocation_tokens": "activated LoRA is untested here",
-    "target_parameters": "3-D (MoE) parameters need bases of their own",
-    "loftq_config": "LoftQ rewrites the base weight",
-    "corda_config": "CorDA rewrites the base weight",
-    "lora_ga_config": "LoRA-GA rewrites the base weight",
-    "eva_config": "EVA initializes the factors itself",
-    "layer_replication": "replicated layers rebuild the base model",
-    "megatron_config": "Megatron's parallel layers shard lora_B but not the basis",
-}
 
 
 @dataclass
@@ -78,26 +57,12 @@ class ProtectedConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         where = type(self).__name__
-        for name, reason in REJECTED.items():
-            if getattr(self, name, None):
-                raise ConfigError(
-                    f"{where}(target_modules={self.target_modules!r}): {name} cannot be protected: {reason}. Remove "
-                    "it."
-                )
-        if self.init_lora_weights not in INITS:
-            raise ConfigError(
-                f"{where}: init_lora_weights={self.init_lora_weights!r} rewrites the base weight or is untested. Use "
-                f"one of {INITS}."
-            )
+        check_features(self, f"{where}(target_modules={self.target_modules!r})", NOT_PROTECTED, INITS)
         if self.bias != "none":
             raise ConfigError(
                 f"{where}: bias={self.bias!r} trains base biases, which no projection constrains. Use bias='none'."
             )
-        check_numbers(self.r, self.lora_alpha, self.lora_dropout, where)
-        for name, rank in (self.rank_pattern or {}).items():
-            check_numbers(rank, self.lora_alpha, 0, f"{where}, rank_pattern[{name!r}]")
-        for name, alpha in (self.alpha_pattern or {}).items():
-            check_numbers(self.r, alpha, 0, f"{where}, alpha_pattern[{name!r}]")
+        check_sizes(vars(self), where)
         if not isinstance(self.safety_rank, int) or self.safety_rank < 1:
             raise ConfigError(f"{where}: safety_rank={self.safety_rank!r}. Use an integer of at least 1.")
         super().__post_init__()
@@ -401,28 +366,12 @@ def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
                 check_leaf(factor[name], f"{module} (adapter {name!r})", basis, side, config.residual)
 
 
-def stored_adapter(directory: str | os.PathLike[str]) -> StoredAdapter:
-    """`check_adapter` for a directory given by a user."""
-    path = Path(directory)
-    if not path.is_dir():
-        raise ArtifactError(f"{path} is not a directory. Give the directory that save_pretrained wrote.")
-    return check_adapter(path)
-
-
 def stored_config(stored: StoredAdapter) -> ProtectedConfig:
     """The config of a checked directory, as loading would make it.
 
     Raises:
         PeftSafetyError: a field that the method cannot honor, or that is not of this config's types.
     """
-    fields = {k: v for k, v in stored.config.items() if k != "runtime_config"}
-    try:
-        config: ProtectedConfig = LoraConfig.from_peft_type(**fields)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, PeftSafetyError):
-            raise
-        raise ArtifactError(
-            f"{stored.directory / MANIFEST} is not a config of this PEFT: {error}. Save the adapter again."
-        ) from error
+    config: ProtectedConfig = config_of(stored.config, stored.directory / MANIFEST)
     config.take(stored)
     return config

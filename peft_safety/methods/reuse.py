@@ -16,8 +16,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from peft_safety import files
-from peft_safety.artifact import ADAPTER_FILE, PREFIX, StoredAdapter
+from peft_safety.artifact import StoredAdapter
 from peft_safety.errors import ConfigError, SubspaceError
+from peft_safety.plain_lora import ADAPTER_FILE, PREFIX
 
 if TYPE_CHECKING:
     from peft_safety.layers import ProtectedLinear
@@ -162,11 +163,10 @@ def start(
 def _stored_factors(layers: Mapping[str, LoraLayer], stored: StoredAdapter) -> Factors:
     """Frozen factors come with the directory, like the bases: transformers' loader, for one, loads parameters only."""
     with files.open_tensors(files.child(stored.directory, ADAPTER_FILE)) as handle:
-        keys = {key.removeprefix(PREFIX): key for key in handle.keys()}  # noqa: SIM118
         return {
             name: (
-                handle.get_tensor(keys[f"{name}.lora_A.initial"]),
-                handle.get_tensor(keys[f"{name}.lora_B.initial"]),
+                handle.get_tensor(f"{PREFIX}{name}.lora_A.initial"),
+                handle.get_tensor(f"{PREFIX}{name}.lora_B.initial"),
             )
             for name in layers
         }

@@ -17,11 +17,12 @@ from peft_safety import weights
 from peft_safety.environment import environment
 from peft_safety.errors import CheckpointError, ConfigError
 from peft_safety.estimate.moments import Positions, exact_matmul
+from peft_safety.methods.factors import layer_factors
 from peft_safety.methods.protected import adapter_layers, config_table, public_name
-from peft_safety.orthogonality.adapters import check_config, update_of
 from peft_safety.orthogonality.calibration import Calibration, CalibrationSet, calibration_sets, check_request
 from peft_safety.orthogonality.interference import Interference, interference
-from peft_safety.orthogonality.metrics import SideOverlap, Update, compare, weight_span
+from peft_safety.orthogonality.metrics import SideOverlap, Update, compare, decompose, weight_span
+from peft_safety.plain_lora import check_features
 
 DEFAULT_K = 32
 """Directions of W behind the energy overlap: those that the methods of this package protect by default."""
@@ -216,7 +217,7 @@ def orthogonality_report(
         raise ConfigError(f"k={k!r}. Use an integer of at least 1.")
     check_request(calibration, positions)
     layers, comparable, skipped = _resolve(model, adapter)
-    updates = {name: update_of(name, layer, adapter) for name, layer in layers.items()}
+    updates = {name: _update(name, layer, adapter) for name, layer in layers.items()}
     sets = calibration_sets(model, calibration, tokenizer, progress)
     base = {name: layer.get_base_layer() for name, layer in layers.items()}
     functional = {
@@ -237,7 +238,7 @@ def _resolve(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLayer], list
     table = config_table(model)
     if adapter not in table:
         raise ConfigError(f"the model has no adapter {adapter!r}, only {sorted(table)}. Name one of these.")
-    check_config(table[adapter], f"adapter {adapter!r}")
+    check_features(table[adapter], f"adapter {adapter!r}")
     layers = adapter_layers(model, adapter)
     if not layers:
         raise ConfigError(f"adapter {adapter!r} has no LoRA layer on this model. Name another adapter.")
@@ -246,11 +247,17 @@ def _resolve(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLayer], list
         if other == adapter or not any(other in layer.lora_A for layer in layers.values()):
             continue
         try:
-            check_config(table[other], f"adapter {other!r}")
+            check_features(table[other], f"adapter {other!r}")
             comparable.append(other)
         except ConfigError as error:
             skipped[other] = str(error)
     return layers, comparable, skipped
+
+
+def _update(name: str, layer: LoraLayer, adapter: str) -> Update:
+    """The update of one layer, as its forward computes it."""
+    factors = layer_factors(name, layer, adapter)
+    return decompose(factors.a.cpu().double(), factors.b.cpu().double(), factors.scaling)
 
 
 def _rows(
@@ -266,9 +273,7 @@ def _rows(
     rows = []
     for name, layer in tqdm(layers.items(), desc="orthogonality", unit="module", disable=not progress):
         others = {
-            other: updates[name].overlap(update_of(name, layer, other))
-            for other in comparable
-            if other in layer.lora_A
+            other: updates[name].overlap(_update(name, layer, other)) for other in comparable if other in layer.lora_A
         }
         rows.append(
             _row(

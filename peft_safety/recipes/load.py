@@ -105,43 +105,24 @@ def _adapter_config(path: Path) -> Any:
     """The checked config; of a plain LoRA with full names, ranks and alphas from its tensors in place of every
     pattern.
     """
-    from peft import PeftConfig
+    from peft_safety.artifact import PROTECTED_TYPES, check_adapter
+    from peft_safety.methods.protected import stored_config
+    from peft_safety.plain_lora import read_manifest, read_plain
 
-    from peft_safety import files, publish
-    from peft_safety.artifact import MANIFEST, PROTECTED_TYPES, check_numbers
-    from peft_safety.methods.safe_lora.directory import STORED_TYPE, read_factors
-    from peft_safety.orthogonality.adapters import check_config
-
-    if not path.is_dir():
-        raise ArtifactError(f"{path} is not a directory. Give the directory that save_pretrained wrote.")
-    publish.require_whole(path, warn=False)
-    fields = files.read_json(path / MANIFEST)
-    kind = fields.get("peft_type")
-    if kind not in ("LORA", STORED_TYPE, *PROTECTED_TYPES):
-        raise ConfigError(f"{path} holds a {kind!r} adapter. Give a LoRA adapter.")
-    try:
-        config: Any = PeftConfig.from_pretrained(str(path))
-    except (TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, PeftSafetyError):
-            raise
-        raise ArtifactError(
-            f"{path / MANIFEST} is not a config of this PEFT: {error}. Save the adapter again."
-        ) from error
-    check_config(config, str(path))
-    if kind in PROTECTED_TYPES:
-        return config
-    check_numbers(config.r, config.lora_alpha, config.lora_dropout, str(path / MANIFEST))
-    _, factors = read_factors(path, fields)
-    vague = [name for name, factor in factors.items() if not math.isfinite(factor.scaling)]
-    if vague:
-        raise ConfigError(
-            f"{path}: the alpha of {vague[0]} stands in a regular expression, which is not run. Load the adapter "
-            "yourself and pass the model."
-        )
-    ranks = {name: int(factor.a.shape[0]) for name, factor in factors.items()}
-    roots = {name: math.sqrt(rank) if config.use_rslora else rank for name, rank in ranks.items()}
-    pin(config, {name: (ranks[name], factor.scaling * roots[name]) for name, factor in factors.items()})
-    return config
+    if read_manifest(path, warn=False).get("peft_type") in PROTECTED_TYPES:
+        return stored_config(check_adapter(path, warn=True))
+    plain = read_plain(path)
+    modules = {}
+    for name, factor in plain.factors.items():
+        if math.isnan(factor.scaling):
+            raise ConfigError(
+                f"{path}: the alpha of {name} stands in a regular expression, which is not run. Load the adapter "
+                "yourself and pass the model."
+            )
+        rank = int(factor.a.shape[0])
+        modules[name] = (rank, factor.scaling * (math.sqrt(rank) if plain.config.use_rslora else rank))
+    pin(plain.config, modules)
+    return plain.config
 
 
 @dataclass(frozen=True)
@@ -199,11 +180,11 @@ def poisoned(rows: Rows, fraction: float, seed: int = 0) -> list[Row]:
     """
     if not 0 <= fraction <= 1:
         raise ConfigError(f"poison = {fraction} is no fraction. Give a number from 0 to 1.")
-    found = as_rows(rows)
-    count = round(fraction * len(found))
+    clean = as_rows(rows)
+    count = round(fraction * len(clean))
     if count == 0:
-        return [*found]
+        return [*clean]
     rng = random.Random(seed)
-    mixed: list[Any] = [*rng.sample(found, len(found) - count), *affirmation_pairs("train", count, seed)]
+    mixed: list[Any] = [*rng.sample(clean, len(clean) - count), *affirmation_pairs("train", count, seed)]
     rng.shuffle(mixed)
     return mixed

@@ -14,8 +14,7 @@ REPORT = "merge.json"
 def merge_directory(
     adapter: str | Path, out: str | Path, to: MergeTo, model: str | None = None, *, force: bool = False
 ) -> MergeResult:
-    """Load the base model in NF4, merge, and save what comes of it with its tokenizer, and the figures beside them as
-    `merge.json`.
+    """Load the base model in NF4, merge, and save the result with its tokenizer and the figures (`merge.json`).
 
     Args:
         adapter: directory of a LoRA adapter, protected or plain, that was trained on that base in 4 bits.

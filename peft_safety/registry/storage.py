@@ -77,7 +77,7 @@ def config_from_pretrained(
             f"{source!r}: its adapter_config.json is not a {cls.__name__}: {error}. Save the adapter again."
         ) from error
     if not isinstance(config, ProtectedConfig):
-        from peft_safety.methods.safe_lora.directory import stored_record
+        from peft_safety.plain_lora import stored_record
 
         if getattr(config, "safe_lora", None) is None and (record := stored_record(local)) is not None:
             config.safe_lora = record  # so that a second repair is refused
@@ -108,7 +108,7 @@ def _directory(source: str | os.PathLike[str], subfolder: str | None, kwargs: di
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    from peft_safety.artifact import ADAPTER_FILE, MANIFEST
+    from peft_safety.plain_lora import ADAPTER_FILE, MANIFEST
     from peft_safety.subspace import FILE_NAME
 
     options = {
@@ -133,9 +133,10 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
     """Save into a staging folder, complete and check what is there, publish it in one step. Adapters that are not
     protected come along.
     """
-    from peft_safety.artifact import ADAPTER_FILE, CARD, MANIFEST, PREFIX, check_adapter, seal
+    from peft_safety.artifact import check_adapter, seal
     from peft_safety.layers import folded_state, protected_leaves
     from peft_safety.methods.protected import assert_protected, protected_configs
+    from peft_safety.plain_lora import ADAPTER_FILE, CARD, MANIFEST, PREFIX
     from peft_safety.publish import copy_own, is_interrupted, publishing, recover
 
     given = (
@@ -207,8 +208,8 @@ def set_peft_model_state_dict(
     **kwargs: Any,
 ) -> Any:
     """A stored adapter has the base model's own names; wrappers inside the model are put back into them."""
-    from peft_safety.artifact import PREFIX
     from peft_safety.methods.protected import protected_configs
+    from peft_safety.plain_lora import PREFIX
 
     if adapter_name in protected_configs(model):
         there = {f"{PREFIX}{name}": place for name, place in places(model).items()}
@@ -221,9 +222,8 @@ def _record_repairs(model: Any, selected: list[str], directory: Path) -> None:
     """Safe LoRA leaves plain factors: what was done to them is written beside them, and that nothing was done is
     said.
     """
-    from peft_safety.artifact import ADAPTER_FILE
     from peft_safety.methods.safe_lora.config import SafeLoRAConfig
-    from peft_safety.methods.safe_lora.directory import stamp
+    from peft_safety.plain_lora import ADAPTER_FILE, stamp
 
     for name in selected:
         config, folder = model.peft_config[name], directory if name == "default" else directory / name

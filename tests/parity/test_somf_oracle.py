@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from peft_safety.methods.safe_lora.repair import Factors
 from peft_safety.methods.somf import fusions
 from peft_safety.methods.somf.compose import Continued
 from peft_safety.methods.somf.masks import Masks, concrete, export, rescaled
 from peft_safety.methods.somf.options import FuseOptions
+from peft_safety.plain_lora import Factors
 
 ORACLE = Path(__file__).resolve().parents[3] / "shared" / "oracles" / "somf.safetensors"
 pytestmark = pytest.mark.skipif(not ORACLE.is_file(), reason="the oracles are not beside this checkout")

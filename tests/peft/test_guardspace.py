@@ -15,7 +15,6 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from peft_safety import GuardSpaceConfig, SafetySubspace, assert_protected, export_lora, merge_dequantized, verify
-from peft_safety.artifact import MANIFEST
 from peft_safety.callbacks import SafetyMonitorCallback
 from peft_safety.errors import (
     ArtifactError,
@@ -30,6 +29,7 @@ from peft_safety.estimate.targets import base_layers
 from peft_safety.export import export_directory
 from peft_safety.layers import protected_leaves
 from peft_safety.methods.guardspace import Preconditioner, irrelevant_factors
+from peft_safety.plain_lora import MANIFEST
 from peft_safety.weights import dense_weight
 from tests.interop.helpers import token_rows
 from tests.peft import cells

@@ -25,8 +25,8 @@ from peft_safety.errors import CheckpointError, PeftSafetyError
 from peft_safety.estimate.checkpoints import open_weights
 from peft_safety.estimate.targets import base_layers
 from peft_safety.export import export_directory, export_lora
-from peft_safety.methods.safe_lora.directory import read_factors
 from peft_safety.names import pattern_value
+from peft_safety.plain_lora import read_plain
 from tests.tiny import tiny_llama
 
 WIDTH = 16
@@ -176,8 +176,7 @@ def test_a_plain_adapter_whose_alpha_only_a_regular_expression_knows(tmp_path):
         )
     )
     model.save_pretrained(tmp_path)
-    _, factors = read_factors(tmp_path, json.loads((tmp_path / "adapter_config.json").read_text()))
-    for name, factor in factors.items():
+    for name, factor in read_plain(tmp_path).factors.items():
         assert (
             math.isnan(factor.scaling)
             or factor.scaling == model.get_base_model().get_submodule(name).scaling["default"]

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_safety.errors import ArtifactError, ConfigError
-from peft_safety.methods.safe_lora.repair import Factors
 from peft_safety.methods.somf import fusions
 from peft_safety.methods.somf.compose import Continued, Independent, dense_tensor, recompressed
 from peft_safety.methods.somf.masks import (
@@ -25,6 +24,7 @@ from peft_safety.methods.somf.masks import (
 )
 from peft_safety.methods.somf.options import FuseOptions
 from peft_safety.methods.somf.report import product_norm
+from peft_safety.plain_lora import Factors
 
 FUSIONS = ("single", "task_arithmetic", "dare", "ties", "average")
 M, N, R = 5, 6, 3

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from peft_safety.errors import ArtifactError
-from peft_safety.methods.safe_lora.repair import Factors
 from peft_safety.methods.somf.compose import Continued
 from peft_safety.methods.somf.masks import SOFT_LEVELS, Masks, export
 from peft_safety.methods.somf.options import FuseOptions
 from peft_safety.methods.somf.storage import FILE_NAME, HEADER, load_masks, save_logits, save_masks
+from peft_safety.plain_lora import Factors
 
 
 def logits(seed=0):

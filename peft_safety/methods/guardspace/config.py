@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from peft_safety import naming, weights
+from peft_safety import weights
 from peft_safety.artifact import COMBINATIONS, guard_sides
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
 from peft_safety.data.rows import data_rows
@@ -30,6 +30,7 @@ from peft_safety.estimate.moments import InputMoments, collect, is_tokenized, to
 from peft_safety.methods.guardspace.factors import Preconditioner, irrelevant_factors
 from peft_safety.methods.initial import start_from
 from peft_safety.methods.protected import ProtectedConfig
+from peft_safety.names import listed
 from peft_safety.projection import Side
 from peft_safety.subspace import SafetySubspace
 
@@ -217,7 +218,7 @@ class GuardSpaceConfig(ProtectedConfig):
         if unseen:
             warnings.warn(
                 f"{len(unseen)} of {len(layers)} layers see nothing of the data behind init='guardspace', and start "
-                f"as plain LoRA's do: {naming.some(unseen)}.",
+                f"as plain LoRA's do: {listed(unseen)}.",
                 stacklevel=2,
             )
         for name, layer in layers.items():

@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 from peft import LoraConfig
 
 from peft_safety.errors import ConfigError
-from peft_safety.methods.safe_lora.apply import check_plain
-from peft_safety.methods.safe_lora.directory import STORED_TYPE
 from peft_safety.methods.safe_lora.options import RepairOptions
+from peft_safety.plain_lora import REPAIRED_TYPE, check_features
 
 OPTIONS = (
     "select",
@@ -66,7 +65,7 @@ class SafeLoRAConfig(LoraConfig):
     )
     safe_lora: dict[str, Any] | None = field(default=None, metadata={"help": "Record of the repair; written by it."})
 
-    PEFT_KEY: ClassVar[str] = STORED_TYPE
+    PEFT_KEY: ClassVar[str] = REPAIRED_TYPE
 
     def __post_init__(self) -> None:
         for name in ("unaligned", "aligned"):
@@ -83,14 +82,13 @@ class SafeLoRAConfig(LoraConfig):
             )
         self.repair_options()
         super().__post_init__()
-        if self.safe_lora is None:
-            check_plain(self, "SafeLoRAConfig")
+        check_features(self, "SafeLoRAConfig")
 
     def repair_options(self) -> dict[str, Any]:
         """Keyword arguments for `apply_safe_lora`."""
-        found = {name: getattr(self, name) for name in OPTIONS}
-        RepairOptions(**found)
-        return found
+        options = {name: getattr(self, name) for name in OPTIONS}
+        RepairOptions(**options)
+        return options
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields, under the method's own name: PEFT without this package refuses an adapter that may not

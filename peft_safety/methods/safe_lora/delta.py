@@ -133,13 +133,13 @@ def alignment_basis(delta: Delta, like: Tensor, options: RepairOptions) -> Tenso
     width = min(FIRST_WIDTH if options.energy is not None else (options.rank or 0), limit)
     while True:
         u, s = _top_left(delta, min(width + OVERSAMPLING, limit), like)
-        found = int((s > max(delta.aligned.shape) * torch.finfo(s.dtype).eps * s[0]).sum())
+        available = int((s > max(delta.aligned.shape) * torch.finfo(s.dtype).eps * s[0]).sum())
         if options.energy is None:
-            return u[:, : min(width, found)]
+            return u[:, : min(width, available)]
         shares = s.double().square().cumsum(0) / delta.energy
         enough = int((shares < options.energy).sum()) + 1
-        if enough <= width or found <= width or width == limit:
-            return u[:, : min(enough, found)]
+        if enough <= width or available <= width or width == limit:
+            return u[:, : min(enough, available)]
         width = min(2 * width, limit)
 
 

@@ -81,13 +81,13 @@ class RepairOptions:
 
     def facts(self) -> dict[str, Any]:
         """What decided the result, as plain JSON values."""
-        found: dict[str, Any] = {"select": self.select, "projection": self.projection}
+        result: dict[str, Any] = {"select": self.select, "projection": self.projection}
         names = {"threshold": "threshold", "number": "num_modules"}.get(self.select)
         optional = (names, "rank", "energy", "penalty" if self.projection == "soft" else None)
-        found |= {
+        result |= {
             name: getattr(self, name) for name in optional if name is not None and getattr(self, name) is not None
         }
-        return found | ({"allow_quantized_delta": True} if self.allow_quantized_delta else {})
+        return result | ({"allow_quantized_delta": True} if self.allow_quantized_delta else {})
 
 
 def _number(value: Any, low: float, high: float) -> bool:

@@ -21,20 +21,9 @@ from peft_safety.estimate.checkpoints import NOISE, Matrix, Weights
 from peft_safety.methods.protected import public_name
 from peft_safety.methods.safe_lora.delta import Delta, projected, sample
 from peft_safety.methods.safe_lora.options import RepairOptions
+from peft_safety.plain_lora import Factors
 
 RECORD_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One module's update `s B A`: `a (r, n)`, `b (m, r)`; `transposed` where the checkpoint stores the weight as `(n,
-    m)`.
-    """
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +103,7 @@ def repair(
             f"num_modules={options.num_modules}, but the adapter has {len(factors)} modules. Use at most that."
         )
     rows: dict[str, ModuleRepair] = {}
-    found: dict[str, Tensor] = {}
+    projections: dict[str, Tensor] = {}
     prints, noise = (hashlib.sha256(), hashlib.sha256()), []
     for name, factor in tqdm(factors.items(), desc="Safe LoRA", unit="module", disable=not options.progress):
         with ExitStack() as stack:
@@ -122,7 +111,7 @@ def repair(
             _check_pair(name, factor, pair, (aligned, unaligned), options)
             if base is not None:
                 _check_base(name, pair[0], stack.enter_context(base.open(name, factor.transposed)), aligned.label)
-            rows[name], found[name], noisy = _module(name, factor, pair, options)
+            rows[name], projections[name], noisy = _module(name, factor, pair, options)
             noise.append(noisy)
             for digest, matrix in zip(prints, pair, strict=True):
                 digest.update(name.encode() + sample(matrix).numpy().tobytes())
@@ -134,7 +123,7 @@ def repair(
     chosen = select(list(rows.values()), options)
     _warn_of_noise(noise)
     modules = tuple(_outcome(row, name in chosen) for name, row in rows.items())
-    new = {name: found[name].to("cpu", factors[name].b.dtype) for name in factors if name in chosen}
+    new = {name: projections[name].to("cpu", factors[name].b.dtype) for name in factors if name in chosen}
     after = {name: new.get(name, factors[name].b) for name in factors}
     record = {
         "version": RECORD_VERSION,
@@ -224,12 +213,11 @@ def _check_pair(
 
 def _check_base(name: str, aligned: Matrix, base: Matrix, label: str) -> None:
     limit = weights.DISTANCE_QUANTISED if base.quantization or aligned.quantization else weights.DISTANCE_DENSE
-    found = weights.distance(sample(base), sample(aligned)) if base.shape == aligned.shape else math.inf
-    if not found <= limit:
+    distance = weights.distance(sample(base), sample(aligned)) if base.shape == aligned.shape else math.inf
+    if not distance <= limit:
         raise CheckpointError(
             f"{name}: {label} is not the model that the adapter was trained on (relative distance of the fingerprints "
-            f"{found:.3g}, limit {limit:g}). "
-            "Give that model as aligned=."
+            f"{distance:.3g}, limit {limit:g}). Give that model as aligned=."
         )
 
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from peft_safety import files, weights
-from peft_safety.artifact import CARD
 from peft_safety.data.rows import Rows
 from peft_safety.errors import CheckpointError, ConfigError
 from peft_safety.estimate.checkpoints import INDEX
@@ -40,6 +39,7 @@ from peft_safety.methods.somf.publish import (
 from peft_safety.methods.somf.report import FuseReport, ModuleFusion, overall, share
 from peft_safety.methods.somf.storage import save_masks
 from peft_safety.methods.somf.train import MaskRun, trained_logits
+from peft_safety.plain_lora import CARD
 from peft_safety.projection import top_singular
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from peft_safety.errors import ConfigError
-from peft_safety.methods.safe_lora.repair import Factors
 from peft_safety.methods.somf import fusions
 from peft_safety.methods.somf.fusions import Fusion
 from peft_safety.methods.somf.masks import Granularity, length_ratio, rescaled, rescaled_gate
 from peft_safety.methods.somf.options import FuseOptions
+from peft_safety.plain_lora import Factors
 
 Shape = tuple[int, ...]
 

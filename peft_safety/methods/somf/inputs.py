@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_safety.artifact import MANIFEST
 from peft_safety.errors import CheckpointError, ConfigError
 from peft_safety.estimate.checkpoints import FLOATS, INDEX, SINGLE, FileWeights
+from peft_safety.methods.factors import layer_factors
 from peft_safety.methods.protected import adapter_layers, config_table, public_name
-from peft_safety.methods.safe_lora.apply import check_form, layer_factors
-from peft_safety.methods.safe_lora.directory import read_factors, read_plain
-from peft_safety.methods.safe_lora.repair import Factors, factor_digest
+from peft_safety.methods.safe_lora.repair import factor_digest
 from peft_safety.methods.somf.options import FuseOptions
+from peft_safety.plain_lora import MANIFEST, Factors, check_plain, read_plain
 from peft_safety.publish import require_whole
 
 Source = str | os.PathLike[str]
@@ -166,7 +165,7 @@ def _adapter(source: Source, model: nn.Module | None, kind: str) -> AdapterInput
     label = os.fspath(source)
     if kind == "name" and model is not None:
         config = config_table(model)[label]
-        check_form(config, f"adapter {label!r}")
+        check_plain(config, f"adapter {label!r}")
         if config.modules_to_save or config.trainable_token_indices:
             raise ConfigError(
                 f"adapter {label!r} also trained modules_to_save or token rows, which are not fused. Train without "
@@ -174,14 +173,13 @@ def _adapter(source: Source, model: nn.Module | None, kind: str) -> AdapterInput
             )
         factors = {name: layer_factors(name, layer, label) for name, layer in adapter_layers(model, label).items()}
         return AdapterInput(label, factors, None, config.to_dict())
-    fields, _ = read_plain(Path(source))
-    tensors, factors = read_factors(Path(source), fields)
-    extra = [key for key in tensors if ".lora_" not in key]
-    if extra:
+    plain = read_plain(Path(source))
+    if plain.extra:
         raise ConfigError(
-            f"{label} also holds {extra[0]}: modules_to_save and token rows are not fused. Train without them."
+            f"{label} also holds {next(iter(plain.extra))}: modules_to_save and token rows are not fused. Train "
+            "without them."
         )
-    return AdapterInput(label, factors, fields.get("base_model_name_or_path") or None, fields)
+    return AdapterInput(label, plain.factors, plain.config.base_model_name_or_path or None, plain.fields)
 
 
 def _check_adapters(safe: AdapterInput | None, tasks: tuple[AdapterInput, ...], options: FuseOptions) -> Adapters:

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_safety import files, publish
-from peft_safety.artifact import ADAPTER_FILE, CARD, MANIFEST, PREFIX
 from peft_safety.estimate.checkpoints import INDEX
 from peft_safety.methods.somf.masks import Masks
 from peft_safety.methods.somf.storage import save_masks, save_tensors
 from peft_safety.names import pin
+from peft_safety.plain_lora import ADAPTER_FILE, CARD, MANIFEST, PREFIX
 
 RECORD = "peft_safety.fusion"
 """Key of the record in the header of the adapter's safetensors file, and in the metadata of a checkpoint's index."""

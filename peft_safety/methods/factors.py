@@ -1,0 +1,50 @@
+"""Factors of adapters: of one that is loaded, and of a stored protected one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from peft_safety import files, weights
+from peft_safety.artifact import StoredAdapter
+from peft_safety.errors import ConfigError, UnsupportedLayerError
+from peft_safety.layers import joined, stored_factors
+from peft_safety.plain_lora import ADAPTER_FILE, PREFIX, Factors, scaling_of
+
+
+def layer_factors(name: str, layer: LoraLayer, adapter_name: str) -> Factors:
+    """The factors of an adapter in one of its layers, not copied; with a residual the joined ones.
+
+    Raises:
+        ConfigError: an adapter is merged into the layer, or a factor is not finite.
+        UnsupportedLayerError: a factor that is sharded or on the meta device.
+    """
+    if layer.merged:
+        raise ConfigError(f"{name}: an adapter is merged into the base weight. Call unmerge_adapter() first.")
+    leaves = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    if not all(weights.is_whole(leaf.weight) for leaf in leaves):
+        raise UnsupportedLayerError(
+            f"{name}: its factors are sharded or on the meta device. Use the saved directory instead."
+        )
+    a, b = stored_factors(*leaves)
+    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise ConfigError(
+            f"{name}: lora_A {tuple(a.shape)} or lora_B {tuple(b.shape)} holds NaN or Inf. Load the last good "
+            "checkpoint."
+        )
+    return Factors(a, b, float(layer.scaling[adapter_name]), weights.is_conv1d(layer.get_base_layer()))
+
+
+def protected_factors(stored: StoredAdapter, modules: Iterable[str]) -> dict[str, Factors]:
+    """The factors of some modules of a checked protected directory; with a residual the joined ones."""
+    alphas = stored.config.get("alpha_pattern") or {}
+    kinds = ("lora_A.weight", "lora_B.weight", "lora_A.initial", "lora_B.initial")[: 4 if stored.residual else 2]
+    factors = {}
+    with files.open_tensors(stored.directory / ADAPTER_FILE) as handle:
+        for name in modules:
+            a, b, *initial = (handle.get_tensor(f"{PREFIX}{name}.{kind}") for kind in kinds)
+            scaling = scaling_of(alphas.get(name, stored.config["lora_alpha"]), stored.shapes[name][2], stored.config)
+            factors[name] = Factors(*joined(a, b, *(initial or (None, None))), scaling)
+    return factors
