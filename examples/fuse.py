@@ -6,10 +6,9 @@
 2. Two adapters are trained on from it: one on sorting help-desk messages (or --data), one on sorting headlines with
 one row in ten replaced by a simulated
    attack.
-3. The three are fused without a mask, and with a learned one. SOMF's mask is trained by DPO on the training split's requests, with refusals against
-contentless openings, and on prompts
-   that only look dangerous, with the model's own answers against refusals. A random mask of equal density is its
-   control.
+3. The three are fused without a mask, and with a learned one. SOMF's mask is trained by DPO on the training split's
+requests, with refusals against contentless openings, and on prompts that only look dangerous, with the model's own
+answers against refusals. A random mask of equal density is its control.
 4. Everything is measured on prompts and rows that nothing above has seen. Writes report.json, report.png and the fused
 adapter.
 """

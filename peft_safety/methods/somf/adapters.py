@@ -64,6 +64,7 @@ class AdapterFusion:
 
     def __init__(self, safe: str | None, tasks: Sequence[str], model: nn.Module | None, options: FuseOptions) -> None:
         self.options, weights = options, options.weights_of(len(tasks))
+        self.model_name: str | None = getattr(getattr(model, "config", None), "_name_or_path", None) or None
         self.adapters = [_read(name, model) for name in ([] if safe is None else [safe]) + list(tasks)]
         aligned, inputs = (None if safe is None else self.adapters[0]), self.adapters[-len(tasks) :]
         _check_bases(self.adapters, options)
@@ -122,7 +123,7 @@ class AdapterFusion:
             lora_alpha=max(ranks.values()),
             task_type=fields.get("task_type"),
             fan_in_fan_out=bool(fields.get("fan_in_fan_out", False)),
-            base_model_name_or_path=next((a.base for a in self.adapters if a.base), None),
+            base_model_name_or_path=next((a.base for a in self.adapters if a.base), self.model_name),
             inference_mode=True,
         )
         pin(config, {name: (rank, rank) for name, rank in ranks.items()}, locations)
@@ -143,8 +144,7 @@ def _read(source: str, model: nn.Module | None) -> Adapter:
         config = config_table(model)[source]
         check_form(config, f"adapter {source!r}")
         factors = {name: layer_factors(name, layer, source) for name, layer in adapter_layers(model, source).items()}
-        base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-        adapter = Adapter(source, factors, config.to_dict(), base)
+        adapter = Adapter(source, factors, config.to_dict())
         extra = bool(config.modules_to_save or config.trainable_token_indices)
     else:
         fields, _ = read_plain(Path(source))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peft_safety import publish, weights
 from peft_safety.errors import CheckpointError, ConfigError
+from peft_safety.estimate.checkpoints import FLOATS, FileWeights
 from peft_safety.methods.somf.forward import MaskedWeights
 from peft_safety.methods.somf.masks import mask_shape, rescaled
 from peft_safety.methods.somf.options import FuseOptions
@@ -93,7 +94,9 @@ REMEDY = "Fuse 16-bit safetensors checkpoints of one architecture."
 
 def _loaded(kind: Any, path: str) -> Any:
     """A checkpoint with all of its tensors and no others."""
-    publish.require_whole(Path(path), ours=False)
+    files = FileWeights(path)  # refuses pickles, missing shards and interrupted writes
+    if any(key.endswith("weight") and files.header(key)[1] not in FLOATS for key in files.place):
+        raise CheckpointError(f"{path} is quantized. {REMEDY}")
     try:
         model, info = kind.from_pretrained(path, dtype="auto", use_safetensors=True, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:

@@ -79,9 +79,8 @@ def fuse(
     chosen, training = FuseOptions(**options), training or MaskTraining()
     if mask is not None and chosen.method != "somf":
         raise ConfigError(f"mask= belongs to method='somf', not to {chosen.method!r}. Leave it out.")
-    if out is not None and (
-        os.path.isfile(out) or os.path.realpath(out) in map(os.path.realpath, (safe or "", *tasks))
-    ):
+    inputs = [os.path.realpath(source) for source in (safe, *tasks) if source is not None]
+    if out is not None and (os.path.isfile(out) or os.path.realpath(out) in inputs):
         raise ConfigError(f"out={os.fspath(out)!r} is a file or an input. Give another directory.")
     if adapter_name is not None and (not isinstance(model, PeftModel) or adapter_name in config_table(model)):
         raise ConfigError(f"adapter_name={adapter_name!r} needs model=, a PeftModel without such an adapter.")

@@ -178,7 +178,7 @@ def export(
 def _groups(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     """Names of the masks whose entries compete: each mask by itself, and all masks of a single entry together."""
     single = [name for name, tensor in tensors.items() if tensor.numel() == 1]
-    return [[name] for name in tensors if name not in single] + ([single] if single else [])
+    return [[name] for name, tensor in tensors.items() if tensor.numel() > 1] + ([single] if single else [])
 
 
 def _split(entries: Tensor, names: list[str], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
