@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from peft_safety.errors import ConfigError
 from peft_safety.methods.safe_lora.repair import Factors
-from peft_safety.methods.somf.masks import Masks, concrete, export, initial_logit, noise, rescaled
+from peft_safety.methods.somf.masks import Masks, concrete, export, noise, rescaled
 from peft_safety.methods.somf.options import FuseOptions
 from peft_safety.methods.somf.updates import Continued, Independent, task_arithmetic
 
@@ -102,7 +102,7 @@ def test_concrete_samples_are_relaxed_coin_flips(shape, seed, temperature):
 
 
 def test_a_logit_is_a_keep_probability_at_any_temperature():
-    logit = torch.full((200_000,), initial_logit(0.7))
+    logit = torch.full((200_000,), 0.7).logit()
     for temperature in (0.1, 0.5, 2.0):
         assert float((concrete(logit, noise(logit, 3), temperature) > 0.5).float().mean()) == pytest.approx(
             0.7, abs=0.005
@@ -209,8 +209,7 @@ def test_masks_of_other_modules_or_shapes_are_named():
         {"method": "magic"},
         {"export": "soft"},
         {"rescale": "norm"},
-        {"initial_density": float("nan")},
-        {"initial_density": 1.5},
+        {"temperature": float("nan")},
         {"export_density": -0.1, "export": "topk"},
         {"export_density": 0.5},
         {"export": "topk"},

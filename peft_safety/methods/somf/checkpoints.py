@@ -44,7 +44,8 @@ class CheckpointFusion:
         if (safe is None) == (model is None):
             raise ConfigError("full checkpoints need either safe=, a checkpoint, or model=, the safe model itself.")
         self.options, task_weights = options, options.weights_of(len(tasks))
-        self.model: Any = _loaded(AutoModelForCausalLM, safe) if safe is not None else model
+        given: Any = model
+        self.model = given if safe is None else _loaded(AutoModelForCausalLM, safe)
         own = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         label = safe or getattr(self.model.config, "_name_or_path", "") or "the model"
         digests = {label: _fingerprint(label, own)}

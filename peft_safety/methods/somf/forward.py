@@ -21,13 +21,14 @@ from torch.utils.checkpoint import checkpoint
 from peft_safety import weights
 from peft_safety.errors import ConfigError
 from peft_safety.estimate.targets import base_layers
-from peft_safety.methods.somf.masks import Shape, concrete, initial_logit, noise, rescaled, stream
+from peft_safety.methods.somf.masks import Shape, concrete, noise, rescaled, stream
 from peft_safety.methods.somf.options import FuseOptions
 from peft_safety.methods.somf.updates import MaskOf, Update
 
 
 class MaskedModel(nn.Module):
-    """What the Trainer sees: logits. The frozen model under them is no submodule, so that nobody moves or saves it.
+    """What the Trainer sees: logits, at first 0: every entry is kept with probability 1/2. The frozen model under them
+    is no submodule, so that nobody moves or saves it.
 
     Attributes:
         fused: False for DPO's reference, the safe model without any task.
@@ -42,8 +43,7 @@ class MaskedModel(nn.Module):
         super().__init__()
         object.__setattr__(self, "model", model)
         self.options, self.names = options, list(shapes)
-        start = initial_logit(options.initial_density)
-        self.logit_list = nn.ParameterList(torch.full(shape, start, device=device) for shape in shapes.values())
+        self.logit_list = nn.ParameterList(torch.zeros(shape, device=device) for shape in shapes.values())
         self.fused = True
         self.step_seed = options.seed
 

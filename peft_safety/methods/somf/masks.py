@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,11 +82,6 @@ def rescaled(vector: Tensor, mask: Tensor, how: Rescale) -> Tensor:
     """
     masked = vector * mask
     return masked / mask.mean().clamp(min=torch.finfo(masked.dtype).tiny) if how == "mean" else masked
-
-
-def initial_logit(density: float) -> float:
-    """The logit that keeps an entry with this probability."""
-    return math.log(density) - math.log1p(-density)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ class FuseOptions:
             independent adapters.
         rescale: see `masks.rescaled`. "module" needs "none": the mean cancels a mask of one value.
         temperature: of the concrete samples.
-        initial_density: probability with which everything is kept at first.
         export, export_density, seed: see `masks.export`; the seed also decides the noise of the training.
         layout: "continued" where the task adapters were trained on from the safe one, so that A and B have task
             vectors; "independent" where they were not. "auto" looks at the factors.
@@ -45,7 +44,6 @@ class FuseOptions:
     granularity: Granularity | None = None
     rescale: Rescale = "mean"
     temperature: float = 0.5
-    initial_density: float = 0.5
     export: Export = "threshold"
     export_density: float | None = None
     seed: int = 0
@@ -62,10 +60,8 @@ class FuseOptions:
         _check_choices(self, rescale=Rescale, export=Export, layout=Layout)
         if self.granularity is not None:
             _check_choices(self, granularity=Granularity)
-        for name in ("initial_density", "export_density"):
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 < value < 1):
-                raise ConfigError(f"{name}={value!r}. Use a number strictly between 0 and 1.")
+        if self.export_density is not None and not (_is_number(self.export_density) and 0 < self.export_density < 1):
+            raise ConfigError(f"export_density={self.export_density!r}. Use a number strictly between 0 and 1.")
         _check_positive(self, "temperature")
         if type(self.seed) is not int or self.seed < 0:
             raise ConfigError(f"seed={self.seed!r}. Use an integer of at least 0.")
@@ -97,7 +93,7 @@ class FuseOptions:
 
     def facts(self, granularity: Granularity, weights: list[float]) -> dict[str, Any]:
         """What decided the result, as plain JSON values."""
-        names = ("rescale", "temperature", "initial_density", "export", "export_density", "seed")
+        names = ("rescale", "temperature", "export", "export_density", "seed")
         masked = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         facts = {"version": 1, "method": self.method, "weights": weights}
         return facts if self.method != "somf" else {**facts, "granularity": granularity, **masked}
@@ -112,7 +108,7 @@ class MaskTraining:
         beta: of DPO, whose reference is the safe model without any task.
         lr: AdamW's peak rate, decayed linearly; published 1e-3 to 1e-2. Gates, of which there are few, bear ten times
             as much.
-        epochs, max_steps, batch_size, gradient_accumulation, max_length, warmup_steps, seed, report_to: as in
+        epochs, max_steps, batch_size, gradient_accumulation, max_length, seed, report_to: as in
             `transformers.TrainingArguments`.
         save_steps, checkpoint_dir, resume: write a checkpoint (logits and optimizer state) every so many steps; go on
             from the last one.
@@ -128,7 +124,6 @@ class MaskTraining:
     batch_size: int = 16
     gradient_accumulation: int = 1
     max_length: int = 512
-    warmup_steps: int = 0
     seed: int = 0
     report_to: str = "none"
     save_steps: int | None = None

@@ -133,7 +133,6 @@ def _trainer(
         max_steps=training.max_steps,
         per_device_train_batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation,
-        warmup_steps=training.warmup_steps,
         weight_decay=0.0,
         seed=training.seed,
         report_to=training.report_to,
