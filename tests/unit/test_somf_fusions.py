@@ -129,7 +129,9 @@ def test_independent_adapters_are_an_exact_lora_of_the_summed_rank(how):
     mask = (torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4).double()
     a, b = update.factors({f"m.{how}": mask}.__getitem__)
     assert a.shape == (6, N)
-    gates = {"rank": mask, "module": mask.repeat_interleave(torch.tensor([3, 1]))}.get(how, torch.ones(4)).double()
+    gates = torch.ones(4, dtype=torch.float64)
+    if how != "row":
+        gates = mask if how == "rank" else mask.repeat_interleave(torch.tensor([3, 1]))
     expected = safe.scaling * safe.b @ safe.a
     for (w, task), gate in zip(tasks, gates.split([3, 1]), strict=True):
         delta = w * task.scaling * task.b @ torch.diag(gate) @ task.a
