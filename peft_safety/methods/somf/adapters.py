@@ -112,7 +112,9 @@ class AdapterFusion:
             with publish.publishing(out, MANIFEST) as staging:
                 save_file(tensors, staging / ADAPTER_FILE, metadata={"format": "pt"})
                 report.write(staging)
-                self._config({name: name for name in factors}).save_pretrained(str(staging))
+                config = self._config({name: name for name in factors})
+                config.target_modules = sorted(factors)  # the order of a set differs from run to run
+                config.save_pretrained(str(staging))
         return report
 
     def _config(self, locations: Mapping[str, str]) -> LoraConfig:
@@ -127,7 +129,6 @@ class AdapterFusion:
             inference_mode=True,
         )
         pin(config, {name: (rank, rank) for name, rank in ranks.items()}, locations)
-        config.target_modules = sorted(config.target_modules or ())  # the order of a set differs from run to run
         return config
 
     def add(self, report: FuseReport, model: PeftModel, name: str) -> None:
