@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import interleaved, medians, peak_memory, ratio, record, resident_mib, show
-from peft_safety.methods.somf.compose import Continued
 from peft_safety.methods.somf.forward import MaskedAdapters, apply
 from peft_safety.methods.somf.options import FuseOptions
+from peft_safety.methods.somf.updates import Continued
 from peft_safety.plain_lora import Factors
 from peft_safety.report import environment
 
@@ -76,11 +76,11 @@ def build(layers: int) -> tuple[MaskedAdapters, float]:
     def factors(m: int, n: int) -> Factors:
         return Factors(0.02 * torch.randn(RANK, n, generator=g), 0.02 * torch.randn(m, RANK, generator=g), 2.0)
 
-    options, updates = FuseOptions(fusion="single"), {}
+    options, updates = FuseOptions(), {}
     for index in range(layers):
         for kind, shape in SHAPES.items():
             name = f"blocks.{index}.{kind}"
-            updates[name] = Continued(name, factors(*shape), [factors(*shape)], "element", options)
+            updates[name] = Continued(name, factors(*shape), [(1.0, factors(*shape))], "element", "mean")
     frozen = sum(buffer.numel() * buffer.element_size() for update in updates.values() for buffer in update.buffers())
     return MaskedAdapters(Layers(layers), updates, options), frozen / MIB
 
@@ -92,7 +92,7 @@ def steps(masked: MaskedAdapters) -> dict[str, Callable[[], None]]:
 
     def kept() -> Tensor:
         samples, inputs = masked.samples(), {width: torch.ones(TOKENS, width) for width in (WIDTH, HIDDEN)}
-        outputs = [apply(inputs[masked.layers[u.name].in_features], *u.factors(samples)) for u in masked.updates]  # type: ignore[index, misc]
+        outputs = [apply(inputs[layer.in_features], *update.factors(samples)) for layer, update in masked.updates]
         return torch.stack([output.square().mean() for output in outputs]).sum()
 
     def step(how: str) -> None:

@@ -1,5 +1,4 @@
-"""Two tasks and a safety patch in one adapter: what task arithmetic, DARE, TIES and a learned safety mask (SOMF) make
-of them.
+"""Two tasks and a safety patch in one adapter: what task arithmetic and a learned safety mask (SOMF) make of them.
 
     python -m examples.fuse [--smoke] [--data rows.jsonl] [--out runs/fuse]      (about 13 minutes on two cores)
 
@@ -7,10 +6,9 @@ of them.
 2. Two adapters are trained on from it: one on sorting help-desk messages (or --data), one on sorting headlines with
 one row in ten replaced by a simulated
    attack.
-3. The three are fused five ways. SOMF's mask is trained by DPO on the training split's requests, with refusals against
-contentless openings, and on prompts
-   that only look dangerous, with the model's own answers against refusals. A random mask of equal density is its
-   control.
+3. The three are fused without a mask, and with a learned one. SOMF's mask is trained by DPO on the training split's
+requests, with refusals against contentless openings, and on prompts that only look dangerous, with the model's own
+answers against refusals. A random mask of equal density is its control.
 4. Everything is measured on prompts and rows that nothing above has seen. Writes report.json, report.png and the fused
 adapter.
 """
@@ -138,14 +136,9 @@ class Fusing:
             self.measure(f"{name}, {100 * poison:g} % poison", adapter)
 
     def fuse_all(self) -> None:
-        """The fusions without a mask, with a learned one, and with a random one of equal density."""
+        """Without a mask, with a learned one, and with a random one of equal density."""
         weight = self.given.weight
-        for method in ("task_arithmetic", "dare", "ties"):
-            self.fuse(
-                method.replace("_", " ") if method == "task_arithmetic" else method.upper(),
-                method=method,
-                weights=weight,
-            )
+        self.fuse("task arithmetic", method="task_arithmetic", weights=weight)
         with self.phase("training SOMF's mask"):
             report = self.learn(weight)
         self.measure("SOMF", "somf")
@@ -154,7 +147,6 @@ class Fusing:
                 "random mask (control)",
                 mask=report.masks.shuffled(self.given.seed),
                 weights=weight,
-                fusion="task_arithmetic",
             )
 
     def fuse(self, name: str, **options: Any) -> FuseReport:
@@ -168,7 +160,6 @@ class Fusing:
             model=self.model,
             adapter_name=adapter,
             seed=self.given.seed,
-            progress=False,
             **options,
         )
         self.details[name] = report.record
@@ -201,7 +192,6 @@ class Fusing:
             out=self.given.out / "somf",
             adapter_name="somf",
             weights=weight,
-            fusion="task_arithmetic",
             rescale=self.given.rescale,
             seed=seed,
         )
@@ -271,7 +261,7 @@ def main() -> None:
     )
     parser.add_argument("--weight", type=float, default=WEIGHT, help="of each task vector")
     parser.add_argument("--mask-lr", type=float, default=1e-1, help="peak learning rate of the mask's logits")
-    parser.add_argument("--rescale", choices=("mean", "none", "norm"), default="mean")
+    parser.add_argument("--rescale", choices=("mean", "none"), default="mean")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
 

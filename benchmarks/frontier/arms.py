@@ -228,7 +228,7 @@ def somf(bench: Bench, cell: Cell) -> Made:
     training = MaskTraining(
         lr=options["lr"], max_steps=int(options["steps"]), batch_size=8, max_length=96, seed=cell.seed, progress=False
     )
-    quiet: dict[str, Any] = {"model": tuned, "progress": False, "seed": cell.seed}
+    quiet: dict[str, Any] = {"model": tuned, "seed": cell.seed}
     name = "default" if cell.control != "random" else "learned"
     with timed(made, "setup"):
         rows = preference_pairs("train", 8 * training.max_steps, cell.seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -168,20 +168,17 @@ def fuse(
     ] = None,
     out: Annotated[str | None, typer.Option(help="Directory for the result.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="somf (default), single, task_arithmetic, dare, ties or average.")
+        str | None, typer.Option(help="somf (a learned mask, default) or task_arithmetic (without a mask).")
     ] = None,
-    fusion: Annotated[str | None, typer.Option(help="For somf: what the mask is applied under.")] = None,
     weight: Annotated[
         list[float] | None, typer.Option(help="Weight of the task vectors: once, or once a task.")
     ] = None,
     granularity: Annotated[str | None, typer.Option(help="element, row, rank or module.")] = None,
-    rescale: Annotated[str | None, typer.Option(help="mean (as published), none or norm.")] = None,
+    rescale: Annotated[str | None, typer.Option(help="mean (as published) or none.")] = None,
     layout: Annotated[str | None, typer.Option(help="auto, continued or independent.")] = None,
-    rank: Annotated[int | None, typer.Option(help="LoRA rank that the result is recompressed to.")] = None,
-    target_density: Annotated[float | None, typer.Option(help="Density that training is pulled to.")] = None,
-    export: Annotated[str | None, typer.Option(help="threshold, topk, sample or soft.")] = None,
+    export: Annotated[str | None, typer.Option(help="threshold, topk or sample.")] = None,
     export_density: Annotated[float | None, typer.Option(help="For topk.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the noise, of DARE and of training.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise and of training.")] = None,
     mask: Annotated[str | None, typer.Option(help="File of trained masks or logits, instead of training.")] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="To train the mask on; default: the adapters' base model.")
@@ -204,11 +201,9 @@ def fuse(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Fuse a safe model with fine-tuned ones through a learned mask (SOMF), or by task arithmetic, DARE, TIES or
-    average.
-    """
+    """Fuse a safe model with fine-tuned ones through a learned mask (SOMF), or without a mask (task arithmetic)."""
     given = locals()
-    from peft_safety.fusion_report import plan_table, table
+    from peft_safety.fusion_report import table
     from peft_safety.recipes.fusion import OPTIONS, PLACES, TRAINING, FuseJob, read_config
 
     given |= {
@@ -220,13 +215,13 @@ def fuse(
     job = FuseJob.of(
         {} if config is None else read_config(config), flags, {name: given.get(name) for name in TRAINING}
     )
-    found: Any = job.plan() if dry_run else job.run(progress=not json)
+    found = job.plan() if dry_run else job.run(progress=not json)
     if json:
         typer.echo(jsonlib.dumps(found.to_json(), indent=1))
         return
     from rich.console import Console
 
-    Console().print((plan_table if dry_run else table)(found))
+    Console().print(table(found))
     typer.echo("nothing written: --dry-run" if dry_run else f"fused model written to {job.out}")
 
 

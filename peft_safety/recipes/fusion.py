@@ -12,7 +12,7 @@ from typing import Any
 from peft_safety import files
 from peft_safety.data import read_jsonl
 from peft_safety.errors import ConfigError
-from peft_safety.methods.somf import FuseOptions, FusePlan, FuseReport, MaskTraining, fuse, plan_fusion
+from peft_safety.methods.somf import FuseOptions, FuseReport, MaskTraining, fuse, plan_fusion
 from peft_safety.plain_lora import MANIFEST
 from peft_safety.recipes.load import load_model
 
@@ -27,7 +27,7 @@ class FuseJob:
 
     Attributes:
         safe, tasks: directories of adapters or checkpoints.
-        model: Hub id or directory to train the mask on; default the adapters' base model, or the safe checkpoint.
+        model: Hub id or directory to train the mask on; default the adapters' base model.
         mask: a file of masks, instead of training.
         data: JSON lines to train on.
         out: directory of the result.
@@ -79,7 +79,7 @@ class FuseJob:
         FuseOptions(**options)
         return cls(tasks=tuple(tasks), options=options, training=MaskTraining(**train), **places)
 
-    def plan(self) -> FusePlan:
+    def plan(self) -> FuseReport:
         """What `run` would do; nothing is written."""
         return plan_fusion(self.safe, self.tasks, **self.options)
 
@@ -91,36 +91,23 @@ class FuseJob:
         """
         if self.out is None:
             raise ConfigError("fuse writes nothing without an output directory. Give out.")
-        options = {"progress": progress, **self.options}
-        training = self.options.get("method", "somf") == "somf" and self.mask is None
-        rows = None if self.data is None else read_jsonl(self.data)
-        model, tokenizer = None, None
-        if training:
+        given: dict[str, Any] = {"mask": self.mask, "data": None if self.data is None else read_jsonl(self.data)}
+        if self.options.get("method", "somf") == "somf" and self.mask is None and self._adapters():
             self.plan()  # refuse what can be refused before a model is loaded
-            model, tokenizer = load_model(self._model())
-        settings = replace(self.training, progress=progress and self.training.progress)
-        return fuse(
-            self.safe,
-            self.tasks,
-            model=model,
-            tokenizer=tokenizer,
-            mask=self.mask,
-            data=rows,
-            training=settings,
-            out=self.out,
-            **options,
-        )
+            given["model"], given["tokenizer"] = load_model(self.model or self._base_model())
+        given["training"] = replace(self.training, progress=progress and self.training.progress)
+        return fuse(self.safe, self.tasks, out=self.out, **given, **self.options)
 
-    def _model(self) -> str:
-        if self.model is not None:
-            return self.model
-        for place in (self.safe, *self.tasks):
-            if place is not None and Path(place, MANIFEST).is_file():
-                name = files.read_json(Path(place, MANIFEST)).get("base_model_name_or_path")
-                if isinstance(name, str) and name:
-                    return name
-        if self.safe is not None and Path(self.safe, "config.json").is_file():
-            return self.safe
+    def _adapters(self) -> list[Path]:
+        """Their config files; none for full checkpoints, which fuse loads itself."""
+        paths = [Path(place, MANIFEST) for place in (self.safe, *self.tasks) if place is not None]
+        return [path for path in paths if path.is_file()]
+
+    def _base_model(self) -> str:
+        for path in self._adapters():
+            name = files.read_json(path).get("base_model_name_or_path")
+            if isinstance(name, str) and name:
+                return name
         raise ConfigError("the adapters do not say which base model they are for. Give model.")
 
 

@@ -9,10 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from peft_safety.methods.somf import fusions
-from peft_safety.methods.somf.compose import Continued
 from peft_safety.methods.somf.masks import Masks, concrete, export, rescaled
-from peft_safety.methods.somf.options import FuseOptions
+from peft_safety.methods.somf.updates import Continued, task_arithmetic
 from peft_safety.plain_lora import Factors
 
 ORACLE = Path(__file__).resolve().parents[3] / "shared" / "oracles" / "somf.safetensors"
@@ -48,6 +46,10 @@ def masked(oracle, name, mask):
     return [rescaled(oracle[f"delta{i}/{name}"], mask, "mean") for i in range(TASKS)]
 
 
+def weighted(vectors, weight):
+    return task_arithmetic([(weight, vector) for vector in vectors])
+
+
 def fused(oracle, name, how):
     return oracle[f"fuse/{how}/{dotted(name)}"] - oracle[f"in/safe/{dotted(name)}"]
 
@@ -75,54 +77,20 @@ def test_the_linear_fusions(oracle, settings):
         vectors = masked(oracle, name, oracle[f"soft_mask/{name}"])
         hard = masked(oracle, name, oracle[f"hard_mask/{name}"])
         bare = [oracle[f"delta{i}/{name}"] for i in range(TASKS)]
-        weights = [settings["lam_ta"]] * TASKS
+        weight = settings["lam_ta"]
         for found, how in (
-            (fusions.single(vectors[:1]), "single_soft"),
-            (fusions.single(hard[:1]), "single_hard"),
-            (fusions.task_arithmetic(vectors, weights), "task_arithmetic"),
-            (fusions.task_arithmetic(bare, weights), "task_arithmetic_unmasked"),
-            (fusions.average(vectors), "weight_averaging"),
+            (weighted(vectors[:1], 1.0), "single_soft"),
+            (weighted(hard[:1], 1.0), "single_hard"),
+            (weighted(vectors, weight), "task_arithmetic"),
+            (weighted(bare, weight), "task_arithmetic_unmasked"),
+            (weighted(vectors, 1 / TASKS), "weight_averaging"),
         ):
             torch.testing.assert_close(
                 found, fused(oracle, name, how), **BOUND, msg=lambda text, how=how: f"{how}: {text}"
             )
 
 
-def test_dare_with_the_reference_drops(oracle, settings):
-    """The drops of one task can be read off its result; those of three only as far as one combination explains it."""
-    drop, weight = settings["dare_p"], settings["lam_dare"]
-    for name in names(oracle):
-        vectors = masked(oracle, name, oracle[f"soft_mask/{name}"])
-        expected = fused(oracle, name, "dare_single")
-        keeps = [(expected != 0).float()]
-        assert 0.5 < float(keeps[0].mean()) < 1
-        torch.testing.assert_close(fusions.dare(vectors[:1], keeps, drop, [weight]), expected, **BOUND)
-        combinations = torch.stack([torch.tensor([float(bit) for bit in f"{index:03b}"]) for index in range(8)])
-        candidates = torch.stack(
-            [weight / (1 - drop) * sum(k * v for k, v in zip(row, vectors, strict=True)) for row in combinations]
-        )
-        expected = fused(oracle, name, "dare")
-        chosen = (candidates - expected).abs().argmin(dim=0)
-        keeps = [combinations[chosen][..., i] for i in range(TASKS)]
-        torch.testing.assert_close(fusions.dare(vectors, keeps, drop, [weight] * TASKS), expected, **BOUND)
-        assert 0.5 < float(torch.stack(keeps).mean()) < 1
-
-
-def flat_ties(vectors_by_name, settings):
-    """TIES over the whole model. The reference keeps one entry more than its share."""
-    flat = [torch.cat([vectors[i].flatten() for vectors in vectors_by_name]) for i in range(TASKS)]
-    density = settings["ties_topk"] / 100 + 1 / flat[0].numel()
-    thresholds = [fusions.trim_threshold(v, density) for v in flat]
-    return fusions.ties(flat, thresholds, [settings["lam_ties"]] * TASKS)
-
-
-def test_ties_over_the_whole_model(oracle, settings):
-    vectors = [masked(oracle, name, oracle[f"soft_mask/{name}"]) for name in names(oracle)]
-    expected = torch.cat([fused(oracle, name, "ties").flatten() for name in names(oracle)])
-    torch.testing.assert_close(flat_ties(vectors, settings), expected, **BOUND)
-
-
-@pytest.mark.parametrize("how", ["single", "task_arithmetic", "ties_true", "ties_official"])
+@pytest.mark.parametrize("how", ["single", "task_arithmetic"])
 def test_gradients_of_the_logits(oracle, settings, how):
     keys = names(oracle)
     logits = {name: oracle[f"logits/{name}"].clone().requires_grad_() for name in keys}
@@ -130,27 +98,12 @@ def test_gradients_of_the_logits(oracle, settings, how):
         masked(oracle, name, concrete(logits[name], oracle[f"u/{name}"], settings["temperature"])) for name in keys
     ]
     if how == "single":
-        found = torch.cat([fusions.single(v[:1]).flatten() for v in vectors])
-    elif how == "task_arithmetic":
-        found = torch.cat([fusions.task_arithmetic(v, [settings["lam_ta"]] * TASKS).flatten() for v in vectors])
+        found = torch.cat([weighted(v[:1], 1.0).flatten() for v in vectors])
     else:
-        found = flat_ties(vectors, settings)
-        if (
-            how == "ties_official"
-        ):  # its code overwrites values in place, so that only the first vector has a gradient, untrimmed
-            first = torch.cat([v[0].flatten() for v in vectors])
-            found = found.detach() + settings["lam_ties"] * (first - first.detach())
+        found = torch.cat([weighted(v, settings["lam_ta"]).flatten() for v in vectors])
     (found * torch.cat([oracle[f"upstream/{name}"].flatten() for name in keys])).sum().backward()
     for name in keys:
         torch.testing.assert_close(logits[name].grad, oracle[f"grad/{how}/{name}"], **BOUND)
-
-
-def test_the_reference_gradient_of_ties_is_not_that_of_its_formula(oracle, settings):
-    differs = max(
-        float((oracle[f"grad/ties_true/{name}"] - oracle[f"grad/ties_official/{name}"]).abs().max())
-        for name in names(oracle)
-    )
-    assert differs > 0.1
 
 
 def test_a_whole_module_through_continued(oracle):
@@ -160,7 +113,7 @@ def test_a_whole_module_through_continued(oracle):
     def factors(source):
         return Factors(*(oracle[f"in/{source}/{dotted(key.format(k))}"] for k in "AB"), 1.0)
 
-    update = Continued(module, factors("safe"), [factors("task0")], "element", FuseOptions(fusion="single"))
+    update = Continued(module, factors("safe"), [(1.0, factors("task0"))], "element", "mean")
     scaling = torch.linalg.lstsq(
         (factors("safe").b @ factors("safe").a).flatten()[:, None], oracle["dW/safe"].flatten()[:, None]
     ).solution.item()
@@ -169,8 +122,8 @@ def test_a_whole_module_through_continued(oracle):
     hard = Masks({f"{module}.lora_{k}": oracle[f"hard_mask/{key.format(k)}"].to(torch.uint8) for k in "AB"})
     softly = {f"{module}.lora_{k}": oracle[f"soft_mask/{key.format(k)}"] for k in "AB"}
     errors = []
-    for masks in (hard, softly):
-        a, b = update.factors(masks)
+    for mask_of in (hard.of, softly.__getitem__):
+        a, b = update.factors(mask_of)
         errors.append(float((scaling * b @ a - oracle["dW/fused"]).abs().max()))
     assert min(errors) <= 1e-6
 
@@ -179,5 +132,5 @@ def test_the_reference_export_is_a_sample_ours_is_not(oracle):
     logits = {name: oracle[f"logits/{name}"] for name in names(oracle)}
     first, second = export(logits, "threshold"), export(logits, "threshold")
     assert all(torch.equal(first.values[name], second.values[name]) for name in logits)
-    differ = [float((oracle[f"hard_mask/{name}"] != first[name]).float().mean()) for name in logits]
+    differ = [float((oracle[f"hard_mask/{name}"] != first.of(name)).float().mean()) for name in logits]
     assert max(differ) > 0.1

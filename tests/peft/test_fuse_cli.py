@@ -12,12 +12,10 @@ from peft_safety.cli import app
 from peft_safety.errors import ConfigError
 from peft_safety.methods.somf import load_masks, plan_fusion
 from peft_safety.recipes.fusion import FuseJob, read_config
-from tests.peft.fusion_cells import PAIRS, QUICK, family, saved
+from tests.peft.fusion_cells import PAIRS, family, saved
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 TASKS = ["task0", "task1"]
-PLAIN = {"method": "task_arithmetic", "progress": False}
-LEARN = {"tokenizer": tiny_tokenizer(), "data": PAIRS, "training": QUICK, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +35,11 @@ def test_flags(stored, tmp_path):
     assert "continued" in dry.output
     assert not (tmp_path / "out").exists()
     planned = run(*common, "--dry-run", "--json", "--granularity", "rank")
-    assert json.loads(planned.stdout)["logits"] == plan_fusion(safe, [one, two], granularity="rank").logits
-    done = run(*common, "--out", tmp_path / "out", "--method", "ties", "--weight", 0.4, "--json")
+    assert json.loads(planned.stdout)["mask_entries"] == plan_fusion(safe, [one, two], granularity="rank").mask_entries
+    done = run(*common, "--out", tmp_path / "out", "--method", "task_arithmetic", "--weight", 0.4, "--json")
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["fusion"] == "ties"
-    table = run(*common, "--out", tmp_path / "out2", "--method", "dare", "--weight", 0.3, "--weight", 0.6)
+    assert json.loads(done.stdout)["weights"] == [0.4, 0.4]
+    table = run(*common, "--out", tmp_path / "out2", "--method", "task_arithmetic", "--weight", 0.3, "--weight", 0.6)
     assert "fused model written" in table.output
     assert PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "out")) is not None
 
@@ -76,7 +74,7 @@ def test_a_config_trains_and_flags_override_it(stored, tmp_path):
         "tasks: [a]\ntrain: 3",
         "tasks: [a]\ntrain: {beta: -1}",
         "tasks: [a]\nsafe: 3",
-        "tasks: [a]\ndrop: 2",
+        "tasks: [a]\ndrop: 0.2",
         "tasks: !!python/object:os.system x",
     ],
 )
@@ -90,4 +88,4 @@ def test_bad_configs(tmp_path, text):
 
 def test_a_job_without_an_output_directory(stored):
     with pytest.raises(ConfigError, match="Give out"):
-        FuseJob.of({"tasks": [stored["task0"]], "safe": stored["safe"], "method": "average"}).run()
+        FuseJob.of({"tasks": [stored["task0"]], "safe": stored["safe"], "method": "task_arithmetic"}).run()

@@ -9,24 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_safety.errors import ArtifactError, ConfigError
-from peft_safety.methods.somf import fusions
-from peft_safety.methods.somf.compose import Continued, Independent, dense_tensor, recompressed
-from peft_safety.methods.somf.masks import (
-    Masks,
-    concrete,
-    expected_density,
-    export,
-    initial_logit,
-    noise,
-    rescaled,
-    rescaled_gate,
-)
+from peft_safety.errors import ConfigError
+from peft_safety.methods.somf.masks import Masks, concrete, export, noise, rescaled
 from peft_safety.methods.somf.options import FuseOptions
-from peft_safety.methods.somf.report import product_norm
+from peft_safety.methods.somf.updates import Continued, Independent, task_arithmetic
 from peft_safety.plain_lora import Factors
 
-FUSIONS = ("single", "task_arithmetic", "dare", "ties", "average")
 M, N, R = 5, 6, 3
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 6))
 seeds = st.integers(0, 10_000)
@@ -42,39 +30,28 @@ def factors(seed, rank=R, scaling=2.0):
     return Factors(a, b, scaling)
 
 
-def combinations():
-    for granularity, fusion, rescale in itertools.product(
-        ("element", "row", "rank", "module"), FUSIONS, ("mean", "none", "norm")
-    ):
+def combinations(granularities):
+    for granularity, tasks, rescale in itertools.product(granularities, (1, 2), ("mean", "none")):
         if granularity != "module" or rescale == "none":
-            yield granularity, fusion, rescale
+            yield granularity, tasks, rescale
 
 
-@pytest.mark.parametrize(("granularity", "fusion", "rescale"), list(combinations()))
-def test_gradients_of_continued_adapters(granularity, fusion, rescale):
-    options = FuseOptions(fusion=fusion, granularity=granularity, rescale=rescale, ties_density=0.6)
-    tasks = [factors(seed) for seed in ((10,) if fusion == "single" else (10, 20))]
-    update = Continued("m", factors(0), tasks, granularity, options)
-    _check(update, options)
+@pytest.mark.parametrize(("granularity", "tasks", "rescale"), list(combinations(("element", "row", "rank", "module"))))
+def test_gradients_of_continued_adapters(granularity, tasks, rescale):
+    weighted = [(0.3, factors(10)), (0.7, factors(20))][:tasks]
+    _check(Continued("m", factors(0), weighted, granularity, rescale))
 
 
-@pytest.mark.parametrize("granularity", ["row", "rank", "module"])
-@pytest.mark.parametrize("fusion", ["single", "task_arithmetic", "average"])
-@pytest.mark.parametrize("rescale", ["mean", "none", "norm"])
+@pytest.mark.parametrize(("granularity", "tasks", "rescale"), list(combinations(("row", "rank", "module"))))
 @pytest.mark.parametrize("with_safe", [True, False])
-def test_gradients_of_independent_adapters(granularity, fusion, rescale, with_safe):
-    if granularity == "module" and rescale != "none":
-        with pytest.raises(ConfigError, match="cancels"):
-            FuseOptions(granularity=granularity, rescale=rescale)
-        return
-    options = FuseOptions(fusion=fusion, granularity=granularity, rescale=rescale)
-    tasks = [factors(10, 3)] if fusion == "single" else [factors(10, 3), factors(20, 2, 0.5)]
-    _check(Independent("m", factors(0, 2) if with_safe else None, tasks, granularity, options), options)
+def test_gradients_of_independent_adapters(granularity, tasks, rescale, with_safe):
+    weighted = [(0.3, factors(10, 3)), (0.7, factors(20, 2, 0.5))][:tasks]
+    _check(Independent("m", factors(0, 2) if with_safe else None, weighted, granularity, rescale))
 
 
-def _check(update, options):
-    """From logits, through the concrete mask with fixed noise and the whole fusion, to the factors."""
-    names, given_shapes = zip(*update.shapes.items(), strict=True)
+def _check(update):
+    """From logits, through the concrete mask with fixed noise, to the weight."""
+    names, given_shapes = zip(*update.mask_shapes.items(), strict=True)
     logits = [
         torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).requires_grad_()
         for shape in given_shapes
@@ -82,10 +59,8 @@ def _check(update, options):
     drawn = [noise(logit.detach(), 7) for logit in logits]
 
     def weights(*values):
-        masks = {
-            name: concrete(value, u, options.temperature) for name, value, u in zip(names, values, drawn, strict=True)
-        }
-        a, b = update.factors(masks)
+        masks = {name: concrete(value, u, 0.5) for name, value, u in zip(names, values, drawn, strict=True)}
+        a, b = update.factors(masks.__getitem__)
         return b @ a
 
     assert torch.autograd.gradcheck(weights, logits, eps=1e-7, atol=1e-6)
@@ -93,76 +68,23 @@ def _check(update, options):
     assert all(float(gradient.abs().max()) > 0 for gradient in gradients)
 
 
-@pytest.mark.parametrize("rescale", ["mean", "none", "norm"])
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_gradients_of_full_weights(fusion, rescale):
-    options = FuseOptions(fusion=fusion, rescale=rescale, ties_density=0.6)
-    safe, *vectors = tensors(2 if fusion == "single" else 3, (4, 5))
-    logit, u = tensors(1, (4, 5), 9)[0].requires_grad_(), noise(safe, 3)
+@pytest.mark.parametrize("rescale", ["mean", "none"])
+def test_gradients_of_full_weights(rescale):
+    vector, u = tensors(1, (4, 5))[0], noise(tensors(1, (4, 5))[0], 3)
+    logit = tensors(1, (4, 5), 9)[0].requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: dense_tensor(safe, vectors, concrete(x, u, 0.5), options, "w"), [logit], eps=1e-7, atol=1e-6
+        lambda x: rescaled(vector, concrete(x, u, 0.5), rescale), [logit], eps=1e-7, atol=1e-6
     )
-
-
-def test_gradient_of_the_density_penalty():
-    logits = [x.requires_grad_() for x in (*tensors(1, (3, 4)), *tensors(1, (2,)))]
-    covers = {"a": 1, "b": 7}
-    assert torch.autograd.gradcheck(lambda x, y: expected_density({"a": x, "b": y}, covers), logits)
-    half = expected_density({"a": torch.zeros(3, 4), "b": torch.full((2,), initial_logit(0.25))}, covers)
-    assert float(half) == pytest.approx((12 * 0.5 + 14 * 0.25) / 26)
 
 
 @given(shapes, seeds, st.integers(1, 4))
 @settings(deadline=None)
-def test_the_linear_fusions_are_their_formulas(shape, seed, count):
-    vectors = tensors(count, shape, seed)
-    weights = [0.3 * (i + 1) for i in range(count)]
-    torch.testing.assert_close(
-        fusions.task_arithmetic(vectors, weights), sum(w * v for w, v in zip(weights, vectors, strict=True))
-    )
-    torch.testing.assert_close(fusions.average(vectors), sum(vectors) / count)
-    keeps = fusions.drop_masks(shape, count, 0.3, seed, "w", vectors[0])
-    torch.testing.assert_close(
-        fusions.dare(vectors, keeps, 0.3, weights),
-        sum(w * k * v / 0.7 for w, k, v in zip(weights, keeps, vectors, strict=True)),
-    )
-
-
-@given(shapes, seeds, st.integers(1, 4), st.floats(0.05, 0.95), st.sampled_from(["sum", "mean"]))
-@settings(deadline=None)
-def test_ties_entry_by_entry(shape, seed, count, density, merge):
-    vectors, weights = tensors(count, shape, seed), [0.4] * count
-    thresholds = [fusions.trim_threshold(v, density) for v in vectors]
-    found = fusions.ties(vectors, thresholds, weights, merge=merge)
-    for index in range(vectors[0].numel()):
-        values = [
-            float(v.flatten()[index])
-            for v, t in zip(vectors, thresholds, strict=True)
-            if abs(float(v.flatten()[index])) >= float(t)
-        ]
-        agreeing = [v for v in values if (v > 0) == (sum(values) >= 0)]
-        expected = 0.4 * sum(agreeing) / (max(1, len(agreeing)) if merge == "mean" else 1)
-        assert float(found.flatten()[index]) == pytest.approx(expected, abs=1e-12)
-
-
-@given(shapes, st.floats(0.01, 0.99), seeds)
-@settings(deadline=None)
-def test_trimming_keeps_the_share_that_was_asked_for(shape, density, seed):
-    vector = tensors(1, shape, seed)[0]
-    kept = int((vector.abs() >= fusions.trim_threshold(vector, density)).sum())
-    assert kept == max(1, round(density * vector.numel()))
-
-
-def test_dares_drops_depend_on_the_name_and_the_seed_only():
-    like = torch.zeros(40, 50)
-    first = fusions.drop_masks((40, 50), 2, 0.2, 1, "w", like)
-    assert all(
-        torch.equal(a, b) for a, b in zip(first, fusions.drop_masks((40, 50), 3, 0.2, 1, "w", like), strict=False)
-    )
-    assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first[0], fusions.drop_masks((40, 50), 1, 0.2, 1, "v", like)[0])
-    assert not torch.equal(first[0], fusions.drop_masks((40, 50), 1, 0.2, 2, "w", like)[0])
-    assert float(first[0].mean()) == pytest.approx(0.8, abs=0.03)
+def test_masking_the_sum_is_summing_the_masked(shape, seed, count):
+    vectors = [(0.3 * (i + 1), v) for i, v in enumerate(tensors(count, shape, seed))]
+    torch.testing.assert_close(task_arithmetic(vectors), sum(w * v for w, v in vectors))
+    mask = (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.5).double()
+    masked = [(w, rescaled(v, mask, "mean")) for w, v in vectors]
+    torch.testing.assert_close(rescaled(task_arithmetic(vectors), mask, "mean"), task_arithmetic(masked))
 
 
 @given(shapes, seeds, st.floats(0.1, 2.0))
@@ -180,7 +102,7 @@ def test_concrete_samples_are_relaxed_coin_flips(shape, seed, temperature):
 
 
 def test_a_logit_is_a_keep_probability_at_any_temperature():
-    logit = torch.full((200_000,), initial_logit(0.7))
+    logit = torch.full((200_000,), 0.7).logit()
     for temperature in (0.1, 0.5, 2.0):
         assert float((concrete(logit, noise(logit, 3), temperature) > 0.5).float().mean()) == pytest.approx(
             0.7, abs=0.005
@@ -194,74 +116,41 @@ def test_rescaling(shape, seed):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.01
     assert torch.equal(rescaled(vector, mask, "none"), vector * mask)
     torch.testing.assert_close(rescaled(vector, mask, "mean"), vector * mask / mask.mean())
-    torch.testing.assert_close(rescaled(vector, mask, "norm").norm(), vector.norm())
-    for how in ("mean", "none", "norm"):
+    for how in ("mean", "none"):
         assert not rescaled(vector, torch.zeros(shape, dtype=torch.float64), how).any()
         torch.testing.assert_close(rescaled(vector, torch.ones(shape, dtype=torch.float64), how), vector)
 
 
-def test_a_gates_norm_is_that_of_the_update():
-    f = factors(0, 4)
-    gram = (f.b.mT @ f.b) * (f.a @ f.a.mT)
-    gate = torch.tensor([0.2, 0.9, 0.0, 0.5], dtype=torch.float64)
-    scaled = rescaled_gate(gate, gram, "norm")
-    torch.testing.assert_close((f.b * scaled @ f.a).norm(), (f.b @ f.a).norm())
-    torch.testing.assert_close(rescaled_gate(gate, gram, "mean").mean(), torch.ones((), dtype=torch.float64))
-    assert not rescaled_gate(torch.zeros(4, dtype=torch.float64), gram, "mean").any()
-
-
 @pytest.mark.parametrize("how", ["row", "rank", "module"])
 def test_independent_adapters_are_an_exact_lora_of_the_summed_rank(how):
-    safe, tasks = factors(0, 2), [factors(10, 3), factors(20, 1, 0.5)]
-    update = Independent("m", safe, tasks, how, FuseOptions(granularity=how, rescale="none", weights=(0.3, 0.7)))
-    masks = {
-        name: (torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4).double()
-        for name, shape in update.shapes.items()
-    }
-    a, b = update.factors(masks)
+    safe, tasks = factors(0, 2), [(0.3, factors(10, 3)), (0.7, factors(20, 1, 0.5))]
+    update = Independent("m", safe, tasks, how, "none")
+    (shape,) = update.mask_shapes.values()
+    mask = (torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4).double()
+    a, b = update.factors({f"m.{how}": mask}.__getitem__)
     assert a.shape == (6, N)
+    gates = torch.ones(4, dtype=torch.float64)
+    if how != "row":
+        gates = mask if how == "rank" else mask.repeat_interleave(torch.tensor([3, 1]))
     expected = safe.scaling * safe.b @ safe.a
-    for i, (task, w) in enumerate(zip(tasks, (0.3, 0.7), strict=True)):
-        delta = task.scaling * task.b @ task.a
-        if how == "row":
-            delta = masks["m.rows"] * delta
-        else:
-            delta = task.scaling * task.b @ torch.diag(masks[f"m.task_{i}"].expand(task.a.shape[0])) @ task.a
-        expected = expected + w * delta
+    for (w, task), gate in zip(tasks, gates.split([3, 1]), strict=True):
+        delta = w * task.scaling * task.b @ torch.diag(gate) @ task.a
+        expected = expected + (mask * delta if how == "row" else delta)
     torch.testing.assert_close(b @ a, expected)
 
 
-@pytest.mark.parametrize("rescale", ["mean", "norm"])
-def test_rows_of_independent_adapters_are_rescaled_as_dense_updates(rescale):
+def test_rows_of_independent_adapters_are_rescaled_as_dense_updates():
     task = factors(10)
-    update = Independent("m", None, [task], "row", FuseOptions(fusion="single", granularity="row", rescale=rescale))
+    update = Independent("m", None, [(1.0, task)], "row", "mean")
     mask = torch.rand(M, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    a, b = update.factors({"m.rows": mask})
-    torch.testing.assert_close(b @ a, rescaled(task.scaling * task.b @ task.a, mask, rescale))
-
-
-@given(st.integers(1, 7), seeds)
-@settings(deadline=None)
-def test_recompression_is_the_truncated_svd(rank, seed):
-    a, b = tensors(1, (5, 7), seed)[0], tensors(1, (6, 5), seed + 1)[0]
-    x, y, error = recompressed(a, b, rank)
-    dense = b @ a
-    u, s, vh = torch.linalg.svd(dense, full_matrices=False)
-    k = min(rank, 5)
-    torch.testing.assert_close(y @ x, (u[:, :k] * s[:k]) @ vh[:k], atol=1e-9, rtol=1e-9)
-    assert error == pytest.approx(float((dense - y @ x).norm() / dense.norm()), abs=1e-9)
-    assert x.shape == (k, 7)
-
-
-def test_norms_of_sums_of_products():
-    pairs = [(*reversed(tensors(2, (4, 4), seed)), c) for seed, c in ((0, 1.0), (1, -2.0))]
-    assert product_norm(pairs) == pytest.approx(float(sum(c * b @ a for a, b, c in pairs).norm()))
+    a, b = update.factors({"m.row": mask}.__getitem__)
+    torch.testing.assert_close(b @ a, rescaled(task.scaling * task.b @ task.a, mask, "mean"))
 
 
 logit_sets = st.dictionaries(st.text("abc", min_size=1, max_size=3), st.tuples(shapes, seeds), min_size=1, max_size=4)
 
 
-@given(logit_sets, st.sampled_from(["threshold", "sample", "soft"]))
+@given(logit_sets, st.sampled_from(["threshold", "sample"]))
 @settings(deadline=None)
 def test_exports_repeat_bit_by_bit(sets, how):
     logits = {name: tensors(1, shape, seed, torch.float32)[0] for name, (shape, seed) in sets.items()}
@@ -278,12 +167,12 @@ def test_topk_keeps_the_stated_density_and_the_largest(sets, density):
     masks = export(logits, "topk", density=density)
     for name, logit in logits.items():
         if logit.numel() > 1:
-            kept = masks[name].bool()
+            kept = masks.of(name).bool()
             assert int(kept.sum()) == round(density * logit.numel())
             if bool(kept.any()) and not bool(kept.all()):
                 assert float(logit[kept].min()) >= float(logit[~kept].max())
     lone = [name for name, logit in logits.items() if logit.numel() == 1]
-    assert sum(int(masks[name].sum()) for name in lone) == round(density * len(lone))
+    assert sum(int(masks.of(name).sum()) for name in lone) == round(density * len(lone))
 
 
 def test_topk_of_equal_logits_is_still_decided():
@@ -299,9 +188,9 @@ def test_the_control_has_the_same_density_everywhere_else(sets, seed):
     control = masks.shuffled(seed)
     assert masks.density() == pytest.approx(control.density())
     assert all(
-        int(masks.values[n].sum()) == int(control.values[n].sum()) for n in masks if masks.values[n].numel() > 1
+        int(masks.values[n].sum()) == int(control.values[n].sum()) for n in masks.values if masks.values[n].numel() > 1
     )
-    assert list(control) == list(masks)
+    assert list(control.values) == list(masks.values)
 
 
 def test_the_control_moves_bits():
@@ -309,28 +198,24 @@ def test_the_control_moves_bits():
     assert float((masks.values["a"] != masks.shuffled(1).values["a"]).float().mean()) > 0.3
 
 
-def test_a_missing_mask_is_named():
-    with pytest.raises(ArtifactError, match="other"):
-        Masks({"one": torch.ones(2, dtype=torch.uint8)})["other"]
+def test_masks_of_other_modules_or_shapes_are_named():
+    with pytest.raises(ConfigError, match="other"):
+        Masks({"one": torch.ones(2, dtype=torch.uint8)}).check({"one": (2,), "other": (2,)})
+    with pytest.raises(ConfigError, match="one: the masks have"):
+        Masks({"one": torch.ones(2, dtype=torch.uint8)}).check({"one": (3,)})
 
 
 @pytest.mark.parametrize(
     "bad",
     [
         {"method": "magic"},
-        {"fusion": "slerp"},
-        {"method": "ties", "fusion": "dare"},
-        {"target_density": 0.0},
-        {"target_density": 1.0},
-        {"initial_density": 1.5},
+        {"export": "soft"},
+        {"rescale": "norm"},
+        {"temperature": float("nan")},
         {"export_density": -0.1, "export": "topk"},
         {"export_density": 0.5},
         {"export": "topk"},
-        {"ties_density": float("nan")},
-        {"drop": True},
         {"temperature": 0},
-        {"rank": 0},
-        {"rank": 2.5},
         {"seed": -1},
         {"weights": (0.3, float("inf"))},
         {"granularity": "layer"},
@@ -342,16 +227,15 @@ def test_options_that_mean_nothing(bad):
         FuseOptions(**bad)
 
 
-def test_weights_and_fusions_by_number_of_tasks():
-    assert FuseOptions().fusion_of(1) == "single"
-    assert FuseOptions().fusion_of(2) == "task_arithmetic"
-    assert FuseOptions(method="ties").weights_of(3) == [0.4] * 3
-    assert FuseOptions(method="average").weights_of(4) == [0.25] * 4
+def test_weights_by_number_of_tasks():
+    assert FuseOptions().weights_of(1) == [1.0]
+    assert FuseOptions().weights_of(3) == [0.3] * 3
     assert FuseOptions(weights=(1, 2)).weights_of(2) == [1.0, 2.0]
-    for options, tasks in (
-        (FuseOptions(method="single"), 2),
-        (FuseOptions(weights=(1, 2)), 3),
-        (FuseOptions(method="average", weights=1.0), 2),
-    ):
-        with pytest.raises(ConfigError):
-            options.weights_of(tasks)
+    with pytest.raises(ConfigError, match="2 weights for 3 tasks"):
+        FuseOptions(weights=(1, 2)).weights_of(3)
+
+
+@pytest.mark.parametrize("method", ["single", "ties", "dare", "average"])
+def test_other_merges_are_those_of_peft_and_mergekit(method):
+    with pytest.raises(ConfigError, match=r"add_weighted_adapter\(.*mergekit"):
+        FuseOptions(method=method)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -113,23 +115,32 @@ def _weights(layers: Mapping[str, LoraLayer], factor: str, adapter: str) -> dict
 def _add(
     model: PeftModel, old: str, new: str, layers: Mapping[str, LoraLayer], repaired: Mapping[str, Tensor]
 ) -> None:
-    """The repaired copy of an adapter under another name, whole or not at all; what trains, and what is active,
-    stays.
-    """
+    """The repaired copy of an adapter under another name."""
     config = copy.deepcopy(model.peft_config[old])
-    pin(
-        config,
-        {name: (int(layer.r[old]), layer.lora_alpha[old]) for name, layer in layers.items()},
-        places(model.get_base_model()),
-    )
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.add_adapter(new, config)
+    modules = {name: (int(layer.r[old]), layer.lora_alpha[old]) for name, layer in layers.items()}
+    pin(config, modules, places(model.get_base_model()))
+    with new_adapter(model, new, config):
         _write(_weights(layers, "lora_A", new), _weights(layers, "lora_A", old))
         _write(_weights(layers, "lora_B", new), {**_weights(layers, "lora_B", old), **repaired})
+
+
+@contextmanager
+def new_adapter(model: PeftModel, name: str, config: LoraConfig) -> Iterator[dict[str, LoraLayer]]:
+    """Add an adapter, and fill it in the block: whole or not at all. What trains, and what is active, stays.
+
+    Yields:
+        Its layers, by module.
+    """
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # PEFT notes that there is an adapter already
+            model.add_adapter(name, config)
+        with torch.no_grad():
+            yield adapter_layers(model, name)
     except BaseException:
-        if new in model.peft_config:
-            model.delete_adapter(new)
+        if name in model.peft_config:
+            model.delete_adapter(name)
         raise
     finally:
         for parameter, flag in trainable:

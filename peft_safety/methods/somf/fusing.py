@@ -1,40 +1,32 @@
-"""Fusing a safe model with fine-tuned ones: `fuse`, and how adapters go through it."""
+"""`fuse`: read the inputs, train or take a mask, apply it, write the result."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from peft_safety.data.rows import Rows
 from peft_safety.errors import ConfigError
-from peft_safety.methods.protected import adapter_layers, config_table
-from peft_safety.methods.somf import checkpoints
-from peft_safety.methods.somf.compose import Independent, Update, recompressed
-from peft_safety.methods.somf.forward import MaskedAdapters
-from peft_safety.methods.somf.inputs import Adapters, Source, read_inputs
-from peft_safety.methods.somf.masks import Masks, export
+from peft_safety.methods.protected import config_table
+from peft_safety.methods.somf.adapters import AdapterFusion
+from peft_safety.methods.somf.checkpoints import CONFIG, CheckpointFusion
+from peft_safety.methods.somf.masks import Masks, export, load_masks
 from peft_safety.methods.somf.options import FuseOptions, MaskTraining
-from peft_safety.methods.somf.plan import NONLINEAR, FusePlan, granularity_of, plan_of, updates_of
-from peft_safety.methods.somf.publish import card_of, lora_config, main_process, write_adapter
-from peft_safety.methods.somf.report import FuseReport, ModuleFusion, overall, product_norm, share
-from peft_safety.methods.somf.storage import load_masks
-from peft_safety.methods.somf.train import MaskRun, trained_logits
-from peft_safety.names import places
-from peft_safety.projection import top_singular
+from peft_safety.methods.somf.report import FuseReport
+from peft_safety.methods.somf.train import MaskRun, train_mask
+from peft_safety.plain_lora import MANIFEST
+from peft_safety.publish import require_whole
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-RECORD_VERSION = 1
+Source = str | os.PathLike[str]
+RECORDED = ("objective", "beta", "lr", "epochs", "max_steps", "batch_size", "gradient_accumulation", "seed")
 Mask = Masks | Mapping[str, Tensor] | str | os.PathLike[str]
 
 
@@ -54,20 +46,21 @@ def fuse(
     """One model out of a safe one and fine-tuned ones: it keeps what they learned as far as a mask lets it, and the
     safety.
 
-    `theta = theta_safe + F(m * delta_1, ..., m * delta_T)` with a mask m learned on safety data (SOMF), or any of the
-    usual fusions F without one.
+    `theta = theta_safe + masked(sum_i w_i delta_i)` with a mask learned on safety data (SOMF), or without one (task
+    arithmetic). TIES, DARE and other merges: PEFT's `model.add_weighted_adapter(..., combination_type=...)` for
+    adapters, mergekit for full checkpoints.
 
     Args:
         safe: the aligned model: a name of an adapter on `model`, an adapter directory, or a full checkpoint; None
-            where the base model is aligned itself.
+            where `model` is aligned itself.
         tasks: the fine-tuned ones, of the same kind.
-        model: a PeftModel where names are given; the (loaded) base model to train a mask, for checkpoints the safe
-            one. It is not changed.
-        tokenizer: for training; default the one stored with `model`.
+        model: a PeftModel where names are given; the (loaded) base model to train a mask. It is not changed. For full
+            checkpoints the safe model, instead of `safe`.
+        tokenizer: for training; default the one stored with the model.
         mask: masks or logits, or a file of them, instead of training.
         data: rows to train on; see `train_mask`.
         training: how.
-        out: directory for the result: a plain LoRA, or full weights. None writes nothing.
+        out: directory for the result: a plain LoRA, or a full checkpoint. None writes nothing.
         adapter_name: add the result to the PeftModel under this name.
         **options: see `FuseOptions`.
 
@@ -78,229 +71,83 @@ def fuse(
         ConfigError: options, or inputs that do not belong together. ArtifactError, CheckpointError: inputs that are
             not whole. DataError: rows. Nothing is written then.
 
-    Reference: Yi et al., SOMF, arXiv 2405.09055. Differences from its code: `docs/architecture.md`; switches to what
-        was published: `FuseOptions`.
+    Reference: Yi et al., SOMF, arXiv 2405.09055. Differences from its code: `docs/architecture.md`.
     """
-    chosen = FuseOptions(**options)
-    inputs = read_inputs(safe, tasks, model, chosen)
-    plan = plan_of(inputs, chosen, safe, tasks)
-    _check_call(safe, tasks, model, mask, out, adapter_name, chosen)
-    settings = MaskTraining() if training is None else training
-    if not isinstance(inputs, Adapters):
-        return checkpoints.fuse_checkpoints(
-            inputs,
-            plan,
-            chosen,
-            _masks(mask, chosen),
-            model,
-            tokenizer,
-            data,
-            settings,
-            None if out is None else Path(out),
-        )
-    updates = updates_of(inputs, granularity_of(inputs, chosen), chosen)
-    masks, logits = _masks(mask, chosen)
+    from accelerate import PartialState
+    from peft import PeftModel
+
+    chosen, training = FuseOptions(**options), training or MaskTraining()
+    if mask is not None and chosen.method != "somf":
+        raise ConfigError(f"mask= belongs to method='somf', not to {chosen.method!r}. Leave it out.")
+    inputs = [os.path.realpath(source) for source in (safe, *tasks) if source is not None]
+    if out is not None and (os.path.isfile(out) or os.path.realpath(out) in inputs):
+        raise ConfigError(f"out={os.fspath(out)!r} is a file or an input. Give another directory.")
+    if adapter_name is not None and (not isinstance(model, PeftModel) or adapter_name in config_table(model)):
+        raise ConfigError(f"adapter_name={adapter_name!r} needs model=, a PeftModel without such an adapter.")
+    fusion = _read(safe, tasks, model, chosen)
+    given = load_masks(Path(mask)) if isinstance(mask, (str, os.PathLike)) else mask
     run: MaskRun | None = None
-    if masks is None and chosen.method == "somf":
-        logits, run = trained_logits(MaskedAdapters(_needed(model), updates, chosen), tokenizer, data, settings)
-        masks = export(
-            logits,
-            chosen.export,
-            density=chosen.export_density,
-            seed=chosen.seed,
-            record=_training_facts(settings, run),
-        )
-    report = dataclasses.replace(_fused(inputs, plan, updates, masks, chosen), run=run, logits=logits)
-    if out is not None and main_process():
-        card = card_of(report.record, [dataclasses.asdict(module) for module in report.modules], "LoRA")
-        base = next((a.base for a in (inputs.first, *inputs.tasks) if a.base), None) or _base_name(model)
-        write_adapter(Path(out), report.factors, base, inputs.first.fields, masks, report.record, card)
-    if adapter_name is not None and model is not None:
-        _add(model, adapter_name, report.factors, inputs.first.fields)  # type: ignore[arg-type]
+    facts: dict[str, Any] = {}
+    if given is None and chosen.method == "somf":
+        masked = fusion.masked(model)
+        run = train_mask(masked, tokenizer, data, training)
+        given = {name: logit.detach().cpu().clone() for name, logit in masked.logits.items()}
+        facts = {**dataclasses.asdict(run), **{name: getattr(training, name) for name in RECORDED}}
+    if given is None or isinstance(given, Masks):
+        masks, logits = given, None
+    else:
+        logits = dict(given)
+        masks = export(logits, chosen.export, density=chosen.export_density, seed=chosen.seed, record=facts)
+    if masks is not None:
+        masks.check(fusion.planned.mask_shapes)
+    report = dataclasses.replace(fusion.planned, masks=masks, run=run, logits=logits)
+    writes = out is not None and PartialState().is_main_process  # of several processes that train together, the first
+    report = fusion.fused(report, Path(out) if out is not None and writes else None)
+    if adapter_name is not None and isinstance(model, PeftModel) and isinstance(fusion, AdapterFusion):
+        fusion.add(report, model, adapter_name)
     return report
 
 
-def _needed(model: nn.Module | None) -> nn.Module:
-    if model is None:
-        raise ConfigError(
-            "method='somf' trains a mask, which needs model= (and its tokenizer). Give them, a mask= that is trained, "
-            "or another method."
-        )
-    return model
-
-
-def _masks(mask: Mask | None, options: FuseOptions) -> tuple[Masks | None, dict[str, Tensor] | None]:
-    """Masks that were given, exported if they are logits."""
-    found = load_masks(Path(mask)) if isinstance(mask, (str, os.PathLike)) else mask
-    if found is None or isinstance(found, Masks):
-        return found, None
-    return export(found, options.export, density=options.export_density, seed=options.seed), dict(found)
-
-
-def _training_facts(training: MaskTraining, run: MaskRun) -> dict[str, Any]:
-    names = (
-        "objective",
-        "beta",
-        "reference",
-        "lr",
-        "epochs",
-        "max_steps",
-        "batch_size",
-        "gradient_accumulation",
-        "seed",
-    )
-    return {
-        **{name: getattr(training, name) for name in names},
-        "steps": run.steps,
-        "rows": run.rows,
-        "loss": run.loss,
-    }
-
-
-def _check_call(
-    safe: Source | None,
-    tasks: Sequence[Source],
-    model: nn.Module | None,
-    mask: Mask | None,
-    out: str | os.PathLike[str] | None,
-    adapter_name: str | None,
-    options: FuseOptions,
-) -> None:
-    """Everything about a call that can be refused before work begins."""
-    from peft import PeftModel
-
-    if mask is not None and options.method != "somf":
-        raise ConfigError(
-            f"mask= belongs to method='somf', not to {options.method!r}. Leave it out, or use method='somf' with "
-            f"fusion={options.method!r}."
-        )
-    if mask is None and options.method == "somf":
-        _needed(model)
-    if out is not None:
-        if os.path.isfile(out):
-            raise ConfigError(f"out={os.fspath(out)!r} is a file. Give a directory.")
-        taken = next(
-            (
-                source
-                for source in (safe, *tasks)
-                if source is not None and os.path.realpath(source) == os.path.realpath(out)
-            ),
-            None,
-        )
-        if taken is not None:
-            raise ConfigError(
-                f"{os.fspath(taken)} is also the output directory. Write somewhere else; the inputs stay."
-            )
-    if adapter_name is not None and (not isinstance(model, PeftModel) or adapter_name in config_table(model)):
-        raise ConfigError(
-            f"adapter_name={adapter_name!r} needs model= to be a PeftModel without such an adapter. Choose another "
-            "name."
-        )
-
-
-@torch.no_grad()
-def _fused(
-    inputs: Adapters, plan: FusePlan, updates: Mapping[str, Update], masks: Masks | None, options: FuseOptions
+def plan_fusion(
+    safe: Source | None, tasks: Sequence[Source], *, model: nn.Module | None = None, **options: Any
 ) -> FuseReport:
-    """The factors of every module, and the report."""
-    covers = {key: count for update in updates.values() for key, count in update.covers.items()}
-    if masks is not None:
-        _check_masks(masks, updates)
-    dense = not inputs.continued and plan.fusion in NONLINEAR
-    rows, factors = [], {}
-    for planned in plan.modules:
-        name, update = planned.name, updates[planned.name]
-        if dense and isinstance(update, Independent):
-            a, b, error = _truncated(update.dense(), planned.rank)
-        else:
-            a, b = update.factors(masks)
-            a, b, error = recompressed(a, b, planned.rank) if planned.rank < a.shape[0] else (a, b, 0.0)
-        own = (
-            None
-            if masks is None
-            else Masks({key: masks.values[key] for key in update.shapes}, masks.levels).density(update.covers)
-        )
-        kept = None if masks is None else _kept(update, masks)
-        dtype = _dtype(inputs, name)
-        factors[name] = (a.to("cpu", dtype), b.to("cpu", dtype))
-        rows.append(ModuleFusion(name, a.shape[0], own, kept, error))
-    modules = tuple(rows)
-    record = {
-        "version": RECORD_VERSION,
-        **options.facts(len(inputs.tasks)),
-        "layout": plan.layout,
-        **({"granularity": plan.granularity} if plan.granularity else {}),
-        "safe": {"name": "the base model", "fingerprint": ""} if inputs.safe is None else inputs.safe.provenance(),
-        "tasks": [task.provenance() for task in inputs.tasks],
-        **overall(modules, masks, covers),
-        **({"mask": {**masks.record, "digest": mask_digest(masks)}} if masks is not None else {}),
-    }
-    return FuseReport(plan, modules, record, masks=masks, factors=factors)
+    """Read and check the inputs of `fuse`, and say what it would do. Nothing is trained or written."""
+    return _read(safe, tasks, model, FuseOptions(**options)).planned
 
 
-def mask_digest(masks: Masks) -> str:
-    """sha256 over all masks by name."""
-    digest = hashlib.sha256(str(masks.levels).encode())
-    for name in sorted(masks.values):
-        digest.update(name.encode() + masks.values[name].numpy().tobytes())
-    return digest.hexdigest()
+def _read(
+    safe: Source | None, tasks: Sequence[Source], model: nn.Module | None, options: FuseOptions
+) -> AdapterFusion | CheckpointFusion:
+    """Read and check everything that is fused."""
+    if isinstance(tasks, (str, os.PathLike)) or not tasks:
+        raise ConfigError(f"tasks={tasks!r}. Give a list of at least one adapter or checkpoint.")
+    aligned, names = (None if safe is None else os.fspath(safe)), [os.fspath(task) for task in tasks]
+    sources = [*([] if aligned is None else [aligned]), *names]
+    places = [os.path.realpath(source) if os.path.isdir(source) else source for source in sources]
+    if len(set(places)) < len(places):
+        raise ConfigError(f"{sources}: an input is given more than once. Use weights to count it once more.")
+    checkpoints = [source for source in sources if _is_checkpoint(source, model)]
+    if checkpoints and len(checkpoints) < len(sources):
+        raise ConfigError(f"{sources}: not all are full checkpoints. Give adapters only, or full checkpoints only.")
+    kind = CheckpointFusion if checkpoints else AdapterFusion
+    return kind(aligned, names, model, options)
 
 
-def _check_masks(masks: Masks, updates: Mapping[str, Update]) -> None:
-    shapes = {key: shape for update in updates.values() for key, shape in update.shapes.items()}
-    found = {key: tuple(value.shape) for key, value in masks.values.items()}
-    if found != shapes:
-        odd = next(key for key in sorted(found.keys() | shapes.keys()) if found.get(key) != shapes.get(key))
-        raise ConfigError(
-            f"{odd}: the masks have {found.get(odd, 'no such entry')}, this fusion {shapes.get(odd, 'none')}. Use the "
-            "granularity and inputs of the masks."
-        )
+def _is_checkpoint(source: str, model: nn.Module | None) -> bool:
+    """Whether an input is a full checkpoint; otherwise it is an adapter.
 
-
-def _kept(update: Update, masks: Masks) -> float | None:
-    """Length of the tasks' part, relative to the same without a mask."""
-    safe = (*update.aligned(), -1.0)
-    with_mask, without = (product_norm([(*update.factors(m), 1.0), safe]) for m in (masks, None))
-    return share(with_mask, without)
-
-
-def _truncated(dense: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The leading singular part of a dense update, as factors, and its relative error."""
-    u, s, v = top_singular(dense, rank)
-    a, b = s.sqrt()[:, None] * v.mT, u * s.sqrt()
-    total = float(dense.norm())
-    return a, b, float((dense - b @ a).norm()) / total if total > 0 else 0.0
-
-
-def _dtype(inputs: Adapters, name: str) -> torch.dtype:
-    """The widest of the inputs' factors."""
-    found = [adapter.factors[name].b.dtype for adapter in ([inputs.safe] if inputs.safe else []) + list(inputs.tasks)]
-    widest = found[0]
-    for dtype in found[1:]:
-        widest = torch.promote_types(widest, dtype)
-    return widest
-
-
-def _base_name(model: nn.Module | None) -> str | None:
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
-
-
-def _add(model: PeftModel, name: str, factors: Mapping[str, tuple[Tensor, Tensor]], fields: Mapping[str, Any]) -> None:
-    """The result as one more adapter; what is active, and what trains, stays. Whole or not at all."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    config = lora_config(factors, _base_name(model), fields, places(model.get_base_model()))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # PEFT notes that there is an adapter already
-            model.add_adapter(name, config)
-        with torch.no_grad():
-            for module, layer in adapter_layers(model, name).items():
-                layer.lora_A[name].weight.copy_(factors[module][0])
-                layer.lora_B[name].weight.copy_(factors[module][1])
-    except BaseException:
-        if name in model.peft_config:
-            model.delete_adapter(name)
-        raise
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+    Raises:
+        ConfigError: neither.
+    """
+    adapters = [] if model is None else sorted(config_table(model))
+    if source in adapters:
+        return False
+    require_whole(Path(source), ours=False, warn=False)
+    if Path(source, MANIFEST).is_file():
+        return False
+    if Path(source, CONFIG).is_file():
+        return True
+    raise ConfigError(
+        f"{source!r} is neither an adapter of the model (it has {adapters}) nor a directory with {MANIFEST} or "
+        f"{CONFIG}."
+    )

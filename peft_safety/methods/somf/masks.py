@@ -1,5 +1,4 @@
-"""Learned masks: from logits to a relaxed sample for training, and to a fixed mask for export. Pure functions, torch
-only.
+"""Learned masks: from logits to a relaxed sample for training, to a fixed mask for export, and to a file.
 
 One mask is shared by all tasks. A logit `l` keeps an entry with probability `sigmoid(l)`; training sees a concrete
 (Gumbel-sigmoid) sample of that, in (0, 1), through which gradients flow.
@@ -9,22 +8,48 @@ Reference: Yi et al., SOMF, arXiv 2405.09055; concrete distribution: Maddison et
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from peft_safety import files
 from peft_safety.errors import ArtifactError, ConfigError
-from peft_safety.methods.somf.fusions import stream
 
+Shape = tuple[int, ...]
 Granularity = Literal["element", "row", "rank", "module"]
-Rescale = Literal["mean", "none", "norm"]
-Export = Literal["threshold", "topk", "sample", "soft"]
-SOFT_LEVELS = 255
-"""Steps of a keep probability that is stored in 8 bits."""
+Rescale = Literal["mean", "none"]
+Export = Literal["threshold", "topk", "sample"]
+FILE_NAME = "safety_masks.safetensors"
+HEADER = "peft_safety.masks"
+VERSION = 2
+
+
+def stream(*parts: object) -> int:
+    """A seed that depends on all parts, and on nothing else."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:7], "big")
+
+
+def mask_shape(weight: Shape, granularity: Granularity, name: str) -> Shape:
+    """Shape of the mask of one weight: that of the weight, or one entry per row, or a single entry.
+
+    Raises:
+        ConfigError: "rank", which a weight does not have.
+    """
+    if granularity == "rank":
+        raise ConfigError(
+            f"{name} {weight}: granularity='rank' needs LoRA factors, and a full weight has none. Use element, row or "
+            "module."
+        )
+    if granularity == "element":
+        return weight
+    return (weight[0] if granularity == "row" else 1, *[1] * (len(weight) - 1))
 
 
 def concrete(logit: Tensor, u: Tensor, temperature: float) -> Tensor:
@@ -52,106 +77,59 @@ def rescaled(vector: Tensor, mask: Tensor, how: Rescale) -> Tensor:
     Args:
         vector: `V`, any shape.
         mask: broadcasts to it evenly (each of its entries covers equally many of V's).
-        how: "mean" divides by the mean of m, as published (it lengthens a real task vector 1.4 to 1.8 times); "norm"
-            restores `||V||`; "none" leaves it. A mask that keeps nothing gives zero.
+        how: "mean" divides by the mean of m, as published (it lengthens a real task vector 1.4 to 1.8 times); "none"
+            leaves it. A mask that keeps nothing gives zero.
     """
     masked = vector * mask
-    tiny = torch.finfo(masked.dtype).tiny
-    if how == "mean":
-        return masked / mask.mean().clamp(min=tiny)
-    if how == "norm":
-        return masked * length_ratio(torch.linalg.vector_norm(vector), torch.linalg.vector_norm(masked))
-    return masked
-
-
-def length_ratio(before: Tensor, after: Tensor) -> Tensor:
-    """`before / after`, finite where nothing is left."""
-    limits = torch.finfo(before.dtype)
-    return before / torch.maximum(after, (limits.eps * before.detach()).clamp(min=limits.tiny))
-
-
-def rescaled_gate(gate: Tensor, gram: Tensor, how: Rescale) -> Tensor:
-    """`rescaled` for a gate on rank components: `dW = B diag(g) A`, of which only the gate is scaled.
-
-    Args:
-        gate: `g (r,)`, or `(1,)` for a whole module.
-        gram: `(B^T B) * (A A^T) (r, r)`, so that `||B diag(g) A||_F^2 = g^T G g`.
-    """
-    tiny = torch.finfo(gate.dtype).tiny
-    if how == "mean":
-        return gate / gate.mean().clamp(min=tiny)
-    if how == "norm":
-        full = gate.expand(gram.shape[0])
-        return gate * length_ratio(gram.sum().clamp(min=0).sqrt(), (full @ gram @ full).clamp(min=tiny).sqrt())
-    return gate
-
-
-def initial_logit(density: float) -> float:
-    """The logit that keeps an entry with this probability."""
-    return math.log(density) - math.log1p(-density)
-
-
-def expected_density(logits: Mapping[str, Tensor], covers: Mapping[str, int]) -> Tensor:
-    """Expected share of kept entries, `sum_k c_k sum sigmoid(l_k) / sum_k c_k n_k`: differentiable, so that a target
-    can be asked for.
-
-    Args:
-        covers: by name, how many entries of the task vector one logit decides.
-    """
-    kept = torch.stack([covers[name] * torch.sigmoid(logit).sum() for name, logit in logits.items()]).sum()
-    return kept / sum(covers[name] * logit.numel() for name, logit in logits.items())
+    return masked / mask.mean().clamp(min=torch.finfo(masked.dtype).tiny) if how == "mean" else masked
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Fixed masks by name, in at most 8 bits an entry.
+    """Fixed masks by name.
 
     Attributes:
-        values: uint8, from 0 (dropped) to `levels` (kept).
-        levels: 1 for hard masks, 255 for keep probabilities.
+        values: uint8, 0 (dropped) or 1 (kept).
         record: where they come from: plain JSON values.
     """
 
     values: dict[str, Tensor]
-    levels: int = 1
     record: dict[str, Any] = field(default_factory=dict)
 
-    def __getitem__(self, name: str) -> Tensor:
-        """The mask of this name as fp32 in [0, 1].
+    def of(self, name: str) -> Tensor:
+        """The mask of this name as fp32."""
+        return self.values[name].float()
+
+    def densities(self) -> dict[str, float]:
+        """Share of kept entries, by name."""
+        return {name: float(value.float().mean()) for name, value in self.values.items()}
+
+    def density(self) -> float:
+        """Share of kept entries over all masks."""
+        return float(torch.cat([value.flatten() for value in self.values.values()]).float().mean())
+
+    def check(self, shapes: Mapping[str, Shape]) -> None:
+        """Compare with the masks that a fusion needs.
 
         Raises:
-            ArtifactError: there is none.
+            ConfigError: masks of other modules, or of another granularity.
         """
-        if name not in self.values:
-            raise ArtifactError(
-                f"{name}: the masks have no entry of this name ({len(self.values)} others). Use masks that were "
-                "trained on these modules."
-            )
-        return self.values[name].float() / self.levels
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.values)
-
-    def density(self, covers: Mapping[str, int] | None = None) -> float:
-        """Share of kept entries; see `expected_density` for `covers` (default: every entry of a mask counts once)."""
-        sizes = {name: (covers or {}).get(name, 1) for name in self.values}
-        total = sum(sizes[name] * value.numel() for name, value in self.values.items())
-        return sum(sizes[name] * float(value.sum(dtype=torch.float64)) for name, value in self.values.items()) / (
-            self.levels * total
-        )
+        own = {name: tuple(value.shape) for name, value in self.values.items()}
+        for name in sorted(own.keys() | shapes.keys()):
+            if own.get(name) != shapes.get(name):
+                raise ConfigError(
+                    f"{name}: the masks have {own.get(name, 'no such entry')}, this fusion needs "
+                    f"{shapes.get(name, 'none')}. Use the inputs and the granularity that the masks were trained with."
+                )
 
     def shuffled(self, seed: int = 0) -> Masks:
-        """The control: the same number of kept entries in every mask, at random places. Masks of a single entry are
-        shuffled among each other.
-        """
-        lone = [name for name, value in self.values.items() if value.numel() == 1]
-        order = torch.randperm(len(lone), generator=torch.Generator().manual_seed(stream(seed, "control"))).tolist()
-        found = {name: self.values[lone[index]] for name, index in zip(lone, order, strict=True)}
-        for name, value in self.values.items():
-            if name not in found:
-                generator = torch.Generator().manual_seed(stream(seed, "control", name))
-                found[name] = value.flatten()[torch.randperm(value.numel(), generator=generator)].view(value.shape)
-        return Masks({name: found[name] for name in self.values}, self.levels, {**self.record, "control": seed})
+        """The control: the same number of kept entries in every group of `_groups`, at random places."""
+        moved: dict[str, Tensor] = {}
+        for names in _groups(self.values):
+            entries = torch.cat([self.values[name].flatten() for name in names])
+            generator = torch.Generator().manual_seed(stream(seed, "control", *names))
+            moved |= _split(entries[torch.randperm(len(entries), generator=generator)], names, self.values)
+        return Masks({name: moved[name] for name in self.values}, {**self.record, "control": seed})
 
 
 @torch.no_grad()
@@ -166,48 +144,78 @@ def export(
     """Fixed masks from trained logits. The same logits give the same bits, "sample" included.
 
     Args:
-        how: "threshold" keeps `l > 0` (more likely kept than not); "topk" the `round(density n)` largest of each mask
-            (masks of a single entry compete with each other); "sample" a seeded Bernoulli draw, as the reference code
-            exports, which never seeds it; "soft" the keep probabilities in 8 bits.
+        how: "threshold" keeps `l > 0` (more likely kept than not); "topk" the `round(density n)` largest in every
+            group of `_groups`, the earlier of equals first; "sample" a seeded Bernoulli draw, as the reference code
+            exports, which never seeds it.
         density: for "topk".
 
     Raises:
         ConfigError: "topk" without a density.
     """
-    facts = {**(record or {}), "export": how}
     plain = {name: logit.detach().cpu().float() for name, logit in logits.items()}
-    if how == "soft":
-        return Masks(
-            {name: (SOFT_LEVELS * torch.sigmoid(x)).round().to(torch.uint8) for name, x in plain.items()},
-            SOFT_LEVELS,
-            facts,
-        )
+    facts = {**(record or {}), "export": how}
     if how == "threshold":
-        return Masks({name: (x > 0).to(torch.uint8) for name, x in plain.items()}, 1, facts)
+        return Masks({name: (x > 0).to(torch.uint8) for name, x in plain.items()}, facts)
     if how == "sample":
-        drawn = {
-            name: (x + torch.logit(noise(x, stream(seed, "sample", name))) > 0).to(torch.uint8)
-            for name, x in plain.items()
-        }
-        return Masks(drawn, 1, {**facts, "seed": seed})
+        margins = {name: x + torch.logit(noise(x, stream(seed, "sample", name))) for name, x in plain.items()}
+        return Masks({name: (x > 0).to(torch.uint8) for name, x in margins.items()}, {**facts, "seed": seed})
     if density is None:
         raise ConfigError("export='topk' needs a density. Give export_density in (0, 1).")
-    lone = [name for name, x in plain.items() if x.numel() == 1]
-    kept = (
-        dict(zip(lone, _largest(torch.cat([plain[name].flatten() for name in lone]), density).split(1), strict=True))
-        if lone
-        else {}
-    )
-    found = {
-        name: (kept[name] if name in kept else _largest(x.flatten(), density)).view(x.shape)
-        for name, x in plain.items()
-    }
-    return Masks(found, 1, {**facts, "export_density": density})
+    kept: dict[str, Tensor] = {}
+    for names in _groups(plain):
+        values = torch.cat([plain[name].flatten() for name in names])
+        largest = torch.sort(values, descending=True, stable=True).indices[: round(density * len(values))]
+        kept |= _split(torch.zeros(len(values), dtype=torch.uint8).index_fill_(0, largest, 1), names, plain)
+    return Masks({name: kept[name] for name in plain}, {**facts, "export_density": density})
 
 
-def _largest(values: Tensor, density: float) -> Tensor:
-    """1 where a value is among the `round(density n)` largest; the earlier of equals first."""
-    order = torch.sort(values, descending=True, stable=True).indices
-    found = torch.zeros(values.shape, dtype=torch.uint8)
-    found[order[: round(density * values.numel())]] = 1
-    return found
+def _groups(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names of the masks whose entries compete: each mask by itself, and all masks of a single entry together."""
+    single = [name for name, tensor in tensors.items() if tensor.numel() == 1]
+    return [[name] for name, tensor in tensors.items() if tensor.numel() > 1] + ([single] if single else [])
+
+
+def _split(entries: Tensor, names: list[str], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = entries.split([like[name].numel() for name in names])
+    return {name: part.view(like[name].shape) for name, part in zip(names, parts, strict=True)}
+
+
+def save_masks(masks: Masks, path: Path) -> Path:
+    """Write masks, one byte per entry. Equal masks give equal files.
+
+    Args:
+        path: a file, or a directory for `safety_masks.safetensors`.
+    """
+    return _save({name: value.contiguous() for name, value in masks.values.items()}, masks.record, path)
+
+
+def save_logits(logits: Mapping[str, Tensor], path: Path, record: Mapping[str, Any]) -> Path:
+    """Write trained logits in fp32, from which masks of any density can still be exported."""
+    return _save({name: logit.detach().cpu().float().contiguous() for name, logit in logits.items()}, record, path)
+
+
+def _save(tensors: dict[str, Tensor], record: Mapping[str, Any], path: Path) -> Path:
+    path = path if path.suffix == ".safetensors" else path / FILE_NAME
+    header = json.dumps({"version": VERSION, "record": dict(record)}, sort_keys=True)
+    save_file(tensors, path, metadata={HEADER: header})  # safetensors would write several in an order by chance
+    return path
+
+
+def load_masks(path: Path) -> Masks | dict[str, Tensor]:
+    """Masks, or logits by name, from a file or a directory that has one.
+
+    Raises:
+        ArtifactError: no such file, not one of masks, or values that neither masks nor logits have.
+    """
+    path = path / FILE_NAME if path.is_dir() else path
+    with files.open_tensors(path) as handle:
+        header = files.parse_json((handle.metadata() or {}).get(HEADER, "{}"), str(path))
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    record, dtypes = header.get("record"), {tensor.dtype for tensor in tensors.values()}
+    if header.get("version") != VERSION or not isinstance(record, dict):
+        raise ArtifactError(f"{path} holds no masks of this package. Give a {FILE_NAME} that fuse wrote.")
+    if dtypes == {torch.uint8} and all(bool((tensor <= 1).all()) for tensor in tensors.values()):
+        return Masks(tensors, record)
+    if dtypes == {torch.float32} and all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        return tensors
+    raise ArtifactError(f"{path} holds neither masks of 0 and 1 nor logits that are finite. Copy or train it again.")

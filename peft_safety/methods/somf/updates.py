@@ -1,0 +1,143 @@
+"""What a mask does to one LoRA module: from frozen inputs and masks to the factors of the fused update. The same code
+trains and exports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from peft_safety.errors import ConfigError
+from peft_safety.methods.somf.masks import Granularity, Rescale, Shape, mask_shape, rescaled
+from peft_safety.plain_lora import Factors
+
+MaskOf = Callable[[str], Tensor]
+"""From a mask's full name to an exported mask, or to a sample of a training step."""
+Task = tuple[float, Factors]
+"""Weight and factors of one task's module."""
+
+
+def task_arithmetic(vectors: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """`V = sum_i w_i V_i`. All tasks share one mask m, and `sum_i w_i (m V_i) = m V`: the sum is taken once.
+
+    Reference: Ilharco et al., arXiv 2212.04089.
+    """
+    return torch.stack([weight * vector for weight, vector in vectors]).sum(dim=0)
+
+
+class Update(nn.Module):
+    """One module's fused update `B A`, the scaling included in B. All tensors are frozen.
+
+    Attributes:
+        mask_shapes: the masks it needs, by full name.
+    """
+
+    mask_shapes: dict[str, Shape]
+
+    def __init__(self, name: str, granularity: Granularity, rescale: Rescale, **tensors: Tensor) -> None:
+        super().__init__()
+        self.name, self.granularity, self.rescale = name, granularity, rescale
+        for key, tensor in tensors.items():
+            self.register_buffer(key, tensor, persistent=False)
+
+    def factors(self, mask_of: MaskOf | None) -> tuple[Tensor, Tensor]:
+        """`(A (r, n), B (m, r))` under these masks (None: everything is kept), differentiable in them."""
+        raise NotImplementedError
+
+    def aligned(self) -> tuple[Tensor, Tensor]:
+        """The same of the safe adapter alone."""
+        raise NotImplementedError
+
+    @property
+    def rank(self) -> int:
+        """Of `B A`."""
+        return len(self.get_buffer("a"))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight, `(m, n)`."""
+        a, b = self.aligned()
+        return b.shape[0], a.shape[1]
+
+
+class Continued(Update):
+    """Tasks that were trained on from the safe adapter: `A = A_s + masked(V_A)`, and B likewise, as the paper masks
+    weights.
+
+    Args:
+        safe, tasks: factors of equal rank and scaling.
+
+    Reference: SOMF, arXiv 2405.09055, section 3, on the factors as its code does.
+    """
+
+    def __init__(
+        self, name: str, safe: Factors, tasks: Sequence[Task], granularity: Granularity, rescale: Rescale
+    ) -> None:
+        a, b, s = _working(safe.a), _working(safe.b), safe.scaling
+        vector_a = task_arithmetic([(weight, task.a.detach().to(a) - a) for weight, task in tasks])
+        vector_b = task_arithmetic([(weight, task.b.detach().to(b) - b) for weight, task in tasks])
+        super().__init__(name, granularity, rescale, a=a, b=s * b, vector_a=vector_a, vector_b=s * vector_b)
+        if granularity in ("element", "row"):
+            factors = {f"{name}.lora_A": a, f"{name}.lora_B": b}
+            self.mask_shapes = {key: mask_shape(tuple(x.shape), granularity, name) for key, x in factors.items()}
+        else:
+            self.mask_shapes = {f"{name}.{granularity}": (len(a) if granularity == "rank" else 1,)}
+
+    def factors(self, mask_of: MaskOf | None) -> tuple[Tensor, Tensor]:
+        a, b = self.get_buffer("vector_a"), self.get_buffer("vector_b")
+        if mask_of is not None:
+            masks = [mask_of(key).to(a.device) for key in self.mask_shapes]
+            mask_a, mask_b = masks if len(masks) == 2 else (masks[0][:, None], masks[0])
+            a, b = rescaled(a, mask_a, self.rescale), rescaled(b, mask_b, self.rescale)
+        return self.get_buffer("a") + a, self.get_buffer("b") + b
+
+    def aligned(self) -> tuple[Tensor, Tensor]:
+        return self.get_buffer("a"), self.get_buffer("b")
+
+
+class Independent(Update):
+    """Other tasks: `A = [A_s; A_1; ...]`, `B = [s B_s, masked([w_1 s_1 B_1, ...])]`, an exact LoRA of the summed rank.
+
+    "rank" has a gate for every component of every task, "module" one for every task, "row" one for every output.
+
+    Args:
+        safe: None where the base model itself is the aligned one.
+    """
+
+    def __init__(
+        self, name: str, safe: Factors | None, tasks: Sequence[Task], granularity: Granularity, rescale: Rescale
+    ) -> None:
+        if granularity == "element":
+            raise ConfigError(
+                f"{name}: granularity='element' needs adapters that were trained on from the safe one. Use rank, row "
+                "or module."
+            )
+        terms = [*([(1.0, safe)] if safe else []), *tasks]
+        device = terms[0][1].a.device
+        a = torch.cat([_working(factor.a).to(device) for _, factor in terms])
+        b = torch.cat([w * factor.scaling * _working(factor.b).to(device) for w, factor in terms], dim=1)
+        super().__init__(name, granularity, rescale, a=a, b=b)
+        self.safe_rank = len(safe.a) if safe else 0
+        self.ranks = torch.tensor([len(task.a) for _, task in tasks])
+        entries = {"row": (len(b), 1), "rank": (int(self.ranks.sum()),), "module": (len(tasks),)}
+        self.mask_shapes = {f"{name}.{granularity}": entries[granularity]}
+
+    def factors(self, mask_of: MaskOf | None) -> tuple[Tensor, Tensor]:
+        a, b = self.get_buffer("a"), self.get_buffer("b")
+        if mask_of is None:
+            return a, b
+        mask = mask_of(f"{self.name}.{self.granularity}").to(b.device)
+        if self.granularity == "module":
+            mask = mask.repeat_interleave(self.ranks.to(mask.device))
+        safe, tasks = b[:, : self.safe_rank], b[:, self.safe_rank :]
+        return a, torch.cat([safe, rescaled(tasks, mask, self.rescale)], dim=1)
+
+    def aligned(self) -> tuple[Tensor, Tensor]:
+        return self.get_buffer("a")[: self.safe_rank], self.get_buffer("b")[:, : self.safe_rank]
+
+
+def _working(factor: Tensor) -> Tensor:
+    """In fp32, or fp64 where it is stored so."""
+    return factor.detach().to(torch.promote_types(factor.dtype, torch.float32))
