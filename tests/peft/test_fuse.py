@@ -193,17 +193,6 @@ def test_independent_adapters_of_other_ranks_are_one_exact_lora(tmp_path):
     torch.testing.assert_close(logits(loaded), of_adapter(model, "fused"), rtol=0, atol=1e-5)
 
 
-def test_peft_recompresses_a_fused_adapter():
-    model = family(continued=False)
-    report = fuse("safe", TASKS, model=model, method="task_arithmetic", adapter_name="fused")
-    assert report.record["rank"] == 12
-    model.add_weighted_adapter(["fused"], [1.0], "small", combination_type="svd", svd_rank=5)
-    whole, part = deltas(model, "fused"), deltas(model, "small")
-    for name, dense in whole.items():
-        values = torch.linalg.svdvals(dense)
-        assert float((dense - part[name]).norm()) == pytest.approx(float(values[5:].norm()), rel=1e-3)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("continued", [True, False])
 def test_half_precision_factors_stay_what_they_are(dtype, continued, tmp_path):
