@@ -23,8 +23,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_safety.recipes.train import LEARNING_RATE
-
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
@@ -34,6 +32,8 @@ if TYPE_CHECKING:
     from peft_safety.report import Report
 
 POISON = 0.1
+LEARNING_RATE = 1e-3
+"""As in the frontier: one epoch over so few rows hardly learns the task at half of it."""
 SAFETY_RANK = 32
 """Output directions for SaLoRA, as published (arXiv 2501.01765, section 5.1)."""
 FRACTION = 0.25
