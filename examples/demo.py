@@ -64,7 +64,7 @@ class Scale:
 
 
 SECONDS = {"load": 10, "patch": 1, "aligned": 35, "calibrate": 15, "arm": 65}
-DEFAULT = Scale((LORA, GUARDSPACE), None, 128, 48, SECONDS)
+DEFAULT = Scale((LORA, GUARDSPACE), None, 96, 28, SECONDS)
 FULL = Scale((LORA, SALORA, GUARDSPACE, CONTROL), {}, 128, 72, {**SECONDS, "patch": 500, "aligned": 50, "arm": 80})
 SMOKE = Scale((LORA, GUARDSPACE), None, 40, 12, {"load": 10, "patch": 1, "aligned": 15, "calibrate": 15, "arm": 25})
 

@@ -190,7 +190,7 @@ def test_an_option_means_one_thing_in_all_commands():
     assert {name for name, options in commands.items() if "--task-data" in options} == {"calibrate"}
     assert {name for name, options in commands.items() if "--task" in options} == {"fuse"}
     lora = [options["--rank"] for options in commands.values() if "--rank" in options]
-    assert len(lora) == 3
+    assert len(lora) == 2
     assert all("LoRA rank" in option.help for option in lora)
     for name in ("calibrate", "protect", "patch", "repair"):
         assert {"--safety-rank", "--safety-energy"} <= set(commands[name])
