@@ -17,15 +17,12 @@ from peft_safety import files, publish
 from peft_safety.artifact import ADAPTER_FILE, CARD, MANIFEST, PREFIX
 from peft_safety.errors import ConfigError, ProtectionError
 from peft_safety.layers import joined, stored_factors
-from peft_safety.methods.protected import (
-    ProtectedConfig,
-    adapter_layers,
-    assert_protected,
-    config_table,
-    stored_adapter,
-)
+from peft_safety.layers.adapters import adapter_layers, config_table
+from peft_safety.methods.base import ProtectedConfig
 from peft_safety.names import pin, places
 from peft_safety.projection import delta_leak, leak_tolerance
+from peft_safety.registry.configs import stored_adapter
+from peft_safety.registry.protection import assert_protected
 
 
 def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> Path:

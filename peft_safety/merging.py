@@ -27,9 +27,10 @@ from peft_safety import projection, weights
 from peft_safety.errors import ConfigError, LossyMergeError
 from peft_safety.export import plain_config, plain_factors
 from peft_safety.layers import stored_factors
-from peft_safety.methods.protected import config_table, protected_configs
+from peft_safety.layers.adapters import config_table
 from peft_safety.names import own_name, pin, places
 from peft_safety.projection import Side
+from peft_safety.registry.protection import protected_configs
 
 MergeTo = Literal["16bit", "nf4+residual", "nf4"]
 

@@ -13,11 +13,12 @@ from peft_safety.artifact import MANIFEST
 from peft_safety.errors import ProtectionError
 from peft_safety.estimate.targets import base_layers
 from peft_safety.files import read_json
-from peft_safety.methods.protected import check_ahead, stored_adapter, stored_config
 from peft_safety.methods.safe_lora.directory import STORED_TYPE, read_factors, stored_record
 from peft_safety.methods.safe_lora.repair import factor_digest
 from peft_safety.projection import orthonormality_error
 from peft_safety.publish import require_whole
+from peft_safety.registry.checks import check_ahead
+from peft_safety.registry.configs import stored_adapter, stored_config
 
 
 @dataclass(frozen=True)

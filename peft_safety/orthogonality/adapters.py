@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from peft_safety import weights
 from peft_safety.errors import ConfigError, UnsupportedLayerError
 from peft_safety.layers import stored_factors
-from peft_safety.methods.protected import INITS
+from peft_safety.methods.base import INITS
 from peft_safety.orthogonality.metrics import Update, decompose
 
 UNFIT = {

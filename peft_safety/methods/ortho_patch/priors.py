@@ -14,8 +14,9 @@ from peft_safety.artifact import ADAPTER_FILE, MANIFEST, PREFIX, PROTECTED_TYPES
 from peft_safety.errors import ConfigError
 from peft_safety.estimate.activations import model_name
 from peft_safety.layers import stored_factors
-from peft_safety.methods.protected import adapter_layers, public_name
+from peft_safety.layers.adapters import adapter_layers
 from peft_safety.methods.safe_lora.directory import read_factors
+from peft_safety.naming import public_name
 from peft_safety.projection import Side
 
 Spans = dict[str, dict[Side, Tensor]]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from peft_safety import weights
 from peft_safety.errors import ConfigError, UnsupportedLayerError
 from peft_safety.estimate.checkpoints import ModuleWeights, open_weights
-from peft_safety.methods.protected import INITS, ProtectedConfig, adapter_layers, config_table
+from peft_safety.layers.adapters import adapter_layers, config_table
+from peft_safety.methods.base import INITS, ProtectedConfig
 from peft_safety.methods.safe_lora.options import RepairOptions
 from peft_safety.methods.safe_lora.repair import Factors, RepairReport, repair
 from peft_safety.names import pin, places

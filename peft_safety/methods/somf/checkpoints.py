@@ -21,7 +21,6 @@ from peft_safety.artifact import CARD
 from peft_safety.data.rows import Rows
 from peft_safety.errors import CheckpointError, ConfigError
 from peft_safety.estimate.checkpoints import INDEX
-from peft_safety.methods.protected import public_name
 from peft_safety.methods.somf.compose import dense_tensor
 from peft_safety.methods.somf.forward import MaskedWeights
 from peft_safety.methods.somf.inputs import Checkpoints
@@ -40,6 +39,7 @@ from peft_safety.methods.somf.publish import (
 from peft_safety.methods.somf.report import FuseReport, ModuleFusion, overall, share
 from peft_safety.methods.somf.storage import save_masks
 from peft_safety.methods.somf.train import MaskRun, trained_logits
+from peft_safety.naming import public_name
 from peft_safety.projection import top_singular
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_safety.data.rows import Rows
 from peft_safety.errors import ConfigError
-from peft_safety.methods.protected import adapter_layers, config_table
+from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.somf import checkpoints
 from peft_safety.methods.somf.compose import Independent, Update, recompressed
 from peft_safety.methods.somf.forward import MaskedAdapters

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from peft_safety.artifact import MANIFEST
 from peft_safety.errors import CheckpointError, ConfigError
 from peft_safety.estimate.checkpoints import FLOATS, INDEX, SINGLE, FileWeights
-from peft_safety.methods.protected import adapter_layers, config_table, public_name
+from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.safe_lora.apply import check_form, layer_factors
 from peft_safety.methods.safe_lora.directory import read_factors, read_plain
 from peft_safety.methods.safe_lora.repair import Factors, factor_digest
 from peft_safety.methods.somf.options import FuseOptions
+from peft_safety.naming import public_name
 from peft_safety.publish import require_whole
 
 Source = str | os.PathLike[str]

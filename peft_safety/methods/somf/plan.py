@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from peft_safety.errors import ConfigError
-from peft_safety.methods.protected import public_name
 from peft_safety.methods.somf.compose import Continued, Independent, Shape, Update, mask_shape
 from peft_safety.methods.somf.inputs import Adapters, Checkpoints, Source, read_inputs
 from peft_safety.methods.somf.masks import Granularity
 from peft_safety.methods.somf.options import FuseOptions
+from peft_safety.naming import public_name
 
 NONLINEAR = ("dare", "ties")
 """Fusions that work entry by entry, so that independent adapters leave no low rank under them."""

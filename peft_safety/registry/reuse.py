@@ -8,7 +8,7 @@ import copy
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from peft_safety import files
 from peft_safety.artifact import ADAPTER_FILE, PREFIX, StoredAdapter
 from peft_safety.errors import ConfigError, SubspaceError
-
-if TYPE_CHECKING:
-    from peft_safety.layers import ProtectedLinear
-    from peft_safety.methods.protected import ProtectedConfig
+from peft_safety.layers import ProtectedLinear
+from peft_safety.methods.base import ProtectedConfig
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
