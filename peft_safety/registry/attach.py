@@ -94,16 +94,16 @@ def attach(
 
 def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig) -> None:
     """Put leaves with the config's bases in place of the factors, or give the leaves that are there those bases."""
-    there: dict[ProtectedLinear, Tensor | None] = {}
+    existing: dict[ProtectedLinear, Tensor | None] = {}
     for name, layer in layers.items():
         adopt(layer)
         for factor, side, basis in sides(layer, config, name):
             old = factor[adapter_name]
             if isinstance(old, ProtectedLinear):
-                there[old] = basis
+                existing[old] = basis
             else:
                 factor[adapter_name] = ProtectedLinear.replacing(old, basis, side, residual=config.residual)
-    rebase(there)
+    rebase(existing)
     for name, layer in layers.items():
         for factor, _, _ in sides(layer, config, name):
             factor[adapter_name].fold()

@@ -73,11 +73,11 @@ def _check_extra(model: nn.Module, config: ProtectedConfig, stored: StoredAdapte
         }
     if config.trainable_token_indices:
         found = {key: shape for key, shape in found.items() if "token_adapter" not in key}
-    odd = sorted(key for key in found.keys() | needed if found.get(key) != allowed.get(key))
-    if odd:
+    mismatched = sorted(key for key in found.keys() | needed if found.get(key) != allowed.get(key))
+    if mismatched:
+        key = mismatched[0]
         raise ArtifactError(
-            f"{stored.directory}: {odd[0]} is {found.get(odd[0], 'missing')} in the adapter, and modules_to_save and "
-            "the model's embeddings account for "
-            f"{allowed.get(odd[0], 'no such tensor')}: it would replace a base weight, or leave one untrained. Save "
-            "the adapter again."
+            f"{stored.directory}: {key} is {found.get(key, 'missing')} in the adapter, and modules_to_save and the "
+            f"model's embeddings account for {allowed.get(key, 'no such tensor')}: it would replace a base weight, or "
+            "leave one untrained. Save the adapter again."
         )

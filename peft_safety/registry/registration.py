@@ -48,6 +48,8 @@ SYMBOLS = {
     ),
     "peft.tuners.lora.layer": ("Embedding.update_layer", "_ConvNd.update_layer"),
     "peft.tuners.mixed": ("MixedModel._unload_and_optionally_merge",),
+    "peft.import_utils": ("is_bnb_available", "is_bnb_4bit_available"),
+    "peft.utils.other": ("transpose", "AuxiliaryTrainingWrapper"),
     "peft.utils.hotswap": ("_get_padded_linear", "hotswap_adapter_from_state_dict"),
 }
 """Every PEFT symbol that is read, wrapped or overridden, by module. Instance attributes (`LoraLayer.lora_A`) are
