@@ -7,11 +7,10 @@ needed, and the types are registered at the moment PEFT is imported, by whoever.
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.util
 import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from peft_safety.importing import WhenPeftIsImported
 
 if TYPE_CHECKING:
     from peft_safety.callbacks import SafeLoRACallback, SafetyMonitorCallback, SoftPenaltyCallback
@@ -21,11 +20,11 @@ if TYPE_CHECKING:
     from peft_safety.merging import merge_dequantized, merge_quantized
     from peft_safety.methods.guardspace import GuardSpaceConfig
     from peft_safety.methods.ortho_patch import OrthoSafetyPatchConfig
-    from peft_safety.methods.protected import assert_protected
     from peft_safety.methods.safe_lora import SafeLoRAConfig, apply_safe_lora, safe_lora_dir
     from peft_safety.methods.salora import SaLoRAConfig
     from peft_safety.methods.somf import fuse
     from peft_safety.orthogonality import orthogonality_report
+    from peft_safety.registry.protection import assert_protected
     from peft_safety.subspace import SafetySubspace
     from peft_safety.verification import verify
 
@@ -42,7 +41,7 @@ _NAMES = {
     "SoftPenaltyCallback": "callbacks",
     "SafetySubspace": "subspace",
     "apply_safe_lora": "methods.safe_lora",
-    "assert_protected": "methods.protected",
+    "assert_protected": "registry.protection",
     "explain": "fused",
     "export_lora": "export",
     "fuse": "methods.somf",
@@ -85,43 +84,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_NAMES})
 
 
-def _register() -> None:
-    from peft_safety.registry import register
-
-    register()
-
-
-class _WhenPeftIsImported(importlib.abc.MetaPathFinder):
-    """Finds `peft` as the others would, and registers the types right after its module body has run."""
-
-    def __init__(self) -> None:
-        self._looking = False
-
-    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> Any:
-        # Stays in place until the import itself: transformers asks whether peft can be found long before it imports
-        # it.
-        if fullname != "peft" or self._looking:
-            return None
-        self._looking = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._looking = False
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            run(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-            _register()
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
 if "peft" in sys.modules:
-    _register()
+    importlib.import_module("peft_safety.registry.registration").register()
 else:
-    sys.meta_path.insert(0, _WhenPeftIsImported())
+    sys.meta_path.insert(0, WhenPeftIsImported())

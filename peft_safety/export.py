@@ -11,17 +11,14 @@ from torch import Tensor, nn
 
 from peft_safety.artifact import check_adapter
 from peft_safety.errors import ConfigError, ProtectionError
+from peft_safety.layers.adapters import adapter_layers, config_table
+from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.factors import layer_factors, protected_factors
-from peft_safety.methods.protected import (
-    ProtectedConfig,
-    adapter_layers,
-    assert_protected,
-    config_table,
-    stored_config,
-)
 from peft_safety.names import places
 from peft_safety.plain_lora import Factors, factor_tensors, plain_config, write_plain
 from peft_safety.projection import delta_leak, leak_tolerance
+from peft_safety.registry.configs import stored_config
+from peft_safety.registry.protection import assert_protected
 
 
 def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> Path:

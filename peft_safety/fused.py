@@ -1,8 +1,8 @@
-"""The fused path of LoRA on NF4 weights: `ops.nf4_lora` in place of PEFT's base product, adapter product and sum,
-where a layer is eligible.
+"""The fused path of a protected adapter on NF4 weights: `ops.nf4_lora` in place of PEFT's base product, adapter
+product and sum, where a layer is eligible.
 
-Protected adapters and plain LoRA alike. Taken on GPUs that Triton serves, and wherever `PEFT_SAFETY_BACKEND` names a
-backend; `PEFT_SAFETY_FUSED=0` turns it off. Whatever is not eligible runs as PEFT wrote it, and `explain` says why.
+`PEFT_SAFETY_FUSED=1` turns it on. It is then taken on GPUs that Triton serves, and wherever `PEFT_SAFETY_BACKEND`
+names a backend. Plain LoRA, and whatever else is not eligible, runs as PEFT wrote it, and `explain` says why.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from peft_safety import ops, weights
 from peft_safety.layers import ProtectedLinear, joined
+from peft_safety.layers.adapters import peft_kind
 from peft_safety.names import walk
 from peft_safety.ops.dispatch import VARIABLE
 
@@ -73,16 +74,16 @@ def plan(layer: Any) -> tuple[str, ops.QuantBundle, str] | str:
     Args:
         layer: any of PEFT's LoRA layers.
     """
-    if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH}=0"
+    if os.environ.get(SWITCH) != "1":
+        return f"the fused path is off; {SWITCH}=1 turns it on"
     base = layer.get_base_layer()
     kind = weights.quantization(base)
     if kind != "4bit":
         return {"8bit": "an 8-bit base weight", "fp8": "an FP8 base weight"}.get(
             kind or "", "a dense base weight: there is nothing to dequantize"
         )
-    if type(layer).__name__ != "Linear4bit":
-        return f"a {type(layer).__name__} around a 4-bit weight (PEFT did not know that the model is quantized)"
+    if peft_kind(layer).__name__ != "Linear4bit":
+        return f"a {peft_kind(layer).__name__} around a 4-bit weight (PEFT did not know that the model is quantized)"
     name, reason = ops.backend_for(base.weight)
     if name == "reference" and os.environ.get(VARIABLE, "") != "reference":
         return reason
@@ -123,6 +124,8 @@ def _unusual(layer: Any, adapter: str, base: nn.Module) -> str | None:
         factor = leaf.raw() if isinstance(leaf, ProtectedLinear) else leaf.weight
         if hasattr(factor, "device_mesh") or factor.is_meta or factor.device != base.weight.device:
             return "factors that are sharded, or not on the device of the weight"
+    if not any(isinstance(leaf, ProtectedLinear) for leaf in (leaf_a, leaf_b)):
+        return "a plain LoRA adapter: the fused path is for protected ones"
     for module in (base, leaf_a, leaf_b, dropout):
         if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
             return f"hooks on its {type(module).__name__}"

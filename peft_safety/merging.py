@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from peft_safety import projection, weights
 from peft_safety.errors import ConfigError, LossyMergeError
+from peft_safety.layers.adapters import config_table
 from peft_safety.methods.factors import layer_factors
-from peft_safety.methods.protected import config_table, protected_configs
 from peft_safety.names import own_name, places
 from peft_safety.plain_lora import plain_config
 from peft_safety.projection import Side
+from peft_safety.registry.protection import protected_configs
 
 MergeTo = Literal["16bit", "nf4+residual", "nf4"]
 

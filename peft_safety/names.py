@@ -8,6 +8,7 @@ full name can therefore mean more than one module: "layers.0.lin" is the end of 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -221,3 +222,8 @@ def _parents(name: str) -> list[str]:
     """The modules around one, outermost first."""
     parts = name.split(".")
     return [".".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+def public_name(label: str) -> str:
+    """A Hub id or an adapter's name as it is; of a local path only the last part."""
+    return os.path.basename(os.path.normpath(label)) if os.path.isabs(label) or os.path.exists(label) else label

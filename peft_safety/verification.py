@@ -12,10 +12,11 @@ from torch import nn
 from peft_safety.artifact import check_adapter
 from peft_safety.errors import ProtectionError
 from peft_safety.estimate.targets import base_layers
-from peft_safety.methods.protected import check_ahead, stored_config
 from peft_safety.methods.safe_lora.repair import factor_digest
 from peft_safety.plain_lora import PLAIN_TYPES, REPAIRED_TYPE, read_manifest, read_plain, stored_record
 from peft_safety.projection import orthonormality_error
+from peft_safety.registry.checks import check_ahead
+from peft_safety.registry.configs import stored_config
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ precision: the values are compared by relative distance, with a tolerance per pr
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -182,13 +184,26 @@ def stay_unpacked(model: nn.Module) -> None:
     and bitsandbytes says nothing of it.
 
     One forward in eval mode on a CPU with AVX512-BF16 is enough to pack them: an evaluation, before training or
-    between its epochs.
+    between its epochs. All 4-bit layers of the model, since the gradient of an adapter passes through those above it;
+    other models are left alone.
     """
-    for layer in _repacking(model):
+    layers = _repacking(model)
+    if layers:
+        _say_unpacked()
+    for layer in layers:
         layer.support_avx512bf16_for_cpu = False
         if _is_packed(layer.weight):
             layer.weight.data, layer.weight.quant_state = _unpacked(layer.weight)
             layer.quant_state = layer.weight.quant_state
+
+
+@cache
+def _say_unpacked() -> None:
+    """Once in a process."""
+    logging.getLogger(__name__).warning(
+        "This model trains an adapter on 4-bit weights: bitsandbytes' packed format for CPUs with AVX512-BF16 is "
+        "switched off for it, because no gradient passes through packed weights. Other models keep it."
+    )
 
 
 @torch.no_grad()

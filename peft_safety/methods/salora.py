@@ -22,8 +22,8 @@ from peft_safety import weights
 from peft_safety.data.rows import data_rows
 from peft_safety.errors import ConfigError
 from peft_safety.estimate.leaving_out import warn_left_out
+from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.initial import start_from
-from peft_safety.methods.protected import ProtectedConfig
 from peft_safety.projection import top_singular
 from peft_safety.subspace import SafetySubspace
 

@@ -17,8 +17,9 @@ from peft_safety import weights
 from peft_safety.environment import environment
 from peft_safety.errors import CheckpointError, ConfigError
 from peft_safety.estimate.moments import Positions, exact_matmul
+from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.factors import layer_factors
-from peft_safety.methods.protected import adapter_layers, config_table, public_name
+from peft_safety.names import public_name
 from peft_safety.orthogonality.calibration import Calibration, CalibrationSet, calibration_sets, check_request
 from peft_safety.orthogonality.interference import Interference, interference
 from peft_safety.orthogonality.metrics import SideOverlap, Update, compare, decompose, weight_span

@@ -106,8 +106,8 @@ def _adapter_config(path: Path) -> Any:
     pattern.
     """
     from peft_safety.artifact import PROTECTED_TYPES, check_adapter
-    from peft_safety.methods.protected import stored_config
     from peft_safety.plain_lora import read_manifest, read_plain
+    from peft_safety.registry.configs import stored_config
 
     if read_manifest(path, warn=False).get("peft_type") in PROTECTED_TYPES:
         return stored_config(check_adapter(path, warn=True))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,16 @@ from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
-from peft_safety import assert_protected, registry
+from peft_safety import assert_protected
 from peft_safety.layers import protected_leaves
+from peft_safety.methods.base import LAYER_BUILDERS
+from peft_safety.registry import lora_layers, registration, tuners
 from tests.interop.helpers import protected_llama, salora_config
 from tests.tiny import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
-SYMBOLS = [(module, symbol) for module, symbols in registry._symbols().items() for symbol in symbols]
+TABLE = registration.SYMBOLS | (registration.QUANTIZED if importlib.util.find_spec("bitsandbytes") else {})
+SYMBOLS = [(module, symbol) for module, symbols in TABLE.items() for symbol in symbols]
 BY_NAME = {
     "save_pretrained": {
         "safe_serialization",
@@ -39,20 +41,18 @@ BY_NAME = {
 """Arguments that a wrapper looks up by name, beside those that stand in its own signature."""
 
 
-def wrapped() -> list[tuple[Any, str, Callable[..., Any]]]:
-    """What `register` wraps, `(owner, name, wrapper)`, written down instead of done."""
-    found: list[tuple[Any, str, Callable[..., Any]]] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_done", False)
-        patch.setattr(registry, "_wrap", lambda *args: found.append(args))
-        registry.register()
-    return found
+WRAPPED = registration.WRAPS
+OVERRIDDEN = (
+    (tuners.ProtectedLoraModel, "add_weighted_adapter"),
+    (tuners.ProtectedLoraModel, "merge_adapter"),
+    (tuners.ProtectedLoraModel, "_unload_and_optionally_merge"),
+    (tuners.ProtectedMixedModel, "_unload_and_optionally_merge"),
+    (lora_layers.LoraLinear, "get_delta_weight"),
+)
+"""What subclasses of PEFT's classes override, where bitsandbytes is not needed for it."""
 
 
-WRAPPED = wrapped()
-
-
-def label(row: tuple[Any, str, Any]) -> str:
+def label(row: tuple[Any, ...]) -> str:
     return f"{row[0].__name__}.{row[1]}"
 
 
@@ -93,13 +93,28 @@ def test_each_wrapped_function_has_the_parameters_that_its_wrapper_passes(row: t
         assert len(ours) == len(theirs)
 
 
-def test_peft_still_calls_each_wrapped_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("row", OVERRIDDEN, ids=label)
+def test_each_overriding_method_takes_what_it_overrides_takes(row: tuple[type, str]) -> None:
+    owner, name = row
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    peft_class = next(base for base in owner.__mro__ if base.__module__.startswith("peft.") and hasattr(base, name))
+    theirs = inspect.signature(getattr(peft_class, name)).parameters
+    ours = inspect.signature(getattr(owner, name)).parameters.values()
+    named = [p.name for p in ours if p.kind not in variable]
+    assert named[:1] == ["self"]
+    if name != "get_delta_weight":  # its argument has two names in PEFT
+        assert list(theirs)[: len(named)] == named
+    if inspect.Parameter.VAR_KEYWORD not in {p.kind for p in ours}:
+        assert len(named) == len(theirs)
+
+
+def test_peft_still_calls_each_wrapped_or_overridden_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A PEFT that no longer went through one of them would leave its protection out without an error."""
-    dense = [row for row in WRAPPED if row[0].__name__ not in ("Linear4bit", "Linear8bitLt")]
+    rows = [*WRAPPED, *OVERRIDDEN]
     called = set()
 
-    def spy(row: tuple[Any, str, Any]) -> None:
-        owner, name, _ = row
+    def spy(row: tuple[Any, ...]) -> None:
+        owner, name, *_ = row
         found = getattr(owner, name)
         bound = isinstance(owner, type) and inspect.ismethod(found)
         inner = found.__func__ if bound else found
@@ -110,7 +125,7 @@ def test_peft_still_calls_each_wrapped_function(tmp_path: Path, monkeypatch: pyt
 
         monkeypatch.setattr(owner, name, classmethod(record) if bound else record)
 
-    for row in dense:
+    for row in rows:
         spy(row)
     model = protected_llama()
     model.save_pretrained(str(tmp_path))
@@ -125,9 +140,16 @@ def test_peft_still_calls_each_wrapped_function(tmp_path: Path, monkeypatch: pyt
     )
     PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).merge_and_unload()
     get_peft_model(tiny_llama(), salora_config(), mixed=True).merge_and_unload()
-    other = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Conv1d(4, 4, 1))
-    get_peft_model(other, LoraConfig(r=2, target_modules=["0", "1"]))
-    assert called == {label(row) for row in dense}
+    assert called == {label(row) for row in rows}
+
+
+def test_the_functions_that_make_factors_are_known() -> None:
+    """In them a protected config refuses to be read past the injection."""
+    names = {code.co_qualname if hasattr(code, "co_qualname") else code.co_name for code in LAYER_BUILDERS}
+    assert all(name.endswith("update_layer") for name in names)
+    assert {peft.tuners.lora.LoraLayer.update_layer.__code__, peft.tuners.lora.Embedding.update_layer.__code__} <= (
+        LAYER_BUILDERS
+    )
 
 
 def test_the_installed_peft_is_new_enough_for_the_installed_transformers() -> None:
@@ -140,7 +162,7 @@ def test_the_installed_peft_is_new_enough_for_the_installed_transformers() -> No
 
 def test_registering_again_wraps_nothing_again() -> None:
     before = [getattr(owner, name) for owner, name, _ in WRAPPED]
-    registry.register()
+    registration.register()
     assert [getattr(owner, name) for owner, name, _ in WRAPPED] == before
     assert not any(hasattr(function.__wrapped__, "__wrapped__") for function in before)
 
@@ -209,7 +231,7 @@ def fresh_process(code: str) -> Any:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

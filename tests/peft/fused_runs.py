@@ -1,7 +1,7 @@
 """Training runs on a 4-bit base, as a process of its own: Triton decides at its import whether it interprets. Prints
 JSON.
 
-PEFT_SAFETY_BACKEND=triton TRITON_INTERPRET=1 python -m tests.peft.fused_runs STEPS
+PEFT_SAFETY_FUSED=1 PEFT_SAFETY_BACKEND=triton TRITON_INTERPRET=1 python -m tests.peft.fused_runs STEPS
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import sys
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 
 from peft_safety import explain
 from tests.peft import cells
 from tests.peft.test_guardspace import guarded
 
-ARMS = ("salora", "salora-residual", "guardspace", "plain", "dropout")
+ARMS = ("salora", "salora-residual", "guardspace", "dropout")
 
 
 def build(arm: str) -> Any:
@@ -25,10 +24,6 @@ def build(arm: str) -> Any:
     torch.manual_seed(0)
     if arm == "guardspace":
         return guarded(cells.WIDE).train()
-    if arm == "plain":
-        return get_peft_model(
-            cells.base_model(cells.WIDE), LoraConfig(r=4, lora_alpha=8, target_modules=cells.targets(cells.WIDE))
-        ).train()
     options = {"lora_dropout": 0.3} if arm == "dropout" else {}
     return cells.protected(cells.WIDE, "task" if arm == "salora-residual" else "lora", **options).train()
 

@@ -20,13 +20,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_safety import explain, fused
+from peft_safety import SafetySubspace, SaLoRAConfig, explain, fused
 from peft_safety.layers import protected_leaves
-from peft_safety.projection import leak
+from peft_safety.projection import leak, orthonormalize
 from tests.peft import cells, fused_runs
 from tests.peft.patch_cells import patched
 
 ROOT = Path(__file__).resolve().parents[2]
+OFF = "the fused path is off; PEFT_SAFETY_FUSED=1 turns it on"
 LEAK = 1e-6
 EQUAL = 1e-5
 """Largest difference between two losses of one run on two paths."""
@@ -35,6 +36,7 @@ EQUAL = 1e-5
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFT_SAFETY_BACKEND", "reference")
+    monkeypatch.setenv(fused.SWITCH, "1")
 
 
 @pytest.fixture
@@ -59,6 +61,7 @@ def layer_of(model: nn.Module, kind: str = "q_proj") -> Any:
 def test_twenty_steps_have_the_losses_of_pefts_own_path(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own = fused_runs.losses(arm, 20)
     monkeypatch.setenv("PEFT_SAFETY_BACKEND", "reference")
+    monkeypatch.setenv(fused.SWITCH, "1")
     assert {row.path for row in explain(fused_runs.build(arm))} == {"fused:reference"}
     found = fused_runs.losses(arm, 20)
     assert max(abs(a - b) for a, b in zip(own, found, strict=True)) <= EQUAL
@@ -68,6 +71,7 @@ def test_twenty_steps_have_the_losses_of_pefts_own_path(arm: str, monkeypatch: p
 @pytest.mark.slow
 def test_twenty_steps_in_tritons_interpreter_have_the_same_losses() -> None:
     environment = os.environ | {"PEFT_SAFETY_BACKEND": "triton", "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    environment[fused.SWITCH] = "1"
     command = [sys.executable, "-m", "tests.peft.fused_runs", "20"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -92,8 +96,14 @@ def plain(**options: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "target_modules": ["0"], "init_lora_weights": False, **options})
 
 
+def protected(**options: Any) -> SaLoRAConfig:
+    basis = orthonormalize(torch.randn(48, 4, generator=torch.Generator().manual_seed(0)))
+    space = SafetySubspace({"0": {"out": basis}})
+    return SaLoRAConfig(**{"r": 4, "target_modules": ["0"], "init_lora_weights": False, "subspace": space, **options})
+
+
 def two_adapters(model: Any) -> None:
-    model.add_adapter("other", plain())
+    model.add_adapter("other", protected())
     model.base_model.set_adapter(["default", "other"])
 
 
@@ -118,9 +128,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Any], Any] | No
     "rslora": ({"use_rslora": True}, {}, None, "fused"),
     "eval": ({"lora_dropout": 0.5}, {}, lambda m: m.eval(), "fused"),
     "FP4": ({}, {"quant_type": "fp4"}, None, "not NF4"),
-    "DoRA": ({"use_dora": True}, {}, None, "variant"),
-    "lora_bias": ({"lora_bias": True, "init_lora_weights": True}, {}, None, "lora_bias"),
-    "merged": ({}, {}, lambda m: m.merge_adapter(), "merged"),
+    "lora_bias": ({}, {}, lambda m: m.get_base_model()[0].lora_bias.update(default=True), "lora_bias"),
+    "merged": ({}, {}, lambda m: m.get_base_model()[0].merged_adapters.append("default"), "merged"),
     "disabled": ({}, {}, lambda m: m.disable_adapter_layers(), "disabled"),
     "two adapters": ({}, {}, two_adapters, "2 active adapters"),
     "quant_storage": ({}, {"quant_storage": torch.float32}, None, "quant_storage"),
@@ -136,11 +145,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Any], Any] | No
 }
 
 
-@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
 @pytest.mark.parametrize("case", CASES)
 def test_who_is_eligible_and_why_not(case: str, taken: list[bool]) -> None:
     config, weight, change, expected = CASES[case]
-    model = quantized(plain(**config), **weight).train()
+    model = quantized(protected(**config), **weight).train()
     if change is not None:
         change(model)
     x = torch.randn(3, 5, 64)
@@ -158,6 +166,20 @@ def test_who_is_eligible_and_why_not(case: str, taken: list[bool]) -> None:
     assert taken[-1] is False
 
 
+def test_plain_lora_is_never_fused(taken: list[bool]) -> None:
+    model = quantized(plain()).train()
+    (row,) = explain(model)
+    assert row.path == "peft"
+    model(torch.randn(3, 64))
+    model.add_adapter("safe", protected())
+    (row,) = explain(model)
+    assert (row.path, row.reason) == ("peft", "a plain LoRA adapter: the fused path is for protected ones")
+    model(torch.randn(3, 64))
+    model.set_adapter("safe")
+    model(torch.randn(3, 64))
+    assert taken == [False, True], "a layer without a protected adapter is PEFT's own and asks nothing"
+
+
 def test_eight_bit_and_dense_layers_say_so(reference: None) -> None:
     assert {row.reason for row in explain(cells.protected("int8"))} == {"an 8-bit base weight"}
     assert {row.reason for row in explain(cells.protected())} == {
@@ -166,8 +188,9 @@ def test_eight_bit_and_dense_layers_say_so(reference: None) -> None:
     assert explain(cells.base_model(cells.WIDE)) == []
 
 
-def test_on_a_cpu_nothing_is_fused_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_nothing_is_fused_without_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PEFT_SAFETY_BACKEND", raising=False)
+    monkeypatch.setenv(fused.SWITCH, "1")
     rows = explain(cells.protected(cells.WIDE))
     assert len(rows) == 6
     assert {row.path for row in rows} == {"peft"}
@@ -175,10 +198,12 @@ def test_on_a_cpu_nothing_is_fused_by_default(monkeypatch: pytest.MonkeyPatch) -
     assert {row["kind"] for row in fused.summary(rows)} == set(cells.targets(cells.WIDE))
     assert sum(row["modules"] for row in fused.summary(rows)) == 6
     monkeypatch.setenv("PEFT_SAFETY_BACKEND", "reference")
-    monkeypatch.setenv(fused.SWITCH, "0")
-    assert {(row.path, row.reason) for row in explain(cells.protected(cells.WIDE))} == {
-        ("peft", "PEFT_SAFETY_FUSED=0")
-    }
+    for value in (None, "0", "true"):
+        monkeypatch.delenv(fused.SWITCH)
+        if value is not None:
+            monkeypatch.setenv(fused.SWITCH, value)
+        assert {(row.path, row.reason) for row in explain(cells.protected(cells.WIDE))} == {("peft", OFF)}
+        monkeypatch.setenv(fused.SWITCH, "1")
 
 
 def test_a_mixed_batch_takes_pefts_path(taken: list[bool]) -> None:
@@ -197,7 +222,7 @@ def test_a_mixed_batch_takes_pefts_path(taken: list[bool]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit_inputs_and_compute_types(dtype: torch.dtype, taken: list[bool]) -> None:
-    model = quantized(plain(), bias=True).eval()
+    model = quantized(protected(), bias=True).eval()
     layer = model.get_base_model()[0]
     exact = model(torch.randn(70, 64, generator=torch.Generator().manual_seed(0)))
     layer.get_base_layer().compute_dtype = dtype
@@ -323,7 +348,7 @@ def test_no_step_waits_for_the_device(arm: str, reference: None) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_served_layer_is_captured_in_a_cuda_graph() -> None:
-    model = quantized(plain(), bias=True).to("cuda").eval()
+    model = quantized(protected(), bias=True).to("cuda").eval()
     (row,) = explain(model)
     assert row.path == "fused:triton", row
     for rows in (1, 80):
@@ -368,7 +393,7 @@ def test_long_runs_stay_protected(side: str, taken: list[bool]) -> None:
 
 
 def test_inputs_of_any_shape(taken: list[bool]) -> None:
-    model = quantized(plain(), bias=True).eval()
+    model = quantized(protected(), bias=True).eval()
     base = torch.randn(4, 6, 128)
     for x in (
         base[..., ::2],
@@ -423,23 +448,25 @@ def test_the_command_tells_which_path_runs(tmp_path: Path) -> None:
 
     tiny_llama(hidden=64).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    model = get_peft_model(
-        tiny_llama(hidden=64), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    )
+    base = tiny_llama(hidden=64)
+    targets = ["q_proj", "v_proj"]
+    space = cells.random_subspace(base, targets)
+    model = get_peft_model(base, SaLoRAConfig(r=2, target_modules=targets, init_lora_weights=False, subspace=space))
     model.save_pretrained(tmp_path / "adapter")
-    for flags, backend, path, reason in (
-        ([], "", "peft", "a dense base weight: there is nothing to dequantize"),
-        (["--load-in-4bit"], "reference", "fused:reference", "PEFT_SAFETY_BACKEND=reference"),
+    for flags, environment, path, reason in (
+        ([], {}, "peft", OFF),
+        (
+            ["--load-in-4bit"],
+            {"PEFT_SAFETY_BACKEND": "reference", fused.SWITCH: "1"},
+            "fused:reference",
+            "PEFT_SAFETY_BACKEND=reference",
+        ),
     ):
         arguments = ["info", "--adapter", str(tmp_path / "adapter"), "--model", str(tmp_path / "base"), *flags]
-        shown = (
-            CliRunner(env={"PEFT_SAFETY_BACKEND": backend})
-            .invoke(app, [*arguments, "--json"], catch_exceptions=False)
-            .stdout
-        )
+        shown = CliRunner(env=environment).invoke(app, [*arguments, "--json"], catch_exceptions=False).stdout
         rows = json.loads(shown[shown.index("{") :])["paths"]
         assert len(rows) == 4
         assert {(row["path"], row["reason"]) for row in rows} == {(path, reason)}
-        table = CliRunner(env={"PEFT_SAFETY_BACKEND": backend}).invoke(app, arguments, catch_exceptions=False).stdout
+        table = CliRunner(env=environment).invoke(app, arguments, catch_exceptions=False).stdout
         assert "q_proj" in table
         assert path in table

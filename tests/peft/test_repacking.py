@@ -3,6 +3,7 @@ through them then.
 """
 
 import copy
+import logging
 
 import bitsandbytes as bnb
 import pytest
@@ -19,7 +20,7 @@ HIDDEN = 64  # narrower layers are not repacked
 IDS = torch.arange(5, 29).reshape(2, 12)
 TARGETS = ["q_proj", "up_proj"]  # gradients must pass through the other layers as well
 
-pytestmark = pytest.mark.skipif(
+repacks = pytest.mark.skipif(
     not bnb.functional.has_avx512bf16(), reason="this CPU has no AVX512-BF16, so bitsandbytes repacks nothing"
 )
 
@@ -70,6 +71,7 @@ def salora():
     return SaLoRAConfig(r=4, target_modules=TARGETS, subspace=space)
 
 
+@repacks
 def test_bitsandbytes_still_loses_gradients():
     """If this fails, all of this may go."""
     right = gradient(adapted(four_bit(False), LoraConfig(r=4, target_modules=TARGETS)))
@@ -80,6 +82,7 @@ def test_bitsandbytes_still_loses_gradients():
     assert torch.cosine_similarity(wrong, right, dim=0) < 0.99
 
 
+@repacks
 @pytest.mark.parametrize("when", ["before", "between"])
 def test_an_evaluation_does_not_take_gradients_away(when):
     config = salora()
@@ -96,6 +99,7 @@ def test_an_evaluation_does_not_take_gradients_away(when):
     assert torch.cosine_similarity(found, right, dim=0) > 0.999
 
 
+@repacks
 def test_weights_that_were_packed_keep_their_values():
     model, other = four_bit(), four_bit(False)
     evaluate(model)
@@ -108,6 +112,7 @@ def test_weights_that_were_packed_keep_their_values():
             )  # scales in bf16
 
 
+@repacks
 def test_this_packages_own_evaluation_and_recipe_repack_nothing():
     model, tokenizer = four_bit(), tiny_tokenizer()
     generate(model, tokenizer, ["Hello there"], max_new_tokens=2, progress=False)
@@ -119,3 +124,18 @@ def test_this_packages_own_evaluation_and_recipe_repack_nothing():
     )
     evaluate(tuned)
     assert packed(tuned) == 0
+
+
+def test_models_with_protected_adapters_only_and_said_once(caplog):
+    """On any CPU: what a layer may do is a flag."""
+    weights._say_unpacked.cache_clear()
+    config = salora()
+    plain = adapted(four_bit(), LoraConfig(r=4, target_modules=TARGETS))
+    with caplog.at_level(logging.WARNING):
+        ours = [adapted(four_bit(), config) for _ in range(2)]
+    may = [
+        {m.support_avx512bf16_for_cpu for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)}
+        for model in (plain, *ours)
+    ]
+    assert may == [{True}, {False}, {False}]
+    assert sum("packed format" in record.message for record in caplog.records) == 1

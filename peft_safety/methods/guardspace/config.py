@@ -27,9 +27,9 @@ from peft_safety.errors import ConfigError
 from peft_safety.estimate.activations import GUARDSPACE_FRACTION, adapters_off, estimate, size_of, tokenizer_of
 from peft_safety.estimate.coverage import task_shares, warn_if_stalled
 from peft_safety.estimate.moments import InputMoments, collect, is_tokenized, to_batches
+from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.guardspace.factors import Preconditioner, irrelevant_factors
 from peft_safety.methods.initial import start_from
-from peft_safety.methods.protected import ProtectedConfig
 from peft_safety.names import listed
 from peft_safety.projection import Side
 from peft_safety.subspace import SafetySubspace

@@ -21,8 +21,9 @@ from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
 from peft_safety.errors import ConfigError
 from peft_safety.estimate.activations import DEFAULT_RANK, estimate, tokenizer_of
 from peft_safety.estimate.weight_bases import estimate_from_weights
+from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.ortho_patch.priors import prior_spans
-from peft_safety.methods.protected import ProtectedConfig, public_name
+from peft_safety.names import public_name
 from peft_safety.projection import Side
 from peft_safety.subspace import SafetySubspace
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from peft_safety import weights
 from peft_safety.errors import ConfigError
+from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.ortho_patch.config import OrthoSafetyPatchConfig
-from peft_safety.methods.protected import adapter_layers, config_table
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from peft_safety.artifact import PROTECTED_TYPES, check_adapter
 from peft_safety.errors import ConfigError
 from peft_safety.estimate.activations import model_name
 from peft_safety.layers import stored_factors
+from peft_safety.layers.adapters import adapter_layers
 from peft_safety.methods.factors import protected_factors
-from peft_safety.methods.protected import adapter_layers, public_name
+from peft_safety.names import public_name
 from peft_safety.plain_lora import MANIFEST, Factors, read_manifest, read_plain
 from peft_safety.projection import Side
 

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from peft_safety import publish
 from peft_safety.errors import ConfigError
+from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.factors import layer_factors
-from peft_safety.methods.protected import adapter_layers, config_table, public_name
 from peft_safety.methods.safe_lora.apply import new_adapter
 from peft_safety.methods.safe_lora.repair import factor_digest
 from peft_safety.methods.somf.forward import MaskedAdapters
 from peft_safety.methods.somf.options import FuseOptions
 from peft_safety.methods.somf.report import FuseReport, distinct
 from peft_safety.methods.somf.updates import Continued, Independent, Update
-from peft_safety.names import places
+from peft_safety.names import places, public_name
 from peft_safety.plain_lora import (
     MANIFEST,
     Factors,

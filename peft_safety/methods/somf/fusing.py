@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_safety.data.rows import Rows
 from peft_safety.errors import ConfigError
-from peft_safety.methods.protected import config_table
+from peft_safety.layers.adapters import config_table
 from peft_safety.methods.somf.adapters import AdapterFusion
 from peft_safety.methods.somf.checkpoints import CONFIG, CheckpointFusion
 from peft_safety.methods.somf.masks import Masks, export, load_masks

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from peft_safety.errors import ConfigError
-from peft_safety.methods.protected import public_name
 from peft_safety.methods.somf.masks import Masks, Shape, save_masks
 from peft_safety.methods.somf.train import MaskRun
+from peft_safety.names import public_name
 from peft_safety.plain_lora import CARD
 
 RECORD = "peft_safety_fusion.json"

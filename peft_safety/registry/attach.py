@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
 from peft_safety import weights
 from peft_safety.errors import ConfigError, SubspaceError, UnsupportedLayerError
 from peft_safety.estimate.leaving_out import warn_left_out
-from peft_safety.methods import reuse
-from peft_safety.methods.protected import ProtectedConfig, adapter_layers, bind
+from peft_safety.layers import ProtectedLinear, rebase
+from peft_safety.layers.adapters import adapter_layers
+from peft_safety.methods.base import ProtectedConfig
 from peft_safety.names import listed
+from peft_safety.projection import Side
+from peft_safety.registry import reuse
+from peft_safety.registry.lora_layers import adopt
 
 
 def attach(
@@ -86,3 +91,32 @@ def attach(
             config, asked, loaded=config._stored is not None or (config._origin is not None and config._origin.loaded)
         )
     return gone
+
+
+def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig) -> None:
+    """Put leaves with the config's bases in place of the factors, or give the leaves that are there those bases."""
+    existing: dict[ProtectedLinear, Tensor | None] = {}
+    for name, layer in layers.items():
+        adopt(layer)
+        for factor, side, basis in sides(layer, config, name):
+            old = factor[adapter_name]
+            if isinstance(old, ProtectedLinear):
+                existing[old] = basis
+            else:
+                factor[adapter_name] = ProtectedLinear.replacing(old, basis, side, residual=config.residual)
+    rebase(existing)
+    for name, layer in layers.items():
+        for factor, _, _ in sides(layer, config, name):
+            factor[adapter_name].fold()
+
+
+def sides(layer: LoraLayer, config: ProtectedConfig, name: str) -> Iterator[tuple[Any, Side, Tensor | None]]:
+    """The factors of a layer where a leaf belongs, each with its side and its basis: the constrained one, and with a
+    residual the other one too.
+    """
+    pairs: tuple[tuple[Any, Side], ...] = ((layer.lora_A, "in"), (layer.lora_B, "out"))
+    for factor, side in pairs:
+        if side in config.sides:
+            yield factor, side, config.subspace.bases[name][side]
+        elif config.residual:
+            yield factor, side, None

@@ -8,7 +8,7 @@ import copy
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from peft_safety import files
 from peft_safety.artifact import StoredAdapter
 from peft_safety.errors import ConfigError, SubspaceError
+from peft_safety.layers import ProtectedLinear
+from peft_safety.methods.base import ProtectedConfig
 from peft_safety.plain_lora import ADAPTER_FILE, PREFIX
-
-if TYPE_CHECKING:
-    from peft_safety.layers import ProtectedLinear
-    from peft_safety.methods.protected import ProtectedConfig
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 

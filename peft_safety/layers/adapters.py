@@ -1,0 +1,76 @@
+"""Which layers of a model hold an adapter, and which of them can be protected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from peft_safety import scales, weights
+from peft_safety.errors import UnsupportedLayerError
+from peft_safety.names import walk
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
+KINDS = ("Linear", "Linear4bit", "Linear8bitLt")
+"""PEFT's LoRA layers that can be protected."""
+
+
+def config_table(model: nn.Module) -> dict[str, Any]:
+    """PEFT's configs by adapter name: of a PeftModel, a transformers model with adapters, or a wrapper around one.
+    Empty without adapters.
+    """
+    tables = (getattr(module, "peft_config", None) for module in model.modules())
+    return next((table for table in tables if isinstance(table, dict)), {})
+
+
+def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """PEFT's LoRA layers that hold this adapter, by the module's name in the base model.
+
+    Raises:
+        UnsupportedLayerError: one of them cannot be protected.
+    """
+    layers = {}
+    for name, _, module in walk(model):
+        layer = next(
+            (
+                part
+                for part in _stacked(module)
+                if adapter_name in part.lora_A or adapter_name in part.lora_embedding_A
+            ),
+            None,
+        )
+        if layer is None:
+            continue
+        base = layer.get_base_layer()
+        kind = peft_kind(layer)
+        usual = kind.__name__ in KINDS and weights.supported(base)
+        if usual or scales.is_packed(base):
+            weights.check_readable(base, name)
+        if not usual or getattr(base, "_hf_tp_plan", None) is not None:
+            raise UnsupportedLayerError(
+                f"{name}: a {type(base).__name__} under {kind.__name__} cannot be protected (only Linear, Conv1D and "
+                "bitsandbytes 4-bit or 8-bit layers, not split by tensor parallelism). Leave it out of "
+                "target_modules."
+            )
+        layers[name] = layer
+    return layers
+
+
+def peft_kind(layer: nn.Module) -> type:
+    """PEFT's own class of a LoRA layer: `registry.lora_layers` has subclasses of some."""
+    kind: type = getattr(type(layer), "replaces", type(layer))
+    return kind
+
+
+def _stacked(module: nn.Module | None) -> Iterator[LoraLayer]:
+    """The LoRA layers in one place of a model: a mixed model has adapters of other kinds around them."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    while isinstance(module, BaseTunerLayer):
+        if isinstance(module, LoraLayer):
+            yield module
+        module = getattr(module, "base_layer", None)

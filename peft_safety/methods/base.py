@@ -1,0 +1,177 @@
+"""What all protected configs share: `LoraConfig` plus a subspace, and the refusal of what cannot be protected."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import CodeType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from peft import LoraConfig
+from torch import nn
+
+from peft_safety import files
+from peft_safety.artifact import StoredAdapter, sign
+from peft_safety.data import calibration_rows
+from peft_safety.errors import ConfigError
+from peft_safety.plain_lora import INITS, MANIFEST, NOT_PROTECTED, check_features, check_sizes
+from peft_safety.projection import Side
+from peft_safety.subspace import FILE_NAME, SafetySubspace
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
+LAYER_BUILDERS: set[CodeType] = set()
+"""The functions in which PEFT's layers make their factors from a config. `registry` fills this set."""
+
+
+@dataclass
+class ProtectedConfig(LoraConfig):
+    """Base of the protected configs. Not meant to be used itself.
+
+    Args:
+        subspace: a `SafetySubspace`, a file, a directory, a Hub id, or `"auto"` to calibrate when the adapter is
+            injected.
+        safety_rank: protected directions per layer when `subspace="auto"`; otherwise set from the subspace.
+        safety_artifact: written by `save_pretrained`; leave it alone.
+
+    Raises:
+        ConfigError: a LoRA feature that cannot be protected, or numbers out of range.
+    """
+
+    subspace: Any = field(
+        default="auto", metadata={"help": "SafetySubspace, path, Hub id, or 'auto' to calibrate at injection."}
+    )
+    safety_rank: int = field(default=32, metadata={"help": "Protected directions per layer for subspace='auto'."})
+    safety_artifact: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Hashes of the saved files; written by save_pretrained."}
+    )
+
+    PEFT_KEY: ClassVar[str] = ""
+    UNSAVED: ClassVar[tuple[str, ...]] = ()  # data: what came of them is saved, they are not
+
+    def __post_init__(self) -> None:
+        where = type(self).__name__
+        check_features(self, f"{where}(target_modules={self.target_modules!r})", NOT_PROTECTED, INITS)
+        if self.bias != "none":
+            raise ConfigError(
+                f"{where}: bias={self.bias!r} trains base biases, which no projection constrains. Use bias='none'."
+            )
+        check_sizes(vars(self), where)
+        if not isinstance(self.safety_rank, int) or self.safety_rank < 1:
+            raise ConfigError(f"{where}: safety_rank={self.safety_rank!r}. Use an integer of at least 1.")
+        super().__post_init__()
+        self._stored: StoredAdapter | None = None
+        self._origin: Any = None  # `registry.reuse.Origin` of the adapter that was made from it
+        self._mark: str | None = None
+        self._injecting = False
+        self._modules: dict[str, tuple[int, float]] = {}  # what injection found: rank and alpha by module
+
+    @property
+    def use_rslora(self) -> bool:
+        """LoRA's field. Every layer reads it when it makes its factors, so a layer that is built past the injection,
+        which would not be protected, is refused here.
+        """
+        if sys._getframe(1).f_code in LAYER_BUILDERS and not self._injecting:
+            raise ConfigError(
+                f"{type(self).__name__}: a layer built by itself would not be protected. Use get_peft_model, "
+                "add_adapter or inject_adapter_in_model."
+            )
+        value: bool = self.__dict__["use_rslora"]
+        return value
+
+    @use_rslora.setter
+    def use_rslora(self, value: bool) -> None:
+        self.__dict__["use_rslora"] = value
+
+    @property
+    def basis_sides(self) -> tuple[Side, ...]:
+        """Sides of the update that the subspace has a basis for."""
+        return ("out",)
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """Sides that are constrained to the complement of that basis."""
+        return self.basis_sides
+
+    @property
+    def residual(self) -> bool:
+        """Whether the layers carry frozen initial factors."""
+        return False
+
+    def resolve(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SafetySubspace:
+        """The subspace itself: as given, loaded, or calibrated on the package's own data. `layers` are the base layers
+        by name.
+        """
+        if isinstance(self.subspace, SafetySubspace):
+            return self.subspace
+        if self.subspace == "auto":
+            return self.calibrate(model, layers)
+        if isinstance(self.subspace, (str, os.PathLike)):
+            return SafetySubspace.load(self.subspace)
+        raise ConfigError(
+            f"{type(self).__name__}: subspace is a {type(self.subspace).__name__}. Give a SafetySubspace, a path, a "
+            "Hub id, or 'auto'."
+        )
+
+    def calibrate(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SafetySubspace:
+        """What `subspace="auto"` means: an estimate on the package's own data."""
+        from peft_safety.estimate.activations import estimate, tokenizer_of
+
+        subspace = estimate(
+            model, calibration_rows("salora"), tokenizer=tokenizer_of(model), rank=self.safety_rank, layers=layers
+        )
+        subspace.provenance["source"] = "peft_safety refusal pairs, calibration split"
+        return subspace
+
+    @property
+    def unfinished(self) -> str | None:
+        """What is still missing for the adapter to be what its config says, for a warning when it is saved."""
+        return None
+
+    def initialize(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+        """Set initial factors once the leaves are in place. Nothing to do for plain LoRA initialization."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields. `peft_type` is this method's own, so that nothing without this package mistakes the
+        adapter for plain LoRA.
+        """
+        plain = copy.copy(self)
+        for name in self.UNSAVED:
+            setattr(plain, name, None)
+        if isinstance(self.subspace, SafetySubspace):
+            plain.subspace = FILE_NAME
+        elif isinstance(self.subspace, os.PathLike):
+            plain.subspace = os.fspath(self.subspace)
+        result: dict[str, Any] = LoraConfig.to_dict(plain)
+        result["peft_type"] = self.PEFT_KEY
+        if self._modules:  # full names: no regular expression ever has to be trusted on the way back
+            result["target_modules"] = sorted(self._modules)
+            result["rank_pattern"] = {name: r for name, (r, _) in self._modules.items() if r != self.r}
+            result["alpha_pattern"] = {
+                name: alpha for name, (_, alpha) in self._modules.items() if alpha != self.lora_alpha
+            }
+            result |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+        return result
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the subspace file (for the adapter's modules only), then `adapter_config.json` with its hash."""
+        if isinstance(self.subspace, SafetySubspace):
+            used = self.subspace.restricted(self._modules) if self._modules else self.subspace
+            path = used.save(save_directory)
+            self.safety_artifact = {
+                "subspace": FILE_NAME,
+                "files": {FILE_NAME: files.sha256(path)},
+                "extra_tensors": [],
+            }
+        super().save_pretrained(save_directory, **kwargs)
+        if isinstance(self.subspace, SafetySubspace):
+            path = Path(save_directory, MANIFEST)
+            config = files.read_json(path)
+            sign(config)
+            path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

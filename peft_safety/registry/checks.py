@@ -1,0 +1,84 @@
+"""Does a stored adapter fit a model? Asked before anything is allocated."""
+
+from __future__ import annotations
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from peft_safety import files, weights
+from peft_safety.artifact import StoredAdapter, base_key
+from peft_safety.errors import ArtifactError, ConfigError
+from peft_safety.methods.base import ProtectedConfig
+from peft_safety.names import original, walk
+from peft_safety.plain_lora import ADAPTER_FILE
+
+
+def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
+    """Before anything is allocated: does a stored adapter fit this model, and is the rank one that some layer can
+    have?
+
+    Raises:
+        ArtifactError: a module that the model lacks, or one of another shape; a tensor that would replace a base
+            weight.
+        ConfigError: a rank above every layer's width.
+    """
+    modules = {name: original(module) for name, _, module in walk(model)}
+    if config._stored is None:
+        widest = max((min(weights.shape(m)) for m in modules.values() if weights.supported(m)), default=config.r)
+        if config.r > widest:
+            raise ConfigError(
+                f"{type(config).__name__}: r={config.r}, but no linear layer of the model is wider than {widest}. Use "
+                "a smaller r."
+            )
+        return
+    for name, (m, n, rank) in config._stored.shapes.items():
+        base = modules.get(name)
+        if base is None or not weights.supported(base) or weights.shape(base) != (m, n):
+            found = (
+                "no such module"
+                if base is None
+                else f"a {type(base).__name__}" + (f" {weights.shape(base)}" if weights.supported(base) else "")
+            )
+            raise ArtifactError(
+                f"{config._stored.directory}: the adapter has {name} ({m} x {n}, rank {rank}), the model has {found}. "
+                "Load the base model that it was trained on."
+            )
+    _check_extra(model, config, config._stored)
+
+
+def _check_extra(model: nn.Module, config: ProtectedConfig, stored: StoredAdapter) -> None:
+    """Tensors that are no factors are exactly those of `modules_to_save`, or token rows, or the model's own
+    embeddings: nothing else is replaced.
+    """
+    saved = tuple(config.modules_to_save or ())
+    if not saved and not stored.extra_tensors:
+        return
+    places = {name: module for name, _, module in walk(model, shared=True)}
+    inside = tuple(f"{name}." for name, module in places.items() if isinstance(module, AuxiliaryTrainingWrapper))
+    modules = {name: original(module) for name, module in places.items() if not name.startswith(inside)}
+    ends = [getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("input", "output")]
+    ends = [original(end) for end in ends if end is not None]
+    allowed = {
+        f"{n}.{k}": tuple(v.shape)
+        for n, m in modules.items()
+        if saved and n.endswith(saved)
+        for k, v in m.state_dict().items()
+    }
+    needed = set(allowed)
+    for name, module in modules.items():
+        if any(module is end for end in ends):
+            allowed |= {f"{name}.{k}": tuple(v.shape) for k, v in module.state_dict().items()}
+    with files.open_tensors(stored.directory / ADAPTER_FILE) as handle:
+        found = {
+            base_key(key, stored.shapes): tuple(handle.get_slice(key).get_shape()) for key in stored.extra_tensors
+        }
+    if config.trainable_token_indices:
+        found = {key: shape for key, shape in found.items() if "token_adapter" not in key}
+    mismatched = sorted(key for key in found.keys() | needed if found.get(key) != allowed.get(key))
+    if mismatched:
+        key = mismatched[0]
+        raise ArtifactError(
+            f"{stored.directory}: {key} is {found.get(key, 'missing')} in the adapter, and modules_to_save and the "
+            f"model's embeddings account for {allowed.get(key, 'no such tensor')}: it would replace a base weight, or "
+            "leave one untrained. Save the adapter again."
+        )

@@ -1,0 +1,82 @@
+"""Wrapped around PEFT's hot-swapping: the bases are swapped with the factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from peft_safety.errors import ArtifactError, ConfigError
+from peft_safety.layers import ProtectedLinear
+from peft_safety.layers.adapters import adapter_layers, config_table
+from peft_safety.methods.base import ProtectedConfig
+from peft_safety.registry.attach import bind
+from peft_safety.registry.protection import protected_configs
+from peft_safety.registry.reuse import remember
+from peft_safety.registry.tuners import adopt
+
+
+def get_padded_linear(
+    original: Callable[..., Any], lora_module: Any, target_rank: int, is_lora_A: bool, **kwargs: Any
+) -> Any:
+    """`prepare_model_for_compiled_hotswap` replaces the factors by wider plain ones: keep them protected."""
+    padded = original(lora_module, target_rank, is_lora_A, **kwargs)
+    if not isinstance(lora_module, ProtectedLinear) or padded is lora_module:
+        return padded
+    if lora_module.initial is not None:
+        raise ConfigError(
+            "an adapter with a residual (init='task' or 'guardspace') cannot be padded for compiled hot-swapping. Use "
+            "export_lora first."
+        )
+    return ProtectedLinear.replacing(padded, lora_module.basis, lora_module.side)
+
+
+def hotswap_adapter_from_state_dict(
+    original: Callable[..., None],
+    model: nn.Module,
+    state_dict: dict[str, Any],
+    adapter_name: str,
+    config: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Swap the factors, and the bases with them."""
+    current = protected_configs(model).get(adapter_name)
+    if current is None and not isinstance(config, ProtectedConfig):
+        return original(model, state_dict, adapter_name, config, *args, **kwargs)
+    if not isinstance(config, ProtectedConfig):
+        raise ConfigError(
+            f"adapter {adapter_name!r} is protected; a {type(config).__name__} cannot be swapped into it. Load it "
+            "under a new name."
+        )
+    layers = adapter_layers(model, adapter_name)
+    if config.residual or (current is not None and current.residual):
+        raise ConfigError(
+            "an adapter with a residual (init='task' or 'guardspace') cannot be hot-swapped. Use export_lora first."
+        )
+    if current is not None and current.sides != config.sides:
+        # the leaf of a side that is constrained no more would stay
+        raise ConfigError(
+            f"adapter {adapter_name!r} is constrained on sides {current.sides}, the new one on {config.sides}. Load "
+            "it under a new name."
+        )
+    subspace = config.subspace
+    if set(subspace.bases) != set(layers):
+        mismatched = sorted(set(subspace.bases) ^ set(layers))[:3]
+        raise ArtifactError(
+            f"the new adapter and {adapter_name!r} target other modules; they differ at {mismatched}. Load it "
+            "under a new name."
+        )
+    subspace.check_fits({name: layer.get_base_layer() for name, layer in layers.items()}, config.basis_sides)
+    for tuner in (module for module in model.modules() if isinstance(module, BaseTuner)):
+        adopt(tuner, config)
+    original(model, state_dict, adapter_name, config, *args, **kwargs)
+    config._modules = {
+        name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()
+    }
+    remember(config, loaded=True)
+    config_table(model)[adapter_name] = config
+    bind(layers, adapter_name, config)
+    return None

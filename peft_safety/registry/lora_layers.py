@@ -1,0 +1,69 @@
+"""PEFT's LoRA layers with a protected adapter in them: subclasses, which a layer becomes when it gets protected
+leaves. Layers without one stay PEFT's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+from peft.tuners import lora
+from peft.utils.other import transpose
+from torch import Tensor, nn
+
+from peft_safety import fused
+
+
+class _Residual:
+    """What is merged or converted includes the residual."""
+
+    replaces: ClassVar[type]
+
+    def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Any:
+        """`s (C B A - C B0 A0)` where a residual exists, PEFT's `s B A` (reading folds B) elsewhere."""
+        layer: Any = self
+        delta = super().get_delta_weight(adapter, *args, **kwargs)  # type: ignore[misc]
+        a, b = (getattr(factors[adapter], "initial", None) for factors in (layer.lora_A, layer.lora_B))
+        if a is None or b is None:
+            return delta
+        frozen = transpose(b.float() @ a.float(), getattr(layer, "fan_in_fan_out", False)) * layer.scaling[adapter]
+        return (delta.float() - frozen).to(delta.dtype)
+
+
+class LoraLinear(_Residual, lora.Linear):  # type: ignore[misc]
+    """On a dense weight."""
+
+    replaces = lora.Linear
+
+
+KINDS: dict[type, type] = {lora.Linear: LoraLinear}
+
+if is_bnb_available():
+
+    class LoraLinear8bitLt(_Residual, lora.Linear8bitLt):  # type: ignore[misc]
+        """On an 8-bit weight of bitsandbytes."""
+
+        replaces = lora.Linear8bitLt
+
+    KINDS[lora.Linear8bitLt] = LoraLinear8bitLt
+
+if is_bnb_4bit_available():
+
+    class LoraLinear4bit(_Residual, lora.Linear4bit):  # type: ignore[misc]
+        """On a 4-bit weight of bitsandbytes."""
+
+        replaces = lora.Linear4bit
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            """The fused path where it is switched on, the layer is eligible and nothing but `x` was passed: mixed
+            batches and variants come with arguments.
+            """
+            y = None if args or any(value is not None for value in kwargs.values()) else fused.forward(self, x)
+            return super().forward(x, *args, **kwargs) if y is None else y
+
+    KINDS[lora.Linear4bit] = LoraLinear4bit
+
+
+def adopt(layer: nn.Module) -> None:
+    """Make one of PEFT's layers the subclass of its kind."""
+    layer.__class__ = KINDS.get(type(layer), type(layer))

@@ -1,0 +1,45 @@
+"""Is every protected adapter of a model still protected?"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from peft_safety.errors import ProtectionError
+from peft_safety.layers import check_leaf
+from peft_safety.layers.adapters import adapter_layers, config_table
+from peft_safety.methods.base import ProtectedConfig
+from peft_safety.registry.attach import sides
+
+
+def protected_configs(model: nn.Module) -> dict[str, ProtectedConfig]:
+    """The protected ones among the adapters of a model, by adapter name."""
+    return {name: config for name, config in config_table(model).items() if isinstance(config, ProtectedConfig)}
+
+
+def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Check that every protected adapter still is: leaf, basis and weight of each of its modules.
+
+    Args:
+        adapter_name: one adapter; None checks all protected ones.
+
+    Raises:
+        ProtectionError: no protected adapter is there, or one has lost its protection; names the module.
+    """
+    configs = protected_configs(model)
+    if adapter_name is not None:
+        configs = {name: config for name, config in configs.items() if name == adapter_name}
+    if not configs:
+        raise ProtectionError(
+            f"the model has no protected adapter{'' if adapter_name is None else f' {adapter_name!r}'}. Use "
+            "SaLoRAConfig instead of LoraConfig."
+        )
+    for name, config in configs.items():
+        layers = adapter_layers(model, name)
+        if set(layers) != set(config._modules):
+            raise ProtectionError(
+                f"adapter {name!r}: modules {sorted(set(layers) ^ set(config._modules))[:3]} came or went since "
+                "injection. Load the adapter again."
+            )
+        for module, layer in layers.items():
+            for factor, side, basis in sides(layer, config, module):
+                check_leaf(factor[name], f"{module} (adapter {name!r})", basis, side, config.residual)

@@ -1,0 +1,105 @@
+"""PEFT's tuners with a protected adapter in them: subclasses, which a tuner becomes when it injects one. They refuse
+merges and combinations that would not keep the protection.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora import LoraModel
+from peft.tuners.mixed import MixedModel
+
+from peft_safety import weights as base_weights
+from peft_safety.errors import ConfigError, LossyMergeError
+from peft_safety.layers import lay_out_adapter
+from peft_safety.layers.adapters import adapter_layers
+from peft_safety.methods.base import ProtectedConfig
+from peft_safety.registry.protection import protected_configs
+
+
+class _Merges:
+    """Refuses what a k-bit weight would lose, before anything is merged."""
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        _refuse_lossy_merge(self, adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)  # type: ignore[misc]
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            _refuse_lossy_merge(self, adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[misc]
+
+
+def _refuse_lossy_merge(model: Any, adapter_names: list[str] | None) -> None:
+    """Merging a protected update into a k-bit weight rounds most of it away, and what is left leaks: refuse, with the
+    figure.
+    """
+    for adapter in protected_configs(model):
+        for name, layer in adapter_layers(model, adapter).items():
+            base = layer.get_base_layer()
+            kind = base_weights.quantization(base)
+            if kind is not None and adapter in (adapter_names or layer.active_adapters):
+                kept = base_weights.merge_survival(base, layer.get_delta_weight(adapter), name)
+                raise LossyMergeError(
+                    f"{name}: merging into a {kind} weight would keep {kept:.1%} of the update of adapter {adapter!r} "
+                    "and let the rest leak into the protected subspace. Keep the adapter beside the base, or merge "
+                    "into dequantized weights with peft_safety.merge_dequantized(model)."
+                )
+
+
+class ProtectedLoraModel(_Merges, LoraModel):  # type: ignore[misc]
+    """The tuner of LoRA."""
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """A combination is constrained by one subspace: refuse to mix subspaces, plain LoRA and residuals. Some
+        combinations are slices of an SVD, which PEFT puts in place as they lie.
+        """
+        exists = adapter_name in self.peft_config  # then PEFT does nothing
+        configs = {name: self.peft_config[name] for name in adapters if name in self.peft_config and not exists}
+        protected = {
+            name: config for name, config in configs.items() if isinstance(config, ProtectedConfig) and config.sides
+        }
+        if protected:
+            digests = {config.subspace.digest for config in protected.values()}
+            if len(protected) < len(configs) or len(digests) > 1:
+                raise ConfigError(
+                    f"adapters {adapters} do not share one safety subspace; their combination would not keep it. "
+                    "Combine adapters of one subspace."
+                )
+            if any(config.residual for config in protected.values()):
+                raise ConfigError(
+                    f"adapters {adapters}: one has a residual (init='task' or 'guardspace'), which a weighted sum of "
+                    "factors would lose. Use export_lora first."
+                )
+        super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        if protected:
+            lay_out_adapter(self, adapter_name)
+
+
+class ProtectedMixedModel(_Merges, MixedModel):  # type: ignore[misc]
+    """The tuner of several kinds of adapters."""
+
+
+KINDS: dict[type, type] = {LoraModel: ProtectedLoraModel, MixedModel: ProtectedMixedModel}
+
+
+def adopt(tuner: Any, config: ProtectedConfig) -> None:
+    """Make one of PEFT's tuners the subclass of its kind.
+
+    Raises:
+        ConfigError: a tuner of another kind.
+    """
+    if type(tuner) not in (*KINDS, *KINDS.values()):
+        raise ConfigError(
+            f"{type(config).__name__}: {type(tuner).__name__} does not build LoRA layers that can be protected. Use "
+            "get_peft_model, which takes LoraModel for it."
+        )
+    tuner.__class__ = KINDS.get(type(tuner), type(tuner))
