@@ -31,8 +31,8 @@ from peft_safety.plain_lora import (
     read_tensor,
 )
 from peft_safety.projection import Side, leak, leak_tolerance
-from peft_safety.subspace import FILE_NAME as SUBSPACE_FILE
 from peft_safety.subspace import SafetySubspace
+from peft_safety.subspace_file import FILE_NAME as SUBSPACE_FILE
 
 PROTECTED_TYPES = ("SALORA", "ORTHOSAFETYPATCH", "GUARDSPACE")
 """Values of `peft_type` that promise an adapter of this package."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Side = Literal["out", "in"]
+SIDES: tuple[Side, ...] = ("out", "in")
 
 #: Largest `max|U^T U - I|` that a basis may have (fp32 QR of any shape stays below 1e-6).
 ORTHONORMAL_TOLERANCE = 1e-5

@@ -1,38 +1,26 @@
 """SafetySubspace: the frozen low-rank bases of a model's layers, where they came from, and their file.
 
-One subspace serves many adapters. Its file is plain safetensors: `basis.out.<module>` `(m, k)` and `basis.in.<module>`
-`(n, k)` with orthonormal columns, `spectrum.*` with the singular values, `fingerprint.<module>` of the base weights,
-and, in the header, the format's name with the provenance as JSON. Modules
-with the same input (q/k/v, gate/up) may share a basis: it is then one tensor in memory and on disk, and the header
-says who shares whose.
+One subspace serves many adapters. Modules with the same input (q/k/v, gate/up) may share a basis: it is then one
+tensor in memory and on disk.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peft_safety import files, weights
+from peft_safety import subspace_file, weights
 from peft_safety.data.rows import Rows
-from peft_safety.errors import ArtifactError, SubspaceError
+from peft_safety.errors import SubspaceError
 from peft_safety.names import exclusion_pattern, listed
-from peft_safety.projection import ORTHONORMAL_TOLERANCE, Side, orthonormality_error, orthonormalize, union
+from peft_safety.projection import ORTHONORMAL_TOLERANCE, SIDES, Side, orthonormality_error, orthonormalize, union
 
-FILE_NAME = "safety_subspace.safetensors"
-FORMAT = "peft_safety.subspace.v1"
-SHARED = "shared"
-"""Key of the provenance in a file's header that maps the names of tensors that are not stored to those they equal."""
-SIDES: tuple[Side, ...] = ("out", "in")
 UNREACHED, NARROW = "unreached", "narrow"
 """Why a layer has no basis: no token of the calibration data reached it, or a single feature leaves nothing free."""
 Bases = Mapping[str, Mapping[Side, Tensor]]
@@ -127,13 +115,12 @@ class SafetySubspace:
             SubspaceError: nothing there, or its content is malformed.
             ArtifactError: not a readable safetensors file.
         """
-        path = Path(source)
-        if path.is_dir():
-            path = files.child(path, FILE_NAME)
-        elif not path.exists():
-            path = _download(os.fspath(source), **hub)
-        with files.open_tensors(path) as handle:
-            return _parse(handle, path)
+        path = subspace_file.locate(source, **hub)
+        bases, spectra, fingerprints, provenance = subspace_file.read(path)
+        try:
+            return SafetySubspace(bases, spectra, fingerprints, provenance)
+        except SubspaceError as error:
+            raise SubspaceError(f"{path}: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file (into `path/safety_subspace.safetensors` when `path` is a directory). Atomic and
@@ -143,42 +130,10 @@ class SafetySubspace:
             ArtifactError: it cannot be written; what was there is unchanged.
             SubspaceError: provenance that is no JSON.
         """
-        path = Path(path)
-        if path.suffix != ".safetensors":
-            path = path / FILE_NAME
-        staged = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            tensors, shared = self._tensors()
-            facts = json.dumps(self.provenance | ({SHARED: shared} if shared else {}), sort_keys=True, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise SubspaceError(
-                f"{path}: the provenance cannot be written as JSON ({error}). Keep it to text and finite numbers."
-            ) from error
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            mode = files.usual_mode(staged)
-            save_file(tensors, staged, metadata={FORMAT: facts})  # one entry: safetensors shuffles several
-            with staged.open("rb") as file:
-                os.fsync(file.fileno())
-            staged.chmod(mode)
-            os.replace(staged, path)
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(
-                f"{path} could not be written: {error}. Free space or choose another directory."
-            ) from error
-        finally:
-            with suppress(OSError):
-                staged.unlink(missing_ok=True)
-        return path
-
-    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What is stored, and for every name that shares another one's tensor, that one."""
         tensors = {f"basis.{side}.{name}": u for name, sides in self.bases.items() for side, u in sides.items()}
         tensors |= {f"spectrum.{side}.{name}": s for name, sides in self.spectra.items() for side, s in sides.items()}
         tensors |= {f"fingerprint.{name}": f for name, f in self.fingerprints.items()}
-        first: dict[int, str] = {}
-        shared = {key: first[id(x)] for key, x in tensors.items() if first.setdefault(id(x), key) != key}
-        return {key: x for key, x in tensors.items() if key not in shared}, shared
+        return subspace_file.write(Path(path), tensors, self.provenance)
 
     @property
     def module_names(self) -> list[str]:
@@ -413,67 +368,3 @@ def _frozen(x: Tensor, name: str, kept: dict[int, Tensor] | None = None) -> Tens
     if id(x) not in kept:
         kept[id(x)] = _frozen(x, name)
     return kept[id(x)]
-
-
-def _parse(handle: Any, path: Path) -> SafetySubspace:
-    metadata = handle.metadata() or {}
-    if FORMAT not in metadata:
-        raise SubspaceError(
-            f"{path} is not a safety subspace (its header has {str(sorted(metadata))[:80]}, not {FORMAT!r}). Write it "
-            "with SafetySubspace.save."
-        )
-    provenance = files.parse_json(metadata[FORMAT], f"{path} (header)")
-    bases: dict[str, dict[Side, Tensor]] = {}
-    spectra: dict[str, dict[Side, Tensor]] = {}
-    fingerprints: dict[str, Tensor] = {}
-    stored = {}
-    for key in handle.keys():  # noqa: SIM118  a safetensors handle is no mapping
-        dtype = handle.get_slice(key).get_dtype()
-        if dtype != "F32":
-            raise SubspaceError(
-                f"{path}: tensor {key!r} is {dtype}; a subspace is stored as F32. Save it again with "
-                "SafetySubspace.save."
-            )
-        stored[key] = handle.get_tensor(key)
-    shared = provenance.pop(SHARED, {})
-    if not isinstance(shared, dict) or not all(
-        isinstance(of, str) and of in stored and key not in stored for key, of in shared.items()
-    ):
-        raise SubspaceError(
-            f"{path}: its header says that tensors are shared which are not there. Save it again with "
-            "SafetySubspace.save."
-        )
-    for key, value in (stored | {key: stored[of] for key, of in shared.items()}).items():
-        kind, _, rest = key.partition(".")
-        side, _, name = rest.partition(".")
-        if kind == "fingerprint":
-            fingerprints[rest] = value
-        elif kind in ("basis", "spectrum") and side in SIDES and name:
-            (bases if kind == "basis" else spectra).setdefault(name, {})[side] = value
-        else:
-            raise SubspaceError(f"{path}: unknown tensor {key!r}. The file was not written by SafetySubspace.save.")
-    try:
-        return SafetySubspace(bases, spectra, fingerprints, provenance)
-    except SubspaceError as error:
-        raise SubspaceError(f"{path}: {error}") from error
-
-
-def _download(repo: str, **hub: Any) -> Path:
-    if (
-        repo.count("/") > 1 or repo.startswith((".", "/", "~")) or repo.endswith(".safetensors")
-    ):  # a path, not a repository: don't ask the network
-        raise SubspaceError(
-            f"{repo!r} does not exist. Check the spelling, or calibrate a subspace with "
-            "SafetySubspace.from_activations."
-        )
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repo, FILE_NAME, **hub))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise SubspaceError(
-            f"{repo!r} is neither a file, nor a directory with {FILE_NAME}, nor a Hub repository in reach "
-            f"({type(error).__name__}). "
-            "Check the spelling, or calibrate one."
-        ) from error

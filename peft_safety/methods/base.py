@@ -21,7 +21,8 @@ from peft_safety.data import calibration_rows
 from peft_safety.errors import ConfigError
 from peft_safety.plain_lora import INITS, MANIFEST, NOT_PROTECTED, check_features, check_sizes
 from peft_safety.projection import Side
-from peft_safety.subspace import FILE_NAME, SafetySubspace
+from peft_safety.subspace import SafetySubspace
+from peft_safety.subspace_file import FILE_NAME
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer

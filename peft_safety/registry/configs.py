@@ -20,7 +20,7 @@ from peft_safety.methods.base import ProtectedConfig
 from peft_safety.names import pin
 from peft_safety.plain_lora import ADAPTER_FILE, MANIFEST, config_of, stored_record
 from peft_safety.registry.types import config_types
-from peft_safety.subspace import FILE_NAME
+from peft_safety.subspace_file import FILE_NAME
 
 NOT_FETCHED = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, SubspaceError
-from peft_safety.subspace import FORMAT
+from peft_safety.subspace_file import FORMAT
 from tests.hostile import tools
 from tests.hostile.tools import (
     ADAPTER,

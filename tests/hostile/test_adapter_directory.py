@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from peft_safety import SafetySubspace, verify
 from peft_safety.errors import ArtifactError, PeftSafetyError, SubspaceError
-from peft_safety.subspace import FORMAT
+from peft_safety.subspace_file import FORMAT
 from tests.hostile import tools
 from tests.hostile.cases import CASES, Bomb, Case, leak
 from tests.hostile.tools import ADAPTER, MANIFEST, REMEDIES, SUBSPACE, fields, tensors, text

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft_safety import SafetySubspace, files, weights
 from peft_safety.errors import ArtifactError, PeftSafetyError, SubspaceError
 from peft_safety.projection import orthonormality_error
-from peft_safety.subspace import FILE_NAME
+from peft_safety.subspace_file import FILE_NAME
 
 
 def basis(d: int, k: int, seed: int = 0) -> Tensor:
