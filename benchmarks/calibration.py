@@ -29,9 +29,9 @@ from benchmarks.common import (
     show,
 )
 from peft_safety import SafetySubspace
+from peft_safety.core.targets import target_layers
 from peft_safety.data import refusal_pairs
-from peft_safety.estimate.targets import target_layers
-from peft_safety.report import environment
+from peft_safety.reporting.report import environment
 
 RANK = 32
 TARGET = 20.0

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import interleaved, medians, peak_memory, ratio, record, resident_mib, show
+from peft_safety.core.plain_lora import Factors
 from peft_safety.methods.somf.forward import MaskedAdapters, apply
 from peft_safety.methods.somf.options import FuseOptions
 from peft_safety.methods.somf.updates import Continued
-from peft_safety.plain_lora import Factors
-from peft_safety.report import environment
+from peft_safety.reporting.report import environment
 
 RANK, WIDTH, HIDDEN, TOKENS = 16, 4096, 11008, 1
 SHAPES = {

@@ -19,7 +19,7 @@ import torch
 from benchmarks.common import RESULTS, interleaved, parser_of, ratio, record, show
 from benchmarks.ops_arms import arms, bare, layer, trained
 from benchmarks.ops_gpu import everything, rows_of
-from peft_safety.environment import environment
+from peft_safety.core.environment import environment
 from peft_safety.ops import backend_for
 
 TARGETS = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.train_step import DenseProjected
 from peft_safety import ops
-from peft_safety.projection import orthonormalize
+from peft_safety.core.projection import orthonormalize
 
 R, SAFETY_RANK, SCALE = 16, 32, 1.0
 BLOCK = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from benchmarks.common import compared, interleaved, parser_of, peak_memory, record, resident_mib, show
 from examples.get_model import model_dir
-from peft_safety.estimate.checkpoints import FileWeights, ModuleWeights, Weights
+from peft_safety.core.checkpoints import FileWeights, ModuleWeights, Weights
+from peft_safety.core.plain_lora import Factors
 from peft_safety.methods.safe_lora.options import RepairOptions
 from peft_safety.methods.safe_lora.repair import repair
-from peft_safety.plain_lora import Factors
-from peft_safety.report import environment
+from peft_safety.reporting.report import environment
 
 RANK, WIDTH, LAYERS, SHARDS = 16, 4096, 32, 8
 QUIET = RepairOptions(select="all", progress=False)

@@ -35,10 +35,10 @@ from benchmarks.common import (
     show,
 )
 from peft_safety import SafetySubspace, SaLoRAConfig
-from peft_safety.estimate.targets import target_layers
-from peft_safety.projection import orthonormalize
-from peft_safety.report import environment
-from peft_safety.weights import shape
+from peft_safety.core.base_weights import shape
+from peft_safety.core.projection import orthonormalize
+from peft_safety.core.targets import target_layers
+from peft_safety.reporting.report import environment
 
 ARMS = ("lora", "salora", "dense C")
 RANK, SAFETY_RANK = 16, 32

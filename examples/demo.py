@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from peft_safety import SafetySubspace
     from peft_safety.evaluation import Evaluation
-    from peft_safety.report import Report
+    from peft_safety.reporting.report import Report
 
 POISON = 0.1
 LEARNING_RATE = 1e-3
@@ -209,7 +209,7 @@ class Demo:
 
     def report(self, model_path: str) -> Report:
         """All arms, with what a reader needs to judge them."""
-        from peft_safety.report import Report, environment
+        from peft_safety.reporting.report import Report, environment
 
         rows = f"{self.poison:.0%} of the training rows are poisoned" if self.poison else "no row is poisoned"
         return Report(

@@ -29,7 +29,7 @@ from peft_safety.recipes.train import LEARNING_RATE
 if TYPE_CHECKING:
     from peft_safety.methods.somf import FuseReport
     from peft_safety.recipes.load import TaskData
-    from peft_safety.report import Report
+    from peft_safety.reporting.report import Report
 
 POISON = 0.1
 ATTACK_RATE = 2 * LEARNING_RATE
@@ -213,7 +213,7 @@ class Fusing:
     def report(self, model: str) -> Report:
         """All arms, with what a reader needs to judge them."""
         from peft_safety.evaluation import KeywordJudge
-        from peft_safety.report import Report, environment
+        from peft_safety.reporting.report import Report, environment
 
         given = self.given
         return Report(

@@ -205,10 +205,10 @@ def main() -> None:
 
     from examples.demo import torch_threads
     from examples.get_model import model_dir
-    from peft_safety.estimate.activations import DEFAULT_RANK
+    from peft_safety.calibration.activations import DEFAULT_RANK
     from peft_safety.evaluation import KeywordJudge
     from peft_safety.methods.ortho_patch.config import REG_LAMBDA
-    from peft_safety.report import Report, environment
+    from peft_safety.reporting.report import Report, environment
 
     started = time.perf_counter()
     model_path = given.model or str(model_dir())

@@ -52,7 +52,7 @@ def main() -> None:
     from peft import PeftModel
 
     from examples.get_model import model_dir
-    from peft_safety.report import Report, environment
+    from peft_safety.reporting.report import Report, environment
 
     scale = replace(DEFAULT, arms=(LORA,), eval_limit=72)
     demo, source = Demo(scale, POISON, given.split, given.seed, ATTACK_RATE), model_dir()

@@ -66,7 +66,7 @@ def attach(model: PreTrainedModel, directory: Path = SHIPPED) -> PreTrainedModel
 
 def check(directory: Path = SHIPPED) -> dict[str, Any]:
     """The manifest of a patch whose files all have the sha256 that it says."""
-    from peft_safety import files
+    from peft_safety.core import files
     from peft_safety.errors import ArtifactError
 
     manifest = files.read_json(directory / MANIFEST)
@@ -87,8 +87,8 @@ def write(tuned: PeftModel, directory: Path, facts: dict[str, Any]) -> Path:
 
     from examples.get_model import HUB_ID
     from peft_safety import export_lora
-    from peft_safety.plain_lora import ADAPTER_FILE
-    from peft_safety.plain_lora import MANIFEST as CONFIG
+    from peft_safety.core.plain_lora import ADAPTER_FILE
+    from peft_safety.core.plain_lora import MANIFEST as CONFIG
 
     export_lora(tuned, directory)
     tensors = {key: value.to(torch.bfloat16) for key, value in load_file(directory / ADAPTER_FILE).items()}
@@ -105,7 +105,7 @@ def write(tuned: PeftModel, directory: Path, facts: dict[str, Any]) -> Path:
 def describe(directory: Path, facts: dict[str, Any]) -> None:
     """Write the manifest: the command, the base model, each file's sha256, and `facts`."""
     from examples.get_model import HUB_ID
-    from peft_safety import files
+    from peft_safety.core import files
 
     digests = {path.name: files.sha256(path) for path in sorted(directory.glob("adapter_*"))}
     (directory / MANIFEST).write_text(
@@ -196,7 +196,7 @@ def main() -> None:
     from examples.get_model import model_dir
     from peft_safety.evaluation import KeywordJudge
     from peft_safety.recipes.load import load_model
-    from peft_safety.report import Report, environment
+    from peft_safety.reporting.report import Report, environment
 
     started = time.perf_counter()
     model, tokenizer = load_model(given.model or str(model_dir()))

@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 from peft_safety.importing import WhenPeftIsImported
 
 if TYPE_CHECKING:
+    from peft_safety.audit import orthogonality_report
     from peft_safety.callbacks import SafeLoRACallback, SafetyMonitorCallback, SoftPenaltyCallback
+    from peft_safety.convert.export import export_lora
+    from peft_safety.convert.merge import merge_dequantized, merge_quantized
+    from peft_safety.convert.verify import verify
+    from peft_safety.core.subspace import SafetySubspace
     from peft_safety.errors import PeftSafetyError
-    from peft_safety.export import export_lora
-    from peft_safety.fused import explain
-    from peft_safety.merging import merge_dequantized, merge_quantized
     from peft_safety.methods.guardspace import GuardSpaceConfig
     from peft_safety.methods.ortho_patch import OrthoSafetyPatchConfig
     from peft_safety.methods.safe_lora import SafeLoRAConfig, apply_safe_lora, safe_lora_dir
     from peft_safety.methods.salora import SaLoRAConfig
     from peft_safety.methods.somf import fuse
-    from peft_safety.orthogonality import orthogonality_report
+    from peft_safety.registry.fused import explain
     from peft_safety.registry.protection import assert_protected
-    from peft_safety.subspace import SafetySubspace
-    from peft_safety.verification import verify
 
 __version__ = "0.1.0"
 

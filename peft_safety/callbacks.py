@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peft_safety.core.projection import coefficients, project_wide
 from peft_safety.errors import ConfigError
 from peft_safety.layers import protected_leaves
 from peft_safety.layers.adapters import config_table
 from peft_safety.methods.ortho_patch import SoftPenalty
 from peft_safety.methods.safe_lora import RepairReport, SafeLoRAConfig, apply_safe_lora, safe_lora_dir
-from peft_safety.projection import coefficients, project_wide
 from peft_safety.registry.protection import assert_protected
 
 

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
-from peft_safety.estimate.checkpoints import Matrix
+from peft_safety.core.checkpoints import Matrix
 
 
 class TensorWeights:

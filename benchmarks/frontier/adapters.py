@@ -10,9 +10,9 @@ from peft.tuners.lora import LoraLayer
 
 from benchmarks.frontier.cells import Cell
 from peft_safety import SafetySubspace
+from peft_safety.core.projection import orthonormalize
 from peft_safety.errors import DivergedError
 from peft_safety.layers.adapters import adapter_layers
-from peft_safety.projection import orthonormalize
 from peft_safety.recipes.train import TrainingRun
 
 

@@ -11,11 +11,11 @@ from benchmarks.frontier.adapters import norm, project_randomly, scale, truncate
 from benchmarks.frontier.bench import Bench, Facts, timed
 from benchmarks.frontier.cells import Cell, needs
 from peft_safety import SafetySubspace
+from peft_safety.calibration.coverage import task_shares
+from peft_safety.calibration.moments import to_batches
+from peft_safety.core.targets import target_layers
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
 from peft_safety.errors import ConfigError, DivergedError
-from peft_safety.estimate.coverage import task_shares
-from peft_safety.estimate.moments import to_batches
-from peft_safety.estimate.targets import target_layers
 
 LARGEST = {"in": 1 / 2, "out": 0.9}
 """Bases are estimated once at this share of the dimensions and then cut: the top eigenvectors are nested."""

@@ -15,7 +15,7 @@ from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import PATCH, SECOND, Cell, Protocol, needs
 from benchmarks.frontier.plan import name_of
 from benchmarks.frontier.run import Outcome, run
-from peft_safety.environment import environment
+from peft_safety.core.environment import environment
 from peft_safety.errors import PeftSafetyError
 
 RUNS = Path("runs/frontier")

@@ -21,8 +21,8 @@ def verify(
     json: JsonOption = False,
 ) -> None:
     """Check that a directory holds a protected adapter, whole and unchanged. Exits with 1 if not."""
+    from peft_safety.convert.verify import verify as check
     from peft_safety.errors import PeftSafetyError
-    from peft_safety.verification import verify as check
 
     base = None
     if model is not None:
@@ -44,7 +44,7 @@ def recover(
     """Finish a save that was cut off while its files were moved into place. Refuses what this package did not write
     there.
     """
-    from peft_safety.publish import recover as finish
+    from peft_safety.core.publish import recover as finish
 
     moved = finish(directory)
     if json:
@@ -86,7 +86,7 @@ def repair(
     from peft_safety.errors import ConfigError
     from peft_safety.methods.safe_lora import safe_lora_dir
     from peft_safety.methods.safe_lora.config import OPTIONS
-    from peft_safety.repair_report import save_png, table
+    from peft_safety.reporting.repair import save_png, table
 
     if out is None and not dry_run:
         raise ConfigError("repair writes nothing without --out. Give a directory, or --dry-run.")
@@ -141,9 +141,9 @@ def audit(
     """How an adapter's update lies in relation to the weights under it, beside chance; and what it does to general and
     harmful inputs.
     """
-    from peft_safety.orthogonality import orthogonality_report
-    from peft_safety.orthogonality.render import save_png, show
+    from peft_safety.audit import orthogonality_report
     from peft_safety.recipes.load import load_adapter
+    from peft_safety.reporting.audit import save_png, show
 
     data = calibration_sets(calibration, general, harmful)
     loaded, tokenizer = load_adapter(adapter, model)
@@ -203,8 +203,8 @@ def fuse(
 ) -> None:
     """Fuse a safe model with fine-tuned ones through a learned mask (SOMF), or without a mask (task arithmetic)."""
     given = locals()
-    from peft_safety.fusion_report import table
     from peft_safety.recipes.fusion import OPTIONS, PLACES, TRAINING, FuseJob, read_config
+    from peft_safety.reporting.fusion import table
 
     given |= {
         "tasks": task or None,
@@ -247,7 +247,7 @@ def export(
 ) -> None:
     """Write a protected adapter as plain LoRA that any PEFT loads and that computes the same function, or merge it."""
     if merge_to is None:
-        from peft_safety.export import export_directory
+        from peft_safety.convert.export import export_directory
 
         written = export_directory(directory, out)
         typer.echo(jsonlib.dumps({"out": str(written)}) if json else f"plain LoRA written to {written}")

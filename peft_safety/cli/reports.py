@@ -20,7 +20,7 @@ def report(
     ] = False,
 ) -> None:
     """Print a saved report as a table or a model-card section, or draw it."""
-    from peft_safety.report import Report
+    from peft_safety.reporting.report import Report
 
     loaded = Report.load(path)
     if png is not None:
@@ -43,8 +43,9 @@ def info(
     """Versions, registered adapter types and devices; with --adapter, which path its modules take."""
     import torch
 
-    from peft_safety import fused, ops, registry
-    from peft_safety.report import environment
+    from peft_safety import ops, registry
+    from peft_safety.registry import fused
+    from peft_safety.reporting.report import environment
 
     registry.register()
     facts = environment(seed=0)

@@ -65,8 +65,8 @@ def calibrate(
     """Estimate a safety subspace in one pass over the model, and save it; for input sides, k is printed beside the
     energy that it covers.
     """
-    from peft_safety import coverage_report
     from peft_safety.recipes.calibrate import calibrate as run
+    from peft_safety.reporting import coverage as coverage_report
 
     given = locals()
     names = (

@@ -101,7 +101,7 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, with the previous mode restored afterwards; 4-bit weights stay as they are (see
     `weights.unpacked`).
     """
-    from peft_safety import weights
+    from peft_safety.core import base_weights as weights
 
     training = model.training
     model.eval()

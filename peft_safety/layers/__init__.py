@@ -3,7 +3,7 @@ that sharding gathers (gathered.py), factors that lie in memory as new ones do (
 
 from peft_safety.layers.gathered import folded_state
 from peft_safety.layers.layout import fresh
-from peft_safety.layers.leaf import (
+from peft_safety.layers.protected_linear import (
     DTYPE_READERS,
     ProtectedLinear,
     check_leaf,
@@ -12,7 +12,7 @@ from peft_safety.layers.leaf import (
     protected_leaves,
     stored_factors,
 )
-from peft_safety.layers.sharing import rebase
+from peft_safety.layers.shared_bases import rebase
 
 __all__ = [
     "DTYPE_READERS",

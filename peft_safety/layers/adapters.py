@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from peft_safety import scales, weights
+from peft_safety.core import base_weights as weights
+from peft_safety.core import scales
+from peft_safety.core.names import walk
 from peft_safety.errors import UnsupportedLayerError
-from peft_safety.names import walk
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_safety import projection
+from peft_safety.core import projection
 from peft_safety.errors import ProtectionError
-from peft_safety.layers.leaf import is_plain, protected_leaves
+from peft_safety.layers.protected_linear import is_plain, protected_leaves
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 """Parts of module names that torch's wrappers add and its state dicts leave out."""

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from peft import LoraConfig
 from torch import nn
 
-from peft_safety import files
-from peft_safety.artifact import StoredAdapter, sign
+from peft_safety.core import files
+from peft_safety.core.adapter_dir import StoredAdapter, sign
+from peft_safety.core.plain_lora import INITS, MANIFEST, NOT_PROTECTED, check_features, check_sizes
+from peft_safety.core.projection import Side
+from peft_safety.core.subspace import SafetySubspace
+from peft_safety.core.subspace_file import FILE_NAME
 from peft_safety.data import calibration_rows
 from peft_safety.errors import ConfigError
-from peft_safety.plain_lora import INITS, MANIFEST, NOT_PROTECTED, check_features, check_sizes
-from peft_safety.projection import Side
-from peft_safety.subspace import SafetySubspace
-from peft_safety.subspace_file import FILE_NAME
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -122,7 +122,7 @@ class ProtectedConfig(LoraConfig):
 
     def calibrate(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SafetySubspace:
         """What `subspace="auto"` means: an estimate on the package's own data."""
-        from peft_safety.estimate.activations import estimate, tokenizer_of
+        from peft_safety.calibration.activations import estimate, tokenizer_of
 
         subspace = estimate(
             model, calibration_rows("salora"), tokenizer=tokenizer_of(model), rank=self.safety_rank, layers=layers

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 import torch
 from peft.tuners.lora import LoraLayer
 
-from peft_safety import files, weights
-from peft_safety.artifact import StoredAdapter
+from peft_safety.core import base_weights as weights
+from peft_safety.core import files
+from peft_safety.core.adapter_dir import StoredAdapter
+from peft_safety.core.plain_lora import ADAPTER_FILE, PREFIX, Factors, scaling_of
 from peft_safety.errors import ConfigError, UnsupportedLayerError
 from peft_safety.layers import joined, stored_factors
-from peft_safety.plain_lora import ADAPTER_FILE, PREFIX, Factors, scaling_of
 
 
 def layer_factors(name: str, layer: LoraLayer, adapter_name: str) -> Factors:

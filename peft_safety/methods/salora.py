@@ -18,14 +18,14 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from peft_safety import weights
+from peft_safety.calibration.leaving_out import warn_left_out
+from peft_safety.core import base_weights as weights
+from peft_safety.core.projection import top_singular
+from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data.rows import data_rows
 from peft_safety.errors import ConfigError
-from peft_safety.estimate.leaving_out import warn_left_out
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.initial import start_from
-from peft_safety.projection import top_singular
-from peft_safety.subspace import SafetySubspace
 
 
 @dataclass
@@ -93,8 +93,8 @@ class SaLoRAConfig(ProtectedConfig):
                 "SaLoRAConfig: init='task' needs task_data. Give rows {prompt, response}, tokenized batches, or a "
                 "SafetySubspace."
             )
-        from peft_safety.estimate.activations import estimate, tokenizer_of
-        from peft_safety.estimate.moments import is_tokenized
+        from peft_safety.calibration.activations import estimate, tokenizer_of
+        from peft_safety.calibration.moments import is_tokenized
 
         rows = data_rows(self.task_data, "SaLoRAConfig: task_data")
         tokenizer = None if is_tokenized(rows) else tokenizer_of(model)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_safety.core.projection import Side
 from peft_safety.errors import OperationError
 from peft_safety.ops import autograd as _autograd  # noqa: F401  (registers the derivatives)
 from peft_safety.ops import linear
 from peft_safety.ops.dispatch import backend_for
 from peft_safety.ops.quant import QuantBundle, from_linear4bit, from_quant_state, require
-from peft_safety.projection import Side
 
 __all__ = [
     "QuantBundle",

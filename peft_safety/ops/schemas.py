@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_safety import projection
+from peft_safety.core import projection
 from peft_safety.ops import dispatch, linear
 from peft_safety.ops.quant import QuantBundle
 

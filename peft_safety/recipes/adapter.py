@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from peft_safety.calibration.activations import DEFAULT_RANK, GUARDSPACE_FRACTION
 from peft_safety.data import CALIBRATION_PAIRS, refusal_pairs
 from peft_safety.data.rows import Row, Rows, as_rows
 from peft_safety.errors import ConfigError
-from peft_safety.estimate.activations import DEFAULT_RANK, GUARDSPACE_FRACTION
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from peft_safety.subspace import SafetySubspace
+    from peft_safety.core.subspace import SafetySubspace
 
 Method = Literal["lora", "salora", "guardspace"]
 INITS = {"lora": ("lora",), "salora": ("lora", "task"), "guardspace": ("lora", "guardspace")}
@@ -123,8 +123,8 @@ class AdapterOptions:
             return LoraConfig(**common)
         if self.method == "guardspace":
             return self._guardspace(model, tokenizer, rows, common, seed, progress)
+        from peft_safety.core.subspace import SafetySubspace
         from peft_safety.methods.salora import SaLoRAConfig
-        from peft_safety.subspace import SafetySubspace
 
         def estimate(data: Rows, **size: Any) -> SafetySubspace:
             targets = self.target_modules
@@ -157,9 +157,9 @@ class AdapterOptions:
         seed: int,
         progress: bool,
     ) -> LoraConfig:
+        from peft_safety.calibration.moments import to_batches
+        from peft_safety.core.targets import target_layers
         from peft_safety.data import calibration_rows
-        from peft_safety.estimate.moments import to_batches
-        from peft_safety.estimate.targets import target_layers
         from peft_safety.methods.guardspace import GuardSpaceConfig
         from peft_safety.methods.guardspace.config import DEFAULT_BASIS
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_safety.artifact import SIDES
+from peft_safety.calibration.activations import METHODS
+from peft_safety.calibration.coverage import ModuleCoverage, coverage, task_shares, warn_if_stalled
+from peft_safety.core.adapter_dir import SIDES
+from peft_safety.core.subspace import SafetySubspace
+from peft_safety.core.targets import target_layers
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, rows_of
 from peft_safety.data.rows import Rows
 from peft_safety.errors import ConfigError
-from peft_safety.estimate.activations import METHODS
-from peft_safety.estimate.coverage import ModuleCoverage, coverage, task_shares, warn_if_stalled
-from peft_safety.estimate.targets import target_layers
 from peft_safety.recipes.load import load_model
-from peft_safety.subspace import SafetySubspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from peft_safety import files
+from peft_safety.core import files
+from peft_safety.core.plain_lora import MANIFEST
 from peft_safety.data import read_jsonl
 from peft_safety.errors import ConfigError
 from peft_safety.methods.somf import FuseOptions, FuseReport, MaskTraining, fuse, plan_fusion
-from peft_safety.plain_lora import MANIFEST
 from peft_safety.recipes.load import load_model
 
 PLACES = ("safe", "tasks", "model", "mask", "data", "out")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_safety.core.names import exclude_look_alikes, pin, places
 from peft_safety.data import affirmation_pairs, rows_of
 from peft_safety.data.rows import Row, Rows, as_rows, label_names
 from peft_safety.errors import ArtifactError, ConfigError, DataError, PeftSafetyError
-from peft_safety.names import exclude_look_alikes, pin, places
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -105,8 +105,8 @@ def _adapter_config(path: Path) -> Any:
     """The checked config; of a plain LoRA with full names, ranks and alphas from its tensors in place of every
     pattern.
     """
-    from peft_safety.artifact import PROTECTED_TYPES, check_adapter
-    from peft_safety.plain_lora import read_manifest, read_plain
+    from peft_safety.core.adapter_dir import PROTECTED_TYPES, check_adapter
+    from peft_safety.core.plain_lora import read_manifest, read_plain
     from peft_safety.registry.configs import stored_config
 
     if read_manifest(path, warn=False).get("peft_type") in PROTECTED_TYPES:

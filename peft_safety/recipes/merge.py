@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from peft_safety.merging import MergeResult, MergeTo, merge_quantized
+from peft_safety.convert.merge import MergeResult, MergeTo, merge_quantized
 from peft_safety.recipes.load import load_adapter
 
 REPORT = "merge.json"

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from peft_safety.artifact import SIDES
+from peft_safety.calibration.activations import adapters_off
+from peft_safety.core.adapter_dir import SIDES
 from peft_safety.data import CALIBRATION_PAIRS, load, refusal_pairs
 from peft_safety.data.rows import Row, Rows, as_rows, kind_of
 from peft_safety.errors import ConfigError, DataError
-from peft_safety.estimate.activations import adapters_off
 from peft_safety.evaluation.evaluate import Evaluation, self_responses
 from peft_safety.evaluation.judges import KeywordJudge
 from peft_safety.evaluation.prompts import prompt_set
@@ -26,13 +26,13 @@ from peft_safety.recipes.bench import Bench
 from peft_safety.recipes.load import TaskData, load_model
 from peft_safety.recipes.train import PATCH_LEARNING_RATE, TrainingRun, TrainOptions, finetune
 from peft_safety.recipes.watch import Look, Stopping, Watch
-from peft_safety.report import Report, environment
+from peft_safety.reporting.report import Report, environment
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-    from peft_safety.subspace import SafetySubspace
+    from peft_safety.core.subspace import SafetySubspace
 
 PATCH_TRAINING = TrainOptions(lr=PATCH_LEARNING_RATE, epochs=2.5, max_length=128)
 
@@ -159,8 +159,8 @@ def patch_config(
     """The patch's PEFT config. A subspace "auto" is estimated here, on the rows that the patch is to leave alone."""
     from peft import TaskType
 
+    from peft_safety.core.subspace import SafetySubspace
     from peft_safety.methods.ortho_patch import OrthoSafetyPatchConfig
-    from peft_safety.subspace import SafetySubspace
 
     subspace = options.subspace
     if isinstance(subspace, str) and subspace == "auto" and options.basis != "weight" and options.k != 0:

@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from peft_safety.calibration.activations import DEFAULT_RANK
 from peft_safety.data.rows import Rows
-from peft_safety.estimate.activations import DEFAULT_RANK
 from peft_safety.evaluation.evaluate import Evaluation
 from peft_safety.evaluation.judges import KeywordJudge
 from peft_safety.recipes.adapter import AdapterOptions, Method
 from peft_safety.recipes.bench import Bench
 from peft_safety.recipes.load import load_model, poisoned, task_data
 from peft_safety.recipes.train import TrainingRun, TrainOptions, finetune
-from peft_safety.report import Report, environment
+from peft_safety.reporting.report import Report, environment
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from peft_safety.subspace import SafetySubspace
+    from peft_safety.core.subspace import SafetySubspace
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def finetune(
     from peft import PeftModel
     from transformers import PrinterCallback, Trainer, set_seed
 
-    from peft_safety import weights
+    from peft_safety.core import base_weights as weights
     from peft_safety.recipes.distil import distilling_trainer
 
     options = TrainOptions() if options is None else options

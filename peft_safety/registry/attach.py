@@ -9,14 +9,14 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from peft_safety import weights
+from peft_safety.calibration.leaving_out import warn_left_out
+from peft_safety.core import base_weights as weights
+from peft_safety.core.names import listed
+from peft_safety.core.projection import Side
 from peft_safety.errors import ConfigError, SubspaceError, UnsupportedLayerError
-from peft_safety.estimate.leaving_out import warn_left_out
 from peft_safety.layers import ProtectedLinear, rebase
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.methods.base import ProtectedConfig
-from peft_safety.names import listed
-from peft_safety.projection import Side
 from peft_safety.registry import reuse
 from peft_safety.registry.lora_layers import adopt
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from peft_safety import files, weights
-from peft_safety.artifact import StoredAdapter, base_key
+from peft_safety.core import base_weights as weights
+from peft_safety.core import files
+from peft_safety.core.adapter_dir import StoredAdapter, base_key
+from peft_safety.core.names import original, walk
+from peft_safety.core.plain_lora import ADAPTER_FILE
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.methods.base import ProtectedConfig
-from peft_safety.names import original, walk
-from peft_safety.plain_lora import ADAPTER_FILE
 
 
 def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:

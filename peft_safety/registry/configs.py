@@ -13,14 +13,14 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from peft_safety import files, publish
-from peft_safety.artifact import StoredAdapter, check_adapter, check_config
+from peft_safety.core import files, publish
+from peft_safety.core.adapter_dir import StoredAdapter, check_adapter, check_config
+from peft_safety.core.names import pin
+from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST, config_of, stored_record
+from peft_safety.core.subspace_file import FILE_NAME
 from peft_safety.errors import ArtifactError, PeftSafetyError
 from peft_safety.methods.base import ProtectedConfig
-from peft_safety.names import pin
-from peft_safety.plain_lora import ADAPTER_FILE, MANIFEST, config_of, stored_record
 from peft_safety.registry.types import config_types
-from peft_safety.subspace_file import FILE_NAME
 
 NOT_FETCHED = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError)
 

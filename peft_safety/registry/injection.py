@@ -8,10 +8,10 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_safety import weights
+from peft_safety.core import base_weights as weights
+from peft_safety.core.names import pin, places, walk
 from peft_safety.errors import ConfigError, PeftSafetyError
 from peft_safety.methods.base import ProtectedConfig
-from peft_safety.names import pin, places, walk
 from peft_safety.registry.attach import attach
 from peft_safety.registry.checks import check_ahead
 from peft_safety.registry.reuse import private

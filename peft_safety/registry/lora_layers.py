@@ -11,7 +11,7 @@ from peft.tuners import lora
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from peft_safety import fused
+from peft_safety.registry import fused
 
 
 class _Residual:

@@ -15,12 +15,12 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from peft_safety import files
-from peft_safety.artifact import StoredAdapter
+from peft_safety.core import files
+from peft_safety.core.adapter_dir import StoredAdapter
+from peft_safety.core.plain_lora import ADAPTER_FILE, PREFIX
 from peft_safety.errors import ConfigError, SubspaceError
 from peft_safety.layers import ProtectedLinear
 from peft_safety.methods.base import ProtectedConfig
-from peft_safety.plain_lora import ADAPTER_FILE, PREFIX
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 

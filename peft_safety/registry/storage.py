@@ -13,16 +13,16 @@ from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import nn
 
-from peft_safety import files
-from peft_safety.artifact import check_adapter, seal
+from peft_safety.core import files
+from peft_safety.core.adapter_dir import check_adapter, seal
+from peft_safety.core.names import places, relocated
+from peft_safety.core.plain_lora import ADAPTER_FILE, CARD, MANIFEST, PREFIX, stamp
+from peft_safety.core.publish import copy_own, is_interrupted, publishing, recover
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.layers import folded_state, lay_out_adapter, protected_leaves
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.safe_lora.config import SafeLoRAConfig
-from peft_safety.names import places, relocated
-from peft_safety.plain_lora import ADAPTER_FILE, CARD, MANIFEST, PREFIX, stamp
-from peft_safety.publish import copy_own, is_interrupted, publishing, recover
 from peft_safety.registry.attach import bind
 from peft_safety.registry.checks import check_ahead
 from peft_safety.registry.protection import assert_protected, protected_configs

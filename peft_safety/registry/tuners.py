@@ -9,7 +9,7 @@ from typing import Any
 from peft.tuners.lora import LoraModel
 from peft.tuners.mixed import MixedModel
 
-from peft_safety import weights as base_weights
+from peft_safety.core import base_weights
 from peft_safety.errors import ConfigError, LossyMergeError
 from peft_safety.layers import lay_out_adapter
 from peft_safety.layers.adapters import adapter_layers

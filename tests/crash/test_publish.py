@@ -28,8 +28,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peft_safety import SaLoRAConfig, verify
+from peft_safety.core.publish import recover
 from peft_safety.errors import ArtifactError, PeftSafetyError
-from peft_safety.publish import recover
 from tests.crash.steps import BROKEN, REFUSED, SAVED, at_step, child, die, steps_of
 from tests.hostile import tools
 from tests.tiny import tiny_llama

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from peft_safety.core.publish import publishing, recover, require_whole
 from peft_safety.errors import ArtifactError
-from peft_safety.publish import publishing, recover, require_whole
 from tests.crash.steps import at_step, steps_of
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]

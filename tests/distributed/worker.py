@@ -20,9 +20,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from peft_safety.core.projection import leak
 from peft_safety.errors import ProtectionError
 from peft_safety.layers import protected_leaves
-from peft_safety.projection import leak
 from tests.peft import cells
 from tests.peft.patch_cells import patched
 from tests.peft.test_guardspace import guarded

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from peft_safety.core.subspace_file import FORMAT
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, SubspaceError
-from peft_safety.subspace_file import FORMAT
 from tests.hostile import tools
 from tests.hostile.tools import (
     ADAPTER,

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_safety import SafetySubspace, verify
+from peft_safety.core.subspace_file import FORMAT
 from peft_safety.errors import ArtifactError, PeftSafetyError, SubspaceError
-from peft_safety.subspace_file import FORMAT
 from tests.hostile import tools
 from tests.hostile.cases import CASES, Bomb, Case, leak
 from tests.hostile.tools import ADAPTER, MANIFEST, REMEDIES, SUBSPACE, fields, tensors, text

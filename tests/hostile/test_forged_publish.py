@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from peft_safety import verify
 from peft_safety.cli import app
+from peft_safety.core.publish import publishing, recover, require_whole
 from peft_safety.errors import ArtifactError, PeftSafetyError
-from peft_safety.publish import publishing, recover, require_whole
 from tests.hostile import tools
 from tests.tiny import tiny_llama
 

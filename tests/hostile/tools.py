@@ -14,7 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peft_safety import SafetySubspace, SaLoRAConfig, artifact, files
+from peft_safety import SafetySubspace, SaLoRAConfig
+from peft_safety.core import adapter_dir as artifact
+from peft_safety.core import files
 from tests.tiny import VOCAB_SIZE, tiny_llama
 
 ADAPTER, SUBSPACE, MANIFEST = artifact.ADAPTER_FILE, artifact.SUBSPACE_FILE, artifact.MANIFEST

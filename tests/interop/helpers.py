@@ -9,9 +9,9 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from peft_safety import SafetySubspace, SaLoRAConfig
-from peft_safety.estimate.targets import target_layers
+from peft_safety.core.projection import leak, orthonormalize
+from peft_safety.core.targets import target_layers
 from peft_safety.layers import protected_leaves
-from peft_safety.projection import leak, orthonormalize
 from tests.tiny import tiny_llama
 
 MAX_LEAK = 1e-6

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_safety import ops, projection
+from peft_safety import ops
+from peft_safety.core import projection
 from peft_safety.errors import OperationError
 from peft_safety.ops import schemas
 from tests.ops.helpers import case, quantized

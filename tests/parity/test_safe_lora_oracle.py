@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from peft_safety.core.plain_lora import Factors
 from peft_safety.methods.safe_lora.options import RepairOptions
 from peft_safety.methods.safe_lora.repair import repair
-from peft_safety.plain_lora import Factors
 from tests.stored import TensorWeights
 
 ORACLE = Path(__file__).resolve().parents[3] / "shared" / "oracles" / "safelora.safetensors"

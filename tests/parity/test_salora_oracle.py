@@ -14,8 +14,8 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_safety import SafetySubspace, SaLoRAConfig, assert_protected
+from peft_safety.core.projection import leak, project_out, top_left_singular
 from peft_safety.methods.salora import task_aware_factors
-from peft_safety.projection import leak, project_out, top_left_singular
 
 ORACLE = Path(__file__).parents[3] / "shared" / "oracles" / "salora.safetensors"
 pytestmark = pytest.mark.skipif(

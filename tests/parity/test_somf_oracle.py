@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from peft_safety.core.plain_lora import Factors
 from peft_safety.methods.somf.masks import Masks, concrete, export, rescaled
 from peft_safety.methods.somf.updates import Continued, task_arithmetic
-from peft_safety.plain_lora import Factors
 
 ORACLE = Path(__file__).resolve().parents[3] / "shared" / "oracles" / "somf.safetensors"
 pytestmark = pytest.mark.skipif(not ORACLE.is_file(), reason="the oracles are not beside this checkout")

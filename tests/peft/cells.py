@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_safety import SafetySubspace, SaLoRAConfig
-from peft_safety.estimate.targets import canonical, target_layers
+from peft_safety.core.base_weights import shape
+from peft_safety.core.projection import orthonormalize
+from peft_safety.core.targets import canonical, target_layers
 from peft_safety.layers import protected_leaves
-from peft_safety.projection import orthonormalize
 from peft_safety.registry.protection import protected_configs
-from peft_safety.weights import shape
 from tests.tiny import tiny_llama
 
 BASES = ("linear", "conv1d", "nf4", "int8")

@@ -11,11 +11,11 @@ from matplotlib.image import imread
 from peft import LoraConfig, OFTConfig, get_peft_model
 
 from peft_safety import orthogonality_report
+from peft_safety.audit import OrthogonalityReport
+from peft_safety.core.base_weights import dense_weight, is_conv1d
+from peft_safety.core.targets import base_layers
 from peft_safety.errors import CalibrationError, CheckpointError, ConfigError, UnsupportedLayerError
-from peft_safety.estimate.targets import base_layers
-from peft_safety.orthogonality import OrthogonalityReport
-from peft_safety.orthogonality.render import save_png, show
-from peft_safety.weights import dense_weight, is_conv1d
+from peft_safety.reporting.audit import save_png, show
 from tests.peft.cells import INITS, base_model, deltas, logits, perturb, plain, protected, tokens
 from tests.tiny import tiny_tokenizer
 

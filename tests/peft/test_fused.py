@@ -20,9 +20,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_safety import SafetySubspace, SaLoRAConfig, explain, fused
+from peft_safety import SafetySubspace, SaLoRAConfig, explain
+from peft_safety.core.projection import leak, orthonormalize
 from peft_safety.layers import protected_leaves
-from peft_safety.projection import leak, orthonormalize
+from peft_safety.registry import fused
 from tests.peft import cells, fused_runs
 from tests.peft.patch_cells import patched
 

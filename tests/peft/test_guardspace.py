@@ -15,7 +15,12 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from peft_safety import GuardSpaceConfig, SafetySubspace, assert_protected, export_lora, merge_dequantized, verify
+from peft_safety.calibration.moments import selected
 from peft_safety.callbacks import SafetyMonitorCallback
+from peft_safety.convert.export import export_directory
+from peft_safety.core.base_weights import dense_weight
+from peft_safety.core.plain_lora import MANIFEST
+from peft_safety.core.targets import base_layers
 from peft_safety.errors import (
     ArtifactError,
     CalibrationError,
@@ -24,13 +29,8 @@ from peft_safety.errors import (
     ProtectionError,
     SubspaceError,
 )
-from peft_safety.estimate.moments import selected
-from peft_safety.estimate.targets import base_layers
-from peft_safety.export import export_directory
 from peft_safety.layers import protected_leaves
 from peft_safety.methods.guardspace import Preconditioner, irrelevant_factors
-from peft_safety.plain_lora import MANIFEST
-from peft_safety.weights import dense_weight
 from tests.interop.helpers import token_rows
 from tests.peft import cells
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -46,7 +46,7 @@ INITS = ("lora", "guardspace")
 
 
 def batches(rows=HARMFUL):
-    from peft_safety.estimate.moments import to_batches
+    from peft_safety.calibration.moments import to_batches
 
     return to_batches(rows, tiny_tokenizer(), batch_size=4, max_length=64)[0]
 

@@ -14,9 +14,9 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from peft_safety import merge_quantized
+from peft_safety.core.base_weights import dense_weight
 from peft_safety.errors import ConfigError, LossyMergeError
 from peft_safety.layers import protected_leaves
-from peft_safety.weights import dense_weight
 from tests.peft import cells
 from tests.peft.patch_cells import patched
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peft_safety.artifact import seal
+from peft_safety.core.adapter_dir import seal
 from peft_safety.layers import protected_leaves
 from tests.peft import cells
 

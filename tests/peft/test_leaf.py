@@ -16,9 +16,10 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peft_safety import GuardSpaceConfig, SafetySubspace, assert_protected, projection
+from peft_safety import GuardSpaceConfig, SafetySubspace, assert_protected
+from peft_safety.core import projection
+from peft_safety.core.projection import Side, leak, orthonormalize
 from peft_safety.layers import ProtectedLinear, protected_leaves
-from peft_safety.projection import Side, leak, orthonormalize
 from tests.peft import cells
 from tests.peft.patch_cells import patched
 

@@ -30,9 +30,9 @@ from peft_safety import (
     assert_protected,
     verify,
 )
+from peft_safety.calibration.moments import InputMoments, positions_of
+from peft_safety.core.targets import canonical
 from peft_safety.errors import CalibrationError, ConfigError, SubspaceError
-from peft_safety.estimate.moments import InputMoments, positions_of
-from peft_safety.estimate.targets import canonical
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 ALL = {"target_modules": "all-linear", "progress": False}
@@ -122,7 +122,7 @@ def test_a_second_adapter_leaves_the_same_layers_out_and_the_first_one_alone():
 
 
 def test_auto_warns_once_and_protects_the_rest(monkeypatch):
-    monkeypatch.setattr("peft_safety.estimate.activations.tokenizer_of", lambda model: tiny_tokenizer())
+    monkeypatch.setattr("peft_safety.calibration.activations.tokenizer_of", lambda model: tiny_tokenizer())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = get_peft_model(with_tower(), SaLoRAConfig(r=4, safety_rank=4, target_modules="all-linear"))

@@ -108,7 +108,7 @@ def test_plain_lora_beside_a_protected_adapter_may_merge_into_k_bit_weights() ->
 
 @pytest.mark.parametrize(("base", "init"), QUANTISED)
 def test_merging_into_dequantized_weights_keeps_the_function(base: str, init: str) -> None:
-    from peft_safety.weights import dense_weight
+    from peft_safety.core.base_weights import dense_weight
 
     model = cells.protected(base, init, trained=True)
     updates, subspace = cells.deltas(model), model.peft_config["default"].subspace

@@ -21,12 +21,12 @@ from transformers import (
 
 import peft_safety
 from peft_safety import SafetySubspace, SaLoRAConfig
+from peft_safety.convert.export import export_directory, export_lora
+from peft_safety.core.checkpoints import open_weights
+from peft_safety.core.names import pattern_value
+from peft_safety.core.plain_lora import read_plain
+from peft_safety.core.targets import base_layers
 from peft_safety.errors import CheckpointError, PeftSafetyError
-from peft_safety.estimate.checkpoints import open_weights
-from peft_safety.estimate.targets import base_layers
-from peft_safety.export import export_directory, export_lora
-from peft_safety.names import pattern_value
-from peft_safety.plain_lora import read_plain
 from tests.tiny import tiny_llama
 
 WIDTH = 16

@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_safety import OrthoSafetyPatchConfig, SafetySubspace
+from peft_safety.core.plain_lora import MANIFEST
 from peft_safety.errors import ArtifactError, ConfigError, SubspaceError
-from peft_safety.plain_lora import MANIFEST
 from tests.peft import cells
 from tests.peft.patch_cells import config, patched, subspace
 from tests.tiny import tiny_llama

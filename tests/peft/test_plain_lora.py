@@ -11,10 +11,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_safety import safe_lora_dir
+from peft_safety.core.plain_lora import (
+    NOT_PLAIN,
+    check_features,
+    factor_tensors,
+    plain_config,
+    read_plain,
+    write_plain,
+)
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.methods.factors import layer_factors
-from peft_safety.plain_lora import NOT_PLAIN, check_features, factor_tensors, plain_config, read_plain, write_plain
 from tests.peft import cells
 
 TARGETS = ["q_proj", "down_proj"]

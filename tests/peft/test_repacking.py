@@ -10,7 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from peft_safety import SafetySubspace, SaLoRAConfig, weights
+from peft_safety import SafetySubspace, SaLoRAConfig
+from peft_safety.core import base_weights as weights
 from peft_safety.evaluation.generate import generate
 from peft_safety.recipes.train import TrainOptions, finetune
 from tests.peft import cells

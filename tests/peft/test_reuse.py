@@ -17,14 +17,14 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_safety import GuardSpaceConfig, OrthoSafetyPatchConfig, SafetySubspace, SaLoRAConfig, assert_protected
+from peft_safety.calibration import activations
+from peft_safety.core.subspace import NARROW
 from peft_safety.data import calibration_rows
 from peft_safety.errors import ConfigError, SubspaceError
-from peft_safety.estimate import activations
 from peft_safety.layers import protected_leaves
 from peft_safety.methods import base as base_module
 from peft_safety.methods.guardspace import config as guardspace
 from peft_safety.methods.ortho_patch import config as ortho_patch
-from peft_safety.subspace import NARROW
 from tests.peft import cells
 from tests.tiny import tiny_llama, tiny_tokenizer
 

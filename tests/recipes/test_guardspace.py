@@ -6,18 +6,19 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from peft_safety import SafetySubspace, coverage_report, verify
+from peft_safety import SafetySubspace, verify
+from peft_safety.calibration.coverage import coverage, task_shares, warn_if_stalled
+from peft_safety.calibration.moments import content_digest, to_batches
 from peft_safety.cli import app
+from peft_safety.core.projection import principal_cosines
+from peft_safety.core.targets import target_layers
 from peft_safety.data import calibration_rows
 from peft_safety.errors import CalibrationError, ConfigError, DataError
-from peft_safety.estimate.coverage import coverage, task_shares, warn_if_stalled
-from peft_safety.estimate.moments import content_digest, to_batches
-from peft_safety.estimate.targets import target_layers
-from peft_safety.projection import principal_cosines
 from peft_safety.recipes.adapter import AdapterOptions
 from peft_safety.recipes.calibrate import calibrate
 from peft_safety.recipes.protect import protect
 from peft_safety.recipes.train import TrainOptions
+from peft_safety.reporting import coverage as coverage_report
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 QUICK = TrainOptions(max_steps=2, batch_size=2, max_length=96, progress=False)

@@ -17,7 +17,7 @@ from peft_safety.recipes.load import load_model, poisoned, task_data
 from peft_safety.recipes.patch import PatchOptions
 from peft_safety.recipes.protect import protect
 from peft_safety.recipes.train import LEARNING_RATE, TrainOptions, finetune
-from peft_safety.report import Report
+from peft_safety.reporting.report import Report
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 QUICK = TrainOptions(max_steps=2, batch_size=2, max_length=256, progress=False)

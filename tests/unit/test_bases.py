@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_safety.calibration import bases
+from peft_safety.calibration.bases import Size, contrastive_basis, input_basis, output_basis
+from peft_safety.core.projection import orthonormality_error, project_out, union
 from peft_safety.errors import CalibrationError, ConfigError
-from peft_safety.estimate import bases
-from peft_safety.estimate.bases import Size, contrastive_basis, input_basis, output_basis
-from peft_safety.projection import orthonormality_error, project_out, union
 
 seeds = st.integers(0, 2**31)
 

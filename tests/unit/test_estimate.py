@@ -9,12 +9,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from peft_safety import SafetySubspace
+from peft_safety.calibration.moments import collect
+from peft_safety.core.projection import principal_cosines
+from peft_safety.core.targets import base_layers, target_layers
 from peft_safety.data import refusal_pairs
 from peft_safety.data.chat import Collator, encode_rows
 from peft_safety.errors import CalibrationError, ConfigError
-from peft_safety.estimate.moments import collect
-from peft_safety.estimate.targets import base_layers, target_layers
-from peft_safety.projection import principal_cosines
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 RANK = 5

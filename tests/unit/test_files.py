@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from peft_safety import files
+from peft_safety.core import files
 from peft_safety.errors import ArtifactError
 
 JSON = st.recursive(

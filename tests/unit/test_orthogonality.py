@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_safety.orthogonality import metrics
-from peft_safety.orthogonality.metrics import DIRECTIONS, compare, decompose, random_metric, weight_span
+from peft_safety.audit import metrics
+from peft_safety.audit.metrics import DIRECTIONS, compare, decompose, random_metric, weight_span
 
 
 def randn(*shape: int, seed: int) -> torch.Tensor:

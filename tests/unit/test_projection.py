@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_safety import projection
+from peft_safety.core import projection
 
 SIDES = ("out", "in")
 

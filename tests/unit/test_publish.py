@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from peft_safety.core.publish import publishing, require_whole
 from peft_safety.errors import ArtifactError
-from peft_safety.publish import publishing, require_whole
 
 
 def publish(target: Path, **contents: str) -> None:
@@ -180,7 +180,7 @@ def aged(path: Path, hours: float) -> None:
 WRITER = """
 import sys, time
 from pathlib import Path
-from peft_safety.publish import publishing
+from peft_safety.core.publish import publishing
 with publishing(Path(sys.argv[1]), "manifest") as staging:
     (staging / "manifest").write_text("theirs")
     print("staged", flush=True)

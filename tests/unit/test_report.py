@@ -10,7 +10,7 @@ import pytest
 
 from peft_safety.errors import DataError
 from peft_safety.evaluation.metrics import Mean, Rate
-from peft_safety.report import Report, environment
+from peft_safety.reporting.report import Report, environment
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_environment_names_versions_and_seed():
 
 def test_importing_the_report_is_light():
     heavy = ("matplotlib", "torch", "transformers", "rich")
-    code = f"import sys, peft_safety.report; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, peft_safety.reporting.report; print([m for m in {heavy} if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

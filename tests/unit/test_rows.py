@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from peft_safety import GuardSpaceConfig, SafetySubspace, SaLoRAConfig
+from peft_safety.calibration.moments import to_batches
 from peft_safety.data import read_jsonl
 from peft_safety.data.chat import encode_rows, is_prompt_only, label_names, to_messages
 from peft_safety.data.rows import STREAM_ROWS, as_rows
 from peft_safety.errors import CalibrationError, ConfigError, DataError
-from peft_safety.estimate.moments import to_batches
 from peft_safety.evaluation import evaluate
 from peft_safety.evaluation.prompts import prompt_set
 from peft_safety.evaluation.tasks import (

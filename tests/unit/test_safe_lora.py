@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_safety.core.plain_lora import Factors
 from peft_safety.errors import CheckpointError, ConfigError
 from peft_safety.methods.safe_lora import delta as streaming
 from peft_safety.methods.safe_lora.options import RepairOptions
 from peft_safety.methods.safe_lora.repair import ModuleRepair, repair, select
-from peft_safety.plain_lora import Factors
 from tests.stored import TensorWeights
 
 QUIET = {"progress": False, "dtype": torch.float64, "device": "cpu"}

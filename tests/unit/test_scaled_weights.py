@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
-from peft_safety import SafetySubspace, SaLoRAConfig, merge_dequantized, weights
+from peft_safety import SafetySubspace, SaLoRAConfig, merge_dequantized
+from peft_safety.core import base_weights as weights
+from peft_safety.core.checkpoints import open_weights
 from peft_safety.errors import LossyMergeError, PeftSafetyError, UnsupportedLayerError
-from peft_safety.estimate.checkpoints import open_weights
 from tests.peft.cells import random_subspace
 from tests.tiny import tiny_llama
 

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_safety.core.plain_lora import Factors
 from peft_safety.errors import ConfigError
 from peft_safety.methods.somf.masks import Masks, concrete, export, noise, rescaled
 from peft_safety.methods.somf.options import FuseOptions
 from peft_safety.methods.somf.updates import Continued, Independent, task_arithmetic
-from peft_safety.plain_lora import Factors
 
 M, N, R = 5, 6, 3
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 6))

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from peft_safety.core.plain_lora import Factors
 from peft_safety.errors import ArtifactError
 from peft_safety.methods.somf.masks import FILE_NAME, HEADER, Masks, export, load_masks, save_logits, save_masks
 from peft_safety.methods.somf.updates import Continued
-from peft_safety.plain_lora import Factors
 
 
 def logits(seed=0):

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from peft_safety import SafetySubspace, files, weights
+from peft_safety import SafetySubspace
+from peft_safety.core import base_weights as weights
+from peft_safety.core import files
+from peft_safety.core.projection import orthonormality_error
+from peft_safety.core.subspace_file import FILE_NAME
 from peft_safety.errors import ArtifactError, PeftSafetyError, SubspaceError
-from peft_safety.projection import orthonormality_error
-from peft_safety.subspace_file import FILE_NAME
 
 
 def basis(d: int, k: int, seed: int = 0) -> Tensor:

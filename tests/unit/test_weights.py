@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_safety import SafetySubspace, weights
+from peft_safety import SafetySubspace
+from peft_safety.core import base_weights as weights
 from peft_safety.errors import UnsupportedLayerError
 
 bnb = pytest.importorskip("bitsandbytes")

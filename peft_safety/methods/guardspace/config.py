@@ -19,20 +19,20 @@ from typing import Any, ClassVar, Literal
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from peft_safety import weights
-from peft_safety.artifact import COMBINATIONS, guard_sides
+from peft_safety.calibration.activations import GUARDSPACE_FRACTION, adapters_off, estimate, size_of, tokenizer_of
+from peft_safety.calibration.coverage import task_shares, warn_if_stalled
+from peft_safety.calibration.moments import InputMoments, collect, is_tokenized, to_batches
+from peft_safety.core import base_weights as weights
+from peft_safety.core.adapter_dir import COMBINATIONS, guard_sides
+from peft_safety.core.names import listed
+from peft_safety.core.projection import Side
+from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
 from peft_safety.data.rows import data_rows
 from peft_safety.errors import ConfigError
-from peft_safety.estimate.activations import GUARDSPACE_FRACTION, adapters_off, estimate, size_of, tokenizer_of
-from peft_safety.estimate.coverage import task_shares, warn_if_stalled
-from peft_safety.estimate.moments import InputMoments, collect, is_tokenized, to_batches
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.guardspace.factors import Preconditioner, irrelevant_factors
 from peft_safety.methods.initial import start_from
-from peft_safety.names import listed
-from peft_safety.projection import Side
-from peft_safety.subspace import SafetySubspace
 
 DEFAULT_BASIS: Literal["harmful"] = "harmful"
 """Held in a probe over eight times the steps, where general instructions did not. To be confirmed by

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from peft_safety.calibration.bases import RIDGE, check_moment
 from peft_safety.errors import CalibrationError
-from peft_safety.estimate.bases import RIDGE, check_moment
 
 Kind = Literal["root", "moment"]
 DEAD = 1e-10

@@ -16,16 +16,16 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from peft_safety.artifact import SIDES
+from peft_safety.calibration.activations import DEFAULT_RANK, estimate, tokenizer_of
+from peft_safety.calibration.weights import estimate_from_weights
+from peft_safety.core.adapter_dir import SIDES
+from peft_safety.core.names import public_name
+from peft_safety.core.projection import Side
+from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
 from peft_safety.errors import ConfigError
-from peft_safety.estimate.activations import DEFAULT_RANK, estimate, tokenizer_of
-from peft_safety.estimate.weight_bases import estimate_from_weights
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.ortho_patch.priors import prior_spans
-from peft_safety.names import public_name
-from peft_safety.projection import Side
-from peft_safety.subspace import SafetySubspace
 
 REG_LAMBDA = 100.0
 """An unconstrained patch of SmolLM2-135M has a penalty of about 0.02 (0.9 % of each layer's output, squared, times 210

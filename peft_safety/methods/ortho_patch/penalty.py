@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_safety import weights
+from peft_safety.core import base_weights as weights
 from peft_safety.errors import ConfigError
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.ortho_patch.config import OrthoSafetyPatchConfig

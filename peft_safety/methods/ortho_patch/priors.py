@@ -10,16 +10,17 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from peft_safety import publish, weights
-from peft_safety.artifact import PROTECTED_TYPES, check_adapter
+from peft_safety.calibration.activations import model_name
+from peft_safety.core import base_weights as weights
+from peft_safety.core import publish
+from peft_safety.core.adapter_dir import PROTECTED_TYPES, check_adapter
+from peft_safety.core.names import public_name
+from peft_safety.core.plain_lora import MANIFEST, Factors, read_manifest, read_plain
+from peft_safety.core.projection import Side
 from peft_safety.errors import ConfigError
-from peft_safety.estimate.activations import model_name
 from peft_safety.layers import stored_factors
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.methods.factors import protected_factors
-from peft_safety.names import public_name
-from peft_safety.plain_lora import MANIFEST, Factors, read_manifest, read_plain
-from peft_safety.projection import Side
 
 Spans = dict[str, dict[Side, Tensor]]
 

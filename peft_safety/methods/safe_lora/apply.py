@@ -14,14 +14,14 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from peft_safety.core.checkpoints import ModuleWeights, open_weights
+from peft_safety.core.names import pin, places
+from peft_safety.core.plain_lora import check_plain
 from peft_safety.errors import ConfigError
-from peft_safety.estimate.checkpoints import ModuleWeights, open_weights
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.factors import layer_factors
 from peft_safety.methods.safe_lora.options import RepairOptions
 from peft_safety.methods.safe_lora.repair import RepairReport, repair
-from peft_safety.names import pin, places
-from peft_safety.plain_lora import check_plain
 
 Model = str | os.PathLike[str] | nn.Module
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from peft import LoraConfig
 
+from peft_safety.core.plain_lora import REPAIRED_TYPE, check_features
 from peft_safety.errors import ConfigError
 from peft_safety.methods.safe_lora.options import RepairOptions
-from peft_safety.plain_lora import REPAIRED_TYPE, check_features
 
 OPTIONS = (
     "select",

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft_safety import files
+from peft_safety.core import files
+from peft_safety.core.checkpoints import FileWeights, open_weights
+from peft_safety.core.plain_lora import CARD, RECORD, REPAIRED_TYPE, factor_tensors, read_plain, write_plain
 from peft_safety.errors import ConfigError
-from peft_safety.estimate.checkpoints import FileWeights, open_weights
 from peft_safety.methods.safe_lora.apply import Model, check_different, check_unrepaired
 from peft_safety.methods.safe_lora.options import RepairOptions
 from peft_safety.methods.safe_lora.repair import RepairReport, repair
-from peft_safety.plain_lora import CARD, RECORD, REPAIRED_TYPE, factor_tensors, read_plain, write_plain
 
 
 def safe_lora_dir(

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_safety import weights
+from peft_safety.core import base_weights as weights
+from peft_safety.core.checkpoints import NOISE, Matrix, Weights
+from peft_safety.core.names import public_name
+from peft_safety.core.plain_lora import Factors
 from peft_safety.errors import CheckpointError, ConfigError
-from peft_safety.estimate.checkpoints import NOISE, Matrix, Weights
 from peft_safety.methods.safe_lora.delta import Delta, projected, sample
 from peft_safety.methods.safe_lora.options import RepairOptions
-from peft_safety.names import public_name
-from peft_safety.plain_lora import Factors
 
 RECORD_VERSION = 1
 

@@ -15,7 +15,17 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
-from peft_safety import publish
+from peft_safety.core import publish
+from peft_safety.core.names import places, public_name
+from peft_safety.core.plain_lora import (
+    MANIFEST,
+    Factors,
+    check_plain,
+    factor_tensors,
+    plain_config,
+    read_plain,
+    write_files,
+)
 from peft_safety.errors import ConfigError
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.factors import layer_factors
@@ -25,16 +35,6 @@ from peft_safety.methods.somf.forward import MaskedAdapters
 from peft_safety.methods.somf.options import FuseOptions
 from peft_safety.methods.somf.report import FuseReport, distinct
 from peft_safety.methods.somf.updates import Continued, Independent, Update
-from peft_safety.names import places, public_name
-from peft_safety.plain_lora import (
-    MANIFEST,
-    Factors,
-    check_plain,
-    factor_tensors,
-    plain_config,
-    read_plain,
-    write_files,
-)
 
 CONTINUED_COSINE = 0.2
 """Least cosine between the `lora_A` of a task and of the safe adapter that it was trained on from. Two random ones are

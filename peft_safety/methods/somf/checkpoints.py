@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_safety import publish, weights
+from peft_safety.core import base_weights as weights
+from peft_safety.core import publish
+from peft_safety.core.checkpoints import FLOATS, FileWeights
 from peft_safety.errors import CheckpointError, ConfigError
-from peft_safety.estimate.checkpoints import FLOATS, FileWeights
 from peft_safety.methods.somf.forward import MaskedWeights
 from peft_safety.methods.somf.masks import mask_shape, rescaled
 from peft_safety.methods.somf.options import FuseOptions

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_safety import weights
+from peft_safety.core import base_weights as weights
+from peft_safety.core.targets import base_layers
 from peft_safety.errors import ConfigError
-from peft_safety.estimate.targets import base_layers
 from peft_safety.methods.somf.masks import Shape, concrete, noise, rescaled, stream
 from peft_safety.methods.somf.options import FuseOptions
 from peft_safety.methods.somf.updates import MaskOf, Update

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from peft_safety.core.plain_lora import MANIFEST
+from peft_safety.core.publish import require_whole
 from peft_safety.data.rows import Rows
 from peft_safety.errors import ConfigError
 from peft_safety.layers.adapters import config_table
@@ -19,8 +21,6 @@ from peft_safety.methods.somf.masks import Masks, export, load_masks
 from peft_safety.methods.somf.options import FuseOptions, MaskTraining
 from peft_safety.methods.somf.report import FuseReport
 from peft_safety.methods.somf.train import MaskRun, train_mask
-from peft_safety.plain_lora import MANIFEST
-from peft_safety.publish import require_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peft_safety import files
+from peft_safety.core import files
 from peft_safety.errors import ArtifactError, ConfigError
 
 Shape = tuple[int, ...]

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from peft_safety.core.names import public_name
+from peft_safety.core.plain_lora import CARD
 from peft_safety.errors import ConfigError
 from peft_safety.methods.somf.masks import Masks, Shape, save_masks
 from peft_safety.methods.somf.train import MaskRun
-from peft_safety.names import public_name
-from peft_safety.plain_lora import CARD
 
 RECORD = "peft_safety_fusion.json"
 """File with the report, in the directory of a result."""

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from peft_safety.calibration.activations import tokenizer_of
 from peft_safety.data import preference_pairs, refusal_pairs
 from peft_safety.data.rows import Rows
 from peft_safety.errors import ConfigError
-from peft_safety.estimate.activations import tokenizer_of
 from peft_safety.methods.somf.forward import MaskedModel
 from peft_safety.methods.somf.masks import stream
 from peft_safety.methods.somf.objectives import (

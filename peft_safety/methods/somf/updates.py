@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from peft_safety.core.plain_lora import Factors
 from peft_safety.errors import ConfigError
 from peft_safety.methods.somf.masks import Granularity, Rescale, Shape, mask_shape, rescaled
-from peft_safety.plain_lora import Factors
 
 MaskOf = Callable[[str], Tensor]
 """From a mask's full name to an exported mask, or to a sample of a training step."""

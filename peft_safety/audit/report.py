@@ -1,0 +1,340 @@
+"""`orthogonality_report`: every module of an adapter, each figure beside its null."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from peft_safety.audit.calibration_sets import Calibration, CalibrationSet, calibration_sets, check_request
+from peft_safety.audit.interference import Interference, interference
+from peft_safety.audit.metrics import SideOverlap, Update, compare, decompose, weight_span
+from peft_safety.calibration.moments import Positions, exact_matmul
+from peft_safety.core import base_weights as weights
+from peft_safety.core.environment import environment
+from peft_safety.core.names import public_name
+from peft_safety.core.plain_lora import check_features
+from peft_safety.errors import CheckpointError, ConfigError
+from peft_safety.layers.adapters import adapter_layers, config_table
+from peft_safety.methods.factors import layer_factors
+
+DEFAULT_K = 32
+"""Directions of W behind the energy overlap: those that the methods of this package protect by default."""
+
+
+@dataclass(frozen=True)
+class ModuleOrthogonality:
+    """One module's update against its weight.
+
+    Attributes:
+        name: in the base model.
+        shape: `(out_features, in_features)`.
+        rank: numerical rank of dW; 0 for a zero update, whose figures are NaN.
+        norm, relative_norm: `||dW||_F`, and that over `||W||_F`.
+        effective_rank: `exp` of the entropy of dW's singular values.
+        right, left: on the input side (right singular vectors, the published one) and on the output side.
+        others: `|cos|` between this update and that of every other adapter on the module, by adapter name.
+        general, harmful: functional interference on both kinds of inputs; None where it was not measured.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    norm: float
+    relative_norm: float
+    effective_rank: float
+    right: SideOverlap
+    left: SideOverlap
+    others: Mapping[str, float]
+    general: Interference | None = None
+    harmful: Interference | None = None
+
+    @property
+    def interference_ratio(self) -> float:
+        """Interference on general inputs over that on harmful ones: below 1 the update acts on harmful inputs more.
+        NaN if not measured.
+        """
+        if self.general is None or self.harmful is None or self.harmful.share == 0:
+            return math.nan
+        return self.general.share / self.harmful.share
+
+    @property
+    def layer(self) -> int | None:
+        """Number of the layer, by the first number in the name."""
+        found = re.search(r"(?:^|\.)(\d+)\.", self.name)
+        return int(found.group(1)) if found else None
+
+    @property
+    def kind(self) -> str:
+        """What comes behind the number of the layer, or the whole name."""
+        return re.split(r"(?:^|\.)\d+\.", self.name, maxsplit=1)[-1]
+
+
+FIGURES: dict[str, Callable[[ModuleOrthogonality], float]] = {
+    "effective_rank": lambda row: row.effective_rank,
+    "relative_norm": lambda row: row.relative_norm,
+    "metric": lambda row: row.right.metric,
+    "metric_null": lambda row: row.right.null,
+    "z": lambda row: row.right.z,
+    "angle": lambda row: row.right.angle,
+    "energy": lambda row: row.right.energy,
+    "energy_ratio": lambda row: row.right.energy_ratio,
+    "left_z": lambda row: row.left.z,
+    "left_energy_ratio": lambda row: row.left.energy_ratio,
+    "general": lambda row: math.nan if row.general is None else row.general.share,
+    "harmful": lambda row: math.nan if row.harmful is None else row.harmful.share,
+    "interference_ratio": lambda row: row.interference_ratio,
+}
+"""The figures that are summarized, by name."""
+
+
+@dataclass(frozen=True)
+class OrthogonalityReport:
+    """All modules of an adapter.
+
+    Attributes:
+        adapter: its name on the model.
+        modules: in module order.
+        others: adapters that it was compared with.
+        environment: versions and machine; model, `k`, positions, and source, hash and size of the calibration data;
+            `not_compared`: other adapters whose update is no plain product, each with the reason.
+    """
+
+    adapter: str
+    modules: tuple[ModuleOrthogonality, ...]
+    others: tuple[str, ...]
+    environment: Mapping[str, Any]
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is a functional part."""
+        return all(row.general is not None for row in self.modules)
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """Medians over all modules, by the names of `FIGURES`, and `overlap:NAME` for every other adapter. NaN where
+        nothing has the figure.
+        """
+        return medians(self.modules, self.others)
+
+    @property
+    def kinds(self) -> dict[str, list[ModuleOrthogonality]]:
+        """Modules by kind: the last part of the name, or as much as tells apart what one layer holds (`attn.c_proj`
+        and `mlp.c_proj`).
+        """
+        tails: dict[str, set[str]] = {}
+        for row in self.modules:
+            tails.setdefault(row.kind.rpartition(".")[2], set()).add(row.kind)
+        found: dict[str, list[ModuleOrthogonality]] = {}
+        for row in self.modules:
+            last = row.kind.rpartition(".")[2]
+            found.setdefault(last if len(tails[last]) == 1 else row.kind, []).append(row)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; NaN becomes None."""
+        rows = [asdict(row) | {"interference_ratio": row.interference_ratio} for row in self.modules]
+        found: dict[str, Any] = _plain(
+            {
+                "adapter": self.adapter,
+                "others": self.others,
+                "environment": dict(self.environment),
+                "summary": self.summary,
+                "modules": rows,
+            }
+        )
+        return found
+
+
+def medians(rows: Iterable[ModuleOrthogonality], others: Iterable[str] = ()) -> dict[str, float]:
+    """Medians of every figure over those modules that have it."""
+    rows = list(rows)
+    found = {name: _median(figure(row) for row in rows) for name, figure in FIGURES.items()}
+    return found | {f"overlap:{other}": _median(row.others.get(other, math.nan) for row in rows) for other in others}
+
+
+def _median(values: Iterable[float]) -> float:
+    found = [value for value in values if not math.isnan(value)]
+    return statistics.median(found) if found else math.nan
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def orthogonality_report(
+    model: nn.Module,
+    adapter: str = "default",
+    *,
+    calibration: Calibration = None,
+    tokenizer: Any = None,
+    k: int = DEFAULT_K,
+    positions: Positions = "response",
+    progress: bool = True,
+) -> OrthogonalityReport:
+    """How an adapter's update lies in relation to the weights under it, and what it does to general and to harmful
+    inputs.
+
+    The published claim (patches nearly orthogonal to W) rests on a metric that random subspaces pass as well, so each
+    figure stands beside its null. Nothing of the model is changed, and dW is never formed. The geometry needs no data;
+    weights are read one module at a time.
+
+    Args:
+        model: a PeftModel, or a model with injected adapters; dense, Conv1D or bitsandbytes base.
+        adapter: name of a LoRA adapter, plain or one of this package's.
+        calibration: for the functional part. None leaves it out; `"auto"` takes the package's general prompts with the
+            base model's own greedy answers, and its harmful requests with refusals; or `{"general": ..., "harmful":
+            ...}`, each rows or tokenized batches with labels.
+        tokenizer: for rows of text; default the model's own.
+        k: directions of W behind the energy overlap, at least 1; at most what W has.
+        positions: tokens that count: "response", "prompt" or "all".
+
+    Returns:
+        A report: per module the published metric with null and z-score, principal angles, energy overlap, the same on
+        the output side, effective rank, overlap with the other adapters, functional interference.
+
+    Raises:
+        ConfigError: no such adapter, one whose update is not a plain product, a merged one, a factor that is not
+            finite; malformed arguments.
+        UnsupportedLayerError: embeddings, convolutions, sharded weights.
+        CheckpointError: a base weight that is not finite.
+        CalibrationError, DataError: calibration data that is empty, malformed or not finite.
+
+    Reference: Mou et al., arXiv 2510.09004 (the metric); Roy and Vetterli, EUSIPCO 2007 (effective rank). The nulls
+        and the functional part are ours.
+    """
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ConfigError(f"k={k!r}. Use an integer of at least 1.")
+    check_request(calibration, positions)
+    layers, comparable, skipped = _resolve(model, adapter)
+    updates = {name: _update(name, layer, adapter) for name, layer in layers.items()}
+    sets = calibration_sets(model, calibration, tokenizer, progress)
+    base = {name: layer.get_base_layer() for name, layer in layers.items()}
+    functional = {
+        kind: interference(
+            model, base, updates, chosen.batches, positions=positions, progress=progress, what=f"{kind} inputs"
+        )
+        for kind, chosen in sets.items()
+    }
+    rows = _rows(layers, updates, comparable, k, functional, progress)
+    facts = _facts(model, k, positions, sets, functional) | ({"not_compared": skipped} if skipped else {})
+    return OrthogonalityReport(adapter, rows, tuple(comparable), facts)
+
+
+def _resolve(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLayer], list[str], dict[str, str]]:
+    """The adapter's layers, the other adapters that share some of them, and those that cannot be compared with the
+    reason.
+    """
+    table = config_table(model)
+    if adapter not in table:
+        raise ConfigError(f"the model has no adapter {adapter!r}, only {sorted(table)}. Name one of these.")
+    check_features(table[adapter], f"adapter {adapter!r}")
+    layers = adapter_layers(model, adapter)
+    if not layers:
+        raise ConfigError(f"adapter {adapter!r} has no LoRA layer on this model. Name another adapter.")
+    comparable, skipped = [], {}
+    for other in table:
+        if other == adapter or not any(other in layer.lora_A for layer in layers.values()):
+            continue
+        try:
+            check_features(table[other], f"adapter {other!r}")
+            comparable.append(other)
+        except ConfigError as error:
+            skipped[other] = str(error)
+    return layers, comparable, skipped
+
+
+def _update(name: str, layer: LoraLayer, adapter: str) -> Update:
+    """The update of one layer, as its forward computes it."""
+    factors = layer_factors(name, layer, adapter)
+    return decompose(factors.a.cpu().double(), factors.b.cpu().double(), factors.scaling)
+
+
+def _rows(
+    layers: Mapping[str, LoraLayer],
+    updates: Mapping[str, Update],
+    comparable: Iterable[str],
+    k: int,
+    functional: Mapping[str, Mapping[str, Interference]],
+    progress: bool,
+) -> tuple[ModuleOrthogonality, ...]:
+    from tqdm.auto import tqdm
+
+    rows = []
+    for name, layer in tqdm(layers.items(), desc="orthogonality", unit="module", disable=not progress):
+        others = {
+            other: updates[name].overlap(_update(name, layer, other)) for other in comparable if other in layer.lora_A
+        }
+        rows.append(
+            _row(
+                name,
+                layer.get_base_layer(),
+                updates[name],
+                k,
+                others,
+                {kind: found[name] for kind, found in functional.items()},
+            )
+        )
+    return tuple(rows)
+
+
+def _row(
+    name: str,
+    base: nn.Module,
+    update: Update,
+    k: int,
+    others: Mapping[str, float],
+    functional: Mapping[str, Interference],
+) -> ModuleOrthogonality:
+    weight = weights.dense_weight(base, name)
+    if not bool(torch.isfinite(weight).all()):
+        raise CheckpointError(
+            f"{name}: the base weight {tuple(weight.shape)} holds NaN or Inf. Load an intact checkpoint."
+        )
+    with exact_matmul():
+        span = weight_span(weight, k)
+    return ModuleOrthogonality(
+        name=name,
+        shape=weights.shape(base),
+        rank=update.rank,
+        norm=update.norm,
+        relative_norm=update.norm / span.norm if span.norm > 0 else math.nan,
+        effective_rank=update.effective_rank,
+        right=compare(update.right, update.values, span.right, k),
+        left=compare(update.left, update.values, span.left, k),
+        others=others,
+        **functional,
+    )
+
+
+def _facts(
+    model: nn.Module,
+    k: int,
+    positions: Positions,
+    sets: Mapping[str, CalibrationSet],
+    functional: Mapping[str, Mapping[str, Interference]],
+) -> dict[str, Any]:
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    facts = environment(seed=0, model=public_name(name) if name else "", k=k)
+    if not sets:
+        return facts | {"calibration": None}
+    described = {
+        kind: {
+            "source": chosen.source,
+            "data": chosen.digest,
+            "tokens": max(row.tokens for row in functional[kind].values()),
+        }
+        for kind, chosen in sets.items()
+    }
+    return facts | {"positions": positions, "calibration": described}

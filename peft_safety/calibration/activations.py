@@ -1,0 +1,326 @@
+"""Safety subspaces from activations: what the inputs or the outputs of each layer span on some data, for all layers in
+one pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_safety.calibration.bases import Size, contrastive_basis, input_basis, output_basis
+from peft_safety.calibration.leaving_out import cut, fitted, narrow_layers, record, without_room
+from peft_safety.calibration.moments import InputMoments, Positions, collect, to_batches
+from peft_safety.core import base_weights as weights
+from peft_safety.core.names import listed
+from peft_safety.core.projection import Side
+from peft_safety.core.subspace import SafetySubspace
+from peft_safety.core.targets import target_layers
+from peft_safety.data.rows import Rows
+from peft_safety.errors import CalibrationError, ConfigError
+
+METHODS: dict[str, tuple[tuple[Side, ...], Positions]] = {
+    "salora": (("out",), "response"),
+    "ortho_patch": (("in",), "all"),
+    "guardspace": (("in",), "all"),
+}
+"""Sides and token positions of each method, where none are given."""
+DEFAULT_RANK = 32
+"""As published for SaLoRA (arXiv 2501.01765, section 5.1)."""
+GUARDSPACE_FRACTION = 0.25
+"""Share of the input dimensions that GuardSpace takes where none is given: in a probe on SmolLM2-135M (one seed) it
+kept refusals at every share of poison. To be confirmed by benchmarks/guardspace.py; a long fine-tune needed half."""
+
+
+def estimate(
+    model: nn.Module,
+    data: Rows,
+    *,
+    tokenizer: Any = None,
+    method: str = "salora",
+    rank: float | None = None,
+    energy: float | None = None,
+    per_kind: Mapping[str, float] | None = None,
+    sides: Sequence[Side] | None = None,
+    positions: Positions | None = None,
+    against: Rows | None = None,
+    target_modules: Iterable[str] | str | None = None,
+    exclude_modules: Iterable[str] | str | None = None,
+    layers: Mapping[str, nn.Module] | None = None,
+    batch_size: int = 8,
+    max_length: int = 512,
+    seed: int = 0,
+    allow_fewer: bool = False,
+    progress: bool = True,
+) -> SafetySubspace:
+    """Estimate the directions that `data` spans in each target layer, `X` being the layer's inputs at the tokens that
+    count.
+
+    On the output side the top left singular vectors of `W X` (bias excluded, not centered), on the input side the top
+    eigenvectors of `X X^T`, which layers with the same input share. Any adapter on the model is switched off
+    meanwhile.
+
+    Args:
+        model: language model; may be quantized, may carry adapters. Of an encoder-decoder the encoder's tokens are the
+            prompt, the decoder's the response.
+        data: rows `{prompt, response}` / `{messages}` / `{text, label}`, rows of a `{prompt}` alone, or tokenized
+            batches with `labels` (-100: no response); a list, a data set, a frame or an iterable data set of them (see
+            `peft_safety.data.rows.as_rows`).
+        tokenizer: with a chat template; for rows only.
+        method: "salora" (out, response tokens), "ortho_patch" or "guardspace" (in, all tokens); sets `sides` and
+            `positions` where they are not given.
+        rank: directions per layer, an integer (default 32); or a share of the features of that side, a float in (0, 1)
+            (default of "guardspace").
+        energy: instead, as many directions as hold this share of `||W X||^2` or `||X||^2`, in (0, 1].
+        per_kind: other values of `rank`, or of `energy`, for modules whose name ends so: `{"down_proj": 0.1}`.
+        positions: "response", "prompt" or "all" tokens.
+        against: data that must stay in reach; the basis is then contrastive (see `contrastive_basis`).
+        target_modules, exclude_modules: as in `LoraConfig`; without `target_modules`, PEFT's default of the
+            architecture.
+        layers: base layers by name, instead of these two.
+        allow_fewer: where the data span fewer than `rank` directions (a first layer sees little but the embeddings of
+            the tokens that occur), keep those, with a warning, instead of raising.
+
+    Returns:
+        A subspace with spectra, fingerprints and provenance. Layers that no token reaches, or with a single feature on
+        a side, have none: see `SafetySubspace.left_out`. Layers far narrower than the others (heads, gates) have fewer
+        directions where `rank` is too much for them, with a warning.
+
+    Raises:
+        CalibrationError: fewer tokens, or fewer independent directions, than `rank`; inputs that are zero or not
+            finite.
+        ConfigError: an unknown method, a rank that leaves nothing to train, no module matched.
+
+    Reference: SaLoRA, arXiv 2501.01765, section 4.1; GuardSpace, arXiv 2510.14301. SaLoRA's public code runs the model
+        once per layer; this is one pass.
+    """
+    chosen, where = _where(method, sides, positions)
+    if rank is None and energy is None:
+        rank = GUARDSPACE_FRACTION if method == "guardspace" else DEFAULT_RANK
+    targets = dict(target_layers(model, target_modules, exclude_modules) if layers is None else layers)
+    unfit = without_room(targets, chosen)
+    layers = {name: layer for name, layer in targets.items() if name not in unfit}
+    sizes = fitted(layers, sizes_of(targets, rank, energy, per_kind or {}), chosen)
+    found = []
+    for rows in [data] if against is None else [data, against]:
+        batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
+        with adapters_off(model):
+            moments = collect(model, layers, batches, positions=where, progress=progress)
+        found.append(
+            (
+                moments,
+                {
+                    "data": digest,
+                    "samples": sum(int(b["input_ids"].shape[0]) for b in batches),
+                    "tokens": moments.tokens,
+                },
+            )
+        )
+    (moments, facts), contrast = found[0], found[1:]
+    wanted = {
+        (name, side): sizes[name][side].fixed(weights.shape(layer), side, name)
+        for name, layer in layers.items()
+        for side in chosen
+    }
+    needed = max((k for k in wanted.values() if k is not None), default=1)
+    if moments.tokens < needed:
+        raise CalibrationError(
+            f"{moments.tokens} {'labeled ' * (where == 'response')}tokens cannot span rank={needed} directions. Give "
+            "more data, or a smaller rank."
+        )
+    reached = {name: layer for name, layer in layers.items() if all(seen.reaches(name) for seen, _ in found)}
+    if not reached:
+        raise CalibrationError(
+            f"no token that counts reaches any of the {len(layers)} target layers ({listed(layers)}). Give data "
+            "that do."
+        )
+    bases, spectra = _bases(
+        {side: narrow_layers(layers, side) for side in chosen},
+        reached,
+        chosen,
+        moments,
+        contrast[0][0] if contrast else None,
+        sizes,
+        seed,
+    )
+    _check_spans(
+        {(name, side): bases[name][side].shape[1] for name in reached for side in chosen}, wanted, allow_fewer
+    )
+    provenance = {
+        "method": method,
+        "sides": "+".join(chosen),
+        "positions": where,
+        "seed": seed,
+        "model": model_name(model),
+        **facts,
+    }
+    provenance |= ({"rank": rank} if energy is None else {"energy": energy}) | (
+        {"per_kind": dict(per_kind)} if per_kind else {}
+    )
+    provenance |= record([name for name in layers if name not in reached], unfit)
+    if contrast:
+        provenance["against"] = contrast[0][1]["data"]
+    elif "in" in chosen:
+        provenance["covered"] = {name: _covered(spectra[name]["in"], moments.moment(name)) for name in reached}
+    subspace = SafetySubspace(bases, spectra, provenance=provenance)
+    subspace.bind(reached)
+    return subspace
+
+
+def _where(
+    method: str, sides: Sequence[Side] | None, positions: Positions | None
+) -> tuple[tuple[Side, ...], Positions]:
+    """Sides and token positions: those given, or else the method's own."""
+    if method not in METHODS:
+        raise ConfigError(f"method={method!r}; no such method. Use one of {', '.join(METHODS)}.")
+    if positions not in (None, "response", "prompt", "all"):
+        raise ConfigError(f"positions={positions!r}. Use 'response', 'prompt' or 'all'.")
+    own_sides, own_positions = METHODS[method]
+    return own_sides if sides is None else tuple(sides), positions or own_positions
+
+
+def size_of(rank: float | None, energy: float | None = None) -> Size:
+    """An integer `rank` is a number of directions, a float below 1 a share of the features.
+
+    Raises:
+        ConfigError: neither; or both are given, or none.
+    """
+    return Size(share=rank, energy=energy) if isinstance(rank, float) else Size(rank=rank, energy=energy)
+
+
+def sizes_of(
+    layers: Mapping[str, nn.Module], rank: float | None, energy: float | None, per_kind: Mapping[str, float]
+) -> dict[str, Size]:
+    """The size of each layer's basis; `per_kind` has other values, in the same unit, by the last part of a layer's
+    name.
+
+    Raises:
+        ConfigError: see `size_of`; a kind that no layer is of.
+    """
+    usual = size_of(rank, energy)
+    special = {kind: size_of(value) if energy is None else size_of(None, value) for kind, value in per_kind.items()}
+    unknown = sorted(set(special) - {kind_of(name) for name in layers})
+    if unknown:
+        there = ", ".join(sorted({kind_of(name) for name in layers}))
+        raise ConfigError(f"per_kind names {unknown[0]!r}, and no target module is of that kind. There are {there}.")
+    return {name: special.get(kind_of(name), usual) for name in layers}
+
+
+def kind_of(name: str) -> str:
+    """Last part of a module's name: `q_proj`."""
+    return name.rpartition(".")[2]
+
+
+def _covered(spectrum: Tensor, moment: Tensor) -> float:
+    """Share of a moment that a basis holds."""
+    return min(1.0, round(float(spectrum.double().square().sum() / moment.diagonal().double().sum()), 8))
+
+
+def _bases(
+    narrow: Mapping[Side, set[str]],
+    layers: Mapping[str, nn.Module],
+    sides: Sequence[Side],
+    moments: InputMoments,
+    contrast: InputMoments | None,
+    sizes: Mapping[str, Mapping[Side, Size]],
+    seed: int,
+) -> tuple[dict[str, dict[Side, Tensor]], dict[str, dict[Side, Tensor]]]:
+    """Basis and spectrum of every layer and side; layers with one moment, and of one size, share their input basis."""
+    shared: dict[tuple[int, Size, bool], tuple[Tensor, Tensor]] = {}
+    bases: dict[str, dict[Side, Tensor]] = {name: {} for name in layers}
+    spectra: dict[str, dict[Side, Tensor]] = {name: {} for name in layers}
+    for name, layer in layers.items():
+        moment, against = moments.moment(name), None if contrast is None else contrast.moment(name)
+        for side in sides:
+            size, slim = sizes[name][side], name in narrow[side]
+            if side == "in":
+                key = (id(moment), size, slim)
+                if key not in shared:
+                    found = (
+                        input_basis(moment, size, name, seed=seed)
+                        if against is None
+                        else contrastive_basis(moment, against, size, name)
+                    )
+                    shared[key] = cut(*found) if slim else found
+                found = shared[key]
+            else:
+                weight = weights.dense_weight(layer, name).to(moment.device)
+                if against is None:
+                    found = output_basis(weight, moment, size, name, seed=seed)
+                else:
+                    weight = weight.to(moment.dtype)
+                    found = contrastive_basis(weight @ moment @ weight.mT, weight @ against @ weight.mT, size, name)
+                found = cut(*found) if slim else found
+            bases[name][side], spectra[name][side] = found
+    return bases, spectra
+
+
+def _check_spans(
+    spans: Mapping[tuple[str, Side], int], wanted: Mapping[tuple[str, Side], int | None], allow_fewer: bool
+) -> None:
+    short = {key: span for key, span in spans.items() if span < (wanted[key] or 0)}
+    if not short:
+        return
+    key = min(short, key=lambda k: short[k])
+    said = (
+        f"{key[0]}: the data span {short[key]} directions only, rank={wanted[key]} were asked for "
+        f"({len(short)} of {len(spans)} layers fall short)."
+    )
+    if not allow_fewer or short[key] == 0:
+        raise CalibrationError(f"{said} Give more varied data, a smaller rank, or allow_fewer=True.")
+    warnings.warn(f"{said} Each protects all that it has.", stacklevel=3)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Run the bare base model; adapters and what they train come back unchanged.
+
+    Raises:
+        ConfigError: an adapter is merged into the base weights.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tuners = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if any(module.merged for module in tuners):
+        raise ConfigError("an adapter is merged into the base weights. Call unmerge_adapter() before calibrating.")
+    trainable = [(p, p.requires_grad) for module in tuners for p in module.parameters()]
+    was_off = [module.disable_adapters for module in tuners]
+    for module in tuners:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module, off in zip(tuners, was_off, strict=True):
+            module.enable_adapters(not off)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+
+
+def model_name(model: nn.Module) -> str:
+    """Last part of the name or path that the model was loaded from; a local path is nobody else's business."""
+    config = getattr(model, "config", None)
+    path = str(getattr(config, "_name_or_path", "") or "")
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def tokenizer_of(model: nn.Module) -> Any:
+    """The tokenizer under the model's own name or directory.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    source = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    try:
+        if not source:
+            raise OSError("the model has no name")
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no tokenizer can be loaded for {source or 'the model'!r} ({type(error).__name__}). "
+            "Calibrate with SafetySubspace.from_activations(model, data, tokenizer=...) and pass subspace=."
+        ) from error

@@ -1,0 +1,203 @@
+"""From second moments and weights to bases: how many directions, and which. Pure functions on tensors; nothing here
+runs a model.
+
+A moment is `S = sum_t x_t x_t^T (n, n)` of a layer's inputs, not normalized. A basis comes with a spectrum,
+descending: the square roots of the eigenvalues behind it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peft_safety.core.projection import (
+    OVERSAMPLING,
+    POWER_ITERATIONS,
+    Side,
+    orthonormalize,
+    top_eigenvectors,
+    top_left_singular,
+)
+from peft_safety.errors import CalibrationError, ConfigError
+
+RANK_FLOORS = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""Singular values below this share of the largest are rounding noise. A fp32 moment of exact rank r leaves up to 9e-4,
+about the square root of its epsilon, in the next one; a fp64 moment of fp32 activations shows those down to the
+activations' own rounding."""
+RIDGE = 1e-3
+"""Share of the mean eigenvalue added to the denominator of a contrastive basis, so that directions that neither data
+set uses are no contrast.
+"""
+WEIGHT_ITERATIONS = 2
+"""Iterations with `W W^T`, each worth two with `W`, for weight bases: see benchmarks/subspace.py for what they
+reach.
+"""
+DENSE_LIMIT = 1024
+"""Moments up to this size are decomposed in full: as fast as iterating there, and exact."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many directions of a layer: exactly one of these.
+
+    Attributes:
+        rank: a number, the same for every layer.
+        share: of the layer's dimensions, in (0, 1).
+        energy: the smallest number that holds this share of the (second) moment, in (0, 1].
+    """
+
+    rank: int | None = None
+    share: float | None = None
+    energy: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise ConfigError(
+                f"the size of a basis is given by one of rank, a share and energy, not by {given or 'none'}."
+            )
+        if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool)):
+            raise ConfigError(
+                f"rank={self.rank!r}. Use an integer of at least 1, or a share of the features between 0 and 1."
+            )
+        if self.share is not None and not 0 < self.share < 1:
+            raise ConfigError(
+                f"rank={self.share!r}. Use an integer of at least 1, or a share of the features between 0 and 1."
+            )
+        if self.energy is not None and not (
+            isinstance(self.energy, (int, float)) and not isinstance(self.energy, bool) and 0 < self.energy <= 1
+        ):
+            raise ConfigError(f"energy={self.energy!r}. Use a number in (0, 1].")
+
+    def fixed(self, shape: tuple[int, int], side: Side, name: str) -> int | None:
+        """Directions to take on one side of a layer `(m, n)`; None where the energy decides. The inputs span at most
+        `n` of either side.
+
+        Raises:
+            ConfigError: they would leave nothing to train, or are more than there can be.
+        """
+        d, n = shape[0 if side == "out" else 1], shape[1]
+        if self.share is not None:
+            return min(max(1, round(self.share * d)), d - 1, n)
+        if self.rank is not None and not 1 <= self.rank < d:
+            raise ConfigError(
+                f"{name}: rank={self.rank} of {d} {side}put features leaves nothing to train, or protects nothing "
+                f"(the layer is {shape[0]} x {n}). "
+                f"Use a rank from 1 to {d - 1}, or leave it out."
+            )
+        if self.rank is not None and self.rank > n:
+            raise ConfigError(
+                f"{name}: rank={self.rank}, but {n} input features give at most {n} directions. Use a smaller rank, "
+                "or leave it out."
+            )
+        return self.rank
+
+
+def check_moment(moment: Tensor, name: str) -> float:
+    """Trace of a moment.
+
+    Raises:
+        CalibrationError: not finite, or zero.
+    """
+    total = float(moment.diagonal().double().sum())
+    if not bool(torch.isfinite(moment).all()) or not total > 0:
+        what = "is zero" if total == 0 else "holds NaN or Inf"
+        raise CalibrationError(
+            f"{name}: the second moment {tuple(moment.shape)} of its inputs {what}. Check the data, and load the "
+            "model in fp32 or bf16."
+        )
+    return total
+
+
+@torch.no_grad()
+def output_basis(
+    weight: Tensor, moment: Tensor | None, size: Size, name: str, *, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Top left singular vectors `(m, k)` of `W X`, and its singular values.
+
+    Args:
+        weight: `W (m, n)`, fp32. For the right singular vectors of a weight give `W^T`.
+        moment: `X X^T (n, n)`; None for those of `W` itself.
+
+    Raises:
+        CalibrationError: a weight or a moment that is zero or not finite.
+    """
+    m, n = weight.shape
+    if not (0 < float(weight.abs().sum(dtype=torch.float64)) < float("inf")):
+        raise CalibrationError(f"{name}: the weight {(m, n)} is zero or holds NaN or Inf. Load an intact checkpoint.")
+    if moment is not None:
+        check_moment(moment, name)
+        moment = moment.to(weight)
+    iterations = WEIGHT_ITERATIONS if moment is None else POWER_ITERATIONS
+    k = size.fixed((m, min(m, n) if moment is None else n), "out", name)
+    width = min(k or 2 * OVERSAMPLING, m, n)
+    while True:
+        u, s = top_left_singular(weight, moment, width, seed=seed, iterations=iterations)
+        if size.energy is None:
+            return _spanned(u, s, weight.dtype)
+        total = float((weight * (weight if moment is None else weight @ moment)).sum(dtype=torch.float64))
+        enough = _enough(s.double().square(), total, size.energy)
+        if enough < width or width == min(m, n):
+            return _spanned(u[:, :enough], s[:enough], weight.dtype)
+        width = min(2 * width, m, n)
+
+
+@torch.no_grad()
+def input_basis(moment: Tensor, size: Size, name: str, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Top eigenvectors `(n, k)` of `S = X X^T`, and the singular values of `X`.
+
+    With `P = I - Q Q^T` behind a factor, `E||dW x||^2 <= lambda_{k+1} ||dW||_F^2` on the data of `S`, `lambda` the
+    eigenvalues of `E[x x^T]`.
+
+    Reference: GuardSpace, arXiv 2510.14301 (on harmful data); on general data, OrthoSafetyPatch.
+    """
+    n = moment.shape[0]
+    total = check_moment(moment, name)
+    k = size.fixed((n, n), "in", name)
+    if n <= DENSE_LIMIT or k is None or 4 * (k + OVERSAMPLING) > n:
+        values, vectors = torch.linalg.eigh(moment.double())
+        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+        k = _enough(values, total, size.energy or 1.0) if k is None else k
+        return _spanned(vectors[:, :k], values[:k].sqrt(), moment.dtype)
+    vectors, values = top_eigenvectors(lambda q: moment @ q, n, k + OVERSAMPLING, like=moment, seed=seed)
+    return _spanned(vectors[:, :k], values[:k].clamp(min=0).sqrt(), moment.dtype)
+
+
+@torch.no_grad()
+def contrastive_basis(moment: Tensor, against: Tensor, size: Size, name: str) -> tuple[Tensor, Tensor]:
+    """Span `(d, k)` of the directions that one data set uses most, relative to another: top generalized eigenvectors
+    of `S v = mu S' v`.
+
+    Args:
+        moment: `S (d, d)`, of the data to protect.
+        against: `S' (d, d)`, of the data that must stay in reach; `RIDGE` of its mean eigenvalue is added to it.
+
+    Returns:
+        The basis, and `sqrt(mu)`. "energy" counts the share of `S` that the basis holds.
+    """
+    d = moment.shape[0]
+    total, other = check_moment(moment, name), check_moment(against, name)
+    k = size.fixed((d, d), "in", name)
+    s = moment.double()
+    factor = torch.linalg.cholesky(
+        against.double() * (total / other) + RIDGE * total / d * torch.eye(d, dtype=torch.float64, device=s.device)
+    )
+    half = torch.linalg.solve_triangular(factor, s, upper=False)
+    values, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(factor, half.mT, upper=False))
+    directions = orthonormalize(torch.linalg.solve_triangular(factor.mT, vectors.flip(1), upper=True))
+    if k is None:
+        k = _enough((directions * (s @ directions)).sum(0), total, size.energy or 1.0)
+    return _spanned(directions[:, :k], values.flip(0)[:k].clamp(min=0).sqrt(), moment.dtype)
+
+
+def _enough(values: Tensor, total: float, energy: float) -> int:
+    """How many of the leading values hold the share `energy` of `total`; all of them if they hold less."""
+    return min(int((values.cumsum(0) < energy * total * (1 - 1e-12)).sum()) + 1, values.numel())
+
+
+def _spanned(u: Tensor, s: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+    """In fp32, without the directions that are rounding noise of a moment of this precision."""
+    span = int((s > RANK_FLOORS[precision] * s[0]).sum())
+    return u[:, :span].float(), s[:span].float()

@@ -1,0 +1,373 @@
+"""Streaming second moments: `S = sum_t x_t x_t^T` of each layer's inputs, in one pass, with no activation kept.
+
+Layers that are fed the same tensor (q/k/v, gate/up) share one moment. Memory is one `n x n` fp64 matrix per distinct
+input, whatever the number of samples: in fp32, one massive activation, as many models have, would drown all but a few
+dozen directions in rounding noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peft_safety.core import base_weights as weights
+from peft_safety.core.names import listed
+from peft_safety.data.chat import IGNORE_INDEX, Collator, encode_prompts, encode_rows, is_prompt_only
+from peft_safety.data.rows import Rows, as_rows
+from peft_safety.errors import CalibrationError
+
+Batch = Mapping[str, Tensor]
+Positions = Literal["response", "prompt", "all"]
+
+
+class InputMoments:
+    """Accumulates the second moments of the inputs of some layers while a model runs.
+
+    Args:
+        layers: base layers by name.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.layers = dict(layers)
+        self.tokens = 0
+        self.loose: set[str] = set()
+        self._moments: dict[str, Tensor] = {}
+        self._leader: dict[str, str] = {}
+        self._masks: tuple[Tensor, ...] = ()
+        self._last: tuple[str, Tensor] | None = None
+
+    def reaches(self, name: str) -> bool:
+        """Whether the layer was fed anything that counts."""
+        return self._leader.get(name) in self._moments
+
+    def moment(self, name: str) -> Tensor:
+        """`S (n, n)` of one layer, fp64 (fp32 where the device has no fp64). Layers with the same input return the
+        same tensor.
+
+        Raises:
+            CalibrationError: the layer saw nothing that counts, or `S` is not finite.
+        """
+        if not self.reaches(name):
+            raise CalibrationError(
+                f"{name}: no token that counts reaches this layer. Give data that do, or leave it out of "
+                "target_modules."
+            )
+        found = self._moments[self._leader[name]]
+        if not bool(torch.isfinite(found).all()):
+            raise CalibrationError(
+                f"{name}: its inputs hold NaN or Inf. Load the model in float32 or bfloat16, and check the data."
+            )
+        return found
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hook the layers for the duration of a block."""
+        with ExitStack() as stack:
+            for name, layer in self.layers.items():
+                stack.callback(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True).remove)
+            stack.callback(self._forget)
+            yield
+
+    def expect(self, *masks: Tensor) -> None:
+        """Announce the next batch: which of its positions count, `(batch, tokens)` bool; of an encoder-decoder the
+        decoder's, then the encoder's.
+        """
+        self._forget()
+        self._masks = masks
+        self.tokens += sum(int(mask.sum()) for mask in masks)
+
+    def _forget(self) -> None:
+        self._last = None
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x: Tensor = args[0] if args else next(iter(kwargs.values()))
+            if (
+                self._last is not None
+                and self._last[1] is x
+                and self._leader.setdefault(name, self._last[0]) == self._last[0]
+            ):
+                return  # the very same tensor: its leader has counted it
+            if self._leader.setdefault(name, name) != name:
+                raise CalibrationError(
+                    f"{name}: shares its input with {self._leader[name]} in some batches only. Calibrate it on its "
+                    "own."
+                )
+            self._last = (name, x)
+            if not self._masks:
+                raise CalibrationError("InputMoments.expect was not called before the batch.")
+            self._add(name, selected(name, x, *self._masks))
+            if positions_of(x.shape[:-1], *self._masks) is None and not all(bool(mask.all()) for mask in self._masks):
+                self.loose.add(name)
+
+        return hook
+
+    @torch.no_grad()
+    def _add(self, name: str, x: Tensor) -> None:
+        if not x.shape[0]:
+            return
+        total = self._moments.get(name)
+        if total is None:
+            wide = torch.float32 if x.device.type == "mps" else torch.float64
+            total = self._moments[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device, dtype=wide)
+        x = x.to(total.dtype)
+        with torch.autocast(device_type=x.device.type, enabled=False), exact_matmul():
+            total.addmm_(x.mT, x)
+
+
+def positions_of(lead: Sequence[int], *masks: Tensor) -> Tensor | None:
+    """Which rows of a layer's input count, bool of the shape `lead`; None where the rows are no positions of the
+    batch.
+
+    Args:
+        lead: the input's shape without its features: `(batch, tokens)`, with further dimensions (heads) behind or
+            between, flattened, or `(batch,)` of a pooled input, which counts where any position of its sequence does.
+        masks: `(batch, tokens)` bool each.
+    """
+    for mask in masks:
+        batch, tokens = mask.shape
+        if tuple(lead) == (mask.numel(),):
+            return mask.reshape(-1)
+        if len(lead) > 1 and lead[0] == batch and tokens in lead[1:]:
+            axis = 1 + list(lead[1:]).index(tokens)
+            return mask.view(batch, *(tokens if i == axis else 1 for i in range(1, len(lead)))).expand(*lead)
+    if len(lead) >= 1 and lead[0] == masks[0].shape[0]:  # pooled, or the patches of an image: by sequence
+        chosen = torch.stack([mask.any(dim=1) for mask in masks]).any(dim=0)
+        return chosen.view(-1, *(1 for _ in lead[1:])).expand(*lead)
+    return None
+
+
+def selected(name: str, x: Tensor, *masks: Tensor) -> Tensor:
+    """The rows of a layer's input or output that count, `(rows, features)`, fp32.
+
+    Args:
+        x: `(..., features)`; see `positions_of`. All rows count where they are no positions of the batch (routed
+            experts, patches of images).
+        masks: `(batch, tokens)` bool.
+
+    Raises:
+        CalibrationError: no tensor.
+    """
+    if not isinstance(x, Tensor) or x.ndim < 1:
+        raise CalibrationError(
+            f"{name}: it is fed, or gives, a {type(x).__name__} and no rows of features. Leave it out of "
+            "target_modules."
+        )
+    rows, chosen = x.detach().reshape(-1, x.shape[-1]), positions_of(x.shape[:-1], *masks)
+    if chosen is None:
+        return rows.float() if any(bool(mask.any()) for mask in masks) else rows[:0].float()
+    return rows[chosen.reshape(-1).to(x.device)].float()
+
+
+def collect(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    *,
+    positions: Positions = "response",
+    progress: bool = True,
+    what: str = "calibrating",
+) -> InputMoments:
+    """Run every batch once, without gradients and in eval mode, and return the moments at the positions that count.
+
+    Args:
+        batches: `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`; positions without attention never
+            count.
+        positions: those with a label ("response"), those without ("prompt"), or both ("all").
+    """
+    moments = InputMoments(layers)
+    with moments.watching():
+        run(model, batches, moments.expect, positions=positions, progress=progress, what=what)
+    if moments.loose:
+        warnings.warn(
+            f"{what}: {len(moments.loose)} layers have inputs that do not line up with the tokens of a batch (routed "
+            "experts, images), so all of them count "
+            f"there, padding included: {listed(moments.loose)}. Batches of one length without padding, with "
+            "positions='all', are exact.",
+            stacklevel=3,
+        )
+    return moments
+
+
+@torch.no_grad()
+def run(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    expect: Callable[..., None],
+    *,
+    positions: Positions = "response",
+    progress: bool = True,
+    what: str,
+) -> None:
+    """One pass over the batches in eval mode; whoever has hooked the layers is told before each batch which of its
+    positions count.
+
+    Args:
+        batches: besides ids, attention and labels, whatever tensors the model's forward names (`pixel_values`,
+            `token_type_ids`) are passed on.
+        expect: called with a `(batch, tokens)` bool mask; for an encoder-decoder with the decoder's and the encoder's.
+    """
+    from tqdm.auto import tqdm
+
+    device = next(model.parameters()).device
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with weights.unpacked(model):
+            for batch in tqdm(batches, desc=what, unit="batch", disable=not progress):
+                on_device = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+                masks, arguments = _call(model, on_device, positions)
+                expect(*masks)
+                model(**arguments)
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+def _call(model: nn.Module, batch: dict[str, Tensor], positions: Positions) -> tuple[list[Tensor], dict[str, Any]]:
+    """The positions that count, and the arguments of the model's forward."""
+    bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    accepted = inspect.signature(bare.forward).parameters
+    ids, labels = batch["input_ids"], batch["labels"]
+    attention = batch.get("attention_mask", torch.ones_like(ids))
+    extra: dict[str, Any] = {
+        key: value
+        for key, value in batch.items()
+        if key in accepted and key not in ("input_ids", "attention_mask", "labels")
+    }
+    if "use_cache" in accepted or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
+        extra["use_cache"] = False
+    if not is_encoder_decoder(model):
+        return [counted(labels, attention, positions)], {"input_ids": ids, "attention_mask": attention, **extra}
+    if labels.shape[1] == ids.shape[1]:  # of different lengths, so that it can be told which of the two a layer is fed
+        ids, attention = nn.functional.pad(ids, (0, 1), value=int(ids[0, 0])), nn.functional.pad(attention, (0, 1))
+    if "decoder_input_ids" not in extra:
+        extra["decoder_input_ids"] = bare.prepare_decoder_input_ids_from_labels(labels=labels)
+    prompt = (attention != 0) & (positions != "response")
+    answer = (labels != IGNORE_INDEX) & (positions != "prompt")
+    return [answer, prompt], {"input_ids": ids, "attention_mask": attention, **extra}
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the labels are another sequence than the inputs."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def counted(labels: Tensor, attention: Tensor, positions: Positions) -> Tensor:
+    """Which positions count, `(batch, tokens)` bool."""
+    there = attention != 0
+    if positions == "all":
+        return there
+    return there & ((labels != IGNORE_INDEX) == (positions == "response"))
+
+
+def to_batches(
+    data: Rows, tokenizer: Any, *, batch_size: int, max_length: int, model: nn.Module | None = None
+) -> tuple[list[Batch], str]:
+    """Rows or tokenized batches as batches, and a hash of what they hold. Rows of a prompt alone may stand among
+    complete ones.
+
+    Args:
+        data: whatever `as_rows` takes, but no bare iterator: nobody could repeat the estimate once it is used up.
+        model: an encoder-decoder may have labels of another length than its inputs.
+
+    Raises:
+        CalibrationError: no data, rows without a tokenizer, or batches without labels.
+    """
+    if isinstance(data, Iterator):
+        raise CalibrationError(
+            f"calibration data is a {type(data).__name__}, which can be read only once. Give list(data)."
+        )
+    rows = as_rows(data, "calibration data", CalibrationError)
+    if not rows:
+        raise CalibrationError("no calibration data. Give rows {prompt, response} or tokenized batches.")
+    if is_tokenized(rows):
+        batches = [_check(i, batch, model is not None and is_encoder_decoder(model)) for i, batch in enumerate(rows)]
+    else:
+        if tokenizer is None:
+            raise CalibrationError(
+                "rows of text need tokenizer=. Pass the model's tokenizer, or tokenized batches with labels."
+            )
+        bare = [row for row in rows if is_prompt_only(row)]
+        full = [row for row in rows if not is_prompt_only(row)]
+        encoded = encode_prompts(tokenizer, bare, max_length) + (
+            encode_rows(tokenizer, full, max_length) if full else []
+        )
+        features = sorted(encoded, key=lambda f: len(f["input_ids"]))
+        collate = Collator(tokenizer)
+        batches = [collate(features[i : i + batch_size]) for i in range(0, len(features), batch_size)]
+    return batches, content_digest(batches)
+
+
+def is_tokenized(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether rows are tokenized batches, for which no tokenizer is needed."""
+    return bool(rows) and "input_ids" in rows[0]
+
+
+def content_digest(batches: Sequence[Batch]) -> str:
+    """sha256 of the sequences, whatever their order, batches and padding."""
+    rows = []
+    for batch in batches:
+        attention = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
+        for ids, labels, there in zip(batch["input_ids"], batch["labels"], attention, strict=True):
+            rows.append(
+                json.dumps(
+                    [
+                        ids[there].tolist(),
+                        (labels[there] if labels.shape == there.shape else labels[labels != IGNORE_INDEX]).tolist(),
+                    ]
+                )
+            )
+    return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
+
+
+def _check(index: int, batch: Mapping[str, Any], two_sequences: bool) -> Batch:
+    batch = _as_tensors(batch)
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    if (
+        isinstance(ids, Tensor)
+        and isinstance(labels, Tensor)
+        and ids.ndim == 2
+        and ids.numel() > 0
+        and labels.numel() > 0
+    ):
+        if labels.ndim == 1 and len(labels) == len(ids):  # classes of sequences: no position is a response
+            return {**batch, "labels": torch.full_like(ids, IGNORE_INDEX)}
+        if ids.shape == labels.shape or (two_sequences and labels.ndim == 2 and len(labels) == len(ids)):
+            return batch
+    raise CalibrationError(
+        f"batch {index}: input_ids and labels must be tensors of one shape (batch, tokens), not empty. Set labels to "
+        "-100 where a token does not count."
+    )
+
+
+def _as_tensors(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A table gives its tensors back as lists; of one sequence a batch is made."""
+    found = dict(batch)
+    for key in {"input_ids", "attention_mask", "labels"} & set(batch):
+        if not isinstance(batch[key], Tensor):
+            with suppress(TypeError, ValueError, RuntimeError):  # no table of numbers: refused by its shape
+                found[key] = torch.as_tensor(batch[key])
+    ids = found.get("input_ids")
+    if isinstance(ids, Tensor) and ids.ndim == 1:
+        found |= {key: value[None] for key, value in found.items() if isinstance(value, Tensor)}
+    return found
+
+
+@contextmanager
+def exact_matmul() -> Iterator[None]:
+    """TF32 off: its ten bits of mantissa would show in the small singular directions."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

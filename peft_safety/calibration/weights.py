@@ -1,0 +1,69 @@
+"""Subspaces from the weights alone: the top singular directions of every target layer, no data needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from peft_safety.calibration.activations import DEFAULT_RANK, model_name, size_of
+from peft_safety.calibration.bases import output_basis
+from peft_safety.calibration.leaving_out import cut, fitted, narrow_layers, record, without_room
+from peft_safety.core import base_weights as weights
+from peft_safety.core.projection import Side
+from peft_safety.core.subspace import SafetySubspace
+from peft_safety.core.targets import target_layers
+
+
+def estimate_from_weights(
+    model: nn.Module,
+    *,
+    rank: float | None = None,
+    energy: float | None = None,
+    sides: Sequence[Side] = ("in",),
+    target_modules: Iterable[str] | str | None = None,
+    exclude_modules: Iterable[str] | str | None = None,
+    layers: Mapping[str, nn.Module] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> SafetySubspace:
+    """Top singular vectors of every target weight: right ones for side "in", left ones for side "out". Deterministic
+    for a seed.
+
+    Randomized subspace iteration with oversampling (`projection.OVERSAMPLING`, `bases.WEIGHT_ITERATIONS`); quantized
+    weights are dequantized one at a time.
+
+    Args:
+        rank, energy, target_modules, exclude_modules, layers: as in `activations.estimate`; the energy is that of the
+            weight, `||W||_F^2`.
+
+    Raises:
+        ConfigError: a rank that leaves nothing to train, no module matched. CalibrationError: a weight that is zero or
+            not finite.
+
+    Reference: OrthoSafetyPatch, arXiv 2510.09004, whose diagnostics compare an update with these directions.
+    """
+    from tqdm.auto import tqdm
+
+    size = size_of(DEFAULT_RANK if rank is None and energy is None else rank, energy)
+    targets = dict(target_layers(model, target_modules, exclude_modules) if layers is None else layers)
+    unfit = without_room(targets, sides)
+    layers = {name: layer for name, layer in targets.items() if name not in unfit}
+    sizes = fitted(layers, dict.fromkeys(layers, size), sides, weights_only=True)  # before anything is decomposed
+    narrow = {side: narrow_layers(layers, side, weights_only=True) for side in sides}
+    bases: dict[str, dict[Side, Tensor]] = {}
+    spectra: dict[str, dict[Side, Tensor]] = {}
+    for name, layer in tqdm(layers.items(), desc="weight bases", unit="module", disable=not progress):
+        weight = weights.dense_weight(layer, name)
+        found = {
+            side: output_basis(weight if side == "out" else weight.mT, None, sizes[name][side], name, seed=seed)
+            for side in sides
+        }
+        found = {side: cut(*pair) if name in narrow[side] else pair for side, pair in found.items()}
+        bases[name], spectra[name] = ({side: pair[index] for side, pair in found.items()} for index in (0, 1))
+    provenance = {"method": "weight", "sides": "+".join(sides), "seed": seed, "model": model_name(model)}
+    provenance |= {"rank": rank or DEFAULT_RANK} if energy is None else {"energy": energy}
+    provenance |= record([], unfit)
+    subspace = SafetySubspace(bases, spectra, provenance=provenance)
+    subspace.bind(layers)
+    return subspace

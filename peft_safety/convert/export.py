@@ -1,0 +1,107 @@
+"""Out of the package: a plain LoRA adapter that computes the same function."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from peft_safety.core.adapter_dir import check_adapter
+from peft_safety.core.names import places
+from peft_safety.core.plain_lora import Factors, factor_tensors, plain_config, write_plain
+from peft_safety.core.projection import delta_leak, leak_tolerance
+from peft_safety.errors import ConfigError, ProtectionError
+from peft_safety.layers.adapters import adapter_layers, config_table
+from peft_safety.methods.base import ProtectedConfig
+from peft_safety.methods.factors import layer_factors, protected_factors
+from peft_safety.registry.configs import stored_config
+from peft_safety.registry.protection import assert_protected
+
+
+def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> Path:
+    """Write a protected adapter as plain LoRA. PEFT computes the same function from it without this package.
+
+    The scaling is folded into `lora_B`, so `lora_alpha = r`. Module names are explicit. The rank is uniform (padded
+    with zeros). An adapter with a residual has twice the rank: `A' = [A; A0]`, `B' = s [C B, -C B0]`.
+
+    Args:
+        model: a PeftModel, or a model with injected adapters.
+        directory: created if missing; published atomically.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ProtectionError: the adapter is not protected any more, or a written factor would leak.
+        ConfigError: it also trained other weights (`modules_to_save`), which a plain LoRA cannot hold, or an
+            adapter is merged into the base weights.
+    """
+    assert_protected(model, adapter_name)
+    layers = adapter_layers(model, adapter_name)
+    factors = {name: layer_factors(name, layer, adapter_name) for name, layer in layers.items()}
+    return _publish(Path(directory), factors, config_table(model)[adapter_name], places(model))
+
+
+def export_directory(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Path:
+    """`export_lora` for a saved adapter: from directory to directory, no model is built.
+
+    Raises:
+        PeftSafetyError: the source is not a whole protected adapter, or trained other weights too.
+    """
+    stored = check_adapter(Path(source), warn=True)
+    return _publish(Path(directory), protected_factors(stored, stored.shapes), stored_config(stored))
+
+
+def _publish(
+    target: Path, factors: Mapping[str, Factors], config: ProtectedConfig, modules: Iterable[str] = ()
+) -> Path:
+    """`modules` are all those of the model, where it is known."""
+    if config.modules_to_save or config.trainable_token_indices:
+        raise ConfigError(
+            "the adapter also trained modules_to_save or token rows; an exported LoRA holds factors only. Keep the "
+            "native adapter."
+        )
+    rank = max(factor.a.shape[0] for factor in factors.values())
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, factor in factors.items():
+        a, b = factor.scaled()
+        _check(name, a, b, config)
+        pairs[name] = nn.functional.pad(a, (0, 0, 0, rank - len(a))), nn.functional.pad(b, (0, rank - len(a)))
+    plain = plain_config(pairs, vars(config), {name: name for name in (*modules, *factors)})
+    write_plain(target, factor_tensors(pairs), plain, _card(config, rank, len(factors)))
+    return target
+
+
+def _check(name: str, a: Tensor, b: Tensor, config: ProtectedConfig) -> None:
+    limit = leak_tolerance(b.dtype) * math.sqrt(a.shape[0])
+    for side in config.sides:
+        share = delta_leak(config.subspace.bases[name][side], a, b, side)
+        if not share <= limit:
+            raise ProtectionError(
+                f"{name}: the exported update would reach {share:.2g} of its norm into the protected subspace (limit "
+                f"{limit:.2g}). Keep the adapter in fp32."
+            )
+
+
+def _card(config: ProtectedConfig, rank: int, modules: int) -> str:
+    facts = {k: v for k, v in config.subspace.provenance.items() if isinstance(v, (str, int, float)) and v != ""}
+    rows = "\n".join(f"| {key} | {value} |" for key, value in sorted(facts.items()))
+    base = config.base_model_name_or_path or "see training logs"
+    return f"""---
+library_name: peft
+tags: [lora, safety, peft-safety]
+---
+# Exported {type(config).__name__.removesuffix("Config")} adapter
+
+A plain LoRA adapter of rank {rank} over {modules} modules of `{base}`. It was trained under a safety constraint and
+exported by peft-safety; it computes the same function as the protected adapter, and needs no other package than PEFT.
+The update has no component in the protected subspace. What that does to a model's behavior is
+not part of this guarantee: measure it.
+
+| subspace | |
+|---|---|
+{rows}
+"""

@@ -1,0 +1,301 @@
+"""Merging adapters into quantized weights. There are three ways; each reports what it does to the update.
+
+- `"16bit"`: dense weights that hold `W + dW`, rounded once.
+- `"nf4+residual"`: the quantized weights unchanged, and the update as one plain LoRA. Exact. (`Q(W + dW)` with the
+  remainder as an adapter is not: the remainder is quantization noise of full rank.)
+- `"nf4"`: `W + dW` quantized again. The 4-bit grid is coarser than most updates, so most of dW is rounded away. The
+  rest leaks into the protected subspace. Refused unless forced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from peft_safety.core import base_weights as weights
+from peft_safety.core import projection
+from peft_safety.core.names import own_name, places
+from peft_safety.core.plain_lora import plain_config
+from peft_safety.core.projection import Side
+from peft_safety.errors import ConfigError, LossyMergeError
+from peft_safety.layers.adapters import config_table
+from peft_safety.methods.factors import layer_factors
+from peft_safety.registry.protection import protected_configs
+
+MergeTo = Literal["16bit", "nf4+residual", "nf4"]
+
+
+@dataclass(frozen=True)
+class MergedModule:
+    """What a merge did to one module's update.
+
+    Attributes:
+        norm: `||dW|| / ||W||`.
+        kept: `<change, dW> / ||dW||^2`, where `change` is what the stored weights differ by from the base; nan for a
+            zero update.
+        leak: `||U^T change|| / ||dW||` on the worst constrained side; None where the update is zero or not
+            constrained.
+    """
+
+    module: str
+    norm: float
+    kept: float
+    leak: float | None
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """The merged model, and a row a module."""
+
+    model: nn.Module
+    to: MergeTo
+    modules: list[MergedModule]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able: nan becomes None."""
+        rows = [
+            {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(row).items()}
+            for row in self.modules
+        ]
+        return {"to": self.to, "modules": rows}
+
+    def print(self) -> None:
+        """A table on the console."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("module", "|dW| / |W|", "kept", "leak", title=f"merged into {self.to}", title_justify="left")
+        for row in self.modules:
+            table.add_row(
+                row.module, f"{row.norm:.2%}", f"{row.kept:.2%}", "-" if row.leak is None else f"{row.leak:.2g}"
+            )
+        Console().print(table)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One layer to be merged: its module's name in the base model, its base layer, the update, and the bases it must
+    stay out of.
+    """
+
+    name: str
+    layer: LoraLayer
+    inner: nn.Module
+    delta: Tensor
+    bases: dict[Side, Tensor]
+
+    def row(self, before: Tensor, after: Tensor) -> MergedModule:
+        """What a merge did: the dense weight `(out, in)` before and after it, fp32."""
+        change, total = after - before, float(self.delta.norm())
+        kept = float((change * self.delta).sum()) / total**2 if total > 0 else math.nan
+        parts = [float(projection.coefficients(u.to(change), change, side).norm()) for side, u in self.bases.items()]
+        return MergedModule(
+            own_name(self.name),
+            total / float(before.norm()),
+            kept,
+            max(parts) / total if parts and total > 0 else None,
+        )
+
+
+@torch.no_grad()
+def merge_quantized(
+    model: PeftModel,
+    to: MergeTo = "16bit",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    force: bool = False,
+    verbose: bool = True,
+) -> MergeResult:
+    """Merge the active adapters of a model with quantized weights; layers without an adapter stay as they are.
+
+    Args:
+        to: see the module's text.
+        dtype: of the dense weights of "16bit". Rounding to bf16 moves the update by up to 0.4 % of the *weight*;
+            float32 keeps the constraint.
+        force: quantize again although most of the update is lost.
+        verbose: print survival and leak of each module.
+
+    Returns:
+        The base model without adapters, or for "nf4+residual" a PeftModel with one plain LoRA "default" on it; and the
+        figures.
+
+    Raises:
+        LossyMergeError: "nf4" without `force`, with the figures of the module that would suffer most; nothing was
+            changed.
+        ConfigError: adapters that trained other weights too, one that is merged already, or "nf4" for a weight of
+            another kind.
+    """
+    if to not in get_args(MergeTo):
+        raise ConfigError(f"merge to {to!r}. Use one of {', '.join(map(repr, get_args(MergeTo)))}.")
+    names = _mergeable(model)
+    base: nn.Module = model.get_base_model()
+    if to == "nf4":
+        _refuse_requantizing((_part(model, base, name) for name in names), force)
+    rows = []
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in names:
+        part = _part(model, base, name)
+        before = weights.dense_weight(part.inner, name)
+        if to == "nf4+residual":
+            a, b = factors[name] = _joint_factors(name, part.layer)
+            rows.append(part.row(before, before + (b.float() @ a.float()).to(before)))
+            continue
+        merged = _requantized(part, before) if to == "nf4" else _dense(part, before, dtype)
+        rows.append(part.row(before, weights.dense_weight(merged, name)))
+        parent, _, child = name.rpartition(".")
+        setattr(base.get_submodule(parent), child, merged)
+    result = MergeResult(_with_plain(model, factors) if to == "nf4+residual" else _bare(base), to, rows)
+    if verbose:
+        result.print()
+    return result
+
+
+def merge_dequantized(model: PeftModel, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """`merge_quantized(model, "16bit")` without its report: every targeted k-bit layer becomes an `nn.Linear` of
+    `dtype` that holds `W + dW`.
+
+    The sum is taken in fp32 and rounded once. Layers without an adapter stay quantized.
+
+    Returns:
+        The base model, without adapters.
+
+    Raises:
+        ConfigError: adapters that trained other weights too (use `merge_and_unload` of a dense base for those), or one
+            that is merged already.
+    """
+    return merge_quantized(model, "16bit", dtype=dtype, verbose=False).model
+
+
+def _mergeable(model: PeftModel) -> list[str]:
+    """Names of the LoRA layers in the base model."""
+    if any(getattr(config, "modules_to_save", None) for config in config_table(model).values()):
+        raise ConfigError("modules_to_save cannot be merged here. Load the base in 16 bit and use merge_and_unload().")
+    layers = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    if any(layer.merged for layer in layers.values()):
+        raise ConfigError("an adapter is merged into the base weights. Call unmerge_adapter() first.")
+    return list(layers)
+
+
+def _part(model: PeftModel, base: nn.Module, name: str) -> _Part:
+    layer: LoraLayer = base.get_submodule(name)  # type: ignore[assignment]
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    inner = layer.get_base_layer()
+    delta = torch.zeros(weights.shape(inner), device=inner.weight.device)
+    for adapter in active:
+        update = layer.get_delta_weight(adapter).to(delta)
+        delta += update.T if getattr(layer, "fan_in_fan_out", False) else update
+    config = (
+        protected_configs(model).get(active[0]) if len(active) == 1 else None
+    )  # two subspaces bind two parts of a sum, not the sum
+    bases = {} if config is None else {side: config.subspace.bases[own_name(name)][side] for side in config.sides}
+    return _Part(name, layer, inner, delta, bases)
+
+
+def _refuse_requantizing(parts: Iterable[_Part], force: bool) -> None:
+    """Everything that can be refused, before anything is changed."""
+    worst: MergedModule | None = None
+    for part in parts:
+        kind = weights.quantization(part.inner)
+        if kind != "4bit":
+            raise ConfigError(
+                f"{part.name}: a {kind or 'dense'} weight cannot be merged to 'nf4'. Use to='16bit', or "
+                "to='nf4+residual'."
+            )
+        if force:
+            continue
+        row = part.row(
+            weights.dense_weight(part.inner, part.name), weights.requantized(part.inner, part.delta, part.name)
+        )
+        if not math.isnan(row.kept) and (worst is None or row.kept < worst.kept):
+            worst = row
+    if worst is not None:
+        leak = "" if worst.leak is None else f", and {worst.leak:.1%} of its norm would lie in the protected subspace"
+        raise LossyMergeError(
+            f"{worst.module}: quantizing W + dW again would keep {worst.kept:.1%} of the update (|dW| is "
+            f"{worst.norm:.2%} of |W|){leak}. "
+            "Use to='nf4+residual' (exact) or to='16bit', or force=True."
+        )
+
+
+def _dense(part: _Part, before: Tensor, dtype: torch.dtype) -> nn.Module:
+    """`W + dW`: in the layer's own dtype if it is dense already, in a new `nn.Linear` of `dtype` if not."""
+    inner, total = part.inner, before + part.delta
+    if weights.quantization(inner) is None:
+        old: Tensor = inner.weight  # type: ignore[assignment]
+        inner.weight = nn.Parameter(
+            (total.T if weights.is_conv1d(inner) else total).to(old.dtype).contiguous(), requires_grad=False
+        )
+        return inner
+    linear = nn.Linear(total.shape[1], total.shape[0], bias=inner.bias is not None, device="meta", dtype=dtype)
+    linear.weight = nn.Parameter(total.to(dtype), requires_grad=False)
+    if isinstance(inner.bias, Tensor):
+        linear.bias = nn.Parameter(inner.bias.data.to(dtype), requires_grad=False)
+    return linear
+
+
+def _requantized(part: _Part, before: Tensor) -> nn.Module:
+    """The 4-bit layer itself, with another weight of its own kind."""
+    from bitsandbytes.nn import Params4bit
+
+    old: Any = part.inner.weight
+    state = old.quant_state
+    kinds = {
+        "quant_type": state.quant_type,
+        "blocksize": state.blocksize,
+        "compress_statistics": state.nested,
+        "quant_storage": old.quant_storage,
+    }
+    fresh = Params4bit((before + part.delta).to(state.dtype).cpu(), requires_grad=False, module=part.inner, **kinds)
+    part.inner.weight = fresh.to(old.device)
+    return part.inner
+
+
+def _joint_factors(name: str, layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """`(A' (r', n), B' (m, r'))` of the sum of the active adapters, scaled, on the CPU."""
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    pairs = [layer_factors(name, layer, adapter).scaled() for adapter in active]
+    return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+
+
+def _with_plain(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> nn.Module:
+    """The model with one plain LoRA of these factors in place of its adapters; its base is not touched."""
+    config = next(iter(config_table(model).values()))
+    base = model.unload()
+    pairs = {own_name(name): pair for name, pair in factors.items()}
+    result = get_peft_model(base, plain_config(pairs, vars(config), places(base)))
+    for name, (a, b) in factors.items():
+        layer: Any = result.get_base_model().get_submodule(name)
+        for leaf, factor in ((layer.lora_A["default"], a), (layer.lora_B["default"], b)):
+            leaf.weight.data = factor.to(leaf.weight.device)
+    return result.eval()
+
+
+def _bare(base: nn.Module) -> nn.Module:
+    """Without adapters, and so that it can be saved and loaded: an ordinary model once no layer is quantized any more,
+    and until then one whose dense layers are not quantized when it is loaded."""
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    config: Any = getattr(base, "config", None)
+    how = getattr(config, "quantization_config", None)
+    if any(weights.quantization(module) for module in base.modules()):
+        if how is not None:
+            dense = [name for name, module in base.named_modules() if type(module) is nn.Linear]
+            setattr(
+                how,
+                "llm_int8_skip_modules" if hasattr(how, "llm_int8_skip_modules") else "modules_to_not_convert",
+                dense,
+            )
+        return base
+    if how is not None:
+        del config.quantization_config
+    for flag in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer"):
+        if hasattr(base, flag):
+            setattr(base, flag, None if flag in ("quantization_method", "hf_quantizer") else False)
+    return base

@@ -1,0 +1,301 @@
+"""The base weights under an adapter: which layers can be protected, their dense weight, and their fingerprint.
+
+A fingerprint is a few hundred sampled values of a weight. It tells another model of equal shapes apart, and still
+recognizes the same model in another
+precision: the values are compared by relative distance, with a tolerance per precision.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_safety.core import scales
+from peft_safety.errors import SubspaceError, UnsupportedLayerError
+
+SAMPLES = 256
+#: Largest relative distance between two fingerprints of one model. bf16 rounding stays below 0.4 %, NF4 moves Gaussian
+#: weights by 9 % and
+#: int8 by 1 %, and unrelated weights, or another layer's, are at 140 %.
+DISTANCE_DENSE = 0.01
+DISTANCE_QUANTISED = 0.35
+_BITSANDBYTES = {"Linear4bit": "4bit", "LinearNF4": "4bit", "LinearFP4": "4bit", "Linear8bitLt": "8bit"}
+
+
+def quantization(layer: nn.Module) -> str | None:
+    """`"4bit"`, `"8bit"` (bitsandbytes), `"fp8"` (transformers) or None, by the layer's type and not by a flag of the
+    model.
+    """
+    return "fp8" if scales.is_fp8(layer) else _BITSANDBYTES.get(type(layer).__name__)
+
+
+def supported(layer: nn.Module) -> bool:
+    """Whether this is a linear layer: of torch, or transformers' Conv1D, or a subclass. Whether its weight can be read
+    is `check_readable`'s question.
+    """
+    return isinstance(layer, nn.Linear) or is_conv1d(layer)
+
+
+def check_readable(layer: nn.Module, name: str) -> None:
+    """Refuse a layer whose weight, whole or not, is none that can be read here: dense, bitsandbytes 4-bit or 8-bit, or
+    transformers' FP8.
+
+    Raises:
+        UnsupportedLayerError: names the module, its kind and the remedy.
+    """
+    if not supported(layer):
+        reason = "its weight is packed" if scales.is_packed(layer) else "it is no Linear, Conv1D or bitsandbytes layer"
+        raise scales.refusal(layer, name, reason)
+    weight = getattr(layer, "weight", None)
+    if type(layer).__name__ not in _BITSANDBYTES and (weight is None or is_whole(weight)):
+        problem = scales.unreadable(layer)
+        if problem is not None:
+            raise scales.refusal(layer, name, problem)
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, whose weight is stored as `(in, out)`."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(layer, Conv1D)
+
+
+def shape(layer: nn.Module) -> tuple[int, int]:
+    """`(out_features, in_features)`, whatever the storage."""
+    if is_conv1d(layer):
+        return int(layer.weight.shape[1]), int(layer.weight.shape[0])  # type: ignore[index, union-attr]
+    return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+
+
+def is_whole(weight: Any) -> bool:
+    """Whether a weight can be read here: a tensor, not on the meta device, not a shard of DTensor or DeepSpeed."""
+    return isinstance(weight, Tensor) and not (
+        weight.is_meta or hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")
+    )
+
+
+def from_int8(values: Tensor, scale: Tensor) -> Tensor:
+    """bitsandbytes' 8-bit weight `(out, in)` with its row scales `SCB (out,)`, as fp32."""
+    return values.float() * (scale.float().view(-1, 1).to(values.device) / 127.0)
+
+
+@torch.no_grad()
+def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
+    """The weight as `(out_features, in_features)` on its own device: a dense one in its own precision and without a
+    copy, a quantized one in fp32.
+
+    Every reader of a base weight comes through here.
+
+    Raises:
+        UnsupportedLayerError: a weight that is sharded, on the meta device, or of a kind this package doesn't know.
+    """
+    check_readable(layer, name)
+    weight: Any = layer.weight
+    if not is_whole(weight):
+        raise UnsupportedLayerError(
+            f"{name}: its weight is on the meta device or sharded. Calibrate or load before the model is sharded."
+        )
+    kind = quantization(layer)
+    if kind == "4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        if getattr(weight, "quant_state", None) is None:
+            raise UnsupportedLayerError(
+                f"{name}: 4-bit weight without a quantization state. Load it with a BitsAndBytesConfig, or move it to "
+                "its device first."
+            )
+        return dequantize_4bit(*_unpacked(weight)).float()
+    if kind == "8bit":
+        scale = (
+            weight.SCB
+            if getattr(weight, "SCB", None) is not None
+            else getattr(getattr(layer, "state", None), "SCB", None)
+        )
+        if scale is None or weight.dtype != torch.int8:
+            raise UnsupportedLayerError(
+                f"{name}: 8-bit weight without its scales. Move the model to its device first."
+            )
+        return from_int8(weight.data, scale)
+    if kind == "fp8":
+        return scales.from_fp8(layer, name)
+    if is_conv1d(layer):
+        return weight.detach().T
+    scales.check_forward(layer, name)
+    return weight.detach()
+
+
+def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
+    """`stored_weight` as fp32. A copy only where one is needed."""
+    return stored_weight(layer, name).float()
+
+
+def _unpacked(weight: Any) -> tuple[Tensor, Any]:
+    """A 4-bit weight in bitsandbytes' usual layout: on CPUs with AVX512-BF16 it repacks weights in place at the first
+    forward in eval mode.
+    """
+    if not _is_packed(weight):
+        return weight.data, weight.quant_state
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    state = copy.copy(weight.quant_state)  # which the conversion changes
+    scales = state.absmax.T.reshape(
+        -1
+    ).float()  # packed scales are transposed; the conversion turns only nested ones back
+    data, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    state.absmax, state.nested = scales, False
+    return data, state
+
+
+def _is_packed(weight: Any) -> bool:
+    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
+
+
+def _repacking(model: nn.Module) -> list[Any]:
+    """The layers whose 4-bit weights bitsandbytes may repack."""
+    return [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+
+
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """Keep bitsandbytes from repacking 4-bit weights (see `_unpacked`): a calibration or an evaluation must not touch
+    them.
+    """
+    layers = _repacking(model)
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = True
+
+
+@torch.no_grad()
+def stay_unpacked(model: nn.Module) -> None:
+    """`unpacked` for good, and those that are packed already come back: no gradient passes through a packed weight,
+    and bitsandbytes says nothing of it.
+
+    One forward in eval mode on a CPU with AVX512-BF16 is enough to pack them: an evaluation, before training or
+    between its epochs. All 4-bit layers of the model, since the gradient of an adapter passes through those above it;
+    other models are left alone.
+    """
+    layers = _repacking(model)
+    if layers:
+        _say_unpacked()
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+        if _is_packed(layer.weight):
+            layer.weight.data, layer.weight.quant_state = _unpacked(layer.weight)
+            layer.quant_state = layer.weight.quant_state
+
+
+@cache
+def _say_unpacked() -> None:
+    """Once in a process."""
+    logging.getLogger(__name__).warning(
+        "This model trains an adapter on 4-bit weights: bitsandbytes' packed format for CPUs with AVX512-BF16 is "
+        "switched off for it, because no gradient passes through packed weights. Other models keep it."
+    )
+
+
+@torch.no_grad()
+def merge_survival(layer: nn.Module, delta: Tensor, name: str = "the layer") -> float:
+    """Share of an update that a merge into this quantized layer would keep: `<Q(W + dW) - W, dW> / ||dW||^2`; nan for
+    a zero update.
+
+    Args:
+        layer: a quantized layer. It is not changed.
+        delta: `dW (out_features, in_features)`.
+    """
+    before = dense_weight(layer, name)
+    delta = delta.to(before)
+    return float(((requantized(layer, delta, name) - before) * delta).sum() / delta.square().sum())
+
+
+@torch.no_grad()
+def requantized(layer: nn.Module, delta: Tensor, name: str = "the layer") -> Tensor:
+    """`Q(W + dW)` as a dense fp32 `(out_features, in_features)`, quantized as the layer is. The layer is not
+    changed.
+    """
+    if quantization(layer) == "fp8":
+        return scales.requantized_fp8(layer, delta, name)
+    merged = dense_weight(layer, name) + delta
+    if quantization(layer) == "4bit":
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        weight: Any = layer.weight
+        state = weight.quant_state
+        packed, fresh = quantize_4bit(
+            merged.to(state.dtype),
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            compress_statistics=state.nested,
+        )
+        return dequantize_4bit(packed, fresh).float()
+    scale = merged.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127.0
+    return (merged / scale).round() * scale
+
+
+def fingerprint(layer: nn.Module, name: str) -> Tensor:
+    """`SAMPLES` evenly spaced values of the flattened `(out, in)` weight, fp32, on the CPU.
+
+    Raises:
+        SubspaceError: one of them is not finite.
+    """
+    found = sample(dense_weight(layer, name))
+    if not bool(torch.isfinite(found).all()):
+        raise SubspaceError(
+            f"{name}: the base weight {shape(layer)} holds NaN or Inf, so nothing can be told from it. Load intact "
+            "base weights."
+        )
+    return found
+
+
+def sample(weight: Tensor) -> Tensor:
+    """The sampled values behind a fingerprint, of a dense `(out, in)` weight."""
+    index = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64).round().long()
+    rows, columns = index // weight.shape[1], index % weight.shape[1]  # no copy of a transposed view
+    return weight[rows.to(weight.device), columns.to(weight.device)].cpu()
+
+
+def distance(found: Tensor, reference: Tensor) -> float:
+    """Relative distance of two fingerprints."""
+    return float((found - reference).norm() / reference.norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def check_fingerprints(
+    expected: Mapping[str, Tensor], layers: Mapping[str, nn.Module], *, quantized: bool = False
+) -> None:
+    """Compare recorded fingerprints with the layers of a model, module by module.
+
+    Args:
+        expected: fingerprints by module name, `(SAMPLES,)` each, finite.
+        layers: the base layers by module name; only common names are compared.
+        quantized: whether the fingerprints were taken from quantized weights.
+
+    Raises:
+        SubspaceError: some weights are not those that were recorded; names the worst module.
+    """
+    limit = (
+        DISTANCE_QUANTISED if quantized or any(quantization(layer) for layer in layers.values()) else DISTANCE_DENSE
+    )
+    distances = {
+        name: distance(fingerprint(layers[name], name), expected[name])
+        for name in sorted(expected.keys() & layers.keys())
+    }
+    if not all(value <= limit for value in distances.values()):
+        worst = max(distances, key=lambda name: math.inf if math.isnan(distances[name]) else distances[name])
+        raise SubspaceError(
+            f"{worst}: this subspace belongs to other base weights than this {shape(layers[worst])} layer (relative "
+            "distance of the fingerprints "
+            f"{distances[worst]:.3g}, limit {limit:g}). Load the base model it was calibrated on, or calibrate a new "
+            "one with SafetySubspace.from_activations."
+        )

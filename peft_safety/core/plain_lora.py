@@ -1,0 +1,387 @@
+"""Plain LoRA on disk: reading and checking an adapter directory, the LoRA features that are refused, and writing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+
+from peft_safety.core import files, publish
+from peft_safety.core.names import pattern_value, pin
+from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError
+
+MANIFEST = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+CARD = "README.md"
+PREFIX = "base_model.model."
+"""Of every key that PEFT stores."""
+REPAIRED_TYPE = "SAFELORA"
+"""`peft_type` of a stored `SafeLoRAConfig`. Its factors are plain LoRA."""
+PLAIN_TYPES = ("LORA", REPAIRED_TYPE)
+RECORD = "peft_safety.safe_lora"
+"""Key of a Safe LoRA record in the header of the adapter's safetensors file."""
+
+MAX_ALPHA = 1e6
+MAX_RANK = 65_536
+DTYPES = ("F32", "BF16", "F16")
+EXTRA_DTYPES = (*DTYPES, "I64", "I32", "I16", "I8", "U8", "BOOL")
+"""Dtypes of tensors that are no factors, such as buffers of a module in `modules_to_save`."""
+
+INITS = (True, False, "gaussian", "orthogonal")
+"""Values of `init_lora_weights` that start from a zero update and leave the base weight unchanged."""
+ORIGINAL_INITS = (*INITS, "eva")
+"""Values of `init_lora_weights` that leave the base weight unchanged."""
+NOT_PLAIN = {
+    "use_dora": "DoRA rescales the update after lora_B",
+    "lora_bias": "the bias of lora_B is an update of its own",
+    "use_qalora": "QALoRA pools inputs inside its own layers",
+    "use_bdlora": "BD-LoRA has its own block-diagonal lora_B",
+    "kasa_config": "KaSA rewrites the base weight and has its own singular values between the factors",
+    "arrow_config": "Arrow routes between adapters",
+    "velora_config": "VeLoRA replaces lora_A by its own layer",
+    "monteclora_config": "MonteCLoRA samples around the factors",
+    "alora_invocation_tokens": "activated LoRA updates some tokens only",
+    "target_parameters": "fused 3-D (MoE) parameters are no matrices",
+}
+"""LoRA features whose update is not `s B A` on the original base weight, and why."""
+NOT_PROTECTED = {
+    **NOT_PLAIN,
+    "loftq_config": "LoftQ rewrites the base weight",
+    "corda_config": "CorDA rewrites the base weight",
+    "lora_ga_config": "LoRA-GA rewrites the base weight",
+    "eva_config": "EVA initializes the factors itself",
+    "layer_replication": "replicated layers rebuild the base model",
+    "megatron_config": "Megatron's parallel layers shard lora_B but not the basis",
+}
+"""LoRA features that a protected adapter cannot have."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The update `s B A` of one module: `a (r, n)`, `b (m, r)`.
+
+    Attributes:
+        scaling: `s`; NaN where only a regular expression in the config says what alpha is.
+        transposed: whether the checkpoint stores the base weight as `(n, m)`.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    transposed: bool = False
+
+    def scaled(self) -> tuple[Tensor, Tensor]:
+        """`(A, s B)`, copied to the CPU."""
+        return self.a.detach().cpu().clone(), (self.b.detach().float() * self.scaling).to(self.b.dtype).cpu()
+
+
+@dataclass(frozen=True)
+class PlainLoRA:
+    """A checked adapter directory.
+
+    Attributes:
+        fields: the JSON of `adapter_config.json`.
+        factors: by module, in the order of the layers.
+        extra: other trained tensors, by key (`modules_to_save`, token rows).
+        record: what Safe LoRA has recorded of its repair, if there was one.
+    """
+
+    fields: dict[str, Any]
+    config: LoraConfig
+    factors: dict[str, Factors]
+    extra: dict[str, Tensor]
+    record: dict[str, Any] | None
+
+
+def check_sizes(fields: Mapping[str, Any], where: str) -> None:
+    """Refuse ranks, alphas and dropouts that PEFT accepts but that are not usable.
+
+    Raises:
+        ConfigError: a rank that is not an integer in [1, 65536], an alpha that is not finite and in (0, 1e6], a
+            dropout outside [0, 1), or a pattern that is not a table of such numbers.
+    """
+    _check_rank(fields.get("r"), where)
+    _check_alpha(fields.get("lora_alpha"), where)
+    dropout = fields.get("lora_dropout", 0.0)
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ConfigError(f"{where}: lora_dropout={dropout!r}. Use a number in [0, 1).")
+    for field, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+        table = fields.get(field) or {}
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"{where}: {field} is a {type(table).__name__}. Map module names to numbers.")
+        for name, value in table.items():
+            check(value, f"{where}, {field}[{name!r}]")
+
+
+def _check_rank(r: Any, where: str) -> None:
+    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= MAX_RANK:
+        raise ConfigError(f"{where}: r={r!r} is no rank. Use an integer from 1 to {MAX_RANK}.")
+
+
+def _check_alpha(alpha: Any, where: str) -> None:
+    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    if not number or not math.isfinite(alpha) or not 0 < alpha <= MAX_ALPHA:
+        raise ConfigError(f"{where}: lora_alpha={alpha!r}. Use a finite number above 0 and at most {MAX_ALPHA:g}.")
+
+
+def check_features(
+    config: Any, what: str, features: Mapping[str, str] = NOT_PLAIN, inits: tuple[bool | str, ...] = ORIGINAL_INITS
+) -> None:
+    """Refuse an adapter that is no LoRA, or that has one of these features or another init.
+
+    Raises:
+        ConfigError: names the feature and the reason.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"{what} is a {type(config).__name__}, not a LoRA adapter. Give a LoRA adapter.")
+    for name, reason in features.items():
+        if getattr(config, name, None):
+            raise ConfigError(f"{what}: {name} is not supported: {reason}. Use LoRA without it.")
+    if config.init_lora_weights not in inits:
+        raise ConfigError(
+            f"{what}: init_lora_weights={config.init_lora_weights!r} rewrites the base weight or is untested. Use one "
+            f"of {inits}, or convert the adapter to a plain LoRA on the original base first."
+        )
+
+
+def check_plain(config: Any, what: str) -> None:
+    """Refuse an adapter whose update is not `s B A` on the base weights, and a protected one.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if hasattr(config, "safety_artifact"):
+        raise ConfigError(
+            f"{what} is protected ({type(config).__name__}); the result would not keep its guarantee. Use "
+            "peft_safety.export_lora first."
+        )
+    check_features(config, what)
+
+
+def read_manifest(directory: Path, warn: bool = True) -> dict[str, Any]:
+    """The bounded JSON of a directory's `adapter_config.json`.
+
+    Args:
+        warn: of an interrupted save whose old files are read.
+
+    Raises:
+        ArtifactError: not a directory, a mixture of two saves, or no such JSON.
+    """
+    if not directory.is_dir():
+        raise ArtifactError(f"{directory} is not a directory. Give the directory that save_pretrained wrote.")
+    publish.require_whole(directory, warn=warn)
+    return files.read_json(files.child(directory, MANIFEST))
+
+
+def config_of(fields: Mapping[str, Any], path: Path) -> Any:
+    """The config that PEFT makes of a stored one.
+
+    Raises:
+        PeftSafetyError: a field that is not of this config's types, or that the method refuses.
+    """
+    try:
+        return LoraConfig.from_peft_type(**{name: value for name, value in fields.items() if name != "runtime_config"})
+    except (TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, PeftSafetyError):
+            raise
+        raise ArtifactError(f"{path} is not a config of this PEFT: {error}. Save the adapter again.") from error
+
+
+def read_plain(directory: Path) -> PlainLoRA:
+    """Read and check a plain LoRA directory, repaired by Safe LoRA or not. Runs no pickle and no regular expression of
+    it.
+
+    Raises:
+        ArtifactError: files or factors are missing, not finite, or of a wrong shape or dtype; a tensor that no plain
+            LoRA has; a protected adapter under another name.
+        ConfigError: an adapter of another kind, an unsupported feature (see `check_plain`), or a number out of range.
+    """
+    fields, path = read_manifest(directory), directory / MANIFEST
+    kind, protected = fields.get("peft_type"), fields.get("safety_artifact") is not None
+    if kind not in PLAIN_TYPES:
+        hint = " It is a protected adapter; peft-safety export makes a plain LoRA of it." if protected else ""
+        raise ConfigError(f"{directory} holds a {kind!r} adapter. Give a plain LoRA adapter.{hint}")
+    if protected:
+        raise ArtifactError(
+            f"{path}: peft_type {kind!r} would read a protected adapter without its protection. Copy or save it again."
+        )
+    check_sizes(fields, str(path))
+    config = config_of(fields, path)
+    check_plain(config, str(directory))
+    path = files.child(directory, ADAPTER_FILE)
+    with files.open_tensors(path) as handle:
+        record = _record(handle, path) or fields.get("safe_lora")
+        if not isinstance(record, (dict, type(None))):
+            raise ArtifactError(f"{directory / MANIFEST}: safe_lora must be a JSON object. Save the adapter again.")
+        keys = _factor_keys(handle, path)
+        used = {key for pair in keys.values() for key in pair}
+        extra = {
+            key: read_tensor(handle, path, key, ("F64", *EXTRA_DTYPES))
+            for key in handle.keys()  # noqa: SIM118
+            if key not in used
+        }
+        factors = {}
+        for module, pair in keys.items():
+            a, b = (read_tensor(handle, path, key, ("F64", *DTYPES)) for key in pair)
+            factors[module] = Factors(a, b, _scaling(module, a.shape[0], fields), bool(fields.get("fan_in_fan_out")))
+    if record is not None:
+        config.safe_lora = record
+    return PlainLoRA(fields, config, factors, extra, record)
+
+
+def read_tensor(handle: Any, path: Path, key: str, dtypes: tuple[str, ...]) -> Tensor:
+    """A tensor of an open safetensors file.
+
+    Raises:
+        ArtifactError: of another dtype, or not finite.
+    """
+    dtype = handle.get_slice(key).get_dtype()
+    if dtype not in dtypes:
+        raise ArtifactError(f"{path}: {key} is {dtype}; an adapter holds {', '.join(dtypes)}. Save the adapter again.")
+    tensor: Tensor = handle.get_tensor(key)
+    if not bool(torch.isfinite(tensor).all()):
+        raise ArtifactError(
+            f"{path}: {key} {tuple(tensor.shape)} holds NaN or Inf. Save the adapter again from the last good "
+            "checkpoint."
+        )
+    return tensor
+
+
+def _factor_keys(handle: Any, path: Path) -> dict[str, tuple[str, str]]:
+    """The keys of lora_A and lora_B by module, layer 2 before layer 10. Their shapes are checked in the header."""
+    pairs: dict[str, dict[str, str]] = {}
+    for key in handle.keys():  # noqa: SIM118
+        module, _, kind = key.removeprefix(PREFIX).partition(".lora_")
+        if kind and (kind not in ("A.weight", "B.weight") or not key.startswith(PREFIX)):
+            raise ArtifactError(
+                f"{path}: {key} is no factor of a plain linear LoRA (DoRA, embeddings and biases are not supported). "
+                "Train without it."
+            )
+        if kind:
+            pairs.setdefault(module, {})[kind[0]] = key
+    if not pairs:
+        raise ArtifactError(f"{path} holds no LoRA factors. Give an adapter directory.")
+    for module, pair in pairs.items():
+        a, b = (tuple(handle.get_slice(pair[kind]).get_shape()) if kind in pair else () for kind in "AB")
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not 1 <= a[0] <= min(a[1], b[0]):
+            raise ArtifactError(
+                f"{path}: {module} has lora_A {a or 'missing'} and lora_B {b or 'missing'}. Copy or save the adapter "
+                "again."
+            )
+    return {module: (pairs[module]["A"], pairs[module]["B"]) for module in sorted(pairs, key=_by_number)}
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _scaling(module: str, rank: int, fields: Mapping[str, Any]) -> float:
+    alpha = pattern_value(fields.get("alpha_pattern"), module, fields["lora_alpha"])
+    return scaling_of(math.nan if alpha is None else alpha, rank, fields)
+
+
+def scaling_of(alpha: float, rank: int, fields: Mapping[str, Any]) -> float:
+    """`alpha / r`, or `alpha / sqrt(r)` with rank-stabilized LoRA."""
+    return float(alpha) / (math.sqrt(rank) if fields.get("use_rslora") else rank)
+
+
+def stored_record(directory: Path) -> dict[str, Any] | None:
+    """The record of a Safe LoRA repair in the header of the adapter's file, or None."""
+    path = directory / ADAPTER_FILE
+    if not path.is_file():
+        return None
+    with files.open_tensors(path) as handle:
+        return _record(handle, path)
+
+
+def _record(handle: Any, path: Path) -> dict[str, Any] | None:
+    text = (handle.metadata() or {}).get(RECORD)
+    return None if text is None else files.parse_json(text, str(path))
+
+
+def stamp(directory: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of a repair into the header of an adapter that PEFT has just saved."""
+    path = directory / ADAPTER_FILE
+    with files.open_tensors(path) as handle:
+        metadata = handle.metadata() or {}
+        tensors = {key: handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
+    _save_tensors(tensors, path, {**metadata, RECORD: json.dumps(dict(record))})
+
+
+def plain_config(
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    like: Mapping[str, Any],
+    places: Mapping[str, str] | None = None,
+) -> LoraConfig:
+    """The config of `(A, s B)` by module: full names, and alpha = rank in every module.
+
+    Args:
+        like: fields of another LoRA config: its base model, task type and `fan_in_fan_out` are taken.
+        places: see `names.pin`.
+    """
+    rank = max(a.shape[0] for a, _ in pairs.values())
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(pairs),
+        inference_mode=True,
+        task_type=like.get("task_type"),
+        fan_in_fan_out=bool(like.get("fan_in_fan_out")),
+        base_model_name_or_path=like.get("base_model_name_or_path"),
+    )
+    pin(config, {name: (a.shape[0], a.shape[0]) for name, (a, _) in pairs.items()}, places)
+    return config
+
+
+def factor_tensors(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """`(A, B)` by module under PEFT's keys."""
+    return {
+        f"{PREFIX}{name}.lora_{kind}.weight": factor
+        for name, pair in pairs.items()
+        for kind, factor in zip("AB", pair, strict=True)
+    }
+
+
+def write_plain(
+    target: Path,
+    tensors: Mapping[str, Tensor],
+    config: LoraConfig | Mapping[str, Any],
+    card: str,
+    records: Mapping[str, Any] | None = None,
+) -> None:
+    """Publish a plain LoRA directory atomically. For the arguments, see `write_files`."""
+    with publish.publishing(target, MANIFEST) as staging:
+        write_files(staging, tensors, config, card, records)
+
+
+def write_files(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: LoraConfig | Mapping[str, Any],
+    card: str,
+    records: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the adapter's file, the model card and the config into a folder.
+
+    Args:
+        tensors: by PEFT's keys.
+        config: a config, or the fields of one.
+        records: JSON values for the header of the adapter's file, by key.
+    """
+    _save_tensors(tensors, folder / ADAPTER_FILE, {key: json.dumps(value) for key, value in (records or {}).items()})
+    (folder / CARD).write_text(card, encoding="utf-8")
+    fields = config.to_dict() if isinstance(config, LoraConfig) else config
+    fields = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
+    (folder / MANIFEST).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, {"format": "pt", **metadata})

@@ -1,0 +1,291 @@
+"""Saves that may be killed: files are published whole, a reader never writes, and a writer can finish what was cut
+off.
+
+A publish writes and syncs everything, with a journal of it, in a hidden staging folder inside the directory; renames
+that folder to `.commit` (the commit point, one rename); moves the files into place, the manifest last; and renames
+`.commit` away. A kill before the commit point leaves the old files and litter. A kill after it leaves a `.commit`
+whose journal says
+which files still wait: all of them (the old files are whole), some (a mixture, which nobody may read) or none.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import stat
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from peft_safety.core.publish.folder import Folder
+from peft_safety.core.publish.journal import COMMIT, MAX_DEPTH, NAME, Journal
+from peft_safety.core.publish.staging import PAUSE, Staging, discard, lock, new_name, sweep
+from peft_safety.errors import ArtifactError
+
+PATIENCE = 10.0
+"""Seconds to wait for a live process that is moving its files into place; that is some renames."""
+
+
+@contextmanager
+def publishing(target: Path, manifest: str) -> Iterator[Path]:
+    """Write a set of files into `target` so that a reader sees the old set or the new one, wherever the writer dies.
+
+    Yields:
+        A staging directory. The files in it when the block ends, those of further adapters' sub-directories included,
+        become part of `target`.
+
+    Raises:
+        ArtifactError: the directory cannot be written and nothing in it has changed, or the new files are complete and
+            wait for `recover`; the message says which.
+    """
+    staging: Staging | None = None
+    try:
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            recover(target)
+            staging = Staging.make(target)
+            sweep(target, staging.path.stat().st_mtime)
+            yield staging.path
+            journal = _prepare(staging, target, manifest)
+            if journal.entries:
+                _commit(staging, target)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(
+                f"{target} could not be written: {error}. The files that were there are unchanged; free space or "
+                "choose another directory."
+            ) from error
+        if journal.entries:
+            _finish(target, journal)
+    finally:
+        if staging is not None:
+            staging.discard()
+            os.close(staging.descriptor)
+
+
+def recover(directory: Path) -> list[str]:
+    """Finish a publish of this package that was cut off after its commit point. Nothing outside `directory` is
+    touched.
+
+    Returns:
+        The files that were moved into place; none where there was nothing to finish.
+
+    Raises:
+        ArtifactError: what is there is not such a publish, is not complete, or cannot be written; or another process
+            is at it.
+    """
+    if not directory.is_dir():
+        raise ArtifactError(f"{directory} is not a directory. Give the directory that was saved into.")
+    for owner, _ in _owners(directory):
+        raise ArtifactError(f"{directory} is part of an {_interrupted(owner)}")
+    try:
+        with Folder.open(directory) as target:
+            if target.stat(COMMIT) is None:
+                return []
+            with target.sub(COMMIT) as commit, commit.file(NAME, write=True) as descriptor:
+                if lock(descriptor, seconds=PATIENCE) is False:
+                    raise ArtifactError(
+                        f"{directory} is being saved into by another process. Try again when it is done."
+                    )
+                here = target.stat(COMMIT)
+                if here is None or here.st_ino != commit.inode():  # it was finished meanwhile
+                    return []
+                journal = Journal.read(descriptor, commit.path / NAME)
+                journal.check(target, commit)
+                return _finish(directory, journal)
+    except FileNotFoundError as error:
+        if not _there(directory / COMMIT):  # finished by somebody else at this moment
+            return []
+        raise ArtifactError(
+            f"{directory / COMMIT} has no journal of peft_safety ({error}), so nothing is moved. Remove it, or copy "
+            "the directory again."
+        ) from error
+    except OSError as error:
+        raise ArtifactError(
+            f"{directory} holds an interrupted publish that cannot be finished ({error}). Make the directory "
+            "writable, and remove what is in the way."
+        ) from error
+
+
+def is_interrupted(directory: Path) -> bool:
+    """Whether a publish of this package waits in a directory."""
+    if not _there(directory / COMMIT):
+        return False
+    with suppress(ArtifactError, OSError):
+        return _journal(directory) is not None
+    return False
+
+
+def require_whole(directory: Path, ours: bool = True, warn: bool = True) -> None:
+    """For readers, before anything is read. Writes nothing.
+
+    Where a publish was cut off before its first move, the old files are whole and are read, with a warning.
+
+    Args:
+        ours: a `.commit` that is no publish of this package is an error; where False, it is somebody else's business.
+        warn: False in a step of a larger read that has said it already.
+
+    Raises:
+        ArtifactError: the files are a mixture of two publishes, or may be.
+    """
+    if _there(directory / COMMIT):
+        try:
+            journal = _journal(directory)
+        except (ArtifactError, OSError) as error:
+            if not ours:
+                return
+            reason = error if isinstance(error, ArtifactError) else f"{directory / COMMIT} cannot be read: {error}."
+            raise ArtifactError(f"{directory} does not say whether it is whole: {reason}") from error
+        if journal is not None:
+            _require_whole(directory, directory, journal, warn)
+    for owner, journal in _owners(directory):
+        _require_whole(directory, owner, journal, warn)
+
+
+def _require_whole(directory: Path, owner: Path, journal: Journal, warn: bool) -> None:
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            with Folder.open(owner) as target, target.sub(COMMIT) as commit, commit.file(NAME) as descriptor:
+                if lock(descriptor, shared=True) is not False:
+                    found = journal.state(target, commit)
+                    break
+        except FileNotFoundError:  # its writer is done
+            return
+        except OSError as error:
+            raise ArtifactError(f"{owner} holds an {_interrupted(owner)} It cannot be read: {error}.") from error
+        if time.monotonic() > end:
+            raise ArtifactError(f"{owner} is being saved into by another process. Read it when that is done.")
+        time.sleep(PAUSE)
+    if found == "old" and (directory / journal.manifest).is_file():
+        if warn:
+            warnings.warn(f"{owner} holds an {_interrupted(owner)} Until then the old files are read.", stacklevel=4)
+    elif found != "new":
+        whose = "" if owner == directory else f" {directory} is part of it."
+        raise ArtifactError(f"{owner} holds an {_interrupted(owner)}{whose}")
+
+
+def copy_own(directory: Path, name: str, staging: Path) -> None:
+    """Take a file of a directory over into a staging folder, if there is one.
+
+    A link is not followed: what it leads to may be private.
+    """
+    with Folder.open(directory) as folder:
+        if folder.stat(name) is None:
+            return
+        try:
+            with folder.file(name) as descriptor, os.fdopen(os.dup(descriptor), "rb") as source:
+                (staging / name).write_bytes(source.read())
+        except ArtifactError as error:
+            warnings.warn(f"{error} It is not taken over into what is saved.", stacklevel=4)
+
+
+def _interrupted(owner: Path) -> str:
+    return f"interrupted publish, finish it with `peft-safety recover {shlex.quote(str(owner))}`."
+
+
+def _owners(directory: Path) -> Iterator[tuple[Path, Journal]]:
+    """Directories above whose interrupted publish has files in this one, as for a further adapter of a model."""
+    real = directory.resolve()
+    for depth, above in enumerate(list(real.parents)[: MAX_DEPTH - 1], start=1):
+        if not _there(above / COMMIT):
+            continue
+        with suppress(ArtifactError, OSError):  # not a publish of ours, so it has nothing in here
+            journal = _journal(above)
+            if journal is not None and any(entry.parts[:depth] == real.parts[-depth:] for entry in journal.entries):
+                yield above, journal
+
+
+def _journal(owner: Path) -> Journal | None:
+    """Of a publish that waits there; None where it was finished at this moment."""
+    try:
+        with Folder.open(owner) as target, target.sub(COMMIT) as commit, commit.file(NAME) as descriptor:
+            return Journal.read(descriptor, commit.path / NAME)
+    except FileNotFoundError as error:
+        if not _there(owner / COMMIT):
+            return None
+        raise ArtifactError(
+            f"{owner / COMMIT} has no journal of peft_safety. Remove it, or copy the directory again."
+        ) from error
+
+
+def _there(path: Path) -> bool:
+    """Whether a name exists, even as a broken link."""
+    try:
+        path.lstat()
+    except OSError:
+        return False
+    return True
+
+
+def _prepare(staging: Staging, target: Path, manifest: str) -> Journal:
+    """Everything to the disk, with the permissions that a new file gets here, and the journal of it."""
+    mode = stat.S_IMODE(os.fstat(staging.descriptor).st_mode)
+    for folder, _, names in os.walk(staging.path, topdown=False):
+        for path in (Path(folder, name) for name in names):
+            if path.is_symlink() or not path.is_file():
+                raise ArtifactError(f"{path} is no regular file. Only files can be saved.")
+            path.chmod(mode)  # safetensors gives its files to the owner alone
+            _sync(path)
+        with suppress(OSError):  # only the empty ones go
+            os.rmdir(folder)
+    with Folder.open(target) as place, Folder.open(staging.path) as source:
+        journal = Journal.of(source, place, manifest)
+        journal.refuse_clash(place)
+        journal.write(staging.descriptor)
+        for parts in {entry.parts[:-1] for entry in journal.entries}:
+            with source.reach(parts) as folder_of_files:
+                folder_of_files.sync()
+        source.sync()
+    return journal
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _commit(staging: Staging, target: Path) -> None:
+    """The commit point. Another writer that is past its own is waited for."""
+    for attempt in range(100):
+        try:
+            os.rename(staging.path, target / COMMIT)
+            return
+        except OSError as error:
+            if attempt == 99 or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        recover(target)
+
+
+def _finish(directory: Path, journal: Journal) -> list[str]:
+    """Move the files into place and `.commit` out of the way, in one step for readers; then it is litter."""
+    try:
+        with Folder.open(directory) as target:
+            target.sync()
+            with target.sub(COMMIT) as commit:
+                moved = journal.move(target, commit)
+                here = target.stat(COMMIT)
+                if (
+                    here is None or here.st_ino != commit.inode()
+                ):  # where nothing locks, somebody else may have finished it
+                    return moved
+                done = new_name(directory)
+                target.move(COMMIT, target, done.name)
+            target.sync()
+    except FileNotFoundError:
+        if not _there(directory / COMMIT):  # somebody else has finished it
+            return []
+        raise
+    except OSError as error:
+        raise ArtifactError(
+            f"{directory}: {error}. The new files are complete, but not all in place: an {_interrupted(directory)}"
+        ) from error
+    discard(done)
+    return moved

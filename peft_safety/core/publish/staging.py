@@ -1,0 +1,154 @@
+"""Staging folders: a live writer holds a lock on its own, and the litter of dead ones is swept.
+
+A process number says nothing: another machine on the same disk has its own numbers, and numbers are used again. The
+name holds a hash of this machine's name and of its boot. Of this boot, a folder whose lock can be had has lost its
+writer and goes at once; any other goes after a day in which nothing in it was written.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import secrets
+import shutil
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_safety.core.publish.folder import BY_DESCRIPTOR
+from peft_safety.core.publish.journal import NAME, STAGING
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is known to be dead, so the day decides
+    fcntl = None
+
+DAY = 24 * 60 * 60.0
+"""Seconds after which a folder of unknown standing counts as litter."""
+PAUSE = 0.01
+
+
+@dataclass(frozen=True)
+class Staging:
+    """A folder to write into, and the descriptor of its journal, locked for as long as this process works on it."""
+
+    path: Path
+    descriptor: int
+
+    @classmethod
+    def make(cls, target: Path) -> Staging:
+        """A new one. If somebody sweeps it before it is locked, another."""
+        for _ in range(100):
+            path = new_name(target)
+            path.mkdir()
+            with suppress(FileNotFoundError):
+                descriptor = os.open(path / NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                if lock(descriptor) is not False and (path / NAME).exists():
+                    return cls(path, descriptor)
+                os.close(descriptor)
+        raise FileNotFoundError(f"{path} was removed by somebody else")
+
+    def discard(self) -> None:
+        """Remove it, if it was not committed."""
+        discard(self.path)
+
+
+def new_name(target: Path) -> Path:
+    """A place for a staging folder of this machine."""
+    return target / f"{STAGING}{_machine()}-{secrets.token_hex(8)}"
+
+
+def discard(path: Path) -> None:
+    """Remove a folder, its journal last: half of it is still known to be litter, and is swept later."""
+    with suppress(OSError):
+        for inner in path.iterdir():
+            if inner.is_dir() and not inner.is_symlink():
+                shutil.rmtree(inner, ignore_errors=True)
+            elif inner.name != NAME:
+                inner.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def lock(descriptor: int, shared: bool = False, seconds: float = 0.0) -> bool | None:
+    """Take the lock of a journal: True if it was free, False if somebody alive holds it, None if there are no
+    locks.
+    """
+    if fcntl is None:
+        return None
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(PAUSE)
+        except OSError:  # a network file system without locks
+            return None
+        else:
+            return True
+
+
+def sweep(target: Path, now: float) -> None:
+    """Remove the litter of dead writers.
+
+    Args:
+        now: the time of the disk, not of this machine: a shared disk may have another clock.
+    """
+    with os.scandir(target) as found:
+        litter = [
+            Path(entry.path)
+            for entry in found
+            if entry.name.startswith(STAGING) and entry.is_dir(follow_symlinks=False)
+        ]
+    for path in litter:
+        with suppress(OSError):  # somebody else sweeps too
+            if path.name.startswith(f"{STAGING}{_machine()}-") and _sweep_own(path):
+                continue
+            if now - _written(path) > DAY:
+                discard(path)
+
+
+def _sweep_own(path: Path) -> bool:
+    """Remove a folder of this boot if its writer is gone. Whether it is clear who wrote it."""
+    if not any(path.iterdir()):
+        path.rmdir()  # its writer, if alive, makes another
+        return True
+    try:
+        descriptor = os.open(path / NAME, os.O_RDWR | (os.O_NOFOLLOW | os.O_NONBLOCK if BY_DESCRIPTOR else 0))
+    except FileNotFoundError:
+        return False
+    try:
+        held = lock(descriptor)
+        if held:
+            discard(path)
+    finally:
+        os.close(descriptor)
+    if held and path.exists():  # network file systems keep a removed file until it is closed
+        discard(path)
+    return held is not None
+
+
+def _written(path: Path) -> float:
+    """When something in it was last written."""
+    times = [path.lstat().st_mtime]
+    for folder, _, names in os.walk(path):
+        times += [os.lstat(os.path.join(folder, name)).st_mtime for name in (".", *names)]
+    return max(times)
+
+
+@functools.cache
+def _machine() -> str:
+    """Of this boot of this machine. Two containers of one machine differ by name."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    try:
+        since = boot.read_text(encoding="ascii")
+    except OSError:
+        since = str(uuid.getnode())
+    return hashlib.sha256(f"{platform.node()}|{since}".encode()).hexdigest()[:12]

@@ -1,0 +1,371 @@
+"""SafetySubspace: the frozen low-rank bases of a model's layers, where they came from, and their file.
+
+One subspace serves many adapters. Modules with the same input (q/k/v, gate/up) may share a basis: it is then one
+tensor in memory and on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_safety.core import base_weights as weights
+from peft_safety.core import subspace_file
+from peft_safety.core.names import exclusion_pattern, listed
+from peft_safety.core.projection import ORTHONORMAL_TOLERANCE, SIDES, Side, orthonormality_error, orthonormalize, union
+from peft_safety.data.rows import Rows
+from peft_safety.errors import SubspaceError
+
+UNREACHED, NARROW = "unreached", "narrow"
+"""Why a layer has no basis: no token of the calibration data reached it, or a single feature leaves nothing free."""
+Bases = Mapping[str, Mapping[Side, Tensor]]
+
+
+class SafetySubspace:
+    """Bases of the protected directions, by module name.
+
+    Args:
+        bases: `{module: {"out": (out_features, k), "in": (in_features, k)}}`, either side or both, orthonormal
+            columns. Kept as fp32 on the CPU; one tensor given to several modules stays one.
+        spectra: singular values behind each basis, `(k,)`, descending; optional.
+        fingerprints: sampled base weights by module (`weights.fingerprint`); `bind` adds them.
+        provenance: JSON-able facts: method, data hash, rank, tokens, seed.
+
+    Raises:
+        SubspaceError: no basis, or one that is not finite, has k < 1 or k >= d, or is not orthonormal; names the
+            module and the shape. Spectra or fingerprints of another shape, or not finite.
+    """
+
+    def __init__(
+        self,
+        bases: Bases,
+        spectra: Bases | None = None,
+        fingerprints: Mapping[str, Tensor] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        kept: dict[int, Tensor] = {}
+        self.bases = {
+            name: {side: _frozen(u, name, kept) for side, u in sides.items()} for name, sides in bases.items()
+        }
+        self.spectra = {
+            name: {side: _frozen(s, name, kept) for side, s in sides.items()}
+            for name, sides in (spectra or {}).items()
+        }
+        self.fingerprints = {name: _frozen(f, name) for name, f in (fingerprints or {}).items()}
+        self.provenance = dict(provenance or {})
+        if not self.bases or not all(self.bases.values()):
+            raise SubspaceError(
+                "the subspace, or one of its modules, has no basis. Calibrate it with SafetySubspace.from_activations."
+            )
+        for name, sides in self.bases.items():
+            for side, u in sides.items():
+                check_basis(u, name, side)
+                _check_values(
+                    self.spectra.get(name, {}).get(side, u[0]), (u.shape[1],), f"{name}: the {side} spectrum"
+                )
+        for name, values in self.fingerprints.items():
+            _check_values(values, (weights.SAMPLES,), f"{name}: the fingerprint")
+
+    @classmethod
+    def from_activations(cls, model: nn.Module, data: Rows, **options: Any) -> SafetySubspace:
+        """Estimate a subspace in one streaming pass over a model; see `peft_safety.calibration.activations.estimate` for
+        the options.
+
+        Args:
+            model: a model of language, dense or quantized.
+            data: rows `{prompt, response}`, `{messages}` or `{text, label}` (needs `tokenizer=`), or tokenized batches
+                (`input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`).
+            **options: `tokenizer`, `method`, `rank`, `energy`, `per_kind`, `sides`, `positions`, `against`,
+                `target_modules`, `exclude_modules`, `batch_size`, `max_length`, `seed`, `progress`.
+
+        Layers that no token reaches, or that have a single feature, are left out, with one warning; see `left_out`.
+        """
+        from peft_safety.calibration.activations import estimate
+        from peft_safety.calibration.leaving_out import announced
+
+        return announced(estimate(model, data, **options))
+
+    @classmethod
+    def from_weights(cls, model: nn.Module, **options: Any) -> SafetySubspace:
+        """The top singular directions of every target weight; see
+        `peft_safety.calibration.weights.estimate_from_weights` for the options.
+
+        Args:
+            model: dense or quantized.
+            **options: `rank`, `energy`, `sides`, `target_modules`, `exclude_modules`, `seed`, `progress`.
+        """
+        from peft_safety.calibration.leaving_out import announced
+        from peft_safety.calibration.weights import estimate_from_weights
+
+        return announced(estimate_from_weights(model, **options))
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str], **hub: Any) -> SafetySubspace:
+        """From a file, a directory that holds `safety_subspace.safetensors`, or a Hub repository id.
+
+        Args:
+            hub: `revision`, `token`, `cache_dir` for `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            SubspaceError: nothing there, or its content is malformed.
+            ArtifactError: not a readable safetensors file.
+        """
+        path = subspace_file.locate(source, **hub)
+        bases, spectra, fingerprints, provenance = subspace_file.read(path)
+        try:
+            return SafetySubspace(bases, spectra, fingerprints, provenance)
+        except SubspaceError as error:
+            raise SubspaceError(f"{path}: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the file (into `path/safety_subspace.safetensors` when `path` is a directory). Atomic and
+        deterministic: equal subspaces give equal bytes.
+
+        Raises:
+            ArtifactError: it cannot be written; what was there is unchanged.
+            SubspaceError: provenance that is no JSON.
+        """
+        tensors = {f"basis.{side}.{name}": u for name, sides in self.bases.items() for side, u in sides.items()}
+        tensors |= {f"spectrum.{side}.{name}": s for name, sides in self.spectra.items() for side, s in sides.items()}
+        tensors |= {f"fingerprint.{name}": f for name, f in self.fingerprints.items()}
+        return subspace_file.write(Path(path), tensors, self.provenance)
+
+    @property
+    def module_names(self) -> list[str]:
+        """Modules with a basis, sorted."""
+        return sorted(self.bases)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Layers that were targeted and have no basis, each with the reason, `UNREACHED` or `NARROW`: an adapter on
+        this subspace leaves them out too.
+        """
+        found = self.provenance.get("left_out")
+        lists = {reason: found.get(reason) for reason in (UNREACHED, NARROW)} if isinstance(found, dict) else {}
+        named = {
+            name: reason
+            for reason, names in lists.items()
+            if isinstance(names, list)
+            for name in names
+            if isinstance(name, str)
+        }
+        return {name: reason for name, reason in named.items() if name not in self.bases}
+
+    @property
+    def digest(self) -> str:
+        """Hash of the bases (not of where they came from): equal for subspaces that constrain equally."""
+        digest = hashlib.sha256()
+        for name in self.module_names:
+            for side in sorted(self.bases[name]):
+                u = self.bases[name][side]
+                digest.update(f"{name}|{side}|{tuple(u.shape)}|".encode())
+                digest.update(u.numpy().tobytes())
+        return digest.hexdigest()
+
+    def rank(self, name: str, side: Side = "out") -> int:
+        """Number of protected directions of one module."""
+        return int(self.bases[name][side].shape[1])
+
+    def capacity(self, side: Side) -> dict[str, int]:
+        """Directions of each module that are not protected."""
+        return {
+            name: sides[side].shape[0] - sides[side].shape[1] for name, sides in self.bases.items() if side in sides
+        }
+
+    @classmethod
+    def joined(cls, own: SafetySubspace | None, spans: Bases) -> SafetySubspace:
+        """A subspace with further directions protected. Spectra of the modules that grow are dropped.
+
+        Args:
+            own: None protects the further directions alone.
+            spans: `{module: {side: (d, l)}}`, any columns (not necessarily independent); modules and sides without a
+                basis here get one.
+
+        Raises:
+            SubspaceError: nothing would be left to train in a module.
+        """
+        bases = {name: dict(sides) for name, sides in own.bases.items()} if own else {}
+        spectra = {name: dict(sides) for name, sides in own.spectra.items()} if own else {}
+        grown: dict[tuple[int | None, int], Tensor] = {}
+        for name, sides in spans.items():
+            for side, span in sides.items():
+                old = bases.get(name, {}).get(side)
+                key = (None if old is None else id(old), id(span))
+                new = grown[key] = grown[key] if key in grown else union(old, span)
+                if new.shape[1] >= new.shape[0]:
+                    raise SubspaceError(
+                        f"{name}: no capacity is left on side {side!r}: {new.shape[1]} of {new.shape[0]} directions "
+                        f"are taken, {span.shape[1]} of them by "
+                        "the earlier patches. Use a smaller k, patches of a smaller r, or merge the earlier ones into "
+                        "the base."
+                    )
+                if new.shape[1]:
+                    bases.setdefault(name, {})[side] = new
+                    spectra.get(name, {}).pop(side, None)
+        return (
+            SafetySubspace(bases, spectra, own.fingerprints, own.provenance)
+            if own
+            else SafetySubspace(bases, provenance={"method": "prior patches"})
+        )
+
+    def beside(self, other: SafetySubspace) -> SafetySubspace:
+        """This subspace with the bases of another one on the other side of the same modules; `other`'s provenance is
+        kept under its side.
+
+        What either of them leaves out (see `left_out`) is left out.
+
+        Raises:
+            SubspaceError: other modules, or both have a basis for one side of a module.
+        """
+        lost = other.left_out | self.left_out
+        both = [name for name in self.bases if name in other.bases]
+        odd = sorted((set(self.bases) ^ set(other.bases)) - set(lost)) or sorted(
+            n for n in both if set(self.bases[n]) & set(other.bases[n])
+        )
+        if odd:
+            raise SubspaceError(
+                f"{odd[0]}: one of the subspaces lacks it, or both have a basis on the same side ({len(odd)} such "
+                "modules). Calibrate both with the same "
+                "target_modules, one on side 'in' and one on side 'out'."
+            )
+        bases = {name: {**self.bases[name], **other.bases[name]} for name in both}
+        spectra = {name: {**self.spectra.get(name, {}), **other.spectra.get(name, {})} for name in both}
+        side = sorted({side for sides in other.bases.values() for side in sides})[0]
+        provenance = {**self.provenance, "sides": "in+out", side: dict(other.provenance)}
+        if lost:
+            provenance["left_out"] = {
+                reason: sorted(name for name in lost if lost[name] == reason) for reason in sorted(set(lost.values()))
+            }
+        prints = {name: value for name, value in {**other.fingerprints, **self.fingerprints}.items() if name in bases}
+        return SafetySubspace(bases, {name: s for name, s in spectra.items() if s}, prints, provenance)
+
+    def restricted(self, names: Iterable[str]) -> SafetySubspace:
+        """The same subspace for some of its modules only."""
+        keep = set(names) & set(self.bases)
+        bases = {n: v for n, v in self.bases.items() if n in keep}
+        spectra = {n: v for n, v in self.spectra.items() if n in keep}
+        return SafetySubspace(
+            bases, spectra, {n: v for n, v in self.fingerprints.items() if n in keep}, self.provenance
+        )
+
+    def randomized(self, seed: int = 0) -> SafetySubspace:
+        """The control: a random subspace of equal ranks. A method's effect is its distance from this one."""
+        generator = torch.Generator().manual_seed(seed)
+        bases = {
+            n: {s: orthonormalize(torch.randn(u.shape, generator=generator)) for s, u in self.bases[n].items()}
+            for n in self.module_names
+        }
+        return SafetySubspace(bases, None, self.fingerprints, {**self.provenance, "method": "random", "seed": seed})
+
+    def check_fits(
+        self, layers: Mapping[str, nn.Module], sides: Sequence[Side] = ("out",), *, bind: bool = True
+    ) -> None:
+        """Check this subspace against the base layers it is to protect; on success, remember fingerprints of layers
+        that had none.
+
+        Raises:
+            SubspaceError: a layer without a basis, one of another shape, or other base weights; nothing has changed
+                then.
+        """
+        lacking = self.lacking(layers, sides)
+        if lacking:
+            side = next(side for side in sides if side not in self.bases.get(lacking[0], {}))
+            raise SubspaceError(
+                f"{listed(lacking)}: the subspace has no {side!r} basis for {len(lacking)} of {len(layers)} "
+                "layers (it has "
+                f"{listed(self.bases)}). Calibrate with the same target_modules, or leave them out: "
+                f'exclude_modules=r"{exclusion_pattern(lacking, layers)}".'
+            )
+        for name, layer, side in ((name, layer, side) for name, layer in layers.items() for side in sides):
+            u = self.bases[name][side]
+            d = weights.shape(layer)[0 if side == "out" else 1]
+            if u.shape[0] != d:
+                raise SubspaceError(
+                    f"{name}: the basis is {tuple(u.shape)}, the layer has {d} {side}put features. Calibrate on this "
+                    "model."
+                )
+        weights.check_fingerprints(
+            self.fingerprints, layers, quantized=self.provenance.get("precision", "dense") != "dense"
+        )
+        if bind:
+            self.bind(layers)
+
+    def lacking(self, names: Iterable[str], sides: Sequence[Side]) -> list[str]:
+        """Those of some modules that lack a basis on one of the sides, in their order."""
+        return [name for name in names if any(side not in self.bases.get(name, {}) for side in sides)]
+
+    def bind(self, layers: Mapping[str, nn.Module]) -> None:
+        """Record fingerprints of the base layers that have none yet."""
+        fresh = {
+            name: _frozen(weights.fingerprint(layer, name), name)
+            for name, layer in layers.items()
+            if name not in self.fingerprints
+        }
+        self.fingerprints.update(fresh)
+        kinds = {weights.quantization(layer) or "dense" for layer in layers.values()}
+        self.provenance.setdefault("precision", "dense" if kinds <= {"dense"} else sorted(kinds - {"dense"})[0])
+
+    def __repr__(self) -> str:
+        ranks = sorted({u.shape[1] for sides in self.bases.values() for u in sides.values()})
+        sides = sorted({side for entry in self.bases.values() for side in entry})
+        return (
+            f"SafetySubspace({len(self.bases)} modules, sides={sides}, k={ranks}, "
+            f"method={self.provenance.get('method', 'unknown')!r})"
+        )
+
+
+def check_basis(u: Tensor, name: str, side: Side) -> None:
+    """Refuse what would not protect, or would protect everything.
+
+    Raises:
+        SubspaceError: not 2-D fp32, k < 1, k >= d, not finite, or `max|U^T U - I| > 1e-5` (which catches zeros and
+            copies too).
+    """
+    if side not in SIDES:
+        raise SubspaceError(f"{name}: side {side!r}; use 'out' or 'in'.")
+    if u.ndim != 2 or u.shape[1] < 1:
+        raise SubspaceError(
+            f"{name}: the {side} basis has shape {tuple(u.shape)}; it must be (features, k) with k >= 1. Calibrate "
+            "again."
+        )
+    d, k = u.shape
+    if k >= d:
+        raise SubspaceError(
+            f"{name}: k = {k} directions of {d} {side}put features leave nothing to train. Use a rank below {d}, a "
+            "smaller energy, or leave it out."
+        )
+    if not bool(torch.isfinite(u).all()):
+        raise SubspaceError(f"{name}: the {side} basis {tuple(u.shape)} holds NaN or Inf. Calibrate again.")
+    error = orthonormality_error(u)
+    if not error <= ORTHONORMAL_TOLERANCE:
+        raise SubspaceError(
+            f"{name}: the {side} basis {tuple(u.shape)} is not orthonormal (max|U^T U - I| = {error:.2g}, limit "
+            f"{ORTHONORMAL_TOLERANCE:g}). Calibrate again."
+        )
+
+
+def _check_values(x: Tensor, shape: tuple[int, ...], what: str) -> None:
+    if tuple(x.shape) != shape or not bool(torch.isfinite(x).all()):
+        raise SubspaceError(
+            f"{what} must hold {shape[0]} finite values; it has shape {tuple(x.shape)}, or NaN or Inf. Calibrate "
+            "again."
+        )
+
+
+def _frozen(x: Tensor, name: str, kept: dict[int, Tensor] | None = None) -> Tensor:
+    """A copy; of one tensor one copy, where `kept` remembers them."""
+    if not isinstance(x, Tensor):
+        raise SubspaceError(
+            f"{name}: a {type(x).__name__} where a tensor is expected. Calibrate with SafetySubspace.from_activations."
+        )
+    if kept is None:
+        return x.detach().to(device="cpu", dtype=torch.float32).contiguous().clone()
+    if id(x) not in kept:
+        kept[id(x)] = _frozen(x, name)
+    return kept[id(x)]

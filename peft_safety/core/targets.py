@@ -1,0 +1,104 @@
+"""Which layers of a model are meant: PEFT's matching rules for `target_modules`, without building an adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from peft_safety.core import base_weights as weights
+from peft_safety.core import scales
+from peft_safety.core.names import own_name, walk
+from peft_safety.core.plain_lora import PREFIX
+from peft_safety.errors import ConfigError
+
+ALL_LINEAR = "all-linear"
+
+
+def canonical(name: str) -> str:
+    """A module's name in the base model, from its name in a PeftModel alone. With the model at hand, `names.walk`
+    knows better.
+    """
+    return own_name(name).removeprefix(PREFIX).removesuffix(".base_layer")
+
+
+def base_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every base layer that an adapter could sit on, by its name in the base model, adapters that are already there
+    looked through.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found: dict[str, nn.Module] = {}
+    for name, _, module in walk(model):
+        if isinstance(module, BaseTunerLayer):
+            found[name] = module.get_base_layer()
+        elif weights.supported(module):
+            found[name] = module
+    return found
+
+
+def target_layers(
+    model: nn.Module, target_modules: Iterable[str] | str | None, exclude_modules: Iterable[str] | str | None = None
+) -> dict[str, nn.Module]:
+    """The layers that PEFT would match.
+
+    Args:
+        target_modules: names or suffixes, a regular expression for the full name, `"all-linear"` (all but the output
+            embedding), or None for PEFT's default of this architecture.
+        exclude_modules: names or suffixes, or a regular expression for the full name, of those that are not meant.
+
+    Raises:
+        ConfigError: nothing matches, or no default is known.
+        UnsupportedLayerError: a match that cannot be protected.
+    """
+    if target_modules is None:
+        target_modules = _default(model)
+    layers = base_layers(model)
+    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+        matched = {name: layer for name, layer in layers.items() if layer is not head and weights.supported(layer)}
+    else:
+        packed = {name: module for name, _, module in walk(model) if scales.is_packed(module)}
+        matched = _named(
+            layers | {name: module for name, module in packed.items() if name not in layers},
+            target_modules,
+            "target_modules",
+        )
+    excluded = _named(matched, exclude_modules, "exclude_modules") if exclude_modules else {}
+    kept = {name: layer for name, layer in matched.items() if name not in excluded}
+    if not kept:
+        some = ", ".join(sorted({name.rpartition(".")[2] for name in layers})[:10])
+        but = f" but those of exclude_modules={exclude_modules!r}" if excluded else ""
+        raise ConfigError(
+            f"target_modules={target_modules!r} matches no linear layer of the model{but}. Give names such as {some}, "
+            "or 'all-linear'."
+        )
+    for name, layer in kept.items():
+        weights.check_readable(layer, name)
+    return kept
+
+
+def _named(layers: Mapping[str, nn.Module], wanted: Iterable[str] | str, field: str) -> dict[str, nn.Module]:
+    """Those that a regular expression, or names and suffixes, mean."""
+    if isinstance(wanted, str):
+        try:
+            pattern = re.compile(wanted)
+        except re.error as error:
+            raise ConfigError(
+                f"{field}={wanted!r} is not a regular expression ({error}). Give names of layers, or a valid one."
+            ) from error
+        return {name: layer for name, layer in layers.items() if pattern.fullmatch(name)}
+    exact = tuple(wanted)
+    return {
+        name: layer for name, layer in layers.items() if name in exact or name.endswith(tuple(f".{w}" for w in exact))
+    }
+
+
+def _default(model: nn.Module) -> list[str]:
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in DEFAULTS:
+        raise ConfigError(f"PEFT knows no default target_modules for model type {kind!r}. Give target_modules.")
+    return list(DEFAULTS[kind])

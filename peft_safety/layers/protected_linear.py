@@ -1,0 +1,334 @@
+"""One protected leaf in place of `lora_A` or `lora_B`.
+
+PEFT computes `lora_B(lora_A(dropout(x))) * scaling` in every layer class, quantized ones and mixed batches included,
+so a leaf there constrains them all. The parameter of the leaf stays the raw trainable weight under its usual name;
+every forward computes with its projection, `C B` or `A C`. An optimizer may move the raw weight out of the complement.
+Since `C` is idempotent, the trajectory of `C B` stays the same when the raw weight is replaced by its projection. That
+is *folding*. It happens in place wherever somebody may look past the forward: when `.weight` is read, on `eval()`, on
+load and in `state_dict()`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from types import CodeType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_safety.core import projection
+from peft_safety.core.projection import Side
+from peft_safety.errors import ProtectionError
+from peft_safety.layers.layout import fresh, lay_out
+from peft_safety.layers.shared_bases import enlist, moved, placed
+
+DTYPE_READERS: set[CodeType] = set()
+"""The forwards of PEFT's layers, which read `lora_A.weight` for its dtype only and need no fold. `registry` fills this
+set. A forward that is missing costs time, not safety.
+"""
+
+
+class _Project(torch.autograd.Function):
+    """A factor's projection, with that of its gradient, `dB = C dB'`."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: Tensor, basis: Tensor, side: Side) -> Tensor:
+        # not `save_for_backward`: DDP broadcasts buffers, equal values, into the basis at every forward, and autograd
+        # would take that for a change
+        ctx.basis, ctx.side = basis, side
+        return projection.project_wide(basis, factor, side)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        with _without_autocast(gradient.device.type):
+            return projection.project_wide(ctx.basis, gradient, ctx.side), None, None
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+class _Decoding(NamedTuple):
+    """What the last decoded token computed with, and the state of the weight that it was made from."""
+
+    state: tuple[int, int, int]
+    factors: tuple[Tensor, Tensor | None]
+
+
+class ProtectedLinear(nn.Linear):
+    """`lora_B` with `C = I - U U^T` before it (side "out"), or `lora_A` with `C` behind it (side "in"), or an
+    unconstrained factor with a residual.
+
+    Attributes:
+        weight: the raw trainable factor, `(out_features, r)` for "out" or `(r, in_features)` for "in".
+        basis: `U (d, k)`, fp32, non-persistent, untouched by dtype casts; None for a factor that is not constrained.
+        initial: the frozen initial factor (persistent, shape of `weight`) of a non-destructive residual, or None.
+            `lora_A` then gives `[A x; A0 x]`, and `lora_B` computes `C B a - B0 a0`: bit-identical to zero at
+            initialization, where both products are the same.
+
+    Reference: SaLoRA, arXiv 2501.01765, section 4; the folding is ours.
+    """
+
+    basis: Tensor | None
+    initial: Tensor | None
+    side: Side
+    _decoding: _Decoding | None
+
+    @classmethod
+    def replacing(cls, linear: nn.Module, basis: Tensor | None, side: Side, residual: bool = False) -> ProtectedLinear:
+        """A leaf around the very Parameter of `linear`, on its device.
+
+        Args:
+            residual: allocate `initial`, zero until `set_initial` or a load fills it.
+        """
+        weight: nn.Parameter = linear._parameters["weight"]  # type: ignore[assignment]
+        leaf = cls(int(linear.in_features), int(linear.out_features), bias=False, device="meta")  # type: ignore[arg-type]
+        leaf.side = side
+        leaf.weight = weight
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        leaf.register_buffer("basis", None if basis is None else placed(basis, device), persistent=False)
+        leaf.register_buffer(
+            "initial", torch.zeros(weight.shape, device=device, dtype=weight.dtype) if residual else None
+        )
+        leaf.training, leaf._decoding = linear.training, None
+        enlist(leaf)
+        return leaf
+
+    def reset_parameters(self) -> None:
+        """Nothing: the weight is PEFT's, which initializes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, initial = self.factors(x)
+        if initial is None:
+            return F.linear(x, weight)
+        if self.side == "in":
+            return torch.cat([F.linear(x, weight), F.linear(x, initial)], dim=-1)
+        # copies: a view that starts at an odd address may take another kernel, and the products must be equal to the
+        # last bit where the factors are
+        trained, frozen = (half.clone(memory_format=torch.contiguous_format) for half in x.chunk(2, dim=-1))
+        return F.linear(trained, weight) - F.linear(frozen, initial)
+
+    def factors(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The weight that counts, and the frozen initial factor of a residual beside it, in the same dtype.
+
+        Args:
+            x: the input `(..., tokens, features)` they are for. A single token in eval mode, without gradients, is a
+                step of decoding. It takes the factors of the token before if nobody has written the weight since. A
+                write past torch's version counter (through `.data`) is seen by the next longer input; until then the
+                old update is computed, protected as ever.
+        """
+        raw = self.raw()
+        single = x is not None and x.shape[-2:-1] == (1,)
+        decoding = single and not (self.training or torch.is_grad_enabled() or _traced() or _is_untracked(raw))
+        last = self._decoding
+        if decoding and last is not None and last.state == _state(raw):
+            return last.factors
+        weight = self.projected()
+        result = weight, None if self.initial is None else self._projection(self.initial.to(weight.dtype))
+        if decoding or last is not None:
+            self._decoding = _Decoding(_state(raw), result) if decoding else None
+        return result
+
+    def projected(self) -> Tensor:
+        """The weight that counts, differentiable, in the dtype of `weight`; projected in fp32 or better whatever
+        autocast says.
+        """
+        return self._projection(self.raw())
+
+    def raw(self) -> Tensor:
+        """The unprojected weight, without the fold that reading `.weight` implies. A replica of `nn.DataParallel`
+        keeps it as a plain attribute.
+        """
+        weight = self._parameters.get("weight")
+        return self.__dict__["weight"] if weight is None else weight
+
+    def _projection(self, factor: Tensor) -> Tensor:
+        if self.basis is None:
+            return factor
+        with _without_autocast(factor.device.type):
+            if _traced():  # plain products, which a compiler fuses and functional transforms differentiate
+                return projection.project_wide(self.basis.to(factor.device), factor, self.side)
+            projected: Tensor = _Project.apply(factor, moved(self.basis, factor.device), self.side)  # type: ignore[no-untyped-call]
+            return projected
+
+    @torch.no_grad()
+    def set_initial(self, value: Tensor) -> None:
+        """Start from `value` and take `value` out again, so that the function does not change: fills `weight` and
+        `initial`.
+        """
+        weight = self.raw()
+        weight.copy_(value)
+        self.fold()
+        self.initial = weight.detach().clone()
+
+    @torch.no_grad()
+    def fold(self) -> bool:
+        """Replace the raw weight, and the frozen one, by its projection if it leaks. A weight that does not leak keeps
+        every bit. A weight that is not whole here (a shard, or on the meta device) is left alone: forwards project it,
+        and `folded_state` folds it when it is saved.
+
+        Returns:
+            Whether anything was written.
+        """
+        self._decoding = None
+        weight = self.raw()
+        factors = [weight]
+        if self.initial is not None:
+            if self.initial.dtype != weight.dtype:  # PEFT and TRL cast parameters only; one file stores one dtype
+                self.initial = self.initial.to(weight.dtype)
+            factors.append(self.initial)
+        if self.basis is None or not is_plain(weight, self.basis, self.side):
+            return False
+        self.basis = moved(self.basis, weight.device)
+        return any([projection.fold_(self.basis, factor, self.side) for factor in factors])
+
+    def train(self, mode: bool = True) -> ProtectedLinear:
+        super().train(mode)
+        if not mode:
+            self.fold()
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        # Parameters live in `_parameters`, so `.weight` arrives here: a reader past the forward gets a folded one.
+        if (
+            name == "weight"
+            and name in self._parameters
+            and not torch.compiler.is_compiling()
+            and sys._getframe(1).f_code not in DTYPE_READERS
+        ):
+            self.fold()
+        return super().__getattr__(name)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.fold()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        if local_metadata.get("assign_to_params_buffers"):  # the caller's own tensors, of a file as a rule
+            lay_out(self)
+            self.initial = None if self.initial is None else fresh(self.initial)
+        self.fold()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProtectedLinear:
+        basis, self.basis, self._decoding = self.basis, None, None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self.basis = basis
+        if basis is not None:  # follow moves to another device, ignore casts: a bf16 basis would leak 3.6e-4
+            device = fn(basis.new_zeros(1)).device
+            if device.type != "meta":
+                self.basis = moved(basis, device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_decoding": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        enlist(self)
+
+    def extra_repr(self) -> str:
+        k = 0 if self.basis is None else self.basis.shape[1]
+        return f"{super().extra_repr()}, side={self.side}, k={k}, residual={self.initial is not None}"
+
+
+def protected_leaves(model: nn.Module) -> Iterator[tuple[str, ProtectedLinear]]:
+    """Every leaf of a model with its name, in module order (equal on all ranks)."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, ProtectedLinear))
+
+
+def lay_out_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Move what an adapter holds, both factors of each layer and the modules saved beside them, to where new tensors
+    would lie, and fold what was moved.
+    """
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == adapter_name:
+            for part in module.modules():
+                if lay_out(part) and isinstance(part, ProtectedLinear):
+                    part.fold()
+
+
+def joined(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`(A' (r', n), B' (m, r'))` with `B' A' = B A - B0 A0`: `[A; A0]` and `[B, -B0]`; without a residual the factors
+    themselves.
+    """
+    if a0 is None or b0 is None:
+        return a, b
+    return torch.cat([a, a0.to(a)]), torch.cat([b, -b0.to(b)], dim=1)
+
+
+def stored_factors(leaf_a: nn.Module, leaf_b: nn.Module) -> tuple[Tensor, Tensor]:
+    """`joined` factors of a LoRA layer as they stand in its leaves, folded, not differentiable; of plain LoRA its two
+    weights.
+    """
+    a: Tensor = leaf_a.weight.detach()  # type: ignore[assignment, operator]  # reading folds, the frozen factors too
+    b: Tensor = leaf_b.weight.detach()  # type: ignore[assignment, operator]
+    return joined(a, b, getattr(leaf_a, "initial", None), getattr(leaf_b, "initial", None))
+
+
+def check_leaf(leaf: nn.Module, name: str, basis: Tensor | None, side: Side, residual: bool = False) -> None:
+    """Refuse a leaf that does not hold the constraint.
+
+    Args:
+        basis: the expected one; None for the other factor of an adapter with a residual.
+
+    Raises:
+        ProtectionError: an ordinary module stands in its place, its basis is not the expected one, or a factor is not
+            finite.
+    """
+    if not isinstance(leaf, ProtectedLinear) or leaf.side != side or (leaf.initial is not None) != residual:
+        raise ProtectionError(
+            f"{name}: a {type(leaf).__name__} stands where a protected leaf belongs; something replaced it. Load the "
+            "adapter again."
+        )
+    found = leaf.basis
+    equal = found is basis is None or (
+        found is not None and basis is not None and found.dtype == torch.float32 and torch.equal(found.cpu(), basis)
+    )
+    if not equal:
+        shapes = ["none" if u is None else f"{tuple(u.shape)} {u.dtype}" for u in (found, basis)]
+        raise ProtectionError(
+            f"{name}: its basis ({shapes[0]}) is not the subspace's ({shapes[1]}). Load the adapter again."
+        )
+    for factor in (leaf.raw(), leaf.initial):
+        if factor is None or hasattr(factor, "device_mesh") or factor.is_meta or bool(torch.isfinite(factor).all()):
+            continue
+        raise ProtectionError(
+            f"{name}: a factor {tuple(factor.shape)} holds NaN or Inf. Lower the learning rate, and load the last "
+            "good checkpoint."
+        )
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _state(weight: Tensor) -> tuple[int, int, int]:
+    """What tells a written weight from an untouched one."""
+    return id(weight), weight._version, weight.data_ptr()
+
+
+def _is_untracked(weight: Tensor) -> bool:
+    """Whether nothing may be kept for the next call: torch counts no writes to this weight, or a CUDA graph records
+    addresses that must stay valid.
+    """
+    return weight.is_inference() or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def is_plain(weight: Tensor, basis: Tensor, side: Side) -> bool:
+    """Whether the weight is a whole tensor here: not meta, not a shard, not flattened by a sharding wrapper."""
+    return (
+        not weight.is_meta
+        and not hasattr(weight, "device_mesh")
+        and weight.ndim == 2
+        and weight.shape[0 if side == "out" else 1] == basis.shape[0]
+    )
