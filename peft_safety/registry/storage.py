@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,20 +112,23 @@ def load_adapter(
 ) -> Any:
     """Loading onto an adapter that is there (a resumed run): check the directory first, and bring its bases along."""
     config = self.peft_config.get(adapter_name)
+    options = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "token", "cache_dir")}
     fresh = (
         isinstance(config, ProtectedConfig)
         and config._stored is not None
         and config._stored.comes_from(str(model_id), kwargs.get("subfolder"))
     )
     if not isinstance(config, ProtectedConfig) or fresh:
-        with _own_names(self, adapter_name):
-            result = original(self, model_id, adapter_name, *args, **kwargs)
+        placed = _with_places(self, kwargs)
+        if placed is not kwargs:  # plain adapters are stored with the names that wrappers give
+            stored = config or PeftConfig.from_pretrained(str(model_id), **options)
+            kwargs = placed if isinstance(stored, ProtectedConfig) else kwargs
+        result = original(self, model_id, adapter_name, *args, **kwargs)
         config = self.peft_config.get(adapter_name)
         if isinstance(config, ProtectedConfig):
             config._stored = None
             lay_out_adapter(self, adapter_name)  # with low_cpu_mem_usage the factors are what the file's reader made
         return result
-    options = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "token", "cache_dir")}
     stored = PeftConfig.from_pretrained(str(model_id), **options)
     if type(stored) is not type(config):
         raise ConfigError(
@@ -143,30 +146,19 @@ def load_adapter(
     config.subspace = stored.subspace
     remember(config, loaded=True)
     bind(layers, adapter_name, config)
-    with _own_names(self, adapter_name):
-        return original(self, model_id, adapter_name, *args, **kwargs)
+    return original(self, model_id, adapter_name, *args, **_with_places(self, kwargs))
 
 
-@contextmanager
-def _own_names(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """A stored adapter has the base model's own names. Where wrappers inside the model change names, tensors that are
-    loaded into it meanwhile are given those.
+def _with_places(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A stored adapter has the base model's own names. Where wrappers inside the model change names, PEFT's own
+    `key_mapping` puts them in.
     """
-
-    def rename(_: nn.Module, state: dict[str, Any], *__: Any) -> None:
-        if adapter_name not in protected_configs(model):
-            return
-        names = {f"{PREFIX}{name}": place for name, place in places(model).items()}
-        if any(name != place for name, place in names.items()):
-            renamed = {relocated(key, names): value for key, value in state.items()}
-            state.clear()
-            state.update(renamed)
-
-    hook = model.register_load_state_dict_pre_hook(rename)
-    try:
-        yield
-    finally:
-        hook.remove()
+    names = {name: place.removeprefix(PREFIX) for name, place in places(model).items() if name}
+    if all(name == place for name, place in names.items()):
+        return kwargs
+    longest_first = sorted(names, key=len, reverse=True)  # PEFT takes the first pattern that matches
+    mapping = {rf"^{re.escape(name)}\.": names[name].replace("\\", r"\\") + "." for name in longest_first}
+    return {**kwargs, "key_mapping": {**mapping, **(kwargs.get("key_mapping") or {})}}
 
 
 def _check_same(adapter_name: str, source: str, stored: Any, config: Any, layers: Any) -> None:
