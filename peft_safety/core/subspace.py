@@ -19,7 +19,6 @@ from peft_safety.core import base_weights as weights
 from peft_safety.core import subspace_file
 from peft_safety.core.names import exclusion_pattern, listed
 from peft_safety.core.projection import ORTHONORMAL_TOLERANCE, SIDES, Side, orthonormality_error, orthonormalize, union
-from peft_safety.data.rows import Rows
 from peft_safety.errors import SubspaceError
 
 UNREACHED, NARROW = "unreached", "narrow"
@@ -73,9 +72,9 @@ class SafetySubspace:
             _check_values(values, (weights.SAMPLES,), f"{name}: the fingerprint")
 
     @classmethod
-    def from_activations(cls, model: nn.Module, data: Rows, **options: Any) -> SafetySubspace:
-        """Estimate a subspace in one streaming pass over a model; see `peft_safety.calibration.activations.estimate` for
-        the options.
+    def from_activations(cls, model: nn.Module, data: Any, **options: Any) -> SafetySubspace:
+        """Estimate a subspace in one streaming pass over a model; for the options, see
+        `peft_safety.calibration.activations.estimate`.
 
         Args:
             model: a model of language, dense or quantized.
