@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft_safety.audit import orthogonality_report
     from peft_safety.callbacks import SafeLoRACallback, SafetyMonitorCallback, SoftPenaltyCallback
     from peft_safety.convert.export import export_lora
-    from peft_safety.convert.merge import merge_dequantized, merge_quantized
+    from peft_safety.convert.merge import merge_quantized
     from peft_safety.convert.verify import verify
     from peft_safety.core.subspace import SafetySubspace
     from peft_safety.errors import PeftSafetyError
@@ -39,17 +39,16 @@ _NAMES = {
     "SafeLoRAConfig": "methods.safe_lora",
     "SafetyMonitorCallback": "callbacks",
     "SoftPenaltyCallback": "callbacks",
-    "SafetySubspace": "subspace",
+    "SafetySubspace": "core.subspace",
     "apply_safe_lora": "methods.safe_lora",
     "assert_protected": "registry.protection",
-    "explain": "fused",
-    "export_lora": "export",
+    "explain": "registry.fused",
+    "export_lora": "convert.export",
     "fuse": "methods.somf",
-    "merge_dequantized": "merging",
-    "merge_quantized": "merging",
-    "orthogonality_report": "orthogonality",
+    "merge_quantized": "convert.merge",
+    "orthogonality_report": "audit",
     "safe_lora_dir": "methods.safe_lora",
-    "verify": "verification",
+    "verify": "convert.verify",
 }
 __all__ = [
     "GuardSpaceConfig",
@@ -66,7 +65,6 @@ __all__ = [
     "explain",
     "export_lora",
     "fuse",
-    "merge_dequantized",
     "merge_quantized",
     "orthogonality_report",
     "safe_lora_dir",

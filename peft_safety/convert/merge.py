@@ -157,22 +157,6 @@ def merge_quantized(
     return result
 
 
-def merge_dequantized(model: PeftModel, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """`merge_quantized(model, "16bit")` without its report: every targeted k-bit layer becomes an `nn.Linear` of
-    `dtype` that holds `W + dW`.
-
-    The sum is taken in fp32 and rounded once. Layers without an adapter stay quantized.
-
-    Returns:
-        The base model, without adapters.
-
-    Raises:
-        ConfigError: adapters that trained other weights too (use `merge_and_unload` of a dense base for those), or one
-            that is merged already.
-    """
-    return merge_quantized(model, "16bit", dtype=dtype, verbose=False).model
-
-
 def _mergeable(model: PeftModel) -> list[str]:
     """Names of the LoRA layers in the base model."""
     if any(getattr(config, "modules_to_save", None) for config in config_table(model).values()):

@@ -49,7 +49,7 @@ def _refuse_lossy_merge(model: Any, adapter_names: list[str] | None) -> None:
                 raise LossyMergeError(
                     f"{name}: merging into a {kind} weight would keep {kept:.1%} of the update of adapter {adapter!r} "
                     "and let the rest leak into the protected subspace. Keep the adapter beside the base, or merge "
-                    "into dequantized weights with peft_safety.merge_dequantized(model)."
+                    "into dequantized weights with peft_safety.merge_quantized(model)."
                 )
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import nn
 
-from peft_safety import assert_protected, merge_dequantized
+from peft_safety import assert_protected, merge_quantized
 from peft_safety.errors import ConfigError, LossyMergeError, PeftSafetyError
 from peft_safety.layers import protected_leaves
 from tests.peft import cells
@@ -76,7 +76,7 @@ def test_a_merged_adapter_is_neither_exported_nor_merged_twice(tmp_path: Path) -
     with pytest.raises(ConfigError, match="unmerge"):
         export_lora(model, tmp_path)
     with pytest.raises(ConfigError, match="unmerge"):
-        merge_dequantized(model)
+        merge_quantized(model)
 
 
 @pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter", "by name"])
@@ -92,7 +92,7 @@ def test_merging_into_k_bit_weights_is_refused_with_the_figure(base: str, init: 
         merge()
     kept = float(re.search(r"would keep (-?[\d.]+)%", str(caught.value)).group(1))
     assert -100 < kept < 200
-    assert "merge_dequantized" in str(caught.value)
+    assert "merge_quantized" in str(caught.value)
     model.set_adapter("default")
     assert torch.equal(cells.logits(model), before)
 
@@ -114,7 +114,7 @@ def test_merging_into_dequantized_weights_keeps_the_function(base: str, init: st
     updates, subspace = cells.deltas(model), model.peft_config["default"].subspace
     dense = {name: dense_weight(layer.get_base_layer()) for name, layer in cells.layers_of(model)}
     before, ids = cells.logits(model), cells.tokens()
-    merged = merge_dequantized(model, torch.float32)
+    merged = merge_quantized(model, dtype=torch.float32, verbose=False).model
     for name, weight in dense.items():
         layer = merged.get_submodule(name)
         assert type(layer) is nn.Linear

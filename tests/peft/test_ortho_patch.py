@@ -12,7 +12,7 @@ from peft_safety import (
     SoftPenaltyCallback,
     assert_protected,
     export_lora,
-    merge_dequantized,
+    merge_quantized,
     verify,
 )
 from peft_safety.callbacks import SafetyMonitorCallback
@@ -282,7 +282,7 @@ def test_merge_and_unmerge(kind):
     if kind == "nf4":
         with pytest.raises(PeftSafetyError, match="would keep"):
             model.merge_adapter()
-        merged = merge_dequantized(model, torch.float32)
+        merged = merge_quantized(model, dtype=torch.float32, verbose=False).model
         torch.testing.assert_close(merged(input_ids=cells.tokens()).logits, before, atol=1e-3, rtol=1e-3)
         return
     model.merge_adapter()
