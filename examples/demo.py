@@ -38,8 +38,8 @@ SAFETY_RANK = 32
 """Output directions for SaLoRA, as published (arXiv 2501.01765, section 5.1)."""
 FRACTION = 0.25
 """Of every layer's input dimensions, for GuardSpace: its default."""
-GUARD_PAIRS = 64
-"""As many distinct calibration requests as the package has."""
+GUARD_PAIRS = 32
+"""Calibration requests: 16, 64 and 128 do the same (docs/results.md)."""
 ALIGNED, LORA, GUARDSPACE, SALORA, CONTROL = "aligned", "plain LoRA", "GuardSpace", "SaLoRA", "random basis"
 
 
@@ -63,10 +63,10 @@ class Scale:
     seconds: dict[str, int]
 
 
-SECONDS = {"load": 10, "patch": 1, "aligned": 35, "calibrate": 15, "arm": 65}
-DEFAULT = Scale((LORA, GUARDSPACE), None, 96, 28, SECONDS)
-FULL = Scale((LORA, SALORA, GUARDSPACE, CONTROL), {}, 128, 72, {**SECONDS, "patch": 500, "aligned": 50, "arm": 80})
-SMOKE = Scale((LORA, GUARDSPACE), None, 40, 12, {"load": 10, "patch": 1, "aligned": 15, "calibrate": 15, "arm": 25})
+SECONDS = {"load": 8, "patch": 4, "aligned": 40, "calibrate": 35, "arm": 120}
+DEFAULT = Scale((LORA, GUARDSPACE), None, 128, 24, SECONDS)
+FULL = Scale((LORA, SALORA, GUARDSPACE, CONTROL), {}, 128, 72, {**SECONDS, "patch": 1500, "aligned": 120, "arm": 190})
+SMOKE = Scale((LORA, GUARDSPACE), None, 40, 12, {"load": 8, "patch": 4, "aligned": 25, "calibrate": 35, "arm": 50})
 
 
 class Progress:
@@ -182,19 +182,19 @@ class Demo:
 
     def arm(self, aligned: PreTrainedModel, name: str, subspace: SafetySubspace | None) -> PeftModel:
         """Fine-tune and measure. The adapter is left on the aligned model."""
-        from peft_safety.recipes.adapter import AdapterOptions
+        from peft import LoraConfig
+
+        from peft_safety import GuardSpaceConfig, SaLoRAConfig
         from peft_safety.recipes.load import poisoned
         from peft_safety.recipes.train import finetune
 
         seed, task = self.options.seed, self.bench.task
         rows = poisoned(task.train, self.poison, seed)
         chosen: Any = subspace.randomized(seed) if subspace is not None and name == CONTROL else subspace
-        adapter = (
-            AdapterOptions("lora")
-            if name == LORA
-            else AdapterOptions("salora" if name == SALORA else "guardspace", subspace=chosen)
-        )
-        config = adapter.config(aligned, self.tokenizer, rows, seed=seed)
+        common: dict[str, Any] = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        config: Any = LoraConfig(**common)
+        if name != LORA:
+            config = (SaLoRAConfig if name == SALORA else GuardSpaceConfig)(**common, subspace=chosen)
         tuned, run = finetune(aligned, self.tokenizer, rows, config, self.options, labels=task.labels)
         self.evaluations[name] = self.bench.measure(tuned, self.tokenizer)
         self.details[name] = asdict(run)
@@ -257,7 +257,7 @@ def main() -> None:
     size.add_argument(
         "--full",
         action="store_true",
-        help="train the safety patch too, and add SaLoRA and a random basis (about 18 minutes)",
+        help="train the safety patch too, and add SaLoRA and a random basis (about 45 minutes)",
     )
     size.add_argument("--smoke", action="store_true", help="few prompts and steps: figures too rough to quote")
     parser.add_argument("--no-poison", action="store_true", help="fine-tune on clean rows")
