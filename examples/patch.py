@@ -221,7 +221,8 @@ def main() -> None:
     for name in given.arms.split(";"):
         run.arm(name)
     options = run.options
-    size = f"{options.energy:.0%} of the energy" if options.energy else f"k = {options.k or DEFAULT_RANK}"
+    energy, rank = options.safety_energy, options.safety_rank or DEFAULT_RANK
+    size = f"{energy:.0%} of the energy" if energy else f"safety_rank = {rank}"
     report = Report(
         title="SmolLM2-135M: safety patches" if "SmolLM2-135M" in model_path else f"{model_path}: safety patches",
         arms=run.arms,

@@ -205,7 +205,10 @@ def sizes_of(
     unknown = sorted(set(special) - {kind_of(name) for name in layers})
     if unknown:
         there = ", ".join(sorted({kind_of(name) for name in layers}))
-        raise ConfigError(f"per_kind names {unknown[0]!r}, and no target module is of that kind. There are {there}.")
+        raise ConfigError(
+            f"per_kind (safety_rank_pattern) names {unknown[0]!r}, and no target module is of that kind. There are "
+            f"{there}."
+        )
     return {name: special.get(kind_of(name), usual) for name in layers}
 
 

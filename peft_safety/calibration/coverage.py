@@ -170,8 +170,8 @@ def warn_if_stalled(shares: Mapping[str, TaskShare]) -> float:
         warnings.warn(
             f"the task lies inside the null space: the update sees {middle:.2g} of its energy (median of "
             f"{len(shares)} modules; below {STALL_SHARE:g} learning "
-            f"stalls), and {shares[worst].free:.2g} at {worst}. Use a smaller k, energy or fraction, also per_kind, "
-            "or calibrate on harmful prompts only.",
+            f"stalls), and {shares[worst].free:.2g} at {worst}. Use a smaller safety_rank or safety_energy, also "
+            "in safety_rank_pattern, or calibrate on harmful prompts only.",
             stacklevel=2,
         )
     return middle

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from peft_safety.calibration.activations import DEFAULT_RANK, model_name, size_of
+from peft_safety.calibration.activations import DEFAULT_RANK, model_name, sizes_of
 from peft_safety.calibration.bases import output_basis
 from peft_safety.calibration.leaving_out import cut, fitted, narrow_layers, record, without_room
 from peft_safety.core import base_weights as weights
@@ -20,6 +20,7 @@ def estimate_from_weights(
     *,
     rank: float | None = None,
     energy: float | None = None,
+    per_kind: Mapping[str, float] | None = None,
     sides: Sequence[Side] = ("in",),
     target_modules: Iterable[str] | str | None = None,
     exclude_modules: Iterable[str] | str | None = None,
@@ -34,8 +35,8 @@ def estimate_from_weights(
     weights are dequantized one at a time.
 
     Args:
-        rank, energy, target_modules, exclude_modules, layers: as in `activations.estimate`; the energy is that of the
-            weight, `||W||_F^2`.
+        rank, energy, per_kind, target_modules, exclude_modules, layers: as in `activations.estimate`; the energy is
+            that of the weight, `||W||_F^2`.
 
     Raises:
         ConfigError: a rank that leaves nothing to train, no module matched. CalibrationError: a weight that is zero or
@@ -45,11 +46,12 @@ def estimate_from_weights(
     """
     from tqdm.auto import tqdm
 
-    size = size_of(DEFAULT_RANK if rank is None and energy is None else rank, energy)
+    if rank is None and energy is None:
+        rank = DEFAULT_RANK
     targets = dict(target_layers(model, target_modules, exclude_modules) if layers is None else layers)
     unfit = without_room(targets, sides)
     layers = {name: layer for name, layer in targets.items() if name not in unfit}
-    sizes = fitted(layers, dict.fromkeys(layers, size), sides, weights_only=True)  # before anything is decomposed
+    sizes = fitted(layers, sizes_of(targets, rank, energy, per_kind or {}), sides, weights_only=True)
     narrow = {side: narrow_layers(layers, side, weights_only=True) for side in sides}
     bases: dict[str, dict[Side, Tensor]] = {}
     spectra: dict[str, dict[Side, Tensor]] = {}
@@ -62,7 +64,9 @@ def estimate_from_weights(
         found = {side: cut(*pair) if name in narrow[side] else pair for side, pair in found.items()}
         bases[name], spectra[name] = ({side: pair[index] for side, pair in found.items()} for index in (0, 1))
     provenance = {"method": "weight", "sides": "+".join(sides), "seed": seed, "model": model_name(model)}
-    provenance |= {"rank": rank or DEFAULT_RANK} if energy is None else {"energy": energy}
+    provenance |= ({"rank": rank} if energy is None else {"energy": energy}) | (
+        {"per_kind": dict(per_kind)} if per_kind else {}
+    )
     provenance |= record([], unfit)
     subspace = SafetySubspace(bases, spectra, provenance=provenance)
     subspace.bind(layers)

@@ -58,7 +58,7 @@ def targets(text: str) -> str | list[str]:
 
 def whole(rank: float | None) -> float | None:
     """`--safety-rank`: a number of directions is an integer, a share stays as it is."""
-    return rank if rank is None or rank < 1 or rank % 1 else int(rank)
+    return rank if rank is None or rank % 1 else int(rank)
 
 
 def numbers(pairs: list[str]) -> dict[str, float]:

@@ -188,9 +188,14 @@ def patch(
     basis: Annotated[str, typer.Option(help="What to stay out of: activation, contrastive or weight.")] = "activation",
     side: Annotated[str, typer.Option(help="in, out or both.")] = "in",
     safety_rank: Annotated[
-        int | None, typer.Option(help="Protected directions per layer (default 32; 0: those of earlier patches only).")
+        float | None,
+        typer.Option(
+            help="Protected directions per layer, or below 1 a share of its features (default 32; 0: those of earlier "
+            "patches only)."
+        ),
     ] = None,
     safety_energy: SafetyEnergyOption = None,
+    safety_rank_pattern: SafetyRankPatternOption = None,
     reg_lambda: Annotated[
         float | None, typer.Option(help="For --mode soft: weight of the penalty (default 100).")
     ] = None,
@@ -233,8 +238,9 @@ def patch(
     options = PatchOptions(
         **{name: given[name] for name in same},
         r=rank,
-        k=safety_rank,
-        energy=safety_energy,
+        safety_rank=whole(safety_rank),
+        safety_energy=safety_energy,
+        safety_rank_pattern=numbers(safety_rank_pattern or []) or None,
         target_modules=targets(target_modules),
         prior_patches=tuple(str(path) for path in prior or ()),
         stopping=Stopping(every=evaluate_every),

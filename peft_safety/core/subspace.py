@@ -97,7 +97,7 @@ class SafetySubspace:
 
         Args:
             model: dense or quantized.
-            **options: `rank`, `energy`, `sides`, `target_modules`, `exclude_modules`, `seed`, `progress`.
+            **options: `rank`, `energy`, `per_kind`, `sides`, `target_modules`, `exclude_modules`, `seed`, `progress`.
         """
         from peft_safety.calibration.leaving_out import announced
         from peft_safety.calibration.weights import estimate_from_weights

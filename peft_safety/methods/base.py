@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from peft import LoraConfig
 from torch import nn
 
+from peft_safety.calibration.size_options import check_size_options
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import StoredAdapter, sign
 from peft_safety.core.plain_lora import INITS, MANIFEST, NOT_PROTECTED, check_features, check_sizes
@@ -38,7 +39,10 @@ class ProtectedConfig(LoraConfig):
     Args:
         subspace: a `SafetySubspace`, a file, a directory, a Hub id, or `"auto"` to calibrate when the adapter is
             injected.
-        safety_rank: protected directions per layer when `subspace="auto"`; otherwise set from the subspace.
+        safety_rank: size of the subspace of `"auto"`: directions per module, an integer; or a share of its features, a
+            float in (0, 1). None takes the method's default. A given subspace has its own size.
+        safety_energy: instead, as many directions as hold this share of the energy.
+        safety_rank_pattern: other values of either by the end of a module's name: `{"down_proj": 0.1}`.
         safety_artifact: written by `save_pretrained`; leave it alone.
 
     Raises:
@@ -48,13 +52,24 @@ class ProtectedConfig(LoraConfig):
     subspace: Any = field(
         default="auto", metadata={"help": "SafetySubspace, path, Hub id, or 'auto' to calibrate at injection."}
     )
-    safety_rank: int = field(default=32, metadata={"help": "Protected directions per layer for subspace='auto'."})
+    safety_rank: int | float | None = field(
+        default=None,
+        metadata={"help": "For subspace='auto': protected directions per module, or a share of its features."},
+    )
+    safety_energy: float | None = field(
+        default=None, metadata={"help": "Instead of safety_rank: as many directions as hold this share of the energy."}
+    )
+    safety_rank_pattern: dict[str, int | float] | None = field(
+        default=None,
+        metadata={"help": "Other values of safety_rank or safety_energy by the end of a module's name."},
+    )
     safety_artifact: dict[str, Any] | None = field(
         default=None, metadata={"help": "Hashes of the saved files; written by save_pretrained."}
     )
 
     PEFT_KEY: ClassVar[str] = ""
     UNSAVED: ClassVar[tuple[str, ...]] = ()  # data: what came of them is saved, they are not
+    LEAST_RANK: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         where = type(self).__name__
@@ -64,8 +79,9 @@ class ProtectedConfig(LoraConfig):
                 f"{where}: bias={self.bias!r} trains base biases, which no projection constrains. Use bias='none'."
             )
         check_sizes(vars(self), where)
-        if not isinstance(self.safety_rank, int) or self.safety_rank < 1:
-            raise ConfigError(f"{where}: safety_rank={self.safety_rank!r}. Use an integer of at least 1.")
+        check_size_options(
+            self.safety_rank, self.safety_energy, self.safety_rank_pattern, where, least=self.LEAST_RANK
+        )
         super().__post_init__()
         self._stored: StoredAdapter | None = None
         self._origin: Any = None  # `registry.reuse.Origin` of the adapter that was made from it
@@ -105,6 +121,11 @@ class ProtectedConfig(LoraConfig):
         """Whether the layers carry frozen initial factors."""
         return False
 
+    @property
+    def subspace_size(self) -> dict[str, Any]:
+        """What was asked for, as the arguments of `estimate` and `estimate_from_weights`."""
+        return {"rank": self.safety_rank, "energy": self.safety_energy, "per_kind": self.safety_rank_pattern}
+
     def resolve(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SafetySubspace:
         """The subspace itself: as given, loaded, or calibrated on the package's own data. `layers` are the base layers
         by name.
@@ -125,7 +146,7 @@ class ProtectedConfig(LoraConfig):
         from peft_safety.calibration.activations import estimate, tokenizer_of
 
         subspace = estimate(
-            model, calibration_rows("salora"), tokenizer=tokenizer_of(model), rank=self.safety_rank, layers=layers
+            model, calibration_rows("salora"), tokenizer=tokenizer_of(model), layers=layers, **self.subspace_size
         )
         subspace.provenance["source"] = "peft_safety refusal pairs, calibration split"
         return subspace

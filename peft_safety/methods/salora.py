@@ -35,7 +35,8 @@ class SaLoRAConfig(ProtectedConfig):
     Args:
         subspace: `SafetySubspace`, file, directory, Hub id, or `"auto"` (default): calibrate at injection on the
             package's prompts and refusals.
-        safety_rank: protected output directions per layer for `"auto"`; 32 as published.
+        safety_rank, safety_energy, safety_rank_pattern: size of the subspace of `"auto"`, see `ProtectedConfig`; 32
+            output directions per module by default, as published.
         init: `"lora"` starts from B = 0. `"task"` starts from the task-aware factors of the paper, with a residual
             that keeps the function unchanged.
         task_data: for `init="task"`: rows `{prompt, response}`, tokenized batches, or a `SafetySubspace` estimated on

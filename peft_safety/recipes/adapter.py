@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from peft_safety.calibration.activations import DEFAULT_RANK, GUARDSPACE_FRACTION
+from peft_safety.calibration.size_options import check_size_options
 from peft_safety.data import CALIBRATION_PAIRS, refusal_pairs
 from peft_safety.data.rows import Row, Rows, as_rows
 from peft_safety.errors import ConfigError
@@ -35,22 +36,19 @@ class AdapterOptions:
     Attributes:
         method: "lora" (not protected), "salora" or "guardspace".
         r, lora_alpha, target_modules: as in `LoraConfig`.
-        safety_rank: size of the subspace of "auto": directions of each layer, or below 1 a share of its features; None
-            takes the method's own, 32 for "salora" and a quarter for "guardspace".
-        safety_energy: or as many directions as hold this share of the energy.
-        safety_rank_pattern: another value of either for modules whose name ends so: `{"down_proj": 0.1}`.
+        safety_rank, safety_energy, safety_rank_pattern: as in the configs: size of the subspace of "auto"; by default
+            32 directions per module for "salora" and a quarter of its features for "guardspace".
         subspace, init, task_rank: as in `SaLoRAConfig`, and the first two in `GuardSpaceConfig`; not used by "lora".
-        basis, positions, combine: as in `GuardSpaceConfig`; for "guardspace" only.
-        combine_rank: output directions of each layer with `combine`.
+        basis, positions, combine, combine_rank: as in `GuardSpaceConfig`; for "guardspace" only.
     """
 
     method: Method = "guardspace"
     r: int = 16
     lora_alpha: int = 16
     target_modules: str | list[str] = "all-linear"
-    safety_rank: float | None = None
+    safety_rank: int | float | None = None
     safety_energy: float | None = None
-    safety_rank_pattern: Mapping[str, float] | None = None
+    safety_rank_pattern: Mapping[str, int | float] | None = None
     subspace: SafetySubspace | str = "auto"
     init: Literal["lora", "task", "guardspace"] = "lora"
     task_rank: int = 32
@@ -80,14 +78,11 @@ class AdapterOptions:
                 f"{given[0]} is the size of a protected subspace, and method 'lora' has none. Leave it out, or use "
                 "method 'guardspace'."
             )
-        if self.safety_rank is not None and self.safety_energy is not None:
-            raise ConfigError(
-                f"safety_rank {self.safety_rank:g} and safety_energy {self.safety_energy:g}: give one of them."
-            )
+        check_size_options(self.safety_rank, self.safety_energy, self.safety_rank_pattern, type(self).__name__)
 
     @property
-    def size(self) -> float | None:
-        """The size in force, unless `safety_energy` gives it."""
+    def size(self) -> int | float | None:
+        """The rank in force: the default if nothing is given, None if `safety_energy` is."""
         usual = {"salora": DEFAULT_RANK, "guardspace": GUARDSPACE_FRACTION}.get(self.method)
         return self.safety_rank if self.safety_rank is not None or self.safety_energy is not None else usual
 
@@ -121,6 +116,11 @@ class AdapterOptions:
         }
         if self.method == "lora":
             return LoraConfig(**common)
+        common |= {
+            "safety_rank": self.safety_rank,
+            "safety_energy": self.safety_energy,
+            "safety_rank_pattern": None if self.safety_rank_pattern is None else dict(self.safety_rank_pattern),
+        }
         if self.method == "guardspace":
             return self._guardspace(model, tokenizer, rows, common, seed, progress)
         from peft_safety.core.subspace import SafetySubspace
@@ -168,20 +168,13 @@ class AdapterOptions:
 
         basis = self.basis or DEFAULT_BASIS
         init: Any = self.init
-        size: dict[str, Any] = {
-            "energy": self.safety_energy,
-            "per_kind": None if self.safety_rank_pattern is None else dict(self.safety_rank_pattern),
-        }
-        if self.size is not None:
-            size["fraction" if isinstance(self.size, float) else "k"] = self.size
         config = GuardSpaceConfig(
             **common,
             subspace=self.subspace,
-            safety_rank=self.combine_rank,
             basis=basis,
-            **size,
             positions=self.positions,
             combine=self.combine,
+            combine_rank=self.combine_rank,
             init=init,
             init_data=batches(calibration_rows("guardspace", basis)) if init == "guardspace" else None,
             task_data=batches(rows[:GUARD_ROWS]),

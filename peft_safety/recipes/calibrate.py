@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_safety.calibration.activations import METHODS
 from peft_safety.calibration.coverage import ModuleCoverage, coverage, task_shares, warn_if_stalled
+from peft_safety.calibration.size_options import check_size_options
 from peft_safety.core.adapter_dir import SIDES
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.targets import target_layers
@@ -43,9 +44,9 @@ def calibrate(
     data: str | Path | Rows | None = None,
     method: str = "guardspace",
     basis: str | None = None,
-    safety_rank: float | None = None,
+    safety_rank: int | float | None = None,
     safety_energy: float | None = None,
-    safety_rank_pattern: Mapping[str, float] | None = None,
+    safety_rank_pattern: Mapping[str, int | float] | None = None,
     side: str | None = None,
     positions: str | None = None,
     task_data: str | Path | Rows | None = None,
@@ -66,8 +67,7 @@ def calibrate(
         basis: which of the package's own rows; see `calibration_rows`.
         side: "in", "out" or "both".
         task_data: JSON lines or rows of the benign task; at most 128 are read through the model.
-        safety_rank, safety_energy, safety_rank_pattern: size of the subspace, the `rank`, `energy` and `per_kind` of
-            `estimate`.
+        safety_rank, safety_energy, safety_rank_pattern: size of the subspace, as in the configs.
         positions: as in `estimate`.
 
     Raises:
@@ -76,12 +76,9 @@ def calibrate(
     """
     if side is not None and side not in SIDES:
         raise ConfigError(f"side {side!r}. Use one of {', '.join(SIDES)}.")
-    if safety_rank is not None and safety_energy is not None:
-        raise ConfigError(f"safety_rank {safety_rank:g} and safety_energy {safety_energy:g}: give one of them.")
-    if method == "weight" and (data is not None or basis or safety_rank_pattern or positions or task_data is not None):
-        raise ConfigError(
-            "method 'weight' reads weights only. Leave out data, basis, safety_rank_pattern, positions and task_data."
-        )
+    check_size_options(safety_rank, safety_energy, safety_rank_pattern, "calibrate")
+    if method == "weight" and (data is not None or basis or positions or task_data is not None):
+        raise ConfigError("method 'weight' reads weights only. Leave out data, basis, positions and task_data.")
     sides = SIDES[side] if side is not None else METHODS[method][0] if method in METHODS else ("in",)
     if task_data is not None and "in" not in sides:
         raise ConfigError(
@@ -93,6 +90,7 @@ def calibrate(
     options: dict[str, Any] = {
         "rank": safety_rank,
         "energy": safety_energy,
+        "per_kind": safety_rank_pattern,
         "target_modules": target_modules,
         "seed": seed,
         "progress": progress,
@@ -111,12 +109,7 @@ def calibrate(
     if rows is None:
         subspace = SafetySubspace.from_weights(loaded, **options)
     else:
-        extra = {
-            "method": method,
-            "positions": positions,
-            "per_kind": safety_rank_pattern or None,
-            "allow_fewer": allow_fewer,
-        }
+        extra = {"method": method, "positions": positions, "allow_fewer": allow_fewer}
         subspace = SafetySubspace.from_activations(loaded, rows, **extra, **options, **reading)
     inputs = any("in" in sides for sides in subspace.bases.values())
     shares = None

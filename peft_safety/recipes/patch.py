@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from peft_safety.calibration.activations import adapters_off
+from peft_safety.calibration.size_options import check_size_options
 from peft_safety.core.adapter_dir import SIDES
 from peft_safety.data import CALIBRATION_PAIRS, load, refusal_pairs
 from peft_safety.data.rows import Row, Rows, as_rows, kind_of
@@ -42,8 +43,8 @@ class PatchOptions:
     """What a patch is made of. The defaults were chosen on the validation split with SmolLM2-135M-Instruct.
 
     Attributes:
-        mode, basis, side, k, energy, reg_lambda, prior_patches: as in `OrthoSafetyPatchConfig`, whose default None
-            takes.
+        mode, basis, side, safety_rank, safety_energy, safety_rank_pattern, reg_lambda, prior_patches: as in
+            `OrthoSafetyPatchConfig`, whose default None takes.
         subspace: as there; "auto" estimates it on the general rows of the patch itself, answers included.
         r, lora_alpha, target_modules: as in `LoraConfig`.
         harmful: requests with refusals, of the package's own. Past the split's size rows repeat.
@@ -60,8 +61,9 @@ class PatchOptions:
     mode: Literal["none", "soft", "hard"] = "hard"
     basis: Literal["weight", "activation", "contrastive"] = "activation"
     side: Literal["in", "out", "both"] = "in"
-    k: int | None = None
-    energy: float | None = None
+    safety_rank: int | float | None = None
+    safety_energy: float | None = None
+    safety_rank_pattern: Mapping[str, int | float] | None = None
     reg_lambda: float | None = None
     subspace: SafetySubspace | str = "auto"
     prior_patches: tuple[str, ...] = ()
@@ -79,6 +81,9 @@ class PatchOptions:
     training: TrainOptions = PATCH_TRAINING
 
     def __post_init__(self) -> None:
+        check_size_options(
+            self.safety_rank, self.safety_energy, self.safety_rank_pattern, type(self).__name__, least=0
+        )
         for name in ("harmful", "validation", "answer_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)} makes no patch. Give at least 1.")
@@ -163,7 +168,7 @@ def patch_config(
     from peft_safety.methods.ortho_patch import OrthoSafetyPatchConfig
 
     subspace = options.subspace
-    if isinstance(subspace, str) and subspace == "auto" and options.basis != "weight" and options.k != 0:
+    if isinstance(subspace, str) and subspace == "auto" and options.basis != "weight" and options.safety_rank != 0:
         against = (
             None
             if options.basis != "contrastive"
@@ -174,8 +179,9 @@ def patch_config(
             general,
             tokenizer=tokenizer,
             method="ortho_patch",
-            rank=options.k,
-            energy=options.energy,
+            rank=options.safety_rank,
+            energy=options.safety_energy,
+            per_kind=options.safety_rank_pattern,
             sides=SIDES[options.side],
             against=against,
             target_modules=options.target_modules,
@@ -183,9 +189,20 @@ def patch_config(
             allow_fewer=True,
             progress=options.training.progress,
         )
-    names = ("mode", "basis", "side", "k", "energy", "reg_lambda", "r", "lora_alpha", "target_modules")
+    names = (
+        "mode",
+        "basis",
+        "side",
+        "safety_rank",
+        "safety_energy",
+        "reg_lambda",
+        "r",
+        "lora_alpha",
+        "target_modules",
+    )
     return OrthoSafetyPatchConfig(
         **{name: getattr(options, name) for name in names if getattr(options, name) is not None},
+        safety_rank_pattern=None if options.safety_rank_pattern is None else dict(options.safety_rank_pattern),
         subspace=subspace,
         prior_patches=list(options.prior_patches) or None,
         task_type=TaskType.CAUSAL_LM,
@@ -316,7 +333,7 @@ def make_patch(
             "options": {
                 name: value
                 for name, value in vars(options).items()
-                if isinstance(value, (str, int, float, list, tuple))
+                if isinstance(value, (str, int, float, list, tuple, dict))
             },
             "before": before.to_json(),
             "after": after.to_json(),

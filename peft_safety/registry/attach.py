@@ -80,7 +80,6 @@ def attach(
             stacklevel=2,
         )
     config.subspace = subspace
-    config.safety_rank = max(subspace.rank(name, side) for name in layers for side in config.basis_sides)
     config._modules = {
         name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()
     }

@@ -336,20 +336,25 @@ def test_auto_calibrates_on_each_basis_and_combines(tmp_path):
         {"basis": "general"},
         {"basis": "both"},
         {"positions": "prompt"},
-        {"combine": "salora", "safety_rank": 4},
+        {"combine": "salora", "combine_rank": 4},
         {"init": "guardspace"},
     ):
         base = tiny_llama()
         base.config._name_or_path = str(tmp_path)
         before = cells.logits(base)
         model = get_peft_model(
-            base, GuardSpaceConfig(r=2, target_modules=["q_proj", "down_proj"], per_kind={"down_proj": 0.1}, **options)
+            base,
+            GuardSpaceConfig(
+                r=2, target_modules=["q_proj", "down_proj"], safety_rank_pattern={"down_proj": 0.1}, **options
+            ),
         ).eval()
         assert torch.equal(cells.logits(model), before)
         assert_protected(model)
         space = model.peft_config["default"].subspace
         assert {space.rank(name, "in") for name in space.bases if "q_proj" in name} == {8}, "a quarter of 32"
         assert {space.rank(name, "in") for name in space.bases if "down_proj" in name} == {6}, "a tenth of 64"
+        outputs = {space.rank(name, "out") for name in space.bases if "out" in space.bases[name]}
+        assert outputs == ({4} if "combine" in options else set())
         assert all(("out" in sides) == ("combine" in options) for sides in space.bases.values())
         digests.add(space.digest)
     assert len(digests) == 5, "every choice but the init gives other bases"
@@ -373,21 +378,25 @@ def test_modules_of_one_input_and_one_size_share_a_basis():
         ({"preconditioner": "cube"}, "preconditioner='cube'"),
         ({"basis": "general", "positions": "response"}, "positions='response' finds none"),
         ({"basis": "both", "positions": "response"}, "positions='response' finds none"),
-        ({"k": 4, "fraction": 0.5}, "give one of"),
-        ({"k": 4, "energy": 0.5}, "give one of"),
-        ({"fraction": 1.0}, "covers everything"),
-        ({"fraction": 0.0}, "fraction=0.0"),
-        ({"fraction": float("nan")}, "fraction=nan"),
-        ({"fraction": "half"}, "fraction='half'"),
-        ({"k": 0}, "k=0"),
-        ({"k": 2.5}, "between 0 and 1|k=2.5"),
-        ({"k": True}, "True"),
-        ({"energy": 0.0}, "energy=0.0"),
-        ({"energy": 1.5}, "energy=1.5"),
-        ({"per_kind": {"down_proj": 2.0}}, "fraction=2.0"),
-        ({"per_kind": {"down_proj": 0.5}, "k": 4}, "k=0.5"),
-        ({"per_kind": [0.5]}, "Map kinds of modules"),
-        ({"per_kind": {3: 0.5}}, "Map kinds of modules"),
+        ({"safety_rank": 0.5, "safety_energy": 0.5}, "give one of"),
+        ({"safety_rank": 4, "safety_energy": 0.5}, "give one of"),
+        ({"safety_rank": 1.0}, "safety_rank=1.0"),
+        ({"safety_rank": 0.0}, "safety_rank=0.0"),
+        ({"safety_rank": float("nan")}, "safety_rank=nan"),
+        ({"safety_rank": "half"}, "safety_rank='half'"),
+        ({"safety_rank": 0}, "safety_rank=0"),
+        ({"safety_rank": 2.5}, "safety_rank=2.5"),
+        ({"safety_rank": True}, "safety_rank=True"),
+        ({"safety_energy": 0.0}, "safety_energy=0.0"),
+        ({"safety_energy": 1.5}, "safety_energy=1.5"),
+        ({"safety_energy": True}, "safety_energy=True"),
+        ({"safety_rank_pattern": {"down_proj": 2.0}}, r"safety_rank_pattern\['down_proj'\]=2.0"),
+        ({"safety_rank_pattern": {"down_proj": 0}}, r"safety_rank_pattern\['down_proj'\]=0"),
+        ({"safety_rank_pattern": {"down_proj": 4}, "safety_energy": 0.5}, r"pattern\['down_proj'\]=4"),
+        ({"safety_rank_pattern": [0.5]}, "Map the ends of module names"),
+        ({"safety_rank_pattern": {3: 0.5}}, "Map the ends of module names"),
+        ({"combine_rank": 0}, "combine_rank=0"),
+        ({"combine_rank": 0.5}, "combine_rank=0.5"),
         ({"task_data": []}, "task_data is a list without rows"),
         ({"task_data": "rows.jsonl"}, "task_data is a str"),
         ({"init_data": 5}, "init_data is a int"),

@@ -105,7 +105,9 @@ def test_stacked_patches_are_orthogonal_and_removing_one_leaves_the_others(side,
     cells.train(model, cells.adamw, 10)
     model.save_pretrained(tmp_path)
     torch.manual_seed(2)
-    model.add_adapter("third", config(space, side=side, k=0, prior_patches=["default", str(tmp_path / "second")]))
+    model.add_adapter(
+        "third", config(space, side=side, safety_rank=0, prior_patches=["default", str(tmp_path / "second")])
+    )
     model.set_adapter("third")
     cells.train(model, cells.adamw, 10)
 
@@ -325,7 +327,8 @@ def test_auto_estimates_on_the_packages_own_prompts(tmp_path):
     base.config._name_or_path = str(tmp_path)
     for basis in ("activation", "contrastive", "weight"):
         model = get_peft_model(
-            tiny_llama_at(tmp_path), OrthoSafetyPatchConfig(r=2, target_modules=["q_proj"], basis=basis, energy=0.5)
+            tiny_llama_at(tmp_path),
+            OrthoSafetyPatchConfig(r=2, target_modules=["q_proj"], basis=basis, safety_energy=0.5),
         )
         facts = model.peft_config["default"].subspace.provenance
         assert facts["energy"] == 0.5

@@ -182,7 +182,7 @@ def test_a_copy_leaves_out_what_the_adapter_leaves_out(mixed: bool, calibrations
 def test_a_copy_of_a_patch_keeps_the_subspace_that_its_priors_gave(tmp_path: Path) -> None:
     cells.perturb(cells.plain(target_modules=TARGETS)).save_pretrained(tmp_path / "prior")
     config = OrthoSafetyPatchConfig(
-        r=2, k=2, basis="weight", target_modules=TARGETS, prior_patches=[str(tmp_path / "prior")]
+        r=2, safety_rank=2, basis="weight", target_modules=TARGETS, prior_patches=[str(tmp_path / "prior")]
     )
     get_peft_model(cells.base_model(), config).save_pretrained(tmp_path / "patch")
     model = PeftModel.from_pretrained(cells.base_model(), tmp_path / "patch", is_trainable=True)
@@ -221,8 +221,8 @@ AUTO: dict[str, Callable[[], Any]] = {
     "salora": lambda: SaLoRAConfig(r=4, target_modules=["q_proj"], safety_rank=4),
     "guardspace": lambda: GuardSpaceConfig(r=4, target_modules=["q_proj"]),
     "guardspace_residual": lambda: GuardSpaceConfig(r=4, target_modules=["q_proj"], init="guardspace"),
-    "ortho_patch": lambda: OrthoSafetyPatchConfig(r=4, k=4, target_modules=["q_proj"]),
-    "weights": lambda: OrthoSafetyPatchConfig(r=4, k=4, basis="weight", target_modules=["q_proj"]),
+    "ortho_patch": lambda: OrthoSafetyPatchConfig(r=4, safety_rank=4, target_modules=["q_proj"]),
+    "weights": lambda: OrthoSafetyPatchConfig(r=4, safety_rank=4, basis="weight", target_modules=["q_proj"]),
 }
 
 
@@ -249,6 +249,49 @@ def test_auto_means_each_model(kind: str, bound: bool, tmp_path: Path, monkeypat
     assert_protected(first)
     first.save_pretrained(tmp_path / "saved")
     assert PeftConfig.from_pretrained(tmp_path / "saved").subspace.digest == digest
+
+
+SIZES: dict[str, tuple[Callable[[], Any], tuple[Any, Any, Any]]] = {
+    "salora": (
+        lambda: SaLoRAConfig(r=2, target_modules=TARGETS, safety_rank=0.25, safety_rank_pattern={"down_proj": 3}),
+        (0.25, None, {"down_proj": 3}),
+    ),
+    "guardspace": (lambda: GuardSpaceConfig(r=2, target_modules=["q_proj"]), (None, None, None)),
+    "weights": (
+        lambda: OrthoSafetyPatchConfig(
+            r=2,
+            basis="weight",
+            target_modules=TARGETS,
+            safety_energy=0.5,
+            safety_rank_pattern={"down_proj": 0.1},
+        ),
+        (None, 0.5, {"down_proj": 0.1}),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_the_size_that_was_asked_for_is_kept(kind: str, tmp_path: Path) -> None:
+    """In the user's config, in the adapter's, and in the saved one; a new size means a new calibration."""
+    make, asked = SIZES[kind]
+    config = make()
+    model = get_peft_model(on_disk(tmp_path / "base", 32), config)
+    model.save_pretrained(tmp_path / "saved")
+    own = model.peft_config["default"]
+    for each in (config, own, PeftConfig.from_pretrained(tmp_path / "saved")):
+        assert (each.safety_rank, each.safety_energy, each.safety_rank_pattern) == asked
+    ranks = {name: own.subspace.rank(name, own.basis_sides[0]) for name in own.subspace.module_names}
+    if kind == "salora":
+        assert all(rank == (3 if name.endswith("down_proj") else 8) for name, rank in ranks.items())
+    if kind == "weights":
+        assert max(rank for name, rank in ranks.items() if name.endswith("down_proj")) < min(
+            rank for name, rank in ranks.items() if name.endswith("q_proj")
+        )
+    changed = copy.copy(own)
+    changed.safety_rank, changed.safety_energy, changed.safety_rank_pattern = 5, None, None
+    model.add_adapter("other", changed)
+    other = model.peft_config["other"].subspace
+    assert {other.rank(name, own.basis_sides[0]) for name in other.module_names} == {5}
 
 
 def test_data_of_a_config_count_for_each_model() -> None:

@@ -149,6 +149,8 @@ def test_rows_of_a_prompt_alone_may_stand_among_complete_ones():
         ({"method": "weight", "basis": "harmful"}, "reads weights only"),
         ({"data": "data.jsonl", "basis": "harmful"}, "Give either"),
         ({"safety_rank": 4, "safety_energy": 0.5}, "give one of them"),
+        ({"safety_rank": 0}, "safety_rank=0"),
+        ({"method": "weight", "safety_rank_pattern": {"odd": 3}}, "no target module"),
         ({"side": "left"}, "side 'left'"),
         ({"data": "data.jsonl", "safety_rank_pattern": {"odd": 3}}, "no target module"),
     ],

@@ -28,7 +28,7 @@ SMALL = {
     "contrast": 3,
     "validation": 2,
     "answer_tokens": 4,
-    "k": 4,
+    "safety_rank": 4,
     "r": 2,
     "training": QUICK,
     "stopping": Stopping(every=1),
@@ -104,7 +104,7 @@ def test_a_patch_end_to_end_and_another_one_stacked_on_it(tmp_path, capsys):
         {"mode": "none", "basis": "weight"},
         {"mode": "soft"},
         {"basis": "contrastive"},
-        {"side": "both", "k": None, "energy": 0.5},
+        {"side": "both", "safety_rank": None, "safety_energy": 0.5, "safety_rank_pattern": {"down_proj": 0.3}},
     ],
 )
 def test_every_kind_of_patch_trains(options):
@@ -251,7 +251,7 @@ def test_the_command_reads_chat_data_and_writes_a_patch(tmp_path):
     assert done.exit_code == 0, done.output
     assert verify(tmp_path / "out" / "adapter").method == "ORTHOSAFETYPATCH"
     facts = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
-    assert facts["k"] == 4
+    assert facts["safety_rank"] == 4
 
 
 @pytest.mark.parametrize("method", ["ortho_patch", "weight", "salora"])
@@ -268,10 +268,13 @@ def test_the_calibrate_command_knows_every_method(method, tmp_path):
         method,
         "--safety-energy",
         "0.5",
+        "--safety-rank-pattern",
+        "down_proj=0.1",
         "--json",
     ]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)
     assert facts["energy"] == 0.5
+    assert facts["per_kind"] == {"down_proj": 0.1}
     assert facts["sides"] == ("out" if method == "salora" else "in")

@@ -194,6 +194,7 @@ def test_an_option_means_one_thing_in_all_commands():
     assert all("LoRA rank" in option.help for option in lora)
     for name in ("calibrate", "protect", "patch", "repair"):
         assert {"--safety-rank", "--safety-energy"} <= set(commands[name])
+        assert ("--safety-rank-pattern" in commands[name]) == (name != "repair")
     gone = {"--r", "--k", "--energy", "--fraction", "--per-kind"}
     assert not any(gone & set(options) for name, options in commands.items() if name != "audit")
 
@@ -213,6 +214,7 @@ def test_a_size_is_a_number_of_directions_or_a_share_for_every_method(method, si
         model, tiny_tokenizer(), TASK, progress=False
     )
     assert {config.subspace.rank(name, side) for name in config.subspace.module_names} == {directions}
+    assert config.safety_rank == size.get("safety_rank"), "what was asked for"
 
 
 def test_safety_energy_and_a_pattern_reach_the_subspace():
@@ -220,5 +222,6 @@ def test_safety_energy_and_a_pattern_reach_the_subspace():
         safety_energy=0.5, safety_rank_pattern={"down_proj": 0.9}, target_modules=["q_proj", "down_proj"]
     )
     config = options.config(tiny_llama(), tiny_tokenizer(), TASK, progress=False)
-    assert (config.energy, config.per_kind) == (0.5, {"down_proj": 0.9})
+    assert (config.safety_rank, config.safety_energy) == (None, 0.5)
+    assert config.safety_rank_pattern == {"down_proj": 0.9}
     assert config.subspace.provenance["energy"] == 0.5

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from peft_safety.calibration.activations import GUARDSPACE_FRACTION, adapters_off, estimate, size_of, tokenizer_of
+from peft_safety.calibration.activations import DEFAULT_RANK, adapters_off, estimate, tokenizer_of
 from peft_safety.calibration.coverage import task_shares, warn_if_stalled
 from peft_safety.calibration.moments import InputMoments, collect, is_tokenized, to_batches
 from peft_safety.core import base_weights as weights
@@ -53,12 +53,11 @@ class GuardSpaceConfig(ProtectedConfig):
             package's own prompts.
         basis: what "auto" calibrates on: "harmful" (requests with refusals), "general" (everyday prompts, no harmful
             data at all) or "both".
-        k, energy, fraction: size of each module's null space, at most one of them: directions, as many as hold this
-            share of `E||x||^2`, or a share of the input dimensions (default 1/4).
-        per_kind: another value of the same unit for modules whose name ends so: `{"down_proj": 0.1}`.
+        safety_rank, safety_energy, safety_rank_pattern: size of the null space of `"auto"`, see `ProtectedConfig`; a
+            quarter of each module's input dimensions by default. The energy is `E||x||^2`.
         positions: tokens that count: "all", "prompt" or "response".
-        combine: "salora" also keeps the update out of the outputs of safe responses (`safety_rank` directions for
-            "auto"), None does not.
+        combine: "salora" also keeps the update out of the outputs of safe responses, None does not.
+        combine_rank: for combine="salora" and "auto": output directions per module.
         init: "lora" starts from B = 0; "guardspace" from the part of the weight that does least on the calibration
             data, with a residual that leaves the function, and the base weight, unchanged.
         preconditioner: for init="guardspace": decompose `W Sigma^(1/2)` ("root") or `W Sigma` ("moment").
@@ -74,21 +73,14 @@ class GuardSpaceConfig(ProtectedConfig):
     basis: Literal["harmful", "general", "both"] = field(
         default=DEFAULT_BASIS, metadata={"help": "What subspace='auto' calibrates on."}
     )
-    k: int | None = field(default=None, metadata={"help": "Protected input directions per module."})
-    energy: float | None = field(
-        default=None, metadata={"help": "Or as many as hold this share of the inputs' energy."}
-    )
-    fraction: float | None = field(
-        default=None, metadata={"help": "Or a share of the input dimensions; 1/4 if none of the three is given."}
-    )
-    per_kind: dict[str, float] | None = field(
-        default=None, metadata={"help": "Other values of the same unit by kind of module."}
-    )
     positions: Literal["all", "prompt", "response"] = field(
         default="all", metadata={"help": "Tokens that count in the calibration."}
     )
     combine: Literal["salora"] | None = field(
         default=None, metadata={"help": "'salora' constrains the output side too."}
+    )
+    combine_rank: int = field(
+        default=DEFAULT_RANK, metadata={"help": "For combine='salora': output directions per module."}
     )
     init: Literal["lora", "guardspace"] = field(
         default="lora", metadata={"help": "'lora' (B = 0) or 'guardspace' (arXiv 2510.14301)."}
@@ -124,37 +116,13 @@ class GuardSpaceConfig(ProtectedConfig):
                 f"{where}: basis={self.basis!r} has prompts without responses, so positions='response' finds none. "
                 "Use 'all' or 'prompt'."
             )
-        self._check_size(where)
+        if not isinstance(self.combine_rank, int) or isinstance(self.combine_rank, bool) or self.combine_rank < 1:
+            raise ConfigError(f"{where}: combine_rank={self.combine_rank!r}. Use an integer of at least 1.")
         for name in self.UNSAVED:
             data = getattr(self, name)
             if data is not None:
                 setattr(self, name, data_rows(data, f"{where}: {name}"))
         super().__post_init__()
-
-    def _check_size(self, where: str) -> None:
-        sizes = {name: getattr(self, name) for name in ("k", "energy", "fraction") if getattr(self, name) is not None}
-        if len(sizes) > 1:
-            raise ConfigError(
-                f"{where}: {' and '.join(f'{name}={value!r}' for name, value in sizes.items())}: give one of k, "
-                "energy and fraction."
-            )
-        if not sizes:
-            self.fraction = GUARDSPACE_FRACTION
-        if self.per_kind is not None and (
-            not isinstance(self.per_kind, Mapping) or not all(isinstance(kind, str) for kind in self.per_kind)
-        ):
-            raise ConfigError(
-                f"{where}: per_kind={self.per_kind!r}. Map kinds of modules to numbers: {{'down_proj': 0.1}}."
-            )
-        for value in (next(iter(sizes.values()), self.fraction), *(self.per_kind or {}).values()):
-            if self.fraction is not None and not (isinstance(value, float) and 0 < value < 1):
-                raise ConfigError(
-                    f"{where}: fraction={value!r}. Use a number between 0 and 1: at 1 the null space covers "
-                    "everything."
-                )
-            size_of(None, value) if self.energy is not None else size_of(value)
-            if self.k is not None and not (isinstance(value, int) and value >= 1):
-                raise ConfigError(f"{where}: k={value!r}. Use an integer of at least 1.")
 
     @property
     def basis_sides(self) -> tuple[Side, ...]:
@@ -186,24 +154,19 @@ class GuardSpaceConfig(ProtectedConfig):
             "allow_fewer": True,
             "progress": progress,
         }
-        size: dict[str, Any] = {
-            "rank": self.k if self.fraction is None else self.fraction,
-            "energy": self.energy,
-            "per_kind": self.per_kind,
-        }
         subspace = estimate(
             model,
             calibration_rows("guardspace", self.basis),
             method="guardspace",
             positions=self.positions,
-            **size,
+            **self.subspace_size,
             **common,
         )
         subspace.provenance["source"] = f"peft_safety's own prompts, basis {self.basis!r}"
         if self.combine is None:
             return subspace
         pairs = refusal_pairs("calibration", CALIBRATION_PAIRS)
-        return subspace.beside(estimate(model, pairs, method="salora", rank=self.safety_rank, **common))
+        return subspace.beside(estimate(model, pairs, method="salora", rank=self.combine_rank, **common))
 
     def initialize(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
         base = {name: layer.get_base_layer() for name, layer in layers.items()}

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from peft_safety.calibration.activations import DEFAULT_RANK, estimate, tokenizer_of
+from peft_safety.calibration.activations import estimate, tokenizer_of
 from peft_safety.calibration.weights import estimate_from_weights
 from peft_safety.core.adapter_dir import SIDES
 from peft_safety.core.names import public_name
@@ -44,8 +44,8 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         basis: "weight" (top singular vectors of W), "activation" (what general data uses), or "contrastive" (what it
             uses and harmful requests do not).
         side: "in" (on lora_A), "out" (on lora_B) or "both".
-        k, energy: directions per module (default 32), or as many as hold this share of the energy. k=0 protects
-            earlier patches only.
+        safety_rank, safety_energy, safety_rank_pattern: size of the subspace of `"auto"`, see `ProtectedConfig`; 32
+            directions per module by default. safety_rank=0 protects earlier patches only.
         subspace: a `SafetySubspace`, file, directory, Hub id, or `"auto"` (default): estimate it at injection, on the
             package's general prompts.
         prior_patches: names of adapters on the model, or directories: the new patch is exactly orthogonal to them.
@@ -62,16 +62,13 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         default="activation", metadata={"help": "Where subspace='auto' comes from."}
     )
     side: Literal["in", "out", "both"] = field(default="in", metadata={"help": "Constrained side of the update."})
-    k: int | None = field(
-        default=None, metadata={"help": "Protected directions per module; 32 if neither k nor energy is given."}
-    )
-    energy: float | None = field(default=None, metadata={"help": "Or as many as hold this share of the energy."})
     prior_patches: list[str] | None = field(
         default=None, metadata={"help": "Earlier patches to be orthogonal to: adapter names or directories."}
     )
     reg_lambda: float = field(default=REG_LAMBDA, metadata={"help": "Weight of the penalty for mode='soft'."})
 
     PEFT_KEY: ClassVar[str] = "ORTHOSAFETYPATCH"
+    LEAST_RANK: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         where = type(self).__name__
@@ -95,10 +92,6 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         ):
             raise ConfigError(f"{where}: reg_lambda={self.reg_lambda!r}. Use a finite number above 0.")
         self._check_priors(where)
-        if self.k is not None and self.energy is not None:
-            raise ConfigError(f"{where}: k={self.k!r} and energy={self.energy!r}: give one of them.")
-        if self.k is None and self.energy is None:
-            self.k = DEFAULT_RANK
         super().__post_init__()
         self._penalized = False
 
@@ -110,12 +103,18 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
             raise ConfigError(f"{where}: prior_patches names {twice[0]!r} twice. Name each earlier patch once.")
         if names and self.mode != "hard":
             raise ConfigError(
-                f"{where}: prior_patches are a constraint; mode={self.mode!r} has none. Use mode='hard', with k=0 to "
-                "be orthogonal to them only."
+                f"{where}: prior_patches are a constraint; mode={self.mode!r} has none. Use mode='hard', with "
+                "safety_rank=0 to be orthogonal to them only."
             )
-        if self.k == 0 and not names:
+        if self.safety_rank == 0 and not names:
             raise ConfigError(
-                f"{where}: k=0 without prior_patches constrains nothing. Use mode='none', or k of at least 1."
+                f"{where}: safety_rank={self.safety_rank!r} without prior_patches constrains nothing. Use "
+                "mode='none', or a larger safety_rank."
+            )
+        if self.safety_rank == 0 and self.safety_rank_pattern:
+            raise ConfigError(
+                f"{where}: safety_rank=0 protects earlier patches only, so safety_rank_pattern="
+                f"{self.safety_rank_pattern!r} has no effect. Leave it out, or use a larger safety_rank."
             )
 
     @property
@@ -129,7 +128,7 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
     def resolve(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SafetySubspace:
         if self._stored is not None:  # what it was trained with, earlier patches included
             return super().resolve(model, layers)
-        own = None if self.k == 0 and self.subspace == "auto" else super().resolve(model, layers)
+        own = None if self.safety_rank == 0 and self.subspace == "auto" else super().resolve(model, layers)
         if not self.prior_patches:
             assert own is not None
             self._check_spectrum(own, layers)
@@ -143,7 +142,7 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
 
     def calibrate(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SafetySubspace:
         if self.basis == "weight":
-            return estimate_from_weights(model, rank=self.k, energy=self.energy, sides=self.basis_sides, layers=layers)
+            return estimate_from_weights(model, sides=self.basis_sides, layers=layers, **self.subspace_size)
         against = (
             [{"prompt": row["prompt"]} for row in refusal_pairs("calibration", CALIBRATION_PAIRS)]
             if self.basis == "contrastive"
@@ -155,8 +154,7 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
             calibration_rows("ortho_patch"),
             tokenizer=tokenizer,
             method="ortho_patch",
-            rank=self.k,
-            energy=self.energy,
+            **self.subspace_size,
             sides=self.basis_sides,
             against=against,
             layers=layers,
