@@ -7,7 +7,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ class Leaf(Protocol):
 
     def raw(self) -> Tensor:
         """The trained factor."""
+
+
+AnyLeaf = TypeVar("AnyLeaf", bound=Leaf)
 
 
 _Entry = tuple["weakref.ref[Tensor]", int, "weakref.ref[Tensor]"]
@@ -65,14 +68,14 @@ def _remember(source: Tensor, copy: Tensor, key: tuple[int, torch.device]) -> Te
 
 
 @torch.no_grad()
-def rebase(new: Mapping[Leaf, Tensor | None]) -> None:
+def rebase(new: Mapping[AnyLeaf, Tensor | None]) -> None:
     """Give leaves other bases. In place where a tensor keeps its shape and all its users get the same one, so that
     compiled graphs and captured ones stay valid; a tensor that anybody else uses is left alone.
 
     Args:
         new: each leaf's basis `(d, k)`, or None.
     """
-    users: dict[int, list[Leaf]] = defaultdict(list)
+    users: dict[int, list[AnyLeaf]] = defaultdict(list)
     for leaf in new:
         users[id(leaf.basis)].append(leaf)
     foreign = {id(leaf.basis) for leaf in list(_leaves) if leaf not in new}
