@@ -79,7 +79,7 @@ class StoredAdapter:
 
 def protected_types() -> list[str]:
     """Values of `peft_type` that promise a protected adapter: the methods that are registered with PEFT."""
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING  # importing PEFT registers them
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # importing PEFT registers them
 
     return [str(name) for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if hasattr(cls, "safety_artifact")]
 
