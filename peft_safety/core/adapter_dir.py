@@ -27,6 +27,7 @@ from peft_safety.core.plain_lora import (
     MANIFEST,
     PREFIX,
     check_sizes,
+    config_of,
     read_manifest,
     read_tensor,
 )
@@ -35,14 +36,6 @@ from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE_FILE
 from peft_safety.errors import ArtifactError
 
-PROTECTED_TYPES = ("SALORA", "ORTHOSAFETYPATCH", "GUARDSPACE")
-"""Values of `peft_type` that promise an adapter of this package."""
-SIDES: dict[str, tuple[Side, ...]] = {"out": ("out",), "in": ("in",), "both": ("out", "in")}
-"""Values of a config's `side`, and the sides of the update that they name."""
-RESIDUAL_INITS = ("task", "guardspace")
-"""Values of a config's `init` that come with frozen initial factors."""
-COMBINATIONS = (None, "salora")
-"""Values of `combine` in a GuardSpace config: the input side alone, or SaLoRA's output side too."""
 FREE_FIELDS = ("base_model_name_or_path", "revision", "inference_mode")
 """Fields of the manifest that may be edited: they change nothing of what the adapter computes on the base it was
 trained on.
@@ -60,7 +53,7 @@ class StoredAdapter:
         config: the JSON of `adapter_config.json`.
         subspace: its bases.
         shapes: `{module: (out_features, in_features, rank)}`.
-        residual: whether it has frozen initial factors (`RESIDUAL_INITS`).
+        residual: whether it has frozen initial factors.
         leaks: `{module: ||U^T B|| / ||B||}`.
         extra_tensors: keys of other trained tensors, which no projection constrains (`modules_to_save`, resized
             embeddings).
@@ -84,33 +77,11 @@ class StoredAdapter:
         )
 
 
-def stored_sides(config: Mapping[str, Any], where: str) -> tuple[tuple[Side, ...], tuple[Side, ...]]:
-    """Sides that have a basis, and those of them that are constrained to its complement.
+def protected_types() -> list[str]:
+    """Values of `peft_type` that promise a protected adapter: the methods that are registered with PEFT."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # importing PEFT registers them
 
-    Raises:
-        ArtifactError: a patch that names no such side or mode, or a combination that does not exist.
-    """
-    if config["peft_type"] == "SALORA":
-        return ("out",), ("out",)
-    if config["peft_type"] == "GUARDSPACE":
-        if config.get("combine") not in COMBINATIONS:
-            raise ArtifactError(
-                f"{where}: combine={config.get('combine')!r} is none of {COMBINATIONS}. Save the adapter again."
-            )
-        sides = guard_sides(config.get("combine"))
-        return sides, sides
-    side, mode = config.get("side"), config.get("mode")
-    if side not in SIDES or mode not in ("none", "soft", "hard"):
-        raise ArtifactError(
-            f"{where}: side={side!r}, mode={mode!r}; a patch has one of {', '.join(SIDES)}, and none, soft or hard. "
-            "Save the adapter again."
-        )
-    return SIDES[side], SIDES[side] if mode == "hard" else ()
-
-
-def guard_sides(combine: str | None) -> tuple[Side, ...]:
-    """Constrained sides of a GuardSpace adapter."""
-    return ("in",) if combine is None else ("in", "out")
+    return [str(name) for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if hasattr(cls, "safety_artifact")]
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
@@ -162,10 +133,10 @@ def check_adapter(directory: Path, warn: bool = False) -> StoredAdapter:
     """
     config, path = read_manifest(directory, warn), directory / MANIFEST
     kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind not in PROTECTED_TYPES:
+    if kind not in protected_types():
         raise ArtifactError(
             f"{path}: peft_type {kind!r} promises no protection. Give a directory of type "
-            f"{' or '.join(PROTECTED_TYPES)}."
+            f"{' or '.join(protected_types())}."
         )
     _refuse_pickles(directory)
     record = _record(path, config)
@@ -187,9 +158,10 @@ def check_adapter(directory: Path, warn: bool = False) -> StoredAdapter:
                 "it again."
             )
     subspace = SafetySubspace.load(files.child(directory, record["subspace"]))
-    with_basis, constrained = stored_sides(config, str(path))
-    _check_subspace(directory / SUBSPACE_FILE, subspace, with_basis)
-    return _check_factors(directory, config, subspace, constrained, tuple(record["extra_tensors"]))
+    method = config_of(config, path)
+    _check_subspace(directory / SUBSPACE_FILE, subspace, method.basis_sides)
+    shapes, leaks = _check_factors(directory, config, subspace, method, record["extra_tensors"])
+    return StoredAdapter(directory, config, subspace, shapes, method.residual, leaks, tuple(record["extra_tensors"]))
 
 
 def seal(directory: Path) -> None:
@@ -283,9 +255,15 @@ def _check_factors(
     directory: Path,
     config: dict[str, Any],
     subspace: SafetySubspace,
-    constrained: tuple[Side, ...],
-    extra: tuple[str, ...],
-) -> StoredAdapter:
+    method: Any,
+    extra: Sequence[str],
+) -> tuple[dict[str, tuple[int, int, int]], dict[str, float]]:
+    """`StoredAdapter.shapes` and `leaks`.
+
+    Args:
+        method: the config that PEFT makes of `config`.
+        extra: keys of the tensors that are no factors.
+    """
     path = files.child(directory, ADAPTER_FILE)
     factors: dict[str, dict[str, str]] = {}
     others = set()
@@ -308,8 +286,9 @@ def _check_factors(
                     f"{path}: {len(factors)} modules, but {what} has {len(modules)}; they differ at {differing[:3]}. "
                     "Copy or save the adapter again."
                 )
-        residual = config.get("init") in RESIDUAL_INITS
-        expected = {"lora_A.weight", "lora_B.weight"} | ({"lora_A.initial", "lora_B.initial"} if residual else set())
+        expected = {"lora_A.weight", "lora_B.weight"}
+        if method.residual:
+            expected |= {"lora_A.initial", "lora_B.initial"}
         shapes, leaks = {}, {}
         for module, keys in sorted(factors.items()):
             if set(keys) != expected:
@@ -321,11 +300,11 @@ def _check_factors(
             shapes[module] = _check_shapes(path, module, headers, subspace, config)
             tensors = {kind: read_tensor(handle, path, key, DTYPES) for kind, key in keys.items()}
             leaks[module] = _worst_leak(
-                path, module, tensors, {side: subspace.bases[module][side] for side in constrained}
+                path, module, tensors, {side: subspace.bases[module][side] for side in method.sides}
             )
         for key in extra:
             _check_extra(path, key, handle, subspace, config.get("modules_to_save") or [])
-    return StoredAdapter(directory, config, subspace, shapes, residual, leaks, extra)
+    return shapes, leaks
 
 
 def _check_shapes(

@@ -7,16 +7,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_safety.core import files, publish
 from peft_safety.core.names import pattern_value, pin
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError
+
+if TYPE_CHECKING:  # importing PEFT registers the methods, which import this module
+    from peft import LoraConfig
 
 MANIFEST = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -140,6 +142,8 @@ def check_features(
     Raises:
         ConfigError: names the feature and the reason.
     """
+    from peft import LoraConfig
+
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"{what} is a {type(config).__name__}, not a LoRA adapter. Give a LoRA adapter.")
     for name, reason in features.items():
@@ -187,6 +191,8 @@ def config_of(fields: Mapping[str, Any], path: Path) -> Any:
     Raises:
         PeftSafetyError: a field that is not of this config's types, or that the method refuses.
     """
+    from peft import LoraConfig
+
     try:
         return LoraConfig.from_peft_type(**{name: value for name, value in fields.items() if name != "runtime_config"})
     except (TypeError, ValueError, AttributeError) as error:
@@ -327,6 +333,8 @@ def plain_config(
         like: fields of another LoRA config: its base model, task type and `fan_in_fan_out` are taken.
         places: see `names.pin`.
     """
+    from peft import LoraConfig
+
     rank = max(a.shape[0] for a, _ in pairs.values())
     config = LoraConfig(
         r=rank,
@@ -378,7 +386,7 @@ def write_files(
     """
     _save_tensors(tensors, folder / ADAPTER_FILE, {key: json.dumps(value) for key, value in (records or {}).items()})
     (folder / CARD).write_text(card, encoding="utf-8")
-    fields = config.to_dict() if isinstance(config, LoraConfig) else config
+    fields = config if isinstance(config, Mapping) else config.to_dict()
     fields = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
     (folder / MANIFEST).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
 

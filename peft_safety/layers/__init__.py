@@ -1,5 +1,6 @@
-"""The mechanism: a protected leaf in place of `lora_A` or `lora_B` (leaf.py), bases held once (sharing.py), weights
-that sharding gathers (gathered.py), factors that lie in memory as new ones do (layout.py)."""
+"""The mechanism: a protected leaf in place of `lora_A` or `lora_B` (protected_linear.py), bases held once
+(shared_bases.py), weights that sharding gathers (gathered.py), factors that lie in memory as new ones do (layout.py).
+"""
 
 from peft_safety.layers.gathered import folded_state
 from peft_safety.layers.layout import fresh

@@ -7,13 +7,23 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from peft_safety.layers.protected_linear import ProtectedLinear
+
+class Leaf(Protocol):
+    """What is asked of a `ProtectedLinear` here."""
+
+    basis: Tensor | None
+
+    def raw(self) -> Tensor:
+        """The trained factor."""
+
+
+AnyLeaf = TypeVar("AnyLeaf", bound=Leaf)
+
 
 _Entry = tuple["weakref.ref[Tensor]", int, "weakref.ref[Tensor]"]
 _placed: dict[tuple[int, torch.device], _Entry] = {}
@@ -21,10 +31,10 @@ _placed: dict[tuple[int, torch.device], _Entry] = {}
 nor a changed one is mistaken for it.
 """
 
-_leaves: weakref.WeakSet[ProtectedLinear] = weakref.WeakSet()
+_leaves: weakref.WeakSet[Leaf] = weakref.WeakSet()
 
 
-def enlist(leaf: ProtectedLinear) -> None:
+def enlist(leaf: Leaf) -> None:
     """Remember a leaf as long as it lives: `rebase` must not write into a basis that another one uses."""
     _leaves.add(leaf)
 
@@ -58,14 +68,14 @@ def _remember(source: Tensor, copy: Tensor, key: tuple[int, torch.device]) -> Te
 
 
 @torch.no_grad()
-def rebase(new: Mapping[ProtectedLinear, Tensor | None]) -> None:
+def rebase(new: Mapping[AnyLeaf, Tensor | None]) -> None:
     """Give leaves other bases. In place where a tensor keeps its shape and all its users get the same one, so that
     compiled graphs and captured ones stay valid; a tensor that anybody else uses is left alone.
 
     Args:
         new: each leaf's basis `(d, k)`, or None.
     """
-    users: dict[int, list[ProtectedLinear]] = defaultdict(list)
+    users: dict[int, list[AnyLeaf]] = defaultdict(list)
     for leaf in new:
         users[id(leaf.basis)].append(leaf)
     foreign = {id(leaf.basis) for leaf in list(_leaves) if leaf not in new}

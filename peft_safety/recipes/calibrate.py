@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from peft_safety.calibration.activations import METHODS
 from peft_safety.calibration.coverage import ModuleCoverage, coverage, task_shares, warn_if_stalled
 from peft_safety.calibration.size_options import check_size_options
-from peft_safety.core.adapter_dir import SIDES
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.targets import target_layers
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, rows_of
 from peft_safety.data.rows import Rows
 from peft_safety.errors import ConfigError
+from peft_safety.methods.ortho_patch.config import SIDES
 from peft_safety.recipes.load import load_model
 
 if TYPE_CHECKING:

@@ -105,11 +105,11 @@ def _adapter_config(path: Path) -> Any:
     """The checked config; of a plain LoRA with full names, ranks and alphas from its tensors in place of every
     pattern.
     """
-    from peft_safety.core.adapter_dir import PROTECTED_TYPES, check_adapter
+    from peft_safety.core.adapter_dir import check_adapter, protected_types
     from peft_safety.core.plain_lora import read_manifest, read_plain
     from peft_safety.registry.configs import stored_config
 
-    if read_manifest(path, warn=False).get("peft_type") in PROTECTED_TYPES:
+    if read_manifest(path, warn=False).get("peft_type") in protected_types():
         return stored_config(check_adapter(path, warn=True))
     plain = read_plain(path)
     modules = {}

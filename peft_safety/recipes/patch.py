@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from peft_safety.calibration.activations import adapters_off
 from peft_safety.calibration.size_options import check_size_options
-from peft_safety.core.adapter_dir import SIDES
 from peft_safety.data import CALIBRATION_PAIRS, load, refusal_pairs
 from peft_safety.data.rows import Row, Rows, as_rows, kind_of
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.evaluation.evaluate import Evaluation, self_responses
 from peft_safety.evaluation.judges import KeywordJudge
 from peft_safety.evaluation.prompts import prompt_set
+from peft_safety.methods.ortho_patch.config import SIDES
 from peft_safety.recipes.bench import Bench
 from peft_safety.recipes.load import TaskData, load_model
 from peft_safety.recipes.train import PATCH_LEARNING_RATE, TrainingRun, TrainOptions, finetune

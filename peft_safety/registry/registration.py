@@ -83,6 +83,14 @@ def register() -> None:
     if _done:
         return
     _done = True
+    register_types()
+    for row in WRAPS:
+        _wrap(*row)
+    _name_readers(peft.tuners.lora.LoraLayer)
+
+
+def register_types() -> None:
+    """Enter the methods into PEFT's tables, each as a kind of LoRA."""
     tables = (
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING,
         mapping.PEFT_TYPE_TO_TUNER_MAPPING,
@@ -93,9 +101,6 @@ def register() -> None:
         values: tuple[Any, ...] = (cls, peft.tuners.lora.LoraModel, "lora_", peft.tuners.lora.LoraModel)
         for table, value in zip(tables, values, strict=True):
             table[name] = value
-    for row in WRAPS:
-        _wrap(*row)
-    _name_readers(peft.tuners.lora.LoraLayer)
 
 
 def _name_readers(layer: type) -> None:

@@ -24,8 +24,8 @@ from peft_safety.core.projection import leak
 from peft_safety.errors import ProtectionError
 from peft_safety.layers import protected_leaves
 from tests.peft import cells
+from tests.peft.guard_cells import guarded
 from tests.peft.patch_cells import patched
-from tests.peft.test_guardspace import guarded
 
 STEPS = 5
 

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
-import struct
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from peft_safety.core.subspace_file import FORMAT
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, SubspaceError
 from tests.hostile import tools
+from tests.hostile.damages import (
+    all_of,
+    drop,
+    header,
+    leak,
+    link,
+    other,
+    pickled,
+    remove,
+    renamed,
+    smuggled,
+    truncate,
+    write,
+)
 from tests.hostile.tools import (
     ADAPTER,
     DOWN,
@@ -25,7 +36,6 @@ from tests.hostile.tools import (
     A,
     B,
     Damage,
-    Tensors,
     U,
     bases,
     fields,
@@ -54,96 +64,6 @@ class Case:
     says: tuple[str, ...]
     good: str = "lora"
     knows_base: bool = field(default=False)
-
-
-def write(name: str, content: bytes) -> Damage:
-    return lambda directory: void((directory / name).write_bytes(content))
-
-
-def void(_: object) -> None:
-    return None
-
-
-def truncate(name: str, keep: float) -> Damage:
-    def damage(directory: Path) -> None:
-        content = (directory / name).read_bytes()
-        (directory / name).write_bytes(content[: int(len(content) * keep)])
-
-    return damage
-
-
-def remove(name: str) -> Damage:
-    return lambda directory: (directory / name).unlink()
-
-
-def header(json_text: str, length: int | None = None) -> Damage:
-    """A safetensors file that is only a header, its hash forged."""
-
-    def damage(directory: Path) -> None:
-        raw = json_text.encode()
-        (directory / ADAPTER).write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw)
-        tools.forge(directory)
-
-    return damage
-
-
-def link(name: str) -> Damage:
-    """The file moves out of the directory, a link stays."""
-
-    def damage(directory: Path) -> None:
-        outside = directory.with_name("outside")
-        outside.mkdir()
-        (directory / name).rename(outside / name)
-        (directory / name).symlink_to(outside / name)
-
-    return damage
-
-
-def all_of(*damages: Damage) -> Damage:
-    return lambda directory: [damage(directory) for damage in damages] and None
-
-
-def drop(*keys: str):
-    return lambda content: [content.pop(key) for key in keys]
-
-
-def leak(content: Tensors) -> None:
-    content[B] += 0.1 * torch.randn(content[B].shape, generator=torch.Generator().manual_seed(0))
-
-
-def renamed(old: str, new: str):
-    def change(content: Tensors) -> None:
-        content[new] = content.pop(old)
-
-    return change
-
-
-def smuggled(name: str):
-    """A tensor that `load_state_dict` would put over a base weight."""
-    key = f"{PREFIX}{name}"
-    return tensors(
-        lambda content: content.update({key: torch.ones(32, 64) if "down" in name else torch.full((32,), 7.0)}),
-        listed=(key,),
-    )
-
-
-class Bomb:
-    """Unpickling this creates a file."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
-
-
-def pickled(instead: bool, name: str = "adapter_model.bin") -> Damage:
-    def damage(directory: Path) -> None:
-        (directory / name).write_bytes(pickle.dumps(Bomb(directory / "ran")))
-        if instead:
-            (directory / ADAPTER).unlink()
-
-    return damage
 
 
 ART, CONF, SUB = ArtifactError, ConfigError, SubspaceError
@@ -465,13 +385,3 @@ CASES = [
         knows_base=True,
     ),
 ]
-
-
-def other(content: Tensors, seed: int) -> Tensors:
-    """Another set of bases for the same modules, everything else kept."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        key: torch.linalg.qr(torch.randn(u.shape, generator=generator)).Q
-        for key, u in content.items()
-        if key.startswith("basis.")
-    }

@@ -26,7 +26,8 @@ from peft_safety import SafetySubspace, verify
 from peft_safety.core.subspace_file import FORMAT
 from peft_safety.errors import ArtifactError, PeftSafetyError, SubspaceError
 from tests.hostile import tools
-from tests.hostile.cases import CASES, Bomb, Case, leak
+from tests.hostile.cases import CASES, Case
+from tests.hostile.damages import Bomb, leak
 from tests.hostile.tools import ADAPTER, MANIFEST, REMEDIES, SUBSPACE, fields, tensors, text
 from tests.tiny import tiny_llama
 

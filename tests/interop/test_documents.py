@@ -48,6 +48,18 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+def test_paths_in_the_text_exist() -> None:
+    """Of code in backticks, what looks like a path: from the root, from the package, or beside the page."""
+    pages = [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "examples").rglob("*.md"))]
+    seen = 0
+    for page in pages:
+        for path in re.findall(r"`([\w.-]*/[\w./-]*(?:/|\.\w+)|[\w.-]+\.py)`", page.read_text(encoding="utf-8")):
+            places = (ROOT, ROOT / "peft_safety", page.parent)
+            assert any((place / path).exists() for place in places), f"{page.name}: {path}"
+            seen += 1
+    assert seen > 20, "paths are seen"
+
+
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES if f"{page.name})" not in index] == ["README.md", "README.md"]

@@ -14,7 +14,7 @@ import torch
 
 from peft_safety import explain
 from tests.peft import cells
-from tests.peft.test_guardspace import guarded
+from tests.peft.guard_cells import guarded
 
 ARMS = ("salora", "salora-residual", "guardspace", "dropout")
 

@@ -4,7 +4,7 @@ import torch
 from peft import get_peft_model
 
 from peft_safety import OrthoSafetyPatchConfig, SafetySubspace
-from peft_safety.core.adapter_dir import SIDES
+from peft_safety.methods.ortho_patch.config import SIDES
 from tests.peft import cells
 from tests.tiny import tiny_tokenizer
 

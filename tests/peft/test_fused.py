@@ -13,18 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_safety import SafetySubspace, SaLoRAConfig, explain
-from peft_safety.core.projection import leak, orthonormalize
+from peft_safety import SaLoRAConfig, explain
+from peft_safety.core.projection import leak
 from peft_safety.layers import protected_leaves
 from peft_safety.registry import fused
 from tests.peft import cells, fused_runs
+from tests.peft.fused_cells import layer_of, plain, protected, quantized
 from tests.peft.patch_cells import patched
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,30 +31,6 @@ OFF = "the fused path is off; PEFT_SAFETY_FUSED=1 turns it on"
 LEAK = 1e-6
 EQUAL = 1e-5
 """Largest difference between two losses of one run on two paths."""
-
-
-@pytest.fixture
-def reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PEFT_SAFETY_BACKEND", "reference")
-    monkeypatch.setenv(fused.SWITCH, "1")
-
-
-@pytest.fixture
-def taken(reference: None, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    found: list[bool] = []
-    original = fused.forward
-
-    def recorded(*args: Any) -> Any:
-        result = original(*args)
-        found.append(result is not None)
-        return result
-
-    monkeypatch.setattr(fused, "forward", recorded)
-    return found
-
-
-def layer_of(model: nn.Module, kind: str = "q_proj") -> Any:
-    return next(layer for name, layer in cells.layers_of(model) if name.endswith(kind))
 
 
 @pytest.mark.parametrize("arm", fused_runs.ARMS)
@@ -81,26 +56,6 @@ def test_twenty_steps_in_tritons_interpreter_have_the_same_losses() -> None:
     for arm in fused_runs.ARMS:
         own = fused_runs.losses(arm, 20)
         assert max(abs(a - b) for a, b in zip(own, found[arm], strict=True)) <= EQUAL, arm
-
-
-def quantized(layer: Any, quant_type: str = "nf4", bias: bool = False, **options: Any) -> Any:
-    """A single LoRA layer on a 4-bit one, in a model that PEFT takes."""
-    model = nn.Sequential(bnb.nn.Linear4bit(64, 48, bias=bias, compute_dtype=torch.float32, quant_type=quant_type))
-    model[0].support_avx512bf16_for_cpu = False
-    torch.manual_seed(1)
-    model[0].weight = bnb.nn.Params4bit(torch.randn(48, 64), requires_grad=False, quant_type=quant_type, **options)
-    model.is_loaded_in_4bit = True
-    return get_peft_model(model.to("cpu"), layer)
-
-
-def plain(**options: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "target_modules": ["0"], "init_lora_weights": False, **options})
-
-
-def protected(**options: Any) -> SaLoRAConfig:
-    basis = orthonormalize(torch.randn(48, 4, generator=torch.Generator().manual_seed(0)))
-    space = SafetySubspace({"0": {"out": basis}})
-    return SaLoRAConfig(**{"r": 4, "target_modules": ["0"], "init_lora_weights": False, "subspace": space, **options})
 
 
 def two_adapters(model: Any) -> None:
@@ -280,92 +235,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(init: str, reentrant: b
     assert all(taken)
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient)
-
-
-@pytest.mark.parametrize(("init", "training", "rows"), [("lora", True, 80), ("task", False, 3)])
-def test_a_layer_compiles_in_one_graph(init: str, training: bool, rows: int, reference: None) -> None:
-    torch._dynamo.reset()
-    layer = layer_of(cells.protected(cells.WIDE, init, trained=True)).train(training)
-    x = torch.randn(rows, 64, requires_grad=True)
-    expected = torch.autograd.grad(layer(x).square().sum(), x)[0]
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        torch.autograd.grad(compiled(x).square().sum(), x)[0],
-        expected,
-        rtol=1e-4,
-        atol=1e-4 * float(expected.abs().max()),
-    )
-    torch._dynamo.reset()
-
-
-def test_a_model_compiles_in_one_graph(reference: None) -> None:
-    torch._dynamo.reset()
-    model = cells.protected(cells.WIDE, trained=True)
-    expected = cells.logits(model)
-    torch.testing.assert_close(
-        cells.logits(torch.compile(model, backend="aot_eager", fullgraph=True)), expected, rtol=1e-5, atol=1e-5
-    )
-    torch._dynamo.reset()
-
-
-class Waits(TorchDispatchMode):
-    """Records operations that bring a value of the device to the host, which stalls a GPU and cannot be captured in a
-    CUDA graph.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += 1
-        if func._overloadpacket in (
-            torch.ops.aten._local_scalar_dense,
-            torch.ops.aten.equal,
-            torch.ops.aten.nonzero,
-            torch.ops.aten.is_nonzero,
-        ):
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("arm", ["salora", "salora-residual", "guardspace", "dropout"])
-def test_no_step_waits_for_the_device(arm: str, reference: None) -> None:
-    model = fused_runs.build(arm)
-    layers = [layer for _, layer in cells.layers_of(model)]
-    for training, rows in ((True, 70), (False, 70), (False, 2), (False, 1), (False, 1)):
-        model.train(training)
-        with Waits() as waits, torch.set_grad_enabled(training):
-            for layer in layers:
-                y = layer(torch.randn(rows, layer.in_features, requires_grad=training))
-                if training:
-                    y.sum().backward()
-        assert waits.calls > 0
-        assert not waits.found, f"{rows} rows: {waits.found}"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_served_layer_is_captured_in_a_cuda_graph() -> None:
-    model = quantized(protected(), bias=True).to("cuda").eval()
-    (row,) = explain(model)
-    assert row.path == "fused:triton", row
-    for rows in (1, 80):
-        x = torch.randn(rows, 64, device="cuda")
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(stream):
-            model(x)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(graph):
-            y = model(x)
-        x.copy_(torch.randn_like(x))
-        graph.replay()
-        with torch.no_grad():
-            torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("side", ["in", "out", "both"])

@@ -7,15 +7,12 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from peft_safety import GuardSpaceConfig, SafetySubspace, assert_protected, export_lora, merge_quantized, verify
-from peft_safety.calibration.moments import selected
+from peft_safety import GuardSpaceConfig, assert_protected, export_lora, merge_quantized, verify
 from peft_safety.callbacks import SafetyMonitorCallback
 from peft_safety.convert.export import export_directory
 from peft_safety.core.base_weights import dense_weight
@@ -30,71 +27,15 @@ from peft_safety.errors import (
     SubspaceError,
 )
 from peft_safety.layers import protected_leaves
-from peft_safety.methods.guardspace import Preconditioner, irrelevant_factors
 from tests.interop.helpers import token_rows
 from tests.peft import cells
+from tests.peft.guard_cells import TASK, K, batches, calibrated_inputs, config, guarded, subspace
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 LEAK = 1e-6
 BLIND = 1e-5
 """Bound on `||dW x|| / (||dW|| ||x||)` for x in the calibrated span."""
-K = 6
-WORDS = ["cats", "dogs", "trees", "rivers", "music", "stars", "bread", "rain", "books", "cars"]
-HARMFUL = [{"prompt": f"Help me steal {word}.", "response": "I cannot help with that."} for word in WORDS]
-TASK = [{"prompt": f"Is {word} one word?", "response": "Yes."} for word in WORDS]
 INITS = ("lora", "guardspace")
-
-
-def batches(rows=HARMFUL):
-    from peft_safety.calibration.moments import to_batches
-
-    return to_batches(rows, tiny_tokenizer(), batch_size=4, max_length=64)[0]
-
-
-def subspace(model, rows=HARMFUL, kind="linear", **options):
-    options = {"rank": K, "target_modules": cells.targets(kind), "progress": False, "max_length": 64, **options}
-    return SafetySubspace.from_activations(model, rows, tokenizer=tiny_tokenizer(), method="guardspace", **options)
-
-
-def config(space, kind="linear", **options):
-    common = {
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": cells.targets(kind),
-        "fan_in_fan_out": kind == "conv1d",
-        "subspace": space,
-    }
-    data = {"init_data": batches()} if options.get("init") == "guardspace" else {}
-    return GuardSpaceConfig(**{**common, **data, **options})
-
-
-def guarded(kind="linear", *, seed=0, trained=False, both=False, **options):
-    space = subspace(cells.base_model(kind), kind=kind)
-    if both:
-        space = space.beside(cells.random_subspace(cells.base_model(kind), cells.targets(kind)))
-        options["combine"] = "salora"
-    torch.manual_seed(seed)
-    model = get_peft_model(cells.base_model(kind), config(space, kind, **options))
-    return cells.perturb(model, seed) if trained else model.eval()
-
-
-@torch.no_grad()
-def calibrated_inputs(model, kind="linear"):
-    """The inputs of every targeted layer of the bare model, on the calibration data, `(tokens, n)`."""
-    layers = {name: layer for name, layer in base_layers(model).items() if name.endswith(tuple(cells.targets(kind)))}
-    found, mask = {}, None
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda _, args, name=name: found.setdefault(name, []).append(selected(name, args[0], mask))
-        )
-        for name, layer in layers.items()
-    ]
-    for batch in batches():
-        mask = batch["attention_mask"] != 0
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    for hook in hooks:
-        hook.remove()
-    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 @torch.no_grad()
@@ -270,38 +211,6 @@ def test_an_edited_config_is_refused(change, tmp_path):
     shutil.rmtree(tmp_path / "a")
 
 
-seeds = st.integers(0, 2**31)
-
-
-@settings(max_examples=40, deadline=None)
-@given(seeds, st.integers(2, 12), st.integers(2, 12), st.sampled_from(["root", "moment"]), st.floats(0, 3))
-def test_all_components_together_are_the_weight(seed, m, n, kind, decay):
-    g = torch.Generator().manual_seed(seed)
-    x = (torch.randn(n, 4 * n, generator=g).T * torch.arange(1, n + 1).float() ** -decay).T
-    w = torch.randn(m, n, generator=g)
-    b, a = irrelevant_factors(w, Preconditioner.of(x @ x.T, kind, "layer"), min(m, n), "layer")
-    torch.testing.assert_close(b @ a, w, atol=2e-4, rtol=2e-4)
-
-
-@settings(max_examples=40, deadline=None)
-@given(seeds, st.integers(1, 5), st.sampled_from(["root", "moment"]))
-def test_the_smallest_components_do_least_on_the_data(seed, rank, kind):
-    g = torch.Generator().manual_seed(seed)
-    x = (torch.randn(10, 60, generator=g).T * torch.arange(1, 11).float() ** -1.0).T
-    w = torch.randn(8, 10, generator=g)
-    prepared = Preconditioner.of(x @ x.T, kind, "layer")
-    b, a = irrelevant_factors(w, prepared, rank, "layer")
-    values = torch.linalg.svdvals(w.double() @ prepared.matrix)
-    assert torch.linalg.matrix_norm(b.double() @ a.double() @ prepared.matrix).square() == pytest.approx(
-        float(values[-rank:].square().sum()), rel=1e-4
-    )
-    if kind == "root":  # in units of the data: no more energy than the same share of any other split into components
-        energy = (b @ a @ x).square().sum()
-        u, s, vh = torch.linalg.svd(w, full_matrices=False)
-        plain = (u[:, -rank:] * s[-rank:]) @ vh[-rank:]
-        assert energy <= (plain @ x).square().sum() * (1 + 1e-2)
-
-
 @pytest.mark.parametrize("preconditioner", ["root", "moment"])
 def test_the_published_initialization_starts_where_the_data_are_not(preconditioner):
     model = guarded(init="guardspace", preconditioner=preconditioner)
@@ -316,15 +225,6 @@ def test_the_published_initialization_starts_where_the_data_are_not(precondition
         assert share < 0.02, name
         q = model.peft_config["default"].subspace.bases[name]["in"]
         assert float((a @ q).norm() / a.norm()) <= LEAK, "the initial factor is projected too"
-
-
-def test_a_weight_without_small_components_cannot_be_started_from():
-    w = torch.outer(torch.ones(6), torch.arange(1.0, 6.0))
-    with pytest.raises(CalibrationError, match="Use a larger r, or init='lora'"):
-        irrelevant_factors(w, Preconditioner.of(torch.eye(5), "root", "layer"), 2, "layer")
-    for bad in (torch.zeros(5, 5), torch.full((5, 5), float("nan"))):
-        with pytest.raises(CalibrationError, match="second moment"):
-            Preconditioner.of(bad, "root", "layer")
 
 
 def test_auto_calibrates_on_each_basis_and_combines(tmp_path):

@@ -16,11 +16,11 @@ from peft_safety import (
     verify,
 )
 from peft_safety.callbacks import SafetyMonitorCallback
-from peft_safety.core.adapter_dir import SIDES
 from peft_safety.core.base_weights import dense_weight
 from peft_safety.core.targets import base_layers
 from peft_safety.errors import ConfigError, PeftSafetyError, ProtectionError
 from peft_safety.methods.ortho_patch import SoftPenalty
+from peft_safety.methods.ortho_patch.config import SIDES
 from tests.interop.helpers import token_rows
 from tests.peft import cells
 from tests.peft.patch_cells import GENERAL, K, config, patched, subspace

@@ -7,73 +7,21 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
-from typer.testing import CliRunner
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from peft_safety import SafeLoRACallback, SafeLoRAConfig, SaLoRAConfig, apply_safe_lora, safe_lora_dir, verify
-from peft_safety.cli import app
+from peft_safety import SaLoRAConfig, apply_safe_lora, safe_lora_dir, verify
 from peft_safety.errors import (
     ArtifactError,
     CheckpointError,
     ConfigError,
     PeftSafetyError,
-    ProtectionError,
     UnsupportedLayerError,
 )
 from peft_safety.methods.safe_lora import apply as applying
+from tests.peft.repair_cells import IDS, aligned_llama, dense_expectation, four_bit, logits, trained
 from tests.tiny import tiny_llama
-
-IDS = torch.randint(4, 200, (2, 12), generator=torch.Generator().manual_seed(0))
-
-
-def aligned_llama(hidden=32):
-    """The tiny model after a low-rank change of every linear weight."""
-    model = tiny_llama(hidden=hidden)
-    g = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                m, n = module.weight.shape
-                module.weight += 0.02 * torch.randn(m, 6, generator=g) @ torch.randn(6, n, generator=g)
-    return model
-
-
-def trained(model, seed=3, **options):
-    """A plain LoRA with a random, non-zero update."""
-    config = LoraConfig(
-        **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
-    )
-    peft_model = get_peft_model(model, config)
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in peft_model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=g))
-    return peft_model.eval()
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pair")
-    tiny_llama().save_pretrained(root / "base")
-    aligned_llama().save_pretrained(root / "chat")
-    peft_model = trained(aligned_llama())
-    peft_model.peft_config["default"].base_model_name_or_path = str(root / "chat")
-    peft_model.save_pretrained(str(root / "adapter"))
-    return root
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def dense_expectation(name, b):
-    before, after = tiny_llama().get_submodule(name).weight, aligned_llama().get_submodule(name).weight
-    v = (after - before).detach().double()
-    return v @ (v.mT @ b.double()) / v.norm()
 
 
 def test_in_memory_in_place_and_under_a_new_name(pair):
@@ -336,16 +284,6 @@ def test_what_a_model_cannot_have_repaired(pair):
         apply_safe_lora(protected, pair / "base", progress=False)
 
 
-def four_bit(path):
-    pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=quantization, dtype=torch.float32)
-
-
 def test_a_quantized_difference_is_refused_unless_insisted_on(pair, tmp_path):
     model = trained(four_bit(pair / "chat"), target_modules=["q_proj", "up_proj"])
     with pytest.raises(CheckpointError, match=r"4bit.*allow_quantized_delta"):
@@ -355,109 +293,3 @@ def test_a_quantized_difference_is_refused_unless_insisted_on(pair, tmp_path):
     four_bit(pair / "chat").save_pretrained(tmp_path / "nf4")
     with pytest.raises(CheckpointError, match="4bit"):
         safe_lora_dir(pair / "adapter", pair / "base", tmp_path / "nf4", progress=False)
-
-
-class Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        ids = IDS[index % 2]
-        return {"input_ids": ids, "labels": ids}
-
-
-@pytest.mark.parametrize("bits", [4, 32])
-def test_a_trainer_run_ends_with_a_repaired_saved_adapter(tmp_path, bits):
-    pair, hidden = tmp_path, 128  # bitsandbytes 0.50 quantizes matrices of a few thousand values wrongly on the CPU
-    tiny_llama(hidden=hidden).save_pretrained(pair / "base")
-    aligned_llama(hidden).save_pretrained(pair / "chat")
-    base = four_bit(pair / "chat") if bits == 4 else aligned_llama(hidden)
-    config = SafeLoRAConfig(
-        r=4,
-        target_modules=["q_proj", "up_proj"],
-        task_type="CAUSAL_LM",
-        unaligned=pair / "base",
-        aligned=str(pair / "chat"),
-        select="all",
-    )
-    model = get_peft_model(base, config)
-    callback = SafeLoRACallback(checkpoints=True, progress=False)
-    options = {
-        "max_steps": 2,
-        "save_steps": 1,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "use_cpu": True,
-    }
-    trainer = Trainer(
-        model, TrainingArguments(str(tmp_path / "run"), **options), train_dataset=Rows(), callbacks=[callback]
-    )
-    with pytest.warns(UserWarning, match="before Safe LoRA was applied"):
-        trainer.train()
-    trainer.save_model(str(tmp_path / "out"))
-    assert len(callback.report.selected) == 4
-    assert verify(tmp_path / "out").repaired == 4
-    with pytest.raises(ProtectionError, match="never applied"):
-        verify(tmp_path / "run/checkpoint-2")
-    early, late = (
-        load_file(tmp_path / f"run/checkpoint-2/{part}adapter_model.safetensors") for part in ("safe_lora/", "")
-    )
-    final = load_file(tmp_path / "out/adapter_model.safetensors")
-    assert all(torch.allclose(early[k], final[k], atol=1e-6) for k in final)
-    assert not all(torch.equal(late[k], final[k]) for k in final)
-    loaded = PeftConfig.from_pretrained(str(tmp_path / "out"))
-    assert isinstance(loaded, SafeLoRAConfig)
-    assert loaded.safe_lora["repaired"] == 4
-    fields = json.loads((tmp_path / "out/adapter_config.json").read_text())
-    assert fields["peft_type"] == "SAFELORA"
-
-
-def test_the_callback_refuses_a_plain_adapter(pair, tmp_path):
-    model = trained(aligned_llama())
-    trainer = Trainer(
-        model,
-        TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True),
-        train_dataset=Rows(),
-        callbacks=[SafeLoRACallback()],
-    )
-    with pytest.raises(ConfigError, match="SafeLoRACallback"):
-        trainer.train()
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"unaligned": ""}, {"unaligned": "a", "select": "some"}, {"unaligned": "a", "use_dora": True}]
-)
-def test_a_config_that_cannot_be_honored(options):
-    with pytest.raises(ConfigError):
-        SafeLoRAConfig(r=4, **options)
-
-
-def test_changed_factors_do_not_verify(pair, tmp_path):
-    safe_lora_dir(pair / "adapter", pair / "base", out_dir=tmp_path / "out", select="all", progress=False)
-    file = tmp_path / "out/adapter_model.safetensors"
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as handle:
-        metadata = handle.metadata()
-    tensors = {k: v + 0.1 if "lora_B" in k else v.clone() for k, v in load_file(file).items()}
-    save_file(tensors, file, metadata=metadata)
-    with pytest.raises(ProtectionError, match="changed since"):
-        verify(tmp_path / "out")
-
-
-def test_the_command(pair, tmp_path):
-    arguments = ["repair", str(pair / "adapter"), "--unaligned", str(pair / "base")]
-    dry = CliRunner().invoke(
-        app, [*arguments, "--dry-run", "--png", str(tmp_path / "cos.png"), "--json", "--out", str(tmp_path / "out")]
-    )
-    assert dry.exit_code == 0, dry.output
-    assert len(json.loads(dry.stdout)["modules"]) == 14
-    assert (tmp_path / "cos.png").stat().st_size > 10_000
-    assert not (tmp_path / "out").exists()
-    options = "--select number --num-modules 3 --projection topk --safety-rank 4"
-    done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out"), *options.split()])
-    assert done.exit_code == 0, done.output
-    assert "3 of 14" in done.output
-    assert verify(tmp_path / "out").repaired == 3
-    assert isinstance(CliRunner().invoke(app, arguments).exception, ConfigError)

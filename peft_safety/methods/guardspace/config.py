@@ -23,7 +23,6 @@ from peft_safety.calibration.activations import DEFAULT_RANK, adapters_off, esti
 from peft_safety.calibration.coverage import task_shares, warn_if_stalled
 from peft_safety.calibration.moments import InputMoments, collect, is_tokenized, to_batches
 from peft_safety.core import base_weights as weights
-from peft_safety.core.adapter_dir import COMBINATIONS, guard_sides
 from peft_safety.core.names import listed
 from peft_safety.core.projection import Side
 from peft_safety.core.subspace import SafetySubspace
@@ -102,7 +101,7 @@ class GuardSpaceConfig(ProtectedConfig):
         choices = {
             "basis": ("harmful", "general", "both"),
             "positions": ("all", "prompt", "response"),
-            "combine": COMBINATIONS,
+            "combine": (None, "salora"),
             "init": ("lora", "guardspace"),
             "preconditioner": ("root", "moment"),
         }
@@ -126,7 +125,7 @@ class GuardSpaceConfig(ProtectedConfig):
 
     @property
     def basis_sides(self) -> tuple[Side, ...]:
-        return guard_sides(self.combine)
+        return ("in",) if self.combine is None else ("in", "out")
 
     @property
     def residual(self) -> bool:

@@ -18,7 +18,6 @@ from torch import nn
 
 from peft_safety.calibration.activations import estimate, tokenizer_of
 from peft_safety.calibration.weights import estimate_from_weights
-from peft_safety.core.adapter_dir import SIDES
 from peft_safety.core.names import public_name
 from peft_safety.core.projection import Side
 from peft_safety.core.subspace import SafetySubspace
@@ -31,6 +30,8 @@ REG_LAMBDA = 100.0
 """An unconstrained patch of SmolLM2-135M has a penalty of about 0.02 (0.9 % of each layer's output, squared, times 210
 layers): at 1 it would not be felt.
 """
+SIDES: dict[str, tuple[Side, ...]] = {"out": ("out",), "in": ("in",), "both": ("out", "in")}
+"""Values of `side`, and the sides of the update that they name."""
 
 
 @dataclass

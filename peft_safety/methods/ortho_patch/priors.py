@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft_safety.calibration.activations import model_name
 from peft_safety.core import base_weights as weights
 from peft_safety.core import publish
-from peft_safety.core.adapter_dir import PROTECTED_TYPES, check_adapter
+from peft_safety.core.adapter_dir import check_adapter, protected_types
 from peft_safety.core.names import public_name
 from peft_safety.core.plain_lora import MANIFEST, Factors, read_manifest, read_plain
 from peft_safety.core.projection import Side
@@ -74,7 +74,7 @@ def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -
             f"prior patch {directory!r} is neither an adapter on the model nor a directory with {MANIFEST}. Check the "
             "spelling."
         )
-    if read_manifest(path, warn=False).get("peft_type") in PROTECTED_TYPES:
+    if read_manifest(path, warn=False).get("peft_type") in protected_types():
         stored = check_adapter(path, warn=True)
         common = {name: layers[name] for name in stored.shapes if name in layers}
         stored.subspace.check_fits(common, (), bind=False)
