@@ -1,4 +1,4 @@
-"""What the functional part of an audit is measured on: general and harmful prompts with answers."""
+"""Calibration data of an audit: general and harmful prompts with answers."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ Calibration = Literal["auto"] | Mapping[str, Rows] | None
 KINDS = ("general", "harmful")
 SPLIT = "calibration"
 ANSWER_TOKENS = 24
-"""Tokens of the model's own answers to the general prompts: what the benchmark of this package takes for its general
-NLL.
-"""
+"""Tokens of the model's own answers to the general prompts, as in this package's benchmark."""
 BATCH_SIZE = 8
 MAX_LENGTH = 512
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Batches of one kind, where they come from, and a hash of what they hold."""
+    """Batches of one kind, their source, and a hash of their content."""
 
     batches: list[Batch]
     source: str

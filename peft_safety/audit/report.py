@@ -1,4 +1,4 @@
-"""`orthogonality_report`: every module of an adapter, each figure beside its null."""
+"""`orthogonality_report`: figures of every module of an adapter, each with its null."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.factors import layer_factors
 
 DEFAULT_K = 32
-"""Directions of W behind the energy overlap: those that the methods of this package protect by default."""
+"""Directions of W for the energy overlap; the methods of this package protect as many by default."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +58,20 @@ class ModuleOrthogonality:
 
     @property
     def interference_ratio(self) -> float:
-        """Interference on general inputs over that on harmful ones: below 1 the update acts on harmful inputs more.
-        NaN if not measured.
-        """
+        """Interference on general inputs over that on harmful inputs; NaN if not measured."""
         if self.general is None or self.harmful is None or self.harmful.share == 0:
             return math.nan
         return self.general.share / self.harmful.share
 
     @property
     def layer(self) -> int | None:
-        """Number of the layer, by the first number in the name."""
+        """The layer's number: the first number in the name."""
         found = re.search(r"(?:^|\.)(\d+)\.", self.name)
         return int(found.group(1)) if found else None
 
     @property
     def kind(self) -> str:
-        """What comes behind the number of the layer, or the whole name."""
+        """The part of the name after the layer's number, or the whole name."""
         return re.split(r"(?:^|\.)\d+\.", self.name, maxsplit=1)[-1]
 
 
@@ -119,16 +117,12 @@ class OrthogonalityReport:
 
     @property
     def summary(self) -> dict[str, float]:
-        """Medians over all modules, by the names of `FIGURES`, and `overlap:NAME` for every other adapter. NaN where
-        nothing has the figure.
-        """
+        """Median of each of the `FIGURES`, and of `overlap:NAME` for every other adapter; NaN without a value."""
         return medians(self.modules, self.others)
 
     @property
     def kinds(self) -> dict[str, list[ModuleOrthogonality]]:
-        """Modules by kind: the last part of the name, or as much as tells apart what one layer holds (`attn.c_proj`
-        and `mlp.c_proj`).
-        """
+        """Modules by the last part of their name, or by a longer part if that is ambiguous inside a layer."""
         tails: dict[str, set[str]] = {}
         for row in self.modules:
             tails.setdefault(row.kind.rpartition(".")[2], set()).add(row.kind)
@@ -154,7 +148,7 @@ class OrthogonalityReport:
 
 
 def medians(rows: Iterable[ModuleOrthogonality], others: Iterable[str] = ()) -> dict[str, float]:
-    """Medians of every figure over those modules that have it."""
+    """Median of every figure over the modules that have it."""
     rows = list(rows)
     found = {name: _median(figure(row) for row in rows) for name, figure in FIGURES.items()}
     return found | {f"overlap:{other}": _median(row.others.get(other, math.nan) for row in rows) for other in others}
@@ -233,9 +227,7 @@ def orthogonality_report(
 
 
 def _resolve(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLayer], list[str], dict[str, str]]:
-    """The adapter's layers, the other adapters that share some of them, and those that cannot be compared with the
-    reason.
-    """
+    """The adapter's layers, the other adapters on them, and those that cannot be compared with the reason."""
     table = config_table(model)
     if adapter not in table:
         raise ConfigError(f"the model has no adapter {adapter!r}, only {sorted(table)}. Name one of these.")

@@ -1,6 +1,4 @@
-"""Safety subspaces from activations: what the inputs or the outputs of each layer span on some data, for all layers in
-one pass.
-"""
+"""Safety subspaces from activations: the span of each layer's inputs or outputs on some data, in one pass."""
 
 from __future__ import annotations
 
@@ -27,12 +25,12 @@ METHODS: dict[str, tuple[tuple[Side, ...], Positions]] = {
     "ortho_patch": (("in",), "all"),
     "guardspace": (("in",), "all"),
 }
-"""Sides and token positions of each method, where none are given."""
+"""Default sides and token positions of each method."""
 DEFAULT_RANK = 32
 """As published for SaLoRA (arXiv 2501.01765, section 5.1)."""
 GUARDSPACE_FRACTION = 0.25
-"""Share of the input dimensions that GuardSpace takes where none is given: in a probe on SmolLM2-135M (one seed) it
-kept refusals at every share of poison. To be confirmed by benchmarks/guardspace.py; a long fine-tune needed half."""
+"""GuardSpace's default share of the input dimensions: in a probe on SmolLM2-135M (one seed) it kept refusals at every
+share of poison; a long fine-tune needed half. To be confirmed by benchmarks/guardspace.py."""
 
 
 def estimate(
@@ -173,7 +171,7 @@ def estimate(
 def _where(
     method: str, sides: Sequence[Side] | None, positions: Positions | None
 ) -> tuple[tuple[Side, ...], Positions]:
-    """Sides and token positions: those given, or else the method's own."""
+    """The given sides and token positions, or the method's defaults."""
     if method not in METHODS:
         raise ConfigError(f"method={method!r}; no such method. Use one of {', '.join(METHODS)}.")
     if positions not in (None, "response", "prompt", "all"):
@@ -215,7 +213,7 @@ def kind_of(name: str) -> str:
 
 
 def _covered(spectrum: Tensor, moment: Tensor) -> float:
-    """Share of a moment that a basis holds."""
+    """Share of a moment's trace that a basis holds."""
     return min(1.0, round(float(spectrum.double().square().sum() / moment.diagonal().double().sum()), 8))
 
 
@@ -300,7 +298,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def model_name(model: nn.Module) -> str:
-    """Last part of the name or path that the model was loaded from; a local path is nobody else's business."""
+    """Last part of the model's name or path, so that no local path is published."""
     config = getattr(model, "config", None)
     path = str(getattr(config, "_name_or_path", "") or "")
     return path.rstrip("/").rpartition("/")[2]

@@ -45,7 +45,7 @@ class InputMoments:
         self._last: tuple[str, Tensor] | None = None
 
     def reaches(self, name: str) -> bool:
-        """Whether the layer was fed anything that counts."""
+        """Whether any token that counts has reached the layer."""
         return self._leader.get(name) in self._moments
 
     def moment(self, name: str) -> Tensor:
@@ -77,9 +77,8 @@ class InputMoments:
             yield
 
     def expect(self, *masks: Tensor) -> None:
-        """Announce the next batch: which of its positions count, `(batch, tokens)` bool; of an encoder-decoder the
-        decoder's, then the encoder's.
-        """
+        """Set the positions that count in the next batch: bool masks `(batch, tokens)`, the decoder's before the
+        encoder's."""
         self._forget()
         self._masks = masks
         self.tokens += sum(int(mask.sum()) for mask in masks)
@@ -257,7 +256,7 @@ def _call(model: nn.Module, batch: dict[str, Tensor], positions: Positions) -> t
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the labels are another sequence than the inputs."""
+    """Whether the labels are a separate sequence (encoder-decoder models)."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
@@ -308,12 +307,12 @@ def to_batches(
 
 
 def is_tokenized(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether rows are tokenized batches, for which no tokenizer is needed."""
+    """Whether the rows are tokenized batches, which need no tokenizer."""
     return bool(rows) and "input_ids" in rows[0]
 
 
 def content_digest(batches: Sequence[Batch]) -> str:
-    """sha256 of the sequences, whatever their order, batches and padding."""
+    """sha256 of the sequences; independent of their order, batches and padding."""
     rows = []
     for batch in batches:
         attention = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
@@ -350,7 +349,7 @@ def _check(index: int, batch: Mapping[str, Any], two_sequences: bool) -> Batch:
 
 
 def _as_tensors(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A table gives its tensors back as lists; of one sequence a batch is made."""
+    """Convert lists of numbers to tensors, and a single sequence to a batch."""
     found = dict(batch)
     for key in {"input_ids", "attention_mask", "labels"} & set(batch):
         if not isinstance(batch[key], Tensor):
@@ -364,7 +363,7 @@ def _as_tensors(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def exact_matmul() -> Iterator[None]:
-    """TF32 off: its ten bits of mantissa would show in the small singular directions."""
+    """Switch TF32 off: its 10-bit mantissa would distort the small singular directions."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

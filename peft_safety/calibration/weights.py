@@ -1,4 +1,4 @@
-"""Subspaces from the weights alone: the top singular directions of every target layer, no data needed."""
+"""Subspaces from the weights, without data: the top singular directions of every target layer."""
 
 from __future__ import annotations
 

@@ -28,9 +28,7 @@ SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 64 << 20
 FLOATS = ("F64", "F32", "F16", "BF16")
 NOISE = {"4bit": 0.09, "8bit": 0.01, "fp8": 0.03}
-"""Relative distance of a Gaussian weight from its quantized copy, `||Q(W) - W|| / ||W||`: NF4 at block size 64, int8
-by row, and FP8 (e4m3).
-"""
+"""`||Q(W) - W|| / ||W||` of a Gaussian weight: NF4 at block size 64, int8 by row, FP8 (e4m3)."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def open_weights(source: str | os.PathLike[str] | nn.Module) -> Weights:
 
 
 class ModuleWeights:
-    """Of a loaded model."""
+    """The weights of a loaded model."""
 
     def __init__(self, model: nn.Module) -> None:
         self.layers: Mapping[str, nn.Module] = base_layers(model)
@@ -99,7 +97,7 @@ class ModuleWeights:
 
 
 class FileWeights:
-    """Of safetensors files."""
+    """The weights in safetensors files."""
 
     def __init__(self, source: str) -> None:
         self.label = source
@@ -140,8 +138,8 @@ class FileWeights:
             return tuple(found.get_shape()), str(found.get_dtype())
 
     def _key(self, name: str) -> str:
-        """The tensor of a module. Checkpoints of the bare model lack the head model's prefix, or have one more;
-        transformers renames some; a tied head is the embedding."""
+        """The key of a module's weight. Handles checkpoints with a missing or additional prefix, names that
+        transformers changes, and heads tied to the embedding."""
         names = [f"{name}.weight"]
         if names[0] not in self.place:
             prefix, _, rest = name.partition(".")
@@ -225,7 +223,7 @@ def _tensor_files(directory: Path) -> dict[str, str]:
 
 
 def _download(source: str) -> Path:
-    """A checkpoint from the Hub, or from its cache when offline."""
+    """Download a checkpoint from the Hub; offline, take it from the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

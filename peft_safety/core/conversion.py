@@ -1,6 +1,4 @@
-"""Names of weights in a checkpoint that are not those of the model: transformers renames them while it loads
-(vision-language models, old checkpoints).
-"""
+"""Checkpoints whose weights have other names than the model: transformers renames them while it loads."""
 
 from __future__ import annotations
 

@@ -82,9 +82,7 @@ def _full_precision() -> bool:
 
 @torch.no_grad()
 def leak(u: Tensor, w: Tensor, side: Side = "out") -> float:
-    """Share of a factor that lies in the protected span, `||U^T w||_F / ||w||_F` in [0, 1]; 0 for a zero factor.
-    Computed in fp64.
-    """
+    """`||U^T w||_F / ||w||_F` in [0, 1], the share of a factor in the protected span; 0 for a zero factor. In fp64."""
     u, w = u.double(), w.double()
     total = float(torch.linalg.vector_norm(w))
     return float(torch.linalg.vector_norm(coefficients(u, w, side))) / total if total > 0 else 0.0
@@ -113,9 +111,7 @@ def fold_tolerance(dtype: torch.dtype) -> float:
 
 
 def leak_tolerance(dtype: torch.dtype) -> float:
-    """Relative leak of a factor that still counts as protected in `dtype`: `LEAK_TOLERANCE`, or what rounding alone
-    explains.
-    """
+    """Largest relative leak that still counts as protected: `LEAK_TOLERANCE`, or the rounding of `dtype`."""
     return max(LEAK_TOLERANCE, fold_tolerance(dtype))
 
 

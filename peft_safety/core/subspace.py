@@ -142,9 +142,7 @@ class SafetySubspace:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Layers that were targeted and have no basis, each with the reason, `UNREACHED` or `NARROW`: an adapter on
-        this subspace leaves them out too.
-        """
+        """Targeted layers without a basis, with the reason: `UNREACHED` or `NARROW`. Adapters leave them out too."""
         found = self.provenance.get("left_out")
         lists = {reason: found.get(reason) for reason in (UNREACHED, NARROW)} if isinstance(found, dict) else {}
         named = {
@@ -296,7 +294,7 @@ class SafetySubspace:
             self.bind(layers)
 
     def lacking(self, names: Iterable[str], sides: Sequence[Side]) -> list[str]:
-        """Those of some modules that lack a basis on one of the sides, in their order."""
+        """The given modules that have no basis on one of the sides, in the given order."""
         return [name for name in names if any(side not in self.bases.get(name, {}) for side in sides)]
 
     def bind(self, layers: Mapping[str, nn.Module]) -> None:
@@ -358,7 +356,7 @@ def _check_values(x: Tensor, shape: tuple[int, ...], what: str) -> None:
 
 
 def _frozen(x: Tensor, name: str, kept: dict[int, Tensor] | None = None) -> Tensor:
-    """A copy; of one tensor one copy, where `kept` remembers them."""
+    """A frozen copy. With `kept`, the same tensor always gives the same copy."""
     if not isinstance(x, Tensor):
         raise SubspaceError(
             f"{name}: a {type(x).__name__} where a tensor is expected. Calibrate with SafetySubspace.from_activations."

@@ -24,9 +24,7 @@ def canonical(name: str) -> str:
 
 
 def base_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every base layer that an adapter could sit on, by its name in the base model, adapters that are already there
-    looked through.
-    """
+    """Every base layer that can hold an adapter, by name. Existing adapters are looked through."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found: dict[str, nn.Module] = {}
@@ -80,7 +78,7 @@ def target_layers(
 
 
 def _named(layers: Mapping[str, nn.Module], wanted: Iterable[str] | str, field: str) -> dict[str, nn.Module]:
-    """Those that a regular expression, or names and suffixes, mean."""
+    """The layers that `wanted` selects: a regular expression, or names and suffixes."""
     if isinstance(wanted, str):
         try:
             pattern = re.compile(wanted)

@@ -33,9 +33,7 @@ IGNORE_INDEX = -100
 
 
 def classification_prompt(text: str, labels: Sequence[str]) -> str:
-    """The user turn of a classification row: the labels to choose from, then the text: instruction first, so that
-    later tokens know their task.
-    """
+    """The user turn of a classification row: the list of labels first, then the text."""
     return f"Answer with one of these labels: {', '.join(labels)}.\n\nText: {text}"
 
 
@@ -190,12 +188,12 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: i
 
 
 def is_prompt_only(row: Row) -> bool:
-    """Whether a row asks and has no answer."""
+    """Whether a row has a prompt and no answer."""
     return kind_of(plain_row(row)) == "prompt"
 
 
 def has_labels(feature: Mapping[str, Any]) -> bool:
-    """Whether any token of a feature is trained on."""
+    """Whether any token of a feature has a label."""
     return any(label != IGNORE_INDEX for label in feature["labels"])
 
 
@@ -210,7 +208,7 @@ def _encode(
 
 
 def _sides(row: Row, labels: Sequence[str]) -> tuple[list[Message], list[Message]]:
-    """What is asked and what is answered; a {messages} row is all answer."""
+    """The prompt's turns and the answer's turns of a row; a {messages} row is all answer."""
     row = plain_row(row)
     kind = kind_of(row)
     if kind == "messages":
@@ -282,9 +280,7 @@ def can_trim(model: Any) -> bool:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The pad token, or the end-of-sequence token of a tokenizer without one (padding is masked, so either will
-    do).
-    """
+    """The pad token, or the end-of-sequence token of a tokenizer without one (padding is masked)."""
     found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if found is None:
         raise DataError("the tokenizer has neither a pad nor an end-of-sequence token. Set tokenizer.pad_token.")

@@ -13,7 +13,7 @@ Row = Mapping[str, Any]
 Rows = Iterable[Row]
 Kind = Literal["messages", "pair", "label", "prompt"]
 STREAM_ROWS = 10_000
-"""Rows that are read of a source without a length. A longer one is refused, for it may never end."""
+"""Largest number of rows that are read from a source without a length, which may never end."""
 SHAPES = '{"prompt", "response"} (or "completion"), {"text", "label"} or {"messages": [{"role", "content"}, ...]}'
 
 
@@ -83,7 +83,7 @@ def plain_row(row: Row) -> dict[str, Any]:
 
 
 def kind_of(row: Row) -> Kind | None:
-    """What a row in this package's spelling is, whatever further columns it has; None for none of the kinds."""
+    """The kind of a row; None if it is none of the kinds. Further columns do not matter."""
     if "messages" in row:
         return "messages"
     if "prompt" in row and "response" in row:
@@ -141,7 +141,7 @@ def label_names(rows: Rows) -> list[str]:
 
 
 def _check_one_type(text: str, label: Any, sources: dict[str, tuple[type, int]], index: int, what: str) -> None:
-    """Data that hold both 1 and "1" may mean two labels; as text they would be one."""
+    """Refuse data with the labels 1 and "1", which would be one label as text."""
     kind = str if isinstance(label, str) else type(_plain_value(label))
     first, earlier = sources.setdefault(text, (kind, index))
     if first is not kind:
@@ -190,7 +190,7 @@ def _records(data: Any, what: str, error: type[PeftSafetyError]) -> Iterable[Any
 
 
 def _splits(data: Mapping[Any, Any]) -> bool:
-    """Whether a plain dict holds data sets or lists of rows by split, rather than being a row itself."""
+    """Whether a plain dict maps splits to rows, rather than being a row."""
     if not data or kind_of(data) is not None:
         return False
     return all(_is(part, "datasets", "Dataset", "IterableDataset") or _starts_with_row(part) for part in data.values())
@@ -208,5 +208,5 @@ def _length(data: Any) -> int | None:
 
 
 def _is(data: Any, package: str, *names: str) -> bool:
-    """Whether `data` is of one of a package's classes, without importing a package that may not be there."""
+    """Whether `data` is an instance of one of a package's classes. The package is not imported."""
     return any(base.__module__.partition(".")[0] == package and base.__name__ in names for base in type(data).__mro__)

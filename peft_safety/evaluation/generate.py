@@ -74,7 +74,7 @@ def generate_text(
     description: str = "generating",
     progress: bool = True,
 ) -> list[Generation]:
-    """`generate` from prompts that are rendered already, special tokens included."""
+    """`generate` for prompts that are rendered already, with their special tokens."""
     import torch
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
@@ -98,9 +98,7 @@ def generate_text(
 
 @contextmanager
 def inference(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, with the previous mode restored afterwards; 4-bit weights stay as they are (see
-    `weights.unpacked`).
-    """
+    """Evaluation mode inside the block, without repacking of 4-bit weights (see `base_weights.unpacked`)."""
     from peft_safety.core import base_weights as weights
 
     training = model.training
@@ -113,7 +111,7 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a response: those of the generation config, and the tokenizer's end of sequence."""
+    """Tokens that end a response: the end tokens of the generation config and of the tokenizer."""
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     found = configured if isinstance(configured, list) else [configured]
     return sorted({int(token) for token in [*found, tokenizer.eos_token_id] if token is not None})

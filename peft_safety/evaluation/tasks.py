@@ -81,7 +81,7 @@ def exact_answers(
 
 @dataclass(frozen=True)
 class TaskAnswer:
-    """What a model said to one {text, label} row, and whether it is the label."""
+    """A model's answer to one {text, label} row, and whether it is the label."""
 
     prompt: str
     text: str
@@ -274,9 +274,7 @@ def response_losses(
 
 
 def _features(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], max_length: int) -> list[dict[str, Any]]:
-    """Tokens and labels of each row, in at most `max_length` tokens, of which the first is the last of the prompt at
-    the latest.
-    """
+    """Tokens and labels of each row, cut to `max_length` tokens that start before the first labeled token."""
     if max_length < 2:
         raise DataError(
             f"max_length = {max_length} has no room for a token of a prompt and one of its response. Give at least 2."

@@ -1,6 +1,4 @@
-"""One copy of a basis on each device, whoever uses it: q, k and v share their inputs' basis, two adapters of one
-subspace share all of them.
-"""
+"""One copy of each basis per device, shared by all layers and adapters that use it (q, k and v; one subspace)."""
 
 from __future__ import annotations
 
@@ -17,21 +15,18 @@ if TYPE_CHECKING:
 
 _Entry = tuple["weakref.ref[Tensor]", int, "weakref.ref[Tensor]"]
 _placed: dict[tuple[int, torch.device], _Entry] = {}
-"""Copies by the id of their source, with the source itself and its version, so that neither a new tensor of an old id
-nor a changed one is mistaken for it.
-"""
+"""Copies by the id of their source. The source and its version are compared too, as ids are reused."""
 
 _leaves: weakref.WeakSet[ProtectedLinear] = weakref.WeakSet()
 
 
 def enlist(leaf: ProtectedLinear) -> None:
-    """Remember a leaf as long as it lives: `rebase` must not write into a basis that another one uses."""
+    """Register a layer while it lives: `rebase` must not overwrite a basis that another layer uses."""
     _leaves.add(leaf)
 
 
 def placed(source: Tensor, device: torch.device) -> Tensor:
-    """The package's own fp32 copy of a basis `(d, k)` on a device: made once, alive as long as a leaf holds it. Never
-    `source` itself, which may be the subspace's."""
+    """An fp32 copy of a basis `(d, k)` on a device, made once and alive as long as a layer holds it."""
     key = (id(source), device)
     found = _placed.get(key)
     if found is not None and found[0]() is source and found[1] == _version(source):
@@ -42,7 +37,7 @@ def placed(source: Tensor, device: torch.device) -> Tensor:
 
 
 def moved(basis: Tensor, device: torch.device) -> Tensor:
-    """A leaf's basis on another device, shared as it was; itself where it is there already."""
+    """A layer's basis on another device, shared as before."""
     return basis if basis.device == device else placed(basis, device)
 
 

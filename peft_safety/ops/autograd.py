@@ -1,6 +1,4 @@
-"""Derivatives of the operations. Gradients reach activations and factors; quantized weights and bases never get
-any.
-"""
+"""Derivatives of the operations: for activations and factors, never for quantized weights or bases."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from peft_safety.errors import ConfigError
 VARIABLE = "PEFT_SAFETY_BACKEND"
 Backend = Literal["reference", "triton"]
 OLDEST_CAPABILITY = (8, 0)
-"""Ampere: bf16 tensor cores and asynchronous copies, which the kernels are written for."""
+"""Ampere, for which the kernels are written: bf16 tensor cores and asynchronous copies."""
 
 
 def backend_for(tensor: Tensor) -> tuple[Backend, str]:

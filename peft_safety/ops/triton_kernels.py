@@ -24,9 +24,7 @@ def block_scales(absmax, absmax2, code2, offset, index, mask, NESTED: tl.constex
 
 @triton.jit
 def dot(left, right, sums, WIDEN: tl.constexpr):
-    """`sums + left right` in fp32. `WIDEN` first makes the operands fp32, the same products to the last bit: the
-    interpreter takes bf16 for integers.
-    """
+    """`sums + left right` in fp32. `WIDEN` converts bf16 operands first, which the interpreter cannot multiply."""
     if WIDEN:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
@@ -169,9 +167,7 @@ def summed(partial, first, row, inside, token, n, r, t, parts, BN: tl.constexpr,
 def finish_kernel(
     y, z, partial, bp, scale, n, r, t, parts, BN: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, WIDEN: tl.constexpr
 ):  # fmt: skip
-    """`y (t, n) = sum_s x W^T + scale * z B'^T`, with `z (t, r)` the summed `x A^T`, which the first program also
-    stores.
-    """
+    """`y (t, n) = sum_s x W^T + scale * z B'^T` with `z (t, r) = x A^T`, which the first program also stores."""
     pid = tl.program_id(0)
     token = tl.arange(0, BT)
     row = pid * BN + tl.arange(0, BN)

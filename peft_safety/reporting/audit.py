@@ -45,9 +45,9 @@ UNMEASURED_NOTE = (
     "What the update does to general and harmful inputs was not measured: give calibration data (--calibration auto)."
 )
 LARGEST_RATIO = 100.0
-"""Where the colors of a ratio end: an exactly orthogonal update has the ratio 0."""
+"""Largest ratio of the color scale: an exactly orthogonal update has the ratio 0."""
 SMALLEST_RATIO, SMALLEST_Z = 2.0, 3.0
-"""Where they end at least, so that chance does not look like a pattern."""
+"""Smallest ends of the color scales, so that chance does not look like a pattern."""
 TINY = 1e-300
 WIDEST = 1000
 
@@ -127,9 +127,7 @@ FUNCTIONAL_PANEL = _Panel("interference,\ngeneral / harmful inputs", lambda row:
 
 
 def save_png(report: OrthogonalityReport, path: str | Path) -> Path:
-    """Heat maps of layers by kinds of module, white at chance (or where general and harmful inputs are changed
-    equally), gray where there is no figure.
-    """
+    """Heat maps of layers by kinds of module; white is chance (or equal interference), gray is no figure."""
     from matplotlib.figure import Figure
 
     panels = [*PANELS, FUNCTIONAL_PANEL] if report.measured else list(PANELS)

@@ -1,4 +1,4 @@
-"""What an input basis covers, as a table, as JSON and as a picture."""
+"""Coverage of input bases as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GRID = 64
 """Points of a drawn curve."""
 WIDEST = 1000
 FLOOR = 1e-5
-"""Where the picture ends: shares below it are rounding noise of the moments, or nothing at all."""
+"""Lower end of the picture: smaller shares are rounding noise of the moments."""
 
 
 def kinds(modules: Sequence[ModuleCoverage]) -> dict[str, list[ModuleCoverage]]:
@@ -48,7 +48,7 @@ def to_json(modules: Sequence[ModuleCoverage]) -> list[dict[str, Any]]:
 
 
 def table(modules: Sequence[ModuleCoverage]) -> Table:
-    """Medians by kind of module, and the smallest of what a median would hide."""
+    """Medians by kind of module, with the smallest values."""
     from rich.table import Table
 
     with_task = any(row.task is not None for row in modules)
@@ -121,9 +121,7 @@ def save_png(modules: Sequence[ModuleCoverage], path: str | Path) -> Path:
 
 
 def _draw_energy(panel: Any, modules: Sequence[ModuleCoverage]) -> None:
-    """One line a kind: median share of the calibration inputs' energy outside the first k directions; a cross where
-    the task is.
-    """
+    """One line per kind: median energy outside the first k directions; a cross marks the task."""
     for index, (kind, rows) in enumerate(kinds(modules).items()):
         drawn = [row for row in rows if len(row.curve)]
         if not drawn:
@@ -150,13 +148,13 @@ def _draw_energy(panel: Any, modules: Sequence[ModuleCoverage]) -> None:
 
 
 def _at(row: ModuleCoverage, shares: torch.Tensor) -> torch.Tensor:
-    """A module's covered energy at shares of its dimensions; past its own k, that of k."""
+    """A module's covered energy at shares of its dimensions; constant beyond its own k."""
     index = (shares * row.features).round().long().clamp(1, row.k) - 1
     return row.curve[index.clamp(max=len(row.curve) - 1)]
 
 
 def _draw_ranks(panel: Any, modules: Sequence[ModuleCoverage]) -> None:
-    """Bars a kind: dimensions of the null space, of the task's inputs, and of what is left of them outside."""
+    """Bars per kind: dimensions of the null space, of the task's inputs, and of the task's inputs outside."""
     groups = kinds(modules)
     bars: tuple[tuple[str, str, Callable[[ModuleCoverage], int | None]], ...] = (
         ("null space (k)", "#999999", lambda row: row.k),

@@ -1,4 +1,4 @@
-"""A repair as a table and as a picture (its JSON is `RepairReport.to_json`)."""
+"""A Safe LoRA repair as a table and as a picture (its JSON is `RepairReport.to_json`)."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ def table(report: RepairReport) -> Table:
 
 
 def save_png(report: RepairReport, path: str | Path) -> Path:
-    """Cosine by layer, one line a kind of module; repaired modules filled; the threshold, where there is one, as a
-    line.
-    """
+    """Cosine by layer, one line per kind of module; repaired modules are filled; with the threshold, if any."""
     from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(8, 4.2), layout="constrained")

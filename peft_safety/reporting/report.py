@@ -1,4 +1,4 @@
-"""Results as one structure with four renderings: a table, JSON, a PNG, and a section of a model card."""
+"""Results of several arms, rendered as a table, as JSON, as a PNG, or as a section of a model card."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class Report:
         )
 
     def save_png(self, path: str | Path) -> Path:
-        """One panel a metric: a point an arm, with its interval; rates from 0 to 100 %."""
+        """One panel per metric, one point with its interval per arm; rates from 0 to 100 %."""
         from matplotlib.figure import Figure as Canvas
 
         metrics, names = self.metrics, list(self.arms)
@@ -232,7 +232,7 @@ def _short(figure: Figure) -> str:
 
 
 def _fitting(names: list[str], widths: Mapping[str, int], room: int) -> list[list[str]]:
-    """Groups of names that fit side by side, each after the first beginning with the first name again."""
+    """Groups of names that fit side by side. Every group starts with the first name."""
     first, *others = names
     groups = [[first]]
     for name in others:

@@ -1,4 +1,4 @@
-"""A directory that is reached by its descriptor: no link that somebody puts into it leads out of it."""
+"""A directory that is accessed by its file descriptor, so that no link inside it can lead out of it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from peft_safety.errors import ArtifactError
 
 BY_DESCRIPTOR = hasattr(os, "O_NOFOLLOW") and {os.open, os.stat, os.mkdir, os.rename} <= os.supports_dir_fd
-"""Whether names are looked up in an open directory. Where they cannot be (Windows), every step looks with `lstat` and
-refuses links and junctions; somebody who swaps a directory for a link between the look and the step is not stopped."""
+"""Whether paths are resolved relative to an open directory. Windows cannot do this: there, every step checks with
+`lstat` and refuses links, but a directory that is replaced by a link between the check and the use is not detected."""
 
 _DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _FILE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -73,7 +73,7 @@ class Folder:
             yield here
 
     def stat(self, name: str) -> os.stat_result | None:
-        """Of the name itself, not of what it links to; None where there is none."""
+        """The status of the name itself, not of the target of a link; None if it does not exist."""
         try:
             return os.stat(self._name(name), dir_fd=self.descriptor, follow_symlinks=False)
         except FileNotFoundError:
@@ -88,11 +88,11 @@ class Folder:
             return None
 
     def inode(self) -> int:
-        """Its number in the file system."""
+        """The inode number."""
         return os.stat(self.path if self.descriptor is None else self.descriptor).st_ino
 
     def names(self) -> list[str]:
-        """What is in it, sorted."""
+        """The names in this directory, sorted."""
         return sorted(os.listdir(self.path if self.descriptor is None else self.descriptor))
 
     @contextmanager
@@ -114,7 +114,7 @@ class Folder:
             os.close(descriptor)
 
     def move(self, name: str, other: Folder, new: str | None = None) -> None:
-        """Into another directory, in place of what has that name there."""
+        """Move a file into another directory and replace a file of that name."""
         source, place = self._name(name), other._name(name if new is None else new)
         if self.descriptor is None:
             os.replace(source, place)
@@ -122,7 +122,7 @@ class Folder:
             os.rename(source, place, src_dir_fd=self.descriptor, dst_dir_fd=other.descriptor)
 
     def sync(self) -> None:
-        """Its names reach the disk. Windows has no call for that."""
+        """Flush the directory entries to the disk. Windows has no call for this."""
         if self.descriptor is not None:
             os.fsync(self.descriptor)
 
@@ -131,7 +131,7 @@ class Folder:
 
 
 def is_directory(found: os.stat_result) -> bool:
-    """And no junction of Windows, which is one to `lstat`."""
+    """Whether this is a directory, and not a Windows junction, which `lstat` reports as a directory."""
     return stat.S_ISDIR(found.st_mode) and not _junction(found)
 
 
@@ -140,7 +140,7 @@ def _junction(found: os.stat_result) -> bool:
 
 
 def what(found: os.stat_result) -> str:
-    """In words."""
+    """The kind of a file, for error messages."""
     if stat.S_ISLNK(found.st_mode) or _junction(found):
         return "a symbolic link"
     if stat.S_ISDIR(found.st_mode):

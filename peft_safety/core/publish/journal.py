@@ -36,7 +36,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The path, for messages."""
         return "/".join(self.parts)
 
 
@@ -66,7 +66,7 @@ class Journal:
         return cls(target.inode(), staging.inode(), manifest, tuple(entries))
 
     def write(self, descriptor: int) -> None:
-        """Into an empty file, to the disk."""
+        """Write the journal to an empty file and flush it to the disk."""
         rows = [[list(entry.parts), entry.size, entry.sha256] for entry in self.entries]
         fields = {"format": FORMAT, "version": VERSION, "directory": self.directory, "commit": self.commit}
         raw = json.dumps(fields | {"manifest": self.manifest, "files": rows}).encode()
@@ -133,7 +133,7 @@ class Journal:
         self.refuse_clash(target)
 
     def refuse_clash(self, target: Folder) -> None:
-        """A file cannot take the place of a directory, nor the other way round; no directory may be a link."""
+        """Refuse to replace a directory by a file or a file by a directory, and directories that are links."""
         for entry in self.entries:
             for depth in range(1, len(entry.parts) + 1):
                 place, found = target.path.joinpath(*entry.parts[:depth]), target.find(entry.parts[:depth])
@@ -144,7 +144,7 @@ class Journal:
                     raise FileExistsError(f"{place} is {what(found)} and is in the way")
 
     def state(self, target: Folder, commit: Folder) -> str:
-        """What stands in the directory: `old` (nothing was moved yet), `new` (everything was) or `mixed`."""
+        """`old` (no file was moved yet), `new` (all were moved) or `mixed`."""
         waiting = sum(commit.find(entry.parts) is not None for entry in self.entries)
         if waiting == len(self.entries):
             return "old"
@@ -192,7 +192,7 @@ def _bad_name(parts: tuple[Any, ...]) -> str | None:
 
 
 def _walk(folder: Folder, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Everything below that is no directory, but for the journal."""
+    """Every file below, except the journal."""
     for name in folder.names():
         parts, found = (*above, name), folder.stat(name)
         if found is not None and is_directory(found):
@@ -205,7 +205,7 @@ def _walk(folder: Folder, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ..
 
 
 def _holds(place: Folder, entry: Entry) -> bool:
-    """Whether the very file of an entry is there."""
+    """Whether the file of an entry is there with the recorded size and hash."""
     found = place.find(entry.parts)
     if found is None or (stat.S_ISREG(found.st_mode) and found.st_size != entry.size):
         return False

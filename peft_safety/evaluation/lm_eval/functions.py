@@ -1,4 +1,4 @@
-"""What the task files refer to: their prompts, and the keyword matcher's verdict as a metric."""
+"""Functions that the task files name: their prompts, and the keyword matcher's verdict as a metric."""
 
 from __future__ import annotations
 
