@@ -44,9 +44,9 @@ def check_request(calibration: Calibration, positions: Positions) -> None:
     if calibration is None or (isinstance(calibration, str) and calibration == "auto"):
         return
     if not isinstance(calibration, Mapping) or set(calibration) != set(KINDS):
-        found = sorted(map(str, calibration)) if isinstance(calibration, Mapping) else repr(calibration)
+        given = sorted(map(str, calibration)) if isinstance(calibration, Mapping) else repr(calibration)
         raise ConfigError(
-            f"calibration={found}. Use None, 'auto', or a mapping with the keys {KINDS[0]!r} and {KINDS[1]!r}."
+            f"calibration={given}. Use None, 'auto', or a mapping with the keys {KINDS[0]!r} and {KINDS[1]!r}."
         )
 
 
@@ -72,10 +72,10 @@ def calibration_sets(
         rows, sources = calibration, dict.fromkeys(KINDS, "given")
     sets = {}
     for kind in KINDS:
-        found = as_rows(rows[kind], f"calibration[{kind!r}]", CalibrationError)
-        if found and not is_tokenized(found) and tokenizer is None:
+        data = as_rows(rows[kind], f"calibration[{kind!r}]", CalibrationError)
+        if data and not is_tokenized(data) and tokenizer is None:
             tokenizer = tokenizer_of(model)
-        batches, digest = to_batches(found, tokenizer, batch_size=BATCH_SIZE, max_length=MAX_LENGTH)
+        batches, digest = to_batches(data, tokenizer, batch_size=BATCH_SIZE, max_length=MAX_LENGTH)
         sets[kind] = CalibrationSet(batches, sources[kind], digest)
     return sets
 

@@ -216,5 +216,5 @@ def random_metric(d: int, p: int, q: int, seed: int = 0) -> tuple[float, float]:
         others[:, i, i] = np.sqrt(generator.chisquare(d - q - i, NULL_DRAWS))
     stacked = np.concatenate([generator.standard_normal((NULL_DRAWS, q, p)), others], axis=1)
     frames = torch.linalg.qr(torch.from_numpy(stacked)).Q
-    found = frames[:, :q].abs().amax(dim=(1, 2))
-    return float(found.mean()), float(found.std())
+    values = frames[:, :q].abs().amax(dim=(1, 2))
+    return float(values.mean()), float(values.std())

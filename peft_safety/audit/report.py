@@ -66,8 +66,8 @@ class ModuleOrthogonality:
     @property
     def layer(self) -> int | None:
         """The layer's number: the first number in the name."""
-        found = re.search(r"(?:^|\.)(\d+)\.", self.name)
-        return int(found.group(1)) if found else None
+        number = re.search(r"(?:^|\.)(\d+)\.", self.name)
+        return int(number.group(1)) if number else None
 
     @property
     def kind(self) -> str:
@@ -126,37 +126,30 @@ class OrthogonalityReport:
         tails: dict[str, set[str]] = {}
         for row in self.modules:
             tails.setdefault(row.kind.rpartition(".")[2], set()).add(row.kind)
-        found: dict[str, list[ModuleOrthogonality]] = {}
+        groups: dict[str, list[ModuleOrthogonality]] = {}
         for row in self.modules:
             last = row.kind.rpartition(".")[2]
-            found.setdefault(last if len(tails[last]) == 1 else row.kind, []).append(row)
-        return found
+            groups.setdefault(last if len(tails[last]) == 1 else row.kind, []).append(row)
+        return groups
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; NaN becomes None."""
         rows = [asdict(row) | {"interference_ratio": row.interference_ratio} for row in self.modules]
-        found: dict[str, Any] = _plain(
-            {
-                "adapter": self.adapter,
-                "others": self.others,
-                "environment": dict(self.environment),
-                "summary": self.summary,
-                "modules": rows,
-            }
-        )
-        return found
+        facts = {"adapter": self.adapter, "others": self.others, "environment": dict(self.environment)}
+        result: dict[str, Any] = _plain(facts | {"summary": self.summary, "modules": rows})
+        return result
 
 
 def medians(rows: Iterable[ModuleOrthogonality], others: Iterable[str] = ()) -> dict[str, float]:
     """Median of every figure over the modules that have it."""
     rows = list(rows)
-    found = {name: _median(figure(row) for row in rows) for name, figure in FIGURES.items()}
-    return found | {f"overlap:{other}": _median(row.others.get(other, math.nan) for row in rows) for other in others}
+    result = {name: _median(figure(row) for row in rows) for name, figure in FIGURES.items()}
+    return result | {f"overlap:{other}": _median(row.others.get(other, math.nan) for row in rows) for other in others}
 
 
 def _median(values: Iterable[float]) -> float:
-    found = [value for value in values if not math.isnan(value)]
-    return statistics.median(found) if found else math.nan
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.median(known) if known else math.nan
 
 
 def _plain(value: Any) -> Any:
@@ -265,19 +258,10 @@ def _rows(
 
     rows = []
     for name, layer in tqdm(layers.items(), desc="orthogonality", unit="module", disable=not progress):
-        others = {
-            other: updates[name].overlap(_update(name, layer, other)) for other in comparable if other in layer.lora_A
-        }
-        rows.append(
-            _row(
-                name,
-                layer.get_base_layer(),
-                updates[name],
-                k,
-                others,
-                {kind: found[name] for kind, found in functional.items()},
-            )
-        )
+        update = updates[name]
+        others = {other: update.overlap(_update(name, layer, other)) for other in comparable if other in layer.lora_A}
+        measured = {kind: results[name] for kind, results in functional.items()}
+        rows.append(_row(name, layer.get_base_layer(), update, k, others, measured))
     return tuple(rows)
 
 
@@ -321,12 +305,8 @@ def _facts(
     facts = environment(seed=0, model=public_name(name) if name else "", k=k)
     if not sets:
         return facts | {"calibration": None}
-    described = {
-        kind: {
-            "source": chosen.source,
-            "data": chosen.digest,
-            "tokens": max(row.tokens for row in functional[kind].values()),
-        }
-        for kind, chosen in sets.items()
-    }
+    described = {}
+    for kind, chosen in sets.items():
+        tokens = max(row.tokens for row in functional[kind].values())
+        described[kind] = {"source": chosen.source, "data": chosen.digest, "tokens": tokens}
     return facts | {"positions": positions, "calibration": described}

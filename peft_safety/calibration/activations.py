@@ -102,12 +102,12 @@ def estimate(
     unfit = without_room(targets, chosen)
     layers = {name: layer for name, layer in targets.items() if name not in unfit}
     sizes = fitted(layers, sizes_of(targets, rank, energy, per_kind or {}), chosen)
-    found = []
+    collected = []
     for rows in [data] if against is None else [data, against]:
         batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
         with adapters_off(model):
             moments = collect(model, layers, batches, positions=where, progress=progress)
-        found.append(
+        collected.append(
             (
                 moments,
                 {
@@ -117,7 +117,7 @@ def estimate(
                 },
             )
         )
-    (moments, facts), contrast = found[0], found[1:]
+    (moments, facts), contrast = collected[0], collected[1:]
     wanted = {
         (name, side): sizes[name][side].fixed(weights.shape(layer), side, name)
         for name, layer in layers.items()
@@ -129,7 +129,7 @@ def estimate(
             f"{moments.tokens} {'labeled ' * (where == 'response')}tokens cannot span rank={needed} directions. Give "
             "more data, or a smaller rank."
         )
-    reached = {name: layer for name, layer in layers.items() if all(seen.reaches(name) for seen, _ in found)}
+    reached = {name: layer for name, layer in layers.items() if all(seen.reaches(name) for seen, _ in collected)}
     if not reached:
         raise CalibrationError(
             f"no token that counts reaches any of the {len(layers)} target layers ({listed(layers)}). Give data "
@@ -202,8 +202,8 @@ def sizes_of(
     special = {kind: size_of(value) if energy is None else size_of(None, value) for kind, value in per_kind.items()}
     unknown = sorted(set(special) - {kind_of(name) for name in layers})
     if unknown:
-        there = ", ".join(sorted({kind_of(name) for name in layers}))
-        raise ConfigError(f"per_kind names {unknown[0]!r}, and no target module is of that kind. There are {there}.")
+        kinds = ", ".join(sorted({kind_of(name) for name in layers}))
+        raise ConfigError(f"per_kind names {unknown[0]!r}, and no target module is of that kind. There are {kinds}.")
     return {name: special.get(kind_of(name), usual) for name in layers}
 
 
@@ -237,22 +237,22 @@ def _bases(
             if side == "in":
                 key = (id(moment), size, slim)
                 if key not in shared:
-                    found = (
+                    pair = (
                         input_basis(moment, size, name, seed=seed)
                         if against is None
                         else contrastive_basis(moment, against, size, name)
                     )
-                    shared[key] = cut(*found) if slim else found
-                found = shared[key]
+                    shared[key] = cut(*pair) if slim else pair
+                pair = shared[key]
             else:
                 weight = weights.dense_weight(layer, name).to(moment.device)
                 if against is None:
-                    found = output_basis(weight, moment, size, name, seed=seed)
+                    pair = output_basis(weight, moment, size, name, seed=seed)
                 else:
                     weight = weight.to(moment.dtype)
-                    found = contrastive_basis(weight @ moment @ weight.mT, weight @ against @ weight.mT, size, name)
-                found = cut(*found) if slim else found
-            bases[name][side], spectra[name][side] = found
+                    pair = contrastive_basis(weight @ moment @ weight.mT, weight @ against @ weight.mT, size, name)
+                pair = cut(*pair) if slim else pair
+            bases[name][side], spectra[name][side] = pair
     return bases, spectra
 
 
@@ -263,13 +263,13 @@ def _check_spans(
     if not short:
         return
     key = min(short, key=lambda k: short[k])
-    said = (
+    problem = (
         f"{key[0]}: the data span {short[key]} directions only, rank={wanted[key]} were asked for "
         f"({len(short)} of {len(spans)} layers fall short)."
     )
     if not allow_fewer or short[key] == 0:
-        raise CalibrationError(f"{said} Give more varied data, a smaller rank, or allow_fewer=True.")
-    warnings.warn(f"{said} Each protects all that it has.", stacklevel=3)
+        raise CalibrationError(f"{problem} Give more varied data, a smaller rank, or allow_fewer=True.")
+    warnings.warn(f"{problem} Each protects all that it has.", stacklevel=3)
 
 
 @contextmanager

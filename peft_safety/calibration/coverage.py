@@ -128,14 +128,14 @@ def task_shares(
         )
     with adapters_off(model):
         moments = collect(model, layers, batches, positions=positions, progress=progress, what="task inputs")
-    found: dict[tuple[int, int], TaskShare] = {}
+    computed: dict[tuple[int, int], TaskShare] = {}
     shares = {}
     for name in filter(moments.reaches, layers):
         basis, moment = subspace.bases[name]["in"], moments.moment(name)
         key = (id(basis), id(moment))
-        if key not in found:
-            found[key] = _share(moment, basis, name, ranks)
-        shares[name] = found[key]
+        if key not in computed:
+            computed[key] = _share(moment, basis, name, ranks)
+        shares[name] = computed[key]
     if not shares:
         raise CalibrationError(
             "the task data reach none of the layers with an input basis. Give rows of the task with tokens that count."

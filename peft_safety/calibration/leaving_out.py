@@ -36,7 +36,7 @@ def width(layer: nn.Module, side: Side, weights_only: bool = False) -> int:
 def narrow_layers(layers: Mapping[str, nn.Module], side: Side, weights_only: bool = False) -> set[str]:
     """The layers that are far narrower than the others."""
     widths = {name: width(layer, side, weights_only) for name, layer in layers.items()}
-    return {name for name, found in widths.items() if found * NARROW_SHARE <= statistics.median_low(widths.values())}
+    return {name for name, size in widths.items() if size * NARROW_SHARE <= statistics.median_low(widths.values())}
 
 
 def without_room(layers: Mapping[str, nn.Module], sides: Sequence[Side]) -> list[str]:
@@ -45,14 +45,14 @@ def without_room(layers: Mapping[str, nn.Module], sides: Sequence[Side]) -> list
     Raises:
         ConfigError: all of them are.
     """
-    found = [
+    narrow = [
         name
         for name, layer in layers.items()
         if any(weights.shape(layer)[0 if side == "out" else 1] < 2 for side in sides)
     ]
-    if len(found) == len(layers):
-        raise ConfigError(f"{listed(found)}: a single feature leaves no direction free. Use other target_modules.")
-    return found
+    if len(narrow) == len(layers):
+        raise ConfigError(f"{listed(narrow)}: a single feature leaves no direction free. Use other target_modules.")
+    return narrow
 
 
 def fitted(
@@ -92,9 +92,9 @@ def cut(basis: Tensor, spectrum: Tensor) -> tuple[Tensor, Tensor]:
 
 def record(unreached: Iterable[str], narrow: Iterable[str]) -> dict[str, dict[str, list[str]]]:
     """The `left_out` entry of the provenance; empty if no layer is left out."""
-    found = {reason: sorted(names) for reason, names in ((UNREACHED, unreached), (NARROW, narrow))}
-    found = {reason: names for reason, names in found.items() if names}
-    return {"left_out": found} if found else {}
+    result = {reason: sorted(names) for reason, names in ((UNREACHED, unreached), (NARROW, narrow))}
+    result = {reason: names for reason, names in result.items() if names}
+    return {"left_out": result} if result else {}
 
 
 def warn_left_out(left_out: Mapping[str, str], total: int, what: str, *, stacklevel: int = 3) -> None:
@@ -107,9 +107,9 @@ def warn_left_out(left_out: Mapping[str, str], total: int, what: str, *, stackle
     if not left_out:
         return
     by_reason = {reason: [name for name, why in left_out.items() if why == reason] for reason in SAID}
-    said = "; ".join(f"{SAID[reason]} {listed(names)}" for reason, names in by_reason.items() if names)
+    reasons = "; ".join(f"{SAID[reason]} {listed(names)}" for reason, names in by_reason.items() if names)
     warnings.warn(
-        f"{len(left_out)} of {total} target layers are left out of {what}: {said}.", stacklevel=stacklevel + 1
+        f"{len(left_out)} of {total} target layers are left out of {what}: {reasons}.", stacklevel=stacklevel + 1
     )
 
 

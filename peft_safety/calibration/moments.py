@@ -60,12 +60,12 @@ class InputMoments:
                 f"{name}: no token that counts reaches this layer. Give data that do, or leave it out of "
                 "target_modules."
             )
-        found = self._moments[self._leader[name]]
-        if not bool(torch.isfinite(found).all()):
+        result = self._moments[self._leader[name]]
+        if not bool(torch.isfinite(result).all()):
             raise CalibrationError(
                 f"{name}: its inputs hold NaN or Inf. Load the model in float32 or bfloat16, and check the data."
             )
-        return found
+        return result
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -262,10 +262,10 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 def counted(labels: Tensor, attention: Tensor, positions: Positions) -> Tensor:
     """Which positions count, `(batch, tokens)` bool."""
-    there = attention != 0
+    attended = attention != 0
     if positions == "all":
-        return there
-    return there & ((labels != IGNORE_INDEX) == (positions == "response"))
+        return attended
+    return attended & ((labels != IGNORE_INDEX) == (positions == "response"))
 
 
 def to_batches(
@@ -316,15 +316,9 @@ def content_digest(batches: Sequence[Batch]) -> str:
     rows = []
     for batch in batches:
         attention = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
-        for ids, labels, there in zip(batch["input_ids"], batch["labels"], attention, strict=True):
-            rows.append(
-                json.dumps(
-                    [
-                        ids[there].tolist(),
-                        (labels[there] if labels.shape == there.shape else labels[labels != IGNORE_INDEX]).tolist(),
-                    ]
-                )
-            )
+        for ids, labels, attended in zip(batch["input_ids"], batch["labels"], attention, strict=True):
+            answer = labels[attended] if labels.shape == attended.shape else labels[labels != IGNORE_INDEX]
+            rows.append(json.dumps([ids[attended].tolist(), answer.tolist()]))
     return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
 
 
@@ -350,15 +344,15 @@ def _check(index: int, batch: Mapping[str, Any], two_sequences: bool) -> Batch:
 
 def _as_tensors(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Convert lists of numbers to tensors, and a single sequence to a batch."""
-    found = dict(batch)
+    result = dict(batch)
     for key in {"input_ids", "attention_mask", "labels"} & set(batch):
         if not isinstance(batch[key], Tensor):
             with suppress(TypeError, ValueError, RuntimeError):  # no table of numbers: refused by its shape
-                found[key] = torch.as_tensor(batch[key])
-    ids = found.get("input_ids")
+                result[key] = torch.as_tensor(batch[key])
+    ids = result.get("input_ids")
     if isinstance(ids, Tensor) and ids.ndim == 1:
-        found |= {key: value[None] for key, value in found.items() if isinstance(value, Tensor)}
-    return found
+        result |= {key: value[None] for key, value in result.items() if isinstance(value, Tensor)}
+    return result
 
 
 @contextmanager

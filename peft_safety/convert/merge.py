@@ -265,17 +265,14 @@ def _bare(base: nn.Module) -> nn.Module:
     if hasattr(base, "peft_config"):
         del base.peft_config
     config: Any = getattr(base, "config", None)
-    how = getattr(config, "quantization_config", None)
+    quantization = getattr(config, "quantization_config", None)
     if any(weights.quantization(module) for module in base.modules()):
-        if how is not None:
+        if quantization is not None:
             dense = [name for name, module in base.named_modules() if type(module) is nn.Linear]
-            setattr(
-                how,
-                "llm_int8_skip_modules" if hasattr(how, "llm_int8_skip_modules") else "modules_to_not_convert",
-                dense,
-            )
+            field = "llm_int8_skip_modules"
+            setattr(quantization, field if hasattr(quantization, field) else "modules_to_not_convert", dense)
         return base
-    if how is not None:
+    if quantization is not None:
         del config.quantization_config
     for flag in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer"):
         if hasattr(base, flag):

@@ -240,13 +240,13 @@ def fingerprint(layer: nn.Module, name: str) -> Tensor:
     Raises:
         SubspaceError: one of them is not finite.
     """
-    found = sample(dense_weight(layer, name))
-    if not bool(torch.isfinite(found).all()):
+    values = sample(dense_weight(layer, name))
+    if not bool(torch.isfinite(values).all()):
         raise SubspaceError(
             f"{name}: the base weight {shape(layer)} holds NaN or Inf, so nothing can be told from it. Load intact "
             "base weights."
         )
-    return found
+    return values
 
 
 def sample(weight: Tensor) -> Tensor:
@@ -256,9 +256,9 @@ def sample(weight: Tensor) -> Tensor:
     return weight[rows.to(weight.device), columns.to(weight.device)].cpu()
 
 
-def distance(found: Tensor, reference: Tensor) -> float:
+def distance(values: Tensor, reference: Tensor) -> float:
     """Relative distance of two fingerprints."""
-    return float((found - reference).norm() / reference.norm().clamp(min=torch.finfo(torch.float32).tiny))
+    return float((values - reference).norm() / reference.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def check_fingerprints(

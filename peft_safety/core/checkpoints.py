@@ -134,8 +134,8 @@ class FileWeights:
     def header(self, key: str) -> tuple[tuple[int, ...], str]:
         """Shape and safetensors dtype of a tensor, which is not read."""
         with files.open_tensors(files.child(self.directory, self.place[key])) as handle:
-            found = handle.get_slice(key)
-            return tuple(found.get_shape()), str(found.get_dtype())
+            tensor = handle.get_slice(key)
+            return tuple(tensor.get_shape()), str(tensor.get_dtype())
 
     def _key(self, name: str) -> str:
         """The key of a module's weight. Handles checkpoints with a missing or additional prefix, names that
@@ -152,14 +152,14 @@ class FileWeights:
             names += [
                 key for key in self.place if key.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))
             ]
-        found = next((key for key in names if key in self.place), None)
-        if found is None:
+        result = next((key for key in names if key in self.place), None)
+        if result is None:
             packed = any(f"{name}.{suffix}" in self.place for suffix in ("qweight", "weight_packed"))
             what = "is packed by GPTQ, AWQ or the like" if packed else "is not there"
             raise CheckpointError(
                 f"{self.label}: the weight of {name} {what}. Give the 16-bit checkpoint of the same architecture."
             )
-        return found
+        return result
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -172,12 +172,12 @@ class FileWeights:
         """A bitsandbytes weight, from the tensors stored beside it."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        beside = [name for name in self.place if name.startswith((f"{key}.", f"{key.removesuffix('weight')}SCB"))]
-        values = {name: self.tensor(name) for name in [key, *beside]}
+        related = [name for name in self.place if name.startswith((f"{key}.", f"{key.removesuffix('weight')}SCB"))]
+        values = {name: self.tensor(name) for name in [key, *related]}
         scale = values.get(f"{key.removesuffix('weight')}SCB")
         if dtype == "I8" and scale is not None:
             return weights.from_int8(values[key], scale), "8bit"
-        if any(".quant_state.bitsandbytes__" in name for name in beside):
+        if any(".quant_state.bitsandbytes__" in name for name in related):
             packed = values.pop(key)
             state = QuantState.from_dict(
                 {name.removeprefix(f"{key}."): value for name, value in values.items()}, device=packed.device
@@ -214,10 +214,10 @@ def _tensor_files(directory: Path) -> dict[str, str]:
             raise CheckpointError(f"{directory}: the shard {name} is missing. Copy the whole checkpoint.")
         with files.open_tensors(files.child(directory, name)) as handle:
             held |= dict.fromkeys(handle.keys(), name)
-    lost = [key for key in place or {} if key not in held]
-    if lost:
+    missing = [key for key in place or {} if key not in held]
+    if missing:
         raise CheckpointError(
-            f"{directory}: {INDEX} names {lost[0]}, which no shard holds. Copy the whole checkpoint."
+            f"{directory}: {INDEX} names {missing[0]}, which no shard holds. Copy the whole checkpoint."
         )
     return held
 

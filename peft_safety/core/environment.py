@@ -12,10 +12,10 @@ PACKAGES = ("peft-safety", "torch", "transformers", "peft", "numpy")
 
 def environment(seed: int, **extra: Any) -> dict[str, Any]:
     """Versions, machine, seed and further settings of a run, as plain JSON values."""
-    found = {"python": platform.python_version(), "machine": platform.machine(), "cpus": os.cpu_count(), "seed": seed}
+    result = {"python": platform.python_version(), "machine": platform.machine(), "cpus": os.cpu_count(), "seed": seed}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            result[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {**found, **extra}
+    return {**result, **extra}

@@ -67,18 +67,18 @@ def sha256(path: Path) -> str:
     """
     try:
         with path.open("rb") as file:
-            return (
-                hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-            )
+            return sha256_of(file.fileno())
     except OSError as error:
         raise ArtifactError(
             f"{path} cannot be read: {error.strerror}. Copy the whole directory, or make it readable."
         ) from error
 
 
-def _digest(file: Any) -> str:  # Python 3.10
+def sha256_of(descriptor: int) -> str:
+    """Hex digest of an open file, from its start."""
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    while block := os.read(descriptor, 1 << 20):
         digest.update(block)
     return digest.hexdigest()
 
@@ -108,11 +108,11 @@ def parse_json(raw: bytes | str, where: str, limit: int = MAX_JSON_BYTES) -> dic
         )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        result = dict(pairs)
+        if len(result) < len(pairs):
             repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise ArtifactError(f"{where}: {repeated[:80]!r} is a duplicate key. Keep one value per key.")
-        return found
+        return result
 
     def finite(number: str) -> float:
         value = float(number)

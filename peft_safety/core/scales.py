@@ -115,11 +115,11 @@ def check_forward(layer: nn.Module, name: str) -> None:
     x = torch.randn(PROBES, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     try:
         with torch.autocast(weight.device.type, enabled=False):
-            found, expected = layer.forward(x), F.linear(x, weight, layer.bias)  # type: ignore[arg-type]
-        same = isinstance(found, Tensor) and found.shape == expected.shape
+            output, expected = layer.forward(x), F.linear(x, weight, layer.bias)  # type: ignore[arg-type]
+        same = isinstance(output, Tensor) and output.shape == expected.shape
         error = (
             float(
-                (found.float() - expected.float()).norm()
+                (output.float() - expected.float()).norm()
                 / expected.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
             )
             if same

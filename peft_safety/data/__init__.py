@@ -183,10 +183,10 @@ def _array(text: str) -> list[Any] | None:
     if not text.lstrip(BLANK).startswith("["):
         return None
     try:
-        found = json.loads(text.strip(BLANK))
+        value = json.loads(text.strip(BLANK))
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, list) else None
+    return value if isinstance(value, list) else None
 
 
 def _parsed(line: str, where: str, fields: tuple[str, ...]) -> Any:

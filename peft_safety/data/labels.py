@@ -80,21 +80,21 @@ def _end(chat: Chat, messages: Sequence[Message], turn: int, text: str, ids: lis
     """Index after the last token of turn `turn`, its end-of-turn token included."""
     if turn == len(messages) - 1:
         return len(ids)
-    said = chat.text(messages[: turn + 1])
+    shown = chat.text(messages[: turn + 1])
     end = str(chat.tokenizer.eos_token or "")
     if (
-        not text.startswith(said) and end and said.endswith(end)
+        not text.startswith(shown) and end and shown.endswith(end)
     ):  # a template may end the conversation, beside its last turn
-        said = said[: -len(end)]
-        if said.rstrip().endswith(str(messages[turn].get("content", "")).strip()):
-            said += end  # what ended the turn, rather
-    if not text.startswith(said):
+        shown = shown[: -len(end)]
+        if shown.rstrip().endswith(str(messages[turn].get("content", "")).strip()):
+            shown += end  # what ended the turn, rather
+    if not text.startswith(shown):
         raise DataError(
             f"the chat template rewrites turn {turn} once later turns follow. {SPLIT}, or use a template with {{% "
             f"generation %}} blocks "
             "(TRL has them for common models: install it)."
         )
-    return _shared(chat.ids(said), ids)
+    return _shared(chat.ids(shown), ids)
 
 
 def _opening(chat: Chat, messages: Sequence[Message], text: str) -> str:
@@ -102,10 +102,10 @@ def _opening(chat: Chat, messages: Sequence[Message], text: str) -> str:
     first = list(messages[:1])
     with_header, without = chat.text(first, header=True), chat.text(first)
     header = with_header[_shared(with_header, without) :]
-    said = len(without)
+    before = len(without)
     if first[0].get("content"):
-        said = _shared(text, chat.text([_changed(first[0]), *messages[1:]]))
-    at = text.rfind(header, 0, said)
+        before = _shared(text, chat.text([_changed(first[0]), *messages[1:]]))
+    at = text.rfind(header, 0, before)
     if not header.strip() or at < 0:
         raise DataError("the chat template shows no header before the assistant's first turn. Start with a user turn.")
     return text[: at + len(header)]
@@ -113,10 +113,10 @@ def _opening(chat: Chat, messages: Sequence[Message], text: str) -> str:
 
 def _nothing_left_out(chat: Chat, messages: Sequence[Message]) -> None:
     """Refuse templates that silently drop content: a system prompt, a tool call, or parts of a text."""
-    text, said = chat.text(messages), [message.get("content", "") for message in messages]
+    text, contents = chat.text(messages), [message.get("content", "") for message in messages]
     for index, message in enumerate(messages):
-        content = said[index].strip()
-        if content and text.count(content) < sum(other.count(content) for other in said):
+        content = contents[index].strip()
+        if content and text.count(content) < sum(other.count(content) for other in contents):
             _must_show(chat, messages, index, message | {"content": f"{message['content']}x"}, text)
         if message.get("tool_calls"):
             silent = {"content": "", **{key: value for key, value in message.items() if key != "tool_calls"}}

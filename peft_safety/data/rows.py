@@ -31,7 +31,7 @@ def as_rows(data: Any, what: str = "rows", error: type[PeftSafetyError] = DataEr
         error: `data` holds no rows, several splits, or a stream without an end.
         DataError: a malformed row; its index is named.
     """
-    found = []
+    result = []
     sources: dict[str, tuple[type, int]] = {}
     for index, row in enumerate(_records(data, what, error)):
         if not isinstance(row, Mapping):
@@ -42,8 +42,8 @@ def as_rows(data: Any, what: str = "rows", error: type[PeftSafetyError] = DataEr
             raise DataError(f"{what}, row {index}: {problem}") from problem
         if kind_of(plain) == "label":
             _check_one_type(plain["label"], row["label"], sources, index, what)
-        found.append(plain)
-    return found
+        result.append(plain)
+    return result
 
 
 def data_rows(data: Any, what: str) -> list[dict[str, Any]]:
@@ -52,13 +52,13 @@ def data_rows(data: Any, what: str) -> list[dict[str, Any]]:
     Raises:
         ConfigError: no rows. DataError: a malformed one.
     """
-    found = as_rows(data, what, ConfigError)
-    if not found:
+    rows = as_rows(data, what, ConfigError)
+    if not rows:
         raise ConfigError(
             f"{what} is a {type(data).__name__} without rows. Give rows {{prompt, response}} or tokenized batches, or "
             "None."
         )
-    return found
+    return rows
 
 
 def plain_row(row: Row) -> dict[str, Any]:
@@ -105,8 +105,8 @@ def label_text(label: Any) -> str:
         return str(value)
     if isinstance(value, (bool, int)):
         return str(value)
-    said = "missing" if value is None else "empty" if isinstance(value, str) else f"a {type(value).__name__}"
-    raise DataError(f"label {value!r} is {said}. Give non-empty text, a whole number or a truth value.")
+    problem = "missing" if value is None else "empty" if isinstance(value, str) else f"a {type(value).__name__}"
+    raise DataError(f"label {value!r} is {problem}. Give non-empty text, a whole number or a truth value.")
 
 
 def label_list(labels: Iterable[Any]) -> list[str]:
@@ -115,11 +115,11 @@ def label_list(labels: Iterable[Any]) -> list[str]:
     Raises:
         DataError: no label, one that is given twice, or two that differ in white space at the ends only.
     """
-    found = [label_text(label) for label in labels]
-    if not found:
+    texts = [label_text(label) for label in labels]
+    if not texts:
         raise DataError("no labels. Give every label of the task.")
     seen: dict[str, str] = {}
-    for label in found:
+    for label in texts:
         if label.strip() in seen:
             other = seen[label.strip()]
             raise DataError(
@@ -127,7 +127,7 @@ def label_list(labels: Iterable[Any]) -> list[str]:
                 "each label of the task once."
             )
         seen[label.strip()] = label
-    return found
+    return texts
 
 
 def label_names(rows: Rows) -> list[str]:
@@ -136,8 +136,8 @@ def label_names(rows: Rows) -> list[str]:
     Raises:
         DataError: see `label_text` and `label_list`.
     """
-    found = sorted({row["label"] for row in as_rows(rows) if kind_of(row) == "label"})
-    return label_list(found) if found else []
+    names = sorted({row["label"] for row in as_rows(rows) if kind_of(row) == "label"})
+    return label_list(names) if names else []
 
 
 def _check_one_type(text: str, label: Any, sources: dict[str, tuple[type, int]], index: int, what: str) -> None:
@@ -180,13 +180,13 @@ def _records(data: Any, what: str, error: type[PeftSafetyError]) -> Iterable[Any
         raise unusable from problem
     if size is not None:
         return source
-    found = list(islice(source, STREAM_ROWS + 1))
-    if len(found) > STREAM_ROWS:
+    rows = list(islice(source, STREAM_ROWS + 1))
+    if len(rows) > STREAM_ROWS:
         raise error(
             f"{what}: a stream of more than {STREAM_ROWS} rows, which may have no end. Give a part of it: "
             f"itertools.islice(data, {STREAM_ROWS})."
         )
-    return found
+    return rows
 
 
 def _splits(data: Mapping[Any, Any]) -> bool:

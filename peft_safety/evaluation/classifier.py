@@ -115,14 +115,14 @@ class ClassifierJudge:
 
         if len(prompts) != len(responses):
             raise DataError(f"{len(prompts)} prompts and {len(responses)} responses. Give one response a prompt.")
-        found: list[Verdict] = []
+        verdicts: list[Verdict] = []
         with torch.inference_mode():
             for start in range(0, len(prompts), self.batch_size):
                 part = slice(start, start + self.batch_size)
-                found += (self._asked if self.generative else self._classified)(
+                verdicts += (self._asked if self.generative else self._classified)(
                     list(prompts[part]), list(responses[part])
                 )
-        return found
+        return verdicts
 
     def _classified(self, prompts: list[str], responses: list[str]) -> list[Verdict]:
         texts = (prompts, responses) if self.sees == "both" else (responses,)
@@ -173,13 +173,13 @@ def label_verdicts(
                 f"each of {list(id2label.values())}."
             )
         return {int(index): given[label] for index, label in id2label.items()}
-    found = {
+    verdicts = {
         int(index): next((verdict for pattern, verdict in LABELS if re.search(pattern, label.lower())), Verdict.OTHER)
         for index, label in id2label.items()
     }
-    if set(found.values()) == {Verdict.OTHER}:
+    if set(verdicts.values()) == {Verdict.OTHER}:
         raise ConfigError(
             f"judge {source!r} has the labels {list(id2label.values())}, none of which says refusal. Give labels= "
             "with a verdict for each."
         )
-    return found
+    return verdicts

@@ -12,7 +12,7 @@ from peft_safety.data.chat import IGNORE_INDEX, Collator, can_trim, classificati
 from peft_safety.data.rows import Rows, as_rows, kind_of, label_list
 from peft_safety.errors import DataError
 from peft_safety.evaluation.generate import BATCH_SIZE, generate, inference
-from peft_safety.evaluation.metrics import Mean, Rate
+from peft_safety.evaluation.metrics import Mean
 
 if TYPE_CHECKING:
     import torch
@@ -38,31 +38,6 @@ def is_classification(rows: Rows) -> bool:
     return labeled > 0
 
 
-def accuracy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    labels: Sequence[Any],
-    *,
-    batch_size: int = BATCH_SIZE,
-    progress: bool = True,
-) -> Rate:
-    """Share of {text, label} rows whose greedy answer is the label, case and surrounding punctuation aside where no
-    two labels differ by them only.
-
-    Exact match of what the model says, rather than the likelihood of each label: it costs one short generation a row
-    however many labels there are, and counts an answer that a user could not use (a refusal, a sentence) as wrong.
-
-    Args:
-        labels: every label of the task, as in training; they are listed in the prompt. Whole numbers and truth values
-            count as their text.
-
-    Raises:
-        DataError: no rows, a row of another kind or with another label, labels that no answer tells apart.
-    """
-    return Rate.of(exact_answers(model, tokenizer, rows, labels, batch_size=batch_size, progress=progress))
-
-
 def exact_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -72,11 +47,19 @@ def exact_answers(
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> list[bool]:
-    """`accuracy`, row by row: what a paired comparison of two models needs."""
-    return [
-        answer.correct
-        for answer in task_answers(model, tokenizer, rows, labels, batch_size=batch_size, progress=progress)
-    ]
+    """Whether the greedy answer to each {text, label} row is the label (see `read_label`).
+
+    One short generation per row, however many labels there are. An answer that a user could not use (a refusal, a
+    sentence) is wrong.
+
+    Args:
+        labels: every label of the task, as in training; the prompt lists them. Numbers and truth values count as text.
+
+    Raises:
+        DataError: no rows, a row of another kind or with another label, labels that no answer tells apart.
+    """
+    answers = task_answers(model, tokenizer, rows, labels, batch_size=batch_size, progress=progress)
+    return [answer.correct for answer in answers]
 
 
 @dataclass(frozen=True)
@@ -111,29 +94,10 @@ def task_answers(
     answers = generate(
         model, tokenizer, prompts, max_new_tokens=budget, batch_size=batch_size, description="task", progress=progress
     )
-    correct = (read_label(answer.text, labels) == row["label"] for answer, row in zip(answers, rows, strict=True))
     return [
-        TaskAnswer(prompt, answer.text, right) for prompt, answer, right in zip(prompts, answers, correct, strict=True)
+        TaskAnswer(prompt, answer.text, read_label(answer.text, labels) == row["label"])
+        for prompt, answer, row in zip(prompts, answers, rows, strict=True)
     ]
-
-
-def choice_accuracy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    labels: Sequence[Any],
-    *,
-    batch_size: int = BATCH_SIZE,
-    progress: bool = True,
-) -> Rate:
-    """Share of {text, label} rows whose label is the likeliest, in nats a token: what a model knows of a task whose
-    form it was never taught.
-
-    Args:
-        labels: every label of the task; each is tried for each row. A row too long for `response_losses` loses the
-            start of its prompt.
-    """
-    return Rate.of(likeliest_labels(model, tokenizer, rows, labels, batch_size=batch_size, progress=progress))
 
 
 def likeliest_labels(
@@ -145,7 +109,12 @@ def likeliest_labels(
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> list[bool]:
-    """`choice_accuracy`, row by row; a row whose likelihoods are not finite is wrong."""
+    """Whether the label of each {text, label} row is the likeliest, in nats per token: what a model knows of a task
+    whose form it was not taught. A row whose likelihoods are not finite is wrong.
+
+    Args:
+        labels: every label of the task; each is tried for each row.
+    """
     rows, labels = _labeled(rows, labels)
     asked = [
         {"prompt": classification_prompt(row["text"], labels), "response": label, "truncated": True}
@@ -155,8 +124,8 @@ def likeliest_labels(
     losses = response_losses(model, tokenizer, asked, batch_size=batch_size, description="task", progress=progress)
     by_row = [losses[start : start + len(labels)] for start in range(0, len(losses), len(labels))]
     return [
-        all(map(math.isfinite, found)) and labels[found.index(min(found))] == row["label"]
-        for found, row in zip(by_row, rows, strict=True)
+        all(map(math.isfinite, options)) and labels[options.index(min(options))] == row["label"]
+        for options, row in zip(by_row, rows, strict=True)
     ]
 
 
@@ -167,8 +136,8 @@ def read_label(answer: str, labels: Sequence[str]) -> str | None:
     None where it gives none, or where labels that differ in these alone leave it open which.
     """
     for form in (str.strip, _bare, lambda text: text.strip().lower(), normalize):
-        said = form(answer)
-        meant = [label for label in labels if said and form(label) == said]
+        given = form(answer)
+        meant = [label for label in labels if given and form(label) == given]
         if meant:
             return meant[0] if len(meant) == 1 else None
     return None
@@ -188,10 +157,10 @@ def _labeled(rows: Rows, labels: Sequence[Any]) -> tuple[list[dict[str, Any]], l
     """{text, label} rows and the labels of their task, as text.
 
     Raises:
-        DataError: see `accuracy`.
+        DataError: see `exact_answers`.
     """
-    found, names = as_rows(rows), label_list(labels)
-    for index, row in enumerate(found):
+    plain, names = as_rows(rows), label_list(labels)
+    for index, row in enumerate(plain):
         if kind_of(row) != "label":
             raise DataError(f'row {index} has fields {sorted(row)}. Each row needs a "text" and a "label".')
         if row["label"] not in names:
@@ -199,7 +168,7 @@ def _labeled(rows: Rows, labels: Sequence[Any]) -> tuple[list[dict[str, Any]], l
                 f"row {index} has label {row['label']!r}, and the labels are {', '.join(names)}. Give every label of "
                 "the task."
             )
-    return found, names
+    return plain, names
 
 
 def response_nll(
@@ -279,29 +248,29 @@ def _features(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], ma
         raise DataError(
             f"max_length = {max_length} has no room for a token of a prompt and one of its response. Give at least 2."
         )
-    found = []
+    result = []
     for index, feature in enumerate(encode_each(tokenizer, rows, WHOLE)):
         if feature is None:
             raise DataError(f"row {index}: its response has no token, and so no loss. Leave it out.")
         first = next(place for place, label in enumerate(feature["labels"]) if label != IGNORE_INDEX)
         start = max(0, min(len(feature["labels"]) - max_length, first - 1))
-        found.append(
+        result.append(
             {
                 key: value[start : start + max_length] if isinstance(value, list) else value
                 for key, value in feature.items()
             }
         )
-    return found
+    return result
 
 
 def _row_means(logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
     """Mean loss of each row over its labeled tokens. logits: (rows, tokens, vocab); labels: (rows, tokens)."""
     import torch
 
-    kept = labels[:, 1:] != IGNORE_INDEX
-    rows, positions = kept.nonzero(as_tuple=True)
+    labeled = labels[:, 1:] != IGNORE_INDEX
+    rows, positions = labeled.nonzero(as_tuple=True)
     losses = torch.nn.functional.cross_entropy(
         logits[rows, positions].float(), labels[:, 1:][rows, positions], reduction="none"
     )
     sums = torch.zeros(len(labels), device=labels.device).index_add_(0, rows, losses)
-    return [float(value) for value in sums / kept.sum(dim=1)]
+    return [float(value) for value in sums / labeled.sum(dim=1)]

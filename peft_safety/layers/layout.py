@@ -30,7 +30,7 @@ def fresh(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def lay_out(module: nn.Module) -> bool:
     """Give parameters of a module the layout of new tensors. Returns whether any changed."""
-    odd = [parameter for parameter in module._parameters.values() if parameter is not None and not is_fresh(parameter)]
-    for parameter in odd:
+    misplaced = [p for p in module._parameters.values() if p is not None and not is_fresh(p)]
+    for parameter in misplaced:
         parameter.data = fresh(parameter.data)
-    return bool(odd)
+    return bool(misplaced)

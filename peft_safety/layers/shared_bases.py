@@ -28,11 +28,11 @@ def enlist(leaf: ProtectedLinear) -> None:
 def placed(source: Tensor, device: torch.device) -> Tensor:
     """An fp32 copy of a basis `(d, k)` on a device, made once and alive as long as a layer holds it."""
     key = (id(source), device)
-    found = _placed.get(key)
-    if found is not None and found[0]() is source and found[1] == _version(source):
-        there = found[2]()
-        if there is not None:
-            return there
+    entry = _placed.get(key)
+    if entry is not None and entry[0]() is source and entry[1] == _version(source):
+        existing = entry[2]()
+        if existing is not None:
+            return existing
     return _remember(source, source.detach().to(device=device, dtype=torch.float32, copy=True), key)
 
 
@@ -46,7 +46,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _remember(source: Tensor, copy: Tensor, key: tuple[int, torch.device]) -> Tensor:
-    for old in [k for k, (origin, _, there) in _placed.items() if origin() is None or there() is None]:
+    for old in [k for k, (origin, _, kept) in _placed.items() if origin() is None or kept() is None]:
         del _placed[old]
     _placed[key] = (weakref.ref(source), _version(source), weakref.ref(copy))
     return copy
@@ -75,7 +75,7 @@ def rebase(new: Mapping[ProtectedLinear, Tensor | None]) -> None:
             and old.shape == first.shape
         ):
             old.copy_(first)
-            for key in [k for k, (_, _, there) in _placed.items() if there() is old]:
+            for key in [k for k, (_, _, kept) in _placed.items() if kept() is old]:
                 del _placed[key]
             _remember(first, old, (id(first), old.device))
             continue

@@ -58,11 +58,11 @@ def _obstacle(device: torch.device) -> str | None:
         )
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the tensors are on {'a ROCm device' if device.type == 'cuda' else device.type}"
-    found = _capability(device)
+    capability = _capability(device)
     return (
         None
-        if found >= OLDEST_CAPABILITY
-        else f"the GPU has compute capability {found[0]}.{found[1]}, below "
+        if capability >= OLDEST_CAPABILITY
+        else f"the GPU has compute capability {capability[0]}.{capability[1]}, below "
         f"{OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
     )
 

@@ -124,11 +124,11 @@ def partial_kernel(
                 )
                 both = tl.load(pairs + byte.to(tl.int32))
                 even = (both & 0xFFFF).to(tl.uint16).to(x.dtype.element_ty, bitcast=True)
-                odd = ((both >> 16) & 0xFFFF).to(tl.uint16).to(x.dtype.element_ty, bitcast=True)
+                second = ((both >> 16) & 0xFFFF).to(tl.uint16).to(x.dtype.element_ty, bitcast=True)
                 source = x + token[None, :] * k + 2 * pair[:, None]
                 mask = (token < t)[None, :] & (pair < chunk_stop * (BK // 2))[:, None]
                 product = dot(even, tl.load(source, mask=mask, other=0.0), tl.zeros((BN, BT), dtype=tl.float32), WIDEN)
-                product = dot(odd, tl.load(source + 1, mask=mask, other=0.0), product, WIDEN)
+                product = dot(second, tl.load(source + 1, mask=mask, other=0.0), product, WIDEN)
                 index = wide * (k // BLOCKSIZE) + chunk * BK // BLOCKSIZE
                 sums += product * block_scales(absmax, absmax2, code2, offset, index, inside, NESTED, BLOCK2)[:, None]
         tl.store(

@@ -31,7 +31,6 @@ from peft_safety import (
     verify,
 )
 from peft_safety.calibration.moments import InputMoments, positions_of
-from peft_safety.core.targets import canonical
 from peft_safety.errors import CalibrationError, ConfigError, SubspaceError
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -75,7 +74,7 @@ def ours(caught) -> list[str]:
 
 def adapted(model: nn.Module) -> set[str]:
     return {
-        canonical(name)
+        name.removeprefix("base_model.model.")
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and len(module.lora_A)
     }

@@ -91,8 +91,8 @@ def recover(directory: Path) -> list[str]:
                     raise ArtifactError(
                         f"{directory} is being saved into by another process. Try again when it is done."
                     )
-                here = target.stat(COMMIT)
-                if here is None or here.st_ino != commit.inode():  # it was finished meanwhile
+                current = target.stat(COMMIT)
+                if current is None or current.st_ino != commit.inode():  # it was finished meanwhile
                     return []
                 journal = Journal.read(descriptor, commit.path / NAME)
                 journal.check(target, commit)
@@ -152,7 +152,7 @@ def _require_whole(directory: Path, owner: Path, journal: Journal, warn: bool) -
         try:
             with Folder.open(owner) as target, target.sub(COMMIT) as commit, commit.file(NAME) as descriptor:
                 if lock(descriptor, shared=True) is not False:
-                    found = journal.state(target, commit)
+                    state = journal.state(target, commit)
                     break
         except FileNotFoundError:  # its writer is done
             return
@@ -161,10 +161,10 @@ def _require_whole(directory: Path, owner: Path, journal: Journal, warn: bool) -
         if time.monotonic() > end:
             raise ArtifactError(f"{owner} is being saved into by another process. Read it when that is done.")
         time.sleep(PAUSE)
-    if found == "old" and (directory / journal.manifest).is_file():
+    if state == "old" and (directory / journal.manifest).is_file():
         if warn:
             warnings.warn(f"{owner} holds an {_interrupted(owner)} Until then the old files are read.", stacklevel=4)
-    elif found != "new":
+    elif state != "new":
         whose = "" if owner == directory else f" {directory} is part of it."
         raise ArtifactError(f"{owner} holds an {_interrupted(owner)}{whose}")
 
@@ -271,9 +271,9 @@ def _finish(directory: Path, journal: Journal) -> list[str]:
             target.sync()
             with target.sub(COMMIT) as commit:
                 moved = journal.move(target, commit)
-                here = target.stat(COMMIT)
+                current = target.stat(COMMIT)
                 if (
-                    here is None or here.st_ino != commit.inode()
+                    current is None or current.st_ino != commit.inode()
                 ):  # where nothing locks, somebody else may have finished it
                     return moved
                 done = new_name(directory)

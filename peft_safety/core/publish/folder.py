@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -45,14 +44,14 @@ class Folder:
         Raises:
             ArtifactError: it is a link or no directory. FileNotFoundError: it is missing.
         """
-        path, found = self.path / name, self.stat(name)
-        if found is None and create:
+        path, status = self.path / name, self.stat(name)
+        if status is None and create:
             os.mkdir(self._name(name), dir_fd=self.descriptor)
-        elif found is None:
+        elif status is None:
             raise FileNotFoundError(f"{path} is missing")
-        elif not is_directory(found):
+        elif not is_directory(status):
             raise ArtifactError(
-                f"{path} is {what(found)}, where a save has a directory. Remove it, or save elsewhere."
+                f"{path} is {what(status)}, where a save has a directory. Remove it, or save elsewhere."
             )
         if self.descriptor is None:
             yield Folder(path, None)
@@ -67,10 +66,10 @@ class Folder:
     def reach(self, parts: Sequence[str], create: bool = False) -> Iterator[Folder]:
         """`sub`, several levels down."""
         with ExitStack() as stack:
-            here = self
+            folder = self
             for part in parts:
-                here = stack.enter_context(here.sub(part, create))
-            yield here
+                folder = stack.enter_context(folder.sub(part, create))
+            yield folder
 
     def stat(self, name: str) -> os.stat_result | None:
         """The status of the name itself, not of the target of a link; None if it does not exist."""
@@ -102,10 +101,10 @@ class Folder:
         Raises:
             ArtifactError: it is a link, a device, a pipe, or has a second name. FileNotFoundError: it is missing.
         """
-        path, found = self.path / name, self.stat(name)
-        if found is None:
+        path, status = self.path / name, self.stat(name)
+        if status is None:
             raise FileNotFoundError(f"{path} is missing")
-        _refuse_odd(path, found)
+        _refuse_odd(path, status)
         descriptor = os.open(self._name(name), _FILE | (os.O_RDWR if write else os.O_RDONLY), dir_fd=self.descriptor)
         try:
             _refuse_odd(path, os.fstat(descriptor))
@@ -130,35 +129,26 @@ class Folder:
         return name if self.descriptor is not None else str(self.path / name)
 
 
-def is_directory(found: os.stat_result) -> bool:
+def is_directory(status: os.stat_result) -> bool:
     """Whether this is a directory, and not a Windows junction, which `lstat` reports as a directory."""
-    return stat.S_ISDIR(found.st_mode) and not _junction(found)
+    return stat.S_ISDIR(status.st_mode) and not _junction(status)
 
 
-def _junction(found: os.stat_result) -> bool:
-    return bool(getattr(found, "st_reparse_tag", None))
+def _junction(status: os.stat_result) -> bool:
+    return bool(getattr(status, "st_reparse_tag", None))
 
 
-def what(found: os.stat_result) -> str:
+def what(status: os.stat_result) -> str:
     """The kind of a file, for error messages."""
-    if stat.S_ISLNK(found.st_mode) or _junction(found):
+    if stat.S_ISLNK(status.st_mode) or _junction(status):
         return "a symbolic link"
-    if stat.S_ISDIR(found.st_mode):
+    if stat.S_ISDIR(status.st_mode):
         return "a directory"
-    return "a file" if stat.S_ISREG(found.st_mode) else "a device or a pipe"
+    return "a file" if stat.S_ISREG(status.st_mode) else "a device or a pipe"
 
 
-def sha256_of(descriptor: int) -> str:
-    """Hex digest of an open file, from its start."""
-    digest = hashlib.sha256()
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    while block := os.read(descriptor, 1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _refuse_odd(path: Path, found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        raise ArtifactError(f"{path} is {what(found)}, where a save has a file. Remove it, or save elsewhere.")
-    if found.st_nlink > 1:
+def _refuse_odd(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ArtifactError(f"{path} is {what(status)}, where a save has a file. Remove it, or save elsewhere.")
+    if status.st_nlink > 1:
         raise ArtifactError(f"{path} is a hard link: the file has another name elsewhere. Replace it by a copy.")

@@ -99,10 +99,10 @@ def sweep(target: Path, now: float) -> None:
     Args:
         now: the time of the disk, not of this machine: a shared disk may have another clock.
     """
-    with os.scandir(target) as found:
+    with os.scandir(target) as entries:
         litter = [
             Path(entry.path)
-            for entry in found
+            for entry in entries
             if entry.name.startswith(STAGING) and entry.is_dir(follow_symlinks=False)
         ]
     for path in litter:
