@@ -200,14 +200,16 @@ class Fusing:
 
     def measure(self, name: str, adapter: str) -> None:
         """Safety, both accuracies and drift of one adapter."""
-        from peft_safety.evaluation.tasks import accuracy
+        from peft_safety.evaluation import Rate
+        from peft_safety.evaluation.tasks import exact_answers
 
         with self.phase(f"measuring {name}"):
             self.model.set_adapter(adapter)
             figures = self.bench.measure(self.model, self.tokenizer).figures()
             figures[f"accuracy, {TASKS[0]}"] = figures.pop("task accuracy")
             second = self.tasks[1]
-            figures[f"accuracy, {TASKS[1]}"] = accuracy(self.model, self.tokenizer, second.held_out, second.labels)
+            correct = exact_answers(self.model, self.tokenizer, second.held_out, second.labels)
+            figures[f"accuracy, {TASKS[1]}"] = Rate.of(correct)
             self.arms[name] = figures
 
     def report(self, model: str) -> Report:

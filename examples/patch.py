@@ -65,7 +65,8 @@ class Comparison:
         """All figures of one arm."""
         from peft_safety.evaluation.evaluate import refusal_rate
         from peft_safety.evaluation.judges import KeywordJudge
-        from peft_safety.evaluation.tasks import choice_accuracy
+        from peft_safety.evaluation.metrics import Rate
+        from peft_safety.evaluation.tasks import likeliest_labels
         from peft_safety.recipes.bench import JUDGED_TOKENS
 
         figures = self.bench.measure(model, self.tokenizer).figures()
@@ -73,8 +74,8 @@ class Comparison:
             figures["over-refusal, XSTest safe"] = refusal_rate(
                 model, self.tokenizer, self.xstest, KeywordJudge(), max_new_tokens=JUDGED_TOKENS, description="XSTest"
             )
-        figures["untrained task, likeliest label"] = choice_accuracy(
-            model, self.tokenizer, self.task.held_out, self.task.labels
+        figures["untrained task, likeliest label"] = Rate.of(
+            likeliest_labels(model, self.tokenizer, self.task.held_out, self.task.labels)
         )
         self.arms[name] = figures
         if hasattr(model, "peft_config"):

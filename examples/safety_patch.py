@@ -129,7 +129,8 @@ def train(
 def prompts(split: str, everyday: Path, xstest: Path) -> dict[str, list[Any]]:
     """What a patch is measured on: heading -> prompts. A foreign set whose file is not there is left out."""
     from peft_safety.data import load, read_jsonl
-    from peft_safety.data.chat import classification_prompt, label_names
+    from peft_safety.data.chat import classification_prompt
+    from peft_safety.data.rows import label_names
 
     task = load("benign_task")
     labels = label_names(task)

@@ -27,7 +27,7 @@ from benchmarks.frontier.measure import Measures
 from examples.get_model import model_dir
 from peft_safety import SafetySubspace
 from peft_safety.data import load
-from peft_safety.data.chat import Row
+from peft_safety.data.rows import Row
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.evaluation import Judge
 from peft_safety.recipes.adapter import AdapterOptions

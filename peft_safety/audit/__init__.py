@@ -1,6 +1,4 @@
-"""Where an adapter's update lies in relation to the weights under it, each figure beside its null; and what it does to
-general and harmful inputs.
-"""
+"""Audit of an adapter's update: its overlap with the base weights, and its effect on general and harmful inputs."""
 
 from peft_safety.audit.report import ModuleOrthogonality, OrthogonalityReport, orthogonality_report
 

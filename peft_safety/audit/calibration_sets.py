@@ -1,4 +1,4 @@
-"""What the functional part of an audit is measured on: general and harmful prompts with answers."""
+"""Calibration data of an audit: general and harmful prompts with answers."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ Calibration = Literal["auto"] | Mapping[str, Rows] | None
 KINDS = ("general", "harmful")
 SPLIT = "calibration"
 ANSWER_TOKENS = 24
-"""Tokens of the model's own answers to the general prompts: what the benchmark of this package takes for its general
-NLL.
-"""
+"""Tokens of the model's own answers to the general prompts, as in this package's benchmark."""
 BATCH_SIZE = 8
 MAX_LENGTH = 512
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Batches of one kind, where they come from, and a hash of what they hold."""
+    """Batches of one kind, their source, and a hash of their content."""
 
     batches: list[Batch]
     source: str
@@ -46,9 +44,9 @@ def check_request(calibration: Calibration, positions: Positions) -> None:
     if calibration is None or (isinstance(calibration, str) and calibration == "auto"):
         return
     if not isinstance(calibration, Mapping) or set(calibration) != set(KINDS):
-        found = sorted(map(str, calibration)) if isinstance(calibration, Mapping) else repr(calibration)
+        given = sorted(map(str, calibration)) if isinstance(calibration, Mapping) else repr(calibration)
         raise ConfigError(
-            f"calibration={found}. Use None, 'auto', or a mapping with the keys {KINDS[0]!r} and {KINDS[1]!r}."
+            f"calibration={given}. Use None, 'auto', or a mapping with the keys {KINDS[0]!r} and {KINDS[1]!r}."
         )
 
 
@@ -74,10 +72,10 @@ def calibration_sets(
         rows, sources = calibration, dict.fromkeys(KINDS, "given")
     sets = {}
     for kind in KINDS:
-        found = as_rows(rows[kind], f"calibration[{kind!r}]", CalibrationError)
-        if found and not is_tokenized(found) and tokenizer is None:
+        data = as_rows(rows[kind], f"calibration[{kind!r}]", CalibrationError)
+        if data and not is_tokenized(data) and tokenizer is None:
             tokenizer = tokenizer_of(model)
-        batches, digest = to_batches(found, tokenizer, batch_size=BATCH_SIZE, max_length=MAX_LENGTH)
+        batches, digest = to_batches(data, tokenizer, batch_size=BATCH_SIZE, max_length=MAX_LENGTH)
         sets[kind] = CalibrationSet(batches, sources[kind], digest)
     return sets
 

@@ -1,6 +1,4 @@
-"""How much an update changes what a layer computes: `E||dW x||` beside `E||W x||`, in one streaming pass with no
-activation kept.
-"""
+"""The size of an update's output, `E||dW x||`, beside `E||W x||`; one streaming pass, no activation is kept."""
 
 from __future__ import annotations
 

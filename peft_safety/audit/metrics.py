@@ -20,13 +20,9 @@ from peft_safety.core.projection import principal_cosines, top_singular
 DIRECTIONS = 8
 """Singular vectors that the published metric compares, arXiv 2510.09004."""
 NULL_DRAWS = 4096
-"""Draws behind a null: its mean then has a standard error of 0.25 %, its standard deviation one of 1.2 % (20 seeds, n
-= 576 and 4096).
-"""
+"""Draws of a null: standard error 0.25 % of its mean, 1.2 % of its standard deviation (n = 576 and 4096)."""
 ROUNDING = 1e-12
-"""Singular values below this share of `||B|| ||A||` are rounding noise of the fp64 products. A residual that cancels
-exactly leaves 1e-16.
-"""
+"""Singular values below this share of `||B|| ||A||` are fp64 rounding (exact cancellation leaves 1e-16)."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +61,7 @@ class Update:
         return math.exp(-float(torch.special.xlogy(shares, shares).sum()))
 
     def overlap(self, other: Update) -> float:
-        """`|<dW_i, dW_j>_F| / (||dW_i|| ||dW_j||)` in [0, 1]; NaN if one is zero. Its root mean square for two random
-        updates is `1 / sqrt(m n)`.
-        """
+        """`|<dW_i, dW_j>_F| / (||dW_i|| ||dW_j||)`; NaN if one is zero. Random updates: about `1 / sqrt(m n)`."""
         if self.rank == 0 or other.rank == 0:
             return math.nan
         inner = (self.left.mT @ other.left) * (self.right.mT @ other.right)
@@ -93,9 +87,7 @@ def decompose(a: Tensor, b: Tensor, scaling: float = 1.0) -> Update:
 
 @dataclass(frozen=True)
 class WeightSpan:
-    """Top singular vectors of a weight: `left (m, w)` and `right (n, w)`, fp64, on the CPU; fewer than asked for where
-    the weight has a lower rank.
-    """
+    """Top singular vectors `left (m, w)`, `right (n, w)` of a weight: fp64, CPU, `w` at most its rank."""
 
     left: Tensor
     right: Tensor
@@ -224,5 +216,5 @@ def random_metric(d: int, p: int, q: int, seed: int = 0) -> tuple[float, float]:
         others[:, i, i] = np.sqrt(generator.chisquare(d - q - i, NULL_DRAWS))
     stacked = np.concatenate([generator.standard_normal((NULL_DRAWS, q, p)), others], axis=1)
     frames = torch.linalg.qr(torch.from_numpy(stacked)).Q
-    found = frames[:, :q].abs().amax(dim=(1, 2))
-    return float(found.mean()), float(found.std())
+    values = frames[:, :q].abs().amax(dim=(1, 2))
+    return float(values.mean()), float(values.std())

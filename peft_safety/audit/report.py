@@ -1,4 +1,4 @@
-"""`orthogonality_report`: every module of an adapter, each figure beside its null."""
+"""`orthogonality_report`: figures of every module of an adapter, each with its null."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.factors import layer_factors
 
 DEFAULT_K = 32
-"""Directions of W behind the energy overlap: those that the methods of this package protect by default."""
+"""Directions of W for the energy overlap; the methods of this package protect as many by default."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +58,20 @@ class ModuleOrthogonality:
 
     @property
     def interference_ratio(self) -> float:
-        """Interference on general inputs over that on harmful ones: below 1 the update acts on harmful inputs more.
-        NaN if not measured.
-        """
+        """Interference on general inputs over that on harmful inputs; NaN if not measured."""
         if self.general is None or self.harmful is None or self.harmful.share == 0:
             return math.nan
         return self.general.share / self.harmful.share
 
     @property
     def layer(self) -> int | None:
-        """Number of the layer, by the first number in the name."""
-        found = re.search(r"(?:^|\.)(\d+)\.", self.name)
-        return int(found.group(1)) if found else None
+        """The layer's number: the first number in the name."""
+        number = re.search(r"(?:^|\.)(\d+)\.", self.name)
+        return int(number.group(1)) if number else None
 
     @property
     def kind(self) -> str:
-        """What comes behind the number of the layer, or the whole name."""
+        """The part of the name after the layer's number, or the whole name."""
         return re.split(r"(?:^|\.)\d+\.", self.name, maxsplit=1)[-1]
 
 
@@ -119,50 +117,39 @@ class OrthogonalityReport:
 
     @property
     def summary(self) -> dict[str, float]:
-        """Medians over all modules, by the names of `FIGURES`, and `overlap:NAME` for every other adapter. NaN where
-        nothing has the figure.
-        """
+        """Median of each of the `FIGURES`, and of `overlap:NAME` for every other adapter; NaN without a value."""
         return medians(self.modules, self.others)
 
     @property
     def kinds(self) -> dict[str, list[ModuleOrthogonality]]:
-        """Modules by kind: the last part of the name, or as much as tells apart what one layer holds (`attn.c_proj`
-        and `mlp.c_proj`).
-        """
+        """Modules by the last part of their name, or by a longer part if that is ambiguous inside a layer."""
         tails: dict[str, set[str]] = {}
         for row in self.modules:
             tails.setdefault(row.kind.rpartition(".")[2], set()).add(row.kind)
-        found: dict[str, list[ModuleOrthogonality]] = {}
+        groups: dict[str, list[ModuleOrthogonality]] = {}
         for row in self.modules:
             last = row.kind.rpartition(".")[2]
-            found.setdefault(last if len(tails[last]) == 1 else row.kind, []).append(row)
-        return found
+            groups.setdefault(last if len(tails[last]) == 1 else row.kind, []).append(row)
+        return groups
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; NaN becomes None."""
         rows = [asdict(row) | {"interference_ratio": row.interference_ratio} for row in self.modules]
-        found: dict[str, Any] = _plain(
-            {
-                "adapter": self.adapter,
-                "others": self.others,
-                "environment": dict(self.environment),
-                "summary": self.summary,
-                "modules": rows,
-            }
-        )
-        return found
+        facts = {"adapter": self.adapter, "others": self.others, "environment": dict(self.environment)}
+        result: dict[str, Any] = _plain(facts | {"summary": self.summary, "modules": rows})
+        return result
 
 
 def medians(rows: Iterable[ModuleOrthogonality], others: Iterable[str] = ()) -> dict[str, float]:
-    """Medians of every figure over those modules that have it."""
+    """Median of every figure over the modules that have it."""
     rows = list(rows)
-    found = {name: _median(figure(row) for row in rows) for name, figure in FIGURES.items()}
-    return found | {f"overlap:{other}": _median(row.others.get(other, math.nan) for row in rows) for other in others}
+    result = {name: _median(figure(row) for row in rows) for name, figure in FIGURES.items()}
+    return result | {f"overlap:{other}": _median(row.others.get(other, math.nan) for row in rows) for other in others}
 
 
 def _median(values: Iterable[float]) -> float:
-    found = [value for value in values if not math.isnan(value)]
-    return statistics.median(found) if found else math.nan
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.median(known) if known else math.nan
 
 
 def _plain(value: Any) -> Any:
@@ -233,9 +220,7 @@ def orthogonality_report(
 
 
 def _resolve(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLayer], list[str], dict[str, str]]:
-    """The adapter's layers, the other adapters that share some of them, and those that cannot be compared with the
-    reason.
-    """
+    """The adapter's layers, the other adapters on them, and those that cannot be compared with the reason."""
     table = config_table(model)
     if adapter not in table:
         raise ConfigError(f"the model has no adapter {adapter!r}, only {sorted(table)}. Name one of these.")
@@ -273,19 +258,10 @@ def _rows(
 
     rows = []
     for name, layer in tqdm(layers.items(), desc="orthogonality", unit="module", disable=not progress):
-        others = {
-            other: updates[name].overlap(_update(name, layer, other)) for other in comparable if other in layer.lora_A
-        }
-        rows.append(
-            _row(
-                name,
-                layer.get_base_layer(),
-                updates[name],
-                k,
-                others,
-                {kind: found[name] for kind, found in functional.items()},
-            )
-        )
+        update = updates[name]
+        others = {other: update.overlap(_update(name, layer, other)) for other in comparable if other in layer.lora_A}
+        measured = {kind: results[name] for kind, results in functional.items()}
+        rows.append(_row(name, layer.get_base_layer(), update, k, others, measured))
     return tuple(rows)
 
 
@@ -329,12 +305,8 @@ def _facts(
     facts = environment(seed=0, model=public_name(name) if name else "", k=k)
     if not sets:
         return facts | {"calibration": None}
-    described = {
-        kind: {
-            "source": chosen.source,
-            "data": chosen.digest,
-            "tokens": max(row.tokens for row in functional[kind].values()),
-        }
-        for kind, chosen in sets.items()
-    }
+    described = {}
+    for kind, chosen in sets.items():
+        tokens = max(row.tokens for row in functional[kind].values())
+        described[kind] = {"source": chosen.source, "data": chosen.digest, "tokens": tokens}
     return facts | {"positions": positions, "calibration": described}

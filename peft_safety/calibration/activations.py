@@ -1,6 +1,4 @@
-"""Safety subspaces from activations: what the inputs or the outputs of each layer span on some data, for all layers in
-one pass.
-"""
+"""Safety subspaces from activations: the span of each layer's inputs or outputs on some data, in one pass."""
 
 from __future__ import annotations
 
@@ -27,12 +25,12 @@ METHODS: dict[str, tuple[tuple[Side, ...], Positions]] = {
     "ortho_patch": (("in",), "all"),
     "guardspace": (("in",), "all"),
 }
-"""Sides and token positions of each method, where none are given."""
+"""Default sides and token positions of each method."""
 DEFAULT_RANK = 32
 """As published for SaLoRA (arXiv 2501.01765, section 5.1)."""
 GUARDSPACE_FRACTION = 0.25
-"""Share of the input dimensions that GuardSpace takes where none is given: in a probe on SmolLM2-135M (one seed) it
-kept refusals at every share of poison. To be confirmed by benchmarks/guardspace.py; a long fine-tune needed half."""
+"""GuardSpace's default share of the input dimensions: in a probe on SmolLM2-135M (one seed) it kept refusals at every
+share of poison; a long fine-tune needed half. To be confirmed by benchmarks/guardspace.py."""
 
 
 def estimate(
@@ -104,12 +102,12 @@ def estimate(
     unfit = without_room(targets, chosen)
     layers = {name: layer for name, layer in targets.items() if name not in unfit}
     sizes = fitted(layers, sizes_of(targets, rank, energy, per_kind or {}), chosen)
-    found = []
+    collected = []
     for rows in [data] if against is None else [data, against]:
         batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
         with adapters_off(model):
             moments = collect(model, layers, batches, positions=where, progress=progress)
-        found.append(
+        collected.append(
             (
                 moments,
                 {
@@ -119,7 +117,7 @@ def estimate(
                 },
             )
         )
-    (moments, facts), contrast = found[0], found[1:]
+    (moments, facts), contrast = collected[0], collected[1:]
     wanted = {
         (name, side): sizes[name][side].fixed(weights.shape(layer), side, name)
         for name, layer in layers.items()
@@ -131,7 +129,7 @@ def estimate(
             f"{moments.tokens} {'labeled ' * (where == 'response')}tokens cannot span rank={needed} directions. Give "
             "more data, or a smaller rank."
         )
-    reached = {name: layer for name, layer in layers.items() if all(seen.reaches(name) for seen, _ in found)}
+    reached = {name: layer for name, layer in layers.items() if all(seen.reaches(name) for seen, _ in collected)}
     if not reached:
         raise CalibrationError(
             f"no token that counts reaches any of the {len(layers)} target layers ({listed(layers)}). Give data "
@@ -173,7 +171,7 @@ def estimate(
 def _where(
     method: str, sides: Sequence[Side] | None, positions: Positions | None
 ) -> tuple[tuple[Side, ...], Positions]:
-    """Sides and token positions: those given, or else the method's own."""
+    """The given sides and token positions, or the method's defaults."""
     if method not in METHODS:
         raise ConfigError(f"method={method!r}; no such method. Use one of {', '.join(METHODS)}.")
     if positions not in (None, "response", "prompt", "all"):
@@ -204,10 +202,10 @@ def sizes_of(
     special = {kind: size_of(value) if energy is None else size_of(None, value) for kind, value in per_kind.items()}
     unknown = sorted(set(special) - {kind_of(name) for name in layers})
     if unknown:
-        there = ", ".join(sorted({kind_of(name) for name in layers}))
+        kinds = ", ".join(sorted({kind_of(name) for name in layers}))
         raise ConfigError(
             f"per_kind (safety_rank_pattern) names {unknown[0]!r}, and no target module is of that kind. There are "
-            f"{there}."
+            f"{kinds}."
         )
     return {name: special.get(kind_of(name), usual) for name in layers}
 
@@ -218,7 +216,7 @@ def kind_of(name: str) -> str:
 
 
 def _covered(spectrum: Tensor, moment: Tensor) -> float:
-    """Share of a moment that a basis holds."""
+    """Share of a moment's trace that a basis holds."""
     return min(1.0, round(float(spectrum.double().square().sum() / moment.diagonal().double().sum()), 8))
 
 
@@ -242,22 +240,22 @@ def _bases(
             if side == "in":
                 key = (id(moment), size, slim)
                 if key not in shared:
-                    found = (
+                    pair = (
                         input_basis(moment, size, name, seed=seed)
                         if against is None
                         else contrastive_basis(moment, against, size, name)
                     )
-                    shared[key] = cut(*found) if slim else found
-                found = shared[key]
+                    shared[key] = cut(*pair) if slim else pair
+                pair = shared[key]
             else:
                 weight = weights.dense_weight(layer, name).to(moment.device)
                 if against is None:
-                    found = output_basis(weight, moment, size, name, seed=seed)
+                    pair = output_basis(weight, moment, size, name, seed=seed)
                 else:
                     weight = weight.to(moment.dtype)
-                    found = contrastive_basis(weight @ moment @ weight.mT, weight @ against @ weight.mT, size, name)
-                found = cut(*found) if slim else found
-            bases[name][side], spectra[name][side] = found
+                    pair = contrastive_basis(weight @ moment @ weight.mT, weight @ against @ weight.mT, size, name)
+                pair = cut(*pair) if slim else pair
+            bases[name][side], spectra[name][side] = pair
     return bases, spectra
 
 
@@ -268,13 +266,13 @@ def _check_spans(
     if not short:
         return
     key = min(short, key=lambda k: short[k])
-    said = (
+    problem = (
         f"{key[0]}: the data span {short[key]} directions only, rank={wanted[key]} were asked for "
         f"({len(short)} of {len(spans)} layers fall short)."
     )
     if not allow_fewer or short[key] == 0:
-        raise CalibrationError(f"{said} Give more varied data, a smaller rank, or allow_fewer=True.")
-    warnings.warn(f"{said} Each protects all that it has.", stacklevel=3)
+        raise CalibrationError(f"{problem} Give more varied data, a smaller rank, or allow_fewer=True.")
+    warnings.warn(f"{problem} Each protects all that it has.", stacklevel=3)
 
 
 @contextmanager
@@ -303,7 +301,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def model_name(model: nn.Module) -> str:
-    """Last part of the name or path that the model was loaded from; a local path is nobody else's business."""
+    """Last part of the model's name or path, so that no local path is published."""
     config = getattr(model, "config", None)
     path = str(getattr(config, "_name_or_path", "") or "")
     return path.rstrip("/").rpartition("/")[2]

@@ -23,19 +23,14 @@ from peft_safety.core.projection import (
 from peft_safety.errors import CalibrationError, ConfigError
 
 RANK_FLOORS = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""Singular values below this share of the largest are rounding noise. A fp32 moment of exact rank r leaves up to 9e-4,
-about the square root of its epsilon, in the next one; a fp64 moment of fp32 activations shows those down to the
-activations' own rounding."""
+"""Singular values below this share of the largest are noise. In a fp32 moment of exact rank r the next value reaches
+9e-4 (about the square root of epsilon); a fp64 moment resolves fp32 activations down to their rounding."""
 RIDGE = 1e-3
-"""Share of the mean eigenvalue added to the denominator of a contrastive basis, so that directions that neither data
-set uses are no contrast.
-"""
+"""Share of the mean eigenvalue added to `S'`, so that directions which neither data set uses do not count."""
 WEIGHT_ITERATIONS = 2
-"""Iterations with `W W^T`, each worth two with `W`, for weight bases: see benchmarks/subspace.py for what they
-reach.
-"""
+"""Iterations with `W W^T` for weight bases (each is worth two with `W`); measured in benchmarks/subspace.py."""
 DENSE_LIMIT = 1024
-"""Moments up to this size are decomposed in full: as fast as iterating there, and exact."""
+"""Moments up to this size are decomposed exactly, which is as fast as iterating."""
 
 
 @dataclass(frozen=True)
@@ -193,11 +188,11 @@ def contrastive_basis(moment: Tensor, against: Tensor, size: Size, name: str) ->
 
 
 def _enough(values: Tensor, total: float, energy: float) -> int:
-    """How many of the leading values hold the share `energy` of `total`; all of them if they hold less."""
+    """How many leading values hold the share `energy` of `total`; all if they hold less."""
     return min(int((values.cumsum(0) < energy * total * (1 - 1e-12)).sum()) + 1, values.numel())
 
 
 def _spanned(u: Tensor, s: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
-    """In fp32, without the directions that are rounding noise of a moment of this precision."""
+    """In fp32, without the directions below the rounding noise of the moment."""
     span = int((s > RANK_FLOORS[precision] * s[0]).sum())
     return u[:, :span].float(), s[:span].float()

@@ -24,10 +24,10 @@ from peft_safety.data.rows import Rows
 from peft_safety.errors import CalibrationError
 
 STALL_SHARE = 0.01
-"""Median share of the task's energy outside the null spaces below which a warning is due: on SmolLM2-135M a quarter of
-the dimensions leaves 0.17 of the packaged task, and half of them 0.09, with which it was still learned."""
+"""Warn below this median share of the task's energy outside the null spaces. On SmolLM2-135M the packaged task has
+0.17 outside a quarter of the dimensions and 0.09 outside half of them, and is still learned."""
 TASK_ENERGY = 0.99
-"""The rank of a task's inputs is the number of directions that hold this share of their energy."""
+"""The rank of the task's inputs is the number of directions that hold this share of their energy."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,14 @@ def task_shares(
         )
     with adapters_off(model):
         moments = collect(model, layers, batches, positions=positions, progress=progress, what="task inputs")
-    found: dict[tuple[int, int], TaskShare] = {}
+    computed: dict[tuple[int, int], TaskShare] = {}
     shares = {}
     for name in filter(moments.reaches, layers):
         basis, moment = subspace.bases[name]["in"], moments.moment(name)
         key = (id(basis), id(moment))
-        if key not in found:
-            found[key] = _share(moment, basis, name, ranks)
-        shares[name] = found[key]
+        if key not in computed:
+            computed[key] = _share(moment, basis, name, ranks)
+        shares[name] = computed[key]
     if not shares:
         raise CalibrationError(
             "the task data reach none of the layers with an input basis. Give rows of the task with tokens that count."
@@ -161,9 +161,7 @@ def _rank(moment: Tensor) -> int:
 
 
 def warn_if_stalled(shares: Mapping[str, TaskShare]) -> float:
-    """Median of `E||P x||^2 / E||x||^2` over the modules; warns, with the worst module, when it is below
-    `STALL_SHARE`.
-    """
+    """Median of `E||P x||^2 / E||x||^2` over the modules; warns when it is below `STALL_SHARE`."""
     middle = statistics.median(share.free for share in shares.values())
     if middle < STALL_SHARE:
         worst = min(shares, key=lambda name: shares[name].free)

@@ -22,24 +22,21 @@ from peft_safety.core.subspace import NARROW, UNREACHED, SafetySubspace
 from peft_safety.errors import ConfigError
 
 NARROW_SHARE = 4
-"""A layer is narrow where it is this many times narrower than the median of the target layers: a head, a gate. Only
-such a layer takes a smaller basis than the one asked for; where ordinary layers are too narrow for a rank, the rank is
-not what was meant."""
+"""A layer is narrow if it is this many times narrower than the median target layer (a head, a gate). Only narrow
+layers get a smaller basis than requested; for ordinary layers, a rank that is too large is an error."""
 SAID = {UNREACHED: "no token that counts reaches", NARROW: "a single feature leaves no direction free in"}
 
 
 def width(layer: nn.Module, side: Side, weights_only: bool = False) -> int:
-    """Directions that a layer's side can have: its features, and no more than the inputs can span; of a bare weight,
-    no more than its rank.
-    """
+    """Largest number of directions of a side: its features, limited by the inputs' (or the weight's) rank."""
     m, n = weights.shape(layer)
     return n if side == "in" and not weights_only else min(m, n)
 
 
 def narrow_layers(layers: Mapping[str, nn.Module], side: Side, weights_only: bool = False) -> set[str]:
-    """Those far narrower than the others."""
+    """The layers that are far narrower than the others."""
     widths = {name: width(layer, side, weights_only) for name, layer in layers.items()}
-    return {name for name, found in widths.items() if found * NARROW_SHARE <= statistics.median_low(widths.values())}
+    return {name for name, size in widths.items() if size * NARROW_SHARE <= statistics.median_low(widths.values())}
 
 
 def without_room(layers: Mapping[str, nn.Module], sides: Sequence[Side]) -> list[str]:
@@ -48,14 +45,14 @@ def without_room(layers: Mapping[str, nn.Module], sides: Sequence[Side]) -> list
     Raises:
         ConfigError: all of them are.
     """
-    found = [
+    narrow = [
         name
         for name, layer in layers.items()
         if any(weights.shape(layer)[0 if side == "out" else 1] < 2 for side in sides)
     ]
-    if len(found) == len(layers):
-        raise ConfigError(f"{listed(found)}: a single feature leaves no direction free. Use other target_modules.")
-    return found
+    if len(narrow) == len(layers):
+        raise ConfigError(f"{listed(narrow)}: a single feature leaves no direction free. Use other target_modules.")
+    return narrow
 
 
 def fitted(
@@ -88,16 +85,16 @@ def fitted(
 
 
 def cut(basis: Tensor, spectrum: Tensor) -> tuple[Tensor, Tensor]:
-    """The basis of a narrow layer without its last directions where they would fill the layer."""
+    """The basis of a narrow layer, cut so that at least one direction stays free."""
     most = basis.shape[0] - 1
     return basis[:, :most], spectrum[:most]
 
 
 def record(unreached: Iterable[str], narrow: Iterable[str]) -> dict[str, dict[str, list[str]]]:
-    """The entry of the provenance; empty where nothing is left out."""
-    found = {reason: sorted(names) for reason, names in ((UNREACHED, unreached), (NARROW, narrow))}
-    found = {reason: names for reason, names in found.items() if names}
-    return {"left_out": found} if found else {}
+    """The `left_out` entry of the provenance; empty if no layer is left out."""
+    result = {reason: sorted(names) for reason, names in ((UNREACHED, unreached), (NARROW, narrow))}
+    result = {reason: names for reason, names in result.items() if names}
+    return {"left_out": result} if result else {}
 
 
 def warn_left_out(left_out: Mapping[str, str], total: int, what: str, *, stacklevel: int = 3) -> None:
@@ -110,14 +107,14 @@ def warn_left_out(left_out: Mapping[str, str], total: int, what: str, *, stackle
     if not left_out:
         return
     by_reason = {reason: [name for name, why in left_out.items() if why == reason] for reason in SAID}
-    said = "; ".join(f"{SAID[reason]} {listed(names)}" for reason, names in by_reason.items() if names)
+    reasons = "; ".join(f"{SAID[reason]} {listed(names)}" for reason, names in by_reason.items() if names)
     warnings.warn(
-        f"{len(left_out)} of {total} target layers are left out of {what}: {said}.", stacklevel=stacklevel + 1
+        f"{len(left_out)} of {total} target layers are left out of {what}: {reasons}.", stacklevel=stacklevel + 1
     )
 
 
 def announced(subspace: SafetySubspace) -> SafetySubspace:
-    """The same subspace, after the warning about what it leaves out."""
+    """Warn about the layers that a subspace leaves out, and return it."""
     left_out = subspace.left_out
     warn_left_out(
         left_out, len(left_out) + len(subspace.bases), "the subspace, and so of an adapter on it", stacklevel=4

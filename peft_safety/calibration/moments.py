@@ -45,7 +45,7 @@ class InputMoments:
         self._last: tuple[str, Tensor] | None = None
 
     def reaches(self, name: str) -> bool:
-        """Whether the layer was fed anything that counts."""
+        """Whether any token that counts has reached the layer."""
         return self._leader.get(name) in self._moments
 
     def moment(self, name: str) -> Tensor:
@@ -60,12 +60,12 @@ class InputMoments:
                 f"{name}: no token that counts reaches this layer. Give data that do, or leave it out of "
                 "target_modules."
             )
-        found = self._moments[self._leader[name]]
-        if not bool(torch.isfinite(found).all()):
+        result = self._moments[self._leader[name]]
+        if not bool(torch.isfinite(result).all()):
             raise CalibrationError(
                 f"{name}: its inputs hold NaN or Inf. Load the model in float32 or bfloat16, and check the data."
             )
-        return found
+        return result
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -77,9 +77,8 @@ class InputMoments:
             yield
 
     def expect(self, *masks: Tensor) -> None:
-        """Announce the next batch: which of its positions count, `(batch, tokens)` bool; of an encoder-decoder the
-        decoder's, then the encoder's.
-        """
+        """Set the positions that count in the next batch: bool masks `(batch, tokens)`, the decoder's before the
+        encoder's."""
         self._forget()
         self._masks = masks
         self.tokens += sum(int(mask.sum()) for mask in masks)
@@ -257,16 +256,16 @@ def _call(model: nn.Module, batch: dict[str, Tensor], positions: Positions) -> t
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the labels are another sequence than the inputs."""
+    """Whether the labels are a separate sequence (encoder-decoder models)."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def counted(labels: Tensor, attention: Tensor, positions: Positions) -> Tensor:
     """Which positions count, `(batch, tokens)` bool."""
-    there = attention != 0
+    attended = attention != 0
     if positions == "all":
-        return there
-    return there & ((labels != IGNORE_INDEX) == (positions == "response"))
+        return attended
+    return attended & ((labels != IGNORE_INDEX) == (positions == "response"))
 
 
 def to_batches(
@@ -308,24 +307,18 @@ def to_batches(
 
 
 def is_tokenized(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether rows are tokenized batches, for which no tokenizer is needed."""
+    """Whether the rows are tokenized batches, which need no tokenizer."""
     return bool(rows) and "input_ids" in rows[0]
 
 
 def content_digest(batches: Sequence[Batch]) -> str:
-    """sha256 of the sequences, whatever their order, batches and padding."""
+    """sha256 of the sequences; independent of their order, batches and padding."""
     rows = []
     for batch in batches:
         attention = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
-        for ids, labels, there in zip(batch["input_ids"], batch["labels"], attention, strict=True):
-            rows.append(
-                json.dumps(
-                    [
-                        ids[there].tolist(),
-                        (labels[there] if labels.shape == there.shape else labels[labels != IGNORE_INDEX]).tolist(),
-                    ]
-                )
-            )
+        for ids, labels, attended in zip(batch["input_ids"], batch["labels"], attention, strict=True):
+            answer = labels[attended] if labels.shape == attended.shape else labels[labels != IGNORE_INDEX]
+            rows.append(json.dumps([ids[attended].tolist(), answer.tolist()]))
     return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
 
 
@@ -350,21 +343,21 @@ def _check(index: int, batch: Mapping[str, Any], two_sequences: bool) -> Batch:
 
 
 def _as_tensors(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A table gives its tensors back as lists; of one sequence a batch is made."""
-    found = dict(batch)
+    """Convert lists of numbers to tensors, and a single sequence to a batch."""
+    result = dict(batch)
     for key in {"input_ids", "attention_mask", "labels"} & set(batch):
         if not isinstance(batch[key], Tensor):
             with suppress(TypeError, ValueError, RuntimeError):  # no table of numbers: refused by its shape
-                found[key] = torch.as_tensor(batch[key])
-    ids = found.get("input_ids")
+                result[key] = torch.as_tensor(batch[key])
+    ids = result.get("input_ids")
     if isinstance(ids, Tensor) and ids.ndim == 1:
-        found |= {key: value[None] for key, value in found.items() if isinstance(value, Tensor)}
-    return found
+        result |= {key: value[None] for key, value in result.items() if isinstance(value, Tensor)}
+    return result
 
 
 @contextmanager
 def exact_matmul() -> Iterator[None]:
-    """TF32 off: its ten bits of mantissa would show in the small singular directions."""
+    """Switch TF32 off: its 10-bit mantissa would distort the small singular directions."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

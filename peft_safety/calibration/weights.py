@@ -1,4 +1,4 @@
-"""Subspaces from the weights alone: the top singular directions of every target layer, no data needed."""
+"""Subspaces from the weights, without data: the top singular directions of every target layer."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def estimate_from_weights(
     spectra: dict[str, dict[Side, Tensor]] = {}
     for name, layer in tqdm(layers.items(), desc="weight bases", unit="module", disable=not progress):
         weight = weights.dense_weight(layer, name)
-        found = {
+        pairs = {
             side: output_basis(weight if side == "out" else weight.mT, None, sizes[name][side], name, seed=seed)
             for side in sides
         }
-        found = {side: cut(*pair) if name in narrow[side] else pair for side, pair in found.items()}
-        bases[name], spectra[name] = ({side: pair[index] for side, pair in found.items()} for index in (0, 1))
+        pairs = {side: cut(*pair) if name in narrow[side] else pair for side, pair in pairs.items()}
+        bases[name], spectra[name] = ({side: pair[index] for side, pair in pairs.items()} for index in (0, 1))
     provenance = {"method": "weight", "sides": "+".join(sides), "seed": seed, "model": model_name(model)}
     provenance |= ({"rank": rank} if energy is None else {"energy": energy}) | (
         {"per_kind": dict(per_kind)} if per_kind else {}

@@ -1,4 +1,4 @@
-"""Out of the package: a plain LoRA adapter that computes the same function."""
+"""Export of a protected adapter as a plain LoRA adapter that computes the same function."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def export_directory(source: str | os.PathLike[str], directory: str | os.PathLik
 def _publish(
     target: Path, factors: Mapping[str, Factors], config: ProtectedConfig, modules: Iterable[str] = ()
 ) -> Path:
-    """`modules` are all those of the model, where it is known."""
+    """Check and write the plain adapter; `modules` are all modules of the model, if there is one."""
     if config.modules_to_save or config.trainable_token_indices:
         raise ConfigError(
             "the adapter also trained modules_to_save or token rows; an exported LoRA holds factors only. Keep the "

@@ -52,7 +52,7 @@ class MergedModule:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """The merged model, and a row a module."""
+    """The merged model, and one row per module."""
 
     model: nn.Module
     to: MergeTo
@@ -81,9 +81,7 @@ class MergeResult:
 
 @dataclass(frozen=True)
 class _Part:
-    """One layer to be merged: its module's name in the base model, its base layer, the update, and the bases it must
-    stay out of.
-    """
+    """One layer to be merged: name, LoRA layer, base layer, update, and the bases of its constraint."""
 
     name: str
     layer: LoraLayer
@@ -92,7 +90,7 @@ class _Part:
     bases: dict[Side, Tensor]
 
     def row(self, before: Tensor, after: Tensor) -> MergedModule:
-        """What a merge did: the dense weight `(out, in)` before and after it, fp32."""
+        """Compare the dense fp32 weights `(out, in)` before and after the merge."""
         change, total = after - before, float(self.delta.norm())
         kept = float((change * self.delta).sum()) / total**2 if total > 0 else math.nan
         parts = [float(projection.coefficients(u.to(change), change, side).norm()) for side, u in self.bases.items()]
@@ -183,7 +181,7 @@ def _part(model: PeftModel, base: nn.Module, name: str) -> _Part:
 
 
 def _refuse_requantizing(parts: Iterable[_Part], force: bool) -> None:
-    """Everything that can be refused, before anything is changed."""
+    """Refuse before any layer is changed."""
     worst: MergedModule | None = None
     for part in parts:
         kind = weights.quantization(part.inner)
@@ -225,7 +223,7 @@ def _dense(part: _Part, before: Tensor, dtype: torch.dtype) -> nn.Module:
 
 
 def _requantized(part: _Part, before: Tensor) -> nn.Module:
-    """The 4-bit layer itself, with another weight of its own kind."""
+    """The same 4-bit layer with a new weight of its kind."""
     from bitsandbytes.nn import Params4bit
 
     old: Any = part.inner.weight
@@ -262,22 +260,19 @@ def _with_plain(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> 
 
 
 def _bare(base: nn.Module) -> nn.Module:
-    """Without adapters, and so that it can be saved and loaded: an ordinary model once no layer is quantized any more,
-    and until then one whose dense layers are not quantized when it is loaded."""
+    """The base model without adapters, with a quantization config that matches its layers, so that it can be saved and
+    loaded."""
     if hasattr(base, "peft_config"):
         del base.peft_config
     config: Any = getattr(base, "config", None)
-    how = getattr(config, "quantization_config", None)
+    quantization = getattr(config, "quantization_config", None)
     if any(weights.quantization(module) for module in base.modules()):
-        if how is not None:
+        if quantization is not None:
             dense = [name for name, module in base.named_modules() if type(module) is nn.Linear]
-            setattr(
-                how,
-                "llm_int8_skip_modules" if hasattr(how, "llm_int8_skip_modules") else "modules_to_not_convert",
-                dense,
-            )
+            field = "llm_int8_skip_modules"
+            setattr(quantization, field if hasattr(quantization, field) else "modules_to_not_convert", dense)
         return base
-    if how is not None:
+    if quantization is not None:
         del config.quantization_config
     for flag in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer"):
         if hasattr(base, flag):

@@ -37,9 +37,7 @@ from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE_FILE
 from peft_safety.errors import ArtifactError
 
 FREE_FIELDS = ("base_model_name_or_path", "revision", "inference_mode")
-"""Fields of the manifest that may be edited: they change nothing of what the adapter computes on the base it was
-trained on.
-"""
+"""Fields of the manifest that may be edited: they do not change what the adapter computes."""
 
 _PLAIN_NAME = re.compile(r"[\w.\-]+")
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<factor>lora_A|lora_B)\.(?P<kind>weight|initial)")
@@ -68,7 +66,7 @@ class StoredAdapter:
     extra_tensors: tuple[str, ...]
 
     def comes_from(self, source: str, subfolder: str | None) -> bool:
-        """Whether this is what `source` (a directory, or a Hub id) was checked as."""
+        """Whether this adapter was read from `source` (a directory or a Hub id)."""
         local = Path(source, subfolder) if subfolder else Path(source)
         return (
             self.directory.resolve() == local.resolve()
@@ -165,9 +163,7 @@ def check_adapter(directory: Path, warn: bool = False) -> StoredAdapter:
 
 
 def seal(directory: Path) -> None:
-    """Complete the manifest of a freshly written directory: the adapter file's hash, which tensors are not LoRA
-    factors, and the hash over all of that.
-    """
+    """Complete the manifest of a new directory: hash of the adapter file, extra tensors, and hash of the config."""
     path = directory / MANIFEST
     config = files.read_json(path)
     record = config["safety_artifact"]
@@ -192,22 +188,20 @@ def config_digest(config: Mapping[str, Any]) -> str:
 
 
 def base_key(key: str, targets: Container[str]) -> str:
-    """The base model's own key of a tensor that is no factor: PEFT stores the weight under a targeted head as
-    `base_layer`.
-    """
+    """The base model's key of a tensor. PEFT stores the weight of a targeted head under `base_layer`."""
     module, _, kind = key.removeprefix(PREFIX).rpartition(".")
     inner = module.removesuffix(".base_layer")
     return f"{inner if inner in targets else module}.{kind}"
 
 
 def _factor(key: str, targets: Container[str]) -> re.Match[str] | None:
-    """A key taken apart, if it is that of a factor; an ordinary module may be called lora_A too."""
+    """The parts of a factor's key; None for other keys. An ordinary module may be called lora_A too."""
     match = _KEY.fullmatch(key)
     return match if match is not None and match["module"] in targets else None
 
 
 def _record(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The `safety_artifact` entry, its types checked."""
+    """The `safety_artifact` entry with checked types."""
     record = config.get("safety_artifact")
     if (
         not isinstance(record, dict)
@@ -234,7 +228,7 @@ def _record(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_subspace(path: Path, subspace: SafetySubspace, wanted: tuple[Side, ...]) -> None:
-    """Every module has the bases that the method needs, and a fingerprint of its base weight."""
+    """Check that every module has the bases that the method needs, and a fingerprint of its base weight."""
     for module, sides in subspace.bases.items():
         missing = [side for side in wanted if side not in sides]
         if missing or module not in subspace.fingerprints:
@@ -310,7 +304,7 @@ def _check_factors(
 def _check_shapes(
     path: Path, module: str, shapes: dict[str, tuple[int, ...]], subspace: SafetySubspace, config: Mapping[str, Any]
 ) -> tuple[int, int, int]:
-    """From the header alone, before anything is allocated: `(out_features, in_features, rank)`."""
+    """Check shapes by the header, before tensors are read. Returns `(out_features, in_features, rank)`."""
     a, b = shapes["lora_A.weight"], shapes["lora_B.weight"]
     rank = (config.get("rank_pattern") or {}).get(module, config["r"])
     fits = (
@@ -347,9 +341,7 @@ def _worst_leak(path: Path, module: str, tensors: Mapping[str, Tensor], bases: M
 
 
 def _check_extra(path: Path, key: str, handle: Any, subspace: SafetySubspace, saved: Sequence[str]) -> None:
-    """A trained tensor that is no factor. It may not be one in disguise, and not replace the base weight under a
-    protected update.
-    """
+    """Check an extra tensor: it must not be a hidden factor, nor replace a base weight under a protected update."""
     base, _, kind = base_key(key, subspace.bases).rpartition(".")
     under_base = base in subspace.bases and key == f"{PREFIX}{base}.base_layer.{kind}"
     around = list(accumulate(base.split("."), lambda path, part: f"{path}.{part}"))

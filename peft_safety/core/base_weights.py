@@ -31,16 +31,12 @@ _BITSANDBYTES = {"Linear4bit": "4bit", "LinearNF4": "4bit", "LinearFP4": "4bit",
 
 
 def quantization(layer: nn.Module) -> str | None:
-    """`"4bit"`, `"8bit"` (bitsandbytes), `"fp8"` (transformers) or None, by the layer's type and not by a flag of the
-    model.
-    """
+    """`"4bit"`, `"8bit"` (bitsandbytes), `"fp8"` (transformers) or None, by the type of the layer."""
     return "fp8" if scales.is_fp8(layer) else _BITSANDBYTES.get(type(layer).__name__)
 
 
 def supported(layer: nn.Module) -> bool:
-    """Whether this is a linear layer: of torch, or transformers' Conv1D, or a subclass. Whether its weight can be read
-    is `check_readable`'s question.
-    """
+    """Whether this is a linear layer or a Conv1D. Whether its weight can be read, see `check_readable`."""
     return isinstance(layer, nn.Linear) or is_conv1d(layer)
 
 
@@ -138,9 +134,7 @@ def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
 
 
 def _unpacked(weight: Any) -> tuple[Tensor, Any]:
-    """A 4-bit weight in bitsandbytes' usual layout: on CPUs with AVX512-BF16 it repacks weights in place at the first
-    forward in eval mode.
-    """
+    """A 4-bit weight and its state in the usual layout. In eval mode on a CPU, bitsandbytes may have repacked it."""
     if not _is_packed(weight):
         return weight.data, weight.quant_state
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
@@ -165,9 +159,7 @@ def _repacking(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
-    """Keep bitsandbytes from repacking 4-bit weights (see `_unpacked`): a calibration or an evaluation must not touch
-    them.
-    """
+    """Keep bitsandbytes from repacking 4-bit weights inside the block (see `_unpacked`)."""
     layers = _repacking(model)
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
@@ -199,7 +191,7 @@ def stay_unpacked(model: nn.Module) -> None:
 
 @cache
 def _say_unpacked() -> None:
-    """Once in a process."""
+    """Warn, once in a process."""
     logging.getLogger(__name__).warning(
         "This model trains an adapter on 4-bit weights: bitsandbytes' packed format for CPUs with AVX512-BF16 is "
         "switched off for it, because no gradient passes through packed weights. Other models keep it."
@@ -222,9 +214,7 @@ def merge_survival(layer: nn.Module, delta: Tensor, name: str = "the layer") -> 
 
 @torch.no_grad()
 def requantized(layer: nn.Module, delta: Tensor, name: str = "the layer") -> Tensor:
-    """`Q(W + dW)` as a dense fp32 `(out_features, in_features)`, quantized as the layer is. The layer is not
-    changed.
-    """
+    """`Q(W + dW)` as a dense fp32 `(out_features, in_features)`. The layer is not changed."""
     if quantization(layer) == "fp8":
         return scales.requantized_fp8(layer, delta, name)
     merged = dense_weight(layer, name) + delta
@@ -250,13 +240,13 @@ def fingerprint(layer: nn.Module, name: str) -> Tensor:
     Raises:
         SubspaceError: one of them is not finite.
     """
-    found = sample(dense_weight(layer, name))
-    if not bool(torch.isfinite(found).all()):
+    values = sample(dense_weight(layer, name))
+    if not bool(torch.isfinite(values).all()):
         raise SubspaceError(
             f"{name}: the base weight {shape(layer)} holds NaN or Inf, so nothing can be told from it. Load intact "
             "base weights."
         )
-    return found
+    return values
 
 
 def sample(weight: Tensor) -> Tensor:
@@ -266,9 +256,9 @@ def sample(weight: Tensor) -> Tensor:
     return weight[rows.to(weight.device), columns.to(weight.device)].cpu()
 
 
-def distance(found: Tensor, reference: Tensor) -> float:
+def distance(values: Tensor, reference: Tensor) -> float:
     """Relative distance of two fingerprints."""
-    return float((found - reference).norm() / reference.norm().clamp(min=torch.finfo(torch.float32).tiny))
+    return float((values - reference).norm() / reference.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def check_fingerprints(

@@ -28,9 +28,7 @@ SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 64 << 20
 FLOATS = ("F64", "F32", "F16", "BF16")
 NOISE = {"4bit": 0.09, "8bit": 0.01, "fp8": 0.03}
-"""Relative distance of a Gaussian weight from its quantized copy, `||Q(W) - W|| / ||W||`: NF4 at block size 64, int8
-by row, and FP8 (e4m3).
-"""
+"""`||Q(W) - W|| / ||W||` of a Gaussian weight: NF4 at block size 64, int8 by row, FP8 (e4m3)."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def open_weights(source: str | os.PathLike[str] | nn.Module) -> Weights:
 
 
 class ModuleWeights:
-    """Of a loaded model."""
+    """The weights of a loaded model."""
 
     def __init__(self, model: nn.Module) -> None:
         self.layers: Mapping[str, nn.Module] = base_layers(model)
@@ -99,7 +97,7 @@ class ModuleWeights:
 
 
 class FileWeights:
-    """Of safetensors files."""
+    """The weights in safetensors files."""
 
     def __init__(self, source: str) -> None:
         self.label = source
@@ -136,12 +134,12 @@ class FileWeights:
     def header(self, key: str) -> tuple[tuple[int, ...], str]:
         """Shape and safetensors dtype of a tensor, which is not read."""
         with files.open_tensors(files.child(self.directory, self.place[key])) as handle:
-            found = handle.get_slice(key)
-            return tuple(found.get_shape()), str(found.get_dtype())
+            tensor = handle.get_slice(key)
+            return tuple(tensor.get_shape()), str(tensor.get_dtype())
 
     def _key(self, name: str) -> str:
-        """The tensor of a module. Checkpoints of the bare model lack the head model's prefix, or have one more;
-        transformers renames some; a tied head is the embedding."""
+        """The key of a module's weight. Handles checkpoints with a missing or additional prefix, names that
+        transformers changes, and heads tied to the embedding."""
         names = [f"{name}.weight"]
         if names[0] not in self.place:
             prefix, _, rest = name.partition(".")
@@ -154,14 +152,14 @@ class FileWeights:
             names += [
                 key for key in self.place if key.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))
             ]
-        found = next((key for key in names if key in self.place), None)
-        if found is None:
+        result = next((key for key in names if key in self.place), None)
+        if result is None:
             packed = any(f"{name}.{suffix}" in self.place for suffix in ("qweight", "weight_packed"))
             what = "is packed by GPTQ, AWQ or the like" if packed else "is not there"
             raise CheckpointError(
                 f"{self.label}: the weight of {name} {what}. Give the 16-bit checkpoint of the same architecture."
             )
-        return found
+        return result
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -174,12 +172,12 @@ class FileWeights:
         """A bitsandbytes weight, from the tensors stored beside it."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        beside = [name for name in self.place if name.startswith((f"{key}.", f"{key.removesuffix('weight')}SCB"))]
-        values = {name: self.tensor(name) for name in [key, *beside]}
+        related = [name for name in self.place if name.startswith((f"{key}.", f"{key.removesuffix('weight')}SCB"))]
+        values = {name: self.tensor(name) for name in [key, *related]}
         scale = values.get(f"{key.removesuffix('weight')}SCB")
         if dtype == "I8" and scale is not None:
             return weights.from_int8(values[key], scale), "8bit"
-        if any(".quant_state.bitsandbytes__" in name for name in beside):
+        if any(".quant_state.bitsandbytes__" in name for name in related):
             packed = values.pop(key)
             state = QuantState.from_dict(
                 {name.removeprefix(f"{key}."): value for name, value in values.items()}, device=packed.device
@@ -216,16 +214,16 @@ def _tensor_files(directory: Path) -> dict[str, str]:
             raise CheckpointError(f"{directory}: the shard {name} is missing. Copy the whole checkpoint.")
         with files.open_tensors(files.child(directory, name)) as handle:
             held |= dict.fromkeys(handle.keys(), name)
-    lost = [key for key in place or {} if key not in held]
-    if lost:
+    missing = [key for key in place or {} if key not in held]
+    if missing:
         raise CheckpointError(
-            f"{directory}: {INDEX} names {lost[0]}, which no shard holds. Copy the whole checkpoint."
+            f"{directory}: {INDEX} names {missing[0]}, which no shard holds. Copy the whole checkpoint."
         )
     return held
 
 
 def _download(source: str) -> Path:
-    """A checkpoint from the Hub, or from its cache when offline."""
+    """Download a checkpoint from the Hub; offline, take it from the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

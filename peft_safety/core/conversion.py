@@ -1,6 +1,4 @@
-"""Names of weights in a checkpoint that are not those of the model: transformers renames them while it loads
-(vision-language models, old checkpoints).
-"""
+"""Checkpoints whose weights have other names than the model: transformers renames them while it loads."""
 
 from __future__ import annotations
 
@@ -26,10 +24,10 @@ def model_keys(directory: Path, keys: Iterable[str]) -> dict[str, str]:
     if model is None:
         return {}
     transforms = get_model_conversion_mapping(model)
-    renamings = [found for found in transforms if isinstance(found, WeightRenaming)]
-    others: list[Any] = [found for found in transforms if not isinstance(found, WeightRenaming)]
-    there = model.state_dict()
-    renamed = {key: rename_source_key(key, renamings, others, model.base_model_prefix, there) for key in keys}
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    others: list[Any] = [transform for transform in transforms if not isinstance(transform, WeightRenaming)]
+    state = model.state_dict()
+    renamed = {key: rename_source_key(key, renamings, others, model.base_model_prefix, state) for key in keys}
     return {key: name for key, (name, fused) in renamed.items() if fused is None}
 
 

@@ -1,4 +1,4 @@
-"""What a run's numbers depend on besides its data."""
+"""The software and machine of a run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ PACKAGES = ("peft-safety", "torch", "transformers", "peft", "numpy")
 
 
 def environment(seed: int, **extra: Any) -> dict[str, Any]:
-    """Fingerprint of a run: versions, machine, seed, and whatever else decided its numbers (plain JSON values)."""
-    found = {"python": platform.python_version(), "machine": platform.machine(), "cpus": os.cpu_count(), "seed": seed}
+    """Versions, machine, seed and further settings of a run, as plain JSON values."""
+    result = {"python": platform.python_version(), "machine": platform.machine(), "cpus": os.cpu_count(), "seed": seed}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            result[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {**found, **extra}
+    return {**result, **extra}

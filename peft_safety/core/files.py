@@ -1,6 +1,4 @@
-"""Files that may come from strangers: limits, hashes, bounded JSON, safe names. How they are published is in
-`publish`.
-"""
+"""Reading untrusted files: size limits, hashes, bounded JSON, safe names."""
 
 from __future__ import annotations
 
@@ -47,7 +45,7 @@ def child(directory: Path, name: str) -> Path:
 
 
 def is_plain(name: Any) -> bool:
-    """Whether a name is one of a file in a directory, and can be printed."""
+    """Whether a name is a printable file name without separators."""
     if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable() or any(c in name for c in "/\\"):
         return False
     try:
@@ -57,9 +55,7 @@ def is_plain(name: Any) -> bool:
 
 
 def _blobs(directory: Path) -> list[Path]:
-    """Where the hub's cache keeps the files that a snapshot links to: `<repo>/blobs` of `<repo>/snapshots/<revision>`,
-    whatever the cache's directory.
-    """
+    """The `<repo>/blobs` folders that the snapshots of a Hub cache link to."""
     return [(p.parent / "blobs").resolve() for p in directory.absolute().parents if p.name == "snapshots"]
 
 
@@ -71,18 +67,18 @@ def sha256(path: Path) -> str:
     """
     try:
         with path.open("rb") as file:
-            return (
-                hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-            )
+            return sha256_of(file.fileno())
     except OSError as error:
         raise ArtifactError(
             f"{path} cannot be read: {error.strerror}. Copy the whole directory, or make it readable."
         ) from error
 
 
-def _digest(file: Any) -> str:  # Python 3.10
+def sha256_of(descriptor: int) -> str:
+    """Hex digest of an open file, from its start."""
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    while block := os.read(descriptor, 1 << 20):
         digest.update(block)
     return digest.hexdigest()
 
@@ -112,11 +108,11 @@ def parse_json(raw: bytes | str, where: str, limit: int = MAX_JSON_BYTES) -> dic
         )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        result = dict(pairs)
+        if len(result) < len(pairs):
             repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise ArtifactError(f"{where}: {repeated[:80]!r} is a duplicate key. Keep one value per key.")
-        return found
+        return result
 
     def finite(number: str) -> float:
         value = float(number)
@@ -138,7 +134,7 @@ def parse_json(raw: bytes | str, where: str, limit: int = MAX_JSON_BYTES) -> dic
 
 
 def _depth(value: Any, level: int = 1) -> int:
-    """Levels of objects and lists, counted no further than one too many."""
+    """Nesting depth of objects and lists; counting stops just above the limit."""
     if not isinstance(value, (dict, list)):
         return level - 1
     if level > MAX_JSON_DEPTH:
@@ -175,9 +171,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def usual_mode(probe: Path) -> int:
-    """The permissions that a new file gets here; safetensors gives its files to the owner alone. `probe` is created
-    and removed.
-    """
+    """The permissions of a new file here (safetensors restricts its files to the owner). `probe` is temporary."""
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()

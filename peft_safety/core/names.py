@@ -17,9 +17,9 @@ from torch import nn
 
 T = TypeVar("T")
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of a name that torch's wrappers put in: compiled, sharded and checkpointed modules."""
+"""Parts of a module name that torch's wrappers add (compiled, sharded and checkpointed modules)."""
 SHOWN = 3
-"""Names that a message spells out."""
+"""Number of names that a message lists."""
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -60,7 +60,7 @@ def original(module: nn.Module) -> nn.Module:
 
 
 def own_name(name: str) -> str:
-    """A module's name in the base model, from its name there with wrappers."""
+    """A module's name without the parts that wrappers add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
@@ -85,9 +85,7 @@ def walk(model: nn.Module, shared: bool = False) -> Iterator[tuple[str, str, nn.
 
 
 def places(model: nn.Module) -> dict[str, str]:
-    """Where the modules of the base model are in `model`: `{own name: name}`; behind wrappers, the wrapped
-    module's.
-    """
+    """`{name in the base model: name in the model}` of every module, as `walk` gives them."""
     return {own: name for own, name, _ in walk(model, shared=True)}
 
 
@@ -103,12 +101,12 @@ def relocated(key: str, prefixes: Mapping[str, str]) -> str:
 
 
 def exact(table: Mapping[str, T]) -> dict[str, T]:
-    """The same values by patterns that each match one full name."""
+    """The same table with keys that PEFT matches with exactly one full name."""
     return {f"^{re.escape(name)}": value for name, value in table.items()}
 
 
 def look_alikes(wanted: Collection[str], existing: Iterable[str]) -> list[str]:
-    """Names that PEFT would take in beyond the wanted full ones, because they end with one."""
+    """Existing names that are not wanted but end with a wanted name, so that PEFT would match them."""
     result = []
     for name in existing:
         rest = name
@@ -121,7 +119,7 @@ def look_alikes(wanted: Collection[str], existing: Iterable[str]) -> list[str]:
 
 
 def exclude_look_alikes(config: Any, existing: Iterable[str]) -> None:
-    """Make a LoRA config that lists full names of modules mean no others of the existing ones."""
+    """Make a LoRA config with full module names match no other existing module."""
     config.exclude_modules = "|".join(map(re.escape, look_alikes(config.target_modules, existing))) or None
 
 
@@ -177,7 +175,7 @@ def _is_end(key: str, module: str) -> bool:
 
 
 def _certain_end(key: str) -> str:
-    """Letters that everything ends with that a regular expression matches, as far as they are plain to see."""
+    """The literal end that every match of a regular expression has, as far as it is obvious."""
     if "|" in key or "(?" in key:
         return ""
     match = re.search(r"(\\\w?)?([\w!,;:=-]*)$", key)
@@ -219,7 +217,7 @@ def exclusion_pattern(names: Iterable[str], others: Iterable[str] = ()) -> str:
 
 
 def _parents(name: str) -> list[str]:
-    """The modules around one, outermost first."""
+    """The parent modules, outermost first."""
     parts = name.split(".")
     return [".".join(parts[:depth]) for depth in range(1, len(parts))]
 

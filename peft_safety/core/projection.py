@@ -70,21 +70,19 @@ def project_wide(u: Tensor, w: Tensor, side: Side) -> Tensor:
 
 def _full_precision() -> bool:
     """Whether fp32 matrix products are computed in fp32 on every device."""
-    found = [
+    precisions = [
         getattr(backend.matmul, "fp32_precision", None)
         for backend in (torch.backends.cuda, torch.backends.mkldnn)
         if hasattr(backend, "matmul")
     ]
-    if None in found or not found:  # torch before 2.9
+    if None in precisions or not precisions:  # torch before 2.9
         return torch.get_float32_matmul_precision() == "highest"
-    return all(precision in ("none", "ieee") for precision in found)
+    return all(precision in ("none", "ieee") for precision in precisions)
 
 
 @torch.no_grad()
 def leak(u: Tensor, w: Tensor, side: Side = "out") -> float:
-    """Share of a factor that lies in the protected span, `||U^T w||_F / ||w||_F` in [0, 1]; 0 for a zero factor.
-    Computed in fp64.
-    """
+    """`||U^T w||_F / ||w||_F` in [0, 1], the share of a factor in the protected span; 0 for a zero factor. In fp64."""
     u, w = u.double(), w.double()
     total = float(torch.linalg.vector_norm(w))
     return float(torch.linalg.vector_norm(coefficients(u, w, side))) / total if total > 0 else 0.0
@@ -113,9 +111,7 @@ def fold_tolerance(dtype: torch.dtype) -> float:
 
 
 def leak_tolerance(dtype: torch.dtype) -> float:
-    """Relative leak of a factor that still counts as protected in `dtype`: `LEAK_TOLERANCE`, or what rounding alone
-    explains.
-    """
+    """Largest relative leak that still counts as protected: `LEAK_TOLERANCE`, or the rounding of `dtype`."""
     return max(LEAK_TOLERANCE, fold_tolerance(dtype))
 
 
@@ -157,12 +153,12 @@ def union(u: Tensor | None, x: Tensor) -> Tensor:
             nothing.
     """
     own = torch.linalg.svd(x.double(), full_matrices=False)
-    kept = own.U[:, UNION_TOLERANCE * own.S[:1].clamp(min=torch.finfo(torch.float64).tiny) < own.S]
+    independent = own.U[:, UNION_TOLERANCE * own.S[:1].clamp(min=torch.finfo(torch.float64).tiny) < own.S]
     if u is None:
-        return kept.to(x.dtype)
+        return independent.to(x.dtype)
     for _ in range(2):  # the second pass removes what rounding left of the first
-        kept = project_out(u.double(), kept)
-    left, s, _ = torch.linalg.svd(kept, full_matrices=False)
+        independent = project_out(u.double(), independent)
+    left, s, _ = torch.linalg.svd(independent, full_matrices=False)
     return torch.cat([u, left[:, s > UNION_TOLERANCE].to(u)], dim=1)
 
 

@@ -21,19 +21,15 @@ FP8_SCALES = {
     "FbgemmFp8Linear": "weight_scale",
     "CompressedTensorsFP8Linear": "weight_scale",
 }
-"""transformers' FP8 layers by class, and the parameter that their weight is multiplied by: one number, one a row, or
-one a block.
-"""
+"""transformers' FP8 layers, and the parameter with their scales: a single one, one per row, or one per block."""
 READABLE = "Load the model in 16 bit, or in 4 or 8 bit by bitsandbytes, or leave this layer out of target_modules."
 FORWARD_TOLERANCE = 0.01
-"""Relative difference from `x W^T + b` up to which a forward is that of a dense layer: bf16 rounding stays below half
-of it.
-"""
+"""Largest relative difference from `x W^T + b` of a dense layer's forward. bf16 rounding is below half of it."""
 PROBES = 4
 
 
 def is_fp8(layer: nn.Module) -> bool:
-    """Whether this is one of transformers' FP8 layers, its weight in one byte: at two and more it is dense."""
+    """Whether this is one of transformers' FP8 layers with a weight of one byte per value."""
     return type(layer).__name__ in FP8_SCALES and getattr(getattr(layer, "weight", None), "itemsize", 0) == 1
 
 
@@ -73,16 +69,14 @@ def from_fp8(layer: nn.Module, name: str) -> Tensor:
 
 
 def requantized_fp8(layer: nn.Module, delta: Tensor, name: str) -> Tensor:
-    """`Q(W + dW)` of an FP8 layer with the scales it has, as fp32."""
+    """`Q(W + dW)` of an FP8 layer with its present scales, as fp32."""
     scale, dtype = scale_of(layer, name), layer.weight.dtype
     limit = torch.finfo(dtype).max  # type: ignore[arg-type]
     return ((from_fp8(layer, name) + delta) / scale).clamp(-limit, limit).to(dtype).float() * scale  # type: ignore[call-overload, arg-type]
 
 
 def unreadable(layer: nn.Module) -> str | None:
-    """Why what this layer holds is not its weight; None for a dense weight (whatever the forward makes of it) and for
-    transformers' FP8.
-    """
+    """Why the stored tensor of this layer is not its weight; None for dense weights and transformers' FP8."""
     weight: Any = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
         return "it has no weight of its own (packed)"
@@ -97,9 +91,7 @@ def unreadable(layer: nn.Module) -> str | None:
 
 
 def is_packed(layer: nn.Module) -> bool:
-    """Whether this looks like the linear layer of a quantization that is not supported (GPTQ, AWQ, HQQ, EETQ, BitNet,
-    ...): a leaf with packed numbers.
-    """
+    """Whether this looks like a linear layer of an unsupported quantization (GPTQ, AWQ, HQQ, EETQ, BitNet, ...)."""
     sized = any(hasattr(layer, feature) for feature in ("in_features", "infeatures"))
     held = [t for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None]
     return sized and any(t.ndim >= 2 and (not t.dtype.is_floating_point or t.itemsize == 1) for t in held)
@@ -123,11 +115,11 @@ def check_forward(layer: nn.Module, name: str) -> None:
     x = torch.randn(PROBES, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     try:
         with torch.autocast(weight.device.type, enabled=False):
-            found, expected = layer.forward(x), F.linear(x, weight, layer.bias)  # type: ignore[arg-type]
-        same = isinstance(found, Tensor) and found.shape == expected.shape
+            output, expected = layer.forward(x), F.linear(x, weight, layer.bias)  # type: ignore[arg-type]
+        same = isinstance(output, Tensor) and output.shape == expected.shape
         error = (
             float(
-                (found.float() - expected.float()).norm()
+                (output.float() - expected.float()).norm()
                 / expected.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
             )
             if same

@@ -142,11 +142,9 @@ class SafetySubspace:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Layers that were targeted and have no basis, each with the reason, `UNREACHED` or `NARROW`: an adapter on
-        this subspace leaves them out too.
-        """
-        found = self.provenance.get("left_out")
-        lists = {reason: found.get(reason) for reason in (UNREACHED, NARROW)} if isinstance(found, dict) else {}
+        """Targeted layers without a basis, with the reason: `UNREACHED` or `NARROW`. Adapters leave them out too."""
+        stored = self.provenance.get("left_out")
+        lists = {reason: stored.get(reason) for reason in (UNREACHED, NARROW)} if isinstance(stored, dict) else {}
         named = {
             name: reason
             for reason, names in lists.items()
@@ -222,25 +220,23 @@ class SafetySubspace:
         Raises:
             SubspaceError: other modules, or both have a basis for one side of a module.
         """
-        lost = other.left_out | self.left_out
+        left_out = other.left_out | self.left_out
         both = [name for name in self.bases if name in other.bases]
-        odd = sorted((set(self.bases) ^ set(other.bases)) - set(lost)) or sorted(
-            n for n in both if set(self.bases[n]) & set(other.bases[n])
-        )
-        if odd:
+        mismatched = sorted((set(self.bases) ^ set(other.bases)) - set(left_out))
+        mismatched = mismatched or sorted(n for n in both if set(self.bases[n]) & set(other.bases[n]))
+        if mismatched:
             raise SubspaceError(
-                f"{odd[0]}: one of the subspaces lacks it, or both have a basis on the same side ({len(odd)} such "
-                "modules). Calibrate both with the same "
-                "target_modules, one on side 'in' and one on side 'out'."
+                f"{mismatched[0]}: one of the subspaces lacks it, or both have a basis on the same side "
+                f"({len(mismatched)} such modules). Calibrate both with the same target_modules, one on side 'in' and "
+                "one on side 'out'."
             )
         bases = {name: {**self.bases[name], **other.bases[name]} for name in both}
         spectra = {name: {**self.spectra.get(name, {}), **other.spectra.get(name, {})} for name in both}
         side = sorted({side for sides in other.bases.values() for side in sides})[0]
         provenance = {**self.provenance, "sides": "in+out", side: dict(other.provenance)}
-        if lost:
-            provenance["left_out"] = {
-                reason: sorted(name for name in lost if lost[name] == reason) for reason in sorted(set(lost.values()))
-            }
+        if left_out:
+            reasons = sorted(set(left_out.values()))
+            provenance["left_out"] = {why: sorted(n for n in left_out if left_out[n] == why) for why in reasons}
         prints = {name: value for name, value in {**other.fingerprints, **self.fingerprints}.items() if name in bases}
         return SafetySubspace(bases, {name: s for name, s in spectra.items() if s}, prints, provenance)
 
@@ -296,7 +292,7 @@ class SafetySubspace:
             self.bind(layers)
 
     def lacking(self, names: Iterable[str], sides: Sequence[Side]) -> list[str]:
-        """Those of some modules that lack a basis on one of the sides, in their order."""
+        """The given modules that have no basis on one of the sides, in the given order."""
         return [name for name in names if any(side not in self.bases.get(name, {}) for side in sides)]
 
     def bind(self, layers: Mapping[str, nn.Module]) -> None:
@@ -357,14 +353,14 @@ def _check_values(x: Tensor, shape: tuple[int, ...], what: str) -> None:
         )
 
 
-def _frozen(x: Tensor, name: str, kept: dict[int, Tensor] | None = None) -> Tensor:
-    """A copy; of one tensor one copy, where `kept` remembers them."""
+def _frozen(x: Tensor, name: str, copies: dict[int, Tensor] | None = None) -> Tensor:
+    """A frozen copy. With `kept`, the same tensor always gives the same copy."""
     if not isinstance(x, Tensor):
         raise SubspaceError(
             f"{name}: a {type(x).__name__} where a tensor is expected. Calibrate with SafetySubspace.from_activations."
         )
-    if kept is None:
+    if copies is None:
         return x.detach().to(device="cpu", dtype=torch.float32).contiguous().clone()
-    if id(x) not in kept:
-        kept[id(x)] = _frozen(x, name)
-    return kept[id(x)]
+    if id(x) not in copies:
+        copies[id(x)] = _frozen(x, name)
+    return copies[id(x)]

@@ -9,33 +9,23 @@ from torch import nn
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core import scales
-from peft_safety.core.names import own_name, walk
-from peft_safety.core.plain_lora import PREFIX
+from peft_safety.core.names import walk
 from peft_safety.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
 
 
-def canonical(name: str) -> str:
-    """A module's name in the base model, from its name in a PeftModel alone. With the model at hand, `names.walk`
-    knows better.
-    """
-    return own_name(name).removeprefix(PREFIX).removesuffix(".base_layer")
-
-
 def base_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every base layer that an adapter could sit on, by its name in the base model, adapters that are already there
-    looked through.
-    """
+    """Every base layer that can hold an adapter, by name. Existing adapters are looked through."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
     for name, _, module in walk(model):
         if isinstance(module, BaseTunerLayer):
-            found[name] = module.get_base_layer()
+            layers[name] = module.get_base_layer()
         elif weights.supported(module):
-            found[name] = module
-    return found
+            layers[name] = module
+    return layers
 
 
 def target_layers(
@@ -66,21 +56,21 @@ def target_layers(
             "target_modules",
         )
     excluded = _named(matched, exclude_modules, "exclude_modules") if exclude_modules else {}
-    kept = {name: layer for name, layer in matched.items() if name not in excluded}
-    if not kept:
+    selected = {name: layer for name, layer in matched.items() if name not in excluded}
+    if not selected:
         some = ", ".join(sorted({name.rpartition(".")[2] for name in layers})[:10])
         but = f" but those of exclude_modules={exclude_modules!r}" if excluded else ""
         raise ConfigError(
             f"target_modules={target_modules!r} matches no linear layer of the model{but}. Give names such as {some}, "
             "or 'all-linear'."
         )
-    for name, layer in kept.items():
+    for name, layer in selected.items():
         weights.check_readable(layer, name)
-    return kept
+    return selected
 
 
 def _named(layers: Mapping[str, nn.Module], wanted: Iterable[str] | str, field: str) -> dict[str, nn.Module]:
-    """Those that a regular expression, or names and suffixes, mean."""
+    """The layers that `wanted` selects: a regular expression, or names and suffixes."""
     if isinstance(wanted, str):
         try:
             pattern = re.compile(wanted)

@@ -20,9 +20,7 @@ from peft_safety.errors import DataError
 CALIBRATION_PAIRS = 128
 """Pairs behind a safety subspace: the reference setting of SaLoRA, arXiv 2501.01765, section 5.1."""
 BLANK = " \t\r\n\ufeff"
-"""What may stand around the JSON of a line: white space, and the byte-order mark that files put together keep in their
-middle.
-"""
+"""Characters around the JSON of a line: white space, and byte-order marks of concatenated files."""
 SPLITS = ("calibration", "train", "validation", "test")
 FIELDS = {
     "harmful_requests": ("prompt", "category", "split"),
@@ -93,9 +91,7 @@ def load(name: str, split: str | None = None) -> list[dict[str, str]]:
 
 
 def refusal_pairs(split: str = "calibration", n: int | None = None, seed: int = 0) -> list[dict[str, str]]:
-    """Harmful requests paired with refusals: what a safety subspace is estimated from, and what a safety patch is
-    trained on.
-    """
+    """Harmful requests paired with refusals: data for safety subspaces and safety patches."""
     return pair_responses(split, "refusals", n, seed)
 
 
@@ -127,9 +123,7 @@ def calibration_rows(method: str, basis: str | None = None) -> list[dict[str, st
 
 
 def preference_pairs(split: str = "train", n: int | None = None, seed: int = 0) -> list[dict[str, str]]:
-    """Harmful requests with a refusal as `chosen` and a contentless opening as `rejected`: what a safety mask is
-    trained on.
-    """
+    """Harmful requests with a refusal as `chosen` and a contentless opening as `rejected`, for safety masks."""
     refusals, openings = refusal_pairs(split, n, seed), affirmation_pairs(split, n, seed)
     return [
         {"prompt": a["prompt"], "chosen": a["response"], "rejected": b["response"]}
@@ -189,10 +183,10 @@ def _array(text: str) -> list[Any] | None:
     if not text.lstrip(BLANK).startswith("["):
         return None
     try:
-        found = json.loads(text.strip(BLANK))
+        value = json.loads(text.strip(BLANK))
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, list) else None
+    return value if isinstance(value, list) else None
 
 
 def _parsed(line: str, where: str, fields: tuple[str, ...]) -> Any:

@@ -13,46 +13,14 @@ from peft_safety.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "IGNORE_INDEX",
-    "Collator",
-    "Message",
-    "Row",
-    "encode",
-    "encode_each",
-    "encode_prompts",
-    "encode_row",
-    "encode_rows",
-    "is_prompt_only",
-    "label_names",
-]
-
 Feature = dict[str, Any]
 IGNORE_INDEX = -100
 """The label that torch's cross entropy skips."""
 
 
 def classification_prompt(text: str, labels: Sequence[str]) -> str:
-    """The user turn of a classification row: the labels to choose from, then the text: instruction first, so that
-    later tokens know their task.
-    """
+    """The user turn of a classification row: the list of labels first, then the text."""
     return f"Answer with one of these labels: {', '.join(labels)}.\n\nText: {text}"
-
-
-def to_messages(row: Row, labels: Sequence[str] = ()) -> list[Message]:
-    """A row of any accepted kind as chat messages that end with the assistant's turn.
-
-    Args:
-        row: {prompt, response}, {prompt, completion}, {text, label} or {messages}. A prompt or an answer is a string
-            (one turn) or a list of turns.
-        labels: every label of the data set; needed for {text, label}.
-
-    Raises:
-        DataError: a row of no accepted kind, or one whose last turn is not an assistant turn that says or calls
-            something.
-    """
-    prompt, answer = _sides(row, labels)
-    return prompt + answer
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
@@ -61,50 +29,42 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    max_length: int,
-    end_of_turn: bool = True,
-    tools: Sequence[Any] | None = None,
-) -> dict[str, list[int]]:
-    """Tokens and labels of one conversation: those that TRL's SFTTrainer gives.
-
-    A label is the token itself for what the assistant says, with the end-of-turn token and the white space that the
-    template writes after it, and
-    -100 elsewhere. Where the only answer is the last turn, it is labeled as TRL's prompt/completion rows are; where
-    there are several, all are, as by TRL's assistant-only loss.
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_length: int, end_of_turn: bool = True
+) -> Feature:
+    """Tokens and labels of one conversation that ends with an assistant turn; see `encode_row`.
 
     Args:
-        messages: ends with an assistant turn.
-        max_length: tokens kept, from the left; a label past them is lost.
         end_of_turn: False leaves what follows the last turn's text unlabeled, for a response that was cut off.
-        tools: JSON schemas of the tools that the assistant may call.
+    """
+    turns = _answered(plain_messages(messages))
+    answers = [index for index, message in enumerate(turns) if message["role"] == "assistant"]
+    single = len(answers) == 1 and answers[0] > 0
+    return _encode(Chat(tokenizer), turns, answers[0] if single else None, max_length, end_of_turn)
+
+
+def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, labels: Sequence[str] = ()) -> Feature:
+    """Tokens and labels of a row of any accepted kind: the labels that TRL's SFTTrainer gives.
+
+    A label is the token itself for what the assistant says, with the end-of-turn token and the white space after it,
+    and -100 elsewhere. {prompt, response} rows are labeled after their prompt, as TRL's {prompt, completion} rows of
+    turns; every assistant turn of a {messages} row is labeled, as by TRL's assistant-only loss.
+
+    Args:
+        row: may have the columns `tools` (JSON schemas), `chat_template_kwargs`, `distil`, and `truncated` (True
+            leaves what follows the last turn's text unlabeled, for a response that was cut off).
+        max_length: tokens kept, from the left; a label past them is lost.
 
     Returns:
         `input_ids`, `attention_mask` and `labels`, lists of equal length.
 
     Raises:
-        DataError: no chat template, one that refuses these turns, leaves one out, or rewrites earlier ones (then train
-            on the last turn's own prompt).
-    """
-    turns = _answered(plain_messages(messages))
-    answers = [index for index, message in enumerate(turns) if message["role"] == "assistant"]
-    single = len(answers) == 1 and answers[0] > 0
-    return _encode(Chat(tokenizer, tools), turns, answers[0] if single else None, max_length, end_of_turn)
-
-
-def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, labels: Sequence[str] = ()) -> Feature:
-    """`encode` for a row of any accepted kind, with its `tools`, `chat_template_kwargs`, `truncated` and `distil`
-    columns where it has them.
-
-    {prompt, response} rows are labeled after their prompt, as TRL's {prompt, completion} rows of turns are; every
-    assistant turn of a {messages} row is labeled, as by TRL's assistant-only loss. Strings are turns here too: the
-    chat template is what the model is asked with.
+        DataError: no chat template, or one that refuses these turns, leaves one out, or rewrites earlier ones (then
+            train on the last turn's own prompt).
     """
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, Mapping):
         raise DataError(f"'chat_template_kwargs' is a {type(options).__name__}. Give a mapping of template variables.")
-    prompt, answer = _sides(row, labels)
+    prompt, answer = row_turns(row, labels)
     chat = Chat(
         tokenizer, read_tools(row.get("tools")), {key: value for key, value in options.items() if value is not None}
     )
@@ -155,24 +115,23 @@ def encode_rows(
     """
     import warnings
 
-    found = encode_each(tokenizer, rows, max_length, labels)
-    kept = [feature for feature in found if feature is not None]
+    features = encode_each(tokenizer, rows, max_length, labels)
+    kept = [feature for feature in features if feature is not None]
     if not kept:
         raise DataError(f"no row has a response token within max_length = {max_length} tokens. Raise max_length.")
-    lost = [index for index, feature in enumerate(found) if feature is None]
-    if lost:
-        named = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
+    dropped = [index for index, feature in enumerate(features) if feature is None]
+    if dropped:
+        named = ", ".join(map(str, dropped[:5])) + (", ..." if len(dropped) > 5 else "")
         warnings.warn(
-            f"{len(lost)} of {len(found)} rows have no response token within {max_length} tokens and are left out: "
-            f"rows {named}",
+            f"{len(dropped)} of {len(features)} rows have no response token within {max_length} tokens and are left "
+            f"out: rows {named}",
             stacklevel=2,
         )
     return kept
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int) -> list[dict[str, list[int]]]:
-    """Rows of a "prompt" alone, up to and including the header of the answer, as `encode` would give them: no position
-    has a label.
+    """Tokens of rows of a "prompt" alone, up to and including the header of the answer; no position has a label.
 
     Raises:
         DataError: a prompt that is neither a string nor a list of turns, or that the template refuses (the row is
@@ -190,12 +149,12 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: i
 
 
 def is_prompt_only(row: Row) -> bool:
-    """Whether a row asks and has no answer."""
+    """Whether a row has a prompt and no answer."""
     return kind_of(plain_row(row)) == "prompt"
 
 
 def has_labels(feature: Mapping[str, Any]) -> bool:
-    """Whether any token of a feature is trained on."""
+    """Whether any token of a feature has a label."""
     return any(label != IGNORE_INDEX for label in feature["labels"])
 
 
@@ -209,8 +168,16 @@ def _encode(
     return {"input_ids": ids[:max_length], "attention_mask": [1] * len(labels), "labels": labels}
 
 
-def _sides(row: Row, labels: Sequence[str]) -> tuple[list[Message], list[Message]]:
-    """What is asked and what is answered; a {messages} row is all answer."""
+def row_turns(row: Row, labels: Sequence[str]) -> tuple[list[Message], list[Message]]:
+    """The prompt's turns and the answer's turns of a row of any accepted kind; a {messages} row is all answer.
+
+    Args:
+        labels: every label of the data set; needed for {text, label}.
+
+    Raises:
+        DataError: a row of no accepted kind, or one whose last turn is not an assistant turn that says or calls
+            something.
+    """
     row = plain_row(row)
     kind = kind_of(row)
     if kind == "messages":
@@ -282,10 +249,8 @@ def can_trim(model: Any) -> bool:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The pad token, or the end-of-sequence token of a tokenizer without one (padding is masked, so either will
-    do).
-    """
-    found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if found is None:
+    """The pad token, or the end-of-sequence token of a tokenizer without one (padding is masked)."""
+    token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if token is None:
         raise DataError("the tokenizer has neither a pad nor an end-of-sequence token. Set tokenizer.pad_token.")
-    return int(found)
+    return int(token)

@@ -64,7 +64,7 @@ def _spans(
 
 
 def _start(chat: Chat, messages: Sequence[Message], turn: int, text: str, ids: list[int]) -> int:
-    """The first token of the answer that turn `turn` begins."""
+    """Index of the first token of the answer that starts with turn `turn`."""
     asked = chat.text(messages[:turn], header=True) if turn else _opening(chat, messages, text)
     tokens = chat.ids(asked)
     start = _shared(tokens, ids)
@@ -77,50 +77,46 @@ def _start(chat: Chat, messages: Sequence[Message], turn: int, text: str, ids: l
 
 
 def _end(chat: Chat, messages: Sequence[Message], turn: int, text: str, ids: list[int]) -> int:
-    """One past the last token of turn `turn`, with what ends a turn."""
+    """Index after the last token of turn `turn`, its end-of-turn token included."""
     if turn == len(messages) - 1:
         return len(ids)
-    said = chat.text(messages[: turn + 1])
+    shown = chat.text(messages[: turn + 1])
     end = str(chat.tokenizer.eos_token or "")
     if (
-        not text.startswith(said) and end and said.endswith(end)
+        not text.startswith(shown) and end and shown.endswith(end)
     ):  # a template may end the conversation, beside its last turn
-        said = said[: -len(end)]
-        if said.rstrip().endswith(str(messages[turn].get("content", "")).strip()):
-            said += end  # what ended the turn, rather
-    if not text.startswith(said):
+        shown = shown[: -len(end)]
+        if shown.rstrip().endswith(str(messages[turn].get("content", "")).strip()):
+            shown += end  # what ended the turn, rather
+    if not text.startswith(shown):
         raise DataError(
             f"the chat template rewrites turn {turn} once later turns follow. {SPLIT}, or use a template with {{% "
             f"generation %}} blocks "
             "(TRL has them for common models: install it)."
         )
-    return _shared(chat.ids(said), ids)
+    return _shared(chat.ids(shown), ids)
 
 
 def _opening(chat: Chat, messages: Sequence[Message], text: str) -> str:
-    """What comes before the answer of a conversation that the assistant opens: no template renders a prompt of no
-    turns.
-    """
+    """The text before an assistant turn that opens a conversation: templates refuse a prompt without turns."""
     first = list(messages[:1])
     with_header, without = chat.text(first, header=True), chat.text(first)
     header = with_header[_shared(with_header, without) :]
-    said = len(without)
+    before = len(without)
     if first[0].get("content"):
-        said = _shared(text, chat.text([_changed(first[0]), *messages[1:]]))
-    at = text.rfind(header, 0, said)
+        before = _shared(text, chat.text([_changed(first[0]), *messages[1:]]))
+    at = text.rfind(header, 0, before)
     if not header.strip() or at < 0:
         raise DataError("the chat template shows no header before the assistant's first turn. Start with a user turn.")
     return text[: at + len(header)]
 
 
 def _nothing_left_out(chat: Chat, messages: Sequence[Message]) -> None:
-    """Templates may drop in silence what they have no place for: a system prompt, a tool call, text where they expect
-    parts.
-    """
-    text, said = chat.text(messages), [message.get("content", "") for message in messages]
+    """Refuse templates that silently drop content: a system prompt, a tool call, or parts of a text."""
+    text, contents = chat.text(messages), [message.get("content", "") for message in messages]
     for index, message in enumerate(messages):
-        content = said[index].strip()
-        if content and text.count(content) < sum(other.count(content) for other in said):
+        content = contents[index].strip()
+        if content and text.count(content) < sum(other.count(content) for other in contents):
             _must_show(chat, messages, index, message | {"content": f"{message['content']}x"}, text)
         if message.get("tool_calls"):
             silent = {"content": "", **{key: value for key, value in message.items() if key != "tool_calls"}}
@@ -128,7 +124,7 @@ def _nothing_left_out(chat: Chat, messages: Sequence[Message]) -> None:
 
 
 def _must_show(chat: Chat, messages: Sequence[Message], index: int, changed: Message, text: str) -> None:
-    """Refuses a template that writes turn `index` as it writes another one."""
+    """Refuse a template that writes the same text for turn `index` and for a changed turn."""
     try:
         other = chat.text([*messages[:index], changed, *messages[index + 1 :]])
     except DataError:  # a template that refuses the other turn has read it
@@ -142,13 +138,13 @@ def _must_show(chat: Chat, messages: Sequence[Message], index: int, changed: Mes
 
 
 def _changed(message: Message) -> Message:
-    """The same turn with a content that differs from its first character on."""
+    """The turn with a content whose first character differs."""
     content = message["content"].lstrip()
     return message | {"content": ("b" if content.startswith("a") else "a") + content}
 
 
 def _shared(one: Sequence[object], other: Sequence[object]) -> int:
-    """How many items two sequences begin with alike."""
+    """Length of the common prefix of two sequences."""
     if one == other[: len(one)]:
         return len(one)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -13,7 +13,7 @@ Row = Mapping[str, Any]
 Rows = Iterable[Row]
 Kind = Literal["messages", "pair", "label", "prompt"]
 STREAM_ROWS = 10_000
-"""Rows that are read of a source without a length. A longer one is refused, for it may never end."""
+"""Largest number of rows that are read from a source without a length, which may never end."""
 SHAPES = '{"prompt", "response"} (or "completion"), {"text", "label"} or {"messages": [{"role", "content"}, ...]}'
 
 
@@ -31,7 +31,7 @@ def as_rows(data: Any, what: str = "rows", error: type[PeftSafetyError] = DataEr
         error: `data` holds no rows, several splits, or a stream without an end.
         DataError: a malformed row; its index is named.
     """
-    found = []
+    result = []
     sources: dict[str, tuple[type, int]] = {}
     for index, row in enumerate(_records(data, what, error)):
         if not isinstance(row, Mapping):
@@ -42,8 +42,8 @@ def as_rows(data: Any, what: str = "rows", error: type[PeftSafetyError] = DataEr
             raise DataError(f"{what}, row {index}: {problem}") from problem
         if kind_of(plain) == "label":
             _check_one_type(plain["label"], row["label"], sources, index, what)
-        found.append(plain)
-    return found
+        result.append(plain)
+    return result
 
 
 def data_rows(data: Any, what: str) -> list[dict[str, Any]]:
@@ -52,13 +52,13 @@ def data_rows(data: Any, what: str) -> list[dict[str, Any]]:
     Raises:
         ConfigError: no rows. DataError: a malformed one.
     """
-    found = as_rows(data, what, ConfigError)
-    if not found:
+    rows = as_rows(data, what, ConfigError)
+    if not rows:
         raise ConfigError(
             f"{what} is a {type(data).__name__} without rows. Give rows {{prompt, response}} or tokenized batches, or "
             "None."
         )
-    return found
+    return rows
 
 
 def plain_row(row: Row) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def plain_row(row: Row) -> dict[str, Any]:
 
 
 def kind_of(row: Row) -> Kind | None:
-    """What a row in this package's spelling is, whatever further columns it has; None for none of the kinds."""
+    """The kind of a row; None if it is none of the kinds. Further columns do not matter."""
     if "messages" in row:
         return "messages"
     if "prompt" in row and "response" in row:
@@ -105,8 +105,8 @@ def label_text(label: Any) -> str:
         return str(value)
     if isinstance(value, (bool, int)):
         return str(value)
-    said = "missing" if value is None else "empty" if isinstance(value, str) else f"a {type(value).__name__}"
-    raise DataError(f"label {value!r} is {said}. Give non-empty text, a whole number or a truth value.")
+    problem = "missing" if value is None else "empty" if isinstance(value, str) else f"a {type(value).__name__}"
+    raise DataError(f"label {value!r} is {problem}. Give non-empty text, a whole number or a truth value.")
 
 
 def label_list(labels: Iterable[Any]) -> list[str]:
@@ -115,11 +115,11 @@ def label_list(labels: Iterable[Any]) -> list[str]:
     Raises:
         DataError: no label, one that is given twice, or two that differ in white space at the ends only.
     """
-    found = [label_text(label) for label in labels]
-    if not found:
+    texts = [label_text(label) for label in labels]
+    if not texts:
         raise DataError("no labels. Give every label of the task.")
     seen: dict[str, str] = {}
-    for label in found:
+    for label in texts:
         if label.strip() in seen:
             other = seen[label.strip()]
             raise DataError(
@@ -127,7 +127,7 @@ def label_list(labels: Iterable[Any]) -> list[str]:
                 "each label of the task once."
             )
         seen[label.strip()] = label
-    return found
+    return texts
 
 
 def label_names(rows: Rows) -> list[str]:
@@ -136,12 +136,12 @@ def label_names(rows: Rows) -> list[str]:
     Raises:
         DataError: see `label_text` and `label_list`.
     """
-    found = sorted({row["label"] for row in as_rows(rows) if kind_of(row) == "label"})
-    return label_list(found) if found else []
+    names = sorted({row["label"] for row in as_rows(rows) if kind_of(row) == "label"})
+    return label_list(names) if names else []
 
 
 def _check_one_type(text: str, label: Any, sources: dict[str, tuple[type, int]], index: int, what: str) -> None:
-    """Data that hold both 1 and "1" may mean two labels; as text they would be one."""
+    """Refuse data with the labels 1 and "1", which would be one label as text."""
     kind = str if isinstance(label, str) else type(_plain_value(label))
     first, earlier = sources.setdefault(text, (kind, index))
     if first is not kind:
@@ -180,17 +180,17 @@ def _records(data: Any, what: str, error: type[PeftSafetyError]) -> Iterable[Any
         raise unusable from problem
     if size is not None:
         return source
-    found = list(islice(source, STREAM_ROWS + 1))
-    if len(found) > STREAM_ROWS:
+    rows = list(islice(source, STREAM_ROWS + 1))
+    if len(rows) > STREAM_ROWS:
         raise error(
             f"{what}: a stream of more than {STREAM_ROWS} rows, which may have no end. Give a part of it: "
             f"itertools.islice(data, {STREAM_ROWS})."
         )
-    return found
+    return rows
 
 
 def _splits(data: Mapping[Any, Any]) -> bool:
-    """Whether a plain dict holds data sets or lists of rows by split, rather than being a row itself."""
+    """Whether a plain dict maps splits to rows, rather than being a row."""
     if not data or kind_of(data) is not None:
         return False
     return all(_is(part, "datasets", "Dataset", "IterableDataset") or _starts_with_row(part) for part in data.values())
@@ -208,5 +208,5 @@ def _length(data: Any) -> int | None:
 
 
 def _is(data: Any, package: str, *names: str) -> bool:
-    """Whether `data` is of one of a package's classes, without importing a package that may not be there."""
+    """Whether `data` is an instance of one of a package's classes. The package is not imported."""
     return any(base.__module__.partition(".")[0] == package and base.__name__ in names for base in type(data).__mro__)

@@ -110,30 +110,17 @@ def evaluate(
     classified = is_classification(task)
     names = list(labels if labels is not None else ()) or label_names(task)
 
-    asking: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
-    on_harmful = _verdicts(model, tokenizer, prompts.harmful, judge, description="harmful prompts", **asking)
-    on_contrast = _verdicts(model, tokenizer, prompts.contrast, judge, description="safe prompts", **asking)
-    on_everyday = _verdicts(model, tokenizer, prompts.everyday, judge, description="everyday prompts", **asking)
-    answers = (
-        task_answers(
-            model, tokenizer, task, names, least_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    on_harmful, on_contrast, on_everyday = (
+        _verdicts(
+            model, tokenizer, asked, judge, max_new_tokens=max_new_tokens, description=f"{name} prompts", **options
         )
-        if classified
-        else []
+        for name, asked in (("harmful", prompts.harmful), ("safe", prompts.contrast), ("everyday", prompts.everyday))
     )
+    answers = task_answers(model, tokenizer, task, names, least_tokens=max_new_tokens, **options) if classified else []
 
-    def nll(rows: Rows, description: str) -> Mean | None:
-        if not rows:
-            return None
-        return response_nll(
-            model,
-            tokenizer,
-            rows,
-            max_length=max_length,
-            batch_size=batch_size,
-            description=description,
-            progress=progress,
-        )
+    def nll(rows: Rows, description: str) -> Mean:
+        return response_nll(model, tokenizer, rows, max_length=max_length, description=description, **options)
 
     return Evaluation(
         split=prompts.split,
@@ -146,8 +133,8 @@ def evaluate(
         if classified
         else None,
         task_accuracy=Rate.of(answer.correct for answer in answers) if classified else None,
-        task_nll=None if classified else nll(task, "task"),
-        general_nll=nll(general, "general"),
+        task_nll=nll(task, "task") if task and not classified else None,
+        general_nll=nll(general, "general") if general else None,
         seconds=time.perf_counter() - started,
     )
 
@@ -194,11 +181,11 @@ def self_responses(
 
     Prompts that the model answers with nothing are left out.
     """
-    found = generate(
+    answers = generate(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, description="own answers", progress=progress
     )
     return [
-        {"prompt": prompt, "response": made.text, "truncated": not made.finished}
-        for prompt, made in zip(prompts, found, strict=True)
-        if made.text
+        {"prompt": prompt, "response": answer.text, "truncated": not answer.finished}
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if answer.text
     ]

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from peft_safety.data.chat import Message, pad_id, render_prompt
+from peft_safety.data.chat import pad_id, render_prompt
+from peft_safety.data.templates import Message
 from peft_safety.errors import DataError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def generate_text(
     description: str = "generating",
     progress: bool = True,
 ) -> list[Generation]:
-    """`generate` from prompts that are rendered already, special tokens included."""
+    """`generate` for prompts that are rendered already, with their special tokens."""
     import torch
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
@@ -90,17 +91,15 @@ def generate_text(
     ):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            found = _generate_batch(model, tokenizer, [ids[index] for index in chosen], max_new_tokens)
-            results.update(zip(chosen, found, strict=True))
+            batch = _generate_batch(model, tokenizer, [ids[index] for index in chosen], max_new_tokens)
+            results.update(zip(chosen, batch, strict=True))
             bar.update(len(chosen))
     return [results[index] for index in range(len(ids))]
 
 
 @contextmanager
 def inference(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, with the previous mode restored afterwards; 4-bit weights stay as they are (see
-    `weights.unpacked`).
-    """
+    """Evaluation mode inside the block, without repacking of 4-bit weights (see `base_weights.unpacked`)."""
     from peft_safety.core import base_weights as weights
 
     training = model.training
@@ -113,10 +112,10 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a response: those of the generation config, and the tokenizer's end of sequence."""
+    """Tokens that end a response: the end tokens of the generation config and of the tokenizer."""
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    found = configured if isinstance(configured, list) else [configured]
-    return sorted({int(token) for token in [*found, tokenizer.eos_token_id] if token is not None})
+    ends = configured if isinstance(configured, list) else [configured]
+    return sorted({int(token) for token in [*ends, tokenizer.eos_token_id] if token is not None})
 
 
 def _generate_batch(

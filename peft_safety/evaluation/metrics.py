@@ -1,4 +1,4 @@
-"""Figures that carry their own uncertainty: a rate with a Wilson interval, a mean with its standard error."""
+"""Figures with their uncertainty: a rate with a Wilson interval, a mean with its standard error."""
 
 from __future__ import annotations
 

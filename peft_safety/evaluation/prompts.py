@@ -1,4 +1,4 @@
-"""Which prompts a model is measured on."""
+"""The prompts of an evaluation."""
 
 from __future__ import annotations
 

@@ -39,28 +39,12 @@ def is_classification(rows: Rows) -> bool:
 
 
 def accuracy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    labels: Sequence[Any],
-    *,
-    batch_size: int = BATCH_SIZE,
-    progress: bool = True,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, labels: Sequence[Any], **options: Any
 ) -> Rate:
-    """Share of {text, label} rows whose greedy answer is the label, case and surrounding punctuation aside where no
-    two labels differ by them only.
-
-    Exact match of what the model says, rather than the likelihood of each label: it costs one short generation a row
-    however many labels there are, and counts an answer that a user could not use (a refusal, a sentence) as wrong.
-
-    Args:
-        labels: every label of the task, as in training; they are listed in the prompt. Whole numbers and truth values
-            count as their text.
-
-    Raises:
-        DataError: no rows, a row of another kind or with another label, labels that no answer tells apart.
+    """Share of {text, label} rows whose greedy answer is the label: the rate of `exact_answers`, which has the
+    arguments and the errors.
     """
-    return Rate.of(exact_answers(model, tokenizer, rows, labels, batch_size=batch_size, progress=progress))
+    return Rate.of(exact_answers(model, tokenizer, rows, labels, **options))
 
 
 def exact_answers(
@@ -72,16 +56,24 @@ def exact_answers(
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> list[bool]:
-    """`accuracy`, row by row: what a paired comparison of two models needs."""
-    return [
-        answer.correct
-        for answer in task_answers(model, tokenizer, rows, labels, batch_size=batch_size, progress=progress)
-    ]
+    """Whether the greedy answer to each {text, label} row is the label (see `read_label`).
+
+    One short generation per row, however many labels there are. An answer that a user could not use (a refusal, a
+    sentence) is wrong.
+
+    Args:
+        labels: every label of the task, as in training; the prompt lists them. Numbers and truth values count as text.
+
+    Raises:
+        DataError: no rows, a row of another kind or with another label, labels that no answer tells apart.
+    """
+    answers = task_answers(model, tokenizer, rows, labels, batch_size=batch_size, progress=progress)
+    return [answer.correct for answer in answers]
 
 
 @dataclass(frozen=True)
 class TaskAnswer:
-    """What a model said to one {text, label} row, and whether it is the label."""
+    """A model's answer to one {text, label} row, and whether it is the label."""
 
     prompt: str
     text: str
@@ -111,29 +103,19 @@ def task_answers(
     answers = generate(
         model, tokenizer, prompts, max_new_tokens=budget, batch_size=batch_size, description="task", progress=progress
     )
-    correct = (read_label(answer.text, labels) == row["label"] for answer, row in zip(answers, rows, strict=True))
     return [
-        TaskAnswer(prompt, answer.text, right) for prompt, answer, right in zip(prompts, answers, correct, strict=True)
+        TaskAnswer(prompt, answer.text, read_label(answer.text, labels) == row["label"])
+        for prompt, answer, row in zip(prompts, answers, rows, strict=True)
     ]
 
 
 def choice_accuracy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    labels: Sequence[Any],
-    *,
-    batch_size: int = BATCH_SIZE,
-    progress: bool = True,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, labels: Sequence[Any], **options: Any
 ) -> Rate:
-    """Share of {text, label} rows whose label is the likeliest, in nats a token: what a model knows of a task whose
-    form it was never taught.
-
-    Args:
-        labels: every label of the task; each is tried for each row. A row too long for `response_losses` loses the
-            start of its prompt.
+    """Share of {text, label} rows whose label is the likeliest: the rate of `likeliest_labels`, which has the
+    arguments and the errors.
     """
-    return Rate.of(likeliest_labels(model, tokenizer, rows, labels, batch_size=batch_size, progress=progress))
+    return Rate.of(likeliest_labels(model, tokenizer, rows, labels, **options))
 
 
 def likeliest_labels(
@@ -145,7 +127,12 @@ def likeliest_labels(
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> list[bool]:
-    """`choice_accuracy`, row by row; a row whose likelihoods are not finite is wrong."""
+    """Whether the label of each {text, label} row is the likeliest, in nats per token: what a model knows of a task
+    whose form it was not taught. A row whose likelihoods are not finite is wrong.
+
+    Args:
+        labels: every label of the task; each is tried for each row.
+    """
     rows, labels = _labeled(rows, labels)
     asked = [
         {"prompt": classification_prompt(row["text"], labels), "response": label, "truncated": True}
@@ -155,8 +142,8 @@ def likeliest_labels(
     losses = response_losses(model, tokenizer, asked, batch_size=batch_size, description="task", progress=progress)
     by_row = [losses[start : start + len(labels)] for start in range(0, len(losses), len(labels))]
     return [
-        all(map(math.isfinite, found)) and labels[found.index(min(found))] == row["label"]
-        for found, row in zip(by_row, rows, strict=True)
+        all(map(math.isfinite, options)) and labels[options.index(min(options))] == row["label"]
+        for options, row in zip(by_row, rows, strict=True)
     ]
 
 
@@ -167,8 +154,8 @@ def read_label(answer: str, labels: Sequence[str]) -> str | None:
     None where it gives none, or where labels that differ in these alone leave it open which.
     """
     for form in (str.strip, _bare, lambda text: text.strip().lower(), normalize):
-        said = form(answer)
-        meant = [label for label in labels if said and form(label) == said]
+        given = form(answer)
+        meant = [label for label in labels if given and form(label) == given]
         if meant:
             return meant[0] if len(meant) == 1 else None
     return None
@@ -188,10 +175,10 @@ def _labeled(rows: Rows, labels: Sequence[Any]) -> tuple[list[dict[str, Any]], l
     """{text, label} rows and the labels of their task, as text.
 
     Raises:
-        DataError: see `accuracy`.
+        DataError: see `exact_answers`.
     """
-    found, names = as_rows(rows), label_list(labels)
-    for index, row in enumerate(found):
+    plain, names = as_rows(rows), label_list(labels)
+    for index, row in enumerate(plain):
         if kind_of(row) != "label":
             raise DataError(f'row {index} has fields {sorted(row)}. Each row needs a "text" and a "label".')
         if row["label"] not in names:
@@ -199,7 +186,7 @@ def _labeled(rows: Rows, labels: Sequence[Any]) -> tuple[list[dict[str, Any]], l
                 f"row {index} has label {row['label']!r}, and the labels are {', '.join(names)}. Give every label of "
                 "the task."
             )
-    return found, names
+    return plain, names
 
 
 def response_nll(
@@ -274,36 +261,34 @@ def response_losses(
 
 
 def _features(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], max_length: int) -> list[dict[str, Any]]:
-    """Tokens and labels of each row, in at most `max_length` tokens, of which the first is the last of the prompt at
-    the latest.
-    """
+    """Tokens and labels of each row, cut to `max_length` tokens that start before the first labeled token."""
     if max_length < 2:
         raise DataError(
             f"max_length = {max_length} has no room for a token of a prompt and one of its response. Give at least 2."
         )
-    found = []
+    result = []
     for index, feature in enumerate(encode_each(tokenizer, rows, WHOLE)):
         if feature is None:
             raise DataError(f"row {index}: its response has no token, and so no loss. Leave it out.")
         first = next(place for place, label in enumerate(feature["labels"]) if label != IGNORE_INDEX)
         start = max(0, min(len(feature["labels"]) - max_length, first - 1))
-        found.append(
+        result.append(
             {
                 key: value[start : start + max_length] if isinstance(value, list) else value
                 for key, value in feature.items()
             }
         )
-    return found
+    return result
 
 
 def _row_means(logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
     """Mean loss of each row over its labeled tokens. logits: (rows, tokens, vocab); labels: (rows, tokens)."""
     import torch
 
-    kept = labels[:, 1:] != IGNORE_INDEX
-    rows, positions = kept.nonzero(as_tuple=True)
+    labeled = labels[:, 1:] != IGNORE_INDEX
+    rows, positions = labeled.nonzero(as_tuple=True)
     losses = torch.nn.functional.cross_entropy(
         logits[rows, positions].float(), labels[:, 1:][rows, positions], reduction="none"
     )
     sums = torch.zeros(len(labels), device=labels.device).index_add_(0, rows, losses)
-    return [float(value) for value in sums / kept.sum(dim=1)]
+    return [float(value) for value in sums / labeled.sum(dim=1)]

@@ -20,9 +20,7 @@ KINDS = ("Linear", "Linear4bit", "Linear8bitLt")
 
 
 def config_table(model: nn.Module) -> dict[str, Any]:
-    """PEFT's configs by adapter name: of a PeftModel, a transformers model with adapters, or a wrapper around one.
-    Empty without adapters.
-    """
+    """PEFT's configs by adapter name, from the model or from one inside it; empty without adapters."""
     tables = (getattr(module, "peft_config", None) for module in model.modules())
     return next((table for table in tables if isinstance(table, dict)), {})
 
@@ -67,7 +65,7 @@ def peft_kind(layer: nn.Module) -> type:
 
 
 def _stacked(module: nn.Module | None) -> Iterator[LoraLayer]:
-    """The LoRA layers in one place of a model: a mixed model has adapters of other kinds around them."""
+    """The LoRA layers at one place of a model: in a mixed model, other adapters may wrap them."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -12,29 +12,25 @@ import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 64
-"""Bytes: what torch's allocator aligns to on CPUs. A safetensors file promises eight."""
+"""Bytes. torch's allocator aligns to this on CPUs; a safetensors file only to eight."""
 
 
 def is_fresh(tensor: Tensor) -> bool:
-    """Whether a tensor lies as torch would lay out a new one; what has no memory of its own here (meta, shards)
-    counts.
-    """
+    """Whether a tensor's memory layout is that of a new tensor; True for meta tensors and shards."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
         return True
     return tensor.is_contiguous() and (tensor.device.type != "cpu" or tensor.data_ptr() % ALIGNMENT == 0)
 
 
 def fresh(tensor: Tensor) -> Tensor:
-    """The tensor itself where it lies as a new one would, a copy that does elsewhere."""
+    """The tensor itself if its layout is that of a new one, else a copy."""
     return tensor if is_fresh(tensor) else tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
 def lay_out(module: nn.Module) -> bool:
-    """Move those parameters of a module that lie oddly, and say whether any was moved. The Parameters stay the
-    same.
-    """
-    odd = [parameter for parameter in module._parameters.values() if parameter is not None and not is_fresh(parameter)]
-    for parameter in odd:
+    """Give parameters of a module the layout of new tensors. Returns whether any changed."""
+    misplaced = [p for p in module._parameters.values() if p is not None and not is_fresh(p)]
+    for parameter in misplaced:
         parameter.data = fresh(parameter.data)
-    return bool(odd)
+    return bool(misplaced)

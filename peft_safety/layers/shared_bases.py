@@ -1,6 +1,4 @@
-"""One copy of a basis on each device, whoever uses it: q, k and v share their inputs' basis, two adapters of one
-subspace share all of them.
-"""
+"""One copy of each basis per device, shared by all layers and adapters that use it (q, k and v; one subspace)."""
 
 from __future__ import annotations
 
@@ -27,32 +25,29 @@ AnyLeaf = TypeVar("AnyLeaf", bound=Leaf)
 
 _Entry = tuple["weakref.ref[Tensor]", int, "weakref.ref[Tensor]"]
 _placed: dict[tuple[int, torch.device], _Entry] = {}
-"""Copies by the id of their source, with the source itself and its version, so that neither a new tensor of an old id
-nor a changed one is mistaken for it.
-"""
+"""Copies by the id of their source. The source and its version are compared too, as ids are reused."""
 
 _leaves: weakref.WeakSet[Leaf] = weakref.WeakSet()
 
 
 def enlist(leaf: Leaf) -> None:
-    """Remember a leaf as long as it lives: `rebase` must not write into a basis that another one uses."""
+    """Register a layer while it lives: `rebase` must not overwrite a basis that another layer uses."""
     _leaves.add(leaf)
 
 
 def placed(source: Tensor, device: torch.device) -> Tensor:
-    """The package's own fp32 copy of a basis `(d, k)` on a device: made once, alive as long as a leaf holds it. Never
-    `source` itself, which may be the subspace's."""
+    """An fp32 copy of a basis `(d, k)` on a device, made once and alive as long as a layer holds it."""
     key = (id(source), device)
-    found = _placed.get(key)
-    if found is not None and found[0]() is source and found[1] == _version(source):
-        there = found[2]()
-        if there is not None:
-            return there
+    entry = _placed.get(key)
+    if entry is not None and entry[0]() is source and entry[1] == _version(source):
+        existing = entry[2]()
+        if existing is not None:
+            return existing
     return _remember(source, source.detach().to(device=device, dtype=torch.float32, copy=True), key)
 
 
 def moved(basis: Tensor, device: torch.device) -> Tensor:
-    """A leaf's basis on another device, shared as it was; itself where it is there already."""
+    """A layer's basis on another device, shared as before."""
     return basis if basis.device == device else placed(basis, device)
 
 
@@ -61,7 +56,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _remember(source: Tensor, copy: Tensor, key: tuple[int, torch.device]) -> Tensor:
-    for old in [k for k, (origin, _, there) in _placed.items() if origin() is None or there() is None]:
+    for old in [k for k, (origin, _, kept) in _placed.items() if origin() is None or kept() is None]:
         del _placed[old]
     _placed[key] = (weakref.ref(source), _version(source), weakref.ref(copy))
     return copy
@@ -90,7 +85,7 @@ def rebase(new: Mapping[AnyLeaf, Tensor | None]) -> None:
             and old.shape == first.shape
         ):
             old.copy_(first)
-            for key in [k for k, (_, _, there) in _placed.items() if there() is old]:
+            for key in [k for k, (_, _, kept) in _placed.items() if kept() is old]:
                 del _placed[key]
             _remember(first, old, (id(first), old.device))
             continue

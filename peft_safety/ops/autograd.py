@@ -1,6 +1,4 @@
-"""Derivatives of the operations. Gradients reach activations and factors; quantized weights and bases never get
-any.
-"""
+"""Derivatives of the operations: for activations and factors, never for quantized weights or bases."""
 
 from __future__ import annotations
 
@@ -30,8 +28,8 @@ def _lora_gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tens
         return (None,) * (2 + _Q + 4)
     xa, z, *bundle, a, bp = ctx.saved_tensors
     needs = [bool(ctx.needs_input_grad[place]) for place in (0, 1, 2 + _Q, 3 + _Q)]
-    found = _OPS.nf4_lora_backward(dy, xa, z, *bundle, *ctx.sizes, a, bp, ctx.scale, ctx.merged, ctx.split, needs)
-    dx, dxa, da, db = (value if need else None for value, need in zip(found, needs, strict=True))
+    gradients = _OPS.nf4_lora_backward(dy, xa, z, *bundle, *ctx.sizes, a, bp, ctx.scale, ctx.merged, ctx.split, needs)
+    dx, dxa, da, db = (value if need else None for value, need in zip(gradients, needs, strict=True))
     return (dx, dxa, *_NO_BUNDLE, da, db, None, None)
 
 

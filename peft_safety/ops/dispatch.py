@@ -16,7 +16,7 @@ from peft_safety.errors import ConfigError
 VARIABLE = "PEFT_SAFETY_BACKEND"
 Backend = Literal["reference", "triton"]
 OLDEST_CAPABILITY = (8, 0)
-"""Ampere: bf16 tensor cores and asynchronous copies, which the kernels are written for."""
+"""Ampere, for which the kernels are written: bf16 tensor cores and asynchronous copies."""
 
 
 def backend_for(tensor: Tensor) -> tuple[Backend, str]:
@@ -58,11 +58,11 @@ def _obstacle(device: torch.device) -> str | None:
         )
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the tensors are on {'a ROCm device' if device.type == 'cuda' else device.type}"
-    found = _capability(device)
+    capability = _capability(device)
     return (
         None
-        if found >= OLDEST_CAPABILITY
-        else f"the GPU has compute capability {found[0]}.{found[1]}, below "
+        if capability >= OLDEST_CAPABILITY
+        else f"the GPU has compute capability {capability[0]}.{capability[1]}, below "
         f"{OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
     )
 

@@ -14,9 +14,8 @@ from peft_safety.ops import dispatch, reference
 from peft_safety.ops.quant import QuantBundle
 
 SKINNY_ROWS = 64
-"""Rows of x up to which the product is bound by reading W: 0.5 bytes a weight if the packed one is read, 4.5 if it is
-dequantized first (read, write, read). bitsandbytes leaves its own fused kernel between 16 and 64 rows. So few rows
-take two paths, and more take one merged weight and one product."""
+"""Up to so many rows of x, reading W dominates: 0.5 bytes per packed weight, 4.5 if it is dequantized first. Few rows
+take two paths; more rows take one product with the merged weight. bitsandbytes switches between 16 and 64 rows."""
 
 
 def forward(

@@ -1,4 +1,4 @@
-"""A bitsandbytes NF4 weight as plain tensors: what the operations take, and why some weights are refused."""
+"""A bitsandbytes NF4 weight as plain tensors, and the reasons why some weights are refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peft_safety.errors import OperationError
 
 BLOCK_SIZES = tuple(2**power for power in range(5, 13))
-"""What bitsandbytes quantizes in, values a block."""
+"""Block sizes of bitsandbytes, in values."""
 
 
 class QuantBundle(NamedTuple):
@@ -44,9 +44,7 @@ class QuantBundle(NamedTuple):
 
 
 def from_linear4bit(layer: nn.Module) -> QuantBundle | str:
-    """The NF4 weight of a bitsandbytes `Linear4bit` without copying it, or the reason why the operations cannot take
-    it.
-    """
+    """The NF4 weight of a bitsandbytes `Linear4bit`, not copied, or the reason why it is not supported."""
     weight: Any = getattr(layer, "weight", None)
     if type(layer).__name__ == "Linear8bitLt":
         return "an 8-bit weight, not NF4"
@@ -57,9 +55,7 @@ def from_linear4bit(layer: nn.Module) -> QuantBundle | str:
 
 
 def from_quant_state(weight: Tensor, state: Any) -> QuantBundle | str:
-    """A packed weight and its `bitsandbytes.functional.QuantState` as a bundle that shares their memory, or the reason
-    why not.
-    """
+    """A packed weight and its `QuantState` as a bundle that shares their memory, or the reason why not."""
     refused = _refused(weight, state)
     if refused is not None:
         return refused

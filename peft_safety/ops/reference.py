@@ -25,7 +25,7 @@ NF4_CODE = (
 
 @cache
 def code(device: torch.device) -> Tensor:
-    """`NF4_CODE (16,)` fp32 on a device, made once: a copy from the host cannot be captured in a CUDA graph."""
+    """`NF4_CODE (16,)` fp32 on a device, cached: a CUDA graph cannot capture a copy from the host."""
     return torch.tensor(NF4_CODE, device=device)
 
 
@@ -63,9 +63,7 @@ def nf4_merged(q: QuantBundle, a: Tensor, bp: Tensor, scale: float, dtype: torch
 
 
 def nf4_skinny(x: Tensor, xa: Tensor, q: QuantBundle, a: Tensor, bp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`(y (t, n), z (t, r))` as `two_paths`, for so few rows that a backend may read the packed weight instead of a
-    dense one.
-    """
+    """`two_paths` for few rows, where a backend may read the packed weight instead of a dense one."""
     return two_paths(x, xa, nf4_dequant(q, x.dtype), a, bp, scale)
 
 

@@ -32,22 +32,16 @@ WEIGHT_TILES = {2: Tile(64, 64, 8), 4: Tile(16, 128, 4)}
 SKINNY_TILE = Tile(32, 64, 4)
 FINISH_ROWS = 32
 PROGRAMS = 1024
-"""What the skinny product is divided into, if its columns allow: about eight programs on each of the 132 processors of
-an H100, to keep its memory busy.
-"""
+"""Target number of programs of a skinny product: about eight on each of the 132 processors of an H100."""
 LEAST_COLUMNS = 256
-"""Columns of a part, below which a program has too little to do."""
+"""Smallest number of columns of a part."""
 SUM_SHARE = 64
-"""Columns of a part for each row of x: then the part's sums, written and read in fp32, are a quarter of its packed
-weights.
-"""
+"""Columns of a part per row of x: the fp32 sums are then a quarter of the part's packed weights."""
 MOST_PARTS = 16
 RANK_STEPS = {2: 64, 4: 16}
-"""Largest part of the rank that a tile holds at a time, by bytes of a factor: fp32 is multiplied without tensor cores,
-from registers.
-"""
+"""Ranks that a tile holds at a time, by bytes of a factor; fp32 does not use tensor cores."""
 OPTIONS = {"enable_fp_fusion": False}
-"""Separate roundings, as bitsandbytes has them, where a multiplication meets an addition."""
+"""Round products and sums separately, as bitsandbytes does."""
 INTERPRETED = type(triton_kernels.weight_kernel).__name__ == "InterpretedFunction"
 
 
@@ -57,31 +51,27 @@ def rank_block(r: int, dtype: torch.dtype) -> int:
 
 
 def finish_ranks(r: int, dtype: torch.dtype, width: int) -> int:
-    """Ranks held beside the sums of `width` rows of x: 1,024 values of z at a time, or they spill."""
+    """Ranks held with the sums of `width` rows of x: 1,024 values of z at a time, to avoid spills."""
     return min(rank_block(r, dtype), 1024 // width)
 
 
 def token_block(t: int) -> int:
-    """Rows of x, padded likewise."""
+    """Rows of x, padded to a power of two that tensor cores accept."""
     return max(16, 1 << (t - 1).bit_length())
 
 
 def chunk_of(q: QuantBundle) -> int:
-    """Columns of a skinny product that are multiplied before their block's scale is."""
+    """Columns of a skinny product that are multiplied before the scale of their block is applied."""
     return min(q.blocksize, SKINNY_TILE.columns)
 
 
 def unroll(chunk: int, width: int) -> int:
-    """Chunks asked for before the first is used: two, where `width` rows of x leave registers for them. Four spill on
-    sm_80.
-    """
+    """Chunks that are loaded ahead: two if `width` rows of x leave enough registers; four would spill on sm_80."""
     return max(1, min(2, chunk // width))
 
 
 def splits(n: int, k: int, t: int) -> int:
-    """Parts that the columns of a skinny product are divided into. By shape alone, so that results do not depend on
-    the GPU's size.
-    """
+    """Number of parts of a skinny product's columns; it depends on the shape only, not on the GPU."""
     wanted = max(1, PROGRAMS * SKINNY_TILE.rows // max(n, 1))
     possible = max(1, k // max(LEAST_COLUMNS, SUM_SHARE * t))
     return 1 << (min(wanted, possible, MOST_PARTS).bit_length() - 1)
@@ -94,12 +84,12 @@ def words(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's where a model is spread over several."""
+    """Make the tensor's device the current one: Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _bundle(q: QuantBundle) -> tuple[Tensor, ...]:
-    """The tensors of a bundle; what plain scales don't have is never read, but a kernel needs some pointer."""
+    """The tensors of a bundle. Missing ones are never read, but a kernel needs a valid pointer."""
     return tuple(q.absmax if part is None else part for part in q[:5])
 
 
@@ -131,9 +121,7 @@ def _weight(q: QuantBundle, a: Tensor, bp: Tensor, r: int, scale: float, dtype: 
 
 
 def nf4_skinny(x: Tensor, xa: Tensor, q: QuantBundle, a: Tensor, bp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """See `reference.nf4_skinny`. Two launches, and the packed weight is all that is read of W; fp32 has no tensor
-    cores to do it with, and is dequantized.
-    """
+    """See `reference.nf4_skinny`. Two launches read only the packed weight; fp32 is dequantized first."""
     t, r = x.shape[0], a.shape[0]
     if x.dtype == torch.float32 or not t or not q.n:
         return reference.two_paths(x, xa, nf4_dequant(q, x.dtype), a, bp, scale)

@@ -24,9 +24,7 @@ def block_scales(absmax, absmax2, code2, offset, index, mask, NESTED: tl.constex
 
 @triton.jit
 def dot(left, right, sums, WIDEN: tl.constexpr):
-    """`sums + left right` in fp32. `WIDEN` first makes the operands fp32, the same products to the last bit: the
-    interpreter takes bf16 for integers.
-    """
+    """`sums + left right` in fp32. `WIDEN` converts bf16 operands first, which the interpreter cannot multiply."""
     if WIDEN:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
@@ -126,11 +124,11 @@ def partial_kernel(
                 )
                 both = tl.load(pairs + byte.to(tl.int32))
                 even = (both & 0xFFFF).to(tl.uint16).to(x.dtype.element_ty, bitcast=True)
-                odd = ((both >> 16) & 0xFFFF).to(tl.uint16).to(x.dtype.element_ty, bitcast=True)
+                second = ((both >> 16) & 0xFFFF).to(tl.uint16).to(x.dtype.element_ty, bitcast=True)
                 source = x + token[None, :] * k + 2 * pair[:, None]
                 mask = (token < t)[None, :] & (pair < chunk_stop * (BK // 2))[:, None]
                 product = dot(even, tl.load(source, mask=mask, other=0.0), tl.zeros((BN, BT), dtype=tl.float32), WIDEN)
-                product = dot(odd, tl.load(source + 1, mask=mask, other=0.0), product, WIDEN)
+                product = dot(second, tl.load(source + 1, mask=mask, other=0.0), product, WIDEN)
                 index = wide * (k // BLOCKSIZE) + chunk * BK // BLOCKSIZE
                 sums += product * block_scales(absmax, absmax2, code2, offset, index, inside, NESTED, BLOCK2)[:, None]
         tl.store(
@@ -169,9 +167,7 @@ def summed(partial, first, row, inside, token, n, r, t, parts, BN: tl.constexpr,
 def finish_kernel(
     y, z, partial, bp, scale, n, r, t, parts, BN: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, WIDEN: tl.constexpr
 ):  # fmt: skip
-    """`y (t, n) = sum_s x W^T + scale * z B'^T`, with `z (t, r)` the summed `x A^T`, which the first program also
-    stores.
-    """
+    """`y (t, n) = sum_s x W^T + scale * z B'^T` with `z (t, r) = x A^T`, which the first program also stores."""
     pid = tl.program_id(0)
     token = tl.arange(0, BT)
     row = pid * BN + tl.arange(0, BN)

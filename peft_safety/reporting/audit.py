@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_safety.audit.report import ModuleOrthogonality, OrthogonalityReport, medians
+from peft_safety.reporting.render import print_wide, save_figure
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,11 +46,10 @@ UNMEASURED_NOTE = (
     "What the update does to general and harmful inputs was not measured: give calibration data (--calibration auto)."
 )
 LARGEST_RATIO = 100.0
-"""Where the colors of a ratio end: an exactly orthogonal update has the ratio 0."""
+"""Largest ratio of the color scale: an exactly orthogonal update has the ratio 0."""
 SMALLEST_RATIO, SMALLEST_Z = 2.0, 3.0
-"""Where they end at least, so that chance does not look like a pattern."""
+"""Smallest ends of the color scales, so that chance does not look like a pattern."""
 TINY = 1e-300
-WIDEST = 1000
 
 
 def table(report: OrthogonalityReport, every_module: bool = False) -> Table:
@@ -82,14 +82,8 @@ def table(report: OrthogonalityReport, every_module: bool = False) -> Table:
 
 
 def show(report: OrthogonalityReport, every_module: bool = False) -> None:
-    """Print the table to stdout, as wide as its columns need: a figure that is cut off is none."""
-    from rich.console import Console
-
-    console, printed = Console(), table(report, every_module)
-    console.width = max(
-        console.width, console.measure(printed, options=console.options.update(max_width=WIDEST)).maximum
-    )
-    console.print(printed)
+    """Print the table to stdout."""
+    print_wide(table(report, every_module))
 
 
 def _cell(value: float, form: str) -> str:
@@ -127,9 +121,7 @@ FUNCTIONAL_PANEL = _Panel("interference,\ngeneral / harmful inputs", lambda row:
 
 
 def save_png(report: OrthogonalityReport, path: str | Path) -> Path:
-    """Heat maps of layers by kinds of module, white at chance (or where general and harmful inputs are changed
-    equally), gray where there is no figure.
-    """
+    """Heat maps of layers by kinds of module; white is chance (or equal interference), gray is no figure."""
     from matplotlib.figure import Figure
 
     panels = [*PANELS, FUNCTIONAL_PANEL] if report.measured else list(PANELS)
@@ -152,10 +144,7 @@ def save_png(report: OrthogonalityReport, path: str | Path) -> Path:
         f"{report.environment['k']}. White: {white}. Gray: no figure."
     )
     canvas.suptitle(title, fontsize=9)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=150, format="png")
-    return path
+    return save_figure(canvas, path)
 
 
 def _layer(row: ModuleOrthogonality) -> int:
@@ -172,15 +161,15 @@ def _draw(canvas: Any, axis: Any, panel: _Panel, report: OrthogonalityReport, la
     for column, rows in enumerate(report.kinds.values()):
         for row in rows:
             grid[layers.index(_layer(row)), column] = panel.figure(row)
-    there = grid[np.isfinite(grid)]
+    values = grid[np.isfinite(grid)]
     if panel.ratio:
-        inside = np.clip(there, 1 / LARGEST_RATIO, LARGEST_RATIO)
+        inside = np.clip(values, 1 / LARGEST_RATIO, LARGEST_RATIO)
         high = float(np.exp(max(np.abs(np.log(inside)).max(initial=0.0), math.log(SMALLEST_RATIO))))
         norm: Any = LogNorm(1 / high, high)
-        below, above = (there < 1 / LARGEST_RATIO).any(), (there > LARGEST_RATIO).any()
+        below, above = (values < 1 / LARGEST_RATIO).any(), (values > LARGEST_RATIO).any()
         grid = np.where(grid <= 0, TINY, grid)  # the logarithm of 0 would be drawn as missing
     else:
-        high = float(max(np.abs(there).max(initial=0.0), SMALLEST_Z))
+        high = float(max(np.abs(values).max(initial=0.0), SMALLEST_Z))
         norm, below, above = Normalize(-high, high), False, False
     colors = colormaps["RdBu_r"].with_extremes(bad="0.8")
     image = axis.imshow(np.ma.masked_invalid(grid), cmap=colors, norm=norm, aspect="auto", interpolation="nearest")

@@ -1,4 +1,4 @@
-"""What an input basis covers, as a table, as JSON and as a picture."""
+"""Coverage of input bases as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ import torch
 
 from peft_safety.calibration.coverage import TASK_ENERGY, ModuleCoverage
 from peft_safety.errors import DataError
+from peft_safety.reporting.render import PALETTE, print_wide, save_figure
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#882255")
-"""Color-blind safe (Okabe and Ito)."""
 GRID = 64
 """Points of a drawn curve."""
-WIDEST = 1000
 FLOOR = 1e-5
-"""Where the picture ends: shares below it are rounding noise of the moments, or nothing at all."""
+"""Lower end of the picture: smaller shares are rounding noise of the moments."""
 
 
 def kinds(modules: Sequence[ModuleCoverage]) -> dict[str, list[ModuleCoverage]]:
@@ -48,7 +46,7 @@ def to_json(modules: Sequence[ModuleCoverage]) -> list[dict[str, Any]]:
 
 
 def table(modules: Sequence[ModuleCoverage]) -> Table:
-    """Medians by kind of module, and the smallest of what a median would hide."""
+    """Medians by kind of module, with the smallest values."""
     from rich.table import Table
 
     with_task = any(row.task is not None for row in modules)
@@ -81,14 +79,8 @@ def table(modules: Sequence[ModuleCoverage]) -> Table:
 
 
 def show(modules: Sequence[ModuleCoverage]) -> None:
-    """Print the table to stdout, as wide as its columns need: a figure that is cut off is none."""
-    from rich.console import Console
-
-    console, printed = Console(), table(modules)
-    console.width = max(
-        console.width, console.measure(printed, options=console.options.update(max_width=WIDEST)).maximum
-    )
-    console.print(printed)
+    """Print the table to stdout."""
+    print_wide(table(modules))
 
 
 def save_png(modules: Sequence[ModuleCoverage], path: str | Path) -> Path:
@@ -114,16 +106,11 @@ def save_png(modules: Sequence[ModuleCoverage], path: str | Path) -> Path:
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=150, format="png")
-    return path
+    return save_figure(canvas, path)
 
 
 def _draw_energy(panel: Any, modules: Sequence[ModuleCoverage]) -> None:
-    """One line a kind: median share of the calibration inputs' energy outside the first k directions; a cross where
-    the task is.
-    """
+    """One line per kind: median energy outside the first k directions; a cross marks the task."""
     for index, (kind, rows) in enumerate(kinds(modules).items()):
         drawn = [row for row in rows if len(row.curve)]
         if not drawn:
@@ -150,13 +137,13 @@ def _draw_energy(panel: Any, modules: Sequence[ModuleCoverage]) -> None:
 
 
 def _at(row: ModuleCoverage, shares: torch.Tensor) -> torch.Tensor:
-    """A module's covered energy at shares of its dimensions; past its own k, that of k."""
+    """A module's covered energy at shares of its dimensions; constant beyond its own k."""
     index = (shares * row.features).round().long().clamp(1, row.k) - 1
     return row.curve[index.clamp(max=len(row.curve) - 1)]
 
 
 def _draw_ranks(panel: Any, modules: Sequence[ModuleCoverage]) -> None:
-    """Bars a kind: dimensions of the null space, of the task's inputs, and of what is left of them outside."""
+    """Bars per kind: dimensions of the null space, of the task's inputs, and of the task's inputs outside."""
     groups = kinds(modules)
     bars: tuple[tuple[str, str, Callable[[ModuleCoverage], int | None]], ...] = (
         ("null space (k)", "#999999", lambda row: row.k),
@@ -170,8 +157,8 @@ def _draw_ranks(panel: Any, modules: Sequence[ModuleCoverage]) -> None:
     for offset, (label, color, figure) in enumerate(bars):
         values = [[value for row in rows if (value := figure(row)) is not None] for rows in groups.values()]
         heights = [
-            100 * statistics.median(found) / rows[0].features if found else 0
-            for found, rows in zip(values, groups.values(), strict=True)
+            100 * statistics.median(known) / rows[0].features if known else 0
+            for known, rows in zip(values, groups.values(), strict=True)
         ]
         panel.bar(
             [place + 0.27 * (offset - 1) for place in range(len(groups))],
@@ -190,8 +177,8 @@ def _draw_ranks(panel: Any, modules: Sequence[ModuleCoverage]) -> None:
 
 
 def _span(rows: Sequence[ModuleCoverage], figure: Callable[[ModuleCoverage], int]) -> str:
-    found = sorted({figure(row) for row in rows})
-    return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
+    values = sorted({figure(row) for row in rows})
+    return str(values[0]) if len(values) == 1 else f"{values[0]}-{values[-1]}"
 
 
 def _pair(values: Sequence[float]) -> list[str]:
@@ -199,5 +186,5 @@ def _pair(values: Sequence[float]) -> list[str]:
 
 
 def _middle(values: Sequence[int | None]) -> str:
-    found = [value for value in values if value is not None]
-    return f"{statistics.median(found):.0f}" if found else "-"
+    known = [value for value in values if value is not None]
+    return f"{statistics.median(known):.0f}" if known else "-"

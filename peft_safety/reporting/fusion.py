@@ -1,4 +1,4 @@
-"""A fusion as a table: what it will do, or what it did (the JSON is `FuseReport.to_json`)."""
+"""A planned or finished fusion as a table (its JSON is `FuseReport.to_json`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results as one structure with four renderings: a table, JSON, a PNG, and a section of a model card."""
+"""Results of several arms, rendered as a table, as JSON, as a PNG, or as a section of a model card."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from peft_safety.core.environment import environment
 from peft_safety.errors import DataError
 from peft_safety.evaluation.metrics import Figure, Rate, figure_from_json
+from peft_safety.reporting.render import save_figure
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -172,7 +173,7 @@ class Report:
         )
 
     def save_png(self, path: str | Path) -> Path:
-        """One panel a metric: a point an arm, with its interval; rates from 0 to 100 %."""
+        """One panel per metric, one point with its interval per arm; rates from 0 to 100 %."""
         from matplotlib.figure import Figure as Canvas
 
         metrics, names = self.metrics, list(self.arms)
@@ -185,10 +186,7 @@ class Report:
         panels[0].set_ylim(len(names) - 0.5, -0.5)
         canvas.suptitle(self.title, fontsize=11)
         canvas.text(0.01, -0.01, "\n".join((*self.notes, "Bars: 95 % intervals.")), fontsize=7, va="top", color="0.35")
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        canvas.savefig(path, dpi=150, format="png", bbox_inches="tight", pad_inches=0.15)
-        return path
+        return save_figure(canvas, path, bbox_inches="tight", pad_inches=0.15)
 
     def _draw(self, panel: Any, metric: str) -> None:
         """Points and intervals of one metric on matplotlib axes."""
@@ -232,11 +230,11 @@ def _short(figure: Figure) -> str:
 
 
 def _fitting(names: list[str], widths: Mapping[str, int], room: int) -> list[list[str]]:
-    """Groups of names that fit side by side, each after the first beginning with the first name again."""
+    """Groups of names that fit side by side. Every group starts with the first name."""
     first, *others = names
     groups = [[first]]
     for name in others:
-        if len(groups[-1]) > 1 and sum(widths[there] for there in groups[-1]) + widths[name] > room:
+        if len(groups[-1]) > 1 and sum(widths[member] for member in groups[-1]) + widths[name] > room:
             groups.append([first])
         groups[-1].append(name)
     return groups

@@ -13,7 +13,7 @@ import pytest
 from transformers import ByT5Tokenizer
 
 from peft_safety.data import templates
-from peft_safety.data.chat import IGNORE_INDEX, encode, encode_prompts, encode_row, encode_rows
+from peft_safety.data.chat import IGNORE_INDEX, encode_prompts, encode_row, encode_rows
 from peft_safety.errors import DataError
 from tests.interop.chat_templates import HEADER_WITH_A_SPACE, TEMPLATES
 from tests.tiny import tiny_llama
@@ -186,7 +186,8 @@ def test_options_of_the_template(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_a_cut_off_answer_is_not_taught_to_end(name: str) -> None:
     tokenizer = ALL[name].tokenizer()
-    feature = encode(tokenizer, turns("hello there", "hi, how can I help yo"), LENGTH, end_of_turn=False)
+    row = {"prompt": turns("hello there"), "response": "hi, how can I help yo", "truncated": True}
+    feature = encode_row(tokenizer, row, LENGTH)
     assert said(tokenizer, feature["labels"]).endswith("hi, how can I help yo")
 
 
@@ -194,7 +195,8 @@ def test_a_cut_off_answer_is_not_taught_to_end(name: str) -> None:
 def test_the_first_turn_is_the_assistants(name: str) -> None:
     tokenizer = ALL[name].tokenizer()
     try:
-        feature = encode(tokenizer, [turn("assistant", "hi, how can I help?"), *turns("hello there", "Paris")], LENGTH)
+        talk = [turn("assistant", "hi, how can I help?"), *turns("hello there", "Paris")]
+        feature = encode_row(tokenizer, {"messages": talk}, LENGTH)
     except DataError:
         assert name in {
             "gemma-2",

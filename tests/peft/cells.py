@@ -17,8 +17,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_safety import SafetySubspace, SaLoRAConfig
 from peft_safety.core.base_weights import shape
+from peft_safety.core.names import own_name
+from peft_safety.core.plain_lora import PREFIX
 from peft_safety.core.projection import orthonormalize
-from peft_safety.core.targets import canonical, target_layers
+from peft_safety.core.targets import target_layers
 from peft_safety.layers import protected_leaves
 from peft_safety.registry.protection import protected_configs
 from tests.tiny import tiny_llama
@@ -175,6 +177,11 @@ def train(model: Any, optimizer: Callable[[Any], torch.optim.Optimizer], steps: 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+
+
+def canonical(name: str) -> str:
+    """A module's name in the base model, from its name in a PeftModel."""
+    return own_name(name).removeprefix(PREFIX).removesuffix(".base_layer")
 
 
 def layers_of(model: nn.Module, adapter: str = "default") -> Iterator[tuple[str, LoraLayer]]:

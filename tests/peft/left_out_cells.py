@@ -13,7 +13,6 @@ from transformers import (
 from peft_safety import (
     SafetySubspace,
 )
-from peft_safety.core.targets import canonical
 from tests.tiny import tiny_llama
 
 ALL = {"target_modules": "all-linear", "progress": False}
@@ -56,7 +55,7 @@ def ours(caught) -> list[str]:
 
 def adapted(model: nn.Module) -> set[str]:
     return {
-        canonical(name)
+        name.removeprefix("base_model.model.")
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and len(module.lora_A)
     }

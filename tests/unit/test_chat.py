@@ -7,14 +7,13 @@ from peft_safety.data.chat import (
     IGNORE_INDEX,
     Collator,
     classification_prompt,
-    encode,
     encode_each,
     encode_prompts,
     encode_row,
     encode_rows,
-    label_names,
-    to_messages,
+    row_turns,
 )
+from peft_safety.data.rows import label_names
 from peft_safety.errors import DataError
 from peft_safety.evaluation.generate import generate
 from peft_safety.evaluation.tasks import normalize, response_nll
@@ -29,6 +28,14 @@ def labeled_text(feature):
 
 def turns(*contents):
     return [{"role": ("user", "assistant")[index % 2], "content": content} for index, content in enumerate(contents)]
+
+
+def encode(tokenizer, messages, max_length, **columns):
+    """A conversation as a row: a single answer with its prompt, or several answers as {messages}."""
+    first = next((index for index, message in enumerate(messages) if message["role"] == "assistant"), 0)
+    single = first == len(messages) - 1 > 0
+    row = {"prompt": messages[:first], "response": messages[first:]} if single else {"messages": messages}
+    return encode_row(tokenizer, row | columns, max_length)
 
 
 def test_the_loss_covers_exactly_the_response_and_its_end_of_turn():
@@ -46,7 +53,7 @@ def test_a_response_that_repeats_the_prompt_is_found_at_its_own_place():
 
 
 def test_a_cut_off_response_is_not_taught_to_end():
-    assert labeled_text(encode(tokenizer, turns("hi", "hello the"), 200, end_of_turn=False)) == "hello the"
+    assert labeled_text(encode(tokenizer, turns("hi", "hello the"), 200, truncated=True)) == "hello the"
 
 
 def test_every_assistant_turn_counts_in_a_longer_conversation():
@@ -62,8 +69,10 @@ def test_multi_byte_characters():
 
 def test_three_kinds_of_rows():
     rows = [{"prompt": "p", "response": "r"}, {"messages": turns("p", "r")}]
-    assert to_messages(rows[0]) == to_messages(rows[1]) == turns("p", "r")
-    labeled = to_messages({"text": "t", "label": "x"}, ["x", "y"])
+    assert row_turns(rows[0]) == (turns("p"), turns("p", "r")[1:])
+    assert row_turns(rows[1]) == ([], turns("p", "r"))
+    prompt, answer = row_turns({"text": "t", "label": "x"}, ["x", "y"])
+    labeled = prompt + answer
     assert labeled == turns(classification_prompt("t", ["x", "y"]), "x")
     assert "x, y" in labeled[0]["content"]
     assert label_names([{"text": "t", "label": "y"}, {"text": "t", "label": "x"}, {"text": "t", "label": "y"}]) == [

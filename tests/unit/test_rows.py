@@ -15,13 +15,12 @@ import torch
 from peft_safety import GuardSpaceConfig, SafetySubspace, SaLoRAConfig
 from peft_safety.calibration.moments import to_batches
 from peft_safety.data import read_jsonl
-from peft_safety.data.chat import encode_rows, is_prompt_only, label_names, to_messages
-from peft_safety.data.rows import STREAM_ROWS, as_rows
+from peft_safety.data.chat import encode_rows, is_prompt_only, row_turns
+from peft_safety.data.rows import STREAM_ROWS, as_rows, label_names
 from peft_safety.errors import CalibrationError, ConfigError, DataError
 from peft_safety.evaluation import evaluate
 from peft_safety.evaluation.prompts import prompt_set
 from peft_safety.evaluation.tasks import (
-    accuracy,
     exact_answers,
     is_classification,
     likeliest_labels,
@@ -191,7 +190,7 @@ def test_prompt_and_completion_are_prompt_and_response():
         for row in ROWS
     ]
     for rows in (text, turns, dataset(turns)):
-        assert [to_messages(row) for row in as_rows(rows)] == [to_messages(row) for row in ROWS]
+        assert [row_turns(row) for row in as_rows(rows)] == [row_turns(row) for row in ROWS]
         assert encode_rows(tokenizer, rows, 64) == encode_rows(tokenizer, ROWS, 64)
         assert (
             to_batches(rows, tokenizer, batch_size=4, max_length=64)[1]
@@ -261,7 +260,7 @@ def test_labels_that_only_white_space_tells_apart_are_refused():
         with pytest.raises(DataError, match="'a' and 'a '"):
             use(rows)
     with pytest.raises(DataError, match="once"):
-        accuracy(tiny_llama(), tokenizer, CLASSES, ["a", "b", "a"], progress=False)
+        exact_answers(tiny_llama(), tokenizer, CLASSES, ["a", "b", "a"], progress=False)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +289,7 @@ def test_an_answer_is_read_as_the_label_it_means(answer, labels, meant):
 
 def test_rows_and_labels_must_belong_together():
     model = tiny_llama()
-    for measure in (accuracy, likeliest_labels):
+    for measure in (exact_answers, likeliest_labels):
         with pytest.raises(DataError, match="row 1 has label 'b'"):
             measure(model, tokenizer, CLASSES, ["a", "c"], progress=False)
         with pytest.raises(DataError, match="row 0 has fields"):

@@ -28,7 +28,7 @@ from peft_safety.core.publish.staging import PAUSE, Staging, discard, lock, new_
 from peft_safety.errors import ArtifactError
 
 PATIENCE = 10.0
-"""Seconds to wait for a live process that is moving its files into place; that is some renames."""
+"""Seconds to wait for another process that is moving its files into place."""
 
 
 @contextmanager
@@ -91,8 +91,8 @@ def recover(directory: Path) -> list[str]:
                     raise ArtifactError(
                         f"{directory} is being saved into by another process. Try again when it is done."
                     )
-                here = target.stat(COMMIT)
-                if here is None or here.st_ino != commit.inode():  # it was finished meanwhile
+                current = target.stat(COMMIT)
+                if current is None or current.st_ino != commit.inode():  # it was finished meanwhile
                     return []
                 journal = Journal.read(descriptor, commit.path / NAME)
                 journal.check(target, commit)
@@ -152,7 +152,7 @@ def _require_whole(directory: Path, owner: Path, journal: Journal, warn: bool) -
         try:
             with Folder.open(owner) as target, target.sub(COMMIT) as commit, commit.file(NAME) as descriptor:
                 if lock(descriptor, shared=True) is not False:
-                    found = journal.state(target, commit)
+                    state = journal.state(target, commit)
                     break
         except FileNotFoundError:  # its writer is done
             return
@@ -161,10 +161,10 @@ def _require_whole(directory: Path, owner: Path, journal: Journal, warn: bool) -
         if time.monotonic() > end:
             raise ArtifactError(f"{owner} is being saved into by another process. Read it when that is done.")
         time.sleep(PAUSE)
-    if found == "old" and (directory / journal.manifest).is_file():
+    if state == "old" and (directory / journal.manifest).is_file():
         if warn:
             warnings.warn(f"{owner} holds an {_interrupted(owner)} Until then the old files are read.", stacklevel=4)
-    elif found != "new":
+    elif state != "new":
         whose = "" if owner == directory else f" {directory} is part of it."
         raise ArtifactError(f"{owner} holds an {_interrupted(owner)}{whose}")
 
@@ -189,7 +189,7 @@ def _interrupted(owner: Path) -> str:
 
 
 def _owners(directory: Path) -> Iterator[tuple[Path, Journal]]:
-    """Directories above whose interrupted publish has files in this one, as for a further adapter of a model."""
+    """Parent directories with an interrupted publish that has files in this directory."""
     real = directory.resolve()
     for depth, above in enumerate(list(real.parents)[: MAX_DEPTH - 1], start=1):
         if not _there(above / COMMIT):
@@ -201,7 +201,7 @@ def _owners(directory: Path) -> Iterator[tuple[Path, Journal]]:
 
 
 def _journal(owner: Path) -> Journal | None:
-    """Of a publish that waits there; None where it was finished at this moment."""
+    """The journal of an interrupted publish; None if it was finished meanwhile."""
     try:
         with Folder.open(owner) as target, target.sub(COMMIT) as commit, commit.file(NAME) as descriptor:
             return Journal.read(descriptor, commit.path / NAME)
@@ -214,7 +214,7 @@ def _journal(owner: Path) -> Journal | None:
 
 
 def _there(path: Path) -> bool:
-    """Whether a name exists, even as a broken link."""
+    """Whether a path exists. A broken link exists too."""
     try:
         path.lstat()
     except OSError:
@@ -223,7 +223,7 @@ def _there(path: Path) -> bool:
 
 
 def _prepare(staging: Staging, target: Path, manifest: str) -> Journal:
-    """Everything to the disk, with the permissions that a new file gets here, and the journal of it."""
+    """Give all files the usual permissions, flush them to the disk, and write the journal."""
     mode = stat.S_IMODE(os.fstat(staging.descriptor).st_mode)
     for folder, _, names in os.walk(staging.path, topdown=False):
         for path in (Path(folder, name) for name in names):
@@ -253,7 +253,7 @@ def _sync(path: Path) -> None:
 
 
 def _commit(staging: Staging, target: Path) -> None:
-    """The commit point. Another writer that is past its own is waited for."""
+    """The commit point. Waits for another writer that has committed and is still moving its files."""
     for attempt in range(100):
         try:
             os.rename(staging.path, target / COMMIT)
@@ -265,15 +265,15 @@ def _commit(staging: Staging, target: Path) -> None:
 
 
 def _finish(directory: Path, journal: Journal) -> list[str]:
-    """Move the files into place and `.commit` out of the way, in one step for readers; then it is litter."""
+    """Move the files into place, rename `.commit` in one step, and remove it."""
     try:
         with Folder.open(directory) as target:
             target.sync()
             with target.sub(COMMIT) as commit:
                 moved = journal.move(target, commit)
-                here = target.stat(COMMIT)
+                current = target.stat(COMMIT)
                 if (
-                    here is None or here.st_ino != commit.inode()
+                    current is None or current.st_ino != commit.inode()
                 ):  # where nothing locks, somebody else may have finished it
                     return moved
                 done = new_name(directory)

@@ -1,8 +1,7 @@
-"""A directory that is reached by its descriptor: no link that somebody puts into it leads out of it."""
+"""A directory that is accessed by its file descriptor, so that no link inside it can lead out of it."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -12,8 +11,8 @@ from pathlib import Path
 from peft_safety.errors import ArtifactError
 
 BY_DESCRIPTOR = hasattr(os, "O_NOFOLLOW") and {os.open, os.stat, os.mkdir, os.rename} <= os.supports_dir_fd
-"""Whether names are looked up in an open directory. Where they cannot be (Windows), every step looks with `lstat` and
-refuses links and junctions; somebody who swaps a directory for a link between the look and the step is not stopped."""
+"""Whether paths are resolved relative to an open directory. Windows cannot do this: there, every step checks with
+`lstat` and refuses links, but a directory that is replaced by a link between the check and the use is not detected."""
 
 _DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _FILE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -45,14 +44,14 @@ class Folder:
         Raises:
             ArtifactError: it is a link or no directory. FileNotFoundError: it is missing.
         """
-        path, found = self.path / name, self.stat(name)
-        if found is None and create:
+        path, status = self.path / name, self.stat(name)
+        if status is None and create:
             os.mkdir(self._name(name), dir_fd=self.descriptor)
-        elif found is None:
+        elif status is None:
             raise FileNotFoundError(f"{path} is missing")
-        elif not is_directory(found):
+        elif not is_directory(status):
             raise ArtifactError(
-                f"{path} is {what(found)}, where a save has a directory. Remove it, or save elsewhere."
+                f"{path} is {what(status)}, where a save has a directory. Remove it, or save elsewhere."
             )
         if self.descriptor is None:
             yield Folder(path, None)
@@ -67,13 +66,13 @@ class Folder:
     def reach(self, parts: Sequence[str], create: bool = False) -> Iterator[Folder]:
         """`sub`, several levels down."""
         with ExitStack() as stack:
-            here = self
+            folder = self
             for part in parts:
-                here = stack.enter_context(here.sub(part, create))
-            yield here
+                folder = stack.enter_context(folder.sub(part, create))
+            yield folder
 
     def stat(self, name: str) -> os.stat_result | None:
-        """Of the name itself, not of what it links to; None where there is none."""
+        """The status of the name itself, not of the target of a link; None if it does not exist."""
         try:
             return os.stat(self._name(name), dir_fd=self.descriptor, follow_symlinks=False)
         except FileNotFoundError:
@@ -88,11 +87,11 @@ class Folder:
             return None
 
     def inode(self) -> int:
-        """Its number in the file system."""
+        """The inode number."""
         return os.stat(self.path if self.descriptor is None else self.descriptor).st_ino
 
     def names(self) -> list[str]:
-        """What is in it, sorted."""
+        """The names in this directory, sorted."""
         return sorted(os.listdir(self.path if self.descriptor is None else self.descriptor))
 
     @contextmanager
@@ -102,10 +101,10 @@ class Folder:
         Raises:
             ArtifactError: it is a link, a device, a pipe, or has a second name. FileNotFoundError: it is missing.
         """
-        path, found = self.path / name, self.stat(name)
-        if found is None:
+        path, status = self.path / name, self.stat(name)
+        if status is None:
             raise FileNotFoundError(f"{path} is missing")
-        _refuse_odd(path, found)
+        _refuse_odd(path, status)
         descriptor = os.open(self._name(name), _FILE | (os.O_RDWR if write else os.O_RDONLY), dir_fd=self.descriptor)
         try:
             _refuse_odd(path, os.fstat(descriptor))
@@ -114,7 +113,7 @@ class Folder:
             os.close(descriptor)
 
     def move(self, name: str, other: Folder, new: str | None = None) -> None:
-        """Into another directory, in place of what has that name there."""
+        """Move a file into another directory and replace a file of that name."""
         source, place = self._name(name), other._name(name if new is None else new)
         if self.descriptor is None:
             os.replace(source, place)
@@ -122,7 +121,7 @@ class Folder:
             os.rename(source, place, src_dir_fd=self.descriptor, dst_dir_fd=other.descriptor)
 
     def sync(self) -> None:
-        """Its names reach the disk. Windows has no call for that."""
+        """Flush the directory entries to the disk. Windows has no call for this."""
         if self.descriptor is not None:
             os.fsync(self.descriptor)
 
@@ -130,35 +129,26 @@ class Folder:
         return name if self.descriptor is not None else str(self.path / name)
 
 
-def is_directory(found: os.stat_result) -> bool:
-    """And no junction of Windows, which is one to `lstat`."""
-    return stat.S_ISDIR(found.st_mode) and not _junction(found)
+def is_directory(status: os.stat_result) -> bool:
+    """Whether this is a directory, and not a Windows junction, which `lstat` reports as a directory."""
+    return stat.S_ISDIR(status.st_mode) and not _junction(status)
 
 
-def _junction(found: os.stat_result) -> bool:
-    return bool(getattr(found, "st_reparse_tag", None))
+def _junction(status: os.stat_result) -> bool:
+    return bool(getattr(status, "st_reparse_tag", None))
 
 
-def what(found: os.stat_result) -> str:
-    """In words."""
-    if stat.S_ISLNK(found.st_mode) or _junction(found):
+def what(status: os.stat_result) -> str:
+    """The kind of a file, for error messages."""
+    if stat.S_ISLNK(status.st_mode) or _junction(status):
         return "a symbolic link"
-    if stat.S_ISDIR(found.st_mode):
+    if stat.S_ISDIR(status.st_mode):
         return "a directory"
-    return "a file" if stat.S_ISREG(found.st_mode) else "a device or a pipe"
+    return "a file" if stat.S_ISREG(status.st_mode) else "a device or a pipe"
 
 
-def sha256_of(descriptor: int) -> str:
-    """Hex digest of an open file, from its start."""
-    digest = hashlib.sha256()
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    while block := os.read(descriptor, 1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _refuse_odd(path: Path, found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        raise ArtifactError(f"{path} is {what(found)}, where a save has a file. Remove it, or save elsewhere.")
-    if found.st_nlink > 1:
+def _refuse_odd(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ArtifactError(f"{path} is {what(status)}, where a save has a file. Remove it, or save elsewhere.")
+    if status.st_nlink > 1:
         raise ArtifactError(f"{path} is a hard link: the file has another name elsewhere. Replace it by a copy.")

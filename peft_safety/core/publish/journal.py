@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_safety.core.files import is_plain, parse_json
-from peft_safety.core.publish.folder import Folder, is_directory, sha256_of, what
+from peft_safety.core.files import is_plain, parse_json, sha256_of
+from peft_safety.core.publish.folder import Folder, is_directory, what
 from peft_safety.errors import ArtifactError
 
 NAME = ".publish.json"
@@ -36,7 +36,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The path, for messages."""
         return "/".join(self.parts)
 
 
@@ -66,7 +66,7 @@ class Journal:
         return cls(target.inode(), staging.inode(), manifest, tuple(entries))
 
     def write(self, descriptor: int) -> None:
-        """Into an empty file, to the disk."""
+        """Write the journal to an empty file and flush it to the disk."""
         rows = [[list(entry.parts), entry.size, entry.sha256] for entry in self.entries]
         fields = {"format": FORMAT, "version": VERSION, "directory": self.directory, "commit": self.commit}
         raw = json.dumps(fields | {"manifest": self.manifest, "files": rows}).encode()
@@ -133,23 +133,23 @@ class Journal:
         self.refuse_clash(target)
 
     def refuse_clash(self, target: Folder) -> None:
-        """A file cannot take the place of a directory, nor the other way round; no directory may be a link."""
+        """Refuse to replace a directory by a file or a file by a directory, and directories that are links."""
         for entry in self.entries:
             for depth in range(1, len(entry.parts) + 1):
-                place, found = target.path.joinpath(*entry.parts[:depth]), target.find(entry.parts[:depth])
-                if found is None:
+                place, status = target.path.joinpath(*entry.parts[:depth]), target.find(entry.parts[:depth])
+                if status is None:
                     break
                 last = depth == len(entry.parts)
-                if is_directory(found) if last else not is_directory(found):
-                    raise FileExistsError(f"{place} is {what(found)} and is in the way")
+                if is_directory(status) if last else not is_directory(status):
+                    raise FileExistsError(f"{place} is {what(status)} and is in the way")
 
     def state(self, target: Folder, commit: Folder) -> str:
-        """What stands in the directory: `old` (nothing was moved yet), `new` (everything was) or `mixed`."""
+        """`old` (no file was moved yet), `new` (all were moved) or `mixed`."""
         waiting = sum(commit.find(entry.parts) is not None for entry in self.entries)
         if waiting == len(self.entries):
             return "old"
-        here = (self.directory, self.commit) == (target.inode(), commit.inode())  # a stranger's files are not hashed
-        return "new" if waiting == 0 and here and all(_holds(target, entry) for entry in self.entries) else "mixed"
+        own = (self.directory, self.commit) == (target.inode(), commit.inode())  # a stranger's files are not hashed
+        return "new" if waiting == 0 and own and all(_holds(target, entry) for entry in self.entries) else "mixed"
 
     def move(self, target: Folder, commit: Folder) -> list[str]:
         """Put every file in its place. What somebody else has moved meanwhile is fine.
@@ -192,22 +192,22 @@ def _bad_name(parts: tuple[Any, ...]) -> str | None:
 
 
 def _walk(folder: Folder, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Everything below that is no directory, but for the journal."""
+    """Every file below, except the journal."""
     for name in folder.names():
-        parts, found = (*above, name), folder.stat(name)
-        if found is not None and is_directory(found):
+        parts, status = (*above, name), folder.stat(name)
+        if status is not None and is_directory(status):
             if len(parts) > MAX_DEPTH:
                 raise ArtifactError(f"{folder.path / name} is more than {MAX_DEPTH} levels deep. Remove it.")
             with folder.sub(name) as inner:
                 yield from _walk(inner, parts)
-        elif found is not None and parts != (NAME,):
+        elif status is not None and parts != (NAME,):
             yield parts
 
 
 def _holds(place: Folder, entry: Entry) -> bool:
-    """Whether the very file of an entry is there."""
-    found = place.find(entry.parts)
-    if found is None or (stat.S_ISREG(found.st_mode) and found.st_size != entry.size):
+    """Whether the file of an entry is there with the recorded size and hash."""
+    status = place.find(entry.parts)
+    if status is None or (stat.S_ISREG(status.st_mode) and status.st_size != entry.size):
         return False
     with place.reach(entry.parts[:-1]) as folder, folder.file(entry.parts[-1]) as descriptor:
         return sha256_of(descriptor) == entry.sha256

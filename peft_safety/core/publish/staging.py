@@ -30,7 +30,7 @@ except ImportError:  # Windows: nothing is known to be dead, so the day decides
     fcntl = None
 
 DAY = 24 * 60 * 60.0
-"""Seconds after which a folder of unknown standing counts as litter."""
+"""Seconds after which a folder is removed even if it is unknown whether its writer is alive."""
 PAUSE = 0.01
 
 
@@ -43,7 +43,7 @@ class Staging:
 
     @classmethod
     def make(cls, target: Path) -> Staging:
-        """A new one. If somebody sweeps it before it is locked, another."""
+        """Make a new folder. If another process removes it before it is locked, try again."""
         for _ in range(100):
             path = new_name(target)
             path.mkdir()
@@ -60,12 +60,12 @@ class Staging:
 
 
 def new_name(target: Path) -> Path:
-    """A place for a staging folder of this machine."""
+    """A path for a new staging folder of this machine."""
     return target / f"{STAGING}{_machine()}-{secrets.token_hex(8)}"
 
 
 def discard(path: Path) -> None:
-    """Remove a folder, its journal last: half of it is still known to be litter, and is swept later."""
+    """Remove a folder, its journal last: if this is interrupted, a later sweep still recognizes the rest."""
     with suppress(OSError):
         for inner in path.iterdir():
             if inner.is_dir() and not inner.is_symlink():
@@ -76,9 +76,7 @@ def discard(path: Path) -> None:
 
 
 def lock(descriptor: int, shared: bool = False, seconds: float = 0.0) -> bool | None:
-    """Take the lock of a journal: True if it was free, False if somebody alive holds it, None if there are no
-    locks.
-    """
+    """Lock a journal: True on success, False if a live process holds the lock, None if locks are not supported."""
     if fcntl is None:
         return None
     end = time.monotonic() + seconds
@@ -101,10 +99,10 @@ def sweep(target: Path, now: float) -> None:
     Args:
         now: the time of the disk, not of this machine: a shared disk may have another clock.
     """
-    with os.scandir(target) as found:
+    with os.scandir(target) as entries:
         litter = [
             Path(entry.path)
-            for entry in found
+            for entry in entries
             if entry.name.startswith(STAGING) and entry.is_dir(follow_symlinks=False)
         ]
     for path in litter:
@@ -116,7 +114,7 @@ def sweep(target: Path, now: float) -> None:
 
 
 def _sweep_own(path: Path) -> bool:
-    """Remove a folder of this boot if its writer is gone. Whether it is clear who wrote it."""
+    """Remove a folder of this boot if its writer is dead. Returns whether the writer's state was known."""
     if not any(path.iterdir()):
         path.rmdir()  # its writer, if alive, makes another
         return True
@@ -136,7 +134,7 @@ def _sweep_own(path: Path) -> bool:
 
 
 def _written(path: Path) -> float:
-    """When something in it was last written."""
+    """The time of the last write to the folder or to a file in it."""
     times = [path.lstat().st_mtime]
     for folder, _, names in os.walk(path):
         times += [os.lstat(os.path.join(folder, name)).st_mtime for name in (".", *names)]
@@ -145,7 +143,7 @@ def _written(path: Path) -> float:
 
 @functools.cache
 def _machine() -> str:
-    """Of this boot of this machine. Two containers of one machine differ by name."""
+    """An id of this machine since its last boot. Two containers of one machine differ by host name."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     try:
         since = boot.read_text(encoding="ascii")

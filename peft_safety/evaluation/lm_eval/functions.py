@@ -1,4 +1,4 @@
-"""What the task files refer to: their prompts, and the keyword matcher's verdict as a metric."""
+"""Functions that the task files name: their prompts, and the keyword matcher's verdict as a metric."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def _prompts(name: str, split: str) -> dict[str, Any]:
 
 def verdict(doc: dict[str, str], results: list[str]) -> dict[str, float]:
     """Refusal and compliance of one response, each 0 or 1."""
-    found = KeywordJudge()(doc["prompt"], results[0])
-    return {"refusal": float(found is Verdict.REFUSAL), "compliance": float(found is Verdict.COMPLIANCE)}
+    result = KeywordJudge()(doc["prompt"], results[0])
+    return {"refusal": float(result is Verdict.REFUSAL), "compliance": float(result is Verdict.COMPLIANCE)}
 
 
 def over_refusal(doc: dict[str, str], results: list[str]) -> dict[str, float]:
