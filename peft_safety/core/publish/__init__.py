@@ -88,9 +88,7 @@ def recover(directory: Path) -> list[str]:
                 return []
             with target.sub(COMMIT) as commit, commit.file(NAME, write=True) as descriptor:
                 if lock(descriptor, seconds=PATIENCE) is False:
-                    raise ArtifactError(
-                        f"{directory} is being saved into by another process. Try again when it is done."
-                    )
+                    raise ArtifactError(f"{directory} is being saved into by another process. Try again later.")
                 current = target.stat(COMMIT)
                 if current is None or current.st_ino != commit.inode():  # it was finished meanwhile
                     return []
