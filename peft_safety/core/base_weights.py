@@ -1,8 +1,8 @@
 """The base weights under an adapter: which layers can be protected, their dense weight, and their fingerprint.
 
 A fingerprint is a few hundred sampled values of a weight. It tells another model of equal shapes apart, and still
-recognizes the same model in another
-precision: the values are compared by relative distance, with a tolerance per precision.
+recognizes the same model in another precision: the values are compared by relative distance, with a tolerance per
+precision.
 """
 
 from __future__ import annotations
