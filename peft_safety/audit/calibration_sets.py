@@ -45,9 +45,7 @@ def check_request(calibration: Calibration, positions: Positions) -> None:
         return
     if not isinstance(calibration, Mapping) or set(calibration) != set(KINDS):
         given = sorted(map(str, calibration)) if isinstance(calibration, Mapping) else repr(calibration)
-        raise ConfigError(
-            f"calibration={given}. Use None, 'auto', or a mapping with the keys {KINDS[0]!r} and {KINDS[1]!r}."
-        )
+        raise ConfigError(f"calibration={given}. Use None, 'auto', or a mapping with the keys {KINDS}.")
 
 
 def calibration_sets(

@@ -85,10 +85,7 @@ class _Lengths:
             )
         update, weight = (float(total) / self.counts[name] for total in self.sums[name])
         if not update < float("inf") or not weight < float("inf"):
-            raise CalibrationError(
-                f"{name}: its inputs or outputs hold NaN or Inf. Load the model in float32 or bfloat16, and check the "
-                "data."
-            )
+            raise CalibrationError(f"{name}: its inputs or outputs hold NaN or Inf. Load the model in float32.")
         return Interference(update, weight, self.counts[name])
 
 

@@ -132,8 +132,7 @@ def estimate(
     reached = {name: layer for name, layer in layers.items() if all(seen.reaches(name) for seen, _ in collected)}
     if not reached:
         raise CalibrationError(
-            f"no token that counts reaches any of the {len(layers)} target layers ({listed(layers)}). Give data "
-            "that do."
+            f"no token that counts reaches any of the {len(layers)} target layers ({listed(layers)}). Give other data."
         )
     bases, spectra = _bases(
         {side: narrow_layers(layers, side) for side in chosen},

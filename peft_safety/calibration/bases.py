@@ -50,9 +50,7 @@ class Size:
     def __post_init__(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not None}
         if len(given) != 1:
-            raise ConfigError(
-                f"the size of a basis is given by one of rank, a share and energy, not by {given or 'none'}."
-            )
+            raise ConfigError(f"give one of rank, a share and energy for the size of a basis, not {given or 'none'}.")
         if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool)):
             raise ConfigError(
                 f"rank={self.rank!r}. Use an integer of at least 1, or a share of the features between 0 and 1."
@@ -100,8 +98,7 @@ def check_moment(moment: Tensor, name: str) -> float:
     if not bool(torch.isfinite(moment).all()) or not total > 0:
         what = "is zero" if total == 0 else "holds NaN or Inf"
         raise CalibrationError(
-            f"{name}: the second moment {tuple(moment.shape)} of its inputs {what}. Check the data, and load the "
-            "model in fp32 or bf16."
+            f"{name}: the second moment {tuple(moment.shape)} {what}. Check the data, load the model in fp32."
         )
     return total
 

@@ -85,9 +85,7 @@ def coverage(subspace: SafetySubspace, task: Mapping[str, TaskShare] | None = No
             curve = covered * energy / energy[-1]
         rows.append(ModuleCoverage(name, kind_of(name), int(n), int(k), covered, curve, (task or {}).get(name)))
     if not rows:
-        raise CalibrationError(
-            f"{subspace!r} has no input basis, so it covers no inputs. Calibrate with method='guardspace'."
-        )
+        raise CalibrationError(f"{subspace!r} has no input basis. Calibrate with method='guardspace'.")
     return rows
 
 

@@ -62,9 +62,7 @@ class InputMoments:
             )
         result = self._moments[self._leader[name]]
         if not bool(torch.isfinite(result).all()):
-            raise CalibrationError(
-                f"{name}: its inputs hold NaN or Inf. Load the model in float32 or bfloat16, and check the data."
-            )
+            raise CalibrationError(f"{name}: its inputs hold NaN or Inf. Load the model in float32.")
         return result
 
     @contextmanager
@@ -97,8 +95,7 @@ class InputMoments:
                 return  # the very same tensor: its leader has counted it
             if self._leader.setdefault(name, name) != name:
                 raise CalibrationError(
-                    f"{name}: shares its input with {self._leader[name]} in some batches only. Calibrate it on its "
-                    "own."
+                    f"{name}: shares its input with {self._leader[name]} in some batches only. Calibrate it alone."
                 )
             self._last = (name, x)
             if not self._masks:
@@ -282,9 +279,7 @@ def to_batches(
         CalibrationError: no data, rows without a tokenizer, or batches without labels.
     """
     if isinstance(data, Iterator):
-        raise CalibrationError(
-            f"calibration data is a {type(data).__name__}, which can be read only once. Give list(data)."
-        )
+        raise CalibrationError(f"calibration data is a {type(data).__name__}, readable only once. Give list(data).")
     rows = as_rows(data, "calibration data", CalibrationError)
     if not rows:
         raise CalibrationError("no calibration data. Give rows {prompt, response} or tokenized batches.")

@@ -93,26 +93,19 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     modules = config.get("target_modules")
     if not isinstance(modules, list) or not all(isinstance(m, str) and _PLAIN_NAME.fullmatch(m) for m in modules):
         raise ArtifactError(
-            f"{where}: target_modules must list full module names, not patterns. Save the adapter again with "
-            "peft_safety."
+            f"{where}: target_modules must list full module names, not patterns. Save the adapter again."
         )
     for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if config.get(field):
-            raise ArtifactError(
-                f"{where}: {field} cannot be combined with a list of full module names. Save the adapter again with "
-                "peft_safety."
-            )
+            raise ArtifactError(f"{where}: {field} cannot be combined with full module names. Save the adapter again.")
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(m, str) and m for m in saved):
-        raise ArtifactError(
-            f"{where}: modules_to_save must be a list of module names. Save the adapter again with peft_safety."
-        )
+        raise ArtifactError(f"{where}: modules_to_save must list module names. Save the adapter again.")
     for field in ("rank_pattern", "alpha_pattern"):
         table = config.get(field) or {}
         if not isinstance(table, dict) or not set(table) <= set(modules):
             raise ArtifactError(
-                f"{where}: {field} must map names in target_modules to numbers. Save the adapter again with "
-                "peft_safety."
+                f"{where}: {field} must map names in target_modules to numbers. Save the adapter again."
             )
     check_sizes(config, where)
 
@@ -140,21 +133,13 @@ def check_adapter(directory: Path, warn: bool = False) -> StoredAdapter:
     record = _record(path, config)
     check_config(config, str(path))
     if record["config"] != config_digest(config):
-        raise ArtifactError(
-            f"{path} is not the config that was saved (its sha256 differs; only {', '.join(FREE_FIELDS)} may change). "
-            "Copy or save it again."
-        )
+        raise ArtifactError(f"{path} is not the config that was saved (its sha256 differs). Copy or save it again.")
     for name, expected in record["files"].items():
         file = files.child(directory, name)
         if not file.is_file():
-            raise ArtifactError(
-                f"{file} is missing. Copy the whole directory, or load from the place it was saved to."
-            )
+            raise ArtifactError(f"{file} is missing. Copy the whole directory.")
         if files.sha256(file) != expected:
-            raise ArtifactError(
-                f"{file} is not the file that was saved (its sha256 differs from the one in {MANIFEST}). Copy or save "
-                "it again."
-            )
+            raise ArtifactError(f"{file} is not the file that was saved (its sha256 differs). Copy or save it again.")
     subspace = SafetySubspace.load(files.child(directory, record["subspace"]))
     method = config_of(config, path)
     _check_subspace(directory / SUBSPACE_FILE, subspace, method.basis_sides)
@@ -239,10 +224,7 @@ def _check_subspace(path: Path, subspace: SafetySubspace, wanted: tuple[Side, ..
 def _refuse_pickles(directory: Path) -> None:
     for path in directory.iterdir():
         if path.name.startswith("adapter_model") and path.suffix in files.PICKLES:
-            raise ArtifactError(
-                f"{path} is a pickle and is never opened: it can run code. Remove it, or convert it to {ADAPTER_FILE} "
-                "where that cannot hurt."
-            )
+            raise ArtifactError(f"{path} is a pickle and is never opened: it can run code. Remove or convert it.")
 
 
 def _check_factors(
@@ -357,6 +339,5 @@ def _check_extra(path: Path, key: str, handle: Any, subspace: SafetySubspace, sa
         reference = subspace.fingerprints[base]
         if sample.shape != reference.shape or not weights.distance(sample, reference) <= weights.DISTANCE_DENSE:
             raise ArtifactError(
-                f"{path}: {key} {tuple(tensor.shape)} is not the base weight that the subspace was made for. Save the "
-                "adapter again."
+                f"{path}: {key} {tuple(tensor.shape)} is not the subspace's base weight. Save the adapter again."
             )

@@ -1,8 +1,8 @@
 """The base weights under an adapter: which layers can be protected, their dense weight, and their fingerprint.
 
 A fingerprint is a few hundred sampled values of a weight. It tells another model of equal shapes apart, and still
-recognizes the same model in another
-precision: the values are compared by relative distance, with a tolerance per precision.
+recognizes the same model in another precision: the values are compared by relative distance, with a tolerance per
+precision.
 """
 
 from __future__ import annotations
@@ -96,9 +96,7 @@ def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
     check_readable(layer, name)
     weight: Any = layer.weight
     if not is_whole(weight):
-        raise UnsupportedLayerError(
-            f"{name}: its weight is on the meta device or sharded. Calibrate or load before the model is sharded."
-        )
+        raise UnsupportedLayerError(f"{name}: its weight is on the meta device or sharded. Calibrate or load earlier.")
     kind = quantization(layer)
     if kind == "4bit":
         from bitsandbytes.functional import dequantize_4bit
@@ -116,9 +114,7 @@ def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
             else getattr(getattr(layer, "state", None), "SCB", None)
         )
         if scale is None or weight.dtype != torch.int8:
-            raise UnsupportedLayerError(
-                f"{name}: 8-bit weight without its scales. Move the model to its device first."
-            )
+            raise UnsupportedLayerError(f"{name}: 8-bit weight without scales. Move the model to its device first.")
         return from_int8(weight.data, scale)
     if kind == "fp8":
         return scales.from_fp8(layer, name)

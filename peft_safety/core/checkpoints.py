@@ -156,9 +156,7 @@ class FileWeights:
         if result is None:
             packed = any(f"{name}.{suffix}" in self.place for suffix in ("qweight", "weight_packed"))
             what = "is packed by GPTQ, AWQ or the like" if packed else "is not there"
-            raise CheckpointError(
-                f"{self.label}: the weight of {name} {what}. Give the 16-bit checkpoint of the same architecture."
-            )
+            raise CheckpointError(f"{self.label}: the weight of {name} {what}. Give the 16-bit checkpoint.")
         return result
 
     @property
@@ -184,8 +182,7 @@ class FileWeights:
             )
             return dequantize_4bit(packed, state).float(), "4bit"
         raise CheckpointError(
-            f"{self.label}: {key} is stored as {dtype}, which cannot be read here. Give the 16-bit checkpoint of the "
-            "same architecture."
+            f"{self.label}: {key} is stored as {dtype}, which cannot be read. Give the 16-bit checkpoint."
         )
 
     def tensor(self, key: str) -> Tensor:

@@ -69,9 +69,7 @@ def sha256(path: Path) -> str:
         with path.open("rb") as file:
             return sha256_of(file.fileno())
     except OSError as error:
-        raise ArtifactError(
-            f"{path} cannot be read: {error.strerror}. Copy the whole directory, or make it readable."
-        ) from error
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}. Copy the whole directory again.") from error
 
 
 def sha256_of(descriptor: int) -> str:
@@ -127,9 +125,7 @@ def parse_json(raw: bytes | str, where: str, limit: int = MAX_JSON_BYTES) -> dic
             raise
         raise ArtifactError(f"{where} is not valid JSON ({str(error)[:200]}). Copy or save it again.") from error
     if not isinstance(value, dict) or _depth(value) > MAX_JSON_DEPTH:
-        raise ArtifactError(
-            f"{where} must be one JSON object, at most {MAX_JSON_DEPTH} levels deep. Save it again with peft_safety."
-        )
+        raise ArtifactError(f"{where} must be one JSON object, at most {MAX_JSON_DEPTH} levels deep. Save it again.")
     return value
 
 
@@ -163,9 +159,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
                 )
             yield handle
     except FileNotFoundError as error:
-        raise ArtifactError(
-            f"{path} is missing. Copy the whole directory, or load from the place it was saved to."
-        ) from error
+        raise ArtifactError(f"{path} is missing. Copy the whole directory.") from error
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is not a complete safetensors file ({error}). Copy or save it again.") from error
 

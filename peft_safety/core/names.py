@@ -2,8 +2,8 @@
 mean exactly them; and short lists of them for messages.
 
 PEFT matches a list of names as suffixes, and the keys of `rank_pattern` and `alpha_pattern` as regular expressions
-behind any prefix, the first match first. A
-full name can therefore mean more than one module: "layers.0.lin" is the end of "img.layers.0.lin".
+behind any prefix, the first match first. A full name can therefore mean more than one module: "layers.0.lin" is the
+end of "img.layers.0.lin".
 """
 
 from __future__ import annotations

@@ -163,10 +163,7 @@ def check_plain(config: Any, what: str) -> None:
         ConfigError: see above.
     """
     if hasattr(config, "safety_artifact"):
-        raise ConfigError(
-            f"{what} is protected ({type(config).__name__}); the result would not keep its guarantee. Use "
-            "peft_safety.export_lora first."
-        )
+        raise ConfigError(f"{what} is protected ({type(config).__name__}). Use peft_safety.export_lora first.")
     check_features(config, what)
 
 

@@ -53,9 +53,7 @@ def scale_of(layer: nn.Module, name: str) -> Tensor:
         return scale.reshape(rows, 1)
     height, width = (int(size) for size in block or (0, 0))
     if min(height, width) < 1 or tuple(scale.shape) != (-(-rows // height), -(-columns // width)):
-        raise UnsupportedLayerError(
-            f"{where} has scales {tuple(scale.shape)} for blocks of {block}, which do not fit. {READABLE}"
-        )
+        raise UnsupportedLayerError(f"{where} has scales {tuple(scale.shape)} for blocks of {block}. {READABLE}")
     return scale.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
 
 

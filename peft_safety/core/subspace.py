@@ -59,9 +59,7 @@ class SafetySubspace:
         self.fingerprints = {name: _frozen(f, name) for name, f in (fingerprints or {}).items()}
         self.provenance = dict(provenance or {})
         if not self.bases or not all(self.bases.values()):
-            raise SubspaceError(
-                "the subspace, or one of its modules, has no basis. Calibrate it with SafetySubspace.from_activations."
-            )
+            raise SubspaceError("the subspace, or one of its modules, has no basis. Calibrate it again.")
         for name, sides in self.bases.items():
             for side, u in sides.items():
                 check_basis(u, name, side)
@@ -282,8 +280,7 @@ class SafetySubspace:
             d = weights.shape(layer)[0 if side == "out" else 1]
             if u.shape[0] != d:
                 raise SubspaceError(
-                    f"{name}: the basis is {tuple(u.shape)}, the layer has {d} {side}put features. Calibrate on this "
-                    "model."
+                    f"{name}: the basis is {tuple(u.shape)}, the layer has {d} {side}put features. Calibrate again."
                 )
         weights.check_fingerprints(
             self.fingerprints, layers, quantized=self.provenance.get("precision", "dense") != "dense"
@@ -326,8 +323,7 @@ def check_basis(u: Tensor, name: str, side: Side) -> None:
         raise SubspaceError(f"{name}: side {side!r}; use 'out' or 'in'.")
     if u.ndim != 2 or u.shape[1] < 1:
         raise SubspaceError(
-            f"{name}: the {side} basis has shape {tuple(u.shape)}; it must be (features, k) with k >= 1. Calibrate "
-            "again."
+            f"{name}: the {side} basis has shape {tuple(u.shape)}, not (features, k) with k >= 1. Calibrate again."
         )
     d, k = u.shape
     if k >= d:

@@ -44,9 +44,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, An
     try:
         facts = json.dumps({**provenance, **({SHARED: shared} if shared else {})}, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise SubspaceError(
-            f"{path}: the provenance cannot be written as JSON ({error}). Keep it to text and finite numbers."
-        ) from error
+        raise SubspaceError(f"{path}: the provenance is no JSON ({error}). Use text and finite numbers.") from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         mode = files.usual_mode(staged)
@@ -80,8 +78,7 @@ def _parse(handle: Any, path: Path) -> tuple[Bases, Bases, dict[str, Tensor], di
     metadata = handle.metadata() or {}
     if FORMAT not in metadata:
         raise SubspaceError(
-            f"{path} is not a safety subspace (its header has {str(sorted(metadata))[:80]}, not {FORMAT!r}). Write it "
-            "with SafetySubspace.save."
+            f"{path} is not a safety subspace (its header has no {FORMAT!r}). Write it with SafetySubspace.save."
         )
     provenance = files.parse_json(metadata[FORMAT], f"{path} (header)")
     bases: Bases = {}
@@ -132,10 +129,7 @@ def _download(repo: str, **hub: Any) -> Path:
     if (
         repo.count("/") > 1 or repo.startswith((".", "/", "~")) or repo.endswith(".safetensors")
     ):  # a path, not a repository: don't ask the network
-        raise SubspaceError(
-            f"{repo!r} does not exist. Check the spelling, or calibrate a subspace with "
-            "SafetySubspace.from_activations."
-        )
+        raise SubspaceError(f"{repo!r} does not exist. Check the spelling, or calibrate a subspace.")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

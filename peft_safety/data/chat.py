@@ -168,7 +168,7 @@ def _encode(
     return {"input_ids": ids[:max_length], "attention_mask": [1] * len(labels), "labels": labels}
 
 
-def row_turns(row: Row, labels: Sequence[str]) -> tuple[list[Message], list[Message]]:
+def row_turns(row: Row, labels: Sequence[str] = ()) -> tuple[list[Message], list[Message]]:
     """The prompt's turns and the answer's turns of a row of any accepted kind; a {messages} row is all answer.
 
     Args:

@@ -35,8 +35,7 @@ def label_mask(
         mask = [bool(mark) for mark in marks]
         if not any(mask):
             raise DataError(
-                "the chat template marks no token of the assistant. Mend its {% generation %} blocks, or take them "
-                "out."
+                "the chat template marks no token of the assistant. Correct or remove its {% generation %} blocks."
             )
     else:
         text = chat.text(messages)

@@ -81,9 +81,7 @@ class Chat:
         from jinja2 import TemplateError
 
         if not self.tokenizer.chat_template:
-            raise DataError(
-                "the tokenizer has no chat template. Use an instruct model, or set tokenizer.chat_template."
-            )
+            raise DataError("the tokenizer has no chat template. Set tokenizer.chat_template.")
         given = {**self.options, "chat_template": self.template, "tools": self.tools or None}
         try:
             return self.tokenizer.apply_chat_template(list(messages), **given, **how)
@@ -127,15 +125,11 @@ def read_tools(tools: Any) -> list[Any] | None:
     try:
         parsed = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"'tools' is not JSON: {error}. Give a list of JSON schemas, or that list as JSON text."
-        ) from error
+        raise DataError(f"'tools' is not JSON: {error}. Give a list of JSON schemas, also as JSON text.") from error
     if not parsed:
         return None
     if not isinstance(parsed, (list, tuple)):
-        raise DataError(
-            f"'tools' is a {type(parsed).__name__}. Give a list of JSON schemas, or that list as JSON text."
-        )
+        raise DataError(f"'tools' is a {type(parsed).__name__}. Give a list of JSON schemas, also as JSON text.")
     return list(parsed)
 
 

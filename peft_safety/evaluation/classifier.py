@@ -179,7 +179,6 @@ def label_verdicts(
     }
     if set(verdicts.values()) == {Verdict.OTHER}:
         raise ConfigError(
-            f"judge {source!r} has the labels {list(id2label.values())}, none of which says refusal. Give labels= "
-            "with a verdict for each."
+            f"judge {source!r} has the labels {list(id2label.values())}, none of which says refusal. Give labels=."
         )
     return verdicts

@@ -263,9 +263,7 @@ def response_losses(
 def _features(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], max_length: int) -> list[dict[str, Any]]:
     """Tokens and labels of each row, cut to `max_length` tokens that start before the first labeled token."""
     if max_length < 2:
-        raise DataError(
-            f"max_length = {max_length} has no room for a token of a prompt and one of its response. Give at least 2."
-        )
+        raise DataError(f"max_length = {max_length} has no room for a prompt and a response. Give at least 2.")
     result = []
     for index, feature in enumerate(encode_each(tokenizer, rows, WHOLE)):
         if feature is None:

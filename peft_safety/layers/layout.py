@@ -1,9 +1,8 @@
 """Where a factor lies in memory.
 
 Products of equal values are equal to the last bit only where the same kernel runs, and a CPU's BLAS chooses its
-kernels
-by strides and addresses: a factor that is a slice of an SVD, or of a file that was read whole, gives other last bits
-than its copy does.
+kernels by strides and addresses: a factor that is a slice of an SVD, or of a file that was read whole, gives other
+last bits than its copy does.
 """
 
 from __future__ import annotations

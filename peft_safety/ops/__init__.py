@@ -95,8 +95,7 @@ def nf4_lora(
     _check_factors(q, a, bp)
     if x.dim() == 0 or x.shape[-1] != q.k or x.device != q.wq.device:
         raise OperationError(
-            f"x {tuple(x.shape)} on {x.device} for a weight ({q.n}, {q.k}) on {q.wq.device}. Pass (..., {q.k}) on "
-            "that device."
+            f"x {tuple(x.shape)} on {x.device} for a weight ({q.n}, {q.k}) on {q.wq.device}. Pass (..., {q.k}) there."
         )
     if x_adapter is not None and (x_adapter.shape != x.shape or x_adapter.dtype != x.dtype):
         raise OperationError(
@@ -133,6 +132,5 @@ def _check_factors(q: QuantBundle, a: Tensor, bp: Tensor) -> None:
         )
     if not a.device == bp.device == q.wq.device:
         raise OperationError(
-            f"factors on {a.device} and {bp.device}, the weight ({q.n}, {q.k}) on {q.wq.device}. Move them to one "
-            "device."
+            f"factors on {a.device} and {bp.device}, the weight ({q.n}, {q.k}) on {q.wq.device}. Use one device."
         )

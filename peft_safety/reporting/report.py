@@ -149,9 +149,7 @@ class Report:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise DataError(
-                f"cannot read a report from {path}: {error}. Give a report.json that peft-safety wrote."
-            ) from error
+            raise DataError(f"cannot read {path}: {error}. Give a report.json that peft-safety wrote.") from error
         return cls.from_json(data)
 
     def card(self) -> str:

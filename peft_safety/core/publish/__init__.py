@@ -4,8 +4,8 @@ off.
 A publish writes and syncs everything, with a journal of it, in a hidden staging folder inside the directory; renames
 that folder to `.commit` (the commit point, one rename); moves the files into place, the manifest last; and renames
 `.commit` away. A kill before the commit point leaves the old files and litter. A kill after it leaves a `.commit`
-whose journal says
-which files still wait: all of them (the old files are whole), some (a mixture, which nobody may read) or none.
+whose journal says which files still wait: all of them (the old files are whole), some (a mixture, which nobody may
+read) or none.
 """
 
 from __future__ import annotations
@@ -88,9 +88,7 @@ def recover(directory: Path) -> list[str]:
                 return []
             with target.sub(COMMIT) as commit, commit.file(NAME, write=True) as descriptor:
                 if lock(descriptor, seconds=PATIENCE) is False:
-                    raise ArtifactError(
-                        f"{directory} is being saved into by another process. Try again when it is done."
-                    )
+                    raise ArtifactError(f"{directory} is being saved into by another process. Try again later.")
                 current = target.stat(COMMIT)
                 if current is None or current.st_ino != commit.inode():  # it was finished meanwhile
                     return []

@@ -50,9 +50,7 @@ class Folder:
         elif status is None:
             raise FileNotFoundError(f"{path} is missing")
         elif not is_directory(status):
-            raise ArtifactError(
-                f"{path} is {what(status)}, where a save has a directory. Remove it, or save elsewhere."
-            )
+            raise ArtifactError(f"{path} is {what(status)}, not a directory. Remove it, or save elsewhere.")
         if self.descriptor is None:
             yield Folder(path, None)
             return

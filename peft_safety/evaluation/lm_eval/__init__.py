@@ -5,8 +5,7 @@
         --tasks peft_safety_refusal,peft_safety_over_refusal --apply_chat_template
 
 The test split by default; `--metadata '{"split": "validation"}'` while choosing settings. Figures of plain greedy
-generation as in `evaluate`, by the same
-keyword matcher: a smoke metric.
+generation as in `evaluate`, by the same keyword matcher: a smoke metric.
 """
 
 from pathlib import Path
