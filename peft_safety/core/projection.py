@@ -23,9 +23,8 @@ ORTHONORMAL_TOLERANCE = 1e-5
 FOLD_EPSILONS = 4.0
 #: Largest relative leak of a stored fp32 factor that counts as protected.
 LEAK_TOLERANCE = 1e-6
-#: Relative length below which a further direction counts as one that is already in a span: dropping it leaves no more
-#: than that, a third of the leak's
-#: tolerance, and it is above what rounding a basis to fp32 leaves of it.
+#: Relative length below which a further direction counts as part of a span. It is a third of the leak's tolerance, and
+#: above what rounding a basis to fp32 leaves.
 UNION_TOLERANCE = 3e-7
 #: Passes that `fold_` may take. Two are enough unless the factor lies in the protected span almost entirely.
 FOLD_PASSES = 3

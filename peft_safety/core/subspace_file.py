@@ -78,7 +78,8 @@ def _parse(handle: Any, path: Path) -> tuple[Bases, Bases, dict[str, Tensor], di
     metadata = handle.metadata() or {}
     if FORMAT not in metadata:
         raise SubspaceError(
-            f"{path} is not a safety subspace (its header has no {FORMAT!r}). Write it with SafetySubspace.save."
+            f"{path} is not a safety subspace (its header has {str(sorted(metadata))[:80]}, not {FORMAT!r}). Write it "
+            "with SafetySubspace.save."
         )
     provenance = files.parse_json(metadata[FORMAT], f"{path} (header)")
     bases: Bases = {}

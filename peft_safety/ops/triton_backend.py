@@ -25,9 +25,8 @@ class Tile(NamedTuple):
     warps: int
 
 
-#: By bytes of an output value. Small enough for three blocks of threads a processor, and for no architecture to spill
-#: (tests/ops/test_compiled.py);
-#: high enough that the columns of A, which every row of tiles reads again, stay a quarter of what is written.
+#: By bytes of an output value. Small enough for three thread blocks per processor without spills
+#: (tests/ops/test_compiled.py); large enough that reading A for every row of tiles stays a quarter of the writes.
 WEIGHT_TILES = {2: Tile(64, 64, 8), 4: Tile(16, 128, 4)}
 SKINNY_TILE = Tile(32, 64, 4)
 FINISH_ROWS = 32

@@ -121,11 +121,11 @@ def is_interrupted(directory: Path) -> bool:
 def require_whole(directory: Path, ours: bool = True, warn: bool = True) -> None:
     """For readers, before anything is read. Writes nothing.
 
-    Where a publish was cut off before its first move, the old files are whole and are read, with a warning.
+    If a publish was interrupted before its first move, the old files are complete; they are read, with a warning.
 
     Args:
-        ours: a `.commit` that is no publish of this package is an error; where False, it is somebody else's business.
-        warn: False in a step of a larger read that has said it already.
+        ours: whether a `.commit` that this package did not write is an error; False ignores it.
+        warn: False if the caller has warned already.
 
     Raises:
         ArtifactError: the files are a mixture of two publishes, or may be.
@@ -168,10 +168,8 @@ def _require_whole(directory: Path, owner: Path, journal: Journal, warn: bool) -
 
 
 def copy_own(directory: Path, name: str, staging: Path) -> None:
-    """Take a file of a directory over into a staging folder, if there is one.
-
-    A link is not followed: what it leads to may be private.
-    """
+    """Copy a file of a directory into a staging folder, if it exists. Links are not followed: they may lead to private
+    files."""
     with Folder.open(directory) as folder:
         if folder.stat(name) is None:
             return
