@@ -133,7 +133,10 @@ def check_adapter(directory: Path, warn: bool = False) -> StoredAdapter:
     record = _record(path, config)
     check_config(config, str(path))
     if record["config"] != config_digest(config):
-        raise ArtifactError(f"{path} is not the config that was saved (its sha256 differs). Copy or save it again.")
+        raise ArtifactError(
+            f"{path} is not the config that was saved (its sha256 differs; only {', '.join(FREE_FIELDS)} may change). "
+            "Copy or save it again."
+        )
     for name, expected in record["files"].items():
         file = files.child(directory, name)
         if not file.is_file():
@@ -224,7 +227,9 @@ def _check_subspace(path: Path, subspace: SafetySubspace, wanted: tuple[Side, ..
 def _refuse_pickles(directory: Path) -> None:
     for path in directory.iterdir():
         if path.name.startswith("adapter_model") and path.suffix in files.PICKLES:
-            raise ArtifactError(f"{path} is a pickle and is never opened: it can run code. Remove or convert it.")
+            raise ArtifactError(
+                f"{path} is a pickle and is never opened: it can run code. Remove it, or convert it to {ADAPTER_FILE}."
+            )
 
 
 def _check_factors(

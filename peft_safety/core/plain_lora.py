@@ -163,7 +163,10 @@ def check_plain(config: Any, what: str) -> None:
         ConfigError: see above.
     """
     if hasattr(config, "safety_artifact"):
-        raise ConfigError(f"{what} is protected ({type(config).__name__}). Use peft_safety.export_lora first.")
+        raise ConfigError(
+            f"{what} is protected ({type(config).__name__}); the result would lose that. Use peft_safety.export_lora "
+            "first."
+        )
     check_features(config, what)
 
 
