@@ -203,7 +203,7 @@ def sizes_of(
     if unknown:
         kinds = ", ".join(sorted({kind_of(name) for name in layers}))
         raise ConfigError(
-            f"per_kind (safety_rank_pattern) names {unknown[0]!r}, and no target module is of that kind. There are "
+            f"safety_rank_pattern (per_kind) names {unknown[0]!r}, and no target module is of that kind. There are "
             f"{kinds}."
         )
     return {name: special.get(kind_of(name), usual) for name in layers}

@@ -78,12 +78,12 @@ class Size:
             raise ConfigError(
                 f"{name}: rank={self.rank} of {d} {side}put features leaves nothing to train, or protects nothing "
                 f"(the layer is {shape[0]} x {n}). "
-                f"Use a rank from 1 to {d - 1}, or leave it out."
+                f"Use a safety_rank (rank) from 1 to {d - 1}, or a share."
             )
         if self.rank is not None and self.rank > n:
             raise ConfigError(
-                f"{name}: rank={self.rank}, but {n} input features give at most {n} directions. Use a smaller rank, "
-                "or leave it out."
+                f"{name}: rank={self.rank}, but {n} input features give at most {n} directions. Use a smaller "
+                "safety_rank (rank), or a share."
             )
         return self.rank
 

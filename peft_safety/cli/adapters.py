@@ -232,8 +232,8 @@ def export(
     merge_to: Annotated[
         str | None,
         typer.Option(
-            help="Merge into the base model in 4 bits instead: 16bit, nf4+residual (exact: a plain LoRA beside it) "
-            "or nf4 (lossy)."
+            help="Merge into the base model, loaded in 4 bits, instead: 16bit, nf4+residual (exact: a plain LoRA "
+            "beside it) or nf4 (lossy)."
         ),
     ] = None,
     model: Annotated[

@@ -13,7 +13,7 @@ from peft_safety.cli.common import JsonOption, app, rows, show
 
 @app.command()
 def report(
-    path: Annotated[Path, typer.Argument(help="A report.json that protect or the demo wrote.")],
+    path: Annotated[Path, typer.Argument(help="A report that protect, patch, the demo or an example wrote.")],
     png: Annotated[Path | None, typer.Option(help="Also draw it here.")] = None,
     card: Annotated[
         bool, typer.Option("--card", help="Print a Markdown section for a model card instead of a table.")
