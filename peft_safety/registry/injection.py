@@ -11,6 +11,7 @@ from torch import nn
 from peft_safety.core import base_weights as weights
 from peft_safety.core.names import pin, places, walk
 from peft_safety.errors import ConfigError, PeftSafetyError
+from peft_safety.layers import protected_leaves
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry.attach import attach
 from peft_safety.registry.checks import check_ahead
@@ -24,6 +25,7 @@ def inject_adapter(
     """PEFT builds its layers, then the protected leaves go in. If anything fails, the model is put back as it was."""
     given = self.peft_config[adapter_name]
     if not isinstance(given, ProtectedConfig):
+        _check_unprotected(model, adapter_name, given)
         return original(self, model, adapter_name, *args, **kwargs)
     check_ahead(model, given)
     config = private(given)
@@ -69,6 +71,16 @@ def inject_adapter(
     finally:
         config._injecting = False
     return None
+
+
+def _check_unprotected(model: nn.Module, adapter_name: str, given: Any) -> None:
+    """Refuse an ordinary adapter under the name of a protected one, whose layers it would replace."""
+    for name, _ in protected_leaves(model):
+        if name.rpartition(".")[2] == adapter_name:
+            raise ConfigError(
+                f"{name}: adapter {adapter_name!r} is protected, and a {type(given).__name__} of this name would "
+                "replace its layers by ordinary ones. Use another adapter_name, or delete_adapter first."
+            )
 
 
 def _wanted(own: Sequence[tuple[str, str]], names: Collection[str]) -> set[str]:

@@ -261,3 +261,17 @@ def test_a_plain_adapter_by_the_same_roads_stays_plain() -> None:
     for road in ("tuner", "mixed", "transformers", "mixed_beside_loha"):
         model, _ = ROADS[road](LoraConfig(r=4, target_modules=["q_proj"]))
         assert not list(protected_leaves(model))
+
+
+@pytest.mark.parametrize(
+    "road", [get_peft_model, lambda m, c: inject_adapter_in_model(c, m.get_base_model(), "default")]
+)
+def test_an_ordinary_config_under_the_name_of_a_protected_adapter_is_refused(road: Callable[..., Any]) -> None:
+    model = cells.protected(trained=True)
+    leaves = [name for name, _ in protected_leaves(model)]
+    before = cells.logits(model)
+    with pytest.raises(ConfigError, match="'default' is protected"):
+        road(model, LoraConfig(r=4, target_modules=cells.targets("linear")))
+    assert [name for name, _ in protected_leaves(model)] == leaves
+    torch.testing.assert_close(cells.logits(model), before)
+    get_peft_model(cells.base_model(), LoraConfig(r=4, target_modules=cells.targets("linear")))  # elsewhere it may
