@@ -42,12 +42,12 @@ def base_model(kind: str = "linear", seed: int = 0) -> nn.Module:
 
 @cache
 def _base(kind: str, seed: int) -> nn.Module:
-    if kind == "conv1d":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # the first call, which builds, leaves the generator as later ones do
+        torch.manual_seed(seed)
+        if kind == "conv1d":
             return GPT2LMHeadModel(GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=2, n_positions=64)).eval()
-    model = tiny_llama(seed, hidden=64 if kind == WIDE else 32)
-    return model if kind == "linear" else quantized(model, kind)
+        model = tiny_llama(seed, hidden=64 if kind == WIDE else 32)
+        return model if kind == "linear" else quantized(model, kind)
 
 
 def quantized(model: nn.Module, kind: str) -> nn.Module:
