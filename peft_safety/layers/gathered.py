@@ -10,11 +10,9 @@ import torch
 from torch import nn
 
 from peft_safety.core import projection
+from peft_safety.core.names import own_name
 from peft_safety.errors import ProtectionError
 from peft_safety.layers.protected_linear import is_plain, protected_leaves
-
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-"""Parts of module names that torch's wrappers add and its state dicts leave out."""
 
 
 @torch.no_grad()
@@ -26,9 +24,8 @@ def folded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """
     result = dict(state)
     for name, leaf in protected_leaves(model):
-        for wrapper in WRAPPERS:
-            name = name.replace(wrapper, "")
-        for key in (f"{name}.weight", f"{name}.initial"):
+        stored = own_name(name)  # torch's state dicts leave out what its wrappers add to names
+        for key in (f"{stored}.weight", f"{stored}.initial"):
             if leaf.basis is None or key not in result:
                 continue
             factor = result[key]
