@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft_safety.convert.verify import verify
     from peft_safety.core.subspace import SafetySubspace
     from peft_safety.errors import PeftSafetyError
-    from peft_safety.methods.guardspace import GuardSpaceConfig
+    from peft_safety.methods.guardspace import GuardSpaceConfig, repair_adapter
     from peft_safety.methods.ortho_patch import OrthoSafetyPatchConfig
     from peft_safety.methods.safe_lora import SafeLoRAConfig, apply_safe_lora, safe_lora_dir
     from peft_safety.methods.salora import SaLoRAConfig
@@ -47,6 +47,7 @@ _NAMES = {
     "fuse": "methods.somf",
     "merge_quantized": "convert.merge",
     "orthogonality_report": "audit",
+    "repair_adapter": "methods.guardspace",
     "safe_lora_dir": "methods.safe_lora",
     "verify": "convert.verify",
 }
@@ -67,6 +68,7 @@ __all__ = [
     "fuse",
     "merge_quantized",
     "orthogonality_report",
+    "repair_adapter",
     "safe_lora_dir",
     "verify",
 ]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peft_safety.calibration.activations import adapters_off, kind_of
 from peft_safety.calibration.bases import check_moment
-from peft_safety.calibration.moments import Positions, collect, to_batches
+from peft_safety.calibration.moments import InputMoments, Positions, collect, to_batches
 from peft_safety.core.projection import project_out
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data.rows import Rows
@@ -115,6 +115,24 @@ def task_shares(
         CalibrationError: the rows are those that the subspace was calibrated on, or inputs that are zero or not
             finite, or that reach none of the layers.
     """
+    options = {"tokenizer": tokenizer, "positions": positions, "batch_size": batch_size, "max_length": max_length}
+    return task_inputs(model, layers, subspace, rows, ranks=ranks, progress=progress, **options)[1]
+
+
+def task_inputs(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    subspace: SafetySubspace,
+    rows: Rows,
+    *,
+    tokenizer: Any = None,
+    positions: Positions = "all",
+    ranks: bool = False,
+    batch_size: int = 8,
+    max_length: int = 512,
+    progress: bool = True,
+) -> tuple[InputMoments, dict[str, TaskShare]]:
+    """The second moments of a task's inputs, and `task_shares`, for which see the arguments."""
     layers = {name: layer for name, layer in layers.items() if "in" in subspace.bases.get(name, {})}
     batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
     if digest == subspace.provenance.get("data"):
@@ -138,7 +156,7 @@ def task_shares(
         raise CalibrationError(
             "the task data reach none of the layers with an input basis. Give rows of the task with tokens that count."
         )
-    return shares
+    return moments, shares
 
 
 @torch.no_grad()

@@ -10,13 +10,16 @@ from typing import Any
 from torch import nn
 
 from peft_safety.core.adapter_dir import check_adapter
+from peft_safety.core.certificate import Certificate, read_certificate
 from peft_safety.core.plain_lora import PLAIN_TYPES, REPAIRED_TYPE, read_manifest, read_plain, stored_record
-from peft_safety.core.projection import orthonormality_error
+from peft_safety.core.projection import leak, leak_tolerance, orthonormality_error
+from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.targets import base_layers
 from peft_safety.errors import ProtectionError
 from peft_safety.methods.safe_lora.repair import factor_digest
 from peft_safety.registry.checks import check_ahead
 from peft_safety.registry.configs import stored_config
+from peft_safety.registry.frozen import check_certified
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,30 @@ class Verification:
 
 
 @dataclass(frozen=True)
+class FrozenVerification:
+    """What was checked of a plain LoRA with a certificate: its `lora_A` factors are those that were made blind.
+
+    Attributes:
+        modules, protected: how many modules; sizes of their null spaces that occur.
+        blindness_checked: whether `worst_leak` was measured with the subspace's bases; else it is the certificate's.
+        worst_leak: largest `||A Q|| / ||A||` of any module.
+        subspace: digest of the bases.
+        settings: the method's options, as the certificate has them.
+        unconstrained: trained tensors that are no factors.
+    """
+
+    directory: str
+    method: str
+    modules: int
+    protected: tuple[int, ...]
+    blindness_checked: bool
+    worst_leak: float
+    subspace: str
+    settings: dict[str, Any]
+    unconstrained: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class RepairVerification:
     """What was checked of an adapter that Safe LoRA has repaired: complete, finite, and the very factors that the
     repair wrote.
@@ -61,19 +88,26 @@ class RepairVerification:
     record: dict[str, Any]
 
 
-def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) -> Verification | RepairVerification:
-    """Check an adapter directory in full, without building a model: a protected one, or one that Safe LoRA has
-    repaired.
+def verify(
+    directory: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    subspace: SafetySubspace | str | os.PathLike[str] | None = None,
+) -> Verification | FrozenVerification | RepairVerification:
+    """Check an adapter directory in full, without building a model: a protected one, one with a frozen factor and a
+    certificate, or one that Safe LoRA has repaired.
 
     Args:
         directory: what `save_pretrained` wrote.
         model: a base model to compare with the shapes and the stored fingerprints; optional.
+        subspace: the null space behind a certificate, or its file, to check the blindness itself.
 
     Raises:
         PeftSafetyError: what is wrong, with the file, the module, the shapes and the remedy.
     """
     path = Path(directory)
     manifest = read_manifest(path, warn=False)
+    if (certificate := read_certificate(path)) is not None:
+        return _verify_frozen(path, certificate, model, subspace)
     repaired = manifest.get("peft_type") == REPAIRED_TYPE or manifest.get("safe_lora") is not None
     if manifest.get("peft_type") in PLAIN_TYPES and (repaired or stored_record(path) is not None):
         return _verify_repair(path)
@@ -95,6 +129,45 @@ def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) ->
         base_checked=model is not None,
         unconstrained=stored.extra_tensors,
         provenance=stored.subspace.provenance,
+    )
+
+
+def _verify_frozen(
+    path: Path,
+    certificate: Certificate,
+    model: nn.Module | None,
+    subspace: SafetySubspace | str | os.PathLike[str] | None,
+) -> FrozenVerification:
+    plain = read_plain(path)
+    rows = check_certified(path, certificate)
+    leaks = {name: entry.leak for name, entry in certificate.modules.items()}
+    if subspace is not None:
+        space = subspace if isinstance(subspace, SafetySubspace) else SafetySubspace.load(subspace)
+        if space.digest != certificate.subspace:
+            raise ProtectionError(
+                f"{path}: the certificate is of subspace {certificate.subspace[:12]}, not {space.digest[:12]}. Give the "
+                "subspace that the adapter was made with."
+            )
+        for name, a in rows.items():
+            leaks[name] = leak(space.bases[name]["in"], a, "in")
+            if not leaks[name] <= leak_tolerance(a.dtype):
+                raise ProtectionError(
+                    f"{path}: lora_A {tuple(a.shape)} of {name} reaches {leaks[name]:.2g} of its norm into the null "
+                    f"space (limit {leak_tolerance(a.dtype):.2g}). Repair the adapter."
+                )
+        if model is not None:
+            layers = base_layers(model)
+            space.check_fits({name: layers[name] for name in rows if name in layers}, ("in",), bind=False)
+    return FrozenVerification(
+        directory=os.fspath(path),
+        method=f"{certificate.method}, frozen A",
+        modules=len(rows),
+        protected=tuple(sorted({entry.k for entry in certificate.modules.values()})),
+        blindness_checked=subspace is not None,
+        worst_leak=max(leaks.values()),
+        subspace=certificate.subspace,
+        settings=certificate.settings,
+        unconstrained=tuple(sorted(plain.extra)),
     )
 
 

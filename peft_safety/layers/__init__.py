@@ -2,6 +2,7 @@
 (shared_bases.py), weights that sharding gathers (gathered.py), factors that lie in memory as new ones do (layout.py).
 """
 
+from peft_safety.layers.frozen_linear import FrozenLinear, check_frozen, freeze
 from peft_safety.layers.gathered import folded_state
 from peft_safety.layers.layout import fresh
 from peft_safety.layers.protected_linear import (
@@ -17,9 +18,12 @@ from peft_safety.layers.shared_bases import rebase
 
 __all__ = [
     "DTYPE_READERS",
+    "FrozenLinear",
     "ProtectedLinear",
+    "check_frozen",
     "check_leaf",
     "folded_state",
+    "freeze",
     "fresh",
     "joined",
     "lay_out_adapter",

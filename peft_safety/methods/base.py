@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import CodeType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +18,7 @@ from torch import nn
 from peft_safety.calibration.size_options import check_size_options
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import StoredAdapter, sign
+from peft_safety.core.certificate import Certificate
 from peft_safety.core.plain_lora import INITS, MANIFEST, NOT_PROTECTED, check_features, check_sizes
 from peft_safety.core.projection import Side
 from peft_safety.core.subspace import SafetySubspace
@@ -27,6 +28,7 @@ from peft_safety.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
+    from torch import Tensor
 
 LAYER_BUILDERS: set[CodeType] = set()
 """The functions in which PEFT's layers make their factors from a config. `registry` fills this set."""
@@ -87,7 +89,11 @@ class ProtectedConfig(LoraConfig):
         self._origin: Any = None  # `registry.reuse.Origin` of the adapter that was made from it
         self._mark: str | None = None
         self._injecting = False
+        self._combined = False  # PEFT fills its factors with a combination of other adapters
+        self._partial = False  # layers that the target patterns match were left out
         self._modules: dict[str, tuple[int, float]] = {}  # what injection found: rank and alpha by module
+        self._certificate: Certificate | None = None  # of an adapter whose lora_A is frozen
+        self._accepted: dict[str, frozenset[str]] = {}  # digests of its lora_A, by module
 
     @property
     def use_rslora(self) -> bool:
@@ -120,6 +126,21 @@ class ProtectedConfig(LoraConfig):
     def residual(self) -> bool:
         """Whether the layers carry frozen initial factors."""
         return False
+
+    @property
+    def freezes(self) -> bool:
+        """Whether `lora_A` is made blind once and frozen, so that the adapter is a plain LoRA."""
+        return False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether what is saved is a plain LoRA with a certificate beside it."""
+        return self.freezes and self._certificate is not None
+
+    @property
+    def subspace_id(self) -> str:
+        """Digest of the bases that constrain the adapter."""
+        return self.subspace.digest if self._certificate is None else self._certificate.subspace
 
     @property
     def subspace_size(self) -> dict[str, Any]:
@@ -156,12 +177,16 @@ class ProtectedConfig(LoraConfig):
         """What is still missing for the adapter to be what its config says, for a warning when it is saved."""
         return None
 
+    def frozen_rows(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, Tensor]:
+        """`A (r, n)`, fp32, of every layer, for a method that `freezes`."""
+        raise NotImplementedError
+
     def initialize(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
         """Set initial factors once the leaves are in place. Nothing to do for plain LoRA initialization."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields. `peft_type` is this method's own, so that nothing without this package mistakes the
-        adapter for plain LoRA.
+        adapter for plain LoRA; where it is one (`is_plain`), these are LoRA's fields.
         """
         plain = copy.copy(self)
         for name in self.UNSAVED:
@@ -171,8 +196,13 @@ class ProtectedConfig(LoraConfig):
         elif isinstance(self.subspace, os.PathLike):
             plain.subspace = os.fspath(self.subspace)
         result: dict[str, Any] = LoraConfig.to_dict(plain)
-        result["peft_type"] = self.PEFT_KEY
-        if self._modules:  # full names: no regular expression ever has to be trusted on the way back
+        if self.is_plain:
+            theirs = {entry.name for entry in fields(LoraConfig)}
+            result = {name: value for name, value in result.items() if name in theirs}
+        else:
+            result["peft_type"] = self.PEFT_KEY
+        # full names: no regular expression ever has to be trusted on the way back
+        if self._modules and (self._partial or not self.is_plain):
             result["target_modules"] = sorted(self._modules)
             result["rank_pattern"] = {name: r for name, (r, _) in self._modules.items() if r != self.r}
             result["alpha_pattern"] = {
@@ -182,8 +212,11 @@ class ProtectedConfig(LoraConfig):
         return result
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the subspace file (for the adapter's modules only), then `adapter_config.json` with its hash."""
-        if isinstance(self.subspace, SafetySubspace):
+        """Write the subspace file (for the adapter's modules only), then `adapter_config.json` with its hash. Where
+        the adapter is plain (`is_plain`), the config alone.
+        """
+        stored = isinstance(self.subspace, SafetySubspace) and not self.is_plain
+        if stored:
             used = self.subspace.restricted(self._modules) if self._modules else self.subspace
             path = used.save(save_directory)
             self.safety_artifact = {
@@ -192,7 +225,7 @@ class ProtectedConfig(LoraConfig):
                 "extra_tensors": [],
             }
         super().save_pretrained(save_directory, **kwargs)
-        if isinstance(self.subspace, SafetySubspace):
+        if stored:
             path = Path(save_directory, MANIFEST)
             config = files.read_json(path)
             sign(config)

@@ -17,7 +17,7 @@ from peft_safety.errors import ConfigError, SubspaceError, UnsupportedLayerError
 from peft_safety.layers import ProtectedLinear, rebase
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.methods.base import ProtectedConfig
-from peft_safety.registry import reuse
+from peft_safety.registry import frozen, reuse
 from peft_safety.registry.lora_layers import adopt
 
 
@@ -56,6 +56,15 @@ def attach(
                 f"{name}: r={layer.r[adapter_name]} exceeds the layer's {weights.shape(base[name])}. Use a smaller r "
                 "or a rank_pattern."
             )
+    if config.freezes and config._combined:
+        config._modules = sizes(layers, adapter_name)
+        return ()
+    if config._certificate is not None:  # its factors are made: they need no bases
+        source = reuse.sibling(config, layers, adapter_name, configs) if reuse.is_copy(config, configs) else None
+        config._modules = sizes(layers, adapter_name)
+        frozen.start(model, layers, adapter_name, config, source)
+        reuse.remember(config, loaded=True)
+        return ()
     copied = reuse.is_copy(config, configs) and reuse.fits(config, base)
     if not copied:
         reuse.start_over(config)
@@ -70,6 +79,7 @@ def attach(
         )
     if gone:
         take_out(gone)
+        config._partial = True
         warn_left_out(gone, len(layers), "the adapter, which does not train them")
         layers, base = ({name: value for name, value in table.items() if name not in gone} for table in (layers, base))
     subspace.check_fits(base, config.basis_sides)
@@ -80,16 +90,23 @@ def attach(
             stacklevel=2,
         )
     config.subspace = subspace
-    config._modules = {
-        name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()
-    }
+    config._modules = sizes(layers, adapter_name)
     bind(layers, adapter_name, config)
-    reuse.start(model, layers, adapter_name, config, configs, copied)
+    if config.freezes:
+        source = reuse.sibling(config, layers, adapter_name, configs) if copied else None
+        frozen.start(model, layers, adapter_name, config, source)
+    else:
+        reuse.start(model, layers, adapter_name, config, configs, copied)
     if not copied:
         reuse.remember(
             config, asked, loaded=config._stored is not None or (config._origin is not None and config._origin.loaded)
         )
     return gone
+
+
+def sizes(layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of an adapter by module."""
+    return {name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()}
 
 
 def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig) -> None:

@@ -12,14 +12,17 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig
 
 from peft_safety.core import files, publish
 from peft_safety.core.adapter_dir import StoredAdapter, check_adapter, check_config
+from peft_safety.core.certificate import FILE_NAME as CERTIFICATE
 from peft_safety.core.names import pin
 from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST, config_of, stored_record
 from peft_safety.core.subspace_file import FILE_NAME
 from peft_safety.errors import ArtifactError, PeftSafetyError
 from peft_safety.methods.base import ProtectedConfig
+from peft_safety.registry.frozen import certified
 from peft_safety.registry.types import config_types
 
 NOT_FETCHED = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError)
@@ -51,6 +54,11 @@ def config_from_pretrained(
         raise ArtifactError(
             f"{source!r}: its adapter_config.json is not a {cls.__name__}: {error}. Save the adapter again."
         ) from error
+    if type(config) is LoraConfig:
+        folder = local if local.is_dir() else _certificate_folder(source, subfolder, kwargs)
+        config = config if folder is None else certified(config, folder)
+    if isinstance(config, ProtectedConfig) and config.is_plain:
+        return config
     if not isinstance(config, ProtectedConfig):
         if getattr(config, "safe_lora", None) is None and (record := stored_record(local)) is not None:
             config.safe_lora = record  # so that a second repair is refused
@@ -128,6 +136,16 @@ def _directory(source: str | os.PathLike[str], subfolder: str | None, kwargs: di
             f"({type(error).__name__})."
         ) from error
     return paths[-1].parent
+
+
+def _certificate_folder(source: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path | None:
+    """The folder of a plain LoRA's certificate on the Hub, its factors beside it; None without one."""
+    try:
+        folder = _fetched(source, CERTIFICATE, subfolder, kwargs).parent
+        _fetched(source, ADAPTER_FILE, subfolder, kwargs)
+    except NOT_FETCHED:
+        return None
+    return folder
 
 
 def _fetched(source: str | os.PathLike[str], name: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from peft_safety.errors import ArtifactError, ConfigError
-from peft_safety.layers import ProtectedLinear
+from peft_safety.layers import FrozenLinear, ProtectedLinear
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.base import ProtectedConfig
-from peft_safety.registry.attach import bind
+from peft_safety.registry.attach import bind, sizes
+from peft_safety.registry.frozen import accept_stored
 from peft_safety.registry.protection import protected_configs
 from peft_safety.registry.reuse import remember
 from peft_safety.registry.tuners import adopt
@@ -23,6 +25,8 @@ def get_padded_linear(
 ) -> Any:
     """`prepare_model_for_compiled_hotswap` replaces the factors by wider plain ones: keep them protected."""
     padded = original(lora_module, target_rank, is_lora_A, **kwargs)
+    if isinstance(lora_module, FrozenLinear) and padded is not lora_module:
+        return FrozenLinear.replacing(padded, *lora_module.behind)
     if not isinstance(lora_module, ProtectedLinear) or padded is lora_module:
         return padded
     if lora_module.initial is not None:
@@ -52,6 +56,11 @@ def hotswap_adapter_from_state_dict(
             "under a new name."
         )
     layers = adapter_layers(model, adapter_name)
+    if config.freezes or (current is not None and current.freezes):
+        _swap_frozen(current, config, layers, adapter_name)
+        original(model, state_dict, adapter_name, config, *args, **kwargs)
+        config_table(model)[adapter_name] = config
+        return None
     if config.residual or (current is not None and current.residual):
         raise ConfigError(
             "an adapter with a residual (init='task' or 'guardspace') cannot be hot-swapped. Use export_lora first."
@@ -73,10 +82,22 @@ def hotswap_adapter_from_state_dict(
     for tuner in (module for module in model.modules() if isinstance(module, BaseTuner)):
         adopt(tuner, config)
     original(model, state_dict, adapter_name, config, *args, **kwargs)
-    config._modules = {
-        name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()
-    }
+    config._modules = sizes(layers, adapter_name)
     remember(config, loaded=True)
     config_table(model)[adapter_name] = config
     bind(layers, adapter_name, config)
     return None
+
+
+def _swap_frozen(
+    current: ProtectedConfig | None, config: ProtectedConfig, layers: dict[str, LoraLayer], adapter_name: str
+) -> None:
+    """Frozen factors are swapped for frozen ones, with what is known of them."""
+    if current is None or not (current.freezes and config.is_plain):
+        raise ConfigError(
+            f"adapter {adapter_name!r} and the new one must both have a frozen lora_A (GuardSpaceConfig, train='B', "
+            "saved). Load it under a new name."
+        )
+    config._modules = sizes(layers, adapter_name)
+    accept_stored(config)
+    remember(config, loaded=True)

@@ -29,6 +29,7 @@ def inject_adapter(
         return original(self, model, adapter_name, *args, **kwargs)
     check_ahead(model, given)
     config = private(given)
+    config._combined = getattr(self, "_combining", False)
     if config._stored is not None:
         pin(config, config._modules, places(model))
     modules = dict(model.named_modules())

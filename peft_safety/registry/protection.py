@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from peft_safety.errors import ProtectionError
-from peft_safety.layers import check_leaf
+from peft_safety.layers import check_frozen, check_leaf
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry.attach import sides
@@ -41,5 +41,7 @@ def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
                 "injection. Load the adapter again."
             )
         for module, layer in layers.items():
+            if config.freezes:
+                check_frozen(layer.lora_A[name], f"{module} (adapter {name!r})", config._accepted.get(module, ()))
             for factor, side, basis in sides(layer, config, module):
                 check_leaf(factor[name], f"{module} (adapter {name!r})", basis, side, config.residual)

@@ -180,15 +180,23 @@ def _copied_factors(
         layers: those of the new adapter `name`.
         configs: the model's, by adapter.
     """
+    source = sibling(config, layers, name, configs)
+    if source is None:
+        return None
+    return {module: (layer.lora_A[source].initial, layer.lora_B[source].initial) for module, layer in layers.items()}
+
+
+def sibling(
+    config: ProtectedConfig, layers: Mapping[str, LoraLayer], name: str, configs: Mapping[str, Any]
+) -> str | None:
+    """The adapter that the new one, `name`, is a copy of; None if the model has none of these shapes."""
     assert config._origin is not None
     for other, there in configs.items():
         origin = getattr(there, "_origin", None)
         if other == name or origin is None or origin.source != config._origin.source:
             continue
         if all(other in layer.lora_A and layer.r[other] == layer.r[name] for layer in layers.values()):
-            return {
-                module: (layer.lora_A[other].initial, layer.lora_B[other].initial) for module, layer in layers.items()
-            }
+            return other
     return None
 
 

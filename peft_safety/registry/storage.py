@@ -25,6 +25,7 @@ from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.safe_lora.config import SafeLoRAConfig
 from peft_safety.registry.attach import bind
 from peft_safety.registry.checks import check_ahead
+from peft_safety.registry.frozen import seal_frozen, take_over
 from peft_safety.registry.protection import assert_protected, protected_configs
 from peft_safety.registry.reuse import remember
 
@@ -71,8 +72,11 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
         for name in protected:
             folder = staging if name == "default" else staging / name
             _rename(folder / ADAPTER_FILE, {there: f"{PREFIX}{name}" for name, there in places(self).items()})
-            seal(folder)
-            check_adapter(folder)
+            if self.peft_config[name].is_plain:
+                seal_frozen(folder, self.peft_config[name])
+            else:
+                seal(folder)
+                check_adapter(folder)
         _record_repairs(self, selected, staging)
     return None
 
@@ -113,10 +117,8 @@ def load_adapter(
     """Loading onto an adapter that is there (a resumed run): check the directory first, and bring its bases along."""
     config = self.peft_config.get(adapter_name)
     options = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "token", "cache_dir")}
-    fresh = (
-        isinstance(config, ProtectedConfig)
-        and config._stored is not None
-        and config._stored.comes_from(str(model_id), kwargs.get("subfolder"))
+    fresh = isinstance(config, ProtectedConfig) and (
+        config._stored is not None and config._stored.comes_from(str(model_id), kwargs.get("subfolder"))
     )
     if not isinstance(config, ProtectedConfig) or fresh:
         placed = _with_places(self, kwargs)
@@ -135,6 +137,9 @@ def load_adapter(
             f"adapter {adapter_name!r} is protected ({type(config).__name__}), {model_id} holds a "
             f"{type(stored).__name__}. Load it under a new name."
         )
+    if config.freezes and stored._certificate is not None:
+        take_over(config, stored, adapter_layers(self, adapter_name), adapter_name)
+        return original(self, model_id, adapter_name, *args, **_with_places(self, kwargs))
     if stored._stored is None:
         raise ArtifactError(
             f"{model_id} holds a config without an adapter. Give a directory that save_pretrained wrote."

@@ -14,6 +14,7 @@ from peft_safety.errors import ConfigError, LossyMergeError
 from peft_safety.layers import lay_out_adapter
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.methods.base import ProtectedConfig
+from peft_safety.registry import frozen
 from peft_safety.registry.protection import protected_configs
 
 
@@ -56,6 +57,8 @@ def _refuse_lossy_merge(model: Any, adapter_names: list[str] | None) -> None:
 class ProtectedLoraModel(_Merges, LoraModel):  # type: ignore[misc]
     """The tuner of LoRA."""
 
+    _combining = False
+
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -65,10 +68,12 @@ class ProtectedLoraModel(_Merges, LoraModel):  # type: ignore[misc]
         exists = adapter_name in self.peft_config  # then PEFT does nothing
         configs = {name: self.peft_config[name] for name in adapters if name in self.peft_config and not exists}
         protected = {
-            name: config for name, config in configs.items() if isinstance(config, ProtectedConfig) and config.sides
+            name: config
+            for name, config in configs.items()
+            if isinstance(config, ProtectedConfig) and (config.sides or config.freezes)
         }
         if protected:
-            digests = {config.subspace.digest for config in protected.values()}
+            digests = {(config.subspace_id, config.freezes) for config in protected.values()}
             if len(protected) < len(configs) or len(digests) > 1:
                 raise ConfigError(
                     f"adapters {adapters} do not share one safety subspace; their combination would not keep it. "
@@ -79,8 +84,17 @@ class ProtectedLoraModel(_Merges, LoraModel):  # type: ignore[misc]
                     f"adapters {adapters}: one has a residual (init='task' or 'guardspace'), which a weighted sum of "
                     "factors would lose. Use export_lora first."
                 )
-        super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
-        if protected:
+        self._combining = True
+        try:
+            super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        finally:
+            self._combining = False
+        first = next(iter(protected.values()), None)
+        if first is not None and first.freezes:
+            new = self.peft_config[adapter_name]
+            new._certificate = first._certificate
+            frozen.combined(adapter_layers(self, adapter_name), adapter_name, new, adapters)
+        elif protected:
             lay_out_adapter(self, adapter_name)
 
 

@@ -2,5 +2,6 @@
 
 from peft_safety.methods.guardspace.config import GuardSpaceConfig
 from peft_safety.methods.guardspace.factors import Preconditioner, irrelevant_factors
+from peft_safety.methods.guardspace.repair import BlindReport, repair_adapter
 
-__all__ = ["GuardSpaceConfig", "Preconditioner", "irrelevant_factors"]
+__all__ = ["BlindReport", "GuardSpaceConfig", "Preconditioner", "irrelevant_factors", "repair_adapter"]

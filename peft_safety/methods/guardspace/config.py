@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from peft_safety.calibration.activations import DEFAULT_RANK, adapters_off, estimate, tokenizer_of
-from peft_safety.calibration.coverage import task_shares, warn_if_stalled
+from peft_safety.calibration.coverage import task_inputs, task_shares, warn_if_stalled
 from peft_safety.calibration.moments import InputMoments, collect, is_tokenized, to_batches
 from peft_safety.core import base_weights as weights
+from peft_safety.core.certificate import Certificate
 from peft_safety.core.names import listed
 from peft_safety.core.projection import Side
 from peft_safety.core.subspace import SafetySubspace
@@ -30,6 +32,7 @@ from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
 from peft_safety.data.rows import data_rows
 from peft_safety.errors import ConfigError
 from peft_safety.methods.base import ProtectedConfig
+from peft_safety.methods.guardspace.directions import frozen_factors
 from peft_safety.methods.guardspace.factors import Preconditioner, irrelevant_factors
 from peft_safety.methods.initial import start_from
 
@@ -57,13 +60,18 @@ class GuardSpaceConfig(ProtectedConfig):
         positions: tokens that count: "all", "prompt" or "response".
         combine: "salora" also keeps the update out of the outputs of safe responses, None does not.
         combine_rank: for combine="salora" and "auto": output directions per module.
+        train: what trains. "A": both factors, A projected into the complement at every step; the bases stay in memory
+            and are saved. "B": A is made blind once and frozen. The adapter is then a plain LoRA, in memory and on
+            disk, and costs nothing.
+        a_init: for train="B": rows of A. "task" are the directions that `task_data` use most outside the null space;
+            "random" are random ones in it, also taken where there are no task data, with a warning.
         init: "lora" starts from B = 0; "guardspace" from the part of the weight that does least on the calibration
             data, with a residual that leaves the function, and the base weight, unchanged.
         preconditioner: for init="guardspace": decompose `W Sigma^(1/2)` ("root") or `W Sigma` ("moment").
         init_data: for init="guardspace": rows or tokenized batches behind `Sigma`; None takes those of "auto". Not
             saved.
-        task_data: rows or tokenized batches of the benign task; if given, a warning says when it lies in the null
-            space almost entirely. Not saved.
+        task_data: rows or tokenized batches of the benign task (32 are enough): behind a_init="task", and a warning
+            says when the task lies in the null space almost entirely. Not saved.
 
     Raises:
         ConfigError: see `ProtectedConfig`; values out of range, or that do not go together.
@@ -80,6 +88,12 @@ class GuardSpaceConfig(ProtectedConfig):
     )
     combine_rank: int = field(
         default=DEFAULT_RANK, metadata={"help": "For combine='salora': output directions per module."}
+    )
+    train: Literal["A", "B"] = field(
+        default="A", metadata={"help": "'A' trains both factors, projected; 'B' freezes a blind A: a plain LoRA."}
+    )
+    a_init: Literal["task", "random"] = field(
+        default="task", metadata={"help": "For train='B': rows of A, from task_data or random."}
     )
     init: Literal["lora", "guardspace"] = field(
         default="lora", metadata={"help": "'lora' (B = 0) or 'guardspace' (arXiv 2510.14301)."}
@@ -102,6 +116,8 @@ class GuardSpaceConfig(ProtectedConfig):
             "basis": ("harmful", "general", "both"),
             "positions": ("all", "prompt", "response"),
             "combine": (None, "salora"),
+            "train": ("A", "B"),
+            "a_init": ("task", "random"),
             "init": ("lora", "guardspace"),
             "preconditioner": ("root", "moment"),
         }
@@ -115,6 +131,11 @@ class GuardSpaceConfig(ProtectedConfig):
                 f"{where}: basis={self.basis!r} has prompts without responses, so positions='response' finds none. "
                 "Use 'all' or 'prompt'."
             )
+        if self.train == "B" and (self.init != "lora" or self.combine is not None):
+            raise ConfigError(
+                f"{where}: train='B' freezes A and leaves B free, so init={self.init!r} and combine={self.combine!r} "
+                "do not go with it. Use train='A'."
+            )
         if not isinstance(self.combine_rank, int) or isinstance(self.combine_rank, bool) or self.combine_rank < 1:
             raise ConfigError(f"{where}: combine_rank={self.combine_rank!r}. Use an integer of at least 1.")
         for name in self.UNSAVED:
@@ -126,6 +147,22 @@ class GuardSpaceConfig(ProtectedConfig):
     @property
     def basis_sides(self) -> tuple[Side, ...]:
         return ("in",) if self.combine is None else ("in", "out")
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        return () if self.freezes else self.basis_sides
+
+    @property
+    def freezes(self) -> bool:
+        return self.train == "B"
+
+    @classmethod
+    def from_certificate(cls, config: LoraConfig, certificate: Certificate) -> GuardSpaceConfig:
+        """The config of a plain LoRA directory with this certificate. It has no bases."""
+        common = {entry.name: getattr(config, entry.name) for entry in fields(LoraConfig) if entry.init}
+        result = cls(**common, train="B", subspace=None)
+        result._certificate = certificate
+        return result
 
     @property
     def residual(self) -> bool:
@@ -166,6 +203,23 @@ class GuardSpaceConfig(ProtectedConfig):
             return subspace
         pairs = refusal_pairs("calibration", CALIBRATION_PAIRS)
         return subspace.beside(estimate(model, pairs, method="salora", rank=self.combine_rank, **common))
+
+    def frozen_rows(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, Tensor]:
+        base = {name: layer.get_base_layer() for name, layer in layers.items()}
+        ranks = {name: int(layer.r[adapter_name]) for name, layer in layers.items()}
+        moments = None
+        if self.task_data is not None:
+            rows = data_rows(self.task_data, "task_data")
+            moments, shares = task_inputs(model, base, self.subspace, rows, tokenizer=self._tokenizer(model, rows))
+            warn_if_stalled(shares)
+        elif self.a_init == "task":
+            warnings.warn(
+                "GuardSpaceConfig: without task_data the rows of the frozen A are random directions outside the null "
+                "space. With 32 rows of the task as task_data it learns faster; a_init='random' says that this is "
+                "wanted.",
+                stacklevel=2,
+            )
+        return frozen_factors(self.subspace, ranks, moments if self.a_init == "task" else None)
 
     def initialize(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
         base = {name: layer.get_base_layer() for name, layer in layers.items()}

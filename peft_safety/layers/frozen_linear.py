@@ -1,0 +1,96 @@
+"""A `lora_A` that nothing trains: with `A Q = 0`, the update `s B A` is zero on the span of `Q`, whatever `B` is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from peft_safety.core.certificate import digest
+from peft_safety.errors import ProtectionError
+
+
+class FrozenLinear(nn.Linear):
+    """`lora_A` with a weight `(r, in_features)` that takes no gradient.
+
+    Attributes:
+        behind: the layer's `lora_B` factors, and the adapter's name there.
+
+    The product is in the dtype of the trained factor behind it: PEFT and TRL cast the trained factors only.
+
+    Reference: LoRA-FA, arXiv 2308.03303.
+    """
+
+    behind: tuple[nn.ModuleDict, str]
+
+    @classmethod
+    def replacing(cls, linear: nn.Module, behind: nn.ModuleDict, adapter_name: str) -> FrozenLinear:
+        """A frozen layer around the very Parameter of `linear`.
+
+        Args:
+            behind: the layer's `lora_B` factors by adapter.
+        """
+        weight: nn.Parameter = linear._parameters["weight"]  # type: ignore[assignment]
+        leaf = cls(int(weight.shape[1]), int(weight.shape[0]), bias=False, device="meta")
+        leaf.weight = weight.requires_grad_(False)
+        leaf.training, leaf.behind = linear.training, (behind, adapter_name)
+        return leaf
+
+    def reset_parameters(self) -> None:
+        """Nothing: the weight is PEFT's, which initializes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight.detach())  # detached: no flag, optimizer or hook can train it
+        if torch.is_autocast_enabled(x.device.type):
+            return y
+        factors, name = self.behind
+        trained = next(factors[name].parameters(), None) if name in factors else None
+        return y if trained is None else y.to(trained.dtype)
+
+
+@torch.no_grad()
+def freeze(layer: LoraLayer, adapter_name: str, a: Tensor) -> None:
+    """Give a LoRA layer a frozen `lora_A`.
+
+    Args:
+        a: `(r', n)` with `r' <= r`; the other rows are zero. fp32 stays fp32, also on a half-precision base: rounded
+            to bf16 it would reach 1e-3 of its norm into the span that it avoids.
+    """
+    factor = layer.lora_A[adapter_name]
+    weight = factor._parameters["weight"]
+    dtype = torch.promote_types(weight.dtype, a.dtype)
+    if weight.is_meta:
+        value = torch.zeros(weight.shape, dtype=dtype, device="meta")
+    else:
+        value = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        value[: a.shape[0]].copy_(a)
+    weight.data = value
+    if not isinstance(factor, FrozenLinear):
+        layer.lora_A[adapter_name] = FrozenLinear.replacing(factor, layer.lora_B, adapter_name)
+    # PEFT's own list of what stays frozen; its dict belongs to the class until it is replaced
+    layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: ("lora_A",)}
+
+
+def check_frozen(factor: nn.Module, name: str, accepted: Collection[str]) -> None:
+    """Refuse a factor that is not frozen, or not the one that was made blind. A shard or a meta tensor is checked when
+    it is saved.
+
+    Raises:
+        ProtectionError: an ordinary module stands in its place, or its values are others.
+    """
+    if not isinstance(factor, FrozenLinear):
+        raise ProtectionError(
+            f"{name}: a {type(factor).__name__} stands where the frozen lora_A belongs; something replaced it. Load "
+            "the adapter again."
+        )
+    weight = factor.weight
+    if weight.is_meta or hasattr(weight, "device_mesh") or weight.ndim != 2:
+        return
+    if digest(weight) not in accepted:
+        raise ProtectionError(
+            f"{name}: lora_A {tuple(weight.shape)} has changed, so the update may see the protected inputs. Load the "
+            "adapter again."
+        )

@@ -1,0 +1,92 @@
+"""The rows of a frozen `A`: directions outside the null space, those that the task uses most or random ones."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from peft_safety.calibration.moments import InputMoments
+from peft_safety.core.names import listed
+from peft_safety.core.projection import OVERSAMPLING, orthonormalize, project_out, top_eigenvectors
+from peft_safety.core.subspace import SafetySubspace
+from peft_safety.errors import CalibrationError
+
+ROW_NORM = 3**-0.5
+"""Norm of a row of `lora_A` as PEFT initializes it: n entries uniform in +-1/sqrt(n)."""
+
+
+@torch.no_grad()
+def blind_rows(basis: Tensor, rank: int, *, moment: Tensor | None = None, seed: int = 0) -> Tensor:
+    """`A (rank, n)` with `A Q = 0`: orthogonal rows of the norm that PEFT's initialization gives them.
+
+    Args:
+        basis: `Q (n, k)`, orthonormal columns.
+        rank: rows. Where the complement has fewer dimensions, the surplus rows are zero.
+        moment: `S (n, n)` of the task's inputs: the rows are then the top eigenvectors of `P S P`, `P = I - Q Q^T`.
+            None draws them at random in the complement.
+        seed: of the draw, or of the iteration's start.
+
+    Returns:
+        fp32, on the device of `moment` or `basis`.
+
+    Reference: the frozen A is LoRA-FA's, arXiv 2308.03303; the null space LoRA-Null's, arXiv 2503.02659, there of
+        pre-training inputs; directions of the task's inputs are EVA's, arXiv 2410.07170.
+    """
+    n, k = basis.shape
+    free = min(rank, n - k)
+    q = basis.to(device=basis.device if moment is None else moment.device, dtype=torch.float64)
+    if moment is None:
+        generator = torch.Generator().manual_seed(seed)
+        columns = torch.randn(n, free, generator=generator, dtype=torch.float64).to(q.device)
+    else:
+        s = moment.to(q)
+        columns, _ = top_eigenvectors(
+            lambda v: project_out(q, s @ project_out(q, v)), n, min(free + OVERSAMPLING, n - k), like=q, seed=seed
+        )
+    for _ in range(2):  # the second pass removes what rounding left of the first
+        columns = orthonormalize(project_out(q, columns[:, :free]))
+    rows = torch.zeros(rank, n, device=q.device)
+    rows[:free] = columns.mT.float() * ROW_NORM
+    return rows
+
+
+def frozen_factors(
+    subspace: SafetySubspace, ranks: Mapping[str, int], moments: InputMoments | None
+) -> dict[str, Tensor]:
+    """`blind_rows` of every module. Modules with one input and one basis share their directions.
+
+    Args:
+        ranks: r by module.
+        moments: of the task's inputs; a module that the task does not reach gets random rows, as all do with None.
+
+    Raises:
+        CalibrationError: fewer tokens of the task than r.
+    """
+    if moments is not None and moments.tokens < max(ranks.values()):
+        raise CalibrationError(
+            f"task_data: {moments.tokens} tokens cannot give r={max(ranks.values())} directions. Give more rows, or "
+            "use a_init='random'."
+        )
+    narrow = {name: r for name, r in ranks.items() if r > subspace.capacity("in")[name]}
+    if narrow:
+        warnings.warn(
+            f"{len(narrow)} of {len(ranks)} layers have fewer directions outside the null space than r, and rows of "
+            f"zeros for the rest: {listed(narrow)}.",
+            stacklevel=3,
+        )
+    made: dict[tuple[int, int, int], Tensor] = {}
+    rows = {}
+    for index, (name, rank) in enumerate(ranks.items()):
+        basis = subspace.bases[name]["in"]
+        if moments is None or not moments.reaches(name):
+            rows[name] = blind_rows(basis, rank, seed=index)
+            continue
+        moment = moments.moment(name)
+        key = (id(moment), id(basis), rank)
+        if key not in made:
+            made[key] = blind_rows(basis, rank, moment=moment)
+        rows[name] = made[key]
+    return rows

@@ -1,0 +1,138 @@
+"""Make a trained LoRA blind afterwards: `A <- A - (A Q) Q^T`, exact, without training, from directory to directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_safety.core import files
+from peft_safety.core.certificate import Certificate, FrozenFactor, digest
+from peft_safety.core.names import listed
+from peft_safety.core.plain_lora import CARD, MANIFEST, factor_tensors, read_plain, write_files
+from peft_safety.core.projection import delta_leak, fold_, leak
+from peft_safety.core.publish import publishing
+from peft_safety.core.subspace import SafetySubspace
+from peft_safety.errors import ConfigError, SubspaceError
+from peft_safety.methods.guardspace.config import GuardSpaceConfig
+
+
+@dataclass(frozen=True)
+class BlindedModule:
+    """What was taken out of one module.
+
+    Attributes:
+        k: directions of the null space.
+        removed: `||dW Q|| / ||dW||`, the share of the update that acted on them.
+        leak: `||A Q|| / ||A||` afterwards.
+    """
+
+    name: str
+    k: int
+    removed: float
+    leak: float
+
+
+@dataclass(frozen=True)
+class BlindReport:
+    """Every module in order.
+
+    Attributes:
+        subspace: digest of the null space.
+        unconstrained: trained tensors that the repair does not cover (`modules_to_save`).
+    """
+
+    modules: tuple[BlindedModule, ...]
+    subspace: str
+    unconstrained: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def repair_adapter(
+    adapter_dir: str | os.PathLike[str],
+    subspace: SafetySubspace | str | os.PathLike[str],
+    out_dir: str | os.PathLike[str] | None = None,
+) -> BlindReport:
+    """Make a trained plain LoRA blind to a null space, whatever trained it. The result is a plain LoRA directory with
+    a certificate, as `GuardSpaceConfig(train="B")` saves it, written atomically; the source is not touched.
+
+    Args:
+        adapter_dir: a plain LoRA directory.
+        subspace: of the adapter's base model, with an input basis of every module: `SafetySubspace`, file, directory
+            or Hub id.
+        out_dir: None only reports.
+
+    Raises:
+        ArtifactError: the directory is not a whole, finite LoRA adapter, or `out_dir` cannot be written.
+        ConfigError: another kind of adapter, or `out_dir` is the source.
+        SubspaceError: a module has no input basis, or one of another size.
+
+    Reference: the null space is that of GuardSpace, arXiv 2510.14301; removing it after training is ours.
+    """
+    source = Path(adapter_dir)
+    if out_dir is not None and os.path.realpath(out_dir) == os.path.realpath(source):
+        raise ConfigError(f"{source} is also the output directory. Write somewhere else; the original adapter stays.")
+    space = subspace if isinstance(subspace, SafetySubspace) else SafetySubspace.load(subspace)
+    plain = read_plain(source)
+    _check_fits(source, {name: factor.a for name, factor in plain.factors.items()}, space)
+    pairs, rows, certified = {}, [], {}
+    for name, factor in plain.factors.items():
+        basis = space.bases[name]["in"]
+        a = blinded(factor.a, basis)
+        row = BlindedModule(
+            name, int(basis.shape[1]), delta_leak(basis, factor.a, factor.b, "in"), leak(basis, a, "in")
+        )
+        pairs[name] = a, factor.b
+        rows.append(row)
+        certified[name] = FrozenFactor(digest(a), row.k, row.leak)
+    report = BlindReport(tuple(rows), space.digest, tuple(sorted(plain.extra)))
+    if out_dir is not None:
+        certificate = Certificate(GuardSpaceConfig.PEFT_KEY, space.digest, {"made_by": "repair"}, certified)
+        card = files.child(source, CARD)
+        text = card.read_text(encoding="utf-8") if card.is_file() else "---\nlibrary_name: peft\n---\n"
+        with publishing(Path(out_dir), MANIFEST) as staging:
+            tensors = plain.extra | factor_tensors(pairs)
+            write_files(staging, tensors, plain.fields, text.rstrip() + "\n\n" + _card(report))
+            certificate.write(staging)
+    return report
+
+
+@torch.no_grad()
+def blinded(a: Tensor, basis: Tensor) -> Tensor:
+    """`A - (A Q) Q^T` of a factor `(r, n)`, in fp32: rounded to 16 bits it would see 1e-3 of the span again."""
+    result = a.detach().float().clone()
+    fold_(basis, result, "in")
+    return result
+
+
+def _check_fits(source: Path, factors: Mapping[str, Tensor], space: SafetySubspace) -> None:
+    lacking = space.lacking(factors, ("in",))
+    if lacking:
+        raise SubspaceError(
+            f"{source}: the subspace has no input basis for {len(lacking)} of {len(factors)} modules "
+            f"({listed(lacking)}), which would stay as they are. Calibrate with method='guardspace' and the adapter's "
+            "target_modules."
+        )
+    for name, a in factors.items():
+        if (n := space.bases[name]["in"].shape[0]) != a.shape[1]:
+            raise SubspaceError(
+                f"{name}: lora_A is {tuple(a.shape)}, the basis has {n} features. Calibrate on the adapter's base."
+            )
+
+
+def _card(report: BlindReport) -> str:
+    shares = sorted(row.removed for row in report.modules)
+    return f"""## GuardSpace repair
+
+Made blind after training by peft-safety: `A <- A - (A Q) Q^T` in {len(shares)} modules, which took out
+{shares[len(shares) // 2]:.0%} of the update (median). `safety_certificate.json` names the null space. What this does
+to a model's behavior has to be measured.
+"""

@@ -1,0 +1,196 @@
+"""Adapters whose `lora_A` is made blind once and frozen: their factors, and the certificate beside them on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from peft_safety.core import files
+from peft_safety.core.certificate import FILE_NAME, Certificate, FrozenFactor, digest, digests, read_certificate
+from peft_safety.core.plain_lora import ADAPTER_FILE, DTYPES, PREFIX, read_tensor
+from peft_safety.core.projection import leak
+from peft_safety.errors import ArtifactError, ConfigError
+from peft_safety.layers import freeze
+from peft_safety.methods.base import ProtectedConfig
+from peft_safety.registry.types import config_types
+
+SUFFIX = ".lora_A.weight"
+SPAN_TOLERANCE = 1e-6
+"""Singular values of joined factors below this share of the largest are rounding."""
+
+
+def start(
+    model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig, source: str | None
+) -> None:
+    """Freeze `lora_A` in every layer of a new adapter.
+
+    Args:
+        source: an adapter of the model that the new one is a copy of; None takes the factors of the config's
+            directory, or makes them.
+    """
+    if source is not None:
+        rows = {name: layer.lora_A[source].weight.detach() for name, layer in layers.items()}
+    elif config._certificate is not None and config._certificate.directory is not None:
+        rows = stored_rows(config._certificate.directory)
+        _check_layers(rows, layers, adapter_name, config._certificate.directory)
+    else:
+        rows = config.frozen_rows(model, layers, adapter_name)
+        config._certificate = _certificate(config, rows)
+    for name, layer in layers.items():
+        freeze(layer, adapter_name, rows[name])
+        config._accepted[name] = digests(rows[name])
+
+
+def _certificate(config: ProtectedConfig, rows: Mapping[str, Tensor]) -> Certificate:
+    """Of new factors."""
+    modules = {}
+    for name, a in rows.items():
+        basis = config.subspace.bases[name]["in"]
+        modules[name] = FrozenFactor(digest(a), int(basis.shape[1]), leak(basis.to(a.device), a, "in"))
+    settings = {
+        entry.name: getattr(config, entry.name)
+        for entry in fields(config)
+        if isinstance(getattr(config, entry.name), (str, int, float)) and entry.name not in _lora_fields()
+    }
+    return Certificate(config.PEFT_KEY, config.subspace.digest, settings, modules)
+
+
+def _lora_fields() -> set[str]:
+    return {entry.name for entry in fields(LoraConfig)} | {"subspace"}
+
+
+def stored_rows(directory: Path) -> dict[str, Tensor]:
+    """`lora_A` of every module of a plain LoRA directory."""
+    path = files.child(directory, ADAPTER_FILE)
+    with files.open_tensors(path) as handle:
+        keys = [key for key in handle.keys() if key.startswith(PREFIX) and key.endswith(SUFFIX)]  # noqa: SIM118
+        return {key.removeprefix(PREFIX).removesuffix(SUFFIX): read_tensor(handle, path, key, DTYPES) for key in keys}
+
+
+def _check_layers(
+    rows: Mapping[str, Tensor], layers: Mapping[str, LoraLayer], adapter_name: str, directory: Path
+) -> None:
+    shapes = {name: (int(a.shape[0]), int(a.shape[1])) for name, a in rows.items()}
+    here = {name: (int(layer.r[adapter_name]), int(layer.in_features)) for name, layer in layers.items()}
+    if shapes != here:
+        mismatched = sorted(set(shapes.items()) ^ set(here.items()))[:3]
+        raise ArtifactError(
+            f"{directory}: its lora_A factors are not those of the model's layers; they differ at {mismatched}. Load "
+            "the base model that it was trained on."
+        )
+
+
+def check_certified(directory: Path, certificate: Certificate) -> dict[str, Tensor]:
+    """Check that a directory's `lora_A` factors are those of its certificate. Returns them.
+
+    Raises:
+        ArtifactError: a module more or less, or another factor.
+    """
+    rows = stored_rows(directory)
+    if differing := sorted(set(rows) ^ set(certificate.modules)):
+        raise ArtifactError(
+            f"{directory}: {len(rows)} modules, but {FILE_NAME} has {len(certificate.modules)}; they differ at "
+            f"{differing[:3]}. Copy or save the adapter again."
+        )
+    for name, a in rows.items():
+        if digest(a) != certificate.modules[name].sha256:
+            raise ArtifactError(
+                f"{directory}: lora_A {tuple(a.shape)} of {name} is not the one that {FILE_NAME} vouches for: it was "
+                "trained or changed elsewhere, and may see the protected inputs. Make it blind again with peft-safety "
+                f"repair --method guardspace; without {FILE_NAME} it loads as an ordinary LoRA."
+            )
+    return rows
+
+
+def certified(config: LoraConfig, directory: Path) -> LoraConfig:
+    """The protected config of a plain LoRA directory with a certificate; without one, the plain config itself.
+
+    Raises:
+        ArtifactError: the certificate is malformed, of an unknown method, or not of these factors.
+    """
+    certificate = read_certificate(directory)
+    if certificate is None:
+        return config
+    cls: Any = config_types().get(certificate.method)
+    if cls is None or not hasattr(cls, "from_certificate"):
+        raise ArtifactError(
+            f"{directory / FILE_NAME}: method {certificate.method!r} freezes no factor. Save the adapter again."
+        )
+    check_certified(directory, certificate)
+    result: LoraConfig = cls.from_certificate(config, certificate)
+    return result
+
+
+def seal_frozen(directory: Path, config: ProtectedConfig) -> None:
+    """Check the factors of a new directory, and write the certificate beside them.
+
+    Raises:
+        ArtifactError: a factor that is not one of those that were made blind.
+    """
+    assert config._certificate is not None
+    rows, known = stored_rows(directory), config._certificate.modules
+    changed = [name for name, a in rows.items() if digest(a) not in config._accepted.get(name, ())]
+    if changed or set(rows) != set(config._accepted):
+        names = changed or sorted(set(rows) ^ set(config._accepted))
+        raise ArtifactError(
+            f"{names[0]}: lora_A has changed since it was made blind ({len(names)} of {len(rows)} modules). Load "
+            "the last checkpoint; nothing was saved."
+        )
+    modules = {name: replace(known[name], sha256=digest(a)) for name, a in rows.items()}
+    replace(config._certificate, modules=modules, directory=None).write(directory)
+
+
+def accept_stored(config: ProtectedConfig) -> dict[str, Tensor]:
+    """Note that an adapter holds the factors of its config's directory. Returns them."""
+    assert config._certificate is not None
+    assert config._certificate.directory is not None
+    rows = check_certified(config._certificate.directory, config._certificate)
+    config._accepted = {name: digests(a) for name, a in rows.items()}
+    return rows
+
+
+def take_over(config: ProtectedConfig, stored: ProtectedConfig, layers: Mapping[str, LoraLayer], name: str) -> None:
+    """Make a live adapter take the frozen factors of a checked directory (a resumed run).
+
+    Raises:
+        ConfigError: they are blind to another null space. ArtifactError: other modules or ranks.
+    """
+    assert stored._certificate is not None
+    assert stored._certificate.directory is not None
+    if config.subspace_id != stored.subspace_id:
+        raise ConfigError(
+            f"{stored._certificate.directory} avoids another null space than adapter {name!r}. Load it under a new "
+            "name."
+        )
+    rows = stored_rows(stored._certificate.directory)
+    _check_layers(rows, layers, name, stored._certificate.directory)
+    config._certificate = stored._certificate
+    for module, a in accept_stored(config).items():
+        freeze(layers[module], name, a)
+
+
+@torch.no_grad()
+def combined(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig, sources: list[str]) -> None:
+    """Freeze a weighted combination. Its rows are kept in the span of the sources' rows: some combinations prune
+    single elements, which would leave it.
+    """
+    first = config._certificate
+    assert first is not None
+    modules = {}
+    for name, layer in layers.items():
+        weight = layer.lora_A[adapter_name].weight
+        rows = torch.cat([layer.lora_A[source].weight.detach().double() for source in sources])
+        _, s, vh = torch.linalg.svd(rows, full_matrices=False)
+        span = vh[s > SPAN_TOLERANCE * s[0]]
+        a = (weight.detach().double() @ span.mT @ span).float()
+        freeze(layer, adapter_name, a)
+        config._accepted[name] = digests(a)
+        modules[name] = replace(first.modules[name], sha256=digest(a))
+    config._certificate = replace(first, modules=modules, directory=None)
