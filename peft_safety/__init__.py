@@ -14,7 +14,12 @@ from peft_safety.importing import WhenPeftIsImported
 
 if TYPE_CHECKING:
     from peft_safety.audit import orthogonality_report
-    from peft_safety.callbacks import SafeLoRACallback, SafetyMonitorCallback, SoftPenaltyCallback
+    from peft_safety.callbacks import (
+        SafeLoRACallback,
+        SafetyMonitorCallback,
+        SoftPenaltyCallback,
+        TaskDirectionsCallback,
+    )
     from peft_safety.convert.export import export_lora
     from peft_safety.convert.merge import merge_quantized
     from peft_safety.convert.verify import verify
@@ -40,6 +45,7 @@ _NAMES = {
     "SafetyMonitorCallback": "callbacks",
     "SoftPenaltyCallback": "callbacks",
     "SafetySubspace": "core.subspace",
+    "TaskDirectionsCallback": "callbacks",
     "apply_safe_lora": "methods.safe_lora",
     "assert_protected": "registry.protection",
     "explain": "registry.fused",
@@ -61,6 +67,7 @@ __all__ = [
     "SafetyMonitorCallback",
     "SafetySubspace",
     "SoftPenaltyCallback",
+    "TaskDirectionsCallback",
     "apply_safe_lora",
     "assert_protected",
     "explain",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from peft_safety.layers import protected_leaves
 from peft_safety.layers.adapters import config_table
 from peft_safety.methods.ortho_patch import SoftPenalty
 from peft_safety.methods.safe_lora import RepairReport, SafeLoRAConfig, apply_safe_lora, safe_lora_dir
-from peft_safety.registry.protection import assert_protected
+from peft_safety.registry.frozen import aim
+from peft_safety.registry.protection import assert_protected, protected_configs
 
 
 class SafetyMonitorCallback(TrainerCallback):  # type: ignore[misc]
@@ -49,6 +51,32 @@ class SafetyMonitorCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if logs is not None:
             _log(logs, state, "safety_leak", largest_leak(kwargs["model"]))
+
+
+class TaskDirectionsCallback(TrainerCallback):  # type: ignore[misc]
+    """Makes the rows of a frozen `lora_A` (`GuardSpaceConfig(train="B")`) from the first rows of the Trainer's own
+    data set when training begins. A resumed run keeps those that it has.
+
+    Args:
+        rows: of the data set.
+
+    Raises:
+        ConfigError, UnsupportedLayerError: at the beginning of training, see `registry.frozen.aim`.
+        CalibrationError: rows with fewer tokens than r, or without any.
+    """
+
+    def __init__(self, adapter_name: str = "default", rows: int = 32, batch_size: int = 8) -> None:
+        self.adapter_name, self.rows, self.batch_size = adapter_name, rows, batch_size
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step > 0:
+            return
+        loader = kwargs["train_dataloader"]
+        rows = list(islice(loader.dataset, self.rows))
+        batches = [loader.collate_fn(rows[i : i + self.batch_size]) for i in range(0, len(rows), self.batch_size)]
+        aim(kwargs["model"], batches, self.adapter_name)
 
 
 class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]
@@ -159,10 +187,11 @@ def _log(logs: dict[str, Any], state: TrainerState, name: str, value: float) -> 
 
 @torch.no_grad()
 def largest_leak(model: nn.Module) -> float:
-    """Largest `||U^T B|| / ||B||` of what all leaves compute with, with one host synchronization. Gathers sharded
-    weights: every rank must call it.
+    """Largest `||U^T B|| / ||B||` of what all leaves compute with, with one host synchronization; of a frozen factor,
+    what it was when it was made. Gathers sharded weights: every rank must call it.
     """
-    worst = torch.zeros(())
+    certificates = [config._certificate for config in protected_configs(model).values() if config._certificate]
+    worst = torch.tensor(max((entry.leak for c in certificates for entry in c.modules.values()), default=0.0))
     for _, leaf in protected_leaves(model):
         weight = leaf.raw()
         if leaf.basis is None or weight.is_meta:

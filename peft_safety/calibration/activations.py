@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_safety.calibration.bases import Size, contrastive_basis, input_basis, output_basis
+from peft_safety.calibration.budget import bytes_of, groups
 from peft_safety.calibration.leaving_out import cut, fitted, narrow_layers, record, without_room
-from peft_safety.calibration.moments import InputMoments, Positions, collect, to_batches
+from peft_safety.calibration.moments import InputMoments, Positions, collect, inputs_of, to_batches
 from peft_safety.core import base_weights as weights
 from peft_safety.core.names import listed
 from peft_safety.core.projection import Side
@@ -51,6 +52,7 @@ def estimate(
     batch_size: int = 8,
     max_length: int = 512,
     seed: int = 0,
+    memory: str | int | None = None,
     allow_fewer: bool = False,
     progress: bool = True,
 ) -> SafetySubspace:
@@ -79,6 +81,9 @@ def estimate(
         target_modules, exclude_modules: as in `LoraConfig`; without `target_modules`, PEFT's default of the
             architecture.
         layers: base layers by name, instead of these two.
+        memory: for the second moments and their decomposition, beside the model: bytes, or a text such as "4GB"; by
+            default half of what is free on the model's device. Layers that do not fit together take further passes;
+            the result is the same.
         allow_fewer: where the data span fewer than `rank` directions (a first layer sees little but the embeddings of
             the tokens that occur), keep those, with a warning, instead of raising.
 
@@ -89,7 +94,7 @@ def estimate(
 
     Raises:
         CalibrationError: fewer tokens, or fewer independent directions, than `rank`; inputs that are zero or not
-            finite.
+            finite; a layer that the budget cannot hold.
         ConfigError: an unknown method, a rank that leaves nothing to train, no module matched.
 
     Reference: SaLoRA, arXiv 2501.01765, section 4.1; GuardSpace, arXiv 2510.14301. SaLoRA's public code runs the model
@@ -102,47 +107,38 @@ def estimate(
     unfit = without_room(targets, chosen)
     layers = {name: layer for name, layer in targets.items() if name not in unfit}
     sizes = fitted(layers, sizes_of(targets, rank, energy, per_kind or {}), chosen)
-    collected = []
-    for rows in [data] if against is None else [data, against]:
-        batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
-        with adapters_off(model):
-            moments = collect(model, layers, batches, positions=where, progress=progress)
-        collected.append(
-            (
-                moments,
-                {
-                    "data": digest,
-                    "samples": sum(int(b["input_ids"].shape[0]) for b in batches),
-                    "tokens": moments.tokens,
-                },
-            )
-        )
-    (moments, facts), contrast = collected[0], collected[1:]
     wanted = {
         (name, side): sizes[name][side].fixed(weights.shape(layer), side, name)
         for name, layer in layers.items()
         for side in chosen
     }
-    needed = max((k for k in wanted.values() if k is not None), default=1)
-    if moments.tokens < needed:
-        raise CalibrationError(
-            f"{moments.tokens} {'labeled ' * (where == 'response')}tokens cannot span rank={needed} directions. Give "
-            "more data, or a smaller rank."
-        )
-    reached = {name: layer for name, layer in layers.items() if all(seen.reaches(name) for seen, _ in collected)}
+    sources = [
+        to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
+        for rows in ([data] if against is None else [data, against])
+    ]
+    narrow = {side: narrow_layers(layers, side) for side in chosen}
+    bases, spectra, covered, tokens = {}, {}, {}, [0] * len(sources)
+    with adapters_off(model):
+        leaders = inputs_of(model, layers, sources[0][0], where)
+        parts = groups(layers, leaders, bytes_of(memory, next(model.parameters()).device))
+        for number, part in enumerate(parts, 1):
+            what = "calibrating" if len(parts) == 1 else f"calibrating, layers {number}/{len(parts)}"
+            moments, *contrast = (
+                collect(model, part, batches, positions=where, progress=progress, what=what) for batches, _ in sources
+            )
+            tokens = [moments.tokens, *(other.tokens for other in contrast)]
+            _check_tokens(tokens[0], wanted, where)
+            seen = {name: layer for name, layer in part.items() if all(m.reaches(name) for m in (moments, *contrast))}
+            found = _bases(narrow, seen, chosen, moments, contrast[0] if contrast else None, sizes, seed)
+            bases |= found[0]
+            spectra |= found[1]
+            if "in" in chosen and not contrast:
+                covered |= {name: _covered(found[1][name]["in"], moments.moment(name)) for name in seen}
+    reached = {name: layer for name, layer in layers.items() if name in bases}
     if not reached:
         raise CalibrationError(
             f"no token that counts reaches any of the {len(layers)} target layers ({listed(layers)}). Give other data."
         )
-    bases, spectra = _bases(
-        {side: narrow_layers(layers, side) for side in chosen},
-        reached,
-        chosen,
-        moments,
-        contrast[0][0] if contrast else None,
-        sizes,
-        seed,
-    )
     _check_spans(
         {(name, side): bases[name][side].shape[1] for name in reached for side in chosen}, wanted, allow_fewer
     )
@@ -152,16 +148,18 @@ def estimate(
         "positions": where,
         "seed": seed,
         "model": model_name(model),
-        **facts,
+        "data": sources[0][1],
+        "samples": sum(int(batch["input_ids"].shape[0]) for batch in sources[0][0]),
+        "tokens": tokens[0],
     }
     provenance |= ({"rank": rank} if energy is None else {"energy": energy}) | (
         {"per_kind": dict(per_kind)} if per_kind else {}
     )
     provenance |= record([name for name in layers if name not in reached], unfit)
-    if contrast:
-        provenance["against"] = contrast[0][1]["data"]
+    if against is not None:
+        provenance["against"] = sources[1][1]
     elif "in" in chosen:
-        provenance["covered"] = {name: _covered(spectra[name]["in"], moments.moment(name)) for name in reached}
+        provenance["covered"] = covered
     subspace = SafetySubspace(bases, spectra, provenance=provenance)
     subspace.bind(reached)
     return subspace
@@ -177,6 +175,15 @@ def _where(
         raise ConfigError(f"positions={positions!r}. Use 'response', 'prompt' or 'all'.")
     own_sides, own_positions = METHODS[method]
     return own_sides if sides is None else tuple(sides), positions or own_positions
+
+
+def _check_tokens(tokens: int, wanted: Mapping[tuple[str, Side], int | None], where: Positions) -> None:
+    needed = max((k for k in wanted.values() if k is not None), default=1)
+    if tokens < needed:
+        raise CalibrationError(
+            f"{tokens} {'labeled ' * (where == 'response')}tokens cannot span rank={needed} directions. Give more "
+            "data, or a smaller rank."
+        )
 
 
 def size_of(rank: float | None, energy: float | None = None) -> Size:

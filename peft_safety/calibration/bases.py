@@ -29,8 +29,8 @@ RIDGE = 1e-3
 """Share of the mean eigenvalue added to `S'`, so that directions which neither data set uses do not count."""
 WEIGHT_ITERATIONS = 2
 """Iterations with `W W^T` for weight bases (each is worth two with `W`); measured in benchmarks/subspace.py."""
-DENSE_LIMIT = 1024
-"""Moments up to this size are decomposed exactly, which is as fast as iterating."""
+DENSE_LIMIT = 2048
+"""Moments up to this size are decomposed exactly, which is as fast as iterating where many directions are wanted."""
 
 
 @dataclass(frozen=True)
@@ -148,13 +148,18 @@ def input_basis(moment: Tensor, size: Size, name: str, *, seed: int = 0) -> tupl
     n = moment.shape[0]
     total = check_moment(moment, name)
     k = size.fixed((n, n), "in", name)
-    if n <= DENSE_LIMIT or k is None or 4 * (k + OVERSAMPLING) > n:
-        values, vectors = torch.linalg.eigh(moment.double())
-        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-        k = _enough(values, total, size.energy or 1.0) if k is None else k
-        return _spanned(vectors[:, :k], values[:k].sqrt(), moment.dtype)
-    vectors, values = top_eigenvectors(lambda q: moment @ q, n, k + OVERSAMPLING, like=moment, seed=seed)
-    return _spanned(vectors[:, :k], values[:k].clamp(min=0).sqrt(), moment.dtype)
+    width = n if n <= DENSE_LIMIT else min(n, (k or 4 * OVERSAMPLING) + OVERSAMPLING)
+    while True:
+        if n <= DENSE_LIMIT:
+            values, vectors = torch.linalg.eigh(moment.double())
+            values, vectors = values.flip(0), vectors.flip(1)
+        else:
+            vectors, values = top_eigenvectors(lambda q: moment @ q, n, width, like=moment, seed=seed)
+        values = values.clamp(min=0)
+        enough = _enough(values, total, size.energy or 1.0) if k is None else k
+        if k is not None or width == n or enough <= width - OVERSAMPLING:
+            return _spanned(vectors[:, :enough], values[:enough].sqrt(), moment.dtype)
+        width = min(n, 2 * width)
 
 
 @torch.no_grad()

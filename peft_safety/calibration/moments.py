@@ -193,6 +193,29 @@ def collect(
     return moments
 
 
+def inputs_of(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch], positions: Positions
+) -> dict[str, str]:
+    """Which layers are fed the same tensor: for each one that is fed, the first of them. Runs the shortest batch."""
+    leaders: dict[str, str] = {}
+    last: list[tuple[str, Tensor]] = []
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            leaders.setdefault(name, leaders[last[-1][0]] if last and last[-1][1] is x else name)
+            last[:] = [(name, x)]
+
+        return note
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
+        shortest = min(batches, key=lambda batch: batch["input_ids"].numel())
+        run(model, [shortest], lambda *_: None, positions=positions, progress=False, what="inputs")
+    return leaders
+
+
 @torch.no_grad()
 def run(
     model: nn.Module,

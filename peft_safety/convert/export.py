@@ -87,7 +87,8 @@ def _check(name: str, a: Tensor, b: Tensor, config: ProtectedConfig) -> None:
 
 
 def _card(config: ProtectedConfig, rank: int, modules: int) -> str:
-    facts = {k: v for k, v in config.subspace.provenance.items() if isinstance(v, (str, int, float)) and v != ""}
+    provenance = {"subspace": config.subspace_id} if config.subspace is None else config.subspace.provenance
+    facts = {k: v for k, v in provenance.items() if isinstance(v, (str, int, float)) and v != ""}
     rows = "\n".join(f"| {key} | {value} |" for key, value in sorted(facts.items()))
     base = config.base_model_name_or_path or "see training logs"
     return f"""---

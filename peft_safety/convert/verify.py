@@ -145,8 +145,8 @@ def _verify_frozen(
         space = subspace if isinstance(subspace, SafetySubspace) else SafetySubspace.load(subspace)
         if space.digest != certificate.subspace:
             raise ProtectionError(
-                f"{path}: the certificate is of subspace {certificate.subspace[:12]}, not {space.digest[:12]}. Give the "
-                "subspace that the adapter was made with."
+                f"{path}: the certificate is of subspace {certificate.subspace[:12]}, not {space.digest[:12]}. Give "
+                "the subspace that the adapter was made with."
             )
         for name, a in rows.items():
             leaks[name] = leak(space.bases[name]["in"], a, "in")

@@ -177,8 +177,10 @@ class ProtectedConfig(LoraConfig):
         """What is still missing for the adapter to be what its config says, for a warning when it is saved."""
         return None
 
-    def frozen_rows(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, Tensor]:
-        """`A (r, n)`, fp32, of every layer, for a method that `freezes`."""
+    def frozen_rows(
+        self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str, task_data: Any = None
+    ) -> dict[str, Tensor]:
+        """`A (r, n)`, fp32, of every layer, for a method that `freezes`. `task_data` replaces the config's."""
         raise NotImplementedError
 
     def initialize(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:

@@ -13,11 +13,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from peft_safety.core import files
+from peft_safety.core.base_weights import is_whole
 from peft_safety.core.certificate import FILE_NAME, Certificate, FrozenFactor, digest, digests, read_certificate
 from peft_safety.core.plain_lora import ADAPTER_FILE, DTYPES, PREFIX, read_tensor
 from peft_safety.core.projection import leak
-from peft_safety.errors import ArtifactError, ConfigError
+from peft_safety.errors import ArtifactError, ConfigError, UnsupportedLayerError
 from peft_safety.layers import freeze
+from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry.types import config_types
 
@@ -43,9 +45,59 @@ def start(
     else:
         rows = config.frozen_rows(model, layers, adapter_name)
         config._certificate = _certificate(config, rows)
+    _install(layers, adapter_name, config, rows)
+
+
+def _install(
+    layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig, rows: Mapping[str, Tensor]
+) -> None:
     for name, layer in layers.items():
         freeze(layer, adapter_name, rows[name])
         config._accepted[name] = digests(rows[name])
+
+
+@torch.no_grad()
+def aim(model: nn.Module, task_data: Any, adapter_name: str = "default") -> None:
+    """Make the frozen factors of an adapter anew from rows of its task, before it has learned anything. On several
+    processes all take those of rank 0, so each of them has to call it.
+
+    Args:
+        task_data: as in `GuardSpaceConfig`.
+
+    Raises:
+        ConfigError: another kind of adapter, one without its subspace (loaded from a directory), or one that has
+            learned something.
+        UnsupportedLayerError: factors that are sharded.
+    """
+    config = config_table(model).get(adapter_name)
+    if not isinstance(config, ProtectedConfig) or not config.freezes or config.subspace is None:
+        raise ConfigError(
+            f"adapter {adapter_name!r} has no frozen factor to be made from task data. Use a new "
+            "GuardSpaceConfig(train='B')."
+        )
+    layers = adapter_layers(model, adapter_name)
+    for name, layer in layers.items():
+        pair = [layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight]
+        if not all(is_whole(weight) and weight.ndim == 2 for weight in pair):
+            raise UnsupportedLayerError(
+                f"{name}: its factors are sharded. Give GuardSpaceConfig task_data, before the model is sharded."
+            )
+        if bool(pair[1].any()):
+            raise ConfigError(
+                f"{name}: adapter {adapter_name!r} has learned something (lora_B is not zero), which other rows of "
+                "lora_A would undo. Do it before the first step."
+            )
+    rows = config.frozen_rows(model, layers, adapter_name, task_data)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        rows = {name: _from_rank_0(a, layers[name].lora_B[adapter_name].weight.device) for name, a in rows.items()}
+    config._certificate = _certificate(config, rows)
+    _install(layers, adapter_name, config, rows)
+
+
+def _from_rank_0(a: Tensor, device: torch.device) -> Tensor:
+    a = a.to(device)
+    torch.distributed.broadcast(a, 0)
+    return a
 
 
 def _certificate(config: ProtectedConfig, rows: Mapping[str, Tensor]) -> Certificate:

@@ -204,22 +204,25 @@ class GuardSpaceConfig(ProtectedConfig):
         pairs = refusal_pairs("calibration", CALIBRATION_PAIRS)
         return subspace.beside(estimate(model, pairs, method="salora", rank=self.combine_rank, **common))
 
-    def frozen_rows(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, Tensor]:
+    def frozen_rows(
+        self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str, task_data: Any = None
+    ) -> dict[str, Tensor]:
         base = {name: layer.get_base_layer() for name, layer in layers.items()}
         ranks = {name: int(layer.r[adapter_name]) for name, layer in layers.items()}
-        moments = None
-        if self.task_data is not None:
-            rows = data_rows(self.task_data, "task_data")
+        moments, wanted = None, self.a_init == "task" or task_data is not None
+        data = self.task_data if task_data is None else task_data
+        if data is not None:
+            rows = data_rows(data, "task_data")
             moments, shares = task_inputs(model, base, self.subspace, rows, tokenizer=self._tokenizer(model, rows))
             warn_if_stalled(shares)
-        elif self.a_init == "task":
+        elif wanted:
             warnings.warn(
                 "GuardSpaceConfig: without task_data the rows of the frozen A are random directions outside the null "
                 "space. With 32 rows of the task as task_data it learns faster; a_init='random' says that this is "
                 "wanted.",
                 stacklevel=2,
             )
-        return frozen_factors(self.subspace, ranks, moments if self.a_init == "task" else None)
+        return frozen_factors(self.subspace, ranks, moments if wanted else None)
 
     def initialize(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
         base = {name: layer.get_base_layer() for name, layer in layers.items()}

@@ -1,0 +1,82 @@
+"""How many layers are calibrated at once: as many as their second moments fit into a memory budget.
+
+A moment takes `8 n^2` bytes, 1.6 GB for the widest layers of an 8B model, 65 GB for all of them. Groups of layers take
+one pass over the data each, and the same operations in each layer: the bases do not depend on the budget.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from torch import nn
+
+from peft_safety.core import base_weights as weights
+from peft_safety.errors import CalibrationError, ConfigError
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+FREE_SHARE = 0.5
+"""Of the free memory of the model's device, where no budget is given."""
+WORK = 3
+"""The decomposition of a moment needs about this many times its memory, the moment included."""
+
+
+def bytes_of(memory: str | int | None, device: torch.device) -> int:
+    """A budget in bytes.
+
+    Args:
+        memory: bytes, or a text such as "4GB" or "500MiB"; None takes `FREE_SHARE` of what is free on the device.
+
+    Raises:
+        ConfigError: neither.
+    """
+    if memory is None:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        return int(FREE_SHARE * free)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(memory))
+    if match is None or match[2].upper() not in UNITS or isinstance(memory, bool) or float(match[1]) <= 0:
+        raise ConfigError(f'memory={memory!r}. Use a number of bytes, or a text such as "4GB".')
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def groups(layers: Mapping[str, nn.Module], leaders: Mapping[str, str], budget: int) -> list[dict[str, nn.Module]]:
+    """The layers in groups, in their order, each as large as the budget allows. Layers with one input stay together.
+
+    Args:
+        leaders: of each layer the one that is fed the same tensor first, where it is known.
+        budget: bytes.
+
+    Raises:
+        CalibrationError: a layer that does not fit by itself.
+    """
+    members: dict[str, list[str]] = {}
+    for name in layers:
+        members.setdefault(leaders.get(name, name), []).append(name)
+    result: list[dict[str, nn.Module]] = []
+    held: list[int] = []
+    for leader, names in members.items():
+        size = moment_bytes(layers[leader])
+        if WORK * size > budget:
+            n = weights.shape(layers[leader])[1]
+            raise CalibrationError(
+                f"{leader}: the second moment of {n} input features and its decomposition take "
+                f"{gigabytes(WORK * size)}, the budget is {gigabytes(budget)}. Give more memory=, or leave it out."
+            )
+        if not result or sum(held) + size + (WORK - 1) * max([*held, size]) > budget:
+            result.append({})
+            held = []
+        result[-1] |= {name: layers[name] for name in names}
+        held.append(size)
+    return result
+
+
+def moment_bytes(layer: nn.Module) -> int:
+    """Of the fp64 second moment of a layer's inputs."""
+    return 8 * int(weights.shape(layer)[1]) ** 2
+
+
+def gigabytes(size: int) -> str:
+    """For people to read."""
+    return f"{size / 1e9:.2g} GB"

@@ -1,0 +1,112 @@
+"""Calibration within a memory budget: more passes, the same bases."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from peft_safety.calibration import bases, budget, moments
+from peft_safety.calibration.bases import Size, input_basis
+from peft_safety.core.projection import principal_cosines
+from peft_safety.errors import CalibrationError, ConfigError
+from tests.peft import cells
+from tests.peft.guard_cells import HARMFUL, TASK, subspace
+
+ONE_LAYER = 3 * 8 * 64**2
+"""Bytes that the widest layer of the tiny model takes."""
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The layers of each pass over the data."""
+    seen = []
+    collect = moments.collect
+    monkeypatch.setattr(
+        "peft_safety.calibration.activations.collect",
+        lambda model, layers, *args, **kwargs: seen.append(list(layers)) or collect(model, layers, *args, **kwargs),
+    )
+    return seen
+
+
+@pytest.mark.parametrize("options", [{}, {"sides": ("in", "out")}, {"against": TASK}, {"rank": None, "energy": 0.9}])
+def test_the_bases_do_not_depend_on_the_budget(options, passes):
+    whole = subspace(cells.base_model(), HARMFUL, **options)
+    count = len(passes)
+    parts = subspace(cells.base_model(), HARMFUL, memory=ONE_LAYER, **options)
+    assert len(passes) - count > 2 * count
+    assert whole.provenance == parts.provenance
+    for name, sides in whole.bases.items():
+        for side, basis in sides.items():
+            assert basis.shape == parts.bases[name][side].shape
+            assert float(principal_cosines(basis, parts.bases[name][side]).min()) > 1 - 1e-6
+
+
+def test_layers_with_one_input_stay_together_and_share_their_basis(passes):
+    space = subspace(cells.base_model(), memory=ONE_LAYER)
+    assert sorted(len(layers) for layers in passes) == [1, 2, 3], "the wider layer leaves no room beside it"
+    first = space.bases["model.layers.0.self_attn.q_proj"]["in"]
+    assert space.bases["model.layers.0.self_attn.v_proj"]["in"] is first
+
+
+def test_a_budget_that_is_too_small():
+    with pytest.raises(CalibrationError, match="64 input features"):
+        subspace(cells.base_model(), memory=ONE_LAYER - 1)
+
+
+@pytest.mark.parametrize(("text", "size"), [("4GB", 4e9), ("500 MiB", 500 * 2**20), (1000, 1000), ("1.5gb", 1.5e9)])
+def test_budgets_as_people_write_them(text, size):
+    assert budget.bytes_of(text, torch.device("cpu")) == size
+
+
+@pytest.mark.parametrize("text", ["", "4 bananas", -1, 0, True, "GB", "1e9"])
+def test_what_is_no_budget(text):
+    with pytest.raises(ConfigError, match="memory="):
+        budget.bytes_of(text, torch.device("cpu"))
+
+
+def test_without_a_budget_half_of_the_free_memory():
+    assert 2**20 < budget.bytes_of(None, torch.device("cpu")) < 2**50
+
+
+@given(
+    widths=st.lists(st.integers(1, 40), min_size=1, max_size=20),
+    shared=st.lists(st.booleans(), min_size=20, max_size=20),
+    room=st.integers(3 * 8 * 40**2, 20 * 8 * 40**2),
+)
+def test_groups_hold_every_layer_once_and_fit(widths, shared, room):
+    layers = {f"layer{i}": nn.Linear(n, 2, bias=False) for i, n in enumerate(widths)}
+    leaders = {}
+    for i, n in enumerate(widths):
+        same = i > 0 and shared[i] and widths[i - 1] == n
+        leaders[f"layer{i}"] = leaders[f"layer{i - 1}"] if same else f"layer{i}"
+    parts = budget.groups(layers, leaders, room)
+    assert [name for part in parts for name in part] == list(layers)
+    for part in parts:
+        distinct = {leaders[name] for name in part}
+        held = [budget.moment_bytes(layers[name]) for name in distinct]
+        assert sum(held) + 2 * max(held) <= room
+    assert all(leaders[a] != leaders[b] for p, q in pairwise(parts) for a in p for b in q)
+
+
+def massive(n, tokens=400, seed=0):
+    """Inputs with a falling spectrum and one activation a thousand times the others, as real models have."""
+    generator = torch.Generator().manual_seed(seed)
+    turn = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+    x = torch.randn(tokens, n, generator=generator, dtype=torch.float64) * torch.arange(1, n + 1) ** -1.0
+    x = x @ turn
+    x[:, 7] *= 1000
+    return x
+
+
+@pytest.mark.parametrize("size", [Size(rank=12), Size(share=0.25), Size(energy=0.999999)])
+def test_iterating_finds_what_the_exact_decomposition_finds(size, monkeypatch):
+    x = massive(160)
+    exact, values = input_basis(x.T @ x, size, "layer")
+    monkeypatch.setattr(bases, "DENSE_LIMIT", 16)
+    found, spectrum = input_basis(x.T @ x, size, "layer")
+    assert found.shape == exact.shape
+    assert float(principal_cosines(exact, found).min()) > 1 - 1e-4
+    torch.testing.assert_close(spectrum, values, rtol=1e-3, atol=0)
