@@ -46,7 +46,7 @@ def test_the_bases_do_not_depend_on_the_budget(options, passes):
 
 def test_layers_with_one_input_stay_together_and_share_their_basis(passes):
     space = subspace(cells.base_model(), memory=ONE_LAYER)
-    assert sorted(len(layers) for layers in passes) == [1, 2, 3], "the wider layer leaves no room beside it"
+    assert sorted(len(layers) for layers in passes) == [1, 1, 2, 2]
     first = space.bases["model.layers.0.self_attn.q_proj"]["in"]
     assert space.bases["model.layers.0.self_attn.v_proj"]["in"] is first
 
