@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -56,16 +57,9 @@ def attach(
                 f"{name}: r={layer.r[adapter_name]} exceeds the layer's {weights.shape(base[name])}. Use a smaller r "
                 "or a rank_pattern."
             )
-    if config.freezes and config._combined:
-        config._modules = sizes(layers, adapter_name)
+    if config.freezes and frozen.reuse_factors(layers, adapter_name, config, configs):
         return ()
-    if config._certificate is not None:  # its factors are made: they need no bases
-        source = reuse.sibling(config, layers, adapter_name, configs) if reuse.is_copy(config, configs) else None
-        config._modules = sizes(layers, adapter_name)
-        frozen.start(model, layers, adapter_name, config, source)
-        reuse.remember(config, loaded=True)
-        return ()
-    copied = reuse.is_copy(config, configs) and reuse.fits(config, base)
+    copied = not config.freezes and reuse.is_copy(config, configs) and reuse.fits(config, base)
     if not copied:
         reuse.start_over(config)
     asked = reuse.settings(config)
@@ -90,11 +84,12 @@ def attach(
             stacklevel=2,
         )
     config.subspace = subspace
-    config._modules = sizes(layers, adapter_name)
+    config._modules = reuse.sizes(layers, adapter_name)
     bind(layers, adapter_name, config)
     if config.freezes:
-        source = reuse.sibling(config, layers, adapter_name, configs) if copied else None
-        frozen.start(model, layers, adapter_name, config, source)
+        frozen.start(model, layers, adapter_name, config)
+        if isinstance(asked["subspace"], (str, os.PathLike)) and asked["subspace"] != "auto":
+            config.subspace = asked["subspace"]  # the bases are done with, and can be read again
     else:
         reuse.start(model, layers, adapter_name, config, configs, copied)
     if not copied:
@@ -102,11 +97,6 @@ def attach(
             config, asked, loaded=config._stored is not None or (config._origin is not None and config._origin.loaded)
         )
     return gone
-
-
-def sizes(layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, tuple[int, float]]:
-    """Rank and alpha of an adapter by module."""
-    return {name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()}
 
 
 def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig) -> None:

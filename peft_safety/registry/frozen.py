@@ -21,6 +21,7 @@ from peft_safety.errors import ArtifactError, ConfigError, UnsupportedLayerError
 from peft_safety.layers import freeze
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.base import ProtectedConfig
+from peft_safety.registry import reuse
 from peft_safety.registry.types import config_types
 
 SUFFIX = ".lora_A.weight"
@@ -28,24 +29,39 @@ SPAN_TOLERANCE = 1e-6
 """Singular values of joined factors below this share of the largest are rounding."""
 
 
-def start(
-    model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig, source: str | None
-) -> None:
-    """Freeze `lora_A` in every layer of a new adapter.
+def start(model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig) -> None:
+    """Make the factors of a new adapter, whose config has its subspace, and freeze them."""
+    rows = config.frozen_rows(model, layers, adapter_name)
+    config._certificate = _certificate(config, rows)
+    _install(layers, adapter_name, config, rows)
+
+
+def reuse_factors(
+    layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig, configs: Mapping[str, Any]
+) -> bool:
+    """Freeze factors that are there already, and need no bases: those of the adapter that the new one is a copy of, or
+    of the config's directory. Those of a weighted combination are frozen when PEFT has filled them (`combined`).
 
     Args:
-        source: an adapter of the model that the new one is a copy of; None takes the factors of the config's
-            directory, or makes them.
+        configs: the model's, by adapter.
+
+    Returns:
+        Whether there are any.
     """
-    if source is not None:
-        rows = {name: layer.lora_A[source].weight.detach() for name, layer in layers.items()}
-    elif config._certificate is not None and config._certificate.directory is not None:
-        rows = stored_rows(config._certificate.directory)
-        _check_layers(rows, layers, adapter_name, config._certificate.directory)
-    else:
-        rows = config.frozen_rows(model, layers, adapter_name)
-        config._certificate = _certificate(config, rows)
-    _install(layers, adapter_name, config, rows)
+    if not config._combined:
+        source = reuse.sibling(config, layers, adapter_name, configs) if reuse.is_copy(config, configs) else None
+        if source is not None:
+            config._certificate = configs[source]._certificate
+            rows = {name: layer.lora_A[source].weight.detach() for name, layer in layers.items()}
+        elif config._certificate is not None and config._certificate.directory is not None:
+            rows = stored_rows(config._certificate.directory)
+            _check_layers(rows, layers, adapter_name, config._certificate.directory)
+        else:
+            return False
+        _install(layers, adapter_name, config, rows)
+        reuse.remember(config, loaded=True)
+    config._modules = reuse.sizes(layers, adapter_name)
+    return True
 
 
 def _install(
@@ -87,10 +103,18 @@ def aim(model: nn.Module, task_data: Any, adapter_name: str = "default") -> None
                 f"{name}: adapter {adapter_name!r} has learned something (lora_B is not zero), which other rows of "
                 "lora_A would undo. Do it before the first step."
             )
-    rows = config.frozen_rows(model, layers, adapter_name, task_data)
+    kept, config.subspace = config.subspace, config.resolve(model, {})
+    try:
+        rows = config.frozen_rows(model, layers, adapter_name, task_data)
+        certificate = _certificate(config, rows)
+    finally:
+        config.subspace = kept
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rows = {name: _from_rank_0(a, layers[name].lora_B[adapter_name].weight.device) for name, a in rows.items()}
-    config._certificate = _certificate(config, rows)
+        certificate = replace(
+            certificate, modules={n: replace(m, sha256=digest(rows[n])) for n, m in certificate.modules.items()}
+        )
+    config._certificate = certificate
     _install(layers, adapter_name, config, rows)
 
 

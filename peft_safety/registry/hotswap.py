@@ -13,10 +13,10 @@ from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.layers import FrozenLinear, ProtectedLinear
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.base import ProtectedConfig
-from peft_safety.registry.attach import bind, sizes
+from peft_safety.registry.attach import bind
 from peft_safety.registry.frozen import accept_stored
 from peft_safety.registry.protection import protected_configs
-from peft_safety.registry.reuse import remember
+from peft_safety.registry.reuse import remember, sizes
 from peft_safety.registry.tuners import adopt
 
 

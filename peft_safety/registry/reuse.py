@@ -123,6 +123,11 @@ def remember(config: ProtectedConfig, asked: dict[str, Any] | None = None, *, lo
     config._origin = Origin(config._mark, made if asked is None else asked, made, loaded)
 
 
+def sizes(layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of an adapter by module."""
+    return {name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()}
+
+
 def fits(config: ProtectedConfig, layers: Mapping[str, nn.Module]) -> bool:
     """Whether the subspace is of these base layers, but for those that it leaves out."""
     gone = set(config.subspace.lacking(layers, config.basis_sides)) & set(config.subspace.left_out)

@@ -178,6 +178,21 @@ def test_resuming_onto_a_live_adapter(tmp_path):
     assert_frozen(other, before)
 
 
+def test_bases_from_a_file_are_let_go_and_a_copy_needs_none(tmp_path):
+    subspace(cells.base_model()).save(tmp_path / "space")
+    given = config(str(tmp_path / "space"), train="B", task_data=batches(TASK))
+    model = get_peft_model(cells.base_model(), given)
+    assert model.peft_config["default"].subspace == str(tmp_path / "space")
+    (tmp_path / "space" / "safety_subspace.safetensors").unlink()
+    model.add_adapter("from_its_config", model.peft_config["default"])
+    model.add_adapter("from_the_users_config", given)
+    for name in ("from_its_config", "from_the_users_config"):
+        assert all(torch.equal(weight, lora_a(model)[module]) for module, weight in lora_a(model, name).items())
+    assert_protected(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert verify(tmp_path / "adapter" / "from_its_config").worst_leak <= LEAK
+
+
 def test_a_trainer_resumes(tmp_path):
     whole = frozen()
     trainer(whole, tmp_path / "whole", max_steps=6, save_steps=3).train()
