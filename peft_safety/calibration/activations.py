@@ -117,7 +117,10 @@ def estimate(
         for rows in ([data] if against is None else [data, against])
     ]
     narrow = {side: narrow_layers(layers, side) for side in chosen}
-    bases, spectra, covered, tokens = {}, {}, {}, [0] * len(sources)
+    bases: dict[str, dict[Side, Tensor]] = {}
+    spectra: dict[str, dict[Side, Tensor]] = {}
+    covered: dict[str, float] = {}
+    tokens = 0
     with adapters_off(model):
         leaders = inputs_of(model, layers, sources[0][0], where)
         parts = groups(layers, leaders, bytes_of(memory, next(model.parameters()).device))
@@ -126,8 +129,8 @@ def estimate(
             moments, *contrast = (
                 collect(model, part, batches, positions=where, progress=progress, what=what) for batches, _ in sources
             )
-            tokens = [moments.tokens, *(other.tokens for other in contrast)]
-            _check_tokens(tokens[0], wanted, where)
+            tokens = moments.tokens
+            _check_tokens(tokens, wanted, where)
             seen = {name: layer for name, layer in part.items() if all(m.reaches(name) for m in (moments, *contrast))}
             found = _bases(narrow, seen, chosen, moments, contrast[0] if contrast else None, sizes, seed)
             bases |= found[0]
@@ -150,7 +153,7 @@ def estimate(
         "model": model_name(model),
         "data": sources[0][1],
         "samples": sum(int(batch["input_ids"].shape[0]) for batch in sources[0][0]),
-        "tokens": tokens[0],
+        "tokens": tokens,
     }
     provenance |= ({"rank": rank} if energy is None else {"energy": energy}) | (
         {"per_kind": dict(per_kind)} if per_kind else {}

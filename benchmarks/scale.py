@@ -1,0 +1,228 @@
+"""What GuardSpace costs at the sizes that people train: one to four decoder blocks of the shape of Llama-3-8B, random
+NF4 weights, so that the cost of a block is a slope; extrapolated to whole models beside the targets.
+
+Training: plain QLoRA, the frozen form, and today's form with bases of n/16 and n/4, three AdamW steps each, in a new
+process each. Calibration: by memory budget. Steps take turns; memory is the peak of the process.
+
+    python -m benchmarks.scale [--blocks 1 2] [--tokens 256]     (half an hour on two cores; a GPU is used if there is
+    one)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.common import (
+    parser_of,
+    peak_memory,
+    record,
+    reset_peak,
+    resident_mib,
+    resident_now_mib,
+    show,
+)
+from peft_safety import GuardSpaceConfig, SafetySubspace
+from peft_safety.core.base_weights import shape
+from peft_safety.core.projection import orthonormalize
+from peft_safety.core.targets import target_layers
+from peft_safety.reporting.report import environment
+
+ARMS = {"lora": None, "frozen": 16, "trained A, n/16": 16, "trained A, n/4": 4}
+"""Arm -> one over the share of the input dimensions that its null space takes."""
+RANK = 16
+STEPS = 3
+MODELS = {"8B": 32, "32B": 64 * 1.9, "70B": 80 * 3.9}
+"""Blocks of Llama-3-8B that weigh as much as all blocks of a model."""
+BUDGETS = ("1GB", "4GB", "16GB")
+CALIBRATION_TOKENS = 5000
+
+
+def block_model(blocks: int, device: str) -> LlamaForCausalLM:
+    """A language model of some blocks of Llama-3-8B's shape, quantized layer by layer, with a small vocabulary."""
+    import bitsandbytes as bnb
+
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=blocks,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=2048,
+    )
+    compute = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(0)
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]:
+        m, n = shape(layer)
+        weight = torch.randn(m, n, generator=generator) * 0.02
+        new = bnb.nn.Linear4bit(n, m, bias=False, compute_dtype=compute, quant_type="nf4", device="meta")
+        new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to(device)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+    for module in model.modules():
+        for key, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                value = torch.randn(parameter.shape, generator=generator) * 0.02 if parameter.ndim == 2 else None
+                value = torch.ones(parameter.shape) if value is None else value
+                module._parameters[key] = nn.Parameter(value.to(device, compute), requires_grad=False)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def bases(model: nn.Module, share: int) -> SafetySubspace:
+    """Random null spaces of `n / share` directions; one for the layers of a block that have the same input."""
+    generator, made, result = torch.Generator().manual_seed(0), {}, {}
+    for name, layer in target_layers(model, "all-linear").items():
+        n = shape(layer)[1]
+        key = (name.rpartition(".")[0], n)
+        if key not in made:
+            made[key] = {"in": orthonormalize(torch.randn(n, n // share, generator=generator))}
+        result[name] = made[key]
+    return SafetySubspace(result)
+
+
+def adapted(model: nn.Module, arm: str, folder: Path) -> Any:
+    """The model under the adapter of an arm. Bases come from a file, as they do in real use."""
+    common: dict[str, Any] = {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    if ARMS[arm] is None:
+        return get_peft_model(model, LoraConfig(**common))
+    file = folder / f"bases-{ARMS[arm]}.safetensors"
+    train: Any = "B" if arm == "frozen" else "A"
+    return get_peft_model(model, GuardSpaceConfig(**common, subspace=str(file), train=train, a_init="random"))
+
+
+def training(arm: str, blocks: int, tokens: int, device: str, folder: Path) -> dict[str, Any]:
+    """In a process of its own: peak memory, seconds a step, and the bytes of the saved adapter."""
+    model = block_model(blocks, device)
+    peft_model = adapted(model, arm, folder).train()
+    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-4)
+    ids = torch.randint(0, 2048, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    seconds = []
+    reset(device)
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        peft_model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    peak = peak_mib(device)
+    with tempfile.TemporaryDirectory() as saved:
+        peft_model.save_pretrained(saved)
+        size = sum(path.stat().st_size for path in Path(saved).rglob("*") if path.is_file())
+    return {"peak MiB": peak, "step s": min(seconds), "adapter MiB": size / 2**20}
+
+
+def calibration(budget: str, blocks: int, device: str) -> dict[str, Any]:
+    """In a process of its own: memory beside the model, and seconds, of one calibration at n/16."""
+    model = block_model(blocks, device)
+    ids = torch.randint(0, 2048, (CALIBRATION_TOKENS // 40, 40), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": part, "labels": part} for part in ids.split(25)]
+    reset(device)
+    before, started = now_mib(device), time.perf_counter()
+    options: dict[str, Any] = {"target_modules": "all-linear", "method": "guardspace", "progress": False}
+    SafetySubspace.from_activations(model, data, rank=1 / 16, memory=budget, allow_fewer=True, **options)
+    return {"seconds": time.perf_counter() - started, "beside the model MiB": peak_mib(device) - before}
+
+
+def reset(device: str) -> None:
+    """Begin to measure the peak of memory."""
+    reset_peak()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_mib(device: str) -> float:
+    """Since `reset`."""
+    return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else resident_mib()
+
+
+def now_mib(device: str) -> float:
+    """At this moment."""
+    return torch.cuda.memory_allocated() / 2**20 if device == "cuda" else resident_now_mib()
+
+
+def slopes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per block and arm, from the smallest and the largest number of blocks, and whole models beside plain QLoRA."""
+    least, most = min(row["blocks"] for row in rows), max(row["blocks"] for row in rows)
+    found = {(row["arm"], row["blocks"]): row for row in rows}
+    result = []
+    for arm in ARMS:
+        low, high = found[arm, least], found[arm, most]
+        slope = {key: (high[key] - low[key]) / (most - least) for key in ("peak MiB", "step s", "adapter MiB")}
+        result.append({"arm": arm, **{f"{key} a block": value for key, value in slope.items()}})
+    plain = result[0]
+    for row in result:
+        row["memory ratio"] = row["peak MiB a block"] / plain["peak MiB a block"]
+        row["time ratio"] = row["step s a block"] / plain["step s a block"]
+        row |= {f"adapter {name} MiB": row["adapter MiB a block"] * blocks for name, blocks in MODELS.items()}
+    return result
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--budgets", nargs="*", default=list(BUDGETS))
+    parser.add_argument("--one", nargs=3, metavar=("KIND", "ARM", "BLOCKS"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.one:
+        kind, arm, blocks = args.one
+        found = (
+            training(arm, int(blocks), args.tokens, device, args.folder)
+            if kind == "training"
+            else calibration(arm, int(blocks), device)
+        )
+        print(json.dumps(found))
+        return
+    rows: list[dict[str, Any]] = []
+    calibrations: list[dict[str, Any]] = []
+    for blocks in args.blocks:
+        with tempfile.TemporaryDirectory() as name:
+            model = block_model(blocks, "cpu")
+            for share in sorted({share for share in ARMS.values() if share is not None}):
+                bases(model, share).save(Path(name, f"bases-{share}.safetensors"))
+            del model
+            for arm in ARMS:
+                given = ("--tokens", str(args.tokens), "--folder", name, "--one", "training", arm, str(blocks))
+                rows.append({"arm": arm, "blocks": blocks, **peak_memory("benchmarks.scale", *given)})
+                show("training", rows[-1:])
+    for budget in args.budgets:
+        blocks = max(args.blocks)
+        try:
+            found = peak_memory("benchmarks.scale", "--one", "calibration", budget, str(blocks))
+        except RuntimeError as error:
+            found = {"seconds": None, "refused": str(error).strip().splitlines()[-1][-160:]}
+        calibrations.append({"budget": budget, "blocks": blocks, **found})
+        show("calibration", calibrations[-1:])
+    summary = slopes(rows) if len(args.blocks) > 1 else []
+    if summary:
+        show("a block, and the ratio to plain QLoRA", summary)
+    facts = environment(0, model="blocks of Llama-3-8B's shape, NF4", r=RANK, tokens=args.tokens, device=device)
+    path = record("scale", [*rows, *calibrations, *summary], facts)
+    print(f"written to {path}; targets of the frozen form: memory <= 1.01, time <= 1.00, adapter <= 1.1 of plain")
+
+
+if __name__ == "__main__":
+    main()
