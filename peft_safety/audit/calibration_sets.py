@@ -41,11 +41,11 @@ def check_request(calibration: Calibration, positions: Positions) -> None:
     """
     if positions not in ("response", "prompt", "all"):
         raise ConfigError(f"positions={positions!r}. Use 'response', 'prompt' or 'all'.")
-    if calibration is None or (isinstance(calibration, str) and calibration == "auto"):
-        return
-    if not isinstance(calibration, Mapping) or set(calibration) != set(KINDS):
-        given = sorted(map(str, calibration)) if isinstance(calibration, Mapping) else repr(calibration)
-        raise ConfigError(f"calibration={given}. Use None, 'auto', or a mapping with the keys {KINDS}.")
+    if isinstance(calibration, Mapping):
+        if set(calibration) != set(KINDS):
+            raise ConfigError(f"calibration has the keys {sorted(map(str, calibration))}. Use the keys {KINDS}.")
+    elif calibration is not None and not (isinstance(calibration, str) and calibration == "auto"):
+        raise ConfigError(f"calibration={calibration!r}. Use None, 'auto', or a mapping with the keys {KINDS}.")
 
 
 def calibration_sets(
@@ -55,35 +55,25 @@ def calibration_sets(
 
     Raises:
         CalibrationError, DataError: rows or batches that cannot be used. ConfigError: a tokenizer is needed and none
-            is found.
+            can be loaded.
     """
     if calibration is None:
         return {}
+    sources = dict.fromkeys(KINDS, "given")
     if isinstance(calibration, str):
         tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
-        rows: Mapping[str, Rows] = _package_rows(model, tokenizer, progress)
-        sources = {
-            "general": f"peft_safety general prompts, {SPLIT} split, answered by the base model",
-            "harmful": f"peft_safety refusal pairs, {SPLIT} split",
-        }
-    else:
-        rows, sources = calibration, dict.fromkeys(KINDS, "given")
+        bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        prompts = [row["prompt"] for row in load("general_prompts", SPLIT)]
+        with adapters_off(model):
+            general = self_responses(bare, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, progress=progress)
+        calibration = {"general": general, "harmful": refusal_pairs(SPLIT)}
+        sources["general"] = f"peft_safety general prompts, {SPLIT} split, answered by the base model"
+        sources["harmful"] = f"peft_safety refusal pairs, {SPLIT} split"
     sets = {}
     for kind in KINDS:
-        data = as_rows(rows[kind], f"calibration[{kind!r}]", CalibrationError)
+        data = as_rows(calibration[kind], f"calibration[{kind!r}]", CalibrationError)
         if data and not is_tokenized(data) and tokenizer is None:
             tokenizer = tokenizer_of(model)
         batches, digest = to_batches(data, tokenizer, batch_size=BATCH_SIZE, max_length=MAX_LENGTH)
         sets[kind] = CalibrationSet(batches, sources[kind], digest)
     return sets
-
-
-def _package_rows(model: nn.Module, tokenizer: Any, progress: bool) -> dict[str, Rows]:
-    """General prompts with the base model's own greedy answers, harmful requests with refusals."""
-    prompts = [row["prompt"] for row in load("general_prompts", SPLIT)]
-    bare: Any = model
-    if hasattr(model, "get_base_model"):
-        bare = bare.get_base_model()
-    with adapters_off(model):
-        general = self_responses(bare, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, progress=progress)
-    return {"general": general, "harmful": refusal_pairs(SPLIT)}

@@ -1,10 +1,11 @@
-"""The size of an update's output, `E||dW x||`, beside `E||W x||`; one streaming pass, no activation is kept."""
+"""The size of an update's output, `E||dW x||`, beside `E||W x||`, in one streaming pass that keeps no activation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,59 +37,6 @@ class Interference:
         return self.update / self.weight if self.weight > 0 else float("nan")
 
 
-class _Lengths:
-    """Hooks on base layers that add up `||dW x||` and `||W x||`."""
-
-    def __init__(self, layers: Mapping[str, nn.Module], updates: Mapping[str, Update]) -> None:
-        self.layers = dict(layers)
-        # ||dW x|| = ||S V^T x||: as many rows as the rank, and no cancellation between the two products of a residual
-        self.probes = {name: (update.right * update.values).mT.float() for name, update in updates.items()}
-        self.sums: dict[str, Tensor] = {}
-        self.counts = dict.fromkeys(self.layers, 0)
-        self.masks: tuple[Tensor, ...] = ()
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for name, layer in self.layers.items():
-                stack.callback(layer.register_forward_hook(self._hook(name)).remove)
-            yield
-
-    def expect(self, *masks: Tensor) -> None:
-        self.masks = masks
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if not self.masks:
-                return
-            x, y = selected(name, args[0], *self.masks), selected(name, output, *self.masks)
-            bias = getattr(layer, "bias", None)
-            if isinstance(bias, Tensor):
-                y = y - bias.float()
-            self.probes[name] = self.probes[name].to(x.device)
-            with torch.autocast(device_type=x.device.type, enabled=False), exact_matmul():
-                lengths = torch.stack(
-                    [
-                        torch.linalg.vector_norm(v, dim=1, dtype=torch.float32).double().sum()
-                        for v in (x @ self.probes[name].mT, y)
-                    ]
-                )
-            self.sums[name] = self.sums[name] + lengths if name in self.sums else lengths
-            self.counts[name] += x.shape[0]
-
-        return hook
-
-    def found(self, name: str) -> Interference:
-        if self.counts[name] == 0:
-            raise CalibrationError(
-                f"{name}: the layer saw no token that counts. Give rows with a response, or positions='all'."
-            )
-        update, weight = (float(total) / self.counts[name] for total in self.sums[name])
-        if not update < float("inf") or not weight < float("inf"):
-            raise CalibrationError(f"{name}: its inputs or outputs hold NaN or Inf. Load the model in float32.")
-        return Interference(update, weight, self.counts[name])
-
-
 def interference(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -111,7 +59,40 @@ def interference(
         CalibrationError: a layer saw no such position, or its inputs or outputs are not finite.
         ConfigError: an adapter is merged into the base weights.
     """
-    lengths = _Lengths(layers, updates)
-    with adapters_off(model), lengths.watching():
-        run(model, batches, lengths.expect, positions=positions, progress=progress, what=what)
-    return {name: lengths.found(name) for name in layers}
+    # ||dW x|| = ||S V^T x||: as many columns as the rank, and no cancellation between the two products of a residual
+    probes = {name: (update.right * update.values).float() for name, update in updates.items()}
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(layers, 0)
+    masks: tuple[Tensor, ...] = ()
+
+    def expect(*following: Tensor) -> None:
+        nonlocal masks
+        masks = following
+
+    def record(name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        x, y = selected(name, args[0], *masks), selected(name, output, *masks)
+        bias = getattr(layer, "bias", None)
+        if isinstance(bias, Tensor):
+            y = y - bias.float()
+        probes[name] = probes[name].to(x.device)
+        with torch.autocast(device_type=x.device.type, enabled=False), exact_matmul():
+            outputs = (x @ probes[name], y)
+            lengths = torch.stack([v.norm(dim=1, dtype=torch.float32).double().sum() for v in outputs])
+        sums[name] = sums[name] + lengths if name in sums else lengths
+        counts[name] += x.shape[0]
+
+    with adapters_off(model), ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(partial(record, name)).remove)
+        run(model, batches, expect, positions=positions, progress=progress, what=what)
+    result = {}
+    for name, count in counts.items():
+        if count == 0:
+            raise CalibrationError(
+                f"{name}: the layer saw no token that counts. Give rows with a response, or positions='all'."
+            )
+        update, weight = (float(total) / count for total in sums[name])
+        if not update < float("inf") or not weight < float("inf"):
+            raise CalibrationError(f"{name}: its inputs or outputs hold NaN or Inf. Load the model in float32.")
+        result[name] = Interference(update, weight, count)
+    return result

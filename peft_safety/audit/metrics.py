@@ -1,8 +1,6 @@
-"""How an update `dW = s B A` lies in relation to its weight `W`: pure functions on tensors. dW is never formed, and
-nothing here knows PEFT.
+"""How an update `dW = s B A` lies in relation to its weight `W`: pure functions on tensors that never form dW.
 
-An overlap means little by itself: two random subspaces overlap too, the more the narrower the layer. So every figure
-here comes with its null.
+Two random subspaces overlap too, the more the narrower the layer. So every figure here comes with its null.
 """
 
 from __future__ import annotations
@@ -105,11 +103,8 @@ def weight_span(weight: Tensor, k: int) -> WeightSpan:
     left, values, right = top_singular(weight, min(max(k, DIRECTIONS), *weight.shape))
     floor = max(weight.shape) * torch.finfo(values.dtype).eps
     span = int((values > floor * values[0]).sum())  # beyond its rank a weight has no directions: any basis would do
-    return WeightSpan(
-        left[:, :span].cpu().double(),
-        right[:, :span].cpu().double(),
-        float(torch.linalg.vector_norm(weight, dtype=torch.float64)),
-    )
+    norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+    return WeightSpan(left[:, :span].cpu().double(), right[:, :span].cpu().double(), norm)
 
 
 @dataclass(frozen=True)
@@ -157,10 +152,10 @@ class SideOverlap:
 
 @torch.no_grad()
 def compare(vectors: Tensor, values: Tensor, weight_vectors: Tensor, k: int) -> SideOverlap:
-    """Where one side of an update lies: the right singular vectors of dW against those of W, or the left ones.
+    """Compare the right singular vectors of dW with those of W, or the left ones.
 
-    The published metric depends on the single singular vectors, not on the subspaces alone, so it is arbitrary where
-    singular values coincide; angles and energy are not.
+    The published metric depends on the single singular vectors, so it is arbitrary where singular values coincide;
+    angles and energy are not.
 
     Args:
         vectors: of dW, `(d, r)`, fp64, orthonormal columns.
@@ -171,11 +166,8 @@ def compare(vectors: Tensor, values: Tensor, weight_vectors: Tensor, k: int) -> 
     Reference: arXiv 2510.09004 for the metric; the nulls are ours.
     """
     d = vectors.shape[0]
-    q, p, k = (
-        min(DIRECTIONS, vectors.shape[1]),
-        min(DIRECTIONS, weight_vectors.shape[1]),
-        min(k, weight_vectors.shape[1]),
-    )
+    q, p = min(DIRECTIONS, vectors.shape[1]), min(DIRECTIONS, weight_vectors.shape[1])
+    k = min(k, weight_vectors.shape[1])
     if q == 0 or p == 0:
         nan = math.nan
         return SideOverlap(nan, nan, nan, nan, q, p, (), nan, nan, nan, nan, k)
@@ -205,9 +197,9 @@ def random_metric(d: int, p: int, q: int, seed: int = 0) -> tuple[float, float]:
     """Mean and standard deviation of the published metric for two independent, uniformly random subspaces of `R^d`, of
     dimensions `p` and `q`.
 
-    By rotational invariance one of them may be spanned by the first q axes: the metric is the largest entry of the
-    first q rows of a random orthonormal `d x p` frame. Of a Gaussian `d x p` matrix only those rows and the triangular
-    factor of the others matter (Bartlett's decomposition), so that a draw costs a QR of `(q + p) x p` whatever `d` is.
+    By rotational invariance one of them may be spanned by the first q axes. Of a Gaussian `d x p` matrix only the
+    first q rows and the triangular factor of the others matter (Bartlett's decomposition), so a draw costs a QR of
+    `(q + p) x p`.
     """
     generator = np.random.default_rng([seed, d, p, q])
     rest = min(d - q, p)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from tqdm.auto import tqdm
 
-from peft_safety.audit.calibration_sets import Calibration, CalibrationSet, calibration_sets, check_request
+from peft_safety.audit.calibration_sets import Calibration, calibration_sets, check_request
 from peft_safety.audit.interference import Interference, interference
 from peft_safety.audit.metrics import SideOverlap, Update, compare, decompose, weight_span
 from peft_safety.calibration.moments import Positions, exact_matmul
@@ -27,6 +29,12 @@ from peft_safety.methods.factors import layer_factors
 
 DEFAULT_K = 32
 """Directions of W for the energy overlap; the methods of this package protect as many by default."""
+
+
+def layer_number(name: str) -> int | None:
+    """The first number in a module's name."""
+    number = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(number.group(1)) if number else None
 
 
 @dataclass(frozen=True)
@@ -65,9 +73,8 @@ class ModuleOrthogonality:
 
     @property
     def layer(self) -> int | None:
-        """The layer's number: the first number in the name."""
-        number = re.search(r"(?:^|\.)(\d+)\.", self.name)
-        return int(number.group(1)) if number else None
+        """See `layer_number`."""
+        return layer_number(self.name)
 
     @property
     def kind(self) -> str:
@@ -75,22 +82,33 @@ class ModuleOrthogonality:
         return re.split(r"(?:^|\.)\d+\.", self.name, maxsplit=1)[-1]
 
 
-FIGURES: dict[str, Callable[[ModuleOrthogonality], float]] = {
-    "effective_rank": lambda row: row.effective_rank,
-    "relative_norm": lambda row: row.relative_norm,
-    "metric": lambda row: row.right.metric,
-    "metric_null": lambda row: row.right.null,
-    "z": lambda row: row.right.z,
-    "angle": lambda row: row.right.angle,
-    "energy": lambda row: row.right.energy,
-    "energy_ratio": lambda row: row.right.energy_ratio,
-    "left_z": lambda row: row.left.z,
-    "left_energy_ratio": lambda row: row.left.energy_ratio,
-    "general": lambda row: math.nan if row.general is None else row.general.share,
-    "harmful": lambda row: math.nan if row.harmful is None else row.harmful.share,
-    "interference_ratio": lambda row: row.interference_ratio,
+FIGURES: dict[str, tuple[Callable[[ModuleOrthogonality], float], str, str]] = {
+    "effective_rank": (lambda row: row.effective_rank, "eff.\nrank", ".3g"),
+    "relative_norm": (lambda row: row.relative_norm, "|dW|\n/|W|", ".2g"),
+    "metric": (lambda row: row.right.metric, "metric", ".3f"),
+    "metric_null": (lambda row: row.right.null, "null", ".3f"),
+    "z": (lambda row: row.right.z, "z", ".1f"),
+    "angle": (lambda row: row.right.angle, "angle", ".1f"),
+    "energy": (lambda row: row.right.energy, "energy", ".2g"),
+    "energy_ratio": (lambda row: row.right.energy_ratio, "energy\n/ chance", ".2f"),
+    "left_z": (lambda row: row.left.z, "out:\nz", ".1f"),
+    "left_energy_ratio": (lambda row: row.left.energy_ratio, "out:\n/ chance", ".2f"),
+    "general": (lambda row: math.nan if row.general is None else row.general.share, "general", ".2g"),
+    "harmful": (lambda row: math.nan if row.harmful is None else row.harmful.share, "harmful", ".2g"),
+    "interference_ratio": (lambda row: row.interference_ratio, "ratio", ".2f"),
 }
-"""The figures that are summarized, by name."""
+"""The figures that are summarized: how they are read, their heading and their format in a table."""
+
+
+def medians(rows: Iterable[ModuleOrthogonality], others: Iterable[str] = ()) -> dict[str, float]:
+    """Median of each of the `FIGURES`, and of `overlap:NAME` for other adapters, over the modules that have it; NaN
+    where none has.
+    """
+    rows = list(rows)
+    columns = {name: [figure(row) for row in rows] for name, (figure, _, _) in FIGURES.items()}
+    columns |= {f"overlap:{other}": [row.others.get(other, math.nan) for row in rows] for other in others}
+    known = {name: [value for value in values if not math.isnan(value)] for name, values in columns.items()}
+    return {name: statistics.median(values) if values else math.nan for name, values in known.items()}
 
 
 @dataclass(frozen=True)
@@ -117,19 +135,17 @@ class OrthogonalityReport:
 
     @property
     def summary(self) -> dict[str, float]:
-        """Median of each of the `FIGURES`, and of `overlap:NAME` for every other adapter; NaN without a value."""
+        """The `medians` over all modules."""
         return medians(self.modules, self.others)
 
     @property
     def kinds(self) -> dict[str, list[ModuleOrthogonality]]:
         """Modules by the last part of their name, or by a longer part if that is ambiguous inside a layer."""
-        tails: dict[str, set[str]] = {}
-        for row in self.modules:
-            tails.setdefault(row.kind.rpartition(".")[2], set()).add(row.kind)
+        lasts = Counter(kind.rpartition(".")[2] for kind in {row.kind for row in self.modules})
         groups: dict[str, list[ModuleOrthogonality]] = {}
         for row in self.modules:
             last = row.kind.rpartition(".")[2]
-            groups.setdefault(last if len(tails[last]) == 1 else row.kind, []).append(row)
+            groups.setdefault(last if lasts[last] == 1 else row.kind, []).append(row)
         return groups
 
     def to_json(self) -> dict[str, Any]:
@@ -138,18 +154,6 @@ class OrthogonalityReport:
         facts = {"adapter": self.adapter, "others": self.others, "environment": dict(self.environment)}
         result: dict[str, Any] = _plain(facts | {"summary": self.summary, "modules": rows})
         return result
-
-
-def medians(rows: Iterable[ModuleOrthogonality], others: Iterable[str] = ()) -> dict[str, float]:
-    """Median of every figure over the modules that have it."""
-    rows = list(rows)
-    result = {name: _median(figure(row) for row in rows) for name, figure in FIGURES.items()}
-    return result | {f"overlap:{other}": _median(row.others.get(other, math.nan) for row in rows) for other in others}
-
-
-def _median(values: Iterable[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return statistics.median(known) if known else math.nan
 
 
 def _plain(value: Any) -> Any:
@@ -170,12 +174,10 @@ def orthogonality_report(
     positions: Positions = "response",
     progress: bool = True,
 ) -> OrthogonalityReport:
-    """How an adapter's update lies in relation to the weights under it, and what it does to general and to harmful
-    inputs.
+    """Compare an adapter's update with the weights under it, and measure what it does to general and harmful inputs.
 
     The published claim (patches nearly orthogonal to W) rests on a metric that random subspaces pass as well, so each
-    figure stands beside its null. Nothing of the model is changed, and dW is never formed. The geometry needs no data;
-    weights are read one module at a time.
+    figure stands beside its null. The model is not changed, and dW is never formed. The geometry needs no data.
 
     Args:
         model: a PeftModel, or a model with injected adapters; dense, Conv1D or bitsandbytes base.
@@ -204,19 +206,27 @@ def orthogonality_report(
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ConfigError(f"k={k!r}. Use an integer of at least 1.")
     check_request(calibration, positions)
-    layers, comparable, skipped = _resolve(model, adapter)
-    updates = {name: _update(name, layer, adapter) for name, layer in layers.items()}
-    sets = calibration_sets(model, calibration, tokenizer, progress)
+    layers, others, not_compared = _resolve(model, adapter)
     base = {name: layer.get_base_layer() for name, layer in layers.items()}
-    functional = {
-        kind: interference(
-            model, base, updates, chosen.batches, positions=positions, progress=progress, what=f"{kind} inputs"
-        )
-        for kind, chosen in sets.items()
-    }
-    rows = _rows(layers, updates, comparable, k, functional, progress)
-    facts = _facts(model, k, positions, sets, functional) | ({"not_compared": skipped} if skipped else {})
-    return OrthogonalityReport(adapter, rows, tuple(comparable), facts)
+    updates = {name: _update(name, layer, adapter) for name, layer in layers.items()}
+    described: dict[str, Any] = {}
+    functional: dict[str, dict[str, Interference]] = {}
+    for kind, chosen in calibration_sets(model, calibration, tokenizer, progress).items():
+        options: dict[str, Any] = {"positions": positions, "progress": progress, "what": f"{kind} inputs"}
+        functional[kind] = interference(model, base, updates, chosen.batches, **options)
+        tokens = max(row.tokens for row in functional[kind].values())
+        described[kind] = {"source": chosen.source, "data": chosen.digest, "tokens": tokens}
+    rows = []
+    for name, layer in tqdm(layers.items(), desc="orthogonality", unit="module", disable=not progress):
+        update = updates[name]
+        overlaps = {other: update.overlap(_update(name, layer, other)) for other in others if other in layer.lora_A}
+        measured = {kind: results[name] for kind, results in functional.items()}
+        rows.append(_row(name, base[name], update, k, overlaps, measured))
+    source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    facts = environment(seed=0, model=public_name(source) if source else "", k=k, calibration=described or None)
+    facts |= {"positions": positions} if described else {}
+    facts |= {"not_compared": not_compared} if not_compared else {}
+    return OrthogonalityReport(adapter, tuple(rows), tuple(others), facts)
 
 
 def _resolve(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLayer], list[str], dict[str, str]]:
@@ -229,40 +239,20 @@ def _resolve(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLayer], list
     if not layers:
         raise ConfigError(f"adapter {adapter!r} has no LoRA layer on this model. Name another adapter.")
     comparable, skipped = [], {}
-    for other in table:
-        if other == adapter or not any(other in layer.lora_A for layer in layers.values()):
-            continue
-        try:
-            check_features(table[other], f"adapter {other!r}")
-            comparable.append(other)
-        except ConfigError as error:
-            skipped[other] = str(error)
+    for other, config in table.items():
+        if other != adapter and any(other in layer.lora_A for layer in layers.values()):
+            try:
+                check_features(config, f"adapter {other!r}")
+                comparable.append(other)
+            except ConfigError as error:
+                skipped[other] = str(error)
     return layers, comparable, skipped
 
 
 def _update(name: str, layer: LoraLayer, adapter: str) -> Update:
     """The update of one layer, as its forward computes it."""
     factors = layer_factors(name, layer, adapter)
-    return decompose(factors.a.cpu().double(), factors.b.cpu().double(), factors.scaling)
-
-
-def _rows(
-    layers: Mapping[str, LoraLayer],
-    updates: Mapping[str, Update],
-    comparable: Iterable[str],
-    k: int,
-    functional: Mapping[str, Mapping[str, Interference]],
-    progress: bool,
-) -> tuple[ModuleOrthogonality, ...]:
-    from tqdm.auto import tqdm
-
-    rows = []
-    for name, layer in tqdm(layers.items(), desc="orthogonality", unit="module", disable=not progress):
-        update = updates[name]
-        others = {other: update.overlap(_update(name, layer, other)) for other in comparable if other in layer.lora_A}
-        measured = {kind: results[name] for kind, results in functional.items()}
-        rows.append(_row(name, layer.get_base_layer(), update, k, others, measured))
-    return tuple(rows)
+    return decompose(factors.a, factors.b, factors.scaling)
 
 
 def _row(
@@ -292,21 +282,3 @@ def _row(
         others=others,
         **functional,
     )
-
-
-def _facts(
-    model: nn.Module,
-    k: int,
-    positions: Positions,
-    sets: Mapping[str, CalibrationSet],
-    functional: Mapping[str, Mapping[str, Interference]],
-) -> dict[str, Any]:
-    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    facts = environment(seed=0, model=public_name(name) if name else "", k=k)
-    if not sets:
-        return facts | {"calibration": None}
-    described = {}
-    for kind, chosen in sets.items():
-        tokens = max(row.tokens for row in functional[kind].values())
-        described[kind] = {"source": chosen.source, "data": chosen.digest, "tokens": tokens}
-    return facts | {"positions": positions, "calibration": described}

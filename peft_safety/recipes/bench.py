@@ -51,11 +51,9 @@ class Bench:
         """Draw the prompts of `split` (at most `limit` of each kind) and let `model`, before fine-tuning, answer the
         general ones.
         """
-        prompts = prompt_set(split, limit, options.seed)
-        general = self_responses(
-            model, tokenizer, prompts.general, max_new_tokens=GENERAL_TOKENS, progress=options.progress
-        )
-        return cls(prompts, task, general, options.max_length, options.progress)
+        prompts, progress = prompt_set(split, limit, options.seed), options.progress
+        general = self_responses(model, tokenizer, prompts.general, max_new_tokens=GENERAL_TOKENS, progress=progress)
+        return cls(prompts, task, general, options.max_length, progress)
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
         """Evaluate `model`."""

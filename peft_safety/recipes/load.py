@@ -39,33 +39,31 @@ def load_model(
         ConfigError: nothing loads from there.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
     source = model.config._name_or_path if isinstance(model, PreTrainedModel) else str(model)
+    cuda = torch.cuda.is_available()
+    options: dict[str, Any] = {"dtype": "auto" if cuda else torch.float32}
+    if load_in_4bit:
+        options["dtype"] = torch.bfloat16 if cuda else torch.float32
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options["dtype"],
+        )
     try:
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(source)
         if isinstance(model, PreTrainedModel):
             return model, tokenizer
-        cuda = torch.cuda.is_available()
-        if load_in_4bit:
-            return _load_nf4(source, torch.bfloat16 if cuda else torch.float32), tokenizer
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if cuda else torch.float32)
-        return (loaded.to("cuda") if cuda else loaded), tokenizer
+        loaded = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no model or tokenizer at {source!r}: {error}. Give a hub id or a directory, or pass tokenizer= with a "
             "loaded model."
         ) from error
-
-
-def _load_nf4(source: str, dtype: Any) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    how = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=how)
+    return (loaded.to("cuda") if cuda and not load_in_4bit else loaded), tokenizer
 
 
 def load_adapter(
@@ -93,18 +91,16 @@ def load_adapter(
     exclude_look_alikes(config, places(base).values())
     try:
         return PeftModel.from_pretrained(base, str(path), config=config), tokenizer
+    except PeftSafetyError:
+        raise
     except (RuntimeError, ValueError) as error:
-        if isinstance(error, PeftSafetyError):
-            raise
         raise ArtifactError(
             f"{path}: the adapter does not fit this model: {error}. Give the model that it was trained on."
         ) from error
 
 
 def _adapter_config(path: Path) -> Any:
-    """The checked config; of a plain LoRA with full names, ranks and alphas from its tensors in place of every
-    pattern.
-    """
+    """The checked config. For a plain LoRA, full names, ranks and alphas from its tensors replace every pattern."""
     from peft_safety.core.adapter_dir import check_adapter, protected_types
     from peft_safety.core.plain_lora import read_manifest, read_plain
     from peft_safety.registry.configs import stored_config
@@ -185,6 +181,6 @@ def poisoned(rows: Rows, fraction: float, seed: int = 0) -> list[Row]:
     if count == 0:
         return [*clean]
     rng = random.Random(seed)
-    mixed: list[Any] = [*rng.sample(clean, len(clean) - count), *affirmation_pairs("train", count, seed)]
+    mixed: list[Row] = [*rng.sample(clean, len(clean) - count), *affirmation_pairs("train", count, seed)]
     rng.shuffle(mixed)
     return mixed

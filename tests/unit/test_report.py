@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import struct
 import subprocess
@@ -39,12 +38,9 @@ def test_every_figure_has_its_n_and_interval(report):
     assert report.rows()[0] == ["before", "90 % [60, 98]", "1.50 [0.52, 2.48]", "-"]
 
 
-def test_table_shows_everything(report):
-    from rich.console import Console
-
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(report.table())
-    text = console.export_text()
+def test_table_shows_everything(report, capsys):
+    report.print()
+    text = capsys.readouterr().out
     for part in ("A | test", "before", "after", "90 % [60, 98]", "Judge: keyword.", "95 % intervals"):
         assert part in text
 
