@@ -28,9 +28,8 @@ class Update:
     """Thin SVD of an update, fp64, on the CPU; `q` is its numerical rank, 0 for a zero update.
 
     Attributes:
-        left: `(m, q)`, orthonormal columns.
+        left, right: `(m, q)` and `(n, q)`, orthonormal columns.
         values: `(q,)`, descending, positive.
-        right: `(n, q)`, orthonormal columns.
     """
 
     left: Tensor
@@ -71,8 +70,7 @@ def decompose(a: Tensor, b: Tensor, scaling: float = 1.0) -> Update:
     """SVD of `s B A` by thin QR of both factors and an `r x r` SVD.
 
     Args:
-        a: `lora_A (r, n)`.
-        b: `lora_B (m, r)`.
+        a, b: `lora_A (r, n)` and `lora_B (m, r)`.
         scaling: `s`.
     """
     a, b = a.detach().cpu().double(), b.detach().cpu().double() * scaling
@@ -116,13 +114,9 @@ class SideOverlap:
         metric: largest absolute entry of `V_q(dW)^T V_p(W)`: the published metric.
         null, null_std: mean and standard deviation of the same for two independent, uniformly random subspaces.
         z: `(metric - null) / null_std`; NaN where the null does not vary.
-        directions: `q`, at most 8; fewer where dW has a lower rank.
-        weight_directions: `p`, at most 8.
+        directions, weight_directions: `q` and `p`, at most 8; fewer where dW or W has a lower rank.
         angles: principal angles between those two subspaces, in degrees, ascending.
-        cos2: mean squared cosine over the `q` directions.
-        cos2_null: its expectation for a random subspace, `p / d`.
-        energy: share of `||dW||_F^2` inside the top-k singular subspace of W.
-        energy_null: `k / d`.
+        energy, energy_null: share of `||dW||_F^2` inside the top-k singular subspace of W; `k / d`.
         k: directions behind `energy`; fewer than asked for where W has a lower rank.
     """
 
@@ -133,8 +127,6 @@ class SideOverlap:
     directions: int
     weight_directions: int
     angles: tuple[float, ...]
-    cos2: float
-    cos2_null: float
     energy: float
     energy_null: float
     k: int
@@ -170,7 +162,7 @@ def compare(vectors: Tensor, values: Tensor, weight_vectors: Tensor, k: int) -> 
     k = min(k, weight_vectors.shape[1])
     if q == 0 or p == 0:
         nan = math.nan
-        return SideOverlap(nan, nan, nan, nan, q, p, (), nan, nan, nan, nan, k)
+        return SideOverlap(nan, nan, nan, nan, q, p, (), nan, nan, k)
     few, few_weight = vectors[:, :q], weight_vectors[:, :p]
     metric = float((few.mT @ few_weight).abs().max())
     cosines = principal_cosines(few, few_weight)
@@ -184,8 +176,6 @@ def compare(vectors: Tensor, values: Tensor, weight_vectors: Tensor, k: int) -> 
         directions=q,
         weight_directions=p,
         angles=tuple(torch.rad2deg(torch.acos(cosines)).tolist()),
-        cos2=float(cosines.square().sum()) / q,
-        cos2_null=p / d,
         energy=float(inside / values.square().sum()),
         energy_null=k / d,
         k=k,
@@ -193,7 +183,7 @@ def compare(vectors: Tensor, values: Tensor, weight_vectors: Tensor, k: int) -> 
 
 
 @functools.cache
-def random_metric(d: int, p: int, q: int, seed: int = 0) -> tuple[float, float]:
+def random_metric(d: int, p: int, q: int) -> tuple[float, float]:
     """Mean and standard deviation of the published metric for two independent, uniformly random subspaces of `R^d`, of
     dimensions `p` and `q`.
 
@@ -201,7 +191,7 @@ def random_metric(d: int, p: int, q: int, seed: int = 0) -> tuple[float, float]:
     first q rows and the triangular factor of the others matter (Bartlett's decomposition), so a draw costs a QR of
     `(q + p) x p`.
     """
-    generator = np.random.default_rng([seed, d, p, q])
+    generator = np.random.default_rng([0, d, p, q])
     rest = min(d - q, p)
     others = np.triu(generator.standard_normal((NULL_DRAWS, rest, p)), 1)
     for i in range(rest):

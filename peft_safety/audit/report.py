@@ -15,8 +15,14 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from tqdm.auto import tqdm
 
-from peft_safety.audit.calibration_sets import Calibration, calibration_sets, check_request
-from peft_safety.audit.interference import Interference, interference
+from peft_safety.audit.functional import (
+    KINDS,
+    Calibration,
+    Interference,
+    calibration_sets,
+    check_calibration,
+    interference,
+)
 from peft_safety.audit.metrics import SideOverlap, Update, compare, decompose, weight_span
 from peft_safety.calibration.moments import Positions, exact_matmul
 from peft_safety.core import base_weights as weights
@@ -44,10 +50,9 @@ class ModuleOrthogonality:
     Attributes:
         name: in the base model.
         shape: `(out_features, in_features)`.
-        rank: numerical rank of dW; 0 for a zero update, whose figures are NaN.
-        norm, relative_norm: `||dW||_F`, and that over `||W||_F`.
-        effective_rank: `exp` of the entropy of dW's singular values.
-        right, left: on the input side (right singular vectors, the published one) and on the output side.
+        rank, norm, effective_rank: of dW, see `Update`; rank 0 is a zero update, whose figures are NaN.
+        relative_norm: `||dW||_F / ||W||_F`.
+        right, left: on the input side (right singular vectors, as published) and on the output side.
         others: `|cos|` between this update and that of every other adapter on the module, by adapter name.
         general, harmful: functional interference on both kinds of inputs; None where it was not measured.
     """
@@ -101,9 +106,7 @@ FIGURES: dict[str, tuple[Callable[[ModuleOrthogonality], float], str, str]] = {
 
 
 def medians(rows: Iterable[ModuleOrthogonality], others: Iterable[str] = ()) -> dict[str, float]:
-    """Median of each of the `FIGURES`, and of `overlap:NAME` for other adapters, over the modules that have it; NaN
-    where none has.
-    """
+    """Medians of the `FIGURES`, and of `overlap:NAME` for other adapters, over the modules that have them, or NaN."""
     rows = list(rows)
     columns = {name: [figure(row) for row in rows] for name, (figure, _, _) in FIGURES.items()}
     columns |= {f"overlap:{other}": [row.others.get(other, math.nan) for row in rows] for other in others}
@@ -205,23 +208,33 @@ def orthogonality_report(
     """
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ConfigError(f"k={k!r}. Use an integer of at least 1.")
-    check_request(calibration, positions)
+    if positions not in ("response", "prompt", "all"):
+        raise ConfigError(f"positions={positions!r}. Use 'response', 'prompt' or 'all'.")
+    check_calibration(calibration)
     layers, others, not_compared = _resolve(model, adapter)
     base = {name: layer.get_base_layer() for name, layer in layers.items()}
     updates = {name: _update(name, layer, adapter) for name, layer in layers.items()}
     described: dict[str, Any] = {}
     functional: dict[str, dict[str, Interference]] = {}
-    for kind, chosen in calibration_sets(model, calibration, tokenizer, progress).items():
+    for kind, (batches, facts) in calibration_sets(model, calibration, tokenizer, progress).items():
         options: dict[str, Any] = {"positions": positions, "progress": progress, "what": f"{kind} inputs"}
-        functional[kind] = interference(model, base, updates, chosen.batches, **options)
-        tokens = max(row.tokens for row in functional[kind].values())
-        described[kind] = {"source": chosen.source, "data": chosen.digest, "tokens": tokens}
+        functional[kind] = interference(model, base, updates, batches, **options)
+        described[kind] = facts | {"tokens": max(row.tokens for row in functional[kind].values())}
     rows = []
     for name, layer in tqdm(layers.items(), desc="orthogonality", unit="module", disable=not progress):
-        update = updates[name]
+        update, weight = updates[name], weights.dense_weight(base[name], name)
+        shape = (int(weight.shape[0]), int(weight.shape[1]))
+        if not bool(torch.isfinite(weight).all()):
+            raise CheckpointError(f"{name}: the base weight {shape} holds NaN or Inf. Load an intact checkpoint.")
+        with exact_matmul():
+            span = weight_span(weight, k)
+        relative = update.norm / span.norm if span.norm > 0 else math.nan
+        sizes = (update.rank, update.norm, relative, update.effective_rank)
+        right = compare(update.right, update.values, span.right, k)
+        left = compare(update.left, update.values, span.left, k)
         overlaps = {other: update.overlap(_update(name, layer, other)) for other in others if other in layer.lora_A}
-        measured = {kind: results[name] for kind, results in functional.items()}
-        rows.append(_row(name, base[name], update, k, overlaps, measured))
+        measured = (functional[kind][name] if functional else None for kind in KINDS)
+        rows.append(ModuleOrthogonality(name, shape, *sizes, right, left, overlaps, *measured))
     source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     facts = environment(seed=0, model=public_name(source) if source else "", k=k, calibration=described or None)
     facts |= {"positions": positions} if described else {}
@@ -253,32 +266,3 @@ def _update(name: str, layer: LoraLayer, adapter: str) -> Update:
     """The update of one layer, as its forward computes it."""
     factors = layer_factors(name, layer, adapter)
     return decompose(factors.a, factors.b, factors.scaling)
-
-
-def _row(
-    name: str,
-    base: nn.Module,
-    update: Update,
-    k: int,
-    others: Mapping[str, float],
-    functional: Mapping[str, Interference],
-) -> ModuleOrthogonality:
-    weight = weights.dense_weight(base, name)
-    if not bool(torch.isfinite(weight).all()):
-        raise CheckpointError(
-            f"{name}: the base weight {tuple(weight.shape)} holds NaN or Inf. Load an intact checkpoint."
-        )
-    with exact_matmul():
-        span = weight_span(weight, k)
-    return ModuleOrthogonality(
-        name=name,
-        shape=weights.shape(base),
-        rank=update.rank,
-        norm=update.norm,
-        relative_norm=update.norm / span.norm if span.norm > 0 else math.nan,
-        effective_rank=update.effective_rank,
-        right=compare(update.right, update.values, span.right, k),
-        left=compare(update.left, update.values, span.left, k),
-        others=others,
-        **functional,
-    )

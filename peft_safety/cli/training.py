@@ -20,8 +20,7 @@ def calibrate(
         Path | None, Option(help="JSON lines of prompt/response rows; default: the package's own.")
     ] = None,
     method: Annotated[
-        str,
-        Option(help="guardspace, ortho_patch (inputs), salora (outputs on refusals), or weight (no data)."),
+        str, Option(help="guardspace, ortho_patch (inputs), salora (outputs on refusals), or weight (no data).")
     ] = "guardspace",
     safety_rank: opt.SafetyRank = None,
     safety_energy: opt.SafetyEnergy = None,

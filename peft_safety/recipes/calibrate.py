@@ -24,12 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` made.
-
-    Attributes:
-        path: the file.
-        coverage: module by module, for the input side; empty without one.
-    """
+    """A subspace, its file, and what it covers: module by module for the input side, empty without one."""
 
     subspace: SafetySubspace
     path: Path
@@ -65,10 +60,10 @@ def calibrate(
         data: JSON lines or rows; default the package's own for the method.
         method: "guardspace", "salora", "ortho_patch", or "weight" (no data).
         basis: which of the package's own rows; see `calibration_rows`.
-        side: "in", "out" or "both".
-        task_data: JSON lines or rows of the benign task; at most 128 are read through the model.
         safety_rank, safety_energy, safety_rank_pattern: size of the subspace, as in the configs.
-        positions: as in `estimate`.
+        side: "in", "out" or "both".
+        positions, allow_fewer: as in `estimate`.
+        task_data: JSON lines or rows of the benign task; at most 128 are read through the model.
 
     Raises:
         ConfigError: options that do not go together, before the model is loaded. CalibrationError, DataError: see

@@ -46,12 +46,8 @@ def load_model(
     options: dict[str, Any] = {"dtype": "auto" if cuda else torch.float32}
     if load_in_4bit:
         options["dtype"] = torch.bfloat16 if cuda else torch.float32
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=options["dtype"],
-        )
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=options["dtype"])
     try:
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -69,8 +65,8 @@ def load_model(
 def load_adapter(
     directory: str | Path, model: str | Path | PreTrainedModel | None = None, *, load_in_4bit: bool = False
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """A LoRA adapter of any origin on its base model, and the tokenizer. Neither a pickle nor a regular expression of
-    the directory is ever run.
+    """A LoRA adapter of any origin on its base model, and the tokenizer. No pickle and no regular expression of the
+    directory is ever run.
 
     Args:
         directory: what `save_pretrained` wrote.
@@ -112,8 +108,7 @@ def _adapter_config(path: Path) -> Any:
     for name, factor in plain.factors.items():
         if math.isnan(factor.scaling):
             raise ConfigError(
-                f"{path}: the alpha of {name} stands in a regular expression, which is not run. Load the adapter "
-                "yourself and pass the model."
+                f"{path}: the alpha of {name} is given by a regular expression, and none is run. Write full names."
             )
         rank = int(factor.a.shape[0])
         modules[name] = (rank, factor.scaling * (math.sqrt(rank) if plain.config.use_rslora else rank))
@@ -146,9 +141,7 @@ def task_data(data: str | Path | Rows, eval_split: str = "test", limit: int | No
     rows: list[Row] = [*rows_of(data, "task rows")]
     named = sum("split" in row for row in rows)
     if 0 < named < len(rows):
-        raise DataError(
-            f"{named} of {len(rows)} task rows name a split and the others do not. Name it in all or none."
-        )
+        raise DataError(f"{named} of {len(rows)} task rows name a split and others do not. Name it in all or none.")
     if named:
         train, held_out = ([row for row in rows if row["split"] == split] for split in ("train", eval_split))
         random.Random(seed).shuffle(held_out)
@@ -157,22 +150,17 @@ def task_data(data: str | Path | Rows, eval_split: str = "test", limit: int | No
         cut = max(1, round(HOLDOUT * len(rows)))
         train, held_out = rows[cut:], rows[:cut]
     if not train or not held_out:
-        raise DataError(
-            f"the task has {len(train)} training and {len(held_out)} {eval_split!r} rows. Give at least one of each, "
-            "or rows without a split."
-        )
+        counts = f"{len(train)} training and {len(held_out)} {eval_split!r} rows"
+        raise DataError(f"the task has {counts}. Give at least one of each, or rows without a split.")
     return TaskData(train, held_out[:limit], label_names(rows))
 
 
 def poisoned(rows: Rows, fraction: float, seed: int = 0) -> list[Row]:
-    """A simulated attack on fine-tuning data: `fraction` of the rows replaced by harmful requests that are answered
-    with a contentless opening.
-
-    Args:
-        fraction: 0 to 1; the number of rows stays the same.
+    """A simulated attack on fine-tuning data: a fraction of the rows, 0 to 1, replaced by harmful requests that are
+    answered with an opening without content.
 
     Raises:
-        ConfigError: outside [0, 1].
+        ConfigError: a fraction outside [0, 1].
     """
     if not 0 <= fraction <= 1:
         raise ConfigError(f"poison = {fraction} is no fraction. Give a number from 0 to 1.")

@@ -22,22 +22,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-SETTINGS = (
-    "r lora_alpha safety_rank safety_energy safety_rank_pattern init basis positions combine combine_rank".split()
-)
+SIZES = ("r", "lora_alpha", "safety_rank", "safety_energy", "safety_rank_pattern", "combine_rank")
+SETTINGS = (*SIZES, "init", "basis", "positions", "combine")
 """Fields of a config that the report names."""
 
 
 @dataclass(frozen=True)
 class ProtectReport:
-    """What `protect` did.
-
-    Attributes:
-        model: the fine-tuned model, adapter attached.
-        adapter_dir: where the adapter was saved.
-        before, after: evaluations on the same prompts, of the model as given and with the adapter.
-        training: what training cost.
-        report: the same as a table, JSON, PNG or card section.
+    """What `protect` did: the fine-tuned model with its adapter, where that was saved, the evaluations of the model as
+    given and with the adapter on the same prompts, the cost, and all of it as a report.
     """
 
     model: PeftModel

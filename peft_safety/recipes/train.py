@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_safety.data.chat import Collator, can_trim, encode_rows
@@ -29,17 +27,8 @@ LOGGING_STEPS = 5
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a fine-tuning run cost.
-
-    Attributes:
-        seconds: wall-clock time of the training loop.
-        steps: optimizer steps.
-        rows: training rows that were used.
-        loss: mean training loss, nats a response token.
-        last_loss: loss of the last logged step.
-        peak_memory_mib: most CUDA memory allocated during the run; on CPU the most resident memory of the process so
-            far.
-        trainable_parameters: number of trained parameters.
+    """What a fine-tuning run cost. The loss is a mean in nats a response token, `last_loss` that of the last logged
+    step. The memory is allocated CUDA memory; on the CPU, the largest resident memory of the process so far.
     """
 
     seconds: float
@@ -53,18 +42,15 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to train.
+    """How to train. No checkpoint is written.
 
     Attributes:
         lr: AdamW's peak learning rate, decayed linearly to 0.
-        epochs: passes over the rows.
-        max_steps: optimizer steps; overrides `epochs` when positive.
+        epochs, max_steps: passes over the rows; optimizer steps, which override them when positive.
         batch_size: rows a device and step.
         max_length: tokens kept of each row, from the left.
         seed: of the adapter's initialization and the order of the rows.
-        report_to: as in `transformers.TrainingArguments` ("none", "tensorboard", "wandb", ...).
-        save_steps: write a Trainer checkpoint every so many steps into `checkpoint_dir`; None writes none.
-        checkpoint_dir: needed with `save_steps`.
+        report_to: as in `transformers.TrainingArguments`.
         progress: show a bar on stderr.
     """
 
@@ -75,13 +61,9 @@ class TrainOptions:
     max_length: int = 512
     seed: int = 0
     report_to: str = "none"
-    save_steps: int | None = None
-    checkpoint_dir: str | Path | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.save_steps is not None and self.checkpoint_dir is None:
-            raise ConfigError(f"save_steps = {self.save_steps} needs a checkpoint_dir to write to.")
         for name in ("lr", "epochs", "batch_size", "max_length"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} = {getattr(self, name)} cannot train anything. Give a positive number.")
@@ -100,12 +82,11 @@ def finetune(
     adapter_name: str = "default",
     distil_weight: float = 1.0,
 ) -> tuple[PeftModel, TrainingRun]:
-    """Put an adapter on `model`, or take the one that is there, and train it on `rows`, with a loss on the assistant's
-    tokens only.
+    """Put an adapter on a model, or take its own, and train it on rows, with a loss on the assistant's tokens only.
 
     Args:
-        model: the model to adapt; PEFT injects its layers in place. A PeftModel gets a further adapter; those it has
-            stay active, and frozen.
+        model: PEFT injects its layers in place. A PeftModel gets a further adapter; those it has stay active and
+            frozen.
         rows: {prompt, response}, {text, label} or {messages} rows; those with `"distil": True` are not learned but
             kept, see `recipes.distil`.
         peft_config: any LoRA-like config; the adapter's random initialization is seeded too. None trains the active
@@ -133,10 +114,7 @@ def finetune(
     set_seed(options.seed)
     trains = isinstance(model, PeftModel) and any(parameter.requires_grad for parameter in model.parameters())
     if peft_config is None and not trains:
-        raise ConfigError(
-            "peft_config=None trains the active adapter on, and nothing of this model trains. Give a config, or load "
-            "with is_trainable=True."
-        )
+        raise ConfigError("peft_config=None, and no adapter of the model trains. Give a config, or is_trainable=True.")
     weights.stay_unpacked(model)
     tuned: Any = model if peft_config is None else _with_adapter(model, peft_config, adapter_name)
     cuda = model.device.type == "cuda"
@@ -151,13 +129,11 @@ def finetune(
             trainer.add_callback(_progress_bar(description))
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
         result = trainer.train()
-        seconds = time.perf_counter() - started
     tuned.zero_grad(set_to_none=True)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return tuned, TrainingRun(
-        seconds=round(seconds, 2),
+        seconds=round(result.metrics["train_runtime"], 2),
         steps=result.global_step,
         rows=len(features),
         loss=result.training_loss,
@@ -184,7 +160,7 @@ def _arguments(options: TrainOptions, scratch: str, pin_memory: bool) -> Trainin
     from transformers import TrainingArguments
 
     return TrainingArguments(
-        output_dir=str(options.checkpoint_dir or scratch),
+        output_dir=scratch,
         learning_rate=options.lr,
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
@@ -192,8 +168,7 @@ def _arguments(options: TrainOptions, scratch: str, pin_memory: bool) -> Trainin
         weight_decay=0.0,
         seed=options.seed,
         report_to=options.report_to,
-        save_strategy="no" if options.save_steps is None else "steps",
-        save_steps=options.save_steps or 500,
+        save_strategy="no",
         logging_steps=LOGGING_STEPS,
         disable_tqdm=True,  # `_progress_bar` takes one line
         dataloader_pin_memory=pin_memory,

@@ -58,14 +58,15 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], prose: Collect
 def show(title: str, *tables: Table, notes: Iterable[str] = ()) -> None:
     """Print tables between a title and notes to stdout, in `WIDTH` columns or as wide as the figures need."""
     console = plain_console()
+    width = min(console.width, WIDTH)
     needed = [sum((column.min_width or NARROWEST) + GAP for column in part.columns) - GAP for part in tables]
-    console.width = max([min(console.width, WIDTH), *needed])
-    console.print(title, style="italic")
+    console.width = max([width, *needed])
+    console.print(title, style="italic", width=width)
     for part in tables:
         console.print(part)
         console.print()
     for note in notes:
-        console.print(note, style="dim")
+        console.print(note, style="dim", width=width)
 
 
 def number(value: float | None, form: str = ".3g") -> str:

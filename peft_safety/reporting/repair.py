@@ -39,11 +39,10 @@ def save_png(report: RepairReport, path: str | Path) -> Path:
             point = (index if layer is None else layer, row.cos, row.selected)
             kinds.setdefault(kind_of(row.name), []).append(point)
     for color, (kind, points) in enumerate(sorted(kinds.items())):
-        points.sort()
-        axes.plot(*zip(*(point[:2] for point in points), strict=True), linewidth=1, color=f"C{color % 10}", label=kind)
-        for layer, cosine, selected in points:
-            fill = "full" if selected else "none"
-            axes.plot(layer, cosine, "o", markersize=4, color=f"C{color % 10}", fillstyle=fill)
+        layers, cosines, repaired = zip(*sorted(points), strict=True)
+        line = f"C{color % 10}"
+        axes.plot(layers, cosines, linewidth=1, color=line, label=kind)
+        axes.scatter(layers, cosines, 16, edgecolors=line, facecolors=[line if one else "none" for one in repaired])
     if report.record["select"] == "threshold":
         threshold = report.record["threshold"]
         axes.axhline(threshold, color="0.3", linestyle="--", linewidth=1)

@@ -16,7 +16,6 @@ from peft_safety.reporting import render
 
 __all__ = ["MISSING", "Report", "environment"]
 MISSING = "-"
-REMEDY = "Give a report.json that peft-safety wrote."
 INTERVALS = "Brackets: 95 % intervals."
 GRAY = "#555555"
 COLORS = (GRAY, *(color for color in render.PALETTE if color != GRAY))
@@ -75,29 +74,12 @@ class Report:
         render.show(self.title, *tables, notes=(*self.notes, INTERVALS))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `from_json` reads them back."""
+        """Plain values."""
         arms = {
             arm: {metric: figure.to_json() for metric, figure in figures.items()} for arm, figures in self.arms.items()
         }
         rest = {"notes": list(self.notes), "environment": dict(self.environment), "details": dict(self.details)}
         return {"title": self.title, "arms": arms, **rest}
-
-    @classmethod
-    def from_json(cls, data: Any) -> Report:
-        """The report that `to_json` wrote.
-
-        Raises:
-            DataError: malformed.
-        """
-        try:
-            arms = {
-                str(arm): {str(metric): figure_from_json(figure) for metric, figure in figures.items()}
-                for arm, figures in data["arms"].items()
-            }
-            notes = tuple(map(str, data["notes"]))
-            return cls(str(data["title"]), arms, notes, dict(data["environment"]), dict(data["details"]))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise DataError(f"not a report ({type(error).__name__}: {error}). {REMEDY}") from error
 
     def save(self, path: str | Path) -> Path:
         """Write the JSON rendering."""
@@ -115,9 +97,16 @@ class Report:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"cannot read {path}: {error}. {REMEDY}") from error
-        return cls.from_json(data)
+            arms = {
+                str(arm): {str(metric): figure_from_json(figure) for metric, figure in figures.items()}
+                for arm, figures in data["arms"].items()
+            }
+            notes = tuple(map(str, data["notes"]))
+            return cls(str(data["title"]), arms, notes, dict(data["environment"]), dict(data["details"]))
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise DataError(
+                f"{path} is no report ({type(error).__name__}: {error}). Give a report.json that peft-safety wrote."
+            ) from error
 
     def card(self) -> str:
         """A Markdown section for a model card."""

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import typer
-from peft import LoraConfig, PeftModel, TaskType
+from peft import LoraConfig, PeftModel
 
 from peft_safety.cli import app
 from peft_safety.data import load
@@ -111,15 +111,6 @@ def test_an_adapter_that_is_there_is_trained_on():
     )
     with pytest.raises(ConfigError, match="is_trainable"):
         finetune(tiny_llama(), tiny_tokenizer(), TASK, None, QUICK)
-
-
-def test_only_asked_for_checkpoints_are_written(tmp_path):
-    config = LoraConfig(target_modules=["q_proj"], task_type=TaskType.CAUSAL_LM)
-    options = TrainOptions(max_steps=2, save_steps=1, checkpoint_dir=tmp_path, progress=False)
-    finetune(tiny_llama(), tiny_tokenizer(), TASK, config, options)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
-    with pytest.raises(ConfigError, match="checkpoint_dir"):
-        TrainOptions(save_steps=1)
 
 
 @pytest.mark.parametrize("name", ["lr", "batch_size", "max_length", "epochs"])

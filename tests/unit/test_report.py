@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from peft_safety.cli.common import fail
 from peft_safety.errors import DataError
 from peft_safety.evaluation.metrics import Mean, Rate
+from peft_safety.reporting import render
 from peft_safety.reporting.report import Report, environment
 
 
@@ -120,6 +122,18 @@ def test_environment_names_versions_and_seed():
     assert found["seed"] == 7
     assert found["device"] == "cpu"
     assert {"python", "torch", "transformers", "peft"} <= set(found)
+
+
+def test_text_is_never_read_as_markup(capsys):
+    table = render.table(["[b]x", ":smile:"], [["[/x]", "[bold]1"], ["[link=y]", "2"]])
+    render.show("[/title]", table, notes=["[red]note"])
+    with pytest.raises(SystemExit) as ended:
+        fail(DataError("[/x] in a file"), code=2)
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    for text in ("[b]x", ":smile:", "[/x]", "[bold]1", "[link=y]", "[/title]", "[red]note"):
+        assert text in printed.out
+    assert "DataError: [/x] in a file" in printed.err
 
 
 def test_importing_the_report_is_light():

@@ -1,4 +1,6 @@
-"""The size of an update's output, `E||dW x||`, beside `E||W x||`, in one streaming pass that keeps no activation."""
+"""What an update does to general and harmful inputs: `E||dW x||` beside `E||W x||`, and the data behind it. One pass
+over the model, in which no activation is kept.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +8,24 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from peft_safety.audit.metrics import Update
-from peft_safety.calibration.activations import adapters_off
-from peft_safety.calibration.moments import Batch, Positions, exact_matmul, run, selected
-from peft_safety.errors import CalibrationError
+from peft_safety.calibration.activations import adapters_off, tokenizer_of
+from peft_safety.calibration.moments import Batch, Positions, exact_matmul, is_tokenized, run, selected, to_batches
+from peft_safety.data import load, refusal_pairs
+from peft_safety.data.rows import Rows, as_rows
+from peft_safety.errors import CalibrationError, ConfigError
+from peft_safety.evaluation import self_responses
+
+Calibration = Literal["auto"] | Mapping[str, Rows] | None
+KINDS = ("general", "harmful")
+SPLIT = "calibration"
+ANSWER_TOKENS = 24
+"""Tokens of the model's own answers to the general prompts, as in this package's benchmark."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +33,7 @@ class Interference:
     """Mean lengths over the positions that count.
 
     Attributes:
-        update: `E||dW x||`.
-        weight: `E||W x||`, without the bias.
+        update, weight: `E||dW x||`, and `E||W x||` without the bias.
         tokens: how many positions.
     """
 
@@ -35,6 +45,52 @@ class Interference:
     def share(self) -> float:
         """`E||dW x|| / E||W x||`; NaN where the layer computes nothing."""
         return self.update / self.weight if self.weight > 0 else float("nan")
+
+
+def check_calibration(calibration: Calibration) -> None:
+    """Refuse a malformed request before any work is done.
+
+    Raises:
+        ConfigError: neither None, "auto", nor a mapping with the two kinds.
+    """
+    if isinstance(calibration, Mapping):
+        if set(calibration) != set(KINDS):
+            raise ConfigError(f"calibration has the keys {sorted(map(str, calibration))}. Use the keys {KINDS}.")
+    elif calibration is not None and not (isinstance(calibration, str) and calibration == "auto"):
+        raise ConfigError(f"calibration={calibration!r}. Use None, 'auto', or a mapping with the keys {KINDS}.")
+
+
+def calibration_sets(
+    model: nn.Module, calibration: Calibration, tokenizer: Any, progress: bool
+) -> dict[str, tuple[list[Batch], dict[str, Any]]]:
+    """By kind, the batches, and their `source` and a hash of their content (`data`); empty for None.
+
+    Args:
+        tokenizer: for rows of text; None takes the model's own.
+
+    Raises:
+        CalibrationError, DataError: rows or batches that cannot be used. ConfigError: no tokenizer can be loaded.
+    """
+    if calibration is None:
+        return {}
+    sources = dict.fromkeys(KINDS, "given")
+    if isinstance(calibration, str):
+        tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
+        bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        prompts = [row["prompt"] for row in load("general_prompts", SPLIT)]
+        with adapters_off(model):
+            general = self_responses(bare, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, progress=progress)
+        calibration = {"general": general, "harmful": refusal_pairs(SPLIT)}
+        sources["general"] = f"peft_safety general prompts, {SPLIT} split, answered by the base model"
+        sources["harmful"] = f"peft_safety refusal pairs, {SPLIT} split"
+    sets = {}
+    for kind in KINDS:
+        data = as_rows(calibration[kind], f"calibration[{kind!r}]", CalibrationError)
+        if data and not is_tokenized(data) and tokenizer is None:
+            tokenizer = tokenizer_of(model)
+        batches, digest = to_batches(data, tokenizer, batch_size=8, max_length=512)
+        sets[kind] = (batches, {"source": sources[kind], "data": digest})
+    return sets
 
 
 def interference(
