@@ -53,11 +53,10 @@ def check_calibration(calibration: Calibration) -> None:
     Raises:
         ConfigError: neither None, "auto", nor a mapping with the two kinds.
     """
-    if isinstance(calibration, Mapping):
-        if set(calibration) != set(KINDS):
-            raise ConfigError(f"calibration has the keys {sorted(map(str, calibration))}. Use the keys {KINDS}.")
-    elif calibration is not None and not (isinstance(calibration, str) and calibration == "auto"):
-        raise ConfigError(f"calibration={calibration!r}. Use None, 'auto', or a mapping with the keys {KINDS}.")
+    given = list(calibration) if isinstance(calibration, Mapping) else calibration
+    both = isinstance(calibration, Mapping) and set(calibration) == set(KINDS)
+    if not both and not (given is None or (isinstance(given, str) and given == "auto")):
+        raise ConfigError(f"calibration={given!r}. Use None, 'auto', or a mapping with the keys {KINDS}.")
 
 
 def calibration_sets(

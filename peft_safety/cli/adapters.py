@@ -82,7 +82,7 @@ def repair(
     result = safe_lora_dir(adapter, unaligned, aligned, None if dry_run else out, progress=not json, **chosen)
     if png is not None:
         report.save_png(result, png)
-    last = "nothing written: --dry-run" if dry_run else f"repaired adapter written to {out}"
+    last = "--dry-run: no adapter written" if dry_run else f"repaired adapter written to {out}"
     show(result.to_json(), json, lambda: report.show(result), last)
 
 

@@ -62,7 +62,7 @@ def parsed(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split(options: Mapping[str, Any], kind: type) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options that a dataclass has a field of the same name for, and the others."""
+    """The options that are fields of a dataclass, and the others."""
     names = {field.name for field in fields(kind)}
     own = {name: value for name, value in options.items() if name in names}
     return own, {name: value for name, value in options.items() if name not in names}
