@@ -40,9 +40,9 @@ ReportTo = Annotated[str, Option(help="As in TrainingArguments: none, tensorboar
 EvalLimit = Annotated[int | None, Option(help="Prompts of each kind at most.")]
 
 
-def parsed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as the functions take them: a list of target modules, a whole number of directions as an integer, and
-    `--safety-rank-pattern` as a mapping.
+def parsed(options: Mapping[str, Any], *without: str) -> dict[str, Any]:
+    """Options as the functions take them, without some: a list of target modules, a whole number of directions as an
+    integer, and `--safety-rank-pattern` as a mapping.
 
     Raises:
         ConfigError: a pair that is no kind of module and a number.
@@ -58,7 +58,8 @@ def parsed(options: Mapping[str, Any]) -> dict[str, Any]:
             message = f"--safety-rank-pattern {pair!r}. Write a kind of module and a number: down_proj=0.1."
             raise ConfigError(message) from error
     rank = rank if rank is None or rank % 1 else int(rank)
-    return {**options, "target_modules": targets, "safety_rank": rank, "safety_rank_pattern": sizes or None}
+    read = {"target_modules": targets, "safety_rank": rank, "safety_rank_pattern": sizes or None}
+    return {name: value for name, value in {**options, **read}.items() if name not in without}
 
 
 def split(options: Mapping[str, Any], kind: type) -> tuple[dict[str, Any], dict[str, Any]]:

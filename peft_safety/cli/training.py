@@ -42,11 +42,10 @@ def calibrate(
     """Estimate a safety subspace in one pass over the model, and save it. For input sides, the energy that it covers
     is printed.
     """
-    options = opt.parsed(locals())
+    options = opt.parsed(locals(), "png", "json")
     from peft_safety.recipes.calibrate import calibrate as run
     from peft_safety.reporting import coverage
 
-    del options["png"], options["json"]
     result = run(**options)
     if png is not None:
         coverage.save_png(result.coverage, png)
@@ -85,14 +84,12 @@ def protect(
     eval_limit: opt.EvalLimit = None,
 ) -> None:
     """Fine-tune with safety measured before and after; writes the adapter, report.json and report.png."""
-    options = opt.parsed(locals())
+    options = opt.parsed(locals(), "model", "data", "out_dir", "poison", "eval_limit")
     from peft_safety.recipes.adapter import adapter_config
     from peft_safety.recipes.protect import protect as run
     from peft_safety.recipes.train import TrainOptions
 
     options["combine"] = "salora" if combine else None
-    for name in ("model", "data", "out_dir", "poison", "eval_limit"):
-        del options[name]
     training, adapter = opt.split(options, TrainOptions)
     config, trained = adapter_config(**adapter), TrainOptions(**training)
     run(model, data, out_dir, config, poison=poison, options=trained, eval_limit=eval_limit)
@@ -132,14 +129,12 @@ def patch(
     eval_limit: opt.EvalLimit = None,
 ) -> None:
     """Train a safety patch, stopped where validation is best; safety and drift measured before and after."""
-    options = opt.parsed(locals())
+    options = opt.parsed(locals(), "model", "out_dir", "data", "general", "prior", "evaluate_every", "eval_limit")
     from peft_safety.data import read_jsonl
     from peft_safety.recipes.patch import PatchOptions, make_patch
     from peft_safety.recipes.train import TrainOptions
     from peft_safety.recipes.watch import Stopping
 
-    for name in ("model", "out_dir", "data", "general", "prior", "evaluate_every", "eval_limit"):
-        del options[name]
     training, rest = opt.split(options, TrainOptions)
     rest |= {"prior_patches": tuple(map(str, prior or ())), "stopping": Stopping(every=evaluate_every)}
     chosen = PatchOptions(**rest, training=TrainOptions(**training))

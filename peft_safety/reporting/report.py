@@ -14,7 +14,7 @@ from peft_safety.errors import DataError
 from peft_safety.evaluation.metrics import Figure, Rate, figure_from_json
 from peft_safety.reporting import render
 
-__all__ = ["MISSING", "Report", "environment"]
+__all__ = ["Report", "environment"]
 MISSING = "-"
 INTERVALS = "Brackets: 95 % intervals."
 GRAY = "#555555"
@@ -48,17 +48,6 @@ class Report:
     def metrics(self) -> list[str]:
         """The headings of all arms, in order of first appearance."""
         return list(dict.fromkeys(metric for figures in self.arms.values() for metric in figures))
-
-    def rows(self) -> list[list[str]]:
-        """One row of text an arm: its name, then each figure as `value [low, high]`."""
-        return [
-            [arm, *(str(figures[metric]) if metric in figures else MISSING for metric in self.metrics)]
-            for arm, figures in self.arms.items()
-        ]
-
-    def headings(self) -> list[str]:
-        """Column headings: empty, then each metric with its N (`N=a-b` where arms differ)."""
-        return ["", *(f"{metric} (N={self._sizes(metric)})" for metric in self.metrics)]
 
     def print(self) -> None:
         """Print tables of at most `render.WIDTH` columns to stdout, a metric a row, and as many arms side by side as
@@ -109,8 +98,10 @@ class Report:
             ) from error
 
     def card(self) -> str:
-        """A Markdown section for a model card."""
-        table = [self.headings(), ["---"] + ["---:"] * len(self.metrics), *self.rows()]
+        """A Markdown section for a model card: an arm a row, each metric with its N (`N=a-b` where arms differ)."""
+        table = [["", *(f"{metric} (N={self._sizes(metric)})" for metric in self.metrics)]]
+        table.append(["---"] + ["---:"] * len(self.metrics))
+        table += [[arm, *(str(row.get(m, MISSING)) for m in self.metrics)] for arm, row in self.arms.items()]
         lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
         setting = ", ".join(f"{key} {value}" for key, value in self.environment.items())
         notes = [f"- {note}" for note in (*self.notes, f"Environment: {setting}.")]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import typer
 from peft import LoraConfig, PeftModel
+from typer.testing import CliRunner
 
 from peft_safety.cli import app
 from peft_safety.data import load
@@ -33,7 +34,7 @@ def test_end_to_end_on_a_classification_task(tmp_path, capsys):
     assert saved["details"]["before"]["refusal"]["n"] == 3
     assert saved["details"]["after"]["task_accuracy"]["n"] == 3
     assert saved["details"]["poison"] == 0.25
-    assert Report.load(tmp_path / "report.json").rows() == result.report.rows()
+    assert Report.load(tmp_path / "report.json").card() == result.report.card()
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "before" in printed
@@ -190,6 +191,25 @@ def test_an_option_means_one_thing_in_all_commands():
         assert ("--safety-rank-pattern" in commands[name]) == (name != "repair")
     gone = {"--r", "--k", "--energy", "--fraction", "--per-kind"}
     assert not any(gone & set(options) for name, options in commands.items() if name != "audit")
+
+
+def test_the_command_passes_its_options_on(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, TASK)))
+    command = ["protect", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "task.jsonl")]
+    command += ["--out", str(tmp_path / "run"), "--safety-rank", "4"]
+    options = "--method salora --rank 2 --target-modules q_proj,v_proj --max-steps 1 --batch-size 3 --eval-limit 1"
+    done = CliRunner().invoke(app, [*command, *options.split()], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["safety_rank"]) == ("SALORA", 2, 4)
+    assert {name.rpartition(".")[2] for name in config["target_modules"]} == {"q_proj", "v_proj"}
+    details = json.loads((tmp_path / "run" / "report.json").read_text())["details"]
+    assert (details["method"], details["batch_size"], details["training"]["steps"]) == ("salora", 3, 1)
+    refused = CliRunner().invoke(app, [*command, "--method", "lora"])
+    assert isinstance(refused.exception, ConfigError)
+    assert "no option 'safety_rank'" in str(refused.exception)
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,13 @@ def test_json_round_trip(report, tmp_path):
     path = report.save(tmp_path / "deep" / "report.json")
     back = Report.load(path)
     assert back.to_json() == json.loads(path.read_text()) == report.to_json()
-    assert back.rows() == report.rows()
+    assert back.card() == report.card()
 
 
 def test_every_figure_has_its_n_and_interval(report):
-    assert report.headings() == ["", "refusal (N=10-12)", "NLL (N=1-2)", "accuracy (N=4)"]
-    assert report.rows()[0] == ["before", "90 % [60, 98]", "1.50 [0.52, 2.48]", "-"]
+    headings, _, first, *_ = [line for line in report.card().splitlines() if line.startswith("|")]
+    assert headings == "|  | refusal (N=10-12) | NLL (N=1-2) | accuracy (N=4) |"
+    assert first == "| before | 90 % [60, 98] | 1.50 [0.52, 2.48] | - |"
 
 
 def test_table_shows_everything(report, capsys):
