@@ -11,7 +11,7 @@ from benchmarks.frontier.adapters import norm, project_randomly, scale, truncate
 from benchmarks.frontier.bench import Bench, Facts, timed
 from benchmarks.frontier.cells import Cell, needs
 from peft_safety import SafetySubspace
-from peft_safety.calibration.coverage import task_shares
+from peft_safety.calibration.coverage import task_inputs
 from peft_safety.calibration.moments import to_batches
 from peft_safety.core.targets import target_layers
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
@@ -100,7 +100,7 @@ def mixed(bench: Bench, cell: Cell) -> Made:
     """
     rows = bench.rows(cell)
     safety = refusal_pairs("calibration", max(1, round(cell.options()["share"] * len(rows))), cell.seed)
-    return bench.train(cell, bench.adapter().config(bench.model, bench.tokenizer, []), [*rows, *safety])
+    return bench.train(cell, bench.config(), [*rows, *safety])
 
 
 def salora(bench: Bench, cell: Cell) -> Made:
@@ -108,8 +108,7 @@ def salora(bench: Bench, cell: Cell) -> Made:
     made: Facts = {}
     with timed(made, "setup"):
         subspace = randomly(cell, truncated(_outputs(bench), cell.options()["k"], "out"))
-    adapter = replace(bench.adapter(), method="salora", subspace=subspace)
-    tuned, facts = bench.train(cell, adapter.config(bench.model, bench.tokenizer, []), bench.rows(cell))
+    tuned, facts = bench.train(cell, bench.config("salora", subspace=subspace), bench.rows(cell))
     return tuned, {**made, **facts}
 
 
@@ -123,12 +122,9 @@ def guard(bench: Bench, cell: Cell) -> Made:
             subspace = subspace.beside(truncated(_outputs(bench), cell.options()["k"], "out"))
         subspace = randomly(cell, subspace)
     batches, _ = to_batches(rows[:32], bench.tokenizer, batch_size=8, max_length=bench.protocol.max_length)
-    shares = task_shares(bench.model, target_layers(bench.model, TARGETS), subspace, batches, progress=False)
+    shares = task_inputs(bench.model, target_layers(bench.model, TARGETS), subspace, batches, progress=False)[1]
     made["task_free"] = sorted(share.free for share in shares.values())[len(shares) // 2]
-    adapter = replace(bench.adapter(), method="guardspace", subspace=subspace, combine=combine)
-    config = adapter.config(bench.model, bench.tokenizer, rows, seed=cell.seed, progress=False)
-    config.task_data = None  # only for a warning, and a pass over 128 rows; `task_free` says the same
-    tuned, facts = bench.train(cell, config, rows)
+    tuned, facts = bench.train(cell, bench.config("guardspace", subspace=subspace, combine=combine), rows)
     return tuned, {**made, **facts}
 
 
@@ -138,8 +134,8 @@ def second(bench: Bench, cell: Cell) -> Made:
     """
     merged, first = guard(bench, replace(cell, arm="guard"))
     options = replace(bench.options(cell), seed=cell.seed + 100)
-    config = bench.adapter().config(bench.model, bench.tokenizer, [])
-    again, facts = bench.train(cell, config, bench.rows(cell), options=options, model=merged.merge_and_unload())
+    merged = merged.merge_and_unload()
+    again, facts = bench.train(cell, bench.config(), bench.rows(cell), options=options, model=merged)
     bench.model = None
     return again, {**facts, "first_norm": first["norm"]}
 
@@ -173,7 +169,7 @@ def reattach(bench: Bench, cell: Cell) -> Made:
     from peft_safety.recipes.load import load_model
 
     bare, _ = load_model(bench.unaligned)
-    tuned, facts = bench.train(cell, bench.adapter().config(bare, bench.tokenizer, []), bench.rows(cell), model=bare)
+    tuned, facts = bench.train(cell, bench.config(), bench.rows(cell), model=bare)
     name = bench.protocol.adapter_key(cell)
     bench.discard(name)  # of a run that was killed here
     bench.publish(bench.cache.folder / "adapters" / name, lambda staged: tuned.save_pretrained(str(staged)))

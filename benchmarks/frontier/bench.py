@@ -30,7 +30,7 @@ from peft_safety.data import load
 from peft_safety.data.rows import Row
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.evaluation import Judge
-from peft_safety.recipes.adapter import AdapterOptions
+from peft_safety.recipes.adapter import adapter_config
 from peft_safety.recipes.load import TaskData, load_model, poisoned, task_data
 from peft_safety.recipes.patch import PatchOptions, patch
 from peft_safety.recipes.train import TrainOptions, finetune
@@ -174,9 +174,9 @@ class Bench:
             progress=False,
         )
 
-    def adapter(self) -> AdapterOptions:
-        """The adapter that all arms share."""
-        return AdapterOptions("lora", r=self.protocol.r, lora_alpha=2 * self.protocol.r)
+    def config(self, method: str = "lora", **options: Any) -> Any:
+        """The config of an adapter, of the size that all arms share."""
+        return adapter_config(method, r=self.protocol.r, lora_alpha=2 * self.protocol.r, **options)
 
     def rows(self, cell: Cell) -> list[Any]:
         """What a cell trains on."""
@@ -229,7 +229,7 @@ class Bench:
         out = self.cache.folder / "adapters" / name
         with self.cache.lock(f"adapter-{name}", wait=True):
             if not out.is_dir():
-                tuned, facts = self.train(lora, self.adapter().config(self.model, self.tokenizer, []), self.rows(lora))
+                tuned, facts = self.train(lora, self.config(), self.rows(lora))
 
                 def write(staged: Path) -> None:
                     tuned.save_pretrained(str(staged))

@@ -1,8 +1,6 @@
-"""How an update `dW = s B A` lies in relation to its weight `W`: pure functions on tensors. dW is never formed, and
-nothing here knows PEFT.
+"""How an update `dW = s B A` lies in relation to its weight `W`: pure functions on tensors that never form dW.
 
-An overlap means little by itself: two random subspaces overlap too, the more the narrower the layer. So every figure
-here comes with its null.
+Two random subspaces overlap too, the more the narrower the layer. So every figure here comes with its null.
 """
 
 from __future__ import annotations
@@ -30,9 +28,8 @@ class Update:
     """Thin SVD of an update, fp64, on the CPU; `q` is its numerical rank, 0 for a zero update.
 
     Attributes:
-        left: `(m, q)`, orthonormal columns.
+        left, right: `(m, q)` and `(n, q)`, orthonormal columns.
         values: `(q,)`, descending, positive.
-        right: `(n, q)`, orthonormal columns.
     """
 
     left: Tensor
@@ -73,8 +70,7 @@ def decompose(a: Tensor, b: Tensor, scaling: float = 1.0) -> Update:
     """SVD of `s B A` by thin QR of both factors and an `r x r` SVD.
 
     Args:
-        a: `lora_A (r, n)`.
-        b: `lora_B (m, r)`.
+        a, b: `lora_A (r, n)` and `lora_B (m, r)`.
         scaling: `s`.
     """
     a, b = a.detach().cpu().double(), b.detach().cpu().double() * scaling
@@ -105,11 +101,8 @@ def weight_span(weight: Tensor, k: int) -> WeightSpan:
     left, values, right = top_singular(weight, min(max(k, DIRECTIONS), *weight.shape))
     floor = max(weight.shape) * torch.finfo(values.dtype).eps
     span = int((values > floor * values[0]).sum())  # beyond its rank a weight has no directions: any basis would do
-    return WeightSpan(
-        left[:, :span].cpu().double(),
-        right[:, :span].cpu().double(),
-        float(torch.linalg.vector_norm(weight, dtype=torch.float64)),
-    )
+    norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+    return WeightSpan(left[:, :span].cpu().double(), right[:, :span].cpu().double(), norm)
 
 
 @dataclass(frozen=True)
@@ -121,13 +114,9 @@ class SideOverlap:
         metric: largest absolute entry of `V_q(dW)^T V_p(W)`: the published metric.
         null, null_std: mean and standard deviation of the same for two independent, uniformly random subspaces.
         z: `(metric - null) / null_std`; NaN where the null does not vary.
-        directions: `q`, at most 8; fewer where dW has a lower rank.
-        weight_directions: `p`, at most 8.
+        directions, weight_directions: `q` and `p`, at most 8; fewer where dW or W has a lower rank.
         angles: principal angles between those two subspaces, in degrees, ascending.
-        cos2: mean squared cosine over the `q` directions.
-        cos2_null: its expectation for a random subspace, `p / d`.
-        energy: share of `||dW||_F^2` inside the top-k singular subspace of W.
-        energy_null: `k / d`.
+        energy, energy_null: share of `||dW||_F^2` inside the top-k singular subspace of W; `k / d`.
         k: directions behind `energy`; fewer than asked for where W has a lower rank.
     """
 
@@ -138,8 +127,6 @@ class SideOverlap:
     directions: int
     weight_directions: int
     angles: tuple[float, ...]
-    cos2: float
-    cos2_null: float
     energy: float
     energy_null: float
     k: int
@@ -157,10 +144,10 @@ class SideOverlap:
 
 @torch.no_grad()
 def compare(vectors: Tensor, values: Tensor, weight_vectors: Tensor, k: int) -> SideOverlap:
-    """Where one side of an update lies: the right singular vectors of dW against those of W, or the left ones.
+    """Compare the right singular vectors of dW with those of W, or the left ones.
 
-    The published metric depends on the single singular vectors, not on the subspaces alone, so it is arbitrary where
-    singular values coincide; angles and energy are not.
+    The published metric depends on the single singular vectors, so it is arbitrary where singular values coincide;
+    angles and energy are not.
 
     Args:
         vectors: of dW, `(d, r)`, fp64, orthonormal columns.
@@ -171,14 +158,11 @@ def compare(vectors: Tensor, values: Tensor, weight_vectors: Tensor, k: int) -> 
     Reference: arXiv 2510.09004 for the metric; the nulls are ours.
     """
     d = vectors.shape[0]
-    q, p, k = (
-        min(DIRECTIONS, vectors.shape[1]),
-        min(DIRECTIONS, weight_vectors.shape[1]),
-        min(k, weight_vectors.shape[1]),
-    )
+    q, p = min(DIRECTIONS, vectors.shape[1]), min(DIRECTIONS, weight_vectors.shape[1])
+    k = min(k, weight_vectors.shape[1])
     if q == 0 or p == 0:
         nan = math.nan
-        return SideOverlap(nan, nan, nan, nan, q, p, (), nan, nan, nan, nan, k)
+        return SideOverlap(nan, nan, nan, nan, q, p, (), nan, nan, k)
     few, few_weight = vectors[:, :q], weight_vectors[:, :p]
     metric = float((few.mT @ few_weight).abs().max())
     cosines = principal_cosines(few, few_weight)
@@ -192,8 +176,6 @@ def compare(vectors: Tensor, values: Tensor, weight_vectors: Tensor, k: int) -> 
         directions=q,
         weight_directions=p,
         angles=tuple(torch.rad2deg(torch.acos(cosines)).tolist()),
-        cos2=float(cosines.square().sum()) / q,
-        cos2_null=p / d,
         energy=float(inside / values.square().sum()),
         energy_null=k / d,
         k=k,
@@ -201,15 +183,15 @@ def compare(vectors: Tensor, values: Tensor, weight_vectors: Tensor, k: int) -> 
 
 
 @functools.cache
-def random_metric(d: int, p: int, q: int, seed: int = 0) -> tuple[float, float]:
+def random_metric(d: int, p: int, q: int) -> tuple[float, float]:
     """Mean and standard deviation of the published metric for two independent, uniformly random subspaces of `R^d`, of
     dimensions `p` and `q`.
 
-    By rotational invariance one of them may be spanned by the first q axes: the metric is the largest entry of the
-    first q rows of a random orthonormal `d x p` frame. Of a Gaussian `d x p` matrix only those rows and the triangular
-    factor of the others matter (Bartlett's decomposition), so that a draw costs a QR of `(q + p) x p` whatever `d` is.
+    By rotational invariance one of them may be spanned by the first q axes. Of a Gaussian `d x p` matrix only the
+    first q rows and the triangular factor of the others matter (Bartlett's decomposition), so a draw costs a QR of
+    `(q + p) x p`.
     """
-    generator = np.random.default_rng([seed, d, p, q])
+    generator = np.random.default_rng([0, d, p, q])
     rest = min(d - q, p)
     others = np.triu(generator.standard_normal((NULL_DRAWS, rest, p)), 1)
     for i in range(rest):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,9 +13,16 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from tqdm.auto import tqdm
 
-from peft_safety.audit.calibration_sets import Calibration, CalibrationSet, calibration_sets, check_request
-from peft_safety.audit.interference import Interference, interference
+from peft_safety.audit.functional import (
+    KINDS,
+    Calibration,
+    Interference,
+    calibration_sets,
+    check_calibration,
+    interference,
+)
 from peft_safety.audit.metrics import SideOverlap, Update, compare, decompose, weight_span
 from peft_safety.calibration.moments import Positions, exact_matmul
 from peft_safety.core import base_weights as weights
@@ -29,6 +37,12 @@ DEFAULT_K = 32
 """Directions of W for the energy overlap; the methods of this package protect as many by default."""
 
 
+def layer_number(name: str) -> int | None:
+    """The first number in a module's name."""
+    number = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(number.group(1)) if number else None
+
+
 @dataclass(frozen=True)
 class ModuleOrthogonality:
     """One module's update against its weight.
@@ -36,10 +50,9 @@ class ModuleOrthogonality:
     Attributes:
         name: in the base model.
         shape: `(out_features, in_features)`.
-        rank: numerical rank of dW; 0 for a zero update, whose figures are NaN.
-        norm, relative_norm: `||dW||_F`, and that over `||W||_F`.
-        effective_rank: `exp` of the entropy of dW's singular values.
-        right, left: on the input side (right singular vectors, the published one) and on the output side.
+        rank, norm, effective_rank: of dW, see `Update`; rank 0 is a zero update, whose figures are NaN.
+        relative_norm: `||dW||_F / ||W||_F`.
+        right, left: on the input side (right singular vectors, as published) and on the output side.
         others: `|cos|` between this update and that of every other adapter on the module, by adapter name.
         general, harmful: functional interference on both kinds of inputs; None where it was not measured.
     """
@@ -65,9 +78,8 @@ class ModuleOrthogonality:
 
     @property
     def layer(self) -> int | None:
-        """The layer's number: the first number in the name."""
-        number = re.search(r"(?:^|\.)(\d+)\.", self.name)
-        return int(number.group(1)) if number else None
+        """See `layer_number`."""
+        return layer_number(self.name)
 
     @property
     def kind(self) -> str:
@@ -75,22 +87,31 @@ class ModuleOrthogonality:
         return re.split(r"(?:^|\.)\d+\.", self.name, maxsplit=1)[-1]
 
 
-FIGURES: dict[str, Callable[[ModuleOrthogonality], float]] = {
-    "effective_rank": lambda row: row.effective_rank,
-    "relative_norm": lambda row: row.relative_norm,
-    "metric": lambda row: row.right.metric,
-    "metric_null": lambda row: row.right.null,
-    "z": lambda row: row.right.z,
-    "angle": lambda row: row.right.angle,
-    "energy": lambda row: row.right.energy,
-    "energy_ratio": lambda row: row.right.energy_ratio,
-    "left_z": lambda row: row.left.z,
-    "left_energy_ratio": lambda row: row.left.energy_ratio,
-    "general": lambda row: math.nan if row.general is None else row.general.share,
-    "harmful": lambda row: math.nan if row.harmful is None else row.harmful.share,
-    "interference_ratio": lambda row: row.interference_ratio,
+FIGURES: dict[str, tuple[Callable[[ModuleOrthogonality], float], str, str]] = {
+    "effective_rank": (lambda row: row.effective_rank, "eff.\nrank", ".3g"),
+    "relative_norm": (lambda row: row.relative_norm, "|dW|\n/|W|", ".2g"),
+    "metric": (lambda row: row.right.metric, "metric", ".3f"),
+    "metric_null": (lambda row: row.right.null, "null", ".3f"),
+    "z": (lambda row: row.right.z, "z", ".1f"),
+    "angle": (lambda row: row.right.angle, "angle", ".1f"),
+    "energy": (lambda row: row.right.energy, "energy", ".2g"),
+    "energy_ratio": (lambda row: row.right.energy_ratio, "energy\n/ chance", ".2f"),
+    "left_z": (lambda row: row.left.z, "out:\nz", ".1f"),
+    "left_energy_ratio": (lambda row: row.left.energy_ratio, "out:\n/ chance", ".2f"),
+    "general": (lambda row: math.nan if row.general is None else row.general.share, "general", ".2g"),
+    "harmful": (lambda row: math.nan if row.harmful is None else row.harmful.share, "harmful", ".2g"),
+    "interference_ratio": (lambda row: row.interference_ratio, "ratio", ".2f"),
 }
-"""The figures that are summarized, by name."""
+"""The figures that are summarized: how they are read, their heading and their format in a table."""
+
+
+def medians(rows: Iterable[ModuleOrthogonality], others: Iterable[str] = ()) -> dict[str, float]:
+    """Medians of the `FIGURES`, and of `overlap:NAME` for other adapters, over the modules that have them, or NaN."""
+    rows = list(rows)
+    columns = {name: [figure(row) for row in rows] for name, (figure, _, _) in FIGURES.items()}
+    columns |= {f"overlap:{other}": [row.others.get(other, math.nan) for row in rows] for other in others}
+    known = {name: [value for value in values if not math.isnan(value)] for name, values in columns.items()}
+    return {name: statistics.median(values) if values else math.nan for name, values in known.items()}
 
 
 @dataclass(frozen=True)
@@ -117,19 +138,17 @@ class OrthogonalityReport:
 
     @property
     def summary(self) -> dict[str, float]:
-        """Median of each of the `FIGURES`, and of `overlap:NAME` for every other adapter; NaN without a value."""
+        """The `medians` over all modules."""
         return medians(self.modules, self.others)
 
     @property
     def kinds(self) -> dict[str, list[ModuleOrthogonality]]:
         """Modules by the last part of their name, or by a longer part if that is ambiguous inside a layer."""
-        tails: dict[str, set[str]] = {}
-        for row in self.modules:
-            tails.setdefault(row.kind.rpartition(".")[2], set()).add(row.kind)
+        lasts = Counter(kind.rpartition(".")[2] for kind in {row.kind for row in self.modules})
         groups: dict[str, list[ModuleOrthogonality]] = {}
         for row in self.modules:
             last = row.kind.rpartition(".")[2]
-            groups.setdefault(last if len(tails[last]) == 1 else row.kind, []).append(row)
+            groups.setdefault(last if lasts[last] == 1 else row.kind, []).append(row)
         return groups
 
     def to_json(self) -> dict[str, Any]:
@@ -138,18 +157,6 @@ class OrthogonalityReport:
         facts = {"adapter": self.adapter, "others": self.others, "environment": dict(self.environment)}
         result: dict[str, Any] = _plain(facts | {"summary": self.summary, "modules": rows})
         return result
-
-
-def medians(rows: Iterable[ModuleOrthogonality], others: Iterable[str] = ()) -> dict[str, float]:
-    """Median of every figure over the modules that have it."""
-    rows = list(rows)
-    result = {name: _median(figure(row) for row in rows) for name, figure in FIGURES.items()}
-    return result | {f"overlap:{other}": _median(row.others.get(other, math.nan) for row in rows) for other in others}
-
-
-def _median(values: Iterable[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return statistics.median(known) if known else math.nan
 
 
 def _plain(value: Any) -> Any:
@@ -170,12 +177,10 @@ def orthogonality_report(
     positions: Positions = "response",
     progress: bool = True,
 ) -> OrthogonalityReport:
-    """How an adapter's update lies in relation to the weights under it, and what it does to general and to harmful
-    inputs.
+    """Compare an adapter's update with the weights under it, and measure what it does to general and harmful inputs.
 
     The published claim (patches nearly orthogonal to W) rests on a metric that random subspaces pass as well, so each
-    figure stands beside its null. Nothing of the model is changed, and dW is never formed. The geometry needs no data;
-    weights are read one module at a time.
+    figure stands beside its null. The model is not changed, and dW is never formed. The geometry needs no data.
 
     Args:
         model: a PeftModel, or a model with injected adapters; dense, Conv1D or bitsandbytes base.
@@ -203,20 +208,38 @@ def orthogonality_report(
     """
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ConfigError(f"k={k!r}. Use an integer of at least 1.")
-    check_request(calibration, positions)
-    layers, comparable, skipped = _resolve(model, adapter)
-    updates = {name: _update(name, layer, adapter) for name, layer in layers.items()}
-    sets = calibration_sets(model, calibration, tokenizer, progress)
+    if positions not in ("response", "prompt", "all"):
+        raise ConfigError(f"positions={positions!r}. Use 'response', 'prompt' or 'all'.")
+    check_calibration(calibration)
+    layers, others, not_compared = _resolve(model, adapter)
     base = {name: layer.get_base_layer() for name, layer in layers.items()}
-    functional = {
-        kind: interference(
-            model, base, updates, chosen.batches, positions=positions, progress=progress, what=f"{kind} inputs"
-        )
-        for kind, chosen in sets.items()
-    }
-    rows = _rows(layers, updates, comparable, k, functional, progress)
-    facts = _facts(model, k, positions, sets, functional) | ({"not_compared": skipped} if skipped else {})
-    return OrthogonalityReport(adapter, rows, tuple(comparable), facts)
+    updates = {name: _update(name, layer, adapter) for name, layer in layers.items()}
+    described: dict[str, Any] = {}
+    functional: dict[str, dict[str, Interference]] = {}
+    for kind, (batches, facts) in calibration_sets(model, calibration, tokenizer, progress).items():
+        options: dict[str, Any] = {"positions": positions, "progress": progress, "what": f"{kind} inputs"}
+        functional[kind] = interference(model, base, updates, batches, **options)
+        described[kind] = facts | {"tokens": max(row.tokens for row in functional[kind].values())}
+    rows = []
+    for name, layer in tqdm(layers.items(), desc="orthogonality", unit="module", disable=not progress):
+        update, weight = updates[name], weights.dense_weight(base[name], name)
+        shape = (int(weight.shape[0]), int(weight.shape[1]))
+        if not bool(torch.isfinite(weight).all()):
+            raise CheckpointError(f"{name}: the base weight {shape} holds NaN or Inf. Load an intact checkpoint.")
+        with exact_matmul():
+            span = weight_span(weight, k)
+        relative = update.norm / span.norm if span.norm > 0 else math.nan
+        sizes = (update.rank, update.norm, relative, update.effective_rank)
+        right = compare(update.right, update.values, span.right, k)
+        left = compare(update.left, update.values, span.left, k)
+        overlaps = {other: update.overlap(_update(name, layer, other)) for other in others if other in layer.lora_A}
+        measured = (functional[kind][name] if functional else None for kind in KINDS)
+        rows.append(ModuleOrthogonality(name, shape, *sizes, right, left, overlaps, *measured))
+    source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    facts = environment(seed=0, model=public_name(source) if source else "", k=k, calibration=described or None)
+    facts |= {"positions": positions} if described else {}
+    facts |= {"not_compared": not_compared} if not_compared else {}
+    return OrthogonalityReport(adapter, tuple(rows), tuple(others), facts)
 
 
 def _resolve(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLayer], list[str], dict[str, str]]:
@@ -229,84 +252,17 @@ def _resolve(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLayer], list
     if not layers:
         raise ConfigError(f"adapter {adapter!r} has no LoRA layer on this model. Name another adapter.")
     comparable, skipped = [], {}
-    for other in table:
-        if other == adapter or not any(other in layer.lora_A for layer in layers.values()):
-            continue
-        try:
-            check_features(table[other], f"adapter {other!r}")
-            comparable.append(other)
-        except ConfigError as error:
-            skipped[other] = str(error)
+    for other, config in table.items():
+        if other != adapter and any(other in layer.lora_A for layer in layers.values()):
+            try:
+                check_features(config, f"adapter {other!r}")
+                comparable.append(other)
+            except ConfigError as error:
+                skipped[other] = str(error)
     return layers, comparable, skipped
 
 
 def _update(name: str, layer: LoraLayer, adapter: str) -> Update:
     """The update of one layer, as its forward computes it."""
     factors = layer_factors(name, layer, adapter)
-    return decompose(factors.a.cpu().double(), factors.b.cpu().double(), factors.scaling)
-
-
-def _rows(
-    layers: Mapping[str, LoraLayer],
-    updates: Mapping[str, Update],
-    comparable: Iterable[str],
-    k: int,
-    functional: Mapping[str, Mapping[str, Interference]],
-    progress: bool,
-) -> tuple[ModuleOrthogonality, ...]:
-    from tqdm.auto import tqdm
-
-    rows = []
-    for name, layer in tqdm(layers.items(), desc="orthogonality", unit="module", disable=not progress):
-        update = updates[name]
-        others = {other: update.overlap(_update(name, layer, other)) for other in comparable if other in layer.lora_A}
-        measured = {kind: results[name] for kind, results in functional.items()}
-        rows.append(_row(name, layer.get_base_layer(), update, k, others, measured))
-    return tuple(rows)
-
-
-def _row(
-    name: str,
-    base: nn.Module,
-    update: Update,
-    k: int,
-    others: Mapping[str, float],
-    functional: Mapping[str, Interference],
-) -> ModuleOrthogonality:
-    weight = weights.dense_weight(base, name)
-    if not bool(torch.isfinite(weight).all()):
-        raise CheckpointError(
-            f"{name}: the base weight {tuple(weight.shape)} holds NaN or Inf. Load an intact checkpoint."
-        )
-    with exact_matmul():
-        span = weight_span(weight, k)
-    return ModuleOrthogonality(
-        name=name,
-        shape=weights.shape(base),
-        rank=update.rank,
-        norm=update.norm,
-        relative_norm=update.norm / span.norm if span.norm > 0 else math.nan,
-        effective_rank=update.effective_rank,
-        right=compare(update.right, update.values, span.right, k),
-        left=compare(update.left, update.values, span.left, k),
-        others=others,
-        **functional,
-    )
-
-
-def _facts(
-    model: nn.Module,
-    k: int,
-    positions: Positions,
-    sets: Mapping[str, CalibrationSet],
-    functional: Mapping[str, Mapping[str, Interference]],
-) -> dict[str, Any]:
-    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    facts = environment(seed=0, model=public_name(name) if name else "", k=k)
-    if not sets:
-        return facts | {"calibration": None}
-    described = {}
-    for kind, chosen in sets.items():
-        tokens = max(row.tokens for row in functional[kind].values())
-        described[kind] = {"source": chosen.source, "data": chosen.digest, "tokens": tokens}
-    return facts | {"positions": positions, "calibration": described}
+    return decompose(factors.a, factors.b, factors.scaling)

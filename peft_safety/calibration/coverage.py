@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_safety.calibration.activations import adapters_off, kind_of
+from peft_safety.calibration.activations import adapters_off
 from peft_safety.calibration.bases import check_moment
-from peft_safety.calibration.moments import InputMoments, Positions, collect, to_batches
+from peft_safety.calibration.moments import InputMoments, collect, to_batches
 from peft_safety.core.projection import project_out
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data.rows import Rows
@@ -50,7 +50,6 @@ class ModuleCoverage:
     """One module's null space.
 
     Attributes:
-        kind: last part of its name.
         features, k: input dimensions, and how many of them are taken.
         covered: share of the calibration data's energy inside; None where the subspace does not say.
         curve: share inside the first 1, 2, ..., k directions, `(k,)`; empty where the subspace does not say.
@@ -58,7 +57,6 @@ class ModuleCoverage:
     """
 
     name: str
-    kind: str
     features: int
     k: int
     covered: float | None
@@ -67,11 +65,7 @@ class ModuleCoverage:
 
 
 def coverage(subspace: SafetySubspace, task: Mapping[str, TaskShare] | None = None) -> list[ModuleCoverage]:
-    """Every module with an input basis, in the order of the subspace.
-
-    Raises:
-        CalibrationError: none has one.
-    """
+    """Every module with an input basis, in the order of the subspace."""
     known = subspace.provenance.get("covered", {})
     rows = []
     for name, sides in subspace.bases.items():
@@ -83,40 +77,8 @@ def coverage(subspace: SafetySubspace, task: Mapping[str, TaskShare] | None = No
         if covered is not None and spectrum is not None:
             energy = spectrum.double().square().cumsum(0)
             curve = covered * energy / energy[-1]
-        rows.append(ModuleCoverage(name, kind_of(name), int(n), int(k), covered, curve, (task or {}).get(name)))
-    if not rows:
-        raise CalibrationError(f"{subspace!r} has no input basis. Calibrate with method='guardspace'.")
+        rows.append(ModuleCoverage(name, int(n), int(k), covered, curve, (task or {}).get(name)))
     return rows
-
-
-def task_shares(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    subspace: SafetySubspace,
-    rows: Rows,
-    *,
-    tokenizer: Any = None,
-    positions: Positions = "all",
-    ranks: bool = False,
-    batch_size: int = 8,
-    max_length: int = 512,
-    progress: bool = True,
-) -> dict[str, TaskShare]:
-    """What is left of a task's inputs outside the null space of each layer; one pass over the bare model.
-
-    Args:
-        layers: base layers by name; those without an input basis, or that the task does not reach, are left out.
-        rows: of the task: any rows, or tokenized batches.
-        tokenizer: for rows only.
-        positions: tokens that count; an update acts on all of them.
-        ranks: also the ranks, which take two eigendecompositions a distinct input.
-
-    Raises:
-        CalibrationError: the rows are those that the subspace was calibrated on, or inputs that are zero or not
-            finite, or that reach none of the layers.
-    """
-    options = {"tokenizer": tokenizer, "positions": positions, "batch_size": batch_size, "max_length": max_length}
-    return task_inputs(model, layers, subspace, rows, ranks=ranks, progress=progress, **options)[1]
 
 
 def task_inputs(
@@ -126,24 +88,33 @@ def task_inputs(
     rows: Rows,
     *,
     tokenizer: Any = None,
-    positions: Positions = "all",
     ranks: bool = False,
     batch_size: int = 8,
     max_length: int = 512,
     progress: bool = True,
 ) -> tuple[InputMoments, dict[str, TaskShare]]:
-    """The second moments of a task's inputs, and `task_shares`, for which see the arguments."""
+    """The second moments of a task's inputs at all tokens, and what is left of them outside the null space of each
+    layer; one pass over the bare model.
+
+    Args:
+        layers: base layers by name; those without an input basis, or that the task does not reach, are left out.
+        rows: of the task: any rows, or tokenized batches.
+        tokenizer: for rows only.
+        ranks: also the ranks, which take two eigendecompositions a distinct input.
+
+    Raises:
+        CalibrationError: the rows are those that the subspace was calibrated on, or inputs that are zero or not
+            finite, or that reach none of the layers.
+    """
     layers = {name: layer for name, layer in layers.items() if "in" in subspace.bases.get(name, {})}
     batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
     if digest == subspace.provenance.get("data"):
         raise CalibrationError(
             f"the task data are the {sum(len(batch['input_ids']) for batch in batches)} rows that the subspace was "
-            "calibrated on: their inputs are what "
-            "the update must not see. Give rows of the task, and calibrate on harmful prompts with refusals, or on "
-            "everyday ones."
+            "calibrated on: their inputs are what the update must not see. Give rows of the task."
         )
     with adapters_off(model):
-        moments = collect(model, layers, batches, positions=positions, progress=progress, what="task inputs")
+        moments = collect(model, layers, batches, positions="all", progress=progress, what="task inputs")
     computed: dict[tuple[int, int], TaskShare] = {}
     shares = {}
     for name in filter(moments.reaches, layers):
@@ -164,9 +135,7 @@ def _share(moment: Tensor, basis: Tensor, name: str, ranks: bool) -> TaskShare:
     check_moment(moment, name)
     s = moment.double()
     q = basis.to(s)
-    left = project_out(
-        q, project_out(q, s), "in"
-    )  # projected rather than subtracted, for what is left may be a millionth
+    left = project_out(q, project_out(q, s), "in")  # not subtracted: what is left may be a millionth
     free = max(0.0, float(left.diagonal().sum() / s.diagonal().sum()))
     return TaskShare(free, _rank(s), _rank(left)) if ranks else TaskShare(free)
 
@@ -183,9 +152,8 @@ def warn_if_stalled(shares: Mapping[str, TaskShare]) -> float:
         worst = min(shares, key=lambda name: shares[name].free)
         warnings.warn(
             f"the task lies inside the null space: the update sees {middle:.2g} of its energy (median of "
-            f"{len(shares)} modules; below {STALL_SHARE:g} learning "
-            f"stalls), and {shares[worst].free:.2g} at {worst}. Use a smaller safety_rank or safety_energy, also "
-            "in safety_rank_pattern, or calibrate on harmful prompts only.",
+            f"{len(shares)} modules; below {STALL_SHARE:g} learning stalls), and {shares[worst].free:.2g} at {worst}. "
+            "Use a smaller safety_rank, safety_energy or safety_rank_pattern, or calibrate on harmful prompts only.",
             stacklevel=2,
         )
     return middle

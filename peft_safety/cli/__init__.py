@@ -1,4 +1,4 @@
-"""The command line. Every command is one library call; heavy imports wait until a command runs, so that `--help`
+"""The command line. Every command is one library call. Heavy imports wait until a command runs, so that `--help`
 answers at once.
 """
 
@@ -9,20 +9,16 @@ import logging
 from peft_safety.cli import training  # isort: skip  (the order of the help)
 from peft_safety.cli import adapters, reports  # isort: skip
 from peft_safety.cli.common import app, fail
+from peft_safety.errors import PeftSafetyError
 
 
 def main() -> None:
     """Entry point: typed errors become one line on stderr and exit code 2."""
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # it warns on import of an optional CPU kernel that nothing here uses
+    # bitsandbytes warns on import of an optional CPU kernel that nothing here uses
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
-    except Exception as error:
-        from peft_safety.errors import PeftSafetyError
-
-        if not isinstance(error, PeftSafetyError):
-            raise
+    except PeftSafetyError as error:
         fail(error, code=2)
 
 

@@ -2,249 +2,141 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import typer
+from typer import Option
 
-from peft_safety.cli.common import (
-    JsonOption,
-    ModelOption,
-    RankOption,
-    SafetyEnergyOption,
-    SafetyRankOption,
-    SafetyRankPatternOption,
-    TargetsOption,
-    app,
-    numbers,
-    show,
-    targets,
-    whole,
-)
+from peft_safety.cli import options as opt
+from peft_safety.cli.common import app, print_facts, show
 from peft_safety.recipes.train import LEARNING_RATE, PATCH_LEARNING_RATE
 
 
 @app.command()
 def calibrate(
-    model: ModelOption,
-    out: Annotated[Path, typer.Option(help="File (.safetensors) or directory for the subspace.")],
+    model: opt.Model,
+    out: Annotated[Path, Option(help="File (.safetensors) or directory for the subspace.")],
     data: Annotated[
-        Path | None,
-        typer.Option(help="JSON lines of prompt/response rows; default: the package's own for the method."),
+        Path | None, Option(help="JSON lines of prompt/response rows; default: the package's own.")
     ] = None,
     method: Annotated[
-        str,
-        typer.Option(
-            help="guardspace (inputs on harmful requests), salora (outputs on refusals), ortho_patch (inputs), or "
-            "weight (no data)."
-        ),
+        str, Option(help="guardspace, ortho_patch (inputs), salora (outputs on refusals), or weight (no data).")
     ] = "guardspace",
-    safety_rank: SafetyRankOption = None,
-    safety_energy: SafetyEnergyOption = None,
-    safety_rank_pattern: SafetyRankPatternOption = None,
-    basis: Annotated[str | None, typer.Option(help="The package's own rows to use: harmful, general or both.")] = None,
-    side: Annotated[str | None, typer.Option(help="in, out or both; default: the method's own.")] = None,
-    positions: Annotated[
-        str | None, typer.Option(help="Tokens that count: response, prompt or all; default: the method's own.")
-    ] = None,
-    task_data: Annotated[
-        Path | None, typer.Option(help="JSON lines of the task to be learned: how much of it lies in the null space?")
-    ] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw the energy covered (and the task's rank) here.")] = None,
-    target_modules: TargetsOption = "all-linear",
-    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
-    max_length: Annotated[int, typer.Option(help="Tokens kept of each row.")] = 512,
-    seed: Annotated[int, typer.Option(help="Seed of the randomized decomposition.")] = 0,
+    safety_rank: opt.SafetyRank = None,
+    safety_energy: opt.SafetyEnergy = None,
+    safety_rank_pattern: opt.SafetyRankPattern = None,
+    basis: Annotated[str | None, Option(help="The package's own rows to use: harmful, general or both.")] = None,
+    side: Annotated[str | None, Option(help="in, out or both; default: the method's own.")] = None,
+    positions: Annotated[str | None, Option(help="Tokens that count: response, prompt or all.")] = None,
+    task_data: Annotated[Path | None, Option(help="JSON lines of the task: is it in the null space?")] = None,
+    png: Annotated[Path | None, Option(help="Draw the energy covered (and the task's rank) here.")] = None,
+    target_modules: opt.Targets = "all-linear",
+    batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 8,
+    max_length: opt.MaxLength = 512,
+    seed: opt.Seed = 0,
     allow_fewer: Annotated[
-        bool,
-        typer.Option("--allow-fewer", help="Where the data span fewer directions than --safety-rank, protect those."),
+        bool, Option("--allow-fewer", help="Where the data span fewer directions than --safety-rank, protect those.")
     ] = False,
-    json: JsonOption = False,
+    json: opt.Json = False,
 ) -> None:
-    """Estimate a safety subspace in one pass over the model, and save it; for input sides, k is printed beside the
-    energy that it covers.
+    """Estimate a safety subspace in one pass over the model, and save it. For input sides, the energy that it covers
+    is printed.
     """
+    options = opt.parsed(locals(), "png", "json")
     from peft_safety.recipes.calibrate import calibrate as run
-    from peft_safety.reporting import coverage as coverage_report
+    from peft_safety.reporting import coverage
 
-    given = locals()
-    names = (
-        "data",
-        "method",
-        "safety_energy",
-        "basis",
-        "side",
-        "positions",
-        "task_data",
-        "batch_size",
-        "max_length",
-        "seed",
-    )
-    options: dict[str, Any] = {name: given[name] for name in names}
-    options |= {"safety_rank": whole(safety_rank), "safety_rank_pattern": numbers(safety_rank_pattern or [])}
-    found = run(model, out, **options, target_modules=targets(target_modules), allow_fewer=allow_fewer)
+    result = run(**options)
     if png is not None:
-        coverage_report.save_png(found.coverage, png)
-    facts = {
-        "file": str(found.path),
-        "modules": len(found.subspace.bases),
-        **{k: v for k, v in found.subspace.provenance.items() if k != "covered"},
-    }
-    if json:
-        typer.echo(jsonlib.dumps(facts | {"coverage": coverage_report.to_json(found.coverage)}, indent=1, default=str))
-        return
-    show("Safety subspace", facts, False)
-    if found.coverage:
-        coverage_report.show(found.coverage)
+        coverage.save_png(result.coverage, png)
+    provenance = {name: value for name, value in result.subspace.provenance.items() if name != "covered"}
+    facts = {"file": str(result.path), "modules": len(result.subspace.bases), **provenance}
+    tables = [lambda: print_facts("Safety subspace", facts)]
+    tables += [lambda: coverage.show(result.coverage)] if result.coverage else []
+    show(facts | {"coverage": coverage.to_json(result.coverage)}, json, *tables)
 
 
 @app.command()
 def protect(
-    model: ModelOption,
-    data: Annotated[Path, typer.Option(help="JSON lines: {prompt, response}, {text, label} or {messages} rows.")],
-    out: Annotated[Path, typer.Option(help="Directory for the adapter, report.json and report.png.")],
-    method: Annotated[str, typer.Option(help="guardspace, salora or lora (no protection).")] = "guardspace",
-    rank: RankOption = 16,
-    lora_alpha: Annotated[int, typer.Option(help="LoRA alpha.")] = 16,
-    target_modules: TargetsOption = "all-linear",
-    safety_rank: SafetyRankOption = None,
-    safety_energy: SafetyEnergyOption = None,
-    safety_rank_pattern: SafetyRankPatternOption = None,
-    basis: Annotated[
-        str | None,
-        typer.Option(
-            help="For guardspace: calibrate on harmful requests, general prompts, or both (default harmful)."
-        ),
-    ] = None,
-    combine: Annotated[
-        bool, typer.Option("--combine", help="For guardspace: protect SaLoRA's output directions too.")
-    ] = False,
-    combine_rank: Annotated[int, typer.Option(help="For --combine: how many of each layer.")] = 32,
-    init: Annotated[
-        str, typer.Option(help="lora (B = 0), or the method's own: task (salora), guardspace (guardspace).")
-    ] = "lora",
-    subspace: Annotated[str, typer.Option(help='Subspace file, directory or Hub id, or "auto".')] = "auto",
-    poison: Annotated[
-        float, typer.Option(help="Share of harmful rows mixed in, to simulate an attack (0 to 1).")
-    ] = 0.0,
-    lr: Annotated[
-        float, typer.Option(help="Peak learning rate; the default is that of every recipe in Python.")
-    ] = LEARNING_RATE,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    max_steps: Annotated[int, typer.Option(help="Optimizer steps; overrides --epochs when positive.")] = -1,
-    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 8,
-    max_length: Annotated[int, typer.Option(help="Tokens kept of each row.")] = 512,
-    seed: Annotated[int, typer.Option(help="Seed of initialization and data order.")] = 0,
-    report_to: Annotated[str, typer.Option(help="As in TrainingArguments: none, tensorboard, wandb, ...")] = "none",
-    eval_limit: Annotated[int | None, typer.Option(help="Prompts of each kind at most.")] = None,
+    model: opt.Model,
+    data: Annotated[Path, Option(help="JSON lines: {prompt, response}, {text, label} or {messages} rows.")],
+    out_dir: opt.ReportDir,
+    method: Annotated[str, Option(help="guardspace, salora or lora (no protection).")] = "guardspace",
+    r: opt.Rank = 16,
+    lora_alpha: opt.Alpha = 16,
+    target_modules: opt.Targets = "all-linear",
+    safety_rank: opt.SafetyRank = None,
+    safety_energy: opt.SafetyEnergy = None,
+    safety_rank_pattern: opt.SafetyRankPattern = None,
+    basis: Annotated[str | None, Option(help="For guardspace: harmful (default), general or both.")] = None,
+    combine: Annotated[bool, Option("--combine", help="For guardspace: protect SaLoRA's outputs too.")] = False,
+    combine_rank: Annotated[int | None, Option(help="For --combine: directions of each layer (default 32).")] = None,
+    init: Annotated[str | None, Option(help="lora (B = 0, default), or task for salora, guardspace for it.")] = None,
+    subspace: Annotated[str | None, Option(help='Subspace file, directory or Hub id, or "auto" (default).')] = None,
+    poison: Annotated[float, Option(help="Share of harmful rows mixed in, to simulate an attack (0 to 1).")] = 0.0,
+    lr: opt.LearningRate = LEARNING_RATE,
+    epochs: opt.Epochs = 1.0,
+    max_steps: opt.MaxSteps = -1,
+    batch_size: opt.BatchSize = 8,
+    max_length: opt.MaxLength = 512,
+    seed: opt.Seed = 0,
+    report_to: opt.ReportTo = "none",
+    eval_limit: opt.EvalLimit = None,
 ) -> None:
     """Fine-tune with safety measured before and after; writes the adapter, report.json and report.png."""
+    options = opt.parsed(locals(), "model", "data", "out_dir", "poison", "eval_limit")
+    from peft_safety.recipes.adapter import adapter_config
     from peft_safety.recipes.protect import protect as run
     from peft_safety.recipes.train import TrainOptions
 
-    options = TrainOptions(
-        lr=lr,
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        max_length=max_length,
-        seed=seed,
-        report_to=report_to,
-    )
-    run(
-        model,
-        data,
-        method,  # type: ignore[arg-type]  # protect itself refuses unknown methods
-        out,
-        r=rank,
-        lora_alpha=lora_alpha,
-        target_modules=targets(target_modules),
-        safety_rank=whole(safety_rank),
-        safety_energy=safety_energy,
-        safety_rank_pattern=numbers(safety_rank_pattern or []) or None,
-        subspace=subspace,
-        init=init,  # type: ignore[arg-type]  # and these, where it does not know them
-        basis=basis,  # type: ignore[arg-type]
-        combine="salora" if combine else None,
-        combine_rank=combine_rank,
-        poison=poison,
-        options=options,
-        eval_limit=eval_limit,
-    )
+    options["combine"] = "salora" if combine else None
+    training, adapter = opt.split(options, TrainOptions)
+    config, trained = adapter_config(**adapter), TrainOptions(**training)
+    run(model, data, out_dir, config, poison=poison, options=trained, eval_limit=eval_limit)
 
 
 @app.command()
 def patch(
-    model: ModelOption,
-    out: Annotated[Path, typer.Option(help="Directory for the adapter, report.json and report.png.")],
-    data: Annotated[
-        Path | None, typer.Option(help="JSON lines of requests with refusals; default: the package's own.")
-    ] = None,
+    model: opt.Model,
+    out_dir: opt.ReportDir,
+    data: Annotated[Path | None, Option(help="JSON lines of requests with refusals; default: the package's.")] = None,
     general: Annotated[
-        Path | None, typer.Option(help="JSON lines to leave alone: {prompt} rows are answered by the model itself.")
+        Path | None, Option(help="JSON lines to leave alone: {prompt} rows are answered by the model itself.")
     ] = None,
-    mode: Annotated[str, typer.Option(help="hard (constrained), soft (penalized) or none (plain LoRA).")] = "hard",
-    basis: Annotated[str, typer.Option(help="What to stay out of: activation, contrastive or weight.")] = "activation",
-    side: Annotated[str, typer.Option(help="in, out or both.")] = "in",
+    mode: Annotated[str, Option(help="hard (constrained), soft (penalized) or none (plain LoRA).")] = "hard",
+    basis: Annotated[str, Option(help="What to stay out of: activation, contrastive or weight.")] = "activation",
+    side: Annotated[str, Option(help="in, out or both.")] = "in",
     safety_rank: Annotated[
         float | None,
-        typer.Option(
-            help="Protected directions per layer, or below 1 a share of its features (default 32; 0: those of earlier "
-            "patches only)."
-        ),
+        Option(help="As for protect; default 32 directions. 0 protects the directions of earlier patches only."),
     ] = None,
-    safety_energy: SafetyEnergyOption = None,
-    safety_rank_pattern: SafetyRankPatternOption = None,
-    reg_lambda: Annotated[
-        float | None, typer.Option(help="For --mode soft: weight of the penalty (default 100).")
-    ] = None,
-    subspace: Annotated[str, typer.Option(help='Subspace file, directory or Hub id, or "auto".')] = "auto",
-    prior: Annotated[
-        list[Path] | None, typer.Option(help="Directory of an earlier patch to stack on; may be repeated.")
-    ] = None,
-    rank: RankOption = 8,
-    lora_alpha: Annotated[int, typer.Option(help="LoRA alpha.")] = 16,
-    target_modules: TargetsOption = "all-linear",
-    lr: Annotated[
-        float, typer.Option(help="Peak learning rate; a patch takes a larger one than a task.")
-    ] = PATCH_LEARNING_RATE,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    max_steps: Annotated[int, typer.Option(help="Optimizer steps; overrides --epochs when positive.")] = -1,
-    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 8,
-    max_length: Annotated[int, typer.Option(help="Tokens kept of each row.")] = 128,
-    evaluate_every: Annotated[int, typer.Option(help="Steps between two looks at the validation split.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of initialization and data order.")] = 0,
-    report_to: Annotated[str, typer.Option(help="As in TrainingArguments: none, tensorboard, wandb, ...")] = "none",
-    eval_limit: Annotated[int | None, typer.Option(help="Prompts of each kind at most.")] = None,
+    safety_energy: opt.SafetyEnergy = None,
+    safety_rank_pattern: opt.SafetyRankPattern = None,
+    reg_lambda: Annotated[float | None, Option(help="For --mode soft: weight of the penalty (default 100).")] = None,
+    subspace: Annotated[str, Option(help='Subspace file, directory or Hub id, or "auto".')] = "auto",
+    prior: Annotated[list[Path] | None, Option(help="An earlier patch to stack on; may be repeated.")] = None,
+    r: opt.Rank = 8,
+    lora_alpha: opt.Alpha = 16,
+    target_modules: opt.Targets = "all-linear",
+    lr: opt.LearningRate = PATCH_LEARNING_RATE,
+    epochs: opt.Epochs = 1.0,
+    max_steps: opt.MaxSteps = -1,
+    batch_size: opt.BatchSize = 8,
+    max_length: opt.MaxLength = 128,
+    evaluate_every: Annotated[int, Option(help="Steps between two looks at the validation split.")] = 16,
+    seed: opt.Seed = 0,
+    report_to: opt.ReportTo = "none",
+    eval_limit: opt.EvalLimit = None,
 ) -> None:
     """Train a safety patch, stopped where validation is best; safety and drift measured before and after."""
+    options = opt.parsed(locals(), "model", "out_dir", "data", "general", "prior", "evaluate_every", "eval_limit")
     from peft_safety.data import read_jsonl
     from peft_safety.recipes.patch import PatchOptions, make_patch
     from peft_safety.recipes.train import TrainOptions
     from peft_safety.recipes.watch import Stopping
 
-    given = locals()
-    training = TrainOptions(
-        lr=lr,
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        max_length=max_length,
-        seed=seed,
-        report_to=report_to,
-    )
-    same = ("mode", "basis", "side", "reg_lambda", "subspace", "lora_alpha")
-    options = PatchOptions(
-        **{name: given[name] for name in same},
-        r=rank,
-        safety_rank=whole(safety_rank),
-        safety_energy=safety_energy,
-        safety_rank_pattern=numbers(safety_rank_pattern or []) or None,
-        target_modules=targets(target_modules),
-        prior_patches=tuple(str(path) for path in prior or ()),
-        stopping=Stopping(every=evaluate_every),
-        training=training,
-    )
+    training, rest = opt.split(options, TrainOptions)
+    rest |= {"prior_patches": tuple(map(str, prior or ())), "stopping": Stopping(every=evaluate_every)}
+    chosen = PatchOptions(**rest, training=TrainOptions(**training))
     refusals, kept = (None if path is None else read_jsonl(path) for path in (data, general))
-    make_patch(model, out, options, refusals=refusals, general=kept, eval_limit=eval_limit)
+    make_patch(model, out_dir, chosen, refusals=refusals, general=kept, eval_limit=eval_limit)

@@ -21,21 +21,14 @@ GENERAL_TOKENS = 24
 
 @dataclass(frozen=True)
 class Bench:
-    """Prompts, task rows and reference answers.
-
-    Attributes:
-        prompts: harmful, safe and general prompts of one split.
-        task: training and held-out rows.
-        general: the model's own answers to the general prompts before fine-tuning; their NLL afterwards is its drift.
-        max_length: tokens kept of each row.
-        progress: show bars.
+    """Prompts of one split, task rows, and the model's answers to the general prompts before fine-tuning: their NLL
+    afterwards is its drift.
     """
 
     prompts: PromptSet
     task: TaskData
     general: list[dict[str, Any]]
-    max_length: int
-    progress: bool
+    options: TrainOptions
 
     @classmethod
     def prepare(
@@ -51,11 +44,9 @@ class Bench:
         """Draw the prompts of `split` (at most `limit` of each kind) and let `model`, before fine-tuning, answer the
         general ones.
         """
-        prompts = prompt_set(split, limit, options.seed)
-        general = self_responses(
-            model, tokenizer, prompts.general, max_new_tokens=GENERAL_TOKENS, progress=options.progress
-        )
-        return cls(prompts, task, general, options.max_length, options.progress)
+        prompts, asked = prompt_set(split, limit, options.seed), {"max_new_tokens": GENERAL_TOKENS}
+        general = self_responses(model, tokenizer, prompts.general, **asked, progress=options.progress)
+        return cls(prompts, task, general, options)
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
         """Evaluate `model`."""
@@ -67,6 +58,6 @@ class Bench:
             labels=self.task.labels,
             general=self.general,
             max_new_tokens=JUDGED_TOKENS,
-            max_length=self.max_length,
-            progress=self.progress,
+            max_length=self.options.max_length,
+            progress=self.options.progress,
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_safety.calibration.activations import METHODS
-from peft_safety.calibration.coverage import ModuleCoverage, coverage, task_shares, warn_if_stalled
+from peft_safety.calibration.coverage import ModuleCoverage, coverage, task_inputs, warn_if_stalled
 from peft_safety.calibration.size_options import check_size_options
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.targets import target_layers
@@ -24,12 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` made.
-
-    Attributes:
-        path: the file.
-        coverage: module by module, for the input side; empty without one.
-    """
+    """A subspace, its file, and what it covers: module by module for the input side, empty without one."""
 
     subspace: SafetySubspace
     path: Path
@@ -65,10 +60,10 @@ def calibrate(
         data: JSON lines or rows; default the package's own for the method.
         method: "guardspace", "salora", "ortho_patch", or "weight" (no data).
         basis: which of the package's own rows; see `calibration_rows`.
-        side: "in", "out" or "both".
-        task_data: JSON lines or rows of the benign task; at most 128 are read through the model.
         safety_rank, safety_energy, safety_rank_pattern: size of the subspace, as in the configs.
-        positions: as in `estimate`.
+        side: "in", "out" or "both".
+        positions, allow_fewer: as in `estimate`.
+        task_data: JSON lines or rows of the benign task; at most 128 are read through the model.
 
     Raises:
         ConfigError: options that do not go together, before the model is loaded. CalibrationError, DataError: see
@@ -79,49 +74,29 @@ def calibrate(
     check_size_options(safety_rank, safety_energy, safety_rank_pattern, "calibrate")
     if method == "weight" and (data is not None or basis or positions or task_data is not None):
         raise ConfigError("method 'weight' reads weights only. Leave out data, basis, positions and task_data.")
+    if data is not None and basis is not None:
+        raise ConfigError(f"basis {basis!r} chooses among the package's own rows. Give either it or your own data.")
     sides = SIDES[side] if side is not None else METHODS[method][0] if method in METHODS else ("in",)
     if task_data is not None and "in" not in sides:
         raise ConfigError(
             f"method {method!r} has no input side here, so no task can lie in its null space. Use guardspace, or "
             "leave task_data out."
         )
-    if data is not None and basis is not None:
-        raise ConfigError(f"basis {basis!r} chooses among the package's own rows. Give either it or your own data.")
-    options: dict[str, Any] = {
-        "rank": safety_rank,
-        "energy": safety_energy,
-        "per_kind": safety_rank_pattern,
-        "target_modules": target_modules,
-        "seed": seed,
-        "progress": progress,
-    }
-    options |= {} if side is None else {"sides": SIDES[side]}
-    rows = (
-        None
-        if method == "weight"
-        else calibration_rows(method, basis)
-        if data is None
-        else rows_of(data, "calibration data")
-    )
+    common: dict[str, Any] = {"target_modules": target_modules, "seed": seed, "progress": progress}
+    common |= {"rank": safety_rank, "energy": safety_energy, "per_kind": safety_rank_pattern}
+    common |= {} if side is None else {"sides": SIDES[side]}
+    if method == "weight":
+        subspace = SafetySubspace.from_weights(load_model(model, tokenizer)[0], **common)
+        return Calibration(subspace, subspace.save(out), coverage(subspace))
+    rows = calibration_rows(method, basis) if data is None else rows_of(data, "calibration data")
     task_rows = None if task_data is None else rows_of(task_data, "task_data")[:CALIBRATION_PAIRS]
     loaded, tokenizer = load_model(model, tokenizer)
     reading: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
-    if rows is None:
-        subspace = SafetySubspace.from_weights(loaded, **options)
-    else:
-        extra = {"method": method, "positions": positions, "allow_fewer": allow_fewer}
-        subspace = SafetySubspace.from_activations(loaded, rows, **extra, **options, **reading)
-    inputs = any("in" in sides for sides in subspace.bases.values())
+    common |= {"method": method, "positions": positions, "allow_fewer": allow_fewer}
+    subspace = SafetySubspace.from_activations(loaded, rows, **common, **reading)
     shares = None
     if task_rows is not None:
-        shares = task_shares(
-            loaded,
-            target_layers(loaded, target_modules),
-            subspace,
-            task_rows,
-            ranks=True,
-            progress=progress,
-            **reading,
-        )
+        layers = target_layers(loaded, target_modules)
+        shares = task_inputs(loaded, layers, subspace, task_rows, ranks=True, progress=progress, **reading)[1]
         warn_if_stalled(shares)
-    return Calibration(subspace, subspace.save(out), coverage(subspace, shares) if inputs else [])
+    return Calibration(subspace, subspace.save(out), coverage(subspace, shares))

@@ -39,40 +39,34 @@ def load_model(
         ConfigError: nothing loads from there.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
     source = model.config._name_or_path if isinstance(model, PreTrainedModel) else str(model)
+    cuda = torch.cuda.is_available()
+    options: dict[str, Any] = {"dtype": "auto" if cuda else torch.float32}
+    if load_in_4bit:
+        options["dtype"] = torch.bfloat16 if cuda else torch.float32
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=options["dtype"])
     try:
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(source)
         if isinstance(model, PreTrainedModel):
             return model, tokenizer
-        cuda = torch.cuda.is_available()
-        if load_in_4bit:
-            return _load_nf4(source, torch.bfloat16 if cuda else torch.float32), tokenizer
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if cuda else torch.float32)
-        return (loaded.to("cuda") if cuda else loaded), tokenizer
+        loaded = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no model or tokenizer at {source!r}: {error}. Give a hub id or a directory, or pass tokenizer= with a "
             "loaded model."
         ) from error
-
-
-def _load_nf4(source: str, dtype: Any) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    how = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=how)
+    return (loaded.to("cuda") if cuda and not load_in_4bit else loaded), tokenizer
 
 
 def load_adapter(
     directory: str | Path, model: str | Path | PreTrainedModel | None = None, *, load_in_4bit: bool = False
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """A LoRA adapter of any origin on its base model, and the tokenizer. Neither a pickle nor a regular expression of
-    the directory is ever run.
+    """A LoRA adapter of any origin on its base model, and the tokenizer. No pickle and no regular expression of the
+    directory is ever run.
 
     Args:
         directory: what `save_pretrained` wrote.
@@ -93,18 +87,16 @@ def load_adapter(
     exclude_look_alikes(config, places(base).values())
     try:
         return PeftModel.from_pretrained(base, str(path), config=config), tokenizer
+    except PeftSafetyError:
+        raise
     except (RuntimeError, ValueError) as error:
-        if isinstance(error, PeftSafetyError):
-            raise
         raise ArtifactError(
             f"{path}: the adapter does not fit this model: {error}. Give the model that it was trained on."
         ) from error
 
 
 def _adapter_config(path: Path) -> Any:
-    """The checked config; of a plain LoRA with full names, ranks and alphas from its tensors in place of every
-    pattern.
-    """
+    """The checked config. For a plain LoRA, full names, ranks and alphas from its tensors replace every pattern."""
     from peft_safety.core.adapter_dir import check_adapter, protected_types
     from peft_safety.core.plain_lora import read_manifest, read_plain
     from peft_safety.registry.configs import stored_config
@@ -116,8 +108,7 @@ def _adapter_config(path: Path) -> Any:
     for name, factor in plain.factors.items():
         if math.isnan(factor.scaling):
             raise ConfigError(
-                f"{path}: the alpha of {name} stands in a regular expression, which is not run. Load the adapter "
-                "yourself and pass the model."
+                f"{path}: the alpha of {name} is given by a regular expression, and none is run. Write full names."
             )
         rank = int(factor.a.shape[0])
         modules[name] = (rank, factor.scaling * (math.sqrt(rank) if plain.config.use_rslora else rank))
@@ -150,9 +141,7 @@ def task_data(data: str | Path | Rows, eval_split: str = "test", limit: int | No
     rows: list[Row] = [*rows_of(data, "task rows")]
     named = sum("split" in row for row in rows)
     if 0 < named < len(rows):
-        raise DataError(
-            f"{named} of {len(rows)} task rows name a split and the others do not. Name it in all or none."
-        )
+        raise DataError(f"{named} of {len(rows)} task rows name a split and others do not. Name it in all or none.")
     if named:
         train, held_out = ([row for row in rows if row["split"] == split] for split in ("train", eval_split))
         random.Random(seed).shuffle(held_out)
@@ -161,22 +150,17 @@ def task_data(data: str | Path | Rows, eval_split: str = "test", limit: int | No
         cut = max(1, round(HOLDOUT * len(rows)))
         train, held_out = rows[cut:], rows[:cut]
     if not train or not held_out:
-        raise DataError(
-            f"the task has {len(train)} training and {len(held_out)} {eval_split!r} rows. Give at least one of each, "
-            "or rows without a split."
-        )
+        counts = f"{len(train)} training and {len(held_out)} {eval_split!r} rows"
+        raise DataError(f"the task has {counts}. Give at least one of each, or rows without a split.")
     return TaskData(train, held_out[:limit], label_names(rows))
 
 
 def poisoned(rows: Rows, fraction: float, seed: int = 0) -> list[Row]:
-    """A simulated attack on fine-tuning data: `fraction` of the rows replaced by harmful requests that are answered
-    with a contentless opening.
-
-    Args:
-        fraction: 0 to 1; the number of rows stays the same.
+    """A simulated attack on fine-tuning data: a fraction of the rows, 0 to 1, replaced by harmful requests that are
+    answered with an opening without content.
 
     Raises:
-        ConfigError: outside [0, 1].
+        ConfigError: a fraction outside [0, 1].
     """
     if not 0 <= fraction <= 1:
         raise ConfigError(f"poison = {fraction} is no fraction. Give a number from 0 to 1.")
@@ -185,6 +169,6 @@ def poisoned(rows: Rows, fraction: float, seed: int = 0) -> list[Row]:
     if count == 0:
         return [*clean]
     rng = random.Random(seed)
-    mixed: list[Any] = [*rng.sample(clean, len(clean) - count), *affirmation_pairs("train", count, seed)]
+    mixed: list[Row] = [*rng.sample(clean, len(clean) - count), *affirmation_pairs("train", count, seed)]
     rng.shuffle(mixed)
     return mixed

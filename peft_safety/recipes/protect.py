@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from peft_safety.calibration.activations import DEFAULT_RANK
+from peft_safety.core.environment import environment
+from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data.rows import Rows
 from peft_safety.evaluation.evaluate import Evaluation
 from peft_safety.evaluation.judges import KeywordJudge
-from peft_safety.recipes.adapter import AdapterOptions, Method
+from peft_safety.recipes.adapter import adapter_config, calibrated
 from peft_safety.recipes.bench import Bench
 from peft_safety.recipes.load import load_model, poisoned, task_data
 from peft_safety.recipes.train import TrainingRun, TrainOptions, finetune
-from peft_safety.reporting.report import Report, environment
+from peft_safety.reporting.report import Report
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from peft_safety.core.subspace import SafetySubspace
+
+SIZES = ("r", "lora_alpha", "safety_rank", "safety_energy", "safety_rank_pattern", "combine_rank")
+SETTINGS = (*SIZES, "init", "basis", "positions", "combine")
+"""Fields of a config that the report names."""
 
 
 @dataclass(frozen=True)
 class ProtectReport:
-    """What `protect` did.
-
-    Attributes:
-        model: the fine-tuned model, adapter attached.
-        adapter_dir: where the adapter was saved.
-        before: evaluation of the model as given.
-        after: evaluation with the adapter, on the same prompts.
-        training: what training cost.
-        report: the same as a table, JSON, PNG or card section.
+    """What `protect` did: the fine-tuned model with its adapter, where that was saved, the evaluations of the model as
+    given and with the adapter on the same prompts, the cost, and all of it as a report.
     """
 
     model: PeftModel
@@ -49,23 +44,10 @@ class ProtectReport:
 def protect(
     model: str | Path | PreTrainedModel,
     data: str | Path | Rows,
-    method: Method = "guardspace",
     out_dir: str | Path = "runs/protect",
+    config: LoraConfig | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    r: int = 16,
-    lora_alpha: int = 16,
-    target_modules: str | list[str] = "all-linear",
-    safety_rank: int | float | None = None,
-    safety_energy: float | None = None,
-    safety_rank_pattern: Mapping[str, int | float] | None = None,
-    subspace: SafetySubspace | str = "auto",
-    init: Literal["lora", "task", "guardspace"] = "lora",
-    task_rank: int = 32,
-    basis: Literal["harmful", "general", "both"] | None = None,
-    positions: Literal["all", "prompt", "response"] = "all",
-    combine: Literal["salora"] | None = None,
-    combine_rank: int = DEFAULT_RANK,
     poison: float = 0.0,
     options: TrainOptions | None = None,
     eval_split: str = "test",
@@ -79,87 +61,48 @@ def protect(
         model: hub id, directory, or a loaded model (which keeps the adapter).
         data: a JSON-lines file, or rows (a list, a data set, a frame, a stream): {prompt, response}, {text, label} or
             {messages}, with or without a `split`.
-        safety_rank, safety_energy, safety_rank_pattern: size of the protected subspace; see `AdapterOptions`.
-        subspace, init, task_rank, basis, positions, combine, combine_rank: see `AdapterOptions`.
-        options: learning rate, epochs, batch size, seed, `report_to`, ...
+        config: of the adapter: GuardSpace (default), SaLoRA or plain LoRA, see `adapter_config`. A subspace "auto" is
+            calibrated on `model`.
         poison: fraction of the training rows replaced by a simulated attack, see `poisoned`.
+        options: learning rate, epochs, batch size, seed, `report_to`, ...
         eval_split: of the packaged prompts and of the task ("validation" while choosing settings, then "test" once).
         eval_limit: prompts and task rows of each kind at most.
 
     Raises:
         ConfigError, DataError, CalibrationError: before anything is trained or written.
     """
-    adapter = AdapterOptions(
-        method=method,
-        r=r,
-        lora_alpha=lora_alpha,
-        target_modules=target_modules,
-        safety_rank=safety_rank,
-        safety_energy=safety_energy,
-        safety_rank_pattern=safety_rank_pattern,
-        subspace=subspace,
-        init=init,
-        task_rank=task_rank,
-        basis=basis,
-        positions=positions,
-        combine=combine,
-        combine_rank=combine_rank,
-    )
     options = TrainOptions() if options is None else options
-    task = task_data(data, eval_split, eval_limit, options.seed)
-    rows = poisoned(task.train, poison, options.seed)
+    seed, progress = options.seed, options.progress
+    task = task_data(data, eval_split, eval_limit, seed)
+    rows = poisoned(task.train, poison, seed)
     base, tokenizer = load_model(model, tokenizer)
-    config = adapter.config(base, tokenizer, rows, seed=options.seed, progress=options.progress)
+    asked: Any = adapter_config() if config is None else config
+    method = getattr(asked, "PEFT_KEY", "LORA").lower()
+    chosen: Any = calibrated(asked, base, tokenizer, rows, seed=seed, progress=progress)
     bench = Bench.prepare(base, tokenizer, task, options, split=eval_split, limit=eval_limit)
     before = bench.measure(base, tokenizer)
-    tuned, training = finetune(
-        base, tokenizer, rows, config, options, labels=task.labels, description=f"fine-tuning ({method})"
-    )
+    about = f"fine-tuning ({method})"
+    tuned, training = finetune(base, tokenizer, rows, chosen, options, labels=task.labels, description=about)
     after = bench.measure(tuned, tokenizer)
     out = Path(out_dir)
     tuned.save_pretrained(out / "adapter")
-    setting: dict[str, Any] = {
-        "method": method,
-        "r": r,
-        "lora_alpha": lora_alpha,
-        "safety_rank": adapter.size,
-        "safety_energy": safety_energy,
-        "safety_rank_pattern": None if safety_rank_pattern is None else dict(safety_rank_pattern),
-        "init": init,
-        "poison": poison,
-        "seed": options.seed,
-    }
-    if method == "guardspace":
-        setting |= {
-            "basis": config.basis,
-            "positions": positions,
-            "combine": combine,
-            "combine_rank": combine_rank if combine else None,
-        }
-    report = _report(base, before, after, training, {**setting, "lr": options.lr, "batch_size": options.batch_size})
-    report.save(out / "report.json")
-    report.save_png(out / "report.png")
-    report.print()
-    return ProtectReport(tuned, out / "adapter", before, after, training, report)
-
-
-def _report(
-    model: PreTrainedModel, before: Evaluation, after: Evaluation, training: TrainingRun, setting: dict[str, Any]
-) -> Report:
-    method, poison, seed = setting["method"], setting["poison"], setting["seed"]
+    setting = {name: getattr(asked, name) for name in SETTINGS if hasattr(asked, name)}
+    if setting.get("safety_rank") is None and isinstance(getattr(chosen, "subspace", None), SafetySubspace):
+        setting["safety_rank"] = chosen.subspace.provenance.get("rank")
+    setting |= {"method": method, "poison": poison, "seed": seed, "lr": options.lr, "batch_size": options.batch_size}
+    results = {"before": before.to_json(), "after": after.to_json(), "training": asdict(training)}
     attack = f"{100 * poison:g} % of the training rows were a simulated attack." if poison else "No poisoned rows."
-    return Report(
+    report = Report(
         title=f"Fine-tuning by {method}: before and after",
         arms={"before": before.figures(), f"after ({method})": after.figures()},
         notes=(
             f"Judge: {before.judge}. {KeywordJudge.caveat}",
             f"Prompts: the package's {before.split} split. {attack} One seed ({seed}).",
         ),
-        environment=environment(seed, model=str(model.config._name_or_path), device=str(model.device)),
-        details={
-            **setting,
-            "before": before.to_json(),
-            "after": after.to_json(),
-            "training": dataclasses.asdict(training),
-        },
+        environment=environment(seed, model=str(base.config._name_or_path), device=str(base.device)),
+        details={**setting, **results},
     )
+    report.save(out / "report.json")
+    report.save_png(out / "report.png")
+    report.print()
+    return ProtectReport(tuned, out / "adapter", before, after, training, report)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_safety.data.chat import Collator, can_trim, encode_rows
@@ -15,32 +14,21 @@ from peft_safety.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 LEARNING_RATE = 5e-4
-"""Peak learning rate of an adapter where none is given, in Python and on the command line: the smallest tried at which
-plain LoRA learns the task of
-examples/demo.py in one epoch (validation split: accuracy 44 %, against 25 % at 3e-4 and 48 % at 1e-3)."""
+"""Default peak learning rate of an adapter: the smallest tried at which plain LoRA learns the task of examples/demo.py
+in one epoch (validation split: accuracy 44 %, against 25 % at 3e-4 and 48 % at 1e-3)."""
 PATCH_LEARNING_RATE = 2e-3
 """That of a safety patch, which learns one short kind of answer and is stopped early (validation split of
-examples/patch.py).
-"""
+examples/patch.py)."""
 LOGGING_STEPS = 5
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a fine-tuning run cost.
-
-    Attributes:
-        seconds: wall-clock time of the training loop.
-        steps: optimizer steps.
-        rows: training rows that were used.
-        loss: mean training loss, nats a response token.
-        last_loss: loss of the last logged step.
-        peak_memory_mib: CUDA memory allocated at most during the run; on CPU the resident memory of the whole process
-            at most.
-        trainable_parameters: number of trained parameters.
+    """What a fine-tuning run cost. The loss is a mean in nats a response token, `last_loss` that of the last logged
+    step. The memory is allocated CUDA memory; on the CPU, the largest resident memory of the process so far.
     """
 
     seconds: float
@@ -54,20 +42,15 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to train.
+    """How to train. No checkpoint is written.
 
     Attributes:
         lr: AdamW's peak learning rate, decayed linearly to 0.
-        epochs: passes over the rows.
-        max_steps: optimizer steps; overrides `epochs` when positive.
+        epochs, max_steps: passes over the rows; optimizer steps, which override them when positive.
         batch_size: rows a device and step.
-        gradient_accumulation: batches a step.
         max_length: tokens kept of each row, from the left.
-        warmup_steps: steps of linear warm-up.
         seed: of the adapter's initialization and the order of the rows.
-        report_to: as in `transformers.TrainingArguments` ("none", "tensorboard", "wandb", ...).
-        save_steps: write a Trainer checkpoint every so many steps into `checkpoint_dir`; None writes none.
-        checkpoint_dir: needed with `save_steps`.
+        report_to: as in `transformers.TrainingArguments`.
         progress: show a bar on stderr.
     """
 
@@ -75,19 +58,13 @@ class TrainOptions:
     epochs: float = 1.0
     max_steps: int = -1
     batch_size: int = 8
-    gradient_accumulation: int = 1
     max_length: int = 512
-    warmup_steps: int = 0
     seed: int = 0
     report_to: str = "none"
-    save_steps: int | None = None
-    checkpoint_dir: str | Path | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.save_steps is not None and self.checkpoint_dir is None:
-            raise ConfigError(f"save_steps = {self.save_steps} needs a checkpoint_dir to write to.")
-        for name in ("lr", "epochs", "batch_size", "gradient_accumulation", "max_length"):
+        for name in ("lr", "epochs", "batch_size", "max_length"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} = {getattr(self, name)} cannot train anything. Give a positive number.")
 
@@ -105,12 +82,11 @@ def finetune(
     adapter_name: str = "default",
     distil_weight: float = 1.0,
 ) -> tuple[PeftModel, TrainingRun]:
-    """Put an adapter on `model`, or take the one that is there, and train it on `rows`, with a loss on the assistant's
-    tokens only.
+    """Put an adapter on a model, or take its own, and train it on rows, with a loss on the assistant's tokens only.
 
     Args:
-        model: the model to adapt; PEFT injects its layers in place. A PeftModel gets a further adapter; those it has
-            stay active, and frozen.
+        model: PEFT injects its layers in place. A PeftModel gets a further adapter; those it has stay active and
+            frozen.
         rows: {prompt, response}, {text, label} or {messages} rows; those with `"distil": True` are not learned but
             kept, see `recipes.distil`.
         peft_config: any LoRA-like config; the adapter's random initialization is seeded too. None trains the active
@@ -126,6 +102,7 @@ def finetune(
     Raises:
         DataError: malformed rows. ConfigError: no config, and no PeftModel whose active adapter trains.
     """
+    import torch
     from peft import PeftModel
     from transformers import PrinterCallback, Trainer, set_seed
 
@@ -135,28 +112,35 @@ def finetune(
     options = TrainOptions() if options is None else options
     features = encode_rows(tokenizer, rows, options.max_length, labels)
     set_seed(options.seed)
-    if peft_config is None and not (
-        isinstance(model, PeftModel) and any(parameter.requires_grad for parameter in model.parameters())
-    ):
-        raise ConfigError(
-            "peft_config=None trains the active adapter on, and nothing of this model trains. Give a config, or load "
-            "with is_trainable=True."
-        )
+    trains = isinstance(model, PeftModel) and any(parameter.requires_grad for parameter in model.parameters())
+    if peft_config is None and not trains:
+        raise ConfigError("peft_config=None, and no adapter of the model trains. Give a config, or is_trainable=True.")
     weights.stay_unpacked(model)
-    peft_model = model if peft_config is None else _with_adapter(model, peft_config, adapter_name)
+    tuned: Any = model if peft_config is None else _with_adapter(model, peft_config, adapter_name)
+    cuda = model.device.type == "cuda"
+    distil = any("distil" in feature for feature in features)
+    collator = Collator(tokenizer, distil, trim=can_trim(tuned))
+    kind = distilling_trainer(distil_weight) if distil else Trainer
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = _arguments(options, scratch, pin_memory=model.device.type == "cuda")
-        distil = any("distil" in feature for feature in features)
-        kind = distilling_trainer(distil_weight) if distil else Trainer
-        collator = Collator(tokenizer, distil, trim=can_trim(peft_model))
-        trainer = kind(
-            peft_model, arguments, data_collator=collator, train_dataset=features, callbacks=list(callbacks)
-        )
+        arguments = _arguments(options, scratch, pin_memory=cuda)
+        trainer = kind(tuned, arguments, data_collator=collator, train_dataset=features, callbacks=list(callbacks))
         trainer.remove_callback(PrinterCallback)
         if options.progress:
             trainer.add_callback(_progress_bar(description))
-        run = _timed(trainer, peft_model, len(features))
-    return peft_model, run
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        result = trainer.train()
+    tuned.zero_grad(set_to_none=True)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return tuned, TrainingRun(
+        seconds=round(result.metrics["train_runtime"], 2),
+        steps=result.global_step,
+        rows=len(features),
+        loss=result.training_loss,
+        last_loss=losses[-1] if losses else result.training_loss,
+        peak_memory_mib=round((torch.cuda.max_memory_allocated() if cuda else _peak_resident()) / 2**20, 1),
+        trainable_parameters=sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad),
+    )
 
 
 def _with_adapter(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str) -> PeftModel:
@@ -164,9 +148,9 @@ def _with_adapter(model: PreTrainedModel | PeftModel, config: PeftConfig, name: 
 
     if not isinstance(model, PeftModel):
         return get_peft_model(model, config, adapter_name=name)
-    there = list(model.active_adapters)
+    active = list(model.active_adapters)
     model.add_adapter(name, config)
-    model.base_model.set_adapter([*there, name])
+    model.base_model.set_adapter([*active, name])
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(f".{name}." in f"{key}." and "lora_" in key)
     return model
@@ -176,18 +160,15 @@ def _arguments(options: TrainOptions, scratch: str, pin_memory: bool) -> Trainin
     from transformers import TrainingArguments
 
     return TrainingArguments(
-        output_dir=str(options.checkpoint_dir or scratch),
+        output_dir=scratch,
         learning_rate=options.lr,
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
         per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation,
-        warmup_steps=options.warmup_steps,
         weight_decay=0.0,
         seed=options.seed,
         report_to=options.report_to,
-        save_strategy="no" if options.save_steps is None else "steps",
-        save_steps=options.save_steps or 500,
+        save_strategy="no",
         logging_steps=LOGGING_STEPS,
         disable_tqdm=True,  # `_progress_bar` takes one line
         dataloader_pin_memory=pin_memory,
@@ -195,68 +176,27 @@ def _arguments(options: TrainOptions, scratch: str, pin_memory: bool) -> Trainin
     )
 
 
-def _timed(trainer: Trainer, model: PeftModel, rows: int) -> TrainingRun:
-    cuda = model.device.type == "cuda"
-    if cuda:
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    result = trainer.train()
-    seconds = time.perf_counter() - started
-    model.zero_grad(set_to_none=True)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return TrainingRun(
-        seconds=round(seconds, 2),
-        steps=result.global_step,
-        rows=rows,
-        loss=result.training_loss,
-        last_loss=losses[-1] if losses else result.training_loss,
-        peak_memory_mib=round(_peak_memory(cuda) / 2**20, 1),
-        trainable_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-    )
-
-
-def _peak_memory(cuda: bool) -> int:
-    """Bytes: allocated at most on the current CUDA device since the last reset, or resident at most in this process
-    since it began.
-    """
-    if cuda:
-        import torch
-
-        return torch.cuda.max_memory_allocated()
+def _peak_resident() -> int:
+    """Most resident memory of this process since it began, in bytes."""
     import resource
-    import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _progress_bar(description: str) -> TrainerCallback:
-    """A one-line bar with the running loss, in place of the Trainer's printed logs."""
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-    from transformers import TrainerCallback
+    """The Trainer's bar on one line, with the running loss instead of printed logs."""
+    from transformers import ProgressCallback
 
-    class Bar(TrainerCallback):
+    class Bar(ProgressCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar = tqdm(
-                total=state.max_steps,
-                desc=description,
-                unit="step",
-                leave=False,
-                disable=not state.is_world_process_zero,
-            )
+            super().on_train_begin(args, state, control, **kwargs)
+            if self.training_bar is not None:
+                self.training_bar.set_description(description)
+                self.training_bar.leave = False
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar.update(state.global_step - self.bar.n)
-
-        def on_log(
-            self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-        ) -> None:
-            if logs and "loss" in logs:
-                self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar.close()
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if self.training_bar is not None and logs and "loss" in logs:
+                self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
     return Bar()

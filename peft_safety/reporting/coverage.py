@@ -3,84 +3,62 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from peft_safety.calibration.activations import kind_of
 from peft_safety.calibration.coverage import TASK_ENERGY, ModuleCoverage
 from peft_safety.errors import DataError
-from peft_safety.reporting.render import PALETTE, print_wide, save_figure
+from peft_safety.reporting import render
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
+Row = dict[str, Any]
 GRID = 64
 """Points of a drawn curve."""
 FLOOR = 1e-5
 """Lower end of the picture: smaller shares are rounding noise of the moments."""
+COVERED_NOTE = "covered: share of the calibration inputs' energy inside the null space; the update does not see it."
+TASK_NOTE = (
+    f"task: share of its inputs' energy that the update still sees, and the directions that hold {TASK_ENERGY:.0%} of "
+    "them, in all and outside."
+)
+BARS = {
+    "k": ("null space (k)", "#999999"),
+    "task_rank": (f"task, {TASK_ENERGY:.0%} of its energy", render.PALETTE[0]),
+    "task_rank_free": (f"{TASK_ENERGY:.0%} of what is left of it outside", render.PALETTE[1]),
+}
+"""Figure -> its label and color."""
 
 
-def kinds(modules: Sequence[ModuleCoverage]) -> dict[str, list[ModuleCoverage]]:
-    """The modules by the last part of their name, in order of first appearance."""
-    return {kind: [row for row in modules if row.kind == kind] for kind in dict.fromkeys(row.kind for row in modules)}
-
-
-def to_json(modules: Sequence[ModuleCoverage]) -> list[dict[str, Any]]:
+def to_json(modules: Sequence[ModuleCoverage]) -> list[Row]:
     """Plain values, one object a module."""
-    return [
-        {
-            "name": row.name,
-            "features": row.features,
-            "k": row.k,
-            "covered": row.covered,
-            **(
-                {}
-                if row.task is None
-                else {"task_free": row.task.free, "task_rank": row.task.rank, "task_rank_free": row.task.rank_free}
-            ),
-        }
-        for row in modules
-    ]
-
-
-def table(modules: Sequence[ModuleCoverage]) -> Table:
-    """Medians by kind of module, with the smallest values."""
-    from rich.table import Table
-
-    with_task = any(row.task is not None for row in modules)
-    notes = ["covered: share of the calibration inputs' energy inside the null space; the update does not see it."]
-    if with_task:
-        notes.append(
-            "task: share of its inputs' energy that the update still sees, and the directions that hold "
-            f"{TASK_ENERGY:.0%} of them, in all and outside."
-        )
-    shown = Table(
-        title=f"Null spaces of {len(modules)} modules, by kind (medians)",
-        caption="\n".join(notes),
-        title_justify="left",
-        caption_justify="left",
-    )
-    headings = ["module", "inputs", "k", "covered", "(least)"] + (
-        ["task: seen", "(least)", "rank", "rank outside"] if with_task else []
-    )
-    for heading in headings:
-        shown.add_column(heading, justify="left" if heading == "module" else "right", no_wrap=True)
-    for kind, rows in [*kinds(modules).items(), ("all", list(modules))]:
-        cells = [f"{kind} ({len(rows)})", _span(rows, lambda row: row.features), _span(rows, lambda row: row.k)]
-        cells += _pair([row.covered for row in rows if row.covered is not None])
-        if with_task:
-            tasks = [row.task for row in rows if row.task is not None]
-            ranks = [_middle([getattr(task, name) for task in tasks]) for name in ("rank", "rank_free")]
-            cells += [*_pair([task.free for task in tasks]), *ranks]
-        shown.add_row(*cells)
-    return shown
+    rows = []
+    for module in modules:
+        row = {name: getattr(module, name) for name in ("name", "features", "k", "covered")}
+        task = module.task
+        rows.append(row | ({} if task is None else {f"task_{name}": value for name, value in vars(task).items()}))
+    return rows
 
 
 def show(modules: Sequence[ModuleCoverage]) -> None:
-    """Print the table to stdout."""
-    print_wide(table(modules))
+    """Print medians by kind of module, with the smallest values."""
+    rows = to_json(modules)
+    task = bool(_known(rows, "task_free"))
+    headings = ["module", "inputs", "k", "covered", "(least)"]
+    headings += ["task:\nseen", "(least)", "rank", "rank\noutside"] if task else []
+    lines = []
+    for kind, group in [*_by_kind(rows).items(), ("all", rows)]:
+        cells = [f"{kind} ({len(group)})", _span(group, "features"), _span(group, "k")]
+        for name in ("covered", "task_free") if task else ("covered",):
+            least = min(_known(group, name), default=None)
+            cells += [render.number(_median(group, name), ".4f"), render.number(least, ".2g")]
+        for name in ("task_rank", "task_rank_free") if task else ():
+            cells.append(render.number(_median(group, name), ".0f"))
+        lines.append(cells)
+    title = f"Null spaces of {len(modules)} modules, by kind (medians)"
+    render.show(title, render.table(headings, lines), notes=[COVERED_NOTE, *([TASK_NOTE] if task else [])])
 
 
 def save_png(modules: Sequence[ModuleCoverage], path: str | Path) -> Path:
@@ -90,83 +68,54 @@ def save_png(modules: Sequence[ModuleCoverage], path: str | Path) -> Path:
     Raises:
         DataError: no module, or bases that do not say what they cover.
     """
-    from matplotlib.figure import Figure
-
-    if not any(len(row.curve) for row in modules):
+    if not any(len(module.curve) for module in modules):
         raise DataError(
             "the subspace does not say what its input bases cover, so there is nothing to draw. Calibrate with "
             "method='guardspace'."
         )
-    with_task = any(row.task is not None for row in modules)
-    canvas = Figure(figsize=(11.5 if with_task else 6.2, 4.2), layout="constrained")
-    panels = canvas.subplots(1, 1 + with_task, squeeze=False)[0]
-    _draw_energy(panels[0], modules)
-    if with_task:
-        _draw_ranks(panels[1], modules)
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(labelsize=8)
-    return save_figure(canvas, path)
+    rows = to_json(modules)
+    task = bool(_known(rows, "task_free"))
+    canvas, panels = render.figure(11.5 if task else 6.2, 4.2, 1 + task)
+    _draw_energy(panels[0], [row | {"curve": module.curve} for row, module in zip(rows, modules, strict=True)])
+    if task:
+        _draw_ranks(panels[1], rows)
+    return render.save_figure(canvas, path)
 
 
-def _draw_energy(panel: Any, modules: Sequence[ModuleCoverage]) -> None:
+def _draw_energy(panel: Any, rows: list[Row]) -> None:
     """One line per kind: median energy outside the first k directions; a cross marks the task."""
-    for index, (kind, rows) in enumerate(kinds(modules).items()):
-        drawn = [row for row in rows if len(row.curve)]
-        if not drawn:
-            continue
-        color = PALETTE[index % len(PALETTE)]
-        largest = min(row.k / row.features for row in drawn)
-        shares = torch.linspace(
-            min(1 / row.features for row in drawn), max(row.k / row.features for row in drawn), GRID
-        )
-        lines = torch.stack([_at(row, shares) for row in drawn])
-        outside = (1 - lines).median(dim=0).values.clamp(min=FLOOR)
-        panel.plot((100 * shares).tolist(), outside.tolist(), color=color, label=kind, linewidth=1.6)
-        free = [row.task.free for row in drawn if row.task is not None]
-        if free:
-            panel.plot([100 * largest], [statistics.median(free)], "x", color=color, markersize=7, markeredgewidth=2)
+    for index, (kind, group) in enumerate(_by_kind([row for row in rows if len(row["curve"])]).items()):
+        color = render.PALETTE[index % len(render.PALETTE)]
+        sizes = [row["k"] / row["features"] for row in group]
+        shares = torch.linspace(min(1 / row["features"] for row in group), max(sizes), GRID)
+        outside = 1 - torch.stack([_covered_at(row, shares) for row in group]).median(dim=0).values
+        panel.plot((100 * shares).tolist(), outside.clamp(min=FLOOR).tolist(), color=color, label=kind, linewidth=1.6)
+        if _known(group, "task_free"):
+            place = [100 * min(sizes)], [_median(group, "task_free")]
+            panel.plot(*place, "x", color=color, markersize=7, markeredgewidth=2)
     panel.set_yscale("log")
     panel.set_ylim(bottom=FLOOR)
     panel.set_xlabel("k, % of the input dimensions", fontsize=9)
     panel.set_ylabel("share of energy outside", fontsize=9)
-    crosses = "; crosses: the task" if any(row.task is not None for row in modules) else ""
+    crosses = "; crosses: the task" if _known(rows, "task_free") else ""
     panel.set_title(f"What the update still sees (lines: calibration data{crosses})", fontsize=9)
     panel.grid(color="0.92", which="major")
     panel.legend(fontsize=8, frameon=False, ncols=2)
 
 
-def _at(row: ModuleCoverage, shares: torch.Tensor) -> torch.Tensor:
+def _covered_at(row: Row, shares: torch.Tensor) -> torch.Tensor:
     """A module's covered energy at shares of its dimensions; constant beyond its own k."""
-    index = (shares * row.features).round().long().clamp(1, row.k) - 1
-    return row.curve[index.clamp(max=len(row.curve) - 1)]
+    curve: torch.Tensor = row["curve"]
+    return curve[(shares * row["features"]).round().long().clamp(1, len(curve)) - 1]
 
 
-def _draw_ranks(panel: Any, modules: Sequence[ModuleCoverage]) -> None:
+def _draw_ranks(panel: Any, rows: list[Row]) -> None:
     """Bars per kind: dimensions of the null space, of the task's inputs, and of the task's inputs outside."""
-    groups = kinds(modules)
-    bars: tuple[tuple[str, str, Callable[[ModuleCoverage], int | None]], ...] = (
-        ("null space (k)", "#999999", lambda row: row.k),
-        (f"task, {TASK_ENERGY:.0%} of its energy", PALETTE[0], lambda row: row.task.rank if row.task else None),
-        (
-            f"{TASK_ENERGY:.0%} of what is left of it outside",
-            PALETTE[1],
-            lambda row: row.task.rank_free if row.task else None,
-        ),
-    )
-    for offset, (label, color, figure) in enumerate(bars):
-        values = [[value for row in rows if (value := figure(row)) is not None] for rows in groups.values()]
-        heights = [
-            100 * statistics.median(known) / rows[0].features if known else 0
-            for known, rows in zip(values, groups.values(), strict=True)
-        ]
-        panel.bar(
-            [place + 0.27 * (offset - 1) for place in range(len(groups))],
-            heights,
-            width=0.25,
-            color=color,
-            label=label,
-        )
+    groups = _by_kind(rows)
+    for offset, (name, (label, color)) in enumerate(BARS.items()):
+        heights = [100 * (_median(group, name) or 0) / group[0]["features"] for group in groups.values()]
+        places = [place + 0.27 * (offset - 1) for place in range(len(groups))]
+        panel.bar(places, heights, width=0.25, color=color, label=label)
     panel.set_ylim(top=1.35 * panel.get_ylim()[1])  # room for the legend
     panel.set_xticks(range(len(groups)), list(groups), rotation=30, ha="right")
     panel.set_ylabel("% of the input dimensions (medians)", fontsize=9)
@@ -176,15 +125,23 @@ def _draw_ranks(panel: Any, modules: Sequence[ModuleCoverage]) -> None:
     panel.legend(fontsize=8, frameon=False)
 
 
-def _span(rows: Sequence[ModuleCoverage], figure: Callable[[ModuleCoverage], int]) -> str:
-    values = sorted({figure(row) for row in rows})
-    return str(values[0]) if len(values) == 1 else f"{values[0]}-{values[-1]}"
+def _by_kind(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows by the last part of their name, in order of first appearance."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(kind_of(row["name"]), []).append(row)
+    return groups
 
 
-def _pair(values: Sequence[float]) -> list[str]:
-    return [f"{statistics.median(values):.4f}", f"{min(values):.2g}"] if values else ["-", "-"]
+def _known(rows: list[Row], name: str) -> list[float]:
+    return [row[name] for row in rows if row.get(name) is not None]
 
 
-def _middle(values: Sequence[int | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{statistics.median(known):.0f}" if known else "-"
+def _span(rows: list[Row], name: str) -> str:
+    values = _known(rows, name)
+    return "-".join(str(value) for value in sorted({min(values), max(values)}))
+
+
+def _median(rows: list[Row], name: str) -> float | None:
+    known = _known(rows, name)
+    return statistics.median(known) if known else None

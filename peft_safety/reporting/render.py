@@ -1,26 +1,92 @@
-"""Printing wide tables and saving pictures."""
+"""How every report is printed and drawn: plain tables with notes below them, and pictures."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#882255")
 """Color-blind safe (Okabe and Ito)."""
-WIDEST = 1000
+WIDTH = 80
+"""Columns of a terminal that a printed table fits, unless its figures need more."""
+
+GAP = 2
+"""Columns of the terminal between two columns of a table."""
+NARROWEST = 24
+"""Columns that running text has at least."""
 
 
-def print_wide(table: Table) -> None:
-    """Print a table to stdout, as wide as its columns need: no figure is cut off."""
+def plain_console(**options: Any) -> Console:
+    """A console that prints text as it is: names and messages from files are never read as markup."""
     from rich.console import Console
 
-    console = Console()
-    needed = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum
-    console.width = max(console.width, needed)
-    console.print(table)
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], prose: Collection[int] = ()) -> Table:
+    """A table of text.
+
+    Args:
+        headings: one per column; a table without any heading has no header.
+        rows: one cell per column.
+        prose: columns of running text, which are wrapped. The others are never cut: the first is left-aligned, figures
+            are right-aligned.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    rows = list(rows)
+    result = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False, show_header=any(headings))
+    for index, heading in enumerate(headings):
+        if index in prose:
+            result.add_column(heading, overflow="fold")
+            continue
+        lines = [line for cell in (heading, *(row[index] for row in rows)) for line in cell.split("\n")]
+        justify: Any = "right" if index else "left"
+        result.add_column(heading, justify=justify, no_wrap=True, min_width=max(map(len, lines)))
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def show(title: str, *tables: Table, notes: Iterable[str] = ()) -> None:
+    """Print tables between a title and notes to stdout, in `WIDTH` columns or as wide as the figures need."""
+    console = plain_console()
+    width = min(console.width, WIDTH)
+    needed = [sum((column.min_width or NARROWEST) + GAP for column in part.columns) - GAP for part in tables]
+    console.width = max([width, *needed])
+    console.print(title, style="italic", width=width)
+    for part in tables:
+        console.print(part)
+        console.print()
+    for note in notes:
+        console.print(note, style="dim", width=width)
+
+
+def number(value: float | None, form: str = ".3g") -> str:
+    """A figure as text: "-" for None and NaN, and no minus sign before a rounded zero."""
+    if value is None or math.isnan(value):
+        return "-"
+    text = format(value, form)
+    return text if float(text) else text.lstrip("-")
+
+
+def figure(width: float, height: float, panels: int = 1, sharey: bool = False) -> tuple[Any, Any]:
+    """A matplotlib figure with panels side by side: the figure and the array of its axes."""
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(width, height), layout="constrained")
+    axes = canvas.subplots(1, panels, sharey=sharey, squeeze=False)[0]
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8)
+    return canvas, axes
 
 
 def save_figure(canvas: Any, path: str | Path, **options: Any) -> Path:

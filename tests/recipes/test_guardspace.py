@@ -7,14 +7,14 @@ import torch
 from typer.testing import CliRunner
 
 from peft_safety import SafetySubspace, verify
-from peft_safety.calibration.coverage import coverage, task_shares, warn_if_stalled
+from peft_safety.calibration.coverage import coverage, task_inputs, warn_if_stalled
 from peft_safety.calibration.moments import content_digest, to_batches
 from peft_safety.cli import app
 from peft_safety.core.projection import principal_cosines
 from peft_safety.core.targets import target_layers
 from peft_safety.data import calibration_rows
 from peft_safety.errors import CalibrationError, ConfigError, DataError
-from peft_safety.recipes.adapter import AdapterOptions
+from peft_safety.recipes.adapter import adapter_config
 from peft_safety.recipes.calibrate import calibrate
 from peft_safety.recipes.protect import protect
 from peft_safety.recipes.train import TrainOptions
@@ -99,7 +99,7 @@ def test_the_tasks_share_outside_is_what_a_dense_computation_gives():
         model, HARMFUL, tokenizer=tokenizer, method="guardspace", rank=5, layers=layers, progress=False
     )
     batches = to_batches(TASK, tokenizer, batch_size=20, max_length=256)[0]
-    shares = task_shares(model, layers, space, batches, ranks=True, progress=False)
+    shares = task_inputs(model, layers, space, batches, ranks=True, progress=False)[1]
     inputs = {}
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, args[0].detach()))
@@ -130,7 +130,7 @@ def test_identical_task_data_are_recognized_whatever_the_batches():
     layers = target_layers(model, ["q_proj"])
     space = SafetySubspace.from_activations(model, one, method="guardspace", rank=4, layers=layers, progress=False)
     with pytest.raises(CalibrationError, match="that the subspace was calibrated on"):
-        task_shares(model, layers, space, HARMFUL[::-1], tokenizer=tokenizer, batch_size=2)
+        task_inputs(model, layers, space, HARMFUL[::-1], tokenizer=tokenizer, batch_size=2)
 
 
 def test_rows_of_a_prompt_alone_may_stand_among_complete_ones():
@@ -169,38 +169,36 @@ def test_a_malformed_size_by_kind_is_refused(text, files):
 
 
 def test_protect_end_to_end(files, capsys):
-    result = protect(
-        str(files / "model"),
-        TASK,
-        out_dir=files / "run",
-        safety_rank=0.1,
-        init="guardspace",
-        combine="salora",
-        combine_rank=2,
-        options=QUICK,
-        eval_limit=2,
-    )
+    config = adapter_config(safety_rank=0.1, init="guardspace", combine="salora", combine_rank=2)
+    result = protect(str(files / "model"), TASK, files / "run", config, options=QUICK, eval_limit=2)
     assert result.training.steps == 2
     found = verify(files / "run" / "adapter")
     assert found.method == "GUARDSPACE"
     assert found.worst_leak <= 1e-6
     assert json.loads((files / "run" / "report.json").read_text())["details"]["safety_rank"] == 0.1
     assert "guardspace" in capsys.readouterr().out
+    command = ["verify", str(files / "run" / "adapter")]
+    shown = CliRunner().invoke(app, command, catch_exceptions=False).stdout
+    facts = json.loads(CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False).stdout)
+    assert len(facts["provenance"]["covered"]) == 14
+    least = min(facts["provenance"]["covered"].values())
+    assert f"least {least:.3g}" in " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"method": "lora", "init": "guardspace"}, "not one of lora's"),
-        ({"method": "salora", "init": "guardspace"}, "not one of salora's"),
-        ({"method": "guardspace", "init": "task"}, "not one of guardspace's"),
-        ({"method": "salora", "positions": "prompt"}, "are GuardSpace's"),
-        ({"method": "lora", "safety_rank": 4}, "method 'lora' has none"),
+        ({"method": "lora", "init": "guardspace"}, "'lora' has no option 'init'"),
+        ({"method": "salora", "init": "guardspace"}, "Use 'lora' or 'task'"),
+        ({"method": "guardspace", "init": "task"}, "one of 'lora', 'guardspace'"),
+        ({"method": "salora", "positions": "prompt"}, "'salora' has no option 'positions'"),
+        ({"method": "lora", "safety_rank": 4}, "'lora' has no option 'safety_rank'"),
         ({"safety_rank": 4, "safety_energy": 0.5}, "give one of them"),
-        ({"method": "lora", "combine": "salora"}, "are GuardSpace's"),
+        ({"method": "lora", "combine": "salora"}, "'lora' has no option 'combine'"),
     ],
     ids=str,
 )
 def test_options_of_another_method_are_refused(options, said):
     with pytest.raises(ConfigError, match=said):
-        AdapterOptions(**options)
+        adapter_config(**options)

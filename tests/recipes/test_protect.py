@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 import typer
-from peft import LoraConfig, PeftModel, TaskType
+from peft import LoraConfig, PeftModel
+from typer.testing import CliRunner
 
 from peft_safety.cli import app
 from peft_safety.data import load
 from peft_safety.errors import ConfigError, DataError
-from peft_safety.recipes.adapter import AdapterOptions
+from peft_safety.recipes.adapter import adapter_config, calibrated
 from peft_safety.recipes.calibrate import calibrate
 from peft_safety.recipes.load import load_model, poisoned, task_data
 from peft_safety.recipes.patch import PatchOptions
@@ -25,14 +26,15 @@ TASK = [{"text": f"message {index}", "label": "ab"[index % 2]} for index in rang
 
 
 def test_end_to_end_on_a_classification_task(tmp_path, capsys):
+    config = adapter_config("lora")
     result = protect(
-        tiny_llama(), TASK, "lora", tmp_path, tokenizer=tiny_tokenizer(), poison=0.25, options=QUICK, eval_limit=3
+        tiny_llama(), TASK, tmp_path, config, tokenizer=tiny_tokenizer(), poison=0.25, options=QUICK, eval_limit=3
     )
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved["details"]["before"]["refusal"]["n"] == 3
     assert saved["details"]["after"]["task_accuracy"]["n"] == 3
     assert saved["details"]["poison"] == 0.25
-    assert Report.load(tmp_path / "report.json").rows() == result.report.rows()
+    assert Report.load(tmp_path / "report.json").card() == result.report.card()
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "before" in printed
@@ -48,28 +50,29 @@ def test_end_to_end_on_a_classification_task(tmp_path, capsys):
 
 def test_chat_data_is_scored_by_its_likelihood(tmp_path):
     rows = [{"prompt": f"say {index}", "response": f"it is {index}"} for index in range(10)]
-    result = protect(tiny_llama(), rows, "lora", tmp_path, tokenizer=tiny_tokenizer(), options=QUICK, eval_limit=2)
+    config = adapter_config("lora")
+    result = protect(tiny_llama(), rows, tmp_path, config, tokenizer=tiny_tokenizer(), options=QUICK, eval_limit=2)
     assert result.after.task_accuracy is None
     assert result.after.task_nll is not None
     assert result.after.task_nll.value < result.before.task_nll.value
 
 
 def test_salora_end_to_end(tmp_path):
-    result = protect(
-        tiny_llama(), TASK, "salora", tmp_path, tokenizer=tiny_tokenizer(), safety_rank=4, options=QUICK, eval_limit=2
-    )
+    config = adapter_config("salora", safety_rank=4)
+    result = protect(tiny_llama(), TASK, tmp_path, config, tokenizer=tiny_tokenizer(), options=QUICK, eval_limit=2)
+    assert config.subspace == "auto", "the caller's config stays as it was"
     assert result.training.steps == 2
     assert (tmp_path / "adapter" / "safety_subspace.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
-    "bad", [{"method": "magic"}, {"poison": 1.5}, {"data": []}, {"model": "no/such/directory/anywhere"}]
+    "bad", [{"poison": -0.5}, {"poison": 1.5}, {"data": []}, {"model": "no/such/directory/anywhere"}]
 )
 def test_mistakes_cost_nothing(tmp_path, bad):
     arguments = {
         "model": tiny_llama(),
         "data": TASK,
-        "method": "lora",
+        "config": adapter_config("lora"),
         "tokenizer": tiny_tokenizer(),
         "options": QUICK,
         **bad,
@@ -109,15 +112,6 @@ def test_an_adapter_that_is_there_is_trained_on():
     )
     with pytest.raises(ConfigError, match="is_trainable"):
         finetune(tiny_llama(), tiny_tokenizer(), TASK, None, QUICK)
-
-
-def test_only_asked_for_checkpoints_are_written(tmp_path):
-    config = LoraConfig(target_modules=["q_proj"], task_type=TaskType.CAUSAL_LM)
-    options = TrainOptions(max_steps=2, save_steps=1, checkpoint_dir=tmp_path, progress=False)
-    finetune(tiny_llama(), tiny_tokenizer(), TASK, config, options)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
-    with pytest.raises(ConfigError, match="checkpoint_dir"):
-        TrainOptions(save_steps=1)
 
 
 @pytest.mark.parametrize("name", ["lr", "batch_size", "max_length", "epochs"])
@@ -164,7 +158,7 @@ def test_a_loaded_model_without_a_tokenizer_in_reach():
 
 def test_method_names_are_checked_first():
     with pytest.raises(ConfigError, match="'lora', 'salora' or 'guardspace'"):
-        AdapterOptions("dora")
+        adapter_config("dora")
 
 
 def options_of(command):
@@ -176,13 +170,13 @@ def options_of(command):
 
 
 def test_commands_and_functions_have_the_same_defaults():
-    for name, function in (("protect", protect), ("calibrate", calibrate)):
+    for name, function in (("protect", adapter_config), ("calibrate", calibrate)):
         there = inspect.signature(function).parameters
         assert options_of(name)["--method"].default == there["method"].default == "guardspace"
-    assert AdapterOptions().method == "guardspace"
+    for option, name in (("--rank", "r"), ("--lora-alpha", "lora_alpha"), ("--target-modules", "target_modules")):
+        assert options_of("protect")[option].default == inspect.signature(adapter_config).parameters[name].default
     assert options_of("protect")["--lr"].default == TrainOptions().lr == LEARNING_RATE
     assert options_of("patch")["--lr"].default == PatchOptions().training.lr
-    assert options_of("protect")["--combine-rank"].default == AdapterOptions().combine_rank
 
 
 def test_an_option_means_one_thing_in_all_commands():
@@ -199,6 +193,25 @@ def test_an_option_means_one_thing_in_all_commands():
     assert not any(gone & set(options) for name, options in commands.items() if name != "audit")
 
 
+def test_the_command_passes_its_options_on(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, TASK)))
+    command = ["protect", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "task.jsonl")]
+    command += ["--out", str(tmp_path / "run"), "--safety-rank", "4"]
+    options = "--method salora --rank 2 --target-modules q_proj,v_proj --max-steps 1 --batch-size 3 --eval-limit 1"
+    done = CliRunner().invoke(app, [*command, *options.split()], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["safety_rank"]) == ("SALORA", 2, 4)
+    assert {name.rpartition(".")[2] for name in config["target_modules"]} == {"q_proj", "v_proj"}
+    details = json.loads((tmp_path / "run" / "report.json").read_text())["details"]
+    assert (details["method"], details["batch_size"], details["training"]["steps"]) == ("salora", 3, 1)
+    refused = CliRunner().invoke(app, [*command, "--method", "lora"])
+    assert isinstance(refused.exception, ConfigError)
+    assert "no option 'safety_rank'" in str(refused.exception)
+
+
 @pytest.mark.parametrize(
     ("method", "size", "directions"),
     [
@@ -210,18 +223,17 @@ def test_an_option_means_one_thing_in_all_commands():
 )
 def test_a_size_is_a_number_of_directions_or_a_share_for_every_method(method, size, directions):
     model, side = tiny_llama(hidden=48 if directions == 32 else 32), "out" if method == "salora" else "in"
-    config = AdapterOptions(method, target_modules=["q_proj"], **size).config(
-        model, tiny_tokenizer(), TASK, progress=False
-    )
+    config = adapter_config(method, target_modules=["q_proj"], **size)
+    config = calibrated(config, model, tiny_tokenizer(), TASK, progress=False)
     assert {config.subspace.rank(name, side) for name in config.subspace.module_names} == {directions}
     assert config.safety_rank == size.get("safety_rank"), "what was asked for"
 
 
 def test_safety_energy_and_a_pattern_reach_the_subspace():
-    options = AdapterOptions(
+    config = adapter_config(
         safety_energy=0.5, safety_rank_pattern={"down_proj": 0.9}, target_modules=["q_proj", "down_proj"]
     )
-    config = options.config(tiny_llama(), tiny_tokenizer(), TASK, progress=False)
+    config = calibrated(config, tiny_llama(), tiny_tokenizer(), TASK, progress=False)
     assert (config.safety_rank, config.safety_energy) == (None, 0.5)
     assert config.safety_rank_pattern == {"down_proj": 0.9}
     assert config.subspace.provenance["energy"] == 0.5

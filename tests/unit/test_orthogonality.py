@@ -64,8 +64,6 @@ def test_the_overlaps_equal_their_dense_definitions(problem, k):
         torch.testing.assert_close(torch.tensor(side.angles, dtype=torch.float64), angles, rtol=0, atol=1e-4)
         assert side.angle == min(side.angles)
         assert list(side.angles) == sorted(side.angles)
-        assert side.cos2 == pytest.approx(float(product.square().sum()) / q, abs=1e-9)
-        assert side.cos2_null == p / d
         assert side.energy == pytest.approx(float(inside.square().sum() / delta.square().sum()), rel=1e-7, abs=1e-9)
         assert side.energy_null == kept / d
         assert 0 <= side.metric <= 1 + 1e-12
@@ -179,7 +177,7 @@ def test_a_zero_update_has_no_figures(b):
     assert found.angles == ()
     assert all(
         math.isnan(value)
-        for value in (found.metric, found.null, found.z, found.angle, found.cos2, found.energy, found.energy_ratio)
+        for value in (found.metric, found.null, found.z, found.angle, found.energy, found.energy_ratio)
     )
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import struct
 import subprocess
@@ -8,8 +7,10 @@ import sys
 
 import pytest
 
+from peft_safety.cli.common import fail
 from peft_safety.errors import DataError
 from peft_safety.evaluation.metrics import Mean, Rate
+from peft_safety.reporting import render
 from peft_safety.reporting.report import Report, environment
 
 
@@ -31,20 +32,18 @@ def test_json_round_trip(report, tmp_path):
     path = report.save(tmp_path / "deep" / "report.json")
     back = Report.load(path)
     assert back.to_json() == json.loads(path.read_text()) == report.to_json()
-    assert back.rows() == report.rows()
+    assert back.card() == report.card()
 
 
 def test_every_figure_has_its_n_and_interval(report):
-    assert report.headings() == ["", "refusal (N=10-12)", "NLL (N=1-2)", "accuracy (N=4)"]
-    assert report.rows()[0] == ["before", "90 % [60, 98]", "1.50 [0.52, 2.48]", "-"]
+    headings, _, first, *_ = [line for line in report.card().splitlines() if line.startswith("|")]
+    assert headings == "|  | refusal (N=10-12) | NLL (N=1-2) | accuracy (N=4) |"
+    assert first == "| before | 90 % [60, 98] | 1.50 [0.52, 2.48] | - |"
 
 
-def test_table_shows_everything(report):
-    from rich.console import Console
-
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(report.table())
-    text = console.export_text()
+def test_table_shows_everything(report, capsys):
+    report.print()
+    text = capsys.readouterr().out
     for part in ("A | test", "before", "after", "90 % [60, 98]", "Judge: keyword.", "95 % intervals"):
         assert part in text
 
@@ -124,6 +123,18 @@ def test_environment_names_versions_and_seed():
     assert found["seed"] == 7
     assert found["device"] == "cpu"
     assert {"python", "torch", "transformers", "peft"} <= set(found)
+
+
+def test_text_is_never_read_as_markup(capsys):
+    table = render.table(["[b]x", ":smile:"], [["[/x]", "[bold]1"], ["[link=y]", "2"]])
+    render.show("[/title]", table, notes=["[red]note"])
+    with pytest.raises(SystemExit) as ended:
+        fail(DataError("[/x] in a file"), code=2)
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    for text in ("[b]x", ":smile:", "[/x]", "[bold]1", "[link=y]", "[/title]", "[red]note"):
+        assert text in printed.out
+    assert "DataError: [/x] in a file" in printed.err
 
 
 def test_importing_the_report_is_light():

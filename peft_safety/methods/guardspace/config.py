@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from peft_safety.calibration.activations import DEFAULT_RANK, adapters_off, estimate, tokenizer_of
-from peft_safety.calibration.coverage import task_inputs, task_shares, warn_if_stalled
+from peft_safety.calibration.coverage import task_inputs, warn_if_stalled
 from peft_safety.calibration.moments import InputMoments, collect, is_tokenized, to_batches
 from peft_safety.core import base_weights as weights
 from peft_safety.core.certificate import Certificate
@@ -228,7 +228,7 @@ class GuardSpaceConfig(ProtectedConfig):
         base = {name: layer.get_base_layer() for name, layer in layers.items()}
         if self.task_data is not None:
             rows = data_rows(self.task_data, "task_data")
-            warn_if_stalled(task_shares(model, base, self.subspace, rows, tokenizer=self._tokenizer(model, rows)))
+            warn_if_stalled(task_inputs(model, base, self.subspace, rows, tokenizer=self._tokenizer(model, rows))[1])
         if self.init == "lora":
             return
         moments = self._moments(model, base)

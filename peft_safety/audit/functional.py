@@ -1,0 +1,153 @@
+"""What an update does to general and harmful inputs: `E||dW x||` beside `E||W x||`, and the data behind it. One pass
+over the model, in which no activation is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peft_safety.audit.metrics import Update
+from peft_safety.calibration.activations import adapters_off, tokenizer_of
+from peft_safety.calibration.moments import Batch, Positions, exact_matmul, is_tokenized, run, selected, to_batches
+from peft_safety.data import load, refusal_pairs
+from peft_safety.data.rows import Rows, as_rows
+from peft_safety.errors import CalibrationError, ConfigError
+from peft_safety.evaluation import self_responses
+
+Calibration = Literal["auto"] | Mapping[str, Rows] | None
+KINDS = ("general", "harmful")
+SPLIT = "calibration"
+ANSWER_TOKENS = 24
+"""Tokens of the model's own answers to the general prompts, as in this package's benchmark."""
+
+
+@dataclass(frozen=True)
+class Interference:
+    """Mean lengths over the positions that count.
+
+    Attributes:
+        update, weight: `E||dW x||`, and `E||W x||` without the bias.
+        tokens: how many positions.
+    """
+
+    update: float
+    weight: float
+    tokens: int
+
+    @property
+    def share(self) -> float:
+        """`E||dW x|| / E||W x||`; NaN where the layer computes nothing."""
+        return self.update / self.weight if self.weight > 0 else float("nan")
+
+
+def check_calibration(calibration: Calibration) -> None:
+    """Refuse a malformed request before any work is done.
+
+    Raises:
+        ConfigError: neither None, "auto", nor a mapping with the two kinds.
+    """
+    given = list(calibration) if isinstance(calibration, Mapping) else calibration
+    both = isinstance(calibration, Mapping) and set(calibration) == set(KINDS)
+    if not both and not (given is None or (isinstance(given, str) and given == "auto")):
+        raise ConfigError(f"calibration={given!r}. Use None, 'auto', or a mapping with the keys {KINDS}.")
+
+
+def calibration_sets(
+    model: nn.Module, calibration: Calibration, tokenizer: Any, progress: bool
+) -> dict[str, tuple[list[Batch], dict[str, Any]]]:
+    """By kind, the batches, and their `source` and a hash of their content (`data`); empty for None.
+
+    Args:
+        tokenizer: for rows of text; None takes the model's own.
+
+    Raises:
+        CalibrationError, DataError: rows or batches that cannot be used. ConfigError: no tokenizer can be loaded.
+    """
+    if calibration is None:
+        return {}
+    sources = dict.fromkeys(KINDS, "given")
+    if isinstance(calibration, str):
+        tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
+        bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        prompts = [row["prompt"] for row in load("general_prompts", SPLIT)]
+        with adapters_off(model):
+            general = self_responses(bare, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, progress=progress)
+        calibration = {"general": general, "harmful": refusal_pairs(SPLIT)}
+        sources["general"] = f"peft_safety general prompts, {SPLIT} split, answered by the base model"
+        sources["harmful"] = f"peft_safety refusal pairs, {SPLIT} split"
+    sets = {}
+    for kind in KINDS:
+        data = as_rows(calibration[kind], f"calibration[{kind!r}]", CalibrationError)
+        if data and not is_tokenized(data) and tokenizer is None:
+            tokenizer = tokenizer_of(model)
+        batches, digest = to_batches(data, tokenizer, batch_size=8, max_length=512)
+        sets[kind] = (batches, {"source": sources[kind], "data": digest})
+    return sets
+
+
+def interference(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    updates: Mapping[str, Update],
+    batches: Sequence[Batch],
+    *,
+    positions: Positions = "response",
+    progress: bool = True,
+    what: str = "interference",
+) -> dict[str, Interference]:
+    """Run the bare base model over the batches once, and measure every layer.
+
+    Args:
+        layers: base layers by name.
+        updates: of the same names.
+        batches: `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`.
+        positions: those with a label ("response"), those without ("prompt"), or all that have attention ("all").
+
+    Raises:
+        CalibrationError: a layer saw no such position, or its inputs or outputs are not finite.
+        ConfigError: an adapter is merged into the base weights.
+    """
+    # ||dW x|| = ||S V^T x||: as many columns as the rank, and no cancellation between the two products of a residual
+    probes = {name: (update.right * update.values).float() for name, update in updates.items()}
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(layers, 0)
+    masks: tuple[Tensor, ...] = ()
+
+    def expect(*following: Tensor) -> None:
+        nonlocal masks
+        masks = following
+
+    def record(name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        x, y = selected(name, args[0], *masks), selected(name, output, *masks)
+        bias = getattr(layer, "bias", None)
+        if isinstance(bias, Tensor):
+            y = y - bias.float()
+        probes[name] = probes[name].to(x.device)
+        with torch.autocast(device_type=x.device.type, enabled=False), exact_matmul():
+            outputs = (x @ probes[name], y)
+            lengths = torch.stack([v.norm(dim=1, dtype=torch.float32).double().sum() for v in outputs])
+        sums[name] = sums[name] + lengths if name in sums else lengths
+        counts[name] += x.shape[0]
+
+    with adapters_off(model), ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(partial(record, name)).remove)
+        run(model, batches, expect, positions=positions, progress=progress, what=what)
+    result = {}
+    for name, count in counts.items():
+        if count == 0:
+            raise CalibrationError(
+                f"{name}: the layer saw no token that counts. Give rows with a response, or positions='all'."
+            )
+        update, weight = (float(total) / count for total in sums[name])
+        if not update < float("inf") or not weight < float("inf"):
+            raise CalibrationError(f"{name}: its inputs or outputs hold NaN or Inf. Load the model in float32.")
+        result[name] = Interference(update, weight, count)
+    return result

@@ -1,0 +1,69 @@
+"""Options that several commands have, and how their values are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option
+
+from peft_safety.errors import ConfigError
+
+Model = Annotated[str, Option("--model", "-m", help="Hub id or directory of the base model.")]
+AdapterModel = Annotated[str | None, Option("--model", "-m", help="The base model, if not the one the adapter names.")]
+Json = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Only report what would be done; write nothing.")]
+Targets = Annotated[str, Option(help='"all-linear", names separated by commas, or one regular expression.')]
+Rank = Annotated[int, Option("--rank", help="LoRA rank.")]
+Alpha = Annotated[int, Option(help="LoRA alpha.")]
+SafetyRank = Annotated[
+    float | None,
+    Option(help="Protected directions per layer, or below 1 a share of its features; 0.25 for guardspace, else 32."),
+]
+SafetyEnergy = Annotated[
+    float | None, Option(help="Instead of --safety-rank: as many directions as hold this share of the energy.")
+]
+SafetyRankPattern = Annotated[
+    list[str] | None, Option(help="Another --safety-rank or --safety-energy for a kind of module: down_proj=0.1.")
+]
+ReportDir = Annotated[Path, Option("--out", help="Directory for the adapter, report.json and report.png.")]
+Positions = Annotated[str, Option(help="Tokens that count: response, prompt or all.")]
+LearningRate = Annotated[float, Option(help="Peak learning rate.")]
+Epochs = Annotated[float, Option(help="Passes over the data.")]
+MaxSteps = Annotated[int, Option(help="Optimizer steps; overrides --epochs when positive.")]
+BatchSize = Annotated[int, Option(help="Rows per step.")]
+MaxLength = Annotated[int, Option(help="Tokens kept of each row.")]
+Seed = Annotated[int, Option(help="Seed of initialization, data order and random numbers.")]
+ReportTo = Annotated[str, Option(help="As in TrainingArguments: none, tensorboard, wandb, ...")]
+EvalLimit = Annotated[int | None, Option(help="Prompts of each kind at most.")]
+
+
+def parsed(options: Mapping[str, Any], *without: str) -> dict[str, Any]:
+    """Options as the functions take them, without some: a list of target modules, a whole number of directions as an
+    integer, and `--safety-rank-pattern` as a mapping.
+
+    Raises:
+        ConfigError: a pair that is no kind of module and a number.
+    """
+    targets, rank, sizes = options["target_modules"], options["safety_rank"], {}
+    if targets != "all-linear" and not any(c in targets for c in "*+?()[]|\\^$"):
+        targets = [name.strip() for name in targets.split(",") if name.strip()]
+    for pair in options["safety_rank_pattern"] or ():
+        kind, _, text = pair.partition("=")
+        try:
+            sizes[kind.strip()] = float(text) if "." in text else int(text)
+        except ValueError as error:
+            message = f"--safety-rank-pattern {pair!r}. Write a kind of module and a number: down_proj=0.1."
+            raise ConfigError(message) from error
+    rank = rank if rank is None or rank % 1 else int(rank)
+    read = {"target_modules": targets, "safety_rank": rank, "safety_rank_pattern": sizes or None}
+    return {name: value for name, value in {**options, **read}.items() if name not in without}
+
+
+def split(options: Mapping[str, Any], kind: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that are fields of a dataclass, and the others."""
+    names = {field.name for field in fields(kind)}
+    own = {name: value for name, value in options.items() if name in names}
+    return own, {name: value for name, value in options.items() if name not in names}
