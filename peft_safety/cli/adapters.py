@@ -19,6 +19,9 @@ def verify(
     model: Annotated[
         str | None, Option("--model", "-m", help="Also compare the base weights with this model.")
     ] = None,
+    subspace: Annotated[
+        str | None, Option(help="Of an adapter with a certificate: its subspace, to check the blindness itself.")
+    ] = None,
     json: opt.Json = False,
 ) -> None:
     """Check that a directory holds a protected adapter, whole and unchanged. Exits with 1 if not."""
@@ -27,7 +30,7 @@ def verify(
 
     base = None if model is None else load_model(model)[0]
     try:
-        facts = asdict(check(directory, base))
+        facts = asdict(check(directory, base, subspace))
     except PeftSafetyError as error:
         fail(error, code=1)
     show(facts, json, lambda: print_facts("Adapter: all checks passed", facts))
@@ -50,7 +53,13 @@ def recover(
 @app.command()
 def repair(
     adapter: Annotated[Path, Argument(help="Directory of a trained LoRA adapter.")],
-    unaligned: Annotated[str, Option(help="Directory or Hub id of the model before its alignment.")],
+    method: Annotated[
+        str, Option(help="safe_lora, or guardspace: take out what acts on the inputs that --subspace holds.")
+    ] = "safe_lora",
+    subspace: Annotated[str | None, Option(help="For guardspace: file, directory or Hub id.")] = None,
+    unaligned: Annotated[
+        str | None, Option(help="For safe_lora: directory or Hub id of the model before its alignment.")
+    ] = None,
     aligned: Annotated[str | None, Option(help="Of the model after it; default: the adapter's base model.")] = None,
     out: Annotated[Path | None, Option(help="Directory for the repaired adapter.")] = None,
     select: Annotated[str, Option(help="Which modules: threshold, number or all.")] = "threshold",
@@ -70,19 +79,30 @@ def repair(
     png: Annotated[Path | None, Option(help="Draw the cosines here.")] = None,
     json: opt.Json = False,
 ) -> None:
-    """Repair a trained LoRA adapter by Safe LoRA: no data, no training, no model in memory."""
+    """Repair a trained LoRA adapter, by Safe LoRA or by GuardSpace's null space: no data, no training, no model in
+    memory.
+    """
     options = locals()
+    from peft_safety.methods.guardspace import repair_adapter
     from peft_safety.methods.safe_lora import safe_lora_dir
     from peft_safety.methods.safe_lora.config import OPTIONS
     from peft_safety.reporting import repair as report
 
     if out is None and not dry_run:
         raise ConfigError("repair writes nothing without --out. Give a directory, or --dry-run.")
+    last = "--dry-run: no adapter written" if dry_run else f"repaired adapter written to {out}"
+    needed = {"safe_lora": ("--unaligned", unaligned), "guardspace": ("--subspace", subspace)}
+    if method not in needed or needed[method][1] is None:
+        option = needed.get(method, ("--method safe_lora or guardspace",))[0]
+        raise ConfigError(f"repair by {method} needs {option}.")
+    if method == "guardspace":
+        blind = repair_adapter(adapter, str(subspace), None if dry_run else out)
+        show(blind.to_json(), json, lambda: report.show_blind(blind), last)
+        return
     chosen: dict[str, Any] = {name: options[name] for name in OPTIONS}
-    result = safe_lora_dir(adapter, unaligned, aligned, None if dry_run else out, progress=not json, **chosen)
+    result = safe_lora_dir(adapter, str(unaligned), aligned, None if dry_run else out, progress=not json, **chosen)
     if png is not None:
         report.save_png(result, png)
-    last = "--dry-run: no adapter written" if dry_run else f"repaired adapter written to {out}"
     show(result.to_json(), json, lambda: report.show(result), last)
 
 

@@ -34,6 +34,9 @@ def calibrate(
     batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 8,
     max_length: opt.MaxLength = 512,
     seed: opt.Seed = 0,
+    memory: Annotated[
+        str | None, Option(help='Budget beside the model, such as "4GB"; default: half of what is free.')
+    ] = None,
     allow_fewer: Annotated[
         bool, Option("--allow-fewer", help="Where the data span fewer directions than --safety-rank, protect those.")
     ] = False,
@@ -71,6 +74,9 @@ def protect(
     basis: Annotated[str | None, Option(help="For guardspace: harmful (default), general or both.")] = None,
     combine: Annotated[bool, Option("--combine", help="For guardspace: protect SaLoRA's outputs too.")] = False,
     combine_rank: Annotated[int | None, Option(help="For --combine: directions of each layer (default 32).")] = None,
+    train: Annotated[
+        str | None, Option(help="For guardspace: A (both factors, projected), or B (A frozen: a plain LoRA).")
+    ] = None,
     init: Annotated[str | None, Option(help="lora (B = 0, default), or task for salora, guardspace for it.")] = None,
     subspace: Annotated[str | None, Option(help='Subspace file, directory or Hub id, or "auto" (default).')] = None,
     poison: Annotated[float, Option(help="Share of harmful rows mixed in, to simulate an attack (0 to 1).")] = 0.0,

@@ -49,6 +49,7 @@ def calibrate(
     batch_size: int = 8,
     max_length: int = 512,
     seed: int = 0,
+    memory: str | int | None = None,
     allow_fewer: bool = False,
     progress: bool = True,
 ) -> Calibration:
@@ -62,7 +63,7 @@ def calibrate(
         basis: which of the package's own rows; see `calibration_rows`.
         safety_rank, safety_energy, safety_rank_pattern: size of the subspace, as in the configs.
         side: "in", "out" or "both".
-        positions, allow_fewer: as in `estimate`.
+        positions, memory, allow_fewer: as in `estimate`.
         task_data: JSON lines or rows of the benign task; at most 128 are read through the model.
 
     Raises:
@@ -92,7 +93,7 @@ def calibrate(
     task_rows = None if task_data is None else rows_of(task_data, "task_data")[:CALIBRATION_PAIRS]
     loaded, tokenizer = load_model(model, tokenizer)
     reading: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
-    common |= {"method": method, "positions": positions, "allow_fewer": allow_fewer}
+    common |= {"method": method, "positions": positions, "allow_fewer": allow_fewer, "memory": memory}
     subspace = SafetySubspace.from_activations(loaded, rows, **common, **reading)
     shares = None
     if task_rows is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from peft_safety.audit.report import layer_number
 from peft_safety.calibration.activations import kind_of
+from peft_safety.methods.guardspace import BlindReport
 from peft_safety.methods.safe_lora import RepairReport
 from peft_safety.reporting import render
 
@@ -27,6 +28,16 @@ def show(report: RepairReport) -> None:
     table = render.table(["module", "cos", "repaired", "gain", "norm left", "|V|/|W|"], rows)
     counts = f"{record['repaired']} of {record['modules']} modules repaired"
     render.show(f"Safe LoRA ({record['projection']}, {record['select']}): {counts}", table, notes=[NOTE])
+
+
+def show_blind(report: BlindReport) -> None:
+    """Print one row per module of a repair by GuardSpace's null space."""
+    rows = [[row.name, str(row.k), f"{row.removed:.1%}", f"{row.leak:.1e}"] for row in report.modules]
+    table = render.table(["module", "k", "removed", "leak"], rows)
+    notes = ["removed: share of the update that acted on the protected inputs. leak: share of lora_A left there."]
+    if report.unconstrained:
+        notes.append(f"{len(report.unconstrained)} trained tensors are no factors, and stay as they are.")
+    render.show(f"GuardSpace: {len(rows)} modules made blind", table, notes=notes)
 
 
 def save_png(report: RepairReport, path: str | Path) -> Path:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from peft_safety import GuardSpaceConfig, SafetySubspace, assert_protected, repair_adapter, verify
+from peft_safety.cli import app
 from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST, PREFIX
 from peft_safety.core.projection import leak
 from peft_safety.errors import ArtifactError, ConfigError, SubspaceError
@@ -82,3 +84,30 @@ def test_what_it_refuses(trained, tmp_path):
         repair_adapter(tmp_path / "nothing", space)
     assert not (tmp_path / "out").exists()
     assert len(repair_adapter(tmp_path / "adapter", space).modules) == 6, "a report alone"
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, ["repair", *map(str, arguments)])
+
+
+def test_the_command(trained, tmp_path):
+    subspace(cells.base_model()).save(tmp_path / "space.safetensors")
+    given = (tmp_path / "adapter", "--method", "guardspace", "--subspace", tmp_path / "space.safetensors")
+    told = command(*given, "--dry-run")
+    assert (told.exit_code, (tmp_path / "out").exists()) == (0, False)
+    assert "6 modules made blind" in told.output
+    assert max(map(len, told.output.splitlines())) <= 80
+    found = json.loads(command(*given, "--out", tmp_path / "out", "--json").output)
+    assert len(found["modules"]) == 6
+    assert verify(tmp_path / "out", subspace=tmp_path / "space.safetensors").blindness_checked
+    checked = CliRunner().invoke(
+        app, ["verify", str(tmp_path / "out"), "--subspace", str(tmp_path / "space.safetensors"), "--json"]
+    )
+    assert json.loads(checked.output)["blindness_checked"] is True
+
+
+@pytest.mark.parametrize("method", ["guardspace", "safe_lora", "magic"])
+def test_what_the_command_asks_for(method, trained, tmp_path):
+    result = command(tmp_path / "adapter", "--method", method, "--dry-run")
+    assert isinstance(result.exception, ConfigError)
+    assert "needs --" in str(result.exception)
