@@ -45,6 +45,7 @@ SYMBOLS = {
         "BaseTunerLayer.get_base_layer",
         "BaseTunerLayer.enable_adapters",
         "BaseTunerLayer.delete_adapter",
+        "BaseTunerLayer.frozen_peft_weight_names",
     ),
     "peft.tuners.lora.layer": ("Embedding.update_layer", "_ConvNd.update_layer"),
     "peft.tuners.mixed": ("MixedModel._unload_and_optionally_merge",),
