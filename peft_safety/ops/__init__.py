@@ -1,7 +1,7 @@
-"""Operations on NF4 weights, adapters and projections, as `torch.library` ops that compile, differentiate, and run on
-any device.
+"""NF4 weights, adapters and projections as `torch.library` operations: they compile, differentiate, and run on any
+device.
 
-Which backend runs: `dispatch.backend_for`. Importing this package loads torch, but neither Triton nor bitsandbytes.
+`backend_for` says which backend runs. Importing this package loads torch, but neither Triton nor bitsandbytes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from peft_safety.core.projection import Side
 from peft_safety.errors import OperationError
-from peft_safety.ops import autograd as _autograd  # noqa: F401  (registers the derivatives)
-from peft_safety.ops import linear
+from peft_safety.ops import schemas  # noqa: F401  (registers the operations)
 from peft_safety.ops.dispatch import backend_for
+from peft_safety.ops.linear import SKINNY_ROWS
 from peft_safety.ops.quant import QuantBundle, from_linear4bit, from_quant_state, require
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 _OPS: Any = torch.ops.peft_safety
-_COMPUTE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def nf4_dequant(q: QuantBundle, dtype: torch.dtype) -> Tensor:
@@ -45,7 +44,8 @@ def nf4_dequant(q: QuantBundle, dtype: torch.dtype) -> Tensor:
 
 
 def nf4_merged(q: QuantBundle, a: Tensor, bp: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """`W + scale * B' A (n, k)`, in one pass over W and rounded once. Differentiable in the factors.
+    """`W + scale * B' A (n, k)`, in one pass over W and rounded once. Differentiable in the factors. In 16 bits the
+    sum holds a small update with noise only; see `exact` in `nf4_lora`.
 
     Args:
         a: `lora_A (r, k)`.
@@ -53,8 +53,6 @@ def nf4_merged(q: QuantBundle, a: Tensor, bp: Tensor, scale: float, dtype: torch
 
     Raises:
         OperationError: shapes, devices or dtypes that do not fit.
-
-    A 16-bit sum holds an update far below the spacing of W's values only with noise; see `exact` in `nf4_lora`.
     """
     _check_dtype(dtype)
     _check_factors(q, a, bp)
@@ -99,10 +97,9 @@ def nf4_lora(
         )
     if x_adapter is not None and (x_adapter.shape != x.shape or x_adapter.dtype != x.dtype):
         raise OperationError(
-            f"x_adapter {tuple(x_adapter.shape)} {x_adapter.dtype} beside x {tuple(x.shape)} {x.dtype}. Both must be "
-            "alike."
+            f"x_adapter {tuple(x_adapter.shape)} {x_adapter.dtype}, but x {tuple(x.shape)} {x.dtype}. Pass both alike."
         )
-    merged = linear.chosen(x.numel() // q.k, exact, x_adapter is not None)
+    merged = not exact and x_adapter is None and x.numel() // q.k > SKINNY_ROWS
     return _OPS.nf4_lora(x, x_adapter, *q, a, bp, float(scale), merged)[0]
 
 
@@ -110,6 +107,9 @@ def project_out(u: Tensor, w: Tensor, side: Side = "out") -> Tensor:
     """`w - u (u^T w)`, or `w - (w u) u^T` for side "in", as one op; differentiable in `w`.
 
     Computed in the wider dtype of `u (d, k)` and `w` whatever autocast says, and returned in that of `w`.
+
+    Raises:
+        OperationError: shapes that do not fit.
     """
     if u.dim() != 2 or w.dim() != 2 or u.shape[0] != w.shape[0 if side == "out" else 1]:
         raise OperationError(
@@ -120,7 +120,7 @@ def project_out(u: Tensor, w: Tensor, side: Side = "out") -> Tensor:
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in _COMPUTE:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise OperationError(f"{dtype} is no compute dtype of a 4-bit weight. Use float32, bfloat16 or float16.")
 
 

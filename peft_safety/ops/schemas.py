@@ -1,8 +1,7 @@
-"""The operations as torch knows them: schemas, shapes, and which function runs. Namespace `peft_safety`, plain tensors
-only.
+"""The operations as torch knows them: schemas, shapes, the function that runs, and derivatives for activations and
+factors (never for quantized weights or bases).
 
-A `QuantBundle` is nine arguments in its own order (`*bundle`), so that compilers and other runtimes see tensors.
-Derivatives are in `autograd.py`.
+A `QuantBundle` is nine arguments in its own order, so that compilers and other runtimes see plain tensors.
 """
 
 from __future__ import annotations
@@ -18,11 +17,13 @@ from peft_safety.core import projection
 from peft_safety.ops import dispatch, linear
 from peft_safety.ops.quant import QuantBundle
 
+_OPS: Any = torch.ops.peft_safety
 _BUNDLE = (
-    "Tensor wq, Tensor absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, int n, int k, int "
-    "blocksize, int blocksize2"
+    "Tensor wq, Tensor absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, int n, int k, int blocksize, "
+    "int blocksize2"
 )
 _Q = len(QuantBundle._fields)
+_NO_BUNDLE = (None,) * _Q
 SCHEMAS = {
     "nf4_dequant": f"({_BUNDLE}, ScalarType dtype) -> Tensor",
     "nf4_merged": f"({_BUNDLE}, Tensor a, Tensor bp, float scale, ScalarType dtype) -> Tensor",
@@ -61,19 +62,18 @@ def _weight_like(*args: Any) -> Tensor:
 
 def _lora_like(x: Tensor, x_adapter: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     q, (a, _, _, merged) = QuantBundle(*rest[:_Q]), rest[_Q:]
-    rows = x.numel() // q.k
-    return x.new_empty(*x.shape[:-1], q.n), x.new_empty(0 if merged else rows, a.shape[0])
+    return x.new_empty(*x.shape[:-1], q.n), x.new_empty(0 if merged else x.numel() // q.k, a.shape[0])
 
 
-def _gradients_like(dy: Tensor, xa: Tensor, z: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _gradients_like(dy: Tensor, xa: Tensor, z: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     a, bp, _, _, _, needs = rest[_Q:]
-    return linear.empty_gradients(xa, a, bp, needs)
+    return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip((xa, xa, a, bp), needs, strict=True))
 
 
 @_operation("nf4_dequant", _weight_like)
 def _nf4_dequant(*args: Any) -> Tensor:
-    q, dtype = QuantBundle(*args[:_Q]), args[_Q]
-    return dispatch.backend(q.wq).nf4_dequant(q, dtype)
+    q = QuantBundle(*args[:_Q])
+    return dispatch.backend(q.wq).nf4_dequant(q, *args[_Q:])
 
 
 @_operation("nf4_merged", _weight_like)
@@ -88,10 +88,56 @@ def _nf4_lora(x: Tensor, x_adapter: Tensor | None, *rest: Any) -> tuple[Tensor, 
 
 
 @_operation("nf4_lora_backward", _gradients_like)
-def _nf4_lora_backward(dy: Tensor, xa: Tensor, z: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _nf4_lora_backward(dy: Tensor, xa: Tensor, z: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return linear.backward(dy, xa, z, QuantBundle(*rest[:_Q]), *rest[_Q:])
 
 
 @_operation("project_out", lambda u, w, left: torch.empty_like(w, memory_format=torch.contiguous_format))
 def _project_out(u: Tensor, w: Tensor, left: bool) -> Tensor:
     return projection.project_wide(u, w, "out" if left else "in").contiguous()
+
+
+def _keep_lora(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, x_adapter, *rest = inputs
+    bundle, (a, bp, ctx.scale, ctx.merged) = rest[:_Q], rest[_Q:]
+    ctx.sizes, ctx.split = tuple(bundle[5:]), x_adapter is not None
+    ctx.save_for_backward(x if x_adapter is None else x_adapter, output[1], *bundle[:5], a, bp)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _lora_gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * (2 + _Q + 4)
+    xa, z, *bundle, a, bp = ctx.saved_tensors
+    needs = [bool(ctx.needs_input_grad[place]) for place in (0, 1, 2 + _Q, 3 + _Q)]
+    gradients = _OPS.nf4_lora_backward(dy, xa, z, *bundle, *ctx.sizes, a, bp, ctx.scale, ctx.merged, ctx.split, needs)
+    dx, dxa, da, db = (value if need else None for value, need in zip(gradients, needs, strict=True))
+    return (dx, dxa, *_NO_BUNDLE, da, db, None, None)
+
+
+def _keep_merged(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, bp, ctx.scale, _ = inputs[_Q:]
+    ctx.save_for_backward(a, bp)
+
+
+def _merged_gradients(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
+    a, bp = ctx.saved_tensors
+    da = ((bp.to(dw.dtype).mT @ dw) * ctx.scale).to(a.dtype)
+    db = ((dw @ a.to(dw.dtype).mT) * ctx.scale).to(bp.dtype)
+    return (*_NO_BUNDLE, da, db, None, None)
+
+
+def _keep_basis(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.left = inputs[2]
+
+
+def _projected_gradient(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
+    (u,) = ctx.saved_tensors
+    return (None, _OPS.project_out(u, dw, ctx.left), None)  # I - U U^T is its own adjoint
+
+
+torch.library.register_autograd("peft_safety::nf4_lora", _lora_gradients, setup_context=_keep_lora)
+torch.library.register_autograd("peft_safety::nf4_merged", _merged_gradients, setup_context=_keep_merged)
+torch.library.register_autograd("peft_safety::project_out", _projected_gradient, setup_context=_keep_basis)
