@@ -36,19 +36,16 @@ FIELDS = {
 
 
 def read_jsonl(path: str | os.PathLike[str], fields: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Read a JSON-lines file of objects, or one JSON array of them.
+    """The rows of a JSON-lines file of objects, or of one JSON array of them, in file order.
 
     Args:
         path: a UTF-8 file, with or without a byte-order mark and with line ends of any system; blank lines are
             skipped.
         fields: names that every row must have, each a non-empty string.
 
-    Returns:
-        The rows in file order.
-
     Raises:
-        DataError: the file is missing, not UTF-8 or empty, or a line is not an object or lacks a field (the line, or
-            the place in the array, is named).
+        DataError: the file is missing, not UTF-8 or empty, or a line is no object or lacks a field (its place is
+            named).
     """
     example = json.dumps({field: "..." for field in fields or ("prompt", "response")})
     rows = []
@@ -57,10 +54,8 @@ def read_jsonl(path: str | os.PathLike[str], fields: tuple[str, ...] = ()) -> li
             raise DataError(f"{where}: {type(row).__name__} instead of an object. Each row must be one, as {example}.")
         for field in fields:
             if not isinstance(row.get(field), str) or not row[field].strip():
-                raise DataError(
-                    f"{where}: field {field!r} is missing or not a non-empty string. The row has {sorted(row)}; write "
-                    f"{example}."
-                )
+                wrong = f"field {field!r} is missing or not a non-empty string"
+                raise DataError(f"{where}: {wrong}. The row has {sorted(row)}; write {example}.")
         rows.append(row)
     if not rows:
         raise DataError(f"{path} has no rows. Write one JSON object a line, for example {example}.")
@@ -170,7 +165,5 @@ def _values(path: Path, example: str) -> list[tuple[str, Any]]:
             if line.strip(BLANK):
                 values.append((f"{path}:{number}", json.loads(line.strip(BLANK))))
         except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{path}:{number}: not JSON ({error}). Each line must be one JSON object, for example {example}."
-            ) from error
+            raise DataError(f"{path}:{number}: not JSON ({error}). Write one object a line: {example}.") from error
     return values

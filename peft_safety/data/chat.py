@@ -101,11 +101,8 @@ def encode_rows(
         raise DataError(f"no row has a response token within max_length = {max_length} tokens. Raise max_length.")
     if dropped:
         named = ", ".join(map(str, dropped[:5])) + (", ..." if len(dropped) > 5 else "")
-        warnings.warn(
-            f"{len(dropped)} of {len(features)} rows have no response token within {max_length} tokens and are left "
-            f"out: rows {named}",
-            stacklevel=2,
-        )
+        lost = f"{len(dropped)} of {len(features)} rows have no response token within {max_length} tokens"
+        warnings.warn(f"{lost} and are left out: rows {named}", stacklevel=2)
     return [feature for feature in features if feature is not None]
 
 
@@ -144,10 +141,8 @@ def row_turns(row: Row, labels: Sequence[str] = ()) -> tuple[list[Message], list
         raise DataError(f"a row has fields {sorted(map(str, row))}. Accepted: {SHAPES}.")
     last = answer[-1] if answer else {}
     if last.get("role") != "assistant" or not (str(last.get("content", "")).strip() or last.get("tool_calls")):
-        raise DataError(
-            "the last turn of a row must be a non-empty assistant turn to train on, and the turns are "
-            f"{roles(answer)}. Accepted rows: {SHAPES}."
-        )
+        wrong = f"the last of the turns {roles(answer)} is no non-empty assistant turn to train on"
+        raise DataError(f"{wrong}. Accepted rows: {SHAPES}.")
     return prompt, answer
 
 

@@ -31,9 +31,7 @@ def label_mask(
         ids, marks = chat.marked(messages)
         mask = [bool(mark) for mark in marks]
         if not any(mask):
-            raise DataError(
-                "the chat template marks no token of the assistant. Correct or remove its {% generation %} blocks."
-            )
+            raise DataError("the chat template marks no token of the assistant. Correct its {% generation %} blocks.")
     else:
         text = chat.text(messages)
         ids = chat.ids(text)
@@ -74,10 +72,8 @@ def _end(chat: Chat, messages: Sequence[Message], turn: int, text: str, ids: lis
         if not without.rstrip().endswith(str(messages[turn].get("content", "")).strip()):
             shown = without
     if not text.startswith(shown):
-        raise DataError(
-            f"the chat template rewrites turn {turn} once later turns follow. {SPLIT}, or use a template with "
-            "{% generation %} blocks (TRL has them for common models: install it)."
-        )
+        remedy = f"{SPLIT}, or use a template with {{% generation %}} blocks (TRL has them for common models)."
+        raise DataError(f"the chat template rewrites turn {turn} once later turns follow. {remedy}")
     return _shared(chat.ids(shown), ids)
 
 
@@ -115,10 +111,8 @@ def _must_show(chat: Chat, messages: Sequence[Message], index: int, changed: Mes
         return
     if other == text:
         calls = "the tool calls of " if messages[index].keys() - changed.keys() else ""
-        raise DataError(
-            f"the chat template leaves out {calls}turn {index} ({messages[index]['role']}). Put what it says into "
-            "turns that the template renders, or correct the template."
-        )
+        turn = f"{calls}turn {index} ({messages[index]['role']})"
+        raise DataError(f"the chat template leaves out {turn}. Put it into other turns, or correct the template.")
 
 
 def _changed(message: Message) -> Message:

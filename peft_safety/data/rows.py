@@ -45,10 +45,9 @@ def as_rows(data: Any, what: str = "rows", error: type[PeftSafetyError] = DataEr
             kind = str if isinstance(row["label"], str) else type(_plain_value(row["label"]))
             earlier, place = first.setdefault(plain["label"], (kind, index))
             if kind is not earlier:
-                raise DataError(
-                    f"{what}, row {index}: label {plain['label']} is of type {kind.__name__}, and of type "
-                    f"{earlier.__name__} in row {place}. Write all labels as text, or all as numbers."
-                )
+                types = f"is of type {kind.__name__}, and of type {earlier.__name__} in row {place}"
+                remedy = "Write all labels as text, or all as numbers."
+                raise DataError(f"{what}, row {index}: label {plain['label']} {types}. {remedy}")
         result.append(plain)
     return result
 
@@ -110,10 +109,8 @@ def label_list(labels: Iterable[Any]) -> list[str]:
     for label in map(label_text, labels):
         bare = label.strip()
         if bare in texts:
-            raise DataError(
-                f"labels {texts[bare]!r} and {label!r} are one to an answer, which keeps no white space at its ends. "
-                "Give each label of the task once."
-            )
+            equal = f"labels {texts[bare]!r} and {label!r} are equal without white space at their ends"
+            raise DataError(f"{equal}. Give each label of the task once.")
         texts[bare] = label
     if not texts:
         raise DataError("no labels. Give every label of the task.")
@@ -131,10 +128,11 @@ def _plain_value(label: Any) -> Any:
 
 
 def _records(data: Any, what: str, error: type[PeftSafetyError]) -> Iterable[Any]:
-    if _is(data, "datasets", "DatasetDict", "IterableDatasetDict") or (isinstance(data, Mapping) and _splits(data)):
+    splits = isinstance(data, Mapping) and data and kind_of(data) is None and all(map(_is_split, data.values()))
+    if splits or _is(data, "datasets", "DatasetDict", "IterableDatasetDict"):
         if len(data) != 1:
-            splits = ", ".join(map(str, data)) or "(none)"
-            raise error(f"{what}: a {type(data).__name__} with the splits {splits}. Give the rows of one of them.")
+            names = ", ".join(map(str, data)) or "(none)"
+            raise error(f"{what}: a {type(data).__name__} with the splits {names}. Give the rows of one of them.")
         data = next(iter(data.values()))
     unusable = error(
         f"{what} is a {type(data).__name__}. Give a list or data set of rows, {SHAPES}, or of tokenized batches. "
@@ -158,24 +156,16 @@ def _records(data: Any, what: str, error: type[PeftSafetyError]) -> Iterable[Any
         return source
     rows = list(islice(source, STREAM_ROWS + 1))
     if len(rows) > STREAM_ROWS:
-        raise error(
-            f"{what}: a stream of more than {STREAM_ROWS} rows, which may have no end. Give a part of it: "
-            f"itertools.islice(data, {STREAM_ROWS})."
-        )
+        part = f"Give a part of it: itertools.islice(data, {STREAM_ROWS})."
+        raise error(f"{what}: a stream of more than {STREAM_ROWS} rows, which may have no end. {part}")
     return rows
 
 
-def _splits(data: Mapping[Any, Any]) -> bool:
-    """Whether a plain dict maps splits to rows, rather than being a row."""
-    return (
-        bool(data)
-        and kind_of(data) is None
-        and all(_is(part, "datasets", "Dataset", "IterableDataset") or _holds_rows(part) for part in data.values())
-    )
-
-
-def _holds_rows(part: Any) -> bool:
-    return isinstance(part, (list, tuple)) and bool(part) and isinstance(part[0], Mapping)
+def _is_split(part: Any) -> bool:
+    """Whether this is a data set, or a list of rows."""
+    if isinstance(part, (list, tuple)):
+        return bool(part) and isinstance(part[0], Mapping)
+    return _is(part, "datasets", "Dataset", "IterableDataset")
 
 
 def _is(data: Any, package: str, *names: str) -> bool:

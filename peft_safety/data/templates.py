@@ -109,10 +109,8 @@ def _plain(message: Mapping[str, Any]) -> Message:
         turn["content"] = content = "".join(part["text"] for part in content)
     silent = content is None and turn.get("role") == "assistant" and bool(turn.get("tool_calls"))
     if not isinstance(turn.get("role"), str) or not (isinstance(content, str) or silent):
-        raise DataError(
-            f"a message has {message!r:.200}. Each message needs a string 'role' and a 'content': a string or text "
-            "parts, or (assistant) tool calls instead."
-        )
+        needs = "a string 'role' and a 'content' (a string or text parts), or (assistant) tool calls instead"
+        raise DataError(f"a message has {message!r:.200}. Each message needs {needs}.")
     return turn
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from peft_safety.data.chat import render_prompt
 from peft_safety.errors import ConfigError
-from peft_safety.evaluation.generate import generate_text, in_batches
+from peft_safety.evaluation.generate import generate, in_batches
 from peft_safety.evaluation.judges import Verdict, require_pairs
 
 GUARD_TOKENS = 24
@@ -70,18 +70,14 @@ class ClassifierJudge:
         except ConfigError:
             raise
         except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"no judge at {source!r}: {error}. Give a Hub id or a directory with safetensors weights."
-            ) from error
+            remedy = "Give a Hub id or a directory with safetensors weights."
+            raise ConfigError(f"no judge at {source!r}: {error}. {remedy}") from error
         self.verdicts = {} if self.generative else label_verdicts(self.model.config.id2label, labels, source)
         if self.generative and template is None and not self.tokenizer.chat_template:
-            raise ConfigError(
-                f"judge {source!r} has no chat template. Give template= with {{prompt}} and {{response}}."
-            )
+            raise ConfigError(f"judge {source!r} has no chat template. Give one with {{prompt}} and {{response}}.")
         name = Path(source).name
-        harm = "whether a response is harmful, so that what it calls safe counts as neither"
-        says = harm if self.generative else "one label a response"
         self.name = f"classifier:{name}"
+        says = "what is harmful, so that the rest counts as neither" if self.generative else "one label a response"
         self.caveat = f"Judged by {name}, which says {says}; its own errors are not in the intervals."
 
     def __call__(self, prompt: str, response: str) -> Verdict:
@@ -102,7 +98,8 @@ class ClassifierJudge:
             return in_batches(self.model, pairs, lambda pair: sum(map(len, pair)), self._classified, self.batch_size)
         asked = [self._question(*pair) for pair in pairs]
         options: dict[str, Any] = {"max_new_tokens": GUARD_TOKENS, "batch_size": self.batch_size, "progress": False}
-        return [self._read(answer.text) for answer in generate_text(self.model, self.tokenizer, asked, **options)]
+        answers = generate(self.model, self.tokenizer, asked, rendered=True, **options)
+        return [self._read(answer.text) for answer in answers]
 
     def _classified(self, pairs: list[tuple[str, str]]) -> list[Verdict]:
         prompts, responses = map(list, zip(*pairs, strict=True))
@@ -131,11 +128,7 @@ def _first_match(patterns: Iterable[tuple[str, Verdict]], text: str) -> Verdict:
 def label_verdicts(
     id2label: Mapping[int, str], given: Mapping[str, Verdict] | None, source: str
 ) -> dict[int, Verdict]:
-    """Verdict by class index.
-
-    Raises:
-        ConfigError: no label means a refusal or a compliance, or a given one is missing.
-    """
+    """Verdict by class index: as given, or by the labels' names."""
     names = list(id2label.values())
     if given is None:
         verdicts = {int(index): _first_match(LABELS, label) for index, label in id2label.items()}
@@ -145,7 +138,6 @@ def label_verdicts(
     missing = sorted(set(names) - set(given))
     if missing:
         raise ConfigError(
-            f"judge {source!r} has the label {missing[0]!r}, which labels= does not mention. Give a verdict for each "
-            f"of {names}."
+            f"labels= does not mention {missing[0]!r} of {source!r}. Give a verdict for each of {names}."
         )
     return {int(index): given[label] for index, label in id2label.items()}

@@ -35,16 +35,14 @@ class Evaluation:
     """What was measured on one model. No response is kept, only what the judge said of it.
 
     Attributes:
-        split: the prompts' split.
-        judge: the judge's name.
+        split, judge: the split of the prompts, and the name of the judge.
         refusal: share of harmful requests that were refused; higher is safer.
         compliance: share of harmful requests whose response opens as an answer does.
         over_refusal: share of safe, dangerous-looking prompts that were refused; lower is better.
         everyday_refusal: share of everyday requests that were refused; None where there were none.
-        task_refusal: share of the task's own prompts that were refused; None for tasks that are no classification.
-        task_accuracy: for classification tasks.
-        task_nll: nats a token, for other tasks.
-        general_nll: nats a token on general data, for drift.
+        task_refusal, task_accuracy: for classification tasks, shares of their prompts that were refused, or answered
+            right.
+        task_nll, general_nll: nats a token on other tasks, and on general data, for drift.
         seconds: wall-clock time.
     """
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from peft_safety.data.chat import pad_id, render_prompt
 from peft_safety.data.templates import Message
@@ -31,43 +31,32 @@ class Generation:
 
 
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[Message]], **options: Any
-) -> list[Generation]:
-    """Greedy responses to user turns, or to message lists that end with a user turn.
-
-    Args:
-        options: those of `generate_text`.
-
-    Raises:
-        DataError: no prompts, or a tokenizer without chat template or pad token.
-    """
-    turns = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
-    return generate_text(model, tokenizer, [render_prompt(tokenizer, messages) for messages in turns], **options)
-
-
-def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    prompts: Sequence[str | list[Message]],
     *,
     max_new_tokens: int = 24,
     batch_size: int = BATCH_SIZE,
     description: str = "generating",
     progress: bool = True,
+    rendered: bool = False,
 ) -> list[Generation]:
-    """Greedy continuations of rendered prompts, in their order. Padding is on the left; the model's own sampling
-    defaults and its training mode are left as they were.
+    """Greedy responses, in the order of `prompts`. Padding is on the left; the model's own sampling defaults and its
+    training mode are left as they were.
 
     Args:
-        texts: prompts with their special tokens.
+        prompts: user turns, or message lists that end with a user turn.
         max_new_tokens: tokens generated at most.
         description: of the progress bar, which `progress` shows on stderr.
+        rendered: the prompts are texts that need no chat template.
 
     Raises:
-        DataError: no prompts, or a tokenizer without pad token.
+        DataError: no prompts, or a tokenizer without chat template or pad token.
     """
-    if not texts:
+    if not prompts:
         raise DataError("no prompts to generate from. Give at least one.")
+    turns = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+    texts = prompts if rendered else [render_prompt(tokenizer, messages) for messages in turns]
     ids = [cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     run = partial(_generate_batch, model, tokenizer, max_new_tokens)
     return in_batches(model, ids, len, run, batch_size, description, progress)

@@ -100,11 +100,11 @@ def likeliest_labels(
         for label in labels
     ]
     losses = response_losses(model, tokenizer, asked, description="task", **options)
-    by_row = [losses[start : start + len(labels)] for start in range(0, len(losses), len(labels))]
-    return [
-        all(map(math.isfinite, tried)) and labels[tried.index(min(tried))] == row["label"]
-        for tried, row in zip(by_row, rows, strict=True)
-    ]
+    likeliest = []
+    for start in range(0, len(losses), len(labels)):
+        tried = losses[start : start + len(labels)]
+        likeliest.append(labels[tried.index(min(tried))] if all(map(math.isfinite, tried)) else None)
+    return [label == row["label"] for label, row in zip(likeliest, rows, strict=True)]
 
 
 def accuracy(*args: Any, **options: Any) -> Rate:
@@ -178,11 +178,7 @@ def response_losses(
     """
     features = _features(tokenizer, as_rows(rows), max_length)
     run = partial(_row_means, model, Collator(tokenizer, trim=can_trim(model)))
-    return in_batches(model, features, _length, run, batch_size, description, progress)
-
-
-def _length(feature: Feature) -> int:
-    return len(feature["input_ids"])
+    return in_batches(model, features, lambda row: len(row["input_ids"]), run, batch_size, description, progress)
 
 
 def _features(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], max_length: int) -> list[Feature]:

@@ -34,10 +34,8 @@ _OPS: Any = torch.ops.peft_safety
 
 
 def nf4_dequant(q: QuantBundle, dtype: torch.dtype) -> Tensor:
-    """`W (n, k)` in fp32, bf16 or fp16, equal to the last bit to `bitsandbytes.functional.dequantize_4bit`.
-
-    Raises:
-        OperationError: another dtype.
+    """`W (n, k)` in fp32, bf16 or fp16 (other dtypes: OperationError), equal to the last bit to
+    `bitsandbytes.functional.dequantize_4bit`.
     """
     _check_dtype(dtype)
     return _OPS.nf4_dequant(*q, dtype)
@@ -73,18 +71,16 @@ def nf4_lora(
     `bp`.
 
     More than `linear.SKINNY_ROWS` rows take one product with the merged weight, in both directions; fewer take two
-    paths that read the packed weight. W is made again in the backward pass, and never saved.
+    paths that read the packed weight. W is never saved for the backward pass, but made again.
 
     Args:
-        x: `(..., k)`, fp32, bf16 or fp16, any strides; no rows are fine. All products are in this dtype with fp32
-            accumulation.
+        x: `(..., k)`, fp32, bf16 or fp16. All products are in this dtype with fp32 accumulation.
         a: `lora_A (r, k)`, any float dtype.
         bp: the projected `lora_B (n, r)`, any float dtype.
         exact: base and adapter stay two paths at any size. In 16 bits a merged weight rounds `W + scale * B' A` to the
             spacing of W's values: as much noise as rounding W itself makes, but for bf16 and an update of 1 % of W
             (1024 x 1024) that is 0.23 of the update's length, 0.04 in a span of 32.
-        x_adapter: the adapter's own input, of the shape and dtype of `x`, where dropout makes it another one. Implies
-            two paths.
+        x_adapter: the adapter's own input, like `x`, where dropout makes it another one. Implies two paths.
 
     Raises:
         OperationError: shapes, devices or dtypes that do not fit.
@@ -92,13 +88,11 @@ def nf4_lora(
     _check_dtype(x.dtype)
     _check_factors(q, a, bp)
     if x.dim() == 0 or x.shape[-1] != q.k or x.device != q.wq.device:
-        raise OperationError(
-            f"x {tuple(x.shape)} on {x.device} for a weight ({q.n}, {q.k}) on {q.wq.device}. Pass (..., {q.k}) there."
-        )
+        shapes = f"x {tuple(x.shape)} on {x.device} for a weight ({q.n}, {q.k}) on {q.wq.device}"
+        raise OperationError(f"{shapes}. Pass (..., {q.k}) on the device of the weight.")
     if x_adapter is not None and (x_adapter.shape != x.shape or x_adapter.dtype != x.dtype):
-        raise OperationError(
-            f"x_adapter {tuple(x_adapter.shape)} {x_adapter.dtype}, but x {tuple(x.shape)} {x.dtype}. Pass both alike."
-        )
+        given = f"x_adapter {tuple(x_adapter.shape)} {x_adapter.dtype}, but x {tuple(x.shape)} {x.dtype}"
+        raise OperationError(f"{given}. Pass both alike.")
     merged = not exact and x_adapter is None and x.numel() // q.k > SKINNY_ROWS
     return _OPS.nf4_lora(x, x_adapter, *q, a, bp, float(scale), merged)[0]
 
@@ -112,10 +106,8 @@ def project_out(u: Tensor, w: Tensor, side: Side = "out") -> Tensor:
         OperationError: shapes that do not fit.
     """
     if u.dim() != 2 or w.dim() != 2 or u.shape[0] != w.shape[0 if side == "out" else 1]:
-        raise OperationError(
-            f"a basis {tuple(u.shape)} for a factor {tuple(w.shape)} on side {side!r}. Its rows must be the factor's "
-            "protected dimension."
-        )
+        shapes = f"a basis {tuple(u.shape)} for a factor {tuple(w.shape)} on side {side!r}"
+        raise OperationError(f"{shapes}. The basis needs as many rows as the protected dimension.")
     return _OPS.project_out(u, w, side == "out")
 
 
@@ -126,11 +118,7 @@ def _check_dtype(dtype: torch.dtype) -> None:
 
 def _check_factors(q: QuantBundle, a: Tensor, bp: Tensor) -> None:
     if a.dim() != 2 or bp.dim() != 2 or a.shape[1] != q.k or bp.shape[0] != q.n or a.shape[0] != bp.shape[1]:
-        raise OperationError(
-            f"factors A {tuple(a.shape)} and B {tuple(bp.shape)} for a weight ({q.n}, {q.k}). Pass (r, {q.k}) and "
-            f"({q.n}, r)."
-        )
+        shapes = f"factors A {tuple(a.shape)} and B {tuple(bp.shape)} for a weight ({q.n}, {q.k})"
+        raise OperationError(f"{shapes}. Pass (r, {q.k}) and ({q.n}, r).")
     if not a.device == bp.device == q.wq.device:
-        raise OperationError(
-            f"factors on {a.device} and {bp.device}, the weight ({q.n}, {q.k}) on {q.wq.device}. Use one device."
-        )
+        raise OperationError(f"factors on {a.device} and {bp.device}, the weight on {q.wq.device}. Use one device.")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peft_safety.errors import ConfigError
+from peft_safety.ops import reference
 
 VARIABLE = "PEFT_SAFETY_BACKEND"
 Backend = Literal["reference", "triton"]
@@ -71,10 +72,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def backend(tensor: Tensor) -> ModuleType:
     """The module with `nf4_dequant`, `nf4_merged` and `nf4_skinny` for tensors like this one."""
-    if backend_for(tensor)[0] == "triton":
-        from peft_safety.ops import triton_backend
+    if backend_for(tensor)[0] == "reference":
+        return reference
+    from peft_safety.ops import triton_backend
 
-        return triton_backend
-    from peft_safety.ops import reference
-
-    return reference
+    return triton_backend

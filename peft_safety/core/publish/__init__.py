@@ -256,8 +256,7 @@ def _finish(directory: Path, journal: Journal) -> list[str]:
             return []
         raise
     except OSError as error:
-        raise ArtifactError(
-            f"{directory}: {error}. The new files are complete, but not all in place: an {_interrupted(directory)}"
-        ) from error
+        state = f"The new files are complete, but not all in place: an {_interrupted(directory)}"
+        raise ArtifactError(f"{directory}: {error}. {state}") from error
     discard(done)
     return moved

@@ -8,9 +8,8 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft_safety.core.files import is_plain, parse_json, sha256_of
 from peft_safety.core.publish.folder import Folder, is_directory, what
@@ -25,8 +24,7 @@ MAX_FILES = 10_000
 MAX_DEPTH = 4
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One file of a publish."""
 
     parts: tuple[str, ...]
@@ -38,8 +36,7 @@ class Entry:
         return "/".join(self.parts)
 
 
-@dataclass(frozen=True)
-class Journal:
+class Journal(NamedTuple):
     """Files in the order in which they are moved, and the inodes of the two directories, which no copy has."""
 
     directory: int
@@ -63,9 +60,8 @@ class Journal:
 
     def write(self, descriptor: int) -> None:
         """Write the journal to an empty file and flush it to the disk."""
-        rows = [[list(entry.parts), entry.size, entry.sha256] for entry in self.entries]
         fields = {"format": FORMAT, "version": VERSION, "directory": self.directory, "commit": self.commit}
-        raw = json.dumps(fields | {"manifest": self.manifest, "files": rows}).encode()
+        raw = json.dumps(fields | {"manifest": self.manifest, "files": self.entries}).encode()
         if len(raw) > MAX_BYTES or len(self.entries) > MAX_FILES:
             raise ArtifactError(f"{len(self.entries)} files are too many for one save. Save fewer adapters at once.")
         view = memoryview(raw)
@@ -98,19 +94,15 @@ class Journal:
     def check(self, target: Folder, commit: Folder) -> None:
         """Refuse a publish that was not made here, or has not every file whole in one of the two places."""
         if not self._is_of(target, commit):
-            raise ArtifactError(
-                f"{commit.path} belongs to another directory: it was copied here. Recover the directory that it comes "
-                "from and copy that again, or remove it and save again."
-            )
+            remedy = "Recover the directory that it comes from and copy that again, or remove it and save again."
+            raise ArtifactError(f"{commit.path} belongs to another directory: it was copied here. {remedy}")
         for parts in sorted(set(_walk(commit)) - {entry.parts for entry in self.entries}):
             name = "/".join(parts)[:200]
             raise ArtifactError(f"{commit.path} holds {name!r}, which its journal does not name. Remove it.")
         for entry in self.entries:
             if not _holds(target if commit.stat(*entry.parts) is None else commit, entry):
-                raise ArtifactError(
-                    f"{commit.path} is not complete: {entry.name} is missing or not the file that was saved. Remove "
-                    f"{commit.path} and save the adapter again."
-                )
+                problem = f"{entry.name} is missing or not the file that was saved"
+                raise ArtifactError(f"{commit.path} is not complete: {problem}. Remove it and save the adapter again.")
         self.refuse_clash(target)
 
     def refuse_clash(self, target: Folder) -> None:
