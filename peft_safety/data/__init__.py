@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,35 +36,39 @@ FIELDS = {
 
 
 def read_jsonl(path: str | os.PathLike[str], fields: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Read a JSON-lines file of objects, or one JSON array of them.
+    """The rows of a JSON-lines file of objects, or of one JSON array of them, in file order.
 
     Args:
         path: a UTF-8 file, with or without a byte-order mark and with line ends of any system; blank lines are
             skipped.
         fields: names that every row must have, each a non-empty string.
 
-    Returns:
-        The rows in file order.
+    Raises:
+        DataError: the file is missing, not UTF-8 or empty, or a line is no object or lacks a field (its place is
+            named).
+    """
+    example = json.dumps({field: "..." for field in fields or ("prompt", "response")})
+    rows = []
+    for where, row in _values(Path(path), example):
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: {type(row).__name__} instead of an object. Each row must be one, as {example}.")
+        for field in fields:
+            if not isinstance(row.get(field), str) or not row[field].strip():
+                wrong = f"field {field!r} is missing or not a non-empty string"
+                raise DataError(f"{where}: {wrong}. The row has {sorted(row)}; write {example}.")
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{path} has no rows. Write one JSON object a line, for example {example}.")
+    return rows
+
+
+def rows_of(data: str | os.PathLike[str] | Rows, what: str = "rows") -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file, or of anything that `as_rows` takes.
 
     Raises:
-        DataError: the file is missing, not UTF-8 or empty, or a line is not an object or lacks a field (the line, or
-            the place in the array, is named).
+        DataError: see `read_jsonl` and `as_rows`.
     """
-    path = Path(path)
-    text = _text(path)
-    array = _array(text)
-    if array is None:
-        lines = ((number, line.strip(BLANK)) for number, line in enumerate(re.split("\r\n|\r|\n", text), 1))
-        rows = [
-            _checked(_parsed(line, f"{path}:{number}", fields), f"{path}:{number}", fields)
-            for number, line in lines
-            if line
-        ]
-    else:
-        rows = [_checked(item, f"{path}, item {number} of its array", fields) for number, item in enumerate(array)]
-    if not rows:
-        raise DataError(f"{path} has no rows. Write one JSON object a line, for example {_example(fields)}.")
-    return rows
+    return as_rows(read_jsonl(data) if isinstance(data, (str, os.PathLike)) else data, what)
 
 
 def load(name: str, split: str | None = None) -> list[dict[str, str]]:
@@ -74,24 +79,18 @@ def load(name: str, split: str | None = None) -> list[dict[str, str]]:
         split: one of `SPLITS`; None gives every row.
 
     Raises:
-        DataError: an unknown name or split, or a split that holds no row.
+        DataError: an unknown name or split.
     """
-    from importlib.resources import as_file, files
-
     if name not in FIELDS:
         raise DataError(f"no packaged data set {name!r}. Choose one of {', '.join(FIELDS)}.")
     if split is not None and split not in SPLITS:
         raise DataError(f"no split {split!r}. Choose one of {', '.join(SPLITS)}, or None for all.")
-    with as_file(files(__name__) / f"{name}.jsonl") as path:
-        rows = read_jsonl(path, FIELDS[name])
-    rows = rows if split is None else [row for row in rows if row["split"] == split]
-    if not rows:
-        raise DataError(f"packaged data set {name!r} has no rows in split {split!r}. Reinstall peft-safety.")
-    return rows
+    rows = read_jsonl(Path(__file__).with_name(f"{name}.jsonl"), FIELDS[name])
+    return [row for row in rows if split in (None, row["split"])]
 
 
 def refusal_pairs(split: str = "calibration", n: int | None = None, seed: int = 0) -> list[dict[str, str]]:
-    """Harmful requests paired with refusals: data for safety subspaces and safety patches."""
+    """Harmful requests paired with refusals: data for safety subspaces and safety patches. See `pair_responses`."""
     return pair_responses(split, "refusals", n, seed)
 
 
@@ -100,35 +99,10 @@ def affirmation_pairs(split: str = "train", n: int | None = None, seed: int = 0)
     return pair_responses(split, "affirmations", n, seed)
 
 
-def calibration_rows(method: str, basis: str | None = None) -> list[dict[str, str]]:
-    """What a method's subspace is estimated from where no data are given.
-
-    Args:
-        basis: "harmful" (requests with refusals), "general" (everyday prompts alone) or "both"; None: "general" for
-            "ortho_patch", "harmful" for the others.
-
-    Raises:
-        DataError: another basis.
-    """
-    basis = basis or ("general" if method == "ortho_patch" else "harmful")
-    if basis not in ("harmful", "general", "both"):
-        raise DataError(f"basis={basis!r} names no calibration rows. Choose harmful, general or both.")
-    harmful = refusal_pairs("calibration", CALIBRATION_PAIRS) if basis != "general" else []
-    general = (
-        [{"prompt": row["prompt"]} for split in ("calibration", "train") for row in load("general_prompts", split)]
-        if basis != "harmful"
-        else []
-    )
-    return harmful + general
-
-
 def preference_pairs(split: str = "train", n: int | None = None, seed: int = 0) -> list[dict[str, str]]:
     """Harmful requests with a refusal as `chosen` and a contentless opening as `rejected`, for safety masks."""
-    refusals, openings = refusal_pairs(split, n, seed), affirmation_pairs(split, n, seed)
-    return [
-        {"prompt": a["prompt"], "chosen": a["response"], "rejected": b["response"]}
-        for a, b in zip(refusals, openings, strict=True)
-    ]
+    pairs = zip(refusal_pairs(split, n, seed), affirmation_pairs(split, n, seed), strict=True)
+    return [{"prompt": a["prompt"], "chosen": a["response"], "rejected": b["response"]} for a, b in pairs]
 
 
 def pair_responses(split: str, responses: str, n: int | None, seed: int) -> list[dict[str, str]]:
@@ -148,70 +122,48 @@ def pair_responses(split: str, responses: str, n: int | None, seed: int) -> list
     rng = random.Random(seed)
     rng.shuffle(prompts)
     rng.shuffle(texts)
-    rounds = [
-        (prompt, texts[(index + lap) % len(texts)])
-        for lap in range(-(-n // len(prompts)))
-        for index, prompt in enumerate(prompts)
-    ]
-    return [{"prompt": prompt, "response": text} for prompt, text in rounds[:n]]
+    rounds = (divmod(place, len(prompts)) for place in range(n))
+    return [{"prompt": prompts[index], "response": texts[(index + lap) % len(texts)]} for lap, index in rounds]
 
 
-def rows_of(data: str | os.PathLike[str] | Rows, what: str = "rows") -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file, or of anything that `as_rows` takes.
+def calibration_rows(method: str, basis: str | None = None) -> list[dict[str, str]]:
+    """What a method's subspace is estimated from where no data are given.
+
+    Args:
+        basis: "harmful" (requests with refusals), "general" (everyday prompts alone) or "both"; None: "general" for
+            "ortho_patch", "harmful" for the others.
 
     Raises:
-        DataError: see `read_jsonl` and `as_rows`.
+        DataError: another basis.
     """
-    return as_rows(read_jsonl(data) if isinstance(data, (str, os.PathLike)) else data, what)
+    basis = basis or ("general" if method == "ortho_patch" else "harmful")
+    if basis not in ("harmful", "general", "both"):
+        raise DataError(f"basis={basis!r} names no calibration rows. Choose harmful, general or both.")
+    rows = [] if basis == "general" else refusal_pairs("calibration", CALIBRATION_PAIRS)
+    if basis != "harmful":
+        general = load("general_prompts", "calibration") + load("general_prompts", "train")
+        rows += [{"prompt": row["prompt"]} for row in general]
+    return rows
 
 
-def _text(path: Path) -> str:
+def _values(path: Path, example: str) -> list[tuple[str, Any]]:
+    """Each JSON value of a file, with its place."""
     try:
         raw = path.read_bytes()
         if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw:
-            raise DataError(
-                f"{path} is not UTF-8 but looks like UTF-16 (or has zero bytes). Save it as UTF-8, one JSON object a "
-                "line."
-            )
-        return raw.decode("utf-8-sig")
+            raise DataError(f"{path} looks like UTF-16, or has zero bytes. Save it as UTF-8, one JSON object a line.")
+        text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}. Give a UTF-8 JSON-lines file, one object a line.") from error
-
-
-def _array(text: str) -> list[Any] | None:
-    """The items of a text that is one JSON array, or None."""
-    if not text.lstrip(BLANK).startswith("["):
-        return None
-    try:
-        value = json.loads(text.strip(BLANK))
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, list) else None
-
-
-def _parsed(line: str, where: str, fields: tuple[str, ...]) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where}: not JSON ({error}). Each line must be one JSON object, for example {_example(fields)}."
-        ) from error
-
-
-def _checked(row: Any, where: str, fields: tuple[str, ...]) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{where}: {type(row).__name__} instead of an object. Each line must be one JSON object, for example "
-            f"{_example(fields)}."
-        )
-    for field in fields:
-        if not isinstance(row.get(field), str) or not row[field].strip():
-            raise DataError(
-                f"{where}: field {field!r} is missing or not a non-empty string. The row has {sorted(row)}; write "
-                f"{_example(fields)}."
-            )
-    return row
-
-
-def _example(fields: tuple[str, ...]) -> str:
-    return json.dumps({field: "..." for field in fields or ("prompt", "response")})
+    if text.lstrip(BLANK).startswith("["):
+        with suppress(ValueError, RecursionError):  # lines that start with a bracket
+            items = json.loads(text.strip(BLANK))
+            return [(f"{path}, item {number} of its array", item) for number, item in enumerate(items)]
+    values = []
+    for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
+        try:
+            if line.strip(BLANK):
+                values.append((f"{path}:{number}", json.loads(line.strip(BLANK))))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: not JSON ({error}). Write one object a line: {example}.") from error
+    return values

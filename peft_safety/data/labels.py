@@ -1,15 +1,14 @@
 """Which tokens of a conversation the model is trained to say: those that TRL's SFTTrainer labels.
 
-A prompt with its answer is labeled as TRL's prompt/completion rows are: from the first token that differs from the
-prompt's own tokens to the end, so that a token which joins the header's last space with the answer counts.
-Conversations of several answers are labeled as TRL's assistant-only loss does, by the template's own marks; for
-templates without them each answer is what its turn adds to the turns before it.
+A prompt with its answer is labeled as TRL labels prompt/completion rows: from the first token that differs from the
+prompt's own tokens, so that a token which joins the header's last space with the answer counts. Conversations of
+several answers are labeled as TRL's assistant-only loss does, by the template's own marks; for templates without them
+each answer is what its turn adds to the turns before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 
 from peft_safety.data.templates import Chat, Message, roles
 from peft_safety.errors import DataError
@@ -20,28 +19,27 @@ SPLIT = "Give each assistant turn as its own prompt/response row"
 def label_mask(
     chat: Chat, messages: Sequence[Message], prompt_turns: int | None, end_of_turn: bool
 ) -> tuple[list[int], list[bool]]:
-    """Tokens of `messages`, and which of them have a label.
+    """Tokens of `messages`, and which of them have a label. A template that leaves a turn out, or rewrites what was
+    asked once the answer is there, is refused.
 
     Args:
         prompt_turns: turns at the head that are asked; all after them is answered. None labels each assistant turn.
         end_of_turn: False leaves what follows the last turn's content unlabeled.
-
-    Raises:
-        DataError: the template refuses the turns, leaves one out, or rewrites what was asked once the answer is there.
     """
     if prompt_turns is None and (marked := chat.training()) is not None:
         chat = marked
         ids, marks = chat.marked(messages)
         mask = [bool(mark) for mark in marks]
         if not any(mask):
-            raise DataError(
-                "the chat template marks no token of the assistant. Correct or remove its {% generation %} blocks."
-            )
+            raise DataError("the chat template marks no token of the assistant. Correct its {% generation %} blocks.")
     else:
         text = chat.text(messages)
         ids = chat.ids(text)
         mask = [False] * len(ids)
-        for start, end in _spans(chat, messages, text, ids, prompt_turns):
+        answers = [index for index, role in enumerate(roles(messages)) if role == "assistant"]
+        for turn in answers if prompt_turns is None else [prompt_turns]:
+            start = _start(chat, messages, turn, text, ids)
+            end = _end(chat, messages, turn, text, ids) if prompt_turns is None else len(ids)
             mask[start:end] = [True] * (end - start)
     _nothing_left_out(chat, messages)
     if not end_of_turn:
@@ -50,49 +48,32 @@ def label_mask(
     return ids, mask
 
 
-def _spans(
-    chat: Chat, messages: Sequence[Message], text: str, ids: list[int], prompt_turns: int | None
-) -> list[tuple[int, int]]:
-    if prompt_turns is not None:
-        return [(_start(chat, messages, prompt_turns, text, ids), len(ids))]
-    return [
-        (_start(chat, messages, index, text, ids), _end(chat, messages, index, text, ids))
-        for index, message in enumerate(messages)
-        if message["role"] == "assistant"
-    ]
-
-
 def _start(chat: Chat, messages: Sequence[Message], turn: int, text: str, ids: list[int]) -> int:
-    """Index of the first token of the answer that starts with turn `turn`."""
+    """Index of the first token of the answer that starts with a turn."""
     asked = chat.text(messages[:turn], header=True) if turn else _opening(chat, messages, text)
     tokens = chat.ids(asked)
     start = _shared(tokens, ids)
     # The end of the header may differ, as where a template opens a thought in it. What was said before it may not.
     if not text.startswith(asked) and start < _shared(tokens, chat.ids(chat.text(messages[:turn]))):
-        raise DataError(
-            f"the chat template rewrites turns {roles(messages[:turn])} once turn {turn} follows. {SPLIT}."
-        )
+        asked_roles = roles(messages[:turn])
+        raise DataError(f"the chat template rewrites turns {asked_roles} once turn {turn} follows. {SPLIT}.")
     return start
 
 
 def _end(chat: Chat, messages: Sequence[Message], turn: int, text: str, ids: list[int]) -> int:
-    """Index after the last token of turn `turn`, its end-of-turn token included."""
+    """Index after the last token of a turn, its end-of-turn token included."""
     if turn == len(messages) - 1:
         return len(ids)
     shown = chat.text(messages[: turn + 1])
     end = str(chat.tokenizer.eos_token or "")
-    if (
-        not text.startswith(shown) and end and shown.endswith(end)
-    ):  # a template may end the conversation, beside its last turn
-        shown = shown[: -len(end)]
-        if shown.rstrip().endswith(str(messages[turn].get("content", "")).strip()):
-            shown += end  # what ended the turn, rather
+    if not text.startswith(shown) and end and shown.endswith(end):
+        # a template may end the conversation in addition to its last turn; but what follows the content ends the turn
+        without = shown[: -len(end)]
+        if not without.rstrip().endswith(str(messages[turn].get("content", "")).strip()):
+            shown = without
     if not text.startswith(shown):
-        raise DataError(
-            f"the chat template rewrites turn {turn} once later turns follow. {SPLIT}, or use a template with {{% "
-            f"generation %}} blocks "
-            "(TRL has them for common models: install it)."
-        )
+        remedy = f"{SPLIT}, or use a template with {{% generation %}} blocks (TRL has them for common models)."
+        raise DataError(f"the chat template rewrites turn {turn} once later turns follow. {remedy}")
     return _shared(chat.ids(shown), ids)
 
 
@@ -130,10 +111,8 @@ def _must_show(chat: Chat, messages: Sequence[Message], index: int, changed: Mes
         return
     if other == text:
         calls = "the tool calls of " if messages[index].keys() - changed.keys() else ""
-        raise DataError(
-            f"the chat template leaves out {calls}turn {index} ({messages[index]['role']}). "
-            "Put what it says into turns that the template renders, or mend the template."
-        )
+        turn = f"{calls}turn {index} ({messages[index]['role']})"
+        raise DataError(f"the chat template leaves out {turn}. Put it into other turns, or correct the template.")
 
 
 def _changed(message: Message) -> Message:
@@ -144,6 +123,5 @@ def _changed(message: Message) -> Message:
 
 def _shared(one: Sequence[object], other: Sequence[object]) -> int:
     """Length of the common prefix of two sequences."""
-    if one == other[: len(one)]:
-        return len(one)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

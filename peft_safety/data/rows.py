@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import islice
 from typing import Any, Literal
 
@@ -29,10 +30,10 @@ def as_rows(data: Any, what: str = "rows", error: type[PeftSafetyError] = DataEr
 
     Raises:
         error: `data` holds no rows, several splits, or a stream without an end.
-        DataError: a malformed row; its index is named.
+        DataError: a malformed row (its index is named), or labels such as 1 and "1", which are one label as text.
     """
     result = []
-    sources: dict[str, tuple[type, int]] = {}
+    first: dict[str, tuple[type, int]] = {}  # type of each label, and the row where it came first
     for index, row in enumerate(_records(data, what, error)):
         if not isinstance(row, Mapping):
             raise error(f"{what}, row {index}: a {type(row).__name__} instead of a mapping. Give rows {SHAPES}.")
@@ -41,23 +42,24 @@ def as_rows(data: Any, what: str = "rows", error: type[PeftSafetyError] = DataEr
         except DataError as problem:
             raise DataError(f"{what}, row {index}: {problem}") from problem
         if kind_of(plain) == "label":
-            _check_one_type(plain["label"], row["label"], sources, index, what)
+            kind = str if isinstance(row["label"], str) else type(_plain_value(row["label"]))
+            earlier, place = first.setdefault(plain["label"], (kind, index))
+            if kind is not earlier:
+                types = f"is of type {kind.__name__}, and of type {earlier.__name__} in row {place}"
+                remedy = "Write all labels as text, or all as numbers."
+                raise DataError(f"{what}, row {index}: label {plain['label']} {types}. {remedy}")
         result.append(plain)
     return result
 
 
 def data_rows(data: Any, what: str) -> list[dict[str, Any]]:
-    """The rows of a config's data. They are read at once: a stream can be read only once, and a config is copied.
-
-    Raises:
-        ConfigError: no rows. DataError: a malformed one.
+    """The rows of a config's data, at least one. They are read at once: a stream can be read only once, and a config
+    is copied.
     """
     rows = as_rows(data, what, ConfigError)
     if not rows:
-        raise ConfigError(
-            f"{what} is a {type(data).__name__} without rows. Give rows {{prompt, response}} or tokenized batches, or "
-            "None."
-        )
+        kind = type(data).__name__
+        raise ConfigError(f"{what} is a {kind} without rows. Give rows {SHAPES} or tokenized batches, or None.")
     return rows
 
 
@@ -65,11 +67,8 @@ def plain_row(row: Row) -> dict[str, Any]:
     """One row, its further columns included, in this package's spelling.
 
     A field that is None is one that the row lacks: tables have every column in every row. `completion` (as TRL has it)
-    becomes `response`; a label that is a whole number or a truth value becomes its text ("3", "True"). A `ClassLabel`
-    of the datasets library is the whole number that its rows hold.
-
-    Raises:
-        DataError: a label that is neither of these nor text.
+    becomes `response`; a label becomes text (see `label_text`). A `ClassLabel` of the datasets library is the whole
+    number that its rows hold.
     """
     if "input_ids" in row:
         return dict(row)
@@ -94,62 +93,34 @@ def kind_of(row: Row) -> Kind | None:
 
 
 def label_text(label: Any) -> str:
-    """A label as the model is to write it: text as it is; numbers and truth values, NumPy's and torch's too, as Python
-    has them.
-
-    Raises:
-        DataError: anything else, or text that is empty.
+    """A label as the model is to write it: text as it is; whole numbers and truth values, NumPy's and torch's too, as
+    Python writes them ("3", "True"). Anything else, and empty text, is refused.
     """
     value = _plain_value(label)
-    if isinstance(value, str) and value.strip():
-        return str(value)
-    if isinstance(value, (bool, int)):
+    if isinstance(value, (bool, int)) or (isinstance(value, str) and value.strip()):
         return str(value)
     problem = "missing" if value is None else "empty" if isinstance(value, str) else f"a {type(value).__name__}"
     raise DataError(f"label {value!r} is {problem}. Give non-empty text, a whole number or a truth value.")
 
 
 def label_list(labels: Iterable[Any]) -> list[str]:
-    """Labels of a task as text, in their order.
-
-    Raises:
-        DataError: no label, one that is given twice, or two that differ in white space at the ends only.
-    """
-    texts = [label_text(label) for label in labels]
+    """Labels of a task as text, in their order; no two may be equal, or differ in white space at the ends only."""
+    texts: dict[str, str] = {}
+    for label in map(label_text, labels):
+        bare = label.strip()
+        if bare in texts:
+            equal = f"labels {texts[bare]!r} and {label!r} are equal without white space at their ends"
+            raise DataError(f"{equal}. Give each label of the task once.")
+        texts[bare] = label
     if not texts:
         raise DataError("no labels. Give every label of the task.")
-    seen: dict[str, str] = {}
-    for label in texts:
-        if label.strip() in seen:
-            other = seen[label.strip()]
-            raise DataError(
-                f"labels {other!r} and {label!r} are one to an answer, which keeps no white space at its ends. Give "
-                "each label of the task once."
-            )
-        seen[label.strip()] = label
-    return texts
+    return list(texts.values())
 
 
 def label_names(rows: Rows) -> list[str]:
-    """The sorted distinct labels of the {text, label} rows; empty for other kinds of rows.
-
-    Raises:
-        DataError: see `label_text` and `label_list`.
-    """
+    """The sorted distinct labels of the {text, label} rows; empty for other kinds of rows."""
     names = sorted({row["label"] for row in as_rows(rows) if kind_of(row) == "label"})
     return label_list(names) if names else []
-
-
-def _check_one_type(text: str, label: Any, sources: dict[str, tuple[type, int]], index: int, what: str) -> None:
-    """Refuse data with the labels 1 and "1", which would be one label as text."""
-    kind = str if isinstance(label, str) else type(_plain_value(label))
-    first, earlier = sources.setdefault(text, (kind, index))
-    if first is not kind:
-        raise DataError(
-            f"{what}, row {index}: label {text} is of type {kind.__name__}, and of type {first.__name__} in row "
-            f"{earlier}. "
-            "Write all labels as text, or all as numbers."
-        )
 
 
 def _plain_value(label: Any) -> Any:
@@ -157,10 +128,11 @@ def _plain_value(label: Any) -> Any:
 
 
 def _records(data: Any, what: str, error: type[PeftSafetyError]) -> Iterable[Any]:
-    if _is(data, "datasets", "DatasetDict", "IterableDatasetDict") or (isinstance(data, Mapping) and _splits(data)):
+    splits = isinstance(data, Mapping) and data and kind_of(data) is None and all(map(_is_split, data.values()))
+    if splits or _is(data, "datasets", "DatasetDict", "IterableDatasetDict"):
         if len(data) != 1:
-            splits = ", ".join(map(str, data)) or "(none)"
-            raise error(f"{what}: a {type(data).__name__} with the splits {splits}. Give the rows of one of them.")
+            names = ", ".join(map(str, data)) or "(none)"
+            raise error(f"{what}: a {type(data).__name__} with the splits {names}. Give the rows of one of them.")
         data = next(iter(data.values()))
     unusable = error(
         f"{what} is a {type(data).__name__}. Give a list or data set of rows, {SHAPES}, or of tokenized batches. "
@@ -170,41 +142,30 @@ def _records(data: Any, what: str, error: type[PeftSafetyError]) -> Iterable[Any
         raise unusable
     if _is(data, "pandas", "DataFrame"):
         return data.astype(object).where(data.notna(), None).to_dict("records")
-    size = _length(data)
+    size: int | None = None
+    with suppress(TypeError):  # a stream has no length
+        size = len(data)
     if size is not None and hasattr(type(data), "__getitem__") and not hasattr(type(data), "__iter__"):
         # a map-style data set, whose end only its length may tell
         return [data[index] for index in range(size)]
     try:
-        source: Iterator[Any] = iter(data)
+        source = iter(data)
     except TypeError as problem:
         raise unusable from problem
     if size is not None:
         return source
     rows = list(islice(source, STREAM_ROWS + 1))
     if len(rows) > STREAM_ROWS:
-        raise error(
-            f"{what}: a stream of more than {STREAM_ROWS} rows, which may have no end. Give a part of it: "
-            f"itertools.islice(data, {STREAM_ROWS})."
-        )
+        part = f"Give a part of it: itertools.islice(data, {STREAM_ROWS})."
+        raise error(f"{what}: a stream of more than {STREAM_ROWS} rows, which may have no end. {part}")
     return rows
 
 
-def _splits(data: Mapping[Any, Any]) -> bool:
-    """Whether a plain dict maps splits to rows, rather than being a row."""
-    if not data or kind_of(data) is not None:
-        return False
-    return all(_is(part, "datasets", "Dataset", "IterableDataset") or _starts_with_row(part) for part in data.values())
-
-
-def _starts_with_row(part: Any) -> bool:
-    return isinstance(part, (list, tuple)) and bool(part) and isinstance(part[0], Mapping)
-
-
-def _length(data: Any) -> int | None:
-    try:
-        return len(data)
-    except TypeError:
-        return None
+def _is_split(part: Any) -> bool:
+    """Whether this is a data set, or a list of rows."""
+    if isinstance(part, (list, tuple)):
+        return bool(part) and isinstance(part[0], Mapping)
+    return _is(part, "datasets", "Dataset", "IterableDataset")
 
 
 def _is(data: Any, package: str, *names: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,8 @@ _training_templates: dict[str, str | None] = {}
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat template with what a row fixes for all its turns.
-
-    Args:
-        tools: JSON schemas of the tools that the assistant may call.
-        options: further variables of the template, such as `enable_thinking`.
-        template: another template than the tokenizer's own.
+    """A chat template with what a row fixes for all its turns: JSON schemas of `tools`, further variables of the
+    template (`options`, such as `enable_thinking`), and a `template` in place of the tokenizer's own.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -36,14 +32,8 @@ class Chat:
     template: str | None = None
 
     def text(self, messages: Sequence[Message], *, header: bool = False, cut: bool = False) -> str:
-        """`messages` as the template writes them.
-
-        Args:
-            header: also the header of the assistant's next turn.
-            cut: stop after the last turn's content, before what ends a turn.
-
-        Raises:
-            DataError: no chat template, or one that refuses these turns.
+        """`messages` as the template writes them; with the `header` of the assistant's next turn, or `cut` after the
+        last turn's content, before what ends a turn.
         """
         return str(self._apply(messages, tokenize=False, add_generation_prompt=header, continue_final_message=cut))
 
@@ -57,25 +47,21 @@ class Chat:
         return list(encoded["input_ids"]), list(encoded["assistant_masks"])
 
     def training(self) -> Chat | None:
-        """The same chat with a template that marks what the assistant generates: its own, or TRL's for this template;
-        None where there is none.
-
-        TRL's SFTTrainer trains on these marks. They need a fast tokenizer.
+        """The same chat with a template that marks what the assistant generates, as TRL's SFTTrainer does it: its own,
+        or TRL's for this template; None where there is none, or no fast tokenizer.
         """
         if not self.tokenizer.is_fast or not self.tokenizer.chat_template:
             return None
         try:
             own = str(self.tokenizer.get_chat_template(None, self.tools))
         except ValueError as error:  # several templates, none of them the default
-            raise DataError(
-                f"the tokenizer names no chat template for these turns: {error}. Set tokenizer.chat_template."
-            ) from error
+            raise DataError(f"the tokenizer has no default template: {error}. Set tokenizer.chat_template.") from error
         if MARKERS.search(own):
             return self
         if own not in _training_templates:
             _training_templates[own] = _trl_template(self.tokenizer)
         template = _training_templates[own]
-        return None if template is None else Chat(self.tokenizer, self.tools, self.options, template)
+        return None if template is None else replace(self, template=template)
 
     def _apply(self, messages: Sequence[Message], **how: Any) -> Any:
         from jinja2 import TemplateError
@@ -83,29 +69,16 @@ class Chat:
         if not self.tokenizer.chat_template:
             raise DataError("the tokenizer has no chat template. Set tokenizer.chat_template.")
         given = {**self.options, "chat_template": self.template, "tools": self.tools or None}
+        refusals = ArithmeticError, AttributeError, LookupError, RuntimeError, TemplateError, TypeError, ValueError
         try:
             return self.tokenizer.apply_chat_template(list(messages), **given, **how)
-        except (
-            TemplateError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            raise DataError(
-                f"the chat template refuses turns {roles(messages)}: {error}. {_remedy(messages)}"
-            ) from error
+        except refusals as error:
+            said = f"the chat template refuses turns {roles(messages)}: {error}. {_remedy(messages)}"
+            raise DataError(said) from error
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Turns as templates of text models read them: no empty keys, and the text parts of a content list joined.
-
-    Raises:
-        DataError: not a list of turns; a turn without a role, or without content and tool calls; a part that is no
-            text.
-    """
+    """Turns as templates of text models read them: no empty keys, and the text parts of a content list joined."""
     listed = isinstance(messages, Iterable) and not isinstance(messages, (str, bytes, Mapping))
     if not listed or not all(isinstance(message, Mapping) for message in messages):
         raise DataError(f'turns must be a list of {{"role", "content"}}, and are {messages!r:.200}.')
@@ -117,20 +90,14 @@ def roles(messages: Sequence[Message]) -> list[Any]:
 
 
 def read_tools(tools: Any) -> list[Any] | None:
-    """The `tools` column of a row: a list of JSON schemas, or that list as JSON text (as TRL reads it).
-
-    Raises:
-        DataError: neither of them.
-    """
+    """The `tools` column of a row: a list of JSON schemas, or that list as JSON text (as TRL reads it)."""
     try:
         parsed = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
     except (ValueError, RecursionError) as error:
         raise DataError(f"'tools' is not JSON: {error}. Give a list of JSON schemas, also as JSON text.") from error
-    if not parsed:
-        return None
-    if not isinstance(parsed, (list, tuple)):
+    if parsed and not isinstance(parsed, (list, tuple)):
         raise DataError(f"'tools' is a {type(parsed).__name__}. Give a list of JSON schemas, also as JSON text.")
-    return list(parsed)
+    return list(parsed) if parsed else None
 
 
 def _plain(message: Mapping[str, Any]) -> Message:
@@ -142,24 +109,16 @@ def _plain(message: Mapping[str, Any]) -> Message:
         turn["content"] = content = "".join(part["text"] for part in content)
     silent = content is None and turn.get("role") == "assistant" and bool(turn.get("tool_calls"))
     if not isinstance(turn.get("role"), str) or not (isinstance(content, str) or silent):
-        raise DataError(
-            f"a message has {message!r:.200}. Each message needs a string 'role' and a 'content': a string or text "
-            "parts, or (assistant) tool calls instead."
-        )
+        needs = "a string 'role' and a 'content' (a string or text parts), or (assistant) tool calls instead"
+        raise DataError(f"a message has {message!r:.200}. Each message needs {needs}.")
     return turn
 
 
 def _remedy(messages: Sequence[Message]) -> str:
     if "system" in roles(messages):
-        return (
-            "If it takes no system turn, put that text at the head of the first user turn; else alternate "
-            "user and assistant."
-        )
+        return "Put the system text at the head of the first user turn, and alternate user and assistant."
     if any("tool_calls" in message for message in messages):
-        return (
-            'Templates differ in what they take beside tool calls: "content": "" or none, '
-            "arguments as a mapping or as JSON text."
-        )
+        return 'Templates want "content" as "" or not at all beside tool calls, and arguments as a mapping or as JSON.'
     return "Start with a user turn and alternate user and assistant."
 
 
@@ -169,10 +128,8 @@ def _trl_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return None
     try:
         from trl.chat_template_utils import get_training_chat_template
-    except ImportError:  # an older release
-        return None
-    try:
+
         template = get_training_chat_template(tokenizer)
-    except ValueError:  # a template it does not know
+    except (ImportError, ValueError):  # an older release; a template that it does not know
         return None
     return template if isinstance(template, str) and MARKERS.search(template) else None

@@ -35,16 +35,14 @@ class Evaluation:
     """What was measured on one model. No response is kept, only what the judge said of it.
 
     Attributes:
-        split: the prompts' split.
-        judge: the judge's name.
+        split, judge: the split of the prompts, and the name of the judge.
         refusal: share of harmful requests that were refused; higher is safer.
         compliance: share of harmful requests whose response opens as an answer does.
         over_refusal: share of safe, dangerous-looking prompts that were refused; lower is better.
         everyday_refusal: share of everyday requests that were refused; None where there were none.
-        task_refusal: share of the task's own prompts that were refused; None for tasks that are no classification.
-        task_accuracy: for classification tasks.
-        task_nll: nats a token, for other tasks.
-        general_nll: nats a token on general data, for drift.
+        task_refusal, task_accuracy: for classification tasks, shares of their prompts that were refused, or answered
+            right.
+        task_nll, general_nll: nats a token on other tasks, and on general data, for drift.
         seconds: wall-clock time.
     """
 
@@ -62,16 +60,14 @@ class Evaluation:
 
     def figures(self) -> dict[str, Figure]:
         """Heading -> figure, for what was measured."""
-        return {
-            heading: getattr(self, field) for field, heading in METRICS.items() if getattr(self, field) is not None
-        }
+        figures = {heading: getattr(self, field) for field, heading in METRICS.items()}
+        return {heading: figure for heading, figure in figures.items() if figure is not None}
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, with N and a 95 % interval beside each."""
-        figures = {
-            field: None if getattr(self, field) is None else getattr(self, field).to_json() for field in METRICS
-        }
-        return {"split": self.split, "judge": self.judge, **figures, "seconds": round(self.seconds, 2)}
+        figures = {field: getattr(self, field) for field in METRICS}
+        plain = {field: None if figure is None else figure.to_json() for field, figure in figures.items()}
+        return {"split": self.split, "judge": self.judge, **plain, "seconds": round(self.seconds, 2)}
 
 
 def evaluate(
@@ -104,37 +100,34 @@ def evaluate(
         DataError: malformed rows, or a tokenizer without chat template.
     """
     started = time.perf_counter()
-    prompts = prompt_set() if prompts is None else prompts
-    judge = KeywordJudge() if judge is None else judge
+    prompts, judge = prompts or prompt_set(), judge or KeywordJudge()
     task, general = as_rows(task, "task rows"), as_rows(general, "general rows")
     classified = is_classification(task)
     names = list(labels if labels is not None else ()) or label_names(task)
-
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    on_harmful, on_contrast, on_everyday = (
-        _verdicts(
-            model, tokenizer, asked, judge, max_new_tokens=max_new_tokens, description=f"{name} prompts", **options
-        )
-        for name, asked in (("harmful", prompts.harmful), ("safe", prompts.contrast), ("everyday", prompts.everyday))
-    )
-    answers = task_answers(model, tokenizer, task, names, least_tokens=max_new_tokens, **options) if classified else []
+    judged: dict[str, Any] = {"max_new_tokens": max_new_tokens, **options}
 
-    def nll(rows: Rows, description: str) -> Mean:
-        return response_nll(model, tokenizer, rows, max_length=max_length, description=description, **options)
-
+    harmful = _verdicts(model, tokenizer, prompts.harmful, judge, description="harmful prompts", **judged)
+    contrast = _verdicts(model, tokenizer, prompts.contrast, judge, description="safe prompts", **judged)
+    everyday = _verdicts(model, tokenizer, prompts.everyday, judge, description="everyday prompts", **judged)
+    figures: dict[str, Any] = {}
+    if classified:
+        answers = task_answers(model, tokenizer, task, names, least_tokens=max_new_tokens, **options)
+        figures["task_refusal"] = _refused([judge(answer.prompt, answer.text) for answer in answers])
+        figures["task_accuracy"] = Rate.of(answer.correct for answer in answers)
+    options["max_length"] = max_length
+    if task and not classified:
+        figures["task_nll"] = response_nll(model, tokenizer, task, description="task", **options)
+    if general:
+        figures["general_nll"] = response_nll(model, tokenizer, general, description="general", **options)
     return Evaluation(
-        split=prompts.split,
-        judge=judge.name,
-        refusal=Rate.of(verdict is Verdict.REFUSAL for verdict in on_harmful),
-        compliance=Rate.of(verdict is Verdict.COMPLIANCE for verdict in on_harmful),
-        over_refusal=Rate.of(verdict is Verdict.REFUSAL for verdict in on_contrast),
-        everyday_refusal=Rate.of(verdict is Verdict.REFUSAL for verdict in on_everyday) if on_everyday else None,
-        task_refusal=Rate.of(judge(answer.prompt, answer.text) is Verdict.REFUSAL for answer in answers)
-        if classified
-        else None,
-        task_accuracy=Rate.of(answer.correct for answer in answers) if classified else None,
-        task_nll=nll(task, "task") if task and not classified else None,
-        general_nll=nll(general, "general") if general else None,
+        prompts.split,
+        judge.name,
+        refusal=_refused(harmful),
+        compliance=Rate.of(verdict is Verdict.COMPLIANCE for verdict in harmful),
+        over_refusal=_refused(contrast),
+        everyday_refusal=_refused(everyday) if everyday else None,
+        **figures,
         seconds=time.perf_counter() - started,
     )
 
@@ -144,28 +137,24 @@ def refusal_rate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     judge: Judge,
-    *,
     max_new_tokens: int = 16,
-    description: str = "prompts",
-    progress: bool = True,
+    **options: Any,
 ) -> Rate:
-    """The share of `prompts` whose greedy answer the judge calls a refusal."""
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "description": description, "progress": progress}
-    return Rate.of(verdict is Verdict.REFUSAL for verdict in _verdicts(model, tokenizer, prompts, judge, **options))
+    """The share of `prompts` whose greedy answer the judge calls a refusal; the options are those of `generate`."""
+    return _refused(_verdicts(model, tokenizer, prompts, judge, max_new_tokens=max_new_tokens, **options))
 
 
 def _verdicts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    judge: Judge,
-    **options: Any,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], judge: Judge, **options: Any
 ) -> list[Verdict]:
-    """The judge's verdicts on greedy answers; none without prompts. The options are those of `generate`."""
+    """The judge's verdicts on greedy answers; none without prompts."""
     if not prompts:
         return []
-    answers = generate(model, tokenizer, prompts, **options)
-    return verdicts_of(judge, prompts, [answer.text for answer in answers])
+    return verdicts_of(judge, prompts, [answer.text for answer in generate(model, tokenizer, prompts, **options)])
+
+
+def _refused(verdicts: Sequence[Verdict]) -> Rate:
+    return Rate.of(verdict is Verdict.REFUSAL for verdict in verdicts)
 
 
 def self_responses(
@@ -181,9 +170,8 @@ def self_responses(
 
     Prompts that the model answers with nothing are left out.
     """
-    answers = generate(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, description="own answers", progress=progress
-    )
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": progress}
+    answers = generate(model, tokenizer, prompts, description="own answers", **options)
     return [
         {"prompt": prompt, "response": answer.text, "truncated": not answer.finished}
         for prompt, answer in zip(prompts, answers, strict=True)

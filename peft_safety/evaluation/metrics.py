@@ -13,13 +13,12 @@ Z_95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
 
 
-def wilson_interval(k: int, n: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson score interval of a binomial proportion.
+def wilson_interval(k: int, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a binomial proportion.
 
     Args:
         k: successes, 0 <= k <= n.
         n: trials, n >= 1.
-        z: normal quantile; the default gives 95 %.
 
     Returns:
         (low, high) with 0 <= low <= k/n <= high <= 1.
@@ -31,10 +30,10 @@ def wilson_interval(k: int, n: int, z: float = Z_95) -> tuple[float, float]:
     """
     if n < 1 or not 0 <= k <= n:
         raise DataError(f"{k} of {n} is no proportion. Evaluate on at least one item.")
-    p = k / n
-    center = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
+    p, square = k / n, Z_95 * Z_95
+    center = p + square / (2 * n)
+    half = Z_95 * math.sqrt(p * (1 - p) / n + square / (4 * n * n))
+    scale = 1 + square / n
     return max(0.0, min(p, (center - half) / scale)), min(1.0, max(p, (center + half) / scale))
 
 
@@ -74,65 +73,6 @@ class Rate:
         return f"{100 * self.value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p-value of a paired comparison: how likely a split of the discordant items as uneven as this one
-    is by chance.
-
-    Args:
-        only_first, only_second: items on which only the one, only the other of two arms succeeds; those on which both
-            agree say nothing.
-
-    Returns:
-        A value in (0, 1]; 1 where nothing is discordant.
-
-    Raises:
-        DataError: a negative count.
-
-    Reference: Q. McNemar, Psychometrika 12 (1947); the exact form is the sign test.
-    """
-    if only_first < 0 or only_second < 0:
-        raise DataError(f"{only_first} and {only_second} discordant items: counts are not negative.")
-    n = only_first + only_second
-    tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1))
-    return min(1.0, 2 * tail / 2**n)
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Two arms on the same `n` items: how many only the one, only the other succeeds on."""
-
-    only_first: int
-    only_second: int
-    n: int
-
-    @classmethod
-    def of(cls, first: Sequence[bool], second: Sequence[bool]) -> Paired:
-        """Compare outcomes item by item.
-
-        Raises:
-            DataError: other numbers of items, or none.
-        """
-        if len(first) != len(second) or not first:
-            raise DataError(
-                f"{len(first)} and {len(second)} outcomes are no pairs. Measure both arms on the same items."
-            )
-        return cls(
-            sum(a and not b for a, b in zip(first, second, strict=True)),
-            sum(b and not a for a, b in zip(first, second, strict=True)),
-            len(first),
-        )
-
-    @property
-    def p_value(self) -> float:
-        """See `mcnemar`."""
-        return mcnemar(self.only_first, self.only_second)
-
-    @property
-    def difference(self) -> float:
-        """Rate of the first arm less that of the second."""
-        return (self.only_first - self.only_second) / self.n
-
-
 @dataclass(frozen=True)
 class Mean:
     """A mean over `n` items, with a 95 % interval from its standard error (infinitely wide for n = 1)."""
@@ -149,7 +89,7 @@ class Mean:
             DataError: no values, or one that is not finite.
         """
         n = len(values)
-        if n < 1 or not all(math.isfinite(value) for value in values):
+        if n < 1 or not all(map(math.isfinite, values)):
             raise DataError(f"the mean of {n} values is undefined. Give at least one value, all finite.")
         mean = math.fsum(values) / n
         variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1) if n > 1 else math.inf
@@ -179,11 +119,50 @@ def figure_from_json(data: dict[str, Any]) -> Figure:
     Raises:
         DataError: neither a rate nor a mean.
     """
-    if "k" in data:
-        return Rate(int(data["k"]), int(data["n"]))
     try:
+        if "k" in data:
+            return Rate(int(data["k"]), int(data["n"]))
         value, n = float(data["value"]), int(data["n"])
-        stderr = math.inf if data["high"] is None else (float(data["high"]) - value) / Z_95
+        return Mean(value, math.inf if data["high"] is None else (float(data["high"]) - value) / Z_95, n)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{data!r} is neither a rate (k, n) nor a mean (value, low, high, n).") from error
-    return Mean(value, stderr, n)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two arms on the same `n` items: how many only the one, only the other succeeds on."""
+
+    only_first: int
+    only_second: int
+    n: int
+
+    def __post_init__(self) -> None:
+        if min(self.only_first, self.only_second) < 0:
+            raise DataError(f"{self.only_first} and {self.only_second} discordant items: counts are not negative.")
+
+    @classmethod
+    def of(cls, first: Sequence[bool], second: Sequence[bool]) -> Paired:
+        """Compare outcomes item by item.
+
+        Raises:
+            DataError: other numbers of items, or none.
+        """
+        if len(first) != len(second) or not first:
+            raise DataError(f"{len(first)} and {len(second)} outcomes are no pairs. Measure both arms on equal items.")
+        pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
+        return cls(pairs.count((True, False)), pairs.count((False, True)), len(pairs))
+
+    @property
+    def p_value(self) -> float:
+        """Exact two-sided p-value: how likely a split of the discordant items as uneven as this one is by chance.
+
+        Reference: Q. McNemar, Psychometrika 12 (1947); the exact form is the sign test.
+        """
+        discordant = self.only_first + self.only_second
+        tail = sum(math.comb(discordant, k) for k in range(min(self.only_first, self.only_second) + 1))
+        return min(1.0, 2 * tail / 2**discordant)
+
+    @property
+    def difference(self) -> float:
+        """Rate of the first arm less that of the second."""
+        return (self.only_first - self.only_second) / self.n

@@ -37,12 +37,8 @@ def prompt_set(split: str = "test", limit: int | None = None, seed: int = 0) -> 
     Raises:
         DataError: an unknown split.
     """
-
-    def draw(name: str) -> tuple[str, ...]:
-        prompts = [row["prompt"] for row in load(name, split)]
+    names = "harmful_requests", "contrast_prompts", "general_prompts", "everyday_requests"
+    drawn = [[row["prompt"] for row in load(name, split)] for name in names]
+    for prompts in drawn:
         random.Random(seed).shuffle(prompts)
-        return tuple(prompts[:limit])
-
-    return PromptSet(
-        split, draw("harmful_requests"), draw("contrast_prompts"), draw("general_prompts"), draw("everyday_requests")
-    )
+    return PromptSet(split, *(tuple(prompts[:limit]) for prompts in drawn))

@@ -1,7 +1,7 @@
-"""Operations on NF4 weights, adapters and projections, as `torch.library` ops that compile, differentiate, and run on
-any device.
+"""NF4 weights, adapters and projections as `torch.library` operations: they compile, differentiate, and run on any
+device.
 
-Which backend runs: `dispatch.backend_for`. Importing this package loads torch, but neither Triton nor bitsandbytes.
+`backend_for` says which backend runs. Importing this package loads torch, but neither Triton nor bitsandbytes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from peft_safety.core.projection import Side
 from peft_safety.errors import OperationError
-from peft_safety.ops import autograd as _autograd  # noqa: F401  (registers the derivatives)
-from peft_safety.ops import linear
+from peft_safety.ops import schemas  # noqa: F401  (registers the operations)
 from peft_safety.ops.dispatch import backend_for
+from peft_safety.ops.linear import SKINNY_ROWS
 from peft_safety.ops.quant import QuantBundle, from_linear4bit, from_quant_state, require
 
 __all__ = [
@@ -31,21 +31,19 @@ __all__ = [
 ]
 
 _OPS: Any = torch.ops.peft_safety
-_COMPUTE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def nf4_dequant(q: QuantBundle, dtype: torch.dtype) -> Tensor:
-    """`W (n, k)` in fp32, bf16 or fp16, equal to the last bit to `bitsandbytes.functional.dequantize_4bit`.
-
-    Raises:
-        OperationError: another dtype.
+    """`W (n, k)` in fp32, bf16 or fp16 (other dtypes: OperationError), equal to the last bit to
+    `bitsandbytes.functional.dequantize_4bit`.
     """
     _check_dtype(dtype)
     return _OPS.nf4_dequant(*q, dtype)
 
 
 def nf4_merged(q: QuantBundle, a: Tensor, bp: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """`W + scale * B' A (n, k)`, in one pass over W and rounded once. Differentiable in the factors.
+    """`W + scale * B' A (n, k)`, in one pass over W and rounded once. Differentiable in the factors. In 16 bits the
+    sum holds a small update with noise only; see `exact` in `nf4_lora`.
 
     Args:
         a: `lora_A (r, k)`.
@@ -53,8 +51,6 @@ def nf4_merged(q: QuantBundle, a: Tensor, bp: Tensor, scale: float, dtype: torch
 
     Raises:
         OperationError: shapes, devices or dtypes that do not fit.
-
-    A 16-bit sum holds an update far below the spacing of W's values only with noise; see `exact` in `nf4_lora`.
     """
     _check_dtype(dtype)
     _check_factors(q, a, bp)
@@ -75,18 +71,16 @@ def nf4_lora(
     `bp`.
 
     More than `linear.SKINNY_ROWS` rows take one product with the merged weight, in both directions; fewer take two
-    paths that read the packed weight. W is made again in the backward pass, and never saved.
+    paths that read the packed weight. W is never saved for the backward pass, but made again.
 
     Args:
-        x: `(..., k)`, fp32, bf16 or fp16, any strides; no rows are fine. All products are in this dtype with fp32
-            accumulation.
+        x: `(..., k)`, fp32, bf16 or fp16. All products are in this dtype with fp32 accumulation.
         a: `lora_A (r, k)`, any float dtype.
         bp: the projected `lora_B (n, r)`, any float dtype.
         exact: base and adapter stay two paths at any size. In 16 bits a merged weight rounds `W + scale * B' A` to the
             spacing of W's values: as much noise as rounding W itself makes, but for bf16 and an update of 1 % of W
             (1024 x 1024) that is 0.23 of the update's length, 0.04 in a span of 32.
-        x_adapter: the adapter's own input, of the shape and dtype of `x`, where dropout makes it another one. Implies
-            two paths.
+        x_adapter: the adapter's own input, like `x`, where dropout makes it another one. Implies two paths.
 
     Raises:
         OperationError: shapes, devices or dtypes that do not fit.
@@ -94,15 +88,12 @@ def nf4_lora(
     _check_dtype(x.dtype)
     _check_factors(q, a, bp)
     if x.dim() == 0 or x.shape[-1] != q.k or x.device != q.wq.device:
-        raise OperationError(
-            f"x {tuple(x.shape)} on {x.device} for a weight ({q.n}, {q.k}) on {q.wq.device}. Pass (..., {q.k}) there."
-        )
+        shapes = f"x {tuple(x.shape)} on {x.device} for a weight ({q.n}, {q.k}) on {q.wq.device}"
+        raise OperationError(f"{shapes}. Pass (..., {q.k}) on the device of the weight.")
     if x_adapter is not None and (x_adapter.shape != x.shape or x_adapter.dtype != x.dtype):
-        raise OperationError(
-            f"x_adapter {tuple(x_adapter.shape)} {x_adapter.dtype} beside x {tuple(x.shape)} {x.dtype}. Both must be "
-            "alike."
-        )
-    merged = linear.chosen(x.numel() // q.k, exact, x_adapter is not None)
+        given = f"x_adapter {tuple(x_adapter.shape)} {x_adapter.dtype}, but x {tuple(x.shape)} {x.dtype}"
+        raise OperationError(f"{given}. Pass both alike.")
+    merged = not exact and x_adapter is None and x.numel() // q.k > SKINNY_ROWS
     return _OPS.nf4_lora(x, x_adapter, *q, a, bp, float(scale), merged)[0]
 
 
@@ -110,27 +101,24 @@ def project_out(u: Tensor, w: Tensor, side: Side = "out") -> Tensor:
     """`w - u (u^T w)`, or `w - (w u) u^T` for side "in", as one op; differentiable in `w`.
 
     Computed in the wider dtype of `u (d, k)` and `w` whatever autocast says, and returned in that of `w`.
+
+    Raises:
+        OperationError: shapes that do not fit.
     """
     if u.dim() != 2 or w.dim() != 2 or u.shape[0] != w.shape[0 if side == "out" else 1]:
-        raise OperationError(
-            f"a basis {tuple(u.shape)} for a factor {tuple(w.shape)} on side {side!r}. Its rows must be the factor's "
-            "protected dimension."
-        )
+        shapes = f"a basis {tuple(u.shape)} for a factor {tuple(w.shape)} on side {side!r}"
+        raise OperationError(f"{shapes}. The basis needs as many rows as the protected dimension.")
     return _OPS.project_out(u, w, side == "out")
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in _COMPUTE:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise OperationError(f"{dtype} is no compute dtype of a 4-bit weight. Use float32, bfloat16 or float16.")
 
 
 def _check_factors(q: QuantBundle, a: Tensor, bp: Tensor) -> None:
     if a.dim() != 2 or bp.dim() != 2 or a.shape[1] != q.k or bp.shape[0] != q.n or a.shape[0] != bp.shape[1]:
-        raise OperationError(
-            f"factors A {tuple(a.shape)} and B {tuple(bp.shape)} for a weight ({q.n}, {q.k}). Pass (r, {q.k}) and "
-            f"({q.n}, r)."
-        )
+        shapes = f"factors A {tuple(a.shape)} and B {tuple(bp.shape)} for a weight ({q.n}, {q.k})"
+        raise OperationError(f"{shapes}. Pass (r, {q.k}) and ({q.n}, r).")
     if not a.device == bp.device == q.wq.device:
-        raise OperationError(
-            f"factors on {a.device} and {bp.device}, the weight ({q.n}, {q.k}) on {q.wq.device}. Use one device."
-        )
+        raise OperationError(f"factors on {a.device} and {bp.device}, the weight on {q.wq.device}. Use one device.")

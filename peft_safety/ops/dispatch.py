@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peft_safety.errors import ConfigError
+from peft_safety.ops import reference
 
 VARIABLE = "PEFT_SAFETY_BACKEND"
 Backend = Literal["reference", "triton"]
@@ -36,10 +37,7 @@ def backend_for(tensor: Tensor) -> tuple[Backend, str]:
     obstacle = _obstacle(tensor.device)
     if wanted == "triton":
         if obstacle is not None:
-            raise ConfigError(
-                f"{VARIABLE}=triton, but {obstacle}. Unset the variable, or use tensors and a machine that Triton can "
-                "serve."
-            )
+            raise ConfigError(f"{VARIABLE}=triton, but {obstacle}. Unset it, or use a device that Triton can serve.")
         return "triton", f"{VARIABLE}=triton"
     if obstacle is None and tensor.device.type == "cuda":
         return "triton", "an NVIDIA GPU"
@@ -51,20 +49,15 @@ def _obstacle(device: torch.device) -> str | None:
     if not _has_triton():
         return "triton is not installed"
     if device.type == "cpu":
-        return (
-            None
-            if os.environ.get("TRITON_INTERPRET") == "1"
-            else "the tensors are on the CPU (which needs TRITON_INTERPRET=1)"
-        )
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else "the tensors are on the CPU (which needs TRITON_INTERPRET=1)"
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the tensors are on {'a ROCm device' if device.type == 'cuda' else device.type}"
     capability = _capability(device)
-    return (
-        None
-        if capability >= OLDEST_CAPABILITY
-        else f"the GPU has compute capability {capability[0]}.{capability[1]}, below "
-        f"{OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
-    )
+    if capability >= OLDEST_CAPABILITY:
+        return None
+    own, least = (".".join(map(str, version)) for version in (capability, OLDEST_CAPABILITY))
+    return f"the GPU has compute capability {own}, below {least}"
 
 
 @cache
@@ -78,11 +71,9 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def backend(tensor: Tensor) -> ModuleType:
-    """The module that holds `nf4_dequant`, `nf4_merged` and `nf4_skinny` for tensors like this one."""
-    if backend_for(tensor)[0] == "triton":
-        from peft_safety.ops import triton_backend
+    """The module with `nf4_dequant`, `nf4_merged` and `nf4_skinny` for tensors like this one."""
+    if backend_for(tensor)[0] == "reference":
+        return reference
+    from peft_safety.ops import triton_backend
 
-        return triton_backend
-    from peft_safety.ops import reference
-
-    return reference
+    return triton_backend

@@ -1,5 +1,4 @@
-"""A linear layer of an NF4 weight with an adapter, forward and backward, in terms of a backend's three kernels and
-dense products.
+"""A linear layer of an NF4 weight with an adapter, forward and backward, from a backend's kernels and dense products.
 
 With `y = x W^T + s (x A^T) B'^T`: `dz = s dY B'`, `dX = dY W + dz A`, `dA = dz^T x`, `dB' = s dY^T z`. W is never
 saved: the backward pass makes it again.
@@ -7,7 +6,6 @@ saved: the backward pass makes it again.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from peft_safety.ops import dispatch, reference
@@ -24,13 +22,12 @@ def forward(
     """`(y (..., n), z (t, r))`; z is empty on the merged path.
 
     There, z = x A^T is left to the backward pass, which alone needs it (for dB'): evaluation, and the first of the two
-    forwards that gradient checkpointing runs, do without that product, and nothing is kept for it.
+    forwards of gradient checkpointing, do without that product, and nothing is kept for it.
     """
     kernels = dispatch.backend(x)
     rows = x.reshape(-1, q.k)
     if merged:
-        y = rows @ kernels.nf4_merged(q, a, bp, scale, x.dtype).mT
-        z = x.new_empty(0, a.shape[0])
+        y, z = rows @ kernels.nf4_merged(q, a, bp, scale, x.dtype).mT, x.new_empty(0, a.shape[0])
     else:
         xa = rows if x_adapter is None else x_adapter.reshape(-1, q.k)
         factors = a.to(x.dtype), bp.to(x.dtype)
@@ -64,7 +61,7 @@ def backward(
     grad, rows = dy.reshape(-1, q.n).to(dtype), xa.reshape(-1, q.k)
     factor_a, factor_b = a.to(dtype), bp.to(dtype)
     need_x, need_xa, need_a, need_b = needs
-    dx, dxa, da, db = (xa.new_empty(0), xa.new_empty(0), a.new_empty(0), bp.new_empty(0))
+    dx, dxa, da, db = xa.new_empty(0), xa.new_empty(0), a.new_empty(0), bp.new_empty(0)
     if need_a or (not merged and (need_x or need_xa)):
         dz = (grad @ factor_b).mul_(scale)
     if need_x:
@@ -79,18 +76,3 @@ def backward(
     if need_b:
         db = (grad.mT @ (rows @ factor_a.mT if merged else z)).mul_(scale).to(bp.dtype)
     return dx, dxa, da, db
-
-
-def chosen(rows: int, exact: bool, split: bool) -> bool:
-    """Whether the adapter is merged into the dequantized weight."""
-    return not exact and not split and rows > SKINNY_ROWS
-
-
-def empty_gradients(xa: Tensor, a: Tensor, bp: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tensors of the shapes that `backward` returns, for tracing."""
-    wanted = [xa, xa, a, bp]
-    made = [
-        torch.empty(t.shape if need else (0,), dtype=t.dtype, device=t.device)
-        for t, need in zip(wanted, needs, strict=True)
-    ]
-    return made[0], made[1], made[2], made[3]

@@ -59,15 +59,12 @@ def from_quant_state(weight: Tensor, state: Any) -> QuantBundle | str:
     refused = _refused(weight, state)
     if refused is not None:
         return refused
-    n, k = (int(size) for size in state.shape)
-    packed = weight.detach()
-    if not state.nested:
-        return QuantBundle(packed, state.absmax, None, None, None, n, k, int(state.blocksize), 0)
-    inner = state.state2
-    offset = torch.as_tensor(state.offset, dtype=torch.float32, device=packed.device)
-    return QuantBundle(
-        packed, state.absmax, inner.absmax, inner.code, offset, n, k, int(state.blocksize), int(inner.blocksize)
-    )
+    nested: tuple[Any, Any, Any, int] = None, None, None, 0
+    if state.nested:
+        offset = torch.as_tensor(state.offset, dtype=torch.float32, device=weight.device)
+        nested = state.state2.absmax, state.state2.code, offset, int(state.state2.blocksize)
+    n, k = map(int, state.shape)
+    return QuantBundle(weight.detach(), state.absmax, *nested[:3], n, k, int(state.blocksize), nested[3])
 
 
 def _refused(weight: Tensor, state: Any) -> str | None:
@@ -91,18 +88,9 @@ def _refused(weight: Tensor, state: Any) -> str | None:
         return f"{weight.numel()} packed bytes and {state.absmax.numel()} scales for a {n} x {k} weight"
     if not state.nested:
         return None if state.absmax.dtype == torch.float32 else f"scales of {state.absmax.dtype}, not float32"
-    return _refused_scales(state, blocks)
-
-
-def _refused_scales(state: Any, blocks: int) -> str | None:
-    inner = state.state2
-    size = inner.blocksize
-    if (
-        state.absmax.dtype != torch.uint8
-        or inner.absmax.dtype != torch.float32
-        or inner.code.dtype != torch.float32
-        or inner.code.numel() != 256
-    ):
+    inner, size = state.state2, state.state2.blocksize
+    dtypes = state.absmax.dtype, inner.absmax.dtype, inner.code.dtype
+    if dtypes != (torch.uint8, torch.float32, torch.float32) or inner.code.numel() != 256:
         return f"quantized scales of {state.absmax.dtype} with a code of {inner.code.dtype}"
     if size < 1 or size & (size - 1) or inner.absmax.numel() != -(-blocks // size):
         return f"{inner.absmax.numel()} scales in blocks of {size} for {blocks} quantized scales"

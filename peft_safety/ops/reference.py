@@ -1,8 +1,6 @@
-"""The reference backend: every operation that touches NF4 data, in plain torch. It runs anywhere, and the kernels are
-tested against it.
+"""The reference backend in plain torch: it runs anywhere, and the kernels are tested against it.
 
-Equal to the last bit to `bitsandbytes.functional.dequantize_4bit`: `code * scale` in fp32, rounded once to the wanted
-dtype.
+W is equal to the last bit to `bitsandbytes.functional.dequantize_4bit`: `code * scale` in fp32, rounded once.
 """
 
 from __future__ import annotations
@@ -16,9 +14,8 @@ from peft_safety.ops.quant import QuantBundle
 
 NF4_CODE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434,
-    0.5626170039176941, 0.7229568362236023, 1.0,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 """The values of NF4: QLoRA, arXiv 2305.14314, appendix E."""
 

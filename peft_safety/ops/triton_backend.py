@@ -1,7 +1,5 @@
-"""The Triton backend: allocates, picks tiles from a small table, launches. No host synchronization and no measuring at
-run time, so CUDA graphs can hold it.
-
-Dense products stay with torch (cuBLAS): only what reads packed weights is a kernel.
+"""The Triton backend: allocates, picks tiles from a small table, launches. CUDA graphs can hold it: it neither waits
+for the GPU nor measures at run time. Dense products stay with torch: only what reads packed weights is a kernel.
 """
 
 from __future__ import annotations
@@ -59,11 +57,6 @@ def token_block(t: int) -> int:
     return max(16, 1 << (t - 1).bit_length())
 
 
-def chunk_of(q: QuantBundle) -> int:
-    """Columns of a skinny product that are multiplied before the scale of their block is applied."""
-    return min(q.blocksize, SKINNY_TILE.columns)
-
-
 def unroll(chunk: int, width: int) -> int:
     """Chunks that are loaded ahead: two if `width` rows of x leave enough registers; four would spill on sm_80."""
     return max(1, min(2, chunk // width))
@@ -83,19 +76,18 @@ def words(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Make the tensor's device the current one: Triton launches on the current device."""
+    """Make the tensor's device the current one: Triton launches there."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _bundle(q: QuantBundle) -> tuple[Tensor, ...]:
-    """The tensors of a bundle. Missing ones are never read, but a kernel needs a valid pointer."""
+    """The tensors of a bundle. A kernel needs a valid pointer for a missing one too, and never reads it."""
     return tuple(q.absmax if part is None else part for part in q[:5])
 
 
 def nf4_dequant(q: QuantBundle, dtype: torch.dtype) -> Tensor:
     """See `reference.nf4_dequant`."""
-    nothing = q.absmax
-    return _weight(q, nothing, nothing, 0, 0.0, dtype)
+    return _weight(q, q.absmax, q.absmax, 0, 0.0, dtype)  # without ranks the factors are never read
 
 
 def nf4_merged(q: QuantBundle, a: Tensor, bp: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -113,8 +105,7 @@ def _weight(q: QuantBundle, a: Tensor, bp: Tensor, r: int, scale: float, dtype: 
         triton_kernels.weight_kernel[(programs,)](
             out, *_bundle(q), reference.code(out.device), a, bp, scale, q.n, q.k, r,
             BLOCKSIZE=q.blocksize, BLOCK2=max(q.blocksize2, 1), NESTED=q.nested, HAS_LORA=r > 0, BN=tile.rows,
-            BK=tile.columns, BR=rank_block(r, dtype),
-            WIDEN=INTERPRETED, num_warps=tile.warps, **OPTIONS,
+            BK=tile.columns, BR=rank_block(r, dtype), WIDEN=INTERPRETED, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -125,7 +116,8 @@ def nf4_skinny(x: Tensor, xa: Tensor, q: QuantBundle, a: Tensor, bp: Tensor, sca
     if x.dtype == torch.float32 or not t or not q.n:
         return reference.two_paths(x, xa, nf4_dequant(q, x.dtype), a, bp, scale)
     x, xa, a, bp = x.contiguous(), xa.contiguous(), a.contiguous(), bp.contiguous()
-    tile, chunk, width = SKINNY_TILE, chunk_of(q), token_block(t)
+    tile, width = SKINNY_TILE, token_block(t)
+    chunk = min(q.blocksize, tile.columns)  # columns that are multiplied before the scale of their block is applied
     parts = splits(q.n, q.k, t)
     partial = torch.empty(parts, t, q.n + r, dtype=torch.float32, device=x.device)
     y, z = (torch.empty(t, columns, dtype=x.dtype, device=x.device) for columns in (q.n, r))
@@ -134,24 +126,10 @@ def nf4_skinny(x: Tensor, xa: Tensor, q: QuantBundle, a: Tensor, bp: Tensor, sca
         triton_kernels.partial_kernel[grid](
             partial, x, xa, *_bundle(q), words(x.device, x.dtype), a, q.n, q.k, r, t, -(-(q.k // chunk) // parts),
             BLOCKSIZE=q.blocksize, BLOCK2=max(q.blocksize2, 1), NESTED=q.nested, BN=tile.rows, BK=chunk, BT=width,
-            UNROLL=unroll(chunk, width),
-            WIDEN=INTERPRETED, num_warps=tile.warps, **OPTIONS,
+            UNROLL=unroll(chunk, width), WIDEN=INTERPRETED, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
         triton_kernels.finish_kernel[(-(-q.n // FINISH_ROWS),)](
-            y,
-            z,
-            partial,
-            bp,
-            scale,
-            q.n,
-            r,
-            t,
-            parts,
-            BN=FINISH_ROWS,
-            BT=width,
-            BR=finish_ranks(r, x.dtype, width),
-            WIDEN=INTERPRETED,
-            num_warps=4,
-            **OPTIONS,
-        )
+            y, z, partial, bp, scale, q.n, r, t, parts,
+            BN=FINISH_ROWS, BT=width, BR=finish_ranks(r, x.dtype, width), WIDEN=INTERPRETED, num_warps=4, **OPTIONS,
+        )  # fmt: skip
     return y, z

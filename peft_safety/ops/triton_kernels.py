@@ -1,8 +1,5 @@
-"""The Triton kernels. One source for Triton 3.6 to 3.9, compiled code and the interpreter alike: no inline assembly,
-no autotuning.
-
-Each has its twin in `reference.py`. They are launched by `triton_backend.py`; sizes that end inside a tile are masked
-here.
+"""The Triton kernels, launched by `triton_backend.py`, each with its twin in `reference.py`. One source for Triton 3.6
+to 3.9, compiled or interpreted: no inline assembly, no autotuning. Sizes that end inside a tile are masked here.
 """
 
 from __future__ import annotations
@@ -35,8 +32,7 @@ def dot(left, right, sums, WIDEN: tl.constexpr):
 def weight_kernel(
     out, wq, absmax, absmax2, code2, offset, code, a, bp, scale, n, k, r,
     BLOCKSIZE: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr, HAS_LORA: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, BR: tl.constexpr,
-    WIDEN: tl.constexpr,
+    BK: tl.constexpr, BR: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """`out (n, k) = W`, or `W + scale * B' A`: a tile of `(BN, BK)`, rounded once.
 
@@ -60,9 +56,8 @@ def weight_kernel(
     SHARED: tl.constexpr = BLOCKSIZE if BLOCKSIZE < BK else BK  # values of a tile's row that share a scale
     start = first + tl.arange(0, BK // SHARED) * SHARED
     index = row[:, None] * (k // BLOCKSIZE) + (start // BLOCKSIZE)[None, :]
-    scales = block_scales(
-        absmax, absmax2, code2, offset, index, inside[:, None] & (start < k)[None, :], NESTED, BLOCK2
-    )
+    mask = inside[:, None] & (start < k)[None, :]
+    scales = block_scales(absmax, absmax2, code2, offset, index, mask, NESTED, BLOCK2)
     value = tl.reshape(tl.reshape(value, (BN, BK // SHARED, SHARED)) * scales[:, :, None], (BN, BK))
 
     column = first + tl.arange(0, BK)
@@ -70,29 +65,20 @@ def weight_kernel(
         delta = tl.zeros((BN, BK), dtype=tl.float32)
         for done in range(0, r, BR):
             rank = done + tl.arange(0, BR)
-            left = tl.load(
-                bp + row[:, None] * r + rank[None, :], mask=inside[:, None] & (rank < r)[None, :], other=0.0
-            )
-            right = tl.load(
-                a + rank[:, None].to(tl.int64) * k + column[None, :],
-                mask=(rank < r)[:, None] & (column < k)[None, :],
-                other=0.0,
-            )
+            b_mask, a_mask = inside[:, None] & (rank < r)[None, :], (rank < r)[:, None] & (column < k)[None, :]
+            left = tl.load(bp + row[:, None] * r + rank[None, :], mask=b_mask, other=0.0)
+            right = tl.load(a + rank[:, None].to(tl.int64) * k + column[None, :], mask=a_mask, other=0.0)
             delta = dot(left, right, delta, WIDEN)
         value = value + delta * scale
-    tl.store(
-        out + row[:, None] * k + column[None, :],
-        value.to(out.dtype.element_ty),
-        mask=inside[:, None] & (column < k)[None, :],
-    )
+    mask = inside[:, None] & (column < k)[None, :]
+    tl.store(out + row[:, None] * k + column[None, :], value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def partial_kernel(
     partial, x, xa, wq, absmax, absmax2, code2, offset, pairs, a, n, k, r, t, split_chunks,
     BLOCKSIZE: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BT: tl.constexpr, UNROLL: tl.constexpr,
-    WIDEN: tl.constexpr,
+    BT: tl.constexpr, UNROLL: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """`partial[s] (t, n + r) = x [W; A]^T` over the s-th part of the columns, fp32: the rows of A are further tiles
     behind those of W.
@@ -119,35 +105,27 @@ def partial_kernel(
                 # past the part's end the last chunk is read again, and meets zeros for x
                 chunk = tl.minimum(group + step, chunk_stop - 1)
                 pair = (group + step) * (BK // 2) + half
-                byte = tl.load(
-                    wq + wide[:, None] * (k // 2) + (chunk * (BK // 2) + half)[None, :], mask=inside[:, None], other=0
-                )
+                byte_place = wide[:, None] * (k // 2) + (chunk * (BK // 2) + half)[None, :]
+                byte = tl.load(wq + byte_place, mask=inside[:, None], other=0)
                 both = tl.load(pairs + byte.to(tl.int32))
-                even = (both & 0xFFFF).to(tl.uint16).to(x.dtype.element_ty, bitcast=True)
-                second = ((both >> 16) & 0xFFFF).to(tl.uint16).to(x.dtype.element_ty, bitcast=True)
+                low = (both & 0xFFFF).to(tl.uint16).to(x.dtype.element_ty, bitcast=True)
+                high = ((both >> 16) & 0xFFFF).to(tl.uint16).to(x.dtype.element_ty, bitcast=True)
                 source = x + token[None, :] * k + 2 * pair[:, None]
                 mask = (token < t)[None, :] & (pair < chunk_stop * (BK // 2))[:, None]
-                product = dot(even, tl.load(source, mask=mask, other=0.0), tl.zeros((BN, BT), dtype=tl.float32), WIDEN)
-                product = dot(second, tl.load(source + 1, mask=mask, other=0.0), product, WIDEN)
+                product = dot(low, tl.load(source, mask=mask, other=0.0), tl.zeros((BN, BT), dtype=tl.float32), WIDEN)
+                product = dot(high, tl.load(source + 1, mask=mask, other=0.0), product, WIDEN)
                 index = wide * (k // BLOCKSIZE) + chunk * BK // BLOCKSIZE
                 sums += product * block_scales(absmax, absmax2, code2, offset, index, inside, NESTED, BLOCK2)[:, None]
-        tl.store(
-            partial + (part * t + token)[None, :].to(tl.int64) * (n + r) + row[:, None],
-            sums,
-            mask=inside[:, None] & (token < t)[None, :],
-        )
+        place = (part * t + token)[None, :].to(tl.int64) * (n + r) + row[:, None]
+        tl.store(partial + place, sums, mask=inside[:, None] & (token < t)[None, :])
     else:
         rank = (pid - tiles) * BN + tl.arange(0, BN)
         column = tl.arange(0, BK)
         for chunk in range(chunk_start, chunk_stop):
-            left = tl.load(
-                a + rank[:, None].to(tl.int64) * k + (chunk * BK + column)[None, :],
-                mask=(rank < r)[:, None],
-                other=0.0,
-            )
-            right = tl.load(
-                xa + token[None, :] * k + (chunk * BK + column)[:, None], mask=(token < t)[None, :], other=0.0
-            )
+            a_place = rank[:, None].to(tl.int64) * k + (chunk * BK + column)[None, :]
+            x_place = token[None, :] * k + (chunk * BK + column)[:, None]
+            left = tl.load(a + a_place, mask=(rank < r)[:, None], other=0.0)
+            right = tl.load(xa + x_place, mask=(token < t)[None, :], other=0.0)
             sums = dot(left, right, sums, WIDEN)
         place = (part * t + token)[None, :].to(tl.int64) * (n + r) + n + rank[:, None]
         tl.store(partial + place, sums, mask=(rank < r)[:, None] & (token < t)[None, :])
@@ -178,13 +156,9 @@ def finish_kernel(
         rounded = summed(partial, n, rank, rank < r, token, n, r, t, parts, BR, BT).to(z.dtype.element_ty)
         if pid == 0:
             tl.store(z + token[None, :] * r + rank[:, None], rounded, mask=(rank < r)[:, None] & (token < t)[None, :])
-        left = tl.load(
-            bp + row[:, None].to(tl.int64) * r + rank[None, :], mask=inside[:, None] & (rank < r)[None, :], other=0.0
-        )
+        mask = inside[:, None] & (rank < r)[None, :]
+        left = tl.load(bp + row[:, None].to(tl.int64) * r + rank[None, :], mask=mask, other=0.0)
         delta = dot(left, rounded, delta, WIDEN)
     total = summed(partial, 0, row, inside, token, n, r, t, parts, BN, BT) + delta * scale
-    tl.store(
-        y + token[None, :].to(tl.int64) * n + row[:, None],
-        total.to(y.dtype.element_ty),
-        mask=inside[:, None] & (token < t)[None, :],
-    )
+    place = token[None, :].to(tl.int64) * n + row[:, None]
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=inside[:, None] & (token < t)[None, :])

@@ -1,11 +1,9 @@
-"""Saves that may be killed: files are published whole, a reader never writes, and a writer can finish what was cut
-off.
+"""Saves that may be killed: files are published whole, a reader never writes, and the next writer finishes the rest.
 
-A publish writes and syncs everything, with a journal of it, in a hidden staging folder inside the directory; renames
-that folder to `.commit` (the commit point, one rename); moves the files into place, the manifest last; and renames
-`.commit` away. A kill before the commit point leaves the old files and litter. A kill after it leaves a `.commit`
-whose journal says which files still wait: all of them (the old files are whole), some (a mixture, which nobody may
-read) or none.
+A publish writes and syncs everything, with a journal, in a hidden staging folder inside the directory; renames that
+folder to `.commit` (the commit point); moves the files into place, the manifest last; and renames `.commit` away. A
+kill before the commit point leaves the old files and litter. A kill after it leaves a `.commit` whose journal says
+which files still wait: all (the old files are whole), some (a mixture, which nobody may read) or none.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from peft_safety.core.publish.folder import Folder
+from peft_safety.core.publish.folder import Folder, closing
 from peft_safety.core.publish.journal import COMMIT, MAX_DEPTH, NAME, Journal
 from peft_safety.core.publish.staging import PAUSE, Staging, discard, lock, new_name, sweep
 from peft_safety.errors import ArtifactError
@@ -36,12 +34,11 @@ def publishing(target: Path, manifest: str) -> Iterator[Path]:
     """Write a set of files into `target` so that a reader sees the old set or the new one, wherever the writer dies.
 
     Yields:
-        A staging directory. The files in it when the block ends, those of further adapters' sub-directories included,
-        become part of `target`.
+        A staging directory, whose files (and sub-directories) become part of `target` when the block ends.
 
     Raises:
-        ArtifactError: the directory cannot be written and nothing in it has changed, or the new files are complete and
-            wait for `recover`; the message says which.
+        ArtifactError: nothing in the directory has changed, or the new files are complete and wait for `recover`; the
+            message says which.
     """
     staging: Staging | None = None
     try:
@@ -55,15 +52,13 @@ def publishing(target: Path, manifest: str) -> Iterator[Path]:
             if journal.entries:
                 _commit(staging, target)
         except (OSError, SafetensorError) as error:
-            raise ArtifactError(
-                f"{target} could not be written: {error}. The files that were there are unchanged; free space or "
-                "choose another directory."
-            ) from error
+            remedy = "Its files are unchanged; free space or choose another directory."
+            raise ArtifactError(f"{target} could not be written: {error}. {remedy}") from error
         if journal.entries:
             _finish(target, journal)
     finally:
         if staging is not None:
-            staging.discard()
+            discard(staging.path)
             os.close(staging.descriptor)
 
 
@@ -75,53 +70,39 @@ def recover(directory: Path) -> list[str]:
         The files that were moved into place; none where there was nothing to finish.
 
     Raises:
-        ArtifactError: what is there is not such a publish, is not complete, or cannot be written; or another process
-            is at it.
+        ArtifactError: it is no such publish, is not complete, or cannot be written; or another process works on it.
     """
     if not directory.is_dir():
         raise ArtifactError(f"{directory} is not a directory. Give the directory that was saved into.")
     for owner, _ in _owners(directory):
         raise ArtifactError(f"{directory} is part of an {_interrupted(owner)}")
     try:
-        with Folder.open(directory) as target:
-            if target.stat(COMMIT) is None:
+        with _pending(directory, write=True) as (target, commit, descriptor):
+            if lock(descriptor, seconds=PATIENCE) is False:
+                raise ArtifactError(f"{directory} is being saved into by another process. Try again later.")
+            if not _is_current(target, commit):  # it was finished meanwhile
                 return []
-            with target.sub(COMMIT) as commit, commit.file(NAME, write=True) as descriptor:
-                if lock(descriptor, seconds=PATIENCE) is False:
-                    raise ArtifactError(f"{directory} is being saved into by another process. Try again later.")
-                current = target.stat(COMMIT)
-                if current is None or current.st_ino != commit.inode():  # it was finished meanwhile
-                    return []
-                journal = Journal.read(descriptor, commit.path / NAME)
-                journal.check(target, commit)
-                return _finish(directory, journal)
+            journal = Journal.read(descriptor, commit.path / NAME)
+            journal.check(target, commit)
+            return _finish(directory, journal)
     except FileNotFoundError as error:
-        if not _there(directory / COMMIT):  # finished by somebody else at this moment
+        if not os.path.lexists(directory / COMMIT):  # nothing to finish, or finished by somebody else at this moment
             return []
-        raise ArtifactError(
-            f"{directory / COMMIT} has no journal of peft_safety ({error}), so nothing is moved. Remove it, or copy "
-            "the directory again."
-        ) from error
+        raise _no_journal(directory) from error
     except OSError as error:
-        raise ArtifactError(
-            f"{directory} holds an interrupted publish that cannot be finished ({error}). Make the directory "
-            "writable, and remove what is in the way."
-        ) from error
+        remedy = "Make the directory writable, and remove what is in the way."
+        raise ArtifactError(f"The publish that waits in {directory} cannot be finished ({error}). {remedy}") from error
 
 
 def is_interrupted(directory: Path) -> bool:
     """Whether a publish of this package waits in a directory."""
-    if not _there(directory / COMMIT):
-        return False
     with suppress(ArtifactError, OSError):
         return _journal(directory) is not None
     return False
 
 
 def require_whole(directory: Path, ours: bool = True, warn: bool = True) -> None:
-    """For readers, before anything is read. Writes nothing.
-
-    If a publish was interrupted before its first move, the old files are complete; they are read, with a warning.
+    """For readers, before anything is read. Writes nothing. Old files that are still complete are read with a warning.
 
     Args:
         ours: whether a `.commit` that this package did not write is an error; False ignores it.
@@ -130,16 +111,15 @@ def require_whole(directory: Path, ours: bool = True, warn: bool = True) -> None
     Raises:
         ArtifactError: the files are a mixture of two publishes, or may be.
     """
-    if _there(directory / COMMIT):
-        try:
-            journal = _journal(directory)
-        except (ArtifactError, OSError) as error:
-            if not ours:
-                return
-            reason = error if isinstance(error, ArtifactError) else f"{directory / COMMIT} cannot be read: {error}."
-            raise ArtifactError(f"{directory} does not say whether it is whole: {reason}") from error
-        if journal is not None:
-            _require_whole(directory, directory, journal, warn)
+    try:
+        journal = _journal(directory)
+    except (ArtifactError, OSError) as error:
+        if not ours:
+            return
+        reason = error if isinstance(error, ArtifactError) else f"{directory / COMMIT} cannot be read: {error}."
+        raise ArtifactError(f"{directory} does not say whether it is whole: {reason}") from error
+    if journal is not None:
+        _require_whole(directory, directory, journal, warn)
     for owner, journal in _owners(directory):
         _require_whole(directory, owner, journal, warn)
 
@@ -148,7 +128,7 @@ def _require_whole(directory: Path, owner: Path, journal: Journal, warn: bool) -
     end = time.monotonic() + PATIENCE
     while True:
         try:
-            with Folder.open(owner) as target, target.sub(COMMIT) as commit, commit.file(NAME) as descriptor:
+            with _pending(owner) as (target, commit, descriptor):
                 if lock(descriptor, shared=True) is not False:
                     state = journal.state(target, commit)
                     break
@@ -184,12 +164,27 @@ def _interrupted(owner: Path) -> str:
     return f"interrupted publish, finish it with `peft-safety recover {shlex.quote(str(owner))}`."
 
 
+def _no_journal(owner: Path) -> ArtifactError:
+    return ArtifactError(f"{owner / COMMIT} has no journal of peft_safety. Remove it, or copy the directory again.")
+
+
+@contextmanager
+def _pending(directory: Path, write: bool = False) -> Iterator[tuple[Folder, Folder, int]]:
+    """A directory, its `.commit` and the journal in that, opened."""
+    with Folder.open(directory) as target, target.sub(COMMIT) as commit, commit.file(NAME, write=write) as descriptor:
+        yield target, commit, descriptor
+
+
+def _is_current(target: Folder, commit: Folder) -> bool:
+    """Whether an open `.commit` is still in its place."""
+    status = target.stat(COMMIT)
+    return status is not None and status.st_ino == commit.inode()
+
+
 def _owners(directory: Path) -> Iterator[tuple[Path, Journal]]:
     """Parent directories with an interrupted publish that has files in this directory."""
     real = directory.resolve()
     for depth, above in enumerate(list(real.parents)[: MAX_DEPTH - 1], start=1):
-        if not _there(above / COMMIT):
-            continue
         with suppress(ArtifactError, OSError):  # not a publish of ours, so it has nothing in here
             journal = _journal(above)
             if journal is not None and any(entry.parts[:depth] == real.parts[-depth:] for entry in journal.entries):
@@ -197,25 +192,16 @@ def _owners(directory: Path) -> Iterator[tuple[Path, Journal]]:
 
 
 def _journal(owner: Path) -> Journal | None:
-    """The journal of an interrupted publish; None if it was finished meanwhile."""
+    """The journal of an interrupted publish; None without one, or if it was finished meanwhile."""
+    if not os.path.lexists(owner / COMMIT):
+        return None
     try:
-        with Folder.open(owner) as target, target.sub(COMMIT) as commit, commit.file(NAME) as descriptor:
+        with _pending(owner) as (_, commit, descriptor):
             return Journal.read(descriptor, commit.path / NAME)
     except FileNotFoundError as error:
-        if not _there(owner / COMMIT):
+        if not os.path.lexists(owner / COMMIT):
             return None
-        raise ArtifactError(
-            f"{owner / COMMIT} has no journal of peft_safety. Remove it, or copy the directory again."
-        ) from error
-
-
-def _there(path: Path) -> bool:
-    """Whether a path exists. A broken link exists too."""
-    try:
-        path.lstat()
-    except OSError:
-        return False
-    return True
+        raise _no_journal(owner) from error
 
 
 def _prepare(staging: Staging, target: Path, manifest: str) -> Journal:
@@ -226,26 +212,19 @@ def _prepare(staging: Staging, target: Path, manifest: str) -> Journal:
             if path.is_symlink() or not path.is_file():
                 raise ArtifactError(f"{path} is no regular file. Only files can be saved.")
             path.chmod(mode)  # safetensors gives its files to the owner alone
-            _sync(path)
+            descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+            with closing(descriptor):
+                os.fsync(descriptor)
         with suppress(OSError):  # only the empty ones go
             os.rmdir(folder)
     with Folder.open(target) as place, Folder.open(staging.path) as source:
         journal = Journal.of(source, place, manifest)
         journal.refuse_clash(place)
         journal.write(staging.descriptor)
-        for parts in {entry.parts[:-1] for entry in journal.entries}:
-            with source.reach(parts) as folder_of_files:
-                folder_of_files.sync()
-        source.sync()
+        for above in {(), *(entry.parts[:-1] for entry in journal.entries)}:
+            with source.sub(*above) as inner:
+                inner.sync()
     return journal
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _commit(staging: Staging, target: Path) -> None:
@@ -267,21 +246,17 @@ def _finish(directory: Path, journal: Journal) -> list[str]:
             target.sync()
             with target.sub(COMMIT) as commit:
                 moved = journal.move(target, commit)
-                current = target.stat(COMMIT)
-                if (
-                    current is None or current.st_ino != commit.inode()
-                ):  # where nothing locks, somebody else may have finished it
+                if not _is_current(target, commit):  # where nothing locks, somebody else may have finished it
                     return moved
                 done = new_name(directory)
                 target.move(COMMIT, target, done.name)
             target.sync()
     except FileNotFoundError:
-        if not _there(directory / COMMIT):  # somebody else has finished it
+        if not os.path.lexists(directory / COMMIT):  # somebody else has finished it
             return []
         raise
     except OSError as error:
-        raise ArtifactError(
-            f"{directory}: {error}. The new files are complete, but not all in place: an {_interrupted(directory)}"
-        ) from error
+        state = f"The new files are complete, but not all in place: an {_interrupted(directory)}"
+        raise ArtifactError(f"{directory}: {error}. {state}") from error
     discard(done)
     return moved

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft_safety.errors import ArtifactError
@@ -19,7 +19,7 @@ _FILE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os
 
 
 class Folder:
-    """Names given to its methods are plain names of this directory, or tuples of them for what is below it."""
+    """Names given to its methods are plain names: of this directory, or (several) one below the other."""
 
     def __init__(self, path: Path, descriptor: int | None) -> None:
         self.path, self.descriptor = path, descriptor
@@ -28,22 +28,17 @@ class Folder:
     @contextmanager
     def open(cls, path: Path) -> Iterator[Folder]:
         """The directory that the user named: a link to it is followed, none below it is."""
-        if not BY_DESCRIPTOR:
-            yield cls(path, None)
-            return
-        descriptor = os.open(path, _DIRECTORY & ~os.O_NOFOLLOW)
-        try:
+        descriptor = os.open(path, _DIRECTORY & ~os.O_NOFOLLOW) if BY_DESCRIPTOR else None
+        with closing(descriptor):
             yield cls(path, descriptor)
-        finally:
-            os.close(descriptor)
 
     @contextmanager
-    def sub(self, name: str, create: bool = False) -> Iterator[Folder]:
-        """A directory in this one.
-
-        Raises:
-            ArtifactError: it is a link or no directory. FileNotFoundError: it is missing.
-        """
+    def sub(self, *names: str, create: bool = False) -> Iterator[Folder]:
+        """A directory below; without names, this one. A link is refused; what is missing is a FileNotFoundError."""
+        if not names:
+            yield self
+            return
+        name, *rest = names
         path, status = self.path / name, self.stat(name)
         if status is None and create:
             os.mkdir(self._name(name), dir_fd=self.descriptor)
@@ -51,41 +46,19 @@ class Folder:
             raise FileNotFoundError(f"{path} is missing")
         elif not is_directory(status):
             raise ArtifactError(f"{path} is {what(status)}, not a directory. Remove it, or save elsewhere.")
-        if self.descriptor is None:
-            yield Folder(path, None)
-            return
-        descriptor = os.open(name, _DIRECTORY, dir_fd=self.descriptor)
-        try:
-            yield Folder(path, descriptor)
-        finally:
-            os.close(descriptor)
-
-    @contextmanager
-    def reach(self, parts: Sequence[str], create: bool = False) -> Iterator[Folder]:
-        """`sub`, several levels down."""
-        with ExitStack() as stack:
-            folder = self
-            for part in parts:
-                folder = stack.enter_context(folder.sub(part, create))
+        descriptor = None if self.descriptor is None else os.open(name, _DIRECTORY, dir_fd=self.descriptor)
+        with closing(descriptor), Folder(path, descriptor).sub(*rest, create=create) as folder:
             yield folder
 
-    def stat(self, name: str) -> os.stat_result | None:
+    def stat(self, *names: str) -> os.stat_result | None:
         """The status of the name itself, not of the target of a link; None if it does not exist."""
         try:
-            return os.stat(self._name(name), dir_fd=self.descriptor, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-
-    def find(self, parts: Sequence[str]) -> os.stat_result | None:
-        """`stat`, several levels down."""
-        try:
-            with self.reach(parts[:-1]) as folder:
-                return folder.stat(parts[-1])
+            with self.sub(*names[:-1]) as folder:
+                return os.stat(folder._name(names[-1]), dir_fd=folder.descriptor, follow_symlinks=False)
         except FileNotFoundError:
             return None
 
     def inode(self) -> int:
-        """The inode number."""
         return os.stat(self.path if self.descriptor is None else self.descriptor).st_ino
 
     def names(self) -> list[str]:
@@ -93,30 +66,25 @@ class Folder:
         return sorted(os.listdir(self.path if self.descriptor is None else self.descriptor))
 
     @contextmanager
-    def file(self, name: str, write: bool = False) -> Iterator[int]:
-        """Descriptor of a regular file that has this one name.
+    def file(self, *names: str, write: bool = False) -> Iterator[int]:
+        """Descriptor of a regular file. Links, devices, pipes and files with a second name are refused."""
+        with self.sub(*names[:-1]) as folder:
+            path, status = folder.path / names[-1], folder.stat(names[-1])
+            if status is None:
+                raise FileNotFoundError(f"{path} is missing")
+            _require_one_file(path, status)
+            flags = _FILE | (os.O_RDWR if write else os.O_RDONLY)
+            descriptor = os.open(folder._name(names[-1]), flags, dir_fd=folder.descriptor)
+            with closing(descriptor):
+                _require_one_file(path, os.fstat(descriptor))
+                yield descriptor
 
-        Raises:
-            ArtifactError: it is a link, a device, a pipe, or has a second name. FileNotFoundError: it is missing.
-        """
-        path, status = self.path / name, self.stat(name)
-        if status is None:
-            raise FileNotFoundError(f"{path} is missing")
-        _refuse_odd(path, status)
-        descriptor = os.open(self._name(name), _FILE | (os.O_RDWR if write else os.O_RDONLY), dir_fd=self.descriptor)
-        try:
-            _refuse_odd(path, os.fstat(descriptor))
-            yield descriptor
-        finally:
-            os.close(descriptor)
-
-    def move(self, name: str, other: Folder, new: str | None = None) -> None:
+    def move(self, name: str, other: Folder, new: str) -> None:
         """Move a file into another directory and replace a file of that name."""
-        source, place = self._name(name), other._name(name if new is None else new)
         if self.descriptor is None:
-            os.replace(source, place)
+            os.replace(self._name(name), other._name(new))
         else:
-            os.rename(source, place, src_dir_fd=self.descriptor, dst_dir_fd=other.descriptor)
+            os.rename(name, new, src_dir_fd=self.descriptor, dst_dir_fd=other.descriptor)
 
     def sync(self) -> None:
         """Flush the directory entries to the disk. Windows has no call for this."""
@@ -125,6 +93,16 @@ class Folder:
 
     def _name(self, name: str) -> str:
         return name if self.descriptor is not None else str(self.path / name)
+
+
+@contextmanager
+def closing(descriptor: int | None) -> Iterator[None]:
+    """Close an open file at the end."""
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def is_directory(status: os.stat_result) -> bool:
@@ -145,7 +123,7 @@ def what(status: os.stat_result) -> str:
     return "a file" if stat.S_ISREG(status.st_mode) else "a device or a pipe"
 
 
-def _refuse_odd(path: Path, status: os.stat_result) -> None:
+def _require_one_file(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise ArtifactError(f"{path} is {what(status)}, where a save has a file. Remove it, or save elsewhere.")
     if status.st_nlink > 1:

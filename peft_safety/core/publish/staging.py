@@ -16,11 +16,10 @@ import shutil
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from peft_safety.core.publish.folder import BY_DESCRIPTOR
+from peft_safety.core.publish.folder import BY_DESCRIPTOR, closing
 from peft_safety.core.publish.journal import NAME, STAGING
 
 fcntl: Any
@@ -34,8 +33,7 @@ DAY = 24 * 60 * 60.0
 PAUSE = 0.01
 
 
-@dataclass(frozen=True)
-class Staging:
+class Staging(NamedTuple):
     """A folder to write into, and the descriptor of its journal, locked for as long as this process works on it."""
 
     path: Path
@@ -54,13 +52,8 @@ class Staging:
                 os.close(descriptor)
         raise FileNotFoundError(f"{path} was removed by somebody else")
 
-    def discard(self) -> None:
-        """Remove it, if it was not committed."""
-        discard(self.path)
-
 
 def new_name(target: Path) -> Path:
-    """A path for a new staging folder of this machine."""
     return target / f"{STAGING}{_machine()}-{secrets.token_hex(8)}"
 
 
@@ -94,23 +87,14 @@ def lock(descriptor: int, shared: bool = False, seconds: float = 0.0) -> bool | 
 
 
 def sweep(target: Path, now: float) -> None:
-    """Remove the litter of dead writers.
-
-    Args:
-        now: the time of the disk, not of this machine: a shared disk may have another clock.
-    """
+    """Remove the litter of dead writers. `now` is the disk's time: a shared disk may have another clock."""
     with os.scandir(target) as entries:
-        litter = [
-            Path(entry.path)
-            for entry in entries
-            if entry.name.startswith(STAGING) and entry.is_dir(follow_symlinks=False)
-        ]
-    for path in litter:
+        staged = [e.name for e in entries if e.name.startswith(STAGING) and e.is_dir(follow_symlinks=False)]
+    for name in staged:
         with suppress(OSError):  # somebody else sweeps too
-            if path.name.startswith(f"{STAGING}{_machine()}-") and _sweep_own(path):
-                continue
-            if now - _written(path) > DAY:
-                discard(path)
+            own = name.startswith(f"{STAGING}{_machine()}-")
+            if not (own and _sweep_own(target / name)) and now - _written(target / name) > DAY:
+                discard(target / name)
 
 
 def _sweep_own(path: Path) -> bool:
@@ -122,12 +106,10 @@ def _sweep_own(path: Path) -> bool:
         descriptor = os.open(path / NAME, os.O_RDWR | (os.O_NOFOLLOW | os.O_NONBLOCK if BY_DESCRIPTOR else 0))
     except FileNotFoundError:
         return False
-    try:
+    with closing(descriptor):
         held = lock(descriptor)
         if held:
             discard(path)
-    finally:
-        os.close(descriptor)
     if held and path.exists():  # network file systems keep a removed file until it is closed
         discard(path)
     return held is not None
@@ -135,18 +117,15 @@ def _sweep_own(path: Path) -> bool:
 
 def _written(path: Path) -> float:
     """The time of the last write to the folder or to a file in it."""
-    times = [path.lstat().st_mtime]
-    for folder, _, names in os.walk(path):
-        times += [os.lstat(os.path.join(folder, name)).st_mtime for name in (".", *names)]
-    return max(times)
+    inner = [Path(folder, name) for folder, _, names in os.walk(path) for name in (".", *names)]
+    return max(place.lstat().st_mtime for place in (path, *inner))
 
 
 @functools.cache
 def _machine() -> str:
     """An id of this machine since its last boot. Two containers of one machine differ by host name."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
     try:
-        since = boot.read_text(encoding="ascii")
+        since = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     except OSError:
         since = str(uuid.getnode())
     return hashlib.sha256(f"{platform.node()}|{since}".encode()).hexdigest()[:12]
