@@ -19,11 +19,8 @@ from peft_safety.registry.protection import assert_protected
 
 
 class SafetyMonitorCallback(TrainerCallback):  # type: ignore[misc]
-    """Checks that the adapter is protected when training begins, whenever it is saved, and when it ends; logs the
-    largest leak as `safety_leak`.
-
-    Raises:
-        ProtectionError: from the event at which protection was found to be lost.
+    """Checks that the adapter is protected when training begins, whenever it is saved, and when it ends, and raises a
+    ProtectionError if not; logs the largest leak as `safety_leak`.
     """
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:

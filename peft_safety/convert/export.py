@@ -37,8 +37,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
 
     Raises:
         ProtectionError: the adapter is not protected any more, or a written factor would leak.
-        ConfigError: it also trained other weights (`modules_to_save`), which a plain LoRA cannot hold, or an
-            adapter is merged into the base weights.
+        ConfigError: it also trained other weights (`modules_to_save`), or is merged into the base weights.
     """
     assert_protected(model, adapter_name)
     layers = adapter_layers(model, adapter_name)

@@ -36,10 +36,8 @@ class MergedModule:
 
     Attributes:
         norm: `||dW|| / ||W||`.
-        kept: `<change, dW> / ||dW||^2`, where `change` is what the stored weights differ by from the base; nan for a
-            zero update.
-        leak: `||U^T change|| / ||dW||` on the worst constrained side; None where the update is zero or not
-            constrained.
+        kept: `<change, dW> / ||dW||^2`, where `change` is that of the stored weights; nan for a zero update.
+        leak: `||U^T change|| / ||dW||`, the worst constrained side; None for a zero or unconstrained update.
     """
 
     module: str
@@ -113,12 +111,10 @@ def merge_quantized(
         verbose: print survival and leak of each module.
 
     Returns:
-        The base model without adapters, or for "nf4+residual" a PeftModel with one plain LoRA "default" on it; and the
-        figures.
+        The figures, and the base model without adapters, or for "nf4+residual" a PeftModel with one plain LoRA on it.
 
     Raises:
-        LossyMergeError: "nf4" without `force`, with the figures of the module that would suffer most; nothing was
-            changed.
+        LossyMergeError: "nf4" without `force`, with the figures of the worst module; nothing was changed.
         ConfigError: adapters that trained other weights too, one that is merged already, or "nf4" for a weight of
             another kind.
     """

@@ -48,12 +48,10 @@ class StoredAdapter:
 
     Attributes:
         config: the JSON of `adapter_config.json`.
-        subspace: its bases.
         shapes: `{module: (out_features, in_features, rank)}`.
         residual: whether it has frozen initial factors.
         worst_leak: largest `||U^T B|| / ||B||` of any module.
-        extra_tensors: keys of other trained tensors, which no projection constrains (`modules_to_save`, resized
-            embeddings).
+        extra_tensors: keys of tensors that no projection constrains (`modules_to_save`, resized embeddings).
     """
 
     directory: Path
@@ -105,10 +103,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
 
 def check_adapter(directory: Path, warn: bool = False) -> StoredAdapter:
     """Check an adapter directory in full: files, hashes, keys, shapes, finiteness, orthonormality, and that the
-    factors do not leak.
-
-    Args:
-        warn: see `read_manifest`.
+    factors do not leak. For `warn`, see `read_manifest`.
 
     Raises:
         ArtifactError: anything but the exact set of files and tensors, or a changed byte.
@@ -208,11 +203,8 @@ def _record(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], list
 def _check_factors(
     path: Path, config: Mapping[str, Any], subspace: SafetySubspace, method: Any, extra: Sequence[str]
 ) -> tuple[dict[str, tuple[int, int, int]], float]:
-    """`StoredAdapter.shapes` and `worst_leak`.
-
-    Args:
-        method: the config that PEFT makes of `config`.
-        extra: keys of the tensors that are no factors.
+    """`StoredAdapter.shapes` and `worst_leak`. `method` is PEFT's config; `extra` are keys of tensors that are no
+    factors.
     """
     kinds = ("weight", "initial") if method.residual else ("weight",)
     expected = {f"lora_{factor}.{kind}" for factor in "AB" for kind in kinds}

@@ -39,10 +39,8 @@ def supported(layer: nn.Module) -> bool:
 
 
 def check_readable(layer: nn.Module, name: str) -> None:
-    """Refuse a layer whose weight, whole or sharded, is not dense, bitsandbytes 4-bit or 8-bit, or transformers' FP8.
-
-    Raises:
-        UnsupportedLayerError: names the module, its kind and the remedy.
+    """Refuse, by an UnsupportedLayerError with the name and kind, a layer whose weight, whole or sharded, is not
+    dense, bitsandbytes 4-bit or 8-bit, or transformers' FP8.
     """
     if not supported(layer):
         reason = "its weight is packed" if scales.is_packed(layer) else "it is no Linear, Conv1D or bitsandbytes layer"
@@ -204,11 +202,7 @@ def requantized(layer: nn.Module, delta: Tensor, name: str) -> Tensor:
 
 
 def fingerprint(layer: nn.Module, name: str) -> Tensor:
-    """`SAMPLES` evenly spaced values of the flattened `(out, in)` weight, fp32, on the CPU.
-
-    Raises:
-        SubspaceError: one of them is not finite.
-    """
+    """`SAMPLES` evenly spaced values of the flattened `(out, in)` weight, fp32, on the CPU; refused if not finite."""
     values = sample(dense_weight(layer, name))
     if not bool(torch.isfinite(values).all()):
         raise SubspaceError(f"{name}: the base weight {shape(layer)} holds NaN or Inf. Load intact base weights.")
@@ -230,13 +224,8 @@ def distance(values: Tensor, reference: Tensor) -> float:
 def check_fingerprints(
     expected: Mapping[str, Tensor], layers: Mapping[str, nn.Module], *, quantized: bool = False
 ) -> None:
-    """Compare recorded fingerprints `(SAMPLES,)` with the base layers of the same names.
-
-    Args:
-        quantized: whether the fingerprints were taken from quantized weights.
-
-    Raises:
-        SubspaceError: some weights are not those that were recorded; names the worst module.
+    """Compare recorded fingerprints `(SAMPLES,)` with the base layers of the same names. A SubspaceError names the
+    worst module. `quantized`: whether the fingerprints were taken from quantized weights.
     """
     quantized = quantized or any(quantization(layer) for layer in layers.values())
     limit = DISTANCE_QUANTIZED if quantized else DISTANCE_DENSE

@@ -1,8 +1,6 @@
 """Weights of a model by module name, without building it: a directory of safetensors (one file or shards), a Hub id,
-or a model that is already loaded.
-
-A dense weight is read in blocks of input columns, and a file is mapped only while one of its tensors is being read, so
-that memory does not grow with the model.
+or a model that is already loaded. A dense weight is read in blocks of input columns, and a file is mapped only while
+one of its tensors is being read, so that memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -58,22 +56,14 @@ class Weights(Protocol):
     label: str
 
     def open(self, name: str, transposed: bool = False) -> AbstractContextManager[Matrix]:
-        """The weight of a module, by the module's full name in the base model; `transposed` for transformers' Conv1D,
-        stored `(in, out)`.
-
-        Raises:
-            CheckpointError: no such weight, or one of a kind that cannot be read.
+        """The weight of a module, by its full name in the base model; `transposed` for transformers' Conv1D, stored
+        `(in, out)`. A missing weight, or one of a kind that cannot be read, is a CheckpointError.
         """
 
 
 def open_weights(source: str | os.PathLike[str] | nn.Module) -> Weights:
-    """The weights of a model.
-
-    Args:
-        source: a directory with safetensors, a Hub id, or a model (its adapters, if any, do not count).
-
-    Raises:
-        CheckpointError: nothing can be read there; pickles are never opened.
+    """The weights of a directory with safetensors, of a Hub id, or of a model (its adapters, if any, do not count). A
+    CheckpointError says that nothing can be read there; pickles are never opened.
     """
     return ModuleWeights(source) if isinstance(source, nn.Module) else FileWeights(os.fspath(source))
 

@@ -24,11 +24,8 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def child(directory: Path, name: str) -> Path:
-    """A file of `directory`, by the base name that an artifact gives.
-
-    Raises:
-        ArtifactError: the name has a separator, a control character or is special, or the file is a link that leaves
-            the directory (links of the Hub's cache are fine).
+    """A file of `directory`, by the base name that an artifact gives. Refused are separators, control characters,
+    special names, and links that leave the directory (links of the Hub's cache are fine).
     """
     if not is_plain(name):
         raise ArtifactError(f"{directory}: {name!r} is not a plain file name. Save the artifact again.")
@@ -53,11 +50,7 @@ def is_plain(name: Any) -> bool:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file, read in one streamed pass.
-
-    Raises:
-        ArtifactError: it cannot be read.
-    """
+    """Hex digest of a file, read in one streamed pass."""
     try:
         with path.open("rb") as file:
             return sha256_of(file.fileno())
@@ -75,10 +68,8 @@ def sha256_of(descriptor: int) -> str:
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from a file: at most `limit` bytes, 16 levels deep, no duplicate key, no NaN or Infinity.
-
-    Raises:
-        ArtifactError: any of these, or the file is missing or not JSON.
+    """A JSON object from a file: at most `limit` bytes, 16 levels deep, no duplicate key, no NaN or Infinity. Anything
+    else is an ArtifactError.
     """
     if path.exists() and not path.is_file():  # opening a named pipe would wait forever
         raise ArtifactError(f"{path} is not a regular file. Point at a directory that save_pretrained wrote.")
@@ -130,10 +121,9 @@ def _depth(value: Any, level: int = 1) -> int:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file. Its header has been checked against its size, and no tensor is read yet.
-
-    Raises:
-        ArtifactError: missing, truncated, not safetensors, a pickle, or an absurd number of tensors.
+    """Open a safetensors file. Its header has been checked against its size, and no tensor is read yet. An
+    ArtifactError says that it is missing, truncated, no safetensors file (pickles are never opened), or holds too many
+    tensors.
     """
     if path.suffix in PICKLES:
         raise ArtifactError(f"{path} is a pickle, which can run code: it is never opened. Convert it to safetensors.")

@@ -2,8 +2,7 @@
 mean exactly them; and short lists of them for messages.
 
 PEFT matches a list of names as suffixes, and the keys of `rank_pattern` and `alpha_pattern` as regular expressions
-after any prefix, the first match first. So a full name can mean more than one module: "layers.0.lin" is the end of
-"img.layers.0.lin".
+after any prefix: "layers.0.lin" also means "img.layers.0.lin". The first match counts.
 """
 
 from __future__ import annotations
@@ -59,10 +58,7 @@ def own_name(name: str) -> str:
 
 def walk(model: nn.Module, shared: bool = False) -> Iterator[tuple[str, str, nn.Module]]:
     """`(own name, name in `model`, module)` of every module of the base model. An adapter's layer stands for the layer
-    under it and is not entered.
-
-    Args:
-        shared: name a module that is in several places by each of them, not by the first only.
+    under it and is not entered. `shared` names a module that is in several places by each of them, not by the first.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -107,8 +103,7 @@ def pin(config: Any, modules: Mapping[str, tuple[int, float]], existing: Mapping
 
     Args:
         modules: `{own name: (rank, alpha)}`.
-        existing: `places` of the model that it is for. Without one, modules whose names end with a wanted name cannot
-            be told apart.
+        existing: `places` of the model. Without it, other modules whose names end like these are not excluded.
     """
     existing = {name: name for name in modules} if existing is None else existing
     wanted = {existing.get(name, name): value for name, value in modules.items()}

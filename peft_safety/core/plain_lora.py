@@ -93,7 +93,7 @@ class PlainLoRA:
         fields: the JSON of `adapter_config.json`.
         factors: by module, in the order of the layers.
         extra: other trained tensors, by key (`modules_to_save`, token rows).
-        record: what Safe LoRA has recorded of its repair, if there was one.
+        record: of a Safe LoRA repair, if there was one.
     """
 
     fields: dict[str, Any]
@@ -109,11 +109,9 @@ def broken(where: Path | str, problem: str) -> ArtifactError:
 
 
 def check_sizes(fields: Mapping[str, Any], where: str) -> None:
-    """Refuse ranks, alphas and dropouts that PEFT accepts but that are not usable.
-
-    Raises:
-        ConfigError: a rank that is not an integer in [1, 65536], an alpha that is not finite and in (0, 1e6], a
-            dropout outside [0, 1), or a pattern that is not a table of such numbers.
+    """Refuse, by a ConfigError, what PEFT accepts but is not usable: a rank that is not an integer in [1, 65536], an
+    alpha that is not finite and in (0, 1e6], a dropout outside [0, 1), or a pattern that is not a table of such
+    numbers.
     """
     values = {}
     for kind in ("rank_pattern", "alpha_pattern"):
@@ -135,11 +133,7 @@ def check_sizes(fields: Mapping[str, Any], where: str) -> None:
 def check_features(
     config: Any, what: str, features: Mapping[str, str] = NOT_PLAIN, inits: tuple[bool | str, ...] = ORIGINAL_INITS
 ) -> None:
-    """Refuse an adapter that is no LoRA, or that has one of these features or another init.
-
-    Raises:
-        ConfigError: names the feature and the reason.
-    """
+    """Refuse, by a ConfigError, an adapter that is no LoRA, or that has one of these features or another init."""
     from peft import LoraConfig
 
     if not isinstance(config, LoraConfig):
@@ -155,11 +149,7 @@ def check_features(
 
 
 def check_plain(config: Any, what: str) -> None:
-    """Refuse an adapter whose update is not `s B A` on the base weights, and a protected one.
-
-    Raises:
-        ConfigError: see above.
-    """
+    """Refuse, by a ConfigError, an adapter that is protected or whose update is not `s B A` on the base weights."""
     if hasattr(config, "safety_artifact"):
         kind = type(config).__name__
         raise ConfigError(f"{what} is protected ({kind}); the result would not be. Use peft_safety.export_lora first.")
@@ -167,10 +157,7 @@ def check_plain(config: Any, what: str) -> None:
 
 
 def read_manifest(directory: Path, warn: bool = True) -> dict[str, Any]:
-    """The bounded JSON of a directory's `adapter_config.json`.
-
-    Args:
-        warn: of an interrupted save whose old files are read.
+    """The bounded JSON of a directory's `adapter_config.json`. `warn` of an interrupted save whose old files are read.
 
     Raises:
         ArtifactError: not a directory, a mixture of two saves, or no such JSON.
@@ -182,11 +169,7 @@ def read_manifest(directory: Path, warn: bool = True) -> dict[str, Any]:
 
 
 def config_of(fields: Mapping[str, Any], path: Path) -> Any:
-    """The config that PEFT makes of a stored one.
-
-    Raises:
-        PeftSafetyError: a field that is not of this config's types, or that the method refuses.
-    """
+    """The config that PEFT makes of a stored one. A PeftSafetyError says which field does not fit."""
     from peft import LoraConfig
 
     try:
@@ -236,11 +219,7 @@ def read_plain(directory: Path) -> PlainLoRA:
 
 
 def read_tensor(handle: Any, path: Path, key: str, dtypes: tuple[str, ...]) -> Tensor:
-    """A tensor of an open safetensors file.
-
-    Raises:
-        ArtifactError: of another dtype, or not finite.
-    """
+    """A tensor of an open safetensors file. Another dtype, or a value that is not finite, is an ArtifactError."""
     dtype = handle.get_slice(key).get_dtype()
     if dtype not in dtypes:
         raise broken(path, f"{key} is {dtype}; an adapter holds {', '.join(dtypes)}")
@@ -306,11 +285,8 @@ def stamp(directory: Path, record: Mapping[str, Any]) -> None:
 def plain_config(
     pairs: Mapping[str, tuple[Tensor, Tensor]], like: Mapping[str, Any], places: Mapping[str, str] | None = None
 ) -> LoraConfig:
-    """The config of `(A, s B)` by module: full names, and alpha = rank in every module.
-
-    Args:
-        like: fields of another LoRA config: its base model, task type and `fan_in_fan_out` are taken.
-        places: see `names.pin`.
+    """The config of `(A, s B)` by module: full names, and alpha = rank in every module. Base model, task type and
+    `fan_in_fan_out` are those of the fields `like`; for `places`, see `names.pin`.
     """
     from peft import LoraConfig
 

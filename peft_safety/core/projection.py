@@ -81,12 +81,8 @@ def leak(u: Tensor, w: Tensor, side: Side = "out") -> float:
 
 @torch.no_grad()
 def delta_leak(u: Tensor, a: Tensor, b: Tensor, side: Side = "out") -> float:
-    """`||U^T B A||_F / ||B A||_F` (or `||B A U|| / ||B A||`) without forming the `m x n` product.
-
-    Args:
-        u: basis `(m, k)` for `"out"`, `(n, k)` for `"in"`.
-        a: `lora_A (r, n)`.
-        b: `lora_B (m, r)`.
+    """`||U^T B A||_F / ||B A||_F` (or `||B A U|| / ||B A||`) without forming the `m x n` product of `a (r, n)` and `b
+    (m, r)`. The basis is `(m, k)` for `"out"`, `(n, k)` for `"in"`.
     """
     u, a, b = u.double(), a.double(), b.double()
     r_a = torch.linalg.qr(a.mT, mode="r").R  # B A = (B R^T) Q^T with orthonormal Q, so norms need r x r work only
@@ -157,9 +153,8 @@ def top_left_singular(
     iterations: int = POWER_ITERATIONS,
 ) -> tuple[Tensor, Tensor]:
     """Top left singular vectors of `W X`, given `W` and the second moment `S = X X^T`, by randomized subspace
-    iteration with `W S W^T`, factor by factor. Nothing larger than `m x (rank + oversampling)` is made.
-
-    Deterministic for a seed. For more than half of all directions, one dense SVD of `W S^(1/2)` is cheaper and exact.
+    iteration; deterministic for a seed. Nothing larger than `m x (rank + oversampling)` is made, but for more than
+    half of all directions one dense SVD of `W S^(1/2)` is cheaper and exact.
 
     Args:
         weight: `W (m, n)`.

@@ -33,10 +33,8 @@ def is_fp8(layer: nn.Module) -> bool:
 
 
 def scale_of(layer: nn.Module, name: str) -> Tensor:
-    """The scales of an FP8 layer in fp32, in a shape that broadcasts over its weight `(out, in)`.
-
-    Raises:
-        UnsupportedLayerError: no scales, or of a shape that says nothing of what they scale.
+    """The scales of an FP8 layer in fp32, in a shape that broadcasts over its weight `(out, in)`. Missing scales, or a
+    shape that says nothing of what they scale, are an UnsupportedLayerError.
     """
     weight: Any = layer.weight
     scale = getattr(layer, FP8_SCALES[type(layer).__name__], None)
@@ -94,11 +92,7 @@ def refusal(layer: nn.Module, name: str, reason: str) -> UnsupportedLayerError:
 
 @torch.no_grad()
 def check_forward(layer: nn.Module, name: str) -> None:
-    """Refuse a dense layer whose own forward does not compute `x W^T + b`: it scales, quantizes or splits the weight.
-
-    Raises:
-        UnsupportedLayerError: names the layer and the difference.
-    """
+    """Refuse a dense layer whose own forward is not `x W^T + b`: it scales, quantizes or splits the weight."""
     if type(layer).forward is nn.Linear.forward and "forward" not in vars(layer):
         return
     weight: Any = layer.weight

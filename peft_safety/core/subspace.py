@@ -83,10 +83,8 @@ class SafetySubspace:
 
     @classmethod
     def from_weights(cls, model: nn.Module, **options: Any) -> SafetySubspace:
-        """The top singular directions of every target weight, dense or quantized.
-
-        Args:
-            **options: `rank`, `sides`, `target_modules`, ...; see `calibration.weights.estimate_from_weights`.
+        """The top singular directions of every target weight, dense or quantized. For the options (`rank`, `sides`,
+        `target_modules`, ...), see `peft_safety.calibration.weights.estimate_from_weights`.
         """
         from peft_safety.calibration.leaving_out import announced
         from peft_safety.calibration.weights import estimate_from_weights
@@ -157,19 +155,13 @@ class SafetySubspace:
         """Number of protected directions of one module."""
         return int(self.bases[name][side].shape[1])
 
-    def capacity(self, side: Side) -> dict[str, int]:
-        """Directions of each module that are not protected."""
-        bases = {name: sides[side] for name, sides in self.bases.items() if side in sides}
-        return {name: u.shape[0] - u.shape[1] for name, u in bases.items()}
-
     @classmethod
     def joined(cls, own: SafetySubspace | None, spans: Bases) -> SafetySubspace:
         """A subspace with further directions protected. Spectra of the modules that grow are dropped.
 
         Args:
             own: None protects the further directions alone.
-            spans: `{module: {side: (d, l)}}`, any columns (not necessarily independent); modules and sides without a
-                basis here get one.
+            spans: `{module: {side: (d, l)}}`, any columns; modules and sides without a basis here get one.
 
         Raises:
             SubspaceError: nothing would be left to train in a module.
@@ -186,7 +178,7 @@ class SafetySubspace:
                 if k >= d:
                     raise SubspaceError(
                         f"{name}: no capacity is left on side {side!r}: {k} of {d} directions are taken, up to "
-                        f"{span.shape[1]} of them by earlier patches. Use a smaller k or r, or merge the patches."
+                        f"{span.shape[1]} of them by earlier patches. Use a smaller k or r, or merge those patches."
                     )
                 if k:
                     bases.setdefault(name, {})[side] = new

@@ -31,11 +31,8 @@ Bases = dict[str, dict[Side, Tensor]]
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> Path:
-    """Write the file, atomically; into `path/safety_subspace.safetensors` when `path` has no such suffix.
-
-    Raises:
-        ArtifactError: it cannot be written; what was there is unchanged.
-        SubspaceError: provenance that is no JSON.
+    """Write the file, atomically; into `path/safety_subspace.safetensors` when `path` has no such suffix. For the
+    errors, see `SafetySubspace.save`.
     """
     if path.suffix != ".safetensors":
         path = path / FILE_NAME
@@ -65,11 +62,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, An
 
 
 def read(path: Path) -> tuple[Bases, Bases, dict[str, Tensor], dict[str, Any]]:
-    """Bases and spectra by module and side, fingerprints by module, and the provenance.
-
-    Raises:
-        SubspaceError: its content is malformed.
-        ArtifactError: not a readable safetensors file.
+    """Bases and spectra by module and side, fingerprints by module, and the provenance. For the errors, see
+    `SafetySubspace.load`.
     """
     tensors = {}
     with files.open_tensors(path) as handle:
@@ -107,11 +101,7 @@ def read(path: Path) -> tuple[Bases, Bases, dict[str, Tensor], dict[str, Any]]:
 
 
 def locate(source: str | os.PathLike[str], **hub: Any) -> Path:
-    """The file of a path, of a directory that holds one, or of a Hub repository, from which it is fetched.
-
-    Raises:
-        SubspaceError: nothing there.
-    """
+    """The file of a path, of a directory that holds one, or of a Hub repository, from which it is fetched."""
     path, repository = Path(source), os.fspath(source)
     if path.is_dir():
         return files.child(path, FILE_NAME)

@@ -26,10 +26,8 @@ def config_table(model: nn.Module) -> dict[str, Any]:
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """PEFT's LoRA layers that hold this adapter, by the module's name in the base model.
-
-    Raises:
-        UnsupportedLayerError: one of them cannot be protected.
+    """PEFT's LoRA layers that hold this adapter, by the module's name in the base model. An UnsupportedLayerError
+    names one that cannot be protected.
     """
     layers = {}
     for name, _, module in walk(model):

@@ -81,10 +81,8 @@ class ProtectedLinear(nn.Linear):
 
     @classmethod
     def replacing(cls, linear: nn.Module, basis: Tensor | None, side: Side, residual: bool = False) -> ProtectedLinear:
-        """A leaf around the very Parameter of `linear`, on its device.
-
-        Args:
-            residual: allocate `initial`, zero until `set_initial` or a load fills it.
+        """A leaf around the very Parameter of `linear`, on its device. `residual` allocates `initial`, zero until it
+        is set.
         """
         weight: nn.Parameter = linear._parameters["weight"]  # type: ignore[assignment]
         leaf = cls(int(linear.in_features), int(linear.out_features), bias=False, device="meta")  # type: ignore[arg-type]
@@ -232,10 +230,7 @@ def protected_leaves(model: nn.Module) -> Iterator[tuple[str, ProtectedLinear]]:
 @torch.no_grad()
 def folded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict with the factors of all leaves folded; neither the model nor `state` changes. FSDP and ZeRO keep a
-    leaf from folding in place: what they gather to be saved is folded here.
-
-    Raises:
-        ProtectionError: a factor that is not whole.
+    leaf from folding in place: what they gather is folded here. A factor that is not whole is a ProtectionError.
     """
     result = dict(state)
     for name, leaf in protected_leaves(model):
@@ -279,14 +274,8 @@ def stored_factors(leaf_a: nn.Module, leaf_b: nn.Module) -> tuple[Tensor, Tensor
 
 
 def check_leaf(leaf: nn.Module, name: str, basis: Tensor | None, side: Side, residual: bool = False) -> None:
-    """Refuse a leaf that does not hold the constraint.
-
-    Args:
-        basis: the expected one; None for the other factor of an adapter with a residual.
-
-    Raises:
-        ProtectionError: an ordinary module stands in its place, its basis is not the expected one, or a factor is not
-            finite.
+    """Refuse, by a ProtectionError, a leaf that does not hold the constraint: something else stands in its place, its
+    basis is not `basis` (None for the other factor of an adapter with a residual), or a factor is not finite.
     """
     if not isinstance(leaf, ProtectedLinear) or leaf.side != side or (leaf.initial is not None) != residual:
         kind = type(leaf).__name__

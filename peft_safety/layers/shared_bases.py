@@ -49,11 +49,8 @@ def _remember(source: Tensor, copy: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rebase(new: Mapping[Any, Tensor | None]) -> None:
-    """Give leaves other bases. In place where a tensor keeps its shape and all its users get the same one, so that
-    compiled graphs and captured ones stay valid; a tensor that anybody else uses is left alone.
-
-    Args:
-        new: each leaf's basis `(d, k)`, or None.
+    """Give leaves other bases `(d, k)`, or None. In place where a tensor keeps its shape and all its users get the
+    same one, so that compiled and captured graphs stay valid; a tensor that anybody else uses is left alone.
     """
     users: dict[int, list[Any]] = defaultdict(list)
     for leaf in new:
