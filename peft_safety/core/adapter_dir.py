@@ -17,19 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_safety.core import base_weights as weights
-from peft_safety.core import files
-from peft_safety.core.plain_lora import (
-    ADAPTER_FILE,
-    DTYPES,
-    EXTRA_DTYPES,
-    MANIFEST,
-    PREFIX,
-    broken,
-    check_sizes,
-    config_of,
-    read_manifest,
-    read_tensor,
-)
+from peft_safety.core import files, plain_lora
+from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST, PREFIX, broken
 from peft_safety.core.projection import Side, leak, leak_tolerance
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE_FILE
@@ -98,7 +87,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         table = config.get(field) or {}
         if not isinstance(table, dict) or not set(table) <= set(modules):
             raise broken(where, f"{field} must map names in target_modules to numbers")
-    check_sizes(config, where)
+    plain_lora.check_sizes(config, where)
 
 
 def check_adapter(directory: Path, warn: bool = False) -> StoredAdapter:
@@ -110,7 +99,7 @@ def check_adapter(directory: Path, warn: bool = False) -> StoredAdapter:
         ConfigError: a number of the config that is out of range.
         SubspaceError: bases that would not protect.
     """
-    config, path = read_manifest(directory, warn), directory / MANIFEST
+    config, path = plain_lora.read_manifest(directory, warn), directory / MANIFEST
     kind, types = config.get("peft_type"), protected_types()
     if kind not in types:
         raise ArtifactError(
@@ -133,7 +122,7 @@ def check_adapter(directory: Path, warn: bool = False) -> StoredAdapter:
         if files.sha256(file) != expected:
             raise ArtifactError(f"{file} is not the file that was saved (its sha256 differs). Copy or save it again.")
     subspace = SafetySubspace.load(files.child(directory, SUBSPACE_FILE))
-    method = config_of(config, path)
+    method = plain_lora.config_of(config, path)
     for module, sides in subspace.bases.items():
         missing = [f"{side!r} basis" for side in method.basis_sides if side not in sides]
         missing += ["fingerprint of the base weight"] if module not in subspace.fingerprints else []
@@ -231,7 +220,7 @@ def _check_factors(
             headers = {kind: tuple(handle.get_slice(key).get_shape()) for kind, key in keys.items()}
             shapes[module] = _check_shapes(path, module, headers, subspace, config)
             for kind, key in keys.items():
-                factor = read_tensor(handle, path, key, DTYPES)
+                factor = plain_lora.read_tensor(handle, path, key, plain_lora.DTYPES)
                 side: Side = "out" if kind.startswith("lora_B") else "in"
                 if side not in method.sides:
                     continue
@@ -270,7 +259,7 @@ def _check_extra(path: Path, key: str, handle: Any, subspace: SafetySubspace, sa
     disguised = "lora_" in key and not under_base and not any(path.endswith(tuple(saved)) for path in around)
     if not key.startswith(PREFIX) or disguised or (not under_base and any(path in subspace.bases for path in around)):
         raise broken(path, f"unknown tensor {key!r}; it is neither a factor nor of a module in modules_to_save")
-    tensor = read_tensor(handle, path, key, EXTRA_DTYPES)
+    tensor = plain_lora.read_tensor(handle, path, key, plain_lora.EXTRA_DTYPES)
     if under_base and kind == "weight":  # PEFT stores a targeted embedding or head whole: then it must be the base's
         sample = weights.sample(tensor.float()) if tensor.ndim == 2 else tensor
         reference = subspace.fingerprints[base]

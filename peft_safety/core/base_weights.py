@@ -122,7 +122,7 @@ def _unpacked(weight: Any) -> tuple[Tensor, Any]:
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
     state = copy.copy(weight.quant_state)  # which the conversion changes
-    absmax = state.absmax.T.reshape(-1).float()  # packed ones are transposed; the conversion turns only nested ones
+    absmax = state.absmax.T.reshape(-1).float()  # transposed while packed; the conversion restores only nested ones
     data, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
     state.absmax, state.nested = absmax, False
     return data, state

@@ -12,8 +12,6 @@ from peft_safety.core import scales
 from peft_safety.core.names import walk
 from peft_safety.errors import ConfigError
 
-ALL_LINEAR = "all-linear"
-
 
 def base_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every base layer that can hold an adapter, by name. Existing adapters are looked through."""
@@ -45,7 +43,7 @@ def target_layers(
     if target_modules is None:
         target_modules = _default(model)
     layers = base_layers(model)
-    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
         matched = {name: layer for name, layer in layers.items() if layer is not head and weights.supported(layer)}
     else:
