@@ -157,7 +157,8 @@ def check_plain(config: Any, what: str) -> None:
 
 
 def read_manifest(directory: Path, warn: bool = True) -> dict[str, Any]:
-    """The bounded JSON of a directory's `adapter_config.json`. `warn` of an interrupted save whose old files are read.
+    """The bounded JSON of a directory's `adapter_config.json`. `warn`: say so where an interrupted save left old
+    files.
 
     Raises:
         ArtifactError: not a directory, a mixture of two saves, or no such JSON.
