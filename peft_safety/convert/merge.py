@@ -130,7 +130,9 @@ def merge_quantized(
         part = _part(model, base, name)
         before = weights.dense_weight(part.inner, name)
         if to == "nf4+residual":
-            a, b = factors[name] = _joint_factors(name, part.layer)
+            pairs = [layer_factors(name, part.layer, adapter).scaled() for adapter in _active(part.layer)]
+            a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+            factors[name] = a, b
             rows.append(part.row(before, before + (b.float() @ a.float()).to(before)))
             continue
         merged = _requantized(part, before) if to == "nf4" else _dense(part, before, dtype)
@@ -222,12 +224,6 @@ def _requantized(part: _Part, before: Tensor) -> nn.Module:
     )
     part.inner.weight = new.to(old.device)
     return part.inner
-
-
-def _joint_factors(name: str, layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    """`(A' (r', n), B' (m, r'))` of the sum of the active adapters, scaled, on the CPU."""
-    pairs = [layer_factors(name, layer, adapter).scaled() for adapter in _active(layer)]
-    return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
 
 
 def _with_plain(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> nn.Module:
