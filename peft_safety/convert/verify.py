@@ -74,8 +74,9 @@ def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) ->
     """
     path = Path(directory)
     manifest = read_manifest(path, warn=False)
-    repaired = manifest.get("peft_type") == REPAIRED_TYPE or manifest.get("safe_lora") is not None
-    if manifest.get("peft_type") in PLAIN_TYPES and (repaired or stored_record(path) is not None):
+    kind = manifest.get("peft_type")
+    repaired = kind == REPAIRED_TYPE or manifest.get("safe_lora") is not None
+    if kind in PLAIN_TYPES and (repaired or stored_record(path) is not None):
         return _verify_repair(path)
     stored = check_adapter(path, warn=True)
     config = stored_config(stored)
@@ -86,11 +87,11 @@ def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) ->
     bases = [u for sides in stored.subspace.bases.values() for u in sides.values()]
     return Verification(
         directory=os.fspath(directory),
-        method=str(stored.config["peft_type"]),
+        method=str(kind),
         modules=len(stored.shapes),
         ranks=tuple(sorted({rank for _, _, rank in stored.shapes.values()})),
         protected=tuple(sorted({int(u.shape[1]) for u in bases})),
-        worst_leak=max(stored.leaks.values()),
+        worst_leak=stored.worst_leak,
         worst_orthonormality=max(orthonormality_error(u) for u in bases),
         base_checked=model is not None,
         unconstrained=stored.extra_tensors,
@@ -100,17 +101,15 @@ def verify(directory: str | os.PathLike[str], model: nn.Module | None = None) ->
 
 def _verify_repair(path: Path) -> RepairVerification:
     plain = read_plain(path)
-    record = plain.record
+    record, factors = plain.record, {name: (factor.a, factor.b) for name, factor in plain.factors.items()}
     if record is None:
         raise ProtectionError(
-            f"{path}: Safe LoRA was never applied to this adapter; it is as unsafe as any LoRA. Run peft-safety "
-            "repair."
+            f"{path}: Safe LoRA was never applied, so the adapter is as unsafe as any LoRA. Run peft-safety repair."
         )
-    if factor_digest({name: (factor.a, factor.b) for name, factor in plain.factors.items()}) != record.get("digest"):
+    if factor_digest(factors) != record.get("digest"):
         raise ProtectionError(
             f"{path}: the factors have changed since Safe LoRA was applied (trained on, combined or cast). Repair the "
             "adapter from its original."
         )
-    return RepairVerification(
-        str(path), str(plain.fields["peft_type"]), len(plain.factors), int(record.get("repaired", 0)), record
-    )
+    kind, repaired = str(plain.fields["peft_type"]), int(record.get("repaired", 0))
+    return RepairVerification(str(path), kind, len(factors), repaired, record)
