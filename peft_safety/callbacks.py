@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from peft_safety.core.projection import coefficients, project_wide
 from peft_safety.errors import ConfigError
@@ -21,34 +21,16 @@ from peft_safety.registry.protection import assert_protected, protected_configs
 
 
 class SafetyMonitorCallback(TrainerCallback):  # type: ignore[misc]
-    """Checks that the adapter is protected when training begins, whenever it is saved, and when it ends; logs the
-    largest leak as `safety_leak`.
-
-    Raises:
-        ProtectionError: from the event at which protection was found to be lost.
+    """Checks that the adapter is protected when training begins, whenever it is saved, and when it ends, and raises a
+    ProtectionError if not; logs the largest leak as `safety_leak`.
     """
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         assert_protected(kwargs["model"])
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        assert_protected(kwargs["model"])
+    on_save = on_train_end = on_train_begin
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        assert_protected(kwargs["model"])
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is not None:
             _log(logs, state, "safety_leak", largest_leak(kwargs["model"]))
 
@@ -68,9 +50,7 @@ class TaskDirectionsCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, adapter_name: str = "default", rows: int = 32, batch_size: int = 8) -> None:
         self.adapter_name, self.rows, self.batch_size = adapter_name, rows, batch_size
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if state.global_step > 0:
             return
         loader = kwargs["train_dataloader"]
@@ -97,30 +77,24 @@ class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]
         self.adapter_name, self.checkpoints, self.progress = adapter_name, checkpoints, progress
         self.report: RepairReport | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         config = config_table(kwargs["model"]).get(self.adapter_name)
         if not isinstance(config, SafeLoRAConfig) or config.safe_lora is not None:
-            found = f"a {type(config).__name__}" if not isinstance(config, SafeLoRAConfig) else "repaired already"
+            state = "repaired already" if isinstance(config, SafeLoRAConfig) else f"a {type(config).__name__}"
             raise ConfigError(
-                f"SafeLoRACallback: adapter {self.adapter_name!r} is {found}. Train a fresh adapter made with "
-                "SafeLoRAConfig."
+                f"SafeLoRACallback: adapter {self.adapter_name!r} is {state}. Train a new one from SafeLoRAConfig."
             )
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if not self.checkpoints or not state.is_world_process_zero:
             return
         config = config_table(kwargs["model"])[self.adapter_name]
         folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
         folder = folder if self.adapter_name == "default" else folder / self.adapter_name
-        safe_lora_dir(
-            folder, config.unaligned, config.aligned, folder / "safe_lora", progress=False, **config.repair_options()
-        )
+        options = {"progress": False, **config.repair_options()}
+        safe_lora_dir(folder, config.unaligned, config.aligned, folder / "safe_lora", **options)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         config = config_table(model)[self.adapter_name]
         options = {"adapter_name": self.adapter_name, "progress": self.progress, **config.repair_options()}
@@ -129,10 +103,9 @@ class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]
 
 class SoftPenaltyCallback(TrainerCallback):  # type: ignore[misc]
     """Trains an adapter with `OrthoSafetyPatchConfig(mode="soft")`: adds its penalty's exact gradient right before
-    each optimizer step.
+    each optimizer step, after gradient accumulation, clipping and loss scaling.
 
-    The loss that the user sees stays the task's; gradient accumulation, clipping and loss scaling are over by then.
-    Logs the penalty, without its weight, as `soft_penalty`.
+    The loss that the user sees stays the task's. Logs the penalty, without its weight, as `soft_penalty`.
 
     Raises:
         ConfigError: at the beginning of training: no such adapter, or DeepSpeed, whose optimizer takes the gradients
@@ -144,42 +117,29 @@ class SoftPenaltyCallback(TrainerCallback):  # type: ignore[misc]
         self.penalty: SoftPenalty | None = None
         self._hook: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        optimizer = getattr(
-            kwargs["optimizer"], "optimizer", kwargs["optimizer"]
-        )  # accelerate's wrapper skips steps that torch's never sees
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        optimizer = kwargs["optimizer"]
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper skips steps torch never sees
         if not isinstance(optimizer, torch.optim.Optimizer):
+            kind = type(optimizer).__name__
             raise ConfigError(
-                f"SoftPenaltyCallback: a {type(optimizer).__name__} takes no hook before its step. Train without "
-                "DeepSpeed, or use mode='hard'."
+                f"SoftPenaltyCallback: a {kind} takes no hook before its step. Train without DeepSpeed, or use "
+                "mode='hard'."
             )
         self.penalty = SoftPenalty(kwargs["model"], self.adapter_name)
         self._hook = optimizer.register_step_pre_hook(self.penalty.before_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is not None and self.penalty is not None:
             _log(logs, state, "soft_penalty", self.penalty.value())
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         if self._hook is not None:
             self._hook.remove()
 
 
 def _log(logs: dict[str, Any], state: TrainerState, name: str, value: float) -> None:
-    """Into this step's logs, and into the copy that the Trainer made of them before it called us, which
-    trainer_state.json keeps.
-    """
+    """Into this step's logs, and into the copy in the state, which trainer_state.json keeps."""
     logs[name] = value
     if state.log_history:
         state.log_history[-1][name] = value
@@ -200,7 +160,6 @@ def largest_leak(model: nn.Module) -> float:
         basis = leaf.basis.to(whole.device)
         w = project_wide(basis, whole, leaf.side).float()
         part = torch.linalg.matrix_norm(coefficients(basis, w, leaf.side))
-        worst = torch.maximum(
-            worst.to(w.device), part / torch.linalg.matrix_norm(w).clamp(min=torch.finfo(torch.float32).tiny)
-        )
+        total = torch.linalg.matrix_norm(w).clamp(min=torch.finfo(torch.float32).tiny)
+        worst = torch.maximum(worst.to(w.device), part / total)
     return float(worst)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from peft_safety.core.adapter_dir import check_adapter
 from peft_safety.core.names import places
@@ -36,8 +37,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
 
     Raises:
         ProtectionError: the adapter is not protected any more, or a written factor would leak.
-        ConfigError: it also trained other weights (`modules_to_save`), which a plain LoRA cannot hold, or an
-            adapter is merged into the base weights.
+        ConfigError: it also trained other weights (`modules_to_save`), or is merged into the base weights.
     """
     assert_protected(model, adapter_name)
     layers = adapter_layers(model, adapter_name)
@@ -61,29 +61,25 @@ def _publish(
     """Check and write the plain adapter; `modules` are all modules of the model, if there is one."""
     if config.modules_to_save or config.trainable_token_indices:
         raise ConfigError(
-            "the adapter also trained modules_to_save or token rows; an exported LoRA holds factors only. Keep the "
+            "the adapter also trained modules_to_save or token rows, and a plain LoRA holds factors only. Keep the "
             "native adapter."
         )
     rank = max(factor.a.shape[0] for factor in factors.values())
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name, factor in factors.items():
         a, b = factor.scaled()
-        _check(name, a, b, config)
-        pairs[name] = nn.functional.pad(a, (0, 0, 0, rank - len(a))), nn.functional.pad(b, (0, rank - len(a)))
+        limit = leak_tolerance(b.dtype) * math.sqrt(a.shape[0])
+        for side in config.sides:
+            share = delta_leak(config.subspace.bases[name][side], a, b, side)
+            if not share <= limit:
+                raise ProtectionError(
+                    f"{name}: the exported update would reach {share:.2g} of its norm into the protected subspace "
+                    f"(limit {limit:.2g}). Keep the adapter in fp32."
+                )
+        pairs[name] = pad(a, (0, 0, 0, rank - len(a))), pad(b, (0, rank - len(a)))
     plain = plain_config(pairs, vars(config), {name: name for name in (*modules, *factors)})
     write_plain(target, factor_tensors(pairs), plain, _card(config, rank, len(factors)))
     return target
-
-
-def _check(name: str, a: Tensor, b: Tensor, config: ProtectedConfig) -> None:
-    limit = leak_tolerance(b.dtype) * math.sqrt(a.shape[0])
-    for side in config.sides:
-        share = delta_leak(config.subspace.bases[name][side], a, b, side)
-        if not share <= limit:
-            raise ProtectionError(
-                f"{name}: the exported update would reach {share:.2g} of its norm into the protected subspace (limit "
-                f"{limit:.2g}). Keep the adapter in fp32."
-            )
 
 
 def _card(config: ProtectedConfig, rank: int, modules: int) -> str:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -20,10 +19,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from peft_safety.core import base_weights as weights
-from peft_safety.core import projection
 from peft_safety.core.names import own_name, places
 from peft_safety.core.plain_lora import plain_config
-from peft_safety.core.projection import Side
+from peft_safety.core.projection import Side, coefficients
 from peft_safety.errors import ConfigError, LossyMergeError
 from peft_safety.layers.adapters import config_table
 from peft_safety.methods.factors import layer_factors
@@ -38,10 +36,8 @@ class MergedModule:
 
     Attributes:
         norm: `||dW|| / ||W||`.
-        kept: `<change, dW> / ||dW||^2`, where `change` is what the stored weights differ by from the base; nan for a
-            zero update.
-        leak: `||U^T change|| / ||dW||` on the worst constrained side; None where the update is zero or not
-            constrained.
+        kept: `<change, dW> / ||dW||^2`, where `change` is that of the stored weights; nan for a zero update.
+        leak: `||U^T change|| / ||dW||`, the worst constrained side; None for a zero or unconstrained update.
     """
 
     module: str
@@ -60,10 +56,7 @@ class MergeResult:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able: nan becomes None."""
-        rows = [
-            {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(row).items()}
-            for row in self.modules
-        ]
+        rows = [{**asdict(row), "kept": None if math.isnan(row.kept) else row.kept} for row in self.modules]
         return {"to": self.to, "modules": rows}
 
     def print(self) -> None:
@@ -73,9 +66,8 @@ class MergeResult:
 
         table = Table("module", "|dW| / |W|", "kept", "leak", title=f"merged into {self.to}", title_justify="left")
         for row in self.modules:
-            table.add_row(
-                row.module, f"{row.norm:.2%}", f"{row.kept:.2%}", "-" if row.leak is None else f"{row.leak:.2g}"
-            )
+            leak = "-" if row.leak is None else f"{row.leak:.2g}"
+            table.add_row(row.module, f"{row.norm:.2%}", f"{row.kept:.2%}", leak)
         Console().print(table)
 
 
@@ -92,14 +84,12 @@ class _Part:
     def row(self, before: Tensor, after: Tensor) -> MergedModule:
         """Compare the dense fp32 weights `(out, in)` before and after the merge."""
         change, total = after - before, float(self.delta.norm())
-        kept = float((change * self.delta).sum()) / total**2 if total > 0 else math.nan
-        parts = [float(projection.coefficients(u.to(change), change, side).norm()) for side, u in self.bases.items()]
-        return MergedModule(
-            own_name(self.name),
-            total / float(before.norm()),
-            kept,
-            max(parts) / total if parts and total > 0 else None,
-        )
+        norm = total / float(before.norm())
+        if not total > 0:
+            return MergedModule(own_name(self.name), norm, math.nan, None)
+        kept = float((change * self.delta).sum()) / total**2
+        leaks = [float(coefficients(u.to(change), change, side).norm()) / total for side, u in self.bases.items()]
+        return MergedModule(own_name(self.name), norm, kept, max(leaks, default=None))
 
 
 @torch.no_grad()
@@ -121,103 +111,98 @@ def merge_quantized(
         verbose: print survival and leak of each module.
 
     Returns:
-        The base model without adapters, or for "nf4+residual" a PeftModel with one plain LoRA "default" on it; and the
-        figures.
+        The figures, and the base model without adapters, or for "nf4+residual" a PeftModel with one plain LoRA on it.
 
     Raises:
-        LossyMergeError: "nf4" without `force`, with the figures of the module that would suffer most; nothing was
-            changed.
+        LossyMergeError: "nf4" without `force`, with the figures of the worst module; nothing was changed.
         ConfigError: adapters that trained other weights too, one that is merged already, or "nf4" for a weight of
             another kind.
     """
     if to not in get_args(MergeTo):
         raise ConfigError(f"merge to {to!r}. Use one of {', '.join(map(repr, get_args(MergeTo)))}.")
-    names = _mergeable(model)
     base: nn.Module = model.get_base_model()
+    names = _mergeable(model, base)
     if to == "nf4":
-        _refuse_requantizing((_part(model, base, name) for name in names), force)
+        _refuse_requantizing(model, base, names, force)
     rows = []
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for name in names:
         part = _part(model, base, name)
         before = weights.dense_weight(part.inner, name)
         if to == "nf4+residual":
-            a, b = factors[name] = _joint_factors(name, part.layer)
+            pairs = [layer_factors(name, part.layer, adapter).scaled() for adapter in _active(part.layer)]
+            a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+            factors[name] = a, b
             rows.append(part.row(before, before + (b.float() @ a.float()).to(before)))
             continue
         merged = _requantized(part, before) if to == "nf4" else _dense(part, before, dtype)
         rows.append(part.row(before, weights.dense_weight(merged, name)))
-        parent, _, child = name.rpartition(".")
-        setattr(base.get_submodule(parent), child, merged)
+        base.set_submodule(name, merged)
     result = MergeResult(_with_plain(model, factors) if to == "nf4+residual" else _bare(base), to, rows)
     if verbose:
         result.print()
     return result
 
 
-def _mergeable(model: PeftModel) -> list[str]:
+def _mergeable(model: PeftModel, base: nn.Module) -> list[str]:
     """Names of the LoRA layers in the base model."""
     if any(getattr(config, "modules_to_save", None) for config in config_table(model).values()):
         raise ConfigError("modules_to_save cannot be merged here. Load the base in 16 bit and use merge_and_unload().")
-    layers = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     if any(layer.merged for layer in layers.values()):
         raise ConfigError("an adapter is merged into the base weights. Call unmerge_adapter() first.")
     return list(layers)
 
 
+def _active(layer: LoraLayer) -> list[str]:
+    return [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+
+
 def _part(model: PeftModel, base: nn.Module, name: str) -> _Part:
     layer: LoraLayer = base.get_submodule(name)  # type: ignore[assignment]
-    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
-    inner = layer.get_base_layer()
+    active, inner = _active(layer), layer.get_base_layer()
     delta = torch.zeros(weights.shape(inner), device=inner.weight.device)
     for adapter in active:
         update = layer.get_delta_weight(adapter).to(delta)
         delta += update.T if getattr(layer, "fan_in_fan_out", False) else update
-    config = (
-        protected_configs(model).get(active[0]) if len(active) == 1 else None
-    )  # two subspaces bind two parts of a sum, not the sum
+    # two subspaces bind two parts of a sum, not the sum
+    config = protected_configs(model).get(active[0]) if len(active) == 1 else None
     bases = {} if config is None else {side: config.subspace.bases[own_name(name)][side] for side in config.sides}
     return _Part(name, layer, inner, delta, bases)
 
 
-def _refuse_requantizing(parts: Iterable[_Part], force: bool) -> None:
+def _refuse_requantizing(model: PeftModel, base: nn.Module, names: list[str], force: bool) -> None:
     """Refuse before any layer is changed."""
-    worst: MergedModule | None = None
-    for part in parts:
-        kind = weights.quantization(part.inner)
+    rows = []
+    for part in (_part(model, base, name) for name in names):
+        kind = weights.quantization(part.inner) or "dense"
         if kind != "4bit":
             raise ConfigError(
-                f"{part.name}: a {kind or 'dense'} weight cannot be merged to 'nf4'. Use to='16bit', or "
-                "to='nf4+residual'."
+                f"{part.name}: a {kind} weight cannot be merged to 'nf4'. Use to='16bit', or to='nf4+residual'."
             )
-        if force:
-            continue
-        row = part.row(
-            weights.dense_weight(part.inner, part.name), weights.requantized(part.inner, part.delta, part.name)
-        )
-        if not math.isnan(row.kept) and (worst is None or row.kept < worst.kept):
-            worst = row
+        if not force:
+            before = weights.dense_weight(part.inner, part.name)
+            rows.append(part.row(before, weights.requantized(part.inner, part.delta, part.name)))
+    worst = min((row for row in rows if not math.isnan(row.kept)), key=lambda row: row.kept, default=None)
     if worst is not None:
         leak = "" if worst.leak is None else f", and {worst.leak:.1%} of its norm would lie in the protected subspace"
         raise LossyMergeError(
             f"{worst.module}: quantizing W + dW again would keep {worst.kept:.1%} of the update (|dW| is "
-            f"{worst.norm:.2%} of |W|){leak}. "
-            "Use to='nf4+residual' (exact) or to='16bit', or force=True."
+            f"{worst.norm:.2%} of |W|){leak}. Use to='nf4+residual' (exact) or to='16bit', or force=True."
         )
 
 
 def _dense(part: _Part, before: Tensor, dtype: torch.dtype) -> nn.Module:
     """`W + dW`: in the layer's own dtype if it is dense already, in a new `nn.Linear` of `dtype` if not."""
-    inner, total = part.inner, before + part.delta
+    inner: Any = part.inner
+    total = before + part.delta
     if weights.quantization(inner) is None:
-        old: Tensor = inner.weight  # type: ignore[assignment]
-        inner.weight = nn.Parameter(
-            (total.T if weights.is_conv1d(inner) else total).to(old.dtype).contiguous(), requires_grad=False
-        )
+        total = (total.T if weights.is_conv1d(inner) else total).to(inner.weight.dtype)
+        inner.weight = nn.Parameter(total.contiguous(), requires_grad=False)
         return inner
     linear = nn.Linear(total.shape[1], total.shape[0], bias=inner.bias is not None, device="meta", dtype=dtype)
     linear.weight = nn.Parameter(total.to(dtype), requires_grad=False)
-    if isinstance(inner.bias, Tensor):
+    if inner.bias is not None:
         linear.bias = nn.Parameter(inner.bias.data.to(dtype), requires_grad=False)
     return linear
 
@@ -228,22 +213,17 @@ def _requantized(part: _Part, before: Tensor) -> nn.Module:
 
     old: Any = part.inner.weight
     state = old.quant_state
-    kinds = {
-        "quant_type": state.quant_type,
-        "blocksize": state.blocksize,
-        "compress_statistics": state.nested,
-        "quant_storage": old.quant_storage,
-    }
-    fresh = Params4bit((before + part.delta).to(state.dtype).cpu(), requires_grad=False, module=part.inner, **kinds)
-    part.inner.weight = fresh.to(old.device)
+    new = Params4bit(
+        (before + part.delta).to(state.dtype).cpu(),
+        requires_grad=False,
+        module=part.inner,
+        quant_type=state.quant_type,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_storage=old.quant_storage,
+    )
+    part.inner.weight = new.to(old.device)
     return part.inner
-
-
-def _joint_factors(name: str, layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    """`(A' (r', n), B' (m, r'))` of the sum of the active adapters, scaled, on the CPU."""
-    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
-    pairs = [layer_factors(name, layer, adapter).scaled() for adapter in active]
-    return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
 
 
 def _with_plain(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> nn.Module:
@@ -274,7 +254,8 @@ def _bare(base: nn.Module) -> nn.Module:
         return base
     if quantization is not None:
         del config.quantization_config
-    for flag in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer"):
+    cleared = {"is_quantized": False, "is_loaded_in_4bit": False, "is_loaded_in_8bit": False}
+    for flag, value in {**cleared, "quantization_method": None, "hf_quantizer": None}.items():
         if hasattr(base, flag):
-            setattr(base, flag, None if flag in ("quantization_method", "hf_quantizer") else False)
+            setattr(base, flag, value)
     return base

@@ -15,7 +15,7 @@ from peft_safety.core.plain_lora import PLAIN_TYPES, REPAIRED_TYPE, read_manifes
 from peft_safety.core.projection import leak, leak_tolerance, orthonormality_error
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.targets import base_layers
-from peft_safety.errors import ProtectionError
+from peft_safety.errors import ArtifactError, ProtectionError
 from peft_safety.methods.safe_lora.repair import factor_digest
 from peft_safety.registry.checks import check_ahead
 from peft_safety.registry.configs import stored_config
@@ -55,6 +55,7 @@ class FrozenVerification:
         modules, protected: how many modules; sizes of their null spaces that occur.
         blindness_checked: whether `worst_leak` was measured with the subspace's bases; else it is the certificate's.
         worst_leak: largest `||A Q|| / ||A||` of any module.
+        base_checked: whether the base weights were compared with the subspace's fingerprints, which needs both.
         subspace: digest of the bases.
         settings: the method's options, as the certificate has them.
         unconstrained: trained tensors that are no factors.
@@ -66,6 +67,7 @@ class FrozenVerification:
     protected: tuple[int, ...]
     blindness_checked: bool
     worst_leak: float
+    base_checked: bool
     subspace: str
     settings: dict[str, Any]
     unconstrained: tuple[str, ...]
@@ -106,10 +108,11 @@ def verify(
     """
     path = Path(directory)
     manifest = read_manifest(path, warn=False)
-    if (certificate := read_certificate(path)) is not None:
+    kind, certificate = manifest.get("peft_type"), read_certificate(path)
+    if certificate is not None:
         return _verify_frozen(path, certificate, model, subspace)
-    repaired = manifest.get("peft_type") == REPAIRED_TYPE or manifest.get("safe_lora") is not None
-    if manifest.get("peft_type") in PLAIN_TYPES and (repaired or stored_record(path) is not None):
+    repaired = kind == REPAIRED_TYPE or manifest.get("safe_lora") is not None
+    if kind in PLAIN_TYPES and (repaired or stored_record(path) is not None):
         return _verify_repair(path)
     stored = check_adapter(path, warn=True)
     config = stored_config(stored)
@@ -120,11 +123,11 @@ def verify(
     bases = [u for sides in stored.subspace.bases.values() for u in sides.values()]
     return Verification(
         directory=os.fspath(directory),
-        method=str(stored.config["peft_type"]),
+        method=str(kind),
         modules=len(stored.shapes),
         ranks=tuple(sorted({rank for _, _, rank in stored.shapes.values()})),
         protected=tuple(sorted({int(u.shape[1]) for u in bases})),
-        worst_leak=max(stored.leaks.values()),
+        worst_leak=stored.worst_leak,
         worst_orthonormality=max(orthonormality_error(u) for u in bases),
         base_checked=model is not None,
         unconstrained=stored.extra_tensors,
@@ -157,7 +160,9 @@ def _verify_frozen(
                 )
         if model is not None:
             layers = base_layers(model)
-            space.check_fits({name: layers[name] for name in rows if name in layers}, ("in",), bind=False)
+            if missing := sorted(set(rows) - set(layers)):
+                raise ArtifactError(f"{path}: the model has no {missing[0]}. Give the base that it was trained on.")
+            space.check_fits({name: layers[name] for name in rows}, ("in",), bind=False)
     return FrozenVerification(
         directory=os.fspath(path),
         method=f"{certificate.method}, frozen A",
@@ -165,6 +170,7 @@ def _verify_frozen(
         protected=tuple(sorted({entry.k for entry in certificate.modules.values()})),
         blindness_checked=subspace is not None,
         worst_leak=max(leaks.values()),
+        base_checked=subspace is not None and model is not None,
         subspace=certificate.subspace,
         settings=certificate.settings,
         unconstrained=tuple(sorted(plain.extra)),
@@ -173,17 +179,15 @@ def _verify_frozen(
 
 def _verify_repair(path: Path) -> RepairVerification:
     plain = read_plain(path)
-    record = plain.record
+    record, factors = plain.record, {name: (factor.a, factor.b) for name, factor in plain.factors.items()}
     if record is None:
         raise ProtectionError(
-            f"{path}: Safe LoRA was never applied to this adapter; it is as unsafe as any LoRA. Run peft-safety "
-            "repair."
+            f"{path}: Safe LoRA was never applied, so the adapter is as unsafe as any LoRA. Run peft-safety repair."
         )
-    if factor_digest({name: (factor.a, factor.b) for name, factor in plain.factors.items()}) != record.get("digest"):
+    if factor_digest(factors) != record.get("digest"):
         raise ProtectionError(
             f"{path}: the factors have changed since Safe LoRA was applied (trained on, combined or cast). Repair the "
             "adapter from its original."
         )
-    return RepairVerification(
-        str(path), str(plain.fields["peft_type"]), len(plain.factors), int(record.get("repaired", 0)), record
-    )
+    kind, repaired = str(plain.fields["peft_type"]), int(record.get("repaired", 0))
+    return RepairVerification(str(path), kind, len(factors), repaired, record)

@@ -1,8 +1,7 @@
 """The base weights under an adapter: which layers can be protected, their dense weight, and their fingerprint.
 
-A fingerprint is a few hundred sampled values of a weight. It tells another model of equal shapes apart, and still
-recognizes the same model in another precision: the values are compared by relative distance, with a tolerance per
-precision.
+A fingerprint is a few hundred sampled values of a weight. Compared by relative distance, it tells another model of
+equal shapes apart, and still recognizes the same model in another precision.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ SAMPLES = 256
 #: Largest relative distance between two fingerprints of one model. bf16 rounding stays below 0.4 %; NF4 moves Gaussian
 #: weights by 9 %, int8 by 1 %; unrelated weights are at 140 %.
 DISTANCE_DENSE = 0.01
-DISTANCE_QUANTISED = 0.35
+DISTANCE_QUANTIZED = 0.35
 _BITSANDBYTES = {"Linear4bit": "4bit", "LinearNF4": "4bit", "LinearFP4": "4bit", "Linear8bitLt": "8bit"}
 
 
@@ -40,11 +39,8 @@ def supported(layer: nn.Module) -> bool:
 
 
 def check_readable(layer: nn.Module, name: str) -> None:
-    """Refuse a layer whose weight, whole or not, is none that can be read here: dense, bitsandbytes 4-bit or 8-bit, or
-    transformers' FP8.
-
-    Raises:
-        UnsupportedLayerError: names the module, its kind and the remedy.
+    """Refuse, by an UnsupportedLayerError with the name and kind, a layer whose weight, whole or sharded, is not
+    dense, bitsandbytes 4-bit or 8-bit, or transformers' FP8.
     """
     if not supported(layer):
         reason = "its weight is packed" if scales.is_packed(layer) else "it is no Linear, Conv1D or bitsandbytes layer"
@@ -72,9 +68,8 @@ def shape(layer: nn.Module) -> tuple[int, int]:
 
 def is_whole(weight: Any) -> bool:
     """Whether a weight can be read here: a tensor, not on the meta device, not a shard of DTensor or DeepSpeed."""
-    return isinstance(weight, Tensor) and not (
-        weight.is_meta or hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")
-    )
+    sharded = hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")
+    return isinstance(weight, Tensor) and not weight.is_meta and not sharded
 
 
 def from_int8(values: Tensor, scale: Tensor) -> Tensor:
@@ -85,12 +80,10 @@ def from_int8(values: Tensor, scale: Tensor) -> Tensor:
 @torch.no_grad()
 def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
     """The weight as `(out_features, in_features)` on its own device: a dense one in its own precision and without a
-    copy, a quantized one in fp32.
-
-    Every reader of a base weight comes through here.
+    copy, a quantized one in fp32. Every reader of a base weight comes through here.
 
     Raises:
-        UnsupportedLayerError: a weight that is sharded, on the meta device, or of a kind this package doesn't know.
+        UnsupportedLayerError: a weight that is sharded, on the meta device, or of an unknown kind.
     """
     check_readable(layer, name)
     weight: Any = layer.weight
@@ -101,17 +94,11 @@ def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         if getattr(weight, "quant_state", None) is None:
-            raise UnsupportedLayerError(
-                f"{name}: 4-bit weight without a quantization state. Load it with a BitsAndBytesConfig, or move it to "
-                "its device first."
-            )
+            raise UnsupportedLayerError(f"{name}: 4-bit weight without its state. Move the model to its device first.")
         return dequantize_4bit(*_unpacked(weight)).float()
     if kind == "8bit":
-        scale = (
-            weight.SCB
-            if getattr(weight, "SCB", None) is not None
-            else getattr(getattr(layer, "state", None), "SCB", None)
-        )
+        scale = getattr(weight, "SCB", None)
+        scale = getattr(getattr(layer, "state", None), "SCB", None) if scale is None else scale
         if scale is None or weight.dtype != torch.int8:
             raise UnsupportedLayerError(f"{name}: 8-bit weight without scales. Move the model to its device first.")
         return from_int8(weight.data, scale)
@@ -135,11 +122,9 @@ def _unpacked(weight: Any) -> tuple[Tensor, Any]:
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
     state = copy.copy(weight.quant_state)  # which the conversion changes
-    scales = state.absmax.T.reshape(
-        -1
-    ).float()  # packed scales are transposed; the conversion turns only nested ones back
+    absmax = state.absmax.T.reshape(-1).float()  # transposed while packed; the conversion restores only nested ones
     data, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
-    state.absmax, state.nested = scales, False
+    state.absmax, state.nested = absmax, False
     return data, state
 
 
@@ -154,7 +139,7 @@ def _repacking(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
-    """Keep bitsandbytes from repacking 4-bit weights inside the block (see `_unpacked`)."""
+    """Keep bitsandbytes from repacking 4-bit weights inside the block (see `stay_unpacked`)."""
     layers = _repacking(model)
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
@@ -167,12 +152,9 @@ def unpacked(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def stay_unpacked(model: nn.Module) -> None:
-    """`unpacked` for good, and those that are packed already come back: no gradient passes through a packed weight,
-    and bitsandbytes says nothing of it.
-
-    One forward in eval mode on a CPU with AVX512-BF16 is enough to pack them: an evaluation, before training or
-    between its epochs. All 4-bit layers of the model, since the gradient of an adapter passes through those above it;
-    other models are left alone.
+    """Unpack the 4-bit weights of this model, and keep bitsandbytes from packing them again: no gradient passes
+    through a packed weight, and nothing says so. One forward in eval mode on a CPU with AVX512-BF16 packs them. An
+    adapter's gradient passes through all layers above it, so all 4-bit layers are meant.
     """
     layers = _repacking(model)
     if layers:
@@ -194,13 +176,9 @@ def _say_unpacked() -> None:
 
 
 @torch.no_grad()
-def merge_survival(layer: nn.Module, delta: Tensor, name: str = "the layer") -> float:
-    """Share of an update that a merge into this quantized layer would keep: `<Q(W + dW) - W, dW> / ||dW||^2`; nan for
-    a zero update.
-
-    Args:
-        layer: a quantized layer. It is not changed.
-        delta: `dW (out_features, in_features)`.
+def merge_survival(layer: nn.Module, delta: Tensor, name: str) -> float:
+    """Share of an update `dW (out_features, in_features)` that a merge into this quantized layer would keep:
+    `<Q(W + dW) - W, dW> / ||dW||^2`; nan for a zero update. The layer is not changed.
     """
     before = dense_weight(layer, name)
     delta = delta.to(before)
@@ -208,7 +186,7 @@ def merge_survival(layer: nn.Module, delta: Tensor, name: str = "the layer") -> 
 
 
 @torch.no_grad()
-def requantized(layer: nn.Module, delta: Tensor, name: str = "the layer") -> Tensor:
+def requantized(layer: nn.Module, delta: Tensor, name: str) -> Tensor:
     """`Q(W + dW)` as a dense fp32 `(out_features, in_features)`. The layer is not changed."""
     if quantization(layer) == "fp8":
         return scales.requantized_fp8(layer, delta, name)
@@ -216,31 +194,18 @@ def requantized(layer: nn.Module, delta: Tensor, name: str = "the layer") -> Ten
     if quantization(layer) == "4bit":
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-        weight: Any = layer.weight
-        state = weight.quant_state
-        packed, fresh = quantize_4bit(
-            merged.to(state.dtype),
-            blocksize=state.blocksize,
-            quant_type=state.quant_type,
-            compress_statistics=state.nested,
-        )
-        return dequantize_4bit(packed, fresh).float()
+        state: Any = layer.weight.quant_state  # type: ignore[union-attr]
+        options = {"blocksize": state.blocksize, "quant_type": state.quant_type, "compress_statistics": state.nested}
+        return dequantize_4bit(*quantize_4bit(merged.to(state.dtype), **options)).float()
     scale = merged.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127.0
     return (merged / scale).round() * scale
 
 
 def fingerprint(layer: nn.Module, name: str) -> Tensor:
-    """`SAMPLES` evenly spaced values of the flattened `(out, in)` weight, fp32, on the CPU.
-
-    Raises:
-        SubspaceError: one of them is not finite.
-    """
+    """`SAMPLES` evenly spaced values of the flattened `(out, in)` weight, fp32, on the CPU; refused if not finite."""
     values = sample(dense_weight(layer, name))
     if not bool(torch.isfinite(values).all()):
-        raise SubspaceError(
-            f"{name}: the base weight {shape(layer)} holds NaN or Inf, so nothing can be told from it. Load intact "
-            "base weights."
-        )
+        raise SubspaceError(f"{name}: the base weight {shape(layer)} holds NaN or Inf. Load intact base weights.")
     return values
 
 
@@ -259,28 +224,17 @@ def distance(values: Tensor, reference: Tensor) -> float:
 def check_fingerprints(
     expected: Mapping[str, Tensor], layers: Mapping[str, nn.Module], *, quantized: bool = False
 ) -> None:
-    """Compare recorded fingerprints with the layers of a model, module by module.
-
-    Args:
-        expected: fingerprints by module name, `(SAMPLES,)` each, finite.
-        layers: the base layers by module name; only common names are compared.
-        quantized: whether the fingerprints were taken from quantized weights.
-
-    Raises:
-        SubspaceError: some weights are not those that were recorded; names the worst module.
+    """Compare recorded fingerprints `(SAMPLES,)` with the base layers of the same names. A SubspaceError names the
+    worst module. `quantized`: whether the fingerprints were taken from quantized weights.
     """
-    limit = (
-        DISTANCE_QUANTISED if quantized or any(quantization(layer) for layer in layers.values()) else DISTANCE_DENSE
-    )
-    distances = {
-        name: distance(fingerprint(layers[name], name), expected[name])
-        for name in sorted(expected.keys() & layers.keys())
-    }
+    quantized = quantized or any(quantization(layer) for layer in layers.values())
+    limit = DISTANCE_QUANTIZED if quantized else DISTANCE_DENSE
+    common = sorted(expected.keys() & layers.keys())
+    distances = {name: distance(fingerprint(layers[name], name), expected[name]) for name in common}
     if not all(value <= limit for value in distances.values()):
         worst = max(distances, key=lambda name: math.inf if math.isnan(distances[name]) else distances[name])
         raise SubspaceError(
             f"{worst}: this subspace belongs to other base weights than this {shape(layers[worst])} layer (relative "
-            "distance of the fingerprints "
-            f"{distances[worst]:.3g}, limit {limit:g}). Load the base model it was calibrated on, or calibrate a new "
-            "one with SafetySubspace.from_activations."
+            f"distance of the fingerprints {distances[worst]:.3g}, limit {limit:g}). Load the base model it was "
+            "calibrated on, or calibrate a new one with SafetySubspace.from_activations."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,8 +15,6 @@ def environment(seed: int, **extra: Any) -> dict[str, Any]:
     """Versions, machine, seed and further settings of a run, as plain JSON values."""
     result = {"python": platform.python_version(), "machine": platform.machine(), "cpus": os.cpu_count(), "seed": seed}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             result[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {**result, **extra}

@@ -1,4 +1,4 @@
-"""Reading untrusted files: size limits, hashes, bounded JSON, safe names."""
+"""Reading files that nobody has vetted: size limits, hashes, bounded JSON, safe names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,21 +24,17 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def child(directory: Path, name: str) -> Path:
-    """A file of `directory`, by the base name that an artifact gives.
-
-    Raises:
-        ArtifactError: the name has a separator, a control character or is special, or the file is a link that leaves
-            the directory (links of the hub's cache are fine).
+    """A file of `directory`, by the base name that an artifact gives. Refused are separators, control characters,
+    special names, and links that leave the directory (links of the Hub's cache are fine).
     """
     if not is_plain(name):
-        raise ArtifactError(
-            f"{directory}: {name!r} is not a plain file name. An artifact may only name files beside its "
-            "adapter_config.json."
-        )
+        raise ArtifactError(f"{directory}: {name!r} is not a plain file name. Save the artifact again.")
     path = directory / name
     if path.is_symlink():
         real = Path(os.path.realpath(path))  # unlike resolve(), it lets a loop pass, which is then no file
-        if not any(real.is_relative_to(root) for root in (directory.resolve(), *_blobs(directory))):
+        snapshots = (parent for parent in directory.absolute().parents if parent.name == "snapshots")
+        blobs = [(parent.parent / "blobs").resolve() for parent in snapshots]  # where a Hub cache keeps the content
+        if not any(real.is_relative_to(root) for root in (directory.resolve(), *blobs)):
             raise ArtifactError(f"{path} is a symbolic link that leaves its directory. Replace it by the file itself.")
     return path
 
@@ -54,17 +49,8 @@ def is_plain(name: Any) -> bool:
         return False
 
 
-def _blobs(directory: Path) -> list[Path]:
-    """The `<repo>/blobs` folders that the snapshots of a Hub cache link to."""
-    return [(p.parent / "blobs").resolve() for p in directory.absolute().parents if p.name == "snapshots"]
-
-
 def sha256(path: Path) -> str:
-    """Hex digest of a file, read in one streamed pass.
-
-    Raises:
-        ArtifactError: it cannot be read.
-    """
+    """Hex digest of a file, read in one streamed pass."""
     try:
         with path.open("rb") as file:
             return sha256_of(file.fileno())
@@ -82,11 +68,8 @@ def sha256_of(descriptor: int) -> str:
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from a file nobody has vetted: at most `limit` bytes, 16 levels deep, no duplicate key, no NaN or
-    Infinity.
-
-    Raises:
-        ArtifactError: any of these, or the file is missing or not JSON.
+    """A JSON object from a file: at most `limit` bytes, 16 levels deep, no duplicate key, no NaN or Infinity. Anything
+    else is an ArtifactError.
     """
     if path.exists() and not path.is_file():  # opening a named pipe would wait forever
         raise ArtifactError(f"{path} is not a regular file. Point at a directory that save_pretrained wrote.")
@@ -101,9 +84,7 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
 def parse_json(raw: bytes | str, where: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """`read_json` for text that is already in memory."""
     if len(raw) > limit:
-        raise ArtifactError(
-            f"{where} is larger than {limit} bytes, the limit for a config. Copy or save the adapter again."
-        )
+        raise ArtifactError(f"{where} is larger than {limit} bytes, the limit for a config. Copy or save it again.")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -120,9 +101,9 @@ def parse_json(raw: bytes | str, where: str, limit: int = MAX_JSON_BYTES) -> dic
 
     try:
         value = json.loads(raw, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+    except ArtifactError:
+        raise
     except (ValueError, RecursionError) as error:
-        if isinstance(error, ArtifactError):
-            raise
         raise ArtifactError(f"{where} is not valid JSON ({str(error)[:200]}). Copy or save it again.") from error
     if not isinstance(value, dict) or _depth(value) > MAX_JSON_DEPTH:
         raise ArtifactError(f"{where} must be one JSON object, at most {MAX_JSON_DEPTH} levels deep. Save it again.")
@@ -140,33 +121,19 @@ def _depth(value: Any, level: int = 1) -> int:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file; its header has been checked against its size, and nothing is read yet.
-
-    Raises:
-        ArtifactError: missing, truncated, not safetensors, a pickle, or an absurd number of tensors.
+    """Open a safetensors file. Its header has been checked against its size, and no tensor is read yet. An
+    ArtifactError says that it is missing, truncated, no safetensors file (pickles are never opened), or holds too many
+    tensors.
     """
     if path.suffix in PICKLES:
-        raise ArtifactError(
-            f"{path} is a pickle and is never opened: it can run code. Convert it to safetensors on a machine you can "
-            "lose."
-        )
+        raise ArtifactError(f"{path} is a pickle, which can run code: it is never opened. Convert it to safetensors.")
     try:
         with safe_open(str(path), framework="pt") as handle:
             count = len(handle.keys())
             if count > MAX_TENSORS:
-                raise ArtifactError(
-                    f"{path} holds {count} tensors, more than {MAX_TENSORS}. It is no adapter or subspace."
-                )
+                raise ArtifactError(f"{path} holds {count} tensors, more than {MAX_TENSORS}. Give an adapter's file.")
             yield handle
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing. Copy the whole directory.") from error
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is not a complete safetensors file ({error}). Copy or save it again.") from error
-
-
-def usual_mode(probe: Path) -> int:
-    """The permissions of a new file here (safetensors restricts its files to the owner). `probe` is temporary."""
-    probe.touch()
-    mode = stat.S_IMODE(probe.stat().st_mode)
-    probe.unlink()
-    return mode

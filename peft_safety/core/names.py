@@ -2,8 +2,7 @@
 mean exactly them; and short lists of them for messages.
 
 PEFT matches a list of names as suffixes, and the keys of `rank_pattern` and `alpha_pattern` as regular expressions
-behind any prefix, the first match first. A full name can therefore mean more than one module: "layers.0.lin" is the
-end of "img.layers.0.lin".
+after any prefix: "layers.0.lin" also means "img.layers.0.lin". The first match counts.
 """
 
 from __future__ import annotations
@@ -22,30 +21,23 @@ SHOWN = 3
 """Number of names that a message lists."""
 
 
-def base_model(model: nn.Module) -> nn.Module:
-    """The model that adapters were put into: without PEFT's models, compiled, parallel and other modules around it."""
+def base_model(model: Any) -> nn.Module:
+    """The model that adapters were put into, without what is around it: PEFT's, compiled and parallel modules."""
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTuner
 
-    inside = (
-        m
-        for m in model.modules()
-        if isinstance(m, (PeftModel, BaseTuner)) or isinstance(vars(m).get("peft_config"), dict)
-    )
-    model = next(inside, model)
+    inner = {PeftModel: "base_model", BaseTuner: "model"}
+    inner |= dict.fromkeys((nn.DataParallel, nn.parallel.DistributedDataParallel), "module")
+    for module in model.modules():
+        if isinstance(module, (PeftModel, BaseTuner)) or isinstance(vars(module).get("peft_config"), dict):
+            model = module
+            break
     while True:
-        if isinstance(model, PeftModel):
-            model = model.base_model
-        elif isinstance(model, BaseTuner):
-            model = model.model
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif (
-            wrapped := next((model._modules[part] for part in WRAPPERS if part in model._modules), None)
-        ) is not None:
-            model = wrapped
-        else:
+        names = [name for kind, name in inner.items() if isinstance(model, kind)]
+        names += [name for name in WRAPPERS if name in model._modules]
+        if not names:
             return model
+        model = getattr(model, names[0])
 
 
 def original(module: nn.Module) -> nn.Module:
@@ -66,10 +58,7 @@ def own_name(name: str) -> str:
 
 def walk(model: nn.Module, shared: bool = False) -> Iterator[tuple[str, str, nn.Module]]:
     """`(own name, name in `model`, module)` of every module of the base model. An adapter's layer stands for the layer
-    under it and is not entered.
-
-    Args:
-        shared: name a module that is in several places by each of them, not by the first only.
+    under it and is not entered. `shared` names a module that is in several places by each of them, not by the first.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -91,36 +80,22 @@ def places(model: nn.Module) -> dict[str, str]:
 
 def relocated(key: str, prefixes: Mapping[str, str]) -> str:
     """The key of a tensor with the longest module name in it replaced."""
-    module, dot, rest = key.rpartition(".")
-    while dot:
-        if module in prefixes:
-            return ".".join(filter(None, (prefixes[module], rest)))
-        module, dot, last = module.rpartition(".")
-        rest = f"{last}.{rest}"
+    parts = key.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if (module := ".".join(parts[:end])) in prefixes:
+            return ".".join(filter(None, (prefixes[module], *parts[end:])))
     return key
 
 
-def exact(table: Mapping[str, T]) -> dict[str, T]:
-    """The same table with keys that PEFT matches with exactly one full name."""
-    return {f"^{re.escape(name)}": value for name, value in table.items()}
-
-
-def look_alikes(wanted: Collection[str], existing: Iterable[str]) -> list[str]:
-    """Existing names that are not wanted but end with a wanted name, so that PEFT would match them."""
-    result = []
-    for name in existing:
-        rest = name
-        while name not in wanted and "." in rest:
-            rest = rest.partition(".")[2]
-            if rest in wanted:
-                result.append(name)
-                break
-    return result
-
-
 def exclude_look_alikes(config: Any, existing: Iterable[str]) -> None:
-    """Make a LoRA config with full module names match no other existing module."""
-    config.exclude_modules = "|".join(map(re.escape, look_alikes(config.target_modules, existing))) or None
+    """Make a LoRA config with full module names match no other existing module, although it may end like one."""
+
+    def matched(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[start:]) in config.target_modules for start in range(1, len(parts)))
+
+    others = [name for name in existing if name not in config.target_modules and matched(name)]
+    config.exclude_modules = "|".join(map(re.escape, others)) or None
 
 
 def pin(config: Any, modules: Mapping[str, tuple[int, float]], existing: Mapping[str, str] | None = None) -> None:
@@ -128,25 +103,26 @@ def pin(config: Any, modules: Mapping[str, tuple[int, float]], existing: Mapping
 
     Args:
         modules: `{own name: (rank, alpha)}`.
-        existing: `places` of the model that it is for. Without one, modules whose names end with a wanted name cannot
-            be told apart.
+        existing: `places` of the model. Without it, other modules whose names end like these are not excluded.
     """
     existing = {name: name for name in modules} if existing is None else existing
     wanted = {existing.get(name, name): value for name, value in modules.items()}
+    exact = {name: f"^{re.escape(name)}" for name in wanted}
     config.target_modules = set(wanted)
     exclude_look_alikes(config, existing.values())
     config.layers_to_transform = config.layers_pattern = None
-    config.rank_pattern = exact({name: rank for name, (rank, _) in wanted.items() if rank != config.r})
-    config.alpha_pattern = exact({name: alpha for name, (_, alpha) in wanted.items() if alpha != config.lora_alpha})
+    config.rank_pattern = {exact[name]: rank for name, (rank, _) in wanted.items() if rank != config.r}
+    config.alpha_pattern = {exact[name]: alpha for name, (_, alpha) in wanted.items() if alpha != config.lora_alpha}
+
+
+_NAME = re.compile(r"\^?(?:[\w.\-]|\\[^\w\s])*\$?")
+_LETTER = re.compile(r"\\?.")
 
 
 def pattern_value(patterns: Mapping[str, T] | None, module: str, default: T) -> T | None:
-    """What PEFT takes from `rank_pattern` or `alpha_pattern` for a module: the first match. None where a regular
-    expression may decide: none is ever run.
-
-    A key that is a name is compared: letters, digits, `_`, `-`, `.` (which stands for any character) and `\\` before
-    punctuation, with or without `^` before and `$` behind. Another key before it is passed over only if it ends
-    otherwise than the module.
+    """What PEFT takes from `rank_pattern` or `alpha_pattern` for a module: the first match. None where only a regular
+    expression could tell: none is ever run. A key that is a name (see `_NAME`; `.` stands for any character) is
+    compared. Another key is passed over if it certainly ends otherwise than the module.
     """
     vague = False
     for key, value in (patterns or {}).items():
@@ -158,10 +134,6 @@ def pattern_value(patterns: Mapping[str, T] | None, module: str, default: T) -> 
         else:
             vague = True
     return None if vague else default
-
-
-_NAME = re.compile(r"\^?(?:[\w.\-]|\\[^\w\s])*\$?")
-_LETTER = re.compile(r"\\?.")
 
 
 def _is_end(key: str, module: str) -> bool:
@@ -176,50 +148,25 @@ def _is_end(key: str, module: str) -> bool:
 
 def _certain_end(key: str) -> str:
     """The literal end that every match of a regular expression has, as far as it is obvious."""
-    if "|" in key or "(?" in key:
-        return ""
-    match = re.search(r"(\\\w?)?([\w!,;:=-]*)$", key)
+    match = None if "|" in key or "(?" in key else re.search(r"(\\\w?)?([\w!,;:=-]*)$", key)
     return "" if match is None or match[1] else match[2]
 
 
 def listed(names: Collection[str]) -> str:
     """`a, b, c and 21 more`."""
-    first = sorted(names)[:SHOWN]
-    rest = len(names) - len(first)
-    return ", ".join(first) + (f" and {rest} more" if rest else "")
+    rest = len(names) - SHOWN
+    return ", ".join(sorted(names)[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def exclusion_pattern(names: Iterable[str], others: Iterable[str] = ()) -> str:
-    """A regular expression that matches the full names of some modules and none of the others: what `exclude_modules`
-    takes.
-
-    Where a whole subtree is meant it says so, and numbered layers are one term:
-    `model\\.vision_tower\\..*|model\\.layers\\.\\d+\\.mlp\\.gate`.
+def exclusion_pattern(names: Iterable[str], others: Iterable[str]) -> str:
+    """A regular expression for `exclude_modules` that matches the full names of some modules and none of the others.
+    Numbered layers are one term where possible: `model\\.layers\\.\\d+\\.mlp\\.gate`.
     """
-    names, others = set(names), set(others) - set(names)
-    inner = {parent for other in others for parent in _parents(other)}  # modules that hold one of the others
-    terms: list[str] = []
-    for name in sorted(names):
-        if any(re.fullmatch(term, name) for term in terms):
-            continue
-        top = next(
-            (
-                parent
-                for parent in _parents(name)
-                if parent not in inner and sum(n.startswith(f"{parent}.") for n in names) > 1
-            ),
-            None,
-        )
-        exact = re.escape(name) if top is None else re.escape(top) + r"\..*"
-        broad = re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", exact)
-        terms.append(exact if any(re.fullmatch(broad, other) for other in others) else broad)
-    return "|".join(terms)
-
-
-def _parents(name: str) -> list[str]:
-    """The parent modules, outermost first."""
-    parts = name.split(".")
-    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
+    names = set(names)
+    others = set(others) - names
+    broad = {exact: re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", exact) for exact in map(re.escape, names)}
+    clashing = {term for term in set(broad.values()) if any(re.fullmatch(term, other) for other in others)}
+    return "|".join(sorted({exact if term in clashing else term for exact, term in broad.items()}))
 
 
 def public_name(label: str) -> str:

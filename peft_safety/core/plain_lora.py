@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +93,7 @@ class PlainLoRA:
         fields: the JSON of `adapter_config.json`.
         factors: by module, in the order of the layers.
         extra: other trained tensors, by key (`modules_to_save`, token rows).
-        record: what Safe LoRA has recorded of its repair, if there was one.
+        record: of a Safe LoRA repair, if there was one.
     """
 
     fields: dict[str, Any]
@@ -103,45 +103,37 @@ class PlainLoRA:
     record: dict[str, Any] | None
 
 
-def check_sizes(fields: Mapping[str, Any], where: str) -> None:
-    """Refuse ranks, alphas and dropouts that PEFT accepts but that are not usable.
+def broken(where: Path | str, problem: str) -> ArtifactError:
+    """The error for a file that does not hold what an adapter holds."""
+    return ArtifactError(f"{where}: {problem}. Copy or save the adapter again.")
 
-    Raises:
-        ConfigError: a rank that is not an integer in [1, 65536], an alpha that is not finite and in (0, 1e6], a
-            dropout outside [0, 1), or a pattern that is not a table of such numbers.
+
+def check_sizes(fields: Mapping[str, Any], where: str) -> None:
+    """Refuse, by a ConfigError, what PEFT accepts but is not usable: a rank that is not an integer in [1, 65536], an
+    alpha that is not finite and in (0, 1e6], a dropout outside [0, 1), or a pattern that is not a table of such
+    numbers.
     """
-    _check_rank(fields.get("r"), where)
-    _check_alpha(fields.get("lora_alpha"), where)
+    values = {}
+    for kind in ("rank_pattern", "alpha_pattern"):
+        table = fields.get(kind) or {}
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"{where}: {kind} is a {type(table).__name__}. Use a table of names and numbers.")
+        values[kind] = {f"{kind}[{name!r}]": value for name, value in table.items()}
+    for field, r in {"r": fields.get("r"), **values["rank_pattern"]}.items():
+        if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= MAX_RANK:
+            raise ConfigError(f"{where}: {field}={r!r} is no rank. Use an integer from 1 to {MAX_RANK}.")
+    for field, alpha in {"lora_alpha": fields.get("lora_alpha"), **values["alpha_pattern"]}.items():
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha <= MAX_ALPHA:
+            raise ConfigError(f"{where}: {field}={alpha!r}. Use a finite number above 0 and at most {MAX_ALPHA:g}.")
     dropout = fields.get("lora_dropout", 0.0)
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ConfigError(f"{where}: lora_dropout={dropout!r}. Use a number in [0, 1).")
-    for field, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
-        table = fields.get(field) or {}
-        if not isinstance(table, Mapping):
-            raise ConfigError(f"{where}: {field} is a {type(table).__name__}. Map module names to numbers.")
-        for name, value in table.items():
-            check(value, f"{where}, {field}[{name!r}]")
-
-
-def _check_rank(r: Any, where: str) -> None:
-    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= MAX_RANK:
-        raise ConfigError(f"{where}: r={r!r} is no rank. Use an integer from 1 to {MAX_RANK}.")
-
-
-def _check_alpha(alpha: Any, where: str) -> None:
-    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if not number or not math.isfinite(alpha) or not 0 < alpha <= MAX_ALPHA:
-        raise ConfigError(f"{where}: lora_alpha={alpha!r}. Use a finite number above 0 and at most {MAX_ALPHA:g}.")
 
 
 def check_features(
     config: Any, what: str, features: Mapping[str, str] = NOT_PLAIN, inits: tuple[bool | str, ...] = ORIGINAL_INITS
 ) -> None:
-    """Refuse an adapter that is no LoRA, or that has one of these features or another init.
-
-    Raises:
-        ConfigError: names the feature and the reason.
-    """
+    """Refuse, by a ConfigError, an adapter that is no LoRA, or that has one of these features or another init."""
     from peft import LoraConfig
 
     if not isinstance(config, LoraConfig):
@@ -157,24 +149,16 @@ def check_features(
 
 
 def check_plain(config: Any, what: str) -> None:
-    """Refuse an adapter whose update is not `s B A` on the base weights, and a protected one.
-
-    Raises:
-        ConfigError: see above.
-    """
+    """Refuse, by a ConfigError, an adapter that is protected or whose update is not `s B A` on the base weights."""
     if hasattr(config, "safety_artifact"):
-        raise ConfigError(
-            f"{what} is protected ({type(config).__name__}); the result would lose that. Use peft_safety.export_lora "
-            "first."
-        )
+        kind = type(config).__name__
+        raise ConfigError(f"{what} is protected ({kind}); the result would not be. Use peft_safety.export_lora first.")
     check_features(config, what)
 
 
 def read_manifest(directory: Path, warn: bool = True) -> dict[str, Any]:
-    """The bounded JSON of a directory's `adapter_config.json`.
-
-    Args:
-        warn: of an interrupted save whose old files are read.
+    """The bounded JSON of a directory's `adapter_config.json`. `warn`: say so where an interrupted save left old
+    files.
 
     Raises:
         ArtifactError: not a directory, a mixture of two saves, or no such JSON.
@@ -186,19 +170,15 @@ def read_manifest(directory: Path, warn: bool = True) -> dict[str, Any]:
 
 
 def config_of(fields: Mapping[str, Any], path: Path) -> Any:
-    """The config that PEFT makes of a stored one.
-
-    Raises:
-        PeftSafetyError: a field that is not of this config's types, or that the method refuses.
-    """
+    """The config that PEFT makes of a stored one. A PeftSafetyError says which field does not fit."""
     from peft import LoraConfig
 
     try:
         return LoraConfig.from_peft_type(**{name: value for name, value in fields.items() if name != "runtime_config"})
+    except PeftSafetyError:
+        raise
     except (TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, PeftSafetyError):
-            raise
-        raise ArtifactError(f"{path} is not a config of this PEFT: {error}. Save the adapter again.") from error
+        raise broken(path, f"not a config of this PEFT ({error})") from error
 
 
 def read_plain(directory: Path) -> PlainLoRA:
@@ -216,48 +196,37 @@ def read_plain(directory: Path) -> PlainLoRA:
         hint = " It is a protected adapter; peft-safety export makes a plain LoRA of it." if protected else ""
         raise ConfigError(f"{directory} holds a {kind!r} adapter. Give a plain LoRA adapter.{hint}")
     if protected:
-        raise ArtifactError(
-            f"{path}: peft_type {kind!r} would read a protected adapter without its protection. Copy or save it again."
-        )
+        raise broken(path, f"peft_type {kind!r} would read a protected adapter without its protection")
     check_sizes(fields, str(path))
     config = config_of(fields, path)
     check_plain(config, str(directory))
-    path = files.child(directory, ADAPTER_FILE)
-    with files.open_tensors(path) as handle:
-        record = _record(handle, path) or fields.get("safe_lora")
+    file = files.child(directory, ADAPTER_FILE)
+    with files.open_tensors(file) as handle:
+        record = _record(handle, file) or fields.get("safe_lora")
         if not isinstance(record, (dict, type(None))):
-            raise ArtifactError(f"{directory / MANIFEST}: safe_lora must be a JSON object. Save the adapter again.")
-        keys = _factor_keys(handle, path)
-        used = {key for pair in keys.values() for key in pair}
-        extra = {
-            key: read_tensor(handle, path, key, ("F64", *EXTRA_DTYPES))
-            for key in handle.keys()  # noqa: SIM118
-            if key not in used
-        }
+            raise broken(path, "safe_lora must be a JSON object")
+        pairs = _factor_keys(handle, file)
+        others = set(handle.keys()).difference(*pairs.values())
+        extra = {key: read_tensor(handle, file, key, ("F64", *EXTRA_DTYPES)) for key in sorted(others)}
         factors = {}
-        for module, pair in keys.items():
-            a, b = (read_tensor(handle, path, key, ("F64", *DTYPES)) for key in pair)
-            factors[module] = Factors(a, b, _scaling(module, a.shape[0], fields), bool(fields.get("fan_in_fan_out")))
+        for module, pair in pairs.items():
+            a, b = (read_tensor(handle, file, key, ("F64", *DTYPES)) for key in pair)
+            alpha = pattern_value(fields.get("alpha_pattern"), module, fields["lora_alpha"])
+            scaling = scaling_of(math.nan if alpha is None else alpha, a.shape[0], fields)
+            factors[module] = Factors(a, b, scaling, bool(fields.get("fan_in_fan_out")))
     if record is not None:
         config.safe_lora = record
     return PlainLoRA(fields, config, factors, extra, record)
 
 
 def read_tensor(handle: Any, path: Path, key: str, dtypes: tuple[str, ...]) -> Tensor:
-    """A tensor of an open safetensors file.
-
-    Raises:
-        ArtifactError: of another dtype, or not finite.
-    """
+    """A tensor of an open safetensors file. Another dtype, or a value that is not finite, is an ArtifactError."""
     dtype = handle.get_slice(key).get_dtype()
     if dtype not in dtypes:
-        raise ArtifactError(f"{path}: {key} is {dtype}; an adapter holds {', '.join(dtypes)}. Save the adapter again.")
+        raise broken(path, f"{key} is {dtype}; an adapter holds {', '.join(dtypes)}")
     tensor: Tensor = handle.get_tensor(key)
     if not bool(torch.isfinite(tensor).all()):
-        raise ArtifactError(
-            f"{path}: {key} {tuple(tensor.shape)} holds NaN or Inf. Save the adapter again from the last good "
-            "checkpoint."
-        )
+        raise broken(path, f"{key} {tuple(tensor.shape)} holds NaN or Inf")
     return tensor
 
 
@@ -278,20 +247,12 @@ def _factor_keys(handle: Any, path: Path) -> dict[str, tuple[str, str]]:
     for module, pair in pairs.items():
         a, b = (tuple(handle.get_slice(pair[kind]).get_shape()) if kind in pair else () for kind in "AB")
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not 1 <= a[0] <= min(a[1], b[0]):
-            raise ArtifactError(
-                f"{path}: {module} has lora_A {a or 'missing'} and lora_B {b or 'missing'}. Copy or save the adapter "
-                "again."
-            )
+            raise broken(path, f"{module} has lora_A {a or 'missing'} and lora_B {b or 'missing'}")
     return {module: (pairs[module]["A"], pairs[module]["B"]) for module in sorted(pairs, key=_by_number)}
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _scaling(module: str, rank: int, fields: Mapping[str, Any]) -> float:
-    alpha = pattern_value(fields.get("alpha_pattern"), module, fields["lora_alpha"])
-    return scaling_of(math.nan if alpha is None else alpha, rank, fields)
 
 
 def scaling_of(alpha: float, rank: int, fields: Mapping[str, Any]) -> float:
@@ -323,19 +284,15 @@ def stamp(directory: Path, record: Mapping[str, Any]) -> None:
 
 
 def plain_config(
-    pairs: Mapping[str, tuple[Tensor, Tensor]],
-    like: Mapping[str, Any],
-    places: Mapping[str, str] | None = None,
+    pairs: Mapping[str, tuple[Tensor, Tensor]], like: Mapping[str, Any], places: Mapping[str, str] | None = None
 ) -> LoraConfig:
-    """The config of `(A, s B)` by module: full names, and alpha = rank in every module.
-
-    Args:
-        like: fields of another LoRA config: its base model, task type and `fan_in_fan_out` are taken.
-        places: see `names.pin`.
+    """The config of `(A, s B)` by module: full names, and alpha = rank in every module. Base model, task type and
+    `fan_in_fan_out` are those of the fields `like`; for `places`, see `names.pin`.
     """
     from peft import LoraConfig
 
-    rank = max(a.shape[0] for a, _ in pairs.values())
+    ranks = {name: a.shape[0] for name, (a, _) in pairs.items()}
+    rank = max(ranks.values())
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -345,17 +302,14 @@ def plain_config(
         fan_in_fan_out=bool(like.get("fan_in_fan_out")),
         base_model_name_or_path=like.get("base_model_name_or_path"),
     )
-    pin(config, {name: (a.shape[0], a.shape[0]) for name, (a, _) in pairs.items()}, places)
+    pin(config, {name: (r, r) for name, r in ranks.items()}, places)
     return config
 
 
 def factor_tensors(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """`(A, B)` by module under PEFT's keys."""
-    return {
-        f"{PREFIX}{name}.lora_{kind}.weight": factor
-        for name, pair in pairs.items()
-        for kind, factor in zip("AB", pair, strict=True)
-    }
+    pieces = ((name, kind, x) for name, pair in pairs.items() for kind, x in zip("AB", pair, strict=True))
+    return {f"{PREFIX}{name}.lora_{kind}.weight": x for name, kind, x in pieces}
 
 
 def write_plain(
@@ -364,31 +318,25 @@ def write_plain(
     config: LoraConfig | Mapping[str, Any],
     card: str,
     records: Mapping[str, Any] | None = None,
+    more: Callable[[Path], object] | None = None,
 ) -> None:
-    """Publish a plain LoRA directory atomically. For the arguments, see `write_files`."""
-    with publish.publishing(target, MANIFEST) as staging:
-        write_files(staging, tensors, config, card, records)
-
-
-def write_files(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    config: LoraConfig | Mapping[str, Any],
-    card: str,
-    records: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the adapter's file, the model card and the config into a folder.
+    """Publish a plain LoRA directory atomically: the adapter's file, the model card and the config.
 
     Args:
         tensors: by PEFT's keys.
         config: a config, or the fields of one.
         records: JSON values for the header of the adapter's file, by key.
+        more: writes further files into the folder that it is given.
     """
-    _save_tensors(tensors, folder / ADAPTER_FILE, {key: json.dumps(value) for key, value in (records or {}).items()})
-    (folder / CARD).write_text(card, encoding="utf-8")
     fields = config if isinstance(config, Mapping) else config.to_dict()
     fields = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
-    (folder / MANIFEST).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
+    header = {key: json.dumps(value) for key, value in (records or {}).items()}
+    with publish.publishing(target, MANIFEST) as folder:
+        _save_tensors(tensors, folder / ADAPTER_FILE, header)
+        (folder / CARD).write_text(card, encoding="utf-8")
+        (folder / MANIFEST).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
+        if more is not None:
+            more(folder)
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

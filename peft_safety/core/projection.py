@@ -1,8 +1,7 @@
 """The mathematics of the package: low-rank projections, as pure functions on tensors.
 
-Notation: a basis `u` is `(d, k)` with orthonormal columns; a factor `w` is `lora_B (d, r)` for the output side or
-`lora_A (r, d)` for the input side. The complement `C = I - U U^T` is never formed: every function works with `U^T w`,
-at `O(d k r)`. Nothing here knows PEFT.
+A basis `u` is `(d, k)` with orthonormal columns; a factor `w` is `lora_B (d, r)` on the output side or `lora_A (r, d)`
+on the input side. The complement `C = I - U U^T` is never formed: all work is with `U^T w`, at `O(d k r)`.
 """
 
 from __future__ import annotations
@@ -18,21 +17,18 @@ SIDES: tuple[Side, ...] = ("out", "in")
 
 #: Largest `max|U^T U - I|` that a basis may have (fp32 QR of any shape stays below 1e-6).
 ORTHONORMAL_TOLERANCE = 1e-5
-#: A factor whose relative leak is below this multiple of its dtype's epsilon counts as folded: one fp32 projection
-#: leaves 0.3 eps as a rule, 2.7 at worst.
+#: A factor counts as folded below this multiple of its dtype's epsilon: one fp32 projection leaves 0.3 to 2.7.
 FOLD_EPSILONS = 4.0
 #: Largest relative leak of a stored fp32 factor that counts as protected.
 LEAK_TOLERANCE = 1e-6
-#: Relative length below which a further direction counts as part of a span. It is a third of the leak's tolerance, and
-#: above what rounding a basis to fp32 leaves.
+#: Relative length below which a further direction counts as part of a span: a third of the leak's tolerance, and above
+#: what rounding a basis to fp32 leaves.
 UNION_TOLERANCE = 3e-7
-#: Passes that `fold_` may take. Two are enough unless the factor lies in the protected span almost entirely.
+#: Passes that `fold_` may take. Two are enough unless almost all of the factor lies in the protected span.
 FOLD_PASSES = 3
-#: Where matrix products are allowed in TF32 or bf16, one pass leaves 1e-4 of what it removes; a second one leaves 1e-4
-#: of that.
+#: With matrix products in TF32 or bf16, one pass leaves 1e-4 of what it removes; a second one leaves 1e-4 of that.
 LOW_PRECISION_PASSES = 2
-#: Columns beyond the wanted ones, and iterations with `W S W^T` (each worth two with `W X`), in `top_left_singular`:
-#: cheap beside the pass over the model.
+#: Columns beyond the wanted ones, and iterations with `W S W^T` (each worth two with `W X`), in `top_left_singular`.
 OVERSAMPLING = 16
 POWER_ITERATIONS = 8
 
@@ -59,9 +55,8 @@ def project_wide(u: Tensor, w: Tensor, side: Side) -> Tensor:
     """`project_out` in fp32 or better, back in the dtype of `w`. Differentiable."""
     wide = torch.promote_types(u.dtype, w.dtype)
     u, p = u.to(wide), w.to(wide)
-    exact = (
-        not torch.compiler.is_compiling() and _full_precision()
-    )  # a compiled product may run where other precision is allowed
+    # a compiled product may run later, where low precision is allowed
+    exact = not torch.compiler.is_compiling() and _full_precision()
     for _ in range(1 if exact else LOW_PRECISION_PASSES):
         p = project_out(u, p, side)
     return p.to(w.dtype)
@@ -69,12 +64,9 @@ def project_wide(u: Tensor, w: Tensor, side: Side) -> Tensor:
 
 def _full_precision() -> bool:
     """Whether fp32 matrix products are computed in fp32 on every device."""
-    precisions = [
-        getattr(backend.matmul, "fp32_precision", None)
-        for backend in (torch.backends.cuda, torch.backends.mkldnn)
-        if hasattr(backend, "matmul")
-    ]
-    if None in precisions or not precisions:  # torch before 2.9
+    backends = (torch.backends.cuda, torch.backends.mkldnn)
+    precisions = [getattr(getattr(backend, "matmul", None), "fp32_precision", None) for backend in backends]
+    if None in precisions:  # torch before 2.9
         return torch.get_float32_matmul_precision() == "highest"
     return all(precision in ("none", "ieee") for precision in precisions)
 
@@ -89,12 +81,8 @@ def leak(u: Tensor, w: Tensor, side: Side = "out") -> float:
 
 @torch.no_grad()
 def delta_leak(u: Tensor, a: Tensor, b: Tensor, side: Side = "out") -> float:
-    """`||U^T B A||_F / ||B A||_F` (or `||B A U|| / ||B A||`) without forming the `m x n` product.
-
-    Args:
-        u: basis `(m, k)` for `"out"`, `(n, k)` for `"in"`.
-        a: `lora_A (r, n)`.
-        b: `lora_B (m, r)`.
+    """`||U^T B A||_F / ||B A||_F` (or `||B A U|| / ||B A||`) without forming the `m x n` product of `a (r, n)` and `b
+    (m, r)`. The basis is `(m, k)` for `"out"`, `(n, k)` for `"in"`.
     """
     u, a, b = u.double(), a.double(), b.double()
     r_a = torch.linalg.qr(a.mT, mode="r").R  # B A = (B R^T) Q^T with orthonormal Q, so norms need r x r work only
@@ -116,18 +104,12 @@ def leak_tolerance(dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def fold_(u: Tensor, w: Tensor, side: Side = "out") -> bool:
-    """Project a factor in place, and only if it needs it, so that folding twice changes no bit.
-
-    Returns:
-        Whether anything was written.
-    """
-    changed = False
-    for _ in range(FOLD_PASSES):
+    """Project a factor in place if it leaks, so that folding twice changes no bit. Returns whether it was written."""
+    for done in range(FOLD_PASSES):
         if leak(u, w, side) <= fold_tolerance(w.dtype):
-            break
+            return done > 0
         w.copy_(project_out(u.double(), w.double(), side))
-        changed = True
-    return changed
+    return True
 
 
 def orthonormality_error(u: Tensor) -> float:
@@ -143,13 +125,8 @@ def orthonormalize(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def union(u: Tensor | None, x: Tensor) -> Tensor:
-    """Orthonormal basis `(d, k')` of the span of a basis and of further columns, the basis first and unchanged.
-    Computed in fp64.
-
-    Args:
-        u: basis `(d, k)` with orthonormal columns, or None.
-        x: `(d, l)`, finite; columns that depend on others, or lie in the span of `u` up to `UNION_TOLERANCE`, add
-            nothing.
+    """Orthonormal basis `(d, k')` of the span of a basis `u (d, k)`, or None, and of further columns `x (d, l)`. The
+    basis comes first and unchanged; columns in the span of others, up to `UNION_TOLERANCE`, add nothing. In fp64.
     """
     own = torch.linalg.svd(x.double(), full_matrices=False)
     independent = own.U[:, UNION_TOLERANCE * own.S[:1].clamp(min=torch.finfo(torch.float64).tiny) < own.S]
@@ -176,16 +153,12 @@ def top_left_singular(
     iterations: int = POWER_ITERATIONS,
 ) -> tuple[Tensor, Tensor]:
     """Top left singular vectors of `W X`, given `W` and the second moment `S = X X^T`, by randomized subspace
-    iteration.
-
-    The operator `W S W^T` is applied factor by factor, so nothing larger than `m x (rank + oversampling)` is made.
-    Deterministic for a seed. Where more than half of all directions are wanted, one dense SVD of `W S^(1/2)` is both
-    cheaper and exact.
+    iteration; deterministic for a seed. Nothing larger than `m x (rank + oversampling)` is made, but for more than
+    half of all directions one dense SVD of `W S^(1/2)` is cheaper and exact.
 
     Args:
         weight: `W (m, n)`.
-        moment: `S (n, n)`, symmetric positive semi-definite; `None` means the identity (singular vectors of `W`
-            itself).
+        moment: `S (n, n)`, symmetric positive semi-definite; `None` means the identity.
         rank: wanted vectors, `1 <= rank <= m`.
 
     Returns:
@@ -194,7 +167,10 @@ def top_left_singular(
     m = weight.shape[0]
     width = min(rank + oversampling, m)
     if 2 * width > min(weight.shape):
-        u, s, _ = torch.linalg.svd(weight if moment is None else weight @ _square_root(moment), full_matrices=False)
+        if moment is not None:
+            eigenvalues, vectors = torch.linalg.eigh(moment)
+            weight = weight @ (vectors * eigenvalues.clamp(min=0).sqrt())
+        u, s, _ = torch.linalg.svd(weight, full_matrices=False)
         return u[:, :rank], s[:rank]
 
     def apply(q: Tensor) -> Tensor:
@@ -214,12 +190,11 @@ def top_eigenvectors(
     seed: int = 0,
     iterations: int = POWER_ITERATIONS,
 ) -> tuple[Tensor, Tensor]:
-    """Leading eigenvectors of a symmetric positive semi-definite operator that is known only by what it does to a
-    block of vectors.
+    """Leading eigenvectors of a symmetric positive semi-definite operator, known only by its products.
 
     Args:
         apply: `(dimension, width)` -> `(dimension, width)`; called `iterations + 2` times.
-        width: vectors iterated, the last few of which are oversampling: not accurate.
+        width: vectors iterated. The last few are oversampling: not accurate.
         like: a tensor of the dtype and on the device to compute in.
 
     Returns:
@@ -234,12 +209,6 @@ def top_eigenvectors(
     small = q.mT @ apply(q)
     values, vectors = torch.linalg.eigh((small + small.mT) / 2)
     return orthonormalize(q @ vectors.flip(1)), values.flip(0)
-
-
-def _square_root(moment: Tensor) -> Tensor:
-    """`V sqrt(L)` of a symmetric positive semi-definite `V L V^T`."""
-    values, vectors = torch.linalg.eigh(moment)
-    return vectors * values.clamp(min=0).sqrt()
 
 
 def top_singular(weight: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

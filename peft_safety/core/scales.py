@@ -1,13 +1,12 @@
-"""Weights that are not what their dtype says: FP8 with scales beside it is read with them, every other kind is refused
-by name.
+"""Weights that are not what their dtype says: FP8 is read with its scales, every other kind is refused by name.
 
-A subclass of `nn.Linear` is not dense just because it is one. What counts is what it holds (a plain tensor of a
-floating dtype of two bytes or more) and what it does (`x W^T + b`, tried on a few inputs where the forward is not
-`nn.Linear`'s own).
+A subclass of `nn.Linear` is dense if it holds a plain tensor of a floating dtype of two bytes or more, and computes
+`x W^T + b` (tried on a few inputs where the forward is not `nn.Linear`'s own).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,10 +33,8 @@ def is_fp8(layer: nn.Module) -> bool:
 
 
 def scale_of(layer: nn.Module, name: str) -> Tensor:
-    """The scales of an FP8 layer in fp32, in a shape that broadcasts over its weight `(out, in)`.
-
-    Raises:
-        UnsupportedLayerError: no scales, or of a shape that says nothing of what they scale.
+    """The scales of an FP8 layer in fp32, in a shape that broadcasts over its weight `(out, in)`. Missing scales, or a
+    shape that says nothing of what they scale, are an UnsupportedLayerError.
     """
     weight: Any = layer.weight
     scale = getattr(layer, FP8_SCALES[type(layer).__name__], None)
@@ -58,11 +55,7 @@ def scale_of(layer: nn.Module, name: str) -> Tensor:
 
 
 def from_fp8(layer: nn.Module, name: str) -> Tensor:
-    """The weight `(out, in)` of an FP8 layer times its scales, as fp32.
-
-    Raises:
-        UnsupportedLayerError: see `scale_of`.
-    """
+    """The weight `(out, in)` of an FP8 layer times its scales, as fp32."""
     return layer.weight.detach().float() * scale_of(layer, name)  # type: ignore[union-attr, operator]
 
 
@@ -82,10 +75,7 @@ def unreadable(layer: nn.Module) -> str | None:
         return f"its weight is a {type(weight).__name__}"
     if weight.dtype.is_floating_point and (weight.itemsize > 1 or is_fp8(layer)):
         return None
-    return (
-        f"its weight is stored as {str(weight.dtype).removeprefix('torch.')}, with scales that cannot be "
-        "read here or without any"
-    )
+    return f"its weight is stored as {str(weight.dtype).removeprefix('torch.')}, without scales that can be read here"
 
 
 def is_packed(layer: nn.Module) -> bool:
@@ -102,11 +92,7 @@ def refusal(layer: nn.Module, name: str, reason: str) -> UnsupportedLayerError:
 
 @torch.no_grad()
 def check_forward(layer: nn.Module, name: str) -> None:
-    """A dense layer whose forward is not `nn.Linear`'s own must do the same all the same.
-
-    Raises:
-        UnsupportedLayerError: it does not: it scales, quantizes, or splits what it holds.
-    """
+    """Refuse a dense layer whose own forward is not `x W^T + b`: it scales, quantizes or splits the weight."""
     if type(layer).forward is nn.Linear.forward and "forward" not in vars(layer):
         return
     weight: Any = layer.weight
@@ -114,23 +100,13 @@ def check_forward(layer: nn.Module, name: str) -> None:
     try:
         with torch.autocast(weight.device.type, enabled=False):
             output, expected = layer.forward(x), F.linear(x, weight, layer.bias)  # type: ignore[arg-type]
-        same = isinstance(output, Tensor) and output.shape == expected.shape
-        error = (
-            float(
-                (output.float() - expected.float()).norm()
-                / expected.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
-            )
-            if same
-            else float("inf")
-        )
+        error = math.inf
+        if isinstance(output, Tensor) and output.shape == expected.shape:
+            size = expected.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
+            error = float((output.float() - expected.float()).norm() / size)
     except (RuntimeError, TypeError, ValueError, NotImplementedError, ImportError, AssertionError) as problem:
-        raise refusal(
-            layer, name, f"its forward is its own, and could not be compared with x W^T + b ({type(problem).__name__})"
-        ) from problem
+        reason = f"its own forward cannot be compared with x W^T + b ({type(problem).__name__})"
+        raise refusal(layer, name, reason) from problem
     if error > FORWARD_TOLERANCE:
-        raise refusal(
-            layer,
-            name,
-            "its forward is its own, and does not compute x W^T + b with the weight it holds (relative difference "
-            f"{error:.2g})",
-        )
+        reason = f"its own forward does not compute x W^T + b with its weight (relative difference {error:.2g})"
+        raise refusal(layer, name, reason)

@@ -1,4 +1,4 @@
-"""SafetySubspace: the frozen low-rank bases of a model's layers, where they came from, and their file.
+"""SafetySubspace: the frozen low-rank bases of a model's layers, and where they came from.
 
 One subspace serves many adapters. Modules with the same input (q/k/v, gate/up) may share a basis: it is then one
 tensor in memory and on disk.
@@ -37,8 +37,8 @@ class SafetySubspace:
         provenance: JSON-able facts: method, data hash, rank, tokens, seed.
 
     Raises:
-        SubspaceError: no basis, or one that is not finite, has k < 1 or k >= d, or is not orthonormal; names the
-            module and the shape. Spectra or fingerprints of another shape, or not finite.
+        SubspaceError: no basis, or one that is not finite, has k < 1 or k >= d, or is not orthonormal; spectra or
+            fingerprints of another shape, or not finite. Names the module and the shape.
     """
 
     def __init__(
@@ -48,40 +48,33 @@ class SafetySubspace:
         fingerprints: Mapping[str, Tensor] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        kept: dict[int, Tensor] = {}
-        self.bases = {
-            name: {side: _frozen(u, name, kept) for side, u in sides.items()} for name, sides in bases.items()
-        }
-        self.spectra = {
-            name: {side: _frozen(s, name, kept) for side, s in sides.items()}
-            for name, sides in (spectra or {}).items()
-        }
-        self.fingerprints = {name: _frozen(f, name) for name, f in (fingerprints or {}).items()}
+        copies: dict[int, Tensor] = {}
+        self.bases, self.spectra = (
+            {name: {side: _frozen(x, name, copies) for side, x in sides.items()} for name, sides in table.items()}
+            for table in (bases, spectra or {})
+        )
+        self.fingerprints = {name: _frozen(values, name, {}) for name, values in (fingerprints or {}).items()}
         self.provenance = dict(provenance or {})
         if not self.bases or not all(self.bases.values()):
             raise SubspaceError("the subspace, or one of its modules, has no basis. Calibrate it again.")
         for name, sides in self.bases.items():
             for side, u in sides.items():
-                check_basis(u, name, side)
-                _check_values(
-                    self.spectra.get(name, {}).get(side, u[0]), (u.shape[1],), f"{name}: the {side} spectrum"
-                )
+                _check_basis(u, name, side)
+                values = self.spectra.get(name, {}).get(side, u[0])
+                _check_values(values, (u.shape[1],), f"{name}: the {side} spectrum")
         for name, values in self.fingerprints.items():
             _check_values(values, (weights.SAMPLES,), f"{name}: the fingerprint")
 
     @classmethod
     def from_activations(cls, model: nn.Module, data: Any, **options: Any) -> SafetySubspace:
-        """Estimate a subspace in one streaming pass over a model; for the options, see
-        `peft_safety.calibration.activations.estimate`.
+        """Estimate a subspace in one streaming pass over a model. Layers that no token reaches, or that have a single
+        feature, are left out, with one warning; see `left_out`.
 
         Args:
-            model: a model of language, dense or quantized.
+            model: a language model, dense or quantized.
             data: rows `{prompt, response}`, `{messages}` or `{text, label}` (needs `tokenizer=`), or tokenized batches
                 (`input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`).
-            **options: `tokenizer`, `method`, `rank`, `energy`, `per_kind`, `sides`, `positions`, `against`,
-                `target_modules`, `exclude_modules`, `batch_size`, `max_length`, `seed`, `progress`.
-
-        Layers that no token reaches, or that have a single feature, are left out, with one warning; see `left_out`.
+            **options: `tokenizer`, `rank`, `target_modules`, ...; see `calibration.activations.estimate`.
         """
         from peft_safety.calibration.activations import estimate
         from peft_safety.calibration.leaving_out import announced
@@ -90,12 +83,8 @@ class SafetySubspace:
 
     @classmethod
     def from_weights(cls, model: nn.Module, **options: Any) -> SafetySubspace:
-        """The top singular directions of every target weight; see
-        `peft_safety.calibration.weights.estimate_from_weights` for the options.
-
-        Args:
-            model: dense or quantized.
-            **options: `rank`, `energy`, `per_kind`, `sides`, `target_modules`, `exclude_modules`, `seed`, `progress`.
+        """The top singular directions of every target weight, dense or quantized. For the options (`rank`, `sides`,
+        `target_modules`, ...), see `peft_safety.calibration.weights.estimate_from_weights`.
         """
         from peft_safety.calibration.leaving_out import announced
         from peft_safety.calibration.weights import estimate_from_weights
@@ -114,9 +103,9 @@ class SafetySubspace:
             ArtifactError: not a readable safetensors file.
         """
         path = subspace_file.locate(source, **hub)
-        bases, spectra, fingerprints, provenance = subspace_file.read(path)
+        content = subspace_file.read(path)
         try:
-            return SafetySubspace(bases, spectra, fingerprints, provenance)
+            return SafetySubspace(*content)
         except SubspaceError as error:
             raise SubspaceError(f"{path}: {error}") from error
 
@@ -128,9 +117,14 @@ class SafetySubspace:
             ArtifactError: it cannot be written; what was there is unchanged.
             SubspaceError: provenance that is no JSON.
         """
-        tensors = {f"basis.{side}.{name}": u for name, sides in self.bases.items() for side, u in sides.items()}
-        tensors |= {f"spectrum.{side}.{name}": s for name, sides in self.spectra.items() for side, s in sides.items()}
-        tensors |= {f"fingerprint.{name}": f for name, f in self.fingerprints.items()}
+        kinds = {"basis": self.bases, "spectrum": self.spectra}
+        tensors = {
+            f"{kind}.{side}.{name}": x
+            for kind, table in kinds.items()
+            for name, sides in table.items()
+            for side, x in sides.items()
+        }
+        tensors |= {f"fingerprint.{name}": values for name, values in self.fingerprints.items()}
         return subspace_file.write(Path(path), tensors, self.provenance)
 
     @property
@@ -143,14 +137,8 @@ class SafetySubspace:
         """Targeted layers without a basis, with the reason: `UNREACHED` or `NARROW`. Adapters leave them out too."""
         stored = self.provenance.get("left_out")
         lists = {reason: stored.get(reason) for reason in (UNREACHED, NARROW)} if isinstance(stored, dict) else {}
-        named = {
-            name: reason
-            for reason, names in lists.items()
-            if isinstance(names, list)
-            for name in names
-            if isinstance(name, str)
-        }
-        return {name: reason for name, reason in named.items() if name not in self.bases}
+        pairs = ((name, why) for why, names in lists.items() if isinstance(names, list) for name in names)
+        return {name: why for name, why in pairs if isinstance(name, str) and name not in self.bases}
 
     @property
     def digest(self) -> str:
@@ -167,70 +155,57 @@ class SafetySubspace:
         """Number of protected directions of one module."""
         return int(self.bases[name][side].shape[1])
 
-    def capacity(self, side: Side) -> dict[str, int]:
-        """Directions of each module that are not protected."""
-        return {
-            name: sides[side].shape[0] - sides[side].shape[1] for name, sides in self.bases.items() if side in sides
-        }
-
     @classmethod
     def joined(cls, own: SafetySubspace | None, spans: Bases) -> SafetySubspace:
         """A subspace with further directions protected. Spectra of the modules that grow are dropped.
 
         Args:
             own: None protects the further directions alone.
-            spans: `{module: {side: (d, l)}}`, any columns (not necessarily independent); modules and sides without a
-                basis here get one.
+            spans: `{module: {side: (d, l)}}`, any columns; modules and sides without a basis here get one.
 
         Raises:
             SubspaceError: nothing would be left to train in a module.
         """
         bases = {name: dict(sides) for name, sides in own.bases.items()} if own else {}
         spectra = {name: dict(sides) for name, sides in own.spectra.items()} if own else {}
-        grown: dict[tuple[int | None, int], Tensor] = {}
+        unions: dict[tuple[int, int], Tensor] = {}
         for name, sides in spans.items():
             for side, span in sides.items():
                 old = bases.get(name, {}).get(side)
-                key = (None if old is None else id(old), id(span))
-                new = grown[key] = grown[key] if key in grown else union(old, span)
-                if new.shape[1] >= new.shape[0]:
+                key = (id(old), id(span))  # modules that share both share the result
+                new = unions[key] = unions[key] if key in unions else union(old, span)
+                d, k = new.shape
+                if k >= d:
                     raise SubspaceError(
-                        f"{name}: no capacity is left on side {side!r}: {new.shape[1]} of {new.shape[0]} directions "
-                        f"are taken, {span.shape[1]} of them by "
-                        "the earlier patches. Use a smaller k, patches of a smaller r, or merge the earlier ones into "
-                        "the base."
+                        f"{name}: no capacity is left on side {side!r}: {k} of {d} directions are taken, up to "
+                        f"{span.shape[1]} of them by earlier patches. Use a smaller k or r, or merge those patches."
                     )
-                if new.shape[1]:
+                if k:
                     bases.setdefault(name, {})[side] = new
                     spectra.get(name, {}).pop(side, None)
-        return (
-            SafetySubspace(bases, spectra, own.fingerprints, own.provenance)
-            if own
-            else SafetySubspace(bases, provenance={"method": "prior patches"})
-        )
+        if own is None:
+            return SafetySubspace(bases, provenance={"method": "prior patches"})
+        return SafetySubspace(bases, spectra, own.fingerprints, own.provenance)
 
     def beside(self, other: SafetySubspace) -> SafetySubspace:
-        """This subspace with the bases of another one on the other side of the same modules; `other`'s provenance is
-        kept under its side.
-
-        What either of them leaves out (see `left_out`) is left out.
+        """This subspace with the bases of another one on the other side of the same modules. What either of them
+        leaves out (see `left_out`) is left out; `other`'s provenance is kept under its side.
 
         Raises:
             SubspaceError: other modules, or both have a basis for one side of a module.
         """
         left_out = other.left_out | self.left_out
         both = [name for name in self.bases if name in other.bases]
-        mismatched = sorted((set(self.bases) ^ set(other.bases)) - set(left_out))
-        mismatched = mismatched or sorted(n for n in both if set(self.bases[n]) & set(other.bases[n]))
+        mismatched = (set(self.bases) ^ set(other.bases)) - set(left_out)
+        mismatched |= {name for name in both if set(self.bases[name]) & set(other.bases[name])}
         if mismatched:
             raise SubspaceError(
-                f"{mismatched[0]}: one of the subspaces lacks it, or both have a basis on the same side "
-                f"({len(mismatched)} such modules). Calibrate both with the same target_modules, one on side 'in' and "
-                "one on side 'out'."
+                f"{listed(mismatched)}: one of the subspaces lacks them, or both have a basis on the same side. "
+                "Calibrate both with the same target_modules, one on side 'in' and one on side 'out'."
             )
         bases = {name: {**self.bases[name], **other.bases[name]} for name in both}
         spectra = {name: {**self.spectra.get(name, {}), **other.spectra.get(name, {})} for name in both}
-        side = sorted({side for sides in other.bases.values() for side in sides})[0]
+        side = min(side for sides in other.bases.values() for side in sides)
         provenance = {**self.provenance, "sides": "in+out", side: dict(other.provenance)}
         if left_out:
             reasons = sorted(set(left_out.values()))
@@ -240,12 +215,10 @@ class SafetySubspace:
 
     def restricted(self, names: Iterable[str]) -> SafetySubspace:
         """The same subspace for some of its modules only."""
-        keep = set(names) & set(self.bases)
-        bases = {n: v for n, v in self.bases.items() if n in keep}
-        spectra = {n: v for n, v in self.spectra.items() if n in keep}
-        return SafetySubspace(
-            bases, spectra, {n: v for n, v in self.fingerprints.items() if n in keep}, self.provenance
-        )
+        kept = set(names)
+        tables: tuple[Mapping[str, Any], ...] = (self.bases, self.spectra, self.fingerprints)
+        bases, spectra, prints = ({name: x for name, x in table.items() if name in kept} for table in tables)
+        return SafetySubspace(bases, spectra, prints, self.provenance)
 
     def randomized(self, seed: int = 0) -> SafetySubspace:
         """The control: a random subspace of equal ranks. A method's effect is its distance from this one."""
@@ -259,72 +232,56 @@ class SafetySubspace:
     def check_fits(
         self, layers: Mapping[str, nn.Module], sides: Sequence[Side] = ("out",), *, bind: bool = True
     ) -> None:
-        """Check this subspace against the base layers it is to protect; on success, remember fingerprints of layers
-        that had none.
+        """Check this subspace against the base layers it is to protect; then `bind` it to them.
 
         Raises:
-            SubspaceError: a layer without a basis, one of another shape, or other base weights; nothing has changed
-                then.
+            SubspaceError: a layer without a basis, one of another shape, or other base weights; nothing has changed.
         """
         lacking = self.lacking(layers, sides)
         if lacking:
             side = next(side for side in sides if side not in self.bases.get(lacking[0], {}))
             raise SubspaceError(
-                f"{listed(lacking)}: the subspace has no {side!r} basis for {len(lacking)} of {len(layers)} "
-                "layers (it has "
+                f"{listed(lacking)}: no {side!r} basis for {len(lacking)} of {len(layers)} layers (the subspace has "
                 f"{listed(self.bases)}). Calibrate with the same target_modules, or leave them out: "
                 f'exclude_modules=r"{exclusion_pattern(lacking, layers)}".'
             )
-        for name, layer, side in ((name, layer, side) for name, layer in layers.items() for side in sides):
-            u = self.bases[name][side]
-            d = weights.shape(layer)[0 if side == "out" else 1]
-            if u.shape[0] != d:
-                raise SubspaceError(
-                    f"{name}: the basis is {tuple(u.shape)}, the layer has {d} {side}put features. Calibrate again."
-                )
-        weights.check_fingerprints(
-            self.fingerprints, layers, quantized=self.provenance.get("precision", "dense") != "dense"
-        )
+        for name, layer in layers.items():
+            for side, d in zip(SIDES, weights.shape(layer), strict=True):
+                if side in sides and (u := self.bases[name][side]).shape[0] != d:
+                    shape = tuple(u.shape)
+                    raise SubspaceError(
+                        f"{name}: the basis is {shape}, the layer has {d} {side}put features. Calibrate again."
+                    )
+        quantized = self.provenance.get("precision", "dense") != "dense"
+        weights.check_fingerprints(self.fingerprints, layers, quantized=quantized)
         if bind:
             self.bind(layers)
 
     def lacking(self, names: Iterable[str], sides: Sequence[Side]) -> list[str]:
         """The given modules that have no basis on one of the sides, in the given order."""
-        return [name for name in names if any(side not in self.bases.get(name, {}) for side in sides)]
+        return [name for name in names if not self.bases.get(name, {}).keys() >= set(sides)]
 
     def bind(self, layers: Mapping[str, nn.Module]) -> None:
         """Record fingerprints of the base layers that have none yet."""
-        fresh = {
-            name: _frozen(weights.fingerprint(layer, name), name)
-            for name, layer in layers.items()
-            if name not in self.fingerprints
-        }
-        self.fingerprints.update(fresh)
-        kinds = {weights.quantization(layer) or "dense" for layer in layers.values()}
-        self.provenance.setdefault("precision", "dense" if kinds <= {"dense"} else sorted(kinds - {"dense"})[0])
+        new = {name: layer for name, layer in layers.items() if name not in self.fingerprints}
+        self.fingerprints |= {name: _frozen(weights.fingerprint(layer, name), name, {}) for name, layer in new.items()}
+        kinds = {weights.quantization(layer) for layer in layers.values()} - {None}
+        self.provenance.setdefault("precision", min(kinds, default="dense"))  # type: ignore[type-var]
 
     def __repr__(self) -> str:
         ranks = sorted({u.shape[1] for sides in self.bases.values() for u in sides.values()})
         sides = sorted({side for entry in self.bases.values() for side in entry})
-        return (
-            f"SafetySubspace({len(self.bases)} modules, sides={sides}, k={ranks}, "
-            f"method={self.provenance.get('method', 'unknown')!r})"
-        )
+        method = self.provenance.get("method", "unknown")
+        return f"SafetySubspace({len(self.bases)} modules, {sides=}, k={ranks}, {method=})"
 
 
-def check_basis(u: Tensor, name: str, side: Side) -> None:
-    """Refuse what would not protect, or would protect everything.
-
-    Raises:
-        SubspaceError: not 2-D fp32, k < 1, k >= d, not finite, or `max|U^T U - I| > 1e-5` (which catches zeros and
-            copies too).
-    """
+def _check_basis(u: Tensor, name: str, side: Side) -> None:
+    """Refuse what would not protect, or would protect everything. The orthonormality catches zeros and copies too."""
     if side not in SIDES:
         raise SubspaceError(f"{name}: side {side!r}; use 'out' or 'in'.")
+    what = f"{name}: the {side} basis {tuple(u.shape)}"
     if u.ndim != 2 or u.shape[1] < 1:
-        raise SubspaceError(
-            f"{name}: the {side} basis has shape {tuple(u.shape)}, not (features, k) with k >= 1. Calibrate again."
-        )
+        raise SubspaceError(f"{what} is not (features, k) with k >= 1. Calibrate again.")
     d, k = u.shape
     if k >= d:
         raise SubspaceError(
@@ -332,31 +289,22 @@ def check_basis(u: Tensor, name: str, side: Side) -> None:
             "smaller energy, or leave it out."
         )
     if not bool(torch.isfinite(u).all()):
-        raise SubspaceError(f"{name}: the {side} basis {tuple(u.shape)} holds NaN or Inf. Calibrate again.")
+        raise SubspaceError(f"{what} holds NaN or Inf. Calibrate again.")
     error = orthonormality_error(u)
     if not error <= ORTHONORMAL_TOLERANCE:
-        raise SubspaceError(
-            f"{name}: the {side} basis {tuple(u.shape)} is not orthonormal (max|U^T U - I| = {error:.2g}, limit "
-            f"{ORTHONORMAL_TOLERANCE:g}). Calibrate again."
-        )
+        limit = f"limit {ORTHONORMAL_TOLERANCE:g}"
+        raise SubspaceError(f"{what} is not orthonormal (max|U^T U - I| = {error:.2g}, {limit}). Calibrate again.")
 
 
 def _check_values(x: Tensor, shape: tuple[int, ...], what: str) -> None:
     if tuple(x.shape) != shape or not bool(torch.isfinite(x).all()):
-        raise SubspaceError(
-            f"{what} must hold {shape[0]} finite values; it has shape {tuple(x.shape)}, or NaN or Inf. Calibrate "
-            "again."
-        )
+        raise SubspaceError(f"{what} {tuple(x.shape)} does not hold {shape[0]} finite values. Calibrate again.")
 
 
-def _frozen(x: Tensor, name: str, copies: dict[int, Tensor] | None = None) -> Tensor:
-    """A frozen copy. With `kept`, the same tensor always gives the same copy."""
+def _frozen(x: Tensor, name: str, copies: dict[int, Tensor]) -> Tensor:
+    """A frozen fp32 copy on the CPU. The same tensor always gives the same entry of `copies`, by its id."""
     if not isinstance(x, Tensor):
-        raise SubspaceError(
-            f"{name}: a {type(x).__name__} where a tensor is expected. Calibrate with SafetySubspace.from_activations."
-        )
-    if copies is None:
-        return x.detach().to(device="cpu", dtype=torch.float32).contiguous().clone()
+        raise SubspaceError(f"{name}: a {type(x).__name__} instead of a tensor. Use SafetySubspace.from_activations.")
     if id(x) not in copies:
-        copies[id(x)] = _frozen(x, name)
+        copies[id(x)] = x.detach().to(device="cpu", dtype=torch.float32).contiguous().clone()
     return copies[id(x)]

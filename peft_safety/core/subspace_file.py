@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -30,11 +31,8 @@ Bases = dict[str, dict[Side, Tensor]]
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> Path:
-    """Write the file, atomically; into `path/safety_subspace.safetensors` when `path` has no such suffix.
-
-    Raises:
-        ArtifactError: it cannot be written; what was there is unchanged.
-        SubspaceError: provenance that is no JSON.
+    """Write the file, atomically; into `path/safety_subspace.safetensors` when `path` has no such suffix. For the
+    errors, see `SafetySubspace.save`.
     """
     if path.suffix != ".safetensors":
         path = path / FILE_NAME
@@ -47,7 +45,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, An
         raise SubspaceError(f"{path}: the provenance is no JSON ({error}). Use text and finite numbers.") from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        mode = files.usual_mode(staged)
+        staged.touch()
+        mode = stat.S_IMODE(staged.stat().st_mode)  # safetensors gives its files to the owner alone
         stored = {key: x for key, x in tensors.items() if key not in shared}
         save_file(stored, staged, metadata={FORMAT: facts})  # one entry: safetensors shuffles several
         with staged.open("rb") as file:
@@ -55,9 +54,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, An
         staged.chmod(mode)
         os.replace(staged, path)
     except (OSError, SafetensorError) as error:
-        raise ArtifactError(
-            f"{path} could not be written: {error}. Free space or choose another directory."
-        ) from error
+        raise ArtifactError(f"{path} could not be written: {error}. Use another directory, or free space.") from error
     finally:
         with suppress(OSError):
             staged.unlink(missing_ok=True)
@@ -65,44 +62,33 @@ def write(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, An
 
 
 def read(path: Path) -> tuple[Bases, Bases, dict[str, Tensor], dict[str, Any]]:
-    """Bases and spectra by module and side, fingerprints by module, and the provenance.
-
-    Raises:
-        SubspaceError: its content is malformed. ArtifactError: not a readable safetensors file.
+    """Bases and spectra by module and side, fingerprints by module, and the provenance. For the errors, see
+    `SafetySubspace.load`.
     """
+    tensors = {}
     with files.open_tensors(path) as handle:
-        return _parse(handle, path)
-
-
-def _parse(handle: Any, path: Path) -> tuple[Bases, Bases, dict[str, Tensor], dict[str, Any]]:
-    metadata = handle.metadata() or {}
-    if FORMAT not in metadata:
-        raise SubspaceError(
-            f"{path} is not a safety subspace (its header has {str(sorted(metadata))[:80]}, not {FORMAT!r}). Write it "
-            "with SafetySubspace.save."
-        )
-    provenance = files.parse_json(metadata[FORMAT], f"{path} (header)")
+        header = handle.metadata() or {}
+        if FORMAT not in header:
+            raise SubspaceError(
+                f"{path} is no safety subspace: its header has {str(sorted(header))[:80]}, not {FORMAT!r}. Write it "
+                "with SafetySubspace.save."
+            )
+        provenance = files.parse_json(header[FORMAT], f"{path} (header)")
+        for key in handle.keys():  # noqa: SIM118  a safetensors handle is no mapping
+            dtype = handle.get_slice(key).get_dtype()
+            if dtype != "F32":
+                raise SubspaceError(f"{path}: {key!r} is {dtype}, not F32. Save it again with SafetySubspace.save.")
+            tensors[key] = handle.get_tensor(key)
+    shared = provenance.pop(SHARED, {})
+    if not isinstance(shared, dict) or not all(
+        isinstance(of, str) and of in tensors and key not in tensors for key, of in shared.items()
+    ):
+        raise SubspaceError(f"{path}: its header names shared tensors that it does not hold. Save it again.")
+    tensors |= {key: tensors[of] for key, of in shared.items()}
     bases: Bases = {}
     spectra: Bases = {}
     fingerprints: dict[str, Tensor] = {}
-    stored = {}
-    for key in handle.keys():  # noqa: SIM118  a safetensors handle is no mapping
-        dtype = handle.get_slice(key).get_dtype()
-        if dtype != "F32":
-            raise SubspaceError(
-                f"{path}: tensor {key!r} is {dtype}; a subspace is stored as F32. Save it again with "
-                "SafetySubspace.save."
-            )
-        stored[key] = handle.get_tensor(key)
-    shared = provenance.pop(SHARED, {})
-    if not isinstance(shared, dict) or not all(
-        isinstance(of, str) and of in stored and key not in stored for key, of in shared.items()
-    ):
-        raise SubspaceError(
-            f"{path}: its header says that tensors are shared which are not there. Save it again with "
-            "SafetySubspace.save."
-        )
-    for key, value in (stored | {key: stored[of] for key, of in shared.items()}).items():
+    for key, value in tensors.items():
         kind, _, rest = key.partition(".")
         side, _, name = rest.partition(".")
         if kind == "fingerprint":
@@ -110,35 +96,26 @@ def _parse(handle: Any, path: Path) -> tuple[Bases, Bases, dict[str, Tensor], di
         elif kind in ("basis", "spectrum") and side in SIDES and name:
             (bases if kind == "basis" else spectra).setdefault(name, {})[side] = value
         else:
-            raise SubspaceError(f"{path}: unknown tensor {key!r}. The file was not written by SafetySubspace.save.")
+            raise SubspaceError(f"{path}: unknown tensor {key!r}. Save it again with SafetySubspace.save.")
     return bases, spectra, fingerprints, provenance
 
 
 def locate(source: str | os.PathLike[str], **hub: Any) -> Path:
-    """The file of a path, of a directory that holds one, or of a Hub repository.
-
-    Raises:
-        SubspaceError: nothing there.
-    """
-    path = Path(source)
+    """The file of a path, of a directory that holds one, or of a Hub repository, from which it is fetched."""
+    path, repository = Path(source), os.fspath(source)
     if path.is_dir():
         return files.child(path, FILE_NAME)
-    return path if path.exists() else _download(os.fspath(source), **hub)
-
-
-def _download(repo: str, **hub: Any) -> Path:
-    if (
-        repo.count("/") > 1 or repo.startswith((".", "/", "~")) or repo.endswith(".safetensors")
-    ):  # a path, not a repository: don't ask the network
-        raise SubspaceError(f"{repo!r} does not exist. Check the spelling, or calibrate a subspace.")
+    if path.exists():
+        return path
+    looks_like_a_path = repository.count("/") > 1 or repository.startswith((".", "/", "~"))
+    if looks_like_a_path or repository.endswith(".safetensors"):
+        raise SubspaceError(f"{repository!r} does not exist. Check the spelling, or calibrate a subspace.")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repo, FILE_NAME, **hub))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        return Path(hf_hub_download(repository, FILE_NAME, **hub))
+    except (OSError, ValueError) as error:  # the Hub's errors are among them
         raise SubspaceError(
-            f"{repo!r} is neither a file, nor a directory with {FILE_NAME}, nor a Hub repository in reach "
-            f"({type(error).__name__}). "
-            "Check the spelling, or calibrate one."
+            f"{repository!r} is no file, no directory with {FILE_NAME} and no Hub repository in reach "
+            f"({type(error).__name__}). Check the spelling, or calibrate a subspace."
         ) from error

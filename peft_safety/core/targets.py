@@ -12,8 +12,6 @@ from peft_safety.core import scales
 from peft_safety.core.names import walk
 from peft_safety.errors import ConfigError
 
-ALL_LINEAR = "all-linear"
-
 
 def base_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every base layer that can hold an adapter, by name. Existing adapters are looked through."""
@@ -45,16 +43,12 @@ def target_layers(
     if target_modules is None:
         target_modules = _default(model)
     layers = base_layers(model)
-    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
         matched = {name: layer for name, layer in layers.items() if layer is not head and weights.supported(layer)}
     else:
         packed = {name: module for name, _, module in walk(model) if scales.is_packed(module)}
-        matched = _named(
-            layers | {name: module for name, module in packed.items() if name not in layers},
-            target_modules,
-            "target_modules",
-        )
+        matched = _named(layers | packed | layers, target_modules, "target_modules")
     excluded = _named(matched, exclude_modules, "exclude_modules") if exclude_modules else {}
     selected = {name: layer for name, layer in matched.items() if name not in excluded}
     if not selected:
@@ -71,18 +65,11 @@ def target_layers(
 
 def _named(layers: Mapping[str, nn.Module], wanted: Iterable[str] | str, field: str) -> dict[str, nn.Module]:
     """The layers that `wanted` selects: a regular expression, or names and suffixes."""
-    if isinstance(wanted, str):
-        try:
-            pattern = re.compile(wanted)
-        except re.error as error:
-            raise ConfigError(
-                f"{field}={wanted!r} is not a regular expression ({error}). Give names of layers, or a valid one."
-            ) from error
-        return {name: layer for name, layer in layers.items() if pattern.fullmatch(name)}
-    exact = tuple(wanted)
-    return {
-        name: layer for name, layer in layers.items() if name in exact or name.endswith(tuple(f".{w}" for w in exact))
-    }
+    try:
+        pattern = re.compile(wanted if isinstance(wanted, str) else rf"(.*\.)?({'|'.join(map(re.escape, wanted))})")
+    except re.error as error:
+        raise ConfigError(f"{field}={wanted!r} is no regular expression ({error}). Give names of layers.") from error
+    return {name: layer for name, layer in layers.items() if pattern.fullmatch(name)}
 
 
 def _default(model: nn.Module) -> list[str]:

@@ -1,14 +1,13 @@
 """The mechanism: a protected leaf in place of `lora_A` or `lora_B` (protected_linear.py), bases held once
-(shared_bases.py), weights that sharding gathers (gathered.py), factors that lie in memory as new ones do (layout.py).
+(shared_bases.py), factors that lie in memory as new ones do (layout.py).
 """
 
 from peft_safety.layers.frozen_linear import FrozenLinear, check_frozen, freeze
-from peft_safety.layers.gathered import folded_state
-from peft_safety.layers.layout import fresh
 from peft_safety.layers.protected_linear import (
     DTYPE_READERS,
     ProtectedLinear,
     check_leaf,
+    folded_state,
     joined,
     lay_out_adapter,
     protected_leaves,
@@ -24,7 +23,6 @@ __all__ = [
     "check_leaf",
     "folded_state",
     "freeze",
-    "fresh",
     "joined",
     "lay_out_adapter",
     "protected_leaves",

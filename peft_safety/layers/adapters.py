@@ -26,35 +26,25 @@ def config_table(model: nn.Module) -> dict[str, Any]:
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """PEFT's LoRA layers that hold this adapter, by the module's name in the base model.
-
-    Raises:
-        UnsupportedLayerError: one of them cannot be protected.
+    """PEFT's LoRA layers that hold this adapter, by the module's name in the base model. An UnsupportedLayerError
+    names one that cannot be protected.
     """
     layers = {}
     for name, _, module in walk(model):
-        layer = next(
-            (
-                part
-                for part in _stacked(module)
-                if adapter_name in part.lora_A or adapter_name in part.lora_embedding_A
-            ),
-            None,
-        )
-        if layer is None:
-            continue
-        base = layer.get_base_layer()
-        kind = peft_kind(layer)
-        usual = kind.__name__ in KINDS and weights.supported(base)
-        if usual or scales.is_packed(base):
-            weights.check_readable(base, name)
-        if not usual or getattr(base, "_hf_tp_plan", None) is not None:
-            raise UnsupportedLayerError(
-                f"{name}: a {type(base).__name__} under {kind.__name__} cannot be protected (only Linear, Conv1D and "
-                "bitsandbytes 4-bit or 8-bit layers, not split by tensor parallelism). Leave it out of "
-                "target_modules."
-            )
-        layers[name] = layer
+        for layer in _stacked(module):
+            if adapter_name not in layer.lora_A and adapter_name not in layer.lora_embedding_A:
+                continue
+            base, kind = layer.get_base_layer(), peft_kind(layer).__name__
+            usual = kind in KINDS and weights.supported(base)
+            if usual or scales.is_packed(base):
+                weights.check_readable(base, name)
+            if not usual or getattr(base, "_hf_tp_plan", None) is not None:
+                raise UnsupportedLayerError(
+                    f"{name}: a {type(base).__name__} under {kind} cannot be protected (only Linear, Conv1D and "
+                    "bitsandbytes layers, not split by tensor parallelism). Leave it out of target_modules."
+                )
+            layers[name] = layer
+            break
     return layers
 
 

@@ -14,22 +14,20 @@ ALIGNMENT = 64
 """Bytes. torch's allocator aligns to this on CPUs; a safetensors file only to eight."""
 
 
-def is_fresh(tensor: Tensor) -> bool:
-    """Whether a tensor's memory layout is that of a new tensor; True for meta tensors and shards."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
-        return True
-    return tensor.is_contiguous() and (tensor.device.type != "cpu" or tensor.data_ptr() % ALIGNMENT == 0)
-
-
 def fresh(tensor: Tensor) -> Tensor:
-    """The tensor itself if its layout is that of a new one, else a copy."""
-    return tensor if is_fresh(tensor) else tensor.detach().clone(memory_format=torch.contiguous_format)
+    """The tensor itself if its layout is that of a new one (or it is a meta tensor or a shard), else a copy."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
+        return tensor
+    if tensor.is_contiguous() and (tensor.device.type != "cpu" or tensor.data_ptr() % ALIGNMENT == 0):
+        return tensor
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
 def lay_out(module: nn.Module) -> bool:
     """Give parameters of a module the layout of new tensors. Returns whether any changed."""
-    misplaced = [p for p in module._parameters.values() if p is not None and not is_fresh(p)]
-    for parameter in misplaced:
-        parameter.data = fresh(parameter.data)
-    return bool(misplaced)
+    changed = False
+    for parameter in module._parameters.values():
+        if parameter is not None and (copy := fresh(parameter)) is not parameter:
+            parameter.data, changed = copy, True
+    return changed

@@ -1,17 +1,16 @@
 """One protected leaf in place of `lora_A` or `lora_B`.
 
 PEFT computes `lora_B(lora_A(dropout(x))) * scaling` in every layer class, quantized ones and mixed batches included,
-so a leaf there constrains them all. The parameter of the leaf stays the raw trainable weight under its usual name;
-every forward computes with its projection, `C B` or `A C`. An optimizer may move the raw weight out of the complement.
-Since `C` is idempotent, the trajectory of `C B` stays the same when the raw weight is replaced by its projection. That
-is *folding*. It happens in place wherever somebody may look past the forward: when `.weight` is read, on `eval()`, on
-load and in `state_dict()`.
+so a leaf there constrains them all. Its parameter stays the raw trainable weight under its usual name; every forward
+computes with the projection, `C B` or `A C`. An optimizer may move the raw weight out of the complement. Since `C` is
+idempotent, the trajectory of `C B` stays the same when the raw weight is replaced by its projection. This *folding*
+happens wherever somebody may look past the forward: when `.weight` is read, on `eval()`, on load, in `state_dict()`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import CodeType
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_safety.core import projection
+from peft_safety.core.names import own_name
 from peft_safety.core.projection import Side
 from peft_safety.errors import ProtectionError
 from peft_safety.layers.layout import fresh, lay_out
@@ -81,20 +81,16 @@ class ProtectedLinear(nn.Linear):
 
     @classmethod
     def replacing(cls, linear: nn.Module, basis: Tensor | None, side: Side, residual: bool = False) -> ProtectedLinear:
-        """A leaf around the very Parameter of `linear`, on its device.
-
-        Args:
-            residual: allocate `initial`, zero until `set_initial` or a load fills it.
+        """A leaf around the very Parameter of `linear`, on its device. `residual` allocates `initial`, zero until it
+        is set.
         """
         weight: nn.Parameter = linear._parameters["weight"]  # type: ignore[assignment]
         leaf = cls(int(linear.in_features), int(linear.out_features), bias=False, device="meta")  # type: ignore[arg-type]
-        leaf.side = side
-        leaf.weight = weight
+        leaf.side, leaf.weight = side, weight
         device = torch.device("cpu") if weight.is_meta else weight.device
         leaf.register_buffer("basis", None if basis is None else placed(basis, device), persistent=False)
-        leaf.register_buffer(
-            "initial", torch.zeros(weight.shape, device=device, dtype=weight.dtype) if residual else None
-        )
+        initial = torch.zeros(weight.shape, device=device, dtype=weight.dtype) if residual else None
+        leaf.register_buffer("initial", initial)
         leaf.training, leaf._decoding = linear.training, None
         enlist(leaf)
         return leaf
@@ -114,13 +110,13 @@ class ProtectedLinear(nn.Linear):
         return F.linear(trained, weight) - F.linear(frozen, initial)
 
     def factors(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The weight that counts, and the frozen initial factor of a residual beside it, in the same dtype.
+        """The projected weight, and the frozen initial factor of a residual, in the same dtype.
 
         Args:
-            x: the input `(..., tokens, features)` they are for. A single token in eval mode, without gradients, is a
-                step of decoding. It takes the factors of the token before if nobody has written the weight since. A
-                write past torch's version counter (through `.data`) is seen by the next longer input; until then the
-                old update is computed, protected as ever.
+            x: the input `(..., tokens, features)`. A single token in eval mode, without gradients, is a step of
+                decoding: it takes the factors of the token before if nobody has written the weight since. A write
+                past torch's version counter (through `.data`) is seen by the next longer input; until then the old
+                update is computed, protected as ever.
         """
         raw = self.raw()
         single = x is not None and x.shape[-2:-1] == (1,)
@@ -135,17 +131,13 @@ class ProtectedLinear(nn.Linear):
         return result
 
     def projected(self) -> Tensor:
-        """The weight that counts, differentiable, in the dtype of `weight`; projected in fp32 or better whatever
-        autocast says.
-        """
+        """The projected weight, differentiable, in the dtype of `weight`; computed in fp32 or better."""
         return self._projection(self.raw())
 
     def raw(self) -> Tensor:
-        """The unprojected weight, without the fold that reading `.weight` implies. A replica of `nn.DataParallel`
-        keeps it as a plain attribute.
-        """
+        """The unprojected weight, without the fold that reading `.weight` implies."""
         weight = self._parameters.get("weight")
-        return self.__dict__["weight"] if weight is None else weight
+        return self.__dict__["weight"] if weight is None else weight  # a replica of `nn.DataParallel` has an attribute
 
     def _projection(self, factor: Tensor) -> Tensor:
         if self.basis is None:
@@ -158,9 +150,7 @@ class ProtectedLinear(nn.Linear):
 
     @torch.no_grad()
     def set_initial(self, value: Tensor) -> None:
-        """Start from `value` and take `value` out again, so that the function does not change: fills `weight` and
-        `initial`.
-        """
+        """Fill `weight` and `initial` with `value`, so that the function does not change."""
         weight = self.raw()
         weight.copy_(value)
         self.fold()
@@ -170,10 +160,7 @@ class ProtectedLinear(nn.Linear):
     def fold(self) -> bool:
         """Replace the raw weight, and the frozen one, by its projection if it leaks. A weight that does not leak keeps
         every bit. A weight that is not whole here (a shard, or on the meta device) is left alone: forwards project it,
-        and `folded_state` folds it when it is saved.
-
-        Returns:
-            Whether anything was written.
+        and `folded_state` folds it when it is saved. Returns whether anything was written.
         """
         self._decoding = None
         weight = self.raw()
@@ -182,7 +169,7 @@ class ProtectedLinear(nn.Linear):
             if self.initial.dtype != weight.dtype:  # PEFT and TRL cast parameters only; one file stores one dtype
                 self.initial = self.initial.to(weight.dtype)
             factors.append(self.initial)
-        if self.basis is None or not is_plain(weight, self.basis, self.side):
+        if self.basis is None or not _is_whole(weight, self.basis, self.side):
             return False
         self.basis = moved(self.basis, weight.device)
         return any([projection.fold_(self.basis, factor, self.side) for factor in factors])
@@ -195,12 +182,8 @@ class ProtectedLinear(nn.Linear):
 
     def __getattr__(self, name: str) -> Any:
         # Parameters live in `_parameters`, so `.weight` arrives here: a reader past the forward gets a folded one.
-        if (
-            name == "weight"
-            and name in self._parameters
-            and not torch.compiler.is_compiling()
-            and sys._getframe(1).f_code not in DTYPE_READERS
-        ):
+        own = name == "weight" and name in self._parameters
+        if own and not torch.compiler.is_compiling() and sys._getframe(1).f_code not in DTYPE_READERS:
             self.fold()
         return super().__getattr__(name)
 
@@ -208,10 +191,8 @@ class ProtectedLinear(nn.Linear):
         self.fold()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any, **kw: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest, **kw)
         if local_metadata.get("assign_to_params_buffers"):  # the caller's own tensors, of a file as a rule
             lay_out(self)
             self.initial = None if self.initial is None else fresh(self.initial)
@@ -246,10 +227,31 @@ def protected_leaves(model: nn.Module) -> Iterator[tuple[str, ProtectedLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ProtectedLinear))
 
 
-def lay_out_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Move what an adapter holds, both factors of each layer and the modules saved beside them, to where new tensors
-    would lie, and fold what was moved.
+@torch.no_grad()
+def folded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict with the factors of all leaves folded; neither the model nor `state` changes. FSDP and ZeRO keep a
+    leaf from folding in place: what they gather is folded here. A factor that is not whole is a ProtectionError.
     """
+    result = dict(state)
+    for name, leaf in protected_leaves(model):
+        for kind in ("weight", "initial"):
+            key = f"{own_name(name)}.{kind}"  # torch's state dicts leave out what its wrappers add to names
+            if leaf.basis is None or key not in result:
+                continue
+            factor = result[key]
+            if not _is_whole(factor, leaf.basis, leaf.side):
+                raise ProtectionError(
+                    f"{key} {tuple(factor.shape)} is a shard or on the meta device. Pass save_pretrained the gathered "
+                    "weights: state_dict=get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, "
+                    "cpu_offload=True))."
+                )
+            result[key] = factor.detach().clone()
+            projection.fold_(leaf.basis.to(factor.device), result[key], leaf.side)
+    return result
+
+
+def lay_out_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Move what an adapter holds (factors, modules saved with them) to where new tensors would lie, and fold it."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == adapter_name:
             for part in module.modules():
@@ -258,47 +260,34 @@ def lay_out_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def joined(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`(A' (r', n), B' (m, r'))` with `B' A' = B A - B0 A0`: `[A; A0]` and `[B, -B0]`; without a residual the factors
-    themselves.
-    """
+    """`A' = [A; A0] (r', n)` and `B' = [B, -B0] (m, r')`: `B' A' = B A - B0 A0`. Without a residual, A and B."""
     if a0 is None or b0 is None:
         return a, b
     return torch.cat([a, a0.to(a)]), torch.cat([b, -b0.to(b)], dim=1)
 
 
 def stored_factors(leaf_a: nn.Module, leaf_b: nn.Module) -> tuple[Tensor, Tensor]:
-    """`joined` factors of a LoRA layer as they stand in its leaves, folded, not differentiable; of plain LoRA its two
-    weights.
-    """
+    """The `joined` factors in the leaves of a LoRA layer, folded, not differentiable; of plain LoRA its weights."""
     a: Tensor = leaf_a.weight.detach()  # type: ignore[assignment, operator]  # reading folds, the frozen factors too
     b: Tensor = leaf_b.weight.detach()  # type: ignore[assignment, operator]
     return joined(a, b, getattr(leaf_a, "initial", None), getattr(leaf_b, "initial", None))
 
 
 def check_leaf(leaf: nn.Module, name: str, basis: Tensor | None, side: Side, residual: bool = False) -> None:
-    """Refuse a leaf that does not hold the constraint.
-
-    Args:
-        basis: the expected one; None for the other factor of an adapter with a residual.
-
-    Raises:
-        ProtectionError: an ordinary module stands in its place, its basis is not the expected one, or a factor is not
-            finite.
+    """Refuse, by a ProtectionError, a leaf that does not hold the constraint: something else stands in its place, its
+    basis is not `basis` (None for the other factor of an adapter with a residual), or a factor is not finite.
     """
     if not isinstance(leaf, ProtectedLinear) or leaf.side != side or (leaf.initial is not None) != residual:
-        raise ProtectionError(
-            f"{name}: a {type(leaf).__name__} stands where a protected leaf belongs; something replaced it. Load the "
-            "adapter again."
-        )
-    found = leaf.basis
-    equal = found is basis is None or (
-        found is not None and basis is not None and found.dtype == torch.float32 and torch.equal(found.cpu(), basis)
-    )
+        kind = type(leaf).__name__
+        raise ProtectionError(f"{name}: a {kind} stands where a protected leaf belongs. Load the adapter again.")
+    own = leaf.basis
+    if own is None or basis is None:
+        equal = own is basis
+    else:
+        equal = own.dtype == torch.float32 and torch.equal(own.cpu(), basis)
     if not equal:
-        shapes = ["none" if u is None else f"{tuple(u.shape)} {u.dtype}" for u in (found, basis)]
-        raise ProtectionError(
-            f"{name}: its basis ({shapes[0]}) is not the subspace's ({shapes[1]}). Load the adapter again."
-        )
+        one, other = ("none" if u is None else f"{tuple(u.shape)} {u.dtype}" for u in (own, basis))
+        raise ProtectionError(f"{name}: its basis ({one}) is not the subspace's ({other}). Load the adapter again.")
     for factor in (leaf.raw(), leaf.initial):
         if factor is None or hasattr(factor, "device_mesh") or factor.is_meta or bool(torch.isfinite(factor).all()):
             continue
@@ -318,17 +307,11 @@ def _state(weight: Tensor) -> tuple[int, int, int]:
 
 
 def _is_untracked(weight: Tensor) -> bool:
-    """Whether nothing may be kept for the next call: torch counts no writes to this weight, or a CUDA graph records
-    addresses that must stay valid.
-    """
+    """Whether nothing may be kept for the next call: writes are not counted, or a CUDA graph records addresses."""
     return weight.is_inference() or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def is_plain(weight: Tensor, basis: Tensor, side: Side) -> bool:
+def _is_whole(weight: Tensor, basis: Tensor, side: Side) -> bool:
     """Whether the weight is a whole tensor here: not meta, not a shard, not flattened by a sharding wrapper."""
-    return (
-        not weight.is_meta
-        and not hasattr(weight, "device_mesh")
-        and weight.ndim == 2
-        and weight.shape[0 if side == "out" else 1] == basis.shape[0]
-    )
+    whole = not weight.is_meta and not hasattr(weight, "device_mesh") and weight.ndim == 2
+    return whole and weight.shape[0 if side == "out" else 1] == basis.shape[0]

@@ -22,7 +22,8 @@ from peft_safety.errors import ConfigError, SubspaceError
 from peft_safety.layers import ProtectedLinear
 from peft_safety.methods.base import ProtectedConfig
 
-Factors = dict[str, tuple[Tensor, Tensor]]
+Initials = dict[str, tuple[Tensor, Tensor]]
+"""The frozen factors `(A0, B0)` by module."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def start(
         config.initialize(model, layers, name)
 
 
-def _stored_factors(layers: Mapping[str, LoraLayer], stored: StoredAdapter) -> Factors:
+def _stored_factors(layers: Mapping[str, LoraLayer], stored: StoredAdapter) -> Initials:
     """Frozen factors come with the directory, like the bases: transformers' loader, for one, loads parameters only."""
     with files.open_tensors(files.child(stored.directory, ADAPTER_FILE)) as handle:
         return {
@@ -177,7 +178,7 @@ def _stored_factors(layers: Mapping[str, LoraLayer], stored: StoredAdapter) -> F
 
 def _copied_factors(
     config: ProtectedConfig, layers: Mapping[str, LoraLayer], name: str, configs: Mapping[str, Any]
-) -> Factors | None:
+) -> Initials | None:
     """`{module: (A0, B0)}` of the adapter that this config is a copy of, as they stand in the model; None if the model
     has none of these shapes.
 

@@ -70,7 +70,8 @@ def frozen_factors(
             f"task_data: {moments.tokens} tokens cannot give r={max(ranks.values())} directions. Give more rows, or "
             "use a_init='random'."
         )
-    narrow = {name: r for name, r in ranks.items() if r > subspace.capacity("in")[name]}
+    shapes = {name: subspace.bases[name]["in"].shape for name in ranks}
+    narrow = [name for name, (n, k) in shapes.items() if ranks[name] > n - k]
     if narrow:
         warnings.warn(
             f"{len(narrow)} of {len(ranks)} layers have fewer directions outside the null space than r, and rows of "

@@ -14,9 +14,8 @@ from torch import Tensor
 from peft_safety.core import files
 from peft_safety.core.certificate import Certificate, FrozenFactor, digest
 from peft_safety.core.names import listed
-from peft_safety.core.plain_lora import CARD, MANIFEST, factor_tensors, read_plain, write_files
+from peft_safety.core.plain_lora import CARD, factor_tensors, read_plain, write_plain
 from peft_safety.core.projection import delta_leak, fold_, leak
-from peft_safety.core.publish import publishing
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.errors import ConfigError, SubspaceError
 from peft_safety.methods.guardspace.config import GuardSpaceConfig
@@ -98,10 +97,8 @@ def repair_adapter(
         certificate = Certificate(GuardSpaceConfig.PEFT_KEY, space.digest, {"made_by": "repair"}, certified)
         card = files.child(source, CARD)
         text = card.read_text(encoding="utf-8") if card.is_file() else "---\nlibrary_name: peft\n---\n"
-        with publishing(Path(out_dir), MANIFEST) as staging:
-            tensors = plain.extra | factor_tensors(pairs)
-            write_files(staging, tensors, plain.fields, text.rstrip() + "\n\n" + _card(report))
-            certificate.write(staging)
+        text = text.rstrip() + "\n\n" + _card(report)
+        write_plain(Path(out_dir), plain.extra | factor_tensors(pairs), plain.fields, text, more=certificate.write)
     return report
 
 

@@ -212,7 +212,7 @@ def _check_pair(
 
 
 def _check_base(name: str, aligned: Matrix, base: Matrix, label: str) -> None:
-    limit = weights.DISTANCE_QUANTISED if base.quantization or aligned.quantization else weights.DISTANCE_DENSE
+    limit = weights.DISTANCE_QUANTIZED if base.quantization or aligned.quantization else weights.DISTANCE_DENSE
     distance = weights.distance(sample(base), sample(aligned)) if base.shape == aligned.shape else math.inf
     if not distance <= limit:
         raise CheckpointError(

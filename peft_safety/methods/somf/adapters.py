@@ -15,17 +15,8 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
-from peft_safety.core import publish
 from peft_safety.core.names import places, public_name
-from peft_safety.core.plain_lora import (
-    MANIFEST,
-    Factors,
-    check_plain,
-    factor_tensors,
-    plain_config,
-    read_plain,
-    write_files,
-)
+from peft_safety.core.plain_lora import Factors, check_plain, factor_tensors, plain_config, read_plain, write_plain
 from peft_safety.errors import ConfigError
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.factors import layer_factors
@@ -112,10 +103,7 @@ class AdapterFusion:
             factors[name] = (a.to("cpu", dtype), b.to("cpu", dtype))
         report = dataclasses.replace(report, factors=factors)
         if out is not None:
-            config = self._config(factors)
-            with publish.publishing(out, MANIFEST) as staging:
-                write_files(staging, factor_tensors(factors), config, report.card)
-                report.write(staging)
+            write_plain(out, factor_tensors(factors), self._config(factors), report.card, more=report.write)
         return report
 
     def _config(self, factors: Mapping[str, tuple[Tensor, Tensor]], model: PeftModel | None = None) -> LoraConfig:
