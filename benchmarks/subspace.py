@@ -31,7 +31,8 @@ from benchmarks.common import (
 )
 from examples.get_model import model_dir
 from peft_safety import SafetySubspace
-from peft_safety.calibration.bases import Size, output_basis
+from peft_safety.calibration.bases import output_basis
+from peft_safety.calibration.sizes import Size
 from peft_safety.reporting.report import environment
 
 WIDTH, RANK = 2048, 32

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_safety.calibration.bases import Size, contrastive_basis, input_basis, output_basis
+from peft_safety.calibration.bases import contrastive_basis, input_basis, output_basis
 from peft_safety.calibration.budget import bytes_of, groups
-from peft_safety.calibration.leaving_out import cut, fitted, narrow_layers, record, without_room
-from peft_safety.calibration.moments import InputMoments, Positions, collect, inputs_of, to_batches
+from peft_safety.calibration.leaving_out import record
+from peft_safety.calibration.moments import InputMoments, Positions, collect, inputs_of, is_tokenized, to_batches
+from peft_safety.calibration.sizes import Size, plan
 from peft_safety.core import base_weights as weights
 from peft_safety.core.names import listed
 from peft_safety.core.projection import Side
@@ -56,12 +57,11 @@ def estimate(
     allow_fewer: bool = False,
     progress: bool = True,
 ) -> SafetySubspace:
-    """Estimate the directions that `data` spans in each target layer, `X` being the layer's inputs at the tokens that
-    count.
+    """Estimate the directions that `data` spans in each target layer.
 
-    On the output side the top left singular vectors of `W X` (bias excluded, not centered), on the input side the top
-    eigenvectors of `X X^T`, which layers with the same input share. Any adapter on the model is switched off
-    meanwhile.
+    With `X` the layer's inputs at the tokens that count: on the output side the top left singular vectors of `W X`
+    (bias excluded, not centered); on the input side the top eigenvectors of `X X^T`, which layers with the same input
+    share. Adapters on the model are switched off during the pass.
 
     Args:
         model: language model; may be quantized, may carry adapters. Of an encoder-decoder the encoder's tokens are the
@@ -73,7 +73,7 @@ def estimate(
         method: "salora" (out, response tokens), "ortho_patch" or "guardspace" (in, all tokens); sets `sides` and
             `positions` where they are not given.
         rank: directions per layer, an integer (default 32); or a share of the features of that side, a float in (0, 1)
-            (default of "guardspace").
+            (default of "guardspace": 0.25).
         energy: instead, as many directions as hold this share of `||W X||^2` or `||X||^2`, in (0, 1].
         per_kind: other values of `rank`, or of `energy`, for modules whose name ends so: `{"down_proj": 0.1}`.
         positions: "response", "prompt" or "all" tokens.
@@ -100,65 +100,66 @@ def estimate(
     Reference: SaLoRA, arXiv 2501.01765, section 4.1; GuardSpace, arXiv 2510.14301. SaLoRA's public code runs the model
         once per layer; this is one pass.
     """
-    chosen, where = _where(method, sides, positions)
+    if method not in METHODS:
+        raise ConfigError(f"method={method!r}; no such method. Use one of {', '.join(METHODS)}.")
+    if positions not in (None, "response", "prompt", "all"):
+        raise ConfigError(f"positions={positions!r}. Use 'response', 'prompt' or 'all'.")
+    chosen = METHODS[method][0] if sides is None else tuple(sides)
+    where = positions or METHODS[method][1]
     if rank is None and energy is None:
         rank = GUARDSPACE_FRACTION if method == "guardspace" else DEFAULT_RANK
     targets = dict(target_layers(model, target_modules, exclude_modules) if layers is None else layers)
-    unfit = without_room(targets, chosen)
-    layers = {name: layer for name, layer in targets.items() if name not in unfit}
-    sizes = fitted(layers, sizes_of(targets, rank, energy, per_kind or {}), chosen)
-    wanted = {
-        (name, side): sizes[name][side].fixed(weights.shape(layer), side, name)
-        for name, layer in layers.items()
-        for side in chosen
-    }
+    sizes, unfit = plan(targets, rank, energy, per_kind, chosen)
+    layers = {name: targets[name] for name in sizes}
+    wanted = {(n, side): sizes[n][side].fixed(weights.shape(x), side, n) for n, x in layers.items() for side in chosen}
     sources = [
         to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
         for rows in ([data] if against is None else [data, against])
     ]
-    narrow = {side: narrow_layers(layers, side) for side in chosen}
+    batches, digest = sources[0]
     bases: dict[str, dict[Side, Tensor]] = {}
     spectra: dict[str, dict[Side, Tensor]] = {}
     covered: dict[str, float] = {}
     tokens = 0
     with adapters_off(model):
-        leaders = inputs_of(model, layers, sources[0][0], where)
+        leaders = inputs_of(model, layers, batches, where)
         parts = groups(layers, leaders, bytes_of(memory, next(model.parameters()).device))
         for number, part in enumerate(parts, 1):
             what = "calibrating" if len(parts) == 1 else f"calibrating, layers {number}/{len(parts)}"
-            moments, *contrast = (
-                collect(model, part, batches, positions=where, progress=progress, what=what) for batches, _ in sources
+            moments, *others = (
+                collect(model, part, rows, positions=where, progress=progress, what=what) for rows, _ in sources
             )
-            tokens = moments.tokens
-            _check_tokens(tokens, wanted, where)
-            seen = {name: layer for name, layer in part.items() if all(m.reaches(name) for m in (moments, *contrast))}
-            found = _bases(narrow, seen, chosen, moments, contrast[0] if contrast else None, sizes, seed)
-            bases |= found[0]
-            spectra |= found[1]
-            if "in" in chosen and not contrast:
-                covered |= {name: _covered(found[1][name]["in"], moments.moment(name)) for name in seen}
+            tokens, contrast = moments.tokens, next(iter(others), None)
+            if tokens < (needed := max((k for k in wanted.values() if k is not None), default=1)):
+                raise CalibrationError(
+                    f"{tokens} {'labeled ' * (where == 'response')}tokens cannot span rank={needed} directions. Give "
+                    "more data, or a smaller rank."
+                )
+            seen = {name: layer for name, layer in part.items() if all(m.reaches(name) for m in (moments, *others))}
+            for name, side, basis, spectrum in _bases(seen, moments, contrast, sizes, seed):
+                bases.setdefault(name, {})[side] = basis
+                spectra.setdefault(name, {})[side] = spectrum
+                if side == "in" and contrast is None:
+                    share = spectrum.double().square().sum() / moments.moment(name).diagonal().double().sum()
+                    covered[name] = min(1.0, round(float(share), 8))
     reached = {name: layer for name, layer in layers.items() if name in bases}
     if not reached:
         raise CalibrationError(
             f"no token that counts reaches any of the {len(layers)} target layers ({listed(layers)}). Give other data."
         )
-    _check_spans(
-        {(name, side): bases[name][side].shape[1] for name in reached for side in chosen}, wanted, allow_fewer
-    )
+    _check_spans({(n, side): bases[n][side].shape[1] for n in reached for side in chosen}, wanted, allow_fewer)
     provenance = {
         "method": method,
         "sides": "+".join(chosen),
         "positions": where,
         "seed": seed,
         "model": model_name(model),
-        "data": sources[0][1],
-        "samples": sum(int(batch["input_ids"].shape[0]) for batch in sources[0][0]),
+        "data": digest,
+        "samples": sum(int(batch["input_ids"].shape[0]) for batch in batches),
         "tokens": tokens,
+        **size_facts(rank, energy, per_kind),
+        **record([name for name in layers if name not in reached], unfit),
     }
-    provenance |= ({"rank": rank} if energy is None else {"energy": energy}) | (
-        {"per_kind": dict(per_kind)} if per_kind else {}
-    )
-    provenance |= record([name for name in layers if name not in reached], unfit)
     if against is not None:
         provenance["against"] = sources[1][1]
     elif "in" in chosen:
@@ -168,104 +169,43 @@ def estimate(
     return subspace
 
 
-def _where(
-    method: str, sides: Sequence[Side] | None, positions: Positions | None
-) -> tuple[tuple[Side, ...], Positions]:
-    """The given sides and token positions, or the method's defaults."""
-    if method not in METHODS:
-        raise ConfigError(f"method={method!r}; no such method. Use one of {', '.join(METHODS)}.")
-    if positions not in (None, "response", "prompt", "all"):
-        raise ConfigError(f"positions={positions!r}. Use 'response', 'prompt' or 'all'.")
-    own_sides, own_positions = METHODS[method]
-    return own_sides if sides is None else tuple(sides), positions or own_positions
-
-
-def _check_tokens(tokens: int, wanted: Mapping[tuple[str, Side], int | None], where: Positions) -> None:
-    needed = max((k for k in wanted.values() if k is not None), default=1)
-    if tokens < needed:
-        raise CalibrationError(
-            f"{tokens} {'labeled ' * (where == 'response')}tokens cannot span rank={needed} directions. Give more "
-            "data, or a smaller rank."
-        )
-
-
-def size_of(rank: float | None, energy: float | None = None) -> Size:
-    """An integer `rank` is a number of directions, a float below 1 a share of the features.
-
-    Raises:
-        ConfigError: neither; or both are given, or none.
-    """
-    return Size(share=rank, energy=energy) if isinstance(rank, float) else Size(rank=rank, energy=energy)
-
-
-def sizes_of(
-    layers: Mapping[str, nn.Module], rank: float | None, energy: float | None, per_kind: Mapping[str, float]
-) -> dict[str, Size]:
-    """The size of each layer's basis; `per_kind` has other values, in the same unit, by the last part of a layer's
-    name.
-
-    Raises:
-        ConfigError: see `size_of`; a kind that no layer is of.
-    """
-    usual = size_of(rank, energy)
-    special = {kind: size_of(value) if energy is None else size_of(None, value) for kind, value in per_kind.items()}
-    unknown = sorted(set(special) - {kind_of(name) for name in layers})
-    if unknown:
-        kinds = ", ".join(sorted({kind_of(name) for name in layers}))
-        raise ConfigError(
-            f"safety_rank_pattern (per_kind) names {unknown[0]!r}, and no target module is of that kind. There are "
-            f"{kinds}."
-        )
-    return {name: special.get(kind_of(name), usual) for name in layers}
-
-
-def kind_of(name: str) -> str:
-    """Last part of a module's name: `q_proj`."""
-    return name.rpartition(".")[2]
-
-
-def _covered(spectrum: Tensor, moment: Tensor) -> float:
-    """Share of a moment's trace that a basis holds."""
-    return min(1.0, round(float(spectrum.double().square().sum() / moment.diagonal().double().sum()), 8))
+def size_facts(rank: float | None, energy: float | None, per_kind: Mapping[str, float] | None) -> dict[str, Any]:
+    """The requested size, for the provenance."""
+    size = {"rank": rank} if energy is None else {"energy": energy}
+    return size | ({"per_kind": dict(per_kind)} if per_kind else {})
 
 
 def _bases(
-    narrow: Mapping[Side, set[str]],
     layers: Mapping[str, nn.Module],
-    sides: Sequence[Side],
     moments: InputMoments,
     contrast: InputMoments | None,
     sizes: Mapping[str, Mapping[Side, Size]],
     seed: int,
-) -> tuple[dict[str, dict[Side, Tensor]], dict[str, dict[Side, Tensor]]]:
-    """Basis and spectrum of every layer and side; layers with one moment, and of one size, share their input basis."""
-    shared: dict[tuple[int, Size, bool], tuple[Tensor, Tensor]] = {}
-    bases: dict[str, dict[Side, Tensor]] = {name: {} for name in layers}
-    spectra: dict[str, dict[Side, Tensor]] = {name: {} for name in layers}
+) -> Iterator[tuple[str, Side, Tensor, Tensor]]:
+    """Name, side, basis and spectrum. Layers with one moment and of one size share their input basis."""
+    made: dict[tuple[int | str, Size], tuple[Tensor, Tensor]] = {}
     for name, layer in layers.items():
         moment, against = moments.moment(name), None if contrast is None else contrast.moment(name)
-        for side in sides:
-            size, slim = sizes[name][side], name in narrow[side]
-            if side == "in":
-                key = (id(moment), size, slim)
-                if key not in shared:
-                    pair = (
-                        input_basis(moment, size, name, seed=seed)
-                        if against is None
-                        else contrastive_basis(moment, against, size, name)
-                    )
-                    shared[key] = cut(*pair) if slim else pair
-                pair = shared[key]
-            else:
-                weight = weights.dense_weight(layer, name).to(moment.device)
-                if against is None:
-                    pair = output_basis(weight, moment, size, name, seed=seed)
-                else:
-                    weight = weight.to(moment.dtype)
-                    pair = contrastive_basis(weight @ moment @ weight.mT, weight @ against @ weight.mT, size, name)
-                pair = cut(*pair) if slim else pair
-            bases[name][side], spectra[name][side] = pair
-    return bases, spectra
+        for side, size in sizes[name].items():
+            key = (id(moment) if side == "in" else name, size)
+            if key not in made:
+                basis, spectrum = _basis(layer, name, side, moment, against, size, seed)
+                made[key] = basis[:, : size.most], spectrum[: size.most]
+            yield name, side, *made[key]
+
+
+def _basis(
+    layer: nn.Module, name: str, side: Side, moment: Tensor, against: Tensor | None, size: Size, seed: int
+) -> tuple[Tensor, Tensor]:
+    if side == "in":
+        if against is None:
+            return input_basis(moment, size, name, seed=seed)
+        return contrastive_basis(moment, against, size, name)
+    weight = weights.dense_weight(layer, name).to(moment.device)
+    if against is None:
+        return output_basis(weight, moment, size, name, seed=seed)
+    weight = weight.to(moment.dtype)
+    return contrastive_basis(weight @ moment @ weight.mT, weight @ against @ weight.mT, size, name)
 
 
 def _check_spans(
@@ -311,17 +251,17 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 def model_name(model: nn.Module) -> str:
     """Last part of the model's name or path, so that no local path is published."""
-    config = getattr(model, "config", None)
-    path = str(getattr(config, "_name_or_path", "") or "")
+    path = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     return path.rstrip("/").rpartition("/")[2]
 
 
-def tokenizer_of(model: nn.Module) -> Any:
-    """The tokenizer under the model's own name or directory.
+def tokenizer_for(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Any:
+    """The tokenizer that these rows need: the model's own, or None for tokenized batches."""
+    return None if is_tokenized(rows) else tokenizer_of(model)
 
-    Raises:
-        ConfigError: there is none.
-    """
+
+def tokenizer_of(model: nn.Module) -> Any:
+    """The tokenizer under the model's own name or directory. A ConfigError says that there is none."""
     from transformers import AutoTokenizer
 
     source = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
@@ -331,6 +271,6 @@ def tokenizer_of(model: nn.Module) -> Any:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"no tokenizer can be loaded for {source or 'the model'!r} ({type(error).__name__}). "
-            "Calibrate with SafetySubspace.from_activations(model, data, tokenizer=...) and pass subspace=."
+            f"no tokenizer can be loaded for {source or 'the model'!r} ({type(error).__name__}). Calibrate with "
+            "peft_safety.calibrate(model, config, tokenizer=...) and set config.subspace."
         ) from error

@@ -1,5 +1,4 @@
-"""From second moments and weights to bases: how many directions, and which. Pure functions on tensors; nothing here
-runs a model.
+"""From second moments and weights to bases. Pure functions on tensors; nothing here runs a model.
 
 A moment is `S = sum_t x_t x_t^T (n, n)` of a layer's inputs, not normalized. A basis comes with a spectrum,
 descending: the square roots of the eigenvalues behind it.
@@ -7,20 +6,18 @@ descending: the square roots of the eigenvalues behind it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from peft_safety.calibration.sizes import Size
 from peft_safety.core.projection import (
     OVERSAMPLING,
     POWER_ITERATIONS,
-    Side,
     orthonormalize,
     top_eigenvectors,
     top_left_singular,
 )
-from peft_safety.errors import CalibrationError, ConfigError
+from peft_safety.errors import CalibrationError
 
 RANK_FLOORS = {torch.float32: 1e-3, torch.float64: 1e-6}
 """Singular values below this share of the largest are noise. In a fp32 moment of exact rank r the next value reaches
@@ -33,67 +30,8 @@ DENSE_LIMIT = 2048
 """Moments up to this size are decomposed exactly, which is as fast as iterating where many directions are wanted."""
 
 
-@dataclass(frozen=True)
-class Size:
-    """How many directions of a layer: exactly one of these.
-
-    Attributes:
-        rank: a number, the same for every layer.
-        share: of the layer's dimensions, in (0, 1).
-        energy: the smallest number that holds this share of the (second) moment, in (0, 1].
-    """
-
-    rank: int | None = None
-    share: float | None = None
-    energy: float | None = None
-
-    def __post_init__(self) -> None:
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        if len(given) != 1:
-            raise ConfigError(f"give one of rank, a share and energy for the size of a basis, not {given or 'none'}.")
-        if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool)):
-            raise ConfigError(
-                f"rank={self.rank!r}. Use an integer of at least 1, or a share of the features between 0 and 1."
-            )
-        if self.share is not None and not 0 < self.share < 1:
-            raise ConfigError(
-                f"rank={self.share!r}. Use an integer of at least 1, or a share of the features between 0 and 1."
-            )
-        if self.energy is not None and not (
-            isinstance(self.energy, (int, float)) and not isinstance(self.energy, bool) and 0 < self.energy <= 1
-        ):
-            raise ConfigError(f"energy={self.energy!r}. Use a number in (0, 1].")
-
-    def fixed(self, shape: tuple[int, int], side: Side, name: str) -> int | None:
-        """Directions to take on one side of a layer `(m, n)`; None where the energy decides. The inputs span at most
-        `n` of either side.
-
-        Raises:
-            ConfigError: they would leave nothing to train, or are more than there can be.
-        """
-        d, n = shape[0 if side == "out" else 1], shape[1]
-        if self.share is not None:
-            return min(max(1, round(self.share * d)), d - 1, n)
-        if self.rank is not None and not 1 <= self.rank < d:
-            raise ConfigError(
-                f"{name}: rank={self.rank} of {d} {side}put features leaves nothing to train, or protects nothing "
-                f"(the layer is {shape[0]} x {n}). "
-                f"Use a safety_rank (rank) from 1 to {d - 1}, or a share."
-            )
-        if self.rank is not None and self.rank > n:
-            raise ConfigError(
-                f"{name}: rank={self.rank}, but {n} input features give at most {n} directions. Use a smaller "
-                "safety_rank (rank), or a share."
-            )
-        return self.rank
-
-
 def check_moment(moment: Tensor, name: str) -> float:
-    """Trace of a moment.
-
-    Raises:
-        CalibrationError: not finite, or zero.
-    """
+    """Trace of a moment. A CalibrationError refuses one that is zero or not finite."""
     total = float(moment.diagonal().double().sum())
     if not bool(torch.isfinite(moment).all()) or not total > 0:
         what = "is zero" if total == 0 else "holds NaN or Inf"

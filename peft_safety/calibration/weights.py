@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from peft_safety.calibration.activations import DEFAULT_RANK, model_name, sizes_of
+from peft_safety.calibration.activations import DEFAULT_RANK, model_name, size_facts
 from peft_safety.calibration.bases import output_basis
-from peft_safety.calibration.leaving_out import cut, fitted, narrow_layers, record, without_room
+from peft_safety.calibration.leaving_out import record
+from peft_safety.calibration.sizes import plan
 from peft_safety.core import base_weights as weights
 from peft_safety.core.projection import Side
 from peft_safety.core.subspace import SafetySubspace
@@ -28,11 +29,9 @@ def estimate_from_weights(
     seed: int = 0,
     progress: bool = True,
 ) -> SafetySubspace:
-    """Top singular vectors of every target weight: right ones for side "in", left ones for side "out". Deterministic
-    for a seed.
+    """Top singular vectors of every target weight: right ones for side "in", left ones for side "out".
 
-    Randomized subspace iteration with oversampling (`projection.OVERSAMPLING`, `bases.WEIGHT_ITERATIONS`); quantized
-    weights are dequantized one at a time.
+    By randomized subspace iteration, deterministic for a seed. Quantized weights are dequantized one at a time.
 
     Args:
         rank, energy, per_kind, target_modules, exclude_modules, layers: as in `activations.estimate`; the energy is
@@ -49,25 +48,17 @@ def estimate_from_weights(
     if rank is None and energy is None:
         rank = DEFAULT_RANK
     targets = dict(target_layers(model, target_modules, exclude_modules) if layers is None else layers)
-    unfit = without_room(targets, sides)
-    layers = {name: layer for name, layer in targets.items() if name not in unfit}
-    sizes = fitted(layers, sizes_of(targets, rank, energy, per_kind or {}), sides, weights_only=True)
-    narrow = {side: narrow_layers(layers, side, weights_only=True) for side in sides}
-    bases: dict[str, dict[Side, Tensor]] = {}
-    spectra: dict[str, dict[Side, Tensor]] = {}
+    sizes, unfit = plan(targets, rank, energy, per_kind, sides, weights_only=True)
+    layers = {name: targets[name] for name in sizes}
+    bases: dict[str, dict[Side, Tensor]] = {name: {} for name in layers}
+    spectra: dict[str, dict[Side, Tensor]] = {name: {} for name in layers}
     for name, layer in tqdm(layers.items(), desc="weight bases", unit="module", disable=not progress):
         weight = weights.dense_weight(layer, name)
-        pairs = {
-            side: output_basis(weight if side == "out" else weight.mT, None, sizes[name][side], name, seed=seed)
-            for side in sides
-        }
-        pairs = {side: cut(*pair) if name in narrow[side] else pair for side, pair in pairs.items()}
-        bases[name], spectra[name] = ({side: pair[index] for side, pair in pairs.items()} for index in (0, 1))
+        for side, size in sizes[name].items():
+            u, s = output_basis(weight if side == "out" else weight.mT, None, size, name, seed=seed)
+            bases[name][side], spectra[name][side] = u[:, : size.most], s[: size.most]
     provenance = {"method": "weight", "sides": "+".join(sides), "seed": seed, "model": model_name(model)}
-    provenance |= ({"rank": rank} if energy is None else {"energy": energy}) | (
-        {"per_kind": dict(per_kind)} if per_kind else {}
-    )
-    provenance |= record([], unfit)
+    provenance |= size_facts(rank, energy, per_kind) | record([], unfit)
     subspace = SafetySubspace(bases, spectra, provenance=provenance)
     subspace.bind(layers)
     return subspace

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from peft import LoraConfig
 from torch import nn
 
-from peft_safety.calibration.size_options import check_size_options
+from peft_safety.calibration.sizes import check_size_options
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import StoredAdapter, sign
 from peft_safety.core.certificate import Certificate
@@ -62,8 +62,7 @@ class ProtectedConfig(LoraConfig):
         default=None, metadata={"help": "Instead of safety_rank: as many directions as hold this share of the energy."}
     )
     safety_rank_pattern: dict[str, int | float] | None = field(
-        default=None,
-        metadata={"help": "Other values of safety_rank or safety_energy by the end of a module's name."},
+        default=None, metadata={"help": "Other values of safety_rank or safety_energy by the end of a module's name."}
     )
     safety_artifact: dict[str, Any] | None = field(
         default=None, metadata={"help": "Hashes of the saved files; written by save_pretrained."}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_safety.calibration.activations import METHODS
 from peft_safety.calibration.coverage import ModuleCoverage, coverage, task_inputs, warn_if_stalled
-from peft_safety.calibration.size_options import check_size_options
+from peft_safety.calibration.sizes import check_size_options
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.targets import target_layers
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, rows_of

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from peft_safety.calibration.activations import adapters_off
-from peft_safety.calibration.size_options import check_size_options
+from peft_safety.calibration.sizes import check_size_options
 from peft_safety.data import CALIBRATION_PAIRS, load, refusal_pairs
 from peft_safety.data.rows import Row, Rows, as_rows, kind_of
 from peft_safety.errors import ConfigError, DataError

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from peft_safety.calibration.activations import kind_of
 from peft_safety.calibration.coverage import TASK_ENERGY, ModuleCoverage
+from peft_safety.calibration.sizes import kind_of
 from peft_safety.errors import DataError
 from peft_safety.reporting import render
 

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from peft_safety.audit.report import layer_number
-from peft_safety.calibration.activations import kind_of
+from peft_safety.calibration.sizes import kind_of
 from peft_safety.methods.guardspace import BlindReport
 from peft_safety.methods.safe_lora import RepairReport
 from peft_safety.reporting import render
