@@ -1,7 +1,7 @@
-"""How many layers are calibrated at once: as many as their second moments fit into a memory budget.
+"""How many layers are calibrated at once: as many as the memory budget allows.
 
-A moment takes `8 n^2` bytes, 1.6 GB for the widest layers of an 8B model, 65 GB for all of them. Groups of layers take
-one pass over the data each, and the same operations in each layer: the bases do not depend on the budget.
+A second moment takes `8 n^2` bytes: 1.6 GB for the widest layers of an 8B model, 65 GB for all layers together. Each
+group of layers takes one pass over the data. The bases do not depend on the budget.
 """
 
 from __future__ import annotations
@@ -24,13 +24,8 @@ WORK = 3
 
 
 def bytes_of(memory: str | int | None, device: torch.device) -> int:
-    """A budget in bytes.
-
-    Args:
-        memory: bytes, or a text such as "4GB" or "500MiB"; None takes `FREE_SHARE` of what is free on the device.
-
-    Raises:
-        ConfigError: neither.
+    """A budget in bytes, from a number or a text such as "4GB" or "500MiB"; None takes `FREE_SHARE` of the device's
+    free memory. Anything else is a ConfigError.
     """
     if memory is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
@@ -45,11 +40,8 @@ def groups(layers: Mapping[str, nn.Module], leaders: Mapping[str, str], budget: 
     """The layers in groups, in their order, each as large as the budget allows. Layers with one input stay together.
 
     Args:
-        leaders: of each layer the one that is fed the same tensor first, where it is known.
-        budget: bytes.
-
-    Raises:
-        CalibrationError: a layer that does not fit by itself.
+        leaders: for each layer the first one with the same input, where it is known.
+        budget: bytes. A CalibrationError names a layer that does not fit by itself.
     """
     members: dict[str, list[str]] = {}
     for name in layers:
@@ -62,7 +54,7 @@ def groups(layers: Mapping[str, nn.Module], leaders: Mapping[str, str], budget: 
             n = weights.shape(layers[leader])[1]
             raise CalibrationError(
                 f"{leader}: the second moment of {n} input features and its decomposition take "
-                f"{gigabytes(WORK * size)}, the budget is {gigabytes(budget)}. Give more memory=, or leave it out."
+                f"{gigabytes(WORK * size)}, the budget is {gigabytes(budget)}. Give a larger memory=, or leave the layer out."
             )
         if not result or sum(held) + size + (WORK - 1) * max([*held, size]) > budget:
             result.append({})

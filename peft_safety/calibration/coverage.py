@@ -1,7 +1,7 @@
 """How much an input basis covers: of the data behind it, and of a benign task that must still be learned.
 
-An update with `P = I - Q Q^T` behind it sees a task only through `P x`. Where `E||P x||^2 / E||x||^2` is next to
-nothing, learning stalls.
+An update that is projected by `P = I - Q Q^T` sees a task only through `P x`. Where `E||P x||^2 / E||x||^2` is almost
+zero, learning stalls.
 """
 
 from __future__ import annotations
@@ -93,25 +93,25 @@ def task_inputs(
     max_length: int = 512,
     progress: bool = True,
 ) -> tuple[InputMoments, dict[str, TaskShare]]:
-    """The second moments of a task's inputs at all tokens, and what is left of them outside the null space of each
-    layer; one pass over the bare model.
+    """The second moments of a task's inputs at all tokens, and their share outside the null space of each layer; one
+    pass over the model without adapters.
 
     Args:
-        layers: base layers by name; those without an input basis, or that the task does not reach, are left out.
+        layers: base layers by name; those without an input basis, or that the task does not reach, are skipped.
         rows: of the task: any rows, or tokenized batches.
         tokenizer: for rows only.
-        ranks: also the ranks, which take two eigendecompositions a distinct input.
+        ranks: compute the ranks too, two eigendecompositions for each distinct input.
 
     Raises:
-        CalibrationError: the rows are those that the subspace was calibrated on, or inputs that are zero or not
-            finite, or that reach none of the layers.
+        CalibrationError: the subspace was calibrated on these rows; inputs are zero or not finite, or reach none of
+            the layers.
     """
     layers = {name: layer for name, layer in layers.items() if "in" in subspace.bases.get(name, {})}
     batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
     if digest == subspace.provenance.get("data"):
         raise CalibrationError(
             f"the task data are the {sum(len(batch['input_ids']) for batch in batches)} rows that the subspace was "
-            "calibrated on: their inputs are what the update must not see. Give rows of the task."
+            "calibrated on, which the update must not see. Give rows of the task."
         )
     with adapters_off(model):
         moments = collect(model, layers, batches, positions="all", progress=progress, what="task inputs")
@@ -135,7 +135,7 @@ def _share(moment: Tensor, basis: Tensor, name: str, ranks: bool) -> TaskShare:
     check_moment(moment, name)
     s = moment.double()
     q = basis.to(s)
-    left = project_out(q, project_out(q, s), "in")  # not subtracted: what is left may be a millionth
+    left = project_out(q, project_out(q, s), "in")  # not s - Q..., which would lose a small rest to rounding
     free = max(0.0, float(left.diagonal().sum() / s.diagonal().sum()))
     return TaskShare(free, _rank(s), _rank(left)) if ranks else TaskShare(free)
 

@@ -1,8 +1,8 @@
 """Streaming second moments: `S = sum_t x_t x_t^T` of each layer's inputs, in one pass, with no activation kept.
 
-Layers that are fed the same tensor (q/k/v, gate/up) share one moment. Memory is one `n x n` fp64 matrix per distinct
-input, whatever the number of samples: in fp32, one massive activation, as many models have, would drown all but a few
-dozen directions in rounding noise.
+Layers with the same input tensor (q/k/v, gate/up) share one moment. Each distinct input takes one `n x n` fp64 matrix,
+whatever the number of samples. In fp32, one massive activation, as many models have, would hide all but a few dozen
+directions in rounding noise.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from peft_safety.errors import CalibrationError
 
 Batch = Mapping[str, Tensor]
 Positions = Literal["response", "prompt", "all"]
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 
 class InputMoments:
@@ -50,15 +51,11 @@ class InputMoments:
 
     def moment(self, name: str) -> Tensor:
         """`S (n, n)` of one layer, fp64 (fp32 where the device has no fp64). Layers with the same input return the
-        same tensor.
-
-        Raises:
-            CalibrationError: the layer saw nothing that counts, or `S` is not finite.
+        same tensor. A CalibrationError says that the layer saw nothing that counts, or that `S` is not finite.
         """
         if not self.reaches(name):
             raise CalibrationError(
-                f"{name}: no token that counts reaches this layer. Give data that do, or leave it out of "
-                "target_modules."
+                f"{name}: no token that counts reaches this layer. Give other data, or leave it out of target_modules."
             )
         result = self._moments[self._leader[name]]
         if not bool(torch.isfinite(result).all()):
@@ -68,32 +65,23 @@ class InputMoments:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Hook the layers for the duration of a block."""
-        with ExitStack() as stack:
-            for name, layer in self.layers.items():
-                stack.callback(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True).remove)
-            stack.callback(self._forget)
+        with hooked(self.layers, self._hook):
             yield
+        self._last = None
 
     def expect(self, *masks: Tensor) -> None:
         """Set the positions that count in the next batch: bool masks `(batch, tokens)`, the decoder's before the
         encoder's."""
-        self._forget()
-        self._masks = masks
+        self._last, self._masks = None, masks
         self.tokens += sum(int(mask.sum()) for mask in masks)
 
-    def _forget(self) -> None:
-        self._last = None
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def _hook(self, name: str) -> Hook:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x: Tensor = args[0] if args else next(iter(kwargs.values()))
-            if (
-                self._last is not None
-                and self._last[1] is x
-                and self._leader.setdefault(name, self._last[0]) == self._last[0]
-            ):
+            x = _first(args, kwargs)
+            leader = self._last[0] if self._last is not None and self._last[1] is x else name
+            if self._leader.setdefault(name, leader) == leader != name:
                 return  # the very same tensor: its leader has counted it
-            if self._leader.setdefault(name, name) != name:
+            if self._leader[name] != name:
                 raise CalibrationError(
                     f"{name}: shares its input with {self._leader[name]} in some batches only. Calibrate it alone."
                 )
@@ -120,12 +108,13 @@ class InputMoments:
 
 
 def positions_of(lead: Sequence[int], *masks: Tensor) -> Tensor | None:
-    """Which rows of a layer's input count, bool of the shape `lead`; None where the rows are no positions of the
+    """Which rows of a layer's input count, bool of the shape `lead`; None where the rows are not positions of the
     batch.
 
     Args:
-        lead: the input's shape without its features: `(batch, tokens)`, with further dimensions (heads) behind or
-            between, flattened, or `(batch,)` of a pooled input, which counts where any position of its sequence does.
+        lead: the input's shape without its features: `(batch, tokens)`, also flattened, or with further dimensions
+            (heads) after or between them; or `(batch,)` of a pooled input, which counts if any position of its
+            sequence does.
         masks: `(batch, tokens)` bool each.
     """
     for mask in masks:
@@ -145,16 +134,13 @@ def selected(name: str, x: Tensor, *masks: Tensor) -> Tensor:
     """The rows of a layer's input or output that count, `(rows, features)`, fp32.
 
     Args:
-        x: `(..., features)`; see `positions_of`. All rows count where they are no positions of the batch (routed
-            experts, patches of images).
+        x: `(..., features)`. All rows count where they are not positions of the batch, see `positions_of` (routed
+            experts, patches of images). A CalibrationError refuses what is no tensor.
         masks: `(batch, tokens)` bool.
-
-    Raises:
-        CalibrationError: no tensor.
     """
     if not isinstance(x, Tensor) or x.ndim < 1:
         raise CalibrationError(
-            f"{name}: it is fed, or gives, a {type(x).__name__} and no rows of features. Leave it out of "
+            f"{name}: its input or output is a {type(x).__name__}, not rows of features. Leave it out of "
             "target_modules."
         )
     rows, chosen = x.detach().reshape(-1, x.shape[-1]), positions_of(x.shape[:-1], *masks)
@@ -185,9 +171,8 @@ def collect(
     if moments.loose:
         warnings.warn(
             f"{what}: {len(moments.loose)} layers have inputs that do not line up with the tokens of a batch (routed "
-            "experts, images), so all of them count "
-            f"there, padding included: {listed(moments.loose)}. Batches of one length without padding, with "
-            "positions='all', are exact.",
+            f"experts, images), so all of them count, padding included: {listed(moments.loose)}. With positions='all' "
+            "and batches of one length without padding, the result is exact.",
             stacklevel=3,
         )
     return moments
@@ -196,24 +181,35 @@ def collect(
 def inputs_of(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch], positions: Positions
 ) -> dict[str, str]:
-    """Which layers are fed the same tensor: for each one that is fed, the first of them. Runs the shortest batch."""
+    """For each layer that gets an input, the first layer that gets the same tensor. Runs the shortest batch."""
     leaders: dict[str, str] = {}
     last: list[tuple[str, Tensor]] = []
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(name: str) -> Hook:
         def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = _first(args, kwargs)
             leaders.setdefault(name, leaders[last[-1][0]] if last and last[-1][1] is x else name)
             last[:] = [(name, x)]
 
         return note
 
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
+    with hooked(layers, hook):
         shortest = min(batches, key=lambda batch: batch["input_ids"].numel())
         run(model, [shortest], lambda *_: None, positions=positions, progress=False, what="inputs")
     return leaders
+
+
+@contextmanager
+def hooked(layers: Mapping[str, nn.Module], hook: Callable[[str], Hook]) -> Iterator[None]:
+    """Call `hook(name)` before each forward of the named layers, for the duration of a block."""
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
+        yield
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 @torch.no_grad()
@@ -226,13 +222,12 @@ def run(
     progress: bool = True,
     what: str,
 ) -> None:
-    """One pass over the batches in eval mode; whoever has hooked the layers is told before each batch which of its
-    positions count.
+    """One pass over the batches in eval mode.
 
     Args:
-        batches: besides ids, attention and labels, whatever tensors the model's forward names (`pixel_values`,
-            `token_type_ids`) are passed on.
-        expect: called with a `(batch, tokens)` bool mask; for an encoder-decoder with the decoder's and the encoder's.
+        batches: tensors that the model's forward names (`pixel_values`, `token_type_ids`) are passed on.
+        expect: called before each batch with the positions that count, a `(batch, tokens)` bool mask; for an
+            encoder-decoder with the decoder's and the encoder's.
     """
     from tqdm.auto import tqdm
 
@@ -257,16 +252,13 @@ def _call(model: nn.Module, batch: dict[str, Tensor], positions: Positions) -> t
     accepted = inspect.signature(bare.forward).parameters
     ids, labels = batch["input_ids"], batch["labels"]
     attention = batch.get("attention_mask", torch.ones_like(ids))
-    extra: dict[str, Any] = {
-        key: value
-        for key, value in batch.items()
-        if key in accepted and key not in ("input_ids", "attention_mask", "labels")
-    }
+    usual = ("input_ids", "attention_mask", "labels")
+    extra: dict[str, Any] = {key: value for key, value in batch.items() if key in accepted and key not in usual}
     if "use_cache" in accepted or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
         extra["use_cache"] = False
     if not is_encoder_decoder(model):
         return [counted(labels, attention, positions)], {"input_ids": ids, "attention_mask": attention, **extra}
-    if labels.shape[1] == ids.shape[1]:  # of different lengths, so that it can be told which of the two a layer is fed
+    if labels.shape[1] == ids.shape[1]:  # other lengths: they tell which of the two sequences a layer's input is
         ids, attention = nn.functional.pad(ids, (0, 1), value=int(ids[0, 0])), nn.functional.pad(attention, (0, 1))
     if "decoder_input_ids" not in extra:
         extra["decoder_input_ids"] = bare.prepare_decoder_input_ids_from_labels(labels=labels)
@@ -291,11 +283,11 @@ def counted(labels: Tensor, attention: Tensor, positions: Positions) -> Tensor:
 def to_batches(
     data: Rows, tokenizer: Any, *, batch_size: int, max_length: int, model: nn.Module | None = None
 ) -> tuple[list[Batch], str]:
-    """Rows or tokenized batches as batches, and a hash of what they hold. Rows of a prompt alone may stand among
-    complete ones.
+    """Rows or tokenized batches as batches, and a hash of their content. Rows of a prompt alone and complete rows may
+    be mixed.
 
     Args:
-        data: whatever `as_rows` takes, but no bare iterator: nobody could repeat the estimate once it is used up.
+        data: whatever `as_rows` takes, except an iterator, which can be read only once.
         model: an encoder-decoder may have labels of another length than its inputs.
 
     Raises:
@@ -315,9 +307,8 @@ def to_batches(
             )
         bare = [row for row in rows if is_prompt_only(row)]
         full = [row for row in rows if not is_prompt_only(row)]
-        encoded = encode_prompts(tokenizer, bare, max_length) + (
-            encode_rows(tokenizer, full, max_length) if full else []
-        )
+        encoded = encode_prompts(tokenizer, bare, max_length)
+        encoded += encode_rows(tokenizer, full, max_length) if full else []
         features = sorted(encoded, key=lambda f: len(f["input_ids"]))
         collate = Collator(tokenizer)
         batches = [collate(features[i : i + batch_size]) for i in range(0, len(features), batch_size)]
@@ -341,36 +332,25 @@ def content_digest(batches: Sequence[Batch]) -> str:
 
 
 def _check(index: int, batch: Mapping[str, Any], two_sequences: bool) -> Batch:
-    batch = _as_tensors(batch)
-    ids, labels = batch.get("input_ids"), batch.get("labels")
-    if (
-        isinstance(ids, Tensor)
-        and isinstance(labels, Tensor)
-        and ids.ndim == 2
-        and ids.numel() > 0
-        and labels.numel() > 0
-    ):
-        if labels.ndim == 1 and len(labels) == len(ids):  # classes of sequences: no position is a response
-            return {**batch, "labels": torch.full_like(ids, IGNORE_INDEX)}
-        if ids.shape == labels.shape or (two_sequences and labels.ndim == 2 and len(labels) == len(ids)):
-            return batch
-    raise CalibrationError(
-        f"batch {index}: input_ids and labels must be tensors of one shape (batch, tokens), not empty. Set labels to "
-        "-100 where a token does not count."
-    )
-
-
-def _as_tensors(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert lists of numbers to tensors, and a single sequence to a batch."""
+    """A tokenized batch of tensors. Lists of numbers become tensors, a single sequence becomes a batch."""
     result = dict(batch)
     for key in {"input_ids", "attention_mask", "labels"} & set(batch):
         if not isinstance(batch[key], Tensor):
-            with suppress(TypeError, ValueError, RuntimeError):  # no table of numbers: refused by its shape
+            with suppress(TypeError, ValueError, RuntimeError):  # not a table of numbers: refused below
                 result[key] = torch.as_tensor(batch[key])
     ids = result.get("input_ids")
     if isinstance(ids, Tensor) and ids.ndim == 1:
         result |= {key: value[None] for key, value in result.items() if isinstance(value, Tensor)}
-    return result
+    ids, labels = result.get("input_ids"), result.get("labels")
+    if isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.ndim == 2 and ids.numel() and labels.numel():
+        if labels.ndim == 1 and len(labels) == len(ids):  # classes of sequences: no position is a response
+            return {**result, "labels": torch.full_like(ids, IGNORE_INDEX)}
+        if ids.shape == labels.shape or (two_sequences and labels.ndim == 2 and len(labels) == len(ids)):
+            return result
+    raise CalibrationError(
+        f"batch {index}: input_ids and labels must be tensors of one shape (batch, tokens), not empty. Set labels to "
+        "-100 where a token does not count."
+    )
 
 
 @contextmanager
