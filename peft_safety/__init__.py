@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from peft_safety.convert.verify import verify
     from peft_safety.core.subspace import SafetySubspace
     from peft_safety.errors import PeftSafetyError
+    from peft_safety.methods.base import calibrate
     from peft_safety.methods.guardspace import GuardSpaceConfig, repair_adapter
     from peft_safety.methods.ortho_patch import OrthoSafetyPatchConfig
     from peft_safety.methods.safe_lora import SafeLoRAConfig, apply_safe_lora, safe_lora_dir
@@ -48,6 +49,7 @@ _NAMES = {
     "TaskDirectionsCallback": "callbacks",
     "apply_safe_lora": "methods.safe_lora",
     "assert_protected": "registry.protection",
+    "calibrate": "methods.base",
     "explain": "registry.fused",
     "export_lora": "convert.export",
     "fuse": "methods.somf",
@@ -70,6 +72,7 @@ __all__ = [
     "TaskDirectionsCallback",
     "apply_safe_lora",
     "assert_protected",
+    "calibrate",
     "explain",
     "export_lora",
     "fuse",

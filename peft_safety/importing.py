@@ -1,5 +1,5 @@
-"""Registers the adapter types right after PEFT is imported, by whoever. It waits until then: transformers asks whether
-`peft` can be found long before it imports it.
+"""Registers the adapter types right after PEFT is imported, by any code. A search alone (`find_spec`) is not enough:
+transformers asks whether `peft` can be found long before it imports it.
 """
 
 import importlib.util

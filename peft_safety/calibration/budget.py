@@ -54,7 +54,7 @@ def groups(layers: Mapping[str, nn.Module], leaders: Mapping[str, str], budget: 
             n = weights.shape(layers[leader])[1]
             raise CalibrationError(
                 f"{leader}: the second moment of {n} input features and its decomposition take "
-                f"{gigabytes(WORK * size)}, the budget is {gigabytes(budget)}. Give a larger memory=, or leave the layer out."
+                f"{gigabytes(WORK * size)}, the budget is {gigabytes(budget)}. Give more memory=, or leave it out."
             )
         if not result or sum(held) + size + (WORK - 1) * max([*held, size]) > budget:
             result.append({})

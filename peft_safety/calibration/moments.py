@@ -26,7 +26,6 @@ from peft_safety.errors import CalibrationError
 
 Batch = Mapping[str, Tensor]
 Positions = Literal["response", "prompt", "all"]
-Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 
 class InputMoments:
@@ -34,6 +33,11 @@ class InputMoments:
 
     Args:
         layers: base layers by name.
+
+    Attributes:
+        tokens: number of positions that count.
+        leaders: for each layer the first one that is fed the same tensor.
+        loose: layers whose input rows are not positions of the batch, so that all of them count.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
@@ -41,13 +45,13 @@ class InputMoments:
         self.tokens = 0
         self.loose: set[str] = set()
         self._moments: dict[str, Tensor] = {}
-        self._leader: dict[str, str] = {}
+        self.leaders: dict[str, str] = {}
         self._masks: tuple[Tensor, ...] = ()
         self._last: tuple[str, Tensor] | None = None
 
     def reaches(self, name: str) -> bool:
         """Whether any token that counts has reached the layer."""
-        return self._leader.get(name) in self._moments
+        return self.leaders.get(name) in self._moments
 
     def moment(self, name: str) -> Tensor:
         """`S (n, n)` of one layer, fp64 (fp32 where the device has no fp64). Layers with the same input return the
@@ -57,7 +61,7 @@ class InputMoments:
             raise CalibrationError(
                 f"{name}: no token that counts reaches this layer. Give other data, or leave it out of target_modules."
             )
-        result = self._moments[self._leader[name]]
+        result = self._moments[self.leaders[name]]
         if not bool(torch.isfinite(result).all()):
             raise CalibrationError(f"{name}: its inputs hold NaN or Inf. Load the model in float32.")
         return result
@@ -65,7 +69,9 @@ class InputMoments:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Hook the layers for the duration of a block."""
-        with hooked(self.layers, self._hook):
+        with ExitStack() as stack:
+            for name, layer in self.layers.items():
+                stack.callback(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True).remove)
             yield
         self._last = None
 
@@ -75,22 +81,21 @@ class InputMoments:
         self._last, self._masks = None, masks
         self.tokens += sum(int(mask.sum()) for mask in masks)
 
-    def _hook(self, name: str) -> Hook:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = _first(args, kwargs)
-            leader = self._last[0] if self._last is not None and self._last[1] is x else name
-            if self._leader.setdefault(name, leader) == leader != name:
+            x, last = args[0] if args else next(iter(kwargs.values())), self._last
+            if last is not None and last[1] is x and self.leaders.setdefault(name, last[0]) == last[0]:
                 return  # the very same tensor: its leader has counted it
-            if self._leader[name] != name:
+            if self.leaders.setdefault(name, name) != name:
                 raise CalibrationError(
-                    f"{name}: shares its input with {self._leader[name]} in some batches only. Calibrate it alone."
+                    f"{name}: shares its input with {self.leaders[name]} in some batches only. Calibrate it alone."
                 )
             self._last = (name, x)
-            if not self._masks:
-                raise CalibrationError("InputMoments.expect was not called before the batch.")
-            self._add(name, selected(name, x, *self._masks))
-            if positions_of(x.shape[:-1], *self._masks) is None and not all(bool(mask.all()) for mask in self._masks):
-                self.loose.add(name)
+            if self._masks:
+                self._add(name, selected(name, x, *self._masks))
+                counts_all = all(bool(mask.all()) for mask in self._masks)
+                if not counts_all and positions_of(x.shape[:-1], *self._masks) is None:
+                    self.loose.add(name)
 
         return hook
 
@@ -182,34 +187,11 @@ def inputs_of(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch], positions: Positions
 ) -> dict[str, str]:
     """For each layer that gets an input, the first layer that gets the same tensor. Runs the shortest batch."""
-    leaders: dict[str, str] = {}
-    last: list[tuple[str, Tensor]] = []
-
-    def hook(name: str) -> Hook:
-        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = _first(args, kwargs)
-            leaders.setdefault(name, leaders[last[-1][0]] if last and last[-1][1] is x else name)
-            last[:] = [(name, x)]
-
-        return note
-
-    with hooked(layers, hook):
+    moments = InputMoments(layers)
+    with moments.watching():
         shortest = min(batches, key=lambda batch: batch["input_ids"].numel())
         run(model, [shortest], lambda *_: None, positions=positions, progress=False, what="inputs")
-    return leaders
-
-
-@contextmanager
-def hooked(layers: Mapping[str, nn.Module], hook: Callable[[str], Hook]) -> Iterator[None]:
-    """Call `hook(name)` before each forward of the named layers, for the duration of a block."""
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
-        yield
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
+    return moments.leaders
 
 
 @torch.no_grad()

@@ -1,5 +1,4 @@
-"""Names of modules: as the base model has them, whatever is wrapped around the model and its layers; patterns that
-mean exactly them; and short lists of them for messages.
+"""Names of modules in the base model, without wrappers; patterns that match exactly these; short lists for messages.
 
 PEFT matches a list of names as suffixes, and the keys of `rank_pattern` and `alpha_pattern` as regular expressions
 after any prefix: "layers.0.lin" also means "img.layers.0.lin". The first match counts.
@@ -22,7 +21,7 @@ SHOWN = 3
 
 
 def base_model(model: Any) -> nn.Module:
-    """The model that adapters were put into, without what is around it: PEFT's, compiled and parallel modules."""
+    """The model that adapters were put into, without the modules of PEFT, torch.compile and parallelism around it."""
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTuner
 
@@ -57,8 +56,8 @@ def own_name(name: str) -> str:
 
 
 def walk(model: nn.Module, shared: bool = False) -> Iterator[tuple[str, str, nn.Module]]:
-    """`(own name, name in `model`, module)` of every module of the base model. An adapter's layer stands for the layer
-    under it and is not entered. `shared` names a module that is in several places by each of them, not by the first.
+    """`(own name, name in `model`, module)` of every module of the base model. An adapter's layer is not entered: it
+    stands for its base layer. With `shared`, a module in several places is listed once for each of them.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -88,7 +87,7 @@ def relocated(key: str, prefixes: Mapping[str, str]) -> str:
 
 
 def exclude_look_alikes(config: Any, existing: Iterable[str]) -> None:
-    """Make a LoRA config with full module names match no other existing module, although it may end like one."""
+    """Set `exclude_modules` so that the full names in `target_modules` match no other module that ends like them."""
 
     def matched(name: str) -> bool:
         parts = name.split(".")
@@ -105,14 +104,14 @@ def pin(config: Any, modules: Mapping[str, tuple[int, float]], existing: Mapping
         modules: `{own name: (rank, alpha)}`.
         existing: `places` of the model. Without it, other modules whose names end like these are not excluded.
     """
-    existing = {name: name for name in modules} if existing is None else existing
-    wanted = {existing.get(name, name): value for name, value in modules.items()}
-    exact = {name: f"^{re.escape(name)}" for name in wanted}
+    places = existing or {}
+    wanted = {places.get(name, name): value for name, value in modules.items()}
     config.target_modules = set(wanted)
-    exclude_look_alikes(config, existing.values())
+    exclude_look_alikes(config, places.values())
     config.layers_to_transform = config.layers_pattern = None
-    config.rank_pattern = {exact[name]: rank for name, (rank, _) in wanted.items() if rank != config.r}
-    config.alpha_pattern = {exact[name]: alpha for name, (_, alpha) in wanted.items() if alpha != config.lora_alpha}
+    exact = {f"^{re.escape(name)}": value for name, value in wanted.items()}
+    config.rank_pattern = {name: rank for name, (rank, _) in exact.items() if rank != config.r}
+    config.alpha_pattern = {name: alpha for name, (_, alpha) in exact.items() if alpha != config.lora_alpha}
 
 
 _NAME = re.compile(r"\^?(?:[\w.\-]|\\[^\w\s])*\$?")
@@ -120,9 +119,9 @@ _LETTER = re.compile(r"\\?.")
 
 
 def pattern_value(patterns: Mapping[str, T] | None, module: str, default: T) -> T | None:
-    """What PEFT takes from `rank_pattern` or `alpha_pattern` for a module: the first match. None where only a regular
-    expression could tell: none is ever run. A key that is a name (see `_NAME`; `.` stands for any character) is
-    compared. Another key is passed over if it certainly ends otherwise than the module.
+    """What PEFT takes from `rank_pattern` or `alpha_pattern` for a module: the value of the first match. No regular
+    expression is run: keys that are names (`_NAME`; `.` stands for any character) are compared, others are skipped if
+    they certainly end differently, and else the result is None, unknown.
     """
     vague = False
     for key, value in (patterns or {}).items():
@@ -147,7 +146,7 @@ def _is_end(key: str, module: str) -> bool:
 
 
 def _certain_end(key: str) -> str:
-    """The literal end that every match of a regular expression has, as far as it is obvious."""
+    """A literal with which every match of a regular expression ends; empty if it is not obvious."""
     match = None if "|" in key or "(?" in key else re.search(r"(\\\w?)?([\w!,;:=-]*)$", key)
     return "" if match is None or match[1] else match[2]
 
@@ -159,8 +158,8 @@ def listed(names: Collection[str]) -> str:
 
 
 def exclusion_pattern(names: Iterable[str], others: Iterable[str]) -> str:
-    """A regular expression for `exclude_modules` that matches the full names of some modules and none of the others.
-    Numbered layers are one term where possible: `model\\.layers\\.\\d+\\.mlp\\.gate`.
+    """A regular expression for `exclude_modules` that matches the full names of these modules and of no others.
+    Numbered layers become one term where possible: `model\\.layers\\.\\d+\\.mlp\\.gate`.
     """
     names = set(names)
     others = set(others) - names
@@ -170,5 +169,5 @@ def exclusion_pattern(names: Iterable[str], others: Iterable[str]) -> str:
 
 
 def public_name(label: str) -> str:
-    """A Hub id or an adapter's name as it is; of a local path only the last part."""
+    """A Hub id or an adapter's name unchanged; only the last part of a local path."""
     return os.path.basename(os.path.normpath(label)) if os.path.isabs(label) or os.path.exists(label) else label

@@ -1,4 +1,4 @@
-"""Which layers of a model are meant: PEFT's matching rules for `target_modules`, without building an adapter."""
+"""Which layers a config targets: PEFT's rules for `target_modules`, without building an adapter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft_safety.errors import ConfigError
 
 
 def base_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every base layer that can hold an adapter, by name. Existing adapters are looked through."""
+    """Every base layer that can hold an adapter, by name, also under existing adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers: dict[str, nn.Module] = {}
@@ -34,7 +34,7 @@ def target_layers(
     Args:
         target_modules: names or suffixes, a regular expression for the full name, `"all-linear"` (all but the output
             embedding), or None for PEFT's default of this architecture.
-        exclude_modules: names or suffixes, or a regular expression for the full name, of those that are not meant.
+        exclude_modules: those to leave out, in the same forms.
 
     Raises:
         ConfigError: nothing matches, or no default is known.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from peft import LoraConfig
 from torch import nn
 
+from peft_safety.calibration.activations import estimate, tokenizer_for
 from peft_safety.calibration.sizes import check_size_options
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import StoredAdapter, sign
@@ -23,7 +24,9 @@ from peft_safety.core.plain_lora import INITS, MANIFEST, NOT_PROTECTED, check_fe
 from peft_safety.core.projection import Side
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.subspace_file import FILE_NAME
+from peft_safety.core.targets import target_layers
 from peft_safety.data import calibration_rows
+from peft_safety.data.rows import Rows, data_rows
 from peft_safety.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +35,11 @@ if TYPE_CHECKING:
 
 LAYER_BUILDERS: set[CodeType] = set()
 """The functions in which PEFT's layers make their factors from a config. `registry` fills this set."""
+
+
+def option(default: Any, text: str) -> Any:
+    """A field of a config with its help text."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -51,25 +59,21 @@ class ProtectedConfig(LoraConfig):
         ConfigError: a LoRA feature that cannot be protected, or numbers out of range.
     """
 
-    subspace: Any = field(
-        default="auto", metadata={"help": "SafetySubspace, path, Hub id, or 'auto' to calibrate at injection."}
+    subspace: Any = option("auto", "SafetySubspace, path, Hub id, or 'auto' to calibrate at injection.")
+    safety_rank: int | float | None = option(
+        None, "For subspace='auto': protected directions per module, or a share of its features."
     )
-    safety_rank: int | float | None = field(
-        default=None,
-        metadata={"help": "For subspace='auto': protected directions per module, or a share of its features."},
+    safety_energy: float | None = option(
+        None, "Instead of safety_rank: as many directions as hold this share of the energy."
     )
-    safety_energy: float | None = field(
-        default=None, metadata={"help": "Instead of safety_rank: as many directions as hold this share of the energy."}
+    safety_rank_pattern: dict[str, int | float] | None = option(
+        None, "Other values of safety_rank or safety_energy by the end of a module's name."
     )
-    safety_rank_pattern: dict[str, int | float] | None = field(
-        default=None, metadata={"help": "Other values of safety_rank or safety_energy by the end of a module's name."}
-    )
-    safety_artifact: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Hashes of the saved files; written by save_pretrained."}
-    )
+    safety_artifact: dict[str, Any] | None = option(None, "Hashes of the saved files; written by save_pretrained.")
 
     PEFT_KEY: ClassVar[str] = ""
-    UNSAVED: ClassVar[tuple[str, ...]] = ()  # data: what came of them is saved, they are not
+    METHOD: ClassVar[str] = "salora"  # of `estimate`
+    UNSAVED: ClassVar[tuple[str, ...]] = ()  # data fields: only what was computed from them is saved
     LEAST_RANK: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -96,8 +100,8 @@ class ProtectedConfig(LoraConfig):
 
     @property
     def use_rslora(self) -> bool:
-        """LoRA's field. Every layer reads it when it makes its factors, so a layer that is built past the injection,
-        which would not be protected, is refused here.
+        """LoRA's field. Every LoRA layer reads it when it makes its factors. A layer that is built outside the
+        injection would not be protected, and is refused here.
         """
         if sys._getframe(1).f_code in LAYER_BUILDERS and not self._injecting:
             raise ConfigError(
@@ -147,9 +151,7 @@ class ProtectedConfig(LoraConfig):
         return {"rank": self.safety_rank, "energy": self.safety_energy, "per_kind": self.safety_rank_pattern}
 
     def resolve(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SafetySubspace:
-        """The subspace itself: as given, loaded, or calibrated on the package's own data. `layers` are the base layers
-        by name.
-        """
+        """The subspace: as given, loaded, or calibrated on the package's own data. `layers`: base layers by name."""
         if isinstance(self.subspace, SafetySubspace):
             return self.subspace
         if self.subspace == "auto":
@@ -161,19 +163,41 @@ class ProtectedConfig(LoraConfig):
             "Hub id, or 'auto'."
         )
 
-    def calibrate(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SafetySubspace:
-        """What `subspace="auto"` means: an estimate on the package's own data."""
-        from peft_safety.calibration.activations import estimate, tokenizer_of
+    @property
+    def own_data(self) -> str:
+        """The package's rows behind `subspace="auto"`: the `basis` of `calibration_rows`."""
+        return "harmful"
 
-        subspace = estimate(
-            model, calibration_rows("salora"), tokenizer=tokenizer_of(model), layers=layers, **self.subspace_size
-        )
-        subspace.provenance["source"] = "peft_safety refusal pairs, calibration split"
+    @property
+    def estimate_options(self) -> dict[str, Any]:
+        """Further arguments of `estimate`."""
+        return {}
+
+    def calibrate(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        data: Any = None,
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> SafetySubspace:
+        """What `subspace="auto"` means, and what the function `calibrate` does.
+
+        Args:
+            layers: base layers by name.
+            data, tokenizer: as in `calibrate`.
+            options: `memory`, `seed` and `progress` of `estimate`.
+        """
+        rows = calibration_rows(self.METHOD, self.own_data) if data is None else data_rows(data, "data")
+        options |= {"tokenizer": tokenizer or tokenizer_for(model, rows), "layers": layers, "allow_fewer": True}
+        subspace = estimate(model, rows, method=self.METHOD, **self.subspace_size, **self.estimate_options, **options)
+        if data is None:
+            subspace.provenance["source"] = f"peft_safety's own rows, basis {self.own_data!r}"
         return subspace
 
     @property
     def unfinished(self) -> str | None:
-        """What is still missing for the adapter to be what its config says, for a warning when it is saved."""
+        """Why the adapter is not yet what its config says, for a warning when it is saved."""
         return None
 
     def frozen_rows(
@@ -186,8 +210,8 @@ class ProtectedConfig(LoraConfig):
         """Set initial factors once the leaves are in place. Nothing to do for plain LoRA initialization."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields. `peft_type` is this method's own, so that nothing without this package mistakes the
-        adapter for plain LoRA; where it is one (`is_plain`), these are LoRA's fields.
+        """JSON-able fields. `peft_type` is this method's own, so that PEFT without this package does not load the
+        adapter as a plain LoRA. Where it is one (`is_plain`), these are LoRA's fields.
         """
         plain = copy.copy(self)
         for name in self.UNSAVED:
@@ -198,11 +222,10 @@ class ProtectedConfig(LoraConfig):
             plain.subspace = os.fspath(self.subspace)
         result: dict[str, Any] = LoraConfig.to_dict(plain)
         if self.is_plain:
-            theirs = {entry.name for entry in fields(LoraConfig)}
-            result = {name: value for name, value in result.items() if name in theirs}
+            result = {entry.name: result[entry.name] for entry in fields(LoraConfig) if entry.name in result}
         else:
             result["peft_type"] = self.PEFT_KEY
-        # full names: no regular expression ever has to be trusted on the way back
+        # full names: nobody who loads it has to run a regular expression from a file
         if self._modules and (self._partial or not self.is_plain):
             result["target_modules"] = sorted(self._modules)
             result["rank_pattern"] = {name: r for name, (r, _) in self._modules.items() if r != self.r}
@@ -220,14 +243,50 @@ class ProtectedConfig(LoraConfig):
         if stored:
             used = self.subspace.restricted(self._modules) if self._modules else self.subspace
             path = used.save(save_directory)
-            self.safety_artifact = {
-                "subspace": FILE_NAME,
-                "files": {FILE_NAME: files.sha256(path)},
-                "extra_tensors": [],
-            }
+            hashes = {FILE_NAME: files.sha256(path)}
+            self.safety_artifact = {"subspace": FILE_NAME, "files": hashes, "extra_tensors": []}
         super().save_pretrained(save_directory, **kwargs)
         if stored:
             path = Path(save_directory, MANIFEST)
             config = files.read_json(path)
             sign(config)
             path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def calibrate(
+    model: nn.Module,
+    config: ProtectedConfig,
+    data: Rows | None = None,
+    *,
+    tokenizer: Any = None,
+    memory: str | int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> SafetySubspace:
+    """Estimate the subspace of a config before its adapter is injected, as `subspace="auto"` does at injection.
+
+        config.subspace = calibrate(model, config)
+        model = get_peft_model(model, config)
+
+    Layers that no token reaches, or too narrow for a basis, have none (see `SafetySubspace.left_out`); the adapter
+    leaves them out, with a warning.
+
+    Args:
+        model: the base model, dense or quantized, also with adapters on it, which are switched off meanwhile.
+        config: says the method, the sizes, and the target and excluded modules.
+        data: rows or tokenized batches, as in `SafetySubspace.from_activations`; None takes the package's own rows
+            of the method.
+        tokenizer: for rows; default the one under the model's own name.
+        memory: budget for the second moments, in bytes or as "4GB"; default half of the device's free memory.
+        seed: of the decompositions.
+        progress: show a progress bar.
+
+    Raises:
+        ConfigError: a config without a subspace of its own; `data` for a basis that is computed from weights alone;
+            target modules that match nothing; no tokenizer.
+        CalibrationError: data that reach no layer, or that hold fewer tokens than directions.
+    """
+    if not isinstance(config, ProtectedConfig):
+        raise ConfigError(f"a {type(config).__name__} has no safety subspace. Use GuardSpaceConfig or SaLoRAConfig.")
+    layers = target_layers(model, config.target_modules, config.exclude_modules)
+    return config.calibrate(model, layers, data, tokenizer, memory=memory, seed=seed, progress=progress)

@@ -1,4 +1,4 @@
-"""Factors of adapters: of one that is loaded, and of a stored protected one."""
+"""The factors of a loaded adapter, and of a stored protected one."""
 
 from __future__ import annotations
 

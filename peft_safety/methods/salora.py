@@ -11,20 +11,21 @@ and leaves the base weight alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from peft_safety.calibration.activations import estimate, tokenizer_for
 from peft_safety.calibration.leaving_out import warn_left_out
 from peft_safety.core import base_weights as weights
 from peft_safety.core.projection import top_singular
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data.rows import data_rows
 from peft_safety.errors import ConfigError
-from peft_safety.methods.base import ProtectedConfig
+from peft_safety.methods.base import ProtectedConfig, option
 from peft_safety.methods.initial import start_from
 
 
@@ -47,13 +48,9 @@ class SaLoRAConfig(ProtectedConfig):
         ConfigError: see `ProtectedConfig`; `init="task"` without `task_data`.
     """
 
-    init: Literal["lora", "task"] = field(
-        default="lora", metadata={"help": "'lora' (B = 0) or 'task' (task-aware, arXiv 2501.01765)."}
-    )
-    task_data: Any = field(
-        default=None, metadata={"help": "Task rows, batches or subspace for init='task'. Not saved."}
-    )
-    task_rank: int = field(default=32, metadata={"help": "Directions of the task subspace."})
+    init: Literal["lora", "task"] = option("lora", "'lora' (B = 0) or 'task' (task-aware, arXiv 2501.01765).")
+    task_data: Any = option(None, "Task rows, batches or subspace for init='task'. Not saved.")
+    task_rank: int = option(32, "Directions of the task subspace.")
 
     PEFT_KEY: ClassVar[str] = "SALORA"
     UNSAVED: ClassVar[tuple[str, ...]] = ("task_data",)
@@ -94,12 +91,8 @@ class SaLoRAConfig(ProtectedConfig):
                 "SaLoRAConfig: init='task' needs task_data. Give rows {prompt, response}, tokenized batches, or a "
                 "SafetySubspace."
             )
-        from peft_safety.calibration.activations import estimate, tokenizer_of
-        from peft_safety.calibration.moments import is_tokenized
-
         rows = data_rows(self.task_data, "SaLoRAConfig: task_data")
-        tokenizer = None if is_tokenized(rows) else tokenizer_of(model)
-        return estimate(model, rows, tokenizer=tokenizer, rank=self.task_rank, layers=base)
+        return estimate(model, rows, tokenizer=tokenizer_for(model, rows), rank=self.task_rank, layers=base)
 
 
 @torch.no_grad()

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_safety.calibration.moments import to_batches
 from peft_safety.core.subspace import SafetySubspace
-from peft_safety.core.targets import target_layers
-from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
+from peft_safety.data import CALIBRATION_PAIRS, calibration_rows
 from peft_safety.data.rows import Rows, as_rows
 from peft_safety.errors import ConfigError
 
@@ -76,24 +75,20 @@ def calibrated(
     Raises:
         CalibrationError: see `SafetySubspace.from_activations`.
     """
+    from peft_safety.methods.base import calibrate
     from peft_safety.methods.guardspace import GuardSpaceConfig
     from peft_safety.methods.salora import SaLoRAConfig
 
     config, rows = copy.copy(config), as_rows(rows)
-    auto = isinstance(getattr(config, "subspace", None), str) and config.subspace == "auto"
     common: dict[str, Any] = {"tokenizer": tokenizer, "seed": seed, "progress": progress}
-    if isinstance(config, SaLoRAConfig):
+    reading: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": 8, "max_length": 512}
+    if isinstance(config, (SaLoRAConfig, GuardSpaceConfig)) and config.subspace == "auto":
+        config.subspace = calibrate(model, config, **common)
+    if isinstance(config, SaLoRAConfig) and config.init == "task" and config.task_data is None:
         common |= {"target_modules": config.target_modules, "allow_fewer": True}
-        if auto:
-            pairs = refusal_pairs("calibration", CALIBRATION_PAIRS, seed)
-            config.subspace = SafetySubspace.from_activations(model, pairs, **config.subspace_size, **common)
-        if config.init == "task" and config.task_data is None:
-            task = rows[:CALIBRATION_PAIRS]
-            config.task_data = SafetySubspace.from_activations(model, task, rank=config.task_rank, **common)
+        task = rows[:CALIBRATION_PAIRS]
+        config.task_data = SafetySubspace.from_activations(model, task, rank=config.task_rank, **common)
     elif isinstance(config, GuardSpaceConfig):
-        reading: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": 8, "max_length": 512}
-        if auto:
-            config.subspace = config.calibrate(model, target_layers(model, config.target_modules), **common)
         if config.init == "guardspace" and config.init_data is None:
             config.init_data = to_batches(calibration_rows("guardspace", config.basis), **reading)[0]
         if config.task_data is None:

@@ -29,14 +29,13 @@ def attach(
     configs: Mapping[str, Any],
     take_out: Callable[[Collection[str]], None],
 ) -> Collection[str]:
-    """Put the protected leaves into freshly built LoRA layers. From the config of an adapter that is there, the new
-    one is a copy: never calibrated again. What the subspace leaves out, because it could not be calibrated, the
-    adapter leaves out too.
+    """Put the protected leaves into freshly built LoRA layers. `reuse` says where their bases and factors come from.
+    The adapter leaves out the layers that its subspace leaves out.
 
     Args:
-        config: the adapter's own one; what was calibrated or loaded is noted in it.
+        config: the adapter's own one; results of calibration or loading are noted in it.
         configs: all of the model's, by adapter.
-        take_out: removes the adapter's layers of some names again.
+        take_out: removes the adapter's layers of these names again.
 
     Returns:
         The names of the layers that were taken out.
@@ -52,10 +51,10 @@ def attach(
         )
     base = {name: layer.get_base_layer() for name, layer in layers.items()}
     for name, layer in layers.items():
-        if config.r != layer.r[adapter_name] > min(weights.shape(base[name])):
+        shape = weights.shape(base[name])
+        if config.r != layer.r[adapter_name] > min(shape):
             raise ConfigError(
-                f"{name}: r={layer.r[adapter_name]} exceeds the layer's {weights.shape(base[name])}. Use a smaller r "
-                "or a rank_pattern."
+                f"{name}: r={layer.r[adapter_name]} exceeds the layer's {shape}. Use a smaller r or a rank_pattern."
             )
     if config.freezes and frozen.reuse_factors(layers, adapter_name, config, configs):
         return ()
@@ -64,8 +63,8 @@ def attach(
         reuse.start_over(config)
     asked = reuse.settings(config)
     subspace = config.subspace if copied else config.resolve(model, base)
-    known = subspace.left_out
-    gone = {name: known[name] for name in subspace.lacking(layers, config.basis_sides) if name in known}
+    left_out = subspace.left_out
+    gone = {name: left_out[name] for name in subspace.lacking(layers, config.basis_sides) if name in left_out}
     if len(gone) == len(layers):
         raise SubspaceError(
             f"{listed(gone)}: the subspace leaves out every layer of the adapter. Use other target_modules, or "
@@ -89,18 +88,17 @@ def attach(
     if config.freezes:
         frozen.start(model, layers, adapter_name, config)
         if isinstance(asked["subspace"], (str, os.PathLike)) and asked["subspace"] != "auto":
-            config.subspace = asked["subspace"]  # the bases are done with, and can be read again
+            config.subspace = asked["subspace"]  # the bases are needed no more, and can be read again
     else:
         reuse.start(model, layers, adapter_name, config, configs, copied)
     if not copied:
-        reuse.remember(
-            config, asked, loaded=config._stored is not None or (config._origin is not None and config._origin.loaded)
-        )
+        loaded = config._stored is not None or (config._origin is not None and config._origin.loaded)
+        reuse.remember(config, asked, loaded=loaded)
     return gone
 
 
 def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig) -> None:
-    """Put leaves with the config's bases in place of the factors, or give the leaves that are there those bases."""
+    """Replace the factors by leaves with the config's bases, or give existing leaves these bases."""
     existing: dict[ProtectedLinear, Tensor | None] = {}
     for name, layer in layers.items():
         adopt(layer)
@@ -117,8 +115,8 @@ def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedCo
 
 
 def sides(layer: LoraLayer, config: ProtectedConfig, name: str) -> Iterator[tuple[Any, Side, Tensor | None]]:
-    """The factors of a layer where a leaf belongs, each with its side and its basis: the constrained one, and with a
-    residual the other one too.
+    """The factors of a layer that are leaves, each with its side and basis: the constrained ones, and with a residual
+    both.
     """
     pairs: tuple[tuple[Any, Side], ...] = ((layer.lora_A, "in"), (layer.lora_B, "out"))
     for factor, side in pairs:

@@ -15,12 +15,10 @@ from peft_safety.methods.base import ProtectedConfig
 
 
 def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
-    """Before anything is allocated: does a stored adapter fit this model, and is the rank one that some layer can
-    have?
+    """Check that a stored adapter fits this model, and that some layer can have the rank.
 
     Raises:
-        ArtifactError: a module that the model lacks, or one of another shape; a tensor that would replace a base
-            weight.
+        ArtifactError: a module that the model lacks, or of another shape; a tensor that would replace a base weight.
         ConfigError: a rank above every layer's width.
     """
     modules = {name: original(module) for name, _, module in walk(model)}
@@ -34,22 +32,19 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
         return
     for name, (m, n, rank) in config._stored.shapes.items():
         base = modules.get(name)
-        if base is None or not weights.supported(base) or weights.shape(base) != (m, n):
-            found = (
-                "no such module"
-                if base is None
-                else f"a {type(base).__name__}" + (f" {weights.shape(base)}" if weights.supported(base) else "")
-            )
+        shape = weights.shape(base) if base is not None and weights.supported(base) else None
+        if shape != (m, n):
+            existing = "no such module" if base is None else f"a {type(base).__name__} {shape or ''}".rstrip()
             raise ArtifactError(
-                f"{config._stored.directory}: the adapter has {name} ({m} x {n}, rank {rank}), the model has {found}. "
-                "Load the base model that it was trained on."
+                f"{config._stored.directory}: the adapter has {name} ({m} x {n}, rank {rank}), the model has "
+                f"{existing}. Load the base model that it was trained on."
             )
     _check_extra(model, config, config._stored)
 
 
 def _check_extra(model: nn.Module, config: ProtectedConfig, stored: StoredAdapter) -> None:
-    """Tensors that are no factors are exactly those of `modules_to_save`, or token rows, or the model's own
-    embeddings: nothing else is replaced.
+    """Check that tensors other than factors are exactly those of `modules_to_save`, token rows or the model's own
+    embeddings, so that no other weight is replaced.
     """
     saved = tuple(config.modules_to_save or ())
     if not saved and not stored.extra_tensors:
@@ -70,16 +65,15 @@ def _check_extra(model: nn.Module, config: ProtectedConfig, stored: StoredAdapte
         if any(module is end for end in ends):
             allowed |= {f"{name}.{k}": tuple(v.shape) for k, v in module.state_dict().items()}
     with files.open_tensors(stored.directory / ADAPTER_FILE) as handle:
-        found = {
-            base_key(key, stored.shapes): tuple(handle.get_slice(key).get_shape()) for key in stored.extra_tensors
-        }
+        shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in stored.extra_tensors}
+    extra = {base_key(key, stored.shapes): shape for key, shape in shapes.items()}
     if config.trainable_token_indices:
-        found = {key: shape for key, shape in found.items() if "token_adapter" not in key}
-    mismatched = sorted(key for key in found.keys() | needed if found.get(key) != allowed.get(key))
+        extra = {key: shape for key, shape in extra.items() if "token_adapter" not in key}
+    mismatched = sorted(key for key in extra.keys() | needed if extra.get(key) != allowed.get(key))
     if mismatched:
         key = mismatched[0]
         raise ArtifactError(
-            f"{stored.directory}: {key} is {found.get(key, 'missing')} in the adapter, and modules_to_save and the "
+            f"{stored.directory}: {key} is {extra.get(key, 'missing')} in the adapter, and modules_to_save and the "
             f"model's embeddings account for {allowed.get(key, 'no such tensor')}: it would replace a base weight, or "
             "leave one untrained. Save the adapter again."
         )

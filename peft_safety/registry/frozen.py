@@ -1,9 +1,9 @@
-"""Adapters whose `lora_A` is made blind once and frozen: their factors, and the certificate beside them on disk."""
+"""Adapters whose `lora_A` is made blind once and then frozen: their factors, and the certificate of a directory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ def start(model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str, 
 def reuse_factors(
     layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig, configs: Mapping[str, Any]
 ) -> bool:
-    """Freeze factors that are there already, and need no bases: those of the adapter that the new one is a copy of, or
-    of the config's directory. Those of a weighted combination are frozen when PEFT has filled them (`combined`).
+    """Freeze factors that exist already and need no bases: those of the copied adapter, or of the config's directory.
+    PEFT fills those of a weighted combination later (`combined`).
 
     Args:
         configs: the model's, by adapter.
@@ -54,8 +54,7 @@ def reuse_factors(
             config._certificate = configs[source]._certificate
             rows = {name: layer.lora_A[source].weight.detach() for name, layer in layers.items()}
         elif config._certificate is not None and config._certificate.directory is not None:
-            rows = stored_rows(config._certificate.directory)
-            _check_layers(rows, layers, adapter_name, config._certificate.directory)
+            rows = stored_rows(config._certificate.directory, layers, adapter_name)
         else:
             return False
         _install(layers, adapter_name, config, rows)
@@ -74,8 +73,8 @@ def _install(
 
 @torch.no_grad()
 def aim(model: nn.Module, task_data: Any, adapter_name: str = "default") -> None:
-    """Make the frozen factors of an adapter anew from rows of its task, before it has learned anything. On several
-    processes all take those of rank 0, so each of them has to call it.
+    """Compute the frozen factors of an adapter again from rows of its task, before it has learned anything. All
+    processes take those of rank 0, so each of them must call it.
 
     Args:
         task_data: as in `GuardSpaceConfig`.
@@ -83,7 +82,7 @@ def aim(model: nn.Module, task_data: Any, adapter_name: str = "default") -> None
     Raises:
         ConfigError: another kind of adapter, one without its subspace (loaded from a directory), or one that has
             learned something.
-        UnsupportedLayerError: factors that are sharded.
+        UnsupportedLayerError: sharded factors.
     """
     config = config_table(model).get(adapter_name)
     if not isinstance(config, ProtectedConfig) or not config.freezes or config.subspace is None:
@@ -100,8 +99,8 @@ def aim(model: nn.Module, task_data: Any, adapter_name: str = "default") -> None
             )
         if bool(pair[1].any()):
             raise ConfigError(
-                f"{name}: adapter {adapter_name!r} has learned something (lora_B is not zero), which other rows of "
-                "lora_A would undo. Do it before the first step."
+                f"{name}: adapter {adapter_name!r} has learned something (lora_B is not zero), which a new lora_A "
+                "would undo. Call this before the first step."
             )
     kept, config.subspace = config.subspace, config.resolve(model, {})
     try:
@@ -110,18 +109,13 @@ def aim(model: nn.Module, task_data: Any, adapter_name: str = "default") -> None
     finally:
         config.subspace = kept
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        rows = {name: _from_rank_0(a, layers[name].lora_B[adapter_name].weight.device) for name, a in rows.items()}
-        certificate = replace(
-            certificate, modules={n: replace(m, sha256=digest(rows[n])) for n, m in certificate.modules.items()}
-        )
+        for name, a in rows.items():
+            rows[name] = a.to(layers[name].lora_B[adapter_name].weight.device)
+            torch.distributed.broadcast(rows[name], 0)
+        modules = {name: replace(entry, sha256=digest(rows[name])) for name, entry in certificate.modules.items()}
+        certificate = replace(certificate, modules=modules)
     config._certificate = certificate
     _install(layers, adapter_name, config, rows)
-
-
-def _from_rank_0(a: Tensor, device: torch.device) -> Tensor:
-    a = a.to(device)
-    torch.distributed.broadcast(a, 0)
-    return a
 
 
 def _certificate(config: ProtectedConfig, rows: Mapping[str, Tensor]) -> Certificate:
@@ -130,45 +124,36 @@ def _certificate(config: ProtectedConfig, rows: Mapping[str, Tensor]) -> Certifi
     for name, a in rows.items():
         basis = config.subspace.bases[name]["in"]
         modules[name] = FrozenFactor(digest(a), int(basis.shape[1]), leak(basis.to(a.device), a, "in"))
-    settings = {
-        entry.name: getattr(config, entry.name)
-        for entry in fields(config)
-        if isinstance(getattr(config, entry.name), (str, int, float)) and entry.name not in _lora_fields()
-    }
+    own = {name: value for name, value in reuse.settings(config).items() if name != "subspace"}
+    settings = {name: value for name, value in own.items() if isinstance(value, (str, int, float))}
     return Certificate(config.PEFT_KEY, config.subspace.digest, settings, modules)
 
 
-def _lora_fields() -> set[str]:
-    return {entry.name for entry in fields(LoraConfig)} | {"subspace"}
+def stored_rows(
+    directory: Path, layers: Mapping[str, LoraLayer] | None = None, adapter_name: str = ""
+) -> dict[str, Tensor]:
+    """`lora_A` of every module of a plain LoRA directory.
 
-
-def stored_rows(directory: Path) -> dict[str, Tensor]:
-    """`lora_A` of every module of a plain LoRA directory."""
+    Raises:
+        ArtifactError: given `layers`, the directory has other modules or shapes than they.
+    """
     path = files.child(directory, ADAPTER_FILE)
     with files.open_tensors(path) as handle:
         keys = [key for key in handle.keys() if key.startswith(PREFIX) and key.endswith(SUFFIX)]  # noqa: SIM118
-        return {key.removeprefix(PREFIX).removesuffix(SUFFIX): read_tensor(handle, path, key, DTYPES) for key in keys}
-
-
-def _check_layers(
-    rows: Mapping[str, Tensor], layers: Mapping[str, LoraLayer], adapter_name: str, directory: Path
-) -> None:
-    shapes = {name: (int(a.shape[0]), int(a.shape[1])) for name, a in rows.items()}
-    here = {name: (int(layer.r[adapter_name]), int(layer.in_features)) for name, layer in layers.items()}
-    if shapes != here:
-        mismatched = sorted(set(shapes.items()) ^ set(here.items()))[:3]
-        raise ArtifactError(
-            f"{directory}: its lora_A factors are not those of the model's layers; they differ at {mismatched}. Load "
-            "the base model that it was trained on."
-        )
+        rows = {key.removeprefix(PREFIX).removesuffix(SUFFIX): read_tensor(handle, path, key, DTYPES) for key in keys}
+    if layers is not None:
+        shapes = {name: (int(a.shape[0]), int(a.shape[1])) for name, a in rows.items()}
+        expected = {name: (int(layer.r[adapter_name]), int(layer.in_features)) for name, layer in layers.items()}
+        if mismatched := sorted(set(shapes.items()) ^ set(expected.items())):
+            raise ArtifactError(
+                f"{directory}: its lora_A factors are not those of the model's layers; they differ at "
+                f"{mismatched[:3]}. Load the base model that it was trained on."
+            )
+    return rows
 
 
 def check_certified(directory: Path, certificate: Certificate) -> dict[str, Tensor]:
-    """Check that a directory's `lora_A` factors are those of its certificate. Returns them.
-
-    Raises:
-        ArtifactError: a module more or less, or another factor.
-    """
+    """The `lora_A` factors of a directory. An ArtifactError says that they are not those of its certificate."""
     rows = stored_rows(directory)
     if differing := sorted(set(rows) ^ set(certificate.modules)):
         raise ArtifactError(
@@ -178,9 +163,9 @@ def check_certified(directory: Path, certificate: Certificate) -> dict[str, Tens
     for name, a in rows.items():
         if digest(a) != certificate.modules[name].sha256:
             raise ArtifactError(
-                f"{directory}: lora_A {tuple(a.shape)} of {name} is not the one that {FILE_NAME} vouches for: it was "
-                "trained or changed elsewhere, and may see the protected inputs. Make it blind again with peft-safety "
-                f"repair --method guardspace; without {FILE_NAME} it loads as an ordinary LoRA."
+                f"{directory}: lora_A {tuple(a.shape)} of {name} is not the one in {FILE_NAME}: it was changed "
+                "elsewhere, and may see the protected inputs. Make it blind again with peft-safety repair --method "
+                f"guardspace; without {FILE_NAME} it loads as an ordinary LoRA."
             )
     return rows
 
@@ -205,11 +190,7 @@ def certified(config: LoraConfig, directory: Path) -> LoraConfig:
 
 
 def seal_frozen(directory: Path, config: ProtectedConfig) -> None:
-    """Check the factors of a new directory, and write the certificate beside them.
-
-    Raises:
-        ArtifactError: a factor that is not one of those that were made blind.
-    """
+    """Write the certificate of a new directory. An ArtifactError names a factor that is not the one made blind."""
     assert config._certificate is not None
     rows, known = stored_rows(directory), config._certificate.modules
     changed = [name for name, a in rows.items() if digest(a) not in config._accepted.get(name, ())]
@@ -223,39 +204,37 @@ def seal_frozen(directory: Path, config: ProtectedConfig) -> None:
     replace(config._certificate, modules=modules, directory=None).write(directory)
 
 
-def accept_stored(config: ProtectedConfig) -> dict[str, Tensor]:
-    """Note that an adapter holds the factors of its config's directory. Returns them."""
+def accept_stored(config: ProtectedConfig) -> None:
+    """Record that an adapter holds the factors of its config's directory."""
     assert config._certificate is not None
     assert config._certificate.directory is not None
     rows = check_certified(config._certificate.directory, config._certificate)
     config._accepted = {name: digests(a) for name, a in rows.items()}
-    return rows
 
 
 def take_over(config: ProtectedConfig, stored: ProtectedConfig, layers: Mapping[str, LoraLayer], name: str) -> None:
-    """Make a live adapter take the frozen factors of a checked directory (a resumed run).
+    """Give an existing adapter the frozen factors of a checked directory (a resumed run).
 
     Raises:
         ConfigError: they are blind to another null space. ArtifactError: other modules or ranks.
     """
-    assert stored._certificate is not None
-    assert stored._certificate.directory is not None
+    certificate = stored._certificate
+    assert certificate is not None
+    assert certificate.directory is not None
     if config.subspace_id != stored.subspace_id:
         raise ConfigError(
-            f"{stored._certificate.directory} avoids another null space than adapter {name!r}. Load it under a new "
-            "name."
+            f"{certificate.directory} avoids another null space than adapter {name!r}. Load it under a new name."
         )
-    rows = stored_rows(stored._certificate.directory)
-    _check_layers(rows, layers, name, stored._certificate.directory)
-    config._certificate = stored._certificate
-    for module, a in accept_stored(config).items():
-        freeze(layers[module], name, a)
+    rows = stored_rows(certificate.directory, layers, name)
+    check_certified(certificate.directory, certificate)
+    config._certificate = certificate
+    _install(layers, name, config, rows)
 
 
 @torch.no_grad()
 def combined(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig, sources: list[str]) -> None:
-    """Freeze a weighted combination. Its rows are kept in the span of the sources' rows: some combinations prune
-    single elements, which would leave it.
+    """Freeze a weighted combination. Its rows are projected onto the span of the sources' rows, because some
+    combinations prune single elements and leave it.
     """
     first = config._certificate
     assert first is not None

@@ -1,8 +1,8 @@
-"""The fused path of a protected adapter on NF4 weights: `ops.nf4_lora` in place of PEFT's base product, adapter
-product and sum, where a layer is eligible.
+"""The fused path of a protected adapter on NF4 weights: `ops.nf4_lora` instead of PEFT's base product, adapter product
+and sum.
 
-`PEFT_SAFETY_FUSED=1` turns it on. It is then taken on GPUs that Triton serves, and wherever `PEFT_SAFETY_BACKEND`
-names a backend. Plain LoRA, and whatever else is not eligible, runs as PEFT wrote it, and `explain` says why.
+`PEFT_SAFETY_FUSED=1` turns it on, on GPUs that Triton supports or with the backend that `PEFT_SAFETY_BACKEND` names.
+Plain LoRA, and layers that are not eligible, run as PEFT wrote them; `explain` says why.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def forward(layer: Any, x: Tensor) -> Tensor | None:
-    """What `lora.Linear4bit` computes for `x (..., in)` with its active adapter, `(..., out)` in the dtype of `x`;
-    None where PEFT's own path must run.
+    """What `lora.Linear4bit` returns for `x (..., in)`: `(..., out)` in the dtype of `x`; None where PEFT's own path
+    must run.
 
     In training, more than a few rows take one product with `W + dW` rounded to the compute dtype. In eval mode base
-    and adapter are two paths, so that a
-    small update is not lost in that rounding: what is served is `C B A x` to the precision of the factors.
+    and adapter are two products, so that this rounding does not lose a small update.
     """
-    found = plan(layer)
-    if isinstance(found, str):
+    route = plan(layer)
+    if isinstance(route, str):
         return None
-    adapter, q, _ = found
+    adapter, q, _ = route
     base = layer.get_base_layer()
     dtype = base.compute_dtype or x.dtype
     if not isinstance(x, Tensor) or dtype not in COMPUTE or not x.dtype.is_floating_point or x.device != q.wq.device:
@@ -69,11 +68,8 @@ def drops(dropout: nn.Module) -> bool:
 
 
 def plan(layer: Any) -> tuple[str, ops.QuantBundle, str] | str:
-    """The adapter, the weight and the backend (with its reason) of the fused path, or why this layer does not take it
-    now.
-
-    Args:
-        layer: any of PEFT's LoRA layers.
+    """The adapter, the weight and the backend (with its reason) of the fused path of a LoRA layer, or why it does not
+    take this path now.
     """
     if os.environ.get(SWITCH) != "1":
         return f"the fused path is off; {SWITCH}=1 turns it on"
@@ -91,8 +87,7 @@ def plan(layer: Any) -> tuple[str, ops.QuantBundle, str] | str:
     adapter = _adapter(layer)
     if adapter not in layer.lora_A:
         return adapter
-    unusual = _unusual(layer, adapter, base)
-    if unusual is not None:
+    if (unusual := _unusual(layer, adapter, base)) is not None:
         return unusual
     q = ops.from_linear4bit(base)
     return q if isinstance(q, str) else (adapter, q, f"{name}: {reason}")
@@ -109,7 +104,7 @@ def _adapter(layer: Any) -> str:
 
 
 def _unusual(layer: Any, adapter: str, base: nn.Module) -> str | None:
-    """What PEFT's path would do and the fused one would not."""
+    """What PEFT's path would compute and the fused one would not."""
     if adapter in layer.lora_variant:
         return f"a LoRA variant ({type(layer.lora_variant[adapter]).__name__})"
     if layer.lora_bias[adapter]:
@@ -149,28 +144,21 @@ class Route(NamedTuple):
 
 def explain(model: nn.Module) -> list[Route]:
     """Which path each LoRA layer of a model takes in its present state (mode, active adapters, device, environment),
-    and why. A call with `adapter_names`, or with an input of another device, takes PEFT's path whatever this says.
+    and why. A call with `adapter_names`, or with an input on another device, always takes PEFT's path.
 
     Args:
-        model: any module with LoRA layers in it, protected or plain; without any, the list is empty.
+        model: any module; without LoRA layers, plain or protected, the list is empty.
     """
     routes = []
     for name, _, layer in walk(model):
         if isinstance(layer, LoraLayer):
-            found = plan(layer)
-            path, reason = (
-                ("peft", found)
-                if isinstance(found, str)
-                else (f"fused:{found[2].partition(':')[0]}", found[2].partition(": ")[2])
-            )
-            routes.append(Route(name, path, reason))
+            route = plan(layer)
+            backend, _, reason = ("peft", "", route) if isinstance(route, str) else route[2].partition(": ")
+            routes.append(Route(name, backend if isinstance(route, str) else f"fused:{backend}", reason))
     return routes
 
 
 def summary(routes: Iterable[Route]) -> list[dict[str, Any]]:
     """Rows of `kind` (the last part of the names), `path`, `reason` and `modules` (how many)."""
-    found = Counter((route.module.rpartition(".")[2], route.path, route.reason) for route in routes)
-    return [
-        {"kind": kind, "path": path, "reason": reason, "modules": count}
-        for (kind, path, reason), count in found.items()
-    ]
+    groups = Counter((route.module.rpartition(".")[2], route.path, route.reason) for route in routes)
+    return [{"kind": kind, "path": path, "reason": why, "modules": n} for (kind, path, why), n in groups.items()]

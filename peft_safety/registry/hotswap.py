@@ -19,6 +19,8 @@ from peft_safety.registry.protection import protected_configs
 from peft_safety.registry.reuse import remember, sizes
 from peft_safety.registry.tuners import adopt
 
+NO_RESIDUAL = "an adapter with a residual (init='task' or 'guardspace') cannot"
+
 
 def get_padded_linear(
     original: Callable[..., Any], lora_module: Any, target_rank: int, is_lora_A: bool, **kwargs: Any
@@ -30,10 +32,7 @@ def get_padded_linear(
     if not isinstance(lora_module, ProtectedLinear) or padded is lora_module:
         return padded
     if lora_module.initial is not None:
-        raise ConfigError(
-            "an adapter with a residual (init='task' or 'guardspace') cannot be padded for compiled hot-swapping. Use "
-            "export_lora first."
-        )
+        raise ConfigError(f"{NO_RESIDUAL} be padded for compiled hot-swapping. Use export_lora first.")
     return ProtectedLinear.replacing(padded, lora_module.basis, lora_module.side)
 
 
@@ -57,16 +56,18 @@ def hotswap_adapter_from_state_dict(
         )
     layers = adapter_layers(model, adapter_name)
     if config.freezes or (current is not None and current.freezes):
-        _swap_frozen(current, config, layers, adapter_name)
+        if current is None or not (current.freezes and config.is_plain):
+            raise ConfigError(
+                f"adapter {adapter_name!r} and the new one must both have a frozen lora_A (GuardSpaceConfig, "
+                "train='B', saved). Load it under a new name."
+            )
+        accept_stored(config)
         original(model, state_dict, adapter_name, config, *args, **kwargs)
-        config_table(model)[adapter_name] = config
+        _record(model, layers, adapter_name, config)
         return None
     if config.residual or (current is not None and current.residual):
-        raise ConfigError(
-            "an adapter with a residual (init='task' or 'guardspace') cannot be hot-swapped. Use export_lora first."
-        )
-    if current is not None and current.sides != config.sides:
-        # the leaf of a side that is constrained no more would stay
+        raise ConfigError(f"adapter {adapter_name!r}: {NO_RESIDUAL} be hot-swapped. Use export_lora first.")
+    if current is not None and current.sides != config.sides:  # a leaf of the other side would stay
         raise ConfigError(
             f"adapter {adapter_name!r} is constrained on sides {current.sides}, the new one on {config.sides}. Load "
             "it under a new name."
@@ -82,22 +83,12 @@ def hotswap_adapter_from_state_dict(
     for tuner in (module for module in model.modules() if isinstance(module, BaseTuner)):
         adopt(tuner, config)
     original(model, state_dict, adapter_name, config, *args, **kwargs)
-    config._modules = sizes(layers, adapter_name)
-    remember(config, loaded=True)
-    config_table(model)[adapter_name] = config
+    _record(model, layers, adapter_name, config)
     bind(layers, adapter_name, config)
     return None
 
 
-def _swap_frozen(
-    current: ProtectedConfig | None, config: ProtectedConfig, layers: dict[str, LoraLayer], adapter_name: str
-) -> None:
-    """Frozen factors are swapped for frozen ones, with what is known of them."""
-    if current is None or not (current.freezes and config.is_plain):
-        raise ConfigError(
-            f"adapter {adapter_name!r} and the new one must both have a frozen lora_A (GuardSpaceConfig, train='B', "
-            "saved). Load it under a new name."
-        )
+def _record(model: nn.Module, layers: dict[str, LoraLayer], adapter_name: str, config: ProtectedConfig) -> None:
     config._modules = sizes(layers, adapter_name)
-    accept_stored(config)
     remember(config, loaded=True)
+    config_table(model)[adapter_name] = config

@@ -1,4 +1,4 @@
-"""Wrapped around PEFT's injection: the protected leaves go in, or everything comes out again."""
+"""Wrapped around PEFT's injection: the protected leaves are put in, or the model is left as it was."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from peft_safety.registry.tuners import adopt
 def inject_adapter(
     original: Callable[..., None], self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
 ) -> None:
-    """PEFT builds its layers, then the protected leaves go in. If anything fails, the model is put back as it was."""
+    """PEFT builds its layers, then `attach` puts the protected leaves in. If anything fails, all of it is undone."""
     given = self.peft_config[adapter_name]
     if not isinstance(given, ProtectedConfig):
         _check_unprotected(model, adapter_name, given)
@@ -44,14 +44,12 @@ def inject_adapter(
             weights.stay_unpacked(model)
         config._injecting = True
         original(self, model, adapter_name, *args, **kwargs)
-        gone = attach(
-            model,
-            adapter_name,
-            config,
-            self.peft_config,
-            lambda names: _take_out(adapter_name, modules, _wanted(where, names)),
-        )
-        self.targeted_module_names = [name for name in self.targeted_module_names if name not in _wanted(where, gone)]
+
+        def take_out(names: Collection[str]) -> None:
+            _take_out(adapter_name, modules, _places(where, names))
+
+        gone = _places(where, attach(model, adapter_name, config, self.peft_config, take_out))
+        self.targeted_module_names = [name for name in self.targeted_module_names if name not in gone]
     except BaseException as error:
         _undo(model, adapter_name, modules)
         for module, kind in kinds:
@@ -62,9 +60,7 @@ def inject_adapter(
             module._parameters.update(own)
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
-        if isinstance(error, ValueError) and not isinstance(
-            error, PeftSafetyError
-        ):  # PEFT's own, such as no module matched
+        if isinstance(error, ValueError) and not isinstance(error, PeftSafetyError):  # PEFT's: no module matched
             raise ConfigError(
                 f"{type(config).__name__}: {error} Give target_modules that the model has, or 'all-linear'."
             ) from error
@@ -84,11 +80,11 @@ def _check_unprotected(model: nn.Module, adapter_name: str, given: Any) -> None:
             )
 
 
-def _wanted(own: Sequence[tuple[str, str]], names: Collection[str]) -> set[str]:
-    """Where modules of these names in the base model are: `own` has the pairs of both. A mixed model is injected into
-    from outside, with PEFT's prefix.
+def _places(where: Sequence[tuple[str, str]], names: Collection[str]) -> set[str]:
+    """The places of modules with these own names. `where` has all pairs of both: `places` of a mixed model, which is
+    injected into from outside, would have PEFT's prefix.
     """
-    return {place for name, place in own if name in names}
+    return {place for name, place in where if name in names}
 
 
 def _undo(model: nn.Module, adapter_name: str, before: dict[str, nn.Module]) -> None:
@@ -102,9 +98,7 @@ def _undo(model: nn.Module, adapter_name: str, before: dict[str, nn.Module]) -> 
 
 
 def _take_out(adapter_name: str, before: dict[str, nn.Module], names: Collection[str] | None = None) -> None:
-    """Modules that were replaced come back, layers that were there before lose the adapter: all of them, or those of
-    some names.
-    """
+    """Put replaced modules back, and take the adapter out of layers that existed before: of all, or of some names."""
     for name, module in before.items():
         if names is not None and name not in names:
             continue

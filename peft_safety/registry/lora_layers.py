@@ -1,6 +1,4 @@
-"""PEFT's LoRA layers with a protected adapter in them: subclasses, which a layer becomes when it gets protected
-leaves. Layers without one stay PEFT's.
-"""
+"""Subclasses of PEFT's LoRA layers. A layer becomes one when it gets protected leaves."""
 
 from __future__ import annotations
 
@@ -15,12 +13,12 @@ from peft_safety.registry import fused
 
 
 class _Residual:
-    """What is merged or converted includes the residual."""
+    """Merges and conversions include the residual."""
 
     replaces: ClassVar[type]
 
     def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Any:
-        """`s (C B A - C B0 A0)` where a residual exists, PEFT's `s B A` (reading folds B) elsewhere."""
+        """`s (C B A - C B0 A0)` with a residual, otherwise PEFT's `s B A` (reading B projects it)."""
         layer: Any = self
         delta = super().get_delta_weight(adapter, *args, **kwargs)  # type: ignore[misc]
         a, b = (getattr(factors[adapter], "initial", None) for factors in (layer.lora_A, layer.lora_B))
@@ -55,8 +53,8 @@ if is_bnb_4bit_available():
         replaces = lora.Linear4bit
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            """The fused path where it is switched on, the layer is eligible and nothing but `x` was passed: mixed
-            batches and variants come with arguments.
+            """The fused path where it is on, the layer is eligible and only `x` is passed (mixed batches and variants
+            pass more).
             """
             y = None if args or any(value is not None for value in kwargs.values()) else fused.forward(self, x)
             return super().forward(x, *args, **kwargs) if y is None else y

@@ -1,5 +1,11 @@
-"""What a config remembers of the adapter that was made from it, so that a second adapter from it is a copy, or starts
-over from what the user asked for.
+"""A second adapter from a config that already made one: a copy of that adapter, or a new one from the user's settings.
+
+Where the parts of a new adapter come from:
+
+    new       bases: `config.resolve`                 factors: PEFT's, or computed by the method (`initialize`)
+    copy      bases: the config's, already resolved   frozen factors: those of the copied adapter, in the model
+    stored    bases: the directory's                  frozen factors: the directory's
+    combined  `add_weighted_adapter` copies a config and fills the factors
 """
 
 from __future__ import annotations
@@ -16,14 +22,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from peft_safety.core import files
-from peft_safety.core.adapter_dir import StoredAdapter
 from peft_safety.core.plain_lora import ADAPTER_FILE, PREFIX
 from peft_safety.errors import ConfigError, SubspaceError
 from peft_safety.layers import ProtectedLinear
 from peft_safety.methods.base import ProtectedConfig
-
-Initials = dict[str, tuple[Tensor, Tensor]]
-"""The frozen factors `(A0, B0)` by module."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,10 @@ class Origin:
     """Where an adapter came from.
 
     Attributes:
-        source: mark of the config that it was made from; a config with this mark and these settings makes a copy of
-            it.
-        asked: this package's fields as the user gave them: `subspace="auto"`, for one.
-        made: the same once the adapter was made. Where one is another now, the config asks for another adapter.
-        loaded: it came from a directory, which has its frozen factors but not the data behind them.
+        source: mark of the config that it was made from. A config with this mark and these settings makes a copy.
+        asked: this package's fields as the user gave them, such as `subspace="auto"`.
+        made: the same fields after the adapter was made. A config whose fields differ asks for another adapter.
+        loaded: from a directory, which has its frozen factors but not the data behind them.
     """
 
     source: str
@@ -45,9 +46,7 @@ class Origin:
 
 
 def private(config: ProtectedConfig) -> ProtectedConfig:
-    """A copy for one adapter. What injection finds out (subspace, module names) goes there, and the caller's own
-    config stays what it was.
-    """
+    """A copy for one adapter: injection writes its results (subspace, module names) there, not into the user's."""
     config._mark = config._mark or uuid.uuid4().hex
     own = copy.copy(config)
     for field in fields(LoraConfig):  # PEFT completes some of them in place
@@ -64,22 +63,19 @@ def settings(config: ProtectedConfig) -> dict[str, Any]:
 
 
 def is_copy(config: ProtectedConfig, configs: Mapping[str, Any]) -> bool:
-    """Whether an adapter was made from this config, and it asks for the same one again. A user's own config takes over
-    what was found out for that adapter.
+    """Whether an adapter was made from this config, and it asks for the same one again. A user's own config then takes
+    over the results of that adapter.
 
     Args:
         configs: the model's, by adapter.
     """
     if config._origin is not None:
         return _equal(settings(config), config._origin.made)
-    for there in configs.values():
-        origin = getattr(there, "_origin", None)
-        if (
-            origin is not None
-            and origin.source == config._mark
-            and _equal(settings(config), origin.asked)
-            and is_copy(there, {})
-        ):
+    for other in configs.values():
+        origin = getattr(other, "_origin", None)
+        if origin is None or origin.source != config._mark or not _equal(settings(config), origin.asked):
+            continue
+        if is_copy(other, {}):
             for name, value in origin.made.items():
                 setattr(config, name, value)
             config._origin = origin
@@ -92,29 +88,24 @@ def _equal(now: dict[str, Any], then: dict[str, Any]) -> bool:
 
 
 def _same(one: Any, other: Any) -> bool:
-    plain = (
-        bool,
-        int,
-        float,
-        str,
-        type(None),
-    )  # pickles keep the values of these, and the identity of everything else
+    # pickles keep the values of these types, and the identity of everything else
+    plain = (bool, int, float, str, type(None))
     return one is other or (isinstance(one, plain) and type(one) is type(other) and one == other)
 
 
 def start_over(config: ProtectedConfig) -> None:
-    """Ask again for what the user asked for, where nobody has changed it since."""
-    origin = config._origin
-    for name, value in ({} if origin is None else origin.asked).items():
-        if origin is not None and _same(getattr(config, name), origin.made[name]):
-            setattr(config, name, value)
+    """Restore what the user asked for, in the fields that nobody has changed since."""
+    if config._origin is not None:
+        for name, value in config._origin.asked.items():
+            if _same(getattr(config, name), config._origin.made[name]):
+                setattr(config, name, value)
 
 
 def remember(config: ProtectedConfig, asked: dict[str, Any] | None = None, *, loaded: bool = False) -> None:
     """Note that an adapter was made from this config, or filled from a directory.
 
     Args:
-        asked: `settings` before, of a config that was new; None makes them those of now.
+        asked: `settings` before the adapter was made; None means the present ones.
     """
     made = settings(config)
     new = config._origin is None and not loaded
@@ -130,12 +121,11 @@ def sizes(layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, tuple
 
 
 def fits(config: ProtectedConfig, layers: Mapping[str, nn.Module]) -> bool:
-    """Whether the subspace is of these base layers, but for those that it leaves out."""
+    """Whether the subspace is of these base layers, except for those that it leaves out."""
     gone = set(config.subspace.lacking(layers, config.basis_sides)) & set(config.subspace.left_out)
+    kept = {name: layer for name, layer in layers.items() if name not in gone}
     try:
-        config.subspace.check_fits(
-            {name: layer for name, layer in layers.items() if name not in gone}, config.basis_sides, bind=False
-        )
+        config.subspace.check_fits(kept, config.basis_sides, bind=False)
     except SubspaceError:
         return False
     return True
@@ -149,47 +139,33 @@ def start(
     configs: Mapping[str, Any],
     copied: bool,
 ) -> None:
-    """The first factors of a new adapter. Frozen ones are taken over, from the adapter that is copied or from the
-    directory, and computed only for others.
+    """Set the first factors of the new adapter `name`. Frozen ones of a residual come from the adapter that is copied
+    or from the directory (transformers' loader loads parameters only), and are computed otherwise.
+
+    Args:
+        configs: the model's, by adapter.
     """
-    known = _copied_factors(config, layers, name, configs) if copied and config.residual else None
-    if known is None and config._stored is not None and config.residual:
-        known = _stored_factors(layers, config._stored)
-    for module, factors in (known or {}).items():
-        for factor, initial in zip((layers[module].lora_A, layers[module].lora_B), factors, strict=True):
-            _start_from(factor[name], initial)
-    if known is None and config._stored is None and (config.residual or not copied):
+    source = sibling(config, layers, name, configs) if copied and config.residual else None
+    known: dict[str, tuple[Tensor, Tensor]] | None = None
+    if source is not None:
+        known = {
+            module: (layer.lora_A[source].initial, layer.lora_B[source].initial) for module, layer in layers.items()
+        }
+    elif config._stored is not None and config.residual:
+        with files.open_tensors(files.child(config._stored.directory, ADAPTER_FILE)) as handle:
+            keys = {module: f"{PREFIX}{module}.lora_" for module in layers}
+            known = {
+                m: (handle.get_tensor(f"{key}A.initial"), handle.get_tensor(f"{key}B.initial"))
+                for m, key in keys.items()
+            }
+    if known is not None:
+        for module, (a, b) in known.items():
+            _start_from(layers[module].lora_A[name], a)
+            _start_from(layers[module].lora_B[name], b)
+    elif config._stored is None and (config.residual or not copied):
         if config.residual:
             _check_data(config)
         config.initialize(model, layers, name)
-
-
-def _stored_factors(layers: Mapping[str, LoraLayer], stored: StoredAdapter) -> Initials:
-    """Frozen factors come with the directory, like the bases: transformers' loader, for one, loads parameters only."""
-    with files.open_tensors(files.child(stored.directory, ADAPTER_FILE)) as handle:
-        return {
-            name: (
-                handle.get_tensor(f"{PREFIX}{name}.lora_A.initial"),
-                handle.get_tensor(f"{PREFIX}{name}.lora_B.initial"),
-            )
-            for name in layers
-        }
-
-
-def _copied_factors(
-    config: ProtectedConfig, layers: Mapping[str, LoraLayer], name: str, configs: Mapping[str, Any]
-) -> Initials | None:
-    """`{module: (A0, B0)}` of the adapter that this config is a copy of, as they stand in the model; None if the model
-    has none of these shapes.
-
-    Args:
-        layers: those of the new adapter `name`.
-        configs: the model's, by adapter.
-    """
-    source = sibling(config, layers, name, configs)
-    if source is None:
-        return None
-    return {module: (layer.lora_A[source].initial, layer.lora_B[source].initial) for module, layer in layers.items()}
 
 
 def sibling(
@@ -208,38 +184,23 @@ def sibling(
 
 @torch.no_grad()
 def _start_from(leaf: ProtectedLinear, initial: Tensor) -> None:
-    """Give a fresh leaf the frozen factor `initial`, and start the trainable one there: the update is zero."""
-    weight, there = leaf.raw(), leaf.initial
-    assert there is not None
-    if initial.is_meta or weight.is_meta:
-        leaf.initial = (
-            initial.detach().clone()
-            if initial.is_meta
-            else initial.detach().to(there.device, copy=True, memory_format=torch.contiguous_format)
-        )
-        return
-    # a factor in the dtype of a half-precision base would round its frozen one at the first look, before PEFT makes it
-    # fp32
-    weight.data = initial.detach().to(
-        device=weight.device,
-        dtype=torch.promote_types(weight.dtype, initial.dtype),
-        copy=True,
-        memory_format=torch.contiguous_format,
-    )
-    leaf.initial = initial.detach().to(there.device, copy=True, memory_format=torch.contiguous_format)
+    """Give a new leaf a copy of the frozen factor, and start the trainable one there: the update is zero."""
+    weight, initial = leaf.raw(), initial.detach()
+    assert leaf.initial is not None
+    layout: Any = {"copy": True, "memory_format": torch.contiguous_format}
+    leaf.initial = initial.to(initial.device if initial.is_meta else leaf.initial.device, **layout)
+    if not (initial.is_meta or weight.is_meta):
+        # in a half-precision base's own dtype the factor would be rounded, before PEFT makes it fp32
+        dtype = torch.promote_types(weight.dtype, initial.dtype)
+        weight.data = initial.to(device=weight.device, dtype=dtype, **layout)
 
 
 def _check_data(config: ProtectedConfig) -> None:
-    """Frozen factors of a loaded adapter cannot be computed again: the data behind them are not saved.
-
-    Raises:
-        ConfigError: this config came from a directory, and has no data of its own.
-    """
+    """Refuse a config of a saved adapter without data of its own: its frozen factors cannot be computed again."""
     loaded = config.safety_artifact is not None if config._origin is None else config._origin.loaded
     if loaded and all(getattr(config, name) is None for name in config.UNSAVED):
         raise ConfigError(
-            f"{type(config).__name__}: this config is of a saved adapter with a residual. Its initial factors are in "
-            "that directory, the data behind them "
-            "nowhere. Load the adapter, add the copy to the model that has it (with the same r), or give the config "
-            "its data again."
+            f"{type(config).__name__}: this config is of a saved adapter with a residual. The directory has its "
+            "initial factors, but not the data behind them. Load the adapter and add the copy to that model (with the "
+            "same r), or give the config its data again."
         )

@@ -31,17 +31,14 @@ from peft_safety.registry.reuse import remember
 
 
 def save_pretrained(original: Callable[..., None], self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
-    """Save into a staging folder, complete and check what is there, publish it in one step. Adapters that are not
-    protected come along.
-    """
-    given = (
-        inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments
-    )  # by name, however the caller passed them
+    """Save all selected adapters into a staging folder, complete and check it, and publish it in one step."""
+    # by name, however the caller passed them
+    given = inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments
     selected = given.get("selected_adapters") or list(self.peft_config)
     protected = [name for name in protected_configs(self) if name in selected]
     main = given.get("is_main_process", True)
     if not protected or not main:
-        if main and is_interrupted(Path(save_directory)):  # finished later, it would replace what is saved now
+        if main and is_interrupted(Path(save_directory)):  # finished later, it would replace this save
             recover(Path(save_directory))
         original(self, save_directory, *args, **kwargs)
         if main:
@@ -53,8 +50,7 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
         )
     if given.get("path_initial_model_for_weight_conversion") is not None:
         raise ConfigError(
-            "path_initial_model_for_weight_conversion is for inits that rewrite the base weight. Use "
-            "peft_safety.export_lora."
+            "path_initial_model_for_weight_conversion is for inits that change base weights. Use export_lora."
         )
     for name in protected:
         assert_protected(self, name)
@@ -64,14 +60,14 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
         raise ArtifactError(f"{save_directory} is a file. Give a directory.")
     state = kwargs.get("state_dict")
     if state is not None or any(hasattr(leaf.raw(), "device_mesh") for _, leaf in protected_leaves(self)):
-        # gathered weights come as the optimizer left them
+        # gathered weights are as the optimizer left them, not projected
         kwargs["state_dict"] = folded_state(self, self.state_dict() if state is None else state)
     with publishing(Path(save_directory), MANIFEST) as staging:
-        copy_own(Path(save_directory), CARD, staging)  # PEFT adds to a model card that is there
+        copy_own(Path(save_directory), CARD, staging)  # PEFT adds to an existing model card
         original(self, str(staging), *args, **kwargs)
         for name in protected:
             folder = staging if name == "default" else staging / name
-            _rename(folder / ADAPTER_FILE, {there: f"{PREFIX}{name}" for name, there in places(self).items()})
+            _rename(folder / ADAPTER_FILE, {place: f"{PREFIX}{own}" for own, place in places(self).items()})
             if self.peft_config[name].is_plain:
                 seal_frozen(folder, self.peft_config[name])
             else:
@@ -82,9 +78,7 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
 
 
 def _rename(path: Path, names: Mapping[str, str]) -> None:
-    """Give the tensors of an adapter file the base model's own names of their modules: wrappers inside the model show
-    in PEFT's.
-    """
+    """Replace the module names in an adapter file, which show wrappers inside the model, by the base model's own."""
     if all(name == own for name, own in names.items()):
         return
     with files.open_tensors(path) as handle:
@@ -94,9 +88,7 @@ def _rename(path: Path, names: Mapping[str, str]) -> None:
 
 
 def _record_repairs(model: Any, selected: list[str], directory: Path) -> None:
-    """Safe LoRA leaves plain factors: what was done to them is written beside them, and that nothing was done is
-    said.
-    """
+    """Write the record of a Safe LoRA repair into the saved adapter, and warn where there was no repair."""
     for name in selected:
         config, folder = model.peft_config[name], directory if name == "default" else directory / name
         record = getattr(config, "safe_lora", None)
@@ -105,8 +97,7 @@ def _record_repairs(model: Any, selected: list[str], directory: Path) -> None:
         elif isinstance(config, SafeLoRAConfig):
             warnings.warn(
                 f"adapter {name!r} is saved before Safe LoRA was applied to it: it is as unsafe as any LoRA. Use "
-                "SafeLoRACallback, apply_safe_lora, or "
-                "peft-safety repair.",
+                "SafeLoRACallback, apply_safe_lora, or peft-safety repair.",
                 stacklevel=4,
             )
 
@@ -114,7 +105,7 @@ def _record_repairs(model: Any, selected: list[str], directory: Path) -> None:
 def load_adapter(
     original: Callable[..., Any], self: Any, model_id: str, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
-    """Loading onto an adapter that is there (a resumed run): check the directory first, and bring its bases along."""
+    """Loading onto an existing adapter (a resumed run): check the directory first, and take its bases too."""
     config = self.peft_config.get(adapter_name)
     options = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "token", "cache_dir")}
     fresh = isinstance(config, ProtectedConfig) and (
@@ -122,14 +113,14 @@ def load_adapter(
     )
     if not isinstance(config, ProtectedConfig) or fresh:
         placed = _with_places(self, kwargs)
-        if placed is not kwargs:  # plain adapters are stored with the names that wrappers give
+        if placed is not kwargs:  # plain adapters are stored with the wrappers' names
             stored = config or PeftConfig.from_pretrained(str(model_id), **options)
             kwargs = placed if isinstance(stored, ProtectedConfig) else kwargs
         result = original(self, model_id, adapter_name, *args, **kwargs)
         config = self.peft_config.get(adapter_name)
         if isinstance(config, ProtectedConfig):
             config._stored = None
-            lay_out_adapter(self, adapter_name)  # with low_cpu_mem_usage the factors are what the file's reader made
+            lay_out_adapter(self, adapter_name)  # with low_cpu_mem_usage the factors lie in the file's memory
         return result
     stored = PeftConfig.from_pretrained(str(model_id), **options)
     if type(stored) is not type(config):
@@ -155,9 +146,7 @@ def load_adapter(
 
 
 def _with_places(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A stored adapter has the base model's own names. Where wrappers inside the model change names, PEFT's own
-    `key_mapping` puts them in.
-    """
+    """With PEFT's `key_mapping` from the base model's own names, as stored, to those that inner wrappers give."""
     names = {name: place.removeprefix(PREFIX) for name, place in places(model).items() if name}
     if all(name == place for name, place in names.items()):
         return kwargs
@@ -167,15 +156,15 @@ def _with_places(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_same(adapter_name: str, source: str, stored: Any, config: Any, layers: Any) -> None:
-    found = {name: rank for name, (_, _, rank) in stored._stored.shapes.items()}
-    here = {name: int(layer.r[adapter_name]) for name, layer in layers.items()}
+    ranks = {name: rank for name, (_, _, rank) in stored._stored.shapes.items()}
+    existing = {name: int(layer.r[adapter_name]) for name, layer in layers.items()}
     if stored.sides != config.sides:
         raise ArtifactError(
             f"{source} is constrained on sides {stored.sides}, adapter {adapter_name!r} on {config.sides}. Load it "
             "under a new name."
         )
-    if found != here or stored._stored.residual != config.residual:
-        mismatched = sorted(set(found.items()) ^ set(here.items()))[:3]
+    if ranks != existing or stored._stored.residual != config.residual:
+        mismatched = sorted(set(ranks.items()) ^ set(existing.items()))[:3]
         raise ArtifactError(
             f"{source}: its modules, ranks or init are not those of adapter {adapter_name!r}; they differ at "
             f"{mismatched}. Load it under a new name."

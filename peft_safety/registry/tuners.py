@@ -1,5 +1,5 @@
-"""PEFT's tuners with a protected adapter in them: subclasses, which a tuner becomes when it injects one. They refuse
-merges and combinations that would not keep the protection.
+"""Subclasses of PEFT's tuners. A tuner becomes one when it injects a protected adapter. They refuse merges and
+combinations that would lose the protection.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peft_safety.registry.protection import protected_configs
 
 
 class _Merges:
-    """Refuses what a k-bit weight would lose, before anything is merged."""
+    """Refuses merges into k-bit weights, before anything is merged."""
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         _refuse_lossy_merge(self, adapter_names)
@@ -38,9 +38,7 @@ class _Merges:
 
 
 def _refuse_lossy_merge(model: Any, adapter_names: list[str] | None) -> None:
-    """Merging a protected update into a k-bit weight rounds most of it away, and what is left leaks: refuse, with the
-    figure.
-    """
+    """Merging a protected update into a k-bit weight rounds most of it away, and the rest leaks: refuse."""
     for adapter in protected_configs(model):
         for name, layer in adapter_layers(model, adapter).items():
             base = layer.get_base_layer()
@@ -57,14 +55,12 @@ def _refuse_lossy_merge(model: Any, adapter_names: list[str] | None) -> None:
 class ProtectedLoraModel(_Merges, LoraModel):  # type: ignore[misc]
     """The tuner of LoRA."""
 
-    _combining = False
+    _combining = False  # injection marks the config of a combination
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """A combination is constrained by one subspace: refuse to mix subspaces, plain LoRA and residuals. Some
-        combinations are slices of an SVD, which PEFT puts in place as they lie.
-        """
+        """Refuse to combine adapters of several subspaces, with plain LoRA, or with residuals."""
         exists = adapter_name in self.peft_config  # then PEFT does nothing
         configs = {name: self.peft_config[name] for name in adapters if name in self.peft_config and not exists}
         protected = {
@@ -94,7 +90,7 @@ class ProtectedLoraModel(_Merges, LoraModel):  # type: ignore[misc]
             new = self.peft_config[adapter_name]
             new._certificate = first._certificate
             frozen.combined(adapter_layers(self, adapter_name), adapter_name, new, adapters)
-        elif protected:
+        elif protected:  # some combinations are slices of an SVD, not contiguous
             lay_out_adapter(self, adapter_name)
 
 
@@ -106,11 +102,7 @@ KINDS: dict[type, type] = {LoraModel: ProtectedLoraModel, MixedModel: ProtectedM
 
 
 def adopt(tuner: Any, config: ProtectedConfig) -> None:
-    """Make one of PEFT's tuners the subclass of its kind.
-
-    Raises:
-        ConfigError: a tuner of another kind.
-    """
+    """Make one of PEFT's tuners the subclass of its kind. A ConfigError refuses any other tuner."""
     if type(tuner) not in (*KINDS, *KINDS.values()):
         raise ConfigError(
             f"{type(config).__name__}: {type(tuner).__name__} does not build LoRA layers that can be protected. Use "

@@ -24,11 +24,12 @@ from peft_safety import assert_protected
 from peft_safety.layers import protected_leaves
 from peft_safety.methods.base import LAYER_BUILDERS
 from peft_safety.registry import lora_layers, registration, tuners
+from tests.interop import peft_symbols
 from tests.interop.helpers import protected_llama, salora_config
 from tests.tiny import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE = registration.SYMBOLS | (registration.QUANTIZED if importlib.util.find_spec("bitsandbytes") else {})
+TABLE = peft_symbols.SYMBOLS | (peft_symbols.QUANTIZED if importlib.util.find_spec("bitsandbytes") else {})
 SYMBOLS = [(module, symbol) for module, symbols in TABLE.items() for symbol in symbols]
 BY_NAME = {
     "save_pretrained": {

@@ -24,7 +24,6 @@ from peft_safety.errors import ConfigError, SubspaceError
 from peft_safety.layers import protected_leaves
 from peft_safety.methods import base as base_module
 from peft_safety.methods.guardspace import config as guardspace
-from peft_safety.methods.ortho_patch import config as ortho_patch
 from tests.peft import cells
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -230,7 +229,7 @@ AUTO: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("kind", AUTO)
 def test_auto_means_each_model(kind: str, bound: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another width, other weights: each as a new config would have it."""
-    for module in (base_module, guardspace, ortho_patch):
+    for module in (base_module, guardspace):
         monkeypatch.setattr(module, "calibration_rows", lambda *args: calibration_rows(*args)[:4])  # enough, and fast
     config = AUTO[kind]()
     first = get_peft_model(on_disk(tmp_path / "a", 32), config)

@@ -12,26 +12,26 @@ weight alone are ours.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from peft_safety.calibration.activations import DEFAULT_RANK, adapters_off, estimate, tokenizer_of
+from peft_safety.calibration.activations import DEFAULT_RANK, adapters_off, estimate, tokenizer_for
 from peft_safety.calibration.coverage import task_inputs, warn_if_stalled
-from peft_safety.calibration.moments import InputMoments, collect, is_tokenized, to_batches
+from peft_safety.calibration.moments import InputMoments, collect, to_batches
 from peft_safety.core import base_weights as weights
 from peft_safety.core.certificate import Certificate
 from peft_safety.core.names import listed
 from peft_safety.core.projection import Side
 from peft_safety.core.subspace import SafetySubspace
-from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
+from peft_safety.data import calibration_rows
 from peft_safety.data.rows import data_rows
 from peft_safety.errors import ConfigError
-from peft_safety.methods.base import ProtectedConfig
+from peft_safety.methods.base import ProtectedConfig, option
 from peft_safety.methods.guardspace.directions import frozen_factors
 from peft_safety.methods.guardspace.factors import Preconditioner, irrelevant_factors
 from peft_safety.methods.initial import start_from
@@ -77,37 +77,19 @@ class GuardSpaceConfig(ProtectedConfig):
         ConfigError: see `ProtectedConfig`; values out of range, or that do not go together.
     """
 
-    basis: Literal["harmful", "general", "both"] = field(
-        default=DEFAULT_BASIS, metadata={"help": "What subspace='auto' calibrates on."}
-    )
-    positions: Literal["all", "prompt", "response"] = field(
-        default="all", metadata={"help": "Tokens that count in the calibration."}
-    )
-    combine: Literal["salora"] | None = field(
-        default=None, metadata={"help": "'salora' constrains the output side too."}
-    )
-    combine_rank: int = field(
-        default=DEFAULT_RANK, metadata={"help": "For combine='salora': output directions per module."}
-    )
-    train: Literal["A", "B"] = field(
-        default="A", metadata={"help": "'A' trains both factors, projected; 'B' freezes a blind A: a plain LoRA."}
-    )
-    a_init: Literal["task", "random"] = field(
-        default="task", metadata={"help": "For train='B': rows of A, from task_data or random."}
-    )
-    init: Literal["lora", "guardspace"] = field(
-        default="lora", metadata={"help": "'lora' (B = 0) or 'guardspace' (arXiv 2510.14301)."}
-    )
-    preconditioner: Literal["root", "moment"] = field(
-        default="root", metadata={"help": "Square root of the second moment, or itself."}
-    )
-    init_data: Any = field(default=None, metadata={"help": "Data behind init='guardspace'. Not saved."})
-    task_data: Any = field(
-        default=None,
-        metadata={"help": "Rows of the benign task, to be warned of a null space that covers it. Not saved."},
-    )
+    basis: Literal["harmful", "general", "both"] = option(DEFAULT_BASIS, "What subspace='auto' calibrates on.")
+    positions: Literal["all", "prompt", "response"] = option("all", "Tokens that count in the calibration.")
+    combine: Literal["salora"] | None = option(None, "'salora' constrains the output side too.")
+    combine_rank: int = option(DEFAULT_RANK, "For combine='salora': output directions per module.")
+    train: Literal["A", "B"] = option("A", "'A' trains both factors, projected; 'B' freezes a blind A: a plain LoRA.")
+    a_init: Literal["task", "random"] = option("task", "For train='B': rows of A, from task_data or random.")
+    init: Literal["lora", "guardspace"] = option("lora", "'lora' (B = 0) or 'guardspace' (arXiv 2510.14301).")
+    preconditioner: Literal["root", "moment"] = option("root", "Square root of the second moment, or itself.")
+    init_data: Any = option(None, "Data behind init='guardspace'. Not saved.")
+    task_data: Any = option(None, "Rows of the benign task, for train='B' and a warning. Not saved.")
 
     PEFT_KEY: ClassVar[str] = "GUARDSPACE"
+    METHOD: ClassVar[str] = "guardspace"
     UNSAVED: ClassVar[tuple[str, ...]] = ("init_data", "task_data")
 
     def __post_init__(self) -> None:
@@ -168,71 +150,60 @@ class GuardSpaceConfig(ProtectedConfig):
     def residual(self) -> bool:
         return self.init == "guardspace"
 
+    @property
+    def own_data(self) -> str:
+        return self.basis
+
+    @property
+    def estimate_options(self) -> dict[str, Any]:
+        return {"positions": self.positions}
+
     def calibrate(
         self,
         model: nn.Module,
         layers: Mapping[str, nn.Module],
-        *,
+        data: Any = None,
         tokenizer: Any = None,
-        seed: int = 0,
-        progress: bool = True,
+        **options: Any,
     ) -> SafetySubspace:
-        """The subspace of `subspace="auto"`: one pass over the model, and with `combine` a second one over its
-        responses.
-
-        Args:
-            tokenizer: default the one under the model's own name.
-        """
-        common: dict[str, Any] = {
-            "tokenizer": tokenizer or tokenizer_of(model),
-            "layers": layers,
-            "seed": seed,
-            "allow_fewer": True,
-            "progress": progress,
-        }
-        subspace = estimate(
-            model,
-            calibration_rows("guardspace", self.basis),
-            method="guardspace",
-            positions=self.positions,
-            **self.subspace_size,
-            **common,
-        )
-        subspace.provenance["source"] = f"peft_safety's own prompts, basis {self.basis!r}"
+        """With `combine`, a second pass over the package's refusals gives the output side, whatever `data` are."""
+        subspace = super().calibrate(model, layers, data, tokenizer, **options)
         if self.combine is None:
             return subspace
-        pairs = refusal_pairs("calibration", CALIBRATION_PAIRS)
-        return subspace.beside(estimate(model, pairs, method="salora", rank=self.combine_rank, **common))
+        pairs = calibration_rows("salora")
+        options |= {"tokenizer": tokenizer or tokenizer_for(model, pairs), "layers": layers, "allow_fewer": True}
+        return subspace.beside(estimate(model, pairs, method="salora", rank=self.combine_rank, **options))
 
     def frozen_rows(
         self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str, task_data: Any = None
     ) -> dict[str, Tensor]:
         base = {name: layer.get_base_layer() for name, layer in layers.items()}
         ranks = {name: int(layer.r[adapter_name]) for name, layer in layers.items()}
-        moments, wanted = None, self.a_init == "task" or task_data is not None
         data = self.task_data if task_data is None else task_data
-        if data is not None:
-            rows = data_rows(data, "task_data")
-            moments, shares = task_inputs(model, base, self.subspace, rows, tokenizer=self._tokenizer(model, rows))
-            warn_if_stalled(shares)
-        elif wanted:
+        moments = None if data is None else self._check_task(model, base, data)
+        if self.a_init == "random" and task_data is None:
+            moments = None
+        elif data is None:
             warnings.warn(
                 "GuardSpaceConfig: without task_data the rows of the frozen A are random directions outside the null "
                 "space. With 32 rows of the task as task_data it learns faster; a_init='random' says that this is "
                 "wanted.",
                 stacklevel=2,
             )
-        return frozen_factors(self.subspace, ranks, moments if wanted else None)
+        return frozen_factors(self.subspace, ranks, moments)
 
     def initialize(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
         base = {name: layer.get_base_layer() for name, layer in layers.items()}
         if self.task_data is not None:
-            rows = data_rows(self.task_data, "task_data")
-            warn_if_stalled(task_inputs(model, base, self.subspace, rows, tokenizer=self._tokenizer(model, rows))[1])
+            self._check_task(model, base, self.task_data)
         if self.init == "lora":
             return
-        moments = self._moments(model, base)
-        prepared: dict[int, Preconditioner] = {}
+        own = self.init_data is None
+        rows = calibration_rows("guardspace", self.basis) if own else data_rows(self.init_data, "init_data")
+        tokenizer = tokenizer_for(model, rows)
+        batches, _ = to_batches(rows, tokenizer, batch_size=8, max_length=512, model=model)
+        with adapters_off(model):
+            moments = collect(model, base, batches, positions=self.positions, what="calibrating (init)")
         unseen = [name for name in layers if not moments.reaches(name)]
         if unseen:
             warnings.warn(
@@ -240,28 +211,19 @@ class GuardSpaceConfig(ProtectedConfig):
                 f"as plain LoRA's do: {listed(unseen)}.",
                 stacklevel=2,
             )
-        for name, layer in layers.items():
-            if name in unseen:
-                continue
+        prepared: dict[int, Preconditioner] = {}
+        for name in filter(moments.reaches, layers):
             moment = moments.moment(name)
-            if id(moment) not in prepared:  # modules with one input share it; one at a time is kept
+            if id(moment) not in prepared:  # modules with one input share it; only the last one is kept
                 prepared = {id(moment): Preconditioner.of(moment, self.preconditioner, name)}
             weight = weights.dense_weight(base[name], name).to(moment.device)
-            b, a = irrelevant_factors(
-                weight, prepared[id(moment)], min(int(layer.r[adapter_name]), *weight.shape), name
-            )
-            start_from(layer, adapter_name, b, a)
+            rank = min(int(layers[name].r[adapter_name]), *weight.shape)
+            b, a = irrelevant_factors(weight, prepared[id(moment)], rank, name)
+            start_from(layers[name], adapter_name, b, a)
 
-    def _moments(self, model: nn.Module, base: Mapping[str, nn.Module]) -> InputMoments:
-        rows: Sequence[Any] = (
-            calibration_rows("guardspace", self.basis)
-            if self.init_data is None
-            else data_rows(self.init_data, "init_data")
-        )
-        batches, _ = to_batches(rows, self._tokenizer(model, rows), batch_size=8, max_length=512, model=model)
-        with adapters_off(model):
-            return collect(model, base, batches, positions=self.positions, what="calibrating (init)")
-
-    @staticmethod
-    def _tokenizer(model: nn.Module, rows: Sequence[Any]) -> Any:
-        return None if is_tokenized(rows) else tokenizer_of(model)
+    def _check_task(self, model: nn.Module, base: Mapping[str, nn.Module], data: Any) -> InputMoments:
+        """The second moments of the task's inputs; warns if the task lies inside the null space."""
+        rows = data_rows(data, "task_data")
+        moments, shares = task_inputs(model, base, self.subspace, rows, tokenizer=tokenizer_for(model, rows))
+        warn_if_stalled(shares)
+        return moments

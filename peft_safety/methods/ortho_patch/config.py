@@ -16,12 +16,11 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from peft_safety.calibration.activations import estimate, tokenizer_of
 from peft_safety.calibration.weights import estimate_from_weights
 from peft_safety.core.names import public_name
 from peft_safety.core.projection import Side
 from peft_safety.core.subspace import SafetySubspace
-from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
+from peft_safety.data import CALIBRATION_PAIRS, refusal_pairs
 from peft_safety.errors import ConfigError
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.ortho_patch.priors import prior_spans
@@ -69,6 +68,7 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
     reg_lambda: float = field(default=REG_LAMBDA, metadata={"help": "Weight of the penalty for mode='soft'."})
 
     PEFT_KEY: ClassVar[str] = "ORTHOSAFETYPATCH"
+    METHOD: ClassVar[str] = "ortho_patch"
     LEAST_RANK: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
@@ -142,28 +142,26 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         extended.provenance |= {"prior_patches": source, "capacity_left": left}
         return extended
 
-    def calibrate(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SafetySubspace:
-        if self.basis == "weight":
-            return estimate_from_weights(model, sides=self.basis_sides, layers=layers, **self.subspace_size)
-        against = (
-            [{"prompt": row["prompt"]} for row in refusal_pairs("calibration", CALIBRATION_PAIRS)]
-            if self.basis == "contrastive"
-            else None
-        )
-        tokenizer = tokenizer_of(model)
-        subspace = estimate(
-            model,
-            calibration_rows("ortho_patch"),
-            tokenizer=tokenizer,
-            method="ortho_patch",
-            **self.subspace_size,
-            sides=self.basis_sides,
-            against=against,
-            layers=layers,
-            allow_fewer=True,
-        )
-        subspace.provenance["source"] = "peft_safety general prompts, calibration and train splits"
-        return subspace
+    @property
+    def own_data(self) -> str:
+        return "general"
+
+    @property
+    def estimate_options(self) -> dict[str, Any]:
+        against = None
+        if self.basis == "contrastive":
+            against = [{"prompt": row["prompt"]} for row in refusal_pairs("calibration", CALIBRATION_PAIRS)]
+        return {"sides": self.basis_sides, "against": against}
+
+    def calibrate(
+        self, model: nn.Module, layers: Mapping[str, nn.Module], data: Any = None, tokenizer: Any = None, **options: Any
+    ) -> SafetySubspace:
+        if self.basis != "weight":
+            return super().calibrate(model, layers, data, tokenizer, **options)
+        if data is not None:
+            raise ConfigError("OrthoSafetyPatchConfig: basis='weight' reads weights only. Leave data out.")
+        options.pop("memory", None)  # one weight at a time
+        return estimate_from_weights(model, sides=self.basis_sides, layers=layers, **self.subspace_size, **options)
 
     def _check_spectrum(self, subspace: SafetySubspace, layers: Mapping[str, nn.Module]) -> None:
         bare = [

@@ -1,0 +1,42 @@
+"""Every symbol of PEFT that `peft_safety.registry` and `peft_safety.layers` use."""
+
+SYMBOLS = {
+    "peft.mapping": (
+        "PEFT_TYPE_TO_CONFIG_MAPPING",
+        "PEFT_TYPE_TO_TUNER_MAPPING",
+        "PEFT_TYPE_TO_PREFIX_MAPPING",
+        "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    ),
+    "peft.config": ("PeftConfigMixin.from_pretrained", "PeftConfigMixin._get_peft_type"),
+    "peft.peft_model": ("PeftModel.save_pretrained", "PeftModel.load_adapter"),
+    "peft.tuners.lora": (
+        "LoraModel.add_weighted_adapter",
+        "Linear.get_delta_weight",
+        "LoraLayer.lora_A",
+        "LoraLayer.lora_B",
+        "LoraLayer._mixed_batch_forward",
+        "LoraLayer.update_layer",
+    ),
+    "peft.tuners.tuners_utils": (
+        "BaseTuner._unload_and_optionally_merge",
+        "BaseTuner.merge_adapter",
+        "BaseTuner.inject_adapter",
+        "BaseTunerLayer.get_base_layer",
+        "BaseTunerLayer.enable_adapters",
+        "BaseTunerLayer.delete_adapter",
+        "BaseTunerLayer.frozen_peft_weight_names",
+    ),
+    "peft.tuners.lora.layer": ("Embedding.update_layer", "_ConvNd.update_layer"),
+    "peft.tuners.mixed": ("MixedModel._unload_and_optionally_merge",),
+    "peft.import_utils": ("is_bnb_available", "is_bnb_4bit_available"),
+    "peft.utils.other": ("transpose", "AuxiliaryTrainingWrapper"),
+    "peft.utils.hotswap": ("_get_padded_linear", "hotswap_adapter_from_state_dict"),
+}
+"""Every PEFT symbol that is read, wrapped or overridden, by module. Instance attributes (`LoraLayer.lora_A`) are
+checked on an instance.
+"""
+
+QUANTIZED = {
+    "peft.tuners.lora.bnb": ("Linear4bit.forward", "Linear4bit.get_delta_weight", "Linear8bitLt.get_delta_weight")
+}
+"""The same, where bitsandbytes is installed."""
