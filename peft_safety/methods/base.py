@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
     from torch import Tensor
 
+Layers = Mapping[str, nn.Module]
 LAYER_BUILDERS: set[CodeType] = set()
 """The functions in which PEFT's layers make their factors from a config. `registry` fills this set."""
 
@@ -174,12 +175,7 @@ class ProtectedConfig(LoraConfig):
         return {}
 
     def calibrate(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, nn.Module],
-        data: Any = None,
-        tokenizer: Any = None,
-        **options: Any,
+        self, model: nn.Module, layers: Layers, data: Any = None, tokenizer: Any = None, **options: Any
     ) -> SafetySubspace:
         """What `subspace="auto"` means, and what the function `calibrate` does.
 

@@ -31,7 +31,7 @@ from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data import calibration_rows
 from peft_safety.data.rows import data_rows
 from peft_safety.errors import ConfigError
-from peft_safety.methods.base import ProtectedConfig, option
+from peft_safety.methods.base import Layers, ProtectedConfig, option
 from peft_safety.methods.guardspace.directions import frozen_factors
 from peft_safety.methods.guardspace.factors import Preconditioner, irrelevant_factors
 from peft_safety.methods.initial import start_from
@@ -159,12 +159,7 @@ class GuardSpaceConfig(ProtectedConfig):
         return {"positions": self.positions}
 
     def calibrate(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, nn.Module],
-        data: Any = None,
-        tokenizer: Any = None,
-        **options: Any,
+        self, model: nn.Module, layers: Layers, data: Any = None, tokenizer: Any = None, **options: Any
     ) -> SafetySubspace:
         """With `combine`, a second pass over the package's refusals gives the output side, whatever `data` are."""
         subspace = super().calibrate(model, layers, data, tokenizer, **options)

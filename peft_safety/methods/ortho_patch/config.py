@@ -22,7 +22,7 @@ from peft_safety.core.projection import Side
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data import CALIBRATION_PAIRS, refusal_pairs
 from peft_safety.errors import ConfigError
-from peft_safety.methods.base import ProtectedConfig
+from peft_safety.methods.base import Layers, ProtectedConfig
 from peft_safety.methods.ortho_patch.priors import prior_spans
 
 REG_LAMBDA = 100.0
@@ -154,7 +154,7 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         return {"sides": self.basis_sides, "against": against}
 
     def calibrate(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], data: Any = None, tokenizer: Any = None, **options: Any
+        self, model: nn.Module, layers: Layers, data: Any = None, tokenizer: Any = None, **options: Any
     ) -> SafetySubspace:
         if self.basis != "weight":
             return super().calibrate(model, layers, data, tokenizer, **options)
