@@ -84,13 +84,13 @@ def estimate(
         memory: for the second moments and their decomposition, beside the model: bytes, or a text such as "4GB"; by
             default half of what is free on the model's device. Layers that do not fit together take further passes;
             the result is the same.
-        allow_fewer: where the data span fewer than `rank` directions (a first layer sees little but the embeddings of
-            the tokens that occur), keep those, with a warning, instead of raising.
+        allow_fewer: where the data span fewer than `rank` directions (a first layer sees only the embeddings of the
+            tokens that occur), protect those with a warning instead of raising.
 
     Returns:
         A subspace with spectra, fingerprints and provenance. Layers that no token reaches, or with a single feature on
-        a side, have none: see `SafetySubspace.left_out`. Layers far narrower than the others (heads, gates) have fewer
-        directions where `rank` is too much for them, with a warning.
+        a side, have no basis: see `SafetySubspace.left_out`. Layers far narrower than the others (heads, gates) get
+        fewer directions where they cannot hold `rank`, with a warning.
 
     Raises:
         CalibrationError: fewer tokens, or fewer independent directions, than `rank`; inputs that are zero or not
@@ -226,11 +226,7 @@ def _check_spans(
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Run the bare base model; adapters and what they train come back unchanged.
-
-    Raises:
-        ConfigError: an adapter is merged into the base weights.
-    """
+    """Run the base model without its adapters, which come back unchanged. A ConfigError refuses a merged adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     tuners = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

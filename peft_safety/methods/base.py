@@ -1,4 +1,4 @@
-"""What all protected configs share: `LoraConfig` plus a subspace, and the refusal of what cannot be protected."""
+"""The base of all protected configs: `LoraConfig` plus a subspace, without the features that cannot be protected."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def option(default: Any, text: str) -> Any:
 
 @dataclass
 class ProtectedConfig(LoraConfig):
-    """Base of the protected configs. Not meant to be used itself.
+    """Base of the protected configs, not used by itself.
 
     Args:
         subspace: a `SafetySubspace`, a file, a directory, a Hub id, or `"auto"` to calibrate when the adapter is
@@ -123,7 +123,7 @@ class ProtectedConfig(LoraConfig):
 
     @property
     def sides(self) -> tuple[Side, ...]:
-        """Sides that are constrained to the complement of that basis."""
+        """Sides of the update that are constrained to the complement of their basis."""
         return self.basis_sides
 
     @property
@@ -148,7 +148,7 @@ class ProtectedConfig(LoraConfig):
 
     @property
     def subspace_size(self) -> dict[str, Any]:
-        """What was asked for, as the arguments of `estimate` and `estimate_from_weights`."""
+        """The requested size, as arguments of `estimate` and `estimate_from_weights`."""
         return {"rank": self.safety_rank, "energy": self.safety_energy, "per_kind": self.safety_rank_pattern}
 
     def resolve(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> SafetySubspace:

@@ -1,12 +1,11 @@
-"""GuardSpaceConfig: an update that cannot see what harmful prompts look like inside the model.
+"""GuardSpaceConfig: an update that does not see what harmful prompts look like inside the model.
 
 `dW = s B (A P_in)` with `P_in = I - Q Q^T`, Q the top eigenvectors of the second moment of each layer's inputs on the
 calibration data. So `dW x = 0` on their span at every step, and `E||dW x||^2 <= lambda_{k+1} ||dW||_F^2` on all of
 them.
 
-Reference: Zhang et al., arXiv 2510.14301, of which no public code was found. That general instructions may stand in
-for harmful prompts, the sizes per kind of module, the guard against stalling and the residual that leaves the base
-weight alone are ours.
+Reference: Zhang et al., arXiv 2510.14301 (no public code was found). Ours: general instructions in place of harmful
+prompts, sizes per kind of module, the guard against stalling, and the residual that leaves the base weight unchanged.
 """
 
 from __future__ import annotations
@@ -60,18 +59,17 @@ class GuardSpaceConfig(ProtectedConfig):
         positions: tokens that count: "all", "prompt" or "response".
         combine: "salora" also keeps the update out of the outputs of safe responses, None does not.
         combine_rank: for combine="salora" and "auto": output directions per module.
-        train: what trains. "A": both factors, A projected into the complement at every step; the bases stay in memory
-            and are saved. "B": A is made blind once and frozen. The adapter is then a plain LoRA, in memory and on
-            disk, and costs nothing.
-        a_init: for train="B": rows of A. "task" are the directions that `task_data` use most outside the null space;
-            "random" are random ones in it, also taken where there are no task data, with a warning.
-        init: "lora" starts from B = 0; "guardspace" from the part of the weight that does least on the calibration
-            data, with a residual that leaves the function, and the base weight, unchanged.
+        train: "A" trains both factors, with A projected at every step; the bases stay in memory and are saved. "B"
+            makes A blind once, freezes it and trains B: the adapter is a plain LoRA, at no extra cost.
+        a_init: for train="B", the rows of A: "task" takes the directions outside the null space that `task_data` use
+            most, "random" takes random ones. Without task data they are random too, with a warning.
+        init: "lora" starts from B = 0; "guardspace" starts from the part of the weight that does least on the
+            calibration data, with a residual that leaves function and base weight unchanged.
         preconditioner: for init="guardspace": decompose `W Sigma^(1/2)` ("root") or `W Sigma` ("moment").
         init_data: for init="guardspace": rows or tokenized batches behind `Sigma`; None takes those of "auto". Not
             saved.
-        task_data: rows or tokenized batches of the benign task (32 are enough): behind a_init="task", and a warning
-            says when the task lies in the null space almost entirely. Not saved.
+        task_data: rows or tokenized batches of the benign task (32 are enough), for a_init="task" and for a warning
+            where the task lies almost entirely in the null space. Not saved.
 
     Raises:
         ConfigError: see `ProtectedConfig`; values out of range, or that do not go together.
@@ -110,13 +108,11 @@ class GuardSpaceConfig(ProtectedConfig):
                 )
         if self.positions == "response" and self.basis != "harmful":
             raise ConfigError(
-                f"{where}: basis={self.basis!r} has prompts without responses, so positions='response' finds none. "
-                "Use 'all' or 'prompt'."
+                f"{where}: basis={self.basis!r} has no responses, so positions='response' finds none. Use 'all' or 'prompt'."
             )
         if self.train == "B" and (self.init != "lora" or self.combine is not None):
             raise ConfigError(
-                f"{where}: train='B' freezes A and leaves B free, so init={self.init!r} and combine={self.combine!r} "
-                "do not go with it. Use train='A'."
+                f"{where}: train='B' excludes init={self.init!r} and combine={self.combine!r}. Use train='A'."
             )
         if not isinstance(self.combine_rank, int) or isinstance(self.combine_rank, bool) or self.combine_rank < 1:
             raise ConfigError(f"{where}: combine_rank={self.combine_rank!r}. Use an integer of at least 1.")
@@ -181,8 +177,7 @@ class GuardSpaceConfig(ProtectedConfig):
         elif data is None:
             warnings.warn(
                 "GuardSpaceConfig: without task_data the rows of the frozen A are random directions outside the null "
-                "space. With 32 rows of the task as task_data it learns faster; a_init='random' says that this is "
-                "wanted.",
+                "space. With 32 rows of the task it learns faster; set a_init='random' if you want random ones.",
                 stacklevel=2,
             )
         return frozen_factors(self.subspace, ranks, moments)
