@@ -51,8 +51,7 @@ def output_basis(
         weight: `W (m, n)`, fp32. For the right singular vectors of a weight give `W^T`.
         moment: `X X^T (n, n)`; None for those of `W` itself.
 
-    Raises:
-        CalibrationError: a weight or a moment that is zero or not finite.
+    A CalibrationError refuses a weight or a moment that is zero or not finite.
     """
     m, n = weight.shape
     if not (0 < float(weight.abs().sum(dtype=torch.float64)) < float("inf")):

@@ -54,7 +54,7 @@ def groups(layers: Mapping[str, nn.Module], leaders: Mapping[str, str], budget: 
             n = weights.shape(layers[leader])[1]
             raise CalibrationError(
                 f"{leader}: the second moment of {n} input features and its decomposition take "
-                f"{gigabytes(WORK * size)}, the budget is {gigabytes(budget)}. Give more memory=, or leave it out."
+                f"{WORK * size / 1e9:.2g} GB, the budget is {budget / 1e9:.2g} GB. Give more memory=, or leave it out."
             )
         if not result or sum(held) + size + (WORK - 1) * max([*held, size]) > budget:
             result.append({})
@@ -67,8 +67,3 @@ def groups(layers: Mapping[str, nn.Module], leaders: Mapping[str, str], budget: 
 def moment_bytes(layer: nn.Module) -> int:
     """Of the fp64 second moment of a layer's inputs."""
     return 8 * int(weights.shape(layer)[1]) ** 2
-
-
-def gigabytes(size: int) -> str:
-    """For people to read."""
-    return f"{size / 1e9:.2g} GB"

@@ -1,4 +1,4 @@
-"""How much an input basis covers: of the data behind it, and of a benign task that must still be learned.
+"""How much an input basis covers: of its calibration data, and of a benign task that must still be learned.
 
 An update that is projected by `P = I - Q Q^T` sees a task only through `P x`. Where `E||P x||^2 / E||x||^2` is almost
 zero, learning stalls.

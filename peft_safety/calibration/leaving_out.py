@@ -22,12 +22,7 @@ def record(unreached: Iterable[str], narrow: Iterable[str]) -> dict[str, dict[st
 
 
 def warn_left_out(left_out: Mapping[str, str], total: int, what: str, *, stacklevel: int = 3) -> None:
-    """One warning that counts and names the layers.
-
-    Args:
-        left_out: reasons by name.
-        what: what they are left out of.
-    """
+    """One warning that counts and names the layers (with reasons) that are left out of `what`."""
     if not left_out:
         return
     by_reason = {reason: [name for name, why in left_out.items() if why == reason] for reason in SAID}

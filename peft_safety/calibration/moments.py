@@ -29,10 +29,7 @@ Positions = Literal["response", "prompt", "all"]
 
 
 class InputMoments:
-    """Accumulates the second moments of the inputs of some layers while a model runs.
-
-    Args:
-        layers: base layers by name.
+    """Accumulates the second moments of the inputs of some base layers while a model runs.
 
     Attributes:
         tokens: number of positions that count.
@@ -163,12 +160,11 @@ def collect(
     progress: bool = True,
     what: str = "calibrating",
 ) -> InputMoments:
-    """Run every batch once, without gradients and in eval mode, and return the moments at the positions that count.
+    """Run every batch once, in eval mode, and return the moments at the positions that count.
 
     Args:
-        batches: `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`; positions without attention never
-            count.
-        positions: those with a label ("response"), those without ("prompt"), or both ("all").
+        batches: `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`.
+        positions: with attention, and with a label ("response"), without one ("prompt"), or either ("all").
     """
     moments = InputMoments(layers)
     with moments.watching():
@@ -230,8 +226,8 @@ def run(
 
 def _call(model: nn.Module, batch: dict[str, Tensor], positions: Positions) -> tuple[list[Tensor], dict[str, Any]]:
     """The positions that count, and the arguments of the model's forward."""
-    bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    accepted = inspect.signature(bare.forward).parameters
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    accepted = inspect.signature(base.forward).parameters
     ids, labels = batch["input_ids"], batch["labels"]
     attention = batch.get("attention_mask", torch.ones_like(ids))
     usual = ("input_ids", "attention_mask", "labels")
@@ -243,7 +239,7 @@ def _call(model: nn.Module, batch: dict[str, Tensor], positions: Positions) -> t
     if labels.shape[1] == ids.shape[1]:  # other lengths: they tell which of the two sequences a layer's input is
         ids, attention = nn.functional.pad(ids, (0, 1), value=int(ids[0, 0])), nn.functional.pad(attention, (0, 1))
     if "decoder_input_ids" not in extra:
-        extra["decoder_input_ids"] = bare.prepare_decoder_input_ids_from_labels(labels=labels)
+        extra["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
     prompt = (attention != 0) & (positions != "response")
     answer = (labels != IGNORE_INDEX) & (positions != "prompt")
     return [answer, prompt], {"input_ids": ids, "attention_mask": attention, **extra}
@@ -269,11 +265,9 @@ def to_batches(
     be mixed.
 
     Args:
-        data: whatever `as_rows` takes, except an iterator, which can be read only once.
+        data: whatever `as_rows` takes, except an iterator, which can be read only once. A CalibrationError refuses
+            no data, rows without a tokenizer, and batches without labels.
         model: an encoder-decoder may have labels of another length than its inputs.
-
-    Raises:
-        CalibrationError: no data, rows without a tokenizer, or batches without labels.
     """
     if isinstance(data, Iterator):
         raise CalibrationError(f"calibration data is a {type(data).__name__}, readable only once. Give list(data).")
@@ -287,10 +281,10 @@ def to_batches(
             raise CalibrationError(
                 "rows of text need tokenizer=. Pass the model's tokenizer, or tokenized batches with labels."
             )
-        bare = [row for row in rows if is_prompt_only(row)]
-        full = [row for row in rows if not is_prompt_only(row)]
-        encoded = encode_prompts(tokenizer, bare, max_length)
-        encoded += encode_rows(tokenizer, full, max_length) if full else []
+        prompts = [row for row in rows if is_prompt_only(row)]
+        complete = [row for row in rows if not is_prompt_only(row)]
+        encoded = encode_prompts(tokenizer, prompts, max_length)
+        encoded += encode_rows(tokenizer, complete, max_length) if complete else []
         features = sorted(encoded, key=lambda f: len(f["input_ids"]))
         collate = Collator(tokenizer)
         batches = [collate(features[i : i + batch_size]) for i in range(0, len(features), batch_size)]

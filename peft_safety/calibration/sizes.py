@@ -52,11 +52,8 @@ class Size:
         return cls(share=rank, energy=energy) if isinstance(rank, float) else cls(rank=rank, energy=energy)
 
     def fixed(self, shape: tuple[int, int], side: Side, name: str) -> int | None:
-        """Directions to take on one side of a layer `(m, n)`; None where the energy decides. The inputs span at most
-        `n` directions of either side.
-
-        Raises:
-            ConfigError: nothing would be left to train, or there are not so many directions.
+        """Directions to take on one side of a layer `(m, n)`, whose inputs span at most `n`; None where the energy
+        decides. A ConfigError refuses a rank that the layer does not have, or that leaves nothing to train.
         """
         d, n = shape[0 if side == "out" else 1], shape[1]
         if self.share is not None:

@@ -98,11 +98,8 @@ def exclude_look_alikes(config: Any, existing: Iterable[str]) -> None:
 
 
 def pin(config: Any, modules: Mapping[str, tuple[int, float]], existing: Mapping[str, str] | None = None) -> None:
-    """Make a LoRA config mean exactly these modules, with these ranks and alphas.
-
-    Args:
-        modules: `{own name: (rank, alpha)}`.
-        existing: `places` of the model. Without it, other modules whose names end like these are not excluded.
+    """Make a LoRA config mean exactly these modules, `{own name: (rank, alpha)}`. `existing` are the `places` of the
+    model; without them, other modules whose names end like these are not excluded.
     """
     places = existing or {}
     wanted = {places.get(name, name): value for name, value in modules.items()}

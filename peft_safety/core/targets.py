@@ -17,13 +17,12 @@ def base_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every base layer that can hold an adapter, by name, also under existing adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers: dict[str, nn.Module] = {}
-    for name, _, module in walk(model):
-        if isinstance(module, BaseTunerLayer):
-            layers[name] = module.get_base_layer()
-        elif weights.supported(module):
-            layers[name] = module
-    return layers
+    modules = {
+        name: module
+        for name, _, module in walk(model)
+        if isinstance(module, BaseTunerLayer) or weights.supported(module)
+    }
+    return {name: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for name, m in modules.items()}
 
 
 def target_layers(
@@ -34,11 +33,10 @@ def target_layers(
     Args:
         target_modules: names or suffixes, a regular expression for the full name, `"all-linear"` (all but the output
             embedding), or None for PEFT's default of this architecture.
-        exclude_modules: those to leave out, in the same forms.
+        exclude_modules: those to leave out: names or suffixes, or a regular expression.
 
     Raises:
-        ConfigError: nothing matches, or no default is known.
-        UnsupportedLayerError: a match that cannot be protected.
+        ConfigError: nothing matches, or no default is known. UnsupportedLayerError: a match that cannot be protected.
     """
     if target_modules is None:
         target_modules = _default(model)

@@ -43,6 +43,13 @@ def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def check_choices(config: Any, **choices: tuple[Any, ...]) -> None:
+    """A ConfigError names a field that is none of its values."""
+    for name, values in choices.items():
+        if (value := getattr(config, name)) not in values:
+            raise ConfigError(f"{type(config).__name__}: {name}={value!r}. Use one of {', '.join(map(repr, values))}.")
+
+
 @dataclass
 class ProtectedConfig(LoraConfig):
     """Base of the protected configs, not used by itself.
@@ -177,13 +184,7 @@ class ProtectedConfig(LoraConfig):
     def calibrate(
         self, model: nn.Module, layers: Layers, data: Any = None, tokenizer: Any = None, **options: Any
     ) -> SafetySubspace:
-        """What `subspace="auto"` means, and what the function `calibrate` does.
-
-        Args:
-            layers: base layers by name.
-            data, tokenizer: as in `calibrate`.
-            options: `memory`, `seed` and `progress` of `estimate`.
-        """
+        """The function `calibrate` for base layers by name. `options`: its `memory`, `seed` and `progress`."""
         rows = calibration_rows(self.METHOD, self.own_data) if data is None else data_rows(data, "data")
         options |= {"tokenizer": tokenizer or tokenizer_for(model, rows), "layers": layers, "allow_fewer": True}
         subspace = estimate(model, rows, method=self.METHOD, **self.subspace_size, **self.estimate_options, **options)
@@ -278,8 +279,7 @@ def calibrate(
         progress: show a progress bar.
 
     Raises:
-        ConfigError: a config without a subspace of its own; `data` for a basis that is computed from weights alone;
-            target modules that match nothing; no tokenizer.
+        ConfigError: a config without a subspace; data for a basis of weights; no target module; no tokenizer.
         CalibrationError: data that reach no layer, or that hold fewer tokens than directions.
     """
     if not isinstance(config, ProtectedConfig):

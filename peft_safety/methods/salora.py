@@ -25,7 +25,7 @@ from peft_safety.core.projection import top_singular
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data.rows import data_rows
 from peft_safety.errors import ConfigError
-from peft_safety.methods.base import ProtectedConfig, option
+from peft_safety.methods.base import ProtectedConfig, check_choices, option
 from peft_safety.methods.initial import start_from
 
 
@@ -56,8 +56,7 @@ class SaLoRAConfig(ProtectedConfig):
     UNSAVED: ClassVar[tuple[str, ...]] = ("task_data",)
 
     def __post_init__(self) -> None:
-        if self.init not in ("lora", "task"):
-            raise ConfigError(f"SaLoRAConfig: init={self.init!r}. Use 'lora' or 'task'.")
+        check_choices(self, init=("lora", "task"))
         if not isinstance(self.task_rank, int) or self.task_rank < 1:
             raise ConfigError(f"SaLoRAConfig: task_rank={self.task_rank!r}. Use an integer of at least 1.")
         if self.task_data is not None and not isinstance(self.task_data, SafetySubspace):

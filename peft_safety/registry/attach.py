@@ -30,24 +30,20 @@ def attach(
     take_out: Callable[[Collection[str]], None],
 ) -> Collection[str]:
     """Put the protected leaves into freshly built LoRA layers. `reuse` says where their bases and factors come from.
-    The adapter leaves out the layers that its subspace leaves out.
 
     Args:
         config: the adapter's own one; results of calibration or loading are noted in it.
         configs: all of the model's, by adapter.
-        take_out: removes the adapter's layers of these names again.
+        take_out: removes the adapter's layers of these names again: those that the subspace leaves out.
 
     Returns:
         The names of the layers that were taken out.
-
-    Raises:
-        PeftSafetyError: the adapter cannot be protected; the caller undoes the injection.
     """
     layers = adapter_layers(model, adapter_name)
     if not layers:
         raise UnsupportedLayerError(
-            f"{type(config).__name__}: {config.target_modules!r} gave no LoRA layer to protect. Use get_peft_model "
-            "with linear layers."
+            f"{type(config).__name__}: {config.target_modules!r} gave no LoRA layer. Use get_peft_model with linear "
+            "layers."
         )
     base = {name: layer.get_base_layer() for name, layer in layers.items()}
     for name, layer in layers.items():
@@ -63,18 +59,18 @@ def attach(
         reuse.start_over(config)
     asked = reuse.settings(config)
     subspace = config.subspace if copied else config.resolve(model, base)
-    left_out = subspace.left_out
-    gone = {name: left_out[name] for name in subspace.lacking(layers, config.basis_sides) if name in left_out}
-    if len(gone) == len(layers):
-        raise SubspaceError(
-            f"{listed(gone)}: the subspace leaves out every layer of the adapter. Use other target_modules, or "
-            "calibrate on other data."
-        )
-    if gone:
-        take_out(gone)
+    reasons = subspace.left_out
+    left_out = {name: reasons[name] for name in subspace.lacking(layers, config.basis_sides) if name in reasons}
+    if len(left_out) == len(layers):
+        what = f"{listed(left_out)}: the subspace leaves out every layer of the adapter"
+        raise SubspaceError(f"{what}. Use other target_modules, or calibrate on other data.")
+    if left_out:
+        take_out(left_out)
         config._partial = True
-        warn_left_out(gone, len(layers), "the adapter, which does not train them")
-        layers, base = ({name: value for name, value in table.items() if name not in gone} for table in (layers, base))
+        warn_left_out(left_out, len(layers), "the adapter, which does not train them")
+        layers, base = (
+            {name: value for name, value in table.items() if name not in left_out} for table in (layers, base)
+        )
     subspace.check_fits(base, config.basis_sides)
     if config.modules_to_save or config.trainable_token_indices:
         warnings.warn(
@@ -94,7 +90,7 @@ def attach(
     if not copied:
         loaded = config._stored is not None or (config._origin is not None and config._origin.loaded)
         reuse.remember(config, asked, loaded=loaded)
-    return gone
+    return left_out
 
 
 def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig) -> None:

@@ -15,11 +15,8 @@ from peft_safety.methods.base import ProtectedConfig
 
 
 def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
-    """Check that a stored adapter fits this model, and that some layer can have the rank.
-
-    Raises:
-        ArtifactError: a module that the model lacks, or of another shape; a tensor that would replace a base weight.
-        ConfigError: a rank above every layer's width.
+    """Check that a stored adapter fits this model (an ArtifactError), and that some layer can have the rank (a
+    ConfigError), before anything is changed.
     """
     modules = {name: original(module) for name, _, module in walk(model)}
     if config._stored is None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from peft_safety.core import files
@@ -22,6 +21,7 @@ from peft_safety.layers import freeze
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry import reuse
+from peft_safety.registry.reuse import Layers
 from peft_safety.registry.types import config_types
 
 SUFFIX = ".lora_A.weight"
@@ -29,24 +29,17 @@ SPAN_TOLERANCE = 1e-6
 """Singular values of joined factors below this share of the largest are rounding."""
 
 
-def start(model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig) -> None:
+def start(model: nn.Module, layers: Layers, adapter_name: str, config: ProtectedConfig) -> None:
     """Make the factors of a new adapter, whose config has its subspace, and freeze them."""
     rows = config.frozen_rows(model, layers, adapter_name)
     config._certificate = _certificate(config, rows)
     _install(layers, adapter_name, config, rows)
 
 
-def reuse_factors(
-    layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig, configs: Mapping[str, Any]
-) -> bool:
-    """Freeze factors that exist already and need no bases: those of the copied adapter, or of the config's directory.
-    PEFT fills those of a weighted combination later (`combined`).
-
-    Args:
-        configs: the model's, by adapter.
-
-    Returns:
-        Whether there are any.
+def reuse_factors(layers: Layers, adapter_name: str, config: ProtectedConfig, configs: Mapping[str, Any]) -> bool:
+    """Freeze factors that exist already and need no bases: those of the copied adapter, which is among the model's
+    `configs`, or of the config's directory. PEFT fills those of a weighted combination later (`combined`). Returns
+    whether there are any.
     """
     if not config._combined:
         source = reuse.sibling(config, layers, adapter_name, configs) if reuse.is_copy(config, configs) else None
@@ -63,9 +56,7 @@ def reuse_factors(
     return True
 
 
-def _install(
-    layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig, rows: Mapping[str, Tensor]
-) -> None:
+def _install(layers: Layers, adapter_name: str, config: ProtectedConfig, rows: Mapping[str, Tensor]) -> None:
     for name, layer in layers.items():
         freeze(layer, adapter_name, rows[name])
         config._accepted[name] = digests(rows[name])
@@ -73,23 +64,16 @@ def _install(
 
 @torch.no_grad()
 def aim(model: nn.Module, task_data: Any, adapter_name: str = "default") -> None:
-    """Compute the frozen factors of an adapter again from rows of its task, before it has learned anything. All
+    """Compute the frozen factors of an adapter again from rows of its task (`task_data` as in `GuardSpaceConfig`). All
     processes take those of rank 0, so each of them must call it.
 
-    Args:
-        task_data: as in `GuardSpaceConfig`.
-
     Raises:
-        ConfigError: another kind of adapter, one without its subspace (loaded from a directory), or one that has
-            learned something.
+        ConfigError: not a new adapter with a frozen factor and its subspace (a loaded one lacks it).
         UnsupportedLayerError: sharded factors.
     """
     config = config_table(model).get(adapter_name)
     if not isinstance(config, ProtectedConfig) or not config.freezes or config.subspace is None:
-        raise ConfigError(
-            f"adapter {adapter_name!r} has no frozen factor to be made from task data. Use a new "
-            "GuardSpaceConfig(train='B')."
-        )
+        raise ConfigError(f"adapter {adapter_name!r} has no frozen factor. Use a new GuardSpaceConfig(train='B').")
     layers = adapter_layers(model, adapter_name)
     for name, layer in layers.items():
         pair = [layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight]
@@ -99,8 +83,8 @@ def aim(model: nn.Module, task_data: Any, adapter_name: str = "default") -> None
             )
         if bool(pair[1].any()):
             raise ConfigError(
-                f"{name}: adapter {adapter_name!r} has learned something (lora_B is not zero), which a new lora_A "
-                "would undo. Call this before the first step."
+                f"{name}: adapter {adapter_name!r} has learned something (lora_B is not zero). Do this before the first "
+                "step."
             )
     kept, config.subspace = config.subspace, config.resolve(model, {})
     try:
@@ -129,14 +113,8 @@ def _certificate(config: ProtectedConfig, rows: Mapping[str, Tensor]) -> Certifi
     return Certificate(config.PEFT_KEY, config.subspace.digest, settings, modules)
 
 
-def stored_rows(
-    directory: Path, layers: Mapping[str, LoraLayer] | None = None, adapter_name: str = ""
-) -> dict[str, Tensor]:
-    """`lora_A` of every module of a plain LoRA directory.
-
-    Raises:
-        ArtifactError: given `layers`, the directory has other modules or shapes than they.
-    """
+def stored_rows(directory: Path, layers: Layers | None = None, adapter_name: str = "") -> dict[str, Tensor]:
+    """`lora_A` of every module of a plain LoRA directory. An ArtifactError says that they do not fit `layers`."""
     path = files.child(directory, ADAPTER_FILE)
     with files.open_tensors(path) as handle:
         keys = [key for key in handle.keys() if key.startswith(PREFIX) and key.endswith(SUFFIX)]  # noqa: SIM118
@@ -156,10 +134,8 @@ def check_certified(directory: Path, certificate: Certificate) -> dict[str, Tens
     """The `lora_A` factors of a directory. An ArtifactError says that they are not those of its certificate."""
     rows = stored_rows(directory)
     if differing := sorted(set(rows) ^ set(certificate.modules)):
-        raise ArtifactError(
-            f"{directory}: {len(rows)} modules, but {FILE_NAME} has {len(certificate.modules)}; they differ at "
-            f"{differing[:3]}. Copy or save the adapter again."
-        )
+        counts = f"{len(rows)} modules, but {FILE_NAME} has {len(certificate.modules)}"
+        raise ArtifactError(f"{directory}: {counts}; they differ at {differing[:3]}. Save the adapter again.")
     for name, a in rows.items():
         if digest(a) != certificate.modules[name].sha256:
             raise ArtifactError(
@@ -171,10 +147,8 @@ def check_certified(directory: Path, certificate: Certificate) -> dict[str, Tens
 
 
 def certified(config: LoraConfig, directory: Path) -> LoraConfig:
-    """The protected config of a plain LoRA directory with a certificate; without one, the plain config itself.
-
-    Raises:
-        ArtifactError: the certificate is malformed, of an unknown method, or not of these factors.
+    """The protected config of a plain LoRA directory with a certificate; without one, the plain config itself. An
+    ArtifactError refuses a certificate that is malformed, of an unknown method, or not of these factors.
     """
     certificate = read_certificate(directory)
     if certificate is None:
@@ -212,12 +186,8 @@ def accept_stored(config: ProtectedConfig) -> None:
     config._accepted = {name: digests(a) for name, a in rows.items()}
 
 
-def take_over(config: ProtectedConfig, stored: ProtectedConfig, layers: Mapping[str, LoraLayer], name: str) -> None:
-    """Give an existing adapter the frozen factors of a checked directory (a resumed run).
-
-    Raises:
-        ConfigError: they are blind to another null space. ArtifactError: other modules or ranks.
-    """
+def take_over(config: ProtectedConfig, stored: ProtectedConfig, layers: Layers, name: str) -> None:
+    """Give an existing adapter the frozen factors of a checked directory (a resumed run)."""
     certificate = stored._certificate
     assert certificate is not None
     assert certificate.directory is not None
@@ -232,7 +202,7 @@ def take_over(config: ProtectedConfig, stored: ProtectedConfig, layers: Mapping[
 
 
 @torch.no_grad()
-def combined(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig, sources: list[str]) -> None:
+def combined(layers: Layers, adapter_name: str, config: ProtectedConfig, sources: list[str]) -> None:
     """Freeze a weighted combination. Its rows are projected onto the span of the sources' rows, because some
     combinations prune single elements and leave it.
     """

@@ -129,13 +129,7 @@ def _unusual(layer: Any, adapter: str, base: nn.Module) -> str | None:
 
 
 class Route(NamedTuple):
-    """Which path a layer takes now.
-
-    Attributes:
-        module: its name.
-        path: "fused:triton", "fused:reference" or "peft".
-        reason: why the fused path is taken, or is not.
-    """
+    """Which path a layer takes now: "fused:triton", "fused:reference" or "peft", and why."""
 
     module: str
     path: str

@@ -48,8 +48,8 @@ def inject_adapter(
         def take_out(names: Collection[str]) -> None:
             _take_out(adapter_name, modules, _places(where, names))
 
-        gone = _places(where, attach(model, adapter_name, config, self.peft_config, take_out))
-        self.targeted_module_names = [name for name in self.targeted_module_names if name not in gone]
+        left_out = _places(where, attach(model, adapter_name, config, self.peft_config, take_out))
+        self.targeted_module_names = [name for name in self.targeted_module_names if name not in left_out]
     except BaseException as error:
         _undo(model, adapter_name, modules)
         for module, kind in kinds:

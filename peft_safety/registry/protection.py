@@ -23,7 +23,7 @@ def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
         adapter_name: one adapter; None checks all protected ones.
 
     Raises:
-        ProtectionError: no protected adapter is there, or one has lost its protection; names the module.
+        ProtectionError: the model has no protected adapter, or a module of one has lost its protection.
     """
     configs = protected_configs(model)
     if adapter_name is not None:

@@ -27,6 +27,9 @@ from peft_safety.errors import ConfigError, SubspaceError
 from peft_safety.layers import ProtectedLinear
 from peft_safety.methods.base import ProtectedConfig
 
+Layers = Mapping[str, LoraLayer]
+"""The layers of an adapter by the module's name."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -64,10 +67,7 @@ def settings(config: ProtectedConfig) -> dict[str, Any]:
 
 def is_copy(config: ProtectedConfig, configs: Mapping[str, Any]) -> bool:
     """Whether an adapter was made from this config, and it asks for the same one again. A user's own config then takes
-    over the results of that adapter.
-
-    Args:
-        configs: the model's, by adapter.
+    over the results of that adapter, which is among the model's `configs`.
     """
     if config._origin is not None:
         return _equal(settings(config), config._origin.made)
@@ -102,11 +102,7 @@ def start_over(config: ProtectedConfig) -> None:
 
 
 def remember(config: ProtectedConfig, asked: dict[str, Any] | None = None, *, loaded: bool = False) -> None:
-    """Note that an adapter was made from this config, or filled from a directory.
-
-    Args:
-        asked: `settings` before the adapter was made; None means the present ones.
-    """
+    """Note that an adapter was made from this config, or loaded. `asked`: its `settings` before, if they differ."""
     made = settings(config)
     new = config._origin is None and not loaded
     if not new:  # no longer the adapter that the mark stands for
@@ -115,15 +111,15 @@ def remember(config: ProtectedConfig, asked: dict[str, Any] | None = None, *, lo
     config._origin = Origin(config._mark, made if asked is None else asked, made, loaded)
 
 
-def sizes(layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, tuple[int, float]]:
+def sizes(layers: Layers, adapter_name: str) -> dict[str, tuple[int, float]]:
     """Rank and alpha of an adapter by module."""
     return {name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()}
 
 
 def fits(config: ProtectedConfig, layers: Mapping[str, nn.Module]) -> bool:
     """Whether the subspace is of these base layers, except for those that it leaves out."""
-    gone = set(config.subspace.lacking(layers, config.basis_sides)) & set(config.subspace.left_out)
-    kept = {name: layer for name, layer in layers.items() if name not in gone}
+    left_out = set(config.subspace.lacking(layers, config.basis_sides)) & set(config.subspace.left_out)
+    kept = {name: layer for name, layer in layers.items() if name not in left_out}
     try:
         config.subspace.check_fits(kept, config.basis_sides, bind=False)
     except SubspaceError:
@@ -132,18 +128,10 @@ def fits(config: ProtectedConfig, layers: Mapping[str, nn.Module]) -> bool:
 
 
 def start(
-    model: nn.Module,
-    layers: Mapping[str, LoraLayer],
-    name: str,
-    config: ProtectedConfig,
-    configs: Mapping[str, Any],
-    copied: bool,
+    model: nn.Module, layers: Layers, name: str, config: ProtectedConfig, configs: Mapping[str, Any], copied: bool
 ) -> None:
     """Set the first factors of the new adapter `name`. Frozen ones of a residual come from the adapter that is copied
     or from the directory (transformers' loader loads parameters only), and are computed otherwise.
-
-    Args:
-        configs: the model's, by adapter.
     """
     source = sibling(config, layers, name, configs) if copied and config.residual else None
     known: dict[str, tuple[Tensor, Tensor]] | None = None
@@ -168,13 +156,11 @@ def start(
         config.initialize(model, layers, name)
 
 
-def sibling(
-    config: ProtectedConfig, layers: Mapping[str, LoraLayer], name: str, configs: Mapping[str, Any]
-) -> str | None:
+def sibling(config: ProtectedConfig, layers: Layers, name: str, configs: Mapping[str, Any]) -> str | None:
     """The adapter that the new one, `name`, is a copy of; None if the model has none of these shapes."""
     assert config._origin is not None
-    for other, there in configs.items():
-        origin = getattr(there, "_origin", None)
+    for other, existing in configs.items():
+        origin = getattr(existing, "_origin", None)
         if other == name or origin is None or origin.source != config._origin.source:
             continue
         if all(other in layer.lora_A and layer.r[other] == layer.r[name] for layer in layers.values()):
@@ -184,7 +170,7 @@ def sibling(
 
 @torch.no_grad()
 def _start_from(leaf: ProtectedLinear, initial: Tensor) -> None:
-    """Give a new leaf a copy of the frozen factor, and start the trainable one there: the update is zero."""
+    """Give a new leaf a copy of the frozen factor, and the trainable one the same values: the update is zero."""
     weight, initial = leaf.raw(), initial.detach()
     assert leaf.initial is not None
     layout: Any = {"copy": True, "memory_format": torch.contiguous_format}
@@ -200,7 +186,7 @@ def _check_data(config: ProtectedConfig) -> None:
     loaded = config.safety_artifact is not None if config._origin is None else config._origin.loaded
     if loaded and all(getattr(config, name) is None for name in config.UNSAVED):
         raise ConfigError(
-            f"{type(config).__name__}: this config is of a saved adapter with a residual. The directory has its "
-            "initial factors, but not the data behind them. Load the adapter and add the copy to that model (with the "
-            "same r), or give the config its data again."
+            f"{type(config).__name__}: the directory of a saved adapter with a residual has its initial factors, not the "
+            "data for new ones. Load the adapter and add the copy to that model (with the same r), or give the config "
+            "its data again."
         )

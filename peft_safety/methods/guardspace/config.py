@@ -30,7 +30,7 @@ from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data import calibration_rows
 from peft_safety.data.rows import data_rows
 from peft_safety.errors import ConfigError
-from peft_safety.methods.base import Layers, ProtectedConfig, option
+from peft_safety.methods.base import Layers, ProtectedConfig, check_choices, option
 from peft_safety.methods.guardspace.directions import frozen_factors
 from peft_safety.methods.guardspace.factors import Preconditioner, irrelevant_factors
 from peft_safety.methods.initial import start_from
@@ -92,23 +92,20 @@ class GuardSpaceConfig(ProtectedConfig):
 
     def __post_init__(self) -> None:
         where = type(self).__name__
-        choices = {
-            "basis": ("harmful", "general", "both"),
-            "positions": ("all", "prompt", "response"),
-            "combine": (None, "salora"),
-            "train": ("A", "B"),
-            "a_init": ("task", "random"),
-            "init": ("lora", "guardspace"),
-            "preconditioner": ("root", "moment"),
-        }
-        for name, values in choices.items():
-            if getattr(self, name) not in values:
-                raise ConfigError(
-                    f"{where}: {name}={getattr(self, name)!r}. Use one of {', '.join(map(repr, values))}."
-                )
+        check_choices(
+            self,
+            basis=("harmful", "general", "both"),
+            positions=("all", "prompt", "response"),
+            combine=(None, "salora"),
+            train=("A", "B"),
+            a_init=("task", "random"),
+            init=("lora", "guardspace"),
+            preconditioner=("root", "moment"),
+        )
         if self.positions == "response" and self.basis != "harmful":
             raise ConfigError(
-                f"{where}: basis={self.basis!r} has no responses, so positions='response' finds none. Use 'all' or 'prompt'."
+                f"{where}: basis={self.basis!r} has no responses, so positions='response' finds none. Use 'all' or "
+                "'prompt'."
             )
         if self.train == "B" and (self.init != "lora" or self.combine is not None):
             raise ConfigError(

@@ -22,7 +22,7 @@ from peft_safety.core.projection import Side
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data import CALIBRATION_PAIRS, refusal_pairs
 from peft_safety.errors import ConfigError
-from peft_safety.methods.base import Layers, ProtectedConfig
+from peft_safety.methods.base import Layers, ProtectedConfig, check_choices
 from peft_safety.methods.ortho_patch.priors import prior_spans
 
 REG_LAMBDA = 100.0
@@ -73,13 +73,9 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
 
     def __post_init__(self) -> None:
         where = type(self).__name__
-        for name, values in (
-            ("mode", ("none", "soft", "hard")),
-            ("basis", ("weight", "activation", "contrastive")),
-            ("side", tuple(SIDES)),
-        ):
-            if getattr(self, name) not in values:
-                raise ConfigError(f"{where}: {name}={getattr(self, name)!r}. Use one of {', '.join(values)}.")
+        check_choices(
+            self, mode=("none", "soft", "hard"), basis=("weight", "activation", "contrastive"), side=tuple(SIDES)
+        )
         if self.mode == "soft" and (self.basis == "weight" or self.side != "in"):
             raise ConfigError(
                 f"{where}: mode='soft' penalizes the update's energy on data: it needs basis='activation' or "
