@@ -131,10 +131,8 @@ def estimate(
             )
             tokens, contrast = moments.tokens, next(iter(others), None)
             if tokens < (needed := max((k for k in wanted.values() if k is not None), default=1)):
-                raise CalibrationError(
-                    f"{tokens} {'labeled ' * (where == 'response')}tokens cannot span rank={needed} directions. Give "
-                    "more data, or a smaller rank."
-                )
+                what = f"{tokens} {'labeled ' * (where == 'response')}tokens cannot span rank={needed} directions"
+                raise CalibrationError(f"{what}. Give more data, or a smaller rank.")
             seen = {name: layer for name, layer in part.items() if all(m.reaches(name) for m in (moments, *others))}
             for name, side, basis, spectrum in _bases(seen, moments, contrast, sizes, seed):
                 bases.setdefault(name, {})[side] = basis

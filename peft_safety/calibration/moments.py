@@ -141,10 +141,7 @@ def selected(name: str, x: Tensor, *masks: Tensor) -> Tensor:
         masks: `(batch, tokens)` bool.
     """
     if not isinstance(x, Tensor) or x.ndim < 1:
-        raise CalibrationError(
-            f"{name}: its input or output is a {type(x).__name__}, not rows of features. Leave it out of "
-            "target_modules."
-        )
+        raise CalibrationError(f"{name}: a {type(x).__name__} is no rows of features. Leave it out of target_modules.")
     rows, chosen = x.detach().reshape(-1, x.shape[-1]), positions_of(x.shape[:-1], *masks)
     if chosen is None:
         return rows.float() if any(bool(mask.any()) for mask in masks) else rows[:0].float()

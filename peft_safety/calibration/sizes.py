@@ -65,10 +65,7 @@ class Size:
                 f"layer is {shape[0]} x {n}). Use a safety_rank (rank) from 1 to {d - 1}, or a share."
             )
         if rank is not None and rank > n:
-            raise ConfigError(
-                f"{name}: rank={rank}, but {n} input features give at most {n} directions. Use a smaller safety_rank "
-                "(rank), or a share."
-            )
+            raise ConfigError(f"{name}: rank={rank}, but the inputs span at most {n} directions. Use a smaller one.")
         return rank
 
 
@@ -94,10 +91,8 @@ def plan(
     special = {kind: Size.of(*((x, None) if energy is None else (None, x))) for kind, x in (per_kind or {}).items()}
     kinds = {kind_of(name) for name in layers}
     if unknown := sorted(set(special) - kinds):
-        raise ConfigError(
-            f"safety_rank_pattern (per_kind) names {unknown[0]!r}, and no target module is of that kind. There are "
-            f"{', '.join(sorted(kinds))}."
-        )
+        some = ", ".join(sorted(kinds))
+        raise ConfigError(f"safety_rank_pattern: no target module is of that kind: {unknown[0]!r}. There are {some}.")
     shapes = {name: weights.shape(layer) for name, layer in layers.items()}
     features = {(name, side): shape[0 if side == "out" else 1] for name, shape in shapes.items() for side in sides}
     unfit = [name for name in layers if any(features[name, side] < 2 for side in sides)]

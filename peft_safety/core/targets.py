@@ -52,10 +52,8 @@ def target_layers(
     if not selected:
         some = ", ".join(sorted({name.rpartition(".")[2] for name in layers})[:10])
         but = f" but those of exclude_modules={exclude_modules!r}" if excluded else ""
-        raise ConfigError(
-            f"target_modules={target_modules!r} matches no linear layer of the model{but}. Give names such as {some}, "
-            "or 'all-linear'."
-        )
+        what = f"target_modules={target_modules!r} matches no linear layer of the model{but}"
+        raise ConfigError(f"{what}. Give names such as {some}, or 'all-linear'.")
     for name, layer in selected.items():
         weights.check_readable(layer, name)
     return selected

@@ -166,10 +166,8 @@ class ProtectedConfig(LoraConfig):
             return self.calibrate(model, layers)
         if isinstance(self.subspace, (str, os.PathLike)):
             return SafetySubspace.load(self.subspace)
-        raise ConfigError(
-            f"{type(self).__name__}: subspace is a {type(self.subspace).__name__}. Give a SafetySubspace, a path, a "
-            "Hub id, or 'auto'."
-        )
+        kind = type(self.subspace).__name__
+        raise ConfigError(f"subspace is a {kind}. Give a SafetySubspace, a path, a Hub id, or 'auto'.")
 
     @property
     def own_data(self) -> str:

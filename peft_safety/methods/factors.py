@@ -31,10 +31,8 @@ def layer_factors(name: str, layer: LoraLayer, adapter_name: str) -> Factors:
         )
     a, b = stored_factors(*leaves)
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise ConfigError(
-            f"{name}: lora_A {tuple(a.shape)} or lora_B {tuple(b.shape)} holds NaN or Inf. Load the last good "
-            "checkpoint."
-        )
+        shapes = f"lora_A {tuple(a.shape)} or lora_B {tuple(b.shape)}"
+        raise ConfigError(f"{name}: {shapes} holds NaN or Inf. Load the last good checkpoint.")
     return Factors(a, b, float(layer.scaling[adapter_name]), weights.is_conv1d(layer.get_base_layer()))
 
 

@@ -59,10 +59,7 @@ def config_from_pretrained(
     names = (ADAPTER_FILE, FILE_NAME, MANIFEST)
     directory = local if local.is_dir() else _folder(source, subfolder, kwargs, *names)
     if directory is None:
-        raise ArtifactError(
-            f"{source!r}: a protected adapter needs {', '.join(names)}; one of them cannot be fetched. Check the "
-            "connection, or download the whole repository."
-        )
+        raise ArtifactError(f"{source!r}: one of {', '.join(names)} cannot be fetched. Check the connection.")
     take_over(config, check_adapter(directory))
     return config
 
@@ -140,10 +137,7 @@ def stored_config(stored: StoredAdapter) -> ProtectedConfig:
 def take_over(config: ProtectedConfig, stored: StoredAdapter) -> None:
     """Give a config the subspace, modules, ranks and alphas of a checked directory, instead of any pattern."""
     if stored.residual != config.residual:
-        raise ArtifactError(
-            f"{stored.directory}: its factors are of another init than its {type(config).__name__} says. Save the "
-            "adapter again."
-        )
+        raise ArtifactError(f"{stored.directory}: its factors are of another init than the config's. Save it again.")
     config._stored = stored
     config.subspace = stored.subspace
     alphas: dict[str, float] = stored.config.get("alpha_pattern") or {}

@@ -83,8 +83,7 @@ def aim(model: nn.Module, task_data: Any, adapter_name: str = "default") -> None
             )
         if bool(pair[1].any()):
             raise ConfigError(
-                f"{name}: adapter {adapter_name!r} has learned something (lora_B is not zero). Do this before the first "
-                "step."
+                f"{name}: adapter {adapter_name!r} has learned something. Do this before the first step."
             )
     kept, config.subspace = config.subspace, config.resolve(model, {})
     try:

@@ -19,6 +19,7 @@ from peft_safety.registry.protection import protected_configs
 from peft_safety.registry.reuse import remember, sizes
 from peft_safety.registry.tuners import adopt
 
+NEW_NAME = "Load it under a new name."
 NO_RESIDUAL = "an adapter with a residual (init='task' or 'guardspace') cannot"
 
 
@@ -51,15 +52,13 @@ def hotswap_adapter_from_state_dict(
         return original(model, state_dict, adapter_name, config, *args, **kwargs)
     if not isinstance(config, ProtectedConfig):
         raise ConfigError(
-            f"adapter {adapter_name!r} is protected; a {type(config).__name__} cannot be swapped into it. Load it "
-            "under a new name."
+            f"a {type(config).__name__} cannot be swapped into {adapter_name!r}, which is protected. {NEW_NAME}"
         )
     layers = adapter_layers(model, adapter_name)
     if config.freezes or (current is not None and current.freezes):
         if current is None or not (current.freezes and config.is_plain):
             raise ConfigError(
-                f"adapter {adapter_name!r} and the new one must both have a frozen lora_A (GuardSpaceConfig, "
-                "train='B', saved). Load it under a new name."
+                f"{adapter_name!r} and the new adapter must both have a frozen lora_A, saved. {NEW_NAME}"
             )
         accept_stored(config)
         original(model, state_dict, adapter_name, config, *args, **kwargs)
@@ -69,16 +68,12 @@ def hotswap_adapter_from_state_dict(
         raise ConfigError(f"adapter {adapter_name!r}: {NO_RESIDUAL} be hot-swapped. Use export_lora first.")
     if current is not None and current.sides != config.sides:  # a leaf of the other side would stay
         raise ConfigError(
-            f"adapter {adapter_name!r} is constrained on sides {current.sides}, the new one on {config.sides}. Load "
-            "it under a new name."
+            f"{adapter_name!r} is constrained on sides {current.sides}, the new one on {config.sides}. {NEW_NAME}"
         )
     subspace = config.subspace
     if set(subspace.bases) != set(layers):
         mismatched = sorted(set(subspace.bases) ^ set(layers))[:3]
-        raise ArtifactError(
-            f"the new adapter and {adapter_name!r} target other modules; they differ at {mismatched}. Load it "
-            "under a new name."
-        )
+        raise ArtifactError(f"{adapter_name!r} and the new adapter differ in modules: {mismatched}. {NEW_NAME}")
     subspace.check_fits({name: layer.get_base_layer() for name, layer in layers.items()}, config.basis_sides)
     for tuner in (module for module in model.modules() if isinstance(module, BaseTuner)):
         adopt(tuner, config)

@@ -29,17 +29,13 @@ def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
     if adapter_name is not None:
         configs = {name: config for name, config in configs.items() if name == adapter_name}
     if not configs:
-        raise ProtectionError(
-            f"the model has no protected adapter{'' if adapter_name is None else f' {adapter_name!r}'}. Use "
-            "SaLoRAConfig instead of LoraConfig."
-        )
+        wanted = "" if adapter_name is None else f" {adapter_name!r}"
+        raise ProtectionError(f"the model has no protected adapter{wanted}. Use SaLoRAConfig instead of LoraConfig.")
     for name, config in configs.items():
         layers = adapter_layers(model, name)
         if set(layers) != set(config._modules):
-            raise ProtectionError(
-                f"adapter {name!r}: modules {sorted(set(layers) ^ set(config._modules))[:3]} came or went since "
-                "injection. Load the adapter again."
-            )
+            changed = sorted(set(layers) ^ set(config._modules))[:3]
+            raise ProtectionError(f"adapter {name!r}: modules {changed} came or went since injection. Load it again.")
         for module, layer in layers.items():
             if config.freezes:
                 check_frozen(layer.lora_A[name], f"{module} (adapter {name!r})", config._accepted.get(module, ()))

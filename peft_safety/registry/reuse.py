@@ -186,7 +186,6 @@ def _check_data(config: ProtectedConfig) -> None:
     loaded = config.safety_artifact is not None if config._origin is None else config._origin.loaded
     if loaded and all(getattr(config, name) is None for name in config.UNSAVED):
         raise ConfigError(
-            f"{type(config).__name__}: the directory of a saved adapter with a residual has its initial factors, not the "
-            "data for new ones. Load the adapter and add the copy to that model (with the same r), or give the config "
-            "its data again."
+            "the directory of a saved adapter with a residual has its initial factors, but not the data for new ones. "
+            "Load the adapter and add the copy to that model (with the same r), or give the config its data again."
         )

@@ -26,6 +26,7 @@ from peft_safety.methods.safe_lora.config import SafeLoRAConfig
 from peft_safety.registry.attach import bind
 from peft_safety.registry.checks import check_ahead
 from peft_safety.registry.frozen import seal_frozen, take_over
+from peft_safety.registry.hotswap import NEW_NAME
 from peft_safety.registry.protection import assert_protected, protected_configs
 from peft_safety.registry.reuse import remember
 
@@ -124,10 +125,8 @@ def load_adapter(
         return result
     stored = PeftConfig.from_pretrained(str(model_id), **options)
     if type(stored) is not type(config):
-        raise ConfigError(
-            f"adapter {adapter_name!r} is protected ({type(config).__name__}), {model_id} holds a "
-            f"{type(stored).__name__}. Load it under a new name."
-        )
+        kinds = type(config).__name__, type(stored).__name__
+        raise ConfigError(f"adapter {adapter_name!r} is a {kinds[0]}, {model_id} holds a {kinds[1]}. {NEW_NAME}")
     if config.freezes and stored._certificate is not None:
         take_over(config, stored, adapter_layers(self, adapter_name), adapter_name)
         return original(self, model_id, adapter_name, *args, **_with_places(self, kwargs))
@@ -160,12 +159,9 @@ def _check_same(adapter_name: str, source: str, stored: Any, config: Any, layers
     existing = {name: int(layer.r[adapter_name]) for name, layer in layers.items()}
     if stored.sides != config.sides:
         raise ArtifactError(
-            f"{source} is constrained on sides {stored.sides}, adapter {adapter_name!r} on {config.sides}. Load it "
-            "under a new name."
+            f"{source} is constrained on sides {stored.sides}, {adapter_name!r} on {config.sides}. {NEW_NAME}"
         )
     if ranks != existing or stored._stored.residual != config.residual:
         mismatched = sorted(set(ranks.items()) ^ set(existing.items()))[:3]
-        raise ArtifactError(
-            f"{source}: its modules, ranks or init are not those of adapter {adapter_name!r}; they differ at "
-            f"{mismatched}. Load it under a new name."
-        )
+        what = f"modules, ranks or init other than those of adapter {adapter_name!r}; they differ at {mismatched}"
+        raise ArtifactError(f"{source} has {what}. {NEW_NAME}")

@@ -71,14 +71,10 @@ class ProtectedLoraModel(_Merges, LoraModel):  # type: ignore[misc]
         if protected:
             digests = {(config.subspace_id, config.freezes) for config in protected.values()}
             if len(protected) < len(configs) or len(digests) > 1:
-                raise ConfigError(
-                    f"adapters {adapters} do not share one safety subspace; their combination would not keep it. "
-                    "Combine adapters of one subspace."
-                )
+                raise ConfigError(f"adapters {adapters} do not share one safety subspace. Combine adapters that do.")
             if any(config.residual for config in protected.values()):
                 raise ConfigError(
-                    f"adapters {adapters}: one has a residual (init='task' or 'guardspace'), which a weighted sum of "
-                    "factors would lose. Use export_lora first."
+                    f"adapters {adapters}: a weighted sum loses the residual of one. Use export_lora first."
                 )
         self._combining = True
         try:
@@ -104,8 +100,5 @@ KINDS: dict[type, type] = {LoraModel: ProtectedLoraModel, MixedModel: ProtectedM
 def adopt(tuner: Any, config: ProtectedConfig) -> None:
     """Make one of PEFT's tuners the subclass of its kind. A ConfigError refuses any other tuner."""
     if type(tuner) not in (*KINDS, *KINDS.values()):
-        raise ConfigError(
-            f"{type(config).__name__}: {type(tuner).__name__} does not build LoRA layers that can be protected. Use "
-            "get_peft_model, which takes LoraModel for it."
-        )
+        raise ConfigError(f"{type(tuner).__name__} builds no layers that can be protected. Use get_peft_model.")
     tuner.__class__ = KINDS.get(type(tuner), type(tuner))
