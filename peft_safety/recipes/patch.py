@@ -211,9 +211,10 @@ def general_rows(
     asked = {_key(row): row["prompt"] for row in plain if kind_of(row) == "prompt"}
     answers: dict[str, dict[str, Any]] = {}
     if asked:
-        limits = {"max_new_tokens": options.answer_tokens, "progress": options.training.progress}
+        prompts, limit, progress = list(asked.values()), options.answer_tokens, options.training.progress
         with adapters_off(model):
-            answers = {_key(row): row for row in self_responses(model, tokenizer, list(asked.values()), **limits)}
+            own = self_responses(model, tokenizer, prompts, max_new_tokens=limit, progress=progress)
+        answers = {_key(row): row for row in own}
     answered = [answers.get(_key(row)) if kind_of(row) == "prompt" else row for row in plain]
     rows: list[Row] = [{**row, "distil": True} for row in answered if row is not None]
     if not rows:

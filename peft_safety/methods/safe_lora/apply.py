@@ -5,28 +5,17 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from peft_safety.core import files
+from peft_safety.core import files, plain_lora
 from peft_safety.core.checkpoints import FileWeights, ModuleWeights, open_weights
 from peft_safety.core.names import pin, places
-from peft_safety.core.plain_lora import (
-    CARD,
-    RECORD,
-    REPAIRED_TYPE,
-    check_plain,
-    factor_tensors,
-    read_plain,
-    write_plain,
-)
 from peft_safety.errors import ConfigError
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.factors import layer_factors
@@ -72,7 +61,7 @@ def apply_safe_lora(
     if adapter_name not in table:
         raise ConfigError(f"the model has no adapter {adapter_name!r}, only {sorted(table)}. Name one of these.")
     config = table[adapter_name]
-    check_plain(config, f"adapter {adapter_name!r}")
+    plain_lora.check_plain(config, f"adapter {adapter_name!r}")
     _check_unrepaired(config, f"adapter {adapter_name!r}")
     if new_adapter_name is not None and (new_adapter_name in table or not isinstance(peft_model, PeftModel)):
         raise ConfigError(
@@ -89,17 +78,10 @@ def apply_safe_lora(
     if new_adapter_name is None:
         _write([(layers[name].lora_B[adapter_name].weight, b) for name, b in new.items()])
     else:
-        config, modules = (
-            copy.deepcopy(config),
-            {n: (int(x.r[adapter_name]), x.lora_alpha[adapter_name]) for n, x in layers.items()},
-        )
-        pin(config, modules, places(peft_model.get_base_model()))
-        with new_adapter(peft_model, new_adapter_name, config) as copies:
-            pairs = [(copies[name].lora_A[new_adapter_name].weight, f.a) for name, f in factors.items()]
-            pairs += [
-                (copies[name].lora_B[new_adapter_name].weight, new.get(name, f.b)) for name, f in factors.items()
-            ]
-            _write(pairs)
+        config = copy.deepcopy(config)
+        sizes = {name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()}
+        pin(config, sizes, places(peft_model.get_base_model()))  # type: ignore[arg-type, operator]
+        add_adapter(peft_model, new_adapter_name, config, {n: (f.a, new.get(n, f.b)) for n, f in factors.items()})
     table[new_adapter_name or adapter_name].safe_lora = report.record
     return report
 
@@ -126,7 +108,7 @@ def safe_lora_dir(
     chosen, source = RepairOptions(**options), Path(adapter_dir)
     if out_dir is not None and os.path.realpath(out_dir) == os.path.realpath(source):
         raise ConfigError(f"{source} is also the output directory. Write somewhere else; the original adapter stays.")
-    plain = read_plain(source)
+    plain = plain_lora.read_plain(source)
     _check_unrepaired(plain.config, str(source))
     name: str | None = plain.fields.get("base_model_name_or_path") or None
     base = FileWeights(name) if aligned is not None and name is not None and os.path.isdir(name) else None
@@ -135,12 +117,16 @@ def safe_lora_dir(
     _check_different(unaligned, aligned)
     new, report = repair(plain.factors, open_weights(unaligned), open_weights(aligned), chosen, base)
     if out_dir is not None:
-        fields = plain.fields | ({"safe_lora": report.record} if plain.fields["peft_type"] == REPAIRED_TYPE else {})
-        factors = factor_tensors({module: (f.a, new.get(module, f.b)) for module, f in plain.factors.items()})
-        old = files.child(source, CARD)
+        fields = plain.fields | (
+            {"safe_lora": report.record} if plain.fields["peft_type"] == plain_lora.REPAIRED_TYPE else {}
+        )
+        factors = plain_lora.factor_tensors(
+            {module: (f.a, new.get(module, f.b)) for module, f in plain.factors.items()}
+        )
+        old = files.child(source, plain_lora.CARD)
         card = old.read_text(encoding="utf-8") if old.is_file() else "---\nlibrary_name: peft\n---\n"
         card = card.rstrip() + "\n\n" + _card(report.record)
-        write_plain(Path(out_dir), plain.extra | factors, fields, card, {RECORD: report.record})
+        plain_lora.write_plain(Path(out_dir), plain.extra | factors, fields, card, {plain_lora.RECORD: report.record})
     return report
 
 
@@ -173,20 +159,18 @@ def _check_different(unaligned: Model, aligned: Model | None) -> None:
         )
 
 
-@contextmanager
-def new_adapter(model: PeftModel, name: str, config: LoraConfig) -> Iterator[dict[str, LoraLayer]]:
-    """Add an adapter, and fill it in the block: whole or not at all. What trains, and what is active, stays.
-
-    Yields:
-        Its layers, by module.
+def add_adapter(model: Any, name: str, config: LoraConfig, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Add an adapter with these factors, `(A, B)` by module, to a PeftModel: whole or not at all. What trains and what
+    is active stays as it is.
     """
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # PEFT notes that there is an adapter already
             model.add_adapter(name, config)
-        with torch.no_grad():
-            yield adapter_layers(model, name)
+        layers = adapter_layers(model, name)
+        _write([(layers[module].lora_A[name].weight, a) for module, (a, _) in pairs.items()])
+        _write([(layers[module].lora_B[name].weight, b) for module, (_, b) in pairs.items()])
     except BaseException:
         if name in model.peft_config:
             model.delete_adapter(name)

@@ -114,7 +114,7 @@ def repair(
                 digest.update(name.encode() + _sample(matrix).numpy().tobytes())
             if base is not None:
                 _check_base(name, pair[0], stack.enter_context(base.open(name, factor.transposed)), aligned.label)
-            rows[name], projections[name], noise[name] = _module(name, factor, *pair, options)
+            rows[name], projections[name], noise[name] = _module(name, factor, pair[0], pair[1], options)
     if all(row.delta == 0 for row in rows.values()):
         raise CheckpointError(
             f"{aligned.label} and {unaligned.label} have equal weights in every module of the adapter. Give two "

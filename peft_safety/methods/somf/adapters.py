@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,22 +17,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_safety.core import base_weights as weights
+from peft_safety.core import plain_lora
 from peft_safety.core.names import places, public_name
-from peft_safety.core.plain_lora import (
-    MANIFEST,
-    Factors,
-    check_plain,
-    factor_tensors,
-    plain_config,
-    read_plain,
-    write_files,
-)
+from peft_safety.core.plain_lora import Factors
 from peft_safety.core.targets import base_layers
 from peft_safety.errors import ConfigError
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.factors import layer_factors
-from peft_safety.methods.safe_lora.apply import new_adapter
+from peft_safety.methods.safe_lora.apply import add_adapter
 from peft_safety.methods.safe_lora.repair import factor_digest
+from peft_safety.methods.somf.masks import Shape
 from peft_safety.methods.somf.options import FuseOptions
 from peft_safety.methods.somf.train import MaskedModel
 from peft_safety.methods.somf.updates import Continued, Independent, MaskOf, Update
@@ -62,7 +56,7 @@ class AdapterFusion:
         ConfigError: different bases, modules or shapes, or a granularity that these adapters cannot have.
     """
 
-    manifest = MANIFEST
+    manifest = plain_lora.MANIFEST
 
     def __init__(self, safe: str | None, tasks: Sequence[str], model: nn.Module | None, options: FuseOptions) -> None:
         self.options, self.weights = options, options.weights_of(len(tasks))
@@ -72,20 +66,16 @@ class AdapterFusion:
         self.model_name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
         continued = _is_continued(aligned, inputs, options)
         self.granularity = options.granularity or ("element" if continued else "rank")
+        kind: Any = Continued if continued else Independent
         self.updates: dict[str, Update] = {}
         for name in self.adapters[0].factors:
             own = aligned and aligned.factors[name]
             weighted = [(weight, task.factors[name]) for weight, task in zip(self.weights, inputs, strict=True)]
-            kind: Any = Continued if continued else Independent
             self.updates[name] = kind(name, own, weighted, self.granularity, options.rescale)
-        self.mask_shapes = {
-            key: shape for update in self.updates.values() for key, shape in update.mask_shapes.items()
-        }
-        self.fingerprints = {
-            a.label: factor_digest({name: (f.a, f.b) for name, f in a.factors.items()}) for a in self.adapters
-        }
-        rank = max(len(update.a) for update in self.updates.values())
-        layout = "continued" if continued else "independent"
+        self.mask_shapes = mask_shapes(self.updates)
+        pairs = {a.label: {name: (f.a, f.b) for name, f in a.factors.items()} for a in self.adapters}
+        self.fingerprints = {label: factor_digest(factors) for label, factors in pairs.items()}
+        rank, layout = max(len(u.a) for u in self.updates.values()), "continued" if continued else "independent"
         self.facts = {"layout": layout, "modules": len(self.updates), "rank": rank}
 
     def masked(self, model: nn.Module | None) -> MaskedAdapters:
@@ -106,18 +96,15 @@ class AdapterFusion:
     def write(self, folder: Path, mask_of: MaskOf | None, card: str) -> None:
         """Write a plain LoRA that any PEFT loads."""
         pairs = self.fused(mask_of)
-        write_files(folder, factor_tensors(pairs), self._config(pairs), card)
+        plain_lora.write_files(folder, plain_lora.factor_tensors(pairs), self._config(pairs), card)
 
     def add(self, pairs: Pairs, model: PeftModel, name: str) -> None:
         """Add the result to the model as one more adapter."""
-        with new_adapter(model, name, self._config(pairs, places(model.get_base_model()))) as layers:
-            for module, layer in layers.items():
-                layer.lora_A[name].weight.copy_(pairs[module][0])
-                layer.lora_B[name].weight.copy_(pairs[module][1])
+        add_adapter(model, name, self._config(pairs, places(model.get_base_model())), pairs)
 
     def _config(self, pairs: Pairs, existing: Mapping[str, str] | None = None) -> LoraConfig:
         base = next((a.base for a in self.adapters if a.base), self.model_name)
-        return plain_config(pairs, {**self.adapters[0].fields, "base_model_name_or_path": base}, existing)
+        return plain_lora.plain_config(pairs, {**self.adapters[0].fields, "base_model_name_or_path": base}, existing)
 
 
 class MaskedAdapters(MaskedModel):
@@ -135,8 +122,7 @@ class MaskedAdapters(MaskedModel):
                     f"{name}: the adapters update a weight {wanted}, the model has {shape}. Give the adapters' base "
                     "model."
                 )
-        shapes = {key: shape for update in updates.values() for key, shape in update.mask_shapes.items()}
-        super().__init__(model, shapes, options, layers[next(iter(updates))].weight.device)
+        super().__init__(model, mask_shapes(updates), options, layers[next(iter(updates))].weight.device)
         self.updates = [(layers[name], update.to(layers[name].weight.device)) for name, update in updates.items()]
 
     def _attach(self, stack: ExitStack) -> None:
@@ -144,25 +130,22 @@ class MaskedAdapters(MaskedModel):
             stack.callback(self.model.base_model.set_adapter, self.model.active_adapters)
             stack.enter_context(self.model.disable_adapter())
         for layer, update in self.updates:
-            stack.callback(layer.register_forward_hook(self._hook(update)).remove)
+            stack.callback(layer.register_forward_hook(functools.partial(self._add, update)).remove)
 
-    def _hook(self, update: Update) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            samples = self.samples()
+    def _add(self, update: Update, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        samples = self.samples()
 
-            def fused(x: Tensor) -> Tensor:
-                return apply(x, *update.factors(samples))
+        def fused(x: Tensor) -> Tensor:
+            return apply(x, *update.factors(samples))
 
-            change: Any
-            if not self.fused:
-                change = apply(inputs[0], *update.aligned())
-            elif torch.is_grad_enabled():
-                change = checkpoint(fused, inputs[0], use_reentrant=False, preserve_rng_state=False)
-            else:
-                change = fused(inputs[0])
-            return output + change.to(output.dtype)
-
-        return hook
+        change: Any
+        if not self.fused:
+            change = apply(inputs[0], *update.aligned())
+        elif torch.is_grad_enabled():
+            change = checkpoint(fused, inputs[0], use_reentrant=False, preserve_rng_state=False)
+        else:
+            change = fused(inputs[0])
+        return output + change.to(output.dtype)
 
 
 def apply(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -170,24 +153,31 @@ def apply(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return F.linear(F.linear(x.to(a.dtype), a), b)
 
 
+def mask_shapes(updates: Mapping[str, Update]) -> dict[str, Shape]:
+    """Of all updates, by the masks' full names."""
+    return {name: shape for update in updates.values() for name, shape in update.mask_shapes.items()}
+
+
 def _read(source: str, model: nn.Module | None) -> Adapter:
     """An adapter of the model by its name, or one in a directory."""
     if model is not None and source in (table := config_table(model)):
         config = table[source]
-        check_plain(config, f"adapter {source!r}")
-        factors = {name: layer_factors(name, layer, source) for name, layer in adapter_layers(model, source).items()}
-        adapter = Adapter(source, factors, None, config.to_dict())
+        plain_lora.check_plain(config, f"adapter {source!r}")
+        layers = adapter_layers(model, source)
+        own = {name: layer_factors(name, layer, source) for name, layer in layers.items()}
+        adapter = Adapter(source, own, None, config.to_dict())
         extra = bool(config.modules_to_save or config.trainable_token_indices)
     else:
-        plain = read_plain(Path(source))
+        plain = plain_lora.read_plain(Path(source))
         adapter = Adapter(source, plain.factors, plain.fields.get("base_model_name_or_path") or None, plain.fields)
         extra = bool(plain.extra)
+    factors = adapter.factors.values()
     if extra:
         raise ConfigError(f"{source} also trained modules_to_save or token rows, which are not fused. Train without.")
-    if not all(math.isfinite(factor.scaling) for factor in adapter.factors.values()):
+    if not all(math.isfinite(factor.scaling) for factor in factors):
         raise ConfigError(f"{source} gives lora_alpha by a regular expression. Save it with full module names.")
-    if not any(bool(factor.a.any() and factor.b.any()) for factor in adapter.factors.values()):
-        raise ConfigError(f"{source}: its update is zero in all its modules. Give a trained adapter.")
+    if not any(bool(factor.a.any() and factor.b.any()) for factor in factors):
+        raise ConfigError(f"{source}: its update is zero in all {len(factors)} modules. Give a trained adapter.")
     return adapter
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core.checkpoints import FLOATS, FileWeights
@@ -40,10 +41,11 @@ class CheckpointFusion:
     manifest = CONFIG
 
     def __init__(self, safe: str | None, tasks: Sequence[str], model: nn.Module | None, options: FuseOptions) -> None:
-        from transformers import AutoModelForCausalLM
-
         if (safe is None) == (model is None):
             raise ConfigError("full checkpoints need either safe=, a checkpoint, or model=, the safe model itself.")
+        self.granularity = options.granularity or "element"
+        if self.granularity == "rank":
+            raise ConfigError("granularity='rank' needs LoRA adapters, not full weights. Use element, row or module.")
         self.options, self.weights = options, options.weights_of(len(tasks))
         given: Any = model
         self.model = given if safe is None else _loaded(AutoModelForCausalLM, safe)
@@ -61,8 +63,7 @@ class CheckpointFusion:
                 vector = parameters[name].detach().to(parameter.device, dtype) - parameter.to(dtype)
                 vectors[name].append((weight, vector))
         self.vectors = {n: task_arithmetic(v) for n, v in vectors.items() if any(bool(x.any()) for _, x in v)}
-        self.granularity = options.granularity or "element"
-        self.mask_shapes = {n: mask_shape(tuple(v.shape), self.granularity, n) for n, v in self.vectors.items()}
+        self.mask_shapes = {name: mask_shape(vector, self.granularity) for name, vector in self.vectors.items()}
         self.facts = {"layout": "checkpoints", "modules": len(self.vectors), "rank": 0}
 
     def masked(self, _: nn.Module | None) -> MaskedModel:

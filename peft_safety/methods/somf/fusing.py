@@ -8,10 +8,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from peft_safety.core import publish
 from peft_safety.core.names import public_name
@@ -24,9 +27,6 @@ from peft_safety.methods.somf.checkpoints import CONFIG, CheckpointFusion
 from peft_safety.methods.somf.masks import Masks, Shape, export, load_masks, save_masks
 from peft_safety.methods.somf.options import FuseOptions, MaskTraining
 from peft_safety.methods.somf.train import MaskRun, train_mask
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Source = str | os.PathLike[str]
 RECORDED = ("objective", "beta", "lr", "epochs", "max_steps", "batch_size", "gradient_accumulation", "seed")
@@ -144,21 +144,18 @@ def fuse(
 
     Reference: Yi et al., SOMF, arXiv 2405.09055. Differences from its code: `docs/architecture.md`.
     """
-    from accelerate import PartialState
-    from peft import PeftModel
-
     chosen, training = FuseOptions(**options), training or MaskTraining()
     if mask is not None and chosen.method != "somf":
         raise ConfigError(f"mask= belongs to method='somf', not to {chosen.method!r}. Leave it out.")
     inputs = [os.path.realpath(source) for source in (safe, *tasks) if source is not None]
     if out is not None and (os.path.isfile(out) or os.path.realpath(out) in inputs):
         raise ConfigError(f"out={os.fspath(out)!r} is a file or an input. Give another directory.")
-    if adapter_name is not None and (not isinstance(model, PeftModel) or adapter_name in config_table(model)):
-        raise ConfigError(f"adapter_name={adapter_name!r} needs model=, a PeftModel without such an adapter.")
-    fusion = _read(safe, tasks, model, chosen)
-    if adapter_name is not None and isinstance(fusion, CheckpointFusion):
-        raise ConfigError(f"adapter_name={adapter_name!r} needs adapters. Give out= for full checkpoints.")
-    report, record = _planned(fusion), {}
+    fusion, factors, record = _read(safe, tasks, model, chosen), {}, {}
+    if adapter_name is not None and (
+        not (isinstance(model, PeftModel) and isinstance(fusion, AdapterFusion)) or adapter_name in config_table(model)
+    ):
+        raise ConfigError(f"adapter_name={adapter_name!r} needs adapters, and a PeftModel model= without such a name.")
+    report = _planned(fusion)
     masks = load_masks(Path(mask)) if isinstance(mask, (str, os.PathLike)) else mask
     if masks is None and chosen.method == "somf":
         masked = fusion.masked(model)
@@ -171,7 +168,7 @@ def fuse(
         masks = export(masks, chosen.export, density=chosen.export_density, seed=chosen.seed, record=record)
     if masks is not None:
         masks.check(report.mask_shapes)
-    mask_of = masks and masks.of
+    mask_of = None if masks is None else masks.of
     with torch.no_grad():
         factors = fusion.fused(mask_of) if isinstance(fusion, AdapterFusion) else {}
         report = replace(report, masks=masks, factors=factors)

@@ -36,15 +36,11 @@ def stream(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:7], "big")
 
 
-def mask_shape(weight: Shape, granularity: Granularity, name: str) -> Shape:
+def mask_shape(weight: Tensor, granularity: Granularity) -> Shape:
     """Shape of the mask of one weight: that of the weight, or one entry per row, or a single entry."""
-    if granularity == "rank":
-        raise ConfigError(
-            f"{name} {weight}: granularity='rank' needs LoRA factors, not a full weight. Use element, row or module."
-        )
     if granularity == "element":
-        return weight
-    return (weight[0] if granularity == "row" else 1, *[1] * (len(weight) - 1))
+        return tuple(weight.shape)
+    return (len(weight) if granularity == "row" else 1, *[1] * (weight.ndim - 1))
 
 
 def concrete(logit: Tensor, u: Tensor, temperature: float) -> Tensor:
@@ -60,12 +56,10 @@ def noise(like: Tensor, seed: int) -> Tensor:
 
 
 def rescaled(vector: Tensor, mask: Tensor, how: Rescale) -> Tensor:
-    """The masked task vector `V m`, scaled so that fewer entries do not mean a shorter vector.
+    """The masked task vector `V m`; each entry of m covers equally many of V. A mask that keeps nothing gives zero.
 
-    Args:
-        mask: broadcasts evenly: each of its entries covers equally many of V's.
-        how: "mean" divides by the mean of m, as published (it lengthens a real task vector 1.4 to 1.8 times); "none"
-            leaves it. A mask that keeps nothing gives zero.
+    "mean" divides by the mean of m, as published, so that fewer entries do not mean a shorter vector; it lengthens a
+    real task vector 1.4 to 1.8 times.
     """
     masked = vector * mask
     return masked / mask.mean().clamp(min=torch.finfo(masked.dtype).tiny) if how == "mean" else masked
@@ -152,7 +146,7 @@ def _by_group(tensors: Mapping[str, Tensor], change: Callable[[Tensor, list[str]
     itself, and all masks of a single entry are one together.
     """
     single = [name for name, tensor in tensors.items() if tensor.numel() == 1]
-    result = {}
+    result: dict[str, Tensor] = {}
     for names in [[name] for name in tensors if name not in single] + ([single] if single else []):
         entries = change(torch.cat([tensors[name].flatten() for name in names]), names)
         parts = entries.split([tensors[name].numel() for name in names])
@@ -162,19 +156,15 @@ def _by_group(tensors: Mapping[str, Tensor], change: Callable[[Tensor, list[str]
 
 def save_masks(masks: Masks, path: Path) -> Path:
     """Write masks, one byte per entry, to a file or into a directory. Equal masks give equal files."""
-    return _save(masks.values, masks.record, path)
+    return save_logits(masks.values, path, masks.record)
 
 
 def save_logits(logits: Mapping[str, Tensor], path: Path, record: Mapping[str, Any]) -> Path:
-    """Write trained logits in fp32, from which masks of any density can still be exported."""
-    return _save({name: logit.detach().cpu().float() for name, logit in logits.items()}, record, path)
-
-
-def _save(tensors: Mapping[str, Tensor], record: Mapping[str, Any], path: Path) -> Path:
+    """Write trained logits, from which masks of any density can still be exported."""
     path = path if path.suffix == ".safetensors" else path / FILE_NAME
     header = json.dumps({"version": VERSION, "record": dict(record)}, sort_keys=True)
     # one metadata entry only: safetensors writes several in a random order
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={HEADER: header})
+    save_file({name: logit.detach().cpu().contiguous() for name, logit in logits.items()}, path, {HEADER: header})
     return path
 
 

@@ -14,11 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from peft_safety.calibration.activations import tokenizer_of
 from peft_safety.core import base_weights as weights
@@ -30,9 +32,6 @@ from peft_safety.methods.somf.masks import Shape, concrete, noise, stream
 from peft_safety.methods.somf.options import FuseOptions, MaskTraining
 from peft_safety.methods.somf.updates import MaskOf
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Trainer
-
 Features = list[dict[str, Any]]
 SIDES = ("chosen", "rejected")
 LOGGING_STEPS = 5
@@ -41,13 +40,11 @@ LOGGING_STEPS = 5
 class MaskedModel(nn.Module):
     """What the Trainer sees: the logits, which start at 0 (every entry is kept with probability 1/2). The frozen model
     under them is no submodule, so that nobody moves or saves it.
-
-    Attributes:
-        fused: False for DPO's reference, the safe model without any task.
-        step_seed: decides the noise of the next forward pass.
     """
 
     model: nn.Module
+    fused = True  # False for DPO's reference, the safe model without any task
+    step_seed = 0  # decides the noise of the next forward pass
 
     def __init__(
         self, model: nn.Module, shapes: Mapping[str, Shape], options: FuseOptions, device: torch.device
@@ -56,11 +53,9 @@ class MaskedModel(nn.Module):
         object.__setattr__(self, "model", model)
         self.options, self.names = options, list(shapes)
         self.logit_list = nn.ParameterList(torch.zeros(shape, device=device) for shape in shapes.values())
-        self.fused, self.step_seed = True, options.seed
 
     @property
     def logits(self) -> dict[str, Tensor]:
-        """By name."""
         return dict(zip(self.names, self.logit_list, strict=True))
 
     def samples(self) -> MaskOf:
@@ -116,9 +111,7 @@ class MaskedModel(nn.Module):
 
 @dataclass(frozen=True)
 class MaskRun:
-    """What training a mask cost: seconds of the loop, optimizer steps (those before a resume included), rows that were
-    used; and the mean loss.
-    """
+    """What training a mask cost: seconds, optimizer steps (those before a resume too), rows; and the mean loss."""
 
     seconds: float
     steps: int
@@ -139,8 +132,6 @@ def train_mask(
         DataError: malformed rows.
         ConfigError: nothing to resume from, a checkpoint of another mask, or logits that are not finite.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
     tokenizer = tokenizer_of(masked.model) if tokenizer is None else tokenizer
     if rows is None:
         rows = (preference_pairs if training.objective == "dpo" else refusal_pairs)("train", seed=training.seed)
@@ -191,10 +182,8 @@ class Batches(Collator):
 
 
 def response_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of each row's response, summed over its tokens: `(rows,)`, fp32.
-
-    Args:
-        logits: `(rows, tokens, vocabulary)`. labels: `(rows, tokens)`, -100 where there is no response.
+    """Log-probability of each row's response, summed over its tokens, fp32: `(rows, tokens, vocabulary)` logits and
+    `(rows, tokens)` labels, -100 where there is no response, give `(rows,)`.
     """
     rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
     losses = F.cross_entropy(logits[rows, positions].float(), labels[:, 1:][rows, positions], reduction="none")
@@ -202,45 +191,44 @@ def response_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def dpo_loss(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """`-log sigmoid(beta [(log p(chosen) - log p(rejected)) - the same of the reference])`, averaged.
-
-    Args:
-        policy, reference: `(2 pairs,)`, the chosen ones first.
-
-    Reference: Rafailov et al., arXiv 2305.18290, equation 7.
+    """`-log sigmoid(beta [(log p(chosen) - log p(rejected)) - the same of the reference])`, averaged, of `(2 pairs,)`
+    log-probabilities, the chosen ones first (Rafailov et al., arXiv 2305.18290, equation 7).
     """
     chosen, rejected = (policy - reference).chunk(2)
     return -F.logsigmoid(beta * (chosen - rejected)).mean()
 
 
+class MaskTrainer(Trainer):
+    """Tells the model which noise to draw: by step and micro-batch, so that a resumed run draws the same."""
+
+    loss_is_scaled_for_ga = False
+    at_step, micro = -1, 0
+
+    def __init__(self, masked: MaskedModel, training: MaskTraining, *args: Any, **kwargs: Any) -> None:
+        super().__init__(masked, *args, **kwargs)
+        self.masked, self.training = masked, training
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        step = self.state.global_step
+        self.micro = self.micro + 1 if self.at_step == step else 0
+        self.at_step = step
+        self.masked.step_seed = stream(self.masked.options.seed, self.training.seed, step, self.micro)
+        tokens, labels = (inputs["input_ids"], inputs["attention_mask"]), inputs["labels"]
+        outputs = model(*tokens)
+        policy = response_log_probs(outputs.logits, labels)
+        if self.training.objective == "dpo":
+            reference = response_log_probs(self.masked.reference(*tokens).logits, labels)
+            loss = dpo_loss(policy, reference, self.training.beta)
+        else:  # cross entropy, averaged over the response tokens
+            loss = -policy.sum() / (labels[:, 1:] != IGNORE_INDEX).sum()
+        return (loss, outputs) if return_outputs else loss
+
+
 def _trainer(
     masked: MaskedModel, features: Features, batches: Batches, training: MaskTraining, scratch: str
-) -> Trainer:
-    from transformers import PrinterCallback, Trainer, TrainingArguments
-
-    class MaskTrainer(Trainer):
-        """Tells the model which noise to draw: by step and micro-batch, so that a resumed run draws the same."""
-
-        loss_is_scaled_for_ga = False
-        at_step, micro = -1, 0
-
-        def compute_loss(
-            self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            step = self.state.global_step
-            self.micro = self.micro + 1 if self.at_step == step else 0
-            self.at_step = step
-            masked.step_seed = stream(masked.options.seed, training.seed, step, self.micro)
-            tokens, labels = (inputs["input_ids"], inputs["attention_mask"]), inputs["labels"]
-            outputs = model(*tokens)
-            policy = response_log_probs(outputs.logits, labels)
-            if training.objective == "dpo":
-                reference = response_log_probs(masked.reference(*tokens).logits, labels)
-                loss = dpo_loss(policy, reference, training.beta)
-            else:  # cross entropy, averaged over the response tokens
-                loss = -policy.sum() / (labels[:, 1:] != IGNORE_INDEX).sum()
-            return (loss, outputs) if return_outputs else loss
-
+) -> MaskTrainer:
     on_gpu = masked.logit_list[0].is_cuda  # the logits are trained where the model is
     arguments = TrainingArguments(
         output_dir=str(training.checkpoint_dir or scratch),
@@ -263,6 +251,6 @@ def _trainer(
     )
     # nn.DataParallel would copy the layers and leave the hooks' factors where they are; DDP works.
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    trainer = MaskTrainer(masked, arguments, data_collator=batches, train_dataset=features)
+    trainer = MaskTrainer(masked, training, arguments, data_collator=batches, train_dataset=features)
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -67,8 +67,7 @@ class Continued(Update):
         vector_b = task_arithmetic([(weight, task.b.detach().to(b) - b) for weight, task in tasks])
         super().__init__(len(a), rescale, a=a, b=s * b, vector_a=vector_a, vector_b=s * vector_b)
         if granularity in ("element", "row"):
-            factors = {f"{name}.lora_A": a, f"{name}.lora_B": b}
-            self.mask_shapes = {key: mask_shape(tuple(x.shape), granularity, name) for key, x in factors.items()}
+            self.mask_shapes = {f"{name}.lora_{k}": mask_shape(x, granularity) for k, x in (("A", a), ("B", b))}
         else:
             self.mask_shapes = {f"{name}.{granularity}": (len(a) if granularity == "rank" else 1,)}
 
