@@ -85,7 +85,7 @@ def repair(
     """Repair a trained LoRA adapter by Safe LoRA: no data, no training, no model in memory."""
     from peft_safety.errors import ConfigError
     from peft_safety.methods.safe_lora import safe_lora_dir
-    from peft_safety.methods.safe_lora.options import OPTIONS
+    from peft_safety.methods.safe_lora.config import OPTIONS
     from peft_safety.reporting.repair import save_png, table
 
     if out is None and not dry_run:

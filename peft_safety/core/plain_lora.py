@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -364,31 +364,25 @@ def write_plain(
     config: LoraConfig | Mapping[str, Any],
     card: str,
     records: Mapping[str, Any] | None = None,
+    more: Callable[[Path], object] | None = None,
 ) -> None:
-    """Publish a plain LoRA directory atomically. For the arguments, see `write_files`."""
-    with publish.publishing(target, MANIFEST) as staging:
-        write_files(staging, tensors, config, card, records)
-
-
-def write_files(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    config: LoraConfig | Mapping[str, Any],
-    card: str,
-    records: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the adapter's file, the model card and the config into a folder.
+    """Publish a plain LoRA directory atomically: the adapter's file, the model card and the config.
 
     Args:
         tensors: by PEFT's keys.
         config: a config, or the fields of one.
         records: JSON values for the header of the adapter's file, by key.
+        more: writes further files into the folder that it is given.
     """
-    _save_tensors(tensors, folder / ADAPTER_FILE, {key: json.dumps(value) for key, value in (records or {}).items()})
-    (folder / CARD).write_text(card, encoding="utf-8")
     fields = config if isinstance(config, Mapping) else config.to_dict()
     fields = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
-    (folder / MANIFEST).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
+    header = {key: json.dumps(value) for key, value in (records or {}).items()}
+    with publish.publishing(target, MANIFEST) as folder:
+        _save_tensors(tensors, folder / ADAPTER_FILE, header)
+        (folder / CARD).write_text(card, encoding="utf-8")
+        (folder / MANIFEST).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
+        if more is not None:
+            more(folder)
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class PatchOptions:
     side: SideName = "in"
     safety_rank: int | float | None = None
     safety_energy: float | None = None
-    safety_rank_pattern: Mapping[str, int | float] | None = None
+    safety_rank_pattern: dict[str, int | float] | None = None
     reg_lambda: float | None = None
     subspace: SafetySubspace | str = "auto"
     prior_patches: tuple[str, ...] = ()
@@ -90,17 +90,13 @@ class PatchOptions:
 
 @dataclass
 class PatchRun:
-    """What making a patch did.
-
-    Attributes:
-        training: what it cost.
-        looks: at the validation split, the unpatched model first (step 0).
-        best: the look whose weights were kept.
+    """What training a patch cost; the looks at the validation split, the unpatched model first (step 0); and the one
+    whose weights were kept.
     """
 
     training: TrainingRun
-    looks: list[Look] = field(default_factory=list)
-    best: Look | None = None
+    looks: list[Look]
+    best: Look | None
 
 
 def patch(
@@ -175,25 +171,10 @@ def patch_config(
             allow_fewer=True,
             progress=training.progress,
         )
-    names = (
-        "mode",
-        "basis",
-        "side",
-        "safety_rank",
-        "safety_energy",
-        "reg_lambda",
-        "r",
-        "lora_alpha",
-        "target_modules",
-    )
-    pattern = options.safety_rank_pattern
-    return OrthoSafetyPatchConfig(
-        **{name: value for name in names if (value := getattr(options, name)) is not None},
-        safety_rank_pattern=None if pattern is None else dict(pattern),
-        subspace=subspace,
-        prior_patches=list(options.prior_patches) or None,
-        task_type="CAUSAL_LM",
-    )
+    shared = {f.name for f in fields(PatchOptions)} & {f.name for f in fields(OrthoSafetyPatchConfig)}
+    given = {name: value for name in shared if (value := getattr(options, name)) is not None}
+    given |= {"subspace": subspace, "prior_patches": list(options.prior_patches) or None}
+    return OrthoSafetyPatchConfig(**given, task_type="CAUSAL_LM")
 
 
 def general_rows(
@@ -219,8 +200,8 @@ def general_rows(
     rows: list[Row] = [{**row, "distil": True} for row in answered if row is not None]
     if not rows:
         raise DataError(
-            "no general rows: nothing would keep the patch from refusing everything. Give general= rows, or general "
-            "and contrast of at least 1."
+            "no general rows: nothing would keep the patch from refusing everything. Give general= rows, or counts "
+            "of at least 1."
         )
     return rows
 
@@ -231,14 +212,8 @@ def _key(row: Row) -> str:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What `make_patch` did.
-
-    Attributes:
-        model: the model under the patch.
-        adapter_dir: where the patch was saved.
-        before, after: evaluations on the same prompts, without and with it.
-        run: what training did.
-        report: the same as a table, JSON, PNG or card section.
+    """The model under the patch, where the patch was saved, evaluations on the same prompts without and with it, what
+    training did, and the same as a table, JSON, PNG or card section.
     """
 
     model: PeftModel
@@ -275,9 +250,8 @@ def make_patch(
     options = PatchOptions() if options is None else options
     base, tokenizer = load_model(model, tokenizer)
     earlier, names = _with_priors(base, options.prior_patches)
-    bench = Bench.prepare(
-        earlier, tokenizer, TaskData([], [], []), options.training, split=eval_split, limit=eval_limit
-    )
+    no_task = TaskData([], [], [])
+    bench = Bench.prepare(earlier, tokenizer, no_task, options.training, split=eval_split, limit=eval_limit)
     before = bench.measure(earlier, tokenizer)
     tuned, run = patch(earlier, tokenizer, replace(options, prior_patches=names), refusals=refusals, general=general)
     after = bench.measure(tuned, tokenizer)

@@ -22,7 +22,7 @@ from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.layers import folded_state, lay_out_adapter, protected_leaves
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.methods.base import ProtectedConfig
-from peft_safety.methods.safe_lora.options import SafeLoRAConfig
+from peft_safety.methods.safe_lora.config import SafeLoRAConfig
 from peft_safety.registry.attach import bind
 from peft_safety.registry.checks import check_ahead
 from peft_safety.registry.protection import assert_protected, protected_configs

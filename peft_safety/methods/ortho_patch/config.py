@@ -126,7 +126,8 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         spans, source = prior_spans(model, layers, self.prior_patches, self.basis_sides)
         gone = own.left_out if own else {}
         extended = SafetySubspace.joined(own, {name: sides for name, sides in spans.items() if name not in gone})
-        left = min(extended.capacity(side)[name] for side in self.basis_sides for name in layers if name not in gone)
+        bases = [extended.bases[name][side] for side in self.basis_sides for name in layers if name not in gone]
+        left = min(u.shape[0] - u.shape[1] for u in bases)
         extended.provenance |= {"prior_patches": source, "capacity_left": left}
         return extended
 

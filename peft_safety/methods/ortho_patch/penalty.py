@@ -71,7 +71,7 @@ class SoftPenalty:
         """The penalty, without its weight `reg_lambda`, summed over the modules."""
         total = torch.zeros((), dtype=torch.float64)
         for a, b, root, weight in self.terms:
-            total += (weight * (b.to(root) @ (a.to(root) @ root)).square().sum()).double().cpu()
+            total += weight * (b.to(root) @ (a.to(root) @ root)).square().sum().double().cpu()
         return float(total)
 
     @torch.no_grad()

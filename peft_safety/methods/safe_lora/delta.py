@@ -91,8 +91,8 @@ def projected(delta: Delta, b: Tensor, options: RepairOptions) -> tuple[Tensor, 
     """What a module with the factor `b (m, r)` gets if it is selected.
 
     Returns:
-        `(B' (m, r), C B (m, r), k)`: the new factor, the undamped projection that its cosine is taken of (of another
-        length, or, for "soft", damped in B'), and the rank of the projector where there is one.
+        `(B' (m, r), C B (m, r), k)`: the new factor; the projection that the cosine is taken of (the same up to its
+        length, except for "soft"); and the rank of the projector where there is one.
 
     Reference: Safe LoRA, arXiv 2405.16833, equation 2 ("frobenius"). "spectral" and "topk" replace its `V V^T /
     ||V||_F` by a contraction and by a true projector. "soft" is the minimizer of `||B' - B||^2 + penalty ||(I - U U^T)

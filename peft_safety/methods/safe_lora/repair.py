@@ -132,19 +132,13 @@ def repair(
         gain = 1.0 if math.isnan(rows[name].gain) else rows[name].gain
         rows[name] = replace(rows[name], selected=True, kept_norm=rows[name].kept_norm * gain)
     new = {name: projections[name].to("cpu", factors[name].b.dtype) for name in factors if name in chosen}
-    facts = [
-        {"name": public_name(source.label), "fingerprint": digest.hexdigest()}
-        for source, digest in zip(sources, prints, strict=True)
-    ]
-    record = {
-        "version": RECORD_VERSION,
-        **options.facts(),
-        "modules": len(rows),
-        "repaired": len(new),
-        "aligned": facts[0],
-        "unaligned": facts[1],
-        "digest": factor_digest({name: (f.a, new.get(name, f.b)) for name, f in factors.items()}),
+    models = {
+        which: {"name": public_name(source.label), "fingerprint": digest.hexdigest()}
+        for which, source, digest in zip(("aligned", "unaligned"), sources, prints, strict=True)
     }
+    facts: dict[str, Any] = {"modules": len(rows), "repaired": len(new)}
+    facts["digest"] = factor_digest({name: (f.a, new.get(name, f.b)) for name, f in factors.items()})
+    record = {"version": RECORD_VERSION, **options.facts(), **models, **facts}
     return new, RepairReport(tuple(rows.values()), record)
 
 

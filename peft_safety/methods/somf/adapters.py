@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,8 +56,6 @@ class AdapterFusion:
         ConfigError: different bases, modules or shapes, or a granularity that these adapters cannot have.
     """
 
-    manifest = plain_lora.MANIFEST
-
     def __init__(self, safe: str | None, tasks: Sequence[str], model: nn.Module | None, options: FuseOptions) -> None:
         self.options, self.weights = options, options.weights_of(len(tasks))
         self.adapters = [_read(source, model) for source in (*([] if safe is None else [safe]), *tasks)]
@@ -93,10 +91,10 @@ class AdapterFusion:
             pairs[name] = (a.to("cpu", dtype), b.to("cpu", dtype))
         return pairs
 
-    def write(self, folder: Path, mask_of: MaskOf | None, card: str) -> None:
-        """Write a plain LoRA that any PEFT loads."""
+    def write(self, out: Path, mask_of: MaskOf | None, card: str, more: Callable[[Path], None]) -> None:
+        """Publish a plain LoRA that any PEFT loads, with what `more` writes."""
         pairs = self.fused(mask_of)
-        plain_lora.write_files(folder, plain_lora.factor_tensors(pairs), self._config(pairs), card)
+        plain_lora.write_plain(out, plain_lora.factor_tensors(pairs), self._config(pairs), card, more=more)
 
     def add(self, pairs: Pairs, model: PeftModel, name: str) -> None:
         """Add the result to the model as one more adapter."""
@@ -201,10 +199,11 @@ def _check_alike(adapters: list[Adapter], options: FuseOptions) -> None:
 
 
 def _is_continued(safe: Adapter | None, tasks: list[Adapter], options: FuseOptions) -> bool:
-    """Whether A and B of the tasks have task vectors against those of the safe adapter."""
+    """Whether the training of the tasks started from the safe adapter, so that A and B have task vectors."""
     if options.layout == "independent":
         return False
-    reason = next(_reasons(safe, tasks), None)
+    none = "there is no safe adapter that the training of the tasks started from"
+    reason = none if safe is None else next(_differences(safe, tasks), None)
     if reason and (options.layout == "continued" or options.granularity == "element"):
         raise ConfigError(
             f"{reason}, and layout='continued' and element masks need a difference of factors. Use "
@@ -213,11 +212,7 @@ def _is_continued(safe: Adapter | None, tasks: list[Adapter], options: FuseOptio
     return reason is None
 
 
-def _reasons(safe: Adapter | None, tasks: list[Adapter]) -> Iterator[str]:
-    """Why the training of a task cannot have started from the safe adapter."""
-    if safe is None:
-        yield "there is no safe adapter that the training of the tasks started from"
-        return
+def _differences(safe: Adapter, tasks: list[Adapter]) -> Iterator[str]:
     for task in tasks:
         for name, factor in task.factors.items():
             aligned = safe.factors[name]

@@ -7,7 +7,7 @@ loads and saves here. Plain merges of checkpoints, streamed from disk, are merge
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from peft_safety.core import base_weights as weights
+from peft_safety.core import publish
 from peft_safety.core.checkpoints import FLOATS, FileWeights
 from peft_safety.errors import CheckpointError, ConfigError
 from peft_safety.methods.somf.masks import mask_shape, rescaled
@@ -37,8 +38,6 @@ class CheckpointFusion:
         ConfigError: both or neither of safe and model; a granularity that full weights cannot have.
         CheckpointError: checkpoints of another architecture, quantized, or not finite.
     """
-
-    manifest = CONFIG
 
     def __init__(self, safe: str | None, tasks: Sequence[str], model: nn.Module | None, options: FuseOptions) -> None:
         if (safe is None) == (model is None):
@@ -79,12 +78,14 @@ class CheckpointFusion:
             fused[name] = (own[name] + vector).to(own[name].dtype)
         return fused
 
-    def write(self, folder: Path, mask_of: MaskOf | None, _: str) -> None:
-        """Write a checkpoint."""
+    def write(self, out: Path, mask_of: MaskOf | None, _: str, more: Callable[[Path], None]) -> None:
+        """Publish a checkpoint, with what `more` writes."""
         own = dict(self.model.named_parameters())
         changed = {id(own[name]): tensor for name, tensor in self.fused(mask_of).items()}
         state = self.model.state_dict(keep_vars=True)  # tied weights are one tensor, and stay so
-        self.model.save_pretrained(folder, state_dict={key: changed.get(id(v), v) for key, v in state.items()})
+        with publish.publishing(out, CONFIG) as folder:
+            self.model.save_pretrained(folder, state_dict={key: changed.get(id(v), v) for key, v in state.items()})
+            more(folder)
 
 
 class MaskedWeights(MaskedModel):

@@ -101,6 +101,13 @@ class FuseReport:
         tags = ("library_name: peft\n" if self.factors else "") + "tags: [safety, peft-safety]"
         return CARD_TEXT.format(tags=tags, rows=rows)
 
+    def write(self, folder: Path) -> None:
+        """The masks, the report as JSON, and the model card."""
+        if self.masks is not None:
+            save_masks(self.masks, folder)
+        (folder / RECORD).write_text(json.dumps(self.to_json(), indent=2, sort_keys=True), encoding="utf-8")
+        (folder / CARD).write_text(self.card, encoding="utf-8")
+
 
 def fuse(
     safe: Source | None,
@@ -173,9 +180,7 @@ def fuse(
         factors = fusion.fused(mask_of) if isinstance(fusion, AdapterFusion) else {}
         report = replace(report, masks=masks, factors=factors)
         if out is not None and PartialState().is_main_process:  # of several processes that train together, the first
-            with publish.publishing(Path(out), fusion.manifest) as staging:
-                fusion.write(staging, mask_of, report.card)
-                _write_report(report, staging)
+            fusion.write(Path(out), mask_of, report.card, report.write)
     if adapter_name is not None and isinstance(fusion, AdapterFusion):
         fusion.add(factors, model, adapter_name)
     return report
@@ -207,14 +212,6 @@ def _planned(fusion: AdapterFusion | CheckpointFusion) -> FuseReport:
     names = ("rescale", "temperature", "export", "export_density", "seed")
     masked = {name: value for name in names if (value := getattr(options, name)) is not None}
     return FuseReport({**facts, "granularity": fusion.granularity, **masked}, fusion.mask_shapes)
-
-
-def _write_report(report: FuseReport, folder: Path) -> None:
-    """The masks, the report as JSON, and the model card."""
-    if report.masks is not None:
-        save_masks(report.masks, folder)
-    (folder / RECORD).write_text(json.dumps(report.to_json(), indent=2, sort_keys=True), encoding="utf-8")
-    (folder / CARD).write_text(report.card, encoding="utf-8")
 
 
 def _read(

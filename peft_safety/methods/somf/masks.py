@@ -67,12 +67,7 @@ def rescaled(vector: Tensor, mask: Tensor, how: Rescale) -> Tensor:
 
 @dataclass(frozen=True)
 class Masks:
-    """Fixed masks by name.
-
-    Attributes:
-        values: uint8, 0 (dropped) or 1 (kept).
-        record: where they come from: plain JSON values.
-    """
+    """Fixed masks by name: uint8, 0 (dropped) or 1 (kept); and where they come from, as plain JSON values."""
 
     values: dict[str, Tensor]
     record: dict[str, Any] = field(default_factory=dict)
@@ -169,11 +164,7 @@ def save_logits(logits: Mapping[str, Tensor], path: Path, record: Mapping[str, A
 
 
 def load_masks(path: Path) -> Masks | dict[str, Tensor]:
-    """Masks, or logits by name, from a file or a directory that has one.
-
-    Raises:
-        ArtifactError: no such file, not one of masks, or values that neither masks nor logits have.
-    """
+    """Masks, or logits by name, from a file or a directory that has one."""
     path = path / FILE_NAME if path.is_dir() else path
     with files.open_tensors(path) as handle:
         header = files.parse_json((handle.metadata() or {}).get(HEADER, "{}"), str(path))

@@ -77,11 +77,7 @@ class FuseOptions:
             raise ConfigError(f"weights={self.weights!r}. Use finite numbers.")
 
     def weights_of(self, tasks: int) -> list[float]:
-        """One weight per task.
-
-        Raises:
-            ConfigError: `weights` has neither one number nor one per task.
-        """
+        """One weight per task."""
         weights = (1.0 if tasks == 1 else WEIGHT) if self.weights is None else self.weights
         if isinstance(weights, (int, float)):
             return [float(weights)] * tasks

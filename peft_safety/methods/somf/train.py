@@ -149,11 +149,7 @@ def train_mask(
 
 
 def features_of(rows: Rows, tokenizer: PreTrainedTokenizerBase, objective: str, max_length: int) -> Features:
-    """Tokens and labels: one sequence per row for SFT, `chosen` and `rejected` for DPO.
-
-    Raises:
-        DataError: malformed rows, or none with a response inside `max_length`.
-    """
+    """Tokens and labels: one sequence per row for SFT, `chosen` and `rejected` for DPO."""
     if objective == "sft":
         return encode_rows(tokenizer, rows, max_length)
     rows, encoded = as_rows(rows), []

@@ -26,7 +26,7 @@ class Update(nn.Module):
     """The fused update `B A` of one module, the scaling included in B. All tensors are frozen.
 
     Attributes:
-        a, b: what no mask changes, `(r, n)` and `(m, r)`; the safe adapter's part is first.
+        a, b: factors, `(r, n)` and `(m, r)`; those of the safe adapter come first.
         mask_shapes: the masks that it needs, by full name.
     """
 
