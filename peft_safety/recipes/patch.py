@@ -140,7 +140,7 @@ def patch(
         rows,
         config,
         training,
-        callbacks=[watch.callback(), *([SoftPenaltyCallback(adapter_name)] if options.mode == "soft" else [])],
+        callbacks=[watch, *([SoftPenaltyCallback(adapter_name)] if options.mode == "soft" else [])],
         description=f"safety patch ({options.mode})",
         adapter_name=adapter_name,
         distil_weight=options.distil_weight,
@@ -192,9 +192,9 @@ def general_rows(
     asked = {_key(row): row["prompt"] for row in plain if kind_of(row) == "prompt"}
     answers: dict[str, dict[str, Any]] = {}
     if asked:
-        prompts, limit, progress = list(asked.values()), options.answer_tokens, options.training.progress
+        limit, progress = options.answer_tokens, options.training.progress
         with adapters_off(model):
-            own = self_responses(model, tokenizer, prompts, max_new_tokens=limit, progress=progress)
+            own = self_responses(model, tokenizer, list(asked.values()), max_new_tokens=limit, progress=progress)
         answers = {_key(row): row for row in own}
     answered = [answers.get(_key(row)) if kind_of(row) == "prompt" else row for row in plain]
     rows: list[Row] = [{**row, "distil": True} for row in answered if row is not None]

@@ -49,8 +49,10 @@ class Stopping:
     last: int | None = None
 
 
-class Watch:
-    """Looks at the validation split, remembers the best weights, and says when to stop."""
+class Watch(TrainerCallback):
+    """Looks at the validation split every so many steps and at the end of training, remembers the best weights, and
+    says when to stop.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: PromptSet, stopping: Stopping) -> None:
         self.tokenizer, self.prompts, self.stopping = tokenizer, prompts, stopping
@@ -86,18 +88,11 @@ class Watch:
             if name in self.weights:
                 parameter.copy_(self.weights[name])
 
-    def callback(self) -> TrainerCallback:
-        """The same for a Trainer: a look every so many steps, and one at the end."""
-        watch = self
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.stopping.every == 0 and state.global_step < state.max_steps:
+            self.look(kwargs["model"], state.global_step)
+            control.should_training_stop = self.enough()
 
-        class Watching(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                if state.global_step % watch.stopping.every == 0 and state.global_step < state.max_steps:
-                    watch.look(kwargs["model"], state.global_step)
-                    control.should_training_stop = watch.enough()
-
-            def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                if watch.looks[-1].step != state.global_step:
-                    watch.look(kwargs["model"], state.global_step)
-
-        return Watching()
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.looks[-1].step != state.global_step:
+            self.look(kwargs["model"], state.global_step)
