@@ -32,7 +32,6 @@ from peft_safety.recipes.watch import Look, Stopping, Watch
 from peft_safety.reporting.report import Report, environment
 
 PATCH_TRAINING = TrainOptions(lr=PATCH_LEARNING_RATE, epochs=2.5, max_length=128)
-PROMPT_SETS = {"general": "general_prompts", "everyday": "everyday_requests", "contrast": "contrast_prompts"}
 
 
 @dataclass(frozen=True)
@@ -184,10 +183,11 @@ def general_rows(
     by the bare model itself.
     """
     if given is None:
+        sets = {"general_prompts": options.general, "everyday_requests": options.everyday}
         given = []
-        for kind, name in PROMPT_SETS.items():
+        for name, count in {**sets, "contrast_prompts": options.contrast}.items():
             prompts = [*load(name, "train"), *load(name, "calibration")]
-            given += [prompts[index % len(prompts)] for index in range(getattr(options, kind))]
+            given += [prompts[index % len(prompts)] for index in range(count)]  # past the end from the start again
     plain = as_rows(given, "general rows")
     asked = {_key(row): row["prompt"] for row in plain if kind_of(row) == "prompt"}
     answers: dict[str, dict[str, Any]] = {}

@@ -111,7 +111,7 @@ def repair(
             pair = [stack.enter_context(source.open(name, factor.transposed)) for source in sources]
             for source, matrix, digest in zip(sources, pair, prints, strict=True):
                 _check_matrix(matrix, name, factor, source.label, options)
-                digest.update(name.encode() + _sample(matrix).numpy().tobytes())
+                digest.update(name.encode() + sample(matrix).numpy().tobytes())
             if base is not None:
                 _check_base(name, pair[0], stack.enter_context(base.open(name, factor.transposed)), aligned.label)
             rows[name], projections[name], noise[name] = _module(name, factor, pair[0], pair[1], options)
@@ -208,7 +208,7 @@ def _check_matrix(matrix: Matrix, name: str, factor: Factors, label: str, option
 
 def _check_base(name: str, aligned: Matrix, base: Matrix, label: str) -> None:
     limit = weights.DISTANCE_QUANTISED if base.quantization or aligned.quantization else weights.DISTANCE_DENSE
-    distance = weights.distance(_sample(base), _sample(aligned)) if base.shape == aligned.shape else math.inf
+    distance = weights.distance(sample(base), sample(aligned)) if base.shape == aligned.shape else math.inf
     if not distance <= limit:
         raise CheckpointError(
             f"{name}: {label} is not the model that the adapter was trained on (relative distance of the fingerprints "
@@ -216,6 +216,6 @@ def _check_base(name: str, aligned: Matrix, base: Matrix, label: str) -> None:
         )
 
 
-def _sample(matrix: Matrix) -> Tensor:
+def sample(matrix: Matrix) -> Tensor:
     """Fingerprint of a weight from its first columns, fp32, `(SAMPLES,)`."""
     return weights.sample(matrix.block(0, min(SAMPLED_COLUMNS, matrix.shape[1]))).float()
