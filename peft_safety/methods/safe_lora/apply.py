@@ -111,22 +111,22 @@ def safe_lora_dir(
     plain = plain_lora.read_plain(source)
     _check_unrepaired(plain.config, str(source))
     name: str | None = plain.fields.get("base_model_name_or_path") or None
-    base = FileWeights(name) if aligned is not None and name is not None and os.path.isdir(name) else None
-    if aligned is None and (aligned := name) is None:
+    after: Model | None = name if aligned is None else aligned
+    if after is None:
         raise ConfigError(f"{source}: the adapter does not say which base model it is for. Give aligned=.")
-    _check_different(unaligned, aligned)
-    new, report = repair(plain.factors, open_weights(unaligned), open_weights(aligned), chosen, base)
+    _check_different(unaligned, after)
+    base = FileWeights(name) if aligned is not None and name is not None and os.path.isdir(name) else None
+    new, report = repair(plain.factors, open_weights(unaligned), open_weights(after), chosen, base)
     if out_dir is not None:
-        fields = plain.fields | (
-            {"safe_lora": report.record} if plain.fields["peft_type"] == plain_lora.REPAIRED_TYPE else {}
-        )
-        factors = plain_lora.factor_tensors(
-            {module: (f.a, new.get(module, f.b)) for module, f in plain.factors.items()}
-        )
+        fields = dict(plain.fields)
+        if fields["peft_type"] == plain_lora.REPAIRED_TYPE:
+            fields["safe_lora"] = report.record
+        pairs = {module: (f.a, new.get(module, f.b)) for module, f in plain.factors.items()}
+        tensors = plain.extra | plain_lora.factor_tensors(pairs)
         old = files.child(source, plain_lora.CARD)
         card = old.read_text(encoding="utf-8") if old.is_file() else "---\nlibrary_name: peft\n---\n"
         card = card.rstrip() + "\n\n" + _card(report.record)
-        plain_lora.write_plain(Path(out_dir), plain.extra | factors, fields, card, {plain_lora.RECORD: report.record})
+        plain_lora.write_plain(Path(out_dir), tensors, fields, card, {plain_lora.RECORD: report.record})
     return report
 
 

@@ -157,12 +157,12 @@ def fuse(
     inputs = [os.path.realpath(source) for source in (safe, *tasks) if source is not None]
     if out is not None and (os.path.isfile(out) or os.path.realpath(out) in inputs):
         raise ConfigError(f"out={os.fspath(out)!r} is a file or an input. Give another directory.")
-    fusion, factors, record = _read(safe, tasks, model, chosen), {}, {}
+    fusion = _read(safe, tasks, model, chosen)
     if adapter_name is not None and (
         not (isinstance(model, PeftModel) and isinstance(fusion, AdapterFusion)) or adapter_name in config_table(model)
     ):
         raise ConfigError(f"adapter_name={adapter_name!r} needs adapters, and a PeftModel model= without such a name.")
-    report = _planned(fusion)
+    report, record = _planned(fusion), {}
     masks = load_masks(Path(mask)) if isinstance(mask, (str, os.PathLike)) else mask
     if masks is None and chosen.method == "somf":
         masked = fusion.masked(model)
@@ -236,11 +236,10 @@ def _is_checkpoint(source: str, model: nn.Module | None) -> bool:
     if source in adapters:
         return False
     publish.require_whole(Path(source), ours=False, warn=False)
-    if Path(source, MANIFEST).is_file():
-        return False
-    if Path(source, CONFIG).is_file():
-        return True
-    raise ConfigError(
-        f"{source!r} is neither an adapter of the model (it has {adapters}) nor a directory with {MANIFEST} or "
-        f"{CONFIG}."
-    )
+    is_adapter, is_model = (Path(source, name).is_file() for name in (MANIFEST, CONFIG))
+    if not (is_adapter or is_model):
+        raise ConfigError(
+            f"{source!r} is neither an adapter of the model (it has {adapters}) nor a directory with {MANIFEST} or "
+            f"{CONFIG}. Check the spelling."
+        )
+    return not is_adapter
