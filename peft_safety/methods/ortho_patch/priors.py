@@ -84,7 +84,7 @@ def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -
         base, own = public_name(plain.config.base_model_name_or_path or ""), model_name(model)
         if base and own and base.rpartition("/")[2] != own:
             raise ConfigError(f"{what} was trained on {base}, this model is {own}. Give patches of one base model.")
-    for name in factors.keys() & layers.keys():
+    for name in [name for name in layers if name in factors]:
         shape, expected = (factors[name].b.shape[0], factors[name].a.shape[1]), weights.shape(layers[name])
         if shape != expected:
             raise ConfigError(
