@@ -64,7 +64,7 @@ class FuseOptions:
             raise ConfigError("granularity='module' needs rescale='none': the mean cancels a mask of one value.")
         density = self.export_density
         if (self.export == "topk") != (density is not None):
-            raise ConfigError(f"export_density={density!r} with export={self.export!r}. It belongs to 'topk' only.")
+            raise ConfigError(f"export={self.export!r}, export_density={density!r}. Give a density with 'topk' only.")
         if density is not None and not (is_number(density) and 0 < density < 1):
             raise ConfigError(f"export_density={density!r}. Use a number strictly between 0 and 1.")
         _check_positive(self, "temperature")
