@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import interleaved, medians, peak_memory, ratio, record, resident_mib, show
 from peft_safety.core.plain_lora import Factors
-from peft_safety.methods.somf.forward import MaskedAdapters, apply
+from peft_safety.methods.somf.adapters import MaskedAdapters, apply
 from peft_safety.methods.somf.options import FuseOptions
 from peft_safety.methods.somf.updates import Continued
 from peft_safety.reporting.report import environment

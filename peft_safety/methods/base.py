@@ -43,13 +43,6 @@ def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def check_choices(config: Any, **choices: tuple[Any, ...]) -> None:
-    """A ConfigError names a field that is none of its values."""
-    for name, values in choices.items():
-        if (value := getattr(config, name)) not in values:
-            raise ConfigError(f"{type(config).__name__}: {name}={value!r}. Use one of {', '.join(map(repr, values))}.")
-
-
 @dataclass
 class ProtectedConfig(LoraConfig):
     """Base of the protected configs, not used by itself.

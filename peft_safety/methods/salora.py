@@ -25,8 +25,11 @@ from peft_safety.core.projection import top_singular
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data.rows import data_rows
 from peft_safety.errors import ConfigError
-from peft_safety.methods.base import ProtectedConfig, check_choices, option
+from peft_safety.methods.base import ProtectedConfig, option
+from peft_safety.methods.checks import check_choices
 from peft_safety.methods.initial import start_from
+
+Init = Literal["lora", "task"]
 
 
 @dataclass
@@ -48,7 +51,7 @@ class SaLoRAConfig(ProtectedConfig):
         ConfigError: see `ProtectedConfig`; `init="task"` without `task_data`.
     """
 
-    init: Literal["lora", "task"] = option("lora", "'lora' (B = 0) or 'task' (task-aware, arXiv 2501.01765).")
+    init: Init = option("lora", "'lora' (B = 0) or 'task' (task-aware, arXiv 2501.01765).")
     task_data: Any = option(None, "Task rows, batches or subspace for init='task'. Not saved.")
     task_rank: int = option(32, "Directions of the task subspace.")
 
@@ -56,7 +59,7 @@ class SaLoRAConfig(ProtectedConfig):
     UNSAVED: ClassVar[tuple[str, ...]] = ("task_data",)
 
     def __post_init__(self) -> None:
-        check_choices(self, init=("lora", "task"))
+        check_choices(self, init=Init)
         if not isinstance(self.task_rank, int) or self.task_rank < 1:
             raise ConfigError(f"SaLoRAConfig: task_rank={self.task_rank!r}. Use an integer of at least 1.")
         if self.task_data is not None and not isinstance(self.task_data, SafetySubspace):

@@ -4,62 +4,58 @@ its adapters.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Trainer
 
 from peft_safety.data.chat import IGNORE_INDEX
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import Trainer
 
-
-@cache
-def distilling_trainer(weight: float) -> type[Trainer]:
+def distilling_trainer(weight: float) -> Callable[..., Trainer]:
     """A Trainer whose batches say which rows to `distil`: there the loss is `weight KL(base || tuned)` at the response
     tokens, elsewhere cross entropy.
 
     The mean is over the batch's tokens of either kind together. The base is the same model with its adapters switched
     off: no second copy.
     """
-    from transformers import Trainer
-
-    class DistillingTrainer(Trainer):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.model_accepts_loss_kwargs = (
-                False  # the mean over this batch; the Trainer then averages over accumulated batches and processes
-            )
-
-        def compute_loss(
-            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            labels, distil = inputs["labels"], inputs["distil"]
-            outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", "distil")})
-            losses = _token_losses(
-                outputs.logits, labels, distil, lambda rows: _base_logits(self, model, inputs, rows), weight
-            )
-            loss = losses.mean()
-            return (loss, outputs) if return_outputs else loss
-
-    return DistillingTrainer
+    return partial(DistillingTrainer, weight=weight)
 
 
-def _base_logits(trainer: Any, model: Any, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
-    import torch
+class DistillingTrainer(Trainer):
+    """See `distilling_trainer`."""
 
-    bare = trainer.accelerator.unwrap_model(model)
-    with torch.no_grad(), bare.disable_adapter():
-        kept = {"logits_to_keep": inputs["logits_to_keep"]} if "logits_to_keep" in inputs else {}
-        logits: torch.Tensor = bare(
-            input_ids=inputs["input_ids"][rows], attention_mask=inputs["attention_mask"][rows], **kept
-        ).logits
-    return logits
+    def __init__(self, *args: Any, weight: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight = weight
+        # the mean over this batch; the Trainer then averages over accumulated batches and processes
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels, distil = inputs["labels"], inputs["distil"]
+        tokens = {name: value for name, value in inputs.items() if name not in ("labels", "distil")}
+        outputs = model(**tokens)
+
+        def base(rows: Tensor) -> Tensor:
+            bare = self.accelerator.unwrap_model(model)
+            selected = {name: v[rows] if isinstance(v, Tensor) else v for name, v in tokens.items()}
+            with torch.no_grad(), bare.disable_adapter():
+                logits: Tensor = bare(**selected).logits
+            return logits
+
+        loss = _token_losses(outputs.logits, labels, distil, base, self.weight).mean()
+        return (loss, outputs) if return_outputs else loss
 
 
 def _token_losses(
-    logits: torch.Tensor, labels: torch.Tensor, distil: torch.Tensor, base: Any, weight: float = 1.0
-) -> torch.Tensor:
+    logits: Tensor, labels: Tensor, distil: Tensor, base: Callable[[Tensor], Tensor], weight: float = 1.0
+) -> Tensor:
     """Loss of every labeled token, `(tokens,)`.
 
     Args:
@@ -68,18 +64,12 @@ def _token_losses(
         distil: `(batch,)` bool.
         base: rows -> the base's logits of these rows.
     """
-    import torch
-    from torch.nn import functional
-
-    counts = labels[:, 1:] != IGNORE_INDEX
-    parts = []
+    counts, losses = labels[:, 1:] != IGNORE_INDEX, []
     if bool((~distil).any()):
         learned = counts & ~distil[:, None]
-        parts.append(
-            functional.cross_entropy(logits[:, :-1][learned].float(), labels[:, 1:][learned], reduction="none")
-        )
+        losses.append(F.cross_entropy(logits[:, :-1][learned].float(), labels[:, 1:][learned], reduction="none"))
     if bool(distil.any()):
         kept = counts[distil]
-        found, wanted = (x[:, :-1][kept].float().log_softmax(-1) for x in (logits[distil], base(distil)))
-        parts.append(weight * functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1))
-    return torch.cat(parts)
+        tuned, target = (x[:, :-1][kept].float().log_softmax(-1) for x in (logits[distil], base(distil)))
+        losses.append(weight * F.kl_div(tuned, target, reduction="none", log_target=True).sum(-1))
+    return torch.cat(losses)

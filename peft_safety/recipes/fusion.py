@@ -26,12 +26,13 @@ class FuseJob:
     """Everything that `fuse` needs, by path.
 
     Attributes:
-        safe, tasks: directories of adapters or checkpoints.
+        tasks, safe: directories of adapters or checkpoints.
         model: Hub id or directory to train the mask on; default the adapters' base model.
         mask: a file of masks, instead of training.
         data: JSON lines to train on.
         out: directory of the result.
-        options: of `FuseOptions`. training: of `MaskTraining`.
+        options: of `FuseOptions`.
+        training: how to train the mask.
     """
 
     tasks: tuple[str, ...]
@@ -58,26 +59,22 @@ class FuseJob:
         Raises:
             ConfigError: an unknown key, no tasks, or a value of the wrong type.
         """
-        found = {**config, **{k: v for k, v in (flags or {}).items() if v is not None}}
-        train = found.pop("train", None) or {}
+        given, train = dict(config), config.get("train") or {}
         if not isinstance(train, Mapping):
             raise ConfigError(f"train is {train!r}. Give a mapping of {', '.join(TRAINING)}.")
-        train = {**train, **{k: v for k, v in (training_flags or {}).items() if v is not None}}
-        for name, keys, known in (("the config", found, (*PLACES, *OPTIONS)), ("train", train, TRAINING)):
-            odd = sorted(str(key) for key in keys if key not in known)
-            if odd:
-                raise ConfigError(f"{name} has {odd[0]!r}. Known: {', '.join(known)}.")
-        tasks = found.get("tasks")
+        given.pop("train", None)
+        given = _merged(given, flags, "the config", (*PLACES, *OPTIONS))
+        train = _merged(train, training_flags, "train", TRAINING)
+        tasks = given.pop("tasks", None)
         tasks = [tasks] if isinstance(tasks, str) else tasks
         if not isinstance(tasks, (list, tuple)) or not tasks or not all(isinstance(task, str) for task in tasks):
             raise ConfigError(f"tasks={tasks!r}. Give at least one directory of an adapter or checkpoint.")
-        places = {name: found.get(name) for name in PLACES if name != "tasks"}
-        for name, value in places.items():
+        options = {name: given.pop(name) for name in OPTIONS if name in given}
+        for name, value in given.items():
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"{name}={value!r}. Give a path.")
-        options = {name: value for name, value in found.items() if name in OPTIONS}
         FuseOptions(**options)
-        return cls(tasks=tuple(tasks), options=options, training=MaskTraining(**train), **places)
+        return cls(tasks=tuple(tasks), options=options, training=MaskTraining(**train), **given)
 
     def plan(self) -> FuseReport:
         """What `run` would do; nothing is written."""
@@ -92,23 +89,25 @@ class FuseJob:
         if self.out is None:
             raise ConfigError("fuse writes nothing without an output directory. Give out.")
         given: dict[str, Any] = {"mask": self.mask, "data": None if self.data is None else read_jsonl(self.data)}
-        if self.options.get("method", "somf") == "somf" and self.mask is None and self._adapters():
+        adapters = [path for d in (self.safe, *self.tasks) if d is not None and (path := Path(d, MANIFEST)).is_file()]
+        if self.options.get("method", "somf") == "somf" and self.mask is None and adapters:
             self.plan()  # refuse what can be refused before a model is loaded
-            given["model"], given["tokenizer"] = load_model(self.model or self._base_model())
-        given["training"] = replace(self.training, progress=progress and self.training.progress)
-        return fuse(self.safe, self.tasks, out=self.out, **given, **self.options)
+            names = (files.read_json(path).get("base_model_name_or_path") for path in adapters)
+            model = self.model or next((name for name in names if isinstance(name, str) and name), None)
+            if model is None:
+                raise ConfigError("the adapters do not say which base model they are for. Give model.")
+            given["model"], given["tokenizer"] = load_model(model)
+        training = replace(self.training, progress=progress and self.training.progress)
+        return fuse(self.safe, self.tasks, out=self.out, training=training, **given, **self.options)
 
-    def _adapters(self) -> list[Path]:
-        """Their config files; none for full checkpoints, which fuse loads itself."""
-        paths = [Path(place, MANIFEST) for place in (self.safe, *self.tasks) if place is not None]
-        return [path for path in paths if path.is_file()]
 
-    def _base_model(self) -> str:
-        for path in self._adapters():
-            name = files.read_json(path).get("base_model_name_or_path")
-            if isinstance(name, str) and name:
-                return name
-        raise ConfigError("the adapters do not say which base model they are for. Give model.")
+def _merged(
+    config: Mapping[str, Any], flags: Mapping[str, Any] | None, where: str, known: tuple[str, ...]
+) -> dict[str, Any]:
+    given = {**config, **{name: value for name, value in (flags or {}).items() if value is not None}}
+    if unknown := sorted(str(name) for name in given if name not in known):
+        raise ConfigError(f"{where} has {unknown[0]!r}. Known: {', '.join(known)}.")
+    return given
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -121,14 +120,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
     try:
         text = path.read_bytes()
-        found = yaml.safe_load(text) if len(text) <= files.MAX_JSON_BYTES else None
+        config = yaml.safe_load(text) if len(text) <= files.MAX_JSON_BYTES else None
     except (OSError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(
             f"{path} cannot be read as YAML: {str(error)[:300]}. Give a file of key: value lines."
         ) from error
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise ConfigError(
-            f"{path} is not a mapping of at most {files.MAX_JSON_BYTES} bytes. Give key: value lines such as 'safe: "
-            "DIR' and 'tasks: [DIR]'."
+            f"{path} is not a mapping of at most {files.MAX_JSON_BYTES} bytes. Give key: value lines such as "
+            "'safe: DIR' and 'tasks: [DIR]'."
         )
-    return found
+    return config

@@ -1,39 +1,34 @@
-"""A safety patch: LoRA on refusals, held to the model's own answers on prompts that deserve one, stopped where a
-validation split is best.
-
-On general and contrast prompts the loss is the distance from the unpatched model (`recipes.distil`), so that there is
-nothing to unlearn there.
+"""A safety patch: LoRA that learns refusals, and keeps the model's own answers where a refusal would be wrong: there
+the loss is the distance from the unpatched model (`recipes.distil`). Training stops where a validation split is best.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_safety.calibration.activations import adapters_off
-from peft_safety.calibration.sizes import check_size_options
+from peft_safety.callbacks import SoftPenaltyCallback
+from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data import CALIBRATION_PAIRS, load, refusal_pairs
 from peft_safety.data.rows import Row, Rows, as_rows, kind_of
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.evaluation.evaluate import Evaluation, self_responses
 from peft_safety.evaluation.judges import KeywordJudge
 from peft_safety.evaluation.prompts import prompt_set
-from peft_safety.methods.ortho_patch.config import SIDES
+from peft_safety.methods.ortho_patch.config import SIDES, Basis, Mode, OrthoSafetyPatchConfig, SideName
 from peft_safety.recipes.bench import Bench
 from peft_safety.recipes.load import TaskData, load_model
 from peft_safety.recipes.train import PATCH_LEARNING_RATE, TrainingRun, TrainOptions, finetune
 from peft_safety.recipes.watch import Look, Stopping, Watch
 from peft_safety.reporting.report import Report, environment
-
-if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-
-    from peft_safety.core.subspace import SafetySubspace
 
 PATCH_TRAINING = TrainOptions(lr=PATCH_LEARNING_RATE, epochs=2.5, max_length=128)
 
@@ -58,12 +53,12 @@ class PatchOptions:
         training: learning rate, epochs, batch size, seed, ...
     """
 
-    mode: Literal["none", "soft", "hard"] = "hard"
-    basis: Literal["weight", "activation", "contrastive"] = "activation"
-    side: Literal["in", "out", "both"] = "in"
+    mode: Mode = "hard"
+    basis: Basis = "activation"
+    side: SideName = "in"
     safety_rank: int | float | None = None
     safety_energy: float | None = None
-    safety_rank_pattern: Mapping[str, int | float] | None = None
+    safety_rank_pattern: dict[str, int | float] | None = None
     reg_lambda: float | None = None
     subspace: SafetySubspace | str = "auto"
     prior_patches: tuple[str, ...] = ()
@@ -93,17 +88,13 @@ class PatchOptions:
 
 @dataclass
 class PatchRun:
-    """What making a patch did.
-
-    Attributes:
-        training: what it cost.
-        looks: at the validation split, the unpatched model first (step 0).
-        best: the look whose weights were kept.
+    """What training a patch cost; the looks at the validation split, the unpatched model first (step 0); and the one
+    whose weights were kept.
     """
 
     training: TrainingRun
-    looks: list[Look] = field(default_factory=list)
-    best: Look | None = None
+    looks: list[Look]
+    best: Look | None
 
 
 def patch(
@@ -133,15 +124,13 @@ def patch(
         constraint are ours.
     """
     options = PatchOptions() if options is None else options
-    training = options.training
-    learned = as_rows(
-        refusal_pairs("train", options.harmful, training.seed) if refusals is None else refusals, "refusals"
-    )
+    training, seed = options.training, options.training.seed
+    learned = as_rows(refusal_pairs("train", options.harmful, seed) if refusals is None else refusals, "refusals")
     kept = general_rows(model, tokenizer, options, general)
     rows: list[Row] = [*learned, *kept]
-    random.Random(training.seed).shuffle(rows)
+    random.Random(seed).shuffle(rows)
     config = patch_config(model, tokenizer, options, kept)
-    watch = Watch(tokenizer, prompt_set("validation", options.validation, training.seed), options.stopping)
+    watch = Watch(tokenizer, prompt_set("validation", options.validation, seed), options.stopping)
     watch.look(model, 0)
     tuned, run = finetune(
         model,
@@ -149,7 +138,7 @@ def patch(
         rows,
         config,
         training,
-        callbacks=[watch.callback(), *_penalty(options, adapter_name)],
+        callbacks=[watch, *([SoftPenaltyCallback(adapter_name)] if options.mode == "soft" else [])],
         description=f"safety patch ({options.mode})",
         adapter_name=adapter_name,
         distil_weight=options.distil_weight,
@@ -160,20 +149,11 @@ def patch(
 
 def patch_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: PatchOptions, general: Sequence[Row]
-) -> LoraConfig:
+) -> OrthoSafetyPatchConfig:
     """The patch's PEFT config. A subspace "auto" is estimated here, on the rows that the patch is to leave alone."""
-    from peft import TaskType
-
-    from peft_safety.core.subspace import SafetySubspace
-    from peft_safety.methods.ortho_patch import OrthoSafetyPatchConfig
-
-    subspace = options.subspace
+    subspace, training = options.subspace, options.training
     if isinstance(subspace, str) and subspace == "auto" and options.basis != "weight" and options.safety_rank != 0:
-        against = (
-            None
-            if options.basis != "contrastive"
-            else refusal_pairs("calibration", CALIBRATION_PAIRS, options.training.seed)
-        )
+        contrastive = options.basis == "contrastive"
         subspace = SafetySubspace.from_activations(
             model,
             general,
@@ -183,30 +163,16 @@ def patch_config(
             energy=options.safety_energy,
             per_kind=options.safety_rank_pattern,
             sides=SIDES[options.side],
-            against=against,
+            against=refusal_pairs("calibration", CALIBRATION_PAIRS, training.seed) if contrastive else None,
             target_modules=options.target_modules,
-            seed=options.training.seed,
+            seed=training.seed,
             allow_fewer=True,
-            progress=options.training.progress,
+            progress=training.progress,
         )
-    names = (
-        "mode",
-        "basis",
-        "side",
-        "safety_rank",
-        "safety_energy",
-        "reg_lambda",
-        "r",
-        "lora_alpha",
-        "target_modules",
-    )
-    return OrthoSafetyPatchConfig(
-        **{name: getattr(options, name) for name in names if getattr(options, name) is not None},
-        safety_rank_pattern=None if options.safety_rank_pattern is None else dict(options.safety_rank_pattern),
-        subspace=subspace,
-        prior_patches=list(options.prior_patches) or None,
-        task_type=TaskType.CAUSAL_LM,
-    )
+    shared = {f.name for f in fields(PatchOptions)} & {f.name for f in fields(OrthoSafetyPatchConfig)}
+    given = {name: value for name in shared if (value := getattr(options, name)) is not None}
+    given |= {"subspace": subspace, "prior_patches": list(options.prior_patches) or None}
+    return OrthoSafetyPatchConfig(**given, task_type="CAUSAL_LM")
 
 
 def general_rows(
@@ -216,33 +182,25 @@ def general_rows(
     by the bare model itself.
     """
     if given is None:
-        sets = (
-            ("general_prompts", options.general),
-            ("everyday_requests", options.everyday),
-            ("contrast_prompts", options.contrast),
-        )
-        given = [
-            row for name, count in sets for row in _repeat([*load(name, "train"), *load(name, "calibration")], count)
-        ]
+        sets = {"general_prompts": options.general, "everyday_requests": options.everyday}
+        given = []
+        for name, count in {**sets, "contrast_prompts": options.contrast}.items():
+            prompts = [*load(name, "train"), *load(name, "calibration")]
+            given += [prompts[index % len(prompts)] for index in range(count)]  # past the end from the start again
     plain = as_rows(given, "general rows")
     asked = {_key(row): row["prompt"] for row in plain if kind_of(row) == "prompt"}
     answers: dict[str, dict[str, Any]] = {}
     if asked:
+        limit, progress = options.answer_tokens, options.training.progress
         with adapters_off(model):
-            found = self_responses(
-                model,
-                tokenizer,
-                list(asked.values()),
-                max_new_tokens=options.answer_tokens,
-                progress=options.training.progress,
-            )
-        answers = {_key(row): row for row in found}
+            own = self_responses(model, tokenizer, list(asked.values()), max_new_tokens=limit, progress=progress)
+        answers = {_key(row): row for row in own}
     answered = [answers.get(_key(row)) if kind_of(row) == "prompt" else row for row in plain]
     rows: list[Row] = [{**row, "distil": True} for row in answered if row is not None]
     if not rows:
         raise DataError(
-            "no general rows: nothing would keep the patch from refusing everything. Give general= rows, or general "
-            "and contrast of at least 1."
+            "no general rows: nothing would keep the patch from refusing everything. Give general= rows, or counts "
+            "of at least 1."
         )
     return rows
 
@@ -251,29 +209,10 @@ def _key(row: Row) -> str:
     return json.dumps(row["prompt"], default=str)
 
 
-def _repeat(rows: list[dict[str, str]], count: int) -> list[dict[str, str]]:
-    """The first `count` of `rows`, `rows`, `rows`, ..."""
-    return [rows[index % len(rows)] for index in range(count)]
-
-
-def _penalty(options: PatchOptions, adapter_name: str) -> list[TrainerCallback]:
-    if options.mode != "soft":
-        return []
-    from peft_safety.callbacks import SoftPenaltyCallback
-
-    return [SoftPenaltyCallback(adapter_name)]
-
-
 @dataclass(frozen=True)
 class PatchReport:
-    """What `make_patch` did.
-
-    Attributes:
-        model: the model under the patch.
-        adapter_dir: where the patch was saved.
-        before, after: evaluations on the same prompts, without and with it.
-        run: what training did.
-        report: the same as a table, JSON, PNG or card section.
+    """The model under the patch, where the patch was saved, evaluations on the same prompts without and with it, what
+    training did, and the same as a table, JSON, PNG or card section.
     """
 
     model: PeftModel
@@ -309,32 +248,26 @@ def make_patch(
     """
     options = PatchOptions() if options is None else options
     base, tokenizer = load_model(model, tokenizer)
-    earlier = _with_priors(base, options.prior_patches)
-    names = tuple(f"prior{index}" for index in range(len(options.prior_patches)))
-    bench = Bench.prepare(
-        earlier, tokenizer, TaskData([], [], []), options.training, split=eval_split, limit=eval_limit
-    )
+    earlier, names = _with_priors(base, options.prior_patches)
+    no_task = TaskData([], [], [])
+    bench = Bench.prepare(earlier, tokenizer, no_task, options.training, split=eval_split, limit=eval_limit)
     before = bench.measure(earlier, tokenizer)
     tuned, run = patch(earlier, tokenizer, replace(options, prior_patches=names), refusals=refusals, general=general)
     after = bench.measure(tuned, tokenizer)
     out = Path(out_dir)
     tuned.save_pretrained(str(out / "adapter"), selected_adapters=["default"])
-    best, seed = run.best, options.training.seed
+    seed, step = options.training.seed, run.best.step if run.best else run.training.steps
+    plain = (str, int, float, list, tuple, dict)
     report = Report(
         title=f"Safety patch ({options.mode}): before and after",
         arms={"before": before.figures(), "after": after.figures()},
         notes=(
             f"Judge: {before.judge}. {KeywordJudge.caveat}",
-            f"Prompts: the package's {before.split} split. One seed ({seed}). Kept: the weights of step "
-            f"{best.step if best else run.training.steps}.",
+            f"Prompts: the package's {before.split} split. One seed ({seed}). Kept: the weights of step {step}.",
         ),
         environment=environment(seed, model=str(base.config._name_or_path), device=str(base.device)),
         details={
-            "options": {
-                name: value
-                for name, value in vars(options).items()
-                if isinstance(value, (str, int, float, list, tuple, dict))
-            },
+            "options": {name: value for name, value in vars(options).items() if isinstance(value, plain)},
             "before": before.to_json(),
             "after": after.to_json(),
             "looks": [asdict(look) for look in run.looks],
@@ -347,15 +280,15 @@ def make_patch(
     return PatchReport(tuned, out / "adapter", before, after, run, report)
 
 
-def _with_priors(model: PreTrainedModel, priors: Sequence[str]) -> Any:
-    from peft import PeftModel
-
+def _with_priors(model: PreTrainedModel, directories: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
+    """The model under earlier patches, all active, and their names on it."""
     tuned: Any = model
-    for index, directory in enumerate(priors):
-        if index == 0:
-            tuned = PeftModel.from_pretrained(model, directory, adapter_name="prior0")
+    names = tuple(f"prior{index}" for index in range(len(directories)))
+    for name, directory in zip(names, directories, strict=True):
+        if tuned is model:
+            tuned = PeftModel.from_pretrained(model, directory, adapter_name=name)
         else:
-            tuned.load_adapter(directory, f"prior{index}")
-    if priors:
-        tuned.base_model.set_adapter([f"prior{index}" for index in range(len(priors))])
-    return tuned
+            tuned.load_adapter(directory, name)
+    if names:
+        tuned.base_model.set_adapter(list(names))
+    return tuned, names

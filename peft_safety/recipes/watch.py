@@ -1,19 +1,17 @@
-"""Early stopping on what a patch is for: refusals of harmful requests, and as few of safe ones, on the validation
-split.
-"""
+"""Early stopping on what a patch is for: many refusals of harmful requests and few of safe ones (validation split)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peft_safety.evaluation.evaluate import Evaluation, evaluate
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from peft_safety.evaluation.evaluate import evaluate
 from peft_safety.evaluation.prompts import PromptSet
 from peft_safety.recipes.bench import JUDGED_TOKENS
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 
 @dataclass
@@ -27,9 +25,7 @@ class Look:
 
     @property
     def score(self) -> float:
-        """What early stopping maximizes: refusals of harmful requests, less refusals of safe ones that look dangerous
-        and twice those of everyday ones.
-        """
+        """What early stopping maximizes; a refusal of an everyday request costs twice."""
         return self.refusal - self.over_refusal - 2 * self.everyday_refusal
 
 
@@ -39,11 +35,11 @@ class Stopping:
 
     Attributes:
         every: optimizer steps between two looks.
-        refusal_target, over_refusal_margin: stop as soon as refusal reaches the one, and both kinds of over-refusal
-            are no more than the other above what they were at first.
+        refusal_target, over_refusal_margin: stop as soon as refusal reaches the target, and both kinds of over-refusal
+            are at most the margin above their values at the first look.
         patience: stop after so many looks without a better one.
         last: stop at the first look from this step on, although the learning rate has not come down to 0 yet; None
-            goes on.
+            never does.
     """
 
     every: int = 50
@@ -53,8 +49,10 @@ class Stopping:
     last: int | None = None
 
 
-class Watch:
-    """Looks at the validation split, remembers the best weights, and says when to stop."""
+class Watch(TrainerCallback):
+    """Looks at the validation split every so many steps and at the end of training, remembers the best weights, and
+    says when to stop.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: PromptSet, stopping: Stopping) -> None:
         self.tokenizer, self.prompts, self.stopping = tokenizer, prompts, stopping
@@ -64,11 +62,9 @@ class Watch:
 
     def look(self, model: PreTrainedModel, step: int) -> Look:
         """Measure, and remember the weights that train if they are the best so far."""
-        found: Evaluation = evaluate(
-            model, self.tokenizer, prompts=self.prompts, max_new_tokens=JUDGED_TOKENS, progress=False
-        )
-        everyday = found.everyday_refusal.value if found.everyday_refusal else 0.0
-        look = Look(step, found.refusal.value, found.over_refusal.value, everyday)
+        figures = evaluate(model, self.tokenizer, prompts=self.prompts, max_new_tokens=JUDGED_TOKENS, progress=False)
+        everyday = figures.everyday_refusal.value if figures.everyday_refusal else 0.0
+        look = Look(step, figures.refusal.value, figures.over_refusal.value, everyday)
         self.looks.append(look)
         if step and (self.best is None or look.score >= self.best.score):
             self.best = look
@@ -77,40 +73,26 @@ class Watch:
 
     def enough(self) -> bool:
         """Whether the targets are met, or nothing gets better any more."""
-        first, last = self.looks[0], self.looks[-1]
-        margin = self.stopping.over_refusal_margin
-        spared = (
-            last.over_refusal <= first.over_refusal + margin
-            and last.everyday_refusal <= first.everyday_refusal + margin
-        )
-        met = last.refusal >= self.stopping.refusal_target and spared
-        since = len(self.looks) - 1 - max((i for i, look in enumerate(self.looks) if look is self.best), default=0)
-        late = self.stopping.last is not None and last.step >= self.stopping.last
-        return met or late or since >= self.stopping.patience
+        first, last, stopping = self.looks[0], self.looks[-1], self.stopping
+        margin, kinds = stopping.over_refusal_margin, ("over_refusal", "everyday_refusal")
+        spared = all(getattr(last, kind) <= getattr(first, kind) + margin for kind in kinds)
+        met = last.refusal >= stopping.refusal_target and spared
+        late = stopping.last is not None and last.step >= stopping.last
+        best = self.looks.index(self.best) if self.best else 0
+        return met or late or len(self.looks) - 1 - best >= stopping.patience
 
+    @torch.no_grad()
     def restore(self, model: PreTrainedModel | PeftModel) -> None:
         """Put the best weights back."""
-        import torch
+        for name, parameter in model.named_parameters():
+            if name in self.weights:
+                parameter.copy_(self.weights[name])
 
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in self.weights:
-                    parameter.copy_(self.weights[name])
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.stopping.every == 0 and state.global_step < state.max_steps:
+            self.look(kwargs["model"], state.global_step)
+            control.should_training_stop = self.enough()
 
-    def callback(self) -> TrainerCallback:
-        """The same for a Trainer: a look every so many steps, and one at the end."""
-        from transformers import TrainerCallback
-
-        watch = self
-
-        class Watching(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                if state.global_step % watch.stopping.every == 0 and state.global_step < state.max_steps:
-                    watch.look(kwargs["model"], state.global_step)
-                    control.should_training_stop = watch.enough()
-
-            def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                if watch.looks[-1].step != state.global_step:
-                    watch.look(kwargs["model"], state.global_step)
-
-        return Watching()
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.looks[-1].step != state.global_step:
+            self.look(kwargs["model"], state.global_step)

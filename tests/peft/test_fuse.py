@@ -16,9 +16,8 @@ from peft_safety import fuse
 from peft_safety.errors import ConfigError
 from peft_safety.methods.somf import FuseOptions, Masks, load_masks, plan_fusion, save_logits
 from peft_safety.methods.somf.adapters import AdapterFusion
-from peft_safety.methods.somf.objectives import Batches, features_of, response_log_probs
-from peft_safety.methods.somf.report import RECORD
-from peft_safety.methods.somf.train import train_mask
+from peft_safety.methods.somf.fusing import RECORD
+from peft_safety.methods.somf.train import Batches, features_of, response_log_probs, train_mask
 from tests.peft.cells import base_model
 from tests.peft.fusion_cells import (
     PAIRS,
@@ -109,7 +108,7 @@ def test_training_lowers_the_expected_loss(granularity, objective):
 @torch.no_grad()
 def expected_loss(masked, rows, objective):
     """Without DPO's reference, which moves all losses alike: minus the margin."""
-    batch = Batches(tiny_tokenizer(), objective)(features_of(rows, tiny_tokenizer(), objective, 128))
+    batch = Batches(tiny_tokenizer())(features_of(rows, tiny_tokenizer(), objective, 128))
     losses = []
     with masked.attached():
         for seed in range(20):

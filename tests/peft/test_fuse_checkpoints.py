@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from peft_safety import fuse
 from peft_safety.errors import CheckpointError, ConfigError
 from peft_safety.methods.somf import Masks, plan_fusion
-from peft_safety.methods.somf.report import RECORD
+from peft_safety.methods.somf.fusing import RECORD
 from tests.peft.fusion_cells import PAIRS, QUICK, checkpoints, family, logits, saved
 from tests.tiny import tiny_tokenizer
 

@@ -190,8 +190,8 @@ def test_protect_end_to_end(files, capsys):
     ("options", "said"),
     [
         ({"method": "lora", "init": "guardspace"}, "'lora' has no option 'init'"),
-        ({"method": "salora", "init": "guardspace"}, "one of 'lora', 'task'"),
-        ({"method": "guardspace", "init": "task"}, "one of 'lora', 'guardspace'"),
+        ({"method": "salora", "init": "guardspace"}, "one of lora, task"),
+        ({"method": "guardspace", "init": "task"}, "one of lora, guardspace"),
         ({"method": "salora", "positions": "prompt"}, "'salora' has no option 'positions'"),
         ({"method": "lora", "safety_rank": 4}, "'lora' has no option 'safety_rank'"),
         ({"safety_rank": 4, "safety_energy": 0.5}, "give one of them"),

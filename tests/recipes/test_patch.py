@@ -171,7 +171,7 @@ def run_watched(monkeypatch, figures, **stopping):
         REFUSALS,
         LoraConfig(r=2, target_modules=["q_proj"]),
         options,
-        callbacks=[watch.callback()],
+        callbacks=[watch],
     )
     return watch, tuned, run
 

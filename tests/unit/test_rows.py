@@ -28,7 +28,7 @@ from peft_safety.evaluation.tasks import (
     response_losses,
     response_nll,
 )
-from peft_safety.methods.somf.objectives import features_of
+from peft_safety.methods.somf.train import features_of
 from peft_safety.recipes.load import poisoned, task_data
 from tests.tiny import tiny_llama, tiny_tokenizer
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from peft_safety.calibration.activations import DEFAULT_RANK, adapters_off, estimate, tokenizer_for
 from peft_safety.calibration.coverage import task_inputs, warn_if_stalled
-from peft_safety.calibration.moments import InputMoments, collect, to_batches
+from peft_safety.calibration.moments import InputMoments, Positions, collect, to_batches
 from peft_safety.core import base_weights as weights
 from peft_safety.core.certificate import Certificate
 from peft_safety.core.names import listed
@@ -30,11 +30,17 @@ from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data import calibration_rows
 from peft_safety.data.rows import data_rows
 from peft_safety.errors import ConfigError
-from peft_safety.methods.base import Layers, ProtectedConfig, check_choices, option
+from peft_safety.methods.base import Layers, ProtectedConfig, option
+from peft_safety.methods.checks import check_choices
 from peft_safety.methods.guardspace.directions import frozen_factors
-from peft_safety.methods.guardspace.factors import Preconditioner, irrelevant_factors
+from peft_safety.methods.guardspace.factors import Kind, Preconditioner, irrelevant_factors
 from peft_safety.methods.initial import start_from
 
+Basis = Literal["harmful", "general", "both"]
+Combine = Literal["salora", None]
+Train = Literal["A", "B"]
+Rows = Literal["task", "random"]
+Init = Literal["lora", "guardspace"]
 DEFAULT_BASIS: Literal["harmful"] = "harmful"
 """Held in a probe over eight times the steps, where general instructions did not. To be confirmed by
 benchmarks/guardspace.py.
@@ -75,14 +81,14 @@ class GuardSpaceConfig(ProtectedConfig):
         ConfigError: see `ProtectedConfig`; values out of range, or that do not go together.
     """
 
-    basis: Literal["harmful", "general", "both"] = option(DEFAULT_BASIS, "What subspace='auto' calibrates on.")
-    positions: Literal["all", "prompt", "response"] = option("all", "Tokens that count in the calibration.")
-    combine: Literal["salora"] | None = option(None, "'salora' constrains the output side too.")
+    basis: Basis = option(DEFAULT_BASIS, "What subspace='auto' calibrates on.")
+    positions: Positions = option("all", "Tokens that count in the calibration.")
+    combine: Combine = option(None, "'salora' constrains the output side too.")
     combine_rank: int = option(DEFAULT_RANK, "For combine='salora': output directions per module.")
-    train: Literal["A", "B"] = option("A", "'A' trains both factors, projected; 'B' freezes a blind A: a plain LoRA.")
-    a_init: Literal["task", "random"] = option("task", "For train='B': rows of A, from task_data or random.")
-    init: Literal["lora", "guardspace"] = option("lora", "'lora' (B = 0) or 'guardspace' (arXiv 2510.14301).")
-    preconditioner: Literal["root", "moment"] = option("root", "Square root of the second moment, or itself.")
+    train: Train = option("A", "'A' trains both factors, projected; 'B' freezes a blind A: a plain LoRA.")
+    a_init: Rows = option("task", "For train='B': rows of A, from task_data or random.")
+    init: Init = option("lora", "'lora' (B = 0) or 'guardspace' (arXiv 2510.14301).")
+    preconditioner: Kind = option("root", "Square root of the second moment, or itself.")
     init_data: Any = option(None, "Data behind init='guardspace'. Not saved.")
     task_data: Any = option(None, "Rows of the benign task, for train='B' and a warning. Not saved.")
 
@@ -92,16 +98,8 @@ class GuardSpaceConfig(ProtectedConfig):
 
     def __post_init__(self) -> None:
         where = type(self).__name__
-        check_choices(
-            self,
-            basis=("harmful", "general", "both"),
-            positions=("all", "prompt", "response"),
-            combine=(None, "salora"),
-            train=("A", "B"),
-            a_init=("task", "random"),
-            init=("lora", "guardspace"),
-            preconditioner=("root", "moment"),
-        )
+        check_choices(self, basis=Basis, positions=Positions, combine=Combine, train=Train, a_init=Rows, init=Init)
+        check_choices(self, preconditioner=Kind)
         if self.positions == "response" and self.basis != "harmful":
             raise ConfigError(
                 f"{where}: basis={self.basis!r} has no responses, so positions='response' finds none. Use 'all' or "

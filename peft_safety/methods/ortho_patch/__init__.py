@@ -1,6 +1,4 @@
-"""OrthoSafetyPatch: safety patches in directions that the model's own work does not use, stacked and removed at
-will.
-"""
+"""OrthoSafetyPatch: safety patches in directions that the model's own work does not use, stacked or removed freely."""
 
 from peft_safety.methods.ortho_patch.config import OrthoSafetyPatchConfig
 from peft_safety.methods.ortho_patch.penalty import SoftPenalty

@@ -1,10 +1,10 @@
 """OrthoSafetyPatchConfig: plain LoRA for refusals, kept out of the directions that the model's abilities use.
 
-`dW = s P_out (B A) P_in` with `P = I - Q Q^T`; Q spans what general data, or the weight itself, uses most, and
-whatever earlier patches have taken.
+`dW = s P_out (B A) P_in` with `P = I - Q Q^T`; Q spans what general data, or the weight itself, uses most, and what
+earlier patches have taken.
 
-Reference: Mou et al., arXiv 2510.09004, which observes that refusal LoRAs are nearly orthogonal to the weight; that it
-    is enforced, and how, is ours.
+Reference: Mou et al., arXiv 2510.09004, which observes that refusal LoRAs are nearly orthogonal to the weight. To
+enforce it, and how, is our own.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from peft_safety.core.projection import Side
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data import CALIBRATION_PAIRS, refusal_pairs
 from peft_safety.errors import ConfigError
-from peft_safety.methods.base import Layers, ProtectedConfig, check_choices
+from peft_safety.methods.base import Layers, ProtectedConfig
+from peft_safety.methods.checks import check_choices, is_number
 from peft_safety.methods.ortho_patch.priors import prior_spans
 
+Mode = Literal["none", "soft", "hard"]
+Basis = Literal["weight", "activation", "contrastive"]
+SideName = Literal["in", "out", "both"]
 REG_LAMBDA = 100.0
 """An unconstrained patch of SmolLM2-135M has a penalty of about 0.02 (0.9 % of each layer's output, squared, times 210
-layers): at 1 it would not be felt.
-"""
+layers): a weight of 1 would have no effect."""
 SIDES: dict[str, tuple[Side, ...]] = {"out": ("out",), "in": ("in",), "both": ("out", "in")}
 """Values of `side`, and the sides of the update that they name."""
 
@@ -57,11 +60,9 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         ConfigError: see `ProtectedConfig`; values that do not go together.
     """
 
-    mode: Literal["none", "soft", "hard"] = field(default="hard", metadata={"help": "'hard', 'soft' or 'none'."})
-    basis: Literal["weight", "activation", "contrastive"] = field(
-        default="activation", metadata={"help": "Where subspace='auto' comes from."}
-    )
-    side: Literal["in", "out", "both"] = field(default="in", metadata={"help": "Constrained side of the update."})
+    mode: Mode = field(default="hard", metadata={"help": "'hard', 'soft' or 'none'."})
+    basis: Basis = field(default="activation", metadata={"help": "Where subspace='auto' comes from."})
+    side: SideName = field(default="in", metadata={"help": "Constrained side of the update."})
     prior_patches: list[str] | None = field(
         default=None, metadata={"help": "Earlier patches to be orthogonal to: adapter names or directories."}
     )
@@ -73,20 +74,13 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
 
     def __post_init__(self) -> None:
         where = type(self).__name__
-        check_choices(
-            self, mode=("none", "soft", "hard"), basis=("weight", "activation", "contrastive"), side=tuple(SIDES)
-        )
+        check_choices(self, mode=Mode, basis=Basis, side=SideName)
         if self.mode == "soft" and (self.basis == "weight" or self.side != "in"):
             raise ConfigError(
                 f"{where}: mode='soft' penalizes the update's energy on data: it needs basis='activation' or "
-                f"'contrastive' (not {self.basis!r}) and "
-                f"side='in' (not {self.side!r})."
+                f"'contrastive' (not {self.basis!r}) and side='in' (not {self.side!r})."
             )
-        if (
-            not isinstance(self.reg_lambda, (int, float))
-            or isinstance(self.reg_lambda, bool)
-            or not 0 < self.reg_lambda < float("inf")
-        ):
+        if not (is_number(self.reg_lambda) and self.reg_lambda > 0):
             raise ConfigError(f"{where}: reg_lambda={self.reg_lambda!r}. Use a finite number above 0.")
         self._check_priors(where)
         super().__post_init__()
@@ -95,8 +89,7 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
     def _check_priors(self, where: str) -> None:
         self.prior_patches = [os.fspath(prior) for prior in self.prior_patches or []] or None
         names = [os.path.normpath(prior) for prior in self.prior_patches or []]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
+        if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"{where}: prior_patches names {twice[0]!r} twice. Name each earlier patch once.")
         if names and self.mode != "hard":
             raise ConfigError(
@@ -160,15 +153,13 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         return estimate_from_weights(model, sides=self.basis_sides, layers=layers, **self.subspace_size, **options)
 
     def _check_spectrum(self, subspace: SafetySubspace, layers: Mapping[str, nn.Module]) -> None:
-        bare = [
-            name for name in layers if "in" not in subspace.spectra.get(name, {}) and name not in subspace.left_out
-        ]
-        if self.mode == "soft" and (bare or subspace.provenance.get("method") == "weight"):
-            what = f"{bare[0]} has no input spectrum" if bare else "it comes from weights"
+        known = {*subspace.left_out, *(name for name, spectra in subspace.spectra.items() if "in" in spectra)}
+        lacking = sorted(layers.keys() - known)
+        if self.mode == "soft" and (lacking or subspace.provenance.get("method") == "weight"):
+            what = f"{lacking[0]} has no input spectrum" if lacking else "it comes from weights"
             raise ConfigError(
                 "mode='soft' needs a data basis: the subspace does not say how much energy the data has in each "
-                f"direction ({what}). "
-                "Estimate it with SafetySubspace.from_activations(..., method='ortho_patch')."
+                f"direction ({what}). Estimate it with SafetySubspace.from_activations(..., method='ortho_patch')."
             )
 
     @property

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,7 @@ from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.ortho_patch.config import OrthoSafetyPatchConfig
 
 
-@dataclass(frozen=True)
-class _Term:
+class _Term(NamedTuple):
     """One module: factors, `Q sqrt(L) (n, k)` of its inputs' moment, and `s^2 / tr(W S W^T)`."""
 
     a: nn.Parameter
@@ -26,9 +24,7 @@ class _Term:
 
 class SoftPenalty:
     """`lam * sum_modules tr(dW S dW^T) / tr(W S W^T)`, with `S = Q L Q^T` from the adapter's subspace: `E||dW x||^2 /
-    E||W x||^2` on its data.
-
-    Neither dW nor S is ever formed: `A S = (A Q) L Q^T`.
+    E||W x||^2` on its data. Neither dW nor S is ever formed: `A S = (A Q) L Q^T`.
 
     Args:
         model: holds the adapter; dense or quantized base, whose weights are read one at a time.
@@ -42,15 +38,13 @@ class SoftPenalty:
     def __init__(self, model: nn.Module, adapter_name: str = "default") -> None:
         config = config_table(model).get(adapter_name)
         if not isinstance(config, OrthoSafetyPatchConfig) or config.mode != "soft":
-            found = (
-                f"mode={config.mode!r}" if isinstance(config, OrthoSafetyPatchConfig) else f"a {type(config).__name__}"
-            )
+            kind = f"mode={config.mode!r}" if isinstance(config, OrthoSafetyPatchConfig) else type(config).__name__
             raise ConfigError(
-                f"adapter {adapter_name!r} has no soft constraint ({found}). Make it with "
+                f"adapter {adapter_name!r} has no soft constraint ({kind}). Make it with "
                 "OrthoSafetyPatchConfig(mode='soft')."
             )
         self.config, self.terms = config, []
-        roots: dict[int, Tensor] = {}
+        roots: dict[int, Tensor] = {}  # layers with the same input share one
         for name, layer in adapter_layers(model, adapter_name).items():
             a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
             if not weights.is_whole(a) or not weights.is_whole(b):
@@ -63,13 +57,12 @@ class SoftPenalty:
                 precision = torch.promote_types(a.dtype, torch.float32)
                 roots[id(basis)] = (basis.to(precision) * spectrum.to(precision)).to(a.device)
             root = roots[id(basis)]
-            energy = float(
-                (weights.dense_weight(layer.get_base_layer(), name).to(root) @ root).square().sum(dtype=torch.float64)
-            )
+            output = weights.dense_weight(layer.get_base_layer(), name).to(root) @ root
+            energy = float(output.square().sum(dtype=torch.float64))
             if not energy > 0:
                 raise ConfigError(
-                    f"{name}: the weight does nothing on the data of the subspace; there is nothing to compare with. "
-                    "Leave the module out."
+                    f"{name}: the weight gives zero on the data of the subspace, so there is nothing to compare the "
+                    "update with. Leave the module out."
                 )
             self.terms.append(_Term(a, b, root, float(layer.scaling[adapter_name]) ** 2 / energy))
 
@@ -77,10 +70,8 @@ class SoftPenalty:
     def value(self) -> float:
         """The penalty, without its weight `reg_lambda`, summed over the modules."""
         total = torch.zeros((), dtype=torch.float64)
-        for term in self.terms:
-            total += (
-                term.weight * (term.b.to(term.root) @ (term.a.to(term.root) @ term.root)).square().sum().double().cpu()
-            )
+        for a, b, root, weight in self.terms:
+            total += weight * (b.to(root) @ (a.to(root) @ root)).square().sum().double().cpu()
         return float(total)
 
     @torch.no_grad()
@@ -96,7 +87,7 @@ class SoftPenalty:
             _add(term.b, scale * (b @ (z @ z.mT)))
 
     def before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """For `torch.optim.Optimizer.register_step_pre_hook`: behind gradient accumulation, clipping and unscaling,
+        """For `torch.optim.Optimizer.register_step_pre_hook`: after gradient accumulation, clipping and unscaling,
         right before the step.
         """
         self.add_gradient()
@@ -104,9 +95,5 @@ class SoftPenalty:
 
 
 def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
-    if not parameter.requires_grad:
-        return
-    if parameter.grad is None:
-        parameter.grad = gradient.to(parameter.dtype)
-    else:
-        parameter.grad += gradient.to(parameter.grad.dtype)
+    if parameter.requires_grad:
+        parameter.grad = gradient.to(parameter.dtype) if parameter.grad is None else parameter.grad.add_(gradient)

@@ -44,14 +44,7 @@ def prior_spans(
     loaded = {name for _, layer in model.named_modules() if isinstance(layer, LoraLayer) for name in layer.lora_A}
     spans: Spans = {}
     for prior in priors:
-        factors: Mapping[str, Factors]
-        if prior in loaded:
-            factors = {
-                name: Factors(*stored_factors(layer.lora_A[prior], layer.lora_B[prior]), math.nan)
-                for name, layer in adapter_layers(model, prior).items()
-            }
-        else:
-            factors = _stored(prior, model, layers)
+        factors = _of_model(prior, model) if prior in loaded else _stored(prior, model, layers)
         used = {name: f for name, f in factors.items() if name in layers and bool(f.a.any()) and bool(f.b.any())}
         if not used:
             raise ConfigError(
@@ -61,18 +54,24 @@ def prior_spans(
         for name, factor in used.items():
             for side in sides:
                 columns = (factor.a.mT if side == "in" else factor.b).detach().cpu().float()
-                old = spans.setdefault(name, {}).get(side)
-                spans[name][side] = columns if old is None else torch.cat([old, columns], dim=1)
+                taken = spans.setdefault(name, {})
+                taken[side] = torch.cat([taken[side], columns], dim=1) if side in taken else columns
     return spans, [public_name(prior) for prior in priors]
 
 
-def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, Factors]:
-    path = Path(directory)
+def _of_model(adapter: str, model: nn.Module) -> dict[str, Factors]:
+    return {
+        name: Factors(*stored_factors(layer.lora_A[adapter], layer.lora_B[adapter]), math.nan)
+        for name, layer in adapter_layers(model, adapter).items()
+    }
+
+
+def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Factors]:
+    path, what = Path(directory), f"prior patch {directory!r}"
     publish.require_whole(path, ours=False, warn=False)
     if not (path / MANIFEST).is_file():
         raise ConfigError(
-            f"prior patch {directory!r} is neither an adapter on the model nor a directory with {MANIFEST}. Check the "
-            "spelling."
+            f"{what} is neither an adapter on the model nor a directory with {MANIFEST}. Check the spelling."
         )
     if read_manifest(path, warn=False).get("peft_type") in protected_types():
         stored = check_adapter(path, warn=True)
@@ -84,15 +83,11 @@ def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -
         factors = plain.factors
         base, own = public_name(plain.config.base_model_name_or_path or ""), model_name(model)
         if base and own and base.rpartition("/")[2] != own:
+            raise ConfigError(f"{what} was trained on {base}, this model is {own}. Give patches of one base model.")
+    for name in [name for name in layers if name in factors]:
+        shape, expected = (factors[name].b.shape[0], factors[name].a.shape[1]), weights.shape(layers[name])
+        if shape != expected:
             raise ConfigError(
-                f"prior patch {directory!r} was trained on {base}, this model is {own}. Give patches of one base "
-                "model."
-            )
-    for name in (name for name in layers if name in factors):
-        shape = (factors[name].b.shape[0], factors[name].a.shape[1])
-        if shape != weights.shape(layers[name]):
-            raise ConfigError(
-                f"prior patch {directory!r}: its update of {name} is {shape}, the layer "
-                f"{weights.shape(layers[name])}. Give patches of one base model."
+                f"{what}: its update of {name} is {shape}, the layer {expected}. Give patches of one base model."
             )
     return factors

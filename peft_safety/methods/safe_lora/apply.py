@@ -1,22 +1,21 @@
-"""Safe LoRA on an adapter that is loaded."""
+"""Safe LoRA on an adapter that is loaded, and on a saved one."""
 
 from __future__ import annotations
 
 import copy
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from peft_safety.core.checkpoints import ModuleWeights, open_weights
+from peft_safety.core import files, plain_lora
+from peft_safety.core.checkpoints import FileWeights, ModuleWeights, open_weights
 from peft_safety.core.names import pin, places
-from peft_safety.core.plain_lora import check_plain
 from peft_safety.errors import ConfigError
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.factors import layer_factors
@@ -58,47 +57,99 @@ def apply_safe_lora(
 
     Reference: Hsu et al., Safe LoRA, NeurIPS 2024, arXiv 2405.16833.
     """
-    chosen = RepairOptions(**options)
-    table = config_table(peft_model)
+    chosen, table = RepairOptions(**options), config_table(peft_model)
     if adapter_name not in table:
         raise ConfigError(f"the model has no adapter {adapter_name!r}, only {sorted(table)}. Name one of these.")
     config = table[adapter_name]
-    check_plain(config, f"adapter {adapter_name!r}")
-    check_unrepaired(config, f"adapter {adapter_name!r}")
+    plain_lora.check_plain(config, f"adapter {adapter_name!r}")
+    _check_unrepaired(config, f"adapter {adapter_name!r}")
     if new_adapter_name is not None and (new_adapter_name in table or not isinstance(peft_model, PeftModel)):
         raise ConfigError(
             f"new_adapter_name={new_adapter_name!r} needs a PeftModel without such an adapter. Choose another name."
         )
     layers = adapter_layers(peft_model, adapter_name)
     factors = {name: layer_factors(name, layer, adapter_name) for name, layer in layers.items()}
-    check_different(unaligned, aligned)
-    own = ModuleWeights(peft_model)
-    new, report = repair(
-        factors,
-        open_weights(unaligned),
-        own if aligned is None else open_weights(aligned),
-        chosen,
-        None if aligned is None else own,
-    )
-    if new_adapter_name is not None:
-        _add(peft_model, adapter_name, new_adapter_name, layers, new)  # type: ignore[arg-type]
+    _check_different(unaligned, aligned)
+    own, before = ModuleWeights(peft_model), open_weights(unaligned)
+    if aligned is None:
+        new, report = repair(factors, before, own, chosen)
     else:
-        _write(_weights(layers, "lora_B", adapter_name), new)
+        new, report = repair(factors, before, open_weights(aligned), chosen, own)
+    if new_adapter_name is None:
+        _write([(layers[name].lora_B[adapter_name].weight, b) for name, b in new.items()])
+    else:
+        config = copy.deepcopy(config)
+        sizes = {name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()}
+        pin(config, sizes, places(peft_model.get_base_model()))  # type: ignore[arg-type, operator]
+        add_adapter(peft_model, new_adapter_name, config, {n: (f.a, new.get(n, f.b)) for n, f in factors.items()})
     table[new_adapter_name or adapter_name].safe_lora = report.record
     return report
 
 
-def check_unrepaired(config: Any, what: str) -> None:
-    """Refuse an adapter that Safe LoRA has repaired already."""
-    record = getattr(config, "safe_lora", None)
-    if record is not None:
+def safe_lora_dir(
+    adapter_dir: str | os.PathLike[str],
+    unaligned: Model,
+    aligned: Model | None = None,
+    out_dir: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> RepairReport:
+    """`apply_safe_lora` for a saved LoRA adapter, without building its model. The result is a plain LoRA directory,
+    written atomically; the source is not touched.
+
+    Args:
+        aligned: default, the adapter's `base_model_name_or_path`.
+        out_dir: None only reports.
+        **options: see `RepairOptions`.
+
+    Raises:
+        ArtifactError: the directory is not a whole, finite LoRA adapter, or `out_dir` cannot be written.
+        ConfigError, CheckpointError: see `apply_safe_lora`.
+    """
+    chosen, source = RepairOptions(**options), Path(adapter_dir)
+    if out_dir is not None and os.path.realpath(out_dir) == os.path.realpath(source):
+        raise ConfigError(f"{source} is also the output directory. Write somewhere else; the original adapter stays.")
+    plain = plain_lora.read_plain(source)
+    _check_unrepaired(plain.config, str(source))
+    name: str | None = plain.fields.get("base_model_name_or_path") or None
+    after: Model | None = name if aligned is None else aligned
+    if after is None:
+        raise ConfigError(f"{source}: the adapter does not say which base model it is for. Give aligned=.")
+    _check_different(unaligned, after)
+    base = FileWeights(name) if aligned is not None and name is not None and os.path.isdir(name) else None
+    new, report = repair(plain.factors, open_weights(unaligned), open_weights(after), chosen, base)
+    if out_dir is not None:
+        fields = dict(plain.fields)
+        if fields["peft_type"] == plain_lora.REPAIRED_TYPE:
+            fields["safe_lora"] = report.record
+        pairs = {module: (f.a, new.get(module, f.b)) for module, f in plain.factors.items()}
+        tensors = plain.extra | plain_lora.factor_tensors(pairs)
+        old = files.child(source, plain_lora.CARD)
+        card = old.read_text(encoding="utf-8") if old.is_file() else "---\nlibrary_name: peft\n---\n"
+        card = card.rstrip() + "\n\n" + _card(report.record)
+        plain_lora.write_plain(Path(out_dir), tensors, fields, card, {plain_lora.RECORD: report.record})
+    return report
+
+
+def _card(record: dict[str, Any]) -> str:
+    return f"""## Safe LoRA
+
+Repaired after training by peft-safety (Safe LoRA, arXiv 2405.16833): {record["repaired"]} of
+{record["modules"]} modules were projected (`{record["projection"]}`, selection `{record["select"]}`) onto the
+difference between `{record["aligned"]["name"]}` and
+`{record["unaligned"]["name"]}`. Do not apply it again. What this does to a
+model's behavior has to be measured.
+"""
+
+
+def _check_unrepaired(config: Any, what: str) -> None:
+    if (record := getattr(config, "safe_lora", None)) is not None:
         raise ConfigError(
-            f"{what} has been repaired already ({record.get('projection')!r}), and the published projection is not "
-            "idempotent. Start from the original adapter."
+            f"{what} has been repaired already ({record.get('projection')!r}), and a second repair would change it "
+            "again. Start from the original adapter."
         )
 
 
-def check_different(unaligned: Model, aligned: Model | None) -> None:
+def _check_different(unaligned: Model, aligned: Model | None) -> None:
     """Refuse one model or path given twice before anything is read."""
     one, other = (m if isinstance(m, (nn.Module, type(None))) else os.path.realpath(m) for m in (unaligned, aligned))
     if one == other:
@@ -108,36 +159,18 @@ def check_different(unaligned: Model, aligned: Model | None) -> None:
         )
 
 
-def _weights(layers: Mapping[str, LoraLayer], factor: str, adapter: str) -> dict[str, Tensor]:
-    return {name: getattr(layer, factor)[adapter].weight for name, layer in layers.items()}
-
-
-def _add(
-    model: PeftModel, old: str, new: str, layers: Mapping[str, LoraLayer], repaired: Mapping[str, Tensor]
-) -> None:
-    """The repaired copy of an adapter under another name."""
-    config = copy.deepcopy(model.peft_config[old])
-    modules = {name: (int(layer.r[old]), layer.lora_alpha[old]) for name, layer in layers.items()}
-    pin(config, modules, places(model.get_base_model()))
-    with new_adapter(model, new, config):
-        _write(_weights(layers, "lora_A", new), _weights(layers, "lora_A", old))
-        _write(_weights(layers, "lora_B", new), {**_weights(layers, "lora_B", old), **repaired})
-
-
-@contextmanager
-def new_adapter(model: PeftModel, name: str, config: LoraConfig) -> Iterator[dict[str, LoraLayer]]:
-    """Add an adapter, and fill it in the block: whole or not at all. What trains, and what is active, stays.
-
-    Yields:
-        Its layers, by module.
+def add_adapter(model: Any, name: str, config: LoraConfig, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Add an adapter with these factors, `(A, B)` by module, to a PeftModel: whole or not at all. What trains and what
+    is active stays as it is.
     """
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # PEFT notes that there is an adapter already
             model.add_adapter(name, config)
-        with torch.no_grad():
-            yield adapter_layers(model, name)
+        layers = adapter_layers(model, name)
+        _write([(layers[module].lora_A[name].weight, a) for module, (a, _) in pairs.items()])
+        _write([(layers[module].lora_B[name].weight, b) for module, (_, b) in pairs.items()])
     except BaseException:
         if name in model.peft_config:
             model.delete_adapter(name)
@@ -148,13 +181,13 @@ def new_adapter(model: PeftModel, name: str, config: LoraConfig) -> Iterator[dic
 
 
 @torch.no_grad()
-def _write(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """All or none, an interrupt included."""
-    before = {name: targets[name].detach().clone() for name in values}
+def _write(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy each second tensor into the first of its pair: all or none, an interrupt included."""
+    before = [target.detach().clone() for target, _ in pairs]
     try:
-        for name, value in values.items():
-            targets[name].copy_(value)
+        for target, value in pairs:
+            target.copy_(value)
     except BaseException:
-        for name, value in before.items():
-            targets[name].copy_(value)
+        for (target, _), value in zip(pairs, before, strict=True):
+            target.copy_(value)
         raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from peft import LoraConfig
@@ -12,17 +12,8 @@ from peft_safety.core.plain_lora import REPAIRED_TYPE, check_features
 from peft_safety.errors import ConfigError
 from peft_safety.methods.safe_lora.options import RepairOptions
 
-OPTIONS = (
-    "select",
-    "threshold",
-    "num_modules",
-    "projection",
-    "rank",
-    "energy",
-    "penalty",
-    "zero_delta",
-    "allow_quantized_delta",
-)
+OPTIONS = tuple(f.name for f in fields(RepairOptions) if f.name not in ("dtype", "device", "progress"))
+"""Options of a repair that are stored with an adapter."""
 
 
 @dataclass
@@ -33,7 +24,7 @@ class SafeLoRAConfig(LoraConfig):
         unaligned: directory or Hub id of the model before its alignment, 16-bit.
         aligned: of the model after it, 16-bit; default the base model, which must then not be quantized.
         select, threshold, num_modules, projection, rank, energy, penalty, zero_delta, allow_quantized_delta: see
-        `RepairOptions`.
+            `RepairOptions`.
         safe_lora: record of the repair; None until it was applied. Leave it alone.
 
     Raises:
@@ -42,27 +33,19 @@ class SafeLoRAConfig(LoraConfig):
     Reference: Hsu et al., Safe LoRA, NeurIPS 2024, arXiv 2405.16833.
     """
 
-    unaligned: str | None = field(
-        default=None, metadata={"help": "Directory or Hub id of the model before its alignment."}
-    )
-    aligned: str | None = field(
-        default=None, metadata={"help": "Directory or Hub id of the model after it; default: the base model."}
-    )
+    unaligned: str | None = field(default=None, metadata={"help": "The model before alignment: directory or Hub id."})
+    aligned: str | None = field(default=None, metadata={"help": "The model after it; default: the base model."})
     select: str = field(default=RepairOptions.select, metadata={"help": "'threshold', 'number' or 'all'."})
     threshold: float = field(
-        default=RepairOptions.threshold, metadata={"help": "Modules with a smaller cosine are repaired."}
+        default=RepairOptions.threshold, metadata={"help": "Repair modules with a smaller cosine."}
     )
-    num_modules: int | None = field(default=RepairOptions.num_modules, metadata={"help": "For select='number'."})
-    projection: str = field(
-        default=RepairOptions.projection, metadata={"help": "'frobenius', 'spectral', 'topk' or 'soft'."}
-    )
-    rank: int | None = field(default=RepairOptions.rank, metadata={"help": "Directions of 'topk' and 'soft'."})
-    energy: float | None = field(default=RepairOptions.energy, metadata={"help": "Or the share of ||V||^2 they hold."})
+    num_modules: int | None = field(default=None, metadata={"help": "For select='number'."})
+    projection: str = field(default=RepairOptions.projection, metadata={"help": "frobenius, spectral, topk or soft."})
+    rank: int | None = field(default=None, metadata={"help": "Directions of 'topk' and 'soft'."})
+    energy: float | None = field(default=None, metadata={"help": "Or the share of ||V||^2 they hold."})
     penalty: float = field(default=RepairOptions.penalty, metadata={"help": "For 'soft'."})
     zero_delta: str = field(default=RepairOptions.zero_delta, metadata={"help": "'error', 'keep' or 'zero'."})
-    allow_quantized_delta: bool = field(
-        default=RepairOptions.allow_quantized_delta, metadata={"help": "Take the difference of quantized weights."}
-    )
+    allow_quantized_delta: bool = field(default=False, metadata={"help": "Take the difference of quantized weights."})
     safe_lora: dict[str, Any] | None = field(default=None, metadata={"help": "Record of the repair; written by it."})
 
     PEFT_KEY: ClassVar[str] = REPAIRED_TYPE
@@ -71,11 +54,7 @@ class SafeLoRAConfig(LoraConfig):
         for name in ("unaligned", "aligned"):
             value = getattr(self, name)
             setattr(self, name, os.fspath(value) if isinstance(value, os.PathLike) else value)
-        if (
-            not isinstance(self.unaligned, str)
-            or not self.unaligned
-            or not isinstance(self.aligned, (str, type(None)))
-        ):
+        if not (isinstance(self.unaligned, str) and self.unaligned and isinstance(self.aligned, (str, type(None)))):
             raise ConfigError(
                 f"SafeLoRAConfig: unaligned={self.unaligned!r}, aligned={self.aligned!r}. Give unaligned= (and "
                 "aligned=) as directories or Hub ids."

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peft_safety.core import base_weights as weights
 from peft_safety.core.checkpoints import Matrix
 from peft_safety.core.projection import OVERSAMPLING, POWER_ITERATIONS, project_out, top_eigenvectors
 from peft_safety.errors import CheckpointError
@@ -21,8 +20,6 @@ BLOCK_BYTES = 4 << 20
 """Size of one block of V in fp32, of which two are held: large enough that a row of a block is worth fetching, small
 enough for the cache.
 """
-SAMPLED_COLUMNS = 256
-"""Columns that a fingerprint is taken from. Changing it makes the fingerprints of older records differ."""
 FIRST_WIDTH = 32
 
 
@@ -51,7 +48,7 @@ class Delta:
     base_norm: float = math.nan
 
     def blocks(self) -> Iterator[Tensor]:
-        """`V_j (m, c)`, left to right, each in the place of the one before: fresh memory for every block would cost
+        """`V_j (m, c)`, left to right, each in the memory of the one before: fresh memory for every block would cost
         more than the arithmetic.
 
         Raises:
@@ -82,10 +79,6 @@ class Delta:
             total.addmm_(v, v.mT @ q)
         return total
 
-    def tmul(self, q: Tensor) -> Tensor:
-        """`V^T q (n, w)`."""
-        return torch.cat([v.mT @ q for v in self.blocks()])
-
 
 def _square_sum(block: Tensor) -> Tensor:
     """`||block||_F^2`: row norms in the block's precision, their sum in fp64 (one fp32 norm over millions of values is
@@ -94,26 +87,18 @@ def _square_sum(block: Tensor) -> Tensor:
     return torch.linalg.vector_norm(block, dim=1).double().square().sum()
 
 
-def sample(matrix: Matrix) -> Tensor:
-    """Fingerprint of a weight from its first columns, fp32, `(SAMPLES,)`."""
-    return weights.sample(matrix.block(0, min(SAMPLED_COLUMNS, matrix.shape[1]))).float()
-
-
 def projected(delta: Delta, b: Tensor, options: RepairOptions) -> tuple[Tensor, Tensor, int | None]:
-    """The repaired factor of one module.
-
-    Args:
-        b: `lora_B (m, r)`.
+    """What a module with the factor `b (m, r)` gets if it is selected.
 
     Returns:
-        `(B' (m, r), C B (m, r), k)`: what the module gets if it is selected, the undamped projection that its cosine
-        is taken of (the same except for "soft"), and the rank of the projector where there is one.
+        `(B' (m, r), C B (m, r), k)`: the new factor; the projection that the cosine is taken of (the same up to its
+        length, except for "soft"); and the rank of the projector where there is one.
 
     Reference: Safe LoRA, arXiv 2405.16833, equation 2 ("frobenius"). "spectral" and "topk" replace its `V V^T /
     ||V||_F` by a contraction and by a true projector. "soft" is the minimizer of `||B' - B||^2 + penalty ||(I - U U^T)
     B'||^2`, which is `U U^T B + (I - U U^T) B / (1 + penalty)`.
     """
-    u = alignment_basis(delta, b, options) if options.projection in ("topk", "soft") else None
+    u = _alignment_basis(delta, b, options) if options.projection in ("topk", "soft") else None
     cb = delta.apply(b) if u is None else b - project_out(u, b)
     if delta.energy == 0:
         return torch.zeros_like(b), torch.zeros_like(b), None
@@ -125,15 +110,18 @@ def projected(delta: Delta, b: Tensor, options: RepairOptions) -> tuple[Tensor, 
     return cb / values[0], cb, None
 
 
-def alignment_basis(delta: Delta, like: Tensor, options: RepairOptions) -> Tensor:
+def _alignment_basis(delta: Delta, like: Tensor, options: RepairOptions) -> Tensor:
     """Top left singular vectors `(m, k)` of `V`: `rank` of them, or as many as hold the share `energy` of `||V||_F^2`;
     never more than V's numerical rank.
     """
-    limit = min(delta.aligned.shape)
-    width = min(FIRST_WIDTH if options.energy is not None else (options.rank or 0), limit)
+    (m, n), limit = delta.aligned.shape, min(delta.aligned.shape)
+    width = min(options.rank or FIRST_WIDTH, limit)
     while True:
-        u, s = _top_left(delta, min(width + OVERSAMPLING, limit), like)
-        available = int((s > max(delta.aligned.shape) * torch.finfo(s.dtype).eps * s[0]).sum())
+        q, _ = top_eigenvectors(
+            delta.apply, m, min(width + OVERSAMPLING, limit), like=like, iterations=POWER_ITERATIONS // 2
+        )
+        left, s, _ = torch.linalg.svd(torch.cat([v.mT @ q for v in delta.blocks()]).mT, full_matrices=False)
+        u, available = q @ left, int((s > max(m, n) * torch.finfo(s.dtype).eps * s[0]).sum())
         if options.energy is None:
             return u[:, : min(width, available)]
         shares = s.double().square().cumsum(0) / delta.energy
@@ -141,9 +129,3 @@ def alignment_basis(delta: Delta, like: Tensor, options: RepairOptions) -> Tenso
         if enough <= width or available <= width or width == limit:
             return u[:, : min(enough, available)]
         width = min(2 * width, limit)
-
-
-def _top_left(delta: Delta, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    q, _ = top_eigenvectors(delta.apply, delta.aligned.shape[0], width, like=like, iterations=POWER_ITERATIONS // 2)
-    left, s, _ = torch.linalg.svd(delta.tmul(q).mT, full_matrices=False)
-    return q @ left, s

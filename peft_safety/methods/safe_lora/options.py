@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from peft_safety.errors import ConfigError
+from peft_safety.methods.checks import check_choices, is_number
 
 Select = Literal["threshold", "number", "all"]
 Projection = Literal["frobenius", "spectral", "topk", "soft"]
@@ -52,48 +52,38 @@ class RepairOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for field, values in (("select", Select), ("projection", Projection), ("zero_delta", ZeroDelta)):
-            if getattr(self, field) not in values.__args__:  # type: ignore[attr-defined]
-                raise ConfigError(f"{field}={getattr(self, field)!r}. Use one of {', '.join(values.__args__)}.")  # type: ignore[attr-defined]
-        if self.select == "threshold" and not _number(self.threshold, 0, 1):
+        check_choices(self, select=Select, projection=Projection, zero_delta=ZeroDelta)
+        if self.select == "threshold" and not is_number(self.threshold, 0, 1):
             raise ConfigError(f"threshold={self.threshold!r}. Use a number from 0 to 1.")
-        if self.select == "number" and (
-            not isinstance(self.num_modules, int) or isinstance(self.num_modules, bool) or self.num_modules < 1
-        ):
+        if self.select == "number" and not _is_count(self.num_modules):
             raise ConfigError(f"num_modules={self.num_modules!r}. select='number' needs an integer of at least 1.")
-        basis = self.projection in ("topk", "soft")
-        if not basis and (self.rank is not None or self.energy is not None):
-            raise ConfigError(
-                f"rank and energy belong to projection='topk' or 'soft', not to {self.projection!r}. Leave them out."
-            )
         if self.rank is not None and self.energy is not None:
             raise ConfigError(f"rank={self.rank!r} and energy={self.energy!r}: give one of them.")
-        if self.energy is not None and not (_number(self.energy, 0, 1) and self.energy > 0):
-            raise ConfigError(f"energy={self.energy!r}. Use a share in (0, 1].")
-        if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
-            raise ConfigError(f"rank={self.rank!r}. Use an integer of at least 1.")
-        if basis and self.rank is None and self.energy is None:
+        if self.projection not in ("topk", "soft"):
+            if self.rank is not None or self.energy is not None:
+                raise ConfigError(f"rank and energy belong to projection='topk' or 'soft', not {self.projection!r}.")
+        elif self.rank is None and self.energy is None:
             object.__setattr__(self, "rank", DEFAULT_RANK)
-        if not _number(self.penalty, 0, math.inf):
+        if self.rank is not None and not _is_count(self.rank):
+            raise ConfigError(f"rank={self.rank!r}. Use an integer of at least 1.")
+        if self.energy is not None and not (is_number(self.energy, 0, 1) and self.energy > 0):
+            raise ConfigError(f"energy={self.energy!r}. Use a share in (0, 1].")
+        if not is_number(self.penalty, low=0):
             raise ConfigError(f"penalty={self.penalty!r}. Use a number of at least 0.")
         if self.dtype not in (torch.float32, torch.float64):
             raise ConfigError(f"dtype={self.dtype}. Use torch.float32 or torch.float64.")
 
     def facts(self) -> dict[str, Any]:
         """What decided the result, as plain JSON values."""
-        result: dict[str, Any] = {"select": self.select, "projection": self.projection}
-        names = {"threshold": "threshold", "number": "num_modules"}.get(self.select)
-        optional = (names, "rank", "energy", "penalty" if self.projection == "soft" else None)
-        result |= {
-            name: getattr(self, name) for name in optional if name is not None and getattr(self, name) is not None
+        used = {
+            "threshold": self.select == "threshold",
+            "num_modules": self.select == "number",
+            "penalty": self.projection == "soft",
+            "allow_quantized_delta": self.allow_quantized_delta,
         }
-        return result | ({"allow_quantized_delta": True} if self.allow_quantized_delta else {})
+        names = ["select", "projection", "rank", "energy", *(name for name, use in used.items() if use)]
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
-def _number(value: Any, low: float, high: float) -> bool:
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and low <= value <= high
-        and math.isfinite(value)
-    )
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1

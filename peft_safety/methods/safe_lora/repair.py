@@ -20,10 +20,12 @@ from peft_safety.core.checkpoints import NOISE, Matrix, Weights
 from peft_safety.core.names import public_name
 from peft_safety.core.plain_lora import Factors
 from peft_safety.errors import CheckpointError, ConfigError
-from peft_safety.methods.safe_lora.delta import Delta, projected, sample
+from peft_safety.methods.safe_lora.delta import Delta, projected
 from peft_safety.methods.safe_lora.options import RepairOptions
 
 RECORD_VERSION = 1
+SAMPLED_COLUMNS = 256
+"""Columns that a fingerprint is taken from. Changing it makes the fingerprints of older records differ."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,10 @@ class ModuleRepair:
     """What happened to one module.
 
     Attributes:
-        cos: `<C B A, B A> / (||C B A|| ||B A||)` in [0, 1]; NaN where it has no meaning (no update, or no alignment
-            direction).
+        cos: `<C B A, B A> / (||C B A|| ||B A||)` in [0, 1]; NaN without an update or an alignment direction.
         selected: whether its factor was replaced.
-        gain: `||B' A|| / ||B A||` if it is (or were) replaced: how much of the update's length is left; NaN without an
-            update.
+        gain: `||B' A|| / ||B A||` if it is (or were) replaced: the share of the update's length that is left; NaN
+            without an update.
         kept_norm: `||s B A||` afterwards.
         delta: `||V|| / ||W_aligned||`.
         k: rank of the projector, for "topk" and "soft".
@@ -69,10 +70,9 @@ class RepairReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; NaN becomes None."""
-        rows = [
-            {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(module).items()}
-            for module in self.modules
-        ]
+        rows = [asdict(module) for module in self.modules]
+        for row in rows:
+            row |= {key: None for key, value in row.items() if isinstance(value, float) and math.isnan(value)}
         return {**self.record, "modules": rows}
 
 
@@ -104,37 +104,42 @@ def repair(
         )
     rows: dict[str, ModuleRepair] = {}
     projections: dict[str, Tensor] = {}
-    prints, noise = (hashlib.sha256(), hashlib.sha256()), []
+    noise: dict[str, float] = {}
+    sources, prints = (aligned, unaligned), (hashlib.sha256(), hashlib.sha256())
     for name, factor in tqdm(factors.items(), desc="Safe LoRA", unit="module", disable=not options.progress):
         with ExitStack() as stack:
-            pair = [stack.enter_context(source.open(name, factor.transposed)) for source in (aligned, unaligned)]
-            _check_pair(name, factor, pair, (aligned, unaligned), options)
+            pair = [stack.enter_context(source.open(name, factor.transposed)) for source in sources]
+            for source, matrix, digest in zip(sources, pair, prints, strict=True):
+                _check_matrix(matrix, name, factor, source.label, options)
+                digest.update(name.encode() + sample(matrix).numpy().tobytes())
             if base is not None:
                 _check_base(name, pair[0], stack.enter_context(base.open(name, factor.transposed)), aligned.label)
-            rows[name], projections[name], noisy = _module(name, factor, pair, options)
-            noise.append(noisy)
-            for digest, matrix in zip(prints, pair, strict=True):
-                digest.update(name.encode() + sample(matrix).numpy().tobytes())
+            rows[name], projections[name], noise[name] = _module(name, factor, pair[0], pair[1], options)
     if all(row.delta == 0 for row in rows.values()):
         raise CheckpointError(
             f"{aligned.label} and {unaligned.label} have equal weights in every module of the adapter. Give two "
             "different models."
         )
+    worst = max(noise, key=noise.__getitem__)
+    if noise[worst] > 0:
+        warnings.warn(
+            f"V comes from quantized weights: their rounding noise is expected at {noise[worst]:.2g} times ||V|| in "
+            f"{worst} (the worst).",
+            stacklevel=3,
+        )
     chosen = select(list(rows.values()), options)
-    _warn_of_noise(noise)
-    modules = tuple(_outcome(row, name in chosen) for name, row in rows.items())
+    for name in chosen:
+        gain = 1.0 if math.isnan(rows[name].gain) else rows[name].gain
+        rows[name] = replace(rows[name], selected=True, kept_norm=rows[name].kept_norm * gain)
     new = {name: projections[name].to("cpu", factors[name].b.dtype) for name in factors if name in chosen}
-    after = {name: new.get(name, factors[name].b) for name in factors}
-    record = {
-        "version": RECORD_VERSION,
-        **options.facts(),
-        "modules": len(modules),
-        "repaired": len(new),
-        "aligned": {"name": public_name(aligned.label), "fingerprint": prints[0].hexdigest()},
-        "unaligned": {"name": public_name(unaligned.label), "fingerprint": prints[1].hexdigest()},
-        "digest": factor_digest({name: (factors[name].a, b) for name, b in after.items()}),
+    models = {
+        which: {"name": public_name(source.label), "fingerprint": digest.hexdigest()}
+        for which, source, digest in zip(("aligned", "unaligned"), sources, prints, strict=True)
     }
-    return new, RepairReport(modules, record)
+    facts: dict[str, Any] = {"modules": len(rows), "repaired": len(new)}
+    facts["digest"] = factor_digest({name: (f.a, new.get(name, f.b)) for name, f in factors.items()})
+    record = {"version": RECORD_VERSION, **options.facts(), **models, **facts}
+    return new, RepairReport(tuple(rows.values()), record)
 
 
 def factor_digest(factors: Mapping[str, tuple[Tensor, Tensor]]) -> str:
@@ -152,23 +157,23 @@ def select(rows: list[ModuleRepair], options: RepairOptions) -> set[str]:
     `zero_delta="zero"` always takes its own.
     """
     zeroed = {row.name for row in rows if row.delta == 0 and options.zero_delta == "zero"}
-    usable = [row for row in rows if row.delta > 0 or row.name in zeroed]
+    cos = {
+        row.name: math.inf if math.isnan(row.cos) else row.cos for row in rows if row.delta > 0 or row.name in zeroed
+    }
     if options.select == "all":
-        return {row.name for row in usable}
-    cos = {row.name: math.inf if math.isnan(row.cos) else row.cos for row in usable}
+        return set(cos)
     if options.select == "threshold":
         return zeroed | {name for name, value in cos.items() if value < options.threshold}
-    ordered = sorted(cos, key=lambda name: cos[name])  # stable: equal cosines in the adapter's order
-    count = min(options.num_modules or 0, len(ordered))
-    return zeroed | set(ordered[:count])
+    ordered = sorted(cos, key=cos.__getitem__)  # stable: equal cosines in the adapter's order
+    return zeroed | set(ordered[: options.num_modules])
 
 
 def _module(
-    name: str, factor: Factors, pair: list[Matrix], options: RepairOptions
-) -> tuple[ModuleRepair, Tensor, tuple[str, float]]:
-    """One module, as if it were selected; and its expected quantization noise relative to V."""
+    name: str, factor: Factors, aligned: Matrix, unaligned: Matrix, options: RepairOptions
+) -> tuple[ModuleRepair, Tensor, float]:
+    """One module before the selection, its projected factor, and its expected quantization noise relative to V."""
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    delta = Delta(name, pair[0], pair[1], options.dtype, device)
+    delta = Delta(name, aligned, unaligned, options.dtype, device)
     b = factor.b.detach().to(device, options.dtype)
     new, inside, k = projected(delta, b, options)
     if delta.energy == 0 and options.zero_delta == "error":
@@ -178,37 +183,27 @@ def _module(
         )
     root = torch.linalg.qr(factor.a.detach().to(device, torch.float64).mT, mode="r").R.mT  # ||X A|| = ||X R^T||
     old, after, projection = (x.double() @ root for x in (b, new, inside))
-    norm, length = float(old.norm()), float(projection.norm())
+    norm, length, v = float(old.norm()), float(projection.norm()), math.sqrt(delta.energy)
     cos = float((projection * old).sum()) / (norm * length) if norm * length > 0 else math.nan
     gain = float(after.norm()) / norm if norm > 0 else math.nan
-    noisy = math.hypot(*(NOISE.get(matrix.quantization or "", 0.0) for matrix in pair)) * delta.base_norm
-    ratio = noisy / math.sqrt(delta.energy) if delta.energy > 0 else 0.0
-    share = math.sqrt(delta.energy) / delta.base_norm if delta.base_norm > 0 else math.inf if delta.energy > 0 else 0.0
-    return ModuleRepair(name, cos, False, gain, factor.scaling * norm, share, k), new, (name, ratio)
+    noise = math.hypot(*(NOISE.get(m.quantization or "", 0.0) for m in (aligned, unaligned))) * delta.base_norm
+    share = v / delta.base_norm if delta.base_norm > 0 else math.inf if v > 0 else 0.0
+    return ModuleRepair(name, cos, False, gain, factor.scaling * norm, share, k), new, noise / v if v > 0 else 0.0
 
 
-def _outcome(row: ModuleRepair, selected: bool) -> ModuleRepair:
-    kept = row.kept_norm * (row.gain if selected and not math.isnan(row.gain) else 1.0)
-    return replace(row, selected=selected, kept_norm=kept)
-
-
-def _check_pair(
-    name: str, factor: Factors, pair: list[Matrix], sources: tuple[Weights, Weights], options: RepairOptions
-) -> None:
+def _check_matrix(matrix: Matrix, name: str, factor: Factors, label: str, options: RepairOptions) -> None:
     wanted = (factor.b.shape[0], factor.a.shape[1])
-    for matrix, source in zip(pair, sources, strict=True):
-        if matrix.shape != wanted:
-            raise CheckpointError(
-                f"{source.label}: the weight of {name} is {matrix.shape}, the adapter's update {wanted}. Give models "
-                "of its architecture."
-            )
-        if matrix.quantization is not None and not options.allow_quantized_delta:
-            raise CheckpointError(
-                f"{source.label}: the weight of {name} is {matrix.quantization}; rounding moves it by about "
-                f"{NOISE[matrix.quantization]:.0%} of its norm, "
-                "as much as an alignment or more. Give a 16-bit checkpoint (aligned=...), or insist with "
-                "allow_quantized_delta=True."
-            )
+    if matrix.shape != wanted:
+        raise CheckpointError(
+            f"{label}: the weight of {name} is {matrix.shape}, the adapter's update {wanted}. Give models of its "
+            "architecture."
+        )
+    if matrix.quantization is not None and not options.allow_quantized_delta:
+        raise CheckpointError(
+            f"{label}: the weight of {name} is {matrix.quantization}; rounding moves it by about "
+            f"{NOISE[matrix.quantization]:.0%} of its norm, as much as an alignment or more. Give a 16-bit checkpoint "
+            "(aligned=...), or insist with allow_quantized_delta=True."
+        )
 
 
 def _check_base(name: str, aligned: Matrix, base: Matrix, label: str) -> None:
@@ -221,11 +216,6 @@ def _check_base(name: str, aligned: Matrix, base: Matrix, label: str) -> None:
         )
 
 
-def _warn_of_noise(noise: list[tuple[str, float]]) -> None:
-    name, ratio = max(noise, key=lambda pair: pair[1])
-    if ratio > 0:
-        warnings.warn(
-            f"V comes from quantized weights: their rounding noise is expected at {ratio:.2g} times ||V|| in {name} "
-            "(the worst).",
-            stacklevel=3,
-        )
+def sample(matrix: Matrix) -> Tensor:
+    """Fingerprint of a weight from its first columns, fp32, `(SAMPLES,)`."""
+    return weights.sample(matrix.block(0, min(SAMPLED_COLUMNS, matrix.shape[1]))).float()

@@ -1,16 +1,14 @@
 """SOMF: fuse a safe model with fine-tuned ones through a learned mask."""
 
-from peft_safety.methods.somf.fusing import fuse, plan_fusion
-from peft_safety.methods.somf.masks import Masks, export, load_masks, save_logits, save_masks
+from peft_safety.methods.somf.fusing import FuseReport, fuse, plan_fusion
+from peft_safety.methods.somf.masks import Masks, load_masks, save_logits, save_masks
 from peft_safety.methods.somf.options import FuseOptions, MaskTraining
-from peft_safety.methods.somf.report import FuseReport
 
 __all__ = [
     "FuseOptions",
     "FuseReport",
     "MaskTraining",
     "Masks",
-    "export",
     "fuse",
     "load_masks",
     "plan_fusion",

@@ -7,24 +7,25 @@ loads and saves here. Plain merges of checkpoints, streamed from disk, are merge
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core import publish
 from peft_safety.core.checkpoints import FLOATS, FileWeights
 from peft_safety.errors import CheckpointError, ConfigError
-from peft_safety.methods.somf.forward import MaskedWeights
 from peft_safety.methods.somf.masks import mask_shape, rescaled
 from peft_safety.methods.somf.options import FuseOptions
-from peft_safety.methods.somf.report import FuseReport, distinct
-from peft_safety.methods.somf.updates import task_arithmetic
+from peft_safety.methods.somf.train import MaskedModel
+from peft_safety.methods.somf.updates import MaskOf, task_arithmetic
 
 CONFIG = "config.json"
+REMEDY = "Fuse 16-bit safetensors checkpoints of one architecture."
 
 
 class CheckpointFusion:
@@ -34,64 +35,71 @@ class CheckpointFusion:
         safe: its checkpoint; None where `model` is the safe model.
 
     Raises:
-        ConfigError: both or neither of safe and model; a task that equals another input; a granularity that full
-            weights cannot have.
+        ConfigError: both or neither of safe and model; a granularity that full weights cannot have.
         CheckpointError: checkpoints of another architecture, quantized, or not finite.
     """
 
     def __init__(self, safe: str | None, tasks: Sequence[str], model: nn.Module | None, options: FuseOptions) -> None:
-        from transformers import AutoModelForCausalLM
-
         if (safe is None) == (model is None):
             raise ConfigError("full checkpoints need either safe=, a checkpoint, or model=, the safe model itself.")
-        self.options, task_weights = options, options.weights_of(len(tasks))
+        self.granularity = options.granularity or "element"
+        if self.granularity == "rank":
+            raise ConfigError("granularity='rank' needs LoRA adapters, not full weights. Use element, row or module.")
+        self.options, self.weights = options, options.weights_of(len(tasks))
         given: Any = model
         self.model = given if safe is None else _loaded(AutoModelForCausalLM, safe)
         own = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         label = safe or getattr(self.model.config, "_name_or_path", "") or "the model"
-        digests = {label: _fingerprint(label, own)}
+        self.fingerprints = {label: _fingerprint(label, own)}
         vectors: dict[str, list[tuple[float, Tensor]]] = {name: [] for name in own}
-        for path, weight in zip(tasks, task_weights, strict=True):
+        for path, weight in zip(tasks, self.weights, strict=True):
             parameters = dict(_loaded(type(self.model), path).named_parameters())
-            digests[path] = _fingerprint(path, parameters)
+            self.fingerprints[path] = _fingerprint(path, parameters)
             for name, parameter in own.items():
                 if name not in parameters or parameters[name].shape != parameter.shape:
                     raise CheckpointError(f"{name}: {path} has no such tensor of {tuple(parameter.shape)}. {REMEDY}")
                 dtype = torch.promote_types(parameter.dtype, torch.float32)
                 vector = parameters[name].detach().to(parameter.device, dtype) - parameter.to(dtype)
                 vectors[name].append((weight, vector))
-        provenance = distinct(digests)
         self.vectors = {n: task_arithmetic(v) for n, v in vectors.items() if any(bool(x.any()) for _, x in v)}
-        granularity = options.granularity or "element"
-        shapes = {name: mask_shape(tuple(v.shape), granularity, name) for name, v in self.vectors.items()}
-        facts = options.facts(granularity, task_weights) | {"layout": "checkpoints", "modules": len(shapes), "rank": 0}
-        facts |= {"safe": provenance[0], "tasks": provenance[1:]}
-        self.planned = FuseReport(facts, shapes if options.method == "somf" else {})
+        self.mask_shapes = {name: mask_shape(vector, self.granularity) for name, vector in self.vectors.items()}
+        self.facts = {"layout": "checkpoints", "modules": len(self.vectors), "rank": 0}
 
-    def masked(self, _: nn.Module | None) -> MaskedWeights:
+    def masked(self, _: nn.Module | None) -> MaskedModel:
         """The model to train a mask on."""
-        return MaskedWeights(self.model, self.vectors, self.planned.mask_shapes, self.options)
+        return MaskedWeights(self)
 
-    @torch.no_grad()
-    def fused(self, report: FuseReport, out: Path | None) -> FuseReport:
-        """Write a checkpoint in the safe model's precision."""
-        if out is None:
-            return report
-        fused = {}
-        for name, parameter in self.model.named_parameters():
-            if name in self.vectors:
-                vector = self.vectors[name]
-                if report.masks is not None:
-                    vector = rescaled(vector, report.masks.of(name).to(vector.device), self.options.rescale)
-                fused[id(parameter)] = (parameter + vector).to(parameter.dtype)
-        stored = self.model.state_dict(keep_vars=True)  # tied weights stay one tensor
-        with publish.publishing(out, CONFIG) as staging:
-            self.model.save_pretrained(staging, state_dict={k: fused.get(id(v), v) for k, v in stored.items()})
-            report.write(staging)
-        return report
+    def fused(self, mask_of: MaskOf | None) -> dict[str, Tensor]:
+        """`theta_s + masked(V)` in the model's precision, of every parameter that a task changed."""
+        own, fused = dict(self.model.named_parameters()), {}
+        for name, vector in self.vectors.items():
+            if mask_of is not None:
+                vector = rescaled(vector, mask_of(name).to(vector.device), self.options.rescale)
+            fused[name] = (own[name] + vector).to(own[name].dtype)
+        return fused
+
+    def write(self, out: Path, mask_of: MaskOf | None, _: str, more: Callable[[Path], None]) -> None:
+        """Publish a checkpoint, with what `more` writes."""
+        own = dict(self.model.named_parameters())
+        changed = {id(own[name]): tensor for name, tensor in self.fused(mask_of).items()}
+        state = self.model.state_dict(keep_vars=True)  # tied weights are one tensor, and stay so
+        with publish.publishing(out, CONFIG) as folder:
+            self.model.save_pretrained(folder, state_dict={key: changed.get(id(v), v) for key, v in state.items()})
+            more(folder)
 
 
-REMEDY = "Fuse 16-bit safetensors checkpoints of one architecture."
+class MaskedWeights(MaskedModel):
+    """The safe model with the fused parameters in place of its own."""
+
+    def __init__(self, fusion: CheckpointFusion) -> None:
+        device = next(fusion.model.parameters()).device
+        super().__init__(fusion.model, fusion.mask_shapes, fusion.options, device)
+        self.fusion = fusion
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        parameters = self.fusion.fused(self.samples()) if self.fused else {}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        return torch.func.functional_call(self.model, parameters, args=(), kwargs=inputs)
 
 
 def _loaded(kind: Any, path: str) -> Any:

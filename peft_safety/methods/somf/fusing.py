@@ -1,33 +1,112 @@
-"""`fuse`: read the inputs, train or take a mask, apply it, write the result."""
+"""`fuse`: read the inputs, train or take a mask, apply it, write the result and a report of it."""
 
 from __future__ import annotations
 
-import dataclasses
+import json
+import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from accelerate import PartialState
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from peft_safety.core.plain_lora import MANIFEST
-from peft_safety.core.publish import require_whole
+from peft_safety.core import publish
+from peft_safety.core.names import public_name
+from peft_safety.core.plain_lora import CARD, MANIFEST
 from peft_safety.data.rows import Rows
 from peft_safety.errors import ConfigError
 from peft_safety.layers.adapters import config_table
 from peft_safety.methods.somf.adapters import AdapterFusion
 from peft_safety.methods.somf.checkpoints import CONFIG, CheckpointFusion
-from peft_safety.methods.somf.masks import Masks, export, load_masks
+from peft_safety.methods.somf.masks import Masks, Shape, export, load_masks, save_masks
 from peft_safety.methods.somf.options import FuseOptions, MaskTraining
-from peft_safety.methods.somf.report import FuseReport
 from peft_safety.methods.somf.train import MaskRun, train_mask
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Source = str | os.PathLike[str]
 RECORDED = ("objective", "beta", "lr", "epochs", "max_steps", "batch_size", "gradient_accumulation", "seed")
-Mask = Masks | Mapping[str, Tensor] | str | os.PathLike[str]
+RECORD = "peft_safety_fusion.json"
+"""File with the report, in the directory of a result."""
+CARD_TEXT = f"""---
+{{tags}}
+---
+# Fused by peft-safety
+
+A safe model and fine-tuned ones in one (SOMF, arXiv 2405.09055). Nothing here promises how it behaves: measure
+refusal, over-refusal and the tasks. `{RECORD}` has a row for every mask.
+
+| | |
+|---|---|
+{{rows}}
+"""
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What decided a fusion, and its result. From `plan_fusion` without a result.
+
+    Attributes:
+        facts: layout ("continued", "independent" or "checkpoints"), granularity of the mask, options that decide the
+            result, names and fingerprints of the inputs, number of modules, rank of the result (0: full weights).
+        mask_shapes: by the masks' full names; empty without a mask.
+        masks: what was applied; None without.
+        run: what training the mask cost; None where none was trained.
+        logits: of a mask that was trained or given as logits: any density can be exported from them again.
+        factors: `{module: (A, B)}` of a LoRA result, the scaling included in B; empty for full weights.
+    """
+
+    facts: dict[str, Any]
+    mask_shapes: dict[str, Shape]
+    masks: Masks | None = None
+    run: MaskRun | None = None
+    logits: dict[str, Tensor] | None = None
+    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def mask_entries(self) -> int:
+        """Of all masks."""
+        return sum(map(math.prod, self.mask_shapes.values()))
+
+    @property
+    def training_bytes(self) -> int:
+        """The least that training adds to model and frozen factors: logits and AdamW's two moments, in fp32."""
+        return 3 * 4 * self.mask_entries
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Facts and figures, as plain values."""
+        record = {**self.facts, "mask_entries": self.mask_entries, "training_bytes": self.training_bytes}
+        if self.masks is not None:
+            record |= {"density": self.masks.density(), "mask": self.masks.record}
+        return record
+
+    def to_json(self) -> dict[str, Any]:
+        """The record, and shape and density (the share of kept entries) of every mask."""
+        values = {} if self.masks is None else self.masks.values
+        rows = {
+            name: {"shape": list(shape), "density": float(values[name].float().mean()) if values else None}
+            for name, shape in self.mask_shapes.items()
+        }
+        return {**self.record, "masks": rows}
+
+    @property
+    def card(self) -> str:
+        """A model card."""
+        rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in self.record.items())
+        tags = ("library_name: peft\n" if self.factors else "") + "tags: [safety, peft-safety]"
+        return CARD_TEXT.format(tags=tags, rows=rows)
+
+    def write(self, folder: Path) -> None:
+        """The masks, the report as JSON, and the model card."""
+        if self.masks is not None:
+            save_masks(self.masks, folder)
+        (folder / RECORD).write_text(json.dumps(self.to_json(), indent=2, sort_keys=True), encoding="utf-8")
+        (folder / CARD).write_text(self.card, encoding="utf-8")
 
 
 def fuse(
@@ -36,15 +115,14 @@ def fuse(
     *,
     model: nn.Module | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    mask: Mask | None = None,
+    mask: Masks | Mapping[str, Tensor] | Source | None = None,
     data: Rows | None = None,
     training: MaskTraining | None = None,
-    out: str | os.PathLike[str] | None = None,
+    out: Source | None = None,
     adapter_name: str | None = None,
     **options: Any,
 ) -> FuseReport:
-    """One model out of a safe one and fine-tuned ones: it keeps what they learned as far as a mask lets it, and the
-    safety.
+    """One model out of a safe one and fine-tuned ones: it keeps the safety, and what they learned as a mask allows.
 
     `theta = theta_safe + masked(sum_i w_i delta_i)` with a mask learned on safety data (SOMF), or without one (task
     arithmetic). TIES, DARE and other merges: PEFT's `model.add_weighted_adapter(..., combination_type=...)` for
@@ -65,7 +143,7 @@ def fuse(
         **options: see `FuseOptions`.
 
     Returns:
-        A report: per module what was kept, the masks, the factors.
+        A report: what was kept of every module, the masks, the factors.
 
     Raises:
         ConfigError: options, or inputs that do not belong together. ArtifactError, CheckpointError: inputs that are
@@ -73,38 +151,38 @@ def fuse(
 
     Reference: Yi et al., SOMF, arXiv 2405.09055. Differences from its code: `docs/architecture.md`.
     """
-    from accelerate import PartialState
-    from peft import PeftModel
-
     chosen, training = FuseOptions(**options), training or MaskTraining()
     if mask is not None and chosen.method != "somf":
         raise ConfigError(f"mask= belongs to method='somf', not to {chosen.method!r}. Leave it out.")
     inputs = [os.path.realpath(source) for source in (safe, *tasks) if source is not None]
     if out is not None and (os.path.isfile(out) or os.path.realpath(out) in inputs):
         raise ConfigError(f"out={os.fspath(out)!r} is a file or an input. Give another directory.")
-    if adapter_name is not None and (not isinstance(model, PeftModel) or adapter_name in config_table(model)):
-        raise ConfigError(f"adapter_name={adapter_name!r} needs model=, a PeftModel without such an adapter.")
     fusion = _read(safe, tasks, model, chosen)
-    given = load_masks(Path(mask)) if isinstance(mask, (str, os.PathLike)) else mask
-    run: MaskRun | None = None
-    facts: dict[str, Any] = {}
-    if given is None and chosen.method == "somf":
+    if adapter_name is not None and (
+        not (isinstance(model, PeftModel) and isinstance(fusion, AdapterFusion)) or adapter_name in config_table(model)
+    ):
+        raise ConfigError(f"adapter_name={adapter_name!r} needs adapters, and a PeftModel model= without such a name.")
+    report, record = _planned(fusion), {}
+    masks = load_masks(Path(mask)) if isinstance(mask, (str, os.PathLike)) else mask
+    if masks is None and chosen.method == "somf":
         masked = fusion.masked(model)
         run = train_mask(masked, tokenizer, data, training)
-        given = {name: logit.detach().cpu().clone() for name, logit in masked.logits.items()}
-        facts = {**dataclasses.asdict(run), **{name: getattr(training, name) for name in RECORDED}}
-    if given is None or isinstance(given, Masks):
-        masks, logits = given, None
-    else:
-        logits = dict(given)
-        masks = export(logits, chosen.export, density=chosen.export_density, seed=chosen.seed, record=facts)
+        report = replace(report, run=run)
+        masks = {name: logit.detach().cpu().clone() for name, logit in masked.logits.items()}
+        record = {**asdict(run), **{name: getattr(training, name) for name in RECORDED}}
+    if masks is not None and not isinstance(masks, Masks):
+        report = replace(report, logits=dict(masks))
+        masks = export(masks, chosen.export, density=chosen.export_density, seed=chosen.seed, record=record)
     if masks is not None:
-        masks.check(fusion.planned.mask_shapes)
-    report = dataclasses.replace(fusion.planned, masks=masks, run=run, logits=logits)
-    writes = out is not None and PartialState().is_main_process  # of several processes that train together, the first
-    report = fusion.fused(report, Path(out) if out is not None and writes else None)
-    if adapter_name is not None and isinstance(model, PeftModel) and isinstance(fusion, AdapterFusion):
-        fusion.add(report, model, adapter_name)
+        masks.check(report.mask_shapes)
+    mask_of = None if masks is None else masks.of
+    with torch.no_grad():
+        factors = fusion.fused(mask_of) if isinstance(fusion, AdapterFusion) else {}
+        report = replace(report, masks=masks, factors=factors)
+        if out is not None and PartialState().is_main_process:  # of several processes that train together, the first
+            fusion.write(Path(out), mask_of, report.card, report.write)
+    if adapter_name is not None and isinstance(fusion, AdapterFusion):
+        fusion.add(factors, model, adapter_name)
     return report
 
 
@@ -112,7 +190,28 @@ def plan_fusion(
     safe: Source | None, tasks: Sequence[Source], *, model: nn.Module | None = None, **options: Any
 ) -> FuseReport:
     """Read and check the inputs of `fuse`, and say what it would do. Nothing is trained or written."""
-    return _read(safe, tasks, model, FuseOptions(**options)).planned
+    return _planned(_read(safe, tasks, model, FuseOptions(**options)))
+
+
+def _planned(fusion: AdapterFusion | CheckpointFusion) -> FuseReport:
+    """The report of inputs that were read and checked, if no two of them hold the same weights."""
+    labels: dict[str, str] = {}
+    for label, digest in fusion.fingerprints.items():
+        if (twin := labels.setdefault(digest, label)) != label:
+            raise ConfigError(
+                f"{label} holds the same weights as {twin}. Give every input once, and tasks after their fine-tuning. "
+                "Use weights to count one more."
+            )
+    options, tasks = fusion.options, len(fusion.weights)
+    inputs = [{"name": public_name(label), "fingerprint": digest} for label, digest in fusion.fingerprints.items()]
+    safe = inputs[0] if len(inputs) > tasks else {"name": "the base model", "fingerprint": ""}
+    facts = {"version": 1, "method": options.method, "weights": fusion.weights, **fusion.facts}
+    facts |= {"safe": safe, "tasks": inputs[-tasks:]}
+    if options.method != "somf":
+        return FuseReport(facts, {})
+    names = ("rescale", "temperature", "export", "export_density", "seed")
+    masked = {name: value for name in names if (value := getattr(options, name)) is not None}
+    return FuseReport({**facts, "granularity": fusion.granularity, **masked}, fusion.mask_shapes)
 
 
 def _read(
@@ -123,31 +222,24 @@ def _read(
         raise ConfigError(f"tasks={tasks!r}. Give a list of at least one adapter or checkpoint.")
     aligned, names = (None if safe is None else os.fspath(safe)), [os.fspath(task) for task in tasks]
     sources = [*([] if aligned is None else [aligned]), *names]
-    places = [os.path.realpath(source) if os.path.isdir(source) else source for source in sources]
-    if len(set(places)) < len(places):
+    if len({os.path.realpath(source) if os.path.isdir(source) else source for source in sources}) < len(sources):
         raise ConfigError(f"{sources}: an input is given more than once. Use weights to count it once more.")
-    checkpoints = [source for source in sources if _is_checkpoint(source, model)]
-    if checkpoints and len(checkpoints) < len(sources):
+    checkpoints = [_is_checkpoint(source, model) for source in sources]
+    if any(checkpoints) and not all(checkpoints):
         raise ConfigError(f"{sources}: not all are full checkpoints. Give adapters only, or full checkpoints only.")
-    kind = CheckpointFusion if checkpoints else AdapterFusion
-    return kind(aligned, names, model, options)
+    return (CheckpointFusion if all(checkpoints) else AdapterFusion)(aligned, names, model, options)
 
 
 def _is_checkpoint(source: str, model: nn.Module | None) -> bool:
-    """Whether an input is a full checkpoint; otherwise it is an adapter.
-
-    Raises:
-        ConfigError: neither.
-    """
+    """Whether an input is a full checkpoint; otherwise it is an adapter."""
     adapters = [] if model is None else sorted(config_table(model))
     if source in adapters:
         return False
-    require_whole(Path(source), ours=False, warn=False)
-    if Path(source, MANIFEST).is_file():
-        return False
-    if Path(source, CONFIG).is_file():
-        return True
-    raise ConfigError(
-        f"{source!r} is neither an adapter of the model (it has {adapters}) nor a directory with {MANIFEST} or "
-        f"{CONFIG}."
-    )
+    publish.require_whole(Path(source), ours=False, warn=False)
+    is_adapter, is_model = (Path(source, name).is_file() for name in (MANIFEST, CONFIG))
+    if not (is_adapter or is_model):
+        raise ConfigError(
+            f"{source!r} is neither an adapter of the model (it has {adapters}) nor a directory with {MANIFEST} or "
+            f"{CONFIG}. Check the spelling."
+        )
+    return not is_adapter

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -36,49 +36,30 @@ def stream(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:7], "big")
 
 
-def mask_shape(weight: Shape, granularity: Granularity, name: str) -> Shape:
-    """Shape of the mask of one weight: that of the weight, or one entry per row, or a single entry.
-
-    Raises:
-        ConfigError: "rank", which a weight does not have.
-    """
-    if granularity == "rank":
-        raise ConfigError(
-            f"{name} {weight}: granularity='rank' needs LoRA factors, and a full weight has none. Use element, row or "
-            "module."
-        )
+def mask_shape(weight: Tensor, granularity: Granularity) -> Shape:
+    """Shape of the mask of one weight: that of the weight, or one entry per row, or a single entry."""
     if granularity == "element":
-        return weight
-    return (weight[0] if granularity == "row" else 1, *[1] * (len(weight) - 1))
+        return tuple(weight.shape)
+    return (len(weight) if granularity == "row" else 1, *[1] * (weight.ndim - 1))
 
 
 def concrete(logit: Tensor, u: Tensor, temperature: float) -> Tensor:
-    """`m = sigmoid((l + log u - log(1 - u)) / tau)`.
-
-    Args:
-        logit: any shape.
-        u: uniform noise in (0, 1), of that shape.
-    """
+    """`m = sigmoid((l + log u - log(1 - u)) / tau)` for uniform noise `u` in (0, 1)."""
     return torch.sigmoid((logit + torch.logit(u)) / temperature)
 
 
 def noise(like: Tensor, seed: int) -> Tensor:
-    """Uniform noise strictly inside (0, 1), the same for the same seed on one kind of device: it can be drawn again
-    instead of kept for the backward pass.
-    """
+    """Uniform noise strictly inside (0, 1), the same for the same seed on one kind of device."""
     generator = torch.Generator(device=like.device).manual_seed(seed)
     tiny = torch.finfo(like.dtype).eps / 2
     return torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype).clamp_(tiny, 1 - tiny)
 
 
 def rescaled(vector: Tensor, mask: Tensor, how: Rescale) -> Tensor:
-    """The masked task vector `V m`, scaled so that less is not also shorter.
+    """The masked task vector `V m`; each entry of m covers equally many of V. A mask that keeps nothing gives zero.
 
-    Args:
-        vector: `V`, any shape.
-        mask: broadcasts to it evenly (each of its entries covers equally many of V's).
-        how: "mean" divides by the mean of m, as published (it lengthens a real task vector 1.4 to 1.8 times); "none"
-            leaves it. A mask that keeps nothing gives zero.
+    "mean" divides by the mean of m, as published, so that fewer entries do not mean a shorter vector; it lengthens a
+    real task vector 1.4 to 1.8 times.
     """
     masked = vector * mask
     return masked / mask.mean().clamp(min=torch.finfo(masked.dtype).tiny) if how == "mean" else masked
@@ -86,12 +67,7 @@ def rescaled(vector: Tensor, mask: Tensor, how: Rescale) -> Tensor:
 
 @dataclass(frozen=True)
 class Masks:
-    """Fixed masks by name.
-
-    Attributes:
-        values: uint8, 0 (dropped) or 1 (kept).
-        record: where they come from: plain JSON values.
-    """
+    """Fixed masks by name: uint8, 0 (dropped) or 1 (kept); and where they come from, as plain JSON values."""
 
     values: dict[str, Tensor]
     record: dict[str, Any] = field(default_factory=dict)
@@ -100,20 +76,12 @@ class Masks:
         """The mask of this name as fp32."""
         return self.values[name].float()
 
-    def densities(self) -> dict[str, float]:
-        """Share of kept entries, by name."""
-        return {name: float(value.float().mean()) for name, value in self.values.items()}
-
     def density(self) -> float:
         """Share of kept entries over all masks."""
         return float(torch.cat([value.flatten() for value in self.values.values()]).float().mean())
 
     def check(self, shapes: Mapping[str, Shape]) -> None:
-        """Compare with the masks that a fusion needs.
-
-        Raises:
-            ConfigError: masks of other modules, or of another granularity.
-        """
+        """Refuse masks of other modules or of another granularity than a fusion needs."""
         own = {name: tuple(value.shape) for name, value in self.values.items()}
         for name in sorted(own.keys() | shapes.keys()):
             if own.get(name) != shapes.get(name):
@@ -123,13 +91,13 @@ class Masks:
                 )
 
     def shuffled(self, seed: int = 0) -> Masks:
-        """The control: the same number of kept entries in every group of `_groups`, at random places."""
-        moved: dict[str, Tensor] = {}
-        for names in _groups(self.values):
-            entries = torch.cat([self.values[name].flatten() for name in names])
+        """The control: the same number of kept entries at random places, in every group of `_by_group`."""
+
+        def moved(entries: Tensor, names: list[str]) -> Tensor:
             generator = torch.Generator().manual_seed(stream(seed, "control", *names))
-            moved |= _split(entries[torch.randperm(len(entries), generator=generator)], names, self.values)
-        return Masks({name: moved[name] for name in self.values}, {**self.record, "control": seed})
+            return entries[torch.randperm(len(entries), generator=generator)]
+
+        return Masks(_by_group(self.values, moved), {**self.record, "control": seed})
 
 
 @torch.no_grad()
@@ -145,68 +113,58 @@ def export(
 
     Args:
         how: "threshold" keeps `l > 0` (more likely kept than not); "topk" the `round(density n)` largest in every
-            group of `_groups`, the earlier of equals first; "sample" a seeded Bernoulli draw, as the reference code
-            exports, which never seeds it.
-        density: for "topk".
+            group of `_by_group`, the earlier of equals first; "sample" draws every entry with its probability from a
+            seed (the reference code draws without one).
 
     Raises:
         ConfigError: "topk" without a density.
     """
     plain = {name: logit.detach().cpu().float() for name, logit in logits.items()}
     facts = {**(record or {}), "export": how}
-    if how == "threshold":
-        return Masks({name: (x > 0).to(torch.uint8) for name, x in plain.items()}, facts)
+    if how == "topk":
+        if density is None:
+            raise ConfigError("export='topk' needs a density. Give export_density in (0, 1).")
+
+        def kept(entries: Tensor, _: list[str]) -> Tensor:
+            order = torch.sort(entries, descending=True, stable=True).indices
+            return torch.zeros_like(entries, dtype=torch.uint8).index_fill_(0, order[: round(density * len(order))], 1)
+
+        return Masks(_by_group(plain, kept), {**facts, "export_density": density})
     if how == "sample":
-        margins = {name: x + torch.logit(noise(x, stream(seed, "sample", name))) for name, x in plain.items()}
-        return Masks({name: (x > 0).to(torch.uint8) for name, x in margins.items()}, {**facts, "seed": seed})
-    if density is None:
-        raise ConfigError("export='topk' needs a density. Give export_density in (0, 1).")
-    kept: dict[str, Tensor] = {}
-    for names in _groups(plain):
-        values = torch.cat([plain[name].flatten() for name in names])
-        largest = torch.sort(values, descending=True, stable=True).indices[: round(density * len(values))]
-        kept |= _split(torch.zeros(len(values), dtype=torch.uint8).index_fill_(0, largest, 1), names, plain)
-    return Masks({name: kept[name] for name in plain}, {**facts, "export_density": density})
+        plain = {name: x + torch.logit(noise(x, stream(seed, "sample", name))) for name, x in plain.items()}
+        facts["seed"] = seed
+    return Masks({name: (x > 0).to(torch.uint8) for name, x in plain.items()}, facts)
 
 
-def _groups(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """Names of the masks whose entries compete: each mask by itself, and all masks of a single entry together."""
+def _by_group(tensors: Mapping[str, Tensor], change: Callable[[Tensor, list[str]], Tensor]) -> dict[str, Tensor]:
+    """New entries for the masks, from all entries that compete and the names of their masks: each mask is a group by
+    itself, and all masks of a single entry are one together.
+    """
     single = [name for name, tensor in tensors.items() if tensor.numel() == 1]
-    return [[name] for name, tensor in tensors.items() if tensor.numel() > 1] + ([single] if single else [])
-
-
-def _split(entries: Tensor, names: list[str], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    parts = entries.split([like[name].numel() for name in names])
-    return {name: part.view(like[name].shape) for name, part in zip(names, parts, strict=True)}
+    result: dict[str, Tensor] = {}
+    for names in [[name] for name in tensors if name not in single] + ([single] if single else []):
+        entries = change(torch.cat([tensors[name].flatten() for name in names]), names)
+        parts = entries.split([tensors[name].numel() for name in names])
+        result |= {name: part.view(tensors[name].shape) for name, part in zip(names, parts, strict=True)}
+    return {name: result[name] for name in tensors}
 
 
 def save_masks(masks: Masks, path: Path) -> Path:
-    """Write masks, one byte per entry. Equal masks give equal files.
-
-    Args:
-        path: a file, or a directory for `safety_masks.safetensors`.
-    """
-    return _save({name: value.contiguous() for name, value in masks.values.items()}, masks.record, path)
+    """Write masks, one byte per entry, to a file or into a directory. Equal masks give equal files."""
+    return save_logits(masks.values, path, masks.record)
 
 
 def save_logits(logits: Mapping[str, Tensor], path: Path, record: Mapping[str, Any]) -> Path:
-    """Write trained logits in fp32, from which masks of any density can still be exported."""
-    return _save({name: logit.detach().cpu().float().contiguous() for name, logit in logits.items()}, record, path)
-
-
-def _save(tensors: dict[str, Tensor], record: Mapping[str, Any], path: Path) -> Path:
+    """Write trained logits, from which masks of any density can still be exported."""
     path = path if path.suffix == ".safetensors" else path / FILE_NAME
     header = json.dumps({"version": VERSION, "record": dict(record)}, sort_keys=True)
-    save_file(tensors, path, metadata={HEADER: header})  # safetensors would write several in an order by chance
+    # one metadata entry only: safetensors writes several in a random order
+    save_file({name: logit.detach().cpu().contiguous() for name, logit in logits.items()}, path, {HEADER: header})
     return path
 
 
 def load_masks(path: Path) -> Masks | dict[str, Tensor]:
-    """Masks, or logits by name, from a file or a directory that has one.
-
-    Raises:
-        ArtifactError: no such file, not one of masks, or values that neither masks nor logits have.
-    """
+    """Masks, or logits by name, from a file or a directory that has one."""
     path = path / FILE_NAME if path.is_dir() else path
     with files.open_tensors(path) as handle:
         header = files.parse_json((handle.metadata() or {}).get(HEADER, "{}"), str(path))
@@ -218,4 +176,4 @@ def load_masks(path: Path) -> Masks | dict[str, Tensor]:
         return Masks(tensors, record)
     if dtypes == {torch.float32} and all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         return tensors
-    raise ArtifactError(f"{path} holds neither masks of 0 and 1 nor logits that are finite. Copy or train it again.")
+    raise ArtifactError(f"{path} holds neither masks of 0 and 1 nor finite logits. Copy the file or train again.")

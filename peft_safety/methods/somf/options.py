@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from peft_safety.errors import ConfigError
+from peft_safety.methods.checks import check_choices, is_number
 from peft_safety.methods.somf.masks import Export, Granularity, Rescale
 
 Method = Literal["somf", "task_arithmetic"]
@@ -31,9 +31,9 @@ class FuseOptions:
         rescale: see `masks.rescaled`. "module" needs "none": the mean cancels a mask of one value.
         temperature: of the concrete samples.
         export, export_density, seed: see `masks.export`; the seed also decides the noise of the training.
-        layout: "continued" where the task adapters were trained on from the safe one, so that A and B have task
-            vectors; "independent" where they were not. "auto" looks at the factors.
-        ignore_base_names: adapters name different base models, and you know that they are the same one.
+        layout: "continued" where the training of the task adapters started from the safe one, so that A and B have
+            task vectors; "independent" where it did not. "auto" looks at the factors.
+        ignore_base_names: accept adapters that name different base models, if you know that these are the same.
 
     Raises:
         ConfigError: a value that is out of range, or a combination that means nothing.
@@ -57,46 +57,33 @@ class FuseOptions:
                 "a mask). For TIES, DARE and other merges use PEFT's model.add_weighted_adapter(..., "
                 "combination_type=...) on adapters, and mergekit on full checkpoints."
             )
-        _check_choices(self, rescale=Rescale, export=Export, layout=Layout)
+        check_choices(self, rescale=Rescale, export=Export, layout=Layout)
         if self.granularity is not None:
-            _check_choices(self, granularity=Granularity)
-        if self.export_density is not None and not (_is_number(self.export_density) and 0 < self.export_density < 1):
-            raise ConfigError(f"export_density={self.export_density!r}. Use a number strictly between 0 and 1.")
+            check_choices(self, granularity=Granularity)
+        if self.granularity == "module" and self.rescale != "none":
+            raise ConfigError("granularity='module' needs rescale='none': the mean cancels a mask of one value.")
+        density = self.export_density
+        if (self.export == "topk") != (density is not None):
+            raise ConfigError(f"export={self.export!r}, export_density={density!r}. Give a density with 'topk' only.")
+        if density is not None and not (is_number(density) and 0 < density < 1):
+            raise ConfigError(f"export_density={density!r}. Use a number strictly between 0 and 1.")
         _check_positive(self, "temperature")
         if type(self.seed) is not int or self.seed < 0:
             raise ConfigError(f"seed={self.seed!r}. Use an integer of at least 0.")
         if self.weights is not None and not isinstance(self.weights, (int, float)):
             object.__setattr__(self, "weights", tuple(self.weights))
-        given = self.weights if isinstance(self.weights, tuple) else (self.weights,)
-        if self.weights is not None and not all(map(_is_number, given)):
+        weights = self.weights if isinstance(self.weights, tuple) else (self.weights,)
+        if self.weights is not None and not all(map(is_number, weights)):
             raise ConfigError(f"weights={self.weights!r}. Use finite numbers.")
-        if (self.export == "topk") != (self.export_density is not None):
-            raise ConfigError(
-                f"export={self.export!r} with export_density={self.export_density!r}. Give export_density with "
-                "export='topk', and only then."
-            )
-        if self.granularity == "module" and self.rescale != "none":
-            raise ConfigError("granularity='module' needs rescale='none': the mean cancels a mask of one value.")
 
     def weights_of(self, tasks: int) -> list[float]:
-        """One weight per task.
-
-        Raises:
-            ConfigError: neither one number nor one per task.
-        """
+        """One weight per task."""
         weights = (1.0 if tasks == 1 else WEIGHT) if self.weights is None else self.weights
         if isinstance(weights, (int, float)):
             return [float(weights)] * tasks
         if len(weights) != tasks:
             raise ConfigError(f"{len(weights)} weights for {tasks} tasks. Give one number, or one per task.")
         return [float(weight) for weight in weights]
-
-    def facts(self, granularity: Granularity, weights: list[float]) -> dict[str, Any]:
-        """What decided the result, as plain JSON values."""
-        names = ("rescale", "temperature", "export", "export_density", "seed")
-        masked = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        facts = {"version": 1, "method": self.method, "weights": weights}
-        return facts if self.method != "somf" else {**facts, "granularity": granularity, **masked}
 
 
 @dataclass(frozen=True)
@@ -106,8 +93,7 @@ class MaskTraining:
     Attributes:
         objective: "dpo" on {prompt, chosen, rejected} rows; "sft" on {prompt, response} rows, which costs half.
         beta: of DPO, whose reference is the safe model without any task.
-        lr: AdamW's peak rate, decayed linearly; published 1e-3 to 1e-2. Gates, of which there are few, bear ten times
-            as much.
+        lr: AdamW's peak rate, decayed linearly; published 1e-3 to 1e-2. Masks with few entries bear ten times as much.
         epochs, max_steps, batch_size, gradient_accumulation, max_length, seed, report_to: as in
             `transformers.TrainingArguments`.
         save_steps, checkpoint_dir, resume: write a checkpoint (logits and optimizer state) every so many steps; go on
@@ -133,23 +119,13 @@ class MaskTraining:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _check_choices(self, objective=Objective)
+        check_choices(self, objective=Objective)
         _check_positive(self, "beta", "lr", "epochs", "batch_size", "gradient_accumulation", "max_length")
         if (self.save_steps is not None or self.resume) and self.checkpoint_dir is None:
             raise ConfigError("save_steps and resume need a checkpoint_dir. Give a directory.")
 
 
-def _check_choices(options: Any, **choices: Any) -> None:
-    for name, values in choices.items():
-        if getattr(options, name) not in get_args(values):
-            raise ConfigError(f"{name}={getattr(options, name)!r}. Use one of {', '.join(get_args(values))}.")
-
-
 def _check_positive(options: Any, *names: str) -> None:
     for name in names:
-        if not (_is_number(getattr(options, name)) and getattr(options, name) > 0):
-            raise ConfigError(f"{name}={getattr(options, name)!r}. Use a positive number.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not (is_number(value := getattr(options, name)) and value > 0):
+            raise ConfigError(f"{name}={value!r}. Use a positive number.")

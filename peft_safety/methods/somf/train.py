@@ -1,52 +1,117 @@
-"""Training a mask with transformers' Trainer: checkpoints, resume, accelerate and `report_to` come along.
+"""Training a mask with transformers' Trainer: checkpoints, resume, accelerate and `report_to` come along. The loss
+prefers safe answers (DPO) or imitates them (SFT).
 
 TRL's DPOTrainer does not fit: it prepares PEFT configs and reference models of its own, where here only logits exist.
-The loss is the same. Difference from SOMF's reference code: the reference model is the aligned one, not the policy
-under a random untrained mask drawn again at every forward pass.
+Difference from SOMF's reference code: the reference model of DPO is the aligned one, not the policy under an untrained
+mask that is drawn again at every forward pass.
 """
 
 from __future__ import annotations
 
 import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from peft_safety.calibration.activations import tokenizer_of
+from peft_safety.core import base_weights as weights
 from peft_safety.data import preference_pairs, refusal_pairs
-from peft_safety.data.rows import Rows
-from peft_safety.errors import ConfigError
-from peft_safety.methods.somf.forward import MaskedModel
-from peft_safety.methods.somf.masks import stream
-from peft_safety.methods.somf.objectives import (
-    Batches,
-    Features,
-    dpo_loss,
-    features_of,
-    response_log_probs,
-    sft_loss,
-)
-from peft_safety.methods.somf.options import MaskTraining
+from peft_safety.data.chat import IGNORE_INDEX, Collator, encode_each, encode_rows
+from peft_safety.data.rows import Rows, as_rows
+from peft_safety.errors import ConfigError, DataError
+from peft_safety.methods.somf.masks import Shape, concrete, noise, stream
+from peft_safety.methods.somf.options import FuseOptions, MaskTraining
+from peft_safety.methods.somf.updates import MaskOf
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Trainer
-
+Features = list[dict[str, Any]]
+SIDES = ("chosen", "rejected")
 LOGGING_STEPS = 5
+
+
+class MaskedModel(nn.Module):
+    """What the Trainer sees: the logits, which start at 0 (every entry is kept with probability 1/2). The frozen model
+    under them is no submodule, so that nobody moves or saves it.
+    """
+
+    model: nn.Module
+    fused = True  # False for DPO's reference, the safe model without any task
+    step_seed = 0  # decides the noise of the next forward pass
+
+    def __init__(
+        self, model: nn.Module, shapes: Mapping[str, Shape], options: FuseOptions, device: torch.device
+    ) -> None:
+        super().__init__()
+        object.__setattr__(self, "model", model)
+        self.options, self.names = options, list(shapes)
+        self.logit_list = nn.ParameterList(torch.zeros(shape, device=device) for shape in shapes.values())
+
+    @property
+    def logits(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.logit_list, strict=True))
+
+    def samples(self) -> MaskOf:
+        """The masks of this step: concrete samples, drawn whenever they are asked for, equal for equal seeds."""
+        logits, temperature, seed = self.logits, self.options.temperature, self.step_seed
+        return lambda name: concrete(logits[name], noise(logits[name], stream(seed, name)), temperature)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        try:
+            return super().load_state_dict(state_dict, strict=True)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the stored logits are of other modules or another granularity ({error}). Use the options they were "
+                "trained with."
+            ) from error
+
+    def train(self, mode: bool = True) -> MaskedModel:
+        """The base model stays in eval mode, without dropout, unless gradient checkpointing needs train mode."""
+        super().train(mode)
+        self.model.train(mode and any(getattr(part, "gradient_checkpointing", False) for part in self.model.modules()))
+        return self
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
+    @torch.no_grad()
+    def reference(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        """`forward` of the safe model without any task."""
+        training = self.training
+        self.eval()
+        self.fused = False
+        try:
+            return self(input_ids, attention_mask)
+        finally:
+            self.fused = True
+            self.train(training)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Freeze the model, and hook into it; undone at the end, whatever happens."""
+        with ExitStack() as stack:
+            stack.callback(self.model.train, self.model.training)
+            for parameter in self.model.parameters():
+                stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            stack.enter_context(weights.unpacked(self.model))
+            self._attach(stack)
+            self.model.requires_grad_(False)
+            yield
+
+    def _attach(self, stack: ExitStack) -> None:
+        """Hooks, for those that need some."""
 
 
 @dataclass(frozen=True)
 class MaskRun:
-    """What training a mask cost, and where it ended.
-
-    Attributes:
-        seconds: of the training loop.
-        steps: optimizer steps, those before a resume included.
-        rows: rows that were used.
-        loss: mean over the run.
-    """
+    """What training a mask cost: seconds, optimizer steps (those before a resume too), rows; and the mean loss."""
 
     seconds: float
     steps: int
@@ -61,8 +126,7 @@ def train_mask(
 
     Args:
         tokenizer: None takes the one that is stored with the model.
-        rows: {prompt, chosen, rejected} for DPO, {prompt, response} for SFT; None takes the package's requests,
-            refusals and openings.
+        rows: {prompt, chosen, rejected} for DPO, {prompt, response} for SFT; None takes the package's own.
 
     Raises:
         DataError: malformed rows.
@@ -72,60 +136,96 @@ def train_mask(
     if rows is None:
         rows = (preference_pairs if training.objective == "dpo" else refusal_pairs)("train", seed=training.seed)
     features = features_of(rows, tokenizer, training.objective, training.max_length)
+    folder, last = str(training.checkpoint_dir), None
+    if training.resume and (last := get_last_checkpoint(folder) if Path(folder).is_dir() else None) is None:
+        raise ConfigError(f"{folder} holds no checkpoint to resume from. Leave resume out, or give the right folder.")
     with masked.attached(), tempfile.TemporaryDirectory() as scratch:
-        trainer = _trainer(masked, features, Batches(tokenizer, training.objective), training, scratch)
-        result = trainer.train(resume_from_checkpoint=_last_checkpoint(training))
+        trainer = _trainer(masked, features, Batches(tokenizer), training, scratch)
+        result = trainer.train(resume_from_checkpoint=last)
     masked.zero_grad(set_to_none=True)
     if not all(bool(torch.isfinite(logit).all()) for logit in masked.logit_list):
         raise ConfigError(f"training diverged at lr={training.lr:g}: the mask's logits are not finite. Lower lr.")
-    return MaskRun(
-        seconds=round(result.metrics["train_runtime"], 2),
-        steps=result.global_step,
-        rows=len(features),
-        loss=result.training_loss,
-    )
+    return MaskRun(round(result.metrics["train_runtime"], 2), result.global_step, len(features), result.training_loss)
 
 
-def _last_checkpoint(training: MaskTraining) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
+def features_of(rows: Rows, tokenizer: PreTrainedTokenizerBase, objective: str, max_length: int) -> Features:
+    """Tokens and labels: one sequence per row for SFT, `chosen` and `rejected` for DPO."""
+    if objective == "sft":
+        return encode_rows(tokenizer, rows, max_length)
+    rows, encoded = as_rows(rows), []
+    for index, row in enumerate(rows):
+        if not row.keys() >= {"prompt", *SIDES}:
+            raise DataError(f"row {index} has {sorted(row)}. DPO needs rows {{prompt, chosen, rejected}}.")
+    for side in SIDES:
+        answered = [{"prompt": r["prompt"], "response": r[side], "truncated": r.get("truncated")} for r in rows]
+        encoded.append(encode_each(tokenizer, answered, max_length))
+    pairs: Features = [dict(zip(SIDES, pair, strict=True)) for pair in zip(*encoded, strict=True) if all(pair)]
+    if not pairs:
+        raise DataError(f"no pair has both responses within max_length = {max_length} tokens. Raise max_length.")
+    if len(pairs) < len(rows):
+        lost = f"{len(rows) - len(pairs)} of {len(rows)} pairs"
+        warnings.warn(f"{lost} have no response token within {max_length} tokens and are left out", stacklevel=2)
+    return pairs
 
-    if not training.resume:
-        return None
-    folder = str(training.checkpoint_dir)
-    last: str | None = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    if last is None:
-        raise ConfigError(f"{folder} holds no checkpoint to resume from. Leave resume out, or give the right folder.")
-    return last
+
+class Batches(Collator):
+    """Collates features; of pairs all chosen sequences, then all rejected ones."""
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if "chosen" in features[0]:
+            features = [feature[side] for side in SIDES for feature in features]
+        return super().__call__(features)
+
+
+def response_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of each row's response, summed over its tokens, fp32: `(rows, tokens, vocabulary)` logits and
+    `(rows, tokens)` labels, -100 where there is no response, give `(rows,)`.
+    """
+    rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    losses = F.cross_entropy(logits[rows, positions].float(), labels[:, 1:][rows, positions], reduction="none")
+    return -torch.zeros(len(labels), device=logits.device).index_add(0, rows, losses)
+
+
+def dpo_loss(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """`-log sigmoid(beta [(log p(chosen) - log p(rejected)) - the same of the reference])`, averaged, of `(2 pairs,)`
+    log-probabilities, the chosen ones first (Rafailov et al., arXiv 2305.18290, equation 7).
+    """
+    chosen, rejected = (policy - reference).chunk(2)
+    return -F.logsigmoid(beta * (chosen - rejected)).mean()
+
+
+class MaskTrainer(Trainer):
+    """Tells the model which noise to draw: by step and micro-batch, so that a resumed run draws the same."""
+
+    loss_is_scaled_for_ga = False
+    at_step, micro = -1, 0
+
+    def __init__(self, masked: MaskedModel, training: MaskTraining, *args: Any, **kwargs: Any) -> None:
+        super().__init__(masked, *args, **kwargs)
+        self.masked, self.training = masked, training
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        step = self.state.global_step
+        self.micro = self.micro + 1 if self.at_step == step else 0
+        self.at_step = step
+        self.masked.step_seed = stream(self.masked.options.seed, self.training.seed, step, self.micro)
+        tokens, labels = (inputs["input_ids"], inputs["attention_mask"]), inputs["labels"]
+        outputs = model(*tokens)
+        policy = response_log_probs(outputs.logits, labels)
+        if self.training.objective == "dpo":
+            reference = response_log_probs(self.masked.reference(*tokens).logits, labels)
+            loss = dpo_loss(policy, reference, self.training.beta)
+        else:  # cross entropy, averaged over the response tokens
+            loss = -policy.sum() / (labels[:, 1:] != IGNORE_INDEX).sum()
+        return (loss, outputs) if return_outputs else loss
 
 
 def _trainer(
     masked: MaskedModel, features: Features, batches: Batches, training: MaskTraining, scratch: str
-) -> Trainer:
-    from transformers import PrinterCallback, Trainer, TrainingArguments
-
-    class MaskTrainer(Trainer):
-        """Tells the model which noise to draw: by step and micro-batch, so that a resumed run draws the same."""
-
-        loss_is_scaled_for_ga = False
-        at_step, micro = -1, 0
-
-        def compute_loss(
-            self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            step = self.state.global_step
-            self.micro = self.micro + 1 if self.at_step == step else 0
-            self.at_step = step
-            masked.step_seed = stream(masked.options.seed, training.seed, step, self.micro)
-            tokens, labels = (inputs["input_ids"], inputs["attention_mask"]), inputs["labels"]
-            outputs = model(*tokens)
-            if training.objective == "dpo":
-                reference = masked.reference(*tokens)
-                policy = response_log_probs(outputs.logits, labels)
-                loss = dpo_loss(policy, response_log_probs(reference.logits, labels), training.beta)
-            else:
-                loss = sft_loss(outputs.logits, labels)
-            return (loss, outputs) if return_outputs else loss
-
+) -> MaskTrainer:
+    on_gpu = masked.logit_list[0].is_cuda  # the logits are trained where the model is
     arguments = TrainingArguments(
         output_dir=str(training.checkpoint_dir or scratch),
         learning_rate=training.lr,
@@ -133,21 +233,20 @@ def _trainer(
         max_steps=training.max_steps,
         per_device_train_batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation,
-        weight_decay=0.0,
         seed=training.seed,
         report_to=training.report_to,
         save_strategy="no" if training.save_steps is None else "steps",
         save_steps=training.save_steps or 500,
         logging_steps=LOGGING_STEPS,
         disable_tqdm=not training.progress,
-        use_cpu=not masked.logit_list[0].is_cuda,  # the logits are trained where the model is
-        dataloader_pin_memory=masked.logit_list[0].is_cuda,
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
         label_names=["labels"],
         bf16=training.bf16,
     )
     # nn.DataParallel would copy the layers and leave the hooks' factors where they are; DDP works.
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    trainer = MaskTrainer(masked, arguments, data_collator=batches, train_dataset=features)
+    trainer = MaskTrainer(masked, training, arguments, data_collator=batches, train_dataset=features)
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -1,6 +1,4 @@
-"""What a mask does to one LoRA module: from frozen inputs and masks to the factors of the fused update. The same code
-trains and exports.
-"""
+"""What masks do to one LoRA module: they give the factors of the fused update. Training and export share this code."""
 
 from __future__ import annotations
 
@@ -20,57 +18,46 @@ Task = tuple[float, Factors]
 
 
 def task_arithmetic(vectors: Sequence[tuple[float, Tensor]]) -> Tensor:
-    """`V = sum_i w_i V_i`. All tasks share one mask m, and `sum_i w_i (m V_i) = m V`: the sum is taken once.
-
-    Reference: Ilharco et al., arXiv 2212.04089.
-    """
+    """`V = sum_i w_i V_i` (arXiv 2212.04089). All tasks share one mask m, and `sum_i w_i (m V_i) = m V`."""
     return torch.stack([weight * vector for weight, vector in vectors]).sum(dim=0)
 
 
 class Update(nn.Module):
-    """One module's fused update `B A`, the scaling included in B. All tensors are frozen.
+    """The fused update `B A` of one module, the scaling included in B. All tensors are frozen.
 
     Attributes:
-        mask_shapes: the masks it needs, by full name.
+        a, b: factors, `(r, n)` and `(m, r)`; those of the safe adapter come first.
+        mask_shapes: the masks that it needs, by full name.
     """
 
+    a: Tensor
+    b: Tensor
     mask_shapes: dict[str, Shape]
 
-    def __init__(self, name: str, granularity: Granularity, rescale: Rescale, **tensors: Tensor) -> None:
+    def __init__(self, safe_rank: int, rescale: Rescale, **tensors: Tensor) -> None:
         super().__init__()
-        self.name, self.granularity, self.rescale = name, granularity, rescale
-        for key, tensor in tensors.items():
-            self.register_buffer(key, tensor, persistent=False)
+        self.safe_rank, self.rescale = safe_rank, rescale
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
 
     def factors(self, mask_of: MaskOf | None) -> tuple[Tensor, Tensor]:
-        """`(A (r, n), B (m, r))` under these masks (None: everything is kept), differentiable in them."""
+        """`(A (r, n), B (m, r))` under these masks (None keeps everything), differentiable in them."""
         raise NotImplementedError
 
     def aligned(self) -> tuple[Tensor, Tensor]:
         """The same of the safe adapter alone."""
-        raise NotImplementedError
-
-    @property
-    def rank(self) -> int:
-        """Of `B A`."""
-        return len(self.get_buffer("a"))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the weight, `(m, n)`."""
-        a, b = self.aligned()
-        return b.shape[0], a.shape[1]
+        return self.a[: self.safe_rank], self.b[:, : self.safe_rank]
 
 
 class Continued(Update):
-    """Tasks that were trained on from the safe adapter: `A = A_s + masked(V_A)`, and B likewise, as the paper masks
-    weights.
-
-    Args:
-        safe, tasks: factors of equal rank and scaling.
+    """Tasks whose training started from the safe adapter, with its rank and scaling: `A = A_s + masked(V_A)`, and B
+    likewise.
 
     Reference: SOMF, arXiv 2405.09055, section 3, on the factors as its code does.
     """
+
+    vector_a: Tensor
+    vector_b: Tensor
 
     def __init__(
         self, name: str, safe: Factors, tasks: Sequence[Task], granularity: Granularity, rescale: Rescale
@@ -78,32 +65,26 @@ class Continued(Update):
         a, b, s = _working(safe.a), _working(safe.b), safe.scaling
         vector_a = task_arithmetic([(weight, task.a.detach().to(a) - a) for weight, task in tasks])
         vector_b = task_arithmetic([(weight, task.b.detach().to(b) - b) for weight, task in tasks])
-        super().__init__(name, granularity, rescale, a=a, b=s * b, vector_a=vector_a, vector_b=s * vector_b)
+        super().__init__(len(a), rescale, a=a, b=s * b, vector_a=vector_a, vector_b=s * vector_b)
         if granularity in ("element", "row"):
-            factors = {f"{name}.lora_A": a, f"{name}.lora_B": b}
-            self.mask_shapes = {key: mask_shape(tuple(x.shape), granularity, name) for key, x in factors.items()}
+            self.mask_shapes = {f"{name}.lora_{k}": mask_shape(x, granularity) for k, x in (("A", a), ("B", b))}
         else:
             self.mask_shapes = {f"{name}.{granularity}": (len(a) if granularity == "rank" else 1,)}
 
     def factors(self, mask_of: MaskOf | None) -> tuple[Tensor, Tensor]:
-        a, b = self.get_buffer("vector_a"), self.get_buffer("vector_b")
+        a, b = self.vector_a, self.vector_b
         if mask_of is not None:
             masks = [mask_of(key).to(a.device) for key in self.mask_shapes]
             mask_a, mask_b = masks if len(masks) == 2 else (masks[0][:, None], masks[0])
             a, b = rescaled(a, mask_a, self.rescale), rescaled(b, mask_b, self.rescale)
-        return self.get_buffer("a") + a, self.get_buffer("b") + b
-
-    def aligned(self) -> tuple[Tensor, Tensor]:
-        return self.get_buffer("a"), self.get_buffer("b")
+        return self.a + a, self.b + b
 
 
 class Independent(Update):
-    """Other tasks: `A = [A_s; A_1; ...]`, `B = [s B_s, masked([w_1 s_1 B_1, ...])]`, an exact LoRA of the summed rank.
+    """Other tasks: `A = [A_s; A_1; ...]`, `B = [s B_s, masked([w_1 s_1 B_1, ...])]`, an exact LoRA of the summed rank;
+    without a safe adapter where the base model itself is the aligned one.
 
     "rank" has a gate for every component of every task, "module" one for every task, "row" one for every output.
-
-    Args:
-        safe: None where the base model itself is the aligned one.
     """
 
     def __init__(
@@ -111,31 +92,28 @@ class Independent(Update):
     ) -> None:
         if granularity == "element":
             raise ConfigError(
-                f"{name}: granularity='element' needs adapters that were trained on from the safe one. Use rank, row "
-                "or module."
+                f"{name}: granularity='element' needs task adapters whose training started from the safe one. Use "
+                "rank, row or module."
             )
         terms = [*([(1.0, safe)] if safe else []), *tasks]
         device = terms[0][1].a.device
         a = torch.cat([_working(factor.a).to(device) for _, factor in terms])
         b = torch.cat([w * factor.scaling * _working(factor.b).to(device) for w, factor in terms], dim=1)
-        super().__init__(name, granularity, rescale, a=a, b=b)
-        self.safe_rank = len(safe.a) if safe else 0
-        self.ranks = torch.tensor([len(task.a) for _, task in tasks])
-        entries = {"row": (len(b), 1), "rank": (int(self.ranks.sum()),), "module": (len(tasks),)}
+        super().__init__(len(safe.a) if safe else 0, rescale, a=a, b=b)
+        ranks = torch.tensor([len(task.a) for _, task in tasks])
+        self.ranks = ranks if granularity == "module" else None
+        entries = {"row": (len(b), 1), "rank": (int(ranks.sum()),), "module": (len(tasks),)}
         self.mask_shapes = {f"{name}.{granularity}": entries[granularity]}
 
     def factors(self, mask_of: MaskOf | None) -> tuple[Tensor, Tensor]:
-        a, b = self.get_buffer("a"), self.get_buffer("b")
         if mask_of is None:
-            return a, b
-        mask = mask_of(f"{self.name}.{self.granularity}").to(b.device)
-        if self.granularity == "module":
+            return self.a, self.b
+        (name,) = self.mask_shapes
+        mask = mask_of(name).to(self.b.device)
+        if self.ranks is not None:
             mask = mask.repeat_interleave(self.ranks.to(mask.device))
-        safe, tasks = b[:, : self.safe_rank], b[:, self.safe_rank :]
-        return a, torch.cat([safe, rescaled(tasks, mask, self.rescale)], dim=1)
-
-    def aligned(self) -> tuple[Tensor, Tensor]:
-        return self.get_buffer("a")[: self.safe_rank], self.get_buffer("b")[:, : self.safe_rank]
+        safe, tasks = self.b[:, : self.safe_rank], self.b[:, self.safe_rank :]
+        return self.a, torch.cat([safe, rescaled(tasks, mask, self.rescale)], dim=1)
 
 
 def _working(factor: Tensor) -> Tensor:

@@ -1,0 +1,26 @@
+"""Checks of option values that several methods share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+from peft_safety.errors import ConfigError
+
+
+def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
+    """Whether this is a finite number from `low` to `high`; True and False are none."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and low <= value <= high
+
+
+def check_choices(options: Any, **choices: Any) -> None:
+    """Compare fields of `options` with the values of a `Literal` type each.
+
+    Raises:
+        ConfigError: another value; names the field and the values.
+    """
+    for name, literal in choices.items():
+        if (value := getattr(options, name)) not in get_args(literal):
+            known = ", ".join(map(str, get_args(literal)))
+            raise ConfigError(f"{type(options).__name__}: {name}={value!r}. Use one of {known}.")
