@@ -54,7 +54,7 @@ def groups(layers: Mapping[str, nn.Module], leaders: Mapping[str, str], budget: 
             n = weights.shape(layers[leader])[1]
             raise CalibrationError(
                 f"{leader}: the second moment of {n} input features and its decomposition take "
-                f"{WORK * size / 1e9:.2g} GB, the budget is {budget / 1e9:.2g} GB. Give more memory=, or leave it out."
+                f"{WORK * size / 1e9:.2g} GB, the budget is {budget / 1e9:.2g} GB. Free memory, or exclude the layer."
             )
         if not result or sum(held) + size + (WORK - 1) * max([*held, size]) > budget:
             result.append({})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from peft_safety.core.adapter_dir import check_adapter
+from peft_safety.core.certificate import read_certificate
 from peft_safety.core.names import places
 from peft_safety.core.plain_lora import Factors, factor_tensors, plain_config, write_plain
 from peft_safety.core.projection import delta_leak, leak_tolerance
@@ -51,6 +52,8 @@ def export_directory(source: str | os.PathLike[str], directory: str | os.PathLik
     Raises:
         PeftSafetyError: the source is not a whole protected adapter, or trained other weights too.
     """
+    if read_certificate(Path(source)) is not None:
+        raise ConfigError(f"{source} is a plain LoRA already, with a certificate beside it. Copy it.")
     stored = check_adapter(Path(source), warn=True)
     return _publish(Path(directory), protected_factors(stored, stored.shapes), stored_config(stored))
 

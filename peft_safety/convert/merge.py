@@ -25,7 +25,7 @@ from peft_safety.core.projection import Side, coefficients
 from peft_safety.errors import ConfigError, LossyMergeError
 from peft_safety.layers.adapters import config_table
 from peft_safety.methods.factors import layer_factors
-from peft_safety.registry.protection import protected_configs
+from peft_safety.registry.protection import assert_protected, protected_configs
 
 MergeTo = Literal["16bit", "nf4+residual", "nf4"]
 
@@ -149,6 +149,9 @@ def _mergeable(model: PeftModel, base: nn.Module) -> list[str]:
     if any(getattr(config, "modules_to_save", None) for config in config_table(model).values()):
         raise ConfigError("modules_to_save cannot be merged here. Load the base in 16 bit and use merge_and_unload().")
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    for adapter in protected_configs(model):
+        if any(adapter in _active(layer) for layer in layers.values()):
+            assert_protected(model, adapter)
     if any(layer.merged for layer in layers.values()):
         raise ConfigError("an adapter is merged into the base weights. Call unmerge_adapter() first.")
     return list(layers)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from peft_safety.core import base_weights as weights
 from peft_safety.core.adapter_dir import check_adapter
 from peft_safety.core.certificate import Certificate, read_certificate
 from peft_safety.core.plain_lora import PLAIN_TYPES, REPAIRED_TYPE, read_manifest, read_plain, stored_record
@@ -19,7 +21,7 @@ from peft_safety.errors import ArtifactError, ProtectionError
 from peft_safety.methods.safe_lora.repair import factor_digest
 from peft_safety.registry.checks import check_ahead
 from peft_safety.registry.configs import stored_config
-from peft_safety.registry.frozen import check_certified
+from peft_safety.registry.frozen import check_certified, freezing
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,19 @@ def _verify_frozen(
     subspace: SafetySubspace | str | os.PathLike[str] | None,
 ) -> FrozenVerification:
     plain = read_plain(path)
-    rows = check_certified(path, certificate)
-    leaks = {name: entry.leak for name, entry in certificate.modules.items()}
+    freezing(certificate).from_certificate(plain.config, certificate)  # refuses what could not be loaded
+    rows, modules = check_certified(path, certificate), certificate.modules
+    if model is not None:
+        layers = base_layers(model)
+        for name, a in rows.items():
+            shape = weights.shape(layers[name]) if name in layers else None
+            if shape is None or shape[1] != a.shape[1]:
+                raise ArtifactError(
+                    f"{path}: lora_A {tuple(a.shape)} of {name}, where the model has {shape or 'no such layer'}. "
+                    "Give the base that it was trained on."
+                )
+    precisions = {name: modules[name].precision(a) or a.dtype for name, a in rows.items()}
+    leaks = {name: max(entry.leak, _rounding(precisions[name])) for name, entry in modules.items()}
     if subspace is not None:
         space = subspace if isinstance(subspace, SafetySubspace) else SafetySubspace.load(subspace)
         if space.digest != certificate.subspace:
@@ -152,17 +165,15 @@ def _verify_frozen(
                 "the subspace that the adapter was made with."
             )
         for name, a in rows.items():
-            leaks[name] = leak(space.bases[name]["in"], a, "in")
-            if not leaks[name] <= leak_tolerance(a.dtype):
+            limit, basis = leak_tolerance(precisions[name]), space.bases.get(name, {}).get("in")
+            leaks[name] = 1.0 if basis is None else leak(basis, a, "in")
+            if not leaks[name] <= limit:
                 raise ProtectionError(
                     f"{path}: lora_A {tuple(a.shape)} of {name} reaches {leaks[name]:.2g} of its norm into the null "
-                    f"space (limit {leak_tolerance(a.dtype):.2g}). Repair the adapter."
+                    f"space (limit {limit:.2g}). Repair the adapter."
                 )
         if model is not None:
-            layers = base_layers(model)
-            if missing := sorted(set(rows) - set(layers)):
-                raise ArtifactError(f"{path}: the model has no {missing[0]}. Give the base that it was trained on.")
-            space.check_fits({name: layers[name] for name in rows}, ("in",), bind=False)
+            space.check_fits({name: base_layers(model)[name] for name in rows}, ("in",), bind=False)
     return FrozenVerification(
         directory=os.fspath(path),
         method=f"{certificate.method}, frozen A",
@@ -175,6 +186,11 @@ def _verify_frozen(
         settings=certificate.settings,
         unconstrained=tuple(sorted(plain.extra)),
     )
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """What rounding to 16 bits may let through; nothing for fp32."""
+    return 0.0 if dtype == torch.float32 else leak_tolerance(dtype)
 
 
 def _verify_repair(path: Path) -> RepairVerification:

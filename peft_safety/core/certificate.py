@@ -1,15 +1,15 @@
 """What is written beside a plain LoRA whose `lora_A` was made blind to a null space and then frozen.
 
 `adapter_config.json` and `adapter_model.safetensors` are plain LoRA, for every loader. `safety_certificate.json` says
-which null space (its digest), and holds the sha256 of each `lora_A`. Whoever has the subspace can check the blindness
-itself; without it, only that these are the factors that were made blind.
+which null space (its digest), and holds the sha256 of each `lora_A`. With the subspace, the blindness itself can be
+checked; without it, only that these are the factors that were made blind.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 
 from peft_safety.core import files
+from peft_safety.core.projection import leak
 from peft_safety.errors import ArtifactError
 
 FILE_NAME = "safety_certificate.json"
 FORMAT = "peft_safety.certificate.v1"
-CASTS = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes to which a whole model may be cast. A cast factor is the same factor, rounded."""
+MAX_BYTES = 1 << 24
+"""Enough for 50,000 modules."""
+CASTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Dtypes to which a model may be cast. A cast factor is the same factor, rounded."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,27 @@ class FrozenFactor:
     """One module's `lora_A`.
 
     Attributes:
-        sha256: of its dtype, columns and rows, see `digest`.
+        sha256: by dtype, of the factor in that dtype (see `digest`).
         k: directions of the null space.
-        leak: `||A Q|| / ||A||` when it was made, in fp32.
+        leak: `||A Q|| / ||A||` in fp32.
     """
 
-    sha256: str
+    sha256: dict[str, str]
     k: int
     leak: float
+
+    @classmethod
+    def of(cls, a: Tensor, k: int, worst: float) -> FrozenFactor:
+        """Of a factor `(r, n)` whose leak is known."""
+        return cls({name: digest(a.to(dtype)) for name, dtype in CASTS.items()}, k, worst)
+
+    def precision(self, a: Tensor) -> torch.dtype | None:
+        """The dtype whose rounding `a` has, if it is this factor; None for any other."""
+        for name, dtype in CASTS.items():
+            rounded = a.detach().to(dtype)
+            if torch.equal(rounded.to(a.dtype), a) and digest(rounded) == self.sha256[name]:
+                return dtype
+        return None
 
 
 @dataclass(frozen=True)
@@ -60,23 +76,32 @@ class Certificate:
     directory: Path | None = None
 
     def write(self, directory: Path) -> None:
-        """Write it into an adapter directory."""
+        """Write it into an adapter directory. An ArtifactError says that it is too large to be read again."""
         content = {"format": FORMAT, **asdict(self)}
         del content["directory"]
-        text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
-        (directory / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        if len(text) > MAX_BYTES:
+            raise ArtifactError(
+                f"{directory / FILE_NAME}: {len(self.modules)} modules are too many for a certificate."
+            )
+        (directory / FILE_NAME).write_text(text, encoding="utf-8")
+
+
+def certified_factor(a: Tensor, basis: Tensor) -> FrozenFactor:
+    """A new factor `(r, n)` that is blind to the span of a basis `(n, k)`."""
+    return FrozenFactor.of(a, int(basis.shape[1]), leak(basis.to(a.device), a, "in"))
 
 
 def read_certificate(directory: Path) -> Certificate | None:
     """The certificate of an adapter directory; None without one.
 
     Raises:
-        ArtifactError: it is malformed.
+        ArtifactError: it is malformed, or no file.
     """
     path = directory / FILE_NAME
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
-    content = files.read_json(path)
+    content = files.read_json(path, MAX_BYTES)
     modules = content.get("modules")
     if (
         content.get("format") != FORMAT
@@ -88,7 +113,7 @@ def read_certificate(directory: Path) -> Certificate | None:
     ):
         raise ArtifactError(f"{path} is not a certificate of this package ({FORMAT}). Copy or save the adapter again.")
     factors = {name: FrozenFactor(**entry) for name, entry in modules.items()}
-    return Certificate(content["method"], content["subspace"], content["settings"], factors, directory)
+    return Certificate(content["method"], content["subspace"], content["settings"], factors, directory.resolve())
 
 
 def digest(a: Tensor) -> str:
@@ -102,16 +127,9 @@ def digest(a: Tensor) -> str:
     return hashlib.sha256(head + rows.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def digests(a: Tensor) -> frozenset[str]:
-    """The digests of a factor, as it is and cast."""
-    return frozenset(digest(a.to(dtype)) for dtype in {a.dtype, *CASTS})
-
-
 def _is_factor(entry: Any) -> bool:
-    return (
-        isinstance(entry, Mapping)
-        and set(entry) == {"sha256", "k", "leak"}
-        and isinstance(entry["sha256"], str)
-        and type(entry["k"]) is int
-        and type(entry["leak"]) in (int, float)
-    )
+    if not isinstance(entry, dict) or set(entry) != {"sha256", "k", "leak"}:
+        return False
+    hashes, k, worst = entry["sha256"], entry["k"], entry["leak"]
+    known = isinstance(hashes, dict) and set(hashes) == set(CASTS) and all(isinstance(h, str) for h in hashes.values())
+    return known and type(k) is int and k >= 0 and type(worst) in (int, float) and 0 <= worst <= 1

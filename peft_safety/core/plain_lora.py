@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_safety.core import files, publish
+from peft_safety.core.certificate import FILE_NAME as CERTIFICATE
 from peft_safety.core.names import pattern_value, pin
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError
 
@@ -246,7 +247,7 @@ def _factor_keys(handle: Any, path: Path) -> dict[str, tuple[str, str]]:
         raise ArtifactError(f"{path} holds no LoRA factors. Give an adapter directory.")
     for module, pair in pairs.items():
         a, b = (tuple(handle.get_slice(pair[kind]).get_shape()) if kind in pair else () for kind in "AB")
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not 1 <= a[0] <= min(a[1], b[0]):
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] < 1:
             raise broken(path, f"{module} has lora_A {a or 'missing'} and lora_B {b or 'missing'}")
     return {module: (pairs[module]["A"], pairs[module]["B"]) for module in sorted(pairs, key=_by_number)}
 
@@ -337,6 +338,9 @@ def write_plain(
         (folder / MANIFEST).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
         if more is not None:
             more(folder)
+        kept = (folder / CERTIFICATE).is_file()
+    if not kept:
+        (target / CERTIFICATE).unlink(missing_ok=True)  # of the factors that were there before
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

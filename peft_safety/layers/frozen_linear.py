@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from peft_safety.core.certificate import digest
+from peft_safety.core.certificate import FrozenFactor
 from peft_safety.errors import ProtectionError
 
 
@@ -74,7 +72,7 @@ def freeze(layer: LoraLayer, adapter_name: str, a: Tensor) -> None:
     layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: ("lora_A",)}
 
 
-def check_frozen(factor: nn.Module, name: str, accepted: Collection[str]) -> None:
+def check_frozen(factor: nn.Module, name: str, certified: FrozenFactor | None) -> None:
     """Refuse a factor that is not frozen, or not the one that was made blind. A shard or a meta tensor is checked when
     it is saved.
 
@@ -89,7 +87,7 @@ def check_frozen(factor: nn.Module, name: str, accepted: Collection[str]) -> Non
     weight = factor.weight
     if weight.is_meta or hasattr(weight, "device_mesh") or weight.ndim != 2:
         return
-    if digest(weight) not in accepted:
+    if certified is None or certified.precision(weight) is None:
         raise ProtectionError(
             f"{name}: lora_A {tuple(weight.shape)} has changed, so the update may see the protected inputs. Load the "
             "adapter again."

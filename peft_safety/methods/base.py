@@ -97,7 +97,6 @@ class ProtectedConfig(LoraConfig):
         self._partial = False  # layers that the target patterns match were left out
         self._modules: dict[str, tuple[int, float]] = {}  # what injection found: rank and alpha by module
         self._certificate: Certificate | None = None  # of an adapter whose lora_A is frozen
-        self._accepted: dict[str, frozenset[str]] = {}  # digests of its lora_A, by module
 
     @property
     def use_rslora(self) -> bool:
@@ -225,7 +224,7 @@ class ProtectedConfig(LoraConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the subspace file (for the adapter's modules only), then `adapter_config.json` with its hash. Where
-        the adapter is plain (`is_plain`), the config alone.
+        the adapter is plain (`is_plain`), its certificate and LoRA's config.
         """
         stored = isinstance(self.subspace, SafetySubspace) and not self.is_plain
         if stored:
@@ -234,6 +233,8 @@ class ProtectedConfig(LoraConfig):
             hashes = {FILE_NAME: files.sha256(path)}
             self.safety_artifact = {"subspace": FILE_NAME, "files": hashes, "extra_tensors": []}
         super().save_pretrained(save_directory, **kwargs)
+        if self.is_plain and self._certificate is not None:
+            self._certificate.write(Path(save_directory))
         if stored:
             path = Path(save_directory, MANIFEST)
             config = files.read_json(path)

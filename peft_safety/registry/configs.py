@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig
 
 from peft_safety.core import files, publish
@@ -46,7 +46,7 @@ def config_from_pretrained(
             f"{source!r}: its adapter_config.json is not a {cls.__name__}: {error}. Save the adapter again."
         ) from error
     if type(config) is LoraConfig:
-        whole = local if local.is_dir() else _folder(source, subfolder, kwargs, CERTIFICATE, ADAPTER_FILE)
+        whole = local if local.is_dir() else _certified_folder(source, subfolder, kwargs)
         config = config if whole is None else certified(config, whole)
     if not isinstance(config, ProtectedConfig):
         if getattr(config, "safe_lora", None) is None and (record := stored_record(local)) is not None:
@@ -114,15 +114,34 @@ def _check_file(path: Path) -> None:
         check_config(fields, str(path))
 
 
+def _certified_folder(source: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path | None:
+    """The folder in the Hub's cache of an adapter with a certificate; None if the repository (offline: the cache) has
+    none. An ArtifactError says that nobody could tell.
+    """
+    try:
+        _fetch(source, CERTIFICATE, subfolder, kwargs)
+        return _fetch(source, ADAPTER_FILE, subfolder, kwargs).parent
+    except (EntryNotFoundError, HFValidationError):
+        return None
+    except HfHubHTTPError as error:
+        raise ArtifactError(
+            f"{source!r}: whether it has a {CERTIFICATE} is not known ({error}). Try again."
+        ) from error
+
+
 def _folder(source: str | os.PathLike[str], subfolder: str | None, kwargs: dict[str, Any], *names: str) -> Path | None:
     """The folder in the Hub's cache with these files of a repository; None if one cannot be fetched."""
-    options = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "etag_timeout")
-    given = {option: kwargs[option] for option in options if option in kwargs}
     try:
-        paths = [Path(hf_hub_download(str(source), name, subfolder=subfolder, **given)) for name in names]
+        paths = [_fetch(source, name, subfolder, kwargs) for name in names]
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
         return None
     return paths[-1].parent
+
+
+def _fetch(source: str | os.PathLike[str], name: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path:
+    options = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "etag_timeout")
+    given = {option: kwargs[option] for option in options if option in kwargs}
+    return Path(hf_hub_download(str(source), name, subfolder=subfolder, **given))
 
 
 def stored_config(stored: StoredAdapter) -> ProtectedConfig:

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from peft_safety.core import files
 from peft_safety.core.base_weights import is_whole
-from peft_safety.core.certificate import FILE_NAME, Certificate, FrozenFactor, digest, digests, read_certificate
+from peft_safety.core.certificate import FILE_NAME, Certificate, FrozenFactor, certified_factor, read_certificate
 from peft_safety.core.plain_lora import ADAPTER_FILE, DTYPES, PREFIX, read_tensor
-from peft_safety.core.projection import leak
+from peft_safety.core.projection import leak_tolerance
 from peft_safety.errors import ArtifactError, ConfigError, UnsupportedLayerError
 from peft_safety.layers import freeze
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry import reuse
+from peft_safety.registry.lora_layers import adopt
 from peft_safety.registry.reuse import Layers
 from peft_safety.registry.types import config_types
 
@@ -33,7 +34,7 @@ def start(model: nn.Module, layers: Layers, adapter_name: str, config: Protected
     """Make the factors of a new adapter, whose config has its subspace, and freeze them."""
     rows = config.frozen_rows(model, layers, adapter_name)
     config._certificate = _certificate(config, rows)
-    _install(layers, adapter_name, config, rows)
+    _install(layers, adapter_name, rows)
 
 
 def reuse_factors(layers: Layers, adapter_name: str, config: ProtectedConfig, configs: Mapping[str, Any]) -> bool:
@@ -47,19 +48,19 @@ def reuse_factors(layers: Layers, adapter_name: str, config: ProtectedConfig, co
             config._certificate = configs[source]._certificate
             rows = {name: layer.lora_A[source].weight.detach() for name, layer in layers.items()}
         elif config._certificate is not None and config._certificate.directory is not None:
-            rows = stored_rows(config._certificate.directory, layers, adapter_name)
+            rows = check_certified(config._certificate.directory, config._certificate, layers, adapter_name)
         else:
             return False
-        _install(layers, adapter_name, config, rows)
+        _install(layers, adapter_name, rows)
         reuse.remember(config, loaded=True)
     config._modules = reuse.sizes(layers, adapter_name)
     return True
 
 
-def _install(layers: Layers, adapter_name: str, config: ProtectedConfig, rows: Mapping[str, Tensor]) -> None:
+def _install(layers: Layers, adapter_name: str, rows: Mapping[str, Tensor]) -> None:
     for name, layer in layers.items():
+        adopt(layer)
         freeze(layer, adapter_name, rows[name])
-        config._accepted[name] = digests(rows[name])
 
 
 @torch.no_grad()
@@ -88,25 +89,19 @@ def aim(model: nn.Module, task_data: Any, adapter_name: str = "default") -> None
     kept, config.subspace = config.subspace, config.resolve(model, {})
     try:
         rows = config.frozen_rows(model, layers, adapter_name, task_data)
-        certificate = _certificate(config, rows)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for name, a in rows.items():
+                rows[name] = a.to(layers[name].lora_B[adapter_name].weight.device)
+                torch.distributed.broadcast(rows[name], 0)
+        config._certificate = _certificate(config, rows)
     finally:
         config.subspace = kept
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for name, a in rows.items():
-            rows[name] = a.to(layers[name].lora_B[adapter_name].weight.device)
-            torch.distributed.broadcast(rows[name], 0)
-        modules = {name: replace(entry, sha256=digest(rows[name])) for name, entry in certificate.modules.items()}
-        certificate = replace(certificate, modules=modules)
-    config._certificate = certificate
-    _install(layers, adapter_name, config, rows)
+    _install(layers, adapter_name, rows)
 
 
 def _certificate(config: ProtectedConfig, rows: Mapping[str, Tensor]) -> Certificate:
     """Of new factors."""
-    modules = {}
-    for name, a in rows.items():
-        basis = config.subspace.bases[name]["in"]
-        modules[name] = FrozenFactor(digest(a), int(basis.shape[1]), leak(basis.to(a.device), a, "in"))
+    modules = {name: certified_factor(a, config.subspace.bases[name]["in"]) for name, a in rows.items()}
     own = {name: value for name, value in reuse.settings(config).items() if name != "subspace"}
     settings = {name: value for name, value in own.items() if isinstance(value, (str, int, float))}
     return Certificate(config.PEFT_KEY, config.subspace.digest, settings, modules)
@@ -129,14 +124,18 @@ def stored_rows(directory: Path, layers: Layers | None = None, adapter_name: str
     return rows
 
 
-def check_certified(directory: Path, certificate: Certificate) -> dict[str, Tensor]:
-    """The `lora_A` factors of a directory. An ArtifactError says that they are not those of its certificate."""
-    rows = stored_rows(directory)
+def check_certified(
+    directory: Path, certificate: Certificate, layers: Layers | None = None, adapter_name: str = ""
+) -> dict[str, Tensor]:
+    """The `lora_A` factors of a directory. An ArtifactError says that they are not those of its certificate, or do not
+    fit `layers`.
+    """
+    rows = stored_rows(directory, layers, adapter_name)
     if differing := sorted(set(rows) ^ set(certificate.modules)):
         counts = f"{len(rows)} modules, but {FILE_NAME} has {len(certificate.modules)}"
         raise ArtifactError(f"{directory}: {counts}; they differ at {differing[:3]}. Save the adapter again.")
     for name, a in rows.items():
-        if digest(a) != certificate.modules[name].sha256:
+        if certificate.modules[name].precision(a) is None:
             raise ArtifactError(
                 f"{directory}: lora_A {tuple(a.shape)} of {name} is not the one in {FILE_NAME}: it was changed "
                 "elsewhere, and may see the protected inputs. Make it blind again with peft-safety repair --method "
@@ -152,37 +151,18 @@ def certified(config: LoraConfig, directory: Path) -> LoraConfig:
     certificate = read_certificate(directory)
     if certificate is None:
         return config
-    cls: Any = config_types().get(certificate.method)
-    if cls is None or not hasattr(cls, "from_certificate"):
-        raise ArtifactError(
-            f"{directory / FILE_NAME}: method {certificate.method!r} freezes no factor. Save the adapter again."
-        )
     check_certified(directory, certificate)
-    result: LoraConfig = cls.from_certificate(config, certificate)
+    result: LoraConfig = freezing(certificate).from_certificate(config, certificate)
     return result
 
 
-def seal_frozen(directory: Path, config: ProtectedConfig) -> None:
-    """Write the certificate of a new directory. An ArtifactError names a factor that is not the one made blind."""
-    assert config._certificate is not None
-    rows, known = stored_rows(directory), config._certificate.modules
-    changed = [name for name, a in rows.items() if digest(a) not in config._accepted.get(name, ())]
-    if changed or set(rows) != set(config._accepted):
-        names = changed or sorted(set(rows) ^ set(config._accepted))
-        raise ArtifactError(
-            f"{names[0]}: lora_A has changed since it was made blind ({len(names)} of {len(rows)} modules). Load "
-            "the last checkpoint; nothing was saved."
-        )
-    modules = {name: replace(known[name], sha256=digest(a)) for name, a in rows.items()}
-    replace(config._certificate, modules=modules, directory=None).write(directory)
-
-
-def accept_stored(config: ProtectedConfig) -> None:
-    """Record that an adapter holds the factors of its config's directory."""
-    assert config._certificate is not None
-    assert config._certificate.directory is not None
-    rows = check_certified(config._certificate.directory, config._certificate)
-    config._accepted = {name: digests(a) for name, a in rows.items()}
+def freezing(certificate: Certificate) -> Any:
+    """The config class of a certificate's method. An ArtifactError says that it freezes no factor."""
+    cls = config_types().get(certificate.method)
+    if not hasattr(cls, "from_certificate"):
+        where = (certificate.directory or Path()) / FILE_NAME
+        raise ArtifactError(f"{where}: method {certificate.method!r} freezes no factor. Save the adapter again.")
+    return cls
 
 
 def take_over(config: ProtectedConfig, stored: ProtectedConfig, layers: Layers, name: str) -> None:
@@ -194,27 +174,26 @@ def take_over(config: ProtectedConfig, stored: ProtectedConfig, layers: Layers, 
         raise ConfigError(
             f"{certificate.directory} avoids another null space than adapter {name!r}. Load it under a new name."
         )
-    rows = stored_rows(certificate.directory, layers, name)
-    check_certified(certificate.directory, certificate)
+    rows = check_certified(certificate.directory, certificate, layers, name)
     config._certificate = certificate
-    _install(layers, name, config, rows)
+    _install(layers, name, rows)
 
 
 @torch.no_grad()
-def combined(layers: Layers, adapter_name: str, config: ProtectedConfig, sources: list[str]) -> None:
+def combined(layers: Layers, adapter_name: str, configs: Mapping[str, Any], sources: list[str]) -> None:
     """Freeze a weighted combination. Its rows are projected onto the span of the sources' rows, because some
     combinations prune single elements and leave it.
     """
-    first = config._certificate
-    assert first is not None
-    modules = {}
+    first = configs[sources[0]]._certificate
+    rows, modules = {}, {}
     for name, layer in layers.items():
-        weight = layer.lora_A[adapter_name].weight
-        rows = torch.cat([layer.lora_A[source].weight.detach().double() for source in sources])
-        _, s, vh = torch.linalg.svd(rows, full_matrices=False)
+        parts = {source: layer.lora_A[source].weight.detach() for source in sources}
+        known = {source: configs[source]._certificate.modules[name] for source in sources}
+        _, s, vh = torch.linalg.svd(torch.cat(list(parts.values())).double(), full_matrices=False)
         span = vh[s > SPAN_TOLERANCE * s[0]]
-        a = (weight.detach().double() @ span.mT @ span).float()
-        freeze(layer, adapter_name, a)
-        config._accepted[name] = digests(a)
-        modules[name] = replace(first.modules[name], sha256=digest(a))
-    config._certificate = replace(first, modules=modules, directory=None)
+        rows[name] = (layer.lora_A[adapter_name].weight.detach().double() @ span.mT @ span).float()
+        dtypes = [known[source].precision(part) or part.dtype for source, part in parts.items()]
+        worst = max(*(entry.leak for entry in known.values()), *(leak_tolerance(dtype) for dtype in dtypes))
+        modules[name] = FrozenFactor.of(rows[name], known[sources[0]].k, worst)
+    configs[adapter_name]._certificate = replace(first, modules=modules, directory=None)
+    _install(layers, adapter_name, rows)

@@ -9,12 +9,12 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from peft_safety.core.plain_lora import PREFIX
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.layers import FrozenLinear, ProtectedLinear
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry.attach import bind
-from peft_safety.registry.frozen import accept_stored
 from peft_safety.registry.protection import protected_configs
 from peft_safety.registry.reuse import remember, sizes
 from peft_safety.registry.tuners import adopt
@@ -60,7 +60,7 @@ def hotswap_adapter_from_state_dict(
             raise ConfigError(
                 f"{adapter_name!r} and the new adapter must both have a frozen lora_A, saved. {NEW_NAME}"
             )
-        accept_stored(config)
+        _check_factors(state_dict, config)
         original(model, state_dict, adapter_name, config, *args, **kwargs)
         _record(model, layers, adapter_name, config)
         return None
@@ -81,6 +81,19 @@ def hotswap_adapter_from_state_dict(
     _record(model, layers, adapter_name, config)
     bind(layers, adapter_name, config)
     return None
+
+
+def _check_factors(state_dict: dict[str, Any], config: ProtectedConfig) -> None:
+    """Refuse a `lora_A` that is not the one of the config's certificate. transformers passes the old config."""
+    assert config._certificate is not None
+    modules = config._certificate.modules
+    for key, tensor in state_dict.items():
+        module, _, kind = key.removeprefix(PREFIX).partition(".lora_A")
+        if kind and (module not in modules or modules[module].precision(tensor) is None):
+            raise ArtifactError(
+                f"{key} {tuple(tensor.shape)} is not the frozen factor that the certificate vouches for. Use "
+                f"peft.utils.hotswap.hotswap_adapter with a certified directory. {NEW_NAME}"
+            )
 
 
 def _record(model: nn.Module, layers: dict[str, LoraLayer], adapter_name: str, config: ProtectedConfig) -> None:

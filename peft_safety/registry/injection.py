@@ -11,7 +11,7 @@ from torch import nn
 from peft_safety.core import base_weights as weights
 from peft_safety.core.names import pin, places, walk
 from peft_safety.errors import ConfigError, PeftSafetyError
-from peft_safety.layers import protected_leaves
+from peft_safety.layers import FrozenLinear, ProtectedLinear
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry.attach import attach
 from peft_safety.registry.checks import check_ahead
@@ -72,8 +72,8 @@ def inject_adapter(
 
 def _check_unprotected(model: nn.Module, adapter_name: str, given: Any) -> None:
     """Refuse an ordinary adapter under the name of a protected one, whose layers it would replace."""
-    for name, _ in protected_leaves(model):
-        if name.rpartition(".")[2] == adapter_name:
+    for name, module in model.named_modules():
+        if isinstance(module, (ProtectedLinear, FrozenLinear)) and name.rpartition(".")[2] == adapter_name:
             raise ConfigError(
                 f"{name}: adapter {adapter_name!r} is protected, and a {type(given).__name__} of this name would "
                 "replace its layers by ordinary ones. Use another adapter_name, or delete_adapter first."

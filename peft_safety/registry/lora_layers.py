@@ -20,6 +20,10 @@ class _Residual:
     def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Any:
         """`s (C B A - C B0 A0)` with a residual, otherwise PEFT's `s B A` (reading B projects it)."""
         layer: Any = self
+        factors = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        if factors[0].dtype != factors[1].dtype:  # a frozen lora_A stays fp32 where the trained factor is cast
+            product = factors[1].float() @ factors[0].float()
+            return transpose(product, getattr(layer, "fan_in_fan_out", False)) * layer.scaling[adapter]
         delta = super().get_delta_weight(adapter, *args, **kwargs)  # type: ignore[misc]
         a, b = (getattr(factors[adapter], "initial", None) for factors in (layer.lora_A, layer.lora_B))
         if a is None or b is None:

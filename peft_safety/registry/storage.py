@@ -15,9 +15,11 @@ from torch import nn
 
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import check_adapter, seal
+from peft_safety.core.certificate import FILE_NAME as CERTIFICATE
 from peft_safety.core.names import places, relocated
 from peft_safety.core.plain_lora import ADAPTER_FILE, CARD, MANIFEST, PREFIX, stamp
 from peft_safety.core.publish import copy_own, is_interrupted, publishing, recover
+from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.layers import folded_state, lay_out_adapter, protected_leaves
 from peft_safety.layers.adapters import adapter_layers
@@ -25,7 +27,7 @@ from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.safe_lora.config import SafeLoRAConfig
 from peft_safety.registry.attach import bind
 from peft_safety.registry.checks import check_ahead
-from peft_safety.registry.frozen import seal_frozen, take_over
+from peft_safety.registry.frozen import check_certified, take_over
 from peft_safety.registry.hotswap import NEW_NAME
 from peft_safety.registry.protection import assert_protected, protected_configs
 from peft_safety.registry.reuse import remember
@@ -44,6 +46,7 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
         original(self, save_directory, *args, **kwargs)
         if main:
             _record_repairs(self, selected, Path(save_directory))
+            _drop_stale(self, selected, Path(save_directory))
         return None
     if not given.get("safe_serialization", True):
         raise ConfigError(
@@ -69,13 +72,25 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
         for name in protected:
             folder = staging if name == "default" else staging / name
             _rename(folder / ADAPTER_FILE, {place: f"{PREFIX}{own}" for own, place in places(self).items()})
-            if self.peft_config[name].is_plain:
-                seal_frozen(folder, self.peft_config[name])
+            if (certificate := self.peft_config[name]._certificate) is not None:
+                check_certified(folder, certificate)
             else:
                 seal(folder)
                 check_adapter(folder)
         _record_repairs(self, selected, staging)
+    _drop_stale(self, selected, Path(save_directory))
     return None
+
+
+def _drop_stale(model: Any, selected: list[str], directory: Path) -> None:
+    """Remove what an adapter of another form has left: a certificate of other factors, bases that nothing uses."""
+    for name in selected:
+        config, folder = model.peft_config[name], directory if name == "default" else directory / name
+        protected = isinstance(config, ProtectedConfig)
+        if not (protected and config.is_plain):
+            (folder / CERTIFICATE).unlink(missing_ok=True)
+        elif (folder / MANIFEST).is_file():
+            (folder / SUBSPACE).unlink(missing_ok=True)
 
 
 def _rename(path: Path, names: Mapping[str, str]) -> None:

@@ -15,11 +15,11 @@ from peft_safety.layers import lay_out_adapter
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry import frozen
-from peft_safety.registry.protection import protected_configs
+from peft_safety.registry.protection import assert_protected, protected_configs
 
 
 class _Merges:
-    """Refuses merges into k-bit weights, before anything is merged."""
+    """Refuses merges of what is not protected any more, and into k-bit weights, before anything is merged."""
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         _refuse_lossy_merge(self, adapter_names)
@@ -38,9 +38,14 @@ class _Merges:
 
 
 def _refuse_lossy_merge(model: Any, adapter_names: list[str] | None) -> None:
-    """Merging a protected update into a k-bit weight rounds most of it away, and the rest leaks: refuse."""
+    """Merging a protected update into a k-bit weight rounds most of it away, and the rest leaks: refuse. Refuse an
+    adapter that has lost its protection, too.
+    """
     for adapter in protected_configs(model):
-        for name, layer in adapter_layers(model, adapter).items():
+        layers = adapter_layers(model, adapter)
+        if any(adapter in (adapter_names or layer.active_adapters) for layer in layers.values()):
+            assert_protected(model, adapter)
+        for name, layer in layers.items():
             base = layer.get_base_layer()
             kind = base_weights.quantization(base)
             if kind is not None and adapter in (adapter_names or layer.active_adapters):
@@ -83,9 +88,7 @@ class ProtectedLoraModel(_Merges, LoraModel):  # type: ignore[misc]
             self._combining = False
         first = next(iter(protected.values()), None)
         if first is not None and first.freezes:
-            new = self.peft_config[adapter_name]
-            new._certificate = first._certificate
-            frozen.combined(adapter_layers(self, adapter_name), adapter_name, new, adapters)
+            frozen.combined(adapter_layers(self, adapter_name), adapter_name, self.peft_config, adapters)
         elif protected:  # some combinations are slices of an SVD, not contiguous
             lay_out_adapter(self, adapter_name)
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from peft_safety.core import files
-from peft_safety.core.certificate import Certificate, FrozenFactor, digest
+from peft_safety.core.certificate import Certificate, certified_factor
 from peft_safety.core.names import listed
 from peft_safety.core.plain_lora import CARD, factor_tensors, read_plain, write_plain
-from peft_safety.core.projection import delta_leak, fold_, leak
+from peft_safety.core.projection import delta_leak, fold_
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.errors import ConfigError, SubspaceError
 from peft_safety.methods.guardspace.config import GuardSpaceConfig
@@ -86,19 +86,17 @@ def repair_adapter(
     for name, factor in plain.factors.items():
         basis = space.bases[name]["in"]
         a = blinded(factor.a, basis)
-        row = BlindedModule(
-            name, int(basis.shape[1]), delta_leak(basis, factor.a, factor.b, "in"), leak(basis, a, "in")
-        )
-        pairs[name] = a, factor.b
-        rows.append(row)
-        certified[name] = FrozenFactor(digest(a), row.k, row.leak)
+        pairs[name], certified[name] = (a, factor.b), certified_factor(a, basis)
+        removed = delta_leak(basis, factor.a, factor.b, "in")
+        rows.append(BlindedModule(name, int(basis.shape[1]), removed, certified[name].leak))
+    certificate = Certificate(GuardSpaceConfig.PEFT_KEY, space.digest, {"made_by": "repair"}, certified)
+    fields = GuardSpaceConfig.from_certificate(plain.config, certificate).to_dict()  # refuses what could not be loaded
     report = BlindReport(tuple(rows), space.digest, tuple(sorted(plain.extra)))
     if out_dir is not None:
-        certificate = Certificate(GuardSpaceConfig.PEFT_KEY, space.digest, {"made_by": "repair"}, certified)
         card = files.child(source, CARD)
         text = card.read_text(encoding="utf-8") if card.is_file() else "---\nlibrary_name: peft\n---\n"
         text = text.rstrip() + "\n\n" + _card(report)
-        write_plain(Path(out_dir), plain.extra | factor_tensors(pairs), plain.fields, text, more=certificate.write)
+        write_plain(Path(out_dir), plain.extra | factor_tensors(pairs), fields, text, more=certificate.write)
     return report
 
 
