@@ -3,6 +3,7 @@ requests.
 
     python -m examples.safety_patch [--out runs/safety_patch]     # trains and measures it again (about 15 minutes on
     two cores)
+    python -m examples.safety_patch --measure DIR     # measures a finished one again, and writes the figures there
 
 It is checked against the sha256 in its `manifest.json` before anything is loaded. The same file says how it was made
 and what it does: refusal of harmful requests, and over-refusal on safe prompts that look dangerous, on everyday
@@ -126,6 +127,22 @@ def train(
     return tuned, run, options
 
 
+def make(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, seed: int
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Train a patch and write it, without figures; returns the bare model again, and the details of the run."""
+    tuned, run, options = train(model, tokenizer, seed)
+    print("\n".join(str(look) for look in run.looks), flush=True)
+    made = {name: value for name, value in vars(options).items() if isinstance(value, (str, int, float))} | {
+        "seed": seed,
+        "lr": options.training.lr,
+        "epochs": options.training.epochs,
+    }
+    write(tuned, directory, {"options": made, "kept_step": run.best.step if run.best else run.training.steps})
+    details = {"options": made, "looks": [asdict(look) for look in run.looks], "training": asdict(run.training)}
+    return tuned.unload(), details
+
+
 def prompts(split: str, everyday: Path, xstest: Path) -> dict[str, list[Any]]:
     """What a patch is measured on: heading -> prompts. A foreign set whose file is not there is left out."""
     from peft_safety.data import load, read_jsonl
@@ -165,13 +182,16 @@ def refusals(model: Any, tokenizer: PreTrainedTokenizerBase, sets: dict[str, lis
 
 
 def main() -> None:
-    """Train the patch, measure it beside the bare model, and write it."""
+    """Train the patch, or take a finished one; measure it beside the bare model, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("runs/safety_patch"),
         help="directory of the patch, its manifest and report.json",
+    )
+    parser.add_argument(
+        "--measure", type=Path, help="directory of a finished patch with its report.json: train none, measure this one"
     )
     parser.add_argument(
         "--model", help="hub id or directory of an instruct model; default SmolLM2-135M-Instruct, fetched when missing"
@@ -195,38 +215,36 @@ def main() -> None:
     given = parser.parse_args()
 
     from examples.get_model import model_dir
+    from peft_safety.core import files
     from peft_safety.evaluation import KeywordJudge
     from peft_safety.recipes.load import load_model
     from peft_safety.reporting.report import Report, environment
 
     started = time.perf_counter()
+    out = given.measure or given.out
+    details = files.read_json(out / "report.json")["details"] if given.measure else {}
     model, tokenizer = load_model(given.model or str(model_dir()))
     sets = prompts(given.split, given.everyday, given.xstest)
     arms = {"bare": refusals(model, tokenizer, sets)}
-    tuned, run, options = train(model, tokenizer, given.seed)
-    print("\n".join(str(look) for look in run.looks), flush=True)
-    made = {name: value for name, value in vars(options).items() if isinstance(value, (str, int, float))} | {
-        "seed": given.seed,
-        "lr": options.training.lr,
-    }
-    facts = {"options": made, "kept_step": run.best.step if run.best else run.training.steps}
-    write(tuned, given.out, facts)
-    arms["patched"] = refusals(attach(tuned.unload(), given.out), tokenizer, sets)  # as it ships: exported, in bf16
+    if not given.measure:
+        model, details = make(model, tokenizer, out, given.seed)
+    arms["patched"] = refusals(attach(model, out), tokenizer, sets)  # as it ships: exported, in bf16
     figures = {arm: {name: figure.to_json() for name, figure in rates.items()} for arm, rates in arms.items()}
-    describe(given.out, {**facts, "figures": figures})
+    made = {name: check(out)[name] for name in ("options", "kept_step")}
+    describe(out, {**made, "split": given.split, "figures": figures})
     report = Report(
         title="SmolLM2-135M-Instruct: what the safety patch refuses",
         arms=arms,
         notes=(
             f"Judge: {KeywordJudge.name}. {KeywordJudge.caveat}",
-            f"Split: {given.split}; one seed ({given.seed}).",
+            f"Split: {given.split}; one seed ({made['options']['seed']}).",
         ),
-        environment=environment(given.seed),
-        details={"options": made, "looks": [asdict(look) for look in run.looks], "training": asdict(run.training)},
+        environment=environment(made["options"]["seed"]),
+        details=details,
     )
-    report.save(given.out / "report.json")
+    report.save(out / "report.json")
     report.print()
-    print(f"{time.perf_counter() - started:.0f} s in all. Wrote {given.out}.")
+    print(f"{time.perf_counter() - started:.0f} s in all. Wrote {out}.")
 
 
 if __name__ == "__main__":

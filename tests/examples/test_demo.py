@@ -15,6 +15,9 @@ from examples.demo_picture import draw, title
 from peft_safety.errors import ArtifactError
 from peft_safety.evaluation import Evaluation
 from peft_safety.evaluation.metrics import Rate
+from peft_safety.recipes.patch import PatchOptions, patch
+from peft_safety.recipes.train import TrainOptions
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 
 def evaluation(refused: int, correct: int) -> Evaluation:
@@ -57,6 +60,36 @@ def test_a_patch_with_another_content_is_refused(tmp_path):
     config.write_text(config.read_text() + " ")
     with pytest.raises(ArtifactError, match=r"adapter_config\.json has sha256"):
         safety_patch.check(tmp_path / "patch")
+
+
+def test_a_finished_patch_is_measured_again_without_training(monkeypatch, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": "say cats", "response": "cats, then"}]
+
+    def train(model, tokenizer, seed):
+        quick = TrainOptions(max_steps=1, batch_size=1, max_length=256, progress=False, seed=seed)
+        options = PatchOptions(mode="none", safety_rank=4, validation=1, r=2, training=quick)
+        return *patch(model, tokenizer, options, refusals=rows, general=rows), options
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["safety_patch", "--model", str(tmp_path / "model"), *arguments])
+        safety_patch.main()
+        return safety_patch.check(tmp_path / "patch")
+
+    monkeypatch.setattr(safety_patch, "prompts", lambda split, *foreign: {"harmful": [f"{split} {i}" for i in "ab"]})
+    monkeypatch.setattr(safety_patch, "train", train)
+    first = run("--out", str(tmp_path / "patch"), "--split", "validation", "--seed", "3")
+    looks = json.loads((tmp_path / "patch" / "report.json").read_text())["details"]["looks"]
+    monkeypatch.setattr(safety_patch, "train", None)
+    again = run("--measure", str(tmp_path / "patch"))
+    assert (first["split"], again["split"]) == ("validation", "test")
+    assert again["figures"]["patched"]["refusal, harmful"]["n"] == 2
+    for name in ("files", "options", "kept_step"):
+        assert again[name] == first[name], name
+    report = json.loads((tmp_path / "patch" / "report.json").read_text())
+    assert report["details"]["looks"] == looks
+    assert report["environment"]["seed"] == first["options"]["seed"] == 3
 
 
 def test_the_picture_says_what_happened(evaluations, tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib.resources import files
 
 import pytest
 
@@ -31,6 +32,20 @@ def test_splits_are_disjoint_and_complete(name):
 )
 def test_sizes(name, least):
     assert len(load(name)) >= least
+
+
+def test_harmful_requests_have_sixteen_categories_of_equal_size():
+    for rows in (load("harmful_requests"), load("harmful_requests", "train")):
+        counts = Counter(row["category"] for row in rows)
+        assert len(counts) == 16
+        assert len(set(counts.values())) == 1
+
+
+def test_the_readme_counts_the_rows_of_each_split():
+    table = (files("peft_safety.data") / "README.md").read_text(encoding="utf-8")
+    counted = {name: [len(load(name, split)) for split in SPLITS] for name in FIELDS if name != "benign_task"}
+    for name, counts in counted.items():
+        assert f"| `{name}.jsonl` | {' | '.join(map(str, counts))} | {sum(counts)} |" in table, name
 
 
 def test_the_benign_task_has_eight_classes_of_a_hundred():
