@@ -16,7 +16,7 @@ from peft_safety.layers import protected_leaves
 from peft_safety.layers.adapters import config_table
 from peft_safety.methods.ortho_patch import SoftPenalty
 from peft_safety.methods.safe_lora import RepairReport, SafeLoRAConfig, apply_safe_lora, safe_lora_dir
-from peft_safety.registry.frozen import aim
+from peft_safety.registry.frozen import set_task_directions
 from peft_safety.registry.protection import assert_protected, protected_configs
 
 
@@ -43,7 +43,7 @@ class TaskDirectionsCallback(TrainerCallback):  # type: ignore[misc]
         rows: of the data set.
 
     Raises:
-        ConfigError, UnsupportedLayerError: at the beginning of training, see `registry.frozen.aim`.
+        ConfigError, UnsupportedLayerError: at the beginning of training, see `registry.frozen.set_task_directions`.
         CalibrationError: rows with fewer tokens than r, or without any.
     """
 
@@ -57,11 +57,9 @@ class TaskDirectionsCallback(TrainerCallback):  # type: ignore[misc]
         rows = list(islice(loader.dataset, self.rows))
         batches = [loader.collate_fn(rows[i : i + self.batch_size]) for i in range(0, len(rows), self.batch_size)]
         if not all("input_ids" in batch for batch in batches):
-            raise ConfigError(
-                "TaskDirectionsCallback: the data set has no input_ids. Give GuardSpaceConfig task_data."
-            )
+            raise ConfigError("TaskDirectionsCallback: the data have no input_ids. Give the config task_data.")
         batches = [{"labels": batch["input_ids"], **batch} for batch in batches]  # all tokens count
-        aim(kwargs["model"], batches, self.adapter_name)
+        set_task_directions(kwargs["model"], batches, self.adapter_name)
 
 
 class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]

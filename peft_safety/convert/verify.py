@@ -165,7 +165,8 @@ def _verify_frozen(
                 "the subspace that the adapter was made with."
             )
         for name, a in rows.items():
-            limit, basis = leak_tolerance(precisions[name]), space.bases.get(name, {}).get("in")
+            basis = space.bases.get(name, {}).get("in")
+            limit = max(leak_tolerance(precisions[name]), min(modules[name].leak, leak_tolerance(torch.bfloat16)))
             leaks[name] = 1.0 if basis is None else leak(basis, a, "in")
             if not leaks[name] <= limit:
                 raise ProtectionError(

@@ -81,9 +81,7 @@ class Certificate:
         del content["directory"]
         text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
         if len(text) > MAX_BYTES:
-            raise ArtifactError(
-                f"{directory / FILE_NAME}: {len(self.modules)} modules are too many for a certificate."
-            )
+            raise ArtifactError(f"{directory / FILE_NAME}: {len(self.modules)} modules are too many to certify.")
         (directory / FILE_NAME).write_text(text, encoding="utf-8")
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from peft_safety.core.certificate import FrozenFactor
 from peft_safety.errors import ProtectionError
+
+if TYPE_CHECKING:  # importing PEFT registers the methods, which import this module
+    from peft.tuners.lora import LoraLayer
 
 
 class FrozenLinear(nn.Linear):

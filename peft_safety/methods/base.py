@@ -73,7 +73,6 @@ class ProtectedConfig(LoraConfig):
     safety_artifact: dict[str, Any] | None = option(None, "Hashes of the saved files; written by save_pretrained.")
 
     PEFT_KEY: ClassVar[str] = ""
-    METHOD: ClassVar[str] = "salora"  # of `estimate`
     UNSAVED: ClassVar[tuple[str, ...]] = ()  # data fields: only what was computed from them is saved
     LEAST_RANK: ClassVar[int] = 1
 
@@ -162,24 +161,21 @@ class ProtectedConfig(LoraConfig):
         raise ConfigError(f"subspace is a {kind}. Give a SafetySubspace, a path, a Hub id, or 'auto'.")
 
     @property
-    def own_data(self) -> str:
-        """The package's rows behind `subspace="auto"`: the `basis` of `calibration_rows`."""
-        return "harmful"
-
-    @property
-    def estimate_options(self) -> dict[str, Any]:
-        """Further arguments of `estimate`."""
-        return {}
+    def calibration(self) -> dict[str, Any]:
+        """The arguments of `estimate` that the method sets, and the `basis` of `calibration_rows`."""
+        return {"method": "salora", "basis": "harmful"}
 
     def calibrate(
         self, model: nn.Module, layers: Layers, data: Any = None, tokenizer: Any = None, **options: Any
     ) -> SafetySubspace:
         """The function `calibrate` for base layers by name. `options`: its `memory`, `seed` and `progress`."""
-        rows = calibration_rows(self.METHOD, self.own_data) if data is None else data_rows(data, "data")
+        how = self.calibration
+        method, basis = how["method"], how.pop("basis")
+        rows = calibration_rows(method, basis) if data is None else data_rows(data, "data")
         options |= {"tokenizer": tokenizer or tokenizer_for(model, rows), "layers": layers, "allow_fewer": True}
-        subspace = estimate(model, rows, method=self.METHOD, **self.subspace_size, **self.estimate_options, **options)
+        subspace = estimate(model, rows, **how, **self.subspace_size, **options)
         if data is None:
-            subspace.provenance["source"] = f"peft_safety's own rows, basis {self.own_data!r}"
+            subspace.provenance["source"] = f"peft_safety's own rows, basis {basis!r}"
         return subspace
 
     @property

@@ -124,9 +124,7 @@ def _certified_folder(source: str, subfolder: str | None, kwargs: dict[str, Any]
     except (EntryNotFoundError, HFValidationError):
         return None
     except HfHubHTTPError as error:
-        raise ArtifactError(
-            f"{source!r}: whether it has a {CERTIFICATE} is not known ({error}). Try again."
-        ) from error
+        raise ArtifactError(f"{source!r}: whether it has a {CERTIFICATE} is unknown ({error}). Try again.") from error
 
 
 def _folder(source: str | os.PathLike[str], subfolder: str | None, kwargs: dict[str, Any], *names: str) -> Path | None:

@@ -64,7 +64,7 @@ def _install(layers: Layers, adapter_name: str, rows: Mapping[str, Tensor]) -> N
 
 
 @torch.no_grad()
-def aim(model: nn.Module, task_data: Any, adapter_name: str = "default") -> None:
+def set_task_directions(model: nn.Module, task_data: Any, adapter_name: str = "default") -> None:
     """Compute the frozen factors of an adapter again from rows of its task (`task_data` as in `GuardSpaceConfig`). All
     processes take those of rank 0, so each of them must call it.
 

@@ -16,10 +16,9 @@ from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry.attach import bind
 from peft_safety.registry.protection import protected_configs
-from peft_safety.registry.reuse import remember, sizes
+from peft_safety.registry.reuse import NEW_NAME, remember, sizes
 from peft_safety.registry.tuners import adopt
 
-NEW_NAME = "Load it under a new name."
 NO_RESIDUAL = "an adapter with a residual (init='task' or 'guardspace') cannot"
 
 

@@ -38,7 +38,7 @@ def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
             raise ProtectionError(f"adapter {name!r}: modules {changed} came or went since injection. Load it again.")
         for module, layer in layers.items():
             if config.freezes:
-                certified = config._certificate and config._certificate.modules.get(module)
-                check_frozen(layer.lora_A[name], f"{module} (adapter {name!r})", certified)
+                modules = {} if config._certificate is None else config._certificate.modules
+                check_frozen(layer.lora_A[name], f"{module} (adapter {name!r})", modules.get(module))
             for factor, side, basis in sides(layer, config, module):
                 check_leaf(factor[name], f"{module} (adapter {name!r})", basis, side, config.residual)

@@ -27,6 +27,8 @@ from peft_safety.errors import ConfigError, SubspaceError
 from peft_safety.layers import ProtectedLinear
 from peft_safety.methods.base import ProtectedConfig
 
+NEW_NAME = "Load it under a new name."
+"""Remedy where an existing adapter cannot become another one."""
 Layers = Mapping[str, LoraLayer]
 """The layers of an adapter by the module's name."""
 

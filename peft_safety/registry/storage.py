@@ -28,9 +28,8 @@ from peft_safety.methods.safe_lora.config import SafeLoRAConfig
 from peft_safety.registry.attach import bind
 from peft_safety.registry.checks import check_ahead
 from peft_safety.registry.frozen import check_certified, take_over
-from peft_safety.registry.hotswap import NEW_NAME
 from peft_safety.registry.protection import assert_protected, protected_configs
-from peft_safety.registry.reuse import remember
+from peft_safety.registry.reuse import NEW_NAME, remember
 
 
 def save_pretrained(original: Callable[..., None], self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:

@@ -93,7 +93,6 @@ class GuardSpaceConfig(ProtectedConfig):
     task_data: Any = option(None, "Rows of the benign task, for train='B' and a warning. Not saved.")
 
     PEFT_KEY: ClassVar[str] = "GUARDSPACE"
-    METHOD: ClassVar[str] = "guardspace"
     UNSAVED: ClassVar[tuple[str, ...]] = ("init_data", "task_data")
 
     def __post_init__(self) -> None:
@@ -142,12 +141,8 @@ class GuardSpaceConfig(ProtectedConfig):
         return self.init == "guardspace"
 
     @property
-    def own_data(self) -> str:
-        return self.basis
-
-    @property
-    def estimate_options(self) -> dict[str, Any]:
-        return {"positions": self.positions}
+    def calibration(self) -> dict[str, Any]:
+        return {"method": "guardspace", "basis": self.basis, "positions": self.positions}
 
     def calibrate(
         self, model: nn.Module, layers: Layers, data: Any = None, tokenizer: Any = None, **options: Any

@@ -69,7 +69,6 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
     reg_lambda: float = field(default=REG_LAMBDA, metadata={"help": "Weight of the penalty for mode='soft'."})
 
     PEFT_KEY: ClassVar[str] = "ORTHOSAFETYPATCH"
-    METHOD: ClassVar[str] = "ortho_patch"
     LEAST_RANK: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
@@ -132,15 +131,11 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         return extended
 
     @property
-    def own_data(self) -> str:
-        return "general"
-
-    @property
-    def estimate_options(self) -> dict[str, Any]:
+    def calibration(self) -> dict[str, Any]:
         against = None
         if self.basis == "contrastive":
             against = [{"prompt": row["prompt"]} for row in refusal_pairs("calibration", CALIBRATION_PAIRS)]
-        return {"sides": self.basis_sides, "against": against}
+        return {"method": "ortho_patch", "basis": "general", "sides": self.basis_sides, "against": against}
 
     def calibrate(
         self, model: nn.Module, layers: Layers, data: Any = None, tokenizer: Any = None, **options: Any
