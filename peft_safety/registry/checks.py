@@ -23,7 +23,7 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
     """
     modules = {name: original(module) for name, _, module in walk(model)}
     certificate = config._certificate
-    if certificate is not None and certificate.directory is not None:
+    if certificate is not None and certificate.directory is not None and config._origin is None:
         extra = read_plain(certificate.directory).extra
         _check_extra(model, config, certificate.directory, tuple(extra), certificate.modules)
     if config._stored is None:

@@ -19,35 +19,11 @@ from peft_safety.errors import ArtifactError, CalibrationError, ConfigError, Pro
 from peft_safety.layers import FrozenLinear
 from tests.interop.helpers import token_rows
 from tests.peft import cells
+from tests.peft.frozen_cells import assert_frozen, copies, frozen, lora_a
 from tests.peft.guard_cells import HARMFUL, TASK, batches, calibrated_inputs, config, subspace
 from tests.peft.test_guardspace import BLIND, blindness, trainer
 
 LEAK = 1e-6
-
-
-def frozen(kind="linear", *, seed=0, **options):
-    space = options.pop("space", None) or subspace(cells.base_model(kind), kind=kind)
-    torch.manual_seed(seed)
-    data = {} if options.get("a_init") == "random" else {"task_data": batches(TASK)}
-    return get_peft_model(cells.base_model(kind), config(space, kind, train="B", **{**data, **options}))
-
-
-def lora_a(model, adapter="default"):
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and adapter in m.lora_A}
-    return {name: layer.lora_A[adapter].weight for name, layer in layers.items()}
-
-
-def copies(model):
-    return {name: weight.detach().clone() for name, weight in lora_a(model).items()}
-
-
-def assert_frozen(model, before):
-    now = lora_a(model)
-    assert now.keys() == before.keys()
-    for name, weight in now.items():
-        assert torch.equal(weight, before[name]), name
-        assert not weight.requires_grad, name
-    assert_protected(model)
 
 
 OPTIMIZERS = {
