@@ -42,7 +42,7 @@ def attach(
     layers = adapter_layers(model, adapter_name)
     if not layers:
         raise UnsupportedLayerError(
-            f"target_modules={config.target_modules!r} gave no LoRA layer. Name linear layers."
+            f"target_modules={config.target_modules!r} gave no LoRA layer. Use names of linear layers."
         )
     base = {name: layer.get_base_layer() for name, layer in layers.items()}
     for name, layer in layers.items():
