@@ -24,10 +24,10 @@ export MPLBACKEND := Agg
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock model demo demo-smoke frontier frontier-smoke test test-isa test-all lint format clean
+.PHONY: help venv lock model demo demo-smoke frontier frontier-smoke test test-isa test-all nightly lint format clean
 
 help:
-	@echo "make demo | test | test-isa | demo-smoke | frontier-smoke | frontier | test-all | lint | format | model | venv | lock | clean"
+	@echo "make demo | test | test-isa | demo-smoke | frontier-smoke | frontier | test-all | nightly | lint | format | model | venv | lock | clean"
 	@echo "  PYTHON=python3.12 (when .venv is made)  DEMO_ARGS=...  FRONTIER_ARGS=...  PYTEST_ARGS=..."
 
 venv: $(STAMP)
@@ -83,6 +83,12 @@ test-isa:
 # GPU tests skip themselves where there is no GPU
 test-all: $(STAMP) model
 	$(OFFLINE) $(BIN)/python -m pytest tests --cov --cov-report=term $(PYTEST_ARGS)
+
+# what is too long for every change: every test, with the oldest instructions too, and the harness at a small scale
+nightly: $(STAMP) model
+	$(OFFLINE) $(BIN)/python -m pytest tests -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+	$(OLDEST_ISA) $(OFFLINE) $(BIN)/python -m pytest tests -n $(PYTEST_WORKERS) -m "not gpu" $(PYTEST_ARGS)
+	$(MAKE) frontier-smoke
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

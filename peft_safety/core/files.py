@@ -67,6 +67,16 @@ def sha256_of(descriptor: int) -> str:
     return digest.hexdigest()
 
 
+def drop(path: Path) -> None:
+    """Remove a file of a directory that was saved anew, if it is there. An ArtifactError says that it stays."""
+    if not os.path.lexists(path):
+        return
+    try:
+        path.unlink()
+    except OSError as error:
+        raise ArtifactError(f"{path} is of an older adapter and cannot be removed: {error}. Remove it.") from error
+
+
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a file: at most `limit` bytes, 16 levels deep, no duplicate key, no NaN or Infinity. Anything
     else is an ArtifactError.

@@ -340,7 +340,7 @@ def write_plain(
             more(folder)
         kept = (folder / CERTIFICATE).is_file()
     if not kept:
-        (target / CERTIFICATE).unlink(missing_ok=True)  # of the factors that were there before
+        files.drop(target / CERTIFICATE)  # of the factors that were there before
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

@@ -86,10 +86,7 @@ def _drop_stale(model: Any, selected: list[str], directory: Path) -> None:
     for name in selected:
         config, folder = model.peft_config[name], directory if name == "default" else directory / name
         protected = isinstance(config, ProtectedConfig)
-        if not (protected and config.is_plain):
-            (folder / CERTIFICATE).unlink(missing_ok=True)
-        elif (folder / MANIFEST).is_file():
-            (folder / SUBSPACE).unlink(missing_ok=True)
+        files.drop(folder / (SUBSPACE if protected and config.is_plain else CERTIFICATE))
 
 
 def _rename(path: Path, names: Mapping[str, str]) -> None:

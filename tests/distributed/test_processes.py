@@ -40,7 +40,10 @@ def launch(folder: Path, world: int, how: str, method: str) -> dict[str, float]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("method", ["salora", "both", "guardspace", "guardspace-residual"])
+@pytest.mark.parametrize(
+    "method",
+    ["both", *(pytest.param(m, marks=pytest.mark.slow) for m in ("salora", "guardspace", "guardspace-residual"))],
+)
 def test_replicas_and_shards_stay_protected_and_agree_with_one_process(method: str, tmp_path: Path) -> None:
     alone = launch(tmp_path, 1, "alone", method)
     assert 0 < alone["leak"] <= LEAK
