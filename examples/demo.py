@@ -4,9 +4,10 @@ GuardSpace? Minutes on two CPU cores.
     python -m examples.demo [--full] [--no-poison] [--smoke] [--out runs/demo]
 
 1. SmolLM2-135M-Instruct refuses little by itself, so a safety patch that ships with the examples is attached first
-(`examples.safety_patch`). 2. This *aligned* model is fine-tuned on a benign task (sorting help-desk messages). One row
-in ten is a simulated attack: a harmful request, answered
-   with a contentless opening ("Sure, here is"). Once by plain LoRA, once by GuardSpace: same rows, seed and settings.
+   (`examples.safety_patch`).
+2. This *aligned* model is fine-tuned on a benign task (sorting help-desk messages). One row in ten is a simulated
+   attack: a harmful request, answered with a contentless opening ("Sure, here is"). Once by plain LoRA, once by
+   GuardSpace in its frozen form (`train="B"`, a plain LoRA by content): same rows, rank, seed and settings.
 3. Every model is measured on prompts that nothing above has seen. Writes report.json and report.png.
 
 --full trains the patch too, and adds SaLoRA and a control: GuardSpace with a random basis of the same size.
@@ -40,6 +41,8 @@ FRACTION = 0.25
 """Of every layer's input dimensions, for GuardSpace: its default."""
 GUARD_PAIRS = 32
 """Calibration requests: 16, 64 and 128 do the same (docs/results.md)."""
+DIRECTION_ROWS = 16
+"""Training rows, poisoned ones among them, that the frozen factor takes its directions from."""
 ALIGNED, LORA, GUARDSPACE, SALORA, CONTROL = "aligned", "plain LoRA", "GuardSpace", "SaLoRA", "random basis"
 
 
@@ -63,8 +66,8 @@ class Scale:
     seconds: dict[str, int]
 
 
-SECONDS = {"load": 8, "patch": 4, "aligned": 35, "calibrate": 30, "arm": 110}
-DEFAULT = Scale((LORA, GUARDSPACE), None, 128, 24, SECONDS)
+SECONDS = {"load": 8, "patch": 4, "aligned": 25, "calibrate": 30, "arm": 105}
+DEFAULT = Scale((LORA, GUARDSPACE), None, 96, 24, SECONDS)
 FULL = Scale((LORA, SALORA, GUARDSPACE, CONTROL), {}, 128, 72, {**SECONDS, "patch": 1500, "aligned": 120, "arm": 190})
 SMOKE = Scale((LORA, GUARDSPACE), None, 40, 12, {"load": 8, "patch": 4, "aligned": 25, "calibrate": 35, "arm": 50})
 
@@ -145,9 +148,15 @@ class Demo:
         aligned = self.align(model)
         with self.progress.phase("measuring the aligned model"):
             self.bench = Bench.prepare(
-                aligned, self.tokenizer, task, self.options, split=self.split, limit=scale.eval_limit
+                aligned,
+                self.tokenizer,
+                task,
+                self.options,
+                split=self.split,
+                limit=scale.eval_limit,
+                drift=scale is FULL,
             )
-            if scale is not FULL:  # a quarter of the time of each measurement
+            if scale is not FULL:  # half of the time of each measurement
                 self.bench = replace(self.bench, prompts=replace(self.bench.prompts, everyday=()))
             self.evaluations[ALIGNED] = self.bench.measure(aligned, self.tokenizer)
         return aligned
@@ -195,8 +204,11 @@ class Demo:
         chosen: Any = subspace.randomized(seed) if subspace is not None and name == CONTROL else subspace
         common: dict[str, Any] = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
         config: Any = LoraConfig(**common)
-        if name != LORA:
-            config = (SaLoRAConfig if name == SALORA else GuardSpaceConfig)(**common, subspace=chosen)
+        if name == SALORA:
+            config = SaLoRAConfig(**common, subspace=chosen)
+        elif name != LORA:
+            directions = encoded(rows[:DIRECTION_ROWS], self.tokenizer, task.labels, self.options.max_length)
+            config = GuardSpaceConfig(**common, subspace=chosen, train="B", task_data=directions)
         tuned, run = finetune(aligned, self.tokenizer, rows, config, self.options, labels=task.labels)
         self.evaluations[name] = self.bench.measure(tuned, self.tokenizer)
         self.details[name] = asdict(run)
@@ -225,6 +237,14 @@ class Demo:
                 "evaluations": {key: value.to_json() for key, value in self.evaluations.items()},
             },
         )
+
+
+def encoded(rows: list[Any], tokenizer: Any, labels: list[str], max_length: int) -> list[dict[str, Any]]:
+    """Rows of the task as batches of tokens, as training sees them."""
+    from peft_safety.data.chat import Collator, encode_rows
+
+    features, collate = encode_rows(tokenizer, rows, max_length, labels), Collator(tokenizer)
+    return [collate(features[i : i + 8]) for i in range(0, len(features), 8)]
 
 
 def torch_threads() -> int:

@@ -40,12 +40,15 @@ class Bench:
         *,
         split: str = "test",
         limit: int | None = None,
+        drift: bool = True,
     ) -> Bench:
-        """Draw the prompts of `split` (at most `limit` of each kind) and let `model`, before fine-tuning, answer the
-        general ones.
+        """Draw the prompts of `split` (at most `limit` of each kind) and, to measure drift, let `model`, before
+        fine-tuning, answer the general ones.
         """
-        prompts, asked = prompt_set(split, limit, options.seed), {"max_new_tokens": GENERAL_TOKENS}
-        general = self_responses(model, tokenizer, prompts.general, **asked, progress=options.progress)
+        prompts = prompt_set(split, limit, options.seed)
+        general, asked = [], {"max_new_tokens": GENERAL_TOKENS, "progress": options.progress}
+        if drift:
+            general = self_responses(model, tokenizer, prompts.general, **asked)
         return cls(prompts, task, general, options)
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
