@@ -39,9 +39,9 @@ SAFETY_RANK = 32
 """Output directions for SaLoRA, as published (arXiv 2501.01765, section 5.1)."""
 FRACTION = 0.25
 """Of every layer's input dimensions, for GuardSpace: its default."""
-GUARD_PAIRS = 32
-"""Calibration requests: 16, 64 and 128 do the same (docs/results.md)."""
-DIRECTION_ROWS = 16
+GUARD_PAIRS = 16
+"""Calibration requests: 64 and 128 do the same (docs/results.md)."""
+DIRECTION_ROWS = 8
 """Training rows, poisoned ones among them, that the frozen factor takes its directions from."""
 ALIGNED, LORA, GUARDSPACE, SALORA, CONTROL = "aligned", "plain LoRA", "GuardSpace", "SaLoRA", "random basis"
 
@@ -66,7 +66,7 @@ class Scale:
     seconds: dict[str, int]
 
 
-SECONDS = {"load": 8, "patch": 4, "aligned": 25, "calibrate": 30, "arm": 105}
+SECONDS = {"load": 8, "patch": 4, "aligned": 25, "calibrate": 25, "arm": 105}
 DEFAULT = Scale((LORA, GUARDSPACE), None, 96, 24, SECONDS)
 FULL = Scale((LORA, SALORA, GUARDSPACE, CONTROL), {}, 128, 72, {**SECONDS, "patch": 1500, "aligned": 120, "arm": 190})
 SMOKE = Scale((LORA, GUARDSPACE), None, 40, 12, {"load": 8, "patch": 4, "aligned": 25, "calibrate": 35, "arm": 50})

@@ -43,9 +43,9 @@ def blind_rows(basis: Tensor, rank: int, *, moment: Tensor | None = None, seed: 
         columns = torch.randn(n, free, generator=generator, dtype=torch.float64).to(q.device)
     else:
         s = moment.to(q)
-        columns, _ = top_eigenvectors(
-            lambda v: project_out(q, s @ project_out(q, v)), n, min(free + OVERSAMPLING, n - k), like=q, seed=seed
-        )
+        width = min(free + OVERSAMPLING, n - k)
+        # what was projected once stays in the complement, where P S P and P S are the same
+        columns, _ = top_eigenvectors(lambda v: project_out(q, s @ v), n, width, like=q, seed=seed)
     for _ in range(2):  # the second pass removes what rounding left of the first
         columns = orthonormalize(project_out(q, columns[:, :free]))
     rows = torch.zeros(rank, n, device=q.device)
