@@ -67,7 +67,7 @@ class Scale:
 
 
 SECONDS = {"load": 8, "patch": 4, "aligned": 25, "calibrate": 25, "arm": 105}
-DEFAULT = Scale((LORA, GUARDSPACE), None, 96, 24, SECONDS)
+DEFAULT = Scale((LORA, GUARDSPACE), None, 88, 24, SECONDS)
 FULL = Scale((LORA, SALORA, GUARDSPACE, CONTROL), {}, 128, 72, {**SECONDS, "patch": 1500, "aligned": 120, "arm": 190})
 SMOKE = Scale((LORA, GUARDSPACE), None, 40, 12, {"load": 8, "patch": 4, "aligned": 25, "calibrate": 35, "arm": 50})
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peft_safety.calibration.moments import InputMoments
 from peft_safety.core.names import listed
-from peft_safety.core.projection import OVERSAMPLING, orthonormalize, project_out, top_eigenvectors
+from peft_safety.core.projection import OVERSAMPLING, fold_, orthonormalize, project_out, top_eigenvectors
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.errors import CalibrationError
 
@@ -46,10 +46,11 @@ def blind_rows(basis: Tensor, rank: int, *, moment: Tensor | None = None, seed: 
         width = min(free + OVERSAMPLING, n - k)
         # what was projected once stays in the complement, where P S P and P S are the same
         columns, _ = top_eigenvectors(lambda v: project_out(q, s @ v), n, width, like=q, seed=seed)
-    for _ in range(2):  # the second pass removes what rounding left of the first
+    for _ in range(3):  # a direction that the task hardly uses comes out of the iteration with much of Q in it
         columns = orthonormalize(project_out(q, columns[:, :free]))
     rows = torch.zeros(rank, n, device=q.device)
     rows[:free] = columns.mT.float() * ROW_NORM
+    fold_(basis.to(rows.device), rows, "in")
     return rows
 
 
