@@ -46,9 +46,8 @@ class Bench:
         fine-tuning, answer the general ones.
         """
         prompts = prompt_set(split, limit, options.seed)
-        general, asked = [], {"max_new_tokens": GENERAL_TOKENS, "progress": options.progress}
-        if drift:
-            general = self_responses(model, tokenizer, prompts.general, **asked)
+        asked: dict[str, Any] = {"max_new_tokens": GENERAL_TOKENS, "progress": options.progress}
+        general = self_responses(model, tokenizer, prompts.general, **asked) if drift else []
         return cls(prompts, task, general, options)
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:

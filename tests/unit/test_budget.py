@@ -41,7 +41,7 @@ def test_the_bases_do_not_depend_on_the_budget(options, passes):
     for name, sides in whole.bases.items():
         for side, basis in sides.items():
             assert basis.shape == parts.bases[name][side].shape
-            assert float(principal_cosines(basis, parts.bases[name][side]).min()) > 1 - 1e-6
+            assert float(principal_cosines(basis, parts.bases[name][side]).min()) > 1 - 1e-4
 
 
 def test_layers_with_one_input_stay_together_and_share_their_basis(passes):

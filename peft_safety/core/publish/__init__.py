@@ -15,7 +15,7 @@ import stat
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -27,6 +27,8 @@ from peft_safety.errors import ArtifactError
 
 PATIENCE = 10.0
 """Seconds to wait for another process that is moving its files into place."""
+GLANCE = 0.5
+"""Seconds in which a `.commit` without a journal may turn out to be one that another writer has just finished."""
 
 
 @contextmanager
@@ -77,7 +79,10 @@ def recover(directory: Path) -> list[str]:
     for owner, _ in _owners(directory):
         raise ArtifactError(f"{directory} is part of an {_interrupted(owner)}")
     try:
-        with _pending(directory, write=True) as (target, commit, descriptor):
+        with _looked_up(directory, write=True) as found:
+            if found is None:
+                return []
+            target, commit, descriptor = found
             if lock(descriptor, seconds=PATIENCE) is False:
                 raise ArtifactError(f"{directory} is being saved into by another process. Try again later.")
             if not _is_current(target, commit):  # it was finished meanwhile
@@ -85,10 +90,6 @@ def recover(directory: Path) -> list[str]:
             journal = Journal.read(descriptor, commit.path / NAME)
             journal.check(target, commit)
             return _finish(directory, journal)
-    except FileNotFoundError as error:
-        if not os.path.lexists(directory / COMMIT):  # nothing to finish, or finished by somebody else at this moment
-            return []
-        raise _no_journal(directory) from error
     except OSError as error:
         remedy = "Make the directory writable, and remove what is in the way."
         raise ArtifactError(f"The publish that waits in {directory} cannot be finished ({error}). {remedy}") from error
@@ -164,15 +165,30 @@ def _interrupted(owner: Path) -> str:
     return f"interrupted publish, finish it with `peft-safety recover {shlex.quote(str(owner))}`."
 
 
-def _no_journal(owner: Path) -> ArtifactError:
-    return ArtifactError(f"{owner / COMMIT} has no journal of peft_safety. Remove it, or copy the directory again.")
-
-
 @contextmanager
 def _pending(directory: Path, write: bool = False) -> Iterator[tuple[Folder, Folder, int]]:
     """A directory, its `.commit` and the journal in that, opened."""
     with Folder.open(directory) as target, target.sub(COMMIT) as commit, commit.file(NAME, write=write) as descriptor:
         yield target, commit, descriptor
+
+
+@contextmanager
+def _looked_up(directory: Path, write: bool = False) -> Iterator[tuple[Folder, Folder, int] | None]:
+    """`_pending`; None without a `.commit`. Between two looks another writer may finish one and begin the next, so one
+    without a journal is looked at again before it is called that.
+    """
+    with ExitStack() as stack:
+        found, end = None, time.monotonic() + GLANCE
+        while found is None and os.path.lexists(directory / COMMIT):
+            try:
+                found = stack.enter_context(_pending(directory, write))
+            except FileNotFoundError as error:
+                if time.monotonic() > end and os.path.lexists(directory / COMMIT):
+                    raise ArtifactError(
+                        f"{directory / COMMIT} has no journal of peft_safety. Remove it, or copy the directory again."
+                    ) from error
+                time.sleep(PAUSE)
+        yield found
 
 
 def _is_current(target: Folder, commit: Folder) -> bool:
@@ -193,15 +209,8 @@ def _owners(directory: Path) -> Iterator[tuple[Path, Journal]]:
 
 def _journal(owner: Path) -> Journal | None:
     """The journal of an interrupted publish; None without one, or if it was finished meanwhile."""
-    if not os.path.lexists(owner / COMMIT):
-        return None
-    try:
-        with _pending(owner) as (_, commit, descriptor):
-            return Journal.read(descriptor, commit.path / NAME)
-    except FileNotFoundError as error:
-        if not os.path.lexists(owner / COMMIT):
-            return None
-        raise _no_journal(owner) from error
+    with _looked_up(owner) as found:
+        return None if found is None else Journal.read(found[2], found[1].path / NAME)
 
 
 def _prepare(staging: Staging, target: Path, manifest: str) -> Journal:
