@@ -146,8 +146,8 @@ def _verify_frozen(
     plain = read_plain(path)
     freezing(certificate).from_certificate(plain.config, certificate)  # refuses what could not be loaded
     rows, modules = check_certified(path, certificate), certificate.modules
+    layers = {} if model is None else base_layers(model)
     if model is not None:
-        layers = base_layers(model)
         for name, a in rows.items():
             shape = weights.shape(layers[name]) if name in layers else None
             if shape is None or shape[1] != a.shape[1]:
@@ -174,7 +174,7 @@ def _verify_frozen(
                     f"space (limit {limit:.2g}). Repair the adapter."
                 )
         if model is not None:
-            space.check_fits({name: base_layers(model)[name] for name in rows}, ("in",), bind=False)
+            space.check_fits({name: layers[name] for name in rows}, ("in",), bind=False)
     return FrozenVerification(
         directory=os.fspath(path),
         method=f"{certificate.method}, frozen A",

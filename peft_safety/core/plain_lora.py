@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -311,6 +312,19 @@ def factor_tensors(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tens
     """`(A, B)` by module under PEFT's keys."""
     pieces = ((name, kind, x) for name, pair in pairs.items() for kind, x in zip("AB", pair, strict=True))
     return {f"{PREFIX}{name}.lora_{kind}.weight": x for name, kind, x in pieces}
+
+
+def check_elsewhere(source: Path, target: str | os.PathLike[str] | None) -> None:
+    """A ConfigError refuses to write a repaired adapter over its original."""
+    if target is not None and os.path.realpath(target) == os.path.realpath(source):
+        raise ConfigError(f"{source} is also the output directory. Write somewhere else; the original adapter stays.")
+
+
+def card_with(source: Path, section: str) -> str:
+    """The model card of an adapter directory, or a new one, with a further section."""
+    card = files.child(source, CARD)
+    text = card.read_text(encoding="utf-8") if card.is_file() else "---\nlibrary_name: peft\n---\n"
+    return text.rstrip() + "\n\n" + section
 
 
 def write_plain(

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_safety.core import files
 from peft_safety.core.certificate import Certificate, certified_factor
 from peft_safety.core.names import listed
-from peft_safety.core.plain_lora import CARD, factor_tensors, read_plain, write_plain
+from peft_safety.core.plain_lora import card_with, check_elsewhere, factor_tensors, read_plain, write_plain
 from peft_safety.core.projection import delta_leak, fold_
 from peft_safety.core.subspace import SafetySubspace
-from peft_safety.errors import ConfigError, SubspaceError
+from peft_safety.errors import SubspaceError
 from peft_safety.methods.guardspace.config import GuardSpaceConfig
 
 
@@ -77,8 +76,7 @@ def repair_adapter(
     Reference: the null space is that of GuardSpace, arXiv 2510.14301; removing it after training is ours.
     """
     source = Path(adapter_dir)
-    if out_dir is not None and os.path.realpath(out_dir) == os.path.realpath(source):
-        raise ConfigError(f"{source} is also the output directory. Write somewhere else; the original adapter stays.")
+    check_elsewhere(source, out_dir)
     space = subspace if isinstance(subspace, SafetySubspace) else SafetySubspace.load(subspace)
     plain = read_plain(source)
     _check_fits(source, {name: factor.a for name, factor in plain.factors.items()}, space)
@@ -93,10 +91,8 @@ def repair_adapter(
     fields = GuardSpaceConfig.from_certificate(plain.config, certificate).to_dict()  # refuses what could not be loaded
     report = BlindReport(tuple(rows), space.digest, tuple(sorted(plain.extra)))
     if out_dir is not None:
-        card = files.child(source, CARD)
-        text = card.read_text(encoding="utf-8") if card.is_file() else "---\nlibrary_name: peft\n---\n"
-        text = text.rstrip() + "\n\n" + _card(report)
-        write_plain(Path(out_dir), plain.extra | factor_tensors(pairs), fields, text, more=certificate.write)
+        tensors, card = plain.extra | factor_tensors(pairs), card_with(source, _card(report))
+        write_plain(Path(out_dir), tensors, fields, card, more=certificate.write)
     return report
 
 

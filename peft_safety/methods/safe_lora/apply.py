@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
-from peft_safety.core import files, plain_lora
+from peft_safety.core import plain_lora
 from peft_safety.core.checkpoints import FileWeights, ModuleWeights, open_weights
 from peft_safety.core.names import pin, places
 from peft_safety.errors import ConfigError
@@ -106,8 +106,7 @@ def safe_lora_dir(
         ConfigError, CheckpointError: see `apply_safe_lora`.
     """
     chosen, source = RepairOptions(**options), Path(adapter_dir)
-    if out_dir is not None and os.path.realpath(out_dir) == os.path.realpath(source):
-        raise ConfigError(f"{source} is also the output directory. Write somewhere else; the original adapter stays.")
+    plain_lora.check_elsewhere(source, out_dir)
     plain = plain_lora.read_plain(source)
     _check_unrepaired(plain.config, str(source))
     name: str | None = plain.fields.get("base_model_name_or_path") or None
@@ -123,9 +122,7 @@ def safe_lora_dir(
             fields["safe_lora"] = report.record
         pairs = {module: (f.a, new.get(module, f.b)) for module, f in plain.factors.items()}
         tensors = plain.extra | plain_lora.factor_tensors(pairs)
-        old = files.child(source, plain_lora.CARD)
-        card = old.read_text(encoding="utf-8") if old.is_file() else "---\nlibrary_name: peft\n---\n"
-        card = card.rstrip() + "\n\n" + _card(report.record)
+        card = plain_lora.card_with(source, _card(report.record))
         plain_lora.write_plain(Path(out_dir), tensors, fields, card, {plain_lora.RECORD: report.record})
     return report
 
