@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from peft_safety.core.subspace import SafetySubspace
 
-PATCH_TRAINING = TrainOptions(lr=PATCH_LEARNING_RATE, epochs=2.5, max_length=128)
+PATCH_TRAINING = TrainOptions(lr=PATCH_LEARNING_RATE, epochs=1.75, max_length=128)
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class PatchOptions:
     r: int = 8
     lora_alpha: int = 16
     target_modules: str | list[str] = "all-linear"
-    harmful: int = 168
-    general: int = 60
-    everyday: int = 324
+    harmful: int = 240
+    general: int = 156
+    everyday: int = 485
     contrast: int = 90
     answer_tokens: int = 12
     distil_weight: float = 4.0
