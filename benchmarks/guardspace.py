@@ -6,9 +6,10 @@ in `benchmarks/frontier`.
     python -m benchmarks.guardspace --list     what is done and what comes next
     python -m benchmarks.guardspace --report   write guardspace.png, guardspace.md and the section of docs/results.md
 
-Three stages. (1) The core of the grid, on validation prompts. (2) The setting with the best score there is written
+Four stages. (1) The core of the grid, on validation prompts. (2) The setting with the best score there is written
 down and measured on test prompts, with its controls and three seeds. (3) Where it stops: epochs, learning rates,
-calibration sizes, a second fine-tune without protection; then the rest of the grid.
+calibration sizes, a second fine-tune without protection. (4) The other forms (frozen, window, made blind after
+training) by size and length, which runs before stage 3; then the rest of the grid.
 """
 
 from __future__ import annotations
@@ -33,14 +34,17 @@ from benchmarks.frontier.command import (
     show_plan,
 )
 from benchmarks.frontier.data import further_sets, resolve
+from benchmarks.frontier.plan import METHODS
 from peft_safety.errors import DataError
 
 BENCHMARK = "guardspace"
 POISONS = (0.1, 0.0, 0.5, 1.0)
 FRACTIONS = (1 / 4, 1 / 8, 1 / 2, 1 / 32)
+FORM_FRACTIONS = (1 / 4, 1 / 8, 1 / 16, 1 / 2)
 EPOCHS = (8, 16)
 SEEDS = (0, 1, 2)
 CALIBRATIONS = (64, 16, 128)
+FORMS = tuple((METHODS[name].arm, METHODS[name].knobs) for name in ("frozen", "blind", "window-64", "frozen-random"))
 
 
 def core() -> Iterator[Cell]:
@@ -89,6 +93,16 @@ def limits(chosen: Cell) -> Iterator[Cell]:
     yield from (replace(chosen, lr=lr).without_basis("lora") for lr in (3e-3, 1e-2))
     yield replace(chosen, arm="second")
     yield from (replace(chosen, epochs=EPOCHS[-1], fraction=fraction) for fraction in (1 / 8, 1 / 32))
+
+
+def forms(chosen: Cell) -> Iterator[Cell]:
+    """Stage 4: the other forms of the method by the size of the null space and the length of the fine-tune."""
+    for epochs in (1, *EPOCHS):
+        longer = replace(chosen, epochs=epochs)
+        for fraction in FORM_FRACTIONS:
+            yield from (replace(longer, fraction=fraction, arm=arm, knobs=knobs) for arm, knobs in FORMS)
+        yield from (replace(longer, arm=arm, knobs=knobs, control="random") for arm, knobs in FORMS[:2])
+        yield replace(longer.without_basis("task"), knobs="train=B")
 
 
 def rest() -> Iterator[Cell]:
@@ -140,7 +154,7 @@ def best(rows: Sequence[splits.Row]) -> tuple[Cell, list[Cell]]:
 def plan(cache: Cache) -> list[Cell]:
     """All cells in the order in which they run. Stages 2 and 3 follow when stage 1 is complete."""
     chosen = chosen_setting(cache)
-    later = [] if chosen is None else [*confirmation(chosen), *limits(chosen), *rest()]
+    later = [] if chosen is None else [*confirmation(chosen), *forms(chosen), *limits(chosen), *rest()]
     return list(dict.fromkeys([*core(), *later]))
 
 

@@ -5,7 +5,7 @@ Training: plain QLoRA, the frozen form, and today's form with bases of n/16 and 
 process each. Calibration: by memory budget. Steps take turns; memory is the peak of the process.
 
     python -m benchmarks.scale [--blocks 1 2] [--tokens 256]     (half an hour on two cores; a GPU is used if there is
-    one)
+    one; --blocks 1 2 4 32 adds an 8B-shaped model in full, plain and frozen)
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from peft_safety.reporting.report import environment
 
 ARMS = {"lora": None, "frozen": 16, "trained A, n/16": 16, "trained A, n/4": 4}
 """Arm -> one over the share of the input dimensions that its null space takes."""
+MANY = 4
+"""Blocks of the models that all arms and the calibration are measured on, at most."""
 RANK = 16
 STEPS = 3
 MODELS = {"8B": 32, "32B": 64 * 1.9, "70B": 80 * 3.9}
@@ -63,10 +65,12 @@ def block_model(blocks: int, device: str) -> LlamaForCausalLM:
     compute = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    generator = torch.Generator().manual_seed(0)
+    if device == "meta":
+        return model
+    generator = torch.Generator(device).manual_seed(0)
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]:
         m, n = shape(layer)
-        weight = torch.randn(m, n, generator=generator) * 0.02
+        weight = torch.randn(m, n, generator=generator, device=device) * 0.02
         new = bnb.nn.Linear4bit(n, m, bias=False, compute_dtype=compute, quant_type="nf4", device="meta")
         new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to(device)
         parent, _, child = name.rpartition(".")
@@ -74,22 +78,28 @@ def block_model(blocks: int, device: str) -> LlamaForCausalLM:
     for module in model.modules():
         for key, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
-                value = torch.randn(parameter.shape, generator=generator) * 0.02 if parameter.ndim == 2 else None
-                value = torch.ones(parameter.shape) if value is None else value
-                module._parameters[key] = nn.Parameter(value.to(device, compute), requires_grad=False)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
+                value = torch.ones(parameter.shape, device=device)
+                if parameter.ndim == 2:
+                    value.normal_(std=0.02, generator=generator)
+                module._parameters[key] = nn.Parameter(value.to(compute), requires_grad=False)
+    with torch.device(device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.is_loaded_in_4bit = True
     return model
 
 
-def bases(model: nn.Module, share: int) -> SafetySubspace:
-    """Random null spaces of `n / share` directions; one for the layers of a block that have the same input."""
-    generator, made, result = torch.Generator().manual_seed(0), {}, {}
+def bases(model: nn.Module, share: int, device: str) -> SafetySubspace:
+    """Random null spaces of `n / share` directions; one for the layers of a block that have the same input. Those of
+    more than `MANY` blocks are the same in all blocks, which makes the file small: no arm with so many keeps them.
+    """
+    generator, made, result = torch.Generator(device).manual_seed(0), {}, {}
+    many = len(model.model.layers) > MANY
     for name, layer in target_layers(model, "all-linear").items():
         n = shape(layer)[1]
-        key = (name.rpartition(".")[0], n)
+        key = (None if many else name.rpartition(".")[0], n)
         if key not in made:
-            made[key] = {"in": orthonormalize(torch.randn(n, n // share, generator=generator))}
+            drawn = torch.randn(n, n // share, generator=generator, device=device)
+            made[key] = {"in": orthonormalize(drawn).cpu()}
         result[name] = made[key]
     return SafetySubspace(result)
 
@@ -162,7 +172,10 @@ def now_mib(device: str) -> float:
 
 
 def slopes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per block and arm, from the smallest and the largest number of blocks, and whole models beside plain QLoRA."""
+    """Per block and arm, from the smallest number of blocks and the largest that all arms have, and whole models
+    beside plain QLoRA.
+    """
+    rows = [row for row in rows if row["blocks"] <= MANY]
     least, most = min(row["blocks"] for row in rows), max(row["blocks"] for row in rows)
     found = {(row["arm"], row["blocks"]): row for row in rows}
     result = []
@@ -200,23 +213,23 @@ def main() -> None:
     calibrations: list[dict[str, Any]] = []
     for blocks in args.blocks:
         with tempfile.TemporaryDirectory() as name:
-            model = block_model(blocks, "cpu")
-            for share in sorted({share for share in ARMS.values() if share is not None}):
-                bases(model, share).save(Path(name, f"bases-{share}.safetensors"))
-            del model
-            for arm in ARMS:
+            arms = [arm for arm in ARMS if blocks <= MANY or not arm.startswith("trained")]
+            model = block_model(blocks, "meta")
+            for share in sorted({share for arm in arms if (share := ARMS[arm]) is not None}):
+                bases(model, share, device).save(Path(name, f"bases-{share}.safetensors"))
+            for arm in arms:
                 given = ("--tokens", str(args.tokens), "--folder", name, "--one", "training", arm, str(blocks))
                 rows.append({"arm": arm, "blocks": blocks, **peak_memory("benchmarks.scale", *given)})
                 show("training", rows[-1:])
     for budget in args.budgets:
-        blocks = max(args.blocks)
+        blocks = max(blocks for blocks in args.blocks if blocks <= MANY)
         try:
             found = peak_memory("benchmarks.scale", "--one", "calibration", budget, str(blocks))
         except RuntimeError as error:
             found = {"seconds": None, "refused": str(error).strip().splitlines()[-1][-160:]}
         calibrations.append({"budget": budget, "blocks": blocks, **found})
         show("calibration", calibrations[-1:])
-    summary = slopes(rows) if len(args.blocks) > 1 else []
+    summary = slopes(rows) if len({blocks for blocks in args.blocks if blocks <= MANY}) > 1 else []
     if summary:
         show("a block, and the ratio to plain QLoRA", summary)
     facts = environment(0, model="blocks of Llama-3-8B's shape, NF4", r=RANK, tokens=args.tokens, device=device)

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import PAGE, RESULTS, parser_of, record
 from benchmarks.frontier import data, plan, splits
@@ -33,6 +34,7 @@ from benchmarks.frontier.command import (
     show_plan,
 )
 from benchmarks.frontier.results import BENCHMARK, adopt, stored
+from peft_safety.data import load
 from peft_safety.errors import ConfigError
 
 
@@ -48,7 +50,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--p", default="0,0.1,0.5,1", help="shares of the training rows that are a simulated attack")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument(
-        "--task", choices=("help-desk", "banking"), default="help-desk", help="the trained task; banking needs --data"
+        "--task",
+        choices=("help-desk", "news", "banking"),
+        default="help-desk",
+        help="the trained task; banking needs --data",
     )
     parser.add_argument(
         "--judge", action="append", default=[], help="model id or directory of a classifier that also judges"
@@ -116,8 +121,11 @@ def work(given: argparse.Namespace) -> int:
         report(given.out, PAGE if given.out == RESULTS else None)
         return 0
     folder = data.resolve(given.data)
-    sets, task = data.further_sets(folder, given.harmful), None
-    if given.task == "banking":
+    sets = data.further_sets(folder, given.harmful)
+    task: list[dict[str, Any]] | None = None
+    if given.task == "news":
+        task, given.second = load("second_task"), 0
+    elif given.task == "banking":
         if folder is None:
             raise ConfigError("--task banking needs --data, the directory of its files.")
         task = data.banking(folder)

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
+from peft import get_peft_model
+
 from benchmarks.frontier.adapters import norm, project_randomly, scale, truncated
+from benchmarks.frontier.bases import TARGETS, inputs, outputs, randomly
 from benchmarks.frontier.bench import Bench, Facts, timed
 from benchmarks.frontier.cells import Cell, needs
-from peft_safety import SafetySubspace
+from peft_safety import repair_adapter
 from peft_safety.calibration.coverage import task_inputs
-from peft_safety.calibration.moments import to_batches
+from peft_safety.calibration.moments import collect, to_batches
 from peft_safety.core.targets import target_layers
-from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
+from peft_safety.data import refusal_pairs
 from peft_safety.errors import ConfigError, DivergedError
+from peft_safety.layers.adapters import adapter_layers
+from peft_safety.methods.guardspace.directions import blind_rows
 
-LARGEST = {"in": 1 / 2, "out": 0.9}
-"""Bases are estimated once at this share of the dimensions and then cut: the top eigenvectors are nested."""
-TARGETS = "all-linear"
+TASK_ROWS = 32
+"""Training rows that give the directions of the task's inputs."""
 Made = tuple[Any, Facts]
 
 
@@ -107,25 +113,66 @@ def salora(bench: Bench, cell: Cell) -> Made:
     """SaLoRA: `k` output directions of safe responses; below 1 a share of the dimensions."""
     made: Facts = {}
     with timed(made, "setup"):
-        subspace = randomly(cell, truncated(_outputs(bench), cell.options()["k"], "out"))
+        subspace = randomly(cell, truncated(outputs(bench), cell.options()["k"], "out"))
     tuned, facts = bench.train(cell, bench.config("salora", subspace=subspace), bench.rows(cell))
     return tuned, {**made, **facts}
 
 
 def guard(bench: Bench, cell: Cell) -> Made:
-    """GuardSpace; with the knob `combine` ("salora") also protected on the output side, in `k` directions."""
+    """GuardSpace. Knobs: `train` is the form ("A", "B", "window"), `rows` where the rows of a frozen A come from
+    ("task", "random"), `window` its size, `r` the rank; with `combine` ("salora") it is also protected on the output
+    side, in `k` directions.
+    """
     made: Facts = {}
-    rows, combine = bench.rows(cell), cell.options().get("combine")
+    rows, knobs = bench.rows(cell), cell.options()
     with timed(made, "setup"):
-        subspace = truncated(_inputs(bench, cell), cell.fraction)
-        if combine:
-            subspace = subspace.beside(truncated(_outputs(bench), cell.options()["k"], "out"))
+        subspace = truncated(inputs(bench, cell), cell.fraction)
+        if "combine" in knobs:
+            subspace = subspace.beside(truncated(outputs(bench), knobs["k"], "out"))
         subspace = randomly(cell, subspace)
-    batches, _ = to_batches(rows[:32], bench.tokenizer, batch_size=8, max_length=bench.protocol.max_length)
-    shares = task_inputs(bench.model, target_layers(bench.model, TARGETS), subspace, batches, progress=False)[1]
+        task = _task_batches(bench, rows)
+    shares = task_inputs(bench.model, target_layers(bench.model, TARGETS), subspace, task, progress=False)[1]
     made["task_free"] = sorted(share.free for share in shares.values())[len(shares) // 2]
-    tuned, facts = bench.train(cell, bench.config("guardspace", subspace=subspace, combine=combine), rows)
+    given = {name: knobs[name] for name in ("train", "window", "combine", "r") if name in knobs}
+    if "rows" in knobs:
+        given |= {"a_init": knobs["rows"], "task_data": task if knobs["rows"] == "task" else None}
+    tuned, facts = bench.train(cell, bench.config("guardspace", subspace=subspace, **given), rows)
     return tuned, {**made, **facts}
+
+
+def task(bench: Bench, cell: Cell) -> Made:
+    """LoRA whose A starts from the directions that the task's inputs use most, without a null space: A is frozen
+    (`train=B`) or trained (`train=A`). The control of GuardSpace's frozen form.
+    """
+    made: Facts = {}
+    rows = bench.rows(cell)
+    tuned = get_peft_model(bench.model, bench.config())
+    layers = adapter_layers(tuned, "default")
+    with timed(made, "setup"), torch.no_grad():
+        base = {name: layer.get_base_layer() for name, layer in layers.items()}
+        moments = collect(tuned, base, _task_batches(bench, rows), positions="all", progress=False)
+        for name, layer in layers.items():
+            a, moment = layer.lora_A["default"].weight, moments.moment(name)
+            a.copy_(blind_rows(moment.new_zeros(a.shape[1], 0), a.shape[0], moment=moment))
+            a.requires_grad_(cell.options()["train"] == "A")
+    tuned, facts = bench.train(cell, None, rows, model=tuned)
+    return tuned, {**made, **facts}
+
+
+def blind(bench: Bench, cell: Cell) -> Made:
+    """Plain LoRA, made blind to GuardSpace's null space after its training."""
+    directory, facts = bench.plain(cell)
+    made = costs(facts)
+    with timed(made, "setup"), tempfile.TemporaryDirectory() as folder:
+        subspace = randomly(cell, truncated(inputs(bench, cell), cell.fraction))
+        report = repair_adapter(directory, subspace, Path(folder, "repaired"))
+        tuned = bench.attach(Path(folder, "repaired"))
+    removed = sorted(module.removed for module in report.modules)
+    return tuned, {**made, "removed": removed[len(removed) // 2], "norm": norm(tuned)}
+
+
+def _task_batches(bench: Bench, rows: list[Any]) -> list[Any]:
+    return to_batches(rows[:TASK_ROWS], bench.tokenizer, batch_size=8, max_length=bench.protocol.max_length)[0]
 
 
 def second(bench: Bench, cell: Cell) -> Made:
@@ -243,44 +290,12 @@ ARMS: dict[str, Callable[[Bench, Cell], Made]] = {
     "mixed": mixed,
     "salora": salora,
     "guard": guard,
+    "task": task,
+    "blind": blind,
     "safe_lora": safe_lora,
     "reattach": reattach,
     "patch": patch,
     "somf": somf,
     "second": second,
 }
-RANDOM = ("salora", "guard", "safe_lora", "patch", "somf")
-
-
-def randomly(cell: Cell, subspace: SafetySubspace) -> SafetySubspace:
-    """The subspace, or for the control "random" a random one of equal ranks."""
-    return subspace.randomized(cell.seed) if cell.control == "random" else subspace
-
-
-def _inputs(bench: Bench, cell: Cell) -> SafetySubspace:
-    def make() -> SafetySubspace:
-        harmful, general = refusal_pairs("calibration", cell.calibration), calibration_rows("guardspace", "general")
-        random.Random(0).shuffle(general)
-        half = cell.calibration // 2
-        data = {"harmful": harmful, "general": general[: cell.calibration], "both": harmful[:half] + general[:half]}[
-            cell.basis
-        ]
-        return _estimate(bench, data, "guardspace", LARGEST["in"], positions=cell.positions)
-
-    return bench.subspace(("in", cell.basis, cell.positions, cell.calibration), make)
-
-
-def _outputs(bench: Bench) -> SafetySubspace:
-    return bench.subspace(
-        ("out",), lambda: _estimate(bench, refusal_pairs("calibration", CALIBRATION_PAIRS), "salora", LARGEST["out"])
-    )
-
-
-def _estimate(bench: Bench, data: Sequence[Any], method: str, rank: float, **options: Any) -> SafetySubspace:
-    common: dict[str, Any] = {
-        "tokenizer": bench.tokenizer,
-        "target_modules": TARGETS,
-        "allow_fewer": True,
-        "progress": False,
-    }
-    return SafetySubspace.from_activations(bench.model, data, method=method, rank=rank, **common, **options)
+RANDOM = ("salora", "guard", "blind", "safe_lora", "patch", "somf")

@@ -24,6 +24,7 @@ from benchmarks.frontier.along import Along
 from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Cell
 from benchmarks.frontier.measure import Measures
+from examples import safety_patch
 from examples.get_model import model_dir
 from peft_safety import SafetySubspace
 from peft_safety.data import load
@@ -47,12 +48,12 @@ class Bench:
     Args:
         cache: finished cells; adapters of plain LoRA are kept in the same folder.
         sets: further prompt sets by name, for test cells.
-        aligned: directory of the aligned model; default SmolLM2-135M-Instruct (or `unaligned`) with a safety patch,
-            made once.
+        aligned: directory of the aligned model; default SmolLM2-135M-Instruct with the safety patch that ships with
+            the examples, or `unaligned` with a patch made once.
         unaligned: directory of the model before its alignment, for the methods that need it.
         judges: in addition to the keyword matcher.
         task: rows of the trained task; default the package's own.
-        patch: how the aligned model is made; default `PatchOptions`.
+        patch: how a new patch is made; default `PatchOptions` for another model.
     """
 
     def __init__(
@@ -82,19 +83,18 @@ class Bench:
         return self._unaligned or model_dir()
 
     def _align(self) -> Path:
-        """The unaligned model with a safety patch merged into it. One process makes it, once."""
+        """The unaligned model with a safety patch merged into it: the examples' own, or a new one for another model or
+        recipe. One process makes it, once.
+        """
         out = self.cache.folder / f"aligned{self.cache.protocol.patch}"
         with self.cache.lock("aligned", wait=True):
             if not (out / "config.json").is_file():
                 model, tokenizer = load_model(self.unaligned)
-                patched, _ = patch(model, tokenizer, self._patch)
-                self.publish(
-                    out,
-                    lambda staged: (
-                        tokenizer.save_pretrained(staged),
-                        patched.merge_and_unload().save_pretrained(staged),
-                    ),
-                )
+                if self._unaligned is None and self._patch is None:
+                    patched = safety_patch.attach(model)
+                else:
+                    patched = patch(model, tokenizer, self._patch)[0].merge_and_unload()
+                self.publish(out, lambda staged: (tokenizer.save_pretrained(staged), patched.save_pretrained(staged)))
         return out
 
     def publish(self, out: Path, write: Callable[[Path], Any]) -> None:
@@ -175,8 +175,9 @@ class Bench:
         )
 
     def config(self, method: str = "lora", **options: Any) -> Any:
-        """The config of an adapter, of the size that all arms share."""
-        return adapter_config(method, r=self.protocol.r, lora_alpha=2 * self.protocol.r, **options)
+        """The config of an adapter, of the rank that all arms share unless `r` is given."""
+        r = options.pop("r", self.protocol.r)
+        return adapter_config(method, r=r, lora_alpha=2 * r, **options)
 
     def rows(self, cell: Cell) -> list[Any]:
         """What a cell trains on."""

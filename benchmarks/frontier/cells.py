@@ -102,8 +102,8 @@ def _value(text: str) -> Any:
     return text
 
 
-PATCH = "2"
-"""The recipe of `peft_safety.recipes.patch` that aligns the model today."""
+PATCH = "3"
+"""The safety patch that aligns the model today: that of `examples/patches`."""
 
 
 @dataclass(frozen=True)

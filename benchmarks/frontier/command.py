@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--aligned",
         type=Path,
-        help="directory of the aligned model; default: the model with a safety patch, made once",
+        help="directory of the aligned model; default: the model with the examples' safety patch",
     )
     parser.add_argument("--budget", type=float, default=float("inf"), help="minutes; the run stops between two cells")
     parser.add_argument(
@@ -96,7 +96,8 @@ def environment_of(protocol: Protocol) -> dict[str, Any]:
     import torch
 
     facts = {name: value for name, value in asdict(protocol).items() if name != "aligned"}
-    return environment(0, model=protocol.aligned, threads=torch.get_num_threads(), **facts)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return environment(0, model=protocol.aligned, device=device, threads=torch.get_num_threads(), **facts)
 
 
 def print_outcome(outcome: Outcome, cache: Cache, cells: Sequence[Cell], path: Path | None = None) -> int:

@@ -13,6 +13,8 @@ POISONS = (0.0, 0.1, 0.5, 1.0)
 SEEDS = (0, 1, 2)
 MODULES = 35
 """Modules of 210 for Safe LoRA's "number": the same share as in the reference code (10 of 64)."""
+BLIND = ("guard", "blind")
+"""Arms with a null space of inputs."""
 BARE = Cell().without_basis("lora")
 """Plain LoRA. Methods without GuardSpace's fields are variants of it."""
 GUARD = Cell()
@@ -20,6 +22,14 @@ METHODS: dict[str, Cell] = {
     "aligned": Cell().without_basis("aligned"),
     "lora": BARE,
     "guardspace": GUARD,
+    "frozen": replace(GUARD, knobs="train=B,rows=task"),
+    "frozen-random": replace(GUARD, knobs="train=B,rows=random"),
+    "frozen-r16": replace(GUARD, knobs="train=B,rows=task,r=16"),
+    "window-64": replace(GUARD, knobs="train=window,rows=task,window=64"),
+    "window-256": replace(GUARD, knobs="train=window,rows=task,window=256"),
+    "task-frozen": replace(BARE, arm="task", knobs="train=B"),
+    "task-trained": replace(BARE, arm="task", knobs="train=A"),
+    "blind": replace(GUARD, arm="blind"),
     "guardspace-general": replace(GUARD, basis="general"),
     "safe-lora": replace(BARE, arm="safe_lora", knobs="projection=frobenius,select=threshold,threshold=0.35"),
     "safe-lora-number": replace(
@@ -38,6 +48,9 @@ METHODS: dict[str, Cell] = {
 """Documented defaults: as published, or the package's own."""
 RANDOM = (
     "guardspace",
+    "frozen",
+    "window-64",
+    "blind",
     "salora-32",
     "salora-0.9",
     "both-sides",
@@ -48,6 +61,8 @@ RANDOM = (
 )
 SCALED = (
     "guardspace",
+    "frozen",
+    "blind",
     "guardspace-general",
     "both-sides",
     "salora-32",
@@ -63,7 +78,18 @@ METHODS |= {f"random:{name}": replace(METHODS[name], control="random") for name 
 METHODS |= {f"scaled:{name}": replace(METHODS[name], control="scaled") for name in SCALED}
 METHODS |= {f"{name}-nf4": replace(METHODS[name], load="nf4") for name in NF4}
 
-CORE = ("aligned", "lora", "guardspace", "safe-lora-soft", "random:guardspace", "scaled:guardspace", "lora-mixed")
+CORE = (
+    "aligned",
+    "lora",
+    "guardspace",
+    "frozen",
+    "blind",
+    "task-frozen",
+    "random:guardspace",
+    "random:frozen",
+    "random:blind",
+    "scaled:guardspace",
+)
 SMOKE = ("aligned", "lora", "safe-lora-soft", "guardspace", "random:guardspace")
 GROUPS = {
     "core": CORE,
@@ -158,7 +184,7 @@ def with_setting(method: Cell, setting: str) -> Cell:
         ConfigError: a setting the method does not have.
     """
     knobs, fields = method.options(), {}
-    settable = ("epochs", "lr", *(("basis", "fraction", "positions", "calibration") if method.arm == "guard" else ()))
+    settable = ("epochs", "lr", *(("basis", "fraction", "positions", "calibration") if method.arm in BLIND else ()))
     for name, value in replace(method, knobs=setting).options().items():
         if name in knobs:
             knobs[name] = value

@@ -1,0 +1,53 @@
+"""The bases that the arms use: estimated once in a process, then cut or made random."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.frontier.bench import Bench
+from benchmarks.frontier.cells import Cell
+from peft_safety import SafetySubspace
+from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
+
+LARGEST = {"in": 1 / 2, "out": 0.9}
+"""Bases are estimated once at this share of the dimensions and then cut: the top eigenvectors are nested."""
+TARGETS = "all-linear"
+
+
+def randomly(cell: Cell, subspace: SafetySubspace) -> SafetySubspace:
+    """The subspace, or for the control "random" a random one of equal ranks."""
+    return subspace.randomized(cell.seed) if cell.control == "random" else subspace
+
+
+def inputs(bench: Bench, cell: Cell) -> SafetySubspace:
+    """GuardSpace's input bases of a cell, at `LARGEST`."""
+
+    def make() -> SafetySubspace:
+        harmful, general = refusal_pairs("calibration", cell.calibration), calibration_rows("guardspace", "general")
+        random.Random(0).shuffle(general)
+        half = cell.calibration // 2
+        data = {"harmful": harmful, "general": general[: cell.calibration], "both": harmful[:half] + general[:half]}[
+            cell.basis
+        ]
+        return _estimate(bench, data, "guardspace", LARGEST["in"], positions=cell.positions)
+
+    return bench.subspace(("in", cell.basis, cell.positions, cell.calibration), make)
+
+
+def outputs(bench: Bench) -> SafetySubspace:
+    """SaLoRA's output bases, at `LARGEST`."""
+    return bench.subspace(
+        ("out",), lambda: _estimate(bench, refusal_pairs("calibration", CALIBRATION_PAIRS), "salora", LARGEST["out"])
+    )
+
+
+def _estimate(bench: Bench, data: Sequence[Any], method: str, rank: float, **options: Any) -> SafetySubspace:
+    common: dict[str, Any] = {
+        "tokenizer": bench.tokenizer,
+        "target_modules": TARGETS,
+        "allow_fewer": True,
+        "progress": False,
+    }
+    return SafetySubspace.from_activations(bench.model, data, method=method, rank=rank, **common, **options)
