@@ -179,7 +179,7 @@ def slopes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     least, most = min(row["blocks"] for row in rows), max(row["blocks"] for row in rows)
     found = {(row["arm"], row["blocks"]): row for row in rows}
     result = []
-    for arm in ARMS:
+    for arm in dict.fromkeys(row["arm"] for row in rows):
         low, high = found[arm, least], found[arm, most]
         slope = {key: (high[key] - low[key]) / (most - least) for key in ("peak MiB", "step s", "adapter MiB")}
         result.append({"arm": arm, **{f"{key} a block": value for key, value in slope.items()}})
@@ -194,6 +194,7 @@ def slopes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--budgets", nargs="*", default=list(BUDGETS))
     parser.add_argument("--one", nargs=3, metavar=("KIND", "ARM", "BLOCKS"), help=argparse.SUPPRESS)
@@ -213,7 +214,7 @@ def main() -> None:
     calibrations: list[dict[str, Any]] = []
     for blocks in args.blocks:
         with tempfile.TemporaryDirectory() as name:
-            arms = [arm for arm in ARMS if blocks <= MANY or not arm.startswith("trained")]
+            arms = [arm for arm in args.arms if blocks <= MANY or not arm.startswith("trained")]
             model = block_model(blocks, "meta")
             for share in sorted({share for arm in arms if (share := ARMS[arm]) is not None}):
                 bases(model, share, device).save(Path(name, f"bases-{share}.safetensors"))

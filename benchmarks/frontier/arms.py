@@ -45,7 +45,8 @@ def run_cell(bench: Bench, cell: Cell) -> Facts:
     except BaseException:
         bench.model = None  # it may still carry a part of an adapter
         raise
-    return {**figures, **facts}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {**figures, **facts, "device": device}
 
 
 def run_arm(bench: Bench, cell: Cell) -> Made:

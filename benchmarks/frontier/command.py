@@ -96,8 +96,7 @@ def environment_of(protocol: Protocol) -> dict[str, Any]:
     import torch
 
     facts = {name: value for name, value in asdict(protocol).items() if name != "aligned"}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return environment(0, model=protocol.aligned, device=device, threads=torch.get_num_threads(), **facts)
+    return environment(0, model=protocol.aligned, threads=torch.get_num_threads(), **facts)
 
 
 def print_outcome(outcome: Outcome, cache: Cache, cells: Sequence[Cell], path: Path | None = None) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_safety import explain
+from peft_safety.registry.fused import SWITCH
 from tests.peft import cells, fused_runs
 from tests.peft.fused_cells import layer_of, protected, quantized
 
@@ -79,7 +80,8 @@ def test_no_step_waits_for_the_device(arm: str, reference: None) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_served_layer_is_captured_in_a_cuda_graph() -> None:
+def test_a_served_layer_is_captured_in_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "1")
     model = quantized(protected(), bias=True).to("cuda").eval()
     (row,) = explain(model)
     assert row.path == "fused:triton", row
