@@ -14,6 +14,7 @@ from peft_safety.calibration.moments import InputMoments
 from peft_safety.core.names import listed
 from peft_safety.core.projection import (
     OVERSAMPLING,
+    Side,
     fold_,
     orthonormalize,
     principal_cosines,
@@ -128,5 +129,5 @@ def windows(
             worst = max(worst, float(principal_cosines(made[id(a)], bases[name])[0]))
     facts = {"sides": "window", "window": width, "window_leak": worst, "null_space": subspace.digest}
     prints = {name: values for name, values in subspace.fingerprints.items() if name in bases}
-    new = {name: {"window": made[id(a)]} for name, a in rows.items()}
+    new: dict[str, dict[Side, Tensor]] = {name: {"window": made[id(a)]} for name, a in rows.items()}
     return SafetySubspace(new, None, prints, {**subspace.provenance, **facts})
