@@ -30,6 +30,7 @@ from peft_safety.layers import protected_leaves
 from tests.peft import cells
 from tests.peft.frozen_cells import frozen, lora_a
 from tests.peft.guard_cells import HARMFUL, TASK, batches, calibrated_inputs, config, guarded, subspace
+from tests.peft.left_out_cells import TOWER, adapted, guard, with_tower
 from tests.peft.test_frozen import COMBINATIONS
 from tests.peft.test_guardspace import BLIND, blindness, trainer
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -371,3 +372,14 @@ def test_from_the_command_line(tmp_path):
     checked = ["verify", str(tmp_path / "run" / "adapter"), "--subspace", str(tmp_path / "space"), "--json"]
     facts = json.loads(CliRunner().invoke(app, checked, catch_exceptions=False).stdout)
     assert (facts["protected"], facts["blindness_checked"]) == ([5], True)
+
+
+@pytest.mark.filterwarnings("ignore:.*left out of the")
+def test_layers_that_the_null_space_leaves_out_get_no_window(tmp_path):
+    space, given = guard(with_tower()), {"r": 4, "train": "window", "a_init": "random"}
+    model = get_peft_model(with_tower(), GuardSpaceConfig(**given, subspace=space, target_modules="all-linear"))
+    assert adapted(model) == set(space.bases) == set(model.peft_config["default"].subspace.bases)
+    model.save_pretrained(tmp_path)
+    assert verify(tmp_path, with_tower(), space).blindness_checked
+    with pytest.raises(SubspaceError, match="leaves out every layer"):
+        get_peft_model(with_tower(), GuardSpaceConfig(**given, subspace=space, target_modules=TOWER))
