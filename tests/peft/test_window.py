@@ -247,9 +247,9 @@ def test_further_adapters_take_the_window_and_start_in_it(tmp_path):
     loaded.add_adapter("own", loaded.peft_config["default"])
     loaded.add_adapter("path", config(str(tmp_path / "adapter"), train="window", r=2))
     expected = lora_a(model)
-    for adapted, name in ((model, "users"), (loaded, "own"), (loaded, "path")):
-        assert adapted.peft_config[name].subspace_id == model.peft_config["default"].subspace_id
-        for module, weight in lora_a(adapted, name).items():
+    for holder, name in ((model, "users"), (loaded, "own"), (loaded, "path")):
+        assert holder.peft_config[name].subspace_id == model.peft_config["default"].subspace_id
+        for module, weight in lora_a(holder, name).items():
             assert torch.equal(weight, expected[module][: len(weight)])
     loaded.delete_adapter("default")
     loaded.set_adapter("own")
