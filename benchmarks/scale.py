@@ -77,7 +77,7 @@ def block_model(blocks: int, device: str) -> LlamaForCausalLM:
                 value = torch.randn(parameter.shape, generator=generator) * 0.02 if parameter.ndim == 2 else None
                 value = torch.ones(parameter.shape) if value is None else value
                 module._parameters[key] = nn.Parameter(value.to(device, compute), requires_grad=False)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     model.is_loaded_in_4bit = True
     return model
 
