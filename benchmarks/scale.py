@@ -37,7 +37,7 @@ from peft_safety.core.projection import orthonormalize
 from peft_safety.core.targets import target_layers
 from peft_safety.reporting.report import environment
 
-ARMS = {"lora": None, "frozen": 16, "trained A, n/16": 16, "trained A, n/4": 4}
+ARMS = {"lora": None, "frozen": 16, "window": 16, "trained A, n/16": 16, "trained A, n/4": 4}
 """Arm -> one over the share of the input dimensions that its null space takes."""
 MANY = 4
 """Blocks of the models that all arms and the calibration are measured on, at most."""
@@ -110,7 +110,7 @@ def adapted(model: nn.Module, arm: str, folder: Path) -> Any:
     if ARMS[arm] is None:
         return get_peft_model(model, LoraConfig(**common))
     file = folder / f"bases-{ARMS[arm]}.safetensors"
-    train: Any = "B" if arm == "frozen" else "A"
+    train: Any = {"frozen": "B", "window": "window"}.get(arm, "A")
     return get_peft_model(model, GuardSpaceConfig(**common, subspace=str(file), train=train, a_init="random"))
 
 

@@ -20,7 +20,7 @@ def verify(
         str | None, Option("--model", "-m", help="Also compare the base weights with this model.")
     ] = None,
     subspace: Annotated[
-        str | None, Option(help="Of an adapter with a certificate: its subspace, to check the blindness itself.")
+        str | None, Option(help="The subspace of a certificate or a window, to check the blindness itself.")
     ] = None,
     json: opt.Json = False,
 ) -> None:

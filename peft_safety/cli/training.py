@@ -75,8 +75,9 @@ def protect(
     combine: Annotated[bool, Option("--combine", help="For guardspace: protect SaLoRA's outputs too.")] = False,
     combine_rank: Annotated[int | None, Option(help="For --combine: directions of each layer (default 32).")] = None,
     train: Annotated[
-        str | None, Option(help="For guardspace: A (both factors, projected), or B (A frozen: a plain LoRA).")
+        str | None, Option(help="For guardspace: A (both factors, projected), B (A frozen: a plain LoRA) or window.")
     ] = None,
+    window: Annotated[int | None, Option(help="For --train window: directions of each layer (default 64).")] = None,
     init: Annotated[str | None, Option(help="lora (B = 0, default), or task for salora, guardspace for it.")] = None,
     subspace: Annotated[str | None, Option(help='Subspace file, directory or Hub id, or "auto" (default).')] = None,
     poison: Annotated[float, Option(help="Share of harmful rows mixed in, to simulate an attack (0 to 1).")] = 0.0,

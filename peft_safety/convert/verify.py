@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core.adapter_dir import check_adapter
@@ -18,6 +18,7 @@ from peft_safety.core.projection import leak, leak_tolerance, orthonormality_err
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.targets import base_layers
 from peft_safety.errors import ArtifactError, ProtectionError
+from peft_safety.methods.factors import protected_factors
 from peft_safety.methods.safe_lora.repair import factor_digest
 from peft_safety.registry.checks import check_ahead
 from peft_safety.registry.configs import stored_config
@@ -31,7 +32,9 @@ class Verification:
     Attributes:
         method: stored `peft_type`.
         modules, ranks, protected: how many modules; LoRA ranks and subspace ranks that occur.
-        worst_leak: largest `||U^T B|| / ||B||` of any module.
+        blindness_checked: False for a window without its null space: then `worst_leak` is the share of `lora_A`
+            outside the window, and only the provenance (`window_leak`) says how far that reaches into the null space.
+        worst_leak: largest `||U^T B|| / ||B||` of any module; with the null space of a window, `||A Q|| / ||A||`.
         worst_orthonormality: largest `max|U^T U - I|`.
         base_checked: whether the base weights were compared with the fingerprints.
         unconstrained: trained tensors that no projection covers.
@@ -42,6 +45,7 @@ class Verification:
     modules: int
     ranks: tuple[int, ...]
     protected: tuple[int, ...]
+    blindness_checked: bool
     worst_leak: float
     worst_orthonormality: float
     base_checked: bool
@@ -103,7 +107,7 @@ def verify(
     Args:
         directory: what `save_pretrained` wrote.
         model: a base model to compare with the shapes and the stored fingerprints; optional.
-        subspace: the null space behind a certificate, or its file, to check the blindness itself.
+        subspace: the null space behind a certificate or a window, or its file, to check the blindness itself.
 
     Raises:
         PeftSafetyError: what is wrong, with the file, the module, the shapes and the remedy.
@@ -123,13 +127,19 @@ def verify(
         check_ahead(model, config)
         stored.subspace.check_fits({name: layers[name] for name in stored.shapes}, config.basis_sides, bind=False)
     bases = [u for sides in stored.subspace.bases.values() for u in sides.values()]
+    window, worst = "window" in config.sides, stored.worst_leak
+    if window and subspace is not None:
+        space = _null_space(path, subspace, str(stored.subspace.provenance.get("null_space")))
+        factors = protected_factors(stored, stored.shapes)
+        worst = max(_blindness(path, space, name, f.a, leak_tolerance(f.a.dtype)) for name, f in factors.items())
     return Verification(
         directory=os.fspath(directory),
         method=str(kind),
         modules=len(stored.shapes),
         ranks=tuple(sorted({rank for _, _, rank in stored.shapes.values()})),
         protected=tuple(sorted({int(u.shape[1]) for u in bases})),
-        worst_leak=stored.worst_leak,
+        blindness_checked=not window or subspace is not None,
+        worst_leak=worst,
         worst_orthonormality=max(orthonormality_error(u) for u in bases),
         base_checked=model is not None,
         unconstrained=stored.extra_tensors,
@@ -158,21 +168,10 @@ def _verify_frozen(
     precisions = {name: modules[name].precision(a) or a.dtype for name, a in rows.items()}
     leaks = {name: max(entry.leak, _rounding(precisions[name])) for name, entry in modules.items()}
     if subspace is not None:
-        space = subspace if isinstance(subspace, SafetySubspace) else SafetySubspace.load(subspace)
-        if space.digest != certificate.subspace:
-            raise ProtectionError(
-                f"{path}: the certificate is of subspace {certificate.subspace[:12]}, not {space.digest[:12]}. Give "
-                "the subspace that the adapter was made with."
-            )
+        space = _null_space(path, subspace, certificate.subspace)
         for name, a in rows.items():
-            basis = space.bases.get(name, {}).get("in")
             limit = max(leak_tolerance(precisions[name]), min(modules[name].leak, leak_tolerance(torch.bfloat16)))
-            leaks[name] = 1.0 if basis is None else leak(basis, a, "in")
-            if not leaks[name] <= limit:
-                raise ProtectionError(
-                    f"{path}: lora_A {tuple(a.shape)} of {name} reaches {leaks[name]:.2g} of its norm into the null "
-                    f"space (limit {limit:.2g}). Repair the adapter."
-                )
+            leaks[name] = _blindness(path, space, name, a, limit)
         if model is not None:
             space.check_fits({name: layers[name] for name in rows}, ("in",), bind=False)
     return FrozenVerification(
@@ -187,6 +186,28 @@ def _verify_frozen(
         settings=certificate.settings,
         unconstrained=tuple(sorted(plain.extra)),
     )
+
+
+def _null_space(path: Path, subspace: SafetySubspace | str | os.PathLike[str], digest: str) -> SafetySubspace:
+    """The given null space, which must have this digest."""
+    space = subspace if isinstance(subspace, SafetySubspace) else SafetySubspace.load(subspace)
+    if space.digest != digest:
+        raise ProtectionError(
+            f"{path}: the adapter was made with subspace {digest[:12]}, not {space.digest[:12]}. Give that one."
+        )
+    return space
+
+
+def _blindness(path: Path, space: SafetySubspace, name: str, a: Tensor, limit: float) -> float:
+    """`||A Q|| / ||A||` of a module, which must not exceed `limit`."""
+    basis = space.bases.get(name, {}).get("in")
+    share = 1.0 if basis is None or basis.shape[0] != a.shape[1] else leak(basis, a, "in")
+    if not share <= limit:
+        raise ProtectionError(
+            f"{path}: lora_A {tuple(a.shape)} of {name} reaches {share:.2g} of its norm into the null space (limit "
+            f"{limit:.2g}). Repair the adapter."
+        )
+    return share
 
 
 def _rounding(dtype: torch.dtype) -> float:

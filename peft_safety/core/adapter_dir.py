@@ -221,14 +221,15 @@ def _check_factors(
             shapes[module] = _check_shapes(path, module, headers, subspace, config)
             for kind, key in keys.items():
                 factor = plain_lora.read_tensor(handle, path, key, plain_lora.DTYPES)
-                side: Side = "out" if kind.startswith("lora_B") else "in"
+                side: Side = "out" if kind.startswith("lora_B") else method.a_side
                 if side not in method.sides:
                     continue
                 share, limit = leak(subspace.bases[module][side], factor, side), leak_tolerance(factor.dtype)
                 if not share <= limit:
+                    where = "out of its window" if side == "window" else "into the protected subspace"
                     raise ArtifactError(
-                        f"{path}: {module}.{kind} {tuple(factor.shape)} reaches {share:.2g} of its norm into the "
-                        f"protected subspace (limit {limit:.2g}). Train or save the adapter again."
+                        f"{path}: {module}.{kind} {tuple(factor.shape)} reaches {share:.2g} of its norm {where} "
+                        f"(limit {limit:.2g}). Train or save the adapter again."
                     )
                 worst = max(worst, share)
         for key in extra:
@@ -246,7 +247,7 @@ def _check_shapes(
     fits = fits and (1 <= rank <= min(a[1], b[0]) or rank == config["r"])  # r may exceed a narrow layer
     fits = fits and (shapes.get("lora_A.initial", a), shapes.get("lora_B.initial", b)) == (a, b)
     bases = {side: tuple(u.shape) for side, u in subspace.bases[module].items()}
-    if not fits or bases.get("out", b)[0] != b[0] or bases.get("in", (a[1],))[0] != a[1]:
+    if not fits or any(shape[0] != (b[0] if side == "out" else a[1]) for side, shape in bases.items()):
         raise broken(path, f"{module} has lora_A {a}, lora_B {b}, which do not fit rank {rank} and bases {bases}")
     return int(b[0]), int(a[1]), int(rank)
 

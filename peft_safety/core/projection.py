@@ -2,6 +2,9 @@
 
 A basis `u` is `(d, k)` with orthonormal columns; a factor `w` is `lora_B (d, r)` on the output side or `lora_A (r, d)`
 on the input side. The complement `C = I - U U^T` is never formed: all work is with `U^T w`, at `O(d k r)`.
+
+Two constraints keep a factor out of the span of `u`: "out" (`lora_B`) and "in" (`lora_A`). The third, "window", keeps
+`lora_A` in that span. Where the span lies in the complement of a null space, few columns do the work of its many.
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Side = Literal["out", "in"]
-SIDES: tuple[Side, ...] = ("out", "in")
+Side = Literal["out", "in", "window"]
+SIDES: tuple[Side, ...] = ("out", "in", "window")
 
 #: Largest `max|U^T U - I|` that a basis may have (fp32 QR of any shape stays below 1e-6).
 ORTHONORMAL_TOLERANCE = 1e-5
@@ -34,19 +37,26 @@ POWER_ITERATIONS = 8
 
 
 def coefficients(u: Tensor, w: Tensor, side: Side) -> Tensor:
-    """Coordinates of a factor in the protected span: `U^T w (k, r)` for `"out"`, `w U (r, k)` for `"in"`."""
+    """What a constraint removes: coordinates in the protected span, `U^T w (k, r)` for `"out"`, `w U (r, k)` for
+    `"in"`; the part outside the window, `w - (w U) U^T (r, d)`, for `"window"`.
+    """
+    if side == "window":
+        return w - (w @ u) @ u.mT
     return u.mT @ w if side == "out" else w @ u
 
 
 def project_out(u: Tensor, w: Tensor, side: Side = "out") -> Tensor:
-    """Remove the span of `u` from a factor: `w - U (U^T w)` or `w - (w U) U^T`. Differentiable and self-adjoint.
+    """Remove from a factor what its constraint forbids: `w - U (U^T w)`, `w - (w U) U^T`, or for a window all but
+    `(w U) U^T`. Differentiable and self-adjoint.
 
     Args:
         u: basis `(d, k)`, orthonormal columns.
-        w: factor, `(d, r)` for `side="out"`, `(r, d)` for `side="in"`; same dtype as `u`.
+        w: factor, `(d, r)` for `side="out"`, `(r, d)` for `"in"` and `"window"`; same dtype as `u`.
 
     Reference: SaLoRA, arXiv 2501.01765, with `C = I - U U^T` applied to the weight instead of to the activations.
     """
+    if side == "window":
+        return (w @ u) @ u.mT
     c = coefficients(u, w, side)
     return w - u @ c if side == "out" else w - c @ u.mT
 
@@ -54,9 +64,11 @@ def project_out(u: Tensor, w: Tensor, side: Side = "out") -> Tensor:
 def project_wide(u: Tensor, w: Tensor, side: Side) -> Tensor:
     """`project_out` in fp32 or better, back in the dtype of `w`. Differentiable."""
     wide = torch.promote_types(u.dtype, w.dtype)
-    u, p = u.to(wide), w.to(wide)
     # a compiled product may run later, where low precision is allowed
     exact = not torch.compiler.is_compiling() and _full_precision()
+    if side == "window" and not exact:  # a product that is all of the result gains nothing from a second pass
+        wide = torch.float64
+    u, p = u.to(wide), w.to(wide)
     for _ in range(1 if exact else LOW_PRECISION_PASSES):
         p = project_out(u, p, side)
     return p.to(w.dtype)
@@ -73,7 +85,9 @@ def _full_precision() -> bool:
 
 @torch.no_grad()
 def leak(u: Tensor, w: Tensor, side: Side = "out") -> float:
-    """`||U^T w||_F / ||w||_F` in [0, 1], the share of a factor in the protected span; 0 for a zero factor. In fp64."""
+    """`||U^T w||_F / ||w||_F` in [0, 1], the share of a factor in the protected span (or outside its window); 0 for a
+    zero factor. In fp64.
+    """
     u, w = u.double(), w.double()
     total = float(torch.linalg.vector_norm(w))
     return float(torch.linalg.vector_norm(coefficients(u, w, side))) / total if total > 0 else 0.0
@@ -82,13 +96,13 @@ def leak(u: Tensor, w: Tensor, side: Side = "out") -> float:
 @torch.no_grad()
 def delta_leak(u: Tensor, a: Tensor, b: Tensor, side: Side = "out") -> float:
     """`||U^T B A||_F / ||B A||_F` (or `||B A U|| / ||B A||`) without forming the `m x n` product of `a (r, n)` and `b
-    (m, r)`. The basis is `(m, k)` for `"out"`, `(n, k)` for `"in"`.
+    (m, r)`. The basis is `(m, k)` for `"out"`, else `(n, k)`.
     """
     u, a, b = u.double(), a.double(), b.double()
     r_a = torch.linalg.qr(a.mT, mode="r").R  # B A = (B R^T) Q^T with orthonormal Q, so norms need r x r work only
     r_b = torch.linalg.qr(b, mode="r").R
     total = float(torch.linalg.matrix_norm(r_b @ r_a.mT))
-    part = u.mT @ b @ r_a.mT if side == "out" else r_b @ (a @ u)
+    part = u.mT @ b @ r_a.mT if side == "out" else r_b @ coefficients(u, a, side)
     return float(torch.linalg.matrix_norm(part)) / total if total > 0 else 0.0
 
 

@@ -31,7 +31,8 @@ class SafetySubspace:
 
     Args:
         bases: `{module: {"out": (out_features, k), "in": (in_features, k)}}`, either side or both, orthonormal
-            columns. Kept as fp32 on the CPU; one tensor given to several modules stays one.
+            columns. Kept as fp32 on the CPU; one tensor given to several modules stays one. `{"window": (in_features,
+            m)}` instead are directions in which `lora_A` may train, see `guardspace.directions.windows`.
         spectra: singular values behind each basis, `(k,)`, descending; optional.
         fingerprints: sampled base weights by module (`weights.fingerprint`); `bind` adds them.
         provenance: JSON-able facts: method, data hash, rank, tokens, seed.
@@ -246,12 +247,10 @@ class SafetySubspace:
                 f'exclude_modules=r"{exclusion_pattern(lacking, layers)}".'
             )
         for name, layer in layers.items():
-            for side, d in zip(SIDES, weights.shape(layer), strict=True):
-                if side in sides and (u := self.bases[name][side]).shape[0] != d:
-                    shape = tuple(u.shape)
-                    raise SubspaceError(
-                        f"{name}: the basis is {shape}, the layer has {d} {side}put features. Calibrate again."
-                    )
+            for side in sides:
+                kind, d = _features(side), weights.shape(layer)[0 if side == "out" else 1]
+                if (shape := tuple(self.bases[name][side].shape))[0] != d:
+                    raise SubspaceError(f"{name}: the basis is {shape}, the layer has {d} {kind}. Calibrate again.")
         quantized = self.provenance.get("precision", "dense") != "dense"
         weights.check_fingerprints(self.fingerprints, layers, quantized=quantized)
         if bind:
@@ -278,14 +277,14 @@ class SafetySubspace:
 def _check_basis(u: Tensor, name: str, side: Side) -> None:
     """Refuse what would not protect, or would protect everything. The orthonormality catches zeros and copies too."""
     if side not in SIDES:
-        raise SubspaceError(f"{name}: side {side!r}; use 'out' or 'in'.")
+        raise SubspaceError(f"{name}: side {side!r}; use 'out', 'in' or 'window'.")
     what = f"{name}: the {side} basis {tuple(u.shape)}"
     if u.ndim != 2 or u.shape[1] < 1:
         raise SubspaceError(f"{what} is not (features, k) with k >= 1. Calibrate again.")
     d, k = u.shape
     if k >= d:
         raise SubspaceError(
-            f"{name}: k = {k} directions of {d} {side}put features leave nothing to train. Use a rank below {d}, a "
+            f"{name}: k = {k} directions of {d} {_features(side)} leave nothing to train. Use a rank below {d}, a "
             "smaller energy, or leave it out."
         )
     if not bool(torch.isfinite(u).all()):
@@ -294,6 +293,10 @@ def _check_basis(u: Tensor, name: str, side: Side) -> None:
     if not error <= ORTHONORMAL_TOLERANCE:
         limit = f"limit {ORTHONORMAL_TOLERANCE:g}"
         raise SubspaceError(f"{what} is not orthonormal (max|U^T U - I| = {error:.2g}, {limit}). Calibrate again.")
+
+
+def _features(side: Side) -> str:
+    return "output features" if side == "out" else "input features"
 
 
 def _check_values(x: Tensor, shape: tuple[int, ...], what: str) -> None:

@@ -61,11 +61,11 @@ class _Decoding(NamedTuple):
 
 
 class ProtectedLinear(nn.Linear):
-    """`lora_B` with `C = I - U U^T` before it (side "out"), or `lora_A` with `C` behind it (side "in"), or an
-    unconstrained factor with a residual.
+    """`lora_B` with `C = I - U U^T` before it (side "out"), `lora_A` with `C` behind it (side "in") or with the
+    projection `U U^T` onto a window (side "window"), or an unconstrained factor with a residual.
 
     Attributes:
-        weight: the raw trainable factor, `(out_features, r)` for "out" or `(r, in_features)` for "in".
+        weight: the raw trainable factor, `(out_features, r)` for "out", else `(r, in_features)`.
         basis: `U (d, k)`, fp32, non-persistent, untouched by dtype casts; None for a factor that is not constrained.
         initial: the frozen initial factor (persistent, shape of `weight`) of a non-destructive residual, or None.
             `lora_A` then gives `[A x; A0 x]`, and `lora_B` computes `C B a - B0 a0`: bit-identical to zero at

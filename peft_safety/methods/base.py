@@ -125,6 +125,11 @@ class ProtectedConfig(LoraConfig):
         return self.basis_sides
 
     @property
+    def a_side(self) -> Side:
+        """The kind of constraint that `lora_A` has, if it has one."""
+        return "window" if "window" in self.sides else "in"
+
+    @property
     def residual(self) -> bool:
         """Whether the layers carry frozen initial factors."""
         return False

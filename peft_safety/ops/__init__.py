@@ -6,12 +6,11 @@ device.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from peft_safety.core.projection import Side
 from peft_safety.errors import OperationError
 from peft_safety.ops import schemas  # noqa: F401  (registers the operations)
 from peft_safety.ops.dispatch import backend_for
@@ -97,7 +96,7 @@ def nf4_lora(
     return _OPS.nf4_lora(x, x_adapter, *q, a, bp, float(scale), merged)[0]
 
 
-def project_out(u: Tensor, w: Tensor, side: Side = "out") -> Tensor:
+def project_out(u: Tensor, w: Tensor, side: Literal["out", "in"] = "out") -> Tensor:
     """`w - u (u^T w)`, or `w - (w u) u^T` for side "in", as one op; differentiable in `w`.
 
     Computed in the wider dtype of `u (d, k)` and `w` whatever autocast says, and returned in that of `w`.
@@ -105,7 +104,8 @@ def project_out(u: Tensor, w: Tensor, side: Side = "out") -> Tensor:
     Raises:
         OperationError: shapes that do not fit.
     """
-    if u.dim() != 2 or w.dim() != 2 or u.shape[0] != w.shape[0 if side == "out" else 1]:
+    fits = u.dim() == w.dim() == 2 and side in ("out", "in") and u.shape[0] == w.shape[0 if side == "out" else 1]
+    if not fits:
         shapes = f"a basis {tuple(u.shape)} for a factor {tuple(w.shape)} on side {side!r}"
         raise OperationError(f"{shapes}. The basis needs as many rows as the protected dimension.")
     return _OPS.project_out(u, w, side == "out")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 SIZES = ("r", "lora_alpha", "safety_rank", "safety_energy", "safety_rank_pattern", "combine_rank")
-SETTINGS = (*SIZES, "train", "a_init", "init", "basis", "positions", "combine")
+SETTINGS = (*SIZES, "train", "window", "a_init", "init", "basis", "positions", "combine")
 """Fields of a config that the report names."""
 
 

@@ -113,7 +113,7 @@ def sides(layer: LoraLayer, config: ProtectedConfig, name: str) -> Iterator[tupl
     """The factors of a layer that are leaves, each with its side and basis: the constrained ones, and with a residual
     both.
     """
-    pairs: tuple[tuple[Any, Side], ...] = ((layer.lora_A, "in"), (layer.lora_B, "out"))
+    pairs: tuple[tuple[Any, Side], ...] = ((layer.lora_A, config.a_side), (layer.lora_B, "out"))
     for factor, side in pairs:
         if side in config.sides:
             yield factor, side, config.subspace.bases[name][side]

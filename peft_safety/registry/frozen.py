@@ -74,7 +74,7 @@ def set_task_directions(model: nn.Module, task_data: Any, adapter_name: str = "d
     """
     config = config_table(model).get(adapter_name)
     if not isinstance(config, ProtectedConfig) or not config.freezes or config.subspace is None:
-        raise ConfigError(f"adapter {adapter_name!r} has no frozen factor. Use a new GuardSpaceConfig(train='B').")
+        raise ConfigError(f"adapter {adapter_name!r} has no frozen factor. Give its config task_data, or train='B'.")
     layers = adapter_layers(model, adapter_name)
     for name, layer in layers.items():
         pair = [layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight]

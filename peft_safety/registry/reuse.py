@@ -152,7 +152,7 @@ def start(
         for module, (a, b) in known.items():
             _start_from(layers[module].lora_A[name], a)
             _start_from(layers[module].lora_B[name], b)
-    elif config._stored is None and (config.residual or not copied):
+    elif config._stored is None:
         if config.residual:
             _check_data(config)
         config.initialize(model, layers, name)

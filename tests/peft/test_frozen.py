@@ -295,7 +295,7 @@ def test_the_certificate_and_the_subspace(tmp_path):
     found = verify(tmp_path / "adapter", cells.base_model(), tmp_path / "space")
     assert found.blindness_checked
     assert found.worst_leak <= LEAK
-    with pytest.raises(ProtectionError, match="certificate is of subspace"):
+    with pytest.raises(ProtectionError, match="was made with subspace"):
         verify(tmp_path / "adapter", subspace=subspace(cells.base_model(), TASK))
 
 

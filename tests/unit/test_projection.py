@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from peft_safety.core import projection
 
-SIDES = ("out", "in")
+SIDES = projection.SIDES
 
 
 @st.composite
@@ -27,10 +27,10 @@ def problems(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
 
 @given(problems())
 @settings(max_examples=60, deadline=None)
-def test_project_out_is_the_dense_complement_and_idempotent(problem):
+def test_project_out_is_the_dense_projection_and_idempotent(problem):
     u, a, b, side = problem
     w = b if side == "out" else a
-    c = torch.eye(u.shape[0], dtype=u.dtype) - u @ u.mT
+    c = u @ u.mT if side == "window" else torch.eye(u.shape[0], dtype=u.dtype) - u @ u.mT
     dense = c @ w if side == "out" else w @ c
     once = projection.project_out(u, w, side)
     torch.testing.assert_close(once, dense, rtol=0, atol=1e-12)
@@ -42,7 +42,7 @@ def test_project_out_is_the_dense_complement_and_idempotent(problem):
 def test_leaks_equal_their_dense_definitions(problem):
     u, a, b, side = problem
     delta = b @ a
-    part = u.mT @ delta if side == "out" else delta @ u
+    part = {"out": lambda: u.mT @ delta, "in": lambda: delta @ u, "window": lambda: delta - delta @ u @ u.mT}[side]()
     assert projection.delta_leak(u, a, b, side) == pytest.approx(
         float(part.norm() / delta.norm()), rel=1e-9, abs=1e-12
     )
@@ -73,6 +73,30 @@ def test_folding_removes_the_leak_and_folding_again_changes_no_bit(problem, dtyp
     before = w.clone()
     assert not projection.fold_(u, w, side)
     assert torch.equal(w, before)
+
+
+def test_a_window_that_is_the_whole_complement_constrains_as_the_null_space_does():
+    generator = torch.Generator().manual_seed(0)
+    whole = projection.orthonormalize(torch.randn(40, 40, generator=generator, dtype=torch.float64))
+    w = torch.randn(4, 40, generator=generator, dtype=torch.float64)
+    expected = projection.project_out(whole[:, :25], w, "in")
+    torch.testing.assert_close(projection.project_out(whole[:, 25:], w, "window"), expected, rtol=0, atol=1e-12)
+
+
+def test_a_window_is_computed_in_fp64_where_low_precision_is_allowed(monkeypatch):
+    """A second pass, which mends the other constraints, would round the result just as the first."""
+    found, original = [], projection.project_out
+    monkeypatch.setattr(projection, "project_out", lambda u, *rest: found.append(u.dtype) or original(u, *rest))
+    u, w = projection.orthonormalize(torch.randn(32, 8)), torch.randn(4, 32)
+    before = torch.get_float32_matmul_precision()
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            assert projection.project_wide(u, w, "window").dtype == torch.float32
+        finally:
+            torch.set_float32_matmul_precision(before)
+    assert found[0] == torch.float32
+    assert set(found[1:]) == {torch.float64}
 
 
 def test_folding_what_lies_in_the_span_entirely_leaves_nothing_behind():

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -32,13 +33,13 @@ from peft_safety.data.rows import data_rows
 from peft_safety.errors import ConfigError
 from peft_safety.methods.base import Layers, ProtectedConfig, option
 from peft_safety.methods.checks import check_choices
-from peft_safety.methods.guardspace.directions import frozen_factors
+from peft_safety.methods.guardspace.directions import ROW_NORM, frozen_factors, windows
 from peft_safety.methods.guardspace.factors import Kind, Preconditioner, irrelevant_factors
 from peft_safety.methods.initial import start_from
 
 Basis = Literal["harmful", "general", "both"]
 Combine = Literal["salora", None]
-Train = Literal["A", "B"]
+Train = Literal["A", "B", "window"]
 Rows = Literal["task", "random"]
 Init = Literal["lora", "guardspace"]
 DEFAULT_BASIS: Literal["harmful"] = "harmful"
@@ -66,9 +67,14 @@ class GuardSpaceConfig(ProtectedConfig):
         combine: "salora" also keeps the update out of the outputs of safe responses, None does not.
         combine_rank: for combine="salora" and "auto": output directions per module.
         train: "A" trains both factors, with A projected at every step; the bases stay in memory and are saved. "B"
-            makes A blind once, freezes it and trains B: the adapter is a plain LoRA, at no extra cost.
-        a_init: for train="B", the rows of A: "task" takes the directions outside the null space that `task_data` use
-            most, "random" takes random ones. Without task data they are random too, with a warning.
+            makes A blind once, freezes it and trains B: the adapter is a plain LoRA, at no extra cost. "window" trains
+            both, with A projected onto a few directions outside the null space; these stay in memory and are saved,
+            the bases are not.
+        window: for train="window": directions per module (at least r).
+        a_init: for train="B", the rows of A, and for train="window" the window, whose first r directions A starts
+            from: "task" takes the directions outside the null space that `task_data` use most, "random" takes random
+            ones. Without task data they are random too, with a warning. A subspace that holds windows (of a saved
+            adapter, say) gives its own.
         init: "lora" starts from B = 0; "guardspace" starts from the part of the weight that does least on the
             calibration data, with a residual that leaves function and base weight unchanged.
         preconditioner: for init="guardspace": decompose `W Sigma^(1/2)` ("root") or `W Sigma` ("moment").
@@ -85,12 +91,13 @@ class GuardSpaceConfig(ProtectedConfig):
     positions: Positions = option("all", "Tokens that count in the calibration.")
     combine: Combine = option(None, "'salora' constrains the output side too.")
     combine_rank: int = option(DEFAULT_RANK, "For combine='salora': output directions per module.")
-    train: Train = option("A", "'A' trains both factors, projected; 'B' freezes a blind A: a plain LoRA.")
-    a_init: Rows = option("task", "For train='B': rows of A, from task_data or random.")
+    train: Train = option("A", "'A': both factors, A projected; 'B': A blind and frozen; 'window': A in a window.")
+    window: int = option(64, "For train='window': directions per module.")
+    a_init: Rows = option("task", "For train='B' and 'window': directions of A, from task_data or random.")
     init: Init = option("lora", "'lora' (B = 0) or 'guardspace' (arXiv 2510.14301).")
     preconditioner: Kind = option("root", "Square root of the second moment, or itself.")
     init_data: Any = option(None, "Data behind init='guardspace'. Not saved.")
-    task_data: Any = option(None, "Rows of the benign task, for train='B' and a warning. Not saved.")
+    task_data: Any = option(None, "Rows of the benign task, for a_init='task' and a warning. Not saved.")
 
     PEFT_KEY: ClassVar[str] = "GUARDSPACE"
     UNSAVED: ClassVar[tuple[str, ...]] = ("init_data", "task_data")
@@ -104,12 +111,14 @@ class GuardSpaceConfig(ProtectedConfig):
                 f"{where}: basis={self.basis!r} has no responses, so positions='response' finds none. Use 'all' or "
                 "'prompt'."
             )
-        if self.train == "B" and (self.init != "lora" or self.combine is not None):
+        if self.train != "A" and (self.init != "lora" or self.combine is not None):
             raise ConfigError(
-                f"{where}: train='B' excludes init={self.init!r} and combine={self.combine!r}. Use train='A'."
+                f"{where}: train={self.train!r} excludes init={self.init!r} and combine={self.combine!r}. Use "
+                "train='A'."
             )
-        if not isinstance(self.combine_rank, int) or isinstance(self.combine_rank, bool) or self.combine_rank < 1:
-            raise ConfigError(f"{where}: combine_rank={self.combine_rank!r}. Use an integer of at least 1.")
+        for name, number in (("combine_rank", self.combine_rank), ("window", self.window)):
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise ConfigError(f"{where}: {name}={number!r}. Use an integer of at least 1.")
         for name in self.UNSAVED:
             data = getattr(self, name)
             if data is not None:
@@ -118,6 +127,8 @@ class GuardSpaceConfig(ProtectedConfig):
 
     @property
     def basis_sides(self) -> tuple[Side, ...]:
+        if self.train == "window":
+            return ("window",)
         return ("in",) if self.combine is None else ("in", "out")
 
     @property
@@ -140,6 +151,19 @@ class GuardSpaceConfig(ProtectedConfig):
     def residual(self) -> bool:
         return self.init == "guardspace"
 
+    def resolve(self, model: nn.Module, layers: Layers) -> SafetySubspace:
+        """For train="window" the windows in the complement of the null space."""
+        subspace = super().resolve(model, layers)
+        if self.train != "window" or any("window" in sides for sides in subspace.bases.values()):
+            return subspace
+        left_out = set(subspace.lacking(layers, ("in",))) & set(subspace.left_out)
+        base = {name: layer for name, layer in layers.items() if name not in left_out}
+        if not base:
+            return subspace  # which leaves out every layer: injection refuses it
+        subspace.check_fits(base, ("in",))
+        width = max(self.window, self.r, *(self.rank_pattern or {}).values())
+        return windows(subspace, base, width, self._task_moments(model, base, subspace))
+
     @property
     def calibration(self) -> dict[str, Any]:
         return {"method": "guardspace", "basis": self.basis, "positions": self.positions}
@@ -160,22 +184,15 @@ class GuardSpaceConfig(ProtectedConfig):
     ) -> dict[str, Tensor]:
         base = {name: layer.get_base_layer() for name, layer in layers.items()}
         ranks = {name: int(layer.r[adapter_name]) for name, layer in layers.items()}
-        data = self.task_data if task_data is None else task_data
-        moments = None if data is None else self._check_task(model, base, data)
-        if self.a_init == "random" and task_data is None:
-            moments = None
-        elif data is None:
-            warnings.warn(
-                "GuardSpaceConfig: without task_data the rows of the frozen A are random directions outside the null "
-                "space. With 32 rows of the task it learns faster; set a_init='random' if you want random ones.",
-                stacklevel=2,
-            )
-        return frozen_factors(self.subspace, ranks, moments)
+        return frozen_factors(self.subspace, ranks, self._task_moments(model, base, self.subspace, task_data))
 
     def initialize(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+        if self.train == "window":
+            self._start_in_window(layers, adapter_name)
+            return
         base = {name: layer.get_base_layer() for name, layer in layers.items()}
         if self.task_data is not None:
-            self._check_task(model, base, self.task_data)
+            self._check_task(model, base, self.subspace, self.task_data)
         if self.init == "lora":
             return
         own = self.init_data is None
@@ -201,9 +218,33 @@ class GuardSpaceConfig(ProtectedConfig):
             b, a = irrelevant_factors(weight, prepared[id(moment)], rank, name)
             start_from(layers[name], adapter_name, b, a)
 
-    def _check_task(self, model: nn.Module, base: Mapping[str, nn.Module], data: Any) -> InputMoments:
+    @torch.no_grad()
+    def _start_in_window(self, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+        """The window's first directions as the first rows of `A`; PEFT's own rows, in the window, for the rest."""
+        for name, layer in layers.items():
+            weight = layer.lora_A[adapter_name].raw()
+            rows = self.subspace.bases[name]["window"].mT[: len(weight)] * ROW_NORM
+            weight[: len(rows)].copy_(rows)
+
+    def _task_moments(
+        self, model: nn.Module, base: Layers, subspace: SafetySubspace, task_data: Any = None
+    ) -> InputMoments | None:
+        """What the directions of A are made from; None makes them random. `task_data` replaces the config's."""
+        data = self.task_data if task_data is None else task_data
+        moments = None if data is None else self._check_task(model, base, subspace, data)
+        if self.a_init == "random" and task_data is None:
+            return None
+        if data is None:
+            warnings.warn(
+                "GuardSpaceConfig: without task_data, A takes random directions outside the null space. With 32 rows "
+                "of the task it learns faster; set a_init='random' if you want random ones.",
+                stacklevel=3,
+            )
+        return moments
+
+    def _check_task(self, model: nn.Module, base: Layers, subspace: SafetySubspace, data: Any) -> InputMoments:
         """The second moments of the task's inputs; warns if the task lies inside the null space."""
         rows = data_rows(data, "task_data")
-        moments, shares = task_inputs(model, base, self.subspace, rows, tokenizer=tokenizer_for(model, rows))
+        moments, shares = task_inputs(model, base, subspace, rows, tokenizer=tokenizer_for(model, rows))
         warn_if_stalled(shares)
         return moments

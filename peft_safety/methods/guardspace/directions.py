@@ -1,16 +1,26 @@
-"""The rows of a frozen `A`: directions outside the null space, those that the task uses most or random ones."""
+"""Directions outside the null space, those that the task uses most or random ones: the rows of a frozen `A`, or the
+window in which `A` trains.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from peft_safety.calibration.moments import InputMoments
 from peft_safety.core.names import listed
-from peft_safety.core.projection import OVERSAMPLING, fold_, orthonormalize, project_out, top_eigenvectors
+from peft_safety.core.projection import (
+    OVERSAMPLING,
+    Side,
+    fold_,
+    orthonormalize,
+    principal_cosines,
+    project_out,
+    top_eigenvectors,
+)
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.errors import CalibrationError
 
@@ -55,21 +65,22 @@ def blind_rows(basis: Tensor, rank: int, *, moment: Tensor | None = None, seed: 
 
 
 def frozen_factors(
-    subspace: SafetySubspace, ranks: Mapping[str, int], moments: InputMoments | None
+    subspace: SafetySubspace, ranks: Mapping[str, int], moments: InputMoments | None, *, share_random: bool = False
 ) -> dict[str, Tensor]:
     """`blind_rows` of every module. Modules with one input and one basis share their directions.
 
     Args:
-        ranks: r by module.
+        ranks: rows by module.
         moments: of the task's inputs; a module that the task does not reach gets random rows, as all do with None.
+        share_random: modules with one basis share random rows too.
 
     Raises:
-        CalibrationError: fewer tokens of the task than r.
+        CalibrationError: fewer tokens of the task than rows.
     """
     if moments is not None and moments.tokens < max(ranks.values()):
         raise CalibrationError(
-            f"task_data: {moments.tokens} tokens cannot give r={max(ranks.values())} directions. Give more rows, or "
-            "use a_init='random'."
+            f"task_data: {moments.tokens} tokens cannot give {max(ranks.values())} directions. Give more rows, or use "
+            "a_init='random'."
         )
     shapes = {name: subspace.bases[name]["in"].shape for name in ranks}
     narrow = [name for name, (n, k) in shapes.items() if ranks[name] > n - k]
@@ -83,12 +94,40 @@ def frozen_factors(
     rows = {}
     for index, (name, rank) in enumerate(ranks.items()):
         basis = subspace.bases[name]["in"]
-        if moments is None or not moments.reaches(name):
-            rows[name] = blind_rows(basis, rank, seed=index)
-            continue
-        moment = moments.moment(name)
-        key = (id(moment), id(basis), rank)
+        moment = moments.moment(name) if moments is not None and moments.reaches(name) else None
+        key = (id(basis), rank, index if moment is None and not share_random else id(moment))
         if key not in made:
-            made[key] = blind_rows(basis, rank, moment=moment)
+            made[key] = blind_rows(basis, rank, moment=moment, seed=index if moment is None else 0)
         rows[name] = made[key]
     return rows
+
+
+@torch.no_grad()
+def windows(
+    subspace: SafetySubspace, names: Iterable[str], width: int, moments: InputMoments | None
+) -> SafetySubspace:
+    """The windows in which a trainable `A` is blind: `{"window": N (n, m)}` with orthonormal columns in the complement
+    of the null space, of which `A` is a combination. Modules with one input and one basis share a window.
+
+    Args:
+        subspace: with a basis `Q (n, k)` of every module.
+        width: `m`; where the complement has fewer dimensions, the window is all of it.
+        moments: as in `frozen_factors`, which also says what is raised.
+
+    Returns:
+        Bases that take the place of `Q`. The provenance has the digest of the null space, and the largest
+        `||N^T Q||_2` of any module, which bounds `||A Q|| / ||A||`.
+    """
+    bases = {name: subspace.bases[name]["in"] for name in names}
+    widths = {name: min(width, basis.shape[0] - basis.shape[1]) for name, basis in bases.items()}
+    rows = frozen_factors(subspace, widths, moments, share_random=True)
+    made: dict[int, Tensor] = {}
+    worst = 0.0
+    for name, a in rows.items():
+        if id(a) not in made:
+            made[id(a)] = a.cpu().mT / ROW_NORM
+            worst = max(worst, float(principal_cosines(made[id(a)], bases[name])[0]))
+    facts = {"sides": "window", "window": width, "window_leak": worst, "null_space": subspace.digest}
+    prints = {name: values for name, values in subspace.fingerprints.items() if name in bases}
+    new: dict[str, dict[Side, Tensor]] = {name: {"window": made[id(a)]} for name, a in rows.items()}
+    return SafetySubspace(new, None, prints, {**subspace.provenance, **facts})
