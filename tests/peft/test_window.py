@@ -383,3 +383,15 @@ def test_layers_that_the_null_space_leaves_out_get_no_window(tmp_path):
     assert verify(tmp_path, with_tower(), space).blindness_checked
     with pytest.raises(SubspaceError, match="leaves out every layer"):
         get_peft_model(with_tower(), GuardSpaceConfig(**given, subspace=space, target_modules=TOWER))
+
+
+def test_it_compiles_in_one_graph():
+    torch._dynamo.reset()
+    model, space = windowed(trained=True), subspace(cells.base_model())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(cells.logits(compiled), cells.logits(model), rtol=1e-5, atol=1e-6)
+    cells.train(compiled, cells.adamw, 2)
+    model.eval()
+    torch.testing.assert_close(cells.logits(compiled), cells.logits(model), rtol=1e-5, atol=1e-6)
+    assert_blind(model, space)
+    torch._dynamo.reset()
