@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import PAGE, RESULTS, link, publish, with_section
-from benchmarks.frontier.aggregate import Point
+from benchmarks.frontier.aggregate import Point, label
+from benchmarks.frontier.cells import cell_of
+from benchmarks.frontier.plan import name_of
 from benchmarks.frontier.results import Row, caveats, facts, read
 from benchmarks.frontier.tables import NOTHING, Table, number, percent
 
@@ -106,7 +108,10 @@ def along(row: Row) -> list[tuple[int, Row]]:
 
 
 def _kind(row: Row) -> str:
-    return row["cell"]["control"] or row["cell"]["arm"]
+    """A key of `ARMS`; for the other forms of the method the name of their arm."""
+    cell = cell_of(row)
+    form = cell.arm in ("blind", "task") or "train" in cell.options()
+    return label(name_of(cell).split(" with ")[0]) if form else cell.control or cell.arm
 
 
 def _arm(row: Row) -> str:
@@ -154,27 +159,28 @@ def save_png(rows: Sequence[Row], path: Path) -> Path:
     ]
     lines: dict[str, list[tuple[float, Row]]] = {}
     for row in usual:
-        cell = row["cell"]
-        if cell["arm"] == "lora" or (
-            _kind(row) == "guard" and cell["positions"] == "all" and cell["calibration"] == 64
+        cell, kind = row["cell"], _kind(row)
+        if cell["arm"] != "lora" and (
+            kind in ("random", "scaled") or cell["positions"] != "all" or cell["calibration"] != 64
         ):
-            name = (
-                f"plain LoRA, {cell['epochs']} epochs"
-                if cell["arm"] == "lora"
-                else f"{cell['basis']}, {cell['fraction']:.3g}, {cell['epochs']} epochs"
-            )
-            lines.setdefault(name, []).extend(along(row) if row.get("along") else [])
+            continue
+        said = {"lora": "plain LoRA", "guard": cell["basis"]}.get(kind, kind)
+        share = f", {cell['fraction']:.3g}" if cell["fraction"] else ""
+        name = f"{said}{share}, {cell['epochs']} epochs"
+        lines.setdefault(name, []).extend(along(row) if row.get("along") else [])
     _draw(left, {name: points for name, points in lines.items() if points}, "optimizer steps")
     sizes: dict[str, list[tuple[float, Row]]] = {}
     for row in usual:
         cell = row["cell"]
         if (
-            _kind(row) in ("guard", "random")
+            cell["fraction"]
+            and cell["control"] != "scaled"
             and cell["positions"] == "all"
             and cell["calibration"] == 64
             and cell["epochs"] == 1
         ):
-            sizes.setdefault("random" if cell["control"] else cell["basis"], []).append((cell["fraction"], row))
+            kind = _kind(row)
+            sizes.setdefault(cell["basis"] if kind == "guard" else kind, []).append((cell["fraction"], row))
     _draw(right, sizes, "share of the input dimensions taken")
     left.set_ylabel("refusal, % of harmful validation prompts")
     canvas.suptitle("GuardSpace, one row in ten poisoned", fontsize=11)
