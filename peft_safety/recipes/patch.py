@@ -31,7 +31,7 @@ from peft_safety.recipes.train import PATCH_LEARNING_RATE, TrainingRun, TrainOpt
 from peft_safety.recipes.watch import Look, Stopping, Watch
 from peft_safety.reporting.report import Report, environment
 
-PATCH_TRAINING = TrainOptions(lr=PATCH_LEARNING_RATE, epochs=1.75, max_length=128)
+PATCH_TRAINING = TrainOptions(lr=PATCH_LEARNING_RATE, epochs=2.5, max_length=128)
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class PatchOptions:
     r: int = 8
     lora_alpha: int = 16
     target_modules: str | list[str] = "all-linear"
-    harmful: int = 240
-    general: int = 156
-    everyday: int = 485
+    harmful: int = 168
+    general: int = 60
+    everyday: int = 324
     contrast: int = 90
     answer_tokens: int = 12
     distil_weight: float = 4.0

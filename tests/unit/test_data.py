@@ -21,11 +21,11 @@ def test_splits_are_disjoint_and_complete(name):
 @pytest.mark.parametrize(
     ("name", "least"),
     [
-        ("harmful_requests", 400),
+        ("harmful_requests", 200),
         ("refusals", 40),
         ("contrast_prompts", 150),
         ("general_prompts", 200),
-        ("everyday_requests", 600),
+        ("everyday_requests", 300),
         ("benign_task", 800),
         ("second_task", 400),
     ],
