@@ -103,7 +103,7 @@ def _value(text: str) -> Any:
 
 
 PATCH = "3"
-"""The safety patch that aligns the model today: that of `examples/patches`."""
+"""The safety patch that aligns the model today: that of `benchmarks/data/patch`."""
 
 
 @dataclass(frozen=True)
