@@ -134,7 +134,7 @@ def guard(bench: Bench, cell: Cell) -> Made:
         task = _task_batches(bench, rows)
     shares = task_inputs(bench.model, target_layers(bench.model, TARGETS), subspace, task, progress=False)[1]
     made["task_free"] = sorted(share.free for share in shares.values())[len(shares) // 2]
-    given = {name: knobs[name] for name in ("train", "window", "combine", "r") if name in knobs}
+    given = {"train": "A"} | {name: knobs[name] for name in ("train", "window", "combine", "r") if name in knobs}
     if "rows" in knobs:
         given |= {"a_init": knobs["rows"], "task_data": task if knobs["rows"] == "task" else None}
     tuned, facts = bench.train(cell, bench.config("guardspace", subspace=subspace, **given), rows)

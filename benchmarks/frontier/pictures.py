@@ -36,7 +36,7 @@ COLOURS = {
 MARKERS = {"": "o", "random": "s", "scaled": "^"}
 TOO_CAREFUL = 0.25
 """Over-refusal above this is written in the label: such a method may refuse everything that looks dangerous."""
-LABEL_GAP = 6.3
+LABEL_GAP = 4.6
 """Smallest distance between two labels, in percent of the axis."""
 
 
@@ -61,7 +61,7 @@ def frontier(points: Points, path: Path) -> Path:
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     foot = 0.95 if columns == 2 else 1.35  # the legend takes three lines where the picture is narrow
-    height = 5.0 * lines + foot
+    height = 6.8 * lines + foot
     canvas = Figure(figsize=(7.2 * columns, height))
     axes = canvas.subplots(lines, columns, squeeze=False)
     canvas.subplots_adjust(

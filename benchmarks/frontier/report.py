@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import PAGE, RESULTS, link, publish, with_section
@@ -9,7 +11,7 @@ from benchmarks.frontier import pictures, tables
 from benchmarks.frontier.aggregate import Points, missing, points, shares, split_of
 from benchmarks.frontier.html import html_page
 from benchmarks.frontier.plan import FIRST_POISON, METHODS, plan
-from benchmarks.frontier.results import NAME, caveats, facts, read
+from benchmarks.frontier.results import NAME, Row, caveats, facts, read
 from peft_safety.errors import DataError
 from peft_safety.evaluation import KeywordJudge
 
@@ -49,12 +51,18 @@ def section(results: Path, page: Path = PAGE) -> str:
         "refuses, and McNemar's exact p (prompts repeat over seeds, so it is somewhat too small).",
         f"- {len(planned) - absent} of the {len(planned)} cells of the full plan; everything else, and what is "
         "missing, in `benchmarks/results/frontier.html`.",
-        f"- Environment: {facts(environment)}.",
+        f"- Cells by device: {devices(rows)}. Environment of the report: {facts(environment)}.",
         "- Written by `python -m benchmarks.frontier --report` (`benchmarks/results/frontier.jsonl`).",
     ]
     if split != "test":
         lines.insert(2, "**Validation prompts only: nothing here is a result.**\n")
     return "\n".join(lines)
+
+
+def devices(rows: Sequence[Row]) -> str:
+    """How many cells ran on which device."""
+    counts = Counter(row.get("device", "cpu") for row in rows)
+    return ", ".join(f"{device} {count}" for device, count in counts.most_common())
 
 
 def _headline(shown: Points) -> float:

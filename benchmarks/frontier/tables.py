@@ -74,9 +74,11 @@ def headline(points: Points, poison: float) -> Table:
     headings = ("", *(f"refusal, {share(p)}" for p in columns))
     headings += tuple(f"{heading}, {share(poison)}" for heading in ("accuracy", "over-refusal", "general NLL"))
     headings += tuple(f"refusal against {kind}, {share(poison)}" for kind in ("random", "equal norm"))
+    headings += (f"seeds, {share(poison)}",)
     rows = []
     for name in names(points, controls=False):
         point = points.get((name, poison))
+        seeds = NOTHING if point is None or name.startswith("aligned") else str(len(point.rows) + point.diverged)
         rates = [percent(points[name, p].rate("refusal")) if (name, p) in points else NOTHING for p in columns]
         if name.startswith("aligned"):  # it does not depend on the share of poison
             rates = [rates[0], *[""] * (len(columns) - 1)]
@@ -90,7 +92,7 @@ def headline(points: Points, poison: float) -> Table:
             ]
         )
         against = [difference(_against(points, name, kind, poison)) for kind in ("random", "scaled")]
-        rows.append((label(name), *rates, *rest, *against))
+        rows.append((label(name), *rates, *rest, *against, seeds))
     return Table(headings, rows)
 
 

@@ -75,7 +75,7 @@ def protect(
     combine: Annotated[bool, Option("--combine", help="For guardspace: protect SaLoRA's outputs too.")] = False,
     combine_rank: Annotated[int | None, Option(help="For --combine: directions of each layer (default 32).")] = None,
     train: Annotated[
-        str | None, Option(help="For guardspace: A (both factors, projected), B (A frozen: a plain LoRA) or window.")
+        str | None, Option(help="For guardspace: B (A frozen: a plain LoRA; default), A (both, projected) or window.")
     ] = None,
     window: Annotated[int | None, Option(help="For --train window: directions of each layer (default 64).")] = None,
     init: Annotated[str | None, Option(help="lora (B = 0, default), or task for salora, guardspace for it.")] = None,

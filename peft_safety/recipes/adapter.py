@@ -32,7 +32,8 @@ def adapter_config(
     """The PEFT config of a method.
 
     Args:
-        method: "lora" (not protected), "salora" or "guardspace".
+        method: "lora" (not protected), "salora" or "guardspace", whose A is frozen unless `train` or another option
+            says otherwise: `calibrated` takes its rows from the training data.
         r, lora_alpha, target_modules: as in `LoraConfig`.
         **options: further fields of the method's config; None means the config's default.
 
@@ -51,6 +52,8 @@ def adapter_config(
     unknown = sorted(set(given) - {field.name for field in fields(kinds[method])})
     if unknown:
         raise ConfigError(f"method {method!r} has no option {unknown[0]!r}. Leave it out, or choose another method.")
+    if method == "guardspace" and not {"init", "combine"} & set(given):
+        given.setdefault("train", "B")
     given |= {"r": r, "lora_alpha": lora_alpha, "target_modules": target_modules, "task_type": TaskType.CAUSAL_LM}
     config: LoraConfig = kinds[method](**given)
     return config

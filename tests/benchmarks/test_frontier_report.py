@@ -147,7 +147,7 @@ def test_no_label_of_the_picture_lies_on_another(tmp_path):
         pictures.frontier(found, tmp_path / "frontier.png")
     assert len(seen) == 4
     for boxes in seen:
-        assert len(boxes) == 14, "every method but its 4-bit twin and the aligned model has its name"
+        assert len(boxes) == 22, "every method but its 4-bit twin and the aligned model has its name"
         assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from peft_safety import SafetySubspace, verify
+from peft_safety import GuardSpaceConfig, SafetySubspace, verify
 from peft_safety.calibration.coverage import coverage, task_inputs, warn_if_stalled
 from peft_safety.calibration.moments import content_digest, to_batches
 from peft_safety.cli import app
@@ -202,3 +202,13 @@ def test_protect_end_to_end(files, capsys):
 def test_options_of_another_method_are_refused(options, said):
     with pytest.raises(ConfigError, match=said):
         adapter_config(**options)
+
+
+def test_with_task_rows_a_is_frozen_unless_something_speaks_against_it():
+    rows = [{"prompt": "a", "response": "b"}]
+    assert GuardSpaceConfig().train == GuardSpaceConfig(task_data=rows, combine="salora").train == "A"
+    assert GuardSpaceConfig(task_data=rows, init="guardspace").train == "A"
+    assert GuardSpaceConfig(task_data=rows, a_init="random").train == "A"
+    assert GuardSpaceConfig(task_data=rows).train == adapter_config("guardspace").train == "B"
+    assert GuardSpaceConfig(task_data=rows, train="A").train == adapter_config("guardspace", train="A").train == "A"
+    assert adapter_config("guardspace", combine="salora").train == "A"

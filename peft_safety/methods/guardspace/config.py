@@ -69,7 +69,7 @@ class GuardSpaceConfig(ProtectedConfig):
         train: "A" trains both factors, with A projected at every step; the bases stay in memory and are saved. "B"
             makes A blind once, freezes it and trains B: the adapter is a plain LoRA, at no extra cost. "window" trains
             both, with A projected onto a few directions outside the null space; these stay in memory and are saved,
-            the bases are not.
+            the bases are not. None (default) is "B" with `task_data` where nothing speaks against it, else "A".
         window: for train="window": directions per module (at least r).
         a_init: for train="B", the rows of A, and for train="window" the window, whose first r directions A starts
             from: "task" takes the directions outside the null space that `task_data` use most, "random" takes random
@@ -91,7 +91,7 @@ class GuardSpaceConfig(ProtectedConfig):
     positions: Positions = option("all", "Tokens that count in the calibration.")
     combine: Combine = option(None, "'salora' constrains the output side too.")
     combine_rank: int = option(DEFAULT_RANK, "For combine='salora': output directions per module.")
-    train: Train = option("A", "'A': both factors, A projected; 'B': A blind and frozen; 'window': A in a window.")
+    train: Train | None = option(None, "'A': both, A projected; 'B': A blind and frozen; 'window'. See the docs.")
     window: int = option(64, "For train='window': directions per module.")
     a_init: Rows = option("task", "For train='B' and 'window': directions of A, from task_data or random.")
     init: Init = option("lora", "'lora' (B = 0) or 'guardspace' (arXiv 2510.14301).")
@@ -104,6 +104,9 @@ class GuardSpaceConfig(ProtectedConfig):
 
     def __post_init__(self) -> None:
         where = type(self).__name__
+        if self.train is None:
+            freezable = self.init == "lora" and self.combine is None and self.a_init == "task"
+            self.train = "B" if freezable and self.task_data is not None else "A"
         check_choices(self, basis=Basis, positions=Positions, combine=Combine, train=Train, a_init=Rows, init=Init)
         check_choices(self, preconditioner=Kind)
         if self.positions == "response" and self.basis != "harmful":
