@@ -11,6 +11,8 @@ TORCH := torch==2.13.0
 PYTEST_ARGS ?=
 # one worker a core: the tests themselves run on one thread
 PYTEST_WORKERS ?= auto
+# a file's tests stay together, so that what they share is made once; the files go in their own order, the short ones of tests/unit last
+PYTEST_PARALLEL = -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 DEMO_ARGS ?=
 FRONTIER_ARGS ?=
 
@@ -72,7 +74,7 @@ frontier-smoke: $(STAMP) model
 	$(OFFLINE) $(BIN)/python -m benchmarks.frontier --smoke $(FRONTIER_ARGS)
 
 test: $(STAMP) model
-	$(OFFLINE) $(BIN)/python -m pytest tests -n $(PYTEST_WORKERS) -m "not gpu and not slow" $(PYTEST_ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) -m "not gpu and not slow" $(PYTEST_ARGS)
 
 # The same tests, with the instructions that every x86-64 CPU has: torch's own kernels, MKL, oneDNN and NumPy's OpenBLAS each have a switch. A test that passes
 # here and on the machine's own instructions does not hang on the order in which one CPU happens to add.
@@ -86,8 +88,8 @@ test-all: $(STAMP) model
 
 # what is too long for every change: every test, with the oldest instructions too, and the harness at a small scale
 nightly: $(STAMP) model
-	$(OFFLINE) $(BIN)/python -m pytest tests -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
-	$(OLDEST_ISA) $(OFFLINE) $(BIN)/python -m pytest tests -n $(PYTEST_WORKERS) -m "not gpu" $(PYTEST_ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) $(PYTEST_ARGS)
+	$(OLDEST_ISA) $(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) -m "not gpu" $(PYTEST_ARGS)
 	$(MAKE) frontier-smoke
 
 lint: $(STAMP)

@@ -15,7 +15,6 @@ GuardSpace? Minutes on two CPU cores.
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from collections.abc import Iterator
@@ -23,6 +22,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from examples.options import command_line
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -274,7 +275,7 @@ def verdict(evaluations: dict[str, Evaluation]) -> str:
 
 def main() -> None:
     """Run the demo, and print, save and draw its report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "runs/demo")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--full",
@@ -283,15 +284,6 @@ def main() -> None:
     )
     size.add_argument("--smoke", action="store_true", help="few prompts and steps: figures too rough to quote")
     parser.add_argument("--no-poison", action="store_true", help="fine-tune on clean rows")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="directory of report.json and report.png")
-    parser.add_argument("--model", help="hub id or directory of SmolLM2-135M-Instruct; default: fetched when missing")
-    parser.add_argument(
-        "--split",
-        choices=("validation", "test"),
-        default="test",
-        help="choose settings on validation; look at test once",
-    )
-    parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
 
     from examples.demo_picture import draw

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from examples.options import command_line
 from peft_safety.recipes.train import LEARNING_RATE
 
 if TYPE_CHECKING:
@@ -242,29 +243,18 @@ class Fusing:
 
 def main() -> None:
     """Run it, and print, save and draw the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "runs/fuse")
     parser.add_argument(
         "--smoke", action="store_true", help="a few rows of everything: does it run? Figures mean nothing"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/fuse"))
     parser.add_argument(
         "--data",
         type=Path,
         help="JSON lines {text, label} in place of the help-desk task, for example banking intents",
     )
-    parser.add_argument(
-        "--model", help="hub id or directory of an instruct model; default SmolLM2-135M-Instruct, fetched when missing"
-    )
-    parser.add_argument(
-        "--split",
-        choices=("validation", "test"),
-        default="test",
-        help="choose settings on validation; look at test once",
-    )
     parser.add_argument("--weight", type=float, default=WEIGHT, help="of each task vector")
     parser.add_argument("--mask-lr", type=float, default=1e-1, help="peak learning rate of the mask's logits")
     parser.add_argument("--rescale", choices=("mean", "none"), default="mean")
-    parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
 
     from examples.get_model import model_dir

@@ -18,12 +18,13 @@ a task it was never trained on. Writes report.json and report.png.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from examples.options import command_line
 
 if TYPE_CHECKING:
     from peft_safety.evaluation.metrics import Figure
@@ -178,18 +179,7 @@ def overlap(model: Any, one: str, other: str) -> float:
 
 def main() -> None:
     """Run it, and print, save and draw the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/patch"), help="directory of report.json and report.png")
-    parser.add_argument(
-        "--model", help="hub id or directory of an instruct model; default SmolLM2-135M-Instruct, fetched when missing"
-    )
-    parser.add_argument(
-        "--split",
-        choices=("validation", "test"),
-        default="test",
-        help="choose settings on validation; look at test once",
-    )
-    parser.add_argument("--seed", type=int, default=0)
+    parser = command_line(__doc__, "runs/patch")
     parser.add_argument(
         "--xstest",
         type=Path,

@@ -11,7 +11,6 @@ control: the same LoRA, each module merely shortened to the norm that "soft" lea
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.demo import DEFAULT, LORA, POISON, Demo, torch_threads
+from examples.options import command_line
 from peft_safety.recipes.train import LEARNING_RATE
 
 ATTACK_RATE = 2 * LEARNING_RATE
@@ -43,11 +43,7 @@ def scaled(model: Any, factors: dict[str, float]) -> Any:
 
 def main() -> None:
     """Run it, and print, save and draw the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/repair"))
-    parser.add_argument("--split", choices=("validation", "test"), default="test")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    given = command_line(__doc__, "runs/repair").parse_args()
 
     from peft import PeftModel
 
@@ -55,7 +51,7 @@ def main() -> None:
     from peft_safety.reporting.report import Report, environment
 
     scale = replace(DEFAULT, arms=(LORA,), eval_limit=72)
-    demo, source = Demo(scale, POISON, given.split, given.seed, ATTACK_RATE), model_dir()
+    demo, source = Demo(scale, POISON, given.split, given.seed, ATTACK_RATE), Path(given.model or model_dir())
     aligned = demo.prepare(str(source))
     aligned_dir, broken = given.out / "aligned", given.out / "adapter"
     aligned.save_pretrained(aligned_dir)

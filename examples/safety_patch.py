@@ -13,12 +13,13 @@ each beside the model without it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from examples.options import command_line
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -183,26 +184,10 @@ def refusals(model: Any, tokenizer: PreTrainedTokenizerBase, sets: dict[str, lis
 
 def main() -> None:
     """Train the patch, or take a finished one; measure it beside the bare model, and write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/safety_patch"),
-        help="directory of the patch, its manifest and report.json",
-    )
+    parser = command_line(__doc__, "runs/safety_patch")
     parser.add_argument(
         "--measure", type=Path, help="directory of a finished patch with its report.json: train none, measure this one"
     )
-    parser.add_argument(
-        "--model", help="hub id or directory of an instruct model; default SmolLM2-135M-Instruct, fetched when missing"
-    )
-    parser.add_argument(
-        "--split",
-        choices=("validation", "test"),
-        default="test",
-        help="choose settings on validation; look at test once",
-    )
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--everyday",
         type=Path,

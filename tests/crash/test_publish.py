@@ -73,11 +73,14 @@ def some(total: int, tail: int, every: int) -> list[int]:
     return [*range(1, total - tail, every), *range(max(total - tail, 1), total + 1)]
 
 
-def test_a_save_killed_at_any_step_leaves_the_old_adapter_or_the_new_one(world: World, target: Path) -> None:
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_save_killed_at_any_step_leaves_the_old_adapter_or_the_new_one(
+    every: int, world: World, target: Path
+) -> None:
     names = steps(world, target)
     total, commit = len(names), len(names) - names[::-1].index("os.mkdir")
     read, recovered = [], []
-    for at in some(total, 36, 15)[::2]:
+    for at in some(total, 36, 15)[::every]:
         shutil.rmtree(target)
         shutil.copytree(world.folders["old"], target)
         assert save(world, target, at) == -signal.SIGKILL, f"step {at} of {total}"
@@ -111,11 +114,12 @@ def test_the_next_save_finishes_what_was_cut_off(world: World, target: Path) -> 
     assert "interrupted" in seen
 
 
-def test_a_first_save_killed_at_any_step_leaves_nothing_or_the_whole(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_first_save_killed_at_any_step_leaves_nothing_or_the_whole(every: int, world: World, tmp_path: Path) -> None:
     target = tmp_path / "fresh"
     total = len(steps(world, target))
     complete = 0
-    for at in some(total, 26, 24)[::2]:
+    for at in some(total, 26, 24)[::every]:
         shutil.rmtree(target, ignore_errors=True)
         assert save(world, target, at) == -signal.SIGKILL
         waits = (target / ".commit").exists()
@@ -133,7 +137,8 @@ def test_a_first_save_killed_at_any_step_leaves_nothing_or_the_whole(world: Worl
     assert complete > 3
 
 
-def test_two_adapters_of_one_model_are_saved_together(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_two_adapters_of_one_model_are_saved_together(every: int, world: World, tmp_path: Path) -> None:
     """A reader of either finds the old pair or the new pair, or is sent to the directory of both."""
     target = tmp_path / "pair"
     pair = {}
@@ -158,7 +163,7 @@ def test_two_adapters_of_one_model_are_saved_together(world: World, tmp_path: Pa
     total = len(steps(both, target))
     assert [both.state(target), both.state(target, "second")] == ["new", "new"]
     seen = []
-    for at in some(total, 44, 60)[::3]:
+    for at in some(total, 44, 60)[::every]:
         shutil.rmtree(target)
         shutil.copytree(old, target)
         assert save(both, target, at) == -signal.SIGKILL

@@ -61,12 +61,13 @@ def reset(target: Path, text: str = "old") -> None:
     publish(target, text)
 
 
-def test_every_step_leaves_the_old_files_or_new_ones_that_can_be_had(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_step_leaves_the_old_files_or_new_ones_that_can_be_had(every: int, tmp_path: Path) -> None:
     target = tmp_path / "adapter"
     reset(target)
     total = len(steps_of(target, lambda: publish(target, "new")))
     before, after = [], []
-    for at in range(1, total + 1):
+    for at in range(1, total + 1, every):
         reset(target)
         assert at_step(target, at, lambda: publish(target, "new")) == -signal.SIGKILL
         before.append(read(target))
@@ -94,12 +95,13 @@ def half_moved(target: Path) -> None:
     assert read(target) == "interrupted"
 
 
-def test_a_recovery_that_is_killed_can_be_repeated(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_recovery_that_is_killed_can_be_repeated(every: int, tmp_path: Path) -> None:
     target = tmp_path / "adapter"
     half_moved(target)
     total = len(steps_of(target, lambda: recover(target)))
     half_moved(target)
-    for at in range(1, total + 1):
+    for at in range(1, total + 1, every):
         if not (target / ".commit").exists():
             half_moved(target)
         assert at_step(target, at, lambda: recover(target)) in (-signal.SIGKILL, 0)

@@ -1,8 +1,11 @@
-"""One rank of a distributed run: trains a protected tiny model and prints, as JSON on rank 0, what its factors leak.
+"""Distributed runs: each trains a protected tiny model in processes of its own, and its rank 0 prints, as one line of
+JSON, what its factors leak.
 
-python -m tests.distributed.worker RANK WORLD FILE HOW METHOD
+python -m tests.distributed.worker FOLDER METHOD
 
-What is measured is the saved adapter: of shards, gathered as accelerate gathers them.
+The ranks are forked, so that nothing is imported twice, and meet in a file of the folder: a port that is free now may
+be another process's a moment later. What is measured is the saved adapter: of shards, gathered as accelerate gathers
+them.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,6 +32,8 @@ from tests.peft.guard_cells import guarded
 from tests.peft.patch_cells import patched
 
 STEPS = 5
+WORLDS = {"alone": 1, "ddp": 2, "fsdp2": 2}
+"""How a run is distributed, and over how many processes."""
 
 
 def build(method: str) -> PeftModel:
@@ -63,9 +69,9 @@ def saved(model: PeftModel, state: dict[str, Any] | None) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in load_file(Path(folder, "adapter_model.safetensors")).items()}
 
 
-def main(rank: int, world: int, meeting: str, how: str, method: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+def run(rank: int, world: int, folder: str, how: str, method: str) -> None:
+    """One rank."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{how}", rank=rank, world_size=world)
     inner = build(method)
     model: Any = inner
     if how == "fsdp2":
@@ -88,9 +94,15 @@ def main(rank: int, world: int, meeting: str, how: str, method: str) -> None:
             if leaf.basis is not None:
                 factor = stored[f"{name.removesuffix('.default')}.weight"]
                 worst, total = max(worst, leak(leaf.basis, factor, leaf.side)), total + float(factor.abs().sum())
-        print(json.dumps({"leak": worst, "sum": total, "sharded": sharded}))
+        print(json.dumps({"how": how, "leak": worst, "sum": total, "sharded": sharded}), flush=True)
     dist.destroy_process_group()
 
 
+def main(folder: str, method: str) -> None:
+    torch.set_num_threads(1)
+    for how, world in WORLDS.items():
+        torch.multiprocessing.start_processes(run, (world, folder, how, method), nprocs=world, start_method="fork")
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    main(*sys.argv[1:])

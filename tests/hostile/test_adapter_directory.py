@@ -8,7 +8,6 @@ import pickle
 import random
 import re
 import shutil
-import subprocess
 import sys
 import time
 import warnings
@@ -20,7 +19,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from peft_safety import SafetySubspace, verify
 from peft_safety.core.subspace_file import FORMAT
@@ -28,7 +27,7 @@ from peft_safety.errors import ArtifactError, PeftSafetyError, SubspaceError
 from tests.hostile import tools
 from tests.hostile.cases import CASES, Case
 from tests.hostile.damages import Bomb, leak
-from tests.hostile.tools import ADAPTER, MANIFEST, REMEDIES, SUBSPACE, fields, tensors, text
+from tests.hostile.tools import ADAPTER, MANIFEST, REMEDIES, SUBSPACE, fields, tensors
 from tests.tiny import tiny_llama
 
 pytestmark = pytest.mark.timeout(60)
@@ -201,43 +200,6 @@ def test_a_config_saved_before_injection_round_trips(tmp_path: Path) -> None:
     SaLoRAConfig(r=8, target_modules=r".*\.(q|v)_proj").save_pretrained(str(tmp_path))
     again = SaLoRAConfig.from_pretrained(str(tmp_path))
     assert (again.r, again.target_modules, again.subspace) == (8, r".*\.(q|v)_proj", "auto")
-
-
-WITHOUT_THE_PACKAGE = """
-import sys, torch
-from peft import PeftModel
-from tests.tiny import tiny_llama
-ids = torch.load(sys.argv[1], weights_only=True)
-try:
-    PeftModel.from_pretrained(tiny_llama(), sys.argv[2])
-    print("loaded")
-except KeyError as error:
-    print("KeyError", error)
-model = PeftModel.from_pretrained(tiny_llama(), sys.argv[3])
-torch.save(model(ids).logits.detach(), sys.argv[4])
-assert "peft_safety" not in sys.modules
-"""
-
-
-def test_without_the_package_it_fails_loudly_and_relabeled_it_is_still_constrained(
-    copy, tmp_path: Path, good: dict[str, Path]
-) -> None:
-    relabeled = copy()
-    text(lambda t: t.replace('"SALORA"', '"LORA"'))(relabeled)
-    ids, out = tmp_path / "ids.pt", tmp_path / "logits.pt"
-    torch.save(tools.tokens(), ids)
-    arguments = [str(p) for p in (ids, good["lora"], relabeled, out)]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WITHOUT_THE_PACKAGE, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "KeyError 'SALORA'" in done.stdout
-    with torch.no_grad():
-        expected: Tensor = PeftModel.from_pretrained(tiny_llama(), str(good["lora"]))(tools.tokens()).logits
-    assert torch.allclose(torch.load(out, weights_only=True), expected, atol=1e-6, rtol=0)
 
 
 def test_a_subspace_from_the_pickle_of_a_stranger_is_refused(tmp_path: Path) -> None:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import inspect
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
-import torch
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
@@ -28,7 +21,6 @@ from tests.interop import peft_symbols
 from tests.interop.helpers import protected_llama, salora_config
 from tests.tiny import tiny_llama
 
-ROOT = Path(__file__).resolve().parents[2]
 TABLE = peft_symbols.SYMBOLS | (peft_symbols.QUANTIZED if importlib.util.find_spec("bitsandbytes") else {})
 SYMBOLS = [(module, symbol) for module, symbols in TABLE.items() for symbol in symbols]
 BY_NAME = {
@@ -186,98 +178,6 @@ def test_the_methods_take_their_arguments_by_any_way_peft_allows(tmp_path: Path)
     assert config.subspace.digest == model.peft_config["default"].subspace.digest
     loaded = PeftModel.from_pretrained(tiny_llama(), model_id=str(tmp_path / "one"), adapter_name="mine")
     assert_protected(loaded, "mine")
-
-
-def plain_lora_facts() -> dict[str, Any]:
-    """Everything that plain LoRA computes and writes, as hashes."""
-
-    def hashed(data: Any) -> str:
-        return hashlib.sha256(data.detach().numpy().tobytes() if isinstance(data, torch.Tensor) else data).hexdigest()
-
-    torch.set_num_threads(1)
-    ids = torch.arange(4, 24).view(2, 10)
-    torch.manual_seed(0)
-    model = get_peft_model(
-        tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(3):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    with tempfile.TemporaryDirectory() as directory, torch.no_grad():
-        model.save_pretrained(directory)
-        loaded = PeftModel.from_pretrained(tiny_llama(), directory)
-        facts = {
-            path.name: hashed(path.read_bytes())
-            for path in sorted(Path(directory).iterdir())
-            if path.name != "adapter_config.json"
-        }
-        written = json.loads(
-            (Path(directory) / "adapter_config.json").read_text()
-        )  # PEFT writes a set in no fixed order
-        facts["config"] = {key: sorted(value) if isinstance(value, list) else value for key, value in written.items()}
-        facts["trained"] = hashed(model.eval()(input_ids=ids).logits)
-        facts["loaded"] = hashed(loaded(input_ids=ids).logits)
-        facts["classes"] = sorted({type(m).__qualname__ for m in model.modules()})
-        facts["merged"] = hashed(loaded.merge_and_unload()(input_ids=ids).logits)
-    return facts
-
-
-def fresh_process(code: str) -> Any:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_plain_lora_is_the_same_with_and_without_this_package() -> None:
-    source = "\n".join(
-        [
-            "import hashlib, json, sys, tempfile, torch",
-            "from pathlib import Path",
-            "from typing import Any",
-            "from peft import LoraConfig, PeftModel, get_peft_model",
-            "from tests.tiny import tiny_llama",
-            inspect.getsource(plain_lora_facts),
-            "before = plain_lora_facts()",
-            "assert not any(name.partition('.')[0] == 'peft_safety' for name in sys.modules)",
-            "import peft_safety, peft.mapping",
-            "assert 'SALORA' in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING",
-            "print(json.dumps([before, plain_lora_facts()]))",
-        ]
-    )
-    before, after = fresh_process(source)
-    assert {"adapter_model.safetensors", "trained", "loaded", "merged", "classes"} <= before.keys()
-    assert before == after
-    assert "ProtectedLinear" not in before["classes"]
-
-
-def test_importing_the_package_first_is_light_and_registers_when_peft_comes() -> None:
-    """Others ask whether peft can be found before anyone imports it (transformers does); that must not use up the
-    hook.
-    """
-    light, registered, leaves = fresh_process(
-        "import importlib.util, json, sys, peft_safety\n"
-        "light = not {'torch', 'peft', 'transformers'} & set(sys.modules)\n"
-        "assert importlib.util.find_spec('peft') is not None\n"
-        "import peft\n"
-        "registered = 'SALORA' in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING\n"
-        "from tests.interop.helpers import protected_llama\n"
-        "from peft_safety.layers import protected_leaves\n"
-        "print(json.dumps([light, registered, len(list(protected_leaves(protected_llama())))]))"
-    )
-    assert light
-    assert registered
-    assert leaves == 14
 
 
 def test_public_names_stay_what_they_are_when_submodules_are_imported() -> None:

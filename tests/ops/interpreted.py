@@ -1,14 +1,19 @@
 """The kernels under Triton's interpreter, on the CPU, in a process of its own (it reads TRITON_INTERPRET when it is
 imported): prints one JSON line a case.
 
-Run by `test_interpreted.py`. The interpreter cuts bf16 off where GPUs round it, and cannot multiply matrices of it
+python -m tests.ops.interpreted covering|all
+
+Run by `test_interpreted.py`, in its fast form with some combinations of shapes, dtypes and scales only, among which
+is every pair of two of them. The interpreter cuts bf16 off where GPUs round it, and cannot multiply matrices of it
 (see `WIDEN` in the kernels); so values that should be rounded to bf16 are compared with the truncated ones, and their
 rounding is looked for in the compiled code (`test_compiled.py`).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 from typing import Any
 
 import torch
@@ -71,17 +76,27 @@ def layer(rows: int) -> dict[str, Any]:
     return {"off": max(off(got, want) for got, want in zip(found["triton"], found["reference"], strict=True))}
 
 
-def main() -> None:
+#: index of a shape, plain or quantized scales, dtype
+COMBINATIONS = list(
+    itertools.product(range(len(SHAPES)), (False, True), (torch.float32, torch.bfloat16, torch.float16))
+)
+
+
+def combinations(which: str) -> list[tuple[int, bool, torch.dtype]]:
+    """All of them, or half of them in which every two values are together."""
+    return [c for i, c in enumerate(COMBINATIONS) if which == "all" or (i + i // 6) % 2 == 0]
+
+
+def main(which: str) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for nested in (False, True):
-        for shape in SHAPES:
-            c = case(*shape[:3], blocksize=shape[3], nested=nested)
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                place = {"nested": nested, "shape": shape, "dtype": str(dtype)}
-                print(json.dumps({"kernel": "weight", **place, **weights(c, dtype)}))
-                for rows in ROWS if dtype != torch.float32 else ():
-                    print(json.dumps({"kernel": "skinny", **place, "rows": rows, **skinny(c, dtype, rows)}))
+    for index, nested, dtype in combinations(which):
+        shape = SHAPES[index]
+        c = case(*shape[:3], blocksize=shape[3], nested=nested)
+        place = {"nested": nested, "shape": shape, "dtype": str(dtype)}
+        print(json.dumps({"kernel": "weight", **place, **weights(c, dtype)}))
+        for rows in ROWS if dtype != torch.float32 else ():
+            print(json.dumps({"kernel": "skinny", **place, "rows": rows, **skinny(c, dtype, rows)}))
     for rows in (3, 70):
         print(json.dumps({"kernel": "layer", "rows": rows, **layer(rows)}))
     print(
@@ -100,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

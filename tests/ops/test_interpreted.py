@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -14,11 +15,15 @@ pytest.importorskip("triton")
 pytest.importorskip("bitsandbytes")
 
 
-@pytest.fixture(scope="module")
-def lines() -> list[dict[str, Any]]:
+@pytest.fixture(scope="module", params=["covering", pytest.param("all", marks=pytest.mark.slow)])
+def lines(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PEFT_SAFETY_BACKEND": "triton"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.ops.interpreted"], capture_output=True, text=True, check=False, env=environment
+        [sys.executable, "-m", "tests.ops.interpreted", request.param],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
@@ -28,7 +33,10 @@ def lines() -> list[dict[str, Any]]:
 
 def test_dequantized_to_the_last_bit(lines: list[dict[str, Any]]) -> None:
     cases = [line for line in lines if line["kernel"] == "weight"]
-    assert len(cases) == 2 * 5 * 3
+    assert len(cases) in (2 * 5 * 3, 5 * 3)
+    for one, other in itertools.combinations(("shape", "dtype", "nested"), 2):
+        pairs = {(str(line[one]), line[other]) for line in cases}
+        assert len(pairs) == len({a for a, _ in pairs}) * len({b for _, b in pairs}), "every pair"
     assert [line for line in cases if not line["equal"]] == []
 
 

@@ -115,8 +115,23 @@ def arguments(nested: bool) -> dict[str, list[tuple[Any, ...]]]:
     }
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-@pytest.mark.parametrize("name", sorted(schemas.SCHEMAS))
+SLOW = ("nf4_lora", "nf4_lora_backward")
+"""Checked with quantized scales; with plain ones too in the nightly run."""
+
+
+@pytest.mark.parametrize(
+    ("name", "nested"),
+    [
+        pytest.param(
+            name,
+            nested,
+            marks=[pytest.mark.slow] if name in SLOW and not nested else [],
+            id=f"{name}-{'nested' if nested else 'plain'}",
+        )
+        for name in sorted(schemas.SCHEMAS)
+        for nested in (False, True)
+    ],
+)
 def test_opcheck(name: str, nested: bool) -> None:
     for args in arguments(nested)[name]:
         torch.library.opcheck(getattr(OPS, name).default, args)

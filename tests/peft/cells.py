@@ -5,10 +5,11 @@ training, and the leak of dW.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -33,6 +34,11 @@ INITS = ("lora", "task")
 LINEAR_TARGETS = ("q_proj", "v_proj", "down_proj")
 K = 4
 """Protected directions per layer."""
+
+
+def covering(combinations: Iterable[tuple[Any, ...]], fast: Collection[tuple[Any, ...]]) -> list[Any]:
+    """Parameters of a test: a few combinations in which every value occurs, and the others for the nightly run."""
+    return [c if c in fast else pytest.param(*c, marks=pytest.mark.slow) for c in combinations]
 
 
 def base_model(kind: str = "linear", seed: int = 0) -> nn.Module:

@@ -1,20 +1,18 @@
-"""Plain LoRA and plain QLoRA, trained a few steps in a process of their own. Prints JSON: everything that another
-package in the process could have changed.
-
-python -m tests.peft.plain_runs [MODULE]    # imported first
+"""Plain LoRA and plain QLoRA, trained a few steps, saved, loaded and merged: everything that another package in the
+process could have changed. Imports nothing of this one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.optim import optimizer as torch_optimizer
@@ -58,7 +56,8 @@ def global_hooks() -> dict[str, int]:
     }
 
 
-def facts(base: nn.Module) -> dict[str, Any]:
+def trained(base: nn.Module) -> tuple[PeftModel, dict[str, Any]]:
+    """Plain LoRA after three steps, and what is to be known of it."""
     torch.manual_seed(0)
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -71,7 +70,7 @@ def facts(base: nn.Module) -> dict[str, Any]:
         losses.append(loss.item())
     with torch.no_grad():
         logits = model.eval()(input_ids=IDS).logits
-    return {
+    return model, {
         "classes": {name: f"{type(m).__module__}.{type(m).__qualname__}" for name, m in model.named_modules()},
         "hooks": {name: [len(getattr(m, hooks)) for hooks in HOOKS] for name, m in model.named_modules()},
         "optimizer": [
@@ -85,14 +84,24 @@ def facts(base: nn.Module) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    for name in sys.argv[1:]:
-        importlib.import_module(name)
-    runs = {"lora": facts(tiny_llama(hidden=64)), "qlora": facts(four_bit(tiny_llama(hidden=64)))}
-    loaded = sorted(name for name in sys.modules if name.partition(".")[0] == "peft_safety")
-    print(json.dumps({"loaded": loaded, "global hooks": global_hooks(), **runs}))
+@torch.no_grad()
+def stored(model: PeftModel, base: nn.Module) -> dict[str, Any]:
+    """The files that it is saved in, and what it computes once loaded and once merged."""
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        loaded = PeftModel.from_pretrained(base, directory)
+        found: dict[str, Any] = {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(directory).iterdir())
+        }
+        written = json.loads((Path(directory) / "adapter_config.json").read_text())
+    del found["adapter_config.json"]  # PEFT writes a set in no fixed order
+    found["config"] = {key: sorted(value) if isinstance(value, list) else value for key, value in written.items()}
+    found["loaded"] = digest(loaded(input_ids=IDS).logits)
+    found["merged"] = digest(loaded.merge_and_unload()(input_ids=IDS).logits)
+    return found
 
 
-if __name__ == "__main__":
-    main()
+def both() -> dict[str, Any]:
+    model, lora = trained(tiny_llama(hidden=64))
+    lora |= stored(model, tiny_llama(hidden=64))
+    return {"lora": lora, "qlora": trained(four_bit(tiny_llama(hidden=64)))[1], "global hooks": global_hooks()}

@@ -6,19 +6,19 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_safety import fuse
 from peft_safety.errors import CheckpointError, ConfigError
 from peft_safety.methods.somf import Masks, plan_fusion
 from peft_safety.methods.somf.fusing import RECORD
+from tests.crash.steps import child
 from tests.peft.fusion_cells import PAIRS, QUICK, checkpoints, family, logits, saved
 from tests.tiny import tiny_tokenizer
 
@@ -121,34 +121,25 @@ def test_checkpoints_that_hold_nothing_to_fuse(full, tmp_path, stored):
     assert not (tmp_path / "out").exists()
 
 
-KILLED = """
-import os, signal
-from transformers import PreTrainedModel
-from peft_safety import fuse
-save = PreTrainedModel.save_pretrained
-def save_and_die(self, *arguments, **options):
-    save(self, *arguments, **options)
-    os.kill(os.getpid(), signal.SIGKILL)
-PreTrainedModel.save_pretrained = save_and_die
-fuse({safe!r}, {tasks!r}, out={out!r}, method="task_arithmetic", weights=0.5)
-"""
-
-
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_write_leaves_the_old_result_whole(full, tmp_path):
     """Killed with its weights written: the result that was there before still loads, and the next run cleans up."""
     safe, *tasks = full
     out = tmp_path / "out"
     fuse(safe, tasks, out=out, **PLAIN)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    script = KILLED.format(safe=safe, tasks=tasks, out=str(out))
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr[-500:]
+
+    def save_and_die() -> None:
+        save = PreTrainedModel.save_pretrained
+
+        def dying(*arguments: Any, **options: Any) -> None:
+            save(*arguments, **options)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        PreTrainedModel.save_pretrained = dying
+        fuse(safe, tasks, out=out, **PLAIN, weights=0.5)
+
+    assert child(save_and_die) == -signal.SIGKILL
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
     assert any(path.name.startswith(".staging") for path in out.iterdir())
     fuse(safe, tasks, out=out, **PLAIN, weights=0.5)

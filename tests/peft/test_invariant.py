@@ -106,7 +106,22 @@ HUNDRED += [("linear", "task", optimizer) for optimizer in ("adamw", "adamw8bit"
 ]
 
 
-@pytest.mark.parametrize(("base", "init", "optimizer"), HUNDRED)
+@pytest.mark.parametrize(
+    ("base", "init", "optimizer"),
+    cells.covering(
+        HUNDRED,
+        fast=(
+            ("linear", "lora", "adamw"),
+            ("linear", "lora", "adam-coupled-decay"),
+            ("linear", "lora", "sgd-momentum"),
+            ("linear", "task", "sgd"),
+            ("nf4", "lora", "adamw8bit"),
+            ("nf4", "lora", "adafactor"),
+            ("conv1d", "lora", "adamw"),
+            ("int8", "task", "adamw"),
+        ),
+    ),
+)
 def test_a_hundred_steps_leak_nothing_at_save_load_fold_and_export(
     base: str, init: str, optimizer: str, tmp_path: Path
 ) -> None:

@@ -1,11 +1,10 @@
-"""Importing this package changes nothing that plain LoRA or plain QLoRA computes, and little in PEFT."""
+"""This package changes little in PEFT, and nothing for the whole process. That plain LoRA computes the same is tested
+in `test_processes.py`.
+"""
 
 from __future__ import annotations
 
 import inspect
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ import peft_safety
 from tests.peft import cells
 from tests.peft.plain_runs import global_hooks
 
-ROOT = Path(__file__).resolve().parents[2]
 OURS = str(Path(peft_safety.__file__).parent)
 WRAPPED = {
     "BaseTuner.inject_adapter",
@@ -29,33 +27,6 @@ WRAPPED = {
     "peft.utils.hotswap._get_padded_linear",
     "peft.utils.hotswap.hotswap_adapter_from_state_dict",
 }
-
-
-def test_plain_lora_and_qlora_are_the_same_with_and_without_this_package() -> None:
-    """In processes of their own, and with the fused path switched on, which is for protected adapters only."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "PEFT_SAFETY_FUSED": "1",
-        "PEFT_SAFETY_BACKEND": "reference",
-    }
-    command = [sys.executable, "-m", "tests.peft.plain_runs"]
-    started = [
-        subprocess.Popen(
-            [*command, *extra], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for extra in ([], ["peft_safety"])
-    ]
-    runs = []
-    for process in started:
-        out, error = process.communicate(timeout=280)
-        assert process.returncode == 0, error[-3000:]
-        runs.append(json.loads(out.splitlines()[-1]))
-    without, with_it = runs
-    assert without.pop("loaded") == []
-    assert "peft_safety.registry.registration" in with_it.pop("loaded")
-    assert len(set(without["lora"]["losses"])) == 3
-    assert "peft.tuners.lora.bnb.Linear4bit" in without["qlora"]["classes"].values()
-    assert with_it == without
 
 
 def functions_of(owner: Any) -> Iterator[tuple[str, FunctionType]]:

@@ -1,5 +1,7 @@
 """OrthoSafetyPatch: the constraint on either side, the soft penalty, stacking, and the life cycle of a patch."""
 
+import itertools
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -204,17 +206,23 @@ def trainer(model, tmp_path, callbacks, **options):
     )
 
 
-@pytest.mark.parametrize("kind", ["linear", "nf4"])
+OPTIONS = {"plain": {}, "accumulation": {"gradient_accumulation_steps": 2}, "bf16": {"bf16": True}}
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=["plain", "accumulation", "bf16"]
+    ("kind", "option"),
+    cells.covering(
+        itertools.product(["linear", "nf4"], OPTIONS),
+        fast=(("linear", "plain"), ("nf4", "accumulation"), ("linear", "bf16")),
+    ),
 )
-def test_soft_training_shrinks_the_energy_on_the_data_and_leaves_the_loss_alone(kind, options, tmp_path):
+def test_soft_training_shrinks_the_energy_on_the_data_and_leaves_the_loss_alone(kind, option, tmp_path):
     space = subspace(cells.base_model(kind))
     found = {}
     for strength in (1e-6, 100.0):
         torch.manual_seed(0)
         model = get_peft_model(cells.base_model(kind), config(space, mode="soft", reg_lambda=strength))
-        run = trainer(model, tmp_path, [SoftPenaltyCallback()], **options)
+        run = trainer(model, tmp_path, [SoftPenaltyCallback()], **OPTIONS[option])
         run.train()
         history = [entry for entry in run.state.log_history if "loss" in entry]
         found[strength] = (history[0]["loss"], history[-1]["soft_penalty"], SoftPenalty(model).value())

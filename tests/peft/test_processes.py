@@ -1,123 +1,109 @@
-"""Other processes: with this package imported in either order, and without it."""
+"""Other processes: PEFT without this package, and this package imported before PEFT or after it. Each of the two
+starts once for all tests.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from peft_safety import export_lora
+from peft_safety.core.adapter_dir import MANIFEST
 from tests.peft import cells
+from tests.peft.other_process import NATIVE, PLAIN
 
 ROOT = Path(__file__).parents[2]
 
-WITHOUT = """
-import sys, torch
-torch.set_num_threads(1)
-from pathlib import Path
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from tests.tiny import tiny_llama
-here = Path(sys.argv[1])
-ids = load_file(here / "ids.safetensors")["ids"]
-out = {}
-for init in ("lora", "task"):
-    model = PeftModel.from_pretrained(tiny_llama(), here / f"plain-{init}")
-    with torch.no_grad():
-        out[init] = model(input_ids=ids).logits
-    try:
-        PeftModel.from_pretrained(tiny_llama(), here / f"native-{init}")
-        raise SystemExit("the native adapter was loaded without its package")
-    except KeyError as error:
-        assert "SALORA" in str(error), error
-assert not any(name.startswith("peft_safety") for name in sys.modules)
-save_file(out, here / "without.safetensors")
-"""
 
-WITH = """
-import sys, torch
-torch.set_num_threads(1)
-from pathlib import Path
-if sys.argv[2] == "first":
-    import peft_safety
-from peft import PeftModel
-if sys.argv[2] == "last":
-    import peft_safety
-from safetensors.torch import load_file, save_file
-from tests.tiny import tiny_llama
-here = Path(sys.argv[1])
-ids = load_file(here / "ids.safetensors")["ids"]
-out = {}
-for init in ("lora", "task"):
-    model = PeftModel.from_pretrained(tiny_llama(), here / f"native-{init}")
-    peft_safety.assert_protected(model)
-    with torch.no_grad():
-        out[init] = model(input_ids=ids).logits
-save_file(out, here / f"{sys.argv[2]}.safetensors")
-"""
+class Done(NamedTuple):
+    """What a process said, the logits that it computed, and those that every adapter must give."""
 
-
-SCRIPTS = {"without": WITHOUT, "first": WITH, "last": WITH}
+    facts: dict[str, Any]
+    logits: dict[str, torch.Tensor]
+    expected: dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, subprocess.Popen[str]]]]:
-    """Native and exported adapters of both kinds, the logits they must give, and three processes that load them side
-    by side.
-    """
+def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
+    """Two processes that load native, exported and relabeled adapters, side by side."""
     here = tmp_path_factory.mktemp("processes")
     save_file({"ids": cells.tokens()}, here / "ids.safetensors")
-    out = {}
+    expected = {}
     for init in cells.INITS:
         model = cells.protected("linear", init, trained=True)
         model.save_pretrained(here / f"native-{init}")
         export_lora(model, here / f"plain-{init}")
-        out[init] = cells.logits(model)
-    save_file(out, here / "expected.safetensors")
-    running = {
-        name: subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", script, str(here), name],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for name, script in SCRIPTS.items()
-    }
-    yield here, running
-    for process in running.values():
-        process.kill()
-        process.wait()
-
-
-def result(
-    processes: tuple[Path, dict[str, subprocess.Popen[str]]], name: str
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Logits of that process, once it is done, and the expected ones."""
-    here, running = processes
-    output, _ = running[name].communicate(timeout=240)
-    assert running[name].returncode == 0, output
-    return load_file(here / f"{name}.safetensors"), load_file(here / "expected.safetensors")
-
-
-def test_without_the_package_the_export_computes_the_same_and_the_native_adapter_fails_loudly(processes: Any) -> None:
-    found, expected = result(processes, "without")
-    for init in cells.INITS:
-        assert float((found[init] - expected[init]).abs().max()) <= 1e-5
-        config = json.loads((processes[0] / f"plain-{init}" / "adapter_config.json").read_text())
+        expected[f"native-{init}"] = expected[f"plain-{init}"] = cells.logits(model)
+        config = json.loads((here / f"plain-{init}" / MANIFEST).read_text())
         assert config["peft_type"] == "LORA"
         assert config["r"] == config["lora_alpha"] == {"lora": 4, "task": 8}[init]
+    shutil.copytree(here / "native-lora", here / "relabeled")
+    config = (here / "relabeled" / MANIFEST).read_text()
+    (here / "relabeled" / MANIFEST).write_text(config.replace('"SALORA"', '"LORA"'))
+    expected["relabeled"] = expected["native-lora"]
+    # with the fused path switched on, which is for protected adapters only
+    switches = {"PYTHONPATH": str(ROOT), "PEFT_SAFETY_FUSED": "1", "PEFT_SAFETY_BACKEND": "reference"}
+    running = {
+        order: subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.peft.other_process", order, str(here)],
+            cwd=ROOT,
+            env=os.environ | switches,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for order in ("last", "first")
+    }
+    done = {}
+    for order, process in running.items():
+        out, error = process.communicate(timeout=280)
+        assert process.returncode == 0, error[-3000:]
+        logits = load_file(here / f"{order}.safetensors")
+        done[order] = Done(json.loads(out.splitlines()[-1]), logits, {name: expected[name] for name in logits})
+    return done
+
+
+def test_plain_lora_and_qlora_are_the_same_with_and_without_this_package(processes: dict[str, Done]) -> None:
+    facts = processes["last"].facts
+    assert facts["loaded before"] == []
+    assert "peft_safety.registry.registration" in facts["loaded after"]
+    before = facts["before"]
+    assert len(set(before["lora"]["losses"])) == 3
+    assert {"adapter_model.safetensors", "config", "loaded", "merged"} <= before["lora"].keys()
+    assert "peft.tuners.lora.bnb.Linear4bit" in before["qlora"]["classes"].values()
+    assert "ProtectedLinear" not in json.dumps(before)
+    assert facts["after"] == before
+
+
+def test_without_the_package_the_export_computes_the_same(processes: dict[str, Done]) -> None:
+    _, found, expected = processes["last"]
+    for name in PLAIN:
+        assert float((found[name] - expected[name]).abs().max()) <= 1e-5, name
+
+
+def test_without_the_package_a_native_adapter_fails_loudly_and_relabeled_it_is_still_constrained(
+    processes: dict[str, Done],
+) -> None:
+    facts, found, expected = processes["last"]
+    assert facts["refused"] == ["'SALORA'"] * 2
+    torch.testing.assert_close(found["relabeled"], expected["relabeled"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("order", ["first", "last"])
-def test_a_fresh_process_loads_the_native_adapter(order: str, processes: Any) -> None:
-    found, expected = result(processes, order)
-    for init in cells.INITS:
-        cells.assert_same_function(found[init], expected[init])
+def test_another_process_loads_the_native_adapter(order: str, processes: dict[str, Done]) -> None:
+    _, found, expected = processes[order]
+    for name in NATIVE:
+        cells.assert_same_function(found[name], expected[name])
+
+
+def test_importing_the_package_first_is_light_and_registers_when_peft_comes(processes: dict[str, Done]) -> None:
+    assert processes["first"].facts == {"heavy": [], "registered": True, "leaves": 14}
