@@ -17,7 +17,7 @@ from peft_safety.calibration.sizes import Size, plan
 from peft_safety.core import base_weights as weights
 from peft_safety.core.names import listed
 from peft_safety.core.projection import Side
-from peft_safety.core.subspace import SafetySubspace
+from peft_safety.core.subspace import DEFAULT_DTYPE, SafetySubspace
 from peft_safety.core.targets import target_layers
 from peft_safety.data.rows import Rows
 from peft_safety.errors import CalibrationError, ConfigError
@@ -54,6 +54,7 @@ def estimate(
     max_length: int = 512,
     seed: int = 0,
     memory: str | int | None = None,
+    dtype: str = DEFAULT_DTYPE,
     allow_fewer: bool = False,
     progress: bool = True,
 ) -> SafetySubspace:
@@ -84,6 +85,7 @@ def estimate(
         memory: for the second moments and their decomposition, beside the model: bytes, or a text such as "4GB"; by
             default half of what is free on the model's device. Layers that do not fit together take further passes;
             the result is the same.
+        dtype: of the result, see `SafetySubspace.rounded`.
         allow_fewer: where the data span fewer than `rank` directions (a first layer sees only the embeddings of the
             tokens that occur), protect those with a warning instead of raising.
 
@@ -162,7 +164,7 @@ def estimate(
         provenance["against"] = sources[1][1]
     elif "in" in chosen:
         provenance["covered"] = covered
-    subspace = SafetySubspace(bases, spectra, provenance=provenance)
+    subspace = SafetySubspace(bases, spectra, provenance=provenance).rounded(dtype)
     subspace.bind(reached)
     return subspace
 

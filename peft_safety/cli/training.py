@@ -37,6 +37,7 @@ def calibrate(
     memory: Annotated[
         str | None, Option(help='Budget beside the model, such as "4GB"; default: half of what is free.')
     ] = None,
+    dtype: Annotated[str, Option(help="Of the bases, in use and on disk: float16, bfloat16 or float32.")] = "float16",
     allow_fewer: Annotated[
         bool, Option("--allow-fewer", help="Where the data span fewer directions than --safety-rank, protect those.")
     ] = False,

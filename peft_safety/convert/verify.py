@@ -158,7 +158,7 @@ def _verify_frozen(
     precisions = {name: modules[name].precision(a) or a.dtype for name, a in rows.items()}
     leaks = {name: max(entry.leak, _rounding(precisions[name])) for name, entry in modules.items()}
     if subspace is not None:
-        space = subspace if isinstance(subspace, SafetySubspace) else SafetySubspace.load(subspace)
+        space = SafetySubspace.of(subspace, rows)
         if space.digest != certificate.subspace:
             raise ProtectionError(
                 f"{path}: the certificate is of subspace {certificate.subspace[:12]}, not {space.digest[:12]}. Give "

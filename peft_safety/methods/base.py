@@ -141,8 +141,11 @@ class ProtectedConfig(LoraConfig):
 
     @property
     def subspace_id(self) -> str:
-        """Digest of the bases that constrain the adapter."""
-        return self.subspace.digest if self._certificate is None else self._certificate.subspace
+        """Digest of the bases that constrain the adapter, which are those of its modules."""
+        if self._certificate is not None:
+            return self._certificate.subspace
+        digest: str = (self.subspace.restricted(self._modules) if self._modules else self.subspace).digest
+        return digest
 
     @property
     def subspace_size(self) -> dict[str, Any]:
@@ -156,7 +159,7 @@ class ProtectedConfig(LoraConfig):
         if self.subspace == "auto":
             return self.calibrate(model, layers)
         if isinstance(self.subspace, (str, os.PathLike)):
-            return SafetySubspace.load(self.subspace)
+            return SafetySubspace.load(self.subspace, modules=layers)
         kind = type(self.subspace).__name__
         raise ConfigError(f"subspace is a {kind}. Give a SafetySubspace, a path, a Hub id, or 'auto'.")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peft_safety.calibration.activations import METHODS
 from peft_safety.calibration.coverage import ModuleCoverage, coverage, task_inputs, warn_if_stalled
 from peft_safety.calibration.sizes import check_size_options
-from peft_safety.core.subspace import SafetySubspace
+from peft_safety.core.subspace import DEFAULT_DTYPE, SafetySubspace
 from peft_safety.core.targets import target_layers
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, rows_of
 from peft_safety.data.rows import Rows
@@ -50,6 +50,7 @@ def calibrate(
     max_length: int = 512,
     seed: int = 0,
     memory: str | int | None = None,
+    dtype: str = DEFAULT_DTYPE,
     allow_fewer: bool = False,
     progress: bool = True,
 ) -> Calibration:
@@ -63,7 +64,7 @@ def calibrate(
         basis: which of the package's own rows; see `calibration_rows`.
         safety_rank, safety_energy, safety_rank_pattern: size of the subspace, as in the configs.
         side: "in", "out" or "both".
-        positions, memory, allow_fewer: as in `estimate`.
+        positions, memory, dtype, allow_fewer: as in `estimate`.
         task_data: JSON lines or rows of the benign task; at most 128 are read through the model.
 
     Raises:
@@ -83,7 +84,7 @@ def calibrate(
             f"method {method!r} has no input side here, so no task can lie in its null space. Use guardspace, or "
             "leave task_data out."
         )
-    common: dict[str, Any] = {"target_modules": target_modules, "seed": seed, "progress": progress}
+    common: dict[str, Any] = {"target_modules": target_modules, "seed": seed, "progress": progress, "dtype": dtype}
     common |= {"rank": safety_rank, "energy": safety_energy, "per_kind": safety_rank_pattern}
     common |= {} if side is None else {"sides": SIDES[side]}
     if method == "weight":
