@@ -13,7 +13,7 @@ from peft_safety.calibration.bases import contrastive_basis, input_basis, output
 from peft_safety.calibration.budget import bytes_of, groups
 from peft_safety.calibration.leaving_out import record
 from peft_safety.calibration.moments import InputMoments, Positions, collect, inputs_of, is_tokenized, to_batches
-from peft_safety.calibration.sizes import Size, plan
+from peft_safety.calibration.sizes import DEFAULT_RANK, GUARDSPACE_SIZE, Size, plan
 from peft_safety.core import base_weights as weights
 from peft_safety.core.names import listed
 from peft_safety.core.projection import Side
@@ -28,11 +28,6 @@ METHODS: dict[str, tuple[tuple[Side, ...], Positions]] = {
     "guardspace": (("in",), "all"),
 }
 """Default sides and token positions of each method."""
-DEFAULT_RANK = 32
-"""As published for SaLoRA (arXiv 2501.01765, section 5.1)."""
-GUARDSPACE_FRACTION = 0.25
-"""GuardSpace's default share of the input dimensions: in a probe on SmolLM2-135M (one seed) it kept refusals at every
-share of poison; a long fine-tune needed half. To be confirmed by benchmarks/guardspace.py."""
 
 
 def estimate(
@@ -75,7 +70,8 @@ def estimate(
             `positions` where they are not given.
         rank: directions per layer, an integer (default 32); or a share of the features of that side, a float in (0, 1)
             (default of "guardspace": 0.25).
-        energy: instead, as many directions as hold this share of `||W X||^2` or `||X||^2`, in (0, 1].
+        energy: as many directions as hold this share of `||W X||^2` or `||X||^2`, in (0, 1]; at most `rank` if that
+            is given too.
         per_kind: other values of `rank`, or of `energy`, for modules whose name ends so: `{"down_proj": 0.1}`.
         positions: "response", "prompt" or "all" tokens.
         against: data that must stay in reach; the basis is then contrastive (see `contrastive_basis`).
@@ -109,7 +105,7 @@ def estimate(
     chosen = METHODS[method][0] if sides is None else tuple(sides)
     where = positions or METHODS[method][1]
     if rank is None and energy is None:
-        rank = GUARDSPACE_FRACTION if method == "guardspace" else DEFAULT_RANK
+        rank, energy = GUARDSPACE_SIZE if method == "guardspace" else (DEFAULT_RANK, None)
     targets = dict(target_layers(model, target_modules, exclude_modules) if layers is None else layers)
     sizes, unfit = plan(targets, rank, energy, per_kind, chosen)
     layers = {name: targets[name] for name in sizes}
@@ -171,7 +167,7 @@ def estimate(
 
 def size_facts(rank: float | None, energy: float | None, per_kind: Mapping[str, float] | None) -> dict[str, Any]:
     """The requested size, for the provenance."""
-    size = {"rank": rank} if energy is None else {"energy": energy}
+    size = {name: value for name, value in (("rank", rank), ("energy", energy)) if value is not None}
     return size | ({"per_kind": dict(per_kind)} if per_kind else {})
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from peft_safety.calibration.activations import DEFAULT_RANK, model_name, size_facts
+from peft_safety.calibration.activations import model_name, size_facts
 from peft_safety.calibration.bases import output_basis
 from peft_safety.calibration.leaving_out import record
-from peft_safety.calibration.sizes import plan
+from peft_safety.calibration.sizes import DEFAULT_RANK, plan
 from peft_safety.core import base_weights as weights
 from peft_safety.core.projection import Side
 from peft_safety.core.subspace import DEFAULT_DTYPE, SafetySubspace
