@@ -42,6 +42,9 @@ def calibrate(
     allow_fewer: Annotated[
         bool, Option("--allow-fewer", help="Where the data span fewer directions than --safety-rank, protect those.")
     ] = False,
+    stream: Annotated[
+        bool, Option("--stream", help="Leave the model on disk and read one layer at a time, for each batch.")
+    ] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Only say what it will take: bytes, passes, seconds.")] = False,
     json: opt.Json = False,
 ) -> None:

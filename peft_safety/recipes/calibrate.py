@@ -56,6 +56,7 @@ def calibrate(
     seed: int = 0,
     memory: str | int | None = None,
     dtype: str = DEFAULT_DTYPE,
+    stream: bool = False,
     allow_fewer: bool = False,
     progress: bool = True,
 ) -> Calibration:
@@ -70,6 +71,8 @@ def calibrate(
         safety_rank, safety_energy, safety_rank_pattern: size of the subspace, as in the configs.
         side: "in", "out" or "both".
         positions, memory, dtype, allow_fewer: as in `estimate`.
+        stream: as in `load_model`. Every batch of every pass then reads the model's files once, so use a large
+            `batch_size`.
         task_data: JSON lines or rows of the benign task; at most 128 are read through the model.
 
     Raises:
@@ -80,11 +83,11 @@ def calibrate(
     reading: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
     estimating: dict[str, Any] = {"seed": seed, "progress": progress, "dtype": dtype}
     if method == "weight":
-        subspace = SafetySubspace.from_weights(load_model(model, tokenizer)[0], **common, **estimating)
+        subspace = SafetySubspace.from_weights(load_model(model, tokenizer, stream=stream)[0], **common, **estimating)
         return Calibration(subspace, subspace.save(out), coverage(subspace))
     rows = calibration_rows(method, basis) if data is None else rows_of(data, "calibration data")
     task_rows = None if task_data is None else rows_of(task_data, "task_data")[:CALIBRATION_PAIRS]
-    loaded, reading["tokenizer"] = load_model(model, tokenizer)
+    loaded, reading["tokenizer"] = load_model(model, tokenizer, stream=stream)
     estimating |= {"allow_fewer": allow_fewer, "memory": memory}
     subspace = SafetySubspace.from_activations(loaded, rows, **common, **estimating, **reading)
     shares = None
@@ -102,6 +105,7 @@ def calibration_cost(
     data: str | Path | Rows | None = None,
     method: str = "guardspace",
     target_modules: str | list[str] = "all-linear",
+    stream: bool = False,
     **options: Any,
 ) -> CalibrationCost:
     """What `calibrate` will take. Loads the model and runs two batches; nothing is written.
@@ -117,7 +121,7 @@ def calibration_cost(
     if method == "weight":
         raise ConfigError("method 'weight' needs no pass over the model, so there is nothing to foresee. Just run it.")
     rows = calibration_rows(method, options.get("basis")) if data is None else rows_of(data, "calibration data")
-    loaded, tokenizer = load_model(model, tokenizer)
+    loaded, tokenizer = load_model(model, tokenizer, stream=stream)
     rest = {name: value for name, value in options.items() if name not in CHOICES}
     return cost(loaded, rows, tokenizer=tokenizer, **common, **rest)
 
