@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from peft_safety.methods.safe_lora import SafeLoRAConfig, apply_safe_lora, safe_lora_dir
     from peft_safety.methods.salora import SaLoRAConfig
     from peft_safety.methods.somf import fuse
+    from peft_safety.recipes.calibrate import calibration_cost
     from peft_safety.registry.fused import explain
     from peft_safety.registry.protection import assert_protected
 
@@ -50,6 +51,7 @@ _NAMES = {
     "apply_safe_lora": "methods.safe_lora",
     "assert_protected": "registry.protection",
     "calibrate": "methods.base",
+    "calibration_cost": "recipes.calibrate",
     "explain": "registry.fused",
     "export_lora": "convert.export",
     "fuse": "methods.somf",
@@ -73,6 +75,7 @@ __all__ = [
     "apply_safe_lora",
     "assert_protected",
     "calibrate",
+    "calibration_cost",
     "explain",
     "export_lora",
     "fuse",

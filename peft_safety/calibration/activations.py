@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,12 +13,20 @@ from torch import Tensor, nn
 from peft_safety.calibration.bases import contrastive_basis, input_basis, output_basis
 from peft_safety.calibration.budget import bytes_of, groups
 from peft_safety.calibration.leaving_out import record
-from peft_safety.calibration.moments import InputMoments, Positions, collect, inputs_of, is_tokenized, to_batches
-from peft_safety.calibration.sizes import Size, plan
+from peft_safety.calibration.moments import (
+    Batch,
+    InputMoments,
+    Positions,
+    collect,
+    inputs_of,
+    is_tokenized,
+    to_batches,
+)
+from peft_safety.calibration.sizes import DEFAULT_RANK, GUARDSPACE_SIZE, Size, plan
 from peft_safety.core import base_weights as weights
 from peft_safety.core.names import listed
 from peft_safety.core.projection import Side
-from peft_safety.core.subspace import SafetySubspace
+from peft_safety.core.subspace import DEFAULT_DTYPE, SafetySubspace
 from peft_safety.core.targets import target_layers
 from peft_safety.data.rows import Rows
 from peft_safety.errors import CalibrationError, ConfigError
@@ -28,14 +37,31 @@ METHODS: dict[str, tuple[tuple[Side, ...], Positions]] = {
     "guardspace": (("in",), "all"),
 }
 """Default sides and token positions of each method."""
-DEFAULT_RANK = 32
-"""As published for SaLoRA (arXiv 2501.01765, section 5.1)."""
-GUARDSPACE_FRACTION = 0.25
-"""GuardSpace's default share of the input dimensions: in a probe on SmolLM2-135M (one seed) it kept refusals at every
-share of poison; a long fine-tune needed half. To be confirmed by benchmarks/guardspace.py."""
 
 
-def estimate(
+@dataclass(frozen=True)
+class Job:
+    """A calibration that has been checked and not run yet.
+
+    Attributes:
+        layers: those that are to get a basis, of the sizes `sizes`.
+        narrow: those that have no room for one.
+        wanted: directions by layer and side; None where the energy decides.
+        sources: batches and their hash: of the data, and of those to compare with.
+    """
+
+    method: str
+    sides: tuple[Side, ...]
+    positions: Positions
+    layers: dict[str, nn.Module]
+    narrow: list[str]
+    sizes: Mapping[str, Mapping[Side, Size]]
+    wanted: dict[tuple[str, Side], int | None]
+    sources: list[tuple[list[Batch], str]]
+    size_facts: dict[str, Any]
+
+
+def prepare(
     model: nn.Module,
     data: Rows,
     *,
@@ -52,10 +78,61 @@ def estimate(
     layers: Mapping[str, nn.Module] | None = None,
     batch_size: int = 8,
     max_length: int = 512,
+) -> Job:
+    """Check what is to be calibrated, and tokenize the data. No model runs.
+
+    Args:
+        data: rows `{prompt, response}` / `{messages}` / `{text, label}`, rows of a `{prompt}` alone, or tokenized
+            batches with `labels` (-100: no response); a list, a data set, a frame or an iterable data set of them (see
+            `peft_safety.data.rows.as_rows`).
+        tokenizer: with a chat template; for rows only.
+        method: "salora" (out, response tokens), "ortho_patch" or "guardspace" (in, all tokens); sets `sides` and
+            `positions` where they are not given.
+        rank: directions per layer, an integer (default 32); or a share of the features of that side, a float in (0, 1)
+            (default of "guardspace": 0.25).
+        energy: as many directions as hold this share of `||W X||^2` or `||X||^2`, in (0, 1]; at most `rank` if that
+            is given too.
+        per_kind: other values of `rank`, or of `energy`, for modules whose name ends so: `{"down_proj": 0.1}`.
+        positions: "response", "prompt" or "all" tokens.
+        against: data that must stay in reach; the basis is then contrastive (see `contrastive_basis`).
+        target_modules, exclude_modules: as in `LoraConfig`; without `target_modules`, PEFT's default of the
+            architecture.
+        layers: base layers by name, instead of these two.
+
+    Raises:
+        ConfigError: an unknown method, a rank that leaves nothing to train, no module matched.
+        CalibrationError: no data, or rows without a tokenizer.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method={method!r}; no such method. Use one of {', '.join(METHODS)}.")
+    if positions not in (None, "response", "prompt", "all"):
+        raise ConfigError(f"positions={positions!r}. Use 'response', 'prompt' or 'all'.")
+    chosen = METHODS[method][0] if sides is None else tuple(sides)
+    where = positions or METHODS[method][1]
+    if rank is None and energy is None:
+        rank, energy = GUARDSPACE_SIZE if method == "guardspace" else (DEFAULT_RANK, None)
+    targets = dict(target_layers(model, target_modules, exclude_modules) if layers is None else layers)
+    sizes, unfit = plan(targets, rank, energy, per_kind, chosen)
+    layers = {name: targets[name] for name in sizes}
+    wanted = {(n, side): sizes[n][side].fixed(weights.shape(x), side, n) for n, x in layers.items() for side in chosen}
+    sources = [
+        to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
+        for rows in ([data] if against is None else [data, against])
+    ]
+    facts = size_facts(rank, energy, per_kind)
+    return Job(method, chosen, where, layers, unfit, sizes, wanted, sources, facts)
+
+
+def estimate(
+    model: nn.Module,
+    data: Rows,
+    *,
     seed: int = 0,
     memory: str | int | None = None,
+    dtype: str = DEFAULT_DTYPE,
     allow_fewer: bool = False,
     progress: bool = True,
+    **options: Any,
 ) -> SafetySubspace:
     """Estimate the directions that `data` spans in each target layer.
 
@@ -66,24 +143,11 @@ def estimate(
     Args:
         model: language model; may be quantized, may carry adapters. Of an encoder-decoder the encoder's tokens are the
             prompt, the decoder's the response.
-        data: rows `{prompt, response}` / `{messages}` / `{text, label}`, rows of a `{prompt}` alone, or tokenized
-            batches with `labels` (-100: no response); a list, a data set, a frame or an iterable data set of them (see
-            `peft_safety.data.rows.as_rows`).
-        tokenizer: with a chat template; for rows only.
-        method: "salora" (out, response tokens), "ortho_patch" or "guardspace" (in, all tokens); sets `sides` and
-            `positions` where they are not given.
-        rank: directions per layer, an integer (default 32); or a share of the features of that side, a float in (0, 1)
-            (default of "guardspace": 0.25).
-        energy: instead, as many directions as hold this share of `||W X||^2` or `||X||^2`, in (0, 1].
-        per_kind: other values of `rank`, or of `energy`, for modules whose name ends so: `{"down_proj": 0.1}`.
-        positions: "response", "prompt" or "all" tokens.
-        against: data that must stay in reach; the basis is then contrastive (see `contrastive_basis`).
-        target_modules, exclude_modules: as in `LoraConfig`; without `target_modules`, PEFT's default of the
-            architecture.
-        layers: base layers by name, instead of these two.
+        data, options: as in `prepare`.
         memory: for the second moments and their decomposition, beside the model: bytes, or a text such as "4GB"; by
             default half of what is free on the model's device. Layers that do not fit together take further passes;
             the result is the same.
+        dtype: of the result, see `SafetySubspace.rounded`.
         allow_fewer: where the data span fewer than `rank` directions (a first layer sees only the embeddings of the
             tokens that occur), protect those with a warning instead of raising.
 
@@ -100,23 +164,8 @@ def estimate(
     Reference: SaLoRA, arXiv 2501.01765, section 4.1; GuardSpace, arXiv 2510.14301. SaLoRA's public code runs the model
         once per layer; this is one pass.
     """
-    if method not in METHODS:
-        raise ConfigError(f"method={method!r}; no such method. Use one of {', '.join(METHODS)}.")
-    if positions not in (None, "response", "prompt", "all"):
-        raise ConfigError(f"positions={positions!r}. Use 'response', 'prompt' or 'all'.")
-    chosen = METHODS[method][0] if sides is None else tuple(sides)
-    where = positions or METHODS[method][1]
-    if rank is None and energy is None:
-        rank = GUARDSPACE_FRACTION if method == "guardspace" else DEFAULT_RANK
-    targets = dict(target_layers(model, target_modules, exclude_modules) if layers is None else layers)
-    sizes, unfit = plan(targets, rank, energy, per_kind, chosen)
-    layers = {name: targets[name] for name in sizes}
-    wanted = {(n, side): sizes[n][side].fixed(weights.shape(x), side, n) for n, x in layers.items() for side in chosen}
-    sources = [
-        to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
-        for rows in ([data] if against is None else [data, against])
-    ]
-    batches, digest = sources[0]
+    job = prepare(model, data, **options)
+    layers, where, (batches, digest) = job.layers, job.positions, job.sources[0]
     bases: dict[str, dict[Side, Tensor]] = {}
     spectra: dict[str, dict[Side, Tensor]] = {}
     covered: dict[str, float] = {}
@@ -127,14 +176,14 @@ def estimate(
         for number, part in enumerate(parts, 1):
             what = "calibrating" if len(parts) == 1 else f"calibrating, layers {number}/{len(parts)}"
             moments, *others = (
-                collect(model, part, rows, positions=where, progress=progress, what=what) for rows, _ in sources
+                collect(model, part, rows, positions=where, progress=progress, what=what) for rows, _ in job.sources
             )
             tokens, contrast = moments.tokens, next(iter(others), None)
-            if tokens < (needed := max((k for k in wanted.values() if k is not None), default=1)):
+            if tokens < (needed := max((k for k in job.wanted.values() if k is not None), default=1)):
                 what = f"{tokens} {'labeled ' * (where == 'response')}tokens cannot span rank={needed} directions"
                 raise CalibrationError(f"{what}. Give more data, or a smaller rank.")
             seen = {name: layer for name, layer in part.items() if all(m.reaches(name) for m in (moments, *others))}
-            for name, side, basis, spectrum in _bases(seen, moments, contrast, sizes, seed):
+            for name, side, basis, spectrum in _bases(seen, moments, contrast, job.sizes, seed):
                 bases.setdefault(name, {})[side] = basis
                 spectra.setdefault(name, {})[side] = spectrum
                 if side == "in" and contrast is None:
@@ -145,31 +194,31 @@ def estimate(
         raise CalibrationError(
             f"no token that counts reaches any of the {len(layers)} target layers ({listed(layers)}). Give other data."
         )
-    _check_spans({(n, side): bases[n][side].shape[1] for n in reached for side in chosen}, wanted, allow_fewer)
+    _check_spans({(n, side): bases[n][side].shape[1] for n in reached for side in job.sides}, job.wanted, allow_fewer)
     provenance = {
-        "method": method,
-        "sides": "+".join(chosen),
+        "method": job.method,
+        "sides": "+".join(job.sides),
         "positions": where,
         "seed": seed,
         "model": model_name(model),
         "data": digest,
         "samples": sum(int(batch["input_ids"].shape[0]) for batch in batches),
         "tokens": tokens,
-        **size_facts(rank, energy, per_kind),
-        **record([name for name in layers if name not in reached], unfit),
+        **job.size_facts,
+        **record([name for name in layers if name not in reached], job.narrow),
     }
-    if against is not None:
-        provenance["against"] = sources[1][1]
-    elif "in" in chosen:
+    if len(job.sources) > 1:
+        provenance["against"] = job.sources[1][1]
+    elif "in" in job.sides:
         provenance["covered"] = covered
-    subspace = SafetySubspace(bases, spectra, provenance=provenance)
+    subspace = SafetySubspace(bases, spectra, provenance=provenance).rounded(dtype)
     subspace.bind(reached)
     return subspace
 
 
 def size_facts(rank: float | None, energy: float | None, per_kind: Mapping[str, float] | None) -> dict[str, Any]:
     """The requested size, for the provenance."""
-    size = {"rank": rank} if energy is None else {"energy": energy}
+    size = {name: value for name, value in (("rank", rank), ("energy", energy)) if value is not None}
     return size | ({"per_kind": dict(per_kind)} if per_kind else {})
 
 

@@ -67,8 +67,9 @@ def output_basis(
         if size.energy is None:
             return _spanned(u, s, weight.dtype)
         total = float((weight * (weight if moment is None else weight @ moment)).sum(dtype=torch.float64))
-        enough = _enough(s.double().square(), total, size.energy)
-        if enough < width or width == min(m, n):
+        limit = size.limit((m, min(m, n)), "out")
+        enough = min(_enough(s.double().square(), total, size.energy), limit)
+        if enough < width or enough == limit or width == min(m, n):
             return _spanned(u[:, :enough], s[:enough], weight.dtype)
         width = min(2 * width, m, n)
 
@@ -84,8 +85,8 @@ def input_basis(moment: Tensor, size: Size, name: str, *, seed: int = 0) -> tupl
     """
     n = moment.shape[0]
     total = check_moment(moment, name)
-    k = size.fixed((n, n), "in", name)
-    width = n if n <= DENSE_LIMIT else min(n, (k or 4 * OVERSAMPLING) + OVERSAMPLING)
+    k, limit = size.fixed((n, n), "in", name), size.limit((n, n), "in")
+    width = n if n <= DENSE_LIMIT else min(n, (k or min(limit, 4 * OVERSAMPLING)) + OVERSAMPLING)
     while True:
         if n <= DENSE_LIMIT:
             values, vectors = torch.linalg.eigh(moment.double())
@@ -93,7 +94,7 @@ def input_basis(moment: Tensor, size: Size, name: str, *, seed: int = 0) -> tupl
         else:
             vectors, values = top_eigenvectors(lambda q: moment @ q, n, width, like=moment, seed=seed)
         values = values.clamp(min=0)
-        enough = _enough(values, total, size.energy or 1.0) if k is None else k
+        enough = min(_enough(values, total, size.energy or 1.0), limit) if k is None else k
         if k is not None or width == n or enough <= width - OVERSAMPLING:
             return _spanned(vectors[:, :enough], values[:enough].sqrt(), moment.dtype)
         width = min(n, 2 * width)
@@ -122,7 +123,7 @@ def contrastive_basis(moment: Tensor, against: Tensor, size: Size, name: str) ->
     values, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(factor, half.mT, upper=False))
     directions = orthonormalize(torch.linalg.solve_triangular(factor.mT, vectors.flip(1), upper=True))
     if k is None:
-        k = _enough((directions * (s @ directions)).sum(0), total, size.energy or 1.0)
+        k = min(_enough((directions * (s @ directions)).sum(0), total, size.energy or 1.0), size.limit((d, d), "in"))
     return _spanned(directions[:, :k], values.flip(0)[:k].clamp(min=0).sqrt(), moment.dtype)
 
 

@@ -231,6 +231,10 @@ def _call(model: nn.Module, batch: dict[str, Tensor], positions: Positions) -> t
     extra: dict[str, Any] = {key: value for key, value in batch.items() if key in accepted and key not in usual}
     if "use_cache" in accepted or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
         extra["use_cache"] = False
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    watched = any(m._forward_pre_hooks or m._forward_hooks for m in head.modules()) if head is not None else True
+    if "logits_to_keep" in accepted and not watched:
+        extra["logits_to_keep"] = 1  # nobody reads them, and all of them are larger than the model's activations
     if not is_encoder_decoder(model):
         return [counted(labels, attention, positions)], {"input_ids": ids, "attention_mask": attention, **extra}
     if labels.shape[1] == ids.shape[1]:  # other lengths: they tell which of the two sequences a layer's input is

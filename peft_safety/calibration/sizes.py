@@ -15,6 +15,12 @@ from peft_safety.core.names import listed
 from peft_safety.core.projection import Side
 from peft_safety.errors import ConfigError
 
+DEFAULT_RANK = 32
+"""Directions by default. As published for SaLoRA (arXiv 2501.01765, section 5.1)."""
+GUARDSPACE_SIZE: tuple[float | None, float | None] = (0.25, None)
+"""GuardSpace's default: the rank, here a share of the input dimensions, and the energy, of which the rank is then the
+cap. In a probe on SmolLM2-135M (one seed) a quarter kept refusals at every share of poison; a long fine-tune needed
+half. To be confirmed by benchmarks/guardspace.py."""
 NARROW_SHARE = 4
 """A layer is narrow if it is this many times narrower than the median target layer (a head, a gate). Only narrow
 layers get a smaller basis than requested; for ordinary layers, a rank that is too large is an error."""
@@ -22,12 +28,12 @@ layers get a smaller basis than requested; for ordinary layers, a rank that is t
 
 @dataclass(frozen=True)
 class Size:
-    """How many directions of a layer: exactly one of `rank`, `share` and `energy`.
+    """How many directions of a layer: `rank` or `share`; or `energy`, capped by one of these or not at all.
 
     Attributes:
         rank: a number.
         share: of the layer's features, in (0, 1).
-        energy: the smallest number that holds this share of the (second) moment, in (0, 1].
+        energy: the smallest number that holds this share of the (second) moment, in (0, 1]; the cap if that is less.
         most: never more than this (narrow layers).
     """
 
@@ -38,7 +44,7 @@ class Size:
 
     def __post_init__(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not None and name != "most"}
-        if len(given) != 1:
+        if not given or {"rank", "share"} <= given.keys():
             raise ConfigError(f"give one of rank, a share and energy for the size of a basis, not {given or 'none'}.")
         if not (self.rank is None or _is_integer(self.rank)) or not (self.share is None or 0 < self.share < 1):
             value = self.share if self.rank is None else self.rank
@@ -48,7 +54,7 @@ class Size:
 
     @classmethod
     def of(cls, rank: float | None, energy: float | None = None) -> Size:
-        """An integer `rank` is a number of directions, a float a share of the features."""
+        """An integer `rank` is a number of directions, a float a share of the features; beside an energy, the cap."""
         return cls(share=rank, energy=energy) if isinstance(rank, float) else cls(rank=rank, energy=energy)
 
     def fixed(self, shape: tuple[int, int], side: Side, name: str) -> int | None:
@@ -56,8 +62,10 @@ class Size:
         decides. A ConfigError refuses a rank that the layer does not have, or that leaves nothing to train.
         """
         d, n = shape[0 if side == "out" else 1], shape[1]
+        if self.energy is not None:
+            return None
         if self.share is not None:
-            return min(max(1, round(self.share * d)), d - 1, n)
+            return self.limit(shape, side)
         rank = self.rank if self.rank is None or self.most is None else min(self.rank, self.most)
         if rank is not None and not 1 <= rank < d:
             raise ConfigError(
@@ -67,6 +75,13 @@ class Size:
         if rank is not None and rank > n:
             raise ConfigError(f"{name}: rank={rank}, but the inputs span at most {n} directions. Use a smaller one.")
         return rank
+
+    def limit(self, shape: tuple[int, int], side: Side) -> int:
+        """Directions that one side of a layer `(m, n)` has at most: the cap of an energy, if it has one."""
+        d, n = shape[0 if side == "out" else 1], shape[1]
+        if self.share is not None:
+            return min(max(1, round(self.share * d)), d - 1, n)
+        return min(n, d if self.rank is None else min(self.rank, d - 1))
 
 
 def plan(
@@ -88,7 +103,7 @@ def plan(
         ConfigError: a kind that no layer is of; a rank that an ordinary layer cannot hold; no layer has room.
     """
     usual = Size.of(rank, energy)
-    special = {kind: Size.of(*((x, None) if energy is None else (None, x))) for kind, x in (per_kind or {}).items()}
+    special = {kind: Size.of(x) if energy is None else Size.of(rank, x) for kind, x in (per_kind or {}).items()}
     kinds = {kind_of(name) for name in layers}
     if unknown := sorted(set(special) - kinds):
         some = ", ".join(sorted(kinds))
@@ -108,7 +123,7 @@ def plan(
             if width * NARROW_SHARE <= median:
                 most = min(features[name, side] - 1, width)
                 size = replace(size, most=most)
-                if size.rank is not None and size.rank > most:
+                if size.energy is None and size.rank is not None and size.rank > most:
                     reduced[name] = most
             size.fixed(shapes[name], side, name)
             sizes[name][side] = size
@@ -134,25 +149,22 @@ def check_size_options(
     Args:
         safety_rank: directions per module, an integer; or a share of its features, a float in (0, 1); None takes the
             method's default.
-        safety_energy: instead, the share of the energy to hold, in (0, 1].
+        safety_energy: the share of the energy to hold, in (0, 1]; `safety_rank` is then the cap.
         safety_rank_pattern: other values by the end of a module's name: of the energy if `safety_energy` is given,
             otherwise of the rank.
         where: what the values belong to, for the errors.
-        least: smallest `safety_rank`.
+        least: smallest `safety_rank` without an energy.
 
     Raises:
-        ConfigError: a value out of range, or both a rank and an energy.
+        ConfigError: a value out of range.
     """
-    if safety_rank is not None and safety_energy is not None:
-        raise ConfigError(
-            f"{where}: safety_rank={safety_rank!r} and safety_energy={safety_energy!r}: give one of them."
-        )
     pattern = {} if safety_rank_pattern is None else safety_rank_pattern
     if not isinstance(pattern, Mapping) or not all(isinstance(kind, str) for kind in pattern):
         raise ConfigError(
             f"{where}: safety_rank_pattern={pattern!r}. Map the ends of module names to numbers: {{'down_proj': 0.1}}."
         )
     special = [(f"safety_rank_pattern[{kind!r}]", value, 1) for kind, value in pattern.items()]
+    least = least if safety_energy is None else 1
     ranks = [] if safety_rank is None else [("safety_rank", safety_rank, least)]
     energies = [] if safety_energy is None else [("safety_energy", safety_energy, 1), *special]
     for name, value, lowest in ranks if energies else [*ranks, *special]:

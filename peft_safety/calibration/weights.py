@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from peft_safety.calibration.activations import DEFAULT_RANK, model_name, size_facts
+from peft_safety.calibration.activations import model_name, size_facts
 from peft_safety.calibration.bases import output_basis
 from peft_safety.calibration.leaving_out import record
-from peft_safety.calibration.sizes import plan
+from peft_safety.calibration.sizes import DEFAULT_RANK, plan
 from peft_safety.core import base_weights as weights
 from peft_safety.core.projection import Side
-from peft_safety.core.subspace import SafetySubspace
+from peft_safety.core.subspace import DEFAULT_DTYPE, SafetySubspace
 from peft_safety.core.targets import target_layers
 
 
@@ -27,6 +27,7 @@ def estimate_from_weights(
     exclude_modules: Iterable[str] | str | None = None,
     layers: Mapping[str, nn.Module] | None = None,
     seed: int = 0,
+    dtype: str = DEFAULT_DTYPE,
     progress: bool = True,
 ) -> SafetySubspace:
     """Top singular vectors of every target weight: right ones for side "in", left ones for side "out".
@@ -34,8 +35,8 @@ def estimate_from_weights(
     By randomized subspace iteration, deterministic for a seed. Quantized weights are dequantized one at a time.
 
     Args:
-        rank, energy, per_kind, target_modules, exclude_modules, layers: as in `activations.estimate`; the energy is
-            that of the weight, `||W||_F^2`.
+        rank, energy, per_kind, target_modules, exclude_modules, layers, dtype: as in `activations.estimate`; the
+            energy is that of the weight, `||W||_F^2`.
 
     Raises:
         ConfigError: a rank that leaves nothing to train, no module matched. CalibrationError: a weight that is zero or
@@ -59,6 +60,6 @@ def estimate_from_weights(
             bases[name][side], spectra[name][side] = u[:, : size.most], s[: size.most]
     provenance = {"method": "weight", "sides": "+".join(sides), "seed": seed, "model": model_name(model)}
     provenance |= size_facts(rank, energy, per_kind) | record([], unfit)
-    subspace = SafetySubspace(bases, spectra, provenance=provenance)
+    subspace = SafetySubspace(bases, spectra, provenance=provenance).rounded(dtype)
     subspace.bind(layers)
     return subspace

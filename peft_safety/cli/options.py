@@ -23,10 +23,12 @@ SafetyRank = Annotated[
     Option(help="Protected directions per layer, or below 1 a share of its features; 0.25 for guardspace, else 32."),
 ]
 SafetyEnergy = Annotated[
-    float | None, Option(help="Instead of --safety-rank: as many directions as hold this share of the energy.")
+    float | None,
+    Option(help="As many directions as hold this share of the energy; at most --safety-rank, if that is given."),
 ]
 SafetyRankPattern = Annotated[
-    list[str] | None, Option(help="Another --safety-rank or --safety-energy for a kind of module: down_proj=0.1.")
+    list[str] | None,
+    Option(help="Another --safety-energy, if given, else --safety-rank, for a kind of module: down_proj=0.1."),
 ]
 ReportDir = Annotated[Path, Option("--out", help="Directory for the adapter, report.json and report.png.")]
 Positions = Annotated[str, Option(help="Tokens that count: response, prompt or all.")]

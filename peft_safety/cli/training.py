@@ -9,13 +9,14 @@ from typer import Option
 
 from peft_safety.cli import options as opt
 from peft_safety.cli.common import app, print_facts, show
+from peft_safety.errors import ConfigError
 from peft_safety.recipes.train import LEARNING_RATE, PATCH_LEARNING_RATE
 
 
 @app.command()
 def calibrate(
     model: opt.Model,
-    out: Annotated[Path, Option(help="File (.safetensors) or directory for the subspace.")],
+    out: Annotated[Path | None, Option(help="File (.safetensors) or directory for the subspace.")] = None,
     data: Annotated[
         Path | None, Option(help="JSON lines of prompt/response rows; default: the package's own.")
     ] = None,
@@ -37,19 +38,31 @@ def calibrate(
     memory: Annotated[
         str | None, Option(help='Budget beside the model, such as "4GB"; default: half of what is free.')
     ] = None,
+    dtype: Annotated[str, Option(help="Of the bases, in use and on disk: float16, bfloat16 or float32.")] = "float16",
     allow_fewer: Annotated[
         bool, Option("--allow-fewer", help="Where the data span fewer directions than --safety-rank, protect those.")
     ] = False,
+    stream: Annotated[
+        bool, Option("--stream", help="Leave the model on disk and read one layer at a time, for each batch.")
+    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only say what it will take: bytes, passes, seconds.")] = False,
     json: opt.Json = False,
 ) -> None:
     """Estimate a safety subspace in one pass over the model, and save it. For input sides, the energy that it covers
     is printed.
     """
-    options = opt.parsed(locals(), "png", "json")
-    from peft_safety.recipes.calibrate import calibrate as run
-    from peft_safety.reporting import coverage
+    options = opt.parsed(locals(), "png", "dry_run", "json")
+    from peft_safety.recipes import calibrate as recipe
+    from peft_safety.reporting import cost, coverage
 
-    result = run(**options)
+    if dry_run:
+        without = ("out", "task_data", "seed", "allow_fewer")
+        expected = recipe.calibration_cost(**{name: value for name, value in options.items() if name not in without})
+        show(expected.to_json(), json, lambda: cost.show(expected))
+        return
+    if out is None:
+        raise ConfigError("calibrate writes nothing without --out. Give a file or directory, or --dry-run.")
+    result = recipe.calibrate(**options)
     if png is not None:
         coverage.save_png(result.coverage, png)
     provenance = {name: value for name, value in result.subspace.provenance.items() if name != "covered"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def verify(
     bases = [u for sides in stored.subspace.bases.values() for u in sides.values()]
     window, worst = "window" in config.sides, stored.worst_leak
     if window and subspace is not None:
-        space = _null_space(path, subspace, str(stored.subspace.provenance.get("null_space")))
+        space = _null_space(path, subspace, str(stored.subspace.provenance.get("null_space")), stored.shapes)
         factors = protected_factors(stored, stored.shapes)
         worst = max(_blindness(path, space, name, f.a, leak_tolerance(f.a.dtype)) for name, f in factors.items())
     return Verification(
@@ -168,7 +169,7 @@ def _verify_frozen(
     precisions = {name: modules[name].precision(a) or a.dtype for name, a in rows.items()}
     leaks = {name: max(entry.leak, _rounding(precisions[name])) for name, entry in modules.items()}
     if subspace is not None:
-        space = _null_space(path, subspace, certificate.subspace)
+        space = _null_space(path, subspace, certificate.subspace, rows)
         for name, a in rows.items():
             limit = max(leak_tolerance(precisions[name]), min(modules[name].leak, leak_tolerance(torch.bfloat16)))
             leaks[name] = _blindness(path, space, name, a, limit)
@@ -188,9 +189,11 @@ def _verify_frozen(
     )
 
 
-def _null_space(path: Path, subspace: SafetySubspace | str | os.PathLike[str], digest: str) -> SafetySubspace:
-    """The given null space, which must have this digest."""
-    space = subspace if isinstance(subspace, SafetySubspace) else SafetySubspace.load(subspace)
+def _null_space(
+    path: Path, subspace: SafetySubspace | str | os.PathLike[str], digest: str, modules: Collection[str]
+) -> SafetySubspace:
+    """The given null space, which must have this digest on the modules."""
+    space = SafetySubspace.of(subspace, modules)
     if space.digest != digest:
         raise ProtectionError(
             f"{path}: the adapter was made with subspace {digest[:12]}, not {space.digest[:12]}. Give that one."

@@ -87,6 +87,13 @@ def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
     """
     check_readable(layer, name)
     weight: Any = layer.weight
+    hook: Any = getattr(layer, "_hf_hook", None)
+    if weight.is_meta and getattr(hook, "weights_map", None) is not None:  # accelerate keeps it on disk, or in memory
+        hook.pre_forward(layer)
+        try:
+            return stored_weight(layer, name)
+        finally:
+            hook.post_forward(layer, None)
     if not is_whole(weight):
         raise UnsupportedLayerError(f"{name}: its weight is on the meta device or sharded. Calibrate or load earlier.")
     kind = quantization(layer)

@@ -99,7 +99,8 @@ def check_forward(layer: nn.Module, name: str) -> None:
     x = torch.randn(PROBES, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     try:
         with torch.autocast(weight.device.type, enabled=False):
-            output, expected = layer.forward(x), F.linear(x, weight, layer.bias)  # type: ignore[arg-type]
+            # in this order: after its own forward, accelerate may have taken the bias away again
+            expected, output = F.linear(x, weight, layer.bias), layer.forward(x)  # type: ignore[arg-type]
         error = math.inf
         if isinstance(output, Tensor) and output.shape == expected.shape:
             size = expected.float().norm().clamp(min=torch.finfo(torch.float32).tiny)

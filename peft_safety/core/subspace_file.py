@@ -1,8 +1,9 @@
 """The file of a safety subspace: plain safetensors.
 
-`basis.out.<module>` `(m, k)` and `basis.in.<module>` `(n, k)` have orthonormal columns, `spectrum.*` the singular
-values, `fingerprint.<module>` samples of the base weights. The header holds the format's name with the provenance as
-JSON. A tensor that several modules share is stored once, and the header says who shares whose.
+`basis.out.<module>` `(m, k)` and `basis.in.<module>` `(n, k)` have orthonormal columns, in fp32, or rounded to fp16 or
+bf16. `spectrum.*` holds the singular values, `fingerprint.<module>` samples of the base weights. The header holds the
+format's name with the provenance as JSON. A tensor that several modules share is stored once, and the header says who
+shares whose.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_safety.core import files
+from peft_safety.core.names import listed
 from peft_safety.core.projection import SIDES, Side
 from peft_safety.errors import ArtifactError, SubspaceError
 
@@ -27,6 +29,7 @@ FILE_NAME = "safety_subspace.safetensors"
 FORMAT = "peft_safety.core.subspace.v1"
 SHARED = "shared"
 """Key of the provenance in a file's header that maps the names of tensors that are not stored to those they equal."""
+DTYPES = {"basis": ("F32", "F16", "BF16"), "spectrum": ("F32",), "fingerprint": ("F32",)}
 Bases = dict[str, dict[Side, Tensor]]
 
 
@@ -61,11 +64,17 @@ def write(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, An
     return path
 
 
-def read(path: Path) -> tuple[Bases, Bases, dict[str, Tensor], dict[str, Any]]:
-    """Bases and spectra by module and side, fingerprints by module, and the provenance. For the errors, see
-    `SafetySubspace.load`.
+def read(
+    path: Path, modules: Collection[str] | None = None, rank: int | None = None
+) -> tuple[Bases, Bases, dict[str, Tensor], dict[str, Any]]:
+    """Bases and spectra by module and side, fingerprints by module, and the provenance. For the arguments and errors,
+    see `SafetySubspace.load`. What is not asked for is not read.
     """
-    tensors = {}
+    bases: Bases = {}
+    spectra: Bases = {}
+    fingerprints: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    known = set()
     with files.open_tensors(path) as handle:
         header = handle.metadata() or {}
         if FORMAT not in header:
@@ -74,30 +83,45 @@ def read(path: Path) -> tuple[Bases, Bases, dict[str, Tensor], dict[str, Any]]:
                 "with SafetySubspace.save."
             )
         provenance = files.parse_json(header[FORMAT], f"{path} (header)")
-        for key in handle.keys():  # noqa: SIM118  a safetensors handle is no mapping
-            dtype = handle.get_slice(key).get_dtype()
-            if dtype != "F32":
-                raise SubspaceError(f"{path}: {key!r} is {dtype}, not F32. Save it again with SafetySubspace.save.")
-            tensors[key] = handle.get_tensor(key)
-    shared = provenance.pop(SHARED, {})
-    if not isinstance(shared, dict) or not all(
-        isinstance(of, str) and of in tensors and key not in tensors for key, of in shared.items()
-    ):
-        raise SubspaceError(f"{path}: its header names shared tensors that it does not hold. Save it again.")
-    tensors |= {key: tensors[of] for key, of in shared.items()}
-    bases: Bases = {}
-    spectra: Bases = {}
-    fingerprints: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        kind, _, rest = key.partition(".")
-        side, _, name = rest.partition(".")
-        if kind == "fingerprint":
-            fingerprints[rest] = value
-        elif kind in ("basis", "spectrum") and side in SIDES and name:
-            (bases if kind == "basis" else spectra).setdefault(name, {})[side] = value
-        else:
-            raise SubspaceError(f"{path}: unknown tensor {key!r}. Save it again with SafetySubspace.save.")
+        stored = {key: key for key in handle.keys()}  # noqa: SIM118  a safetensors handle is no mapping
+        shared = provenance.pop(SHARED, {})
+        if not isinstance(shared, dict) or not all(
+            isinstance(of, str) and of in stored and key not in stored for key, of in shared.items()
+        ):
+            raise SubspaceError(f"{path}: its header names shared tensors that it does not hold. Save it again.")
+        for key, of in (stored | shared).items():
+            kind, _, rest = key.partition(".")
+            side, _, name = rest.partition(".")
+            if kind == "fingerprint":
+                name = rest
+            elif kind not in DTYPES or side not in SIDES or not name:
+                raise SubspaceError(f"{path}: unknown tensor {key!r}. Save it again with SafetySubspace.save.")
+            known.add(name)
+            if modules is not None and name not in modules:
+                continue
+            if (dtype := handle.get_slice(of).get_dtype()) not in DTYPES[kind]:
+                raise SubspaceError(f"{path}: {of!r} is {dtype}, not {' or '.join(DTYPES[kind])}. Save it again.")
+            if of not in tensors:
+                tensors[of] = _leading(handle, of, None if kind == "fingerprint" else rank)
+            if kind == "fingerprint":
+                fingerprints[name] = tensors[of]
+            else:
+                (bases if kind == "basis" else spectra).setdefault(name, {})[side] = tensors[of]
+    if modules is not None and not bases:
+        raise SubspaceError(
+            f"{path}: no basis for {listed(modules)} (it has {listed(known)}). Calibrate with the same target_modules."
+        )
+    if rank is not None:
+        provenance.pop("covered", None)  # by the whole bases
     return bases, spectra, fingerprints, provenance
+
+
+def _leading(handle: Any, key: str, rank: int | None) -> Tensor:
+    """A tensor, or its first `rank` columns."""
+    part = handle.get_slice(key)
+    last = part.get_shape()[-1:]
+    whole: Tensor = handle.get_tensor(key) if rank is None or not last or last[0] <= rank else part[..., :rank]
+    return whole
 
 
 def locate(source: str | os.PathLike[str], **hub: Any) -> Path:

@@ -52,8 +52,9 @@ class ProtectedConfig(LoraConfig):
             injected.
         safety_rank: size of the subspace of `"auto"`: directions per module, an integer; or a share of its features, a
             float in (0, 1). None takes the method's default. A given subspace has its own size.
-        safety_energy: instead, as many directions as hold this share of the energy.
-        safety_rank_pattern: other values of either by the end of a module's name: `{"down_proj": 0.1}`.
+        safety_energy: as many directions as hold this share of the energy; at most `safety_rank`, if that is given.
+        safety_rank_pattern: other values by the end of a module's name, `{"down_proj": 0.1}`: of the energy where one
+            is given, else of the rank.
         safety_artifact: written by `save_pretrained`; leave it alone.
 
     Raises:
@@ -65,10 +66,10 @@ class ProtectedConfig(LoraConfig):
         None, "For subspace='auto': protected directions per module, or a share of its features."
     )
     safety_energy: float | None = option(
-        None, "Instead of safety_rank: as many directions as hold this share of the energy."
+        None, "As many directions as hold this share of the energy; at most safety_rank, if that is given."
     )
     safety_rank_pattern: dict[str, int | float] | None = option(
-        None, "Other values of safety_rank or safety_energy by the end of a module's name."
+        None, "Other values of safety_energy, if given, else of safety_rank, by the end of a module's name."
     )
     safety_artifact: dict[str, Any] | None = option(None, "Hashes of the saved files; written by save_pretrained.")
 
@@ -146,8 +147,11 @@ class ProtectedConfig(LoraConfig):
 
     @property
     def subspace_id(self) -> str:
-        """Digest of the bases that constrain the adapter."""
-        return self.subspace.digest if self._certificate is None else self._certificate.subspace
+        """Digest of the bases that constrain the adapter, which are those of its modules."""
+        if self._certificate is not None:
+            return self._certificate.subspace
+        digest: str = (self.subspace.restricted(self._modules) if self._modules else self.subspace).digest
+        return digest
 
     @property
     def subspace_size(self) -> dict[str, Any]:
@@ -161,7 +165,7 @@ class ProtectedConfig(LoraConfig):
         if self.subspace == "auto":
             return self.calibrate(model, layers)
         if isinstance(self.subspace, (str, os.PathLike)):
-            return SafetySubspace.load(self.subspace)
+            return SafetySubspace.load(self.subspace, modules=layers)
         kind = type(self.subspace).__name__
         raise ConfigError(f"subspace is a {kind}. Give a SafetySubspace, a path, a Hub id, or 'auto'.")
 

@@ -26,6 +26,7 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     load_in_4bit: bool = False,
+    stream: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer.
 
@@ -34,6 +35,8 @@ def load_model(
             on CUDA), or a loaded model.
         tokenizer: default the one stored with the model.
         load_in_4bit: quantize to NF4, double quantization included, on the way in; not for a loaded model.
+        stream: leave the blocks in the checkpoint's safetensors files, from which every forward reads one layer after
+            the other; not for a loaded model.
 
     Raises:
         ConfigError: nothing loads from there.
@@ -53,13 +56,33 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(source)
         if isinstance(model, PreTrainedModel):
             return model, tokenizer
+        if stream:
+            options["device_map"] = _blocks_on_disk(source, "cuda:0" if cuda else "cpu")
         loaded = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no model or tokenizer at {source!r}: {error}. Give a hub id or a directory, or pass tokenizer= with a "
             "loaded model."
         ) from error
-    return (loaded.to("cuda") if cuda and not load_in_4bit else loaded), tokenizer
+    return (loaded.to("cuda") if cuda and not load_in_4bit and not stream else loaded), tokenizer
+
+
+def _blocks_on_disk(source: str, device: str) -> dict[str, str]:
+    """A device map: lists of modules, which are the blocks, stay on disk; everything else goes to the device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    result: dict[str, str] = {}
+    for name, module in empty.named_modules():
+        if any(name.startswith(f"{other}.") for other, place in result.items() if place == "disk"):
+            continue
+        if isinstance(module, torch.nn.ModuleList):
+            result[name] = "disk"
+        elif module._parameters or module._buffers:
+            result[name] = device
+    return result
 
 
 def load_adapter(

@@ -76,6 +76,7 @@ def set_task_directions(model: nn.Module, task_data: Any, adapter_name: str = "d
     if not isinstance(config, ProtectedConfig) or not config.freezes or config.subspace is None:
         raise ConfigError(f"adapter {adapter_name!r} has no frozen factor. Give its config task_data, or train='B'.")
     layers = adapter_layers(model, adapter_name)
+    base = {name: layer.get_base_layer() for name, layer in layers.items()}
     for name, layer in layers.items():
         pair = [layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight]
         if not all(is_whole(weight) and weight.ndim == 2 for weight in pair):
@@ -86,7 +87,7 @@ def set_task_directions(model: nn.Module, task_data: Any, adapter_name: str = "d
             raise ConfigError(
                 f"{name}: adapter {adapter_name!r} has learned something. Do this before the first step."
             )
-    kept, config.subspace = config.subspace, config.resolve(model, {})
+    kept, config.subspace = config.subspace, config.resolve(model, base)
     try:
         rows = config.frozen_rows(model, layers, adapter_name, task_data)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -104,7 +105,7 @@ def _certificate(config: ProtectedConfig, rows: Mapping[str, Tensor]) -> Certifi
     modules = {name: certified_factor(a, config.subspace.bases[name]["in"]) for name, a in rows.items()}
     own = {name: value for name, value in reuse.settings(config).items() if name != "subspace"}
     settings = {name: value for name, value in own.items() if isinstance(value, (str, int, float))}
-    return Certificate(config.PEFT_KEY, config.subspace.digest, settings, modules)
+    return Certificate(config.PEFT_KEY, config.subspace.restricted(rows).digest, settings, modules)
 
 
 def stored_rows(directory: Path, layers: Layers | None = None, adapter_name: str = "") -> dict[str, Tensor]:

@@ -251,7 +251,8 @@ CASES = [
     Case("u_of_full_rank", bases(put(U, lambda u: torch.eye(32))), SUB, (SUBSPACE, Q0, "k = 32 directions of 32")),
     Case("u_wider_than_tall", bases(put(U, lambda u: torch.eye(32, 40))), SUB, (SUBSPACE, Q0, "k = 40")),
     Case("u_flat", bases(put(U, lambda u: u.flatten())), SUB, (SUBSPACE, Q0, "(256,)")),
-    Case("u_in_half_precision", bases(put(U, lambda u: u.bfloat16())), SUB, (SUBSPACE, Q0, "BF16")),
+    Case("u_in_fp64", bases(put(U, lambda u: u.double())), SUB, (SUBSPACE, Q0, "F64")),
+    Case("u_rounded_afterwards", bases(put(U, lambda u: u.bfloat16())), ART, (ADAPTER, Q0, "protected subspace")),
     Case("layers_permuted", bases(tools.swap(U, f"basis.out.{Q1}")), ART, (ADAPTER, "q_proj", "protected subspace")),
     Case(
         "basis_removed_for_one_module",

@@ -301,6 +301,13 @@ def test_the_certificate_and_the_subspace(tmp_path):
     found = verify(tmp_path / "adapter", cells.base_model(), tmp_path / "space")
     assert found.blindness_checked
     assert found.worst_leak <= LEAK
+    wider = subspace(cells.base_model(), HARMFUL, target_modules="all-linear")
+    wider.save(tmp_path / "wider")
+    assert len(wider.bases) > found.modules
+    again = frozen(subspace=tmp_path / "wider")
+    again.save_pretrained(tmp_path / "again")
+    for source in (wider, tmp_path / "wider"):  # an adapter is of the bases of its own modules, wherever they are
+        assert verify(tmp_path / "again", subspace=source).blindness_checked
     with pytest.raises(ProtectionError, match="was made with subspace"):
         verify(tmp_path / "adapter", subspace=subspace(cells.base_model(), TASK))
 

@@ -13,7 +13,8 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from peft_safety import GuardSpaceConfig, assert_protected, export_lora, merge_quantized, verify
+from peft_safety import GuardSpaceConfig, assert_protected, calibrate, export_lora, merge_quantized, verify
+from peft_safety.calibration.coverage import coverage
 from peft_safety.callbacks import SafetyMonitorCallback
 from peft_safety.convert.export import export_directory
 from peft_safety.core.base_weights import dense_weight
@@ -30,7 +31,7 @@ from peft_safety.errors import (
 from peft_safety.layers import protected_leaves
 from tests.interop.helpers import token_rows
 from tests.peft import cells
-from tests.peft.guard_cells import TASK, K, batches, calibrated_inputs, config, guarded, subspace
+from tests.peft.guard_cells import HARMFUL, TASK, K, batches, calibrated_inputs, config, guarded, subspace
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 LEAK = 1e-6
@@ -266,6 +267,22 @@ def test_auto_calibrates_on_each_basis_and_combines(tmp_path):
     assert len(digests) == 5, "every choice but the init gives other bases"
 
 
+def test_an_energy_is_capped_and_has_other_values_by_kind():
+    config = GuardSpaceConfig(
+        target_modules=["q_proj", "down_proj"],
+        safety_rank=0.25,
+        safety_energy=0.99999,
+        safety_rank_pattern={"down_proj": 0.4},
+    )
+    space = calibrate(tiny_llama(), config, HARMFUL, tokenizer=tiny_tokenizer(), progress=False)
+    ranks = {kind: {space.rank(n, "in") for n in space.bases if n.endswith(kind)} for kind in ("q_proj", "down_proj")}
+    assert ranks["q_proj"] == {8}, "a quarter of 32"
+    assert all(1 <= k < 16 for k in ranks["down_proj"]), "of 64"
+    assert all(row.covered >= 0.4 for row in coverage(space) if row.name.endswith("down_proj"))
+    facts = space.provenance
+    assert (facts["rank"], facts["energy"], facts["per_kind"]) == (0.25, 0.99999, {"down_proj": 0.4})
+
+
 def test_modules_of_one_input_and_one_size_share_a_basis():
     space = subspace(tiny_llama(), target_modules="all-linear", per_kind={"k_proj": 3})
     q, k, v = (space.bases[f"model.layers.0.self_attn.{p}_proj"]["in"] for p in "qkv")
@@ -284,8 +301,8 @@ def test_modules_of_one_input_and_one_size_share_a_basis():
         ({"preconditioner": "cube"}, "preconditioner='cube'"),
         ({"basis": "general", "positions": "response"}, "positions='response' finds none"),
         ({"basis": "both", "positions": "response"}, "positions='response' finds none"),
-        ({"safety_rank": 0.5, "safety_energy": 0.5}, "give one of"),
-        ({"safety_rank": 4, "safety_energy": 0.5}, "give one of"),
+        ({"safety_rank": 1.5, "safety_energy": 0.5}, "safety_rank=1.5"),
+        ({"safety_rank": 4, "safety_energy": 2}, "safety_energy=2"),
         ({"safety_rank": 1.0}, "safety_rank=1.0"),
         ({"safety_rank": 0.0}, "safety_rank=0.0"),
         ({"safety_rank": float("nan")}, "safety_rank=nan"),

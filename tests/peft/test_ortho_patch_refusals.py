@@ -23,7 +23,7 @@ from tests.tiny import tiny_llama
         (dict(side="left"), "side='left'"),
         (dict(mode="soft", basis="weight"), "needs basis='activation'"),
         (dict(mode="soft", side="out"), "side='in'"),
-        (dict(safety_rank=4, safety_energy=0.5), "give one of them"),
+        (dict(safety_rank=0, safety_energy=0.5), "safety_rank=0"),
         (dict(safety_rank=0), "safety_rank=0 without prior_patches"),
         (dict(safety_rank=-1), "safety_rank=-1"),
         (dict(safety_rank=0, safety_rank_pattern={"q_proj": 2}, prior_patches=["a"]), "has no effect"),

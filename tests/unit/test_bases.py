@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from peft_safety.calibration import bases
 from peft_safety.calibration.bases import Size, contrastive_basis, input_basis, output_basis
-from peft_safety.core.projection import orthonormality_error, project_out, union
+from peft_safety.core.projection import orthonormality_error, principal_cosines, project_out, union
 from peft_safety.errors import CalibrationError, ConfigError
 
 seeds = st.integers(0, 2**31)
@@ -62,6 +62,26 @@ def test_energy_takes_the_fewest_directions_that_hold_it(seed, energy, decay):
         assert k == 1 or shares[k - 2] <= energy + 1e-4
         assert orthonormality_error(u) < 1e-5
         torch.testing.assert_close(s.square(), found[:k], rtol=1e-2, atol=1e-5 * float(found[0]))
+
+
+@pytest.mark.parametrize("limit", [4, 50])
+def test_an_energy_takes_no_more_than_its_cap(limit, monkeypatch):
+    """4 binds, 50 does not; a share of 0.04 or 0.5 means the same of 100 features."""
+    w, x = data(1, 100, 100, 0.0), data(0, 100, 400, 0.5)
+    for dense in (bases.DENSE_LIMIT, 16):
+        monkeypatch.setattr(bases, "DENSE_LIMIT", dense)
+        for take in (
+            lambda size: input_basis(x @ x.T, size, "layer")[0],
+            lambda size: output_basis(w, x @ x.T, size, "layer")[0],
+            lambda size: contrastive_basis(x @ x.T, torch.eye(100), size, "layer")[0],
+        ):
+            free = take(Size(energy=0.6))
+            assert 4 < free.shape[1] < 50
+            for size in (Size(rank=limit, energy=0.6), Size(share=limit / 100, energy=0.6)):
+                found = take(size)
+                assert found.shape[1] == min(limit, free.shape[1])
+                assert float(principal_cosines(found, free).min()) > 1 - 1e-4
+    assert take(Size(rank=1000, energy=1.0)).shape[1] == 99, "a cap leaves something to train"
 
 
 def test_many_directions_are_found_by_growing(monkeypatch):
@@ -120,7 +140,7 @@ def test_a_union_spans_both_keeps_the_first_and_grows_only_once(seed, k, extra):
     ("size", "said"),
     [
         (dict(), "none"),
-        (dict(rank=2, energy=0.5), "rank"),
+        (dict(rank=2, share=0.5), "rank"),
         (dict(energy=0.0), "energy=0.0"),
         (dict(energy=1.5), "energy=1.5"),
         (dict(energy=True), "energy=True"),

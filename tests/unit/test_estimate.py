@@ -186,3 +186,14 @@ def test_a_layer_with_fewer_directions_than_asked_for_is_refused_or_protected_wh
 def test_rows_without_a_tokenizer_are_refused(pairs):
     with pytest.raises(CalibrationError, match="tokenizer"):
         estimate(tiny_llama(), pairs)
+
+
+def test_logits_are_computed_only_where_the_head_is_calibrated(pairs):
+    model, seen = tiny_llama(), []
+    model.register_forward_hook(lambda *call: seen.append(call[-1].logits.shape[1]))
+    estimate(model, pairs, tokenizer=tiny_tokenizer(), target_modules=["q_proj"])
+    assert set(seen) == {1}
+    seen.clear()
+    space = estimate(model, pairs, tokenizer=tiny_tokenizer(), target_modules=["lm_head"])
+    assert min(seen) > 1
+    assert space.module_names == ["lm_head"]

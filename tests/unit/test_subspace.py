@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 from peft_safety import SafetySubspace
 from peft_safety.core import base_weights as weights
-from peft_safety.core import files
-from peft_safety.core.projection import orthonormality_error
+from peft_safety.core import files, subspace_file
+from peft_safety.core.projection import orthonormality_error, project_out
 from peft_safety.core.subspace_file import FILE_NAME
-from peft_safety.errors import ArtifactError, PeftSafetyError, SubspaceError
+from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, SubspaceError
 
 
 def basis(d: int, k: int, seed: int = 0) -> Tensor:
@@ -62,6 +63,79 @@ def test_everything_is_saved_and_equal_subspaces_give_equal_bytes(tmp_path: Path
     assert torch.equal(loaded.fingerprints["a"], torch.arange(weights.SAMPLES).float())
     assert loaded.provenance == example().provenance
     assert [path.name for path in (tmp_path / "one").iterdir()] == [FILE_NAME]
+
+
+def shared(d: int = 40, k: int = 6) -> SafetySubspace:
+    u, s = basis(d, k), torch.arange(k, 0, -1).float()
+    space = {name: {"in": u} for name in ("q", "k")} | {"down": {"in": basis(2 * d, k, 1)}}
+    return SafetySubspace(space, {name: {"in": s} for name in space}, provenance={"covered": {"q": 0.9}})
+
+
+@pytest.mark.parametrize(("dtype", "angle"), [("float16", 1e-3), ("bfloat16", 5e-3)])
+def test_a_rounded_subspace_is_the_span_of_what_is_stored(dtype: str, angle: float, tmp_path: Path) -> None:
+    exact = shared()
+    rounded = exact.rounded(dtype)
+    assert rounded.digest not in (exact.digest, exact.rounded("bfloat16" if dtype == "float16" else "float16").digest)
+    path = rounded.save(tmp_path / "one.safetensors")
+    loaded = SafetySubspace.load(path)
+    assert loaded.digest == rounded.digest
+    assert loaded.save(tmp_path / "two.safetensors").read_bytes() == path.read_bytes()
+    for name, sides in loaded.bases.items():
+        u = sides["in"]
+        assert u.dtype == torch.float32
+        assert orthonormality_error(u) < 1e-6
+        assert float(project_out(u.double(), rounded.stored[name]["in"].double()).norm()) < 1e-6
+        assert float(project_out(u.double(), exact.bases[name]["in"].double()).norm(dim=0).max()) < angle
+    assert loaded.bases["q"]["in"] is loaded.bases["k"]["in"]
+    tensors = ({id(u): u for sides in x.stored.values() for u in sides.values()} for x in (exact, loaded))
+    sizes = [sum(u.nbytes for u in unique.values()) for unique in tensors]
+    assert sizes[0] == 2 * sizes[1] == 4 * 6 * (40 + 80)
+    assert path.stat().st_size < exact.save(tmp_path / "exact.safetensors").stat().st_size
+    assert exact.rounded("float32") is exact
+    with pytest.raises(ConfigError, match="int8"):
+        exact.rounded("int8")
+
+
+def test_what_derives_from_a_rounded_subspace_keeps_its_digest(tmp_path: Path) -> None:
+    space = shared().rounded()
+    assert space.restricted(["q", "k", "down"]).digest == space.digest
+    assert SafetySubspace.joined(space, {}).digest == space.digest
+    inside = space.bases["q"]["in"][:, :2]
+    assert SafetySubspace.joined(space, {"q": {"in": inside}}).digest == space.digest
+    grown = SafetySubspace.joined(space, {"q": {"in": basis(40, 2, 5)}})
+    assert grown.stored["q"]["in"] is grown.bases["q"]["in"]
+    assert grown.rank("q", "in") == 8
+    assert orthonormality_error(grown.bases["q"]["in"]) < 1e-5
+
+
+def test_columns_that_rounding_cannot_explain_are_refused() -> None:
+    for bad in (1.01 * basis(12, 3), basis(12, 3)[:, [0, 0, 1]], torch.full((12, 3), float("nan"))):
+        with pytest.raises(SubspaceError, match=r"a: the out basis \(12, 3\)"):
+            SafetySubspace({"a": {"out": bad.half()}})
+
+
+def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = shared().rounded()
+    path = space.save(tmp_path)
+    seen: dict[str, tuple[int, ...]] = {}
+    leading = subspace_file._leading
+
+    def spy(handle: Any, key: str, rank: int | None) -> Tensor:
+        result = leading(handle, key, rank)
+        seen[key] = tuple(result.shape)
+        return result
+
+    monkeypatch.setattr(subspace_file, "_leading", spy)
+    part = SafetySubspace.load(path, modules=["k", "elsewhere"], rank=2)
+    assert sorted(seen.values()) == [(2,), (40, 2)]
+    assert {key.rpartition(".")[2] for key in seen} <= {"q", "k"}
+    assert part.module_names == ["k"]
+    assert float(project_out(part.bases["k"]["in"], space.bases["k"]["in"][:, :2]).norm()) < 1e-6
+    assert "covered" not in part.provenance
+    assert SafetySubspace.load(path, modules=["k"], rank=99).digest == space.restricted(["k"]).digest
+    assert SafetySubspace.of(path, ["k"]).digest == SafetySubspace.of(space, ["k"]).digest
+    with pytest.raises(SubspaceError, match=r"no basis for elsewhere.*down"):
+        SafetySubspace.load(path, modules=["elsewhere"])
 
 
 def test_saving_where_that_is_impossible_is_a_typed_error_and_leaves_the_old_file(

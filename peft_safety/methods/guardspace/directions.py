@@ -127,7 +127,7 @@ def windows(
         if id(a) not in made:
             made[id(a)] = a.cpu().mT / ROW_NORM
             worst = max(worst, float(principal_cosines(made[id(a)], bases[name])[0]))
-    facts = {"sides": "window", "window": width, "window_leak": worst, "null_space": subspace.digest}
+    facts = {"sides": "window", "window": width, "window_leak": worst, "null_space": subspace.restricted(bases).digest}
     prints = {name: values for name, values in subspace.fingerprints.items() if name in bases}
     new: dict[str, dict[Side, Tensor]] = {name: {"window": made[id(a)]} for name, a in rows.items()}
     return SafetySubspace(new, None, prints, {**subspace.provenance, **facts})

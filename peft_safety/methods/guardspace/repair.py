@@ -77,8 +77,8 @@ def repair_adapter(
     """
     source = Path(adapter_dir)
     check_elsewhere(source, out_dir)
-    space = subspace if isinstance(subspace, SafetySubspace) else SafetySubspace.load(subspace)
     plain = read_plain(source)
+    space = SafetySubspace.of(subspace, plain.factors)
     _check_fits(source, {name: factor.a for name, factor in plain.factors.items()}, space)
     pairs, rows, certified = {}, [], {}
     for name, factor in plain.factors.items():

@@ -1,0 +1,129 @@
+"""What a calibration will cost, before it is run: one batch is measured, everything else is counted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_safety.calibration.activations import Job, adapters_off, prepare
+from peft_safety.calibration.bases import DENSE_LIMIT
+from peft_safety.calibration.budget import WORK, bytes_of, groups, moment_bytes
+from peft_safety.calibration.moments import collect, inputs_of
+from peft_safety.core import base_weights as weights
+from peft_safety.core.projection import OVERSAMPLING, POWER_ITERATIONS, Side
+from peft_safety.core.subspace import DEFAULT_DTYPE, DTYPES
+from peft_safety.data.rows import Rows
+from peft_safety.errors import ConfigError
+
+DENSE_WORK, QR_WORK = 10, 6
+"""Operations of a dense eigendecomposition in units of n^3, and of a QR in units of n k^2, at the speed of a matrix
+product; measured on two CPU cores for n from 576 to 1536."""
+PROBE = 512
+"""Size of the product that is timed."""
+
+
+@dataclass(frozen=True)
+class CalibrationCost:
+    """What a calibration will take.
+
+    Attributes:
+        modules: that get a basis.
+        inputs: distinct inputs among theirs; each has one second moment.
+        passes: over the data, through the model: one for each group of modules that fits the budget.
+        tokens: of all passes together, padding included.
+        file_bytes: of the subspace file, without its header; at most so many, where an energy decides.
+        memory_bytes: beside the model: the largest group of second moments, and one decomposition.
+        budget_bytes: the limit for `memory_bytes`.
+        pass_seconds: of all passes, extrapolated from one batch that was run.
+        decomposition_seconds: counted operations, at the speed of one fp64 product that was run.
+    """
+
+    modules: int
+    inputs: int
+    passes: int
+    tokens: int
+    file_bytes: int
+    memory_bytes: int
+    budget_bytes: int
+    pass_seconds: float
+    decomposition_seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def cost(
+    model: nn.Module, data: Rows, *, memory: str | int | None = None, dtype: str = DEFAULT_DTYPE, **options: Any
+) -> CalibrationCost:
+    """What `estimate` with these arguments will take; for them and for the errors, see there. Runs two batches."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r}. Use one of {', '.join(DTYPES)}.")
+    device, job = next(model.parameters()).device, prepare(model, data, **options)
+    budget = bytes_of(memory, device)
+    with adapters_off(model):
+        leaders = inputs_of(model, job.layers, job.sources[0][0], job.positions)
+        parts = groups(job.layers, leaders, budget)
+        per_token = _seconds_per_token(model, job, parts[0])
+    held = [{leaders.get(name, name): moment_bytes(layer) for name, layer in part.items()} for part in parts]
+    tokens = len(parts) * sum(batch["input_ids"].numel() for rows, _ in job.sources for batch in rows)
+    stored, operations, made = 4 * weights.SAMPLES * len(job.layers), 0, set()
+    for name, sides in job.sizes.items():
+        shape = weights.shape(job.layers[name])
+        for side, size in sides.items():
+            key = (leaders.get(name, name) if side == "in" else name, side, size)
+            if key not in made:
+                made.add(key)
+                k = min(job.wanted[name, side] or size.limit(shape, side), size.most or max(shape))
+                stored += k * (DTYPES[dtype].itemsize * shape[0 if side == "out" else 1] + 4)
+                operations += _operations(shape, side, k, contrastive=len(job.sources) > 1)
+    return CalibrationCost(
+        modules=len(job.layers),
+        inputs=sum(map(len, held)),
+        passes=len(parts) * len(job.sources),
+        tokens=tokens,
+        file_bytes=stored,
+        memory_bytes=max(len(job.sources) * sum(x.values()) + (WORK - 1) * max(x.values()) for x in held),
+        budget_bytes=budget,
+        pass_seconds=tokens * per_token,
+        decomposition_seconds=operations * _seconds_per_operation(device),
+    )
+
+
+def _seconds_per_token(model: nn.Module, job: Job, layers: Mapping[str, nn.Module]) -> float:
+    """Of the middle batch by length, the second moments of a group of layers included."""
+    batches = [batch for rows, _ in job.sources for batch in rows]
+    middle = sorted(batches, key=lambda batch: batch["input_ids"].numel())[len(batches) // 2]
+    started = time.perf_counter()
+    moments = collect(model, layers, [middle], positions=job.positions, progress=False, what="one batch")
+    for name in filter(moments.reaches, layers):
+        moments.moment(name)  # waits for the device
+    return (time.perf_counter() - started) / middle["input_ids"].numel()
+
+
+def _operations(shape: tuple[int, int], side: Side, k: int, contrastive: bool) -> int:
+    """Multiplications and additions behind one basis; see `bases`."""
+    m, n = shape
+    d = m if side == "out" else n
+    width, steps, rounding = min(k + OVERSAMPLING, d), POWER_ITERATIONS + 2, QR_WORK * d * k**2
+    if contrastive:
+        return 2 * DENSE_WORK * d**3 + rounding
+    if side == "in":
+        iterated = steps * (2 * n**2 * width + QR_WORK * n * width**2)
+        return (DENSE_WORK * n**3 if n <= DENSE_LIMIT else iterated) + rounding
+    if 2 * width > min(shape):
+        return DENSE_WORK * (n**3 + m * n * min(shape)) + rounding
+    return steps * (2 * n * (n + 2 * m) * width + QR_WORK * m * width**2) + rounding
+
+
+def _seconds_per_operation(device: torch.device) -> float:
+    square = torch.ones(PROBE, PROBE, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    float((square @ square)[0, 0])
+    started = time.perf_counter()
+    float((square @ square)[0, 0])
+    return (time.perf_counter() - started) / (2 * PROBE**3)
