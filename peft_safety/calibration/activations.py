@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peft_safety.calibration.bases import contrastive_basis, input_basis, output_basis
-from peft_safety.calibration.budget import bytes_of, groups
+from peft_safety.calibration.budget import Need, bytes_of, groups, need
 from peft_safety.calibration.leaving_out import record
 from peft_safety.calibration.moments import (
     Batch,
@@ -23,9 +24,10 @@ from peft_safety.calibration.moments import (
     to_batches,
 )
 from peft_safety.calibration.sizes import DEFAULT_RANK, GUARDSPACE_SIZE, Size, plan
+from peft_safety.calibration.token_rows import TokenRows
 from peft_safety.core import base_weights as weights
 from peft_safety.core.names import listed
-from peft_safety.core.projection import Side
+from peft_safety.core.projection import OVERSAMPLING, Side
 from peft_safety.core.subspace import DEFAULT_DTYPE, SafetySubspace
 from peft_safety.core.targets import target_layers
 from peft_safety.data.rows import Rows
@@ -172,12 +174,13 @@ def estimate(
     tokens = 0
     with adapters_off(model):
         leaders = inputs_of(model, layers, batches, where)
-        parts = groups(layers, leaders, bytes_of(memory, next(model.parameters()).device))
+        needs = input_needs(job, leaders)
+        parts = groups(layers, leaders, needs, bytes_of(memory, next(model.parameters()).device))
+        as_rows = [name for name, one in needs.items() if one.as_rows]
         for number, part in enumerate(parts, 1):
             what = "calibrating" if len(parts) == 1 else f"calibrating, layers {number}/{len(parts)}"
-            moments, *others = (
-                collect(model, part, rows, positions=where, progress=progress, what=what) for rows, _ in job.sources
-            )
+            reading: dict[str, Any] = {"positions": where, "as_rows": as_rows, "progress": progress, "what": what}
+            moments, *others = (collect(model, part, rows, **reading) for rows, _ in job.sources)
             tokens, contrast = moments.tokens, next(iter(others), None)
             if tokens < (needed := max((k for k in job.wanted.values() if k is not None), default=1)):
                 what = f"{tokens} {'labeled ' * (where == 'response')}tokens cannot span rank={needed} directions"
@@ -187,7 +190,7 @@ def estimate(
                 bases.setdefault(name, {})[side] = basis
                 spectra.setdefault(name, {})[side] = spectrum
                 if side == "in" and contrast is None:
-                    share = spectrum.double().square().sum() / moments.moment(name).diagonal().double().sum()
+                    share = spectrum.double().square().sum() / moments.operator(name).diagonal().double().sum()
                     covered[name] = min(1.0, round(float(share), 8))
     reached = {name: layer for name, layer in layers.items() if name in bases}
     if not reached:
@@ -216,6 +219,18 @@ def estimate(
     return subspace
 
 
+def input_needs(job: Job, leaders: Mapping[str, str]) -> dict[str, Need]:
+    """The memory that each distinct input takes, by its leader. Only top eigenvectors can be had from rows."""
+    batches, rows = job.sources[0][0], job.sides == ("in",) and len(job.sources) == 1
+    tokens = sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
+    width: dict[str, int] = {}
+    for name, layer in job.layers.items():
+        leader = leaders.get(name, name)
+        k = max(job.wanted[name, s] or job.sizes[name][s].limit(weights.shape(layer), s) for s in job.sides)
+        width[leader] = max(width.get(leader, 0), k + OVERSAMPLING)
+    return {name: need(job.layers[name], tokens if rows else None, size) for name, size in width.items()}
+
+
 def size_facts(rank: float | None, energy: float | None, per_kind: Mapping[str, float] | None) -> dict[str, Any]:
     """The requested size, for the provenance."""
     size = {name: value for name, value in (("rank", rank), ("energy", energy)) if value is not None}
@@ -232,7 +247,7 @@ def _bases(
     """Name, side, basis and spectrum. Layers with one moment and of one size share their input basis."""
     made: dict[tuple[int | str, Size], tuple[Tensor, Tensor]] = {}
     for name, layer in layers.items():
-        moment, against = moments.moment(name), None if contrast is None else contrast.moment(name)
+        moment, against = moments.operator(name), None if contrast is None else contrast.moment(name)
         for side, size in sizes[name].items():
             key = (id(moment) if side == "in" else name, size)
             if key not in made:
@@ -242,11 +257,13 @@ def _bases(
 
 
 def _basis(
-    layer: nn.Module, name: str, side: Side, moment: Tensor, against: Tensor | None, size: Size, seed: int
+    layer: nn.Module, name: str, side: Side, moment: Tensor | TokenRows, against: Tensor | None, size: Size, seed: int
 ) -> tuple[Tensor, Tensor]:
-    if side == "in":
-        if against is None:
-            return input_basis(moment, size, name, seed=seed)
+    if side == "in" and against is None:
+        return input_basis(moment, size, name, seed=seed)
+    if isinstance(moment, TokenRows):
+        moment = moment.dense()
+    if side == "in" and against is not None:
         return contrastive_basis(moment, against, size, name)
     weight = weights.dense_weight(layer, name).to(moment.device)
     if against is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peft_safety.calibration.sizes import Size
+from peft_safety.calibration.token_rows import TokenRows
 from peft_safety.core.projection import (
     OVERSAMPLING,
     POWER_ITERATIONS,
@@ -30,10 +31,10 @@ DENSE_LIMIT = 2048
 """Moments up to this size are decomposed exactly, which is as fast as iterating where many directions are wanted."""
 
 
-def check_moment(moment: Tensor, name: str) -> float:
+def check_moment(moment: Tensor | TokenRows, name: str) -> float:
     """Trace of a moment. A CalibrationError refuses one that is zero or not finite."""
     total = float(moment.diagonal().double().sum())
-    if not bool(torch.isfinite(moment).all()) or not total > 0:
+    if not bool(moment.isfinite().all()) or not total > 0:
         what = "is zero" if total == 0 else "holds NaN or Inf"
         raise CalibrationError(
             f"{name}: the second moment {tuple(moment.shape)} {what}. Check the data, load the model in fp32."
@@ -75,7 +76,7 @@ def output_basis(
 
 
 @torch.no_grad()
-def input_basis(moment: Tensor, size: Size, name: str, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+def input_basis(moment: Tensor | TokenRows, size: Size, name: str, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Top eigenvectors `(n, k)` of `S = X X^T`, and the singular values of `X`.
 
     With `P = I - Q Q^T` behind a factor, `E||dW x||^2 <= lambda_{k+1} ||dW||_F^2` on the data of `S`, `lambda` the
@@ -89,10 +90,11 @@ def input_basis(moment: Tensor, size: Size, name: str, *, seed: int = 0) -> tupl
     width = n if n <= DENSE_LIMIT else min(n, (k or min(limit, 4 * OVERSAMPLING)) + OVERSAMPLING)
     while True:
         if n <= DENSE_LIMIT:
-            values, vectors = torch.linalg.eigh(moment.double())
+            dense = moment.dense() if isinstance(moment, TokenRows) else moment
+            values, vectors = torch.linalg.eigh(dense.double())
             values, vectors = values.flip(0), vectors.flip(1)
         else:
-            vectors, values = top_eigenvectors(lambda q: moment @ q, n, width, like=moment, seed=seed)
+            vectors, values = top_eigenvectors(lambda q: moment @ q, n, width, like=moment.diagonal(), seed=seed)
         values = values.clamp(min=0)
         enough = min(_enough(values, total, size.energy or 1.0), limit) if k is None else k
         if k is not None or width == n or enough <= width - OVERSAMPLING:

@@ -1,26 +1,54 @@
 """How many layers are calibrated at once: as many as the memory budget allows.
 
-A second moment takes `8 n^2` bytes: 1.6 GB for the widest layers of an 8B model, 65 GB for all layers together. Each
-group of layers takes one pass over the data. The bases do not depend on the budget.
+A second moment takes `8 n^2` bytes: 1.6 GB for the widest layers of an 8B model, 65 GB for all layers together. Where
+the data have fewer tokens than the layer has features, the tokens themselves take less. Each group of layers takes one
+pass over the data. The bases do not depend on the budget.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
+from peft_safety.calibration import bases
+from peft_safety.calibration.token_rows import CHUNK
 from peft_safety.core import base_weights as weights
 from peft_safety.errors import CalibrationError, ConfigError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 FREE_SHARE = 0.5
 """Of the free memory of the model's device, where no budget is given."""
-WORK = 3
-"""The decomposition of a moment needs about this many times its memory, the moment included."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a layer's input takes: `held` while the model runs, `work` more while it is decomposed.
+
+    Attributes:
+        as_rows: the tokens are held, not the moment.
+    """
+
+    held: int
+    work: int
+    as_rows: bool = False
+
+
+def need(layer: nn.Module, tokens: int | None = None, width: int = 0) -> Need:
+    """Of one input of a layer.
+
+    Args:
+        tokens: of the data, where rows may be held (the top eigenvectors alone are wanted).
+        width: of the iteration then.
+    """
+    n = int(weights.shape(layer)[1])
+    if tokens is not None and n > bases.DENSE_LIMIT and tokens < n:
+        return Need(4 * tokens * n, 8 * n * (3 * width + CHUNK), as_rows=True)
+    return Need(8 * n**2, 16 * n**2)
 
 
 def bytes_of(memory: str | int | None, device: torch.device) -> int:
@@ -36,34 +64,37 @@ def bytes_of(memory: str | int | None, device: torch.device) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def groups(layers: Mapping[str, nn.Module], leaders: Mapping[str, str], budget: int) -> list[dict[str, nn.Module]]:
+def groups(
+    layers: Mapping[str, nn.Module], leaders: Mapping[str, str], needs: Mapping[str, Need], budget: int
+) -> list[dict[str, nn.Module]]:
     """The layers in groups, in their order, each as large as the budget allows. Layers with one input stay together.
 
     Args:
         leaders: for each layer the first one with the same input, where it is known.
+        needs: of each of these.
         budget: bytes. A CalibrationError names a layer that does not fit by itself.
     """
     members: dict[str, list[str]] = {}
     for name in layers:
         members.setdefault(leaders.get(name, name), []).append(name)
     result: list[dict[str, nn.Module]] = []
-    held: list[int] = []
+    held: list[Need] = []
     for leader, names in members.items():
-        size = moment_bytes(layers[leader])
-        if WORK * size > budget:
+        if (least := together([needs[leader]])) > budget:
             n = weights.shape(layers[leader])[1]
             raise CalibrationError(
-                f"{leader}: the second moment of {n} input features and its decomposition take "
-                f"{WORK * size / 1e9:.2g} GB, the budget is {budget / 1e9:.2g} GB. Free memory, or exclude the layer."
+                f"{leader}: the inputs, {n} features, and their decomposition take {least / 1e9:.2g} GB, the budget "
+                f"is {budget / 1e9:.2g} GB. Free memory, use a smaller rank, or exclude the layer."
             )
-        if not result or sum(held) + size + (WORK - 1) * max([*held, size]) > budget:
+        if not result or together([*held, needs[leader]]) > budget:
             result.append({})
             held = []
         result[-1] |= {name: layers[name] for name in names}
-        held.append(size)
+        held.append(needs[leader])
     return result
 
 
-def moment_bytes(layer: nn.Module) -> int:
-    """Of the fp64 second moment of a layer's inputs."""
-    return 8 * int(weights.shape(layer)[1]) ** 2
+def together(needs: Iterable[Need]) -> int:
+    """Bytes of a group: all inputs are held, and one is decomposed at a time."""
+    listed = list(needs)
+    return sum(one.held for one in listed) + max(one.work for one in listed)

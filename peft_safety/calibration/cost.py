@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_safety.calibration.activations import Job, adapters_off, prepare
+from peft_safety.calibration.activations import Job, adapters_off, input_needs, prepare
 from peft_safety.calibration.bases import DENSE_LIMIT
-from peft_safety.calibration.budget import WORK, bytes_of, groups, moment_bytes
+from peft_safety.calibration.budget import bytes_of, groups, together
 from peft_safety.calibration.moments import collect, inputs_of
 from peft_safety.core import base_weights as weights
 from peft_safety.core.projection import OVERSAMPLING, POWER_ITERATIONS, Side
@@ -68,9 +68,10 @@ def cost(
     budget = bytes_of(memory, device)
     with adapters_off(model):
         leaders = inputs_of(model, job.layers, job.sources[0][0], job.positions)
-        parts = groups(job.layers, leaders, budget)
+        needs = input_needs(job, leaders)
+        parts = groups(job.layers, leaders, needs, budget)
         per_token = _seconds_per_token(model, job, parts[0])
-    held = [{leaders.get(name, name): moment_bytes(layer) for name, layer in part.items()} for part in parts]
+    held = [{leader: needs[leader] for name in part if (leader := leaders.get(name, name))} for part in parts]
     tokens = len(parts) * sum(batch["input_ids"].numel() for rows, _ in job.sources for batch in rows)
     stored, operations, made = 4 * weights.SAMPLES * len(job.layers), 0, set()
     for name, sides in job.sizes.items():
@@ -88,7 +89,9 @@ def cost(
         passes=len(parts) * len(job.sources),
         tokens=tokens,
         file_bytes=stored,
-        memory_bytes=max(len(job.sources) * sum(x.values()) + (WORK - 1) * max(x.values()) for x in held),
+        memory_bytes=max(
+            together(x.values()) + (len(job.sources) - 1) * sum(one.held for one in x.values()) for x in held
+        ),
         budget_bytes=budget,
         pass_seconds=tokens * per_token,
         decomposition_seconds=operations * _seconds_per_operation(device),

@@ -1,8 +1,8 @@
 """Streaming second moments: `S = sum_t x_t x_t^T` of each layer's inputs, in one pass, with no activation kept.
 
 Layers with the same input tensor (q/k/v, gate/up) share one moment. Each distinct input takes one `n x n` fp64 matrix,
-whatever the number of samples. In fp32, one massive activation, as many models have, would hide all but a few dozen
-directions in rounding noise.
+whatever the number of samples; a wide input of few tokens is kept itself instead (see `TokenRows`). In fp32, one
+massive activation, as many models have, would hide all but a few dozen directions in rounding noise.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from peft_safety.calibration.token_rows import TokenRows, wide
 from peft_safety.core import base_weights as weights
 from peft_safety.core.names import listed
 from peft_safety.data.chat import IGNORE_INDEX, Collator, encode_prompts, encode_rows, is_prompt_only
@@ -37,11 +38,12 @@ class InputMoments:
         loose: layers whose input rows are not positions of the batch, so that all of them count.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], as_rows: Container[str] = ()) -> None:
         self.layers = dict(layers)
+        self.as_rows = as_rows
         self.tokens = 0
         self.loose: set[str] = set()
-        self._moments: dict[str, Tensor] = {}
+        self._moments: dict[str, Tensor | TokenRows] = {}
         self.leaders: dict[str, str] = {}
         self._masks: tuple[Tensor, ...] = ()
         self._last: tuple[str, Tensor] | None = None
@@ -54,12 +56,17 @@ class InputMoments:
         """`S (n, n)` of one layer, fp64 (fp32 where the device has no fp64). Layers with the same input return the
         same tensor. A CalibrationError says that the layer saw nothing that counts, or that `S` is not finite.
         """
+        result = self.operator(name)
+        return result.dense() if isinstance(result, TokenRows) else result
+
+    def operator(self, name: str) -> Tensor | TokenRows:
+        """The same, or the rows behind it where they are kept."""
         if not self.reaches(name):
             raise CalibrationError(
                 f"{name}: no token that counts reaches this layer. Give other data, or leave it out of target_modules."
             )
         result = self._moments[self.leaders[name]]
-        if not bool(torch.isfinite(result).all()):
+        if not bool(result.isfinite().all()):
             raise CalibrationError(f"{name}: its inputs hold NaN or Inf. Load the model in float32.")
         return result
 
@@ -100,13 +107,18 @@ class InputMoments:
     def _add(self, name: str, x: Tensor) -> None:
         if not x.shape[0]:
             return
-        total = self._moments.get(name)
+        n, total = x.shape[1], self._moments.get(name)
         if total is None:
-            wide = torch.float32 if x.device.type == "mps" else torch.float64
-            total = self._moments[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device, dtype=wide)
-        x = x.to(total.dtype)
+            rows = TokenRows(n, x.device) if name in self.as_rows else None
+            total = self._moments[name] = rows or torch.zeros(n, n, device=x.device, dtype=wide(x.device))
         with torch.autocast(device_type=x.device.type, enabled=False), exact_matmul():
-            total.addmm_(x.mT, x)
+            if isinstance(total, TokenRows):
+                total.add(x)
+                if total.tokens > n:  # more than the batches have tokens: patches of images, routed experts
+                    self._moments[name] = total.dense()
+            else:
+                x = x.to(total.dtype)
+                total.addmm_(x.mT, x)
 
 
 def positions_of(lead: Sequence[int], *masks: Tensor) -> Tensor | None:
@@ -154,6 +166,7 @@ def collect(
     batches: Sequence[Batch],
     *,
     positions: Positions = "response",
+    as_rows: Container[str] = (),
     progress: bool = True,
     what: str = "calibrating",
 ) -> InputMoments:
@@ -162,8 +175,9 @@ def collect(
     Args:
         batches: `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`.
         positions: with attention, and with a label ("response"), without one ("prompt"), or either ("all").
+        as_rows: layers whose inputs are kept instead of their moment, see `TokenRows`.
     """
-    moments = InputMoments(layers)
+    moments = InputMoments(layers, as_rows)
     with moments.watching():
         run(model, batches, moments.expect, positions=positions, progress=progress, what=what)
     if moments.loose:

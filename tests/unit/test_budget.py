@@ -10,10 +10,12 @@ from torch import nn
 
 from peft_safety.calibration import bases, budget, moments
 from peft_safety.calibration.bases import Size, input_basis
+from peft_safety.calibration.moments import InputMoments
+from peft_safety.calibration.token_rows import TokenRows
 from peft_safety.core.projection import principal_cosines
 from peft_safety.errors import CalibrationError, ConfigError
 from tests.peft import cells
-from tests.peft.guard_cells import HARMFUL, TASK, subspace
+from tests.peft.guard_cells import HARMFUL, TASK, batches, subspace
 
 ONE_LAYER = 3 * 8 * 64**2
 """Bytes that the widest layer of the tiny model takes."""
@@ -52,7 +54,7 @@ def test_layers_with_one_input_stay_together_and_share_their_basis(passes):
 
 
 def test_a_budget_that_is_too_small():
-    with pytest.raises(CalibrationError, match="64 input features"):
+    with pytest.raises(CalibrationError, match="64 features"):
         subspace(cells.base_model(), memory=ONE_LAYER - 1)
 
 
@@ -82,12 +84,12 @@ def test_groups_hold_every_layer_once_and_fit(widths, shared, room):
     for i, n in enumerate(widths):
         same = i > 0 and shared[i] and widths[i - 1] == n
         leaders[f"layer{i}"] = leaders[f"layer{i - 1}"] if same else f"layer{i}"
-    parts = budget.groups(layers, leaders, room)
+    needs = {name: budget.need(layers[name]) for name in layers}
+    parts = budget.groups(layers, leaders, needs, room)
     assert [name for part in parts for name in part] == list(layers)
     for part in parts:
         distinct = {leaders[name] for name in part}
-        held = [budget.moment_bytes(layers[name]) for name in distinct]
-        assert sum(held) + 2 * max(held) <= room
+        assert budget.together(needs[name] for name in distinct) <= room
     assert all(leaders[a] != leaders[b] for p, q in pairwise(parts) for a in p for b in q)
 
 
@@ -110,3 +112,63 @@ def test_iterating_finds_what_the_exact_decomposition_finds(size, monkeypatch):
     assert found.shape == exact.shape
     assert float(principal_cosines(exact, found).min()) > 1 - 1e-4
     torch.testing.assert_close(spectrum, values, rtol=1e-3, atol=0)
+
+
+def test_wide_inputs_of_few_tokens_are_kept_themselves_and_give_the_same_span(monkeypatch):
+    exact = subspace(cells.base_model())
+    monkeypatch.setattr(bases, "DENSE_LIMIT", 16)
+    kept = []
+    monkeypatch.setattr(TokenRows, "__matmul__", watched(TokenRows.__matmul__, kept))
+    one = [{key: value[:1, :24] for key, value in batches()[0].items()}]  # 24 tokens for 64 features
+    few, again = (subspace(cells.base_model(), one, rank=4, memory=memory) for memory in (None, 3 * 10**5))
+    assert kept, "no layer was calibrated by its rows"
+    monkeypatch.setattr(bases, "DENSE_LIMIT", 2048)
+    dense = subspace(cells.base_model(), one, rank=4)
+    assert set(few.bases) == set(exact.bases)
+    for name in dense.bases:
+        for other in (few, again):
+            cosines = principal_cosines(dense.bases[name]["in"], other.bases[name]["in"])
+            assert float(cosines.min()) > 1 - 1e-6, name
+        assert few.provenance["covered"][name] == pytest.approx(dense.provenance["covered"][name], abs=1e-6)
+
+
+def watched(function, calls):
+    def call(*args):
+        calls.append(args)
+        return function(*args)
+
+    return call
+
+
+def test_rows_hold_what_the_moment_holds_with_a_massive_activation_too():
+    x = massive(160, tokens=90).float()
+    rows = TokenRows(160, x.device)
+    for part in x.split(40):
+        rows.add(part)
+    moment = x.double().T @ x.double()
+    q = torch.randn(160, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for found, wanted in ((rows @ q, moment @ q), (rows.dense(), moment), (rows.diagonal(), moment.diagonal())):
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-12
+    basis, spectrum = input_basis(moment, Size(rank=12), "layer")
+    found, values = input_basis(rows, Size(rank=12), "layer")
+    assert float(principal_cosines(basis, found).min()) > 1 - 1e-6
+    torch.testing.assert_close(values, spectrum, rtol=1e-5, atol=0)
+
+
+def test_more_rows_than_features_become_a_moment():
+    layer = nn.Linear(8, 2, bias=False)
+    seen = InputMoments({"layer": layer}, as_rows=["layer"])
+    x = torch.randn(3, 4, 8)
+    with seen.watching():
+        for part in x:
+            seen.expect(torch.ones(1, 4, dtype=torch.bool))
+            layer(part[None])
+    assert isinstance(seen.operator("layer"), torch.Tensor)
+    rows = x.reshape(-1, 8).double()
+    torch.testing.assert_close(seen.moment("layer"), rows.T @ rows)
+
+
+def test_the_widest_layer_of_an_8b_model_fits_into_4_gb():
+    wide = nn.Linear(14336, 4096, bias=False, device="meta")
+    assert budget.together([budget.need(wide, tokens=5000, width=14336 // 4)]) < 4e9
+    assert budget.together([budget.need(wide)]) > 4e9

@@ -1,0 +1,67 @@
+"""A second moment that is never made: `S = X^T X`, known by its products with the inputs `X` themselves. Where the
+data have fewer tokens than a layer has features, `X` is smaller than `S`, and a product takes no longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+CHUNK = 512
+"""Tokens that are converted to fp64 at once."""
+
+
+class TokenRows:
+    """The inputs of a layer at the tokens that count, `(tokens, n)` in all, with what `bases.input_basis` needs of a
+    moment. Products are in fp64 (fp32 where the device has none).
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.parts: list[Tensor] = []
+        self.shape = torch.Size((features, features))
+        self.device = device
+        self.dtype = wide(device)
+
+    @property
+    def tokens(self) -> int:
+        """Rows so far."""
+        return sum(part.shape[0] for part in self.parts)
+
+    def add(self, x: Tensor) -> None:
+        """Keep the rows `(tokens, n)`, in fp32."""
+        self.parts.append(x.clone())
+
+    def isfinite(self) -> Tensor:
+        """One bool a batch."""
+        return torch.stack([part.isfinite().all() for part in self.parts])
+
+    def diagonal(self) -> Tensor:
+        """That of `S`, `(n,)`."""
+        total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+        for x in self._chunks():
+            total += x.square().sum(0)
+        return total
+
+    def __matmul__(self, q: Tensor) -> Tensor:
+        """`S q` of `q (n, width)`."""
+        result = torch.zeros_like(q)
+        for x in self._chunks():
+            result.addmm_(x.mT, x @ q)
+        return result
+
+    def dense(self) -> Tensor:
+        """`S (n, n)`."""
+        result = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for x in self._chunks():
+            result.addmm_(x.mT, x)
+        return result
+
+    def _chunks(self) -> Iterator[Tensor]:
+        return (chunk.to(self.dtype) for part in self.parts for chunk in part.split(CHUNK))
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """What moments are computed in."""
+    return torch.float32 if device.type == "mps" else torch.float64
