@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_safety.calibration.activations import adapters_off
 from peft_safety.calibration.bases import check_moment
-from peft_safety.calibration.moments import InputMoments, collect, to_batches
+from peft_safety.calibration.grouped import GroupedMoments, task_moments
+from peft_safety.calibration.moments import to_batches
+from peft_safety.calibration.token_rows import TokenRows
 from peft_safety.core.projection import project_out
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data.rows import Rows
@@ -91,16 +92,18 @@ def task_inputs(
     ranks: bool = False,
     batch_size: int = 8,
     max_length: int = 512,
+    memory: str | int | None = None,
     progress: bool = True,
-) -> tuple[InputMoments, dict[str, TaskShare]]:
+) -> tuple[GroupedMoments, dict[str, TaskShare]]:
     """The second moments of a task's inputs at all tokens, and their share outside the null space of each layer; one
-    pass over the model without adapters.
+    pass over the model without adapters, or several where the memory asks for them.
 
     Args:
         layers: base layers by name; those without an input basis, or that the task does not reach, are skipped.
         rows: of the task: any rows, or tokenized batches.
         tokenizer: for rows only.
         ranks: compute the ranks too, two eigendecompositions for each distinct input.
+        memory: as in `activations.estimate`.
 
     Raises:
         CalibrationError: the subspace was calibrated on these rows; inputs are zero or not finite, or reach none of
@@ -113,15 +116,17 @@ def task_inputs(
             f"the task data are the {sum(len(batch['input_ids']) for batch in batches)} rows that the subspace was "
             "calibrated on, which the update must not see. Give rows of the task."
         )
-    with adapters_off(model):
-        moments = collect(model, layers, batches, positions="all", progress=progress, what="task inputs")
-    computed: dict[tuple[int, int], TaskShare] = {}
+    if not layers:
+        raise CalibrationError("the subspace has no input basis of any of the layers. Calibrate on this model.")
+    widths = {name: subspace.bases[name]["in"].shape[1] for name in layers}
+    moments = task_moments(model, layers, batches, widths, memory=memory, progress=progress)
+    computed: dict[tuple[int, str], TaskShare] = {}
     shares = {}
     for name in filter(moments.reaches, layers):
-        basis, moment = subspace.bases[name]["in"], moments.moment(name)
-        key = (id(basis), id(moment))
+        basis = subspace.bases[name]["in"]
+        key = (id(basis), moments.leader(name))
         if key not in computed:
-            computed[key] = _share(moment, basis, name, ranks)
+            computed[key] = _share(moments.moment(name) if ranks else moments.operator(name), basis, name, ranks)
         shares[name] = computed[key]
     if not shares:
         raise CalibrationError(
@@ -131,13 +136,14 @@ def task_inputs(
 
 
 @torch.no_grad()
-def _share(moment: Tensor, basis: Tensor, name: str, ranks: bool) -> TaskShare:
-    check_moment(moment, name)
-    s = moment.double()
-    q = basis.to(s)
+def _share(moment: Tensor | TokenRows, basis: Tensor, name: str, ranks: bool) -> TaskShare:
+    total = check_moment(moment, name)
+    q = basis.to(device=moment.device, dtype=moment.dtype)
     # the diagonal of P S P sums to that of S without that of Q Q^T S; fp64 leaves ten digits of a millionth
-    free = max(0.0, 1 - float((q * (s @ q)).sum() / s.diagonal().sum()))
-    return TaskShare(free, _rank(s), _rank(project_out(q, project_out(q, s), "in"))) if ranks else TaskShare(free)
+    free = max(0.0, 1 - float((q * (moment @ q)).sum()) / total)
+    if not ranks or isinstance(moment, TokenRows):
+        return TaskShare(free)
+    return TaskShare(free, _rank(moment), _rank(project_out(q, project_out(q, moment), "in")))
 
 
 def _rank(moment: Tensor) -> int:

@@ -8,12 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from peft_safety.calibration import bases, budget, moments
+from peft_safety.calibration import bases, budget, grouped, moments
 from peft_safety.calibration.bases import Size, input_basis
-from peft_safety.calibration.moments import InputMoments
+from peft_safety.calibration.coverage import task_inputs
+from peft_safety.calibration.moments import InputMoments, collect
 from peft_safety.calibration.token_rows import TokenRows
 from peft_safety.core.projection import principal_cosines
+from peft_safety.core.targets import target_layers
 from peft_safety.errors import CalibrationError, ConfigError
+from peft_safety.methods.guardspace.directions import frozen_factors
 from tests.peft import cells
 from tests.peft.guard_cells import HARMFUL, TASK, batches, subspace
 
@@ -172,3 +175,20 @@ def test_the_widest_layer_of_an_8b_model_fits_into_4_gb():
     wide = nn.Linear(14336, 4096, bias=False, device="meta")
     assert budget.together([budget.need(wide, tokens=5000, width=14336 // 4)]) < 4e9
     assert budget.together([budget.need(wide)]) > 4e9
+
+
+def test_the_directions_of_a_task_within_a_budget_take_more_passes_and_are_the_same(monkeypatch):
+    model = cells.base_model()
+    space = subspace(model, HARMFUL)
+    layers = target_layers(model, list(cells.LINEAR_TARGETS))
+    ranks = dict.fromkeys(layers, 4)
+    whole, shares = task_inputs(model, layers, space, batches(TASK), progress=False)
+    wanted = frozen_factors(space, ranks, whole)
+    seen = []
+    monkeypatch.setattr(grouped, "collect", lambda *args, **options: seen.append(args[1]) or collect(*args, **options))
+    parts, again = task_inputs(model, layers, space, batches(TASK), memory=ONE_LAYER, progress=False)
+    assert len(seen) > 2
+    assert shares == again
+    found = frozen_factors(space, ranks, parts)
+    for name, a in wanted.items():
+        torch.testing.assert_close(found[name], a, rtol=1e-5, atol=1e-6)

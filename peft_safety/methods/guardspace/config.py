@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from peft_safety.calibration.activations import adapters_off, estimate, tokenizer_for
 from peft_safety.calibration.coverage import task_inputs, warn_if_stalled
-from peft_safety.calibration.moments import InputMoments, Positions, collect, to_batches
+from peft_safety.calibration.grouped import GroupedMoments
+from peft_safety.calibration.moments import Positions, collect, to_batches
 from peft_safety.calibration.sizes import DEFAULT_RANK
 from peft_safety.core import base_weights as weights
 from peft_safety.core.certificate import Certificate
@@ -232,7 +233,7 @@ class GuardSpaceConfig(ProtectedConfig):
 
     def _task_moments(
         self, model: nn.Module, base: Layers, subspace: SafetySubspace, task_data: Any = None
-    ) -> InputMoments | None:
+    ) -> GroupedMoments | None:
         """What the directions of A are made from; None makes them random. `task_data` replaces the config's."""
         data = self.task_data if task_data is None else task_data
         moments = None if data is None else self._check_task(model, base, subspace, data)
@@ -246,7 +247,7 @@ class GuardSpaceConfig(ProtectedConfig):
             )
         return moments
 
-    def _check_task(self, model: nn.Module, base: Layers, subspace: SafetySubspace, data: Any) -> InputMoments:
+    def _check_task(self, model: nn.Module, base: Layers, subspace: SafetySubspace, data: Any) -> GroupedMoments:
         """The second moments of the task's inputs; warns if the task lies inside the null space."""
         rows = data_rows(data, "task_data")
         moments, shares = task_inputs(model, base, subspace, rows, tokenizer=tokenizer_for(model, rows))

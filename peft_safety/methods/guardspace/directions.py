@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from peft_safety.calibration.moments import InputMoments
+from peft_safety.calibration.grouped import GroupedMoments
+from peft_safety.calibration.token_rows import TokenRows
 from peft_safety.core.names import listed
 from peft_safety.core.projection import (
     OVERSAMPLING,
@@ -29,7 +30,7 @@ ROW_NORM = 3**-0.5
 
 
 @torch.no_grad()
-def blind_rows(basis: Tensor, rank: int, *, moment: Tensor | None = None, seed: int = 0) -> Tensor:
+def blind_rows(basis: Tensor, rank: int, *, moment: Tensor | TokenRows | None = None, seed: int = 0) -> Tensor:
     """`A (rank, n)` with `A Q = 0`: orthogonal rows of the norm that PEFT's initialization gives them.
 
     Args:
@@ -52,7 +53,7 @@ def blind_rows(basis: Tensor, rank: int, *, moment: Tensor | None = None, seed: 
         generator = torch.Generator().manual_seed(seed)
         columns = torch.randn(n, free, generator=generator, dtype=torch.float64).to(q.device)
     else:
-        s = moment.to(q)
+        s = moment if isinstance(moment, TokenRows) else moment.to(q)
         width = min(free + OVERSAMPLING, n - k)
         # what was projected once stays in the complement, where P S P and P S are the same
         columns, _ = top_eigenvectors(lambda v: project_out(q, s @ v), n, width, like=q, seed=seed)
@@ -65,7 +66,7 @@ def blind_rows(basis: Tensor, rank: int, *, moment: Tensor | None = None, seed: 
 
 
 def frozen_factors(
-    subspace: SafetySubspace, ranks: Mapping[str, int], moments: InputMoments | None, *, share_random: bool = False
+    subspace: SafetySubspace, ranks: Mapping[str, int], moments: GroupedMoments | None, *, share_random: bool = False
 ) -> dict[str, Tensor]:
     """`blind_rows` of every module. Modules with one input and one basis share their directions.
 
@@ -90,21 +91,23 @@ def frozen_factors(
             f"zeros for the rest: {listed(narrow)}.",
             stacklevel=3,
         )
-    made: dict[tuple[int, int, int], Tensor] = {}
+    made: dict[tuple[int, int, int | str | None], Tensor] = {}
     rows = {}
     for index, (name, rank) in enumerate(ranks.items()):
         basis = subspace.bases[name]["in"]
-        moment = moments.moment(name) if moments is not None and moments.reaches(name) else None
-        key = (id(basis), rank, index if moment is None and not share_random else id(moment))
+        reached = moments is not None and moments.reaches(name)
+        source = moments.leader(name) if moments is not None and reached else None if share_random else index
+        key = (id(basis), rank, source)
         if key not in made:
-            made[key] = blind_rows(basis, rank, moment=moment, seed=index if moment is None else 0)
+            moment = moments.operator(name) if moments is not None and reached else None
+            made[key] = blind_rows(basis, rank, moment=moment, seed=0 if reached else index)
         rows[name] = made[key]
     return rows
 
 
 @torch.no_grad()
 def windows(
-    subspace: SafetySubspace, names: Iterable[str], width: int, moments: InputMoments | None
+    subspace: SafetySubspace, names: Iterable[str], width: int, moments: GroupedMoments | None
 ) -> SafetySubspace:
     """The windows in which a trainable `A` is blind: `{"window": N (n, m)}` with orthonormal columns in the complement
     of the null space, of which `A` is a combination. Modules with one input and one basis share a window.
