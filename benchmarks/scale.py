@@ -31,7 +31,7 @@ from benchmarks.common import (
     resident_now_mib,
     show,
 )
-from peft_safety import GuardSpaceConfig, SafetySubspace
+from peft_safety import GuardSpaceConfig, SafetySubspace, verify
 from peft_safety.core.base_weights import shape
 from peft_safety.core.projection import orthonormalize
 from peft_safety.core.targets import target_layers
@@ -47,21 +47,27 @@ MODELS = {"8B": 32, "32B": 64 * 1.9, "70B": 80 * 3.9}
 """Blocks of Llama-3-8B that weigh as much as all blocks of a model."""
 BUDGETS = ("1GB", "4GB", "16GB")
 CALIBRATION_TOKENS = 5000
+SMALLER = {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+}
+"""The shape of Qwen2.5-1.5B, which has 28 blocks."""
 
 
-def block_model(blocks: int, device: str) -> LlamaForCausalLM:
+def block_model(blocks: int, device: str, **changes: int) -> LlamaForCausalLM:
     """A language model of some blocks of Llama-3-8B's shape, quantized layer by layer, with a small vocabulary."""
     import bitsandbytes as bnb
 
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=blocks,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=2048,
-    )
+    shapes = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
+    shapes |= changes
+    config = LlamaConfig(vocab_size=2048, num_hidden_layers=blocks, max_position_embeddings=2048, **shapes)
     compute = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -148,6 +154,33 @@ def calibration(budget: str, blocks: int, device: str) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "beside the model MiB": peak_mib(device) - before}
 
 
+def whole(device: str) -> dict[str, Any]:
+    """A 1.5B-shaped model from calibration to a checked directory, A in the directions of the task."""
+    model = block_model(28, device, **SMALLER)
+    tokens = torch.randint(0, 2048, (96, 32), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": part, "labels": part} for part in tokens.split(16)]
+    reset(device)
+    before, started, spent = now_mib(device), time.perf_counter(), {}
+    options: dict[str, Any] = {"target_modules": "all-linear", "method": "guardspace", "progress": False}
+    space = SafetySubspace.from_activations(model, batches[:4], rank=1 / 16, memory="4GB", allow_fewer=True, **options)
+    spent["calibration s"] = time.perf_counter() - started
+    fields: dict[str, Any] = {"r": RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    peft_model = get_peft_model(model, GuardSpaceConfig(**fields, subspace=space, task_data=batches[4:])).train()
+    spent["injection s"] = time.perf_counter() - started - spent["calibration s"]
+    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-4)
+    for batch in batches[4:5] * STEPS:
+        ids = batch["input_ids"][:4].to(device)
+        peft_model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    spent["3 steps s"] = time.perf_counter() - started - sum(spent.values())
+    with tempfile.TemporaryDirectory() as saved:
+        peft_model.save_pretrained(saved)
+        size = sum(path.stat().st_size for path in Path(saved).rglob("*") if path.is_file())
+        leak = verify(saved, subspace=space).worst_leak
+    return {**spent, "beside the model MiB": peak_mib(device) - before, "adapter MiB": size / 2**20, "leak": leak}
+
+
 def reset(device: str) -> None:
     """Begin to measure the peak of memory."""
     reset_peak()
@@ -197,10 +230,14 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--budgets", nargs="*", default=list(BUDGETS))
+    parser.add_argument("--whole", action="store_true", help="a 1.5B-shaped model from calibration to verify; alone")
     parser.add_argument("--one", nargs=3, metavar=("KIND", "ARM", "BLOCKS"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.whole:
+        show("a 1.5B-shaped model in NF4, rank 16, null spaces of n/16", [whole(device)])
+        return
     if args.one:
         kind, arm, blocks = args.one
         found = (

@@ -93,7 +93,7 @@ def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     pytest.importorskip("datasets")
     tiny_llama().save_pretrained(tmp_path / "tiny")
     tiny_tokenizer().save_pretrained(tmp_path / "tiny")
-    rows = [{"prompt": f"Color of item {i}?", "completion": " red" if i % 2 else " green"} for i in range(8)]
+    rows = [{"prompt": f"Color of item {i}?", "completion": " red" if i % 2 else " green"} for i in range(32)]
     (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -103,5 +103,5 @@ def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert block.count(printed) == 1
         block = block.replace(printed, here)
     exec(compile(block, str(README), "exec"), {})
-    assert verify("adapter").method == "GUARDSPACE"
+    assert verify("adapter").method == "GUARDSPACE, frozen A"
     assert_protected(PeftModel.from_pretrained(tiny_llama(), "adapter"))
