@@ -162,7 +162,7 @@ def whole(device: str) -> dict[str, Any]:
     reset(device)
     before, started, spent = now_mib(device), time.perf_counter(), {}
     options: dict[str, Any] = {"target_modules": "all-linear", "method": "guardspace", "progress": False}
-    space = SafetySubspace.from_activations(model, batches[:4], rank=1 / 16, memory="4GB", allow_fewer=True, **options)
+    space = SafetySubspace.from_activations(model, batches[:4], rank=32, memory="4GB", allow_fewer=True, **options)
     spent["calibration s"] = time.perf_counter() - started
     fields: dict[str, Any] = {"r": RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     peft_model = get_peft_model(model, GuardSpaceConfig(**fields, subspace=space, task_data=batches[4:])).train()
@@ -236,7 +236,7 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.whole:
-        show("a 1.5B-shaped model in NF4, rank 16, null spaces of n/16", [whole(device)])
+        show("a 1.5B-shaped model in NF4, rank 16, null spaces of 32", [whole(device)])
         return
     if args.one:
         kind, arm, blocks = args.one
