@@ -26,7 +26,7 @@ from peft_safety.core.projection import SIDES, Side
 from peft_safety.errors import ArtifactError, SubspaceError
 
 FILE_NAME = "safety_subspace.safetensors"
-FORMAT = "peft_safety.core.subspace.v1"
+FORMAT = "peft_safety.subspace.v1"
 SHARED = "shared"
 """Key of the provenance in a file's header that maps the names of tensors that are not stored to those they equal."""
 DTYPES = {"basis": ("F32", "F16", "BF16"), "spectrum": ("F32",), "fingerprint": ("F32",)}
