@@ -201,7 +201,8 @@ class Bench:
         """
         along = Along(self.measures(cell), self.tokenizer, cell.epochs)
         reset_peak()
-        held = resident_now_mib()
+        cuda = torch.cuda.is_available()
+        held = torch.cuda.memory_allocated() / 2**20 if cuda else resident_now_mib()
         labels, spent = self.task(cell).labels, {}
         with timed(spent, "train"):
             tuned, run = finetune(
@@ -219,7 +220,7 @@ class Bench:
             "steps": run.steps,
             "loss": run.loss,
             **spent,
-            "added_mib": round(resident_mib() - held),
+            "added_mib": round((run.peak_memory_mib if cuda else resident_mib()) - held),
         }
         return tuned, {**facts, **({"along": along.results} if along.results else {})}
 
