@@ -24,7 +24,7 @@ def launch(folder: Path, method: str) -> dict[str, dict[str, float]]:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

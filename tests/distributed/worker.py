@@ -3,9 +3,9 @@ JSON, what its factors leak.
 
 python -m tests.distributed.worker FOLDER METHOD
 
-The ranks are forked, so that nothing is imported twice, and meet in a file of the folder: a port that is free now may
-be another process's a moment later. What is measured is the saved adapter: of shards, gathered as accelerate gathers
-them.
+The ranks are forked, so that nothing is imported twice (a decomposition of LAPACK hangs in a forked process: those of
+a residual are new ones), and meet in a file of the folder: a port that is free now may be another process's a moment
+later. What is measured is the saved adapter: of shards, gathered as accelerate gathers them.
 """
 
 from __future__ import annotations
@@ -100,8 +100,9 @@ def run(rank: int, world: int, folder: str, how: str, method: str) -> None:
 
 def main(folder: str, method: str) -> None:
     torch.set_num_threads(1)
+    kind = "spawn" if "residual" in method else "fork"
     for how, world in WORLDS.items():
-        torch.multiprocessing.start_processes(run, (world, folder, how, method), nprocs=world, start_method="fork")
+        torch.multiprocessing.start_processes(run, (world, folder, how, method), nprocs=world, start_method=kind)
 
 
 if __name__ == "__main__":
