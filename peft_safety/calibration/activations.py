@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from peft_safety.calibration.bases import contrastive_basis, input_basis, output_basis
@@ -18,6 +17,7 @@ from peft_safety.calibration.moments import (
     Batch,
     InputMoments,
     Positions,
+    attended,
     collect,
     inputs_of,
     is_tokenized,
@@ -221,14 +221,14 @@ def estimate(
 
 def input_needs(job: Job, leaders: Mapping[str, str]) -> dict[str, Need]:
     """The memory that each distinct input takes, by its leader. Only top eigenvectors can be had from rows."""
-    batches, rows = job.sources[0][0], job.sides == ("in",) and len(job.sources) == 1
-    tokens = sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
+    rows = job.sides == ("in",) and len(job.sources) == 1
+    tokens = attended(job.sources[0][0]) if rows else None
     width: dict[str, int] = {}
     for name, layer in job.layers.items():
         leader = leaders.get(name, name)
         k = max(job.wanted[name, s] or job.sizes[name][s].limit(weights.shape(layer), s) for s in job.sides)
         width[leader] = max(width.get(leader, 0), k + OVERSAMPLING)
-    return {name: need(job.layers[name], tokens if rows else None, size) for name, size in width.items()}
+    return {name: need(job.layers[name], tokens, size) for name, size in width.items()}
 
 
 def size_facts(rank: float | None, energy: float | None, per_kind: Mapping[str, float] | None) -> dict[str, Any]:

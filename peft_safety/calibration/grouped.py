@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from peft_safety.calibration.activations import adapters_off
 from peft_safety.calibration.budget import bytes_of, groups, need, together
-from peft_safety.calibration.moments import Batch, InputMoments, collect, inputs_of
+from peft_safety.calibration.moments import Batch, InputMoments, attended, collect, inputs_of
 from peft_safety.calibration.token_rows import TokenRows
 
 
@@ -72,7 +71,7 @@ def task_moments(
         memory: as in `activations.estimate`.
     """
     budget = bytes_of(memory, next(model.parameters()).device)
-    tokens = sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
+    tokens = attended(batches)
     needs = {name: need(layer, tokens, widths[name]) for name, layer in layers.items()}
     as_rows = [name for name, one in needs.items() if one.as_rows]
     parts: list[dict[str, nn.Module]] = [dict(layers)]

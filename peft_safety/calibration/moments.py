@@ -306,6 +306,11 @@ def to_batches(
     return batches, content_digest(batches)
 
 
+def attended(batches: Sequence[Batch]) -> int:
+    """Tokens of all batches, without padding."""
+    return sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
+
+
 def is_tokenized(rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the rows are tokenized batches, which need no tokenizer."""
     return bool(rows) and "input_ids" in rows[0]
