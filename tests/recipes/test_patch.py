@@ -126,13 +126,13 @@ def test_the_packages_own_rows_repeat_past_their_split_and_answers_are_the_model
         raise InterruptedError
 
     monkeypatch.setattr("peft_safety.recipes.patch.finetune", finetune)
-    options = PatchOptions(**{**SMALL, "harmful": 130, "general": 2, "contrast": 95})
+    options = PatchOptions(**{**SMALL, "harmful": 360, "general": 2, "contrast": 350})
     with pytest.raises(InterruptedError):
         patch(tiny_llama(), tiny_tokenizer(), options)
     texts = {row["text"] for row in load("refusals", "train")}
     harmful = [row for row in seen["rows"] if row["response"] in texts]
     own = [row for row in seen["rows"] if row["response"] not in texts]
-    assert len(harmful) == 130
+    assert len(harmful) == 360
     assert len({row["prompt"] for row in harmful}) == len(load("harmful_requests", "train"))
     assert {row["prompt"] for row in own} <= {
         row["prompt"]
