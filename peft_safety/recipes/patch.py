@@ -32,7 +32,7 @@ from peft_safety.recipes.train import PATCH_LEARNING_RATE, TrainingRun, TrainOpt
 from peft_safety.recipes.watch import Look, Stopping, Watch
 from peft_safety.reporting.report import Report, environment
 
-PATCH_TRAINING = TrainOptions(lr=PATCH_LEARNING_RATE, epochs=3, batch_size=16, max_length=128)
+PATCH_TRAINING = TrainOptions(lr=PATCH_LEARNING_RATE, epochs=2, batch_size=16, max_length=128)
 BASIS_ROWS = 480
 """Rows that a basis "auto" is estimated on, at most: drawn from those that the patch is to leave alone."""
 
