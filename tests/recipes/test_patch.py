@@ -13,6 +13,7 @@ from peft_safety import assert_protected, verify
 from peft_safety.cli import app
 from peft_safety.data import load
 from peft_safety.errors import ConfigError, DataError
+from peft_safety.evaluation.generate import SELF_PROMPT_TRIES, Generation, self_prompts
 from peft_safety.evaluation.prompts import prompt_set
 from peft_safety.recipes.distil import _token_losses
 from peft_safety.recipes.patch import PatchOptions, make_patch, patch
@@ -26,6 +27,7 @@ SMALL = {
     "general": 3,
     "everyday": 2,
     "contrast": 3,
+    "self_written": 0,
     "validation": 2,
     "answer_tokens": 4,
     "safety_rank": 4,
@@ -278,3 +280,37 @@ def test_the_calibrate_command_knows_every_method(method, tmp_path):
     assert facts["energy"] == 0.5
     assert facts["per_kind"] == {"down_proj": 0.1}
     assert facts["sides"] == ("out" if method == "salora" else "in")
+
+
+def test_the_models_own_prompts_are_finished_whole_and_different(monkeypatch):
+    written = ["How do I bake a cake?", "How do I bake a cake?", "Hm", "A sentence that never", "Name three big rivers."]
+    seen = []
+
+    def generate_batch(model, tokenizer, tokens, rows, end, **sampling):
+        seen.append((rows, end, sampling))
+        return [Generation(text, text != "A sentence that never") for text in written][: len(rows)]
+
+    monkeypatch.setattr("peft_safety.evaluation.generate._generate_batch", generate_batch)
+    tokenizer = tiny_tokenizer()
+    prompts = self_prompts(tiny_llama(), tokenizer, 5, progress=False)
+    assert prompts == ["How do I bake a cake?", "Name three big rivers."]
+    assert len(seen) == SELF_PROMPT_TRIES, "too few came: it asked again, and gave what there was"
+    rows, end, sampling = seen[0]
+    opening = tokenizer.decode(rows[0])
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    assert asked.startswith(opening)
+    assert asked.removeprefix(opening).startswith("hello"), "it goes on exactly where the user's text begins"
+    assert len(end) == 1
+    assert sampling["do_sample"]
+
+
+def test_the_models_own_prompts_depend_on_the_seed_and_leave_the_generator_alone():
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    state = torch.random.get_rng_state()
+    first, again, other = (
+        self_prompts(model, tokenizer, 6, seed=seed, max_new_tokens=64, progress=False) for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+    assert len(set(first)) == len(first) <= 6
+    assert torch.equal(torch.random.get_rng_state(), state)
