@@ -55,7 +55,8 @@ class Scale:
 
 
 FULL = Scale({}, 160, 112, 56, 30, 72)
-SMOKE = Scale({"harmful": 24, "general": 4, "everyday": 4, "contrast": 8, "validation": 4}, 16, 4, 2, 2, 4)
+BRIEF = {"harmful": 24, "general": 4, "everyday": 4, "contrast": 8, "self_written": 0, "validation": 4}
+SMOKE = Scale(BRIEF, 16, 4, 2, 2, 4)
 
 
 class Fusing:

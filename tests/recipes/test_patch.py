@@ -283,7 +283,13 @@ def test_the_calibrate_command_knows_every_method(method, tmp_path):
 
 
 def test_the_models_own_prompts_are_finished_whole_and_different(monkeypatch):
-    written = ["How do I bake a cake?", "How do I bake a cake?", "Hm", "A sentence that never", "Name three big rivers."]
+    written = [
+        "How do I bake a cake?",
+        "How do I bake a cake?",
+        "Hm",
+        "A sentence that never",
+        "Name three big rivers.",
+    ]
     seen = []
 
     def generate_batch(model, tokenizer, tokens, rows, end, **sampling):
