@@ -83,8 +83,8 @@ class Bench:
         return self._unaligned or model_dir()
 
     def _align(self) -> Path:
-        """The unaligned model with a safety patch merged into it: the one that ships with the examples, or a new one for
-        another model or recipe. One process makes it, once.
+        """The unaligned model with a safety patch merged into it: the one of the examples, or a new one for another
+        model or recipe. One process makes it, once.
         """
         out = self.cache.folder / f"aligned{self.cache.protocol.patch}"
         with self.cache.lock("aligned", wait=True):
