@@ -134,11 +134,10 @@ def self_prompts(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for _ in range(SELF_PROMPT_TRIES):
-            if len(prompts) >= count:
-                break
-            written = in_batches(model, [ids] * count, len, run, BATCH_SIZE, "the model's own prompts", progress)
-            prompts |= {one.text: None for one in written if one.finished and len(one.text) >= SHORTEST_PROMPT}
-    return list(prompts)[:count]
+            if missing := count - len(prompts):
+                written = in_batches(model, [ids] * missing, len, run, BATCH_SIZE, "the model's own prompts", progress)
+                prompts |= {one.text: None for one in written if one.finished and len(one.text) >= SHORTEST_PROMPT}
+    return list(prompts)
 
 
 def _generate_batch(
