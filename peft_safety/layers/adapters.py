@@ -40,8 +40,9 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
                 weights.check_readable(base, name)
             if not usual or getattr(base, "_hf_tp_plan", None) is not None:
                 raise UnsupportedLayerError(
-                    f"{name}: a {type(base).__name__} under {kind} cannot be protected (only Linear, Conv1D and "
-                    "bitsandbytes layers, not split by tensor parallelism). Leave it out of target_modules."
+                    f"{name}: {type(base).__name__}({base.extra_repr()}) under {kind} cannot be protected (only "
+                    "Linear, Conv1D and bitsandbytes layers, not split by tensor parallelism). Leave it out of "
+                    "target_modules."
                 )
             layers[name] = layer
             break
