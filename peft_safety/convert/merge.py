@@ -122,8 +122,11 @@ def merge_quantized(
         raise ConfigError(f"merge to {to!r}. Use one of {', '.join(map(repr, get_args(MergeTo)))}.")
     base: nn.Module = model.get_base_model()
     names = _mergeable(model, base)
-    for name in () if to == "nf4+residual" else names:
-        refuse_tied(base, name, base.get_submodule(name).get_base_layer())  # type: ignore[operator]
+    for name in names:
+        inner: nn.Module = base.get_submodule(name).get_base_layer()  # type: ignore[operator]
+        weights.check_readable(inner, name)
+        if to != "nf4+residual":
+            refuse_tied(base, name, inner)
     if to == "nf4":
         _refuse_requantizing(model, base, names, force)
     rows = []

@@ -11,12 +11,23 @@ from peft_safety.core import base_weights as weights
 from peft_safety.core import scales
 from peft_safety.core.names import walk
 from peft_safety.errors import UnsupportedLayerError
+from peft_safety.layers.frozen_linear import FrozenLinear
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 KINDS = ("Linear", "Linear4bit", "Linear8bitLt")
 """PEFT's LoRA layers that can be protected."""
+PACKED_KINDS = (
+    "AqlmLoraLinear",
+    "AwqLoraLinear",
+    "EetqLoraLinear",
+    "GPTQLoraLinear",
+    "HqqLoraLinear",
+    "IncLoraLinear",
+    "TorchaoLoraLinear",
+)
+"""Those that can have a frozen `lora_A`, which needs no weight: they add `s B A x` to what the base layer computes."""
 
 
 def config_table(model: nn.Module) -> dict[str, Any]:
@@ -25,9 +36,9 @@ def config_table(model: nn.Module) -> dict[str, Any]:
     return next((table for table in tables if isinstance(table, dict)), {})
 
 
-def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+def adapter_layers(model: nn.Module, adapter_name: str, *, freezes: bool = False) -> dict[str, LoraLayer]:
     """PEFT's LoRA layers that hold this adapter, by the module's name in the base model. An UnsupportedLayerError
-    names one that cannot be protected.
+    names one that cannot be protected. `freezes`: whether `lora_A` is going to be frozen, if it is not yet.
     """
     layers = {}
     for name, _, module in walk(model):
@@ -35,8 +46,10 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
             if adapter_name not in layer.lora_A and adapter_name not in layer.lora_embedding_A:
                 continue
             base, kind = layer.get_base_layer(), peft_kind(layer).__name__
-            usual = kind in KINDS and weights.supported(base)
-            if usual or scales.is_packed(base):
+            frozen = freezes or isinstance(layer.lora_A._modules.get(adapter_name), FrozenLinear)
+            packed = frozen and (kind in PACKED_KINDS or (kind == "Linear" and weights.quantization(base) == "packed"))
+            usual = packed or (kind in KINDS and weights.supported(base))
+            if not packed and (usual or scales.is_packed(base)):
                 weights.check_readable(base, name)
             if not usual or getattr(base, "_hf_tp_plan", None) is not None:
                 raise UnsupportedLayerError(

@@ -281,5 +281,5 @@ def calibrate(
     """
     if not isinstance(config, ProtectedConfig):
         raise ConfigError(f"a {type(config).__name__} has no safety subspace. Use GuardSpaceConfig or SaLoRAConfig.")
-    layers = target_layers(model, config.target_modules, config.exclude_modules)
+    layers = target_layers(model, config.target_modules, config.exclude_modules, packed=config.freezes)
     return config.calibrate(model, layers, data, tokenizer, memory=memory, seed=seed, progress=progress)

@@ -39,7 +39,7 @@ def attach(
     Returns:
         The names of the layers that were taken out.
     """
-    layers = adapter_layers(model, adapter_name)
+    layers = adapter_layers(model, adapter_name, freezes=config.freezes)
     if not layers:
         raise UnsupportedLayerError(
             f"target_modules={config.target_modules!r} gave no LoRA layer. Use names of linear layers."

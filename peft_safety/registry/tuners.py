@@ -51,6 +51,11 @@ def _refuse_lossy_merge(model: Any, adapter_names: list[str] | None) -> None:
             base = layer.get_base_layer()
             refuse_tied(model, name, base)
             kind = base_weights.quantization(base)
+            if kind == "packed":
+                raise LossyMergeError(
+                    f"{name}: a {type(base).__name__} {base_weights.shape(base)} cannot be merged into: its weight "
+                    "cannot be read. Keep the adapter beside the base."
+                )
             if kind is not None:
                 kept = base_weights.merge_survival(base, layer.get_delta_weight(adapter), name)
                 raise LossyMergeError(
