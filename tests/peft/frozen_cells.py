@@ -1,5 +1,6 @@
 """Adapters with a frozen, blind `lora_A` on the tiny models."""
 
+import pytest
 import torch
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -7,6 +8,20 @@ from peft.tuners.lora import LoraLayer
 from peft_safety import assert_protected
 from tests.peft import cells
 from tests.peft.guard_cells import TASK, batches, config, subspace
+
+
+def muon(parameters):
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip(f"torch {torch.__version__} has no Muon")
+    return torch.optim.Muon(parameters, lr=1e-2)
+
+
+OPTIMIZERS = {
+    "adamw": cells.adamw,
+    "adamw8bit": cells.adamw8bit,
+    "sgd": lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9),
+    "muon": muon,
+}
 
 
 def frozen(kind="linear", *, seed=0, **options):
