@@ -1,4 +1,4 @@
-"""Adapters with a frozen, blind `lora_A` on the tiny models."""
+"""Adapters with a frozen, blind `lora_A`, or one in a window, on the tiny models."""
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ def muon(parameters):
     return torch.optim.Muon(parameters, lr=1e-2)
 
 
+M = 8
+"""Directions of the windows, fewer than the complement has."""
 OPTIMIZERS = {
     "adamw": cells.adamw,
     "adamw8bit": cells.adamw8bit,
@@ -30,6 +32,16 @@ def frozen(kind="linear", *, seed=0, **options):
     torch.manual_seed(seed)
     data = {} if options.get("a_init") == "random" else {"task_data": batches(TASK)}
     return get_peft_model(cells.base_model(kind), config(space, kind, train="B", **{**data, **options}))
+
+
+def windowed(kind="linear", *, seed=0, trained=False, **options):
+    """A fresh model with an adapter in windows of the task's directions, unless `a_init` says otherwise."""
+    space = options.pop("space", None) or subspace(cells.base_model(kind), kind=kind)
+    torch.manual_seed(seed)
+    data = {} if options.get("a_init") == "random" else {"task_data": batches(TASK)}
+    own = config(space, kind, train="window", **{"window": M, **data, **options})
+    model = get_peft_model(cells.base_model(kind), own)
+    return cells.perturb(model, seed) if trained else model.eval()
 
 
 def lora_a(model, adapter="default"):

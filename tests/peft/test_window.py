@@ -29,7 +29,7 @@ from peft_safety.errors import (
 )
 from peft_safety.layers import protected_leaves
 from tests.peft import cells
-from tests.peft.frozen_cells import OPTIMIZERS, frozen, lora_a
+from tests.peft.frozen_cells import OPTIMIZERS, M, frozen, lora_a, windowed
 from tests.peft.guard_cells import HARMFUL, TASK, batches, calibrated_inputs, config, guarded, subspace
 from tests.peft.left_out_cells import TOWER, adapted, guard, with_tower
 from tests.peft.test_frozen import COMBINATIONS
@@ -37,18 +37,6 @@ from tests.peft.test_guardspace import BLIND, blindness, trainer
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 LEAK = 1e-6
-M = 8
-"""Directions of the windows, fewer than the complement has."""
-
-
-def windowed(kind="linear", *, seed=0, trained=False, **options):
-    """A fresh model with an adapter in windows of the task's directions, unless `a_init` says otherwise."""
-    space = options.pop("space", None) or subspace(cells.base_model(kind), kind=kind)
-    torch.manual_seed(seed)
-    data = {} if options.get("a_init") == "random" else {"task_data": batches(TASK)}
-    own = config(space, kind, train="window", **{"window": M, **data, **options})
-    model = get_peft_model(cells.base_model(kind), own)
-    return cells.perturb(model, seed) if trained else model.eval()
 
 
 def assert_blind(model, space, adapter="default"):
