@@ -27,7 +27,10 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
         extra = read_plain(certificate.directory).extra
         _check_extra(model, config, certificate.directory, tuple(extra), certificate.modules)
     if config._stored is None:
-        widest = max((min(weights.shape(m)) for m in modules.values() if weights.supported(m)), default=config.r)
+        widest = max(
+            (min(weights.shape(m)) for m in modules.values() if weights.supported(m) or weights.quantization(m)),
+            default=config.r,
+        )
         if config.r > widest:
             raise ConfigError(
                 f"r={config.r}, but no linear layer of the model is wider than {widest}. Use a smaller r."

@@ -164,7 +164,9 @@ def test_a_subspace_of_the_dense_model_fits_its_packed_form_and_no_other(monkeyp
             distance = weights.distance(weights.fingerprint(layer, own), space.fingerprints[own])
             assert distance < 0.02, "8 bits"
     given = dispatched(config(space, train="B", a_init="random"), "GPTQLoraLinear", monkeypatch)
-    get_peft_model(base_model("GPTQLoraLinear"), given)
+    same = base_model("GPTQLoraLinear")
+    same.lm_head = nn.Linear(32, 2)  # the only dense layer is narrower than r
+    get_peft_model(same, given)
     other = base_model("GPTQLoraLinear", seed=1)
     with pytest.raises(SubspaceError, match="other base weights"):
         get_peft_model(other, given)
