@@ -114,7 +114,7 @@ def prepare(
     if rank is None and energy is None:
         rank, energy = GUARDSPACE_SIZE if method == "guardspace" else (DEFAULT_RANK, None)
     if layers is None:
-        layers = target_layers(model, target_modules, exclude_modules, packed=method == "guardspace")
+        layers = target_layers(model, target_modules, exclude_modules, packed="out" not in chosen)
     targets = dict(layers)
     sizes, unfit = plan(targets, rank, energy, per_kind, chosen)
     layers = {name: targets[name] for name in sizes}

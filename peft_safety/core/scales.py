@@ -107,7 +107,8 @@ def sample_forward(layer: nn.Module, name: str, rows: Tensor, columns: Tensor, w
             return (output[:-1] - output[-1])[places, rows]
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError, IndexError):
             continue
-    raise refusal(layer, name, f"its weight is packed, and its forward takes no {tuple(x.shape)} inputs here")
+    reason = unreadable(layer) or "its weight is packed"
+    raise refusal(layer, name, f"{reason}, and its forward takes no {tuple(x.shape)} inputs here")
 
 
 @torch.no_grad()

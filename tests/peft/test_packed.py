@@ -1,5 +1,5 @@
-"""A frozen `lora_A` on every quantized layer class of PEFT, most of whose weights this package cannot read. PEFT's own
-code runs; what multiplies with the packed weights, which is not installed here, is a stand-in.
+"""Every form on every quantized layer class of PEFT, most of whose weights this package cannot read. PEFT's own code
+runs; what multiplies with the packed weights, which is not installed here, is a stand-in.
 """
 
 import importlib
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from peft_safety import (
     GuardSpaceConfig,
+    OrthoSafetyPatchConfig,
     SaLoRAConfig,
     assert_protected,
     calibrate,
@@ -128,7 +129,7 @@ def test_a_frozen_a_on_a_layer_that_peft_knows(name, monkeypatch, tmp_path):
     kinds = {type(module).__name__ for module in model.modules() if isinstance(module, LoraLayer)}
     assert kinds == {"LoraLinear" if name == "Linear" else name}
     before = copies(model)
-    cells.train(model, cells.adamw, 100)
+    cells.train(model, cells.adamw, 30)
     assert_frozen(model, before)
     probes = {own: torch.randn(5, 6) @ space.bases[own]["in"].mT for own, _ in cells.layers_of(model)}
     for own, layer in cells.layers_of(model):
@@ -173,22 +174,39 @@ def test_a_subspace_of_the_dense_model_fits_its_packed_form_and_no_other(monkeyp
     assert not any(isinstance(module, LoraLayer) for module in other.modules())
 
 
+@pytest.mark.parametrize("name", ["GPTQLoraLinear", "TorchaoLoraLinear"])
+@pytest.mark.parametrize("train", ["A", "window"])
+def test_the_forms_that_project_work_there_too(train, name, monkeypatch, tmp_path):
+    space = subspace(base_model(name))
+    given = config(space, train=train, a_init="random" if train == "window" else "task")
+    model = get_peft_model(base_model(name), dispatched(given, name, monkeypatch))
+    cells.train(model, cells.adamw, 20)
+    model.eval().save_pretrained(tmp_path)
+    found = verify(tmp_path, base_model(name), space if train == "window" else None)
+    assert (found.base_checked, found.blindness_checked, found.worst_leak <= LEAK) == (True, True, True)
+    stored = dispatched(PeftConfig.from_pretrained(tmp_path), name, monkeypatch)
+    loaded = PeftModel.from_pretrained(base_model(name), tmp_path, config=stored).eval()
+    assert_protected(loaded)
+    cells.assert_same_function(cells.logits(loaded), cells.logits(model))
+    with pytest.raises(LossyMergeError, match="cannot be merged into"):
+        model.merge_adapter()
+
+
 @pytest.mark.parametrize(
     "given",
     [
-        lambda: config(subspace(cells.base_model())),
-        lambda: config(subspace(cells.base_model()), train="window", a_init="random"),
-        lambda: SaLoRAConfig(
-            r=4,
-            target_modules=cells.LINEAR_TARGETS,
-            subspace=cells.random_subspace(cells.base_model(), cells.LINEAR_TARGETS),
+        lambda: config(subspace(cells.base_model()), init="guardspace"),
+        lambda: SaLoRAConfig(r=4, target_modules=["q_proj"], safety_rank=4),
+        lambda: OrthoSafetyPatchConfig(
+            r=4, target_modules=["q_proj"], subspace=subspace(cells.base_model()), mode="soft"
         ),
     ],
-    ids=["projected", "window", "SaLoRA"],
+    ids=["a residual", "a basis of outputs", "a penalty"],
 )
-def test_the_forms_that_project_are_refused_there(given, monkeypatch):
+def test_what_needs_the_weight_is_refused_there(given, monkeypatch):
+    monkeypatch.setattr("peft_safety.methods.base.tokenizer_for", lambda *_: tiny_tokenizer())
     base = base_model("GPTQLoraLinear")
-    with pytest.raises(UnsupportedLayerError, match=r"q_proj: this Packed is not supported: .* packed.*16 bit"):
+    with pytest.raises(UnsupportedLayerError, match=r"q_proj: this Packed .* packed.*16 bit"):
         get_peft_model(base, dispatched(given(), "GPTQLoraLinear", monkeypatch))
     assert not any(isinstance(module, LoraLayer) for module in base.modules())
 
