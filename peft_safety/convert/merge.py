@@ -25,7 +25,7 @@ from peft_safety.core.projection import Side, coefficients
 from peft_safety.errors import ConfigError, LossyMergeError
 from peft_safety.layers.adapters import config_table
 from peft_safety.methods.factors import layer_factors
-from peft_safety.registry.protection import assert_protected, protected_configs
+from peft_safety.registry.protection import assert_protected, protected_configs, refuse_tied
 
 MergeTo = Literal["16bit", "nf4+residual", "nf4"]
 
@@ -122,6 +122,11 @@ def merge_quantized(
         raise ConfigError(f"merge to {to!r}. Use one of {', '.join(map(repr, get_args(MergeTo)))}.")
     base: nn.Module = model.get_base_model()
     names = _mergeable(model, base)
+    for name in names:
+        inner: nn.Module = base.get_submodule(name).get_base_layer()  # type: ignore[operator]
+        weights.check_readable(inner, name)
+        if to != "nf4+residual":
+            refuse_tied(base, name, inner)
     if to == "nf4":
         _refuse_requantizing(model, base, names, force)
     rows = []

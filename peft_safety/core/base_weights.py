@@ -29,8 +29,14 @@ _BITSANDBYTES = {"Linear4bit": "4bit", "LinearNF4": "4bit", "LinearFP4": "4bit",
 
 
 def quantization(layer: nn.Module) -> str | None:
-    """`"4bit"`, `"8bit"` (bitsandbytes), `"fp8"` (transformers) or None, by the type of the layer."""
-    return "fp8" if scales.is_fp8(layer) else _BITSANDBYTES.get(type(layer).__name__)
+    """`"4bit"`, `"8bit"` (bitsandbytes), `"fp8"` (transformers), `"packed"` (a weight that cannot be read) or None."""
+    kind = "fp8" if scales.is_fp8(layer) else _BITSANDBYTES.get(type(layer).__name__)
+    if kind is None and not supported(layer):
+        return "packed" if scales.is_packed(layer) else None
+    weight = getattr(layer, "weight", None)
+    if kind is None and (weight is None or is_whole(weight)) and scales.unreadable(layer) is not None:
+        return "packed"
+    return kind
 
 
 def supported(layer: nn.Module) -> bool:
@@ -209,8 +215,13 @@ def requantized(layer: nn.Module, delta: Tensor, name: str) -> Tensor:
 
 
 def fingerprint(layer: nn.Module, name: str) -> Tensor:
-    """`SAMPLES` evenly spaced values of the flattened `(out, in)` weight, fp32, on the CPU; refused if not finite."""
-    values = sample(dense_weight(layer, name))
+    """`SAMPLES` evenly spaced values of the flattened `(out, in)` weight, fp32, on the CPU; refused if not finite.
+    Those of a packed weight are what its forward gives.
+    """
+    if quantization(layer) == "packed":
+        values = scales.sample_forward(layer, name, *_sampled(*shape(layer)), shape(layer)[1])
+    else:
+        values = sample(dense_weight(layer, name))
     if not bool(torch.isfinite(values).all()):
         raise SubspaceError(f"{name}: the base weight {shape(layer)} holds NaN or Inf. Load intact base weights.")
     return values
@@ -218,9 +229,14 @@ def fingerprint(layer: nn.Module, name: str) -> Tensor:
 
 def sample(weight: Tensor) -> Tensor:
     """The sampled values behind a fingerprint, of a dense `(out, in)` weight."""
-    index = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64).round().long()
-    rows, columns = index // weight.shape[1], index % weight.shape[1]  # no copy of a transposed view
+    rows, columns = _sampled(*weight.shape)  # no copy of a transposed view
     return weight[rows.to(weight.device), columns.to(weight.device)].cpu()
+
+
+def _sampled(m: int, n: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the sampled values."""
+    index = torch.linspace(0, m * n - 1, SAMPLES, dtype=torch.float64).round().long()
+    return index // n, index % n
 
 
 def distance(values: Tensor, reference: Tensor) -> float:

@@ -20,13 +20,17 @@ def base_layers(model: nn.Module) -> dict[str, nn.Module]:
     modules = {
         name: module
         for name, _, module in walk(model)
-        if isinstance(module, BaseTunerLayer) or weights.supported(module)
+        if isinstance(module, BaseTunerLayer) or weights.supported(module) or scales.is_packed(module)
     }
     return {name: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for name, m in modules.items()}
 
 
 def target_layers(
-    model: nn.Module, target_modules: Iterable[str] | str | None, exclude_modules: Iterable[str] | str | None = None
+    model: nn.Module,
+    target_modules: Iterable[str] | str | None,
+    exclude_modules: Iterable[str] | str | None = None,
+    *,
+    packed: bool = False,
 ) -> dict[str, nn.Module]:
     """The layers that PEFT would match.
 
@@ -34,6 +38,7 @@ def target_layers(
         target_modules: names or suffixes, a regular expression for the full name, `"all-linear"` (all but the output
             embedding), or None for PEFT's default of this architecture.
         exclude_modules: those to leave out: names or suffixes, or a regular expression.
+        packed: whether weights may be packed so that they cannot be read (GPTQ, AWQ, ...).
 
     Raises:
         ConfigError: nothing matches, or no default is known. UnsupportedLayerError: a match that cannot be protected.
@@ -45,8 +50,7 @@ def target_layers(
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
         matched = {name: layer for name, layer in layers.items() if layer is not head and weights.supported(layer)}
     else:
-        packed = {name: module for name, _, module in walk(model) if scales.is_packed(module)}
-        matched = _named(layers | packed | layers, target_modules, "target_modules")
+        matched = _named(layers, target_modules, "target_modules")
     excluded = _named(matched, exclude_modules, "exclude_modules") if exclude_modules else {}
     selected = {name: layer for name, layer in matched.items() if name not in excluded}
     if not selected:
@@ -55,7 +59,8 @@ def target_layers(
         what = f"target_modules={target_modules!r} matches no linear layer of the model{but}"
         raise ConfigError(f"{what}. Give names such as {some}, or 'all-linear'.")
     for name, layer in selected.items():
-        weights.check_readable(layer, name)
+        if not packed or weights.quantization(layer) != "packed":
+            weights.check_readable(layer, name)
     return selected
 
 

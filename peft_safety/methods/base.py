@@ -281,5 +281,6 @@ def calibrate(
     """
     if not isinstance(config, ProtectedConfig):
         raise ConfigError(f"a {type(config).__name__} has no safety subspace. Use GuardSpaceConfig or SaLoRAConfig.")
-    layers = target_layers(model, config.target_modules, config.exclude_modules)
+    packed = "out" not in config.basis_sides
+    layers = target_layers(model, config.target_modules, config.exclude_modules, packed=packed)
     return config.calibrate(model, layers, data, tokenizer, memory=memory, seed=seed, progress=progress)

@@ -39,7 +39,8 @@ def attach(
     Returns:
         The names of the layers that were taken out.
     """
-    layers = adapter_layers(model, adapter_name)
+    has_leaves = bool(config.sides) or config.freezes
+    layers = adapter_layers(model, adapter_name, packed=has_leaves and not config.residual)
     if not layers:
         raise UnsupportedLayerError(
             f"target_modules={config.target_modules!r} gave no LoRA layer. Use names of linear layers."

@@ -27,7 +27,7 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
         extra = read_plain(certificate.directory).extra
         _check_extra(model, config, certificate.directory, tuple(extra), certificate.modules)
     if config._stored is None:
-        widest = max((min(weights.shape(m)) for m in modules.values() if weights.supported(m)), default=config.r)
+        widest = max((min(shape) for shape in map(_shape, modules.values()) if shape), default=config.r)
         if config.r > widest:
             raise ConfigError(
                 f"r={config.r}, but no linear layer of the model is wider than {widest}. Use a smaller r."
@@ -35,7 +35,7 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
         return
     for name, (m, n, rank) in config._stored.shapes.items():
         base = modules.get(name)
-        shape = weights.shape(base) if base is not None and weights.supported(base) else None
+        shape = _shape(base)
         if shape != (m, n):
             existing = "no such module" if base is None else f"a {type(base).__name__} {shape or ''}".rstrip()
             raise ArtifactError(
@@ -43,6 +43,13 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
                 f"{existing}. Load the base model that it was trained on."
             )
     _check_extra(model, config, config._stored.directory, config._stored.extra_tensors, config._stored.shapes)
+
+
+def _shape(module: nn.Module | None) -> tuple[int, int] | None:
+    """`(out_features, in_features)` of a module that can hold a protected adapter."""
+    if module is None or not (weights.supported(module) or weights.quantization(module)):
+        return None
+    return weights.shape(module)
 
 
 def _check_extra(

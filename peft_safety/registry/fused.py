@@ -76,7 +76,7 @@ def plan(layer: Any) -> tuple[str, ops.QuantBundle, str] | str:
     base = layer.get_base_layer()
     kind = weights.quantization(base)
     if kind != "4bit":
-        return {"8bit": "an 8-bit base weight", "fp8": "an FP8 base weight"}.get(
+        return {"8bit": "an 8-bit base weight", "fp8": "an FP8 base weight", "packed": "a packed base weight"}.get(
             kind or "", "a dense base weight: there is nothing to dequantize"
         )
     if peft_kind(layer).__name__ != "Linear4bit":

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
 from peft_safety.core import base_weights as weights
-from peft_safety.core.names import pin, places, walk
+from peft_safety.core.names import listed, pin, places, walk
 from peft_safety.errors import ConfigError, PeftSafetyError
 from peft_safety.layers import FrozenLinear, ProtectedLinear
 from peft_safety.methods.base import ProtectedConfig
@@ -32,6 +33,7 @@ def inject_adapter(
     config._combined = getattr(self, "_combining", False)
     if config._stored is not None:
         pin(config, config._modules, places(model))
+    _expand_all_linear(model, config)
     modules = dict(model.named_modules())
     kinds = [(module, type(module)) for module in (self, *modules.values())]
     where = [(own, name) for own, name, _ in walk(model, shared=True)]
@@ -68,6 +70,22 @@ def inject_adapter(
     finally:
         config._injecting = False
     return None
+
+
+def _expand_all_linear(model: nn.Module, config: ProtectedConfig) -> None:
+    """Replace "all-linear" by the names that PEFT means. PEFT itself would add parameters of a mixture of experts,
+    which cannot be protected.
+    """
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != "all-linear":
+        return
+    _maybe_include_all_linear_layers(config, model)
+    experts = [name for name, parameter in model.named_parameters() if "expert" in name and parameter.ndim == 3]
+    fused = sorted({name.rpartition(".")[0] for name in experts})
+    if fused:
+        warnings.warn(
+            f"the fused parameters of {len(fused)} modules ({listed(fused)}) cannot be protected, and get no adapter.",
+            stacklevel=4,
+        )
 
 
 def _check_unprotected(model: nn.Module, adapter_name: str, given: Any) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from peft_safety.errors import ProtectionError
+from peft_safety.core import base_weights
+from peft_safety.core.names import own_name
+from peft_safety.errors import LossyMergeError, ProtectionError
 from peft_safety.layers import check_frozen, check_leaf
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.base import ProtectedConfig
@@ -42,3 +44,18 @@ def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
                 check_frozen(layer.lora_A[name], f"{module} (adapter {name!r})", modules.get(module))
             for factor, side, basis in sides(layer, config, module):
                 check_leaf(factor[name], f"{module} (adapter {name!r})", basis, side, config.residual)
+
+
+def refuse_tied(model: nn.Module, name: str, base: nn.Module) -> None:
+    """Refuse to merge into a base layer whose weight another module uses too: no basis constrains that one's inputs.
+
+    Raises:
+        LossyMergeError: the output embedding is tied to the input embedding, say.
+    """
+    weight = base._parameters.get("weight")
+    others = [own_name(n) for n, m in model.named_modules() if m is not base and m._parameters.get("weight") is weight]
+    if weight is not None and others:
+        raise LossyMergeError(
+            f"{name}: its weight {base_weights.shape(base)} is tied to {others[0]}, and a merge would change that "
+            "module, too. Keep the adapter beside the base."
+        )

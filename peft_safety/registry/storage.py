@@ -21,7 +21,7 @@ from peft_safety.core.plain_lora import ADAPTER_FILE, CARD, MANIFEST, PREFIX, st
 from peft_safety.core.publish import copy_own, is_interrupted, publishing, recover
 from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE
 from peft_safety.errors import ArtifactError, ConfigError
-from peft_safety.layers import folded_state, lay_out_adapter, protected_leaves
+from peft_safety.layers import folded_state, lay_out_adapter
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.safe_lora.config import SafeLoRAConfig
@@ -62,7 +62,7 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
     if Path(save_directory).is_file():
         raise ArtifactError(f"{save_directory} is a file. Give a directory.")
     state = kwargs.get("state_dict")
-    if state is not None or any(hasattr(leaf.raw(), "device_mesh") for _, leaf in protected_leaves(self)):
+    if state is not None or any(hasattr(parameter, "device_mesh") for parameter in self.parameters()):
         # gathered weights are as the optimizer left them, not projected
         kwargs["state_dict"] = folded_state(self, self.state_dict() if state is None else state)
     with publishing(Path(save_directory), MANIFEST) as staging:

@@ -15,7 +15,7 @@ from peft_safety.layers import lay_out_adapter
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry import frozen
-from peft_safety.registry.protection import assert_protected, protected_configs
+from peft_safety.registry.protection import assert_protected, protected_configs, refuse_tied
 
 
 class _Merges:
@@ -46,9 +46,17 @@ def _refuse_lossy_merge(model: Any, adapter_names: list[str] | None) -> None:
         if any(adapter in (adapter_names or layer.active_adapters) for layer in layers.values()):
             assert_protected(model, adapter)
         for name, layer in layers.items():
+            if adapter not in (adapter_names or layer.active_adapters):
+                continue
             base = layer.get_base_layer()
+            refuse_tied(model, name, base)
             kind = base_weights.quantization(base)
-            if kind is not None and adapter in (adapter_names or layer.active_adapters):
+            if kind == "packed":
+                raise LossyMergeError(
+                    f"{name}: a {type(base).__name__} {base_weights.shape(base)} cannot be merged into: its weight "
+                    "cannot be read. Keep the adapter beside the base."
+                )
+            if kind is not None:
                 kept = base_weights.merge_survival(base, layer.get_delta_weight(adapter), name)
                 raise LossyMergeError(
                     f"{name}: merging into a {kind} weight would keep {kept:.1%} of the update of adapter {adapter!r} "

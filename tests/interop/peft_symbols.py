@@ -18,6 +18,7 @@ SYMBOLS = {
         "LoraLayer.update_layer",
     ),
     "peft.tuners.tuners_utils": (
+        "_maybe_include_all_linear_layers",
         "BaseTuner._unload_and_optionally_merge",
         "BaseTuner.merge_adapter",
         "BaseTuner.inject_adapter",
