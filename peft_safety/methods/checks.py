@@ -15,11 +15,7 @@ def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> boo
 
 
 def check_choices(options: Any, **choices: Any) -> None:
-    """Compare fields of `options` with the values of a `Literal` type each.
-
-    Raises:
-        ConfigError: another value; names the field and the values.
-    """
+    """Refuse a field of `options` whose value is not one of its `Literal` type's."""
     for name, literal in choices.items():
         if (value := getattr(options, name)) not in get_args(literal):
             known = ", ".join(map(str, get_args(literal)))

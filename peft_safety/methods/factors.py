@@ -16,11 +16,8 @@ from peft_safety.layers import joined, stored_factors
 
 
 def layer_factors(name: str, layer: LoraLayer, adapter_name: str) -> Factors:
-    """The factors of an adapter in one of its layers, not copied; with a residual the joined ones.
-
-    Raises:
-        ConfigError: an adapter is merged into the layer, or a factor is not finite.
-        UnsupportedLayerError: a factor that is sharded or on the meta device.
+    """The factors of an adapter in one of its layers, not copied; with a residual the joined ones. Merged, sharded,
+    meta and not finite ones are refused.
     """
     if layer.merged:
         raise ConfigError(f"{name}: an adapter is merged into the base weight. Call unmerge_adapter() first.")

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def start_from(layer: LoraLayer, adapter_name: str, b: Tensor, a: Tensor) -> None:
-    """Set the initial factors of a residual. Where a layer has fewer components than r, the others start as plain
-    LoRA's do, at B = 0.
-    """
+    """Set the initial factors of a residual. Components that a layer lacks start as plain LoRA's do, at B = 0."""
     leaf_a, leaf_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     components, rank = a.shape[0], int(layer.r[adapter_name])
     if components < rank:

@@ -37,14 +37,11 @@ class SaLoRAConfig(ProtectedConfig):
     """`LoraConfig` whose update cannot touch a safety subspace of the layers' outputs.
 
     Args:
-        subspace: `SafetySubspace`, file, directory, Hub id, or `"auto"` (default): calibrate at injection on the
-            package's prompts and refusals.
-        safety_rank, safety_energy, safety_rank_pattern: size of the subspace of `"auto"`, see `ProtectedConfig`; 32
-            output directions per module by default, as published.
-        init: `"lora"` starts from B = 0. `"task"` starts from the task-aware factors of the paper, with a residual
-            that keeps the function unchanged.
-        task_data: for `init="task"`: rows `{prompt, response}`, tokenized batches, or a `SafetySubspace` estimated on
-            the task.
+        subspace, safety_rank, safety_energy, safety_rank_pattern: see `ProtectedConfig`; by default calibrated at
+            injection on the package's prompts and refusals, 32 output directions per module, as published.
+        init: `"lora"` starts from B = 0, `"task"` from the task-aware factors of the paper, with a residual that keeps
+            the function unchanged.
+        task_data: for `init="task"`: rows `{prompt, response}`, tokenized batches, or a `SafetySubspace` of the task.
         task_rank: directions of the task subspace; 32 as published.
 
     Raises:
@@ -98,14 +95,11 @@ class SaLoRAConfig(ProtectedConfig):
 
 @torch.no_grad()
 def task_aware_factors(weight: Tensor, task_basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`B0 = U_t U_t^T Ubar_r sqrt(S_r)` and `A0 = sqrt(S_r) Vbar_r^T`, from `W ~ Ubar S Vbar^T`.
+    """`B0 = U_t U_t^T Ubar_r sqrt(S_r) (m, rank)` and `A0 = sqrt(S_r) Vbar_r^T (rank, n)`, from `W ~ Ubar S Vbar^T`.
 
     Args:
         weight: `W (m, n)`, fp32.
         task_basis: `U_t (m, r_t)`.
-
-    Returns:
-        `(B0 (m, rank), A0 (rank, n))`.
 
     Reference: arXiv 2501.01765, section 4.2.
     """

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import nn
@@ -22,7 +22,7 @@ from peft_safety.core.projection import Side
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data import CALIBRATION_PAIRS, refusal_pairs
 from peft_safety.errors import ConfigError
-from peft_safety.methods.base import Layers, ProtectedConfig
+from peft_safety.methods.base import Layers, ProtectedConfig, option
 from peft_safety.methods.checks import check_choices, is_number
 from peft_safety.methods.ortho_patch.priors import prior_spans
 
@@ -41,18 +41,17 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
     """`LoraConfig` for a safety patch.
 
     Args:
-        mode: "hard" constrains the update to the complement of the basis, in every forward; "soft" penalizes its
-            energy on the data of the basis (train with `SoftPenaltyCallback`); "none" is plain LoRA, the published
-            method, which only remembers the basis for its diagnostics.
+        mode: "hard" constrains the update to the complement of the basis; "soft" penalizes its energy on the data of
+            the basis (train with `SoftPenaltyCallback`); "none" is plain LoRA, the published method, which only
+            remembers the basis for its diagnostics.
         basis: "weight" (top singular vectors of W), "activation" (what general data uses), or "contrastive" (what it
             uses and harmful requests do not).
         side: "in" (on lora_A), "out" (on lora_B) or "both".
-        safety_rank, safety_energy, safety_rank_pattern: size of the subspace of `"auto"`, see `ProtectedConfig`; 32
-            directions per module by default. safety_rank=0 protects earlier patches only.
-        subspace: a `SafetySubspace`, file, directory, Hub id, or `"auto"` (default): estimate it at injection, on the
-            package's general prompts.
-        prior_patches: names of adapters on the model, or directories: the new patch is exactly orthogonal to them.
-            Keep them frozen.
+        subspace, safety_rank, safety_energy, safety_rank_pattern: see `ProtectedConfig`; by default estimated at
+            injection on the package's general prompts, 32 directions per module. safety_rank=0 protects earlier
+            patches only.
+        prior_patches: adapters on the model, or directories, that the new patch is exactly orthogonal to. Keep them
+            frozen.
         reg_lambda: weight of the penalty for mode="soft", in units of the loss per unit of `E||dW x||^2 / E||W x||^2`,
             summed over the modules.
 
@@ -60,13 +59,11 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         ConfigError: see `ProtectedConfig`; values that do not go together.
     """
 
-    mode: Mode = field(default="hard", metadata={"help": "'hard', 'soft' or 'none'."})
-    basis: Basis = field(default="activation", metadata={"help": "Where subspace='auto' comes from."})
-    side: SideName = field(default="in", metadata={"help": "Constrained side of the update."})
-    prior_patches: list[str] | None = field(
-        default=None, metadata={"help": "Earlier patches to be orthogonal to: adapter names or directories."}
-    )
-    reg_lambda: float = field(default=REG_LAMBDA, metadata={"help": "Weight of the penalty for mode='soft'."})
+    mode: Mode = option("hard", "'hard', 'soft' or 'none'.")
+    basis: Basis = option("activation", "Where subspace='auto' comes from.")
+    side: SideName = option("in", "Constrained side of the update.")
+    prior_patches: list[str] | None = option(None, "Earlier patches to be orthogonal to: adapters or directories.")
+    reg_lambda: float = option(REG_LAMBDA, "Weight of the penalty for mode='soft'.")
 
     PEFT_KEY: ClassVar[str] = "ORTHOSAFETYPATCH"
     LEAST_RANK: ClassVar[int] = 0

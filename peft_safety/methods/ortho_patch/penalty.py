@@ -24,15 +24,10 @@ class _Term(NamedTuple):
 
 class SoftPenalty:
     """`lam * sum_modules tr(dW S dW^T) / tr(W S W^T)`, with `S = Q L Q^T` from the adapter's subspace: `E||dW x||^2 /
-    E||W x||^2` on its data. Neither dW nor S is ever formed: `A S = (A Q) L Q^T`.
-
-    Args:
-        model: holds the adapter; dense or quantized base, whose weights are read one at a time.
+    E||W x||^2` on its data. Neither dW nor S is ever formed: `A S = (A Q) L Q^T`. The published method has no penalty.
 
     Raises:
         ConfigError: no adapter of that name with `mode="soft"`, or one whose factors are sharded.
-
-    Reference: our own; the published method (arXiv 2510.09004) has no penalty.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str = "default") -> None:
@@ -76,9 +71,7 @@ class SoftPenalty:
 
     @torch.no_grad()
     def add_gradient(self) -> None:
-        """Add the penalty's exact gradient to the factors' `.grad`: `2 w B^T B A S` to A's and `2 w B A S A^T` to
-        B's.
-        """
+        """Add the penalty's exact gradient: `2 w B^T B A S` to A's and `2 w B A S A^T` to B's."""
         for term in self.terms:
             a, b = term.a.to(term.root), term.b.to(term.root)
             z = a @ term.root
@@ -87,9 +80,7 @@ class SoftPenalty:
             _add(term.b, scale * (b @ (z @ z.mT)))
 
     def before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """For `torch.optim.Optimizer.register_step_pre_hook`: after gradient accumulation, clipping and unscaling,
-        right before the step.
-        """
+        """For `torch.optim.Optimizer.register_step_pre_hook`: after accumulation, clipping and unscaling."""
         self.add_gradient()
         self.config._penalized = True
 

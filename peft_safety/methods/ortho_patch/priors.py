@@ -29,14 +29,11 @@ def prior_spans(
     model: nn.Module, layers: Mapping[str, nn.Module], priors: Sequence[str], sides: Sequence[Side]
 ) -> tuple[Spans, list[str]]:
     """Row spaces of `lora_A` (side "in") and column spaces of `lora_B` ("out") of earlier patches, side by side, for
-    the layers of the new one.
+    the layers of the new one: `{module: {side: (d, sum of ranks)}}`; and the patches' names without paths.
 
     Args:
         layers: the new adapter's base layers by name.
         priors: names of adapters on the model, or directories of plain or protected LoRA adapters.
-
-    Returns:
-        `{module: {side: (d, sum of ranks)}}`, and the patches' names without paths.
 
     Raises:
         ConfigError: no such adapter, one of another base model, or one without an update in any of the layers.

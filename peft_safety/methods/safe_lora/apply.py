@@ -37,8 +37,7 @@ def apply_safe_lora(
     """Project a trained LoRA onto the alignment direction of its base model, module by module: `B <- C B`. Needs no
     data and no training.
 
-    The two models are read as a stream, never loaded. Either every selected module is replaced or, on any error or
-    interrupt, none.
+    The two models are read as a stream, never loaded. Every selected module is replaced or, on any error, none.
 
     Args:
         peft_model: a PeftModel or a model with injected adapters; dense or bitsandbytes base.
@@ -46,9 +45,6 @@ def apply_safe_lora(
         aligned: the model after it, in 16 bit or more. Default: the weights under the adapter.
         new_adapter_name: leave `adapter_name` as it is and add the repaired adapter under this name.
         **options: see `RepairOptions`.
-
-    Returns:
-        A report: per module its cosine, whether it was repaired, what is left of the update.
 
     Raises:
         ConfigError: no such adapter, one that was repaired before, or whose update is not a plain `B A`.
@@ -94,12 +90,10 @@ def safe_lora_dir(
     **options: Any,
 ) -> RepairReport:
     """`apply_safe_lora` for a saved LoRA adapter, without building its model. The result is a plain LoRA directory,
-    written atomically; the source is not touched.
+    written atomically; without `out_dir` there is only the report. The source is not touched.
 
     Args:
         aligned: default, the adapter's `base_model_name_or_path`.
-        out_dir: None only reports.
-        **options: see `RepairOptions`.
 
     Raises:
         ArtifactError: the directory is not a whole, finite LoRA adapter, or `out_dir` cannot be written.
@@ -157,9 +151,7 @@ def _check_different(unaligned: Model, aligned: Model | None) -> None:
 
 
 def add_adapter(model: Any, name: str, config: LoraConfig, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Add an adapter with these factors, `(A, B)` by module, to a PeftModel: whole or not at all. What trains and what
-    is active stays as it is.
-    """
+    """Add an adapter with the factors `(A, B)` by module: whole or not at all. What trains and is active stays so."""
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with warnings.catch_warnings():

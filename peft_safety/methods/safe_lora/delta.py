@@ -31,12 +31,7 @@ def block_width(rows: int) -> int:
 @dataclass
 class Delta:
     """`V (m, n)`, which exists one block of columns `V_j` at a time: `V V^T q = sum_j V_j (V_j^T q)` takes one pass
-    over both checkpoints.
-
-    Attributes:
-        name: module, for errors.
-        energy: `||V||_F^2` once a pass is complete.
-        base_norm: `||W_aligned||_F`, likewise.
+    over both checkpoints, which also gives `energy`, `||V||_F^2`, and `base_norm`, `||W_aligned||_F`.
     """
 
     name: str
@@ -48,11 +43,8 @@ class Delta:
     base_norm: float = math.nan
 
     def blocks(self) -> Iterator[Tensor]:
-        """`V_j (m, c)`, left to right, each in the memory of the one before: fresh memory for every block would cost
-        more than the arithmetic.
-
-        Raises:
-            CheckpointError: a weight that is not finite.
+        """`V_j (m, c)`, left to right, each in the memory of the one before: fresh memory costs more than the
+        arithmetic. A weight that is not finite is refused.
         """
         energy = torch.zeros((), dtype=torch.float64, device=self.device)
         base = torch.zeros_like(energy)
@@ -81,18 +73,13 @@ class Delta:
 
 
 def _square_sum(block: Tensor) -> Tensor:
-    """`||block||_F^2`: row norms in the block's precision, their sum in fp64 (one fp32 norm over millions of values is
-    off by 1e-3).
-    """
+    """`||block||_F^2`, summed over the rows in fp64: one fp32 norm over millions of values is off by 1e-3."""
     return torch.linalg.vector_norm(block, dim=1).double().square().sum()
 
 
 def projected(delta: Delta, b: Tensor, options: RepairOptions) -> tuple[Tensor, Tensor, int | None]:
-    """What a module with the factor `b (m, r)` gets if it is selected.
-
-    Returns:
-        `(B' (m, r), C B (m, r), k)`: the new factor; the projection that the cosine is taken of (the same up to its
-        length, except for "soft"); and the rank of the projector where there is one.
+    """What a module with the factor `b (m, r)` gets if it is selected, `B' (m, r)`; the projection `C B (m, r)` that
+    the cosine is taken of (for all but "soft" the same up to its length); and the rank of the projector, if any.
 
     Reference: Safe LoRA, arXiv 2405.16833, equation 2 ("frobenius"). "spectral" and "topk" replace its `V V^T /
     ||V||_F` by a contraction and by a true projector. "soft" is the minimizer of `||B' - B||^2 + penalty ||(I - U U^T)
@@ -111,9 +98,7 @@ def projected(delta: Delta, b: Tensor, options: RepairOptions) -> tuple[Tensor, 
 
 
 def _alignment_basis(delta: Delta, like: Tensor, options: RepairOptions) -> Tensor:
-    """Top left singular vectors `(m, k)` of `V`: `rank` of them, or as many as hold the share `energy` of `||V||_F^2`;
-    never more than V's numerical rank.
-    """
+    """Top left singular vectors `(m, k)` of `V`, as many as asked for, and never more than its numerical rank."""
     (m, n), limit = delta.aligned.shape, min(delta.aligned.shape)
     width = min(options.rank or FIRST_WIDTH, limit)
     while True:

@@ -34,9 +34,7 @@ class ModuleRepair:
 
     Attributes:
         cos: `<C B A, B A> / (||C B A|| ||B A||)` in [0, 1]; NaN without an update or an alignment direction.
-        selected: whether its factor was replaced.
-        gain: `||B' A|| / ||B A||` if it is (or were) replaced: the share of the update's length that is left; NaN
-            without an update.
+        gain: `||B' A|| / ||B A||` if it is (or were) replaced; NaN without an update.
         kept_norm: `||s B A||` afterwards.
         delta: `||V|| / ||W_aligned||`.
         k: rank of the projector, for "topk" and "soft".
@@ -53,11 +51,8 @@ class ModuleRepair:
 
 @dataclass(frozen=True)
 class RepairReport:
-    """Every module in order, and what decided the result.
-
-    Attributes:
-        record: what is stored with a repaired adapter: options, both models' names and fingerprints, number of
-            modules, digest of the factors.
+    """Every module in order; and the record that is stored with a repaired adapter: options, both models' names and
+    fingerprints, number of modules, digest of the factors.
     """
 
     modules: tuple[ModuleRepair, ...]
@@ -84,12 +79,8 @@ def repair(
     options: RepairOptions,
     base: Weights | None = None,
 ) -> tuple[dict[str, Tensor], RepairReport]:
-    """New `lora_B` of the selected modules, on the CPU in the old one's dtype, and the report. The inputs are not
-    changed.
-
-    Args:
-        base: weights of the model that the adapter was trained on, where they are at hand and not `aligned` itself;
-            compared with those.
+    """New `lora_B` of the selected modules, on the CPU in the old one's dtype, and the report. `base` is the model
+    that the adapter was trained on, where it is at hand and not `aligned` itself; the two are compared.
 
     Raises:
         CheckpointError: a missing weight or one of another shape, not finite, quantized; nothing differs between the
@@ -153,9 +144,7 @@ def factor_digest(factors: Mapping[str, tuple[Tensor, Tensor]]) -> str:
 
 
 def select(rows: list[ModuleRepair], options: RepairOptions) -> set[str]:
-    """Names of the modules to repair. A module without a cosine is taken last, and never by a threshold;
-    `zero_delta="zero"` always takes its own.
-    """
+    """Names of the modules to repair. One without a cosine is taken last, never by a threshold, always by "zero"."""
     zeroed = {row.name for row in rows if row.delta == 0 and options.zero_delta == "zero"}
     cos = {
         row.name: math.inf if math.isnan(row.cos) else row.cos for row in rows if row.delta > 0 or row.name in zeroed
