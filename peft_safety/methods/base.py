@@ -93,7 +93,7 @@ class ProtectedConfig(LoraConfig):
 
     @property
     def use_rslora(self) -> bool:
-        """LoRA's field, which every LoRA layer reads when it is made: one made outside the injection is refused here."""
+        """LoRA's field. Every LoRA layer reads it when it is made; one made outside the injection is refused here."""
         if sys._getframe(1).f_code in LAYER_BUILDERS and not self._injecting:
             raise ConfigError(
                 f"{type(self).__name__}: a layer built by itself would not be protected. Use get_peft_model, "
@@ -219,7 +219,7 @@ class ProtectedConfig(LoraConfig):
         return result
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the subspace of the adapter's modules, or its certificate, and `adapter_config.json` with the hashes."""
+        """Write the subspace of the adapter's modules, or its certificate, and the config with its hashes."""
         stored = isinstance(self.subspace, SafetySubspace) and not self.is_plain
         if stored:
             used = self.subspace.restricted(self._modules) if self._modules else self.subspace

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from peft_safety.calibration.activations import estimate, tokenizer_for
 from peft_safety.calibration.leaving_out import warn_left_out
 from peft_safety.core import base_weights as weights
+from peft_safety.core.checks import check_choices
 from peft_safety.core.projection import top_singular
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data.rows import data_rows
 from peft_safety.errors import ConfigError
 from peft_safety.methods.base import ProtectedConfig, option
-from peft_safety.methods.checks import check_choices
 from peft_safety.methods.initial import start_from
 
 Init = Literal["lora", "task"]

@@ -8,21 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from peft_safety.core.training import LEARNING_RATE, TrainOptions
 from peft_safety.data.chat import Collator, can_trim, encode_rows
 from peft_safety.data.rows import Rows
 from peft_safety.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-LEARNING_RATE = 5e-4
-"""Default peak learning rate of an adapter: the smallest tried at which plain LoRA learns the task of examples/demo.py
-in one epoch (validation split: accuracy 44 %, against 25 % at 3e-4 and 48 % at 1e-3)."""
+__all__ = ["LEARNING_RATE", "PATCH_LEARNING_RATE", "TrainOptions", "TrainingRun", "finetune"]
 PATCH_LEARNING_RATE = 2e-3
 """That of a safety patch, which learns one short kind of answer and is stopped early (validation split of
 examples/patch.py)."""
-LOGGING_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -38,35 +36,6 @@ class TrainingRun:
     last_loss: float
     peak_memory_mib: float
     trainable_parameters: int
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How to train. No checkpoint is written.
-
-    Attributes:
-        lr: AdamW's peak learning rate, decayed linearly to 0.
-        epochs, max_steps: passes over the rows; optimizer steps, which override them when positive.
-        batch_size: rows a device and step.
-        max_length: tokens kept of each row, from the left.
-        seed: of the adapter's initialization and the order of the rows.
-        report_to: as in `transformers.TrainingArguments`.
-        progress: show a bar on stderr.
-    """
-
-    lr: float = LEARNING_RATE
-    epochs: float = 1.0
-    max_steps: int = -1
-    batch_size: int = 8
-    max_length: int = 512
-    seed: int = 0
-    report_to: str = "none"
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "epochs", "batch_size", "max_length"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} = {getattr(self, name)} cannot train anything. Give a positive number.")
 
 
 def finetune(
@@ -122,7 +91,7 @@ def finetune(
     collator = Collator(tokenizer, distil, trim=can_trim(tuned))
     kind = distilling_trainer(distil_weight) if distil else Trainer
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = _arguments(options, scratch, pin_memory=cuda)
+        arguments = options.arguments(scratch, cuda, save_strategy="no", disable_tqdm=True)  # `_progress_bar` instead
         trainer = kind(tuned, arguments, data_collator=collator, train_dataset=features, callbacks=list(callbacks))
         trainer.remove_callback(PrinterCallback)
         if options.progress:
@@ -154,26 +123,6 @@ def _with_adapter(model: PreTrainedModel | PeftModel, config: PeftConfig, name: 
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(f".{name}." in f"{key}." and "lora_" in key)
     return model
-
-
-def _arguments(options: TrainOptions, scratch: str, pin_memory: bool) -> TrainingArguments:
-    from transformers import TrainingArguments
-
-    return TrainingArguments(
-        output_dir=scratch,
-        learning_rate=options.lr,
-        num_train_epochs=options.epochs,
-        max_steps=options.max_steps,
-        per_device_train_batch_size=options.batch_size,
-        weight_decay=0.0,
-        seed=options.seed,
-        report_to=options.report_to,
-        save_strategy="no",
-        logging_steps=LOGGING_STEPS,
-        disable_tqdm=True,  # `_progress_bar` takes one line
-        dataloader_pin_memory=pin_memory,
-        remove_unused_columns=False,
-    )
 
 
 def _peak_resident() -> int:

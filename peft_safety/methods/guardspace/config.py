@@ -27,6 +27,7 @@ from peft_safety.calibration.moments import Positions, collect, to_batches
 from peft_safety.calibration.sizes import DEFAULT_RANK
 from peft_safety.core import base_weights as weights
 from peft_safety.core.certificate import Certificate
+from peft_safety.core.checks import check_choices
 from peft_safety.core.names import listed
 from peft_safety.core.projection import Side
 from peft_safety.core.subspace import SafetySubspace
@@ -34,7 +35,6 @@ from peft_safety.data import calibration_rows
 from peft_safety.data.rows import data_rows
 from peft_safety.errors import ConfigError
 from peft_safety.methods.base import Layers, ProtectedConfig, option
-from peft_safety.methods.checks import check_choices
 from peft_safety.methods.guardspace.directions import ROW_NORM, frozen_factors, windows
 from peft_safety.methods.guardspace.factors import Kind, Preconditioner, irrelevant_factors
 from peft_safety.methods.initial import start_from

@@ -17,13 +17,13 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from peft_safety.calibration.weights import estimate_from_weights
+from peft_safety.core.checks import check_choices, is_number
 from peft_safety.core.names import public_name
 from peft_safety.core.projection import Side
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data import CALIBRATION_PAIRS, refusal_pairs
 from peft_safety.errors import ConfigError
 from peft_safety.methods.base import Layers, ProtectedConfig, option
-from peft_safety.methods.checks import check_choices, is_number
 from peft_safety.methods.ortho_patch.priors import prior_spans
 
 Mode = Literal["none", "soft", "hard"]

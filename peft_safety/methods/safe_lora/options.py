@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 
+from peft_safety.core.checks import check_choices, is_number
 from peft_safety.errors import ConfigError
-from peft_safety.methods.checks import check_choices, is_number
 
 Select = Literal["threshold", "number", "all"]
 Projection = Literal["frobenius", "spectral", "topk", "soft"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
+from peft_safety.core.checks import check_choices, check_positive, is_number
+from peft_safety.core.training import TrainOptions
 from peft_safety.errors import ConfigError
-from peft_safety.methods.checks import check_choices, is_number
 from peft_safety.methods.somf.masks import Export, Granularity, Rescale
 
 Method = Literal["somf", "task_arithmetic"]
@@ -67,7 +68,7 @@ class FuseOptions:
             raise ConfigError(f"export={self.export!r}, export_density={density!r}. Give a density with 'topk' only.")
         if density is not None and not (is_number(density) and 0 < density < 1):
             raise ConfigError(f"export_density={density!r}. Use a number strictly between 0 and 1.")
-        _check_positive(self, "temperature")
+        check_positive(self, "temperature")
         if type(self.seed) is not int or self.seed < 0:
             raise ConfigError(f"seed={self.seed!r}. Use an integer of at least 0.")
         if self.weights is not None and not isinstance(self.weights, (int, float)):
@@ -87,45 +88,32 @@ class FuseOptions:
 
 
 @dataclass(frozen=True)
-class MaskTraining:
-    """How a mask is trained. Only its logits are.
+class MaskTraining(TrainOptions):
+    """How a mask is trained. Only its logits are; the published `lr` is 1e-3 to 1e-2, and masks with few entries bear
+    ten times as much.
 
     Attributes:
         objective: "dpo" on {prompt, chosen, rejected} rows; "sft" on {prompt, response} rows, which costs half.
         beta: of DPO, whose reference is the safe model without any task.
-        lr: AdamW's peak rate, decayed linearly; published 1e-3 to 1e-2. Masks with few entries bear ten times as much.
-        epochs, max_steps, batch_size, gradient_accumulation, max_length, seed, report_to: as in
-            `transformers.TrainingArguments`.
+        gradient_accumulation, bf16: as in `transformers.TrainingArguments`; the mask itself stays in fp32.
         save_steps, checkpoint_dir, resume: write a checkpoint (logits and optimizer state) every so many steps; go on
             from the last one.
-        bf16: autocast, on devices that have it; the mask itself stays in fp32.
-        progress: show a bar.
     """
 
-    objective: Objective = "dpo"
-    beta: float = 0.1
     lr: float = 1e-2
     epochs: float = 3.0
-    max_steps: int = -1
     batch_size: int = 16
+    objective: Objective = "dpo"
+    beta: float = 0.1
     gradient_accumulation: int = 1
-    max_length: int = 512
-    seed: int = 0
-    report_to: str = "none"
+    bf16: bool = False
     save_steps: int | None = None
     checkpoint_dir: str | Path | None = None
     resume: bool = False
-    bf16: bool = False
-    progress: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choices(self, objective=Objective)
-        _check_positive(self, "beta", "lr", "epochs", "batch_size", "gradient_accumulation", "max_length")
+        check_positive(self, "beta", "gradient_accumulation")
         if (self.save_steps is not None or self.resume) and self.checkpoint_dir is None:
             raise ConfigError("save_steps and resume need a checkpoint_dir. Give a directory.")
-
-
-def _check_positive(options: Any, *names: str) -> None:
-    for name in names:
-        if not (is_number(value := getattr(options, name)) and value > 0):
-            raise ConfigError(f"{name}={value!r}. Use a positive number.")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from peft_safety.calibration.activations import tokenizer_of
@@ -34,7 +34,6 @@ from peft_safety.methods.somf.updates import MaskOf
 
 Features = list[dict[str, Any]]
 SIDES = ("chosen", "rejected")
-LOGGING_STEPS = 5
 
 
 class MaskedModel(nn.Module):
@@ -226,22 +225,14 @@ def _trainer(
     masked: MaskedModel, features: Features, batches: Batches, training: MaskTraining, scratch: str
 ) -> MaskTrainer:
     on_gpu = masked.logit_list[0].is_cuda  # the logits are trained where the model is
-    arguments = TrainingArguments(
-        output_dir=str(training.checkpoint_dir or scratch),
-        learning_rate=training.lr,
-        num_train_epochs=training.epochs,
-        max_steps=training.max_steps,
-        per_device_train_batch_size=training.batch_size,
+    arguments = training.arguments(
+        training.checkpoint_dir or scratch,
+        on_gpu,
         gradient_accumulation_steps=training.gradient_accumulation,
-        seed=training.seed,
-        report_to=training.report_to,
         save_strategy="no" if training.save_steps is None else "steps",
         save_steps=training.save_steps or 500,
-        logging_steps=LOGGING_STEPS,
         disable_tqdm=not training.progress,
         use_cpu=not on_gpu,
-        dataloader_pin_memory=on_gpu,
-        remove_unused_columns=False,
         label_names=["labels"],
         bf16=training.bf16,
     )

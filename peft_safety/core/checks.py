@@ -1,4 +1,4 @@
-"""Checks of option values that several methods share."""
+"""Checks of option values."""
 
 from __future__ import annotations
 
@@ -20,3 +20,10 @@ def check_choices(options: Any, **choices: Any) -> None:
         if (value := getattr(options, name)) not in get_args(literal):
             known = ", ".join(map(str, get_args(literal)))
             raise ConfigError(f"{type(options).__name__}: {name}={value!r}. Use one of {known}.")
+
+
+def check_positive(options: Any, *names: str) -> None:
+    """Refuse a field of `options` that is not a finite number above 0."""
+    for name in names:
+        if not (is_number(value := getattr(options, name)) and value > 0):
+            raise ConfigError(f"{type(options).__name__}: {name}={value!r}. Use a positive number.")
