@@ -180,18 +180,16 @@ def fuse(
     json: opt.Json = False,
 ) -> None:
     """Fuse a safe model with fine-tuned ones through a learned mask (SOMF), or without a mask (task arithmetic)."""
-    options = locals()
-    from peft_safety.recipes.fusion import OPTIONS, PLACES, TRAINING, FuseJob, read_config
-    from peft_safety.reporting import fusion as report
+    flags = locals()
+    from peft_safety.recipes.fusion import FuseJob, read_config
+    from peft_safety.reporting.repair import show_fusion
 
     one_or_all = weights[0] if weights and len(weights) == 1 else weights or None
-    options |= {"tasks": tasks or None, "weights": one_or_all, "resume": resume or None}
-    flags = {name: options.get(name) for name in (*PLACES, *OPTIONS)}
-    training = {name: options.get(name) for name in TRAINING}
-    job = FuseJob.of({} if config is None else read_config(config), flags, training)
+    flags |= {"tasks": tasks or None, "weights": one_or_all, "resume": resume or None}
+    job = FuseJob.of({} if config is None else read_config(config), flags)
     result = job.plan() if dry_run else job.run(progress=not json)
     last = "nothing written: --dry-run" if dry_run else f"fused model written to {job.out}"
-    show(result.to_json(), json, lambda: report.show(result), last)
+    show(result.to_json(), json, lambda: show_fusion(result), last)
 
 
 @app.command()

@@ -53,12 +53,12 @@ def calibrate(
     """
     options = opt.parsed(locals(), "png", "dry_run", "json")
     from peft_safety.recipes import calibrate as recipe
-    from peft_safety.reporting import cost, coverage
+    from peft_safety.reporting import coverage
 
     if dry_run:
         without = ("out", "task_data", "seed", "allow_fewer")
         expected = recipe.calibration_cost(**{name: value for name, value in options.items() if name not in without})
-        show(expected.to_json(), json, lambda: cost.show(expected))
+        show(expected.to_json(), json, lambda: coverage.show_cost(expected))
         return
     if out is None:
         raise ConfigError("calibrate writes nothing without --out. Give a file or directory, or --dry-run.")

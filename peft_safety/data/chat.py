@@ -13,6 +13,7 @@ from peft_safety.data.templates import Chat, Message, plain_messages, read_tools
 from peft_safety.errors import DataError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 Feature = dict[str, Any]
@@ -190,6 +191,18 @@ class Collator:
         first = int((batch["labels"] != IGNORE_INDEX).any(dim=0).int().argmax())
         start = max(first - 1, 0)  # the logits before a token predict it
         return batch | {"labels": batch["labels"][:, start:], "logits_to_keep": width - start}
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of each row, summed over its labeled tokens, fp32: `(rows, tokens, vocabulary)` logits and
+    `(rows, tokens)` labels, -100 where there is none, give `(rows,)`.
+    """
+    import torch
+
+    rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    predicted, target = logits[rows, positions].float(), labels[:, 1:][rows, positions]
+    losses = torch.nn.functional.cross_entropy(predicted, target, reduction="none")
+    return torch.zeros(len(labels), device=logits.device).index_add(0, rows, losses)
 
 
 def can_trim(model: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Coverage of input bases as a table, as JSON and as a picture."""
+"""What a calibration will take, as a table; and what its input bases cover, as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from peft_safety.calibration.cost import CalibrationCost
 from peft_safety.calibration.coverage import TASK_ENERGY, ModuleCoverage
 from peft_safety.calibration.sizes import kind_of
 from peft_safety.errors import DataError
@@ -19,6 +20,10 @@ GRID = 64
 """Points of a drawn curve."""
 FLOOR = 1e-5
 """Lower end of the picture: smaller shares are rounding noise of the moments."""
+COST_NOTE = (
+    "Times are rough: passes from one batch that was run, decompositions from counted operations. With an energy, the "
+    "file is at most so large."
+)
 COVERED_NOTE = "covered: share of the calibration inputs' energy inside the null space; the update does not see it."
 TASK_NOTE = (
     f"task: share of its inputs' energy that the update still sees, and the directions that hold {TASK_ENERGY:.0%} of "
@@ -30,6 +35,23 @@ BARS = {
     "task_rank_free": (f"{TASK_ENERGY:.0%} of what is left of it outside", render.PALETTE[1]),
 }
 """Figure -> its label and color."""
+
+
+def show_cost(cost: CalibrationCost) -> None:
+    """Print what a calibration will take."""
+    rows = [
+        ["modules", f"{cost.modules}, with {cost.inputs} distinct inputs"],
+        ["subspace file", _size(cost.file_bytes)],
+        ["memory beside the model", f"{_size(cost.memory_bytes)}, {_size(cost.budget_bytes)} allowed"],
+        ["passes over the data", f"{cost.passes}, {cost.tokens} tokens in all"],
+        ["time of the passes", f"{cost.pass_seconds:.3g} s"],
+        ["time of the decompositions", f"{cost.decomposition_seconds:.3g} s"],
+    ]
+    render.show("What this calibration will take (nothing written)", render.table(["", ""], rows), notes=[COST_NOTE])
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def to_json(modules: Sequence[ModuleCoverage]) -> list[Row]:

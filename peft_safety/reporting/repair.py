@@ -1,4 +1,4 @@
-"""A Safe LoRA repair as a table and as a picture (its JSON is `RepairReport.to_json`)."""
+"""Repairs and fusions as tables, and a Safe LoRA repair as a picture (their JSON is `to_json` of the reports)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from peft_safety.audit.report import layer_number
 from peft_safety.calibration.sizes import kind_of
 from peft_safety.methods.guardspace import BlindReport
 from peft_safety.methods.safe_lora import RepairReport
+from peft_safety.methods.somf import FuseReport
 from peft_safety.reporting import render
 
 NOTE = (
@@ -38,6 +39,24 @@ def show_blind(report: BlindReport) -> None:
     if report.unconstrained:
         notes.append(f"{len(report.unconstrained)} trained tensors are no factors, and stay as they are.")
     render.show(f"GuardSpace: {len(rows)} modules made blind", table, notes=notes)
+
+
+def show_fusion(report: FuseReport) -> None:
+    """Print what is fused, and one row per mask."""
+    facts, record = report.facts, report.to_json()
+    tasks = " + ".join(f"{w:g} {task['name']}" for w, task in zip(facts["weights"], facts["tasks"], strict=True))
+    result = f"a LoRA of rank {facts['rank']}" if facts["rank"] else "a checkpoint"
+    title = f"{facts['method']}, {facts['layout']}: {facts['safe']['name']} + {tasks} -> {result}"
+    if report.mask_shapes:
+        size = f"{report.training_bytes / 2**20:.1f} MiB with optimizer state"
+        title += f"; {facts['granularity']} mask of {report.mask_entries:,} entries ({size})"
+    if "density" in record:
+        title += f", density {record['density']:.3f}"
+    rows = [
+        [name, " x ".join(map(str, mask["shape"])), render.number(mask["density"], ".3f")]
+        for name, mask in record["masks"].items()
+    ]
+    render.show(title, *([render.table(["mask", "shape", "density"], rows)] if rows else []))
 
 
 def save_png(report: RepairReport, path: str | Path) -> Path:

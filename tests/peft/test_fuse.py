@@ -14,11 +14,12 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_safety import fuse
+from peft_safety.data.chat import row_losses
 from peft_safety.errors import ConfigError
 from peft_safety.methods.somf import FuseOptions, Masks, load_masks, plan_fusion, save_logits
 from peft_safety.methods.somf.adapters import AdapterFusion
 from peft_safety.methods.somf.fusing import RECORD
-from peft_safety.methods.somf.train import Batches, features_of, response_log_probs, train_mask
+from peft_safety.methods.somf.train import Batches, features_of, train_mask
 from tests.peft.cells import base_model, covering
 from tests.peft.fusion_cells import (
     PAIRS,
@@ -119,9 +120,9 @@ def expected_loss(masked, rows, objective):
     with masked.attached():
         for seed in range(20):
             masked.step_seed = 1000 + seed
-            found = response_log_probs(masked(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"])
+            found = row_losses(masked(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"])
             losses.append(
-                float(-found.mean() if objective == "sft" else (found.chunk(2)[1] - found.chunk(2)[0]).mean())
+                float(found.mean() if objective == "sft" else (found.chunk(2)[0] - found.chunk(2)[1]).mean())
             )
     return sum(losses) / len(losses)
 

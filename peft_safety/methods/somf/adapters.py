@@ -47,13 +47,8 @@ class Adapter(NamedTuple):
 
 
 class AdapterFusion:
-    """The adapters of one fusion, checked against each other.
-
-    Args:
-        safe: None where the base model itself is the aligned one.
-
-    Raises:
-        ConfigError: different bases, modules or shapes, or a granularity that these adapters cannot have.
+    """The adapters of one fusion, checked against each other; `safe` is None where the base model is the aligned one.
+    Different bases, modules or shapes, and a granularity that they cannot have, are refused.
     """
 
     def __init__(self, safe: str | None, tasks: Sequence[str], model: nn.Module | None, options: FuseOptions) -> None:
@@ -107,8 +102,8 @@ class AdapterFusion:
 
 class MaskedAdapters(MaskedModel):
     """A model, its own adapters off, that computes with fused ones: a hook adds `B A x` to the output of every target
-    layer, dense, Conv1D, 4-bit or 8-bit. The backward pass computes the mask again, from the seed of its noise:
-    a step keeps the layer's input and nothing of the size of the factors.
+    layer. The backward pass computes the mask again, from the seed of its noise: a step keeps the layer's input and
+    nothing of the size of the factors.
     """
 
     def __init__(self, model: nn.Module, updates: Mapping[str, Update], options: FuseOptions) -> None:

@@ -29,10 +29,7 @@ REMEDY = "Fuse 16-bit safetensors checkpoints of one architecture."
 
 
 class CheckpointFusion:
-    """The safe model, and the task vectors of fine-tuned checkpoints, summed.
-
-    Args:
-        safe: its checkpoint; None where `model` is the safe model.
+    """The safe model (a checkpoint, or `model` itself), and the task vectors of fine-tuned checkpoints, summed.
 
     Raises:
         ConfigError: both or neither of safe and model; a granularity that full weights cannot have.

@@ -48,16 +48,15 @@ refusal, over-refusal and the tasks. `{RECORD}` has a row for every mask.
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What decided a fusion, and its result. From `plan_fusion` without a result.
+    """What decided a fusion, and its result (from `plan_fusion` none).
 
     Attributes:
-        facts: layout ("continued", "independent" or "checkpoints"), granularity of the mask, options that decide the
-            result, names and fingerprints of the inputs, number of modules, rank of the result (0: full weights).
+        facts: layout, granularity, the options that decide the result, names and fingerprints of the inputs, number of
+            modules, rank of the result (0: full weights).
         mask_shapes: by the masks' full names; empty without a mask.
-        masks: what was applied; None without.
-        run: what training the mask cost; None where none was trained.
-        logits: of a mask that was trained or given as logits: any density can be exported from them again.
-        factors: `{module: (A, B)}` of a LoRA result, the scaling included in B; empty for full weights.
+        masks, run: what was applied; what its training cost.
+        logits: of a mask that was trained or given so: any density can be exported from them again.
+        factors: `{module: (A, B)}` of a LoRA result, the scaling included in B.
     """
 
     facts: dict[str, Any]
@@ -132,18 +131,13 @@ def fuse(
         safe: the aligned model: a name of an adapter on `model`, an adapter directory, or a full checkpoint; None
             where `model` is aligned itself.
         tasks: the fine-tuned ones, of the same kind.
-        model: a PeftModel where names are given; the (loaded) base model to train a mask. It is not changed. For full
-            checkpoints the safe model, instead of `safe`.
-        tokenizer: for training; default the one stored with the model.
+        model: a PeftModel where names are given; the base model to train a mask. For full checkpoints the safe model,
+            instead of `safe`. It is not changed.
         mask: masks or logits, or a file of them, instead of training.
-        data: rows to train on; see `train_mask`.
-        training: how.
+        tokenizer, data, training: of the mask; see `train_mask`.
         out: directory for the result: a plain LoRA, or a full checkpoint. None writes nothing.
         adapter_name: add the result to the PeftModel under this name.
         **options: see `FuseOptions`.
-
-    Returns:
-        A report: what was kept of every module, the masks, the factors.
 
     Raises:
         ConfigError: options, or inputs that do not belong together. ArtifactError, CheckpointError: inputs that are

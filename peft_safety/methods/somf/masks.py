@@ -56,10 +56,8 @@ def noise(like: Tensor, seed: int) -> Tensor:
 
 
 def rescaled(vector: Tensor, mask: Tensor, how: Rescale) -> Tensor:
-    """The masked task vector `V m`; each entry of m covers equally many of V. A mask that keeps nothing gives zero.
-
-    "mean" divides by the mean of m, as published, so that fewer entries do not mean a shorter vector; it lengthens a
-    real task vector 1.4 to 1.8 times.
+    """The masked task vector `V m`; each entry of m covers equally many of V. "mean" divides by the mean of m, as
+    published, which lengthens a real task vector 1.4 to 1.8 times; a mask that keeps nothing gives zero.
     """
     masked = vector * mask
     return masked / mask.mean().clamp(min=torch.finfo(masked.dtype).tiny) if how == "mean" else masked
@@ -114,10 +112,7 @@ def export(
     Args:
         how: "threshold" keeps `l > 0` (more likely kept than not); "topk" the `round(density n)` largest in every
             group of `_by_group`, the earlier of equals first; "sample" draws every entry with its probability from a
-            seed (the reference code draws without one).
-
-    Raises:
-        ConfigError: "topk" without a density.
+            seed.
     """
     plain = {name: logit.detach().cpu().float() for name, logit in logits.items()}
     facts = {**(record or {}), "export": how}
@@ -137,9 +132,7 @@ def export(
 
 
 def _by_group(tensors: Mapping[str, Tensor], change: Callable[[Tensor, list[str]], Tensor]) -> dict[str, Tensor]:
-    """New entries for the masks, from all entries that compete and the names of their masks: each mask is a group by
-    itself, and all masks of a single entry are one together.
-    """
+    """New entries from all entries that compete, and their names: each mask by itself, those of one entry together."""
     single = [name for name, tensor in tensors.items() if tensor.numel() == 1]
     result: dict[str, Tensor] = {}
     for names in [[name] for name in tensors if name not in single] + ([single] if single else []):

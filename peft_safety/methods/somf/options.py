@@ -27,17 +27,13 @@ class FuseOptions:
     Attributes:
         method: "somf" learns a mask (or takes `mask`); "task_arithmetic" is the same without a mask.
         weights: of the task vectors, one number or one per task; default 1 for one task and 0.3 for several.
-        granularity: one logit per "element", "row", "rank" component or "module"; default element, and rank for
-            independent adapters.
+        granularity: one logit per "element" (default), "row", "rank" component (for independent adapters) or "module".
         rescale: see `masks.rescaled`. "module" needs "none": the mean cancels a mask of one value.
         temperature: of the concrete samples.
         export, export_density, seed: see `masks.export`; the seed also decides the noise of the training.
         layout: "continued" where the training of the task adapters started from the safe one, so that A and B have
-            task vectors; "independent" where it did not. "auto" looks at the factors.
+            task vectors; else "independent". "auto" looks at the factors.
         ignore_base_names: accept adapters that name different base models, if you know that these are the same.
-
-    Raises:
-        ConfigError: a value that is out of range, or a combination that means nothing.
     """
 
     method: Method = "somf"

@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from peft_safety.calibration.activations import tokenizer_of
 from peft_safety.core import base_weights as weights
 from peft_safety.data import preference_pairs, refusal_pairs
-from peft_safety.data.chat import IGNORE_INDEX, Collator, encode_each, encode_rows
+from peft_safety.data.chat import IGNORE_INDEX, Collator, encode_each, encode_rows, row_losses
 from peft_safety.data.rows import Rows, as_rows
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.methods.somf.masks import Shape, concrete, noise, stream
@@ -37,8 +37,8 @@ SIDES = ("chosen", "rejected")
 
 
 class MaskedModel(nn.Module):
-    """What the Trainer sees: the logits, which start at 0 (every entry is kept with probability 1/2). The frozen model
-    under them is no submodule, so that nobody moves or saves it.
+    """What the Trainer sees: the logits, 0 at first (each entry is kept with probability 1/2). The frozen model under
+    them is no submodule, so that nobody moves or saves it.
     """
 
     model: nn.Module
@@ -128,7 +128,6 @@ def train_mask(
         rows: {prompt, chosen, rejected} for DPO, {prompt, response} for SFT; None takes the package's own.
 
     Raises:
-        DataError: malformed rows.
         ConfigError: nothing to resume from, a checkpoint of another mask, or logits that are not finite.
     """
     tokenizer = tokenizer_of(masked.model) if tokenizer is None else tokenizer
@@ -159,11 +158,11 @@ def features_of(rows: Rows, tokenizer: PreTrainedTokenizerBase, objective: str, 
         answered = [{"prompt": r["prompt"], "response": r[side], "truncated": r.get("truncated")} for r in rows]
         encoded.append(encode_each(tokenizer, answered, max_length))
     pairs: Features = [dict(zip(SIDES, pair, strict=True)) for pair in zip(*encoded, strict=True) if all(pair)]
+    lost = f"{len(rows) - len(pairs)} of {len(rows)} pairs have no response token within {max_length} tokens"
     if not pairs:
-        raise DataError(f"no pair has both responses within max_length = {max_length} tokens. Raise max_length.")
+        raise DataError(f"{lost}. Raise max_length.")
     if len(pairs) < len(rows):
-        lost = f"{len(rows) - len(pairs)} of {len(rows)} pairs"
-        warnings.warn(f"{lost} have no response token within {max_length} tokens and are left out", stacklevel=2)
+        warnings.warn(f"{lost} and are left out", stacklevel=2)
     return pairs
 
 
@@ -174,15 +173,6 @@ class Batches(Collator):
         if "chosen" in features[0]:
             features = [feature[side] for side in SIDES for feature in features]
         return super().__call__(features)
-
-
-def response_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of each row's response, summed over its tokens, fp32: `(rows, tokens, vocabulary)` logits and
-    `(rows, tokens)` labels, -100 where there is no response, give `(rows,)`.
-    """
-    rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-    losses = F.cross_entropy(logits[rows, positions].float(), labels[:, 1:][rows, positions], reduction="none")
-    return -torch.zeros(len(labels), device=logits.device).index_add(0, rows, losses)
 
 
 def dpo_loss(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
@@ -212,12 +202,11 @@ class MaskTrainer(Trainer):
         self.masked.step_seed = stream(self.masked.options.seed, self.training.seed, step, self.micro)
         tokens, labels = (inputs["input_ids"], inputs["attention_mask"]), inputs["labels"]
         outputs = model(*tokens)
-        policy = response_log_probs(outputs.logits, labels)
+        losses = row_losses(outputs.logits, labels)
         if self.training.objective == "dpo":
-            reference = response_log_probs(self.masked.reference(*tokens).logits, labels)
-            loss = dpo_loss(policy, reference, self.training.beta)
+            loss = dpo_loss(-losses, -row_losses(self.masked.reference(*tokens).logits, labels), self.training.beta)
         else:  # cross entropy, averaged over the response tokens
-            loss = -policy.sum() / (labels[:, 1:] != IGNORE_INDEX).sum()
+            loss = losses.sum() / (labels[:, 1:] != IGNORE_INDEX).sum()
         return (loss, outputs) if return_outputs else loss
 
 

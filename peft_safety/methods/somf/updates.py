@@ -23,11 +23,8 @@ def task_arithmetic(vectors: Sequence[tuple[float, Tensor]]) -> Tensor:
 
 
 class Update(nn.Module):
-    """The fused update `B A` of one module, the scaling included in B. All tensors are frozen.
-
-    Attributes:
-        a, b: factors, `(r, n)` and `(m, r)`; those of the safe adapter come first.
-        mask_shapes: the masks that it needs, by full name.
+    """The fused update `B A` of one module: factors `a (r, n)` and `b (m, r)`, those of the safe adapter first and the
+    scaling included in b, all frozen; and the shapes of the masks that it needs, by full name.
     """
 
     a: Tensor
@@ -51,9 +48,7 @@ class Update(nn.Module):
 
 class Continued(Update):
     """Tasks whose training started from the safe adapter, with its rank and scaling: `A = A_s + masked(V_A)`, and B
-    likewise.
-
-    Reference: SOMF, arXiv 2405.09055, section 3, on the factors as its code does.
+    likewise (SOMF, arXiv 2405.09055, section 3, on the factors as its code does).
     """
 
     vector_a: Tensor
@@ -81,9 +76,7 @@ class Continued(Update):
 
 
 class Independent(Update):
-    """Other tasks: `A = [A_s; A_1; ...]`, `B = [s B_s, masked([w_1 s_1 B_1, ...])]`, an exact LoRA of the summed rank;
-    without a safe adapter where the base model itself is the aligned one.
-
+    """Other tasks: `A = [A_s; A_1; ...]`, `B = [s B_s, masked([w_1 s_1 B_1, ...])]`, an exact LoRA of the summed rank.
     "rank" has a gate for every component of every task, "module" one for every task, "row" one for every output.
     """
 
