@@ -48,8 +48,8 @@ def show_fusion(report: FuseReport) -> None:
     result = f"a LoRA of rank {facts['rank']}" if facts["rank"] else "a checkpoint"
     title = f"{facts['method']}, {facts['layout']}: {facts['safe']['name']} + {tasks} -> {result}"
     if report.mask_shapes:
-        size = f"{report.training_bytes / 2**20:.1f} MiB with optimizer state"
-        title += f"; {facts['granularity']} mask of {report.mask_entries:,} entries ({size})"
+        size = f"{record['training_bytes'] / 2**20:.1f} MiB with optimizer state"
+        title += f"; {facts['granularity']} mask of {record['mask_entries']:,} entries ({size})"
     if "density" in record:
         title += f", density {record['density']:.3f}"
     rows = [

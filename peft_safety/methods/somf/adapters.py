@@ -86,10 +86,10 @@ class AdapterFusion:
             pairs[name] = (a.to("cpu", dtype), b.to("cpu", dtype))
         return pairs
 
-    def write(self, out: Path, mask_of: MaskOf | None, card: str, more: Callable[[Path], None]) -> None:
-        """Publish a plain LoRA that any PEFT loads, with what `more` writes."""
+    def write(self, out: Path, mask_of: MaskOf | None, more: Callable[[Path], None]) -> None:
+        """Publish a plain LoRA that any PEFT loads, with what `more` writes: the model card among it."""
         pairs = self.fused(mask_of)
-        plain_lora.write_plain(out, plain_lora.factor_tensors(pairs), self._config(pairs), card, more=more)
+        plain_lora.write_plain(out, plain_lora.factor_tensors(pairs), self._config(pairs), "", more=more)
 
     def add(self, pairs: Pairs, model: PeftModel, name: str) -> None:
         """Add the result to the model as one more adapter."""
@@ -111,10 +111,7 @@ class MaskedAdapters(MaskedModel):
         for name, update in updates.items():
             shape = weights.shape(layers[name]) if name in layers else None
             if shape != (wanted := (len(update.b), update.a.shape[1])):
-                raise ConfigError(
-                    f"{name}: the adapters update a weight {wanted}, the model has {shape}. Give the adapters' base "
-                    "model."
-                )
+                raise ConfigError(f"{name}: the update is {wanted}, the layer {shape}. Give the adapters' base model.")
         super().__init__(model, mask_shapes(updates), options, layers[next(iter(updates))].weight.device)
         self.updates = [(layers[name], update.to(layers[name].weight.device)) for name, update in updates.items()]
 
@@ -179,30 +176,26 @@ def _check_alike(adapters: list[Adapter], options: FuseOptions) -> None:
     bases = {os.path.realpath(a.base) if os.path.isdir(a.base) else a.base: a for a in adapters if a.base is not None}
     if len(bases) > 1 and not options.ignore_base_names:
         (one, a), (two, b) = list(bases.items())[:2]
-        raise ConfigError(
-            f"{a.label} was trained on {public_name(one)!r}, {b.label} on {public_name(two)!r}. Fuse adapters of one "
-            "base model; if these are the same, set ignore_base_names."
-        )
+        names = f"{a.label} was trained on {public_name(one)!r}, {b.label} on {public_name(two)!r}"
+        raise ConfigError(f"{names}. Fuse adapters of one base model; if these are the same, set ignore_base_names.")
     shapes = [{name: (len(f.b), f.a.shape[1]) for name, f in a.factors.items()} for a in adapters]
     for adapter, own in zip(adapters, shapes, strict=True):
         for name in sorted(own.keys() | shapes[0].keys()):
             if own.get(name) != shapes[0].get(name):
-                raise ConfigError(
-                    f"{name}: {adapter.label} updates a weight {own.get(name, '(none)')}, {adapters[0].label} one "
-                    f"{shapes[0].get(name, '(none)')}. Fuse adapters of the same modules of one base model."
-                )
+                one, other = own.get(name, "(none)"), shapes[0].get(name, "(none)")
+                both = f"{name}: {adapter.label} updates a weight {one}, {adapters[0].label} one {other}"
+                raise ConfigError(f"{both}. Fuse adapters of the same modules of one base model.")
 
 
 def _is_continued(safe: Adapter | None, tasks: list[Adapter], options: FuseOptions) -> bool:
     """Whether the training of the tasks started from the safe adapter, so that A and B have task vectors."""
     if options.layout == "independent":
         return False
-    none = "there is no safe adapter that the training of the tasks started from"
-    reason = none if safe is None else next(_differences(safe, tasks), None)
+    reason = "there is no safe adapter to start from" if safe is None else next(_differences(safe, tasks), None)
     if reason and (options.layout == "continued" or options.granularity == "element"):
+        needs = "layout='continued' and element masks need a difference of factors"
         raise ConfigError(
-            f"{reason}, and layout='continued' and element masks need a difference of factors. Use "
-            "granularity='rank', which gates the rank components of independent adapters."
+            f"{reason}; {needs}. Use granularity='rank', which gates components of independent adapters."
         )
     return reason is None
 

@@ -1,7 +1,5 @@
-"""Fusing full checkpoints of transformers' models through a mask: another checkpoint.
-
-Training a mask over full weights holds the model, the task vectors and the optimizer in memory anyway, so transformers
-loads and saves here. Plain merges of checkpoints, streamed from disk, are mergekit's.
+"""Fusing full checkpoints of transformers' models through a mask: another checkpoint. Training holds the model, the
+task vectors and the optimizer in memory anyway, so transformers loads and saves here.
 """
 
 from __future__ import annotations
@@ -75,7 +73,7 @@ class CheckpointFusion:
             fused[name] = (own[name] + vector).to(own[name].dtype)
         return fused
 
-    def write(self, out: Path, mask_of: MaskOf | None, _: str, more: Callable[[Path], None]) -> None:
+    def write(self, out: Path, mask_of: MaskOf | None, more: Callable[[Path], None]) -> None:
         """Publish a checkpoint, with what `more` writes."""
         own = dict(self.model.named_parameters())
         changed = {id(own[name]): tensor for name, tensor in self.fused(mask_of).items()}

@@ -83,10 +83,8 @@ class Masks:
         own = {name: tuple(value.shape) for name, value in self.values.items()}
         for name in sorted(own.keys() | shapes.keys()):
             if own.get(name) != shapes.get(name):
-                raise ConfigError(
-                    f"{name}: the masks have {own.get(name, 'no such entry')}, this fusion needs "
-                    f"{shapes.get(name, 'none')}. Use the inputs and the granularity that the masks were trained with."
-                )
+                both = f"the masks have {own.get(name, '(none)')}, this fusion needs {shapes.get(name, '(none)')}"
+                raise ConfigError(f"{name}: {both}. Use the inputs and the granularity of their training.")
 
     def shuffled(self, seed: int = 0) -> Masks:
         """The control: the same number of kept entries at random places, in every group of `_by_group`."""
@@ -142,17 +140,15 @@ def _by_group(tensors: Mapping[str, Tensor], change: Callable[[Tensor, list[str]
     return {name: result[name] for name in tensors}
 
 
-def save_masks(masks: Masks, path: Path) -> Path:
-    """Write masks, one byte per entry, to a file or into a directory. Equal masks give equal files."""
-    return save_logits(masks.values, path, masks.record)
-
-
-def save_logits(logits: Mapping[str, Tensor], path: Path, record: Mapping[str, Any]) -> Path:
-    """Write trained logits, from which masks of any density can still be exported."""
+def save_masks(masks: Masks | Mapping[str, Tensor], path: Path, record: Mapping[str, Any] | None = None) -> Path:
+    """Write masks, one byte per entry, or trained logits, from which masks of any density can still be exported, to a
+    file or into a directory. Equal masks give equal files.
+    """
+    values, record = (masks.values, masks.record) if isinstance(masks, Masks) else (masks, record or {})
     path = path if path.suffix == ".safetensors" else path / FILE_NAME
     header = json.dumps({"version": VERSION, "record": dict(record)}, sort_keys=True)
     # one metadata entry only: safetensors writes several in a random order
-    save_file({name: logit.detach().cpu().contiguous() for name, logit in logits.items()}, path, {HEADER: header})
+    save_file({name: value.detach().cpu().contiguous() for name, value in values.items()}, path, {HEADER: header})
     return path
 
 

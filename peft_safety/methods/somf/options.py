@@ -50,9 +50,8 @@ class FuseOptions:
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise ConfigError(
-                f"method={self.method!r}. fuse offers 'somf' (a learned mask) and 'task_arithmetic' (the same without "
-                "a mask). For TIES, DARE and other merges use PEFT's model.add_weighted_adapter(..., "
-                "combination_type=...) on adapters, and mergekit on full checkpoints."
+                f"method={self.method!r}. Use 'somf' (a learned mask) or 'task_arithmetic' (no mask). For TIES, DARE "
+                "and others use PEFT's model.add_weighted_adapter(...), and mergekit on full checkpoints."
             )
         check_choices(self, rescale=Rescale, export=Export, layout=Layout)
         if self.granularity is not None:

@@ -66,10 +66,8 @@ class MaskedModel(nn.Module):
         try:
             return super().load_state_dict(state_dict, strict=True)
         except RuntimeError as error:
-            raise ConfigError(
-                f"the stored logits are of other modules or another granularity ({error}). Use the options they were "
-                "trained with."
-            ) from error
+            problem = f"the stored logits are of other modules or another granularity ({error})"
+            raise ConfigError(f"{problem}. Use the options they were trained with.") from error
 
     def train(self, mode: bool = True) -> MaskedModel:
         """The base model stays in eval mode, without dropout, unless gradient checkpointing needs train mode."""

@@ -84,10 +84,7 @@ class Independent(Update):
         self, name: str, safe: Factors | None, tasks: Sequence[Task], granularity: Granularity, rescale: Rescale
     ) -> None:
         if granularity == "element":
-            raise ConfigError(
-                f"{name}: granularity='element' needs task adapters whose training started from the safe one. Use "
-                "rank, row or module."
-            )
+            raise ConfigError(f"{name}: granularity='element' needs continued adapters. Use rank, row or module.")
         terms = [*([(1.0, safe)] if safe else []), *tasks]
         device = terms[0][1].a.device
         a = torch.cat([_working(factor.a).to(device) for _, factor in terms])
