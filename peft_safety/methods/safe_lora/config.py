@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from peft import LoraConfig
 
 from peft_safety.core.plain_lora import REPAIRED_TYPE, check_features
 from peft_safety.errors import ConfigError
-from peft_safety.methods.safe_lora.options import RepairOptions
+from peft_safety.methods.base import option
+from peft_safety.methods.safe_lora.options import RepairChoices
 
-OPTIONS = tuple(f.name for f in fields(RepairOptions) if f.name not in ("dtype", "device", "progress"))
-"""Options of a repair that are stored with an adapter."""
+OPTIONS = tuple(f.name for f in fields(RepairChoices))
 
 
 @dataclass
-class SafeLoRAConfig(LoraConfig):
+class SafeLoRAConfig(RepairChoices, LoraConfig):
     """`LoraConfig` for training as usual, and for `SafeLoRACallback` to repair at the end. Stored as "SAFELORA".
 
     Args:
         unaligned: directory or Hub id of the model before its alignment, 16-bit.
         aligned: of the model after it, 16-bit; default the base model, which must then not be quantized.
         select, threshold, num_modules, projection, rank, energy, penalty, zero_delta, allow_quantized_delta: see
-            `RepairOptions`.
+            `RepairChoices`.
         safe_lora: record of the repair; None until it was applied. Leave it alone.
 
     Raises:
@@ -33,20 +33,9 @@ class SafeLoRAConfig(LoraConfig):
     Reference: Hsu et al., Safe LoRA, NeurIPS 2024, arXiv 2405.16833.
     """
 
-    unaligned: str | None = field(default=None, metadata={"help": "The model before alignment: directory or Hub id."})
-    aligned: str | None = field(default=None, metadata={"help": "The model after it; default: the base model."})
-    select: str = field(default=RepairOptions.select, metadata={"help": "'threshold', 'number' or 'all'."})
-    threshold: float = field(
-        default=RepairOptions.threshold, metadata={"help": "Repair modules with a smaller cosine."}
-    )
-    num_modules: int | None = field(default=None, metadata={"help": "For select='number'."})
-    projection: str = field(default=RepairOptions.projection, metadata={"help": "frobenius, spectral, topk or soft."})
-    rank: int | None = field(default=None, metadata={"help": "Directions of 'topk' and 'soft'."})
-    energy: float | None = field(default=None, metadata={"help": "Or the share of ||V||^2 they hold."})
-    penalty: float = field(default=RepairOptions.penalty, metadata={"help": "For 'soft'."})
-    zero_delta: str = field(default=RepairOptions.zero_delta, metadata={"help": "'error', 'keep' or 'zero'."})
-    allow_quantized_delta: bool = field(default=False, metadata={"help": "Take the difference of quantized weights."})
-    safe_lora: dict[str, Any] | None = field(default=None, metadata={"help": "Record of the repair; written by it."})
+    unaligned: str | None = option(None, "The model before alignment: directory or Hub id.")
+    aligned: str | None = option(None, "The model after it; default: the base model.")
+    safe_lora: dict[str, Any] | None = option(None, "Record of the repair; written by it.")
 
     PEFT_KEY: ClassVar[str] = REPAIRED_TYPE
 
@@ -55,19 +44,15 @@ class SafeLoRAConfig(LoraConfig):
             value = getattr(self, name)
             setattr(self, name, os.fspath(value) if isinstance(value, os.PathLike) else value)
         if not (isinstance(self.unaligned, str) and self.unaligned and isinstance(self.aligned, (str, type(None)))):
-            raise ConfigError(
-                f"SafeLoRAConfig: unaligned={self.unaligned!r}, aligned={self.aligned!r}. Give unaligned= (and "
-                "aligned=) as directories or Hub ids."
-            )
-        self.repair_options()
-        super().__post_init__()
+            given = f"unaligned={self.unaligned!r}, aligned={self.aligned!r}"
+            raise ConfigError(f"SafeLoRAConfig: {given}. Give unaligned= (and aligned=) as directories or Hub ids.")
+        RepairChoices.__post_init__(self)
+        LoraConfig.__post_init__(self)
         check_features(self, "SafeLoRAConfig")
 
     def repair_options(self) -> dict[str, Any]:
         """Keyword arguments for `apply_safe_lora`."""
-        options = {name: getattr(self, name) for name in OPTIONS}
-        RepairOptions(**options)
-        return options
+        return {name: getattr(self, name) for name in OPTIONS}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields, under the method's own name: PEFT without this package refuses an adapter that may not

@@ -9,6 +9,7 @@ import torch
 
 from peft_safety.core.checks import check_choices, is_number
 from peft_safety.errors import ConfigError
+from peft_safety.methods.base import option
 
 Select = Literal["threshold", "number", "all"]
 Projection = Literal["frobenius", "spectral", "topk", "soft"]
@@ -16,9 +17,9 @@ ZeroDelta = Literal["error", "keep", "zero"]
 DEFAULT_RANK = 32
 
 
-@dataclass(frozen=True)
-class RepairOptions:
-    """Options of `apply_safe_lora` and `safe_lora_dir`.
+@dataclass
+class RepairChoices:
+    """What decides a repair, and is stored with an adapter.
 
     Attributes:
         select: "threshold" repairs modules with `cos < threshold`; "number" the `num_modules` with the smallest cos,
@@ -33,23 +34,17 @@ class RepairOptions:
             "zero" it. All equal is always an error.
         allow_quantized_delta: take V from 4-bit or 8-bit weights, whose rounding noise is usually larger than V; warns
             with the figure.
-        dtype: of the products, float32 or float64. Cosines are taken in float64.
-        device: default CUDA if there is a GPU.
-        progress: show a bar.
     """
 
-    select: Select = "threshold"
-    threshold: float = 0.35
-    num_modules: int | None = None
-    projection: Projection = "frobenius"
-    rank: int | None = None
-    energy: float | None = None
-    penalty: float = 4.0
-    zero_delta: ZeroDelta = "error"
-    allow_quantized_delta: bool = False
-    dtype: torch.dtype = torch.float32
-    device: str | torch.device | None = None
-    progress: bool = True
+    select: Select = option("threshold", "'threshold', 'number' or 'all'.")
+    threshold: float = option(0.35, "Repair modules with a smaller cosine.")
+    num_modules: int | None = option(None, "For select='number'.")
+    projection: Projection = option("frobenius", "frobenius, spectral, topk or soft.")
+    rank: int | None = option(None, "Directions of 'topk' and 'soft'.")
+    energy: float | None = option(None, "Or the share of ||V||^2 they hold.")
+    penalty: float = option(4.0, "For 'soft'.")
+    zero_delta: ZeroDelta = option("error", "'error', 'keep' or 'zero'.")
+    allow_quantized_delta: bool = option(False, "Take the difference of quantized weights.")
 
     def __post_init__(self) -> None:
         check_choices(self, select=Select, projection=Projection, zero_delta=ZeroDelta)
@@ -63,13 +58,27 @@ class RepairOptions:
             if self.rank is not None or self.energy is not None:
                 raise ConfigError(f"rank and energy belong to projection='topk' or 'soft', not {self.projection!r}.")
         elif self.rank is None and self.energy is None:
-            object.__setattr__(self, "rank", DEFAULT_RANK)
+            self.rank = DEFAULT_RANK
         if self.rank is not None and not _is_count(self.rank):
             raise ConfigError(f"rank={self.rank!r}. Use an integer of at least 1.")
         if self.energy is not None and not (is_number(self.energy, 0, 1) and self.energy > 0):
             raise ConfigError(f"energy={self.energy!r}. Use a share in (0, 1].")
         if not is_number(self.penalty, low=0):
             raise ConfigError(f"penalty={self.penalty!r}. Use a number of at least 0.")
+
+
+@dataclass
+class RepairOptions(RepairChoices):
+    """Options of `apply_safe_lora` and `safe_lora_dir`: the choices, and how they are carried out. Products have the
+    `dtype` float32 or float64, cosines are taken in float64; the device is CUDA by default, if there is a GPU.
+    """
+
+    dtype: torch.dtype = torch.float32
+    device: str | torch.device | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.dtype not in (torch.float32, torch.float64):
             raise ConfigError(f"dtype={self.dtype}. Use torch.float32 or torch.float64.")
 

@@ -182,8 +182,8 @@ def _check_alike(adapters: list[Adapter], options: FuseOptions) -> None:
     for adapter, own in zip(adapters, shapes, strict=True):
         for name in sorted(own.keys() | shapes[0].keys()):
             if own.get(name) != shapes[0].get(name):
-                one, other = own.get(name, "(none)"), shapes[0].get(name, "(none)")
-                both = f"{name}: {adapter.label} updates a weight {one}, {adapters[0].label} one {other}"
+                shape, first = own.get(name, "(none)"), shapes[0].get(name, "(none)")
+                both = f"{name}: {adapter.label} updates a weight {shape}, {adapters[0].label} one {first}"
                 raise ConfigError(f"{both}. Fuse adapters of the same modules of one base model.")
 
 
