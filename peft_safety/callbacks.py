@@ -84,9 +84,8 @@ class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]
         config = config_table(kwargs["model"]).get(self.adapter_name)
         if not isinstance(config, SafeLoRAConfig) or config.safe_lora is not None:
             state = "repaired already" if isinstance(config, SafeLoRAConfig) else f"a {type(config).__name__}"
-            raise ConfigError(
-                f"SafeLoRACallback: adapter {self.adapter_name!r} is {state}. Train a new one from SafeLoRAConfig."
-            )
+            remedy = "Train a new one from SafeLoRAConfig."
+            raise ConfigError(f"SafeLoRACallback: adapter {self.adapter_name!r} is {state}. {remedy}")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if not self.checkpoints or not state.is_world_process_zero:
@@ -125,10 +124,8 @@ class SoftPenaltyCallback(TrainerCallback):  # type: ignore[misc]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper skips steps torch never sees
         if not isinstance(optimizer, torch.optim.Optimizer):
             kind = type(optimizer).__name__
-            raise ConfigError(
-                f"SoftPenaltyCallback: a {kind} takes no hook before its step. Train without DeepSpeed, or use "
-                "mode='hard'."
-            )
+            remedy = "Train without DeepSpeed, or use mode='hard'."
+            raise ConfigError(f"SoftPenaltyCallback: a {kind} takes no hook before its step. {remedy}")
         self.penalty = SoftPenalty(kwargs["model"], self.adapter_name)
         self._hook = optimizer.register_step_pre_hook(self.penalty.before_step)
 

@@ -137,7 +137,5 @@ def label_verdicts(
         return verdicts
     missing = sorted(set(names) - set(given))
     if missing:
-        raise ConfigError(
-            f"labels= does not mention {missing[0]!r} of {source!r}. Give a verdict for each of {names}."
-        )
+        raise ConfigError(f"labels= does not mention {missing[0]!r} of {source!r}. Give each of {names}.")
     return {int(index): given[label] for index, label in id2label.items()}

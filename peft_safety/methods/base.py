@@ -74,9 +74,7 @@ class ProtectedConfig(LoraConfig):
         where = type(self).__name__
         check_features(self, f"{where}(target_modules={self.target_modules!r})", NOT_PROTECTED, INITS)
         if self.bias != "none":
-            raise ConfigError(
-                f"{where}: bias={self.bias!r} trains base biases, which no projection constrains. Use bias='none'."
-            )
+            raise ConfigError(f"{where}: bias={self.bias!r} trains what no projection constrains. Use bias='none'.")
         check_sizes(vars(self), where)
         check_size_options(
             self.safety_rank, self.safety_energy, self.safety_rank_pattern, where, least=self.LEAST_RANK
@@ -95,10 +93,8 @@ class ProtectedConfig(LoraConfig):
     def use_rslora(self) -> bool:
         """LoRA's field. Every LoRA layer reads it when it is made; one made outside the injection is refused here."""
         if sys._getframe(1).f_code in LAYER_BUILDERS and not self._injecting:
-            raise ConfigError(
-                f"{type(self).__name__}: a layer built by itself would not be protected. Use get_peft_model, "
-                "add_adapter or inject_adapter_in_model."
-            )
+            remedy = "Use get_peft_model, add_adapter or inject_adapter_in_model."
+            raise ConfigError(f"{type(self).__name__}: a layer built by itself would not be protected. {remedy}")
         value: bool = self.__dict__["use_rslora"]
         return value
 

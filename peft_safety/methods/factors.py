@@ -23,9 +23,7 @@ def layer_factors(name: str, layer: LoraLayer, adapter_name: str) -> Factors:
         raise ConfigError(f"{name}: an adapter is merged into the base weight. Call unmerge_adapter() first.")
     leaves = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     if not all(weights.is_whole(leaf.weight) for leaf in leaves):
-        raise UnsupportedLayerError(
-            f"{name}: its factors are sharded or on the meta device. Use the saved directory instead."
-        )
+        raise UnsupportedLayerError(f"{name}: its factors are sharded or on the meta device. Use the saved directory.")
     a, b = stored_factors(*leaves)
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
         shapes = f"lora_A {tuple(a.shape)} or lora_B {tuple(b.shape)}"

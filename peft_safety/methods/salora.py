@@ -86,9 +86,7 @@ class SaLoRAConfig(ProtectedConfig):
         if isinstance(self.task_data, SafetySubspace):
             return self.task_data
         if self.task_data is None:
-            raise ConfigError(
-                "init='task' needs task_data. Give rows {prompt, response}, tokenized batches or a SafetySubspace."
-            )
+            raise ConfigError("init='task' needs task_data. Give rows, tokenized batches or a SafetySubspace.")
         rows = data_rows(self.task_data, "SaLoRAConfig: task_data")
         return estimate(model, rows, tokenizer=tokenizer_for(model, rows), rank=self.task_rank, layers=base)
 

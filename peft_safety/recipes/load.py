@@ -60,10 +60,8 @@ def load_model(
             options["device_map"] = _blocks_on_disk(source, "cuda:0" if cuda else "cpu")
         loaded = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no model or tokenizer at {source!r}: {error}. Give a hub id or a directory, or pass tokenizer= with a "
-            "loaded model."
-        ) from error
+        remedy = "Give a hub id or a directory, or pass tokenizer= with a loaded model."
+        raise ConfigError(f"no model or tokenizer at {source!r}: {error}. {remedy}") from error
     return (loaded.to("cuda") if cuda and not load_in_4bit and not stream else loaded), tokenizer
 
 
@@ -113,9 +111,8 @@ def load_adapter(
     except PeftSafetyError:
         raise
     except (RuntimeError, ValueError) as error:
-        raise ArtifactError(
-            f"{path}: the adapter does not fit this model: {error}. Give the model that it was trained on."
-        ) from error
+        problem = f"{path}: the adapter does not fit this model: {error}"
+        raise ArtifactError(f"{problem}. Give the model that it was trained on.") from error
 
 
 def _adapter_config(path: Path) -> Any:
@@ -130,9 +127,7 @@ def _adapter_config(path: Path) -> Any:
     modules = {}
     for name, factor in plain.factors.items():
         if math.isnan(factor.scaling):
-            raise ConfigError(
-                f"{path}: the alpha of {name} is given by a regular expression, and none is run. Write full names."
-            )
+            raise ConfigError(f"{path}: the alpha of {name} is given by a regular expression. Write full names.")
         rank = int(factor.a.shape[0])
         modules[name] = (rank, factor.scaling * (math.sqrt(rank) if plain.config.use_rslora else rank))
     pin(plain.config, modules)

@@ -91,10 +91,7 @@ def save_png(modules: Sequence[ModuleCoverage], path: str | Path) -> Path:
         DataError: no module, or bases that do not say what they cover.
     """
     if not any(len(module.curve) for module in modules):
-        raise DataError(
-            "the subspace does not say what its input bases cover, so there is nothing to draw. Calibrate with "
-            "method='guardspace'."
-        )
+        raise DataError("the subspace does not say what its input bases cover. Calibrate with method='guardspace'.")
     rows = to_json(modules)
     task = bool(_known(rows, "task_free"))
     canvas, panels = render.figure(11.5 if task else 6.2, 4.2, 1 + task)

@@ -93,9 +93,8 @@ class Report:
             notes = tuple(map(str, data["notes"]))
             return cls(str(data["title"]), arms, notes, dict(data["environment"]), dict(data["details"]))
         except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise DataError(
-                f"{path} is no report ({type(error).__name__}: {error}). Give a report.json that peft-safety wrote."
-            ) from error
+            problem = f"{path} is no report ({type(error).__name__}: {error})"
+            raise DataError(f"{problem}. Give a report.json that peft-safety wrote.") from error
 
     def card(self) -> str:
         """A Markdown section for a model card: an arm a row, each metric with its N (`N=a-b` where arms differ)."""

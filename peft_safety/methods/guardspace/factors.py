@@ -69,10 +69,7 @@ def irrelevant_factors(weight: Tensor, preconditioner: Preconditioner, rank: int
     u, s, vh = torch.linalg.svd(weight.double() @ preconditioner.matrix, full_matrices=False)
     u, kept, vh = u[:, -rank:], s[-rank:], vh[-rank:]
     if not float(kept.max()) > DEAD * float(s[0]):
-        raise CalibrationError(
-            f"{name}: the {rank} smallest components of this {tuple(weight.shape)} weight are zero, and factors made "
-            "of them would never train. "
-            "Use a larger r, or init='lora'."
-        )
+        zero = f"{name}: the {rank} smallest components of this {tuple(weight.shape)} weight are zero"
+        raise CalibrationError(f"{zero}, and factors made of them would never train. Use a larger r, or init='lora'.")
     root = kept.sqrt()
     return (u * root).float(), (root[:, None] * vh @ preconditioner.inverse).float()

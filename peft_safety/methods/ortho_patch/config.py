@@ -72,10 +72,8 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         where = type(self).__name__
         check_choices(self, mode=Mode, basis=Basis, side=SideName)
         if self.mode == "soft" and (self.basis == "weight" or self.side != "in"):
-            raise ConfigError(
-                f"{where}: mode='soft' penalizes the update's energy on data: it needs basis='activation' or "
-                f"'contrastive' (not {self.basis!r}) and side='in' (not {self.side!r})."
-            )
+            given = f"(not {self.basis!r}) and side='in' (not {self.side!r})"
+            raise ConfigError(f"{where}: mode='soft' needs basis='activation' or 'contrastive' {given}.")
         if not (is_number(self.reg_lambda) and self.reg_lambda > 0):
             raise ConfigError(f"{where}: reg_lambda={self.reg_lambda!r}. Use a finite number above 0.")
         self._check_priors(where)
@@ -88,20 +86,13 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"{where}: prior_patches names {twice[0]!r} twice. Name each earlier patch once.")
         if names and self.mode != "hard":
-            raise ConfigError(
-                f"{where}: prior_patches are a constraint; mode={self.mode!r} has none. Use mode='hard', with "
-                "safety_rank=0 to be orthogonal to them only."
-            )
+            remedy = "Use mode='hard', with safety_rank=0 to be orthogonal to them only."
+            raise ConfigError(f"{where}: prior_patches are a constraint; mode={self.mode!r} has none. {remedy}")
         if self.safety_rank == 0 and not names:
-            raise ConfigError(
-                f"{where}: safety_rank={self.safety_rank!r} without prior_patches constrains nothing. Use "
-                "mode='none', or a larger safety_rank."
-            )
+            raise ConfigError(f"{where}: safety_rank=0 without prior_patches constrains nothing. Use mode='none'.")
         if self.safety_rank == 0 and self.safety_rank_pattern:
-            raise ConfigError(
-                f"{where}: safety_rank=0 protects earlier patches only, so safety_rank_pattern="
-                f"{self.safety_rank_pattern!r} has no effect. Leave it out, or use a larger safety_rank."
-            )
+            given = f"safety_rank_pattern={self.safety_rank_pattern!r}"
+            raise ConfigError(f"{where}: {given} has no effect with safety_rank=0. Leave out one.")
 
     @property
     def basis_sides(self) -> tuple[Side, ...]:
@@ -149,10 +140,8 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         lacking = sorted(layers.keys() - known)
         if self.mode == "soft" and (lacking or subspace.provenance.get("method") == "weight"):
             what = f"{lacking[0]} has no input spectrum" if lacking else "it comes from weights"
-            raise ConfigError(
-                "mode='soft' needs a data basis: the subspace does not say how much energy the data has in each "
-                f"direction ({what}). Estimate it with SafetySubspace.from_activations(..., method='ortho_patch')."
-            )
+            remedy = "Estimate it with SafetySubspace.from_activations(..., method='ortho_patch')."
+            raise ConfigError(f"mode='soft' needs a data basis with the energy in each direction: {what}. {remedy}")
 
     @property
     def unfinished(self) -> str | None:

@@ -34,19 +34,14 @@ class SoftPenalty:
         config = config_table(model).get(adapter_name)
         if not isinstance(config, OrthoSafetyPatchConfig) or config.mode != "soft":
             kind = f"mode={config.mode!r}" if isinstance(config, OrthoSafetyPatchConfig) else type(config).__name__
-            raise ConfigError(
-                f"adapter {adapter_name!r} has no soft constraint ({kind}). Make it with "
-                "OrthoSafetyPatchConfig(mode='soft')."
-            )
+            remedy = "Make it with OrthoSafetyPatchConfig(mode='soft')."
+            raise ConfigError(f"adapter {adapter_name!r} has no soft constraint ({kind}). {remedy}")
         self.config, self.terms = config, []
         roots: dict[int, Tensor] = {}  # layers with the same input share one
         for name, layer in adapter_layers(model, adapter_name).items():
             a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
             if not weights.is_whole(a) or not weights.is_whole(b):
-                raise ConfigError(
-                    f"{name}: its factors are sharded or on the meta device; the soft penalty needs them whole. Use "
-                    "mode='hard', or DDP."
-                )
+                raise ConfigError(f"{name}: its factors are sharded or on the meta device. Use mode='hard', or DDP.")
             basis, spectrum = config.subspace.bases[name]["in"], config.subspace.spectra[name]["in"]
             if id(basis) not in roots:
                 precision = torch.promote_types(a.dtype, torch.float32)
@@ -55,10 +50,7 @@ class SoftPenalty:
             output = weights.dense_weight(layer.get_base_layer(), name).to(root) @ root
             energy = float(output.square().sum(dtype=torch.float64))
             if not energy > 0:
-                raise ConfigError(
-                    f"{name}: the weight gives zero on the data of the subspace, so there is nothing to compare the "
-                    "update with. Leave the module out."
-                )
+                raise ConfigError(f"{name}: the weight gives zero on the data of the subspace. Leave the module out.")
             self.terms.append(_Term(a, b, root, float(layer.scaling[adapter_name]) ** 2 / energy))
 
     @torch.no_grad()

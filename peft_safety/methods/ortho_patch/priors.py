@@ -44,10 +44,8 @@ def prior_spans(
         factors = _of_model(prior, model) if prior in loaded else _stored(prior, model, layers)
         used = {name: f for name, f in factors.items() if name in layers and bool(f.a.any()) and bool(f.b.any())}
         if not used:
-            raise ConfigError(
-                f"prior patch {prior!r} changes none of the new adapter's {len(layers)} modules: there is nothing to "
-                "be orthogonal to. Leave it out."
-            )
+            unused = f"prior patch {prior!r} changes none of the new adapter's {len(layers)} modules"
+            raise ConfigError(f"{unused}: there is nothing to be orthogonal to. Leave it out.")
         for name, factor in used.items():
             for side in sides:
                 columns = (factor.a.mT if side == "in" else factor.b).detach().cpu().float()
@@ -67,9 +65,7 @@ def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -
     path, what = Path(directory), f"prior patch {directory!r}"
     publish.require_whole(path, ours=False, warn=False)
     if not (path / MANIFEST).is_file():
-        raise ConfigError(
-            f"{what} is neither an adapter on the model nor a directory with {MANIFEST}. Check the spelling."
-        )
+        raise ConfigError(f"{what} is neither an adapter on the model nor a folder with {MANIFEST}. Check it.")
     if read_manifest(path, warn=False).get("peft_type") in protected_types():
         stored = check_adapter(path, warn=True)
         common = {name: layers[name] for name in stored.shapes if name in layers}
@@ -84,7 +80,6 @@ def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -
     for name in [name for name in layers if name in factors]:
         shape, expected = (factors[name].b.shape[0], factors[name].a.shape[1]), weights.shape(layers[name])
         if shape != expected:
-            raise ConfigError(
-                f"{what}: its update of {name} is {shape}, the layer {expected}. Give patches of one base model."
-            )
+            both = f"its update of {name} is {shape}, the layer {expected}"
+            raise ConfigError(f"{what}: {both}. Give patches of one base model.")
     return factors

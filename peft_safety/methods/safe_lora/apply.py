@@ -60,9 +60,7 @@ def apply_safe_lora(
     plain_lora.check_plain(config, f"adapter {adapter_name!r}")
     _check_unrepaired(config, f"adapter {adapter_name!r}")
     if new_adapter_name is not None and (new_adapter_name in table or not isinstance(peft_model, PeftModel)):
-        raise ConfigError(
-            f"new_adapter_name={new_adapter_name!r} needs a PeftModel without such an adapter. Choose another name."
-        )
+        raise ConfigError(f"new_adapter_name={new_adapter_name!r} needs a PeftModel without it. Choose another name.")
     layers = adapter_layers(peft_model, adapter_name)
     factors = {name: layer_factors(name, layer, adapter_name) for name, layer in layers.items()}
     _check_different(unaligned, aligned)
@@ -134,10 +132,8 @@ model's behavior has to be measured.
 
 def _check_unrepaired(config: Any, what: str) -> None:
     if (record := getattr(config, "safe_lora", None)) is not None:
-        raise ConfigError(
-            f"{what} has been repaired already ({record.get('projection')!r}), and a second repair would change it "
-            "again. Start from the original adapter."
-        )
+        done = f"has been repaired already ({record.get('projection')!r})"
+        raise ConfigError(f"{what} {done}; a second repair would change it again. Start from the original adapter.")
 
 
 def _check_different(unaligned: Model, aligned: Model | None) -> None:
@@ -145,9 +141,7 @@ def _check_different(unaligned: Model, aligned: Model | None) -> None:
     one, other = (m if isinstance(m, (nn.Module, type(None))) else os.path.realpath(m) for m in (unaligned, aligned))
     if one == other:
         label = type(one).__name__ if isinstance(one, nn.Module) else one
-        raise ConfigError(
-            f"unaligned and aligned are both {label}. Give the model before and the model after its alignment."
-        )
+        raise ConfigError(f"unaligned and aligned are both {label}. Give the models before and after the alignment.")
 
 
 def add_adapter(model: Any, name: str, config: LoraConfig, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:

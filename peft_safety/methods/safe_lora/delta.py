@@ -60,9 +60,7 @@ class Delta:
         self.energy, self.base_norm = float(energy), math.sqrt(float(base))
         if not math.isfinite(self.energy) or not math.isfinite(self.base_norm):
             which = "aligned" if not math.isfinite(self.base_norm) else "unaligned"
-            raise CheckpointError(
-                f"{self.name}: the {which} weight {self.aligned.shape} holds NaN or Inf. Use an intact checkpoint."
-            )
+            raise CheckpointError(f"{self.name}: the {which} weight {(m, n)} holds NaN or Inf. Use an intact one.")
 
     def apply(self, q: Tensor) -> Tensor:
         """`V V^T q (m, w)`, in one pass."""

@@ -90,9 +90,7 @@ def repair(
     from tqdm.auto import tqdm
 
     if options.select == "number" and (options.num_modules or 0) > len(factors):
-        raise ConfigError(
-            f"num_modules={options.num_modules}, but the adapter has {len(factors)} modules. Use at most that."
-        )
+        raise ConfigError(f"num_modules={options.num_modules}, but the adapter has {len(factors)} modules. Use fewer.")
     rows: dict[str, ModuleRepair] = {}
     projections: dict[str, Tensor] = {}
     noise: dict[str, float] = {}
@@ -107,17 +105,12 @@ def repair(
                 _check_base(name, pair[0], stack.enter_context(base.open(name, factor.transposed)), aligned.label)
             rows[name], projections[name], noise[name] = _module(name, factor, pair[0], pair[1], options)
     if all(row.delta == 0 for row in rows.values()):
-        raise CheckpointError(
-            f"{aligned.label} and {unaligned.label} have equal weights in every module of the adapter. Give two "
-            "different models."
-        )
+        both = f"{aligned.label} and {unaligned.label}"
+        raise CheckpointError(f"{both} have equal weights in every module of the adapter. Give two different models.")
     worst = max(noise, key=noise.__getitem__)
     if noise[worst] > 0:
-        warnings.warn(
-            f"V comes from quantized weights: their rounding noise is expected at {noise[worst]:.2g} times ||V|| in "
-            f"{worst} (the worst).",
-            stacklevel=3,
-        )
+        expected = f"rounding noise is expected at {noise[worst]:.2g} times ||V|| in {worst} (the worst)"
+        warnings.warn(f"V comes from quantized weights: {expected}.", stacklevel=3)
     chosen = select(list(rows.values()), options)
     for name in chosen:
         gain = 1.0 if math.isnan(rows[name].gain) else rows[name].gain
@@ -166,10 +159,8 @@ def _module(
     b = factor.b.detach().to(device, options.dtype)
     new, inside, k = projected(delta, b, options)
     if delta.energy == 0 and options.zero_delta == "error":
-        raise CheckpointError(
-            f"{name}: the aligned and the unaligned weight are equal: there is no alignment direction. Check the "
-            "pair, or choose zero_delta='keep' or 'zero'."
-        )
+        equal = f"{name}: the aligned and the unaligned weight are equal"
+        raise CheckpointError(f"{equal}. Check the pair, or choose zero_delta='keep' or 'zero'.")
     root = torch.linalg.qr(factor.a.detach().to(device, torch.float64).mT, mode="r").R.mT  # ||X A|| = ||X R^T||
     old, after, projection = (x.double() @ root for x in (b, new, inside))
     norm, length, v = float(old.norm()), float(projection.norm()), math.sqrt(delta.energy)
@@ -183,26 +174,20 @@ def _module(
 def _check_matrix(matrix: Matrix, name: str, factor: Factors, label: str, options: RepairOptions) -> None:
     wanted = (factor.b.shape[0], factor.a.shape[1])
     if matrix.shape != wanted:
-        raise CheckpointError(
-            f"{label}: the weight of {name} is {matrix.shape}, the adapter's update {wanted}. Give models of its "
-            "architecture."
-        )
+        shapes = f"{label}: the weight of {name} is {matrix.shape}, the adapter's update {wanted}"
+        raise CheckpointError(f"{shapes}. Give models of its architecture.")
     if matrix.quantization is not None and not options.allow_quantized_delta:
-        raise CheckpointError(
-            f"{label}: the weight of {name} is {matrix.quantization}; rounding moves it by about "
-            f"{NOISE[matrix.quantization]:.0%} of its norm, as much as an alignment or more. Give a 16-bit checkpoint "
-            "(aligned=...), or insist with allow_quantized_delta=True."
-        )
+        noise = f"{matrix.quantization}: rounding moves it by about {NOISE[matrix.quantization]:.0%} of its norm"
+        remedy = "Give a 16-bit checkpoint (aligned=...), or insist with allow_quantized_delta=True."
+        raise CheckpointError(f"{label}: the weight of {name} is {noise}, as an alignment or more. {remedy}")
 
 
 def _check_base(name: str, aligned: Matrix, base: Matrix, label: str) -> None:
     limit = weights.DISTANCE_QUANTIZED if base.quantization or aligned.quantization else weights.DISTANCE_DENSE
     distance = weights.distance(sample(base), sample(aligned)) if base.shape == aligned.shape else math.inf
     if not distance <= limit:
-        raise CheckpointError(
-            f"{name}: {label} is not the model that the adapter was trained on (relative distance of the fingerprints "
-            f"{distance:.3g}, limit {limit:g}). Give that model as aligned=."
-        )
+        far = f"relative distance of the fingerprints {distance:.3g}, limit {limit:g}"
+        raise CheckpointError(f"{name}: {label} is not the model the adapter was trained on ({far}). Give that model.")
 
 
 def sample(matrix: Matrix) -> Tensor:

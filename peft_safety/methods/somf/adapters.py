@@ -194,9 +194,7 @@ def _is_continued(safe: Adapter | None, tasks: list[Adapter], options: FuseOptio
     reason = "there is no safe adapter to start from" if safe is None else next(_differences(safe, tasks), None)
     if reason and (options.layout == "continued" or options.granularity == "element"):
         needs = "layout='continued' and element masks need a difference of factors"
-        raise ConfigError(
-            f"{reason}; {needs}. Use granularity='rank', which gates components of independent adapters."
-        )
+        raise ConfigError(f"{reason}; {needs}. Use granularity='rank', which independent adapters can have.")
     return reason is None
 
 
