@@ -51,18 +51,17 @@ def calibrate(
     """Estimate a safety subspace in one pass over the model, and save it. For input sides, the energy that it covers
     is printed.
     """
-    options = opt.parsed(locals(), "png", "dry_run", "json")
+    options = opt.parsed(locals(), "out", "task_data", "png", "dry_run", "json")
     from peft_safety.recipes import calibrate as recipe
     from peft_safety.reporting import coverage
 
     if dry_run:
-        without = ("out", "task_data", "seed", "allow_fewer")
-        expected = recipe.calibration_cost(**{name: value for name, value in options.items() if name not in without})
+        expected = recipe.calibration_cost(**options)
         show(expected.to_json(), json, lambda: coverage.show_cost(expected))
         return
     if out is None:
         raise ConfigError("calibrate writes nothing without --out. Give a file or directory, or --dry-run.")
-    result = recipe.calibrate(**options)
+    result = recipe.calibrate(**options, out=out, task_data=task_data)
     if png is not None:
         coverage.save_png(result.coverage, png)
     provenance = {name: value for name, value in result.subspace.provenance.items() if name != "covered"}
