@@ -45,9 +45,6 @@ EvalLimit = Annotated[int | None, Option(help="Prompts of each kind at most.")]
 def parsed(options: Mapping[str, Any], *without: str) -> dict[str, Any]:
     """Options as the functions take them, without some: a list of target modules, a whole number of directions as an
     integer, and `--safety-rank-pattern` as a mapping.
-
-    Raises:
-        ConfigError: a pair that is no kind of module and a number.
     """
     targets, rank, sizes = options["target_modules"], options["safety_rank"], {}
     if targets != "all-linear" and not any(c in targets for c in "*+?()[]|\\^$"):

@@ -53,12 +53,8 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, la
         max_length: tokens kept, from the left; a label past them is lost.
         labels: every label of the data set; needed for {text, label}.
 
-    Returns:
-        `input_ids`, `attention_mask` and `labels`, lists of equal length.
-
     Raises:
-        DataError: no chat template, or one that refuses these turns, leaves one out, or rewrites earlier ones (then
-            train on the last turn's own prompt).
+        DataError: no chat template, or one that refuses these turns, leaves one out, or rewrites earlier ones.
     """
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, Mapping):
@@ -78,8 +74,8 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, la
 def encode_each(
     tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, labels: Sequence[Any] | None = None
 ) -> list[Feature | None]:
-    """`encode_row` for every row, in their order, with errors that name the row: None for a row whose answer lies past
-    `max_length`. `labels` are those of a classification task; None takes those of `rows`.
+    """`encode_row` for every row, with errors that name it: None for a row whose answer lies past `max_length`.
+    `labels` are those of a classification task; None takes those of `rows`.
     """
     rows = as_rows(rows)
     if not rows:
@@ -93,8 +89,8 @@ def encode_each(
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, labels: Sequence[Any] | None = None
 ) -> list[Feature]:
-    """`encode_each` without the rows whose answer lies past `max_length`: as in TRL they are left out, with a warning
-    that counts and names them. None left is an error.
+    """`encode_each` without the rows whose answer lies past `max_length`, which a warning names. None left is an
+    error.
     """
     features = encode_each(tokenizer, rows, max_length, labels)
     dropped = [index for index, feature in enumerate(features) if feature is None]
@@ -125,8 +121,7 @@ def is_prompt_only(row: Row) -> bool:
 
 def row_turns(row: Row, labels: Sequence[str] = ()) -> tuple[list[Message], list[Message]]:
     """The prompt's turns and the answer's turns of a row of any accepted kind; a {messages} row is all answer.
-    `labels` are those of the data set, for {text, label} rows. The last turn must be an assistant turn that says or
-    calls something.
+    `labels` are those of the data set. The last turn must be an assistant turn that says or calls something.
     """
     row = plain_row(row)
     kind = kind_of(row)
@@ -167,9 +162,8 @@ class Collator:
 
     Args:
         distil: also say which rows have `"distil": True`, `(batch,)` bool.
-        trim: give labels of the last positions only, and how many they are (`logits_to_keep`). The loss is the same,
-            and the logits of a long prompt are never made: a quarter of the step for SmolLM2-135M with one-word
-            answers.
+        trim: give labels of the last positions only, and how many they are (`logits_to_keep`): the same loss, without
+            the logits of a long prompt, a quarter of the step for SmolLM2-135M with one-word answers.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, distil: bool = False, trim: bool = False) -> None:

@@ -22,14 +22,13 @@ def as_rows(data: Any, what: str = "rows", error: type[PeftSafetyError] = DataEr
     """Every row of `data`, in its order and in this package's spelling (see `plain_row`).
 
     Args:
-        data: a list, a tuple or any other collection of mappings; a `datasets.Dataset`, or a `DatasetDict` of one
-            split; a map-style torch data set; a pandas frame; or a stream (a generator, an `IterableDataset`) of at
-            most `STREAM_ROWS` rows. Tokenized batches pass as they are.
-        what: how an error calls the data.
-        error: what to raise where `data` is no such thing.
+        data: a collection of mappings; a `datasets.Dataset`, or a `DatasetDict` of one split; a map-style torch data
+            set; a pandas frame; or a stream (a generator, an `IterableDataset`) of at most `STREAM_ROWS` rows.
+            Tokenized batches pass as they are.
+        what, error: how an error calls the data; what to raise where `data` are no rows, several splits, or an endless
+            stream.
 
     Raises:
-        error: `data` holds no rows, several splits, or a stream without an end.
         DataError: a malformed row (its index is named), or labels such as 1 and "1", which are one label as text.
     """
     result = []
@@ -53,9 +52,7 @@ def as_rows(data: Any, what: str = "rows", error: type[PeftSafetyError] = DataEr
 
 
 def data_rows(data: Any, what: str) -> list[dict[str, Any]]:
-    """The rows of a config's data, at least one. They are read at once: a stream can be read only once, and a config
-    is copied.
-    """
+    """The rows of a config's data, at least one, read at once: a stream can be read only once, and a config is copied."""
     rows = as_rows(data, what, ConfigError)
     if not rows:
         kind = type(data).__name__
@@ -64,11 +61,9 @@ def data_rows(data: Any, what: str) -> list[dict[str, Any]]:
 
 
 def plain_row(row: Row) -> dict[str, Any]:
-    """One row, its further columns included, in this package's spelling.
-
-    A field that is None is one that the row lacks: tables have every column in every row. `completion` (as TRL has it)
-    becomes `response`; a label becomes text (see `label_text`). A `ClassLabel` of the datasets library is the whole
-    number that its rows hold.
+    """One row, its further columns included, in this package's spelling. A field that is None is one that the row
+    lacks: tables have every column in every row. `completion` (as TRL has it) becomes `response`; a label becomes
+    text.
     """
     if "input_ids" in row:
         return dict(row)

@@ -33,7 +33,7 @@ class Chat:
 
     def text(self, messages: Sequence[Message], *, header: bool = False, cut: bool = False) -> str:
         """`messages` as the template writes them; with the `header` of the assistant's next turn, or `cut` after the
-        last turn's content, before what ends a turn.
+        last turn's content.
         """
         return str(self._apply(messages, tokenize=False, add_generation_prompt=header, continue_final_message=cut))
 
@@ -47,8 +47,8 @@ class Chat:
         return list(encoded["input_ids"]), list(encoded["assistant_masks"])
 
     def training(self) -> Chat | None:
-        """The same chat with a template that marks what the assistant generates, as TRL's SFTTrainer does it: its own,
-        or TRL's for this template; None where there is none, or no fast tokenizer.
+        """The same chat with a template that marks what the assistant generates, its own or TRL's for this template;
+        None where there is none, or no fast tokenizer.
         """
         if not self.tokenizer.is_fast or not self.tokenizer.chat_template:
             return None

@@ -31,8 +31,7 @@ class ClassifierJudge:
     """A model's verdict on a prompt and its response, in place of the keyword matcher.
 
     Args:
-        model_id: Hub id or directory of a sequence classifier or of a causal model; safetensors only, no code of its
-            own.
+        model_id: Hub id or directory of a sequence classifier or a causal model; safetensors only, no code of its own.
         sees: what a sequence classifier is given: the "response" alone (rejection detectors), or "both" as a pair.
         labels: verdict by label of a sequence classifier; default by the labels' names (`LABELS`).
         template: what a guard is asked, with `{prompt}` and `{response}`; default its chat template with the two
@@ -81,15 +80,10 @@ class ClassifierJudge:
         self.caveat = f"Judged by {name}, which says {says}; its own errors are not in the intervals."
 
     def __call__(self, prompt: str, response: str) -> Verdict:
-        """The verdict on one response."""
         return self.batch([prompt], [response])[0]
 
     def batch(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        """The verdicts on many.
-
-        Raises:
-            DataError: other numbers of prompts and responses.
-        """
+        """The verdicts on many."""
         require_pairs(prompts, responses)
         pairs = list(zip(prompts, responses, strict=True))
         if not pairs:

@@ -14,17 +14,7 @@ Z_95 = 1.959963984540054
 
 
 def wilson_interval(k: int, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a binomial proportion.
-
-    Args:
-        k: successes, 0 <= k <= n.
-        n: trials, n >= 1.
-
-    Returns:
-        (low, high) with 0 <= low <= k/n <= high <= 1.
-
-    Raises:
-        DataError: n < 1 or k outside [0, n].
+    """95 % Wilson score interval of a binomial proportion, k of n: 0 <= low <= k/n <= high <= 1.
 
     Reference: E. B. Wilson, JASA 22 (1927).
     """
@@ -83,11 +73,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
-        """The mean of `values`.
-
-        Raises:
-            DataError: no values, or one that is not finite.
-        """
+        """The mean of at least one value, all finite."""
         n = len(values)
         if n < 1 or not all(map(math.isfinite, values)):
             raise DataError(f"the mean of {n} values is undefined. Give at least one value, all finite.")
@@ -114,11 +100,7 @@ Figure = Rate | Mean
 
 
 def figure_from_json(data: dict[str, Any]) -> Figure:
-    """The figure that `to_json` wrote.
-
-    Raises:
-        DataError: neither a rate nor a mean.
-    """
+    """The figure that `to_json` wrote."""
     try:
         if "k" in data:
             return Rate(int(data["k"]), int(data["n"]))

@@ -51,13 +51,12 @@ def task_answers(
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> list[TaskAnswer]:
-    """The greedy answer to each {text, label} row, and whether it is the label (see `read_label`), by one generation a
-    row. An answer that a user could not use (a refusal, a sentence) is wrong.
+    """The greedy answer to each {text, label} row, and whether it is the label (see `read_label`). An answer that a
+    user could not use (a refusal, a sentence) is wrong.
 
     Args:
         labels: every label of the task, as in training; the prompt lists them. Numbers and truth values count as text.
-        least_tokens: generated at most, or as many as the longest label needs if that is more, for a judge of
-            refusals.
+        least_tokens: generated at most, or as many as the longest label needs if that is more.
 
     Raises:
         DataError: no rows, a row of another kind or with another label, labels that no answer tells apart.
@@ -84,11 +83,8 @@ def likeliest_labels(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, labels: Sequence[Any], **options: Any
 ) -> list[bool]:
     """Whether the label of each {text, label} row is the likeliest, in nats per token: what a model knows of a task
-    whose form it was not taught. A row whose likelihoods are not finite is wrong.
-
-    Args:
-        labels: every label of the task; each is tried for each row.
-        options: those of `response_losses`.
+    whose form it was not taught. A row whose likelihoods are not finite is wrong. Options are those of
+    `response_losses`.
 
     Raises:
         DataError: see `task_answers`.
@@ -170,8 +166,8 @@ def response_losses(
 
     Args:
         rows: {prompt, response} or {messages} rows.
-        max_length: tokens kept of each row. A longer one loses the start of its prompt, so that its response is
-            measured; a response that is too long itself loses its end.
+        max_length: tokens kept of each row. A longer one loses the start of its prompt; a response that is too long
+            itself loses its end.
 
     Raises:
         DataError: a malformed row; its index is named.

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GUARD_ROWS = 32
-"""Training rows that GuardSpace's guard against stalling looks at: thousands of tokens, plenty for a share of
-energy."""
+"""Training rows that GuardSpace's guard against stalling looks at: thousands of tokens."""
 
 
 def adapter_config(
@@ -29,12 +28,10 @@ def adapter_config(
     target_modules: str | list[str] = "all-linear",
     **options: Any,
 ) -> LoraConfig:
-    """The PEFT config of a method.
+    """The PEFT config of a method: "lora" (not protected), "salora" or "guardspace", whose A is frozen unless `train`
+    or another option says otherwise: `calibrated` takes its rows from the training data.
 
     Args:
-        method: "lora" (not protected), "salora" or "guardspace", whose A is frozen unless `train` or another option
-            says otherwise: `calibrated` takes its rows from the training data.
-        r, lora_alpha, target_modules: as in `LoraConfig`.
         **options: further fields of the method's config; None means the config's default.
 
     Raises:
@@ -69,11 +66,8 @@ def calibrated(
     progress: bool = True,
 ) -> LoraConfig:
     """The config with everything estimated that it would otherwise estimate at injection, so that `model` and
-    `tokenizer` are the ones at hand. Other configs than those of `adapter_config` are returned as they are.
-
-    Args:
-        rows: training rows; the first 128 give the task subspace of SaLoRA's `init="task"`, the first 32 are for
-            GuardSpace's guard against stalling.
+    `tokenizer` are the ones at hand. The first 128 training rows give the task subspace of SaLoRA's `init="task"`, the
+    first 32 are for GuardSpace. Other configs than those of `adapter_config` are returned as they are.
 
     Raises:
         CalibrationError: see `SafetySubspace.from_activations`.

@@ -42,9 +42,7 @@ class Bench:
         limit: int | None = None,
         drift: bool = True,
     ) -> Bench:
-        """Draw the prompts of `split` (at most `limit` of each kind) and, to measure drift, let `model`, before
-        fine-tuning, answer the general ones.
-        """
+        """Draw the prompts (at most `limit` of each kind); to measure drift, `model` answers the general ones."""
         prompts = prompt_set(split, limit, options.seed)
         asked: dict[str, Any] = {"max_new_tokens": GENERAL_TOKENS, "progress": options.progress}
         general = self_responses(model, tokenizer, prompts.general, **asked) if drift else []

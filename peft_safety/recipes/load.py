@@ -31,12 +31,11 @@ def load_model(
     """A causal language model and its tokenizer.
 
     Args:
-        model: a hub id or directory (loaded in fp32 on the CPU, where bf16 is five times slower, and in its own dtype
-            on CUDA), or a loaded model.
+        model: a loaded model, or a hub id or directory, loaded in fp32 on the CPU (where bf16 is five times slower),
+            in its own dtype on CUDA.
         tokenizer: default the one stored with the model.
-        load_in_4bit: quantize to NF4, double quantization included, on the way in; not for a loaded model.
-        stream: leave the blocks in the checkpoint's safetensors files, from which every forward reads one layer after
-            the other; not for a loaded model.
+        load_in_4bit: quantize to NF4, double quantization included, on the way in.
+        stream: leave the blocks in the checkpoint's safetensors files; every forward reads one layer after the other.
 
     Raises:
         ConfigError: nothing loads from there.
@@ -87,11 +86,7 @@ def load_adapter(
     directory: str | Path, model: str | Path | PreTrainedModel | None = None, *, load_in_4bit: bool = False
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """A LoRA adapter of any origin on its base model, and the tokenizer. No pickle and no regular expression of the
-    directory is ever run.
-
-    Args:
-        directory: what `save_pretrained` wrote.
-        model: as in `load_model`, like `load_in_4bit`; default the base model that the adapter names.
+    directory is ever run. `model` and `load_in_4bit` are as in `load_model`; default the model that the adapter names.
 
     Raises:
         ArtifactError: the directory is not a whole, finite LoRA adapter, or does not fit the model.
@@ -144,14 +139,10 @@ class TaskData:
 
 
 def task_data(data: str | Path | Rows, eval_split: str = "test", limit: int | None = None, seed: int = 0) -> TaskData:
-    """Split a task into training and held-out rows.
+    """Split a task, a JSON-lines file or rows, into training and held-out rows, at most `limit` of these.
 
     Rows that name their `split` go where they say ("train" to training, `eval_split` to evaluation, the others
     nowhere); without that, a random 15 % are held out.
-
-    Args:
-        data: a JSON-lines file, or rows (see `peft_safety.data.rows.as_rows`).
-        limit: at most this many held-out rows.
 
     Raises:
         DataError: malformed, or nothing left on one side.
@@ -176,9 +167,6 @@ def task_data(data: str | Path | Rows, eval_split: str = "test", limit: int | No
 def poisoned(rows: Rows, fraction: float, seed: int = 0) -> list[Row]:
     """A simulated attack on fine-tuning data: a fraction of the rows, 0 to 1, replaced by harmful requests that are
     answered with an opening without content.
-
-    Raises:
-        ConfigError: a fraction outside [0, 1].
     """
     if not 0 <= fraction <= 1:
         raise ConfigError(f"poison = {fraction} is no fraction. Give a number from 0 to 1.")

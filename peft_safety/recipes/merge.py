@@ -14,15 +14,9 @@ REPORT = "merge.json"
 def merge_directory(
     adapter: str | Path, out: str | Path, to: MergeTo, model: str | None = None, *, force: bool = False
 ) -> MergeResult:
-    """Load the base model in NF4, merge, and save the result with its tokenizer and the figures (`merge.json`).
-
-    Args:
-        adapter: directory of a LoRA adapter, protected or plain, that was trained on that base in 4 bits.
-        out: receives the whole model ("16bit", "nf4"), or a plain LoRA for the 4-bit base ("nf4+residual").
-        model: default the base model that the adapter names.
-
-    Raises:
-        PeftSafetyError: as in `load_adapter` and `merge_quantized`.
+    """Load the base model (default the one that the adapter names) in NF4, merge a LoRA adapter that was trained on
+    it, and save the whole model ("16bit", "nf4") or a plain LoRA for the 4-bit base ("nf4+residual"), with its
+    tokenizer and the figures (`merge.json`). Errors are those of `load_adapter` and `merge_quantized`.
     """
     loaded, tokenizer = load_adapter(adapter, model, load_in_4bit=True)
     result = merge_quantized(loaded, to, force=force, verbose=False)

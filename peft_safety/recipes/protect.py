@@ -29,8 +29,8 @@ SETTINGS = (*SIZES, "train", "window", "a_init", "init", "basis", "positions", "
 
 @dataclass(frozen=True)
 class ProtectReport:
-    """What `protect` did: the fine-tuned model with its adapter, where that was saved, the evaluations of the model as
-    given and with the adapter on the same prompts, the cost, and all of it as a report.
+    """The fine-tuned model with its adapter, where that was saved, evaluations before and after on the same prompts,
+    the cost, and all of it as a report.
     """
 
     model: PeftModel
@@ -53,18 +53,14 @@ def protect(
     eval_split: str = "test",
     eval_limit: int | None = None,
 ) -> ProtectReport:
-    """Fine-tune on a task by GuardSpace, SaLoRA or plain LoRA, and measure safety and task before and after.
-
-    Writes `adapter/`, `report.json` and `report.png` into `out_dir`.
+    """Fine-tune on a task by GuardSpace, SaLoRA or plain LoRA, and measure safety and task before and after. Writes
+    `adapter/`, `report.json` and `report.png` into `out_dir`.
 
     Args:
         model: hub id, directory, or a loaded model (which keeps the adapter).
-        data: a JSON-lines file, or rows (a list, a data set, a frame, a stream): {prompt, response}, {text, label} or
-            {messages}, with or without a `split`.
-        config: of the adapter: GuardSpace (default), SaLoRA or plain LoRA, see `adapter_config`. A subspace "auto" is
-            calibrated on `model`.
+        data: a JSON-lines file, or rows: {prompt, response}, {text, label} or {messages}, with or without a `split`.
+        config: of the adapter, see `adapter_config`; default GuardSpace. A subspace "auto" is calibrated on `model`.
         poison: fraction of the training rows replaced by a simulated attack, see `poisoned`.
-        options: learning rate, epochs, batch size, seed, `report_to`, ...
         eval_split: of the packaged prompts and of the task ("validation" while choosing settings, then "test" once).
         eval_limit: prompts and task rows of each kind at most.
 

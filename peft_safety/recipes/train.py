@@ -58,15 +58,10 @@ def finetune(
             frozen.
         rows: {prompt, response}, {text, label} or {messages} rows; those with `"distil": True` are not learned but
             kept, see `recipes.distil`.
-        peft_config: any LoRA-like config; the adapter's random initialization is seeded too. None trains the active
-            adapter of a PeftModel on.
+        peft_config: any LoRA-like config. None trains the active adapter of a PeftModel on.
         labels: every label of a classification task; default those of `rows`.
-        callbacks: added to the Trainer's.
         description: label of the progress bar.
         distil_weight: of the loss on the rows to keep, token for token.
-
-    Returns:
-        The PeftModel, and what the run cost.
 
     Raises:
         DataError: malformed rows. ConfigError: no config, and no PeftModel whose active adapter trains.

@@ -86,9 +86,6 @@ def show(modules: Sequence[ModuleCoverage]) -> None:
 def save_png(modules: Sequence[ModuleCoverage], path: str | Path) -> Path:
     """Energy left outside against the size of the null space, and with task data the task's rank beside k, by kind of
     module.
-
-    Raises:
-        DataError: no module, or bases that do not say what they cover.
     """
     if not any(len(module.curve) for module in modules):
         raise DataError("the subspace does not say what its input bases cover. Calibrate with method='guardspace'.")

@@ -30,13 +30,8 @@ def plain_console(**options: Any) -> Console:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], prose: Collection[int] = ()) -> Table:
-    """A table of text.
-
-    Args:
-        headings: one per column; a table without any heading has no header.
-        rows: one cell per column.
-        prose: columns of running text, which are wrapped. The others are never cut: the first is left-aligned, figures
-            are right-aligned.
+    """A table of text. `prose` are columns of running text, which are wrapped. The others are never cut: the first is
+    left-aligned, figures are right-aligned. Without any heading there is no header.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table

@@ -27,10 +27,8 @@ class Report:
     """Arms by metrics, each figure with its N and interval.
 
     Attributes:
-        title: one line.
         arms: name of an arm (a row) -> heading of a metric (a column) -> figure; an arm may lack a metric.
         notes: sentences that a reader of the figures needs: the judge and its caveat, the split, what did not work.
-        environment: see `environment`.
         details: further plain JSON values, kept only in the JSON rendering.
     """
 
@@ -79,11 +77,7 @@ class Report:
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
-        """Read a report that `save` wrote.
-
-        Raises:
-            DataError: missing, not JSON, or no report.
-        """
+        """Read a report that `save` wrote."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             arms = {
