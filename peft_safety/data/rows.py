@@ -52,7 +52,7 @@ def as_rows(data: Any, what: str = "rows", error: type[PeftSafetyError] = DataEr
 
 
 def data_rows(data: Any, what: str) -> list[dict[str, Any]]:
-    """The rows of a config's data, at least one, read at once: a stream can be read only once, and a config is copied."""
+    """The rows of a config's data, at least one. They are read at once: a stream can be read only once."""
     rows = as_rows(data, what, ConfigError)
     if not rows:
         kind = type(data).__name__
