@@ -21,9 +21,7 @@ from peft_safety.registry.protection import assert_protected, protected_configs
 
 
 class SafetyMonitorCallback(TrainerCallback):  # type: ignore[misc]
-    """Checks that the adapter is protected when training begins, whenever it is saved, and when it ends, and raises a
-    ProtectionError if not; logs the largest leak as `safety_leak`.
-    """
+    """Raises a ProtectionError if the model is not protected at start, save or end; logs `safety_leak`."""
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         assert_protected(kwargs["model"])
@@ -37,14 +35,8 @@ class SafetyMonitorCallback(TrainerCallback):  # type: ignore[misc]
 
 class TaskDirectionsCallback(TrainerCallback):  # type: ignore[misc]
     """Makes the rows of a frozen `lora_A` (`GuardSpaceConfig(train="B")`) from the first rows of the Trainer's own
-    data set when training begins. A resumed run keeps those that it has.
-
-    Args:
-        rows: of the data set.
-
-    Raises:
-        ConfigError, UnsupportedLayerError: at the beginning of training, see `registry.frozen.set_task_directions`.
-        CalibrationError: rows with fewer tokens than r, or without any.
+    data set when training begins. A resumed run keeps those that it has. Errors are those of
+    `registry.frozen.set_task_directions`.
     """
 
     def __init__(self, adapter_name: str = "default", rows: int = 32, batch_size: int = 8) -> None:
@@ -63,14 +55,11 @@ class TaskDirectionsCallback(TrainerCallback):  # type: ignore[misc]
 
 
 class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]
-    """Applies Safe LoRA, as the adapter's `SafeLoRAConfig` says, when training ends; save afterwards.
+    """Applies Safe LoRA, as the adapter's `SafeLoRAConfig` says, when training ends; save afterwards. `report` is of
+    that repair.
 
     Args:
-        checkpoints: also repair a copy of the adapter of every checkpoint, in its sub-directory `safe_lora`. Training
-            itself is not touched.
-
-    Attributes:
-        report: of the repair at the end, or None.
+        checkpoints: also repair a copy of the adapter of every checkpoint, in its sub-directory `safe_lora`.
 
     Raises:
         ConfigError: at the beginning of training, if the adapter has no `SafeLoRAConfig` or was repaired already.
@@ -105,13 +94,11 @@ class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]
 
 class SoftPenaltyCallback(TrainerCallback):  # type: ignore[misc]
     """Trains an adapter with `OrthoSafetyPatchConfig(mode="soft")`: adds its penalty's exact gradient right before
-    each optimizer step, after gradient accumulation, clipping and loss scaling.
-
-    The loss that the user sees stays the task's. Logs the penalty, without its weight, as `soft_penalty`.
+    each optimizer step, after accumulation, clipping and loss scaling. The loss that the user sees stays the task's;
+    the penalty, without its weight, is logged as `soft_penalty`.
 
     Raises:
-        ConfigError: at the beginning of training: no such adapter, or DeepSpeed, whose optimizer takes the gradients
-            away.
+        ConfigError: at the beginning of training: no such adapter, or DeepSpeed, which takes the gradients away.
     """
 
     def __init__(self, adapter_name: str = "default") -> None:
@@ -147,9 +134,7 @@ def _log(logs: dict[str, Any], state: TrainerState, name: str, value: float) -> 
 
 @torch.no_grad()
 def largest_leak(model: nn.Module) -> float:
-    """Largest `||U^T B|| / ||B||` of what all leaves compute with, with one host synchronization; of a frozen factor,
-    what it was when it was made. Gathers sharded weights: every rank must call it.
-    """
+    """Largest `||U^T B|| / ||B||` of all leaves, certified ones included. Gathers sharded weights: on every rank."""
     certificates = [config._certificate for config in protected_configs(model).values() if config._certificate]
     worst = torch.tensor(max((entry.leak for c in certificates for entry in c.modules.values()), default=0.0))
     for _, leaf in protected_leaves(model):

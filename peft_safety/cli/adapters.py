@@ -36,9 +36,7 @@ def verify(
 def recover(
     directory: Annotated[Path, Argument(help="Directory in which a save was interrupted.")], json: opt.Json = False
 ) -> None:
-    """Finish a save that was interrupted while its files were moved into place. Files that this package did not write
-    there are refused.
-    """
+    """Finish a save that was interrupted while its files were moved. Files that it did not write are refused."""
     from peft_safety.core.publish import recover as finish
 
     moved = finish(directory)
@@ -67,9 +65,7 @@ def repair(
     png: Annotated[Path | None, Option(help="Draw the cosines here.")] = None,
     json: opt.Json = False,
 ) -> None:
-    """Repair a trained LoRA adapter, by Safe LoRA or by GuardSpace's null space: no data, no training, no model in
-    memory.
-    """
+    """Repair a trained LoRA adapter, by Safe LoRA or by GuardSpace's null space: no data, no training, no model."""
     options = locals()
     from peft_safety.methods.guardspace import repair_adapter
     from peft_safety.methods.safe_lora import safe_lora_dir
@@ -107,9 +103,7 @@ def audit(
     every: Annotated[bool, Option("--all", help="One row a module instead of medians by kind of module.")] = False,
     json: opt.Json = False,
 ) -> None:
-    """Compare an adapter's update with the weights under it and with chance, and measure what it does to general and
-    harmful inputs.
-    """
+    """Compare an adapter's update with the weights, with chance, and on general and harmful inputs."""
     from peft_safety.audit import orthogonality_report
     from peft_safety.data import read_jsonl
     from peft_safety.recipes.load import load_adapter

@@ -34,9 +34,7 @@ EvalLimit = Annotated[int | None, Option(help="Prompts of each kind at most.")]
 
 
 def parsed(options: Mapping[str, Any], *without: str) -> dict[str, Any]:
-    """Options as the functions take them, without some: a list of target modules, a whole number of directions as an
-    integer, and `--safety-rank-pattern` as a mapping.
-    """
+    """Options as the functions take them, without some."""
     targets, rank, sizes = options["target_modules"], options["safety_rank"], {}
     if targets != "all-linear" and not any(c in targets for c in "*+?()[]|\\^$"):
         targets = [name.strip() for name in targets.split(",") if name.strip()]

@@ -38,9 +38,7 @@ def calibrate(
     dry_run: Annotated[bool, Option("--dry-run", help="Only say what it will take: bytes, passes, seconds.")] = False,
     json: opt.Json = False,
 ) -> None:
-    """Estimate a safety subspace in one pass over the model, and save it. For input sides, the energy that it covers
-    is printed.
-    """
+    """Estimate a safety subspace and save it. For input sides, the energy that it covers is printed."""
     options = opt.parsed(locals(), "out", "task_data", "png", "dry_run", "json")
     from peft_safety.recipes import calibrate as recipe
     from peft_safety.reporting import coverage

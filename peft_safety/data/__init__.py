@@ -77,7 +77,7 @@ def load(name: str, split: str | None = None) -> list[dict[str, str]]:
 
 
 def refusal_pairs(split: str = "calibration", n: int | None = None, seed: int = 0) -> list[dict[str, str]]:
-    """Harmful requests paired with refusals: data for safety subspaces and safety patches. See `pair_responses`."""
+    """Harmful requests paired with refusals, see `pair_responses`."""
     return pair_responses(split, "refusals", n, seed)
 
 
@@ -93,9 +93,7 @@ def preference_pairs(split: str = "train", n: int | None = None, seed: int = 0) 
 
 
 def pair_responses(split: str, responses: str, n: int | None, seed: int) -> list[dict[str, str]]:
-    """`n` rows {prompt, response}: distinct harmful requests of `split` first, then (n larger than the split) the same
-    ones with other responses. These are shuffled and dealt in turn, so each is used equally often.
-    """
+    """`n` rows {prompt, response}: distinct requests first, then with other responses, each used equally often."""
     prompts = [row["prompt"] for row in load("harmful_requests", split)]
     texts = [row["text"] for row in load(responses, split)]
     n = len(prompts) if n is None else n
@@ -109,9 +107,7 @@ def pair_responses(split: str, responses: str, n: int | None, seed: int) -> list
 
 
 def calibration_rows(method: str, basis: str | None = None) -> list[dict[str, str]]:
-    """What a method's subspace is estimated from where no data are given. `basis`: "harmful" (requests with refusals),
-    "general" (everyday prompts alone) or "both"; None takes "general" for "ortho_patch", "harmful" for the others.
-    """
+    """What a subspace is estimated from by default: requests with refusals ("harmful"), everyday prompts or both."""
     basis = basis or ("general" if method == "ortho_patch" else "harmful")
     if basis not in ("harmful", "general", "both"):
         raise DataError(f"basis={basis!r} names no calibration rows. Choose harmful, general or both.")

@@ -74,9 +74,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, la
 def encode_each(
     tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, labels: Sequence[Any] | None = None
 ) -> list[Feature | None]:
-    """`encode_row` for every row, with errors that name it: None for a row whose answer lies past `max_length`.
-    `labels` are those of a classification task; None takes those of `rows`.
-    """
+    """`encode_row` for every row, with errors that name it; None for a row whose answer lies past `max_length`."""
     rows = as_rows(rows)
     if not rows:
         raise DataError(f"no rows to encode. Give at least one of {SHAPES}.")
@@ -89,9 +87,7 @@ def encode_each(
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, labels: Sequence[Any] | None = None
 ) -> list[Feature]:
-    """`encode_each` without the rows whose answer lies past `max_length`, which a warning names. None left is an
-    error.
-    """
+    """`encode_each` without the rows whose answer lies past `max_length`, with a warning. None left is an error."""
     features = encode_each(tokenizer, rows, max_length, labels)
     dropped = [index for index, feature in enumerate(features) if feature is None]
     if len(dropped) == len(features):
@@ -115,14 +111,11 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: i
 
 
 def is_prompt_only(row: Row) -> bool:
-    """Whether a row has a prompt and no answer."""
     return kind_of(plain_row(row)) == "prompt"
 
 
 def row_turns(row: Row, labels: Sequence[str] = ()) -> tuple[list[Message], list[Message]]:
-    """The prompt's turns and the answer's turns of a row of any accepted kind; a {messages} row is all answer.
-    `labels` are those of the data set. The last turn must be an assistant turn that says or calls something.
-    """
+    """The prompt's turns and the answer's turns of a row of any accepted kind; a {messages} row is all answer."""
     row = plain_row(row)
     kind = kind_of(row)
     prompt: list[Message] = []
@@ -188,9 +181,7 @@ class Collator:
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of each row, summed over its labeled tokens, fp32: `(rows, tokens, vocabulary)` logits and
-    `(rows, tokens)` labels, -100 where there is none, give `(rows,)`.
-    """
+    """Cross entropy `(rows,)`, fp32, over each row's labels `(rows, tokens)`; logits `(rows, tokens, vocabulary)`."""
     import torch
 
     rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)

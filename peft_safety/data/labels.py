@@ -116,7 +116,6 @@ def _must_show(chat: Chat, messages: Sequence[Message], index: int, changed: Mes
 
 
 def _changed(message: Message) -> Message:
-    """The turn with a content whose first character differs."""
     content = message["content"].lstrip()
     return message | {"content": ("b" if content.startswith("a") else "a") + content}
 

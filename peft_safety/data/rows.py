@@ -77,7 +77,7 @@ def plain_row(row: Row) -> dict[str, Any]:
 
 
 def kind_of(row: Row) -> Kind | None:
-    """The kind of a row; None if it is none of the kinds. Further columns do not matter."""
+    """The kind of a row, or None. Further columns do not matter."""
     if "messages" in row:
         return "messages"
     if "prompt" in row and "response" in row:
@@ -88,9 +88,7 @@ def kind_of(row: Row) -> Kind | None:
 
 
 def label_text(label: Any) -> str:
-    """A label as the model is to write it: text as it is; whole numbers and truth values, NumPy's and torch's too, as
-    Python writes them ("3", "True"). Anything else, and empty text, is refused.
-    """
+    """A label as the model is to write it: text; whole numbers and truth values as in Python. Refuses others."""
     value = _plain_value(label)
     if isinstance(value, (bool, int)) or (isinstance(value, str) and value.strip()):
         return str(value)
@@ -157,7 +155,6 @@ def _records(data: Any, what: str, error: type[PeftSafetyError]) -> Iterable[Any
 
 
 def _is_split(part: Any) -> bool:
-    """Whether this is a data set, or a list of rows."""
     if isinstance(part, (list, tuple)):
         return bool(part) and isinstance(part[0], Mapping)
     return _is(part, "datasets", "Dataset", "IterableDataset")

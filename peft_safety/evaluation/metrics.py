@@ -39,18 +39,15 @@ class Rate:
 
     @classmethod
     def of(cls, outcomes: Iterable[bool]) -> Rate:
-        """The rate of True among `outcomes`."""
         listed = list(outcomes)
         return cls(sum(listed), len(listed))
 
     @property
     def value(self) -> float:
-        """k / n."""
         return self.k / self.n
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval."""
         return wilson_interval(self.k, self.n)
 
     def to_json(self) -> dict[str, Any]:
@@ -73,7 +70,6 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
-        """The mean of at least one value, all finite."""
         n = len(values)
         if n < 1 or not all(map(math.isfinite, values)):
             raise DataError(f"the mean of {n} values is undefined. Give at least one value, all finite.")
@@ -83,7 +79,6 @@ class Mean:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % normal interval."""
         return self.value - Z_95 * self.stderr, self.value + Z_95 * self.stderr
 
     def to_json(self) -> dict[str, Any]:
@@ -100,7 +95,6 @@ Figure = Rate | Mean
 
 
 def figure_from_json(data: dict[str, Any]) -> Figure:
-    """The figure that `to_json` wrote."""
     try:
         if "k" in data:
             return Rate(int(data["k"]), int(data["n"]))

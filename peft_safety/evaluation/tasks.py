@@ -104,19 +104,15 @@ def likeliest_labels(
 
 
 def accuracy(*args: Any, **options: Any) -> Rate:
-    """The rate of `exact_answers`."""
     return Rate.of(exact_answers(*args, **options))
 
 
 def choice_accuracy(*args: Any, **options: Any) -> Rate:
-    """The rate of `likeliest_labels`."""
     return Rate.of(likeliest_labels(*args, **options))
 
 
 def read_label(answer: str, labels: Sequence[str]) -> str | None:
-    """The label that an answer gives: the one it equals; or else the only one that it equals without punctuation at
-    the ends, without case, without both. None where it gives none, or leaves it open which.
-    """
+    """The label that an answer equals; or else the only one that it equals but for case or punctuation at the ends."""
     for form in (str.strip, _bare, lambda text: text.strip().lower(), normalize):
         given = form(answer)
         meant = [label for label in labels if given and form(label) == given]
@@ -126,7 +122,6 @@ def read_label(answer: str, labels: Sequence[str]) -> str | None:
 
 
 def normalize(answer: str) -> str:
-    """Lower case, without white space, quotes and punctuation at the ends."""
     return _bare(answer.lower())
 
 

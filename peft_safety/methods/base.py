@@ -189,9 +189,7 @@ class ProtectedConfig(LoraConfig):
         """Set initial factors once the leaves are in place. Nothing to do for plain LoRA initialization."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields. `peft_type` is the method's own, so that PEFT alone does not load it as a plain LoRA;
-        where it is one (`is_plain`), these are LoRA's fields.
-        """
+        """JSON-able fields, under the method's own `peft_type`; where the adapter is a plain LoRA, LoRA's fields."""
         plain = copy.copy(self)
         for name in self.UNSAVED:
             setattr(plain, name, None)

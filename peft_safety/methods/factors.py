@@ -16,9 +16,7 @@ from peft_safety.layers import joined, stored_factors
 
 
 def layer_factors(name: str, layer: LoraLayer, adapter_name: str) -> Factors:
-    """The factors of an adapter in one of its layers, not copied; with a residual the joined ones. Merged, sharded,
-    meta and not finite ones are refused.
-    """
+    """The factors of an adapter in one layer, not copied, a residual joined; refuses what is not whole and finite."""
     if layer.merged:
         raise ConfigError(f"{name}: an adapter is merged into the base weight. Call unmerge_adapter() first.")
     leaves = layer.lora_A[adapter_name], layer.lora_B[adapter_name]

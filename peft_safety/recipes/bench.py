@@ -21,9 +21,7 @@ GENERAL_TOKENS = 24
 
 @dataclass(frozen=True)
 class Bench:
-    """Prompts of one split, task rows, and the model's answers to the general prompts before fine-tuning: their NLL
-    afterwards is its drift.
-    """
+    """Prompts, task rows, and the model's answers to general prompts before fine-tuning, to measure drift by."""
 
     prompts: PromptSet
     task: TaskData
@@ -49,7 +47,6 @@ class Bench:
         return cls(prompts, task, general, options)
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
-        """Evaluate `model`."""
         return evaluate(
             model,
             tokenizer,

@@ -38,7 +38,6 @@ BARS = {
 
 
 def show_cost(cost: CalibrationCost) -> None:
-    """Print what a calibration will take."""
     rows = [
         ["modules", f"{cost.modules}, with {cost.inputs} distinct inputs"],
         ["subspace file", _size(cost.file_bytes)],
@@ -55,7 +54,6 @@ def _size(count: int) -> str:
 
 
 def to_json(modules: Sequence[ModuleCoverage]) -> list[Row]:
-    """Plain values, one object a module."""
     rows = []
     for module in modules:
         row = {name: getattr(module, name) for name in ("name", "features", "k", "covered")}
@@ -84,9 +82,7 @@ def show(modules: Sequence[ModuleCoverage]) -> None:
 
 
 def save_png(modules: Sequence[ModuleCoverage], path: str | Path) -> Path:
-    """Energy left outside against the size of the null space, and with task data the task's rank beside k, by kind of
-    module.
-    """
+    """Energy left outside against the size of the null space, with task data its rank beside k, by kind of module."""
     if not any(len(module.curve) for module in modules):
         raise DataError("the subspace does not say what its input bases cover. Calibrate with method='guardspace'.")
     rows = to_json(modules)

@@ -19,7 +19,6 @@ NOTE = (
 
 
 def show(report: RepairReport) -> None:
-    """Print one row per module."""
     record = report.record
     rows = [
         [row.name, render.number(row.cos), "yes" if row.selected else ""]
@@ -32,7 +31,6 @@ def show(report: RepairReport) -> None:
 
 
 def show_blind(report: BlindReport) -> None:
-    """Print one row per module of a repair by GuardSpace's null space."""
     rows = [[row.name, str(row.k), f"{row.removed:.1%}", f"{row.leak:.1e}"] for row in report.modules]
     table = render.table(["module", "k", "removed", "leak"], rows)
     notes = ["removed: share of the update that acted on the protected inputs. leak: share of lora_A left there."]
@@ -42,7 +40,6 @@ def show_blind(report: BlindReport) -> None:
 
 
 def show_fusion(report: FuseReport) -> None:
-    """Print what is fused, and one row per mask."""
     facts, record = report.facts, report.to_json()
     tasks = " + ".join(f"{w:g} {task['name']}" for w, task in zip(facts["weights"], facts["tasks"], strict=True))
     result = f"a LoRA of rank {facts['rank']}" if facts["rank"] else "a checkpoint"

@@ -51,12 +51,9 @@ class SafeLoRAConfig(RepairChoices, LoraConfig):
         check_features(self, "SafeLoRAConfig")
 
     def repair_options(self) -> dict[str, Any]:
-        """Keyword arguments for `apply_safe_lora`."""
         return {name: getattr(self, name) for name in OPTIONS}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields, under the method's own name: PEFT without this package refuses an adapter that may not
-        have been repaired yet.
-        """
+        """Under the method's own name: PEFT alone refuses an adapter that may not have been repaired yet."""
         result: dict[str, Any] = super().to_dict()
         return result | {"peft_type": self.PEFT_KEY}

@@ -24,7 +24,6 @@ FIRST_WIDTH = 32
 
 
 def block_width(rows: int) -> int:
-    """Input columns that are read at a time."""
     return max(16, BLOCK_BYTES // (4 * rows))
 
 
@@ -43,9 +42,7 @@ class Delta:
     base_norm: float = math.nan
 
     def blocks(self) -> Iterator[Tensor]:
-        """`V_j (m, c)`, left to right, each in the memory of the one before: fresh memory costs more than the
-        arithmetic. A weight that is not finite is refused.
-        """
+        """`V_j (m, c)`, left to right, each in the memory of the one before, which is faster. Refuses NaN and Inf."""
         energy = torch.zeros((), dtype=torch.float64, device=self.device)
         base = torch.zeros_like(energy)
         m, n = self.aligned.shape

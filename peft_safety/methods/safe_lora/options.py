@@ -69,9 +69,7 @@ class RepairChoices:
 
 @dataclass
 class RepairOptions(RepairChoices):
-    """Options of `apply_safe_lora` and `safe_lora_dir`: the choices, and how they are carried out. Products have the
-    `dtype` float32 or float64, cosines are taken in float64; the device is CUDA by default, if there is a GPU.
-    """
+    """The choices, and how they are carried out. Cosines are taken in fp64; the device is CUDA if there is one."""
 
     dtype: torch.dtype = torch.float32
     device: str | torch.device | None = None

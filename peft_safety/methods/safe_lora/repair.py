@@ -60,7 +60,6 @@ class RepairReport:
 
     @property
     def selected(self) -> list[str]:
-        """Names of the repaired modules."""
         return [module.name for module in self.modules if module.selected]
 
     def to_json(self) -> dict[str, Any]:

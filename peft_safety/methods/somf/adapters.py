@@ -38,8 +38,6 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class Adapter(NamedTuple):
-    """A plain LoRA adapter, as the user called it."""
-
     label: str
     factors: dict[str, Factors]
     base: str | None  # None: the model at hand, or not known
@@ -47,9 +45,7 @@ class Adapter(NamedTuple):
 
 
 class AdapterFusion:
-    """The adapters of one fusion, checked against each other; `safe` is None where the base model is the aligned one.
-    Different bases, modules or shapes, and a granularity that they cannot have, are refused.
-    """
+    """The adapters of one fusion, checked against each other; without `safe` the base model is the aligned one."""
 
     def __init__(self, safe: str | None, tasks: Sequence[str], model: nn.Module | None, options: FuseOptions) -> None:
         self.options, self.weights = options, options.weights_of(len(tasks))
@@ -72,7 +68,6 @@ class AdapterFusion:
         self.facts = {"layout": layout, "modules": len(self.updates), "rank": rank}
 
     def masked(self, model: nn.Module | None) -> MaskedAdapters:
-        """The model to train a mask on."""
         if model is None:
             raise ConfigError("method='somf' trains a mask, which needs model=. Give it, or a trained mask=.")
         return MaskedAdapters(model, self.updates, self.options)
@@ -92,7 +87,6 @@ class AdapterFusion:
         plain_lora.write_plain(out, plain_lora.factor_tensors(pairs), self._config(pairs), "", more=more)
 
     def add(self, pairs: Pairs, model: PeftModel, name: str) -> None:
-        """Add the result to the model as one more adapter."""
         add_adapter(model, name, self._config(pairs, places(model.get_base_model())), pairs)
 
     def _config(self, pairs: Pairs, existing: Mapping[str, str] | None = None) -> LoraConfig:
@@ -144,7 +138,6 @@ def apply(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def mask_shapes(updates: Mapping[str, Update]) -> dict[str, Shape]:
-    """Of all updates, by the masks' full names."""
     return {name: shape for update in updates.values() for name, shape in update.mask_shapes.items()}
 
 
@@ -172,7 +165,6 @@ def _read(source: str, model: nn.Module | None) -> Adapter:
 
 
 def _check_alike(adapters: list[Adapter], options: FuseOptions) -> None:
-    """Refuse adapters of different base models, or of different modules."""
     bases = {os.path.realpath(a.base) if os.path.isdir(a.base) else a.base: a for a in adapters if a.base is not None}
     if len(bases) > 1 and not options.ignore_base_names:
         (one, a), (two, b) = list(bases.items())[:2]

@@ -61,7 +61,6 @@ class CheckpointFusion:
         self.facts = {"layout": "checkpoints", "modules": len(self.vectors), "rank": 0}
 
     def masked(self, _: nn.Module | None) -> MaskedModel:
-        """The model to train a mask on."""
         return MaskedWeights(self)
 
     def fused(self, mask_of: MaskOf | None) -> dict[str, Tensor]:
@@ -74,7 +73,6 @@ class CheckpointFusion:
         return fused
 
     def write(self, out: Path, mask_of: MaskOf | None, more: Callable[[Path], None]) -> None:
-        """Publish a checkpoint, with what `more` writes."""
         own = dict(self.model.named_parameters())
         changed = {id(own[name]): tensor for name, tensor in self.fused(mask_of).items()}
         state = self.model.state_dict(keep_vars=True)  # tied weights are one tensor, and stay so

@@ -66,7 +66,6 @@ class FuseReport:
 
     @property
     def mask_entries(self) -> int:
-        """Of all masks."""
         return sum(map(math.prod, self.mask_shapes.values()))
 
     @property
@@ -88,7 +87,6 @@ class FuseReport:
         return {**self.record, "masks": rows}
 
     def write(self, folder: Path) -> None:
-        """The masks, the report as JSON, and the model card."""
         if self.masks is not None:
             save_masks(self.masks, folder)
         (folder / RECORD).write_text(json.dumps(self.to_json(), indent=2, sort_keys=True), encoding="utf-8")
@@ -197,7 +195,6 @@ def _planned(fusion: AdapterFusion | CheckpointFusion) -> FuseReport:
 def _read(
     safe: Source | None, tasks: Sequence[Source], model: nn.Module | None, options: FuseOptions
 ) -> AdapterFusion | CheckpointFusion:
-    """Read and check everything that is fused."""
     if isinstance(tasks, (str, os.PathLike)) or not tasks:
         raise ConfigError(f"tasks={tasks!r}. Give a list of at least one adapter or checkpoint.")
     aligned, names = (None if safe is None else os.fspath(safe)), [os.fspath(task) for task in tasks]

@@ -56,9 +56,7 @@ def noise(like: Tensor, seed: int) -> Tensor:
 
 
 def rescaled(vector: Tensor, mask: Tensor, how: Rescale) -> Tensor:
-    """The masked task vector `V m`; each entry of m covers equally many of V. "mean" divides by the mean of m, as
-    published, which lengthens a real task vector 1.4 to 1.8 times; a mask that keeps nothing gives zero.
-    """
+    """`V m`; "mean" divides by the mean of m, as published, which lengthens a real task vector 1.4 to 1.8 times."""
     masked = vector * mask
     return masked / mask.mean().clamp(min=torch.finfo(masked.dtype).tiny) if how == "mean" else masked
 
@@ -71,11 +69,9 @@ class Masks:
     record: dict[str, Any] = field(default_factory=dict)
 
     def of(self, name: str) -> Tensor:
-        """The mask of this name as fp32."""
         return self.values[name].float()
 
     def density(self) -> float:
-        """Share of kept entries over all masks."""
         return float(torch.cat([value.flatten() for value in self.values.values()]).float().mean())
 
     def check(self, shapes: Mapping[str, Shape]) -> None:
@@ -141,9 +137,7 @@ def _by_group(tensors: Mapping[str, Tensor], change: Callable[[Tensor, list[str]
 
 
 def save_masks(masks: Masks | Mapping[str, Tensor], path: Path, record: Mapping[str, Any] | None = None) -> Path:
-    """Write masks, one byte per entry, or trained logits, from which masks of any density can still be exported, to a
-    file or into a directory. Equal masks give equal files.
-    """
+    """Write masks, one byte per entry, or logits to a file or into a directory. Equal ones give equal files."""
     values, record = (masks.values, masks.record) if isinstance(masks, Masks) else (masks, record or {})
     path = path if path.suffix == ".safetensors" else path / FILE_NAME
     header = json.dumps({"version": VERSION, "record": dict(record)}, sort_keys=True)

@@ -73,7 +73,6 @@ class FuseOptions:
             raise ConfigError(f"weights={self.weights!r}. Use finite numbers.")
 
     def weights_of(self, tasks: int) -> list[float]:
-        """One weight per task."""
         weights = (1.0 if tasks == 1 else WEIGHT) if self.weights is None else self.weights
         if isinstance(weights, (int, float)):
             return [float(weights)] * tasks

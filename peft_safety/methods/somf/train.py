@@ -37,9 +37,7 @@ SIDES = ("chosen", "rejected")
 
 
 class MaskedModel(nn.Module):
-    """What the Trainer sees: the logits, 0 at first (each entry is kept with probability 1/2). The frozen model under
-    them is no submodule, so that nobody moves or saves it.
-    """
+    """What the Trainer sees: the logits, 0 at first. The frozen model is no submodule: nobody moves or saves it."""
 
     model: nn.Module
     fused = True  # False for DPO's reference, the safe model without any task

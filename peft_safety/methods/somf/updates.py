@@ -42,7 +42,6 @@ class Update(nn.Module):
         raise NotImplementedError
 
     def aligned(self) -> tuple[Tensor, Tensor]:
-        """The same of the safe adapter alone."""
         return self.a[: self.safe_rank], self.b[:, : self.safe_rank]
 
 
@@ -107,5 +106,4 @@ class Independent(Update):
 
 
 def _working(factor: Tensor) -> Tensor:
-    """In fp32, or fp64 where it is stored so."""
     return factor.detach().to(torch.promote_types(factor.dtype, torch.float32))
