@@ -30,16 +30,7 @@ class Preconditioner:
     @classmethod
     @torch.no_grad()
     def of(cls, moment: Tensor, kind: Kind, name: str) -> Preconditioner:
-        """From a second moment.
-
-        Args:
-            moment: `S (n, n)`, symmetric positive semi-definite, of any scale.
-            kind: "root" is `Sigma^(1/2)`, with which the decomposition minimizes the error on the data; "moment" is
-                `Sigma` itself.
-
-        Raises:
-            CalibrationError: a moment that is zero or not finite.
-        """
+        """From a second moment of any scale. With "root" the decomposition minimizes the error on the data."""
         total = check_moment(moment, name)
         values, vectors = torch.linalg.eigh(moment.double() * (moment.shape[0] / total))
         values = values.clamp(min=0) + RIDGE
@@ -49,17 +40,9 @@ class Preconditioner:
 
 @torch.no_grad()
 def irrelevant_factors(weight: Tensor, preconditioner: Preconditioner, rank: int, name: str) -> tuple[Tensor, Tensor]:
-    """`B0 = U_r sqrt(S_r)` and `A0 = sqrt(S_r) V_r^T C^-1` of the *smallest* r components of `W C = U S V^T`.
-
-    With `C = Sigma^(1/2)` no other rank-r part of this form has less energy on the data: `E||B0 A0 x||^2` is the sum
-    of the r smallest `S^2`. All components together give back `W`.
-
-    Args:
-        weight: `W (m, n)`.
-        rank: `1 <= r <= min(m, n)`.
-
-    Returns:
-        `(B0 (m, r), A0 (r, n))`, fp32.
+    """`B0 = U_r sqrt(S_r) (m, r)` and `A0 = sqrt(S_r) V_r^T C^-1 (r, n)`, fp32, of the *smallest* r components of `W C
+    = U S V^T`, for `1 <= r <= min(m, n)`. With `C = Sigma^(1/2)` no other rank-r part of this form has less energy on
+    the data: `E||B0 A0 x||^2` is the sum of the r smallest `S^2`. All components together give back `W (m, n)`.
 
     Raises:
         CalibrationError: the weight's smallest components are zero, so that neither factor would ever get a gradient.
