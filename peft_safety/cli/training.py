@@ -9,8 +9,8 @@ from typer import Option
 
 from peft_safety.cli import options as opt
 from peft_safety.cli.common import app, print_facts, show
+from peft_safety.core.training import LEARNING_RATE, PATCH_LEARNING_RATE, TrainOptions
 from peft_safety.errors import ConfigError
-from peft_safety.recipes.train import LEARNING_RATE, PATCH_LEARNING_RATE
 
 
 @app.command()
@@ -92,7 +92,6 @@ def protect(
     options = opt.parsed(locals(), "model", "data", "out_dir", "poison", "eval_limit")
     from peft_safety.recipes.adapter import adapter_config
     from peft_safety.recipes.protect import protect as run
-    from peft_safety.recipes.train import TrainOptions
 
     options["combine"] = "salora" if combine else None
     training, adapter = opt.split(options, TrainOptions)
@@ -132,7 +131,6 @@ def patch(
     options = opt.parsed(locals(), "model", "out_dir", "data", "general", "prior", "evaluate_every", "eval_limit")
     from peft_safety.data import read_jsonl
     from peft_safety.recipes.patch import PatchOptions, make_patch
-    from peft_safety.recipes.train import TrainOptions
     from peft_safety.recipes.watch import Stopping
 
     training, rest = opt.split(options, TrainOptions)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from peft import LoraConfig, TaskType
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_safety.calibration.moments import to_batches
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows
 from peft_safety.data.rows import Rows, as_rows
 from peft_safety.errors import ConfigError
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft_safety.methods.base import calibrate
+from peft_safety.methods.guardspace import GuardSpaceConfig
+from peft_safety.methods.salora import SaLoRAConfig
 
 GUARD_ROWS = 32
 """Training rows that GuardSpace's guard against stalling looks at: thousands of tokens."""
@@ -37,11 +39,6 @@ def adapter_config(
     Raises:
         ConfigError: an unknown method, an option that it does not have, or a value that its config refuses.
     """
-    from peft import LoraConfig, TaskType
-
-    from peft_safety.methods.guardspace import GuardSpaceConfig
-    from peft_safety.methods.salora import SaLoRAConfig
-
     kinds: dict[str, Any] = {"lora": LoraConfig, "salora": SaLoRAConfig, "guardspace": GuardSpaceConfig}
     if method not in kinds:
         raise ConfigError(f"method {method!r} is unknown. Choose 'lora', 'salora' or 'guardspace'.")
@@ -72,10 +69,6 @@ def calibrated(
     Raises:
         CalibrationError: see `SafetySubspace.from_activations`.
     """
-    from peft_safety.methods.base import calibrate
-    from peft_safety.methods.guardspace import GuardSpaceConfig
-    from peft_safety.methods.salora import SaLoRAConfig
-
     config, rows = copy.copy(config), as_rows(rows)
     common: dict[str, Any] = {"tokenizer": tokenizer, "seed": seed, "progress": progress}
     reading: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": 8, "max_length": 512}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_safety.evaluation.evaluate import Evaluation, evaluate, self_responses
 from peft_safety.evaluation.prompts import PromptSet, prompt_set
 from peft_safety.recipes.load import TaskData
 from peft_safety.recipes.train import TrainOptions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 JUDGED_TOKENS = 16
 """Tokens generated of a response that is judged: a keyword judge needs only its opening."""

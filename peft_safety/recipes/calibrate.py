@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_safety.calibration.activations import METHODS
 from peft_safety.calibration.cost import CalibrationCost, cost
@@ -18,9 +20,6 @@ from peft_safety.data.rows import Rows
 from peft_safety.errors import ConfigError
 from peft_safety.methods.ortho_patch.config import SIDES
 from peft_safety.recipes.load import load_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 READING = ("method", "positions", "memory", "dtype", "batch_size", "max_length")
 

@@ -6,16 +6,26 @@ import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from peft_safety.core.adapter_dir import check_adapter, protected_types
 from peft_safety.core.names import exclude_look_alikes, pin, places
+from peft_safety.core.plain_lora import read_manifest, read_plain
 from peft_safety.data import affirmation_pairs, rows_of
 from peft_safety.data.rows import Row, Rows, as_rows, label_names
 from peft_safety.errors import ArtifactError, ConfigError, DataError, PeftSafetyError
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft_safety.registry.configs import stored_config
 
 HOLDOUT = 0.15
 """Share of a data set without splits that is held out for evaluation."""
@@ -40,9 +50,6 @@ def load_model(
     Raises:
         ConfigError: nothing loads from there.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
-
     source = model.config._name_or_path if isinstance(model, PreTrainedModel) else str(model)
     cuda = torch.cuda.is_available()
     options: dict[str, Any] = {"dtype": "auto" if cuda else torch.float32}
@@ -66,9 +73,6 @@ def load_model(
 
 def _blocks_on_disk(source: str, device: str) -> dict[str, str]:
     """A device map: lists of modules, which are the blocks, stay on disk; everything else goes to the device."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
     result: dict[str, str] = {}
@@ -92,8 +96,6 @@ def load_adapter(
         ArtifactError: the directory is not a whole, finite LoRA adapter, or does not fit the model.
         ConfigError: no base model, or an adapter whose update is no plain product (see `orthogonality_report`).
     """
-    from peft import PeftModel
-
     path = Path(directory)
     config = _adapter_config(path)
     source = model if model is not None else config.base_model_name_or_path
@@ -112,10 +114,6 @@ def load_adapter(
 
 def _adapter_config(path: Path) -> Any:
     """The checked config. For a plain LoRA, full names, ranks and alphas from its tensors replace every pattern."""
-    from peft_safety.core.adapter_dir import check_adapter, protected_types
-    from peft_safety.core.plain_lora import read_manifest, read_plain
-    from peft_safety.registry.configs import stored_config
-
     if read_manifest(path, warn=False).get("peft_type") in protected_types():
         return stored_config(check_adapter(path, warn=True))
     plain = read_plain(path)

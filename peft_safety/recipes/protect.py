@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_safety.core.environment import environment
 from peft_safety.core.subspace import SafetySubspace
@@ -16,11 +19,6 @@ from peft_safety.recipes.bench import Bench
 from peft_safety.recipes.load import load_model, poisoned, task_data
 from peft_safety.recipes.train import TrainingRun, TrainOptions, finetune
 from peft_safety.reporting.report import Report
-
-if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 SIZES = ("r", "lora_alpha", "safety_rank", "safety_energy", "safety_rank_pattern", "combine_rank")
 SETTINGS = (*SIZES, "train", "window", "a_init", "init", "basis", "positions", "combine")

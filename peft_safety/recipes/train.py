@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peft_safety.core.training import LEARNING_RATE, TrainOptions
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+
+from peft_safety.core import base_weights as weights
+from peft_safety.core.training import LEARNING_RATE, PATCH_LEARNING_RATE, TrainOptions
 from peft_safety.data.chat import Collator, can_trim, encode_rows
 from peft_safety.data.rows import Rows
 from peft_safety.errors import ConfigError
-
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from peft_safety.recipes.distil import distilling_trainer
 
 __all__ = ["LEARNING_RATE", "PATCH_LEARNING_RATE", "TrainOptions", "TrainingRun", "finetune"]
-PATCH_LEARNING_RATE = 2e-3
-"""That of a safety patch, which learns one short kind of answer and is stopped early (validation split of
-examples/patch.py)."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +74,6 @@ def finetune(
     Raises:
         DataError: malformed rows. ConfigError: no config, and no PeftModel whose active adapter trains.
     """
-    import torch
-    from peft import PeftModel
-    from transformers import PrinterCallback, Trainer, set_seed
-
-    from peft_safety.core import base_weights as weights
-    from peft_safety.recipes.distil import distilling_trainer
-
     options = TrainOptions() if options is None else options
     features = encode_rows(tokenizer, rows, options.max_length, labels)
     set_seed(options.seed)
@@ -86,11 +87,11 @@ def finetune(
     collator = Collator(tokenizer, distil, trim=can_trim(tuned))
     kind = distilling_trainer(distil_weight) if distil else Trainer
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = options.arguments(scratch, cuda, save_strategy="no", disable_tqdm=True)  # `_progress_bar` instead
+        arguments = options.arguments(scratch, cuda, save_strategy="no", disable_tqdm=True)
         trainer = kind(tuned, arguments, data_collator=collator, train_dataset=features, callbacks=list(callbacks))
         trainer.remove_callback(PrinterCallback)
         if options.progress:
-            trainer.add_callback(_progress_bar(description))
+            trainer.add_callback(_Bar(description))
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         result = trainer.train()
@@ -108,8 +109,6 @@ def finetune(
 
 
 def _with_adapter(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str) -> PeftModel:
-    from peft import PeftModel, get_peft_model
-
     if not isinstance(model, PeftModel):
         return get_peft_model(model, config, adapter_name=name)
     active = list(model.active_adapters)
@@ -122,25 +121,23 @@ def _with_adapter(model: PreTrainedModel | PeftModel, config: PeftConfig, name: 
 
 def _peak_resident() -> int:
     """Most resident memory of this process since it began, in bytes."""
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _progress_bar(description: str) -> TrainerCallback:
+class _Bar(ProgressCallback):
     """The Trainer's bar on one line, with the running loss instead of printed logs."""
-    from transformers import ProgressCallback
 
-    class Bar(ProgressCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            super().on_train_begin(args, state, control, **kwargs)
-            if self.training_bar is not None:
-                self.training_bar.set_description(description)
-                self.training_bar.leave = False
+    def __init__(self, description: str) -> None:
+        super().__init__()
+        self.description = description
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if self.training_bar is not None and logs and "loss" in logs:
-                self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.description)
+            self.training_bar.leave = False
 
-    return Bar()
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
