@@ -1,4 +1,4 @@
-"""The factors of a loaded adapter, and of a stored protected one."""
+"""The factors of a loaded adapter and of a stored protected one; the frozen initial factors of a residual."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core import files
@@ -40,3 +41,16 @@ def protected_factors(stored: StoredAdapter, modules: Iterable[str]) -> dict[str
             scaling = scaling_of(alphas.get(name, stored.config["lora_alpha"]), stored.shapes[name][2], stored.config)
             factors[name] = Factors(*joined(a, b, *(initial or (None, None))), scaling)
     return factors
+
+
+@torch.no_grad()
+def start_from(layer: LoraLayer, adapter_name: str, b: Tensor, a: Tensor) -> None:
+    """Set the initial factors of a residual. Components that a layer lacks start as plain LoRA's do, at B = 0."""
+    leaf_a, leaf_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    components, rank = a.shape[0], int(layer.r[adapter_name])
+    if components < rank:
+        own = leaf_a.weight
+        a = torch.cat([a.to(own), own[components:]])
+        b = nn.functional.pad(b, (0, rank - components))
+    leaf_a.set_initial(a)
+    leaf_b.set_initial(b)

@@ -27,7 +27,7 @@ from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data.rows import data_rows
 from peft_safety.errors import ConfigError
 from peft_safety.methods.base import ProtectedConfig, option
-from peft_safety.methods.initial import start_from
+from peft_safety.methods.factors import start_from
 
 Init = Literal["lora", "task"]
 

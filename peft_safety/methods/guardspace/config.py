@@ -35,9 +35,9 @@ from peft_safety.data import calibration_rows
 from peft_safety.data.rows import data_rows
 from peft_safety.errors import ConfigError
 from peft_safety.methods.base import Layers, ProtectedConfig, option
+from peft_safety.methods.factors import start_from
 from peft_safety.methods.guardspace.directions import ROW_NORM, frozen_factors, windows
 from peft_safety.methods.guardspace.factors import Kind, Preconditioner, irrelevant_factors
-from peft_safety.methods.initial import start_from
 
 Basis = Literal["harmful", "general", "both"]
 Combine = Literal["salora", None]
@@ -105,7 +105,7 @@ class GuardSpaceConfig(ProtectedConfig):
         check_choices(self, basis=Basis, positions=Positions, combine=Combine, train=Train, a_init=Rows, init=Init)
         check_choices(self, preconditioner=Kind)
         if self.positions == "response" and self.basis != "harmful":
-            raise ConfigError(f"{where}: basis={self.basis!r} has no responses. Use positions='all' or 'prompt'.")
+            raise ConfigError(f"{where}: basis={self.basis!r}: positions='response' finds none. Use 'all' or 'prompt'.")
         if self.train != "A" and (self.init != "lora" or self.combine is not None):
             given = f"train={self.train!r} excludes init={self.init!r} and combine={self.combine!r}"
             raise ConfigError(f"{where}: {given}. Use train='A'.")

@@ -19,7 +19,7 @@ from peft_safety.core.names import pin, places
 from peft_safety.errors import ConfigError
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.factors import layer_factors
-from peft_safety.methods.safe_lora.options import RepairOptions
+from peft_safety.methods.safe_lora.config import RepairOptions
 from peft_safety.methods.safe_lora.repair import RepairReport, repair
 
 Model = str | os.PathLike[str] | nn.Module

@@ -14,7 +14,7 @@ from torch import Tensor
 from peft_safety.core.checkpoints import Matrix
 from peft_safety.core.projection import OVERSAMPLING, POWER_ITERATIONS, project_out, top_eigenvectors
 from peft_safety.errors import CheckpointError
-from peft_safety.methods.safe_lora.options import RepairOptions
+from peft_safety.methods.safe_lora.config import RepairOptions
 
 BLOCK_BYTES = 4 << 20
 """Size of one block of V in fp32, of which two are held: large enough that a row of a block is worth fetching, small

@@ -20,8 +20,8 @@ from peft_safety.core.checkpoints import NOISE, Matrix, Weights
 from peft_safety.core.names import public_name
 from peft_safety.core.plain_lora import Factors
 from peft_safety.errors import CheckpointError, ConfigError
+from peft_safety.methods.safe_lora.config import RepairOptions
 from peft_safety.methods.safe_lora.delta import Delta, projected
-from peft_safety.methods.safe_lora.options import RepairOptions
 
 RECORD_VERSION = 1
 SAMPLED_COLUMNS = 256
