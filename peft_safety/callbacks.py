@@ -55,14 +55,9 @@ class TaskDirectionsCallback(TrainerCallback):  # type: ignore[misc]
 
 
 class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]
-    """Applies Safe LoRA, as the adapter's `SafeLoRAConfig` says, when training ends; save afterwards. `report` is of
-    that repair.
-
-    Args:
-        checkpoints: also repair a copy of the adapter of every checkpoint, in its sub-directory `safe_lora`.
-
-    Raises:
-        ConfigError: at the beginning of training, if the adapter has no `SafeLoRAConfig` or was repaired already.
+    """Applies Safe LoRA, as the adapter's `SafeLoRAConfig` says, when training ends (save afterwards), with a
+    `report`; with `checkpoints` also to a copy of the adapter of every checkpoint, in its sub-directory `safe_lora`.
+    An adapter without such a config, or repaired already, is refused when training begins.
     """
 
     def __init__(self, adapter_name: str = "default", checkpoints: bool = False, progress: bool = True) -> None:
@@ -95,10 +90,8 @@ class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]
 class SoftPenaltyCallback(TrainerCallback):  # type: ignore[misc]
     """Trains an adapter with `OrthoSafetyPatchConfig(mode="soft")`: adds its penalty's exact gradient right before
     each optimizer step, after accumulation, clipping and loss scaling. The loss that the user sees stays the task's;
-    the penalty, without its weight, is logged as `soft_penalty`.
-
-    Raises:
-        ConfigError: at the beginning of training: no such adapter, or DeepSpeed, which takes the gradients away.
+    the penalty, without its weight, is logged as `soft_penalty`. DeepSpeed, which takes the gradients away, is
+    refused.
     """
 
     def __init__(self, adapter_name: str = "default") -> None:

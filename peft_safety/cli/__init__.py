@@ -1,6 +1,4 @@
-"""The command line. Every command is one library call. Heavy imports wait until a command runs, so that `--help`
-answers at once.
-"""
+"""The command line. Every command is one library call; heavy imports wait until it runs."""
 
 from __future__ import annotations
 

@@ -162,9 +162,7 @@ def self_responses(
     max_new_tokens: int = 32,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """The model's own greedy answers as {prompt, response, truncated} rows: a reference for drift, and safe data to
-    keep it in place. Prompts that the model answers with nothing are left out.
-    """
+    """The model's own greedy answers, if any, as {prompt, response, truncated} rows: a reference for drift."""
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": progress}
     answers = generate(model, tokenizer, prompts, description="own answers", **options)
     return [

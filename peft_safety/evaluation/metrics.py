@@ -14,10 +14,7 @@ Z_95 = 1.959963984540054
 
 
 def wilson_interval(k: int, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a binomial proportion, k of n: 0 <= low <= k/n <= high <= 1.
-
-    Reference: E. B. Wilson, JASA 22 (1927).
-    """
+    """95 % interval of a proportion, k of n: 0 <= low <= k/n <= high <= 1 (E. B. Wilson, JASA 22, 1927)."""
     if n < 1 or not 0 <= k <= n:
         raise DataError(f"{k} of {n} is no proportion. Evaluate on at least one item.")
     p, square = k / n, Z_95 * Z_95

@@ -95,11 +95,9 @@ def calibrate(
     """Estimate a subspace, save it to a file or directory, and say what its input side covers.
 
     Args:
-        model: as in `load_model`.
         data: JSON lines or rows; default the package's own for the method.
         task_data: JSON lines or rows of the benign task; at most 128 are read through the model.
-        stream: as in `load_model`. Every batch of every pass then reads the model's files once, so use a large
-            `batch_size`.
+        model, stream: as in `load_model`. Streaming reads the model's files once a batch: use a large `batch_size`.
         **options: see `CalibrationOptions`.
 
     Raises:
@@ -134,11 +132,7 @@ def calibration_cost(
     stream: bool = False,
     **options: Any,
 ) -> CalibrationCost:
-    """What `calibrate` with these arguments will take. Loads the model and runs two batches; nothing is written.
-
-    Raises:
-        ConfigError, CalibrationError: as `calibrate` does; method "weight", which needs no pass.
-    """
+    """What `calibrate` with these arguments will take. Loads the model and runs two batches; nothing is written."""
     chosen = CalibrationOptions(**options)
     chosen.check(data)
     if chosen.method == "weight":

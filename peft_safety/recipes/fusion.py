@@ -37,10 +37,7 @@ class FuseJob:
     @classmethod
     def of(cls, config: Mapping[str, Any], flags: Mapping[str, Any] | None = None) -> FuseJob:
         """A job from a config: `PLACES`, fields of `FuseOptions`, and under `train` fields of `MaskTraining`. Flags of
-        these names override it, if they are not None.
-
-        Raises:
-            ConfigError: an unknown key, no tasks, or a value of the wrong type.
+        these names override it, if they are not None. Unknown keys and values of the wrong type are refused.
         """
         given, train = {name: value for name, value in config.items() if name != "train"}, config.get("train") or {}
         if not isinstance(train, dict):
@@ -66,11 +63,7 @@ class FuseJob:
         return plan_fusion(self.safe, self.tasks, **self.options)
 
     def run(self, progress: bool = True) -> FuseReport:
-        """Train the mask if there is one to train, fuse, and write.
-
-        Raises:
-            ConfigError: no `out`, or no model to train on. PeftSafetyError: see `fuse`.
-        """
+        """Train the mask if there is one to train, fuse, and write; errors are those of `fuse`."""
         if self.out is None:
             raise ConfigError("fuse writes nothing without an output directory. Give out.")
         given: dict[str, Any] = {"mask": self.mask, "data": None if self.data is None else read_jsonl(self.data)}

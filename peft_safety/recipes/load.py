@@ -163,9 +163,7 @@ def task_data(data: str | Path | Rows, eval_split: str = "test", limit: int | No
 
 
 def poisoned(rows: Rows, fraction: float, seed: int = 0) -> list[Row]:
-    """A simulated attack on fine-tuning data: a fraction of the rows, 0 to 1, replaced by harmful requests that are
-    answered with an opening without content.
-    """
+    """A simulated attack: a fraction of the rows replaced by harmful requests with an opening without content."""
     if not 0 <= fraction <= 1:
         raise ConfigError(f"poison = {fraction} is no fraction. Give a number from 0 to 1.")
     clean = as_rows(rows)

@@ -14,9 +14,8 @@ REPORT = "merge.json"
 def merge_directory(
     adapter: str | Path, out: str | Path, to: MergeTo, model: str | None = None, *, force: bool = False
 ) -> MergeResult:
-    """Load the base model (default the one that the adapter names) in NF4, merge a LoRA adapter that was trained on
-    it, and save the whole model ("16bit", "nf4") or a plain LoRA for the 4-bit base ("nf4+residual"), with its
-    tokenizer and the figures (`merge.json`). Errors are those of `load_adapter` and `merge_quantized`.
+    """Load the base model in NF4, merge a LoRA adapter that was trained on it, and save the whole model, or a plain
+    LoRA for the 4-bit base ("nf4+residual"), with its tokenizer and the figures (`merge.json`).
     """
     loaded, tokenizer = load_adapter(adapter, model, load_in_4bit=True)
     result = merge_quantized(loaded, to, force=force, verbose=False)

@@ -27,9 +27,7 @@ SETTINGS = (*SIZES, "train", "window", "a_init", "init", "basis", "positions", "
 
 @dataclass(frozen=True)
 class ProtectReport:
-    """The fine-tuned model with its adapter, where that was saved, evaluations before and after on the same prompts,
-    the cost, and all of it as a report.
-    """
+    """The fine-tuned model, its directory, evaluations before and after on the same prompts, the cost, a report."""
 
     model: PeftModel
     adapter_dir: Path

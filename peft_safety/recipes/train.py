@@ -33,9 +33,7 @@ __all__ = ["LEARNING_RATE", "PATCH_LEARNING_RATE", "TrainOptions", "TrainingRun"
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a fine-tuning run cost. The loss is a mean in nats a response token, `last_loss` that of the last logged
-    step. The memory is allocated CUDA memory; on the CPU, the largest resident memory of the process so far.
-    """
+    """What a run cost: losses in nats a response token, the mean and the last; memory of CUDA, or of the process."""
 
     seconds: float
     steps: int

@@ -24,10 +24,9 @@ COLORS = (GRAY, *(color for color in render.PALETTE if color != GRAY))
 
 @dataclass(frozen=True)
 class Report:
-    """Arms by metrics, each figure with its N and interval.
+    """Arms (rows) by metrics (columns), each figure with its N and interval; an arm may lack a metric.
 
     Attributes:
-        arms: name of an arm (a row) -> heading of a metric (a column) -> figure; an arm may lack a metric.
         notes: sentences that a reader of the figures needs: the judge and its caveat, the split, what did not work.
         details: further plain JSON values, kept only in the JSON rendering.
     """

@@ -45,9 +45,7 @@ Train = Literal["A", "B", "window"]
 Rows = Literal["task", "random"]
 Init = Literal["lora", "guardspace"]
 DEFAULT_BASIS: Literal["harmful"] = "harmful"
-"""Held in a probe over eight times the steps, where general instructions did not. To be confirmed by
-benchmarks/guardspace.py.
-"""
+"""Held in a probe over eight times the steps, where general instructions did not; one seed."""
 
 
 @dataclass
@@ -105,7 +103,7 @@ class GuardSpaceConfig(ProtectedConfig):
         check_choices(self, basis=Basis, positions=Positions, combine=Combine, train=Train, a_init=Rows, init=Init)
         check_choices(self, preconditioner=Kind)
         if self.positions == "response" and self.basis != "harmful":
-            raise ConfigError(f"{where}: basis={self.basis!r}: positions='response' finds none. Use 'all' or 'prompt'.")
+            raise ConfigError(f"{where}: positions='response' finds none in basis={self.basis!r}. Use 'all'.")
         if self.train != "A" and (self.init != "lora" or self.combine is not None):
             given = f"train={self.train!r} excludes init={self.init!r} and combine={self.combine!r}"
             raise ConfigError(f"{where}: {given}. Use train='A'.")

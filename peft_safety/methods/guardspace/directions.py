@@ -1,6 +1,4 @@
-"""Directions outside the null space, those that the task uses most or random ones: the rows of a frozen `A`, or the
-window in which `A` trains.
-"""
+"""Directions outside the null space: the rows of a frozen `A`, or the window in which `A` trains."""
 
 from __future__ import annotations
 

@@ -13,16 +13,12 @@ from peft_safety.errors import CalibrationError
 
 Kind = Literal["root", "moment"]
 DEAD = 1e-10
-"""Singular values of the preconditioned weight below this share of its largest are zeros of fp64: factors made of them
-would be zero, and stay so.
-"""
+"""Singular values below this share of the largest are zeros of fp64: factors made of them would never train."""
 
 
 @dataclass(frozen=True)
 class Preconditioner:
-    """`C = Sigma^(1/2)` or `C = Sigma`, and its inverse, `(n, n)`, fp64. `Sigma` is the second moment with mean
-    eigenvalue 1, plus a ridge.
-    """
+    """`C`, `Sigma^(1/2)` or `Sigma` (the second moment with mean eigenvalue 1, plus a ridge), and its inverse, fp64."""
 
     matrix: Tensor
     inverse: Tensor

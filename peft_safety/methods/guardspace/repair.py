@@ -22,9 +22,7 @@ from peft_safety.methods.guardspace.config import GuardSpaceConfig
 
 @dataclass(frozen=True)
 class BlindedModule:
-    """Of one module the directions of the null space, `||dW Q|| / ||dW||`, the share of the update that acted on them,
-    and `||A Q|| / ||A||` afterwards.
-    """
+    """Its directions of the null space, `||dW Q|| / ||dW||`, which was removed, and `||A Q|| / ||A||` afterwards."""
 
     name: str
     k: int

@@ -25,9 +25,6 @@ class _Term(NamedTuple):
 class SoftPenalty:
     """`lam * sum_modules tr(dW S dW^T) / tr(W S W^T)`, with `S = Q L Q^T` from the adapter's subspace: `E||dW x||^2 /
     E||W x||^2` on its data. Neither dW nor S is ever formed: `A S = (A Q) L Q^T`. The published method has no penalty.
-
-    Raises:
-        ConfigError: no adapter of that name with `mode="soft"`, or one whose factors are sharded.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str = "default") -> None:

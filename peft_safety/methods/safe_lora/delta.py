@@ -1,6 +1,4 @@
-"""The alignment direction of one weight, `V = W_aligned - W_unaligned`, streamed; and what a factor becomes when it is
-projected onto it.
-"""
+"""The alignment direction of one weight, `V = W_aligned - W_unaligned`, streamed, and projections onto it."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ from peft_safety.errors import CheckpointError
 from peft_safety.methods.safe_lora.config import RepairOptions
 
 BLOCK_BYTES = 4 << 20
-"""Size of one block of V in fp32, of which two are held: large enough that a row of a block is worth fetching, small
-enough for the cache.
-"""
+"""Size of one block of V in fp32, of which two are held: small enough for the cache."""
 FIRST_WIDTH = 32
 
 
@@ -29,8 +25,8 @@ def block_width(rows: int) -> int:
 
 @dataclass
 class Delta:
-    """`V (m, n)`, which exists one block of columns `V_j` at a time: `V V^T q = sum_j V_j (V_j^T q)` takes one pass
-    over both checkpoints, which also gives `energy`, `||V||_F^2`, and `base_norm`, `||W_aligned||_F`.
+    """`V (m, n)`, one block of columns `V_j` at a time: `V V^T q = sum_j V_j (V_j^T q)` is one pass over both
+    checkpoints, which also gives `energy`, `||V||_F^2`, and `base_norm`, `||W_aligned||_F`.
     """
 
     name: str

@@ -1,6 +1,4 @@
-"""The repair itself: from factors by module name and two sources of weights to new factors and a report. Knows neither
-PEFT models nor directories.
-"""
+"""The repair itself: factors and two sources of weights give new factors and a report."""
 
 from __future__ import annotations
 
@@ -51,9 +49,7 @@ class ModuleRepair:
 
 @dataclass(frozen=True)
 class RepairReport:
-    """Every module in order; and the record that is stored with a repaired adapter: options, both models' names and
-    fingerprints, number of modules, digest of the factors.
-    """
+    """Every module in order; and the record that is stored with a repaired adapter: options, models, digests."""
 
     modules: tuple[ModuleRepair, ...]
     record: dict[str, Any]

@@ -95,9 +95,8 @@ class AdapterFusion:
 
 
 class MaskedAdapters(MaskedModel):
-    """A model, its own adapters off, that computes with fused ones: a hook adds `B A x` to the output of every target
-    layer. The backward pass computes the mask again, from the seed of its noise: a step keeps the layer's input and
-    nothing of the size of the factors.
+    """A model that computes with fused adapters: a hook adds `B A x` to the output of every target layer. The backward
+    pass computes the mask again from the seed of its noise, so a step keeps nothing of the size of the factors.
     """
 
     def __init__(self, model: nn.Module, updates: Mapping[str, Update], options: FuseOptions) -> None:

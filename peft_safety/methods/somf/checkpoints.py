@@ -1,6 +1,4 @@
-"""Fusing full checkpoints of transformers' models through a mask: another checkpoint. Training holds the model, the
-task vectors and the optimizer in memory anyway, so transformers loads and saves here.
-"""
+"""Fusing full checkpoints of transformers' models, which transformers loads and saves, into another checkpoint."""
 
 from __future__ import annotations
 
@@ -27,12 +25,7 @@ REMEDY = "Fuse 16-bit safetensors checkpoints of one architecture."
 
 
 class CheckpointFusion:
-    """The safe model (a checkpoint, or `model` itself), and the task vectors of fine-tuned checkpoints, summed.
-
-    Raises:
-        ConfigError: both or neither of safe and model; a granularity that full weights cannot have.
-        CheckpointError: checkpoints of another architecture, quantized, or not finite.
-    """
+    """The safe model (a checkpoint, or `model` itself), and the task vectors of fine-tuned checkpoints, summed."""
 
     def __init__(self, safe: str | None, tasks: Sequence[str], model: nn.Module | None, options: FuseOptions) -> None:
         if (safe is None) == (model is None):

@@ -172,8 +172,8 @@ class Batches(Collator):
 
 
 def dpo_loss(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """`-log sigmoid(beta [(log p(chosen) - log p(rejected)) - the same of the reference])`, averaged, of `(2 pairs,)`
-    log-probabilities, the chosen ones first (Rafailov et al., arXiv 2305.18290, equation 7).
+    """Mean of `-log sigmoid(beta [chosen - rejected of the policy - the same of the reference])`, of `(2 pairs,)` log-
+    probabilities, the chosen ones first (Rafailov et al., arXiv 2305.18290, equation 7).
     """
     chosen, rejected = (policy - reference).chunk(2)
     return -F.logsigmoid(beta * (chosen - rejected)).mean()

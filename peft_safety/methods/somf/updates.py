@@ -23,9 +23,7 @@ def task_arithmetic(vectors: Sequence[tuple[float, Tensor]]) -> Tensor:
 
 
 class Update(nn.Module):
-    """The fused update `B A` of one module: factors `a (r, n)` and `b (m, r)`, those of the safe adapter first and the
-    scaling included in b, all frozen; and the shapes of the masks that it needs, by full name.
-    """
+    """The fused update `B A` of one module, the safe adapter's factors first; and the shapes of the masks it needs."""
 
     a: Tensor
     b: Tensor
@@ -46,9 +44,7 @@ class Update(nn.Module):
 
 
 class Continued(Update):
-    """Tasks whose training started from the safe adapter, with its rank and scaling: `A = A_s + masked(V_A)`, and B
-    likewise (SOMF, arXiv 2405.09055, section 3, on the factors as its code does).
-    """
+    """Tasks that started from the safe adapter: `A = A_s + masked(V_A)`, B likewise (arXiv 2405.09055, section 3)."""
 
     vector_a: Tensor
     vector_b: Tensor
