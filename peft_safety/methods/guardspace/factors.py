@@ -18,7 +18,7 @@ DEAD = 1e-10
 
 @dataclass(frozen=True)
 class Preconditioner:
-    """`C`, `Sigma^(1/2)` or `Sigma` (the second moment with mean eigenvalue 1, plus a ridge), and its inverse, fp64."""
+    """`C`, `Sigma^(1/2)` or `Sigma` (the second moment at mean eigenvalue 1, plus a ridge), and its inverse, fp64."""
 
     matrix: Tensor
     inverse: Tensor
