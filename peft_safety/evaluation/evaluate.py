@@ -92,9 +92,6 @@ def evaluate(
             NLL measures drift.
         max_new_tokens: of each judged response; a keyword judge needs only its head.
         max_length: tokens kept of each task or general row.
-
-    Raises:
-        DataError: malformed rows, or a tokenizer without chat template.
     """
     started = time.perf_counter()
     prompts, judge = prompts or prompt_set(), judge or KeywordJudge()

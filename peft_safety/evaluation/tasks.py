@@ -85,9 +85,6 @@ def likeliest_labels(
     """Whether the label of each {text, label} row is the likeliest, in nats per token: what a model knows of a task
     whose form it was not taught. A row whose likelihoods are not finite is wrong. Options are those of
     `response_losses`.
-
-    Raises:
-        DataError: see `task_answers`.
     """
     rows, labels = _labeled(rows, labels)
     asked = [
@@ -163,9 +160,6 @@ def response_losses(
         rows: {prompt, response} or {messages} rows.
         max_length: tokens kept of each row. A longer one loses the start of its prompt; a response that is too long
             itself loses its end.
-
-    Raises:
-        DataError: a malformed row; its index is named.
     """
     features = _features(tokenizer, as_rows(rows), max_length)
     run = partial(_row_means, model, chat.Collator(tokenizer, trim=chat.can_trim(model)))

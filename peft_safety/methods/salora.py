@@ -43,9 +43,6 @@ class SaLoRAConfig(ProtectedConfig):
             the function unchanged.
         task_data: for `init="task"`: rows `{prompt, response}`, tokenized batches, or a `SafetySubspace` of the task.
         task_rank: directions of the task subspace; 32 as published.
-
-    Raises:
-        ConfigError: see `ProtectedConfig`; `init="task"` without `task_data`.
     """
 
     init: Init = option("lora", "'lora' (B = 0) or 'task' (task-aware, arXiv 2501.01765).")
@@ -71,7 +68,12 @@ class SaLoRAConfig(ProtectedConfig):
         if self.init == "lora":
             return
         base = {name: layer.get_base_layer() for name, layer in layers.items()}
-        task = self._task_subspace(model, base)
+        if self.task_data is None:
+            raise ConfigError("init='task' needs task_data. Give rows, tokenized batches or a SafetySubspace.")
+        task = self.task_data
+        if not isinstance(task, SafetySubspace):
+            rows = data_rows(task, "SaLoRAConfig: task_data")
+            task = estimate(model, rows, tokenizer=tokenizer_for(model, rows), rank=self.task_rank, layers=base)
         unseen = {name: task.left_out[name] for name in task.lacking(base, ("out",)) if name in task.left_out}
         warn_left_out(unseen, len(base), "the task-aware initialization, and start as plain LoRA's do")
         task.check_fits({name: layer for name, layer in base.items() if name not in unseen}, bind=False)
@@ -81,14 +83,6 @@ class SaLoRAConfig(ProtectedConfig):
             rank = min(int(layer.r[adapter_name]), *weights.shape(base[name]))
             b, a = task_aware_factors(weights.dense_weight(base[name], name), task.bases[name]["out"], rank)
             start_from(layer, adapter_name, b, a)
-
-    def _task_subspace(self, model: nn.Module, base: Mapping[str, nn.Module]) -> SafetySubspace:
-        if isinstance(self.task_data, SafetySubspace):
-            return self.task_data
-        if self.task_data is None:
-            raise ConfigError("init='task' needs task_data. Give rows, tokenized batches or a SafetySubspace.")
-        rows = data_rows(self.task_data, "SaLoRAConfig: task_data")
-        return estimate(model, rows, tokenizer=tokenizer_for(model, rows), rank=self.task_rank, layers=base)
 
 
 @torch.no_grad()

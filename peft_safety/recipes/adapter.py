@@ -35,9 +35,6 @@ def adapter_config(
 
     Args:
         **options: further fields of the method's config; None means the config's default.
-
-    Raises:
-        ConfigError: an unknown method, an option that it does not have, or a value that its config refuses.
     """
     kinds: dict[str, Any] = {"lora": LoraConfig, "salora": SaLoRAConfig, "guardspace": GuardSpaceConfig}
     if method not in kinds:
@@ -65,9 +62,6 @@ def calibrated(
     """The config with everything estimated that it would otherwise estimate at injection, so that `model` and
     `tokenizer` are the ones at hand. The first 128 training rows give the task subspace of SaLoRA's `init="task"`, the
     first 32 are for GuardSpace. Other configs than those of `adapter_config` are returned as they are.
-
-    Raises:
-        CalibrationError: see `SafetySubspace.from_activations`.
     """
     config, rows = copy.copy(config), as_rows(rows)
     common: dict[str, Any] = {"tokenizer": tokenizer, "seed": seed, "progress": progress}

@@ -46,9 +46,6 @@ def load_model(
         tokenizer: default the one stored with the model.
         load_in_4bit: quantize to NF4, double quantization included, on the way in.
         stream: leave the blocks in the checkpoint's safetensors files; every forward reads one layer after the other.
-
-    Raises:
-        ConfigError: nothing loads from there.
     """
     source = model.config._name_or_path if isinstance(model, PreTrainedModel) else str(model)
     cuda = torch.cuda.is_available()
@@ -141,9 +138,6 @@ def task_data(data: str | Path | Rows, eval_split: str = "test", limit: int | No
 
     Rows that name their `split` go where they say ("train" to training, `eval_split` to evaluation, the others
     nowhere); without that, a random 15 % are held out.
-
-    Raises:
-        DataError: malformed, or nothing left on one side.
     """
     rows: list[Row] = [*rows_of(data, "task rows")]
     named = sum("split" in row for row in rows)

@@ -75,9 +75,6 @@ class GuardSpaceConfig(ProtectedConfig):
         init_data: rows or tokenized batches behind `Sigma`; None takes those of "auto". Not saved.
         task_data: rows or tokenized batches of the benign task (32 are enough), for a_init="task" and for a warning
             where the task lies almost entirely in the null space. Not saved.
-
-    Raises:
-        ConfigError: see `ProtectedConfig`; values out of range, or that do not go together.
     """
 
     basis: Basis = option(DEFAULT_BASIS, "What subspace='auto' calibrates on.")

@@ -64,9 +64,6 @@ def frozen_factors(
     """`blind_rows` of every module, `ranks` of them. Modules with one input and one basis share their directions,
     random ones only with `share_random`. A module that the task does not reach gets random rows, as all do without
     moments.
-
-    Raises:
-        CalibrationError: fewer tokens of the task than rows.
     """
     if moments is not None and moments.tokens < max(ranks.values()):
         few = f"task_data: {moments.tokens} tokens cannot give {max(ranks.values())} directions"

@@ -54,9 +54,6 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
             frozen.
         reg_lambda: weight of the penalty for mode="soft", in units of the loss per unit of `E||dW x||^2 / E||W x||^2`,
             summed over the modules.
-
-    Raises:
-        ConfigError: see `ProtectedConfig`; values that do not go together.
     """
 
     mode: Mode = option("hard", "'hard', 'soft' or 'none'.")

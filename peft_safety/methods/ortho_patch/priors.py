@@ -34,14 +34,15 @@ def prior_spans(
     Args:
         layers: the new adapter's base layers by name.
         priors: names of adapters on the model, or directories of plain or protected LoRA adapters.
-
-    Raises:
-        ConfigError: no such adapter, one of another base model, or one without an update in any of the layers.
     """
     loaded = {name for _, layer in model.named_modules() if isinstance(layer, LoraLayer) for name in layer.lora_A}
     spans: Spans = {}
     for prior in priors:
-        factors = _of_model(prior, model) if prior in loaded else _stored(prior, model, layers)
+        if prior in loaded:
+            own = {n: (x.lora_A[prior], x.lora_B[prior]) for n, x in adapter_layers(model, prior).items()}
+            factors = {name: Factors(*stored_factors(*leaves), math.nan) for name, leaves in own.items()}
+        else:
+            factors = _stored(prior, model, layers)
         used = {name: f for name, f in factors.items() if name in layers and bool(f.a.any()) and bool(f.b.any())}
         if not used:
             unused = f"prior patch {prior!r} changes none of the new adapter's {len(layers)} modules"
@@ -52,13 +53,6 @@ def prior_spans(
                 taken = spans.setdefault(name, {})
                 taken[side] = torch.cat([taken[side], columns], dim=1) if side in taken else columns
     return spans, [public_name(prior) for prior in priors]
-
-
-def _of_model(adapter: str, model: nn.Module) -> dict[str, Factors]:
-    return {
-        name: Factors(*stored_factors(layer.lora_A[adapter], layer.lora_B[adapter]), math.nan)
-        for name, layer in adapter_layers(model, adapter).items()
-    }
 
 
 def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Factors]:

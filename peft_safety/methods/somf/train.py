@@ -122,9 +122,6 @@ def train_mask(
     Args:
         tokenizer: None takes the one that is stored with the model.
         rows: {prompt, chosen, rejected} for DPO, {prompt, response} for SFT; None takes the package's own.
-
-    Raises:
-        ConfigError: nothing to resume from, a checkpoint of another mask, or logits that are not finite.
     """
     tokenizer = tokenizer_of(masked.model) if tokenizer is None else tokenizer
     if rows is None:
