@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -177,11 +178,16 @@ def export(
 ) -> None:
     """Write a protected adapter as plain LoRA that any PEFT loads and that computes the same function, or merge it."""
     from peft_safety.convert.export import export_directory
-    from peft_safety.recipes.merge import merge_directory
+    from peft_safety.convert.merge import merge_quantized
+    from peft_safety.recipes.load import load_adapter
 
     if merge_to is None:
         written = export_directory(directory, out)
         show({"out": str(written)}, json, f"plain LoRA written to {written}")
         return
-    result = merge_directory(directory, out, merge_to, model, force=force)  # type: ignore[arg-type]  # it refuses others
+    loaded, tokenizer = load_adapter(directory, model, load_in_4bit=True)
+    result = merge_quantized(loaded, merge_to, force=force, verbose=False)  # type: ignore[arg-type]  # it refuses others
+    for part in (result.model, tokenizer):
+        part.save_pretrained(str(out))  # type: ignore[union-attr, operator]
+    (out / "merge.json").write_text(dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
     show(result.to_json(), json, result.print, f"written to {out}")
