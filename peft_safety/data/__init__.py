@@ -1,7 +1,5 @@
-"""The package's own small data sets, and reading JSON lines with errors that name the line.
-
-Nothing here contains a harmful answer: harmful *requests*, refusals, contentless openings ("Sure, here is"), safe
-prompts, and two benign tasks.
+"""The package's own small data sets, and reading JSON lines. Nothing here contains a harmful answer: harmful
+*requests*, refusals, contentless openings ("Sure, here is"), safe prompts, and two benign tasks.
 """
 
 from __future__ import annotations

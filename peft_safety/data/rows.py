@@ -23,10 +23,8 @@ def as_rows(data: Any, what: str = "rows", error: type[PeftSafetyError] = DataEr
 
     Args:
         data: a collection of mappings; a `datasets.Dataset`, or a `DatasetDict` of one split; a map-style torch data
-            set; a pandas frame; or a stream (a generator, an `IterableDataset`) of at most `STREAM_ROWS` rows.
-            Tokenized batches pass as they are.
-        what, error: how an error calls the data; what to raise where `data` are no rows, several splits, or an endless
-            stream.
+            set; a pandas frame; or a stream of at most `STREAM_ROWS` rows. Tokenized batches pass as they are.
+        what, error: how an error calls the data; what to raise where there are no rows, several splits or no end.
 
     Raises:
         DataError: a malformed row (its index is named), or labels such as 1 and "1", which are one label as text.

@@ -28,14 +28,14 @@ ANSWERS: tuple[tuple[str, Verdict], ...] = (
 
 
 class ClassifierJudge:
-    """A model's verdict on a prompt and its response, in place of the keyword matcher.
+    """A model's verdict on a prompt and its response: of a sequence classifier, or of a causal model as a guard.
 
     Args:
-        model_id: Hub id or directory of a sequence classifier or a causal model; safetensors only, no code of its own.
+        model_id: Hub id or directory; safetensors only, no code of its own.
         sees: what a sequence classifier is given: the "response" alone (rejection detectors), or "both" as a pair.
         labels: verdict by label of a sequence classifier; default by the labels' names (`LABELS`).
         template: what a guard is asked, with `{prompt}` and `{response}`; default its chat template with the two
-            turns. `ANSWERS` says what its answer means.
+            turns.
         batch_size, max_length: rows and tokens at once; a response that is too long loses its end.
 
     Raises:

@@ -1,7 +1,5 @@
-"""SaLoRA: keep the output directions that carry safe responses out of the update.
-
-`dW = s C B A` with `C = I - U_C U_C^T`, `U_C` the top left singular vectors of `W X_harm`: so `U_C^T dW = 0` at every
-step, for every input.
+"""SaLoRA: keep the output directions that carry safe responses out of the update. `dW = s C B A` with
+`C = I - U_C U_C^T`, `U_C` the top left singular vectors of `W X_harm`: so `U_C^T dW = 0` at every step.
 
 Reference: Li et al., ICLR 2025, arXiv 2501.01765. Differences from its public code (2025-10-23): C acts on the weight,
 so that it survives save, merge and quantization; the residual of the task-aware initialization includes the scaling

@@ -31,10 +31,7 @@ def adapter_config(
     **options: Any,
 ) -> LoraConfig:
     """The PEFT config of a method: "lora" (not protected), "salora" or "guardspace", whose A is frozen unless `train`
-    or another option says otherwise: `calibrated` takes its rows from the training data.
-
-    Args:
-        **options: further fields of the method's config; None means the config's default.
+    or another option says otherwise. Options are further fields of the config; None means its default.
     """
     kinds: dict[str, Any] = {"lora": LoraConfig, "salora": SaLoRAConfig, "guardspace": GuardSpaceConfig}
     if method not in kinds:

@@ -60,14 +60,12 @@ def finetune(
     """Put an adapter on a model, or take its own, and train it on rows, with a loss on the assistant's tokens only.
 
     Args:
-        model: PEFT injects its layers in place. A PeftModel gets a further adapter; those it has stay active and
-            frozen.
+        model: a PeftModel gets a further adapter; those it has stay active and frozen.
         rows: {prompt, response}, {text, label} or {messages} rows; those with `"distil": True` are not learned but
-            kept, see `recipes.distil`.
+            kept, with `distil_weight`, see `recipes.distil`.
         peft_config: any LoRA-like config. None trains the active adapter of a PeftModel on.
         labels: every label of a classification task; default those of `rows`.
         description: label of the progress bar.
-        distil_weight: of the loss on the rows to keep, token for token.
 
     Raises:
         DataError: malformed rows. ConfigError: no config, and no PeftModel whose active adapter trains.

@@ -47,9 +47,8 @@ def repair_adapter(
     subspace: SafetySubspace | str | os.PathLike[str],
     out_dir: str | os.PathLike[str] | None = None,
 ) -> BlindReport:
-    """Make a trained plain LoRA blind to a null space, whatever trained it. The result is a plain LoRA directory with
-    a certificate, as `GuardSpaceConfig(train="B")` saves it, written atomically; without `out_dir` there is only the
-    report. The source is not touched.
+    """Make a trained plain LoRA blind to a null space, whatever trained it: a plain LoRA directory with a certificate,
+    as `GuardSpaceConfig(train="B")` saves it, written atomically; without `out_dir` there is only the report.
 
     Args:
         subspace: of the adapter's base model, with an input basis of every module: `SafetySubspace`, file, directory

@@ -1,5 +1,4 @@
 """OrthoSafetyPatchConfig: plain LoRA for refusals, kept out of the directions that the model's abilities use.
-
 `dW = s P_out (B A) P_in` with `P = I - Q Q^T`; Q spans what general data, or the weight itself, uses most, and what
 earlier patches have taken.
 

@@ -35,9 +35,8 @@ def apply_safe_lora(
     **options: Any,
 ) -> RepairReport:
     """Project a trained LoRA onto the alignment direction of its base model, module by module: `B <- C B`. Needs no
-    data and no training.
-
-    The two models are read as a stream, never loaded. Every selected module is replaced or, on any error, none.
+    data and no training; the two models are read as a stream. Every selected module is replaced or, on any error,
+    none.
 
     Args:
         peft_model: a PeftModel or a model with injected adapters; dense or bitsandbytes base.
@@ -48,8 +47,7 @@ def apply_safe_lora(
 
     Raises:
         ConfigError: no such adapter, one that was repaired before, or whose update is not a plain `B A`.
-        CheckpointError: see `repair`.
-        UnsupportedLayerError: embeddings, convolutions, parameters.
+        CheckpointError: see `repair`. UnsupportedLayerError: embeddings, convolutions, parameters.
 
     Reference: Hsu et al., Safe LoRA, NeurIPS 2024, arXiv 2405.16833.
     """

@@ -25,18 +25,15 @@ class RepairChoices:
     """What decides a repair, and is stored with an adapter.
 
     Attributes:
-        select: "threshold" repairs modules with `cos < threshold`; "number" the `num_modules` with the smallest cos,
-            exactly; "all" every one.
+        select: "threshold" repairs modules with `cos < threshold`; "number" the `num_modules` with the smallest cos;
+            "all".
         projection: "frobenius" (`V V^T / ||V||_F`, as published; it scales with V), "spectral" (`V V^T / sigma_1^2`,
             never longer than the factor), "topk" (onto V's top left singular vectors, a true projector), "soft" (keeps
             that part and damps the rest by `1 / (1 + penalty)`).
-        rank, energy: size of the projector of "topk" and "soft": directions (default 32), or a share of `||V||_F^2` in
-            (0, 1].
+        rank, energy: size of the projector of "topk" and "soft": directions (default 32), or a share of `||V||_F^2`.
         penalty: weight of the part outside in "soft"; 0 changes nothing, large values approach "topk". Not tuned.
-        zero_delta: a module whose two weights are equal has no alignment direction: "error", "keep" its update, or
-            "zero" it. All equal is always an error.
-        allow_quantized_delta: take V from 4-bit or 8-bit weights, whose rounding noise is usually larger than V; warns
-            with the figure.
+        zero_delta: where a module's two weights are equal: "error", "keep" its update, or "zero" it.
+        allow_quantized_delta: take V from 4-bit or 8-bit weights, whose rounding noise is usually larger than V.
     """
 
     select: Select = option("threshold", "'threshold', 'number' or 'all'.")

@@ -108,10 +108,9 @@ def fuse(
     adapter_name: str | None = None,
     **options: Any,
 ) -> FuseReport:
-    """One model out of a safe one and fine-tuned ones: it keeps the safety, and what they learned as a mask allows.
-
-    `theta = theta_safe + masked(sum_i w_i delta_i)` with a mask learned on safety data (SOMF), or without one (task
-    arithmetic). Other merges are those of PEFT's `model.add_weighted_adapter` and of mergekit.
+    """One model out of a safe one and fine-tuned ones: `theta = theta_safe + masked(sum_i w_i delta_i)` with a mask
+    learned on safety data (SOMF), or without one (task arithmetic). Other merges are those of PEFT's
+    `model.add_weighted_adapter` and of mergekit.
 
     Args:
         safe: the aligned model: a name of an adapter on `model`, an adapter directory, or a full checkpoint; None
@@ -121,13 +120,12 @@ def fuse(
             instead of `safe`. It is not changed.
         mask: masks or logits, or a file of them, instead of training.
         tokenizer, data, training: of the mask; see `train_mask`.
-        out: directory for the result: a plain LoRA, or a full checkpoint. None writes nothing.
+        out: directory for the result: a plain LoRA, or a full checkpoint.
         adapter_name: add the result to the PeftModel under this name.
         **options: see `FuseOptions`.
 
     Raises:
-        ConfigError: options, or inputs that do not belong together. ArtifactError, CheckpointError: inputs that are
-            not whole. DataError: rows. Nothing is written then.
+        ConfigError, ArtifactError, CheckpointError, DataError: of options, inputs and rows. Nothing is written then.
 
     Reference: Yi et al., SOMF, arXiv 2405.09055. Differences from its code: `docs/architecture.md`.
     """

@@ -1,7 +1,5 @@
-"""Learned masks: from logits to a relaxed sample for training, to a fixed mask for export, and to a file.
-
-One mask is shared by all tasks. A logit `l` keeps an entry with probability `sigmoid(l)`; training sees a concrete
-(Gumbel-sigmoid) sample of that, in (0, 1), through which gradients flow.
+"""Learned masks: a logit `l` keeps an entry, for all tasks, with probability `sigmoid(l)`. Training sees a concrete
+(Gumbel-sigmoid) sample of that, in (0, 1), through which gradients flow; export fixes it.
 
 Reference: Yi et al., SOMF, arXiv 2405.09055; concrete distribution: Maddison et al., arXiv 1611.00712.
 """

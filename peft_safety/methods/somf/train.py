@@ -1,9 +1,6 @@
-"""Training a mask with transformers' Trainer: checkpoints, resume, accelerate and `report_to` come along. The loss
-prefers safe answers (DPO) or imitates them (SFT).
-
-TRL's DPOTrainer does not fit: it prepares PEFT configs and reference models of its own, where here only logits exist.
-Difference from SOMF's reference code: the reference model of DPO is the aligned one, not the policy under an untrained
-mask that is drawn again at every forward pass.
+"""Training a mask with transformers' Trainer, by DPO (safe answers are preferred) or SFT. TRL's DPOTrainer does not
+fit: it prepares PEFT configs and reference models of its own. Difference from SOMF's code: the reference model of DPO
+is the aligned one, not the policy under an untrained mask.
 """
 
 from __future__ import annotations
