@@ -59,7 +59,8 @@ def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -
     path, what = Path(directory), f"prior patch {directory!r}"
     publish.require_whole(path, ours=False, warn=False)
     if not (path / MANIFEST).is_file():
-        raise ConfigError(f"{what} is neither an adapter on the model nor a folder with {MANIFEST}. Check it.")
+        neither = f"neither an adapter on the model nor a directory with {MANIFEST}"
+        raise ConfigError(f"{what} is {neither}. Check the spelling.")
     if read_manifest(path, warn=False).get("peft_type") in protected_types():
         stored = check_adapter(path, warn=True)
         common = {name: layers[name] for name in stored.shapes if name in layers}

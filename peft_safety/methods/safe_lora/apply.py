@@ -58,7 +58,8 @@ def apply_safe_lora(
     plain_lora.check_plain(config, f"adapter {adapter_name!r}")
     _check_unrepaired(config, f"adapter {adapter_name!r}")
     if new_adapter_name is not None and (new_adapter_name in table or not isinstance(peft_model, PeftModel)):
-        raise ConfigError(f"new_adapter_name={new_adapter_name!r} needs a PeftModel without it. Choose another name.")
+        needs = "needs a PeftModel without such an adapter"
+        raise ConfigError(f"new_adapter_name={new_adapter_name!r} {needs}. Choose another name.")
     layers = adapter_layers(peft_model, adapter_name)
     factors = {name: layer_factors(name, layer, adapter_name) for name, layer in layers.items()}
     _check_different(unaligned, aligned)
