@@ -1,4 +1,4 @@
-"""The command line. Every command is one library call; heavy imports wait until it runs."""
+"""The command line: thin calls of the library. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
