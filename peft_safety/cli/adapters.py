@@ -48,7 +48,7 @@ def recover(
 @app.command()
 def repair(
     adapter: Annotated[Path, Argument(help="Directory of a trained LoRA adapter.")],
-    method: Annotated[str, Option(help="safe_lora, or guardspace: take out what acts in --subspace.")] = "safe_lora",
+    method: Annotated[str, Option(help="safe_lora, or guardspace: make it blind to --subspace.")] = "safe_lora",
     subspace: Annotated[str | None, Option(help="For guardspace: file, directory or Hub id.")] = None,
     unaligned: Annotated[str | None, Option(help="For safe_lora: the model before its alignment.")] = None,
     aligned: Annotated[str | None, Option(help="Of the model after it; default: the adapter's base model.")] = None,
