@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +17,8 @@ from peft_safety.errors import ConfigError, PeftSafetyError
 @app.command()
 def verify(
     directory: Annotated[Path, Argument(help="Adapter directory.")],
-    model: Annotated[
-        str | None, Option("--model", "-m", help="Also compare the base weights with this model.")
-    ] = None,
-    subspace: Annotated[
-        str | None, Option(help="The subspace of a certificate or a window, to check the blindness itself.")
-    ] = None,
+    model: Annotated[str | None, Option("--model", "-m", help="Also compare the base weights with it.")] = None,
+    subspace: Annotated[str | None, Option(help="Of a certificate or a window: check the blindness itself.")] = None,
     json: opt.Json = False,
 ) -> None:
     """Check that a directory holds a protected adapter, whole and unchanged. Exits with 1 if not."""
@@ -40,9 +37,7 @@ def verify(
 def recover(
     directory: Annotated[Path, Argument(help="Directory in which a save was interrupted.")], json: opt.Json = False
 ) -> None:
-    """Finish a save that was interrupted while its files were moved into place. Files that this package did not write
-    there are refused.
-    """
+    """Finish a save that was interrupted while its files were moved. Files that it did not write are refused."""
     from peft_safety.core.publish import recover as finish
 
     moved = finish(directory)
@@ -53,13 +48,9 @@ def recover(
 @app.command()
 def repair(
     adapter: Annotated[Path, Argument(help="Directory of a trained LoRA adapter.")],
-    method: Annotated[
-        str, Option(help="safe_lora, or guardspace: take out what acts on the inputs that --subspace holds.")
-    ] = "safe_lora",
+    method: Annotated[str, Option(help="safe_lora, or guardspace: make it blind to --subspace.")] = "safe_lora",
     subspace: Annotated[str | None, Option(help="For guardspace: file, directory or Hub id.")] = None,
-    unaligned: Annotated[
-        str | None, Option(help="For safe_lora: directory or Hub id of the model before its alignment.")
-    ] = None,
+    unaligned: Annotated[str | None, Option(help="For safe_lora: the model before its alignment.")] = None,
     aligned: Annotated[str | None, Option(help="Of the model after it; default: the adapter's base model.")] = None,
     out: Annotated[Path | None, Option(help="Directory for the repaired adapter.")] = None,
     select: Annotated[str, Option(help="Which modules: threshold, number or all.")] = "threshold",
@@ -67,21 +58,15 @@ def repair(
     num_modules: Annotated[int | None, Option(help="For --select number: those with the smallest cosines.")] = None,
     projection: Annotated[str, Option(help="frobenius (as published), spectral, topk or soft.")] = "frobenius",
     rank: Annotated[int | None, Option("--safety-rank", help="Directions of topk and soft.")] = None,
-    energy: Annotated[
-        float | None, Option("--safety-energy", help="Instead: the share of the alignment's energy they hold.")
-    ] = None,
+    energy: Annotated[float | None, Option("--safety-energy", help="Instead: the share of energy they hold.")] = None,
     penalty: Annotated[float, Option(help="For soft: weight of the part outside.")] = 4.0,
     zero_delta: Annotated[str, Option(help="Modules that alignment left alone: error, keep or zero.")] = "error",
-    allow_quantized_delta: Annotated[
-        bool, Option("--allow-quantized-delta", help="Take the alignment from 4-bit or 8-bit weights.")
-    ] = False,
+    allow_quantized_delta: Annotated[bool, Option("--allow-quantized-delta", help="Read quantized weights.")] = False,
     dry_run: opt.DryRun = False,
     png: Annotated[Path | None, Option(help="Draw the cosines here.")] = None,
     json: opt.Json = False,
 ) -> None:
-    """Repair a trained LoRA adapter, by Safe LoRA or by GuardSpace's null space: no data, no training, no model in
-    memory.
-    """
+    """Repair a trained LoRA adapter, by Safe LoRA or by GuardSpace's null space: no data, no training, no model."""
     options = locals()
     from peft_safety.methods.guardspace import repair_adapter
     from peft_safety.methods.safe_lora import safe_lora_dir
@@ -119,9 +104,7 @@ def audit(
     every: Annotated[bool, Option("--all", help="One row a module instead of medians by kind of module.")] = False,
     json: opt.Json = False,
 ) -> None:
-    """Compare an adapter's update with the weights under it and with chance, and measure what it does to general and
-    harmful inputs.
-    """
+    """Compare an adapter's update with the weights, with chance, and on general and harmful inputs."""
     from peft_safety.audit import orthogonality_report
     from peft_safety.data import read_jsonl
     from peft_safety.recipes.load import load_adapter
@@ -145,12 +128,8 @@ def audit(
 @app.command()
 def fuse(
     config: Annotated[Path | None, Argument(help="YAML file of these settings; options override it.")] = None,
-    safe: Annotated[
-        str | None, Option(help="The safe adapter or checkpoint; without: the base model is aligned itself.")
-    ] = None,
-    tasks: Annotated[
-        list[str] | None, Option("--task", help="Directory of a fine-tuned adapter or checkpoint; may be repeated.")
-    ] = None,
+    safe: Annotated[str | None, Option(help="The safe adapter or checkpoint; default: the base model.")] = None,
+    tasks: Annotated[list[str] | None, Option("--task", help="A fine-tuned one; may be repeated.")] = None,
     out: Annotated[str | None, Option(help="Directory for the result.")] = None,
     method: Annotated[str | None, Option(help="somf (a learned mask, default) or task_arithmetic (no mask).")] = None,
     weights: Annotated[list[float] | None, Option("--weight", help="Of the task vectors: once, or per task.")] = None,
@@ -161,12 +140,8 @@ def fuse(
     export_density: Annotated[float | None, Option(help="For topk.")] = None,
     seed: Annotated[int | None, Option(help="Seed of the noise and of training.")] = None,
     mask: Annotated[str | None, Option(help="File of trained masks or logits, instead of training.")] = None,
-    model: Annotated[
-        str | None, Option("--model", "-m", help="To train the mask on; default: the base model.")
-    ] = None,
-    data: Annotated[
-        str | None, Option(help="JSON lines: {prompt, chosen, rejected}, or {prompt, response} for sft.")
-    ] = None,
+    model: Annotated[str | None, Option("--model", "-m", help="To train on; default: the base model.")] = None,
+    data: Annotated[str | None, Option(help="JSON lines: prompt, chosen, rejected; for sft prompt, response.")] = None,
     objective: Annotated[str | None, Option(help="dpo or sft.")] = None,
     lr: Annotated[float | None, Option(help="Peak learning rate of the logits.")] = None,
     epochs: Annotated[float | None, Option(help="Passes over the rows.")] = None,
@@ -180,42 +155,39 @@ def fuse(
     json: opt.Json = False,
 ) -> None:
     """Fuse a safe model with fine-tuned ones through a learned mask (SOMF), or without a mask (task arithmetic)."""
-    options = locals()
-    from peft_safety.recipes.fusion import OPTIONS, PLACES, TRAINING, FuseJob, read_config
-    from peft_safety.reporting import fusion as report
+    flags = locals()
+    from peft_safety.recipes.fusion import FuseJob, read_config
+    from peft_safety.reporting.repair import show_fusion
 
     one_or_all = weights[0] if weights and len(weights) == 1 else weights or None
-    options |= {"tasks": tasks or None, "weights": one_or_all, "resume": resume or None}
-    flags = {name: options.get(name) for name in (*PLACES, *OPTIONS)}
-    training = {name: options.get(name) for name in TRAINING}
-    job = FuseJob.of({} if config is None else read_config(config), flags, training)
+    flags |= {"tasks": tasks or None, "weights": one_or_all, "resume": resume or None}
+    job = FuseJob.of({} if config is None else read_config(config), flags)
     result = job.plan() if dry_run else job.run(progress=not json)
     last = "nothing written: --dry-run" if dry_run else f"fused model written to {job.out}"
-    show(result.to_json(), json, lambda: report.show(result), last)
+    show(result.to_json(), json, lambda: show_fusion(result), last)
 
 
 @app.command()
 def export(
     directory: Annotated[Path, Argument(help="Directory of a protected adapter.")],
     out: Annotated[Path, Option(help="Directory for the plain LoRA, or for the merged model.")],
-    merge_to: Annotated[
-        str | None,
-        Option(
-            help="Merge into the base model, loaded in 4 bits, instead: 16bit, nf4+residual (exact: a plain LoRA "
-            "beside it) or nf4 (lossy)."
-        ),
-    ] = None,
+    merge_to: Annotated[str | None, Option(help="Merge into the 4-bit base: 16bit, nf4+residual or nf4.")] = None,
     model: opt.AdapterModel = None,
     force: Annotated[bool, Option("--force", help="For --merge-to nf4: although most of the update is lost.")] = False,
     json: opt.Json = False,
 ) -> None:
     """Write a protected adapter as plain LoRA that any PEFT loads and that computes the same function, or merge it."""
     from peft_safety.convert.export import export_directory
-    from peft_safety.recipes.merge import merge_directory
+    from peft_safety.convert.merge import merge_quantized
+    from peft_safety.recipes.load import load_adapter
 
     if merge_to is None:
         written = export_directory(directory, out)
         show({"out": str(written)}, json, f"plain LoRA written to {written}")
         return
-    result = merge_directory(directory, out, merge_to, model, force=force)  # type: ignore[arg-type]  # it refuses others
+    loaded, tokenizer = load_adapter(directory, model, load_in_4bit=True)
+    result = merge_quantized(loaded, merge_to, force=force, verbose=False)  # type: ignore[arg-type]  # it refuses others
+    for part in (result.model, tokenizer):
+        part.save_pretrained(str(out))  # type: ignore[union-attr, operator]
+    (out / "merge.json").write_text(dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
     show(result.to_json(), json, result.print, f"written to {out}")

@@ -9,20 +9,16 @@ from typer import Option
 
 from peft_safety.cli import options as opt
 from peft_safety.cli.common import app, print_facts, show
+from peft_safety.core.training import LEARNING_RATE, PATCH_LEARNING_RATE, TrainOptions
 from peft_safety.errors import ConfigError
-from peft_safety.recipes.train import LEARNING_RATE, PATCH_LEARNING_RATE
 
 
 @app.command()
 def calibrate(
     model: opt.Model,
     out: Annotated[Path | None, Option(help="File (.safetensors) or directory for the subspace.")] = None,
-    data: Annotated[
-        Path | None, Option(help="JSON lines of prompt/response rows; default: the package's own.")
-    ] = None,
-    method: Annotated[
-        str, Option(help="guardspace, ortho_patch (inputs), salora (outputs on refusals), or weight (no data).")
-    ] = "guardspace",
+    data: Annotated[Path | None, Option(help="JSON lines of rows; default: the package's own.")] = None,
+    method: Annotated[str, Option(help="guardspace, ortho_patch, salora, or weight (no data).")] = "guardspace",
     safety_rank: opt.SafetyRank = None,
     safety_energy: opt.SafetyEnergy = None,
     safety_rank_pattern: opt.SafetyRankPattern = None,
@@ -35,34 +31,25 @@ def calibrate(
     batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 8,
     max_length: opt.MaxLength = 512,
     seed: opt.Seed = 0,
-    memory: Annotated[
-        str | None, Option(help='Budget beside the model, such as "4GB"; default: half of what is free.')
-    ] = None,
+    memory: Annotated[str | None, Option(help='Budget beside the model, "4GB"; default: half of the rest.')] = None,
     dtype: Annotated[str, Option(help="Of the bases, in use and on disk: float16, bfloat16 or float32.")] = "float16",
-    allow_fewer: Annotated[
-        bool, Option("--allow-fewer", help="Where the data span fewer directions than --safety-rank, protect those.")
-    ] = False,
-    stream: Annotated[
-        bool, Option("--stream", help="Leave the model on disk and read one layer at a time, for each batch.")
-    ] = False,
+    allow_fewer: Annotated[bool, Option("--allow-fewer", help="Protect what the data span, if it is less.")] = False,
+    stream: Annotated[bool, Option("--stream", help="Leave the model on disk; read one layer at a time.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Only say what it will take: bytes, passes, seconds.")] = False,
     json: opt.Json = False,
 ) -> None:
-    """Estimate a safety subspace in one pass over the model, and save it. For input sides, the energy that it covers
-    is printed.
-    """
-    options = opt.parsed(locals(), "png", "dry_run", "json")
+    """Estimate a safety subspace and save it. For input sides, the energy that it covers is printed."""
+    options = opt.parsed(locals(), "out", "task_data", "png", "dry_run", "json")
     from peft_safety.recipes import calibrate as recipe
-    from peft_safety.reporting import cost, coverage
+    from peft_safety.reporting import coverage
 
     if dry_run:
-        without = ("out", "task_data", "seed", "allow_fewer")
-        expected = recipe.calibration_cost(**{name: value for name, value in options.items() if name not in without})
-        show(expected.to_json(), json, lambda: cost.show(expected))
+        expected = recipe.calibration_cost(**options)
+        show(expected.to_json(), json, lambda: coverage.show_cost(expected))
         return
     if out is None:
         raise ConfigError("calibrate writes nothing without --out. Give a file or directory, or --dry-run.")
-    result = recipe.calibrate(**options)
+    result = recipe.calibrate(**options, out=out, task_data=task_data)
     if png is not None:
         coverage.save_png(result.coverage, png)
     provenance = {name: value for name, value in result.subspace.provenance.items() if name != "covered"}
@@ -87,9 +74,7 @@ def protect(
     basis: Annotated[str | None, Option(help="For guardspace: harmful (default), general or both.")] = None,
     combine: Annotated[bool, Option("--combine", help="For guardspace: protect SaLoRA's outputs too.")] = False,
     combine_rank: Annotated[int | None, Option(help="For --combine: directions of each layer (default 32).")] = None,
-    train: Annotated[
-        str | None, Option(help="For guardspace: B (A frozen: a plain LoRA; default), A (both, projected) or window.")
-    ] = None,
+    train: Annotated[str | None, Option(help="For guardspace: B (A frozen; default), A (both) or window.")] = None,
     window: Annotated[int | None, Option(help="For --train window: directions of each layer (default 64).")] = None,
     init: Annotated[str | None, Option(help="lora (B = 0, default), or task for salora, guardspace for it.")] = None,
     subspace: Annotated[str | None, Option(help='Subspace file, directory or Hub id, or "auto" (default).')] = None,
@@ -107,7 +92,6 @@ def protect(
     options = opt.parsed(locals(), "model", "data", "out_dir", "poison", "eval_limit")
     from peft_safety.recipes.adapter import adapter_config
     from peft_safety.recipes.protect import protect as run
-    from peft_safety.recipes.train import TrainOptions
 
     options["combine"] = "salora" if combine else None
     training, adapter = opt.split(options, TrainOptions)
@@ -120,16 +104,11 @@ def patch(
     model: opt.Model,
     out_dir: opt.ReportDir,
     data: Annotated[Path | None, Option(help="JSON lines of requests with refusals; default: the package's.")] = None,
-    general: Annotated[
-        Path | None, Option(help="JSON lines to leave alone: {prompt} rows are answered by the model itself.")
-    ] = None,
+    general: Annotated[Path | None, Option(help="JSON lines to leave alone; the model answers prompts.")] = None,
     mode: Annotated[str, Option(help="hard (constrained), soft (penalized) or none (plain LoRA).")] = "hard",
     basis: Annotated[str, Option(help="What to stay out of: activation, contrastive or weight.")] = "activation",
     side: Annotated[str, Option(help="in, out or both.")] = "in",
-    safety_rank: Annotated[
-        float | None,
-        Option(help="As for protect; default 32 directions. 0 protects the directions of earlier patches only."),
-    ] = None,
+    safety_rank: Annotated[float | None, Option(help="As for protect; 0: only earlier patches' directions.")] = None,
     safety_energy: opt.SafetyEnergy = None,
     safety_rank_pattern: opt.SafetyRankPattern = None,
     reg_lambda: Annotated[float | None, Option(help="For --mode soft: weight of the penalty (default 100).")] = None,
@@ -152,7 +131,6 @@ def patch(
     options = opt.parsed(locals(), "model", "out_dir", "data", "general", "prior", "evaluate_every", "eval_limit")
     from peft_safety.data import read_jsonl
     from peft_safety.recipes.patch import PatchOptions, make_patch
-    from peft_safety.recipes.train import TrainOptions
     from peft_safety.recipes.watch import Stopping
 
     training, rest = opt.split(options, TrainOptions)

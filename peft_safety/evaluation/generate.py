@@ -46,14 +46,11 @@ def generate(
     progress: bool = True,
     rendered: bool = False,
 ) -> list[Generation]:
-    """Greedy responses, in the order of `prompts`. Padding is on the left; the model's own sampling defaults and its
-    training mode are left as they were.
+    """Greedy responses, in the order of `prompts`. The model's own sampling defaults and training mode stay as they
+    were.
 
     Args:
-        prompts: user turns, or message lists that end with a user turn.
-        max_new_tokens: tokens generated at most.
-        description: of the progress bar, which `progress` shows on stderr.
-        rendered: the prompts are texts that need no chat template.
+        prompts: user turns, or message lists that end with a user turn; or texts, `rendered` already.
 
     Raises:
         DataError: no prompts, or a tokenizer without chat template or pad token.
@@ -76,9 +73,7 @@ def in_batches(
     description: str = "",
     progress: bool = False,
 ) -> list[Result]:
-    """`run` on batches of items, in evaluation mode: one result an item, in their order. Items of similar length share
-    a batch, so that it holds little padding.
-    """
+    """`run` on batches of items of similar length, in evaluation mode: one result an item, in their order."""
     import torch
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
