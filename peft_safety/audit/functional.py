@@ -30,11 +30,8 @@ ANSWER_TOKENS = 24
 
 @dataclass(frozen=True)
 class Interference:
-    """Mean lengths over the positions that count.
-
-    Attributes:
-        update, weight: `E||dW x||`, and `E||W x||` without the bias.
-        tokens: how many positions.
+    """Mean lengths over the positions that count: `update` is `E||dW x||`, and `weight` is `E||W x||` without the
+    bias.
     """
 
     update: float
@@ -48,11 +45,7 @@ class Interference:
 
 
 def check_calibration(calibration: Calibration) -> None:
-    """Refuse a malformed request before any work is done.
-
-    Raises:
-        ConfigError: neither None, "auto", nor a mapping with the two kinds.
-    """
+    """Refuse, by a ConfigError, what is neither None, "auto", nor a mapping with the two kinds."""
     given = list(calibration) if isinstance(calibration, Mapping) else calibration
     both = isinstance(calibration, Mapping) and set(calibration) == set(KINDS)
     if not both and not (given is None or (isinstance(given, str) and given == "auto")):
@@ -62,14 +55,7 @@ def check_calibration(calibration: Calibration) -> None:
 def calibration_sets(
     model: nn.Module, calibration: Calibration, tokenizer: Any, progress: bool
 ) -> dict[str, tuple[list[Batch], dict[str, Any]]]:
-    """By kind, the batches, and their `source` and a hash of their content (`data`); empty for None.
-
-    Args:
-        tokenizer: for rows of text; None takes the model's own.
-
-    Raises:
-        CalibrationError, DataError: rows or batches that cannot be used. ConfigError: no tokenizer can be loaded.
-    """
+    """By kind, the batches, and their `source` and a hash of their content (`data`); empty for None."""
     if calibration is None:
         return {}
     sources = dict.fromkeys(KINDS, "given")
@@ -102,17 +88,8 @@ def interference(
     progress: bool = True,
     what: str = "interference",
 ) -> dict[str, Interference]:
-    """Run the bare base model over the batches once, and measure every layer.
-
-    Args:
-        layers: base layers by name.
-        updates: of the same names.
-        batches: `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`.
-        positions: those with a label ("response"), those without ("prompt"), or all that have attention ("all").
-
-    Raises:
-        CalibrationError: a layer saw no such position, or its inputs or outputs are not finite.
-        ConfigError: an adapter is merged into the base weights.
+    """Run the bare base model over the batches once, and measure every layer at the positions that count. A
+    CalibrationError says that a layer saw none, or that its inputs or outputs are not finite.
     """
     # ||dW x|| = ||S V^T x||: as many columns as the rank, and no cancellation between the two products of a residual
     probes = {name: (update.right * update.values).float() for name, update in updates.items()}

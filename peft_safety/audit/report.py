@@ -45,16 +45,10 @@ def layer_number(name: str) -> int | None:
 
 @dataclass(frozen=True)
 class ModuleOrthogonality:
-    """One module's update against its weight.
-
-    Attributes:
-        name: in the base model.
-        shape: `(out_features, in_features)`.
-        rank, norm, effective_rank: of dW, see `Update`; rank 0 is a zero update, whose figures are NaN.
-        relative_norm: `||dW||_F / ||W||_F`.
-        right, left: on the input side (right singular vectors, as published) and on the output side.
-        others: `|cos|` between this update and that of every other adapter on the module, by adapter name.
-        general, harmful: functional interference on both kinds of inputs; None where it was not measured.
+    """One module's update against its weight, on the input side (`right`, as published) and on the output side
+    (`left`). `rank`, `norm` and `effective_rank` are those of `Update`; rank 0 is a zero update, whose figures are
+    NaN. `relative_norm` is `||dW||_F / ||W||_F`, `others` the `|cos|` between this update and that of every other
+    adapter on the module. `general` and `harmful` are None where interference was not measured.
     """
 
     name: str
@@ -78,7 +72,6 @@ class ModuleOrthogonality:
 
     @property
     def layer(self) -> int | None:
-        """See `layer_number`."""
         return layer_number(self.name)
 
     @property
@@ -116,14 +109,9 @@ def medians(rows: Iterable[ModuleOrthogonality], others: Iterable[str] = ()) -> 
 
 @dataclass(frozen=True)
 class OrthogonalityReport:
-    """All modules of an adapter.
-
-    Attributes:
-        adapter: its name on the model.
-        modules: in module order.
-        others: adapters that it was compared with.
-        environment: versions and machine; model, `k`, positions, and source, hash and size of the calibration data;
-            `not_compared`: other adapters whose update is no plain product, each with the reason.
+    """All `modules` of an `adapter`, compared with `others`. `environment`: versions and machine; model, `k`,
+    positions, and source, hash and size of the calibration data; `not_compared`: other adapters whose update is no
+    plain product, each with the reason.
     """
 
     adapter: str
@@ -133,12 +121,10 @@ class OrthogonalityReport:
 
     @property
     def measured(self) -> bool:
-        """Whether there is a functional part."""
         return all(row.general is not None for row in self.modules)
 
     @property
     def summary(self) -> dict[str, float]:
-        """The `medians` over all modules."""
         return medians(self.modules, self.others)
 
     @property
@@ -152,7 +138,6 @@ class OrthogonalityReport:
         return groups
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; NaN becomes None."""
         rows = [asdict(row) | {"interference_ratio": row.interference_ratio} for row in self.modules]
         facts = {"adapter": self.adapter, "others": self.others, "environment": dict(self.environment)}
         result: dict[str, Any] = _plain(facts | {"summary": self.summary, "modules": rows})
@@ -186,25 +171,19 @@ def orthogonality_report(
         model: a PeftModel, or a model with injected adapters; dense, Conv1D or bitsandbytes base.
         adapter: name of a LoRA adapter, plain or one of this package's.
         calibration: for the functional part. None leaves it out; `"auto"` takes the package's general prompts with the
-            base model's own greedy answers, and its harmful requests with refusals; or `{"general": ..., "harmful":
-            ...}`, each rows or tokenized batches with labels.
+            base model's own greedy answers, and its harmful requests with refusals; or
+            `{"general": ..., "harmful": ...}`, each rows or tokenized batches with labels.
         tokenizer: for rows of text; default the model's own.
         k: directions of W behind the energy overlap, at least 1; at most what W has.
         positions: tokens that count: "response", "prompt" or "all".
 
-    Returns:
-        A report: per module the published metric with null and z-score, principal angles, energy overlap, the same on
-        the output side, effective rank, overlap with the other adapters, functional interference.
-
     Raises:
-        ConfigError: no such adapter, one whose update is not a plain product, a merged one, a factor that is not
-            finite; malformed arguments.
-        UnsupportedLayerError: embeddings, convolutions, sharded weights.
-        CheckpointError: a base weight that is not finite.
+        ConfigError: no such adapter, one whose update is not a plain product, a merged one; malformed arguments.
+        UnsupportedLayerError, CheckpointError: embeddings, convolutions, sharded weights; a weight that is not finite.
         CalibrationError, DataError: calibration data that is empty, malformed or not finite.
 
     Reference: Mou et al., arXiv 2510.09004 (the metric); Roy and Vetterli, EUSIPCO 2007 (effective rank). The nulls
-        and the functional part are ours.
+    and the functional part are ours.
     """
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ConfigError(f"k={k!r}. Use an integer of at least 1.")

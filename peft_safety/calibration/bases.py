@@ -46,13 +46,8 @@ def check_moment(moment: Tensor | TokenRows, name: str) -> float:
 def output_basis(
     weight: Tensor, moment: Tensor | None, size: Size, name: str, *, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Top left singular vectors `(m, k)` of `W X`, and its singular values.
-
-    Args:
-        weight: `W (m, n)`, fp32. For the right singular vectors of a weight give `W^T`.
-        moment: `X X^T (n, n)`; None for those of `W` itself.
-
-    A CalibrationError refuses a weight or a moment that is zero or not finite.
+    """Top left singular vectors `(m, k)` of `W X`, or of `W` itself without a moment, and the singular values. A
+    CalibrationError refuses a weight `(m, n)` or a moment `(n, n)` that is zero or not finite.
     """
     m, n = weight.shape
     if not (0 < float(weight.abs().sum(dtype=torch.float64)) < float("inf")):
@@ -77,10 +72,8 @@ def output_basis(
 
 @torch.no_grad()
 def input_basis(moment: Tensor | TokenRows, size: Size, name: str, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Top eigenvectors `(n, k)` of `S = X X^T`, and the singular values of `X`.
-
-    With `P = I - Q Q^T` behind a factor, `E||dW x||^2 <= lambda_{k+1} ||dW||_F^2` on the data of `S`, `lambda` the
-    eigenvalues of `E[x x^T]`.
+    """Top eigenvectors `(n, k)` of `S = X X^T`, and the singular values of `X`. With `P = I - Q Q^T` behind a factor,
+    `E||dW x||^2 <= lambda_{k+1} ||dW||_F^2` on the data of `S`, `lambda` the eigenvalues of `E[x x^T]`.
 
     Reference: GuardSpace, arXiv 2510.14301 (on harmful data); on general data, OrthoSafetyPatch.
     """
@@ -105,14 +98,8 @@ def input_basis(moment: Tensor | TokenRows, size: Size, name: str, *, seed: int 
 @torch.no_grad()
 def contrastive_basis(moment: Tensor, against: Tensor, size: Size, name: str) -> tuple[Tensor, Tensor]:
     """Span `(d, k)` of the directions that one data set uses most, relative to another: top generalized eigenvectors
-    of `S v = mu S' v`.
-
-    Args:
-        moment: `S (d, d)`, of the data to protect.
-        against: `S' (d, d)`, of the data that must stay in reach; `RIDGE` of its mean eigenvalue is added to it.
-
-    Returns:
-        The basis, and `sqrt(mu)`. "energy" counts the share of `S` that the basis holds.
+    of `S v = mu S' v`, and `sqrt(mu)`. "energy" counts the share of `S` that the basis holds. `against` is `S'`, of
+    the data that must stay in reach; `RIDGE` of its mean eigenvalue is added to it.
     """
     d = moment.shape[0]
     total, other = check_moment(moment, name), check_moment(against, name)

@@ -27,10 +27,8 @@ FREE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a layer's input takes: `held` while the model runs, `work` more while it is decomposed.
-
-    Attributes:
-        as_rows: the tokens are held, not the moment.
+    """Bytes that a layer's input takes: `held` while the model runs (`as_rows`: the tokens, not the moment), `work`
+    more while it is decomposed.
     """
 
     held: int
@@ -39,11 +37,8 @@ class Need:
 
 
 def need(layer: nn.Module, tokens: int | None = None, width: int = 0) -> Need:
-    """Of one input of a layer.
-
-    Args:
-        tokens: of the data, where rows may be held (the top eigenvectors alone are wanted).
-        width: of the iteration then.
+    """Of one input of a layer. `tokens` of the data are given where rows may be held (the top eigenvectors alone are
+    wanted), with the `width` of the iteration.
     """
     n = int(weights.shape(layer)[1])
     if tokens is not None and n > bases.DENSE_LIMIT and tokens < n:
@@ -53,7 +48,7 @@ def need(layer: nn.Module, tokens: int | None = None, width: int = 0) -> Need:
 
 def bytes_of(memory: str | int | None, device: torch.device) -> int:
     """A budget in bytes, from a number or a text such as "4GB" or "500MiB"; None takes `FREE_SHARE` of the device's
-    free memory. Anything else is a ConfigError.
+    free memory.
     """
     if memory is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
@@ -67,12 +62,9 @@ def bytes_of(memory: str | int | None, device: torch.device) -> int:
 def groups(
     layers: Mapping[str, nn.Module], leaders: Mapping[str, str], needs: Mapping[str, Need], budget: int
 ) -> list[dict[str, nn.Module]]:
-    """The layers in groups, in their order, each as large as the budget allows. Layers with one input stay together.
-
-    Args:
-        leaders: for each layer the first one with the same input, where it is known.
-        needs: of each of these.
-        budget: bytes. A CalibrationError names a layer that does not fit by itself.
+    """The layers in groups, in their order, each as large as the budget (in bytes) allows. Layers with one input,
+    which `leaders` names by its first layer, stay together. A CalibrationError names a layer that does not fit by
+    itself.
     """
     members: dict[str, list[str]] = {}
     for name in layers:

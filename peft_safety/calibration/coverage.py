@@ -33,12 +33,8 @@ TASK_ENERGY = 0.99
 
 @dataclass(frozen=True)
 class TaskShare:
-    """What a null space leaves of a task's inputs at one module.
-
-    Attributes:
-        free: `E||P x||^2 / E||x||^2`.
-        rank: directions that hold `TASK_ENERGY` of the inputs.
-        rank_free: the same of `P x`.
+    """What a null space leaves of a task's inputs at one module: `free` is `E||P x||^2 / E||x||^2`; `rank` directions
+    hold `TASK_ENERGY` of the inputs, and `rank_free` of `P x`.
     """
 
     free: float
@@ -48,13 +44,9 @@ class TaskShare:
 
 @dataclass(frozen=True)
 class ModuleCoverage:
-    """One module's null space.
-
-    Attributes:
-        features, k: input dimensions, and how many of them are taken.
-        covered: share of the calibration data's energy inside; None where the subspace does not say.
-        curve: share inside the first 1, 2, ..., k directions, `(k,)`; empty where the subspace does not say.
-        task: None without task data.
+    """One module's null space: `k` of its input `features` are taken. `covered` is the share of the calibration data's
+    energy inside, `curve (k,)` that inside the first 1, 2, ..., k directions; None and empty where the subspace does
+    not say.
     """
 
     name: str
@@ -96,18 +88,11 @@ def task_inputs(
     progress: bool = True,
 ) -> tuple[GroupedMoments, dict[str, TaskShare]]:
     """The second moments of a task's inputs at all tokens, and their share outside the null space of each layer; one
-    pass over the model without adapters, or several where the memory asks for them.
-
-    Args:
-        layers: base layers by name; those without an input basis, or that the task does not reach, are skipped.
-        rows: of the task: any rows, or tokenized batches.
-        tokenizer: for rows only.
-        ranks: compute the ranks too, two eigendecompositions for each distinct input.
-        memory: as in `activations.estimate`.
+    pass over the model without adapters, or several where the `memory` asks for them. Layers without an input basis,
+    or that the task does not reach, are skipped. With `ranks`, two eigendecompositions for each distinct input.
 
     Raises:
-        CalibrationError: the subspace was calibrated on these rows; inputs are zero or not finite, or reach none of
-            the layers.
+        CalibrationError: the subspace was calibrated on these rows; inputs are zero or not finite, or reach no layer.
     """
     layers = {name: layer for name, layer in layers.items() if "in" in subspace.bases.get(name, {})}
     batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)

@@ -13,11 +13,8 @@ from peft_safety.calibration.token_rows import TokenRows
 
 
 class GroupedMoments:
-    """`InputMoments` of many layers. Reading a layer of another group runs the model again, so read them in order.
-
-    Args:
-        parts: the layers in groups.
-        watch: collects the moments of one.
+    """`InputMoments` of the layers in `parts`; `watch` collects those of one part. Reading a layer of another part
+    runs the model again, so read them in order.
     """
 
     def __init__(
@@ -29,7 +26,6 @@ class GroupedMoments:
 
     @property
     def tokens(self) -> int:
-        """Number of positions."""
         return self._current.tokens
 
     def _of(self, name: str) -> InputMoments:
@@ -39,19 +35,15 @@ class GroupedMoments:
         return self._current
 
     def reaches(self, name: str) -> bool:
-        """Whether any token reaches the layer."""
         return name in self._place and self._of(name).reaches(name)
 
     def leader(self, name: str) -> str:
-        """The first layer with the same input."""
         return self._of(name).leaders[name]
 
     def moment(self, name: str) -> Tensor:
-        """See `InputMoments.moment`."""
         return self._of(name).moment(name)
 
     def operator(self, name: str) -> Tensor | TokenRows:
-        """See `InputMoments.operator`."""
         return self._of(name).operator(name)
 
 
@@ -64,11 +56,8 @@ def task_moments(
     memory: str | int | None = None,
     progress: bool = True,
 ) -> GroupedMoments:
-    """The moments of all tokens, with the adapters of the model off.
-
-    Args:
-        widths: columns that the moment of each layer is multiplied by.
-        memory: as in `activations.estimate`.
+    """The moments of all tokens, with the adapters of the model off. `widths`: columns that each moment is multiplied
+    by.
     """
     budget = bytes_of(memory, next(model.parameters()).device)
     tokens = attended(batches)

@@ -30,12 +30,9 @@ Positions = Literal["response", "prompt", "all"]
 
 
 class InputMoments:
-    """Accumulates the second moments of the inputs of some base layers while a model runs.
-
-    Attributes:
-        tokens: number of positions that count.
-        leaders: for each layer the first one that is fed the same tensor.
-        loose: layers whose input rows are not positions of the batch, so that all of them count.
+    """Accumulates the second moments of the inputs of some base layers while a model runs. `tokens` is the number of
+    positions that count; `leaders` gives for each layer the first one that is fed the same tensor; `loose` are layers
+    whose input rows are not positions of the batch, so that all of them count.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], as_rows: Container[str] = ()) -> None:
@@ -53,8 +50,8 @@ class InputMoments:
         return self.leaders.get(name) in self._moments
 
     def moment(self, name: str) -> Tensor:
-        """`S (n, n)` of one layer, fp64 (fp32 where the device has no fp64). Layers with the same input return the
-        same tensor. A CalibrationError says that the layer saw nothing that counts, or that `S` is not finite.
+        """`S (n, n)` of one layer, fp64 (fp32 where the device has no fp64); one tensor for layers with the same
+        input. A CalibrationError says that the layer saw nothing that counts, or that `S` is not finite.
         """
         result = self.operator(name)
         return result.dense() if isinstance(result, TokenRows) else result
@@ -72,7 +69,6 @@ class InputMoments:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hook the layers for the duration of a block."""
         with ExitStack() as stack:
             for name, layer in self.layers.items():
                 stack.callback(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True).remove)
@@ -81,7 +77,8 @@ class InputMoments:
 
     def expect(self, *masks: Tensor) -> None:
         """Set the positions that count in the next batch: bool masks `(batch, tokens)`, the decoder's before the
-        encoder's."""
+        encoder's.
+        """
         self._last, self._masks = None, masks
         self.tokens += sum(int(mask.sum()) for mask in masks)
 
@@ -145,12 +142,8 @@ def positions_of(lead: Sequence[int], *masks: Tensor) -> Tensor | None:
 
 
 def selected(name: str, x: Tensor, *masks: Tensor) -> Tensor:
-    """The rows of a layer's input or output that count, `(rows, features)`, fp32.
-
-    Args:
-        x: `(..., features)`. All rows count where they are not positions of the batch, see `positions_of` (routed
-            experts, patches of images). A CalibrationError refuses what is no tensor.
-        masks: `(batch, tokens)` bool.
+    """The rows of a layer's input or output `(..., features)` that count, `(rows, features)`, fp32; all where they are
+    not positions of the batch (routed experts, patches of images). A CalibrationError refuses what is no tensor.
     """
     if not isinstance(x, Tensor) or x.ndim < 1:
         raise CalibrationError(f"{name}: a {type(x).__name__} is no rows of features. Leave it out of target_modules.")
@@ -170,12 +163,8 @@ def collect(
     progress: bool = True,
     what: str = "calibrating",
 ) -> InputMoments:
-    """Run every batch once, in eval mode, and return the moments at the positions that count.
-
-    Args:
-        batches: `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`.
-        positions: with attention, and with a label ("response"), without one ("prompt"), or either ("all").
-        as_rows: layers whose inputs are kept instead of their moment, see `TokenRows`.
+    """Run every batch once, in eval mode, and return the moments at the positions that count: with attention, and with
+    a label ("response"), without one ("prompt"), or either ("all"). `as_rows`: layers whose inputs are kept.
     """
     moments = InputMoments(layers, as_rows)
     with moments.watching():
@@ -211,12 +200,9 @@ def run(
     progress: bool = True,
     what: str,
 ) -> None:
-    """One pass over the batches in eval mode.
-
-    Args:
-        batches: tensors that the model's forward names (`pixel_values`, `token_type_ids`) are passed on.
-        expect: called before each batch with the positions that count, a `(batch, tokens)` bool mask; for an
-            encoder-decoder with the decoder's and the encoder's.
+    """One pass over the batches in eval mode. Tensors that the model's forward names (`pixel_values`) are passed on.
+    `expect` is called before each batch with the positions that count, a `(batch, tokens)` bool mask; for an
+    encoder-decoder with the decoder's and the encoder's.
     """
     from tqdm.auto import tqdm
 
@@ -276,13 +262,9 @@ def counted(labels: Tensor, attention: Tensor, positions: Positions) -> Tensor:
 def to_batches(
     data: Rows, tokenizer: Any, *, batch_size: int, max_length: int, model: nn.Module | None = None
 ) -> tuple[list[Batch], str]:
-    """Rows or tokenized batches as batches, and a hash of their content. Rows of a prompt alone and complete rows may
-    be mixed.
-
-    Args:
-        data: whatever `as_rows` takes, except an iterator, which can be read only once. A CalibrationError refuses
-            no data, rows without a tokenizer, and batches without labels.
-        model: an encoder-decoder may have labels of another length than its inputs.
+    """Rows or tokenized batches as batches, and a hash of their content. A CalibrationError refuses no data, an
+    iterator, rows without a tokenizer, and batches without labels. Labels may have another length than the inputs if
+    `model` is an encoder-decoder.
     """
     if isinstance(data, Iterator):
         raise CalibrationError(f"calibration data is a {type(data).__name__}, readable only once. Give list(data).")

@@ -15,7 +15,7 @@ CHUNK = 512
 
 class TokenRows:
     """The inputs of a layer at the tokens that count, `(tokens, n)` in all, with what `bases.input_basis` needs of a
-    moment. Products are in fp64 (fp32 where the device has none).
+    moment: its diagonal, `S q`, and `S` itself. Products are in fp64 (fp32 where the device has none).
     """
 
     def __init__(self, features: int, device: torch.device) -> None:
@@ -26,7 +26,6 @@ class TokenRows:
 
     @property
     def tokens(self) -> int:
-        """Rows so far."""
         return sum(part.shape[0] for part in self.parts)
 
     def add(self, x: Tensor) -> None:
@@ -34,25 +33,21 @@ class TokenRows:
         self.parts.append(x.clone())
 
     def isfinite(self) -> Tensor:
-        """One bool a batch."""
         return torch.stack([part.isfinite().all() for part in self.parts])
 
     def diagonal(self) -> Tensor:
-        """That of `S`, `(n,)`."""
         total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
         for x in self._chunks():
             total += x.square().sum(0)
         return total
 
     def __matmul__(self, q: Tensor) -> Tensor:
-        """`S q` of `q (n, width)`."""
         result = torch.zeros_like(q)
         for x in self._chunks():
             result.addmm_(x.mT, x @ q)
         return result
 
     def dense(self) -> Tensor:
-        """`S (n, n)`."""
         result = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         for x in self._chunks():
             result.addmm_(x.mT, x)

@@ -32,12 +32,9 @@ MergeTo = Literal["16bit", "nf4+residual", "nf4"]
 
 @dataclass(frozen=True)
 class MergedModule:
-    """What a merge did to one module's update.
-
-    Attributes:
-        norm: `||dW|| / ||W||`.
-        kept: `<change, dW> / ||dW||^2`, where `change` is that of the stored weights; nan for a zero update.
-        leak: `||U^T change|| / ||dW||`, the worst constrained side; None for a zero or unconstrained update.
+    """What a merge did to one module's update. `norm` is `||dW|| / ||W||`. With the `change` of the stored weights,
+    `kept` is `<change, dW> / ||dW||^2` (nan for a zero update), and `leak` is `||U^T change|| / ||dW||` of the worst
+    constrained side (None for a zero or unconstrained update).
     """
 
     module: str
@@ -48,19 +45,15 @@ class MergedModule:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """The merged model, and one row per module."""
-
     model: nn.Module
     to: MergeTo
     modules: list[MergedModule]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able: nan becomes None."""
         rows = [{**asdict(row), "kept": None if math.isnan(row.kept) else row.kept} for row in self.modules]
         return {"to": self.to, "modules": rows}
 
     def print(self) -> None:
-        """A table on the console."""
         from rich.console import Console
         from rich.table import Table
 
@@ -110,13 +103,12 @@ def merge_quantized(
         force: quantize again although most of the update is lost.
         verbose: print survival and leak of each module.
 
-    Returns:
-        The figures, and the base model without adapters, or for "nf4+residual" a PeftModel with one plain LoRA on it.
+    Returns: the figures, and the base model without adapters, or for "nf4+residual" a PeftModel with one plain LoRA on
+    it.
 
     Raises:
         LossyMergeError: "nf4" without `force`, with the figures of the worst module; nothing was changed.
-        ConfigError: adapters that trained other weights too, one that is merged already, or "nf4" for a weight of
-            another kind.
+        ConfigError: adapters that trained other weights too, one that is merged already, or "nf4" for another weight.
     """
     if to not in get_args(MergeTo):
         raise ConfigError(f"merge to {to!r}. Use one of {', '.join(map(repr, get_args(MergeTo)))}.")
@@ -244,7 +236,8 @@ def _with_plain(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> 
 
 def _bare(base: nn.Module) -> nn.Module:
     """The base model without adapters, with a quantization config that matches its layers, so that it can be saved and
-    loaded."""
+    loaded.
+    """
     if hasattr(base, "peft_config"):
         del base.peft_config
     config: Any = getattr(base, "config", None)

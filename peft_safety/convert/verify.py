@@ -28,17 +28,13 @@ from peft_safety.registry.frozen import check_certified, freezing
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked.
+    """What was checked: `ranks` and `protected` are the LoRA ranks and subspace ranks that occur, `base_checked` says
+    whether the base weights were compared with the fingerprints, and `unconstrained` are trained tensors that no
+    projection covers.
 
-    Attributes:
-        method: stored `peft_type`.
-        modules, ranks, protected: how many modules; LoRA ranks and subspace ranks that occur.
-        blindness_checked: False for a window without its null space: then `worst_leak` is the share of `lora_A`
-            outside the window, and only the provenance (`window_leak`) says how far that reaches into the null space.
-        worst_leak: largest `||U^T B|| / ||B||` of any module; with the null space of a window, `||A Q|| / ||A||`.
-        worst_orthonormality: largest `max|U^T U - I|`.
-        base_checked: whether the base weights were compared with the fingerprints.
-        unconstrained: trained tensors that no projection covers.
+    `worst_leak` is the largest `||U^T B|| / ||B||`, or `||A Q|| / ||A||` with the null space of a window. Without that
+    null space `blindness_checked` is False, and it is the share of `lora_A` outside the window; only the provenance
+    (`window_leak`) says how far that reaches into the null space.
     """
 
     directory: str
@@ -58,14 +54,9 @@ class Verification:
 class FrozenVerification:
     """What was checked of a plain LoRA with a certificate: its `lora_A` factors are those that were made blind.
 
-    Attributes:
-        modules, protected: how many modules; sizes of their null spaces that occur.
-        blindness_checked: whether `worst_leak` was measured with the subspace's bases; else it is the certificate's.
-        worst_leak: largest `||A Q|| / ||A||` of any module.
-        base_checked: whether the base weights were compared with the subspace's fingerprints, which needs both.
-        subspace: digest of the bases.
-        settings: the method's options, as the certificate has them.
-        unconstrained: trained tensors that are no factors.
+    `worst_leak`, the largest `||A Q|| / ||A||`, was measured with the subspace's bases if `blindness_checked`; else it
+    is the certificate's. `protected` are the sizes of the null spaces, `subspace` is the digest of the bases, and
+    `settings` are the method's options, as the certificate has them.
     """
 
     directory: str
@@ -83,11 +74,8 @@ class FrozenVerification:
 @dataclass(frozen=True)
 class RepairVerification:
     """What was checked of an adapter that Safe LoRA has repaired: complete, finite, and the very factors that the
-    repair wrote.
-
-    Attributes:
-        modules, repaired: how many there are, and how many of them were projected.
-        record: options and both models, as `RepairReport.record`.
+    repair wrote, of which `repaired` modules were projected. `record`: options and both models, as
+    `RepairReport.record`.
     """
 
     directory: str
@@ -103,15 +91,11 @@ def verify(
     subspace: SafetySubspace | str | os.PathLike[str] | None = None,
 ) -> Verification | FrozenVerification | RepairVerification:
     """Check an adapter directory in full, without building a model: a protected one, one with a frozen factor and a
-    certificate, or one that Safe LoRA has repaired.
+    certificate, or one that Safe LoRA has repaired. A PeftSafetyError says what is wrong.
 
     Args:
-        directory: what `save_pretrained` wrote.
         model: a base model to compare with the shapes and the stored fingerprints; optional.
         subspace: the null space behind a certificate or a window, or its file, to check the blindness itself.
-
-    Raises:
-        PeftSafetyError: what is wrong, with the file, the module, the shapes and the remedy.
     """
     path = Path(directory)
     manifest = read_manifest(path, warn=False)

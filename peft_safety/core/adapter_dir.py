@@ -33,14 +33,9 @@ _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<kind>lora_[AB]\.(?
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """A checked adapter directory.
-
-    Attributes:
-        config: the JSON of `adapter_config.json`.
-        shapes: `{module: (out_features, in_features, rank)}`.
-        residual: whether it has frozen initial factors.
-        worst_leak: largest `||U^T B|| / ||B||` of any module.
-        extra_tensors: keys of tensors that no projection constrains (`modules_to_save`, resized embeddings).
+    """A checked adapter directory: `config` is the JSON of its manifest, `shapes` are
+    `{module: (out_features, in_features, rank)}`, `worst_leak` is the largest `||U^T B|| / ||B||`, and `extra_tensors`
+    are keys of tensors that no projection constrains (`modules_to_save`, resized embeddings).
     """
 
     directory: Path
@@ -60,19 +55,15 @@ class StoredAdapter:
 
 
 def protected_types() -> list[str]:
-    """Values of `peft_type` that promise a protected adapter: the methods that are registered with PEFT."""
+    """The values of `peft_type` that promise a protected adapter."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # importing PEFT registers them
 
     return [str(name) for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if hasattr(cls, "safety_artifact")]
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuse what a stored config of this package never holds: wrong types, numbers out of range, and regular
-    expressions, which can take forever to match.
-
-    Raises:
-        ArtifactError: a pattern, or a key of `rank_pattern` or `alpha_pattern`, that is not a full module name.
-        ConfigError: a number out of range.
+    """Refuse what a stored config of this package never holds: wrong types, numbers out of range (ConfigError), and
+    module names that are regular expressions, which can take forever to match (ArtifactError).
     """
     modules: Any = config.get("target_modules")
     saved = config.get("modules_to_save") or []
@@ -91,13 +82,11 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_adapter(directory: Path, warn: bool = False) -> StoredAdapter:
-    """Check an adapter directory in full: files, hashes, keys, shapes, finiteness, orthonormality, and that the
-    factors do not leak. For `warn`, see `read_manifest`.
+    """Check a directory in full: files, hashes, keys, shapes, finiteness, orthonormality, and that no factor leaks.
 
     Raises:
         ArtifactError: anything but the exact set of files and tensors, or a changed byte.
-        ConfigError: a number of the config that is out of range.
-        SubspaceError: bases that would not protect.
+        ConfigError, SubspaceError: a number of the config that is out of range; bases that would not protect.
     """
     config, path = plain_lora.read_manifest(directory, warn), directory / MANIFEST
     kind, types = config.get("peft_type"), protected_types()
@@ -174,7 +163,7 @@ def _is_text_list(value: Any) -> bool:
 
 
 def _record(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """Of the `safety_artifact` entry: the files' hashes, and the keys of the extra tensors."""
+    """The files' hashes, and the keys of the extra tensors, as the manifest says."""
     record = config.get("safety_artifact")
     hashes = record.get("files") if isinstance(record, dict) and record.get("subspace") == SUBSPACE_FILE else None
     if not isinstance(record, dict) or not isinstance(hashes, dict):
@@ -192,9 +181,7 @@ def _record(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], list
 def _check_factors(
     path: Path, config: Mapping[str, Any], subspace: SafetySubspace, method: Any, extra: Sequence[str]
 ) -> tuple[dict[str, tuple[int, int, int]], float]:
-    """`StoredAdapter.shapes` and `worst_leak`. `method` is PEFT's config; `extra` are keys of tensors that are no
-    factors.
-    """
+    """`StoredAdapter.shapes` and `worst_leak`; `method` is PEFT's config."""
     kinds = ("weight", "initial") if method.residual else ("weight",)
     expected = {f"lora_{factor}.{kind}" for factor in "AB" for kind in kinds}
     factors: dict[str, dict[str, str]] = {}

@@ -39,8 +39,8 @@ def supported(layer: nn.Module) -> bool:
 
 
 def check_readable(layer: nn.Module, name: str) -> None:
-    """Refuse, by an UnsupportedLayerError with the name and kind, a layer whose weight, whole or sharded, is not
-    dense, bitsandbytes 4-bit or 8-bit, or transformers' FP8.
+    """Refuse, by an UnsupportedLayerError, a weight that is not dense, bitsandbytes 4-bit or 8-bit, or transformers'
+    FP8.
     """
     if not supported(layer):
         reason = "its weight is packed" if scales.is_packed(layer) else "it is no Linear, Conv1D or bitsandbytes layer"
@@ -79,11 +79,9 @@ def from_int8(values: Tensor, scale: Tensor) -> Tensor:
 
 @torch.no_grad()
 def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
-    """The weight as `(out_features, in_features)` on its own device: a dense one in its own precision and without a
-    copy, a quantized one in fp32. Every reader of a base weight comes through here.
-
-    Raises:
-        UnsupportedLayerError: a weight that is sharded, on the meta device, or of an unknown kind.
+    """The weight as `(out_features, in_features)` on its own device: a dense one as it is, a quantized one in fp32.
+    Every reader of a base weight comes through here. An UnsupportedLayerError refuses one that is sharded, on the meta
+    device, or of an unknown kind.
     """
     check_readable(layer, name)
     weight: Any = layer.weight
@@ -123,7 +121,7 @@ def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
 
 
 def _unpacked(weight: Any) -> tuple[Tensor, Any]:
-    """A 4-bit weight and its state in the usual layout. In eval mode on a CPU, bitsandbytes may have repacked it."""
+    """A 4-bit weight and its state in the usual layout, which bitsandbytes may have repacked for CPUs."""
     if not _is_packed(weight):
         return weight.data, weight.quant_state
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
@@ -159,9 +157,8 @@ def unpacked(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def stay_unpacked(model: nn.Module) -> None:
-    """Unpack the 4-bit weights of this model, and keep bitsandbytes from packing them again: no gradient passes
-    through a packed weight, and nothing says so. One forward in eval mode on a CPU with AVX512-BF16 packs them. An
-    adapter's gradient passes through all layers above it, so all 4-bit layers are meant.
+    """Unpack the 4-bit weights of this model, and keep bitsandbytes from packing them again, as one forward in eval
+    mode on a CPU with AVX512-BF16 does: no gradient passes through a packed weight, and nothing says so.
     """
     layers = _repacking(model)
     if layers:
@@ -175,7 +172,6 @@ def stay_unpacked(model: nn.Module) -> None:
 
 @cache
 def _say_unpacked() -> None:
-    """Warn, once in a process."""
     logging.getLogger(__name__).warning(
         "This model trains an adapter on 4-bit weights: bitsandbytes' packed format for CPUs with AVX512-BF16 is "
         "switched off for it, because no gradient passes through packed weights. Other models keep it."
@@ -185,7 +181,7 @@ def _say_unpacked() -> None:
 @torch.no_grad()
 def merge_survival(layer: nn.Module, delta: Tensor, name: str) -> float:
     """Share of an update `dW (out_features, in_features)` that a merge into this quantized layer would keep:
-    `<Q(W + dW) - W, dW> / ||dW||^2`; nan for a zero update. The layer is not changed.
+    `<Q(W + dW) - W, dW> / ||dW||^2`; nan for a zero update.
     """
     before = dense_weight(layer, name)
     delta = delta.to(before)
@@ -231,8 +227,8 @@ def distance(values: Tensor, reference: Tensor) -> float:
 def check_fingerprints(
     expected: Mapping[str, Tensor], layers: Mapping[str, nn.Module], *, quantized: bool = False
 ) -> None:
-    """Compare recorded fingerprints `(SAMPLES,)` with the base layers of the same names. A SubspaceError names the
-    worst module. `quantized`: whether the fingerprints were taken from quantized weights.
+    """Compare recorded fingerprints `(SAMPLES,)`, taken from `quantized` weights or not, with the base layers of the
+    same names. A SubspaceError names the worst module.
     """
     quantized = quantized or any(quantization(layer) for layer in layers.values())
     limit = DISTANCE_QUANTIZED if quantized else DISTANCE_DENSE

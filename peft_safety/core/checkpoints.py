@@ -32,12 +32,8 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 
 @dataclass(frozen=True)
 class Matrix:
-    """One weight `W (out_features, in_features)`, whatever its storage.
-
-    Attributes:
-        quantization: "4bit", "8bit", "fp8" or None.
-        block: `(start, stop)` -> columns `start:stop`, `(out_features, stop - start)`, in the stored precision (fp32
-            if quantized).
+    """One weight `W (out_features, in_features)`; `block(start, stop)` are its columns `(out_features, stop - start)`
+    in the stored precision, or in fp32 if it is quantized ("4bit", "8bit" or "fp8").
     """
 
     shape: tuple[int, int]
@@ -205,8 +201,8 @@ def _download(source: str) -> Path:
 
 
 def _model_keys(directory: Path, keys: Iterable[str]) -> dict[str, str]:
-    """`{key in the file: key in the model}` as transformers renames weights while it loads them. Empty where it knows
-    no such architecture; no code of the checkpoint is run. Weights that are fused or split on the way are left out.
+    """`{key in the file: key in the model}` as transformers renames weights while it loads them; empty for an unknown
+    architecture. No code of the checkpoint is run. Weights that are fused or split on the way are left out.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -50,7 +50,7 @@ def is_plain(name: Any) -> bool:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file, read in one streamed pass."""
+    """Hex digest of a file."""
     try:
         with path.open("rb") as file:
             return sha256_of(file.fileno())
@@ -78,8 +78,8 @@ def drop(path: Path) -> None:
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from a file: at most `limit` bytes, 16 levels deep, no duplicate key, no NaN or Infinity. Anything
-    else is an ArtifactError.
+    """A JSON object from a file: at most `limit` bytes, 16 levels deep, no duplicate key, no NaN or Infinity; else an
+    ArtifactError.
     """
     if path.exists() and not path.is_file():  # opening a named pipe would wait forever
         raise ArtifactError(f"{path} is not a regular file. Point at a directory that save_pretrained wrote.")
@@ -121,7 +121,6 @@ def parse_json(raw: bytes | str, where: str, limit: int = MAX_JSON_BYTES) -> dic
 
 
 def _depth(value: Any, level: int = 1) -> int:
-    """Nesting depth of objects and lists; counting stops just above the limit."""
     if not isinstance(value, (dict, list)):
         return level - 1
     if level > MAX_JSON_DEPTH:
@@ -131,9 +130,8 @@ def _depth(value: Any, level: int = 1) -> int:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file. Its header has been checked against its size, and no tensor is read yet. An
-    ArtifactError says that it is missing, truncated, no safetensors file (pickles are never opened), or holds too many
-    tensors.
+    """Open a safetensors file. Its header has been checked, and no tensor is read yet. An ArtifactError refuses one
+    that is missing, truncated, another kind of file (pickles are never opened), or of too many tensors.
     """
     if path.suffix in PICKLES:
         raise ArtifactError(f"{path} is a pickle, which can run code: it is never opened. Convert it to safetensors.")

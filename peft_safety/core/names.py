@@ -56,8 +56,8 @@ def own_name(name: str) -> str:
 
 
 def walk(model: nn.Module, shared: bool = False) -> Iterator[tuple[str, str, nn.Module]]:
-    """`(own name, name in `model`, module)` of every module of the base model. An adapter's layer is not entered: it
-    stands for its base layer. With `shared`, a module in several places is listed once for each of them.
+    """`(own name, name in `model`, module)` of every module of the base model. An adapter's layer stands for its base
+    layer, and is not entered. With `shared`, a module in several places is listed once for each of them.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -98,8 +98,8 @@ def exclude_look_alikes(config: Any, existing: Iterable[str]) -> None:
 
 
 def pin(config: Any, modules: Mapping[str, tuple[int, float]], existing: Mapping[str, str] | None = None) -> None:
-    """Make a LoRA config mean exactly these modules, `{own name: (rank, alpha)}`. `existing` are the `places` of the
-    model; without them, other modules whose names end like these are not excluded.
+    """Make a LoRA config mean exactly these modules, `{own name: (rank, alpha)}`. With the `places` of a model,
+    `existing`, other modules whose names end like these are excluded.
     """
     places = existing or {}
     wanted = {places.get(name, name): value for name, value in modules.items()}
@@ -117,8 +117,8 @@ _LETTER = re.compile(r"\\?.")
 
 def pattern_value(patterns: Mapping[str, T] | None, module: str, default: T) -> T | None:
     """What PEFT takes from `rank_pattern` or `alpha_pattern` for a module: the value of the first match. No regular
-    expression is run: keys that are names (`_NAME`; `.` stands for any character) are compared, others are skipped if
-    they certainly end differently, and else the result is None, unknown.
+    expression is run: keys that are names (`.` stands for any character) are compared, others are skipped if they
+    certainly end differently, and else the result is None, unknown.
     """
     vague = False
     for key, value in (patterns or {}).items():
@@ -155,8 +155,8 @@ def listed(names: Collection[str]) -> str:
 
 
 def exclusion_pattern(names: Iterable[str], others: Iterable[str]) -> str:
-    """A regular expression for `exclude_modules` that matches the full names of these modules and of no others.
-    Numbered layers become one term where possible: `model\\.layers\\.\\d+\\.mlp\\.gate`.
+    r"""A regular expression for `exclude_modules` that matches the full names of these modules and of no others.
+    Numbered layers become one term where possible: `model\.layers\.\d+\.mlp\.gate`.
     """
     names = set(names)
     others = set(others) - names

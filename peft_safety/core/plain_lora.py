@@ -70,11 +70,8 @@ NOT_PROTECTED = {
 
 @dataclass(frozen=True)
 class Factors:
-    """The update `s B A` of one module: `a (r, n)`, `b (m, r)`.
-
-    Attributes:
-        scaling: `s`; NaN where only a regular expression in the config says what alpha is.
-        transposed: whether the checkpoint stores the base weight as `(n, m)`.
+    """The update `s B A` of one module: `a (r, n)`, `b (m, r)`, and `s`, NaN where only a regular expression in the
+    config says what alpha is. `transposed`: the checkpoint stores the base weight as `(n, m)`.
     """
 
     a: Tensor
@@ -89,13 +86,8 @@ class Factors:
 
 @dataclass(frozen=True)
 class PlainLoRA:
-    """A checked adapter directory.
-
-    Attributes:
-        fields: the JSON of `adapter_config.json`.
-        factors: by module, in the order of the layers.
-        extra: other trained tensors, by key (`modules_to_save`, token rows).
-        record: of a Safe LoRA repair, if there was one.
+    """A checked adapter directory: the JSON of its config, the factors by module in the order of the layers, other
+    trained tensors by key (`modules_to_save`, token rows), and the record of a Safe LoRA repair.
     """
 
     fields: dict[str, Any]
@@ -111,9 +103,8 @@ def broken(where: Path | str, problem: str) -> ArtifactError:
 
 
 def check_sizes(fields: Mapping[str, Any], where: str) -> None:
-    """Refuse, by a ConfigError, what PEFT accepts but is not usable: a rank that is not an integer in [1, 65536], an
-    alpha that is not finite and in (0, 1e6], a dropout outside [0, 1), or a pattern that is not a table of such
-    numbers.
+    """Refuse, by a ConfigError, what PEFT accepts but is not usable: ranks that are not integers in [1, 65536], alphas
+    that are not in (0, 1e6], a dropout outside [0, 1), and patterns that are not tables of such numbers.
     """
     values = {}
     for kind in ("rank_pattern", "alpha_pattern"):
@@ -159,11 +150,8 @@ def check_plain(config: Any, what: str) -> None:
 
 
 def read_manifest(directory: Path, warn: bool = True) -> dict[str, Any]:
-    """The bounded JSON of a directory's `adapter_config.json`. `warn`: say so where an interrupted save left old
-    files.
-
-    Raises:
-        ArtifactError: not a directory, a mixture of two saves, or no such JSON.
+    """The bounded JSON of a directory's `adapter_config.json`; `warn` of old files that an interrupted save left. An
+    ArtifactError refuses what is no directory, a mixture of two saves, or no such JSON.
     """
     if not directory.is_dir():
         raise ArtifactError(f"{directory} is not a directory. Give the directory that save_pretrained wrote.")
@@ -184,13 +172,13 @@ def config_of(fields: Mapping[str, Any], path: Path) -> Any:
 
 
 def read_plain(directory: Path) -> PlainLoRA:
-    """Read and check a plain LoRA directory, repaired by Safe LoRA or not. Runs no pickle and no regular expression of
-    it.
+    """Read and check a plain LoRA directory, repaired by Safe LoRA or not. None of its pickles or regular expressions
+    is run.
 
     Raises:
-        ArtifactError: files or factors are missing, not finite, or of a wrong shape or dtype; a tensor that no plain
-            LoRA has; a protected adapter under another name.
-        ConfigError: an adapter of another kind, an unsupported feature (see `check_plain`), or a number out of range.
+        ArtifactError: factors are missing, not finite, or of a wrong shape or dtype; a tensor that no plain LoRA has;
+            a protected adapter under another name.
+        ConfigError: another kind of adapter, an unsupported feature (see `check_plain`), or a number out of range.
     """
     fields, path = read_manifest(directory), directory / MANIFEST
     kind, protected = fields.get("peft_type"), fields.get("safety_artifact") is not None
@@ -288,8 +276,8 @@ def stamp(directory: Path, record: Mapping[str, Any]) -> None:
 def plain_config(
     pairs: Mapping[str, tuple[Tensor, Tensor]], like: Mapping[str, Any], places: Mapping[str, str] | None = None
 ) -> LoraConfig:
-    """The config of `(A, s B)` by module: full names, and alpha = rank in every module. Base model, task type and
-    `fan_in_fan_out` are those of the fields `like`; for `places`, see `names.pin`.
+    """The config of `(A, s B)` by module: full names, and alpha = rank. Base model, task type and `fan_in_fan_out` are
+    those of the fields `like`; for `places`, see `names.pin`.
     """
     from peft import LoraConfig
 
@@ -335,13 +323,8 @@ def write_plain(
     records: Mapping[str, Any] | None = None,
     more: Callable[[Path], object] | None = None,
 ) -> None:
-    """Publish a plain LoRA directory atomically: the adapter's file, the model card and the config.
-
-    Args:
-        tensors: by PEFT's keys.
-        config: a config, or the fields of one.
-        records: JSON values for the header of the adapter's file, by key.
-        more: writes further files into the folder that it is given.
+    """Publish a plain LoRA directory atomically: tensors by PEFT's keys, the model card and the config or its fields.
+    `records` are JSON values for the header of the adapter's file, `more` writes further files into its folder.
     """
     fields = config if isinstance(config, Mapping) else config.to_dict()
     fields = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}

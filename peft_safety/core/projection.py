@@ -47,11 +47,7 @@ def coefficients(u: Tensor, w: Tensor, side: Side) -> Tensor:
 
 def project_out(u: Tensor, w: Tensor, side: Side = "out") -> Tensor:
     """Remove from a factor what its constraint forbids: `w - U (U^T w)`, `w - (w U) U^T`, or for a window all but
-    `(w U) U^T`. Differentiable and self-adjoint.
-
-    Args:
-        u: basis `(d, k)`, orthonormal columns.
-        w: factor, `(d, r)` for `side="out"`, `(r, d)` for `"in"` and `"window"`; same dtype as `u`.
+    `(w U) U^T`. Basis and factor have one dtype. Differentiable and self-adjoint.
 
     Reference: SaLoRA, arXiv 2501.01765, with `C = I - U U^T` applied to the weight instead of to the activations.
     """
@@ -166,17 +162,10 @@ def top_left_singular(
     oversampling: int = OVERSAMPLING,
     iterations: int = POWER_ITERATIONS,
 ) -> tuple[Tensor, Tensor]:
-    """Top left singular vectors of `W X`, given `W` and the second moment `S = X X^T`, by randomized subspace
-    iteration; deterministic for a seed. Nothing larger than `m x (rank + oversampling)` is made, but for more than
-    half of all directions one dense SVD of `W S^(1/2)` is cheaper and exact.
-
-    Args:
-        weight: `W (m, n)`.
-        moment: `S (n, n)`, symmetric positive semi-definite; `None` means the identity.
-        rank: wanted vectors, `1 <= rank <= m`.
-
-    Returns:
-        `(U (m, rank), s (rank,))`, `s` descending, in the dtype of `weight`.
+    """`(U (m, rank), s (rank,))`: top left singular vectors of `W X`, descending, given `W (m, n)` and the second
+    moment `S = X X^T (n, n)` (None: the identity), by randomized subspace iteration; deterministic for a seed. Nothing
+    larger than `m x (rank + oversampling)` is made, but for more than half of all directions one dense SVD of
+    `W S^(1/2)` is cheaper.
     """
     m = weight.shape[0]
     width = min(rank + oversampling, m)
@@ -211,8 +200,7 @@ def top_eigenvectors(
         width: vectors iterated. The last few are oversampling: not accurate.
         like: a tensor of the dtype and on the device to compute in.
 
-    Returns:
-        Orthonormal `(dimension, width)` and the Ritz values `(width,)`, descending.
+    Returns: orthonormal `(dimension, width)` and the Ritz values `(width,)`, descending.
 
     Reference: Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4 with a Rayleigh-Ritz step.
     """

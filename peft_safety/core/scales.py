@@ -33,8 +33,8 @@ def is_fp8(layer: nn.Module) -> bool:
 
 
 def scale_of(layer: nn.Module, name: str) -> Tensor:
-    """The scales of an FP8 layer in fp32, in a shape that broadcasts over its weight `(out, in)`. Missing scales, or a
-    shape that says nothing of what they scale, are an UnsupportedLayerError.
+    """The scales of an FP8 layer in fp32, in a shape that broadcasts over its weight `(out, in)`. An
+    UnsupportedLayerError says that they are missing, or that their shape says nothing of what they scale.
     """
     weight: Any = layer.weight
     scale = getattr(layer, FP8_SCALES[type(layer).__name__], None)

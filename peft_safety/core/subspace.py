@@ -37,9 +37,9 @@ class SafetySubspace:
 
     Args:
         bases: `{module: {"out": (out_features, k), "in": (in_features, k)}}`, either side or both, orthonormal
-            columns. One tensor given to several modules stays one. In fp16 or bf16 they are orthonormal up to their
-            rounding, and what is protected is the span of the rounded columns (see `rounded`). `{"window":
-            (in_features, m)}` instead are directions in which `lora_A` may train, see `guardspace.directions.windows`.
+            columns. One tensor given to several modules stays one. In fp16 or bf16, what is protected is the span of
+            the rounded columns (see `rounded`). `{"window": (in_features, m)}` instead are directions in which
+            `lora_A` may train.
         spectra: singular values behind each basis, `(k,)`, descending; optional.
         fingerprints: sampled base weights by module (`weights.fingerprint`); `bind` adds them.
         provenance: JSON-able facts: method, data hash, rank, tokens, seed.
@@ -49,8 +49,8 @@ class SafetySubspace:
         bases: orthonormal fp32 bases of the same spans; the same tensors where they were given in fp32.
 
     Raises:
-        SubspaceError: no basis, or one that is not finite, has k < 1 or k >= d, or is not orthonormal; spectra or
-            fingerprints of another shape, or not finite. Names the module and the shape.
+        SubspaceError: no basis, or one that is not finite or orthonormal, or has k < 1 or k >= d; spectra or
+            fingerprints of another shape, or not finite.
     """
 
     def __init__(
@@ -83,14 +83,9 @@ class SafetySubspace:
 
     @classmethod
     def from_activations(cls, model: nn.Module, data: Any, **options: Any) -> SafetySubspace:
-        """Estimate a subspace in one streaming pass over a model. Layers that no token reaches, or that have a single
-        feature, are left out, with one warning; see `left_out`.
-
-        Args:
-            model: a language model, dense or quantized.
-            data: rows `{prompt, response}`, `{messages}` or `{text, label}` (needs `tokenizer=`), or tokenized batches
-                (`input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`).
-            **options: `tokenizer`, `rank`, `target_modules`, ...; see `calibration.activations.estimate`.
+        """Estimate a subspace in one streaming pass of `data` through a dense or quantized model; see
+        `calibration.activations.estimate`. Layers that no token reaches, or that have a single feature, are left out,
+        with one warning; see `left_out`.
         """
         from peft_safety.calibration.activations import estimate
         from peft_safety.calibration.leaving_out import announced
@@ -99,9 +94,7 @@ class SafetySubspace:
 
     @classmethod
     def from_weights(cls, model: nn.Module, **options: Any) -> SafetySubspace:
-        """The top singular directions of every target weight, dense or quantized. For the options (`rank`, `sides`,
-        `target_modules`, ...), see `peft_safety.calibration.weights.estimate_from_weights`.
-        """
+        """The top singular directions of every target weight; see `calibration.weights.estimate_from_weights`."""
         from peft_safety.calibration.leaving_out import announced
         from peft_safety.calibration.weights import estimate_from_weights
 
@@ -119,13 +112,12 @@ class SafetySubspace:
         """From a file, a directory that holds `safety_subspace.safetensors`, or a Hub repository id.
 
         Args:
-            modules: read the bases of these modules only; None reads all.
+            modules: read the bases of these modules only.
             rank: read at most this many directions of each basis, the first ones.
             hub: `revision`, `token`, `cache_dir` for `huggingface_hub.hf_hub_download`.
 
         Raises:
-            SubspaceError: nothing there, or its content is malformed.
-            ArtifactError: not a readable safetensors file.
+            SubspaceError, ArtifactError: nothing there, or malformed content; not a readable safetensors file.
         """
         path = subspace_file.locate(source, **hub)
         content = subspace_file.read(path, modules, rank)
@@ -141,11 +133,8 @@ class SafetySubspace:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file (into `path/safety_subspace.safetensors` when `path` is a directory). Atomic and
-        deterministic: equal subspaces give equal bytes. The bases are written as they are, see `rounded`.
-
-        Raises:
-            ArtifactError: it cannot be written; what was there is unchanged.
-            SubspaceError: provenance that is no JSON.
+        deterministic: equal subspaces give equal bytes. An ArtifactError says that it cannot be written, and what was
+        there is unchanged; a SubspaceError, that the provenance is no JSON.
         """
         kinds = {"basis": self.stored, "spectrum": self.spectra}
         tensors = {
@@ -188,14 +177,9 @@ class SafetySubspace:
 
     @classmethod
     def joined(cls, own: SafetySubspace | None, spans: Bases) -> SafetySubspace:
-        """A subspace with further directions protected. Spectra of the modules that grow are dropped.
-
-        Args:
-            own: None protects the further directions alone.
-            spans: `{module: {side: (d, l)}}`, any columns; modules and sides without a basis here get one.
-
-        Raises:
-            SubspaceError: nothing would be left to train in a module.
+        """A subspace with the further directions `{module: {side: (d, l)}}`, any columns, protected; those alone if
+        `own` is None. Spectra of the modules that grow are dropped. A SubspaceError says that a module has nothing
+        left to train.
         """
         bases = {name: dict(sides) for name, sides in own.stored.items()} if own else {}
         spectra = {name: dict(sides) for name, sides in own.spectra.items()} if own else {}
@@ -220,10 +204,8 @@ class SafetySubspace:
 
     def beside(self, other: SafetySubspace) -> SafetySubspace:
         """This subspace with the bases of another one on the other side of the same modules. What either of them
-        leaves out (see `left_out`) is left out; `other`'s provenance is kept under its side.
-
-        Raises:
-            SubspaceError: other modules, or both have a basis for one side of a module.
+        leaves out is left out; `other`'s provenance is kept under its side. A SubspaceError refuses other modules, or
+        the same side.
         """
         left_out = other.left_out | self.left_out
         both = [name for name in self.bases if name in other.bases]
@@ -256,11 +238,8 @@ class SafetySubspace:
         return part
 
     def rounded(self, dtype: str = DEFAULT_DTYPE) -> SafetySubspace:
-        """The subspace that the bases of this one span once they are rounded, as a file of half the size holds it.
-        Round before use: the spans differ by an angle of 3e-4 ("float16") or 2e-3 ("bfloat16"), and so do the digests.
-
-        Args:
-            dtype: "float16", "bfloat16", or "float32", which changes nothing.
+        """The subspace that the bases of this one span once they are rounded to "float16" or "bfloat16", as a file of
+        half the size holds it. Round before use: the spans differ by an angle of 3e-4 or 2e-3, and so do the digests.
         """
         if dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype!r}. Use one of {', '.join(DTYPES)}.")
@@ -283,10 +262,8 @@ class SafetySubspace:
     def check_fits(
         self, layers: Mapping[str, nn.Module], sides: Sequence[Side] = ("out",), *, bind: bool = True
     ) -> None:
-        """Check this subspace against the base layers it is to protect; then `bind` it to them.
-
-        Raises:
-            SubspaceError: a layer without a basis, one of another shape, or other base weights; nothing has changed.
+        """Check this subspace against the base layers it is to protect; then `bind` it to them. A SubspaceError names
+        a layer without a basis, of another shape, or of other base weights; nothing has changed then.
         """
         lacking = self.lacking(layers, sides)
         if lacking:

@@ -34,9 +34,7 @@ Bases = dict[str, dict[Side, Tensor]]
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> Path:
-    """Write the file, atomically; into `path/safety_subspace.safetensors` when `path` has no such suffix. For the
-    errors, see `SafetySubspace.save`.
-    """
+    """Write the file, atomically; into `path/safety_subspace.safetensors` when `path` has no such suffix."""
     if path.suffix != ".safetensors":
         path = path / FILE_NAME
     staged = path.with_name(f".{path.name}.{os.getpid()}")
@@ -67,8 +65,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, An
 def read(
     path: Path, modules: Collection[str] | None = None, rank: int | None = None
 ) -> tuple[Bases, Bases, dict[str, Tensor], dict[str, Any]]:
-    """Bases and spectra by module and side, fingerprints by module, and the provenance. For the arguments and errors,
-    see `SafetySubspace.load`. What is not asked for is not read.
+    """Bases and spectra by module and side, fingerprints by module, and the provenance; see `SafetySubspace.load`.
+    What is not asked for is not read.
     """
     bases: Bases = {}
     spectra: Bases = {}

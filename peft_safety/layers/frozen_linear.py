@@ -16,12 +16,8 @@ if TYPE_CHECKING:  # importing PEFT registers the methods, which import this mod
 
 
 class FrozenLinear(nn.Linear):
-    """`lora_A` with a weight `(r, in_features)` that takes no gradient.
-
-    Attributes:
-        behind: the layer's `lora_B` factors, and the adapter's name there.
-
-    The product is in the dtype of the trained factor behind it: PEFT and TRL cast the trained factors only.
+    """`lora_A` with a weight `(r, in_features)` that takes no gradient. `behind`: the layer's `lora_B` factors, and
+    the adapter's name there. The product is in the dtype of the trained factor, which alone PEFT and TRL cast.
 
     Reference: LoRA-FA, arXiv 2308.03303.
     """
@@ -30,11 +26,7 @@ class FrozenLinear(nn.Linear):
 
     @classmethod
     def replacing(cls, linear: nn.Module, behind: nn.ModuleDict, adapter_name: str) -> FrozenLinear:
-        """A frozen layer around the very Parameter of `linear`.
-
-        Args:
-            behind: the layer's `lora_B` factors by adapter.
-        """
+        """A frozen layer around the very Parameter of `linear`."""
         weight: nn.Parameter = linear._parameters["weight"]  # type: ignore[assignment]
         leaf = cls(int(weight.shape[1]), int(weight.shape[0]), bias=False, device="meta")
         leaf.weight = weight.requires_grad_(False)
@@ -55,11 +47,8 @@ class FrozenLinear(nn.Linear):
 
 @torch.no_grad()
 def freeze(layer: LoraLayer, adapter_name: str, a: Tensor) -> None:
-    """Give a LoRA layer a frozen `lora_A`.
-
-    Args:
-        a: `(r', n)` with `r' <= r`; the other rows are zero. fp32 stays fp32, also on a half-precision base: rounded
-            to bf16 it would reach 1e-3 of its norm into the span that it avoids.
+    """Give a LoRA layer a frozen `lora_A`: `a (r', n)` with `r' <= r`, and zero rows. fp32 stays fp32, also on a
+    half-precision base: rounded to bf16 it would reach 1e-3 of its norm into the span that it avoids.
     """
     factor = layer.lora_A[adapter_name]
     weight = factor._parameters["weight"]
@@ -77,11 +66,8 @@ def freeze(layer: LoraLayer, adapter_name: str, a: Tensor) -> None:
 
 
 def check_frozen(factor: nn.Module, name: str, certified: FrozenFactor | None) -> None:
-    """Refuse a factor that is not frozen, or not the one that was made blind. A shard or a meta tensor is checked when
-    it is saved.
-
-    Raises:
-        ProtectionError: an ordinary module stands in its place, or its values are others.
+    """Refuse, by a ProtectionError, a factor that is not frozen, or not the one that was made blind. A shard or a meta
+    tensor is checked when it is saved.
     """
     if not isinstance(factor, FrozenLinear):
         raise ProtectionError(

@@ -68,8 +68,7 @@ class ProtectedLinear(nn.Linear):
         weight: the raw trainable factor, `(out_features, r)` for "out", else `(r, in_features)`.
         basis: `U (d, k)`, fp32, non-persistent, untouched by dtype casts; None for a factor that is not constrained.
         initial: the frozen initial factor (persistent, shape of `weight`) of a non-destructive residual, or None.
-            `lora_A` then gives `[A x; A0 x]`, and `lora_B` computes `C B a - B0 a0`: bit-identical to zero at
-            initialization, where both products are the same.
+            `lora_A` then gives `[A x; A0 x]`, and `lora_B` computes `C B a - B0 a0`: bit-identical to zero at first.
 
     Reference: SaLoRA, arXiv 2501.01765, section 4; the folding is ours.
     """
@@ -110,13 +109,10 @@ class ProtectedLinear(nn.Linear):
         return F.linear(trained, weight) - F.linear(frozen, initial)
 
     def factors(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The projected weight, and the frozen initial factor of a residual, in the same dtype.
-
-        Args:
-            x: the input `(..., tokens, features)`. A single token in eval mode, without gradients, is a step of
-                decoding: it takes the factors of the token before if nobody has written the weight since. A write
-                past torch's version counter (through `.data`) is seen by the next longer input; until then the old
-                update is computed, protected as ever.
+        """The projected weight, and the frozen initial factor of a residual, in the same dtype. A single token in eval
+        mode, without gradients, is a step of decoding: it takes the factors of the token before if nobody has written
+        the weight since. A write past torch's version counter (through `.data`) is seen by the next longer input;
+        until then the old update is computed, protected as ever.
         """
         raw = self.raw()
         single = x is not None and x.shape[-2:-1] == (1,)
@@ -158,9 +154,9 @@ class ProtectedLinear(nn.Linear):
 
     @torch.no_grad()
     def fold(self) -> bool:
-        """Replace the raw weight, and the frozen one, by its projection if it leaks. A weight that does not leak keeps
-        every bit. A weight that is not whole here (a shard, or on the meta device) is left alone: forwards project it,
-        and `folded_state` folds it when it is saved. Returns whether anything was written.
+        """Replace the raw weight, and the frozen one, by its projection if it leaks. A weight that is not whole here
+        (a shard, or on the meta device) is left alone: forwards project it, and `folded_state` folds it when it is
+        saved. Returns whether anything was written.
         """
         self._decoding = None
         weight = self.raw()
@@ -302,7 +298,6 @@ def _traced() -> bool:
 
 
 def _state(weight: Tensor) -> tuple[int, int, int]:
-    """What tells a written weight from an untouched one."""
     return id(weight), weight._version, weight.data_ptr()
 
 

@@ -17,7 +17,6 @@ _leaves: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def enlist(leaf: Any) -> None:
-    """Register a leaf while it lives."""
     _leaves.add(leaf)
 
 
@@ -31,7 +30,6 @@ def placed(source: Tensor, device: torch.device) -> Tensor:
 
 
 def moved(basis: Tensor, device: torch.device) -> Tensor:
-    """A leaf's basis on another device, shared as before."""
     return basis if basis.device == device else placed(basis, device)
 
 

@@ -20,8 +20,7 @@ class QuantBundle(NamedTuple):
     Attributes:
         wq: packed codes, uint8, `n * k / 2` bytes of any shape; the first of two values is in the high half of its
             byte.
-        absmax: the scale of each block, `(n * k / blocksize,)`: fp32, or uint8 codes if the scales are quantized
-            themselves (double quantization).
+        absmax: the scale of each block, `(n * k / blocksize,)`, fp32; or uint8 codes of them (double quantization).
         absmax2: fp32 scale of each block of `blocksize2` scale codes; None for plain scales, like the next two.
         code2: `(256,)` fp32, what a scale code stands for.
         offset: `()` fp32, added to every scale: `scale = code2[absmax] * absmax2 + offset`.
@@ -98,11 +97,7 @@ def _refused(weight: Tensor, state: Any) -> str | None:
 
 
 def require(bundle: QuantBundle | str, name: str = "the layer") -> QuantBundle:
-    """The bundle, or an error that says why there is none.
-
-    Raises:
-        OperationError: it is a reason.
-    """
+    """The bundle, or an OperationError that says why there is none."""
     if isinstance(bundle, str):
         raise OperationError(f"{name}: {bundle}. Quantize it with bnb_4bit_quant_type='nf4', or use PEFT's own path.")
     return bundle

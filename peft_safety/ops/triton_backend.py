@@ -76,7 +76,6 @@ def words(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Make the tensor's device the current one: Triton launches there."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 

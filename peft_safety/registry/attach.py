@@ -29,15 +29,10 @@ def attach(
     configs: Mapping[str, Any],
     take_out: Callable[[Collection[str]], None],
 ) -> Collection[str]:
-    """Put the protected leaves into freshly built LoRA layers. `reuse` says where their bases and factors come from.
+    """Put the protected leaves into freshly built LoRA layers; `reuse` says where their bases and factors come from.
+    Results of calibration or loading are noted in the adapter's own `config`; `configs` are all of the model's.
 
-    Args:
-        config: the adapter's own one; results of calibration or loading are noted in it.
-        configs: all of the model's, by adapter.
-        take_out: removes the adapter's layers of these names again: those that the subspace leaves out.
-
-    Returns:
-        The names of the layers that were taken out.
+    Returns: the names of the layers that the subspace leaves out, which `take_out` has removed from the adapter.
     """
     layers = adapter_layers(model, adapter_name)
     if not layers:

@@ -1,6 +1,4 @@
-"""Wrapped around PEFT's reading of configs: a config of this package, and its directory, are checked before PEFT reads
-it.
-"""
+"""Wrapped around PEFT's reading of configs: those of this package, and their directories, are checked before."""
 
 from __future__ import annotations
 
@@ -65,8 +63,8 @@ def config_from_pretrained(
 
 
 def get_peft_type(original: Callable[..., Any], cls: Any, model_id: str, **kwargs: Any) -> Any:
-    """PEFT asks for the type first. Where an interrupted save left no config, this error says so; PEFT would look for
-    the directory on the Hub.
+    """PEFT asks for the type first. Where an interrupted save left no config, this error says so; PEFT would look on
+    the Hub.
     """
     folder = _checked_folder(model_id, kwargs.get("subfolder"), kwargs, warn=False)
     if folder is None:
@@ -143,9 +141,7 @@ def _fetch(source: str | os.PathLike[str], name: str, subfolder: str | None, kwa
 
 
 def stored_config(stored: StoredAdapter) -> ProtectedConfig:
-    """The config of a checked directory, as loading would make it. A PeftSafetyError names a field that does not
-    fit the method.
-    """
+    """The config of a checked directory, as loading would make it."""
     config: ProtectedConfig = config_of(stored.config, stored.directory / MANIFEST)
     take_over(config, stored)
     return config

@@ -38,9 +38,8 @@ def start(model: nn.Module, layers: Layers, adapter_name: str, config: Protected
 
 
 def reuse_factors(layers: Layers, adapter_name: str, config: ProtectedConfig, configs: Mapping[str, Any]) -> bool:
-    """Freeze factors that exist already and need no bases: those of the copied adapter, which is among the model's
-    `configs`, or of the config's directory. PEFT fills those of a weighted combination later (`combined`). Returns
-    whether there are any.
+    """Freeze factors that exist already and need no bases: those of the copied adapter, or of the config's directory.
+    PEFT fills those of a weighted combination later (`combined`). Returns whether there are any.
     """
     if not config._combined:
         source = reuse.sibling(config, layers, adapter_name, configs) if reuse.is_copy(config, configs) else None
@@ -66,11 +65,8 @@ def _install(layers: Layers, adapter_name: str, rows: Mapping[str, Tensor]) -> N
 @torch.no_grad()
 def set_task_directions(model: nn.Module, task_data: Any, adapter_name: str = "default") -> None:
     """Compute the frozen factors of an adapter again from rows of its task (`task_data` as in `GuardSpaceConfig`). All
-    processes take those of rank 0, so each of them must call it.
-
-    Raises:
-        ConfigError: not a new adapter with a frozen factor and its subspace (a loaded one lacks it).
-        UnsupportedLayerError: sharded factors.
+    processes take those of rank 0, so each of them must call it. A ConfigError refuses all but a new adapter with a
+    frozen factor and its subspace (a loaded one lacks it), an UnsupportedLayerError sharded factors.
     """
     config = config_table(model).get(adapter_name)
     if not isinstance(config, ProtectedConfig) or not config.freezes or config.subspace is None:
@@ -101,7 +97,6 @@ def set_task_directions(model: nn.Module, task_data: Any, adapter_name: str = "d
 
 
 def _certificate(config: ProtectedConfig, rows: Mapping[str, Tensor]) -> Certificate:
-    """Of new factors."""
     modules = {name: certified_factor(a, config.subspace.bases[name]["in"]) for name, a in rows.items()}
     own = {name: value for name, value in reuse.settings(config).items() if name != "subspace"}
     settings = {name: value for name, value in own.items() if isinstance(value, (str, int, float))}

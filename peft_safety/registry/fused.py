@@ -1,8 +1,6 @@
 """The fused path of a protected adapter on NF4 weights: `ops.nf4_lora` instead of PEFT's base product, adapter product
-and sum.
-
-`PEFT_SAFETY_FUSED=1` turns it on, on GPUs that Triton supports or with the backend that `PEFT_SAFETY_BACKEND` names.
-Plain LoRA, and layers that are not eligible, run as PEFT wrote them; `explain` says why.
+and sum. `PEFT_SAFETY_FUSED=1` turns it on, on GPUs that Triton supports or with the backend that `PEFT_SAFETY_BACKEND`
+names. Plain LoRA, and layers that are not eligible, run as PEFT wrote them; `explain` says why.
 """
 
 from __future__ import annotations
@@ -29,11 +27,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def forward(layer: Any, x: Tensor) -> Tensor | None:
-    """What `lora.Linear4bit` returns for `x (..., in)`: `(..., out)` in the dtype of `x`; None where PEFT's own path
-    must run.
-
-    In training, more than a few rows take one product with `W + dW` rounded to the compute dtype. In eval mode base
-    and adapter are two products, so that this rounding does not lose a small update.
+    """What `lora.Linear4bit` returns for `x (..., in)`; None where PEFT's own path must run. In training, more than a
+    few rows take one product with `W + dW` rounded to the compute dtype. In eval mode base and adapter are two
+    products, so that this rounding does not lose a small update.
     """
     route = plan(layer)
     if isinstance(route, str):
@@ -68,8 +64,8 @@ def drops(dropout: nn.Module) -> bool:
 
 
 def plan(layer: Any) -> tuple[str, ops.QuantBundle, str] | str:
-    """The adapter, the weight and the backend (with its reason) of the fused path of a LoRA layer, or why it does not
-    take this path now.
+    """The adapter, the weight and the backend (with its reason) of the fused path of a LoRA layer, or why it takes
+    another.
     """
     if os.environ.get(SWITCH) != "1":
         return f"the fused path is off; {SWITCH}=1 turns it on"
@@ -139,9 +135,6 @@ class Route(NamedTuple):
 def explain(model: nn.Module) -> list[Route]:
     """Which path each LoRA layer of a model takes in its present state (mode, active adapters, device, environment),
     and why. A call with `adapter_names`, or with an input on another device, always takes PEFT's path.
-
-    Args:
-        model: any module; without LoRA layers, plain or protected, the list is empty.
     """
     routes = []
     for name, _, layer in walk(model):

@@ -17,13 +17,8 @@ def protected_configs(model: nn.Module) -> dict[str, ProtectedConfig]:
 
 
 def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Check that every protected adapter still is: leaf, basis and weight of each of its modules.
-
-    Args:
-        adapter_name: one adapter; None checks all protected ones.
-
-    Raises:
-        ProtectionError: the model has no protected adapter, or a module of one has lost its protection.
+    """Check leaf, basis and weight of every module of the protected adapters, or of one of them. A ProtectionError
+    says that there is none, or that a module has lost its protection.
     """
     configs = protected_configs(model)
     if adapter_name is not None:

@@ -36,9 +36,7 @@ _done = False
 
 
 def register() -> None:
-    """Make PEFT know the protected types, when `peft_safety` and `peft` are both imported. A second call does
-    nothing.
-    """
+    """Make PEFT know the protected types, when `peft_safety` and `peft` are both imported."""
     global _done  # noqa: PLW0603
     if _done:
         return

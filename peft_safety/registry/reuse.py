@@ -35,13 +35,10 @@ Layers = Mapping[str, LoraLayer]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an adapter came from.
-
-    Attributes:
-        source: mark of the config that it was made from. A config with this mark and these settings makes a copy.
-        asked: this package's fields as the user gave them, such as `subspace="auto"`.
-        made: the same fields after the adapter was made. A config whose fields differ asks for another adapter.
-        loaded: from a directory, which has its frozen factors but not the data behind them.
+    """Where an adapter came from: the mark of the config that it was made from (`source`), this package's fields as
+    the user gave them (`asked`, such as `subspace="auto"`) and after the adapter was made (`made`), and whether it was
+    `loaded` from a directory, which has its frozen factors but not the data behind them. A config with this mark and
+    these settings makes a copy; one whose fields differ asks for another adapter.
     """
 
     source: str

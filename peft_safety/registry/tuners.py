@@ -1,4 +1,4 @@
-"""Subclasses of PEFT's tuners. A tuner becomes one when it injects a protected adapter. They refuse merges and
+"""Subclasses of PEFT's tuners, which one becomes when it injects a protected adapter. They refuse merges and
 combinations that would lose the protection.
 """
 
@@ -38,8 +38,8 @@ class _Merges:
 
 
 def _refuse_lossy_merge(model: Any, adapter_names: list[str] | None) -> None:
-    """Merging a protected update into a k-bit weight rounds most of it away, and the rest leaks: refuse. Refuse an
-    adapter that has lost its protection, too.
+    """Refuse to merge a protected update into a k-bit weight, which rounds most of it away and lets the rest leak, and
+    an adapter that has lost its protection.
     """
     for adapter in protected_configs(model):
         layers = adapter_layers(model, adapter)
@@ -58,8 +58,6 @@ def _refuse_lossy_merge(model: Any, adapter_names: list[str] | None) -> None:
 
 
 class ProtectedLoraModel(_Merges, LoraModel):  # type: ignore[misc]
-    """The tuner of LoRA."""
-
     _combining = False  # injection marks the config of a combination
 
     def add_weighted_adapter(

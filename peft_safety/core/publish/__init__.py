@@ -33,14 +33,9 @@ GLANCE = 0.5
 
 @contextmanager
 def publishing(target: Path, manifest: str) -> Iterator[Path]:
-    """Write a set of files into `target` so that a reader sees the old set or the new one, wherever the writer dies.
-
-    Yields:
-        A staging directory, whose files (and sub-directories) become part of `target` when the block ends.
-
-    Raises:
-        ArtifactError: nothing in the directory has changed, or the new files are complete and wait for `recover`; the
-            message says which.
+    """Write files into a staging directory, which is yielded, so that a reader of `target` sees the old set or the new
+    one, wherever the writer dies. An ArtifactError says whether nothing has changed, or the new files are complete and
+    wait for `recover`.
     """
     staging: Staging | None = None
     try:
@@ -65,14 +60,9 @@ def publishing(target: Path, manifest: str) -> Iterator[Path]:
 
 
 def recover(directory: Path) -> list[str]:
-    """Finish a publish of this package that was cut off after its commit point. Nothing outside `directory` is
-    touched.
-
-    Returns:
-        The files that were moved into place; none where there was nothing to finish.
-
-    Raises:
-        ArtifactError: it is no such publish, is not complete, or cannot be written; or another process works on it.
+    """Finish a publish of this package that was cut off after its commit point, and return the files that were moved
+    into place. An ArtifactError says that it is no such publish, is not complete, or cannot be written, or that
+    another process works on it.
     """
     if not directory.is_dir():
         raise ArtifactError(f"{directory} is not a directory. Give the directory that was saved into.")
@@ -103,14 +93,9 @@ def is_interrupted(directory: Path) -> bool:
 
 
 def require_whole(directory: Path, ours: bool = True, warn: bool = True) -> None:
-    """For readers, before anything is read. Writes nothing. Old files that are still complete are read with a warning.
-
-    Args:
-        ours: whether a `.commit` that this package did not write is an error; False ignores it.
-        warn: False if the caller has warned already.
-
-    Raises:
-        ArtifactError: the files are a mixture of two publishes, or may be.
+    """For readers: an ArtifactError refuses files that are or may be a mixture of two publishes. Writes nothing. Old
+    files that are still complete are read, with a warning if `warn`. `ours`: refuse a `.commit` that this package did
+    not write.
     """
     try:
         journal = _journal(directory)
@@ -150,7 +135,8 @@ def _require_whole(directory: Path, owner: Path, journal: Journal, warn: bool) -
 
 def copy_own(directory: Path, name: str, staging: Path) -> None:
     """Copy a file of a directory into a staging folder, if it exists. Links are not followed: they may lead to private
-    files."""
+    files.
+    """
     with Folder.open(directory) as folder:
         if folder.stat(name) is None:
             return

@@ -97,7 +97,6 @@ class Folder:
 
 @contextmanager
 def closing(descriptor: int | None) -> Iterator[None]:
-    """Close an open file at the end."""
     try:
         yield
     finally:

@@ -46,9 +46,7 @@ class Journal(NamedTuple):
 
     @classmethod
     def of(cls, staging: Folder, target: Folder, manifest: str) -> Journal:
-        """Of everything in a staging folder: files with plain names only. Manifests move last, that of the directory
-        itself at the very end.
-        """
+        """Of everything in a staging folder. Manifests move last, that of the directory itself at the very end."""
         entries = []
         for parts in _walk(staging):
             if (problem := _bad_name(parts)) is not None:
