@@ -1,6 +1,4 @@
-"""What an update does to general and harmful inputs: `E||dW x||` beside `E||W x||`, and the data behind it. One pass
-over the model, in which no activation is kept.
-"""
+"""What an update does to general and harmful inputs, `E||dW x||` beside `E||W x||`, and the data behind it."""
 
 from __future__ import annotations
 
@@ -30,9 +28,7 @@ ANSWER_TOKENS = 24
 
 @dataclass(frozen=True)
 class Interference:
-    """Mean lengths over the positions that count: `update` is `E||dW x||`, and `weight` is `E||W x||` without the
-    bias.
-    """
+    """Means over the positions that count: `update` is `E||dW x||`, `weight` is `E||W x||` without the bias."""
 
     update: float
     weight: float
@@ -88,9 +84,7 @@ def interference(
     progress: bool = True,
     what: str = "interference",
 ) -> dict[str, Interference]:
-    """Run the bare base model over the batches once, and measure every layer at the positions that count. A
-    CalibrationError says that a layer saw none, or that its inputs or outputs are not finite.
-    """
+    """Run the bare base model over the batches once, and measure every layer at the positions that count."""
     # ||dW x|| = ||S V^T x||: as many columns as the rank, and no cancellation between the two products of a residual
     probes = {name: (update.right * update.values).float() for name, update in updates.items()}
     sums: dict[str, Tensor] = {}

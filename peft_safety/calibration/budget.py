@@ -27,9 +27,7 @@ FREE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a layer's input takes: `held` while the model runs (`as_rows`: the tokens, not the moment), `work`
-    more while it is decomposed.
-    """
+    """Bytes of an input: `held` while the model runs (`as_rows`: the tokens, not the moment), `work` to decompose."""
 
     held: int
     work: int
@@ -37,9 +35,7 @@ class Need:
 
 
 def need(layer: nn.Module, tokens: int | None = None, width: int = 0) -> Need:
-    """Of one input of a layer. `tokens` of the data are given where rows may be held (the top eigenvectors alone are
-    wanted), with the `width` of the iteration.
-    """
+    """Of one input of a layer. Where rows may be held, `tokens` are the data's and `width` is the iteration's."""
     n = int(weights.shape(layer)[1])
     if tokens is not None and n > bases.DENSE_LIMIT and tokens < n:
         return Need(4 * tokens * n, 8 * n * (3 * width + CHUNK), as_rows=True)
@@ -47,9 +43,7 @@ def need(layer: nn.Module, tokens: int | None = None, width: int = 0) -> Need:
 
 
 def bytes_of(memory: str | int | None, device: torch.device) -> int:
-    """A budget in bytes, from a number or a text such as "4GB" or "500MiB"; None takes `FREE_SHARE` of the device's
-    free memory.
-    """
+    """A budget in bytes, from a number or a text such as "4GB"; None takes `FREE_SHARE` of the free memory."""
     if memory is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         return int(FREE_SHARE * free)
@@ -62,9 +56,8 @@ def bytes_of(memory: str | int | None, device: torch.device) -> int:
 def groups(
     layers: Mapping[str, nn.Module], leaders: Mapping[str, str], needs: Mapping[str, Need], budget: int
 ) -> list[dict[str, nn.Module]]:
-    """The layers in groups, in their order, each as large as the budget (in bytes) allows. Layers with one input,
-    which `leaders` names by its first layer, stay together. A CalibrationError names a layer that does not fit by
-    itself.
+    """The layers in groups as large as the budget allows; those with one input stay together. A CalibrationError names
+    a layer that does not fit by itself.
     """
     members: dict[str, list[str]] = {}
     for name in layers:

@@ -13,9 +13,7 @@ from peft_safety.calibration.token_rows import TokenRows
 
 
 class GroupedMoments:
-    """`InputMoments` of the layers in `parts`; `watch` collects those of one part. Reading a layer of another part
-    runs the model again, so read them in order.
-    """
+    """The `InputMoments` of the layers in `parts`. Reading one of another part runs the model again: go in order."""
 
     def __init__(
         self, parts: Sequence[Mapping[str, nn.Module]], watch: Callable[[Mapping[str, nn.Module]], InputMoments]
@@ -56,9 +54,7 @@ def task_moments(
     memory: str | int | None = None,
     progress: bool = True,
 ) -> GroupedMoments:
-    """The moments of all tokens, with the adapters of the model off. `widths`: columns that each moment is multiplied
-    by.
-    """
+    """The moments of all tokens, adapters off. `widths`: columns that each moment is multiplied by."""
     budget = bytes_of(memory, next(model.parameters()).device)
     tokens = attended(batches)
     needs = {name: need(layer, tokens, widths[name]) for name, layer in layers.items()}

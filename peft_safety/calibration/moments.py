@@ -50,9 +50,7 @@ class InputMoments:
         return self.leaders.get(name) in self._moments
 
     def moment(self, name: str) -> Tensor:
-        """`S (n, n)` of one layer, fp64 (fp32 where the device has no fp64); one tensor for layers with the same
-        input. A CalibrationError says that the layer saw nothing that counts, or that `S` is not finite.
-        """
+        """`S (n, n)` of one layer, fp64 where the device has it; one tensor for layers with the same input."""
         result = self.operator(name)
         return result.dense() if isinstance(result, TokenRows) else result
 
@@ -76,9 +74,7 @@ class InputMoments:
         self._last = None
 
     def expect(self, *masks: Tensor) -> None:
-        """Set the positions that count in the next batch: bool masks `(batch, tokens)`, the decoder's before the
-        encoder's.
-        """
+        """Set the positions that count next, bool masks `(batch, tokens)`: the decoder's before the encoder's."""
         self._last, self._masks = None, masks
         self.tokens += sum(int(mask.sum()) for mask in masks)
 
@@ -163,9 +159,7 @@ def collect(
     progress: bool = True,
     what: str = "calibrating",
 ) -> InputMoments:
-    """Run every batch once, in eval mode, and return the moments at the positions that count: with attention, and with
-    a label ("response"), without one ("prompt"), or either ("all"). `as_rows`: layers whose inputs are kept.
-    """
+    """Run every batch once, in eval mode, and return the moments at the positions that count (see `counted`)."""
     moments = InputMoments(layers, as_rows)
     with moments.watching():
         run(model, batches, moments.expect, positions=positions, progress=progress, what=what)
@@ -252,7 +246,9 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def counted(labels: Tensor, attention: Tensor, positions: Positions) -> Tensor:
-    """Which positions count, `(batch, tokens)` bool."""
+    """Which positions count, `(batch, tokens)` bool: with attention, and with a label ("response"), without one
+    ("prompt"), or either ("all").
+    """
     attended = attention != 0
     if positions == "all":
         return attended
@@ -262,9 +258,8 @@ def counted(labels: Tensor, attention: Tensor, positions: Positions) -> Tensor:
 def to_batches(
     data: Rows, tokenizer: Any, *, batch_size: int, max_length: int, model: nn.Module | None = None
 ) -> tuple[list[Batch], str]:
-    """Rows or tokenized batches as batches, and a hash of their content. A CalibrationError refuses no data, an
-    iterator, rows without a tokenizer, and batches without labels. Labels may have another length than the inputs if
-    `model` is an encoder-decoder.
+    """Rows or tokenized batches as batches, and a hash of their content. Labels may have another length than the
+    inputs if `model` is an encoder-decoder.
     """
     if isinstance(data, Iterator):
         raise CalibrationError(f"calibration data is a {type(data).__name__}, readable only once. Give list(data).")

@@ -54,7 +54,7 @@ class Size:
 
     def fixed(self, shape: tuple[int, int], side: Side, name: str) -> int | None:
         """Directions to take on one side of a layer `(m, n)`, whose inputs span at most `n`; None where the energy
-        decides. A ConfigError refuses a rank that the layer does not have, or that leaves nothing to train.
+        decides.
         """
         d, n = shape[0 if side == "out" else 1], shape[1]
         if self.energy is not None:

@@ -1,6 +1,4 @@
-"""A second moment that is never made: `S = X^T X`, known by its products with the inputs `X` themselves. Where the
-data have fewer tokens than a layer has features, `X` is smaller than `S`, and a product takes no longer.
-"""
+"""A second moment `S = X^T X` that is never made: where the data have fewer tokens than a layer has features."""
 
 from __future__ import annotations
 
@@ -14,8 +12,8 @@ CHUNK = 512
 
 
 class TokenRows:
-    """The inputs of a layer at the tokens that count, `(tokens, n)` in all, with what `bases.input_basis` needs of a
-    moment: its diagonal, `S q`, and `S` itself. Products are in fp64 (fp32 where the device has none).
+    """The inputs `X (tokens, n)` of a layer, with what `bases.input_basis` needs of `S`. Products in fp64 (fp32 on
+    mps).
     """
 
     def __init__(self, features: int, device: torch.device) -> None:

@@ -235,9 +235,7 @@ def _with_plain(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> 
 
 
 def _bare(base: nn.Module) -> nn.Module:
-    """The base model without adapters, with a quantization config that matches its layers, so that it can be saved and
-    loaded.
-    """
+    """The base model without adapters; its quantization config matches its layers, so that it can be saved."""
     if hasattr(base, "peft_config"):
         del base.peft_config
     config: Any = getattr(base, "config", None)

@@ -73,10 +73,7 @@ class FrozenVerification:
 
 @dataclass(frozen=True)
 class RepairVerification:
-    """What was checked of an adapter that Safe LoRA has repaired: complete, finite, and the very factors that the
-    repair wrote, of which `repaired` modules were projected. `record`: options and both models, as
-    `RepairReport.record`.
-    """
+    """What was checked of an adapter that Safe LoRA has repaired; the very factors that the repair wrote are there."""
 
     directory: str
     method: str

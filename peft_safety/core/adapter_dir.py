@@ -62,9 +62,7 @@ def protected_types() -> list[str]:
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuse what a stored config of this package never holds: wrong types, numbers out of range (ConfigError), and
-    module names that are regular expressions, which can take forever to match (ArtifactError).
-    """
+    """Refuse wrong types, numbers out of range, and patterns, which can take forever to match, in a stored config."""
     modules: Any = config.get("target_modules")
     saved = config.get("modules_to_save") or []
     if not _is_text_list(modules) or not all(_PLAIN_NAME.fullmatch(name) for name in modules):

@@ -39,9 +39,7 @@ def supported(layer: nn.Module) -> bool:
 
 
 def check_readable(layer: nn.Module, name: str) -> None:
-    """Refuse, by an UnsupportedLayerError, a weight that is not dense, bitsandbytes 4-bit or 8-bit, or transformers'
-    FP8.
-    """
+    """An UnsupportedLayerError refuses what is not dense, bitsandbytes 4-bit or 8-bit, or transformers' FP8."""
     if not supported(layer):
         reason = "its weight is packed" if scales.is_packed(layer) else "it is no Linear, Conv1D or bitsandbytes layer"
         raise scales.refusal(layer, name, reason)
@@ -79,9 +77,8 @@ def from_int8(values: Tensor, scale: Tensor) -> Tensor:
 
 @torch.no_grad()
 def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
-    """The weight as `(out_features, in_features)` on its own device: a dense one as it is, a quantized one in fp32.
-    Every reader of a base weight comes through here. An UnsupportedLayerError refuses one that is sharded, on the meta
-    device, or of an unknown kind.
+    """The weight as `(out_features, in_features)` on its own device: a dense one as it is, a quantized one in fp32. An
+    UnsupportedLayerError refuses one that is sharded, on the meta device, or of an unknown kind.
     """
     check_readable(layer, name)
     weight: Any = layer.weight
@@ -180,9 +177,7 @@ def _say_unpacked() -> None:
 
 @torch.no_grad()
 def merge_survival(layer: nn.Module, delta: Tensor, name: str) -> float:
-    """Share of an update `dW (out_features, in_features)` that a merge into this quantized layer would keep:
-    `<Q(W + dW) - W, dW> / ||dW||^2`; nan for a zero update.
-    """
+    """What a merge into this k-bit layer keeps of `dW (out, in)`: `<Q(W + dW) - W, dW> / ||dW||^2`; nan for zero."""
     before = dense_weight(layer, name)
     delta = delta.to(before)
     return float(((requantized(layer, delta, name) - before) * delta).sum() / delta.square().sum())
@@ -227,9 +222,7 @@ def distance(values: Tensor, reference: Tensor) -> float:
 def check_fingerprints(
     expected: Mapping[str, Tensor], layers: Mapping[str, nn.Module], *, quantized: bool = False
 ) -> None:
-    """Compare recorded fingerprints `(SAMPLES,)`, taken from `quantized` weights or not, with the base layers of the
-    same names. A SubspaceError names the worst module.
-    """
+    """Compare fingerprints `(SAMPLES,)` with the layers of the same names. A SubspaceError names the worst."""
     quantized = quantized or any(quantization(layer) for layer in layers.values())
     limit = DISTANCE_QUANTIZED if quantized else DISTANCE_DENSE
     common = sorted(expected.keys() & layers.keys())

@@ -29,9 +29,7 @@ CASTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 
 @dataclass(frozen=True)
 class FrozenFactor:
-    """One module's `lora_A`: its `digest` in each dtype, the directions `k` of the null space, and `||A Q|| / ||A||`
-    in fp32.
-    """
+    """One module's `lora_A`: its `digest` by dtype, the null space's `k`, and `||A Q|| / ||A||` in fp32."""
 
     sha256: dict[str, str]
     k: int
@@ -53,9 +51,7 @@ class FrozenFactor:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The content of the file: the method's `PEFT_KEY`, the digest of the null space's bases, the method's own options
-    (to read), the frozen factors by module, and where it was read from.
-    """
+    """The content of the file. `method` is its `PEFT_KEY`, `subspace` the digest of the null space."""
 
     method: str
     subspace: str
@@ -99,9 +95,7 @@ def read_certificate(directory: Path) -> Certificate | None:
 
 
 def digest(a: Tensor) -> str:
-    """sha256 of a factor: dtype, columns, and its rows up to the last that is not zero (PEFT pads for compiled
-    hot-swapping).
-    """
+    """sha256 of a factor without the zero rows at its end, with which PEFT pads for compiled hot-swapping."""
     a = a.detach().cpu().contiguous()
     used = a.ne(0).any(dim=1).nonzero()
     rows = a[: int(used[-1]) + 1 if len(used) else 0].contiguous()

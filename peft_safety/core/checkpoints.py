@@ -32,8 +32,8 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 
 @dataclass(frozen=True)
 class Matrix:
-    """One weight `W (out_features, in_features)`; `block(start, stop)` are its columns `(out_features, stop - start)`
-    in the stored precision, or in fp32 if it is quantized ("4bit", "8bit" or "fp8").
+    """One weight `W (out_features, in_features)`. `block(start, stop)` gives columns of it, in fp32 if it is
+    quantized.
     """
 
     shape: tuple[int, int]
@@ -52,15 +52,13 @@ class Weights(Protocol):
     label: str
 
     def open(self, name: str, transposed: bool = False) -> AbstractContextManager[Matrix]:
-        """The weight of a module, by its full name in the base model; `transposed` for transformers' Conv1D, stored
-        `(in, out)`. A missing weight, or one of a kind that cannot be read, is a CheckpointError.
+        """A module's weight; `transposed` for a Conv1D, stored `(in, out)`. A CheckpointError says that it cannot be
+        read.
         """
 
 
 def open_weights(source: str | os.PathLike[str] | nn.Module) -> Weights:
-    """The weights of a directory with safetensors, of a Hub id, or of a model (its adapters, if any, do not count). A
-    CheckpointError says that nothing can be read there; pickles are never opened.
-    """
+    """The weights of a directory with safetensors, of a Hub id, or of a model without its adapters."""
     return ModuleWeights(source) if isinstance(source, nn.Module) else FileWeights(os.fspath(source))
 
 

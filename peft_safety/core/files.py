@@ -78,9 +78,7 @@ def drop(path: Path) -> None:
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from a file: at most `limit` bytes, 16 levels deep, no duplicate key, no NaN or Infinity; else an
-    ArtifactError.
-    """
+    """A JSON object of at most `limit` bytes and 16 levels, without duplicate keys and NaN; else an ArtifactError."""
     if path.exists() and not path.is_file():  # opening a named pipe would wait forever
         raise ArtifactError(f"{path} is not a regular file. Point at a directory that save_pretrained wrote.")
     try:

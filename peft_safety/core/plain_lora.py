@@ -86,9 +86,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class PlainLoRA:
-    """A checked adapter directory: the JSON of its config, the factors by module in the order of the layers, other
-    trained tensors by key (`modules_to_save`, token rows), and the record of a Safe LoRA repair.
-    """
+    """A checked directory. `extra` are trained tensors that are no factors, `record` is of a Safe LoRA repair."""
 
     fields: dict[str, Any]
     config: LoraConfig
@@ -103,9 +101,7 @@ def broken(where: Path | str, problem: str) -> ArtifactError:
 
 
 def check_sizes(fields: Mapping[str, Any], where: str) -> None:
-    """Refuse, by a ConfigError, what PEFT accepts but is not usable: ranks that are not integers in [1, 65536], alphas
-    that are not in (0, 1e6], a dropout outside [0, 1), and patterns that are not tables of such numbers.
-    """
+    """Refuse, by a ConfigError, ranks, alphas, dropouts and patterns of them that PEFT accepts but are not usable."""
     values = {}
     for kind in ("rank_pattern", "alpha_pattern"):
         table = fields.get(kind) or {}
@@ -150,9 +146,7 @@ def check_plain(config: Any, what: str) -> None:
 
 
 def read_manifest(directory: Path, warn: bool = True) -> dict[str, Any]:
-    """The bounded JSON of a directory's `adapter_config.json`; `warn` of old files that an interrupted save left. An
-    ArtifactError refuses what is no directory, a mixture of two saves, or no such JSON.
-    """
+    """The bounded JSON of a directory's `adapter_config.json`; an ArtifactError refuses a mixture of two saves."""
     if not directory.is_dir():
         raise ArtifactError(f"{directory} is not a directory. Give the directory that save_pretrained wrote.")
     publish.require_whole(directory, warn=warn)
@@ -276,9 +270,7 @@ def stamp(directory: Path, record: Mapping[str, Any]) -> None:
 def plain_config(
     pairs: Mapping[str, tuple[Tensor, Tensor]], like: Mapping[str, Any], places: Mapping[str, str] | None = None
 ) -> LoraConfig:
-    """The config of `(A, s B)` by module: full names, and alpha = rank. Base model, task type and `fan_in_fan_out` are
-    those of the fields `like`; for `places`, see `names.pin`.
-    """
+    """The config of `(A, s B)` by module, with full names and alpha = rank; other fields are as in `like`."""
     from peft import LoraConfig
 
     ranks = {name: a.shape[0] for name, (a, _) in pairs.items()}
@@ -323,8 +315,8 @@ def write_plain(
     records: Mapping[str, Any] | None = None,
     more: Callable[[Path], object] | None = None,
 ) -> None:
-    """Publish a plain LoRA directory atomically: tensors by PEFT's keys, the model card and the config or its fields.
-    `records` are JSON values for the header of the adapter's file, `more` writes further files into its folder.
+    """Publish a plain LoRA directory atomically. `records` go as JSON into the header of the adapter's file; `more`
+    writes further files into its folder.
     """
     fields = config if isinstance(config, Mapping) else config.to_dict()
     fields = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}

@@ -81,9 +81,7 @@ def _full_precision() -> bool:
 
 @torch.no_grad()
 def leak(u: Tensor, w: Tensor, side: Side = "out") -> float:
-    """`||U^T w||_F / ||w||_F` in [0, 1], the share of a factor in the protected span (or outside its window); 0 for a
-    zero factor. In fp64.
-    """
+    """Share of a factor in the protected span (or outside its window), `||U^T w||_F / ||w||_F`, in fp64."""
     u, w = u.double(), w.double()
     total = float(torch.linalg.vector_norm(w))
     return float(torch.linalg.vector_norm(coefficients(u, w, side))) / total if total > 0 else 0.0

@@ -33,9 +33,7 @@ def is_fp8(layer: nn.Module) -> bool:
 
 
 def scale_of(layer: nn.Module, name: str) -> Tensor:
-    """The scales of an FP8 layer in fp32, in a shape that broadcasts over its weight `(out, in)`. An
-    UnsupportedLayerError says that they are missing, or that their shape says nothing of what they scale.
-    """
+    """The scales of an FP8 layer in fp32, in a shape that broadcasts over its weight `(out, in)`."""
     weight: Any = layer.weight
     scale = getattr(layer, FP8_SCALES[type(layer).__name__], None)
     where = f"{name}: {type(layer).__name__} of {weight.dtype} {tuple(weight.shape)}"

@@ -83,10 +83,7 @@ class SafetySubspace:
 
     @classmethod
     def from_activations(cls, model: nn.Module, data: Any, **options: Any) -> SafetySubspace:
-        """Estimate a subspace in one streaming pass of `data` through a dense or quantized model; see
-        `calibration.activations.estimate`. Layers that no token reaches, or that have a single feature, are left out,
-        with one warning; see `left_out`.
-        """
+        """One pass over `data`; see `calibration.activations.estimate`. Warns of layers that are left out."""
         from peft_safety.calibration.activations import estimate
         from peft_safety.calibration.leaving_out import announced
 
@@ -133,8 +130,8 @@ class SafetySubspace:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file (into `path/safety_subspace.safetensors` when `path` is a directory). Atomic and
-        deterministic: equal subspaces give equal bytes. An ArtifactError says that it cannot be written, and what was
-        there is unchanged; a SubspaceError, that the provenance is no JSON.
+        deterministic. An ArtifactError says that it cannot be written; a SubspaceError, that the provenance is no
+        JSON.
         """
         kinds = {"basis": self.stored, "spectrum": self.spectra}
         tensors = {
@@ -177,9 +174,8 @@ class SafetySubspace:
 
     @classmethod
     def joined(cls, own: SafetySubspace | None, spans: Bases) -> SafetySubspace:
-        """A subspace with the further directions `{module: {side: (d, l)}}`, any columns, protected; those alone if
-        `own` is None. Spectra of the modules that grow are dropped. A SubspaceError says that a module has nothing
-        left to train.
+        """A subspace with further directions `{module: {side: (d, l)}}` protected; those alone if `own` is None. A
+        SubspaceError says that a module has nothing left to train.
         """
         bases = {name: dict(sides) for name, sides in own.stored.items()} if own else {}
         spectra = {name: dict(sides) for name, sides in own.spectra.items()} if own else {}
@@ -203,9 +199,8 @@ class SafetySubspace:
         return SafetySubspace(bases, spectra, own.fingerprints, own.provenance)
 
     def beside(self, other: SafetySubspace) -> SafetySubspace:
-        """This subspace with the bases of another one on the other side of the same modules. What either of them
-        leaves out is left out; `other`'s provenance is kept under its side. A SubspaceError refuses other modules, or
-        the same side.
+        """This subspace with the bases of another one on the other side of the same modules (else a SubspaceError).
+        What either of them leaves out is left out; `other`'s provenance is kept under its side.
         """
         left_out = other.left_out | self.left_out
         both = [name for name in self.bases if name in other.bases]

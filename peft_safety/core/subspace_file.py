@@ -65,9 +65,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, An
 def read(
     path: Path, modules: Collection[str] | None = None, rank: int | None = None
 ) -> tuple[Bases, Bases, dict[str, Tensor], dict[str, Any]]:
-    """Bases and spectra by module and side, fingerprints by module, and the provenance; see `SafetySubspace.load`.
-    What is not asked for is not read.
-    """
+    """Bases, spectra, fingerprints and provenance; see `SafetySubspace.load`. What is not asked for is not read."""
     bases: Bases = {}
     spectra: Bases = {}
     fingerprints: dict[str, Tensor] = {}

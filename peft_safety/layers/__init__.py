@@ -1,6 +1,4 @@
-"""The mechanism: a protected leaf in place of `lora_A` or `lora_B` (protected_linear.py), bases held once
-(shared_bases.py), factors that lie in memory as new ones do (layout.py).
-"""
+"""The mechanism: a protected leaf in place of `lora_A` or `lora_B`, and bases that are held once."""
 
 from peft_safety.layers.frozen_linear import FrozenLinear, check_frozen, freeze
 from peft_safety.layers.protected_linear import (

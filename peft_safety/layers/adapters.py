@@ -26,9 +26,7 @@ def config_table(model: nn.Module) -> dict[str, Any]:
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """PEFT's LoRA layers that hold this adapter, by the module's name in the base model. An UnsupportedLayerError
-    names one that cannot be protected.
-    """
+    """The LoRA layers of an adapter by the base model's names; an UnsupportedLayerError if it cannot be protected."""
     layers = {}
     for name, _, module in walk(model):
         for layer in _stacked(module):

@@ -66,9 +66,7 @@ def freeze(layer: LoraLayer, adapter_name: str, a: Tensor) -> None:
 
 
 def check_frozen(factor: nn.Module, name: str, certified: FrozenFactor | None) -> None:
-    """Refuse, by a ProtectionError, a factor that is not frozen, or not the one that was made blind. A shard or a meta
-    tensor is checked when it is saved.
-    """
+    """A ProtectionError refuses a factor that is not the frozen one. Shards and meta tensors are checked on saving."""
     if not isinstance(factor, FrozenLinear):
         raise ProtectionError(
             f"{name}: a {type(factor).__name__} stands where the frozen lora_A belongs; something replaced it. Load "

@@ -80,9 +80,7 @@ class ProtectedLinear(nn.Linear):
 
     @classmethod
     def replacing(cls, linear: nn.Module, basis: Tensor | None, side: Side, residual: bool = False) -> ProtectedLinear:
-        """A leaf around the very Parameter of `linear`, on its device. `residual` allocates `initial`, zero until it
-        is set.
-        """
+        """A leaf around the very Parameter of `linear`, on its device. `residual` allocates `initial`, as zeros."""
         weight: nn.Parameter = linear._parameters["weight"]  # type: ignore[assignment]
         leaf = cls(int(linear.in_features), int(linear.out_features), bias=False, device="meta")  # type: ignore[arg-type]
         leaf.side, leaf.weight = side, weight

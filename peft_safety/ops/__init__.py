@@ -33,17 +33,14 @@ _OPS: Any = torch.ops.peft_safety
 
 
 def nf4_dequant(q: QuantBundle, dtype: torch.dtype) -> Tensor:
-    """`W (n, k)` in fp32, bf16 or fp16 (else an OperationError), equal to the last bit to bitsandbytes'
-    `dequantize_4bit`.
-    """
+    """`W (n, k)` in fp32, bf16 or fp16, equal to the last bit to `bitsandbytes.functional.dequantize_4bit`."""
     _check_dtype(dtype)
     return _OPS.nf4_dequant(*q, dtype)
 
 
 def nf4_merged(q: QuantBundle, a: Tensor, bp: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """`W + scale * B' A (n, k)` with `lora_A (r, k)` and the projected `lora_B (n, r)`, in one pass over W and rounded
-    once. Differentiable in the factors. In 16 bits the sum holds a small update with noise only; see `exact` in
-    `nf4_lora`. An OperationError refuses shapes, devices or dtypes that do not fit.
+    """`W + scale * B' A (n, k)` of `lora_A (r, k)` and the projected `lora_B (n, r)`, rounded once. Differentiable in
+    the factors. In 16 bits the sum holds a small update with noise only; see `exact` in `nf4_lora`.
     """
     _check_dtype(dtype)
     _check_factors(q, a, bp)
@@ -91,7 +88,7 @@ def nf4_lora(
 
 def project_out(u: Tensor, w: Tensor, side: Literal["out", "in"] = "out") -> Tensor:
     """`w - u (u^T w)`, or `w - (w u) u^T` for side "in", as one op; differentiable in `w`. Computed in the wider dtype
-    of `u (d, k)` and `w` whatever autocast says, and returned in that of `w`. An OperationError refuses other shapes.
+    of `u (d, k)` and `w` whatever autocast says, and returned in that of `w`.
     """
     fits = u.dim() == w.dim() == 2 and side in ("out", "in") and u.shape[0] == w.shape[0 if side == "out" else 1]
     if not fits:

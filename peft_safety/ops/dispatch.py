@@ -21,9 +21,8 @@ OLDEST_CAPABILITY = (8, 0)
 
 
 def backend_for(tensor: Tensor) -> tuple[Backend, str]:
-    """The backend for tensors like this one, with the reason: what `PEFT_SAFETY_BACKEND` says (a ConfigError where
-    that cannot run); otherwise Triton on NVIDIA GPUs from compute capability 8.0 on, and the reference everywhere
-    else.
+    """The backend and the reason: as `PEFT_SAFETY_BACKEND` says (a ConfigError where that cannot run); otherwise
+    Triton on NVIDIA GPUs from compute capability 8.0 on, and the reference everywhere else.
     """
     wanted = os.environ.get(VARIABLE, "")
     if wanted not in ("", "auto", "reference", "triton"):

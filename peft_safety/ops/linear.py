@@ -19,9 +19,7 @@ take two paths; more rows take one product with the merged weight. bitsandbytes 
 def forward(
     x: Tensor, x_adapter: Tensor | None, q: QuantBundle, a: Tensor, bp: Tensor, scale: float, merged: bool
 ) -> tuple[Tensor, Tensor]:
-    """`(y (..., n), z (t, r))`. On the merged path z is empty: the backward pass alone needs it (for dB'), and makes
-    it.
-    """
+    """`(y (..., n), z (t, r))`; z, which only the backward pass needs, is empty on the merged path."""
     kernels = dispatch.backend(x)
     rows = x.reshape(-1, q.k)
     if merged:

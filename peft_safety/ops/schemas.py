@@ -35,9 +35,7 @@ SCHEMAS = {
 
 
 def _register(name: str, function: Callable[..., Any], fake: Callable[..., Any], bundle: int | None = 0) -> None:
-    """Register a function, for all devices, with what it returns for tensors without data. Both take one `QuantBundle`
-    in place of the nine arguments that start at place `bundle`.
-    """
+    """Register a function and a fake one. Both take a `QuantBundle` for the nine arguments from place `bundle` on."""
 
     def packed(args: tuple[Any, ...]) -> tuple[Any, ...]:
         if bundle is None:

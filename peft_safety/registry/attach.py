@@ -105,9 +105,7 @@ def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedCo
 
 
 def sides(layer: LoraLayer, config: ProtectedConfig, name: str) -> Iterator[tuple[Any, Side, Tensor | None]]:
-    """The factors of a layer that are leaves, each with its side and basis: the constrained ones, and with a residual
-    both.
-    """
+    """The factors of a layer that are leaves, with side and basis: constrained ones, and with a residual both."""
     pairs: tuple[tuple[Any, Side], ...] = ((layer.lora_A, config.a_side), (layer.lora_B, "out"))
     for factor, side in pairs:
         if side in config.sides:

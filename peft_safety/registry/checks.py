@@ -18,9 +18,7 @@ from peft_safety.methods.base import ProtectedConfig
 
 
 def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
-    """Check that a stored adapter fits this model (an ArtifactError), and that some layer can have the rank (a
-    ConfigError), before anything is changed.
-    """
+    """Check, before anything is changed, that a stored adapter fits, and that some layer can have the rank."""
     modules = {name: original(module) for name, _, module in walk(model)}
     certificate = config._certificate
     if certificate is not None and certificate.directory is not None and config._origin is None:
@@ -48,9 +46,7 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
 def _check_extra(
     model: nn.Module, config: ProtectedConfig, directory: Path, extra_tensors: Sequence[str], targets: Container[str]
 ) -> None:
-    """Check that tensors other than factors are exactly those of `modules_to_save`, token rows or the model's own
-    embeddings, so that no other weight is replaced.
-    """
+    """Only `modules_to_save`, token rows and the model's embeddings may have tensors: no other weight is replaced."""
     saved = tuple(config.modules_to_save or ())
     if not saved and not extra_tensors:
         return

@@ -63,9 +63,7 @@ def config_from_pretrained(
 
 
 def get_peft_type(original: Callable[..., Any], cls: Any, model_id: str, **kwargs: Any) -> Any:
-    """PEFT asks for the type first. Where an interrupted save left no config, this error says so; PEFT would look on
-    the Hub.
-    """
+    """PEFT asks for the type first, and would look on the Hub where an interrupted save left no config."""
     folder = _checked_folder(model_id, kwargs.get("subfolder"), kwargs, warn=False)
     if folder is None:
         return original(cls, model_id, **kwargs)
@@ -113,9 +111,7 @@ def _check_file(path: Path) -> None:
 
 
 def _certified_folder(source: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path | None:
-    """The folder in the Hub's cache of an adapter with a certificate; None if the repository (offline: the cache) has
-    none. An ArtifactError says that nobody could tell.
-    """
+    """The folder in the Hub's cache of an adapter with a certificate; None without one; else an ArtifactError."""
     try:
         _fetch(source, CERTIFICATE, subfolder, kwargs)
         return _fetch(source, ADAPTER_FILE, subfolder, kwargs).parent

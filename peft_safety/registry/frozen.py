@@ -123,9 +123,7 @@ def stored_rows(directory: Path, layers: Layers | None = None, adapter_name: str
 def check_certified(
     directory: Path, certificate: Certificate, layers: Layers | None = None, adapter_name: str = ""
 ) -> dict[str, Tensor]:
-    """The `lora_A` factors of a directory. An ArtifactError says that they are not those of its certificate, or do not
-    fit `layers`.
-    """
+    """The `lora_A` factors of a directory; refused if they are not its certificate's, or do not fit `layers`."""
     rows = stored_rows(directory, layers, adapter_name)
     if differing := sorted(set(rows) ^ set(certificate.modules)):
         counts = f"{len(rows)} modules, but {FILE_NAME} has {len(certificate.modules)}"
@@ -141,9 +139,7 @@ def check_certified(
 
 
 def certified(config: LoraConfig, directory: Path) -> LoraConfig:
-    """The protected config of a plain LoRA directory with a certificate; without one, the plain config itself. An
-    ArtifactError refuses a certificate that is malformed, of an unknown method, or not of these factors.
-    """
+    """The protected config of a plain LoRA directory with a certificate; without one, the plain config itself."""
     certificate = read_certificate(directory)
     if certificate is None:
         return config

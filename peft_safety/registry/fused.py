@@ -49,9 +49,7 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
 
 
 def factors(leaf_a: nn.Module, leaf_b: nn.Module, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`(A' (r', in), B' (out, r'))` with `B' A' = dW / s`, differentiable: projected, and with a residual `[A; A0]`
-    and `[B, -B0]`.
-    """
+    """`(A' (r', in), B' (out, r'))` with `B' A' = dW / s`, differentiable: projected, and with a residual joined."""
     (a, a0), (b, b0) = (
         leaf.factors(x) if isinstance(leaf, ProtectedLinear) else (leaf.weight, None) for leaf in (leaf_a, leaf_b)
     )
@@ -64,9 +62,7 @@ def drops(dropout: nn.Module) -> bool:
 
 
 def plan(layer: Any) -> tuple[str, ops.QuantBundle, str] | str:
-    """The adapter, the weight and the backend (with its reason) of the fused path of a LoRA layer, or why it takes
-    another.
-    """
+    """The adapter, the weight and the backend (with its reason) of a layer's fused path, or why it takes another."""
     if os.environ.get(SWITCH) != "1":
         return f"the fused path is off; {SWITCH}=1 turns it on"
     base = layer.get_base_layer()

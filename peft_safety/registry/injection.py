@@ -81,9 +81,7 @@ def _check_unprotected(model: nn.Module, adapter_name: str, given: Any) -> None:
 
 
 def _places(where: Sequence[tuple[str, str]], names: Collection[str]) -> set[str]:
-    """The places of modules with these own names. `names.places` of a mixed model, which is injected into from
-    outside, would have PEFT's prefix.
-    """
+    """The places of modules. `names.places` of a mixed model, injected into from outside, would have PEFT's prefix."""
     return {place for name, place in where if name in names}
 
 

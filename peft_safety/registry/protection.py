@@ -17,9 +17,7 @@ def protected_configs(model: nn.Module) -> dict[str, ProtectedConfig]:
 
 
 def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Check leaf, basis and weight of every module of the protected adapters, or of one of them. A ProtectionError
-    says that there is none, or that a module has lost its protection.
-    """
+    """A ProtectionError says that there is no such protected adapter, or that a module of one lost its protection."""
     configs = protected_configs(model)
     if adapter_name is not None:
         configs = {name: config for name, config in configs.items() if name == adapter_name}

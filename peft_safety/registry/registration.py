@@ -1,6 +1,4 @@
-"""What is wrapped in PEFT. tests/interop/test_canary.py checks it, and every other symbol of PEFT that this folder
-uses, against the installed PEFT.
-"""
+"""What is wrapped in PEFT. tests/interop/test_canary.py checks all of PEFT that this folder uses."""
 
 from __future__ import annotations
 
@@ -62,9 +60,7 @@ def register_types() -> None:
 
 
 def _name_readers(layer: type) -> None:
-    """Register the functions of `layer` and its subclasses: forwards read only the dtype of `lora_A.weight`, and
-    `update_layer` makes factors.
-    """
+    """Register the forwards, which read only the dtype of `lora_A.weight`, and `update_layer`, which makes factors."""
     for names, readers in ((("forward", "_mixed_batch_forward"), DTYPE_READERS), (("update_layer",), LAYER_BUILDERS)):
         readers.update(inspect.unwrap(vars(layer)[name]).__code__ for name in names if name in vars(layer))
     kinds: list[type] = layer.__subclasses__()

@@ -1,6 +1,4 @@
-"""Subclasses of PEFT's tuners, which one becomes when it injects a protected adapter. They refuse merges and
-combinations that would lose the protection.
-"""
+"""Subclasses of PEFT's tuners. They refuse merges and combinations that would lose the protection."""
 
 from __future__ import annotations
 
@@ -38,9 +36,7 @@ class _Merges:
 
 
 def _refuse_lossy_merge(model: Any, adapter_names: list[str] | None) -> None:
-    """Refuse to merge a protected update into a k-bit weight, which rounds most of it away and lets the rest leak, and
-    an adapter that has lost its protection.
-    """
+    """Merging into a k-bit weight rounds most of the update away, and the rest leaks: refuse."""
     for adapter in protected_configs(model):
         layers = adapter_layers(model, adapter)
         if any(adapter in (adapter_names or layer.active_adapters) for layer in layers.values()):

@@ -134,9 +134,7 @@ def _require_whole(directory: Path, owner: Path, journal: Journal, warn: bool) -
 
 
 def copy_own(directory: Path, name: str, staging: Path) -> None:
-    """Copy a file of a directory into a staging folder, if it exists. Links are not followed: they may lead to private
-    files.
-    """
+    """Copy a file of a directory into a staging folder, if it exists; no link, which may lead to private files."""
     with Folder.open(directory) as folder:
         if folder.stat(name) is None:
             return

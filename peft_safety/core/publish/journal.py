@@ -1,6 +1,4 @@
-"""The journal of a publish: which files go into which directory. It is written before the commit point, and proves
-whose `.commit` that is.
-"""
+"""The journal of a publish: which files go where. It is written before the commit point, and proves whose it is."""
 
 from __future__ import annotations
 
