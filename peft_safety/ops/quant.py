@@ -55,18 +55,6 @@ def from_linear4bit(layer: nn.Module) -> QuantBundle | str:
 
 def from_quant_state(weight: Tensor, state: Any) -> QuantBundle | str:
     """A packed weight and its `QuantState` as a bundle that shares their memory, or the reason why not."""
-    refused = _refused(weight, state)
-    if refused is not None:
-        return refused
-    nested: tuple[Any, Any, Any, int] = None, None, None, 0
-    if state.nested:
-        offset = torch.as_tensor(state.offset, dtype=torch.float32, device=weight.device)
-        nested = state.state2.absmax, state.state2.code, offset, int(state.state2.blocksize)
-    n, k = map(int, state.shape)
-    return QuantBundle(weight.detach(), state.absmax, *nested[:3], n, k, int(state.blocksize), nested[3])
-
-
-def _refused(weight: Tensor, state: Any) -> str | None:
     if state.quant_type != "nf4":
         return f"quant_type {state.quant_type!r}, not NF4"
     if getattr(state, "packing_format_for_cpu", False):
@@ -77,7 +65,7 @@ def _refused(weight: Tensor, state: Any) -> str | None:
         return "a weight on the meta device, sharded, or not contiguous"
     if state.shape is None or len(state.shape) != 2:
         return f"a weight of shape {None if state.shape is None else tuple(state.shape)}, not a matrix"
-    n, k = state.shape
+    n, k = map(int, state.shape)
     if state.blocksize not in BLOCK_SIZES:
         return f"a block size of {state.blocksize}, not a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}"
     if k % state.blocksize:
@@ -85,15 +73,19 @@ def _refused(weight: Tensor, state: Any) -> str | None:
     blocks = n * k // state.blocksize
     if weight.numel() * 2 != n * k or state.absmax.numel() != blocks:
         return f"{weight.numel()} packed bytes and {state.absmax.numel()} scales for a {n} x {k} weight"
+    packed, absmax, sizes = weight.detach(), state.absmax, (n, k, int(state.blocksize))
     if not state.nested:
-        return None if state.absmax.dtype == torch.float32 else f"scales of {state.absmax.dtype}, not float32"
+        if absmax.dtype != torch.float32:
+            return f"scales of {absmax.dtype}, not float32"
+        return QuantBundle(packed, absmax, None, None, None, *sizes, 0)
     inner, size = state.state2, state.state2.blocksize
     dtypes = state.absmax.dtype, inner.absmax.dtype, inner.code.dtype
     if dtypes != (torch.uint8, torch.float32, torch.float32) or inner.code.numel() != 256:
         return f"quantized scales of {state.absmax.dtype} with a code of {inner.code.dtype}"
     if size < 1 or size & (size - 1) or inner.absmax.numel() != -(-blocks // size):
         return f"{inner.absmax.numel()} scales in blocks of {size} for {blocks} quantized scales"
-    return None
+    offset = torch.as_tensor(state.offset, dtype=torch.float32, device=weight.device)
+    return QuantBundle(packed, absmax, inner.absmax, inner.code, offset, *sizes, int(size))
 
 
 def require(bundle: QuantBundle | str, name: str = "the layer") -> QuantBundle:
