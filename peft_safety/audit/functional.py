@@ -40,20 +40,16 @@ class Interference:
         return self.update / self.weight if self.weight > 0 else float("nan")
 
 
-def check_calibration(calibration: Calibration) -> None:
-    """Refuse, by a ConfigError, what is neither None, "auto", nor a mapping with the two kinds."""
-    given = list(calibration) if isinstance(calibration, Mapping) else calibration
-    both = isinstance(calibration, Mapping) and set(calibration) == set(KINDS)
-    if not both and not (given is None or (isinstance(given, str) and given == "auto")):
-        raise ConfigError(f"calibration={given!r}. Use None, 'auto', or a mapping with the keys {KINDS}.")
-
-
 def calibration_sets(
     model: nn.Module, calibration: Calibration, tokenizer: Any, progress: bool
 ) -> dict[str, tuple[list[Batch], dict[str, Any]]]:
     """By kind, the batches, and their `source` and a hash of their content (`data`); empty for None."""
     if calibration is None:
         return {}
+    auto = isinstance(calibration, str) and calibration == "auto"
+    if not auto and not (isinstance(calibration, Mapping) and set(calibration) == set(KINDS)):
+        given = list(calibration) if isinstance(calibration, Mapping) else calibration
+        raise ConfigError(f"calibration={given!r}. Use None, 'auto', or a mapping with the keys {KINDS}.")
     sources = dict.fromkeys(KINDS, "given")
     if isinstance(calibration, str):
         tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer

@@ -15,14 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from tqdm.auto import tqdm
 
-from peft_safety.audit.functional import (
-    KINDS,
-    Calibration,
-    Interference,
-    calibration_sets,
-    check_calibration,
-    interference,
-)
+from peft_safety.audit.functional import KINDS, Calibration, Interference, calibration_sets, interference
 from peft_safety.audit.metrics import SideOverlap, Update, compare, decompose, weight_span
 from peft_safety.calibration.moments import Positions, exact_matmul
 from peft_safety.core import base_weights as weights
@@ -189,7 +182,6 @@ def orthogonality_report(
         raise ConfigError(f"k={k!r}. Use an integer of at least 1.")
     if positions not in ("response", "prompt", "all"):
         raise ConfigError(f"positions={positions!r}. Use 'response', 'prompt' or 'all'.")
-    check_calibration(calibration)
     layers, others, not_compared = _resolve(model, adapter)
     base = {name: layer.get_base_layer() for name, layer in layers.items()}
     updates = {name: _update(name, layer, adapter) for name, layer in layers.items()}
