@@ -148,7 +148,9 @@ def _verify_frozen(
                     "Give the base that it was trained on."
                 )
     precisions = {name: modules[name].precision(a) or a.dtype for name, a in rows.items()}
-    leaks = {name: max(entry.leak, _rounding(precisions[name])) for name, entry in modules.items()}
+    # what rounding to 16 bits may let through; nothing for fp32
+    rounding = {name: 0.0 if p == torch.float32 else leak_tolerance(p) for name, p in precisions.items()}
+    leaks = {name: max(entry.leak, rounding[name]) for name, entry in modules.items()}
     if subspace is not None:
         space = _null_space(path, subspace, certificate.subspace, rows)
         for name, a in rows.items():
@@ -192,11 +194,6 @@ def _blindness(path: Path, space: SafetySubspace, name: str, a: Tensor, limit: f
             f"{limit:.2g}). Repair the adapter."
         )
     return share
-
-
-def _rounding(dtype: torch.dtype) -> float:
-    """What rounding to 16 bits may let through; nothing for fp32."""
-    return 0.0 if dtype == torch.float32 else leak_tolerance(dtype)
 
 
 def _verify_repair(path: Path) -> RepairVerification:

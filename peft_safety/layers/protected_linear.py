@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,10 @@ from peft_safety.core import projection
 from peft_safety.core.names import own_name
 from peft_safety.core.projection import Side
 from peft_safety.errors import ProtectionError
-from peft_safety.layers.layout import fresh, lay_out
 from peft_safety.layers.shared_bases import enlist, moved, placed
 
+ALIGNMENT = 64
+"""Bytes. torch's allocator aligns to this on CPUs; a safetensors file only to eight."""
 DTYPE_READERS: set[CodeType] = set()
 """The forwards of PEFT's layers, which read `lora_A.weight` for its dtype only and need no fold. `registry` fills this
 set. A forward that is missing costs time, not safety.
@@ -53,13 +54,6 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-class _Decoding(NamedTuple):
-    """What the last decoded token computed with, and the state of the weight that it was made from."""
-
-    state: tuple[int, int, int]
-    factors: tuple[Tensor, Tensor | None]
-
-
 class ProtectedLinear(nn.Linear):
     """`lora_B` with `C = I - U U^T` before it (side "out"), `lora_A` with `C` behind it (side "in") or with the
     projection `U U^T` onto a window (side "window"), or an unconstrained factor with a residual.
@@ -76,7 +70,8 @@ class ProtectedLinear(nn.Linear):
     basis: Tensor | None
     initial: Tensor | None
     side: Side
-    _decoding: _Decoding | None
+    _decoding: tuple[tuple[int, int, int], tuple[Tensor, Tensor | None]] | None
+    """The state of the weight at the last decoded token, and the factors that were made from it."""
 
     @classmethod
     def replacing(cls, linear: nn.Module, basis: Tensor | None, side: Side, residual: bool = False) -> ProtectedLinear:
@@ -116,12 +111,12 @@ class ProtectedLinear(nn.Linear):
         single = x is not None and x.shape[-2:-1] == (1,)
         decoding = single and not (self.training or torch.is_grad_enabled() or _traced() or _is_untracked(raw))
         last = self._decoding
-        if decoding and last is not None and last.state == _state(raw):
-            return last.factors
+        if decoding and last is not None and last[0] == _state(raw):
+            return last[1]
         weight = self.projected()
         result = weight, None if self.initial is None else self._projection(self.initial.to(weight.dtype))
         if decoding or last is not None:
-            self._decoding = _Decoding(_state(raw), result) if decoding else None
+            self._decoding = (_state(raw), result) if decoding else None
         return result
 
     def projected(self) -> Tensor:
@@ -242,6 +237,29 @@ def folded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
             result[key] = factor.detach().clone()
             projection.fold_(leaf.basis.to(factor.device), result[key], leaf.side)
     return result
+
+
+def fresh(tensor: Tensor) -> Tensor:
+    """The tensor itself if its layout is that of a new one (or it is a meta tensor or a shard), else a copy.
+
+    Products of equal values are equal to the last bit only where the same kernel runs, and a CPU's BLAS chooses its
+    kernels by strides and addresses: a slice of an SVD, or of a file, gives other last bits than its copy does.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
+        return tensor
+    if tensor.is_contiguous() and (tensor.device.type != "cpu" or tensor.data_ptr() % ALIGNMENT == 0):
+        return tensor
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
+def lay_out(module: nn.Module) -> bool:
+    """Give parameters of a module the layout of new tensors. Returns whether any changed."""
+    changed = False
+    for parameter in module._parameters.values():
+        if parameter is not None and (copy := fresh(parameter)) is not parameter:
+            parameter.data, changed = copy, True
+    return changed
 
 
 def lay_out_adapter(model: nn.Module, adapter_name: str) -> None:

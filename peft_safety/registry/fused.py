@@ -76,23 +76,18 @@ def plan(layer: Any) -> tuple[str, ops.QuantBundle, str] | str:
     name, reason = ops.backend_for(base.weight)
     if name == "reference" and os.environ.get(VARIABLE, "") != "reference":
         return reason
-    adapter = _adapter(layer)
-    if adapter not in layer.lora_A:
-        return adapter
-    if (unusual := _unusual(layer, adapter, base)) is not None:
-        return unusual
-    q = ops.from_linear4bit(base)
-    return q if isinstance(q, str) else (adapter, q, f"{name}: {reason}")
-
-
-def _adapter(layer: Any) -> str:
-    """The one adapter that is active here, or why there is none."""
     if layer.disable_adapters:
         return "adapters are disabled"
     if layer.merged:
         return "an adapter is merged into the weight"
     active: list[str] = [name for name in layer.active_adapters if name in layer.lora_A]
-    return active[0] if len(active) == 1 else f"{len(active)} active adapters"
+    if len(active) != 1:
+        return f"{len(active)} active adapters"
+    (adapter,) = active
+    if (unusual := _unusual(layer, adapter, base)) is not None:
+        return unusual
+    q = ops.from_linear4bit(base)
+    return q if isinstance(q, str) else (adapter, q, f"{name}: {reason}")
 
 
 def _unusual(layer: Any, adapter: str, base: nn.Module) -> str | None:
