@@ -118,7 +118,6 @@ class SideOverlap:
 
     @property
     def angle(self) -> float:
-        """The smallest principal angle."""
         return self.angles[0] if self.angles else math.nan
 
     @property
@@ -129,18 +128,9 @@ class SideOverlap:
 
 @torch.no_grad()
 def compare(vectors: Tensor, values: Tensor, weight_vectors: Tensor, k: int) -> SideOverlap:
-    """Compare the right singular vectors of dW with those of W, or the left ones.
-
-    The published metric depends on the single singular vectors, so it is arbitrary where singular values coincide;
-    angles and energy are not.
-
-    Args:
-        vectors: of dW, `(d, r)`, fp64, orthonormal columns.
-        values: singular values of dW, `(r,)`, descending.
-        weight_vectors: of W, `(d, w)`, fp64, in the order of its singular values.
-        k: directions for the energy overlap; at most `w` are used.
-
-    Reference: arXiv 2510.09004 for the metric; the nulls are ours.
+    """Compare the right singular vectors `(d, r)` of dW, fp64, or the left ones, with those `(d, w)` of W; `k` of
+    these count for the energy overlap. The published metric (arXiv 2510.09004; the nulls are ours) depends on the
+    single singular vectors, so it is arbitrary where singular values coincide; angles and energy are not.
     """
     d = vectors.shape[0]
     q, p = min(DIRECTIONS, vectors.shape[1]), min(DIRECTIONS, weight_vectors.shape[1])

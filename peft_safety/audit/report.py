@@ -31,7 +31,6 @@ DEFAULT_K = 32
 
 
 def layer_number(name: str) -> int | None:
-    """The first number in a module's name."""
     number = re.search(r"(?:^|\.)(\d+)\.", name)
     return int(number.group(1)) if number else None
 
@@ -39,9 +38,8 @@ def layer_number(name: str) -> int | None:
 @dataclass(frozen=True)
 class ModuleOrthogonality:
     """One module's update against its weight, on the input side (`right`, as published) and on the output side
-    (`left`). `rank`, `norm` and `effective_rank` are those of `Update`; rank 0 is a zero update, whose figures are
-    NaN. `relative_norm` is `||dW||_F / ||W||_F`, `others` the `|cos|` between this update and that of every other
-    adapter on the module. `general` and `harmful` are None where interference was not measured.
+    (`left`). `rank` 0 is a zero update, whose figures are NaN. `relative_norm` is `||dW||_F / ||W||_F`, `others` the
+    `|cos|` between this update and that of every other adapter on the module.
     """
 
     name: str
@@ -234,6 +232,5 @@ def _resolve(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLayer], list
 
 
 def _update(name: str, layer: LoraLayer, adapter: str) -> Update:
-    """The update of one layer, as its forward computes it."""
     factors = layer_factors(name, layer, adapter)
     return decompose(factors.a, factors.b, factors.scaling)

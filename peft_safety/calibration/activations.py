@@ -43,9 +43,8 @@ METHODS: dict[str, tuple[tuple[Side, ...], Positions]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """A calibration that has been checked and not run yet. `layers` get bases of the `sizes`, `narrow` ones have no
-    room for one; `wanted` are directions by layer and side (None where the energy decides); `sources` are batches and
-    their hash, of the data and of those to compare with.
+    """A calibration that has been checked and not run yet. `narrow` layers have no room for a basis; `wanted` is None
+    where the energy decides; `sources` are batches and their hash, of the data and of those to compare with.
     """
 
     method: str

@@ -1,7 +1,5 @@
-"""From second moments and weights to bases. Pure functions on tensors; nothing here runs a model.
-
-A moment is `S = sum_t x_t x_t^T (n, n)` of a layer's inputs, not normalized. A basis comes with a spectrum,
-descending: the square roots of the eigenvalues behind it.
+"""From second moments `S = sum_t x_t x_t^T (n, n)`, not normalized, and weights to bases, without running a model. A
+basis comes with a spectrum, descending: the square roots of the eigenvalues behind it.
 """
 
 from __future__ import annotations
@@ -98,8 +96,7 @@ def input_basis(moment: Tensor | TokenRows, size: Size, name: str, *, seed: int 
 @torch.no_grad()
 def contrastive_basis(moment: Tensor, against: Tensor, size: Size, name: str) -> tuple[Tensor, Tensor]:
     """Span `(d, k)` of the directions that one data set uses most, relative to another: top generalized eigenvectors
-    of `S v = mu S' v`, and `sqrt(mu)`. "energy" counts the share of `S` that the basis holds. `against` is `S'`, of
-    the data that must stay in reach; `RIDGE` of its mean eigenvalue is added to it.
+    of `S v = mu S' v`, and `sqrt(mu)`. An energy is the share of `S` that the basis holds. `RIDGE` is added to `S'`.
     """
     d = moment.shape[0]
     total, other = check_moment(moment, name), check_moment(against, name)

@@ -1,8 +1,7 @@
-"""How many layers are calibrated at once: as many as the memory budget allows.
+"""How many layers are calibrated at once: as many as the memory budget allows. The bases do not depend on it.
 
 A second moment takes `8 n^2` bytes: 1.6 GB for the widest layers of an 8B model, 65 GB for all layers together. Where
-the data have fewer tokens than the layer has features, the tokens themselves take less. Each group of layers takes one
-pass over the data. The bases do not depend on the budget.
+the data have fewer tokens than the layer has features, the tokens themselves take less.
 """
 
 from __future__ import annotations

@@ -29,10 +29,9 @@ PROBE = 512
 
 @dataclass(frozen=True)
 class CalibrationCost:
-    """What a calibration will take: the `modules` that get a basis and their distinct `inputs`; `passes` over the
-    data, one for each group of modules that fits the budget; `tokens` of all passes, padding included; at most
-    `file_bytes` without the header; `memory_bytes` beside the model. The times are extrapolated from one batch, and
-    from one fp64 product.
+    """What a calibration will take. `inputs` are the distinct ones of the `modules` that get a basis; `tokens` are
+    those of all `passes`, padding included; `file_bytes` are at most so many, without the header; `memory_bytes` are
+    beside the model. The times are extrapolated from one batch, and from one fp64 product.
     """
 
     modules: int

@@ -44,9 +44,8 @@ class TaskShare:
 
 @dataclass(frozen=True)
 class ModuleCoverage:
-    """One module's null space: `k` of its input `features` are taken. `covered` is the share of the calibration data's
-    energy inside, `curve (k,)` that inside the first 1, 2, ..., k directions; None and empty where the subspace does
-    not say.
+    """One module's null space, `k` of its `features`. `covered` is the share of the calibration data's energy inside,
+    `curve (k,)` that inside the first 1, 2, ..., k directions; None and empty where the subspace does not say.
     """
 
     name: str
@@ -87,12 +86,10 @@ def task_inputs(
     memory: str | int | None = None,
     progress: bool = True,
 ) -> tuple[GroupedMoments, dict[str, TaskShare]]:
-    """The second moments of a task's inputs at all tokens, and their share outside the null space of each layer; one
-    pass over the model without adapters, or several where the `memory` asks for them. Layers without an input basis,
-    or that the task does not reach, are skipped. With `ranks`, two eigendecompositions for each distinct input.
-
-    Raises:
-        CalibrationError: the subspace was calibrated on these rows; inputs are zero or not finite, or reach no layer.
+    """The second moments of a task's inputs at all tokens, and their share outside the null space of each layer that
+    has an input basis and that the task reaches; with `ranks`, by two eigendecompositions for each input. A
+    CalibrationError says that the subspace was calibrated on these rows, or that inputs are zero or not finite, or
+    reach no layer.
     """
     layers = {name: layer for name, layer in layers.items() if "in" in subspace.bases.get(name, {})}
     batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)

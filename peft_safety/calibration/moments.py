@@ -30,9 +30,9 @@ Positions = Literal["response", "prompt", "all"]
 
 
 class InputMoments:
-    """Accumulates the second moments of the inputs of some base layers while a model runs. `tokens` is the number of
-    positions that count; `leaders` gives for each layer the first one that is fed the same tensor; `loose` are layers
-    whose input rows are not positions of the batch, so that all of them count.
+    """Accumulates the second moments of the inputs of some base layers while a model runs. `leaders` gives for each
+    layer the first one that is fed the same tensor; `loose` are layers whose input rows are not positions of the
+    batch, so that all of them count.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], as_rows: Container[str] = ()) -> None:
@@ -46,7 +46,6 @@ class InputMoments:
         self._last: tuple[str, Tensor] | None = None
 
     def reaches(self, name: str) -> bool:
-        """Whether any token that counts has reached the layer."""
         return self.leaders.get(name) in self._moments
 
     def moment(self, name: str) -> Tensor:
@@ -119,9 +118,8 @@ def positions_of(lead: Sequence[int], *masks: Tensor) -> Tensor | None:
     batch.
 
     Args:
-        lead: the input's shape without its features: `(batch, tokens)`, also flattened, or with further dimensions
-            (heads) after or between them; or `(batch,)` of a pooled input, which counts if any position of its
-            sequence does.
+        lead: `(batch, tokens)`, also flattened, or with further dimensions (heads) after or between them; or
+            `(batch,)` of a pooled input, which counts if any position of its sequence does.
         masks: `(batch, tokens)` bool each.
     """
     for mask in masks:
@@ -138,8 +136,8 @@ def positions_of(lead: Sequence[int], *masks: Tensor) -> Tensor | None:
 
 
 def selected(name: str, x: Tensor, *masks: Tensor) -> Tensor:
-    """The rows of a layer's input or output `(..., features)` that count, `(rows, features)`, fp32; all where they are
-    not positions of the batch (routed experts, patches of images). A CalibrationError refuses what is no tensor.
+    """The rows of `x (..., features)` that count, `(rows, features)`, fp32; all where they are not positions of the
+    batch (routed experts, patches of images). A CalibrationError refuses what is no tensor.
     """
     if not isinstance(x, Tensor) or x.ndim < 1:
         raise CalibrationError(f"{name}: a {type(x).__name__} is no rows of features. Leave it out of target_modules.")
@@ -194,9 +192,8 @@ def run(
     progress: bool = True,
     what: str,
 ) -> None:
-    """One pass over the batches in eval mode. Tensors that the model's forward names (`pixel_values`) are passed on.
-    `expect` is called before each batch with the positions that count, a `(batch, tokens)` bool mask; for an
-    encoder-decoder with the decoder's and the encoder's.
+    """One pass over the batches in eval mode. `expect` is called before each batch with the positions that count, a
+    `(batch, tokens)` bool mask; for an encoder-decoder with the decoder's and the encoder's.
     """
     from tqdm.auto import tqdm
 

@@ -29,7 +29,7 @@ layers get a smaller basis than requested; for ordinary layers, a rank that is t
 @dataclass(frozen=True)
 class Size:
     """How many directions of a layer: `rank`; or a `share` of its features; or as many as hold `energy`, a share of
-    the (second) moment, capped by one of these or not at all. Never more than `most` (narrow layers).
+    the moment, capped by one of these or not at all. Never more than `most` (narrow layers).
     """
 
     rank: int | None = None
@@ -87,12 +87,9 @@ def plan(
     sides: Sequence[Side],
     weights_only: bool = False,
 ) -> tuple[dict[str, dict[Side, Size]], list[str]]:
-    """The size of each basis by layer and side, and the layers that get none: with a single feature on a side, nothing
-    would be left to train. Narrow layers that cannot hold a rank take what they can, with one warning. `weights_only`:
-    the bases are those of the weight, which has at most min(m, n) directions.
-
-    Raises:
-        ConfigError: a kind that no layer is of; a rank that an ordinary layer cannot hold; no layer has room.
+    """The size of each basis by layer and side, and the layers that get none, with a single feature on a side. Narrow
+    layers that cannot hold a rank take what they can, with one warning. A ConfigError refuses a kind that no layer is
+    of, and a rank that an ordinary layer cannot hold. `weights_only`: the bases are those of the weight.
     """
     usual = Size.of(rank, energy)
     special = {kind: Size.of(x) if energy is None else Size.of(rank, x) for kind, x in (per_kind or {}).items()}

@@ -32,9 +32,9 @@ MergeTo = Literal["16bit", "nf4+residual", "nf4"]
 
 @dataclass(frozen=True)
 class MergedModule:
-    """What a merge did to one module's update. `norm` is `||dW|| / ||W||`. With the `change` of the stored weights,
-    `kept` is `<change, dW> / ||dW||^2` (nan for a zero update), and `leak` is `||U^T change|| / ||dW||` of the worst
-    constrained side (None for a zero or unconstrained update).
+    """What a merge did to one module: `||dW|| / ||W||`; `<change, dW> / ||dW||^2` with the `change` of the stored
+    weights, nan for a zero update; and `||U^T change|| / ||dW||` of the worst constrained side, None for an
+    unconstrained one.
     """
 
     module: str
@@ -167,7 +167,6 @@ def _part(model: PeftModel, base: nn.Module, name: str) -> _Part:
 
 
 def _refuse_requantizing(model: PeftModel, base: nn.Module, names: list[str], force: bool) -> None:
-    """Refuse before any layer is changed."""
     rows = []
     for part in (_part(model, base, name) for name in names):
         kind = weights.quantization(part.inner) or "dense"
@@ -203,7 +202,6 @@ def _dense(part: _Part, before: Tensor, dtype: torch.dtype) -> nn.Module:
 
 
 def _requantized(part: _Part, before: Tensor) -> nn.Module:
-    """The same 4-bit layer with a new weight of its kind."""
     from bitsandbytes.nn import Params4bit
 
     old: Any = part.inner.weight

@@ -28,13 +28,9 @@ from peft_safety.registry.frozen import check_certified, freezing
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked: `ranks` and `protected` are the LoRA ranks and subspace ranks that occur, `base_checked` says
-    whether the base weights were compared with the fingerprints, and `unconstrained` are trained tensors that no
-    projection covers.
-
-    `worst_leak` is the largest `||U^T B|| / ||B||`, or `||A Q|| / ||A||` with the null space of a window. Without that
-    null space `blindness_checked` is False, and it is the share of `lora_A` outside the window; only the provenance
-    (`window_leak`) says how far that reaches into the null space.
+    """What was checked. `ranks` and `protected` are the LoRA ranks and subspace ranks that occur; `unconstrained` are
+    trained tensors that no projection covers. `worst_leak` is the largest `||U^T B|| / ||B||`, or `||A Q|| / ||A||`
+    with the null space of a window. Without that null space it is the share of `lora_A` outside the window.
     """
 
     directory: str
@@ -53,10 +49,8 @@ class Verification:
 @dataclass(frozen=True)
 class FrozenVerification:
     """What was checked of a plain LoRA with a certificate: its `lora_A` factors are those that were made blind.
-
-    `worst_leak`, the largest `||A Q|| / ||A||`, was measured with the subspace's bases if `blindness_checked`; else it
-    is the certificate's. `protected` are the sizes of the null spaces, `subspace` is the digest of the bases, and
-    `settings` are the method's options, as the certificate has them.
+    `worst_leak`, the largest `||A Q|| / ||A||`, was measured if `blindness_checked`; else it is the certificate's.
+    `protected` are the sizes of the null spaces, `subspace` is the digest of the bases.
     """
 
     directory: str

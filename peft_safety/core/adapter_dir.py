@@ -1,8 +1,7 @@
-"""The adapter on disk: what a protected adapter directory must hold, and the check that it does.
+"""The adapter on disk: what a protected adapter directory must hold, and the check that it does, without any model.
 
 `adapter_config.json` is the manifest: it names the other files and their sha256, and carries one over itself.
-`adapter_model.safetensors` holds PEFT's plain keys with *projected* factors. `safety_subspace.safetensors` holds the
-bases, for exactly the modules of the adapter. Nothing here builds or needs a model.
+`adapter_model.safetensors` holds *projected* factors, `safety_subspace.safetensors` the bases of exactly its modules.
 """
 
 from __future__ import annotations
@@ -33,9 +32,8 @@ _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<kind>lora_[AB]\.(?
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """A checked adapter directory: `config` is the JSON of its manifest, `shapes` are
-    `{module: (out_features, in_features, rank)}`, `worst_leak` is the largest `||U^T B|| / ||B||`, and `extra_tensors`
-    are keys of tensors that no projection constrains (`modules_to_save`, resized embeddings).
+    """A checked directory. `shapes` are `{module: (out_features, in_features, rank)}`, `worst_leak` is the largest
+    `||U^T B|| / ||B||`, and `extra_tensors` are keys of tensors that no projection constrains.
     """
 
     directory: Path
@@ -80,11 +78,9 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_adapter(directory: Path, warn: bool = False) -> StoredAdapter:
-    """Check a directory in full: files, hashes, keys, shapes, finiteness, orthonormality, and that no factor leaks.
-
-    Raises:
-        ArtifactError: anything but the exact set of files and tensors, or a changed byte.
-        ConfigError, SubspaceError: a number of the config that is out of range; bases that would not protect.
+    """Check files, hashes, keys, shapes, finiteness, orthonormality, and that no factor leaks. An ArtifactError
+    refuses anything but the exact set of files and tensors, or a changed byte; a SubspaceError bases that would not
+    protect.
     """
     config, path = plain_lora.read_manifest(directory, warn), directory / MANIFEST
     kind, types = config.get("peft_type"), protected_types()

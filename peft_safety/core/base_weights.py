@@ -77,9 +77,7 @@ def from_int8(values: Tensor, scale: Tensor) -> Tensor:
 
 @torch.no_grad()
 def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
-    """The weight as `(out_features, in_features)` on its own device: a dense one as it is, a quantized one in fp32. An
-    UnsupportedLayerError refuses one that is sharded, on the meta device, or of an unknown kind.
-    """
+    """The weight `(out_features, in_features)` on its own device: a dense one as it is, a quantized one in fp32."""
     check_readable(layer, name)
     weight: Any = layer.weight
     hook: Any = getattr(layer, "_hf_hook", None)
@@ -118,7 +116,7 @@ def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
 
 
 def _unpacked(weight: Any) -> tuple[Tensor, Any]:
-    """A 4-bit weight and its state in the usual layout, which bitsandbytes may have repacked for CPUs."""
+    """A 4-bit weight and its state in the usual layout, also where bitsandbytes has repacked it."""
     if not _is_packed(weight):
         return weight.data, weight.quant_state
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
@@ -200,7 +198,6 @@ def requantized(layer: nn.Module, delta: Tensor, name: str) -> Tensor:
 
 
 def fingerprint(layer: nn.Module, name: str) -> Tensor:
-    """`SAMPLES` evenly spaced values of the flattened `(out, in)` weight, fp32, on the CPU; refused if not finite."""
     values = sample(dense_weight(layer, name))
     if not bool(torch.isfinite(values).all()):
         raise SubspaceError(f"{name}: the base weight {shape(layer)} holds NaN or Inf. Load intact base weights.")
@@ -215,7 +212,6 @@ def sample(weight: Tensor) -> Tensor:
 
 
 def distance(values: Tensor, reference: Tensor) -> float:
-    """Relative distance of two fingerprints."""
     return float((values - reference).norm() / reference.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 

@@ -37,7 +37,6 @@ class FrozenFactor:
 
     @classmethod
     def of(cls, a: Tensor, k: int, worst: float) -> FrozenFactor:
-        """Of a factor `(r, n)` whose leak is known."""
         return cls({name: digest(a.to(dtype)) for name, dtype in CASTS.items()}, k, worst)
 
     def precision(self, a: Tensor) -> torch.dtype | None:
@@ -70,7 +69,6 @@ class Certificate:
 
 
 def certified_factor(a: Tensor, basis: Tensor) -> FrozenFactor:
-    """A new factor `(r, n)` that is blind to the span of a basis `(n, k)`."""
     return FrozenFactor.of(a, int(basis.shape[1]), leak(basis.to(a.device), a, "in"))
 
 

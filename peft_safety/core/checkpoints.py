@@ -1,6 +1,5 @@
-"""Weights of a model by module name, without building it: a directory of safetensors (one file or shards), a Hub id,
-or a model that is already loaded. A dense weight is read in blocks of input columns, and a file is mapped only while
-one of its tensors is being read, so that memory does not grow with the model.
+"""Weights of a model by module name, without building it: from safetensors files, a Hub id, or a loaded model. Dense
+ones are read in blocks of columns, so that memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ class Matrix:
 
     @classmethod
     def of(cls, weight: Any, quantization: str | None) -> Matrix:
-        """A weight in memory."""
         return cls((weight.shape[0], weight.shape[1]), quantization, lambda start, stop: weight[:, start:stop])
 
 
@@ -52,9 +50,7 @@ class Weights(Protocol):
     label: str
 
     def open(self, name: str, transposed: bool = False) -> AbstractContextManager[Matrix]:
-        """A module's weight; `transposed` for a Conv1D, stored `(in, out)`. A CheckpointError says that it cannot be
-        read.
-        """
+        """A CheckpointError says that the weight cannot be read. `transposed`: of a Conv1D, stored `(in, out)`."""
 
 
 def open_weights(source: str | os.PathLike[str] | nn.Module) -> Weights:
@@ -63,8 +59,6 @@ def open_weights(source: str | os.PathLike[str] | nn.Module) -> Weights:
 
 
 class ModuleWeights:
-    """The weights of a loaded model."""
-
     def __init__(self, model: nn.Module) -> None:
         self.layers = base_layers(model)
         self.label = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
@@ -81,8 +75,6 @@ class ModuleWeights:
 
 
 class FileWeights:
-    """The weights in safetensors files."""
-
     def __init__(self, source: str) -> None:
         self.label = source
         self.directory = Path(source) if Path(source).is_dir() else _download(source)
@@ -139,7 +131,6 @@ class FileWeights:
 
     @cached_property
     def _renamed(self) -> dict[str, str]:
-        """`{key: key in the model}` as transformers loads this checkpoint."""
         return _model_keys(self.directory, self.place)
 
     def _dequantized(self, key: str, dtype: str) -> tuple[Tensor, str]:
@@ -199,8 +190,8 @@ def _download(source: str) -> Path:
 
 
 def _model_keys(directory: Path, keys: Iterable[str]) -> dict[str, str]:
-    """`{key in the file: key in the model}` as transformers renames weights while it loads them; empty for an unknown
-    architecture. No code of the checkpoint is run. Weights that are fused or split on the way are left out.
+    """`{key in the file: key in the model}` as transformers renames weights while it loads them, except for those that
+    it fuses or splits; empty for an unknown architecture. No code of the checkpoint is run.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -220,7 +211,6 @@ def _model_keys(directory: Path, keys: Iterable[str]) -> dict[str, str]:
 
 
 def _skeleton(directory: Path) -> Any:
-    """The model of a checkpoint without its weights, or None."""
     import transformers
 
     if not (directory / "config.json").is_file():

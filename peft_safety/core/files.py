@@ -40,7 +40,6 @@ def child(directory: Path, name: str) -> Path:
 
 
 def is_plain(name: Any) -> bool:
-    """Whether a name is a printable file name without separators."""
     if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable() or any(c in name for c in "/\\"):
         return False
     try:
@@ -50,7 +49,6 @@ def is_plain(name: Any) -> bool:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
     try:
         with path.open("rb") as file:
             return sha256_of(file.fileno())
@@ -128,8 +126,8 @@ def _depth(value: Any, level: int = 1) -> int:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file. Its header has been checked, and no tensor is read yet. An ArtifactError refuses one
-    that is missing, truncated, another kind of file (pickles are never opened), or of too many tensors.
+    """Open a safetensors file, of which no tensor is read yet. An ArtifactError refuses what is missing, truncated,
+    too many tensors, or another kind of file (pickles are never opened).
     """
     if path.suffix in PICKLES:
         raise ArtifactError(f"{path} is a pickle, which can run code: it is never opened. Convert it to safetensors.")

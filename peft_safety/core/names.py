@@ -51,13 +51,12 @@ def original(module: nn.Module) -> nn.Module:
 
 
 def own_name(name: str) -> str:
-    """A module's name without the parts that wrappers add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def walk(model: nn.Module, shared: bool = False) -> Iterator[tuple[str, str, nn.Module]]:
-    """`(own name, name in `model`, module)` of every module of the base model. An adapter's layer stands for its base
-    layer, and is not entered. With `shared`, a module in several places is listed once for each of them.
+    """`(own name, name in `model`, module)` of every module of the base model. An adapter's layer is not entered: it
+    stands for its base layer. With `shared`, a module in several places is listed once for each of them.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

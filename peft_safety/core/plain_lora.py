@@ -96,7 +96,6 @@ class PlainLoRA:
 
 
 def broken(where: Path | str, problem: str) -> ArtifactError:
-    """The error for a file that does not hold what an adapter holds."""
     return ArtifactError(f"{where}: {problem}. Copy or save the adapter again.")
 
 
@@ -138,7 +137,7 @@ def check_features(
 
 
 def check_plain(config: Any, what: str) -> None:
-    """Refuse, by a ConfigError, an adapter that is protected or whose update is not `s B A` on the base weights."""
+    """Refuse, by a ConfigError, an adapter that is protected or whose update is not `s B A`."""
     if hasattr(config, "safety_artifact"):
         kind = type(config).__name__
         raise ConfigError(f"{what} is protected ({kind}); the result would not be. Use peft_safety.export_lora first.")
@@ -166,13 +165,10 @@ def config_of(fields: Mapping[str, Any], path: Path) -> Any:
 
 
 def read_plain(directory: Path) -> PlainLoRA:
-    """Read and check a plain LoRA directory, repaired by Safe LoRA or not. None of its pickles or regular expressions
-    is run.
-
-    Raises:
-        ArtifactError: factors are missing, not finite, or of a wrong shape or dtype; a tensor that no plain LoRA has;
-            a protected adapter under another name.
-        ConfigError: another kind of adapter, an unsupported feature (see `check_plain`), or a number out of range.
+    """Read and check a plain LoRA directory, repaired by Safe LoRA or not, without running a pickle or a regular
+    expression of it. An ArtifactError refuses factors that are missing, not finite, or of a wrong shape or dtype,
+    other tensors, and a protected adapter under another name; a ConfigError other adapters and features (see
+    `check_plain`).
     """
     fields, path = read_manifest(directory), directory / MANIFEST
     kind, protected = fields.get("peft_type"), fields.get("safety_artifact") is not None
@@ -245,7 +241,6 @@ def scaling_of(alpha: float, rank: int, fields: Mapping[str, Any]) -> float:
 
 
 def stored_record(directory: Path) -> dict[str, Any] | None:
-    """The record of a Safe LoRA repair in the header of the adapter's file, or None."""
     path = directory / ADAPTER_FILE
     if not path.is_file():
         return None

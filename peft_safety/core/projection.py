@@ -134,7 +134,7 @@ def orthonormalize(x: Tensor) -> Tensor:
 @torch.no_grad()
 def union(u: Tensor | None, x: Tensor) -> Tensor:
     """Orthonormal basis `(d, k')` of the span of a basis `u (d, k)`, or None, and of further columns `x (d, l)`. The
-    basis comes first and unchanged; columns in the span of others, up to `UNION_TOLERANCE`, add nothing. In fp64.
+    basis comes first and unchanged; columns in the span of others, up to `UNION_TOLERANCE`, add nothing.
     """
     own = torch.linalg.svd(x.double(), full_matrices=False)
     independent = own.U[:, UNION_TOLERANCE * own.S[:1].clamp(min=torch.finfo(torch.float64).tiny) < own.S]
@@ -160,10 +160,9 @@ def top_left_singular(
     oversampling: int = OVERSAMPLING,
     iterations: int = POWER_ITERATIONS,
 ) -> tuple[Tensor, Tensor]:
-    """`(U (m, rank), s (rank,))`: top left singular vectors of `W X`, descending, given `W (m, n)` and the second
-    moment `S = X X^T (n, n)` (None: the identity), by randomized subspace iteration; deterministic for a seed. Nothing
-    larger than `m x (rank + oversampling)` is made, but for more than half of all directions one dense SVD of
-    `W S^(1/2)` is cheaper.
+    """`(U (m, rank), s (rank,))` of `W X`, descending, given `W (m, n)` and the second moment `S = X X^T (n, n)`
+    (None: the identity), by randomized subspace iteration; deterministic for a seed. For more than half of all
+    directions one dense SVD of `W S^(1/2)` is cheaper.
     """
     m = weight.shape[0]
     width = min(rank + oversampling, m)

@@ -1,8 +1,4 @@
-"""SafetySubspace: the frozen low-rank bases of a model's layers, and where they came from.
-
-One subspace serves many adapters. Modules with the same input (q/k/v, gate/up) may share a basis: it is then one
-tensor in memory and on disk.
-"""
+"""SafetySubspace: the frozen low-rank bases of a model's layers, and where they came from."""
 
 from __future__ import annotations
 
@@ -106,15 +102,9 @@ class SafetySubspace:
         rank: int | None = None,
         **hub: Any,
     ) -> SafetySubspace:
-        """From a file, a directory that holds `safety_subspace.safetensors`, or a Hub repository id.
-
-        Args:
-            modules: read the bases of these modules only.
-            rank: read at most this many directions of each basis, the first ones.
-            hub: `revision`, `token`, `cache_dir` for `huggingface_hub.hf_hub_download`.
-
-        Raises:
-            SubspaceError, ArtifactError: nothing there, or malformed content; not a readable safetensors file.
+        """From a file, a directory that holds `safety_subspace.safetensors`, or a Hub repository id (`hub`: options of
+        `huggingface_hub.hf_hub_download`): the bases of all `modules` or of these, with at most `rank` directions
+        each. A SubspaceError or ArtifactError says that there is none, or that it is malformed.
         """
         path = subspace_file.locate(source, **hub)
         content = subspace_file.read(path, modules, rank)
@@ -145,7 +135,6 @@ class SafetySubspace:
 
     @property
     def module_names(self) -> list[str]:
-        """Modules with a basis, sorted."""
         return sorted(self.bases)
 
     @property
@@ -222,7 +211,6 @@ class SafetySubspace:
         return SafetySubspace(bases, {name: s for name, s in spectra.items() if s}, prints, provenance)
 
     def restricted(self, names: Iterable[str]) -> SafetySubspace:
-        """The same subspace for some of its modules only."""
         kept = set(names)
         if not kept & set(self.bases):
             raise SubspaceError(f"{listed(kept)}: no basis for any of them (it has {listed(self.bases)}).")
@@ -257,8 +245,8 @@ class SafetySubspace:
     def check_fits(
         self, layers: Mapping[str, nn.Module], sides: Sequence[Side] = ("out",), *, bind: bool = True
     ) -> None:
-        """Check this subspace against the base layers it is to protect; then `bind` it to them. A SubspaceError names
-        a layer without a basis, of another shape, or of other base weights; nothing has changed then.
+        """Check this subspace against the layers it is to protect; then `bind` it to them. A SubspaceError names a
+        layer without a basis, of another shape, or of other weights; nothing has changed then.
         """
         lacking = self.lacking(layers, sides)
         if lacking:

@@ -16,17 +16,15 @@ if TYPE_CHECKING:  # importing PEFT registers the methods, which import this mod
 
 
 class FrozenLinear(nn.Linear):
-    """`lora_A` with a weight `(r, in_features)` that takes no gradient. `behind`: the layer's `lora_B` factors, and
-    the adapter's name there. The product is in the dtype of the trained factor, which alone PEFT and TRL cast.
-
-    Reference: LoRA-FA, arXiv 2308.03303.
+    """`lora_A` with a weight `(r, in_features)` that takes no gradient; see LoRA-FA, arXiv 2308.03303. The product is
+    in the dtype of the trained factor `behind` it (the layer's `lora_B` factors, and the name), which alone PEFT and
+    TRL cast.
     """
 
     behind: tuple[nn.ModuleDict, str]
 
     @classmethod
     def replacing(cls, linear: nn.Module, behind: nn.ModuleDict, adapter_name: str) -> FrozenLinear:
-        """A frozen layer around the very Parameter of `linear`."""
         weight: nn.Parameter = linear._parameters["weight"]  # type: ignore[assignment]
         leaf = cls(int(weight.shape[1]), int(weight.shape[0]), bias=False, device="meta")
         leaf.weight = weight.requires_grad_(False)

@@ -103,9 +103,8 @@ class ProtectedLinear(nn.Linear):
 
     def factors(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The projected weight, and the frozen initial factor of a residual, in the same dtype. A single token in eval
-        mode, without gradients, is a step of decoding: it takes the factors of the token before if nobody has written
-        the weight since. A write past torch's version counter (through `.data`) is seen by the next longer input;
-        until then the old update is computed, protected as ever.
+        mode, without gradients, takes the factors of the token before if nobody has written the weight since. A write
+        past torch's version counter (through `.data`) is seen by the next longer input.
         """
         raw = self.raw()
         single = x is not None and x.shape[-2:-1] == (1,)
@@ -148,8 +147,8 @@ class ProtectedLinear(nn.Linear):
     @torch.no_grad()
     def fold(self) -> bool:
         """Replace the raw weight, and the frozen one, by its projection if it leaks. A weight that is not whole here
-        (a shard, or on the meta device) is left alone: forwards project it, and `folded_state` folds it when it is
-        saved. Returns whether anything was written.
+        (a shard, or on the meta device) is left alone: `folded_state` folds it when it is saved. Returns whether
+        anything was written.
         """
         self._decoding = None
         weight = self.raw()
@@ -240,10 +239,9 @@ def folded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fresh(tensor: Tensor) -> Tensor:
-    """The tensor itself if its layout is that of a new one (or it is a meta tensor or a shard), else a copy.
-
-    Products of equal values are equal to the last bit only where the same kernel runs, and a CPU's BLAS chooses its
-    kernels by strides and addresses: a slice of an SVD, or of a file, gives other last bits than its copy does.
+    """The tensor itself if its layout is that of a new one (or it is a meta tensor or a shard), else a copy. A CPU's
+    BLAS chooses its kernels by strides and addresses: a slice of an SVD, or of a file, gives other last bits than its
+    copy.
     """
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
         return tensor

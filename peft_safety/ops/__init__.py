@@ -1,7 +1,5 @@
-"""NF4 weights, adapters and projections as `torch.library` operations: they compile, differentiate, and run on any
-device.
-
-`backend_for` says which backend runs. Importing this package loads torch, but neither Triton nor bitsandbytes.
+"""NF4 weights, adapters and projections as `torch.library` operations. They compile, differentiate, and run anywhere.
+Importing this package loads torch, but neither Triton nor bitsandbytes.
 """
 
 from __future__ import annotations

@@ -40,7 +40,6 @@ def backend_for(tensor: Tensor) -> tuple[Backend, str]:
 
 
 def _obstacle(device: torch.device) -> str | None:
-    """Why Triton cannot run on a device."""
     if not _has_triton():
         return "triton is not installed"
     if device.type == "cpu":

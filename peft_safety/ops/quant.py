@@ -38,7 +38,6 @@ class QuantBundle(NamedTuple):
 
     @property
     def nested(self) -> bool:
-        """Whether the scales are quantized themselves."""
         return self.absmax2 is not None
 
 

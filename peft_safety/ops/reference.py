@@ -47,7 +47,6 @@ def unrounded(q: QuantBundle) -> Tensor:
 
 
 def nf4_dequant(q: QuantBundle, dtype: torch.dtype) -> Tensor:
-    """`W (n, k)`."""
     return unrounded(q).to(dtype)
 
 

@@ -1,7 +1,5 @@
 """The operations as torch knows them: schemas, shapes, the function that runs, and derivatives for activations and
-factors (never for quantized weights or bases).
-
-A `QuantBundle` is nine arguments in its own order, so that compilers and other runtimes see plain tensors.
+factors. A `QuantBundle` is nine arguments in its own order, so that compilers see plain tensors.
 """
 
 from __future__ import annotations

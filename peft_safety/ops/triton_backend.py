@@ -85,12 +85,10 @@ def _bundle(q: QuantBundle) -> tuple[Tensor, ...]:
 
 
 def nf4_dequant(q: QuantBundle, dtype: torch.dtype) -> Tensor:
-    """See `reference.nf4_dequant`."""
     return _weight(q, q.absmax, q.absmax, 0, 0.0, dtype)  # without ranks the factors are never read
 
 
 def nf4_merged(q: QuantBundle, a: Tensor, bp: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """See `reference.nf4_merged`."""
     return _weight(q, a.to(dtype).contiguous(), bp.to(dtype).contiguous(), a.shape[0], scale, dtype)
 
 

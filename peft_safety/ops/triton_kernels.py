@@ -35,8 +35,7 @@ def weight_kernel(
     BK: tl.constexpr, BR: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """`out (n, k) = W`, or `W + scale * B' A` with factors `(r, k)` and `(n, r)`: a tile of `(BN, BK)`, rounded once.
-    `code`: the 16 values of NF4, fp32, in cached memory (15 selects a value would be more arithmetic than copying
-    leaves time for).
+    `code` are the 16 values of NF4, fp32, in cached memory: 15 selects a value would be more arithmetic.
     """
     across = tl.cdiv(k, BK)
     pid = tl.program_id(0)

@@ -29,10 +29,9 @@ def attach(
     configs: Mapping[str, Any],
     take_out: Callable[[Collection[str]], None],
 ) -> Collection[str]:
-    """Put the protected leaves into freshly built LoRA layers; `reuse` says where their bases and factors come from.
-    Results of calibration or loading are noted in the adapter's own `config`; `configs` are all of the model's.
-
-    Returns: the names of the layers that the subspace leaves out, which `take_out` has removed from the adapter.
+    """Put the protected leaves into freshly built LoRA layers, and note results of calibration or loading in the
+    adapter's own `config`; `configs` are all of the model's. Returns the names of the layers that the subspace leaves
+    out, which `take_out` has removed.
     """
     layers = adapter_layers(model, adapter_name)
     if not layers:

@@ -31,7 +31,6 @@ SPAN_TOLERANCE = 1e-6
 
 
 def start(model: nn.Module, layers: Layers, adapter_name: str, config: ProtectedConfig) -> None:
-    """Make the factors of a new adapter, whose config has its subspace, and freeze them."""
     rows = config.frozen_rows(model, layers, adapter_name)
     config._certificate = _certificate(config, rows)
     _install(layers, adapter_name, rows)
@@ -65,8 +64,8 @@ def _install(layers: Layers, adapter_name: str, rows: Mapping[str, Tensor]) -> N
 @torch.no_grad()
 def set_task_directions(model: nn.Module, task_data: Any, adapter_name: str = "default") -> None:
     """Compute the frozen factors of an adapter again from rows of its task (`task_data` as in `GuardSpaceConfig`). All
-    processes take those of rank 0, so each of them must call it. A ConfigError refuses all but a new adapter with a
-    frozen factor and its subspace (a loaded one lacks it), an UnsupportedLayerError sharded factors.
+    processes take those of rank 0, so each of them must call it. Refused are all but new adapters with a frozen factor
+    and its subspace (a loaded one lacks it), and sharded factors.
     """
     config = config_table(model).get(adapter_name)
     if not isinstance(config, ProtectedConfig) or not config.freezes or config.subspace is None:

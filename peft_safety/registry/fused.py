@@ -1,6 +1,5 @@
 """The fused path of a protected adapter on NF4 weights: `ops.nf4_lora` instead of PEFT's base product, adapter product
-and sum. `PEFT_SAFETY_FUSED=1` turns it on, on GPUs that Triton supports or with the backend that `PEFT_SAFETY_BACKEND`
-names. Plain LoRA, and layers that are not eligible, run as PEFT wrote them; `explain` says why.
+and sum. `PEFT_SAFETY_FUSED=1` turns it on. Other layers run as PEFT wrote them; `explain` says why.
 """
 
 from __future__ import annotations
@@ -27,9 +26,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def forward(layer: Any, x: Tensor) -> Tensor | None:
-    """What `lora.Linear4bit` returns for `x (..., in)`; None where PEFT's own path must run. In training, more than a
-    few rows take one product with `W + dW` rounded to the compute dtype. In eval mode base and adapter are two
-    products, so that this rounding does not lose a small update.
+    """What `lora.Linear4bit` returns for `x (..., in)`; None where PEFT's own path must run. In eval mode base and
+    adapter are two products, so that rounding `W + dW` to the compute dtype does not lose a small update.
     """
     route = plan(layer)
     if isinstance(route, str):
@@ -57,7 +55,6 @@ def factors(leaf_a: nn.Module, leaf_b: nn.Module, x: Tensor | None = None) -> tu
 
 
 def drops(dropout: nn.Module) -> bool:
-    """Whether a dropout module does anything now."""
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 

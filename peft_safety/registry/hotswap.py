@@ -45,7 +45,6 @@ def hotswap_adapter_from_state_dict(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """Swap the factors, and the bases with them."""
     current = protected_configs(model).get(adapter_name)
     if current is None and not isinstance(config, ProtectedConfig):
         return original(model, state_dict, adapter_name, config, *args, **kwargs)

@@ -86,7 +86,6 @@ def _places(where: Sequence[tuple[str, str]], names: Collection[str]) -> set[str
 
 
 def _undo(model: nn.Module, adapter_name: str, before: dict[str, nn.Module]) -> None:
-    """Take a half-made adapter out again."""
     _take_out(adapter_name, before)
     table = getattr(model, "peft_config", None)
     if isinstance(table, dict):

@@ -12,7 +12,6 @@ from peft_safety.registry.attach import sides
 
 
 def protected_configs(model: nn.Module) -> dict[str, ProtectedConfig]:
-    """The configs of a model's protected adapters, by adapter name."""
     return {name: config for name, config in config_table(model).items() if isinstance(config, ProtectedConfig)}
 
 

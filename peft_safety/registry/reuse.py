@@ -35,10 +35,9 @@ Layers = Mapping[str, LoraLayer]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an adapter came from: the mark of the config that it was made from (`source`), this package's fields as
-    the user gave them (`asked`, such as `subspace="auto"`) and after the adapter was made (`made`), and whether it was
-    `loaded` from a directory, which has its frozen factors but not the data behind them. A config with this mark and
-    these settings makes a copy; one whose fields differ asks for another adapter.
+    """Where an adapter came from: the mark of the config that it was made from, this package's fields as the user gave
+    them (`asked`, such as `subspace="auto"`) and after the adapter was made (`made`), and whether it was `loaded` from
+    a directory, which has its frozen factors but not the data behind them.
     """
 
     source: str
@@ -111,7 +110,6 @@ def remember(config: ProtectedConfig, asked: dict[str, Any] | None = None, *, lo
 
 
 def sizes(layers: Layers, adapter_name: str) -> dict[str, tuple[int, float]]:
-    """Rank and alpha of an adapter by module."""
     return {name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()}
 
 

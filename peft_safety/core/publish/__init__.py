@@ -60,9 +60,8 @@ def publishing(target: Path, manifest: str) -> Iterator[Path]:
 
 
 def recover(directory: Path) -> list[str]:
-    """Finish a publish of this package that was cut off after its commit point, and return the files that were moved
-    into place. An ArtifactError says that it is no such publish, is not complete, or cannot be written, or that
-    another process works on it.
+    """Finish a publish that was cut off after its commit point, and return the files that were moved into place. An
+    ArtifactError says that it is none of this package, is not complete, or that another process works on it.
     """
     if not directory.is_dir():
         raise ArtifactError(f"{directory} is not a directory. Give the directory that was saved into.")
@@ -86,7 +85,6 @@ def recover(directory: Path) -> list[str]:
 
 
 def is_interrupted(directory: Path) -> bool:
-    """Whether a publish of this package waits in a directory."""
     with suppress(ArtifactError, OSError):
         return _journal(directory) is not None
     return False
@@ -151,15 +149,14 @@ def _interrupted(owner: Path) -> str:
 
 @contextmanager
 def _pending(directory: Path, write: bool = False) -> Iterator[tuple[Folder, Folder, int]]:
-    """A directory, its `.commit` and the journal in that, opened."""
     with Folder.open(directory) as target, target.sub(COMMIT) as commit, commit.file(NAME, write=write) as descriptor:
         yield target, commit, descriptor
 
 
 @contextmanager
 def _looked_up(directory: Path, write: bool = False) -> Iterator[tuple[Folder, Folder, int] | None]:
-    """`_pending`; None without a `.commit`. Between two looks another writer may finish one and begin the next, so one
-    without a journal is looked at again before it is called that.
+    """`_pending`; None without a `.commit`. One without a journal is looked at again before it is called that: another
+    writer may just have finished it.
     """
     with ExitStack() as stack:
         found, end = None, time.monotonic() + GLANCE
@@ -176,7 +173,6 @@ def _looked_up(directory: Path, write: bool = False) -> Iterator[tuple[Folder, F
 
 
 def _is_current(target: Folder, commit: Folder) -> bool:
-    """Whether an open `.commit` is still in its place."""
     status = target.stat(COMMIT)
     return status is not None and status.st_ino == commit.inode()
 

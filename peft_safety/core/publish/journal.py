@@ -23,8 +23,6 @@ MAX_DEPTH = 4
 
 
 class Entry(NamedTuple):
-    """One file of a publish."""
-
     parts: tuple[str, ...]
     size: int
     sha256: str
@@ -55,7 +53,6 @@ class Journal(NamedTuple):
         return cls(target.inode(), staging.inode(), manifest, tuple(entries))
 
     def write(self, descriptor: int) -> None:
-        """Write the journal to an empty file and flush it to the disk."""
         fields = {"format": FORMAT, "version": VERSION, "directory": self.directory, "commit": self.commit}
         raw = json.dumps(fields | {"manifest": self.manifest, "files": self.entries}).encode()
         if len(raw) > MAX_BYTES or len(self.entries) > MAX_FILES:
@@ -165,7 +162,6 @@ def _bad_name(parts: tuple[Any, ...]) -> str | None:
 
 
 def _walk(folder: Folder, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every file below, except the journal."""
     for name in folder.names():
         parts, status = (*above, name), folder.stat(name)
         if status is not None and is_directory(status):
