@@ -164,13 +164,13 @@ def config_of(fields: Mapping[str, Any], path: Path) -> Any:
         raise broken(path, f"not a config of this PEFT ({error})") from error
 
 
-def read_plain(directory: Path) -> PlainLoRA:
+def read_plain(directory: Path, warn: bool = True) -> PlainLoRA:
     """Read and check a plain LoRA directory, repaired by Safe LoRA or not, without running a pickle or a regular
     expression of it. An ArtifactError refuses factors that are missing, not finite, or of a wrong shape or dtype,
     other tensors, and a protected adapter under another name; a ConfigError other adapters and features (see
     `check_plain`).
     """
-    fields, path = read_manifest(directory), directory / MANIFEST
+    fields, path = read_manifest(directory, warn), directory / MANIFEST
     kind, protected = fields.get("peft_type"), fields.get("safety_artifact") is not None
     if kind not in PLAIN_TYPES:
         hint = " It is a protected adapter; peft-safety export makes a plain LoRA of it." if protected else ""
@@ -253,13 +253,14 @@ def _record(handle: Any, path: Path) -> dict[str, Any] | None:
     return None if text is None else files.parse_json(text, str(path))
 
 
-def stamp(directory: Path, record: Mapping[str, Any]) -> None:
-    """Write the record of a repair into the header of an adapter that PEFT has just saved."""
-    path = directory / ADAPTER_FILE
+def rewrite(path: Path, renamed: Callable[[str], str] = str, record: Mapping[str, Any] | None = None) -> None:
+    """Write an adapter's file again where keys change, or with the record of a repair in its header."""
     with files.open_tensors(path) as handle:
+        if record is None and all(renamed(key) == key for key in handle.keys()):  # noqa: SIM118
+            return
         metadata = handle.metadata() or {}
-        tensors = {key: handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
-    _save_tensors(tensors, path, {**metadata, RECORD: json.dumps(dict(record))})
+        tensors = {renamed(key): handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
+    _save_tensors(tensors, path, metadata if record is None else {**metadata, RECORD: json.dumps(dict(record))})
 
 
 def plain_config(

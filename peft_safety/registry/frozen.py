@@ -11,10 +11,9 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from peft_safety.core import files
 from peft_safety.core.base_weights import is_whole
 from peft_safety.core.certificate import FILE_NAME, Certificate, FrozenFactor, certified_factor, read_certificate
-from peft_safety.core.plain_lora import ADAPTER_FILE, DTYPES, PREFIX, read_tensor
+from peft_safety.core.plain_lora import read_plain
 from peft_safety.core.projection import leak_tolerance
 from peft_safety.errors import ArtifactError, ConfigError, UnsupportedLayerError
 from peft_safety.layers import freeze
@@ -25,7 +24,6 @@ from peft_safety.registry.lora_layers import adopt
 from peft_safety.registry.reuse import Layers
 from peft_safety.registry.types import config_types
 
-SUFFIX = ".lora_A.weight"
 SPAN_TOLERANCE = 1e-6
 """Singular values of joined factors below this share of the largest are rounding."""
 
@@ -102,12 +100,11 @@ def _certificate(config: ProtectedConfig, rows: Mapping[str, Tensor]) -> Certifi
     return Certificate(config.PEFT_KEY, config.subspace.restricted(rows).digest, settings, modules)
 
 
-def stored_rows(directory: Path, layers: Layers | None = None, adapter_name: str = "") -> dict[str, Tensor]:
-    """`lora_A` of every module of a plain LoRA directory. An ArtifactError says that they do not fit `layers`."""
-    path = files.child(directory, ADAPTER_FILE)
-    with files.open_tensors(path) as handle:
-        keys = [key for key in handle.keys() if key.startswith(PREFIX) and key.endswith(SUFFIX)]  # noqa: SIM118
-        rows = {key.removeprefix(PREFIX).removesuffix(SUFFIX): read_tensor(handle, path, key, DTYPES) for key in keys}
+def check_certified(
+    directory: Path, certificate: Certificate, layers: Layers | None = None, adapter_name: str = ""
+) -> dict[str, Tensor]:
+    """The `lora_A` factors of a directory; refused if they are not its certificate's, or do not fit `layers`."""
+    rows = {name: factor.a for name, factor in read_plain(directory, warn=False).factors.items()}
     if layers is not None:
         shapes = {name: (int(a.shape[0]), int(a.shape[1])) for name, a in rows.items()}
         expected = {name: (int(layer.r[adapter_name]), int(layer.in_features)) for name, layer in layers.items()}
@@ -116,14 +113,6 @@ def stored_rows(directory: Path, layers: Layers | None = None, adapter_name: str
                 f"{directory}: its lora_A factors are not those of the model's layers; they differ at "
                 f"{mismatched[:3]}. Load the base model that it was trained on."
             )
-    return rows
-
-
-def check_certified(
-    directory: Path, certificate: Certificate, layers: Layers | None = None, adapter_name: str = ""
-) -> dict[str, Tensor]:
-    """The `lora_A` factors of a directory; refused if they are not its certificate's, or do not fit `layers`."""
-    rows = stored_rows(directory, layers, adapter_name)
     if differing := sorted(set(rows) ^ set(certificate.modules)):
         counts = f"{len(rows)} modules, but {FILE_NAME} has {len(certificate.modules)}"
         raise ArtifactError(f"{directory}: {counts}; they differ at {differing[:3]}. Save the adapter again.")
