@@ -9,13 +9,8 @@ from torch import Tensor
 
 from peft_safety.calibration.sizes import Size
 from peft_safety.calibration.token_rows import TokenRows
-from peft_safety.core.projection import (
-    OVERSAMPLING,
-    POWER_ITERATIONS,
-    orthonormalize,
-    top_eigenvectors,
-    top_left_singular,
-)
+from peft_safety.core import projection
+from peft_safety.core.projection import OVERSAMPLING
 from peft_safety.errors import CalibrationError
 
 RANK_FLOORS = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -53,11 +48,11 @@ def output_basis(
     if moment is not None:
         check_moment(moment, name)
         moment = moment.to(weight)
-    iterations = WEIGHT_ITERATIONS if moment is None else POWER_ITERATIONS
+    iterations = WEIGHT_ITERATIONS if moment is None else projection.POWER_ITERATIONS
     k = size.fixed((m, min(m, n) if moment is None else n), "out", name)
     width = min(k or 2 * OVERSAMPLING, m, n)
     while True:
-        u, s = top_left_singular(weight, moment, width, seed=seed, iterations=iterations)
+        u, s = projection.top_left_singular(weight, moment, width, seed=seed, iterations=iterations)
         if size.energy is None:
             return _spanned(u, s, weight.dtype)
         total = float((weight * (weight if moment is None else weight @ moment)).sum(dtype=torch.float64))
@@ -85,7 +80,9 @@ def input_basis(moment: Tensor | TokenRows, size: Size, name: str, *, seed: int 
             values, vectors = torch.linalg.eigh(dense.double())
             values, vectors = values.flip(0), vectors.flip(1)
         else:
-            vectors, values = top_eigenvectors(lambda q: moment @ q, n, width, like=moment.diagonal(), seed=seed)
+            vectors, values = projection.top_eigenvectors(
+                lambda q: moment @ q, n, width, like=moment.diagonal(), seed=seed
+            )
         values = values.clamp(min=0)
         enough = min(_enough(values, total, size.energy or 1.0), limit) if k is None else k
         if k is not None or width == n or enough <= width - OVERSAMPLING:
@@ -107,7 +104,7 @@ def contrastive_basis(moment: Tensor, against: Tensor, size: Size, name: str) ->
     )
     half = torch.linalg.solve_triangular(factor, s, upper=False)
     values, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(factor, half.mT, upper=False))
-    directions = orthonormalize(torch.linalg.solve_triangular(factor.mT, vectors.flip(1), upper=True))
+    directions = projection.orthonormalize(torch.linalg.solve_triangular(factor.mT, vectors.flip(1), upper=True))
     if k is None:
         k = min(_enough((directions * (s @ directions)).sum(0), total, size.energy or 1.0), size.limit((d, d), "in"))
     return _spanned(directions[:, :k], values.flip(0)[:k].clamp(min=0).sqrt(), moment.dtype)

@@ -15,8 +15,9 @@ from peft_safety.core import base_weights as weights
 from peft_safety.core.names import listed
 from peft_safety.core.projection import Side
 from peft_safety.errors import ConfigError, SubspaceError, UnsupportedLayerError
-from peft_safety.layers import ProtectedLinear, rebase
+from peft_safety.layers import ProtectedLinear
 from peft_safety.layers.adapters import adapter_layers
+from peft_safety.layers.shared_bases import rebase
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry import frozen, reuse
 from peft_safety.registry.lora_layers import adopt

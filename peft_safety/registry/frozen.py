@@ -16,8 +16,8 @@ from peft_safety.core.certificate import FILE_NAME, Certificate, FrozenFactor, c
 from peft_safety.core.plain_lora import read_plain
 from peft_safety.core.projection import leak_tolerance
 from peft_safety.errors import ArtifactError, ConfigError, UnsupportedLayerError
-from peft_safety.layers import freeze
 from peft_safety.layers.adapters import adapter_layers, config_table
+from peft_safety.layers.frozen_linear import freeze
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry import reuse
 from peft_safety.registry.lora_layers import adopt

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from peft_safety.errors import ProtectionError
-from peft_safety.layers import check_frozen, check_leaf
 from peft_safety.layers.adapters import adapter_layers, config_table
+from peft_safety.layers.frozen_linear import check_frozen
+from peft_safety.layers.protected_linear import check_leaf
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry.attach import sides
 

@@ -14,7 +14,7 @@ from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import hotswap as peft_hotswap
 
-from peft_safety.layers import DTYPE_READERS
+from peft_safety.layers.protected_linear import DTYPE_READERS
 from peft_safety.methods.base import LAYER_BUILDERS
 from peft_safety.registry import configs, hotswap, injection, storage
 from peft_safety.registry.types import config_types

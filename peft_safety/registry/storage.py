@@ -20,8 +20,8 @@ from peft_safety.core.plain_lora import ADAPTER_FILE, CARD, MANIFEST, PREFIX, re
 from peft_safety.core.publish import copy_own, is_interrupted, publishing, recover
 from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE
 from peft_safety.errors import ArtifactError, ConfigError
-from peft_safety.layers import folded_state, lay_out_adapter, protected_leaves
 from peft_safety.layers.adapters import adapter_layers
+from peft_safety.layers.protected_linear import folded_state, lay_out_adapter, protected_leaves
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.safe_lora.config import SafeLoRAConfig
 from peft_safety.registry.attach import bind

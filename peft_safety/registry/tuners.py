@@ -9,8 +9,8 @@ from peft.tuners.mixed import MixedModel
 
 from peft_safety.core import base_weights
 from peft_safety.errors import ConfigError, LossyMergeError
-from peft_safety.layers import lay_out_adapter
 from peft_safety.layers.adapters import adapter_layers
+from peft_safety.layers.protected_linear import lay_out_adapter
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry import frozen
 from peft_safety.registry.protection import assert_protected, protected_configs
@@ -23,16 +23,10 @@ class _Merges:
         _refuse_lossy_merge(self, adapter_names)
         super().merge_adapter(adapter_names, safe_merge)  # type: ignore[misc]
 
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> Any:
+    def _unload_and_optionally_merge(self, merge: bool = True, **options: Any) -> Any:
         if merge:
-            _refuse_lossy_merge(self, adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[misc]
+            _refuse_lossy_merge(self, options.get("adapter_names"))
+        return super()._unload_and_optionally_merge(merge, **options)  # type: ignore[misc]
 
 
 def _refuse_lossy_merge(model: Any, adapter_names: list[str] | None) -> None:
