@@ -110,9 +110,7 @@ def interference(
     result = {}
     for name, count in counts.items():
         if count == 0:
-            raise CalibrationError(
-                f"{name}: the layer saw no token that counts. Give rows with a response, or positions='all'."
-            )
+            raise CalibrationError(f"{name}: saw no token that counts. Give rows with a response, or positions='all'.")
         update, weight = (float(total) / count for total in sums[name])
         if not update < float("inf") or not weight < float("inf"):
             raise CalibrationError(f"{name}: its inputs or outputs hold NaN or Inf. Load the model in float32.")

@@ -29,9 +29,7 @@ def check_moment(moment: Tensor | TokenRows, name: str) -> float:
     total = float(moment.diagonal().double().sum())
     if not bool(moment.isfinite().all()) or not total > 0:
         what = "is zero" if total == 0 else "holds NaN or Inf"
-        raise CalibrationError(
-            f"{name}: the second moment {tuple(moment.shape)} {what}. Check the data, load the model in fp32."
-        )
+        raise CalibrationError(f"{name}: the second moment {tuple(moment.shape)} {what}. Load the model in fp32.")
     return total
 
 

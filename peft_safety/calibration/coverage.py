@@ -111,9 +111,7 @@ def task_inputs(
             computed[key] = _share(moments.moment(name) if ranks else moments.operator(name), basis, name, ranks)
         shares[name] = computed[key]
     if not shares:
-        raise CalibrationError(
-            "the task data reach none of the layers with an input basis. Give rows of the task with tokens that count."
-        )
+        raise CalibrationError("the task data reach no layer with an input basis. Give rows with tokens that count.")
     return moments, shares
 
 

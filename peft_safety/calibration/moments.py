@@ -56,9 +56,7 @@ class InputMoments:
     def operator(self, name: str) -> Tensor | TokenRows:
         """The same, or the rows behind it where they are kept."""
         if not self.reaches(name):
-            raise CalibrationError(
-                f"{name}: no token that counts reaches this layer. Give other data, or leave it out of target_modules."
-            )
+            raise CalibrationError(f"{name}: no token that counts reaches this layer. Give other data, or exclude it.")
         result = self._moments[self.leaders[name]]
         if not bool(result.isfinite().all()):
             raise CalibrationError(f"{name}: its inputs hold NaN or Inf. Load the model in float32.")
@@ -267,9 +265,7 @@ def to_batches(
         batches = [_check(i, batch, model is not None and is_encoder_decoder(model)) for i, batch in enumerate(rows)]
     else:
         if tokenizer is None:
-            raise CalibrationError(
-                "rows of text need tokenizer=. Pass the model's tokenizer, or tokenized batches with labels."
-            )
+            raise CalibrationError("rows of text need tokenizer=. Pass the model's, or tokenized batches with labels.")
         prompts = [row for row in rows if is_prompt_only(row)]
         complete = [row for row in rows if not is_prompt_only(row)]
         encoded = encode_prompts(tokenizer, prompts, max_length)

@@ -194,9 +194,7 @@ def _verify_repair(path: Path) -> RepairVerification:
     plain = read_plain(path)
     record, factors = plain.record, {name: (factor.a, factor.b) for name, factor in plain.factors.items()}
     if record is None:
-        raise ProtectionError(
-            f"{path}: Safe LoRA was never applied, so the adapter is as unsafe as any LoRA. Run peft-safety repair."
-        )
+        raise ProtectionError(f"{path}: Safe LoRA was never applied: as unsafe as any LoRA. Run peft-safety repair.")
     if factor_digest(factors) != record.get("digest"):
         raise ProtectionError(
             f"{path}: the factors have changed since Safe LoRA was applied (trained on, combined or cast). Repair the "

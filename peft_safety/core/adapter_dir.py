@@ -85,9 +85,7 @@ def check_adapter(directory: Path, warn: bool = False) -> StoredAdapter:
     config, path = plain_lora.read_manifest(directory, warn), directory / MANIFEST
     kind, types = config.get("peft_type"), protected_types()
     if kind not in types:
-        raise ArtifactError(
-            f"{path}: peft_type {kind!r} promises no protection. Give a directory of type {' or '.join(types)}."
-        )
+        raise ArtifactError(f"{path}: peft_type {kind!r} promises no protection. Give one of {' or '.join(types)}.")
     for file in directory.glob("adapter_model*"):
         if file.suffix in files.PICKLES:
             raise ArtifactError(f"{file} is a pickle and is never opened: it can run code. Remove it.")

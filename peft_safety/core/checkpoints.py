@@ -172,9 +172,7 @@ def _tensor_files(directory: Path) -> dict[str, str]:
             held |= dict.fromkeys(handle.keys(), name)
     for key in index:
         if key not in held:
-            raise CheckpointError(
-                f"{directory}: {INDEX} names {key}, which no shard holds. Copy the whole checkpoint."
-            )
+            raise CheckpointError(f"{directory}: {INDEX} names {key}, which no shard holds. Copy all of it.")
     return held
 
 

@@ -27,9 +27,7 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
     if config._stored is None:
         widest = max((min(weights.shape(m)) for m in modules.values() if weights.supported(m)), default=config.r)
         if config.r > widest:
-            raise ConfigError(
-                f"r={config.r}, but no linear layer of the model is wider than {widest}. Use a smaller r."
-            )
+            raise ConfigError(f"r={config.r}, but no linear layer is wider than {widest}. Use a smaller r.")
         return
     for name, (m, n, rank) in config._stored.shapes.items():
         base = modules.get(name)

@@ -73,13 +73,9 @@ def set_task_directions(model: nn.Module, task_data: Any, adapter_name: str = "d
     for name, layer in layers.items():
         pair = [layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight]
         if not all(is_whole(weight) and weight.ndim == 2 for weight in pair):
-            raise UnsupportedLayerError(
-                f"{name}: its factors are sharded. Give GuardSpaceConfig task_data, before the model is sharded."
-            )
+            raise UnsupportedLayerError(f"{name}: its factors are sharded. Give the config task_data before that.")
         if bool(pair[1].any()):
-            raise ConfigError(
-                f"{name}: adapter {adapter_name!r} has learned something. Do this before the first step."
-            )
+            raise ConfigError(f"{name}: adapter {adapter_name!r} has learned something. Do it before the first step.")
     kept, config.subspace = config.subspace, config.resolve(model, base)
     try:
         rows = config.frozen_rows(model, layers, adapter_name, task_data)
@@ -151,9 +147,7 @@ def take_over(config: ProtectedConfig, stored: ProtectedConfig, layers: Layers, 
     assert certificate is not None
     assert certificate.directory is not None
     if config.subspace_id != stored.subspace_id:
-        raise ConfigError(
-            f"{certificate.directory} avoids another null space than adapter {name!r}. Load it under a new name."
-        )
+        raise ConfigError(f"{certificate.directory} avoids another null space than adapter {name!r}. {reuse.NEW_NAME}")
     rows = check_certified(certificate.directory, certificate, layers, name)
     config._certificate = certificate
     _install(layers, name, rows)

@@ -49,15 +49,11 @@ def hotswap_adapter_from_state_dict(
     if current is None and not isinstance(config, ProtectedConfig):
         return original(model, state_dict, adapter_name, config, *args, **kwargs)
     if not isinstance(config, ProtectedConfig):
-        raise ConfigError(
-            f"a {type(config).__name__} cannot be swapped into {adapter_name!r}, which is protected. {NEW_NAME}"
-        )
+        raise ConfigError(f"a {type(config).__name__} cannot replace the protected {adapter_name!r}. {NEW_NAME}")
     layers = adapter_layers(model, adapter_name)
     if config.freezes or (current is not None and current.freezes):
         if current is None or not (current.freezes and config.is_plain):
-            raise ConfigError(
-                f"{adapter_name!r} and the new adapter must both have a frozen lora_A, saved. {NEW_NAME}"
-            )
+            raise ConfigError(f"{adapter_name!r} and the new adapter must both have a saved frozen lora_A. {NEW_NAME}")
         _check_factors(state_dict, config)
         original(model, state_dict, adapter_name, config, *args, **kwargs)
         _record(model, layers, adapter_name, config)

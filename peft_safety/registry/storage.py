@@ -47,9 +47,7 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
             _drop_stale(self, selected, Path(save_directory))
         return None
     if not given.get("safe_serialization", True):
-        raise ConfigError(
-            "safe_serialization=False writes pickles, which this package never reads. Save as safetensors."
-        )
+        raise ConfigError("safe_serialization=False writes pickles, which are never read. Save as safetensors.")
     if given.get("path_initial_model_for_weight_conversion") is not None:
         raise ConfigError(
             "path_initial_model_for_weight_conversion is for inits that change base weights. Use export_lora."
@@ -132,9 +130,7 @@ def load_adapter(
         take_over(config, stored, adapter_layers(self, adapter_name), adapter_name)
         return original(self, model_id, adapter_name, *args, **_with_places(self, kwargs))
     if stored._stored is None:
-        raise ArtifactError(
-            f"{model_id} holds a config without an adapter. Give a directory that save_pretrained wrote."
-        )
+        raise ArtifactError(f"{model_id} holds a config without an adapter. Give one that save_pretrained wrote.")
     check_ahead(self, stored)
     layers = adapter_layers(self, adapter_name)
     _check_same(adapter_name, str(model_id), stored, config, layers)

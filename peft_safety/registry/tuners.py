@@ -66,9 +66,7 @@ class ProtectedLoraModel(_Merges, LoraModel):  # type: ignore[misc]
             if len(protected) < len(configs) or len(digests) > 1:
                 raise ConfigError(f"adapters {adapters} do not share one safety subspace. Combine adapters that do.")
             if any(config.residual for config in protected.values()):
-                raise ConfigError(
-                    f"adapters {adapters}: a weighted sum loses the residual of one. Use export_lora first."
-                )
+                raise ConfigError(f"adapters {adapters}: a weighted sum loses a residual. Use export_lora first.")
         self._combining = True
         try:
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
