@@ -13,6 +13,7 @@ import json
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -66,7 +67,8 @@ class InputMoments:
     def watching(self) -> Iterator[None]:
         with ExitStack() as stack:
             for name, layer in self.layers.items():
-                stack.callback(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True).remove)
+                hook = partial(self._see, name)
+                stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
         self._last = None
 
@@ -75,23 +77,19 @@ class InputMoments:
         self._last, self._masks = None, masks
         self.tokens += sum(int(mask.sum()) for mask in masks)
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x, last = args[0] if args else next(iter(kwargs.values())), self._last
-            if last is not None and last[1] is x and self.leaders.setdefault(name, last[0]) == last[0]:
-                return  # the very same tensor: its leader has counted it
-            if self.leaders.setdefault(name, name) != name:
-                raise CalibrationError(
-                    f"{name}: shares its input with {self.leaders[name]} in some batches only. Calibrate it alone."
-                )
-            self._last = (name, x)
-            if self._masks:
-                self._add(name, selected(name, x, *self._masks))
-                counts_all = all(bool(mask.all()) for mask in self._masks)
-                if not counts_all and positions_of(x.shape[:-1], *self._masks) is None:
-                    self.loose.add(name)
-
-        return hook
+    def _see(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x, last = args[0] if args else next(iter(kwargs.values())), self._last
+        if last is not None and last[1] is x and self.leaders.setdefault(name, last[0]) == last[0]:
+            return  # the very same tensor: its leader has counted it
+        if self.leaders.setdefault(name, name) != name:
+            problem = f"{name}: shares its input with {self.leaders[name]} in some batches only"
+            raise CalibrationError(f"{problem}. Calibrate it alone.")
+        self._last = (name, x)
+        if self._masks:
+            self._add(name, selected(name, x, *self._masks))
+            counts_all = all(bool(mask.all()) for mask in self._masks)
+            if not counts_all and positions_of(x.shape[:-1], *self._masks) is None:
+                self.loose.add(name)
 
     @torch.no_grad()
     def _add(self, name: str, x: Tensor) -> None:

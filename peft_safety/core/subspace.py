@@ -123,14 +123,9 @@ class SafetySubspace:
         deterministic. An ArtifactError says that it cannot be written; a SubspaceError, that the provenance is no
         JSON.
         """
-        kinds = {"basis": self.stored, "spectrum": self.spectra}
-        tensors = {
-            f"{kind}.{side}.{name}": x
-            for kind, table in kinds.items()
-            for name, sides in table.items()
-            for side, x in sides.items()
-        }
-        tensors |= {f"fingerprint.{name}": values for name, values in self.fingerprints.items()}
+        tensors = {f"fingerprint.{name}": values for name, values in self.fingerprints.items()}
+        for kind, table in (("basis", self.stored), ("spectrum", self.spectra)):
+            tensors |= {f"{kind}.{side}.{name}": x for name, sides in table.items() for side, x in sides.items()}
         return subspace_file.write(Path(path), tensors, self.provenance)
 
     @property
@@ -226,11 +221,8 @@ class SafetySubspace:
         """
         if dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype!r}. Use one of {', '.join(DTYPES)}.")
-        made: dict[int, Tensor] = {}
-        bases = {
-            name: {side: made.setdefault(id(u), u.to(DTYPES[dtype])) for side, u in sides.items()}
-            for name, sides in self.bases.items()
-        }
+        made = {id(u): u.to(DTYPES[dtype]) for sides in self.bases.values() for u in sides.values()}
+        bases = {name: {side: made[id(u)] for side, u in sides.items()} for name, sides in self.bases.items()}
         return self if dtype == "float32" else SafetySubspace(bases, self.spectra, self.fingerprints, self.provenance)
 
     def randomized(self, seed: int = 0) -> SafetySubspace:
@@ -258,9 +250,10 @@ class SafetySubspace:
             )
         for name, layer in layers.items():
             for side in sides:
-                kind, d = _features(side), weights.shape(layer)[0 if side == "out" else 1]
+                d, kind = weights.shape(layer)[0 if side == "out" else 1], "output" if side == "out" else "input"
                 if (shape := tuple(self.bases[name][side].shape))[0] != d:
-                    raise SubspaceError(f"{name}: the basis is {shape}, the layer has {d} {kind}. Calibrate again.")
+                    problem = f"{name}: the basis is {shape}, the layer has {d} {kind} features"
+                    raise SubspaceError(f"{problem}. Calibrate again.")
         quantized = self.provenance.get("precision", "dense") != "dense"
         weights.check_fingerprints(self.fingerprints, layers, quantized=quantized)
         if bind:
@@ -293,8 +286,9 @@ def _check_basis(u: Tensor, name: str, side: Side) -> None:
         raise SubspaceError(f"{what} is not (features, k) with k >= 1. Calibrate again.")
     d, k = u.shape
     if k >= d:
+        kind = "output" if side == "out" else "input"
         raise SubspaceError(
-            f"{name}: k = {k} directions of {d} {_features(side)} leave nothing to train. Use a rank below {d}, a "
+            f"{name}: k = {k} directions of {d} {kind} features leave nothing to train. Use a rank below {d}, a "
             "smaller energy, or leave it out."
         )
     if not bool(torch.isfinite(u).all()):
@@ -306,10 +300,6 @@ def _check_basis(u: Tensor, name: str, side: Side) -> None:
         raise SubspaceError(
             f"{what} is not orthonormal (max|U^T U - I| = {error:.2g}, limit {limit:.2g}). Calibrate again."
         )
-
-
-def _features(side: Side) -> str:
-    return "output features" if side == "out" else "input features"
 
 
 def _check_values(x: Tensor, shape: tuple[int, ...], what: str) -> None:
