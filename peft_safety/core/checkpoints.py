@@ -5,7 +5,7 @@ ones are read in blocks of columns, so that memory does not grow with the model.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -131,7 +131,23 @@ class FileWeights:
 
     @cached_property
     def _renamed(self) -> dict[str, str]:
-        return _model_keys(self.directory, self.place)
+        """`{key in the file: key in the model}` as transformers renames weights while it loads them, except for those
+        that it fuses or splits; empty for an unknown architecture. No code of the checkpoint is run.
+        """
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightRenaming, rename_source_key
+        except ImportError:
+            return {}  # transformers 4 keeps the names
+        model = _skeleton(self.directory)
+        if model is None:
+            return {}
+        transforms = get_model_conversion_mapping(model)
+        renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+        others = [one for one in transforms if not isinstance(one, WeightRenaming)]
+        state, prefix = model.state_dict(), model.base_model_prefix
+        renamed = {key: rename_source_key(key, renamings, others, prefix, state) for key in self.place}
+        return {key: name for key, (name, fused) in renamed.items() if fused is None}
 
     def _dequantized(self, key: str, dtype: str) -> tuple[Tensor, str]:
         """A bitsandbytes weight, from the tensors stored with it."""
@@ -185,27 +201,6 @@ def _download(source: str) -> Path:
     except (OSError, ValueError) as error:  # the Hub's errors are among them
         reason = type(error).__name__
         raise CheckpointError(f"{source!r} is no directory, and no Hub checkpoint in reach ({reason}).") from error
-
-
-def _model_keys(directory: Path, keys: Iterable[str]) -> dict[str, str]:
-    """`{key in the file: key in the model}` as transformers renames weights while it loads them, except for those that
-    it fuses or splits; empty for an unknown architecture. No code of the checkpoint is run.
-    """
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:
-        return {}  # transformers 4 keeps the names
-    model = _skeleton(directory)
-    if model is None:
-        return {}
-    renamings: list[Any] = []
-    others: list[Any] = []
-    for transform in get_model_conversion_mapping(model):
-        (renamings if isinstance(transform, WeightRenaming) else others).append(transform)
-    state = model.state_dict()
-    renamed = {key: rename_source_key(key, renamings, others, model.base_model_prefix, state) for key in keys}
-    return {key: name for key, (name, fused) in renamed.items() if fused is None}
 
 
 def _skeleton(directory: Path) -> Any:
