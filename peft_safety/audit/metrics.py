@@ -43,10 +43,7 @@ class Update:
 
     @property
     def effective_rank(self) -> float:
-        """`exp(H(sigma / sum sigma))`: 1 for one direction, `q` for q equally strong ones; NaN for a zero update.
-
-        Reference: Roy and Vetterli, The effective rank, EUSIPCO 2007.
-        """
+        """`exp(H(sigma / sum sigma))`, NaN for a zero update. Reference: Roy and Vetterli, EUSIPCO 2007."""
         if self.rank == 0:
             return math.nan
         shares = self.values / self.values.sum()
@@ -159,9 +156,9 @@ def compare(vectors: Tensor, values: Tensor, weight_vectors: Tensor, k: int) -> 
 
 @functools.cache
 def random_metric(d: int, p: int, q: int) -> tuple[float, float]:
-    """Mean and standard deviation of the published metric for two independent, uniformly random subspaces of `R^d`, of
-    dimensions `p` and `q`. By rotational invariance one of them may be spanned by the first q axes. Of a Gaussian
-    `d x p` matrix only the first q rows and the triangular factor of the others matter (Bartlett's decomposition).
+    """Mean and standard deviation of the published metric for two independent, uniformly random subspaces of `R^d`.
+    One of them may be spanned by the first q axes; of a Gaussian `d x p` matrix only the first q rows and the
+    triangular factor of the others matter (Bartlett's decomposition).
     """
     generator = np.random.default_rng([0, d, p, q])
     rest = min(d - q, p)

@@ -37,9 +37,8 @@ def layer_number(name: str) -> int | None:
 
 @dataclass(frozen=True)
 class ModuleOrthogonality:
-    """One module's update against its weight, on the input side (`right`, as published) and on the output side
-    (`left`). `rank` 0 is a zero update, whose figures are NaN. `relative_norm` is `||dW||_F / ||W||_F`, `others` the
-    `|cos|` between this update and that of every other adapter on the module.
+    """One module's update against its weight, on the input side (`right`, as published) and on the output side. `rank`
+    0 is a zero update, whose figures are NaN. `others`: `|cos|` with the update of every other adapter on the module.
     """
 
     name: str
@@ -100,9 +99,8 @@ def medians(rows: Iterable[ModuleOrthogonality], others: Iterable[str] = ()) -> 
 
 @dataclass(frozen=True)
 class OrthogonalityReport:
-    """All `modules` of an `adapter`, compared with `others`. `environment`: versions and machine; model, `k`,
-    positions, and source, hash and size of the calibration data; `not_compared`: other adapters whose update is no
-    plain product, each with the reason.
+    """All `modules` of an `adapter`. `environment` has versions and machine, model, `k`, positions, the calibration
+    data, and with reasons the adapters that are `not_compared`.
     """
 
     adapter: str

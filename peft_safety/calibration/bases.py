@@ -37,9 +37,7 @@ def check_moment(moment: Tensor | TokenRows, name: str) -> float:
 def output_basis(
     weight: Tensor, moment: Tensor | None, size: Size, name: str, *, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Top left singular vectors `(m, k)` of `W X`, or of `W` itself without a moment `(n, n)`, and the singular
-    values.
-    """
+    """Top left singular vectors `(m, k)` of `W X`, or of `W` without a moment `(n, n)`, and the singular values."""
     m, n = weight.shape
     if not (0 < float(weight.abs().sum(dtype=torch.float64)) < float("inf")):
         raise CalibrationError(f"{name}: the weight {(m, n)} is zero or holds NaN or Inf. Load an intact checkpoint.")

@@ -55,9 +55,7 @@ def bytes_of(memory: str | int | None, device: torch.device) -> int:
 def groups(
     layers: Mapping[str, nn.Module], leaders: Mapping[str, str], needs: Mapping[str, Need], budget: int
 ) -> list[dict[str, nn.Module]]:
-    """The layers in groups as large as the budget allows; those with one input stay together. A CalibrationError names
-    a layer that does not fit by itself.
-    """
+    """The layers in groups that fit the budget, those with one input together; a CalibrationError if one cannot."""
     members: dict[str, list[str]] = {}
     for name in layers:
         members.setdefault(leaders.get(name, name), []).append(name)

@@ -29,9 +29,9 @@ PROBE = 512
 
 @dataclass(frozen=True)
 class CalibrationCost:
-    """What a calibration will take. `inputs` are the distinct ones of the `modules` that get a basis; `tokens` are
-    those of all `passes`, padding included; `file_bytes` are at most so many, without the header; `memory_bytes` are
-    beside the model. The times are extrapolated from one batch, and from one fp64 product.
+    """What a calibration will take: distinct `inputs` of the `modules` that get a basis, `tokens` of all `passes` with
+    padding, at most `file_bytes`, `memory_bytes` beside the model, and times extrapolated from one batch and one
+    product.
     """
 
     modules: int

@@ -31,9 +31,9 @@ Positions = Literal["response", "prompt", "all"]
 
 
 class InputMoments:
-    """Accumulates the second moments of the inputs of some base layers while a model runs. `leaders` gives for each
-    layer the first one that is fed the same tensor; `loose` are layers whose input rows are not positions of the
-    batch, so that all of them count.
+    """Accumulates the second moments of the inputs of base layers. `leaders` gives for each layer the first one that
+    is fed the same tensor; `loose` layers have input rows that are not positions of the batch, so that all of them
+    count.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], as_rows: Container[str] = ()) -> None:
@@ -239,9 +239,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def counted(labels: Tensor, attention: Tensor, positions: Positions) -> Tensor:
-    """Which positions count, `(batch, tokens)` bool: with attention, and with a label ("response"), without one
-    ("prompt"), or either ("all").
-    """
+    """Which positions count, `(batch, tokens)` bool: with a label ("response"), without one ("prompt"), or "all"."""
     attended = attention != 0
     if positions == "all":
         return attended
@@ -251,9 +249,7 @@ def counted(labels: Tensor, attention: Tensor, positions: Positions) -> Tensor:
 def to_batches(
     data: Rows, tokenizer: Any, *, batch_size: int, max_length: int, model: nn.Module | None = None
 ) -> tuple[list[Batch], str]:
-    """Rows or tokenized batches as batches, and a hash of their content. Labels may have another length than the
-    inputs if `model` is an encoder-decoder.
-    """
+    """Rows or tokenized batches as batches, and a hash of them. An encoder-decoder `model` has other labels."""
     if isinstance(data, Iterator):
         raise CalibrationError(f"calibration data is a {type(data).__name__}, readable only once. Give list(data).")
     rows = as_rows(data, "calibration data", CalibrationError)

@@ -53,9 +53,7 @@ class Size:
         return cls(share=rank, energy=energy) if isinstance(rank, float) else cls(rank=rank, energy=energy)
 
     def fixed(self, shape: tuple[int, int], side: Side, name: str) -> int | None:
-        """Directions to take on one side of a layer `(m, n)`, whose inputs span at most `n`; None where the energy
-        decides.
-        """
+        """Directions on one side of a layer `(m, n)`, whose inputs span at most `n`; None where the energy decides."""
         d, n = shape[0 if side == "out" else 1], shape[1]
         if self.energy is not None:
             return None
@@ -88,8 +86,7 @@ def plan(
     weights_only: bool = False,
 ) -> tuple[dict[str, dict[Side, Size]], list[str]]:
     """The size of each basis by layer and side, and the layers that get none, with a single feature on a side. Narrow
-    layers that cannot hold a rank take what they can, with one warning. A ConfigError refuses a kind that no layer is
-    of, and a rank that an ordinary layer cannot hold. `weights_only`: the bases are those of the weight.
+    layers that cannot hold a rank take what they can. `weights_only`: the bases are those of the weight.
     """
     usual = Size.of(rank, energy)
     special = {kind: Size.of(x) if energy is None else Size.of(rank, x) for kind, x in (per_kind or {}).items()}
@@ -133,9 +130,7 @@ def kind_of(name: str) -> str:
 def check_size_options(
     safety_rank: Any, safety_energy: Any, safety_rank_pattern: Any, where: str, *, least: int = 1
 ) -> None:
-    """Check the size options of a config, recipe or command, before any model runs; a ConfigError names the value. See
-    `ProtectedConfig` for them; `least` is the smallest `safety_rank` without an energy.
-    """
+    """A ConfigError refuses size options of a config, recipe or command; `least`: smallest rank without an energy."""
     pattern = {} if safety_rank_pattern is None else safety_rank_pattern
     if not isinstance(pattern, Mapping) or not all(isinstance(kind, str) for kind in pattern):
         raise ConfigError(

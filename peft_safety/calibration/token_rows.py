@@ -12,9 +12,7 @@ CHUNK = 512
 
 
 class TokenRows:
-    """The inputs `X (tokens, n)` of a layer, with what `bases.input_basis` needs of `S`. Products in fp64 (fp32 on
-    mps).
-    """
+    """The inputs `X (tokens, n)` of a layer, with what `bases.input_basis` needs of `S`, in fp64 (fp32 on mps)."""
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.parts: list[Tensor] = []

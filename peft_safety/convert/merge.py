@@ -32,9 +32,8 @@ MergeTo = Literal["16bit", "nf4+residual", "nf4"]
 
 @dataclass(frozen=True)
 class MergedModule:
-    """What a merge did to one module: `||dW|| / ||W||`; `<change, dW> / ||dW||^2` with the `change` of the stored
-    weights, nan for a zero update; and `||U^T change|| / ||dW||` of the worst constrained side, None for an
-    unconstrained one.
+    """What a merge did: `||dW|| / ||W||`; `<change, dW> / ||dW||^2`, with the `change` of the stored weights, nan for
+    a zero update; and the worst side's `||U^T change|| / ||dW||`, None without a constraint.
     """
 
     module: str
@@ -97,14 +96,11 @@ def merge_quantized(
     """Merge the active adapters of a model with quantized weights; layers without an adapter stay as they are.
 
     Args:
-        to: see the module's text.
+        to: see the module's text; the result of "nf4+residual" is a PeftModel with one plain LoRA.
         dtype: of the dense weights of "16bit". Rounding to bf16 moves the update by up to 0.4 % of the *weight*;
             float32 keeps the constraint.
         force: quantize again although most of the update is lost.
         verbose: print survival and leak of each module.
-
-    Returns: the figures, and the base model without adapters, or for "nf4+residual" a PeftModel with one plain LoRA on
-    it.
 
     Raises:
         LossyMergeError: "nf4" without `force`, with the figures of the worst module; nothing was changed.

@@ -28,9 +28,9 @@ from peft_safety.registry.frozen import check_certified, freezing
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked. `ranks` and `protected` are the LoRA ranks and subspace ranks that occur; `unconstrained` are
-    trained tensors that no projection covers. `worst_leak` is the largest `||U^T B|| / ||B||`, or `||A Q|| / ||A||`
-    with the null space of a window. Without that null space it is the share of `lora_A` outside the window.
+    """`ranks` and `protected` are the LoRA ranks and subspace ranks that occur. `worst_leak` is the largest
+    `||U^T B|| / ||B||`; of a window the largest `||A Q|| / ||A||`, or without its null space the share of `lora_A`
+    outside.
     """
 
     directory: str
@@ -48,9 +48,8 @@ class Verification:
 
 @dataclass(frozen=True)
 class FrozenVerification:
-    """What was checked of a plain LoRA with a certificate: its `lora_A` factors are those that were made blind.
-    `worst_leak`, the largest `||A Q|| / ||A||`, was measured if `blindness_checked`; else it is the certificate's.
-    `protected` are the sizes of the null spaces, `subspace` is the digest of the bases.
+    """What was checked of a plain LoRA with a certificate. `worst_leak`, the largest `||A Q|| / ||A||`, was measured
+    if `blindness_checked`; else it is the certificate's. `protected` are the sizes of the null spaces.
     """
 
     directory: str

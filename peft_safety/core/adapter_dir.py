@@ -79,8 +79,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
 
 def check_adapter(directory: Path, warn: bool = False) -> StoredAdapter:
     """Check files, hashes, keys, shapes, finiteness, orthonormality, and that no factor leaks. An ArtifactError
-    refuses anything but the exact set of files and tensors, or a changed byte; a SubspaceError bases that would not
-    protect.
+    refuses anything but the exact set of files and tensors; a SubspaceError bases that would not protect.
     """
     config, path = plain_lora.read_manifest(directory, warn), directory / MANIFEST
     kind, types = config.get("peft_type"), protected_types()

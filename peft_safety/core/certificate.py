@@ -1,6 +1,5 @@
-"""What is written beside a plain LoRA whose `lora_A` was made blind to a null space and then frozen: the digest of the
-null space, and the sha256 of each `lora_A`. With the subspace, the blindness itself can be checked; without it, only
-that these are the factors that were made blind.
+"""What is written beside a plain LoRA whose `lora_A` was made blind to a null space and then frozen. With the
+subspace, the blindness can be checked; without it, only that these are the factors that were made blind.
 """
 
 from __future__ import annotations

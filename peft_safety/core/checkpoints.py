@@ -31,9 +31,7 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 
 @dataclass(frozen=True)
 class Matrix:
-    """One weight `W (out_features, in_features)`. `block(start, stop)` gives columns of it, in fp32 if it is
-    quantized.
-    """
+    """One weight `W (out_features, in_features)`. `block(start, stop)` gives columns, in fp32 if it is quantized."""
 
     shape: tuple[int, int]
     quantization: str | None

@@ -97,9 +97,7 @@ def exclude_look_alikes(config: Any, existing: Iterable[str]) -> None:
 
 
 def pin(config: Any, modules: Mapping[str, tuple[int, float]], existing: Mapping[str, str] | None = None) -> None:
-    """Make a LoRA config mean exactly these modules, `{own name: (rank, alpha)}`. With the `places` of a model,
-    `existing`, other modules whose names end like these are excluded.
-    """
+    """Make a LoRA config mean exactly the modules `{own name: (rank, alpha)}`. `existing` are the model's `places`."""
     places = existing or {}
     wanted = {places.get(name, name): value for name, value in modules.items()}
     config.target_modules = set(wanted)
@@ -116,8 +114,8 @@ _LETTER = re.compile(r"\\?.")
 
 def pattern_value(patterns: Mapping[str, T] | None, module: str, default: T) -> T | None:
     """What PEFT takes from `rank_pattern` or `alpha_pattern` for a module: the value of the first match. No regular
-    expression is run: keys that are names (`.` stands for any character) are compared, others are skipped if they
-    certainly end differently, and else the result is None, unknown.
+    expression is run: keys that are names are compared, others are skipped if they certainly end differently, and else
+    the result is None, unknown.
     """
     vague = False
     for key, value in (patterns or {}).items():
@@ -154,9 +152,7 @@ def listed(names: Collection[str]) -> str:
 
 
 def exclusion_pattern(names: Iterable[str], others: Iterable[str]) -> str:
-    r"""A regular expression for `exclude_modules` that matches the full names of these modules and of no others.
-    Numbered layers become one term where possible: `model\.layers\.\d+\.mlp\.gate`.
-    """
+    """A pattern for `exclude_modules` that matches exactly these names, numbered layers by one term if possible."""
     names = set(names)
     others = set(others) - names
     broad = {exact: re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", exact) for exact in map(re.escape, names)}

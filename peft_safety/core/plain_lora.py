@@ -311,9 +311,7 @@ def write_plain(
     records: Mapping[str, Any] | None = None,
     more: Callable[[Path], object] | None = None,
 ) -> None:
-    """Publish a plain LoRA directory atomically. `records` go as JSON into the header of the adapter's file; `more`
-    writes further files into its folder.
-    """
+    """Publish a plain LoRA directory atomically. `records` go into its header; `more` writes further files into it."""
     fields = config if isinstance(config, Mapping) else config.to_dict()
     fields = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
     header = {key: json.dumps(value) for key, value in (records or {}).items()}

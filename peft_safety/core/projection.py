@@ -160,9 +160,8 @@ def top_left_singular(
     oversampling: int = OVERSAMPLING,
     iterations: int = POWER_ITERATIONS,
 ) -> tuple[Tensor, Tensor]:
-    """`(U (m, rank), s (rank,))` of `W X`, descending, given `W (m, n)` and the second moment `S = X X^T (n, n)`
-    (None: the identity), by randomized subspace iteration; deterministic for a seed. For more than half of all
-    directions one dense SVD of `W S^(1/2)` is cheaper.
+    """`(U (m, rank), s (rank,))` of `W X`, descending, given `W (m, n)` and `S = X X^T (n, n)` (None: the identity),
+    by randomized subspace iteration, or one dense SVD of `W S^(1/2)` for more than half of all directions.
     """
     m = weight.shape[0]
     width = min(rank + oversampling, m)

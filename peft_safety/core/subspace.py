@@ -102,9 +102,8 @@ class SafetySubspace:
         rank: int | None = None,
         **hub: Any,
     ) -> SafetySubspace:
-        """From a file, a directory that holds `safety_subspace.safetensors`, or a Hub repository id (`hub`: options of
-        `huggingface_hub.hf_hub_download`): the bases of all `modules` or of these, with at most `rank` directions
-        each. A SubspaceError or ArtifactError says that there is none, or that it is malformed.
+        """From a file, a directory that holds `safety_subspace.safetensors`, or a Hub id (`hub`: options of
+        `hf_hub_download`): the bases of all `modules` or of these, with at most `rank` directions each.
         """
         path = subspace_file.locate(source, **hub)
         content = subspace_file.read(path, modules, rank)
@@ -119,9 +118,8 @@ class SafetySubspace:
         return source.restricted(modules) if isinstance(source, SafetySubspace) else cls.load(source, modules=modules)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file (into `path/safety_subspace.safetensors` when `path` is a directory). Atomic and
-        deterministic. An ArtifactError says that it cannot be written; a SubspaceError, that the provenance is no
-        JSON.
+        """Write the file (`path/safety_subspace.safetensors` for a directory), atomically; equal subspaces give equal
+        bytes.
         """
         tensors = {f"fingerprint.{name}": values for name, values in self.fingerprints.items()}
         for kind, table in (("basis", self.stored), ("spectrum", self.spectra)):
@@ -158,8 +156,8 @@ class SafetySubspace:
 
     @classmethod
     def joined(cls, own: SafetySubspace | None, spans: Bases) -> SafetySubspace:
-        """A subspace with further directions `{module: {side: (d, l)}}` protected; those alone if `own` is None. A
-        SubspaceError says that a module has nothing left to train.
+        """With further directions `{module: {side: (d, l)}}` protected. A SubspaceError says that nothing is left to
+        train.
         """
         bases = {name: dict(sides) for name, sides in own.stored.items()} if own else {}
         spectra = {name: dict(sides) for name, sides in own.spectra.items()} if own else {}

@@ -17,8 +17,7 @@ if TYPE_CHECKING:  # importing PEFT registers the methods, which import this mod
 
 class FrozenLinear(nn.Linear):
     """`lora_A` with a weight `(r, in_features)` that takes no gradient; see LoRA-FA, arXiv 2308.03303. The product is
-    in the dtype of the trained factor `behind` it (the layer's `lora_B` factors, and the name), which alone PEFT and
-    TRL cast.
+    in the dtype of the trained factor `behind` it, which alone PEFT and TRL cast.
     """
 
     behind: tuple[nn.ModuleDict, str]

@@ -146,9 +146,8 @@ class ProtectedLinear(nn.Linear):
 
     @torch.no_grad()
     def fold(self) -> bool:
-        """Replace the raw weight, and the frozen one, by its projection if it leaks. A weight that is not whole here
-        (a shard, or on the meta device) is left alone: `folded_state` folds it when it is saved. Returns whether
-        anything was written.
+        """Replace the raw weight, and the frozen one, by its projection if it leaks; returns whether it did. A weight
+        that is not whole here (a shard, or on the meta device) is left alone: `folded_state` folds it.
         """
         self._decoding = None
         weight = self.raw()
@@ -239,9 +238,8 @@ def folded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fresh(tensor: Tensor) -> Tensor:
-    """The tensor itself if its layout is that of a new one (or it is a meta tensor or a shard), else a copy. A CPU's
-    BLAS chooses its kernels by strides and addresses: a slice of an SVD, or of a file, gives other last bits than its
-    copy.
+    """The tensor itself if its layout is that of a new one (or it is a meta tensor or a shard), else a copy: a CPU's
+    BLAS chooses its kernels by strides and addresses, so a slice of an SVD, or of a file, gives other last bits.
     """
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
         return tensor

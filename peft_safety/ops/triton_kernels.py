@@ -76,9 +76,8 @@ def partial_kernel(
     BLOCKSIZE: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BT: tl.constexpr, UNROLL: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """`partial[s] (t, n + r) = x [W; A]^T` over the s-th part of the columns (`split_chunks` chunks of `BK`, which
-    divides the block size), fp32: the rows of A are further tiles behind those of W. `pairs`: for each byte its two
-    values in the dtype of x, as one 32-bit word. The scales are applied in fp32 to the sum over a block.
+    """`partial[s] (t, n + r) = x [W; A]^T` over the s-th part of the columns (`split_chunks` chunks of `BK`), fp32;
+    the rows of A are further tiles. `pairs`: for each byte its two values in the dtype of x, as one 32-bit word.
     """
     pid = tl.program_id(0)
     part = tl.program_id(1)

@@ -30,9 +30,8 @@ def attach(
     configs: Mapping[str, Any],
     take_out: Callable[[Collection[str]], None],
 ) -> Collection[str]:
-    """Put the protected leaves into freshly built LoRA layers, and note results of calibration or loading in the
-    adapter's own `config`; `configs` are all of the model's. Returns the names of the layers that the subspace leaves
-    out, which `take_out` has removed.
+    """Put the protected leaves into freshly built LoRA layers, and note results of calibration or loading in `config`;
+    `configs` are all of the model's. Returns the layers that the subspace leaves out, which `take_out` has removed.
     """
     layers = adapter_layers(model, adapter_name)
     if not layers:

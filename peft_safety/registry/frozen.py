@@ -62,8 +62,7 @@ def _install(layers: Layers, adapter_name: str, rows: Mapping[str, Tensor]) -> N
 @torch.no_grad()
 def set_task_directions(model: nn.Module, task_data: Any, adapter_name: str = "default") -> None:
     """Compute the frozen factors of an adapter again from rows of its task (`task_data` as in `GuardSpaceConfig`). All
-    processes take those of rank 0, so each of them must call it. Refused are all but new adapters with a frozen factor
-    and its subspace (a loaded one lacks it), and sharded factors.
+    processes take those of rank 0, so each of them must call it. A loaded adapter lacks the subspace for it.
     """
     config = config_table(model).get(adapter_name)
     if not isinstance(config, ProtectedConfig) or not config.freezes or config.subspace is None:
@@ -155,9 +154,7 @@ def take_over(config: ProtectedConfig, stored: ProtectedConfig, layers: Layers, 
 
 @torch.no_grad()
 def combined(layers: Layers, adapter_name: str, configs: Mapping[str, Any], sources: list[str]) -> None:
-    """Freeze a weighted combination. Its rows are projected onto the span of the sources' rows, because some
-    combinations prune single elements and leave it.
-    """
+    """Freeze a weighted combination, projected onto the span of the sources' rows: pruned single elements leave it."""
     first = configs[sources[0]]._certificate
     rows, modules = {}, {}
     for name, layer in layers.items():

@@ -35,9 +35,9 @@ Layers = Mapping[str, LoraLayer]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an adapter came from: the mark of the config that it was made from, this package's fields as the user gave
-    them (`asked`, such as `subspace="auto"`) and after the adapter was made (`made`), and whether it was `loaded` from
-    a directory, which has its frozen factors but not the data behind them.
+    """Where an adapter came from: the mark of its config, this package's fields as the user gave them (`asked`) and
+    after the adapter was made (`made`), and whether it was `loaded`: then the data behind its frozen factors are
+    missing.
     """
 
     source: str

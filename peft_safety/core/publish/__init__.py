@@ -33,9 +33,8 @@ GLANCE = 0.5
 
 @contextmanager
 def publishing(target: Path, manifest: str) -> Iterator[Path]:
-    """Write files into a staging directory, which is yielded, so that a reader of `target` sees the old set or the new
-    one, wherever the writer dies. An ArtifactError says whether nothing has changed, or the new files are complete and
-    wait for `recover`.
+    """Write files into the staging directory that is yielded: a reader of `target` sees the old set or the new one,
+    wherever the writer dies. An ArtifactError says whether nothing has changed, or the new files wait for `recover`.
     """
     staging: Staging | None = None
     try:
@@ -91,9 +90,8 @@ def is_interrupted(directory: Path) -> bool:
 
 
 def require_whole(directory: Path, ours: bool = True, warn: bool = True) -> None:
-    """For readers: an ArtifactError refuses files that are or may be a mixture of two publishes. Writes nothing. Old
-    files that are still complete are read, with a warning if `warn`. `ours`: refuse a `.commit` that this package did
-    not write.
+    """An ArtifactError refuses files that may be a mixture of two publishes. Old files that are complete are read,
+    with a warning if `warn`. `ours`: refuse a `.commit` that this package did not write.
     """
     try:
         journal = _journal(directory)
@@ -155,9 +153,7 @@ def _pending(directory: Path, write: bool = False) -> Iterator[tuple[Folder, Fol
 
 @contextmanager
 def _looked_up(directory: Path, write: bool = False) -> Iterator[tuple[Folder, Folder, int] | None]:
-    """`_pending`; None without a `.commit`. One without a journal is looked at again before it is called that: another
-    writer may just have finished it.
-    """
+    """`_pending`; None without a `.commit`. One without a journal, which may just be finished, is looked at again."""
     with ExitStack() as stack:
         found, end = None, time.monotonic() + GLANCE
         while found is None and os.path.lexists(directory / COMMIT):
