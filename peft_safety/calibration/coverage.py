@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_safety.calibration.bases import check_moment
-from peft_safety.calibration.grouped import GroupedMoments, task_moments
+from peft_safety.calibration.grouped import GroupedMoments
 from peft_safety.calibration.moments import to_batches
 from peft_safety.calibration.token_rows import TokenRows
 from peft_safety.core.projection import project_out
@@ -101,7 +101,7 @@ def task_inputs(
     if not layers:
         raise CalibrationError("the subspace has no input basis of any of the layers. Calibrate on this model.")
     widths = {name: subspace.bases[name]["in"].shape[1] for name in layers}
-    moments = task_moments(model, layers, batches, widths, memory=memory, progress=progress)
+    moments = GroupedMoments(model, layers, batches, widths, memory=memory, progress=progress)
     computed: dict[tuple[int, str], TaskShare] = {}
     shares = {}
     for name in filter(moments.reaches, layers):

@@ -40,7 +40,7 @@ def config_from_pretrained(
     except (TypeError, ValueError) as error:
         if isinstance(error, PeftSafetyError) or not issubclass(cls, ProtectedConfig):
             raise
-        raise ArtifactError(f"{source!r} is not a {cls.__name__}: {error}. Save the adapter again.") from error
+        raise ArtifactError(f"{MANIFEST} of {source!r} is not a {cls.__name__}: {error}. Save it again.") from error
     if type(config) is LoraConfig:
         whole = local if local.is_dir() else _certified_folder(source, subfolder, kwargs)
         config = config if whole is None else certified(config, whole)
