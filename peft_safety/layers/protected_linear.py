@@ -23,7 +23,7 @@ from peft_safety.core import projection
 from peft_safety.core.names import own_name
 from peft_safety.core.projection import Side
 from peft_safety.errors import ProtectionError
-from peft_safety.layers.shared_bases import enlist, moved, placed
+from peft_safety.layers.shared_bases import leaves, moved, placed
 
 ALIGNMENT = 64
 """Bytes. torch's allocator aligns to this on CPUs; a safetensors file only to eight."""
@@ -84,7 +84,7 @@ class ProtectedLinear(nn.Linear):
         initial = torch.zeros(weight.shape, device=device, dtype=weight.dtype) if residual else None
         leaf.register_buffer("initial", initial)
         leaf.training, leaf._decoding = linear.training, None
-        enlist(leaf)
+        leaves.add(leaf)
         return leaf
 
     def reset_parameters(self) -> None:
@@ -202,7 +202,7 @@ class ProtectedLinear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        enlist(self)
+        leaves.add(self)
 
     def extra_repr(self) -> str:
         k = 0 if self.basis is None else self.basis.shape[1]

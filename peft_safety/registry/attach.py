@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -24,15 +24,9 @@ from peft_safety.registry.lora_layers import adopt
 
 
 def attach(
-    model: nn.Module,
-    adapter_name: str,
-    config: ProtectedConfig,
-    configs: Mapping[str, Any],
-    take_out: Callable[[Collection[str]], None],
+    model: nn.Module, adapter_name: str, config: ProtectedConfig, configs: Mapping[str, Any]
 ) -> Collection[str]:
-    """Put the protected leaves into freshly built LoRA layers, and note results of calibration or loading in `config`;
-    `configs` are all of the model's. Returns the layers that the subspace leaves out, which `take_out` has removed.
-    """
+    """Put the protected leaves into freshly built LoRA layers. Returns the layers that the subspace leaves out."""
     layers = adapter_layers(model, adapter_name)
     if not layers:
         raise UnsupportedLayerError(
@@ -58,7 +52,6 @@ def attach(
         what = f"{listed(left_out)}: the subspace leaves out every layer of the adapter"
         raise SubspaceError(f"{what}. Use other target_modules, or calibrate on other data.")
     if left_out:
-        take_out(left_out)
         config._partial = True
         warn_left_out(left_out, len(layers), "the adapter, which does not train them")
         layers, base = (

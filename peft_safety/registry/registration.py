@@ -30,15 +30,10 @@ WRAPS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
 )
 """Everything that is wrapped: owner, name, and the function that gets the original as its first argument."""
 
-_done = False
 
-
+@functools.cache
 def register() -> None:
-    """Make PEFT know the protected types, when `peft_safety` and `peft` are both imported."""
-    global _done  # noqa: PLW0603
-    if _done:
-        return
-    _done = True
+    """Make PEFT know the protected types, once, when `peft_safety` and `peft` are both imported."""
     register_types()
     for row in WRAPS:
         _wrap(*row)
@@ -47,16 +42,11 @@ def register() -> None:
 
 def register_types() -> None:
     """Enter the methods into PEFT's tables, each as a kind of LoRA."""
-    tables = (
-        mapping.PEFT_TYPE_TO_CONFIG_MAPPING,
-        mapping.PEFT_TYPE_TO_TUNER_MAPPING,
-        mapping.PEFT_TYPE_TO_PREFIX_MAPPING,
-        mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
-    )
     for name, cls in config_types().items():
-        values: tuple[Any, ...] = (cls, peft.tuners.lora.LoraModel, "lora_", peft.tuners.lora.LoraModel)
-        for table, value in zip(tables, values, strict=True):
-            table[name] = value
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = cls
+        mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] = peft.tuners.lora.LoraModel
+        mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] = "lora_"
+        mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[name] = peft.tuners.lora.LoraModel
 
 
 def _name_readers(layer: type) -> None:
