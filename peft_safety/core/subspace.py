@@ -79,7 +79,7 @@ class SafetySubspace:
 
     @classmethod
     def from_activations(cls, model: nn.Module, data: Any, **options: Any) -> SafetySubspace:
-        """One pass over `data`; see `calibration.activations.estimate`. Warns of layers that are left out."""
+        """Estimate from one pass over `data`; see `calibration.activations.estimate`. Warns of layers left out."""
         from peft_safety.calibration.activations import estimate
         from peft_safety.calibration.leaving_out import announced
 

@@ -17,7 +17,7 @@ def protected_configs(model: nn.Module) -> dict[str, ProtectedConfig]:
 
 
 def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
-    """A ProtectionError says that there is no such protected adapter, or that a module of one lost its protection."""
+    """Check every module of all protected adapters, or of one. A ProtectionError says what has lost its protection."""
     configs = protected_configs(model)
     if adapter_name is not None:
         configs = {name: config for name, config in configs.items() if name == adapter_name}
