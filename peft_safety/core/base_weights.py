@@ -44,10 +44,9 @@ def check_readable(layer: nn.Module, name: str) -> None:
         reason = "its weight is packed" if scales.is_packed(layer) else "it is no Linear, Conv1D or bitsandbytes layer"
         raise scales.refusal(layer, name, reason)
     weight = getattr(layer, "weight", None)
-    if type(layer).__name__ not in _BITSANDBYTES and (weight is None or is_whole(weight)):
-        problem = scales.unreadable(layer)
-        if problem is not None:
-            raise scales.refusal(layer, name, problem)
+    own = type(layer).__name__ not in _BITSANDBYTES and (weight is None or is_whole(weight))
+    if own and (problem := scales.unreadable(layer)) is not None:
+        raise scales.refusal(layer, name, problem)
 
 
 def is_conv1d(layer: nn.Module) -> bool:
