@@ -1,6 +1,4 @@
-"""What an update does to general and harmful inputs: `E||dW x||` beside `E||W x||`, and the data behind it. One pass
-over the model, in which no activation is kept.
-"""
+"""What an update does to general and harmful inputs, `E||dW x||` beside `E||W x||`, and the data behind it."""
 
 from __future__ import annotations
 
@@ -30,12 +28,7 @@ ANSWER_TOKENS = 24
 
 @dataclass(frozen=True)
 class Interference:
-    """Mean lengths over the positions that count.
-
-    Attributes:
-        update, weight: `E||dW x||`, and `E||W x||` without the bias.
-        tokens: how many positions.
-    """
+    """Means over the positions that count: `update` is `E||dW x||`, `weight` is `E||W x||` without the bias."""
 
     update: float
     weight: float
@@ -47,31 +40,16 @@ class Interference:
         return self.update / self.weight if self.weight > 0 else float("nan")
 
 
-def check_calibration(calibration: Calibration) -> None:
-    """Refuse a malformed request before any work is done.
-
-    Raises:
-        ConfigError: neither None, "auto", nor a mapping with the two kinds.
-    """
-    given = list(calibration) if isinstance(calibration, Mapping) else calibration
-    both = isinstance(calibration, Mapping) and set(calibration) == set(KINDS)
-    if not both and not (given is None or (isinstance(given, str) and given == "auto")):
-        raise ConfigError(f"calibration={given!r}. Use None, 'auto', or a mapping with the keys {KINDS}.")
-
-
 def calibration_sets(
     model: nn.Module, calibration: Calibration, tokenizer: Any, progress: bool
 ) -> dict[str, tuple[list[Batch], dict[str, Any]]]:
-    """By kind, the batches, and their `source` and a hash of their content (`data`); empty for None.
-
-    Args:
-        tokenizer: for rows of text; None takes the model's own.
-
-    Raises:
-        CalibrationError, DataError: rows or batches that cannot be used. ConfigError: no tokenizer can be loaded.
-    """
+    """By kind, the batches, and their `source` and a hash of their content (`data`); empty for None."""
     if calibration is None:
         return {}
+    auto = isinstance(calibration, str) and calibration == "auto"
+    if not auto and not (isinstance(calibration, Mapping) and set(calibration) == set(KINDS)):
+        given = list(calibration) if isinstance(calibration, Mapping) else calibration
+        raise ConfigError(f"calibration={given!r}. Use None, 'auto', or a mapping with the keys {KINDS}.")
     sources = dict.fromkeys(KINDS, "given")
     if isinstance(calibration, str):
         tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
@@ -102,18 +80,7 @@ def interference(
     progress: bool = True,
     what: str = "interference",
 ) -> dict[str, Interference]:
-    """Run the bare base model over the batches once, and measure every layer.
-
-    Args:
-        layers: base layers by name.
-        updates: of the same names.
-        batches: `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`.
-        positions: those with a label ("response"), those without ("prompt"), or all that have attention ("all").
-
-    Raises:
-        CalibrationError: a layer saw no such position, or its inputs or outputs are not finite.
-        ConfigError: an adapter is merged into the base weights.
-    """
+    """Run the bare base model over the batches once, and measure every layer at the positions that count."""
     # ||dW x|| = ||S V^T x||: as many columns as the rank, and no cancellation between the two products of a residual
     probes = {name: (update.right * update.values).float() for name, update in updates.items()}
     sums: dict[str, Tensor] = {}
@@ -143,9 +110,7 @@ def interference(
     result = {}
     for name, count in counts.items():
         if count == 0:
-            raise CalibrationError(
-                f"{name}: the layer saw no token that counts. Give rows with a response, or positions='all'."
-            )
+            raise CalibrationError(f"{name}: saw no token that counts. Give rows with a response, or positions='all'.")
         update, weight = (float(total) / count for total in sums[name])
         if not update < float("inf") or not weight < float("inf"):
             raise CalibrationError(f"{name}: its inputs or outputs hold NaN or Inf. Load the model in float32.")

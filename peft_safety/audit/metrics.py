@@ -25,11 +25,8 @@ ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Update:
-    """Thin SVD of an update, fp64, on the CPU; `q` is its numerical rank, 0 for a zero update.
-
-    Attributes:
-        left, right: `(m, q)` and `(n, q)`, orthonormal columns.
-        values: `(q,)`, descending, positive.
+    """Thin SVD of an update, fp64, on the CPU: orthonormal columns `left (m, q)` and `right (n, q)`, and
+    `values (q,)`, descending, positive. `q` is its numerical rank, 0 for a zero update.
     """
 
     left: Tensor
@@ -38,20 +35,15 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """Numerical rank."""
         return int(self.values.numel())
 
     @property
     def norm(self) -> float:
-        """`||dW||_F`."""
         return float(self.values.norm())
 
     @property
     def effective_rank(self) -> float:
-        """`exp(H(sigma / sum sigma))`: 1 for one direction, `q` for q equally strong ones; NaN for a zero update.
-
-        Reference: Roy and Vetterli, The effective rank, EUSIPCO 2007.
-        """
+        """`exp(H(sigma / sum sigma))`, NaN for a zero update. Reference: Roy and Vetterli, EUSIPCO 2007."""
         if self.rank == 0:
             return math.nan
         shares = self.values / self.values.sum()
@@ -67,12 +59,7 @@ class Update:
 
 @torch.no_grad()
 def decompose(a: Tensor, b: Tensor, scaling: float = 1.0) -> Update:
-    """SVD of `s B A` by thin QR of both factors and an `r x r` SVD.
-
-    Args:
-        a, b: `lora_A (r, n)` and `lora_B (m, r)`.
-        scaling: `s`.
-    """
+    """SVD of `s B A`, of `lora_A (r, n)` and `lora_B (m, r)`, by thin QR of both factors and an `r x r` SVD."""
     a, b = a.detach().cpu().double(), b.detach().cpu().double() * scaling
     q_a, r_a = torch.linalg.qr(a.mT)
     q_b, r_b = torch.linalg.qr(b)
@@ -92,12 +79,7 @@ class WeightSpan:
 
 @torch.no_grad()
 def weight_span(weight: Tensor, k: int) -> WeightSpan:
-    """The singular vectors that `compare` needs.
-
-    Args:
-        weight: `W (m, n)`, fp32, finite.
-        k: directions for the energy overlap.
-    """
+    """The singular vectors of `W (m, n)`, fp32, that `compare` needs for `k` directions."""
     left, values, right = top_singular(weight, min(max(k, DIRECTIONS), *weight.shape))
     floor = max(weight.shape) * torch.finfo(values.dtype).eps
     span = int((values > floor * values[0]).sum())  # beyond its rank a weight has no directions: any basis would do
@@ -107,8 +89,8 @@ def weight_span(weight: Tensor, k: int) -> WeightSpan:
 
 @dataclass(frozen=True)
 class SideOverlap:
-    """One side of an update against that side of its weight. Every figure but the counts is NaN for a zero update, or
-    a zero weight.
+    """One side of an update against that side of its weight. Every figure but the counts is NaN for a zero update or
+    weight.
 
     Attributes:
         metric: largest absolute entry of `V_q(dW)^T V_p(W)`: the published metric.
@@ -133,7 +115,6 @@ class SideOverlap:
 
     @property
     def angle(self) -> float:
-        """The smallest principal angle."""
         return self.angles[0] if self.angles else math.nan
 
     @property
@@ -144,18 +125,9 @@ class SideOverlap:
 
 @torch.no_grad()
 def compare(vectors: Tensor, values: Tensor, weight_vectors: Tensor, k: int) -> SideOverlap:
-    """Compare the right singular vectors of dW with those of W, or the left ones.
-
-    The published metric depends on the single singular vectors, so it is arbitrary where singular values coincide;
-    angles and energy are not.
-
-    Args:
-        vectors: of dW, `(d, r)`, fp64, orthonormal columns.
-        values: singular values of dW, `(r,)`, descending.
-        weight_vectors: of W, `(d, w)`, fp64, in the order of its singular values.
-        k: directions for the energy overlap; at most `w` are used.
-
-    Reference: arXiv 2510.09004 for the metric; the nulls are ours.
+    """Compare the right singular vectors `(d, r)` of dW, fp64, or the left ones, with those `(d, w)` of W; `k` of
+    these count for the energy overlap. The published metric (arXiv 2510.09004; the nulls are ours) depends on the
+    single singular vectors, so it is arbitrary where singular values coincide; angles and energy are not.
     """
     d = vectors.shape[0]
     q, p = min(DIRECTIONS, vectors.shape[1]), min(DIRECTIONS, weight_vectors.shape[1])
@@ -184,12 +156,9 @@ def compare(vectors: Tensor, values: Tensor, weight_vectors: Tensor, k: int) -> 
 
 @functools.cache
 def random_metric(d: int, p: int, q: int) -> tuple[float, float]:
-    """Mean and standard deviation of the published metric for two independent, uniformly random subspaces of `R^d`, of
-    dimensions `p` and `q`.
-
-    By rotational invariance one of them may be spanned by the first q axes. Of a Gaussian `d x p` matrix only the
-    first q rows and the triangular factor of the others matter (Bartlett's decomposition), so a draw costs a QR of
-    `(q + p) x p`.
+    """Mean and standard deviation of the published metric for two independent, uniformly random subspaces of `R^d`.
+    One of them may be spanned by the first q axes; of a Gaussian `d x p` matrix only the first q rows and the
+    triangular factor of the others matter (Bartlett's decomposition).
     """
     generator = np.random.default_rng([0, d, p, q])
     rest = min(d - q, p)

@@ -15,14 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from tqdm.auto import tqdm
 
-from peft_safety.audit.functional import (
-    KINDS,
-    Calibration,
-    Interference,
-    calibration_sets,
-    check_calibration,
-    interference,
-)
+from peft_safety.audit.functional import KINDS, Calibration, Interference, calibration_sets, interference
 from peft_safety.audit.metrics import SideOverlap, Update, compare, decompose, weight_span
 from peft_safety.calibration.moments import Positions, exact_matmul
 from peft_safety.core import base_weights as weights
@@ -38,23 +31,14 @@ DEFAULT_K = 32
 
 
 def layer_number(name: str) -> int | None:
-    """The first number in a module's name."""
     number = re.search(r"(?:^|\.)(\d+)\.", name)
     return int(number.group(1)) if number else None
 
 
 @dataclass(frozen=True)
 class ModuleOrthogonality:
-    """One module's update against its weight.
-
-    Attributes:
-        name: in the base model.
-        shape: `(out_features, in_features)`.
-        rank, norm, effective_rank: of dW, see `Update`; rank 0 is a zero update, whose figures are NaN.
-        relative_norm: `||dW||_F / ||W||_F`.
-        right, left: on the input side (right singular vectors, as published) and on the output side.
-        others: `|cos|` between this update and that of every other adapter on the module, by adapter name.
-        general, harmful: functional interference on both kinds of inputs; None where it was not measured.
+    """One module's update against its weight, on the input side (`right`, as published) and on the output side. `rank`
+    0 is a zero update, whose figures are NaN. `others`: `|cos|` with the update of every other adapter on the module.
     """
 
     name: str
@@ -78,7 +62,6 @@ class ModuleOrthogonality:
 
     @property
     def layer(self) -> int | None:
-        """See `layer_number`."""
         return layer_number(self.name)
 
     @property
@@ -116,14 +99,8 @@ def medians(rows: Iterable[ModuleOrthogonality], others: Iterable[str] = ()) -> 
 
 @dataclass(frozen=True)
 class OrthogonalityReport:
-    """All modules of an adapter.
-
-    Attributes:
-        adapter: its name on the model.
-        modules: in module order.
-        others: adapters that it was compared with.
-        environment: versions and machine; model, `k`, positions, and source, hash and size of the calibration data;
-            `not_compared`: other adapters whose update is no plain product, each with the reason.
+    """All `modules` of an `adapter`. `environment` has versions and machine, model, `k`, positions, the calibration
+    data, and with reasons the adapters that are `not_compared`.
     """
 
     adapter: str
@@ -133,12 +110,10 @@ class OrthogonalityReport:
 
     @property
     def measured(self) -> bool:
-        """Whether there is a functional part."""
         return all(row.general is not None for row in self.modules)
 
     @property
     def summary(self) -> dict[str, float]:
-        """The `medians` over all modules."""
         return medians(self.modules, self.others)
 
     @property
@@ -152,7 +127,6 @@ class OrthogonalityReport:
         return groups
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; NaN becomes None."""
         rows = [asdict(row) | {"interference_ratio": row.interference_ratio} for row in self.modules]
         facts = {"adapter": self.adapter, "others": self.others, "environment": dict(self.environment)}
         result: dict[str, Any] = _plain(facts | {"summary": self.summary, "modules": rows})
@@ -186,31 +160,24 @@ def orthogonality_report(
         model: a PeftModel, or a model with injected adapters; dense, Conv1D or bitsandbytes base.
         adapter: name of a LoRA adapter, plain or one of this package's.
         calibration: for the functional part. None leaves it out; `"auto"` takes the package's general prompts with the
-            base model's own greedy answers, and its harmful requests with refusals; or `{"general": ..., "harmful":
-            ...}`, each rows or tokenized batches with labels.
+            base model's own greedy answers, and its harmful requests with refusals; or
+            `{"general": ..., "harmful": ...}`, each rows or tokenized batches with labels.
         tokenizer: for rows of text; default the model's own.
         k: directions of W behind the energy overlap, at least 1; at most what W has.
         positions: tokens that count: "response", "prompt" or "all".
 
-    Returns:
-        A report: per module the published metric with null and z-score, principal angles, energy overlap, the same on
-        the output side, effective rank, overlap with the other adapters, functional interference.
-
     Raises:
-        ConfigError: no such adapter, one whose update is not a plain product, a merged one, a factor that is not
-            finite; malformed arguments.
-        UnsupportedLayerError: embeddings, convolutions, sharded weights.
-        CheckpointError: a base weight that is not finite.
+        ConfigError: no such adapter, one whose update is not a plain product, a merged one; malformed arguments.
+        UnsupportedLayerError, CheckpointError: embeddings, convolutions, sharded weights; a weight that is not finite.
         CalibrationError, DataError: calibration data that is empty, malformed or not finite.
 
     Reference: Mou et al., arXiv 2510.09004 (the metric); Roy and Vetterli, EUSIPCO 2007 (effective rank). The nulls
-        and the functional part are ours.
+    and the functional part are ours.
     """
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ConfigError(f"k={k!r}. Use an integer of at least 1.")
     if positions not in ("response", "prompt", "all"):
         raise ConfigError(f"positions={positions!r}. Use 'response', 'prompt' or 'all'.")
-    check_calibration(calibration)
     layers, others, not_compared = _resolve(model, adapter)
     base = {name: layer.get_base_layer() for name, layer in layers.items()}
     updates = {name: _update(name, layer, adapter) for name, layer in layers.items()}
@@ -263,6 +230,5 @@ def _resolve(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLayer], list
 
 
 def _update(name: str, layer: LoraLayer, adapter: str) -> Update:
-    """The update of one layer, as its forward computes it."""
     factors = layer_factors(name, layer, adapter)
     return decompose(factors.a, factors.b, factors.scaling)

@@ -43,13 +43,8 @@ METHODS: dict[str, tuple[tuple[Side, ...], Positions]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """A calibration that has been checked and not run yet.
-
-    Attributes:
-        layers: those that are to get a basis, of the sizes `sizes`.
-        narrow: those that have no room for one.
-        wanted: directions by layer and side; None where the energy decides.
-        sources: batches and their hash: of the data, and of those to compare with.
+    """A calibration that has been checked and not run yet. `narrow` layers have no room for a basis; `wanted` is None
+    where the energy decides; `sources` are batches and their hash, of the data and of those to compare with.
     """
 
     method: str
@@ -84,22 +79,18 @@ def prepare(
     """Check what is to be calibrated, and tokenize the data. No model runs.
 
     Args:
-        data: rows `{prompt, response}` / `{messages}` / `{text, label}`, rows of a `{prompt}` alone, or tokenized
-            batches with `labels` (-100: no response); a list, a data set, a frame or an iterable data set of them (see
-            `peft_safety.data.rows.as_rows`).
+        data: rows `{prompt, response}`, `{messages}`, `{text, label}` or `{prompt}`, or tokenized batches with
+            `labels` (-100: no response); see `peft_safety.data.rows.as_rows`.
         tokenizer: with a chat template; for rows only.
         method: "salora" (out, response tokens), "ortho_patch" or "guardspace" (in, all tokens); sets `sides` and
             `positions` where they are not given.
         rank: directions per layer, an integer (default 32); or a share of the features of that side, a float in (0, 1)
             (default of "guardspace": 0.25).
-        energy: as many directions as hold this share of `||W X||^2` or `||X||^2`, in (0, 1]; at most `rank` if that
-            is given too.
+        energy: as many directions as hold this share of `||W X||^2` or `||X||^2`, in (0, 1]; at most `rank` if given.
         per_kind: other values of `rank`, or of `energy`, for modules whose name ends so: `{"down_proj": 0.1}`.
         positions: "response", "prompt" or "all" tokens.
         against: data that must stay in reach; the basis is then contrastive (see `contrastive_basis`).
-        target_modules, exclude_modules: as in `LoraConfig`; without `target_modules`, PEFT's default of the
-            architecture.
-        layers: base layers by name, instead of these two.
+        target_modules, exclude_modules: as in `LoraConfig`; or `layers`: base layers by name.
 
     Raises:
         ConfigError: an unknown method, a rank that leaves nothing to train, no module matched.
@@ -149,24 +140,21 @@ def estimate(
             prompt, the decoder's the response.
         data, options: as in `prepare`.
         memory: for the second moments and their decomposition, beside the model: bytes, or a text such as "4GB"; by
-            default half of what is free on the model's device. Layers that do not fit together take further passes;
-            the result is the same.
+            default half of what is free on the model's device. Layers that do not fit together take further passes.
         dtype: of the result, see `SafetySubspace.rounded`.
-        allow_fewer: where the data span fewer than `rank` directions (a first layer sees only the embeddings of the
-            tokens that occur), protect those with a warning instead of raising.
+        allow_fewer: where the data span fewer than `rank` directions, protect those with a warning instead of raising.
 
-    Returns:
-        A subspace with spectra, fingerprints and provenance. Layers that no token reaches, or with a single feature on
-        a side, have no basis: see `SafetySubspace.left_out`. Layers far narrower than the others (heads, gates) get
-        fewer directions where they cannot hold `rank`, with a warning.
+    Returns: a subspace with spectra, fingerprints and provenance. Layers that no token reaches, or with a single
+    feature on a side, have no basis (see `SafetySubspace.left_out`); narrow ones (heads, gates) may get fewer
+    directions, with a warning.
 
     Raises:
         CalibrationError: fewer tokens, or fewer independent directions, than `rank`; inputs that are zero or not
             finite; a layer that the budget cannot hold.
-        ConfigError: an unknown method, a rank that leaves nothing to train, no module matched.
+        ConfigError: see `prepare`.
 
     Reference: SaLoRA, arXiv 2501.01765, section 4.1; GuardSpace, arXiv 2510.14301. SaLoRA's public code runs the model
-        once per layer; this is one pass.
+    once per layer; this is one pass.
     """
     job = prepare(model, data, **options)
     layers, where, (batches, digest) = job.layers, job.positions, job.sources[0]

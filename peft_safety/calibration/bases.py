@@ -1,7 +1,5 @@
-"""From second moments and weights to bases. Pure functions on tensors; nothing here runs a model.
-
-A moment is `S = sum_t x_t x_t^T (n, n)` of a layer's inputs, not normalized. A basis comes with a spectrum,
-descending: the square roots of the eigenvalues behind it.
+"""From second moments `S = sum_t x_t x_t^T (n, n)`, not normalized, and weights to bases, without running a model. A
+basis comes with a spectrum, descending: the square roots of the eigenvalues behind it.
 """
 
 from __future__ import annotations
@@ -11,13 +9,8 @@ from torch import Tensor
 
 from peft_safety.calibration.sizes import Size
 from peft_safety.calibration.token_rows import TokenRows
-from peft_safety.core.projection import (
-    OVERSAMPLING,
-    POWER_ITERATIONS,
-    orthonormalize,
-    top_eigenvectors,
-    top_left_singular,
-)
+from peft_safety.core import projection
+from peft_safety.core.projection import OVERSAMPLING
 from peft_safety.errors import CalibrationError
 
 RANK_FLOORS = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -36,9 +29,7 @@ def check_moment(moment: Tensor | TokenRows, name: str) -> float:
     total = float(moment.diagonal().double().sum())
     if not bool(moment.isfinite().all()) or not total > 0:
         what = "is zero" if total == 0 else "holds NaN or Inf"
-        raise CalibrationError(
-            f"{name}: the second moment {tuple(moment.shape)} {what}. Check the data, load the model in fp32."
-        )
+        raise CalibrationError(f"{name}: the second moment {tuple(moment.shape)} {what}. Load the model in fp32.")
     return total
 
 
@@ -46,25 +37,18 @@ def check_moment(moment: Tensor | TokenRows, name: str) -> float:
 def output_basis(
     weight: Tensor, moment: Tensor | None, size: Size, name: str, *, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Top left singular vectors `(m, k)` of `W X`, and its singular values.
-
-    Args:
-        weight: `W (m, n)`, fp32. For the right singular vectors of a weight give `W^T`.
-        moment: `X X^T (n, n)`; None for those of `W` itself.
-
-    A CalibrationError refuses a weight or a moment that is zero or not finite.
-    """
+    """Top left singular vectors `(m, k)` of `W X`, or of `W` without a moment `(n, n)`, and the singular values."""
     m, n = weight.shape
     if not (0 < float(weight.abs().sum(dtype=torch.float64)) < float("inf")):
         raise CalibrationError(f"{name}: the weight {(m, n)} is zero or holds NaN or Inf. Load an intact checkpoint.")
     if moment is not None:
         check_moment(moment, name)
         moment = moment.to(weight)
-    iterations = WEIGHT_ITERATIONS if moment is None else POWER_ITERATIONS
+    iterations = WEIGHT_ITERATIONS if moment is None else projection.POWER_ITERATIONS
     k = size.fixed((m, min(m, n) if moment is None else n), "out", name)
     width = min(k or 2 * OVERSAMPLING, m, n)
     while True:
-        u, s = top_left_singular(weight, moment, width, seed=seed, iterations=iterations)
+        u, s = projection.top_left_singular(weight, moment, width, seed=seed, iterations=iterations)
         if size.energy is None:
             return _spanned(u, s, weight.dtype)
         total = float((weight * (weight if moment is None else weight @ moment)).sum(dtype=torch.float64))
@@ -77,10 +61,8 @@ def output_basis(
 
 @torch.no_grad()
 def input_basis(moment: Tensor | TokenRows, size: Size, name: str, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Top eigenvectors `(n, k)` of `S = X X^T`, and the singular values of `X`.
-
-    With `P = I - Q Q^T` behind a factor, `E||dW x||^2 <= lambda_{k+1} ||dW||_F^2` on the data of `S`, `lambda` the
-    eigenvalues of `E[x x^T]`.
+    """Top eigenvectors `(n, k)` of `S = X X^T`, and the singular values of `X`. With `P = I - Q Q^T` behind a factor,
+    `E||dW x||^2 <= lambda_{k+1} ||dW||_F^2` on the data of `S`, `lambda` the eigenvalues of `E[x x^T]`.
 
     Reference: GuardSpace, arXiv 2510.14301 (on harmful data); on general data, OrthoSafetyPatch.
     """
@@ -94,7 +76,9 @@ def input_basis(moment: Tensor | TokenRows, size: Size, name: str, *, seed: int 
             values, vectors = torch.linalg.eigh(dense.double())
             values, vectors = values.flip(0), vectors.flip(1)
         else:
-            vectors, values = top_eigenvectors(lambda q: moment @ q, n, width, like=moment.diagonal(), seed=seed)
+            vectors, values = projection.top_eigenvectors(
+                lambda q: moment @ q, n, width, like=moment.diagonal(), seed=seed
+            )
         values = values.clamp(min=0)
         enough = min(_enough(values, total, size.energy or 1.0), limit) if k is None else k
         if k is not None or width == n or enough <= width - OVERSAMPLING:
@@ -105,14 +89,7 @@ def input_basis(moment: Tensor | TokenRows, size: Size, name: str, *, seed: int 
 @torch.no_grad()
 def contrastive_basis(moment: Tensor, against: Tensor, size: Size, name: str) -> tuple[Tensor, Tensor]:
     """Span `(d, k)` of the directions that one data set uses most, relative to another: top generalized eigenvectors
-    of `S v = mu S' v`.
-
-    Args:
-        moment: `S (d, d)`, of the data to protect.
-        against: `S' (d, d)`, of the data that must stay in reach; `RIDGE` of its mean eigenvalue is added to it.
-
-    Returns:
-        The basis, and `sqrt(mu)`. "energy" counts the share of `S` that the basis holds.
+    of `S v = mu S' v`, and `sqrt(mu)`. An energy is the share of `S` that the basis holds. `RIDGE` is added to `S'`.
     """
     d = moment.shape[0]
     total, other = check_moment(moment, name), check_moment(against, name)
@@ -123,7 +100,7 @@ def contrastive_basis(moment: Tensor, against: Tensor, size: Size, name: str) ->
     )
     half = torch.linalg.solve_triangular(factor, s, upper=False)
     values, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(factor, half.mT, upper=False))
-    directions = orthonormalize(torch.linalg.solve_triangular(factor.mT, vectors.flip(1), upper=True))
+    directions = projection.orthonormalize(torch.linalg.solve_triangular(factor.mT, vectors.flip(1), upper=True))
     if k is None:
         k = min(_enough((directions * (s @ directions)).sum(0), total, size.energy or 1.0), size.limit((d, d), "in"))
     return _spanned(directions[:, :k], values.flip(0)[:k].clamp(min=0).sqrt(), moment.dtype)

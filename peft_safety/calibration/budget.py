@@ -1,8 +1,7 @@
-"""How many layers are calibrated at once: as many as the memory budget allows.
+"""How many layers are calibrated at once: as many as the memory budget allows. The bases do not depend on it.
 
 A second moment takes `8 n^2` bytes: 1.6 GB for the widest layers of an 8B model, 65 GB for all layers together. Where
-the data have fewer tokens than the layer has features, the tokens themselves take less. Each group of layers takes one
-pass over the data. The bases do not depend on the budget.
+the data have fewer tokens than the layer has features, the tokens themselves take less.
 """
 
 from __future__ import annotations
@@ -27,11 +26,7 @@ FREE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a layer's input takes: `held` while the model runs, `work` more while it is decomposed.
-
-    Attributes:
-        as_rows: the tokens are held, not the moment.
-    """
+    """Bytes of an input: `held` while the model runs (`as_rows`: the tokens, not the moment), `work` to decompose."""
 
     held: int
     work: int
@@ -39,12 +34,7 @@ class Need:
 
 
 def need(layer: nn.Module, tokens: int | None = None, width: int = 0) -> Need:
-    """Of one input of a layer.
-
-    Args:
-        tokens: of the data, where rows may be held (the top eigenvectors alone are wanted).
-        width: of the iteration then.
-    """
+    """Of one input of a layer. Where rows may be held, `tokens` are the data's and `width` is the iteration's."""
     n = int(weights.shape(layer)[1])
     if tokens is not None and n > bases.DENSE_LIMIT and tokens < n:
         return Need(4 * tokens * n, 8 * n * (3 * width + CHUNK), as_rows=True)
@@ -52,9 +42,7 @@ def need(layer: nn.Module, tokens: int | None = None, width: int = 0) -> Need:
 
 
 def bytes_of(memory: str | int | None, device: torch.device) -> int:
-    """A budget in bytes, from a number or a text such as "4GB" or "500MiB"; None takes `FREE_SHARE` of the device's
-    free memory. Anything else is a ConfigError.
-    """
+    """A budget in bytes, from a number or a text such as "4GB"; None takes `FREE_SHARE` of the free memory."""
     if memory is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         return int(FREE_SHARE * free)
@@ -67,13 +55,7 @@ def bytes_of(memory: str | int | None, device: torch.device) -> int:
 def groups(
     layers: Mapping[str, nn.Module], leaders: Mapping[str, str], needs: Mapping[str, Need], budget: int
 ) -> list[dict[str, nn.Module]]:
-    """The layers in groups, in their order, each as large as the budget allows. Layers with one input stay together.
-
-    Args:
-        leaders: for each layer the first one with the same input, where it is known.
-        needs: of each of these.
-        budget: bytes. A CalibrationError names a layer that does not fit by itself.
-    """
+    """The layers in groups that fit the budget, those with one input together; a CalibrationError if one cannot."""
     members: dict[str, list[str]] = {}
     for name in layers:
         members.setdefault(leaders.get(name, name), []).append(name)

@@ -29,18 +29,9 @@ PROBE = 512
 
 @dataclass(frozen=True)
 class CalibrationCost:
-    """What a calibration will take.
-
-    Attributes:
-        modules: that get a basis.
-        inputs: distinct inputs among theirs; each has one second moment.
-        passes: over the data, through the model: one for each group of modules that fits the budget.
-        tokens: of all passes together, padding included.
-        file_bytes: of the subspace file, without its header; at most so many, where an energy decides.
-        memory_bytes: beside the model: the largest group of second moments, and one decomposition.
-        budget_bytes: the limit for `memory_bytes`.
-        pass_seconds: of all passes, extrapolated from one batch that was run.
-        decomposition_seconds: counted operations, at the speed of one fp64 product that was run.
+    """What a calibration will take: distinct `inputs` of the `modules` that get a basis, `tokens` of all `passes` with
+    padding, at most `file_bytes`, `memory_bytes` beside the model, and times extrapolated from one batch and one
+    product.
     """
 
     modules: int
@@ -54,7 +45,6 @@ class CalibrationCost:
     decomposition_seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         return asdict(self)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_safety.calibration.bases import check_moment
-from peft_safety.calibration.grouped import GroupedMoments, task_moments
+from peft_safety.calibration.grouped import GroupedMoments
 from peft_safety.calibration.moments import to_batches
 from peft_safety.calibration.token_rows import TokenRows
 from peft_safety.core.projection import project_out
@@ -33,12 +33,8 @@ TASK_ENERGY = 0.99
 
 @dataclass(frozen=True)
 class TaskShare:
-    """What a null space leaves of a task's inputs at one module.
-
-    Attributes:
-        free: `E||P x||^2 / E||x||^2`.
-        rank: directions that hold `TASK_ENERGY` of the inputs.
-        rank_free: the same of `P x`.
+    """What a null space leaves of a task's inputs at one module: `free` is `E||P x||^2 / E||x||^2`; `rank` directions
+    hold `TASK_ENERGY` of the inputs, and `rank_free` of `P x`.
     """
 
     free: float
@@ -48,13 +44,8 @@ class TaskShare:
 
 @dataclass(frozen=True)
 class ModuleCoverage:
-    """One module's null space.
-
-    Attributes:
-        features, k: input dimensions, and how many of them are taken.
-        covered: share of the calibration data's energy inside; None where the subspace does not say.
-        curve: share inside the first 1, 2, ..., k directions, `(k,)`; empty where the subspace does not say.
-        task: None without task data.
+    """One module's null space, `k` of its `features`. `covered` is the share of the calibration data's energy inside,
+    `curve (k,)` that inside the first 1, 2, ..., k directions; None and empty where the subspace does not say.
     """
 
     name: str
@@ -95,19 +86,10 @@ def task_inputs(
     memory: str | int | None = None,
     progress: bool = True,
 ) -> tuple[GroupedMoments, dict[str, TaskShare]]:
-    """The second moments of a task's inputs at all tokens, and their share outside the null space of each layer; one
-    pass over the model without adapters, or several where the memory asks for them.
-
-    Args:
-        layers: base layers by name; those without an input basis, or that the task does not reach, are skipped.
-        rows: of the task: any rows, or tokenized batches.
-        tokenizer: for rows only.
-        ranks: compute the ranks too, two eigendecompositions for each distinct input.
-        memory: as in `activations.estimate`.
-
-    Raises:
-        CalibrationError: the subspace was calibrated on these rows; inputs are zero or not finite, or reach none of
-            the layers.
+    """The second moments of a task's inputs at all tokens, and their share outside the null space of each layer that
+    has an input basis and that the task reaches; with `ranks`, by two eigendecompositions for each input. A
+    CalibrationError says that the subspace was calibrated on these rows, or that inputs are zero or not finite, or
+    reach no layer.
     """
     layers = {name: layer for name, layer in layers.items() if "in" in subspace.bases.get(name, {})}
     batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
@@ -119,7 +101,7 @@ def task_inputs(
     if not layers:
         raise CalibrationError("the subspace has no input basis of any of the layers. Calibrate on this model.")
     widths = {name: subspace.bases[name]["in"].shape[1] for name in layers}
-    moments = task_moments(model, layers, batches, widths, memory=memory, progress=progress)
+    moments = GroupedMoments(model, layers, batches, widths, memory=memory, progress=progress)
     computed: dict[tuple[int, str], TaskShare] = {}
     shares = {}
     for name in filter(moments.reaches, layers):
@@ -129,9 +111,7 @@ def task_inputs(
             computed[key] = _share(moments.moment(name) if ranks else moments.operator(name), basis, name, ranks)
         shares[name] = computed[key]
     if not shares:
-        raise CalibrationError(
-            "the task data reach none of the layers with an input basis. Give rows of the task with tokens that count."
-        )
+        raise CalibrationError("the task data reach no layer with an input basis. Give rows with tokens that count.")
     return moments, shares
 
 

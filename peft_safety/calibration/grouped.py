@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,76 +14,53 @@ from peft_safety.calibration.token_rows import TokenRows
 
 
 class GroupedMoments:
-    """`InputMoments` of many layers. Reading a layer of another group runs the model again, so read them in order.
-
-    Args:
-        parts: the layers in groups.
-        watch: collects the moments of one.
+    """The `InputMoments` of all tokens, adapters off. `widths`: columns that each moment is multiplied by. Reading a
+    layer of another group runs the model again: go in order.
     """
 
     def __init__(
-        self, parts: Sequence[Mapping[str, nn.Module]], watch: Callable[[Mapping[str, nn.Module]], InputMoments]
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        batches: Sequence[Batch],
+        widths: Mapping[str, int],
+        *,
+        memory: str | int | None = None,
+        progress: bool = True,
     ) -> None:
-        self._parts, self._watch = parts, watch
-        self._place = {name: index for index, part in enumerate(parts) for name in part}
-        self._index, self._current = 0, watch(parts[0])
+        budget, tokens = bytes_of(memory, next(model.parameters()).device), attended(batches)
+        needs = {name: need(layer, tokens, widths[name]) for name, layer in layers.items()}
+        as_rows = [name for name, one in needs.items() if one.as_rows]
+        self._reading: dict[str, Any] = {"as_rows": as_rows, "progress": progress, "what": "task inputs"}
+        self._model, self._batches, self._parts = model, batches, [dict(layers)]
+        if together(needs.values()) > budget:
+            with adapters_off(model):
+                self._parts = groups(layers, inputs_of(model, layers, batches, "all"), needs, budget)
+        self._place = {name: index for index, part in enumerate(self._parts) for name in part}
+        self._index, self._current = 0, self._read(0)
 
     @property
     def tokens(self) -> int:
-        """Number of positions."""
         return self._current.tokens
+
+    def _read(self, index: int) -> InputMoments:
+        with adapters_off(self._model):
+            return collect(self._model, self._parts[index], self._batches, positions="all", **self._reading)
 
     def _of(self, name: str) -> InputMoments:
         if (index := self._place[name]) != self._index:
             del self._current  # before the next ones take their memory
-            self._index, self._current = index, self._watch(self._parts[index])
+            self._index, self._current = index, self._read(index)
         return self._current
 
     def reaches(self, name: str) -> bool:
-        """Whether any token reaches the layer."""
         return name in self._place and self._of(name).reaches(name)
 
     def leader(self, name: str) -> str:
-        """The first layer with the same input."""
         return self._of(name).leaders[name]
 
     def moment(self, name: str) -> Tensor:
-        """See `InputMoments.moment`."""
         return self._of(name).moment(name)
 
     def operator(self, name: str) -> Tensor | TokenRows:
-        """See `InputMoments.operator`."""
         return self._of(name).operator(name)
-
-
-def task_moments(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    batches: Sequence[Batch],
-    widths: Mapping[str, int],
-    *,
-    memory: str | int | None = None,
-    progress: bool = True,
-) -> GroupedMoments:
-    """The moments of all tokens, with the adapters of the model off.
-
-    Args:
-        widths: columns that the moment of each layer is multiplied by.
-        memory: as in `activations.estimate`.
-    """
-    budget = bytes_of(memory, next(model.parameters()).device)
-    tokens = attended(batches)
-    needs = {name: need(layer, tokens, widths[name]) for name, layer in layers.items()}
-    as_rows = [name for name, one in needs.items() if one.as_rows]
-    parts: list[dict[str, nn.Module]] = [dict(layers)]
-    with adapters_off(model):
-        if together(needs.values()) > budget:
-            parts = groups(layers, inputs_of(model, layers, batches, "all"), needs, budget)
-
-    def watch(part: Mapping[str, nn.Module]) -> InputMoments:
-        with adapters_off(model):
-            return collect(
-                model, part, batches, positions="all", as_rows=as_rows, progress=progress, what="task inputs"
-            )
-
-    return GroupedMoments(parts, watch)

@@ -1,7 +1,4 @@
-"""Layers without a basis: those that the data do not reach, and those too narrow to keep a direction free.
-
-The subspace's provenance lists them. An adapter leaves them out: they must not be trained unprotected.
-"""
+"""Layers without a basis, which adapters leave out too: they must not be trained unprotected."""
 
 from __future__ import annotations
 

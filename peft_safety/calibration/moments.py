@@ -13,6 +13,7 @@ import json
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,12 +31,9 @@ Positions = Literal["response", "prompt", "all"]
 
 
 class InputMoments:
-    """Accumulates the second moments of the inputs of some base layers while a model runs.
-
-    Attributes:
-        tokens: number of positions that count.
-        leaders: for each layer the first one that is fed the same tensor.
-        loose: layers whose input rows are not positions of the batch, so that all of them count.
+    """Accumulates the second moments of the inputs of base layers. `leaders` gives for each layer the first one that
+    is fed the same tensor; `loose` layers have input rows that are not positions of the batch, so that all of them
+    count.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], as_rows: Container[str] = ()) -> None:
@@ -49,22 +47,17 @@ class InputMoments:
         self._last: tuple[str, Tensor] | None = None
 
     def reaches(self, name: str) -> bool:
-        """Whether any token that counts has reached the layer."""
         return self.leaders.get(name) in self._moments
 
     def moment(self, name: str) -> Tensor:
-        """`S (n, n)` of one layer, fp64 (fp32 where the device has no fp64). Layers with the same input return the
-        same tensor. A CalibrationError says that the layer saw nothing that counts, or that `S` is not finite.
-        """
+        """`S (n, n)` of one layer, fp64 where the device has it; one tensor for layers with the same input."""
         result = self.operator(name)
         return result.dense() if isinstance(result, TokenRows) else result
 
     def operator(self, name: str) -> Tensor | TokenRows:
         """The same, or the rows behind it where they are kept."""
         if not self.reaches(name):
-            raise CalibrationError(
-                f"{name}: no token that counts reaches this layer. Give other data, or leave it out of target_modules."
-            )
+            raise CalibrationError(f"{name}: no token that counts reaches this layer. Give other data, or exclude it.")
         result = self._moments[self.leaders[name]]
         if not bool(result.isfinite().all()):
             raise CalibrationError(f"{name}: its inputs hold NaN or Inf. Load the model in float32.")
@@ -72,36 +65,31 @@ class InputMoments:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hook the layers for the duration of a block."""
         with ExitStack() as stack:
             for name, layer in self.layers.items():
-                stack.callback(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True).remove)
+                hook = partial(self._see, name)
+                stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
         self._last = None
 
     def expect(self, *masks: Tensor) -> None:
-        """Set the positions that count in the next batch: bool masks `(batch, tokens)`, the decoder's before the
-        encoder's."""
+        """Set the positions that count next, bool masks `(batch, tokens)`: the decoder's before the encoder's."""
         self._last, self._masks = None, masks
         self.tokens += sum(int(mask.sum()) for mask in masks)
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x, last = args[0] if args else next(iter(kwargs.values())), self._last
-            if last is not None and last[1] is x and self.leaders.setdefault(name, last[0]) == last[0]:
-                return  # the very same tensor: its leader has counted it
-            if self.leaders.setdefault(name, name) != name:
-                raise CalibrationError(
-                    f"{name}: shares its input with {self.leaders[name]} in some batches only. Calibrate it alone."
-                )
-            self._last = (name, x)
-            if self._masks:
-                self._add(name, selected(name, x, *self._masks))
-                counts_all = all(bool(mask.all()) for mask in self._masks)
-                if not counts_all and positions_of(x.shape[:-1], *self._masks) is None:
-                    self.loose.add(name)
-
-        return hook
+    def _see(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x, last = args[0] if args else next(iter(kwargs.values())), self._last
+        if last is not None and last[1] is x and self.leaders.setdefault(name, last[0]) == last[0]:
+            return  # the very same tensor: its leader has counted it
+        if self.leaders.setdefault(name, name) != name:
+            problem = f"{name}: shares its input with {self.leaders[name]} in some batches only"
+            raise CalibrationError(f"{problem}. Calibrate it alone.")
+        self._last = (name, x)
+        if self._masks:
+            self._add(name, selected(name, x, *self._masks))
+            counts_all = all(bool(mask.all()) for mask in self._masks)
+            if not counts_all and positions_of(x.shape[:-1], *self._masks) is None:
+                self.loose.add(name)
 
     @torch.no_grad()
     def _add(self, name: str, x: Tensor) -> None:
@@ -126,9 +114,8 @@ def positions_of(lead: Sequence[int], *masks: Tensor) -> Tensor | None:
     batch.
 
     Args:
-        lead: the input's shape without its features: `(batch, tokens)`, also flattened, or with further dimensions
-            (heads) after or between them; or `(batch,)` of a pooled input, which counts if any position of its
-            sequence does.
+        lead: `(batch, tokens)`, also flattened, or with further dimensions (heads) after or between them; or
+            `(batch,)` of a pooled input, which counts if any position of its sequence does.
         masks: `(batch, tokens)` bool each.
     """
     for mask in masks:
@@ -145,12 +132,8 @@ def positions_of(lead: Sequence[int], *masks: Tensor) -> Tensor | None:
 
 
 def selected(name: str, x: Tensor, *masks: Tensor) -> Tensor:
-    """The rows of a layer's input or output that count, `(rows, features)`, fp32.
-
-    Args:
-        x: `(..., features)`. All rows count where they are not positions of the batch, see `positions_of` (routed
-            experts, patches of images). A CalibrationError refuses what is no tensor.
-        masks: `(batch, tokens)` bool.
+    """The rows of `x (..., features)` that count, `(rows, features)`, fp32; all where they are not positions of the
+    batch (routed experts, patches of images). A CalibrationError refuses what is no tensor.
     """
     if not isinstance(x, Tensor) or x.ndim < 1:
         raise CalibrationError(f"{name}: a {type(x).__name__} is no rows of features. Leave it out of target_modules.")
@@ -170,13 +153,7 @@ def collect(
     progress: bool = True,
     what: str = "calibrating",
 ) -> InputMoments:
-    """Run every batch once, in eval mode, and return the moments at the positions that count.
-
-    Args:
-        batches: `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`.
-        positions: with attention, and with a label ("response"), without one ("prompt"), or either ("all").
-        as_rows: layers whose inputs are kept instead of their moment, see `TokenRows`.
-    """
+    """Run every batch once, in eval mode, and return the moments at the positions that count (see `counted`)."""
     moments = InputMoments(layers, as_rows)
     with moments.watching():
         run(model, batches, moments.expect, positions=positions, progress=progress, what=what)
@@ -211,12 +188,8 @@ def run(
     progress: bool = True,
     what: str,
 ) -> None:
-    """One pass over the batches in eval mode.
-
-    Args:
-        batches: tensors that the model's forward names (`pixel_values`, `token_type_ids`) are passed on.
-        expect: called before each batch with the positions that count, a `(batch, tokens)` bool mask; for an
-            encoder-decoder with the decoder's and the encoder's.
+    """One pass over the batches in eval mode. `expect` is called before each batch with the positions that count, a
+    `(batch, tokens)` bool mask; for an encoder-decoder with the decoder's and the encoder's.
     """
     from tqdm.auto import tqdm
 
@@ -266,7 +239,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def counted(labels: Tensor, attention: Tensor, positions: Positions) -> Tensor:
-    """Which positions count, `(batch, tokens)` bool."""
+    """Which positions count, `(batch, tokens)` bool: with a label ("response"), without one ("prompt"), or "all"."""
     attended = attention != 0
     if positions == "all":
         return attended
@@ -276,14 +249,7 @@ def counted(labels: Tensor, attention: Tensor, positions: Positions) -> Tensor:
 def to_batches(
     data: Rows, tokenizer: Any, *, batch_size: int, max_length: int, model: nn.Module | None = None
 ) -> tuple[list[Batch], str]:
-    """Rows or tokenized batches as batches, and a hash of their content. Rows of a prompt alone and complete rows may
-    be mixed.
-
-    Args:
-        data: whatever `as_rows` takes, except an iterator, which can be read only once. A CalibrationError refuses
-            no data, rows without a tokenizer, and batches without labels.
-        model: an encoder-decoder may have labels of another length than its inputs.
-    """
+    """Batches of rows or of tokenized batches, and their hash. Labels of an encoder-decoder `model` may be longer."""
     if isinstance(data, Iterator):
         raise CalibrationError(f"calibration data is a {type(data).__name__}, readable only once. Give list(data).")
     rows = as_rows(data, "calibration data", CalibrationError)
@@ -293,9 +259,7 @@ def to_batches(
         batches = [_check(i, batch, model is not None and is_encoder_decoder(model)) for i, batch in enumerate(rows)]
     else:
         if tokenizer is None:
-            raise CalibrationError(
-                "rows of text need tokenizer=. Pass the model's tokenizer, or tokenized batches with labels."
-            )
+            raise CalibrationError("rows of text need tokenizer=. Pass the model's, or tokenized batches with labels.")
         prompts = [row for row in rows if is_prompt_only(row)]
         complete = [row for row in rows if not is_prompt_only(row)]
         encoded = encode_prompts(tokenizer, prompts, max_length)

@@ -28,13 +28,8 @@ layers get a smaller basis than requested; for ordinary layers, a rank that is t
 
 @dataclass(frozen=True)
 class Size:
-    """How many directions of a layer: `rank` or `share`; or `energy`, capped by one of these or not at all.
-
-    Attributes:
-        rank: a number.
-        share: of the layer's features, in (0, 1).
-        energy: the smallest number that holds this share of the (second) moment, in (0, 1]; the cap if that is less.
-        most: never more than this (narrow layers).
+    """How many directions of a layer: `rank`; or a `share` of its features; or as many as hold `energy`, a share of
+    the moment, capped by one of these or not at all. Never more than `most` (narrow layers).
     """
 
     rank: int | None = None
@@ -58,9 +53,7 @@ class Size:
         return cls(share=rank, energy=energy) if isinstance(rank, float) else cls(rank=rank, energy=energy)
 
     def fixed(self, shape: tuple[int, int], side: Side, name: str) -> int | None:
-        """Directions to take on one side of a layer `(m, n)`, whose inputs span at most `n`; None where the energy
-        decides. A ConfigError refuses a rank that the layer does not have, or that leaves nothing to train.
-        """
+        """Directions on one side of a layer `(m, n)`, whose inputs span at most `n`; None where the energy decides."""
         d, n = shape[0 if side == "out" else 1], shape[1]
         if self.energy is not None:
             return None
@@ -92,15 +85,8 @@ def plan(
     sides: Sequence[Side],
     weights_only: bool = False,
 ) -> tuple[dict[str, dict[Side, Size]], list[str]]:
-    """The size of each basis by layer and side, and the layers that get none: with a single feature on a side,
-    nothing would be left to train. Narrow layers that cannot hold a rank take what they can, with one warning.
-
-    Args:
-        rank, energy, per_kind: as in `activations.estimate`.
-        weights_only: the bases are those of the weight, which has at most min(m, n) directions.
-
-    Raises:
-        ConfigError: a kind that no layer is of; a rank that an ordinary layer cannot hold; no layer has room.
+    """The size of each basis by layer and side, and the layers that get none, with a single feature on a side. Narrow
+    layers that cannot hold a rank take what they can. `weights_only`: the bases are those of the weight.
     """
     usual = Size.of(rank, energy)
     special = {kind: Size.of(x) if energy is None else Size.of(rank, x) for kind, x in (per_kind or {}).items()}
@@ -144,20 +130,7 @@ def kind_of(name: str) -> str:
 def check_size_options(
     safety_rank: Any, safety_energy: Any, safety_rank_pattern: Any, where: str, *, least: int = 1
 ) -> None:
-    """Check the size options of a config, recipe or command, before any model runs.
-
-    Args:
-        safety_rank: directions per module, an integer; or a share of its features, a float in (0, 1); None takes the
-            method's default.
-        safety_energy: the share of the energy to hold, in (0, 1]; `safety_rank` is then the cap.
-        safety_rank_pattern: other values by the end of a module's name: of the energy if `safety_energy` is given,
-            otherwise of the rank.
-        where: what the values belong to, for the errors.
-        least: smallest `safety_rank` without an energy.
-
-    Raises:
-        ConfigError: a value out of range.
-    """
+    """A ConfigError refuses size options of a config, recipe or command; `least`: smallest rank without an energy."""
     pattern = {} if safety_rank_pattern is None else safety_rank_pattern
     if not isinstance(pattern, Mapping) or not all(isinstance(kind, str) for kind in pattern):
         raise ConfigError(

@@ -1,6 +1,4 @@
-"""A second moment that is never made: `S = X^T X`, known by its products with the inputs `X` themselves. Where the
-data have fewer tokens than a layer has features, `X` is smaller than `S`, and a product takes no longer.
-"""
+"""A second moment `S = X^T X` that is never made: where the data have fewer tokens than a layer has features."""
 
 from __future__ import annotations
 
@@ -14,9 +12,7 @@ CHUNK = 512
 
 
 class TokenRows:
-    """The inputs of a layer at the tokens that count, `(tokens, n)` in all, with what `bases.input_basis` needs of a
-    moment. Products are in fp64 (fp32 where the device has none).
-    """
+    """The inputs `X (tokens, n)` of a layer, with what `bases.input_basis` needs of `S`, in fp64 (fp32 on mps)."""
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.parts: list[Tensor] = []
@@ -26,7 +22,6 @@ class TokenRows:
 
     @property
     def tokens(self) -> int:
-        """Rows so far."""
         return sum(part.shape[0] for part in self.parts)
 
     def add(self, x: Tensor) -> None:
@@ -34,25 +29,21 @@ class TokenRows:
         self.parts.append(x.clone())
 
     def isfinite(self) -> Tensor:
-        """One bool a batch."""
         return torch.stack([part.isfinite().all() for part in self.parts])
 
     def diagonal(self) -> Tensor:
-        """That of `S`, `(n,)`."""
         total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
         for x in self._chunks():
             total += x.square().sum(0)
         return total
 
     def __matmul__(self, q: Tensor) -> Tensor:
-        """`S q` of `q (n, width)`."""
         result = torch.zeros_like(q)
         for x in self._chunks():
             result.addmm_(x.mT, x @ q)
         return result
 
     def dense(self) -> Tensor:
-        """`S (n, n)`."""
         result = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         for x in self._chunks():
             result.addmm_(x.mT, x)

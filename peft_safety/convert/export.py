@@ -24,17 +24,11 @@ from peft_safety.registry.protection import assert_protected
 
 
 def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> Path:
-    """Write a protected adapter as plain LoRA. PEFT computes the same function from it without this package.
+    """Write a protected adapter as plain LoRA, atomically. PEFT computes the same function from it without this
+    package.
 
     The scaling is folded into `lora_B`, so `lora_alpha = r`. Module names are explicit. The rank is uniform (padded
     with zeros). An adapter with a residual has twice the rank: `A' = [A; A0]`, `B' = s [C B, -C B0]`.
-
-    Args:
-        model: a PeftModel, or a model with injected adapters.
-        directory: created if missing; published atomically.
-
-    Returns:
-        The directory.
 
     Raises:
         ProtectionError: the adapter is not protected any more, or a written factor would leak.
@@ -47,11 +41,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
 
 
 def export_directory(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Path:
-    """`export_lora` for a saved adapter: from directory to directory, no model is built.
-
-    Raises:
-        PeftSafetyError: the source is not a whole protected adapter, or trained other weights too.
-    """
+    """`export_lora` for a saved adapter: from directory to directory, no model is built."""
     if read_certificate(Path(source)) is not None:
         raise ConfigError(f"{source} is a plain LoRA already, with a certificate beside it. Copy it.")
     stored = check_adapter(Path(source), warn=True)

@@ -32,12 +32,8 @@ MergeTo = Literal["16bit", "nf4+residual", "nf4"]
 
 @dataclass(frozen=True)
 class MergedModule:
-    """What a merge did to one module's update.
-
-    Attributes:
-        norm: `||dW|| / ||W||`.
-        kept: `<change, dW> / ||dW||^2`, where `change` is that of the stored weights; nan for a zero update.
-        leak: `||U^T change|| / ||dW||`, the worst constrained side; None for a zero or unconstrained update.
+    """What a merge did: `||dW|| / ||W||`; `<change, dW> / ||dW||^2`, with the `change` of the stored weights, nan for
+    a zero update; and the worst side's `||U^T change|| / ||dW||`, None without a constraint.
     """
 
     module: str
@@ -48,19 +44,15 @@ class MergedModule:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """The merged model, and one row per module."""
-
     model: nn.Module
     to: MergeTo
     modules: list[MergedModule]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able: nan becomes None."""
         rows = [{**asdict(row), "kept": None if math.isnan(row.kept) else row.kept} for row in self.modules]
         return {"to": self.to, "modules": rows}
 
     def print(self) -> None:
-        """A table on the console."""
         from rich.console import Console
         from rich.table import Table
 
@@ -104,19 +96,15 @@ def merge_quantized(
     """Merge the active adapters of a model with quantized weights; layers without an adapter stay as they are.
 
     Args:
-        to: see the module's text.
+        to: see the module's text; the result of "nf4+residual" is a PeftModel with one plain LoRA.
         dtype: of the dense weights of "16bit". Rounding to bf16 moves the update by up to 0.4 % of the *weight*;
             float32 keeps the constraint.
         force: quantize again although most of the update is lost.
         verbose: print survival and leak of each module.
 
-    Returns:
-        The figures, and the base model without adapters, or for "nf4+residual" a PeftModel with one plain LoRA on it.
-
     Raises:
         LossyMergeError: "nf4" without `force`, with the figures of the worst module; nothing was changed.
-        ConfigError: adapters that trained other weights too, one that is merged already, or "nf4" for a weight of
-            another kind.
+        ConfigError: adapters that trained other weights too, one that is merged already, or "nf4" for another weight.
     """
     if to not in get_args(MergeTo):
         raise ConfigError(f"merge to {to!r}. Use one of {', '.join(map(repr, get_args(MergeTo)))}.")
@@ -180,7 +168,6 @@ def _part(model: PeftModel, base: nn.Module, name: str) -> _Part:
 
 
 def _refuse_requantizing(model: PeftModel, base: nn.Module, names: list[str], force: bool) -> None:
-    """Refuse before any layer is changed."""
     rows = []
     for part in (_part(model, base, name) for name in names):
         kind = weights.quantization(part.inner) or "dense"
@@ -216,7 +203,6 @@ def _dense(part: _Part, before: Tensor, dtype: torch.dtype) -> nn.Module:
 
 
 def _requantized(part: _Part, before: Tensor) -> nn.Module:
-    """The same 4-bit layer with a new weight of its kind."""
     from bitsandbytes.nn import Params4bit
 
     old: Any = part.inner.weight
@@ -248,8 +234,7 @@ def _with_plain(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> 
 
 
 def _bare(base: nn.Module) -> nn.Module:
-    """The base model without adapters, with a quantization config that matches its layers, so that it can be saved and
-    loaded."""
+    """The base model without adapters; its quantization config matches its layers, so that it can be saved."""
     if hasattr(base, "peft_config"):
         del base.peft_config
     config: Any = getattr(base, "config", None)

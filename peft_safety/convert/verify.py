@@ -28,17 +28,9 @@ from peft_safety.registry.frozen import check_certified, freezing
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked.
-
-    Attributes:
-        method: stored `peft_type`.
-        modules, ranks, protected: how many modules; LoRA ranks and subspace ranks that occur.
-        blindness_checked: False for a window without its null space: then `worst_leak` is the share of `lora_A`
-            outside the window, and only the provenance (`window_leak`) says how far that reaches into the null space.
-        worst_leak: largest `||U^T B|| / ||B||` of any module; with the null space of a window, `||A Q|| / ||A||`.
-        worst_orthonormality: largest `max|U^T U - I|`.
-        base_checked: whether the base weights were compared with the fingerprints.
-        unconstrained: trained tensors that no projection covers.
+    """`ranks` and `protected` are the LoRA ranks and subspace ranks that occur. `worst_leak` is the largest
+    `||U^T B|| / ||B||`; of a window the largest `||A Q|| / ||A||`, or without its null space the share of `lora_A`
+    outside.
     """
 
     directory: str
@@ -56,16 +48,8 @@ class Verification:
 
 @dataclass(frozen=True)
 class FrozenVerification:
-    """What was checked of a plain LoRA with a certificate: its `lora_A` factors are those that were made blind.
-
-    Attributes:
-        modules, protected: how many modules; sizes of their null spaces that occur.
-        blindness_checked: whether `worst_leak` was measured with the subspace's bases; else it is the certificate's.
-        worst_leak: largest `||A Q|| / ||A||` of any module.
-        base_checked: whether the base weights were compared with the subspace's fingerprints, which needs both.
-        subspace: digest of the bases.
-        settings: the method's options, as the certificate has them.
-        unconstrained: trained tensors that are no factors.
+    """What was checked of a plain LoRA with a certificate. `worst_leak`, the largest `||A Q|| / ||A||`, was measured
+    if `blindness_checked`; else it is the certificate's. `protected` are the sizes of the null spaces.
     """
 
     directory: str
@@ -82,13 +66,7 @@ class FrozenVerification:
 
 @dataclass(frozen=True)
 class RepairVerification:
-    """What was checked of an adapter that Safe LoRA has repaired: complete, finite, and the very factors that the
-    repair wrote.
-
-    Attributes:
-        modules, repaired: how many there are, and how many of them were projected.
-        record: options and both models, as `RepairReport.record`.
-    """
+    """What was checked of an adapter that Safe LoRA has repaired; the very factors that the repair wrote are there."""
 
     directory: str
     method: str
@@ -103,15 +81,11 @@ def verify(
     subspace: SafetySubspace | str | os.PathLike[str] | None = None,
 ) -> Verification | FrozenVerification | RepairVerification:
     """Check an adapter directory in full, without building a model: a protected one, one with a frozen factor and a
-    certificate, or one that Safe LoRA has repaired.
+    certificate, or one that Safe LoRA has repaired. A PeftSafetyError says what is wrong.
 
     Args:
-        directory: what `save_pretrained` wrote.
         model: a base model to compare with the shapes and the stored fingerprints; optional.
         subspace: the null space behind a certificate or a window, or its file, to check the blindness itself.
-
-    Raises:
-        PeftSafetyError: what is wrong, with the file, the module, the shapes and the remedy.
     """
     path = Path(directory)
     manifest = read_manifest(path, warn=False)
@@ -167,7 +141,9 @@ def _verify_frozen(
                     "Give the base that it was trained on."
                 )
     precisions = {name: modules[name].precision(a) or a.dtype for name, a in rows.items()}
-    leaks = {name: max(entry.leak, _rounding(precisions[name])) for name, entry in modules.items()}
+    # what rounding to 16 bits may let through; nothing for fp32
+    rounding = {name: 0.0 if p == torch.float32 else leak_tolerance(p) for name, p in precisions.items()}
+    leaks = {name: max(entry.leak, rounding[name]) for name, entry in modules.items()}
     if subspace is not None:
         space = _null_space(path, subspace, certificate.subspace, rows)
         for name, a in rows.items():
@@ -213,18 +189,11 @@ def _blindness(path: Path, space: SafetySubspace, name: str, a: Tensor, limit: f
     return share
 
 
-def _rounding(dtype: torch.dtype) -> float:
-    """What rounding to 16 bits may let through; nothing for fp32."""
-    return 0.0 if dtype == torch.float32 else leak_tolerance(dtype)
-
-
 def _verify_repair(path: Path) -> RepairVerification:
     plain = read_plain(path)
     record, factors = plain.record, {name: (factor.a, factor.b) for name, factor in plain.factors.items()}
     if record is None:
-        raise ProtectionError(
-            f"{path}: Safe LoRA was never applied, so the adapter is as unsafe as any LoRA. Run peft-safety repair."
-        )
+        raise ProtectionError(f"{path}: Safe LoRA was never applied: as unsafe as any LoRA. Run peft-safety repair.")
     if factor_digest(factors) != record.get("digest"):
         raise ProtectionError(
             f"{path}: the factors have changed since Safe LoRA was applied (trained on, combined or cast). Repair the "

@@ -1,8 +1,7 @@
-"""The adapter on disk: what a protected adapter directory must hold, and the check that it does.
+"""The adapter on disk: what a protected adapter directory must hold, and the check that it does, without any model.
 
 `adapter_config.json` is the manifest: it names the other files and their sha256, and carries one over itself.
-`adapter_model.safetensors` holds PEFT's plain keys with *projected* factors. `safety_subspace.safetensors` holds the
-bases, for exactly the modules of the adapter. Nothing here builds or needs a model.
+`adapter_model.safetensors` holds *projected* factors, `safety_subspace.safetensors` the bases of exactly its modules.
 """
 
 from __future__ import annotations
@@ -33,14 +32,8 @@ _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<kind>lora_[AB]\.(?
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """A checked adapter directory.
-
-    Attributes:
-        config: the JSON of `adapter_config.json`.
-        shapes: `{module: (out_features, in_features, rank)}`.
-        residual: whether it has frozen initial factors.
-        worst_leak: largest `||U^T B|| / ||B||` of any module.
-        extra_tensors: keys of tensors that no projection constrains (`modules_to_save`, resized embeddings).
+    """A checked directory. `shapes` are `{module: (out_features, in_features, rank)}`, `worst_leak` is the largest
+    `||U^T B|| / ||B||`, and `extra_tensors` are keys of tensors that no projection constrains.
     """
 
     directory: Path
@@ -60,20 +53,14 @@ class StoredAdapter:
 
 
 def protected_types() -> list[str]:
-    """Values of `peft_type` that promise a protected adapter: the methods that are registered with PEFT."""
+    """The values of `peft_type` that promise a protected adapter."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # importing PEFT registers them
 
     return [str(name) for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if hasattr(cls, "safety_artifact")]
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuse what a stored config of this package never holds: wrong types, numbers out of range, and regular
-    expressions, which can take forever to match.
-
-    Raises:
-        ArtifactError: a pattern, or a key of `rank_pattern` or `alpha_pattern`, that is not a full module name.
-        ConfigError: a number out of range.
-    """
+    """Refuse wrong types, numbers out of range, and patterns, which can take forever to match, in a stored config."""
     modules: Any = config.get("target_modules")
     saved = config.get("modules_to_save") or []
     if not _is_text_list(modules) or not all(_PLAIN_NAME.fullmatch(name) for name in modules):
@@ -91,30 +78,20 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_adapter(directory: Path, warn: bool = False) -> StoredAdapter:
-    """Check an adapter directory in full: files, hashes, keys, shapes, finiteness, orthonormality, and that the
-    factors do not leak. For `warn`, see `read_manifest`.
-
-    Raises:
-        ArtifactError: anything but the exact set of files and tensors, or a changed byte.
-        ConfigError: a number of the config that is out of range.
-        SubspaceError: bases that would not protect.
+    """Check files, hashes, keys, shapes, finiteness, orthonormality, and that no factor leaks. An ArtifactError
+    refuses anything but the exact set of files and tensors; a SubspaceError bases that would not protect.
     """
     config, path = plain_lora.read_manifest(directory, warn), directory / MANIFEST
     kind, types = config.get("peft_type"), protected_types()
     if kind not in types:
-        raise ArtifactError(
-            f"{path}: peft_type {kind!r} promises no protection. Give a directory of type {' or '.join(types)}."
-        )
+        raise ArtifactError(f"{path}: peft_type {kind!r} promises no protection. Give one of {' or '.join(types)}.")
     for file in directory.glob("adapter_model*"):
         if file.suffix in files.PICKLES:
             raise ArtifactError(f"{file} is a pickle and is never opened: it can run code. Remove it.")
     hashes, extra = _record(path, config)
     check_config(config, str(path))
     if config["safety_artifact"].get("config") != config_digest(config):
-        raise ArtifactError(
-            f"{path} is not the config that was saved (its sha256 differs; only {', '.join(FREE_FIELDS)} may change). "
-            "Copy or save it again."
-        )
+        raise broken(path, f"not the config that was saved (sha256 differs; only {', '.join(FREE_FIELDS)} may change)")
     for name, expected in hashes.items():
         file = files.child(directory, name)
         if not file.is_file():
@@ -174,7 +151,7 @@ def _is_text_list(value: Any) -> bool:
 
 
 def _record(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """Of the `safety_artifact` entry: the files' hashes, and the keys of the extra tensors."""
+    """The files' hashes, and the keys of the extra tensors, as the manifest says."""
     record = config.get("safety_artifact")
     hashes = record.get("files") if isinstance(record, dict) and record.get("subspace") == SUBSPACE_FILE else None
     if not isinstance(record, dict) or not isinstance(hashes, dict):
@@ -192,9 +169,7 @@ def _record(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], list
 def _check_factors(
     path: Path, config: Mapping[str, Any], subspace: SafetySubspace, method: Any, extra: Sequence[str]
 ) -> tuple[dict[str, tuple[int, int, int]], float]:
-    """`StoredAdapter.shapes` and `worst_leak`. `method` is PEFT's config; `extra` are keys of tensors that are no
-    factors.
-    """
+    """`StoredAdapter.shapes` and `worst_leak`; `method` is PEFT's config."""
     kinds = ("weight", "initial") if method.residual else ("weight",)
     expected = {f"lora_{factor}.{kind}" for factor in "AB" for kind in kinds}
     factors: dict[str, dict[str, str]] = {}

@@ -45,17 +45,14 @@ def supported(layer: nn.Module) -> bool:
 
 
 def check_readable(layer: nn.Module, name: str) -> None:
-    """Refuse, by an UnsupportedLayerError with the name and kind, a layer whose weight, whole or sharded, is not
-    dense, bitsandbytes 4-bit or 8-bit, or transformers' FP8.
-    """
+    """An UnsupportedLayerError refuses what is not dense, bitsandbytes 4-bit or 8-bit, or transformers' FP8."""
     if not supported(layer):
         reason = "its weight is packed" if scales.is_packed(layer) else "it is no Linear, Conv1D or bitsandbytes layer"
         raise scales.refusal(layer, name, reason)
     weight = getattr(layer, "weight", None)
-    if type(layer).__name__ not in _BITSANDBYTES and (weight is None or is_whole(weight)):
-        problem = scales.unreadable(layer)
-        if problem is not None:
-            raise scales.refusal(layer, name, problem)
+    own = type(layer).__name__ not in _BITSANDBYTES and (weight is None or is_whole(weight))
+    if own and (problem := scales.unreadable(layer)) is not None:
+        raise scales.refusal(layer, name, problem)
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -85,12 +82,7 @@ def from_int8(values: Tensor, scale: Tensor) -> Tensor:
 
 @torch.no_grad()
 def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
-    """The weight as `(out_features, in_features)` on its own device: a dense one in its own precision and without a
-    copy, a quantized one in fp32. Every reader of a base weight comes through here.
-
-    Raises:
-        UnsupportedLayerError: a weight that is sharded, on the meta device, or of an unknown kind.
-    """
+    """The weight `(out_features, in_features)` on its own device: a dense one as it is, a quantized one in fp32."""
     check_readable(layer, name)
     weight: Any = layer.weight
     hook: Any = getattr(layer, "_hf_hook", None)
@@ -129,7 +121,7 @@ def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
 
 
 def _unpacked(weight: Any) -> tuple[Tensor, Any]:
-    """A 4-bit weight and its state in the usual layout. In eval mode on a CPU, bitsandbytes may have repacked it."""
+    """A 4-bit weight and its state in the usual layout, also where bitsandbytes has repacked it."""
     if not _is_packed(weight):
         return weight.data, weight.quant_state
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
@@ -165,9 +157,8 @@ def unpacked(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def stay_unpacked(model: nn.Module) -> None:
-    """Unpack the 4-bit weights of this model, and keep bitsandbytes from packing them again: no gradient passes
-    through a packed weight, and nothing says so. One forward in eval mode on a CPU with AVX512-BF16 packs them. An
-    adapter's gradient passes through all layers above it, so all 4-bit layers are meant.
+    """Unpack the 4-bit weights of this model, and keep bitsandbytes from packing them again, as one forward in eval
+    mode on a CPU with AVX512-BF16 does: no gradient passes through a packed weight, and nothing says so.
     """
     layers = _repacking(model)
     if layers:
@@ -181,7 +172,6 @@ def stay_unpacked(model: nn.Module) -> None:
 
 @cache
 def _say_unpacked() -> None:
-    """Warn, once in a process."""
     logging.getLogger(__name__).warning(
         "This model trains an adapter on 4-bit weights: bitsandbytes' packed format for CPUs with AVX512-BF16 is "
         "switched off for it, because no gradient passes through packed weights. Other models keep it."
@@ -190,9 +180,7 @@ def _say_unpacked() -> None:
 
 @torch.no_grad()
 def merge_survival(layer: nn.Module, delta: Tensor, name: str) -> float:
-    """Share of an update `dW (out_features, in_features)` that a merge into this quantized layer would keep:
-    `<Q(W + dW) - W, dW> / ||dW||^2`; nan for a zero update. The layer is not changed.
-    """
+    """What a merge into this k-bit layer keeps of `dW (out, in)`: `<Q(W + dW) - W, dW> / ||dW||^2`; nan for zero."""
     before = dense_weight(layer, name)
     delta = delta.to(before)
     return float(((requantized(layer, delta, name) - before) * delta).sum() / delta.square().sum())
@@ -240,16 +228,13 @@ def _sampled(m: int, n: int) -> tuple[Tensor, Tensor]:
 
 
 def distance(values: Tensor, reference: Tensor) -> float:
-    """Relative distance of two fingerprints."""
     return float((values - reference).norm() / reference.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def check_fingerprints(
     expected: Mapping[str, Tensor], layers: Mapping[str, nn.Module], *, quantized: bool = False
 ) -> None:
-    """Compare recorded fingerprints `(SAMPLES,)` with the base layers of the same names. A SubspaceError names the
-    worst module. `quantized`: whether the fingerprints were taken from quantized weights.
-    """
+    """Compare fingerprints `(SAMPLES,)` with the layers of the same names. A SubspaceError names the worst."""
     quantized = quantized or any(quantization(layer) for layer in layers.values())
     limit = DISTANCE_QUANTIZED if quantized else DISTANCE_DENSE
     common = sorted(expected.keys() & layers.keys())

@@ -1,8 +1,5 @@
-"""What is written beside a plain LoRA whose `lora_A` was made blind to a null space and then frozen.
-
-`adapter_config.json` and `adapter_model.safetensors` are plain LoRA, for every loader. `safety_certificate.json` says
-which null space (its digest), and holds the sha256 of each `lora_A`. With the subspace, the blindness itself can be
-checked; without it, only that these are the factors that were made blind.
+"""What is written beside a plain LoRA whose `lora_A` was made blind to a null space and then frozen. With the
+subspace, the blindness can be checked; without it, only that these are the factors that were made blind.
 """
 
 from __future__ import annotations
@@ -31,13 +28,7 @@ CASTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 
 @dataclass(frozen=True)
 class FrozenFactor:
-    """One module's `lora_A`.
-
-    Attributes:
-        sha256: by dtype, of the factor in that dtype (see `digest`).
-        k: directions of the null space.
-        leak: `||A Q|| / ||A||` in fp32.
-    """
+    """One module's `lora_A`: its `digest` by dtype, the null space's `k`, and `||A Q|| / ||A||` in fp32."""
 
     sha256: dict[str, str]
     k: int
@@ -45,7 +36,6 @@ class FrozenFactor:
 
     @classmethod
     def of(cls, a: Tensor, k: int, worst: float) -> FrozenFactor:
-        """Of a factor `(r, n)` whose leak is known."""
         return cls({name: digest(a.to(dtype)) for name, dtype in CASTS.items()}, k, worst)
 
     def precision(self, a: Tensor) -> torch.dtype | None:
@@ -59,15 +49,7 @@ class FrozenFactor:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The content of the file.
-
-    Attributes:
-        method: the method's name, as `PEFT_KEY`.
-        subspace: digest of the null space's bases.
-        settings: the method's own options, to read.
-        modules: the frozen factors by module.
-        directory: where it was read from; None for one that was not.
-    """
+    """The content of the file. `method` is its `PEFT_KEY`, `subspace` the digest of the null space."""
 
     method: str
     subspace: str
@@ -86,16 +68,11 @@ class Certificate:
 
 
 def certified_factor(a: Tensor, basis: Tensor) -> FrozenFactor:
-    """A new factor `(r, n)` that is blind to the span of a basis `(n, k)`."""
     return FrozenFactor.of(a, int(basis.shape[1]), leak(basis.to(a.device), a, "in"))
 
 
 def read_certificate(directory: Path) -> Certificate | None:
-    """The certificate of an adapter directory; None without one.
-
-    Raises:
-        ArtifactError: it is malformed, or no file.
-    """
+    """The certificate of an adapter directory; None without one. A malformed one is an ArtifactError."""
     path = directory / FILE_NAME
     if not os.path.lexists(path):
         return None
@@ -115,9 +92,7 @@ def read_certificate(directory: Path) -> Certificate | None:
 
 
 def digest(a: Tensor) -> str:
-    """sha256 of a factor: dtype, columns, and the bytes of its rows up to the last that is not zero. PEFT pads with
-    zero rows for compiled hot-swapping.
-    """
+    """sha256 of a factor without the zero rows at its end, with which PEFT pads for compiled hot-swapping."""
     a = a.detach().cpu().contiguous()
     used = a.ne(0).any(dim=1).nonzero()
     rows = a[: int(used[-1]) + 1 if len(used) else 0].contiguous()

@@ -1,12 +1,11 @@
-"""Weights of a model by module name, without building it: a directory of safetensors (one file or shards), a Hub id,
-or a model that is already loaded. A dense weight is read in blocks of input columns, and a file is mapped only while
-one of its tensors is being read, so that memory does not grow with the model.
+"""Weights of a model by module name, without building it: from safetensors files, a Hub id, or a loaded model. Dense
+ones are read in blocks of columns, so that memory does not grow with the model.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,13 +31,7 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 
 @dataclass(frozen=True)
 class Matrix:
-    """One weight `W (out_features, in_features)`, whatever its storage.
-
-    Attributes:
-        quantization: "4bit", "8bit", "fp8" or None.
-        block: `(start, stop)` -> columns `start:stop`, `(out_features, stop - start)`, in the stored precision (fp32
-            if quantized).
-    """
+    """One weight `W (out_features, in_features)`. `block(start, stop)` gives columns, in fp32 if it is quantized."""
 
     shape: tuple[int, int]
     quantization: str | None
@@ -46,7 +39,6 @@ class Matrix:
 
     @classmethod
     def of(cls, weight: Any, quantization: str | None) -> Matrix:
-        """A weight in memory."""
         return cls((weight.shape[0], weight.shape[1]), quantization, lambda start, stop: weight[:, start:stop])
 
 
@@ -56,21 +48,15 @@ class Weights(Protocol):
     label: str
 
     def open(self, name: str, transposed: bool = False) -> AbstractContextManager[Matrix]:
-        """The weight of a module, by its full name in the base model; `transposed` for transformers' Conv1D, stored
-        `(in, out)`. A missing weight, or one of a kind that cannot be read, is a CheckpointError.
-        """
+        """A CheckpointError says that the weight cannot be read. `transposed`: of a Conv1D, stored `(in, out)`."""
 
 
 def open_weights(source: str | os.PathLike[str] | nn.Module) -> Weights:
-    """The weights of a directory with safetensors, of a Hub id, or of a model (its adapters, if any, do not count). A
-    CheckpointError says that nothing can be read there; pickles are never opened.
-    """
+    """The weights of a directory with safetensors, of a Hub id, or of a model without its adapters."""
     return ModuleWeights(source) if isinstance(source, nn.Module) else FileWeights(os.fspath(source))
 
 
 class ModuleWeights:
-    """The weights of a loaded model."""
-
     def __init__(self, model: nn.Module) -> None:
         self.layers = base_layers(model)
         self.label = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
@@ -87,8 +73,6 @@ class ModuleWeights:
 
 
 class FileWeights:
-    """The weights in safetensors files."""
-
     def __init__(self, source: str) -> None:
         self.label = source
         self.directory = Path(source) if Path(source).is_dir() else _download(source)
@@ -145,8 +129,23 @@ class FileWeights:
 
     @cached_property
     def _renamed(self) -> dict[str, str]:
-        """`{key: key in the model}` as transformers loads this checkpoint."""
-        return _model_keys(self.directory, self.place)
+        """`{key in the file: key in the model}` as transformers renames weights while it loads them, except for those
+        that it fuses or splits; empty for an unknown architecture. No code of the checkpoint is run.
+        """
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightRenaming, rename_source_key
+        except ImportError:
+            return {}  # transformers 4 keeps the names
+        model = _skeleton(self.directory)
+        if model is None:
+            return {}
+        transforms = get_model_conversion_mapping(model)
+        renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+        others = [one for one in transforms if not isinstance(one, WeightRenaming)]
+        state, prefix = model.state_dict(), model.base_model_prefix
+        renamed = {key: rename_source_key(key, renamings, others, prefix, state) for key in self.place}
+        return {key: name for key, (name, fused) in renamed.items() if fused is None}
 
     def _dequantized(self, key: str, dtype: str) -> tuple[Tensor, str]:
         """A bitsandbytes weight, from the tensors stored with it."""
@@ -187,9 +186,7 @@ def _tensor_files(directory: Path) -> dict[str, str]:
             held |= dict.fromkeys(handle.keys(), name)
     for key in index:
         if key not in held:
-            raise CheckpointError(
-                f"{directory}: {INDEX} names {key}, which no shard holds. Copy the whole checkpoint."
-            )
+            raise CheckpointError(f"{directory}: {INDEX} names {key}, which no shard holds. Copy all of it.")
     return held
 
 
@@ -204,29 +201,7 @@ def _download(source: str) -> Path:
         raise CheckpointError(f"{source!r} is no directory, and no Hub checkpoint in reach ({reason}).") from error
 
 
-def _model_keys(directory: Path, keys: Iterable[str]) -> dict[str, str]:
-    """`{key in the file: key in the model}` as transformers renames weights while it loads them. Empty where it knows
-    no such architecture; no code of the checkpoint is run. Weights that are fused or split on the way are left out.
-    """
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:
-        return {}  # transformers 4 keeps the names
-    model = _skeleton(directory)
-    if model is None:
-        return {}
-    renamings: list[Any] = []
-    others: list[Any] = []
-    for transform in get_model_conversion_mapping(model):
-        (renamings if isinstance(transform, WeightRenaming) else others).append(transform)
-    state = model.state_dict()
-    renamed = {key: rename_source_key(key, renamings, others, model.base_model_prefix, state) for key in keys}
-    return {key: name for key, (name, fused) in renamed.items() if fused is None}
-
-
 def _skeleton(directory: Path) -> Any:
-    """The model of a checkpoint without its weights, or None."""
     import transformers
 
     if not (directory / "config.json").is_file():

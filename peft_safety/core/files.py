@@ -40,7 +40,6 @@ def child(directory: Path, name: str) -> Path:
 
 
 def is_plain(name: Any) -> bool:
-    """Whether a name is a printable file name without separators."""
     if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable() or any(c in name for c in "/\\"):
         return False
     try:
@@ -50,7 +49,6 @@ def is_plain(name: Any) -> bool:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file, read in one streamed pass."""
     try:
         with path.open("rb") as file:
             return sha256_of(file.fileno())
@@ -78,9 +76,7 @@ def drop(path: Path) -> None:
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from a file: at most `limit` bytes, 16 levels deep, no duplicate key, no NaN or Infinity. Anything
-    else is an ArtifactError.
-    """
+    """A JSON object of at most `limit` bytes and 16 levels, without duplicate keys and NaN; else an ArtifactError."""
     if path.exists() and not path.is_file():  # opening a named pipe would wait forever
         raise ArtifactError(f"{path} is not a regular file. Point at a directory that save_pretrained wrote.")
     try:
@@ -121,7 +117,6 @@ def parse_json(raw: bytes | str, where: str, limit: int = MAX_JSON_BYTES) -> dic
 
 
 def _depth(value: Any, level: int = 1) -> int:
-    """Nesting depth of objects and lists; counting stops just above the limit."""
     if not isinstance(value, (dict, list)):
         return level - 1
     if level > MAX_JSON_DEPTH:
@@ -131,9 +126,8 @@ def _depth(value: Any, level: int = 1) -> int:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file. Its header has been checked against its size, and no tensor is read yet. An
-    ArtifactError says that it is missing, truncated, no safetensors file (pickles are never opened), or holds too many
-    tensors.
+    """Open a safetensors file, of which no tensor is read yet. An ArtifactError refuses what is missing, truncated,
+    too many tensors, or another kind of file (pickles are never opened).
     """
     if path.suffix in PICKLES:
         raise ArtifactError(f"{path} is a pickle, which can run code: it is never opened. Convert it to safetensors.")

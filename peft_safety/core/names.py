@@ -51,7 +51,6 @@ def original(module: nn.Module) -> nn.Module:
 
 
 def own_name(name: str) -> str:
-    """A module's name without the parts that wrappers add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
@@ -65,7 +64,7 @@ def walk(model: nn.Module, shared: bool = False) -> Iterator[tuple[str, str, nn.
     root = next(name for name, module in model.named_modules() if module is base)
     inside: tuple[str, ...] = ()
     for name, module in base.named_modules(remove_duplicate=not shared):
-        if inside and name.startswith(inside):
+        if name.startswith(inside):
             continue
         if isinstance(module, BaseTunerLayer):
             inside = (*inside, f"{name}.")
@@ -88,19 +87,13 @@ def relocated(key: str, prefixes: Mapping[str, str]) -> str:
 
 def exclude_look_alikes(config: Any, existing: Iterable[str]) -> None:
     """Set `exclude_modules` so that the full names in `target_modules` match no other module that ends like them."""
-
-    def matched(name: str) -> bool:
-        parts = name.split(".")
-        return any(".".join(parts[start:]) in config.target_modules for start in range(1, len(parts)))
-
-    others = [name for name in existing if name not in config.target_modules and matched(name)]
+    ends = tuple(f".{name}" for name in config.target_modules)
+    others = [name for name in existing if name not in config.target_modules and name.endswith(ends)]
     config.exclude_modules = "|".join(map(re.escape, others)) or None
 
 
 def pin(config: Any, modules: Mapping[str, tuple[int, float]], existing: Mapping[str, str] | None = None) -> None:
-    """Make a LoRA config mean exactly these modules, `{own name: (rank, alpha)}`. `existing` are the `places` of the
-    model; without them, other modules whose names end like these are not excluded.
-    """
+    """Make a LoRA config mean exactly the modules `{own name: (rank, alpha)}`. `existing` are the model's `places`."""
     places = existing or {}
     wanted = {places.get(name, name): value for name, value in modules.items()}
     config.target_modules = set(wanted)
@@ -117,8 +110,8 @@ _LETTER = re.compile(r"\\?.")
 
 def pattern_value(patterns: Mapping[str, T] | None, module: str, default: T) -> T | None:
     """What PEFT takes from `rank_pattern` or `alpha_pattern` for a module: the value of the first match. No regular
-    expression is run: keys that are names (`_NAME`; `.` stands for any character) are compared, others are skipped if
-    they certainly end differently, and else the result is None, unknown.
+    expression is run: keys that are names are compared, others are skipped if they certainly end differently, and else
+    the result is None, unknown.
     """
     vague = False
     for key, value in (patterns or {}).items():
@@ -155,9 +148,7 @@ def listed(names: Collection[str]) -> str:
 
 
 def exclusion_pattern(names: Iterable[str], others: Iterable[str]) -> str:
-    """A regular expression for `exclude_modules` that matches the full names of these modules and of no others.
-    Numbered layers become one term where possible: `model\\.layers\\.\\d+\\.mlp\\.gate`.
-    """
+    """A pattern for `exclude_modules` that matches exactly these names, numbered layers by one term if possible."""
     names = set(names)
     others = set(others) - names
     broad = {exact: re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", exact) for exact in map(re.escape, names)}

@@ -70,11 +70,8 @@ NOT_PROTECTED = {
 
 @dataclass(frozen=True)
 class Factors:
-    """The update `s B A` of one module: `a (r, n)`, `b (m, r)`.
-
-    Attributes:
-        scaling: `s`; NaN where only a regular expression in the config says what alpha is.
-        transposed: whether the checkpoint stores the base weight as `(n, m)`.
+    """The update `s B A` of one module: `a (r, n)`, `b (m, r)`, and `s`, NaN where only a regular expression in the
+    config says what alpha is. `transposed`: the checkpoint stores the base weight as `(n, m)`.
     """
 
     a: Tensor
@@ -89,14 +86,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class PlainLoRA:
-    """A checked adapter directory.
-
-    Attributes:
-        fields: the JSON of `adapter_config.json`.
-        factors: by module, in the order of the layers.
-        extra: other trained tensors, by key (`modules_to_save`, token rows).
-        record: of a Safe LoRA repair, if there was one.
-    """
+    """A checked directory. `extra` are trained tensors that are no factors, `record` is of a Safe LoRA repair."""
 
     fields: dict[str, Any]
     config: LoraConfig
@@ -106,15 +96,11 @@ class PlainLoRA:
 
 
 def broken(where: Path | str, problem: str) -> ArtifactError:
-    """The error for a file that does not hold what an adapter holds."""
     return ArtifactError(f"{where}: {problem}. Copy or save the adapter again.")
 
 
 def check_sizes(fields: Mapping[str, Any], where: str) -> None:
-    """Refuse, by a ConfigError, what PEFT accepts but is not usable: a rank that is not an integer in [1, 65536], an
-    alpha that is not finite and in (0, 1e6], a dropout outside [0, 1), or a pattern that is not a table of such
-    numbers.
-    """
+    """Refuse, by a ConfigError, ranks, alphas, dropouts and patterns of them that PEFT accepts but are not usable."""
     values = {}
     for kind in ("rank_pattern", "alpha_pattern"):
         table = fields.get(kind) or {}
@@ -151,7 +137,7 @@ def check_features(
 
 
 def check_plain(config: Any, what: str) -> None:
-    """Refuse, by a ConfigError, an adapter that is protected or whose update is not `s B A` on the base weights."""
+    """Refuse, by a ConfigError, an adapter that is protected or whose update is not `s B A`."""
     if hasattr(config, "safety_artifact"):
         kind = type(config).__name__
         raise ConfigError(f"{what} is protected ({kind}); the result would not be. Use peft_safety.export_lora first.")
@@ -159,12 +145,7 @@ def check_plain(config: Any, what: str) -> None:
 
 
 def read_manifest(directory: Path, warn: bool = True) -> dict[str, Any]:
-    """The bounded JSON of a directory's `adapter_config.json`. `warn`: say so where an interrupted save left old
-    files.
-
-    Raises:
-        ArtifactError: not a directory, a mixture of two saves, or no such JSON.
-    """
+    """The bounded JSON of a directory's `adapter_config.json`; an ArtifactError refuses a mixture of two saves."""
     if not directory.is_dir():
         raise ArtifactError(f"{directory} is not a directory. Give the directory that save_pretrained wrote.")
     publish.require_whole(directory, warn=warn)
@@ -183,16 +164,13 @@ def config_of(fields: Mapping[str, Any], path: Path) -> Any:
         raise broken(path, f"not a config of this PEFT ({error})") from error
 
 
-def read_plain(directory: Path) -> PlainLoRA:
-    """Read and check a plain LoRA directory, repaired by Safe LoRA or not. Runs no pickle and no regular expression of
-    it.
-
-    Raises:
-        ArtifactError: files or factors are missing, not finite, or of a wrong shape or dtype; a tensor that no plain
-            LoRA has; a protected adapter under another name.
-        ConfigError: an adapter of another kind, an unsupported feature (see `check_plain`), or a number out of range.
+def read_plain(directory: Path, warn: bool = True) -> PlainLoRA:
+    """Read and check a plain LoRA directory, repaired by Safe LoRA or not, without running a pickle or a regular
+    expression of it. An ArtifactError refuses factors that are missing, not finite, or of a wrong shape or dtype,
+    other tensors, and a protected adapter under another name; a ConfigError other adapters and features (see
+    `check_plain`).
     """
-    fields, path = read_manifest(directory), directory / MANIFEST
+    fields, path = read_manifest(directory, warn), directory / MANIFEST
     kind, protected = fields.get("peft_type"), fields.get("safety_artifact") is not None
     if kind not in PLAIN_TYPES:
         hint = " It is a protected adapter; peft-safety export makes a plain LoRA of it." if protected else ""
@@ -263,7 +241,6 @@ def scaling_of(alpha: float, rank: int, fields: Mapping[str, Any]) -> float:
 
 
 def stored_record(directory: Path) -> dict[str, Any] | None:
-    """The record of a Safe LoRA repair in the header of the adapter's file, or None."""
     path = directory / ADAPTER_FILE
     if not path.is_file():
         return None
@@ -276,21 +253,20 @@ def _record(handle: Any, path: Path) -> dict[str, Any] | None:
     return None if text is None else files.parse_json(text, str(path))
 
 
-def stamp(directory: Path, record: Mapping[str, Any]) -> None:
-    """Write the record of a repair into the header of an adapter that PEFT has just saved."""
-    path = directory / ADAPTER_FILE
+def rewrite(path: Path, renamed: Callable[[str], str] = str, record: Mapping[str, Any] | None = None) -> None:
+    """Write an adapter's file again where keys change, or with the record of a repair in its header."""
     with files.open_tensors(path) as handle:
+        if record is None and all(renamed(key) == key for key in handle.keys()):  # noqa: SIM118
+            return
         metadata = handle.metadata() or {}
-        tensors = {key: handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
-    _save_tensors(tensors, path, {**metadata, RECORD: json.dumps(dict(record))})
+        tensors = {renamed(key): handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
+    _save_tensors(tensors, path, metadata if record is None else {**metadata, RECORD: json.dumps(dict(record))})
 
 
 def plain_config(
     pairs: Mapping[str, tuple[Tensor, Tensor]], like: Mapping[str, Any], places: Mapping[str, str] | None = None
 ) -> LoraConfig:
-    """The config of `(A, s B)` by module: full names, and alpha = rank in every module. Base model, task type and
-    `fan_in_fan_out` are those of the fields `like`; for `places`, see `names.pin`.
-    """
+    """The config of `(A, s B)` by module, with full names and alpha = rank; other fields are as in `like`."""
     from peft import LoraConfig
 
     ranks = {name: a.shape[0] for name, (a, _) in pairs.items()}
@@ -335,14 +311,7 @@ def write_plain(
     records: Mapping[str, Any] | None = None,
     more: Callable[[Path], object] | None = None,
 ) -> None:
-    """Publish a plain LoRA directory atomically: the adapter's file, the model card and the config.
-
-    Args:
-        tensors: by PEFT's keys.
-        config: a config, or the fields of one.
-        records: JSON values for the header of the adapter's file, by key.
-        more: writes further files into the folder that it is given.
-    """
+    """Publish a plain LoRA directory atomically. `records` go into its header; `more` writes further files into it."""
     fields = config if isinstance(config, Mapping) else config.to_dict()
     fields = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
     header = {key: json.dumps(value) for key, value in (records or {}).items()}

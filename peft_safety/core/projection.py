@@ -47,11 +47,7 @@ def coefficients(u: Tensor, w: Tensor, side: Side) -> Tensor:
 
 def project_out(u: Tensor, w: Tensor, side: Side = "out") -> Tensor:
     """Remove from a factor what its constraint forbids: `w - U (U^T w)`, `w - (w U) U^T`, or for a window all but
-    `(w U) U^T`. Differentiable and self-adjoint.
-
-    Args:
-        u: basis `(d, k)`, orthonormal columns.
-        w: factor, `(d, r)` for `side="out"`, `(r, d)` for `"in"` and `"window"`; same dtype as `u`.
+    `(w U) U^T`. Basis and factor have one dtype. Differentiable and self-adjoint.
 
     Reference: SaLoRA, arXiv 2501.01765, with `C = I - U U^T` applied to the weight instead of to the activations.
     """
@@ -85,9 +81,7 @@ def _full_precision() -> bool:
 
 @torch.no_grad()
 def leak(u: Tensor, w: Tensor, side: Side = "out") -> float:
-    """`||U^T w||_F / ||w||_F` in [0, 1], the share of a factor in the protected span (or outside its window); 0 for a
-    zero factor. In fp64.
-    """
+    """Share of a factor in the protected span (or outside its window), `||U^T w||_F / ||w||_F`, in fp64."""
     u, w = u.double(), w.double()
     total = float(torch.linalg.vector_norm(w))
     return float(torch.linalg.vector_norm(coefficients(u, w, side))) / total if total > 0 else 0.0
@@ -140,7 +134,7 @@ def orthonormalize(x: Tensor) -> Tensor:
 @torch.no_grad()
 def union(u: Tensor | None, x: Tensor) -> Tensor:
     """Orthonormal basis `(d, k')` of the span of a basis `u (d, k)`, or None, and of further columns `x (d, l)`. The
-    basis comes first and unchanged; columns in the span of others, up to `UNION_TOLERANCE`, add nothing. In fp64.
+    basis comes first and unchanged; columns in the span of others, up to `UNION_TOLERANCE`, add nothing.
     """
     own = torch.linalg.svd(x.double(), full_matrices=False)
     independent = own.U[:, UNION_TOLERANCE * own.S[:1].clamp(min=torch.finfo(torch.float64).tiny) < own.S]
@@ -166,17 +160,8 @@ def top_left_singular(
     oversampling: int = OVERSAMPLING,
     iterations: int = POWER_ITERATIONS,
 ) -> tuple[Tensor, Tensor]:
-    """Top left singular vectors of `W X`, given `W` and the second moment `S = X X^T`, by randomized subspace
-    iteration; deterministic for a seed. Nothing larger than `m x (rank + oversampling)` is made, but for more than
-    half of all directions one dense SVD of `W S^(1/2)` is cheaper and exact.
-
-    Args:
-        weight: `W (m, n)`.
-        moment: `S (n, n)`, symmetric positive semi-definite; `None` means the identity.
-        rank: wanted vectors, `1 <= rank <= m`.
-
-    Returns:
-        `(U (m, rank), s (rank,))`, `s` descending, in the dtype of `weight`.
+    """`(U (m, rank), s (rank,))` of `W X`, descending, given `W (m, n)` and `S = X X^T (n, n)` (None: the identity),
+    by randomized subspace iteration, or one dense SVD of `W S^(1/2)` for more than half of all directions.
     """
     m = weight.shape[0]
     width = min(rank + oversampling, m)
@@ -211,8 +196,7 @@ def top_eigenvectors(
         width: vectors iterated. The last few are oversampling: not accurate.
         like: a tensor of the dtype and on the device to compute in.
 
-    Returns:
-        Orthonormal `(dimension, width)` and the Ritz values `(width,)`, descending.
+    Returns: orthonormal `(dimension, width)` and the Ritz values `(width,)`, descending.
 
     Reference: Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4 with a Rayleigh-Ritz step.
     """

@@ -33,9 +33,7 @@ def is_fp8(layer: nn.Module) -> bool:
 
 
 def scale_of(layer: nn.Module, name: str) -> Tensor:
-    """The scales of an FP8 layer in fp32, in a shape that broadcasts over its weight `(out, in)`. Missing scales, or a
-    shape that says nothing of what they scale, are an UnsupportedLayerError.
-    """
+    """The scales of an FP8 layer in fp32, in a shape that broadcasts over its weight `(out, in)`."""
     weight: Any = layer.weight
     scale = getattr(layer, FP8_SCALES[type(layer).__name__], None)
     where = f"{name}: {type(layer).__name__} of {weight.dtype} {tuple(weight.shape)}"
@@ -55,12 +53,10 @@ def scale_of(layer: nn.Module, name: str) -> Tensor:
 
 
 def from_fp8(layer: nn.Module, name: str) -> Tensor:
-    """The weight `(out, in)` of an FP8 layer times its scales, as fp32."""
     return layer.weight.detach().float() * scale_of(layer, name)  # type: ignore[union-attr, operator]
 
 
 def requantized_fp8(layer: nn.Module, delta: Tensor, name: str) -> Tensor:
-    """`Q(W + dW)` of an FP8 layer with its present scales, as fp32."""
     scale, dtype = scale_of(layer, name), layer.weight.dtype
     limit = torch.finfo(dtype).max  # type: ignore[arg-type]
     return ((from_fp8(layer, name) + delta) / scale).clamp(-limit, limit).to(dtype).float() * scale  # type: ignore[call-overload, arg-type]
@@ -86,7 +82,6 @@ def is_packed(layer: nn.Module) -> bool:
 
 
 def refusal(layer: nn.Module, name: str, reason: str) -> UnsupportedLayerError:
-    """The error for a layer whose weight cannot be read."""
     return UnsupportedLayerError(f"{name}: this {type(layer).__name__} is not supported: {reason}. {READABLE}")
 
 

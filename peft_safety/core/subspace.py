@@ -1,8 +1,4 @@
-"""SafetySubspace: the frozen low-rank bases of a model's layers, and where they came from.
-
-One subspace serves many adapters. Modules with the same input (q/k/v, gate/up) may share a basis: it is then one
-tensor in memory and on disk.
-"""
+"""SafetySubspace: the frozen low-rank bases of a model's layers, and where they came from."""
 
 from __future__ import annotations
 
@@ -37,9 +33,9 @@ class SafetySubspace:
 
     Args:
         bases: `{module: {"out": (out_features, k), "in": (in_features, k)}}`, either side or both, orthonormal
-            columns. One tensor given to several modules stays one. In fp16 or bf16 they are orthonormal up to their
-            rounding, and what is protected is the span of the rounded columns (see `rounded`). `{"window":
-            (in_features, m)}` instead are directions in which `lora_A` may train, see `guardspace.directions.windows`.
+            columns. One tensor given to several modules stays one. In fp16 or bf16, what is protected is the span of
+            the rounded columns (see `rounded`). `{"window": (in_features, m)}` instead are directions in which
+            `lora_A` may train.
         spectra: singular values behind each basis, `(k,)`, descending; optional.
         fingerprints: sampled base weights by module (`weights.fingerprint`); `bind` adds them.
         provenance: JSON-able facts: method, data hash, rank, tokens, seed.
@@ -49,8 +45,8 @@ class SafetySubspace:
         bases: orthonormal fp32 bases of the same spans; the same tensors where they were given in fp32.
 
     Raises:
-        SubspaceError: no basis, or one that is not finite, has k < 1 or k >= d, or is not orthonormal; spectra or
-            fingerprints of another shape, or not finite. Names the module and the shape.
+        SubspaceError: no basis, or one that is not finite or orthonormal, or has k < 1 or k >= d; spectra or
+            fingerprints of another shape, or not finite.
     """
 
     def __init__(
@@ -83,15 +79,7 @@ class SafetySubspace:
 
     @classmethod
     def from_activations(cls, model: nn.Module, data: Any, **options: Any) -> SafetySubspace:
-        """Estimate a subspace in one streaming pass over a model. Layers that no token reaches, or that have a single
-        feature, are left out, with one warning; see `left_out`.
-
-        Args:
-            model: a language model, dense or quantized.
-            data: rows `{prompt, response}`, `{messages}` or `{text, label}` (needs `tokenizer=`), or tokenized batches
-                (`input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`).
-            **options: `tokenizer`, `rank`, `target_modules`, ...; see `calibration.activations.estimate`.
-        """
+        """Estimate from one pass over `data`; see `calibration.activations.estimate`. Warns of layers left out."""
         from peft_safety.calibration.activations import estimate
         from peft_safety.calibration.leaving_out import announced
 
@@ -99,9 +87,7 @@ class SafetySubspace:
 
     @classmethod
     def from_weights(cls, model: nn.Module, **options: Any) -> SafetySubspace:
-        """The top singular directions of every target weight, dense or quantized. For the options (`rank`, `sides`,
-        `target_modules`, ...), see `peft_safety.calibration.weights.estimate_from_weights`.
-        """
+        """The top singular directions of every target weight; see `calibration.weights.estimate_from_weights`."""
         from peft_safety.calibration.leaving_out import announced
         from peft_safety.calibration.weights import estimate_from_weights
 
@@ -116,16 +102,8 @@ class SafetySubspace:
         rank: int | None = None,
         **hub: Any,
     ) -> SafetySubspace:
-        """From a file, a directory that holds `safety_subspace.safetensors`, or a Hub repository id.
-
-        Args:
-            modules: read the bases of these modules only; None reads all.
-            rank: read at most this many directions of each basis, the first ones.
-            hub: `revision`, `token`, `cache_dir` for `huggingface_hub.hf_hub_download`.
-
-        Raises:
-            SubspaceError: nothing there, or its content is malformed.
-            ArtifactError: not a readable safetensors file.
+        """From a file, a directory that holds `safety_subspace.safetensors`, or a Hub id (`hub`: options of
+        `hf_hub_download`): the bases of all `modules` or of these, with at most `rank` directions each.
         """
         path = subspace_file.locate(source, **hub)
         content = subspace_file.read(path, modules, rank)
@@ -140,26 +118,16 @@ class SafetySubspace:
         return source.restricted(modules) if isinstance(source, SafetySubspace) else cls.load(source, modules=modules)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file (into `path/safety_subspace.safetensors` when `path` is a directory). Atomic and
-        deterministic: equal subspaces give equal bytes. The bases are written as they are, see `rounded`.
-
-        Raises:
-            ArtifactError: it cannot be written; what was there is unchanged.
-            SubspaceError: provenance that is no JSON.
+        """Write the file (`path/safety_subspace.safetensors` for a directory), atomically; equal subspaces give equal
+        bytes.
         """
-        kinds = {"basis": self.stored, "spectrum": self.spectra}
-        tensors = {
-            f"{kind}.{side}.{name}": x
-            for kind, table in kinds.items()
-            for name, sides in table.items()
-            for side, x in sides.items()
-        }
-        tensors |= {f"fingerprint.{name}": values for name, values in self.fingerprints.items()}
+        tensors = {f"fingerprint.{name}": values for name, values in self.fingerprints.items()}
+        for kind, table in (("basis", self.stored), ("spectrum", self.spectra)):
+            tensors |= {f"{kind}.{side}.{name}": x for name, sides in table.items() for side, x in sides.items()}
         return subspace_file.write(Path(path), tensors, self.provenance)
 
     @property
     def module_names(self) -> list[str]:
-        """Modules with a basis, sorted."""
         return sorted(self.bases)
 
     @property
@@ -188,14 +156,8 @@ class SafetySubspace:
 
     @classmethod
     def joined(cls, own: SafetySubspace | None, spans: Bases) -> SafetySubspace:
-        """A subspace with further directions protected. Spectra of the modules that grow are dropped.
-
-        Args:
-            own: None protects the further directions alone.
-            spans: `{module: {side: (d, l)}}`, any columns; modules and sides without a basis here get one.
-
-        Raises:
-            SubspaceError: nothing would be left to train in a module.
+        """With further directions `{module: {side: (d, l)}}` protected. A SubspaceError says that nothing is left to
+        train.
         """
         bases = {name: dict(sides) for name, sides in own.stored.items()} if own else {}
         spectra = {name: dict(sides) for name, sides in own.spectra.items()} if own else {}
@@ -219,11 +181,8 @@ class SafetySubspace:
         return SafetySubspace(bases, spectra, own.fingerprints, own.provenance)
 
     def beside(self, other: SafetySubspace) -> SafetySubspace:
-        """This subspace with the bases of another one on the other side of the same modules. What either of them
-        leaves out (see `left_out`) is left out; `other`'s provenance is kept under its side.
-
-        Raises:
-            SubspaceError: other modules, or both have a basis for one side of a module.
+        """This subspace with the bases of another one on the other side of the same modules (else a SubspaceError).
+        What either of them leaves out is left out; `other`'s provenance is kept under its side.
         """
         left_out = other.left_out | self.left_out
         both = [name for name in self.bases if name in other.bases]
@@ -245,7 +204,6 @@ class SafetySubspace:
         return SafetySubspace(bases, {name: s for name, s in spectra.items() if s}, prints, provenance)
 
     def restricted(self, names: Iterable[str]) -> SafetySubspace:
-        """The same subspace for some of its modules only."""
         kept = set(names)
         if not kept & set(self.bases):
             raise SubspaceError(f"{listed(kept)}: no basis for any of them (it has {listed(self.bases)}).")
@@ -256,19 +214,13 @@ class SafetySubspace:
         return part
 
     def rounded(self, dtype: str = DEFAULT_DTYPE) -> SafetySubspace:
-        """The subspace that the bases of this one span once they are rounded, as a file of half the size holds it.
-        Round before use: the spans differ by an angle of 3e-4 ("float16") or 2e-3 ("bfloat16"), and so do the digests.
-
-        Args:
-            dtype: "float16", "bfloat16", or "float32", which changes nothing.
+        """The subspace that the bases of this one span once they are rounded to "float16" or "bfloat16", as a file of
+        half the size holds it. Round before use: the spans differ by an angle of 3e-4 or 2e-3, and so do the digests.
         """
         if dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype!r}. Use one of {', '.join(DTYPES)}.")
-        made: dict[int, Tensor] = {}
-        bases = {
-            name: {side: made.setdefault(id(u), u.to(DTYPES[dtype])) for side, u in sides.items()}
-            for name, sides in self.bases.items()
-        }
+        made = {id(u): u.to(DTYPES[dtype]) for sides in self.bases.values() for u in sides.values()}
+        bases = {name: {side: made[id(u)] for side, u in sides.items()} for name, sides in self.bases.items()}
         return self if dtype == "float32" else SafetySubspace(bases, self.spectra, self.fingerprints, self.provenance)
 
     def randomized(self, seed: int = 0) -> SafetySubspace:
@@ -283,10 +235,8 @@ class SafetySubspace:
     def check_fits(
         self, layers: Mapping[str, nn.Module], sides: Sequence[Side] = ("out",), *, bind: bool = True
     ) -> None:
-        """Check this subspace against the base layers it is to protect; then `bind` it to them.
-
-        Raises:
-            SubspaceError: a layer without a basis, one of another shape, or other base weights; nothing has changed.
+        """Check this subspace against the layers it is to protect; then `bind` it to them. A SubspaceError names a
+        layer without a basis, of another shape, or of other weights; nothing has changed then.
         """
         lacking = self.lacking(layers, sides)
         if lacking:
@@ -298,9 +248,10 @@ class SafetySubspace:
             )
         for name, layer in layers.items():
             for side in sides:
-                kind, d = _features(side), weights.shape(layer)[0 if side == "out" else 1]
+                d, kind = weights.shape(layer)[0 if side == "out" else 1], "output" if side == "out" else "input"
                 if (shape := tuple(self.bases[name][side].shape))[0] != d:
-                    raise SubspaceError(f"{name}: the basis is {shape}, the layer has {d} {kind}. Calibrate again.")
+                    problem = f"{name}: the basis is {shape}, the layer has {d} {kind} features"
+                    raise SubspaceError(f"{problem}. Calibrate again.")
         quantized = self.provenance.get("precision", "dense") != "dense"
         weights.check_fingerprints(self.fingerprints, layers, quantized=quantized)
         if bind:
@@ -333,8 +284,9 @@ def _check_basis(u: Tensor, name: str, side: Side) -> None:
         raise SubspaceError(f"{what} is not (features, k) with k >= 1. Calibrate again.")
     d, k = u.shape
     if k >= d:
+        kind = "output" if side == "out" else "input"
         raise SubspaceError(
-            f"{name}: k = {k} directions of {d} {_features(side)} leave nothing to train. Use a rank below {d}, a "
+            f"{name}: k = {k} directions of {d} {kind} features leave nothing to train. Use a rank below {d}, a "
             "smaller energy, or leave it out."
         )
     if not bool(torch.isfinite(u).all()):
@@ -346,10 +298,6 @@ def _check_basis(u: Tensor, name: str, side: Side) -> None:
         raise SubspaceError(
             f"{what} is not orthonormal (max|U^T U - I| = {error:.2g}, limit {limit:.2g}). Calibrate again."
         )
-
-
-def _features(side: Side) -> str:
-    return "output features" if side == "out" else "input features"
 
 
 def _check_values(x: Tensor, shape: tuple[int, ...], what: str) -> None:

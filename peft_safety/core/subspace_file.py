@@ -1,9 +1,8 @@
 """The file of a safety subspace: plain safetensors.
 
 `basis.out.<module>` `(m, k)` and `basis.in.<module>` `(n, k)` have orthonormal columns, in fp32, or rounded to fp16 or
-bf16. `spectrum.*` holds the singular values, `fingerprint.<module>` samples of the base weights. The header holds the
-format's name with the provenance as JSON. A tensor that several modules share is stored once, and the header says who
-shares whose.
+bf16; then `spectrum.*` and `fingerprint.<module>`. The header holds the format's name with the provenance as JSON, and
+says which tensors are shared: they are stored once.
 """
 
 from __future__ import annotations
@@ -34,9 +33,7 @@ Bases = dict[str, dict[Side, Tensor]]
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> Path:
-    """Write the file, atomically; into `path/safety_subspace.safetensors` when `path` has no such suffix. For the
-    errors, see `SafetySubspace.save`.
-    """
+    """Write the file, atomically; into `path/safety_subspace.safetensors` when `path` has no such suffix."""
     if path.suffix != ".safetensors":
         path = path / FILE_NAME
     staged = path.with_name(f".{path.name}.{os.getpid()}")
@@ -67,9 +64,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, An
 def read(
     path: Path, modules: Collection[str] | None = None, rank: int | None = None
 ) -> tuple[Bases, Bases, dict[str, Tensor], dict[str, Any]]:
-    """Bases and spectra by module and side, fingerprints by module, and the provenance. For the arguments and errors,
-    see `SafetySubspace.load`. What is not asked for is not read.
-    """
+    """Bases, spectra, fingerprints and provenance; see `SafetySubspace.load`. What is not asked for is not read."""
     bases: Bases = {}
     spectra: Bases = {}
     fingerprints: dict[str, Tensor] = {}
@@ -117,7 +112,6 @@ def read(
 
 
 def _leading(handle: Any, key: str, rank: int | None) -> Tensor:
-    """A tensor, or its first `rank` columns."""
     part = handle.get_slice(key)
     last = part.get_shape()[-1:]
     whole: Tensor = handle.get_tensor(key) if rank is None or not last or last[0] <= rank else part[..., :rank]

@@ -41,7 +41,7 @@ def target_layers(
         packed: whether weights may be packed so that they cannot be read (GPTQ, AWQ, ...).
 
     Raises:
-        ConfigError: nothing matches, or no default is known. UnsupportedLayerError: a match that cannot be protected.
+        ConfigError, UnsupportedLayerError: nothing matches, or no default is known; a match that cannot be protected.
     """
     if target_modules is None:
         target_modules = _default(model)
@@ -65,7 +65,6 @@ def target_layers(
 
 
 def _named(layers: Mapping[str, nn.Module], wanted: Iterable[str] | str, field: str) -> dict[str, nn.Module]:
-    """The layers that `wanted` selects: a regular expression, or names and suffixes."""
     try:
         pattern = re.compile(wanted if isinstance(wanted, str) else rf"(.*\.)?({'|'.join(map(re.escape, wanted))})")
     except re.error as error:

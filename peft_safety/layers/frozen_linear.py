@@ -16,25 +16,14 @@ if TYPE_CHECKING:  # importing PEFT registers the methods, which import this mod
 
 
 class FrozenLinear(nn.Linear):
-    """`lora_A` with a weight `(r, in_features)` that takes no gradient.
-
-    Attributes:
-        behind: the layer's `lora_B` factors, and the adapter's name there.
-
-    The product is in the dtype of the trained factor behind it: PEFT and TRL cast the trained factors only.
-
-    Reference: LoRA-FA, arXiv 2308.03303.
+    """`lora_A` with a weight `(r, in_features)` that takes no gradient; see LoRA-FA, arXiv 2308.03303. The product is
+    in the dtype of the trained factor `behind` it, which alone PEFT and TRL cast.
     """
 
     behind: tuple[nn.ModuleDict, str]
 
     @classmethod
     def replacing(cls, linear: nn.Module, behind: nn.ModuleDict, adapter_name: str) -> FrozenLinear:
-        """A frozen layer around the very Parameter of `linear`.
-
-        Args:
-            behind: the layer's `lora_B` factors by adapter.
-        """
         weight: nn.Parameter = linear._parameters["weight"]  # type: ignore[assignment]
         leaf = cls(int(weight.shape[1]), int(weight.shape[0]), bias=False, device="meta")
         leaf.weight = weight.requires_grad_(False)
@@ -55,11 +44,8 @@ class FrozenLinear(nn.Linear):
 
 @torch.no_grad()
 def freeze(layer: LoraLayer, adapter_name: str, a: Tensor) -> None:
-    """Give a LoRA layer a frozen `lora_A`.
-
-    Args:
-        a: `(r', n)` with `r' <= r`; the other rows are zero. fp32 stays fp32, also on a half-precision base: rounded
-            to bf16 it would reach 1e-3 of its norm into the span that it avoids.
+    """Give a LoRA layer a frozen `lora_A`: `a (r', n)` with `r' <= r`, and zero rows. fp32 stays fp32, also on a
+    half-precision base: rounded to bf16 it would reach 1e-3 of its norm into the span that it avoids.
     """
     factor = layer.lora_A[adapter_name]
     weight = factor._parameters["weight"]
@@ -77,22 +63,15 @@ def freeze(layer: LoraLayer, adapter_name: str, a: Tensor) -> None:
 
 
 def check_frozen(factor: nn.Module, name: str, certified: FrozenFactor | None) -> None:
-    """Refuse a factor that is not frozen, or not the one that was made blind. A shard or a meta tensor is checked when
-    it is saved.
-
-    Raises:
-        ProtectionError: an ordinary module stands in its place, or its values are others.
-    """
+    """A ProtectionError refuses a factor that is not the frozen one. Shards and meta tensors are checked on saving."""
     if not isinstance(factor, FrozenLinear):
         raise ProtectionError(
-            f"{name}: a {type(factor).__name__} stands where the frozen lora_A belongs; something replaced it. Load "
-            "the adapter again."
+            f"{name}: a {type(factor).__name__} stands where the frozen lora_A belongs. Load the adapter again."
         )
     weight = factor.weight
     if weight.is_meta or hasattr(weight, "device_mesh") or weight.ndim != 2:
         return
     if certified is None or certified.precision(weight) is None:
         raise ProtectionError(
-            f"{name}: lora_A {tuple(weight.shape)} has changed, so the update may see the protected inputs. Load the "
-            "adapter again."
+            f"{name}: lora_A {tuple(weight.shape)} has changed, and may see protected inputs. Load the adapter again."
         )

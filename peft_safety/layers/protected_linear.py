@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,10 @@ from peft_safety.core.names import own_name
 from peft_safety.core.projection import Side
 from peft_safety.errors import ProtectionError
 from peft_safety.layers.frozen_linear import FrozenLinear
-from peft_safety.layers.layout import fresh, lay_out
-from peft_safety.layers.shared_bases import enlist, moved, placed
+from peft_safety.layers.shared_bases import leaves, moved, placed
 
+ALIGNMENT = 64
+"""Bytes. torch's allocator aligns to this on CPUs; a safetensors file only to eight."""
 DTYPE_READERS: set[CodeType] = set()
 """The forwards of PEFT's layers, which read `lora_A.weight` for its dtype only and need no fold. `registry` fills this
 set. A forward that is missing costs time, not safety.
@@ -54,13 +55,6 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-class _Decoding(NamedTuple):
-    """What the last decoded token computed with, and the state of the weight that it was made from."""
-
-    state: tuple[int, int, int]
-    factors: tuple[Tensor, Tensor | None]
-
-
 class ProtectedLinear(nn.Linear):
     """`lora_B` with `C = I - U U^T` before it (side "out"), `lora_A` with `C` behind it (side "in") or with the
     projection `U U^T` onto a window (side "window"), or an unconstrained factor with a residual.
@@ -69,8 +63,7 @@ class ProtectedLinear(nn.Linear):
         weight: the raw trainable factor, `(out_features, r)` for "out", else `(r, in_features)`.
         basis: `U (d, k)`, fp32, non-persistent, untouched by dtype casts; None for a factor that is not constrained.
         initial: the frozen initial factor (persistent, shape of `weight`) of a non-destructive residual, or None.
-            `lora_A` then gives `[A x; A0 x]`, and `lora_B` computes `C B a - B0 a0`: bit-identical to zero at
-            initialization, where both products are the same.
+            `lora_A` then gives `[A x; A0 x]`, and `lora_B` computes `C B a - B0 a0`: bit-identical to zero at first.
 
     Reference: SaLoRA, arXiv 2501.01765, section 4; the folding is ours.
     """
@@ -78,13 +71,12 @@ class ProtectedLinear(nn.Linear):
     basis: Tensor | None
     initial: Tensor | None
     side: Side
-    _decoding: _Decoding | None
+    _decoding: tuple[tuple[int, int, int], tuple[Tensor, Tensor | None]] | None
+    """The state of the weight at the last decoded token, and the factors that were made from it."""
 
     @classmethod
     def replacing(cls, linear: nn.Module, basis: Tensor | None, side: Side, residual: bool = False) -> ProtectedLinear:
-        """A leaf around the very Parameter of `linear`, on its device. `residual` allocates `initial`, zero until it
-        is set.
-        """
+        """A leaf around the very Parameter of `linear`, on its device. `residual` allocates `initial`, as zeros."""
         weight: nn.Parameter = linear._parameters["weight"]  # type: ignore[assignment]
         leaf = cls(int(linear.in_features), int(linear.out_features), bias=False, device="meta")  # type: ignore[arg-type]
         leaf.side, leaf.weight = side, weight
@@ -93,7 +85,7 @@ class ProtectedLinear(nn.Linear):
         initial = torch.zeros(weight.shape, device=device, dtype=weight.dtype) if residual else None
         leaf.register_buffer("initial", initial)
         leaf.training, leaf._decoding = linear.training, None
-        enlist(leaf)
+        leaves.add(leaf)
         return leaf
 
     def reset_parameters(self) -> None:
@@ -111,24 +103,20 @@ class ProtectedLinear(nn.Linear):
         return F.linear(trained, weight) - F.linear(frozen, initial)
 
     def factors(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The projected weight, and the frozen initial factor of a residual, in the same dtype.
-
-        Args:
-            x: the input `(..., tokens, features)`. A single token in eval mode, without gradients, is a step of
-                decoding: it takes the factors of the token before if nobody has written the weight since. A write
-                past torch's version counter (through `.data`) is seen by the next longer input; until then the old
-                update is computed, protected as ever.
+        """The projected weight, and the frozen initial factor of a residual, in the same dtype. A single token in eval
+        mode, without gradients, takes the factors of the token before if nobody has written the weight since. A write
+        past torch's version counter (through `.data`) is seen by the next longer input.
         """
         raw = self.raw()
         single = x is not None and x.shape[-2:-1] == (1,)
         decoding = single and not (self.training or torch.is_grad_enabled() or _traced() or _is_untracked(raw))
         last = self._decoding
-        if decoding and last is not None and last.state == _state(raw):
-            return last.factors
+        if decoding and last is not None and last[0] == _state(raw):
+            return last[1]
         weight = self.projected()
         result = weight, None if self.initial is None else self._projection(self.initial.to(weight.dtype))
         if decoding or last is not None:
-            self._decoding = _Decoding(_state(raw), result) if decoding else None
+            self._decoding = (_state(raw), result) if decoding else None
         return result
 
     def projected(self) -> Tensor:
@@ -159,9 +147,8 @@ class ProtectedLinear(nn.Linear):
 
     @torch.no_grad()
     def fold(self) -> bool:
-        """Replace the raw weight, and the frozen one, by its projection if it leaks. A weight that does not leak keeps
-        every bit. A weight that is not whole here (a shard, or on the meta device) is left alone: forwards project it,
-        and `folded_state` folds it when it is saved. Returns whether anything was written.
+        """Replace the raw weight, and the frozen one, by its projection if it leaks; returns whether it did. A weight
+        that is not whole here (a shard, or on the meta device) is left alone: `folded_state` folds it.
         """
         self._decoding = None
         weight = self.raw()
@@ -216,7 +203,7 @@ class ProtectedLinear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        enlist(self)
+        leaves.add(self)
 
     def extra_repr(self) -> str:
         k = 0 if self.basis is None else self.basis.shape[1]
@@ -253,6 +240,27 @@ def folded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
                 result[key] = factor.detach().clone()
                 projection.fold_(basis.to(factor.device), result[key], side)
     return result
+
+
+def fresh(tensor: Tensor) -> Tensor:
+    """The tensor itself if its layout is that of a new one (or it is a meta tensor or a shard), else a copy: a CPU's
+    BLAS chooses its kernels by strides and addresses, so a slice of an SVD, or of a file, gives other last bits.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
+        return tensor
+    if tensor.is_contiguous() and (tensor.device.type != "cpu" or tensor.data_ptr() % ALIGNMENT == 0):
+        return tensor
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
+def lay_out(module: nn.Module) -> bool:
+    """Give parameters of a module the layout of new tensors. Returns whether any changed."""
+    changed = False
+    for parameter in module._parameters.values():
+        if parameter is not None and (copy := fresh(parameter)) is not parameter:
+            parameter.data, changed = copy, True
+    return changed
 
 
 def lay_out_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -307,7 +315,6 @@ def _traced() -> bool:
 
 
 def _state(weight: Tensor) -> tuple[int, int, int]:
-    """What tells a written weight from an untouched one."""
     return id(weight), weight._version, weight.data_ptr()
 
 

@@ -12,13 +12,8 @@ from torch import Tensor
 
 _placed: dict[tuple[int, torch.device], tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]]] = {}
 """`(source, its version, copy)` by the id of the source and the device. Ids are reused, so the source is compared."""
-_leaves: weakref.WeakSet[Any] = weakref.WeakSet()
+leaves: weakref.WeakSet[Any] = weakref.WeakSet()
 """Every `ProtectedLinear` that lives: `rebase` must not overwrite a basis that another one uses."""
-
-
-def enlist(leaf: Any) -> None:
-    """Register a leaf while it lives."""
-    _leaves.add(leaf)
 
 
 def placed(source: Tensor, device: torch.device) -> Tensor:
@@ -31,7 +26,6 @@ def placed(source: Tensor, device: torch.device) -> Tensor:
 
 
 def moved(basis: Tensor, device: torch.device) -> Tensor:
-    """A leaf's basis on another device, shared as before."""
     return basis if basis.device == device else placed(basis, device)
 
 
@@ -55,13 +49,13 @@ def rebase(new: Mapping[Any, Tensor | None]) -> None:
     users: dict[int, list[Any]] = defaultdict(list)
     for leaf in new:
         users[id(leaf.basis)].append(leaf)
-    foreign = {id(leaf.basis) for leaf in list(_leaves) if leaf not in new}
-    for leaves in users.values():
-        old, basis = leaves[0].basis, new[leaves[0]]
-        alone = id(old) not in foreign and all(new[leaf] is basis for leaf in leaves)
+    foreign = {id(leaf.basis) for leaf in list(leaves) if leaf not in new}
+    for sharing in users.values():
+        old, basis = sharing[0].basis, new[sharing[0]]
+        alone = id(old) not in foreign and all(new[leaf] is basis for leaf in sharing)
         if alone and old is not None and basis is not None and old.shape == basis.shape:
             _remember(basis, old.copy_(basis))
             continue
-        for leaf in leaves:
+        for leaf in sharing:
             basis = new[leaf]
             leaf.basis = None if basis is None else placed(basis, leaf.raw().device)

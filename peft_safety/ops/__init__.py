@@ -1,7 +1,5 @@
-"""NF4 weights, adapters and projections as `torch.library` operations: they compile, differentiate, and run on any
-device.
-
-`backend_for` says which backend runs. Importing this package loads torch, but neither Triton nor bitsandbytes.
+"""NF4 weights, adapters and projections as `torch.library` operations. They compile, differentiate, and run anywhere.
+Importing this package loads torch, but neither Triton nor bitsandbytes.
 """
 
 from __future__ import annotations
@@ -33,23 +31,14 @@ _OPS: Any = torch.ops.peft_safety
 
 
 def nf4_dequant(q: QuantBundle, dtype: torch.dtype) -> Tensor:
-    """`W (n, k)` in fp32, bf16 or fp16 (other dtypes: OperationError), equal to the last bit to
-    `bitsandbytes.functional.dequantize_4bit`.
-    """
+    """`W (n, k)` in fp32, bf16 or fp16, equal to the last bit to `bitsandbytes.functional.dequantize_4bit`."""
     _check_dtype(dtype)
     return _OPS.nf4_dequant(*q, dtype)
 
 
 def nf4_merged(q: QuantBundle, a: Tensor, bp: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """`W + scale * B' A (n, k)`, in one pass over W and rounded once. Differentiable in the factors. In 16 bits the
-    sum holds a small update with noise only; see `exact` in `nf4_lora`.
-
-    Args:
-        a: `lora_A (r, k)`.
-        bp: the projected `lora_B (n, r)`.
-
-    Raises:
-        OperationError: shapes, devices or dtypes that do not fit.
+    """`W + scale * B' A (n, k)` of `lora_A (r, k)` and the projected `lora_B (n, r)`, rounded once. Differentiable in
+    the factors. In 16 bits the sum holds a small update with noise only; see `exact` in `nf4_lora`.
     """
     _check_dtype(dtype)
     _check_factors(q, a, bp)
@@ -74,11 +63,10 @@ def nf4_lora(
 
     Args:
         x: `(..., k)`, fp32, bf16 or fp16. All products are in this dtype with fp32 accumulation.
-        a: `lora_A (r, k)`, any float dtype.
-        bp: the projected `lora_B (n, r)`, any float dtype.
+        a, bp: `lora_A (r, k)` and the projected `lora_B (n, r)`, any float dtype.
         exact: base and adapter stay two paths at any size. In 16 bits a merged weight rounds `W + scale * B' A` to the
-            spacing of W's values: as much noise as rounding W itself makes, but for bf16 and an update of 1 % of W
-            (1024 x 1024) that is 0.23 of the update's length, 0.04 in a span of 32.
+            spacing of W's values: for bf16 and an update of 1 % of W (1024 x 1024), noise of 0.23 of the update's
+            length.
         x_adapter: the adapter's own input, like `x`, where dropout makes it another one. Implies two paths.
 
     Raises:
@@ -97,12 +85,8 @@ def nf4_lora(
 
 
 def project_out(u: Tensor, w: Tensor, side: Literal["out", "in"] = "out") -> Tensor:
-    """`w - u (u^T w)`, or `w - (w u) u^T` for side "in", as one op; differentiable in `w`.
-
-    Computed in the wider dtype of `u (d, k)` and `w` whatever autocast says, and returned in that of `w`.
-
-    Raises:
-        OperationError: shapes that do not fit.
+    """`w - u (u^T w)`, or `w - (w u) u^T` for side "in", as one op; differentiable in `w`. Computed in the wider dtype
+    of `u (d, k)` and `w` whatever autocast says, and returned in that of `w`.
     """
     fits = u.dim() == w.dim() == 2 and side in ("out", "in") and u.shape[0] == w.shape[0 if side == "out" else 1]
     if not fits:

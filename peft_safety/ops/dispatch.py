@@ -21,13 +21,8 @@ OLDEST_CAPABILITY = (8, 0)
 
 
 def backend_for(tensor: Tensor) -> tuple[Backend, str]:
-    """The backend for tensors like this one, with the reason.
-
-    `PEFT_SAFETY_BACKEND=reference` or `triton` decides; otherwise Triton on NVIDIA GPUs from compute capability 8.0
-    on, and the reference everywhere else.
-
-    Raises:
-        ConfigError: the variable has another value, or asks for Triton where it cannot run.
+    """The backend and the reason: as `PEFT_SAFETY_BACKEND` says (a ConfigError where that cannot run); otherwise
+    Triton on NVIDIA GPUs from compute capability 8.0 on, and the reference everywhere else.
     """
     wanted = os.environ.get(VARIABLE, "")
     if wanted not in ("", "auto", "reference", "triton"):
@@ -45,7 +40,6 @@ def backend_for(tensor: Tensor) -> tuple[Backend, str]:
 
 
 def _obstacle(device: torch.device) -> str | None:
-    """Why Triton cannot run on a device."""
     if not _has_triton():
         return "triton is not installed"
     if device.type == "cpu":

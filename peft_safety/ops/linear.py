@@ -19,11 +19,7 @@ take two paths; more rows take one product with the merged weight. bitsandbytes 
 def forward(
     x: Tensor, x_adapter: Tensor | None, q: QuantBundle, a: Tensor, bp: Tensor, scale: float, merged: bool
 ) -> tuple[Tensor, Tensor]:
-    """`(y (..., n), z (t, r))`; z is empty on the merged path.
-
-    There, z = x A^T is left to the backward pass, which alone needs it (for dB'): evaluation, and the first of the two
-    forwards of gradient checkpointing, do without that product, and nothing is kept for it.
-    """
+    """`(y (..., n), z (t, r))`; z, which only the backward pass needs, is empty on the merged path."""
     kernels = dispatch.backend(x)
     rows = x.reshape(-1, q.k)
     if merged:
@@ -50,11 +46,8 @@ def backward(
     split: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`(dX, dX_adapter, dA, dB')`, each empty where `needs` says that nobody wants it.
-
-    Args:
-        xa: what the adapter saw, `(..., k)`: x itself unless `split`.
-        split: the adapter's input was another tensor than the base's, so their gradients stay apart.
+    """`(dX, dX_adapter, dA, dB')`, each empty where `needs` says that nobody wants it. `xa (..., k)` is what the
+    adapter saw, another tensor than the base's input where `split`; their gradients then stay apart.
     """
     kernels = dispatch.backend(xa)
     dtype = xa.dtype

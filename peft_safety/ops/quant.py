@@ -20,8 +20,7 @@ class QuantBundle(NamedTuple):
     Attributes:
         wq: packed codes, uint8, `n * k / 2` bytes of any shape; the first of two values is in the high half of its
             byte.
-        absmax: the scale of each block, `(n * k / blocksize,)`: fp32, or uint8 codes if the scales are quantized
-            themselves (double quantization).
+        absmax: the scale of each block, `(n * k / blocksize,)`, fp32; or uint8 codes of them (double quantization).
         absmax2: fp32 scale of each block of `blocksize2` scale codes; None for plain scales, like the next two.
         code2: `(256,)` fp32, what a scale code stands for.
         offset: `()` fp32, added to every scale: `scale = code2[absmax] * absmax2 + offset`.
@@ -39,7 +38,6 @@ class QuantBundle(NamedTuple):
 
     @property
     def nested(self) -> bool:
-        """Whether the scales are quantized themselves."""
         return self.absmax2 is not None
 
 
@@ -56,18 +54,6 @@ def from_linear4bit(layer: nn.Module) -> QuantBundle | str:
 
 def from_quant_state(weight: Tensor, state: Any) -> QuantBundle | str:
     """A packed weight and its `QuantState` as a bundle that shares their memory, or the reason why not."""
-    refused = _refused(weight, state)
-    if refused is not None:
-        return refused
-    nested: tuple[Any, Any, Any, int] = None, None, None, 0
-    if state.nested:
-        offset = torch.as_tensor(state.offset, dtype=torch.float32, device=weight.device)
-        nested = state.state2.absmax, state.state2.code, offset, int(state.state2.blocksize)
-    n, k = map(int, state.shape)
-    return QuantBundle(weight.detach(), state.absmax, *nested[:3], n, k, int(state.blocksize), nested[3])
-
-
-def _refused(weight: Tensor, state: Any) -> str | None:
     if state.quant_type != "nf4":
         return f"quant_type {state.quant_type!r}, not NF4"
     if getattr(state, "packing_format_for_cpu", False):
@@ -78,7 +64,7 @@ def _refused(weight: Tensor, state: Any) -> str | None:
         return "a weight on the meta device, sharded, or not contiguous"
     if state.shape is None or len(state.shape) != 2:
         return f"a weight of shape {None if state.shape is None else tuple(state.shape)}, not a matrix"
-    n, k = state.shape
+    n, k = map(int, state.shape)
     if state.blocksize not in BLOCK_SIZES:
         return f"a block size of {state.blocksize}, not a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}"
     if k % state.blocksize:
@@ -86,23 +72,23 @@ def _refused(weight: Tensor, state: Any) -> str | None:
     blocks = n * k // state.blocksize
     if weight.numel() * 2 != n * k or state.absmax.numel() != blocks:
         return f"{weight.numel()} packed bytes and {state.absmax.numel()} scales for a {n} x {k} weight"
+    packed, absmax, sizes = weight.detach(), state.absmax, (n, k, int(state.blocksize))
     if not state.nested:
-        return None if state.absmax.dtype == torch.float32 else f"scales of {state.absmax.dtype}, not float32"
+        if absmax.dtype != torch.float32:
+            return f"scales of {absmax.dtype}, not float32"
+        return QuantBundle(packed, absmax, None, None, None, *sizes, 0)
     inner, size = state.state2, state.state2.blocksize
     dtypes = state.absmax.dtype, inner.absmax.dtype, inner.code.dtype
     if dtypes != (torch.uint8, torch.float32, torch.float32) or inner.code.numel() != 256:
         return f"quantized scales of {state.absmax.dtype} with a code of {inner.code.dtype}"
     if size < 1 or size & (size - 1) or inner.absmax.numel() != -(-blocks // size):
         return f"{inner.absmax.numel()} scales in blocks of {size} for {blocks} quantized scales"
-    return None
+    offset = torch.as_tensor(state.offset, dtype=torch.float32, device=weight.device)
+    return QuantBundle(packed, absmax, inner.absmax, inner.code, offset, *sizes, int(size))
 
 
 def require(bundle: QuantBundle | str, name: str = "the layer") -> QuantBundle:
-    """The bundle, or an error that says why there is none.
-
-    Raises:
-        OperationError: it is a reason.
-    """
+    """The bundle, or an OperationError that says why there is none."""
     if isinstance(bundle, str):
         raise OperationError(f"{name}: {bundle}. Quantize it with bnb_4bit_quant_type='nf4', or use PEFT's own path.")
     return bundle

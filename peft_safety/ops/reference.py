@@ -1,7 +1,4 @@
-"""The reference backend in plain torch: it runs anywhere, and the kernels are tested against it.
-
-W is equal to the last bit to `bitsandbytes.functional.dequantize_4bit`: `code * scale` in fp32, rounded once.
-"""
+"""The reference backend in plain torch, equal to the last bit to bitsandbytes; the kernels are tested against it."""
 
 from __future__ import annotations
 
@@ -50,7 +47,6 @@ def unrounded(q: QuantBundle) -> Tensor:
 
 
 def nf4_dequant(q: QuantBundle, dtype: torch.dtype) -> Tensor:
-    """`W (n, k)`."""
     return unrounded(q).to(dtype)
 
 

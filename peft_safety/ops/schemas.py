@@ -1,7 +1,5 @@
 """The operations as torch knows them: schemas, shapes, the function that runs, and derivatives for activations and
-factors (never for quantized weights or bases).
-
-A `QuantBundle` is nine arguments in its own order, so that compilers and other runtimes see plain tensors.
+factors. A `QuantBundle` is nine arguments in its own order, so that compilers see plain tensors.
 """
 
 from __future__ import annotations
@@ -35,9 +33,7 @@ SCHEMAS = {
 
 
 def _register(name: str, function: Callable[..., Any], fake: Callable[..., Any], bundle: int | None = 0) -> None:
-    """Register a function, for all devices, with what it returns for tensors without data. Both take one `QuantBundle`
-    in place of the nine arguments that start at place `bundle`.
-    """
+    """Register a function and a fake one. Both take a `QuantBundle` for the nine arguments from place `bundle` on."""
 
     def packed(args: tuple[Any, ...]) -> tuple[Any, ...]:
         if bundle is None:
@@ -54,14 +50,6 @@ def _register(name: str, function: Callable[..., Any], fake: Callable[..., Any],
     torch.library.define(f"peft_safety::{name}", SCHEMAS[name])
     torch.library.impl(f"peft_safety::{name}", "CompositeExplicitAutograd", without_autocast)
     torch.library.register_fake(f"peft_safety::{name}", lambda *args: fake(*packed(args)))
-
-
-def _dequant(q: QuantBundle, dtype: torch.dtype) -> Tensor:
-    return dispatch.backend(q.wq).nf4_dequant(q, dtype)
-
-
-def _merged(q: QuantBundle, *args: Any) -> Tensor:
-    return dispatch.backend(q.wq).nf4_merged(q, *args)
 
 
 def _weight_like(q: QuantBundle, *args: Any) -> Tensor:
@@ -114,10 +102,6 @@ def _project(u: Tensor, w: Tensor, left: bool) -> Tensor:
     return projection.project_wide(u, w, "out" if left else "in").contiguous()
 
 
-def _project_like(u: Tensor, w: Tensor, left: bool) -> Tensor:
-    return torch.empty_like(w, memory_format=torch.contiguous_format)
-
-
 def _project_keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     u, _, ctx.left = inputs
     ctx.save_for_backward(u)
@@ -127,11 +111,11 @@ def _project_gradient(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
     return (None, _OPS.project_out(*ctx.saved_tensors, dw, ctx.left), None)  # I - U U^T is its own adjoint
 
 
-_register("nf4_dequant", _dequant, _weight_like)
-_register("nf4_merged", _merged, _weight_like)
+_register("nf4_dequant", lambda q, dtype: dispatch.backend(q.wq).nf4_dequant(q, dtype), _weight_like)
+_register("nf4_merged", lambda q, *args: dispatch.backend(q.wq).nf4_merged(q, *args), _weight_like)
 _register("nf4_lora", linear.forward, _lora_like, bundle=2)
 _register("nf4_lora_backward", linear.backward, _gradients_like, bundle=3)
-_register("project_out", _project, _project_like, bundle=None)
+_register("project_out", _project, lambda u, w, left: w.new_empty(w.shape), bundle=None)
 torch.library.register_autograd("peft_safety::nf4_merged", _merged_gradients, setup_context=_merged_keep)
 torch.library.register_autograd("peft_safety::nf4_lora", _lora_gradients, setup_context=_lora_keep)
 torch.library.register_autograd("peft_safety::project_out", _project_gradient, setup_context=_project_keep)

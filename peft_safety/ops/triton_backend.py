@@ -76,7 +76,6 @@ def words(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Make the tensor's device the current one: Triton launches there."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
@@ -86,12 +85,10 @@ def _bundle(q: QuantBundle) -> tuple[Tensor, ...]:
 
 
 def nf4_dequant(q: QuantBundle, dtype: torch.dtype) -> Tensor:
-    """See `reference.nf4_dequant`."""
     return _weight(q, q.absmax, q.absmax, 0, 0.0, dtype)  # without ranks the factors are never read
 
 
 def nf4_merged(q: QuantBundle, a: Tensor, bp: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """See `reference.nf4_merged`."""
     return _weight(q, a.to(dtype).contiguous(), bp.to(dtype).contiguous(), a.shape[0], scale, dtype)
 
 

@@ -34,12 +34,8 @@ def weight_kernel(
     BLOCKSIZE: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr, HAS_LORA: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, BR: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """`out (n, k) = W`, or `W + scale * B' A`: a tile of `(BN, BK)`, rounded once.
-
-    Args:
-        code: the 16 values of NF4, fp32. A table in cached memory: 15 selects a value would be more arithmetic than
-            copying leaves time for.
-        a, bp: factors `(r, k)` and `(n, r)` in the dtype of the products.
+    """`out (n, k) = W`, or `W + scale * B' A` with factors `(r, k)` and `(n, r)`: a tile of `(BN, BK)`, rounded once.
+    `code` are the 16 values of NF4, fp32, in cached memory: 15 selects a value would be more arithmetic.
     """
     across = tl.cdiv(k, BK)
     pid = tl.program_id(0)
@@ -80,13 +76,8 @@ def partial_kernel(
     BLOCKSIZE: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BT: tl.constexpr, UNROLL: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """`partial[s] (t, n + r) = x [W; A]^T` over the s-th part of the columns, fp32: the rows of A are further tiles
-    behind those of W.
-
-    Args:
-        pairs: for each byte its two values in the dtype of x, as one 32-bit word: half the look-ups, and no arithmetic
-            on the values. The scales are applied in fp32 to the sum over a block.
-        split_chunks: chunks of `BK` columns in each part; `BK` divides the block size.
+    """`partial[s] (t, n + r) = x [W; A]^T` over the s-th part of the columns (`split_chunks` chunks of `BK`), fp32;
+    the rows of A are further tiles. `pairs`: for each byte its two values in the dtype of x, as one 32-bit word.
     """
     pid = tl.program_id(0)
     part = tl.program_id(1)

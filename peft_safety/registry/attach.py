@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -15,30 +15,18 @@ from peft_safety.core import base_weights as weights
 from peft_safety.core.names import listed
 from peft_safety.core.projection import Side
 from peft_safety.errors import ConfigError, SubspaceError, UnsupportedLayerError
-from peft_safety.layers import ProtectedLinear, rebase
+from peft_safety.layers import ProtectedLinear
 from peft_safety.layers.adapters import adapter_layers
+from peft_safety.layers.shared_bases import rebase
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry import frozen, reuse
 from peft_safety.registry.lora_layers import adopt
 
 
 def attach(
-    model: nn.Module,
-    adapter_name: str,
-    config: ProtectedConfig,
-    configs: Mapping[str, Any],
-    take_out: Callable[[Collection[str]], None],
+    model: nn.Module, adapter_name: str, config: ProtectedConfig, configs: Mapping[str, Any]
 ) -> Collection[str]:
-    """Put the protected leaves into freshly built LoRA layers. `reuse` says where their bases and factors come from.
-
-    Args:
-        config: the adapter's own one; results of calibration or loading are noted in it.
-        configs: all of the model's, by adapter.
-        take_out: removes the adapter's layers of these names again: those that the subspace leaves out.
-
-    Returns:
-        The names of the layers that were taken out.
-    """
+    """Put the protected leaves into freshly built LoRA layers. Returns the layers that the subspace leaves out."""
     has_leaves = bool(config.sides) or config.freezes
     layers = adapter_layers(model, adapter_name, packed=has_leaves and not config.residual)
     if not layers:
@@ -65,7 +53,6 @@ def attach(
         what = f"{listed(left_out)}: the subspace leaves out every layer of the adapter"
         raise SubspaceError(f"{what}. Use other target_modules, or calibrate on other data.")
     if left_out:
-        take_out(left_out)
         config._partial = True
         warn_left_out(left_out, len(layers), "the adapter, which does not train them")
         layers, base = (
@@ -111,9 +98,7 @@ def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedCo
 
 
 def sides(layer: LoraLayer, config: ProtectedConfig, name: str) -> Iterator[tuple[Any, Side, Tensor | None]]:
-    """The factors of a layer that are leaves, each with its side and basis: the constrained ones, and with a residual
-    both.
-    """
+    """The factors of a layer that are leaves, with side and basis: constrained ones, and with a residual both."""
     pairs: tuple[tuple[Any, Side], ...] = ((layer.lora_A, config.a_side), (layer.lora_B, "out"))
     for factor, side in pairs:
         if side in config.sides:

@@ -18,9 +18,7 @@ from peft_safety.methods.base import ProtectedConfig
 
 
 def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
-    """Check that a stored adapter fits this model (an ArtifactError), and that some layer can have the rank (a
-    ConfigError), before anything is changed.
-    """
+    """Check, before anything is changed, that a stored adapter fits, and that some layer can have the rank."""
     modules = {name: original(module) for name, _, module in walk(model)}
     certificate = config._certificate
     if certificate is not None and certificate.directory is not None and config._origin is None:
@@ -29,9 +27,7 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
     if config._stored is None:
         widest = max((min(shape) for shape in map(_shape, modules.values()) if shape), default=config.r)
         if config.r > widest:
-            raise ConfigError(
-                f"r={config.r}, but no linear layer of the model is wider than {widest}. Use a smaller r."
-            )
+            raise ConfigError(f"r={config.r}, but no linear layer is wider than {widest}. Use a smaller r.")
         return
     for name, (m, n, rank) in config._stored.shapes.items():
         base = modules.get(name)
@@ -55,9 +51,7 @@ def _shape(module: nn.Module | None) -> tuple[int, int] | None:
 def _check_extra(
     model: nn.Module, config: ProtectedConfig, directory: Path, extra_tensors: Sequence[str], targets: Container[str]
 ) -> None:
-    """Check that tensors other than factors are exactly those of `modules_to_save`, token rows or the model's own
-    embeddings, so that no other weight is replaced.
-    """
+    """Only `modules_to_save`, token rows and the model's embeddings may have tensors: no other weight is replaced."""
     saved = tuple(config.modules_to_save or ())
     if not saved and not extra_tensors:
         return

@@ -1,6 +1,4 @@
-"""Wrapped around PEFT's reading of configs: a config of this package, and its directory, are checked before PEFT reads
-it.
-"""
+"""Wrapped around PEFT's reading of configs: those of this package, and their directories, are checked before."""
 
 from __future__ import annotations
 
@@ -42,9 +40,7 @@ def config_from_pretrained(
     except (TypeError, ValueError) as error:
         if isinstance(error, PeftSafetyError) or not issubclass(cls, ProtectedConfig):
             raise
-        raise ArtifactError(
-            f"{source!r}: its adapter_config.json is not a {cls.__name__}: {error}. Save the adapter again."
-        ) from error
+        raise ArtifactError(f"{MANIFEST} of {source!r} is not a {cls.__name__}: {error}. Save it again.") from error
     if type(config) is LoraConfig:
         whole = local if local.is_dir() else _certified_folder(source, subfolder, kwargs)
         config = config if whole is None else certified(config, whole)
@@ -65,9 +61,7 @@ def config_from_pretrained(
 
 
 def get_peft_type(original: Callable[..., Any], cls: Any, model_id: str, **kwargs: Any) -> Any:
-    """PEFT asks for the type first. Where an interrupted save left no config, this error says so; PEFT would look for
-    the directory on the Hub.
-    """
+    """PEFT asks for the type first, and would look on the Hub where an interrupted save left no config."""
     folder = _checked_folder(model_id, kwargs.get("subfolder"), kwargs, warn=False)
     if folder is None:
         return original(cls, model_id, **kwargs)
@@ -115,9 +109,7 @@ def _check_file(path: Path) -> None:
 
 
 def _certified_folder(source: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path | None:
-    """The folder in the Hub's cache of an adapter with a certificate; None if the repository (offline: the cache) has
-    none. An ArtifactError says that nobody could tell.
-    """
+    """The folder in the Hub's cache of an adapter with a certificate; None without one; else an ArtifactError."""
     try:
         _fetch(source, CERTIFICATE, subfolder, kwargs)
         return _fetch(source, ADAPTER_FILE, subfolder, kwargs).parent
@@ -143,9 +135,7 @@ def _fetch(source: str | os.PathLike[str], name: str, subfolder: str | None, kwa
 
 
 def stored_config(stored: StoredAdapter) -> ProtectedConfig:
-    """The config of a checked directory, as loading would make it. A PeftSafetyError names a field that does not
-    fit the method.
-    """
+    """The config of a checked directory, as loading would make it."""
     config: ProtectedConfig = config_of(stored.config, stored.directory / MANIFEST)
     take_over(config, stored)
     return config

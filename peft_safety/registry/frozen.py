@@ -11,36 +11,32 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from peft_safety.core import files
 from peft_safety.core.base_weights import is_whole
 from peft_safety.core.certificate import FILE_NAME, Certificate, FrozenFactor, certified_factor, read_certificate
-from peft_safety.core.plain_lora import ADAPTER_FILE, DTYPES, PREFIX, read_tensor
+from peft_safety.core.plain_lora import read_plain
 from peft_safety.core.projection import leak_tolerance
 from peft_safety.errors import ArtifactError, ConfigError, UnsupportedLayerError
-from peft_safety.layers import freeze
 from peft_safety.layers.adapters import adapter_layers, config_table
+from peft_safety.layers.frozen_linear import freeze
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry import reuse
 from peft_safety.registry.lora_layers import adopt
 from peft_safety.registry.reuse import Layers
 from peft_safety.registry.types import config_types
 
-SUFFIX = ".lora_A.weight"
 SPAN_TOLERANCE = 1e-6
 """Singular values of joined factors below this share of the largest are rounding."""
 
 
 def start(model: nn.Module, layers: Layers, adapter_name: str, config: ProtectedConfig) -> None:
-    """Make the factors of a new adapter, whose config has its subspace, and freeze them."""
     rows = config.frozen_rows(model, layers, adapter_name)
     config._certificate = _certificate(config, rows)
     _install(layers, adapter_name, rows)
 
 
 def reuse_factors(layers: Layers, adapter_name: str, config: ProtectedConfig, configs: Mapping[str, Any]) -> bool:
-    """Freeze factors that exist already and need no bases: those of the copied adapter, which is among the model's
-    `configs`, or of the config's directory. PEFT fills those of a weighted combination later (`combined`). Returns
-    whether there are any.
+    """Freeze factors that exist already and need no bases: those of the copied adapter, or of the config's directory.
+    PEFT fills those of a weighted combination later (`combined`). Returns whether there are any.
     """
     if not config._combined:
         source = reuse.sibling(config, layers, adapter_name, configs) if reuse.is_copy(config, configs) else None
@@ -66,11 +62,7 @@ def _install(layers: Layers, adapter_name: str, rows: Mapping[str, Tensor]) -> N
 @torch.no_grad()
 def set_task_directions(model: nn.Module, task_data: Any, adapter_name: str = "default") -> None:
     """Compute the frozen factors of an adapter again from rows of its task (`task_data` as in `GuardSpaceConfig`). All
-    processes take those of rank 0, so each of them must call it.
-
-    Raises:
-        ConfigError: not a new adapter with a frozen factor and its subspace (a loaded one lacks it).
-        UnsupportedLayerError: sharded factors.
+    processes take those of rank 0, so each of them must call it. A loaded adapter lacks the subspace for it.
     """
     config = config_table(model).get(adapter_name)
     if not isinstance(config, ProtectedConfig) or not config.freezes or config.subspace is None:
@@ -80,13 +72,9 @@ def set_task_directions(model: nn.Module, task_data: Any, adapter_name: str = "d
     for name, layer in layers.items():
         pair = [layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight]
         if not all(is_whole(weight) and weight.ndim == 2 for weight in pair):
-            raise UnsupportedLayerError(
-                f"{name}: its factors are sharded. Give GuardSpaceConfig task_data, before the model is sharded."
-            )
+            raise UnsupportedLayerError(f"{name}: its factors are sharded. Give the config task_data before that.")
         if bool(pair[1].any()):
-            raise ConfigError(
-                f"{name}: adapter {adapter_name!r} has learned something. Do this before the first step."
-            )
+            raise ConfigError(f"{name}: adapter {adapter_name!r} has learned something. Do it before the first step.")
     kept, config.subspace = config.subspace, config.resolve(model, base)
     try:
         rows = config.frozen_rows(model, layers, adapter_name, task_data)
@@ -101,19 +89,17 @@ def set_task_directions(model: nn.Module, task_data: Any, adapter_name: str = "d
 
 
 def _certificate(config: ProtectedConfig, rows: Mapping[str, Tensor]) -> Certificate:
-    """Of new factors."""
     modules = {name: certified_factor(a, config.subspace.bases[name]["in"]) for name, a in rows.items()}
     own = {name: value for name, value in reuse.settings(config).items() if name != "subspace"}
     settings = {name: value for name, value in own.items() if isinstance(value, (str, int, float))}
     return Certificate(config.PEFT_KEY, config.subspace.restricted(rows).digest, settings, modules)
 
 
-def stored_rows(directory: Path, layers: Layers | None = None, adapter_name: str = "") -> dict[str, Tensor]:
-    """`lora_A` of every module of a plain LoRA directory. An ArtifactError says that they do not fit `layers`."""
-    path = files.child(directory, ADAPTER_FILE)
-    with files.open_tensors(path) as handle:
-        keys = [key for key in handle.keys() if key.startswith(PREFIX) and key.endswith(SUFFIX)]  # noqa: SIM118
-        rows = {key.removeprefix(PREFIX).removesuffix(SUFFIX): read_tensor(handle, path, key, DTYPES) for key in keys}
+def check_certified(
+    directory: Path, certificate: Certificate, layers: Layers | None = None, adapter_name: str = ""
+) -> dict[str, Tensor]:
+    """The `lora_A` factors of a directory; refused if they are not its certificate's, or do not fit `layers`."""
+    rows = {name: factor.a for name, factor in read_plain(directory, warn=False).factors.items()}
     if layers is not None:
         shapes = {name: (int(a.shape[0]), int(a.shape[1])) for name, a in rows.items()}
         expected = {name: (int(layer.r[adapter_name]), int(layer.in_features)) for name, layer in layers.items()}
@@ -122,16 +108,6 @@ def stored_rows(directory: Path, layers: Layers | None = None, adapter_name: str
                 f"{directory}: its lora_A factors are not those of the model's layers; they differ at "
                 f"{mismatched[:3]}. Load the base model that it was trained on."
             )
-    return rows
-
-
-def check_certified(
-    directory: Path, certificate: Certificate, layers: Layers | None = None, adapter_name: str = ""
-) -> dict[str, Tensor]:
-    """The `lora_A` factors of a directory. An ArtifactError says that they are not those of its certificate, or do not
-    fit `layers`.
-    """
-    rows = stored_rows(directory, layers, adapter_name)
     if differing := sorted(set(rows) ^ set(certificate.modules)):
         counts = f"{len(rows)} modules, but {FILE_NAME} has {len(certificate.modules)}"
         raise ArtifactError(f"{directory}: {counts}; they differ at {differing[:3]}. Save the adapter again.")
@@ -146,9 +122,7 @@ def check_certified(
 
 
 def certified(config: LoraConfig, directory: Path) -> LoraConfig:
-    """The protected config of a plain LoRA directory with a certificate; without one, the plain config itself. An
-    ArtifactError refuses a certificate that is malformed, of an unknown method, or not of these factors.
-    """
+    """The protected config of a plain LoRA directory with a certificate; without one, the plain config itself."""
     certificate = read_certificate(directory)
     if certificate is None:
         return config
@@ -172,9 +146,7 @@ def take_over(config: ProtectedConfig, stored: ProtectedConfig, layers: Layers, 
     assert certificate is not None
     assert certificate.directory is not None
     if config.subspace_id != stored.subspace_id:
-        raise ConfigError(
-            f"{certificate.directory} avoids another null space than adapter {name!r}. Load it under a new name."
-        )
+        raise ConfigError(f"{certificate.directory} avoids another null space than adapter {name!r}. {reuse.NEW_NAME}")
     rows = check_certified(certificate.directory, certificate, layers, name)
     config._certificate = certificate
     _install(layers, name, rows)
@@ -182,9 +154,7 @@ def take_over(config: ProtectedConfig, stored: ProtectedConfig, layers: Layers, 
 
 @torch.no_grad()
 def combined(layers: Layers, adapter_name: str, configs: Mapping[str, Any], sources: list[str]) -> None:
-    """Freeze a weighted combination. Its rows are projected onto the span of the sources' rows, because some
-    combinations prune single elements and leave it.
-    """
+    """Freeze a weighted combination, projected onto the span of the sources' rows: pruned single elements leave it."""
     first = configs[sources[0]]._certificate
     rows, modules = {}, {}
     for name, layer in layers.items():

@@ -1,8 +1,5 @@
 """The fused path of a protected adapter on NF4 weights: `ops.nf4_lora` instead of PEFT's base product, adapter product
-and sum.
-
-`PEFT_SAFETY_FUSED=1` turns it on, on GPUs that Triton supports or with the backend that `PEFT_SAFETY_BACKEND` names.
-Plain LoRA, and layers that are not eligible, run as PEFT wrote them; `explain` says why.
+and sum. `PEFT_SAFETY_FUSED=1` turns it on. Other layers run as PEFT wrote them; `explain` says why.
 """
 
 from __future__ import annotations
@@ -29,11 +26,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def forward(layer: Any, x: Tensor) -> Tensor | None:
-    """What `lora.Linear4bit` returns for `x (..., in)`: `(..., out)` in the dtype of `x`; None where PEFT's own path
-    must run.
-
-    In training, more than a few rows take one product with `W + dW` rounded to the compute dtype. In eval mode base
-    and adapter are two products, so that this rounding does not lose a small update.
+    """What `lora.Linear4bit` returns for `x (..., in)`; None where PEFT's own path must run. In eval mode base and
+    adapter are two products, so that rounding `W + dW` to the compute dtype does not lose a small update.
     """
     route = plan(layer)
     if isinstance(route, str):
@@ -53,9 +47,7 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
 
 
 def factors(leaf_a: nn.Module, leaf_b: nn.Module, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`(A' (r', in), B' (out, r'))` with `B' A' = dW / s`, differentiable: projected, and with a residual `[A; A0]`
-    and `[B, -B0]`.
-    """
+    """`(A' (r', in), B' (out, r'))` with `B' A' = dW / s`, differentiable: projected, and with a residual joined."""
     (a, a0), (b, b0) = (
         leaf.factors(x) if isinstance(leaf, ProtectedLinear) else (leaf.weight, None) for leaf in (leaf_a, leaf_b)
     )
@@ -63,14 +55,11 @@ def factors(leaf_a: nn.Module, leaf_b: nn.Module, x: Tensor | None = None) -> tu
 
 
 def drops(dropout: nn.Module) -> bool:
-    """Whether a dropout module does anything now."""
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 
 def plan(layer: Any) -> tuple[str, ops.QuantBundle, str] | str:
-    """The adapter, the weight and the backend (with its reason) of the fused path of a LoRA layer, or why it does not
-    take this path now.
-    """
+    """The adapter, the weight and the backend (with its reason) of a layer's fused path, or why it takes another."""
     if os.environ.get(SWITCH) != "1":
         return f"the fused path is off; {SWITCH}=1 turns it on"
     base = layer.get_base_layer()
@@ -84,23 +73,18 @@ def plan(layer: Any) -> tuple[str, ops.QuantBundle, str] | str:
     name, reason = ops.backend_for(base.weight)
     if name == "reference" and os.environ.get(VARIABLE, "") != "reference":
         return reason
-    adapter = _adapter(layer)
-    if adapter not in layer.lora_A:
-        return adapter
-    if (unusual := _unusual(layer, adapter, base)) is not None:
-        return unusual
-    q = ops.from_linear4bit(base)
-    return q if isinstance(q, str) else (adapter, q, f"{name}: {reason}")
-
-
-def _adapter(layer: Any) -> str:
-    """The one adapter that is active here, or why there is none."""
     if layer.disable_adapters:
         return "adapters are disabled"
     if layer.merged:
         return "an adapter is merged into the weight"
     active: list[str] = [name for name in layer.active_adapters if name in layer.lora_A]
-    return active[0] if len(active) == 1 else f"{len(active)} active adapters"
+    if len(active) != 1:
+        return f"{len(active)} active adapters"
+    (adapter,) = active
+    if (unusual := _unusual(layer, adapter, base)) is not None:
+        return unusual
+    q = ops.from_linear4bit(base)
+    return q if isinstance(q, str) else (adapter, q, f"{name}: {reason}")
 
 
 def _unusual(layer: Any, adapter: str, base: nn.Module) -> str | None:
@@ -139,9 +123,6 @@ class Route(NamedTuple):
 def explain(model: nn.Module) -> list[Route]:
     """Which path each LoRA layer of a model takes in its present state (mode, active adapters, device, environment),
     and why. A call with `adapter_names`, or with an input on another device, always takes PEFT's path.
-
-    Args:
-        model: any module; without LoRA layers, plain or protected, the list is empty.
     """
     routes = []
     for name, _, layer in walk(model):

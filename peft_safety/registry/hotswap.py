@@ -45,20 +45,15 @@ def hotswap_adapter_from_state_dict(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """Swap the factors, and the bases with them."""
     current = protected_configs(model).get(adapter_name)
     if current is None and not isinstance(config, ProtectedConfig):
         return original(model, state_dict, adapter_name, config, *args, **kwargs)
     if not isinstance(config, ProtectedConfig):
-        raise ConfigError(
-            f"a {type(config).__name__} cannot be swapped into {adapter_name!r}, which is protected. {NEW_NAME}"
-        )
+        raise ConfigError(f"a {type(config).__name__} cannot replace the protected {adapter_name!r}. {NEW_NAME}")
     layers = adapter_layers(model, adapter_name)
     if config.freezes or (current is not None and current.freezes):
         if current is None or not (current.freezes and config.is_plain):
-            raise ConfigError(
-                f"{adapter_name!r} and the new adapter must both have a frozen lora_A, saved. {NEW_NAME}"
-            )
+            raise ConfigError(f"{adapter_name!r} and the new adapter must both have a saved frozen lora_A. {NEW_NAME}")
         _check_factors(state_dict, config)
         original(model, state_dict, adapter_name, config, *args, **kwargs)
         _record(model, layers, adapter_name, config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
@@ -46,12 +46,11 @@ def inject_adapter(
             weights.stay_unpacked(model)
         config._injecting = True
         original(self, model, adapter_name, *args, **kwargs)
-
-        def take_out(names: Collection[str]) -> None:
-            _take_out(adapter_name, modules, _places(where, names))
-
-        left_out = _places(where, attach(model, adapter_name, config, self.peft_config, take_out))
-        self.targeted_module_names = [name for name in self.targeted_module_names if name not in left_out]
+        left_out = attach(model, adapter_name, config, self.peft_config)
+        # `places` of a mixed model, which is injected into from outside, would have PEFT's prefix
+        excluded = {place for own, place in where if own in left_out}
+        _take_out(adapter_name, modules, excluded)
+        self.targeted_module_names = [name for name in self.targeted_module_names if name not in excluded]
     except BaseException as error:
         _undo(model, adapter_name, modules)
         for module, kind in kinds:
@@ -98,15 +97,7 @@ def _check_unprotected(model: nn.Module, adapter_name: str, given: Any) -> None:
             )
 
 
-def _places(where: Sequence[tuple[str, str]], names: Collection[str]) -> set[str]:
-    """The places of modules with these own names. `where` has all pairs of both: `places` of a mixed model, which is
-    injected into from outside, would have PEFT's prefix.
-    """
-    return {place for name, place in where if name in names}
-
-
 def _undo(model: nn.Module, adapter_name: str, before: dict[str, nn.Module]) -> None:
-    """Take a half-made adapter out again."""
     _take_out(adapter_name, before)
     table = getattr(model, "peft_config", None)
     if isinstance(table, dict):

@@ -33,8 +33,6 @@ class _Residual:
 
 
 class LoraLinear(_Residual, lora.Linear):  # type: ignore[misc]
-    """On a dense weight."""
-
     replaces = lora.Linear
 
 

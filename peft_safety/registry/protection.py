@@ -7,26 +7,19 @@ from torch import nn
 from peft_safety.core import base_weights
 from peft_safety.core.names import own_name
 from peft_safety.errors import LossyMergeError, ProtectionError
-from peft_safety.layers import check_frozen, check_leaf
 from peft_safety.layers.adapters import adapter_layers, config_table
+from peft_safety.layers.frozen_linear import check_frozen
+from peft_safety.layers.protected_linear import check_leaf
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry.attach import sides
 
 
 def protected_configs(model: nn.Module) -> dict[str, ProtectedConfig]:
-    """The configs of a model's protected adapters, by adapter name."""
     return {name: config for name, config in config_table(model).items() if isinstance(config, ProtectedConfig)}
 
 
 def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Check that every protected adapter still is: leaf, basis and weight of each of its modules.
-
-    Args:
-        adapter_name: one adapter; None checks all protected ones.
-
-    Raises:
-        ProtectionError: the model has no protected adapter, or a module of one has lost its protection.
-    """
+    """Check every module of all protected adapters, or of one. A ProtectionError says what has lost its protection."""
     configs = protected_configs(model)
     if adapter_name is not None:
         configs = {name: config for name, config in configs.items() if name == adapter_name}

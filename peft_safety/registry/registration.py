@@ -1,6 +1,4 @@
-"""What is wrapped in PEFT. tests/interop/test_canary.py checks it, and every other symbol of PEFT that this folder
-uses, against the installed PEFT.
-"""
+"""What is wrapped in PEFT. tests/interop/test_canary.py checks all of PEFT that this folder uses."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import hotswap as peft_hotswap
 
-from peft_safety.layers import DTYPE_READERS
+from peft_safety.layers.protected_linear import DTYPE_READERS
 from peft_safety.methods.base import LAYER_BUILDERS
 from peft_safety.registry import configs, hotswap, injection, storage
 from peft_safety.registry.types import config_types
@@ -32,17 +30,10 @@ WRAPS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
 )
 """Everything that is wrapped: owner, name, and the function that gets the original as its first argument."""
 
-_done = False
 
-
+@functools.cache
 def register() -> None:
-    """Make PEFT know the protected types, when `peft_safety` and `peft` are both imported. A second call does
-    nothing.
-    """
-    global _done  # noqa: PLW0603
-    if _done:
-        return
-    _done = True
+    """Make PEFT know the protected types, once, when `peft_safety` and `peft` are both imported."""
     register_types()
     for row in WRAPS:
         _wrap(*row)
@@ -51,22 +42,15 @@ def register() -> None:
 
 def register_types() -> None:
     """Enter the methods into PEFT's tables, each as a kind of LoRA."""
-    tables = (
-        mapping.PEFT_TYPE_TO_CONFIG_MAPPING,
-        mapping.PEFT_TYPE_TO_TUNER_MAPPING,
-        mapping.PEFT_TYPE_TO_PREFIX_MAPPING,
-        mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
-    )
     for name, cls in config_types().items():
-        values: tuple[Any, ...] = (cls, peft.tuners.lora.LoraModel, "lora_", peft.tuners.lora.LoraModel)
-        for table, value in zip(tables, values, strict=True):
-            table[name] = value
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = cls
+        mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] = peft.tuners.lora.LoraModel
+        mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] = "lora_"
+        mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[name] = peft.tuners.lora.LoraModel
 
 
 def _name_readers(layer: type) -> None:
-    """Register the functions of `layer` and its subclasses: forwards read only the dtype of `lora_A.weight`, and
-    `update_layer` makes factors.
-    """
+    """Register the forwards, which read only the dtype of `lora_A.weight`, and `update_layer`, which makes factors."""
     for names, readers in ((("forward", "_mixed_batch_forward"), DTYPE_READERS), (("update_layer",), LAYER_BUILDERS)):
         readers.update(inspect.unwrap(vars(layer)[name]).__code__ for name in names if name in vars(layer))
     kinds: list[type] = layer.__subclasses__()

@@ -35,13 +35,9 @@ Layers = Mapping[str, LoraLayer]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an adapter came from.
-
-    Attributes:
-        source: mark of the config that it was made from. A config with this mark and these settings makes a copy.
-        asked: this package's fields as the user gave them, such as `subspace="auto"`.
-        made: the same fields after the adapter was made. A config whose fields differ asks for another adapter.
-        loaded: from a directory, which has its frozen factors but not the data behind them.
+    """Where an adapter came from: the mark of its config, this package's fields as the user gave them (`asked`) and
+    after the adapter was made (`made`), and whether it was `loaded`: then the data behind its frozen factors are
+    missing.
     """
 
     source: str
@@ -114,7 +110,6 @@ def remember(config: ProtectedConfig, asked: dict[str, Any] | None = None, *, lo
 
 
 def sizes(layers: Layers, adapter_name: str) -> dict[str, tuple[int, float]]:
-    """Rank and alpha of an adapter by module."""
     return {name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()}
 
 
@@ -136,22 +131,14 @@ def start(
     or from the directory (transformers' loader loads parameters only), and are computed otherwise.
     """
     source = sibling(config, layers, name, configs) if copied and config.residual else None
-    known: dict[str, tuple[Tensor, Tensor]] | None = None
+    factors = [(f"{PREFIX}{m}.lora_{k}", f) for m, x in layers.items() for k, f in (("A", x.lora_A), ("B", x.lora_B))]
     if source is not None:
-        known = {
-            module: (layer.lora_A[source].initial, layer.lora_B[source].initial) for module, layer in layers.items()
-        }
+        for _, factor in factors:
+            _start_from(factor[name], factor[source].initial)
     elif config._stored is not None and config.residual:
         with files.open_tensors(files.child(config._stored.directory, ADAPTER_FILE)) as handle:
-            keys = {module: f"{PREFIX}{module}.lora_" for module in layers}
-            known = {
-                m: (handle.get_tensor(f"{key}A.initial"), handle.get_tensor(f"{key}B.initial"))
-                for m, key in keys.items()
-            }
-    if known is not None:
-        for module, (a, b) in known.items():
-            _start_from(layers[module].lora_A[name], a)
-            _start_from(layers[module].lora_B[name], b)
+            for key, factor in factors:
+                _start_from(factor[name], handle.get_tensor(f"{key}.initial"))
     elif config._stored is None:
         if config.residual:
             _check_data(config)

@@ -5,24 +5,23 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from safetensors.torch import save_file
 from torch import nn
 
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import check_adapter, seal
 from peft_safety.core.certificate import FILE_NAME as CERTIFICATE
 from peft_safety.core.names import places, relocated
-from peft_safety.core.plain_lora import ADAPTER_FILE, CARD, MANIFEST, PREFIX, stamp
+from peft_safety.core.plain_lora import ADAPTER_FILE, CARD, MANIFEST, PREFIX, rewrite
 from peft_safety.core.publish import copy_own, is_interrupted, publishing, recover
 from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE
 from peft_safety.errors import ArtifactError, ConfigError
-from peft_safety.layers import folded_state, lay_out_adapter
 from peft_safety.layers.adapters import adapter_layers
+from peft_safety.layers.protected_linear import folded_state, lay_out_adapter
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.safe_lora.config import SafeLoRAConfig
 from peft_safety.registry.attach import bind
@@ -48,9 +47,7 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
             _drop_stale(self, selected, Path(save_directory))
         return None
     if not given.get("safe_serialization", True):
-        raise ConfigError(
-            "safe_serialization=False writes pickles, which this package never reads. Save as safetensors."
-        )
+        raise ConfigError("safe_serialization=False writes pickles, which are never read. Save as safetensors.")
     if given.get("path_initial_model_for_weight_conversion") is not None:
         raise ConfigError(
             "path_initial_model_for_weight_conversion is for inits that change base weights. Use export_lora."
@@ -68,9 +65,10 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
     with publishing(Path(save_directory), MANIFEST) as staging:
         copy_own(Path(save_directory), CARD, staging)  # PEFT adds to an existing model card
         original(self, str(staging), *args, **kwargs)
+        names = {place: f"{PREFIX}{own}" for own, place in places(self).items()}  # without wrappers inside the model
         for name in protected:
             folder = staging if name == "default" else staging / name
-            _rename(folder / ADAPTER_FILE, {place: f"{PREFIX}{own}" for own, place in places(self).items()})
+            rewrite(folder / ADAPTER_FILE, lambda key: relocated(key, names))
             if (certificate := self.peft_config[name]._certificate) is not None:
                 check_certified(folder, certificate)
             else:
@@ -89,23 +87,13 @@ def _drop_stale(model: Any, selected: list[str], directory: Path) -> None:
         files.drop(folder / (SUBSPACE if protected and config.is_plain else CERTIFICATE))
 
 
-def _rename(path: Path, names: Mapping[str, str]) -> None:
-    """Replace the module names in an adapter file, which show wrappers inside the model, by the base model's own."""
-    if all(name == own for name, own in names.items()):
-        return
-    with files.open_tensors(path) as handle:
-        metadata = handle.metadata()
-        tensors = {relocated(key, names): handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
-    save_file(tensors, path, metadata=metadata)
-
-
 def _record_repairs(model: Any, selected: list[str], directory: Path) -> None:
     """Write the record of a Safe LoRA repair into the saved adapter, and warn where there was no repair."""
     for name in selected:
         config, folder = model.peft_config[name], directory if name == "default" else directory / name
         record = getattr(config, "safe_lora", None)
         if record is not None and (folder / ADAPTER_FILE).is_file():
-            stamp(folder, record)
+            rewrite(folder / ADAPTER_FILE, record=record)
         elif isinstance(config, SafeLoRAConfig):
             warnings.warn(
                 f"adapter {name!r} is saved before Safe LoRA was applied to it: it is as unsafe as any LoRA. Use "
@@ -142,9 +130,7 @@ def load_adapter(
         take_over(config, stored, adapter_layers(self, adapter_name), adapter_name)
         return original(self, model_id, adapter_name, *args, **_with_places(self, kwargs))
     if stored._stored is None:
-        raise ArtifactError(
-            f"{model_id} holds a config without an adapter. Give a directory that save_pretrained wrote."
-        )
+        raise ArtifactError(f"{model_id} holds a config without an adapter. Give one that save_pretrained wrote.")
     check_ahead(self, stored)
     layers = adapter_layers(self, adapter_name)
     _check_same(adapter_name, str(model_id), stored, config, layers)

@@ -1,6 +1,4 @@
-"""Subclasses of PEFT's tuners. A tuner becomes one when it injects a protected adapter. They refuse merges and
-combinations that would lose the protection.
-"""
+"""Subclasses of PEFT's tuners. They refuse merges and combinations that would lose the protection."""
 
 from __future__ import annotations
 
@@ -11,8 +9,8 @@ from peft.tuners.mixed import MixedModel
 
 from peft_safety.core import base_weights
 from peft_safety.errors import ConfigError, LossyMergeError
-from peft_safety.layers import lay_out_adapter
 from peft_safety.layers.adapters import adapter_layers
+from peft_safety.layers.protected_linear import lay_out_adapter
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry import frozen
 from peft_safety.registry.protection import assert_protected, protected_configs, refuse_tied
@@ -25,22 +23,14 @@ class _Merges:
         _refuse_lossy_merge(self, adapter_names)
         super().merge_adapter(adapter_names, safe_merge)  # type: ignore[misc]
 
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> Any:
+    def _unload_and_optionally_merge(self, merge: bool = True, **options: Any) -> Any:
         if merge:
-            _refuse_lossy_merge(self, adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[misc]
+            _refuse_lossy_merge(self, options.get("adapter_names"))
+        return super()._unload_and_optionally_merge(merge, **options)  # type: ignore[misc]
 
 
 def _refuse_lossy_merge(model: Any, adapter_names: list[str] | None) -> None:
-    """Merging a protected update into a k-bit weight rounds most of it away, and the rest leaks: refuse. Refuse an
-    adapter that has lost its protection, too.
-    """
+    """Merging into a k-bit weight rounds most of the update away, and the rest leaks: refuse."""
     for adapter in protected_configs(model):
         layers = adapter_layers(model, adapter)
         if any(adapter in (adapter_names or layer.active_adapters) for layer in layers.values()):
@@ -66,8 +56,6 @@ def _refuse_lossy_merge(model: Any, adapter_names: list[str] | None) -> None:
 
 
 class ProtectedLoraModel(_Merges, LoraModel):  # type: ignore[misc]
-    """The tuner of LoRA."""
-
     _combining = False  # injection marks the config of a combination
 
     def add_weighted_adapter(
@@ -86,9 +74,7 @@ class ProtectedLoraModel(_Merges, LoraModel):  # type: ignore[misc]
             if len(protected) < len(configs) or len(digests) > 1:
                 raise ConfigError(f"adapters {adapters} do not share one safety subspace. Combine adapters that do.")
             if any(config.residual for config in protected.values()):
-                raise ConfigError(
-                    f"adapters {adapters}: a weighted sum loses the residual of one. Use export_lora first."
-                )
+                raise ConfigError(f"adapters {adapters}: a weighted sum loses a residual. Use export_lora first.")
         self._combining = True
         try:
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)

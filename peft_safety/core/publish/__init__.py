@@ -33,14 +33,8 @@ GLANCE = 0.5
 
 @contextmanager
 def publishing(target: Path, manifest: str) -> Iterator[Path]:
-    """Write a set of files into `target` so that a reader sees the old set or the new one, wherever the writer dies.
-
-    Yields:
-        A staging directory, whose files (and sub-directories) become part of `target` when the block ends.
-
-    Raises:
-        ArtifactError: nothing in the directory has changed, or the new files are complete and wait for `recover`; the
-            message says which.
+    """Write files into the staging directory that is yielded: a reader of `target` sees the old set or the new one,
+    wherever the writer dies. An ArtifactError says whether nothing has changed, or the new files wait for `recover`.
     """
     staging: Staging | None = None
     try:
@@ -65,14 +59,8 @@ def publishing(target: Path, manifest: str) -> Iterator[Path]:
 
 
 def recover(directory: Path) -> list[str]:
-    """Finish a publish of this package that was cut off after its commit point. Nothing outside `directory` is
-    touched.
-
-    Returns:
-        The files that were moved into place; none where there was nothing to finish.
-
-    Raises:
-        ArtifactError: it is no such publish, is not complete, or cannot be written; or another process works on it.
+    """Finish a publish that was cut off after its commit point, and return the files that were moved into place. An
+    ArtifactError says that it is none of this package, is not complete, or that another process works on it.
     """
     if not directory.is_dir():
         raise ArtifactError(f"{directory} is not a directory. Give the directory that was saved into.")
@@ -96,21 +84,14 @@ def recover(directory: Path) -> list[str]:
 
 
 def is_interrupted(directory: Path) -> bool:
-    """Whether a publish of this package waits in a directory."""
     with suppress(ArtifactError, OSError):
         return _journal(directory) is not None
     return False
 
 
 def require_whole(directory: Path, ours: bool = True, warn: bool = True) -> None:
-    """For readers, before anything is read. Writes nothing. Old files that are still complete are read with a warning.
-
-    Args:
-        ours: whether a `.commit` that this package did not write is an error; False ignores it.
-        warn: False if the caller has warned already.
-
-    Raises:
-        ArtifactError: the files are a mixture of two publishes, or may be.
+    """An ArtifactError refuses files that may be a mixture of two publishes. Old files that are complete are read,
+    with a warning if `warn`. `ours`: refuse a `.commit` that this package did not write.
     """
     try:
         journal = _journal(directory)
@@ -149,8 +130,7 @@ def _require_whole(directory: Path, owner: Path, journal: Journal, warn: bool) -
 
 
 def copy_own(directory: Path, name: str, staging: Path) -> None:
-    """Copy a file of a directory into a staging folder, if it exists. Links are not followed: they may lead to private
-    files."""
+    """Copy a file of a directory into a staging folder, if it exists; no link, which may lead to private files."""
     with Folder.open(directory) as folder:
         if folder.stat(name) is None:
             return
@@ -167,16 +147,13 @@ def _interrupted(owner: Path) -> str:
 
 @contextmanager
 def _pending(directory: Path, write: bool = False) -> Iterator[tuple[Folder, Folder, int]]:
-    """A directory, its `.commit` and the journal in that, opened."""
     with Folder.open(directory) as target, target.sub(COMMIT) as commit, commit.file(NAME, write=write) as descriptor:
         yield target, commit, descriptor
 
 
 @contextmanager
 def _looked_up(directory: Path, write: bool = False) -> Iterator[tuple[Folder, Folder, int] | None]:
-    """`_pending`; None without a `.commit`. Between two looks another writer may finish one and begin the next, so one
-    without a journal is looked at again before it is called that.
-    """
+    """`_pending`; None without a `.commit`. One without a journal, which may just be finished, is looked at again."""
     with ExitStack() as stack:
         found, end = None, time.monotonic() + GLANCE
         while found is None and os.path.lexists(directory / COMMIT):
@@ -192,7 +169,6 @@ def _looked_up(directory: Path, write: bool = False) -> Iterator[tuple[Folder, F
 
 
 def _is_current(target: Folder, commit: Folder) -> bool:
-    """Whether an open `.commit` is still in its place."""
     status = target.stat(COMMIT)
     return status is not None and status.st_ino == commit.inode()
 

@@ -62,7 +62,6 @@ class Folder:
         return os.stat(self.path if self.descriptor is None else self.descriptor).st_ino
 
     def names(self) -> list[str]:
-        """The names in this directory, sorted."""
         return sorted(os.listdir(self.path if self.descriptor is None else self.descriptor))
 
     @contextmanager
@@ -80,7 +79,6 @@ class Folder:
                 yield descriptor
 
     def move(self, name: str, other: Folder, new: str) -> None:
-        """Move a file into another directory and replace a file of that name."""
         if self.descriptor is None:
             os.replace(self._name(name), other._name(new))
         else:
@@ -97,7 +95,6 @@ class Folder:
 
 @contextmanager
 def closing(descriptor: int | None) -> Iterator[None]:
-    """Close an open file at the end."""
     try:
         yield
     finally:
@@ -115,7 +112,6 @@ def _junction(status: os.stat_result) -> bool:
 
 
 def what(status: os.stat_result) -> str:
-    """The kind of a file, for error messages."""
     if stat.S_ISLNK(status.st_mode) or _junction(status):
         return "a symbolic link"
     if stat.S_ISDIR(status.st_mode):

@@ -1,6 +1,4 @@
-"""The journal of a publish: which files go into which directory. It is written before the commit point, and proves
-whose `.commit` that is.
-"""
+"""The journal of a publish: which files go where. It is written before the commit point, and proves whose it is."""
 
 from __future__ import annotations
 
@@ -25,8 +23,6 @@ MAX_DEPTH = 4
 
 
 class Entry(NamedTuple):
-    """One file of a publish."""
-
     parts: tuple[str, ...]
     size: int
     sha256: str
@@ -46,9 +42,7 @@ class Journal(NamedTuple):
 
     @classmethod
     def of(cls, staging: Folder, target: Folder, manifest: str) -> Journal:
-        """Of everything in a staging folder: files with plain names only. Manifests move last, that of the directory
-        itself at the very end.
-        """
+        """Of everything in a staging folder. Manifests move last, that of the directory itself at the very end."""
         entries = []
         for parts in _walk(staging):
             if (problem := _bad_name(parts)) is not None:
@@ -59,7 +53,6 @@ class Journal(NamedTuple):
         return cls(target.inode(), staging.inode(), manifest, tuple(entries))
 
     def write(self, descriptor: int) -> None:
-        """Write the journal to an empty file and flush it to the disk."""
         fields = {"format": FORMAT, "version": VERSION, "directory": self.directory, "commit": self.commit}
         raw = json.dumps(fields | {"manifest": self.manifest, "files": self.entries}).encode()
         if len(raw) > MAX_BYTES or len(self.entries) > MAX_FILES:
@@ -169,7 +162,6 @@ def _bad_name(parts: tuple[Any, ...]) -> str | None:
 
 
 def _walk(folder: Folder, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every file below, except the journal."""
     for name in folder.names():
         parts, status = (*above, name), folder.stat(name)
         if status is not None and is_directory(status):

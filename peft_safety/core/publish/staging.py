@@ -1,7 +1,6 @@
 """Staging folders: a live writer holds a lock on its own, and the litter of dead ones is swept.
 
-A process number says nothing: another machine on the same disk has its own numbers, and numbers are used again. The
-name holds a hash of this machine's name and of its boot. Of this boot, a folder whose lock can be had has lost its
+The name holds a hash of this machine's name and of its boot. Of this boot, a folder whose lock can be had has lost its
 writer and goes at once; any other goes after a day in which nothing in it was written.
 """
 
@@ -116,7 +115,6 @@ def _sweep_own(path: Path) -> bool:
 
 
 def _written(path: Path) -> float:
-    """The time of the last write to the folder or to a file in it."""
     inner = [Path(folder, name) for folder, _, names in os.walk(path) for name in (".", *names)]
     return max(place.lstat().st_mtime for place in (path, *inner))
 
