@@ -21,7 +21,9 @@ from peft_safety.registry.protection import assert_protected, protected_configs
 
 
 class SafetyMonitorCallback(TrainerCallback):  # type: ignore[misc]
-    """Raises a ProtectionError if the model is not protected at start, save or end; logs `safety_leak`."""
+    """Checks that the adapter is protected when training begins, whenever it is saved, and when it ends, and raises a
+    ProtectionError if not; logs the largest leak as `safety_leak`.
+    """
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         assert_protected(kwargs["model"])
@@ -35,8 +37,14 @@ class SafetyMonitorCallback(TrainerCallback):  # type: ignore[misc]
 
 class TaskDirectionsCallback(TrainerCallback):  # type: ignore[misc]
     """Makes the rows of a frozen `lora_A` (`GuardSpaceConfig(train="B")`) from the first rows of the Trainer's own
-    data set when training begins. A resumed run keeps those that it has. Errors are those of
-    `registry.frozen.set_task_directions`.
+    data set when training begins. A resumed run keeps those that it has.
+
+    Args:
+        rows: of the data set.
+
+    Raises:
+        ConfigError, UnsupportedLayerError: at the beginning of training, see `registry.frozen.set_task_directions`.
+        CalibrationError: rows with fewer tokens than r, or without any.
     """
 
     def __init__(self, adapter_name: str = "default", rows: int = 32, batch_size: int = 8) -> None:
@@ -55,9 +63,17 @@ class TaskDirectionsCallback(TrainerCallback):  # type: ignore[misc]
 
 
 class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]
-    """Applies Safe LoRA, as the adapter's `SafeLoRAConfig` says, when training ends (save afterwards), with a
-    `report`; with `checkpoints` also to a copy of the adapter of every checkpoint, in its sub-directory `safe_lora`.
-    An adapter without such a config, or repaired already, is refused when training begins.
+    """Applies Safe LoRA, as the adapter's `SafeLoRAConfig` says, when training ends; save afterwards.
+
+    Args:
+        checkpoints: also repair a copy of the adapter of every checkpoint, in its sub-directory `safe_lora`. Training
+            itself is not touched.
+
+    Attributes:
+        report: of the repair at the end, or None.
+
+    Raises:
+        ConfigError: at the beginning of training, if the adapter has no `SafeLoRAConfig` or was repaired already.
     """
 
     def __init__(self, adapter_name: str = "default", checkpoints: bool = False, progress: bool = True) -> None:

@@ -28,9 +28,17 @@ from peft_safety.registry.frozen import check_certified, freezing
 
 @dataclass(frozen=True)
 class Verification:
-    """`ranks` and `protected` are the LoRA ranks and subspace ranks that occur. `worst_leak` is the largest
-    `||U^T B|| / ||B||`; of a window the largest `||A Q|| / ||A||`, or without its null space the share of `lora_A`
-    outside.
+    """What was checked.
+
+    Attributes:
+        method: stored `peft_type`.
+        modules, ranks, protected: how many modules; LoRA ranks and subspace ranks that occur.
+        blindness_checked: False for a window without its null space: then `worst_leak` is the share of `lora_A`
+            outside the window, and only the provenance (`window_leak`) says how far that reaches into the null space.
+        worst_leak: largest `||U^T B|| / ||B||` of any module; with the null space of a window, `||A Q|| / ||A||`.
+        worst_orthonormality: largest `max|U^T U - I|`.
+        base_checked: whether the base weights were compared with the fingerprints.
+        unconstrained: trained tensors that no projection covers.
     """
 
     directory: str

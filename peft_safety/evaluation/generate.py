@@ -46,11 +46,14 @@ def generate(
     progress: bool = True,
     rendered: bool = False,
 ) -> list[Generation]:
-    """Greedy responses, in the order of `prompts`. The model's own sampling defaults and training mode stay as they
-    were.
+    """Greedy responses, in the order of `prompts`. Padding is on the left; the model's own sampling defaults and its
+    training mode are left as they were.
 
     Args:
-        prompts: user turns, or message lists that end with a user turn; or texts, `rendered` already.
+        prompts: user turns, or message lists that end with a user turn.
+        max_new_tokens: tokens generated at most.
+        description: of the progress bar, which `progress` shows on stderr.
+        rendered: the prompts are texts that need no chat template.
 
     Raises:
         DataError: no prompts, or a tokenizer without chat template or pad token.

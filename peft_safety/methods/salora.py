@@ -35,12 +35,18 @@ class SaLoRAConfig(ProtectedConfig):
     """`LoraConfig` whose update cannot touch a safety subspace of the layers' outputs.
 
     Args:
-        subspace, safety_rank, safety_energy, safety_rank_pattern: see `ProtectedConfig`; by default calibrated at
-            injection on the package's prompts and refusals, 32 output directions per module, as published.
-        init: `"lora"` starts from B = 0, `"task"` from the task-aware factors of the paper, with a residual that keeps
-            the function unchanged.
-        task_data: for `init="task"`: rows `{prompt, response}`, tokenized batches, or a `SafetySubspace` of the task.
+        subspace: `SafetySubspace`, file, directory, Hub id, or `"auto"` (default): calibrate at injection on the
+            package's prompts and refusals.
+        safety_rank, safety_energy, safety_rank_pattern: size of the subspace of `"auto"`, see `ProtectedConfig`; 32
+            output directions per module by default, as published.
+        init: `"lora"` starts from B = 0. `"task"` starts from the task-aware factors of the paper, with a residual
+            that keeps the function unchanged.
+        task_data: for `init="task"`: rows `{prompt, response}`, tokenized batches, or a `SafetySubspace` estimated on
+            the task.
         task_rank: directions of the task subspace; 32 as published.
+
+    Raises:
+        ConfigError: see `ProtectedConfig`; `init="task"` without `task_data`.
     """
 
     init: Init = option("lora", "'lora' (B = 0) or 'task' (task-aware, arXiv 2501.01765).")

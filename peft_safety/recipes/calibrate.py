@@ -132,7 +132,15 @@ def calibration_cost(
     stream: bool = False,
     **options: Any,
 ) -> CalibrationCost:
-    """What `calibrate` with these arguments will take. Loads the model and runs two batches; nothing is written."""
+    """What `calibrate` will take. Loads the model and runs two batches; nothing is written.
+
+    Args:
+        options: as in `calibrate`: `basis`, the sizes, `side`, `positions`, `memory`, `dtype`, `batch_size`,
+            `max_length`.
+
+    Raises:
+        ConfigError, CalibrationError: as `calibrate` does; method "weight", which needs no pass.
+    """
     chosen = CalibrationOptions(**options)
     chosen.check(data)
     if chosen.method == "weight":

@@ -123,6 +123,9 @@ class Route(NamedTuple):
 def explain(model: nn.Module) -> list[Route]:
     """Which path each LoRA layer of a model takes in its present state (mode, active adapters, device, environment),
     and why. A call with `adapter_names`, or with an input on another device, always takes PEFT's path.
+
+    Args:
+        model: any module; without LoRA layers, plain or protected, the list is empty.
     """
     routes = []
     for name, _, layer in walk(model):

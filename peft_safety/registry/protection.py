@@ -19,7 +19,14 @@ def protected_configs(model: nn.Module) -> dict[str, ProtectedConfig]:
 
 
 def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Check every module of all protected adapters, or of one. A ProtectionError says what has lost its protection."""
+    """Check that every protected adapter still is: leaf, basis and weight of each of its modules.
+
+    Args:
+        adapter_name: one adapter; None checks all protected ones.
+
+    Raises:
+        ProtectionError: the model has no protected adapter, or a module of one has lost its protection.
+    """
     configs = protected_configs(model)
     if adapter_name is not None:
         configs = {name: config for name, config in configs.items() if name == adapter_name}

@@ -24,10 +24,13 @@ COLORS = (GRAY, *(color for color in render.PALETTE if color != GRAY))
 
 @dataclass(frozen=True)
 class Report:
-    """Arms (rows) by metrics (columns), each figure with its N and interval; an arm may lack a metric.
+    """Arms by metrics, each figure with its N and interval.
 
     Attributes:
+        title: one line.
+        arms: name of an arm (a row) -> heading of a metric (a column) -> figure; an arm may lack a metric.
         notes: sentences that a reader of the figures needs: the judge and its caveat, the split, what did not work.
+        environment: see `environment`.
         details: further plain JSON values, kept only in the JSON rendering.
     """
 
