@@ -17,8 +17,12 @@ from peft_safety.errors import ConfigError, PeftSafetyError
 @app.command()
 def verify(
     directory: Annotated[Path, Argument(help="Adapter directory.")],
-    model: Annotated[str | None, Option("--model", "-m", help="Also compare the base weights with it.")] = None,
-    subspace: Annotated[str | None, Option(help="Of a certificate or a window: check the blindness itself.")] = None,
+    model: Annotated[
+        str | None, Option("--model", "-m", help="Also compare the base weights with this model.")
+    ] = None,
+    subspace: Annotated[
+        str | None, Option(help="The subspace of a certificate or a window, to check the blindness itself.")
+    ] = None,
     json: opt.Json = False,
 ) -> None:
     """Check that a directory holds a protected adapter, whole and unchanged. Exits with 1 if not."""
@@ -37,7 +41,9 @@ def verify(
 def recover(
     directory: Annotated[Path, Argument(help="Directory in which a save was interrupted.")], json: opt.Json = False
 ) -> None:
-    """Finish a save that was interrupted while its files were moved. Files that it did not write are refused."""
+    """Finish a save that was interrupted while its files were moved into place. Files that this package did not write
+    there are refused.
+    """
     from peft_safety.core.publish import recover as finish
 
     moved = finish(directory)
@@ -48,9 +54,13 @@ def recover(
 @app.command()
 def repair(
     adapter: Annotated[Path, Argument(help="Directory of a trained LoRA adapter.")],
-    method: Annotated[str, Option(help="safe_lora, or guardspace: make it blind to --subspace.")] = "safe_lora",
+    method: Annotated[
+        str, Option(help="safe_lora, or guardspace: take out what acts on the inputs that --subspace holds.")
+    ] = "safe_lora",
     subspace: Annotated[str | None, Option(help="For guardspace: file, directory or Hub id.")] = None,
-    unaligned: Annotated[str | None, Option(help="For safe_lora: the model before its alignment.")] = None,
+    unaligned: Annotated[
+        str | None, Option(help="For safe_lora: directory or Hub id of the model before its alignment.")
+    ] = None,
     aligned: Annotated[str | None, Option(help="Of the model after it; default: the adapter's base model.")] = None,
     out: Annotated[Path | None, Option(help="Directory for the repaired adapter.")] = None,
     select: Annotated[str, Option(help="Which modules: threshold, number or all.")] = "threshold",
@@ -58,15 +68,21 @@ def repair(
     num_modules: Annotated[int | None, Option(help="For --select number: those with the smallest cosines.")] = None,
     projection: Annotated[str, Option(help="frobenius (as published), spectral, topk or soft.")] = "frobenius",
     rank: Annotated[int | None, Option("--safety-rank", help="Directions of topk and soft.")] = None,
-    energy: Annotated[float | None, Option("--safety-energy", help="Instead: the share of energy they hold.")] = None,
+    energy: Annotated[
+        float | None, Option("--safety-energy", help="Instead: the share of the alignment's energy they hold.")
+    ] = None,
     penalty: Annotated[float, Option(help="For soft: weight of the part outside.")] = 4.0,
     zero_delta: Annotated[str, Option(help="Modules that alignment left alone: error, keep or zero.")] = "error",
-    allow_quantized_delta: Annotated[bool, Option("--allow-quantized-delta", help="Read quantized weights.")] = False,
+    allow_quantized_delta: Annotated[
+        bool, Option("--allow-quantized-delta", help="Take the alignment from 4-bit or 8-bit weights.")
+    ] = False,
     dry_run: opt.DryRun = False,
     png: Annotated[Path | None, Option(help="Draw the cosines here.")] = None,
     json: opt.Json = False,
 ) -> None:
-    """Repair a trained LoRA adapter, by Safe LoRA or by GuardSpace's null space: no data, no training, no model."""
+    """Repair a trained LoRA adapter, by Safe LoRA or by GuardSpace's null space: no data, no training, no model in
+    memory.
+    """
     options = locals()
     from peft_safety.methods.guardspace import repair_adapter
     from peft_safety.methods.safe_lora import safe_lora_dir
@@ -104,7 +120,9 @@ def audit(
     every: Annotated[bool, Option("--all", help="One row a module instead of medians by kind of module.")] = False,
     json: opt.Json = False,
 ) -> None:
-    """Compare an adapter's update with the weights, with chance, and on general and harmful inputs."""
+    """Compare an adapter's update with the weights under it and with chance, and measure what it does to general and
+    harmful inputs.
+    """
     from peft_safety.audit import orthogonality_report
     from peft_safety.data import read_jsonl
     from peft_safety.recipes.load import load_adapter
@@ -128,8 +146,12 @@ def audit(
 @app.command()
 def fuse(
     config: Annotated[Path | None, Argument(help="YAML file of these settings; options override it.")] = None,
-    safe: Annotated[str | None, Option(help="The safe adapter or checkpoint; default: the base model.")] = None,
-    tasks: Annotated[list[str] | None, Option("--task", help="A fine-tuned one; may be repeated.")] = None,
+    safe: Annotated[
+        str | None, Option(help="The safe adapter or checkpoint; without: the base model is aligned itself.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, Option("--task", help="Directory of a fine-tuned adapter or checkpoint; may be repeated.")
+    ] = None,
     out: Annotated[str | None, Option(help="Directory for the result.")] = None,
     method: Annotated[str | None, Option(help="somf (a learned mask, default) or task_arithmetic (no mask).")] = None,
     weights: Annotated[list[float] | None, Option("--weight", help="Of the task vectors: once, or per task.")] = None,
@@ -140,8 +162,12 @@ def fuse(
     export_density: Annotated[float | None, Option(help="For topk.")] = None,
     seed: Annotated[int | None, Option(help="Seed of the noise and of training.")] = None,
     mask: Annotated[str | None, Option(help="File of trained masks or logits, instead of training.")] = None,
-    model: Annotated[str | None, Option("--model", "-m", help="To train on; default: the base model.")] = None,
-    data: Annotated[str | None, Option(help="JSON lines: prompt, chosen, rejected; for sft prompt, response.")] = None,
+    model: Annotated[
+        str | None, Option("--model", "-m", help="To train the mask on; default: the base model.")
+    ] = None,
+    data: Annotated[
+        str | None, Option(help="JSON lines: {prompt, chosen, rejected}, or {prompt, response} for sft.")
+    ] = None,
     objective: Annotated[str | None, Option(help="dpo or sft.")] = None,
     lr: Annotated[float | None, Option(help="Peak learning rate of the logits.")] = None,
     epochs: Annotated[float | None, Option(help="Passes over the rows.")] = None,
@@ -171,7 +197,13 @@ def fuse(
 def export(
     directory: Annotated[Path, Argument(help="Directory of a protected adapter.")],
     out: Annotated[Path, Option(help="Directory for the plain LoRA, or for the merged model.")],
-    merge_to: Annotated[str | None, Option(help="Merge into the 4-bit base: 16bit, nf4+residual or nf4.")] = None,
+    merge_to: Annotated[
+        str | None,
+        Option(
+            help="Merge into the base model, loaded in 4 bits, instead: 16bit, nf4+residual (exact: a plain LoRA "
+            "beside it) or nf4 (lossy)."
+        ),
+    ] = None,
     model: opt.AdapterModel = None,
     force: Annotated[bool, Option("--force", help="For --merge-to nf4: although most of the update is lost.")] = False,
     json: opt.Json = False,

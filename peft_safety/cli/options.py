@@ -18,9 +18,18 @@ DryRun = Annotated[bool, Option("--dry-run", help="Only report what would be don
 Targets = Annotated[str, Option(help='"all-linear", names separated by commas, or one regular expression.')]
 Rank = Annotated[int, Option("--rank", help="LoRA rank.")]
 Alpha = Annotated[int, Option(help="LoRA alpha.")]
-SafetyRank = Annotated[float | None, Option(help="Protected directions per layer; below 1 a share of its features.")]
-SafetyEnergy = Annotated[float | None, Option(help="As many as hold this share of energy; at most --safety-rank.")]
-SafetyRankPattern = Annotated[list[str] | None, Option(help="Another size for a kind of module: down_proj=0.1.")]
+SafetyRank = Annotated[
+    float | None,
+    Option(help="Protected directions per layer, or below 1 a share of its features; 0.25 for guardspace, else 32."),
+]
+SafetyEnergy = Annotated[
+    float | None,
+    Option(help="As many directions as hold this share of the energy; at most --safety-rank, if that is given."),
+]
+SafetyRankPattern = Annotated[
+    list[str] | None,
+    Option(help="Another --safety-energy, if given, else --safety-rank, for a kind of module: down_proj=0.1."),
+]
 ReportDir = Annotated[Path, Option("--out", help="Directory for the adapter, report.json and report.png.")]
 Positions = Annotated[str, Option(help="Tokens that count: response, prompt or all.")]
 LearningRate = Annotated[float, Option(help="Peak learning rate.")]
@@ -34,7 +43,12 @@ EvalLimit = Annotated[int | None, Option(help="Prompts of each kind at most.")]
 
 
 def parsed(options: Mapping[str, Any], *without: str) -> dict[str, Any]:
-    """Options as the functions take them, without some."""
+    """Options as the functions take them, without some: a list of target modules, a whole number of directions as an
+    integer, and `--safety-rank-pattern` as a mapping.
+
+    Raises:
+        ConfigError: a pair that is no kind of module and a number.
+    """
     targets, rank, sizes = options["target_modules"], options["safety_rank"], {}
     if targets != "all-linear" and not any(c in targets for c in "*+?()[]|\\^$"):
         targets = [name.strip() for name in targets.split(",") if name.strip()]

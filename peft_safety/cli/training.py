@@ -9,7 +9,7 @@ from typer import Option
 
 from peft_safety.cli import options as opt
 from peft_safety.cli.common import app, print_facts, show
-from peft_safety.core.training import LEARNING_RATE, PATCH_LEARNING_RATE, TrainOptions
+from peft_safety.core.training import LEARNING_RATE, PATCH_TRAINING, TrainOptions
 from peft_safety.errors import ConfigError
 
 
@@ -17,8 +17,12 @@ from peft_safety.errors import ConfigError
 def calibrate(
     model: opt.Model,
     out: Annotated[Path | None, Option(help="File (.safetensors) or directory for the subspace.")] = None,
-    data: Annotated[Path | None, Option(help="JSON lines of rows; default: the package's own.")] = None,
-    method: Annotated[str, Option(help="guardspace, ortho_patch, salora, or weight (no data).")] = "guardspace",
+    data: Annotated[
+        Path | None, Option(help="JSON lines of prompt/response rows; default: the package's own.")
+    ] = None,
+    method: Annotated[
+        str, Option(help="guardspace, ortho_patch (inputs), salora (outputs on refusals), or weight (no data).")
+    ] = "guardspace",
     safety_rank: opt.SafetyRank = None,
     safety_energy: opt.SafetyEnergy = None,
     safety_rank_pattern: opt.SafetyRankPattern = None,
@@ -31,10 +35,16 @@ def calibrate(
     batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 8,
     max_length: opt.MaxLength = 512,
     seed: opt.Seed = 0,
-    memory: Annotated[str | None, Option(help='Budget beside the model, "4GB"; default: half of the rest.')] = None,
+    memory: Annotated[
+        str | None, Option(help='Budget beside the model, such as "4GB"; default: half of what is free.')
+    ] = None,
     dtype: Annotated[str, Option(help="Of the bases, in use and on disk: float16, bfloat16 or float32.")] = "float16",
-    allow_fewer: Annotated[bool, Option("--allow-fewer", help="Protect what the data span, if it is less.")] = False,
-    stream: Annotated[bool, Option("--stream", help="Leave the model on disk; read one layer at a time.")] = False,
+    allow_fewer: Annotated[
+        bool, Option("--allow-fewer", help="Where the data span fewer directions than --safety-rank, protect those.")
+    ] = False,
+    stream: Annotated[
+        bool, Option("--stream", help="Leave the model on disk and read one layer at a time, for each batch.")
+    ] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Only say what it will take: bytes, passes, seconds.")] = False,
     json: opt.Json = False,
 ) -> None:
@@ -74,7 +84,9 @@ def protect(
     basis: Annotated[str | None, Option(help="For guardspace: harmful (default), general or both.")] = None,
     combine: Annotated[bool, Option("--combine", help="For guardspace: protect SaLoRA's outputs too.")] = False,
     combine_rank: Annotated[int | None, Option(help="For --combine: directions of each layer (default 32).")] = None,
-    train: Annotated[str | None, Option(help="For guardspace: B (A frozen; default), A (both) or window.")] = None,
+    train: Annotated[
+        str | None, Option(help="For guardspace: B (A frozen: a plain LoRA; default), A (both, projected) or window.")
+    ] = None,
     window: Annotated[int | None, Option(help="For --train window: directions of each layer (default 64).")] = None,
     init: Annotated[str | None, Option(help="lora (B = 0, default), or task for salora, guardspace for it.")] = None,
     subspace: Annotated[str | None, Option(help='Subspace file, directory or Hub id, or "auto" (default).')] = None,
@@ -104,11 +116,16 @@ def patch(
     model: opt.Model,
     out_dir: opt.ReportDir,
     data: Annotated[Path | None, Option(help="JSON lines of requests with refusals; default: the package's.")] = None,
-    general: Annotated[Path | None, Option(help="JSON lines to leave alone; the model answers prompts.")] = None,
+    general: Annotated[
+        Path | None, Option(help="JSON lines to leave alone: {prompt} rows are answered by the model itself.")
+    ] = None,
     mode: Annotated[str, Option(help="hard (constrained), soft (penalized) or none (plain LoRA).")] = "hard",
     basis: Annotated[str, Option(help="What to stay out of: activation, contrastive or weight.")] = "activation",
     side: Annotated[str, Option(help="in, out or both.")] = "in",
-    safety_rank: Annotated[float | None, Option(help="As for protect; 0: only earlier patches' directions.")] = None,
+    safety_rank: Annotated[
+        float | None,
+        Option(help="As for protect; default 32 directions. 0 protects the directions of earlier patches only."),
+    ] = None,
     safety_energy: opt.SafetyEnergy = None,
     safety_rank_pattern: opt.SafetyRankPattern = None,
     reg_lambda: Annotated[float | None, Option(help="For --mode soft: weight of the penalty (default 100).")] = None,
@@ -117,12 +134,12 @@ def patch(
     r: opt.Rank = 8,
     lora_alpha: opt.Alpha = 16,
     target_modules: opt.Targets = "all-linear",
-    lr: opt.LearningRate = PATCH_LEARNING_RATE,
-    epochs: opt.Epochs = 1.0,
+    lr: opt.LearningRate = PATCH_TRAINING.lr,
+    epochs: opt.Epochs = PATCH_TRAINING.epochs,
     max_steps: opt.MaxSteps = -1,
-    batch_size: opt.BatchSize = 8,
-    max_length: opt.MaxLength = 128,
-    evaluate_every: Annotated[int, Option(help="Steps between two looks at the validation split.")] = 16,
+    batch_size: opt.BatchSize = PATCH_TRAINING.batch_size,
+    max_length: opt.MaxLength = PATCH_TRAINING.max_length,
+    evaluate_every: Annotated[int, Option(help="Steps between two looks at the validation split.")] = 50,
     seed: opt.Seed = 0,
     report_to: opt.ReportTo = "none",
     eval_limit: opt.EvalLimit = None,

@@ -18,6 +18,7 @@ from peft_safety.calibration.activations import adapters_off
 from peft_safety.calibration.sizes import check_size_options
 from peft_safety.callbacks import SoftPenaltyCallback
 from peft_safety.core.subspace import SafetySubspace
+from peft_safety.core.training import PATCH_TRAINING, TrainOptions
 from peft_safety.data import CALIBRATION_PAIRS, load, refusal_pairs
 from peft_safety.data.rows import Row, Rows, as_rows, kind_of
 from peft_safety.errors import ConfigError, DataError
@@ -28,11 +29,10 @@ from peft_safety.evaluation.prompts import prompt_set
 from peft_safety.methods.ortho_patch.config import SIDES, Basis, Mode, OrthoSafetyPatchConfig, SideName
 from peft_safety.recipes.bench import Bench
 from peft_safety.recipes.load import TaskData, load_model
-from peft_safety.recipes.train import PATCH_LEARNING_RATE, TrainingRun, TrainOptions, finetune
+from peft_safety.recipes.train import TrainingRun, finetune
 from peft_safety.recipes.watch import Look, Stopping, Watch
 from peft_safety.reporting.report import Report, environment
 
-PATCH_TRAINING = TrainOptions(lr=PATCH_LEARNING_RATE, epochs=2, batch_size=16, max_length=128)
 BASIS_ROWS = 480
 """Rows that a basis "auto" is estimated on, at most: drawn from those that the patch is to leave alone."""
 

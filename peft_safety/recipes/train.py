@@ -22,13 +22,13 @@ from transformers import (
 )
 
 from peft_safety.core import base_weights as weights
-from peft_safety.core.training import LEARNING_RATE, PATCH_LEARNING_RATE, TrainOptions
+from peft_safety.core.training import LEARNING_RATE, TrainOptions
 from peft_safety.data.chat import Collator, can_trim, encode_rows
 from peft_safety.data.rows import Rows
 from peft_safety.errors import ConfigError
 from peft_safety.recipes.distil import distilling_trainer
 
-__all__ = ["LEARNING_RATE", "PATCH_LEARNING_RATE", "TrainOptions", "TrainingRun", "finetune"]
+__all__ = ["LEARNING_RATE", "TrainOptions", "TrainingRun", "finetune"]
 
 
 @dataclass(frozen=True)
