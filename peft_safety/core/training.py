@@ -63,4 +63,4 @@ class TrainOptions:
 
 
 PATCH_TRAINING = TrainOptions(lr=2e-3, epochs=2, batch_size=16, max_length=128)
-"""Of a safety patch, which learns one short kind of answer and keeps the best of several looks at a validation split."""
+"""Of a safety patch, which learns one short kind of answer and keeps the best of its looks at a validation split."""
