@@ -75,7 +75,7 @@ class Scale:
 
 SECONDS = {"load": 8, "patch": 4, "aligned": 25, "calibrate": 25, "arm": 105}
 DEFAULT = Scale((LORA, GUARDSPACE), None, 88, 24, SECONDS)
-FULL = Scale((LORA, SALORA, GUARDSPACE, CONTROL), {}, 128, 72, {**SECONDS, "patch": 1500, "aligned": 120, "arm": 190})
+FULL = Scale((LORA, SALORA, GUARDSPACE, CONTROL), {}, 128, 72, {**SECONDS, "patch": 5400, "aligned": 120, "arm": 190})
 SMOKE = Scale((LORA, GUARDSPACE), None, 40, 12, {"load": 8, "patch": 4, "aligned": 25, "calibrate": 35, "arm": 50})
 
 
@@ -243,7 +243,7 @@ def main() -> None:
     size.add_argument(
         "--full",
         action="store_true",
-        help="train the safety patch too, and add SaLoRA and a random basis (about 45 minutes)",
+        help="train the safety patch too, and add SaLoRA and a random basis (about two hours)",
     )
     size.add_argument("--smoke", action="store_true", help="few prompts and steps: figures too rough to quote")
     parser.add_argument("--no-poison", action="store_true", help="fine-tune on clean rows")

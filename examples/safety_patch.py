@@ -1,7 +1,7 @@
 """The safety patch that the demo attaches: a rank-8 LoRA in bf16 that makes SmolLM2-135M-Instruct refuse harmful
 requests.
 
-    python -m examples.safety_patch [--out runs/safety_patch]     # trains and measures it again (about an hour
+    python -m examples.safety_patch [--out runs/safety_patch]     # trains and measures it again (an hour or two
     on two cores)
     python -m examples.safety_patch --measure DIR     # measures a finished one again, and writes the figures there
 

@@ -36,6 +36,8 @@ from peft_safety.recipes.load import TaskData, load_model, poisoned, task_data
 from peft_safety.recipes.patch import PatchOptions, patch
 from peft_safety.recipes.train import TrainOptions, finetune
 
+PATCH_DIR = Path(__file__).parents[1] / "data" / "patch"
+"""The safety patch of the aligned model: the one that shipped with the examples when the benchmark ran."""
 CALIBRATIONS = 3
 """Largest number of subspaces in memory; one can be as large as the model."""
 Sets = Mapping[str, Sequence[str]]
@@ -49,7 +51,7 @@ class Bench:
         cache: finished cells; adapters of plain LoRA are kept in the same folder.
         sets: further prompt sets by name, for test cells.
         aligned: directory of the aligned model; default SmolLM2-135M-Instruct with the safety patch in
-            `examples.safety_patch.SHIPPED`, or `unaligned` with a patch made once.
+            `PATCH_DIR`, or `unaligned` with a patch made once.
         unaligned: directory of the model before its alignment, for the methods that need it.
         judges: in addition to the keyword matcher.
         task: rows of the trained task; default the package's own.
@@ -83,7 +85,7 @@ class Bench:
         return self._unaligned or model_dir()
 
     def _align(self) -> Path:
-        """The unaligned model with a safety patch merged into it: the one of the examples, or a new one for another
+        """The unaligned model with a safety patch merged into it: that of `PATCH_DIR`, or a new one for another
         model or recipe. One process makes it, once.
         """
         out = self.cache.folder / f"aligned{self.cache.protocol.patch}"
@@ -91,7 +93,7 @@ class Bench:
             if not (out / "config.json").is_file():
                 model, tokenizer = load_model(self.unaligned)
                 if self._unaligned is None and self._patch is None:
-                    patched = safety_patch.attach(model)
+                    patched = safety_patch.attach(model, PATCH_DIR)
                 else:
                     patched = patch(model, tokenizer, self._patch)[0].merge_and_unload()
                 self.publish(out, lambda staged: (tokenizer.save_pretrained(staged), patched.save_pretrained(staged)))

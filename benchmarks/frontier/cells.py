@@ -103,7 +103,7 @@ def _value(text: str) -> Any:
 
 
 PATCH = "4"
-"""The safety patch that aligns the model today: the one that ships with the examples."""
+"""The safety patch that aligns the model today: that of `benchmarks/data/patch`."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--aligned",
         type=Path,
-        help="directory of the aligned model; default: the model with the patch of the examples",
+        help="directory of the aligned model; default: the model with the patch of benchmarks/data/patch",
     )
     parser.add_argument("--budget", type=float, default=float("inf"), help="minutes; the run stops between two cells")
     parser.add_argument(
