@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_safety.core import scales
+from peft_safety.core.experts import expert_shape, stacked_weight
 from peft_safety.errors import SubspaceError, UnsupportedLayerError
 
 SAMPLES = 256
@@ -66,7 +67,9 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 def shape(layer: nn.Module) -> tuple[int, int]:
-    """`(out_features, in_features)`, whatever the storage."""
+    """`(out_features, in_features)`, whatever the storage; of fused experts those of one expert."""
+    if (of_expert := expert_shape(layer)) is not None:
+        return of_expert
     if is_conv1d(layer):
         return int(layer.weight.shape[1]), int(layer.weight.shape[0])  # type: ignore[index, union-attr]
     return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
@@ -216,9 +219,13 @@ def requantized(layer: nn.Module, delta: Tensor, name: str) -> Tensor:
 
 def fingerprint(layer: nn.Module, name: str) -> Tensor:
     """`SAMPLES` evenly spaced values of the flattened `(out, in)` weight, fp32, on the CPU; refused if not finite.
-    Those of a packed weight are what its forward gives.
+    Those of a packed weight are what its forward gives. Of fused experts, as their parameter is stored.
     """
-    if quantization(layer) == "packed":
+    if (stack := stacked_weight(layer)) is not None:
+        if not is_whole(stack):
+            raise UnsupportedLayerError(f"{name}: its weight is on the meta device or sharded. Load it whole.")
+        values = sample(stack.detach().flatten(0, 1)).float()
+    elif quantization(layer) == "packed":
         values = scales.sample_forward(layer, name, *_sampled(*shape(layer)), shape(layer)[1])
     else:
         values = sample(dense_weight(layer, name))

@@ -80,7 +80,9 @@ def _expand_all_linear(model: nn.Module, config: ProtectedConfig) -> None:
         return
     _maybe_include_all_linear_layers(config, model)
     experts = [name for name, parameter in model.named_parameters() if "expert" in name and parameter.ndim == 3]
-    fused = sorted({name.rpartition(".")[0] for name in experts})
+    targeted = tuple(f".{name}" for name in config.target_parameters or ())
+    named = {name.rpartition(".")[0] for name in experts if f".{name}".endswith(targeted)}
+    fused = sorted({name.rpartition(".")[0] for name in experts} - named)
     if fused:
         warnings.warn(
             f"the fused parameters of {len(fused)} modules ({listed(fused)}) cannot be protected, and get no adapter.",

@@ -53,6 +53,8 @@ def test_an_option_that_works(option, train, tmp_path):
     cells.assert_same_function(cells.logits(loaded), cells.logits(model))
 
 
+ONLY_FROZEN = ("parameters of experts",)
+"""Refused for a window only; for a frozen A see test_frozen_experts.py."""
 REFUSED = {
     "bias of lora_B": ({"lora_bias": True}, "lora_bias"),
     "biases": ({"bias": "all"}, "bias='all'"),
@@ -69,8 +71,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("train", FORMS)
-@pytest.mark.parametrize("option", REFUSED)
+@pytest.mark.parametrize(
+    ("option", "train"), [(o, form) for o in REFUSED for form in FORMS if form == "window" or o not in ONLY_FROZEN]
+)
 def test_an_option_that_is_refused(option, train):
     options, says = REFUSED[option]
     with pytest.raises(ConfigError, match=says):
