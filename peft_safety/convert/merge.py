@@ -151,7 +151,7 @@ def merge_quantized(
 
 def _mergeable(model: PeftModel, base: nn.Module) -> list[str]:
     """Names of the LoRA layers in the base model."""
-    for field in ("modules_to_save", "target_parameters"):
+    for field in ("modules_to_save", "target_parameters", "alora_invocation_tokens"):
         if any(getattr(config, field, None) for config in config_table(model).values()):
             raise ConfigError(
                 f"{field} cannot be merged here. Load the base in 16 bit and use merge_and_unload(), or keep the "

@@ -66,7 +66,7 @@ NOT_PROTECTED = {
     "megatron_config": "Megatron's parallel layers shard lora_B but not the basis",
 }
 """LoRA features that a protected adapter cannot have."""
-WITH_FROZEN_A = ("target_parameters",)
+WITH_FROZEN_A = ("alora_invocation_tokens", "target_parameters")
 """Those among them that one with a frozen `lora_A` can have."""
 
 
@@ -310,6 +310,7 @@ def plain_config(
         inference_mode=True,
         task_type=like.get("task_type"),
         fan_in_fan_out=bool(like.get("fan_in_fan_out")),
+        alora_invocation_tokens=like.get("alora_invocation_tokens"),
         base_model_name_or_path=like.get("base_model_name_or_path"),
     )
     pin(config, {name: (r, r) for name, r in ranks.items()}, places)

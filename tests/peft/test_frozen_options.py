@@ -53,8 +53,8 @@ def test_an_option_that_works(option, train, tmp_path):
     cells.assert_same_function(cells.logits(loaded), cells.logits(model))
 
 
-ONLY_FROZEN = ("parameters of experts",)
-"""Refused for a window only; for a frozen A see test_frozen_experts.py."""
+ONLY_FROZEN = ("activated LoRA", "parameters of experts")
+"""Refused for a window only; for a frozen A see test_frozen_alora.py and test_frozen_experts.py."""
 REFUSED = {
     "bias of lora_B": ({"lora_bias": True}, "lora_bias"),
     "biases": ({"bias": "all"}, "bias='all'"),
