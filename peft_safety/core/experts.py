@@ -22,7 +22,8 @@ def input_parameter(layer: nn.Module) -> str | None:
 def stacked_weight(layer: nn.Module) -> Tensor | None:
     """That parameter."""
     name = input_parameter(layer)
-    return None if name is None else getattr(layer, name)
+    weight: Tensor | None = None if name is None else getattr(layer, name)
+    return weight
 
 
 def expert_shape(layer: nn.Module) -> tuple[int, int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
@@ -18,7 +18,7 @@ def base_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every base layer that can hold an adapter, by name, also under existing adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    kinds = (weights.supported, scales.is_packed, input_parameter)
+    kinds: tuple[Callable[[nn.Module], object], ...] = (weights.supported, scales.is_packed, input_parameter)
     modules = {
         name: module
         for name, _, module in walk(model)
