@@ -72,9 +72,10 @@ def adapter_layers(
 
 def _check_experts(name: str, layer: LoraLayer, frozen: bool) -> None:
     """An UnsupportedLayerError refuses a parameter under an adapter whose `lora_A` does not see a layer's inputs."""
-    base = layer.get_base_layer()
-    parallel = getattr(base, "_hf_tp_plan", None) is not None
-    if not frozen or parallel or layer.parameter_name != input_parameter(base):
+    base: Any = layer.get_base_layer()
+    whole = getattr(base, "_hf_tp_plan", None) is None
+    inputs = layer.parameter_name == input_parameter(base) and layer._did_swap_in_out_features != base.is_transposed
+    if not (frozen and whole and inputs):
         raise UnsupportedLayerError(
             f"{name}: this parameter {tuple(layer.get_param().shape)} of {type(base).__name__} under ParamWrapper "
             "cannot be protected: only gate_up_proj or up_proj of transformers' fused experts can, by train='B' and "

@@ -85,8 +85,8 @@ def _expand_all_linear(model: nn.Module, config: ProtectedConfig) -> None:
     fused = sorted({name.rpartition(".")[0] for name in experts} - named)
     if fused:
         warnings.warn(
-            f"the fused parameters of {len(fused)} modules ({listed(fused)}) are no linear layers, and get no adapter. "
-            "With train='B', target_parameters=['gate_up_proj'] protects the experts' first product.",
+            f"the fused parameters of {len(fused)} modules ({listed(fused)}) are no linear layers, and get no "
+            "adapter. With train='B', target_parameters=['gate_up_proj'] protects the experts' first product.",
             stacklevel=4,
         )
 
