@@ -96,13 +96,9 @@ def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
     """
     check_readable(layer, name)
     weight: Any = layer.weight
-    hook: Any = getattr(layer, "_hf_hook", None)
-    if weight.is_meta and getattr(hook, "weights_map", None) is not None:  # accelerate keeps it on disk, or in memory
-        hook.pre_forward(layer)
-        try:
+    if _is_offloaded(layer, weight):
+        with _fetched(layer):
             return stored_weight(layer, name)
-        finally:
-            hook.post_forward(layer, None)
     if not is_whole(weight):
         raise UnsupportedLayerError(f"{name}: its weight is on the meta device or sharded. Calibrate or load earlier.")
     kind = quantization(layer)
@@ -124,6 +120,21 @@ def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
         return weight.detach().T
     scales.check_forward(layer, name)
     return weight.detach()
+
+
+def _is_offloaded(layer: nn.Module, weight: Tensor) -> bool:
+    """Whether accelerate keeps the weight on disk or in host memory."""
+    return weight.is_meta and getattr(getattr(layer, "_hf_hook", None), "weights_map", None) is not None
+
+
+@contextmanager
+def _fetched(layer: Any) -> Iterator[None]:
+    """Have accelerate bring a layer's weights in."""
+    layer._hf_hook.pre_forward(layer)
+    try:
+        yield
+    finally:
+        layer._hf_hook.post_forward(layer, None)
 
 
 def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
@@ -222,6 +233,9 @@ def fingerprint(layer: nn.Module, name: str) -> Tensor:
     Those of a packed weight are what its forward gives. Of fused experts, as their parameter is stored.
     """
     if (stack := stacked_weight(layer)) is not None:
+        if _is_offloaded(layer, stack):
+            with _fetched(layer):
+                return fingerprint(layer, name)
         if not is_whole(stack):
             raise UnsupportedLayerError(f"{name}: its weight is on the meta device or sharded. Load it whole.")
         values = sample(stack.detach().flatten(0, 1)).float()

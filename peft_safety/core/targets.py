@@ -84,8 +84,6 @@ def _default(model: nn.Module, required: bool) -> list[str]:
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in DEFAULTS and not required:
-        return []
-    if kind not in DEFAULTS:
+    if kind not in DEFAULTS and required:
         raise ConfigError(f"PEFT knows no default target_modules for model type {kind!r}. Give target_modules.")
-    return list(DEFAULTS[kind])
+    return list(DEFAULTS.get(kind, ()))

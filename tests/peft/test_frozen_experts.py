@@ -240,6 +240,16 @@ def test_the_subspace_must_have_the_experts_of_this_model():
     assert weights.shape(layer) == (48, 32)
 
 
+def test_an_offloaded_model_gives_the_same_subspace():
+    from accelerate import cpu_offload
+
+    model = cpu_offload(base_model(), execution_device="cpu")
+    assert model.get_submodule(EXPERTS).gate_up_proj.is_meta
+    found, expected = calibrate(model, config(), [batch(0)], progress=False), calibrated()
+    assert found.digest == expected.digest
+    assert torch.equal(found.fingerprints[EXPERTS], expected.fingerprints[EXPERTS])
+
+
 def test_what_takes_one_product_for_a_layer_refuses_it(tmp_path):
     model, _ = frozen()
     for call in (
