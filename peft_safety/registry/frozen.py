@@ -32,7 +32,7 @@ SPAN_TOLERANCE = 1e-6
 
 def start(model: nn.Module, layers: Layers, adapter_name: str, config: ProtectedConfig) -> None:
     """Make the factors of a new adapter, whose config has its subspace, and freeze them."""
-    rows = config.frozen_rows(model, layers, adapter_name)
+    rows = _of_all_experts(config.frozen_rows(model, layers, adapter_name), layers)
     config._certificate = _certificate(config, rows)
     _install(layers, adapter_name, rows)
 
@@ -55,6 +55,11 @@ def reuse_factors(layers: Layers, adapter_name: str, config: ProtectedConfig, co
         reuse.remember(config, loaded=True)
     config._modules = reuse.sizes(layers, adapter_name)
     return True
+
+
+def _of_all_experts(rows: Mapping[str, Tensor], layers: Layers) -> dict[str, Tensor]:
+    """The rows, in a layer of fused experts once for each: PEFT has them one expert after the other."""
+    return {name: a.repeat(getattr(layers[name], "num_experts", 1), 1) for name, a in rows.items()}
 
 
 def _install(layers: Layers, adapter_name: str, rows: Mapping[str, Tensor]) -> None:
@@ -89,7 +94,7 @@ def set_task_directions(model: nn.Module, task_data: Any, adapter_name: str = "d
             )
     kept, config.subspace = config.subspace, config.resolve(model, base)
     try:
-        rows = config.frozen_rows(model, layers, adapter_name, task_data)
+        rows = _of_all_experts(config.frozen_rows(model, layers, adapter_name, task_data), layers)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for name, a in rows.items():
                 rows[name] = a.to(layers[name].lora_B[adapter_name].weight.device)
@@ -116,7 +121,10 @@ def stored_rows(directory: Path, layers: Layers | None = None, adapter_name: str
         rows = {key.removeprefix(PREFIX).removesuffix(SUFFIX): read_tensor(handle, path, key, DTYPES) for key in keys}
     if layers is not None:
         shapes = {name: (int(a.shape[0]), int(a.shape[1])) for name, a in rows.items()}
-        expected = {name: (int(layer.r[adapter_name]), int(layer.in_features)) for name, layer in layers.items()}
+        expected = {
+            name: (int(layer.r[adapter_name]) * getattr(layer, "num_experts", 1), int(layer.in_features))
+            for name, layer in layers.items()
+        }
         if mismatched := sorted(set(shapes.items()) ^ set(expected.items())):
             raise ArtifactError(
                 f"{directory}: its lora_A factors are not those of the model's layers; they differ at "
