@@ -75,10 +75,9 @@ class Measures:
         verdicts: dict[str, dict[str, str]] = {judge.name: {} for judge in self.judges}
         everything = [prompt for prompts in self.prompts.values() for prompt in prompts]
         batch = BATCH_SIZE if model.device.type == "cpu" else len(everything)
-        generated = generate(
-            model, tokenizer, everything, max_new_tokens=self.tokens, batch_size=batch, progress=False
+        answers = iter(
+            generate(model, tokenizer, everything, max_new_tokens=self.tokens, batch_size=batch, progress=False)
         )
-        answers = iter(generated)
         for name, prompts in self.prompts.items():
             texts = [answer.text for answer in islice(answers, len(prompts))]
             for judge in self.judges:

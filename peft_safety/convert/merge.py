@@ -139,8 +139,12 @@ def merge_quantized(
 
 def _mergeable(model: PeftModel, base: nn.Module) -> list[str]:
     """Names of the LoRA layers in the base model."""
-    if any(getattr(config, "modules_to_save", None) for config in config_table(model).values()):
-        raise ConfigError("modules_to_save cannot be merged here. Load the base in 16 bit and use merge_and_unload().")
+    for field in ("modules_to_save", "target_parameters", "alora_invocation_tokens"):
+        if any(getattr(config, field, None) for config in config_table(model).values()):
+            raise ConfigError(
+                f"{field} cannot be merged here. Load the base in 16 bit and use merge_and_unload(), or keep the "
+                "adapter beside the base."
+            )
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     for adapter in protected_configs(model):
         if any(adapter in _active(layer) for layer in layers.values()):

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from peft_safety.core import base_weights as weights
 from peft_safety.core.adapter_dir import check_adapter
 from peft_safety.core.certificate import Certificate, read_certificate
-from peft_safety.core.plain_lora import PLAIN_TYPES, REPAIRED_TYPE, read_manifest, read_plain, stored_record
+from peft_safety.core.plain_lora import (
+    PLAIN_TYPES,
+    REPAIRED_TYPE,
+    WITH_FROZEN_A,
+    read_manifest,
+    read_plain,
+    stored_record,
+)
 from peft_safety.core.projection import leak, leak_tolerance, orthonormality_error
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.targets import base_layers
@@ -136,7 +143,7 @@ def _verify_frozen(
     model: nn.Module | None,
     subspace: SafetySubspace | str | os.PathLike[str] | None,
 ) -> FrozenVerification:
-    plain = read_plain(path)
+    plain = read_plain(path, WITH_FROZEN_A)
     freezing(certificate).from_certificate(plain.config, certificate)  # refuses what could not be loaded
     rows, modules = check_certified(path, certificate), certificate.modules
     layers = {} if model is None else base_layers(model)

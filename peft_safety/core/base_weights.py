@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_safety.core import scales
+from peft_safety.core.experts import expert_shape, stacked_weight
 from peft_safety.errors import SubspaceError, UnsupportedLayerError
 
 SAMPLES = 256
@@ -63,7 +64,9 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 def shape(layer: nn.Module) -> tuple[int, int]:
-    """`(out_features, in_features)`, whatever the storage."""
+    """`(out_features, in_features)`, whatever the storage; of fused experts those of one expert."""
+    if (of_expert := expert_shape(layer)) is not None:
+        return of_expert
     if is_conv1d(layer):
         return int(layer.weight.shape[1]), int(layer.weight.shape[0])  # type: ignore[index, union-attr]
     return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
@@ -85,13 +88,9 @@ def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
     """The weight `(out_features, in_features)` on its own device: a dense one as it is, a quantized one in fp32."""
     check_readable(layer, name)
     weight: Any = layer.weight
-    hook: Any = getattr(layer, "_hf_hook", None)
-    if weight.is_meta and getattr(hook, "weights_map", None) is not None:  # accelerate keeps it on disk, or in memory
-        hook.pre_forward(layer)
-        try:
+    if _is_offloaded(layer, weight):
+        with _fetched(layer):
             return stored_weight(layer, name)
-        finally:
-            hook.post_forward(layer, None)
     if not is_whole(weight):
         raise UnsupportedLayerError(f"{name}: its weight is on the meta device or sharded. Calibrate or load earlier.")
     kind = quantization(layer)
@@ -113,6 +112,21 @@ def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
         return weight.detach().T
     scales.check_forward(layer, name)
     return weight.detach()
+
+
+def _is_offloaded(layer: nn.Module, weight: Tensor) -> bool:
+    """Whether accelerate keeps the weight on disk or in host memory."""
+    return weight.is_meta and getattr(getattr(layer, "_hf_hook", None), "weights_map", None) is not None
+
+
+@contextmanager
+def _fetched(layer: Any) -> Iterator[None]:
+    """Have accelerate bring a layer's weights in."""
+    layer._hf_hook.pre_forward(layer)
+    try:
+        yield
+    finally:
+        layer._hf_hook.post_forward(layer, None)
 
 
 def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
@@ -204,9 +218,16 @@ def requantized(layer: nn.Module, delta: Tensor, name: str) -> Tensor:
 
 def fingerprint(layer: nn.Module, name: str) -> Tensor:
     """`SAMPLES` evenly spaced values of the flattened `(out, in)` weight, fp32, on the CPU; refused if not finite.
-    Those of a packed weight are what its forward gives.
+    Those of a packed weight are what its forward gives. Of fused experts, as their parameter is stored.
     """
-    if quantization(layer) == "packed":
+    if (stack := stacked_weight(layer)) is not None:
+        if _is_offloaded(layer, stack):
+            with _fetched(layer):
+                return fingerprint(layer, name)
+        if not is_whole(stack):
+            raise UnsupportedLayerError(f"{name}: its weight is on the meta device or sharded. Load it whole.")
+        values = sample(stack.detach().flatten(0, 1)).float()
+    elif quantization(layer) == "packed":
         values = scales.sample_forward(layer, name, *_sampled(*shape(layer)), shape(layer)[1])
     else:
         values = sample(dense_weight(layer, name))

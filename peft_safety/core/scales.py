@@ -95,15 +95,16 @@ def sample_forward(layer: nn.Module, name: str, rows: Tensor, columns: Tensor, w
     places = torch.arange(len(columns))
     x = torch.zeros(len(columns) + 1, width)  # the last one stays zero: its output is the bias
     x[places, columns] = 1.0
+    problem: Exception | None = None
     for dtype in dict.fromkeys((*own, torch.float16, torch.bfloat16, torch.float32)):
         try:
             with torch.autocast(held[0].device.type, enabled=False):
                 output = layer(x.to(device=held[0].device, dtype=dtype)).float().cpu()
             return (output[:-1] - output[-1])[places, rows]
-        except (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError, IndexError):
-            continue
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError, IndexError) as error:
+            problem = error
     reason = unreadable(layer) or "its weight is packed"
-    raise refusal(layer, name, f"{reason}, and its forward takes no {tuple(x.shape)} inputs here")
+    raise refusal(layer, name, f"{reason}, and its forward takes no {tuple(x.shape)} inputs here") from problem
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from peft_safety.calibration.sizes import check_size_options
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import StoredAdapter, sign
 from peft_safety.core.certificate import Certificate
-from peft_safety.core.plain_lora import INITS, MANIFEST, NOT_PROTECTED, check_features, check_sizes
+from peft_safety.core.plain_lora import INITS, MANIFEST, NOT_PROTECTED, WITH_FROZEN_A, check_features, check_sizes
 from peft_safety.core.projection import Side
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.subspace_file import FILE_NAME
@@ -72,7 +72,8 @@ class ProtectedConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         where = type(self).__name__
-        check_features(self, f"{where}(target_modules={self.target_modules!r})", NOT_PROTECTED, INITS)
+        what, allowed = f"{where}(target_modules={self.target_modules!r})", WITH_FROZEN_A if self.freezes else ()
+        check_features(self, what, NOT_PROTECTED, INITS, allowed)
         if self.bias != "none":
             raise ConfigError(f"{where}: bias={self.bias!r} trains what no projection constrains. Use bias='none'.")
         check_sizes(vars(self), where)
@@ -87,6 +88,7 @@ class ProtectedConfig(LoraConfig):
         self._combined = False  # PEFT fills its factors with a combination of other adapters
         self._partial = False  # layers that the target patterns match were left out
         self._modules: dict[str, tuple[int, float]] = {}  # what injection found: rank and alpha by module
+        self._parameters: dict[str, str] = {}  # and of layers of fused experts, the parameter
         self._certificate: Certificate | None = None  # of an adapter whose lora_A is frozen
 
     @property
@@ -204,11 +206,13 @@ class ProtectedConfig(LoraConfig):
             result["peft_type"] = self.PEFT_KEY
         # full names: nobody who loads it has to run a regular expression from a file
         if self._modules and (self._partial or not self.is_plain):
-            result["target_modules"] = sorted(self._modules)
-            result["rank_pattern"] = {name: r for name, (r, _) in self._modules.items() if r != self.r}
-            result["alpha_pattern"] = {
-                name: alpha for name, (_, alpha) in self._modules.items() if alpha != self.lora_alpha
-            }
+            keys = {f"{name}.{part}" if (part := self._parameters.get(name)) else name: name for name in self._modules}
+            result["target_modules"] = sorted(set(keys) & set(self._modules))
+            if self._parameters:
+                result["target_parameters"] = sorted(set(keys) - set(self._modules))
+            sizes = {key: self._modules[name] for key, name in keys.items()}
+            result["rank_pattern"] = {key: r for key, (r, _) in sizes.items() if r != self.r}
+            result["alpha_pattern"] = {key: alpha for key, (_, alpha) in sizes.items() if alpha != self.lora_alpha}
             result |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
         return result
 
@@ -261,5 +265,6 @@ def calibrate(
     if not isinstance(config, ProtectedConfig):
         raise ConfigError(f"a {type(config).__name__} has no safety subspace. Use GuardSpaceConfig or SaLoRAConfig.")
     packed = "out" not in config.basis_sides
-    layers = target_layers(model, config.target_modules, config.exclude_modules, packed=packed)
+    wanted = config.target_modules, config.exclude_modules
+    layers = target_layers(model, *wanted, target_parameters=config.target_parameters, packed=packed)
     return config.calibrate(model, layers, data, tokenizer, memory=memory, seed=seed, progress=progress)

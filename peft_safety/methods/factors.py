@@ -17,7 +17,17 @@ from peft_safety.layers import joined, stored_factors
 
 
 def layer_factors(name: str, layer: LoraLayer, adapter_name: str) -> Factors:
-    """The factors of an adapter in one layer, not copied, a residual joined; refuses what is not whole and finite."""
+    """The factors of an adapter in one of its layers, not copied; with a residual the joined ones.
+
+    Raises:
+        ConfigError: an adapter is merged into the layer, or a factor is not finite.
+        UnsupportedLayerError: a factor that is sharded or on the meta device.
+    """
+    if hasattr(layer, "num_experts"):
+        raise UnsupportedLayerError(
+            f"{name}: its factors are those of {layer.num_experts} fused experts, not one product. What "
+            "save_pretrained writes is a plain LoRA already."
+        )
     if layer.merged:
         raise ConfigError(f"{name}: an adapter is merged into the base weight. Call unmerge_adapter() first.")
     leaves = layer.lora_A[adapter_name], layer.lora_B[adapter_name]

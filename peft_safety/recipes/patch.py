@@ -195,17 +195,10 @@ def general_rows(
             prompts = [*load(name, "train"), *load(name, "calibration")]
             given += [prompts[index % len(prompts)] for index in range(count)]  # past the end from the start again
         if options.self_written:
+            seed, progress = options.training.seed, options.training.progress
             with adapters_off(model):
-                given += [
-                    {"prompt": prompt}
-                    for prompt in self_prompts(
-                        model,
-                        tokenizer,
-                        options.self_written,
-                        seed=options.training.seed,
-                        progress=options.training.progress,
-                    )
-                ]
+                written = self_prompts(model, tokenizer, options.self_written, seed=seed, progress=progress)
+            given += [{"prompt": prompt} for prompt in written]
     plain = as_rows(given, "general rows")
     asked = {_key(row): row["prompt"] for row in plain if kind_of(row) == "prompt"}
     answers: dict[str, dict[str, Any]] = {}

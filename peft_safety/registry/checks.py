@@ -12,7 +12,7 @@ from peft_safety.core import base_weights as weights
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import base_key
 from peft_safety.core.names import original, walk
-from peft_safety.core.plain_lora import ADAPTER_FILE, read_plain
+from peft_safety.core.plain_lora import ADAPTER_FILE, WITH_FROZEN_A, read_plain
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.methods.base import ProtectedConfig
 
@@ -22,7 +22,7 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
     modules = {name: original(module) for name, _, module in walk(model)}
     certificate = config._certificate
     if certificate is not None and certificate.directory is not None and config._origin is None:
-        extra = read_plain(certificate.directory).extra
+        extra = read_plain(certificate.directory, WITH_FROZEN_A).extra
         _check_extra(model, config, certificate.directory, tuple(extra), certificate.modules)
     if config._stored is None:
         widest = max((min(shape) for shape in map(_shape, modules.values()) if shape), default=config.r)

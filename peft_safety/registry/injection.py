@@ -73,16 +73,19 @@ def inject_adapter(
 
 def _expand_all_linear(model: nn.Module, config: ProtectedConfig) -> None:
     """Replace "all-linear" by the names that PEFT means. PEFT itself would add parameters of a mixture of experts,
-    which cannot be protected.
+    most of which cannot be protected.
     """
     if not isinstance(config.target_modules, str) or config.target_modules.lower() != "all-linear":
         return
     _maybe_include_all_linear_layers(config, model)
     experts = [name for name, parameter in model.named_parameters() if "expert" in name and parameter.ndim == 3]
-    fused = sorted({name.rpartition(".")[0] for name in experts})
+    targeted = tuple(f".{name}" for name in config.target_parameters or ())
+    named = {name.rpartition(".")[0] for name in experts if f".{name}".endswith(targeted)}
+    fused = sorted({name.rpartition(".")[0] for name in experts} - named)
     if fused:
         warnings.warn(
-            f"the fused parameters of {len(fused)} modules ({listed(fused)}) cannot be protected, and get no adapter.",
+            f"the fused parameters of {len(fused)} modules ({listed(fused)}) are no linear layers, and get no "
+            "adapter. With train='B', target_parameters=['gate_up_proj'] protects the experts' first product.",
             stacklevel=4,
         )
 

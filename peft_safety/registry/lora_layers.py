@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners import lora
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
+from peft_safety.layers import FrozenLinear
 from peft_safety.registry import fused
 
 
@@ -36,7 +38,29 @@ class LoraLinear(_Residual, lora.Linear):  # type: ignore[misc]
     replaces = lora.Linear
 
 
-KINDS: dict[type, type] = {lora.Linear: LoraLinear}
+class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT asks for a class of this name
+    """On a parameter of fused experts, under a frozen `lora_A` or an adapter of another kind."""
+
+    replaces = lora.ParamWrapper
+
+    def get_delta_factors(self, adapter: str) -> Any:
+        """PEFT's, with the frozen one detached: no flag, optimizer or hook can train it."""
+        left, right, scaling = super().get_delta_factors(adapter)
+        if isinstance(self.lora_A[adapter], FrozenLinear):
+            left, right = (left, right.detach()) if self._did_swap_in_out_features else (left.detach(), right)
+        return left, right, scaling
+
+    def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Any:
+        """The update of all experts; with a frozen `lora_A`, which may be of another dtype, the product is in fp32."""
+        if not isinstance(self.lora_A[adapter], FrozenLinear):
+            return super().get_delta_weight(adapter, *args, **kwargs)
+        a, b = (factors[adapter].weight.float() for factors in (self.lora_A, self.lora_B))
+        a, b = a.detach().reshape(self.num_experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, self.num_experts)
+        order = "eoi" if self._did_swap_in_out_features else "eio"
+        return (torch.einsum(f"ore,eri->{order}", b, a) * self.scaling[adapter]).to(self.get_param())
+
+
+KINDS: dict[type, type] = {lora.Linear: LoraLinear, lora.ParamWrapper: ParamWrapper}
 
 if is_bnb_available():
 

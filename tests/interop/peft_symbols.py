@@ -12,6 +12,8 @@ SYMBOLS = {
     "peft.tuners.lora": (
         "LoraModel.add_weighted_adapter",
         "Linear.get_delta_weight",
+        "ParamWrapper.get_delta_weight",
+        "ParamWrapper.get_param",
         "LoraLayer.lora_A",
         "LoraLayer.lora_B",
         "LoraLayer._mixed_batch_forward",

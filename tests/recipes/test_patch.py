@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from typer.testing import CliRunner
 
 from peft_safety import assert_protected, verify
@@ -16,7 +16,7 @@ from peft_safety.errors import ConfigError, DataError
 from peft_safety.evaluation.generate import SELF_PROMPT_TRIES, Generation, self_prompts
 from peft_safety.evaluation.prompts import prompt_set
 from peft_safety.recipes.distil import _token_losses
-from peft_safety.recipes.patch import PatchOptions, make_patch, patch
+from peft_safety.recipes.patch import PatchOptions, general_rows, make_patch, patch
 from peft_safety.recipes.train import TrainOptions, finetune
 from peft_safety.recipes.watch import Look, Stopping, Watch
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -145,6 +145,24 @@ def test_the_packages_own_rows_repeat_past_their_split_and_answers_are_the_model
     assert len(own) > len({row["prompt"] for row in own}) > 0
     assert all(row["truncated"] and row["distil"] for row in own)
     assert not any("distil" in row for row in harmful)
+
+
+def test_prompts_that_the_bare_model_wrote_are_rows_to_keep_too(monkeypatch):
+    def self_prompts(model, tokenizer, count, **options):
+        asked.append(
+            (count, options["seed"], getattr(model.model.layers[0].self_attn.q_proj, "disable_adapters", None))
+        )
+        return ["say bread", "say trees"]
+
+    asked = []
+    monkeypatch.setattr("peft_safety.recipes.patch.self_prompts", self_prompts)
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    options = PatchOptions(**{**SMALL, "self_written": 5})
+    rows = general_rows(model.base_model.model, tiny_tokenizer(), options)
+    assert asked == [(5, options.training.seed, True)]
+    written = [row for row in rows if row["prompt"] in ("say bread", "say trees")]
+    assert len(written) == 2
+    assert all(row["distil"] and row["response"] for row in written)
 
 
 def scripted(monkeypatch, figures, **stopping):
