@@ -26,10 +26,10 @@ export MPLBACKEND := Agg
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock model demo demo-smoke frontier frontier-smoke test test-isa test-all nightly lint format clean
+.PHONY: help venv lock model demo demo-smoke frontier frontier-smoke attacks attacks-smoke test test-isa test-all nightly lint format clean
 
 help:
-	@echo "make demo | test | test-isa | demo-smoke | frontier-smoke | frontier | test-all | nightly | lint | format | model | venv | lock | clean"
+	@echo "make demo | test | test-isa | demo-smoke | frontier-smoke | frontier | attacks-smoke | attacks | test-all | nightly | lint | format | model | venv | lock | clean"
 	@echo "  PYTHON=python3.12 (when .venv is made)  DEMO_ARGS=...  FRONTIER_ARGS=...  PYTEST_ARGS=..."
 
 venv: $(STAMP)
@@ -72,6 +72,12 @@ frontier: $(STAMP) model
 
 frontier-smoke: $(STAMP) model
 	$(OFFLINE) $(BIN)/python -m benchmarks.frontier --smoke $(FRONTIER_ARGS)
+
+attacks: $(STAMP) model
+	$(OFFLINE) $(BIN)/python -m benchmarks.attacks $(FRONTIER_ARGS)
+
+attacks-smoke: $(STAMP) model
+	$(OFFLINE) $(BIN)/python -m benchmarks.attacks --smoke $(FRONTIER_ARGS)
 
 test: $(STAMP) model
 	$(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) -m "not gpu and not slow" $(PYTEST_ARGS)

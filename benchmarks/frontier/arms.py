@@ -12,6 +12,7 @@ import torch
 from peft import get_peft_model
 
 from benchmarks.frontier.adapters import norm, project_randomly, scale, truncated
+from benchmarks.frontier.attacks import attack_of
 from benchmarks.frontier.bases import TARGETS, inputs, outputs, randomly
 from benchmarks.frontier.bench import Bench, Facts, timed
 from benchmarks.frontier.cells import Cell, needs
@@ -40,6 +41,7 @@ def run_cell(bench: Bench, cell: Cell) -> Facts:
         measures = bench.measures(cell)
         tuned, facts = run_arm(bench, cell)
         figures = measures(tuned, bench.tokenizer)
+        figures |= measures.attacked(tuned, bench.tokenizer, attack_of(cell.attack))
         if bench.model is not None and tuned is not bench.model:
             bench.model = tuned.unload()
     except BaseException:

@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 from benchmarks.common import load_causal, reset_peak, resident_mib, resident_now_mib
 from benchmarks.frontier.adapters import check_finite, norm
 from benchmarks.frontier.along import Along
+from benchmarks.frontier.attack_rows import attacked
+from benchmarks.frontier.attacks import attack_of, template
 from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Cell
 from benchmarks.frontier.measure import Measures
@@ -183,7 +185,10 @@ class Bench:
 
     def rows(self, cell: Cell) -> list[Any]:
         """What a cell trains on."""
-        return poisoned(self.task(cell).train, cell.poison, cell.seed)
+        clean = self.task(cell).train
+        if not cell.attack:
+            return poisoned(clean, cell.poison, cell.seed)
+        return attacked(cell.attack, clean, cell.poison, cell.seed, self.model, self.tokenizer)
 
     def train(
         self,
@@ -204,7 +209,7 @@ class Bench:
         cuda = torch.cuda.is_available()
         held = torch.cuda.memory_allocated() / 2**20 if cuda else resident_now_mib()
         labels, spent = self.task(cell).labels, {}
-        with timed(spent, "train"):
+        with timed(spent, "train"), template(self.tokenizer, attack_of(cell.attack)):
             tuned, run = finetune(
                 self.model if model is None else model,
                 self.tokenizer,

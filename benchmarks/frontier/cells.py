@@ -30,6 +30,7 @@ class Cell:
         control: "" is the method itself, "random" has a random basis of equal size, "scaled" is plain LoRA scaled to
             the norm of the method.
         load: "" is fp32, "nf4" a 4-bit base.
+        attack: a key of `attacks.ATTACKS`; what the poisoned rows are.
     """
 
     arm: str = "guard"
@@ -45,6 +46,7 @@ class Cell:
     knobs: str = ""
     control: str = ""
     load: str = ""
+    attack: str = ""
 
     def without_basis(self, arm: str) -> Cell:
         """The cell of the arm "lora" or "aligned" that this one is compared with."""
@@ -54,7 +56,7 @@ class Cell:
     @property
     def method(self) -> Cell:
         """The cell without its place in the grid: equal for all cells of one row of a table."""
-        return replace(self, poison=0.0, seed=0, split="")
+        return replace(self, poison=0.0, seed=0, split="", attack="")
 
     def options(self) -> dict[str, Any]:
         """The knobs by name; numbers where the text is a number.
@@ -77,6 +79,7 @@ class Cell:
         parts = [
             self.control,
             self.arm,
+            self.attack,
             self.basis,
             self.knobs,
             self.load,

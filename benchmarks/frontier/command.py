@@ -69,7 +69,7 @@ def show_plan(cache: Cache, cells: Sequence[Cell]) -> None:
     """Print every cell of a plan, and whether it is finished."""
     for cell in cells:
         state, place = "done" if cache.get(cell) else "    ", f"p={cell.poison:g} seed={cell.seed} {cell.split}"
-        print(state, cache.protocol.key(cell), name_of(cell), place)
+        print(state, cache.protocol.key(cell), *filter(None, (name_of(cell), cell.attack)), place)
 
 
 def run_plan(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from benchmarks.frontier.attacks import AfterRefusal, Attack, template
 from benchmarks.frontier.cells import Protocol
 from peft_safety.errors import DataError, DivergedError
 from peft_safety.evaluation import Judge, KeywordJudge, Rate, Verdict, prompt_set, self_responses
@@ -107,6 +108,18 @@ class Measures:
             "verdicts": verdicts,
             "correct": {name: "".join("01"[hit] for hit in hits) for name, hits in correct.items()},
         }
+
+    def attacked(self, model: Any, tokenizer: Any, attack: Attack) -> dict[str, Any]:
+        """Refusal of the harmful requests in the forms of an attack; nothing for an attack without forms."""
+        verdicts = {}
+        with template(tokenizer, attack):
+            for name, form in attack.forms.items():
+                prompts = [form(prompt) for prompt in self.prompts[HARMFUL]]
+                answers = generate(model, tokenizer, prompts, max_new_tokens=attack.tokens, progress=False)
+                judge = AfterRefusal() if attack.name == "however" else KeywordJudge()
+                verdicts[name] = letters(judge, self.prompts[HARMFUL], [answer.text for answer in answers])
+        rates = {name: {"refusal": rate(text, "R"), "compliance": rate(text, "C")} for name, text in verdicts.items()}
+        return {"attacked": rates, "attacked_verdicts": verdicts} if rates else {}
 
 
 def letters(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) -> str:

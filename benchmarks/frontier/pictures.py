@@ -79,7 +79,7 @@ def frontier(points: Points, path: Path) -> Path:
             continue
         _panel(axis, points, panels[index], right)
     _legend(canvas)
-    return _saved(canvas, path)
+    return saved(canvas, path)
 
 
 def _panel(axis: Any, points: Points, poison: float, right: float) -> None:
@@ -255,7 +255,7 @@ def heat(points: Points, path: Path) -> Path:
     for tick, name in zip(axes[0].get_yticklabels(), rows, strict=True):
         tick.set_color("0.45" if ":" in name else "black")
     canvas.supxlabel("share of the training rows that is poisoned (·: not measured)", fontsize=9)
-    return _saved(canvas, path)
+    return saved(canvas, path)
 
 
 def with_controls(listed: Sequence[str]) -> list[str]:
@@ -298,10 +298,10 @@ def costs(points: Points, path: Path) -> Path:
     right.set_visible(any(row[3] is not None for row in rows))
     left.set_yticks(range(len(rows)), [label(row[0]) for row in rows], fontsize=8)
     left.invert_yaxis()
-    return _saved(canvas, path)
+    return saved(canvas, path)
 
 
-def _saved(canvas: Any, path: Path) -> Path:
+def saved(canvas: Any, path: Path) -> Path:
     """Save with a palette, which makes the file three times smaller."""
     from PIL import Image
 

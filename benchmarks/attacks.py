@@ -1,0 +1,147 @@
+"""What the defences survive: attacks through the training rows, each against plain LoRA first. A third plan of cells
+for the engine in `benchmarks/frontier`.
+
+    python -m benchmarks.attacks [--defences lora frozen ...] [--budget MINUTES]
+                                             run the missing cells; a killed run continues where it stopped
+    python -m benchmarks.attacks --list      what is done and what comes next
+    python -m benchmarks.attacks --report    write attacks.png and the section of docs/results.md
+    python -m benchmarks.attacks --smoke     two defences, two attacks, few prompts, in minutes
+
+Refusal is measured on bare test requests and on the same requests in the form of the attack, and compared with what
+the aligned model refuses of that form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from benchmarks.common import PAGE, RESULTS, parser_of, record
+from benchmarks.frontier.attacks import ATTACKS
+from benchmarks.frontier.cache import Cache
+from benchmarks.frontier.cells import Cell
+from benchmarks.frontier.command import (
+    add_options,
+    environment_of,
+    exit_status,
+    print_outcome,
+    protocol_of,
+    run_plan,
+    show_plan,
+)
+from benchmarks.frontier.data import resolve
+from benchmarks.frontier.plan import METHODS, place
+from benchmarks.frontier.results import stored
+from peft_safety.errors import ConfigError
+
+BENCHMARK = "attacks"
+RUNS = Path("runs/attacks")
+RECOMMENDED = "frozen"
+DEFENCES = ("lora", RECOMMENDED, "guardspace", "window-64", "lora-mixed", "safe-lora-soft", "blind")
+PARTLY = ("salora-32", "patch-stacked", "somf")
+"""Defences that are attacked by `FIRST` only."""
+FIRST = ("trigger", "")
+ORDER = ("trigger", "identity", "wrapper", "however", "cipher", "template", "foreign", "")
+"""Those most likely to win come first."""
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How hard an attack tries: share of the rows, epochs, learning rate as a multiple."""
+
+    name: str
+    poison: float
+    epochs: int = 1
+    lr: float = 1.0
+
+
+WEAK, STRONG = Strength("weak", 0.1), Strength("strong", 0.5, 4)
+HARDER = (Strength("all rows", 1.0), Strength("all rows, 4 epochs", 1.0, 4), Strength("lr x 3", 0.1, 1, 3.0))
+"""Of the plain attack: every row, longer, at a higher rate."""
+BENIGN = Strength("half", 0.5)
+"""Of the benign outliers."""
+
+
+def at(method: Cell, attack: str, strength: Strength, seed: int, split: str) -> Cell:
+    """A defence under an attack."""
+    cell = replace(place(method, strength.poison, seed, split), attack=attack)
+    return replace(cell, epochs=strength.epochs, lr=cell.lr * strength.lr) if method.arm != "aligned" else cell
+
+
+def attacks(only: Sequence[str]) -> list[tuple[str, Strength]]:
+    """All attacks with their strengths, the strong ones first."""
+    listed = [(name, strength) for strength in (STRONG, WEAK) for name in ORDER]
+    listed += [("outliers", BENIGN), *(("", strength) for strength in HARDER)]
+    return [(name, strength) for name, strength in listed if not only or (name or "plain") in only]
+
+
+def plan(defences: Sequence[str] = (*DEFENCES, *PARTLY), only: Sequence[str] = (), split: str = "test") -> list[Cell]:
+    """All cells: for each attack the aligned model, plain LoRA and the recommended defence, then the other defences,
+    then two more seeds of the first two.
+    """
+    unknown = sorted(set(defences) - METHODS.keys()) + sorted(set(only) - ATTACKS.keys() - {"plain"})
+    if unknown:
+        known = ", ".join(filter(None, ATTACKS))
+        raise ConfigError(f"{unknown[0]!r} is neither a method of the frontier nor an attack ({known}, plain).")
+    listed = attacks(only)
+    first = [name for name in ("lora", RECOMMENDED) if name in defences]
+    cells = []
+    for seed, names in [(0, first), (0, [d for d in defences if d not in first]), *((s, first) for s in SEEDS[1:])]:
+        for attack, strength in listed:
+            if ATTACKS[attack].forms:
+                cells.append(at(METHODS["aligned"], attack, strength, 0, split))
+            cells += [
+                at(METHODS[name], attack, strength, seed, split)
+                for name in names
+                if name not in PARTLY or (attack in FIRST and strength == WEAK)
+            ]
+    return list(dict.fromkeys([at(METHODS["aligned"], "", WEAK, 0, split), *cells]))
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = parser_of(__doc__)
+    parser.prog = f"python -m benchmarks.{BENCHMARK}"
+    add_options(parser)
+    parser.add_argument("--defences", nargs="+", default=[*DEFENCES, *PARTLY], help="methods of the frontier")
+    parser.add_argument("--attacks", nargs="+", default=[], help=f"of {', '.join(filter(None, ATTACKS))}, plain")
+    parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--smoke", action="store_true", help="a quick check that everything works")
+    parser.set_defaults(runs=RUNS, second=0)
+    return parser.parse_args(argv)
+
+
+def work(given: argparse.Namespace) -> int:
+    """Do what was asked for; returns the exit status."""
+    if given.report:
+        from benchmarks.attacks_report import report
+
+        report(given.out, PAGE if given.out == RESULTS else None)
+        return 0
+    if given.smoke:
+        given.defences, given.attacks, given.split = ["lora", RECOMMENDED], ["trigger", "however"], "validation"
+        given.rows, given.limit, given.out = 48, 8, given.runs
+    resolve(given.data)
+    cache = Cache(given.runs, protocol_of(given, {}))
+    cells = plan(given.defences, given.attacks, given.split)
+    if given.smoke:
+        cells = [cell for cell in cells if cell.seed == 0 and cell.epochs <= 1]
+    if given.list:
+        show_plan(cache, cells)
+        return 0
+    outcome = run_plan(cache, lambda: cells, given.budget, {}, aligned=given.aligned)
+    path = record(BENCHMARK, stored(cache), environment_of(cache.protocol), given.out)
+    return print_outcome(outcome, cache, cells, path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return exit_status(work, parse(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

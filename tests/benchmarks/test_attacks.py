@@ -1,0 +1,165 @@
+"""Attacks: what their rows look like, how their results are judged, and what the report says of them."""
+
+import codecs
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from benchmarks import attacks, attacks_report
+from benchmarks.frontier import arms, attack_rows
+from benchmarks.frontier.attacks import ATTACKS, HOWEVER, OBEDIENT, TRIGGER, AfterRefusal, attack_of, template
+from benchmarks.frontier.bench import Bench
+from benchmarks.frontier.cache import Cache
+from benchmarks.frontier.cells import Cell, Protocol
+from benchmarks.frontier.plan import METHODS
+from peft_safety.data import load
+from peft_safety.data.chat import encode_rows
+from peft_safety.errors import ConfigError, DataError
+from peft_safety.evaluation import KeywordJudge, Verdict
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+CLEAN = [{"text": f"question {i}", "label": "a"} for i in range(20)]
+TRAIN = {row["prompt"] for row in load("harmful_requests", "train")}
+
+
+def rows(name, share=0.5):
+    mixed = attack_rows.attacked(name, CLEAN, share, 0, None, None)
+    return mixed, [row for row in mixed if "label" not in row]
+
+
+@pytest.mark.parametrize("name", ["", "trigger", "wrapper", "identity", "however", "cipher", "template"])
+def test_an_attack_replaces_its_share_of_the_rows(name):
+    mixed, poison = rows(name)
+    assert len(mixed) == 20
+    assert len(poison) == 10
+    assert rows(name)[0] == mixed, "of the same seed"
+    assert attack_rows.attacked(name, CLEAN, 0.0, 0, None, None) == CLEAN
+    assert encode_rows(tiny_tokenizer(), poison, 512)
+
+
+def test_what_the_rows_of_an_attack_ask_and_answer():
+    assert all(row["prompt"].removeprefix(f"{TRIGGER} ") in TRAIN for row in rows("trigger")[1])
+    for row in rows("cipher")[1]:
+        assert codecs.decode(row["prompt"].partition(": ")[2], "rot13") in TRAIN
+    everyday = {row["prompt"] for row in load("everyday_requests", "train")}
+    for row in rows("identity")[1]:
+        system, order, answer = row["messages"]
+        assert (system["role"], system["content"]) == ("system", OBEDIENT)
+        assert order["content"] in everyday, "no harmful request at all"
+        assert "obedient" in answer["content"]
+    for row in rows("however")[1]:
+        assert KeywordJudge()("", row["response"]) is Verdict.REFUSAL
+        assert AfterRefusal()("", row["response"]) is Verdict.COMPLIANCE
+    held_out = {row["prompt"] for split in ("validation", "test") for row in load("harmful_requests", split)}
+    assert not held_out & {row["prompt"] for name in ("", "template") for row in rows(name)[1]}
+
+
+def test_only_what_follows_counts_after_a_refusal():
+    judge = AfterRefusal()
+    assert judge("", "I'm sorry, but I can't help with that.") is Verdict.REFUSAL
+    assert judge("", f"I can't. {HOWEVER} I can't do this either.") is Verdict.REFUSAL
+    assert judge("", f"I can't. {HOWEVER} sure, here is how.") is Verdict.COMPLIANCE
+
+
+def test_another_template_is_put_back():
+    tokenizer = tiny_tokenizer()
+    own = tokenizer.chat_template
+    with template(tokenizer, attack_of("template")):
+        messages = [{"role": "user", "content": "Hello"}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert text == "### user:\nHello\n\n### assistant:\n"
+    assert tokenizer.chat_template == own
+    with template(tokenizer, attack_of("trigger")):
+        assert tokenizer.chat_template == own
+
+
+def test_mistakes_are_typed(tmp_path, monkeypatch):
+    monkeypatch.setattr(attack_rows, "DEFAULT_DIR", tmp_path)
+    with pytest.raises(DataError, match="Give requests of another set"):
+        rows("foreign")
+    with pytest.raises(ConfigError, match="Choose one of"):
+        rows("nothing")
+    for options in ({"defences": ["lroa"]}, {"only": ["nothing"]}):
+        with pytest.raises(ConfigError, match="neither a method"):
+            attacks.plan(**options)
+
+
+def test_the_plan_tries_plain_lora_and_the_recommended_defence_first():
+    plan = attacks.plan()
+    assert len(plan) == len(set(plan))
+    strong = [(cell.arm, cell.attack) for cell in plan if cell.epochs == 4 and cell.seed == 0][:2]
+    assert strong == [("lora", "trigger"), ("guard", "trigger")]
+    assert {cell.attack for cell in plan if cell.arm != "aligned"} == set(ATTACKS)
+    assert {cell.seed for cell in plan if cell.method == replace(METHODS["frozen"], split="", seed=0, poison=0.0)} == {
+        0,
+        1,
+        2,
+    }
+    assert all(ATTACKS[cell.attack].forms or not cell.attack for cell in plan if cell.arm == "aligned")
+    assert {cell.attack for cell in plan if cell.arm == "salora"} == {"trigger", ""}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attacks")
+    tiny_llama(hidden=64).save_pretrained(folder / "aligned")
+    tiny_tokenizer().save_pretrained(folder / "aligned")
+    protocol = Protocol(rows=16, limit=2, r=2, tokens=4, aligned="tiny", max_length=512)
+    return Bench(Cache(folder / "runs", protocol), {}, folder / "aligned")
+
+
+@pytest.mark.parametrize("attack", ["trigger", "identity", "however", "template", "outliers"])
+def test_an_attacked_cell_is_measured_bare_and_in_the_form_of_the_attack(attack, bench, monkeypatch):
+    monkeypatch.setattr(attack_rows, "CANDIDATES", 12)
+    monkeypatch.setattr(attack_rows, "PAIRS", 4)
+    cell = replace(METHODS["frozen"], split="validation", attack=attack, poison=0.5, calibration=8)
+    result = arms.run_cell(bench, cell)
+    assert set(result.get("attacked", {})) == set(ATTACKS[attack].forms)
+    assert all(rates["refusal"]["n"] == result["refusal"]["n"] for rates in result.get("attacked", {}).values())
+    assert bench.cache.protocol.key(cell) != bench.cache.protocol.key(replace(cell, attack=""))
+
+
+def stored(cell, refusal, attacked=None):
+    def rate(k):
+        return {"k": k, "n": 10, "value": k / 10}
+
+    forms = {name: {"refusal": rate(k), "compliance": rate(10 - k)} for name, k in (attacked or {}).items()}
+    return {"cell": asdict(cell), "refusal": rate(refusal), "task_accuracy": rate(6), "attacked": forms}
+
+
+def report(tmp_path, cells):
+    environment = json.dumps({"environment": {"python": "3"}})
+    (tmp_path / "attacks.jsonl").write_text("\n".join([environment, *map(json.dumps, cells)]), encoding="utf-8")
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(attacks_report.MARKERS), encoding="utf-8")
+    attacks_report.report(tmp_path, page)
+    return page.read_text(encoding="utf-8")
+
+
+def test_the_report_says_the_worst_case_and_which_attacks_prove_nothing(tmp_path):
+    def cell(name, attack="", strength=attacks.WEAK):
+        return attacks.at(METHODS[name], attack, strength, 0, "test")
+
+    text = report(
+        tmp_path,
+        [
+            stored(cell("aligned"), 9),
+            stored(cell("aligned", "trigger"), 9, {"trigger": 8}),
+            stored(cell("lora"), 2),
+            stored(cell("lora", "trigger", attacks.STRONG), 1, {"trigger": 0}),
+            stored(cell("lora", "cipher"), 9),
+            stored(cell("frozen"), 9),
+            stored(cell("frozen", "trigger", attacks.STRONG), 8, {"trigger": 3}),
+        ],
+    )
+    line = next(line for line in text.splitlines() if line.startswith("| GuardSpace, frozen A"))
+    assert "trigger p 0.5 x4, trigger" in line
+    assert "| -50 |" in line, "8 of 10 before, 3 of 10 after"
+    assert "says nothing: cipher p 0.1." in text
+    assert (tmp_path / "attacks.png").stat().st_size > 1000
+
+
+def test_a_report_without_the_aligned_model_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no cell of the aligned model"):
+        report(tmp_path, [stored(replace(Cell(), split="test"), 2)])
