@@ -92,11 +92,17 @@ test-isa:
 test-all: $(STAMP) model
 	$(OFFLINE) $(BIN)/python -m pytest tests --cov --cov-report=term $(PYTEST_ARGS)
 
+# apart from .venv, where transformers would import it; without its own kernels, which are compiled
+DEEPSPEED := .nightly
+$(DEEPSPEED): $(STAMP)
+	DS_BUILD_OPS=0 $(PIP_INSTALL) --no-deps --no-build-isolation --target $@ deepspeed==0.19.8 hjson ninja py-cpuinfo msgpack einops
+
 # what is too long for every change: every test, with the oldest instructions too, and the harness at a small scale
-nightly: $(STAMP) model
+nightly: $(STAMP) model $(DEEPSPEED)
 	$(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) $(PYTEST_ARGS)
 	$(OLDEST_ISA) $(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) -m "not gpu" $(PYTEST_ARGS)
-	$(MAKE) frontier-smoke
+	PYTHONPATH=$(DEEPSPEED) DS_ACCELERATOR=cpu $(OFFLINE) $(BIN)/python -m pytest tests/distributed -k zero $(PYTEST_ARGS)
+	$(MAKE) frontier-smoke attacks-smoke
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

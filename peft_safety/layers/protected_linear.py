@@ -234,7 +234,7 @@ def folded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
                 raise ProtectionError(
                     f"{key} {tuple(factor.shape)} is a shard or on the meta device. Pass save_pretrained the gathered "
                     "weights: state_dict=get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, "
-                    "cpu_offload=True))."
+                    "cpu_offload=True)); with ZeRO-3 those inside deepspeed.zero.GatheredParameters(parameters)."
                 )
             if basis is not None:
                 result[key] = factor.detach().clone()

@@ -59,7 +59,7 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
     if Path(save_directory).is_file():
         raise ArtifactError(f"{save_directory} is a file. Give a directory.")
     state = kwargs.get("state_dict")
-    if state is not None or any(hasattr(parameter, "device_mesh") for parameter in self.parameters()):
+    if state is not None or any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in self.parameters()):
         # gathered weights are as the optimizer left them, not projected
         kwargs["state_dict"] = folded_state(self, self.state_dict() if state is None else state)
     with publishing(Path(save_directory), MANIFEST) as staging:

@@ -16,12 +16,17 @@ ROOT = Path(__file__).resolve().parents[2]
 LEAK = 1e-6
 
 
-def launch(folder: Path, method: str) -> dict[str, dict[str, float]]:
+def launch(folder: Path, method: str, *hows: str) -> dict[str, dict[str, float]]:
     """What rank 0 of each run prints."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.worker", str(folder), method],
+        [sys.executable, "-m", "tests.distributed.worker", str(folder), method, *hows],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+        },
         capture_output=True,
         text=True,
         timeout=400,
@@ -51,4 +56,18 @@ def test_replicas_and_shards_stay_protected_and_agree_with_one_process(method: s
     for how, found in runs.items():
         assert found["leak"] <= LEAK, how
         assert (found["sharded"] > 0) == (how == "fsdp2")
+        assert found["sum"] == pytest.approx(alone["sum"], rel=2e-3), how
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["frozen", "window", "guardspace", "salora"])
+def test_zero_keeps_the_protection_and_the_trajectory(method: str, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="`make nightly` installs DeepSpeed")
+    runs = launch(tmp_path, method, "alone", "zero2", "zero3")
+    alone = runs.pop("alone")
+    assert list(runs) == ["zero2", "zero3"]
+    for how, found in runs.items():
+        assert found["leak"] <= LEAK, how
+        assert (found["sharded"] > 0) == (how == "zero3")
         assert found["sum"] == pytest.approx(alone["sum"], rel=2e-3), how

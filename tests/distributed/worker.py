@@ -1,7 +1,7 @@
 """Distributed runs: each trains a protected tiny model in processes of its own, and its rank 0 prints, as one line of
 JSON, what its factors leak.
 
-python -m tests.distributed.worker FOLDER METHOD
+python -m tests.distributed.worker FOLDER METHOD [alone ddp fsdp2 zero2 zero3]
 
 The ranks are forked, so that nothing is imported twice (a decomposition of LAPACK hangs in a forked process: those of
 a residual, a frozen A and a window are new ones), and meet in a file of the folder: a port that is free now may be
@@ -12,6 +12,7 @@ them.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -35,8 +36,8 @@ from tests.peft.guard_cells import guarded, subspace
 from tests.peft.patch_cells import patched
 
 STEPS = 5
-WORLDS = {"alone": 1, "ddp": 2, "fsdp2": 2}
-"""How a run is distributed, and over how many processes."""
+USUAL = ("alone", "ddp", "fsdp2")
+"""How a run is distributed; "zero2" and "zero3" need DeepSpeed. All but the first take two processes."""
 SMALL = {"frozen": frozen, "window": windowed}
 """The forms that are blind without bases: what they save is measured against the null space itself."""
 
@@ -51,16 +52,45 @@ def build(method: str) -> PeftModel:
     return cells.protected() if method == "salora" else patched(side=method)
 
 
-def train(model: Any, rank: int, world: int) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+def train(model: Any, rank: int, world: int, engine: Any = None) -> None:
+    optimizer = adamw(model) if engine is None else None
     for step in range(STEPS):
         ids = cells.tokens(rows=6, seed=step)[rank::world]
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = (engine or model)(input_ids=ids, labels=ids).loss
+        if optimizer is None:
+            engine.backward(loss)
+            engine.step()
+        else:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
 
-def gathered(model: PeftModel) -> dict[str, Any]:
+def adamw(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+
+
+def engine_of(model: PeftModel, stage: int) -> Any:
+    """DeepSpeed's, on the CPU."""
+    import deepspeed
+
+    os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled for minutes
+    config = {
+        "train_micro_batch_size_per_gpu": 3,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return deepspeed.initialize(model=model, optimizer=adamw(model), config=config)[0]
+
+
+def gathered(model: PeftModel, how: str) -> dict[str, Any]:
+    if how == "zero3":
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return {name: value.detach().clone() for name, value in model.state_dict().items()}
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -96,9 +126,10 @@ def run(rank: int, world: int, folder: str, how: str, method: str) -> None:
         fully_shard(model, mesh=mesh)
     elif how == "ddp":
         model = torch.nn.parallel.DistributedDataParallel(model)
-    train(model, rank, world)
-    sharded = sum(hasattr(parameter, "full_tensor") for parameter in inner.parameters())
-    state = gathered(inner) if sharded else None
+    engine = engine_of(inner, int(how[-1])) if how.startswith("zero") else None
+    train(model, rank, world, engine)
+    sharded = sum(hasattr(p, "full_tensor") or hasattr(p, "ds_tensor") for p in inner.parameters())
+    state = gathered(inner, how) if sharded else None
     if rank == 0:
         stored = saved(inner, state, method in SMALL)
         worst, total = 0.0, 0.0
@@ -116,10 +147,11 @@ def run(rank: int, world: int, folder: str, how: str, method: str) -> None:
     dist.destroy_process_group()
 
 
-def main(folder: str, method: str) -> None:
+def main(folder: str, method: str, *hows: str) -> None:
     torch.set_num_threads(1)
-    kind = "spawn" if "residual" in method or method in SMALL else "fork"
-    for how, world in WORLDS.items():
+    kind = "spawn" if hows or "residual" in method or method in SMALL else "fork"
+    for how in hows or USUAL:
+        world = 1 if how == "alone" else 2
         torch.multiprocessing.start_processes(run, (world, folder, how, method), nprocs=world, start_method=kind)
 
 
