@@ -62,7 +62,7 @@ def adapter_layers(
             elif not usual or getattr(base, "_hf_tp_plan", None) is not None:
                 raise UnsupportedLayerError(
                     f"{name}: {type(base).__name__}({base.extra_repr()}) under {kind} cannot be protected (only "
-                    "Linear, Conv1D and bitsandbytes layers, not split by tensor parallelism). Leave it out of "
+                    "linear layers and Conv1D, not split by tensor parallelism). Leave it out of "
                     "target_modules."
                 )
             layers[name] = layer
