@@ -104,7 +104,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: i
 
     def encoded(row: Row) -> Feature:
         chat = Chat(tokenizer, read_tools(row.get("tools")))
-        ids = chat.ids(chat.text(_turns(row["prompt"], "user"), header=True))[:max_length]
+        ids = chat.ids(chat.text(turns_of(row["prompt"], "user"), header=True))[:max_length]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORE_INDEX] * len(ids)}
 
     return _each(as_rows(rows), encoded)
@@ -122,10 +122,10 @@ def row_turns(row: Row, labels: Sequence[str] = ()) -> tuple[list[Message], list
     if kind == "messages":
         answer = plain_messages(row["messages"])
     elif kind == "pair":
-        prompt, answer = _turns(row["prompt"], "user"), _turns(row["response"], "assistant")
+        prompt, answer = turns_of(row["prompt"], "user"), turns_of(row["response"], "assistant")
     elif kind == "label":
-        prompt = _turns(classification_prompt(row["text"], labels), "user")
-        answer = _turns(row["label"], "assistant")
+        prompt = turns_of(classification_prompt(row["text"], labels), "user")
+        answer = turns_of(row["label"], "assistant")
     else:
         raise DataError(f"a row has fields {sorted(map(str, row))}. Accepted: {SHAPES}.")
     last = answer[-1] if answer else {}
@@ -135,7 +135,7 @@ def row_turns(row: Row, labels: Sequence[str] = ()) -> tuple[list[Message], list
     return prompt, answer
 
 
-def _turns(given: Any, role: str) -> list[Message]:
+def turns_of(given: Any, role: str) -> list[Message]:
     return plain_messages([{"role": role, "content": given}] if isinstance(given, str) else given)
 
 
