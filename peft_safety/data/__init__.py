@@ -138,9 +138,9 @@ def _objects(path: Path, example: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _values(path: Path, file: TextIO, example: str) -> Iterator[tuple[str, Any]]:
-    head = file.read(1)
-    while head and head[-1] in BLANK:
-        head += file.read(1)
+    head = ""
+    while (character := file.read(1)) and not (head := head + character).strip(BLANK):
+        pass  # blank lines
     if head.endswith("["):
         head += file.read()
         with suppress(ValueError, RecursionError):  # lines that start with a bracket

@@ -98,9 +98,7 @@ class Screening:
             "dropped": len(self.dropped),
             "unscreened": self.unscreened,
             "truncated": sum(row.truncated for row in self.rows),
-            "groups": {
-                group: dict(zip(("rows", "flagged", "dropped"), n, strict=True)) for group, n in self.groups().items()
-            },
+            "groups": {name: {"rows": n, "flagged": k, "dropped": d} for name, (n, k, d) in self.groups().items()},
             "judge": self.judge,
             "screen": {name: getattr(screen, name) for name in names},
             "flagged_rows": [{name: getattr(row, name) for name in columns} for row in self.flagged],

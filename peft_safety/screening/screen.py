@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ HARMFUL, HARMLESS = ("harmful_requests",), ("everyday_requests", "contrast_promp
 """The packaged prompts behind a screen: "train" for the direction, "validation" for all that is chosen."""
 SHRINKAGES = (0.1, 0.5, 1.0)
 """Forms of the direction that are tried, see `discriminant`; 1 is the difference of the means."""
+KNOWN = 256
+"""Prompts of each packaged training set that are read: more made no difference on validation prompts (135M model)."""
 LAYERS = 8
 """Layers that are tried are so many parts of the depth apart; the first part is left out."""
 LEAST_AUC = 0.9
@@ -36,7 +39,8 @@ class Screen:
     """What `Screen.fit` found.
 
     Attributes:
-        layer, shrinkage: the block whose output is read, and the form of the direction, chosen on validation prompts.
+        layer, shrinkage: the block whose output is read, and the form of the direction: those with most harmful
+            validation prompts above the threshold.
         direction, threshold: `(d,)` fp64; a request is flagged where its score, `h . direction`, is above.
         fpr: the rate of false positives that was asked for.
         auc, false_positives, true_positives: on the packaged validation prompts; k of n each.
@@ -81,7 +85,7 @@ class Screen:
         depth = int(config.num_hidden_layers)
         layers = sorted({max(1, round(depth * part / LAYERS)) for part in range(2, LAYERS + 1)})
         kinds = [(names, split) for split in ("train", "validation") for names in (HARMFUL, HARMLESS)]
-        prompts = [[row for name in names for row in load(name, split)] for names, split in kinds]
+        prompts = [[row for name in names for row in _drawn(name, split)] for names, split in kinds]
         known = [requests_of(tokenizer, row, 0, max_length)[0].ids for part in prompts for row in part]
         with tqdm(total=len(known), desc="known prompts", unit="row", disable=not progress, leave=False) as bar:
 
@@ -92,25 +96,22 @@ class Screen:
         if not bool(states.isfinite().all()):
             raise CalibrationError("the model's hidden states hold NaN or Inf. Load it in bfloat16 or float32.")
         train_p, train_n, valid_p, valid_n = states.split([len(part) for part in prompts])
-        best: tuple[tuple[float, float], int, float, Tensor] | None = None
+        tried = []
         for place, layer in enumerate(layers):
             for shrinkage in SHRINKAGES:
                 direction = discriminant(train_p[:, place], train_n[:, place], shrinkage)
                 high, low = (x[:, place].double() @ direction for x in (valid_p, valid_n))
-                gap = float((high.mean() - low.mean()) / (high.var() + low.var()).sqrt().clamp(min=1e-12))
-                if best is None or (auc(high, low), gap) > best[0]:
-                    best = (auc(high, low), gap), layer, shrinkage, direction
-        assert best is not None
-        (reached, _), layer, shrinkage, direction = best
-        if reached < LEAST_AUC:
+                threshold = threshold_at(low, fpr)
+                wrong, right = ((int((x > threshold).sum()), len(x)) for x in (low, high))
+                figures = auc(high, low), wrong, right
+                tried.append(cls(layer, shrinkage, direction, threshold, fpr, *figures, max_length, budget))
+        best = max(tried, key=lambda screen: (screen.true_positives, screen.auc))
+        if best.auc < LEAST_AUC:
             raise CalibrationError(
-                f"this model does not tell harmful requests from others: AUC {reached:.2f} on validation prompts at "
-                f"its best layer, {layer} of {depth}; {LEAST_AUC} is needed. Give the aligned model, or align it first."
+                f"this model does not tell harmful requests from others: AUC {best.auc:.2f} on validation prompts, at "
+                f"layer {best.layer} of {depth}; {LEAST_AUC} is needed. Give the aligned model."
             )
-        high, low = (x[:, layers.index(layer)].double() @ direction for x in (valid_p, valid_n))
-        threshold = threshold_at(low, fpr)
-        counts = [(int((x > threshold).sum()), len(x)) for x in (low, high)]
-        return cls(layer, shrinkage, direction, threshold, fpr, reached, *counts, max_length, budget)
+        return best
 
     def scores(self, model: PreTrainedModel | PeftModel, rows: Sequence[Sequence[Request]]) -> list[list[float]]:
         """A score for each request of each row. Processes share the rows out, and each gets all scores."""
@@ -127,3 +128,8 @@ class Screen:
                 where = f"row {row[0].row}: its hidden states hold NaN or Inf"
                 raise CalibrationError(f"{where}. Load the model in bfloat16 or float32.")
         return result
+
+
+def _drawn(name: str, split: str) -> list[dict[str, str]]:
+    rows = load(name, split)
+    return random.Random(0).sample(rows, KNOWN) if split == "train" and len(rows) > KNOWN else rows
