@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Exit, Option
 
@@ -24,8 +24,8 @@ def screen(
     ] = True,
     by: Annotated[str | None, Option(help="Count rows by this column; default: by their kind.")] = None,
     max_flagged: Annotated[
-        str | None,
-        Option(help="Exit with 1 if more rows are flagged or cannot be screened: a number, or a share such as 0.02."),
+        float | None,
+        Option(min=0, help="Exit with 1 if more rows are flagged or cannot be screened; below 1, a share of them."),
     ] = None,
     quote: Annotated[bool, Option("--show", help="Quote the flagged requests, not only the rows' numbers.")] = False,
     load_in_4bit: Annotated[bool, Option("--load-in-4bit", help="Load the model in NF4.")] = False,
@@ -37,32 +37,19 @@ def screen(
     """Flag the rows whose requests the aligned model takes for harmful, before training. A row is to be dropped if
     the model would also refuse the request while the row complies.
     """
-    most = _limit(max_flagged)
     if drop != (out is not None):
         raise ConfigError("--drop writes the rows that it keeps to --out FILE. Give both, or neither.")
-    from peft_safety.recipes.load import load_model
     from peft_safety.recipes.screen import screen as run
     from peft_safety.recipes.screen import write_kept
     from peft_safety.reporting import screening as report
-    from peft_safety.screening.states import join_processes, process
+    from peft_safety.screening.states import process
 
-    join_processes()
-    loaded, tokenizer = load_model(model, load_in_4bit=load_in_4bit)
-    reading = {"fpr": fpr, "max_length": max_length, "batch_tokens": batch_tokens}
-    result = run(loaded, data, tokenizer=tokenizer, verdict=verdict, by=by, progress=not json, **reading)  # type: ignore[arg-type]
+    reading: dict[str, Any] = {"fpr": fpr, "verdict": verdict, "by": by, "max_length": max_length}
+    reading |= {"load_in_4bit": load_in_4bit, "batch_tokens": batch_tokens}
+    result = run(model, data, progress=not json, **reading)
     if process()[0] == 0:
         last = [] if out is None else [f"{len(result.kept)} rows written to {write_kept(data, out, result.dropped)}"]
         show(result.to_json(quote), json, lambda: report.show(result, quote), *last)
     count = len(result.flagged) + len(result.unscreened)
-    if most is not None and count > (most if isinstance(most, int) else most * len(result.rows)):
+    if max_flagged is not None and count > (max_flagged if max_flagged >= 1 else max_flagged * len(result.rows)):
         raise Exit(1)
-
-
-def _limit(text: str | None) -> int | float | None:
-    try:
-        value = None if text is None else float(text) if "." in text else int(text)
-    except ValueError as error:
-        raise ConfigError(f"--max-flagged {text!r}. Give a number of rows, or a share such as 0.02.") from error
-    if value is not None and (value < 0 or (isinstance(value, float) and value > 1)):
-        raise ConfigError(f"--max-flagged {text}. Give a number of rows from 0, or a share from 0.0 to 1.0.")
-    return value

@@ -14,7 +14,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_safety.data import read_jsonl, stream_jsonl
+from peft_safety.data import stream_jsonl
 from peft_safety.data.rows import Row, Rows, kind_of, label_list, plain_row, records
 from peft_safety.errors import ArtifactError, ConfigError, DataError
 from peft_safety.evaluation.generate import generate
@@ -40,6 +40,7 @@ def screen(
     judge: Judge | None = None,
     by: str | None = None,
     labels: Sequence[Any] | None = None,
+    load_in_4bit: bool = False,
     max_length: int = 1024,
     batch_tokens: int = 4096,
     progress: bool = True,
@@ -59,6 +60,7 @@ def screen(
         judge: of refusals, default `KeywordJudge`.
         by: a column; rows are counted by its values, default by their kind.
         labels: every label of {text, label} rows; needed for those of a stream only.
+        load_in_4bit: quantize a model that is given by name.
         max_length: tokens kept of a turn with what is before it, from the right.
         batch_tokens: tokens of a batch, padding included.
 
@@ -72,7 +74,7 @@ def screen(
     """
     join_processes()
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
-    loaded, tokenizer = load_model(bare, tokenizer)
+    loaded, tokenizer = load_model(bare, tokenizer, load_in_4bit=load_in_4bit)
     reader: Any = model if isinstance(model, PeftModel) else loaded
     source = _Source(rows)
     names, total = source.labels(labels)
@@ -154,9 +156,8 @@ class _Source:
     """Rows that can be gone through again, unless they are a stream."""
 
     def __init__(self, rows: str | Path | Rows) -> None:
-        path = Path(rows) if isinstance(rows, (str, os.PathLike)) else None
-        self.path = path if path is not None and (path.is_file() or not path.exists()) else None
-        self.rows: Any = read_jsonl(path) if path is not None and self.path is None else rows
+        self.rows: Any = rows
+        self.path = rows if isinstance(rows, (str, os.PathLike)) else None
 
     def __iter__(self) -> Iterator[Row]:
         return iter(stream_jsonl(self.path) if self.path is not None else records(self.rows, "rows", limit=None))
@@ -182,7 +183,7 @@ def write_kept(data: str | Path, out: str | Path, dropped: Collection[int]) -> P
     without, staged = set(dropped), target.with_name(f".{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with staged.open("w", encoding="utf-8") as file:
+        with staged.open("w", encoding="utf-8", errors="backslashreplace") as file:  # JSON's own escape of a surrogate
             for number, row in enumerate(_Source(source)):
                 if number not in without:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
