@@ -56,14 +56,10 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, la
     Raises:
         DataError: no chat template, or one that refuses these turns, leaves one out, or rewrites earlier ones.
     """
-    options = row.get("chat_template_kwargs") or {}
-    if not isinstance(options, Mapping):
-        raise DataError(f"'chat_template_kwargs' is a {type(options).__name__}. Give a mapping of template variables.")
     if max_length < 1:
         raise DataError(f"max_length = {max_length} keeps no token. Give at least 1.")
     prompt, answer = row_turns(row, labels)
-    options = {key: value for key, value in options.items() if value is not None}
-    chat = Chat(tokenizer, read_tools(row.get("tools")), options)
+    chat = chat_of(tokenizer, row)
     asked = None if row.get("messages") is not None else len(prompt)
     ids, mask = label_mask(chat, prompt + answer, asked, end_of_turn=not row.get("truncated", False))
     tokens = [token if labeled else IGNORE_INDEX for token, labeled in zip(ids, mask, strict=True)][:max_length]
@@ -112,6 +108,15 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: i
 
 def is_prompt_only(row: Row) -> bool:
     return kind_of(plain_row(row)) == "prompt"
+
+
+def chat_of(tokenizer: PreTrainedTokenizerBase, row: Row) -> Chat:
+    """The chat template with the row's `tools` and `chat_template_kwargs`."""
+    options = row.get("chat_template_kwargs") or {}
+    if not isinstance(options, Mapping):
+        raise DataError(f"'chat_template_kwargs' is a {type(options).__name__}. Give a mapping of template variables.")
+    options = {key: value for key, value in options.items() if value is not None}
+    return Chat(tokenizer, read_tools(row.get("tools")), options)
 
 
 def row_turns(row: Row, labels: Sequence[str] = ()) -> tuple[list[Message], list[Message]]:

@@ -26,8 +26,8 @@ from peft_safety.screening.result import COMPLIES, VERDICTS, ScreenedRow, Screen
 from peft_safety.screening.screen import Screen
 from peft_safety.screening.states import join_processes, process, shared_out
 
-CHUNK = 2048
-"""Rows in memory at a time; batches of one length are made from them."""
+CHUNK = 512
+"""Rows that each process holds at a time; batches of one length are made from them."""
 
 
 def screen(
@@ -78,13 +78,14 @@ def screen(
     reader: Any = model if isinstance(model, PeftModel) else loaded
     source = _Source(rows)
     names, total = source.labels(labels)
-    progress = progress and process()[0] == 0
+    rank, world = process()
+    progress = progress and rank == 0
     fitted = Screen.fit(reader, tokenizer, fpr=fpr, max_length=max_length, budget=batch_tokens, progress=progress)
     asked = (judge or KeywordJudge()) if verdict else None
     result: list[ScreenedRow] = []
     with tqdm(total=total, desc="screening", unit="row", disable=not progress, leave=False) as bar:
         numbered = enumerate(source)
-        while chunk := list(islice(numbered, CHUNK)):
+        while chunk := list(islice(numbered, CHUNK * world)):
             requests = [requests_of(tokenizer, row, number, max_length, names) for number, row in chunk]
             groups = [str(row.get(by)) if by else kind_of(plain_row(row)) or "" for _, row in chunk]
             result += _screened(reader, tokenizer, fitted, asked, requests, groups, len(result))

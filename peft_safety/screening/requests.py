@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peft_safety.data.chat import row_turns, turns_of
+from peft_safety.data.chat import chat_of, row_turns, turns_of
 from peft_safety.data.rows import SHAPES, Row, kind_of, plain_row
-from peft_safety.data.templates import Chat, Message, plain_messages, read_tools, roles
+from peft_safety.data.templates import Message, plain_messages, roles
 from peft_safety.errors import DataError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def requests_of(
             raise DataError(f"a {type(row).__name__} instead of a mapping. Give rows {SHAPES}.")
         row = plain_row(row)
         turns = _turns(row, labels)
-        chat = Chat(tokenizer, read_tools(row.get("tools")), row.get("chat_template_kwargs") or {})
+        chat = chat_of(tokenizer, row)
         order = roles(turns)
         result = []
         for turn, (role, following) in enumerate(zip(order, [*order[1:], None], strict=False)):

@@ -88,3 +88,13 @@ def test_a_tokenizer_without_a_template_is_refused():
     bare.chat_template = None
     with pytest.raises(DataError, match=r"row 0: the tokenizer has no chat template\. Set"):
         requests_of(bare, {"prompt": "a"}, 0, 10)
+
+
+def test_template_variables_of_a_row_are_those_of_training():
+    thinking = tiny_tokenizer()
+    thinking.chat_template = "{{ mode }}" + str(thinking.chat_template)
+    row = {"prompt": "a", "chat_template_kwargs": {"mode": "deep", "other": None}}
+    (request,) = requests_of(thinking, row, 0, 100)
+    assert thinking.decode(request.ids).startswith("deep<|im_start|>user")
+    with pytest.raises(DataError, match="row 0: 'chat_template_kwargs' is a str"):
+        requests_of(thinking, row | {"chat_template_kwargs": "deep"}, 0, 100)
