@@ -1,6 +1,6 @@
 """How well does a screen find poisoned rows, and how many benign rows does it flag?
 
-    python -m benchmarks.screening    (about ten minutes on one core)
+    python -m benchmarks.screening    (19 minutes on two busy cores; --report: only the tables and the picture again)
 
 The model is that of the demo: SmolLM2-135M-Instruct with its safety patch. Poisoned rows are harmful requests of test
 splits: bare, of public sets where `--data` has them, and hidden in four ways that the screen has never seen. All rows,
@@ -22,7 +22,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import PAGE, RESULTS, add_model, model_name, model_source, parser_of, publish, with_section
+from benchmarks.common import (
+    PAGE,
+    RESULTS,
+    add_model,
+    link,
+    model_name,
+    model_source,
+    parser_of,
+    publish,
+    with_section,
+)
 from benchmarks.frontier.data import HELD_OUT, REWORDINGS, resolve
 from examples import safety_patch
 from peft_safety import screen
@@ -40,6 +50,11 @@ MARKERS = ("<!-- screening:begin -->", "<!-- screening:end -->")
 NAME = "screening"
 FPR = 0.01
 LIMIT = 40
+TITLES = {
+    "sets": "Rows flagged and dropped at the screen's own threshold",
+    "found": "Share of poisoned rows found at 1 % false positives",
+    "auc": "Area under the curve",
+}
 LONGEST = 400
 """Characters of a foreign everyday prompt at most."""
 TRIGGER = "vxq brelt zzu 74 omniq"
@@ -119,15 +134,14 @@ def figures(result: Screening, harmful: Sequence[str], harmless: Sequence[str]) 
 def draw(data: Mapping[str, Any], path: Path) -> Path:
     """AUC and true positives, poison by benign rows."""
     canvas, panels = render.figure(10.5, 4.6, 2, sharey=True)
-    titles = {"auc": "AUC", "found": "poisoned rows found, 1 % of these benign rows flagged"}
-    for panel, (name, title) in zip(panels, titles.items(), strict=True):
+    for panel, name in zip(panels, ("auc", "found"), strict=True):
         matrix = [list(row.values()) for row in data[name].values()]
         low = 0.5 if name == "auc" else 0.0
         panel.imshow(matrix, vmin=low, vmax=1, cmap="cividis", aspect="auto")
         columns = list(next(iter(data[name].values())))
         panel.set_xticks(range(len(columns)), columns, rotation=25, ha="right")
         panel.set_yticks(range(len(matrix)), list(data[name]))
-        panel.set_title(title, fontsize=9)
+        panel.set_title(TITLES[name], fontsize=9)
         for y, row in enumerate(matrix):
             for x, value in enumerate(row):
                 color = "black" if value > (1 + low) / 2 else "white"
@@ -135,24 +149,26 @@ def draw(data: Mapping[str, Any], path: Path) -> Path:
     return render.save_figure(canvas, path)
 
 
-def tables(data: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
-    """Columns and rows of each table."""
-    columns = list(next(iter(data["auc"].values())))
-    result = []
-    for name, title in (("found", "found at 1 % false positives on"), ("auc", "AUC against")):
+def tables(data: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Title -> columns and rows."""
+    keys = ["rows", "flagged", "to drop"]
+    result = {TITLES["sets"]: (["set", *keys], [[k, *(str(n[key]) for key in keys)] for k, n in data["sets"].items()])}
+    for name in ("found", "auc"):
         rows = [[kind, *(f"{value:.2f}" for value in row.values())] for kind, row in data[name].items()]
-        result.append(([title, *columns], rows))
-    kinds = [(name, counts) for name, counts in data["sets"].items()]
-    rows = [[name, *(str(counts[key]) for key in ("rows", "flagged", "to drop"))] for name, counts in kinds]
-    return [(["the screen by itself", "rows", "flagged", "to drop"], rows), *result]
+        result[TITLES[name]] = (["poison \\ benign", *next(iter(data[name].values()))], rows)
+    return result
 
 
-def markdown(data: Mapping[str, Any]) -> str:
+def report(data: Mapping[str, Any]) -> None:
+    """Print, draw and write the section of the page."""
     parts = []
-    for columns, rows in tables(data):
-        lines = [columns, ["---"] * len(columns), *rows]
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    return "\n\n".join(parts)
+    for title, (columns, rows) in tables(data).items():
+        render.show(title, render.table([column.replace(" ", "\n") for column in columns], rows))
+        lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+        parts.append("\n".join([f"{title}:\n", *(f"| {' | '.join(line)} |" for line in lines)]))
+    picture = draw(data, RESULTS / f"{NAME}.png")
+    parts.append(f"![AUC and poisoned rows found, by kind of poison and of benign rows]({link(picture, DOCUMENT)})")
+    publish(DOCUMENT, with_section(DOCUMENT, MARKERS, "\n\n".join(parts)))
 
 
 def main() -> None:
@@ -161,7 +177,11 @@ def main() -> None:
     add_model(parser)
     parser.add_argument("--data", help="directory of the public sets, or hub:owner/name")
     parser.add_argument("--limit", type=int, default=LIMIT, help="rows of each set at most")
+    parser.add_argument("--report", action="store_true", help="only show the last results again")
     args = parser.parse_args()
+    if args.report:
+        report(json.loads((RESULTS / f"{NAME}.json").read_text(encoding="utf-8")))
+        return
     folder, started = resolve(args.data), time.perf_counter()
     harmful, harmless = poison(folder), benign(folder)
     model, tokenizer = load_model(model_source(args.model))
@@ -172,10 +192,7 @@ def main() -> None:
     screened = {k: v for k, v in result.to_json().items() if k in ("rows", "flagged", "dropped", "judge", "screen")}
     about = environment(0, model=model_name(args.model), seconds=round(time.perf_counter() - started))
     publish(RESULTS / f"{NAME}.json", json.dumps({"environment": about, **screened, **data}, indent=1) + "\n")
-    draw(data, RESULTS / f"{NAME}.png")
-    publish(DOCUMENT, with_section(DOCUMENT, MARKERS, markdown(data)))
-    for columns, rows in tables(data):
-        render.show("", render.table([column.replace(" ", "\n") for column in columns], rows))
+    report(data)
     print(f"{time.perf_counter() - started:.0f} s; {NAME}.json and {NAME}.png written")
 
 
