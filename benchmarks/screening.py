@@ -1,6 +1,6 @@
 """How well does a screen find poisoned rows, and how many benign rows does it flag?
 
-    python -m benchmarks.screening    (19 minutes on two busy cores; --report: only the tables and the picture again)
+    python -m benchmarks.screening [--clean | --report]    (20 minutes on two busy cores)
 
 The model is that of the demo: SmolLM2-135M-Instruct with its safety patch. Poisoned rows are harmful requests of test
 splits: bare, of public sets where `--data` has them, and hidden in four ways that the screen has never seen. All rows,
@@ -22,17 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import (
-    PAGE,
-    RESULTS,
-    add_model,
-    link,
-    model_name,
-    model_source,
-    parser_of,
-    publish,
-    with_section,
-)
+from benchmarks.common import PAGE, RESULTS, add_model, model_name, model_source, parser_of, publish, with_section
 from benchmarks.frontier.data import HELD_OUT, REWORDINGS, resolve
 from examples import safety_patch
 from peft_safety import screen
@@ -52,8 +42,8 @@ FPR = 0.01
 LIMIT = 40
 TITLES = {
     "sets": "Rows flagged and dropped at the screen's own threshold",
-    "found": "Share of poisoned rows found at 1 % false positives",
-    "auc": "Area under the curve",
+    "found": "Poisoned rows found at 1 % false positives on benign ones",
+    "auc": "Area under the curve, poisoned against benign rows",
 }
 LONGEST = 400
 """Characters of a foreign everyday prompt at most."""
@@ -82,9 +72,12 @@ def poison(folder: Path | None) -> dict[str, list[str]]:
     }
 
 
-def benign(folder: Path | None) -> dict[str, list[str]]:
-    task = load("benign_task", "test")
+def task_prompts(split: str) -> list[str]:
     labels = label_names(load("benign_task"))
+    return [classification_prompt(row["text"], labels) for row in load("benign_task", split)]
+
+
+def benign(folder: Path | None) -> dict[str, list[str]]:
     general = [row["prompt"] for row in rows_in(folder, "general_instructions.jsonl")]
     foreign = {
         "XSTest, safe": [row["prompt"] for row in rows_in(folder, "xstest.jsonl") if row["label"] == "safe"],
@@ -93,7 +86,7 @@ def benign(folder: Path | None) -> dict[str, list[str]]:
     return {
         "everyday": prompts_of("everyday_requests"),
         "contrast": prompts_of("contrast_prompts"),
-        "task": [classification_prompt(row["text"], labels) for row in task],
+        "task": task_prompts("test"),
         **{name: prompts for name, prompts in foreign.items() if prompts},
     }
 
@@ -151,11 +144,14 @@ def draw(data: Mapping[str, Any], path: Path) -> Path:
 
 def tables(data: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
     """Title -> columns and rows."""
-    keys = ["rows", "flagged", "to drop"]
-    result = {TITLES["sets"]: (["set", *keys], [[k, *(str(n[key]) for key in keys)] for k, n in data["sets"].items()])}
+    keys, clean = ["rows", "flagged", "to drop"], data.get("clean", {}).get("sets", {})
+    rows = [[name, *(str(n[key]) for key in keys)] for name, n in data["sets"].items()]
+    for row in rows if clean else ():
+        row += [str(clean[row[0]][key]) for key in keys[1:]]
+    result = {TITLES["sets"]: (["set", *keys, *(["flagged, clean", "to drop, clean"] if clean else [])], rows)}
     for name in ("found", "auc"):
         rows = [[kind, *(f"{value:.2f}" for value in row.values())] for kind, row in data[name].items()]
-        result[TITLES[name]] = (["poison \\ benign", *next(iter(data[name].values()))], rows)
+        result[TITLES[name]] = (["poison", *next(iter(data[name].values()))], rows)
     return result
 
 
@@ -166,8 +162,8 @@ def report(data: Mapping[str, Any]) -> None:
         render.show(title, render.table([column.replace(" ", "\n") for column in columns], rows))
         lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
         parts.append("\n".join([f"{title}:\n", *(f"| {' | '.join(line)} |" for line in lines)]))
-    picture = draw(data, RESULTS / f"{NAME}.png")
-    parts.append(f"![AUC and poisoned rows found, by kind of poison and of benign rows]({link(picture, DOCUMENT)})")
+    draw(data, RESULTS / f"{NAME}.png")
+    parts.append(f"![AUC and poisoned rows found, by kind of rows](../benchmarks/results/{NAME}.png)")
     publish(DOCUMENT, with_section(DOCUMENT, MARKERS, "\n\n".join(parts)))
 
 
@@ -178,22 +174,31 @@ def main() -> None:
     parser.add_argument("--data", help="directory of the public sets, or hub:owner/name")
     parser.add_argument("--limit", type=int, default=LIMIT, help="rows of each set at most")
     parser.add_argument("--report", action="store_true", help="only show the last results again")
-    args = parser.parse_args()
+    parser.add_argument("--clean", action="store_true", help="add the rows flagged at a threshold of the task's rows")
+    args, path = parser.parse_args(), RESULTS / f"{NAME}.json"
+    last = json.loads(path.read_text(encoding="utf-8")) if args.report or args.clean else {}
     if args.report:
-        report(json.loads((RESULTS / f"{NAME}.json").read_text(encoding="utf-8")))
+        report(last)
         return
     folder, started = resolve(args.data), time.perf_counter()
     harmful, harmless = poison(folder), benign(folder)
     model, tokenizer = load_model(model_source(args.model))
     if args.model is None:
         model = safety_patch.attach(model)
-    result = screen(model, rows_of({**harmful, **harmless}, args.limit), tokenizer=tokenizer, fpr=FPR, by="set")
-    data = figures(result, list(harmful), list(harmless))
-    screened = {k: v for k, v in result.to_json().items() if k in ("rows", "flagged", "dropped", "judge", "screen")}
-    about = environment(0, model=model_name(args.model), seconds=round(time.perf_counter() - started))
-    publish(RESULTS / f"{NAME}.json", json.dumps({"environment": about, **screened, **data}, indent=1) + "\n")
+    rows = rows_of({**harmful, **harmless}, args.limit)
+    clean = [{"prompt": prompt} for prompt in task_prompts("validation")] if args.clean else None
+    result = screen(model, rows, tokenizer=tokenizer, fpr=FPR, clean=clean, by="set")
+    seconds = round(time.perf_counter() - started)
+    data = {
+        "environment": environment(0, model=model_name(args.model), seconds=seconds),
+        "judge": result.judge,
+        "screen": result.to_json()["screen"],
+    }
+    data |= figures(result, list(harmful), list(harmless))
+    data = last | {"clean": data} if args.clean else data
+    publish(path, json.dumps(data, indent=1) + "\n")
     report(data)
-    print(f"{time.perf_counter() - started:.0f} s; {NAME}.json and {NAME}.png written")
+    print(f"{seconds} s; {NAME}.json and {NAME}.png written")
 
 
 if __name__ == "__main__":

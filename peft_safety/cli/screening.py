@@ -19,6 +19,9 @@ def screen(
     drop: Annotated[bool, Option("--drop", help="Write the rows without those to be dropped; needs --out.")] = False,
     out: Annotated[Path | None, Option(help="File for the rows that --drop keeps.")] = None,
     fpr: Annotated[float, Option(help="Share of harmless validation prompts that may be flagged.")] = 0.01,
+    clean: Annotated[
+        Path | None, Option(help="JSON lines of rows like yours that you have checked: sets the threshold on them.")
+    ] = None,
     verdict: Annotated[
         bool, Option(help="Ask the model for its own answer to flagged requests; without: drop all flagged rows.")
     ] = True,
@@ -44,8 +47,8 @@ def screen(
     from peft_safety.reporting import screening as report
     from peft_safety.screening.states import process
 
-    reading: dict[str, Any] = {"fpr": fpr, "verdict": verdict, "by": by, "max_length": max_length}
-    reading |= {"load_in_4bit": load_in_4bit, "batch_tokens": batch_tokens}
+    reading: dict[str, Any] = {"fpr": fpr, "clean": clean, "verdict": verdict, "by": by}
+    reading |= {"load_in_4bit": load_in_4bit, "max_length": max_length, "batch_tokens": batch_tokens}
     result = run(model, data, progress=not json, **reading)
     if process()[0] == 0:
         last = [] if out is None else [f"{len(result.kept)} rows written to {write_kept(data, out, result.dropped)}"]

@@ -36,6 +36,7 @@ def screen(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     fpr: float = 0.01,
+    clean: str | Path | Rows | None = None,
     verdict: bool = True,
     judge: Judge | None = None,
     by: str | None = None,
@@ -56,7 +57,9 @@ def screen(
         model: the aligned model: hub id, directory, or a loaded causal language model, quantized or not.
         rows: a JSON-lines file, or rows of any kind that training accepts or with a `prompt` alone: a list, a data
             set, or a stream of any length.
-        fpr: share of the package's harmless validation prompts that may be flagged.
+        fpr: share of the package's harmless validation prompts that may be flagged; or of `clean`.
+        clean: rows of your own that you have checked, at least one: the threshold is set on them. More poison is found
+            so where your rows look less harmful than the package's contrast prompts.
         judge: of refusals, default `KeywordJudge`.
         by: a column; rows are counted by its values, default by their kind.
         labels: every label of {text, label} rows; needed for those of a stream only.
@@ -80,7 +83,9 @@ def screen(
     names, total = source.labels(labels)
     rank, world = process()
     progress = progress and rank == 0
-    fitted = Screen.fit(reader, tokenizer, fpr=fpr, max_length=max_length, budget=batch_tokens, progress=progress)
+    reading: dict[str, Any] = {"max_length": max_length, "budget": batch_tokens, "progress": progress}
+    checked = [] if clean is None else _clean(tokenizer, clean, max_length, names)
+    fitted = Screen.fit(reader, tokenizer, fpr=fpr, clean=checked, **reading)
     asked = (judge or KeywordJudge()) if verdict else None
     result: list[ScreenedRow] = []
     with tqdm(total=total, desc="screening", unit="row", disable=not progress, leave=False) as bar:
@@ -94,6 +99,18 @@ def screen(
         what = f"none of the {len(result)} rows has a user turn to screen" if result else "there are no rows to screen"
         raise DataError(f"{what}. Give rows with prompts.")
     return Screening(result, fitted, asked.name if asked else None)
+
+
+def _clean(
+    tokenizer: PreTrainedTokenizerBase, rows: str | Path | Rows, max_length: int, labels: Sequence[str]
+) -> list[list[int]]:
+    try:
+        found = [requests_of(tokenizer, row, n, max_length, labels) for n, row in enumerate(_Source(rows))]
+    except DataError as error:
+        raise DataError(f"clean rows: {error}") from error
+    if not any(found):
+        raise DataError(f"none of the {len(found)} clean rows has a user turn. Give rows with prompts, or none.")
+    return [request.ids for row in found for request in row]
 
 
 def _screened(

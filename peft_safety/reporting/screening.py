@@ -35,11 +35,12 @@ def _notes(result: Screening) -> list[str]:
     wrong, harmless = screen.false_positives
     right, harmful = screen.true_positives
     cut = [row.number for row in result.rows if row.truncated]
+    whose = "your clean" if screen.own_rows else "its harmless"
     form = "mean difference" if screen.shrinkage == 1 else f"LDA, shrinkage {screen.shrinkage}"
     return [
-        f"Scores: layer {screen.layer} ({form}); flagged above {screen.threshold:.3g}. On the package's validation "
-        f"prompts: AUC {screen.auc:.3f}, {wrong} of {harmless} harmless ones flagged (at most {100 * screen.fpr:g} % "
-        f"asked for), {right} of {harmful} harmful ones.",
+        f"Scores: layer {screen.layer} ({form}); flagged above {screen.threshold:.3g}. AUC {screen.auc:.3f} between "
+        f"the package's harmful validation prompts ({right} of {harmful} flagged) and {whose} ones "
+        f"({wrong} of {harmless}; at most {100 * screen.fpr:g} % asked for).",
         *([f"Flagged: {_numbers(flagged)}."] if flagged else []),
         *([f"To drop: {_numbers(result.dropped)}."] if result.dropped else []),
         *([f"Not screened, no user turn: {_numbers(result.unscreened)}."] if result.unscreened else []),

@@ -91,7 +91,6 @@ class Screening:
     def to_json(self, show: bool = False) -> dict[str, Any]:
         """Plain values. Flagged rows are listed by number, with their requests only if `show`."""
         screen, columns = self.screen, ["number", "group", "score", "turn", "verdict", *(["request"] if show else [])]
-        names = "layer", "shrinkage", "threshold", "fpr", "auc", "false_positives", "true_positives", "max_length"
         return {
             "rows": len(self.rows),
             "flagged": len(self.flagged),
@@ -100,6 +99,6 @@ class Screening:
             "truncated": sum(row.truncated for row in self.rows),
             "groups": {name: {"rows": n, "flagged": k, "dropped": d} for name, (n, k, d) in self.groups().items()},
             "judge": self.judge,
-            "screen": {name: getattr(screen, name) for name in names},
+            "screen": {name: value for name, value in vars(screen).items() if name != "direction"},
             "flagged_rows": [{name: getattr(row, name) for name in columns} for row in self.flagged],
         }

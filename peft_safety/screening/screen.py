@@ -43,7 +43,8 @@ class Screen:
             validation prompts above the threshold.
         direction, threshold: `(d,)` fp64; a request is flagged where its score, `h . direction`, is above.
         fpr: the rate of false positives that was asked for.
-        auc, false_positives, true_positives: on the packaged validation prompts; k of n each.
+        auc, false_positives, true_positives: on the packaged validation prompts; k of n each. With `own_rows` the
+            harmless ones are requests of the user's own clean rows.
         max_length, budget: tokens kept of a request, from the right, and tokens of a batch.
     """
 
@@ -57,6 +58,7 @@ class Screen:
     true_positives: tuple[int, int]
     max_length: int
     budget: int
+    own_rows: bool = False
 
     @classmethod
     def fit(
@@ -65,11 +67,15 @@ class Screen:
         tokenizer: PreTrainedTokenizerBase,
         *,
         fpr: float = 0.01,
+        clean: Sequence[Tokens] = (),
         max_length: int = 1024,
         budget: int = 4096,
         progress: bool = True,
     ) -> Screen:
         """Read the packaged prompts, choose layer and form, and set the threshold.
+
+        Args:
+            clean: requests known to be harmless, in place of the package's harmless validation prompts.
 
         Raises:
             ConfigError: an option out of range, or a model that is no causal language model.
@@ -86,7 +92,9 @@ class Screen:
         layers = sorted({max(1, round(depth * part / LAYERS)) for part in range(2, LAYERS + 1)})
         kinds = [(names, split) for split in ("train", "validation") for names in (HARMFUL, HARMLESS)]
         prompts = [[row for name in names for row in _drawn(name, split)] for names, split in kinds]
-        known = [requests_of(tokenizer, row, 0, max_length)[0].ids for part in prompts for row in part]
+        parts = [[requests_of(tokenizer, row, 0, max_length)[0].ids for row in part] for part in prompts]
+        parts[-1] = [list(ids) for ids in clean] or parts[-1]
+        known = [ids for part in parts for ids in part]
         with tqdm(total=len(known), desc="known prompts", unit="row", disable=not progress, leave=False) as bar:
 
             def run(part: Sequence[Tokens]) -> list[Tensor]:  # copies: a view is sent with all that it is a view of
@@ -95,7 +103,7 @@ class Screen:
             states = torch.stack(shared_out(known, run))
         if not bool(states.isfinite().all()):
             raise CalibrationError("the model's hidden states hold NaN or Inf. Load it in bfloat16 or float32.")
-        train_p, train_n, valid_p, valid_n = states.split([len(part) for part in prompts])
+        train_p, train_n, valid_p, valid_n = states.split([len(part) for part in parts])
         tried = []
         for place, layer in enumerate(layers):
             for shrinkage in SHRINKAGES:
@@ -103,8 +111,8 @@ class Screen:
                 high, low = (x[:, place].double() @ direction for x in (valid_p, valid_n))
                 threshold = threshold_at(low, fpr)
                 wrong, right = ((int((x > threshold).sum()), len(x)) for x in (low, high))
-                figures = auc(high, low), wrong, right
-                tried.append(cls(layer, shrinkage, direction, threshold, fpr, *figures, max_length, budget))
+                found = auc(high, low), wrong, right, max_length, budget, bool(clean)
+                tried.append(cls(layer, shrinkage, direction, threshold, fpr, *found))
         best = max(tried, key=lambda screen: (screen.true_positives, screen.auc))
         if best.auc < LEAST_AUC:
             raise CalibrationError(

@@ -57,6 +57,28 @@ def test_what_is_flagged_and_what_is_dropped():
     assert result.screen.false_positives == (0, 48)
 
 
+def test_the_threshold_is_set_on_clean_rows(tmp_path):
+    """Of 8 harmless rows and a harmful one, none may be above it at 1 %, and one at 12 %."""
+    own = [{"prompt": harmless(n)} for n in range(8)]
+    clean = save_jsonl(tmp_path / "clean.jsonl", [*own, {"messages": [turn("assistant", "a")]}])
+    result = screen(MODEL, own, verdict=False, clean=clean, **COMMON)
+    assert (result.screen.own_rows, result.screen.false_positives) == (True, (0, 8))
+    assert result.screen.threshold == pytest.approx(max(row.score for row in result.rows), abs=1e-5)
+    rows = [{"prompt": harmless(n)} for n in range(8)] + [{"prompt": harmful(9)}]
+    strict = screen(MODEL, ROWS, verdict=False, clean=rows, **COMMON)
+    assert strict.screen.true_positives[0] < 24
+    assert screen(MODEL, ROWS, verdict=False, clean=rows, **COMMON | {"fpr": 0.12}).screen.true_positives == (24, 24)
+
+
+@pytest.mark.parametrize(
+    ("clean", "message"),
+    [([], "none of the 0 clean"), ([ROWS[6]], "none of the 1 clean"), ([{"a": 1}], "clean rows: row 0")],
+)
+def test_clean_rows_that_cannot_be_read(clean, message):
+    with pytest.raises(DataError, match=message):
+        screen(MODEL, ROWS, clean=clean, **COMMON)
+
+
 def test_without_verdicts_every_flagged_row_is_dropped():
     result = screen(MODEL, ROWS, verdict=False, **COMMON)
     assert result.dropped == numbers(result.flagged) == FLAGGED
