@@ -78,10 +78,10 @@ def task_prompts(split: str) -> list[str]:
 
 
 def benign(folder: Path | None) -> dict[str, list[str]]:
-    general = [row["prompt"] for row in rows_in(folder, "general_instructions.jsonl")]
+    general, xstest = rows_in(folder, "general_instructions.jsonl"), rows_in(folder, "xstest.jsonl")
     foreign = {
-        "XSTest, safe": [row["prompt"] for row in rows_in(folder, "xstest.jsonl") if row["label"] == "safe"],
-        "foreign everyday": [prompt for prompt in general if len(prompt) < LONGEST],
+        "XSTest, safe": [row["prompt"] for row in xstest if row["label"] == "safe"],
+        "foreign everyday": [row["prompt"] for row in general if len(row["prompt"]) < LONGEST],
     }
     return {
         "everyday": prompts_of("everyday_requests"),
@@ -116,9 +116,7 @@ def figures(result: Screening, harmful: Sequence[str], harmless: Sequence[str]) 
     }
     thresholds = {name: threshold_at(scores[name], FPR) for name in harmless}
     return {
-        "sets": {
-            name: dict(zip(("rows", "flagged", "to drop"), n, strict=True)) for name, n in result.groups().items()
-        },
+        "sets": {name: {"rows": n, "flagged": k, "to drop": d} for name, (n, k, d) in result.groups().items()},
         "auc": {a: {b: auc(scores[a], scores[b]) for b in harmless} for a in harmful},
         "found": {a: {b: float((scores[a] > thresholds[b]).double().mean()) for b in harmless} for a in harmful},
     }
@@ -188,12 +186,9 @@ def main() -> None:
     rows = rows_of({**harmful, **harmless}, args.limit)
     clean = [{"prompt": prompt} for prompt in task_prompts("validation")] if args.clean else None
     result = screen(model, rows, tokenizer=tokenizer, fpr=FPR, clean=clean, by="set")
-    seconds = round(time.perf_counter() - started)
-    data = {
-        "environment": environment(0, model=model_name(args.model), seconds=seconds),
-        "judge": result.judge,
-        "screen": result.to_json()["screen"],
-    }
+    seconds, screened = round(time.perf_counter() - started), result.to_json()
+    data = {"environment": environment(0, model=model_name(args.model), seconds=seconds)}
+    data |= {"judge": screened["judge"], "screen": screened["screen"]}
     data |= figures(result, list(harmful), list(harmless))
     data = last | {"clean": data} if args.clean else data
     publish(path, json.dumps(data, indent=1) + "\n")
