@@ -76,11 +76,11 @@ def screen(
         any, no chat template. CalibrationError: the model does not tell harmful requests from others.
     """
     join_processes()
+    source = _Source(rows)
+    names, total = source.labels(labels)  # reads the file once, before a model is loaded
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     loaded, tokenizer = load_model(bare, tokenizer, load_in_4bit=load_in_4bit)
     reader: Any = model if isinstance(model, PeftModel) else loaded
-    source = _Source(rows)
-    names, total = source.labels(labels)
     rank, world = process()
     progress = progress and rank == 0
     reading: dict[str, Any] = {"max_length": max_length, "budget": batch_tokens, "progress": progress}

@@ -177,6 +177,13 @@ def test_a_model_that_tells_nothing_apart_flags_nothing(monkeypatch):
         screen(MODEL, ROWS, **COMMON)
 
 
+def test_a_broken_file_is_found_before_a_model_is_loaded(tmp_path):
+    broken = tmp_path / "rows.jsonl"
+    broken.write_text('{"prompt": "a"}\n{"prompt"', encoding="utf-8")
+    with pytest.raises(DataError, match=":2: not JSON"):
+        screen(tmp_path / "no model", broken)
+
+
 def test_nan_is_refused():
     broken = tiny_llama()
     with torch.no_grad():
