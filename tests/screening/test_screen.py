@@ -200,11 +200,14 @@ def test_a_model_without_chat_template():
 
 
 def test_an_adapter_that_aligns_the_model_is_read_with_it():
-    adapted = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False))
+    config = LoraConfig(r=4, lora_alpha=1, target_modules=["v_proj"], init_lora_weights=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        adapted = get_peft_model(tiny_llama(), config)
     result = screen(adapted, ROWS, verdict=False, **COMMON)
     base = screen(MODEL, ROWS, verdict=False, **COMMON)
     assert numbers(result.flagged) == FLAGGED
-    assert result.rows[0].score != pytest.approx(base.rows[0].score, abs=1e-3)
+    assert not torch.allclose(result.screen.direction, base.screen.direction, atol=1e-3), "the adapter is read"
 
 
 def test_a_4_bit_model(tmp_path):
