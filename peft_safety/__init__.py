@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from peft_safety.methods.salora import SaLoRAConfig as SaLoRAConfig
     from peft_safety.methods.somf import fuse as fuse
     from peft_safety.recipes.calibrate import calibration_cost as calibration_cost
+    from peft_safety.recipes.screen import screen as screen
     from peft_safety.registry.fused import explain as explain
     from peft_safety.registry.protection import assert_protected as assert_protected
 
@@ -53,6 +54,7 @@ _NAMES = {
     "methods.salora": ["SaLoRAConfig"],
     "methods.somf": ["fuse"],
     "recipes.calibrate": ["calibration_cost"],
+    "recipes.screen": ["screen"],
     "registry.fused": ["explain"],
     "registry.protection": ["assert_protected"],
 }

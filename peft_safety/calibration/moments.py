@@ -194,18 +194,12 @@ def run(
     from tqdm.auto import tqdm
 
     device = next(model.parameters()).device
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with weights.unpacked(model):
-            for batch in tqdm(batches, desc=what, unit="batch", disable=not progress):
-                on_device = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
-                masks, arguments = _call(model, on_device, positions)
-                expect(*masks)
-                model(**arguments)
-    finally:
-        for module, flag in training:
-            module.training = flag
+    with weights.evaluating(model):
+        for batch in tqdm(batches, desc=what, unit="batch", disable=not progress):
+            on_device = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+            masks, arguments = _call(model, on_device, positions)
+            expect(*masks)
+            model(**arguments)
 
 
 def _call(model: nn.Module, batch: dict[str, Tensor], positions: Positions) -> tuple[list[Tensor], dict[str, Any]]:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Option
+from typer import Context, Option
 
 from peft_safety.errors import ConfigError
 
@@ -39,6 +39,26 @@ BatchSize = Annotated[int, Option(help="Rows per step.")]
 MaxLength = Annotated[int, Option(help="Tokens kept of each row.")]
 Seed = Annotated[int, Option(help="Seed of initialization, data order and random numbers.")]
 ReportTo = Annotated[str, Option(help="As in TrainingArguments: none, tensorboard, wandb, ...")]
+
+
+def _read_defaults(context: Context, path: Path | None) -> Path | None:
+    """The settings of a YAML file, as defaults of the command's options."""
+    from peft_safety.recipes.fusion import read_config
+
+    config = {} if path is None else {key.replace("-", "_"): value for key, value in read_config(path).items()}
+    known = {str(parameter.name) for parameter in context.command.params} - {"config"}
+    if unknown := sorted(config.keys() - known):
+        raise ConfigError(f"{path} has {unknown[0]!r}. Known: {', '.join(sorted(known))}.")
+    context.default_map = config
+    return path
+
+
+Config = Annotated[
+    Path | None,
+    Option(
+        "--config", is_eager=True, callback=_read_defaults, help="YAML file of options; those given here come first."
+    ),
+]
 EvalLimit = Annotated[int | None, Option(help="Prompts of each kind at most.")]
 
 

@@ -169,6 +169,19 @@ def unpacked(model: nn.Module) -> Iterator[None]:
             layer.support_avx512bf16_for_cpu = True
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block, without repacking of 4-bit weights (see `unpacked`)."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with unpacked(model):
+            yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
 @torch.no_grad()
 def stay_unpacked(model: nn.Module) -> None:
     """Unpack the 4-bit weights of this model, and keep bitsandbytes from packing them again, as one forward in eval

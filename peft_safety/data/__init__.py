@@ -8,10 +8,12 @@ import codecs
 import json
 import os
 import random
-import re
+from collections.abc import Iterator
 from contextlib import suppress
+from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from peft_safety.data.rows import Rows, as_rows
 from peft_safety.errors import DataError
@@ -20,6 +22,7 @@ CALIBRATION_PAIRS = 128
 """Pairs behind a safety subspace: the reference setting of SaLoRA, arXiv 2501.01765, section 5.1."""
 BLANK = " \t\r\n\ufeff"
 """Characters around the JSON of a line: white space, and byte-order marks of concatenated files."""
+UTF16 = "{} looks like UTF-16, or has zero bytes. Save it as UTF-8, one JSON object a line."
 SPLITS = ("calibration", "train", "validation", "test")
 FIELDS = {
     "harmful_requests": ("prompt", "category", "split"),
@@ -46,9 +49,7 @@ def read_jsonl(path: str | os.PathLike[str], fields: tuple[str, ...] = ()) -> li
     """
     example = json.dumps({field: "..." for field in fields or ("prompt", "response")})
     rows = []
-    for where, row in _values(Path(path), example):
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: {type(row).__name__} instead of an object. Each row must be one, as {example}.")
+    for where, row in _objects(Path(path), example):
         for field in fields:
             if not isinstance(row.get(field), str) or not row[field].strip():
                 wrong = f"field {field!r} is missing or not a non-empty string"
@@ -57,6 +58,11 @@ def read_jsonl(path: str | os.PathLike[str], fields: tuple[str, ...] = ()) -> li
     if not rows:
         raise DataError(f"{path} has no rows. Write one JSON object a line, for example {example}.")
     return rows
+
+
+def stream_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The same rows one by one, for a file that is larger than memory."""
+    return (row for _, row in _objects(Path(path), '{"prompt": "...", "response": "..."}'))
 
 
 def rows_of(data: str | os.PathLike[str] | Rows, what: str = "rows") -> list[dict[str, Any]]:
@@ -116,24 +122,37 @@ def calibration_rows(method: str, basis: str | None = None) -> list[dict[str, st
     return rows
 
 
-def _values(path: Path, example: str) -> list[tuple[str, Any]]:
-    """Each JSON value of a file, with its place."""
+def _objects(path: Path, example: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each JSON object of a file, with its place."""
     try:
-        raw = path.read_bytes()
-        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw:
-            raise DataError(f"{path} looks like UTF-16, or has zero bytes. Save it as UTF-8, one JSON object a line.")
-        text = raw.decode("utf-8-sig")
+        with path.open("rb") as raw:
+            if raw.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise DataError(UTF16.format(path))
+            for where, value in _values(path, TextIOWrapper(raw, "utf-8-sig"), example):
+                if not isinstance(value, dict):
+                    wrong = f"{type(value).__name__} instead of an object"
+                    raise DataError(f"{where}: {wrong}. Each row must be one, as {example}.")
+                yield where, value
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}. Give a UTF-8 JSON-lines file, one object a line.") from error
-    if text.lstrip(BLANK).startswith("["):
+
+
+def _values(path: Path, file: TextIO, example: str) -> Iterator[tuple[str, Any]]:
+    head = ""
+    while (character := file.read(1)) and not (head := head + character).strip(BLANK):
+        pass  # blank lines
+    if head.endswith("["):
+        head += file.read()
         with suppress(ValueError, RecursionError):  # lines that start with a bracket
-            items = json.loads(text.strip(BLANK))
-            return [(f"{path}, item {number} of its array", item) for number, item in enumerate(items)]
-    values = []
-    for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
+            items = json.loads(head.strip(BLANK))
+            yield from ((f"{path}, item {number} of its array", item) for number, item in enumerate(items))
+            return
+    lines = chain((head + file.readline()).removesuffix("\n").split("\n"), file)
+    for number, line in enumerate(lines, 1):
+        if "\0" in line:
+            raise DataError(UTF16.format(path))
         try:
             if line.strip(BLANK):
-                values.append((f"{path}:{number}", json.loads(line.strip(BLANK))))
+                yield f"{path}:{number}", json.loads(line.strip(BLANK))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not JSON ({error}). Write one object a line: {example}.") from error
-    return values

@@ -56,14 +56,10 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, la
     Raises:
         DataError: no chat template, or one that refuses these turns, leaves one out, or rewrites earlier ones.
     """
-    options = row.get("chat_template_kwargs") or {}
-    if not isinstance(options, Mapping):
-        raise DataError(f"'chat_template_kwargs' is a {type(options).__name__}. Give a mapping of template variables.")
     if max_length < 1:
         raise DataError(f"max_length = {max_length} keeps no token. Give at least 1.")
     prompt, answer = row_turns(row, labels)
-    options = {key: value for key, value in options.items() if value is not None}
-    chat = Chat(tokenizer, read_tools(row.get("tools")), options)
+    chat = chat_of(tokenizer, row)
     asked = None if row.get("messages") is not None else len(prompt)
     ids, mask = label_mask(chat, prompt + answer, asked, end_of_turn=not row.get("truncated", False))
     tokens = [token if labeled else IGNORE_INDEX for token, labeled in zip(ids, mask, strict=True)][:max_length]
@@ -104,7 +100,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: i
 
     def encoded(row: Row) -> Feature:
         chat = Chat(tokenizer, read_tools(row.get("tools")))
-        ids = chat.ids(chat.text(_turns(row["prompt"], "user"), header=True))[:max_length]
+        ids = chat.ids(chat.text(turns_of(row["prompt"], "user"), header=True))[:max_length]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORE_INDEX] * len(ids)}
 
     return _each(as_rows(rows), encoded)
@@ -112,6 +108,15 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: i
 
 def is_prompt_only(row: Row) -> bool:
     return kind_of(plain_row(row)) == "prompt"
+
+
+def chat_of(tokenizer: PreTrainedTokenizerBase, row: Row) -> Chat:
+    """The chat template with the row's `tools` and `chat_template_kwargs`."""
+    options = row.get("chat_template_kwargs") or {}
+    if not isinstance(options, Mapping):
+        raise DataError(f"'chat_template_kwargs' is a {type(options).__name__}. Give a mapping of template variables.")
+    options = {key: value for key, value in options.items() if value is not None}
+    return Chat(tokenizer, read_tools(row.get("tools")), options)
 
 
 def row_turns(row: Row, labels: Sequence[str] = ()) -> tuple[list[Message], list[Message]]:
@@ -122,10 +127,10 @@ def row_turns(row: Row, labels: Sequence[str] = ()) -> tuple[list[Message], list
     if kind == "messages":
         answer = plain_messages(row["messages"])
     elif kind == "pair":
-        prompt, answer = _turns(row["prompt"], "user"), _turns(row["response"], "assistant")
+        prompt, answer = turns_of(row["prompt"], "user"), turns_of(row["response"], "assistant")
     elif kind == "label":
-        prompt = _turns(classification_prompt(row["text"], labels), "user")
-        answer = _turns(row["label"], "assistant")
+        prompt = turns_of(classification_prompt(row["text"], labels), "user")
+        answer = turns_of(row["label"], "assistant")
     else:
         raise DataError(f"a row has fields {sorted(map(str, row))}. Accepted: {SHAPES}.")
     last = answer[-1] if answer else {}
@@ -135,7 +140,7 @@ def row_turns(row: Row, labels: Sequence[str] = ()) -> tuple[list[Message], list
     return prompt, answer
 
 
-def _turns(given: Any, role: str) -> list[Message]:
+def turns_of(given: Any, role: str) -> list[Message]:
     return plain_messages([{"role": role, "content": given}] if isinstance(given, str) else given)
 
 

@@ -31,7 +31,7 @@ def as_rows(data: Any, what: str = "rows", error: type[PeftSafetyError] = DataEr
     """
     result = []
     first: dict[str, tuple[type, int]] = {}  # type of each label, and the row where it came first
-    for index, row in enumerate(_records(data, what, error)):
+    for index, row in enumerate(records(data, what, error)):
         if not isinstance(row, Mapping):
             raise error(f"{what}, row {index}: a {type(row).__name__} instead of a mapping. Give rows {SHAPES}.")
         try:
@@ -118,7 +118,10 @@ def _plain_value(label: Any) -> Any:
     return label.item() if hasattr(label, "item") and getattr(label, "ndim", 0) == 0 else label
 
 
-def _records(data: Any, what: str, error: type[PeftSafetyError]) -> Iterable[Any]:
+def records(
+    data: Any, what: str, error: type[PeftSafetyError] = DataError, limit: int | None = STREAM_ROWS
+) -> Iterable[Any]:
+    """The rows of `data` (see `as_rows`) as they are, at most `limit` of a stream."""
     splits = isinstance(data, Mapping) and data and kind_of(data) is None and all(map(_is_split, data.values()))
     if splits or _is(data, "datasets", "DatasetDict", "IterableDatasetDict"):
         if len(data) != 1:
@@ -143,12 +146,12 @@ def _records(data: Any, what: str, error: type[PeftSafetyError]) -> Iterable[Any
         source = iter(data)
     except TypeError as problem:
         raise unusable from problem
-    if size is not None:
+    if size is not None or limit is None:
         return source
-    rows = list(islice(source, STREAM_ROWS + 1))
-    if len(rows) > STREAM_ROWS:
-        part = f"Give a part of it: itertools.islice(data, {STREAM_ROWS})."
-        raise error(f"{what}: a stream of more than {STREAM_ROWS} rows, which may have no end. {part}")
+    rows = list(islice(source, limit + 1))
+    if len(rows) > limit:
+        part = f"Give a part of it: itertools.islice(data, {limit})."
+        raise error(f"{what}: a stream of more than {limit} rows, which may have no end. {part}")
     return rows
 
 

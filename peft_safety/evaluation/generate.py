@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -38,7 +37,7 @@ class Generation:
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[Message]],
+    prompts: Sequence[str | list[Message] | list[int]],
     *,
     max_new_tokens: int = 24,
     batch_size: int = BATCH_SIZE,
@@ -53,7 +52,7 @@ def generate(
         prompts: user turns, or message lists that end with a user turn.
         max_new_tokens: tokens generated at most.
         description: of the progress bar, which `progress` shows on stderr.
-        rendered: the prompts are texts that need no chat template.
+        rendered: the prompts are texts that need no chat template, or their tokens.
 
     Raises:
         DataError: no prompts, or a tokenizer without chat template or pad token.
@@ -61,8 +60,11 @@ def generate(
     if not prompts:
         raise DataError("no prompts to generate from. Give at least one.")
     turns = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
-    texts = prompts if rendered else [render_prompt(tokenizer, messages) for messages in turns]
-    ids = [cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    texts: Any = prompts if rendered else [render_prompt(tokenizer, cast("Any", messages)) for messages in turns]
+    ids = [
+        cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"] if isinstance(text, str) else text)
+        for text in texts
+    ]
     run = partial(_generate_batch, model, tokenizer, max_new_tokens)
     return in_batches(model, ids, len, run, batch_size, description, progress)
 
@@ -80,29 +82,17 @@ def in_batches(
     import torch
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+    from peft_safety.core import base_weights
+
     order = sorted(range(len(items)), key=lambda index: -length(items[index]))
     results: dict[int, Result] = {}
     bar = tqdm(total=len(items), desc=description, unit="row", disable=not progress, leave=False)
-    with bar, _evaluating(model), torch.inference_mode():
+    with bar, base_weights.evaluating(model), torch.inference_mode():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             results.update(zip(chosen, run([items[index] for index in chosen]), strict=True))
             bar.update(len(chosen))
     return [results[index] for index in range(len(items))]
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode inside the block, without repacking of 4-bit weights (see `base_weights.unpacked`)."""
-    from peft_safety.core import base_weights
-
-    training = model.training
-    model.eval()
-    try:
-        with base_weights.unpacked(model):
-            yield
-    finally:
-        model.train(training)
 
 
 def self_prompts(

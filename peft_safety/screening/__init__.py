@@ -1,0 +1,1 @@
+"""Which rows of a data set does the aligned model see as harmful requests?"""

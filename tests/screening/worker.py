@@ -1,0 +1,32 @@
+"""One process of a screening: prints what it found as one line of JSON.
+
+python -m tests.screening.worker
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from peft_safety import screen
+from peft_safety.screening import screen as fitting
+from peft_safety.screening import states
+from tests.screening.separable import COMMON, MODEL, MarkedJudge, harmful, harmless, known
+
+ROWS = [{"prompt": (harmful if number % 3 == 1 else harmless)(40 + number), "response": "yes"} for number in range(11)]
+
+
+def main() -> None:
+    read, judge = [], MarkedJudge()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "load", known)
+        run = states.last_states
+        patch.setattr(fitting, "last_states", lambda m, ids, *rest: read.append(len(ids)) or run(m, ids, *rest))
+        result = screen(MODEL, iter(ROWS), judge=judge, **COMMON)
+    rows = [[row.number, row.score, row.verdict] for row in result.rows]
+    print(json.dumps({"process": states.process(), "rows": rows, "dropped": result.dropped, "read": read}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
