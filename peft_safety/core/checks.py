@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, get_args
 
 from peft_safety.errors import ConfigError
@@ -35,10 +35,8 @@ def whole(rank: float | None) -> int | float | None:
     return rank if rank is None or rank % 1 else int(rank)
 
 
-def size_pattern(pairs: Mapping[str, float] | Iterable[str] | None) -> dict[str, int | float] | None:
-    """`down_proj=0.1` for each kind of module, from a list of such pairs or from a mapping."""
-    if isinstance(pairs, Mapping):
-        return dict(pairs)
+def size_pattern(pairs: Iterable[str] | None) -> dict[str, int | float] | None:
+    """A mapping from pairs such as `down_proj=0.1`: a number for a kind of module."""
     sizes: dict[str, int | float] = {}
     for pair in pairs or ():
         kind, _, text = pair.partition("=")

@@ -108,13 +108,16 @@ def _split(data: DatasetDict, script: Any, share: float) -> tuple[Dataset, Datas
 
 
 def _converted(data: Dataset, labels: list[str], text_field: str) -> Dataset:
-    columns = sorted(trl_row(data[0], labels, text_field))
-
-    def convert(row: Row, index: int) -> dict[str, Any]:
+    def shaped(row: Row, index: int) -> dict[str, Any]:
         try:
-            result = trl_row(row, labels, text_field)
+            return trl_row(row, labels, text_field)
         except DataError as error:
             raise DataError(f"row {index}: {error}") from error
+
+    columns = sorted(shaped(data[0], 0))
+
+    def convert(row: Row, index: int) -> dict[str, Any]:
+        result = shaped(row, index)
         if sorted(result) != columns:
             raise DataError(f"row {index} has {sorted(result)}, others have {columns}. Give rows of one kind.")
         return result
@@ -133,7 +136,7 @@ def trl_row(row: Row, labels: list[str], text_field: str) -> dict[str, Any]:
         return {
             name: row[name] for name in ("input_ids", "labels", "completion_mask", "assistant_masks") if name in row
         }
-    extra = {name: row[name] for name in ("tools", "chat_template_kwargs") if name in row}
+    extra: dict[str, Any] = {name: row[name] for name in ("tools", "chat_template_kwargs") if name in row}
     if not isinstance(extra.get("tools", ""), str):
         extra["tools"] = json.dumps(extra["tools"])  # schemas differ from row to row
     if "messages" in row:

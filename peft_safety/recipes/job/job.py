@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,9 @@ from peft_safety.core import base_weights as weights
 from peft_safety.core import files
 from peft_safety.core.checks import size_pattern, whole
 from peft_safety.data.chat import Collator, Feature
+from peft_safety.data.rows import Row
 from peft_safety.errors import ConfigError
+from peft_safety.evaluation.prompts import prompt_set
 from peft_safety.recipes.adapter import adapter_config
 from peft_safety.recipes.job.data import feature, read_data
 from peft_safety.recipes.job.options import STEPS
@@ -50,7 +53,10 @@ class Job:
         self.tokenizer = _tokenizer(settings)
         seed, text_field = self.training.seed, self.training.dataset_text_field
         self.data = read_data(settings.script, text_field, self.own.held_out, self.own.poison, seed)
-        self.task = TaskData([], [] if "measure" in (self.own.skip or ()) else self._held_out(), self.data.labels)
+        measured = "measure" not in (self.own.skip or ())
+        if measured:
+            prompt_set(self.own.eval_split, 1)
+        self.task = TaskData([], self._held_out() if measured else [], self.data.labels)
         self.features(1)
         self.state = State(self.out)
         self.sharded = False
@@ -114,13 +120,14 @@ class Job:
         path = Path(str(self.settings.script.dataset_name))
         return files.sha256(path) if path.is_file() else ""
 
-    def _held_out(self) -> list[dict[str, Any]]:
+    def _held_out(self) -> list[Row]:
         """Held-out rows to measure on: {text, label} as they are, others with the labels that training has."""
         rows = self.data.raw if self.data.labels else self.data.held_out
         if rows is None:
             return []
         chosen = random.Random(self.training.seed).sample(range(len(rows)), len(rows))[: self.own.eval_limit]
-        return [*rows.select(chosen)] if self.data.labels else self._encoded(rows.select(chosen))
+        drawn = rows.select(chosen)
+        return [*drawn] if self.data.labels else [*self._encoded(drawn)]
 
     def _encoded(self, rows: Dataset) -> list[Feature]:
         limit = self.training.max_length or self.tokenizer.model_max_length
@@ -137,8 +144,11 @@ def config_of(settings: Settings) -> LoraConfig:
     options |= {"use_rslora": given.use_rslora or None, "use_dora": given.use_dora or None}
     if own.method != "lora":
         options["subspace"] = own.subspace
+    targets = given.lora_target_modules
+    if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w.]+", targets):
+        targets = [targets]  # TRL turns a single name into a regular expression
     sizes = {"r": given.lora_r, "lora_alpha": given.lora_alpha, "lora_dropout": given.lora_dropout}
-    return adapter_config(own.method, target_modules=given.lora_target_modules, **sizes, **options)
+    return adapter_config(own.method, target_modules=targets, **sizes, **options)
 
 
 def _tokenizer(settings: Settings) -> PreTrainedTokenizerBase:

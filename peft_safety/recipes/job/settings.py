@@ -49,7 +49,8 @@ class Settings:
             check_name(name, known)
         if "model_name_or_path" not in given or "dataset_name" not in given:
             raise ConfigError("a job needs model_name_or_path and dataset_name. Give both, here or in --config.")
-        return cls(*_parsed(flags, config, given), tuple(sorted(set(given))))
+        script, training, model, own = _parsed(flags, config, given)
+        return cls(script, training, model, own, tuple(sorted(set(given))))
 
     def digest(self, names: Iterable[str], **more: Any) -> str:
         """Of the values of those of `names` that were given."""
@@ -100,6 +101,10 @@ ABOUT = (
 )
 
 
+CONTAINERS: dict[type, str] = {list: "list", dict: "mapping"}
+"""Types of a YAML value that no flag has, and the type of the fields that take them."""
+
+
 def _config_file(flags: Sequence[str]) -> tuple[str | None, list[str]]:
     """The value of `--config`, and the other flags."""
     for index, flag in enumerate(flags):
@@ -135,10 +140,13 @@ def _parsed(flags: Sequence[str], config: Mapping[str, Any], given: Sequence[str
     for name, value in config.items():
         if isinstance(value, (str, int, float)):  # a truth value among them
             first.append(f"--{name}={value}")
-        elif isinstance(value, list) and value and name in several:
-            first += [f"--{name}", *map(str, value)]
-        else:
+        elif name in several and value and isinstance(value, (list, dict)):
+            pairs = [f"{key}={item}" for key, item in value.items()] if isinstance(value, dict) else map(str, value)
+            first += [f"--{name}", *pairs]
+        elif value is None or table().get(name, {}).get("type") == CONTAINERS.get(type(value)):
             defaults[name] = value
+        else:
+            raise ConfigError(f"{name}={value!r} is a {type(value).__name__}. See peft-safety train --help.")
     parser.set_defaults(**{name: value for name, value in defaults.items() if name in config or name not in given})
     try:
         return tuple(parser.parse_args_into_dataclasses(args=[*first, *flags], look_for_args_file=False))

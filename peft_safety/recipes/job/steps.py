@@ -149,7 +149,7 @@ def measure(job: Job) -> dict[str, Any] | None:
     model = job.adapted()
     options = TrainOptions(seed=job.training.seed, max_length=job.training.max_length or 512, progress=job.progress)
     with model.disable_adapter():
-        where = {"split": job.own.eval_split, "limit": job.own.eval_limit}
+        where: dict[str, Any] = {"split": job.own.eval_split, "limit": job.own.eval_limit}
         bench = Bench.prepare(model, job.tokenizer, job.task, options, **where)
         before = bench.measure(model, job.tokenizer)
     after = bench.measure(model, job.tokenizer)
