@@ -9,11 +9,11 @@ import re
 from dataclasses import MISSING, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 FILE = Path(__file__).with_name("fields.json")
-TYPES = {bool: "yes/no", int: "number", float: "number", list: "list", dict: "mapping", str: "text"}
-"""Types by their names in the help; of a union, the first of them that is in it."""
+TYPES = {"list": "list", "dict": "mapping", "bool": "yes/no", "int": "number", "float": "number"}
+"""What a type is called in the help; of a union, the first of these that is in it."""
 
 
 def table() -> dict[str, dict[str, Any]]:
@@ -38,9 +38,7 @@ def installed() -> dict[str, dict[str, Any]]:
 
 
 def type_name(hint: Any) -> str:
-    parts = {getattr(part, "__origin__", part) for part in (get_args(hint) or (hint,)) if not get_args(part)}
-    parts |= {getattr(part, "__origin__", None) for part in (hint, *get_args(hint))}
-    return next((name for kind, name in TYPES.items() if kind in parts), "text")
+    return next((name for word, name in TYPES.items() if re.search(rf"\b{word}\b", str(hint))), "text")
 
 
 def first_sentence(metadata: Any) -> str:

@@ -95,7 +95,6 @@ class Job:
             model = create_model_from_path(given.model_name_or_path, **(options | (training.model_init_kwargs or {})))
         except (OSError, ValueError) as error:
             raise ConfigError(f"no model at {given.model_name_or_path!r}: {error}") from error
-        training.model_init_kwargs = None  # the trainer is given a model
         weights.stay_unpacked(model)
         if training.world_size > 1 and quantization is None:
             model = model.to(training.device)
@@ -165,6 +164,6 @@ def _tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
             tokenizer.chat_template = own
     except (OSError, ValueError) as error:
         raise ConfigError(f"no tokenizer at {name!r}: {error} Give a directory or a hub id.") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.eos_token = settings.training.eos_token or tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer

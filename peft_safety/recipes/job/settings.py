@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import hashlib
 import json
@@ -107,13 +108,13 @@ CONTAINERS: dict[type, str] = {list: "list", dict: "mapping"}
 
 def _config_file(flags: Sequence[str]) -> tuple[str | None, list[str]]:
     """The value of `--config`, and the other flags."""
-    for index, flag in enumerate(flags):
-        if flag == "--config" or flag.startswith("--config="):
-            value = flag.partition("=")[2] or next(iter(flags[index + 1 :]), "")
-            if not value:
-                raise ConfigError("--config needs a YAML file.")
-            return value, [*flags[:index], *flags[index + (1 if "=" in flag else 2) :]]
-    return None, list(flags)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    try:
+        known, rest = parser.parse_known_args(flags)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}: give a YAML file.") from error
+    return known.config, rest
 
 
 def _name(flag: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -110,10 +111,12 @@ def train(job: Job) -> dict[str, Any]:
         config.subspace = job.subspace
         options = {"tokenizer": job.tokenizer, "seed": job.training.seed, "progress": job.progress}
         config = with_task(config, job.model, job.batches(TASK_ROWS), **options)
+    arguments = copy.copy(job.training)
+    arguments.model_init_kwargs = None  # they are in the model
     monitor = [SafetyMonitorCallback()] if job.protected else []
     trainer = SFTTrainer(
         model=job.model,
-        args=job.training,
+        args=arguments,
         train_dataset=job.data.train,
         eval_dataset=job.data.held_out if job.training.eval_strategy != "no" else None,
         processing_class=job.tokenizer,
