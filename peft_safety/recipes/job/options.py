@@ -13,7 +13,9 @@ OUR_DEFAULTS: dict[str, Any] = {
     "lora_dropout": 0.0,  # with dropout, inputs leave the protected span while training
     "lora_target_modules": ["all-linear"],
 }
-"""Defaults other than TRL's. `bf16` is the last one: off without an accelerator, where it is slow."""
+"""Defaults other than TRL's."""
+WITHOUT_ACCELERATOR = {"bf16": "off", "use_cpu": "on"}
+"""Further ones where there is none: bf16 is slow on CPUs, and several processes find each other by `use_cpu` only."""
 OTHER_NAMES = {
     "model": "model_name_or_path",
     "data": "dataset_name",

@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 from peft_safety.core.config_file import read_config
 from peft_safety.errors import ConfigError
 from peft_safety.recipes.job.fields import table, type_name
-from peft_safety.recipes.job.options import OTHER_NAMES, OUR_DEFAULTS, SafetyOptions
+from peft_safety.recipes.job.options import OTHER_NAMES, OUR_DEFAULTS, WITHOUT_ACCELERATOR, SafetyOptions
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def help_text(width: int = 80) -> str:
             default = OUR_DEFAULTS.get(name, entry["default"])
             about = f" (default {default})" if default not in (None, [], {}) else ""
             about += f" (TRL's: {entry['default']})" if name in OUR_DEFAULTS else ""
-            about += " (off without an accelerator, where TRL has it on)" if name == "bf16" else ""
+            about += f" ({WITHOUT_ACCELERATOR[name]} without an accelerator)" if name in WITHOUT_ACCELERATOR else ""
             lines.append(f"  --{name}  {entry['type']}")
             lines += textwrap.wrap(entry["help"] + about, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
@@ -135,8 +135,9 @@ def _parsed(flags: Sequence[str], config: Mapping[str, Any], given: Sequence[str
 
     parser = Parser((ScriptArguments, SFTConfig, ModelConfig, SafetyOptions), allow_abbrev=False, add_help=False)
     several = {action.dest for action in parser._actions if action.nargs == "+"}
-    cpu = not torch.accelerator.is_available() or ("use_cpu" in given and config.get("use_cpu") is not False)
-    defaults: dict[str, Any] = OUR_DEFAULTS | ({"bf16": False} if cpu else {})
+    alone = not torch.accelerator.is_available()
+    cpu = alone or ("use_cpu" in given and config.get("use_cpu") is not False)
+    defaults: dict[str, Any] = OUR_DEFAULTS | ({"bf16": False} if cpu else {}) | ({"use_cpu": True} if alone else {})
     first = []
     for name, value in config.items():
         if isinstance(value, (str, int, float)):  # a truth value among them

@@ -80,9 +80,7 @@ def run_job(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> Jo
             job.state.finish(step, digests[step], facts, write=job.main)
     saved = job.state.facts("report")
     loaded = Report.load(job.out / "report.json") if saved and job.main else None
-    return JobResult(
-        job.adapter_dir, {step: job.state.facts(step) for step in STEPS if step in job.state.steps}, loaded
-    )
+    return JobResult(job.adapter_dir, {step: entry["facts"] for step, entry in job.state.steps.items()}, loaded)
 
 
 def say(job: Job, text: str) -> None:
