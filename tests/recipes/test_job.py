@@ -53,7 +53,7 @@ def losses(run_directory, step):
 def test_end_to_end(tmp_path, capsys):
     result = run(tmp_path, poison=0.25, safety_rank=4, hub_token="secret")
     printed = capsys.readouterr().out
-    assert "17 rows to train on, 3 held out" in printed
+    assert "17 rows to train on, 3 held out (15%)" in printed
     assert printed_steps(printed) == dict.fromkeys(STEPS, "")
     assert "smoke metric" in " ".join(printed.split())
     assert (
@@ -116,6 +116,9 @@ def test_a_broken_run_resumes_with_the_losses_of_an_unbroken_one(tmp_path):
         for name in ("run", "broken")
     )
     torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert run(tmp_path, **broken).facts["train"]["steps"] == 6, "it is done"
+    run(tmp_path, **{**broken, "learning_rate": 1e-3})
+    assert losses(tmp_path / "broken", 6)[-1] > whole[-1] + 1e-3, "no old checkpoint is taken"
 
 
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])

@@ -23,6 +23,7 @@ from peft_safety.data.chat import Collator, Feature
 from peft_safety.data.rows import Row
 from peft_safety.errors import ConfigError
 from peft_safety.evaluation.prompts import prompt_set
+from peft_safety.evaluation.tasks import WHOLE
 from peft_safety.recipes.adapter import adapter_config
 from peft_safety.recipes.job.data import feature, read_data
 from peft_safety.recipes.job.options import STEPS
@@ -58,7 +59,7 @@ class Job:
             prompt_set(self.own.eval_split, 1)
         self.task = TaskData([], self._held_out() if measured else [], self.data.labels)
         self.features(1)
-        self.state = State(self.out)
+        self.state = State(self.out, writes=self.main)
         self.sharded = False
         self.tuned: PeftModel | None = None
 
@@ -108,7 +109,8 @@ class Job:
 
     def features(self, count: int) -> list[Feature]:
         """Tokens and labels of the first training rows."""
-        return self._encoded(self.data.train.select(range(min(count, len(self.data.train)))))
+        limit = self.training.max_length or WHOLE
+        return self._encoded(self.data.train.select(range(min(count, len(self.data.train)))), limit)
 
     def batches(self, count: int) -> list[dict[str, Any]]:
         """The same as batches."""
@@ -126,10 +128,9 @@ class Job:
             return []
         chosen = random.Random(self.training.seed).sample(range(len(rows)), len(rows))[: self.own.eval_limit]
         drawn = rows.select(chosen)
-        return [*drawn] if self.data.labels else [*self._encoded(drawn)]
+        return [*drawn] if self.data.labels else [*self._encoded(drawn, WHOLE)]
 
-    def _encoded(self, rows: Dataset) -> list[Feature]:
-        limit = self.training.max_length or self.tokenizer.model_max_length
+    def _encoded(self, rows: Dataset, limit: int) -> list[Feature]:
         return [feature(self.tokenizer, row, self.training.dataset_text_field, limit) for row in rows]
 
 

@@ -126,8 +126,11 @@ def _name(flag: str) -> str:
 
 def _parsed(flags: Sequence[str], config: Mapping[str, Any], given: Sequence[str]) -> tuple[Any, ...]:
     """Instances of the four dataclasses. What the file says becomes flags too, so that both mean the same."""
-    import torch
-    from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+    try:
+        import torch
+        from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+    except ImportError as error:
+        raise ConfigError(f"a job needs TRL ({error}): pip install 'peft-safety[trl]'.") from error
 
     class Parser(TrlParser):  # type: ignore[misc]
         def error(self, message: str) -> Any:

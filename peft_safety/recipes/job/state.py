@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,34 @@ FILE_NAME = "job.json"
 
 
 class State:
-    """Facts of the finished steps. A step is done as long as its settings have the digest that they had then."""
+    """What each step has begun and done: the digest of its settings, when it began, and its facts once it is done."""
 
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / FILE_NAME
+    def __init__(self, directory: Path, writes: bool) -> None:
+        self.path, self.writes = directory / FILE_NAME, writes
         self.steps: dict[str, Any] = files.read_json(self.path) if self.path.exists() else {}
 
     def is_done(self, step: str, digest: str) -> bool:
-        return bool(self.steps.get(step, {}).get("digest") == digest)
+        entry = self.steps.get(step, {})
+        return entry.get("digest") == digest and "facts" in entry
 
     def facts(self, step: str) -> dict[str, Any]:
         facts: dict[str, Any] = self.steps.get(step, {}).get("facts", {})
         return facts
 
-    def start(self, step: str) -> None:
-        """Forget the step and those after it, which build on its result."""
+    def start(self, step: str, digest: str) -> None:
+        """Begin a step, anew or again with the same settings. Those after it build on its result: they are undone."""
+        entry = self.steps.get(step, {})
+        began = entry["began"] if entry.get("digest") == digest else time.time()
         self.steps = {name: entry for name, entry in self.steps.items() if name in STEPS[: STEPS.index(step)]}
+        self.steps[step] = {"digest": digest, "began": began}
+        self._write()
 
-    def finish(self, step: str, digest: str, facts: dict[str, Any], write: bool = True) -> None:
-        self.steps[step] = {"digest": digest, "facts": facts}
-        if write:
+    def finish(self, step: str, facts: dict[str, Any]) -> None:
+        self.steps[step]["facts"] = facts
+        self._write()
+
+    def _write(self) -> None:
+        if self.writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_suffix(".partial")
             partial.write_text(json.dumps(self.steps, indent=1) + "\n", encoding="utf-8")

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
 from peft_safety.callbacks import SafetyMonitorCallback
@@ -20,6 +19,7 @@ from peft_safety.convert.verify import verify as check
 from peft_safety.core.environment import environment
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.training import TrainOptions
+from peft_safety.errors import ConfigError, PeftSafetyError
 from peft_safety.evaluation.judges import KeywordJudge
 from peft_safety.evaluation.metrics import figure_from_json
 from peft_safety.methods.base import calibrate as estimate_for
@@ -62,8 +62,8 @@ def run_job(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> Jo
         ConfigError, DataError: before a model is loaded. CalibrationError, ProtectionError, ArtifactError: by a step.
     """
     job = Job(settings, callbacks)
-    share = f"{len(job.data.held_out or ())} held out" if job.data.held_out else "none held out"
-    say(job, f"{len(job.data.train)} rows to train on, {share}")
+    rows, held_out = len(job.data.train), len(job.data.held_out or ())
+    say(job, f"{rows} rows to train on, {held_out} held out ({held_out / (rows + held_out):.0%})")
     digests, done = _digests(job), finished(job)
     PartialState().wait_for_everyone()  # all know what is done before one process changes it
     for number, step in enumerate(STEPS, 1):
@@ -73,14 +73,14 @@ def run_job(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> Jo
             continue
         say(job, begins)
         started = time.perf_counter()
-        job.state.start(step)
+        job.state.start(step, digests[step])
         facts = RUN[step](job)
         if facts is not None:
             facts["seconds"] = round(time.perf_counter() - started, 2)
-            job.state.finish(step, digests[step], facts, write=job.main)
+            job.state.finish(step, facts)
     saved = job.state.facts("report")
     loaded = Report.load(job.out / "report.json") if saved and job.main else None
-    return JobResult(job.adapter_dir, {step: entry["facts"] for step, entry in job.state.steps.items()}, loaded)
+    return JobResult(job.adapter_dir, {step: job.state.facts(step) for step in job.state.steps}, loaded)
 
 
 def say(job: Job, text: str) -> None:
@@ -112,15 +112,20 @@ def train(job: Job) -> dict[str, Any]:
     arguments = copy.copy(job.training)
     arguments.model_init_kwargs = None  # they are in the model
     monitor = [SafetyMonitorCallback()] if job.protected else []
-    trainer = SFTTrainer(
-        model=job.model,
-        args=arguments,
-        train_dataset=job.data.train,
-        eval_dataset=job.data.held_out if job.training.eval_strategy != "no" else None,
-        processing_class=job.tokenizer,
-        peft_config=config,
-        callbacks=[*monitor, *job.callbacks],
-    )
+    try:
+        trainer = SFTTrainer(
+            model=job.model,
+            args=arguments,
+            train_dataset=job.data.train,
+            eval_dataset=job.data.held_out if job.training.eval_strategy != "no" else None,
+            processing_class=job.tokenizer,
+            peft_config=config,
+            callbacks=[*monitor, *job.callbacks],
+        )
+    except PeftSafetyError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"TRL refuses these settings: {error}") from error
     job.sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     if not job.sharded:
@@ -250,15 +255,14 @@ def _outputs(job: Job, step: str) -> bool:
 
 
 def _checkpoint(job: Job) -> str | None:
-    """The checkpoint to resume from: a directory, or with "true" the last one, if there is any yet."""
-    given = job.training.resume_from_checkpoint
-    if given is None or str(given).lower() in ("false", "no"):
-        return None
+    """The checkpoint to resume from, as given; with "true" the last one since training began with these settings."""
+    given, began = job.training.resume_from_checkpoint, job.state.steps["train"]["began"]
     if str(given).lower() not in ("true", "yes"):
-        return str(given)
-    last = get_last_checkpoint(str(job.out)) if job.out.is_dir() else None
+        return None if given is None or str(given).lower() in ("false", "no") else str(given)
+    saved = [path for path in job.out.glob("checkpoint-*") if path.stat().st_mtime >= began]
+    last = max(saved, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     say(job, f"  resuming from {last}" if last else "  no checkpoint yet: training starts at its beginning")
-    return last
+    return None if last is None else str(last)
 
 
 def _plain(value: Any) -> Any:
