@@ -51,7 +51,7 @@ def losses(run_directory, step):
 
 
 def test_end_to_end(tmp_path, capsys):
-    result = run(tmp_path, poison=0.25, safety_rank=4, hub_token="secret")
+    result = run(tmp_path, poison=0.25, safety_rank=4, calibration_rows=8, hub_token="secret")
     printed = capsys.readouterr().out
     assert "17 rows to train on, 3 held out (15%)" in printed
     assert printed_steps(printed) == dict.fromkeys(STEPS, "")
@@ -66,6 +66,7 @@ def test_end_to_end(tmp_path, capsys):
     details = report.details
     assert (details["settings"]["method"], details["settings"]["poison"]) == ("guardspace", 0.25)
     assert (details["before"]["refusal"]["n"], details["after"]["task_accuracy"]["n"]) == (2, 2)
+    assert result.facts["calibrate"]["samples"] == 8
     assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "secret" not in "".join(p.read_text("utf-8") for p in (tmp_path / "run").glob("*.json"))
     assert (tmp_path / "run" / "adapter" / "tokenizer.json").is_file()
@@ -244,6 +245,7 @@ def test_from_the_command_line(tmp_path):
         ({"safety_rank_pattern": ["down_proj"]}, ConfigError),
         ({"train": "C"}, ConfigError),
         ({"poison": 2}, ConfigError),
+        ({"calibration_rows": 0}, ConfigError),
         ({"eval_split": "tset"}, DataError),
     ],
 )

@@ -18,7 +18,7 @@ from trl.trainer.utils import create_model_from_path
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core import files
-from peft_safety.core.checks import size_pattern, whole
+from peft_safety.core.checks import check_positive, size_pattern, whole
 from peft_safety.data.chat import Collator, Feature
 from peft_safety.data.rows import Row
 from peft_safety.errors import ConfigError
@@ -50,6 +50,8 @@ class Job:
         self.out = Path(self.training.output_dir or "trainer_output")
         if unknown := sorted(set(self.own.skip or ()) - set(STEPS)):
             raise ConfigError(f"skip={unknown[0]!r} is no step. Steps: {', '.join(STEPS)}.")
+        if self.own.calibration_rows is not None:
+            check_positive(self.own, "calibration_rows")
         self.config = config_of(settings)
         self.tokenizer = _tokenizer(settings)
         seed, text_field = self.training.seed, self.training.dataset_text_field

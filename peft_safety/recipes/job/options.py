@@ -52,6 +52,7 @@ class SafetyOptions:
     )
     basis: str | None = option(None, "For guardspace: harmful (default), general or both.")
     positions: str | None = option(None, "For guardspace, tokens that count: all (default), prompt or response.")
+    calibration_rows: int | None = option(None, "So many of the package's prompts to calibrate on; default all.")
     train: str | None = option(
         None, "For guardspace: B (A frozen: a plain LoRA; default), A (both, projected) or window."
     )

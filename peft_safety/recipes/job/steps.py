@@ -19,6 +19,7 @@ from peft_safety.convert.verify import verify as check
 from peft_safety.core.environment import environment
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.training import TrainOptions
+from peft_safety.data import calibration_rows
 from peft_safety.errors import ConfigError, PeftSafetyError
 from peft_safety.evaluation.judges import KeywordJudge
 from peft_safety.evaluation.metrics import figure_from_json
@@ -34,6 +35,7 @@ CALIBRATING = (
     "model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type",
     "use_bnb_nested_quant", "chat_template_path", "lora_target_modules", "lora_target_parameters", "seed", "method",
     "subspace", "safety_rank", "safety_energy", "safety_rank_pattern", "basis", "positions", "combine", "combine_rank",
+    "calibration_rows",
 )  # fmt: skip
 """Settings that a subspace depends on."""
 MEASURING = ("eval_split", "eval_limit")
@@ -94,7 +96,12 @@ def calibrate(job: Job) -> dict[str, Any]:
         return {"subspace": job.subspace}
     options = {"tokenizer": job.tokenizer, "seed": job.training.seed, "progress": job.progress}
     if job.main:
-        subspace = estimate_for(job.model, job.config, **options)
+        config: Any = job.config
+        rows, most = None, job.own.calibration_rows
+        if most is not None:
+            every = calibration_rows(config.calibration["method"], config.calibration["basis"])
+            rows = every[:: max(1, len(every) // most)][:most]
+        subspace = estimate_for(job.model, config, rows, **options)
         subspace.save(str(job.subspace))
     PartialState().wait_for_everyone()
     provenance = SafetySubspace.load(str(job.subspace)).provenance
