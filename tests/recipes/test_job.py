@@ -255,6 +255,11 @@ def test_mistakes_cost_nothing(tmp_path, bad, kind):
     assert not (tmp_path / "run").exists()
 
 
+def test_there_is_nothing_to_measure_without_an_adapter(tmp_path):
+    with pytest.raises(ConfigError, match="Run the step train"):
+        run(tmp_path, skip=["calibrate", "train"])
+
+
 def test_a_subspace_for_another_model_is_refused(tmp_path):
     run(tmp_path, safety_rank=4, skip=["train", "measure", "verify", "report"])
     (tmp_path / "other").mkdir()

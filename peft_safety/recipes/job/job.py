@@ -106,6 +106,8 @@ class Job:
     def adapted(self) -> PeftModel:
         """The model under the trained adapter: the one in memory, or the one on disk."""
         if self.tuned is None:
+            if not self.adapter_dir.is_dir():
+                raise ConfigError(f"no adapter at {self.adapter_dir}. Run the step train, too.")
             self.tuned = PeftModel.from_pretrained(self.model, str(self.adapter_dir))
         return self.tuned
 
@@ -119,7 +121,9 @@ class Job:
         rows, collate = self.features(count), Collator(self.tokenizer)
         return [collate(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
 
+    @cached_property
     def data_digest(self) -> str:
+        """Of the file of rows; empty for other sources."""
         path = Path(str(self.settings.script.dataset_name))
         return files.sha256(path) if path.is_file() else ""
 

@@ -66,7 +66,8 @@ def run_job(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> Jo
     job = Job(settings, callbacks)
     rows, held_out = len(job.data.train), len(job.data.held_out or ())
     say(job, f"{rows} rows to train on, {held_out} held out ({held_out / (rows + held_out):.0%})")
-    digests, done = _digests(job), finished(job)
+    digests = _digests(job)
+    done = _finished(job, digests)
     PartialState().wait_for_everyone()  # all know what is done before one process changes it
     for number, step in enumerate(STEPS, 1):
         begins = f"[{number}/{len(STEPS)}] {step}"
@@ -192,15 +193,12 @@ def report(job: Job) -> dict[str, Any] | None:
         say(job, "  nothing was measured, so there is nothing to report")
         return None
     own, training = job.own, job.training
-    arms = {
-        arm: {name: figure_from_json(value) for name, value in row.items()} for arm, row in measured["arms"].items()
-    }
     attack = f"{100 * own.poison:g} % of the training rows were a simulated attack." if own.poison else "No poison."
     settings = {name: getattr(part, name) for part in job.settings.parts for name in vars(part)}
     shown = {name: _plain(settings[name]) for name in job.settings.given if not name.endswith("_token")}
     made = Report(
         title=f"Fine-tuning by {own.method}: before and after",
-        arms=arms,
+        arms={arm: {name: figure_from_json(f) for name, f in row.items()} for arm, row in measured["arms"].items()},
         notes=(
             f"Judge: {measured['before']['judge']}. {KeywordJudge.caveat}",
             f"Prompts: the package's {own.eval_split} split. {attack} One seed ({training.seed}).",
@@ -210,8 +208,7 @@ def report(job: Job) -> dict[str, Any] | None:
         ),
         details={
             "settings": {"method": own.method, **shown},
-            "before": measured["before"],
-            "after": measured["after"],
+            **{name: measured[name] for name in ("before", "after")},
             **{step: job.state.facts(step) for step in ("calibrate", "train", "verify")},
         },
     )
@@ -230,9 +227,9 @@ RUN: dict[str, Callable[[Job], dict[str, Any] | None]] = {
 }
 
 
-def finished(job: Job) -> set[str]:
+def _finished(job: Job, digests: dict[str, str]) -> set[str]:
     """Steps that are done with these settings, and whose results are there, up to the first one that has to run."""
-    digests, done = _digests(job), set()
+    done: set[str] = set()
     for step in STEPS:
         if job.state.is_done(step, digests[step]) and _outputs(job, step):
             done.add(step)
@@ -247,8 +244,8 @@ def _digests(job: Job) -> dict[str, str]:
     training = [n for n in settings.given if n not in UNTRAINED and not n.startswith(PREFIXES)]
     return {
         "calibrate": settings.digest(CALIBRATING),
-        "train": settings.digest(training, data=job.data_digest()),
-        "measure": settings.digest([*training, *MEASURING], data=job.data_digest()),
+        "train": settings.digest(training, data=job.data_digest),
+        "measure": settings.digest([*training, *MEASURING], data=job.data_digest),
         "verify": settings.digest(()),
         "report": settings.digest(()),
     }
