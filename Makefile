@@ -54,9 +54,10 @@ $(STAMP): $(DEMO_STAMP)
 # the locks are whole, so nothing is resolved; another Python or system may need more than they hold, and only there pip has to search
 complete = $(BIN)/python -m pip check || { $(PIP_INSTALL) -c constraints.txt -e ".[$(1)]" && $(BIN)/python -m pip check; }
 
-# after an upgrade in .venv, and the tests: write down what is installed
+# after an upgrade in .venv, and the tests: write down what is installed, and the fields of TRL's configs
 lock: $(STAMP)
 	$(BIN)/python requirements/lock.py
+	$(BIN)/python -m peft_safety.recipes.job.fields
 
 model: $(DEMO_STAMP)
 	$(BIN)/python -m examples.get_model

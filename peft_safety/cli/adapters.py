@@ -182,7 +182,8 @@ def fuse(
 ) -> None:
     """Fuse a safe model with fine-tuned ones through a learned mask (SOMF), or without a mask (task arithmetic)."""
     flags = locals()
-    from peft_safety.recipes.fusion import FuseJob, read_config
+    from peft_safety.core.config_file import read_config
+    from peft_safety.recipes.fusion import FuseJob
     from peft_safety.reporting.repair import show_fusion
 
     one_or_all = weights[0] if weights and len(weights) == 1 else weights or None

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from typer import Context, Option
 
+from peft_safety.core.checks import size_pattern, whole
 from peft_safety.errors import ConfigError
 
 Model = Annotated[str, Option("--model", "-m", help="Hub id or directory of the base model.")]
@@ -43,7 +44,7 @@ ReportTo = Annotated[str, Option(help="As in TrainingArguments: none, tensorboar
 
 def _read_defaults(context: Context, path: Path | None) -> Path | None:
     """The settings of a YAML file, as defaults of the command's options."""
-    from peft_safety.recipes.fusion import read_config
+    from peft_safety.core.config_file import read_config
 
     config = {} if path is None else {key.replace("-", "_"): value for key, value in read_config(path).items()}
     known = {str(parameter.name) for parameter in context.command.params} - {"config"}
@@ -69,18 +70,11 @@ def parsed(options: Mapping[str, Any], *without: str) -> dict[str, Any]:
     Raises:
         ConfigError: a pair that is no kind of module and a number.
     """
-    targets, rank, sizes = options["target_modules"], options["safety_rank"], {}
+    targets = options["target_modules"]
     if targets != "all-linear" and not any(c in targets for c in "*+?()[]|\\^$"):
         targets = [name.strip() for name in targets.split(",") if name.strip()]
-    for pair in options["safety_rank_pattern"] or ():
-        kind, _, text = pair.partition("=")
-        try:
-            sizes[kind.strip()] = float(text) if "." in text else int(text)
-        except ValueError as error:
-            message = f"--safety-rank-pattern {pair!r}. Write a kind of module and a number: down_proj=0.1."
-            raise ConfigError(message) from error
-    rank = rank if rank is None or rank % 1 else int(rank)
-    read = {"target_modules": targets, "safety_rank": rank, "safety_rank_pattern": sizes or None}
+    read = {"target_modules": targets, "safety_rank": whole(options["safety_rank"])}
+    read["safety_rank_pattern"] = size_pattern(options["safety_rank_pattern"])
     return {name: value for name, value in {**options, **read}.items() if name not in without}
 
 

@@ -14,7 +14,7 @@ from peft_safety.cli.common import app, print_facts, show
 
 @app.command()
 def report(
-    path: Annotated[Path, Argument(help="A report that protect, patch, the demo or an example wrote.")],
+    path: Annotated[Path, Argument(help="A report that train, patch, the demo or an example wrote.")],
     png: Annotated[Path | None, Option(help="Also draw it here.")] = None,
     card: Annotated[bool, Option("--card", help="Print a Markdown section for a model card instead.")] = False,
 ) -> None:

@@ -1,16 +1,19 @@
-"""Commands that run a model: calibrate, protect, patch."""
+"""Commands that run a model: calibrate, train, patch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import Context, Option, echo
 
 from peft_safety.cli import options as opt
 from peft_safety.cli.common import app, print_facts, show
-from peft_safety.core.training import LEARNING_RATE, PATCH_TRAINING, TrainOptions
+from peft_safety.core.training import PATCH_TRAINING, TrainOptions
 from peft_safety.errors import ConfigError
+
+ANY_FLAG = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""The flags of `train` are TRL's fields: it reads them itself."""
 
 
 @app.command()
@@ -69,46 +72,23 @@ def calibrate(
     show(facts | {"coverage": coverage.to_json(result.coverage)}, json, *tables)
 
 
-@app.command()
-def protect(
-    model: opt.Model,
-    data: Annotated[Path, Option(help="JSON lines: {prompt, response}, {text, label} or {messages} rows.")],
-    out_dir: opt.ReportDir,
-    method: Annotated[str, Option(help="guardspace, salora or lora (no protection).")] = "guardspace",
-    r: opt.Rank = 16,
-    lora_alpha: opt.Alpha = 16,
-    target_modules: opt.Targets = "all-linear",
-    safety_rank: opt.SafetyRank = None,
-    safety_energy: opt.SafetyEnergy = None,
-    safety_rank_pattern: opt.SafetyRankPattern = None,
-    basis: Annotated[str | None, Option(help="For guardspace: harmful (default), general or both.")] = None,
-    combine: Annotated[bool, Option("--combine", help="For guardspace: protect SaLoRA's outputs too.")] = False,
-    combine_rank: Annotated[int | None, Option(help="For --combine: directions of each layer (default 32).")] = None,
-    train: Annotated[
-        str | None, Option(help="For guardspace: B (A frozen: a plain LoRA; default), A (both, projected) or window.")
-    ] = None,
-    window: Annotated[int | None, Option(help="For --train window: directions of each layer (default 64).")] = None,
-    init: Annotated[str | None, Option(help="lora (B = 0, default), or task for salora, guardspace for it.")] = None,
-    subspace: Annotated[str | None, Option(help='Subspace file, directory or Hub id, or "auto" (default).')] = None,
-    poison: Annotated[float, Option(help="Share of harmful rows mixed in, to simulate an attack (0 to 1).")] = 0.0,
-    lr: opt.LearningRate = LEARNING_RATE,
-    epochs: opt.Epochs = 1.0,
-    max_steps: opt.MaxSteps = -1,
-    batch_size: opt.BatchSize = 8,
-    max_length: opt.MaxLength = 512,
-    seed: opt.Seed = 0,
-    report_to: opt.ReportTo = "none",
-    eval_limit: opt.EvalLimit = None,
-) -> None:
-    """Fine-tune with safety measured before and after; writes the adapter, report.json and report.png."""
-    options = opt.parsed(locals(), "model", "data", "out_dir", "poison", "eval_limit")
-    from peft_safety.recipes.adapter import adapter_config
-    from peft_safety.recipes.protect import protect as run
+@app.command(context_settings=ANY_FLAG, add_help_option=False)
+def train(context: Context) -> None:
+    """Fine-tune by TRL with safety measured before and after; settings from flags or --config FILE.yaml."""
+    from peft_safety.recipes.job import settings
 
-    options["combine"] = "salora" if combine else None
-    training, adapter = opt.split(options, TrainOptions)
-    config, trained = adapter_config(**adapter), TrainOptions(**training)
-    run(model, data, out_dir, config, poison=poison, options=trained, eval_limit=eval_limit)
+    if {"-h", "--help"} & {*context.args}:
+        echo(settings.help_text())
+        return
+    chosen = settings.Settings.read(context.args)
+    if chosen.own.dry_run:
+        from peft_safety.recipes.job.plan import make_plan, show_plan
+
+        show_plan(make_plan(chosen))
+        return
+    from peft_safety.recipes.job.steps import run_job
+
+    run_job(chosen)
 
 
 @app.command()
@@ -124,7 +104,7 @@ def patch(
     side: Annotated[str, Option(help="in, out or both.")] = "in",
     safety_rank: Annotated[
         float | None,
-        Option(help="As for protect; default 32 directions. 0 protects the directions of earlier patches only."),
+        Option(help="As for train; default 32 directions. 0 protects the directions of earlier patches only."),
     ] = None,
     safety_energy: opt.SafetyEnergy = None,
     safety_rank_pattern: opt.SafetyRankPattern = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, get_args
 
 from peft_safety.errors import ConfigError
@@ -27,3 +28,21 @@ def check_positive(options: Any, *names: str) -> None:
     for name in names:
         if not (is_number(value := getattr(options, name)) and value > 0):
             raise ConfigError(f"{type(options).__name__}: {name}={value!r}. Use a positive number.")
+
+
+def whole(rank: float | None) -> int | float | None:
+    """A whole number of directions as an integer; a share as it is."""
+    return rank if rank is None or rank % 1 else int(rank)
+
+
+def size_pattern(pairs: Iterable[str] | None) -> dict[str, int | float] | None:
+    """A mapping from pairs such as `down_proj=0.1`: a number for a kind of module."""
+    sizes: dict[str, int | float] = {}
+    for pair in pairs or ():
+        kind, _, text = pair.partition("=")
+        try:
+            sizes[kind.strip()] = float(text) if "." in text else int(text)
+        except ValueError as error:
+            message = f"safety-rank-pattern {pair!r}. Write a kind of module and a number: down_proj=0.1."
+            raise ConfigError(message) from error
+    return sizes or None

@@ -45,7 +45,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, la
 
     A label is the token itself for what the assistant says, with the end-of-turn token and the white space after it,
     and -100 elsewhere. {prompt, response} rows are labeled after their prompt, as TRL's {prompt, completion} rows of
-    turns; every assistant turn of a {messages} row is labeled, as by TRL's assistant-only loss.
+    turns; every assistant turn of a {messages} row is labeled, as by TRL's assistant-only loss. Rows of tokens stay.
 
     Args:
         row: may have the columns `tools` (JSON schemas), `chat_template_kwargs`, `distil` (passed on), and `truncated`
@@ -56,6 +56,8 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, la
     Raises:
         DataError: no chat template, or one that refuses these turns, leaves one out, or rewrites earlier ones.
     """
+    if "input_ids" in row:
+        return {name: row[name][:max_length] for name in ("input_ids", "attention_mask", "labels")}
     if max_length < 1:
         raise DataError(f"max_length = {max_length} keeps no token. Give at least 1.")
     prompt, answer = row_turns(row, labels)

@@ -1,4 +1,4 @@
-"""Which adapter is trained: the config of a method, and its subspace estimated on the model at hand."""
+"""Which adapter is trained: the config of a method, and what it reads of the task."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_safety.calibration.estimators import SafetySubspace
 from peft_safety.calibration.moments import to_batches
-from peft_safety.data import CALIBRATION_PAIRS, calibration_rows
-from peft_safety.data.rows import Rows, as_rows
+from peft_safety.data import calibration_rows
 from peft_safety.errors import ConfigError
-from peft_safety.methods.base import calibrate
 from peft_safety.methods.guardspace import GuardSpaceConfig
 from peft_safety.methods.salora import SaLoRAConfig
 
-GUARD_ROWS = 32
-"""Training rows that GuardSpace's guard against stalling looks at: thousands of tokens."""
+TASK_ROWS = 128
+"""Training rows that an adapter is made with, in batches of 8."""
+GUARD_BATCHES = 4
+"""Of these, what GuardSpace looks at: thousands of tokens are enough."""
 
 
 def adapter_config(
@@ -47,31 +47,28 @@ def adapter_config(
     return config
 
 
-def calibrated(
+def with_task(
     config: LoraConfig,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
+    batches: list[dict[str, Any]],
     *,
+    tokenizer: PreTrainedTokenizerBase,
     seed: int = 0,
     progress: bool = True,
 ) -> LoraConfig:
-    """The config with everything estimated that it would otherwise estimate at injection, so that `model` and
-    `tokenizer` are the ones at hand. The first 128 training rows give the task subspace of SaLoRA's `init="task"`, the
-    first 32 are for GuardSpace. Other configs than those of `adapter_config` are returned as they are.
+    """The config with the data that its method reads when the adapter is injected: the task's, from `batches` of
+    training rows, and the package's prompts, both in tokens of `tokenizer`.
     """
-    config, rows = copy.copy(config), as_rows(rows)
-    common: dict[str, Any] = {"tokenizer": tokenizer, "seed": seed, "progress": progress}
-    reading: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": 8, "max_length": 512}
-    if isinstance(config, (SaLoRAConfig, GuardSpaceConfig)) and config.subspace == "auto":
-        config.subspace = calibrate(model, config, **common)
+    config = copy.copy(config)
     if isinstance(config, SaLoRAConfig) and config.init == "task" and config.task_data is None:
-        common |= {"target_modules": config.target_modules, "allow_fewer": True}
-        task = rows[:CALIBRATION_PAIRS]
-        config.task_data = SafetySubspace.from_activations(model, task, rank=config.task_rank, **common)
+        how: dict[str, Any] = {"target_modules": config.target_modules, "allow_fewer": True, "seed": seed}
+        config.task_data = SafetySubspace.from_activations(
+            model, batches, rank=config.task_rank, progress=progress, **how
+        )
     elif isinstance(config, GuardSpaceConfig):
         if config.init == "guardspace" and config.init_data is None:
-            config.init_data = to_batches(calibration_rows("guardspace", config.basis), **reading)[0]
+            rows = calibration_rows("guardspace", config.basis)
+            config.init_data = to_batches(rows, tokenizer, batch_size=8, max_length=512)[0]
         if config.task_data is None:
-            config.task_data = to_batches(rows[:GUARD_ROWS], **reading)[0]
+            config.task_data = batches[:GUARD_BATCHES]
     return config

@@ -253,7 +253,8 @@ def make_patch(
         model: hub id, directory, or a loaded model.
         options: `prior_patches` are directories here; they are loaded, stay as they are, and the new patch is measured
             on top of them.
-        eval_split, eval_limit: as in `protect`.
+        eval_split: of the packaged prompts ("validation" while choosing settings, then "test" once).
+        eval_limit: prompts of each kind at most.
 
     Raises:
         ConfigError, DataError, CalibrationError: before anything is trained or written.

@@ -40,8 +40,8 @@ BARS = {
 def show_cost(cost: CalibrationCost) -> None:
     rows = [
         ["modules", f"{cost.modules}, with {cost.inputs} distinct inputs"],
-        ["subspace file", _size(cost.file_bytes)],
-        ["memory beside the model", f"{_size(cost.memory_bytes)}, {_size(cost.budget_bytes)} allowed"],
+        ["subspace file", size_text(cost.file_bytes)],
+        ["memory beside the model", f"{size_text(cost.memory_bytes)}, {size_text(cost.budget_bytes)} allowed"],
         ["passes over the data", f"{cost.passes}, {cost.tokens} tokens in all"],
         ["time of the passes", f"{cost.pass_seconds:.3g} s"],
         ["time of the decompositions", f"{cost.decomposition_seconds:.3g} s"],
@@ -49,7 +49,7 @@ def show_cost(cost: CalibrationCost) -> None:
     render.show("What this calibration will take (nothing written)", render.table(["", ""], rows), notes=[COST_NOTE])
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
     return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 

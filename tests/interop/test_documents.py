@@ -15,6 +15,8 @@ from peft import PeftModel
 
 from peft_safety import assert_protected, verify
 from peft_safety.cli import app
+from peft_safety.recipes.job.fields import table
+from peft_safety.recipes.job.options import SafetyOptions
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +86,8 @@ def test_commands_and_their_options_exist(page: Path) -> None:
         words = shlex.split(line, comments=True)
         if words[:1] == ["peft-safety"] and words[1] != "COMMAND":
             options = {option for parameter in commands[words[1]].params for option in parameter.opts}
+            if words[1] == "train":
+                options = {"--config", *(f"--{name}" for name in (*table(), *vars(SafetyOptions())))}
             assert {word for word in words if word.startswith("-")} <= options, line
 
 

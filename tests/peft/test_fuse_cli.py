@@ -9,9 +9,10 @@ from peft import PeftModel
 from typer.testing import CliRunner
 
 from peft_safety.cli import app
+from peft_safety.core.config_file import read_config
 from peft_safety.errors import ConfigError
 from peft_safety.methods.somf import load_masks, plan_fusion
-from peft_safety.recipes.fusion import FuseJob, read_config
+from peft_safety.recipes.fusion import FuseJob
 from tests.peft.fusion_cells import PAIRS, family, saved
 from tests.tiny import tiny_llama, tiny_tokenizer
 

@@ -10,10 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file, save_file
 from transformers import TrainerState
-from typer.testing import CliRunner
 
 from peft_safety import GuardSpaceConfig, SafetySubspace, TaskDirectionsCallback, assert_protected, export_lora, verify
-from peft_safety.cli import app
 from peft_safety.convert.export import export_directory
 from peft_safety.convert.merge import merge_quantized
 from peft_safety.core.adapter_dir import seal
@@ -34,7 +32,6 @@ from tests.peft.guard_cells import HARMFUL, TASK, batches, calibrated_inputs, co
 from tests.peft.left_out_cells import TOWER, adapted, guard, with_tower
 from tests.peft.test_frozen import COMBINATIONS
 from tests.peft.test_guardspace import BLIND, blindness, trainer
-from tests.tiny import tiny_llama, tiny_tokenizer
 
 LEAK = 1e-6
 
@@ -344,25 +341,6 @@ def test_what_does_not_go_together(tmp_path):
     event = {"model": run.model, "train_dataloader": run.get_train_dataloader()}
     with pytest.raises(ConfigError, match="no frozen factor"):
         TaskDirectionsCallback().on_train_begin(None, TrainerState(), None, **event)
-
-
-def test_from_the_command_line(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    rows = [{"text": f"message {index}", "label": "ab"[index % 2]} for index in range(20)]
-    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    space = subspace(tiny_llama())
-    space.save(tmp_path / "space")
-    command = ["protect", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "task.jsonl")]
-    command += ["--out", str(tmp_path / "run"), "--subspace", str(tmp_path / "space"), "--target-modules"]
-    command += [",".join(cells.LINEAR_TARGETS), "--rank", "2", "--max-steps", "1"]
-    command += ["--train", "window", "--window", "5", "--eval-limit", "1"]
-    done = CliRunner().invoke(app, command, catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    assert json.loads((tmp_path / "run" / "report.json").read_text())["details"]["window"] == 5
-    checked = ["verify", str(tmp_path / "run" / "adapter"), "--subspace", str(tmp_path / "space"), "--json"]
-    facts = json.loads(CliRunner().invoke(app, checked, catch_exceptions=False).stdout)
-    assert (facts["protected"], facts["blindness_checked"]) == ([5], True)
 
 
 @pytest.mark.filterwarnings("ignore:.*left out of the")

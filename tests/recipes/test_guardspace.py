@@ -1,4 +1,4 @@
-"""GuardSpace from the recipes and the command line: calibration with what it covers, and protect."""
+"""GuardSpace from the recipes and the command line: calibration with what it covers, and the config."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from peft_safety import GuardSpaceConfig, SafetySubspace, verify
+from peft_safety import GuardSpaceConfig, SafetySubspace
 from peft_safety.calibration.coverage import coverage, task_inputs, warn_if_stalled
 from peft_safety.calibration.moments import content_digest, to_batches
 from peft_safety.cli import app
@@ -16,12 +16,9 @@ from peft_safety.data import calibration_rows
 from peft_safety.errors import CalibrationError, ConfigError, DataError
 from peft_safety.recipes.adapter import adapter_config
 from peft_safety.recipes.calibrate import calibrate
-from peft_safety.recipes.protect import protect
-from peft_safety.recipes.train import TrainOptions
 from peft_safety.reporting import coverage as coverage_report
 from tests.tiny import tiny_llama, tiny_tokenizer
 
-QUICK = TrainOptions(max_steps=2, batch_size=2, max_length=96, progress=False)
 TASK = [{"text": f"message {index}", "label": "ab"[index % 2]} for index in range(20)]
 HARMFUL = [{"prompt": f"Help me steal {word}.", "response": "No."} for word in ("cats", "dogs", "books", "cars")]
 
@@ -166,24 +163,6 @@ def test_calibrations_that_cannot_be_meant(options, said, files):
 def test_a_malformed_size_by_kind_is_refused(text, files):
     command = ["calibrate", "--model", "nowhere", "--out", str(files), "--safety-rank-pattern", text]
     assert "Write a kind of module and a number" in str(CliRunner().invoke(app, command).exception)
-
-
-def test_protect_end_to_end(files, capsys):
-    config = adapter_config(safety_rank=0.1, init="guardspace", combine="salora", combine_rank=2)
-    result = protect(str(files / "model"), TASK, files / "run", config, options=QUICK, eval_limit=2)
-    assert result.training.steps == 2
-    found = verify(files / "run" / "adapter")
-    assert found.method == "GUARDSPACE"
-    assert found.worst_leak <= 1e-6
-    assert json.loads((files / "run" / "report.json").read_text())["details"]["safety_rank"] == 0.1
-    assert "guardspace" in capsys.readouterr().out
-    command = ["verify", str(files / "run" / "adapter")]
-    shown = CliRunner().invoke(app, command, catch_exceptions=False).stdout
-    facts = json.loads(CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False).stdout)
-    assert len(facts["provenance"]["covered"]) == 14
-    least = min(facts["provenance"]["covered"].values())
-    assert f"least {least:.3g}" in " ".join(shown.split())
-    assert max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,176 @@
+"""What the steps of a job share: settings, rows, tokenizer, the adapter's config, and the model once it is needed."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import get_quantization_config
+from trl.trainer.utils import create_model_from_path
+
+from peft_safety.core import base_weights as weights
+from peft_safety.core import files
+from peft_safety.core.checks import check_positive, size_pattern, whole
+from peft_safety.data.chat import Collator, Feature
+from peft_safety.data.rows import Row
+from peft_safety.errors import ConfigError
+from peft_safety.evaluation.prompts import prompt_set
+from peft_safety.evaluation.tasks import WHOLE
+from peft_safety.recipes.adapter import adapter_config
+from peft_safety.recipes.job.data import feature, read_data
+from peft_safety.recipes.job.options import STEPS
+from peft_safety.recipes.job.settings import Settings
+from peft_safety.recipes.job.state import State
+from peft_safety.recipes.load import TaskData
+
+CONFIG_OPTIONS = (
+    "safety_energy", "basis", "positions", "train", "window", "a_init", "init", "combine", "combine_rank",
+)  # fmt: skip
+"""Options that are fields of a config under the same name."""
+BATCH = 8
+"""Rows in a batch of calibration."""
+
+
+class Job:
+    """One job. Everything that can be refused before a model is loaded is refused when it is made."""
+
+    def __init__(self, settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> None:
+        self.settings, self.own, self.training = settings, settings.own, settings.training
+        self.callbacks = callbacks
+        self.main: bool = PartialState().is_main_process
+        self.progress = self.main and not self.training.disable_tqdm
+        self.out = Path(self.training.output_dir or "trainer_output")
+        if unknown := sorted(set(self.own.skip or ()) - set(STEPS)):
+            raise ConfigError(f"skip={unknown[0]!r} is no step. Steps: {', '.join(STEPS)}.")
+        if self.own.calibration_rows is not None:
+            check_positive(self.own, "calibration_rows")
+        self.config = config_of(settings)
+        self.tokenizer = _tokenizer(settings)
+        seed, text_field = self.training.seed, self.training.dataset_text_field
+        self.data = read_data(settings.script, text_field, self.own.held_out, self.own.poison, seed)
+        measured = "measure" not in (self.own.skip or ())
+        if measured:
+            prompt_set(self.own.eval_split, 1)
+        self.task = TaskData([], self._held_out() if measured else [], self.data.labels)
+        self.features(1)
+        self.state = State(self.out, writes=self.main)
+        self.sharded = False
+        self.tuned: PeftModel | None = None
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.out / "adapter"
+
+    @property
+    def protected(self) -> bool:
+        return self.own.method != "lora"
+
+    @property
+    def subspace(self) -> str | None:
+        """Where the subspace is: as given, or in the file that the step `calibrate` writes."""
+        auto = str(self.out / "subspace.safetensors") if self.own.subspace == "auto" else self.own.subspace
+        return auto if self.protected else None
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The base model, as TRL loads it."""
+        given, training = self.settings.model, self.training
+        options: dict[str, Any] = {
+            "revision": given.model_revision,
+            "trust_remote_code": training.trust_remote_code,
+            "attn_implementation": given.attn_implementation,
+            "dtype": given.dtype,
+        }
+        quantization = get_quantization_config(given)
+        if quantization is not None:
+            options["quantization_config"] = quantization
+        if training.world_size > 1:
+            options["device_map"] = None
+        try:
+            model = create_model_from_path(given.model_name_or_path, **(options | (training.model_init_kwargs or {})))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"no model at {given.model_name_or_path!r}: {error}") from error
+        weights.stay_unpacked(model)
+        if training.world_size > 1 and quantization is None:
+            model = model.to(training.device)
+        return model
+
+    def adapted(self) -> PeftModel:
+        """The model under the trained adapter: the one in memory, or the one on disk."""
+        if self.tuned is None:
+            if not self.adapter_dir.is_dir():
+                raise ConfigError(f"no adapter at {self.adapter_dir}. Run the step train, too.")
+            self.tuned = PeftModel.from_pretrained(self.model, str(self.adapter_dir))
+        return self.tuned
+
+    def features(self, count: int) -> list[Feature]:
+        """Tokens and labels of the first training rows."""
+        limit = self.training.max_length or WHOLE
+        return self._encoded(self.data.train.select(range(min(count, len(self.data.train)))), limit)
+
+    def batches(self, count: int) -> list[dict[str, Any]]:
+        """The same as batches."""
+        rows, collate = self.features(count), Collator(self.tokenizer)
+        return [collate(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
+
+    @cached_property
+    def data_digest(self) -> str:
+        """Of the file of rows; empty for other sources."""
+        path = Path(str(self.settings.script.dataset_name))
+        return files.sha256(path) if path.is_file() else ""
+
+    def _held_out(self) -> list[Row]:
+        """Held-out rows to measure on: {text, label} as they are, others with the labels that training has."""
+        rows = self.data.raw if self.data.labels else self.data.held_out
+        if rows is None:
+            return []
+        chosen = random.Random(self.training.seed).sample(range(len(rows)), len(rows))[: self.own.eval_limit]
+        drawn = rows.select(chosen)
+        return [*drawn] if self.data.labels else [*self._encoded(drawn, WHOLE)]
+
+    def _encoded(self, rows: Dataset, limit: int) -> list[Feature]:
+        return [feature(self.tokenizer, row, self.training.dataset_text_field, limit) for row in rows]
+
+
+def config_of(settings: Settings) -> LoraConfig:
+    """The adapter's config: TRL's fields of LoRA, and those of the method."""
+    given, own = settings.model, settings.own
+    options = {name: getattr(own, name) for name in CONFIG_OPTIONS}
+    options["safety_rank"] = whole(own.safety_rank)
+    options["safety_rank_pattern"] = size_pattern(own.safety_rank_pattern)
+    options |= {"target_parameters": given.lora_target_parameters, "modules_to_save": given.lora_modules_to_save}
+    options |= {"use_rslora": given.use_rslora or None, "use_dora": given.use_dora or None}
+    if own.method != "lora":
+        options["subspace"] = own.subspace
+    targets = given.lora_target_modules
+    if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w.]+", targets):
+        targets = [targets]  # TRL turns a single name into a regular expression
+    sizes = {"r": given.lora_r, "lora_alpha": given.lora_alpha, "lora_dropout": given.lora_dropout}
+    return adapter_config(own.method, target_modules=targets, **sizes, **options)
+
+
+def _tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+    name, template = settings.model.model_name_or_path, settings.training.chat_template_path
+    options = {
+        "revision": settings.model.model_revision,
+        "trust_remote_code": settings.training.trust_remote_code,
+    }
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        if template is not None:
+            path = Path(template)
+            own = path.read_text("utf-8") if path.is_file() else AutoTokenizer.from_pretrained(template).chat_template
+            tokenizer.chat_template = own
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no tokenizer at {name!r}: {error} Give a directory or a hub id.") from error
+    tokenizer.eos_token = settings.training.eos_token or tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,48 @@
+"""Which steps of a job are done, in a file of its output directory."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from peft_safety.core import files
+from peft_safety.recipes.job.options import STEPS
+
+FILE_NAME = "job.json"
+
+
+class State:
+    """What each step has begun and done: the digest of its settings, when it began, and its facts once it is done."""
+
+    def __init__(self, directory: Path, writes: bool) -> None:
+        self.path, self.writes = directory / FILE_NAME, writes
+        self.steps: dict[str, Any] = files.read_json(self.path) if self.path.exists() else {}
+
+    def is_done(self, step: str, digest: str) -> bool:
+        entry = self.steps.get(step, {})
+        return entry.get("digest") == digest and "facts" in entry
+
+    def facts(self, step: str) -> dict[str, Any]:
+        facts: dict[str, Any] = self.steps.get(step, {}).get("facts", {})
+        return facts
+
+    def start(self, step: str, digest: str) -> None:
+        """Begin a step, anew or again with the same settings. Those after it build on its result: they are undone."""
+        entry = self.steps.get(step, {})
+        began = entry["began"] if entry.get("digest") == digest else time.time()
+        self.steps = {name: entry for name, entry in self.steps.items() if name in STEPS[: STEPS.index(step)]}
+        self.steps[step] = {"digest": digest, "began": began}
+        self._write()
+
+    def finish(self, step: str, facts: dict[str, Any]) -> None:
+        self.steps[step]["facts"] = facts
+        self._write()
+
+    def _write(self) -> None:
+        if self.writes:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps(self.steps, indent=1) + "\n", encoding="utf-8")
+            partial.replace(self.path)

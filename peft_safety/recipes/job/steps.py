@@ -1,0 +1,273 @@
+"""The steps of a job: calibrate, train, measure, verify, report."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from peft_safety.callbacks import SafetyMonitorCallback
+from peft_safety.convert.verify import verify as check
+from peft_safety.core.environment import environment
+from peft_safety.core.subspace import SafetySubspace
+from peft_safety.core.training import TrainOptions
+from peft_safety.data import calibration_rows
+from peft_safety.errors import ConfigError, PeftSafetyError
+from peft_safety.evaluation.judges import KeywordJudge
+from peft_safety.evaluation.metrics import figure_from_json
+from peft_safety.methods.base import calibrate as estimate_for
+from peft_safety.recipes.adapter import TASK_ROWS, with_task
+from peft_safety.recipes.bench import Bench
+from peft_safety.recipes.job.job import Job
+from peft_safety.recipes.job.options import STEPS
+from peft_safety.recipes.job.settings import Settings
+from peft_safety.reporting.report import Report
+
+CALIBRATING = (
+    "model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type",
+    "use_bnb_nested_quant", "chat_template_path", "lora_target_modules", "lora_target_parameters", "seed", "method",
+    "subspace", "safety_rank", "safety_energy", "safety_rank_pattern", "basis", "positions", "combine", "combine_rank",
+    "calibration_rows",
+)  # fmt: skip
+"""Settings that a subspace depends on."""
+MEASURING = ("eval_split", "eval_limit")
+UNTRAINED = (*MEASURING, "skip", "dry_run", "output_dir", "disable_tqdm", "run_name")
+PREFIXES = ("hub_", "logging_", "push_", "report_", "resume_", "save_")
+"""Settings, and beginnings of others, that training does not depend on."""
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """The adapter's directory, the facts of each finished step, and the report if safety was measured."""
+
+    adapter_dir: Path
+    facts: dict[str, dict[str, Any]]
+    report: Report | None
+
+
+def run_job(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> JobResult:
+    """Run the steps of a job that are neither skipped nor done. Writes `adapter/`, `subspace.safetensors`,
+    `report.json`, `report.png` and `job.json`, the state, into the output directory, and prints the report.
+
+    Args:
+        callbacks: further callbacks of the trainer.
+
+    Raises:
+        ConfigError, DataError: before a model is loaded. CalibrationError, ProtectionError, ArtifactError: by a step.
+    """
+    job = Job(settings, callbacks)
+    rows, held_out = len(job.data.train), len(job.data.held_out or ())
+    say(job, f"{rows} rows to train on, {held_out} held out ({held_out / (rows + held_out):.0%})")
+    digests = _digests(job)
+    done = _finished(job, digests)
+    PartialState().wait_for_everyone()  # all know what is done before one process changes it
+    for number, step in enumerate(STEPS, 1):
+        begins = f"[{number}/{len(STEPS)}] {step}"
+        if step in (settings.own.skip or ()) or step in done:
+            say(job, f"{begins}: {'done before' if step in done else 'skipped'}")
+            continue
+        say(job, begins)
+        started = time.perf_counter()
+        job.state.start(step, digests[step])
+        facts = RUN[step](job)
+        if facts is not None:
+            facts["seconds"] = round(time.perf_counter() - started, 2)
+            job.state.finish(step, facts)
+    saved = job.state.facts("report")
+    loaded = Report.load(job.out / "report.json") if saved and job.main else None
+    return JobResult(job.adapter_dir, {step: job.state.facts(step) for step in job.state.steps}, loaded)
+
+
+def say(job: Job, text: str) -> None:
+    if job.main:
+        print(text, flush=True)
+
+
+def calibrate(job: Job) -> dict[str, Any]:
+    """The first process estimates the subspace; all read its file."""
+    if not job.protected or job.own.subspace != "auto":
+        return {"subspace": job.subspace}
+    options = {"tokenizer": job.tokenizer, "seed": job.training.seed, "progress": job.progress}
+    if job.main:
+        config: Any = job.config
+        rows, most = None, job.own.calibration_rows
+        if most is not None:
+            every = calibration_rows(config.calibration["method"], config.calibration["basis"])
+            rows = every[:: max(1, len(every) // most)][:most]
+        subspace = estimate_for(job.model, config, rows, **options)
+        subspace.save(str(job.subspace))
+    PartialState().wait_for_everyone()
+    provenance = SafetySubspace.load(str(job.subspace)).provenance
+    plain = {name: value for name, value in provenance.items() if isinstance(value, (str, int, float))}
+    return {"subspace": job.subspace, **plain}
+
+
+def train(job: Job) -> dict[str, Any]:
+    """TRL's SFTTrainer, with the protection checked at the start, at every save and at the end."""
+    config: Any = job.config
+    if job.protected:
+        config.subspace = job.subspace
+        options = {"tokenizer": job.tokenizer, "seed": job.training.seed, "progress": job.progress}
+        config = with_task(config, job.model, job.batches(TASK_ROWS), **options)
+    arguments = copy.copy(job.training)
+    arguments.model_init_kwargs = None  # they are in the model
+    monitor = [SafetyMonitorCallback()] if job.protected else []
+    try:
+        trainer = SFTTrainer(
+            model=job.model,
+            args=arguments,
+            train_dataset=job.data.train,
+            eval_dataset=job.data.held_out if job.training.eval_strategy != "no" else None,
+            processing_class=job.tokenizer,
+            peft_config=config,
+            callbacks=[*monitor, *job.callbacks],
+        )
+    except PeftSafetyError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"TRL refuses these settings: {error}") from error
+    job.sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    if not job.sharded:
+        for parameter in trainable:  # TRL casts the factors on a quantized base to bf16, which leaks (1e-3)
+            parameter.data = parameter.data.float() if parameter.dtype == torch.bfloat16 else parameter.data
+    result = trainer.train(resume_from_checkpoint=_checkpoint(job))
+    trainer.save_model(str(job.adapter_dir))  # and pushes it, if that was asked for
+    job.tuned = trainer.accelerator.unwrap_model(trainer.model)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "steps": result.global_step,
+        "loss": result.training_loss,
+        "last_loss": losses[-1] if losses else result.training_loss,
+        "train_seconds": result.metrics["train_runtime"],
+        "trainable_parameters": sum(parameter.numel() for parameter in trainable),
+        "rows": len(job.data.train),
+    }
+
+
+def measure(job: Job) -> dict[str, Any] | None:
+    """Safety, task and drift of the model without and with its adapter, on the same prompts; in the first process."""
+    if job.sharded:
+        say(job, "  a sharded model is not measured. Run the same command in one process, which only measures.")
+        return None
+    if not job.main:
+        return {}
+    model = job.adapted()
+    options = TrainOptions(seed=job.training.seed, max_length=job.training.max_length or 512, progress=job.progress)
+    with model.disable_adapter():
+        where: dict[str, Any] = {"split": job.own.eval_split, "limit": job.own.eval_limit}
+        bench = Bench.prepare(model, job.tokenizer, job.task, options, **where)
+        before = bench.measure(model, job.tokenizer)
+    after = bench.measure(model, job.tokenizer)
+    arms = {"before": before, f"after ({job.own.method})": after}
+    return {
+        "before": before.to_json(),
+        "after": after.to_json(),
+        "arms": {arm: {name: f.to_json() for name, f in e.figures().items()} for arm, e in arms.items()},
+    }
+
+
+def verify(job: Job) -> dict[str, Any]:
+    """Whether what was saved is a protected adapter, whole, and blind to the subspace."""
+    if not job.main:
+        return {}
+    if not job.protected:
+        return {"method": "lora", "protected": False}
+    base = job.model if "model" in vars(job) and not job.sharded else None
+    facts = asdict(check(job.adapter_dir, base, job.subspace))
+    return {name: value for name, value in facts.items() if name not in ("provenance", "settings")}
+
+
+def report(job: Job) -> dict[str, Any] | None:
+    """`report.json`, `report.png` and a table."""
+    measured = job.state.facts("measure")
+    if not measured or not job.main:
+        say(job, "  nothing was measured, so there is nothing to report")
+        return None
+    own, training = job.own, job.training
+    attack = f"{100 * own.poison:g} % of the training rows were a simulated attack." if own.poison else "No poison."
+    settings = {name: getattr(part, name) for part in job.settings.parts for name in vars(part)}
+    shown = {name: _plain(settings[name]) for name in job.settings.given if not name.endswith("_token")}
+    made = Report(
+        title=f"Fine-tuning by {own.method}: before and after",
+        arms={arm: {name: figure_from_json(f) for name, f in row.items()} for arm, row in measured["arms"].items()},
+        notes=(
+            f"Judge: {measured['before']['judge']}. {KeywordJudge.caveat}",
+            f"Prompts: the package's {own.eval_split} split. {attack} One seed ({training.seed}).",
+        ),
+        environment=environment(
+            training.seed, model=job.settings.model.model_name_or_path, device=str(training.device)
+        ),
+        details={
+            "settings": {"method": own.method, **shown},
+            **{name: measured[name] for name in ("before", "after")},
+            **{step: job.state.facts(step) for step in ("calibrate", "train", "verify")},
+        },
+    )
+    made.save(job.out / "report.json")
+    made.save_png(job.out / "report.png")
+    made.print()
+    return {"report": "report.json"}
+
+
+RUN: dict[str, Callable[[Job], dict[str, Any] | None]] = {
+    "calibrate": calibrate,
+    "train": train,
+    "measure": measure,
+    "verify": verify,
+    "report": report,
+}
+
+
+def _finished(job: Job, digests: dict[str, str]) -> set[str]:
+    """Steps that are done with these settings, and whose results are there, up to the first one that has to run."""
+    done: set[str] = set()
+    for step in STEPS:
+        if job.state.is_done(step, digests[step]) and _outputs(job, step):
+            done.add(step)
+        elif step not in (job.own.skip or ()):
+            break
+    return done
+
+
+def _digests(job: Job) -> dict[str, str]:
+    """What each step depends on, beside the steps before it."""
+    settings = job.settings
+    training = [n for n in settings.given if n not in UNTRAINED and not n.startswith(PREFIXES)]
+    return {
+        "calibrate": settings.digest(CALIBRATING),
+        "train": settings.digest(training, data=job.data_digest),
+        "measure": settings.digest([*training, *MEASURING], data=job.data_digest),
+        "verify": settings.digest(()),
+        "report": settings.digest(()),
+    }
+
+
+def _outputs(job: Job, step: str) -> bool:
+    """Whether the files are there that a finished step has written."""
+    wanted = {"calibrate": job.subspace if job.own.subspace == "auto" else None, "train": str(job.adapter_dir)}
+    path = wanted.get(step) if step != "report" else str(job.out / "report.json")
+    return path is None or Path(path).exists()
+
+
+def _checkpoint(job: Job) -> str | None:
+    """The checkpoint to resume from, as given; with "true" the last one since training began with these settings."""
+    given, began = job.training.resume_from_checkpoint, job.state.steps["train"]["began"]
+    if str(given).lower() not in ("true", "yes"):
+        return None if given is None or str(given).lower() in ("false", "no") else str(given)
+    saved = [path for path in job.out.glob("checkpoint-*") if path.stat().st_mtime >= began]
+    last = max(saved, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    say(job, f"  resuming from {last}" if last else "  no checkpoint yet: training starts at its beginning")
+    return None if last is None else str(last)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float, list, dict, type(None))) else str(value)

@@ -1,0 +1,291 @@
+"""Jobs of `peft-safety train` on a tiny model: each step, what is not run again, and what comes out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from typer.testing import CliRunner
+
+from peft_safety import verify
+from peft_safety.cli import app
+from peft_safety.errors import ConfigError, DataError, PeftSafetyError
+from peft_safety.recipes.job.options import STEPS
+from peft_safety.recipes.job.plan import make_plan
+from peft_safety.recipes.job.settings import Settings
+from peft_safety.recipes.job.steps import run_job
+from peft_safety.reporting.report import Report
+from tests.recipes.jobs import PAIRS, job_on
+from tests.tiny import tiny_llama
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def run(folder, *args, callbacks=(), **more):
+    return run_job(Settings.of(**job_on(folder, *args, **more)), callbacks)
+
+
+def printed_steps(text):
+    lines = [line.split("] ")[1] for line in text.splitlines() if line.startswith("[")]
+    return {name: how.strip() for name, _, how in (line.partition(":") for line in lines)}
+
+
+def losses(run_directory, step):
+    history = json.loads((run_directory / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_end_to_end(tmp_path, capsys):
+    result = run(tmp_path, poison=0.25, safety_rank=4, calibration_rows=8, hub_token="secret")
+    printed = capsys.readouterr().out
+    assert "17 rows to train on, 3 held out (15%)" in printed
+    assert printed_steps(printed) == dict.fromkeys(STEPS, "")
+    assert "smoke metric" in " ".join(printed.split())
+    assert (
+        verify(tmp_path / "run" / "adapter", tiny_llama(), tmp_path / "run" / "subspace.safetensors").worst_leak < 1e-5
+    )
+    assert result.facts["verify"]["base_checked"]
+    assert result.facts["verify"]["blindness_checked"]
+    report = Report.load(tmp_path / "run" / "report.json")
+    assert report.card() == result.report.card()
+    details = report.details
+    assert (details["settings"]["method"], details["settings"]["poison"]) == ("guardspace", 0.25)
+    assert (details["before"]["refusal"]["n"], details["after"]["task_accuracy"]["n"]) == (2, 2)
+    assert result.facts["calibrate"]["samples"] == 8
+    assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "secret" not in "".join(p.read_text("utf-8") for p in (tmp_path / "run").glob("*.json"))
+    assert (tmp_path / "run" / "adapter" / "tokenizer.json").is_file()
+    loaded, ids = PeftModel.from_pretrained(tiny_llama(), str(result.adapter_dir)).eval(), torch.arange(10)[None]
+    with torch.no_grad():
+        assert not torch.equal(loaded(ids).logits, tiny_llama()(ids).logits)
+
+
+def test_a_finished_step_runs_again_only_with_other_settings(tmp_path, capsys):
+    def steps(**more):
+        run(tmp_path, safety_rank=4, **more)
+        return [name for name, how in printed_steps(capsys.readouterr().out).items() if not how]
+
+    assert steps(skip=["measure", "report"]) == ["calibrate", "train", "verify"]
+    assert steps() == ["measure", "verify", "report"]
+    before = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert steps() == []
+    assert steps(logging_steps=2, save_steps=7) == []
+    assert steps(eval_limit=1) == ["measure", "verify", "report"]
+    assert steps(eval_limit=1, learning_rate=1e-2) == ["train", "measure", "verify", "report"]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() != before
+    assert steps(eval_limit=1, learning_rate=1e-2, lora_target_modules=["q_proj"]) == list(STEPS)
+    (tmp_path / "run" / "subspace.safetensors").unlink()
+    assert steps(eval_limit=1, learning_rate=1e-2, lora_target_modules=["q_proj"]) == list(STEPS)
+
+
+def test_a_broken_run_resumes_with_the_losses_of_an_unbroken_one(tmp_path):
+    class Breaks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    slow = {"max_steps": 6, "save_steps": 2, "learning_rate": 1e-2, "skip": ["measure"], "safety_rank": 4}
+    run(tmp_path, **slow)
+    broken = {**slow, "output_dir": str(tmp_path / "broken"), "resume_from_checkpoint": True}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, callbacks=[Breaks()], **broken)
+    assert not (tmp_path / "broken" / "adapter").exists()
+    run(tmp_path, **broken)
+    whole, resumed = losses(tmp_path / "run", 6), losses(tmp_path / "broken", 6)
+    assert len(whole) == len(resumed) == 6
+    assert whole == pytest.approx(resumed, abs=1e-5)
+    assert whole[-1] < whole[0]
+    one, other = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")[
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+        ]
+        for name in ("run", "broken")
+    )
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert run(tmp_path, **broken).facts["train"]["steps"] == 6, "it is done"
+    run(tmp_path, **{**broken, "learning_rate": 1e-3})
+    assert losses(tmp_path / "broken", 6)[-1] > whole[-1] + 1e-3, "no old checkpoint is taken"
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_a_quantized_base(tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    result = run(tmp_path, **{bits: True}, safety_rank=4, skip=["measure"])
+    assert result.facts["verify"]["base_checked"]
+    assert result.facts["verify"]["worst_leak"] < 1e-5
+    stored = load_file(result.adapter_dir / "adapter_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float32}, "TRL's cast to bf16 would leak"
+    assert any(value.any() for name, value in stored.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"method": "lora"}, "LORA"),
+        ({"method": "salora", "safety_rank": 4}, "SALORA"),
+        ({"method": "salora", "init": "task", "hidden": 96}, "SALORA"),
+        ({"train": "A"}, "GUARDSPACE"),
+        ({"train": "window", "window": 5}, "GUARDSPACE"),
+        ({"init": "guardspace"}, "GUARDSPACE"),
+        ({"combine": "salora", "combine_rank": 4}, "GUARDSPACE"),
+        ({"safety_energy": 0.5, "safety_rank_pattern": ["down_proj=0.9"]}, "LORA"),
+    ],
+)
+def test_each_method_trains_and_is_what_it_says(tmp_path, options, kind):
+    result = run(tmp_path, skip=["measure"], **options)
+    config = json.loads((result.adapter_dir / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == (kind, 4, 16)
+    assert result.facts["train"]["steps"] == 2
+    if options.get("method") == "lora":
+        assert result.facts["verify"] == {"method": "lora", "protected": False} | {
+            "seconds": result.facts["verify"]["seconds"]
+        }
+    else:
+        assert result.facts["verify"]["worst_leak"] < 1e-5
+
+
+def test_verify_reads_what_a_job_has_made(tmp_path):
+    def shown(*flags):
+        done = CliRunner().invoke(app, ["verify", str(tmp_path / "run" / "adapter"), *flags], catch_exceptions=False)
+        return done.stdout
+
+    run(tmp_path, skip=["measure"], safety_rank=0.1, init="guardspace", combine="salora", combine_rank=2)
+    facts = json.loads(shown("--json"))
+    assert (facts["method"], len(facts["provenance"]["covered"])) == ("GUARDSPACE", 14)
+    least = min(facts["provenance"]["covered"].values())
+    assert f"least {least:.3g}" in " ".join(shown().split())
+    assert max(map(len, shown().splitlines())) <= 80
+    run(tmp_path, skip=["measure"], train="window", window=5)
+    facts = json.loads(shown("--subspace", str(tmp_path / "run" / "subspace.safetensors"), "--json"))
+    assert (facts["protected"], facts["blindness_checked"]) == ([5], True)
+
+
+def test_options_of_trl_reach_the_trainer(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * i}]}
+        for i in range(1, 21)
+    ]
+    more = {
+        "packing": True,
+        "max_length": 64,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "lr_scheduler_type": "constant",
+        "eval_packing": False,
+    }
+    seen = {}
+
+    class Looks(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            seen.update(args=args, history=state.log_history)
+
+    result = run(tmp_path, rows, callbacks=[Looks()], safety_rank=4, **more)
+    assert result.facts["verify"]["worst_leak"] < 1e-5
+    assert [entry["learning_rate"] for entry in seen["history"] if "learning_rate" in entry] == [5e-4, 5e-4]
+    assert sum("eval_loss" in entry for entry in seen["history"]) == 2
+    assert result.report.arms["before"]["task NLL"].n == 2
+
+
+def test_a_plan_writes_nothing(tmp_path, capsys):
+    job = job_on(tmp_path, num_train_epochs=2, max_steps=-1, safety_rank=0.25)
+    plan = make_plan(Settings.of(**job))
+    assert plan.facts["rows"] == "17 to train on, 3 held out"
+    assert plan.facts["steps"].startswith("18 of 2 rows")
+    trained = run_job(Settings.of(**job, skip=["measure"])).facts["train"]
+    assert trained["steps"] == 18
+    assert plan.facts["trainable parameters"].startswith(f"{trained['trainable_parameters']:,} of")
+    assert [row[0] for row in plan.ranks] == ["4", "8", "16", "32", "64"]
+    assert [row[:2] for row in plan.subspaces][1] == ["0.25", "8 to 16"]
+    flags = [part for key, value in job_on(tmp_path).items() for part in (f"--{key}", str(value))]
+    out = tmp_path / "none"
+    capsys.readouterr()
+    done = CliRunner().invoke(app, ["train", *flags, "--output_dir", str(out), "--dry_run"], catch_exceptions=False)
+    assert "Plan of the job" in done.stdout
+    assert not out.exists()
+
+
+def test_from_the_command_line(tmp_path):
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job_on(tmp_path, PAIRS, safety_rank=4)))
+    command = ["train", "--config", str(tmp_path / "job.yaml"), "--lora_target_modules", "q_proj", "v_proj"]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert {name.rpartition(".")[2] for name in config["target_modules"]} == {"q_proj", "v_proj"}
+    details = json.loads((tmp_path / "run" / "report.json").read_text())["details"]
+    assert details["settings"]["lora_target_modules"] == ["q_proj", "v_proj"]
+    assert details["after"]["task_nll"]["value"] < details["before"]["task_nll"]["value"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind"),
+    [
+        ({"model_name_or_path": "no/such/directory/anywhere"}, ConfigError),
+        ({"dataset_name": "no/such/file.jsonl"}, DataError),
+        ({"method": "dora"}, ConfigError),
+        ({"method": "lora", "safety_rank": 4}, ConfigError),
+        ({"use_dora": True}, ConfigError),
+        ({"skip": ["mesure"]}, ConfigError),
+        ({"safety_rank_pattern": ["down_proj"]}, ConfigError),
+        ({"train": "C"}, ConfigError),
+        ({"poison": 2}, ConfigError),
+        ({"calibration_rows": 0}, ConfigError),
+        ({"eval_split": "tset"}, DataError),
+    ],
+)
+def test_mistakes_cost_nothing(tmp_path, bad, kind):
+    with pytest.raises(kind):
+        run(tmp_path, **bad)
+    assert not (tmp_path / "run").exists()
+
+
+def test_there_is_nothing_to_measure_without_an_adapter(tmp_path):
+    with pytest.raises(ConfigError, match="Run the step train"):
+        run(tmp_path, skip=["calibrate", "train"])
+
+
+def test_a_subspace_for_another_model_is_refused(tmp_path):
+    run(tmp_path, safety_rank=4, skip=["train", "measure", "verify", "report"])
+    (tmp_path / "other").mkdir()
+    job = job_on(tmp_path / "other", hidden=48, subspace=str(tmp_path / "run" / "subspace.safetensors"))
+    with pytest.raises(PeftSafetyError):
+        run_job(Settings.of(**job))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_processes_train_as_one(tmp_path):
+    same = {"train_sampling_strategy": "sequential", "max_steps": 3, "save_steps": 3, "learning_rate": 1e-2}
+    one = job_on(tmp_path, **same, per_device_train_batch_size=4, safety_rank=4, eval_limit=1)
+    run_job(Settings.of(**one))
+    two = {**one, "output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 2}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(two))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]  # or CPUs
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [*launch, "-m", "peft_safety", "train", "--config", str(tmp_path / "job.yaml")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("[1/5] calibrate") == 1, "one process speaks"
+    assert losses(tmp_path / "run", 3) == pytest.approx(losses(tmp_path / "two", 3), abs=1e-5)
+    facts = json.loads((tmp_path / "two" / "job.json").read_text())
+    assert list(facts) == list(STEPS)
+    assert verify(
+        tmp_path / "two" / "adapter", tiny_llama(), tmp_path / "two" / "subspace.safetensors"
+    ).blindness_checked
