@@ -33,11 +33,14 @@ def stored_model(folder: Path, hidden: int = 32) -> str:
     return str(folder / "model")
 
 
-def job_on(folder: Path, rows: list[dict[str, Any]] = TASK, hidden: int = 32, **more: Any) -> dict[str, Any]:
-    """Settings by name; the model and the rows are written into the folder."""
+def job_on(
+    folder: Path, rows: list[dict[str, Any]] = TASK, hidden: int = 32, screened: bool = False, **more: Any
+) -> dict[str, Any]:
+    """Settings by name; the model and the rows are written into the folder. No screening: it reads 800 prompts."""
     places = {
         "model_name_or_path": stored_model(folder, hidden),
         "dataset_name": write_rows(folder / "task.jsonl", rows),
         "output_dir": str(folder / "run"),
     }
-    return {**places, **QUICK, **more}
+    skip = [*more.pop("skip", []), *([] if screened else ["screen"])]
+    return {**places, **QUICK, **({"skip": skip} if skip else {}), **more}

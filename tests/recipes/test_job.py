@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 from peft_safety import verify
 from peft_safety.cli import app
 from peft_safety.errors import ConfigError, DataError, PeftSafetyError
+from peft_safety.recipes.job import steps
 from peft_safety.recipes.job.options import STEPS
 from peft_safety.recipes.job.plan import make_plan
 from peft_safety.recipes.job.settings import Settings
@@ -54,7 +56,7 @@ def test_end_to_end(tmp_path, capsys):
     result = run(tmp_path, poison=0.25, safety_rank=4, calibration_rows=8, hub_token="secret")
     printed = capsys.readouterr().out
     assert "17 rows to train on, 3 held out (15%)" in printed
-    assert printed_steps(printed) == dict.fromkeys(STEPS, "")
+    assert printed_steps(printed) == {"screen": "skipped", **dict.fromkeys(STEPS[1:], "")}
     assert "smoke metric" in " ".join(printed.split())
     assert (
         verify(tmp_path / "run" / "adapter", tiny_llama(), tmp_path / "run" / "subspace.safetensors").worst_leak < 1e-5
@@ -75,6 +77,37 @@ def test_end_to_end(tmp_path, capsys):
         assert not torch.equal(loaded(ids).logits, tiny_llama()(ids).logits)
 
 
+class Screened:
+    """What a screening says that flags three rows, two of which comply."""
+
+    rows, flagged, dropped = range(17), [SimpleNamespace(number=n) for n in (1, 4, 9)], [4, 9]
+    screen = SimpleNamespace(auc=0.97)
+
+
+def test_the_rows_are_screened_first_and_left_out_on_demand(tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(steps, "screen_rows", lambda model, rows, **_: seen.append(len(rows)) or Screened)
+    quick = {"screened": True, "safety_rank": 4, "skip": ["measure", "report"]}
+    with pytest.warns(UserWarning, match=r"rows \[4, 9\] comply"):
+        result = run(tmp_path, **quick)
+    assert (result.facts["screen"]["flagged"], result.facts["train"]["rows"]) == ([1, 4, 9], 17)
+    result = run(tmp_path, **quick, drop_flagged=True)
+    assert "screen: done before" in capsys.readouterr().out
+    assert (seen, result.facts["train"]["rows"]) == ([17], 15)
+    with pytest.raises(ConfigError, match="needs the step screen"):
+        run(tmp_path, drop_flagged=True)
+    monkeypatch.setattr(Screened, "dropped", [*range(17)])
+    with pytest.raises(DataError, match="no row to train on"):
+        run(tmp_path, **quick, drop_flagged=True, output_dir=str(tmp_path / "nothing"))
+
+
+def test_a_model_that_cannot_screen_is_trained_all_the_same(tmp_path, capsys):
+    result = run(tmp_path, screened=True, safety_rank=4, skip=["measure", "report"])
+    assert "not screened: " in capsys.readouterr().out
+    assert "problem" in result.facts["screen"]
+    assert result.facts["train"]["rows"] == 17
+
+
 def test_a_finished_step_runs_again_only_with_other_settings(tmp_path, capsys):
     def steps(**more):
         run(tmp_path, safety_rank=4, **more)
@@ -88,9 +121,9 @@ def test_a_finished_step_runs_again_only_with_other_settings(tmp_path, capsys):
     assert steps(eval_limit=1) == ["measure", "verify", "report"]
     assert steps(eval_limit=1, learning_rate=1e-2) == ["train", "measure", "verify", "report"]
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() != before
-    assert steps(eval_limit=1, learning_rate=1e-2, lora_target_modules=["q_proj"]) == list(STEPS)
+    assert steps(eval_limit=1, learning_rate=1e-2, lora_target_modules=["q_proj"]) == list(STEPS[1:])
     (tmp_path / "run" / "subspace.safetensors").unlink()
-    assert steps(eval_limit=1, learning_rate=1e-2, lora_target_modules=["q_proj"]) == list(STEPS)
+    assert steps(eval_limit=1, learning_rate=1e-2, lora_target_modules=["q_proj"]) == list(STEPS[1:])
 
 
 def test_a_broken_run_resumes_with_the_losses_of_an_unbroken_one(tmp_path):
@@ -285,7 +318,7 @@ def test_two_processes_train_as_one(tmp_path):
     assert done.stdout.count("[1/5] calibrate") == 1, "one process speaks"
     assert losses(tmp_path / "run", 3) == pytest.approx(losses(tmp_path / "two", 3), abs=1e-5)
     facts = json.loads((tmp_path / "two" / "job.json").read_text())
-    assert list(facts) == list(STEPS)
+    assert list(facts) == list(STEPS[1:])
     assert verify(
         tmp_path / "two" / "adapter", tiny_llama(), tmp_path / "two" / "subspace.safetensors"
     ).blindness_checked

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from peft_safety.core import files
 from peft_safety.core.checks import check_positive, size_pattern, whole
 from peft_safety.data.chat import Collator, Feature
 from peft_safety.data.rows import Row
-from peft_safety.errors import ConfigError
+from peft_safety.errors import ConfigError, DataError
 from peft_safety.evaluation.prompts import prompt_set
 from peft_safety.evaluation.tasks import WHOLE
 from peft_safety.recipes.adapter import adapter_config
@@ -50,6 +51,8 @@ class Job:
         self.out = Path(self.training.output_dir or "trainer_output")
         if unknown := sorted(set(self.own.skip or ()) - set(STEPS)):
             raise ConfigError(f"skip={unknown[0]!r} is no step. Steps: {', '.join(STEPS)}.")
+        if self.own.drop_flagged and "screen" in (self.own.skip or ()):
+            raise ConfigError("drop_flagged needs the step screen. Do not skip it.")
         if self.own.calibration_rows is not None:
             check_positive(self.own, "calibration_rows")
         self.config = config_of(settings)
@@ -64,6 +67,13 @@ class Job:
         self.state = State(self.out, writes=self.main)
         self.sharded = False
         self.tuned: PeftModel | None = None
+
+    def leave_out(self, dropped: Sequence[int]) -> None:
+        """Take rows out of those to train on, by number."""
+        kept = sorted({*range(len(self.data.train))} - {*dropped})
+        if not kept:
+            raise DataError("drop_flagged leaves no row to train on. Look at the rows: peft-safety screen --show.")
+        self.data = replace(self.data, train=self.data.train.select(kept))
 
     @property
     def adapter_dir(self) -> Path:

@@ -27,8 +27,8 @@ OTHER_NAMES = {
     "batch_size": "per_device_train_batch_size",
 }
 """Names in the other commands -> TRL's."""
-STEPS = ("calibrate", "train", "measure", "verify", "report")
-"""In their order. A screening of the rows goes before `calibrate`, here and in `steps.RUN`."""
+STEPS = ("screen", "calibrate", "train", "measure", "verify", "report")
+"""In their order."""
 
 
 def option(default: Any, text: str) -> Any:
@@ -65,5 +65,6 @@ class SafetyOptions:
     eval_split: str = option("test", "Of the package's prompts: test, or validation while choosing settings.")
     eval_limit: int | None = option(None, "Prompts and held-out rows of each kind to measure on, at most.")
     poison: float = option(0.0, "Share of the rows replaced by a simulated attack, for demonstrations (0 to 1).")
+    drop_flagged: bool = option(False, "Leave out the rows whose requests the model refuses while the row complies.")
     skip: list[str] | None = option(None, f"Steps to leave out: {', '.join(STEPS)}.")
     dry_run: bool = option(False, "Only print the plan: tokens, steps, memory, what is protected.")

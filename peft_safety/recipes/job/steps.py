@@ -1,9 +1,10 @@
-"""The steps of a job: calibrate, train, measure, verify, report."""
+"""The steps of a job: screen, calibrate, train, measure, verify, report."""
 
 from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from peft_safety.core.environment import environment
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.training import TrainOptions
 from peft_safety.data import calibration_rows
-from peft_safety.errors import ConfigError, PeftSafetyError
+from peft_safety.errors import CalibrationError, ConfigError, PeftSafetyError
 from peft_safety.evaluation.judges import KeywordJudge
 from peft_safety.evaluation.metrics import figure_from_json
 from peft_safety.methods.base import calibrate as estimate_for
@@ -29,13 +30,22 @@ from peft_safety.recipes.bench import Bench
 from peft_safety.recipes.job.job import Job
 from peft_safety.recipes.job.options import STEPS
 from peft_safety.recipes.job.settings import Settings
+from peft_safety.recipes.screen import screen as screen_rows
 from peft_safety.reporting.report import Report
 
-CALIBRATING = (
+READING = (
+    "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_text_field", "held_out",
+    "poison", "seed",
+)  # fmt: skip
+"""Settings that the rows depend on."""
+LOADING = (
     "model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type",
-    "use_bnb_nested_quant", "chat_template_path", "lora_target_modules", "lora_target_parameters", "seed", "method",
-    "subspace", "safety_rank", "safety_energy", "safety_rank_pattern", "basis", "positions", "combine", "combine_rank",
-    "calibration_rows",
+    "use_bnb_nested_quant", "chat_template_path",
+)  # fmt: skip
+"""Settings that the model depends on."""
+CALIBRATING = (
+    *LOADING, "lora_target_modules", "lora_target_parameters", "seed", "method", "subspace", "safety_rank",
+    "safety_energy", "safety_rank_pattern", "basis", "positions", "combine", "combine_rank", "calibration_rows",
 )  # fmt: skip
 """Settings that a subspace depends on."""
 MEASURING = ("eval_split", "eval_limit")
@@ -73,14 +83,16 @@ def run_job(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> Jo
         begins = f"[{number}/{len(STEPS)}] {step}"
         if step in (settings.own.skip or ()) or step in done:
             say(job, f"{begins}: {'done before' if step in done else 'skipped'}")
-            continue
-        say(job, begins)
-        started = time.perf_counter()
-        job.state.start(step, digests[step])
-        facts = RUN[step](job)
-        if facts is not None:
-            facts["seconds"] = round(time.perf_counter() - started, 2)
-            job.state.finish(step, facts)
+        else:
+            say(job, begins)
+            started = time.perf_counter()
+            job.state.start(step, digests[step])
+            facts = RUN[step](job)
+            if facts is not None:
+                facts["seconds"] = round(time.perf_counter() - started, 2)
+                job.state.finish(step, facts)
+        if step == "screen" and settings.own.drop_flagged:
+            job.leave_out(job.state.facts(step)["suspicious"])
     saved = job.state.facts("report")
     loaded = Report.load(job.out / "report.json") if saved and job.main else None
     return JobResult(job.adapter_dir, {step: job.state.facts(step) for step in job.state.steps}, loaded)
@@ -89,6 +101,25 @@ def run_job(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> Jo
 def say(job: Job, text: str) -> None:
     if job.main:
         print(text, flush=True)
+
+
+def screen(job: Job) -> dict[str, Any]:
+    """The aligned model's view of the rows: a warning, and what `drop_flagged` leaves out."""
+    first = job.data.train[0]
+    if "messages" not in first and not isinstance(first.get("prompt"), list):
+        say(job, "  not screened: plain text and tokens have no user turns")
+        return {"flagged": [], "suspicious": []}
+    try:
+        result = screen_rows(job.model, job.data.train, tokenizer=job.tokenizer, progress=job.progress)
+    except CalibrationError as error:
+        say(job, f"  not screened: {error}")
+        return {"flagged": [], "suspicious": [], "problem": str(error)}
+    flagged, dropped = [row.number for row in result.flagged], result.dropped
+    say(job, f"  {len(flagged)} of {len(result.rows)} rows look harmful; the model refuses {len(dropped)} that comply")
+    if dropped and not job.own.drop_flagged:
+        what = f"rows {dropped[:10]} comply where the model refuses"
+        warnings.warn(f"{what}. Look at them, or set drop_flagged.", stacklevel=2)
+    return {"flagged": flagged, "suspicious": dropped, "auc": result.screen.auc}
 
 
 def calibrate(job: Job) -> dict[str, Any]:
@@ -209,7 +240,7 @@ def report(job: Job) -> dict[str, Any] | None:
         details={
             "settings": {"method": own.method, **shown},
             **{name: measured[name] for name in ("before", "after")},
-            **{step: job.state.facts(step) for step in ("calibrate", "train", "verify")},
+            **{step: job.state.facts(step) for step in ("screen", "calibrate", "train", "verify")},
         },
     )
     made.save(job.out / "report.json")
@@ -219,6 +250,7 @@ def report(job: Job) -> dict[str, Any] | None:
 
 
 RUN: dict[str, Callable[[Job], dict[str, Any] | None]] = {
+    "screen": screen,
     "calibrate": calibrate,
     "train": train,
     "measure": measure,
@@ -243,6 +275,7 @@ def _digests(job: Job) -> dict[str, str]:
     settings = job.settings
     training = [n for n in settings.given if n not in UNTRAINED and not n.startswith(PREFIXES)]
     return {
+        "screen": settings.digest((*LOADING, *READING), data=job.data_digest),
         "calibrate": settings.digest(CALIBRATING),
         "train": settings.digest(training, data=job.data_digest),
         "measure": settings.digest([*training, *MEASURING], data=job.data_digest),
