@@ -95,10 +95,10 @@ def help_text(width: int = 80) -> str:
 
 
 ABOUT = (
-    "Fine-tune by TRL's SFTTrainer with safety kept: screen the rows, calibrate, train, measure safety before and after, verify the "
-    "adapter, report. Writes adapter/, report.json and report.png into output_dir. Finished steps are not run again "
-    "unless their settings change. Every setting is a flag and a key of the YAML file. Several processes: accelerate "
-    "launch -m peft_safety train ..."
+    "Fine-tune by TRL's SFTTrainer with safety kept: screen the rows, calibrate, train, measure safety before and "
+    "after, verify the adapter, report. Writes adapter/, report.json and report.png into output_dir. Finished steps "
+    "are not run again unless their settings change. Every setting is a flag and a key of the YAML file. Several "
+    "processes: accelerate launch -m peft_safety train ..."
 )
 
 
