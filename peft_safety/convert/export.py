@@ -15,6 +15,7 @@ from peft_safety.core.certificate import read_certificate
 from peft_safety.core.names import places
 from peft_safety.core.plain_lora import Factors, factor_tensors, plain_config, write_plain
 from peft_safety.core.projection import delta_leak, leak_tolerance
+from peft_safety.core.snapshot import reading
 from peft_safety.errors import ConfigError, ProtectionError
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.base import ProtectedConfig
@@ -42,10 +43,11 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
 
 def export_directory(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Path:
     """`export_lora` for a saved adapter: from directory to directory, no model is built."""
-    if read_certificate(Path(source)) is not None:
-        raise ConfigError(f"{source} is a plain LoRA already, with a certificate beside it. Copy it.")
-    stored = check_adapter(Path(source), warn=True)
-    return _publish(Path(directory), protected_factors(stored, stored.shapes), stored_config(stored))
+    with reading(source, warn=True) as path:
+        if read_certificate(path) is not None:
+            raise ConfigError(f"{source} is a plain LoRA already, with a certificate beside it. Copy it.")
+        stored = check_adapter(path)
+        return _publish(Path(directory), protected_factors(stored, stored.shapes), stored_config(stored))
 
 
 def _publish(

@@ -44,13 +44,6 @@ class StoredAdapter:
     worst_leak: float
     extra_tensors: tuple[str, ...]
 
-    def comes_from(self, source: str, subfolder: str | None) -> bool:
-        """Whether this adapter was read from `source` (a directory or a Hub id)."""
-        local = Path(source, subfolder or "")
-        if local.is_dir():
-            return self.directory.resolve() == local.resolve()
-        return source.replace("/", "--") in str(self.directory)
-
 
 def protected_types() -> list[str]:
     """The values of `peft_type` that promise a protected adapter."""
@@ -68,8 +61,8 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if config.get(field):
             raise broken(where, f"{field} cannot be combined with full module names")
-    if not _is_text_list(saved) or "" in saved:
-        raise broken(where, "modules_to_save must list module names")
+    if not _is_text_list(saved) or not all(_PLAIN_NAME.fullmatch(name) for name in saved):
+        raise broken(where, "modules_to_save must list module names, not patterns")
     for field in ("rank_pattern", "alpha_pattern"):
         table = config.get(field) or {}
         if not isinstance(table, dict) or not set(table) <= set(modules):
@@ -77,11 +70,11 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     plain_lora.check_sizes(config, where)
 
 
-def check_adapter(directory: Path, warn: bool = False) -> StoredAdapter:
+def check_adapter(directory: Path) -> StoredAdapter:
     """Check files, hashes, keys, shapes, finiteness, orthonormality, and that no factor leaks. An ArtifactError
     refuses anything but the exact set of files and tensors; a SubspaceError bases that would not protect.
     """
-    config, path = plain_lora.read_manifest(directory, warn), directory / MANIFEST
+    config, path = plain_lora.read_manifest(directory, warn=False), directory / MANIFEST
     kind, types = config.get("peft_type"), protected_types()
     if kind not in types:
         raise ArtifactError(f"{path}: peft_type {kind!r} promises no protection. Give one of {' or '.join(types)}.")

@@ -126,8 +126,10 @@ def check_features(
 
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"{what} is a {type(config).__name__}, not a LoRA adapter. Give a LoRA adapter.")
+    usual = LoraConfig()
     for name, reason in features.items():
-        if getattr(config, name, None):
+        value = getattr(config, name, None)
+        if value or (value is not None and value != getattr(usual, name, None)):  # PEFT takes an empty config for one
             raise ConfigError(f"{what}: {name} is not supported: {reason}. Use LoRA without it.")
     if config.init_lora_weights not in inits:
         raise ConfigError(

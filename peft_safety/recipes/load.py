@@ -120,13 +120,16 @@ def load_adapter(
 
 def _adapter_config(path: Path) -> Any:
     """The checked config. For a plain LoRA, full names, ranks and alphas from its tensors replace every pattern."""
-    from peft_safety.core.adapter_dir import check_adapter, protected_types
+    from peft import PeftConfig
+
+    from peft_safety.core.adapter_dir import protected_types
     from peft_safety.core.plain_lora import read_manifest, read_plain
-    from peft_safety.registry.configs import stored_config
+    from peft_safety.core.snapshot import reading
 
     if read_manifest(path, warn=False).get("peft_type") in protected_types():
-        return stored_config(check_adapter(path, warn=True))
-    plain = read_plain(path)
+        return PeftConfig.from_pretrained(str(path))
+    with reading(path, warn=True) as folder:
+        plain = read_plain(folder)
     modules = {}
     for name, factor in plain.factors.items():
         if math.isnan(factor.scaling):

@@ -21,9 +21,9 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
     """Check, before anything is changed, that a stored adapter fits, and that some layer can have the rank."""
     modules = {name: original(module) for name, _, module in walk(model)}
     certificate = config._certificate
-    if certificate is not None and certificate.directory is not None and config._origin is None:
-        extra = read_plain(certificate.directory).extra
-        _check_extra(model, config, certificate.directory, tuple(extra), certificate.modules)
+    if certificate is not None and config._snapshot is not None:
+        extra = read_plain(config._snapshot.path).extra
+        _check_extra(model, config, config._snapshot.path, tuple(extra), certificate.modules)
     if config._stored is None:
         widest = max((min(weights.shape(m)) for m in modules.values() if weights.supported(m)), default=config.r)
         if config.r > widest:

@@ -15,6 +15,7 @@ from peft_safety.core.base_weights import is_whole
 from peft_safety.core.certificate import FILE_NAME, Certificate, FrozenFactor, certified_factor, read_certificate
 from peft_safety.core.plain_lora import read_plain
 from peft_safety.core.projection import leak_tolerance
+from peft_safety.core.snapshot import Snapshot, reading
 from peft_safety.errors import ArtifactError, ConfigError, UnsupportedLayerError
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.layers.frozen_linear import freeze
@@ -44,7 +45,9 @@ def reuse_factors(layers: Layers, adapter_name: str, config: ProtectedConfig, co
             config._certificate = configs[source]._certificate
             rows = {name: layer.lora_A[source].weight.detach() for name, layer in layers.items()}
         elif config._certificate is not None and config._certificate.directory is not None:
-            rows = check_certified(config._certificate.directory, config._certificate, layers, adapter_name)
+            folder = config._certificate.directory if config._snapshot is None else config._snapshot.path
+            with reading(folder) as path:
+                rows = check_certified(path, config._certificate, layers, adapter_name)
         else:
             return False
         _install(layers, adapter_name, rows)
@@ -121,13 +124,14 @@ def check_certified(
     return rows
 
 
-def certified(config: LoraConfig, directory: Path) -> LoraConfig:
+def certified(config: LoraConfig, snapshot: Snapshot) -> LoraConfig:
     """The protected config of a plain LoRA directory with a certificate; without one, the plain config itself."""
-    certificate = read_certificate(directory)
+    certificate = read_certificate(snapshot.path)
     if certificate is None:
         return config
-    check_certified(directory, certificate)
-    result: LoraConfig = freezing(certificate).from_certificate(config, certificate)
+    check_certified(snapshot.path, certificate)
+    source = replace(certificate, directory=snapshot.source.resolve())
+    result: LoraConfig = freezing(certificate).from_certificate(config, source)
     return result
 
 
@@ -147,7 +151,8 @@ def take_over(config: ProtectedConfig, stored: ProtectedConfig, layers: Layers, 
     assert certificate.directory is not None
     if config.subspace_id != stored.subspace_id:
         raise ConfigError(f"{certificate.directory} avoids another null space than adapter {name!r}. {reuse.NEW_NAME}")
-    rows = check_certified(certificate.directory, certificate, layers, name)
+    with reading(certificate.directory if stored._snapshot is None else stored._snapshot.path) as path:
+        rows = check_certified(path, certificate, layers, name)
     config._certificate = certificate
     _install(layers, name, rows)
 

@@ -50,14 +50,45 @@ def hotswap_adapter_from_state_dict(
         return original(model, state_dict, adapter_name, config, *args, **kwargs)
     if not isinstance(config, ProtectedConfig):
         raise ConfigError(f"a {type(config).__name__} cannot replace the protected {adapter_name!r}. {NEW_NAME}")
+    snapshot = config._snapshot
+    before = Before(model, adapter_name)
+    try:
+        with named(snapshot):
+            check_ahead(model, config)
+            if snapshot is not None:  # not what the file holds by now
+                device = next((x.device for x in state_dict.values()), "cpu")
+                tensors = load_file(snapshot.path / ADAPTER_FILE, device=str(device))
+                state_dict = {_with_name(key, adapter_name): tensor for key, tensor in tensors.items()}
+            _swap(lambda: original(model, state_dict, adapter_name, config, *args, **kwargs), model, state_dict, adapter_name, current, config)
+    except BaseException:
+        before.restore()
+        raise
+    config._snapshot = None
+    return None
+
+
+def _with_name(key: str, adapter_name: str) -> str:
+    """The key of a factor in a model: the adapter's name stands before `weight`."""
+    module, _, kind = key.rpartition(".")
+    return f"{module}.{adapter_name}.{kind}" if module.endswith(("lora_A", "lora_B")) else key
+
+
+def _swap(
+    swap: Callable[[], None],
+    model: nn.Module,
+    state_dict: dict[str, Any],
+    adapter_name: str,
+    current: ProtectedConfig | None,
+    config: ProtectedConfig,
+) -> None:
     layers = adapter_layers(model, adapter_name)
     if config.freezes or (current is not None and current.freezes):
         if current is None or not (current.freezes and config.is_plain):
             raise ConfigError(f"{adapter_name!r} and the new adapter must both have a saved frozen lora_A. {NEW_NAME}")
         _check_factors(state_dict, config)
-        original(model, state_dict, adapter_name, config, *args, **kwargs)
+        swap()
         _record(model, layers, adapter_name, config)
-        return None
+        return
     if config.residual or (current is not None and current.residual):
         raise ConfigError(f"adapter {adapter_name!r}: {NO_RESIDUAL} be hot-swapped. Use export_lora first.")
     if current is not None and current.sides != config.sides:  # a leaf of the other side would stay
@@ -71,10 +102,9 @@ def hotswap_adapter_from_state_dict(
     subspace.check_fits({name: layer.get_base_layer() for name, layer in layers.items()}, config.basis_sides)
     for tuner in (module for module in model.modules() if isinstance(module, BaseTuner)):
         adopt(tuner, config)
-    original(model, state_dict, adapter_name, config, *args, **kwargs)
+    swap()
     _record(model, layers, adapter_name, config)
     bind(layers, adapter_name, config)
-    return None
 
 
 def _check_factors(state_dict: dict[str, Any], config: ProtectedConfig) -> None:

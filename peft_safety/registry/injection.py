@@ -10,12 +10,14 @@ from torch import nn
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core.names import pin, places, walk
+from peft_safety.core.snapshot import named
 from peft_safety.errors import ConfigError, PeftSafetyError
 from peft_safety.layers import FrozenLinear, ProtectedLinear
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry.attach import attach
 from peft_safety.registry.checks import check_ahead
 from peft_safety.registry.reuse import private
+from peft_safety.registry.rollback import Before
 from peft_safety.registry.tuners import adopt
 
 
@@ -27,38 +29,30 @@ def inject_adapter(
     if not isinstance(given, ProtectedConfig):
         _check_unprotected(model, adapter_name, given)
         return original(self, model, adapter_name, *args, **kwargs)
-    check_ahead(model, given)
     config = private(given)
     config._combined = getattr(self, "_combining", False)
     if config._stored is not None:
         pin(config, config._modules, places(model))
+    if not config.inference_mode:
+        weights.stay_unpacked(model)
     modules = dict(model.named_modules())
-    kinds = [(module, type(module)) for module in (self, *modules.values())]
     where = [(own, name) for own, name, _ in walk(model, shared=True)]
-    parameters = [(module, dict(module._parameters)) for module in modules.values()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    adopt(self, given)
-    self.peft_config[adapter_name] = config
+    before, known = Before(model, adapter_name, self), vars(model).get("_protected", {})
     try:
-        if not config.inference_mode:
-            weights.stay_unpacked(model)
-        config._injecting = True
-        original(self, model, adapter_name, *args, **kwargs)
-        left_out = attach(model, adapter_name, config, self.peft_config)
+        with named(given._snapshot):
+            check_ahead(model, given)
+            adopt(self, given)
+            self.peft_config[adapter_name] = config
+            config._injecting = True
+            original(self, model, adapter_name, *args, **kwargs)
+            left_out = attach(model, adapter_name, config, self.peft_config)
         # `places` of a mixed model, which is injected into from outside, would have PEFT's prefix
         excluded = {place for own, place in where if own in left_out}
         _take_out(adapter_name, modules, excluded)
         self.targeted_module_names = [name for name in self.targeted_module_names if name not in excluded]
     except BaseException as error:
-        _undo(model, adapter_name, modules)
-        for module, kind in kinds:
-            if type(module) is not kind:
-                module.__class__ = kind
-        for module, own in parameters:  # PEFT's MultiheadAttention registers its base weights anew
-            module._parameters.clear()
-            module._parameters.update(own)
-        for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
+        before.restore()
+        _reset_table(model, adapter_name, known.get(adapter_name) if before.values else None)
         if isinstance(error, ValueError) and not isinstance(error, PeftSafetyError):  # PEFT's: no module matched
             raise ConfigError(
                 f"{type(config).__name__}: {error} Give target_modules that the model has, or 'all-linear'."
@@ -66,6 +60,10 @@ def inject_adapter(
         raise
     finally:
         config._injecting = False
+    vars(model)["_protected"] = {**known, adapter_name: config}
+    if config._snapshot is not None:  # `storage.load_adapter` is next
+        vars(self)["_pending"] = (adapter_name, config._snapshot, before)
+        config._snapshot = None
     return None
 
 
@@ -79,20 +77,20 @@ def _check_unprotected(model: nn.Module, adapter_name: str, given: Any) -> None:
             )
 
 
-def _undo(model: nn.Module, adapter_name: str, before: dict[str, nn.Module]) -> None:
-    _take_out(adapter_name, before)
+def _reset_table(model: nn.Module, adapter_name: str, existing: ProtectedConfig | None) -> None:
+    """PEFT enters a config into the model's table before it injects; transformers marks the model, too."""
     table = getattr(model, "peft_config", None)
     if isinstance(table, dict):
         table.pop(adapter_name, None)
-    if not table:  # transformers marks the model before it injects
+        table.update({} if existing is None else {adapter_name: existing})
+    if not table:
         vars(model).pop("_hf_peft_config_loaded", None)
 
 
-def _take_out(adapter_name: str, before: dict[str, nn.Module], names: Collection[str] | None = None) -> None:
-    """Put replaced modules back, and take the adapter out of layers that existed before: of all, or of some names."""
-    for name, module in before.items():
-        if names is not None and name not in names:
-            continue
+def _take_out(adapter_name: str, before: dict[str, nn.Module], names: Collection[str]) -> None:
+    """Put replaced modules of these names back, and take the adapter out of layers that existed before."""
+    for name in names:
+        module = before[name]
         if isinstance(module, BaseTunerLayer):
             module.delete_adapter(adapter_name)
         parent, _, child = name.rpartition(".")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from torch import nn
 
@@ -18,17 +20,23 @@ from peft_safety.core.certificate import FILE_NAME as CERTIFICATE
 from peft_safety.core.names import places, relocated
 from peft_safety.core.plain_lora import ADAPTER_FILE, CARD, MANIFEST, PREFIX, rewrite
 from peft_safety.core.publish import copy_own, is_interrupted, publishing, recover
+from peft_safety.core.snapshot import named
 from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE
-from peft_safety.errors import ArtifactError, ConfigError
+from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.layers.protected_linear import folded_state, lay_out_adapter, protected_leaves
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.safe_lora.config import SafeLoRAConfig
 from peft_safety.registry.attach import bind
 from peft_safety.registry.checks import check_ahead
+from peft_safety.registry.configs import snapshot_of
 from peft_safety.registry.frozen import check_certified, take_over
 from peft_safety.registry.protection import assert_protected, protected_configs
 from peft_safety.registry.reuse import NEW_NAME, remember
+from peft_safety.registry.rollback import Before
+
+FOREIGN = (LookupError, TypeError, AttributeError, RuntimeError)
+"""What PEFT raises when a stored adapter does not fit."""
 
 
 def save_pretrained(original: Callable[..., None], self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
@@ -105,40 +113,65 @@ def _record_repairs(model: Any, selected: list[str], directory: Path) -> None:
 def load_adapter(
     original: Callable[..., Any], self: Any, model_id: str, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
-    """Loading onto an existing adapter (a resumed run): check the directory first, and take its bases too."""
+    """Load from the snapshot that was checked. If anything fails, the model is as it was."""
+    name, snapshot, injected = vars(self.base_model).pop("_pending", (None, None, None))
+    existing = self.peft_config.get(adapter_name)
+    if existing is not None and not isinstance(existing, ProtectedConfig):
+        return original(self, model_id, adapter_name, *args, **kwargs)
+    fresh = name == adapter_name and snapshot is not None and snapshot.comes_from(model_id, kwargs.get("subfolder"))
+    if not fresh:
+        snapshot = snapshot_of(model_id, kwargs.get("subfolder"), kwargs)
+    if snapshot is None and existing is None:
+        return original(self, model_id, adapter_name, *args, **kwargs)
+    before = Before(self, adapter_name)
+    if fresh and sys._getframe(2).f_code.co_name == "from_pretrained":  # which has just injected it
+        before = injected
+    folder = model_id if snapshot is None else str(snapshot.path)
+    try:
+        with named(snapshot):
+            return _load(original, self, folder, adapter_name, fresh, *args, **{**kwargs, "subfolder": None})
+    except BaseException as error:
+        before.restore()
+        if not isinstance(error, FOREIGN) or isinstance(error, (PeftSafetyError, torch.OutOfMemoryError)):
+            raise
+        what = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ArtifactError(f"{model_id}: it cannot be loaded ({what}). Copy or save the adapter again.") from error
+    finally:
+        vars(self.base_model).pop("_pending", None)
+
+
+def _load(
+    original: Callable[..., Any], self: Any, folder: str, adapter_name: str, fresh: bool, *args: Any, **kwargs: Any
+) -> Any:
+    """Onto an existing adapter (a resumed run): check the directory first, and take its bases too."""
     config = self.peft_config.get(adapter_name)
-    options = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "token", "cache_dir")}
-    fresh = isinstance(config, ProtectedConfig) and (
-        config._stored is not None and config._stored.comes_from(str(model_id), kwargs.get("subfolder"))
-    )
-    if not isinstance(config, ProtectedConfig) or fresh:
-        placed = _with_places(self, kwargs)
-        if placed is not kwargs:  # plain adapters are stored with the wrappers' names
-            stored = config or PeftConfig.from_pretrained(str(model_id), **options)
-            kwargs = placed if isinstance(stored, ProtectedConfig) else kwargs
-        result = original(self, model_id, adapter_name, *args, **kwargs)
+    if fresh or config is None:
+        stored = config or PeftConfig.from_pretrained(folder)
+        if isinstance(stored, ProtectedConfig):  # plain adapters are stored with the wrappers' names
+            kwargs = _with_places(self, kwargs)
+        result = original(self, folder, adapter_name, *args, **kwargs)
         config = self.peft_config.get(adapter_name)
         if isinstance(config, ProtectedConfig):
             config._stored = None
             lay_out_adapter(self, adapter_name)  # with low_cpu_mem_usage the factors lie in the file's memory
         return result
-    stored = PeftConfig.from_pretrained(str(model_id), **options)
+    stored = PeftConfig.from_pretrained(folder)
     if type(stored) is not type(config):
         kinds = type(config).__name__, type(stored).__name__
-        raise ConfigError(f"adapter {adapter_name!r} is a {kinds[0]}, {model_id} holds a {kinds[1]}. {NEW_NAME}")
-    if config.freezes and stored._certificate is not None:
-        take_over(config, stored, adapter_layers(self, adapter_name), adapter_name)
-        return original(self, model_id, adapter_name, *args, **_with_places(self, kwargs))
-    if stored._stored is None:
-        raise ArtifactError(f"{model_id} holds a config without an adapter. Give one that save_pretrained wrote.")
+        raise ConfigError(f"adapter {adapter_name!r} is a {kinds[0]}, {folder} holds a {kinds[1]}. {NEW_NAME}")
     check_ahead(self, stored)
     layers = adapter_layers(self, adapter_name)
-    _check_same(adapter_name, str(model_id), stored, config, layers)
-    stored.subspace.check_fits({name: layer.get_base_layer() for name, layer in layers.items()}, config.basis_sides)
-    config.subspace = stored.subspace
-    remember(config, loaded=True)
-    bind(layers, adapter_name, config)
-    return original(self, model_id, adapter_name, *args, **_with_places(self, kwargs))
+    if config.freezes and stored._certificate is not None:
+        take_over(config, stored, layers, adapter_name)
+    elif stored._stored is None:
+        raise ArtifactError(f"{folder} holds a config without an adapter. Give one that save_pretrained wrote.")
+    else:
+        _check_same(adapter_name, folder, stored, config, layers)
+        stored.subspace.check_fits({n: layer.get_base_layer() for n, layer in layers.items()}, config.basis_sides)
+        config.subspace = stored.subspace
+        remember(config, loaded=True)
+        bind(layers, adapter_name, config)
+    return original(self, folder, adapter_name, *args, **_with_places(self, kwargs))
 
 
 def _with_places(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:

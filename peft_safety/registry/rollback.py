@@ -1,0 +1,43 @@
+"""What a failed injection or load has changed in a model is put back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_safety.registry.protection import protected_configs
+
+
+class Before:
+    """Everything of a model that PEFT changes when it injects or loads: modules, attributes, gradient flags, the table
+    of configs, and the values of an adapter that exists. The base weights' values are not copied: nothing writes them.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str, *others: nn.Module) -> None:
+        modules = dict.fromkeys((*model.modules(), *others))
+        owners: list[Any] = [*modules, *protected_configs(model).values()]
+        self.classes = [(module, type(module)) for module in modules]
+        # bitsandbytes keeps one state on a layer and on its weight; only the two together may change
+        self.attributes = [(vars(x), dict(vars(x))) for x in owners if "quant_state" not in vars(x)]
+        tables = [value for x in owners for value in vars(x).values() if isinstance(value, (dict, list, set))]
+        self.containers = [(table, table.copy()) for table in tables]
+        self.flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        own = [x for name, x in tensors.items() if adapter_name in name.split(".")]
+        self.values = [(x, x.data, x.detach().clone()) for x in own]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for module, kind in self.classes:
+            if type(module) is not kind:
+                module.__class__ = kind
+        for table, content in (*self.attributes, *self.containers):
+            table.clear()
+            table.extend(content) if isinstance(table, list) else table.update(content)
+        for parameter, flag in self.flags:
+            parameter.requires_grad_(flag)
+        for tensor, data, values in self.values:
+            data.copy_(values)
+            tensor.data = data
