@@ -21,7 +21,7 @@ from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.factors import layer_factors, protected_factors
 from peft_safety.registry.configs import stored_config
-from peft_safety.registry.protection import assert_protected
+from peft_safety.registry.protection import check_adapters
 
 
 def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> Path:
@@ -35,7 +35,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
         ProtectionError: the adapter is not protected any more, or a written factor would leak.
         ConfigError: it also trained other weights (`modules_to_save`), or is merged into the base weights.
     """
-    assert_protected(model, adapter_name)
+    check_adapters(model, adapter_name)
     layers = adapter_layers(model, adapter_name)
     factors = {name: layer_factors(name, layer, adapter_name) for name, layer in layers.items()}
     return _publish(Path(directory), factors, config_table(model)[adapter_name], places(model))

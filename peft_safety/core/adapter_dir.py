@@ -15,6 +15,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from peft_safety.core import base_weights as weights
 from peft_safety.core import files, plain_lora
 from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST, PREFIX, broken
@@ -190,8 +192,11 @@ def _check_factors(
                 raise broken(path, f"{module} has {sorted(keys)}, expected {sorted(expected)}")
             headers = {kind: tuple(handle.get_slice(key).get_shape()) for kind, key in keys.items()}
             shapes[module] = _check_shapes(path, module, headers, subspace, config)
-            for kind, key in keys.items():
-                factor = plain_lora.read_tensor(handle, path, key, plain_lora.DTYPES)
+            tensors = {k: plain_lora.read_tensor(handle, path, key, plain_lora.DTYPES) for k, key in keys.items()}
+            alpha = (config.get("alpha_pattern") or {}).get(module, config["lora_alpha"])
+            a, b = (max((tensors[f"lora_{x}.{kind}"] for kind in kinds), key=_largest) for x in "AB")
+            plain_lora.check_product(path, module, a, b, plain_lora.scaling_of(alpha, shapes[module][2], config))
+            for kind, factor in tensors.items():
                 side: Side = "out" if kind.startswith("lora_B") else method.a_side
                 if side not in method.sides:
                     continue
@@ -206,6 +211,10 @@ def _check_factors(
         for key in extra:
             _check_extra(path, key, handle, subspace, config.get("modules_to_save") or [])
     return shapes, worst
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max())
 
 
 def _check_shapes(

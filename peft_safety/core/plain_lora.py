@@ -35,6 +35,8 @@ RECORD = "peft_safety.safe_lora"
 
 MAX_ALPHA = 1e6
 MAX_RANK = 65_536
+MAX_PRODUCT = 1e30
+"""Of `s B A`, by its largest entries."""
 DTYPES = ("F32", "BF16", "F16")
 EXTRA_DTYPES = (*DTYPES, "I64", "I32", "I16", "I8", "U8", "BOOL")
 """Dtypes of tensors that are no factors, such as buffers of a module in `modules_to_save`."""
@@ -195,6 +197,7 @@ def read_plain(directory: Path, warn: bool = True) -> PlainLoRA:
             a, b = (read_tensor(handle, file, key, ("F64", *DTYPES)) for key in pair)
             alpha = pattern_value(fields.get("alpha_pattern"), module, fields["lora_alpha"])
             scaling = scaling_of(math.nan if alpha is None else alpha, a.shape[0], fields)
+            check_product(file, module, a, b, scaling)
             factors[module] = Factors(a, b, scaling, bool(fields.get("fan_in_fan_out")))
     if record is not None:
         config.safe_lora = record
@@ -210,6 +213,14 @@ def read_tensor(handle: Any, path: Path, key: str, dtypes: tuple[str, ...]) -> T
     if not bool(torch.isfinite(tensor).all()):
         raise broken(path, f"{key} {tuple(tensor.shape)} holds NaN or Inf")
     return tensor
+
+
+def check_product(path: Path, module: str, a: Tensor, b: Tensor, scaling: float) -> None:
+    """An ArtifactError refuses finite factors whose product overflows. A NaN scaling, of a pattern, is passed."""
+    largest = float(a.abs().max()) * float(b.abs().max()) * a.shape[0] * scaling
+    if largest > MAX_PRODUCT:
+        shapes = f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}"
+        raise broken(path, f"{module}: the product of {shapes} may reach {largest:.2g}")
 
 
 def _factor_keys(handle: Any, path: Path) -> dict[str, tuple[str, str]]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from peft_safety.errors import ArtifactError, PeftSafetyError
 from peft_safety.registry.protection import protected_configs
+
+FOREIGN = (LookupError, TypeError, AttributeError, RuntimeError)
+"""What PEFT raises when a stored adapter does not fit."""
 
 
 class Before:
@@ -41,3 +47,16 @@ class Before:
         for tensor, data, values in self.values:
             data.copy_(values)
             tensor.data = data
+
+
+@contextmanager
+def undone(before: Before, what: str) -> Iterator[None]:
+    """An error in the block leaves the model as it was before. What PEFT cannot load is an ArtifactError."""
+    try:
+        yield
+    except BaseException as error:
+        before.restore()
+        if not isinstance(error, FOREIGN) or isinstance(error, (PeftSafetyError, torch.OutOfMemoryError)):
+            raise
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ArtifactError(f"{what} cannot be loaded ({reason}). Copy or save the adapter again.") from error

@@ -6,11 +6,10 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftConfig
 from torch import nn
 
@@ -22,7 +21,7 @@ from peft_safety.core.plain_lora import ADAPTER_FILE, CARD, MANIFEST, PREFIX, re
 from peft_safety.core.publish import copy_own, is_interrupted, publishing, recover
 from peft_safety.core.snapshot import named
 from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE
-from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError
+from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.layers.protected_linear import folded_state, lay_out_adapter, protected_leaves
 from peft_safety.methods.base import ProtectedConfig
@@ -31,12 +30,9 @@ from peft_safety.registry.attach import bind
 from peft_safety.registry.checks import check_ahead
 from peft_safety.registry.configs import snapshot_of
 from peft_safety.registry.frozen import check_certified, take_over
-from peft_safety.registry.protection import assert_protected, protected_configs
+from peft_safety.registry.protection import check_adapters, protected_configs
 from peft_safety.registry.reuse import NEW_NAME, remember
-from peft_safety.registry.rollback import Before
-
-FOREIGN = (LookupError, TypeError, AttributeError, RuntimeError)
-"""What PEFT raises when a stored adapter does not fit."""
+from peft_safety.registry.rollback import Before, undone
 
 
 def save_pretrained(original: Callable[..., None], self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
@@ -61,7 +57,7 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
             "path_initial_model_for_weight_conversion is for inits that change base weights. Use export_lora."
         )
     for name in protected:
-        assert_protected(self, name)
+        check_adapters(self, name)
         if (missing := self.peft_config[name].unfinished) is not None:
             warnings.warn(f"adapter {name!r}: {missing}", stacklevel=3)
     if Path(save_directory).is_file():
@@ -75,16 +71,26 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
         original(self, str(staging), *args, **kwargs)
         names = {place: f"{PREFIX}{own}" for own, place in places(self).items()}  # without wrappers inside the model
         for name in protected:
-            folder = staging if name == "default" else staging / name
+            config, folder = self.peft_config[name], staging if name == "default" else staging / name
             rewrite(folder / ADAPTER_FILE, lambda key: relocated(key, names))
-            if (certificate := self.peft_config[name]._certificate) is not None:
+            if (certificate := config._certificate) is not None:
                 check_certified(folder, certificate)
             else:
                 seal(folder)
-                check_adapter(folder)
+                _warn_unnamed(config, check_adapter(folder).extra_tensors)
         _record_repairs(self, selected, staging)
     _drop_stale(self, selected, Path(save_directory))
     return None
+
+
+def _warn_unnamed(config: ProtectedConfig, extra: Sequence[str]) -> None:
+    """PEFT also stores embeddings that it thinks were resized."""
+    if extra and not (config.modules_to_save or config.trainable_token_indices):
+        warnings.warn(
+            f"the adapter holds {extra}, which its config does not name: it loads only where they are equal. Train "
+            "them by modules_to_save, or save with save_embedding_layers=False.",
+            stacklevel=4,
+        )
 
 
 def _drop_stale(model: Any, selected: list[str], directory: Path) -> None:
@@ -128,14 +134,8 @@ def load_adapter(
         before = injected
     folder = model_id if snapshot is None else str(snapshot.path)
     try:
-        with named(snapshot):
+        with undone(before, str(model_id)), named(snapshot):
             return _load(original, self, folder, adapter_name, fresh, *args, **{**kwargs, "subfolder": None})
-    except BaseException as error:
-        before.restore()
-        if not isinstance(error, FOREIGN) or isinstance(error, (PeftSafetyError, torch.OutOfMemoryError)):
-            raise
-        what = f"{type(error).__name__}: {str(error)[:300]}"
-        raise ArtifactError(f"{model_id}: it cannot be loaded ({what}). Copy or save the adapter again.") from error
     finally:
         vars(self.base_model).pop("_pending", None)
 

@@ -13,7 +13,7 @@ from peft_safety.layers.adapters import adapter_layers
 from peft_safety.layers.protected_linear import lay_out_adapter
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry import frozen
-from peft_safety.registry.protection import assert_protected, protected_configs
+from peft_safety.registry.protection import check_adapters, protected_configs, refuse_others
 
 
 class _Merges:
@@ -31,10 +31,11 @@ class _Merges:
 
 def _refuse_lossy_merge(model: Any, adapter_names: list[str] | None) -> None:
     """Merging into a k-bit weight rounds most of the update away, and the rest leaks: refuse."""
+    refuse_others(model, adapter_names)
     for adapter in protected_configs(model):
         layers = adapter_layers(model, adapter)
         if any(adapter in (adapter_names or layer.active_adapters) for layer in layers.values()):
-            assert_protected(model, adapter)
+            check_adapters(model, adapter)
         for name, layer in layers.items():
             base = layer.get_base_layer()
             kind = base_weights.quantization(base)

@@ -1,0 +1,183 @@
+"""What was checked is what is loaded: a directory that changes meanwhile gives one adapter or the other, or an error
+that says so, and a file that could not be read to its end is refused from its header.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import peft.peft_model
+import pytest
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import save_file
+
+from peft_safety import verify
+from peft_safety.core import adapter_dir
+from peft_safety.core.content import Content
+from peft_safety.errors import ArtifactError, PeftSafetyError
+from tests.hostile import tools
+from tests.hostile.saver import WIDTH, Small, adapter
+from tests.tiny import tiny_llama
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("quiet")]
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 2.0
+
+
+@pytest.mark.parametrize("loads", [100, pytest.param(500, marks=pytest.mark.slow)])
+def test_loads_beside_a_saving_process_are_never_a_mixture(loads: int, tmp_path: Path) -> None:
+    x, target = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(1)), tmp_path / "target"
+    outputs = []
+    with torch.no_grad():
+        for seed in (0, 1):
+            model = adapter(seed)
+            model.save_pretrained(str(target))
+            outputs.append(model(x))
+        assert not torch.allclose(*outputs, atol=0.1)
+        first = os.stat(target / tools.MANIFEST).st_ino
+        saver = subprocess.Popen([sys.executable, "-m", "tests.hostile.saver", str(target)], cwd=ROOT)
+        try:
+            while os.stat(target / tools.MANIFEST).st_ino == first:
+                assert saver.poll() is None
+                time.sleep(0.1)
+            seen: Counter[str] = Counter()
+            for _ in range(loads):
+                try:
+                    loaded = PeftModel.from_pretrained(Small(), str(target)).eval()(x)
+                    verify(target)
+                except PeftSafetyError as error:
+                    seen[f"refused: {str(error)[-80:]}"] += 1
+                    continue
+                which = [torch.allclose(loaded, output, atol=1e-4) for output in outputs]
+                assert sum(which) == 1
+                seen[f"adapter {which.index(True)}"] += 1
+            assert saver.poll() is None
+        finally:
+            (tmp_path / "stop").touch()
+            saver.wait(60)
+    assert min(seen["adapter 0"], seen["adapter 1"]) > loads // 20, seen
+    refused = [reason for reason in seen if reason.startswith("refused")]
+    assert all("Try again" in reason or "when that is done" in reason for reason in refused), refused
+    assert sum(seen[reason] for reason in refused) <= loads // 10, seen
+    assert not [name for name in os.listdir(target) if name.startswith(".")]
+
+
+def test_a_file_replaced_between_the_check_and_the_load_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = tools.save_good(tmp_path / "good")
+    expected = PeftModel.from_pretrained(tiny_llama(), str(good))(tools.tokens()).logits
+    original = peft.peft_model.load_peft_weights
+
+    def replaced(*args: object, **options: object) -> object:
+        tools.tensors(tools.put(tools.B, tools.poke(float("nan"))))(good)
+        return original(*args, **options)
+
+    monkeypatch.setattr(peft.peft_model, "load_peft_weights", replaced)
+    loaded = PeftModel.from_pretrained(tiny_llama(), str(good))
+    assert torch.allclose(loaded(tools.tokens()).logits, expected, atol=1e-5)
+    monkeypatch.undo()
+    with pytest.raises(ArtifactError, match=r"sha256|NaN"):
+        PeftModel.from_pretrained(tiny_llama(), str(good))
+
+
+def test_a_config_read_before_the_directory_changed_is_not_loaded_with_it(tmp_path: Path) -> None:
+    good = tools.save_good(tmp_path / "good")
+    config = PeftConfig.from_pretrained(str(good))
+    other = tools.save_good(tmp_path / "other", seed=3, base_seed=0, init="task")
+    for file in other.iterdir():
+        shutil.copy(file, good)
+    base = tiny_llama()
+    with tools.unchanged(base), pytest.raises(ArtifactError, match="changed meanwhile"):
+        PeftModel.from_pretrained(base, str(good), config=config)
+
+
+# --- bounds before work
+# ---
+
+
+def refused_soon(directory: Path, says: str) -> None:
+    base = tiny_llama()
+    for call in (lambda: verify(directory), lambda: PeftModel.from_pretrained(base, str(directory))):
+        start = time.thread_time()
+        with tools.unchanged(base), pytest.raises(ArtifactError, match=says):
+            call()
+        assert time.thread_time() - start < SECONDS
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("name", [tools.ADAPTER, tools.SUBSPACE, tools.MANIFEST])
+def test_a_named_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    directory = tools.save_good(tmp_path / "a")
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    with pytest.raises(ArtifactError, match="not a regular file"):
+        verify(directory)
+    base = tiny_llama()
+    with tools.unchanged(base), pytest.raises(ValueError, match=r"not a regular file|adapter_config"):
+        PeftModel.from_pretrained(base, str(directory))
+
+
+def test_a_sparse_file_is_refused_whatever_its_header_says(tmp_path: Path) -> None:
+    directory = tools.save_good(tmp_path / "a")
+    path = directory / tools.ADAPTER
+    os.truncate(path, 64 << 30)
+    refused_soon(directory, "by its header")
+    header = b'{"x":{"dtype":"F32","shape":[17179869184],"data_offsets":[0,68719476736]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + (64 << 30))
+    refused_soon(directory, r"\d on the disk")
+
+
+def test_twenty_thousand_tensors_are_refused_by_their_names(tmp_path: Path) -> None:
+    directory = tools.save_good(tmp_path / "a")
+    save_file({f"{tools.PREFIX}x{i}": torch.zeros(1) for i in range(20_000)}, directory / tools.ADAPTER)
+    tools.forge(directory)
+    refused_soon(directory, "unknown or missing tensors")
+
+
+def test_one_basis_for_eight_thousand_names_is_refused_by_the_header(tmp_path: Path) -> None:
+    directory = tools.save_good(tmp_path / "a")
+    large = torch.linalg.qr(torch.randn(1024, 256)).Q.contiguous()
+    tools.subspace_header(directory, {f"basis.out.x{i}": "basis.out.large" for i in range(8_000)}, large)
+    refused_soon(directory, "its header has 8000 modules")
+
+
+def test_a_config_alone_is_an_incomplete_adapter(tmp_path: Path) -> None:
+    """Its patterns are not matched, and the subspace that it names is not looked for."""
+    directory = tools.save_good(tmp_path / "a")
+    for name in (tools.ADAPTER, tools.SUBSPACE):
+        (directory / name).unlink()
+    tools.forge(
+        directory,
+        tools.manifest(directory)
+        | {"safety_artifact": None, "target_modules": "([a-z_.0-9]+)+!", "subspace": str(tmp_path / "nowhere")},
+    )
+    refused_soon(directory, r"config without|safety_artifact|is missing|not a config|target_modules|full module names")
+
+
+def test_in_memory_a_safetensors_file_is_read_as_by_safetensors(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(2).bfloat16(),
+        "c": torch.empty(0, 4),
+        "d": torch.arange(7),
+        "e": torch.tensor(True),
+    }
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"k": "v"})
+    content = Content.read(tmp_path / "x.safetensors")
+    assert content is not None
+    assert content.problem is None
+    assert content.metadata() == {"k": "v"}
+    assert set(content.keys()) == set(tensors)
+    for key, expected in tensors.items():
+        assert torch.equal(content.get_tensor(key), expected)
+        assert content.get_slice(key).get_shape() == list(expected.shape)
+    assert adapter_dir.files.content(tmp_path / "x.safetensors") is None
