@@ -25,9 +25,9 @@ def inject_adapter(
     original: Callable[..., None], self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
 ) -> None:
     """PEFT builds its layers, then `attach` puts the protected leaves in. If anything fails, all of it is undone."""
-    given = self.peft_config[adapter_name]
+    given, known = self.peft_config[adapter_name], vars(model).get("_protected", {})
     if not isinstance(given, ProtectedConfig):
-        _check_unprotected(model, adapter_name, given)
+        _check_unprotected(model, adapter_name, given, known.get(adapter_name))
         return original(self, model, adapter_name, *args, **kwargs)
     config = private(given)
     config._combined = getattr(self, "_combining", False)
@@ -37,7 +37,7 @@ def inject_adapter(
         weights.stay_unpacked(model)
     modules = dict(model.named_modules())
     where = [(own, name) for own, name, _ in walk(model, shared=True)]
-    before, known = Before(model, adapter_name, self), vars(model).get("_protected", {})
+    before = Before(model, adapter_name, self)
     try:
         with named(given._snapshot):
             check_ahead(model, given)
@@ -67,10 +67,11 @@ def inject_adapter(
     return None
 
 
-def _check_unprotected(model: nn.Module, adapter_name: str, given: Any) -> None:
+def _check_unprotected(model: nn.Module, adapter_name: str, given: Any, existing: ProtectedConfig | None) -> None:
     """Refuse an ordinary adapter under the name of a protected one, whose layers it would replace."""
     for name, module in model.named_modules():
         if isinstance(module, (ProtectedLinear, FrozenLinear)) and name.rpartition(".")[2] == adapter_name:
+            _reset_table(model, adapter_name, existing)
             raise ConfigError(
                 f"{name}: adapter {adapter_name!r} is protected, and a {type(given).__name__} of this name would "
                 "replace its layers by ordinary ones. Use another adapter_name, or delete_adapter first."

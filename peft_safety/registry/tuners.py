@@ -7,12 +7,12 @@ from typing import Any
 from peft.tuners.lora import LoraModel
 from peft.tuners.mixed import MixedModel
 
-from peft_safety.core import base_weights
-from peft_safety.errors import ConfigError, LossyMergeError
+from peft_safety.errors import ConfigError
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.layers.protected_linear import lay_out_adapter
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry import frozen
+from peft_safety.registry.lora_layers import refuse_lossy_merge
 from peft_safety.registry.protection import check_adapters, protected_configs, refuse_others
 
 
@@ -20,32 +20,24 @@ class _Merges:
     """Refuses merges of what is not protected any more, and into k-bit weights, before anything is merged."""
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        _refuse_lossy_merge(self, adapter_names)
+        _check_merge(self, adapter_names)
         super().merge_adapter(adapter_names, safe_merge)  # type: ignore[misc]
 
     def _unload_and_optionally_merge(self, merge: bool = True, **options: Any) -> Any:
         if merge:
-            _refuse_lossy_merge(self, options.get("adapter_names"))
+            _check_merge(self, options.get("adapter_names"))
         return super()._unload_and_optionally_merge(merge, **options)  # type: ignore[misc]
 
 
-def _refuse_lossy_merge(model: Any, adapter_names: list[str] | None) -> None:
-    """Merging into a k-bit weight rounds most of the update away, and the rest leaks: refuse."""
+def _check_merge(model: Any, adapter_names: list[str] | None) -> None:
     refuse_others(model, adapter_names)
     for adapter in protected_configs(model):
         layers = adapter_layers(model, adapter)
         if any(adapter in (adapter_names or layer.active_adapters) for layer in layers.values()):
             check_adapters(model, adapter)
         for name, layer in layers.items():
-            base = layer.get_base_layer()
-            kind = base_weights.quantization(base)
-            if kind is not None and adapter in (adapter_names or layer.active_adapters):
-                kept = base_weights.merge_survival(base, layer.get_delta_weight(adapter), name)
-                raise LossyMergeError(
-                    f"{name}: merging into a {kind} weight would keep {kept:.1%} of the update of adapter {adapter!r} "
-                    "and let the rest leak into the protected subspace. Keep the adapter beside the base, or merge "
-                    "into dequantized weights with peft_safety.merge_quantized(model)."
-                )
+            if adapter in (adapter_names or layer.active_adapters):
+                refuse_lossy_merge(layer, adapter, name)
 
 
 class ProtectedLoraModel(_Merges, LoraModel):  # type: ignore[misc]

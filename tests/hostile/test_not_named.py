@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +52,16 @@ def test_token_rows_that_are_not_in_the_adapter_are_refused(rows: Any, tmp_path:
             call()
 
 
-def test_an_embedding_in_the_adapter_is_said_to_replace_the_bases(tmp_path: Path) -> None:
-    key = f"{tools.PREFIX}model.embed_tokens.weight"
-    directory = tools.save_good(tmp_path / "a")
-    value = torch.full_like(tiny_llama().get_input_embeddings().weight, 3.0)
-    tools.tensors(lambda t: t.update({key: value}), listed=(key,))(directory)
-    with pytest.warns(UserWarning, match=r"embed_tokens\.weight.*no projection"):
-        PeftModel.from_pretrained(tiny_llama(), str(directory))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        PeftModel.from_pretrained(tiny_llama(), str(tools.save_good(tmp_path / "b")))
+@pytest.mark.parametrize("end", ["model.embed_tokens", "lm_head"])
+def test_an_embedding_in_the_adapter_replaces_none_of_the_model(end: str, tmp_path: Path) -> None:
+    directory, base = tools.save_good(tmp_path / "a"), tiny_llama()
+    key, own = f"{tools.PREFIX}{end}.weight", base.get_submodule(end).weight.detach()
+    tools.tensors(lambda t: t.update({key: own + 3.0}), listed=(key,))(directory)
+    for call in (lambda: PeftModel.from_pretrained(base, str(directory)), lambda: base.load_adapter(str(directory))):
+        with tools.unchanged(base), pytest.raises(ArtifactError, match=rf"{end}\.weight.*does not name it"):
+            call()
+    tools.tensors(lambda t: t.update({key: own.clone()}), listed=(key,))(directory)
+    assert_protected(PeftModel.from_pretrained(base, str(directory)))
 
 
 def test_hot_swapping_checks_the_fit(tmp_path: Path) -> None:

