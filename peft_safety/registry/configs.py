@@ -80,8 +80,10 @@ def snapshot_of(source: str | os.PathLike[str], subfolder: str | None, kwargs: d
         return existing
     folder, kind = _checked_folder(source, subfolder, kwargs)
     if local.is_dir():
-        plain = kind not in config_types() and not os.path.lexists(local / CERTIFICATE)
-        return None if folder is None or plain else Snapshot(local, warn=True)
+        if folder is not None and (kind in config_types() or os.path.lexists(local / CERTIFICATE)):
+            return Snapshot(local, warn=True)
+        publish.require_whole(local, ours=False)
+        return None
     if kind in config_types():
         protected = issubclass(config_types()[kind], ProtectedConfig)
         names = (ADAPTER_FILE, FILE_NAME, MANIFEST) if protected else (MANIFEST,)
