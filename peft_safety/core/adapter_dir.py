@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -58,12 +58,12 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     """Refuse wrong types, numbers out of range, and patterns, which can take forever to match, in a stored config."""
     modules: Any = config.get("target_modules")
     saved = config.get("modules_to_save") or []
-    if not _is_text_list(modules) or not all(_PLAIN_NAME.fullmatch(name) for name in modules):
+    if not _is_text_list(modules) or not are_names(modules):
         raise broken(where, "target_modules must list full module names, not patterns")
     for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if config.get(field):
             raise broken(where, f"{field} cannot be combined with full module names")
-    if not _is_text_list(saved) or not all(_PLAIN_NAME.fullmatch(name) for name in saved):
+    if not _is_text_list(saved) or not are_names(saved):
         raise broken(where, "modules_to_save must list module names, not patterns")
     for field in ("rank_pattern", "alpha_pattern"):
         table = config.get(field) or {}
@@ -142,6 +142,11 @@ def _factor(key: str, targets: Container[str]) -> re.Match[str] | None:
     """The parts of a factor's key; None for other keys. An ordinary module may be called lora_A too."""
     match = _FACTOR.fullmatch(key)
     return match if match is not None and match["module"] in targets else None
+
+
+def are_names(texts: Iterable[Any]) -> bool:
+    """Whether these are names, in which PEFT cannot see a regular expression that takes long."""
+    return all(isinstance(text, str) and _PLAIN_NAME.fullmatch(text) for text in texts)
 
 
 def _is_text_list(value: Any) -> bool:

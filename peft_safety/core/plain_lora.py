@@ -96,6 +96,20 @@ class PlainLoRA:
     extra: dict[str, Tensor]
     record: dict[str, Any] | None
 
+    def modules(self, where: Path) -> dict[str, tuple[int, float]]:
+        """Rank and alpha by full name, instead of any pattern. A ConfigError refuses an alpha that only a regular
+        expression says.
+        """
+        result = {}
+        for name, factor in self.factors.items():
+            if math.isnan(factor.scaling):
+                raise ConfigError(
+                    f"{where}: a regular expression says the alpha of {name}, and none is run. Write full names."
+                )
+            rank = int(factor.a.shape[0])
+            result[name] = (rank, factor.scaling * (math.sqrt(rank) if self.config.use_rslora else rank))
+        return result
+
 
 def broken(where: Path | str, problem: str) -> ArtifactError:
     return ArtifactError(f"{where}: {problem}. Copy or save the adapter again.")

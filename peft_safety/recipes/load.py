@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,15 +129,7 @@ def _adapter_config(path: Path) -> Any:
         return PeftConfig.from_pretrained(str(path))
     with reading(path, warn=True) as folder:
         plain = read_plain(folder)
-    modules = {}
-    for name, factor in plain.factors.items():
-        if math.isnan(factor.scaling):
-            raise ConfigError(
-                f"{path}: the alpha of {name} is given by a regular expression, and none is run. Write full names."
-            )
-        rank = int(factor.a.shape[0])
-        modules[name] = (rank, factor.scaling * (math.sqrt(rank) if plain.config.use_rslora else rank))
-    pin(plain.config, modules)
+    pin(plain.config, plain.modules(path))
     return plain.config
 
 

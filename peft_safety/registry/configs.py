@@ -41,7 +41,7 @@ def config_from_pretrained(
         try:
             where = (source, subfolder) if snapshot is None else (str(snapshot.path), None)
             config = original(cls, *where, **kwargs)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError, LookupError) as error:
             if isinstance(error, PeftSafetyError) or (snapshot is None and not issubclass(cls, ProtectedConfig)):
                 raise
             what = f"{MANIFEST} of {source!r} is not a {cls.__name__}"

@@ -11,8 +11,10 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from peft_safety.core.adapter_dir import are_names
 from peft_safety.core.base_weights import is_whole
 from peft_safety.core.certificate import FILE_NAME, Certificate, FrozenFactor, certified_factor, read_certificate
+from peft_safety.core.names import pin
 from peft_safety.core.plain_lora import read_plain
 from peft_safety.core.projection import leak_tolerance
 from peft_safety.core.snapshot import Snapshot, reading
@@ -130,6 +132,14 @@ def certified(config: LoraConfig, snapshot: Snapshot) -> LoraConfig:
     if certificate is None:
         return config
     check_certified(snapshot.path, certificate)
+    plain = read_plain(snapshot.path, warn=False)
+    if not are_names(config.modules_to_save or ()):
+        raise ArtifactError(f"{snapshot.path}: modules_to_save must list module names. Save the adapter again.")
+    patterns = (config.target_modules, config.exclude_modules, config.layers_pattern)
+    given = [x for value in patterns for x in ([value] if isinstance(value, str) else value or ())]
+    if not are_names([*given, *(config.rank_pattern or ()), *(config.alpha_pattern or ())]):
+        config.exclude_modules = None
+        pin(config, plain.modules(snapshot.path))  # no regular expression of a directory is run
     source = replace(certificate, directory=snapshot.source.resolve())
     result: LoraConfig = freezing(certificate).from_certificate(config, source)
     return result

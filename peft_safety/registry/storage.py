@@ -129,9 +129,8 @@ def load_adapter(
         snapshot = snapshot_of(model_id, kwargs.get("subfolder"), kwargs)
     if snapshot is None and existing is None:
         return original(self, model_id, adapter_name, *args, **kwargs)
-    before = Before(self, adapter_name)
-    if fresh and sys._getframe(2).f_code.co_name == "from_pretrained":  # which has just injected it
-        before = injected
+    just_made = fresh and sys._getframe(2).f_code.co_name == "from_pretrained"
+    before = injected if just_made else Before(self, adapter_name)
     folder = model_id if snapshot is None else str(snapshot.path)
     try:
         with undone(before, str(model_id)), named(snapshot):
@@ -146,9 +145,9 @@ def _load(
     """Onto an existing adapter (a resumed run): check the directory first, and take its bases too."""
     config = self.peft_config.get(adapter_name)
     if fresh or config is None:
-        stored = config or PeftConfig.from_pretrained(folder)
-        if isinstance(stored, ProtectedConfig):  # plain adapters are stored with the wrappers' names
-            kwargs = _with_places(self, kwargs)
+        placed = _with_places(self, kwargs)
+        if placed is not kwargs:  # plain adapters are stored with the wrappers' names
+            kwargs = placed if isinstance(config or PeftConfig.from_pretrained(folder), ProtectedConfig) else kwargs
         result = original(self, folder, adapter_name, *args, **kwargs)
         config = self.peft_config.get(adapter_name)
         if isinstance(config, ProtectedConfig):

@@ -172,7 +172,6 @@ def of_texts() -> Iterator[tuple[str, Damage]]:
     yield "a lone surrogate", tools.text(lambda t: t.replace('"lora_alpha": 8', '"lora_alpha": "\\ud800"'))
     yield "UTF-16", lambda d: (d / MANIFEST).write_bytes((d / MANIFEST).read_text().encode("utf-16"))
     yield "two megabytes", tools.text(lambda t: t + " " * (2 << 20))
-    yield "another type", tools.text(lambda t: t.replace('"peft_type": "', '"peft_type": "X'))
 
 
 def of_bases() -> Iterator[tuple[str, Damage]]:
@@ -198,6 +197,7 @@ def of_bases() -> Iterator[tuple[str, Damage]]:
     large = torch.linalg.qr(torch.randn(512, 64)).Q.contiguous()
     shared = {f"basis.out.x{i}": "basis.out.large" for i in range(8_000)}
     yield "one basis for 8,000", lambda d: tools.subspace_header(d, shared, large)
+    yield "another type", tools.text(lambda t: t.replace('"peft_type": "', '"peft_type": "X'))
     yield "another header", lambda d: save_file(load_file(d / SUBSPACE), d / SUBSPACE, metadata={FORMAT: "[]"})
 
 

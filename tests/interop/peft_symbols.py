@@ -46,6 +46,6 @@ QUANTIZED = {
         "Linear4bit.get_delta_weight",
         "Linear8bitLt.get_delta_weight",
         "Linear4bit.merge",
-    )
+    ),
 }
 """The same, where bitsandbytes is installed."""
