@@ -138,7 +138,6 @@ def certified(config: LoraConfig, snapshot: Snapshot) -> LoraConfig:
     patterns = (config.target_modules, config.exclude_modules, config.layers_pattern)
     given = [x for value in patterns for x in ([value] if isinstance(value, str) else value or ())]
     if not are_names([*given, *(config.rank_pattern or ()), *(config.alpha_pattern or ())]):
-        config.exclude_modules = None
         pin(config, plain.modules(snapshot.path))  # no regular expression of a directory is run
     source = replace(certificate, directory=snapshot.source.resolve())
     result: LoraConfig = freezing(certificate).from_certificate(config, source)
