@@ -1,9 +1,10 @@
-"""Two small protected adapters, and a process that saves them in turn into one directory until it is stopped."""
+"""Small protected adapters, and a process that saves some in turn into one directory."""
 
 from __future__ import annotations
 
-import sys
-import warnings
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -45,9 +46,23 @@ def adapter(seed: int) -> PeftModel:
     return model.eval()
 
 
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    directory, models = Path(sys.argv[1]), [adapter(seed) for seed in (0, 1)]
-    while not (directory.parent / "stop").exists():
-        for model in models:
-            model.save_pretrained(str(directory))
+@contextmanager
+def saving(directory: Path, models: Sequence[PeftModel]) -> Iterator[None]:
+    """Another process saves the models in turn, until the block ends."""
+    stop = directory.parent / "stop"
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            while not stop.exists():
+                for model in models:
+                    model.save_pretrained(str(directory))
+            code = 0
+        finally:
+            os._exit(code)
+    try:
+        yield
+    finally:
+        stop.touch()
+        _, status = os.waitpid(child, 0)
+    assert status == 0

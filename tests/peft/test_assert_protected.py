@@ -110,7 +110,7 @@ def test_an_ordinary_adapter_that_is_active_beside_it_is_refused() -> None:
     model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"]))
     assert_protected(model)
     model.base_model.set_adapter(["default", "plain"])
-    with pytest.raises(ProtectionError, match="plain.*together with.*default"):
+    with pytest.raises(ProtectionError, match=r"plain.*together with.*default"):
         assert_protected(model)
     with model.disable_adapter():
         assert_protected(model)
@@ -125,5 +125,5 @@ def test_the_factors_that_the_forward_uses_are_measured(monkeypatch: pytest.Monk
         leaf.raw().add_(1.0)
     assert_protected(model)
     monkeypatch.setattr(leaf, "projected", leaf.raw)
-    with pytest.raises(ProtectionError, match=f"{NAME}.*leaks"):
+    with pytest.raises(ProtectionError, match=rf"{NAME}.*leaks"):
         assert_protected(model)
