@@ -39,7 +39,10 @@ class Snapshot:
     _live: ClassVar[weakref.WeakValueDictionary[Path, Snapshot]] = weakref.WeakValueDictionary()
 
     def __init__(self, source: Path, warn: bool = False) -> None:
-        self.source, self.path = source, Path(tempfile.mkdtemp(prefix="peft_safety-"))
+        try:
+            self.source, self.path = source, Path(tempfile.mkdtemp(prefix="peft_safety-"))
+        except OSError as error:
+            raise ArtifactError(f"{source} cannot be copied: {error}. Set TMPDIR to a writable directory.") from error
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         self._live[self.path] = self
         end = time.monotonic() + PATIENCE

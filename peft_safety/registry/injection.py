@@ -63,7 +63,7 @@ def inject_adapter(
     vars(model)["_protected"] = {**known, adapter_name: config}
     if config._snapshot is not None:  # `storage.load_adapter` is next
         vars(self)["_pending"] = (adapter_name, config._snapshot, before)
-        config._snapshot = None
+        config._snapshot = config._stored = None
     return None
 
 

@@ -149,9 +149,7 @@ def _load(
         if placed is not kwargs:  # plain adapters are stored with the wrappers' names
             kwargs = placed if isinstance(config or PeftConfig.from_pretrained(folder), ProtectedConfig) else kwargs
         result = original(self, folder, adapter_name, *args, **kwargs)
-        config = self.peft_config.get(adapter_name)
-        if isinstance(config, ProtectedConfig):
-            config._stored = None
+        if isinstance(self.peft_config.get(adapter_name), ProtectedConfig):
             lay_out_adapter(self, adapter_name)  # with low_cpu_mem_usage the factors lie in the file's memory
         return result
     stored = PeftConfig.from_pretrained(folder)
