@@ -87,7 +87,7 @@ def _check_extra(
 
 
 def _token_rows(
-    directory: Path, config: ProtectedConfig, modules: Mapping[str, nn.Module], embeddings: Sequence[nn.Module]
+    directory: Path, config: ProtectedConfig, modules: Mapping[str, nn.Module], embeddings: Sequence[nn.Module | None]
 ) -> dict[str, tuple[int, ...]]:
     """The keys and shapes of the trained token rows that a config names."""
     rows: Any = config.trainable_token_indices or {}
