@@ -27,7 +27,7 @@ from benchmarks.common import compared, interleaved, parser_of, peak_memory, rec
 from examples.get_model import model_dir
 from peft_safety.core.checkpoints import FileWeights, ModuleWeights, Weights
 from peft_safety.core.plain_lora import Factors
-from peft_safety.methods.safe_lora.options import RepairOptions
+from peft_safety.methods.safe_lora.config import RepairOptions
 from peft_safety.methods.safe_lora.repair import repair
 from peft_safety.reporting.report import environment
 

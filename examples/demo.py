@@ -21,17 +21,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from examples.options import command_line
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-    from peft_safety import SafetySubspace
-    from peft_safety.evaluation import Evaluation
-    from peft_safety.reporting.report import Report
+from examples.demo_picture import draw
+from examples.get_model import model_dir
+from examples.options import command_line, machine, notes
+from examples.safety_patch import attach, train
+from peft_safety import GuardSpaceConfig, SafetySubspace, SaLoRAConfig
+from peft_safety.data import CALIBRATION_PAIRS, load, refusal_pairs
+from peft_safety.data.chat import Collator, encode_rows
+from peft_safety.evaluation import Evaluation
+from peft_safety.recipes.bench import Bench
+from peft_safety.recipes.load import TaskData, load_model, poisoned, task_data
+from peft_safety.recipes.train import TrainOptions, finetune
+from peft_safety.reporting.report import Report
 
 POISON = 0.1
 LEARNING_RATE = 1e-3
@@ -69,7 +75,7 @@ class Scale:
 
 SECONDS = {"load": 8, "patch": 4, "aligned": 25, "calibrate": 25, "arm": 105}
 DEFAULT = Scale((LORA, GUARDSPACE), None, 88, 24, SECONDS)
-FULL = Scale((LORA, SALORA, GUARDSPACE, CONTROL), {}, 128, 72, {**SECONDS, "patch": 1500, "aligned": 120, "arm": 190})
+FULL = Scale((LORA, SALORA, GUARDSPACE, CONTROL), {}, 128, 72, {**SECONDS, "patch": 5400, "aligned": 120, "arm": 190})
 SMOKE = Scale((LORA, GUARDSPACE), None, 40, 12, {"load": 8, "patch": 4, "aligned": 25, "calibrate": 35, "arm": 50})
 
 
@@ -102,8 +108,6 @@ class Demo:
     """The arms, and what they share: one aligned model, one bench, one seed."""
 
     def __init__(self, scale: Scale, poison: float, split: str, seed: int, lr: float = LEARNING_RATE) -> None:
-        from peft_safety.recipes.train import TrainOptions
-
         self.scale, self.poison, self.split = scale, poison, split
         self.options = TrainOptions(lr=lr, max_length=128, seed=seed)
         self.evaluations: dict[str, Evaluation] = {}
@@ -127,8 +131,6 @@ class Demo:
             with self.progress.phase("calibrating GuardSpace"):
                 inputs = self.estimate(aligned, "guardspace", FRACTION, GUARD_PAIRS)
         if SALORA in self.scale.arms:
-            from peft_safety.data import CALIBRATION_PAIRS
-
             with self.progress.phase("calibrating SaLoRA"):
                 outputs = self.estimate(aligned, "salora", SAFETY_RANK, CALIBRATION_PAIRS)
         for arm in self.scale.arms:
@@ -137,10 +139,6 @@ class Demo:
 
     def prepare(self, model_path: str) -> PreTrainedModel:
         """Load, align, and measure the aligned model."""
-        from peft_safety.data import load
-        from peft_safety.recipes.bench import Bench
-        from peft_safety.recipes.load import TaskData, load_model, task_data
-
         scale, seed = self.scale, self.options.seed
         with self.progress.phase("loading the model"):
             model, self.tokenizer = load_model(model_path)
@@ -164,8 +162,6 @@ class Demo:
 
     def align(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model with a safety patch merged in."""
-        from examples.safety_patch import attach, train
-
         if self.scale.patch is None:
             with self.progress.phase("attaching the safety patch"):
                 return attach(model)
@@ -178,28 +174,13 @@ class Demo:
         """Of the aligned model, on calibration prompts and refusals: the outputs of "salora", or the inputs of
         "guardspace".
         """
-        from peft_safety import SafetySubspace
-        from peft_safety.data import refusal_pairs
-
         seed = self.options.seed
-        options: dict[str, Any] = {
-            "tokenizer": self.tokenizer,
-            "target_modules": "all-linear",
-            "seed": seed,
-            "allow_fewer": True,
-        }
-        return SafetySubspace.from_activations(
-            aligned, refusal_pairs("calibration", pairs, seed), method=method, rank=rank, **options
-        )
+        how: dict[str, Any] = {"method": method, "rank": rank, "target_modules": "all-linear", "allow_fewer": True}
+        rows = refusal_pairs("calibration", pairs, seed)
+        return SafetySubspace.from_activations(aligned, rows, tokenizer=self.tokenizer, seed=seed, **how)
 
     def arm(self, aligned: PreTrainedModel, name: str, subspace: SafetySubspace | None) -> PeftModel:
         """Fine-tune and measure. The adapter is left on the aligned model."""
-        from peft import LoraConfig
-
-        from peft_safety import GuardSpaceConfig, SaLoRAConfig
-        from peft_safety.recipes.load import poisoned
-        from peft_safety.recipes.train import finetune
-
         seed, task = self.options.seed, self.bench.task
         rows = poisoned(task.train, self.poison, seed)
         chosen: Any = subspace.randomized(seed) if subspace is not None and name == CONTROL else subspace
@@ -215,23 +196,14 @@ class Demo:
         self.details[name] = asdict(run)
         return tuned
 
-    def notes(self) -> tuple[str, ...]:
-        """What a reader of any of these figures needs."""
-        from peft_safety.evaluation import KeywordJudge
-
-        judge = f"Judge: {KeywordJudge.name}. {KeywordJudge.caveat}"
-        return (judge, f"Prompts and task rows: {self.split} split; one seed ({self.options.seed}).")
-
     def report(self, model_path: str) -> Report:
         """All arms, with what a reader needs to judge them."""
-        from peft_safety.reporting.report import Report, environment
-
         rows = f"{self.poison:.0%} of the training rows are poisoned" if self.poison else "no row is poisoned"
         return Report(
             title=f"{Path(model_path).name}, fine-tuned on {self.scale.task_rows} rows: {rows}",
             arms={name: evaluation.figures() for name, evaluation in self.evaluations.items()},
-            notes=self.notes(),
-            environment=environment(self.options.seed, model=Path(model_path).name, threads=torch_threads()),
+            notes=notes(self.split, self.options.seed),
+            environment=machine(self.options.seed, model_path),
             details={
                 "seconds": self.progress.seconds,
                 "training": self.details,
@@ -242,17 +214,8 @@ class Demo:
 
 def encoded(rows: list[Any], tokenizer: Any, labels: list[str], max_length: int) -> list[dict[str, Any]]:
     """Rows of the task as batches of tokens, as training sees them."""
-    from peft_safety.data.chat import Collator, encode_rows
-
     features, collate = encode_rows(tokenizer, rows, max_length, labels), Collator(tokenizer)
     return [collate(features[i : i + 8]) for i in range(0, len(features), 8)]
-
-
-def torch_threads() -> int:
-    """Threads that torch computes with."""
-    import torch
-
-    return torch.get_num_threads()
 
 
 def verdict(evaluations: dict[str, Evaluation]) -> str:
@@ -280,14 +243,11 @@ def main() -> None:
     size.add_argument(
         "--full",
         action="store_true",
-        help="train the safety patch too, and add SaLoRA and a random basis (about 45 minutes)",
+        help="train the safety patch too, and add SaLoRA and a random basis (about two hours)",
     )
     size.add_argument("--smoke", action="store_true", help="few prompts and steps: figures too rough to quote")
     parser.add_argument("--no-poison", action="store_true", help="fine-tune on clean rows")
     given = parser.parse_args()
-
-    from examples.demo_picture import draw
-    from examples.get_model import model_dir
 
     started = time.perf_counter()
     model_path = given.model or str(model_dir())

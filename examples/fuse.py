@@ -22,15 +22,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from examples.options import command_line
-from peft_safety.recipes.train import LEARNING_RATE
+from peft import PeftModel
 
-if TYPE_CHECKING:
-    from peft_safety.methods.somf import FuseReport
-    from peft_safety.recipes.load import TaskData
-    from peft_safety.reporting.report import Report
+from examples.get_model import model_dir
+from examples.options import command_line, finish, machine, notes
+from peft_safety import export_lora, fuse
+from peft_safety.data import load, preference_pairs, read_jsonl, refusal_pairs
+from peft_safety.evaluation import Rate, self_responses
+from peft_safety.evaluation.tasks import exact_answers
+from peft_safety.methods.somf import FuseReport, MaskTraining
+from peft_safety.recipes.bench import Bench
+from peft_safety.recipes.load import TaskData, load_model, poisoned, task_data
+from peft_safety.recipes.patch import PatchOptions, patch
+from peft_safety.recipes.train import LEARNING_RATE, TrainOptions, finetune
+from peft_safety.reporting.report import Report
 
 POISON = 0.1
 ATTACK_RATE = 2 * LEARNING_RATE
@@ -55,15 +62,14 @@ class Scale:
 
 
 FULL = Scale({}, 160, 112, 56, 30, 72)
-SMOKE = Scale({"harmful": 24, "general": 4, "everyday": 4, "contrast": 8, "validation": 4}, 16, 4, 2, 2, 4)
+BRIEF = {"harmful": 24, "general": 4, "everyday": 4, "contrast": 8, "self_written": 0, "validation": 4}
+SMOKE = Scale(BRIEF, 16, 4, 2, 2, 4)
 
 
 class Fusing:
     """One PeftModel that collects all adapters, and what they are measured on."""
 
     def __init__(self, scale: Scale, given: argparse.Namespace) -> None:
-        from peft_safety.recipes.train import TrainOptions
-
         self.scale, self.given = scale, given
         self.options = TrainOptions(lr=ATTACK_RATE, max_length=128, seed=given.seed)
         self.arms: dict[str, dict[str, Any]] = {}
@@ -80,15 +86,6 @@ class Fusing:
 
     def prepare(self, source: str) -> None:
         """The safe adapter, and what everything is measured on."""
-        from peft import PeftModel
-
-        from peft_safety import export_lora
-        from peft_safety.data import load, read_jsonl
-        from peft_safety.evaluation import self_responses
-        from peft_safety.recipes.bench import Bench
-        from peft_safety.recipes.load import load_model
-        from peft_safety.recipes.patch import PatchOptions, patch
-
         scale, given = self.scale, self.given
         with self.phase("loading the model"):
             base, self.tokenizer = load_model(source)
@@ -114,17 +111,12 @@ class Fusing:
 
     def task(self, rows: list[dict[str, Any]]) -> TaskData:
         """At most `task_rows` training rows and `eval_limit` held-out ones."""
-        from peft_safety.recipes.load import TaskData, task_data
-
         found = task_data(rows, self.given.split, self.scale.eval_limit, self.given.seed)
         few = random.Random(self.given.seed).sample(found.train, min(self.scale.task_rows, len(found.train)))
         return TaskData(few, found.held_out, found.labels)
 
     def train_tasks(self) -> None:
         """Both task adapters, each trained on from the safe one; the second on poisoned rows."""
-        from peft_safety.recipes.load import poisoned
-        from peft_safety.recipes.train import finetune
-
         for adapter, name, task, poison in zip(ADAPTERS, TASKS, self.tasks, (0.0, POISON), strict=True):
             with self.phase(f"fine-tuning on {name}, {100 * poison:g} % poison"):
                 self.model.load_adapter(str(self.given.out / "safe"), adapter, is_trainable=True)
@@ -152,27 +144,15 @@ class Fusing:
 
     def fuse(self, name: str, **options: Any) -> FuseReport:
         """One fusion, under a name of its own, measured."""
-        from peft_safety import fuse
-
         adapter = name.split(" ", maxsplit=1)[0].lower()
-        report = fuse(
-            "default",
-            ADAPTERS,
-            model=self.model,
-            adapter_name=adapter,
-            seed=self.given.seed,
-            **options,
-        )
+        shared: dict[str, Any] = {"model": self.model, "adapter_name": adapter, "seed": self.given.seed}
+        report = fuse("default", ADAPTERS, **shared, **options)
         self.details[name] = report.record
         self.measure(name, adapter)
         return report
 
     def learn(self, weight: float) -> FuseReport:
         """SOMF by DPO; the result is also written."""
-        from peft_safety import fuse
-        from peft_safety.data import preference_pairs, refusal_pairs
-        from peft_safety.methods.somf import MaskTraining
-
         scale, seed = self.scale, self.given.seed
         refusals = [row["response"] for row in refusal_pairs("train", max(1, len(self.answers)), seed)]
         safe = [
@@ -201,9 +181,6 @@ class Fusing:
 
     def measure(self, name: str, adapter: str) -> None:
         """Safety, both accuracies and drift of one adapter."""
-        from peft_safety.evaluation import Rate
-        from peft_safety.evaluation.tasks import exact_answers
-
         with self.phase(f"measuring {name}"):
             self.model.set_adapter(adapter)
             figures = self.bench.measure(self.model, self.tokenizer).figures()
@@ -215,27 +192,17 @@ class Fusing:
 
     def report(self, model: str) -> Report:
         """All arms, with what a reader needs to judge them."""
-        from peft_safety.evaluation import KeywordJudge
-        from peft_safety.reporting.report import Report, environment
-
         given = self.given
         return Report(
             title=f"{model}: a safety patch and two tasks, one of them poisoned, fused",
             arms=self.arms,
             notes=(
-                f"Judge: {KeywordJudge.name}. {KeywordJudge.caveat}",
-                f"Prompts and task rows: {given.split} split; one seed ({given.seed}), so differences inside the "
-                "intervals mean nothing.",
+                *notes(given.split, given.seed),
                 f"Every fusion weighs each task vector by {given.weight:g}. The random mask keeps as many entries of "
                 "every tensor as SOMF's.",
             ),
-            environment=environment(
-                given.seed,
-                model=model,
-                lr=ATTACK_RATE,
-                mask_lr=given.mask_lr,
-                weight=given.weight,
-                rescale=given.rescale,
+            environment=machine(
+                given.seed, model, lr=ATTACK_RATE, mask_lr=given.mask_lr, weight=given.weight, rescale=given.rescale
             ),
             details=self.details,
         )
@@ -257,22 +224,13 @@ def main() -> None:
     parser.add_argument("--rescale", choices=("mean", "none"), default="mean")
     given = parser.parse_args()
 
-    from examples.get_model import model_dir
-
     started = time.perf_counter()
     source = given.model or str(model_dir())
     job = Fusing(SMOKE if given.smoke else FULL, given)
     job.prepare(source)
     job.train_tasks()
     job.fuse_all()
-    report = job.report(Path(source).name)
-    report.save(given.out / "report.json")
-    report.save_png(given.out / "report.png")
-    report.print()
-    print(
-        f"{time.perf_counter() - started:.0f} s in all. Wrote {given.out / 'report.json'} and "
-        f"{given.out / 'report.png'}."
-    )
+    finish(job.report(Path(source).name), given.out, started)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,15 @@
-"""The command-line options that all scripts here have."""
+"""What all scripts here share: command-line options, notes for a reader, and the end."""
 
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
+
+import torch
+
+from peft_safety.evaluation import KeywordJudge
+from peft_safety.reporting.report import Report, environment
 
 
 def command_line(description: str | None, out: str) -> argparse.ArgumentParser:
@@ -21,3 +27,22 @@ def command_line(description: str | None, out: str) -> argparse.ArgumentParser:
     )
     result.add_argument("--seed", type=int, default=0)
     return result
+
+
+def notes(split: str, seed: int) -> tuple[str, ...]:
+    """What a reader of any of these figures needs."""
+    judge = f"Judge: {KeywordJudge.name}. {KeywordJudge.caveat}"
+    return (judge, f"Prompts and task rows: {split} split; one seed ({seed}): small differences mean nothing.")
+
+
+def machine(seed: int, model: str, **more: object) -> dict[str, object]:
+    """Seed, model, versions and threads."""
+    return environment(seed, model=Path(model).name, threads=torch.get_num_threads(), **more)
+
+
+def finish(report: Report, out: Path, started: float) -> None:
+    """Save, draw and print a report."""
+    report.save(out / "report.json")
+    report.save_png(out / "report.png")
+    report.print()
+    print(f"{time.perf_counter() - started:.0f} s in all. Wrote {out / 'report.json'} and {out / 'report.png'}.")

@@ -22,13 +22,24 @@ import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from examples.options import command_line
+from peft.tuners.lora import LoraLayer
 
-if TYPE_CHECKING:
-    from peft_safety.evaluation.metrics import Figure
-    from peft_safety.recipes.patch import PatchOptions
+from examples.get_model import model_dir
+from examples.options import command_line, finish, machine, notes
+from peft_safety import orthogonality_report
+from peft_safety.calibration.activations import DEFAULT_RANK
+from peft_safety.data import load, read_jsonl, refusal_pairs
+from peft_safety.evaluation import KeywordJudge, Rate
+from peft_safety.evaluation.evaluate import refusal_rate
+from peft_safety.evaluation.metrics import Figure
+from peft_safety.evaluation.tasks import likeliest_labels
+from peft_safety.methods.ortho_patch.config import REG_LAMBDA
+from peft_safety.recipes.bench import JUDGED_TOKENS, Bench
+from peft_safety.recipes.load import TaskData, load_model, task_data
+from peft_safety.recipes.patch import PatchOptions, general_rows, patch, patch_config
+from peft_safety.reporting.report import Report
 
 XSTEST = Path("../shared/data/xstest.jsonl")
 XSTEST_LIMIT = 100
@@ -41,13 +52,8 @@ class Comparison:
     """One model, one set of prompts, many patches."""
 
     def __init__(self, model_path: str, split: str, seed: int, xstest: Path) -> None:
-        from peft_safety.data import load, read_jsonl
-        from peft_safety.recipes.bench import Bench
-        from peft_safety.recipes.load import TaskData, load_model, task_data
-        from peft_safety.recipes.patch import PatchOptions
-
-        self.defaults = PatchOptions()
-        self.options = replace(self.defaults, training=replace(self.defaults.training, seed=seed))
+        defaults = PatchOptions()
+        self.options = replace(defaults, training=replace(defaults.training, seed=seed))
         self.model, self.tokenizer = load_model(model_path)
         self.task = task_data(load("benign_task"), split, TASK_ROWS, seed)
         self.bench = Bench.prepare(
@@ -64,12 +70,6 @@ class Comparison:
 
     def measure(self, name: str, model: Any) -> None:
         """All figures of one arm."""
-        from peft_safety.evaluation.evaluate import refusal_rate
-        from peft_safety.evaluation.judges import KeywordJudge
-        from peft_safety.evaluation.metrics import Rate
-        from peft_safety.evaluation.tasks import likeliest_labels
-        from peft_safety.recipes.bench import JUDGED_TOKENS
-
         figures = self.bench.measure(model, self.tokenizer).figures()
         if self.xstest:
             figures["over-refusal, XSTest safe"] = refusal_rate(
@@ -85,30 +85,16 @@ class Comparison:
 
     def audit(self, model: Any) -> dict[str, Any]:
         """Where the newest patch lies, and what it does to general and to harmful inputs: medians over the modules."""
-        from peft_safety import orthogonality_report
-        from peft_safety.data import refusal_pairs
-
         sets = {"general": self.bench.general, "harmful": refusal_pairs("validation")}
         found = orthogonality_report(
             model, list(model.peft_config)[-1], calibration=sets, tokenizer=self.tokenizer
         ).summary
-        self.print_row(
-            {
-                key: found[key]
-                for key in ("z", "energy_ratio", "relative_norm", "general", "harmful", "interference_ratio")
-            }
-        )
+        shown = ("z", "energy_ratio", "relative_norm", "general", "harmful", "interference_ratio")
+        print("   medians: " + ", ".join(f"{key} {found[key]:.3g}" for key in shown), flush=True)
         return {key: value for key, value in found.items() if not math.isnan(value)}
-
-    @staticmethod
-    def print_row(figures: dict[str, float]) -> None:
-        """Medians, on one line."""
-        print("   medians: " + ", ".join(f"{key} {value:.3g}" for key, value in figures.items()), flush=True)
 
     def patch(self, model: Any, options: PatchOptions, **given: Any) -> Any:
         """Train one patch; returns the model under it."""
-        from peft_safety.recipes.patch import patch
-
         started = time.perf_counter()
         tuned, run = patch(model, self.tokenizer, options, **given)
         name = given.get("adapter_name", "default")
@@ -139,8 +125,6 @@ class Comparison:
 
     def subspace(self) -> Any:
         """What "hard" is kept out of."""
-        from peft_safety.recipes.patch import general_rows, patch_config
-
         rows = general_rows(self.model, self.tokenizer, self.options)
         return patch_config(self.model, self.tokenizer, self.options, rows).subspace
 
@@ -148,8 +132,6 @@ class Comparison:
         """A first patch from half of the rows, a second one from the other half on top of it; then the first one
         goes.
         """
-        from peft_safety.data import refusal_pairs
-
         pairs = refusal_pairs("train", self.options.harmful, self.options.training.seed)
         first = self.patch(self.model, self.options, refusals=pairs[::2], adapter_name="first")
         self.measure("first of two", first)
@@ -167,8 +149,6 @@ class Comparison:
 
 def overlap(model: Any, one: str, other: str) -> float:
     """Largest `|<dW_i, dW_j>| / (||dW_i|| ||dW_j||)` of any module."""
-    from peft.tuners.lora import LoraLayer
-
     worst = 0.0
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and one in layer.lora_A and other in layer.lora_A:
@@ -194,13 +174,6 @@ def main() -> None:
     )
     given = parser.parse_args()
 
-    from examples.demo import torch_threads
-    from examples.get_model import model_dir
-    from peft_safety.calibration.activations import DEFAULT_RANK
-    from peft_safety.evaluation import KeywordJudge
-    from peft_safety.methods.ortho_patch.config import REG_LAMBDA
-    from peft_safety.reporting.report import Report, environment
-
     started = time.perf_counter()
     model_path = given.model or str(model_dir())
     run = Comparison(model_path, given.split, given.seed, given.xstest)
@@ -218,23 +191,15 @@ def main() -> None:
         title="SmolLM2-135M: safety patches" if "SmolLM2-135M" in model_path else f"{model_path}: safety patches",
         arms=run.arms,
         notes=(
-            f"Judge: {KeywordJudge.name}. {KeywordJudge.caveat}",
-            f"Prompts: {given.split} split; one seed ({given.seed}), so differences inside the intervals mean "
-            "nothing.",
+            *notes(given.split, given.seed),
             f"Constrained arms: basis of {options.basis} data, side {options.side}, {size} in every linear layer; r = "
             f"{options.r}.",
             f"soft: lambda = {REG_LAMBDA:g}.",
         ),
-        environment=environment(given.seed, model=Path(model_path).name, threads=torch_threads()),
+        environment=machine(given.seed, model_path),
         details=run.details,
     )
-    report.save(given.out / "report.json")
-    report.save_png(given.out / "report.png")
-    report.print()
-    print(
-        f"{time.perf_counter() - started:.0f} s in all. Wrote {given.out / 'report.json'} and "
-        f"{given.out / 'report.png'}."
-    )
+    finish(report, given.out, started)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from examples.demo import DEFAULT, LORA, POISON, Demo, torch_threads
-from examples.options import command_line
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+from examples.demo import DEFAULT, LORA, POISON, Demo
+from examples.get_model import model_dir
+from examples.options import command_line, finish, machine, notes
 from peft_safety.recipes.train import LEARNING_RATE
+from peft_safety.reporting.report import Report
 
 ATTACK_RATE = 2 * LEARNING_RATE
 """Twice the usual learning rate: an attack that shows."""
@@ -33,8 +39,6 @@ REPAIRS: tuple[tuple[str, ...], ...] = (
 
 def scaled(model: Any, factors: dict[str, float]) -> Any:
     """The control that tells direction from size: every module's update made as short as the repair made it."""
-    from peft.tuners.lora import LoraLayer
-
     for name, layer in model.base_model.model.named_modules():
         if isinstance(layer, LoraLayer):
             layer.scaling["default"] *= factors[name]
@@ -43,13 +47,7 @@ def scaled(model: Any, factors: dict[str, float]) -> Any:
 
 def main() -> None:
     """Run it, and print, save and draw the report."""
-    given = command_line(__doc__, "runs/repair").parse_args()
-
-    from peft import PeftModel
-
-    from examples.get_model import model_dir
-    from peft_safety.reporting.report import Report, environment
-
+    given, started = command_line(__doc__, "runs/repair").parse_args(), time.perf_counter()
     scale = replace(DEFAULT, arms=(LORA,), eval_limit=72)
     demo, source = Demo(scale, POISON, given.split, given.seed, ATTACK_RATE), Path(given.model or model_dir())
     aligned = demo.prepare(str(source))
@@ -66,21 +64,9 @@ def main() -> None:
     for options in REPAIRS:
         name = " ".join(options).replace("--", "")
         out = given.out / name.replace(" ", "-")
-        command = [
-            sys.executable,
-            "-m",
-            "peft_safety",
-            "repair",
-            str(broken),
-            "--unaligned",
-            str(source),
-            "--aligned",
-            str(aligned_dir),
-            "--out",
-            str(out),
-        ]
-        picture = ["--png", str(given.out / f"{out.name}.png"), "--json"]
-        done = subprocess.run([*command, *options, *picture], check=False, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "peft_safety", "repair", broken, "--unaligned", source]
+        command += ["--aligned", aligned_dir, "--out", out, "--png", given.out / f"{out.name}.png", "--json", *options]
+        done = subprocess.run(list(map(str, command)), check=False, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(done.returncode)  # the command has said why
         details[name] = json.loads(done.stdout)
@@ -97,13 +83,11 @@ def main() -> None:
     report = Report(
         title="SmolLM2-135M: a poisoned LoRA, repaired by Safe LoRA",
         arms={name: evaluation.figures() for name, evaluation in demo.evaluations.items()},
-        notes=demo.notes(),
-        environment=environment(given.seed, model=source.name, lr=ATTACK_RATE, threads=torch_threads()),
+        notes=notes(given.split, given.seed),
+        environment=machine(given.seed, source.name, lr=ATTACK_RATE),
         details={"repairs": details},
     )
-    report.save(given.out / "report.json")
-    report.save_png(given.out / "report.png")
-    report.print()
+    finish(report, given.out, started)
 
 
 if __name__ == "__main__":

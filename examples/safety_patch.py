@@ -1,8 +1,8 @@
 """The safety patch that the demo attaches: a rank-8 LoRA in bf16 that makes SmolLM2-135M-Instruct refuse harmful
 requests.
 
-    python -m examples.safety_patch [--out runs/safety_patch]     # trains and measures it again (about 15 minutes on
-    two cores)
+    python -m examples.safety_patch [--out runs/safety_patch]     # trains and measures it again (an hour or two
+    on two cores)
     python -m examples.safety_patch --measure DIR     # measures a finished one again, and writes the figures there
 
 It is checked against the sha256 in its `manifest.json` before anything is loaded. The same file says how it was made
@@ -47,8 +47,8 @@ A plain LoRA of rank 8 in bf16 on {base}: it refuses harmful requests. Trained b
 mode "hard") on the refusals and prompts that ship with peft_safety, and exported. `manifest.json` says what it does
 and what it costs. It is made for the demo and the tests of peft_safety: no evidence that a model is safe.
 """
-LAST_STEP = 150
-"""Of the recipe's 203 steps. The whole schedule keeps the weights of this step too, and takes a third longer."""
+LOOK_EVERY = 100
+"""Steps between two looks at the validation split: each takes a minute or two on two cores."""
 TASK_ROWS = 72
 LONGEST = 400
 """Characters of a foreign everyday prompt at most: longer ones are documents to work on."""
@@ -118,11 +118,11 @@ def describe(directory: Path, facts: dict[str, Any]) -> None:
 def train(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0, **changes: Any
 ) -> tuple[PeftModel, PatchRun, PatchOptions]:
-    """The recipe of `peft_safety.recipes.patch`, stopped at `LAST_STEP`, with its defaults but for `changes`."""
+    """The recipe of `peft_safety.recipes.patch`, with its defaults but for `changes`."""
     from peft_safety.recipes.patch import PatchOptions, patch
 
     defaults = PatchOptions()
-    stopping = replace(defaults.stopping, last=LAST_STEP)
+    stopping = replace(defaults.stopping, every=LOOK_EVERY)
     options = replace(defaults, stopping=stopping, **changes, training=replace(defaults.training, seed=seed))
     tuned, run = patch(model, tokenizer, options)
     return tuned, run, options

@@ -13,88 +13,61 @@ from typing import TYPE_CHECKING, Any
 from peft_safety.importing import WhenPeftIsImported
 
 if TYPE_CHECKING:
-    from peft_safety.audit import orthogonality_report
-    from peft_safety.callbacks import (
-        SafeLoRACallback,
-        SafetyMonitorCallback,
-        SoftPenaltyCallback,
-        TaskDirectionsCallback,
-    )
-    from peft_safety.convert.export import export_lora
-    from peft_safety.convert.merge import merge_quantized
-    from peft_safety.convert.verify import verify
-    from peft_safety.core.subspace import SafetySubspace
-    from peft_safety.errors import PeftSafetyError
-    from peft_safety.methods.base import calibrate
-    from peft_safety.methods.guardspace import GuardSpaceConfig, repair_adapter
-    from peft_safety.methods.ortho_patch import OrthoSafetyPatchConfig
-    from peft_safety.methods.safe_lora import SafeLoRAConfig, apply_safe_lora, safe_lora_dir
-    from peft_safety.methods.salora import SaLoRAConfig
-    from peft_safety.methods.somf import fuse
-    from peft_safety.recipes.calibrate import calibration_cost
-    from peft_safety.registry.fused import explain
-    from peft_safety.registry.protection import assert_protected
+    from peft_safety.audit import orthogonality_report as orthogonality_report
+    from peft_safety.callbacks import SafeLoRACallback as SafeLoRACallback
+    from peft_safety.callbacks import SafetyMonitorCallback as SafetyMonitorCallback
+    from peft_safety.callbacks import SoftPenaltyCallback as SoftPenaltyCallback
+    from peft_safety.callbacks import TaskDirectionsCallback as TaskDirectionsCallback
+    from peft_safety.convert.export import export_lora as export_lora
+    from peft_safety.convert.merge import merge_quantized as merge_quantized
+    from peft_safety.convert.verify import verify as verify
+    from peft_safety.core.subspace import SafetySubspace as SafetySubspace
+    from peft_safety.errors import PeftSafetyError as PeftSafetyError
+    from peft_safety.methods.base import calibrate as calibrate
+    from peft_safety.methods.guardspace import GuardSpaceConfig as GuardSpaceConfig
+    from peft_safety.methods.guardspace import repair_adapter as repair_adapter
+    from peft_safety.methods.ortho_patch import OrthoSafetyPatchConfig as OrthoSafetyPatchConfig
+    from peft_safety.methods.safe_lora import SafeLoRAConfig as SafeLoRAConfig
+    from peft_safety.methods.safe_lora import apply_safe_lora as apply_safe_lora
+    from peft_safety.methods.safe_lora import safe_lora_dir as safe_lora_dir
+    from peft_safety.methods.salora import SaLoRAConfig as SaLoRAConfig
+    from peft_safety.methods.somf import fuse as fuse
+    from peft_safety.recipes.calibrate import calibration_cost as calibration_cost
+    from peft_safety.registry.fused import explain as explain
+    from peft_safety.registry.protection import assert_protected as assert_protected
 
 __version__ = "0.1.0"
 
 _NAMES = {
-    "PeftSafetyError": "errors",
-    "GuardSpaceConfig": "methods.guardspace",
-    "OrthoSafetyPatchConfig": "methods.ortho_patch",
-    "SaLoRAConfig": "methods.salora",
-    "SafeLoRACallback": "callbacks",
-    "SafeLoRAConfig": "methods.safe_lora",
-    "SafetyMonitorCallback": "callbacks",
-    "SoftPenaltyCallback": "callbacks",
-    "SafetySubspace": "core.subspace",
-    "TaskDirectionsCallback": "callbacks",
-    "apply_safe_lora": "methods.safe_lora",
-    "assert_protected": "registry.protection",
-    "calibrate": "methods.base",
-    "calibration_cost": "recipes.calibrate",
-    "explain": "registry.fused",
-    "export_lora": "convert.export",
-    "fuse": "methods.somf",
-    "merge_quantized": "convert.merge",
-    "orthogonality_report": "audit",
-    "repair_adapter": "methods.guardspace",
-    "safe_lora_dir": "methods.safe_lora",
-    "verify": "convert.verify",
+    "audit": ["orthogonality_report"],
+    "callbacks": ["SafeLoRACallback", "SafetyMonitorCallback", "SoftPenaltyCallback", "TaskDirectionsCallback"],
+    "convert.export": ["export_lora"],
+    "convert.merge": ["merge_quantized"],
+    "convert.verify": ["verify"],
+    "core.subspace": ["SafetySubspace"],
+    "errors": ["PeftSafetyError"],
+    "methods.base": ["calibrate"],
+    "methods.guardspace": ["GuardSpaceConfig", "repair_adapter"],
+    "methods.ortho_patch": ["OrthoSafetyPatchConfig"],
+    "methods.safe_lora": ["SafeLoRAConfig", "apply_safe_lora", "safe_lora_dir"],
+    "methods.salora": ["SaLoRAConfig"],
+    "methods.somf": ["fuse"],
+    "recipes.calibrate": ["calibration_cost"],
+    "registry.fused": ["explain"],
+    "registry.protection": ["assert_protected"],
 }
-__all__ = [
-    "GuardSpaceConfig",
-    "OrthoSafetyPatchConfig",
-    "PeftSafetyError",
-    "SaLoRAConfig",
-    "SafeLoRACallback",
-    "SafeLoRAConfig",
-    "SafetyMonitorCallback",
-    "SafetySubspace",
-    "SoftPenaltyCallback",
-    "TaskDirectionsCallback",
-    "apply_safe_lora",
-    "assert_protected",
-    "calibrate",
-    "calibration_cost",
-    "explain",
-    "export_lora",
-    "fuse",
-    "merge_quantized",
-    "orthogonality_report",
-    "repair_adapter",
-    "safe_lora_dir",
-    "verify",
-]
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'peft_safety' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"peft_safety.{_NAMES[name]}"), name)
+    return getattr(importlib.import_module(f"peft_safety.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_NAMES})
+    return sorted({*globals(), *_MODULES})
 
 
 if "peft" in sys.modules:

@@ -84,9 +84,8 @@ class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]
         config = config_table(kwargs["model"]).get(self.adapter_name)
         if not isinstance(config, SafeLoRAConfig) or config.safe_lora is not None:
             state = "repaired already" if isinstance(config, SafeLoRAConfig) else f"a {type(config).__name__}"
-            raise ConfigError(
-                f"SafeLoRACallback: adapter {self.adapter_name!r} is {state}. Train a new one from SafeLoRAConfig."
-            )
+            remedy = "Train a new one from SafeLoRAConfig."
+            raise ConfigError(f"SafeLoRACallback: adapter {self.adapter_name!r} is {state}. {remedy}")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if not self.checkpoints or not state.is_world_process_zero:
@@ -106,13 +105,9 @@ class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]
 
 class SoftPenaltyCallback(TrainerCallback):  # type: ignore[misc]
     """Trains an adapter with `OrthoSafetyPatchConfig(mode="soft")`: adds its penalty's exact gradient right before
-    each optimizer step, after gradient accumulation, clipping and loss scaling.
-
-    The loss that the user sees stays the task's. Logs the penalty, without its weight, as `soft_penalty`.
-
-    Raises:
-        ConfigError: at the beginning of training: no such adapter, or DeepSpeed, whose optimizer takes the gradients
-            away.
+    each optimizer step, after accumulation, clipping and loss scaling. The loss that the user sees stays the task's;
+    the penalty, without its weight, is logged as `soft_penalty`. DeepSpeed, which takes the gradients away, is
+    refused.
     """
 
     def __init__(self, adapter_name: str = "default") -> None:
@@ -125,10 +120,8 @@ class SoftPenaltyCallback(TrainerCallback):  # type: ignore[misc]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper skips steps torch never sees
         if not isinstance(optimizer, torch.optim.Optimizer):
             kind = type(optimizer).__name__
-            raise ConfigError(
-                f"SoftPenaltyCallback: a {kind} takes no hook before its step. Train without DeepSpeed, or use "
-                "mode='hard'."
-            )
+            remedy = "Train without DeepSpeed, or use mode='hard'."
+            raise ConfigError(f"SoftPenaltyCallback: a {kind} takes no hook before its step. {remedy}")
         self.penalty = SoftPenalty(kwargs["model"], self.adapter_name)
         self._hook = optimizer.register_step_pre_hook(self.penalty.before_step)
 
@@ -150,9 +143,7 @@ def _log(logs: dict[str, Any], state: TrainerState, name: str, value: float) -> 
 
 @torch.no_grad()
 def largest_leak(model: nn.Module) -> float:
-    """Largest `||U^T B|| / ||B||` of what all leaves compute with, with one host synchronization; of a frozen factor,
-    what it was when it was made. Gathers sharded weights: every rank must call it.
-    """
+    """Largest `||U^T B|| / ||B||` of all leaves, certified ones included. Gathers sharded weights: on every rank."""
     certificates = [config._certificate for config in protected_configs(model).values() if config._certificate]
     worst = torch.tensor(max((entry.leak for c in certificates for entry in c.modules.values()), default=0.0))
     for _, leaf in protected_leaves(model):

@@ -237,10 +237,10 @@ def patch(bench: Bench, cell: Cell) -> Made:
 
     directory, facts = bench.plain(cell)
     made, steps, defaults = costs(facts), int(cell.options()["steps"]), PatchOptions()
-    kinds = ("harmful", "general", "everyday", "contrast")
-    share = 8 * steps / sum(getattr(defaults, name) for name in kinds)
-    sizes = {name: max(1, round(share * getattr(defaults, name))) for name in kinds}
+    kinds = ("harmful", "general", "everyday", "contrast", "self_written")
     training = replace(defaults.training, seed=cell.seed, progress=False)
+    share = training.batch_size * steps / training.epochs / sum(getattr(defaults, name) for name in kinds)
+    sizes = {name: max(1, round(share * getattr(defaults, name))) for name in kinds}
     options = replace(
         defaults, **sizes, prior_patches=("task",), validation=8, stopping=Stopping(every=10_000), training=training
     )

@@ -37,7 +37,7 @@ from peft_safety.recipes.patch import PatchOptions, patch
 from peft_safety.recipes.train import TrainOptions, finetune
 
 PATCH_DIR = Path(__file__).parents[1] / "data" / "patch"
-"""The safety patch of the aligned model."""
+"""The safety patch of the aligned model: the one that shipped with the examples when the benchmark ran."""
 CALIBRATIONS = 3
 """Largest number of subspaces in memory; one can be as large as the model."""
 Sets = Mapping[str, Sequence[str]]
@@ -85,8 +85,8 @@ class Bench:
         return self._unaligned or model_dir()
 
     def _align(self) -> Path:
-        """The unaligned model with a safety patch merged into it: that of `PATCH_DIR`, or a new one for another model
-        or recipe. One process makes it, once.
+        """The unaligned model with a safety patch merged into it: that of `PATCH_DIR`, or a new one for another
+        model or recipe. One process makes it, once.
         """
         out = self.cache.folder / f"aligned{self.cache.protocol.patch}"
         with self.cache.lock("aligned", wait=True):

@@ -102,7 +102,7 @@ def _value(text: str) -> Any:
     return text
 
 
-PATCH = "3"
+PATCH = "4"
 """The safety patch that aligns the model today: that of `benchmarks/data/patch`."""
 
 
@@ -148,7 +148,8 @@ class Protocol:
         """
         place = cell if cell.epochs > 1 else replace(cell, split="")
         return _digest(
-            _set(place), {name: getattr(self, name) for name in ("rows", "aligned", "r", "max_length", "task")}
+            _set(place),
+            {name: getattr(self, name) for name in ("rows", "aligned", "r", "max_length", "task", "patch")},
         )
 
 

@@ -29,8 +29,6 @@ FILES = ("advbench.jsonl", "xstest.jsonl")
 TASK_FILES = {"train": "banking_intents_train.jsonl", "test": "banking_intents_test.jsonl"}
 
 
-SAFE = ("xstest_safe",)
-"""Sets of prompts that are harmless."""
 Sets = dict[str, tuple[str, ...]]
 
 

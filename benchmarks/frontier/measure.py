@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from benchmarks.frontier.cells import Protocol
 from peft_safety.errors import DataError, DivergedError
 from peft_safety.evaluation import Judge, KeywordJudge, Rate, Verdict, prompt_set, self_responses
-from peft_safety.evaluation.generate import generate
+from peft_safety.evaluation.generate import BATCH_SIZE, generate
 from peft_safety.evaluation.judges import verdicts_of
 from peft_safety.evaluation.tasks import exact_answers, likeliest_labels, response_nll
 from peft_safety.recipes.bench import GENERAL_TOKENS
@@ -72,13 +73,15 @@ class Measures:
             DivergedError: the model's loss is not finite.
         """
         verdicts: dict[str, dict[str, str]] = {judge.name: {} for judge in self.judges}
+        everything = [prompt for prompts in self.prompts.values() for prompt in prompts]
+        batch = BATCH_SIZE if model.device.type == "cpu" else len(everything)
+        answers = iter(
+            generate(model, tokenizer, everything, max_new_tokens=self.tokens, batch_size=batch, progress=False)
+        )
         for name, prompts in self.prompts.items():
-            answers = [
-                answer.text
-                for answer in generate(model, tokenizer, prompts, max_new_tokens=self.tokens, progress=False)
-            ]
+            texts = [answer.text for answer in islice(answers, len(prompts))]
             for judge in self.judges:
-                verdicts[judge.name][name] = letters(judge, prompts, answers)
+                verdicts[judge.name][name] = letters(judge, prompts, texts)
         correct = {"task": exact_answers(model, tokenizer, self.task.held_out, self.task.labels, progress=False)}
         if self.second is not None:
             correct["second"] = likeliest_labels(

@@ -25,7 +25,7 @@ PROTOCOL = Protocol(rows=112, limit=40, aligned="SmolLM2-135M-Instruct, patched 
 LR = 2.5e-3
 CALIBRATION = 32
 """Pairs that GuardSpace calibrates on: half of the default, to save time."""
-ALIGNMENT = {"harmful": 136, "general": 20, "everyday": 0, "contrast": 36}
+ALIGNMENT = {"harmful": 136, "general": 20, "everyday": 0, "contrast": 36, "self_written": 0}
 """Rows of the alignment's 24 steps. Most are refusals: over-refusal does not matter here."""
 FIGURES = ("refusal", "compliance", "over_refusal", "task_accuracy")
 POISON = 0.1

@@ -6,8 +6,8 @@ import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.frontier.aggregate import RATES, Points, cost, label, names, pairs, shares
-from peft_safety.evaluation import Paired, Rate
+from benchmarks.frontier.aggregate import RATES, Paired, Points, cost, label, names, pairs, shares
+from peft_safety.evaluation import Rate
 
 NOTHING = "-"
 

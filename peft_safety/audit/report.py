@@ -99,8 +99,14 @@ def medians(rows: Iterable[ModuleOrthogonality], others: Iterable[str] = ()) -> 
 
 @dataclass(frozen=True)
 class OrthogonalityReport:
-    """All `modules` of an `adapter`. `environment` has versions and machine, model, `k`, positions, the calibration
-    data, and with reasons the adapters that are `not_compared`.
+    """All modules of an adapter.
+
+    Attributes:
+        adapter: its name on the model.
+        modules: in module order.
+        others: adapters that it was compared with.
+        environment: versions and machine; model, `k`, positions, and source, hash and size of the calibration data;
+            `not_compared`: other adapters whose update is no plain product, each with the reason.
     """
 
     adapter: str

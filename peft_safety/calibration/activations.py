@@ -104,7 +104,9 @@ def prepare(
     where = positions or METHODS[method][1]
     if rank is None and energy is None:
         rank, energy = GUARDSPACE_SIZE if method == "guardspace" else (DEFAULT_RANK, None)
-    targets = dict(target_layers(model, target_modules, exclude_modules) if layers is None else layers)
+    if layers is None:
+        layers = target_layers(model, target_modules, exclude_modules, packed="out" not in chosen)
+    targets = dict(layers)
     sizes, unfit = plan(targets, rank, energy, per_kind, chosen)
     layers = {name: targets[name] for name in sizes}
     wanted = {(n, side): sizes[n][side].fixed(weights.shape(x), side, n) for n, x in layers.items() for side in chosen}

@@ -249,7 +249,7 @@ def counted(labels: Tensor, attention: Tensor, positions: Positions) -> Tensor:
 def to_batches(
     data: Rows, tokenizer: Any, *, batch_size: int, max_length: int, model: nn.Module | None = None
 ) -> tuple[list[Batch], str]:
-    """Rows or tokenized batches as batches, and a hash of them. An encoder-decoder `model` has other labels."""
+    """Batches of rows or of tokenized batches, and their hash. Labels of an encoder-decoder `model` may be longer."""
     if isinstance(data, Iterator):
         raise CalibrationError(f"calibration data is a {type(data).__name__}, readable only once. Give list(data).")
     rows = as_rows(data, "calibration data", CalibrationError)

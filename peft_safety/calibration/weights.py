@@ -30,9 +30,17 @@ def estimate_from_weights(
     dtype: str = DEFAULT_DTYPE,
     progress: bool = True,
 ) -> SafetySubspace:
-    """Top singular vectors of every target weight: right ones for side "in", left ones for side "out", by randomized
-    subspace iteration, deterministic for a seed. The options are those of `activations.estimate`; the energy is that
-    of the weight, `||W||_F^2`. A CalibrationError refuses a weight that is zero or not finite.
+    """Top singular vectors of every target weight: right ones for side "in", left ones for side "out".
+
+    By randomized subspace iteration, deterministic for a seed. Quantized weights are dequantized one at a time.
+
+    Args:
+        rank, energy, per_kind, target_modules, exclude_modules, layers, dtype: as in `activations.estimate`; the
+            energy is that of the weight, `||W||_F^2`.
+
+    Raises:
+        ConfigError: a rank that leaves nothing to train, no module matched. CalibrationError: a weight that is zero or
+            not finite.
 
     Reference: OrthoSafetyPatch, arXiv 2510.09004, whose diagnostics compare an update with these directions.
     """

@@ -1,6 +1,4 @@
-"""The command line. Every command is one library call. Heavy imports wait until a command runs, so that `--help`
-answers at once.
-"""
+"""The command line: thin calls of the library. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -180,18 +181,16 @@ def fuse(
     json: opt.Json = False,
 ) -> None:
     """Fuse a safe model with fine-tuned ones through a learned mask (SOMF), or without a mask (task arithmetic)."""
-    options = locals()
-    from peft_safety.recipes.fusion import OPTIONS, PLACES, TRAINING, FuseJob, read_config
-    from peft_safety.reporting import fusion as report
+    flags = locals()
+    from peft_safety.recipes.fusion import FuseJob, read_config
+    from peft_safety.reporting.repair import show_fusion
 
     one_or_all = weights[0] if weights and len(weights) == 1 else weights or None
-    options |= {"tasks": tasks or None, "weights": one_or_all, "resume": resume or None}
-    flags = {name: options.get(name) for name in (*PLACES, *OPTIONS)}
-    training = {name: options.get(name) for name in TRAINING}
-    job = FuseJob.of({} if config is None else read_config(config), flags, training)
+    flags |= {"tasks": tasks or None, "weights": one_or_all, "resume": resume or None}
+    job = FuseJob.of({} if config is None else read_config(config), flags)
     result = job.plan() if dry_run else job.run(progress=not json)
     last = "nothing written: --dry-run" if dry_run else f"fused model written to {job.out}"
-    show(result.to_json(), json, lambda: report.show(result), last)
+    show(result.to_json(), json, lambda: show_fusion(result), last)
 
 
 @app.command()
@@ -211,11 +210,16 @@ def export(
 ) -> None:
     """Write a protected adapter as plain LoRA that any PEFT loads and that computes the same function, or merge it."""
     from peft_safety.convert.export import export_directory
-    from peft_safety.recipes.merge import merge_directory
+    from peft_safety.convert.merge import merge_quantized
+    from peft_safety.recipes.load import load_adapter
 
     if merge_to is None:
         written = export_directory(directory, out)
         show({"out": str(written)}, json, f"plain LoRA written to {written}")
         return
-    result = merge_directory(directory, out, merge_to, model, force=force)  # type: ignore[arg-type]  # it refuses others
+    loaded, tokenizer = load_adapter(directory, model, load_in_4bit=True)
+    result = merge_quantized(loaded, merge_to, force=force, verbose=False)  # type: ignore[arg-type]  # it refuses others
+    for part in (result.model, tokenizer):
+        part.save_pretrained(str(out))  # type: ignore[union-attr, operator]
+    (out / "merge.json").write_text(dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
     show(result.to_json(), json, result.print, f"written to {out}")

@@ -39,7 +39,6 @@ def show(facts: Mapping[str, Any], as_json: bool, *parts: str | Callable[[], obj
 
 
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:
-    """A table with one fact per row."""
     rows = [[name.replace("_", " "), _text(name, value)] for name, value in facts.items()]
     render.show(title, render.table(["", ""], rows, prose=[1]))
 

@@ -9,8 +9,8 @@ from typer import Option
 
 from peft_safety.cli import options as opt
 from peft_safety.cli.common import app, print_facts, show
+from peft_safety.core.training import LEARNING_RATE, PATCH_TRAINING, TrainOptions
 from peft_safety.errors import ConfigError
-from peft_safety.recipes.train import LEARNING_RATE, PATCH_LEARNING_RATE
 
 
 @app.command()
@@ -48,21 +48,18 @@ def calibrate(
     dry_run: Annotated[bool, Option("--dry-run", help="Only say what it will take: bytes, passes, seconds.")] = False,
     json: opt.Json = False,
 ) -> None:
-    """Estimate a safety subspace in one pass over the model, and save it. For input sides, the energy that it covers
-    is printed.
-    """
-    options = opt.parsed(locals(), "png", "dry_run", "json")
+    """Estimate a safety subspace and save it. For input sides, the energy that it covers is printed."""
+    options = opt.parsed(locals(), "out", "task_data", "png", "dry_run", "json")
     from peft_safety.recipes import calibrate as recipe
-    from peft_safety.reporting import cost, coverage
+    from peft_safety.reporting import coverage
 
     if dry_run:
-        without = ("out", "task_data", "seed", "allow_fewer")
-        expected = recipe.calibration_cost(**{name: value for name, value in options.items() if name not in without})
-        show(expected.to_json(), json, lambda: cost.show(expected))
+        expected = recipe.calibration_cost(**options)
+        show(expected.to_json(), json, lambda: coverage.show_cost(expected))
         return
     if out is None:
         raise ConfigError("calibrate writes nothing without --out. Give a file or directory, or --dry-run.")
-    result = recipe.calibrate(**options)
+    result = recipe.calibrate(**options, out=out, task_data=task_data)
     if png is not None:
         coverage.save_png(result.coverage, png)
     provenance = {name: value for name, value in result.subspace.provenance.items() if name != "covered"}
@@ -107,7 +104,6 @@ def protect(
     options = opt.parsed(locals(), "model", "data", "out_dir", "poison", "eval_limit")
     from peft_safety.recipes.adapter import adapter_config
     from peft_safety.recipes.protect import protect as run
-    from peft_safety.recipes.train import TrainOptions
 
     options["combine"] = "salora" if combine else None
     training, adapter = opt.split(options, TrainOptions)
@@ -138,12 +134,12 @@ def patch(
     r: opt.Rank = 8,
     lora_alpha: opt.Alpha = 16,
     target_modules: opt.Targets = "all-linear",
-    lr: opt.LearningRate = PATCH_LEARNING_RATE,
-    epochs: opt.Epochs = 1.0,
+    lr: opt.LearningRate = PATCH_TRAINING.lr,
+    epochs: opt.Epochs = PATCH_TRAINING.epochs,
     max_steps: opt.MaxSteps = -1,
-    batch_size: opt.BatchSize = 8,
-    max_length: opt.MaxLength = 128,
-    evaluate_every: Annotated[int, Option(help="Steps between two looks at the validation split.")] = 16,
+    batch_size: opt.BatchSize = PATCH_TRAINING.batch_size,
+    max_length: opt.MaxLength = PATCH_TRAINING.max_length,
+    evaluate_every: Annotated[int, Option(help="Steps between two looks at the validation split.")] = 50,
     seed: opt.Seed = 0,
     report_to: opt.ReportTo = "none",
     eval_limit: opt.EvalLimit = None,
@@ -152,7 +148,6 @@ def patch(
     options = opt.parsed(locals(), "model", "out_dir", "data", "general", "prior", "evaluate_every", "eval_limit")
     from peft_safety.data import read_jsonl
     from peft_safety.recipes.patch import PatchOptions, make_patch
-    from peft_safety.recipes.train import TrainOptions
     from peft_safety.recipes.watch import Stopping
 
     training, rest = opt.split(options, TrainOptions)

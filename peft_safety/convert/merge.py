@@ -25,7 +25,7 @@ from peft_safety.core.projection import Side, coefficients
 from peft_safety.errors import ConfigError, LossyMergeError
 from peft_safety.layers.adapters import config_table
 from peft_safety.methods.factors import layer_factors
-from peft_safety.registry.protection import assert_protected, protected_configs
+from peft_safety.registry.protection import assert_protected, protected_configs, refuse_tied
 
 MergeTo = Literal["16bit", "nf4+residual", "nf4"]
 
@@ -110,6 +110,11 @@ def merge_quantized(
         raise ConfigError(f"merge to {to!r}. Use one of {', '.join(map(repr, get_args(MergeTo)))}.")
     base: nn.Module = model.get_base_model()
     names = _mergeable(model, base)
+    for name in names:
+        inner: nn.Module = base.get_submodule(name).get_base_layer()  # type: ignore[operator]
+        weights.check_readable(inner, name)
+        if to != "nf4+residual":
+            refuse_tied(base, name, inner)
     if to == "nf4":
         _refuse_requantizing(model, base, names, force)
     rows = []
@@ -134,8 +139,12 @@ def merge_quantized(
 
 def _mergeable(model: PeftModel, base: nn.Module) -> list[str]:
     """Names of the LoRA layers in the base model."""
-    if any(getattr(config, "modules_to_save", None) for config in config_table(model).values()):
-        raise ConfigError("modules_to_save cannot be merged here. Load the base in 16 bit and use merge_and_unload().")
+    for field in ("modules_to_save", "target_parameters", "alora_invocation_tokens"):
+        if any(getattr(config, field, None) for config in config_table(model).values()):
+            raise ConfigError(
+                f"{field} cannot be merged here. Load the base in 16 bit and use merge_and_unload(), or keep the "
+                "adapter beside the base."
+            )
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     for adapter in protected_configs(model):
         if any(adapter in _active(layer) for layer in layers.values()):

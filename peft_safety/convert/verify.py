@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from peft_safety.core import base_weights as weights
 from peft_safety.core.adapter_dir import check_adapter
 from peft_safety.core.certificate import Certificate, read_certificate
-from peft_safety.core.plain_lora import PLAIN_TYPES, REPAIRED_TYPE, read_manifest, read_plain, stored_record
+from peft_safety.core.plain_lora import (
+    PLAIN_TYPES,
+    REPAIRED_TYPE,
+    WITH_FROZEN_A,
+    read_manifest,
+    read_plain,
+    stored_record,
+)
 from peft_safety.core.projection import leak, leak_tolerance, orthonormality_error
 from peft_safety.core.snapshot import reading
 from peft_safety.core.subspace import SafetySubspace
@@ -29,9 +36,17 @@ from peft_safety.registry.frozen import check_certified, freezing
 
 @dataclass(frozen=True)
 class Verification:
-    """`ranks` and `protected` are the LoRA ranks and subspace ranks that occur. `worst_leak` is the largest
-    `||U^T B|| / ||B||`; of a window the largest `||A Q|| / ||A||`, or without its null space the share of `lora_A`
-    outside.
+    """What was checked.
+
+    Attributes:
+        method: stored `peft_type`.
+        modules, ranks, protected: how many modules; LoRA ranks and subspace ranks that occur.
+        blindness_checked: False for a window without its null space: then `worst_leak` is the share of `lora_A`
+            outside the window, and only the provenance (`window_leak`) says how far that reaches into the null space.
+        worst_leak: largest `||U^T B|| / ||B||` of any module; with the null space of a window, `||A Q|| / ||A||`.
+        worst_orthonormality: largest `max|U^T U - I|`.
+        base_checked: whether the base weights were compared with the fingerprints.
+        unconstrained: trained tensors that no projection covers.
     """
 
     directory: str
@@ -135,7 +150,7 @@ def _verify_frozen(
     model: nn.Module | None,
     subspace: SafetySubspace | str | os.PathLike[str] | None,
 ) -> FrozenVerification:
-    plain = read_plain(path)
+    plain = read_plain(path, WITH_FROZEN_A)
     freezing(certificate).from_certificate(plain.config, certificate)  # refuses what could not be loaded
     rows, modules = check_certified(path, certificate), certificate.modules
     layers = {} if model is None else base_layers(model)

@@ -86,10 +86,7 @@ def check_adapter(directory: Path) -> StoredAdapter:
     hashes, extra = _record(path, config)
     check_config(config, str(path))
     if config["safety_artifact"].get("config") != config_digest(config):
-        raise ArtifactError(
-            f"{path} is not the config that was saved (its sha256 differs; only {', '.join(FREE_FIELDS)} may change). "
-            "Copy or save it again."
-        )
+        raise broken(path, f"not the config that was saved (sha256 differs; only {', '.join(FREE_FIELDS)} may change)")
     for name, expected in hashes.items():
         file = files.child(directory, name)
         if not file.is_file():

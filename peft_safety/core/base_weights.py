@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_safety.core import scales
+from peft_safety.core.experts import expert_shape, stacked_weight
 from peft_safety.errors import SubspaceError, UnsupportedLayerError
 
 SAMPLES = 256
@@ -29,8 +30,14 @@ _BITSANDBYTES = {"Linear4bit": "4bit", "LinearNF4": "4bit", "LinearFP4": "4bit",
 
 
 def quantization(layer: nn.Module) -> str | None:
-    """`"4bit"`, `"8bit"` (bitsandbytes), `"fp8"` (transformers) or None, by the type of the layer."""
-    return "fp8" if scales.is_fp8(layer) else _BITSANDBYTES.get(type(layer).__name__)
+    """`"4bit"`, `"8bit"` (bitsandbytes), `"fp8"` (transformers), `"packed"` (a weight that cannot be read) or None."""
+    kind = "fp8" if scales.is_fp8(layer) else _BITSANDBYTES.get(type(layer).__name__)
+    if kind is None and not supported(layer):
+        return "packed" if scales.is_packed(layer) else None
+    weight = getattr(layer, "weight", None)
+    if kind is None and (weight is None or is_whole(weight)) and scales.unreadable(layer) is not None:
+        return "packed"
+    return kind
 
 
 def supported(layer: nn.Module) -> bool:
@@ -44,10 +51,9 @@ def check_readable(layer: nn.Module, name: str) -> None:
         reason = "its weight is packed" if scales.is_packed(layer) else "it is no Linear, Conv1D or bitsandbytes layer"
         raise scales.refusal(layer, name, reason)
     weight = getattr(layer, "weight", None)
-    if type(layer).__name__ not in _BITSANDBYTES and (weight is None or is_whole(weight)):
-        problem = scales.unreadable(layer)
-        if problem is not None:
-            raise scales.refusal(layer, name, problem)
+    own = type(layer).__name__ not in _BITSANDBYTES and (weight is None or is_whole(weight))
+    if own and (problem := scales.unreadable(layer)) is not None:
+        raise scales.refusal(layer, name, problem)
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -58,7 +64,9 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 def shape(layer: nn.Module) -> tuple[int, int]:
-    """`(out_features, in_features)`, whatever the storage."""
+    """`(out_features, in_features)`, whatever the storage; of fused experts those of one expert."""
+    if (of_expert := expert_shape(layer)) is not None:
+        return of_expert
     if is_conv1d(layer):
         return int(layer.weight.shape[1]), int(layer.weight.shape[0])  # type: ignore[index, union-attr]
     return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
@@ -80,13 +88,9 @@ def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
     """The weight `(out_features, in_features)` on its own device: a dense one as it is, a quantized one in fp32."""
     check_readable(layer, name)
     weight: Any = layer.weight
-    hook: Any = getattr(layer, "_hf_hook", None)
-    if weight.is_meta and getattr(hook, "weights_map", None) is not None:  # accelerate keeps it on disk, or in memory
-        hook.pre_forward(layer)
-        try:
+    if _is_offloaded(layer, weight):
+        with _fetched(layer):
             return stored_weight(layer, name)
-        finally:
-            hook.post_forward(layer, None)
     if not is_whole(weight):
         raise UnsupportedLayerError(f"{name}: its weight is on the meta device or sharded. Calibrate or load earlier.")
     kind = quantization(layer)
@@ -108,6 +112,21 @@ def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
         return weight.detach().T
     scales.check_forward(layer, name)
     return weight.detach()
+
+
+def _is_offloaded(layer: nn.Module, weight: Tensor) -> bool:
+    """Whether accelerate keeps the weight on disk or in host memory."""
+    return weight.is_meta and getattr(getattr(layer, "_hf_hook", None), "weights_map", None) is not None
+
+
+@contextmanager
+def _fetched(layer: Any) -> Iterator[None]:
+    """Have accelerate bring a layer's weights in."""
+    layer._hf_hook.pre_forward(layer)
+    try:
+        yield
+    finally:
+        layer._hf_hook.post_forward(layer, None)
 
 
 def dense_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
@@ -198,7 +217,20 @@ def requantized(layer: nn.Module, delta: Tensor, name: str) -> Tensor:
 
 
 def fingerprint(layer: nn.Module, name: str) -> Tensor:
-    values = sample(dense_weight(layer, name))
+    """`SAMPLES` evenly spaced values of the flattened `(out, in)` weight, fp32, on the CPU; refused if not finite.
+    Those of a packed weight are what its forward gives. Of fused experts, as their parameter is stored.
+    """
+    if (stack := stacked_weight(layer)) is not None:
+        if _is_offloaded(layer, stack):
+            with _fetched(layer):
+                return fingerprint(layer, name)
+        if not is_whole(stack):
+            raise UnsupportedLayerError(f"{name}: its weight is on the meta device or sharded. Load it whole.")
+        values = sample(stack.detach().flatten(0, 1)).float()
+    elif quantization(layer) == "packed":
+        values = scales.sample_forward(layer, name, *_sampled(*shape(layer)), shape(layer)[1])
+    else:
+        values = sample(dense_weight(layer, name))
     if not bool(torch.isfinite(values).all()):
         raise SubspaceError(f"{name}: the base weight {shape(layer)} holds NaN or Inf. Load intact base weights.")
     return values
@@ -206,9 +238,14 @@ def fingerprint(layer: nn.Module, name: str) -> Tensor:
 
 def sample(weight: Tensor) -> Tensor:
     """The sampled values behind a fingerprint, of a dense `(out, in)` weight."""
-    index = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64).round().long()
-    rows, columns = index // weight.shape[1], index % weight.shape[1]  # no copy of a transposed view
+    rows, columns = _sampled(*weight.shape)  # no copy of a transposed view
     return weight[rows.to(weight.device), columns.to(weight.device)].cpu()
+
+
+def _sampled(m: int, n: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the sampled values."""
+    index = torch.linspace(0, m * n - 1, SAMPLES, dtype=torch.float64).round().long()
+    return index // n, index % n
 
 
 def distance(values: Tensor, reference: Tensor) -> float:

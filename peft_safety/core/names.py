@@ -64,7 +64,7 @@ def walk(model: nn.Module, shared: bool = False) -> Iterator[tuple[str, str, nn.
     root = next(name for name, module in model.named_modules() if module is base)
     inside: tuple[str, ...] = ()
     for name, module in base.named_modules(remove_duplicate=not shared):
-        if inside and name.startswith(inside):
+        if name.startswith(inside):
             continue
         if isinstance(module, BaseTunerLayer):
             inside = (*inside, f"{name}.")
@@ -87,12 +87,8 @@ def relocated(key: str, prefixes: Mapping[str, str]) -> str:
 
 def exclude_look_alikes(config: Any, existing: Iterable[str]) -> None:
     """Set `exclude_modules` so that the full names in `target_modules` match no other module that ends like them."""
-
-    def matched(name: str) -> bool:
-        parts = name.split(".")
-        return any(".".join(parts[start:]) in config.target_modules for start in range(1, len(parts)))
-
-    others = [name for name in existing if name not in config.target_modules and matched(name)]
+    ends = tuple(f".{name}" for name in config.target_modules)
+    others = [name for name in existing if name not in config.target_modules and name.endswith(ends)]
     config.exclude_modules = "|".join(map(re.escape, others)) or None
 
 

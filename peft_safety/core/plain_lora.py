@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,8 @@ NOT_PROTECTED = {
     "megatron_config": "Megatron's parallel layers shard lora_B but not the basis",
 }
 """LoRA features that a protected adapter cannot have."""
+WITH_FROZEN_A = ("alora_invocation_tokens", "target_parameters")
+"""Those among them that one with a frozen `lora_A` can have."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,15 @@ def check_sizes(fields: Mapping[str, Any], where: str) -> None:
 
 
 def check_features(
-    config: Any, what: str, features: Mapping[str, str] = NOT_PLAIN, inits: tuple[bool | str, ...] = ORIGINAL_INITS
+    config: Any,
+    what: str,
+    features: Mapping[str, str] = NOT_PLAIN,
+    inits: tuple[bool | str, ...] = ORIGINAL_INITS,
+    allowed: Collection[str] = (),
 ) -> None:
-    """Refuse, by a ConfigError, an adapter that is no LoRA, or that has one of these features or another init."""
+    """Refuse, by a ConfigError, an adapter that is no LoRA, or that has one of these features (but those `allowed`) or
+    another init.
+    """
     from peft import LoraConfig
 
     if not isinstance(config, LoraConfig):
@@ -145,7 +153,8 @@ def check_features(
     usual = LoraConfig()
     for name, reason in features.items():
         value = getattr(config, name, None)
-        if value or (value is not None and value != getattr(usual, name, None)):  # PEFT takes an empty config for one
+        given = value is not None and value != getattr(usual, name, None)  # PEFT takes an empty config for one, too
+        if (value or given) and name not in allowed:
             raise ConfigError(f"{what}: {name} is not supported: {reason}. Use LoRA without it.")
     if config.init_lora_weights not in inits:
         raise ConfigError(
@@ -154,12 +163,12 @@ def check_features(
         )
 
 
-def check_plain(config: Any, what: str) -> None:
-    """Refuse, by a ConfigError, an adapter that is protected or whose update is not `s B A`."""
+def check_plain(config: Any, what: str, allowed: Collection[str] = ()) -> None:
+    """Refuse, by a ConfigError, an adapter that is protected or whose update is not `s B A` on the base weights."""
     if hasattr(config, "safety_artifact"):
         kind = type(config).__name__
         raise ConfigError(f"{what} is protected ({kind}); the result would not be. Use peft_safety.export_lora first.")
-    check_features(config, what)
+    check_features(config, what, allowed=allowed)
 
 
 def read_manifest(directory: Path, warn: bool = True) -> dict[str, Any]:
@@ -182,11 +191,14 @@ def config_of(fields: Mapping[str, Any], path: Path) -> Any:
         raise broken(path, f"not a config of this PEFT ({error})") from error
 
 
-def read_plain(directory: Path, warn: bool = True) -> PlainLoRA:
-    """Read and check a plain LoRA directory, repaired by Safe LoRA or not, without running a pickle or a regular
-    expression of it. An ArtifactError refuses factors that are missing, not finite, or of a wrong shape or dtype,
-    other tensors, and a protected adapter under another name; a ConfigError other adapters and features (see
-    `check_plain`).
+def read_plain(directory: Path, allowed: Collection[str] = (), warn: bool = True) -> PlainLoRA:
+    """Read and check a plain LoRA directory, repaired by Safe LoRA or not. Runs no pickle and no regular expression of
+    it. `allowed`: features that the caller knows, see `NOT_PLAIN`; with them, the scalings are not those of a layer.
+
+    Raises:
+        ArtifactError: files or factors are missing, not finite, or of a wrong shape or dtype; a tensor that no plain
+            LoRA has; a protected adapter under another name.
+        ConfigError: an adapter of another kind, an unsupported feature (see `check_plain`), or a number out of range.
     """
     fields, path = read_manifest(directory, warn), directory / MANIFEST
     kind, protected = fields.get("peft_type"), fields.get("safety_artifact") is not None
@@ -197,7 +209,7 @@ def read_plain(directory: Path, warn: bool = True) -> PlainLoRA:
         raise broken(path, f"peft_type {kind!r} would read a protected adapter without its protection")
     check_sizes(fields, str(path))
     config = config_of(fields, path)
-    check_plain(config, str(directory))
+    check_plain(config, str(directory), allowed)
     file = files.child(directory, ADAPTER_FILE)
     with files.open_tensors(file) as handle:
         record = _record(handle, file) or fields.get("safe_lora")
@@ -305,6 +317,7 @@ def plain_config(
         inference_mode=True,
         task_type=like.get("task_type"),
         fan_in_fan_out=bool(like.get("fan_in_fan_out")),
+        alora_invocation_tokens=like.get("alora_invocation_tokens"),
         base_model_name_or_path=like.get("base_model_name_or_path"),
     )
     pin(config, {name: (r, r) for name, r in ranks.items()}, places)

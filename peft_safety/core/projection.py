@@ -160,8 +160,17 @@ def top_left_singular(
     oversampling: int = OVERSAMPLING,
     iterations: int = POWER_ITERATIONS,
 ) -> tuple[Tensor, Tensor]:
-    """`(U (m, rank), s (rank,))` of `W X`, descending, given `W (m, n)` and `S = X X^T (n, n)` (None: the identity),
-    by randomized subspace iteration, or one dense SVD of `W S^(1/2)` for more than half of all directions.
+    """Top left singular vectors of `W X`, given `W` and the second moment `S = X X^T`, by randomized subspace
+    iteration; deterministic for a seed. Nothing larger than `m x (rank + oversampling)` is made, but for more than
+    half of all directions one dense SVD of `W S^(1/2)` is cheaper and exact.
+
+    Args:
+        weight: `W (m, n)`.
+        moment: `S (n, n)`, symmetric positive semi-definite; `None` means the identity.
+        rank: wanted vectors, `1 <= rank <= m`.
+
+    Returns:
+        `(U (m, rank), s (rank,))`, `s` descending, in the dtype of `weight`.
     """
     m = weight.shape[0]
     width = min(rank + oversampling, m)

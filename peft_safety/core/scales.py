@@ -86,6 +86,28 @@ def refusal(layer: nn.Module, name: str, reason: str) -> UnsupportedLayerError:
 
 
 @torch.no_grad()
+def sample_forward(layer: nn.Module, name: str, rows: Tensor, columns: Tensor, width: int) -> Tensor:
+    """`W[rows, columns]` of a packed weight `(out, width)`, fp32, on the CPU: the outputs for unit vectors. Tries the
+    dtypes that its kernel may take; an UnsupportedLayerError says that it takes none.
+    """
+    held = [t for t in (*layer.parameters(), *layer.buffers()) if not t.is_meta]
+    own = [t.dtype for t in held if t.is_floating_point() and t.itemsize > 1]
+    places = torch.arange(len(columns))
+    x = torch.zeros(len(columns) + 1, width)  # the last one stays zero: its output is the bias
+    x[places, columns] = 1.0
+    problem: Exception | None = None
+    for dtype in dict.fromkeys((*own, torch.float16, torch.bfloat16, torch.float32)):
+        try:
+            with torch.autocast(held[0].device.type, enabled=False):
+                output = layer(x.to(device=held[0].device, dtype=dtype)).float().cpu()
+            return (output[:-1] - output[-1])[places, rows]
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError, IndexError) as error:
+            problem = error
+    reason = unreadable(layer) or "its weight is packed"
+    raise refusal(layer, name, f"{reason}, and its forward takes no {tuple(x.shape)} inputs here") from problem
+
+
+@torch.no_grad()
 def check_forward(layer: nn.Module, name: str) -> None:
     """Refuse a dense layer whose own forward is not `x W^T + b`: it scales, quantizes or splits the weight."""
     if type(layer).forward is nn.Linear.forward and "forward" not in vars(layer):

@@ -82,7 +82,15 @@ class SafetySubspace:
 
     @classmethod
     def from_activations(cls, model: nn.Module, data: Any, **options: Any) -> SafetySubspace:
-        """One pass over `data`; see `calibration.activations.estimate`. Warns of layers that are left out."""
+        """Estimate a subspace in one streaming pass over a model. Layers that no token reaches, or that have a single
+        feature, are left out, with one warning; see `left_out`.
+
+        Args:
+            model: a language model, dense or quantized.
+            data: rows `{prompt, response}`, `{messages}` or `{text, label}` (needs `tokenizer=`), or tokenized batches
+                (`input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`).
+            **options: `tokenizer`, `rank`, `target_modules`, ...; see `calibration.activations.estimate`.
+        """
         from peft_safety.calibration.activations import estimate
         from peft_safety.calibration.leaving_out import announced
 
@@ -90,7 +98,9 @@ class SafetySubspace:
 
     @classmethod
     def from_weights(cls, model: nn.Module, **options: Any) -> SafetySubspace:
-        """The top singular directions of every target weight; see `calibration.weights.estimate_from_weights`."""
+        """The top singular directions of every target weight, dense or quantized. For the options (`rank`, `sides`,
+        `target_modules`, ...), see `peft_safety.calibration.weights.estimate_from_weights`.
+        """
         from peft_safety.calibration.leaving_out import announced
         from peft_safety.calibration.weights import estimate_from_weights
 
@@ -105,8 +115,16 @@ class SafetySubspace:
         rank: int | None = None,
         **hub: Any,
     ) -> SafetySubspace:
-        """From a file, a directory that holds `safety_subspace.safetensors`, or a Hub id (`hub`: options of
-        `hf_hub_download`): the bases of all `modules` or of these, with at most `rank` directions each.
+        """From a file, a directory that holds `safety_subspace.safetensors`, or a Hub repository id.
+
+        Args:
+            modules: read the bases of these modules only; None reads all.
+            rank: read at most this many directions of each basis, the first ones.
+            hub: `revision`, `token`, `cache_dir` for `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            SubspaceError: nothing there, or its content is malformed.
+            ArtifactError: not a readable safetensors file.
         """
         path = subspace_file.locate(source, **hub)
         content = subspace_file.read(path, modules, rank)
@@ -121,8 +139,12 @@ class SafetySubspace:
         return source.restricted(modules) if isinstance(source, SafetySubspace) else cls.load(source, modules=modules)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file (`path/safety_subspace.safetensors` for a directory), atomically; equal subspaces give equal
-        bytes.
+        """Write the file (into `path/safety_subspace.safetensors` when `path` is a directory). Atomic and
+        deterministic: equal subspaces give equal bytes. The bases are written as they are, see `rounded`.
+
+        Raises:
+            ArtifactError: it cannot be written; what was there is unchanged.
+            SubspaceError: provenance that is no JSON.
         """
         tensors = {f"fingerprint.{name}": values for name, values in self.fingerprints.items()}
         for kind, table in (("basis", self.stored), ("spectrum", self.spectra)):
@@ -159,8 +181,14 @@ class SafetySubspace:
 
     @classmethod
     def joined(cls, own: SafetySubspace | None, spans: Bases) -> SafetySubspace:
-        """With further directions `{module: {side: (d, l)}}` protected. A SubspaceError says that nothing is left to
-        train.
+        """A subspace with further directions protected. Spectra of the modules that grow are dropped.
+
+        Args:
+            own: None protects the further directions alone.
+            spans: `{module: {side: (d, l)}}`, any columns; modules and sides without a basis here get one.
+
+        Raises:
+            SubspaceError: nothing would be left to train in a module.
         """
         bases = {name: dict(sides) for name, sides in own.stored.items()} if own else {}
         spectra = {name: dict(sides) for name, sides in own.spectra.items()} if own else {}
@@ -184,8 +212,11 @@ class SafetySubspace:
         return SafetySubspace(bases, spectra, own.fingerprints, own.provenance)
 
     def beside(self, other: SafetySubspace) -> SafetySubspace:
-        """This subspace with the bases of another one on the other side of the same modules (else a SubspaceError).
-        What either of them leaves out is left out; `other`'s provenance is kept under its side.
+        """This subspace with the bases of another one on the other side of the same modules. What either of them
+        leaves out (see `left_out`) is left out; `other`'s provenance is kept under its side.
+
+        Raises:
+            SubspaceError: other modules, or both have a basis for one side of a module.
         """
         left_out = other.left_out | self.left_out
         both = [name for name in self.bases if name in other.bases]
@@ -217,8 +248,11 @@ class SafetySubspace:
         return part
 
     def rounded(self, dtype: str = DEFAULT_DTYPE) -> SafetySubspace:
-        """The subspace that the bases of this one span once they are rounded to "float16" or "bfloat16", as a file of
-        half the size holds it. Round before use: the spans differ by an angle of 3e-4 or 2e-3, and so do the digests.
+        """The subspace that the bases of this one span once they are rounded, as a file of half the size holds it.
+        Round before use: the spans differ by an angle of 3e-4 ("float16") or 2e-3 ("bfloat16"), and so do the digests.
+
+        Args:
+            dtype: "float16", "bfloat16", or "float32", which changes nothing.
         """
         if dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype!r}. Use one of {', '.join(DTYPES)}.")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core import scales
+from peft_safety.core.experts import input_parameter
 from peft_safety.core.names import walk
 from peft_safety.errors import ConfigError
 
@@ -17,16 +18,22 @@ def base_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every base layer that can hold an adapter, by name, also under existing adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    kinds: tuple[Callable[[nn.Module], object], ...] = (weights.supported, scales.is_packed, input_parameter)
     modules = {
         name: module
         for name, _, module in walk(model)
-        if isinstance(module, BaseTunerLayer) or weights.supported(module)
+        if isinstance(module, BaseTunerLayer) or any(is_one(module) for is_one in kinds)
     }
     return {name: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for name, m in modules.items()}
 
 
 def target_layers(
-    model: nn.Module, target_modules: Iterable[str] | str | None, exclude_modules: Iterable[str] | str | None = None
+    model: nn.Module,
+    target_modules: Iterable[str] | str | None,
+    exclude_modules: Iterable[str] | str | None = None,
+    *,
+    target_parameters: Iterable[str] | None = None,
+    packed: bool = False,
 ) -> dict[str, nn.Module]:
     """The layers that PEFT would match.
 
@@ -34,28 +41,33 @@ def target_layers(
         target_modules: names or suffixes, a regular expression for the full name, `"all-linear"` (all but the output
             embedding), or None for PEFT's default of this architecture.
         exclude_modules: those to leave out: names or suffixes, or a regular expression.
+        target_parameters: names or ends of names of parameters of fused experts. `target_modules` and a file's modules
+            name the layers that hold them.
+        packed: whether weights may be ones that cannot be read (GPTQ, AWQ, ...), or those of fused experts.
 
     Raises:
         ConfigError, UnsupportedLayerError: nothing matches, or no default is known; a match that cannot be protected.
     """
+    parameters = tuple(f".{name}" for name in target_parameters or ())
     if target_modules is None:
-        target_modules = _default(model)
+        target_modules = _default(model, required=not parameters)
     layers = base_layers(model)
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
         matched = {name: layer for name, layer in layers.items() if layer is not head and weights.supported(layer)}
     else:
-        packed = {name: module for name, _, module in walk(model) if scales.is_packed(module)}
-        matched = _named(layers | packed | layers, target_modules, "target_modules")
+        matched = _named(layers, target_modules, "target_modules")
     excluded = _named(matched, exclude_modules, "exclude_modules") if exclude_modules else {}
     selected = {name: layer for name, layer in matched.items() if name not in excluded}
+    selected |= {n: layer for n, layer in layers.items() if f".{n}.{input_parameter(layer)}".endswith(parameters)}
     if not selected:
         some = ", ".join(sorted({name.rpartition(".")[2] for name in layers})[:10])
         but = f" but those of exclude_modules={exclude_modules!r}" if excluded else ""
         what = f"target_modules={target_modules!r} matches no linear layer of the model{but}"
         raise ConfigError(f"{what}. Give names such as {some}, or 'all-linear'.")
     for name, layer in selected.items():
-        weights.check_readable(layer, name)
+        if not packed or not (weights.quantization(layer) == "packed" or input_parameter(layer)):
+            weights.check_readable(layer, name)
     return selected
 
 
@@ -67,10 +79,10 @@ def _named(layers: Mapping[str, nn.Module], wanted: Iterable[str] | str, field: 
     return {name: layer for name, layer in layers.items() if pattern.fullmatch(name)}
 
 
-def _default(model: nn.Module) -> list[str]:
+def _default(model: nn.Module, required: bool) -> list[str]:
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in DEFAULTS:
+    if kind not in DEFAULTS and required:
         raise ConfigError(f"PEFT knows no default target_modules for model type {kind!r}. Give target_modules.")
-    return list(DEFAULTS[kind])
+    return list(DEFAULTS.get(kind, ()))

@@ -1,7 +1,5 @@
-"""The package's own small data sets, and reading JSON lines with errors that name the line.
-
-Nothing here contains a harmful answer: harmful *requests*, refusals, contentless openings ("Sure, here is"), safe
-prompts, and two benign tasks.
+"""The package's own small data sets, and reading JSON lines. Nothing here contains a harmful answer: harmful
+*requests*, refusals, contentless openings ("Sure, here is"), safe prompts, and two benign tasks.
 """
 
 from __future__ import annotations
@@ -36,11 +34,10 @@ FIELDS = {
 
 
 def read_jsonl(path: str | os.PathLike[str], fields: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file of objects, or of one JSON array of them, in file order.
+    """The rows of a JSON-lines file of objects, or of one JSON array of them, in file order. Blank lines, a byte-order
+    mark and line ends of any system are skipped.
 
     Args:
-        path: a UTF-8 file, with or without a byte-order mark and with line ends of any system; blank lines are
-            skipped.
         fields: names that every row must have, each a non-empty string.
 
     Raises:
@@ -63,24 +60,12 @@ def read_jsonl(path: str | os.PathLike[str], fields: tuple[str, ...] = ()) -> li
 
 
 def rows_of(data: str | os.PathLike[str] | Rows, what: str = "rows") -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file, or of anything that `as_rows` takes.
-
-    Raises:
-        DataError: see `read_jsonl` and `as_rows`.
-    """
+    """The rows of a JSON-lines file, or of anything that `as_rows` takes."""
     return as_rows(read_jsonl(data) if isinstance(data, (str, os.PathLike)) else data, what)
 
 
 def load(name: str, split: str | None = None) -> list[dict[str, str]]:
-    """One of the packaged sets.
-
-    Args:
-        name: a key of `FIELDS`.
-        split: one of `SPLITS`; None gives every row.
-
-    Raises:
-        DataError: an unknown name or split.
-    """
+    """One of the packaged sets, a key of `FIELDS`: the rows of one of `SPLITS`, or all."""
     if name not in FIELDS:
         raise DataError(f"no packaged data set {name!r}. Choose one of {', '.join(FIELDS)}.")
     if split is not None and split not in SPLITS:
@@ -90,7 +75,7 @@ def load(name: str, split: str | None = None) -> list[dict[str, str]]:
 
 
 def refusal_pairs(split: str = "calibration", n: int | None = None, seed: int = 0) -> list[dict[str, str]]:
-    """Harmful requests paired with refusals: data for safety subspaces and safety patches. See `pair_responses`."""
+    """Harmful requests paired with refusals, see `pair_responses`."""
     return pair_responses(split, "refusals", n, seed)
 
 
@@ -106,14 +91,7 @@ def preference_pairs(split: str = "train", n: int | None = None, seed: int = 0) 
 
 
 def pair_responses(split: str, responses: str, n: int | None, seed: int) -> list[dict[str, str]]:
-    """`n` rows {prompt, response}: distinct harmful requests of `split` first, then (n larger than the split) the same
-    ones with other responses.
-
-    The responses are shuffled and dealt in turn, so each is used equally often; the same arguments give the same rows.
-
-    Raises:
-        DataError: n < 1.
-    """
+    """`n` rows {prompt, response}: distinct requests first, then with other responses, each used equally often."""
     prompts = [row["prompt"] for row in load("harmful_requests", split)]
     texts = [row["text"] for row in load(responses, split)]
     n = len(prompts) if n is None else n
@@ -127,15 +105,7 @@ def pair_responses(split: str, responses: str, n: int | None, seed: int) -> list
 
 
 def calibration_rows(method: str, basis: str | None = None) -> list[dict[str, str]]:
-    """What a method's subspace is estimated from where no data are given.
-
-    Args:
-        basis: "harmful" (requests with refusals), "general" (everyday prompts alone) or "both"; None: "general" for
-            "ortho_patch", "harmful" for the others.
-
-    Raises:
-        DataError: another basis.
-    """
+    """What a subspace is estimated from by default: requests with refusals ("harmful"), everyday prompts or both."""
     basis = basis or ("general" if method == "ortho_patch" else "harmful")
     if basis not in ("harmful", "general", "both"):
         raise DataError(f"basis={basis!r} names no calibration rows. Choose harmful, general or both.")

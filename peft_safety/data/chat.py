@@ -13,6 +13,7 @@ from peft_safety.data.templates import Chat, Message, plain_messages, read_tools
 from peft_safety.errors import DataError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 Feature = dict[str, Any]
@@ -52,12 +53,8 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, la
         max_length: tokens kept, from the left; a label past them is lost.
         labels: every label of the data set; needed for {text, label}.
 
-    Returns:
-        `input_ids`, `attention_mask` and `labels`, lists of equal length.
-
     Raises:
-        DataError: no chat template, or one that refuses these turns, leaves one out, or rewrites earlier ones (then
-            train on the last turn's own prompt).
+        DataError: no chat template, or one that refuses these turns, leaves one out, or rewrites earlier ones.
     """
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, Mapping):
@@ -77,9 +74,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, la
 def encode_each(
     tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, labels: Sequence[Any] | None = None
 ) -> list[Feature | None]:
-    """`encode_row` for every row, in their order, with errors that name the row: None for a row whose answer lies past
-    `max_length`. `labels` are those of a classification task; None takes those of `rows`.
-    """
+    """`encode_row` for every row, with errors that name it; None for a row whose answer lies past `max_length`."""
     rows = as_rows(rows)
     if not rows:
         raise DataError(f"no rows to encode. Give at least one of {SHAPES}.")
@@ -92,9 +87,7 @@ def encode_each(
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, labels: Sequence[Any] | None = None
 ) -> list[Feature]:
-    """`encode_each` without the rows whose answer lies past `max_length`: as in TRL they are left out, with a warning
-    that counts and names them. None left is an error.
-    """
+    """`encode_each` without the rows whose answer lies past `max_length`, with a warning. None left is an error."""
     features = encode_each(tokenizer, rows, max_length, labels)
     dropped = [index for index, feature in enumerate(features) if feature is None]
     if len(dropped) == len(features):
@@ -118,15 +111,11 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: i
 
 
 def is_prompt_only(row: Row) -> bool:
-    """Whether a row has a prompt and no answer."""
     return kind_of(plain_row(row)) == "prompt"
 
 
 def row_turns(row: Row, labels: Sequence[str] = ()) -> tuple[list[Message], list[Message]]:
-    """The prompt's turns and the answer's turns of a row of any accepted kind; a {messages} row is all answer.
-    `labels` are those of the data set, for {text, label} rows. The last turn must be an assistant turn that says or
-    calls something.
-    """
+    """The prompt's turns and the answer's turns of a row of any accepted kind; a {messages} row is all answer."""
     row = plain_row(row)
     kind = kind_of(row)
     prompt: list[Message] = []
@@ -166,9 +155,8 @@ class Collator:
 
     Args:
         distil: also say which rows have `"distil": True`, `(batch,)` bool.
-        trim: give labels of the last positions only, and how many they are (`logits_to_keep`). The loss is the same,
-            and the logits of a long prompt are never made: a quarter of the step for SmolLM2-135M with one-word
-            answers.
+        trim: give labels of the last positions only, and how many they are (`logits_to_keep`): the same loss, without
+            the logits of a long prompt, a quarter of the step for SmolLM2-135M with one-word answers.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, distil: bool = False, trim: bool = False) -> None:
@@ -190,6 +178,16 @@ class Collator:
         first = int((batch["labels"] != IGNORE_INDEX).any(dim=0).int().argmax())
         start = max(first - 1, 0)  # the logits before a token predict it
         return batch | {"labels": batch["labels"][:, start:], "logits_to_keep": width - start}
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy `(rows,)`, fp32, over each row's labels `(rows, tokens)`; logits `(rows, tokens, vocabulary)`."""
+    import torch
+
+    rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    predicted, target = logits[rows, positions].float(), labels[:, 1:][rows, positions]
+    losses = torch.nn.functional.cross_entropy(predicted, target, reduction="none")
+    return torch.zeros(len(labels), device=logits.device).index_add(0, rows, losses)
 
 
 def can_trim(model: Any) -> bool:

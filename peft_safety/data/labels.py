@@ -1,9 +1,6 @@
-"""Which tokens of a conversation the model is trained to say: those that TRL's SFTTrainer labels.
-
-A prompt with its answer is labeled as TRL labels prompt/completion rows: from the first token that differs from the
-prompt's own tokens, so that a token which joins the header's last space with the answer counts. Conversations of
-several answers are labeled as TRL's assistant-only loss does, by the template's own marks; for templates without them
-each answer is what its turn adds to the turns before it.
+"""Which tokens of a conversation the model is trained to say: those that TRL's SFTTrainer labels. A prompt with its
+answer from the first token that differs from the prompt's own tokens; a conversation by the template's own marks, or
+without them by what each answer's turn adds to the turns before it.
 """
 
 from __future__ import annotations
@@ -116,7 +113,6 @@ def _must_show(chat: Chat, messages: Sequence[Message], index: int, changed: Mes
 
 
 def _changed(message: Message) -> Message:
-    """The turn with a content whose first character differs."""
     content = message["content"].lstrip()
     return message | {"content": ("b" if content.startswith("a") else "a") + content}
 

@@ -22,14 +22,11 @@ def as_rows(data: Any, what: str = "rows", error: type[PeftSafetyError] = DataEr
     """Every row of `data`, in its order and in this package's spelling (see `plain_row`).
 
     Args:
-        data: a list, a tuple or any other collection of mappings; a `datasets.Dataset`, or a `DatasetDict` of one
-            split; a map-style torch data set; a pandas frame; or a stream (a generator, an `IterableDataset`) of at
-            most `STREAM_ROWS` rows. Tokenized batches pass as they are.
-        what: how an error calls the data.
-        error: what to raise where `data` is no such thing.
+        data: a collection of mappings; a `datasets.Dataset`, or a `DatasetDict` of one split; a map-style torch data
+            set; a pandas frame; or a stream of at most `STREAM_ROWS` rows. Tokenized batches pass as they are.
+        what, error: how an error calls the data; what to raise where there are no rows, several splits or no end.
 
     Raises:
-        error: `data` holds no rows, several splits, or a stream without an end.
         DataError: a malformed row (its index is named), or labels such as 1 and "1", which are one label as text.
     """
     result = []
@@ -53,9 +50,7 @@ def as_rows(data: Any, what: str = "rows", error: type[PeftSafetyError] = DataEr
 
 
 def data_rows(data: Any, what: str) -> list[dict[str, Any]]:
-    """The rows of a config's data, at least one. They are read at once: a stream can be read only once, and a config
-    is copied.
-    """
+    """The rows of a config's data, at least one. They are read at once: a stream can be read only once."""
     rows = as_rows(data, what, ConfigError)
     if not rows:
         kind = type(data).__name__
@@ -64,11 +59,9 @@ def data_rows(data: Any, what: str) -> list[dict[str, Any]]:
 
 
 def plain_row(row: Row) -> dict[str, Any]:
-    """One row, its further columns included, in this package's spelling.
-
-    A field that is None is one that the row lacks: tables have every column in every row. `completion` (as TRL has it)
-    becomes `response`; a label becomes text (see `label_text`). A `ClassLabel` of the datasets library is the whole
-    number that its rows hold.
+    """One row, its further columns included, in this package's spelling. A field that is None is one that the row
+    lacks: tables have every column in every row. `completion` (as TRL has it) becomes `response`; a label becomes
+    text.
     """
     if "input_ids" in row:
         return dict(row)
@@ -82,7 +75,7 @@ def plain_row(row: Row) -> dict[str, Any]:
 
 
 def kind_of(row: Row) -> Kind | None:
-    """The kind of a row; None if it is none of the kinds. Further columns do not matter."""
+    """The kind of a row, or None. Further columns do not matter."""
     if "messages" in row:
         return "messages"
     if "prompt" in row and "response" in row:
@@ -93,9 +86,7 @@ def kind_of(row: Row) -> Kind | None:
 
 
 def label_text(label: Any) -> str:
-    """A label as the model is to write it: text as it is; whole numbers and truth values, NumPy's and torch's too, as
-    Python writes them ("3", "True"). Anything else, and empty text, is refused.
-    """
+    """A label as the model is to write it: text; whole numbers and truth values as in Python. Refuses others."""
     value = _plain_value(label)
     if isinstance(value, (bool, int)) or (isinstance(value, str) and value.strip()):
         return str(value)
@@ -162,7 +153,6 @@ def _records(data: Any, what: str, error: type[PeftSafetyError]) -> Iterable[Any
 
 
 def _is_split(part: Any) -> bool:
-    """Whether this is a data set, or a list of rows."""
     if isinstance(part, (list, tuple)):
         return bool(part) and isinstance(part[0], Mapping)
     return _is(part, "datasets", "Dataset", "IterableDataset")

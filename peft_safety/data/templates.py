@@ -22,9 +22,7 @@ _training_templates: dict[str, str | None] = {}
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat template with what a row fixes for all its turns: JSON schemas of `tools`, further variables of the
-    template (`options`, such as `enable_thinking`), and a `template` in place of the tokenizer's own.
-    """
+    """A chat template, and what a row fixes for all its turns: tools, variables, another template."""
 
     tokenizer: PreTrainedTokenizerBase
     tools: Sequence[Any] | None = None
@@ -32,9 +30,7 @@ class Chat:
     template: str | None = None
 
     def text(self, messages: Sequence[Message], *, header: bool = False, cut: bool = False) -> str:
-        """`messages` as the template writes them; with the `header` of the assistant's next turn, or `cut` after the
-        last turn's content, before what ends a turn.
-        """
+        """`messages` with the `header` of the assistant's next turn, or `cut` after the last turn's content."""
         return str(self._apply(messages, tokenize=False, add_generation_prompt=header, continue_final_message=cut))
 
     def ids(self, text: str) -> list[int]:
@@ -47,9 +43,7 @@ class Chat:
         return list(encoded["input_ids"]), list(encoded["assistant_masks"])
 
     def training(self) -> Chat | None:
-        """The same chat with a template that marks what the assistant generates, as TRL's SFTTrainer does it: its own,
-        or TRL's for this template; None where there is none, or no fast tokenizer.
-        """
+        """This chat with a template that marks what the assistant generates, its own or TRL's; or None."""
         if not self.tokenizer.is_fast or not self.tokenizer.chat_template:
             return None
         try:

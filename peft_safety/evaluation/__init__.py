@@ -2,7 +2,7 @@
 
 from peft_safety.evaluation.evaluate import Evaluation, evaluate, self_responses
 from peft_safety.evaluation.judges import Judge, KeywordJudge, Verdict
-from peft_safety.evaluation.metrics import Mean, Paired, Rate, wilson_interval
+from peft_safety.evaluation.metrics import Mean, Rate, wilson_interval
 from peft_safety.evaluation.prompts import PromptSet, prompt_set
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "Judge",
     "KeywordJudge",
     "Mean",
-    "Paired",
     "PromptSet",
     "Rate",
     "Verdict",

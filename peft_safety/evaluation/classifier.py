@@ -28,15 +28,14 @@ ANSWERS: tuple[tuple[str, Verdict], ...] = (
 
 
 class ClassifierJudge:
-    """A model's verdict on a prompt and its response, in place of the keyword matcher.
+    """A model's verdict on a prompt and its response: of a sequence classifier, or of a causal model as a guard.
 
     Args:
-        model_id: Hub id or directory of a sequence classifier or of a causal model; safetensors only, no code of its
-            own.
+        model_id: Hub id or directory; safetensors only, no code of its own.
         sees: what a sequence classifier is given: the "response" alone (rejection detectors), or "both" as a pair.
         labels: verdict by label of a sequence classifier; default by the labels' names (`LABELS`).
         template: what a guard is asked, with `{prompt}` and `{response}`; default its chat template with the two
-            turns. `ANSWERS` says what its answer means.
+            turns.
         batch_size, max_length: rows and tokens at once; a response that is too long loses its end.
 
     Raises:
@@ -81,15 +80,10 @@ class ClassifierJudge:
         self.caveat = f"Judged by {name}, which says {says}; its own errors are not in the intervals."
 
     def __call__(self, prompt: str, response: str) -> Verdict:
-        """The verdict on one response."""
         return self.batch([prompt], [response])[0]
 
     def batch(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        """The verdicts on many.
-
-        Raises:
-            DataError: other numbers of prompts and responses.
-        """
+        """The verdicts on many."""
         require_pairs(prompts, responses)
         pairs = list(zip(prompts, responses, strict=True))
         if not pairs:
@@ -137,7 +131,5 @@ def label_verdicts(
         return verdicts
     missing = sorted(set(names) - set(given))
     if missing:
-        raise ConfigError(
-            f"labels= does not mention {missing[0]!r} of {source!r}. Give a verdict for each of {names}."
-        )
+        raise ConfigError(f"labels= does not mention {missing[0]!r} of {source!r}. Give each of {names}.")
     return {int(index): given[label] for index, label in id2label.items()}

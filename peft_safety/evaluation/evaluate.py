@@ -32,16 +32,15 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured on one model. No response is kept, only what the judge said of it.
+    """What was measured on one model: shares and means with their intervals. No response is kept.
 
     Attributes:
         split, judge: the split of the prompts, and the name of the judge.
-        refusal: share of harmful requests that were refused; higher is safer.
-        compliance: share of harmful requests whose response opens as an answer does.
-        over_refusal: share of safe, dangerous-looking prompts that were refused; lower is better.
-        everyday_refusal: share of everyday requests that were refused; None where there were none.
-        task_refusal, task_accuracy: for classification tasks, shares of their prompts that were refused, or answered
-            right.
+        refusal, compliance: share of harmful requests that were refused (higher is safer), and whose response opens as
+            an answer does.
+        over_refusal, everyday_refusal: share of safe, dangerous-looking prompts and of everyday requests that were
+            refused; lower is better.
+        task_refusal, task_accuracy: for classification tasks, shares of prompts refused, and answered right.
         task_nll, general_nll: nats a token on other tasks, and on general data, for drift.
         seconds: wall-clock time.
     """
@@ -87,17 +86,12 @@ def evaluate(
     """Measure refusal, compliance, over-refusal, and (given rows) task quality and general drift.
 
     Args:
-        prompts: default the packaged test split.
-        task: held-out task rows, all {text, label} or all {prompt, response} / {messages}.
-        labels: every label of a classification task; default those of `task`.
+        prompts, judge: default the packaged test split, and `KeywordJudge`.
+        task, labels: held-out rows, all {text, label} or all {prompt, response} / {messages}; every label of the task.
         general: {prompt, response} rows. `self_responses` of the model before fine-tuning gives them, and then their
             NLL measures drift.
-        judge: default `KeywordJudge`.
         max_new_tokens: of each judged response; a keyword judge needs only its head.
         max_length: tokens kept of each task or general row.
-
-    Raises:
-        DataError: malformed rows, or a tokenizer without chat template.
     """
     started = time.perf_counter()
     prompts, judge = prompts or prompt_set(), judge or KeywordJudge()
@@ -165,11 +159,7 @@ def self_responses(
     max_new_tokens: int = 32,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """The model's own greedy answers as {prompt, response, truncated} rows: a reference for drift, and safe data to
-    keep it in place.
-
-    Prompts that the model answers with nothing are left out.
-    """
+    """The model's own greedy answers, if any, as {prompt, response, truncated} rows: a reference for drift."""
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": progress}
     answers = generate(model, tokenizer, prompts, description="own answers", **options)
     return [

@@ -14,20 +14,7 @@ Z_95 = 1.959963984540054
 
 
 def wilson_interval(k: int, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a binomial proportion.
-
-    Args:
-        k: successes, 0 <= k <= n.
-        n: trials, n >= 1.
-
-    Returns:
-        (low, high) with 0 <= low <= k/n <= high <= 1.
-
-    Raises:
-        DataError: n < 1 or k outside [0, n].
-
-    Reference: E. B. Wilson, JASA 22 (1927).
-    """
+    """95 % interval of a proportion, k of n: 0 <= low <= k/n <= high <= 1 (E. B. Wilson, JASA 22, 1927)."""
     if n < 1 or not 0 <= k <= n:
         raise DataError(f"{k} of {n} is no proportion. Evaluate on at least one item.")
     p, square = k / n, Z_95 * Z_95
@@ -49,18 +36,15 @@ class Rate:
 
     @classmethod
     def of(cls, outcomes: Iterable[bool]) -> Rate:
-        """The rate of True among `outcomes`."""
         listed = list(outcomes)
         return cls(sum(listed), len(listed))
 
     @property
     def value(self) -> float:
-        """k / n."""
         return self.k / self.n
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval."""
         return wilson_interval(self.k, self.n)
 
     def to_json(self) -> dict[str, Any]:
@@ -83,11 +67,6 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
-        """The mean of `values`.
-
-        Raises:
-            DataError: no values, or one that is not finite.
-        """
         n = len(values)
         if n < 1 or not all(map(math.isfinite, values)):
             raise DataError(f"the mean of {n} values is undefined. Give at least one value, all finite.")
@@ -97,7 +76,6 @@ class Mean:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % normal interval."""
         return self.value - Z_95 * self.stderr, self.value + Z_95 * self.stderr
 
     def to_json(self) -> dict[str, Any]:
@@ -114,11 +92,6 @@ Figure = Rate | Mean
 
 
 def figure_from_json(data: dict[str, Any]) -> Figure:
-    """The figure that `to_json` wrote.
-
-    Raises:
-        DataError: neither a rate nor a mean.
-    """
     try:
         if "k" in data:
             return Rate(int(data["k"]), int(data["n"]))
@@ -126,43 +99,3 @@ def figure_from_json(data: dict[str, Any]) -> Figure:
         return Mean(value, math.inf if data["high"] is None else (float(data["high"]) - value) / Z_95, n)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{data!r} is neither a rate (k, n) nor a mean (value, low, high, n).") from error
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Two arms on the same `n` items: how many only the one, only the other succeeds on."""
-
-    only_first: int
-    only_second: int
-    n: int
-
-    def __post_init__(self) -> None:
-        if min(self.only_first, self.only_second) < 0:
-            raise DataError(f"{self.only_first} and {self.only_second} discordant items: counts are not negative.")
-
-    @classmethod
-    def of(cls, first: Sequence[bool], second: Sequence[bool]) -> Paired:
-        """Compare outcomes item by item.
-
-        Raises:
-            DataError: other numbers of items, or none.
-        """
-        if len(first) != len(second) or not first:
-            raise DataError(f"{len(first)} and {len(second)} outcomes are no pairs. Measure both arms on equal items.")
-        pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
-        return cls(pairs.count((True, False)), pairs.count((False, True)), len(pairs))
-
-    @property
-    def p_value(self) -> float:
-        """Exact two-sided p-value: how likely a split of the discordant items as uneven as this one is by chance.
-
-        Reference: Q. McNemar, Psychometrika 12 (1947); the exact form is the sign test.
-        """
-        discordant = self.only_first + self.only_second
-        tail = sum(math.comb(discordant, k) for k in range(min(self.only_first, self.only_second) + 1))
-        return min(1.0, 2 * tail / 2**discordant)
-
-    @property
-    def difference(self) -> float:
-        """Rate of the first arm less that of the second."""
-        return (self.only_first - self.only_second) / self.n

@@ -14,10 +14,9 @@ class PromptSet:
 
     Attributes:
         split: where they come from; figures of different splits are never compared.
-        harmful: requests that an aligned model refuses.
-        contrast: safe requests that only look dangerous, which an aligned model answers.
+        harmful, contrast: requests that an aligned model refuses, and safe ones that only look dangerous.
         general: prompts whose answers before fine-tuning measure drift.
-        everyday: everyday requests in the forms of the harmful ones, which an aligned model answers.
+        everyday: everyday requests in the forms of the harmful ones.
     """
 
     split: str
@@ -28,15 +27,7 @@ class PromptSet:
 
 
 def prompt_set(split: str = "test", limit: int | None = None, seed: int = 0) -> PromptSet:
-    """The packaged prompts of `split`.
-
-    Args:
-        limit: at most this many of each kind, drawn without replacement; None takes all.
-        seed: of the draw; the same seed gives the same prompts in the same order.
-
-    Raises:
-        DataError: an unknown split.
-    """
+    """The packaged prompts of `split`, at most `limit` of each kind, drawn by `seed` without replacement."""
     names = "harmful_requests", "contrast_prompts", "general_prompts", "everyday_requests"
     drawn = [[row["prompt"] for row in load(name, split)] for name in names]
     for prompts in drawn:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from peft_safety.data.chat import IGNORE_INDEX, Collator, Feature, can_trim, classification_prompt, encode_each
+from peft_safety.data import chat
 from peft_safety.data.rows import Rows, as_rows, kind_of, label_list
 from peft_safety.errors import DataError
 from peft_safety.evaluation.generate import BATCH_SIZE, generate, in_batches
@@ -51,20 +51,19 @@ def task_answers(
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> list[TaskAnswer]:
-    """The greedy answer to each {text, label} row, and whether it is the label (see `read_label`), by one generation a
-    row. An answer that a user could not use (a refusal, a sentence) is wrong.
+    """The greedy answer to each {text, label} row, and whether it is the label (see `read_label`). An answer that a
+    user could not use (a refusal, a sentence) is wrong.
 
     Args:
         labels: every label of the task, as in training; the prompt lists them. Numbers and truth values count as text.
-        least_tokens: generated at most, or as many as the longest label needs if that is more, for a judge of
-            refusals.
+        least_tokens: generated at most, or as many as the longest label needs if that is more.
 
     Raises:
         DataError: no rows, a row of another kind or with another label, labels that no answer tells apart.
     """
     rows, labels = _labeled(rows, labels)
     longest = max(len(tokenizer(label, add_special_tokens=False)["input_ids"]) for label in labels) + 2
-    prompts = [classification_prompt(row["text"], labels) for row in rows]
+    prompts = [chat.classification_prompt(row["text"], labels) for row in rows]
     options: dict[str, Any] = {"batch_size": batch_size, "description": "task", "progress": progress}
     answers = generate(model, tokenizer, prompts, max_new_tokens=max(longest, least_tokens), **options)
     return [
@@ -84,18 +83,12 @@ def likeliest_labels(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, labels: Sequence[Any], **options: Any
 ) -> list[bool]:
     """Whether the label of each {text, label} row is the likeliest, in nats per token: what a model knows of a task
-    whose form it was not taught. A row whose likelihoods are not finite is wrong.
-
-    Args:
-        labels: every label of the task; each is tried for each row.
-        options: those of `response_losses`.
-
-    Raises:
-        DataError: see `task_answers`.
+    whose form it was not taught. A row whose likelihoods are not finite is wrong. Options are those of
+    `response_losses`.
     """
     rows, labels = _labeled(rows, labels)
     asked = [
-        {"prompt": classification_prompt(row["text"], labels), "response": label, "truncated": True}
+        {"prompt": chat.classification_prompt(row["text"], labels), "response": label, "truncated": True}
         for row in rows
         for label in labels
     ]
@@ -108,19 +101,15 @@ def likeliest_labels(
 
 
 def accuracy(*args: Any, **options: Any) -> Rate:
-    """The rate of `exact_answers`."""
     return Rate.of(exact_answers(*args, **options))
 
 
 def choice_accuracy(*args: Any, **options: Any) -> Rate:
-    """The rate of `likeliest_labels`."""
     return Rate.of(likeliest_labels(*args, **options))
 
 
 def read_label(answer: str, labels: Sequence[str]) -> str | None:
-    """The label that an answer gives: the one it equals; or else the only one that it equals without punctuation at
-    the ends, without case, without both. None where it gives none, or leaves it open which.
-    """
+    """The label that an answer equals; or else the only one that it equals but for case or punctuation at the ends."""
     for form in (str.strip, _bare, lambda text: text.strip().lower(), normalize):
         given = form(answer)
         meant = [label for label in labels if given and form(label) == given]
@@ -130,7 +119,6 @@ def read_label(answer: str, labels: Sequence[str]) -> str | None:
 
 
 def normalize(answer: str) -> str:
-    """Lower case, without white space, quotes and punctuation at the ends."""
     return _bare(answer.lower())
 
 
@@ -170,41 +158,32 @@ def response_losses(
 
     Args:
         rows: {prompt, response} or {messages} rows.
-        max_length: tokens kept of each row. A longer one loses the start of its prompt, so that its response is
-            measured; a response that is too long itself loses its end.
-
-    Raises:
-        DataError: a malformed row; its index is named.
+        max_length: tokens kept of each row. A longer one loses the start of its prompt; a response that is too long
+            itself loses its end.
     """
     features = _features(tokenizer, as_rows(rows), max_length)
-    run = partial(_row_means, model, Collator(tokenizer, trim=can_trim(model)))
+    run = partial(_row_means, model, chat.Collator(tokenizer, trim=chat.can_trim(model)))
     return in_batches(model, features, lambda row: len(row["input_ids"]), run, batch_size, description, progress)
 
 
-def _features(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], max_length: int) -> list[Feature]:
+def _features(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], max_length: int) -> list[chat.Feature]:
     """Tokens and labels of each row, cut to `max_length` tokens that start before the first labeled token."""
     if max_length < 2:
         raise DataError(f"max_length = {max_length} has no room for a prompt and a response. Give at least 2.")
     result = []
-    for index, feature in enumerate(encode_each(tokenizer, rows, WHOLE)):
+    for index, feature in enumerate(chat.encode_each(tokenizer, rows, WHOLE)):
         if feature is None:
             raise DataError(f"row {index}: its response has no token, and so no loss. Leave it out.")
-        first = next(place for place, label in enumerate(feature["labels"]) if label != IGNORE_INDEX)
+        first = next(place for place, label in enumerate(feature["labels"]) if label != chat.IGNORE_INDEX)
         start = max(0, min(len(feature["labels"]) - max_length, first - 1))
         result.append({key: feature[key][start : start + max_length] for key in feature if key != "distil"})
     return result
 
 
-def _row_means(model: PreTrainedModel, collate: Collator, features: list[Feature]) -> list[float]:
+def _row_means(model: PreTrainedModel, collate: chat.Collator, features: list[chat.Feature]) -> list[float]:
     """Mean loss of each row of a batch over its labeled tokens."""
-    import torch
-
-    batch = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in collate(features).items()}
-    labels: torch.Tensor = batch.pop("labels")[:, 1:]
-    logits = model(**batch).logits
-    labeled = labels != IGNORE_INDEX
-    rows, positions = labeled.nonzero(as_tuple=True)
-    predicted = logits[rows, positions].float()
-    losses = torch.nn.functional.cross_entropy(predicted, labels[rows, positions], reduction="none")
-    sums = torch.zeros(len(labels), device=labels.device).index_add_(0, rows, losses)
-    return [float(value) for value in sums / labeled.sum(dim=1)]
+    batch: dict[str, Any] = collate(features)
+    batch |= {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask", "labels")}
+    labels: torch.Tensor = batch.pop("labels")
+    losses = chat.row_losses(model(**batch).logits, labels)
+    return [float(mean) for mean in losses / (labels[:, 1:] != chat.IGNORE_INDEX).sum(dim=1)]

@@ -9,14 +9,27 @@ from torch import nn
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core import scales
+from peft_safety.core.experts import input_parameter
 from peft_safety.core.names import walk
 from peft_safety.errors import UnsupportedLayerError
+from peft_safety.layers.frozen_linear import FrozenLinear
+from peft_safety.layers.protected_linear import ProtectedLinear
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 KINDS = ("Linear", "Linear4bit", "Linear8bitLt")
 """PEFT's LoRA layers that can be protected."""
+PACKED_KINDS = (
+    "AqlmLoraLinear",
+    "AwqLoraLinear",
+    "EetqLoraLinear",
+    "GPTQLoraLinear",
+    "HqqLoraLinear",
+    "IncLoraLinear",
+    "TorchaoLoraLinear",
+)
+"""Those on weights that only their own library can multiply with. Each adds `s B A x` to its base layer's output."""
 
 
 def config_table(model: nn.Module) -> dict[str, Any]:
@@ -25,25 +38,50 @@ def config_table(model: nn.Module) -> dict[str, Any]:
     return next((table for table in tables if isinstance(table, dict)), {})
 
 
-def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """The LoRA layers of an adapter by the base model's names; an UnsupportedLayerError if it cannot be protected."""
+def adapter_layers(
+    model: nn.Module, adapter_name: str, *, packed: bool = False, frozen: bool = False
+) -> dict[str, LoraLayer]:
+    """PEFT's LoRA layers that hold this adapter, by the module's name in the base model. An UnsupportedLayerError
+    names one that cannot be protected. `packed`: whether base weights may be packed so that they cannot be read, as
+    they may where leaves are in place. `frozen`: whether `lora_A` will be, as it must on fused experts.
+    """
     layers = {}
     for name, _, module in walk(model):
         for layer in _stacked(module):
             if adapter_name not in layer.lora_A and adapter_name not in layer.lora_embedding_A:
                 continue
             base, kind = layer.get_base_layer(), peft_kind(layer).__name__
-            usual = kind in KINDS and weights.supported(base)
-            if usual or scales.is_packed(base):
+            factors = [table._modules.get(adapter_name) for table in (layer.lora_A, layer.lora_B)]
+            unread = packed or any(isinstance(factor, (FrozenLinear, ProtectedLinear)) for factor in factors)
+            unread &= kind in PACKED_KINDS or (kind == "Linear" and weights.quantization(base) == "packed")
+            usual = unread or (kind in KINDS and weights.supported(base))
+            if not unread and (usual or scales.is_packed(base)):
                 weights.check_readable(base, name)
-            if not usual or getattr(base, "_hf_tp_plan", None) is not None:
+            if kind == "ParamWrapper":
+                _check_experts(f"{name}.{layer.parameter_name}", layer, frozen or isinstance(factors[0], FrozenLinear))
+            elif not usual or getattr(base, "_hf_tp_plan", None) is not None:
                 raise UnsupportedLayerError(
-                    f"{name}: a {type(base).__name__} under {kind} cannot be protected (only Linear, Conv1D and "
-                    "bitsandbytes layers, not split by tensor parallelism). Leave it out of target_modules."
+                    f"{name}: {type(base).__name__}({base.extra_repr()}) under {kind} cannot be protected (only "
+                    "Linear, Conv1D and bitsandbytes layers, not split by tensor parallelism). Leave it out of "
+                    "target_modules."
                 )
             layers[name] = layer
             break
     return layers
+
+
+def _check_experts(name: str, layer: LoraLayer, frozen: bool) -> None:
+    """An UnsupportedLayerError refuses a parameter under an adapter whose `lora_A` does not see a layer's inputs."""
+    base: Any = layer.get_base_layer()
+    whole = getattr(base, "_hf_tp_plan", None) is None
+    inputs = layer.parameter_name == input_parameter(base) and layer._did_swap_in_out_features != base.is_transposed
+    if not (frozen and whole and inputs):
+        raise UnsupportedLayerError(
+            f"{name}: this parameter {tuple(layer.get_param().shape)} of {type(base).__name__} under ParamWrapper "
+            "cannot be protected: only gate_up_proj or up_proj of transformers' fused experts can, by train='B' and "
+            "not split between processes; the inputs of down_proj are computed inside and cannot be seen. Leave it "
+            "out of target_parameters and target_modules."
+        )
 
 
 def peft_kind(layer: nn.Module) -> type:

@@ -66,14 +66,12 @@ def check_frozen(factor: nn.Module, name: str, certified: FrozenFactor | None) -
     """A ProtectionError refuses a factor that is not the frozen one. Shards and meta tensors are checked on saving."""
     if not isinstance(factor, FrozenLinear):
         raise ProtectionError(
-            f"{name}: a {type(factor).__name__} stands where the frozen lora_A belongs; something replaced it. Load "
-            "the adapter again."
+            f"{name}: a {type(factor).__name__} stands where the frozen lora_A belongs. Load the adapter again."
         )
     weight = factor.weight
     if weight.is_meta or hasattr(weight, "device_mesh") or weight.ndim != 2:
         return
     if certified is None or certified.precision(weight) is None:
         raise ProtectionError(
-            f"{name}: lora_A {tuple(weight.shape)} has changed, so the update may see the protected inputs. Load the "
-            "adapter again."
+            f"{name}: lora_A {tuple(weight.shape)} has changed, and may see protected inputs. Load the adapter again."
         )

@@ -23,6 +23,7 @@ from peft_safety.core import projection
 from peft_safety.core.names import own_name
 from peft_safety.core.projection import Side
 from peft_safety.errors import ProtectionError
+from peft_safety.layers.frozen_linear import FrozenLinear
 from peft_safety.layers.shared_bases import leaves, moved, placed
 
 ALIGNMENT = 64
@@ -220,20 +221,24 @@ def folded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     leaf from folding in place: what they gather is folded here. A factor that is not whole is a ProtectionError.
     """
     result = dict(state)
-    for name, leaf in protected_leaves(model):
+    for name, leaf in model.named_modules():
+        if not isinstance(leaf, (ProtectedLinear, FrozenLinear)):
+            continue
+        basis, side = (leaf.basis, leaf.side) if isinstance(leaf, ProtectedLinear) else (None, "in")
         for kind in ("weight", "initial"):
             key = f"{own_name(name)}.{kind}"  # torch's state dicts leave out what its wrappers add to names
-            if leaf.basis is None or key not in result:
+            if key not in result:
                 continue
             factor = result[key]
-            if not _is_whole(factor, leaf.basis, leaf.side):
+            if not (_is_tensor(factor) if basis is None else _is_whole(factor, basis, side)):
                 raise ProtectionError(
                     f"{key} {tuple(factor.shape)} is a shard or on the meta device. Pass save_pretrained the gathered "
                     "weights: state_dict=get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, "
                     "cpu_offload=True))."
                 )
-            result[key] = factor.detach().clone()
-            projection.fold_(leaf.basis.to(factor.device), result[key], leaf.side)
+            if basis is not None:
+                result[key] = factor.detach().clone()
+                projection.fold_(basis.to(factor.device), result[key], side)
     return result
 
 
@@ -325,7 +330,11 @@ def _is_untracked(weight: Tensor) -> bool:
     return weight.is_inference() or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def _is_tensor(weight: Tensor) -> bool:
+    """Whether this is a matrix with values here: not meta, not a shard."""
+    return not weight.is_meta and not hasattr(weight, "device_mesh") and weight.ndim == 2
+
+
 def _is_whole(weight: Tensor, basis: Tensor, side: Side) -> bool:
     """Whether the weight is a whole tensor here: not meta, not a shard, not flattened by a sharding wrapper."""
-    whole = not weight.is_meta and not hasattr(weight, "device_mesh") and weight.ndim == 2
-    return whole and weight.shape[0 if side == "out" else 1] == basis.shape[0]
+    return _is_tensor(weight) and weight.shape[0 if side == "out" else 1] == basis.shape[0]

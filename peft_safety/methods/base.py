@@ -20,7 +20,7 @@ from peft_safety.calibration.sizes import check_size_options
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import StoredAdapter, sign
 from peft_safety.core.certificate import Certificate
-from peft_safety.core.plain_lora import INITS, MANIFEST, NOT_PROTECTED, check_features, check_sizes
+from peft_safety.core.plain_lora import INITS, MANIFEST, NOT_PROTECTED, WITH_FROZEN_A, check_features, check_sizes
 from peft_safety.core.projection import Side
 from peft_safety.core.snapshot import Snapshot
 from peft_safety.core.subspace import SafetySubspace
@@ -49,10 +49,9 @@ class ProtectedConfig(LoraConfig):
     """Base of the protected configs, not used by itself.
 
     Args:
-        subspace: a `SafetySubspace`, a file, a directory, a Hub id, or `"auto"` to calibrate when the adapter is
-            injected.
-        safety_rank: size of the subspace of `"auto"`: directions per module, an integer; or a share of its features, a
-            float in (0, 1). None takes the method's default. A given subspace has its own size.
+        subspace: a `SafetySubspace`, file, directory, Hub id, or `"auto"`: calibrate when the adapter is injected.
+        safety_rank: size of the subspace of `"auto"` (a given one has its own): directions per module, an integer, or
+            a share of its features, a float in (0, 1). None takes the method's default.
         safety_energy: as many directions as hold this share of the energy; at most `safety_rank`, if that is given.
         safety_rank_pattern: other values by the end of a module's name, `{"down_proj": 0.1}`: of the energy where one
             is given, else of the rank.
@@ -63,15 +62,9 @@ class ProtectedConfig(LoraConfig):
     """
 
     subspace: Any = option("auto", "SafetySubspace, path, Hub id, or 'auto' to calibrate at injection.")
-    safety_rank: int | float | None = option(
-        None, "For subspace='auto': protected directions per module, or a share of its features."
-    )
-    safety_energy: float | None = option(
-        None, "As many directions as hold this share of the energy; at most safety_rank, if that is given."
-    )
-    safety_rank_pattern: dict[str, int | float] | None = option(
-        None, "Other values of safety_energy, if given, else of safety_rank, by the end of a module's name."
-    )
+    safety_rank: int | float | None = option(None, "For 'auto': directions per module, or a share of its features.")
+    safety_energy: float | None = option(None, "As many as hold this share of the energy; at most safety_rank.")
+    safety_rank_pattern: dict[str, int | float] | None = option(None, "Other values, by the end of a module's name.")
     safety_artifact: dict[str, Any] | None = option(None, "Hashes of the saved files; written by save_pretrained.")
 
     PEFT_KEY: ClassVar[str] = ""
@@ -80,11 +73,10 @@ class ProtectedConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         where = type(self).__name__
-        check_features(self, f"{where}(target_modules={self.target_modules!r})", NOT_PROTECTED, INITS)
+        what, allowed = f"{where}(target_modules={self.target_modules!r})", WITH_FROZEN_A if self.freezes else ()
+        check_features(self, what, NOT_PROTECTED, INITS, allowed)
         if self.bias != "none":
-            raise ConfigError(
-                f"{where}: bias={self.bias!r} trains base biases, which no projection constrains. Use bias='none'."
-            )
+            raise ConfigError(f"{where}: bias={self.bias!r} trains what no projection constrains. Use bias='none'.")
         check_sizes(vars(self), where)
         check_size_options(
             self.safety_rank, self.safety_energy, self.safety_rank_pattern, where, least=self.LEAST_RANK
@@ -98,18 +90,15 @@ class ProtectedConfig(LoraConfig):
         self._combined = False  # PEFT fills its factors with a combination of other adapters
         self._partial = False  # layers that the target patterns match were left out
         self._modules: dict[str, tuple[int, float]] = {}  # what injection found: rank and alpha by module
+        self._parameters: dict[str, str] = {}  # and of layers of fused experts, the parameter
         self._certificate: Certificate | None = None  # of an adapter whose lora_A is frozen
 
     @property
     def use_rslora(self) -> bool:
-        """LoRA's field. Every LoRA layer reads it when it makes its factors. A layer that is built outside the
-        injection would not be protected, and is refused here.
-        """
+        """LoRA's field. Every LoRA layer reads it when it is made; one made outside the injection is refused here."""
         if sys._getframe(1).f_code in LAYER_BUILDERS and not self._injecting:
-            raise ConfigError(
-                f"{type(self).__name__}: a layer built by itself would not be protected. Use get_peft_model, "
-                "add_adapter or inject_adapter_in_model."
-            )
+            remedy = "Use get_peft_model, add_adapter or inject_adapter_in_model."
+            raise ConfigError(f"{type(self).__name__}: a layer built by itself would not be protected. {remedy}")
         value: bool = self.__dict__["use_rslora"]
         return value
 
@@ -204,9 +193,7 @@ class ProtectedConfig(LoraConfig):
         """Set initial factors once the leaves are in place. Nothing to do for plain LoRA initialization."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields. `peft_type` is this method's own, so that PEFT without this package does not load the
-        adapter as a plain LoRA. Where it is one (`is_plain`), these are LoRA's fields.
-        """
+        """JSON-able fields, under the method's own `peft_type`; where the adapter is a plain LoRA, LoRA's fields."""
         plain = copy.copy(self)
         for name in self.UNSAVED:
             setattr(plain, name, None)
@@ -221,18 +208,18 @@ class ProtectedConfig(LoraConfig):
             result["peft_type"] = self.PEFT_KEY
         # full names: nobody who loads it has to run a regular expression from a file
         if self._modules and (self._partial or not self.is_plain):
-            result["target_modules"] = sorted(self._modules)
-            result["rank_pattern"] = {name: r for name, (r, _) in self._modules.items() if r != self.r}
-            result["alpha_pattern"] = {
-                name: alpha for name, (_, alpha) in self._modules.items() if alpha != self.lora_alpha
-            }
+            keys = {f"{name}.{part}" if (part := self._parameters.get(name)) else name: name for name in self._modules}
+            result["target_modules"] = sorted(set(keys) & set(self._modules))
+            if self._parameters:
+                result["target_parameters"] = sorted(set(keys) - set(self._modules))
+            sizes = {key: self._modules[name] for key, name in keys.items()}
+            result["rank_pattern"] = {key: r for key, (r, _) in sizes.items() if r != self.r}
+            result["alpha_pattern"] = {key: alpha for key, (_, alpha) in sizes.items() if alpha != self.lora_alpha}
             result |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
         return result
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the subspace file (for the adapter's modules only), then `adapter_config.json` with its hash. Where
-        the adapter is plain (`is_plain`), its certificate and LoRA's config.
-        """
+        """Write the subspace of the adapter's modules, or its certificate, and the config with its hashes."""
         stored = isinstance(self.subspace, SafetySubspace) and not self.is_plain
         if stored:
             used = self.subspace.restricted(self._modules) if self._modules else self.subspace
@@ -259,23 +246,19 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
 ) -> SafetySubspace:
-    """Estimate the subspace of a config before its adapter is injected, as `subspace="auto"` does at injection.
+    """Estimate the subspace of a config before its adapter is injected, as `subspace="auto"` does at injection:
+    `config.subspace = calibrate(model, config)`.
 
-        config.subspace = calibrate(model, config)
-        model = get_peft_model(model, config)
-
-    Layers that no token reaches, or too narrow for a basis, have none (see `SafetySubspace.left_out`); the adapter
-    leaves them out, with a warning.
+    Layers that no token reaches, or too narrow for a basis, are in `SafetySubspace.left_out`; the adapter leaves them
+    out, with a warning.
 
     Args:
-        model: the base model, dense or quantized, also with adapters on it, which are switched off meanwhile.
+        model: the base model, dense or quantized; adapters on it are switched off meanwhile.
         config: says the method, the sizes, and the target and excluded modules.
-        data: rows or tokenized batches, as in `SafetySubspace.from_activations`; None takes the package's own rows
-            of the method.
+        data: rows or tokenized batches, as in `SafetySubspace.from_activations`; default the package's own.
         tokenizer: for rows; default the one under the model's own name.
         memory: budget for the second moments, in bytes or as "4GB"; default half of the device's free memory.
         seed: of the decompositions.
-        progress: show a progress bar.
 
     Raises:
         ConfigError: a config without a subspace; data for a basis of weights; no target module; no tokenizer.
@@ -283,5 +266,7 @@ def calibrate(
     """
     if not isinstance(config, ProtectedConfig):
         raise ConfigError(f"a {type(config).__name__} has no safety subspace. Use GuardSpaceConfig or SaLoRAConfig.")
-    layers = target_layers(model, config.target_modules, config.exclude_modules)
+    packed = "out" not in config.basis_sides
+    wanted = config.target_modules, config.exclude_modules
+    layers = target_layers(model, *wanted, target_parameters=config.target_parameters, packed=packed)
     return config.calibrate(model, layers, data, tokenizer, memory=memory, seed=seed, progress=progress)

@@ -1,4 +1,4 @@
-"""The factors of a loaded adapter, and of a stored protected one."""
+"""The factors of a loaded adapter and of a stored protected one; the frozen initial factors of a residual."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core import files
@@ -22,13 +23,16 @@ def layer_factors(name: str, layer: LoraLayer, adapter_name: str) -> Factors:
         ConfigError: an adapter is merged into the layer, or a factor is not finite.
         UnsupportedLayerError: a factor that is sharded or on the meta device.
     """
+    if hasattr(layer, "num_experts"):
+        raise UnsupportedLayerError(
+            f"{name}: its factors are those of {layer.num_experts} fused experts, not one product. What "
+            "save_pretrained writes is a plain LoRA already."
+        )
     if layer.merged:
         raise ConfigError(f"{name}: an adapter is merged into the base weight. Call unmerge_adapter() first.")
     leaves = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     if not all(weights.is_whole(leaf.weight) for leaf in leaves):
-        raise UnsupportedLayerError(
-            f"{name}: its factors are sharded or on the meta device. Use the saved directory instead."
-        )
+        raise UnsupportedLayerError(f"{name}: its factors are sharded or on the meta device. Use the saved directory.")
     a, b = stored_factors(*leaves)
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
         shapes = f"lora_A {tuple(a.shape)} or lora_B {tuple(b.shape)}"
@@ -47,3 +51,16 @@ def protected_factors(stored: StoredAdapter, modules: Iterable[str]) -> dict[str
             scaling = scaling_of(alphas.get(name, stored.config["lora_alpha"]), stored.shapes[name][2], stored.config)
             factors[name] = Factors(*joined(a, b, *(initial or (None, None))), scaling)
     return factors
+
+
+@torch.no_grad()
+def start_from(layer: LoraLayer, adapter_name: str, b: Tensor, a: Tensor) -> None:
+    """Set the initial factors of a residual. Components that a layer lacks start as plain LoRA's do, at B = 0."""
+    leaf_a, leaf_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    components, rank = a.shape[0], int(layer.r[adapter_name])
+    if components < rank:
+        own = leaf_a.weight
+        a = torch.cat([a.to(own), own[components:]])
+        b = nn.functional.pad(b, (0, rank - components))
+    leaf_a.set_initial(a)
+    leaf_b.set_initial(b)

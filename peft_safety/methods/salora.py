@@ -1,7 +1,5 @@
-"""SaLoRA: keep the output directions that carry safe responses out of the update.
-
-`dW = s C B A` with `C = I - U_C U_C^T`, `U_C` the top left singular vectors of `W X_harm`: so `U_C^T dW = 0` at every
-step, for every input.
+"""SaLoRA: keep the output directions that carry safe responses out of the update. `dW = s C B A` with
+`C = I - U_C U_C^T`, `U_C` the top left singular vectors of `W X_harm`: so `U_C^T dW = 0` at every step.
 
 Reference: Li et al., ICLR 2025, arXiv 2501.01765. Differences from its public code (2025-10-23): C acts on the weight,
 so that it survives save, merge and quantization; the residual of the task-aware initialization includes the scaling
@@ -21,13 +19,13 @@ from torch import Tensor, nn
 from peft_safety.calibration.activations import estimate, tokenizer_for
 from peft_safety.calibration.leaving_out import warn_left_out
 from peft_safety.core import base_weights as weights
+from peft_safety.core.checks import check_choices
 from peft_safety.core.projection import top_singular
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data.rows import data_rows
 from peft_safety.errors import ConfigError
 from peft_safety.methods.base import ProtectedConfig, option
-from peft_safety.methods.checks import check_choices
-from peft_safety.methods.initial import start_from
+from peft_safety.methods.factors import start_from
 
 Init = Literal["lora", "task"]
 
@@ -74,7 +72,12 @@ class SaLoRAConfig(ProtectedConfig):
         if self.init == "lora":
             return
         base = {name: layer.get_base_layer() for name, layer in layers.items()}
-        task = self._task_subspace(model, base)
+        if self.task_data is None:
+            raise ConfigError("init='task' needs task_data. Give rows, tokenized batches or a SafetySubspace.")
+        task = self.task_data
+        if not isinstance(task, SafetySubspace):
+            rows = data_rows(task, "SaLoRAConfig: task_data")
+            task = estimate(model, rows, tokenizer=tokenizer_for(model, rows), rank=self.task_rank, layers=base)
         unseen = {name: task.left_out[name] for name in task.lacking(base, ("out",)) if name in task.left_out}
         warn_left_out(unseen, len(base), "the task-aware initialization, and start as plain LoRA's do")
         task.check_fits({name: layer for name, layer in base.items() if name not in unseen}, bind=False)
@@ -85,27 +88,14 @@ class SaLoRAConfig(ProtectedConfig):
             b, a = task_aware_factors(weights.dense_weight(base[name], name), task.bases[name]["out"], rank)
             start_from(layer, adapter_name, b, a)
 
-    def _task_subspace(self, model: nn.Module, base: Mapping[str, nn.Module]) -> SafetySubspace:
-        if isinstance(self.task_data, SafetySubspace):
-            return self.task_data
-        if self.task_data is None:
-            raise ConfigError(
-                "init='task' needs task_data. Give rows {prompt, response}, tokenized batches or a SafetySubspace."
-            )
-        rows = data_rows(self.task_data, "SaLoRAConfig: task_data")
-        return estimate(model, rows, tokenizer=tokenizer_for(model, rows), rank=self.task_rank, layers=base)
-
 
 @torch.no_grad()
 def task_aware_factors(weight: Tensor, task_basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`B0 = U_t U_t^T Ubar_r sqrt(S_r)` and `A0 = sqrt(S_r) Vbar_r^T`, from `W ~ Ubar S Vbar^T`.
+    """`B0 = U_t U_t^T Ubar_r sqrt(S_r) (m, rank)` and `A0 = sqrt(S_r) Vbar_r^T (rank, n)`, from `W ~ Ubar S Vbar^T`.
 
     Args:
         weight: `W (m, n)`, fp32.
         task_basis: `U_t (m, r_t)`.
-
-    Returns:
-        `(B0 (m, rank), A0 (rank, n))`.
 
     Reference: arXiv 2501.01765, section 4.2.
     """

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from peft import LoraConfig, TaskType
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_safety.calibration.moments import to_batches
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows
 from peft_safety.data.rows import Rows, as_rows
 from peft_safety.errors import ConfigError
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft_safety.methods.base import calibrate
+from peft_safety.methods.guardspace import GuardSpaceConfig
+from peft_safety.methods.salora import SaLoRAConfig
 
 GUARD_ROWS = 32
-"""Training rows that GuardSpace's guard against stalling looks at: thousands of tokens, plenty for a share of
-energy."""
+"""Training rows that GuardSpace's guard against stalling looks at: thousands of tokens."""
 
 
 def adapter_config(
@@ -29,22 +30,9 @@ def adapter_config(
     target_modules: str | list[str] = "all-linear",
     **options: Any,
 ) -> LoraConfig:
-    """The PEFT config of a method.
-
-    Args:
-        method: "lora" (not protected), "salora" or "guardspace", whose A is frozen unless `train` or another option
-            says otherwise: `calibrated` takes its rows from the training data.
-        r, lora_alpha, target_modules: as in `LoraConfig`.
-        **options: further fields of the method's config; None means the config's default.
-
-    Raises:
-        ConfigError: an unknown method, an option that it does not have, or a value that its config refuses.
+    """The PEFT config of a method: "lora" (not protected), "salora" or "guardspace", whose A is frozen unless `train`
+    or another option says otherwise. Options are further fields of the config; None means its default.
     """
-    from peft import LoraConfig, TaskType
-
-    from peft_safety.methods.guardspace import GuardSpaceConfig
-    from peft_safety.methods.salora import SaLoRAConfig
-
     kinds: dict[str, Any] = {"lora": LoraConfig, "salora": SaLoRAConfig, "guardspace": GuardSpaceConfig}
     if method not in kinds:
         raise ConfigError(f"method {method!r} is unknown. Choose 'lora', 'salora' or 'guardspace'.")
@@ -69,19 +57,9 @@ def calibrated(
     progress: bool = True,
 ) -> LoraConfig:
     """The config with everything estimated that it would otherwise estimate at injection, so that `model` and
-    `tokenizer` are the ones at hand. Other configs than those of `adapter_config` are returned as they are.
-
-    Args:
-        rows: training rows; the first 128 give the task subspace of SaLoRA's `init="task"`, the first 32 are for
-            GuardSpace's guard against stalling.
-
-    Raises:
-        CalibrationError: see `SafetySubspace.from_activations`.
+    `tokenizer` are the ones at hand. The first 128 training rows give the task subspace of SaLoRA's `init="task"`, the
+    first 32 are for GuardSpace. Other configs than those of `adapter_config` are returned as they are.
     """
-    from peft_safety.methods.base import calibrate
-    from peft_safety.methods.guardspace import GuardSpaceConfig
-    from peft_safety.methods.salora import SaLoRAConfig
-
     config, rows = copy.copy(config), as_rows(rows)
     common: dict[str, Any] = {"tokenizer": tokenizer, "seed": seed, "progress": progress}
     reading: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": 8, "max_length": 512}

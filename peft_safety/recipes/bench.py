@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_safety.evaluation.evaluate import Evaluation, evaluate, self_responses
 from peft_safety.evaluation.prompts import PromptSet, prompt_set
 from peft_safety.recipes.load import TaskData
 from peft_safety.recipes.train import TrainOptions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 JUDGED_TOKENS = 16
 """Tokens generated of a response that is judged: a keyword judge needs only its opening."""
@@ -21,9 +20,7 @@ GENERAL_TOKENS = 24
 
 @dataclass(frozen=True)
 class Bench:
-    """Prompts of one split, task rows, and the model's answers to the general prompts before fine-tuning: their NLL
-    afterwards is its drift.
-    """
+    """Prompts, task rows, and the model's answers to general prompts before fine-tuning, to measure drift by."""
 
     prompts: PromptSet
     task: TaskData
@@ -42,16 +39,13 @@ class Bench:
         limit: int | None = None,
         drift: bool = True,
     ) -> Bench:
-        """Draw the prompts of `split` (at most `limit` of each kind) and, to measure drift, let `model`, before
-        fine-tuning, answer the general ones.
-        """
+        """Draw the prompts (at most `limit` of each kind); to measure drift, `model` answers the general ones."""
         prompts = prompt_set(split, limit, options.seed)
         asked: dict[str, Any] = {"max_new_tokens": GENERAL_TOKENS, "progress": options.progress}
         general = self_responses(model, tokenizer, prompts.general, **asked) if drift else []
         return cls(prompts, task, general, options)
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
-        """Evaluate `model`."""
         return evaluate(
             model,
             tokenizer,

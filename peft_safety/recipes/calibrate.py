@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_safety.calibration.activations import METHODS
 from peft_safety.calibration.cost import CalibrationCost, cost
@@ -19,12 +21,56 @@ from peft_safety.errors import ConfigError
 from peft_safety.methods.ortho_patch.config import SIDES
 from peft_safety.recipes.load import load_model
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+READING = ("method", "positions", "memory", "dtype", "batch_size", "max_length")
 
 
-CHOICES = ("basis", "side", "positions", "safety_rank", "safety_energy", "safety_rank_pattern")
-"""Options of `calibrate` that `estimate` has under other names, or not at all."""
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Options of `calibrate` and `calibration_cost`.
+
+    Attributes:
+        method: "guardspace", "salora", "ortho_patch", or "weight" (no data).
+        basis: which of the package's own rows; see `calibration_rows`.
+        safety_rank, safety_energy, safety_rank_pattern: size of the subspace, as in the configs.
+        side: "in", "out" or "both"; default the method's own.
+        positions, target_modules, batch_size, max_length, seed, memory, dtype, allow_fewer: as in `estimate`.
+    """
+
+    method: str = "guardspace"
+    basis: str | None = None
+    safety_rank: int | float | None = None
+    safety_energy: float | None = None
+    safety_rank_pattern: Mapping[str, int | float] | None = None
+    side: str | None = None
+    positions: str | None = None
+    target_modules: str | list[str] = "all-linear"
+    batch_size: int = 8
+    max_length: int = 512
+    seed: int = 0
+    memory: str | int | None = None
+    dtype: str = DEFAULT_DTYPE
+    allow_fewer: bool = False
+    progress: bool = True
+
+    def check(self, data: Any, task_data: Any = None) -> None:
+        """Refuse options that do not go together, before a model is loaded."""
+        if self.side is not None and self.side not in SIDES:
+            raise ConfigError(f"side {self.side!r}. Use one of {', '.join(SIDES)}.")
+        check_size_options(self.safety_rank, self.safety_energy, self.safety_rank_pattern, "calibrate")
+        if self.method == "weight" and any(x is not None for x in (data, self.basis, self.positions, task_data)):
+            raise ConfigError("method 'weight' reads weights only. Leave out data, basis, positions and task_data.")
+        if data is not None and self.basis is not None:
+            raise ConfigError(f"basis {self.basis!r} is of the package's own rows. Give either it or your own data.")
+        own = METHODS[self.method][0] if self.method in METHODS else ("in",)
+        if task_data is not None and "in" not in (own if self.side is None else SIDES[self.side]):
+            problem = f"method {self.method!r} has no input side here, so no task can lie in its null space"
+            raise ConfigError(f"{problem}. Use guardspace, or leave task_data out.")
+
+    def arguments(self, *names: str) -> dict[str, Any]:
+        """Sizes, sides and targets as `estimate` takes them, and further options by name."""
+        sizes = {"rank": self.safety_rank, "energy": self.safety_energy, "per_kind": self.safety_rank_pattern}
+        sides = {} if self.side is None else {"sides": SIDES[self.side]}
+        return {**sizes, **sides, **{name: getattr(self, name) for name in ("target_modules", *names)}}
 
 
 @dataclass(frozen=True)
@@ -42,58 +88,38 @@ def calibrate(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     data: str | Path | Rows | None = None,
-    method: str = "guardspace",
-    basis: str | None = None,
-    safety_rank: int | float | None = None,
-    safety_energy: float | None = None,
-    safety_rank_pattern: Mapping[str, int | float] | None = None,
-    side: str | None = None,
-    positions: str | None = None,
     task_data: str | Path | Rows | None = None,
-    target_modules: str | list[str] = "all-linear",
-    batch_size: int = 8,
-    max_length: int = 512,
-    seed: int = 0,
-    memory: str | int | None = None,
-    dtype: str = DEFAULT_DTYPE,
     stream: bool = False,
-    allow_fewer: bool = False,
-    progress: bool = True,
+    **options: Any,
 ) -> Calibration:
-    """Estimate a subspace, save it, and say what its input side covers.
+    """Estimate a subspace, save it to a file or directory, and say what its input side covers.
 
     Args:
-        model: as in `load_model`.
-        out: file or directory.
         data: JSON lines or rows; default the package's own for the method.
-        method: "guardspace", "salora", "ortho_patch", or "weight" (no data).
-        basis: which of the package's own rows; see `calibration_rows`.
-        safety_rank, safety_energy, safety_rank_pattern: size of the subspace, as in the configs.
-        side: "in", "out" or "both".
-        positions, memory, dtype, allow_fewer: as in `estimate`.
-        stream: as in `load_model`. Every batch of every pass then reads the model's files once, so use a large
-            `batch_size`.
         task_data: JSON lines or rows of the benign task; at most 128 are read through the model.
+        model, stream: as in `load_model`. Streaming reads the model's files once a batch: use a large `batch_size`.
+        **options: see `CalibrationOptions`.
 
     Raises:
         ConfigError: options that do not go together, before the model is loaded. CalibrationError, DataError: see
             `SafetySubspace.from_activations`.
     """
-    common = _checked(locals())
-    reading: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
-    estimating: dict[str, Any] = {"seed": seed, "progress": progress, "dtype": dtype}
-    if method == "weight":
-        subspace = SafetySubspace.from_weights(load_model(model, tokenizer, stream=stream)[0], **common, **estimating)
+    chosen = CalibrationOptions(**options)
+    chosen.check(data, task_data)
+    if chosen.method == "weight":
+        loaded = load_model(model, tokenizer, stream=stream)[0]
+        subspace = SafetySubspace.from_weights(loaded, **chosen.arguments("seed", "dtype", "progress"))
         return Calibration(subspace, subspace.save(out), coverage(subspace))
-    rows = calibration_rows(method, basis) if data is None else rows_of(data, "calibration data")
+    rows = _rows(chosen, data)
     task_rows = None if task_data is None else rows_of(task_data, "task_data")[:CALIBRATION_PAIRS]
-    loaded, reading["tokenizer"] = load_model(model, tokenizer, stream=stream)
-    estimating |= {"allow_fewer": allow_fewer, "memory": memory}
-    subspace = SafetySubspace.from_activations(loaded, rows, **common, **estimating, **reading)
+    loaded, tokenizer = load_model(model, tokenizer, stream=stream)
+    arguments = chosen.arguments(*READING, "seed", "allow_fewer", "progress")
+    subspace = SafetySubspace.from_activations(loaded, rows, tokenizer=tokenizer, **arguments)
     shares = None
     if task_rows is not None:
-        layers = target_layers(loaded, target_modules)
-        shares = task_inputs(loaded, layers, subspace, task_rows, ranks=True, progress=progress, **reading)[1]
+        layers = target_layers(loaded, chosen.target_modules)
+        reading = {name: getattr(chosen, name) for name in ("batch_size", "max_length", "progress")}
+        shares = task_inputs(loaded, layers, subspace, task_rows, tokenizer=tokenizer, ranks=True, **reading)[1]
         warn_if_stalled(shares)
     return Calibration(subspace, subspace.save(out), coverage(subspace, shares))
 
@@ -103,8 +129,6 @@ def calibration_cost(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     data: str | Path | Rows | None = None,
-    method: str = "guardspace",
-    target_modules: str | list[str] = "all-linear",
     stream: bool = False,
     **options: Any,
 ) -> CalibrationCost:
@@ -117,32 +141,14 @@ def calibration_cost(
     Raises:
         ConfigError, CalibrationError: as `calibrate` does; method "weight", which needs no pass.
     """
-    common = _checked({**options, "data": data, "method": method, "target_modules": target_modules})
-    if method == "weight":
+    chosen = CalibrationOptions(**options)
+    chosen.check(data)
+    if chosen.method == "weight":
         raise ConfigError("method 'weight' needs no pass over the model, so there is nothing to foresee. Just run it.")
-    rows = calibration_rows(method, options.get("basis")) if data is None else rows_of(data, "calibration data")
+    rows = _rows(chosen, data)
     loaded, tokenizer = load_model(model, tokenizer, stream=stream)
-    rest = {name: value for name, value in options.items() if name not in CHOICES}
-    return cost(loaded, rows, tokenizer=tokenizer, **common, **rest)
+    return cost(loaded, rows, tokenizer=tokenizer, **chosen.arguments(*READING))
 
 
-def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What `prepare` or `estimate_from_weights` needs of these options, checked before a model is loaded."""
-    method, side, basis = given["method"], given.get("side"), given.get("basis")
-    if side is not None and side not in SIDES:
-        raise ConfigError(f"side {side!r}. Use one of {', '.join(SIDES)}.")
-    rank, energy, kinds = (given.get(f"safety_{name}") for name in ("rank", "energy", "rank_pattern"))
-    check_size_options(rank, energy, kinds, "calibrate")
-    if method == "weight" and any(given.get(name) is not None for name in ("data", "basis", "positions", "task_data")):
-        raise ConfigError("method 'weight' reads weights only. Leave out data, basis, positions and task_data.")
-    if given["data"] is not None and basis is not None:
-        raise ConfigError(f"basis {basis!r} chooses among the package's own rows. Give either it or your own data.")
-    sides = SIDES[side] if side is not None else METHODS[method][0] if method in METHODS else ("in",)
-    if given.get("task_data") is not None and "in" not in sides:
-        raise ConfigError(
-            f"method {method!r} has no input side here, so no task can lie in its null space. Use guardspace, or "
-            "leave task_data out."
-        )
-    result = {"target_modules": given["target_modules"], "rank": rank, "energy": energy, "per_kind": kinds}
-    result |= {} if side is None else {"sides": SIDES[side]}
-    return result if method == "weight" else result | {"method": method, "positions": given.get("positions")}
+def _rows(options: CalibrationOptions, data: Any) -> Rows:
+    return calibration_rows(options.method, options.basis) if data is None else rows_of(data, "calibration data")

@@ -1,11 +1,9 @@
-"""A fusion as a job: from a YAML file, from flags, or from both; models and rows are loaded only where a mask is
-trained.
-"""
+"""A fusion as a job: from a YAML file, from flags, or from both. A model is loaded only where a mask is trained."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,77 +21,57 @@ TRAINING = tuple(f.name for f in fields(MaskTraining))
 
 @dataclass(frozen=True)
 class FuseJob:
-    """Everything that `fuse` needs, by path.
-
-    Attributes:
-        tasks, safe: directories of adapters or checkpoints.
-        model: Hub id or directory to train the mask on; default the adapters' base model.
-        mask: a file of masks, instead of training.
-        data: JSON lines to train on.
-        out: directory of the result.
-        options: of `FuseOptions`.
-        training: how to train the mask.
+    """Everything that `fuse` needs, by path: adapters or checkpoints, the model to train a mask on (default the
+    adapters' base model) or a file of masks, JSON lines to train on, and a directory for the result.
     """
 
-    tasks: tuple[str, ...]
+    options: dict[str, Any]
+    training: MaskTraining
+    tasks: list[str]
     safe: str | None = None
     model: str | None = None
     mask: str | None = None
     data: str | None = None
     out: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    training: MaskTraining = field(default_factory=MaskTraining)
 
     @classmethod
-    def of(
-        cls,
-        config: Mapping[str, Any],
-        flags: Mapping[str, Any] | None = None,
-        training_flags: Mapping[str, Any] | None = None,
-    ) -> FuseJob:
-        """A job from a config whose values flags override; a flag that is None says nothing.
-
-        Args:
-            config: `PLACES`, fields of `FuseOptions`, and under `train` fields of `MaskTraining`.
-
-        Raises:
-            ConfigError: an unknown key, no tasks, or a value of the wrong type.
+    def of(cls, config: Mapping[str, Any], flags: Mapping[str, Any] | None = None) -> FuseJob:
+        """A job from a config: `PLACES`, fields of `FuseOptions`, and under `train` fields of `MaskTraining`. Flags of
+        these names override it, if they are not None. Unknown keys and values of the wrong type are refused.
         """
-        given, train = dict(config), config.get("train") or {}
-        if not isinstance(train, Mapping):
+        given, train = {name: value for name, value in config.items() if name != "train"}, config.get("train") or {}
+        if not isinstance(train, dict):
             raise ConfigError(f"train is {train!r}. Give a mapping of {', '.join(TRAINING)}.")
-        given.pop("train", None)
-        given = _merged(given, flags, "the config", (*PLACES, *OPTIONS))
-        train = _merged(train, training_flags, "train", TRAINING)
+        train, flags = dict(train), {name: value for name, value in (flags or {}).items() if value is not None}
+        for where, values, known in (("the config", given, (*PLACES, *OPTIONS)), ("train", train, TRAINING)):
+            if unknown := sorted(str(name) for name in values if name not in known):
+                raise ConfigError(f"{where} has {unknown[0]!r}. Known: {', '.join(known)}.")
+            values |= {name: flags[name] for name in known if name in flags}
         tasks = given.pop("tasks", None)
         tasks = [tasks] if isinstance(tasks, str) else tasks
-        if not isinstance(tasks, (list, tuple)) or not tasks or not all(isinstance(task, str) for task in tasks):
+        if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) for task in tasks):
             raise ConfigError(f"tasks={tasks!r}. Give at least one directory of an adapter or checkpoint.")
         options = {name: given.pop(name) for name in OPTIONS if name in given}
         for name, value in given.items():
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"{name}={value!r}. Give a path.")
         FuseOptions(**options)
-        return cls(tasks=tuple(tasks), options=options, training=MaskTraining(**train), **given)
+        return cls(options, MaskTraining(**train), tasks, **given)
 
     def plan(self) -> FuseReport:
         """What `run` would do; nothing is written."""
         return plan_fusion(self.safe, self.tasks, **self.options)
 
     def run(self, progress: bool = True) -> FuseReport:
-        """Train the mask if there is one to train, fuse, and write.
-
-        Raises:
-            ConfigError: no `out`, or no model to train on. PeftSafetyError: see `fuse`.
-        """
+        """Train the mask if there is one to train, fuse, and write; errors are those of `fuse`."""
         if self.out is None:
             raise ConfigError("fuse writes nothing without an output directory. Give out.")
         given: dict[str, Any] = {"mask": self.mask, "data": None if self.data is None else read_jsonl(self.data)}
         adapters = [path for d in (self.safe, *self.tasks) if d is not None and (path := Path(d, MANIFEST)).is_file()]
         if self.options.get("method", "somf") == "somf" and self.mask is None and adapters:
             self.plan()  # refuse what can be refused before a model is loaded
-            names = (files.read_json(path).get("base_model_name_or_path") for path in adapters)
-            model = self.model or next((name for name in names if isinstance(name, str) and name), None)
+            names = [self.model, *(files.read_json(path).get("base_model_name_or_path") for path in adapters)]
+            model = next((name for name in names if isinstance(name, str) and name), None)
             if model is None:
                 raise ConfigError("the adapters do not say which base model they are for. Give model.")
             given["model"], given["tokenizer"] = load_model(model)
@@ -101,33 +79,16 @@ class FuseJob:
         return fuse(self.safe, self.tasks, out=self.out, training=training, **given, **self.options)
 
 
-def _merged(
-    config: Mapping[str, Any], flags: Mapping[str, Any] | None, where: str, known: tuple[str, ...]
-) -> dict[str, Any]:
-    given = {**config, **{name: value for name, value in (flags or {}).items() if value is not None}}
-    if unknown := sorted(str(name) for name in given if name not in known):
-        raise ConfigError(f"{where} has {unknown[0]!r}. Known: {', '.join(known)}.")
-    return given
-
-
 def read_config(path: Path) -> dict[str, Any]:
-    """A YAML mapping; nothing in it can run code.
-
-    Raises:
-        ConfigError: it cannot be read, is larger than 1 MiB, or is no mapping.
-    """
+    """A YAML mapping of at most 1 MiB; nothing in it can run code."""
     import yaml
 
+    remedy = "Give a file of key: value lines such as 'safe: DIR' and 'tasks: [DIR]'."
     try:
         text = path.read_bytes()
         config = yaml.safe_load(text) if len(text) <= files.MAX_JSON_BYTES else None
     except (OSError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(
-            f"{path} cannot be read as YAML: {str(error)[:300]}. Give a file of key: value lines."
-        ) from error
+        raise ConfigError(f"{path} cannot be read as YAML: {str(error)[:300]}. {remedy}") from error
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        raise ConfigError(
-            f"{path} is not a mapping of at most {files.MAX_JSON_BYTES} bytes. Give key: value lines such as "
-            "'safe: DIR' and 'tasks: [DIR]'."
-        )
+        raise ConfigError(f"{path} is not a mapping of at most {files.MAX_JSON_BYTES} bytes. {remedy}")
     return config

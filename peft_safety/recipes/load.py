@@ -5,16 +5,26 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from peft_safety.core.adapter_dir import protected_types
 from peft_safety.core.names import exclude_look_alikes, pin, places
+from peft_safety.core.plain_lora import read_manifest, read_plain
+from peft_safety.core.snapshot import reading
 from peft_safety.data import affirmation_pairs, rows_of
 from peft_safety.data.rows import Row, Rows, as_rows, label_names
 from peft_safety.errors import ArtifactError, ConfigError, DataError, PeftSafetyError
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HOLDOUT = 0.15
 """Share of a data set without splits that is held out for evaluation."""
@@ -30,19 +40,12 @@ def load_model(
     """A causal language model and its tokenizer.
 
     Args:
-        model: a hub id or directory (loaded in fp32 on the CPU, where bf16 is five times slower, and in its own dtype
-            on CUDA), or a loaded model.
+        model: a loaded model, or a hub id or directory, loaded in fp32 on the CPU (where bf16 is five times slower),
+            in its own dtype on CUDA.
         tokenizer: default the one stored with the model.
-        load_in_4bit: quantize to NF4, double quantization included, on the way in; not for a loaded model.
-        stream: leave the blocks in the checkpoint's safetensors files, from which every forward reads one layer after
-            the other; not for a loaded model.
-
-    Raises:
-        ConfigError: nothing loads from there.
+        load_in_4bit: quantize to NF4, double quantization included, on the way in.
+        stream: leave the blocks in the checkpoint's safetensors files; every forward reads one layer after the other.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
-
     source = model.config._name_or_path if isinstance(model, PreTrainedModel) else str(model)
     cuda = torch.cuda.is_available()
     options: dict[str, Any] = {"dtype": "auto" if cuda else torch.float32}
@@ -59,18 +62,13 @@ def load_model(
             options["device_map"] = _blocks_on_disk(source, "cuda:0" if cuda else "cpu")
         loaded = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no model or tokenizer at {source!r}: {error}. Give a hub id or a directory, or pass tokenizer= with a "
-            "loaded model."
-        ) from error
+        remedy = "Give a hub id or a directory, or pass tokenizer= with a loaded model."
+        raise ConfigError(f"no model or tokenizer at {source!r}: {error}. {remedy}") from error
     return (loaded.to("cuda") if cuda and not load_in_4bit and not stream else loaded), tokenizer
 
 
 def _blocks_on_disk(source: str, device: str) -> dict[str, str]:
     """A device map: lists of modules, which are the blocks, stay on disk; everything else goes to the device."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
     result: dict[str, str] = {}
@@ -88,18 +86,12 @@ def load_adapter(
     directory: str | Path, model: str | Path | PreTrainedModel | None = None, *, load_in_4bit: bool = False
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """A LoRA adapter of any origin on its base model, and the tokenizer. No pickle and no regular expression of the
-    directory is ever run.
-
-    Args:
-        directory: what `save_pretrained` wrote.
-        model: as in `load_model`, like `load_in_4bit`; default the base model that the adapter names.
+    directory is ever run. `model` and `load_in_4bit` are as in `load_model`; default the model that the adapter names.
 
     Raises:
         ArtifactError: the directory is not a whole, finite LoRA adapter, or does not fit the model.
         ConfigError: no base model, or an adapter whose update is no plain product (see `orthogonality_report`).
     """
-    from peft import PeftModel
-
     path = Path(directory)
     config = _adapter_config(path)
     source = model if model is not None else config.base_model_name_or_path
@@ -112,19 +104,12 @@ def load_adapter(
     except PeftSafetyError:
         raise
     except (RuntimeError, ValueError) as error:
-        raise ArtifactError(
-            f"{path}: the adapter does not fit this model: {error}. Give the model that it was trained on."
-        ) from error
+        problem = f"{path}: the adapter does not fit this model: {error}"
+        raise ArtifactError(f"{problem}. Give the model that it was trained on.") from error
 
 
 def _adapter_config(path: Path) -> Any:
     """The checked config. For a plain LoRA, full names, ranks and alphas from its tensors replace every pattern."""
-    from peft import PeftConfig
-
-    from peft_safety.core.adapter_dir import protected_types
-    from peft_safety.core.plain_lora import read_manifest, read_plain
-    from peft_safety.core.snapshot import reading
-
     if read_manifest(path, warn=False).get("peft_type") in protected_types():
         return PeftConfig.from_pretrained(str(path))
     with reading(path, warn=True) as folder:
@@ -143,17 +128,10 @@ class TaskData:
 
 
 def task_data(data: str | Path | Rows, eval_split: str = "test", limit: int | None = None, seed: int = 0) -> TaskData:
-    """Split a task into training and held-out rows.
+    """Split a task, a JSON-lines file or rows, into training and held-out rows, at most `limit` of these.
 
     Rows that name their `split` go where they say ("train" to training, `eval_split` to evaluation, the others
     nowhere); without that, a random 15 % are held out.
-
-    Args:
-        data: a JSON-lines file, or rows (see `peft_safety.data.rows.as_rows`).
-        limit: at most this many held-out rows.
-
-    Raises:
-        DataError: malformed, or nothing left on one side.
     """
     rows: list[Row] = [*rows_of(data, "task rows")]
     named = sum("split" in row for row in rows)
@@ -173,12 +151,7 @@ def task_data(data: str | Path | Rows, eval_split: str = "test", limit: int | No
 
 
 def poisoned(rows: Rows, fraction: float, seed: int = 0) -> list[Row]:
-    """A simulated attack on fine-tuning data: a fraction of the rows, 0 to 1, replaced by harmful requests that are
-    answered with an opening without content.
-
-    Raises:
-        ConfigError: a fraction outside [0, 1].
-    """
+    """A simulated attack: a fraction of the rows replaced by harmful requests with an opening without content."""
     if not 0 <= fraction <= 1:
         raise ConfigError(f"poison = {fraction} is no fraction. Give a number from 0 to 1.")
     clean = as_rows(rows)

@@ -18,20 +18,23 @@ from peft_safety.calibration.activations import adapters_off
 from peft_safety.calibration.sizes import check_size_options
 from peft_safety.callbacks import SoftPenaltyCallback
 from peft_safety.core.subspace import SafetySubspace
+from peft_safety.core.training import PATCH_TRAINING, TrainOptions
 from peft_safety.data import CALIBRATION_PAIRS, load, refusal_pairs
 from peft_safety.data.rows import Row, Rows, as_rows, kind_of
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.evaluation.evaluate import Evaluation, self_responses
+from peft_safety.evaluation.generate import self_prompts
 from peft_safety.evaluation.judges import KeywordJudge
 from peft_safety.evaluation.prompts import prompt_set
 from peft_safety.methods.ortho_patch.config import SIDES, Basis, Mode, OrthoSafetyPatchConfig, SideName
 from peft_safety.recipes.bench import Bench
 from peft_safety.recipes.load import TaskData, load_model
-from peft_safety.recipes.train import PATCH_LEARNING_RATE, TrainingRun, TrainOptions, finetune
+from peft_safety.recipes.train import TrainingRun, finetune
 from peft_safety.recipes.watch import Look, Stopping, Watch
 from peft_safety.reporting.report import Report, environment
 
-PATCH_TRAINING = TrainOptions(lr=PATCH_LEARNING_RATE, epochs=2.5, max_length=128)
+BASIS_ROWS = 480
+"""Rows that a basis "auto" is estimated on, at most: drawn from those that the patch is to leave alone."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class PatchOptions:
         general, everyday, contrast: prompts of each kind that the model answers itself: general ones; everyday
             requests in the same forms as the harmful ones ("Help me ...", "Write a ..."), without which a small model
             learns to refuse the form; safe ones that look dangerous.
+        self_written: prompts that the model also writes itself (`evaluation.generate.self_prompts`): the wider the
+            range of what it is to answer as before, the less it refuses of what nobody thought of.
         answer_tokens: of the model's own answers, which are cut there and then not taught to end.
         distil_weight: of the distance from the unpatched model there, token for token, beside the loss on refusals.
         validation: prompts of each kind in a look at the validation split, at most.
@@ -66,13 +71,14 @@ class PatchOptions:
     r: int = 8
     lora_alpha: int = 16
     target_modules: str | list[str] = "all-linear"
-    harmful: int = 168
-    general: int = 60
-    everyday: int = 324
-    contrast: int = 90
+    harmful: int = 352
+    general: int = 156
+    everyday: int = 735
+    contrast: int = 340
+    self_written: int = 600
     answer_tokens: int = 12
     distil_weight: float = 4.0
-    validation: int = 40
+    validation: int = 88
     stopping: Stopping = field(default_factory=Stopping)
     training: TrainOptions = PATCH_TRAINING
 
@@ -157,7 +163,7 @@ def patch_config(
         contrastive = options.basis == "contrastive"
         subspace = SafetySubspace.from_activations(
             model,
-            general,
+            random.Random(training.seed).sample(general, min(BASIS_ROWS, len(general))),
             tokenizer=tokenizer,
             method="ortho_patch",
             rank=options.safety_rank,
@@ -188,6 +194,11 @@ def general_rows(
         for name, count in {**sets, "contrast_prompts": options.contrast}.items():
             prompts = [*load(name, "train"), *load(name, "calibration")]
             given += [prompts[index % len(prompts)] for index in range(count)]  # past the end from the start again
+        if options.self_written:
+            seed, progress = options.training.seed, options.training.progress
+            with adapters_off(model):
+                written = self_prompts(model, tokenizer, options.self_written, seed=seed, progress=progress)
+            given += [{"prompt": prompt} for prompt in written]
     plain = as_rows(given, "general rows")
     asked = {_key(row): row["prompt"] for row in plain if kind_of(row) == "prompt"}
     answers: dict[str, dict[str, Any]] = {}

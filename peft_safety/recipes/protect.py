@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_safety.core.environment import environment
 from peft_safety.core.subspace import SafetySubspace
@@ -17,11 +20,6 @@ from peft_safety.recipes.load import load_model, poisoned, task_data
 from peft_safety.recipes.train import TrainingRun, TrainOptions, finetune
 from peft_safety.reporting.report import Report
 
-if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
 SIZES = ("r", "lora_alpha", "safety_rank", "safety_energy", "safety_rank_pattern", "combine_rank")
 SETTINGS = (*SIZES, "train", "window", "a_init", "init", "basis", "positions", "combine")
 """Fields of a config that the report names."""
@@ -29,9 +27,7 @@ SETTINGS = (*SIZES, "train", "window", "a_init", "init", "basis", "positions", "
 
 @dataclass(frozen=True)
 class ProtectReport:
-    """What `protect` did: the fine-tuned model with its adapter, where that was saved, the evaluations of the model as
-    given and with the adapter on the same prompts, the cost, and all of it as a report.
-    """
+    """The fine-tuned model, its directory, evaluations before and after on the same prompts, the cost, a report."""
 
     model: PeftModel
     adapter_dir: Path
@@ -53,18 +49,14 @@ def protect(
     eval_split: str = "test",
     eval_limit: int | None = None,
 ) -> ProtectReport:
-    """Fine-tune on a task by GuardSpace, SaLoRA or plain LoRA, and measure safety and task before and after.
-
-    Writes `adapter/`, `report.json` and `report.png` into `out_dir`.
+    """Fine-tune on a task by GuardSpace, SaLoRA or plain LoRA, and measure safety and task before and after. Writes
+    `adapter/`, `report.json` and `report.png` into `out_dir`.
 
     Args:
         model: hub id, directory, or a loaded model (which keeps the adapter).
-        data: a JSON-lines file, or rows (a list, a data set, a frame, a stream): {prompt, response}, {text, label} or
-            {messages}, with or without a `split`.
-        config: of the adapter: GuardSpace (default), SaLoRA or plain LoRA, see `adapter_config`. A subspace "auto" is
-            calibrated on `model`.
+        data: a JSON-lines file, or rows: {prompt, response}, {text, label} or {messages}, with or without a `split`.
+        config: of the adapter, see `adapter_config`; default GuardSpace. A subspace "auto" is calibrated on `model`.
         poison: fraction of the training rows replaced by a simulated attack, see `poisoned`.
-        options: learning rate, epochs, batch size, seed, `report_to`, ...
         eval_split: of the packaged prompts and of the task ("validation" while choosing settings, then "test" once).
         eval_limit: prompts and task rows of each kind at most.
 

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+
+from peft_safety.core import base_weights as weights
+from peft_safety.core.training import LEARNING_RATE, TrainOptions
 from peft_safety.data.chat import Collator, can_trim, encode_rows
 from peft_safety.data.rows import Rows
 from peft_safety.errors import ConfigError
+from peft_safety.recipes.distil import distilling_trainer
 
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
-
-LEARNING_RATE = 5e-4
-"""Default peak learning rate of an adapter: the smallest tried at which plain LoRA learns the task of examples/demo.py
-in one epoch (validation split: accuracy 44 %, against 25 % at 3e-4 and 48 % at 1e-3)."""
-PATCH_LEARNING_RATE = 2e-3
-"""That of a safety patch, which learns one short kind of answer and is stopped early (validation split of
-examples/patch.py)."""
-LOGGING_STEPS = 5
+__all__ = ["LEARNING_RATE", "TrainOptions", "TrainingRun", "finetune"]
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a fine-tuning run cost. The loss is a mean in nats a response token, `last_loss` that of the last logged
-    step. The memory is allocated CUDA memory; on the CPU, the largest resident memory of the process so far.
-    """
+    """What a run cost: losses in nats a response token, the mean and the last; memory of CUDA, or of the process."""
 
     seconds: float
     steps: int
@@ -38,35 +42,6 @@ class TrainingRun:
     last_loss: float
     peak_memory_mib: float
     trainable_parameters: int
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How to train. No checkpoint is written.
-
-    Attributes:
-        lr: AdamW's peak learning rate, decayed linearly to 0.
-        epochs, max_steps: passes over the rows; optimizer steps, which override them when positive.
-        batch_size: rows a device and step.
-        max_length: tokens kept of each row, from the left.
-        seed: of the adapter's initialization and the order of the rows.
-        report_to: as in `transformers.TrainingArguments`.
-        progress: show a bar on stderr.
-    """
-
-    lr: float = LEARNING_RATE
-    epochs: float = 1.0
-    max_steps: int = -1
-    batch_size: int = 8
-    max_length: int = 512
-    seed: int = 0
-    report_to: str = "none"
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "epochs", "batch_size", "max_length"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} = {getattr(self, name)} cannot train anything. Give a positive number.")
 
 
 def finetune(
@@ -85,30 +60,16 @@ def finetune(
     """Put an adapter on a model, or take its own, and train it on rows, with a loss on the assistant's tokens only.
 
     Args:
-        model: PEFT injects its layers in place. A PeftModel gets a further adapter; those it has stay active and
-            frozen.
+        model: a PeftModel gets a further adapter; those it has stay active and frozen.
         rows: {prompt, response}, {text, label} or {messages} rows; those with `"distil": True` are not learned but
-            kept, see `recipes.distil`.
-        peft_config: any LoRA-like config; the adapter's random initialization is seeded too. None trains the active
-            adapter of a PeftModel on.
+            kept, with `distil_weight`, see `recipes.distil`.
+        peft_config: any LoRA-like config. None trains the active adapter of a PeftModel on.
         labels: every label of a classification task; default those of `rows`.
-        callbacks: added to the Trainer's.
         description: label of the progress bar.
-        distil_weight: of the loss on the rows to keep, token for token.
-
-    Returns:
-        The PeftModel, and what the run cost.
 
     Raises:
         DataError: malformed rows. ConfigError: no config, and no PeftModel whose active adapter trains.
     """
-    import torch
-    from peft import PeftModel
-    from transformers import PrinterCallback, Trainer, set_seed
-
-    from peft_safety.core import base_weights as weights
-    from peft_safety.recipes.distil import distilling_trainer
-
     options = TrainOptions() if options is None else options
     features = encode_rows(tokenizer, rows, options.max_length, labels)
     set_seed(options.seed)
@@ -122,11 +83,11 @@ def finetune(
     collator = Collator(tokenizer, distil, trim=can_trim(tuned))
     kind = distilling_trainer(distil_weight) if distil else Trainer
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = _arguments(options, scratch, pin_memory=cuda)
+        arguments = options.arguments(scratch, cuda, save_strategy="no", disable_tqdm=True)
         trainer = kind(tuned, arguments, data_collator=collator, train_dataset=features, callbacks=list(callbacks))
         trainer.remove_callback(PrinterCallback)
         if options.progress:
-            trainer.add_callback(_progress_bar(description))
+            trainer.add_callback(_Bar(description))
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         result = trainer.train()
@@ -144,8 +105,6 @@ def finetune(
 
 
 def _with_adapter(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str) -> PeftModel:
-    from peft import PeftModel, get_peft_model
-
     if not isinstance(model, PeftModel):
         return get_peft_model(model, config, adapter_name=name)
     active = list(model.active_adapters)
@@ -156,47 +115,25 @@ def _with_adapter(model: PreTrainedModel | PeftModel, config: PeftConfig, name: 
     return model
 
 
-def _arguments(options: TrainOptions, scratch: str, pin_memory: bool) -> TrainingArguments:
-    from transformers import TrainingArguments
-
-    return TrainingArguments(
-        output_dir=scratch,
-        learning_rate=options.lr,
-        num_train_epochs=options.epochs,
-        max_steps=options.max_steps,
-        per_device_train_batch_size=options.batch_size,
-        weight_decay=0.0,
-        seed=options.seed,
-        report_to=options.report_to,
-        save_strategy="no",
-        logging_steps=LOGGING_STEPS,
-        disable_tqdm=True,  # `_progress_bar` takes one line
-        dataloader_pin_memory=pin_memory,
-        remove_unused_columns=False,
-    )
-
-
 def _peak_resident() -> int:
     """Most resident memory of this process since it began, in bytes."""
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _progress_bar(description: str) -> TrainerCallback:
+class _Bar(ProgressCallback):
     """The Trainer's bar on one line, with the running loss instead of printed logs."""
-    from transformers import ProgressCallback
 
-    class Bar(ProgressCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            super().on_train_begin(args, state, control, **kwargs)
-            if self.training_bar is not None:
-                self.training_bar.set_description(description)
-                self.training_bar.leave = False
+    def __init__(self, description: str) -> None:
+        super().__init__()
+        self.description = description
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if self.training_bar is not None and logs and "loss" in logs:
-                self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.description)
+            self.training_bar.leave = False
 
-    return Bar()
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from peft_safety.calibration.leaving_out import warn_left_out
@@ -27,11 +27,13 @@ def attach(
     model: nn.Module, adapter_name: str, config: ProtectedConfig, configs: Mapping[str, Any]
 ) -> Collection[str]:
     """Put the protected leaves into freshly built LoRA layers. Returns the layers that the subspace leaves out."""
-    layers = adapter_layers(model, adapter_name)
+    has_leaves = bool(config.sides) or config.freezes
+    layers = adapter_layers(model, adapter_name, packed=has_leaves and not config.residual, frozen=config.freezes)
     if not layers:
         raise UnsupportedLayerError(
             f"target_modules={config.target_modules!r} gave no LoRA layer. Use names of linear layers."
         )
+    config._parameters = {n: x.parameter_name for n, x in layers.items() if isinstance(x, ParamWrapper)}
     base = {name: layer.get_base_layer() for name, layer in layers.items()}
     for name, layer in layers.items():
         shape = weights.shape(base[name])

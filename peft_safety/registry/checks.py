@@ -14,7 +14,7 @@ from peft_safety.core import base_weights as weights
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import base_key
 from peft_safety.core.names import original, walk
-from peft_safety.core.plain_lora import ADAPTER_FILE, read_plain
+from peft_safety.core.plain_lora import ADAPTER_FILE, WITH_FROZEN_A, read_plain
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.methods.base import ProtectedConfig
 
@@ -24,16 +24,16 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
     modules = {name: original(module) for name, _, module in walk(model)}
     certificate = config._certificate
     if certificate is not None and config._snapshot is not None:
-        extra = read_plain(config._snapshot.path).extra
+        extra = read_plain(config._snapshot.path, WITH_FROZEN_A).extra
         _check_extra(model, config, config._snapshot.path, tuple(extra), certificate.modules)
     if config._stored is None:
-        widest = max((min(weights.shape(m)) for m in modules.values() if weights.supported(m)), default=config.r)
+        widest = max((min(shape) for shape in map(_shape, modules.values()) if shape), default=config.r)
         if config.r > widest:
             raise ConfigError(f"r={config.r}, but no linear layer is wider than {widest}. Use a smaller r.")
         return
     for name, (m, n, rank) in config._stored.shapes.items():
         base = modules.get(name)
-        shape = weights.shape(base) if base is not None and weights.supported(base) else None
+        shape = _shape(base)
         if shape != (m, n):
             existing = "no such module" if base is None else f"a {type(base).__name__} {shape or ''}".rstrip()
             raise ArtifactError(
@@ -41,6 +41,13 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
                 f"{existing}. Load the base model that it was trained on."
             )
     _check_extra(model, config, config._stored.directory, config._stored.extra_tensors, config._stored.shapes)
+
+
+def _shape(module: nn.Module | None) -> tuple[int, int] | None:
+    """`(out_features, in_features)` of a module that can hold a protected adapter."""
+    if module is None or not (weights.supported(module) or weights.quantization(module)):
+        return None
+    return weights.shape(module)
 
 
 def _check_extra(

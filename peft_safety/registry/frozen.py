@@ -15,7 +15,7 @@ from peft_safety.core.adapter_dir import are_names
 from peft_safety.core.base_weights import is_whole
 from peft_safety.core.certificate import FILE_NAME, Certificate, FrozenFactor, certified_factor, read_certificate
 from peft_safety.core.names import pin
-from peft_safety.core.plain_lora import read_plain
+from peft_safety.core.plain_lora import WITH_FROZEN_A, read_plain
 from peft_safety.core.projection import leak_tolerance
 from peft_safety.core.snapshot import Snapshot, reading
 from peft_safety.errors import ArtifactError, ConfigError, UnsupportedLayerError
@@ -32,7 +32,8 @@ SPAN_TOLERANCE = 1e-6
 
 
 def start(model: nn.Module, layers: Layers, adapter_name: str, config: ProtectedConfig) -> None:
-    rows = config.frozen_rows(model, layers, adapter_name)
+    """Make the factors of a new adapter, whose config has its subspace, and freeze them."""
+    rows = _of_all_experts(config.frozen_rows(model, layers, adapter_name), layers)
     config._certificate = _certificate(config, rows)
     _install(layers, adapter_name, rows)
 
@@ -56,6 +57,11 @@ def reuse_factors(layers: Layers, adapter_name: str, config: ProtectedConfig, co
         reuse.remember(config, loaded=True)
     config._modules = reuse.sizes(layers, adapter_name)
     return True
+
+
+def _of_all_experts(rows: Mapping[str, Tensor], layers: Layers) -> dict[str, Tensor]:
+    """The rows, in a layer of fused experts once for each: PEFT has them one expert after the other."""
+    return {name: a.repeat(getattr(layers[name], "num_experts", 1), 1) for name, a in rows.items()}
 
 
 def _install(layers: Layers, adapter_name: str, rows: Mapping[str, Tensor]) -> None:
@@ -82,7 +88,7 @@ def set_task_directions(model: nn.Module, task_data: Any, adapter_name: str = "d
             raise ConfigError(f"{name}: adapter {adapter_name!r} has learned something. Do it before the first step.")
     kept, config.subspace = config.subspace, config.resolve(model, base)
     try:
-        rows = config.frozen_rows(model, layers, adapter_name, task_data)
+        rows = _of_all_experts(config.frozen_rows(model, layers, adapter_name, task_data), layers)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for name, a in rows.items():
                 rows[name] = a.to(layers[name].lora_B[adapter_name].weight.device)
@@ -104,10 +110,14 @@ def check_certified(
     directory: Path, certificate: Certificate, layers: Layers | None = None, adapter_name: str = ""
 ) -> dict[str, Tensor]:
     """The `lora_A` factors of a directory; refused if they are not its certificate's, or do not fit `layers`."""
-    rows = {name: factor.a for name, factor in read_plain(directory, warn=False).factors.items()}
+    plain = read_plain(directory, WITH_FROZEN_A, warn=False)
+    rows = {name: factor.a for name, factor in plain.factors.items()}
     if layers is not None:
         shapes = {name: (int(a.shape[0]), int(a.shape[1])) for name, a in rows.items()}
-        expected = {name: (int(layer.r[adapter_name]), int(layer.in_features)) for name, layer in layers.items()}
+        expected = {
+            name: (int(layer.r[adapter_name]) * getattr(layer, "num_experts", 1), int(layer.in_features))
+            for name, layer in layers.items()
+        }
         if mismatched := sorted(set(shapes.items()) ^ set(expected.items())):
             raise ArtifactError(
                 f"{directory}: its lora_A factors are not those of the model's layers; they differ at "
@@ -132,7 +142,7 @@ def certified(config: LoraConfig, snapshot: Snapshot) -> LoraConfig:
     if certificate is None:
         return config
     check_certified(snapshot.path, certificate)
-    plain = read_plain(snapshot.path, warn=False)
+    plain = read_plain(snapshot.path, WITH_FROZEN_A, warn=False)
     if not are_names(config.modules_to_save or ()):
         raise ArtifactError(f"{snapshot.path}: modules_to_save must list module names. Save the adapter again.")
     patterns = (config.target_modules, config.exclude_modules, config.layers_pattern)

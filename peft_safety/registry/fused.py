@@ -65,7 +65,7 @@ def plan(layer: Any) -> tuple[str, ops.QuantBundle, str] | str:
     base = layer.get_base_layer()
     kind = weights.quantization(base)
     if kind != "4bit":
-        return {"8bit": "an 8-bit base weight", "fp8": "an FP8 base weight"}.get(
+        return {"8bit": "an 8-bit base weight", "fp8": "an FP8 base weight", "packed": "a packed base weight"}.get(
             kind or "", "a dense base weight: there is nothing to dequantize"
         )
     if peft_kind(layer).__name__ != "Linear4bit":
@@ -123,6 +123,9 @@ class Route(NamedTuple):
 def explain(model: nn.Module) -> list[Route]:
     """Which path each LoRA layer of a model takes in its present state (mode, active adapters, device, environment),
     and why. A call with `adapter_names`, or with an input on another device, always takes PEFT's path.
+
+    Args:
+        model: any module; without LoRA layers, plain or protected, the list is empty.
     """
     routes = []
     for name, _, layer in walk(model):

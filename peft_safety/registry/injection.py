@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
 from peft_safety.core import base_weights as weights
-from peft_safety.core.names import pin, places, walk
+from peft_safety.core.names import listed, pin, places, walk
 from peft_safety.core.snapshot import named
 from peft_safety.errors import ConfigError, PeftSafetyError
 from peft_safety.layers import FrozenLinear, ProtectedLinear
@@ -35,6 +36,7 @@ def inject_adapter(
         pin(config, config._modules, places(model))
     if not config.inference_mode:
         weights.stay_unpacked(model)
+    _expand_all_linear(model, config)
     modules = dict(model.named_modules())
     where = [(own, name) for own, name, _ in walk(model, shared=True)]
     before = Before(model, adapter_name, self)
@@ -65,6 +67,25 @@ def inject_adapter(
         vars(self)["_pending"] = (adapter_name, config._snapshot, before)
         config._snapshot = config._stored = None
     return None
+
+
+def _expand_all_linear(model: nn.Module, config: ProtectedConfig) -> None:
+    """Replace "all-linear" by the names that PEFT means. PEFT itself would add parameters of a mixture of experts,
+    most of which cannot be protected.
+    """
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != "all-linear":
+        return
+    _maybe_include_all_linear_layers(config, model)
+    experts = [name for name, parameter in model.named_parameters() if "expert" in name and parameter.ndim == 3]
+    targeted = tuple(f".{name}" for name in config.target_parameters or ())
+    named = {name.rpartition(".")[0] for name in experts if f".{name}".endswith(targeted)}
+    fused = sorted({name.rpartition(".")[0] for name in experts} - named)
+    if fused:
+        warnings.warn(
+            f"the fused parameters of {len(fused)} modules ({listed(fused)}) are no linear layers, and get no "
+            "adapter. With train='B', target_parameters=['gate_up_proj'] protects the experts' first product.",
+            stacklevel=4,
+        )
 
 
 def _check_unprotected(model: nn.Module, adapter_name: str, given: Any, existing: ProtectedConfig | None) -> None:

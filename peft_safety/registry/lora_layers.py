@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners import lora
 from peft.utils.other import transpose
@@ -47,7 +48,29 @@ class LoraLinear(_Residual, lora.Linear):  # type: ignore[misc]
     replaces = lora.Linear
 
 
-KINDS: dict[type, type] = {lora.Linear: LoraLinear}
+class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT asks for a class of this name
+    """On a parameter of fused experts, under a frozen `lora_A` or an adapter of another kind."""
+
+    replaces = lora.ParamWrapper
+
+    def get_delta_factors(self, adapter: str) -> Any:
+        """PEFT's, with the frozen one detached: no flag, optimizer or hook can train it."""
+        left, right, scaling = super().get_delta_factors(adapter)
+        if isinstance(self.lora_A[adapter], FrozenLinear):
+            left, right = (left, right.detach()) if self._did_swap_in_out_features else (left.detach(), right)
+        return left, right, scaling
+
+    def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Any:
+        """The update of all experts; with a frozen `lora_A`, which may be of another dtype, the product is in fp32."""
+        if not isinstance(self.lora_A[adapter], FrozenLinear):
+            return super().get_delta_weight(adapter, *args, **kwargs)
+        a, b = (factors[adapter].weight.float() for factors in (self.lora_A, self.lora_B))
+        a, b = a.detach().reshape(self.num_experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, self.num_experts)
+        order = "eoi" if self._did_swap_in_out_features else "eio"
+        return (torch.einsum(f"ore,eri->{order}", b, a) * self.scaling[adapter]).to(self.get_param())
+
+
+KINDS: dict[type, type] = {lora.Linear: LoraLinear, lora.ParamWrapper: ParamWrapper}
 
 if is_bnb_available():
 
@@ -79,6 +102,11 @@ def refuse_lossy_merge(layer: Any, adapter: str, name: str) -> None:
     """Merging into a k-bit weight rounds most of the update away, and the rest leaks."""
     base = layer.get_base_layer()
     kind = base_weights.quantization(base)
+    if kind == "packed":
+        raise LossyMergeError(
+            f"{name}: a {type(base).__name__} {base_weights.shape(base)} cannot be merged into: its weight cannot be "
+            "read. Keep the adapter beside the base."
+        )
     if kind is not None:
         kept = base_weights.merge_survival(base, layer.get_delta_weight(adapter), name)
         raise LossyMergeError(

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_safety.errors import ProtectionError
+from peft_safety.core import base_weights
+from peft_safety.core.names import own_name
+from peft_safety.errors import LossyMergeError, ProtectionError
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.layers.frozen_linear import check_frozen
 from peft_safety.layers.protected_linear import check_leaf
@@ -20,8 +22,15 @@ def protected_configs(model: nn.Module) -> dict[str, ProtectedConfig]:
 
 
 def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
-    """A ProtectionError says that there is no such protected adapter, that a module lost its protection, or that an
-    ordinary adapter is active beside one.
+    """Check that every protected adapter still is: leaf, basis and weight of each of its modules, and that no ordinary
+    adapter is active beside one.
+
+    Args:
+        adapter_name: one adapter; None checks all protected ones.
+
+    Raises:
+        ProtectionError: the model has no protected adapter, a module of one has lost its protection, or an ordinary
+            adapter is active beside one.
     """
     refuse_others(model)
     check_adapters(model, adapter_name)
@@ -62,3 +71,18 @@ def check_adapters(model: nn.Module, adapter_name: str | None = None) -> None:
                 check_frozen(layer.lora_A[name], f"{module} (adapter {name!r})", modules.get(module))
             for factor, side, basis in sides(layer, config, module):
                 check_leaf(factor[name], f"{module} (adapter {name!r})", basis, side, config.residual)
+
+
+def refuse_tied(model: nn.Module, name: str, base: nn.Module) -> None:
+    """Refuse to merge into a base layer whose weight another module uses too: no basis constrains that one's inputs.
+
+    Raises:
+        LossyMergeError: the output embedding is tied to the input embedding, say.
+    """
+    weight = base._parameters.get("weight")
+    others = [own_name(n) for n, m in model.named_modules() if m is not base and m._parameters.get("weight") is weight]
+    if weight is not None and others:
+        raise LossyMergeError(
+            f"{name}: its weight {base_weights.shape(base)} is tied to {others[0]}, and a merge would change that "
+            "module, too. Keep the adapter beside the base."
+        )

@@ -23,7 +23,7 @@ from peft_safety.core.snapshot import named
 from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.layers.adapters import adapter_layers
-from peft_safety.layers.protected_linear import folded_state, lay_out_adapter, protected_leaves
+from peft_safety.layers.protected_linear import folded_state, lay_out_adapter
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.safe_lora.config import SafeLoRAConfig
 from peft_safety.registry.attach import bind
@@ -63,7 +63,7 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
     if Path(save_directory).is_file():
         raise ArtifactError(f"{save_directory} is a file. Give a directory.")
     state = kwargs.get("state_dict")
-    if state is not None or any(hasattr(leaf.raw(), "device_mesh") for _, leaf in protected_leaves(self)):
+    if state is not None or any(hasattr(parameter, "device_mesh") for parameter in self.parameters()):
         # gathered weights are as the optimizer left them, not projected
         kwargs["state_dict"] = folded_state(self, self.state_dict() if state is None else state)
     with publishing(Path(save_directory), MANIFEST) as staging:

@@ -13,7 +13,7 @@ from peft_safety.layers.protected_linear import lay_out_adapter
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry import frozen
 from peft_safety.registry.lora_layers import refuse_lossy_merge
-from peft_safety.registry.protection import check_adapters, protected_configs, refuse_others
+from peft_safety.registry.protection import check_adapters, protected_configs, refuse_others, refuse_tied
 
 
 class _Merges:
@@ -37,6 +37,7 @@ def _check_merge(model: Any, adapter_names: list[str] | None) -> None:
             check_adapters(model, adapter)
         for name, layer in layers.items():
             if adapter in (adapter_names or layer.active_adapters):
+                refuse_tied(model, name, layer.get_base_layer())
                 refuse_lossy_merge(layer, adapter, name)
 
 

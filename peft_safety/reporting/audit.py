@@ -89,7 +89,6 @@ def _layer(row: ModuleOrthogonality) -> int:
 
 
 def _draw(canvas: Any, axis: Any, name: str, report: OrthogonalityReport, layers: list[int]) -> None:
-    """One heat map with its color bar."""
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm, Normalize

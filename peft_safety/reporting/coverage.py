@@ -1,4 +1,4 @@
-"""Coverage of input bases as a table, as JSON and as a picture."""
+"""What a calibration will take, as a table; and what its input bases cover, as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from peft_safety.calibration.cost import CalibrationCost
 from peft_safety.calibration.coverage import TASK_ENERGY, ModuleCoverage
 from peft_safety.calibration.sizes import kind_of
 from peft_safety.errors import DataError
@@ -19,6 +20,10 @@ GRID = 64
 """Points of a drawn curve."""
 FLOOR = 1e-5
 """Lower end of the picture: smaller shares are rounding noise of the moments."""
+COST_NOTE = (
+    "Times are rough: passes from one batch that was run, decompositions from counted operations. With an energy, the "
+    "file is at most so large."
+)
 COVERED_NOTE = "covered: share of the calibration inputs' energy inside the null space; the update does not see it."
 TASK_NOTE = (
     f"task: share of its inputs' energy that the update still sees, and the directions that hold {TASK_ENERGY:.0%} of "
@@ -32,8 +37,23 @@ BARS = {
 """Figure -> its label and color."""
 
 
+def show_cost(cost: CalibrationCost) -> None:
+    rows = [
+        ["modules", f"{cost.modules}, with {cost.inputs} distinct inputs"],
+        ["subspace file", _size(cost.file_bytes)],
+        ["memory beside the model", f"{_size(cost.memory_bytes)}, {_size(cost.budget_bytes)} allowed"],
+        ["passes over the data", f"{cost.passes}, {cost.tokens} tokens in all"],
+        ["time of the passes", f"{cost.pass_seconds:.3g} s"],
+        ["time of the decompositions", f"{cost.decomposition_seconds:.3g} s"],
+    ]
+    render.show("What this calibration will take (nothing written)", render.table(["", ""], rows), notes=[COST_NOTE])
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
 def to_json(modules: Sequence[ModuleCoverage]) -> list[Row]:
-    """Plain values, one object a module."""
     rows = []
     for module in modules:
         row = {name: getattr(module, name) for name in ("name", "features", "k", "covered")}
@@ -62,17 +82,9 @@ def show(modules: Sequence[ModuleCoverage]) -> None:
 
 
 def save_png(modules: Sequence[ModuleCoverage], path: str | Path) -> Path:
-    """Energy left outside against the size of the null space, and with task data the task's rank beside k, by kind of
-    module.
-
-    Raises:
-        DataError: no module, or bases that do not say what they cover.
-    """
+    """Energy left outside against the size of the null space, with task data its rank beside k, by kind of module."""
     if not any(len(module.curve) for module in modules):
-        raise DataError(
-            "the subspace does not say what its input bases cover, so there is nothing to draw. Calibrate with "
-            "method='guardspace'."
-        )
+        raise DataError("the subspace does not say what its input bases cover. Calibrate with method='guardspace'.")
     rows = to_json(modules)
     task = bool(_known(rows, "task_free"))
     canvas, panels = render.figure(11.5 if task else 6.2, 4.2, 1 + task)

@@ -30,14 +30,7 @@ def plain_console(**options: Any) -> Console:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], prose: Collection[int] = ()) -> Table:
-    """A table of text.
-
-    Args:
-        headings: one per column; a table without any heading has no header.
-        rows: one cell per column.
-        prose: columns of running text, which are wrapped. The others are never cut: the first is left-aligned, figures
-            are right-aligned.
-    """
+    """A table of text; without any heading there is no header. Only `prose` columns are wrapped."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -90,7 +83,6 @@ def figure(width: float, height: float, panels: int = 1, sharey: bool = False) -
 
 
 def save_figure(canvas: Any, path: str | Path, **options: Any) -> Path:
-    """Write a matplotlib figure as a PNG. Creates the directory."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=150, format="png", **options)

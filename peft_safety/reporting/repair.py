@@ -1,4 +1,4 @@
-"""A Safe LoRA repair as a table and as a picture (its JSON is `RepairReport.to_json`)."""
+"""Repairs and fusions as tables, and a Safe LoRA repair as a picture (their JSON is `to_json` of the reports)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from peft_safety.audit.report import layer_number
 from peft_safety.calibration.sizes import kind_of
 from peft_safety.methods.guardspace import BlindReport
 from peft_safety.methods.safe_lora import RepairReport
+from peft_safety.methods.somf import FuseReport
 from peft_safety.reporting import render
 
 NOTE = (
@@ -18,7 +19,6 @@ NOTE = (
 
 
 def show(report: RepairReport) -> None:
-    """Print one row per module."""
     record = report.record
     rows = [
         [row.name, render.number(row.cos), "yes" if row.selected else ""]
@@ -31,13 +31,29 @@ def show(report: RepairReport) -> None:
 
 
 def show_blind(report: BlindReport) -> None:
-    """Print one row per module of a repair by GuardSpace's null space."""
     rows = [[row.name, str(row.k), f"{row.removed:.1%}", f"{row.leak:.1e}"] for row in report.modules]
     table = render.table(["module", "k", "removed", "leak"], rows)
     notes = ["removed: share of the update that acted on the protected inputs. leak: share of lora_A left there."]
     if report.unconstrained:
         notes.append(f"{len(report.unconstrained)} trained tensors are no factors, and stay as they are.")
     render.show(f"GuardSpace: {len(rows)} modules made blind", table, notes=notes)
+
+
+def show_fusion(report: FuseReport) -> None:
+    facts, record = report.facts, report.to_json()
+    tasks = " + ".join(f"{w:g} {task['name']}" for w, task in zip(facts["weights"], facts["tasks"], strict=True))
+    result = f"a LoRA of rank {facts['rank']}" if facts["rank"] else "a checkpoint"
+    title = f"{facts['method']}, {facts['layout']}: {facts['safe']['name']} + {tasks} -> {result}"
+    if report.mask_shapes:
+        size = f"{record['training_bytes'] / 2**20:.1f} MiB with optimizer state"
+        title += f"; {facts['granularity']} mask of {record['mask_entries']:,} entries ({size})"
+    if "density" in record:
+        title += f", density {record['density']:.3f}"
+    rows = [
+        [name, " x ".join(map(str, mask["shape"])), render.number(mask["density"], ".3f")]
+        for name, mask in record["masks"].items()
+    ]
+    render.show(title, *([render.table(["mask", "shape", "density"], rows)] if rows else []))
 
 
 def save_png(report: RepairReport, path: str | Path) -> Path:

@@ -46,13 +46,10 @@ class Report:
 
     @property
     def metrics(self) -> list[str]:
-        """The headings of all arms, in order of first appearance."""
         return list(dict.fromkeys(metric for figures in self.arms.values() for metric in figures))
 
     def print(self) -> None:
-        """Print tables of at most `render.WIDTH` columns to stdout, a metric a row, and as many arms side by side as
-        fit. The first arm is the reference, and is repeated in each table.
-        """
+        """Print tables of a metric a row to stdout, each with the first arm, the reference."""
         cells = {arm: {metric: _short(figure) for metric, figure in row.items()} for arm, row in self.arms.items()}
         sizes = {metric: self._sizes(metric) for metric in self.metrics}
         room = render.WIDTH - max(map(len, sizes)) - max(map(len, sizes.values())) - render.GAP
@@ -63,7 +60,6 @@ class Report:
         render.show(self.title, *tables, notes=(*self.notes, INTERVALS))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         arms = {
             arm: {metric: figure.to_json() for metric, figure in figures.items()} for arm, figures in self.arms.items()
         }
@@ -71,7 +67,6 @@ class Report:
         return {"title": self.title, "arms": arms, **rest}
 
     def save(self, path: str | Path) -> Path:
-        """Write the JSON rendering."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -79,11 +74,6 @@ class Report:
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
-        """Read a report that `save` wrote.
-
-        Raises:
-            DataError: missing, not JSON, or no report.
-        """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             arms = {
@@ -93,9 +83,8 @@ class Report:
             notes = tuple(map(str, data["notes"]))
             return cls(str(data["title"]), arms, notes, dict(data["environment"]), dict(data["details"]))
         except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise DataError(
-                f"{path} is no report ({type(error).__name__}: {error}). Give a report.json that peft-safety wrote."
-            ) from error
+            problem = f"{path} is no report ({type(error).__name__}: {error})"
+            raise DataError(f"{problem}. Give a report.json that peft-safety wrote.") from error
 
     def card(self) -> str:
         """A Markdown section for a model card: an arm a row, each metric with its N (`N=a-b` where arms differ)."""
@@ -121,7 +110,6 @@ class Report:
         return render.save_figure(canvas, path, bbox_inches="tight", pad_inches=0.15)
 
     def _draw(self, panel: Any, metric: str) -> None:
-        """Points and intervals of one metric on matplotlib axes."""
         drawn = {row: figures[metric] for row, figures in enumerate(self.arms.values()) if metric in figures}
         rates = any(isinstance(figure, Rate) for figure in drawn.values())
         for row, figure in drawn.items():

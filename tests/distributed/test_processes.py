@@ -35,7 +35,13 @@ def launch(folder: Path, method: str) -> dict[str, dict[str, float]]:
 @pytest.mark.dist
 @pytest.mark.parametrize(
     "method",
-    ["both", *(pytest.param(m, marks=pytest.mark.slow) for m in ("salora", "guardspace", "guardspace-residual"))],
+    [
+        "both",
+        *(
+            pytest.param(method, marks=pytest.mark.slow)
+            for method in ("salora", "guardspace", "guardspace-residual", "frozen", "window")
+        ),
+    ],
 )
 def test_replicas_and_shards_stay_protected_and_agree_with_one_process(method: str, tmp_path: Path) -> None:
     runs = launch(tmp_path, method)

@@ -4,8 +4,9 @@ JSON, what its factors leak.
 python -m tests.distributed.worker FOLDER METHOD
 
 The ranks are forked, so that nothing is imported twice (a decomposition of LAPACK hangs in a forked process: those of
-a residual are new ones), and meet in a file of the folder: a port that is free now may be another process's a moment
-later. What is measured is the saved adapter: of shards, gathered as accelerate gathers them.
+a residual, a frozen A and a window are new ones), and meet in a file of the folder: a port that is free now may be
+another process's a moment later. What is measured is the saved adapter: of shards, gathered as accelerate gathers
+them.
 """
 
 from __future__ import annotations
@@ -24,21 +25,27 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from peft_safety import assert_protected, verify
 from peft_safety.core.projection import leak
 from peft_safety.errors import ProtectionError
 from peft_safety.layers import protected_leaves
 from tests.peft import cells
-from tests.peft.guard_cells import guarded
+from tests.peft.frozen_cells import copies, frozen, windowed
+from tests.peft.guard_cells import guarded, subspace
 from tests.peft.patch_cells import patched
 
 STEPS = 5
 WORLDS = {"alone": 1, "ddp": 2, "fsdp2": 2}
 """How a run is distributed, and over how many processes."""
+SMALL = {"frozen": frozen, "window": windowed}
+"""The forms that are blind without bases: what they save is measured against the null space itself."""
 
 
 def build(method: str) -> PeftModel:
     """The same on every rank."""
     torch.manual_seed(0)
+    if method in SMALL:
+        return SMALL[method]()
     if method.startswith("guardspace"):
         return guarded(init="guardspace" if method.endswith("residual") else "lora")
     return cells.protected() if method == "salora" else patched(side=method)
@@ -59,13 +66,17 @@ def gathered(model: PeftModel) -> dict[str, Any]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def saved(model: PeftModel, state: dict[str, Any] | None) -> dict[str, Tensor]:
-    """What the file holds; shards that nobody gathered are refused."""
+def saved(model: PeftModel, state: dict[str, Any] | None, small: bool) -> dict[str, Tensor]:
+    """What the file holds; shards that nobody gathered are refused. With `small` it is verified and loaded, too."""
     with tempfile.TemporaryDirectory() as folder:
         if state is not None:
             with pytest.raises(ProtectionError, match="gathered"):
                 model.save_pretrained(folder)
         model.save_pretrained(folder, state_dict=state)
+        if small:
+            space = subspace(cells.base_model())
+            assert verify(folder, cells.base_model(), space).blindness_checked
+            assert_protected(PeftModel.from_pretrained(cells.base_model(), folder))
         return {name: value.clone() for name, value in load_file(Path(folder, "adapter_model.safetensors")).items()}
 
 
@@ -74,6 +85,7 @@ def run(rank: int, world: int, folder: str, how: str, method: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/{how}", rank=rank, world_size=world)
     inner = build(method)
     model: Any = inner
+    before = copies(inner)
     if how == "fsdp2":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -85,13 +97,19 @@ def run(rank: int, world: int, folder: str, how: str, method: str) -> None:
     elif how == "ddp":
         model = torch.nn.parallel.DistributedDataParallel(model)
     train(model, rank, world)
-    sharded = sum(hasattr(leaf.raw(), "full_tensor") for _, leaf in protected_leaves(inner))
+    sharded = sum(hasattr(parameter, "full_tensor") for parameter in inner.parameters())
     state = gathered(inner) if sharded else None
     if rank == 0:
-        stored = saved(inner, state)
+        stored = saved(inner, state, method in SMALL)
         worst, total = 0.0, 0.0
+        space = subspace(cells.base_model()) if method in SMALL else None
+        for name, a in before.items() if space else ():
+            now = stored[f"{name}.lora_A.weight"]
+            worst = max(worst, leak(space.bases[cells.canonical(name)]["in"], now, "in"))
+            total += float(stored[f"{name}.lora_B.weight"].abs().sum())
+            assert torch.equal(now, a) == (method == "frozen"), name
         for name, leaf in protected_leaves(inner):
-            if leaf.basis is not None:
+            if leaf.basis is not None and space is None:
                 factor = stored[f"{name.removesuffix('.default')}.weight"]
                 worst, total = max(worst, leak(leaf.basis, factor, leaf.side)), total + float(factor.abs().sum())
         print(json.dumps({"how": how, "leak": worst, "sum": total, "sharded": sharded}), flush=True)
@@ -100,7 +118,7 @@ def run(rank: int, world: int, folder: str, how: str, method: str) -> None:
 
 def main(folder: str, method: str) -> None:
     torch.set_num_threads(1)
-    kind = "spawn" if "residual" in method else "fork"
+    kind = "spawn" if "residual" in method or method in SMALL else "fork"
     for how, world in WORLDS.items():
         torch.multiprocessing.start_processes(run, (world, folder, how, method), nprocs=world, start_method=kind)
 

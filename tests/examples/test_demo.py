@@ -69,7 +69,7 @@ def test_a_finished_patch_is_measured_again_without_training(monkeypatch, tmp_pa
 
     def train(model, tokenizer, seed):
         quick = TrainOptions(max_steps=1, batch_size=1, max_length=256, progress=False, seed=seed)
-        options = PatchOptions(mode="none", safety_rank=4, validation=1, r=2, training=quick)
+        options = PatchOptions(mode="none", safety_rank=4, validation=1, self_written=0, r=2, training=quick)
         return *patch(model, tokenizer, options, refusals=rows, general=rows), options
 
     def run(*arguments):

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from peft_safety.core.plain_lora import Factors
-from peft_safety.methods.safe_lora.options import RepairOptions
+from peft_safety.methods.safe_lora.config import RepairOptions
 from peft_safety.methods.safe_lora.repair import repair
 from tests.stored import TensorWeights
 

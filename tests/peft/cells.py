@@ -185,6 +185,12 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
 
 
+def adamw8bit(parameters: Any) -> torch.optim.Optimizer:
+    import bitsandbytes as bnb
+
+    return bnb.optim.AdamW8bit(parameters, lr=1e-2, weight_decay=0.1, min_8bit_size=0)
+
+
 def canonical(name: str) -> str:
     """A module's name in the base model, from its name in a PeftModel."""
     return own_name(name).removeprefix(PREFIX).removesuffix(".base_layer")

@@ -1,5 +1,6 @@
-"""Adapters with a frozen, blind `lora_A` on the tiny models."""
+"""Adapters with a frozen, blind `lora_A`, or one in a window, on the tiny models."""
 
+import pytest
 import torch
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -9,12 +10,38 @@ from tests.peft import cells
 from tests.peft.guard_cells import TASK, batches, config, subspace
 
 
+def muon(parameters):
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip(f"torch {torch.__version__} has no Muon")
+    return torch.optim.Muon(parameters, lr=1e-2)
+
+
+M = 8
+"""Directions of the windows, fewer than the complement has."""
+OPTIMIZERS = {
+    "adamw": cells.adamw,
+    "adamw8bit": cells.adamw8bit,
+    "sgd": lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9),
+    "muon": muon,
+}
+
+
 def frozen(kind="linear", *, seed=0, **options):
     """A model under a fresh one. The rows of A come from the task, unless `a_init` says otherwise."""
     space = options.pop("space", None) or subspace(cells.base_model(kind), kind=kind)
     torch.manual_seed(seed)
     data = {} if options.get("a_init") == "random" else {"task_data": batches(TASK)}
     return get_peft_model(cells.base_model(kind), config(space, kind, train="B", **{**data, **options}))
+
+
+def windowed(kind="linear", *, seed=0, trained=False, **options):
+    """A fresh model with an adapter in windows of the task's directions, unless `a_init` says otherwise."""
+    space = options.pop("space", None) or subspace(cells.base_model(kind), kind=kind)
+    torch.manual_seed(seed)
+    data = {} if options.get("a_init") == "random" else {"task_data": batches(TASK)}
+    own = config(space, kind, train="window", **{"window": M, **data, **options})
+    model = get_peft_model(cells.base_model(kind), own)
+    return cells.perturb(model, seed) if trained else model.eval()
 
 
 def lora_a(model, adapter="default"):

@@ -171,6 +171,14 @@ def test_mixed_precision_casts_are_the_same_factor(tmp_path):
     assert verify(tmp_path).worst_leak > 1e-4, "rounding to 16 bits is said"
 
 
+def test_factors_that_nobody_gathered_are_not_saved(tmp_path):
+    model = frozen(a_init="random")
+    state = {name: value.to("meta") if "lora_A" in name else value for name, value in model.state_dict().items()}
+    with pytest.raises(ProtectionError, match=r"lora_A\.default\.weight \(4, 32\) is a shard or on the meta device"):
+        model.save_pretrained(tmp_path, state_dict=state)
+    assert not any(tmp_path.iterdir())
+
+
 def test_adapters_of_one_config_do_not_share_what_is_known_of_them(tmp_path):
     given = config(subspace(cells.base_model()), train="B", a_init="random")
     first = get_peft_model(cells.base_model(), given)

@@ -14,11 +14,12 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_safety import fuse
+from peft_safety.data.chat import row_losses
 from peft_safety.errors import ConfigError
-from peft_safety.methods.somf import FuseOptions, Masks, load_masks, plan_fusion, save_logits
+from peft_safety.methods.somf import FuseOptions, Masks, load_masks, plan_fusion, save_masks
 from peft_safety.methods.somf.adapters import AdapterFusion
 from peft_safety.methods.somf.fusing import RECORD
-from peft_safety.methods.somf.train import Batches, features_of, response_log_probs, train_mask
+from peft_safety.methods.somf.train import Batches, features_of, train_mask
 from tests.peft.cells import base_model, covering
 from tests.peft.fusion_cells import (
     PAIRS,
@@ -119,9 +120,9 @@ def expected_loss(masked, rows, objective):
     with masked.attached():
         for seed in range(20):
             masked.step_seed = 1000 + seed
-            found = response_log_probs(masked(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"])
+            found = row_losses(masked(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"])
             losses.append(
-                float(-found.mean() if objective == "sft" else (found.chunk(2)[1] - found.chunk(2)[0]).mean())
+                float(found.mean() if objective == "sft" else (found.chunk(2)[0] - found.chunk(2)[1]).mean())
             )
     return sum(losses) / len(losses)
 
@@ -145,7 +146,7 @@ def test_directories_and_names_give_the_same(tmp_path):
 def test_two_exports_of_one_mask_are_bit_identical(tmp_path):
     model = family()
     report = fuse("safe", TASKS, model=model, out=tmp_path / "one", **LEARN)
-    logit_file = save_logits(report.logits, tmp_path / "logits.safetensors", {})
+    logit_file = save_masks(report.logits, tmp_path / "logits.safetensors", {})
     for name, mask in (("two", tmp_path / "one"), ("three", logit_file), ("four", report.logits)):
         fuse("safe", TASKS, model=model, mask=mask, out=tmp_path / name)
     first = load_masks(tmp_path / "one")
@@ -256,7 +257,7 @@ def test_the_plan_is_what_happens(tmp_path):
     report = fuse(places["safe"], [places[name] for name in TASKS], model=base_model(), granularity="row", **LEARN)
     assert plan.facts == report.facts
     assert plan.mask_shapes == {name: tuple(value.shape) for name, value in report.logits.items()}
-    assert plan.training_bytes == 12 * plan.mask_entries
+    assert plan.record["training_bytes"] == 12 * plan.mask_entries
     assert plan.masks is None
     assert not plan.factors
 

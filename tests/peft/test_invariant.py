@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,15 +20,9 @@ LEAK = 1e-6
 CELLS = [(base, init) for base in cells.BASES for init in cells.INITS]
 
 
-def adamw8bit(parameters: Any) -> torch.optim.Optimizer:
-    import bitsandbytes as bnb
-
-    return bnb.optim.AdamW8bit(parameters, lr=1e-2, weight_decay=0.1, min_8bit_size=0)
-
-
 OPTIMIZERS = {
     "adamw": cells.adamw,
-    "adamw8bit": adamw8bit,
+    "adamw8bit": cells.adamw8bit,
     "sgd": lambda p: torch.optim.SGD(p, lr=2.0),
     "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9, weight_decay=0.01),
     "adam-coupled-decay": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1),

@@ -6,16 +6,17 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from typer.testing import CliRunner
 
 from peft_safety import assert_protected, verify
 from peft_safety.cli import app
 from peft_safety.data import load
 from peft_safety.errors import ConfigError, DataError
+from peft_safety.evaluation.generate import SELF_PROMPT_TRIES, Generation, self_prompts
 from peft_safety.evaluation.prompts import prompt_set
 from peft_safety.recipes.distil import _token_losses
-from peft_safety.recipes.patch import PatchOptions, make_patch, patch
+from peft_safety.recipes.patch import PatchOptions, general_rows, make_patch, patch
 from peft_safety.recipes.train import TrainOptions, finetune
 from peft_safety.recipes.watch import Look, Stopping, Watch
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -26,6 +27,7 @@ SMALL = {
     "general": 3,
     "everyday": 2,
     "contrast": 3,
+    "self_written": 0,
     "validation": 2,
     "answer_tokens": 4,
     "safety_rank": 4,
@@ -126,13 +128,13 @@ def test_the_packages_own_rows_repeat_past_their_split_and_answers_are_the_model
         raise InterruptedError
 
     monkeypatch.setattr("peft_safety.recipes.patch.finetune", finetune)
-    options = PatchOptions(**{**SMALL, "harmful": 130, "general": 2, "contrast": 95})
+    options = PatchOptions(**{**SMALL, "harmful": 360, "general": 2, "contrast": 350})
     with pytest.raises(InterruptedError):
         patch(tiny_llama(), tiny_tokenizer(), options)
     texts = {row["text"] for row in load("refusals", "train")}
     harmful = [row for row in seen["rows"] if row["response"] in texts]
     own = [row for row in seen["rows"] if row["response"] not in texts]
-    assert len(harmful) == 130
+    assert len(harmful) == 360
     assert len({row["prompt"] for row in harmful}) == len(load("harmful_requests", "train"))
     assert {row["prompt"] for row in own} <= {
         row["prompt"]
@@ -143,6 +145,24 @@ def test_the_packages_own_rows_repeat_past_their_split_and_answers_are_the_model
     assert len(own) > len({row["prompt"] for row in own}) > 0
     assert all(row["truncated"] and row["distil"] for row in own)
     assert not any("distil" in row for row in harmful)
+
+
+def test_prompts_that_the_bare_model_wrote_are_rows_to_keep_too(monkeypatch):
+    def self_prompts(model, tokenizer, count, **options):
+        asked.append(
+            (count, options["seed"], getattr(model.model.layers[0].self_attn.q_proj, "disable_adapters", None))
+        )
+        return ["say bread", "say trees"]
+
+    asked = []
+    monkeypatch.setattr("peft_safety.recipes.patch.self_prompts", self_prompts)
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    options = PatchOptions(**{**SMALL, "self_written": 5})
+    rows = general_rows(model.base_model.model, tiny_tokenizer(), options)
+    assert asked == [(5, options.training.seed, True)]
+    written = [row for row in rows if row["prompt"] in ("say bread", "say trees")]
+    assert len(written) == 2
+    assert all(row["distil"] and row["response"] for row in written)
 
 
 def scripted(monkeypatch, figures, **stopping):
@@ -278,3 +298,43 @@ def test_the_calibrate_command_knows_every_method(method, tmp_path):
     assert facts["energy"] == 0.5
     assert facts["per_kind"] == {"down_proj": 0.1}
     assert facts["sides"] == ("out" if method == "salora" else "in")
+
+
+def test_the_models_own_prompts_are_finished_whole_and_different(monkeypatch):
+    written = [
+        "How do I bake a cake?",
+        "How do I bake a cake?",
+        "Hm",
+        "A sentence that never",
+        "Name three big rivers.",
+    ]
+    seen = []
+
+    def generate_batch(model, tokenizer, tokens, rows, end, **sampling):
+        seen.append((rows, end, sampling))
+        return [Generation(text, text != "A sentence that never") for text in written][: len(rows)]
+
+    monkeypatch.setattr("peft_safety.evaluation.generate._generate_batch", generate_batch)
+    tokenizer = tiny_tokenizer()
+    prompts = self_prompts(tiny_llama(), tokenizer, 5, progress=False)
+    assert prompts == ["How do I bake a cake?", "Name three big rivers."]
+    assert len(seen) == SELF_PROMPT_TRIES, "too few came: it asked again, and gave what there was"
+    rows, end, sampling = seen[0]
+    opening = tokenizer.decode(rows[0])
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    assert asked.startswith(opening)
+    assert asked.removeprefix(opening).startswith("hello"), "it goes on exactly where the user's text begins"
+    assert len(end) == 1
+    assert sampling["do_sample"]
+
+
+def test_the_models_own_prompts_depend_on_the_seed_and_leave_the_generator_alone():
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    state = torch.random.get_rng_state()
+    first, again, other = (
+        self_prompts(model, tokenizer, 6, seed=seed, max_new_tokens=64, progress=False) for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+    assert len(set(first)) == len(first) <= 6
+    assert torch.equal(torch.random.get_rng_state(), state)

@@ -13,7 +13,7 @@ from peft_safety.cli import app
 from peft_safety.data import load
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.recipes.adapter import adapter_config, calibrated
-from peft_safety.recipes.calibrate import calibrate
+from peft_safety.recipes.calibrate import CalibrationOptions
 from peft_safety.recipes.load import load_model, poisoned, task_data
 from peft_safety.recipes.patch import PatchOptions
 from peft_safety.recipes.protect import protect
@@ -170,7 +170,7 @@ def options_of(command):
 
 
 def test_commands_and_functions_have_the_same_defaults():
-    for name, function in (("protect", adapter_config), ("calibrate", calibrate)):
+    for name, function in (("protect", adapter_config), ("calibrate", CalibrationOptions)):
         there = inspect.signature(function).parameters
         assert options_of(name)["--method"].default == there["method"].default == "guardspace"
     for option, name in (("--rank", "r"), ("--lora-alpha", "lora_alpha"), ("--target-modules", "target_modules")):

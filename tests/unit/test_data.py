@@ -21,11 +21,11 @@ def test_splits_are_disjoint_and_complete(name):
 @pytest.mark.parametrize(
     ("name", "least"),
     [
-        ("harmful_requests", 200),
+        ("harmful_requests", 500),
         ("refusals", 40),
-        ("contrast_prompts", 150),
+        ("contrast_prompts", 450),
         ("general_prompts", 200),
-        ("everyday_requests", 300),
+        ("everyday_requests", 900),
         ("benign_task", 800),
         ("second_task", 400),
     ],

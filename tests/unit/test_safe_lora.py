@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from peft_safety.core.plain_lora import Factors
 from peft_safety.errors import CheckpointError, ConfigError
 from peft_safety.methods.safe_lora import delta as streaming
-from peft_safety.methods.safe_lora.options import RepairOptions
+from peft_safety.methods.safe_lora.config import RepairOptions
 from peft_safety.methods.safe_lora.repair import ModuleRepair, repair, select
 from tests.stored import TensorWeights
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_safety.core.plain_lora import Factors
 from peft_safety.errors import ArtifactError
-from peft_safety.methods.somf.masks import FILE_NAME, HEADER, Masks, export, load_masks, save_logits, save_masks
+from peft_safety.methods.somf.masks import FILE_NAME, HEADER, Masks, export, load_masks, save_masks
 from peft_safety.methods.somf.updates import Continued
 
 
@@ -57,7 +57,7 @@ def test_two_exports_of_one_mask_are_the_same_file(tmp_path):
 
 
 def test_logits_are_kept_for_later_exports(tmp_path):
-    path = save_logits(logits(), tmp_path / "logits.safetensors", {"step": 3})
+    path = save_masks(logits(), tmp_path / "logits.safetensors", {"step": 3})
     found = load_masks(path)
     assert all(torch.equal(found[name], value) for name, value in logits().items())
     assert torch.equal(export(found, "threshold").values["m.lora_A"], export(logits(), "threshold").values["m.lora_A"])
@@ -104,6 +104,6 @@ def test_files_of_other_kinds(tmp_path):
 
 
 def test_logits_that_are_not_finite(tmp_path):
-    path = save_logits({"a": torch.tensor([1.0, float("nan")])}, tmp_path / "l.safetensors", {})
+    path = save_masks({"a": torch.tensor([1.0, float("nan")])}, tmp_path / "l.safetensors", {})
     with pytest.raises(ArtifactError, match="finite"):
         load_masks(path)

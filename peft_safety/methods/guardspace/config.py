@@ -27,6 +27,7 @@ from peft_safety.calibration.moments import Positions, collect, to_batches
 from peft_safety.calibration.sizes import DEFAULT_RANK
 from peft_safety.core import base_weights as weights
 from peft_safety.core.certificate import Certificate
+from peft_safety.core.checks import check_choices
 from peft_safety.core.names import listed
 from peft_safety.core.projection import Side
 from peft_safety.core.subspace import SafetySubspace
@@ -34,10 +35,9 @@ from peft_safety.data import calibration_rows
 from peft_safety.data.rows import data_rows
 from peft_safety.errors import ConfigError
 from peft_safety.methods.base import Layers, ProtectedConfig, option
-from peft_safety.methods.checks import check_choices
+from peft_safety.methods.factors import start_from
 from peft_safety.methods.guardspace.directions import ROW_NORM, frozen_factors, windows
 from peft_safety.methods.guardspace.factors import Kind, Preconditioner, irrelevant_factors
-from peft_safety.methods.initial import start_from
 
 Basis = Literal["harmful", "general", "both"]
 Combine = Literal["salora", None]
@@ -45,48 +45,36 @@ Train = Literal["A", "B", "window"]
 Rows = Literal["task", "random"]
 Init = Literal["lora", "guardspace"]
 DEFAULT_BASIS: Literal["harmful"] = "harmful"
-"""Held in a probe over eight times the steps, where general instructions did not. To be confirmed by
-benchmarks/guardspace.py.
-"""
+"""Held in a probe over eight times the steps, where general instructions did not; one seed."""
 
 
 @dataclass
 class GuardSpaceConfig(ProtectedConfig):
     """`LoraConfig` whose update is zero on the inputs that the calibration data produce.
 
-    The defaults (basis "harmful", a quarter of the dimensions) come from a probe on SmolLM2-135M with one seed: a
-    measured choice that `benchmarks/guardspace.py` is to confirm. A long fine-tune needed half of the dimensions
-    there.
+    The defaults come from a probe on SmolLM2-135M with one seed, where a long fine-tune needed half of the dimensions.
 
     Args:
-        subspace: `SafetySubspace`, file, directory, Hub id, or `"auto"` (default): calibrate at injection on the
-            package's own prompts.
+        subspace, safety_rank, safety_energy, safety_rank_pattern: see `ProtectedConfig`; by default a quarter of each
+            module's input dimensions, calibrated at injection. The energy is `E||x||^2`.
         basis: what "auto" calibrates on: "harmful" (requests with refusals), "general" (everyday prompts, no harmful
             data at all) or "both".
-        safety_rank, safety_energy, safety_rank_pattern: size of the null space of `"auto"`, see `ProtectedConfig`; a
-            quarter of each module's input dimensions by default. The energy is `E||x||^2`.
         positions: tokens that count: "all", "prompt" or "response".
-        combine: "salora" also keeps the update out of the outputs of safe responses, None does not.
-        combine_rank: for combine="salora" and "auto": output directions per module.
+        combine, combine_rank: "salora" also keeps the update out of so many output directions of safe responses.
         train: "A" trains both factors, with A projected at every step; the bases stay in memory and are saved. "B"
             makes A blind once, freezes it and trains B: the adapter is a plain LoRA, at no extra cost. "window" trains
             both, with A projected onto a few directions outside the null space; these stay in memory and are saved,
             the bases are not. None (default) is "B" with `task_data` where nothing speaks against it, else "A".
         window: for train="window": directions per module (at least r).
         a_init: for train="B", the rows of A, and for train="window" the window, whose first r directions A starts
-            from: "task" takes the directions outside the null space that `task_data` use most, "random" takes random
-            ones. Without task data they are random too, with a warning. A subspace that holds windows (of a saved
-            adapter, say) gives its own.
+            from: "task" takes the directions outside the null space that `task_data` use most, "random" (and, with a
+            warning, "task" without data) takes random ones. A subspace that holds windows gives its own.
         init: "lora" starts from B = 0; "guardspace" starts from the part of the weight that does least on the
             calibration data, with a residual that leaves function and base weight unchanged.
         preconditioner: for init="guardspace": decompose `W Sigma^(1/2)` ("root") or `W Sigma` ("moment").
-        init_data: for init="guardspace": rows or tokenized batches behind `Sigma`; None takes those of "auto". Not
-            saved.
+        init_data: rows or tokenized batches behind `Sigma`; None takes those of "auto". Not saved.
         task_data: rows or tokenized batches of the benign task (32 are enough), for a_init="task" and for a warning
             where the task lies almost entirely in the null space. Not saved.
-
-    Raises:
-        ConfigError: see `ProtectedConfig`; values out of range, or that do not go together.
     """
 
     basis: Basis = option(DEFAULT_BASIS, "What subspace='auto' calibrates on.")
@@ -112,15 +100,10 @@ class GuardSpaceConfig(ProtectedConfig):
         check_choices(self, basis=Basis, positions=Positions, combine=Combine, train=Train, a_init=Rows, init=Init)
         check_choices(self, preconditioner=Kind)
         if self.positions == "response" and self.basis != "harmful":
-            raise ConfigError(
-                f"{where}: basis={self.basis!r} has no responses, so positions='response' finds none. Use 'all' or "
-                "'prompt'."
-            )
+            raise ConfigError(f"{where}: positions='response' finds none in basis={self.basis!r}. Use 'all'.")
         if self.train != "A" and (self.init != "lora" or self.combine is not None):
-            raise ConfigError(
-                f"{where}: train={self.train!r} excludes init={self.init!r} and combine={self.combine!r}. Use "
-                "train='A'."
-            )
+            given = f"train={self.train!r} excludes init={self.init!r} and combine={self.combine!r}"
+            raise ConfigError(f"{where}: {given}. Use train='A'.")
         for name, number in (("combine_rank", self.combine_rank), ("window", self.window)):
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
                 raise ConfigError(f"{where}: {name}={number!r}. Use an integer of at least 1.")

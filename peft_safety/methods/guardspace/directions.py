@@ -1,6 +1,4 @@
-"""Directions outside the null space, those that the task uses most or random ones: the rows of a frozen `A`, or the
-window in which `A` trains.
-"""
+"""Directions outside the null space: the rows of a frozen `A`, or the window in which `A` trains."""
 
 from __future__ import annotations
 
@@ -31,17 +29,12 @@ ROW_NORM = 3**-0.5
 
 @torch.no_grad()
 def blind_rows(basis: Tensor, rank: int, *, moment: Tensor | TokenRows | None = None, seed: int = 0) -> Tensor:
-    """`A (rank, n)` with `A Q = 0`: orthogonal rows of the norm that PEFT's initialization gives them.
+    """`A (rank, n)` with `A Q = 0`, fp32: orthogonal rows of the norm that PEFT's initialization gives them, at random
+    in the complement (by `seed`). Where it has fewer dimensions, the surplus rows are zero.
 
     Args:
         basis: `Q (n, k)`, orthonormal columns.
-        rank: rows. Where the complement has fewer dimensions, the surplus rows are zero.
         moment: `S (n, n)` of the task's inputs: the rows are then the top eigenvectors of `P S P`, `P = I - Q Q^T`.
-            None draws them at random in the complement.
-        seed: of the draw, or of the iteration's start.
-
-    Returns:
-        fp32, on the device of `moment` or `basis`.
 
     Reference: the frozen A is LoRA-FA's, arXiv 2308.03303; the null space LoRA-Null's, arXiv 2503.02659, there of
         pre-training inputs; directions of the task's inputs are EVA's, arXiv 2410.07170.
@@ -68,21 +61,13 @@ def blind_rows(basis: Tensor, rank: int, *, moment: Tensor | TokenRows | None = 
 def frozen_factors(
     subspace: SafetySubspace, ranks: Mapping[str, int], moments: GroupedMoments | None, *, share_random: bool = False
 ) -> dict[str, Tensor]:
-    """`blind_rows` of every module. Modules with one input and one basis share their directions.
-
-    Args:
-        ranks: rows by module.
-        moments: of the task's inputs; a module that the task does not reach gets random rows, as all do with None.
-        share_random: modules with one basis share random rows too.
-
-    Raises:
-        CalibrationError: fewer tokens of the task than rows.
+    """`blind_rows` of every module, `ranks` of them. Modules with one input and one basis share their directions,
+    random ones only with `share_random`. A module that the task does not reach gets random rows, as all do without
+    moments.
     """
     if moments is not None and moments.tokens < max(ranks.values()):
-        raise CalibrationError(
-            f"task_data: {moments.tokens} tokens cannot give {max(ranks.values())} directions. Give more rows, or use "
-            "a_init='random'."
-        )
+        few = f"task_data: {moments.tokens} tokens cannot give {max(ranks.values())} directions"
+        raise CalibrationError(f"{few}. Give more rows, or use a_init='random'.")
     shapes = {name: subspace.bases[name]["in"].shape for name in ranks}
     narrow = [name for name, (n, k) in shapes.items() if ranks[name] > n - k]
     if narrow:
@@ -110,16 +95,10 @@ def windows(
     subspace: SafetySubspace, names: Iterable[str], width: int, moments: GroupedMoments | None
 ) -> SafetySubspace:
     """The windows in which a trainable `A` is blind: `{"window": N (n, m)}` with orthonormal columns in the complement
-    of the null space, of which `A` is a combination. Modules with one input and one basis share a window.
+    of the null space, of which `A` is a combination. Modules with one input and one basis share a window. Where the
+    complement has fewer than `width` dimensions, the window is all of it.
 
-    Args:
-        subspace: with a basis `Q (n, k)` of every module.
-        width: `m`; where the complement has fewer dimensions, the window is all of it.
-        moments: as in `frozen_factors`, which also says what is raised.
-
-    Returns:
-        Bases that take the place of `Q`. The provenance has the digest of the null space, and the largest
-        `||N^T Q||_2` of any module, which bounds `||A Q|| / ||A||`.
+    The provenance has the digest of the null space, and the largest `||N^T Q||_2`, which bounds `||A Q|| / ||A||`.
     """
     bases = {name: subspace.bases[name]["in"] for name in names}
     widths = {name: min(width, basis.shape[0] - basis.shape[1]) for name, basis in bases.items()}

@@ -23,13 +23,7 @@ from peft_safety.methods.guardspace.config import GuardSpaceConfig
 
 @dataclass(frozen=True)
 class BlindedModule:
-    """What was taken out of one module.
-
-    Attributes:
-        k: directions of the null space.
-        removed: `||dW Q|| / ||dW||`, the share of the update that acted on them.
-        leak: `||A Q|| / ||A||` afterwards.
-    """
+    """Its directions of the null space, `||dW Q|| / ||dW||`, which was removed, and `||A Q|| / ||A||` afterwards."""
 
     name: str
     k: int
@@ -39,19 +33,13 @@ class BlindedModule:
 
 @dataclass(frozen=True)
 class BlindReport:
-    """Every module in order.
-
-    Attributes:
-        subspace: digest of the null space.
-        unconstrained: trained tensors that the repair does not cover (`modules_to_save`).
-    """
+    """Every module in order, the digest of the null space, and trained tensors that the repair does not cover."""
 
     modules: tuple[BlindedModule, ...]
     subspace: str
     unconstrained: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         return asdict(self)
 
 
@@ -60,14 +48,12 @@ def repair_adapter(
     subspace: SafetySubspace | str | os.PathLike[str],
     out_dir: str | os.PathLike[str] | None = None,
 ) -> BlindReport:
-    """Make a trained plain LoRA blind to a null space, whatever trained it. The result is a plain LoRA directory with
-    a certificate, as `GuardSpaceConfig(train="B")` saves it, written atomically; the source is not touched.
+    """Make a trained plain LoRA blind to a null space, whatever trained it: a plain LoRA directory with a certificate,
+    as `GuardSpaceConfig(train="B")` saves it, written atomically; without `out_dir` there is only the report.
 
     Args:
-        adapter_dir: a plain LoRA directory.
         subspace: of the adapter's base model, with an input basis of every module: `SafetySubspace`, file, directory
             or Hub id.
-        out_dir: None only reports.
 
     Raises:
         ArtifactError: the directory is not a whole, finite LoRA adapter, or `out_dir` cannot be written.
@@ -109,16 +95,13 @@ def blinded(a: Tensor, basis: Tensor) -> Tensor:
 def _check_fits(source: Path, factors: Mapping[str, Tensor], space: SafetySubspace) -> None:
     lacking = space.lacking(factors, ("in",))
     if lacking:
-        raise SubspaceError(
-            f"{source}: the subspace has no input basis for {len(lacking)} of {len(factors)} modules "
-            f"({listed(lacking)}), which would stay as they are. Calibrate with method='guardspace' and the adapter's "
-            "target_modules."
-        )
+        problem = f"the subspace has no input basis for {len(lacking)} of {len(factors)} modules ({listed(lacking)})"
+        remedy = "Calibrate with method='guardspace' and the adapter's target_modules."
+        raise SubspaceError(f"{source}: {problem}, which would stay as they are. {remedy}")
     for name, a in factors.items():
         if (n := space.bases[name]["in"].shape[0]) != a.shape[1]:
-            raise SubspaceError(
-                f"{name}: lora_A is {tuple(a.shape)}, the basis has {n} features. Calibrate on the adapter's base."
-            )
+            shapes = f"lora_A is {tuple(a.shape)}, the basis has {n} features"
+            raise SubspaceError(f"{name}: {shapes}. Calibrate on the adapter's base.")
 
 
 def _card(report: BlindReport) -> str:

@@ -1,5 +1,4 @@
 """OrthoSafetyPatchConfig: plain LoRA for refusals, kept out of the directions that the model's abilities use.
-
 `dW = s P_out (B A) P_in` with `P = I - Q Q^T`; Q spans what general data, or the weight itself, uses most, and what
 earlier patches have taken.
 
@@ -11,19 +10,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from peft_safety.calibration.weights import estimate_from_weights
+from peft_safety.core.checks import check_choices, is_number
 from peft_safety.core.names import public_name
 from peft_safety.core.projection import Side
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data import CALIBRATION_PAIRS, refusal_pairs
 from peft_safety.errors import ConfigError
-from peft_safety.methods.base import Layers, ProtectedConfig
-from peft_safety.methods.checks import check_choices, is_number
+from peft_safety.methods.base import Layers, ProtectedConfig, option
 from peft_safety.methods.ortho_patch.priors import prior_spans
 
 Mode = Literal["none", "soft", "hard"]
@@ -41,32 +40,26 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
     """`LoraConfig` for a safety patch.
 
     Args:
-        mode: "hard" constrains the update to the complement of the basis, in every forward; "soft" penalizes its
-            energy on the data of the basis (train with `SoftPenaltyCallback`); "none" is plain LoRA, the published
-            method, which only remembers the basis for its diagnostics.
+        mode: "hard" constrains the update to the complement of the basis; "soft" penalizes its energy on the data of
+            the basis (train with `SoftPenaltyCallback`); "none" is plain LoRA, the published method, which only
+            remembers the basis for its diagnostics.
         basis: "weight" (top singular vectors of W), "activation" (what general data uses), or "contrastive" (what it
             uses and harmful requests do not).
         side: "in" (on lora_A), "out" (on lora_B) or "both".
-        safety_rank, safety_energy, safety_rank_pattern: size of the subspace of `"auto"`, see `ProtectedConfig`; 32
-            directions per module by default. safety_rank=0 protects earlier patches only.
-        subspace: a `SafetySubspace`, file, directory, Hub id, or `"auto"` (default): estimate it at injection, on the
-            package's general prompts.
-        prior_patches: names of adapters on the model, or directories: the new patch is exactly orthogonal to them.
-            Keep them frozen.
+        subspace, safety_rank, safety_energy, safety_rank_pattern: see `ProtectedConfig`; by default estimated at
+            injection on the package's general prompts, 32 directions per module. safety_rank=0 protects earlier
+            patches only.
+        prior_patches: adapters on the model, or directories, that the new patch is exactly orthogonal to. Keep them
+            frozen.
         reg_lambda: weight of the penalty for mode="soft", in units of the loss per unit of `E||dW x||^2 / E||W x||^2`,
             summed over the modules.
-
-    Raises:
-        ConfigError: see `ProtectedConfig`; values that do not go together.
     """
 
-    mode: Mode = field(default="hard", metadata={"help": "'hard', 'soft' or 'none'."})
-    basis: Basis = field(default="activation", metadata={"help": "Where subspace='auto' comes from."})
-    side: SideName = field(default="in", metadata={"help": "Constrained side of the update."})
-    prior_patches: list[str] | None = field(
-        default=None, metadata={"help": "Earlier patches to be orthogonal to: adapter names or directories."}
-    )
-    reg_lambda: float = field(default=REG_LAMBDA, metadata={"help": "Weight of the penalty for mode='soft'."})
+    mode: Mode = option("hard", "'hard', 'soft' or 'none'.")
+    basis: Basis = option("activation", "Where subspace='auto' comes from.")
+    side: SideName = option("in", "Constrained side of the update.")
+    prior_patches: list[str] | None = option(None, "Earlier patches to be orthogonal to: adapters or directories.")
+    reg_lambda: float = option(REG_LAMBDA, "Weight of the penalty for mode='soft'.")
 
     PEFT_KEY: ClassVar[str] = "ORTHOSAFETYPATCH"
     LEAST_RANK: ClassVar[int] = 0
@@ -75,10 +68,8 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         where = type(self).__name__
         check_choices(self, mode=Mode, basis=Basis, side=SideName)
         if self.mode == "soft" and (self.basis == "weight" or self.side != "in"):
-            raise ConfigError(
-                f"{where}: mode='soft' penalizes the update's energy on data: it needs basis='activation' or "
-                f"'contrastive' (not {self.basis!r}) and side='in' (not {self.side!r})."
-            )
+            given = f"(not {self.basis!r}) and side='in' (not {self.side!r})"
+            raise ConfigError(f"{where}: mode='soft' needs basis='activation' or 'contrastive' {given}.")
         if not (is_number(self.reg_lambda) and self.reg_lambda > 0):
             raise ConfigError(f"{where}: reg_lambda={self.reg_lambda!r}. Use a finite number above 0.")
         self._check_priors(where)
@@ -91,20 +82,13 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"{where}: prior_patches names {twice[0]!r} twice. Name each earlier patch once.")
         if names and self.mode != "hard":
-            raise ConfigError(
-                f"{where}: prior_patches are a constraint; mode={self.mode!r} has none. Use mode='hard', with "
-                "safety_rank=0 to be orthogonal to them only."
-            )
+            remedy = "Use mode='hard', with safety_rank=0 to be orthogonal to them only."
+            raise ConfigError(f"{where}: prior_patches are a constraint; mode={self.mode!r} has none. {remedy}")
         if self.safety_rank == 0 and not names:
-            raise ConfigError(
-                f"{where}: safety_rank={self.safety_rank!r} without prior_patches constrains nothing. Use "
-                "mode='none', or a larger safety_rank."
-            )
+            raise ConfigError(f"{where}: safety_rank=0 without prior_patches constrains nothing. Use mode='none'.")
         if self.safety_rank == 0 and self.safety_rank_pattern:
-            raise ConfigError(
-                f"{where}: safety_rank=0 protects earlier patches only, so safety_rank_pattern="
-                f"{self.safety_rank_pattern!r} has no effect. Leave it out, or use a larger safety_rank."
-            )
+            given = f"safety_rank_pattern={self.safety_rank_pattern!r}"
+            raise ConfigError(f"{where}: {given} has no effect with safety_rank=0. Leave out one.")
 
     @property
     def basis_sides(self) -> tuple[Side, ...]:
@@ -152,10 +136,8 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         lacking = sorted(layers.keys() - known)
         if self.mode == "soft" and (lacking or subspace.provenance.get("method") == "weight"):
             what = f"{lacking[0]} has no input spectrum" if lacking else "it comes from weights"
-            raise ConfigError(
-                "mode='soft' needs a data basis: the subspace does not say how much energy the data has in each "
-                f"direction ({what}). Estimate it with SafetySubspace.from_activations(..., method='ortho_patch')."
-            )
+            remedy = "Estimate it with SafetySubspace.from_activations(..., method='ortho_patch')."
+            raise ConfigError(f"mode='soft' needs a data basis with the energy in each direction: {what}. {remedy}")
 
     @property
     def unfinished(self) -> str | None:

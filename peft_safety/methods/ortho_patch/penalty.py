@@ -24,34 +24,21 @@ class _Term(NamedTuple):
 
 class SoftPenalty:
     """`lam * sum_modules tr(dW S dW^T) / tr(W S W^T)`, with `S = Q L Q^T` from the adapter's subspace: `E||dW x||^2 /
-    E||W x||^2` on its data. Neither dW nor S is ever formed: `A S = (A Q) L Q^T`.
-
-    Args:
-        model: holds the adapter; dense or quantized base, whose weights are read one at a time.
-
-    Raises:
-        ConfigError: no adapter of that name with `mode="soft"`, or one whose factors are sharded.
-
-    Reference: our own; the published method (arXiv 2510.09004) has no penalty.
+    E||W x||^2` on its data. Neither dW nor S is ever formed: `A S = (A Q) L Q^T`. The published method has no penalty.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str = "default") -> None:
         config = config_table(model).get(adapter_name)
         if not isinstance(config, OrthoSafetyPatchConfig) or config.mode != "soft":
             kind = f"mode={config.mode!r}" if isinstance(config, OrthoSafetyPatchConfig) else type(config).__name__
-            raise ConfigError(
-                f"adapter {adapter_name!r} has no soft constraint ({kind}). Make it with "
-                "OrthoSafetyPatchConfig(mode='soft')."
-            )
+            remedy = "Make it with OrthoSafetyPatchConfig(mode='soft')."
+            raise ConfigError(f"adapter {adapter_name!r} has no soft constraint ({kind}). {remedy}")
         self.config, self.terms = config, []
         roots: dict[int, Tensor] = {}  # layers with the same input share one
         for name, layer in adapter_layers(model, adapter_name).items():
             a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
             if not weights.is_whole(a) or not weights.is_whole(b):
-                raise ConfigError(
-                    f"{name}: its factors are sharded or on the meta device; the soft penalty needs them whole. Use "
-                    "mode='hard', or DDP."
-                )
+                raise ConfigError(f"{name}: its factors are sharded or on the meta device. Use mode='hard', or DDP.")
             basis, spectrum = config.subspace.bases[name]["in"], config.subspace.spectra[name]["in"]
             if id(basis) not in roots:
                 precision = torch.promote_types(a.dtype, torch.float32)
@@ -60,10 +47,7 @@ class SoftPenalty:
             output = weights.dense_weight(layer.get_base_layer(), name).to(root) @ root
             energy = float(output.square().sum(dtype=torch.float64))
             if not energy > 0:
-                raise ConfigError(
-                    f"{name}: the weight gives zero on the data of the subspace, so there is nothing to compare the "
-                    "update with. Leave the module out."
-                )
+                raise ConfigError(f"{name}: the weight gives zero on the data of the subspace. Leave the module out.")
             self.terms.append(_Term(a, b, root, float(layer.scaling[adapter_name]) ** 2 / energy))
 
     @torch.no_grad()
@@ -76,9 +60,7 @@ class SoftPenalty:
 
     @torch.no_grad()
     def add_gradient(self) -> None:
-        """Add the penalty's exact gradient to the factors' `.grad`: `2 w B^T B A S` to A's and `2 w B A S A^T` to
-        B's.
-        """
+        """Add the penalty's exact gradient: `2 w B^T B A S` to A's and `2 w B A S A^T` to B's."""
         for term in self.terms:
             a, b = term.a.to(term.root), term.b.to(term.root)
             z = a @ term.root
@@ -87,9 +69,7 @@ class SoftPenalty:
             _add(term.b, scale * (b @ (z @ z.mT)))
 
     def before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """For `torch.optim.Optimizer.register_step_pre_hook`: after gradient accumulation, clipping and unscaling,
-        right before the step.
-        """
+        """For `torch.optim.Optimizer.register_step_pre_hook`: after accumulation, clipping and unscaling."""
         self.add_gradient()
         self.config._penalized = True
 

@@ -29,41 +29,30 @@ def prior_spans(
     model: nn.Module, layers: Mapping[str, nn.Module], priors: Sequence[str], sides: Sequence[Side]
 ) -> tuple[Spans, list[str]]:
     """Row spaces of `lora_A` (side "in") and column spaces of `lora_B` ("out") of earlier patches, side by side, for
-    the layers of the new one.
+    the layers of the new one: `{module: {side: (d, sum of ranks)}}`; and the patches' names without paths.
 
     Args:
         layers: the new adapter's base layers by name.
         priors: names of adapters on the model, or directories of plain or protected LoRA adapters.
-
-    Returns:
-        `{module: {side: (d, sum of ranks)}}`, and the patches' names without paths.
-
-    Raises:
-        ConfigError: no such adapter, one of another base model, or one without an update in any of the layers.
     """
     loaded = {name for _, layer in model.named_modules() if isinstance(layer, LoraLayer) for name in layer.lora_A}
     spans: Spans = {}
     for prior in priors:
-        factors = _of_model(prior, model) if prior in loaded else _stored(prior, model, layers)
+        if prior in loaded:
+            own = {n: (x.lora_A[prior], x.lora_B[prior]) for n, x in adapter_layers(model, prior).items()}
+            factors = {name: Factors(*stored_factors(*leaves), math.nan) for name, leaves in own.items()}
+        else:
+            factors = _stored(prior, model, layers)
         used = {name: f for name, f in factors.items() if name in layers and bool(f.a.any()) and bool(f.b.any())}
         if not used:
-            raise ConfigError(
-                f"prior patch {prior!r} changes none of the new adapter's {len(layers)} modules: there is nothing to "
-                "be orthogonal to. Leave it out."
-            )
+            unused = f"prior patch {prior!r} changes none of the new adapter's {len(layers)} modules"
+            raise ConfigError(f"{unused}: there is nothing to be orthogonal to. Leave it out.")
         for name, factor in used.items():
             for side in sides:
                 columns = (factor.a.mT if side == "in" else factor.b).detach().cpu().float()
                 taken = spans.setdefault(name, {})
                 taken[side] = torch.cat([taken[side], columns], dim=1) if side in taken else columns
     return spans, [public_name(prior) for prior in priors]
-
-
-def _of_model(adapter: str, model: nn.Module) -> dict[str, Factors]:
-    return {
-        name: Factors(*stored_factors(layer.lora_A[adapter], layer.lora_B[adapter]), math.nan)
-        for name, layer in adapter_layers(model, adapter).items()
-    }
 
 
 def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Factors]:
@@ -81,9 +70,8 @@ def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -
 
 def _read(path: Path, what: str, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Factors]:
     if not (path / MANIFEST).is_file():
-        raise ConfigError(
-            f"{what} is neither an adapter on the model nor a directory with {MANIFEST}. Check the spelling."
-        )
+        neither = f"neither an adapter on the model nor a directory with {MANIFEST}"
+        raise ConfigError(f"{what} is {neither}. Check the spelling.")
     if read_manifest(path, warn=False).get("peft_type") in protected_types():
         stored = check_adapter(path)
         common = {name: layers[name] for name in stored.shapes if name in layers}

@@ -20,7 +20,7 @@ from peft_safety.core.snapshot import reading
 from peft_safety.errors import ConfigError
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.factors import layer_factors
-from peft_safety.methods.safe_lora.options import RepairOptions
+from peft_safety.methods.safe_lora.config import RepairOptions
 from peft_safety.methods.safe_lora.repair import RepairReport, repair
 
 Model = str | os.PathLike[str] | nn.Module
@@ -36,10 +36,8 @@ def apply_safe_lora(
     **options: Any,
 ) -> RepairReport:
     """Project a trained LoRA onto the alignment direction of its base model, module by module: `B <- C B`. Needs no
-    data and no training.
-
-    The two models are read as a stream, never loaded. Either every selected module is replaced or, on any error or
-    interrupt, none.
+    data and no training; the two models are read as a stream. Every selected module is replaced or, on any error,
+    none.
 
     Args:
         peft_model: a PeftModel or a model with injected adapters; dense or bitsandbytes base.
@@ -48,13 +46,9 @@ def apply_safe_lora(
         new_adapter_name: leave `adapter_name` as it is and add the repaired adapter under this name.
         **options: see `RepairOptions`.
 
-    Returns:
-        A report: per module its cosine, whether it was repaired, what is left of the update.
-
     Raises:
         ConfigError: no such adapter, one that was repaired before, or whose update is not a plain `B A`.
-        CheckpointError: see `repair`.
-        UnsupportedLayerError: embeddings, convolutions, parameters.
+        CheckpointError: see `repair`. UnsupportedLayerError: embeddings, convolutions, parameters.
 
     Reference: Hsu et al., Safe LoRA, NeurIPS 2024, arXiv 2405.16833.
     """
@@ -65,9 +59,8 @@ def apply_safe_lora(
     plain_lora.check_plain(config, f"adapter {adapter_name!r}")
     _check_unrepaired(config, f"adapter {adapter_name!r}")
     if new_adapter_name is not None and (new_adapter_name in table or not isinstance(peft_model, PeftModel)):
-        raise ConfigError(
-            f"new_adapter_name={new_adapter_name!r} needs a PeftModel without such an adapter. Choose another name."
-        )
+        needs = "needs a PeftModel without such an adapter"
+        raise ConfigError(f"new_adapter_name={new_adapter_name!r} {needs}. Choose another name.")
     layers = adapter_layers(peft_model, adapter_name)
     factors = {name: layer_factors(name, layer, adapter_name) for name, layer in layers.items()}
     _check_different(unaligned, aligned)
@@ -95,12 +88,10 @@ def safe_lora_dir(
     **options: Any,
 ) -> RepairReport:
     """`apply_safe_lora` for a saved LoRA adapter, without building its model. The result is a plain LoRA directory,
-    written atomically; the source is not touched.
+    written atomically; without `out_dir` there is only the report. The source is not touched.
 
     Args:
         aligned: default, the adapter's `base_model_name_or_path`.
-        out_dir: None only reports.
-        **options: see `RepairOptions`.
 
     Raises:
         ArtifactError: the directory is not a whole, finite LoRA adapter, or `out_dir` cannot be written.
@@ -142,10 +133,8 @@ model's behavior has to be measured.
 
 def _check_unrepaired(config: Any, what: str) -> None:
     if (record := getattr(config, "safe_lora", None)) is not None:
-        raise ConfigError(
-            f"{what} has been repaired already ({record.get('projection')!r}), and a second repair would change it "
-            "again. Start from the original adapter."
-        )
+        done = f"has been repaired already ({record.get('projection')!r})"
+        raise ConfigError(f"{what} {done}; a second repair would change it again. Start from the original adapter.")
 
 
 def _check_different(unaligned: Model, aligned: Model | None) -> None:
@@ -153,15 +142,11 @@ def _check_different(unaligned: Model, aligned: Model | None) -> None:
     one, other = (m if isinstance(m, (nn.Module, type(None))) else os.path.realpath(m) for m in (unaligned, aligned))
     if one == other:
         label = type(one).__name__ if isinstance(one, nn.Module) else one
-        raise ConfigError(
-            f"unaligned and aligned are both {label}. Give the model before and the model after its alignment."
-        )
+        raise ConfigError(f"unaligned and aligned are both {label}. Give the models before and after the alignment.")
 
 
 def add_adapter(model: Any, name: str, config: LoraConfig, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Add an adapter with these factors, `(A, B)` by module, to a PeftModel: whole or not at all. What trains and what
-    is active stays as it is.
-    """
+    """Add an adapter with the factors `(A, B)` by module: whole or not at all. What trains and is active stays so."""
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with warnings.catch_warnings():

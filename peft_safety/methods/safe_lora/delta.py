@@ -1,6 +1,4 @@
-"""The alignment direction of one weight, `V = W_aligned - W_unaligned`, streamed; and what a factor becomes when it is
-projected onto it.
-"""
+"""The alignment direction of one weight, `V = W_aligned - W_unaligned`, streamed, and projections onto it."""
 
 from __future__ import annotations
 
@@ -14,29 +12,21 @@ from torch import Tensor
 from peft_safety.core.checkpoints import Matrix
 from peft_safety.core.projection import OVERSAMPLING, POWER_ITERATIONS, project_out, top_eigenvectors
 from peft_safety.errors import CheckpointError
-from peft_safety.methods.safe_lora.options import RepairOptions
+from peft_safety.methods.safe_lora.config import RepairOptions
 
 BLOCK_BYTES = 4 << 20
-"""Size of one block of V in fp32, of which two are held: large enough that a row of a block is worth fetching, small
-enough for the cache.
-"""
+"""Size of one block of V in fp32, of which two are held: small enough for the cache."""
 FIRST_WIDTH = 32
 
 
 def block_width(rows: int) -> int:
-    """Input columns that are read at a time."""
     return max(16, BLOCK_BYTES // (4 * rows))
 
 
 @dataclass
 class Delta:
-    """`V (m, n)`, which exists one block of columns `V_j` at a time: `V V^T q = sum_j V_j (V_j^T q)` takes one pass
-    over both checkpoints.
-
-    Attributes:
-        name: module, for errors.
-        energy: `||V||_F^2` once a pass is complete.
-        base_norm: `||W_aligned||_F`, likewise.
+    """`V (m, n)`, one block of columns `V_j` at a time: `V V^T q = sum_j V_j (V_j^T q)` is one pass over both
+    checkpoints, which also gives `energy`, `||V||_F^2`, and `base_norm`, `||W_aligned||_F`.
     """
 
     name: str
@@ -48,12 +38,7 @@ class Delta:
     base_norm: float = math.nan
 
     def blocks(self) -> Iterator[Tensor]:
-        """`V_j (m, c)`, left to right, each in the memory of the one before: fresh memory for every block would cost
-        more than the arithmetic.
-
-        Raises:
-            CheckpointError: a weight that is not finite.
-        """
+        """`V_j (m, c)`, left to right, each in the memory of the one before, which is faster. Refuses NaN and Inf."""
         energy = torch.zeros((), dtype=torch.float64, device=self.device)
         base = torch.zeros_like(energy)
         m, n = self.aligned.shape
@@ -68,9 +53,7 @@ class Delta:
         self.energy, self.base_norm = float(energy), math.sqrt(float(base))
         if not math.isfinite(self.energy) or not math.isfinite(self.base_norm):
             which = "aligned" if not math.isfinite(self.base_norm) else "unaligned"
-            raise CheckpointError(
-                f"{self.name}: the {which} weight {self.aligned.shape} holds NaN or Inf. Use an intact checkpoint."
-            )
+            raise CheckpointError(f"{self.name}: the {which} weight {(m, n)} holds NaN or Inf. Use an intact one.")
 
     def apply(self, q: Tensor) -> Tensor:
         """`V V^T q (m, w)`, in one pass."""
@@ -81,18 +64,13 @@ class Delta:
 
 
 def _square_sum(block: Tensor) -> Tensor:
-    """`||block||_F^2`: row norms in the block's precision, their sum in fp64 (one fp32 norm over millions of values is
-    off by 1e-3).
-    """
+    """`||block||_F^2`, summed over the rows in fp64: one fp32 norm over millions of values is off by 1e-3."""
     return torch.linalg.vector_norm(block, dim=1).double().square().sum()
 
 
 def projected(delta: Delta, b: Tensor, options: RepairOptions) -> tuple[Tensor, Tensor, int | None]:
-    """What a module with the factor `b (m, r)` gets if it is selected.
-
-    Returns:
-        `(B' (m, r), C B (m, r), k)`: the new factor; the projection that the cosine is taken of (the same up to its
-        length, except for "soft"); and the rank of the projector where there is one.
+    """What a module with the factor `b (m, r)` gets if it is selected, `B' (m, r)`; the projection `C B (m, r)` that
+    the cosine is taken of (for all but "soft" the same up to its length); and the rank of the projector, if any.
 
     Reference: Safe LoRA, arXiv 2405.16833, equation 2 ("frobenius"). "spectral" and "topk" replace its `V V^T /
     ||V||_F` by a contraction and by a true projector. "soft" is the minimizer of `||B' - B||^2 + penalty ||(I - U U^T)
@@ -111,9 +89,7 @@ def projected(delta: Delta, b: Tensor, options: RepairOptions) -> tuple[Tensor, 
 
 
 def _alignment_basis(delta: Delta, like: Tensor, options: RepairOptions) -> Tensor:
-    """Top left singular vectors `(m, k)` of `V`: `rank` of them, or as many as hold the share `energy` of `||V||_F^2`;
-    never more than V's numerical rank.
-    """
+    """Top left singular vectors `(m, k)` of `V`, as many as asked for, and never more than its numerical rank."""
     (m, n), limit = delta.aligned.shape, min(delta.aligned.shape)
     width = min(options.rank or FIRST_WIDTH, limit)
     while True:

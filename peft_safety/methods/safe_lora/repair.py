@@ -1,6 +1,4 @@
-"""The repair itself: from factors by module name and two sources of weights to new factors and a report. Knows neither
-PEFT models nor directories.
-"""
+"""The repair itself: factors and two sources of weights give new factors and a report."""
 
 from __future__ import annotations
 
@@ -20,8 +18,8 @@ from peft_safety.core.checkpoints import NOISE, Matrix, Weights
 from peft_safety.core.names import public_name
 from peft_safety.core.plain_lora import Factors
 from peft_safety.errors import CheckpointError, ConfigError
+from peft_safety.methods.safe_lora.config import RepairOptions
 from peft_safety.methods.safe_lora.delta import Delta, projected
-from peft_safety.methods.safe_lora.options import RepairOptions
 
 RECORD_VERSION = 1
 SAMPLED_COLUMNS = 256
@@ -34,9 +32,7 @@ class ModuleRepair:
 
     Attributes:
         cos: `<C B A, B A> / (||C B A|| ||B A||)` in [0, 1]; NaN without an update or an alignment direction.
-        selected: whether its factor was replaced.
-        gain: `||B' A|| / ||B A||` if it is (or were) replaced: the share of the update's length that is left; NaN
-            without an update.
+        gain: `||B' A|| / ||B A||` if it is (or were) replaced; NaN without an update.
         kept_norm: `||s B A||` afterwards.
         delta: `||V|| / ||W_aligned||`.
         k: rank of the projector, for "topk" and "soft".
@@ -53,19 +49,13 @@ class ModuleRepair:
 
 @dataclass(frozen=True)
 class RepairReport:
-    """Every module in order, and what decided the result.
-
-    Attributes:
-        record: what is stored with a repaired adapter: options, both models' names and fingerprints, number of
-            modules, digest of the factors.
-    """
+    """Every module in order; and the record that is stored with a repaired adapter: options, models, digests."""
 
     modules: tuple[ModuleRepair, ...]
     record: dict[str, Any]
 
     @property
     def selected(self) -> list[str]:
-        """Names of the repaired modules."""
         return [module.name for module in self.modules if module.selected]
 
     def to_json(self) -> dict[str, Any]:
@@ -84,12 +74,8 @@ def repair(
     options: RepairOptions,
     base: Weights | None = None,
 ) -> tuple[dict[str, Tensor], RepairReport]:
-    """New `lora_B` of the selected modules, on the CPU in the old one's dtype, and the report. The inputs are not
-    changed.
-
-    Args:
-        base: weights of the model that the adapter was trained on, where they are at hand and not `aligned` itself;
-            compared with those.
+    """New `lora_B` of the selected modules, on the CPU in the old one's dtype, and the report. `base` is the model
+    that the adapter was trained on, where it is at hand and not `aligned` itself; the two are compared.
 
     Raises:
         CheckpointError: a missing weight or one of another shape, not finite, quantized; nothing differs between the
@@ -99,9 +85,7 @@ def repair(
     from tqdm.auto import tqdm
 
     if options.select == "number" and (options.num_modules or 0) > len(factors):
-        raise ConfigError(
-            f"num_modules={options.num_modules}, but the adapter has {len(factors)} modules. Use at most that."
-        )
+        raise ConfigError(f"num_modules={options.num_modules}, but the adapter has {len(factors)} modules. Use fewer.")
     rows: dict[str, ModuleRepair] = {}
     projections: dict[str, Tensor] = {}
     noise: dict[str, float] = {}
@@ -116,17 +100,12 @@ def repair(
                 _check_base(name, pair[0], stack.enter_context(base.open(name, factor.transposed)), aligned.label)
             rows[name], projections[name], noise[name] = _module(name, factor, pair[0], pair[1], options)
     if all(row.delta == 0 for row in rows.values()):
-        raise CheckpointError(
-            f"{aligned.label} and {unaligned.label} have equal weights in every module of the adapter. Give two "
-            "different models."
-        )
+        both = f"{aligned.label} and {unaligned.label}"
+        raise CheckpointError(f"{both} have equal weights in every module of the adapter. Give two different models.")
     worst = max(noise, key=noise.__getitem__)
     if noise[worst] > 0:
-        warnings.warn(
-            f"V comes from quantized weights: their rounding noise is expected at {noise[worst]:.2g} times ||V|| in "
-            f"{worst} (the worst).",
-            stacklevel=3,
-        )
+        expected = f"rounding noise is expected at {noise[worst]:.2g} times ||V|| in {worst} (the worst)"
+        warnings.warn(f"V comes from quantized weights: {expected}.", stacklevel=3)
     chosen = select(list(rows.values()), options)
     for name in chosen:
         gain = 1.0 if math.isnan(rows[name].gain) else rows[name].gain
@@ -160,9 +139,7 @@ def scaling_digest(factors: Mapping[str, Factors]) -> str:
 
 
 def select(rows: list[ModuleRepair], options: RepairOptions) -> set[str]:
-    """Names of the modules to repair. A module without a cosine is taken last, and never by a threshold;
-    `zero_delta="zero"` always takes its own.
-    """
+    """Names of the modules to repair. One without a cosine is taken last, never by a threshold, always by "zero"."""
     zeroed = {row.name for row in rows if row.delta == 0 and options.zero_delta == "zero"}
     cos = {
         row.name: math.inf if math.isnan(row.cos) else row.cos for row in rows if row.delta > 0 or row.name in zeroed
@@ -184,10 +161,8 @@ def _module(
     b = factor.b.detach().to(device, options.dtype)
     new, inside, k = projected(delta, b, options)
     if delta.energy == 0 and options.zero_delta == "error":
-        raise CheckpointError(
-            f"{name}: the aligned and the unaligned weight are equal: there is no alignment direction. Check the "
-            "pair, or choose zero_delta='keep' or 'zero'."
-        )
+        equal = f"{name}: the aligned and the unaligned weight are equal"
+        raise CheckpointError(f"{equal}. Check the pair, or choose zero_delta='keep' or 'zero'.")
     root = torch.linalg.qr(factor.a.detach().to(device, torch.float64).mT, mode="r").R.mT  # ||X A|| = ||X R^T||
     old, after, projection = (x.double() @ root for x in (b, new, inside))
     norm, length, v = float(old.norm()), float(projection.norm()), math.sqrt(delta.energy)
@@ -201,26 +176,20 @@ def _module(
 def _check_matrix(matrix: Matrix, name: str, factor: Factors, label: str, options: RepairOptions) -> None:
     wanted = (factor.b.shape[0], factor.a.shape[1])
     if matrix.shape != wanted:
-        raise CheckpointError(
-            f"{label}: the weight of {name} is {matrix.shape}, the adapter's update {wanted}. Give models of its "
-            "architecture."
-        )
+        shapes = f"{label}: the weight of {name} is {matrix.shape}, the adapter's update {wanted}"
+        raise CheckpointError(f"{shapes}. Give models of its architecture.")
     if matrix.quantization is not None and not options.allow_quantized_delta:
-        raise CheckpointError(
-            f"{label}: the weight of {name} is {matrix.quantization}; rounding moves it by about "
-            f"{NOISE[matrix.quantization]:.0%} of its norm, as much as an alignment or more. Give a 16-bit checkpoint "
-            "(aligned=...), or insist with allow_quantized_delta=True."
-        )
+        noise = f"{matrix.quantization}: rounding moves it by about {NOISE[matrix.quantization]:.0%} of its norm"
+        remedy = "Give a 16-bit checkpoint (aligned=...), or insist with allow_quantized_delta=True."
+        raise CheckpointError(f"{label}: the weight of {name} is {noise}, as an alignment or more. {remedy}")
 
 
 def _check_base(name: str, aligned: Matrix, base: Matrix, label: str) -> None:
     limit = weights.DISTANCE_QUANTIZED if base.quantization or aligned.quantization else weights.DISTANCE_DENSE
     distance = weights.distance(sample(base), sample(aligned)) if base.shape == aligned.shape else math.inf
     if not distance <= limit:
-        raise CheckpointError(
-            f"{name}: {label} is not the model that the adapter was trained on (relative distance of the fingerprints "
-            f"{distance:.3g}, limit {limit:g}). Give that model as aligned=."
-        )
+        far = f"relative distance of the fingerprints {distance:.3g}, limit {limit:g}"
+        raise CheckpointError(f"{name}: {label} is not the model the adapter was trained on ({far}). Give that model.")
 
 
 def sample(matrix: Matrix) -> Tensor:

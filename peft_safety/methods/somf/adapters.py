@@ -39,8 +39,6 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class Adapter(NamedTuple):
-    """A plain LoRA adapter, as the user called it."""
-
     label: str
     factors: dict[str, Factors]
     base: str | None  # None: the model at hand, or not known
@@ -48,14 +46,7 @@ class Adapter(NamedTuple):
 
 
 class AdapterFusion:
-    """The adapters of one fusion, checked against each other.
-
-    Args:
-        safe: None where the base model itself is the aligned one.
-
-    Raises:
-        ConfigError: different bases, modules or shapes, or a granularity that these adapters cannot have.
-    """
+    """The adapters of one fusion, checked against each other; without `safe` the base model is the aligned one."""
 
     def __init__(self, safe: str | None, tasks: Sequence[str], model: nn.Module | None, options: FuseOptions) -> None:
         self.options, self.weights = options, options.weights_of(len(tasks))
@@ -78,7 +69,6 @@ class AdapterFusion:
         self.facts = {"layout": layout, "modules": len(self.updates), "rank": rank}
 
     def masked(self, model: nn.Module | None) -> MaskedAdapters:
-        """The model to train a mask on."""
         if model is None:
             raise ConfigError("method='somf' trains a mask, which needs model=. Give it, or a trained mask=.")
         return MaskedAdapters(model, self.updates, self.options)
@@ -92,13 +82,12 @@ class AdapterFusion:
             pairs[name] = (a.to("cpu", dtype), b.to("cpu", dtype))
         return pairs
 
-    def write(self, out: Path, mask_of: MaskOf | None, card: str, more: Callable[[Path], None]) -> None:
-        """Publish a plain LoRA that any PEFT loads, with what `more` writes."""
+    def write(self, out: Path, mask_of: MaskOf | None, more: Callable[[Path], None]) -> None:
+        """Publish a plain LoRA that any PEFT loads, with what `more` writes: the model card among it."""
         pairs = self.fused(mask_of)
-        plain_lora.write_plain(out, plain_lora.factor_tensors(pairs), self._config(pairs), card, more=more)
+        plain_lora.write_plain(out, plain_lora.factor_tensors(pairs), self._config(pairs), "", more=more)
 
     def add(self, pairs: Pairs, model: PeftModel, name: str) -> None:
-        """Add the result to the model as one more adapter."""
         add_adapter(model, name, self._config(pairs, places(model.get_base_model())), pairs)
 
     def _config(self, pairs: Pairs, existing: Mapping[str, str] | None = None) -> LoraConfig:
@@ -107,9 +96,8 @@ class AdapterFusion:
 
 
 class MaskedAdapters(MaskedModel):
-    """A model, its own adapters off, that computes with fused ones: a hook adds `B A x` to the output of every target
-    layer, dense, Conv1D, 4-bit or 8-bit. The backward pass computes the mask again, from the seed of its noise:
-    a step keeps the layer's input and nothing of the size of the factors.
+    """A model that computes with fused adapters: a hook adds `B A x` to the output of every target layer. The backward
+    pass computes the mask again from the seed of its noise, so a step keeps nothing of the size of the factors.
     """
 
     def __init__(self, model: nn.Module, updates: Mapping[str, Update], options: FuseOptions) -> None:
@@ -117,10 +105,7 @@ class MaskedAdapters(MaskedModel):
         for name, update in updates.items():
             shape = weights.shape(layers[name]) if name in layers else None
             if shape != (wanted := (len(update.b), update.a.shape[1])):
-                raise ConfigError(
-                    f"{name}: the adapters update a weight {wanted}, the model has {shape}. Give the adapters' base "
-                    "model."
-                )
+                raise ConfigError(f"{name}: the update is {wanted}, the layer {shape}. Give the adapters' base model.")
         super().__init__(model, mask_shapes(updates), options, layers[next(iter(updates))].weight.device)
         self.updates = [(layers[name], update.to(layers[name].weight.device)) for name, update in updates.items()]
 
@@ -153,7 +138,6 @@ def apply(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def mask_shapes(updates: Mapping[str, Update]) -> dict[str, Shape]:
-    """Of all updates, by the masks' full names."""
     return {name: shape for update in updates.values() for name, shape in update.mask_shapes.items()}
 
 
@@ -182,35 +166,28 @@ def _read(source: str, model: nn.Module | None) -> Adapter:
 
 
 def _check_alike(adapters: list[Adapter], options: FuseOptions) -> None:
-    """Refuse adapters of different base models, or of different modules."""
     bases = {os.path.realpath(a.base) if os.path.isdir(a.base) else a.base: a for a in adapters if a.base is not None}
     if len(bases) > 1 and not options.ignore_base_names:
         (one, a), (two, b) = list(bases.items())[:2]
-        raise ConfigError(
-            f"{a.label} was trained on {public_name(one)!r}, {b.label} on {public_name(two)!r}. Fuse adapters of one "
-            "base model; if these are the same, set ignore_base_names."
-        )
+        names = f"{a.label} was trained on {public_name(one)!r}, {b.label} on {public_name(two)!r}"
+        raise ConfigError(f"{names}. Fuse adapters of one base model; if these are the same, set ignore_base_names.")
     shapes = [{name: (len(f.b), f.a.shape[1]) for name, f in a.factors.items()} for a in adapters]
     for adapter, own in zip(adapters, shapes, strict=True):
         for name in sorted(own.keys() | shapes[0].keys()):
             if own.get(name) != shapes[0].get(name):
-                raise ConfigError(
-                    f"{name}: {adapter.label} updates a weight {own.get(name, '(none)')}, {adapters[0].label} one "
-                    f"{shapes[0].get(name, '(none)')}. Fuse adapters of the same modules of one base model."
-                )
+                shape, first = own.get(name, "(none)"), shapes[0].get(name, "(none)")
+                both = f"{name}: {adapter.label} updates a weight {shape}, {adapters[0].label} one {first}"
+                raise ConfigError(f"{both}. Fuse adapters of the same modules of one base model.")
 
 
 def _is_continued(safe: Adapter | None, tasks: list[Adapter], options: FuseOptions) -> bool:
     """Whether the training of the tasks started from the safe adapter, so that A and B have task vectors."""
     if options.layout == "independent":
         return False
-    none = "there is no safe adapter that the training of the tasks started from"
-    reason = none if safe is None else next(_differences(safe, tasks), None)
+    reason = "there is no safe adapter to start from" if safe is None else next(_differences(safe, tasks), None)
     if reason and (options.layout == "continued" or options.granularity == "element"):
-        raise ConfigError(
-            f"{reason}, and layout='continued' and element masks need a difference of factors. Use "
-            "granularity='rank', which gates the rank components of independent adapters."
-        )
+        needs = "layout='continued' and element masks need a difference of factors"
+        raise ConfigError(f"{reason}; {needs}. Use granularity='rank', which independent adapters can have.")
     return reason is None
 
 

@@ -1,8 +1,4 @@
-"""Fusing full checkpoints of transformers' models through a mask: another checkpoint.
-
-Training a mask over full weights holds the model, the task vectors and the optimizer in memory anyway, so transformers
-loads and saves here. Plain merges of checkpoints, streamed from disk, are mergekit's.
-"""
+"""Fusing full checkpoints of transformers' models, which transformers loads and saves, into another checkpoint."""
 
 from __future__ import annotations
 
@@ -29,15 +25,7 @@ REMEDY = "Fuse 16-bit safetensors checkpoints of one architecture."
 
 
 class CheckpointFusion:
-    """The safe model, and the task vectors of fine-tuned checkpoints, summed.
-
-    Args:
-        safe: its checkpoint; None where `model` is the safe model.
-
-    Raises:
-        ConfigError: both or neither of safe and model; a granularity that full weights cannot have.
-        CheckpointError: checkpoints of another architecture, quantized, or not finite.
-    """
+    """The safe model (a checkpoint, or `model` itself), and the task vectors of fine-tuned checkpoints, summed."""
 
     def __init__(self, safe: str | None, tasks: Sequence[str], model: nn.Module | None, options: FuseOptions) -> None:
         if (safe is None) == (model is None):
@@ -66,7 +54,6 @@ class CheckpointFusion:
         self.facts = {"layout": "checkpoints", "modules": len(self.vectors), "rank": 0}
 
     def masked(self, _: nn.Module | None) -> MaskedModel:
-        """The model to train a mask on."""
         return MaskedWeights(self)
 
     def fused(self, mask_of: MaskOf | None) -> dict[str, Tensor]:
@@ -78,8 +65,7 @@ class CheckpointFusion:
             fused[name] = (own[name] + vector).to(own[name].dtype)
         return fused
 
-    def write(self, out: Path, mask_of: MaskOf | None, _: str, more: Callable[[Path], None]) -> None:
-        """Publish a checkpoint, with what `more` writes."""
+    def write(self, out: Path, mask_of: MaskOf | None, more: Callable[[Path], None]) -> None:
         own = dict(self.model.named_parameters())
         changed = {id(own[name]): tensor for name, tensor in self.fused(mask_of).items()}
         state = self.model.state_dict(keep_vars=True)  # tied weights are one tensor, and stay so

@@ -48,16 +48,13 @@ refusal, over-refusal and the tasks. `{RECORD}` has a row for every mask.
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What decided a fusion, and its result. From `plan_fusion` without a result.
+    """What decided a fusion (`facts`: layout, granularity, options, inputs, number of modules, rank of the result, 0
+    for full weights), and what came of it.
 
     Attributes:
-        facts: layout ("continued", "independent" or "checkpoints"), granularity of the mask, options that decide the
-            result, names and fingerprints of the inputs, number of modules, rank of the result (0: full weights).
-        mask_shapes: by the masks' full names; empty without a mask.
-        masks: what was applied; None without.
-        run: what training the mask cost; None where none was trained.
-        logits: of a mask that was trained or given as logits: any density can be exported from them again.
-        factors: `{module: (A, B)}` of a LoRA result, the scaling included in B; empty for full weights.
+        mask_shapes, masks: by the masks' full names; what was applied.
+        run, logits: what training the mask cost; its logits, from which any density can be exported again.
+        factors: `{module: (A, B)}` of a LoRA result, the scaling included in B.
     """
 
     facts: dict[str, Any]
@@ -69,18 +66,13 @@ class FuseReport:
 
     @property
     def mask_entries(self) -> int:
-        """Of all masks."""
         return sum(map(math.prod, self.mask_shapes.values()))
 
     @property
-    def training_bytes(self) -> int:
-        """The least that training adds to model and frozen factors: logits and AdamW's two moments, in fp32."""
-        return 3 * 4 * self.mask_entries
-
-    @property
     def record(self) -> dict[str, Any]:
-        """Facts and figures, as plain values."""
-        record = {**self.facts, "mask_entries": self.mask_entries, "training_bytes": self.training_bytes}
+        """Facts and figures, as plain values; of memory the least that training adds to model and frozen factors."""
+        logits_and_moments = 3 * 4 * self.mask_entries  # AdamW's two, in fp32
+        record = {**self.facts, "mask_entries": self.mask_entries, "training_bytes": logits_and_moments}
         if self.masks is not None:
             record |= {"density": self.masks.density(), "mask": self.masks.record}
         return record
@@ -94,19 +86,13 @@ class FuseReport:
         }
         return {**self.record, "masks": rows}
 
-    @property
-    def card(self) -> str:
-        """A model card."""
-        rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in self.record.items())
-        tags = ("library_name: peft\n" if self.factors else "") + "tags: [safety, peft-safety]"
-        return CARD_TEXT.format(tags=tags, rows=rows)
-
     def write(self, folder: Path) -> None:
-        """The masks, the report as JSON, and the model card."""
         if self.masks is not None:
             save_masks(self.masks, folder)
         (folder / RECORD).write_text(json.dumps(self.to_json(), indent=2, sort_keys=True), encoding="utf-8")
-        (folder / CARD).write_text(self.card, encoding="utf-8")
+        rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in self.record.items())
+        tags = ("library_name: peft\n" if self.factors else "") + "tags: [safety, peft-safety]"
+        (folder / CARD).write_text(CARD_TEXT.format(tags=tags, rows=rows), encoding="utf-8")
 
 
 def fuse(
@@ -122,32 +108,24 @@ def fuse(
     adapter_name: str | None = None,
     **options: Any,
 ) -> FuseReport:
-    """One model out of a safe one and fine-tuned ones: it keeps the safety, and what they learned as a mask allows.
-
-    `theta = theta_safe + masked(sum_i w_i delta_i)` with a mask learned on safety data (SOMF), or without one (task
-    arithmetic). TIES, DARE and other merges: PEFT's `model.add_weighted_adapter(..., combination_type=...)` for
-    adapters, mergekit for full checkpoints.
+    """One model out of a safe one and fine-tuned ones: `theta = theta_safe + masked(sum_i w_i delta_i)` with a mask
+    learned on safety data (SOMF), or without one (task arithmetic). Other merges are those of PEFT's
+    `model.add_weighted_adapter` and of mergekit.
 
     Args:
         safe: the aligned model: a name of an adapter on `model`, an adapter directory, or a full checkpoint; None
             where `model` is aligned itself.
         tasks: the fine-tuned ones, of the same kind.
-        model: a PeftModel where names are given; the (loaded) base model to train a mask. It is not changed. For full
-            checkpoints the safe model, instead of `safe`.
-        tokenizer: for training; default the one stored with the model.
+        model: a PeftModel where names are given; the base model to train a mask. For full checkpoints the safe model,
+            instead of `safe`. It is not changed.
         mask: masks or logits, or a file of them, instead of training.
-        data: rows to train on; see `train_mask`.
-        training: how.
-        out: directory for the result: a plain LoRA, or a full checkpoint. None writes nothing.
+        tokenizer, data, training: of the mask; see `train_mask`.
+        out: directory for the result: a plain LoRA, or a full checkpoint.
         adapter_name: add the result to the PeftModel under this name.
         **options: see `FuseOptions`.
 
-    Returns:
-        A report: what was kept of every module, the masks, the factors.
-
     Raises:
-        ConfigError: options, or inputs that do not belong together. ArtifactError, CheckpointError: inputs that are
-            not whole. DataError: rows. Nothing is written then.
+        ConfigError, ArtifactError, CheckpointError, DataError: of options, inputs and rows. Nothing is written then.
 
     Reference: Yi et al., SOMF, arXiv 2405.09055. Differences from its code: `docs/architecture.md`.
     """
@@ -180,7 +158,7 @@ def fuse(
         factors = fusion.fused(mask_of) if isinstance(fusion, AdapterFusion) else {}
         report = replace(report, masks=masks, factors=factors)
         if out is not None and PartialState().is_main_process:  # of several processes that train together, the first
-            fusion.write(Path(out), mask_of, report.card, report.write)
+            fusion.write(Path(out), mask_of, report.write)
     if adapter_name is not None and isinstance(fusion, AdapterFusion):
         fusion.add(factors, model, adapter_name)
     return report
@@ -198,10 +176,8 @@ def _planned(fusion: AdapterFusion | CheckpointFusion) -> FuseReport:
     labels: dict[str, str] = {}
     for label, digest in fusion.fingerprints.items():
         if (twin := labels.setdefault(digest, label)) != label:
-            raise ConfigError(
-                f"{label} holds the same weights as {twin}. Give every input once, and tasks after their fine-tuning. "
-                "Use weights to count one more."
-            )
+            remedy = "Give every input once, and tasks after their fine-tuning; weights counts one more"
+            raise ConfigError(f"{label} holds the same weights as {twin}. {remedy}.")
     options, tasks = fusion.options, len(fusion.weights)
     inputs = [{"name": public_name(label), "fingerprint": digest} for label, digest in fusion.fingerprints.items()]
     safe = inputs[0] if len(inputs) > tasks else {"name": "the base model", "fingerprint": ""}
@@ -217,7 +193,6 @@ def _planned(fusion: AdapterFusion | CheckpointFusion) -> FuseReport:
 def _read(
     safe: Source | None, tasks: Sequence[Source], model: nn.Module | None, options: FuseOptions
 ) -> AdapterFusion | CheckpointFusion:
-    """Read and check everything that is fused."""
     if isinstance(tasks, (str, os.PathLike)) or not tasks:
         raise ConfigError(f"tasks={tasks!r}. Give a list of at least one adapter or checkpoint.")
     aligned, names = (None if safe is None else os.fspath(safe)), [os.fspath(task) for task in tasks]
@@ -238,8 +213,6 @@ def _is_checkpoint(source: str, model: nn.Module | None) -> bool:
     publish.require_whole(Path(source), ours=False, warn=False)
     is_adapter, is_model = (Path(source, name).is_file() for name in (MANIFEST, CONFIG))
     if not (is_adapter or is_model):
-        raise ConfigError(
-            f"{source!r} is neither an adapter of the model (it has {adapters}) nor a directory with {MANIFEST} or "
-            f"{CONFIG}. Check the spelling."
-        )
+        expected = f"an adapter of the model (it has {adapters}) nor a directory with {MANIFEST} or {CONFIG}"
+        raise ConfigError(f"{source!r} is neither {expected}. Check the spelling.")
     return not is_adapter

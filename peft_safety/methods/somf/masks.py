@@ -1,7 +1,5 @@
-"""Learned masks: from logits to a relaxed sample for training, to a fixed mask for export, and to a file.
-
-One mask is shared by all tasks. A logit `l` keeps an entry with probability `sigmoid(l)`; training sees a concrete
-(Gumbel-sigmoid) sample of that, in (0, 1), through which gradients flow.
+"""Learned masks: a logit `l` keeps an entry, for all tasks, with probability `sigmoid(l)`. Training sees a concrete
+(Gumbel-sigmoid) sample of that, in (0, 1), through which gradients flow; export fixes it.
 
 Reference: Yi et al., SOMF, arXiv 2405.09055; concrete distribution: Maddison et al., arXiv 1611.00712.
 """
@@ -56,11 +54,7 @@ def noise(like: Tensor, seed: int) -> Tensor:
 
 
 def rescaled(vector: Tensor, mask: Tensor, how: Rescale) -> Tensor:
-    """The masked task vector `V m`; each entry of m covers equally many of V. A mask that keeps nothing gives zero.
-
-    "mean" divides by the mean of m, as published, so that fewer entries do not mean a shorter vector; it lengthens a
-    real task vector 1.4 to 1.8 times.
-    """
+    """`V m`; "mean" divides by the mean of m, as published, which lengthens a real task vector 1.4 to 1.8 times."""
     masked = vector * mask
     return masked / mask.mean().clamp(min=torch.finfo(masked.dtype).tiny) if how == "mean" else masked
 
@@ -73,11 +67,9 @@ class Masks:
     record: dict[str, Any] = field(default_factory=dict)
 
     def of(self, name: str) -> Tensor:
-        """The mask of this name as fp32."""
         return self.values[name].float()
 
     def density(self) -> float:
-        """Share of kept entries over all masks."""
         return float(torch.cat([value.flatten() for value in self.values.values()]).float().mean())
 
     def check(self, shapes: Mapping[str, Shape]) -> None:
@@ -85,10 +77,8 @@ class Masks:
         own = {name: tuple(value.shape) for name, value in self.values.items()}
         for name in sorted(own.keys() | shapes.keys()):
             if own.get(name) != shapes.get(name):
-                raise ConfigError(
-                    f"{name}: the masks have {own.get(name, 'no such entry')}, this fusion needs "
-                    f"{shapes.get(name, 'none')}. Use the inputs and the granularity that the masks were trained with."
-                )
+                both = f"the masks have {own.get(name, '(none)')}, this fusion needs {shapes.get(name, '(none)')}"
+                raise ConfigError(f"{name}: {both}. Use the inputs and the granularity of their training.")
 
     def shuffled(self, seed: int = 0) -> Masks:
         """The control: the same number of kept entries at random places, in every group of `_by_group`."""
@@ -114,10 +104,7 @@ def export(
     Args:
         how: "threshold" keeps `l > 0` (more likely kept than not); "topk" the `round(density n)` largest in every
             group of `_by_group`, the earlier of equals first; "sample" draws every entry with its probability from a
-            seed (the reference code draws without one).
-
-    Raises:
-        ConfigError: "topk" without a density.
+            seed.
     """
     plain = {name: logit.detach().cpu().float() for name, logit in logits.items()}
     facts = {**(record or {}), "export": how}
@@ -137,9 +124,7 @@ def export(
 
 
 def _by_group(tensors: Mapping[str, Tensor], change: Callable[[Tensor, list[str]], Tensor]) -> dict[str, Tensor]:
-    """New entries for the masks, from all entries that compete and the names of their masks: each mask is a group by
-    itself, and all masks of a single entry are one together.
-    """
+    """New entries from all entries that compete, and their names: each mask by itself, those of one entry together."""
     single = [name for name, tensor in tensors.items() if tensor.numel() == 1]
     result: dict[str, Tensor] = {}
     for names in [[name] for name in tensors if name not in single] + ([single] if single else []):
@@ -149,17 +134,13 @@ def _by_group(tensors: Mapping[str, Tensor], change: Callable[[Tensor, list[str]
     return {name: result[name] for name in tensors}
 
 
-def save_masks(masks: Masks, path: Path) -> Path:
-    """Write masks, one byte per entry, to a file or into a directory. Equal masks give equal files."""
-    return save_logits(masks.values, path, masks.record)
-
-
-def save_logits(logits: Mapping[str, Tensor], path: Path, record: Mapping[str, Any]) -> Path:
-    """Write trained logits, from which masks of any density can still be exported."""
+def save_masks(masks: Masks | Mapping[str, Tensor], path: Path, record: Mapping[str, Any] | None = None) -> Path:
+    """Write masks, one byte per entry, or logits to a file or into a directory. Equal ones give equal files."""
+    values, record = (masks.values, masks.record) if isinstance(masks, Masks) else (masks, record or {})
     path = path if path.suffix == ".safetensors" else path / FILE_NAME
     header = json.dumps({"version": VERSION, "record": dict(record)}, sort_keys=True)
     # one metadata entry only: safetensors writes several in a random order
-    save_file({name: logit.detach().cpu().contiguous() for name, logit in logits.items()}, path, {HEADER: header})
+    save_file({name: value.detach().cpu().contiguous() for name, value in values.items()}, path, {HEADER: header})
     return path
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
+from peft_safety.core.checks import check_choices, check_positive, is_number
+from peft_safety.core.training import TrainOptions
 from peft_safety.errors import ConfigError
-from peft_safety.methods.checks import check_choices, is_number
 from peft_safety.methods.somf.masks import Export, Granularity, Rescale
 
 Method = Literal["somf", "task_arithmetic"]
@@ -26,17 +27,13 @@ class FuseOptions:
     Attributes:
         method: "somf" learns a mask (or takes `mask`); "task_arithmetic" is the same without a mask.
         weights: of the task vectors, one number or one per task; default 1 for one task and 0.3 for several.
-        granularity: one logit per "element", "row", "rank" component or "module"; default element, and rank for
-            independent adapters.
+        granularity: one logit per "element" (default), "row", "rank" component (for independent adapters) or "module".
         rescale: see `masks.rescaled`. "module" needs "none": the mean cancels a mask of one value.
         temperature: of the concrete samples.
         export, export_density, seed: see `masks.export`; the seed also decides the noise of the training.
         layout: "continued" where the training of the task adapters started from the safe one, so that A and B have
-            task vectors; "independent" where it did not. "auto" looks at the factors.
+            task vectors; else "independent". "auto" looks at the factors.
         ignore_base_names: accept adapters that name different base models, if you know that these are the same.
-
-    Raises:
-        ConfigError: a value that is out of range, or a combination that means nothing.
     """
 
     method: Method = "somf"
@@ -53,9 +50,8 @@ class FuseOptions:
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise ConfigError(
-                f"method={self.method!r}. fuse offers 'somf' (a learned mask) and 'task_arithmetic' (the same without "
-                "a mask). For TIES, DARE and other merges use PEFT's model.add_weighted_adapter(..., "
-                "combination_type=...) on adapters, and mergekit on full checkpoints."
+                f"method={self.method!r}. Use 'somf' (a learned mask) or 'task_arithmetic' (no mask). For TIES, DARE "
+                "and others use PEFT's model.add_weighted_adapter(...), and mergekit on full checkpoints."
             )
         check_choices(self, rescale=Rescale, export=Export, layout=Layout)
         if self.granularity is not None:
@@ -67,7 +63,7 @@ class FuseOptions:
             raise ConfigError(f"export={self.export!r}, export_density={density!r}. Give a density with 'topk' only.")
         if density is not None and not (is_number(density) and 0 < density < 1):
             raise ConfigError(f"export_density={density!r}. Use a number strictly between 0 and 1.")
-        _check_positive(self, "temperature")
+        check_positive(self, "temperature")
         if type(self.seed) is not int or self.seed < 0:
             raise ConfigError(f"seed={self.seed!r}. Use an integer of at least 0.")
         if self.weights is not None and not isinstance(self.weights, (int, float)):
@@ -77,7 +73,6 @@ class FuseOptions:
             raise ConfigError(f"weights={self.weights!r}. Use finite numbers.")
 
     def weights_of(self, tasks: int) -> list[float]:
-        """One weight per task."""
         weights = (1.0 if tasks == 1 else WEIGHT) if self.weights is None else self.weights
         if isinstance(weights, (int, float)):
             return [float(weights)] * tasks
@@ -87,45 +82,32 @@ class FuseOptions:
 
 
 @dataclass(frozen=True)
-class MaskTraining:
-    """How a mask is trained. Only its logits are.
+class MaskTraining(TrainOptions):
+    """How a mask is trained. Only its logits are; the published `lr` is 1e-3 to 1e-2, and masks with few entries bear
+    ten times as much.
 
     Attributes:
         objective: "dpo" on {prompt, chosen, rejected} rows; "sft" on {prompt, response} rows, which costs half.
         beta: of DPO, whose reference is the safe model without any task.
-        lr: AdamW's peak rate, decayed linearly; published 1e-3 to 1e-2. Masks with few entries bear ten times as much.
-        epochs, max_steps, batch_size, gradient_accumulation, max_length, seed, report_to: as in
-            `transformers.TrainingArguments`.
+        gradient_accumulation, bf16: as in `transformers.TrainingArguments`; the mask itself stays in fp32.
         save_steps, checkpoint_dir, resume: write a checkpoint (logits and optimizer state) every so many steps; go on
             from the last one.
-        bf16: autocast, on devices that have it; the mask itself stays in fp32.
-        progress: show a bar.
     """
 
-    objective: Objective = "dpo"
-    beta: float = 0.1
     lr: float = 1e-2
     epochs: float = 3.0
-    max_steps: int = -1
     batch_size: int = 16
+    objective: Objective = "dpo"
+    beta: float = 0.1
     gradient_accumulation: int = 1
-    max_length: int = 512
-    seed: int = 0
-    report_to: str = "none"
+    bf16: bool = False
     save_steps: int | None = None
     checkpoint_dir: str | Path | None = None
     resume: bool = False
-    bf16: bool = False
-    progress: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choices(self, objective=Objective)
-        _check_positive(self, "beta", "lr", "epochs", "batch_size", "gradient_accumulation", "max_length")
+        check_positive(self, "beta", "gradient_accumulation")
         if (self.save_steps is not None or self.resume) and self.checkpoint_dir is None:
             raise ConfigError("save_steps and resume need a checkpoint_dir. Give a directory.")
-
-
-def _check_positive(options: Any, *names: str) -> None:
-    for name in names:
-        if not (is_number(value := getattr(options, name)) and value > 0):
-            raise ConfigError(f"{name}={value!r}. Use a positive number.")

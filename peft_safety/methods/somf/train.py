@@ -1,9 +1,6 @@
-"""Training a mask with transformers' Trainer: checkpoints, resume, accelerate and `report_to` come along. The loss
-prefers safe answers (DPO) or imitates them (SFT).
-
-TRL's DPOTrainer does not fit: it prepares PEFT configs and reference models of its own, where here only logits exist.
-Difference from SOMF's reference code: the reference model of DPO is the aligned one, not the policy under an untrained
-mask that is drawn again at every forward pass.
+"""Training a mask with transformers' Trainer, by DPO (safe answers are preferred) or SFT. TRL's DPOTrainer does not
+fit: it prepares PEFT configs and reference models of its own. Difference from SOMF's code: the reference model of DPO
+is the aligned one, not the policy under an untrained mask.
 """
 
 from __future__ import annotations
@@ -19,13 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from peft_safety.calibration.activations import tokenizer_of
 from peft_safety.core import base_weights as weights
 from peft_safety.data import preference_pairs, refusal_pairs
-from peft_safety.data.chat import IGNORE_INDEX, Collator, encode_each, encode_rows
+from peft_safety.data.chat import IGNORE_INDEX, Collator, encode_each, encode_rows, row_losses
 from peft_safety.data.rows import Rows, as_rows
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.methods.somf.masks import Shape, concrete, noise, stream
@@ -34,13 +31,10 @@ from peft_safety.methods.somf.updates import MaskOf
 
 Features = list[dict[str, Any]]
 SIDES = ("chosen", "rejected")
-LOGGING_STEPS = 5
 
 
 class MaskedModel(nn.Module):
-    """What the Trainer sees: the logits, which start at 0 (every entry is kept with probability 1/2). The frozen model
-    under them is no submodule, so that nobody moves or saves it.
-    """
+    """What the Trainer sees: the logits, 0 at first. The frozen model is no submodule: nobody moves or saves it."""
 
     model: nn.Module
     fused = True  # False for DPO's reference, the safe model without any task
@@ -67,10 +61,8 @@ class MaskedModel(nn.Module):
         try:
             return super().load_state_dict(state_dict, strict=True)
         except RuntimeError as error:
-            raise ConfigError(
-                f"the stored logits are of other modules or another granularity ({error}). Use the options they were "
-                "trained with."
-            ) from error
+            problem = f"the stored logits are of other modules or another granularity ({error})"
+            raise ConfigError(f"{problem}. Use the options they were trained with.") from error
 
     def train(self, mode: bool = True) -> MaskedModel:
         """The base model stays in eval mode, without dropout, unless gradient checkpointing needs train mode."""
@@ -127,10 +119,6 @@ def train_mask(
     Args:
         tokenizer: None takes the one that is stored with the model.
         rows: {prompt, chosen, rejected} for DPO, {prompt, response} for SFT; None takes the package's own.
-
-    Raises:
-        DataError: malformed rows.
-        ConfigError: nothing to resume from, a checkpoint of another mask, or logits that are not finite.
     """
     tokenizer = tokenizer_of(masked.model) if tokenizer is None else tokenizer
     if rows is None:
@@ -160,11 +148,11 @@ def features_of(rows: Rows, tokenizer: PreTrainedTokenizerBase, objective: str, 
         answered = [{"prompt": r["prompt"], "response": r[side], "truncated": r.get("truncated")} for r in rows]
         encoded.append(encode_each(tokenizer, answered, max_length))
     pairs: Features = [dict(zip(SIDES, pair, strict=True)) for pair in zip(*encoded, strict=True) if all(pair)]
+    lost = f"{len(rows) - len(pairs)} of {len(rows)} pairs have no response token within {max_length} tokens"
     if not pairs:
-        raise DataError(f"no pair has both responses within max_length = {max_length} tokens. Raise max_length.")
+        raise DataError(f"{lost}. Raise max_length.")
     if len(pairs) < len(rows):
-        lost = f"{len(rows) - len(pairs)} of {len(rows)} pairs"
-        warnings.warn(f"{lost} have no response token within {max_length} tokens and are left out", stacklevel=2)
+        warnings.warn(f"{lost} and are left out", stacklevel=2)
     return pairs
 
 
@@ -177,18 +165,9 @@ class Batches(Collator):
         return super().__call__(features)
 
 
-def response_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of each row's response, summed over its tokens, fp32: `(rows, tokens, vocabulary)` logits and
-    `(rows, tokens)` labels, -100 where there is no response, give `(rows,)`.
-    """
-    rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-    losses = F.cross_entropy(logits[rows, positions].float(), labels[:, 1:][rows, positions], reduction="none")
-    return -torch.zeros(len(labels), device=logits.device).index_add(0, rows, losses)
-
-
 def dpo_loss(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """`-log sigmoid(beta [(log p(chosen) - log p(rejected)) - the same of the reference])`, averaged, of `(2 pairs,)`
-    log-probabilities, the chosen ones first (Rafailov et al., arXiv 2305.18290, equation 7).
+    """Mean of `-log sigmoid(beta [chosen - rejected of the policy - the same of the reference])`, of `(2 pairs,)` log-
+    probabilities, the chosen ones first (Rafailov et al., arXiv 2305.18290, equation 7).
     """
     chosen, rejected = (policy - reference).chunk(2)
     return -F.logsigmoid(beta * (chosen - rejected)).mean()
@@ -213,12 +192,11 @@ class MaskTrainer(Trainer):
         self.masked.step_seed = stream(self.masked.options.seed, self.training.seed, step, self.micro)
         tokens, labels = (inputs["input_ids"], inputs["attention_mask"]), inputs["labels"]
         outputs = model(*tokens)
-        policy = response_log_probs(outputs.logits, labels)
+        losses = row_losses(outputs.logits, labels)
         if self.training.objective == "dpo":
-            reference = response_log_probs(self.masked.reference(*tokens).logits, labels)
-            loss = dpo_loss(policy, reference, self.training.beta)
+            loss = dpo_loss(-losses, -row_losses(self.masked.reference(*tokens).logits, labels), self.training.beta)
         else:  # cross entropy, averaged over the response tokens
-            loss = -policy.sum() / (labels[:, 1:] != IGNORE_INDEX).sum()
+            loss = losses.sum() / (labels[:, 1:] != IGNORE_INDEX).sum()
         return (loss, outputs) if return_outputs else loss
 
 
@@ -226,22 +204,14 @@ def _trainer(
     masked: MaskedModel, features: Features, batches: Batches, training: MaskTraining, scratch: str
 ) -> MaskTrainer:
     on_gpu = masked.logit_list[0].is_cuda  # the logits are trained where the model is
-    arguments = TrainingArguments(
-        output_dir=str(training.checkpoint_dir or scratch),
-        learning_rate=training.lr,
-        num_train_epochs=training.epochs,
-        max_steps=training.max_steps,
-        per_device_train_batch_size=training.batch_size,
+    arguments = training.arguments(
+        training.checkpoint_dir or scratch,
+        on_gpu,
         gradient_accumulation_steps=training.gradient_accumulation,
-        seed=training.seed,
-        report_to=training.report_to,
         save_strategy="no" if training.save_steps is None else "steps",
         save_steps=training.save_steps or 500,
-        logging_steps=LOGGING_STEPS,
         disable_tqdm=not training.progress,
         use_cpu=not on_gpu,
-        dataloader_pin_memory=on_gpu,
-        remove_unused_columns=False,
         label_names=["labels"],
         bf16=training.bf16,
     )

@@ -23,12 +23,7 @@ def task_arithmetic(vectors: Sequence[tuple[float, Tensor]]) -> Tensor:
 
 
 class Update(nn.Module):
-    """The fused update `B A` of one module, the scaling included in B. All tensors are frozen.
-
-    Attributes:
-        a, b: factors, `(r, n)` and `(m, r)`; those of the safe adapter come first.
-        mask_shapes: the masks that it needs, by full name.
-    """
+    """The fused update `B A` of one module, the safe adapter's factors first; and the shapes of the masks it needs."""
 
     a: Tensor
     b: Tensor
@@ -45,16 +40,11 @@ class Update(nn.Module):
         raise NotImplementedError
 
     def aligned(self) -> tuple[Tensor, Tensor]:
-        """The same of the safe adapter alone."""
         return self.a[: self.safe_rank], self.b[:, : self.safe_rank]
 
 
 class Continued(Update):
-    """Tasks whose training started from the safe adapter, with its rank and scaling: `A = A_s + masked(V_A)`, and B
-    likewise.
-
-    Reference: SOMF, arXiv 2405.09055, section 3, on the factors as its code does.
-    """
+    """Tasks that started from the safe adapter: `A = A_s + masked(V_A)`, B likewise (arXiv 2405.09055, section 3)."""
 
     vector_a: Tensor
     vector_b: Tensor
@@ -81,9 +71,7 @@ class Continued(Update):
 
 
 class Independent(Update):
-    """Other tasks: `A = [A_s; A_1; ...]`, `B = [s B_s, masked([w_1 s_1 B_1, ...])]`, an exact LoRA of the summed rank;
-    without a safe adapter where the base model itself is the aligned one.
-
+    """Other tasks: `A = [A_s; A_1; ...]`, `B = [s B_s, masked([w_1 s_1 B_1, ...])]`, an exact LoRA of the summed rank.
     "rank" has a gate for every component of every task, "module" one for every task, "row" one for every output.
     """
 
@@ -91,10 +79,7 @@ class Independent(Update):
         self, name: str, safe: Factors | None, tasks: Sequence[Task], granularity: Granularity, rescale: Rescale
     ) -> None:
         if granularity == "element":
-            raise ConfigError(
-                f"{name}: granularity='element' needs task adapters whose training started from the safe one. Use "
-                "rank, row or module."
-            )
+            raise ConfigError(f"{name}: granularity='element' needs continued adapters. Use rank, row or module.")
         terms = [*([(1.0, safe)] if safe else []), *tasks]
         device = terms[0][1].a.device
         a = torch.cat([_working(factor.a).to(device) for _, factor in terms])
@@ -117,5 +102,4 @@ class Independent(Update):
 
 
 def _working(factor: Tensor) -> Tensor:
-    """In fp32, or fp64 where it is stored so."""
     return factor.detach().to(torch.promote_types(factor.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Checks of option values that several methods share."""
+"""Checks of option values."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> boo
 
 
 def check_choices(options: Any, **choices: Any) -> None:
-    """Compare fields of `options` with the values of a `Literal` type each.
-
-    Raises:
-        ConfigError: another value; names the field and the values.
-    """
+    """Refuse a field of `options` whose value is not one of its `Literal` type's."""
     for name, literal in choices.items():
         if (value := getattr(options, name)) not in get_args(literal):
             known = ", ".join(map(str, get_args(literal)))
             raise ConfigError(f"{type(options).__name__}: {name}={value!r}. Use one of {known}.")
+
+
+def check_positive(options: Any, *names: str) -> None:
+    """Refuse a field of `options` that is not a finite number above 0."""
+    for name in names:
+        if not (is_number(value := getattr(options, name)) and value > 0):
+            raise ConfigError(f"{type(options).__name__}: {name}={value!r}. Use a positive number.")
