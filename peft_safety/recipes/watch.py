@@ -38,15 +38,12 @@ class Stopping:
         refusal_target, over_refusal_margin: stop as soon as refusal reaches the target, and both kinds of over-refusal
             are at most the margin above their values at the first look.
         patience: stop after so many looks without a better one.
-        last: stop at the first look from this step on, although the learning rate has not come down to 0 yet; None
-            never does.
     """
 
     every: int = 50
     refusal_target: float = 0.98
     over_refusal_margin: float = 0.05
     patience: int = 3
-    last: int | None = None
 
 
 class Watch(TrainerCallback):
@@ -77,9 +74,8 @@ class Watch(TrainerCallback):
         margin, kinds = stopping.over_refusal_margin, ("over_refusal", "everyday_refusal")
         spared = all(getattr(last, kind) <= getattr(first, kind) + margin for kind in kinds)
         met = last.refusal >= stopping.refusal_target and spared
-        late = stopping.last is not None and last.step >= stopping.last
         best = self.looks.index(self.best) if self.best else 0
-        return met or late or len(self.looks) - 1 - best >= stopping.patience
+        return met or len(self.looks) - 1 - best >= stopping.patience
 
     @torch.no_grad()
     def restore(self, model: PreTrainedModel | PeftModel) -> None:

@@ -202,12 +202,6 @@ def test_training_stops_when_the_targets_are_met(monkeypatch):
     assert watch.best == Look(3, 0.98, 0.15)
 
 
-def test_training_stops_at_the_last_step_that_is_asked_for(monkeypatch):
-    watch, _, run = run_watched(monkeypatch, [(0.3, 0.1), (0.4, 0.1), (0.5, 0.1), (0.6, 0.1)], last=2)
-    assert run.steps == 2
-    assert watch.best == Look(2, 0.5, 0.1)
-
-
 def test_everyday_refusals_keep_training_from_stopping_and_weigh_twice_in_its_choice(monkeypatch):
     watch, _, run = run_watched(
         monkeypatch, [(0.1, 0.0, 0.0), (1.0, 0.0, 0.2), (0.98, 0.0, 0.1), (0.99, 0.0, 0.04), (1.0, 0.0, 0.0)]
