@@ -37,6 +37,8 @@ MAX_ALPHA = 1e6
 MAX_RANK = 65_536
 MAX_PRODUCT = 1e30
 """Of `s B A`, by its largest entries."""
+UNFIT = (TypeError, ValueError, AttributeError, LookupError, RecursionError)
+"""What PEFT raises when a config holds a value of a wrong kind."""
 DTYPES = ("F32", "BF16", "F16")
 EXTRA_DTYPES = (*DTYPES, "I64", "I32", "I16", "I8", "U8", "BOOL")
 """Dtypes of tensors that are no factors, such as buffers of a module in `modules_to_save`."""
@@ -153,8 +155,8 @@ def check_features(
     usual = LoraConfig()
     for name, reason in features.items():
         value = getattr(config, name, None)
-        given = value is not None and value != getattr(usual, name, None)  # PEFT takes an empty config for one, too
-        if (value or given) and name not in allowed:
+        empty = isinstance(value, dict) and value != getattr(usual, name, None)  # PEFT takes {} for a config, too
+        if (value or empty) and name not in allowed:
             raise ConfigError(f"{what}: {name} is not supported: {reason}. Use LoRA without it.")
     if config.init_lora_weights not in inits:
         raise ConfigError(
@@ -187,7 +189,7 @@ def config_of(fields: Mapping[str, Any], path: Path) -> Any:
         return LoraConfig.from_peft_type(**{name: value for name, value in fields.items() if name != "runtime_config"})
     except PeftSafetyError:
         raise
-    except (TypeError, ValueError, AttributeError) as error:
+    except UNFIT as error:
         raise broken(path, f"not a config of this PEFT ({error})") from error
 
 

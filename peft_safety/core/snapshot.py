@@ -43,7 +43,7 @@ class Snapshot:
             self.source, self.path = source, Path(tempfile.mkdtemp(prefix="peft_safety-"))
         except OSError as error:
             raise ArtifactError(f"{source} cannot be copied: {error}. Set TMPDIR to a writable directory.") from error
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        weakref.finalize(self, _remove, self.path, os.getpid())
         self._live[self.path] = self
         end = time.monotonic() + PATIENCE
         while True:
@@ -106,6 +106,12 @@ def named(snapshot: Snapshot | None) -> Iterator[None]:
         if snapshot is not None:
             error.args = tuple(str(text).replace(str(snapshot.path), str(snapshot.source)) for text in error.args)
         raise
+
+
+def _remove(path: Path, owner: int) -> None:
+    """Forked processes, such as the workers of a data loader, leave it alone."""
+    if os.getpid() == owner:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _states(directory: Path) -> list[tuple[int, ...] | None]:

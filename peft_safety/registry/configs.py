@@ -17,7 +17,7 @@ from peft_safety.core import files, publish
 from peft_safety.core.adapter_dir import StoredAdapter, check_adapter, check_config
 from peft_safety.core.certificate import FILE_NAME as CERTIFICATE
 from peft_safety.core.names import pin
-from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST, config_of, stored_record
+from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST, UNFIT, config_of, stored_record
 from peft_safety.core.snapshot import Snapshot, named
 from peft_safety.core.subspace_file import FILE_NAME
 from peft_safety.errors import ArtifactError, PeftSafetyError
@@ -41,7 +41,7 @@ def config_from_pretrained(
         try:
             where = (source, subfolder) if snapshot is None else (str(snapshot.path), None)
             config = original(cls, *where, **kwargs)
-        except (TypeError, ValueError, AttributeError, LookupError) as error:
+        except UNFIT as error:
             if isinstance(error, PeftSafetyError) or (snapshot is None and not issubclass(cls, ProtectedConfig)):
                 raise
             what = f"{MANIFEST} of {source!r} is not a {cls.__name__}"

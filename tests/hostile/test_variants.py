@@ -25,7 +25,7 @@ from peft_safety.errors import PeftSafetyError
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.methods.base import ProtectedConfig
 from tests.hostile.saver import Small, adapter
-from tests.hostile.variants import CERTIFICATE, METHODS, bases, fields, outputs, save, variants
+from tests.hostile.variants import CERTIFICATE, METHODS, bases, fields, mutate, outputs, save, variants
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("quiet")]
 SECONDS = 2.0
@@ -125,6 +125,28 @@ def test_every_field_of_every_method(method: str, good: Callable[[str], Path], t
 
 def test_there_are_enough_variants(good: Callable[[str], Path]) -> None:
     assert sum(len(variants(good(method))) for method in METHODS) >= 400
+
+
+@pytest.mark.parametrize("mutants", [500, pytest.param(5_000, marks=pytest.mark.slow)])
+def test_a_mutant_is_refused_or_protected(mutants: int, good: Callable[[str], Path], tmp_path: Path) -> None:
+    """Without forged hashes it computes what was saved. What only a frozen or repaired adapter has, has no hash."""
+    counts: Counter[str] = Counter()
+    for seed in range(mutants):
+        method = list(METHODS)[seed % len(METHODS)]
+        copy = Path(shutil.copytree(good(method), tmp_path / f"{seed}" / "adapter"))
+        what, signed = mutate(copy, seed)
+        hashed = not signed and method not in ("frozen", "repaired")
+        try:
+            seen = judged(copy, method, load=seed % 4 == 0)
+            if hashed and "verified" in seen:
+                given, expected = (PeftModel.from_pretrained(Small(), str(d)).eval() for d in (copy, good(method)))
+                assert torch.equal(outputs(given), outputs(expected))
+        except BaseException as error:
+            raise AssertionError(f"{method}, mutant {seed}, {what}: {type(error).__name__}: {error}") from error
+        counts[f"{'signed' if signed else 'unsigned'}: {seen}"] += 1
+        shutil.rmtree(copy.parent)
+    print(f"{sum(counts.values())} mutants, {dict(sorted(counts.items()))}")
+    assert sum(counts.values()) == mutants
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +214,39 @@ def fields(directory: Path) -> list[tuple[str, Damage]]:
     """Every value of `VALUES` in every field of the config."""
     names = sorted(tools.manifest(directory))
     return [(f"{name}={str(value)[:20]!r}", field(name, value)) for name in names for value in VALUES]
+
+
+def mutate(directory: Path, seed: int) -> tuple[str, bool]:
+    """Change one file at random: the bytes of any, or a field of a JSON file, at any depth. Every other time, whatever
+    hash there is fits the change. Returns what was done, and whether hashes were forged.
+    """
+    chooser = random.Random(seed)
+    path = directory / chooser.choice([n for n in (ADAPTER, SUBSPACE, CERTIFICATE, MANIFEST) if (directory / n).exists()])
+    if path.suffix == ".json" and chooser.random() < 0.7:
+        table = content = json.loads(path.read_text())
+        while isinstance(table[key := chooser.choice(sorted(table))], dict) and table[key] and chooser.random() < 0.8:
+            table = table[key]
+        table[key] = chooser.choice((*VALUES, content[chooser.choice(sorted(content))]))
+        path.write_text(json.dumps(content))
+        what = f"{key} = {str(table[key])[:40]!r}"
+    else:
+        raw, kinds = bytearray(path.read_bytes()), []
+        for _ in range(chooser.choice((1, 1, 2, 8))):
+            start = chooser.randrange(len(raw))
+            end = min(len(raw), start + chooser.choice((1, 8, 400, len(raw))))
+            kinds.append(kind := chooser.choice(("flip", "flip", "cut", "zeros", "twice", "noise")))
+            block = bytes(raw[start:end])
+            raw[start:end] = {
+                "flip": bytes([block[0] ^ 1 << chooser.randrange(8)]) + block[1:],
+                "cut": b"" if len(raw) > len(block) else b"x",
+                "zeros": bytes(len(block)),
+                "twice": block * 2,
+                "noise": chooser.randbytes(len(block)),
+            }[kind]
+        path.write_bytes(raw)
+        what = ", ".join(kinds)
+    signed = chooser.random() < 0.5
+    if signed:
+        with suppress(ValueError, LookupError, TypeError, AttributeError):  # there is nothing left to sign
+            tools.forge(directory)
+    return f"{path.name}: {what}", signed
