@@ -53,6 +53,9 @@ class Snapshot:
                 publish.require_whole(source, warn=warn)  # waits for a save that is moving its files
             except ArtifactError as error:
                 problem = error
+            except OSError as error:
+                what = f"{source} cannot be copied to {self.path}: {error.strerror}"
+                problem = ArtifactError(f"{what}. Make room there, and copy the directory again.")
             if _states(source) == before:
                 break
             if time.monotonic() > end:
@@ -99,9 +102,13 @@ def reading(source: str | os.PathLike[str], warn: bool = False) -> Iterator[Path
 
 @contextmanager
 def named(snapshot: Snapshot | None) -> Iterator[None]:
-    """Errors name the directory that was copied, not the copy."""
+    """Errors name the directory that was copied, not the copy, which may become unreadable."""
     try:
         yield
+    except OSError as error:
+        if snapshot is None:
+            raise
+        raise ArtifactError(f"the copy of {snapshot.source} cannot be read: {error}. Load it again.") from error
     except PeftSafetyError as error:
         if snapshot is not None:
             error.args = tuple(str(text).replace(str(snapshot.path), str(snapshot.source)) for text in error.args)
@@ -130,20 +137,16 @@ def _copy(path: Path, target: Path, limit: int | None) -> None:
     """Copy a file, of JSON one byte more than is allowed; nothing if there is none."""
     if not os.path.lexists(path):
         return
-    try:
-        with files.regular(path) as file, target.open("wb") as copy:
-            status = os.fstat(file.fileno())
-            remaining = status.st_size if limit is None else limit + 1
-            if limit is None and status.st_size > LARGE:
-                stored = getattr(status, "st_blocks", status.st_size) * 512
-                if stored < status.st_size // 8:
-                    what = f"{status.st_size} bytes in the directory, {stored} on the disk"
-                    raise ArtifactError(f"{path} is not a complete safetensors file ({what}). Copy or save it again.")
-                with files.open_tensors(path):
-                    pass  # its header accounts for its size
-            while remaining > 0 and (block := file.read(min(remaining, 1 << 20))):
-                copy.write(block)
-                remaining -= len(block)
-    except OSError as error:
-        where = f"{path} cannot be copied to {target.parent}"
-        raise ArtifactError(f"{where}: {error.strerror}. Make room there, and copy the directory again.") from error
+    with files.regular(path) as file, target.open("wb") as copy:
+        status = os.fstat(file.fileno())
+        remaining = status.st_size if limit is None else limit + 1
+        if limit is None and status.st_size > LARGE:
+            stored = getattr(status, "st_blocks", status.st_size) * 512
+            if stored < status.st_size // 8:
+                what = f"{status.st_size} bytes in the directory, {stored} on the disk"
+                raise ArtifactError(f"{path} is not a complete safetensors file ({what}). Copy or save it again.")
+            with files.open_tensors(path):
+                pass  # its header accounts for its size
+        while remaining > 0 and (block := file.read(min(remaining, 1 << 20))):
+            copy.write(block)
+            remaining -= len(block)

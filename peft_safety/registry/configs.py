@@ -67,10 +67,7 @@ def config_from_pretrained(
 
 def get_peft_type(original: Callable[..., Any], cls: Any, model_id: str, **kwargs: Any) -> Any:
     """PEFT asks for the type first, and would look on the Hub where an interrupted save left no config."""
-    folder, _ = _checked_folder(model_id, kwargs.get("subfolder"), kwargs)
-    if folder is None:
-        return original(cls, model_id, **kwargs)
-    return original(cls, str(folder), **{**kwargs, "subfolder": None})
+    return _checked_folder(model_id, kwargs.get("subfolder"), kwargs)[1] or original(cls, model_id, **kwargs)
 
 
 def snapshot_of(source: str | os.PathLike[str], subfolder: str | None, kwargs: dict[str, Any]) -> Snapshot | None:
@@ -119,13 +116,15 @@ def _check_file(path: Path) -> str:
     fields = content if isinstance(content, dict) else {}
     kind = fields.get("peft_type")
     ours = isinstance(kind, str) and kind in config_types()
+    certified = os.path.lexists(path.parent / CERTIFICATE)
     unreadable = not isinstance(kind, str) and (
-        (path.parent / FILE_NAME).exists() or any(name.encode() in raw for name in config_types())
+        certified or (path.parent / FILE_NAME).exists() or any(name.encode() in raw for name in config_types())
     )
     if ours or unreadable:
         files.parse_json(raw, str(path))
     publish.require_whole(path.parent, ours=ours or unreadable, warn=False)
-    if unreadable or (not ours and fields.get("safety_artifact") is not None):
+    other = not ours and (fields.get("safety_artifact") is not None or (certified and kind != "LORA"))
+    if unreadable or other:
         raise ArtifactError(
             f"{path}: peft_type {kind!r} would load a protected adapter without its protection. Copy or save the "
             "adapter again; to make it a plain LoRA on purpose, use peft_safety.export_lora."

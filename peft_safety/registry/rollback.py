@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from peft_safety.errors import ArtifactError, PeftSafetyError
 from peft_safety.registry.protection import protected_configs
 
-FOREIGN = (LookupError, TypeError, AttributeError, RuntimeError)
+FOREIGN = (LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 """What PEFT raises when a stored adapter does not fit."""
 
 

@@ -201,4 +201,4 @@ def test_without_this_package(good: dict[str, Path], tmp_path: Path) -> None:
         for end, sides in space.bases.items():
             assert all(leak(basis, updates[f"{name} {end}"], side) < LEAK for side, basis in sides.items())
         if name in same:
-            torch.testing.assert_close(updates[f"{name} y"], outputs(load(good[same[name]]).eval()), rtol=0, atol=1e-5)
+            torch.testing.assert_close(updates[f"{name} y"], outputs(load(good[same[name]]).eval()), rtol=1e-5, atol=1e-4)

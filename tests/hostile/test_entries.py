@@ -36,7 +36,6 @@ DAMAGES: dict[str, Damage] = {
     "noise": write(MANIFEST, b"SALORA" + bytes(range(256))),
     "a list for alpha": tools.fields(lora_alpha=[1]),
     "a pattern": tools.fields(target_modules="([a-z_.0-9]+)+!"),
-    "an unknown field": tools.fields(nonsense=1),
     "a negative rank": tools.fields(r=-1),
     "no record": tools.fields(safety_artifact=None),
 }
