@@ -29,7 +29,7 @@ def printable(text: str) -> str:
 
 
 def plain_console(**options: Any) -> Console:
-    """A console that prints text as it is: names and messages from files are never read as markup, nor by a terminal."""
+    """A console that prints text as it is: names and messages from files are no markup, nor codes for a terminal."""
     from rich.console import Console
 
     class Plain(Console):

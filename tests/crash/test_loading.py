@@ -73,7 +73,7 @@ def test_two_processes_that_save_at_once_leave_one_whole_adapter(hosts: int, wor
         pid = os.fork()
         if pid == 0:
             if hosts == 2:
-                os.getpid, staging._machine = (lambda: number), (lambda: f"{index:012}")
+                os.getpid, staging._machine = (lambda: number), (lambda own=f"{index:012}": own)
             try:
                 for _ in range(12):
                     model.save_pretrained(str(target))

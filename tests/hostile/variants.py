@@ -203,9 +203,13 @@ def of_bases() -> Iterator[tuple[str, Damage]]:
     yield "another header", lambda d: save_file(load_file(d / SUBSPACE), d / SUBSPACE, metadata={FORMAT: "[]"})
 
 
+def files_of(directory: Path) -> list[str]:
+    return [name for name in (ADAPTER, SUBSPACE, CERTIFICATE, MANIFEST) if (directory / name).is_file()]
+
+
 def variants(directory: Path) -> list[tuple[str, Damage]]:
     """Every damage that a directory can have."""
-    names = [name for name in (ADAPTER, SUBSPACE, CERTIFICATE, MANIFEST) if (directory / name).is_file()]
+    names = files_of(directory)
     result = [*of_files(names), *of_factors(), *of_texts()]
     return [*result, *of_bases()] if SUBSPACE in names else result
 
@@ -221,7 +225,9 @@ def mutate(directory: Path, seed: int) -> tuple[str, bool]:
     hash there is fits the change. Returns what was done, and whether hashes were forged.
     """
     chooser = random.Random(seed)
-    path = directory / chooser.choice([n for n in (ADAPTER, SUBSPACE, CERTIFICATE, MANIFEST) if (directory / n).exists()])
+    path = directory / chooser.choice(
+        [n for n in (ADAPTER, SUBSPACE, CERTIFICATE, MANIFEST) if (directory / n).exists()]
+    )
     if path.suffix == ".json" and chooser.random() < 0.7:
         table = content = json.loads(path.read_text())
         while isinstance(table[key := chooser.choice(sorted(table))], dict) and table[key] and chooser.random() < 0.8:
