@@ -14,6 +14,7 @@ from peft_safety.importing import WhenPeftIsImported
 
 if TYPE_CHECKING:
     from peft_safety.audit import orthogonality_report as orthogonality_report
+    from peft_safety.calibration.estimators import SafetySubspace as SafetySubspace
     from peft_safety.callbacks import SafeLoRACallback as SafeLoRACallback
     from peft_safety.callbacks import SafetyMonitorCallback as SafetyMonitorCallback
     from peft_safety.callbacks import SoftPenaltyCallback as SoftPenaltyCallback
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from peft_safety.convert.export import export_lora as export_lora
     from peft_safety.convert.merge import merge_quantized as merge_quantized
     from peft_safety.convert.verify import verify as verify
-    from peft_safety.core.subspace import SafetySubspace as SafetySubspace
     from peft_safety.errors import PeftSafetyError as PeftSafetyError
     from peft_safety.methods.base import calibrate as calibrate
     from peft_safety.methods.guardspace import GuardSpaceConfig as GuardSpaceConfig
@@ -40,11 +40,11 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "audit": ["orthogonality_report"],
+    "calibration.estimators": ["SafetySubspace"],
     "callbacks": ["SafeLoRACallback", "SafetyMonitorCallback", "SoftPenaltyCallback", "TaskDirectionsCallback"],
     "convert.export": ["export_lora"],
     "convert.merge": ["merge_quantized"],
     "convert.verify": ["verify"],
-    "core.subspace": ["SafetySubspace"],
     "errors": ["PeftSafetyError"],
     "methods.base": ["calibrate"],
     "methods.guardspace": ["GuardSpaceConfig", "repair_adapter"],

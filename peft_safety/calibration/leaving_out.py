@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 
 from peft_safety.core.names import listed
-from peft_safety.core.subspace import NARROW, UNREACHED, SafetySubspace
+from peft_safety.core.subspace import NARROW, UNREACHED
 
 SAID = {UNREACHED: "no token that counts reaches", NARROW: "a single feature leaves no direction free in"}
 
@@ -27,10 +27,3 @@ def warn_left_out(left_out: Mapping[str, str], total: int, what: str, *, stackle
     warnings.warn(
         f"{len(left_out)} of {total} target layers are left out of {what}: {reasons}.", stacklevel=stacklevel + 1
     )
-
-
-def announced(subspace: SafetySubspace) -> SafetySubspace:
-    """Warn about the layers that a subspace leaves out, and return it."""
-    left_out, what = subspace.left_out, "the subspace, and so of an adapter on it"
-    warn_left_out(left_out, len(left_out) + len(subspace.bases), what, stacklevel=4)
-    return subspace

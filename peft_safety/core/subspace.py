@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ DEFAULT_DTYPE = "float16"
 bf16 at the same size. On SmolLM2-135M the span turns by 3e-4 (bf16: 2e-3), and covers the same energy to three digits.
 """
 Bases = Mapping[str, Mapping[Side, Tensor]]
+ESTIMATORS: dict[str, Callable[..., SafetySubspace]] = {}
+"""How a subspace is made, from "activations" or "weights". `calibration.estimators` enters both."""
 
 
 class SafetySubspace:
@@ -91,20 +93,14 @@ class SafetySubspace:
                 (`input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`).
             **options: `tokenizer`, `rank`, `target_modules`, ...; see `calibration.activations.estimate`.
         """
-        from peft_safety.calibration.activations import estimate
-        from peft_safety.calibration.leaving_out import announced
-
-        return announced(estimate(model, data, **options))
+        return ESTIMATORS["activations"](model, data, **options)
 
     @classmethod
     def from_weights(cls, model: nn.Module, **options: Any) -> SafetySubspace:
         """The top singular directions of every target weight, dense or quantized. For the options (`rank`, `sides`,
         `target_modules`, ...), see `peft_safety.calibration.weights.estimate_from_weights`.
         """
-        from peft_safety.calibration.leaving_out import announced
-        from peft_safety.calibration.weights import estimate_from_weights
-
-        return announced(estimate_from_weights(model, **options))
+        return ESTIMATORS["weights"](model, **options)
 
     @classmethod
     def load(

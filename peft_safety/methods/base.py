@@ -16,6 +16,7 @@ from peft import LoraConfig
 from torch import nn
 
 from peft_safety.calibration.activations import estimate, tokenizer_for
+from peft_safety.calibration.estimators import SafetySubspace
 from peft_safety.calibration.sizes import check_size_options
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import StoredAdapter, sign
@@ -23,7 +24,6 @@ from peft_safety.core.certificate import Certificate
 from peft_safety.core.plain_lora import INITS, MANIFEST, NOT_PROTECTED, WITH_FROZEN_A, check_features, check_sizes
 from peft_safety.core.projection import Side
 from peft_safety.core.snapshot import Snapshot
-from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.subspace_file import FILE_NAME
 from peft_safety.core.targets import target_layers
 from peft_safety.data import calibration_rows

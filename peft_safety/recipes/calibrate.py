@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peft_safety.calibration.activations import METHODS
 from peft_safety.calibration.cost import CalibrationCost, cost
 from peft_safety.calibration.coverage import ModuleCoverage, coverage, task_inputs, warn_if_stalled
+from peft_safety.calibration.estimators import SafetySubspace
 from peft_safety.calibration.sizes import check_size_options
-from peft_safety.core.subspace import DEFAULT_DTYPE, SafetySubspace
+from peft_safety.core.subspace import DEFAULT_DTYPE
 from peft_safety.core.targets import target_layers
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, rows_of
 from peft_safety.data.rows import Rows

@@ -15,9 +15,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_safety.calibration.activations import adapters_off
+from peft_safety.calibration.estimators import SafetySubspace
 from peft_safety.calibration.sizes import check_size_options
 from peft_safety.callbacks import SoftPenaltyCallback
-from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.training import PATCH_TRAINING, TrainOptions
 from peft_safety.data import CALIBRATION_PAIRS, load, refusal_pairs
 from peft_safety.data.rows import Row, Rows, as_rows, kind_of

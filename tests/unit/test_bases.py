@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from peft_safety.calibration import bases
 from peft_safety.calibration.bases import Size, contrastive_basis, input_basis, output_basis
+from peft_safety.core import projection
 from peft_safety.core.projection import orthonormality_error, principal_cosines, project_out, union
 from peft_safety.errors import CalibrationError, ConfigError
 
@@ -185,13 +186,13 @@ def test_a_rank_deficient_moment_gives_the_directions_that_it_has():
 
 def test_vectors_of_an_inexact_svd_become_orthonormal_and_keep_their_span(monkeypatch):
     """A GPU's fp32 SVD is off by 1e-4, ten times what a subspace allows."""
-    exact = bases.top_left_singular
+    exact = projection.top_left_singular
 
     def inexact(*args, **options):
         u, s = exact(*args, **options)
         return u + 1e-4 * torch.randn(u.shape, generator=torch.Generator().manual_seed(1)) / u.shape[0] ** 0.5, s
 
-    monkeypatch.setattr(bases, "top_left_singular", inexact)
+    monkeypatch.setattr(projection, "top_left_singular", inexact)
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
     u, _ = output_basis(weight, None, Size(rank=40), "layer")
     expected, _ = exact(weight, None, 40, iterations=bases.WEIGHT_ITERATIONS)
