@@ -14,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from peft import LoraConfig
 
 from peft_safety.core import files, publish
-from peft_safety.core.adapter_dir import StoredAdapter, check_adapter, check_config
+from peft_safety.core.adapter_dir import StoredAdapter, check_adapter, check_config, protected_types
 from peft_safety.core.certificate import FILE_NAME as CERTIFICATE
 from peft_safety.core.names import pin
 from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST, UNFIT, config_of, stored_record
@@ -89,6 +89,13 @@ def snapshot_of(source: str | os.PathLike[str], subfolder: str | None, kwargs: d
     elif folder is not None:
         folder = _certified_folder(source, subfolder, kwargs) if kind == "LORA" else None
     return None if folder is None else Snapshot(folder)
+
+
+def is_protected(source: str | os.PathLike[str], subfolder: str | None) -> bool:
+    """Whether a directory holds a protected adapter. The Hub is not asked."""
+    local = Path(source, subfolder or "")
+    certified = os.path.lexists(local / CERTIFICATE)
+    return (local / MANIFEST).is_file() and (_check_file(local / MANIFEST) in protected_types() or certified)
 
 
 def _checked_folder(

@@ -28,7 +28,7 @@ from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.safe_lora.config import SafeLoRAConfig
 from peft_safety.registry.attach import bind
 from peft_safety.registry.checks import check_ahead
-from peft_safety.registry.configs import snapshot_of
+from peft_safety.registry.configs import is_protected, snapshot_of
 from peft_safety.registry.frozen import check_certified, take_over
 from peft_safety.registry.protection import check_adapters, protected_configs
 from peft_safety.registry.reuse import NEW_NAME, remember
@@ -123,6 +123,9 @@ def load_adapter(
     name, snapshot, injected = vars(self.base_model).pop("_pending", (None, None, None))
     existing = self.peft_config.get(adapter_name)
     if existing is not None and not isinstance(existing, ProtectedConfig):
+        if is_protected(model_id, kwargs.get("subfolder")):
+            plain = f"{model_id} holds a protected adapter, loaded as an ordinary {type(existing).__name__}"
+            warnings.warn(f"{plain}: training it is not constrained. Leave out config=, or use another adapter_name.", stacklevel=3)
         return original(self, model_id, adapter_name, *args, **kwargs)
     fresh = name == adapter_name and snapshot is not None and snapshot.comes_from(model_id, kwargs.get("subfolder"))
     if not fresh:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -134,7 +135,11 @@ def test_a_way_to_less_protection_computes_no_unconstrained_update(
         with pytest.raises(PeftSafetyError, match=becomes):
             read(directory)
         return
-    model = read(directory).eval()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        model = read(directory).eval()
+    said = any("holds a protected adapter, loaded as an ordinary" in str(warning.message) for warning in heard)
+    assert said == way.startswith("config=")
     same = torch.allclose(outputs(model), expected, atol=1e-5)
     assert same == ("the same" in becomes)
     assert is_protected(model) == becomes.startswith("protected")

@@ -4,6 +4,7 @@ that says so, and a file that could not be read to its end is refused from its h
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import time
@@ -82,6 +83,22 @@ def test_a_config_that_was_read_brings_the_adapter_that_was_there_then(tmp_path:
         shutil.copy(file, good)
     loaded = PeftModel.from_pretrained(tiny_llama(), str(good), config=config)
     assert torch.allclose(loaded(tools.tokens()).logits, expected, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_the_copy_goes_with_its_config_and_not_with_a_forked_process(tmp_path: Path) -> None:
+    config = PeftConfig.from_pretrained(str(tools.save_good(tmp_path / "good")))
+    copy = config._snapshot.path
+    child = os.fork()
+    if child == 0:  # such as the worker of a data loader
+        config._snapshot = None
+        gc.collect()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert (copy / tools.ADAPTER).is_file()
+    config._snapshot = None
+    gc.collect()
+    assert not copy.exists()
 
 
 # --- bounds before work
