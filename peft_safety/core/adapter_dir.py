@@ -225,7 +225,7 @@ def _check_shapes(
     """Check the shapes in the header, before tensors are read. Returns `(out_features, in_features, rank)`."""
     a, b = shapes["lora_A.weight"], shapes["lora_B.weight"]
     rank = (config.get("rank_pattern") or {}).get(module, config["r"])
-    fits = len(a) == len(b) == 2 and a[0] == b[1] == rank
+    fits = len(a) == len(b) == 2 and a[0] == b[1] == rank and 0 not in (*a, *b)
     fits = fits and (1 <= rank <= min(a[1], b[0]) or rank == config["r"])  # r may exceed a narrow layer
     fits = fits and (shapes.get("lora_A.initial", a), shapes.get("lora_B.initial", b)) == (a, b)
     bases = {side: tuple(u.shape) for side, u in subspace.bases[module].items()}

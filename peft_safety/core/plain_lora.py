@@ -37,7 +37,7 @@ MAX_ALPHA = 1e6
 MAX_RANK = 65_536
 MAX_PRODUCT = 1e30
 """Of `s B A`, by its largest entries."""
-UNFIT = (TypeError, ValueError, AttributeError, LookupError, RecursionError)
+UNFIT = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
 """What PEFT raises when a config holds a value of a wrong kind."""
 DTYPES = ("F32", "BF16", "F16")
 EXTRA_DTYPES = (*DTYPES, "I64", "I32", "I16", "I8", "U8", "BOOL")
@@ -267,7 +267,7 @@ def _factor_keys(handle: Any, path: Path) -> dict[str, tuple[str, str]]:
         raise ArtifactError(f"{path} holds no LoRA factors. Give an adapter directory.")
     for module, pair in pairs.items():
         a, b = (tuple(handle.get_slice(pair[kind]).get_shape()) if kind in pair else () for kind in "AB")
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] < 1:
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
             raise broken(path, f"{module} has lora_A {a or 'missing'} and lora_B {b or 'missing'}")
     return {module: (pairs[module]["A"], pairs[module]["B"]) for module in sorted(pairs, key=_by_number)}
 

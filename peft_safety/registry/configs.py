@@ -41,13 +41,13 @@ def config_from_pretrained(
         try:
             where = (source, subfolder) if snapshot is None else (str(snapshot.path), None)
             config = original(cls, *where, **kwargs)
+            if snapshot is not None and type(config) is LoraConfig:
+                config = certified(config, snapshot)
         except UNFIT as error:
             if isinstance(error, PeftSafetyError) or (snapshot is None and not issubclass(cls, ProtectedConfig)):
                 raise
             what = f"{MANIFEST} of {source!r} is not a {cls.__name__}"
             raise ArtifactError(f"{what}: {error}. Save it again.") from error
-        if snapshot is not None and type(config) is LoraConfig:
-            config = certified(config, snapshot)
         if not isinstance(config, ProtectedConfig):
             local = Path(source, subfolder or "") if snapshot is None else snapshot.path
             if getattr(config, "safe_lora", None) is None and (record := stored_record(local)) is not None:

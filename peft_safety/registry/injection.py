@@ -18,7 +18,7 @@ from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry.attach import attach
 from peft_safety.registry.checks import check_ahead
 from peft_safety.registry.reuse import private
-from peft_safety.registry.rollback import Before
+from peft_safety.registry.rollback import Before, refuse_unfit
 from peft_safety.registry.tuners import adopt
 
 
@@ -59,6 +59,8 @@ def inject_adapter(
             raise ConfigError(
                 f"{type(config).__name__}: {error} Give target_modules that the model has, or 'all-linear'."
             ) from error
+        if given._snapshot is not None:
+            refuse_unfit(error, given._snapshot.source)
         raise
     finally:
         config._injecting = False

@@ -57,7 +57,11 @@ def undone(before: Before, what: str) -> Iterator[None]:
         yield
     except BaseException as error:
         before.restore()
-        if not isinstance(error, FOREIGN) or isinstance(error, (PeftSafetyError, torch.OutOfMemoryError)):
-            raise
+        refuse_unfit(error, what)
+        raise
+
+
+def refuse_unfit(error: BaseException, what: object) -> None:
+    if isinstance(error, FOREIGN) and not isinstance(error, (PeftSafetyError, torch.OutOfMemoryError)):
         reason = f"{type(error).__name__}: {str(error)[:300]}"
         raise ArtifactError(f"{what} cannot be loaded ({reason}). Copy or save the adapter again.") from error

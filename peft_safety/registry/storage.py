@@ -125,7 +125,10 @@ def load_adapter(
     if existing is not None and not isinstance(existing, ProtectedConfig):
         if is_protected(model_id, kwargs.get("subfolder")):
             plain = f"{model_id} holds a protected adapter, loaded as an ordinary {type(existing).__name__}"
-            warnings.warn(f"{plain}: training it is not constrained. Leave out config=, or use another adapter_name.", stacklevel=3)
+            warnings.warn(
+                f"{plain}: training it is not constrained. Leave out config=, or use another adapter_name.",
+                stacklevel=3,
+            )
         return original(self, model_id, adapter_name, *args, **kwargs)
     fresh = name == adapter_name and snapshot is not None and snapshot.comes_from(model_id, kwargs.get("subfolder"))
     if not fresh:
