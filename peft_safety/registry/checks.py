@@ -74,6 +74,8 @@ def _check_extra(
         if any(module is end for end in ends):
             own |= {f"{name}.{k}": v for k, v in module.state_dict().items()}
     allowed |= {key: tuple(v.shape) for key, v in own.items()}
+    tied = config.ensure_weight_tying and len({id(end.weight) for end in ends}) == 1  # PEFT wraps both ends
+    named = needed | own.keys() if tied and needed & own.keys() else needed
     with files.open_tensors(directory / ADAPTER_FILE) as handle:
         extra = {base_key(key, targets): tuple(handle.get_slice(key).get_shape()) for key in extra_tensors}
         mismatched = sorted(key for key in extra.keys() | needed if extra.get(key) != allowed.get(key))
@@ -86,7 +88,7 @@ def _check_extra(
             )
         for stored in extra_tensors:
             key = base_key(stored, targets)
-            if key not in needed and not _equal(handle.get_tensor(stored), own[key]):
+            if key not in named and not _equal(handle.get_tensor(stored), own[key]):
                 raise ArtifactError(
                     f"{directory}: {key} {extra[key]} would replace the model's own, and the config does not name it. "
                     "Name it in modules_to_save when the adapter is trained, or save with save_embedding_layers=False."

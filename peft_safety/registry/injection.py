@@ -26,7 +26,10 @@ def inject_adapter(
     original: Callable[..., None], self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
 ) -> None:
     """PEFT builds its layers, then `attach` puts the protected leaves in. If anything fails, all of it is undone."""
-    given, known = self.peft_config[adapter_name], vars(model).get("_protected", {})
+    given = self.peft_config[adapter_name]
+    known: dict[str, ProtectedConfig] = next(
+        (vars(m)["_protected"] for m in model.modules() if "_protected" in vars(m)), {}
+    )
     if not isinstance(given, ProtectedConfig):
         _check_unprotected(model, adapter_name, given, known.get(adapter_name))
         return original(self, model, adapter_name, *args, **kwargs)

@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ def mutate(directory: Path, seed: int) -> tuple[str, bool]:
         table = content = json.loads(path.read_text())
         while isinstance(table[key := chooser.choice(sorted(table))], dict) and table[key] and chooser.random() < 0.8:
             table = table[key]
-        table[key] = chooser.choice((*VALUES, content[chooser.choice(sorted(content))]))
+        table[key] = deepcopy(chooser.choice((*VALUES, content[chooser.choice(sorted(content))])))
         path.write_text(json.dumps(content))
         what = f"{key} = {str(table[key])[:40]!r}"
     else:
