@@ -123,7 +123,7 @@ def parse_json(raw: bytes | str, where: str, limit: int = MAX_JSON_BYTES) -> dic
         return value
 
     try:
-        text = raw if isinstance(raw, str) else raw.decode()  # json would guess UTF-16, too, which PEFT does not
+        text = raw if isinstance(raw, str) else raw.decode("utf-8-sig")  # json would guess UTF-16, PEFT does not
         value = json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
         json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could not be written again
     except ArtifactError:

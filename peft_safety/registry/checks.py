@@ -74,7 +74,9 @@ def _check_extra(
         if any(module is end for end in ends):
             own |= {f"{name}.{k}": v for k, v in module.state_dict().items()}
     allowed |= {key: tuple(v.shape) for key, v in own.items()}
-    tied = config.ensure_weight_tying and len({id(getattr(end, "weight", end)) for end in ends}) == 1  # PEFT wraps both ends
+    tied = (
+        config.ensure_weight_tying and len({id(getattr(end, "weight", end)) for end in ends}) == 1
+    )  # PEFT wraps both ends
     named = needed | own.keys() if tied and needed & own.keys() else needed
     with files.open_tensors(directory / ADAPTER_FILE) as handle:
         extra = {base_key(key, targets): tuple(handle.get_slice(key).get_shape()) for key in extra_tensors}
