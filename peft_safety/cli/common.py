@@ -24,7 +24,7 @@ def fail(error: Exception, code: int) -> Any:
     """Print an error as one line on stderr, and exit."""
     from rich.text import Text
 
-    message = Text.assemble((f"{type(error).__name__}:", "bold red"), f" {error}")
+    message = Text.assemble((f"{type(error).__name__}:", "bold red"), f" {render.printable(str(error))}")
     render.plain_console(stderr=True).print(message, soft_wrap=True)
     sys.exit(code)
 
@@ -35,7 +35,7 @@ def show(facts: Mapping[str, Any], as_json: bool, *parts: str | Callable[[], obj
         typer.echo(json.dumps(facts, indent=1, default=str))
         return
     for part in parts:
-        typer.echo(part) if isinstance(part, str) else part()
+        typer.echo(render.printable(part)) if isinstance(part, str) else part()
 
 
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typer import Argument, Option
 
 from peft_safety.cli import options as opt
 from peft_safety.cli.common import app, print_facts, show
+from peft_safety.reporting import render
 
 
 @app.command()
@@ -24,7 +25,7 @@ def report(
     loaded = Report.load(path)
     if png is not None:
         loaded.save_png(png)
-    typer.echo(loaded.card()) if card else loaded.print()
+    typer.echo(render.printable(loaded.card())) if card else loaded.print()
 
 
 @app.command()
@@ -40,7 +41,6 @@ def info(
     from peft_safety import ops, registry
     from peft_safety.core.environment import environment
     from peft_safety.registry import fused
-    from peft_safety.reporting import render
 
     registry.register()
     facts = environment(seed=0)

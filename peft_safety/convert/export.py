@@ -15,12 +15,13 @@ from peft_safety.core.certificate import read_certificate
 from peft_safety.core.names import places
 from peft_safety.core.plain_lora import Factors, factor_tensors, plain_config, write_plain
 from peft_safety.core.projection import delta_leak, leak_tolerance
+from peft_safety.core.snapshot import reading
 from peft_safety.errors import ConfigError, ProtectionError
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.factors import layer_factors, protected_factors
 from peft_safety.registry.configs import stored_config
-from peft_safety.registry.protection import assert_protected
+from peft_safety.registry.protection import check_adapters
 
 
 def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> Path:
@@ -34,7 +35,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
         ProtectionError: the adapter is not protected any more, or a written factor would leak.
         ConfigError: it also trained other weights (`modules_to_save`), or is merged into the base weights.
     """
-    assert_protected(model, adapter_name)
+    check_adapters(model, adapter_name)
     layers = adapter_layers(model, adapter_name)
     factors = {name: layer_factors(name, layer, adapter_name) for name, layer in layers.items()}
     return _publish(Path(directory), factors, config_table(model)[adapter_name], places(model))
@@ -42,10 +43,11 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
 
 def export_directory(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Path:
     """`export_lora` for a saved adapter: from directory to directory, no model is built."""
-    if read_certificate(Path(source)) is not None:
-        raise ConfigError(f"{source} is a plain LoRA already, with a certificate beside it. Copy it.")
-    stored = check_adapter(Path(source), warn=True)
-    return _publish(Path(directory), protected_factors(stored, stored.shapes), stored_config(stored))
+    with reading(source, warn=True) as path:
+        if read_certificate(path) is not None:
+            raise ConfigError(f"{source} is a plain LoRA already, with a certificate beside it. Copy it.")
+        stored = check_adapter(path)
+        return _publish(Path(directory), protected_factors(stored, stored.shapes), stored_config(stored))
 
 
 def _publish(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from peft_safety.core.plain_lora import (
     stored_record,
 )
 from peft_safety.core.projection import leak, leak_tolerance, orthonormality_error
+from peft_safety.core.snapshot import reading
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.targets import base_layers
 from peft_safety.errors import ArtifactError, ProtectionError
 from peft_safety.methods.factors import protected_factors
-from peft_safety.methods.safe_lora.repair import factor_digest
+from peft_safety.methods.safe_lora.repair import factor_digest, scaling_digest
 from peft_safety.registry.checks import check_ahead
 from peft_safety.registry.configs import stored_config
 from peft_safety.registry.frozen import check_certified, freezing
@@ -102,7 +103,13 @@ def verify(
         model: a base model to compare with the shapes and the stored fingerprints; optional.
         subspace: the null space behind a certificate or a window, or its file, to check the blindness itself.
     """
-    path = Path(directory)
+    with reading(directory, warn=True) as path:
+        return replace(_verify(path, model, subspace), directory=os.fspath(directory))
+
+
+def _verify(
+    path: Path, model: nn.Module | None, subspace: SafetySubspace | str | os.PathLike[str] | None
+) -> Verification | FrozenVerification | RepairVerification:
     manifest = read_manifest(path, warn=False)
     kind, certificate = manifest.get("peft_type"), read_certificate(path)
     if certificate is not None:
@@ -110,7 +117,7 @@ def verify(
     repaired = kind == REPAIRED_TYPE or manifest.get("safe_lora") is not None
     if kind in PLAIN_TYPES and (repaired or stored_record(path) is not None):
         return _verify_repair(path)
-    stored = check_adapter(path, warn=True)
+    stored = check_adapter(path)
     config = stored_config(stored)
     if model is not None:
         layers = base_layers(model)
@@ -123,7 +130,7 @@ def verify(
         factors = protected_factors(stored, stored.shapes)
         worst = max(_blindness(path, space, name, f.a, leak_tolerance(f.a.dtype)) for name, f in factors.items())
     return Verification(
-        directory=os.fspath(directory),
+        directory=os.fspath(path),
         method=str(kind),
         modules=len(stored.shapes),
         ranks=tuple(sorted({rank for _, _, rank in stored.shapes.values()})),
@@ -209,10 +216,19 @@ def _verify_repair(path: Path) -> RepairVerification:
     record, factors = plain.record, {name: (factor.a, factor.b) for name, factor in plain.factors.items()}
     if record is None:
         raise ProtectionError(f"{path}: Safe LoRA was never applied: as unsafe as any LoRA. Run peft-safety repair.")
+    targets = plain.fields.get("target_modules")
+    lacking = [n for n in factors if isinstance(targets, list) and not any(f".{n}".endswith(f".{t}") for t in targets)]
+    if lacking or record.get("scaling", scaling_digest(plain.factors)) != scaling_digest(plain.factors):
+        raise ProtectionError(
+            f"{path}: its config has changed since Safe LoRA was applied: another scaling, or {lacking[:3]} left out "
+            "of target_modules. Repair the adapter from its original."
+        )
     if factor_digest(factors) != record.get("digest"):
         raise ProtectionError(
             f"{path}: the factors have changed since Safe LoRA was applied (trained on, combined or cast). Repair the "
             "adapter from its original."
         )
-    kind, repaired = str(plain.fields["peft_type"]), int(record.get("repaired", 0))
+    kind, repaired = str(plain.fields["peft_type"]), record.get("repaired", 0)
+    if type(repaired) is not int:
+        raise ArtifactError(f"{path}: the record of the repair is damaged. Copy or save the adapter again.")
     return RepairVerification(str(path), kind, len(factors), repaired, record)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core import files, plain_lora
@@ -44,13 +46,6 @@ class StoredAdapter:
     worst_leak: float
     extra_tensors: tuple[str, ...]
 
-    def comes_from(self, source: str, subfolder: str | None) -> bool:
-        """Whether this adapter was read from `source` (a directory or a Hub id)."""
-        local = Path(source, subfolder or "")
-        if local.is_dir():
-            return self.directory.resolve() == local.resolve()
-        return source.replace("/", "--") in str(self.directory)
-
 
 def protected_types() -> list[str]:
     """The values of `peft_type` that promise a protected adapter."""
@@ -63,13 +58,13 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     """Refuse wrong types, numbers out of range, and patterns, which can take forever to match, in a stored config."""
     modules: Any = config.get("target_modules")
     saved = config.get("modules_to_save") or []
-    if not _is_text_list(modules) or not all(_PLAIN_NAME.fullmatch(name) for name in modules):
+    if not _is_text_list(modules) or not are_names(modules):
         raise broken(where, "target_modules must list full module names, not patterns")
     for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if config.get(field):
             raise broken(where, f"{field} cannot be combined with full module names")
-    if not _is_text_list(saved) or "" in saved:
-        raise broken(where, "modules_to_save must list module names")
+    if not _is_text_list(saved) or not are_names(saved):
+        raise broken(where, "modules_to_save must list module names, not patterns")
     for field in ("rank_pattern", "alpha_pattern"):
         table = config.get(field) or {}
         if not isinstance(table, dict) or not set(table) <= set(modules):
@@ -77,11 +72,11 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     plain_lora.check_sizes(config, where)
 
 
-def check_adapter(directory: Path, warn: bool = False) -> StoredAdapter:
+def check_adapter(directory: Path) -> StoredAdapter:
     """Check files, hashes, keys, shapes, finiteness, orthonormality, and that no factor leaks. An ArtifactError
     refuses anything but the exact set of files and tensors; a SubspaceError bases that would not protect.
     """
-    config, path = plain_lora.read_manifest(directory, warn), directory / MANIFEST
+    config, path = plain_lora.read_manifest(directory, warn=False), directory / MANIFEST
     kind, types = config.get("peft_type"), protected_types()
     if kind not in types:
         raise ArtifactError(f"{path}: peft_type {kind!r} promises no protection. Give one of {' or '.join(types)}.")
@@ -146,6 +141,11 @@ def _factor(key: str, targets: Container[str]) -> re.Match[str] | None:
     return match if match is not None and match["module"] in targets else None
 
 
+def are_names(texts: Iterable[Any]) -> bool:
+    """Whether these are names, in which PEFT cannot see a regular expression that takes long."""
+    return all(isinstance(text, str) and _PLAIN_NAME.fullmatch(text) for text in texts)
+
+
 def _is_text_list(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
@@ -194,8 +194,11 @@ def _check_factors(
                 raise broken(path, f"{module} has {sorted(keys)}, expected {sorted(expected)}")
             headers = {kind: tuple(handle.get_slice(key).get_shape()) for kind, key in keys.items()}
             shapes[module] = _check_shapes(path, module, headers, subspace, config)
-            for kind, key in keys.items():
-                factor = plain_lora.read_tensor(handle, path, key, plain_lora.DTYPES)
+            tensors = {k: plain_lora.read_tensor(handle, path, key, plain_lora.DTYPES) for k, key in keys.items()}
+            alpha = (config.get("alpha_pattern") or {}).get(module, config["lora_alpha"])
+            a, b = (max((tensors[f"lora_{x}.{kind}"] for kind in kinds), key=_largest) for x in "AB")
+            plain_lora.check_product(path, module, a, b, plain_lora.scaling_of(alpha, shapes[module][2], config))
+            for kind, factor in tensors.items():
                 side: Side = "out" if kind.startswith("lora_B") else method.a_side
                 if side not in method.sides:
                     continue
@@ -212,13 +215,17 @@ def _check_factors(
     return shapes, worst
 
 
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max())
+
+
 def _check_shapes(
     path: Path, module: str, shapes: Mapping[str, Any], subspace: SafetySubspace, config: Mapping[str, Any]
 ) -> tuple[int, int, int]:
     """Check the shapes in the header, before tensors are read. Returns `(out_features, in_features, rank)`."""
     a, b = shapes["lora_A.weight"], shapes["lora_B.weight"]
     rank = (config.get("rank_pattern") or {}).get(module, config["r"])
-    fits = len(a) == len(b) == 2 and a[0] == b[1] == rank
+    fits = len(a) == len(b) == 2 and a[0] == b[1] == rank and 0 not in (*a, *b)
     fits = fits and (1 <= rank <= min(a[1], b[0]) or rank == config["r"])  # r may exceed a narrow layer
     fits = fits and (shapes.get("lora_A.initial", a), shapes.get("lora_B.initial", b)) == (a, b)
     bases = {side: tuple(u.shape) for side, u in subspace.bases[module].items()}

@@ -255,6 +255,7 @@ def sample(weight: Tensor) -> Tensor:
     return weight[rows.to(weight.device), columns.to(weight.device)].cpu()
 
 
+@cache
 def _sampled(m: int, n: int) -> tuple[Tensor, Tensor]:
     """Rows and columns of the sampled values."""
     index = torch.linspace(0, m * n - 1, SAMPLES, dtype=torch.float64).round().long()

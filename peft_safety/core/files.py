@@ -6,11 +6,12 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -50,7 +51,7 @@ def is_plain(name: Any) -> bool:
 
 def sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with regular(path) as file:
             return sha256_of(file.fileno())
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}. Copy the whole directory again.") from error
@@ -77,14 +78,30 @@ def drop(path: Path) -> None:
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object of at most `limit` bytes and 16 levels, without duplicate keys and NaN; else an ArtifactError."""
-    if path.exists() and not path.is_file():  # opening a named pipe would wait forever
-        raise ArtifactError(f"{path} is not a regular file. Point at a directory that save_pretrained wrote.")
+    return parse_json(read_bytes(path, limit), str(path), limit)
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a regular file; of a larger one than `limit`, one byte more."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(limit + 1)
+        with regular(path) as file:
+            return file.read(limit + 1)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}. Point at a directory that holds it.") from error
-    return parse_json(raw, str(path), limit)
+
+
+@contextmanager
+def regular(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file. An ArtifactError refuses a named pipe or a device, whose opening could wait for ever."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ArtifactError(f"{path} is not a regular file. Point at a directory that save_pretrained wrote.")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
 
 
 def parse_json(raw: bytes | str, where: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -106,7 +123,9 @@ def parse_json(raw: bytes | str, where: str, limit: int = MAX_JSON_BYTES) -> dic
         return value
 
     try:
-        value = json.loads(raw, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+        text = raw if isinstance(raw, str) else raw.decode("utf-8-sig")  # json would guess UTF-16, PEFT does not
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could not be written again
     except ArtifactError:
         raise
     except (ValueError, RecursionError) as error:
@@ -132,7 +151,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
     if path.suffix in PICKLES:
         raise ArtifactError(f"{path} is a pickle, which can run code: it is never opened. Convert it to safetensors.")
     try:
-        with safe_open(str(path), framework="pt") as handle:
+        with regular(path), safe_open(str(path), framework="pt") as handle:
             count = len(handle.keys())
             if count > MAX_TENSORS:
                 raise ArtifactError(f"{path} holds {count} tensors, more than {MAX_TENSORS}. Give an adapter's file.")

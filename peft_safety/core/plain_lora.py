@@ -35,6 +35,10 @@ RECORD = "peft_safety.safe_lora"
 
 MAX_ALPHA = 1e6
 MAX_RANK = 65_536
+MAX_PRODUCT = 1e30
+"""Of `s B A`, by its largest entries."""
+UNFIT = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
+"""What PEFT raises when a config holds a value of a wrong kind."""
 DTYPES = ("F32", "BF16", "F16")
 EXTRA_DTYPES = (*DTYPES, "I64", "I32", "I16", "I8", "U8", "BOOL")
 """Dtypes of tensors that are no factors, such as buffers of a module in `modules_to_save`."""
@@ -96,6 +100,20 @@ class PlainLoRA:
     extra: dict[str, Tensor]
     record: dict[str, Any] | None
 
+    def modules(self, where: Path) -> dict[str, tuple[int, float]]:
+        """Rank and alpha by full name, instead of any pattern. A ConfigError refuses an alpha that only a regular
+        expression says.
+        """
+        result = {}
+        for name, factor in self.factors.items():
+            if math.isnan(factor.scaling):
+                raise ConfigError(
+                    f"{where}: a regular expression says the alpha of {name}, and none is run. Write full names."
+                )
+            rank = int(factor.a.shape[0])
+            result[name] = (rank, factor.scaling * (math.sqrt(rank) if self.config.use_rslora else rank))
+        return result
+
 
 def broken(where: Path | str, problem: str) -> ArtifactError:
     return ArtifactError(f"{where}: {problem}. Copy or save the adapter again.")
@@ -134,8 +152,11 @@ def check_features(
 
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"{what} is a {type(config).__name__}, not a LoRA adapter. Give a LoRA adapter.")
+    usual = LoraConfig()
     for name, reason in features.items():
-        if getattr(config, name, None) and name not in allowed:
+        value = getattr(config, name, None)
+        empty = isinstance(value, dict) and value != getattr(usual, name, None)  # PEFT takes {} for a config, too
+        if (value or empty) and name not in allowed:
             raise ConfigError(f"{what}: {name} is not supported: {reason}. Use LoRA without it.")
     if config.init_lora_weights not in inits:
         raise ConfigError(
@@ -168,7 +189,7 @@ def config_of(fields: Mapping[str, Any], path: Path) -> Any:
         return LoraConfig.from_peft_type(**{name: value for name, value in fields.items() if name != "runtime_config"})
     except PeftSafetyError:
         raise
-    except (TypeError, ValueError, AttributeError) as error:
+    except UNFIT as error:
         raise broken(path, f"not a config of this PEFT ({error})") from error
 
 
@@ -204,6 +225,7 @@ def read_plain(directory: Path, allowed: Collection[str] = (), warn: bool = True
             a, b = (read_tensor(handle, file, key, ("F64", *DTYPES)) for key in pair)
             alpha = pattern_value(fields.get("alpha_pattern"), module, fields["lora_alpha"])
             scaling = scaling_of(math.nan if alpha is None else alpha, a.shape[0], fields)
+            check_product(file, module, a, b, scaling)
             factors[module] = Factors(a, b, scaling, bool(fields.get("fan_in_fan_out")))
     if record is not None:
         config.safe_lora = record
@@ -219,6 +241,14 @@ def read_tensor(handle: Any, path: Path, key: str, dtypes: tuple[str, ...]) -> T
     if not bool(torch.isfinite(tensor).all()):
         raise broken(path, f"{key} {tuple(tensor.shape)} holds NaN or Inf")
     return tensor
+
+
+def check_product(path: Path, module: str, a: Tensor, b: Tensor, scaling: float) -> None:
+    """An ArtifactError refuses finite factors whose product overflows. A NaN scaling, of a pattern, is passed."""
+    largest = float(a.abs().max()) * float(b.abs().max()) * a.shape[0] * scaling
+    if largest > MAX_PRODUCT:
+        shapes = f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}"
+        raise broken(path, f"{module}: the product of {shapes} may reach {largest:.2g}")
 
 
 def _factor_keys(handle: Any, path: Path) -> dict[str, tuple[str, str]]:
@@ -237,7 +267,7 @@ def _factor_keys(handle: Any, path: Path) -> dict[str, tuple[str, str]]:
         raise ArtifactError(f"{path} holds no LoRA factors. Give an adapter directory.")
     for module, pair in pairs.items():
         a, b = (tuple(handle.get_slice(pair[kind]).get_shape()) if kind in pair else () for kind in "AB")
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] < 1:
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
             raise broken(path, f"{module} has lora_A {a or 'missing'} and lora_B {b or 'missing'}")
     return {module: (pairs[module]["A"], pairs[module]["B"]) for module in sorted(pairs, key=_by_number)}
 

@@ -82,9 +82,9 @@ def _full_precision() -> bool:
 @torch.no_grad()
 def leak(u: Tensor, w: Tensor, side: Side = "out") -> float:
     """Share of a factor in the protected span (or outside its window), `||U^T w||_F / ||w||_F`, in fp64."""
-    u, w = u.double(), w.double()
+    w = w.double()
     total = float(torch.linalg.vector_norm(w))
-    return float(torch.linalg.vector_norm(coefficients(u, w, side))) / total if total > 0 else 0.0
+    return float(torch.linalg.vector_norm(coefficients(u.double(), w, side))) / total if total > 0 else 0.0
 
 
 @torch.no_grad()

@@ -68,9 +68,12 @@ class SafetySubspace:
         if not self.stored or not all(self.stored.values()):
             raise SubspaceError("the subspace, or one of its modules, has no basis. Calibrate it again.")
         spans: dict[int, Tensor] = {}
+        checked = set()  # many modules may share one basis
         for name, sides in self.stored.items():
             for side, u in sides.items():
-                _check_basis(u, name, side)
+                if (id(u), side) not in checked:
+                    _check_basis(u, name, side)
+                    checked.add((id(u), side))
                 values = self.spectra.get(name, {}).get(side, u[0])
                 _check_values(values, (u.shape[1],), f"{name}: the {side} spectrum")
                 if id(u) not in spans:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import stat
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -36,7 +37,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, An
     """Write the file, atomically; into `path/safety_subspace.safetensors` when `path` has no such suffix."""
     if path.suffix != ".safetensors":
         path = path / FILE_NAME
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")  # threads share the number
     first: dict[int, str] = {}
     shared = {key: first[id(x)] for key, x in tensors.items() if first.setdefault(id(x), key) != key}
     try:

@@ -301,6 +301,13 @@ def check_leaf(leaf: nn.Module, name: str, basis: Tensor | None, side: Side, res
     if not equal:
         one, other = ("none" if u is None else f"{tuple(u.shape)} {u.dtype}" for u in (own, basis))
         raise ProtectionError(f"{name}: its basis ({one}) is not the subspace's ({other}). Load the adapter again.")
+    if own is not None and _is_whole(leaf.raw(), own, side):
+        used = leaf.projected().detach()
+        share, limit = projection.leak(own.to(used.device), used, side), projection.leak_tolerance(used.dtype)
+        if share > limit:  # NaN is refused below
+            raise ProtectionError(
+                f"{name}: {share:.2g} of its factor leaks (limit {limit:.2g}). Load the adapter again."
+            )
     for factor in (leaf.raw(), leaf.initial):
         if factor is None or hasattr(factor, "device_mesh") or factor.is_meta or bool(torch.isfinite(factor).all()):
             continue

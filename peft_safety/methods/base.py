@@ -23,6 +23,7 @@ from peft_safety.core.adapter_dir import StoredAdapter, sign
 from peft_safety.core.certificate import Certificate
 from peft_safety.core.plain_lora import INITS, MANIFEST, NOT_PROTECTED, WITH_FROZEN_A, check_features, check_sizes
 from peft_safety.core.projection import Side
+from peft_safety.core.snapshot import Snapshot
 from peft_safety.core.subspace_file import FILE_NAME
 from peft_safety.core.targets import target_layers
 from peft_safety.data import calibration_rows
@@ -82,6 +83,7 @@ class ProtectedConfig(LoraConfig):
         )
         super().__post_init__()
         self._stored: StoredAdapter | None = None
+        self._snapshot: Snapshot | None = None  # of the directory that it was read from, until an adapter is made
         self._origin: Any = None  # `registry.reuse.Origin` of the adapter that was made from it
         self._mark: str | None = None
         self._injecting = False

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,13 +18,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from peft_safety.core.adapter_dir import check_adapter, protected_types
+from peft_safety.core.adapter_dir import protected_types
 from peft_safety.core.names import exclude_look_alikes, pin, places
 from peft_safety.core.plain_lora import read_manifest, read_plain
+from peft_safety.core.snapshot import reading
 from peft_safety.data import affirmation_pairs, rows_of
 from peft_safety.data.rows import Row, Rows, as_rows, label_names
 from peft_safety.errors import ArtifactError, ConfigError, DataError, PeftSafetyError
-from peft_safety.registry.configs import stored_config
 
 HOLDOUT = 0.15
 """Share of a data set without splits that is held out for evaluation."""
@@ -112,15 +111,10 @@ def load_adapter(
 def _adapter_config(path: Path) -> Any:
     """The checked config. For a plain LoRA, full names, ranks and alphas from its tensors replace every pattern."""
     if read_manifest(path, warn=False).get("peft_type") in protected_types():
-        return stored_config(check_adapter(path, warn=True))
-    plain = read_plain(path)
-    modules = {}
-    for name, factor in plain.factors.items():
-        if math.isnan(factor.scaling):
-            raise ConfigError(f"{path}: the alpha of {name} is given by a regular expression. Write full names.")
-        rank = int(factor.a.shape[0])
-        modules[name] = (rank, factor.scaling * (math.sqrt(rank) if plain.config.use_rslora else rank))
-    pin(plain.config, modules)
+        return PeftConfig.from_pretrained(str(path))
+    with reading(path, warn=True) as folder:
+        plain = read_plain(folder)
+    pin(plain.config, plain.modules(path))
     return plain.config
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core import files
@@ -21,9 +23,9 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
     """Check, before anything is changed, that a stored adapter fits, and that some layer can have the rank."""
     modules = {name: original(module) for name, _, module in walk(model)}
     certificate = config._certificate
-    if certificate is not None and certificate.directory is not None and config._origin is None:
-        extra = read_plain(certificate.directory, WITH_FROZEN_A).extra
-        _check_extra(model, config, certificate.directory, tuple(extra), certificate.modules)
+    if certificate is not None and config._snapshot is not None:
+        extra = read_plain(config._snapshot.path, WITH_FROZEN_A).extra
+        _check_extra(model, config, config._snapshot.path, tuple(extra), certificate.modules)
     if config._stored is None:
         widest = max((min(shape) for shape in map(_shape, modules.values()) if shape), default=config.r)
         if config.r > widest:
@@ -53,7 +55,7 @@ def _check_extra(
 ) -> None:
     """Only `modules_to_save`, token rows and the model's embeddings may have tensors: no other weight is replaced."""
     saved = tuple(config.modules_to_save or ())
-    if not saved and not extra_tensors:
+    if not saved and not extra_tensors and not config.trainable_token_indices:
         return
     places = {name: module for name, _, module in walk(model, shared=True)}
     inside = tuple(f"{name}." for name, module in places.items() if isinstance(module, AuxiliaryTrainingWrapper))
@@ -65,21 +67,57 @@ def _check_extra(
         for n, m in modules.items()
         if saved and n.endswith(saved)
         for k, v in m.state_dict().items()
-    }
+    } | _token_rows(directory, config, modules, ends[:1])
     needed = set(allowed)
+    own: dict[str, Tensor] = {}
     for name, module in modules.items():
         if any(module is end for end in ends):
-            allowed |= {f"{name}.{k}": tuple(v.shape) for k, v in module.state_dict().items()}
+            own |= {f"{name}.{k}": v for k, v in module.state_dict().items()}
+    allowed |= {key: tuple(v.shape) for key, v in own.items()}
+    tied = (
+        config.ensure_weight_tying and len({id(getattr(end, "weight", end)) for end in ends}) == 1
+    )  # PEFT wraps both ends
+    named = needed | own.keys() if tied and needed & own.keys() else needed
     with files.open_tensors(directory / ADAPTER_FILE) as handle:
-        shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in extra_tensors}
-    extra = {base_key(key, targets): shape for key, shape in shapes.items()}
-    if config.trainable_token_indices:
-        extra = {key: shape for key, shape in extra.items() if "token_adapter" not in key}
-    mismatched = sorted(key for key in extra.keys() | needed if extra.get(key) != allowed.get(key))
-    if mismatched:
-        key = mismatched[0]
-        raise ArtifactError(
-            f"{directory}: {key} is {extra.get(key, 'missing')} in the adapter, and modules_to_save and the "
-            f"model's embeddings account for {allowed.get(key, 'no such tensor')}: it would replace a base weight, or "
-            "leave one untrained. Save the adapter again."
-        )
+        extra = {base_key(key, targets): tuple(handle.get_slice(key).get_shape()) for key in extra_tensors}
+        mismatched = sorted(key for key in extra.keys() | needed if extra.get(key) != allowed.get(key))
+        if mismatched:
+            key = mismatched[0]
+            raise ArtifactError(
+                f"{directory}: {key} is {extra.get(key, 'missing')} in the adapter, and modules_to_save and the "
+                f"model's embeddings account for {allowed.get(key, 'no such tensor')}: it would replace a base weight "
+                "or leave one untrained. Save the adapter again."
+            )
+        for stored in extra_tensors:
+            key = base_key(stored, targets)
+            if key not in named and not _equal(handle.get_tensor(stored), own[key]):
+                raise ArtifactError(
+                    f"{directory}: {key} {extra[key]} would replace the model's own, and the config does not name it. "
+                    "Name it in modules_to_save when the adapter is trained, or save with save_embedding_layers=False."
+                )
+
+
+def _token_rows(
+    directory: Path, config: ProtectedConfig, modules: Mapping[str, nn.Module], embeddings: Sequence[nn.Module | None]
+) -> dict[str, tuple[int, ...]]:
+    """The keys and shapes of the trained token rows that a config names."""
+    rows: Any = config.trainable_token_indices or {}
+    table = (
+        rows if isinstance(rows, dict) else {n: rows for n, m in modules.items() if any(m is e for e in embeddings)}
+    )
+    result: dict[str, tuple[int, ...]] = {}
+    for end, indices in table.items():
+        for name in (name for name in modules if name.endswith(end)):
+            shape = tuple(getattr(modules[name], "weight", torch.empty(0)).shape)
+            known = len(shape) == 2 and isinstance(indices, list)
+            if not known or not all(type(i) is int and 0 <= i < shape[0] for i in indices):
+                what = f"trainable_token_indices={str(rows)[:80]} are no rows of {name} {shape}"
+                raise ArtifactError(f"{directory}: {what}. Load the base model that it was trained on.")
+            result[f"{name}.token_adapter.trainable_tokens_delta"] = (len(indices), shape[1])
+    return result
+
+
+def _equal(stored: Tensor, own: Tensor) -> bool:
+    """Whether a stored weight is the model's own, in the coarser of the two dtypes."""
+    dtype = min(stored.dtype, own.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(stored.to(dtype), own.detach().cpu().to(dtype))

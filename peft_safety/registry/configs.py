@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from peft import LoraConfig
 
 from peft_safety.core import files, publish
-from peft_safety.core.adapter_dir import StoredAdapter, check_adapter, check_config
+from peft_safety.core.adapter_dir import StoredAdapter, check_adapter, check_config, protected_types
 from peft_safety.core.certificate import FILE_NAME as CERTIFICATE
 from peft_safety.core.names import pin
-from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST, config_of, stored_record
+from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST, UNFIT, config_of, stored_record
+from peft_safety.core.snapshot import Snapshot, named
 from peft_safety.core.subspace_file import FILE_NAME
 from peft_safety.errors import ArtifactError, PeftSafetyError
 from peft_safety.methods.base import ProtectedConfig
@@ -31,61 +33,89 @@ def config_from_pretrained(
     subfolder: str | None = None,
     **kwargs: Any,
 ) -> Any:
-    """A protected config gets its checked directory, with the subspace, the shapes and the full module names."""
+    """A protected config gets a snapshot of its directory, checked, with the subspace, the shapes and full names."""
     source = pretrained_model_name_or_path  # PEFT's own name above: callers may use it
-    local = Path(source, subfolder or "")
-    folder = _checked_folder(source, subfolder, kwargs, warn=True)
-    try:
-        config = original(cls, source if folder is None else folder, subfolder if folder is None else None, **kwargs)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, PeftSafetyError) or not issubclass(cls, ProtectedConfig):
-            raise
-        raise ArtifactError(f"{MANIFEST} of {source!r} is not a {cls.__name__}: {error}. Save it again.") from error
-    if type(config) is LoraConfig:
-        whole = local if local.is_dir() else _certified_folder(source, subfolder, kwargs)
-        config = config if whole is None else certified(config, whole)
-    if not isinstance(config, ProtectedConfig):
-        if getattr(config, "safe_lora", None) is None and (record := stored_record(local)) is not None:
-            config.safe_lora = record  # so that a second repair is refused
-        return config
-    if config.is_plain:
-        return config
-    if config.safety_artifact is None and local.is_dir() and not any(local.glob("adapter_model*")):
-        return config  # a config alone, saved before any adapter was made from it
-    names = (ADAPTER_FILE, FILE_NAME, MANIFEST)
-    directory = local if local.is_dir() else _folder(source, subfolder, kwargs, *names)
-    if directory is None:
-        raise ArtifactError(f"{source!r}: one of {', '.join(names)} cannot be fetched. Check the connection.")
-    take_over(config, check_adapter(directory))
+    caller = sys._getframe(2).f_globals.get("__name__", "").partition(".")[0]
+    snapshot = snapshot_of(source, subfolder, kwargs)
+    with named(snapshot):
+        try:
+            where = (source, subfolder) if snapshot is None else (str(snapshot.path), None)
+            config = original(cls, *where, **kwargs)
+            if snapshot is not None and type(config) is LoraConfig:
+                config = certified(config, snapshot)
+        except UNFIT as error:
+            if isinstance(error, PeftSafetyError) or (snapshot is None and not issubclass(cls, ProtectedConfig)):
+                raise
+            what = f"{MANIFEST} of {source!r} is not a {cls.__name__}"
+            raise ArtifactError(f"{what}: {error}. Save it again.") from error
+        if not isinstance(config, ProtectedConfig):
+            local = Path(source, subfolder or "") if snapshot is None else snapshot.path
+            if getattr(config, "safe_lora", None) is None and (record := stored_record(local)) is not None:
+                config.safe_lora = record  # so that a second repair is refused
+            return config
+        if snapshot is None:
+            raise ArtifactError(f"{source!r} changed while it was read. Try again.")
+        if not config.is_plain:
+            if config.safety_artifact is None and not any(snapshot.path.glob("adapter_model*")):
+                if caller not in ("peft", "transformers"):
+                    return config  # a config alone, saved before any adapter was made from it
+                raise ArtifactError(f"{source!r} holds a config without its {ADAPTER_FILE}. Copy the whole directory.")
+            take_over(config, check_adapter(snapshot.path))
+    config._snapshot = snapshot
     return config
 
 
 def get_peft_type(original: Callable[..., Any], cls: Any, model_id: str, **kwargs: Any) -> Any:
     """PEFT asks for the type first, and would look on the Hub where an interrupted save left no config."""
-    folder = _checked_folder(model_id, kwargs.get("subfolder"), kwargs, warn=False)
-    if folder is None:
-        return original(cls, model_id, **kwargs)
-    return original(cls, str(folder), **{**kwargs, "subfolder": None})
+    return _checked_folder(model_id, kwargs.get("subfolder"), kwargs)[1] or original(cls, model_id, **kwargs)
+
+
+def snapshot_of(source: str | os.PathLike[str], subfolder: str | None, kwargs: dict[str, Any]) -> Snapshot | None:
+    """The one that is being loaded, or a new one of the directory, local or fetched; None where nothing is ours."""
+    local = Path(source, subfolder or "")
+    if (existing := Snapshot.of(local)) is not None:
+        return existing
+    folder, kind = _checked_folder(source, subfolder, kwargs)
+    if local.is_dir():
+        if folder is not None and (kind in config_types() or os.path.lexists(local / CERTIFICATE)):
+            return Snapshot(local, warn=True)
+        publish.require_whole(local, ours=False)
+        return None
+    if kind in config_types():
+        protected = issubclass(config_types()[kind], ProtectedConfig)
+        names = (ADAPTER_FILE, FILE_NAME, MANIFEST) if protected else (MANIFEST,)
+        if (folder := _folder(source, subfolder, kwargs, *names)) is None:
+            raise ArtifactError(f"{source!r}: one of {', '.join(names)} cannot be fetched. Check the connection.")
+    elif folder is not None:
+        folder = _certified_folder(source, subfolder, kwargs) if kind == "LORA" else None
+    return None if folder is None else Snapshot(folder)
+
+
+def is_protected(source: str | os.PathLike[str], subfolder: str | None) -> bool:
+    """Whether a directory holds a protected adapter. The Hub is not asked."""
+    local = Path(source, subfolder or "")
+    certified = os.path.lexists(local / CERTIFICATE)
+    return (local / MANIFEST).is_file() and (_check_file(local / MANIFEST) in protected_types() or certified)
 
 
 def _checked_folder(
-    source: str | os.PathLike[str], subfolder: str | None, kwargs: dict[str, Any], warn: bool
-) -> str | None:
-    """The folder of the config, local or fetched, once the config is checked; None without one, which PEFT reports."""
+    source: str | os.PathLike[str], subfolder: str | None, kwargs: dict[str, Any]
+) -> tuple[Path | None, str]:
+    """The folder of the config, local or fetched, once the config is checked; None without one, which PEFT reports.
+    And its peft_type.
+    """
     local = Path(source, subfolder or "")
     if local.is_dir():
-        publish.require_whole(local, ours=False, warn=warn)
+        publish.require_whole(local, ours=False, warn=False)
     folder = local if (local / MANIFEST).is_file() else _folder(source, subfolder, kwargs, MANIFEST)
-    if folder is None:
-        return None
-    _check_file(folder / MANIFEST)
-    return str(folder)
+    return folder, "" if folder is None else _check_file(folder / MANIFEST)
 
 
-def _check_file(path: Path) -> None:
-    """Parse a config of this package with limits before PEFT sees it, and refuse one that hides what it is."""
-    with path.open("rb") as file:
-        raw = file.read(files.MAX_JSON_BYTES + 1)
+def _check_file(path: Path) -> str:
+    """Parse a config of this package with limits before PEFT sees it, and refuse one that hides what it is. Returns
+    its peft_type.
+    """
+    raw = files.read_bytes(path, files.MAX_JSON_BYTES)
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError):
@@ -93,22 +123,25 @@ def _check_file(path: Path) -> None:
     fields = content if isinstance(content, dict) else {}
     kind = fields.get("peft_type")
     ours = isinstance(kind, str) and kind in config_types()
+    certified = os.path.lexists(path.parent / CERTIFICATE)
     unreadable = not isinstance(kind, str) and (
-        (path.parent / FILE_NAME).exists() or any(name.encode() in raw for name in config_types())
+        certified or (path.parent / FILE_NAME).exists() or any(name.encode() in raw for name in config_types())
     )
     if ours or unreadable:
-        files.read_json(path)
+        files.parse_json(raw, str(path))
     publish.require_whole(path.parent, ours=ours or unreadable, warn=False)
-    if unreadable or (not ours and fields.get("safety_artifact") is not None):
+    other = not ours and (fields.get("safety_artifact") is not None or (certified and kind != "LORA"))
+    if unreadable or other:
         raise ArtifactError(
             f"{path}: peft_type {kind!r} would load a protected adapter without its protection. Copy or save the "
             "adapter again; to make it a plain LoRA on purpose, use peft_safety.export_lora."
         )
     if ours and fields.get("safety_artifact") is not None:
         check_config(fields, str(path))
+    return kind if isinstance(kind, str) else ""
 
 
-def _certified_folder(source: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path | None:
+def _certified_folder(source: str | os.PathLike[str], subfolder: str | None, kwargs: dict[str, Any]) -> Path | None:
     """The folder in the Hub's cache of an adapter with a certificate; None without one; else an ArtifactError."""
     try:
         _fetch(source, CERTIFICATE, subfolder, kwargs)

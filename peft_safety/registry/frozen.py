@@ -11,10 +11,13 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from peft_safety.core.adapter_dir import are_names
 from peft_safety.core.base_weights import is_whole
 from peft_safety.core.certificate import FILE_NAME, Certificate, FrozenFactor, certified_factor, read_certificate
+from peft_safety.core.names import pin
 from peft_safety.core.plain_lora import WITH_FROZEN_A, read_plain
 from peft_safety.core.projection import leak_tolerance
+from peft_safety.core.snapshot import Snapshot, reading
 from peft_safety.errors import ArtifactError, ConfigError, UnsupportedLayerError
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.layers.frozen_linear import freeze
@@ -45,7 +48,9 @@ def reuse_factors(layers: Layers, adapter_name: str, config: ProtectedConfig, co
             config._certificate = configs[source]._certificate
             rows = {name: layer.lora_A[source].weight.detach() for name, layer in layers.items()}
         elif config._certificate is not None and config._certificate.directory is not None:
-            rows = check_certified(config._certificate.directory, config._certificate, layers, adapter_name)
+            folder = config._certificate.directory if config._snapshot is None else config._snapshot.path
+            with reading(folder) as path:
+                rows = check_certified(path, config._certificate, layers, adapter_name)
         else:
             return False
         _install(layers, adapter_name, rows)
@@ -131,13 +136,21 @@ def check_certified(
     return rows
 
 
-def certified(config: LoraConfig, directory: Path) -> LoraConfig:
+def certified(config: LoraConfig, snapshot: Snapshot) -> LoraConfig:
     """The protected config of a plain LoRA directory with a certificate; without one, the plain config itself."""
-    certificate = read_certificate(directory)
+    certificate = read_certificate(snapshot.path)
     if certificate is None:
         return config
-    check_certified(directory, certificate)
-    result: LoraConfig = freezing(certificate).from_certificate(config, certificate)
+    check_certified(snapshot.path, certificate)
+    plain = read_plain(snapshot.path, WITH_FROZEN_A, warn=False)
+    if not are_names(config.modules_to_save or ()):
+        raise ArtifactError(f"{snapshot.path}: modules_to_save must list module names. Save the adapter again.")
+    patterns = (config.target_modules, config.exclude_modules, config.layers_pattern)
+    given = [x for value in patterns for x in ([value] if isinstance(value, str) else value or ())]
+    if not are_names([*given, *(config.rank_pattern or ()), *(config.alpha_pattern or ())]):
+        pin(config, plain.modules(snapshot.path))  # no regular expression of a directory is run
+    source = replace(certificate, directory=snapshot.source.resolve())
+    result: LoraConfig = freezing(certificate).from_certificate(config, source)
     return result
 
 
@@ -157,7 +170,8 @@ def take_over(config: ProtectedConfig, stored: ProtectedConfig, layers: Layers, 
     assert certificate.directory is not None
     if config.subspace_id != stored.subspace_id:
         raise ConfigError(f"{certificate.directory} avoids another null space than adapter {name!r}. {reuse.NEW_NAME}")
-    rows = check_certified(certificate.directory, certificate, layers, name)
+    with reading(certificate.directory if stored._snapshot is None else stored._snapshot.path) as path:
+        rows = check_certified(path, certificate, layers, name)
     config._certificate = certificate
     _install(layers, name, rows)
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
+from safetensors.torch import load_file
 from torch import nn
 
-from peft_safety.core.plain_lora import PREFIX
+from peft_safety.core.plain_lora import ADAPTER_FILE, PREFIX
+from peft_safety.core.snapshot import named
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.layers import FrozenLinear, ProtectedLinear
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry.attach import bind
+from peft_safety.registry.checks import check_ahead
 from peft_safety.registry.protection import protected_configs
 from peft_safety.registry.reuse import NEW_NAME, remember, sizes
+from peft_safety.registry.rollback import Before, undone
 from peft_safety.registry.tuners import adopt
 
 NO_RESIDUAL = "an adapter with a residual (init='task' or 'guardspace') cannot"
@@ -50,14 +55,43 @@ def hotswap_adapter_from_state_dict(
         return original(model, state_dict, adapter_name, config, *args, **kwargs)
     if not isinstance(config, ProtectedConfig):
         raise ConfigError(f"a {type(config).__name__} cannot replace the protected {adapter_name!r}. {NEW_NAME}")
-    layers = adapter_layers(model, adapter_name)
-    if config.freezes or (current is not None and current.freezes):
-        if current is None or not (current.freezes and config.is_plain):
-            raise ConfigError(f"{adapter_name!r} and the new adapter must both have a saved frozen lora_A. {NEW_NAME}")
-        _check_factors(state_dict, config)
+    snapshot = config._snapshot
+    if snapshot is not None and sys._getframe(2).f_code.co_name == "hotswap_adapter":
+        device = next((str(x.device) for x in state_dict.values()), "cpu")
+        tensors = load_file(snapshot.path / ADAPTER_FILE, device=device)  # not what the file holds by now
+        state_dict = {_with_name(key, adapter_name): tensor for key, tensor in tensors.items()}
+    with undone(Before(model, adapter_name), f"adapter {adapter_name!r}"), named(snapshot):
+        check_ahead(model, config)
+        layers = adapter_layers(model, adapter_name)
+        if config.freezes or (current is not None and current.freezes):
+            if current is None or not (current.freezes and config.is_plain):
+                raise ConfigError(
+                    f"{adapter_name!r} and the new adapter must both have a saved frozen lora_A. {NEW_NAME}"
+                )
+            _check_factors(state_dict, config)
+        else:
+            _check_fits(layers, adapter_name, current, config)
+            for tuner in (module for module in model.modules() if isinstance(module, BaseTuner)):
+                adopt(tuner, config)
         original(model, state_dict, adapter_name, config, *args, **kwargs)
-        _record(model, layers, adapter_name, config)
-        return None
+        config._modules = sizes(layers, adapter_name)
+        remember(config, loaded=True)
+        config_table(model)[adapter_name] = config
+        if not config.freezes:
+            bind(layers, adapter_name, config)
+    config._snapshot = None
+    return None
+
+
+def _with_name(key: str, adapter_name: str) -> str:
+    """The key of a stored factor in a model: the adapter's name stands before `weight`."""
+    module, _, kind = key.rpartition(".")
+    return f"{module}.{adapter_name}.{kind}" if module.endswith((".lora_A", ".lora_B")) else key
+
+
+def _check_fits(
+    layers: dict[str, LoraLayer], adapter_name: str, current: ProtectedConfig | None, config: ProtectedConfig
+) -> None:
     if config.residual or (current is not None and current.residual):
         raise ConfigError(f"adapter {adapter_name!r}: {NO_RESIDUAL} be hot-swapped. Use export_lora first.")
     if current is not None and current.sides != config.sides:  # a leaf of the other side would stay
@@ -69,12 +103,6 @@ def hotswap_adapter_from_state_dict(
         mismatched = sorted(set(subspace.bases) ^ set(layers))[:3]
         raise ArtifactError(f"{adapter_name!r} and the new adapter differ in modules: {mismatched}. {NEW_NAME}")
     subspace.check_fits({name: layer.get_base_layer() for name, layer in layers.items()}, config.basis_sides)
-    for tuner in (module for module in model.modules() if isinstance(module, BaseTuner)):
-        adopt(tuner, config)
-    original(model, state_dict, adapter_name, config, *args, **kwargs)
-    _record(model, layers, adapter_name, config)
-    bind(layers, adapter_name, config)
-    return None
 
 
 def _check_factors(state_dict: dict[str, Any], config: ProtectedConfig) -> None:
@@ -88,9 +116,3 @@ def _check_factors(state_dict: dict[str, Any], config: ProtectedConfig) -> None:
                 f"{key} {tuple(tensor.shape)} is not the frozen factor that the certificate vouches for. Use "
                 f"peft.utils.hotswap.hotswap_adapter with a certified directory. {NEW_NAME}"
             )
-
-
-def _record(model: nn.Module, layers: dict[str, LoraLayer], adapter_name: str, config: ProtectedConfig) -> None:
-    config._modules = sizes(layers, adapter_name)
-    remember(config, loaded=True)
-    config_table(model)[adapter_name] = config

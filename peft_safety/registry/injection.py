@@ -11,12 +11,14 @@ from torch import nn
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core.names import listed, pin, places, walk
+from peft_safety.core.snapshot import named
 from peft_safety.errors import ConfigError, PeftSafetyError
 from peft_safety.layers import FrozenLinear, ProtectedLinear
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry.attach import attach
 from peft_safety.registry.checks import check_ahead
 from peft_safety.registry.reuse import private
+from peft_safety.registry.rollback import Before, refuse_unfit
 from peft_safety.registry.tuners import adopt
 
 
@@ -25,49 +27,50 @@ def inject_adapter(
 ) -> None:
     """PEFT builds its layers, then `attach` puts the protected leaves in. If anything fails, all of it is undone."""
     given = self.peft_config[adapter_name]
+    known: dict[str, ProtectedConfig] = next(
+        (vars(m)["_protected"] for m in model.modules() if "_protected" in vars(m)), {}
+    )
     if not isinstance(given, ProtectedConfig):
-        _check_unprotected(model, adapter_name, given)
+        _check_unprotected(model, adapter_name, given, known.get(adapter_name))
         return original(self, model, adapter_name, *args, **kwargs)
-    check_ahead(model, given)
     config = private(given)
     config._combined = getattr(self, "_combining", False)
     if config._stored is not None:
         pin(config, config._modules, places(model))
+    if not config.inference_mode:
+        weights.stay_unpacked(model)
     _expand_all_linear(model, config)
     modules = dict(model.named_modules())
-    kinds = [(module, type(module)) for module in (self, *modules.values())]
     where = [(own, name) for own, name, _ in walk(model, shared=True)]
-    parameters = [(module, dict(module._parameters)) for module in modules.values()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    adopt(self, given)
-    self.peft_config[adapter_name] = config
+    before = Before(model, adapter_name, self)
     try:
-        if not config.inference_mode:
-            weights.stay_unpacked(model)
-        config._injecting = True
-        original(self, model, adapter_name, *args, **kwargs)
-        left_out = attach(model, adapter_name, config, self.peft_config)
+        with named(given._snapshot):
+            check_ahead(model, given)
+            adopt(self, given)
+            self.peft_config[adapter_name] = config
+            config._injecting = True
+            original(self, model, adapter_name, *args, **kwargs)
+            left_out = attach(model, adapter_name, config, self.peft_config)
         # `places` of a mixed model, which is injected into from outside, would have PEFT's prefix
         excluded = {place for own, place in where if own in left_out}
         _take_out(adapter_name, modules, excluded)
         self.targeted_module_names = [name for name in self.targeted_module_names if name not in excluded]
     except BaseException as error:
-        _undo(model, adapter_name, modules)
-        for module, kind in kinds:
-            if type(module) is not kind:
-                module.__class__ = kind
-        for module, own in parameters:  # PEFT's MultiheadAttention registers its base weights anew
-            module._parameters.clear()
-            module._parameters.update(own)
-        for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
+        before.restore()
+        _reset_table(model, adapter_name, known.get(adapter_name) if before.values else None)
         if isinstance(error, ValueError) and not isinstance(error, PeftSafetyError):  # PEFT's: no module matched
             raise ConfigError(
                 f"{type(config).__name__}: {error} Give target_modules that the model has, or 'all-linear'."
             ) from error
+        if given._snapshot is not None:
+            refuse_unfit(error, given._snapshot.source)
         raise
     finally:
         config._injecting = False
+    vars(model)["_protected"] = {**known, adapter_name: config}
+    if config._snapshot is not None:  # `storage.load_adapter` is next
+        vars(self)["_pending"] = (adapter_name, config._snapshot, before)
+        config._snapshot = config._stored = None
     return None
 
 
@@ -90,30 +93,31 @@ def _expand_all_linear(model: nn.Module, config: ProtectedConfig) -> None:
         )
 
 
-def _check_unprotected(model: nn.Module, adapter_name: str, given: Any) -> None:
+def _check_unprotected(model: nn.Module, adapter_name: str, given: Any, existing: ProtectedConfig | None) -> None:
     """Refuse an ordinary adapter under the name of a protected one, whose layers it would replace."""
     for name, module in model.named_modules():
         if isinstance(module, (ProtectedLinear, FrozenLinear)) and name.rpartition(".")[2] == adapter_name:
+            _reset_table(model, adapter_name, existing)
             raise ConfigError(
                 f"{name}: adapter {adapter_name!r} is protected, and a {type(given).__name__} of this name would "
                 "replace its layers by ordinary ones. Use another adapter_name, or delete_adapter first."
             )
 
 
-def _undo(model: nn.Module, adapter_name: str, before: dict[str, nn.Module]) -> None:
-    _take_out(adapter_name, before)
+def _reset_table(model: nn.Module, adapter_name: str, existing: ProtectedConfig | None) -> None:
+    """PEFT enters a config into the model's table before it injects; transformers marks the model, too."""
     table = getattr(model, "peft_config", None)
     if isinstance(table, dict):
         table.pop(adapter_name, None)
-    if not table:  # transformers marks the model before it injects
+        table.update({} if existing is None else {adapter_name: existing})
+    if not table:
         vars(model).pop("_hf_peft_config_loaded", None)
 
 
-def _take_out(adapter_name: str, before: dict[str, nn.Module], names: Collection[str] | None = None) -> None:
-    """Put replaced modules back, and take the adapter out of layers that existed before: of all, or of some names."""
-    for name, module in before.items():
-        if names is not None and name not in names:
-            continue
+def _take_out(adapter_name: str, before: dict[str, nn.Module], names: Collection[str]) -> None:
+    """Put replaced modules of these names back, and take the adapter out of layers that existed before."""
+    for name in names:
+        module = before[name]
         if isinstance(module, BaseTunerLayer):
             module.delete_adapter(adapter_name)
         parent, _, child = name.rpartition(".")

@@ -10,14 +10,24 @@ from peft.tuners import lora
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from peft_safety.layers import FrozenLinear
+from peft_safety.core import base_weights
+from peft_safety.errors import LossyMergeError
+from peft_safety.layers import FrozenLinear, ProtectedLinear
 from peft_safety.registry import fused
 
 
 class _Residual:
-    """Merges and conversions include the residual."""
+    """Merges and conversions include the residual, and no merge is into a k-bit weight."""
 
     replaces: ClassVar[type]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        layer: Any = self
+        for adapter in adapter_names or layer.active_adapters:
+            factors = [table[adapter] for table in (layer.lora_A, layer.lora_B) if adapter in table]
+            if any(isinstance(factor, (ProtectedLinear, FrozenLinear)) for factor in factors):
+                refuse_lossy_merge(layer, adapter, type(self).__name__)
+        super().merge(safe_merge, adapter_names)  # type: ignore[misc]
 
     def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Any:
         """`s (C B A - C B0 A0)` with a residual, otherwise PEFT's `s B A` (reading B projects it)."""
@@ -86,6 +96,24 @@ if is_bnb_4bit_available():
             return super().forward(x, *args, **kwargs) if y is None else y
 
     KINDS[lora.Linear4bit] = LoraLinear4bit
+
+
+def refuse_lossy_merge(layer: Any, adapter: str, name: str) -> None:
+    """Merging into a k-bit weight rounds most of the update away, and the rest leaks."""
+    base = layer.get_base_layer()
+    kind = base_weights.quantization(base)
+    if kind == "packed":
+        raise LossyMergeError(
+            f"{name}: a {type(base).__name__} {base_weights.shape(base)} cannot be merged into: its weight cannot be "
+            "read. Keep the adapter beside the base."
+        )
+    if kind is not None:
+        kept = base_weights.merge_survival(base, layer.get_delta_weight(adapter), name)
+        raise LossyMergeError(
+            f"{name}: merging into a {kind} weight would keep {kept:.1%} of the update of adapter {adapter!r} "
+            "and let the rest leak into the protected subspace. Keep the adapter beside the base, or merge "
+            "into dequantized weights with peft_safety.merge_quantized(model)."
+        )
 
 
 def adopt(layer: nn.Module) -> None:

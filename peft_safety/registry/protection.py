@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_safety.core import base_weights
@@ -19,14 +22,38 @@ def protected_configs(model: nn.Module) -> dict[str, ProtectedConfig]:
 
 
 def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Check that every protected adapter still is: leaf, basis and weight of each of its modules.
+    """Check that every protected adapter still is: leaf, basis and weight of each of its modules, and that no ordinary
+    adapter is active beside one.
 
     Args:
         adapter_name: one adapter; None checks all protected ones.
 
     Raises:
-        ProtectionError: the model has no protected adapter, or a module of one has lost its protection.
+        ProtectionError: the model has no protected adapter, a module of one has lost its protection, or an ordinary
+            adapter is active beside one.
     """
+    refuse_others(model)
+    check_adapters(model, adapter_name)
+
+
+def refuse_others(model: nn.Module, adapters: Iterable[str] | None = None) -> None:
+    """Refuse, by a ProtectionError, ordinary adapters that are active, or merged, together with a protected one: no
+    projection constrains the sum.
+    """
+    used: set[str] = set()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and (adapters is not None or not module.disable_adapters):
+            used |= module._get_available_adapters() & set(module.active_adapters if adapters is None else adapters)
+    protected = protected_configs(model).keys()
+    if used & protected and (others := sorted(used - protected)):
+        raise ProtectionError(
+            f"the ordinary adapters {others} are used together with {sorted(used & protected)}: their sum reaches the "
+            "protected subspace. Use set_adapter, or adapter_names, to leave them out."
+        )
+
+
+def check_adapters(model: nn.Module, adapter_name: str | None = None) -> None:
+    """`assert_protected` of the adapters themselves, whatever is active."""
     configs = protected_configs(model)
     if adapter_name is not None:
         configs = {name: config for name, config in configs.items() if name == adapter_name}

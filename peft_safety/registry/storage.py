@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from peft_safety.core.certificate import FILE_NAME as CERTIFICATE
 from peft_safety.core.names import places, relocated
 from peft_safety.core.plain_lora import ADAPTER_FILE, CARD, MANIFEST, PREFIX, rewrite
 from peft_safety.core.publish import copy_own, is_interrupted, publishing, recover
+from peft_safety.core.snapshot import named
 from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.layers.adapters import adapter_layers
@@ -26,9 +28,11 @@ from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.safe_lora.config import SafeLoRAConfig
 from peft_safety.registry.attach import bind
 from peft_safety.registry.checks import check_ahead
+from peft_safety.registry.configs import is_protected, snapshot_of
 from peft_safety.registry.frozen import check_certified, take_over
-from peft_safety.registry.protection import assert_protected, protected_configs
+from peft_safety.registry.protection import check_adapters, protected_configs
 from peft_safety.registry.reuse import NEW_NAME, remember
+from peft_safety.registry.rollback import Before, undone
 
 
 def save_pretrained(original: Callable[..., None], self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
@@ -53,7 +57,7 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
             "path_initial_model_for_weight_conversion is for inits that change base weights. Use export_lora."
         )
     for name in protected:
-        assert_protected(self, name)
+        check_adapters(self, name)
         if (missing := self.peft_config[name].unfinished) is not None:
             warnings.warn(f"adapter {name!r}: {missing}", stacklevel=3)
     if Path(save_directory).is_file():
@@ -67,16 +71,26 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
         original(self, str(staging), *args, **kwargs)
         names = {place: f"{PREFIX}{own}" for own, place in places(self).items()}  # without wrappers inside the model
         for name in protected:
-            folder = staging if name == "default" else staging / name
+            config, folder = self.peft_config[name], staging if name == "default" else staging / name
             rewrite(folder / ADAPTER_FILE, lambda key: relocated(key, names))
-            if (certificate := self.peft_config[name]._certificate) is not None:
+            if (certificate := config._certificate) is not None:
                 check_certified(folder, certificate)
             else:
                 seal(folder)
-                check_adapter(folder)
+                _warn_unnamed(config, check_adapter(folder).extra_tensors)
         _record_repairs(self, selected, staging)
     _drop_stale(self, selected, Path(save_directory))
     return None
+
+
+def _warn_unnamed(config: ProtectedConfig, extra: Sequence[str]) -> None:
+    """PEFT also stores embeddings that it thinks were resized."""
+    if extra and not (config.modules_to_save or config.trainable_token_indices):
+        warnings.warn(
+            f"the adapter holds {extra}, which its config does not name: it loads only where they are equal. Train "
+            "them by modules_to_save, or save with save_embedding_layers=False.",
+            stacklevel=4,
+        )
 
 
 def _drop_stale(model: Any, selected: list[str], directory: Path) -> None:
@@ -105,40 +119,62 @@ def _record_repairs(model: Any, selected: list[str], directory: Path) -> None:
 def load_adapter(
     original: Callable[..., Any], self: Any, model_id: str, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
-    """Loading onto an existing adapter (a resumed run): check the directory first, and take its bases too."""
+    """Load from the snapshot that was checked. If anything fails, the model is as it was."""
+    name, snapshot, injected = vars(self.base_model).pop("_pending", (None, None, None))
+    existing = self.peft_config.get(adapter_name)
+    if existing is not None and not isinstance(existing, ProtectedConfig):
+        if is_protected(model_id, kwargs.get("subfolder")):
+            plain = f"{model_id} holds a protected adapter, loaded as an ordinary {type(existing).__name__}"
+            warnings.warn(
+                f"{plain}: training it is not constrained. Leave out config=, or use another adapter_name.",
+                stacklevel=3,
+            )
+        return original(self, model_id, adapter_name, *args, **kwargs)
+    fresh = name == adapter_name and snapshot is not None and snapshot.comes_from(model_id, kwargs.get("subfolder"))
+    if not fresh:
+        snapshot = snapshot_of(model_id, kwargs.get("subfolder"), kwargs)
+    if snapshot is None and existing is None:
+        return original(self, model_id, adapter_name, *args, **kwargs)
+    just_made = fresh and sys._getframe(2).f_code.co_name == "from_pretrained"
+    before = injected if just_made else Before(self, adapter_name)
+    folder = model_id if snapshot is None else str(snapshot.path)
+    try:
+        with undone(before, str(model_id)), named(snapshot):
+            return _load(original, self, folder, adapter_name, fresh, *args, **{**kwargs, "subfolder": None})
+    finally:
+        vars(self.base_model).pop("_pending", None)
+
+
+def _load(
+    original: Callable[..., Any], self: Any, folder: str, adapter_name: str, fresh: bool, *args: Any, **kwargs: Any
+) -> Any:
+    """Onto an existing adapter (a resumed run): check the directory first, and take its bases too."""
     config = self.peft_config.get(adapter_name)
-    options = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "token", "cache_dir")}
-    fresh = isinstance(config, ProtectedConfig) and (
-        config._stored is not None and config._stored.comes_from(str(model_id), kwargs.get("subfolder"))
-    )
-    if not isinstance(config, ProtectedConfig) or fresh:
+    if fresh or config is None:
         placed = _with_places(self, kwargs)
         if placed is not kwargs:  # plain adapters are stored with the wrappers' names
-            stored = config or PeftConfig.from_pretrained(str(model_id), **options)
-            kwargs = placed if isinstance(stored, ProtectedConfig) else kwargs
-        result = original(self, model_id, adapter_name, *args, **kwargs)
-        config = self.peft_config.get(adapter_name)
-        if isinstance(config, ProtectedConfig):
-            config._stored = None
+            kwargs = placed if isinstance(config or PeftConfig.from_pretrained(folder), ProtectedConfig) else kwargs
+        result = original(self, folder, adapter_name, *args, **kwargs)
+        if isinstance(self.peft_config.get(adapter_name), ProtectedConfig):
             lay_out_adapter(self, adapter_name)  # with low_cpu_mem_usage the factors lie in the file's memory
         return result
-    stored = PeftConfig.from_pretrained(str(model_id), **options)
+    stored = PeftConfig.from_pretrained(folder)
     if type(stored) is not type(config):
         kinds = type(config).__name__, type(stored).__name__
-        raise ConfigError(f"adapter {adapter_name!r} is a {kinds[0]}, {model_id} holds a {kinds[1]}. {NEW_NAME}")
-    if config.freezes and stored._certificate is not None:
-        take_over(config, stored, adapter_layers(self, adapter_name), adapter_name)
-        return original(self, model_id, adapter_name, *args, **_with_places(self, kwargs))
-    if stored._stored is None:
-        raise ArtifactError(f"{model_id} holds a config without an adapter. Give one that save_pretrained wrote.")
+        raise ConfigError(f"adapter {adapter_name!r} is a {kinds[0]}, {folder} holds a {kinds[1]}. {NEW_NAME}")
     check_ahead(self, stored)
     layers = adapter_layers(self, adapter_name)
-    _check_same(adapter_name, str(model_id), stored, config, layers)
-    stored.subspace.check_fits({name: layer.get_base_layer() for name, layer in layers.items()}, config.basis_sides)
-    config.subspace = stored.subspace
-    remember(config, loaded=True)
-    bind(layers, adapter_name, config)
-    return original(self, model_id, adapter_name, *args, **_with_places(self, kwargs))
+    if config.freezes and stored._certificate is not None:
+        take_over(config, stored, layers, adapter_name)
+    elif stored._stored is None:
+        raise ArtifactError(f"{folder} holds a config without an adapter. Give one that save_pretrained wrote.")
+    else:
+        _check_same(adapter_name, folder, stored, config, layers)
+        stored.subspace.check_fits({n: layer.get_base_layer() for n, layer in layers.items()}, config.basis_sides)
+        config.subspace = stored.subspace
+        remember(config, loaded=True)
+        bind(layers, adapter_name, config)
+    return original(self, folder, adapter_name, *args, **_with_places(self, kwargs))
 
 
 def _with_places(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -7,52 +7,38 @@ from typing import Any
 from peft.tuners.lora import LoraModel
 from peft.tuners.mixed import MixedModel
 
-from peft_safety.core import base_weights
-from peft_safety.errors import ConfigError, LossyMergeError
+from peft_safety.errors import ConfigError
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.layers.protected_linear import lay_out_adapter
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry import frozen
-from peft_safety.registry.protection import assert_protected, protected_configs, refuse_tied
+from peft_safety.registry.lora_layers import refuse_lossy_merge
+from peft_safety.registry.protection import check_adapters, protected_configs, refuse_others, refuse_tied
 
 
 class _Merges:
     """Refuses merges of what is not protected any more, and into k-bit weights, before anything is merged."""
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        _refuse_lossy_merge(self, adapter_names)
+        _check_merge(self, adapter_names)
         super().merge_adapter(adapter_names, safe_merge)  # type: ignore[misc]
 
     def _unload_and_optionally_merge(self, merge: bool = True, **options: Any) -> Any:
         if merge:
-            _refuse_lossy_merge(self, options.get("adapter_names"))
+            _check_merge(self, options.get("adapter_names"))
         return super()._unload_and_optionally_merge(merge, **options)  # type: ignore[misc]
 
 
-def _refuse_lossy_merge(model: Any, adapter_names: list[str] | None) -> None:
-    """Merging into a k-bit weight rounds most of the update away, and the rest leaks: refuse."""
+def _check_merge(model: Any, adapter_names: list[str] | None) -> None:
+    refuse_others(model, adapter_names)
     for adapter in protected_configs(model):
         layers = adapter_layers(model, adapter)
         if any(adapter in (adapter_names or layer.active_adapters) for layer in layers.values()):
-            assert_protected(model, adapter)
+            check_adapters(model, adapter)
         for name, layer in layers.items():
-            if adapter not in (adapter_names or layer.active_adapters):
-                continue
-            base = layer.get_base_layer()
-            refuse_tied(model, name, base)
-            kind = base_weights.quantization(base)
-            if kind == "packed":
-                raise LossyMergeError(
-                    f"{name}: a {type(base).__name__} {base_weights.shape(base)} cannot be merged into: its weight "
-                    "cannot be read. Keep the adapter beside the base."
-                )
-            if kind is not None:
-                kept = base_weights.merge_survival(base, layer.get_delta_weight(adapter), name)
-                raise LossyMergeError(
-                    f"{name}: merging into a {kind} weight would keep {kept:.1%} of the update of adapter {adapter!r} "
-                    "and let the rest leak into the protected subspace. Keep the adapter beside the base, or merge "
-                    "into dequantized weights with peft_safety.merge_quantized(model)."
-                )
+            if adapter in (adapter_names or layer.active_adapters):
+                refuse_tied(model, name, layer.get_base_layer())
+                refuse_lossy_merge(layer, adapter, name)
 
 
 class ProtectedLoraModel(_Merges, LoraModel):  # type: ignore[misc]

@@ -16,17 +16,27 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5
 WIDTH = 80
 """Columns of a terminal that a printed table fits, unless its figures need more."""
 
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+"""What a terminal would act upon, and what is printed instead."""
 GAP = 2
 """Columns of the terminal between two columns of a table."""
 NARROWEST = 24
 """Columns that running text has at least."""
 
 
+def printable(text: str) -> str:
+    return text.translate(CONTROLS)
+
+
 def plain_console(**options: Any) -> Console:
-    """A console that prints text as it is: names and messages from files are never read as markup."""
+    """A console that prints text as it is: names and messages from files are no markup, nor codes for a terminal."""
     from rich.console import Console
 
-    return Console(markup=False, emoji=False, highlight=False, **options)
+    class Plain(Console):
+        def render_str(self, text: str, **how: Any) -> Any:
+            return super().render_str(printable(text), **how)
+
+    return Plain(markup=False, emoji=False, highlight=False, **options)
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], prose: Collection[int] = ()) -> Table:

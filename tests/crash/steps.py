@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
+from safetensors import SafetensorError
 
 from peft_safety.errors import ArtifactError
 
@@ -71,6 +72,15 @@ def child(work: Callable[[], None]) -> int:
 
 def die(_: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(code: int) -> Callable[[str], None]:
+    def act(event: str) -> None:
+        if event.startswith("safetensors") or event == "half a file":
+            raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
+        raise OSError(code, os.strerror(code))
+
+    return act
 
 
 def at_step(root: Path, at: int, work: Callable[[], object], act: Callable[[str], None] = die) -> int:

@@ -16,18 +16,16 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 
 from peft_safety import SaLoRAConfig, verify
 from peft_safety.core.publish import recover
 from peft_safety.errors import ArtifactError, PeftSafetyError
-from tests.crash.steps import BROKEN, REFUSED, SAVED, child
+from tests.crash.steps import BROKEN, REFUSED, SAVED, child, fail
 from tests.crash.world import FILES, World, contents, save, steps
 from tests.hostile import tools
 from tests.tiny import tiny_llama
@@ -38,34 +36,6 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
 ]
 NOBODY = 65534
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    root = tmp_path_factory.mktemp("world")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        space = tools.subspace(tiny_llama())
-        models = {name: tools.trained(tiny_llama(), space, seed) for seed, name in enumerate(("old", "new"))}
-        for name, model in models.items():
-            model.save_pretrained(str(root / name))
-        logits = {name: model(tools.tokens()).logits for name, model in models.items()}
-        assert not torch.equal(logits["old"], logits["new"])
-        yield World(tiny_llama(), models, {name: root / name for name in models}, logits)
-
-
-@pytest.fixture
-def target(world: World, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(world.folders["old"], tmp_path / "adapter"))
-
-
-def fail(code: int) -> Callable[[str], None]:
-    def act(event: str) -> None:
-        if event.startswith("safetensors") or event == "half a file":
-            raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
-        raise OSError(code, os.strerror(code))
-
-    return act
 
 
 def some(total: int, tail: int, every: int) -> list[int]:

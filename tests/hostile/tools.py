@@ -192,6 +192,17 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def subspace_header(directory: Path, shared: dict[str, str], large: Tensor) -> None:
+    """Give the subspace file a further basis, `basis.out.large`, and say who shares it; every hash forged."""
+    path = directory / SUBSPACE
+    with safe_open(str(path), "pt") as handle:
+        ((name, facts),) = handle.metadata().items()
+    content = json.loads(facts)
+    content["shared"] = {**content.get("shared", {}), **shared}
+    save_file(load_file(path) | {"basis.out.large": large}, path, metadata={name: json.dumps(content)})
+    forge(directory)
+
+
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Assert that a block leaves a model as it was: classes, bits, gradient flags, hooks, PEFT's marks."""

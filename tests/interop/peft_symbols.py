@@ -12,6 +12,7 @@ SYMBOLS = {
     "peft.tuners.lora": (
         "LoraModel.add_weighted_adapter",
         "Linear.get_delta_weight",
+        "Linear.merge",
         "ParamWrapper.get_delta_weight",
         "ParamWrapper.get_param",
         "LoraLayer.lora_A",
@@ -27,19 +28,27 @@ SYMBOLS = {
         "BaseTunerLayer.get_base_layer",
         "BaseTunerLayer.enable_adapters",
         "BaseTunerLayer.delete_adapter",
+        "BaseTunerLayer.active_adapters",
+        "BaseTunerLayer.disable_adapters",
+        "BaseTunerLayer._get_available_adapters",
         "BaseTunerLayer.frozen_peft_weight_names",
     ),
     "peft.tuners.lora.layer": ("Embedding.update_layer", "_ConvNd.update_layer"),
     "peft.tuners.mixed": ("MixedModel._unload_and_optionally_merge",),
     "peft.import_utils": ("is_bnb_available", "is_bnb_4bit_available"),
     "peft.utils.other": ("transpose", "AuxiliaryTrainingWrapper"),
-    "peft.utils.hotswap": ("_get_padded_linear", "hotswap_adapter_from_state_dict"),
+    "peft.utils.hotswap": ("_get_padded_linear", "hotswap_adapter", "hotswap_adapter_from_state_dict"),
 }
 """Every PEFT symbol that is read, wrapped or overridden, by module. Instance attributes (`LoraLayer.lora_A`) are
 checked on an instance.
 """
 
 QUANTIZED = {
-    "peft.tuners.lora.bnb": ("Linear4bit.forward", "Linear4bit.get_delta_weight", "Linear8bitLt.get_delta_weight")
+    "peft.tuners.lora.bnb": (
+        "Linear4bit.forward",
+        "Linear4bit.get_delta_weight",
+        "Linear8bitLt.get_delta_weight",
+        "Linear4bit.merge",
+    ),
 }
 """The same, where bitsandbytes is installed."""

@@ -41,6 +41,7 @@ OVERRIDDEN = (
     (tuners.ProtectedLoraModel, "_unload_and_optionally_merge"),
     (tuners.ProtectedMixedModel, "_unload_and_optionally_merge"),
     (lora_layers.LoraLinear, "get_delta_weight"),
+    (lora_layers.LoraLinear, "merge"),
 )
 """What subclasses of PEFT's classes override, where bitsandbytes is not needed for it."""
 
@@ -151,6 +152,10 @@ def test_the_installed_peft_is_new_enough_for_the_installed_transformers() -> No
     """
     minimum = getattr(importlib.import_module("transformers.integrations.peft"), "MIN_PEFT_VERSION", "0")
     assert Version(peft.__version__) >= Version(minimum)
+
+
+def test_few_functions_are_wrapped() -> None:
+    assert len(WRAPPED) < 8
 
 
 def test_registering_again_wraps_nothing_again() -> None:

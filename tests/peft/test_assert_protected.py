@@ -103,3 +103,27 @@ def test_an_adapter_that_is_not_there_is_not_protected() -> None:
         assert_protected(model, "other")
     with pytest.raises(ProtectionError):
         assert_protected(get_peft_model(cells.base_model(), LoraConfig(target_modules=["q_proj"])))
+
+
+def test_an_ordinary_adapter_that_is_active_beside_it_is_refused() -> None:
+    model = cells.protected(trained=True)
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"]))
+    assert_protected(model)
+    model.base_model.set_adapter(["default", "plain"])
+    with pytest.raises(ProtectionError, match=r"plain.*together with.*default"):
+        assert_protected(model)
+    with model.disable_adapter():
+        assert_protected(model)
+    model.set_adapter("plain")
+    assert_protected(model)
+
+
+def test_the_factors_that_the_forward_uses_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = cells.protected(trained=True)
+    leaf = dict(cells.layers_of(model))[NAME].lora_B["default"]
+    with torch.no_grad():
+        leaf.raw().add_(1.0)
+    assert_protected(model)
+    monkeypatch.setattr(leaf, "projected", leaf.raw)
+    with pytest.raises(ProtectionError, match=rf"{NAME}.*leaks"):
+        assert_protected(model)

@@ -15,7 +15,7 @@ from torch import nn
 
 from peft_safety import merge_quantized
 from peft_safety.core.base_weights import dense_weight
-from peft_safety.errors import ConfigError, LossyMergeError
+from peft_safety.errors import ConfigError, LossyMergeError, ProtectionError
 from peft_safety.layers import protected_leaves
 from tests.peft import cells
 from tests.peft.patch_cells import patched
@@ -113,8 +113,8 @@ def _subspace(bases: dict[str, torch.Tensor]) -> Any:
 
 def test_several_active_adapters_merge_as_their_sum() -> None:
     model = small(seed=1)
-    model.add_adapter("plain", LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=False))
-    model.base_model.set_adapter(["default", "plain"])
+    model.add_adapter("second", cells.config(seed=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
     before = cells.logits(model)
     for to in ("16bit", "nf4+residual"):
         result = merge_quantized(copy.deepcopy(model), to, dtype=torch.float32, verbose=False)
@@ -145,6 +145,11 @@ def test_what_cannot_be_merged_is_refused() -> None:
         merge_quantized(small(base="int8"), "nf4", force=True)
     with pytest.raises(ConfigError, match="dense weight cannot be merged to 'nf4'"):
         merge_quantized(cells.protected(trained=True), "nf4", force=True)
+    model = small()
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "plain"])
+    with pytest.raises(ProtectionError, match="plain"):
+        merge_quantized(model, "16bit")
 
 
 def test_a_requantized_model_still_is_one(tmp_path: Path) -> None:

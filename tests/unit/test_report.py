@@ -127,12 +127,12 @@ def test_environment_names_versions_and_seed():
 
 def test_text_is_never_read_as_markup(capsys):
     table = render.table(["[b]x", ":smile:"], [["[/x]", "[bold]1"], ["[link=y]", "2"]])
-    render.show("[/title]", table, notes=["[red]note"])
+    render.show("[/title]", table, notes=["[red]note", "\x1b[2J\x9b31m\x07"])
     with pytest.raises(SystemExit) as ended:
         fail(DataError("[/x] in a file"), code=2)
     assert ended.value.code == 2
     printed = capsys.readouterr()
-    for text in ("[b]x", ":smile:", "[/x]", "[bold]1", "[link=y]", "[/title]", "[red]note"):
+    for text in ("[b]x", ":smile:", "[/x]", "[bold]1", "[link=y]", "[/title]", "[red]note", r"\x1b[2J\x9b31m\x07"):
         assert text in printed.out
     assert "DataError: [/x] in a file" in printed.err
 

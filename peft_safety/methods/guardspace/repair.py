@@ -15,6 +15,7 @@ from peft_safety.core.certificate import Certificate, certified_factor
 from peft_safety.core.names import listed
 from peft_safety.core.plain_lora import card_with, check_elsewhere, factor_tensors, read_plain, write_plain
 from peft_safety.core.projection import delta_leak, fold_
+from peft_safety.core.snapshot import reading
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.errors import SubspaceError
 from peft_safety.methods.guardspace.config import GuardSpaceConfig
@@ -63,7 +64,8 @@ def repair_adapter(
     """
     source = Path(adapter_dir)
     check_elsewhere(source, out_dir)
-    plain = read_plain(source)
+    with reading(source, warn=True) as path:
+        plain = read_plain(path)
     space = SafetySubspace.of(subspace, plain.factors)
     _check_fits(source, {name: factor.a for name, factor in plain.factors.items()}, space)
     pairs, rows, certified = {}, [], {}

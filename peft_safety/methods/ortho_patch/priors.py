@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from peft_safety.calibration.activations import model_name
 from peft_safety.core import base_weights as weights
-from peft_safety.core import publish
 from peft_safety.core.adapter_dir import check_adapter, protected_types
 from peft_safety.core.names import public_name
 from peft_safety.core.plain_lora import MANIFEST, Factors, read_manifest, read_plain
 from peft_safety.core.projection import Side
+from peft_safety.core.snapshot import reading
 from peft_safety.errors import ConfigError
 from peft_safety.layers import stored_factors
 from peft_safety.layers.adapters import adapter_layers
@@ -56,13 +56,24 @@ def prior_spans(
 
 
 def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Factors]:
-    path, what = Path(directory), f"prior patch {directory!r}"
-    publish.require_whole(path, ours=False, warn=False)
+    what = f"prior patch {directory!r}"
+    with reading(directory, warn=True) as path:
+        factors = _read(path, what, model, layers)
+    for name in [name for name in layers if name in factors]:
+        shape, expected = (factors[name].b.shape[0], factors[name].a.shape[1]), weights.shape(layers[name])
+        if shape != expected:
+            raise ConfigError(
+                f"{what}: its update of {name} is {shape}, the layer {expected}. Give patches of one base model."
+            )
+    return factors
+
+
+def _read(path: Path, what: str, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Factors]:
     if not (path / MANIFEST).is_file():
         neither = f"neither an adapter on the model nor a directory with {MANIFEST}"
         raise ConfigError(f"{what} is {neither}. Check the spelling.")
     if read_manifest(path, warn=False).get("peft_type") in protected_types():
-        stored = check_adapter(path, warn=True)
+        stored = check_adapter(path)
         common = {name: layers[name] for name in stored.shapes if name in layers}
         stored.subspace.check_fits(common, (), bind=False)
         factors = protected_factors(stored, common)
@@ -72,9 +83,4 @@ def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -
         base, own = public_name(plain.config.base_model_name_or_path or ""), model_name(model)
         if base and own and base.rpartition("/")[2] != own:
             raise ConfigError(f"{what} was trained on {base}, this model is {own}. Give patches of one base model.")
-    for name in [name for name in layers if name in factors]:
-        shape, expected = (factors[name].b.shape[0], factors[name].a.shape[1]), weights.shape(layers[name])
-        if shape != expected:
-            both = f"its update of {name} is {shape}, the layer {expected}"
-            raise ConfigError(f"{what}: {both}. Give patches of one base model.")
     return factors

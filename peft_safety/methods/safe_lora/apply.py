@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peft_safety.core import plain_lora
 from peft_safety.core.checkpoints import FileWeights, ModuleWeights, open_weights
 from peft_safety.core.names import pin, places
+from peft_safety.core.snapshot import reading
 from peft_safety.errors import ConfigError
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.factors import layer_factors
@@ -98,7 +99,8 @@ def safe_lora_dir(
     """
     chosen, source = RepairOptions(**options), Path(adapter_dir)
     plain_lora.check_elsewhere(source, out_dir)
-    plain = plain_lora.read_plain(source)
+    with reading(source, warn=True) as path:
+        plain = plain_lora.read_plain(path)
     _check_unrepaired(plain.config, str(source))
     name: str | None = plain.fields.get("base_model_name_or_path") or None
     after: Model | None = name if aligned is None else aligned

@@ -117,6 +117,7 @@ def repair(
     }
     facts: dict[str, Any] = {"modules": len(rows), "repaired": len(new)}
     facts["digest"] = factor_digest({name: (f.a, new.get(name, f.b)) for name, f in factors.items()})
+    facts["scaling"] = scaling_digest(factors)
     record = {"version": RECORD_VERSION, **options.facts(), **models, **facts}
     return new, RepairReport(tuple(rows.values()), record)
 
@@ -129,6 +130,12 @@ def factor_digest(factors: Mapping[str, tuple[Tensor, Tensor]]) -> str:
         for tensor in factors[name]:
             digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def scaling_digest(factors: Mapping[str, Factors]) -> str:
+    """sha256 over the scaling of every module. One that only a regular expression says is unknown, and left out."""
+    known = {name: repr(float(f.scaling)) for name, f in sorted(factors.items()) if not math.isnan(f.scaling)}
+    return hashlib.sha256(repr(known).encode()).hexdigest()
 
 
 def select(rows: list[ModuleRepair], options: RepairOptions) -> set[str]:

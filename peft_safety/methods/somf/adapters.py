@@ -20,6 +20,7 @@ from peft_safety.core import base_weights as weights
 from peft_safety.core import plain_lora
 from peft_safety.core.names import places, public_name
 from peft_safety.core.plain_lora import Factors
+from peft_safety.core.snapshot import reading
 from peft_safety.core.targets import base_layers
 from peft_safety.errors import ConfigError
 from peft_safety.layers.adapters import adapter_layers, config_table
@@ -150,7 +151,8 @@ def _read(source: str, model: nn.Module | None) -> Adapter:
         adapter = Adapter(source, own, None, config.to_dict())
         extra = bool(config.modules_to_save or config.trainable_token_indices)
     else:
-        plain = plain_lora.read_plain(Path(source))
+        with reading(source, warn=True) as path:
+            plain = plain_lora.read_plain(path)
         adapter = Adapter(source, plain.factors, plain.fields.get("base_model_name_or_path") or None, plain.fields)
         extra = bool(plain.extra)
     factors = adapter.factors.values()
