@@ -20,20 +20,27 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from benchmarks import common
-from peft_safety import SafetySubspace, SaLoRAConfig, verify
+from peft_safety import GuardSpaceConfig, SafetySubspace, SaLoRAConfig, verify
 from peft_safety.core.targets import target_layers
 from peft_safety.reporting.report import environment
 
 SIZES = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "init_lora_weights": False}
 DIRECTIONS = 32
-ARMS = ("protected", "plain", "verify")
+KINDS = ("plain", "frozen", "projected")
+ARMS = (*KINDS, "verify")
 
 
-def save(base: torch.nn.Module, directory: Path, protected: bool) -> None:
+def save(base: torch.nn.Module, directory: Path, kind: str) -> None:
     """An adapter, with random bases if it is protected."""
-    widths = {name: module.weight.shape[0] for name, module in target_layers(base, "all-linear").items()}
-    bases = {name: {"out": torch.linalg.qr(torch.randn(width, DIRECTIONS)).Q} for name, width in widths.items()}
-    config = SaLoRAConfig(subspace=SafetySubspace(bases), **SIZES) if protected else LoraConfig(**SIZES)
+    side, axis = ("in", 1) if kind == "frozen" else ("out", 0)
+    widths = {name: module.weight.shape[axis] for name, module in target_layers(base, "all-linear").items()}
+    bases = {name: {side: torch.linalg.qr(torch.randn(width, DIRECTIONS)).Q} for name, width in widths.items()}
+    space = SafetySubspace(bases)
+    config = {
+        "plain": lambda: LoraConfig(**SIZES),
+        "frozen": lambda: GuardSpaceConfig(train="B", a_init="random", subspace=space, **SIZES),
+        "projected": lambda: SaLoRAConfig(subspace=space, **SIZES),
+    }[kind]()
     get_peft_model(base, config).save_pretrained(str(directory))
 
 
@@ -44,7 +51,7 @@ def measured(arm: str, source: str, root: Path) -> dict[str, float]:
         common.reset_peak()
         start = time.process_time()
         if arm == "verify":
-            verify(root / "protected")
+            verify(root / "projected")
             seconds = time.process_time() - start
         else:
             model = PeftModel.from_pretrained(common.load_causal(source), str(root / arm))
@@ -66,8 +73,8 @@ def main() -> None:
     args = parser.parse_args()
     source = common.model_source(args.model)
     with tempfile.TemporaryDirectory() as root:
-        for arm in ARMS[:2]:
-            save(common.load_causal(source), Path(root, arm), arm == "protected")
+        for kind in KINDS:
+            save(common.load_causal(source), Path(root, kind), kind)
         rounds = [{arm: measured(arm, source, Path(root)) for arm in ARMS} for _ in range(args.rounds)]
     rows = {arm: {key: min(each[arm][key] for each in rounds) for key in rounds[0][arm]} for arm in ARMS}
     table = [{"": arm, **row, **{f"{k}, ratio": row[k] / rows["plain"][k] for k in row}} for arm, row in rows.items()]
