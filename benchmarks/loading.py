@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     source = common.model_source(args.model)
+    torch.set_num_threads(1)  # threads do not survive a fork
     with tempfile.TemporaryDirectory() as root:
         for kind in KINDS:
             save(common.load_causal(source), Path(root, kind), kind)
