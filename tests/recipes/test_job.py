@@ -315,7 +315,7 @@ def test_two_processes_train_as_one(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("[1/5] calibrate") == 1, "one process speaks"
+    assert done.stdout.count("[2/6] calibrate") == 1, "one process speaks"
     assert losses(tmp_path / "run", 3) == pytest.approx(losses(tmp_path / "two", 3), abs=1e-5)
     facts = json.loads((tmp_path / "two" / "job.json").read_text())
     assert list(facts) == list(STEPS[1:])
