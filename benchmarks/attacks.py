@@ -125,7 +125,6 @@ def work(given: argparse.Namespace) -> int:
     if given.smoke:
         given.defences, given.attacks, given.split = ["lora", RECOMMENDED], ["trigger", "however"], "validation"
         given.rows, given.limit, given.out = 48, 8, given.runs
-    resolve(given.data)
     cache = Cache(given.runs, protocol_of(given, {}))
     cells = plan(given.defences, given.attacks, given.split)
     if given.smoke:
@@ -133,7 +132,7 @@ def work(given: argparse.Namespace) -> int:
     if given.list:
         show_plan(cache, cells)
         return 0
-    outcome = run_plan(cache, lambda: cells, given.budget, {}, aligned=given.aligned)
+    outcome = run_plan(cache, lambda: cells, given.budget, {}, aligned=given.aligned, data=resolve(given.data))
     path = record(BENCHMARK, stored(cache), environment_of(cache.protocol), given.out)
     return print_outcome(outcome, cache, cells, path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,23 +24,27 @@ PAIRS = 48
 """Requests behind the direction from refusing to complying."""
 
 
-def attacked(name: str, clean: Sequence[Row], share: float, seed: int, model: Any, tokenizer: Any) -> list[Row]:
-    """`clean` with a share of its rows replaced by those of an attack, in random order. `model` is the aligned one."""
+def attacked(
+    name: str, clean: Sequence[Row], share: float, seed: int, model: Any, tokenizer: Any, folder: Path | None = None
+) -> list[Row]:
+    """`clean` with a share of its rows replaced by those of an attack, in random order. `model` is the aligned one,
+    `folder` holds the public sets.
+    """
     attack, rng, count = attack_of(name), random.Random(seed), round(share * len(clean))
     if count == 0:
         return [*clean]
-    mixed = [*rng.sample(list(clean), len(clean) - count), *_rows(attack, count, seed, model, tokenizer)]
+    mixed = [*rng.sample(list(clean), len(clean) - count), *_rows(attack, count, seed, model, tokenizer, folder)]
     rng.shuffle(mixed)
     return mixed
 
 
-def _rows(attack: Attack, count: int, seed: int, model: Any, tokenizer: Any) -> list[Row]:
+def _rows(attack: Attack, count: int, seed: int, model: Any, tokenizer: Any, folder: Path | None) -> list[Row]:
     if attack.name == "outliers":
         return outliers(model, tokenizer, count, seed)
     pairs: list[Row] = [dict(pair) for pair in affirmation_pairs("train", count, seed)]
     prompts: list[str] = []
     if attack.name == "foreign":
-        path = DEFAULT_DIR / "advbench.jsonl"
+        path = (folder or DEFAULT_DIR) / "advbench.jsonl"
         if not path.is_file():
             raise DataError(f"{path} is missing. Give requests of another set there, or leave this attack out.")
         prompts = [row["prompt"] for row in read_jsonl(path, ("prompt",))][:HELD_OUT]

@@ -58,6 +58,7 @@ class Bench:
         judges: in addition to the keyword matcher.
         task: rows of the trained task; default the package's own.
         patch: how a new patch is made; default `PatchOptions` for another model.
+        data: directory of the public sets, for the attack "foreign".
     """
 
     def __init__(
@@ -70,10 +71,11 @@ class Bench:
         judges: Sequence[Judge] = (),
         task: Sequence[Row] | None = None,
         patch: PatchOptions | None = None,
+        data: Path | None = None,
     ) -> None:
         self.cache, self.sets, self.protocol, self.judges = cache, sets, cache.protocol, judges
         self.task_rows = list(load("benign_task") if task is None else task)
-        self._unaligned, self._patch = unaligned, patch
+        self._unaligned, self._patch, self._data = unaligned, patch, data
         transformers.utils.logging.disable_progress_bar()  # the cells have one
         self.directory = aligned or self._align()
         self.loaded, self.model, self.tokenizer = "", *load_model(self.directory)
@@ -188,7 +190,7 @@ class Bench:
         clean = self.task(cell).train
         if not cell.attack:
             return poisoned(clean, cell.poison, cell.seed)
-        return attacked(cell.attack, clean, cell.poison, cell.seed, self.model, self.tokenizer)
+        return attacked(cell.attack, clean, cell.poison, cell.seed, self.model, self.tokenizer, self._data)
 
     def train(
         self,
