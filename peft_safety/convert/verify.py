@@ -17,7 +17,6 @@ from peft_safety.core.certificate import Certificate, read_certificate
 from peft_safety.core.plain_lora import (
     PLAIN_TYPES,
     REPAIRED_TYPE,
-    WITH_FROZEN_A,
     read_manifest,
     read_plain,
     stored_record,
@@ -150,9 +149,9 @@ def _verify_frozen(
     model: nn.Module | None,
     subspace: SafetySubspace | str | os.PathLike[str] | None,
 ) -> FrozenVerification:
-    plain = read_plain(path, WITH_FROZEN_A)
+    plain = check_certified(path, certificate)
     freezing(certificate).from_certificate(plain.config, certificate)  # refuses what could not be loaded
-    rows, modules = check_certified(path, certificate), certificate.modules
+    rows, modules = plain.rows, certificate.modules
     layers = {} if model is None else base_layers(model)
     if model is not None:
         for name, a in rows.items():

@@ -100,6 +100,11 @@ class PlainLoRA:
     extra: dict[str, Tensor]
     record: dict[str, Any] | None
 
+    @property
+    def rows(self) -> dict[str, Tensor]:
+        """`lora_A` by module."""
+        return {name: factor.a for name, factor in self.factors.items()}
+
     def modules(self, where: Path) -> dict[str, tuple[int, float]]:
         """Rank and alpha by full name, instead of any pattern. A ConfigError refuses an alpha that only a regular
         expression says.
@@ -230,6 +235,12 @@ def read_plain(directory: Path, allowed: Collection[str] = (), warn: bool = True
     if record is not None:
         config.safe_lora = record
     return PlainLoRA(fields, config, factors, extra, record)
+
+
+def extra_keys(path: Path) -> list[str]:
+    """The keys of an adapter's file that are no factors, from its header."""
+    with files.open_tensors(path) as handle:
+        return sorted(set(handle.keys()).difference(*_factor_keys(handle, path).values()))
 
 
 def read_tensor(handle: Any, path: Path, key: str, dtypes: tuple[str, ...]) -> Tensor:

@@ -14,7 +14,7 @@ from peft_safety.core import base_weights as weights
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import base_key
 from peft_safety.core.names import original, walk
-from peft_safety.core.plain_lora import ADAPTER_FILE, WITH_FROZEN_A, read_plain
+from peft_safety.core.plain_lora import ADAPTER_FILE, extra_keys
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.methods.base import ProtectedConfig
 
@@ -24,8 +24,8 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
     modules = {name: original(module) for name, _, module in walk(model)}
     certificate = config._certificate
     if certificate is not None and config._snapshot is not None:
-        extra = read_plain(config._snapshot.path, WITH_FROZEN_A).extra
-        _check_extra(model, config, config._snapshot.path, tuple(extra), certificate.modules)
+        extra = extra_keys(config._snapshot.path / ADAPTER_FILE)  # checked when the config was read
+        _check_extra(model, config, config._snapshot.path, extra, certificate.modules)
     if config._stored is None:
         widest = max((min(shape) for shape in map(_shape, modules.values()) if shape), default=config.r)
         if config.r > widest:

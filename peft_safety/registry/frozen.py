@@ -15,7 +15,7 @@ from peft_safety.core.adapter_dir import are_names
 from peft_safety.core.base_weights import is_whole
 from peft_safety.core.certificate import FILE_NAME, Certificate, FrozenFactor, certified_factor, read_certificate
 from peft_safety.core.names import pin
-from peft_safety.core.plain_lora import WITH_FROZEN_A, read_plain
+from peft_safety.core.plain_lora import WITH_FROZEN_A, PlainLoRA, read_plain
 from peft_safety.core.projection import leak_tolerance
 from peft_safety.core.snapshot import Snapshot, reading
 from peft_safety.errors import ArtifactError, ConfigError, UnsupportedLayerError
@@ -50,7 +50,7 @@ def reuse_factors(layers: Layers, adapter_name: str, config: ProtectedConfig, co
         elif config._certificate is not None and config._certificate.directory is not None:
             folder = config._certificate.directory if config._snapshot is None else config._snapshot.path
             with reading(folder) as path:
-                rows = check_certified(path, config._certificate, layers, adapter_name)
+                rows = check_certified(path, config._certificate, layers, adapter_name).rows
         else:
             return False
         _install(layers, adapter_name, rows)
@@ -108,10 +108,10 @@ def _certificate(config: ProtectedConfig, rows: Mapping[str, Tensor]) -> Certifi
 
 def check_certified(
     directory: Path, certificate: Certificate, layers: Layers | None = None, adapter_name: str = ""
-) -> dict[str, Tensor]:
-    """The `lora_A` factors of a directory; refused if they are not its certificate's, or do not fit `layers`."""
+) -> PlainLoRA:
+    """A directory whose `lora_A` factors are its certificate's, and fit `layers`; others are refused."""
     plain = read_plain(directory, WITH_FROZEN_A, warn=False)
-    rows = {name: factor.a for name, factor in plain.factors.items()}
+    rows = plain.rows
     if layers is not None:
         shapes = {name: (int(a.shape[0]), int(a.shape[1])) for name, a in rows.items()}
         expected = {
@@ -133,7 +133,7 @@ def check_certified(
                 "elsewhere, and may see the protected inputs. Make it blind again with peft-safety repair --method "
                 f"guardspace; without {FILE_NAME} it loads as an ordinary LoRA."
             )
-    return rows
+    return plain
 
 
 def certified(config: LoraConfig, snapshot: Snapshot) -> LoraConfig:
@@ -141,8 +141,7 @@ def certified(config: LoraConfig, snapshot: Snapshot) -> LoraConfig:
     certificate = read_certificate(snapshot.path)
     if certificate is None:
         return config
-    check_certified(snapshot.path, certificate)
-    plain = read_plain(snapshot.path, WITH_FROZEN_A, warn=False)
+    plain = check_certified(snapshot.path, certificate)
     if not are_names(config.modules_to_save or ()):
         raise ArtifactError(f"{snapshot.path}: modules_to_save must list module names. Save the adapter again.")
     patterns = (config.target_modules, config.exclude_modules, config.layers_pattern)
@@ -171,7 +170,7 @@ def take_over(config: ProtectedConfig, stored: ProtectedConfig, layers: Layers, 
     if config.subspace_id != stored.subspace_id:
         raise ConfigError(f"{certificate.directory} avoids another null space than adapter {name!r}. {reuse.NEW_NAME}")
     with reading(certificate.directory if stored._snapshot is None else stored._snapshot.path) as path:
-        rows = check_certified(path, certificate, layers, name)
+        rows = check_certified(path, certificate, layers, name).rows
     config._certificate = certificate
     _install(layers, name, rows)
 
