@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peft_safety.audit import orthogonality_report as orthogonality_report
     from peft_safety.calibration.estimators import SafetySubspace as SafetySubspace
     from peft_safety.callbacks import SafeLoRACallback as SafeLoRACallback
+    from peft_safety.callbacks import SafetyAnchorCallback as SafetyAnchorCallback
     from peft_safety.callbacks import SafetyMonitorCallback as SafetyMonitorCallback
     from peft_safety.callbacks import SoftPenaltyCallback as SoftPenaltyCallback
     from peft_safety.callbacks import TaskDirectionsCallback as TaskDirectionsCallback
@@ -42,7 +43,13 @@ __version__ = "0.1.0"
 _NAMES = {
     "audit": ["orthogonality_report"],
     "calibration.estimators": ["SafetySubspace"],
-    "callbacks": ["SafeLoRACallback", "SafetyMonitorCallback", "SoftPenaltyCallback", "TaskDirectionsCallback"],
+    "callbacks": [
+        "SafeLoRACallback",
+        "SafetyAnchorCallback",
+        "SafetyMonitorCallback",
+        "SoftPenaltyCallback",
+        "TaskDirectionsCallback",
+    ],
     "convert.export": ["export_lora"],
     "convert.merge": ["merge_quantized"],
     "convert.verify": ["verify"],

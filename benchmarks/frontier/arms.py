@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,15 +17,19 @@ from benchmarks.frontier.attacks import attack_of
 from benchmarks.frontier.bases import TARGETS, inputs, outputs, randomly
 from benchmarks.frontier.bench import Bench, Facts, timed
 from benchmarks.frontier.cells import Cell, needs
-from peft_safety import repair_adapter
+from peft_safety import SafetyAnchorCallback, repair_adapter
 from peft_safety.calibration.coverage import task_inputs
 from peft_safety.calibration.moments import collect, to_batches
 from peft_safety.core.targets import target_layers
-from peft_safety.data import refusal_pairs
+from peft_safety.data import load, refusal_pairs
 from peft_safety.errors import ConfigError, DivergedError
+from peft_safety.evaluation import self_responses
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.methods.guardspace.directions import blind_rows
+from peft_safety.recipes.bench import GENERAL_TOKENS
 
+ANCHORS = 64
+"""Refusals that an anchor holds: as many as GuardSpace calibrates on."""
 TASK_ROWS = 32
 """Training rows that give the directions of the task's inputs."""
 Made = tuple[Any, Facts]
@@ -112,6 +117,44 @@ def mixed(bench: Bench, cell: Cell) -> Made:
     return bench.train(cell, bench.config(), [*rows, *safety])
 
 
+def anchored(bench: Bench, cell: Cell) -> Made:
+    """Plain LoRA with an anchor. Knobs: `anchor` rows of a step, `anchor_every` so many steps, `anchor_weight`, and
+    `anchor_on` "refusals" or, as a control, "everyday": everyday prompts with the model's own answers.
+    """
+    anchors = anchors_of(bench, cell)
+    tuned, facts = bench.train(cell, bench.config(), bench.rows(cell), callbacks=anchors)
+    return tuned, {**facts, **anchor_costs(anchors)}
+
+
+def anchors_of(bench: Bench, cell: Cell) -> list[SafetyAnchorCallback]:
+    """The anchor of a cell; none without its knob. Half of its requests are behind random contexts."""
+    knobs = cell.options()
+    if "anchor" not in knobs:
+        return []
+    rows: list[Any] = refusal_pairs("calibration", ANCHORS)
+    everyday = knobs.get("anchor_on", "refusals") == "everyday"
+    if everyday:
+        rows = load("everyday_requests", "calibration")
+    rows = [{**row, "prompt": in_context(row["prompt"], i) if i % 2 else row["prompt"]} for i, row in enumerate(rows)]
+    if everyday:
+        prompts = [row["prompt"] for row in rows]
+        rows = self_responses(bench.model, bench.tokenizer, prompts, max_new_tokens=GENERAL_TOKENS, progress=False)
+    options = {name: knobs[f"anchor_{name}"] for name in ("every", "weight") if f"anchor_{name}" in knobs}
+    return [SafetyAnchorCallback(bench.tokenizer, rows, rows=knobs["anchor"], seed=cell.seed, **options)]
+
+
+def in_context(prompt: str, seed: int) -> str:
+    """A request behind a few nonsense words."""
+    rng = random.Random(seed)
+    words = ("".join(rng.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=rng.randint(3, 6))) for _ in range(4))
+    return f"{' '.join(words)} {prompt}"
+
+
+def anchor_costs(anchors: list[SafetyAnchorCallback]) -> Facts:
+    """Seconds of the training that the anchor took."""
+    return {"anchor_seconds": round(sum(anchor.seconds for anchor in anchors), 2)} if anchors else {}
+
+
 def salora(bench: Bench, cell: Cell) -> Made:
     """SaLoRA: `k` output directions of safe responses; below 1 a share of the dimensions."""
     made: Facts = {}
@@ -124,7 +167,7 @@ def salora(bench: Bench, cell: Cell) -> Made:
 def guard(bench: Bench, cell: Cell) -> Made:
     """GuardSpace. Knobs: `train` is the form ("A", "B", "window"), `rows` where the rows of a frozen A come from
     ("task", "random"), `window` its size, `r` the rank; with `combine` ("salora") it is also protected on the output
-    side, in `k` directions.
+    side, in `k` directions; `anchor` as in `anchored`.
     """
     made: Facts = {}
     rows, knobs = bench.rows(cell), cell.options()
@@ -139,8 +182,9 @@ def guard(bench: Bench, cell: Cell) -> Made:
     given = {"train": "A"} | {name: knobs[name] for name in ("train", "window", "combine", "r") if name in knobs}
     if "rows" in knobs:
         given |= {"a_init": knobs["rows"], "task_data": task if knobs["rows"] == "task" else None}
-    tuned, facts = bench.train(cell, bench.config("guardspace", subspace=subspace, **given), rows)
-    return tuned, {**made, **facts}
+    anchors = anchors_of(bench, cell)
+    tuned, facts = bench.train(cell, bench.config("guardspace", subspace=subspace, **given), rows, callbacks=anchors)
+    return tuned, {**made, **facts, **anchor_costs(anchors)}
 
 
 def task(bench: Bench, cell: Cell) -> Made:
@@ -291,6 +335,7 @@ ARMS: dict[str, Callable[[Bench, Cell], Made]] = {
     "aligned": aligned,
     "lora": lora,
     "mixed": mixed,
+    "anchored": anchored,
     "salora": salora,
     "guard": guard,
     "task": task,

@@ -1,0 +1,19 @@
+"""Callbacks for the `Trainer` of transformers and those of TRL."""
+
+from peft_safety.callbacks.adapters import (
+    SafeLoRACallback,
+    SafetyMonitorCallback,
+    SoftPenaltyCallback,
+    TaskDirectionsCallback,
+    largest_leak,
+)
+from peft_safety.callbacks.anchor import SafetyAnchorCallback
+
+__all__ = [
+    "SafeLoRACallback",
+    "SafetyAnchorCallback",
+    "SafetyMonitorCallback",
+    "SoftPenaltyCallback",
+    "TaskDirectionsCallback",
+    "largest_leak",
+]
