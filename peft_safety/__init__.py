@@ -15,6 +15,7 @@ from peft_safety.importing import WhenPeftIsImported
 if TYPE_CHECKING:
     from peft_safety.audit import orthogonality_report as orthogonality_report
     from peft_safety.calibration.estimators import SafetySubspace as SafetySubspace
+    from peft_safety.callbacks import CanaryCallback as CanaryCallback
     from peft_safety.callbacks import SafeLoRACallback as SafeLoRACallback
     from peft_safety.callbacks import SafetyAnchorCallback as SafetyAnchorCallback
     from peft_safety.callbacks import SafetyMonitorCallback as SafetyMonitorCallback
@@ -44,6 +45,7 @@ _NAMES = {
     "audit": ["orthogonality_report"],
     "calibration.estimators": ["SafetySubspace"],
     "callbacks": [
+        "CanaryCallback",
         "SafeLoRACallback",
         "SafetyAnchorCallback",
         "SafetyMonitorCallback",

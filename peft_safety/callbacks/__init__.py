@@ -8,8 +8,10 @@ from peft_safety.callbacks.adapters import (
     largest_leak,
 )
 from peft_safety.callbacks.anchor import SafetyAnchorCallback
+from peft_safety.callbacks.canary import CanaryCallback
 
 __all__ = [
+    "CanaryCallback",
     "SafeLoRACallback",
     "SafetyAnchorCallback",
     "SafetyMonitorCallback",

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState,
 
 from peft_safety.callbacks.steps import add_gradient, averaged, before_steps, log_value, refuse_shards
 from peft_safety.core import base_weights as weights
-from peft_safety.core.checks import check_positive
+from peft_safety.core.checks import check_counts, check_positive
 from peft_safety.data import refusal_pairs
 from peft_safety.data.chat import IGNORE_INDEX, Collator, can_trim, chat_of, encode_rows, row_turns
 from peft_safety.data.rows import Row, Rows, data_rows, label_names
@@ -84,7 +84,8 @@ class SafetyAnchorCallback(TrainerCallback):  # type: ignore[misc]
         max_length: int = 512,
     ) -> None:
         self.tokenizer, self.rows, self.every, self.weight, self.seed = tokenizer, rows, every, weight, seed
-        check_positive(self, "rows", "every", "weight")
+        check_counts(self, "rows", "every")
+        check_positive(self, "weight")
         anchors = refusal_pairs("calibration") if data is None else data_rows(data, "anchors")
         self.features = encode_rows(tokenizer, anchors, max_length)
         self.references: list[Reference] = []
