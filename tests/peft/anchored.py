@@ -16,7 +16,9 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 TOKENIZER = tiny_tokenizer()
 REQUESTS = [f"{verb} {thing}" for verb in ("make", "do", "get") for thing in ("bad", "evil", "wrong")]
 REFUSALS = [{"prompt": request, "response": "I can't."} for request in REQUESTS]
-TASK = [{"prompt": f"{verb} {thing}", "response": "Sure."} for verb in ("tell", "say") for thing in ("a", "b", "c", "d")]
+TASK = [
+    {"prompt": f"{verb} {thing}", "response": "Sure."} for verb in ("tell", "say") for thing in ("a", "b", "c", "d")
+]
 
 
 @functools.lru_cache(maxsize=1)
