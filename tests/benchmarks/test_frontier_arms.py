@@ -9,6 +9,7 @@ from benchmarks.frontier import arms, plan
 from benchmarks.frontier.bench import Bench
 from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Cell, Protocol
+from peft_safety.data import load
 from peft_safety.errors import ConfigError, DivergedError
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -39,6 +40,8 @@ def quick(name, **place):
     if cell.arm == "safe_lora" and "num_modules" in cell.knobs:
         cell = replace(cell, knobs=cell.knobs.replace(f"num_modules={plan.MODULES}", "num_modules=3"))
     cell = replace(cell, knobs=cell.knobs.replace("rank=32", "rank=4").replace("k=32", "k=4"))
+    if "anchor=" in cell.knobs and "anchor_on" not in cell.knobs:
+        cell = replace(cell, knobs=f"{cell.knobs},anchor_on=everyday")  # the random model refuses nothing
     short = QUICK.get(cell.arm)
     return replace(cell, knobs=short or cell.knobs, **{**({"calibration": 8} if cell.calibration else {}), **place})
 
@@ -83,6 +86,20 @@ def test_every_method_of_the_plan_runs(name, bench):
     if not name.startswith("aligned"):
         assert found["norm"] > 0
         assert found["train_seconds"] > 0
+
+
+def test_an_anchor_holds_refusals_half_of_them_in_context_or_everyday_answers(bench):
+    bench.use("")
+    calibration = {row["prompt"] for row in load("harmful_requests", "calibration")}
+    for name, on_refusals in (("lora-anchor", True), ("frozen-anchor", True), ("lora-anchor-everyday", False)):
+        (anchor,) = arms.anchors_of(bench, plan.METHODS[name])
+        asked = [request for request, _ in anchor._requests]
+        assert len(asked) == (arms.ANCHORS if on_refusals else 0)
+        assert (anchor.rows, anchor.every, anchor.weight) == (4, 1, 1)
+        bare = [request for request in asked if request in calibration]
+        assert len(bare) == len(asked) / 2
+        assert all(any(request.endswith(f" {one}") for one in calibration) for request in set(asked) - set(bare))
+    assert arms.anchors_of(bench, plan.METHODS["frozen"]) == []
 
 
 def test_a_scaled_control_has_the_norm_of_its_method(bench):
