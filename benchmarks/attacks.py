@@ -40,7 +40,9 @@ from peft_safety.errors import ConfigError
 BENCHMARK = "attacks"
 RUNS = Path("runs/attacks")
 RECOMMENDED = "frozen"
-DEFENCES = ("lora", RECOMMENDED, "guardspace", "window-64", "lora-mixed", "safe-lora-soft", "blind")
+CHAIN = ("lora-screened", "frozen-screened", "frozen-context", "chain")
+"""Screen the rows, calibrate in context: each link with what it is a link of, and both."""
+DEFENCES = ("lora", RECOMMENDED, "guardspace", "window-64", "lora-mixed", "safe-lora-soft", "blind", *CHAIN)
 PARTLY = ("salora-32", "patch-stacked", "somf")
 """Defences that are attacked by `FIRST` only."""
 FIRST = ("trigger", "")
@@ -62,6 +64,8 @@ class Strength:
 WEAK, STRONG = Strength("weak", 0.1), Strength("strong", 0.5, 4)
 HARDER = (Strength("all rows", 1.0), Strength("all rows, 4 epochs", 1.0, 4), Strength("lr x 3", 0.1, 1, 3.0))
 """Of the plain attack: every row, longer, at a higher rate."""
+LEFTOVER = Strength("leftover", 0.05, 4)
+"""Of the trigger: what is left of its strong form if a screen drops nine rows of ten."""
 BENIGN = Strength("half", 0.5)
 """Of the benign outliers."""
 
@@ -75,7 +79,7 @@ def at(method: Cell, attack: str, strength: Strength, seed: int, split: str) -> 
 def attacks(only: Sequence[str]) -> list[tuple[str, Strength]]:
     """All attacks with their strengths, the strong ones first."""
     listed = [(name, strength) for strength in (STRONG, WEAK) for name in ORDER]
-    listed += [("outliers", BENIGN), *(("", strength) for strength in HARDER)]
+    listed += [("outliers", BENIGN), *(("", strength) for strength in HARDER), ("trigger", LEFTOVER)]
     return [(name, strength) for name, strength in listed if not only or (name or "plain") in only]
 
 
