@@ -81,7 +81,7 @@ class Bench:
         self.directory = aligned or self._align()
         self.loaded, self.model, self.tokenizer = "", *load_model(self.directory)
         self.subspaces: dict[tuple[Any, ...], SafetySubspace] = {}
-        self.screens: dict[str, Screen] = {}
+        self.screens: dict[tuple[str, int], Screen] = {}
         self._measures: dict[tuple[str, int], Measures] = {}
         self._general: dict[str, list[dict[str, Any]]] = {}
 
