@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from peft_safety.data import load
-from peft_safety.data.chat import row_turns, turns_of
+from peft_safety.data.chat import encode_row, render_prompt, row_turns, turns_of
 from peft_safety.data.rows import Row, Rows, as_rows, kind_of, label_names
-from peft_safety.data.templates import Chat, Message, roles
+from peft_safety.data.templates import Message, roles
 from peft_safety.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -128,10 +128,12 @@ def check_count(count: int) -> None:
 
 
 def has_system(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template writes a system turn. It may also refuse or drop one."""
+    """Whether the chat template has a system turn: one that it writes, and that stays where it is in a whole row."""
     text = "Reply in rhymes."
+    turns = [{"role": "system", "content": text}, {"role": "user", "content": "Hello"}]
     try:
-        return text in Chat(tokenizer).text([{"role": "system", "content": text}, *turns_of("Hello", "user")])
+        encode_row(tokenizer, {"prompt": turns, "response": "Hi"}, 1)
+        return text in render_prompt(tokenizer, turns)
     except DataError:
         return False
 
