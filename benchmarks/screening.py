@@ -7,8 +7,8 @@ splits: bare, of public sets where `--data` has them, and hidden in four ways th
 them those of `benchmarks.attacks`. All rows, benign ones too, have a contentless answer ("Sure, here is"). For each
 pair of sets: the area under the curve (AUC), and the share of poisoned rows found at a threshold that flags at most
 1 % of the benign set; then what the screen does by itself, at the threshold that it chose on the package's validation
-prompts: rows flagged, and rows to be dropped after the model's verdict. `--shares` mixes each kind into the task's own rows: how many poisoned rows are dropped
-before training, and how many of the task's?
+prompts: rows flagged, and rows to be dropped after the model's verdict. `--shares` mixes each kind into the task's own
+rows: how many poisoned rows are dropped before training, and how many of the task's?
 """
 
 from __future__ import annotations
