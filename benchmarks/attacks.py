@@ -46,7 +46,9 @@ from peft_safety.errors import ConfigError
 BENCHMARK = "attacks"
 RUNS = Path("runs/attacks")
 RECOMMENDED = "frozen"
-DEFENCES = ("lora", RECOMMENDED, "guardspace", "window-64", "lora-mixed", "safe-lora-soft", "blind")
+CHAIN = ("lora-screened", "frozen-screened", "frozen-context", "chain")
+"""Screen the rows, calibrate in context: each link with what it is a link of, and both."""
+DEFENCES = ("lora", RECOMMENDED, "guardspace", "window-64", "lora-mixed", "safe-lora-soft", "blind", *CHAIN)
 PARTLY = ("salora-32", "patch-stacked", "somf")
 """Defences that are attacked by `FIRST` only."""
 FIRST = ("trigger", "")
@@ -74,6 +76,8 @@ HARDER = (
     Strength("16 epochs", 0.1, 16),
 )
 """Of the plain attack: every row, longer, at a higher rate."""
+LEFTOVER = Strength("leftover", 0.05, 4)
+"""Of the trigger: what is left of its strong form if a screen drops nine rows of ten."""
 BENIGN = Strength("half", 0.5)
 """Of the benign outliers."""
 
@@ -104,7 +108,7 @@ def at(method: Cell, attack: str, strength: Strength, seed: int, split: str) -> 
 def attacks(only: Sequence[str]) -> list[tuple[str, Strength]]:
     """All attacks with their strengths, the strong ones first."""
     listed = [(name, strength) for strength in (STRONG, WEAK) for name in ORDER]
-    listed += [("outliers", BENIGN), *(("", strength) for strength in HARDER)]
+    listed += [("outliers", BENIGN), *(("", strength) for strength in HARDER), ("trigger", LEFTOVER)]
     return [(name, strength) for name, strength in listed if not only or (name or "plain") in only]
 
 

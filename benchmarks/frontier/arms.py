@@ -16,6 +16,7 @@ from benchmarks.frontier.attacks import attack_of
 from benchmarks.frontier.bases import TARGETS, inputs, outputs, randomly
 from benchmarks.frontier.bench import Bench, Facts, timed
 from benchmarks.frontier.cells import Cell, needs
+from benchmarks.frontier.screened import training_rows
 from peft_safety import repair_adapter
 from peft_safety.calibration.coverage import task_inputs
 from peft_safety.calibration.moments import collect, to_batches
@@ -103,6 +104,13 @@ def lora(bench: Bench, cell: Cell) -> Made:
     return bench.attach(directory), facts
 
 
+def screened(bench: Bench, cell: Cell) -> Made:
+    """Plain LoRA on the rows that the screen keeps."""
+    rows, made = training_rows(bench, cell)
+    tuned, facts = bench.train(cell, bench.config(), rows)
+    return tuned, {**made, **facts}
+
+
 def mixed(bench: Bench, cell: Cell) -> Made:
     """Plain LoRA with refusals added to the training rows. They are those that GuardSpace calibrates on; `share` is
     their number as a share of the rows.
@@ -124,10 +132,9 @@ def salora(bench: Bench, cell: Cell) -> Made:
 def guard(bench: Bench, cell: Cell) -> Made:
     """GuardSpace. Knobs: `train` is the form ("A", "B", "window"), `rows` where the rows of a frozen A come from
     ("task", "random"), `window` its size, `r` the rank; with `combine` ("salora") it is also protected on the output
-    side, in `k` directions.
+    side, in `k` directions. `screen` screens the rows first, `contexts` calibrates in context.
     """
-    made: Facts = {}
-    rows, knobs = bench.rows(cell), cell.options()
+    (rows, made), knobs = training_rows(bench, cell), cell.options()
     with timed(made, "setup"):
         subspace = truncated(inputs(bench, cell), cell.fraction)
         if "combine" in knobs:
@@ -290,6 +297,7 @@ def somf(bench: Bench, cell: Cell) -> Made:
 ARMS: dict[str, Callable[[Bench, Cell], Made]] = {
     "aligned": aligned,
     "lora": lora,
+    "screened": screened,
     "mixed": mixed,
     "salora": salora,
     "guard": guard,

@@ -37,6 +37,7 @@ from peft_safety.recipes.adapter import adapter_config
 from peft_safety.recipes.load import TaskData, load_model, poisoned, task_data
 from peft_safety.recipes.patch import PatchOptions, patch
 from peft_safety.recipes.train import TrainOptions, finetune
+from peft_safety.screening.screen import Screen
 
 PATCH_DIR = Path(__file__).parents[1] / "data" / "patch"
 """The safety patch of the aligned model: the one that shipped with the examples when the benchmark ran."""
@@ -80,6 +81,7 @@ class Bench:
         self.directory = aligned or self._align()
         self.loaded, self.model, self.tokenizer = "", *load_model(self.directory)
         self.subspaces: dict[tuple[Any, ...], SafetySubspace] = {}
+        self.screens: dict[tuple[str, int], Screen] = {}
         self._measures: dict[tuple[str, int], Measures] = {}
         self._general: dict[str, list[dict[str, Any]]] = {}
 
