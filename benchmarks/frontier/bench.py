@@ -17,6 +17,7 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
+from transformers import TrainerCallback
 
 from benchmarks.common import load_causal, reset_peak, resident_mib, resident_now_mib
 from benchmarks.frontier.adapters import check_finite, norm
@@ -202,6 +203,7 @@ class Bench:
         *,
         options: TrainOptions | None = None,
         model: Any = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> tuple[PeftModel, Facts]:
         """Fine-tune the aligned model (or `model`); returns it with its norm, its loss and what it cost.
 
@@ -221,7 +223,7 @@ class Bench:
                 config,
                 options or self.options(cell),
                 labels=labels,
-                callbacks=[along],
+                callbacks=[along, *callbacks],
             )
         check_finite(tuned, run, cell)
         facts = {
