@@ -20,7 +20,6 @@ from peft_safety import repair_adapter
 from peft_safety.calibration.coverage import task_inputs
 from peft_safety.calibration.moments import collect, to_batches
 from peft_safety.core.targets import target_layers
-from peft_safety.data import refusal_pairs
 from peft_safety.errors import ConfigError, DivergedError
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.methods.guardspace.directions import blind_rows
@@ -47,8 +46,12 @@ def run_cell(bench: Bench, cell: Cell) -> Facts:
     except BaseException:
         bench.model = None  # it may still carry a part of an adapter
         raise
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {**figures, **facts, "device": device}
+    return {**figures, **facts, "device": device()}
+
+
+def device() -> str:
+    """The name of the device that cells run on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def run_arm(bench: Bench, cell: Cell) -> Made:
@@ -108,7 +111,7 @@ def mixed(bench: Bench, cell: Cell) -> Made:
     their number as a share of the rows.
     """
     rows = bench.rows(cell)
-    safety = refusal_pairs("calibration", max(1, round(cell.options()["share"] * len(rows))), cell.seed)
+    safety = bench.refusals(max(1, round(cell.options()["share"] * len(rows))), cell.seed)
     return bench.train(cell, bench.config(), [*rows, *safety])
 
 
