@@ -46,8 +46,17 @@ from peft_safety.errors import ConfigError
 BENCHMARK = "attacks"
 RUNS = Path("runs/attacks")
 RECOMMENDED = "frozen"
-CHAIN = ("lora-screened", "frozen-screened", "frozen-context", "chain")
-"""Screen the rows, calibrate in context: each link with what it is a link of, and both."""
+CHAIN = (
+    "chain",
+    "chain-anchor",
+    "lora-screened",
+    "frozen-screened",
+    "frozen-context",
+    "frozen-anchor",
+    "lora-anchor",
+    "lora-anchor-everyday",
+)
+"""Screen the rows, calibrate in context, hold answers at an anchor: the whole, each link alone, and a control."""
 DEFENCES = ("lora", RECOMMENDED, "guardspace", "window-64", "lora-mixed", "safe-lora-soft", "blind", *CHAIN)
 PARTLY = ("salora-32", "patch-stacked", "somf")
 """Defences that are attacked by `FIRST` only."""

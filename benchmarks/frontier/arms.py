@@ -21,7 +21,7 @@ from peft_safety import SafetyAnchorCallback, repair_adapter
 from peft_safety.calibration.coverage import task_inputs
 from peft_safety.calibration.moments import collect, to_batches
 from peft_safety.core.targets import target_layers
-from peft_safety.data import load, refusal_pairs
+from peft_safety.data import load
 from peft_safety.data.contexts import in_context
 from peft_safety.errors import ConfigError, DivergedError
 from peft_safety.evaluation import self_responses
@@ -53,8 +53,12 @@ def run_cell(bench: Bench, cell: Cell) -> Facts:
     except BaseException:
         bench.model = None  # it may still carry a part of an adapter
         raise
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {**figures, **facts, "device": device}
+    return {**figures, **facts, "device": device()}
+
+
+def device() -> str:
+    """The name of the device that cells run on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def run_arm(bench: Bench, cell: Cell) -> Made:
@@ -121,7 +125,7 @@ def mixed(bench: Bench, cell: Cell) -> Made:
     their number as a share of the rows.
     """
     rows = bench.rows(cell)
-    safety = refusal_pairs("calibration", max(1, round(cell.options()["share"] * len(rows))), cell.seed)
+    safety = bench.refusals(max(1, round(cell.options()["share"] * len(rows))), cell.seed)
     return bench.train(cell, bench.config(), [*rows, *safety])
 
 
@@ -139,7 +143,7 @@ def anchors_of(bench: Bench, cell: Cell) -> list[SafetyAnchorCallback]:
     knobs = cell.options()
     if "anchor" not in knobs:
         return []
-    rows: list[Any] = refusal_pairs("calibration", ANCHORS)
+    rows: list[Any] = bench.refusals(ANCHORS)
     if knobs.get("anchor_on", "refusals") == "everyday":
         prompts = [row["prompt"] for row in load("everyday_requests", "calibration")]
         rows = self_responses(bench.model, bench.tokenizer, prompts, max_new_tokens=GENERAL_TOKENS, progress=False)

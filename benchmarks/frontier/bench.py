@@ -30,7 +30,7 @@ from benchmarks.frontier.measure import Measures
 from examples import safety_patch
 from examples.get_model import model_dir
 from peft_safety import SafetySubspace
-from peft_safety.data import load
+from peft_safety.data import load, refusal_pairs
 from peft_safety.data.rows import Row
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.evaluation import Judge
@@ -187,6 +187,10 @@ class Bench:
         """The config of an adapter, of the rank that all arms share unless `r` is given."""
         r = options.pop("r", self.protocol.r)
         return adapter_config(method, r=r, lora_alpha=2 * r, **options)
+
+    def refusals(self, count: int, seed: int = 0) -> list[dict[str, str]]:
+        """Requests with refusals that a defence may use; no attack has them."""
+        return refusal_pairs("calibration", count, seed)
 
     def rows(self, cell: Cell) -> list[Any]:
         """What a cell trains on."""
