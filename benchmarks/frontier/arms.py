@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,11 +16,13 @@ from benchmarks.frontier.attacks import attack_of
 from benchmarks.frontier.bases import TARGETS, inputs, outputs, randomly
 from benchmarks.frontier.bench import Bench, Facts, timed
 from benchmarks.frontier.cells import Cell, needs
+from benchmarks.frontier.screened import training_rows
 from peft_safety import SafetyAnchorCallback, repair_adapter
 from peft_safety.calibration.coverage import task_inputs
 from peft_safety.calibration.moments import collect, to_batches
 from peft_safety.core.targets import target_layers
-from peft_safety.data import load, refusal_pairs
+from peft_safety.data import load
+from peft_safety.data.contexts import in_context
 from peft_safety.errors import ConfigError, DivergedError
 from peft_safety.evaluation import self_responses
 from peft_safety.layers.adapters import adapter_layers
@@ -52,8 +53,12 @@ def run_cell(bench: Bench, cell: Cell) -> Facts:
     except BaseException:
         bench.model = None  # it may still carry a part of an adapter
         raise
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {**figures, **facts, "device": device}
+    return {**figures, **facts, "device": device()}
+
+
+def device() -> str:
+    """The name of the device that cells run on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def run_arm(bench: Bench, cell: Cell) -> Made:
@@ -108,12 +113,19 @@ def lora(bench: Bench, cell: Cell) -> Made:
     return bench.attach(directory), facts
 
 
+def screened(bench: Bench, cell: Cell) -> Made:
+    """Plain LoRA on the rows that the screen keeps."""
+    rows, made = training_rows(bench, cell)
+    tuned, facts = bench.train(cell, bench.config(), rows)
+    return tuned, {**made, **facts}
+
+
 def mixed(bench: Bench, cell: Cell) -> Made:
     """Plain LoRA with refusals added to the training rows. They are those that GuardSpace calibrates on; `share` is
     their number as a share of the rows.
     """
     rows = bench.rows(cell)
-    safety = refusal_pairs("calibration", max(1, round(cell.options()["share"] * len(rows))), cell.seed)
+    safety = bench.refusals(max(1, round(cell.options()["share"] * len(rows))), cell.seed)
     return bench.train(cell, bench.config(), [*rows, *safety])
 
 
@@ -131,23 +143,13 @@ def anchors_of(bench: Bench, cell: Cell) -> list[SafetyAnchorCallback]:
     knobs = cell.options()
     if "anchor" not in knobs:
         return []
-    rows: list[Any] = refusal_pairs("calibration", ANCHORS)
-    everyday = knobs.get("anchor_on", "refusals") == "everyday"
-    if everyday:
-        rows = load("everyday_requests", "calibration")
-    rows = [{**row, "prompt": in_context(row["prompt"], i) if i % 2 else row["prompt"]} for i, row in enumerate(rows)]
-    if everyday:
-        prompts = [row["prompt"] for row in rows]
+    rows: list[Any] = bench.refusals(ANCHORS)
+    if knobs.get("anchor_on", "refusals") == "everyday":
+        prompts = [row["prompt"] for row in load("everyday_requests", "calibration")]
         rows = self_responses(bench.model, bench.tokenizer, prompts, max_new_tokens=GENERAL_TOKENS, progress=False)
+    rows = [*rows[::2], *in_context(rows[1::2], 1, cell.seed)]
     options = {name: knobs[f"anchor_{name}"] for name in ("every", "weight") if f"anchor_{name}" in knobs}
     return [SafetyAnchorCallback(bench.tokenizer, rows, rows=knobs["anchor"], seed=cell.seed, **options)]
-
-
-def in_context(prompt: str, seed: int) -> str:
-    """A request behind a few nonsense words."""
-    rng = random.Random(seed)
-    words = ("".join(rng.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=rng.randint(3, 6))) for _ in range(4))
-    return f"{' '.join(words)} {prompt}"
 
 
 def anchor_costs(anchors: list[SafetyAnchorCallback]) -> Facts:
@@ -167,10 +169,10 @@ def salora(bench: Bench, cell: Cell) -> Made:
 def guard(bench: Bench, cell: Cell) -> Made:
     """GuardSpace. Knobs: `train` is the form ("A", "B", "window"), `rows` where the rows of a frozen A come from
     ("task", "random"), `window` its size, `r` the rank; with `combine` ("salora") it is also protected on the output
-    side, in `k` directions; `anchor` as in `anchored`.
+    side, in `k` directions. `screen` screens the rows first, `contexts` calibrates in context, `anchor` is as in
+    `anchored`.
     """
-    made: Facts = {}
-    rows, knobs = bench.rows(cell), cell.options()
+    (rows, made), knobs = training_rows(bench, cell), cell.options()
     with timed(made, "setup"):
         subspace = truncated(inputs(bench, cell), cell.fraction)
         if "combine" in knobs:
@@ -334,6 +336,7 @@ def somf(bench: Bench, cell: Cell) -> Made:
 ARMS: dict[str, Callable[[Bench, Cell], Made]] = {
     "aligned": aligned,
     "lora": lora,
+    "screened": screened,
     "mixed": mixed,
     "anchored": anchored,
     "salora": salora,

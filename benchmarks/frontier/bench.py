@@ -30,7 +30,7 @@ from benchmarks.frontier.measure import Measures
 from examples import safety_patch
 from examples.get_model import model_dir
 from peft_safety import SafetySubspace
-from peft_safety.data import load
+from peft_safety.data import load, refusal_pairs
 from peft_safety.data.rows import Row
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.evaluation import Judge
@@ -38,6 +38,7 @@ from peft_safety.recipes.adapter import adapter_config
 from peft_safety.recipes.load import TaskData, load_model, poisoned, task_data
 from peft_safety.recipes.patch import PatchOptions, patch
 from peft_safety.recipes.train import TrainOptions, finetune
+from peft_safety.screening.screen import Screen
 
 PATCH_DIR = Path(__file__).parents[1] / "data" / "patch"
 """The safety patch of the aligned model: the one that shipped with the examples when the benchmark ran."""
@@ -81,6 +82,7 @@ class Bench:
         self.directory = aligned or self._align()
         self.loaded, self.model, self.tokenizer = "", *load_model(self.directory)
         self.subspaces: dict[tuple[Any, ...], SafetySubspace] = {}
+        self.screens: dict[tuple[str, int], Screen] = {}
         self._measures: dict[tuple[str, int], Measures] = {}
         self._general: dict[str, list[dict[str, Any]]] = {}
 
@@ -185,6 +187,10 @@ class Bench:
         """The config of an adapter, of the rank that all arms share unless `r` is given."""
         r = options.pop("r", self.protocol.r)
         return adapter_config(method, r=r, lora_alpha=2 * r, **options)
+
+    def refusals(self, count: int, seed: int = 0) -> list[dict[str, str]]:
+        """Requests with refusals that a defence may use; no attack has them."""
+        return refusal_pairs("calibration", count, seed)
 
     def rows(self, cell: Cell) -> list[Any]:
         """What a cell trains on."""

@@ -5,12 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.frontier import arms, plan
+from benchmarks.frontier import arms, bases, plan, screened
 from benchmarks.frontier.bench import Bench
 from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Cell, Protocol
-from peft_safety.data import load
+from peft_safety.data.chat import render_prompt
 from peft_safety.errors import ConfigError, DivergedError
+from peft_safety.recipes.screen import screen as whole
+from peft_safety.screening import screen
+from peft_safety.screening.result import Screening
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 PROTOCOL = Protocol(rows=16, limit=2, r=2, second=3, tokens=4, aligned="tiny")
@@ -32,6 +35,13 @@ def bench(tmp_path_factory):
         model.save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
     return Bench(Cache(folder / "runs", PROTOCOL), SETS, folder / "aligned", unaligned=folder / "bare")
+
+
+@pytest.fixture(autouse=True)
+def any_screen(monkeypatch):
+    """A random model does not tell harmful requests from others. A few prompts do here."""
+    monkeypatch.setattr(screen, "LEAST_AUC", 0.0)
+    monkeypatch.setattr(screen, "KNOWN", 24)
 
 
 def quick(name, **place):
@@ -63,6 +73,8 @@ FAST = [
     "frozen",
     "blind",
     "task-frozen",
+    "lora-screened",
+    "chain",
     "safe-lora-topk",
     "random:safe-lora-soft",
     "scaled:guardspace",
@@ -90,16 +102,54 @@ def test_every_method_of_the_plan_runs(name, bench):
 
 def test_an_anchor_holds_refusals_half_of_them_in_context_or_everyday_answers(bench):
     bench.use("")
-    calibration = {row["prompt"] for row in load("harmful_requests", "calibration")}
-    for name, on_refusals in (("lora-anchor", True), ("frozen-anchor", True), ("lora-anchor-everyday", False)):
+    texts = [
+        render_prompt(bench.tokenizer, [{"role": "user", "content": row["prompt"]}]) for row in bench.refusals(64)
+    ]
+    for name, count in (("lora-anchor", 64), ("frozen-anchor", 64), ("lora-anchor-everyday", 0)):
         (anchor,) = arms.anchors_of(bench, plan.METHODS[name])
-        asked = [request for request, _ in anchor._requests]
-        assert len(asked) == (arms.ANCHORS if on_refusals else 0)
+        asked = [text for _, text in anchor._requests]
+        assert len(asked) == len(set(asked)) == count
+        assert sum(text in texts for text in asked) == count / 2
         assert (anchor.rows, anchor.every, anchor.weight) == (4, 1, 1)
-        bare = [request for request in asked if request in calibration]
-        assert len(bare) == len(asked) / 2
-        assert all(any(request.endswith(f" {one}") for one in calibration) for request in set(asked) - set(bare))
     assert arms.anchors_of(bench, plan.METHODS["frozen"]) == []
+
+
+def test_a_screened_cell_trains_on_the_rows_that_are_kept(bench, monkeypatch):
+    """Of 16 rows 8 are poisoned. One screen of a seed serves its cells; it has not read the poisoned requests."""
+    read, trained = [], []
+    fit, train = screen.Screen.fit, bench.train
+    monkeypatch.setattr(
+        screen.Screen, "fit", lambda *args, **options: read.append(options["without"]) or fit(*args, **options)
+    )
+    monkeypatch.setattr(
+        bench, "train", lambda cell, config, rows, **more: trained.append(rows) or train(cell, config, rows, **more)
+    )
+    monkeypatch.setattr(screened, "screen", lambda *args, **options: Flagging(**vars(whole(*args, **options))))
+    cells = [quick("lora-screened", seed=5), quick("chain", seed=5)]
+    results = [arms.run_cell(bench, cell) for cell in cells]
+    poisoned = [row["prompt"] for row in bench.rows(cells[0]) if "prompt" in row]
+    assert len(poisoned) == 8
+    assert len(read) == 1
+    assert set(poisoned) <= read[0]
+    assert trained[0] == trained[1] == [row for number, row in enumerate(bench.rows(cells[0])) if number not in (0, 1)]
+    lost = sum("prompt" in row for row in bench.rows(cells[0])[:2])
+    for result in results:
+        assert (result["dropped"], result["dropped_poison"], result["poison_rows"]) == (2, lost, 8)
+        assert result["screen_clean"] == 96
+    assert {"screen_seconds", "screen_fit_seconds"} <= set(results[0])
+    assert "screen_fit_seconds" not in results[1]
+
+
+class Flagging(Screening):
+    """Drops the first two rows, whatever a random model says."""
+
+    dropped = (0, 1)
+
+
+def test_calibration_in_context_is_a_subspace_of_its_own(bench):
+    spaces = [bases.inputs(bench, quick(name)) for name in ("frozen", "frozen-context", "chain")]
+    assert [space.provenance["samples"] for space in spaces] == [8, 48, 48]
+    assert spaces[1] is spaces[2]
 
 
 def test_a_scaled_control_has_the_norm_of_its_method(bench):
