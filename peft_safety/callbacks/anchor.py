@@ -123,16 +123,14 @@ class SafetyAnchorCallback(TrainerCallback):  # type: ignore[misc]
         with torch.enable_grad():
             loss = self.loss(draw.sample(range(len(self.features)), min(self.rows, len(self.features))))
             gradients = torch.autograd.grad(self._scale * self.weight * loss, parameters, allow_unused=True)
-        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer undoes the loss scaling in its step
-        finite = torch.ones((), dtype=torch.bool, device=loss.device)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                gradient = averaged(gradient / self._scale)
-                finite &= gradient.isfinite().all().to(finite.device)
-                add_gradient(parameter, gradient if scale is None else gradient * scale.to(gradient))
-        if not finite:
+        added = {p: averaged(g / self._scale) for p, g in zip(parameters, gradients, strict=True) if g is not None}
+        if not torch.nn.utils.get_total_norm(added.values()).isfinite():
             said = f"the anchor's gradient at step {self._state.global_step} is not finite (KL {float(loss.detach())})"
             raise DivergedError(f"{type(self).__name__}: {said}. Lower the learning rate, or train in bf16.")
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer undoes the loss scaling in its step
+        for parameter, gradient in added.items():
+            add_gradient(parameter, gradient if scale is None else gradient * scale.to(gradient))
+        self._wait()
         seconds = time.perf_counter() - started
         self.seconds += seconds
         self._pending.append((float(loss.detach()), seconds))
