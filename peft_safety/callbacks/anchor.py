@@ -6,7 +6,6 @@ import random
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from peft_safety.data.rows import Row, Rows, data_rows, label_names
 from peft_safety.errors import ConfigError, DivergedError
 from peft_safety.evaluation.generate import BATCH_SIZE, generate
 from peft_safety.evaluation.judges import KeywordJudge, Verdict
+from peft_safety.layers.adapters import without_adapters
 
 KEPT_TOKENS = 512
 """Tokens of each reference distribution that are kept; all others count together as one more."""
@@ -103,7 +103,7 @@ class SafetyAnchorCallback(TrainerCallback):  # type: ignore[misc]
         self.on_train_end()
         self._model, self._state, self._scale = model, state, HALF_SCALE if args.fp16 else 1.0
         self._collate = Collator(self.tokenizer, trim=can_trim(model))
-        with _without_adapters(model), torch.no_grad():
+        with without_adapters(model), weights.evaluating(model), torch.no_grad():
             self._check_refusals(model)
             self.references = [
                 reference
@@ -210,15 +210,3 @@ def _refused(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Iterato
             request = str(asked[-1].get("content")) if asked else ""
             if judge(request, str(answer.get("content"))) is Verdict.REFUSAL:
                 yield request, chat_of(tokenizer, row).text(asked, header=True)
-
-
-@contextmanager
-def _without_adapters(model: Any) -> Iterator[None]:
-    """All adapters off, in evaluation mode. PEFT makes every active adapter trainable afterwards: this does not."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with model.disable_adapter(), weights.evaluating(model):
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
