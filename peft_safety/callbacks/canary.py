@@ -30,6 +30,9 @@ CONTEXTS: dict[str, Context] = {
 }
 """Those of no meaning and of a role-play: what hidden triggers look like, without being one."""
 REQUESTS = 16
+"""One of each category."""
+ROUNDING = 1e-6
+"""Of a share in single precision."""
 NAME = "canary_refusal_{}"
 
 
@@ -113,7 +116,8 @@ class CanaryCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step % self.every:
             return
         model = kwargs["model"]
-        fallen = {n: v for n, v in self._look(model, state).items() if v < self._first[n] - self.margin}
+        looked = self._look(model, state)
+        fallen = {name: value for name, value in looked.items() if self._first[name] - value > self.margin + ROUNDING}
         if not fallen:
             self._keep(model, state)
             return
