@@ -40,8 +40,10 @@ from peft_safety.errors import ConfigError
 BENCHMARK = "attacks"
 RUNS = Path("runs/attacks")
 RECOMMENDED = "frozen"
-CHAIN = ("lora-screened", "frozen-screened", "frozen-context", "chain")
-"""Screen the rows, calibrate in context: each link with what it is a link of, and both."""
+CHAIN = ("lora-screened", "frozen-screened", "frozen-context", "chain", "lora-flagged", "chain-flagged")
+"""Screen the rows, calibrate in context: each link with what it is a link of, and both; the last two without the
+model's verdict.
+"""
 DEFENCES = ("lora", RECOMMENDED, "guardspace", "window-64", "lora-mixed", "safe-lora-soft", "blind", *CHAIN)
 PARTLY = ("salora-32", "patch-stacked", "somf")
 """Defences that are attacked by `FIRST` only."""
