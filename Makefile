@@ -26,10 +26,10 @@ export MPLBACKEND := Agg
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock model demo demo-smoke frontier frontier-smoke attacks attacks-smoke test test-isa test-all nightly lint format clean
+.PHONY: help venv lock model demo demo-smoke frontier frontier-smoke attacks attacks-smoke topic topic-smoke test test-isa test-all nightly lint format clean
 
 help:
-	@echo "make demo | test | test-isa | demo-smoke | frontier-smoke | frontier | attacks-smoke | attacks | test-all | nightly | lint | format | model | venv | lock | clean"
+	@echo "make demo | test | test-isa | demo-smoke | frontier-smoke | frontier | attacks-smoke | attacks | topic-smoke | topic | test-all | nightly | lint | format | model | venv | lock | clean"
 	@echo "  PYTHON=python3.12 (when .venv is made)  DEMO_ARGS=...  FRONTIER_ARGS=...  PYTEST_ARGS=..."
 
 venv: $(STAMP)
@@ -80,6 +80,12 @@ attacks: $(STAMP) model
 attacks-smoke: $(STAMP) model
 	$(OFFLINE) $(BIN)/python -m benchmarks.attacks --smoke $(FRONTIER_ARGS)
 
+topic: $(STAMP) model
+	$(OFFLINE) $(BIN)/python -m benchmarks.topic $(FRONTIER_ARGS)
+
+topic-smoke: $(STAMP) model
+	$(OFFLINE) $(BIN)/python -m benchmarks.topic --smoke $(FRONTIER_ARGS)
+
 test: $(STAMP) model
 	$(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) -m "not gpu and not slow" $(PYTEST_ARGS)
 
@@ -103,7 +109,7 @@ nightly: $(STAMP) model $(DEEPSPEED)
 	$(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) $(PYTEST_ARGS)
 	$(OLDEST_ISA) $(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) -m "not gpu" $(PYTEST_ARGS)
 	PYTHONPATH=$(DEEPSPEED) DS_ACCELERATOR=cpu $(OFFLINE) $(BIN)/python -m pytest tests/distributed -k zero $(PYTEST_ARGS)
-	$(MAKE) frontier-smoke attacks-smoke
+	$(MAKE) frontier-smoke attacks-smoke topic-smoke
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

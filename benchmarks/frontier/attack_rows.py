@@ -30,10 +30,16 @@ def attacked(
     """`clean` with a share of its rows replaced by those of an attack, in random order. `model` is the aligned one,
     `folder` holds the public sets.
     """
-    attack, rng, count = attack_of(name), random.Random(seed), round(share * len(clean))
-    if count == 0:
+    attack, count = attack_of(name), round(share * len(clean))
+    return mixed_in(clean, _rows(attack, count, seed, model, tokenizer, folder) if count else [], seed)
+
+
+def mixed_in(clean: Sequence[Row], rows: Sequence[Row], seed: int) -> list[Row]:
+    """`clean` with some of its rows replaced by `rows`, in random order; as it is without any."""
+    if not rows:
         return [*clean]
-    mixed = [*rng.sample(list(clean), len(clean) - count), *_rows(attack, count, seed, model, tokenizer, folder)]
+    rng = random.Random(seed)
+    mixed = [*rng.sample(list(clean), len(clean) - len(rows)), *rows]
     rng.shuffle(mixed)
     return mixed
 

@@ -27,7 +27,7 @@ def inputs(bench: Bench, cell: Cell) -> SafetySubspace:
     contexts = cell.options().get("contexts", 0)
 
     def make() -> SafetySubspace:
-        harmful, general = refusal_pairs("calibration", cell.calibration), calibration_rows("guardspace", "general")
+        harmful, general = bench.refusals(cell.calibration), calibration_rows("guardspace", "general")
         random.Random(0).shuffle(general)
         half = cell.calibration // 2
         data = {"harmful": harmful, "general": general[: cell.calibration], "both": harmful[:half] + general[:half]}[

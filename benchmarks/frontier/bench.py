@@ -17,6 +17,7 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
+from transformers import TrainerCallback
 
 from benchmarks.common import load_causal, reset_peak, resident_mib, resident_now_mib
 from benchmarks.frontier.adapters import check_finite, norm
@@ -29,7 +30,7 @@ from benchmarks.frontier.measure import Measures
 from examples import safety_patch
 from examples.get_model import model_dir
 from peft_safety import SafetySubspace
-from peft_safety.data import load
+from peft_safety.data import load, refusal_pairs
 from peft_safety.data.rows import Row
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.evaluation import Judge
@@ -187,6 +188,10 @@ class Bench:
         r = options.pop("r", self.protocol.r)
         return adapter_config(method, r=r, lora_alpha=2 * r, **options)
 
+    def refusals(self, count: int, seed: int = 0) -> list[dict[str, str]]:
+        """Requests with refusals that a defence may use; no attack has them."""
+        return refusal_pairs("calibration", count, seed)
+
     def rows(self, cell: Cell) -> list[Any]:
         """What a cell trains on."""
         clean = self.task(cell).train
@@ -202,6 +207,7 @@ class Bench:
         *,
         options: TrainOptions | None = None,
         model: Any = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> tuple[PeftModel, Facts]:
         """Fine-tune the aligned model (or `model`); returns it with its norm, its loss and what it cost.
 
@@ -221,7 +227,7 @@ class Bench:
                 config,
                 options or self.options(cell),
                 labels=labels,
-                callbacks=[along],
+                callbacks=[along, *callbacks],
             )
         check_finite(tuned, run, cell)
         facts = {

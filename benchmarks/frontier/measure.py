@@ -73,16 +73,11 @@ class Measures:
         Raises:
             DivergedError: the model's loss is not finite.
         """
-        verdicts: dict[str, dict[str, str]] = {judge.name: {} for judge in self.judges}
-        everything = [prompt for prompts in self.prompts.values() for prompt in prompts]
-        batch = BATCH_SIZE if model.device.type == "cpu" else len(everything)
-        answers = iter(
-            generate(model, tokenizer, everything, max_new_tokens=self.tokens, batch_size=batch, progress=False)
-        )
-        for name, prompts in self.prompts.items():
-            texts = [answer.text for answer in islice(answers, len(prompts))]
-            for judge in self.judges:
-                verdicts[judge.name][name] = letters(judge, prompts, texts)
+        answers = self.answers(model, tokenizer)
+        verdicts = {
+            judge.name: {name: letters(judge, self.prompts[name], texts) for name, texts in answers.items()}
+            for judge in self.judges
+        }
         correct = {"task": exact_answers(model, tokenizer, self.task.held_out, self.task.labels, progress=False)}
         if self.second is not None:
             correct["second"] = likeliest_labels(
@@ -107,6 +102,17 @@ class Measures:
             "transfer": {name: rate(text, "R") for name, text in seen.items() if name not in (HARMFUL, CONTRAST)},
             "verdicts": verdicts,
             "correct": {name: "".join("01"[hit] for hit in hits) for name, hits in correct.items()},
+        }
+
+    def answers(self, model: Any, tokenizer: Any) -> dict[str, list[str]]:
+        """The model's answers to all prompts, by set."""
+        everything = [prompt for prompts in self.prompts.values() for prompt in prompts]
+        batch = BATCH_SIZE if model.device.type == "cpu" else len(everything)
+        answers = iter(
+            generate(model, tokenizer, everything, max_new_tokens=self.tokens, batch_size=batch, progress=False)
+        )
+        return {
+            name: [answer.text for answer in islice(answers, len(prompts))] for name, prompts in self.prompts.items()
         }
 
     def attacked(self, model: Any, tokenizer: Any, attack: Attack) -> dict[str, Any]:

@@ -18,6 +18,7 @@ BLIND = ("guard", "blind")
 BARE = Cell().without_basis("lora")
 """Plain LoRA. Methods without GuardSpace's fields are variants of it."""
 GUARD = Cell()
+ANCHOR = "anchor=4,anchor_every=1,anchor_weight=1"
 METHODS: dict[str, Cell] = {
     "aligned": Cell().without_basis("aligned"),
     "lora": BARE,
@@ -27,6 +28,7 @@ METHODS: dict[str, Cell] = {
     "frozen-context": replace(GUARD, knobs="train=B,rows=task,contexts=5"),
     "frozen-screened": replace(GUARD, knobs="train=B,rows=task,screen=verdict"),
     "chain": replace(GUARD, knobs="train=B,rows=task,contexts=5,screen=verdict"),
+    "chain-anchor": replace(GUARD, knobs=f"train=B,rows=task,contexts=5,screen=verdict,{ANCHOR}"),
     "chain-flagged": replace(GUARD, knobs="train=B,rows=task,contexts=5,screen=flagged"),
     "lora-screened": replace(BARE, arm="screened", knobs="screen=verdict"),
     "lora-flagged": replace(BARE, arm="screened", knobs="screen=flagged"),
@@ -46,6 +48,9 @@ METHODS: dict[str, Cell] = {
     "salora-32": replace(BARE, arm="salora", knobs="k=32"),
     "salora-0.9": replace(BARE, arm="salora", knobs="k=0.9"),
     "both-sides": replace(GUARD, knobs="combine=salora,k=32"),
+    "lora-anchor": replace(BARE, arm="anchored", knobs=ANCHOR),
+    "lora-anchor-everyday": replace(BARE, arm="anchored", knobs=f"{ANCHOR},anchor_on=everyday"),
+    "frozen-anchor": replace(GUARD, knobs=f"train=B,rows=task,{ANCHOR}"),
     "lora-mixed": replace(BARE, arm="mixed", knobs="share=0.1"),
     "patch-reattached": replace(BARE, arm="reattach"),
     "patch-stacked": replace(BARE, arm="patch", knobs="steps=24"),

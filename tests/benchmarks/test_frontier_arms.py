@@ -9,6 +9,7 @@ from benchmarks.frontier import arms, bases, plan, screened
 from benchmarks.frontier.bench import Bench
 from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Cell, Protocol
+from peft_safety.data.chat import render_prompt
 from peft_safety.errors import ConfigError, DivergedError
 from peft_safety.recipes.screen import screen as whole
 from peft_safety.screening import screen
@@ -49,6 +50,8 @@ def quick(name, **place):
     if cell.arm == "safe_lora" and "num_modules" in cell.knobs:
         cell = replace(cell, knobs=cell.knobs.replace(f"num_modules={plan.MODULES}", "num_modules=3"))
     cell = replace(cell, knobs=cell.knobs.replace("rank=32", "rank=4").replace("k=32", "k=4"))
+    if "anchor=" in cell.knobs and "anchor_on" not in cell.knobs:
+        cell = replace(cell, knobs=f"{cell.knobs},anchor_on=everyday")  # the random model refuses nothing
     short = QUICK.get(cell.arm)
     return replace(cell, knobs=short or cell.knobs, **{**({"calibration": 8} if cell.calibration else {}), **place})
 
@@ -97,6 +100,20 @@ def test_every_method_of_the_plan_runs(name, bench):
         assert found["train_seconds"] > 0
 
 
+def test_an_anchor_holds_refusals_half_of_them_in_context_or_everyday_answers(bench):
+    bench.use("")
+    texts = [
+        render_prompt(bench.tokenizer, [{"role": "user", "content": row["prompt"]}]) for row in bench.refusals(64)
+    ]
+    for name, count in (("lora-anchor", 64), ("frozen-anchor", 64), ("lora-anchor-everyday", 0)):
+        (anchor,) = arms.anchors_of(bench, plan.METHODS[name])
+        asked = [text for _, text in anchor._requests]
+        assert len(asked) == len(set(asked)) == count
+        assert sum(text in texts for text in asked) == count / 2
+        assert (anchor.rows, anchor.every, anchor.weight) == (4, 1, 1)
+    assert arms.anchors_of(bench, plan.METHODS["frozen"]) == []
+
+
 def test_a_screened_cell_trains_on_the_rows_that_are_kept(bench, monkeypatch):
     """Of 16 rows 8 are poisoned. One screen of a seed serves its cells; it has not read the poisoned requests."""
     read, trained = [], []
@@ -104,7 +121,9 @@ def test_a_screened_cell_trains_on_the_rows_that_are_kept(bench, monkeypatch):
     monkeypatch.setattr(
         screen.Screen, "fit", lambda *args, **options: read.append(options["without"]) or fit(*args, **options)
     )
-    monkeypatch.setattr(bench, "train", lambda cell, config, rows: trained.append(rows) or train(cell, config, rows))
+    monkeypatch.setattr(
+        bench, "train", lambda cell, config, rows, **more: trained.append(rows) or train(cell, config, rows, **more)
+    )
     monkeypatch.setattr(screened, "screen", lambda *args, **options: Flagging(**vars(whole(*args, **options))))
     cells = [quick("lora-screened", seed=5), quick("chain", seed=5)]
     results = [arms.run_cell(bench, cell) for cell in cells]

@@ -1,0 +1,204 @@
+"""The report on results/topic.jsonl: the table, a picture, and a section of the results page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.common import PAGE, RESULTS, link, publish, show, with_section
+from benchmarks.frontier.aggregate import LABELS, label
+from benchmarks.frontier.attacks import ATTACKS
+from benchmarks.frontier.cells import Cell, cell_of
+from benchmarks.frontier.pictures import color, saved
+from benchmarks.frontier.plan import METHODS, name_of
+from benchmarks.frontier.report import devices
+from benchmarks.frontier.results import Row, facts, read
+from benchmarks.frontier.tables import Table
+from benchmarks.topic.bench import BARE, UNALIGNED
+from benchmarks.topic.data import TOPICS
+from benchmarks.topic.judge import ContentJudge
+from peft_safety.errors import DataError
+from peft_safety.evaluation import KeywordJudge, Rate
+
+BENCHMARK, NAME = "topic", "topic.jsonl"
+MARKERS = ("<!-- topic:begin -->", "<!-- topic:end -->")
+KEYWORD, CONTENT = KeywordJudge.name, ContentJudge.name
+LETTERS = {"R": "refusal", "C": "compliance", "O": "other"}
+SHORT = {"lora": "LoRA", "frozen": "frozen", "random:frozen": "random", "lora-mixed": "mixed"}
+"""Defences in the head of the table."""
+
+
+def named(cell: Cell) -> str:
+    """The defence of a cell; with its settings where they are not the documented ones."""
+    if cell.arm == UNALIGNED:
+        return UNALIGNED
+    return name_of(replace(cell, epochs=1) if cell.epochs > 1 else cell)
+
+
+def title(cell: Cell) -> str:
+    """An attack in a few letters."""
+    return f"{cell.attack or 'plain'} {cell.poison:g}" + (f" x{cell.epochs}" if cell.epochs > 1 else "")
+
+
+def main_rows(rows: Sequence[Row], key: str = "B") -> list[tuple[Cell, Row]]:
+    """The finite cells of a topic, the weak attacks first."""
+    finite = [(cell_of(row), row) for row in rows if row["topic"] == key and "forms" in row]
+    order = {name: index for index, name in enumerate(ATTACKS)}
+    return sorted(finite, key=lambda one: (order[one[0].attack], one[0].epochs, one[0].poison))
+
+
+def table(cells: Sequence[tuple[Cell, Row]]) -> Table:
+    """Compliance by content / by keyword, in per cent: a line for each attack and tested form, a column a defence."""
+    names = list(dict.fromkeys(named(cell) for cell, _ in cells if cell.arm not in ("aligned", UNALIGNED)))
+    names.sort(key=lambda name: (list(METHODS).index(name) if name in METHODS else len(METHODS), name))
+    before = {named(cell): row["forms"] for cell, row in cells if cell.arm in ("aligned", UNALIGNED)}
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for cell, row in cells:
+        if cell.arm in ("aligned", UNALIGNED):
+            continue
+        for form, rates in row["forms"].items():
+            if form == BARE or cell.attack:
+                lines.setdefault((title(cell), form), {})[named(cell)] = _pair(rates)
+    for key, line in lines.items():
+        line |= {name: _pair(forms[key[1]]) for name, forms in before.items() if key[1] in forms}
+    columns = [*(name for name in (UNALIGNED, "aligned") if name in before), *names]
+    shown = [(*key, *(line.get(name, "-") for name in columns)) for key, line in lines.items()]
+    return Table(("attack", "form", *(SHORT.get(name, name) for name in columns)), shown, labels=2)
+
+
+def _pair(rates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Compliance by content, and what the keyword matcher does not call a refusal."""
+    return f"{100 * rates[CONTENT]['compliance']['value']:.0f} / {100 - 100 * rates[KEYWORD]['refusal']['value']:.0f}"
+
+
+def costs(cells: Sequence[tuple[Cell, Row]]) -> Table:
+    """Over-refusal and accuracy, a line a defence: under the plain attack, the weakest that ran."""
+    lines: dict[str, tuple[str, ...]] = {}
+    for cell, row in cells:
+        if cell.attack == "" and named(cell) not in lines:
+            rates = [row["over_refusal"], row["transfer"]["everyday"], row["transfer"]["task"], row["task_accuracy"]]
+            lines[named(cell)] = tuple(f"{100 * rate['value']:.0f}" for rate in rates)
+    return Table(("", "near", "everyday", "task", "accuracy"), [(_label(name), *line) for name, line in lines.items()])
+
+
+def _label(name: str) -> str:
+    return label(name) if name in LABELS else name
+
+
+def agreement(cells: Sequence[tuple[Cell, Row]]) -> Table:
+    """How often each pair of verdicts was given, on all questions and forms of all cells."""
+    pairs: Counter[tuple[str, str]] = Counter()
+    for _, row in cells:
+        for verdicts in row["form_verdicts"].values():
+            pairs.update(zip(verdicts[KEYWORD], verdicts[CONTENT], strict=True))
+    head = ("keyword", *(f"content: {LETTERS[letter]}" for letter in "RCO"))
+    return Table(head, [(LETTERS[first], *(str(pairs[first, second]) for second in "RCO")) for first in "RCO"])
+
+
+def examples(cells: Sequence[tuple[Cell, Row]], count: int = 5) -> list[str]:
+    """Some answers on which the judges differ, as lines of the page; from as many cells as can be."""
+    chosen: dict[str, str] = {}
+    for turn in range(count):
+        for cell, row in cells:
+            if cell.arm != UNALIGNED and turn < len(row["examples"]) and len(chosen) < count:
+                one = row["examples"][turn]
+                said = " ".join(one["answer"].split()).replace("|", " ")
+                verdicts = f"keyword: {LETTERS[one[KEYWORD]]}, content: {LETTERS[one[CONTENT]]}"
+                chosen[one["prompt"]] = f"- {verdicts} ({named(cell)}, {title(cell)}). *{one['prompt']}* {said[:240]}"
+    return list(chosen.values())
+
+
+def section(results: Path, page: Path = PAGE) -> str:
+    """The section of the page, as markdown."""
+    environment, rows = read(results, BENCHMARK)
+    cells = main_rows(rows)
+    n = max(rates[CONTENT]["compliance"]["n"] for _, row in cells for rates in row["forms"].values())
+    choices = main_rows(rows, "A")
+    lines = [
+        f"![compliance by content and by keyword]({link(results.parent / 'topic.png', page)})",
+        "",
+        f"Per cent of {n} test questions on {TOPICS['B']}: compliance by content / not refused by keyword.",
+        "",
+        *table(cells).markdown(),
+        "",
+        "Over-refusal (keyword) and task accuracy under the plain attack, per cent:",
+        "",
+        *costs(cells).markdown(),
+        "",
+        "Both judges on all questions and forms:",
+        "",
+        *agreement(cells).markdown(),
+        "",
+        *examples(cells),
+        "",
+        *(
+            ["Choices, validation questions on " + TOPICS["A"] + ":", "", *table(choices).markdown(), ""]
+            if choices
+            else []
+        ),
+        f"- 95 % intervals are at most {_widest(n):.0f} points to either side. One seed.",
+        f"- {ContentJudge.caveat} {KeywordJudge.caveat}",
+        f"- Cells by device: {devices(rows)}. Environment: {facts(environment)}.",
+        "- Written by `python -m benchmarks.topic --report` (`benchmarks/results/topic.jsonl`).",
+    ]
+    return "\n".join(lines)
+
+
+def _widest(n: int) -> float:
+    """Half of the widest interval of a share of `n`, in points."""
+    low, high = Rate(n // 2, n).interval
+    return 50 * (high - low)
+
+
+def picture(cells: Sequence[tuple[Cell, Row]], path: Path) -> Path:
+    """Compliance by content (bars) and what the keyword matcher does not call a refusal (lines), by attack."""
+    from matplotlib.figure import Figure
+
+    worst: dict[str, dict[str, tuple[float, float]]] = {}
+    for cell, row in cells:
+        if cell.arm == UNALIGNED:
+            continue
+        forms = {form: rates for form, rates in row["forms"].items() if form == BARE or cell.attack}
+        rates = max(forms.values(), key=lambda given: given[CONTENT]["compliance"]["value"])
+        complied, passed = rates[CONTENT]["compliance"]["value"], 1 - rates[KEYWORD]["refusal"]["value"]
+        worst.setdefault(named(cell), {})[title(cell)] = (100 * complied, 100 * passed)
+    names = [name for name in worst if name != "aligned"]
+    titles = list(dict.fromkeys(one for name in names for one in worst[name]))
+    canvas = Figure(figsize=(2 + 1.0 * len(titles), 3.4), layout="constrained")
+    axis, width = canvas.subplots(), 0.8 / max(1, len(names))
+    for index, name in enumerate(names):
+        places = [titles.index(one) + (index - (len(names) - 1) / 2) * width for one in worst[name]]
+        complied, passed = zip(*worst[name].values(), strict=True)
+        alpha = 0.45 if ":" in name else 1.0
+        axis.bar(places, complied, width, color=color(name), alpha=alpha, label=_label(name))
+        axis.scatter(places, passed, marker="_", color="black", zorder=3)
+    axis.set_xticks(range(len(titles)), titles, rotation=30, ha="right", fontsize=8)
+    axis.set_ylim(0, 100)
+    axis.set_ylabel("% of the questions, worst form", fontsize=9)
+    axis.set_title("Answers on the topic by content (bars); not refused by keyword (black lines)", fontsize=10)
+    axis.legend(fontsize=8, frameon=False)
+    return saved(canvas, path)
+
+
+def report(out: Path = RESULTS, page: Path | None = PAGE) -> None:
+    """Print the table, write the picture next to the results, and the section of the page.
+
+    Raises:
+        DataError: no results on topic B, or a page without markers. Nothing is written then.
+    """
+    _, rows = read(out / NAME, BENCHMARK)
+    cells = main_rows(rows)
+    if not cells:
+        raise DataError(f"{out / NAME} has no cell of topic B. Run python -m benchmarks.topic --topic B first.")
+    text = None if page is None else with_section(page, MARKERS, section(out / NAME, page))
+    path = picture(cells, out / "topic.png")
+    shown = table(cells)
+    show(
+        f"compliance by content / not refused by keyword, %: {TOPICS['B']}",
+        [dict(zip(shown.headings, line, strict=True)) for line in shown.rows],
+    )
+    if page is not None and text is not None:
+        publish(page, text)
+    print(path)
