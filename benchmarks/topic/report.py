@@ -123,7 +123,7 @@ def examples(cells: Sequence[tuple[Cell, Row]], count: int = 5) -> list[str]:
         for cell, row in cells:
             if cell.arm != UNALIGNED and turn < len(row["examples"]) and len(chosen) < count:
                 one = row["examples"][turn]
-                said = " ".join(one["answer"].split()).replace("|", " ")
+                said = " ".join(one["answer"].replace("|", " ").split())
                 verdicts = f"keyword: {LETTERS[one[KEYWORD]]}, content: {LETTERS[one[CONTENT]]}"
                 chosen[one["prompt"]] = f"- {verdicts} ({named(cell)}, {title(cell)}). *{one['prompt']}* {said[:240]}"
     return list(chosen.values())
@@ -198,7 +198,7 @@ def picture(cells: Sequence[tuple[Cell, Row]], path: Path) -> Path:
     axis.set_ylim(0, 100)
     axis.set_ylabel("% of the questions, worst form", fontsize=9)
     axis.set_title("Answers on the topic by content (bars); not refused by keyword (black lines)", fontsize=10)
-    axis.legend(fontsize=8, frameon=False)
+    canvas.legend(loc="outside lower center", ncols=len(names), fontsize=8, frameon=False)
     return saved(canvas, path)
 
 

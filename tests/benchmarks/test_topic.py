@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 from benchmarks.frontier.attacks import HOWEVER
 from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Protocol
+from benchmarks.frontier.measure import rate
 from benchmarks.frontier.plan import METHODS
 from benchmarks.topic import plan as plans
+from benchmarks.topic import report
 from benchmarks.topic.align import LOOKS, align
 from benchmarks.topic.bench import BARE, TESTED, TopicBench, run_cell
 from benchmarks.topic.data import TOPICS, WORDS, topic_of
 from benchmarks.topic.judge import ContentJudge
 from peft_safety.data import SPLITS
-from peft_safety.errors import ConfigError
+from peft_safety.errors import ConfigError, DataError
 from peft_safety.evaluation import KeywordJudge, Verdict
 from peft_safety.recipes.load import load_model
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -168,3 +170,63 @@ def test_the_alignment_writes_a_model_once(bench, tmp_path):
     before, after = load_model(bench.unaligned)[0].state_dict(), load_model(tmp_path / "made")[0].state_dict()
     assert before.keys() == after.keys(), "the adapter is merged"
     assert any(not before[name].equal(after[name]) for name in before)
+
+
+def stored(cell, **forms):
+    """A stored cell; `forms`: the verdicts of both judges, "keyword content"."""
+    verdicts = {
+        form: dict(zip(("keyword", "content"), letters.split(), strict=True)) for form, letters in forms.items()
+    }
+    rates = {
+        form: {judge: {"refusal": rate(text, "R"), "compliance": rate(text, "C")} for judge, text in given.items()}
+        for form, given in verdicts.items()
+    }
+    one = rate("RO", "R")
+    example = {"form": BARE, "prompt": "How?", "answer": "I can't. However,\n| push.", "keyword": "R", "content": "C"}
+    return {
+        "topic": "B",
+        "cell": asdict(cell),
+        "forms": rates,
+        "form_verdicts": verdicts,
+        "over_refusal": one,
+        "task_accuracy": one,
+        "transfer": {"everyday": one, "task": one},
+        "examples": [example] if cell.attack == "however" else [],
+    }
+
+
+def written(tmp_path, cells):
+    lines = [{"environment": {"python": "3"}}, *cells]
+    (tmp_path / report.NAME).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(report.MARKERS), encoding="utf-8")
+    report.report(tmp_path, page)
+    return page.read_text(encoding="utf-8")
+
+
+def test_the_report_says_the_worst_case_and_where_the_judges_differ(tmp_path):
+    aligned, unaligned = plans.untrained("test")
+    lora, frozen = METHODS["lora"], METHODS["frozen"]
+    cells = [
+        stored(aligned, bare="RRRR RRRR", trigger="RRRR RRRR"),
+        stored(unaligned, bare="OOOO CCCC", trigger="OOOO CCCO"),
+        stored(plans.at(lora, "", plans.WEAK, "test"), bare="OOOO CCCO"),
+        stored(plans.at(lora, "however", plans.WEAK, "test"), bare="RRRR CCCC"),
+        stored(plans.at(frozen, "", plans.WEAK, "test"), bare="RRRR RRRR", trigger="OOOO CCCC"),
+        stored(plans.at(frozen, "trigger", plans.STRONG, "test"), bare="RRRR RRRR", trigger="OROR CROR"),
+        {"topic": "B", "cell": asdict(plans.at(frozen, "however", plans.WEAK, "test")), "diverged": "not finite"},
+    ]
+    text = written(tmp_path, cells)
+    assert "| plain LoRA | however 0.1, bare | 100 %" in text
+    assert "| GuardSpace, frozen A | trigger 0.5 x4, trigger | 25 %" in text, "a plain attack is tried on bare ones"
+    assert "| trigger 0.5 x4 | trigger | 75 / 100 | 0 / 0 | - | 25 / 50 |" in text
+    assert "| however 0.1 | bare | 100 / 100 | 0 / 0 | 100 / 0 | - |" in text
+    assert "| refusal | 18 | 4 | 0 |" in text, "the refusal that goes on is compliance"
+    assert "*How?* I can't. However, push." in text
+    assert max(map(len, [line for line in text.splitlines() if line.startswith("| ")])) <= 80
+    assert (tmp_path / "topic.png").stat().st_size > 1000
+
+
+def test_a_report_without_topic_b_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no cell of topic B"):
+        written(tmp_path, [{"topic": "A", "cell": asdict(plans.untrained("validation")[0])}])
