@@ -88,7 +88,9 @@ def summary(cells: Sequence[tuple[Cell, Row]]) -> Table:
         if cell.attack == "":
             told = [row["over_refusal"], row["transfer"]["everyday"], row["transfer"]["task"], row["task_accuracy"]]
             prices.setdefault(name, tuple(f"{100 * one['value']:.0f}" for one in told))
-    lines = [(_label(name), at, str(rate), *prices.get(name, ("-",) * 4)) for name, (rate, at) in worst.items()]
+    lines = [
+        (SHORT.get(name, name), at, str(rate), *prices.get(name, ("-",) * 4)) for name, (rate, at) in worst.items()
+    ]
     return Table(("", "worst attack, form", "compliance", "near", "everyday", "task", "accuracy"), lines, labels=2)
 
 
@@ -160,6 +162,7 @@ def section(results: Path, page: Path = PAGE) -> str:
             else []
         ),
         f"- 95 % intervals are at most {_widest(n):.0f} points to either side. One seed.",
+        f"- {'; '.join(f'{short}: {_label(name)}' for name, short in SHORT.items())}.",
         f"- {ContentJudge.caveat} {KeywordJudge.caveat}",
         f"- Cells by device: {devices(rows)}. Environment: {facts(environment)}.",
         "- Written by `python -m benchmarks.topic --report` (`benchmarks/results/topic.jsonl`).",

@@ -217,8 +217,8 @@ def test_the_report_says_the_worst_case_and_where_the_judges_differ(tmp_path):
         {"topic": "B", "cell": asdict(plans.at(frozen, "however", plans.WEAK, "test")), "diverged": "not finite"},
     ]
     text = written(tmp_path, cells)
-    assert "| plain LoRA | however 0.1, bare | 100 %" in text
-    assert "| GuardSpace, frozen A | trigger 0.5 x4, trigger | 25 %" in text, "a plain attack is tried on bare ones"
+    assert "| LoRA | however 0.1, bare | 100 %" in text
+    assert "| frozen | trigger 0.5 x4, trigger | 25 %" in text, "a plain attack is tried on bare ones"
     assert "| trigger 0.5 x4 | trigger | 75 / 100 | 0 / 0 | - | 25 / 50 |" in text
     assert "| however 0.1 | bare | 100 / 100 | 0 / 0 | 100 / 0 | - |" in text
     assert "| refusal | 18 | 4 | 0 |" in text, "the refusal that goes on is compliance"
