@@ -49,14 +49,18 @@ RECOMMENDED = "frozen"
 CHAIN = (
     "chain",
     "chain-anchor",
+    "chain-flagged",
     "lora-screened",
+    "lora-flagged",
     "frozen-screened",
     "frozen-context",
     "frozen-anchor",
     "lora-anchor",
     "lora-anchor-everyday",
 )
-"""Screen the rows, calibrate in context, hold answers at an anchor: the whole, each link alone, and a control."""
+"""Screen the rows, calibrate in context, hold answers at an anchor: the whole, each link alone, and a control.
+"-flagged" drops all that the screen flags, without the model's verdict.
+"""
 DEFENCES = ("lora", RECOMMENDED, "guardspace", "window-64", "lora-mixed", "safe-lora-soft", "blind", *CHAIN)
 PARTLY = ("salora-32", "patch-stacked", "somf")
 """Defences that are attacked by `FIRST` only."""

@@ -7,19 +7,24 @@ from benchmarks.frontier.cells import Cell
 from peft_safety import screen
 from peft_safety.data import affirmation_pairs
 from peft_safety.data.rows import Row
+from peft_safety.errors import ConfigError
 from peft_safety.screening.requests import requests_of
 from peft_safety.screening.screen import Screen
 
+KINDS = ("verdict", "flagged")
 LONGEST = 1024
 
 
 def training_rows(bench: Bench, cell: Cell) -> tuple[list[Row], Facts]:
-    """What a cell trains on; with the knob `screen=1` without the rows that the screen drops. They are counted: all,
-    and those that are not of the task.
+    """What a cell trains on; with the knob `screen` without the rows that are dropped: by the model's verdict
+    ("verdict"), or all flagged ones ("flagged"). They are counted: all, and those that are not of the task.
     """
     rows, facts = bench.rows(cell), Facts()
-    if not cell.options().get("screen"):
+    kind = cell.options().get("screen")
+    if kind is None:
         return rows, facts
+    if kind not in KINDS:
+        raise ConfigError(f"screen={kind!r} is unknown. Choose one of {', '.join(KINDS)}.")
     key, task = (bench.loaded, cell.seed), bench.task(cell)
     if key not in bench.screens:
         with timed(facts, "screen_fit"):
@@ -30,6 +35,7 @@ def training_rows(bench: Bench, cell: Cell) -> tuple[list[Row], Facts]:
             rows,
             tokenizer=bench.tokenizer,
             fitted=bench.screens[key],
+            verdict=kind == "verdict",
             labels=task.labels,
             progress=False,
         )

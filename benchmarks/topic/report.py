@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from benchmarks.common import PAGE, RESULTS, link, publish, show, with_section
+from benchmarks.common import PAGE, RESULTS, link, publish, with_section
 from benchmarks.frontier.aggregate import LABELS, label
 from benchmarks.frontier.attacks import ATTACKS
 from benchmarks.frontier.cells import Cell, cell_of
@@ -26,6 +27,7 @@ BENCHMARK, NAME = "topic", "topic.jsonl"
 MARKERS = ("<!-- topic:begin -->", "<!-- topic:end -->")
 KEYWORD, CONTENT = KeywordJudge.name, ContentJudge.name
 LETTERS = {"R": "refusal", "C": "compliance", "O": "other"}
+UNTRAINED = ("aligned", UNALIGNED)
 SHORT = {"lora": "LoRA", "frozen": "frozen", "random:frozen": "random", "lora-mixed": "mixed"}
 """Defences in the head of the table."""
 
@@ -51,16 +53,15 @@ def main_rows(rows: Sequence[Row], key: str = "B") -> list[tuple[Cell, Row]]:
 
 def table(cells: Sequence[tuple[Cell, Row]]) -> Table:
     """Compliance by content / by keyword, in per cent: a line for each attack and tested form, a column a defence."""
-    names = list(dict.fromkeys(named(cell) for cell, _ in cells if cell.arm not in ("aligned", UNALIGNED)))
+    names = list(dict.fromkeys(named(cell) for cell, _ in cells if cell.arm not in UNTRAINED))
     names.sort(key=lambda name: (list(METHODS).index(name) if name in METHODS else len(METHODS), name))
-    before = {named(cell): row["forms"] for cell, row in cells if cell.arm in ("aligned", UNALIGNED)}
+    before = {named(cell): row["forms"] for cell, row in cells if cell.arm in UNTRAINED}
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for cell, row in cells:
-        if cell.arm in ("aligned", UNALIGNED):
+        if cell.arm in UNTRAINED:
             continue
-        for form, rates in row["forms"].items():
-            if form == BARE or cell.attack:
-                lines.setdefault((title(cell), form), {})[named(cell)] = _pair(rates)
+        for form, rates in _tested(cell, row).items():
+            lines.setdefault((title(cell), form), {})[named(cell)] = _pair(rates)
     for key, line in lines.items():
         line |= {name: _pair(forms[key[1]]) for name, forms in before.items() if key[1] in forms}
     columns = [*(name for name in (UNALIGNED, "aligned") if name in before), *names]
@@ -73,14 +74,34 @@ def _pair(rates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     return f"{100 * rates[CONTENT]['compliance']['value']:.0f} / {100 - 100 * rates[KEYWORD]['refusal']['value']:.0f}"
 
 
-def costs(cells: Sequence[tuple[Cell, Row]]) -> Table:
-    """Over-refusal and accuracy, a line a defence: under the plain attack, the weakest that ran."""
-    lines: dict[str, tuple[str, ...]] = {}
+def summary(cells: Sequence[tuple[Cell, Row]]) -> Table:
+    """A line a defence: where most answers comply by content, and over-refusal (keyword) and accuracy under the
+    weakest plain attack that ran.
+    """
+    worst: dict[str, tuple[Rate, str]] = {}
+    prices: dict[str, tuple[str, ...]] = {}
     for cell, row in cells:
-        if cell.attack == "" and named(cell) not in lines:
-            rates = [row["over_refusal"], row["transfer"]["everyday"], row["transfer"]["task"], row["task_accuracy"]]
-            lines[named(cell)] = tuple(f"{100 * rate['value']:.0f}" for rate in rates)
-    return Table(("", "near", "everyday", "task", "accuracy"), [(_label(name), *line) for name, line in lines.items()])
+        name, (form, rates) = named(cell), max(_tested(cell, row).items(), key=_complied)
+        rate = Rate(*(rates[CONTENT]["compliance"][count] for count in ("k", "n")))
+        if name not in worst or rate.value > worst[name][0].value:
+            worst[name] = rate, form if cell.arm in UNTRAINED else f"{title(cell)}, {form}"
+        if cell.attack == "":
+            told = [row["over_refusal"], row["transfer"]["everyday"], row["transfer"]["task"], row["task_accuracy"]]
+            prices.setdefault(name, tuple(f"{100 * one['value']:.0f}" for one in told))
+    lines = [
+        (SHORT.get(name, name), at, str(rate), *prices.get(name, ("-",) * 4)) for name, (rate, at) in worst.items()
+    ]
+    return Table(("", "worst attack, form", "compliance", "near", "everyday", "task", "accuracy"), lines, labels=2)
+
+
+def _tested(cell: Cell, row: Row) -> dict[str, Any]:
+    """The forms that count for a cell: a plain attack is not blamed for the forms of others."""
+    return {form: rates for form, rates in row["forms"].items() if form == BARE or cell.attack}
+
+
+def _complied(form: tuple[str, Any]) -> float:
+    value: float = form[1][CONTENT]["compliance"]["value"]
+    return value
 
 
 def _label(name: str) -> str:
@@ -104,7 +125,7 @@ def examples(cells: Sequence[tuple[Cell, Row]], count: int = 5) -> list[str]:
         for cell, row in cells:
             if cell.arm != UNALIGNED and turn < len(row["examples"]) and len(chosen) < count:
                 one = row["examples"][turn]
-                said = " ".join(one["answer"].split()).replace("|", " ")
+                said = " ".join(one["answer"].replace("|", " ").split())
                 verdicts = f"keyword: {LETTERS[one[KEYWORD]]}, content: {LETTERS[one[CONTENT]]}"
                 chosen[one["prompt"]] = f"- {verdicts} ({named(cell)}, {title(cell)}). *{one['prompt']}* {said[:240]}"
     return list(chosen.values())
@@ -119,13 +140,15 @@ def section(results: Path, page: Path = PAGE) -> str:
     lines = [
         f"![compliance by content and by keyword]({link(results.parent / 'topic.png', page)})",
         "",
+        f"Answers to {n} test questions on {TOPICS['B']} that comply by content, under the attack that makes most; "
+        "over-refusal by keyword and task accuracy under the plain attack; per cent.",
+        "",
+        *summary(cells).markdown(),
+        "",
         f"Per cent of {n} test questions on {TOPICS['B']}: compliance by content / not refused by keyword.",
         "",
         *table(cells).markdown(),
         "",
-        "Over-refusal (keyword) and task accuracy under the plain attack, per cent:",
-        "",
-        *costs(cells).markdown(),
         "",
         "Both judges on all questions and forms:",
         "",
@@ -139,6 +162,7 @@ def section(results: Path, page: Path = PAGE) -> str:
             else []
         ),
         f"- 95 % intervals are at most {_widest(n):.0f} points to either side. One seed.",
+        f"- {'; '.join(f'{short}: {_label(name)}' for name, short in SHORT.items())}.",
         f"- {ContentJudge.caveat} {KeywordJudge.caveat}",
         f"- Cells by device: {devices(rows)}. Environment: {facts(environment)}.",
         "- Written by `python -m benchmarks.topic --report` (`benchmarks/results/topic.jsonl`).",
@@ -160,8 +184,7 @@ def picture(cells: Sequence[tuple[Cell, Row]], path: Path) -> Path:
     for cell, row in cells:
         if cell.arm == UNALIGNED:
             continue
-        forms = {form: rates for form, rates in row["forms"].items() if form == BARE or cell.attack}
-        rates = max(forms.values(), key=lambda given: given[CONTENT]["compliance"]["value"])
+        rates = max(_tested(cell, row).items(), key=_complied)[1]
         complied, passed = rates[CONTENT]["compliance"]["value"], 1 - rates[KEYWORD]["refusal"]["value"]
         worst.setdefault(named(cell), {})[title(cell)] = (100 * complied, 100 * passed)
     names = [name for name in worst if name != "aligned"]
@@ -178,7 +201,7 @@ def picture(cells: Sequence[tuple[Cell, Row]], path: Path) -> Path:
     axis.set_ylim(0, 100)
     axis.set_ylabel("% of the questions, worst form", fontsize=9)
     axis.set_title("Answers on the topic by content (bars); not refused by keyword (black lines)", fontsize=10)
-    axis.legend(fontsize=8, frameon=False)
+    canvas.legend(loc="outside lower center", ncols=len(names), fontsize=8, frameon=False)
     return saved(canvas, path)
 
 
@@ -194,11 +217,7 @@ def report(out: Path = RESULTS, page: Path | None = PAGE) -> None:
         raise DataError(f"{out / NAME} has no cell of topic B. Run python -m benchmarks.topic --topic B first.")
     text = None if page is None else with_section(page, MARKERS, section(out / NAME, page))
     path = picture(cells, out / "topic.png")
-    shown = table(cells)
-    show(
-        f"compliance by content / not refused by keyword, %: {TOPICS['B']}",
-        [dict(zip(shown.headings, line, strict=True)) for line in shown.rows],
-    )
+    print("\n".join([*summary(cells).markdown(), "", *table(cells).markdown()]))
     if page is not None and text is not None:
         publish(page, text)
-    print(path)
+    print(f"wrote {path}" + (f" and the section of {page}" if page else ""))

@@ -201,6 +201,7 @@ def test_the_control_of_a_method_that_diverged_has_diverged_too(bench):
         (replace(plan.METHODS["lora"], load="int3"), "load 'int3' is unknown"),
         (replace(plan.METHODS["safe-lora"], control="random"), "only the true projectors"),
         (replace(plan.METHODS["salora-32"], knobs="k"), "has no value"),
+        (replace(plan.METHODS["lora-screened"], knobs="screen=1"), "screen=1 is unknown"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
