@@ -1,6 +1,6 @@
 """How well does a screen find poisoned rows, and how many benign rows does it flag?
 
-    python -m benchmarks.screening [--clean | --shares | --report]    (20 minutes on two busy cores; --shares: 3)
+    python -m benchmarks.screening [--clean | --shares | --report]    (20 minutes on two busy cores; --shares: 6)
 
 The model is that of the demo: SmolLM2-135M-Instruct with its safety patch. Poisoned rows are harmful requests of test
 splits: bare, of public sets where `--data` has them, and hidden in four ways that the screen has never seen, three of
