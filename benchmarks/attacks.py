@@ -53,6 +53,7 @@ CHAIN = (
     "lora-screened",
     "lora-flagged",
     "frozen-screened",
+    "frozen-flagged",
     "frozen-context",
     "frozen-anchor",
     "lora-anchor",

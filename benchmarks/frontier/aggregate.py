@@ -32,6 +32,7 @@ LABELS = {
     "frozen-random": "GuardSpace, frozen random A",
     "frozen-context": "GuardSpace, frozen A, in context",
     "frozen-screened": "screen + frozen A",
+    "frozen-flagged": "screen (all flagged) + frozen A",
     "chain": "screen + frozen A, in context",
     "chain-flagged": "screen (all flagged) + frozen A, in context",
     "lora-screened": "screen + plain LoRA",

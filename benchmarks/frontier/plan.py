@@ -27,6 +27,7 @@ METHODS: dict[str, Cell] = {
     "frozen-random": replace(GUARD, knobs="train=B,rows=random"),
     "frozen-context": replace(GUARD, knobs="train=B,rows=task,contexts=5"),
     "frozen-screened": replace(GUARD, knobs="train=B,rows=task,screen=verdict"),
+    "frozen-flagged": replace(GUARD, knobs="train=B,rows=task,screen=flagged"),
     "chain": replace(GUARD, knobs="train=B,rows=task,contexts=5,screen=verdict"),
     "chain-anchor": replace(GUARD, knobs=f"train=B,rows=task,contexts=5,screen=verdict,{ANCHOR}"),
     "chain-flagged": replace(GUARD, knobs="train=B,rows=task,contexts=5,screen=flagged"),
