@@ -36,7 +36,7 @@ from benchmarks.frontier.command import (
     show_plan,
 )
 from benchmarks.frontier.data import Sets, public_sets, resolve
-from benchmarks.frontier.plan import METHODS, place
+from benchmarks.frontier.plan import COUNTERMEASURES, METHODS, place
 from benchmarks.frontier.results import stored
 from peft_safety.data import load
 from peft_safety.data.chat import classification_prompt
@@ -46,23 +46,7 @@ from peft_safety.errors import ConfigError
 BENCHMARK = "attacks"
 RUNS = Path("runs/attacks")
 RECOMMENDED = "frozen"
-CHAIN = (
-    "chain",
-    "chain-anchor",
-    "chain-flagged",
-    "lora-screened",
-    "lora-flagged",
-    "frozen-screened",
-    "frozen-flagged",
-    "frozen-context",
-    "frozen-anchor",
-    "lora-anchor",
-    "lora-anchor-everyday",
-)
-"""Screen the rows, calibrate in context, hold answers at an anchor: the whole, each link alone, and a control.
-"-flagged" drops all that the screen flags, without the model's verdict.
-"""
-DEFENCES = ("lora", RECOMMENDED, "guardspace", "window-64", "lora-mixed", "safe-lora-soft", "blind", *CHAIN)
+DEFENCES = ("lora", RECOMMENDED, "guardspace", "window-64", "lora-mixed", "safe-lora-soft", "blind", *COUNTERMEASURES)
 PARTLY = ("salora-32", "patch-stacked", "somf")
 """Defences that are attacked by `FIRST` only."""
 FIRST = ("trigger", "")

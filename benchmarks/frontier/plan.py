@@ -19,20 +19,28 @@ BARE = Cell().without_basis("lora")
 """Plain LoRA. Methods without GuardSpace's fields are variants of it."""
 GUARD = Cell()
 ANCHOR = "anchor=4,anchor_every=1,anchor_weight=1"
+COUNTERMEASURES: dict[str, Cell] = {
+    "chain": replace(GUARD, knobs="train=B,rows=task,contexts=5,screen=verdict"),
+    "chain-flagged": replace(GUARD, knobs="train=B,rows=task,contexts=5,screen=flagged"),
+    "chain-anchor": replace(GUARD, knobs=f"train=B,rows=task,contexts=5,screen=verdict,{ANCHOR}"),
+    "frozen-screened": replace(GUARD, knobs="train=B,rows=task,screen=verdict"),
+    "frozen-flagged": replace(GUARD, knobs="train=B,rows=task,screen=flagged"),
+    "frozen-context": replace(GUARD, knobs="train=B,rows=task,contexts=5"),
+    "frozen-anchor": replace(GUARD, knobs=f"train=B,rows=task,{ANCHOR}"),
+    "lora-screened": replace(BARE, arm="screened", knobs="screen=verdict"),
+    "lora-flagged": replace(BARE, arm="screened", knobs="screen=flagged"),
+    "lora-anchor": replace(BARE, arm="anchored", knobs=ANCHOR),
+    "lora-anchor-everyday": replace(BARE, arm="anchored", knobs=f"{ANCHOR},anchor_on=everyday"),
+}
+"""Against attacks: screen the rows, calibrate in context, hold answers at an anchor; all of it, each alone, a control.
+"-flagged" drops all that the screen flags, without the model's verdict.
+"""
 METHODS: dict[str, Cell] = {
     "aligned": Cell().without_basis("aligned"),
     "lora": BARE,
     "guardspace": GUARD,
     "frozen": replace(GUARD, knobs="train=B,rows=task"),
     "frozen-random": replace(GUARD, knobs="train=B,rows=random"),
-    "frozen-context": replace(GUARD, knobs="train=B,rows=task,contexts=5"),
-    "frozen-screened": replace(GUARD, knobs="train=B,rows=task,screen=verdict"),
-    "frozen-flagged": replace(GUARD, knobs="train=B,rows=task,screen=flagged"),
-    "chain": replace(GUARD, knobs="train=B,rows=task,contexts=5,screen=verdict"),
-    "chain-anchor": replace(GUARD, knobs=f"train=B,rows=task,contexts=5,screen=verdict,{ANCHOR}"),
-    "chain-flagged": replace(GUARD, knobs="train=B,rows=task,contexts=5,screen=flagged"),
-    "lora-screened": replace(BARE, arm="screened", knobs="screen=verdict"),
-    "lora-flagged": replace(BARE, arm="screened", knobs="screen=flagged"),
     "frozen-r16": replace(GUARD, knobs="train=B,rows=task,r=16"),
     "window-64": replace(GUARD, knobs="train=window,rows=task,window=64"),
     "window-256": replace(GUARD, knobs="train=window,rows=task,window=256"),
@@ -49,9 +57,6 @@ METHODS: dict[str, Cell] = {
     "salora-32": replace(BARE, arm="salora", knobs="k=32"),
     "salora-0.9": replace(BARE, arm="salora", knobs="k=0.9"),
     "both-sides": replace(GUARD, knobs="combine=salora,k=32"),
-    "lora-anchor": replace(BARE, arm="anchored", knobs=ANCHOR),
-    "lora-anchor-everyday": replace(BARE, arm="anchored", knobs=f"{ANCHOR},anchor_on=everyday"),
-    "frozen-anchor": replace(GUARD, knobs=f"train=B,rows=task,{ANCHOR}"),
     "lora-mixed": replace(BARE, arm="mixed", knobs="share=0.1"),
     "patch-reattached": replace(BARE, arm="reattach"),
     "patch-stacked": replace(BARE, arm="patch", knobs="steps=24"),
@@ -89,6 +94,9 @@ NF4 = ("aligned", "lora", "guardspace")
 METHODS |= {f"random:{name}": replace(METHODS[name], control="random") for name in RANDOM}
 METHODS |= {f"scaled:{name}": replace(METHODS[name], control="scaled") for name in SCALED}
 METHODS |= {f"{name}-nf4": replace(METHODS[name], load="nf4") for name in NF4}
+PLANNED = dict(METHODS)
+"""The methods of the frontier."""
+METHODS |= COUNTERMEASURES
 
 CORE = (
     "aligned",
@@ -106,10 +114,10 @@ SMOKE = ("aligned", "lora", "safe-lora-soft", "guardspace", "random:guardspace")
 GROUPS = {
     "core": CORE,
     "smoke": SMOKE,
-    "controls": tuple(name for name in METHODS if ":" in name),
+    "controls": tuple(name for name in PLANNED if ":" in name),
     "nf4": tuple(f"{name}-nf4" for name in NF4),
-    "main": tuple(name for name in METHODS if ":" not in name and not name.endswith("-nf4")),
-    "all": tuple(METHODS),
+    "main": tuple(name for name in PLANNED if ":" not in name and not name.endswith("-nf4")),
+    "all": tuple(PLANNED),
 }
 FIRST_POISON = 0.1
 """Where the methods differ most."""

@@ -10,7 +10,7 @@ from benchmarks.common import PAGE, RESULTS, link, publish, with_section
 from benchmarks.frontier import pictures, tables
 from benchmarks.frontier.aggregate import Points, missing, points, shares, split_of
 from benchmarks.frontier.html import html_page
-from benchmarks.frontier.plan import FIRST_POISON, METHODS, plan
+from benchmarks.frontier.plan import FIRST_POISON, PLANNED, plan
 from benchmarks.frontier.results import NAME, Row, caveats, facts, read
 from peft_safety.errors import DataError
 from peft_safety.evaluation import KeywordJudge
@@ -32,7 +32,7 @@ def section(results: Path, page: Path = PAGE) -> str:
     environment, rows = read(results)
     shown = points(rows)
     poison = _headline(shown)
-    split, planned = split_of(rows), plan(list(METHODS.values()))
+    split, planned = split_of(rows), plan(list(PLANNED.values()))
     absent = sum(missing(rows, planned).values())
     table = tables.headline(shown, poison)
     seeds = sorted({row["cell"]["seed"] for row in rows if row["cell"]["arm"] != "aligned"})
@@ -40,7 +40,7 @@ def section(results: Path, page: Path = PAGE) -> str:
     lines = [
         f"![refusal against accuracy, a panel a share of poison, controls hollow]({picture})",
         "",
-        *table.markdown(),
+        "\n".join(table.markdown()),
         "",
         *(f"- **{caveat}**" for caveat in caveats(environment)),
         f"- {split} prompts, seeds {', '.join(map(str, seeds))}; brackets after a rate are 95 % intervals over "
@@ -54,6 +54,8 @@ def section(results: Path, page: Path = PAGE) -> str:
         f"- Cells by device: {devices(rows)}. Environment of the report: {facts(environment)}.",
         "- Written by `python -m benchmarks.frontier --report` (`benchmarks/results/frontier.jsonl`).",
     ]
+    if split == "test" and (tried := tables.settings(rows)) is not None:
+        lines[3:3] = ["", *tried.markdown()]
     if split != "test":
         lines.insert(2, "**Validation prompts only: nothing here is a result.**\n")
     return "\n".join(lines)
@@ -81,7 +83,7 @@ def report(out: Path = RESULTS, page: Path | None = PAGE) -> None:
     """
     environment, rows = read(out / NAME)
     shown = points(rows)
-    poison, planned = _headline(shown), plan(list(METHODS.values()))
+    poison, planned = _headline(shown), plan(list(PLANNED.values()))
     text = None if page is None else with_section(page, MARKERS, section(out / NAME, page))
     paths = [draw(shown, out / name) for name, draw in PICTURES.items()]
     html = html_page(shown, environment, paths, split_of(rows), poison, missing(rows, planned), planned)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from benchmarks.frontier.aggregate import RATES, Paired, Points, cost, label, names, pairs, shares
+from benchmarks.frontier.aggregate import RATES, Paired, Points, cost, label, names, pairs, pooled, shares
+from benchmarks.frontier.cells import cell_of
+from benchmarks.frontier.plan import METHODS, name_of
+from benchmarks.frontier.results import Row
 from peft_safety.evaluation import Rate
 
 NOTHING = "-"
@@ -94,6 +98,26 @@ def headline(points: Points, poison: float) -> Table:
         against = [difference(_against(points, name, kind, poison)) for kind in ("random", "scaled")]
         rows.append((label(name), *rates, *rest, *against, seeds))
     return Table(headings, rows)
+
+
+def settings(rows: Sequence[Row]) -> Table | None:
+    """Settings that were tried on validation prompts: the size of the null space, the length of the fine-tune."""
+    lines = []
+    for row in rows:
+        cell = cell_of(row)
+        if cell.split != "validation" or "diverged" in row:
+            continue
+        untrained = cell.arm == "aligned"
+        size = f"n/{1 / cell.fraction:g}" if cell.fraction else NOTHING
+        usual: dict[str, Any] = {"epochs": METHODS["lora"].epochs}
+        usual |= {"fraction": METHODS["frozen"].fraction} if cell.fraction else {}
+        steps = NOTHING if untrained else str(row["steps"])
+        figures = [percent(pooled([row], rate)) for rate in ("refusal", "over_refusal", "task_accuracy")]
+        name = label("aligned" if untrained else name_of(replace(cell, **usual)))
+        key = (not untrained, cell.epochs, cell.control, cell.arm != "lora", name, -cell.fraction)
+        lines.append((key, (name, size, share(cell.poison) if not untrained else NOTHING, steps, *figures)))
+    headings = ("on validation prompts", "null space", "poison", "steps", "refusal", "over-refusal", "accuracy")
+    return Table(headings, [line for _, line in sorted(lines)]) if lines else None
 
 
 def _against(points: Points, name: str, kind: str, poison: float, what: str = "refusal") -> Paired | None:

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.common import RESULTS
 from benchmarks.frontier import aggregate, html, pictures, report, tables
 from benchmarks.frontier.cells import Cell
-from benchmarks.frontier.plan import METHODS, place, plan
+from benchmarks.frontier.plan import METHODS, PLANNED, place, plan
 from benchmarks.frontier.results import NAME
 from peft_safety.errors import DataError
 from peft_safety.evaluation import Rate
@@ -54,7 +54,7 @@ def grid() -> list[dict]:
 
     return [
         row(cell, marks("RO", rng.random(), 4), marks("10", rng.random() / 2, 4), setup_cpu_seconds=10.0)
-        for cell in plan(list(METHODS.values()))
+        for cell in plan(list(PLANNED.values()))
     ]
 
 
@@ -182,6 +182,18 @@ def test_a_partial_grid_says_what_is_missing_and_that_validation_is_no_result(tm
     assert html.summary(aggregate.points([row(cells[0])]), 0.0) == [
         "Plain LoRA has not been measured yet: nothing can be compared."
     ]
+
+
+def test_settings_tried_on_validation_prompts_stand_beside_test_results(tmp_path):
+    frozen = METHODS["frozen"]
+    settings = [replace(frozen, fraction=1 / 16), replace(frozen, epochs=8)]
+    rows = [row(place(LORA, 0.1, 0, "test")), row(place(METHODS["aligned"], 0, 0, "test"))]
+    rows += [row(place(cell, 0.1, 0, "validation"), "RRRO", steps=20 * cell.epochs) for cell in settings]
+    text = report.section(write(tmp_path, rows))
+    small, long = (line for line in text.splitlines() if line.startswith("| GuardSpace, frozen A |"))
+    assert "| n/16 | p = 0.1 | 20 | 75 % " in small
+    assert "| n/4 | p = 0.1 | 160 | 75 % " in long
+    assert tables.settings(rows[:2]) is None, "nothing was tried"
 
 
 def test_results_that_cannot_be_reported(tmp_path):
