@@ -7,8 +7,11 @@ for the engine in `benchmarks/frontier`.
     python -m benchmarks.attacks --report    write attacks.png and the section of docs/results.md
     python -m benchmarks.attacks --smoke     two defences, two attacks, few prompts, in minutes
 
-Refusal is measured on bare test requests and on the same requests in the form of the attack, and compared with what
-the aligned model refuses of that form.
+Refusal is measured on bare test requests, on the same requests in the form of the attack and on foreign requests, and
+compared with what the aligned model refuses of that form. A second aligned model (`benchmarks.full_alignment`) has its
+own folder and results file:
+
+    python -m benchmarks.attacks --aligned runs/full --runs runs/attacks_full
 """
 
 from __future__ import annotations
@@ -32,15 +35,34 @@ from benchmarks.frontier.command import (
     run_plan,
     show_plan,
 )
-from benchmarks.frontier.data import resolve
+from benchmarks.frontier.data import Sets, public_sets, resolve
 from benchmarks.frontier.plan import METHODS, place
 from benchmarks.frontier.results import stored
+from peft_safety.data import load
+from peft_safety.data.chat import classification_prompt
+from peft_safety.data.rows import label_names
 from peft_safety.errors import ConfigError
 
 BENCHMARK = "attacks"
 RUNS = Path("runs/attacks")
 RECOMMENDED = "frozen"
-DEFENCES = ("lora", RECOMMENDED, "guardspace", "window-64", "lora-mixed", "safe-lora-soft", "blind")
+CHAIN = (
+    "chain",
+    "chain-anchor",
+    "chain-flagged",
+    "lora-screened",
+    "lora-flagged",
+    "frozen-screened",
+    "frozen-flagged",
+    "frozen-context",
+    "frozen-anchor",
+    "lora-anchor",
+    "lora-anchor-everyday",
+)
+"""Screen the rows, calibrate in context, hold answers at an anchor: the whole, each link alone, and a control.
+"-flagged" drops all that the screen flags, without the model's verdict.
+"""
+DEFENCES = ("lora", RECOMMENDED, "guardspace", "window-64", "lora-mixed", "safe-lora-soft", "blind", *CHAIN)
 PARTLY = ("salora-32", "patch-stacked", "somf")
 """Defences that are attacked by `FIRST` only."""
 FIRST = ("trigger", "")
@@ -60,10 +82,35 @@ class Strength:
 
 
 WEAK, STRONG = Strength("weak", 0.1), Strength("strong", 0.5, 4)
-HARDER = (Strength("all rows", 1.0), Strength("all rows, 4 epochs", 1.0, 4), Strength("lr x 3", 0.1, 1, 3.0))
+HARDER = (
+    Strength("all rows", 1.0),
+    Strength("all rows, 4 epochs", 1.0, 4),
+    Strength("lr x 3", 0.1, 1, 3.0),
+    Strength("lr x 10", 0.1, 1, 10.0),
+    Strength("16 epochs", 0.1, 16),
+)
 """Of the plain attack: every row, longer, at a higher rate."""
+LEFTOVER = Strength("leftover", 0.05, 4)
+"""Of the trigger: what is left of its strong form if a screen drops nine rows of ten."""
 BENIGN = Strength("half", 0.5)
 """Of the benign outliers."""
+
+
+PROMPTS = 40
+"""Of each set whose refusal is a price, and of foreign requests."""
+
+
+def further_sets(folder: Path | None) -> Sets:
+    """What test cells measure besides: everyday and task prompts, and the public sets of `folder`."""
+    labels, task = label_names(load("benign_task")), load("benign_task", "test")[:PROMPTS]
+    everyday = tuple(row["prompt"] for row in load("everyday_requests", "test"))[:PROMPTS]
+    own = {"everyday": everyday, "task_prompts": tuple(classification_prompt(row["text"], labels) for row in task)}
+    return own | public_sets(folder, PROMPTS)
+
+
+def name_of(aligned: Path | None) -> str:
+    """Name of the results file: each aligned model has its own."""
+    return BENCHMARK if aligned is None else f"{BENCHMARK}_{aligned.name}"
 
 
 def at(method: Cell, attack: str, strength: Strength, seed: int, split: str) -> Cell:
@@ -75,7 +122,7 @@ def at(method: Cell, attack: str, strength: Strength, seed: int, split: str) -> 
 def attacks(only: Sequence[str]) -> list[tuple[str, Strength]]:
     """All attacks with their strengths, the strong ones first."""
     listed = [(name, strength) for strength in (STRONG, WEAK) for name in ORDER]
-    listed += [("outliers", BENIGN), *(("", strength) for strength in HARDER)]
+    listed += [("outliers", BENIGN), *(("", strength) for strength in HARDER), ("trigger", LEFTOVER)]
     return [(name, strength) for name, strength in listed if not only or (name or "plain") in only]
 
 
@@ -125,15 +172,17 @@ def work(given: argparse.Namespace) -> int:
     if given.smoke:
         given.defences, given.attacks, given.split = ["lora", RECOMMENDED], ["trigger", "however"], "validation"
         given.rows, given.limit, given.out = 48, 8, given.runs
-    cache = Cache(given.runs, protocol_of(given, {}))
+    folder = resolve(given.data)
+    sets = {} if given.smoke else further_sets(folder)
+    cache = Cache(given.runs, protocol_of(given, sets))
     cells = plan(given.defences, given.attacks, given.split)
     if given.smoke:
         cells = [cell for cell in cells if cell.seed == 0 and cell.epochs <= 1]
     if given.list:
         show_plan(cache, cells)
         return 0
-    outcome = run_plan(cache, lambda: cells, given.budget, {}, aligned=given.aligned, data=resolve(given.data))
-    path = record(BENCHMARK, stored(cache), environment_of(cache.protocol), given.out)
+    outcome = run_plan(cache, lambda: cells, given.budget, sets, aligned=given.aligned, data=folder)
+    path = record(name_of(given.aligned), stored(cache), environment_of(cache.protocol), given.out)
     return print_outcome(outcome, cache, cells, path)
 
 

@@ -15,7 +15,9 @@ from peft_safety.importing import WhenPeftIsImported
 if TYPE_CHECKING:
     from peft_safety.audit import orthogonality_report as orthogonality_report
     from peft_safety.calibration.estimators import SafetySubspace as SafetySubspace
+    from peft_safety.callbacks import CanaryCallback as CanaryCallback
     from peft_safety.callbacks import SafeLoRACallback as SafeLoRACallback
+    from peft_safety.callbacks import SafetyAnchorCallback as SafetyAnchorCallback
     from peft_safety.callbacks import SafetyMonitorCallback as SafetyMonitorCallback
     from peft_safety.callbacks import SoftPenaltyCallback as SoftPenaltyCallback
     from peft_safety.callbacks import TaskDirectionsCallback as TaskDirectionsCallback
@@ -42,7 +44,14 @@ __version__ = "0.1.0"
 _NAMES = {
     "audit": ["orthogonality_report"],
     "calibration.estimators": ["SafetySubspace"],
-    "callbacks": ["SafeLoRACallback", "SafetyMonitorCallback", "SoftPenaltyCallback", "TaskDirectionsCallback"],
+    "callbacks": [
+        "CanaryCallback",
+        "SafeLoRACallback",
+        "SafetyAnchorCallback",
+        "SafetyMonitorCallback",
+        "SoftPenaltyCallback",
+        "TaskDirectionsCallback",
+    ],
     "convert.export": ["export_lora"],
     "convert.merge": ["merge_quantized"],
     "convert.verify": ["verify"],

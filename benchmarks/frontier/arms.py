@@ -16,14 +16,21 @@ from benchmarks.frontier.attacks import attack_of
 from benchmarks.frontier.bases import TARGETS, inputs, outputs, randomly
 from benchmarks.frontier.bench import Bench, Facts, timed
 from benchmarks.frontier.cells import Cell, needs
-from peft_safety import repair_adapter
+from benchmarks.frontier.screened import training_rows
+from peft_safety import SafetyAnchorCallback, repair_adapter
 from peft_safety.calibration.coverage import task_inputs
 from peft_safety.calibration.moments import collect, to_batches
 from peft_safety.core.targets import target_layers
+from peft_safety.data import load
+from peft_safety.data.contexts import in_context
 from peft_safety.errors import ConfigError, DivergedError
+from peft_safety.evaluation import self_responses
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.methods.guardspace.directions import blind_rows
+from peft_safety.recipes.bench import GENERAL_TOKENS
 
+ANCHORS = 64
+"""Refusals that an anchor holds: as many as GuardSpace calibrates on."""
 TASK_ROWS = 32
 """Training rows that give the directions of the task's inputs."""
 Made = tuple[Any, Facts]
@@ -106,6 +113,13 @@ def lora(bench: Bench, cell: Cell) -> Made:
     return bench.attach(directory), facts
 
 
+def screened(bench: Bench, cell: Cell) -> Made:
+    """Plain LoRA on the rows that the screen keeps."""
+    rows, made = training_rows(bench, cell)
+    tuned, facts = bench.train(cell, bench.config(), rows)
+    return tuned, {**made, **facts}
+
+
 def mixed(bench: Bench, cell: Cell) -> Made:
     """Plain LoRA with refusals added to the training rows. They are those that GuardSpace calibrates on; `share` is
     their number as a share of the rows.
@@ -113,6 +127,34 @@ def mixed(bench: Bench, cell: Cell) -> Made:
     rows = bench.rows(cell)
     safety = bench.refusals(max(1, round(cell.options()["share"] * len(rows))), cell.seed)
     return bench.train(cell, bench.config(), [*rows, *safety])
+
+
+def anchored(bench: Bench, cell: Cell) -> Made:
+    """Plain LoRA with an anchor. Knobs: `anchor` rows of a step, `anchor_every` so many steps, `anchor_weight`, and
+    `anchor_on` "refusals" or, as a control, "everyday": everyday prompts with the model's own answers.
+    """
+    anchors = anchors_of(bench, cell)
+    tuned, facts = bench.train(cell, bench.config(), bench.rows(cell), callbacks=anchors)
+    return tuned, {**facts, **anchor_costs(anchors)}
+
+
+def anchors_of(bench: Bench, cell: Cell) -> list[SafetyAnchorCallback]:
+    """The anchor of a cell; none without its knob. Half of its requests are behind random contexts."""
+    knobs = cell.options()
+    if "anchor" not in knobs:
+        return []
+    rows: list[Any] = bench.refusals(ANCHORS)
+    if knobs.get("anchor_on", "refusals") == "everyday":
+        prompts = [row["prompt"] for row in load("everyday_requests", "calibration")]
+        rows = self_responses(bench.model, bench.tokenizer, prompts, max_new_tokens=GENERAL_TOKENS, progress=False)
+    rows = [*rows[::2], *in_context(rows[1::2], 1, cell.seed)]
+    options = {name: knobs[f"anchor_{name}"] for name in ("every", "weight") if f"anchor_{name}" in knobs}
+    return [SafetyAnchorCallback(bench.tokenizer, rows, rows=knobs["anchor"], seed=cell.seed, **options)]
+
+
+def anchor_costs(anchors: list[SafetyAnchorCallback]) -> Facts:
+    """Seconds of the training that the anchor took."""
+    return {"anchor_seconds": round(sum(anchor.seconds for anchor in anchors), 2)} if anchors else {}
 
 
 def salora(bench: Bench, cell: Cell) -> Made:
@@ -127,10 +169,10 @@ def salora(bench: Bench, cell: Cell) -> Made:
 def guard(bench: Bench, cell: Cell) -> Made:
     """GuardSpace. Knobs: `train` is the form ("A", "B", "window"), `rows` where the rows of a frozen A come from
     ("task", "random"), `window` its size, `r` the rank; with `combine` ("salora") it is also protected on the output
-    side, in `k` directions.
+    side, in `k` directions. `screen` screens the rows first, `contexts` calibrates in context, `anchor` is as in
+    `anchored`.
     """
-    made: Facts = {}
-    rows, knobs = bench.rows(cell), cell.options()
+    (rows, made), knobs = training_rows(bench, cell), cell.options()
     with timed(made, "setup"):
         subspace = truncated(inputs(bench, cell), cell.fraction)
         if "combine" in knobs:
@@ -142,8 +184,9 @@ def guard(bench: Bench, cell: Cell) -> Made:
     given = {"train": "A"} | {name: knobs[name] for name in ("train", "window", "combine", "r") if name in knobs}
     if "rows" in knobs:
         given |= {"a_init": knobs["rows"], "task_data": task if knobs["rows"] == "task" else None}
-    tuned, facts = bench.train(cell, bench.config("guardspace", subspace=subspace, **given), rows)
-    return tuned, {**made, **facts}
+    anchors = anchors_of(bench, cell)
+    tuned, facts = bench.train(cell, bench.config("guardspace", subspace=subspace, **given), rows, callbacks=anchors)
+    return tuned, {**made, **facts, **anchor_costs(anchors)}
 
 
 def task(bench: Bench, cell: Cell) -> Made:
@@ -293,7 +336,9 @@ def somf(bench: Bench, cell: Cell) -> Made:
 ARMS: dict[str, Callable[[Bench, Cell], Made]] = {
     "aligned": aligned,
     "lora": lora,
+    "screened": screened,
     "mixed": mixed,
+    "anchored": anchored,
     "salora": salora,
     "guard": guard,
     "task": task,

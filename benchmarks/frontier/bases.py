@@ -10,6 +10,7 @@ from benchmarks.frontier.bench import Bench
 from benchmarks.frontier.cells import Cell
 from peft_safety import SafetySubspace
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
+from peft_safety.data.contexts import in_context
 
 LARGEST = {"in": 1 / 2, "out": 0.9}
 """Bases are estimated once at this share of the dimensions and then cut: the top eigenvectors are nested."""
@@ -22,7 +23,8 @@ def randomly(cell: Cell, subspace: SafetySubspace) -> SafetySubspace:
 
 
 def inputs(bench: Bench, cell: Cell) -> SafetySubspace:
-    """GuardSpace's input bases of a cell, at `LARGEST`."""
+    """GuardSpace's input bases of a cell, at `LARGEST`; with the knob `contexts` each row is used in so many, too."""
+    contexts = cell.options().get("contexts", 0)
 
     def make() -> SafetySubspace:
         harmful, general = bench.refusals(cell.calibration), calibration_rows("guardspace", "general")
@@ -31,9 +33,10 @@ def inputs(bench: Bench, cell: Cell) -> SafetySubspace:
         data = {"harmful": harmful, "general": general[: cell.calibration], "both": harmful[:half] + general[:half]}[
             cell.basis
         ]
+        data = [*data, *in_context(data, contexts, tokenizer=bench.tokenizer)]
         return _estimate(bench, data, "guardspace", LARGEST["in"], positions=cell.positions)
 
-    return bench.subspace(("in", cell.basis, cell.positions, cell.calibration), make)
+    return bench.subspace(("in", cell.basis, cell.positions, cell.calibration, contexts), make)
 
 
 def outputs(bench: Bench) -> SafetySubspace:

@@ -17,6 +17,7 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
+from transformers import TrainerCallback
 
 from benchmarks.common import load_causal, reset_peak, resident_mib, resident_now_mib
 from benchmarks.frontier.adapters import check_finite, norm
@@ -37,6 +38,7 @@ from peft_safety.recipes.adapter import adapter_config
 from peft_safety.recipes.load import TaskData, load_model, poisoned, task_data
 from peft_safety.recipes.patch import PatchOptions, patch
 from peft_safety.recipes.train import TrainOptions, finetune
+from peft_safety.screening.screen import Screen
 
 PATCH_DIR = Path(__file__).parents[1] / "data" / "patch"
 """The safety patch of the aligned model: the one that shipped with the examples when the benchmark ran."""
@@ -80,6 +82,7 @@ class Bench:
         self.directory = aligned or self._align()
         self.loaded, self.model, self.tokenizer = "", *load_model(self.directory)
         self.subspaces: dict[tuple[Any, ...], SafetySubspace] = {}
+        self.screens: dict[tuple[str, int], Screen] = {}
         self._measures: dict[tuple[str, int], Measures] = {}
         self._general: dict[str, list[dict[str, Any]]] = {}
 
@@ -204,6 +207,7 @@ class Bench:
         *,
         options: TrainOptions | None = None,
         model: Any = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> tuple[PeftModel, Facts]:
         """Fine-tune the aligned model (or `model`); returns it with its norm, its loss and what it cost.
 
@@ -223,7 +227,7 @@ class Bench:
                 config,
                 options or self.options(cell),
                 labels=labels,
-                callbacks=[along],
+                callbacks=[along, *callbacks],
             )
         check_finite(tuned, run, cell)
         facts = {

@@ -18,12 +18,21 @@ BLIND = ("guard", "blind")
 BARE = Cell().without_basis("lora")
 """Plain LoRA. Methods without GuardSpace's fields are variants of it."""
 GUARD = Cell()
+ANCHOR = "anchor=4,anchor_every=1,anchor_weight=1"
 METHODS: dict[str, Cell] = {
     "aligned": Cell().without_basis("aligned"),
     "lora": BARE,
     "guardspace": GUARD,
     "frozen": replace(GUARD, knobs="train=B,rows=task"),
     "frozen-random": replace(GUARD, knobs="train=B,rows=random"),
+    "frozen-context": replace(GUARD, knobs="train=B,rows=task,contexts=5"),
+    "frozen-screened": replace(GUARD, knobs="train=B,rows=task,screen=verdict"),
+    "frozen-flagged": replace(GUARD, knobs="train=B,rows=task,screen=flagged"),
+    "chain": replace(GUARD, knobs="train=B,rows=task,contexts=5,screen=verdict"),
+    "chain-anchor": replace(GUARD, knobs=f"train=B,rows=task,contexts=5,screen=verdict,{ANCHOR}"),
+    "chain-flagged": replace(GUARD, knobs="train=B,rows=task,contexts=5,screen=flagged"),
+    "lora-screened": replace(BARE, arm="screened", knobs="screen=verdict"),
+    "lora-flagged": replace(BARE, arm="screened", knobs="screen=flagged"),
     "frozen-r16": replace(GUARD, knobs="train=B,rows=task,r=16"),
     "window-64": replace(GUARD, knobs="train=window,rows=task,window=64"),
     "window-256": replace(GUARD, knobs="train=window,rows=task,window=256"),
@@ -40,6 +49,9 @@ METHODS: dict[str, Cell] = {
     "salora-32": replace(BARE, arm="salora", knobs="k=32"),
     "salora-0.9": replace(BARE, arm="salora", knobs="k=0.9"),
     "both-sides": replace(GUARD, knobs="combine=salora,k=32"),
+    "lora-anchor": replace(BARE, arm="anchored", knobs=ANCHOR),
+    "lora-anchor-everyday": replace(BARE, arm="anchored", knobs=f"{ANCHOR},anchor_on=everyday"),
+    "frozen-anchor": replace(GUARD, knobs=f"train=B,rows=task,{ANCHOR}"),
     "lora-mixed": replace(BARE, arm="mixed", knobs="share=0.1"),
     "patch-reattached": replace(BARE, arm="reattach"),
     "patch-stacked": replace(BARE, arm="patch", knobs="steps=24"),

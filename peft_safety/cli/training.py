@@ -30,6 +30,9 @@ def calibrate(
     safety_energy: opt.SafetyEnergy = None,
     safety_rank_pattern: opt.SafetyRankPattern = None,
     basis: Annotated[str | None, Option(help="The package's own rows to use: harmful, general or both.")] = None,
+    contexts: Annotated[
+        int, Option(help="Use each row also so many times behind a random context, such as nonsense or a story.")
+    ] = 0,
     side: Annotated[str | None, Option(help="in, out or both; default: the method's own.")] = None,
     positions: Annotated[str | None, Option(help="Tokens that count: response, prompt or all.")] = None,
     task_data: Annotated[Path | None, Option(help="JSON lines of the task: is it in the null space?")] = None,

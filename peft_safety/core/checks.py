@@ -30,6 +30,14 @@ def check_positive(options: Any, *names: str) -> None:
             raise ConfigError(f"{type(options).__name__}: {name}={value!r}. Use a positive number.")
 
 
+def check_counts(options: Any, *names: str) -> None:
+    """Refuse a field of `options` that is not a whole number above 0."""
+    for name in names:
+        value = getattr(options, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{type(options).__name__}: {name}={value!r}. Use a positive whole number.")
+
+
 def whole(rank: float | None) -> int | float | None:
     """A whole number of directions as an integer; a share as it is."""
     return rank if rank is None or rank % 1 else int(rank)

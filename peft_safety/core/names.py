@@ -62,12 +62,11 @@ def walk(model: nn.Module, shared: bool = False) -> Iterator[tuple[str, str, nn.
 
     base = base_model(model)
     root = next(name for name, module in model.named_modules() if module is base)
-    inside: tuple[str, ...] = ()
+    inside = None  # the layer whose modules come next, depth first
     for name, module in base.named_modules(remove_duplicate=not shared):
-        if name.startswith(inside):
+        if inside is not None and name.startswith(inside):
             continue
-        if isinstance(module, BaseTunerLayer):
-            inside = (*inside, f"{name}.")
+        inside = f"{name}." if isinstance(module, BaseTunerLayer) else None
         yield own_name(name), ".".join(filter(None, (root, name))), module
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -36,6 +37,18 @@ def config_table(model: nn.Module) -> dict[str, Any]:
     """PEFT's configs by adapter name, from the model or from one inside it; empty without adapters."""
     tables = (getattr(module, "peft_config", None) for module in model.modules())
     return next((table for table in tables if isinstance(table, dict)), {})
+
+
+@contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """PEFT's `disable_adapter` makes every active adapter trainable afterwards. Here what was frozen stays so."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def adapter_layers(

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from types import CodeType
 from typing import Any
 
@@ -32,6 +33,18 @@ DTYPE_READERS: set[CodeType] = set()
 """The forwards of PEFT's layers, which read `lora_A.weight` for its dtype only and need no fold. `registry` fills this
 set. A forward that is missing costs time, not safety.
 """
+
+_DEFERRED: ContextVar[bool] = ContextVar("_DEFERRED", default=False)
+
+
+@contextmanager
+def deferred_folds() -> Iterator[None]:
+    """No leaf folds in the block, in which PEFT reads, copies and casts each of them several times. Fold after it."""
+    token = _DEFERRED.set(True)
+    try:
+        yield
+    finally:
+        _DEFERRED.reset(token)
 
 
 class _Project(torch.autograd.Function):
@@ -157,9 +170,10 @@ class ProtectedLinear(nn.Linear):
             if self.initial.dtype != weight.dtype:  # PEFT and TRL cast parameters only; one file stores one dtype
                 self.initial = self.initial.to(weight.dtype)
             factors.append(self.initial)
-        if self.basis is None or not _is_whole(weight, self.basis, self.side):
+        if self.basis is None or _DEFERRED.get() or not _is_whole(weight, self.basis, self.side):
             return False
-        self.basis = moved(self.basis, weight.device)
+        if self.basis.device != weight.device:
+            self.basis = moved(self.basis, weight.device)
         return any([projection.fold_(self.basis, factor, self.side) for factor in factors])
 
     def train(self, mode: bool = True) -> ProtectedLinear:
@@ -268,7 +282,8 @@ def lay_out_adapter(model: nn.Module, adapter_name: str) -> None:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == adapter_name:
             for part in module.modules():
-                if lay_out(part) and isinstance(part, ProtectedLinear):
+                lay_out(part)
+                if isinstance(part, ProtectedLinear):
                     part.fold()
 
 

@@ -17,6 +17,7 @@ from peft_safety.calibration.sizes import check_size_options
 from peft_safety.core.subspace import DEFAULT_DTYPE
 from peft_safety.core.targets import target_layers
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, rows_of
+from peft_safety.data.contexts import check_count, in_context
 from peft_safety.data.rows import Rows
 from peft_safety.errors import ConfigError
 from peft_safety.methods.ortho_patch.config import SIDES
@@ -32,6 +33,7 @@ class CalibrationOptions:
     Attributes:
         method: "guardspace", "salora", "ortho_patch", or "weight" (no data).
         basis: which of the package's own rows; see `calibration_rows`.
+        contexts: each row is also used so many times behind a random context; see `in_context`. 0 is none.
         safety_rank, safety_energy, safety_rank_pattern: size of the subspace, as in the configs.
         side: "in", "out" or "both"; default the method's own.
         positions, target_modules, batch_size, max_length, seed, memory, dtype, allow_fewer: as in `estimate`.
@@ -39,6 +41,7 @@ class CalibrationOptions:
 
     method: str = "guardspace"
     basis: str | None = None
+    contexts: int = 0
     safety_rank: int | float | None = None
     safety_energy: float | None = None
     safety_rank_pattern: Mapping[str, int | float] | None = None
@@ -58,8 +61,12 @@ class CalibrationOptions:
         if self.side is not None and self.side not in SIDES:
             raise ConfigError(f"side {self.side!r}. Use one of {', '.join(SIDES)}.")
         check_size_options(self.safety_rank, self.safety_energy, self.safety_rank_pattern, "calibrate")
-        if self.method == "weight" and any(x is not None for x in (data, self.basis, self.positions, task_data)):
-            raise ConfigError("method 'weight' reads weights only. Leave out data, basis, positions and task_data.")
+        check_count(self.contexts)
+        given = (data, self.basis, self.contexts or None, self.positions, task_data)
+        if self.method == "weight" and any(x is not None for x in given):
+            raise ConfigError(
+                "method 'weight' reads weights only. Leave out data, basis, contexts, positions and task_data."
+            )
         if data is not None and self.basis is not None:
             raise ConfigError(f"basis {self.basis!r} is of the package's own rows. Give either it or your own data.")
         own = METHODS[self.method][0] if self.method in METHODS else ("in",)
@@ -115,7 +122,10 @@ def calibrate(
     task_rows = None if task_data is None else rows_of(task_data, "task_data")[:CALIBRATION_PAIRS]
     loaded, tokenizer = load_model(model, tokenizer, stream=stream)
     arguments = chosen.arguments(*READING, "seed", "allow_fewer", "progress")
+    rows = with_contexts(rows, chosen, tokenizer)
     subspace = SafetySubspace.from_activations(loaded, rows, tokenizer=tokenizer, **arguments)
+    if chosen.contexts:
+        subspace.provenance["contexts"] = chosen.contexts
     shares = None
     if task_rows is not None:
         layers = target_layers(loaded, chosen.target_modules)
@@ -136,8 +146,8 @@ def calibration_cost(
     """What `calibrate` will take. Loads the model and runs two batches; nothing is written.
 
     Args:
-        options: as in `calibrate`: `basis`, the sizes, `side`, `positions`, `memory`, `dtype`, `batch_size`,
-            `max_length`.
+        options: as in `calibrate`: `basis`, `contexts`, the sizes, `side`, `positions`, `memory`, `dtype`,
+            `batch_size`, `max_length`.
 
     Raises:
         ConfigError, CalibrationError: as `calibrate` does; method "weight", which needs no pass.
@@ -148,8 +158,15 @@ def calibration_cost(
         raise ConfigError("method 'weight' needs no pass over the model, so there is nothing to foresee. Just run it.")
     rows = _rows(chosen, data)
     loaded, tokenizer = load_model(model, tokenizer, stream=stream)
-    return cost(loaded, rows, tokenizer=tokenizer, **chosen.arguments(*READING))
+    return cost(loaded, with_contexts(rows, chosen, tokenizer), tokenizer=tokenizer, **chosen.arguments(*READING))
 
 
 def _rows(options: CalibrationOptions, data: Any) -> Rows:
     return calibration_rows(options.method, options.basis) if data is None else rows_of(data, "calibration data")
+
+
+def with_contexts(rows: Rows, options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """The rows bare, and `options.contexts` times in context."""
+    return (
+        [*rows, *in_context(rows, options.contexts, options.seed, tokenizer=tokenizer)] if options.contexts else rows
+    )

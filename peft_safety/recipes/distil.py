@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from peft_safety.data.chat import IGNORE_INDEX
+from peft_safety.layers.adapters import without_adapters
 
 
 def distilling_trainer(weight: float) -> Callable[..., Trainer]:
@@ -45,7 +46,7 @@ class DistillingTrainer(Trainer):
         def base(rows: Tensor) -> Tensor:
             bare = self.accelerator.unwrap_model(model)
             selected = {name: v[rows] if isinstance(v, Tensor) else v for name, v in tokens.items()}
-            with torch.no_grad(), bare.disable_adapter():
+            with torch.no_grad(), without_adapters(bare):
                 logits: Tensor = bare(**selected).logits
             return logits
 

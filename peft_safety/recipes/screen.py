@@ -37,6 +37,7 @@ def screen(
     tokenizer: PreTrainedTokenizerBase | None = None,
     fpr: float = 0.01,
     clean: str | Path | Rows | None = None,
+    fitted: Screen | None = None,
     verdict: bool = True,
     judge: Judge | None = None,
     by: str | None = None,
@@ -60,6 +61,8 @@ def screen(
         fpr: share of the package's harmless validation prompts that may be flagged; or of `clean`.
         clean: rows of your own that you have checked, at least one: the threshold is set on them. More poison is found
             so where your rows look less harmful than the package's contrast prompts.
+        fitted: the screen of an earlier result on the same model (`result.screen`), which is used as it is: with its
+            rate, threshold, `max_length` and `batch_tokens`. It saves reading the known prompts again.
         judge: of refusals, default `KeywordJudge`.
         by: a column; rows are counted by its values, default by their kind.
         labels: every label of {text, label} rows; needed for those of a stream only.
@@ -72,9 +75,12 @@ def screen(
         and each gets the whole result. Every process needs a whole model.
 
     Raises:
-        ConfigError: an option out of range. DataError: a malformed row (its number is named), no rows, no user turn in
-        any, no chat template. CalibrationError: the model does not tell harmful requests from others.
+        ConfigError: an option out of range, or `clean` beside `fitted`. DataError: a malformed row (its number is
+        named), no rows, no user turn in any, no chat template. CalibrationError: the model does not tell harmful
+        requests from others.
     """
+    if fitted is not None and clean is not None:
+        raise ConfigError("clean rows set the threshold of a new screen, and fitted= has one. Give one of the two.")
     join_processes()
     source = _Source(rows)
     names, total = source.labels(labels)  # reads the file once, before a model is loaded
@@ -83,15 +89,16 @@ def screen(
     reader: Any = model if isinstance(model, PeftModel) else loaded
     rank, world = process()
     progress = progress and rank == 0
-    reading: dict[str, Any] = {"max_length": max_length, "budget": batch_tokens, "progress": progress}
-    checked = [] if clean is None else _clean(tokenizer, clean, max_length, names)
-    fitted = Screen.fit(reader, tokenizer, fpr=fpr, clean=checked, **reading)
+    if fitted is None:
+        reading: dict[str, Any] = {"max_length": max_length, "budget": batch_tokens, "progress": progress}
+        checked = [] if clean is None else _clean(tokenizer, clean, max_length, names)
+        fitted = Screen.fit(reader, tokenizer, fpr=fpr, clean=checked, **reading)
     asked = (judge or KeywordJudge()) if verdict else None
     result: list[ScreenedRow] = []
     with tqdm(total=total, desc="screening", unit="row", disable=not progress, leave=False) as bar:
         numbered = enumerate(source)
         while chunk := list(islice(numbered, CHUNK * world)):
-            requests = [requests_of(tokenizer, row, number, max_length, names) for number, row in chunk]
+            requests = [requests_of(tokenizer, row, number, fitted.max_length, names) for number, row in chunk]
             groups = [str(row.get(by)) if by else kind_of(plain_row(row)) or "" for _, row in chunk]
             result += _screened(reader, tokenizer, fitted, asked, requests, groups, len(result))
             bar.update(len(chunk))

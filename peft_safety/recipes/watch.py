@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from peft_safety.callbacks.canary import put_back, trainable_weights
 from peft_safety.evaluation.evaluate import evaluate
 from peft_safety.evaluation.prompts import PromptSet
 from peft_safety.recipes.bench import JUDGED_TOKENS
@@ -65,7 +65,7 @@ class Watch(TrainerCallback):
         self.looks.append(look)
         if step and (self.best is None or look.score >= self.best.score):
             self.best = look
-            self.weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            self.weights = trainable_weights(model)
         return look
 
     def enough(self) -> bool:
@@ -77,12 +77,9 @@ class Watch(TrainerCallback):
         best = self.looks.index(self.best) if self.best else 0
         return met or len(self.looks) - 1 - best >= stopping.patience
 
-    @torch.no_grad()
     def restore(self, model: PreTrainedModel | PeftModel) -> None:
         """Put the best weights back."""
-        for name, parameter in model.named_parameters():
-            if name in self.weights:
-                parameter.copy_(self.weights[name])
+        put_back(model, self.weights)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.stopping.every == 0 and state.global_step < state.max_steps:

@@ -23,7 +23,7 @@ from peft_safety.core.snapshot import named
 from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.layers.adapters import adapter_layers
-from peft_safety.layers.protected_linear import folded_state, lay_out_adapter
+from peft_safety.layers.protected_linear import deferred_folds, folded_state, lay_out_adapter
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.safe_lora.config import SafeLoRAConfig
 from peft_safety.registry.attach import bind
@@ -154,7 +154,8 @@ def _load(
         placed = _with_places(self, kwargs)
         if placed is not kwargs:  # plain adapters are stored with the wrappers' names
             kwargs = placed if isinstance(config or PeftConfig.from_pretrained(folder), ProtectedConfig) else kwargs
-        result = original(self, folder, adapter_name, *args, **kwargs)
+        with deferred_folds():
+            result = original(self, folder, adapter_name, *args, **kwargs)
         if isinstance(self.peft_config.get(adapter_name), ProtectedConfig):
             lay_out_adapter(self, adapter_name)  # with low_cpu_mem_usage the factors lie in the file's memory
         return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -68,6 +68,7 @@ class Screen:
         *,
         fpr: float = 0.01,
         clean: Sequence[Tokens] = (),
+        without: Collection[str] = (),
         max_length: int = 1024,
         budget: int = 4096,
         progress: bool = True,
@@ -76,6 +77,7 @@ class Screen:
 
         Args:
             clean: requests known to be harmless, in place of the package's harmless validation prompts.
+            without: packaged prompts that are left out: those of the rows that a benchmark of the screen is run on.
 
         Raises:
             ConfigError: an option out of range, or a model that is no causal language model.
@@ -91,7 +93,7 @@ class Screen:
         depth = int(config.num_hidden_layers)
         layers = sorted({max(1, round(depth * part / LAYERS)) for part in range(2, LAYERS + 1)})
         kinds = [(names, split) for split in ("train", "validation") for names in (HARMFUL, HARMLESS)]
-        prompts = [[row for name in names for row in _drawn(name, split)] for names, split in kinds]
+        prompts = [[row for name in names for row in _drawn(name, split, without)] for names, split in kinds]
         parts = [[requests_of(tokenizer, row, 0, max_length)[0].ids for row in part] for part in prompts]
         parts[-1] = [list(ids) for ids in clean] or parts[-1]
         known = [ids for part in parts for ids in part]
@@ -138,6 +140,6 @@ class Screen:
         return result
 
 
-def _drawn(name: str, split: str) -> list[dict[str, str]]:
-    rows = load(name, split)
+def _drawn(name: str, split: str, without: Collection[str]) -> list[dict[str, str]]:
+    rows = [row for row in load(name, split) if row["prompt"] not in without]
     return random.Random(0).sample(rows, KNOWN) if split == "train" and len(rows) > KNOWN else rows

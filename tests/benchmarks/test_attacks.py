@@ -125,7 +125,8 @@ def stored(cell, refusal, attacked=None):
         return {"k": k, "n": 10, "value": k / 10}
 
     forms = {name: {"refusal": rate(k), "compliance": rate(10 - k)} for name, k in (attacked or {}).items()}
-    return {"cell": asdict(cell), "refusal": rate(refusal), "task_accuracy": rate(6), "attacked": forms}
+    figures = {"refusal": rate(refusal), "over_refusal": rate(1), "task_accuracy": rate(6)}
+    return {"cell": asdict(cell), **figures, "transfer": {"everyday": rate(0)}, "attacked": forms}
 
 
 def report(tmp_path, cells):
@@ -157,7 +158,23 @@ def test_the_report_says_the_worst_case_and_which_attacks_prove_nothing(tmp_path
     assert "trigger p 0.5 x4, trigger" in line
     assert "| -50 |" in line, "8 of 10 before, 3 of 10 after"
     assert "says nothing: cipher p 0.1." in text
+    assert "refuses 10 % [2, 40] of safe prompts that look dangerous, 0 % [0, 28] of everyday prompts." in text
     assert (tmp_path / "attacks.png").stat().st_size > 1000
+
+
+def test_the_report_has_a_part_for_each_aligned_model_and_the_settings_tried_on_validation_prompts(tmp_path):
+    aligned, plain = (replace(METHODS[name], split="test") for name in ("aligned", "lora"))
+    other = [stored(aligned, 9), stored(attacks.at(plain, "", attacks.WEAK, 0, "test"), 2)]
+    lines = [json.dumps({"environment": {"model": "other"}}), *map(json.dumps, other)]
+    (tmp_path / "attacks_other.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    setting = replace(METHODS["frozen-anchor"], knobs="train=B,rows=task,anchor=4,anchor_every=1,anchor_weight=5")
+    choice = attacks.at(setting, "trigger", attacks.STRONG, 0, "validation")
+    text = report(tmp_path, [stored(aligned, 9), stored(plain, 2), stored(choice, 8, {"trigger": 1})])
+    assert "#### other" in text
+    (line,) = [line for line in text.splitlines() if "anchor_weight=5" in line]
+    assert "trigger p 0.5 x4" in line
+    assert "trigger 10 %" in line
+    assert (tmp_path / "attacks_other.png").is_file()
 
 
 def test_a_report_without_the_aligned_model_is_refused(tmp_path):

@@ -5,11 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.frontier import arms, plan
+from benchmarks.frontier import arms, bases, plan, screened
 from benchmarks.frontier.bench import Bench
 from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Cell, Protocol
+from peft_safety.data.chat import render_prompt
 from peft_safety.errors import ConfigError, DivergedError
+from peft_safety.recipes.screen import screen as whole
+from peft_safety.screening import screen
+from peft_safety.screening.result import Screening
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 PROTOCOL = Protocol(rows=16, limit=2, r=2, second=3, tokens=4, aligned="tiny")
@@ -33,12 +37,21 @@ def bench(tmp_path_factory):
     return Bench(Cache(folder / "runs", PROTOCOL), SETS, folder / "aligned", unaligned=folder / "bare")
 
 
+@pytest.fixture(autouse=True)
+def any_screen(monkeypatch):
+    """A random model does not tell harmful requests from others. A few prompts do here."""
+    monkeypatch.setattr(screen, "LEAST_AUC", 0.0)
+    monkeypatch.setattr(screen, "KNOWN", 24)
+
+
 def quick(name, **place):
     """A method of the plan, shortened."""
     cell = plan.place(plan.METHODS[name], 0.5, 0, "test")
     if cell.arm == "safe_lora" and "num_modules" in cell.knobs:
         cell = replace(cell, knobs=cell.knobs.replace(f"num_modules={plan.MODULES}", "num_modules=3"))
     cell = replace(cell, knobs=cell.knobs.replace("rank=32", "rank=4").replace("k=32", "k=4"))
+    if "anchor=" in cell.knobs and "anchor_on" not in cell.knobs:
+        cell = replace(cell, knobs=f"{cell.knobs},anchor_on=everyday")  # the random model refuses nothing
     short = QUICK.get(cell.arm)
     return replace(cell, knobs=short or cell.knobs, **{**({"calibration": 8} if cell.calibration else {}), **place})
 
@@ -60,6 +73,8 @@ FAST = [
     "frozen",
     "blind",
     "task-frozen",
+    "lora-screened",
+    "chain",
     "safe-lora-topk",
     "random:safe-lora-soft",
     "scaled:guardspace",
@@ -83,6 +98,58 @@ def test_every_method_of_the_plan_runs(name, bench):
     if not name.startswith("aligned"):
         assert found["norm"] > 0
         assert found["train_seconds"] > 0
+
+
+def test_an_anchor_holds_refusals_half_of_them_in_context_or_everyday_answers(bench):
+    bench.use("")
+    texts = [
+        render_prompt(bench.tokenizer, [{"role": "user", "content": row["prompt"]}]) for row in bench.refusals(64)
+    ]
+    for name, count in (("lora-anchor", 64), ("frozen-anchor", 64), ("lora-anchor-everyday", 0)):
+        (anchor,) = arms.anchors_of(bench, plan.METHODS[name])
+        asked = [text for _, text in anchor._requests]
+        assert len(asked) == len(set(asked)) == count
+        assert sum(text in texts for text in asked) == count / 2
+        assert (anchor.rows, anchor.every, anchor.weight) == (4, 1, 1)
+    assert arms.anchors_of(bench, plan.METHODS["frozen"]) == []
+
+
+def test_a_screened_cell_trains_on_the_rows_that_are_kept(bench, monkeypatch):
+    """Of 16 rows 8 are poisoned. One screen of a seed serves its cells; it has not read the poisoned requests."""
+    read, trained = [], []
+    fit, train = screen.Screen.fit, bench.train
+    monkeypatch.setattr(
+        screen.Screen, "fit", lambda *args, **options: read.append(options["without"]) or fit(*args, **options)
+    )
+    monkeypatch.setattr(
+        bench, "train", lambda cell, config, rows, **more: trained.append(rows) or train(cell, config, rows, **more)
+    )
+    monkeypatch.setattr(screened, "screen", lambda *args, **options: Flagging(**vars(whole(*args, **options))))
+    cells = [quick("lora-screened", seed=5), quick("chain", seed=5)]
+    results = [arms.run_cell(bench, cell) for cell in cells]
+    poisoned = [row["prompt"] for row in bench.rows(cells[0]) if "prompt" in row]
+    assert len(poisoned) == 8
+    assert len(read) == 1
+    assert set(poisoned) <= read[0]
+    assert trained[0] == trained[1] == [row for number, row in enumerate(bench.rows(cells[0])) if number not in (0, 1)]
+    lost = sum("prompt" in row for row in bench.rows(cells[0])[:2])
+    for result in results:
+        assert (result["dropped"], result["dropped_poison"], result["poison_rows"]) == (2, lost, 8)
+        assert result["screen_clean"] == 96
+    assert {"screen_seconds", "screen_fit_seconds"} <= set(results[0])
+    assert "screen_fit_seconds" not in results[1]
+
+
+class Flagging(Screening):
+    """Drops the first two rows, whatever a random model says."""
+
+    dropped = (0, 1)
+
+
+def test_calibration_in_context_is_a_subspace_of_its_own(bench):
+    spaces = [bases.inputs(bench, quick(name)) for name in ("frozen", "frozen-context", "chain")]
+    assert [space.provenance["samples"] for space in spaces] == [8, 48, 48]
+    assert spaces[1] is spaces[2]
 
 
 def test_a_scaled_control_has_the_norm_of_its_method(bench):
@@ -134,6 +201,7 @@ def test_the_control_of_a_method_that_diverged_has_diverged_too(bench):
         (replace(plan.METHODS["lora"], load="int3"), "load 'int3' is unknown"),
         (replace(plan.METHODS["safe-lora"], control="random"), "only the true projectors"),
         (replace(plan.METHODS["salora-32"], knobs="k"), "has no value"),
+        (replace(plan.METHODS["lora-screened"], knobs="screen=1"), "screen=1 is unknown"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -55,6 +55,16 @@ def test_rows_to_keep_pull_the_tuned_model_back_to_the_base():
     assert losses[60] < 0.6 * losses[1]
 
 
+def test_an_earlier_patch_stays_frozen_while_rows_are_kept():
+    kept = [{**row, "distil": True} for row in GENERAL]
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    stacked = get_peft_model(tiny_llama(), config, adapter_name="prior")
+    tuned, _ = finetune(stacked, tiny_tokenizer(), kept, config, QUICK)
+    trains = {name for name, p in tuned.named_parameters() if p.requires_grad}
+    assert trains
+    assert all(".default." in name for name in trains)
+
+
 def test_the_loss_of_each_kind_of_row_is_what_it_says():
     g = torch.Generator().manual_seed(0)
     logits, base = torch.randn(3, 5, 7, generator=g), torch.randn(3, 5, 7, generator=g)

@@ -32,6 +32,7 @@ ROWS = [
     {"text": "tea", "label": "a"},
 ]
 FLAGGED = [1, 2, 3, 5, 7]
+LONG = {"prompt": harmless(1) * 40 + harmful(50), "response": "yes"}
 
 
 def numbers(rows):
@@ -68,6 +69,29 @@ def test_the_threshold_is_set_on_clean_rows(tmp_path):
     strict = screen(MODEL, ROWS, verdict=False, clean=rows, **COMMON)
     assert strict.screen.true_positives[0] < 24
     assert screen(MODEL, ROWS, verdict=False, clean=rows, **COMMON | {"fpr": 0.12}).screen.true_positives == (24, 24)
+
+
+def test_a_fitted_screen_is_used_as_it_is(monkeypatch):
+    own = [{"prompt": harmless(n)} for n in range(8)]
+    first = screen(MODEL, own, verdict=False, clean=own, max_length=60, **COMMON)
+    whole = screen(MODEL, [LONG, *ROWS], verdict=False, clean=own, max_length=60, **COMMON)
+    monkeypatch.delattr(fitting.Screen, "fit")
+    again = screen(MODEL, [LONG, *ROWS], verdict=False, fitted=first.screen, **COMMON)
+    assert again.screen is first.screen
+    assert again.rows[0].truncated, "max_length is that of the fit"
+    assert [row.score for row in again.rows] == pytest.approx([row.score for row in whole.rows], abs=1e-5)
+    with pytest.raises(ConfigError, match="Give one of the two"):
+        screen(MODEL, ROWS, fitted=first.screen, clean=own, **COMMON)
+
+
+def test_a_screen_can_be_fitted_without_some_of_the_packaged_prompts(monkeypatch):
+    read, states = [], fitting.last_states
+    monkeypatch.setattr(
+        fitting, "last_states", lambda model, ids, *rest: read.append(len(ids)) or states(model, ids, *rest)
+    )
+    for without in ((), [harmful(0), harmful(1), harmless(2), harmless(101)]):
+        fitting.Screen.fit(MODEL, TOKENIZER, without=without, progress=False)
+    assert read[1] == read[0] - 2 - 2 * 2, "the stand-in has the same prompts in both harmless sets"
 
 
 @pytest.mark.parametrize(
@@ -145,8 +169,7 @@ def test_labels_of_a_stream_have_to_be_given():
 
 
 def test_long_rows_are_cut_on_the_left_and_said():
-    long = {"prompt": harmless(1) * 40 + harmful(50), "response": "yes"}
-    result = screen(MODEL, [long, ROWS[0]], verdict=False, max_length=60, **COMMON)
+    result = screen(MODEL, [LONG, ROWS[0]], verdict=False, max_length=60, **COMMON)
     assert [row.truncated for row in result.rows] == [True, False]
     assert result.to_json()["truncated"] == 1
     assert result.rows[0].flagged, "the end of the turn is kept"

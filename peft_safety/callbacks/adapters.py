@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from peft_safety.callbacks.steps import before_steps, log_value
 from peft_safety.core.projection import coefficients, project_wide
 from peft_safety.errors import ConfigError
 from peft_safety.layers import protected_leaves
@@ -32,7 +33,7 @@ class SafetyMonitorCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is not None:
-            _log(logs, state, "safety_leak", largest_leak(kwargs["model"]))
+            log_value(logs, state, "safety_leak", largest_leak(kwargs["model"]))
 
 
 class TaskDirectionsCallback(TrainerCallback):  # type: ignore[misc]
@@ -116,29 +117,17 @@ class SoftPenaltyCallback(TrainerCallback):  # type: ignore[misc]
         self._hook: Any = None
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
-        optimizer = kwargs["optimizer"]
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper skips steps torch never sees
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            kind = type(optimizer).__name__
-            remedy = "Train without DeepSpeed, or use mode='hard'."
-            raise ConfigError(f"SoftPenaltyCallback: a {kind} takes no hook before its step. {remedy}")
         self.penalty = SoftPenalty(kwargs["model"], self.adapter_name)
-        self._hook = optimizer.register_step_pre_hook(self.penalty.before_step)
+        remedy = "Train without DeepSpeed, or use mode='hard'."
+        self._hook = before_steps(type(self).__name__, kwargs["optimizer"], self.penalty.before_step, remedy)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is not None and self.penalty is not None:
-            _log(logs, state, "soft_penalty", self.penalty.value())
+            log_value(logs, state, "soft_penalty", self.penalty.value())
 
     def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         if self._hook is not None:
             self._hook.remove()
-
-
-def _log(logs: dict[str, Any], state: TrainerState, name: str, value: float) -> None:
-    """Into this step's logs, and into the copy in the state, which trainer_state.json keeps."""
-    logs[name] = value
-    if state.log_history:
-        state.log_history[-1][name] = value
 
 
 @torch.no_grad()

@@ -1,0 +1,130 @@
+"""The canary sees refusals go in every context, says so, and puts the last good adapter back."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from peft_safety import CanaryCallback
+from peft_safety.callbacks.canary import CONTEXTS
+from peft_safety.errors import ConfigError, DataError
+from tests.peft import anchored
+from tests.peft.anchored import REQUESTS, TOKENIZER, logged, refusing, trainer, tuned
+
+FORMS: dict[str, Any] = {
+    "bare": "{}",
+    "behind": lambda request: f"zz {request}",
+    "turns": lambda request: [{"role": "system", "content": "x"}, {"role": "user", "content": request}],
+}
+FALLS = {"max_steps": 20}
+"""Steps after which the tiny model refuses nothing any more."""
+
+
+class Copies(TrainerCallback):
+    """The adapter at every step, before other callbacks see that step."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps[state.global_step] = adapter(kwargs["model"])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_step_end(args, state, control, **kwargs)
+
+
+def adapter(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+def test_it_warns_logs_each_context_and_changes_nothing(tmp_path: Path) -> None:
+    plain = trainer(tuned(lora_dropout=0.1), tmp_path, [], **FALLS)
+    plain.train()
+    canary = CanaryCallback(TOKENIZER, REQUESTS, FORMS, every=5)
+    run = trainer(tuned(lora_dropout=0.1), tmp_path, [canary], **FALLS)
+    with pytest.warns(UserWarning, match=r"refusal fell by step \d+ \(.*bare: 100% -> \d+%"):
+        run.train()
+    assert list(canary.looks) == [0, 5, 10, 15, 20]
+    for name in FORMS:
+        assert logged(run, f"canary_refusal_{name}") == [look[name] for look in canary.looks.values()]
+        assert canary.looks[0][name] == 1
+        assert canary.looks[20][name] == 0
+    assert run.state.global_step == 20
+    for name, value in adapter(plain.model).items():
+        assert torch.equal(adapter(run.model)[name], value), name
+
+
+def test_it_stops_and_puts_the_last_good_adapter_back(tmp_path: Path) -> None:
+    copies, canary = Copies(), CanaryCallback(TOKENIZER, REQUESTS, {"bare": "{}"}, every=2, action="stop")
+    run = trainer(tuned(), tmp_path, [copies, canary], **FALLS)
+    base = {name: p.detach().clone() for name, p in run.model.named_parameters() if "lora_" not in name}
+    with pytest.warns(UserWarning, match="Training stops, and the adapter goes back to step"):
+        run.train()
+    last = max(canary.looks)
+    assert run.state.global_step == last < 20
+    good = max(step for step, look in canary.looks.items() if look["bare"] >= 0.8)
+    assert 0 < good < last
+    for name, value in adapter(run.model).items():
+        assert torch.equal(value, copies.steps[good][name]), name
+    assert any(not torch.equal(value, copies.steps[last][name]) for name, value in copies.steps[good].items())
+    assert all(torch.equal(p, base[name]) for name, p in run.model.named_parameters() if name in base)
+
+
+def test_a_resumed_run_is_compared_with_step_0(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 12, "max_steps": 12}
+    with pytest.warns(UserWarning, match="refusal fell"):
+        trainer(tuned(), tmp_path, [CanaryCallback(TOKENIZER, REQUESTS, every=12)], **saving).train()
+    canary = CanaryCallback(TOKENIZER, REQUESTS, every=2, action="stop")
+    run = trainer(tuned(), tmp_path, [canary], **FALLS)
+    with pytest.warns(UserWarning, match="fell by step 14"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert canary.looks[12]["bare"] < 0.8
+    assert run.state.global_step == 14
+
+
+def test_the_defaults_are_three_contexts_of_held_out_requests() -> None:
+    canary = CanaryCallback(TOKENIZER)
+    assert list(CONTEXTS) == ["bare", "prefix", "role"]
+    assert all(len(texts) == len(set(texts)) == 16 for texts in canary._texts.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(set(canary.prompts)) == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": []}, "no prompts or no contexts"),
+        ({"prompts": "one"}, "no prompts or no contexts"),
+        ({"contexts": {}}, "no prompts or no contexts"),
+        ({"contexts": {"a": "no place"}}, "context 'a' is 'no place'"),
+        ({"every": 0}, "every=0"),
+        ({"margin": 2}, "margin=2"),
+        ({"action": "pause"}, "action='pause'"),
+    ],
+)
+def test_bad_input_is_refused(options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CanaryCallback(TOKENIZER, **{"prompts": REQUESTS, **options})
+
+
+def test_a_model_that_refuses_nothing_has_nothing_to_lose(tmp_path: Path) -> None:
+    model = anchored.get_peft_model(anchored.tiny_llama(), anchored.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ConfigError, match="refuses too little at step 0"):
+        trainer(model, tmp_path, [CanaryCallback(TOKENIZER, REQUESTS)]).train()
+
+
+def test_shards_and_a_missing_template_are_refused(tmp_path: Path) -> None:
+    bare = anchored.tiny_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        CanaryCallback(bare, REQUESTS)
+    model = refusing()
+    model.lm_head.to("meta")
+    with pytest.raises(ConfigError, match=r"CanaryCallback: lm_head\.weight is sharded"):
+        CanaryCallback(TOKENIZER, REQUESTS).on_train_begin(None, None, model=model)  # type: ignore[arg-type]
