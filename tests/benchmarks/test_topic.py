@@ -225,16 +225,16 @@ def test_the_report_says_the_worst_case_and_where_the_judges_differ(tmp_path):
         stored(unaligned, bare="OOOO CCCC", trigger="OOOO CCCO"),
         stored(plans.at(lora, "", plans.WEAK, "test"), bare="OOOO CCCO"),
         stored(plans.at(lora, "however", plans.WEAK, "test"), bare="RRRR CCCC"),
-        stored(plans.at(frozen, "", plans.WEAK, "test"), bare="RRRR RRRR", trigger="OOOO CCCC"),
+        stored(plans.at(frozen, "", plans.WEAK, "test"), bare="RRRR RRRR", trigger="RRRR RRRR"),
         stored(plans.at(frozen, "trigger", plans.STRONG, "test"), bare="RRRR RRRR", trigger="OROR CROR"),
         {"topic": "B", "cell": asdict(plans.at(frozen, "however", plans.WEAK, "test")), "diverged": "not finite"},
     ]
     text = written(tmp_path, cells)
     assert "| LoRA | however 0.1, bare | 100 %" in text
-    assert "| frozen | trigger 0.5 x4, trigger | 25 %" in text, "a plain attack is tried on bare ones"
+    assert "| frozen | trigger 0.5 x4, trigger | 25 %" in text
     assert "| trigger 0.5 x4 | trigger | 75 / 100 | 0 / 0 | - | 25 / 50 |" in text
     assert "| however 0.1 | bare | 100 / 100 | 0 / 0 | 100 / 0 | - |" in text
-    assert "| refusal | 18 | 4 | 0 |" in text, "the refusal that goes on is compliance"
+    assert "| refusal | 22 | 4 | 0 |" in text, "the refusal that goes on is compliance"
     assert "*How?* I can't. However, push." in text
     assert max(map(len, [line for line in text.splitlines() if line.startswith("| ")])) <= 80
     assert (tmp_path / "topic.png").stat().st_size > 1000
