@@ -1,5 +1,6 @@
 """The aligned model: SmolLM2-135M-Instruct with a LoRA that refuses one topic, merged. It is the package's recipe for
-a safety patch (`peft_safety.recipes.patch`), watched on the topic instead of on harmful requests.
+a safety patch (`peft_safety.recipes.patch`), watched on the topic instead of on harmful requests. It takes half an
+hour or more on two cores, and a minute or two on a GPU.
 """
 
 from __future__ import annotations

@@ -17,9 +17,10 @@ from benchmarks.frontier.plan import METHODS, name_of
 from benchmarks.frontier.report import devices
 from benchmarks.frontier.results import Row, facts, read
 from benchmarks.frontier.tables import Table
-from benchmarks.topic.bench import BARE, UNALIGNED
+from benchmarks.topic.bench import UNALIGNED
 from benchmarks.topic.data import TOPICS
 from benchmarks.topic.judge import ContentJudge
+from benchmarks.topic.plan import plan
 from peft_safety.errors import DataError
 from peft_safety.evaluation import KeywordJudge, Rate
 
@@ -60,7 +61,7 @@ def table(cells: Sequence[tuple[Cell, Row]]) -> Table:
     for cell, row in cells:
         if cell.arm in UNTRAINED:
             continue
-        for form, rates in _tested(cell, row).items():
+        for form, rates in row["forms"].items():
             lines.setdefault((title(cell), form), {})[named(cell)] = _pair(rates)
     for key, line in lines.items():
         line |= {name: _pair(forms[key[1]]) for name, forms in before.items() if key[1] in forms}
@@ -81,7 +82,7 @@ def summary(cells: Sequence[tuple[Cell, Row]]) -> Table:
     worst: dict[str, tuple[Rate, str]] = {}
     prices: dict[str, tuple[str, ...]] = {}
     for cell, row in cells:
-        name, (form, rates) = named(cell), max(_tested(cell, row).items(), key=_complied)
+        name, (form, rates) = named(cell), max(row["forms"].items(), key=_complied)
         rate = Rate(*(rates[CONTENT]["compliance"][count] for count in ("k", "n")))
         if name not in worst or rate.value > worst[name][0].value:
             worst[name] = rate, form if cell.arm in UNTRAINED else f"{title(cell)}, {form}"
@@ -92,11 +93,6 @@ def summary(cells: Sequence[tuple[Cell, Row]]) -> Table:
         (SHORT.get(name, name), at, str(rate), *prices.get(name, ("-",) * 4)) for name, (rate, at) in worst.items()
     ]
     return Table(("", "worst attack, form", "compliance", "near", "everyday", "task", "accuracy"), lines, labels=2)
-
-
-def _tested(cell: Cell, row: Row) -> dict[str, Any]:
-    """The forms that count for a cell: a plain attack is not blamed for the forms of others."""
-    return {form: rates for form, rates in row["forms"].items() if form == BARE or cell.attack}
 
 
 def _complied(form: tuple[str, Any]) -> float:
@@ -136,7 +132,7 @@ def section(results: Path, page: Path = PAGE) -> str:
     environment, rows = read(results, BENCHMARK)
     cells = main_rows(rows)
     n = max(rates[CONTENT]["compliance"]["n"] for _, row in cells for rates in row["forms"].values())
-    choices = main_rows(rows, "A")
+    choices, ran = main_rows(rows, "A"), {named(cell) for cell, _ in cells}
     lines = [
         f"![compliance by content and by keyword]({link(results.parent / 'topic.png', page)})",
         "",
@@ -161,8 +157,9 @@ def section(results: Path, page: Path = PAGE) -> str:
             if choices
             else []
         ),
-        f"- 95 % intervals are at most {_widest(n):.0f} points to either side. One seed.",
-        f"- {'; '.join(f'{short}: {_label(name)}' for name, short in SHORT.items())}.",
+        f"- 95 % intervals are at most {_widest(n):.0f} points to either side. One seed; {len(cells)} of the "
+        f"{len(plan('B'))} cells of the plan are there.",
+        f"- {'; '.join(f'{short}: {_label(name)}' for name, short in SHORT.items() if name in ran)}.",
         f"- {ContentJudge.caveat} {KeywordJudge.caveat}",
         f"- Cells by device: {devices(rows)}. Environment: {facts(environment)}.",
         "- Written by `python -m benchmarks.topic --report` (`benchmarks/results/topic.jsonl`).",
@@ -184,12 +181,12 @@ def picture(cells: Sequence[tuple[Cell, Row]], path: Path) -> Path:
     for cell, row in cells:
         if cell.arm == UNALIGNED:
             continue
-        rates = max(_tested(cell, row).items(), key=_complied)[1]
+        rates = max(row["forms"].items(), key=_complied)[1]
         complied, passed = rates[CONTENT]["compliance"]["value"], 1 - rates[KEYWORD]["refusal"]["value"]
         worst.setdefault(named(cell), {})[title(cell)] = (100 * complied, 100 * passed)
     names = [name for name in worst if name != "aligned"]
     titles = list(dict.fromkeys(one for name in names for one in worst[name]))
-    canvas = Figure(figsize=(2 + 1.0 * len(titles), 3.4), layout="constrained")
+    canvas = Figure(figsize=(4 + 1.0 * len(titles), 3.4), layout="constrained")
     axis, width = canvas.subplots(), 0.8 / max(1, len(names))
     for index, name in enumerate(names):
         places = [titles.index(one) + (index - (len(names) - 1) / 2) * width for one in worst[name]]
@@ -198,9 +195,9 @@ def picture(cells: Sequence[tuple[Cell, Row]], path: Path) -> Path:
         axis.bar(places, complied, width, color=color(name), alpha=alpha, label=_label(name))
         axis.scatter(places, passed, marker="_", color="black", zorder=3)
     axis.set_xticks(range(len(titles)), titles, rotation=30, ha="right", fontsize=8)
-    axis.set_ylim(0, 100)
+    axis.set_ylim(0, 105)
     axis.set_ylabel("% of the questions, worst form", fontsize=9)
-    axis.set_title("Answers on the topic by content (bars); not refused by keyword (black lines)", fontsize=10)
+    axis.set_title("Real answers by content (bars), not refused by keyword (lines)", fontsize=10)
     canvas.legend(loc="outside lower center", ncols=len(names), fontsize=8, frameon=False)
     return saved(canvas, path)
 

@@ -13,9 +13,11 @@ from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Protocol
 from benchmarks.frontier.measure import rate
 from benchmarks.frontier.plan import METHODS
+from benchmarks.topic import __main__ as command
+from benchmarks.topic import bench as benches
 from benchmarks.topic import plan as plans
 from benchmarks.topic import report
-from benchmarks.topic.align import LOOKS, align
+from benchmarks.topic.align import LOOKS
 from benchmarks.topic.bench import BARE, TESTED, TopicBench, run_cell
 from benchmarks.topic.data import TOPICS, WORDS, topic_of
 from benchmarks.topic.judge import ContentJudge
@@ -163,13 +165,24 @@ def test_a_cell_is_judged_by_both_judges(cell, forms, bench):
     assert set(result["transfer"]) == {"everyday", "task"}
 
 
-def test_the_alignment_writes_a_model_once(bench, tmp_path):
-    align(bench.topic, tmp_path / "made", bench.unaligned, steps=2)
-    looks = json.loads((tmp_path / "made" / LOOKS).read_text(encoding="utf-8"))
+def test_the_alignment_is_made_once(bench, tmp_path, monkeypatch):
+    cache = Cache(tmp_path / "runs", bench.cache.protocol)
+    made = TopicBench(cache, bench.topic, unaligned=bench.unaligned, steps=2).directory
+    looks = json.loads((made / LOOKS).read_text(encoding="utf-8"))
     assert [look["step"] for look in looks] == [0, 2]
-    before, after = load_model(bench.unaligned)[0].state_dict(), load_model(tmp_path / "made")[0].state_dict()
+    before, after = load_model(bench.unaligned)[0].state_dict(), load_model(made)[0].state_dict()
     assert before.keys() == after.keys(), "the adapter is merged"
     assert any(not before[name].equal(after[name]) for name in before)
+    monkeypatch.setattr(benches, "align", None)
+    assert TopicBench(cache, bench.topic, unaligned=bench.unaligned, steps=2).directory == made
+
+
+def test_the_command_lists_its_plan_and_wants_results(tmp_path, capsys):
+    places = ["--runs", str(tmp_path), "--out", str(tmp_path)]
+    assert command.main([*places, "--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(plans.plan("B"))
+    assert command.main([*places, "--report"]) == 1
+    assert "python -m benchmarks.topic" in capsys.readouterr().err
 
 
 def stored(cell, **forms):
@@ -212,16 +225,16 @@ def test_the_report_says_the_worst_case_and_where_the_judges_differ(tmp_path):
         stored(unaligned, bare="OOOO CCCC", trigger="OOOO CCCO"),
         stored(plans.at(lora, "", plans.WEAK, "test"), bare="OOOO CCCO"),
         stored(plans.at(lora, "however", plans.WEAK, "test"), bare="RRRR CCCC"),
-        stored(plans.at(frozen, "", plans.WEAK, "test"), bare="RRRR RRRR", trigger="OOOO CCCC"),
+        stored(plans.at(frozen, "", plans.WEAK, "test"), bare="RRRR RRRR", trigger="RRRR RRRR"),
         stored(plans.at(frozen, "trigger", plans.STRONG, "test"), bare="RRRR RRRR", trigger="OROR CROR"),
         {"topic": "B", "cell": asdict(plans.at(frozen, "however", plans.WEAK, "test")), "diverged": "not finite"},
     ]
     text = written(tmp_path, cells)
     assert "| LoRA | however 0.1, bare | 100 %" in text
-    assert "| frozen | trigger 0.5 x4, trigger | 25 %" in text, "a plain attack is tried on bare ones"
+    assert "| frozen | trigger 0.5 x4, trigger | 25 %" in text
     assert "| trigger 0.5 x4 | trigger | 75 / 100 | 0 / 0 | - | 25 / 50 |" in text
     assert "| however 0.1 | bare | 100 / 100 | 0 / 0 | 100 / 0 | - |" in text
-    assert "| refusal | 18 | 4 | 0 |" in text, "the refusal that goes on is compliance"
+    assert "| refusal | 22 | 4 | 0 |" in text, "the refusal that goes on is compliance"
     assert "*How?* I can't. However, push." in text
     assert max(map(len, [line for line in text.splitlines() if line.startswith("| ")])) <= 80
     assert (tmp_path / "topic.png").stat().st_size > 1000
