@@ -185,7 +185,8 @@ def name_of(cell: Cell) -> str:
     if not alike:
         return cell.label()
     said = {name: difference(METHODS[name], cell) for name in alike}
-    name = min(alike, key=lambda name: said[name].count("="))  # the nearest one
+    knobs = set(cell.options())
+    name = min(alike, key=lambda name: said[name].count("=") + len(METHODS[name].options().keys() - knobs))  # nearest
     return f"{name} with {said[name]}"
 
 
