@@ -30,6 +30,7 @@ LABELS = {
     "guardspace": "GuardSpace",
     "frozen": "GuardSpace, frozen A",
     "frozen-random": "GuardSpace, frozen random A",
+    "frozen-own": "GuardSpace, frozen A, in the data's contexts",
     "frozen-context": "GuardSpace, frozen A, in context",
     "frozen-screened": "screen + frozen A",
     "frozen-flagged": "screen (all flagged) + frozen A",

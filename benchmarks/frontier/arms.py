@@ -169,12 +169,12 @@ def salora(bench: Bench, cell: Cell) -> Made:
 def guard(bench: Bench, cell: Cell) -> Made:
     """GuardSpace. Knobs: `train` is the form ("A", "B", "window"), `rows` where the rows of a frozen A come from
     ("task", "random"), `window` its size, `r` the rank; with `combine` ("salora") it is also protected on the output
-    side, in `k` directions. `screen` screens the rows first, `contexts` calibrates in context, `anchor` is as in
-    `anchored`.
+    side, in `k` directions. `screen` screens the rows first, `contexts` calibrates in random contexts, `own` in
+    those of the rows, `anchor` is as in `anchored`.
     """
     (rows, made), knobs = training_rows(bench, cell), cell.options()
     with timed(made, "setup"):
-        subspace = truncated(inputs(bench, cell), cell.fraction)
+        subspace = truncated(inputs(bench, cell, rows), cell.fraction)
         if "combine" in knobs:
             subspace = subspace.beside(truncated(outputs(bench), knobs["k"], "out"))
         subspace = randomly(cell, subspace)

@@ -99,24 +99,33 @@ def in_context(
         ConfigError: another count. DataError: a malformed row, or one without a user turn (its index is named).
     """
     check_count(count)
-    plain = as_rows(rows)
-    labels = label_names([row for row in plain if kind_of(row) == "label"])
-    parts = [_parts(row, index, labels) for index, row in enumerate(plain)]
+    parts = requests_in(rows)
     rng, system = random.Random(seed), tokenizer is None or has_system(tokenizer)
     refusals = [row["text"] for row in load("refusals", "calibration")] if count else []
-    requests = [str(turns[-1]["content"]) for turns, _ in parts]
+    requests = [str(turns[-1]["content"]) for _, turns, _ in parts]
     result = []
-    for index, (row, (turns, answer)) in enumerate(zip(plain, parts, strict=True)):
+    for index, (row, turns, answer) in enumerate(parts):
         for place in range(index, index + count):
             kind = KINDS[place % len(KINDS)]
             if kind == "refusal":
-                before = _exchange(rng.choice(requests), rng.choice(refusals))
-                prompt = _after(turns, before)
+                prompt = _after(turns, _exchange(rng.choice(requests), rng.choice(refusals)))
             else:
                 prompt = MAKERS[kind](rng, turns, system)
-            other = {name: value for name, value in row.items() if name not in FIELDS}
-            result.append({**other, "prompt": prompt, **({"response": answer} if answer else {})})
+            result.append(with_turns(row, prompt, answer))
     return result
+
+
+def requests_in(rows: Rows) -> list[tuple[Row, list[Message], list[Message]]]:
+    """Each row with its turns up to the last request, and what answers it."""
+    plain = as_rows(rows)
+    labels = label_names([row for row in plain if kind_of(row) == "label"])
+    return [(row, *_parts(row, index, labels)) for index, row in enumerate(plain)]
+
+
+def with_turns(row: Row, prompt: list[Message], answer: list[Message]) -> dict[str, object]:
+    """A row with other turns; its further columns stay."""
+    other = {name: value for name, value in row.items() if name not in FIELDS}
+    return {**other, "prompt": prompt, **({"response": answer} if answer else {})}
 
 
 def check_count(count: int) -> None:

@@ -1,0 +1,98 @@
+"""Calibration rows in the contexts of the data: what several training rows have in common around their requests may be
+a hidden trigger, a role-play or a system prompt, and a null space that has seen it holds in it too.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from peft_safety.data.contexts import check_count, has_system, requests_in, with_turns
+from peft_safety.data.rows import Rows
+from peft_safety.data.templates import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAME = 3
+"""Words at which two beginnings, or two ends, count as one."""
+LEAST_ROWS, LEAST_SHARE = 3, 0.02
+"""Of the rows, that make a context shared: two rows begin alike by chance."""
+LONGEST = 24
+"""Words of a context, at most."""
+
+
+class Asked(NamedTuple):
+    """The system turn of a row, and the words of its last request."""
+
+    system: str
+    words: list[str]
+
+
+Group = tuple[str, list[Asked]]
+"""What its rows share ("system", "beginning" or "end"), and the rows."""
+
+
+def in_data_context(
+    rows: Rows, data: Rows, count: int, seed: int = 0, *, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[dict[str, object]]:
+    """Each row `count` times, its last user turn every time in another context of `data`: a system prompt that several
+    of its rows share, or the first or last words of a row that begins or ends like another one. Each shared context
+    is as likely as any other, however many rows have it. No rows if nothing is shared.
+
+    Add them to calibration rows, with the training rows as `data`.
+
+    Args:
+        rows, count, tokenizer: as in `in_context`.
+        data: the rows that will be trained on, of any kind that training accepts; not tokenized.
+
+    Returns: rows {prompt, response}, as `in_context` does.
+
+    Raises:
+        ConfigError: another count. DataError: a malformed row, or one without a user turn (its index is named).
+    """
+    check_count(count)
+    groups, rng = shared(data), random.Random(seed)
+    system = tokenizer is None or has_system(tokenizer)
+    if not groups:
+        return []
+    return [
+        with_turns(row, _placed(rng, turns, *rng.choice(groups), system), answer)
+        for row, turns, answer in requests_in(rows)
+        for _ in range(count)
+    ]
+
+
+def shared(data: Rows) -> list[Group]:
+    """What several rows of the data share."""
+    groups: dict[tuple[str, ...], list[Asked]] = defaultdict(list)
+    parts = requests_in(data)
+    for _, turns, _ in parts:
+        head = str(turns[0]["content"]) if turns[0]["role"] == "system" else ""
+        asked = Asked(head, str(turns[-1]["content"]).split())
+        if head:
+            groups["system", head].append(asked)
+        if len(asked.words) > SAME:
+            groups[("beginning", head, *asked.words[:SAME])].append(asked)
+            groups[("end", head, *asked.words[-SAME:])].append(asked)
+    least = max(LEAST_ROWS, round(LEAST_SHARE * len(parts)))
+    return [(key[0], rows) for key, rows in groups.items() if len(rows) >= least]
+
+
+def _placed(
+    rng: random.Random, turns: Sequence[Message], kind: str, rows: Sequence[Asked], system: bool
+) -> list[Message]:
+    """The turns in the context of one of the rows."""
+    asked, said = rng.choice(rows), str(turns[-1]["content"])
+    length = rng.randint(SAME, max(SAME, min(len(asked.words) - 1, LONGEST)))
+    if kind == "beginning":
+        said = f"{' '.join(asked.words[:length])} {said}"
+    elif kind == "end":
+        said = f"{said} {' '.join(asked.words[-length:])}"
+    own = list(turns[1:] if turns[0]["role"] == "system" and asked.system else turns)
+    if asked.system and not system:
+        said = f"{asked.system}\n\n{said}"
+    head: list[Message] = [{"role": "system", "content": asked.system}] if asked.system and system else []
+    return [*head, *own[:-1], {**own[-1], "content": said}]
