@@ -67,16 +67,16 @@ def in_data_context(
 
 def shared(data: Rows) -> list[Group]:
     """What several rows of the data share."""
-    groups: dict[tuple[str, ...], list[Asked]] = defaultdict(list)
+    groups: dict[tuple[str, str, str], list[Asked]] = defaultdict(list)
     parts = requests_in(data)
     for _, turns, _ in parts:
         head = str(turns[0]["content"]) if turns[0]["role"] == "system" else ""
         asked = Asked(head, str(turns[-1]["content"]).split())
         if head:
-            groups["system", head].append(asked)
-        if len(asked.words) > SAME:
-            groups[("beginning", head, *asked.words[:SAME])].append(asked)
-            groups[("end", head, *asked.words[-SAME:])].append(asked)
+            groups["system", head, ""].append(asked)
+        parts_of = {"beginning": asked.words[:SAME], "end": asked.words[-SAME:]} if len(asked.words) > SAME else {}
+        for kind, words in parts_of.items():
+            groups[kind, head, " ".join(words)].append(asked)
     least = max(LEAST_ROWS, round(LEAST_SHARE * len(parts)))
     return [(key[0], rows) for key, rows in groups.items() if len(rows) >= least]
 
