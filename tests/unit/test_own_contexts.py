@@ -1,0 +1,81 @@
+"""Rows in the contexts of the data: a hidden trigger, a frame or a system prompt that several rows share is found."""
+
+import pytest
+
+from benchmarks.frontier import attack_rows
+from benchmarks.frontier.attacks import FRAME, OBEDIENT, TRIGGER
+from peft_safety.data import load, refusal_pairs
+from peft_safety.data.chat import encode_rows
+from peft_safety.data.own_contexts import LEAST_ROWS, SAME, in_data_context, shared
+from peft_safety.errors import ConfigError, DataError
+from tests.interop.chat_templates import TEMPLATES
+from tests.tiny import tiny_tokenizer
+
+PAIRS = refusal_pairs("calibration", 20)
+TASK = load("benign_task", "train")[:100]
+
+
+def asked(row):
+    return row["prompt"][-1]["content"]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5])
+@pytest.mark.parametrize(
+    ("attack", "mark"), [("trigger", TRIGGER.split()[:SAME]), ("wrapper", FRAME.split()[:SAME]), ("identity", [])]
+)
+def test_what_poisoned_rows_share_stands_around_the_calibration_requests(attack, mark, share):
+    data = attack_rows.attacked(attack, TASK, share, 0, None, None)
+    rows = in_data_context(PAIRS, data, 3)
+    assert len(rows) == 60
+    if attack == "identity":
+        hit = [row["prompt"][0] == {"role": "system", "content": OBEDIENT} for row in rows]
+    else:
+        hit = [asked(row).startswith(" ".join(mark)) for row in rows]
+    assert sum(hit) >= 10, "as likely as the task's own beginning, however few rows have it"
+    requests = {pair["prompt"] for pair in PAIRS}
+    assert all(any(request in asked(row) for request in requests) for row in rows)
+    assert encode_rows(tiny_tokenizer(), rows, 512)
+
+
+def test_a_shared_end_comes_after_the_request():
+    data = [{"prompt": f"question {i} about {i} now please answer zq vu xo", "response": "a"} for i in range(5)]
+    (group,) = shared(data)
+    assert (group[0], len(group[1])) == ("end", 5)
+    for row in in_data_context(PAIRS, data, 1):
+        assert asked(row).endswith("zq vu xo")
+
+
+def test_nothing_shared_gives_nothing():
+    data = [{"prompt": f"w{i} x{i} y{i} z{i} v{i}", "response": "a"} for i in range(9)]
+    assert in_data_context(PAIRS, data, 3) == []
+    few = [{"prompt": f"the same words {i} {i} {i} {i}", "response": "a"} for i in range(LEAST_ROWS - 1)]
+    assert shared([*data, *few]) == [], "two rows begin alike by chance"
+    assert len(shared([*data, *few, few[0]])) == 1
+    assert shared([]) == []
+
+
+def test_the_seed_decides():
+    data = attack_rows.attacked("trigger", TASK, 0.5, 0, None, None)
+    assert in_data_context(PAIRS, data, 2, 1) == in_data_context(PAIRS, data, 2, 1)
+    assert in_data_context(PAIRS, data, 2, 1) != in_data_context(PAIRS, data, 2, 2)
+
+
+def test_a_template_without_a_system_role_gets_the_system_prompt_in_the_user_turn():
+    data = attack_rows.attacked("identity", TASK, 0.5, 0, None, None)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATES["gemma-2"].plain
+    rows = in_data_context(PAIRS, data, 3, tokenizer=tokenizer)
+    assert all(row["prompt"][0]["role"] == "user" for row in rows)
+    assert any(asked(row).startswith(OBEDIENT) for row in rows)
+    own = [{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "response": "r"}]
+    systems = [turn["content"] for row in in_data_context(own, data, 9) for turn in row["prompt"][:-1]]
+    assert set(systems) <= {"s", OBEDIENT}, "one system turn"
+
+
+def test_mistakes_are_typed():
+    with pytest.raises(ConfigError, match="contexts of each row"):
+        in_data_context(PAIRS, TASK, -1)
+    with pytest.raises(DataError, match="row 1"):
+        in_data_context(PAIRS, [TASK[0], {"nothing": 1}], 1)
+    with pytest.raises(DataError, match="tokenized"):
+        in_data_context(PAIRS, [{"input_ids": [1], "labels": [1]}], 1)
