@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -108,11 +109,12 @@ def refuse_lossy_merge(layer: Any, adapter: str, name: str) -> None:
             "read. Keep the adapter beside the base."
         )
     if kind is not None:
-        kept = base_weights.merge_survival(base, layer.get_delta_weight(adapter), name)
+        error = base_weights.merge_error(base, layer.get_delta_weight(adapter), name)
+        size = "" if math.isnan(error) else f" by {error:.1%} of its norm"
         raise LossyMergeError(
-            f"{name}: merging into a {kind} weight would keep {kept:.1%} of the update of adapter {adapter!r} "
-            "and let the rest leak into the protected subspace. Keep the adapter beside the base, or merge "
-            "into dequantized weights with peft_safety.merge_quantized(model)."
+            f"{name}: merging into a {kind} weight would miss the update of adapter {adapter!r}{size}, and the error "
+            "reaches into the protected subspace. Keep the adapter beside the base, or merge into dequantized weights "
+            "with peft_safety.merge_quantized(model)."
         )
 
 
