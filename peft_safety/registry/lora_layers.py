@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_safety.core import base_weights
 from peft_safety.errors import LossyMergeError
-from peft_safety.layers import FrozenLinear, ProtectedLinear
+from peft_safety.layers import FrozenLinear, ProtectedLinear, stored_factors
 from peft_safety.registry import fused
 
 
@@ -31,10 +31,13 @@ class _Residual:
         super().merge(safe_merge, adapter_names)  # type: ignore[misc]
 
     def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Any:
-        """`s (C B A - C B0 A0)` with a residual, otherwise PEFT's `s B A` (reading B projects it)."""
+        """`s (C B A - C B0 A0)` with a residual, otherwise PEFT's `s B A` (reading B projects it). In fp32 where a
+        factor is constrained or frozen and the trained ones are in 16 bits.
+        """
         layer: Any = self
-        factors = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        if factors[0].dtype != factors[1].dtype:  # a frozen lora_A stays fp32 where the trained factor is cast
+        leaves = layer.lora_A[adapter], layer.lora_B[adapter]
+        factors = stored_factors(*leaves)
+        if {factor.dtype for factor in factors} != {leaves[1].weight.dtype}:
             product = factors[1].float() @ factors[0].float()
             return transpose(product, getattr(layer, "fan_in_fan_out", False)) * layer.scaling[adapter]
         delta = super().get_delta_weight(adapter, *args, **kwargs)  # type: ignore[misc]
