@@ -34,7 +34,10 @@ def verify(
         facts = asdict(check(directory, base, subspace))
     except PeftSafetyError as error:
         fail(error, code=1)
-    show(facts, json, lambda: print_facts("Adapter: all checks passed", facts))
+    table = {name: value for name, value in facts.items() if name != "rounded_to"}
+    if (dtype := facts.get("rounded_to")) is not None:
+        table["worst_leak"] = f"{facts['worst_leak']:.3g}, the rounding to {dtype}"
+    show(facts, json, lambda: print_facts("Adapter: all checks passed", table))
 
 
 @app.command()

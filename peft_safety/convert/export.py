@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from peft_safety.core.adapter_dir import check_adapter
 from peft_safety.core.certificate import read_certificate
-from peft_safety.core.names import places
-from peft_safety.core.plain_lora import Factors, factor_tensors, plain_config, write_plain
+from peft_safety.core.files import open_tensors
+from peft_safety.core.names import places, walk
+from peft_safety.core.plain_lora import ADAPTER_FILE, PREFIX, Factors, factor_tensors, plain_config, write_plain
 from peft_safety.core.projection import delta_leak, leak_tolerance
 from peft_safety.core.snapshot import reading
 from peft_safety.errors import ConfigError, ProtectionError
@@ -29,16 +31,26 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
     package.
 
     The scaling is folded into `lora_B`, so `lora_alpha = r`. Module names are explicit. The rank is uniform (padded
-    with zeros). An adapter with a residual has twice the rank: `A' = [A; A0]`, `B' = s [C B, -C B0]`.
+    with zeros). An adapter with a residual has twice the rank: `A' = [A; A0]`, `B' = s [C B, -C B0]`. Modules in
+    `modules_to_save`, such as the head of a classifier, are written beside the factors, as PEFT does.
 
     Raises:
         ProtectionError: the adapter is not protected any more, or a written factor would leak.
-        ConfigError: it also trained other weights (`modules_to_save`), or is merged into the base weights.
+        ConfigError: it also trained token rows, or is merged into the base weights.
     """
     check_adapters(model, adapter_name)
     layers = adapter_layers(model, adapter_name)
     factors = {name: layer_factors(name, layer, adapter_name) for name, layer in layers.items()}
-    return _publish(Path(directory), factors, config_table(model)[adapter_name], places(model))
+    saved = dict(_saved_modules(model, adapter_name))
+    return _publish(Path(directory), factors, config_table(model)[adapter_name], saved, places(model))
+
+
+def _saved_modules(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+    """What an adapter trained in whole modules, under PEFT's keys."""
+    for name, _, module in walk(model):
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            for key, tensor in module.modules_to_save[adapter_name].state_dict().items():
+                yield f"{PREFIX}{name}.{key}", tensor.detach().cpu().clone()
 
 
 def export_directory(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Path:
@@ -47,18 +59,26 @@ def export_directory(source: str | os.PathLike[str], directory: str | os.PathLik
         if read_certificate(path) is not None:
             raise ConfigError(f"{source} is a plain LoRA already, with a certificate beside it. Copy it.")
         stored = check_adapter(path)
-        return _publish(Path(directory), protected_factors(stored, stored.shapes), stored_config(stored))
+        config = stored_config(stored)
+        with open_tensors(path / ADAPTER_FILE) as handle:
+            saved = {
+                key: handle.get_tensor(key)
+                for key in stored.extra_tensors
+                if any(f".{name}." in f".{key}" for name in config.modules_to_save or ())
+            }
+        return _publish(Path(directory), protected_factors(stored, stored.shapes), config, saved)
 
 
 def _publish(
-    target: Path, factors: Mapping[str, Factors], config: ProtectedConfig, modules: Iterable[str] = ()
+    target: Path,
+    factors: Mapping[str, Factors],
+    config: ProtectedConfig,
+    saved: Mapping[str, Tensor],
+    modules: Iterable[str] = (),
 ) -> Path:
-    """Check and write the plain adapter; `modules` are all modules of the model, if there is one."""
-    if config.modules_to_save or config.trainable_token_indices:
-        raise ConfigError(
-            "the adapter also trained modules_to_save or token rows, and a plain LoRA holds factors only. Keep the "
-            "native adapter."
-        )
+    """Check and write the plain adapter; `saved` are of `modules_to_save`, `modules` all modules of a model."""
+    if config.trainable_token_indices:
+        raise ConfigError("the adapter also trained token rows (trainable_token_indices). Keep the native adapter.")
     rank = max(factor.a.shape[0] for factor in factors.values())
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name, factor in factors.items():
@@ -73,14 +93,17 @@ def _publish(
                 )
         pairs[name] = pad(a, (0, 0, 0, rank - len(a))), pad(b, (0, rank - len(a)))
     plain = plain_config(pairs, vars(config), {name: name for name in (*modules, *factors)})
-    write_plain(target, factor_tensors(pairs), plain, _card(config, rank, len(factors)))
+    plain.modules_to_save = config.modules_to_save
+    write_plain(target, {**factor_tensors(pairs), **saved}, plain, _card(config, rank, len(factors), sorted(saved)))
     return target
 
 
-def _card(config: ProtectedConfig, rank: int, modules: int) -> str:
+def _card(config: ProtectedConfig, rank: int, modules: int, saved: Sequence[str]) -> str:
     provenance = {"subspace": config.subspace_id} if config.subspace is None else config.subspace.provenance
     facts = {k: v for k, v in provenance.items() if isinstance(v, (str, int, float)) and v != ""}
     rows = "\n".join(f"| {key} | {value} |" for key, value in sorted(facts.items()))
+    whole = ", ".join(sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in saved}))
+    unconstrained = f"\nIt also holds modules that were trained without a constraint: {whole}.\n" if whole else ""
     base = config.base_model_name_or_path or "see training logs"
     return f"""---
 library_name: peft
@@ -92,7 +115,7 @@ A plain LoRA adapter of rank {rank} over {modules} modules of `{base}`. It was t
 exported by peft-safety; it computes the same function as the protected adapter, and needs no other package than PEFT.
 The update has no component in the protected subspace. What that does to a model's behavior is
 not part of this guarantee: measure it.
-
+{unconstrained}
 | subspace | |
 |---|---|
 {rows}

@@ -28,17 +28,20 @@ from peft_safety.methods.factors import layer_factors
 from peft_safety.registry.protection import assert_protected, protected_configs, refuse_tied
 
 MergeTo = Literal["16bit", "nf4+residual", "nf4"]
+_DENSE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class MergedModule:
-    """What a merge did: `||dW|| / ||W||`; `<change, dW> / ||dW||^2`, with the `change` of the stored weights, nan for
-    a zero update; and the worst side's `||U^T change|| / ||dW||`, None without a constraint.
+    """What a merge did: `norm` is `||dW|| / ||W||`. With the `change` of the stored weights, `kept` is
+    `<change, dW> / ||dW||^2`, `error` is `||change - dW|| / ||dW||` (both nan for a zero update), and `leak` the worst
+    side's `||U^T change|| / ||dW||`, None without a constraint.
     """
 
     module: str
     norm: float
     kept: float
+    error: float
     leak: float | None
 
 
@@ -49,17 +52,21 @@ class MergeResult:
     modules: list[MergedModule]
 
     def to_json(self) -> dict[str, Any]:
-        rows = [{**asdict(row), "kept": None if math.isnan(row.kept) else row.kept} for row in self.modules]
+        rows = [asdict(row) for row in self.modules]
+        for row in rows:
+            row |= {name: None for name in ("kept", "error") if math.isnan(row[name])}
         return {"to": self.to, "modules": rows}
 
     def print(self) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("module", "|dW| / |W|", "kept", "leak", title=f"merged into {self.to}", title_justify="left")
+        table = Table(
+            "module", "|dW| / |W|", "kept", "error", "leak", title=f"merged into {self.to}", title_justify="left"
+        )
         for row in self.modules:
             leak = "-" if row.leak is None else f"{row.leak:.2g}"
-            table.add_row(row.module, f"{row.norm:.2%}", f"{row.kept:.2%}", leak)
+            table.add_row(row.module, f"{row.norm:.2%}", f"{row.kept:.2%}", f"{row.error:.2%}", leak)
         Console().print(table)
 
 
@@ -78,10 +85,11 @@ class _Part:
         change, total = after - before, float(self.delta.norm())
         norm = total / float(before.norm())
         if not total > 0:
-            return MergedModule(own_name(self.name), norm, math.nan, None)
+            return MergedModule(own_name(self.name), norm, math.nan, math.nan, None)
         kept = float((change * self.delta).sum()) / total**2
+        error = float((change - self.delta).norm()) / total
         leaks = [float(coefficients(u.to(change), change, side).norm()) / total for side, u in self.bases.items()]
-        return MergedModule(own_name(self.name), norm, kept, max(leaks, default=None))
+        return MergedModule(own_name(self.name), norm, kept, error, max(leaks, default=None))
 
 
 @torch.no_grad()
@@ -93,12 +101,13 @@ def merge_quantized(
     force: bool = False,
     verbose: bool = True,
 ) -> MergeResult:
-    """Merge the active adapters of a model with quantized weights; layers without an adapter stay as they are.
+    """Merge the active adapters of a model with quantized weights; quantized layers without an adapter stay as they
+    are.
 
     Args:
         to: see the module's text; the result of "nf4+residual" is a PeftModel with one plain LoRA.
-        dtype: of the dense weights of "16bit". Rounding to bf16 moves the update by up to 0.4 % of the *weight*;
-            float32 keeps the constraint.
+        dtype: of "16bit": all dense parameters of the model get it, or none if no merged layer was quantized. Rounding
+            to bf16 moves the update by up to 0.4 % of the *weight*; float32 keeps the constraint.
         force: quantize again although most of the update is lost.
         verbose: print survival and leak of each module.
 
@@ -117,6 +126,7 @@ def merge_quantized(
             refuse_tied(base, name, inner)
     if to == "nf4":
         _refuse_requantizing(model, base, names, force)
+    quantized = any(weights.quantization(base.get_submodule(name).get_base_layer()) for name in names)  # type: ignore[operator]
     rows = []
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for name in names:
@@ -128,9 +138,11 @@ def merge_quantized(
             factors[name] = a, b
             rows.append(part.row(before, before + (b.float() @ a.float()).to(before)))
             continue
-        merged = _requantized(part, before) if to == "nf4" else _dense(part, before, dtype)
+        merged = _requantized(part, before) if to == "nf4" else _dense(part, before, dtype if quantized else None)
         rows.append(part.row(before, weights.dense_weight(merged, name)))
         base.set_submodule(name, merged)
+    if to == "16bit" and quantized:
+        _cast(base, dtype)
     result = MergeResult(_with_plain(model, factors) if to == "nf4+residual" else _bare(base), to, rows)
     if verbose:
         result.print()
@@ -182,21 +194,21 @@ def _refuse_requantizing(model: PeftModel, base: nn.Module, names: list[str], fo
         if not force:
             before = weights.dense_weight(part.inner, part.name)
             rows.append(part.row(before, weights.requantized(part.inner, part.delta, part.name)))
-    worst = min((row for row in rows if not math.isnan(row.kept)), key=lambda row: row.kept, default=None)
+    worst = max((row for row in rows if not math.isnan(row.error)), key=lambda row: row.error, default=None)
     if worst is not None:
-        leak = "" if worst.leak is None else f", and {worst.leak:.1%} of its norm would lie in the protected subspace"
+        leak = "" if worst.leak is None else f", and reach {worst.leak:.1%} of it into the protected subspace"
         raise LossyMergeError(
-            f"{worst.module}: quantizing W + dW again would keep {worst.kept:.1%} of the update (|dW| is "
+            f"{worst.module}: quantizing W + dW again would miss the update by {worst.error:.1%} of its norm (|dW| is "
             f"{worst.norm:.2%} of |W|){leak}. Use to='nf4+residual' (exact) or to='16bit', or force=True."
         )
 
 
-def _dense(part: _Part, before: Tensor, dtype: torch.dtype) -> nn.Module:
-    """`W + dW`: in the layer's own dtype if it is dense already, in a new `nn.Linear` of `dtype` if not."""
+def _dense(part: _Part, before: Tensor, dtype: torch.dtype | None) -> nn.Module:
+    """`W + dW` in `dtype`, or in the layer's own: in the layer if it is dense already, in a new `nn.Linear` if not."""
     inner: Any = part.inner
     total = before + part.delta
     if weights.quantization(inner) is None:
-        total = (total.T if weights.is_conv1d(inner) else total).to(inner.weight.dtype)
+        total = (total.T if weights.is_conv1d(inner) else total).to(dtype or inner.weight.dtype)
         inner.weight = nn.Parameter(total.contiguous(), requires_grad=False)
         return inner
     linear = nn.Linear(total.shape[1], total.shape[0], bias=inner.bias is not None, device="meta", dtype=dtype)
@@ -204,6 +216,20 @@ def _dense(part: _Part, before: Tensor, dtype: torch.dtype) -> nn.Module:
     if inner.bias is not None:
         linear.bias = nn.Parameter(inner.bias.data.to(dtype), requires_grad=False)
     return linear
+
+
+def _cast(base: nn.Module, dtype: torch.dtype) -> None:
+    """Give all dense parameters one dtype, but those that transformers keeps in fp32 in this dtype. A forward of
+    several dtypes fails (after `prepare_model_for_kbit_training`, norms and embeddings are fp32).
+    """
+    fields = ["_keep_in_fp32_modules_strict"] + ["_keep_in_fp32_modules"] * (dtype == torch.float16)
+    kept = {name for field in fields for name in getattr(base, field, None) or ()}
+    for name, module in base.named_modules():
+        if weights.quantization(module) is not None or kept & set(name.split(".")):
+            continue
+        for parameter in module._parameters.values():
+            if type(parameter) is nn.Parameter and parameter.dtype in _DENSE:
+                parameter.data = parameter.data.to(dtype)
 
 
 def _requantized(part: _Part, before: Tensor) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_safety.core import base_weights as weights
-from peft_safety.core.adapter_dir import check_adapter
+from peft_safety.core.adapter_dir import check_adapter, half_name
 from peft_safety.core.certificate import Certificate, read_certificate
 from peft_safety.core.plain_lora import (
     PLAIN_TYPES,
@@ -21,7 +21,7 @@ from peft_safety.core.plain_lora import (
     read_plain,
     stored_record,
 )
-from peft_safety.core.projection import leak, leak_tolerance, orthonormality_error
+from peft_safety.core.projection import fold_tolerance, leak, leak_tolerance, orthonormality_error
 from peft_safety.core.snapshot import reading
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.targets import base_layers
@@ -43,6 +43,7 @@ class Verification:
         blindness_checked: False for a window without its null space: then `worst_leak` is the share of `lora_A`
             outside the window, and only the provenance (`window_leak`) says how far that reaches into the null space.
         worst_leak: largest `||U^T B|| / ||B||` of any module; with the null space of a window, `||A Q|| / ||A||`.
+        rounded_to: "bfloat16" or "float16" if that leak is the rounding of a factor in 16 bits; None in fp32.
         worst_orthonormality: largest `max|U^T U - I|`.
         base_checked: whether the base weights were compared with the fingerprints.
         unconstrained: trained tensors that no projection covers.
@@ -55,6 +56,7 @@ class Verification:
     protected: tuple[int, ...]
     blindness_checked: bool
     worst_leak: float
+    rounded_to: str | None
     worst_orthonormality: float
     base_checked: bool
     unconstrained: tuple[str, ...]
@@ -64,7 +66,8 @@ class Verification:
 @dataclass(frozen=True)
 class FrozenVerification:
     """What was checked of a plain LoRA with a certificate. `worst_leak`, the largest `||A Q|| / ||A||`, was measured
-    if `blindness_checked`; else it is the certificate's. `protected` are the sizes of the null spaces.
+    if `blindness_checked`; else it is the certificate's, with what rounding to 16 bits (`rounded_to`) may add.
+    `protected` are the sizes of the null spaces.
     """
 
     directory: str
@@ -73,6 +76,7 @@ class FrozenVerification:
     protected: tuple[int, ...]
     blindness_checked: bool
     worst_leak: float
+    rounded_to: str | None
     base_checked: bool
     subspace: str
     settings: dict[str, Any]
@@ -123,11 +127,13 @@ def _verify(
         check_ahead(model, config)
         stored.subspace.check_fits({name: layers[name] for name in stored.shapes}, config.basis_sides, bind=False)
     bases = [u for sides in stored.subspace.bases.values() for u in sides.values()]
-    window, worst = "window" in config.sides, stored.worst_leak
+    window, worst, rounded_to = "window" in config.sides, stored.worst_leak, stored.rounded_to
     if window and subspace is not None:
         space = _null_space(path, subspace, str(stored.subspace.provenance.get("null_space")), stored.shapes)
         factors = protected_factors(stored, stored.shapes)
-        worst = max(_blindness(path, space, name, f.a, leak_tolerance(f.a.dtype)) for name, f in factors.items())
+        shares = {n: _blindness(path, space, n, f.a, leak_tolerance(f.a.dtype)) for n, f in factors.items()}
+        name = max(shares, key=lambda name: shares[name])
+        worst, rounded_to = shares[name], half_name(factors[name].a.dtype)
     return Verification(
         directory=os.fspath(path),
         method=str(kind),
@@ -136,6 +142,7 @@ def _verify(
         protected=tuple(sorted({int(u.shape[1]) for u in bases})),
         blindness_checked=not window or subspace is not None,
         worst_leak=worst,
+        rounded_to=rounded_to,
         worst_orthonormality=max(orthonormality_error(u) for u in bases),
         base_checked=model is not None,
         unconstrained=stored.extra_tensors,
@@ -163,7 +170,7 @@ def _verify_frozen(
                 )
     precisions = {name: modules[name].precision(a) or a.dtype for name, a in rows.items()}
     # what rounding to 16 bits may let through; nothing for fp32
-    rounding = {name: 0.0 if p == torch.float32 else leak_tolerance(p) for name, p in precisions.items()}
+    rounding = {name: 0.0 if p == torch.float32 else fold_tolerance(p) for name, p in precisions.items()}
     leaks = {name: max(entry.leak, rounding[name]) for name, entry in modules.items()}
     if subspace is not None:
         space = _null_space(path, subspace, certificate.subspace, rows)
@@ -172,13 +179,15 @@ def _verify_frozen(
             leaks[name] = _blindness(path, space, name, a, limit)
         if model is not None:
             space.check_fits({name: layers[name] for name in rows}, ("in",), bind=False)
+    worst = max(leaks, key=lambda name: leaks[name])
     return FrozenVerification(
         directory=os.fspath(path),
         method=f"{certificate.method}, frozen A",
         modules=len(rows),
         protected=tuple(sorted({entry.k for entry in certificate.modules.values()})),
         blindness_checked=subspace is not None,
-        worst_leak=max(leaks.values()),
+        worst_leak=leaks[worst],
+        rounded_to=half_name(precisions[worst]),
         base_checked=subspace is not None and model is not None,
         subspace=certificate.subspace,
         settings=certificate.settings,

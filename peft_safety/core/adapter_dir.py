@@ -15,6 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peft_safety.core import base_weights as weights
@@ -35,7 +36,8 @@ _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<kind>lora_[AB]\.(?
 @dataclass(frozen=True)
 class StoredAdapter:
     """A checked directory. `shapes` are `{module: (out_features, in_features, rank)}`, `worst_leak` is the largest
-    `||U^T B|| / ||B||`, and `extra_tensors` are keys of tensors that no projection constrains.
+    `||U^T B|| / ||B||`, `rounded_to` the 16-bit dtype of the factor behind it, if it is in one, and `extra_tensors`
+    are keys of tensors that no projection constrains.
     """
 
     directory: Path
@@ -44,6 +46,7 @@ class StoredAdapter:
     shapes: dict[str, tuple[int, int, int]]
     residual: bool
     worst_leak: float
+    rounded_to: str | None
     extra_tensors: tuple[str, ...]
 
 
@@ -100,8 +103,8 @@ def check_adapter(directory: Path) -> StoredAdapter:
         missing += ["fingerprint of the base weight"] if module not in subspace.fingerprints else []
         if missing:
             raise broken(directory / SUBSPACE_FILE, f"{module} has no {missing[0]}, which the adapter needs")
-    shapes, worst = _check_factors(files.child(directory, ADAPTER_FILE), config, subspace, method, extra)
-    return StoredAdapter(directory, config, subspace, shapes, method.residual, worst, tuple(extra))
+    shapes, (worst, rounded_to) = _check_factors(files.child(directory, ADAPTER_FILE), config, subspace, method, extra)
+    return StoredAdapter(directory, config, subspace, shapes, method.residual, worst, rounded_to, tuple(extra))
 
 
 def seal(directory: Path) -> None:
@@ -168,8 +171,8 @@ def _record(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], list
 
 def _check_factors(
     path: Path, config: Mapping[str, Any], subspace: SafetySubspace, method: Any, extra: Sequence[str]
-) -> tuple[dict[str, tuple[int, int, int]], float]:
-    """`StoredAdapter.shapes` and `worst_leak`; `method` is PEFT's config."""
+) -> tuple[dict[str, tuple[int, int, int]], tuple[float, str | None]]:
+    """`StoredAdapter.shapes`, `worst_leak` and `rounded_to`; `method` is PEFT's config."""
     kinds = ("weight", "initial") if method.residual else ("weight",)
     expected = {f"lora_{factor}.{kind}" for factor in "AB" for kind in kinds}
     factors: dict[str, dict[str, str]] = {}
@@ -188,7 +191,8 @@ def _check_factors(
             if differing := sorted(set(factors) ^ set(modules)):
                 counts = f"{len(factors)} modules, but {what} has {len(modules)}"
                 raise broken(path, f"{counts}; they differ at {differing[:3]}")
-        shapes, worst = {}, 0.0
+        shapes: dict[str, tuple[int, int, int]] = {}
+        worst, dtype = 0.0, torch.float32
         for module, keys in sorted(factors.items()):
             if set(keys) != expected:
                 raise broken(path, f"{module} has {sorted(keys)}, expected {sorted(expected)}")
@@ -209,10 +213,15 @@ def _check_factors(
                         f"{path}: {module}.{kind} {tuple(factor.shape)} reaches {share:.2g} of its norm {where} "
                         f"(limit {limit:.2g}). Train or save the adapter again."
                     )
-                worst = max(worst, share)
+                worst, dtype = max((worst, dtype), (share, factor.dtype), key=lambda pair: pair[0])
         for key in extra:
             _check_extra(path, key, handle, subspace, config.get("modules_to_save") or [])
-    return shapes, worst
+    return shapes, (worst, half_name(dtype))
+
+
+def half_name(dtype: torch.dtype) -> str | None:
+    """`"bfloat16"` or `"float16"`, in which rounding is what leaks; None for fp32."""
+    return str(dtype).removeprefix("torch.") if dtype in (torch.bfloat16, torch.float16) else None
 
 
 def _largest(tensor: Tensor) -> float:

@@ -206,11 +206,11 @@ def _say_unpacked() -> None:
 
 
 @torch.no_grad()
-def merge_survival(layer: nn.Module, delta: Tensor, name: str) -> float:
-    """What a merge into this k-bit layer keeps of `dW (out, in)`: `<Q(W + dW) - W, dW> / ||dW||^2`; nan for zero."""
+def merge_error(layer: nn.Module, delta: Tensor, name: str) -> float:
+    """What a merge into this k-bit layer misses of `dW (out, in)`: `||Q(W + dW) - W - dW|| / ||dW||`; nan for zero."""
     before = dense_weight(layer, name)
     delta = delta.to(before)
-    return float(((requantized(layer, delta, name) - before) * delta).sum() / delta.square().sum())
+    return float((requantized(layer, delta, name) - before - delta).norm() / delta.norm())
 
 
 @torch.no_grad()

@@ -20,8 +20,10 @@ SIDES: tuple[Side, ...] = ("out", "in", "window")
 
 #: Largest `max|U^T U - I|` that a basis may have (fp32 QR of any shape stays below 1e-6).
 ORTHONORMAL_TOLERANCE = 1e-5
-#: A factor counts as folded below this multiple of its dtype's epsilon: one fp32 projection leaves 0.3 to 2.7.
+#: A factor counts as folded below this multiple of its dtype's epsilon: one fp32 projection leaves 0.3 to 2.7, and
+#: rounding an exact one to 16 bits at most 0.5.
 FOLD_EPSILONS = 4.0
+FOLD_EPSILONS_HALF = 0.6
 #: Largest relative leak of a stored fp32 factor that counts as protected.
 LEAK_TOLERANCE = 1e-6
 #: Relative length below which a further direction counts as part of a span: a third of the leak's tolerance, and above
@@ -102,12 +104,13 @@ def delta_leak(u: Tensor, a: Tensor, b: Tensor, side: Side = "out") -> float:
 
 def fold_tolerance(dtype: torch.dtype) -> float:
     """Relative leak below which a factor stored in `dtype` counts as folded."""
-    return FOLD_EPSILONS * torch.finfo(dtype).eps
+    info = torch.finfo(dtype)
+    return (FOLD_EPSILONS_HALF if info.bits == 16 else FOLD_EPSILONS) * info.eps
 
 
 def leak_tolerance(dtype: torch.dtype) -> float:
-    """Largest relative leak that still counts as protected: `LEAK_TOLERANCE`, or the rounding of `dtype`."""
-    return max(LEAK_TOLERANCE, fold_tolerance(dtype))
+    """Largest relative leak that still counts as protected: `LEAK_TOLERANCE`, or some roundings to `dtype`."""
+    return max(LEAK_TOLERANCE, FOLD_EPSILONS * torch.finfo(dtype).eps)
 
 
 @torch.no_grad()

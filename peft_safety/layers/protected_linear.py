@@ -231,8 +231,9 @@ def protected_leaves(model: nn.Module) -> Iterator[tuple[str, ProtectedLinear]]:
 
 @torch.no_grad()
 def folded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict with the factors of all leaves folded; neither the model nor `state` changes. FSDP and ZeRO keep a
-    leaf from folding in place: what they gather is folded here. A factor that is not whole is a ProtectionError.
+    """A state dict with the factors of all leaves as they are saved (see `saved`); neither the model nor `state`
+    changes. FSDP and ZeRO keep a leaf from folding in place: what they gather is folded here. A factor that is not
+    whole is a ProtectionError.
     """
     result = dict(state)
     for name, leaf in model.named_modules():
@@ -251,9 +252,18 @@ def folded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
                     "cpu_offload=True)); with ZeRO-3 those inside deepspeed.zero.GatheredParameters(parameters)."
                 )
             if basis is not None:
-                result[key] = factor.detach().clone()
-                projection.fold_(basis.to(factor.device), result[key], side)
+                result[key] = saved(basis, factor, side)
     return result
+
+
+@torch.no_grad()
+def saved(basis: Tensor, factor: Tensor, side: Side) -> Tensor:
+    """A copy of a constrained factor, folded, in fp32 or better: rounded to the 16 bits that TRL trains in on a
+    quantized base, it would leak 1e-3.
+    """
+    wide = factor.detach().to(torch.promote_types(factor.dtype, torch.float32), copy=True)
+    projection.fold_(basis.to(factor.device), wide, side)
+    return wide
 
 
 def fresh(tensor: Tensor) -> Tensor:
@@ -295,10 +305,26 @@ def joined(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> tuple[
 
 
 def stored_factors(leaf_a: nn.Module, leaf_b: nn.Module) -> tuple[Tensor, Tensor]:
-    """The `joined` factors in the leaves of a LoRA layer, folded, not differentiable; of plain LoRA its weights."""
-    a: Tensor = leaf_a.weight.detach()  # type: ignore[assignment, operator]  # reading folds, the frozen factors too
-    b: Tensor = leaf_b.weight.detach()  # type: ignore[assignment, operator]
-    return joined(a, b, getattr(leaf_a, "initial", None), getattr(leaf_b, "initial", None))
+    """The `joined` factors in the leaves of a LoRA layer, folded, not differentiable; of plain LoRA its weights. A
+    constrained one in 16 bits is given in fp32, see `saved`.
+    """
+    (a, a0), (b, b0) = _stored(leaf_a), _stored(leaf_b)
+    return joined(a, b, a0, b0)
+
+
+def _stored(leaf: nn.Module) -> tuple[Tensor, Tensor | None]:
+    weight: Tensor = leaf.weight.detach()  # type: ignore[assignment, operator]  # reading folds, the frozen factor too
+    if not isinstance(leaf, ProtectedLinear):
+        return weight, None
+    if leaf.basis is None or not is_half(leaf):
+        return weight, leaf.initial
+    initial = None if leaf.initial is None else saved(leaf.basis, leaf.initial, leaf.side)
+    return saved(leaf.basis, weight, leaf.side), initial
+
+
+def is_half(leaf: ProtectedLinear) -> bool:
+    """Whether a factor is held in 16 bits."""
+    return leaf.raw().dtype in (torch.bfloat16, torch.float16)
 
 
 def check_leaf(leaf: nn.Module, name: str, basis: Tensor | None, side: Side, residual: bool = False) -> None:

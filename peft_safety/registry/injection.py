@@ -21,6 +21,10 @@ from peft_safety.registry.reuse import private
 from peft_safety.registry.rollback import Before, refuse_unfit
 from peft_safety.registry.tuners import adopt
 
+HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""The heads that PEFT's models of these tasks train whole. They add them to the given config after injection, where
+the model's own copy no longer gets them."""
+
 
 def inject_adapter(
     original: Callable[..., None], self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -34,6 +38,8 @@ def inject_adapter(
         _check_unprotected(model, adapter_name, given, known.get(adapter_name))
         return original(self, model, adapter_name, *args, **kwargs)
     config = private(given)
+    if (heads := HEADS.get(str(config.task_type))) is not None:
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
     config._combined = getattr(self, "_combining", False)
     if config._stored is not None:
         pin(config, config._modules, places(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_safety.core import base_weights
 from peft_safety.errors import LossyMergeError
-from peft_safety.layers import FrozenLinear, ProtectedLinear
+from peft_safety.layers import FrozenLinear, ProtectedLinear, stored_factors
 from peft_safety.registry import fused
 
 
@@ -30,10 +31,13 @@ class _Residual:
         super().merge(safe_merge, adapter_names)  # type: ignore[misc]
 
     def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Any:
-        """`s (C B A - C B0 A0)` with a residual, otherwise PEFT's `s B A` (reading B projects it)."""
+        """`s (C B A - C B0 A0)` with a residual, otherwise PEFT's `s B A` (reading B projects it). In fp32 where a
+        factor is constrained or frozen and the trained ones are in 16 bits.
+        """
         layer: Any = self
-        factors = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        if factors[0].dtype != factors[1].dtype:  # a frozen lora_A stays fp32 where the trained factor is cast
+        leaves = layer.lora_A[adapter], layer.lora_B[adapter]
+        factors = stored_factors(*leaves)
+        if {factor.dtype for factor in factors} != {leaves[1].weight.dtype}:
             product = factors[1].float() @ factors[0].float()
             return transpose(product, getattr(layer, "fan_in_fan_out", False)) * layer.scaling[adapter]
         delta = super().get_delta_weight(adapter, *args, **kwargs)  # type: ignore[misc]
@@ -108,11 +112,12 @@ def refuse_lossy_merge(layer: Any, adapter: str, name: str) -> None:
             "read. Keep the adapter beside the base."
         )
     if kind is not None:
-        kept = base_weights.merge_survival(base, layer.get_delta_weight(adapter), name)
+        error = base_weights.merge_error(base, layer.get_delta_weight(adapter), name)
+        size = "" if math.isnan(error) else f" by {error:.1%} of its norm"
         raise LossyMergeError(
-            f"{name}: merging into a {kind} weight would keep {kept:.1%} of the update of adapter {adapter!r} "
-            "and let the rest leak into the protected subspace. Keep the adapter beside the base, or merge "
-            "into dequantized weights with peft_safety.merge_quantized(model)."
+            f"{name}: merging into a {kind} weight would miss the update of adapter {adapter!r}{size}, and the error "
+            "reaches into the protected subspace. Keep the adapter beside the base, or merge into dequantized weights "
+            "with peft_safety.merge_quantized(model)."
         )
 
 

@@ -23,7 +23,13 @@ from peft_safety.core.snapshot import named
 from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.layers.adapters import adapter_layers
-from peft_safety.layers.protected_linear import deferred_folds, folded_state, lay_out_adapter
+from peft_safety.layers.protected_linear import (
+    deferred_folds,
+    folded_state,
+    is_half,
+    lay_out_adapter,
+    protected_leaves,
+)
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.safe_lora.config import SafeLoRAConfig
 from peft_safety.registry.attach import bind
@@ -63,8 +69,9 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
     if Path(save_directory).is_file():
         raise ArtifactError(f"{save_directory} is a file. Give a directory.")
     state = kwargs.get("state_dict")
-    if state is not None or any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in self.parameters()):
-        # gathered weights are as the optimizer left them, not projected
+    sharded = any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in self.parameters())
+    if state is not None or sharded or any(is_half(leaf) for _, leaf in protected_leaves(self)):
+        # gathered weights are as the optimizer left them, not projected; those in 16 bits are saved in fp32
         kwargs["state_dict"] = folded_state(self, self.state_dict() if state is None else state)
     with publishing(Path(save_directory), MANIFEST) as staging:
         copy_own(Path(save_directory), CARD, staging)  # PEFT adds to an existing model card

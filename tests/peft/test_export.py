@@ -81,7 +81,7 @@ def test_what_cannot_be_exported_is_refused_and_writes_nothing(tmp_path: Path) -
     with pytest.raises(ProtectionError, match="no protected adapter"):
         export_lora(plain, target)
     with pytest.warns(UserWarning, match="no projection constrains"):
-        head = get_peft_model(cells.base_model(), cells.config(modules_to_save=["lm_head"]))
-    with pytest.raises(ConfigError, match="modules_to_save"):
-        export_lora(head, target)
+        tokens = get_peft_model(cells.base_model(), cells.config(trainable_token_indices=[1, 2]))
+    with pytest.raises(ConfigError, match="trainable_token_indices"):
+        export_lora(tokens, target)
     assert not (target / "adapter_model.safetensors").exists()

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
-from peft_safety import merge_quantized
+from peft_safety import SaLoRAConfig, merge_quantized
 from peft_safety.core.base_weights import dense_weight
 from peft_safety.errors import ConfigError, LossyMergeError, ProtectionError
 from peft_safety.layers import protected_leaves
@@ -57,6 +57,7 @@ def test_the_figures_are_those_of_the_merged_weights(
         change = dense_weight(layer).double() - dense[row.module]
         assert row.norm == pytest.approx(float(delta.norm() / dense[row.module].norm()), rel=1e-4)
         assert row.kept == pytest.approx(float((change * delta).sum() / delta.square().sum()), rel=1e-3, abs=1e-4)
+        assert row.error == pytest.approx(float((change - delta).norm() / delta.norm()), rel=1e-3, abs=1e-4)
         assert row.leak == pytest.approx(
             float((bases[row.module].T @ change).norm() / delta.norm()), rel=1e-2, abs=2e-6
         )
@@ -70,10 +71,50 @@ def test_the_figures_are_those_of_the_merged_weights(
     assert json.loads(json.dumps(result.to_json()))["modules"][0]["module"] == result.modules[0].module
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_a_model_merged_in_16_bits_has_one_dtype_and_runs(base: str, prepared: bool, dtype: torch.dtype) -> None:
+    """The rest of the model, a targeted head in it, is in bf16, or in fp32 after PEFT's preparation for training."""
+    quantized = cells.base_model(base)
+    for parameter in quantized.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.bfloat16()
+    untouched = quantized.model.layers[0].self_attn.k_proj.weight.data.clone()
+    if prepared:
+        quantized = prepare_model_for_kbit_training(quantized, use_gradient_checkpointing=False)
+    names = [*cells.targets(base), "lm_head"]
+    space = cells.random_subspace(quantized, names)
+    model = get_peft_model(quantized, SaLoRAConfig(r=4, target_modules=names, subspace=space))
+    cells.perturb(model)
+    wide = merge_quantized(copy.deepcopy(model), dtype=torch.float32, verbose=False).model
+    merged = merge_quantized(model, dtype=dtype, verbose=False).model
+    assert {p.dtype for p in merged.parameters() if type(p) is nn.Parameter} == {dtype}
+    assert torch.equal(merged.model.layers[0].self_attn.k_proj.weight.data, untouched), "it has no adapter"
+    logits, expected = cells.logits(merged), cells.logits(wide)
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), expected, rtol=0, atol=0.05 * float(expected.abs().max()))
+
+
+def test_a_dense_model_keeps_its_dtype() -> None:
+    merged = merge_quantized(cells.protected(trained=True), dtype=torch.bfloat16, verbose=False).model
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+
+
+def test_an_update_of_which_all_is_kept_is_refused_by_its_error() -> None:
+    """A large update survives in its own direction, and is refused for the noise beside it: the text says which."""
+    model = cells.protected("nf4", trained=True)
+    rows = merge_quantized(copy.deepcopy(model), "nf4", force=True, verbose=False).modules
+    assert max(row.kept for row in rows) > 0.95
+    worst = max(rows, key=lambda row: row.error)
+    with pytest.raises(LossyMergeError, match=rf"{worst.module}: .* miss the update by {worst.error:.1%} of its norm"):
+        merge_quantized(model, "nf4")
+
+
 def test_quantizing_again_is_refused_with_its_figures_and_changes_nothing() -> None:
     model = small()
     before = cells.logits(model)
-    with pytest.raises(LossyMergeError, match=r"would keep -?[\d.]+% of the update .* protected subspace") as caught:
+    with pytest.raises(LossyMergeError, match=r"would miss the update by [\d.]+% .* protected subspace") as caught:
         merge_quantized(model, "nf4")
     assert "nf4+residual" in str(caught.value)
     assert torch.equal(cells.logits(model), before)
@@ -175,10 +216,6 @@ def test_the_command_merges_a_saved_adapter(to: str, tmp_path: Path) -> None:
 
     tiny_llama(hidden=64).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    from peft import get_peft_model
-
-    from peft_safety import SaLoRAConfig
-
     options = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
     base = tiny_llama(hidden=64)
     model = cells.perturb(

@@ -290,7 +290,7 @@ def test_merge_and_unmerge(kind):
     model = cells.perturb(patched(kind))
     before = cells.logits(model)
     if kind == "nf4":
-        with pytest.raises(PeftSafetyError, match="would keep"):
+        with pytest.raises(PeftSafetyError, match="would miss"):
             model.merge_adapter()
         merged = merge_quantized(model, dtype=torch.float32, verbose=False).model
         torch.testing.assert_close(merged(input_ids=cells.tokens()).logits, before, atol=1e-3, rtol=1e-3)

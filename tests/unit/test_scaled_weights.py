@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
-from peft_safety import SafetySubspace, SaLoRAConfig, merge_quantized
+from peft_safety import GuardSpaceConfig, SafetySubspace, SaLoRAConfig, merge_quantized
 from peft_safety.core import base_weights as weights
 from peft_safety.core.checkpoints import open_weights
 from peft_safety.errors import LossyMergeError, PeftSafetyError, UnsupportedLayerError
@@ -179,6 +179,53 @@ def test_what_is_not_the_weight_is_refused_by_name_and_kind(name):
             UnsupportedLayerError, match=rf"q_proj: this {type(model.q_proj).__name__} .*16 bit.*leave this layer out"
         ):
             read()
+
+
+class Opaque(torch.Tensor):
+    """A quantized tensor as torchao's are: it can be multiplied with, and nothing else."""
+
+    @staticmethod
+    def __new__(cls, weight: torch.Tensor) -> torch.Tensor:
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        self.values = (weight / self.scale).round().to(torch.int8)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            return func(args[0], args[1].values.float() * args[1].scale, *args[2:])
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"{func} of a quantized tensor")
+
+
+@pytest.mark.parametrize("method", ["guardspace", "salora", "weights"])
+def test_a_tensor_that_can_only_be_multiplied_with_is_used_so_or_refused_by_name(method):
+    base, options = tiny_llama(), {"rank": 4, "target_modules": ["q_proj"], "progress": False}
+    for layer in base.model.layers:
+        weight = layer.self_attn.q_proj.weight.detach()
+        layer.self_attn.q_proj.weight = nn.Parameter(Opaque(weight), requires_grad=False)
+    ids = torch.randint(5, 200, (4, 32), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids}
+    if method == "guardspace":  # which needs the layers' inputs only
+        space = SafetySubspace.from_activations(base, [batch], method=method, **options)
+        model = get_peft_model(base, GuardSpaceConfig(r=2, target_modules=["q_proj"], subspace=space))
+        model(**batch).loss.backward()
+        return
+    estimate = {
+        "salora": lambda: SafetySubspace.from_activations(base, [batch], method=method, **options),
+        "weights": lambda: SafetySubspace.from_weights(base, **options),
+    }
+    named = r"layers\.0\.self_attn\.q_proj: .* is a Opaque\. Load the model in 16"
+    with pytest.raises(UnsupportedLayerError, match=named):
+        estimate[method]()
 
 
 def test_an_instance_whose_forward_was_replaced_is_tried():
