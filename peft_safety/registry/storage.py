@@ -23,7 +23,7 @@ from peft_safety.core.snapshot import named
 from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.layers.adapters import adapter_layers
-from peft_safety.layers.protected_linear import deferred_folds, folded_state, lay_out_adapter
+from peft_safety.layers.protected_linear import deferred_folds, folded_state, lay_out_adapter, protected_leaves
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.safe_lora.config import SafeLoRAConfig
 from peft_safety.registry.attach import bind
@@ -158,6 +158,9 @@ def _load(
             result = original(self, folder, adapter_name, *args, **kwargs)
         if isinstance(self.peft_config.get(adapter_name), ProtectedConfig):
             lay_out_adapter(self, adapter_name)  # with low_cpu_mem_usage the factors lie in the file's memory
+        for name, leaf in protected_leaves(self):  # PEFT's eval() in the block folded no other adapter either
+            if not leaf.training and name.rpartition(".")[2] != adapter_name:
+                leaf.fold()
         return result
     stored = PeftConfig.from_pretrained(folder)
     if type(stored) is not type(config):
