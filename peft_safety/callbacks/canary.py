@@ -106,10 +106,13 @@ class CanaryCallback(TrainerCallback):  # type: ignore[misc]
         refuse_shards(type(self).__name__, model)
         self.looks, self._pending, self._stopped = {}, {}, False
         values = self._look(model, state)
-        earlier = [entry for entry in state.log_history if all(NAME.format(name) in entry for name in values)]
-        self._first = {name: earlier[0][NAME.format(name)] if earlier else value for name, value in values.items()}
-        if not earlier:  # kept for a resumed run
-            state.log_history.append({"step": state.global_step, **self._pending})
+        self._first = {}
+        for name in values:
+            earlier = (entry[NAME.format(name)] for entry in state.log_history if NAME.format(name) in entry)
+            self._first[name] = next(earlier, values[name])
+        unknown = {key: value for key, value in self._pending.items() if all(key not in e for e in state.log_history)}
+        if unknown:  # kept for a resumed run
+            state.log_history.append({"step": state.global_step, **unknown})
         self._pending = {}
         low = sorted(name for name, value in self._first.items() if value <= self.margin)
         if low:

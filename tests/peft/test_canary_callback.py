@@ -87,7 +87,8 @@ def test_a_resumed_run_is_compared_with_step_0(tmp_path: Path) -> None:
     assert "fallen by step 12 already (bare: 100% ->" in said[0]
     assert "fell by step 14" in said[1]
     assert canary.looks[12]["bare"] < 0.8
-    stopping = CanaryCallback(TOKENIZER, REQUESTS, every=2, action="stop")
+    more = {**CONTEXTS, "more": "yy {}"}
+    stopping = CanaryCallback(TOKENIZER, REQUESTS, more, every=2, action="stop")
     with pytest.raises(ConfigError, match="Resume from an earlier checkpoint"):
         trainer(tuned(), tmp_path, [stopping], **options).train(resume_from_checkpoint=checkpoint)
 
