@@ -117,6 +117,7 @@ class SoftPenaltyCallback(TrainerCallback):  # type: ignore[misc]
         self._hook: Any = None
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        self.on_train_end()  # a run that an exception ended has left its hook
         self.penalty = SoftPenalty(kwargs["model"], self.adapter_name)
         remedy = "Train without DeepSpeed, or use mode='hard'."
         self._hook = before_steps(type(self).__name__, kwargs["optimizer"], self.penalty.before_step, remedy)
@@ -128,6 +129,7 @@ class SoftPenaltyCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         if self._hook is not None:
             self._hook.remove()
+            self._hook = None
 
 
 @torch.no_grad()

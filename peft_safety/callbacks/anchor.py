@@ -67,7 +67,8 @@ class SafetyAnchorCallback(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         ConfigError: no anchors, or an option out of range; when training begins: a model without adapters, DeepSpeed
-            or sharded parameters, or anchors with a refusal of which the model itself refuses none.
+            or sharded parameters, or anchors with a refusal of which the model itself refuses none; at a step: nothing
+            that trains changes an answer.
         DataError: a row without a response, or a tokenizer without a chat template.
         DivergedError: the anchor's gradient is not finite.
     """
@@ -84,7 +85,8 @@ class SafetyAnchorCallback(TrainerCallback):  # type: ignore[misc]
         max_length: int = 512,
     ) -> None:
         self.tokenizer, self.rows, self.every, self.weight, self.seed = tokenizer, rows, every, weight, seed
-        check_counts(self, "rows", "every")
+        self.max_length = max_length
+        check_counts(self, "rows", "every", "max_length")
         check_positive(self, "weight")
         anchors = refusal_pairs("calibration") if data is None else data_rows(data, "anchors")
         self.features = encode_rows(tokenizer, anchors, max_length)
@@ -93,6 +95,7 @@ class SafetyAnchorCallback(TrainerCallback):  # type: ignore[misc]
         self._requests = list(_refused(tokenizer, anchors))
         self._pending: list[tuple[float, float]] = []  # KL and seconds of each use since the last log
         self._hook: Any = None
+        self._model: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         model, name = kwargs["model"], type(self).__name__
@@ -122,6 +125,9 @@ class SafetyAnchorCallback(TrainerCallback):  # type: ignore[misc]
         draw = random.Random(f"{self.seed} {self._state.global_step}")
         with torch.enable_grad():
             loss = self.loss(draw.sample(range(len(self.features)), min(self.rows, len(self.features))))
+            if not parameters or not loss.requires_grad:
+                said = "nothing that the optimizer trains changes the answers to anchors"
+                raise ConfigError(f"{type(self).__name__}: {said}. Activate the adapter that trains.")
             gradients = torch.autograd.grad(self._scale * self.weight * loss, parameters, allow_unused=True)
         added = {p: averaged(g / self._scale) for p, g in zip(parameters, gradients, strict=True) if g is not None}
         if not torch.nn.utils.get_total_norm(added.values()).isfinite():
@@ -154,7 +160,7 @@ class SafetyAnchorCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         if self._hook is not None:
             self._hook.remove()
-            self._hook = None
+        self._hook, self._model, self.references = None, None, []  # whoever keeps the callback keeps no model
 
     def _logits(self, chosen: Sequence[int]) -> Tensor:
         """What predicts the response tokens of some rows, one row after another: `(positions, vocabulary)`."""

@@ -42,14 +42,15 @@ class CanaryCallback(TrainerCallback):  # type: ignore[misc]
 
     A look is good if no context is more than `margin` below its value at step 0. Otherwise there is a warning, and
     with `action="stop"` training stops, and what trains goes back to its values at the last good look, which are kept
-    on the CPU. A context that only the training data hold, such as a hidden trigger, is not seen.
+    on the CPU; `load_best_model_at_end` does not replace them. The optimizer's state stays: start a new run from them
+    rather than resume this one. A context that only the training data hold, such as a hidden trigger, is not seen.
 
     Args:
         tokenizer: with a chat template.
         prompts: requests that training and calibration do not see. Default: 16 of the package's validation requests.
         contexts: templates with one `{}`, or functions from a request to a text or to turns, by name. Default
             `CONTEXTS`: bare, behind a nonsense prefix, in a role-play.
-        every: steps between two looks.
+        every: steps between two looks; the last step is one more.
         margin: largest share of the requests that may go over from refusal.
         action: "warn" or "stop".
         max_new_tokens: of each answer.
@@ -59,7 +60,8 @@ class CanaryCallback(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         ConfigError: no prompts or contexts, a template without `{}`, or an option out of range; when training begins:
-            sharded parameters, or a model that refuses so few in every context that nothing can fall.
+            sharded parameters, a model that refuses so few in every context that nothing can fall, or, with "stop", a
+            resumed run whose refusal has fallen already.
         DataError: a tokenizer without a chat template.
     """
 
@@ -83,26 +85,34 @@ class CanaryCallback(TrainerCallback):  # type: ignore[misc]
         if prompts is None:
             prompts = [row["prompt"] for row in load("harmful_requests", "validation")[:REQUESTS]]
         contexts = CONTEXTS if contexts is None else contexts
-        if isinstance(prompts, str) or not prompts or not contexts:
+        self.prompts, self.looks = [] if isinstance(prompts, str) else list(prompts), dict[int, dict[str, float]]()
+        if not self.prompts or not contexts:
             raise ConfigError(
                 "CanaryCallback: no prompts or no contexts. Give a list of requests, and contexts by name."
             )
-        self.prompts, self.looks = list(prompts), dict[int, dict[str, float]]()
-        self._texts = {name: [self._text(name, form, prompt) for prompt in prompts] for name, form in contexts.items()}
+        if not all(isinstance(prompt, str) for prompt in self.prompts) or not isinstance(contexts, Mapping):
+            kinds = f"a {type(self.prompts[0]).__name__}, contexts a {type(contexts).__name__}"
+            raise ConfigError(f"CanaryCallback: prompt 0 is {kinds}. Give texts, and a mapping from names.")
+        self._texts = {
+            name: [self._text(name, form, prompt) for prompt in self.prompts] for name, form in contexts.items()
+        }
         self._first: dict[str, float] = {}
         self._pending: dict[str, float] = {}
         self._kept: dict[str, Tensor] = {}
-        self._kept_step = 0
+        self._kept_step, self._stopped = 0, False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         refuse_shards(type(self).__name__, model)
-        self.looks, self._pending = {}, {}
+        self.looks, self._pending, self._stopped = {}, {}, False
         values = self._look(model, state)
-        earlier = [entry for entry in state.log_history if all(NAME.format(name) in entry for name in values)]
-        self._first = {name: earlier[0][NAME.format(name)] if earlier else value for name, value in values.items()}
-        if not earlier:  # kept for a resumed run
-            state.log_history.append({"step": state.global_step, **self._pending})
+        self._first = {}
+        for name in values:
+            earlier = (entry[NAME.format(name)] for entry in state.log_history if NAME.format(name) in entry)
+            self._first[name] = next(earlier, values[name])
+        unknown = {key: value for key, value in self._pending.items() if all(key not in e for e in state.log_history)}
+        if unknown:  # kept for a resumed run
+            state.log_history.append({"step": state.global_step, **unknown})
         self._pending = {}
         low = sorted(name for name, value in self._first.items() if value <= self.margin)
         if low:
@@ -110,22 +120,25 @@ class CanaryCallback(TrainerCallback):  # type: ignore[misc]
             if len(low) == len(self._first):
                 raise ConfigError(f"{said}. Align the model first, or give other prompts.")
             warnings.warn(said, stacklevel=2)
+        if fallen := self._fallen(values):
+            said = f"CanaryCallback: refusal has fallen by step {state.global_step} already ({fallen})"
+            if self.action == "stop":
+                raise ConfigError(f"{said}. Resume from an earlier checkpoint.")
+            warnings.warn(f"{said}.", stacklevel=2)
         self._keep(model, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every:
+        if state.global_step % self.every and state.global_step != state.max_steps:
             return
         model = kwargs["model"]
-        looked = self._look(model, state)
-        fallen = {name: value for name, value in looked.items() if self._first[name] - value > self.margin + ROUNDING}
+        fallen = self._fallen(self._look(model, state))
         if not fallen:
             self._keep(model, state)
             return
-        figures = ", ".join(f"{name}: {self._first[name]:.0%} -> {value:.0%}" for name, value in fallen.items())
-        said = f"CanaryCallback: refusal fell by step {state.global_step} ({figures})"
+        said = f"CanaryCallback: refusal fell by step {state.global_step} ({fallen})"
         if self.action == "stop":
             put_back(model, self._kept)
-            control.should_training_stop = True
+            control.should_training_stop = self._stopped = True
             said += f". Training stops, and the adapter goes back to step {self._kept_step}"
         warnings.warn(f"{said}.", stacklevel=2)
 
@@ -135,8 +148,13 @@ class CanaryCallback(TrainerCallback):  # type: ignore[misc]
                 log_value(logs, state, name, value)
             self._pending = {}
 
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
+        if self._stopped:  # `load_best_model_at_end` has loaded a checkpoint that no look has seen
+            put_back(kwargs["model"], self._kept)
+        self._kept = {}
+
     def _text(self, name: str, form: Context, prompt: str) -> str:
-        if isinstance(form, str) and form.count(PLACE) != 1:
+        if not (form.count(PLACE) == 1 if isinstance(form, str) else callable(form)):
             raise ConfigError(f"CanaryCallback: context {name!r} is {form!r}. Write one {PLACE} for the request.")
         asked = form.replace(PLACE, prompt) if isinstance(form, str) else form(prompt)
         return render_prompt(self.tokenizer, [{"role": "user", "content": asked}] if isinstance(asked, str) else asked)
@@ -152,6 +170,11 @@ class CanaryCallback(TrainerCallback):  # type: ignore[misc]
         self.looks[state.global_step] = values
         self._pending = {NAME.format(name): value for name, value in values.items()}
         return values
+
+    def _fallen(self, values: Mapping[str, float]) -> str:
+        """The contexts whose refusals are fewer than at step 0 by more than the margin, in words."""
+        low = {name: value for name, value in values.items() if self._first[name] - value > self.margin + ROUNDING}
+        return ", ".join(f"{name}: {self._first[name]:.0%} -> {value:.0%}" for name, value in low.items())
 
     def _keep(self, model: nn.Module, state: TrainerState) -> None:
         self._kept_step = state.global_step

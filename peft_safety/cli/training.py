@@ -31,7 +31,7 @@ def calibrate(
     safety_rank_pattern: opt.SafetyRankPattern = None,
     basis: Annotated[str | None, Option(help="The package's own rows to use: harmful, general or both.")] = None,
     contexts: Annotated[
-        int, Option(help="Use each row also so many times behind a random context, such as nonsense or a story.")
+        int, Option(help="Read each row so many times more, behind random contexts: nonsense, a story, ... (5 kinds).")
     ] = 0,
     side: Annotated[str | None, Option(help="in, out or both; default: the method's own.")] = None,
     positions: Annotated[str | None, Option(help="Tokens that count: response, prompt or all.")] = None,

@@ -57,7 +57,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, la
         DataError: no chat template, or one that refuses these turns, leaves one out, or rewrites earlier ones.
     """
     if "input_ids" in row:
-        return {name: row[name][:max_length] for name in ("input_ids", "attention_mask", "labels")}
+        return {name: values[:max_length] for name, values in _tokens(row).items()}
     if max_length < 1:
         raise DataError(f"max_length = {max_length} keeps no token. Give at least 1.")
     prompt, answer = row_turns(row, labels)
@@ -67,6 +67,17 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, la
     tokens = [token if labeled else IGNORE_INDEX for token, labeled in zip(ids, mask, strict=True)][:max_length]
     feature: Feature = {"input_ids": ids[:max_length], "attention_mask": [1] * len(tokens), "labels": tokens}
     return feature | {"distil": True} if row.get("distil") else feature
+
+
+def _tokens(row: Row) -> Feature:
+    """The three columns of a tokenized row, as lists."""
+    columns: Feature = {name: row.get(name) for name in ("input_ids", "attention_mask", "labels")}
+    plain = {name: getattr(value, "tolist", lambda value=value: value)() for name, value in columns.items()}
+    flat = all(isinstance(v, (list, tuple)) and all(isinstance(token, int) for token in v) for v in plain.values())
+    if not flat or len({len(value) for value in plain.values()}) != 1:
+        given = ", ".join(f"{name} {getattr(v, 'shape', type(v).__name__)}" for name, v in columns.items())
+        raise DataError(f"a tokenized row has {given}. Give all three as flat lists of whole numbers, of one length.")
+    return {name: list(value) for name, value in plain.items()}
 
 
 def encode_each(

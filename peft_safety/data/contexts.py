@@ -22,6 +22,7 @@ LARGEST = 100
 """Contexts of a row at most."""
 FIELDS = ("messages", "prompt", "response", "completion", "text", "label")
 """Of a row's turns; its other columns are kept."""
+INSTRUCTIONS = ("system", "developer")
 CONSONANTS, VOWELS = "bcdfghklmnprstvwz", ("a", "e", "i", "o", "u", "ai", "ou", "ee")
 SEPARATORS = (" ", " ", ": ", "\n", ". ", " - ")
 PLACES = ("a library", "a bakery", "a bank", "a museum", "a garden shop", "a school", "a hotel", "a railway company")
@@ -182,7 +183,7 @@ def _nonsense(rng: random.Random, turns: Sequence[Message], system: bool) -> lis
 def _system(rng: random.Random, turns: Sequence[Message], system: bool) -> list[Message]:
     named = f"You are {_word(rng).title()}, the assistant of {rng.choice(PLACES)}."
     text = " ".join([*([named] if rng.random() < 0.8 else []), *rng.sample(MANNERS, rng.randint(1, 3))])
-    if system and turns[0]["role"] != "system":
+    if system and turns[0]["role"] not in INSTRUCTIONS:
         return [{"role": "system", "content": text}, *turns]
     return _said(turns, f"{text}\n\n{turns[-1]['content']}")
 
@@ -207,8 +208,8 @@ def _said(turns: Sequence[Message], text: str) -> list[Message]:
 
 
 def _after(turns: Sequence[Message], before: Sequence[Message]) -> list[Message]:
-    """The turns after an exchange; a system turn stays in front."""
-    head = 1 if turns[0]["role"] == "system" else 0
+    """The turns after an exchange; what stands before the first user turn (system, a greeting) stays in front."""
+    head = roles(turns).index("user")
     return [*turns[:head], *before, *turns[head:]]
 
 

@@ -75,10 +75,14 @@ def screen(
         and each gets the whole result. Every process needs a whole model.
 
     Raises:
-        ConfigError: an option out of range, or `clean` beside `fitted`. DataError: a malformed row (its number is
-        named), no rows, no user turn in any, no chat template. CalibrationError: the model does not tell harmful
-        requests from others.
+        ConfigError: an option out of range, `clean` beside `fitted`, or `fitted` on a model of another size.
+        DataError: a malformed row (its number is named), no rows, no user turn in any, no chat template.
+        CalibrationError: the model does not tell harmful requests from others.
     """
+    if not isinstance(fitted, (Screen, type(None))):
+        raise ConfigError(
+            f"fitted= is a {type(fitted).__name__}. Give the screen of an earlier result: result.screen."
+        )
     if fitted is not None and clean is not None:
         raise ConfigError("clean rows set the threshold of a new screen, and fitted= has one. Give one of the two.")
     join_processes()

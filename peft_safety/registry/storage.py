@@ -165,6 +165,9 @@ def _load(
             result = original(self, folder, adapter_name, *args, **kwargs)
         if isinstance(self.peft_config.get(adapter_name), ProtectedConfig):
             lay_out_adapter(self, adapter_name)  # with low_cpu_mem_usage the factors lie in the file's memory
+        for name, leaf in protected_leaves(self):  # PEFT's eval() in the block folded no other adapter either
+            if not leaf.training and name.rpartition(".")[2] != adapter_name:
+                leaf.fold()
         return result
     stored = PeftConfig.from_pretrained(folder)
     if type(stored) is not type(config):

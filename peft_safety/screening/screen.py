@@ -77,7 +77,7 @@ class Screen:
 
         Args:
             clean: requests known to be harmless, in place of the package's harmless validation prompts.
-            without: packaged prompts that are left out: those of the rows that a benchmark of the screen is run on.
+            without: texts of packaged prompts that are left out: those that a benchmark of the screen is run on.
 
         Raises:
             ConfigError: an option out of range, or a model that is no causal language model.
@@ -90,12 +90,18 @@ class Screen:
         config = model.config.get_text_config()
         if getattr(model.config, "is_encoder_decoder", False):
             raise ConfigError("a screen reads a causal language model, and this is an encoder-decoder. Give another.")
+        left_out = [] if isinstance(without, str) else list(without)
+        if isinstance(without, str) or not all(isinstance(prompt, str) for prompt in left_out):
+            raise ConfigError("without= names prompts by their texts. Give a list of texts.")
         depth = int(config.num_hidden_layers)
         layers = sorted({max(1, round(depth * part / LAYERS)) for part in range(2, LAYERS + 1)})
         kinds = [(names, split) for split in ("train", "validation") for names in (HARMFUL, HARMLESS)]
-        prompts = [[row for name in names for row in _drawn(name, split, without)] for names, split in kinds]
+        prompts = [[row for name in names for row in _drawn(name, split, left_out)] for names, split in kinds]
         parts = [[requests_of(tokenizer, row, 0, max_length)[0].ids for row in part] for part in prompts]
         parts[-1] = [list(ids) for ids in clean] or parts[-1]
+        if not all(parts):
+            names, split = kinds[parts.index([])]
+            raise ConfigError(f"without= leaves no {split} prompt of {', '.join(names)}. Leave fewer out.")
         known = [ids for part in parts for ids in part]
         with tqdm(total=len(known), desc="known prompts", unit="row", disable=not progress, leave=False) as bar:
 
@@ -116,7 +122,7 @@ class Screen:
                 found = auc(high, low), wrong, right, max_length, budget, bool(clean)
                 tried.append(cls(layer, shrinkage, direction, threshold, fpr, *found))
         best = max(tried, key=lambda screen: (screen.true_positives, screen.auc))
-        if best.auc < LEAST_AUC:
+        if not best.auc >= LEAST_AUC:
             raise CalibrationError(
                 f"this model does not tell harmful requests from others: AUC {best.auc:.2f} on validation prompts, at "
                 f"layer {best.layer} of {depth}; {LEAST_AUC} is needed. Give the aligned model."
@@ -125,6 +131,8 @@ class Screen:
 
     def scores(self, model: PreTrainedModel | PeftModel, rows: Sequence[Sequence[Request]]) -> list[list[float]]:
         """A score for each request of each row. Processes share the rows out, and each gets all scores."""
+
+        self._check_fits(model)
 
         def run(part: Sequence[Sequence[Request]]) -> list[list[float]]:
             ids = [request.ids for row in part for request in row]
@@ -138,6 +146,15 @@ class Screen:
                 where = f"row {row[0].row}: its hidden states hold NaN or Inf"
                 raise CalibrationError(f"{where}. Load the model in bfloat16 or float32.")
         return result
+
+    def _check_fits(self, model: PreTrainedModel | PeftModel) -> None:
+        config = model.config.get_text_config()
+        depth, width = int(config.num_hidden_layers), getattr(config, "hidden_size", len(self.direction))
+        if self.layer > depth or len(self.direction) != width:
+            own = f"layer {self.layer} of a model with {len(self.direction)} features"
+            raise ConfigError(
+                f"this screen reads {own}, and the model has {depth} layers with {width} features. Fit a new screen."
+            )
 
 
 def _drawn(name: str, split: str, without: Collection[str]) -> list[dict[str, str]]:

@@ -28,7 +28,7 @@ def run(rank: int, world: int, folder: str) -> None:
     inner = tuned().train()
     model: Any = torch.nn.parallel.DistributedDataParallel(inner)
     optimizer = torch.optim.SGD([p for p in inner.parameters() if p.requires_grad], lr=0.1)
-    state = SimpleNamespace(global_step=0, log_history=[])
+    state = SimpleNamespace(global_step=0, max_steps=STEPS, log_history=[])
     given: dict[str, Any] = {"model": inner, "optimizer": optimizer}
     anchor = SafetyAnchorCallback(TOKENIZER, REFUSALS, rows=3, every=2)
     canary = CanaryCallback(TOKENIZER, REQUESTS, {"bare": "{}"}, every=3)

@@ -64,6 +64,7 @@ def trainer(model: Any, folder: Path, callbacks: Any, **options: Any) -> Trainer
         TrainingArguments(output_dir=str(folder), **options),
         data_collator=Collator(TOKENIZER),
         train_dataset=encode_rows(TOKENIZER, TASK, 128),
+        eval_dataset=encode_rows(TOKENIZER, TASK, 128),
         callbacks=callbacks,
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,7 @@ from peft_safety.evaluation.generate import Generation, generate
 from tests.peft import anchored
 from tests.peft.anchored import REFUSALS, REQUESTS, TOKENIZER, logged, trainer, tuned
 
+COLUMNS = ("input_ids", "attention_mask", "labels")
 OTHERS = [{"prompt": f"hello {i}", "response": "good day"} for i in range(6)]
 """Anchors whose answers are no refusals: none is asked for."""
 
@@ -118,6 +121,20 @@ def test_the_users_loss_is_untouched_and_the_hook_goes_with_the_run(tmp_path: Pa
     assert not run.optimizer.optimizer._optimizer_step_pre_hooks
 
 
+def test_a_callback_that_is_kept_keeps_no_model(tmp_path: Path) -> None:
+    callback = SafetyAnchorCallback(TOKENIZER, OTHERS)
+    run = trainer(tuned(), tmp_path, [callback], max_steps=1)
+    run.train()
+    model = weakref.ref(run.model)
+    del run
+    gc.collect()
+    assert model() is None
+    assert not callback.references
+    again = trainer(tuned(), tmp_path, [callback], max_steps=1)
+    again.train()
+    assert len(logged(again, "safety_anchor")) == 1, "it can be used again"
+
+
 @pytest.mark.parametrize(("every", "steps"), [(1, [0, 1, 2, 3]), (2, [0, 2])])
 def test_it_runs_once_an_optimizer_step_however_many_batches_that_accumulates(
     every: int, steps: list[int], tmp_path: Path
@@ -187,6 +204,10 @@ def test_loss_scaling_is_undone_or_left_to_a_fused_optimizer(fp16: bool, grad_sc
         (OTHERS, {"rows": 0}, ConfigError, "rows=0"),
         (OTHERS, {"every": 2.5}, ConfigError, "every=2.5"),
         (OTHERS, {"weight": float("nan")}, ConfigError, "weight=nan"),
+        (OTHERS, {"max_length": 12.5}, ConfigError, "max_length=12.5"),
+        ([{"input_ids": [1, 2]}], {}, DataError, "row 0: a tokenized row has input_ids list, attention_mask NoneType"),
+        ([{name: [[1, 2]] for name in COLUMNS}], {}, DataError, "as flat lists"),
+        ([dict.fromkeys(COLUMNS, torch.ones(1, 2))], {}, DataError, r"input_ids torch.Size\(\[1, 2\]\)"),
     ],
 )
 def test_bad_input_is_refused(data: Any, options: Any, error: type[Exception], message: str) -> None:
@@ -226,6 +247,23 @@ def test_models_and_engines_on_which_its_own_backward_is_wrong_are_refused() -> 
     model.base_model.model.lm_head.to("meta")
     with pytest.raises(ConfigError, match=r"lm_head\.weight is sharded or on the meta device"):
         begin(callback, model, optimizer)
+
+
+def test_rows_of_tokens_may_be_tensors() -> None:
+    given = encode_rows(TOKENIZER, OTHERS, 128)
+    tensors = [{name: torch.tensor(value) for name, value in feature.items()} for feature in given]
+    assert SafetyAnchorCallback(TOKENIZER, tensors).features == given
+
+
+def test_where_nothing_that_trains_changes_an_answer_is_refused() -> None:
+    model, unused = tuned(), nn.Parameter(torch.ones(1))
+    callback = SafetyAnchorCallback(TOKENIZER, OTHERS)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for trained in (unused, next(model.parameters())):
+        begin(callback, model, torch.optim.SGD([trained], lr=0.1))
+        with pytest.raises(ConfigError, match="nothing that the optimizer trains changes the answers"):
+            callback.before_step(torch.optim.SGD([trained], lr=0.1), (), {})
 
 
 def test_a_diverged_model_ends_the_run() -> None:

@@ -79,12 +79,41 @@ def test_a_resumed_run_is_compared_with_step_0(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 12, "max_steps": 12}
     with pytest.warns(UserWarning, match="refusal fell"):
         trainer(tuned(), tmp_path, [CanaryCallback(TOKENIZER, REQUESTS, every=12)], **saving).train()
-    canary = CanaryCallback(TOKENIZER, REQUESTS, every=2, action="stop")
-    run = trainer(tuned(), tmp_path, [canary], **FALLS)
-    with pytest.warns(UserWarning, match="fell by step 14"):
-        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    checkpoint, options = str(tmp_path / "checkpoint-12"), {"max_steps": 14}
+    canary = CanaryCallback(TOKENIZER, REQUESTS, every=2)
+    with pytest.warns(UserWarning, match="refusal") as caught:
+        trainer(tuned(), tmp_path, [canary], **options).train(resume_from_checkpoint=checkpoint)
+    said = [str(warning.message) for warning in caught if "refusal" in str(warning.message)]
+    assert "fallen by step 12 already (bare: 100% ->" in said[0]
+    assert "fell by step 14" in said[1]
     assert canary.looks[12]["bare"] < 0.8
-    assert run.state.global_step == 14
+    more = {**CONTEXTS, "more": "yy {}"}
+    stopping = CanaryCallback(TOKENIZER, REQUESTS, more, every=2, action="stop")
+    with pytest.raises(ConfigError, match="Resume from an earlier checkpoint"):
+        trainer(tuned(), tmp_path, [stopping], **options).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_run_of_fewer_steps_is_looked_at_when_it_ends(tmp_path: Path) -> None:
+    canary = CanaryCallback(TOKENIZER, REQUESTS, {"bare": "{}"}, action="stop")
+    run = trainer(tuned(), tmp_path, [canary], **FALLS)
+    before = adapter(run.model)
+    with pytest.warns(UserWarning, match=r"by step 20 \(bare: 100% -> 0%\).*goes back to step 0"):
+        run.train()
+    assert logged(run, "canary_refusal_bare") == [1, 0]
+    assert all(torch.equal(value, before[name]) for name, value in adapter(run.model).items())
+
+
+def test_the_best_checkpoint_does_not_replace_what_it_puts_back(tmp_path: Path) -> None:
+    copies, canary = Copies(), CanaryCallback(TOKENIZER, REQUESTS, {"bare": "{}"}, every=4, action="stop")
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    run = trainer(tuned(), tmp_path, [copies, canary], **FALLS, **options, load_best_model_at_end=True)
+    with pytest.warns(UserWarning, match="Training stops"):
+        run.train()
+    good = max(step for step, look in canary.looks.items() if look["bare"] >= 0.8)
+    assert run.state.best_model_checkpoint not in (None, str(tmp_path / f"checkpoint-{good}"))
+    for name, value in adapter(run.model).items():
+        assert torch.equal(value, copies.steps[good][name]), name
+    assert not canary._kept, "the copies go with the run"
 
 
 def test_the_defaults_are_three_contexts_of_held_out_requests() -> None:
@@ -101,6 +130,10 @@ def test_the_defaults_are_three_contexts_of_held_out_requests() -> None:
     [
         ({"prompts": []}, "no prompts or no contexts"),
         ({"prompts": "one"}, "no prompts or no contexts"),
+        ({"prompts": iter([])}, "no prompts or no contexts"),
+        ({"prompts": anchored.REFUSALS}, "prompt 0 is a dict, contexts a dict"),
+        ({"contexts": ["{}"]}, "prompt 0 is a str, contexts a list"),
+        ({"contexts": {"a": 5}}, "context 'a' is 5"),
         ({"contexts": {}}, "no prompts or no contexts"),
         ({"contexts": {"a": "no place"}}, "context 'a' is 'no place'"),
         ({"every": 0}, "every=0"),

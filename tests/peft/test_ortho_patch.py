@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_safety import (
     OrthoSafetyPatchConfig,
@@ -243,6 +243,22 @@ def test_the_penalty_is_added_once_a_step_however_many_batches_it_accumulates(tm
     model = patched(mode="soft")
     trainer(model, tmp_path, [Counting()], gradient_accumulation_steps=4, max_steps=2).train()
     assert len(counts) == 2
+
+
+def test_a_run_after_one_that_failed_adds_the_penalty_once(tmp_path, monkeypatch):
+    class Fails(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise OSError("disk full")
+
+    counts, inner = [], SoftPenalty.add_gradient
+    monkeypatch.setattr(SoftPenalty, "add_gradient", lambda self: (counts.append(1), inner(self)))
+    failing = Fails()
+    run = trainer(patched(mode="soft"), tmp_path, [SoftPenaltyCallback(), failing], max_steps=2)
+    with pytest.raises(OSError, match="disk full"):
+        run.train()
+    run.remove_callback(failing)
+    run.train()
+    assert len(counts) == 1 + 2
 
 
 def test_a_soft_patch_saved_without_its_penalty_warns_and_one_with_it_does_not(tmp_path, recwarn):

@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_safety import GuardSpaceConfig, SaLoRAConfig, assert_protected
+from peft_safety.core.projection import leak
 from peft_safety.errors import ConfigError, PeftSafetyError, UnsupportedLayerError
 from peft_safety.layers import protected_leaves
 from tests.peft import cells
@@ -154,6 +155,24 @@ def test_a_loaded_adapter_is_protected_and_computes_what_was_saved(road: str, in
     cells.train(model, cells.adamw, 3)
     assert_protected(model, adapter)
     assert cells.leak(model, adapter) <= LEAK
+
+
+def test_loading_an_adapter_folds_those_beside_it_as_eval_does(tmp_path: Path) -> None:
+    cells.protected("linear", "lora", trained=True).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(cells.base_model(), tmp_path, is_trainable=True)
+    cells.train(model, cells.adamw, 3)
+    assert raw_leak(model) > LEAK, "an optimizer moves raw weights out of the complement"
+    model.load_adapter(tmp_path, "other", is_trainable=True)
+    assert model.training
+    assert raw_leak(model) > LEAK, "a model that trains is left alone"
+    model.load_adapter(tmp_path, "third")
+    assert not model.training
+    assert raw_leak(model) <= LEAK
+
+
+def raw_leak(model: nn.Module) -> float:
+    """Of the parameters as they are, read past the fold."""
+    return max(leak(leaf.basis, leaf.raw().detach()) for _, leaf in protected_leaves(model) if leaf.basis is not None)
 
 
 @pytest.mark.parametrize("init", cells.INITS)

@@ -1,5 +1,7 @@
 """Whole screenings on a tiny model: which rows are flagged, in which order, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -89,9 +91,33 @@ def test_a_screen_can_be_fitted_without_some_of_the_packaged_prompts(monkeypatch
     monkeypatch.setattr(
         fitting, "last_states", lambda model, ids, *rest: read.append(len(ids)) or states(model, ids, *rest)
     )
-    for without in ((), [harmful(0), harmful(1), harmless(2), harmless(101)]):
+    some = [harmful(0), harmful(1), harmless(2), harmless(101)]
+    for without in ((), some, iter(some)):
         fitting.Screen.fit(MODEL, TOKENIZER, without=without, progress=False)
-    assert read[1] == read[0] - 2 - 2 * 2, "the stand-in has the same prompts in both harmless sets"
+    assert read[1] == read[2] == read[0] - 2 - 2 * 2, "the stand-in has the same prompts in both harmless sets"
+
+
+@pytest.mark.parametrize(
+    ("without", "message"),
+    [
+        ([harmful(n) for n in range(24)], "no train prompt of harmful_requests"),
+        ([harmless(n) for n in range(100, 124)], "no validation prompt of everyday_requests, contrast_prompts"),
+        (harmful(3), "names prompts by their texts"),
+        ([{"prompt": harmful(3)}], "names prompts by their texts"),
+    ],
+)
+def test_a_screen_needs_prompts_of_every_kind(without, message):
+    with pytest.raises(ConfigError, match=message):
+        fitting.Screen.fit(MODEL, TOKENIZER, without=without, progress=False)
+
+
+def test_a_fitted_screen_of_something_else_is_refused():
+    first = screen(MODEL, ROWS, verdict=False, **COMMON)
+    with pytest.raises(ConfigError, match=r"a Screening\. Give the screen of an earlier result: result\.screen"):
+        screen(MODEL, ROWS, fitted=first, **COMMON)
+    for other in (tiny_llama(hidden=64), tiny_llama(layers=1)):
+        with pytest.raises(ConfigError, match="Fit a new screen"):
+            screen(other, ROWS, verdict=False, fitted=replace(first.screen, layer=2), **COMMON)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Rows in context: every kind, by seed, for any template, and unlike what the benchmarks' attacks write."""
 
+from itertools import pairwise
+
 import pytest
 from typer.testing import CliRunner
 
@@ -69,6 +71,16 @@ def test_rows_of_every_kind_keep_their_turns_and_columns():
         assert "messages" not in row
     assert "Text: t" in texts(in_context(rows[1:2], 1)[0])[-1]
     assert all("response" not in row for row in in_context(rows[2:], 5))
+
+
+@pytest.mark.parametrize("first", ["developer", "assistant"])
+def test_what_stands_before_the_first_request_stays_in_front(first):
+    turns = [{"role": first, "content": "x"}, {"role": "user", "content": "a"}]
+    for row in in_context([{"prompt": turns, "response": "b"}], 5):
+        order = [turn["role"] for turn in row["prompt"]]
+        assert order.index(first) == (order[0] == "system")
+        assert first == "assistant" or "system" not in order, "a developer's turn is one of instructions"
+        assert all(one != next_one for one, next_one in pairwise(order)), order
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
