@@ -35,12 +35,10 @@ from benchmarks.frontier.command import (
     run_plan,
     show_plan,
 )
-from benchmarks.frontier.data import Sets, public_sets, resolve
+from benchmarks.frontier.data import Sets, public_sets, resolve, task_prompts
 from benchmarks.frontier.plan import COUNTERMEASURES, METHODS, place
 from benchmarks.frontier.results import stored
 from peft_safety.data import load
-from peft_safety.data.chat import classification_prompt
-from peft_safety.data.rows import label_names
 from peft_safety.errors import ConfigError
 
 BENCHMARK = "attacks"
@@ -86,9 +84,8 @@ PROMPTS = 40
 
 def further_sets(folder: Path | None) -> Sets:
     """What test cells measure besides: everyday and task prompts, and the public sets of `folder`."""
-    labels, task = label_names(load("benign_task")), load("benign_task", "test")[:PROMPTS]
     everyday = tuple(row["prompt"] for row in load("everyday_requests", "test"))[:PROMPTS]
-    own = {"everyday": everyday, "task_prompts": tuple(classification_prompt(row["text"], labels) for row in task)}
+    own = {"everyday": everyday, "task_prompts": tuple(task_prompts("test")[:PROMPTS])}
     return own | public_sets(folder, PROMPTS)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from textwrap import wrap
 
 from benchmarks.common import PAGE, RESULTS, link, publish, with_section
-from benchmarks.frontier.aggregate import LABELS, label, pooled, split_of
+from benchmarks.frontier.aggregate import label, pooled, split_of
 from benchmarks.frontier.attacks import ATTACKS
 from benchmarks.frontier.cells import Cell, cell_of
 from benchmarks.frontier.pictures import saved
@@ -27,7 +27,7 @@ WORKS = 0.20
 MODELS = {"full": "SmolLM2-135M-Instruct, aligned in all its weights (`benchmarks.full_alignment`)"}
 FOREIGN = "advbench"
 HARMLESS = {
-    "safe prompts that look dangerous": "safe prompts that look dangerous",
+    "over_refusal": "safe prompts that look dangerous",
     "xstest_safe": "XSTest's safe ones",
     "everyday": "everyday prompts",
     "task_prompts": "the task's prompts",
@@ -170,7 +170,7 @@ def prices(rows: Sequence[Row], split: str) -> str:
     (row,) = [
         row for row in rows if (cell := cell_of(row)).arm == "aligned" and cell.split == split and not cell.attack
     ]
-    sets = {"safe prompts that look dangerous": row["over_refusal"], **row.get("transfer", {})}
+    sets = {"over_refusal": row["over_refusal"], **row.get("transfer", {})}
     parts = [f"{percent(pooled([sets], name))} of {text}" for name, text in HARMLESS.items() if name in sets]
     return f"The aligned model itself refuses {', '.join(parts)}."
 
@@ -235,8 +235,7 @@ def heat(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]], path: Path) -> 
             text = "not run" if math.isnan(value) else f"{value:.0f}"
             small, color = (7, "0.6") if math.isnan(value) else (9, "white" if value > 60 else "black")
             axis.text(x, y, text, ha="center", va="center", fontsize=small, color=color)
-    names = [label(name) if name in LABELS else name for name in across]
-    axis.set_xticks(range(len(across)), ["\n".join(wrap(name, 14)) for name in names], fontsize=8)
+    axis.set_xticks(range(len(across)), ["\n".join(wrap(label(name), 14)) for name in across], fontsize=8)
     axis.set_yticks(range(len(down)), [title(one) for one in down], fontsize=9)
     for tick, one in zip(axis.get_yticklabels(), down, strict=True):
         tick.set_color("0.6" if works(shown, aligned, one) is False else "black")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -69,6 +68,7 @@ def align(model: Any, tokenizer: Any, lr: float = LEARNING_RATE, steps: int = -1
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Align the model, save it, and print its looks at the validation split."""
+    from benchmarks.frontier.bench import Bench
     from examples.get_model import model_dir
     from peft_safety.recipes.load import load_model
 
@@ -82,12 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     model, tokenizer = load_model(str(model_dir()))
     facts = align(model, tokenizer, given.lr, given.steps)
-    staged = given.out.with_name(f".{given.out.name}.part")
-    shutil.rmtree(staged, ignore_errors=True)
-    model.save_pretrained(staged)
-    tokenizer.save_pretrained(staged)
-    (staged / NAME).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    staged.rename(given.out)
+
+    def write(staged: Path) -> None:
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        (staged / NAME).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+    Bench.publish(given.out, write)
     for look in facts["looks"]:
         print(look)
     print(f"kept {facts['kept']}; {time.perf_counter() - started:.0f} s; wrote {given.out}")

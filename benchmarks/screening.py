@@ -24,12 +24,10 @@ import torch
 
 from benchmarks.common import PAGE, RESULTS, add_model, model_name, model_source, parser_of, publish, with_section
 from benchmarks.frontier.attacks import ATTACKS
-from benchmarks.frontier.data import HELD_OUT, resolve
+from benchmarks.frontier.data import HELD_OUT, resolve, task_prompts
 from examples import safety_patch
 from peft_safety import screen
 from peft_safety.data import load, read_jsonl
-from peft_safety.data.chat import classification_prompt
-from peft_safety.data.rows import label_names
 from peft_safety.recipes.load import load_model
 from peft_safety.reporting import render
 from peft_safety.reporting.report import environment
@@ -78,11 +76,6 @@ def poison(folder: Path | None) -> dict[str, list[str]]:
         **{name: [str(ATTACKS[a].forms[form](r)) for r in requests] for name, (a, form) in FORMS.items()},
         "behind a benign one": [f"{harmless[n % len(harmless)]} {request}" for n, request in enumerate(requests)],
     }
-
-
-def task_prompts(split: str) -> list[str]:
-    labels = label_names(load("benign_task"))
-    return [classification_prompt(row["text"], labels) for row in load("benign_task", split)]
 
 
 def benign(folder: Path | None) -> dict[str, list[str]]:

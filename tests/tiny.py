@@ -14,6 +14,16 @@ CHAT_TEMPLATE = (
     "'\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+QUIET = {
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+"""Arguments of a Trainer that logs each step and writes nothing."""
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 

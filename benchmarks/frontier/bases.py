@@ -36,7 +36,7 @@ def inputs(bench: Bench, cell: Cell, rows: Sequence[Any] = ()) -> SafetySubspace
         data = {"harmful": harmful, "general": general[: cell.calibration], "both": harmful[:half] + general[:half]}[
             cell.basis
         ]
-        further = in_data_context(data, rows, own, cell.seed, tokenizer=bench.tokenizer) if own else []
+        further = in_data_context(data, rows, own, cell.seed, tokenizer=bench.tokenizer)
         data = [*data, *in_context(data, contexts, tokenizer=bench.tokenizer), *further]
         return _estimate(bench, data, "guardspace", LARGEST["in"], positions=cell.positions)
 

@@ -106,7 +106,8 @@ class Bench:
                 self.publish(out, lambda staged: (tokenizer.save_pretrained(staged), patched.save_pretrained(staged)))
         return out
 
-    def publish(self, out: Path, write: Callable[[Path], Any]) -> None:
+    @staticmethod
+    def publish(out: Path, write: Callable[[Path], Any]) -> None:
         """Write a directory by one rename: it is complete or not there.
 
         Raises:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_safety.data import load, read_jsonl
+from peft_safety.data.chat import classification_prompt
+from peft_safety.data.rows import label_names
 from peft_safety.errors import DataError
 
 LIMIT = 48
@@ -126,6 +128,12 @@ def banking(folder: Path) -> list[dict[str, Any]]:
     cut = len(train) // 6
     splits = {"validation": train[:cut], "train": train[cut:], "test": test}
     return [{**row, "split": split} for split, rows in splits.items() for row in rows]
+
+
+def task_prompts(split: str) -> list[str]:
+    """The prompts of the package's own task."""
+    labels = label_names(load("benign_task"))
+    return [classification_prompt(row["text"], labels) for row in load("benign_task", split)]
 
 
 def task_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:

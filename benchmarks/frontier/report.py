@@ -35,13 +35,15 @@ def section(results: Path, page: Path = PAGE) -> str:
     split, planned = split_of(rows), plan(list(PLANNED.values()))
     absent = sum(missing(rows, planned).values())
     table = tables.headline(shown, poison)
+    tried = tables.settings(rows) if split == "test" else None
     seeds = sorted({row["cell"]["seed"] for row in rows if row["cell"]["arm"] != "aligned"})
     picture = link(results.parent / "frontier.png", page)
     lines = [
         f"![refusal against accuracy, a panel a share of poison, controls hollow]({picture})",
         "",
-        "\n".join(table.markdown()),
+        *table.markdown(),
         "",
+        *([*tried.markdown(), ""] if tried is not None else []),
         *(f"- **{caveat}**" for caveat in caveats(environment)),
         f"- {split} prompts, seeds {', '.join(map(str, seeds))}; brackets after a rate are 95 % intervals over "
         "prompts, pooled over seeds. Judge: keyword. "
@@ -54,8 +56,6 @@ def section(results: Path, page: Path = PAGE) -> str:
         f"- Cells by device: {devices(rows)}. Environment of the report: {facts(environment)}.",
         "- Written by `python -m benchmarks.frontier --report` (`benchmarks/results/frontier.jsonl`).",
     ]
-    if split == "test" and (tried := tables.settings(rows)) is not None:
-        lines[3:3] = ["", *tried.markdown()]
     if split != "test":
         lines.insert(2, "**Validation prompts only: nothing here is a result.**\n")
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from torch import Tensor
 from peft_safety.core import base_weights as weights
 from peft_safety.core import files, plain_lora
 from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST, PREFIX, broken
-from peft_safety.core.projection import Side, leak, leak_tolerance
+from peft_safety.core.projection import HALF, Side, leak, leak_tolerance
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE_FILE
 from peft_safety.errors import ArtifactError
@@ -221,7 +221,7 @@ def _check_factors(
 
 def half_name(dtype: torch.dtype) -> str | None:
     """`"bfloat16"` or `"float16"`, in which rounding is what leaks; None for fp32."""
-    return str(dtype).removeprefix("torch.") if dtype in (torch.bfloat16, torch.float16) else None
+    return str(dtype).removeprefix("torch.") if dtype in HALF else None
 
 
 def _largest(tensor: Tensor) -> float:

@@ -24,6 +24,7 @@ ORTHONORMAL_TOLERANCE = 1e-5
 #: rounding an exact one to 16 bits at most 0.5.
 FOLD_EPSILONS = 4.0
 FOLD_EPSILONS_HALF = 0.6
+HALF = (torch.bfloat16, torch.float16)
 #: Largest relative leak of a stored fp32 factor that counts as protected.
 LEAK_TOLERANCE = 1e-6
 #: Relative length below which a further direction counts as part of a span: a third of the leak's tolerance, and above
@@ -104,8 +105,7 @@ def delta_leak(u: Tensor, a: Tensor, b: Tensor, side: Side = "out") -> float:
 
 def fold_tolerance(dtype: torch.dtype) -> float:
     """Relative leak below which a factor stored in `dtype` counts as folded."""
-    info = torch.finfo(dtype)
-    return (FOLD_EPSILONS_HALF if info.bits == 16 else FOLD_EPSILONS) * info.eps
+    return (FOLD_EPSILONS_HALF if dtype in HALF else FOLD_EPSILONS) * torch.finfo(dtype).eps
 
 
 def leak_tolerance(dtype: torch.dtype) -> float:

@@ -324,7 +324,7 @@ def _stored(leaf: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def is_half(leaf: ProtectedLinear) -> bool:
     """Whether a factor is held in 16 bits."""
-    return leaf.raw().dtype in (torch.bfloat16, torch.float16)
+    return leaf.raw().dtype in projection.HALF
 
 
 def check_leaf(leaf: nn.Module, name: str, basis: Tensor | None, side: Side, residual: bool = False) -> None:

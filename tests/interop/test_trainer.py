@@ -26,25 +26,14 @@ from tests.interop.helpers import (
     random_subspace,
     token_rows,
 )
-from tests.tiny import tiny_llama
+from tests.tiny import QUIET, tiny_llama
 
 STEPS = 6
 CHECKPOINT = 3
 
 
 def trainer(model: nn.Module, directory: Path, callbacks: Any = (), **options: Any) -> Trainer:
-    options = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        **options,
-    }
+    options = {**QUIET, "max_steps": STEPS, "per_device_train_batch_size": 2, **options}
     arguments = TrainingArguments(output_dir=str(directory), **options)
     return Trainer(
         model=model,

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from peft_safety.data.chat import Collator, encode_rows
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import QUIET, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 REQUESTS = [f"{verb} {thing}" for verb in ("make", "do", "get") for thing in ("bad", "evil", "wrong")]
@@ -47,16 +47,10 @@ def tuned(**options: Any) -> PeftModel:
 
 def trainer(model: Any, folder: Path, callbacks: Any, **options: Any) -> Trainer:
     options = {
+        **QUIET,
         "max_steps": 4,
         "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
         "remove_unused_columns": False,
-        "dataloader_pin_memory": False,
         **options,
     }
     return Trainer(
