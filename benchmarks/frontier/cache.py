@@ -31,6 +31,7 @@ class Cache:
 
     def __init__(self, folder: Path, protocol: Protocol) -> None:
         self.folder, self.protocol = folder, protocol
+        self._paths: dict[Cell, Path] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -40,7 +41,9 @@ class Cache:
 
     def path(self, cell: Cell) -> Path:
         """The file of a cell."""
-        return self.folder / f"{self.protocol.key(cell)}.json"
+        if cell not in self._paths:
+            self._paths[cell] = self.folder / f"{self.protocol.key(cell)}.json"
+        return self._paths[cell]
 
     def get(self, cell: Cell) -> dict[str, Any] | None:
         """The result of a finished cell, or None.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 from benchmarks.frontier.cells import Cell
 from peft_safety.errors import ConfigError
@@ -172,6 +173,7 @@ def plan(
     )
 
 
+@cache
 def name_of(cell: Cell) -> str:
     """The name of a cell's method, with the settings that are not its defaults."""
     bare = cell.method

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from peft_safety.core import scales
 from peft_safety.core.experts import expert_shape, stacked_weight
+from peft_safety.core.projection import all_finite
 from peft_safety.errors import SubspaceError, UnsupportedLayerError
 
 SAMPLES = 256
@@ -244,7 +245,7 @@ def fingerprint(layer: nn.Module, name: str) -> Tensor:
         values = scales.sample_forward(layer, name, *_sampled(*shape(layer)), shape(layer)[1])
     else:
         values = sample(dense_weight(layer, name))
-    if not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         raise SubspaceError(f"{name}: the base weight {shape(layer)} holds NaN or Inf. Load intact base weights.")
     return values
 

@@ -51,6 +51,8 @@ def original(module: nn.Module) -> nn.Module:
 
 
 def own_name(name: str) -> str:
+    if not any(wrapper in name for wrapper in WRAPPERS):
+        return name
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_safety.core import files, publish
 from peft_safety.core.certificate import FILE_NAME as CERTIFICATE
 from peft_safety.core.names import pattern_value, pin
+from peft_safety.core.projection import all_finite
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError
 
 if TYPE_CHECKING:  # importing PEFT registers the methods, which import this module
@@ -249,7 +249,7 @@ def read_tensor(handle: Any, path: Path, key: str, dtypes: tuple[str, ...]) -> T
     if dtype not in dtypes:
         raise broken(path, f"{key} is {dtype}; an adapter holds {', '.join(dtypes)}")
     tensor: Tensor = handle.get_tensor(key)
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise broken(path, f"{key} {tuple(tensor.shape)} holds NaN or Inf")
     return tensor
 

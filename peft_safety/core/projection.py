@@ -9,6 +9,7 @@ Two constraints keep a factor out of the span of `u`: "out" (`lora_B`) and "in" 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -121,6 +122,11 @@ def fold_(u: Tensor, w: Tensor, side: Side = "out") -> bool:
             return done > 0
         w.copy_(project_out(u.double(), w.double(), side))
     return True
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no value is NaN or Inf. The sum shows it at a fraction of the cost, unless it overflows."""
+    return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())
 
 
 def orthonormality_error(u: Tensor) -> float:

@@ -4,6 +4,7 @@ does to the directory meanwhile.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -32,8 +33,8 @@ PAUSE = 0.02
 
 class Snapshot:
     """Copies of an adapter's files in a temporary directory, which goes with this object. `source` is the directory
-    that was copied, `path` the copy. An ArtifactError refuses what is no regular file, claims more than it holds, or
-    keeps changing, and a mixture of two saves.
+    that was copied, `path` the copy, `worst_leak` that of its factors, once they are checked. An ArtifactError refuses
+    what is no regular file, claims more than it holds, or keeps changing, and a mixture of two saves.
     """
 
     _live: ClassVar[weakref.WeakValueDictionary[Path, Snapshot]] = weakref.WeakValueDictionary()
@@ -41,6 +42,7 @@ class Snapshot:
     def __init__(self, source: Path, warn: bool = False) -> None:
         try:
             self.source, self.path = source, Path(tempfile.mkdtemp(prefix="peft_safety-"))
+            self.worst_leak = math.inf
         except OSError as error:
             raise ArtifactError(f"{source} cannot be copied: {error}. Set TMPDIR to a writable directory.") from error
         weakref.finalize(self, _remove, self.path, os.getpid())

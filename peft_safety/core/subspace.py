@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from peft_safety.core import base_weights as weights
 from peft_safety.core import subspace_file
 from peft_safety.core.names import exclusion_pattern, listed
-from peft_safety.core.projection import ORTHONORMAL_TOLERANCE, SIDES, Side, orthonormality_error, orthonormalize, union
+from peft_safety.core.projection import (
+    ORTHONORMAL_TOLERANCE,
+    SIDES,
+    Side,
+    all_finite,
+    orthonormality_error,
+    orthonormalize,
+    union,
+)
 from peft_safety.errors import ConfigError, SubspaceError
 
 UNREACHED, NARROW = "unreached", "narrow"
@@ -322,7 +330,7 @@ def _check_basis(u: Tensor, name: str, side: Side) -> None:
             f"{name}: k = {k} directions of {d} {kind} features leave nothing to train. Use a rank below {d}, a "
             "smaller energy, or leave it out."
         )
-    if not bool(torch.isfinite(u).all()):
+    if not all_finite(u):
         raise SubspaceError(f"{what} holds NaN or Inf. Calibrate again.")
     error = orthonormality_error(u)
     # rounding the columns moves their products by up to twice the unit roundoff, which is half of epsilon
@@ -334,7 +342,7 @@ def _check_basis(u: Tensor, name: str, side: Side) -> None:
 
 
 def _check_values(x: Tensor, shape: tuple[int, ...], what: str) -> None:
-    if tuple(x.shape) != shape or not bool(torch.isfinite(x).all()):
+    if tuple(x.shape) != shape or not all_finite(x):
         raise SubspaceError(f"{what} {tuple(x.shape)} does not hold {shape[0]} finite values. Calibrate again.")
 
 

@@ -9,6 +9,7 @@ happens wherever somebody may look past the forward: when `.weight` is read, on 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -91,8 +92,11 @@ class ProtectedLinear(nn.Linear):
     def replacing(cls, linear: nn.Module, basis: Tensor | None, side: Side, residual: bool = False) -> ProtectedLinear:
         """A leaf around the very Parameter of `linear`, on its device. `residual` allocates `initial`, as zeros."""
         weight: nn.Parameter = linear._parameters["weight"]  # type: ignore[assignment]
-        leaf = cls(int(linear.in_features), int(linear.out_features), bias=False, device="meta")  # type: ignore[arg-type]
+        leaf = cls.__new__(cls)
+        nn.Module.__init__(leaf)  # not nn.Linear's, which would make a weight first
+        leaf.in_features, leaf.out_features = int(linear.in_features), int(linear.out_features)  # type: ignore[arg-type]
         leaf.side, leaf.weight = side, weight
+        leaf.register_parameter("bias", None)
         device = torch.device("cpu") if weight.is_meta else weight.device
         leaf.register_buffer("basis", None if basis is None else placed(basis, device), persistent=False)
         initial = torch.zeros(weight.shape, device=device, dtype=weight.dtype) if residual else None
@@ -287,13 +291,15 @@ def lay_out(module: nn.Module) -> bool:
     return changed
 
 
-def lay_out_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Move what an adapter holds (factors, modules saved with them) to where new tensors would lie, and fold it."""
+def lay_out_adapter(model: nn.Module, adapter_name: str, leak: float = math.inf) -> None:
+    """Move what an adapter holds (factors, modules saved with them) to where new tensors would lie, and fold it unless
+    no factor has more than this leak and that is little enough.
+    """
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == adapter_name:
             for part in module.modules():
                 lay_out(part)
-                if isinstance(part, ProtectedLinear):
+                if isinstance(part, ProtectedLinear) and leak > projection.fold_tolerance(part.raw().dtype):
                     part.fold()
 
 

@@ -68,7 +68,7 @@ def attach(
         )
     config.subspace = subspace
     config._modules = reuse.sizes(layers, adapter_name)
-    bind(layers, adapter_name, config)
+    bind(layers, adapter_name, config, fold=config._stored is None)  # stored factors come next
     if config.freezes:
         frozen.start(model, layers, adapter_name, config)
         if isinstance(asked["subspace"], (str, os.PathLike)) and asked["subspace"] != "auto":
@@ -81,8 +81,8 @@ def attach(
     return left_out
 
 
-def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig) -> None:
-    """Replace the factors by leaves with the config's bases, or give existing leaves these bases."""
+def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig, *, fold: bool = True) -> None:
+    """Replace the factors by leaves with the config's bases, or give existing leaves these bases, and fold them."""
     existing: dict[ProtectedLinear, Tensor | None] = {}
     for name, layer in layers.items():
         adopt(layer)
@@ -93,7 +93,7 @@ def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedCo
             else:
                 factor[adapter_name] = ProtectedLinear.replacing(old, basis, side, residual=config.residual)
     rebase(existing)
-    for name, layer in layers.items():
+    for name, layer in layers.items() if fold else ():
         for factor, _, _ in sides(layer, config, name):
             factor[adapter_name].fold()
 

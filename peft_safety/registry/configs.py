@@ -60,7 +60,9 @@ def config_from_pretrained(
                 if caller not in ("peft", "transformers"):
                     return config  # a config alone, saved before any adapter was made from it
                 raise ArtifactError(f"{source!r} holds a config without its {ADAPTER_FILE}. Copy the whole directory.")
-            take_over(config, check_adapter(snapshot.path))
+            stored = check_adapter(snapshot.path)
+            snapshot.worst_leak = stored.worst_leak
+            take_over(config, stored)
     config._snapshot = snapshot
     return config
 

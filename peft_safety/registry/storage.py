@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import sys
 import warnings
@@ -19,7 +20,7 @@ from peft_safety.core.certificate import FILE_NAME as CERTIFICATE
 from peft_safety.core.names import places, relocated
 from peft_safety.core.plain_lora import ADAPTER_FILE, CARD, MANIFEST, PREFIX, rewrite
 from peft_safety.core.publish import copy_own, is_interrupted, publishing, recover
-from peft_safety.core.snapshot import named
+from peft_safety.core.snapshot import Snapshot, named
 from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.layers.adapters import adapter_layers
@@ -164,7 +165,9 @@ def _load(
         with deferred_folds():
             result = original(self, folder, adapter_name, *args, **kwargs)
         if isinstance(self.peft_config.get(adapter_name), ProtectedConfig):
-            lay_out_adapter(self, adapter_name)  # with low_cpu_mem_usage the factors lie in the file's memory
+            snapshot = Snapshot.of(Path(folder))
+            leak = math.inf if snapshot is None else snapshot.worst_leak
+            lay_out_adapter(self, adapter_name, leak)  # with low_cpu_mem_usage the factors lie in the file's memory
         for name, leaf in protected_leaves(self):  # PEFT's eval() in the block folded no other adapter either
             if not leaf.training and name.rpartition(".")[2] != adapter_name:
                 leaf.fold()
