@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from benchmarks.frontier.plan import METHODS, name_of
 from benchmarks.frontier.results import Row
 from peft_safety.errors import DataError
 from peft_safety.evaluation import Rate
+from peft_safety.evaluation.metrics import Paired
 
 RATES = {
     "refusal": "refusal, harmful",
@@ -166,42 +166,6 @@ def harmful_sets(row: Row) -> list[str]:
         for name in row["verdicts"][row["judge"]]
         if name == HARMFUL or (name != CONTRAST and not name.endswith("_safe"))
     ]
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Two arms on the same `n` items: how many only the one, only the other succeeds on."""
-
-    only_first: int
-    only_second: int
-    n: int
-
-    def __post_init__(self) -> None:
-        if min(self.only_first, self.only_second) < 0:
-            raise DataError(f"{self.only_first} and {self.only_second} discordant items: counts are not negative.")
-
-    @classmethod
-    def of(cls, first: Sequence[bool], second: Sequence[bool]) -> Paired:
-        """Compare outcomes item by item."""
-        if len(first) != len(second) or not first:
-            raise DataError(f"{len(first)} and {len(second)} outcomes are no pairs. Measure both arms on equal items.")
-        pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
-        return cls(pairs.count((True, False)), pairs.count((False, True)), len(pairs))
-
-    @property
-    def p_value(self) -> float:
-        """Exact two-sided p-value: how likely a split of the discordant items as uneven as this one is by chance.
-
-        Reference: Q. McNemar, Psychometrika 12 (1947); the exact form is the sign test.
-        """
-        discordant = self.only_first + self.only_second
-        tail = sum(math.comb(discordant, k) for k in range(min(self.only_first, self.only_second) + 1))
-        return min(1.0, 2 * tail / 2**discordant)
-
-    @property
-    def difference(self) -> float:
-        """Rate of the first arm less that of the second."""
-        return (self.only_first - self.only_second) / self.n
 
 
 def pairs(first: Point, second: Point, what: str = "refusal") -> Paired | None:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.frontier.aggregate import RATES, Paired, Points, cost, label, names, pairs, pooled, shares
+from benchmarks.frontier.aggregate import RATES, Points, cost, label, names, pairs, pooled, shares
 from benchmarks.frontier.cells import cell_of
 from benchmarks.frontier.plan import METHODS, name_of
 from benchmarks.frontier.results import Row
 from peft_safety.evaluation import Rate
+from peft_safety.evaluation.metrics import Paired
 
 NOTHING = "-"
 

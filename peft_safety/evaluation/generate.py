@@ -1,8 +1,9 @@
-"""Batched greedy generation through the model's chat template."""
+"""Batched generation through the model's chat template."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -44,19 +45,24 @@ def generate(
     description: str = "generating",
     progress: bool = True,
     rendered: bool = False,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[Generation]:
-    """Greedy responses, in the order of `prompts`. Padding is on the left; the model's own sampling defaults and its
-    training mode are left as they were.
+    """Responses, in the order of `prompts`. Padding is on the left; the model's own sampling defaults and its training
+    mode are left as they were.
 
     Args:
         prompts: user turns, or message lists that end with a user turn.
         max_new_tokens: tokens generated at most.
         description: of the progress bar, which `progress` shows on stderr.
         rendered: the prompts are texts that need no chat template, or their tokens.
+        temperature, seed: of sampling; 0 is greedy. The state of torch's random numbers is put back.
 
     Raises:
         DataError: no prompts, or a tokenizer without chat template or pad token.
     """
+    import torch
+
     if not prompts:
         raise DataError("no prompts to generate from. Give at least one.")
     turns = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -65,8 +71,12 @@ def generate(
         cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"] if isinstance(text, str) else text)
         for text in texts
     ]
-    run = partial(_generate_batch, model, tokenizer, max_new_tokens)
-    return in_batches(model, ids, len, run, batch_size, description, progress)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {}
+    run = partial(_generate_batch, model, tokenizer, max_new_tokens, **sampling)
+    with torch.random.fork_rng() if sampling else nullcontext():
+        if sampling:
+            torch.manual_seed(seed)
+        return in_batches(model, ids, len, run, batch_size, description, progress)
 
 
 def in_batches(

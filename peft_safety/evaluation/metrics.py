@@ -88,6 +88,42 @@ class Mean:
         return f"{self.value:.2f} [{low:.2f}, {high:.2f}]"
 
 
+@dataclass(frozen=True)
+class Paired:
+    """Two arms on the same `n` items: how many only the one, only the other succeeds on."""
+
+    only_first: int
+    only_second: int
+    n: int
+
+    def __post_init__(self) -> None:
+        if min(self.only_first, self.only_second) < 0:
+            raise DataError(f"{self.only_first} and {self.only_second} discordant items: counts are not negative.")
+
+    @classmethod
+    def of(cls, first: Sequence[bool], second: Sequence[bool]) -> Paired:
+        """Compare outcomes item by item."""
+        if len(first) != len(second) or not first:
+            raise DataError(f"{len(first)} and {len(second)} outcomes are no pairs. Measure both arms on equal items.")
+        pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
+        return cls(pairs.count((True, False)), pairs.count((False, True)), len(pairs))
+
+    @property
+    def p_value(self) -> float:
+        """Exact two-sided p-value: how likely a split of the discordant items as uneven as this one is by chance.
+
+        Reference: Q. McNemar, Psychometrika 12 (1947); the exact form is the sign test.
+        """
+        discordant = self.only_first + self.only_second
+        tail = sum(math.comb(discordant, k) for k in range(min(self.only_first, self.only_second) + 1))
+        return min(1.0, 2 * tail / 2**discordant)
+
+    @property
+    def difference(self) -> float:
+        """Rate of the first arm less that of the second."""
+        return (self.only_first - self.only_second) / self.n
+
+
 Figure = Rate | Mean
 
 

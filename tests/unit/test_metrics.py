@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.frontier.aggregate import Paired
 from peft_safety.errors import DataError
-from peft_safety.evaluation.metrics import Mean, Rate, figure_from_json, wilson_interval
+from peft_safety.evaluation.metrics import Mean, Paired, Rate, figure_from_json, wilson_interval
 
 counts = st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 

@@ -1,0 +1,105 @@
+"""The command after training: evaluate."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Exit, Option
+
+from peft_safety.cli import options as opt
+from peft_safety.cli.common import app, show
+from peft_safety.errors import ConfigError
+
+SUMMARY = "GITHUB_STEP_SUMMARY"
+"""The environment variable with the file of GitHub's summary page."""
+FAILED = 1
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, Option("--model", "-m", help="The base model; with --url the name that the server has.")],
+    adapter: Annotated[
+        list[str] | None,
+        Option("--adapter", "-a", help="An adapter, or another model, to compare with it; may be repeated."),
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        Option("--set", "-s", help="Name or file of prompts or task rows; may be repeated. Default: packaged."),
+    ] = None,
+    judge: Annotated[
+        list[str] | None, Option("--judge", "-j", help="Name or model id; two show their agreement. Default: keyword.")
+    ] = None,
+    limit: Annotated[int | None, Option(min=1, help="Prompts of each set at most.")] = None,
+    gate: Annotated[
+        str | None, Option(help="Exit with 1 unless, e.g.: refusal>=0.95*base, over_refusal<=base+0.03.")
+    ] = None,
+    baseline: Annotated[
+        Path | None, Option(help="Report of an earlier run, whose base figures are taken instead.")
+    ] = None,
+    junit: Annotated[Path | None, Option(help="Write the gate's outcomes here, for a CI server.")] = None,
+    out: Annotated[Path | None, Option(help="Directory for report.json and report.png.")] = None,
+    max_new_tokens: Annotated[
+        int | None, Option(help="Tokens of each answer; default 16 for the keyword judge alone, else 128.")
+    ] = None,
+    samples: Annotated[int, Option(help="Answers a prompt, of which the worst counts; needs --temperature.")] = 1,
+    temperature: Annotated[float, Option(help="Of sampling; 0 is greedy.")] = 0.0,
+    contexts: Annotated[int, Option(help="Ask each prompt again behind so many random contexts.")] = 0,
+    system: Annotated[str, Option(help="Ask each prompt again under this system prompt.")] = "",
+    prefix: Annotated[str, Option(help="Ask each prompt again behind this text.")] = "",
+    url: Annotated[
+        str | None, Option(help="OpenAI-compatible server of the models; the key is OPENAI_API_KEY's.")
+    ] = None,
+    judge_url: Annotated[str | None, Option(help="OpenAI-compatible server of the judges.")] = None,
+    keep_responses: Annotated[
+        Path | None, Option(help="New file for the answers, readable by you only. Without: not kept.")
+    ] = None,
+    load_in_4bit: Annotated[bool, Option("--load-in-4bit", help="Load the models in NF4.")] = False,
+    batch_size: Annotated[int, Option(min=1, help="Prompts at once.")] = 32,
+    seed: Annotated[int, Option(help="Of drawn prompts, samples and contexts.")] = 0,
+    config: opt.Config = None,
+    json: opt.Json = False,
+) -> None:
+    """Compare adapters with their base model on the same prompts: refusal, over-refusal, task; with a gate for CI."""
+    if junit is not None and gate is None:
+        raise ConfigError("--junit writes the outcomes of --gate. Give both.")
+    from peft_safety.evaluation import gate as gates
+    from peft_safety.evaluation.asking import Asking
+    from peft_safety.evaluation.judges import judge as judge_of
+    from peft_safety.evaluation.sets import named_sets
+    from peft_safety.recipes import compare as run
+    from peft_safety.reporting.report import Report
+
+    wanted = [] if gate is None else gates.conditions(gate)
+    names = judge or ["keyword"]
+    tokens = max_new_tokens or (16 if names == ["keyword"] else 128)
+    asking = Asking(tokens, samples, temperature, seed, contexts, system, prefix)
+    if keep_responses is not None:
+        run.check_new(keep_responses)
+    earlier = None if baseline is None else Report.load(baseline)
+    drawn = [part for name in sets or ["packaged"] for part in named_sets(name, limit=limit, seed=seed)]
+    judges = [judge_of(name, url=judge_url if name != "keyword" else None) for name in names]
+    others, with_base = adapter or [], earlier is None
+    if url is not None:
+        arms = run.served_arms(url, model, others, asking, with_base=with_base)
+    else:
+        options: dict[str, Any] = {"batch_size": batch_size, "progress": not json}
+        arms = run.local_arms(model, others, asking, load_in_4bit=load_in_4bit, with_base=with_base, **options)
+    result = run.compare(arms, drawn, judges, asking, baseline=earlier, responses=keep_responses)
+    compared = {name: values for name, values in result.values.items() if name != run.BASE or not others}
+    base = result.values.get(run.BASE)
+    outcomes = [condition.check(arm, values, base) for arm, values in compared.items() for condition in wanted]
+    if out is not None:
+        result.report.save(out / "report.json")
+        result.report.save_png(out / "report.png")
+    if junit is not None:
+        gates.write_junit(outcomes, junit)
+    if (summary := os.environ.get(SUMMARY)) and outcomes:
+        with open(summary, "a", encoding="utf-8") as file:
+            file.write(f"{result.report.card()}\n{gates.markdown(outcomes)}\n")
+    facts = {**result.report.to_json(), "gate": [vars(outcome) for outcome in outcomes]}
+    written = [] if out is None else [f"written to {out}"]
+    show(facts, json, result.report.print, *map(str, outcomes), *written)
+    if not all(outcome.passed for outcome in outcomes):
+        raise Exit(FAILED)
