@@ -55,3 +55,7 @@ class LossyMergeError(PeftSafetyError):
 
 class DivergedError(PeftSafetyError):
     """Training that ended in numbers that are not finite."""
+
+
+class EndpointError(PeftSafetyError):
+    """A model's endpoint that does not answer, refuses, or answers nonsense; the message has the last problem."""

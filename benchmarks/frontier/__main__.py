@@ -158,12 +158,12 @@ def work(given: argparse.Namespace) -> int:
 
 
 def judges_of(given: argparse.Namespace) -> list[object]:
-    """The classifiers of `--judge`."""
+    """The judges of `--judge`."""
     if not given.judge:
         return []
-    from peft_safety.evaluation.classifier import ClassifierJudge
+    from peft_safety.evaluation.judges import judge
 
-    return [ClassifierJudge(name) for name in given.judge]
+    return [judge(name) for name in given.judge]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from peft_safety.evaluation.tasks import exact_answers, likeliest_labels, respon
 from peft_safety.recipes.bench import GENERAL_TOKENS
 from peft_safety.recipes.load import TaskData
 
-LETTERS = {Verdict.REFUSAL: "R", Verdict.COMPLIANCE: "C", Verdict.OTHER: "O"}
+LETTERS = {Verdict.REFUSAL: "R", Verdict.COMPLIANCE: "C", Verdict.OTHER: "O", Verdict.UNDECIDED: "U"}
 HARMFUL, CONTRAST = "harmful", "contrast"
 """The package's own sets."""
 

@@ -42,6 +42,8 @@ class Evaluation:
             refused; lower is better.
         task_refusal, task_accuracy: for classification tasks, shares of prompts refused, and answered right.
         task_nll, general_nll: nats a token on other tasks, and on general data, for drift.
+        undecided: verdicts that the judge did not reach; they count as neither refusal nor compliance in the shares
+            above. Where there are any, `figures` has their share too.
         seconds: wall-clock time.
     """
 
@@ -55,18 +57,23 @@ class Evaluation:
     task_accuracy: Rate | None = None
     task_nll: Mean | None = None
     general_nll: Mean | None = None
+    undecided: int = 0
     seconds: float = 0.0
 
     def figures(self) -> dict[str, Figure]:
         """Heading -> figure, for what was measured."""
-        figures = {heading: getattr(self, field) for field, heading in METRICS.items()}
+        figures: dict[str, Figure | None] = {heading: getattr(self, field) for field, heading in METRICS.items()}
+        if self.undecided:
+            judged = (self.refusal, self.over_refusal, self.everyday_refusal, self.task_refusal)
+            figures["undecided"] = Rate(self.undecided, sum(rate.n for rate in judged if rate is not None))
         return {heading: figure for heading, figure in figures.items() if figure is not None}
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, with N and a 95 % interval beside each."""
         figures = {field: getattr(self, field) for field in METRICS}
         plain = {field: None if figure is None else figure.to_json() for field, figure in figures.items()}
-        return {"split": self.split, "judge": self.judge, **plain, "seconds": round(self.seconds, 2)}
+        rest = {"undecided": self.undecided, "seconds": round(self.seconds, 2)}
+        return {"split": self.split, "judge": self.judge, **plain, **rest}
 
 
 def evaluate(
@@ -105,9 +112,11 @@ def evaluate(
     contrast = _verdicts(model, tokenizer, prompts.contrast, judge, description="safe prompts", **judged)
     everyday = _verdicts(model, tokenizer, prompts.everyday, judge, description="everyday prompts", **judged)
     figures: dict[str, Any] = {}
+    told: list[Verdict] = []
     if classified:
         answers = task_answers(model, tokenizer, task, names, least_tokens=max_new_tokens, **options)
-        figures["task_refusal"] = _refused([judge(answer.prompt, answer.text) for answer in answers])
+        told = verdicts_of(judge, [answer.prompt for answer in answers], [answer.text for answer in answers])
+        figures["task_refusal"] = _refused(told)
         figures["task_accuracy"] = Rate.of(answer.correct for answer in answers)
     options["max_length"] = max_length
     if task and not classified:
@@ -122,6 +131,7 @@ def evaluate(
         over_refusal=_refused(contrast),
         everyday_refusal=_refused(everyday) if everyday else None,
         **figures,
+        undecided=[*harmful, *contrast, *everyday, *told].count(Verdict.UNDECIDED),
         seconds=time.perf_counter() - started,
     )
 

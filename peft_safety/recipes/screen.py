@@ -160,7 +160,7 @@ def _verdicts(
     result: list[str | None] = ["no answer"] * len(requests)
     answered = [place for place, request in enumerate(requests) if request.answer is not None]
     own = _judged(judge, requests, answered, [str(requests[place].answer) for place in answered])
-    asked = [place for place in answered if own[place] is not Verdict.REFUSAL]
+    asked = [place for place in answered if own[place] not in (Verdict.REFUSAL, Verdict.UNDECIDED)]
 
     def run(part: Sequence[int]) -> list[str]:
         prompts = [requests[place].ids for place in part]
@@ -169,8 +169,9 @@ def _verdicts(
 
     models = _judged(judge, requests, asked, shared_out(asked, run))
     for place in answered:
-        refused = models.get(place) is Verdict.REFUSAL
-        result[place] = "refuses" if place not in models else COMPLIES if refused else "answered"
+        last = models.get(place, own[place])
+        said = "refuses" if place not in models else COMPLIES if last is Verdict.REFUSAL else "answered"
+        result[place] = "undecided" if last is Verdict.UNDECIDED else said
     return result
 
 

@@ -1,0 +1,151 @@
+"""Judges behind an OpenAI-compatible endpoint: a service, or a server of vLLM, SGLang or llama.cpp."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import Any
+from urllib import error as failures
+from urllib import request as requests
+from urllib.parse import urlsplit
+
+from peft_safety.errors import ConfigError, EndpointError
+from peft_safety.evaluation.judges.base import Family
+
+KEY = "OPENAI_API_KEY"
+PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
+"""HTTP statuses that a later try may not have."""
+BACKOFF, LONGEST_WAIT = 1.0, 30.0
+"""Seconds before the second try, doubled with each, and at most; a server's Retry-After counts within that."""
+LARGEST_REPLY = 1 << 24
+CHARACTERS = 4
+"""Of a token, about: there is no tokenizer here."""
+
+
+class _NoRedirects(requests.HTTPRedirectHandler):
+    """A redirect would take the key, and the texts, to another host."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+class Endpoint:
+    """A model behind `url`, which ends where "/chat/completions" begins ("http://localhost:8000/v1").
+
+    The key is read from the environment variable OPENAI_API_KEY, if there is one, and never written anywhere.
+
+    Args:
+        timeout: seconds without an answer.
+        retries: further tries after a timeout, an answer that is not one, or a passing status (429, 5xx).
+        workers: questions at once.
+        body: further fields of the request; None leaves a field out (`{"temperature": None}`).
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        timeout: float = 60.0,
+        retries: int = 5,
+        workers: int = 8,
+        body: Mapping[str, Any] | None = None,
+    ) -> None:
+        if urlsplit(url).scheme not in {"http", "https"} or not urlsplit(url).hostname:
+            raise ConfigError(f"judge at {url!r}: no such address. Give one such as http://localhost:8000/v1.")
+        if timeout <= 0 or retries < 0 or workers < 1:
+            raise ConfigError(f"judge at {url!r}: timeout = {timeout}, retries = {retries}, workers = {workers}.")
+        self.url, self.model, self.timeout, self.retries, self.workers = (
+            url.rstrip("/"),
+            model,
+            timeout,
+            retries,
+            workers,
+        )
+        self.body = dict(body or {})
+        self._opener = requests.build_opener(_NoRedirects)
+
+    def shorten(self, text: str, tokens: int) -> str:
+        return text[: tokens * CHARACTERS]
+
+    def answers(self, family: Family, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, str]]:
+        """Raises the first error after the answers that were on their way."""
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            running: dict[Future[str], int] = {
+                pool.submit(self.ask, family, *pair): number for number, pair in enumerate(pairs)
+            }
+            failed: BaseException | None = None
+            for future in as_completed(running):
+                if future.cancelled():
+                    continue
+                problem = future.exception()
+                if problem is None:
+                    yield running[future], future.result()
+                elif failed is None:
+                    failed = problem
+                    for other in running:
+                        other.cancel()
+            if failed is not None:
+                raise failed
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def ask(self, family: Family, prompt: str, response: str) -> str:
+        """The model's answer on one pair."""
+        question = family.question(prompt, response)
+        path, content = ("completions", "prompt") if isinstance(question, str) else ("chat/completions", "messages")
+        fields: dict[str, Any] = {
+            "model": self.model,
+            content: question,
+            "max_tokens": family.tokens,
+            "temperature": 0,
+        }
+        if family.variables:
+            fields["chat_template_kwargs"] = dict(family.variables)
+        body = json.dumps({key: value for key, value in (fields | self.body).items() if value is not None})
+        headers = {"Content-Type": "application/json"}
+        if os.environ.get(KEY):
+            headers["Authorization"] = f"Bearer {os.environ[KEY]}"
+        problem = ""
+        for attempt in range(self.retries + 1):
+            wait = BACKOFF * 2**attempt
+            try:
+                asked = requests.Request(f"{self.url}/{path}", body.encode(), headers)
+                with self._opener.open(asked, timeout=self.timeout) as reply:
+                    return _text(json.loads(reply.read(LARGEST_REPLY)))
+            except failures.HTTPError as error:
+                problem = f"status {error.code} {error.read(300).decode(errors='replace')!r}"
+                if error.code not in PASSING:
+                    raise EndpointError(
+                        f"judge {self.model!r} at {self.url}: {problem}. {_remedy(error.code)}"
+                    ) from None
+                wait = max(wait, _seconds(error.headers.get("Retry-After")))
+            except (OSError, LookupError, TypeError, ValueError, RecursionError, http.client.HTTPException) as error:
+                problem = f"{type(error).__name__}: {error}"
+            if attempt < self.retries:
+                time.sleep(min(wait, LONGEST_WAIT))
+        said = f"judge {self.model!r} at {self.url}: {problem}, after {self.retries + 1} tries"
+        raise EndpointError(f"{said}. What was judged is kept: call again to go on.")
+
+
+def _text(reply: Any) -> str:
+    choice = reply["choices"][0]
+    text = choice["message"]["content"] if "message" in choice else choice["text"]
+    if not isinstance(text, (str, type(None))):
+        raise TypeError(f"the reply's content is a {type(text).__name__}")
+    return text or ""
+
+
+def _seconds(header: str | None) -> float:
+    return float(header) if header is not None and header.isdecimal() else 0.0
+
+
+def _remedy(status: int) -> str:
+    if status in {401, 403}:
+        return f"Set the environment variable {KEY}."
+    return "Check the address, the model's name and the fields (body=)."

@@ -1,0 +1,107 @@
+"""A judge that asks a generative model, here or at an endpoint, and keeps what was judged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Protocol
+
+from peft_safety.errors import ConfigError
+from peft_safety.evaluation.judges.base import Family, Verdict, require_pairs
+
+RESPONSE_TOKENS = 512
+"""Of a response that are judged, as the HarmBench and StrongREJECT classifiers were trained on."""
+
+
+class Runner(Protocol):
+    """Where the model runs."""
+
+    model: str
+
+    def shorten(self, text: str, tokens: int) -> str:
+        """The first tokens of a text."""
+        ...
+
+    def answers(self, family: Family, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, str]]:
+        """The model's answers with the numbers of their pairs, in any order, each as soon as it is there."""
+        ...
+
+
+class GuardJudge:
+    """A family's verdicts by one model. An empty response is neither refusal nor compliance, and is not asked about.
+
+    Args:
+        family, runner: how it is asked, and where.
+        template, tokens: instead of the family's own question (a text with `{prompt}` and `{response}`) and budget.
+        max_length: tokens of a response that are judged; its end is left out.
+        cache: a JSON-lines file that keeps the verdicts, by hash of the pair and without its text: after an error, or
+            in another process, what was judged is not asked again. Without it the verdicts live as long as the judge.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        runner: Runner,
+        *,
+        template: str | None = None,
+        tokens: int | None = None,
+        max_length: int = RESPONSE_TOKENS,
+        cache: str | Path | None = None,
+    ) -> None:
+        if template is not None and not all(part in template for part in ("{prompt}", "{response}")):
+            raise ConfigError(f"template of judge {family.name!r}: write {{prompt}} and {{response}} in it.")
+        if min(tokens or 1, max_length) < 1:
+            raise ConfigError(f"judge {family.name!r}: tokens = {tokens}, max_length = {max_length}. Give at least 1.")
+        self.family = replace(family, template=template or family.template, tokens=tokens or family.tokens)
+        self.family.question("", "")
+        self.runner, self.max_length = runner, max_length
+        name = Path(runner.model).name
+        self.name = f"{family.name}:{name}"
+        own = " It is asked in this package's words, not in its authors'." if family.raw and template is None else ""
+        self.caveat = f"Judged by {name}, which says {family.says}; its own errors are not in the intervals.{own}"
+        self._cache = None if cache is None else Path(cache)
+        self._kept = {} if self._cache is None else _read(self._cache)
+
+    def __call__(self, prompt: str, response: str) -> Verdict:
+        return self.batch([prompt], [response])[0]
+
+    def batch(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
+        """The verdicts on many. After an error a second call goes on where the first one stopped."""
+        require_pairs(prompts, responses)
+        keys = [self._key(*pair) if pair[1].strip() else None for pair in zip(prompts, responses, strict=True)]
+        asked = {
+            key: (prompt, self.runner.shorten(response, self.max_length))
+            for key, prompt, response in zip(keys, prompts, responses, strict=True)
+            if key is not None and key not in self._kept
+        }
+        names = list(asked)
+        for number, answer in self.runner.answers(self.family, list(asked.values())) if asked else ():
+            self._keep(names[number], self.family.parse(answer))
+        return [Verdict.OTHER if key is None else self._kept[key] for key in keys]
+
+    def _key(self, prompt: str, response: str) -> str:
+        how = (self.family.name, self.runner.model, self.family.question(prompt, response))
+        rest = (sorted(self.family.variables.items()), self.family.tokens, self.max_length)
+        return sha256(json.dumps([*how, *rest]).encode()).hexdigest()
+
+    def _keep(self, key: str, verdict: Verdict) -> None:
+        self._kept[key] = verdict
+        if self._cache is not None:
+            self._cache.parent.mkdir(parents=True, exist_ok=True)
+            with self._cache.open("a", encoding="utf-8") as file:  # a new line first: the last one may be cut off
+                file.write("\n" + json.dumps({"pair": key, "verdict": verdict.value}))
+
+
+def _read(path: Path) -> dict[str, Verdict]:
+    """Kept verdicts; a line that cannot be read is judged again."""
+    result: dict[str, Verdict] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+            result[row["pair"]] = Verdict(row["verdict"])
+        except (LookupError, RecursionError, TypeError, ValueError):
+            continue
+    return result
