@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from peft_safety import screen
 from peft_safety.errors import CalibrationError, ConfigError, DataError
+from peft_safety.evaluation.judges import Verdict
 from peft_safety.recipes import screen as recipe
 from peft_safety.recipes.load import load_model
 from peft_safety.screening import screen as fitting
@@ -39,6 +40,28 @@ LONG = {"prompt": harmless(1) * 40 + harmful(50), "response": "yes"}
 
 def numbers(rows):
     return [row.number for row in rows]
+
+
+def test_an_undecided_verdict_drops_no_row():
+    """Neither on the row's own answer, of which the model is then not asked, nor on the model's."""
+
+    class Undecided(MarkedJudge):
+        def __call__(self, prompt: str, response: str) -> Verdict:
+            known = super().__call__(prompt, response)
+            unread = {harmful(50): "yes", harmful(53): None}
+            return Verdict.UNDECIDED if unread.get(prompt, "") in (response, None) and response != "no" else known
+
+    judge = Undecided()
+    rows = [ROWS[0], *ROWS[1:4], {"prompt": harmful(53), "response": "fine"}]
+    result = screen(MODEL, rows, judge=judge, **COMMON)
+    assert [(row.number, row.verdict) for row in result.flagged] == [
+        (1, "undecided"),
+        (2, "answered"),
+        (3, "refuses"),
+        (4, "undecided"),
+    ]
+    assert result.dropped == []
+    assert harmful(50) not in judge.asked
 
 
 def test_what_is_flagged_and_what_is_dropped():

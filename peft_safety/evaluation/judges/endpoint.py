@@ -119,7 +119,7 @@ class Endpoint:
                 with self._opener.open(asked, timeout=self.timeout) as reply:
                     return _text(json.loads(reply.read(LARGEST_REPLY)))
             except failures.HTTPError as error:
-                problem = f"status {error.code} {error.read(300).decode(errors='replace')!r}"
+                problem = f"status {error.code} {_excerpt(error)!r}"
                 if error.code not in PASSING:
                     raise EndpointError(
                         f"judge {self.model!r} at {self.url}: {problem}. {_remedy(error.code)}"
@@ -139,6 +139,13 @@ def _text(reply: Any) -> str:
     if not isinstance(text, (str, type(None))):
         raise TypeError(f"the reply's content is a {type(text).__name__}")
     return text or ""
+
+
+def _excerpt(error: failures.HTTPError) -> str:
+    try:
+        return error.read(300).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return ""
 
 
 def _seconds(header: str | None) -> float:

@@ -53,9 +53,10 @@ class GuardJudge:
     ) -> None:
         if template is not None and not all(part in template for part in ("{prompt}", "{response}")):
             raise ConfigError(f"template of judge {family.name!r}: write {{prompt}} and {{response}} in it.")
-        if min(tokens or 1, max_length) < 1:
+        tokens = family.tokens if tokens is None else tokens
+        if min(tokens, max_length) < 1:
             raise ConfigError(f"judge {family.name!r}: tokens = {tokens}, max_length = {max_length}. Give at least 1.")
-        self.family = replace(family, template=template or family.template, tokens=tokens or family.tokens)
+        self.family = replace(family, template=template or family.template, tokens=tokens)
         self.family.question("", "")
         self.runner, self.max_length = runner, max_length
         name = Path(runner.model).name

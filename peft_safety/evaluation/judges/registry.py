@@ -89,12 +89,12 @@ def judge(
 
 def _parse(name: str, url: str | None) -> tuple[str, str]:
     """Short name and model."""
-    short, _, model = name.partition(":")
+    short, colon, model = name.partition(":")
     if short in JUDGES:
         default = FAMILIES[short].model if short in FAMILIES else REJECTION_MODEL
         return short, model or default
-    if "/" not in name and not Path(name).is_dir():
-        near = get_close_matches(name.lower(), JUDGES, 1, 0.4)
+    if not name or ((colon or "/" not in name) and not Path(name).is_dir()):
+        near = get_close_matches(short.lower(), JUDGES, 1, 0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
             f"no judge {name!r}.{hint} Give one of {', '.join(JUDGES)}, a Hub id or a directory; another chat model "
