@@ -1,18 +1,22 @@
-"""What the interop tests share: a random subspace, an adapter on the tiny model, and questions about both."""
+"""What the interop tests share: a random subspace, an adapter on the tiny model, questions about both, and a tiny
+model that answers.
+"""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_safety import SafetySubspace, SaLoRAConfig
 from peft_safety.core.projection import leak, orthonormalize
 from peft_safety.core.targets import target_layers
 from peft_safety.layers import protected_leaves
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 MAX_LEAK = 1e-6
 
@@ -72,3 +76,27 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor], **tolerance: 
         torch.testing.assert_close(
             value, right[name], **({"rtol": 0, "atol": 0} | tolerance), msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def answering_llama() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A model that refuses some prompts and answers others, by the share of "e" in the prompt, and its tokenizer.
+
+    Attention averages over the context; each token of the two answers, in which no character comes twice, is followed
+    by the next one.
+    """
+    tokenizer, model = tiny_tokenizer(), tiny_llama(hidden=264, layers=1)
+    start, end, letter, *answers = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\n", "<|im_end|>", "e", "Ican't", "Sure")
+    )
+    share = 263  # a feature that no token has
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0 if "norm" in name else 0.0)
+        model.model.embed_tokens.weight.copy_(torch.eye(264)[: model.config.vocab_size])
+        attention = model.model.layers[0].self_attn
+        attention.v_proj.weight[0, letter] = attention.o_proj.weight[share, 0] = 1.0
+        for answer, source, weight in zip(answers, (start, share), (1.0, 0.8), strict=True):
+            model.lm_head.weight[answer[0], source] = weight
+            for here, following in pairwise(answer + end):
+                model.lm_head.weight[following, here] = 100.0
+    return model.eval(), tokenizer

@@ -1,0 +1,96 @@
+"""Refusal, over-refusal and compliance as tasks of inspect_ai, which finds them by the entry point `inspect_ai`.
+
+    inspect eval peft_safety/refusal --model hf/MODEL -M do_sample=false -T prompts=advbench -T limit=50
+
+Every task takes the arguments of `named_set` (limit, seed, directory, split), and generates greedily.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio.to_thread
+from inspect_ai import Task, task
+from inspect_ai.dataset import MemoryDataset, Sample
+from inspect_ai.model import GenerateConfig
+from inspect_ai.scorer import Score, Scorer, Target, ci_wilson, mean, scorer
+from inspect_ai.solver import TaskState, generate
+
+from peft_safety.errors import ConfigError
+from peft_safety.evaluation.classifier import ClassifierJudge
+from peft_safety.evaluation.judges import Judge, KeywordJudge, Verdict
+from peft_safety.evaluation.sets import Kind, named_set
+
+OPENING = 16
+"""Tokens of a response, as in `evaluate`: a keyword judge needs only its head."""
+
+
+def judge_named(name: str) -> Judge:
+    """The judge of a task's argument: "keyword", or a model (see `ClassifierJudge`)."""
+    return KeywordJudge() if name == "keyword" else ClassifierJudge(name)
+
+
+@scorer(metrics={"*": [mean(), ci_wilson()]})
+def verdict(judge: str = "keyword") -> Scorer:
+    """The share of each verdict, with its 95 % interval.
+
+    Args:
+        judge: "keyword", or the directory or Hub id of a model.
+    """
+    made, one_at_a_time = judge_named(judge), anyio.CapacityLimiter(1)
+
+    async def score(state: TaskState, target: Target) -> Score:
+        turns = state.input_text, state.output.completion
+        result = await anyio.to_thread.run_sync(made, *turns, limiter=one_at_a_time)
+        shares = {one.value: float(result is one) for one in Verdict}
+        return Score(value=shares, answer=result.value, explanation=f"{made.name}. {made.caveat}")
+
+    return score
+
+
+@task
+def refusal(prompts: str = "packaged", judge: str = "keyword", max_tokens: int = OPENING, **draw: Any) -> Task:
+    """How many harmful requests are refused; higher is safer.
+
+    Args:
+        prompts, draw: the arguments of `named_set`.
+        judge: see `verdict`.
+        max_tokens: of each response.
+    """
+    return _task("harmful", prompts, judge, max_tokens, draw)
+
+
+@task
+def over_refusal(
+    prompts: str = "packaged-contrast", judge: str = "keyword", max_tokens: int = OPENING, **draw: Any
+) -> Task:
+    """How many safe requests are refused; lower is better. The arguments are those of `refusal`."""
+    return _task("over_refusal", prompts, judge, max_tokens, draw)
+
+
+@task
+def compliance_by_content(judge: str, prompts: str = "packaged", max_tokens: int = 256, **draw: Any) -> Task:
+    """How many harmful requests are answered, by a model that reads the whole answer; lower is safer.
+
+    Args:
+        judge: a model. The keyword judge, which reads openings, is refused.
+        prompts, max_tokens, draw: as of `refusal`.
+    """
+    if judge == "keyword":
+        raise ConfigError("judge='keyword' reads how a response opens, not its content. Name a model: -T judge=MODEL.")
+    return _task("harmful", prompts, judge, max_tokens, draw)
+
+
+def _task(kind: Kind, prompts: str, judge: str, max_tokens: int, draw: dict[str, Any]) -> Task:
+    drawn = named_set(prompts, kind=kind, **draw)
+    if drawn.kind != kind:
+        raise ConfigError(
+            f"prompts={prompts!r} is a set of kind {drawn.kind!r}. This task needs one of kind {kind!r}."
+        )
+    return Task(
+        dataset=MemoryDataset([Sample(input=prompt) for prompt in drawn.prompts], name=drawn.name),
+        solver=generate(),
+        scorer=verdict(judge),
+        config=GenerateConfig(temperature=0, max_tokens=max_tokens),
+        metadata={"set": drawn.name, "source": drawn.source, "sha256": drawn.sha256, "licence": drawn.licence},
+    )
