@@ -12,7 +12,6 @@ from benchmarks.frontier.cells import cell_of
 from benchmarks.frontier.measure import CONTRAST, HARMFUL
 from benchmarks.frontier.plan import METHODS, name_of
 from benchmarks.frontier.results import Row
-from peft_safety.errors import DataError
 from peft_safety.evaluation import Rate
 from peft_safety.evaluation.metrics import Paired
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from peft_safety.cli import screening, training  # isort: skip  (the order of the help)
+from peft_safety.cli import screening, training, evaluating  # isort: skip  (the order of the help)
 from peft_safety.cli import adapters, reports  # isort: skip
 from peft_safety.cli.common import app, fail
 from peft_safety.errors import PeftSafetyError
@@ -20,4 +20,4 @@ def main() -> None:
         fail(error, code=2)
 
 
-__all__ = ["adapters", "app", "main", "reports", "screening", "training"]
+__all__ = ["adapters", "app", "evaluating", "main", "reports", "screening", "training"]

@@ -15,6 +15,7 @@ from peft_safety.errors import ConfigError
 SUMMARY = "GITHUB_STEP_SUMMARY"
 """The environment variable with the file of GitHub's summary page."""
 FAILED = 1
+PACKAGED = ("packaged", "packaged-contrast", "packaged-everyday")
 
 
 @app.command()
@@ -26,8 +27,9 @@ def evaluate(
     ] = None,
     sets: Annotated[
         list[str] | None,
-        Option("--set", "-s", help="Name or file of prompts or task rows; may be repeated. Default: packaged."),
+        Option("--set", "-s", help="Name of a prompt set, or KIND=FILE; may be repeated. Default: the packaged ones."),
     ] = None,
+    set_dir: Annotated[Path | None, Option(help="Directory with local copies of sets of the Hub.")] = None,
     judge: Annotated[
         list[str] | None, Option("--judge", "-j", help="Name or model id; two show their agreement. Default: keyword.")
     ] = None,
@@ -67,18 +69,17 @@ def evaluate(
     from peft_safety.evaluation import gate as gates
     from peft_safety.evaluation.asking import Asking
     from peft_safety.evaluation.judges import judge as judge_of
-    from peft_safety.evaluation.sets import named_sets
     from peft_safety.recipes import compare as run
     from peft_safety.reporting.report import Report
 
-    wanted = [] if gate is None else gates.conditions(gate)
     names = judge or ["keyword"]
     tokens = max_new_tokens or (16 if names == ["keyword"] else 128)
     asking = Asking(tokens, samples, temperature, seed, contexts, system, prefix)
     if keep_responses is not None:
         run.check_new(keep_responses)
     earlier = None if baseline is None else Report.load(baseline)
-    drawn = [part for name in sets or ["packaged"] for part in named_sets(name, limit=limit, seed=seed)]
+    drawn = [_set(name, limit=limit, seed=seed, directory=set_dir) for name in sets or PACKAGED]
+    wanted = [] if gate is None else gates.conditions(gate, run.metric_names(drawn, asking))
     judges = [judge_of(name, url=judge_url if name != "keyword" else None) for name in names]
     others, with_base = adapter or [], earlier is None
     if url is not None:
@@ -103,3 +104,11 @@ def evaluate(
     show(facts, json, result.report.print, *map(str, outcomes), *written)
     if not all(outcome.passed for outcome in outcomes):
         raise Exit(FAILED)
+
+
+def _set(text: str, **options: Any) -> Any:
+    """A named set; of `KIND=FILE` the file."""
+    from peft_safety.evaluation.sets import named_set
+
+    kind, equals, path = text.partition("=")
+    return named_set(path, kind=kind, **options) if equals else named_set(text, **options)  # type: ignore[arg-type]

@@ -26,6 +26,8 @@ Respond = Callable[[Sequence[Prompt], int], list[str]]
 """The answers of a model to prompts, with a seed for sampling."""
 VARIANTS = {"": "", "system": "under the system prompt", "prefix": "behind the prefix", "in_context": "in context"}
 """Ways to ask, and what a report calls them."""
+OPTIONS = {"system": "system", "prefix": "prefix", "in_context": "contexts"}
+"""The field of `Asking` that asks for each."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ class Asking:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def forms(self, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, list[list[Prompt]]]:
+    def forms(
+        self, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None
+    ) -> dict[str, list[list[Prompt]]]:
         """`{variant: for each prompt the forms in which it is asked}`. Without a tokenizer, as of a served model,
         there is a system role.
         """

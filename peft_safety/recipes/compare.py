@@ -13,7 +13,6 @@ from typing import Any, Protocol
 from peft_safety.core.environment import environment
 from peft_safety.core.names import public_name
 from peft_safety.core.plain_lora import MANIFEST
-from peft_safety.data.rows import label_names
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.evaluation import asking as ask
 from peft_safety.evaluation.asking import Asking, Judged
@@ -23,7 +22,7 @@ from peft_safety.evaluation.judges.agreement import agreement
 from peft_safety.evaluation.judges.endpoint import Endpoint
 from peft_safety.evaluation.metrics import Figure, Paired, Rate
 from peft_safety.evaluation.sets import NamedSet
-from peft_safety.evaluation.tasks import exact_answers, is_classification, response_nll
+from peft_safety.evaluation.tasks import exact_answers, response_nll
 from peft_safety.recipes.load import load_adapter, load_model
 from peft_safety.reporting.report import Report
 
@@ -40,7 +39,7 @@ class Arm(Protocol):
         """One answer a prompt."""
         ...
 
-    def task(self, rows: Sequence[Any]) -> dict[str, Any]:
+    def task(self, part: NamedSet) -> dict[str, Any]:
         """`{"accuracy": outcomes}` of labeled rows, or `{"nll": Mean}` of others."""
         ...
 
@@ -60,11 +59,11 @@ class Local:
         options |= {"max_new_tokens": self.asking.max_new_tokens, "temperature": self.asking.temperature}
         return [answer.text for answer in generate(self.model, self.tokenizer, prompts, **options)]
 
-    def task(self, rows: Sequence[Any]) -> dict[str, Any]:
+    def task(self, part: NamedSet) -> dict[str, Any]:
         options: dict[str, Any] = {"batch_size": self.batch_size, "progress": self.progress}
-        if is_classification(rows):
-            return {"accuracy": exact_answers(self.model, self.tokenizer, rows, label_names(rows), **options)}
-        return {"nll": response_nll(self.model, self.tokenizer, rows, **options)}
+        if part.labels:
+            return {"accuracy": exact_answers(self.model, self.tokenizer, part.rows, part.labels, **options)}
+        return {"nll": response_nll(self.model, self.tokenizer, part.rows, **options)}
 
 
 @dataclass
@@ -77,10 +76,11 @@ class Served:
 
     def respond(self, prompts: Sequence[ask.Prompt], seed: int) -> list[str]:
         turns = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
-        options = {"max_tokens": self.asking.max_new_tokens, "temperature": self.asking.temperature, "seed": seed}
-        return self.endpoint.complete(turns, **options)
+        options = {"max_tokens": self.asking.max_new_tokens, "temperature": self.asking.temperature}
+        given = dict(self.endpoint.ask_each(turns, seed=seed, **options))
+        return [given[number] for number in range(len(turns))]
 
-    def task(self, rows: Sequence[Any]) -> dict[str, Any]:
+    def task(self, part: NamedSet) -> dict[str, Any]:
         raise ConfigError("utility sets need the model's weights. Leave them out, or leave out --url.")
 
 
@@ -144,10 +144,26 @@ def compare(
     return Comparison(Report(title, figures, notes, environment(asking.seed), details), values)
 
 
+def metric_names(sets: Sequence[NamedSet], asking: Asking) -> set[str]:
+    """The figures that a gate may name."""
+    variants = ["", *(name for name in ask.VARIANTS if name and getattr(asking, ask.OPTIONS[name]))]
+    asked = [f"_{variant}" if variant else "" for variant in variants]
+    names = set()
+    for part in sets:
+        if part.kind == "utility":
+            metrics = ["accuracy"] if part.labels else []
+            names.add(f"{'accuracy' if part.labels else 'nll'}:{part.name}")
+        else:
+            kinds = ("refusal", "compliance") if part.kind == "harmful" else ("over_refusal",)
+            metrics = [metric + variant for metric in kinds for variant in asked]
+        names |= {name for metric in metrics for name in (metric, f"{metric}:{part.name}")}
+    return names
+
+
 def protocol_of(sets: Sequence[NamedSet], judges: Sequence[Judge], asking: Asking) -> dict[str, Any]:
     """What must be equal for figures to be compared."""
     return {
-        "sets": {part.name: {"kind": part.kind, "n": len(part), "sha256": part.sha256} for part in sets},
+        "sets": {part.name: {"kind": part.kind, "n": len(part.prompts), "sha256": part.sha256} for part in sets},
         "judges": [judge.name for judge in judges],
         **asking.to_json(),
     }
@@ -230,7 +246,7 @@ def _add(
 
 
 def _task(part: NamedSet, arm: Arm, result: Measured, pools: dict[str, list[bool]]) -> None:
-    for metric, figure in arm.task(part.rows).items():
+    for metric, figure in arm.task(part).items():
         if metric == "accuracy":
             heading = f"accuracy, {part.name}"
             result.outcomes[heading] = figure

@@ -82,7 +82,7 @@ def test_the_keyword_judge_has_a_name_and_no_options():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("lama-guard3", {}, "Did you mean 'llama-guard-3'.*keyword, rejection, harmbench-llama"),
+        ("lama-guard3", {}, "Did you mean 'llama-guard-3'.*keyword, embedding, rejection, harmbench-llama"),
         ("Wildguard", {}, "Did you mean 'wildguard'"),
         ("qqqqqqqq", {}, r"no judge 'qqqqqqqq'\. Give one of keyword"),
         ("", {}, "no judge ''. Give one of"),

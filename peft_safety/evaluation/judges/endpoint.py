@@ -73,11 +73,19 @@ class Endpoint:
         return text[: tokens * CHARACTERS]
 
     def answers(self, family: Family, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, str]]:
-        """Raises the first error after the answers that were on their way."""
+        """What the model says of each pair, in any order, with the pair's number."""
+        more = {"chat_template_kwargs": dict(family.variables)} if family.variables else {}
+        questions = [family.question(*pair) for pair in pairs]
+        return self.ask_each(questions, max_tokens=family.tokens, temperature=0, **more)
+
+    def ask_each(self, questions: Sequence[Any], **fields: Any) -> Iterator[tuple[int, str]]:
+        """The model's answers to texts or lists of turns, in any order, each with its number. Raises the first error
+        after the answers that were on their way.
+        """
         pool = ThreadPoolExecutor(self.workers)
         try:
             running: dict[Future[str], int] = {
-                pool.submit(self.ask, family, *pair): number for number, pair in enumerate(pairs)
+                pool.submit(self.ask, question, fields): number for number, question in enumerate(questions)
             }
             failed: BaseException | None = None
             for future in as_completed(running):
@@ -95,19 +103,11 @@ class Endpoint:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def ask(self, family: Family, prompt: str, response: str) -> str:
-        """The model's answer on one pair."""
-        question = family.question(prompt, response)
+    def ask(self, question: Any, fields: Mapping[str, Any]) -> str:
+        """The model's answer to one text or list of turns."""
         path, content = ("completions", "prompt") if isinstance(question, str) else ("chat/completions", "messages")
-        fields: dict[str, Any] = {
-            "model": self.model,
-            content: question,
-            "max_tokens": family.tokens,
-            "temperature": 0,
-        }
-        if family.variables:
-            fields["chat_template_kwargs"] = dict(family.variables)
-        body = json.dumps({key: value for key, value in (fields | self.body).items() if value is not None})
+        every = {"model": self.model, content: question, **fields, **self.body}
+        body = json.dumps({key: value for key, value in every.items() if value is not None})
         headers = {"Content-Type": "application/json"}
         if os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {os.environ[KEY]}"

@@ -17,6 +17,7 @@ from peft_safety.evaluation.judges import (
     wildguard,
 )
 from peft_safety.evaluation.judges.base import Family, Judge
+from peft_safety.evaluation.judges.embedding import EmbeddingJudge
 from peft_safety.evaluation.judges.encoder import SUFFIX, ClassifierJudge, architectures
 from peft_safety.evaluation.judges.endpoint import Endpoint
 from peft_safety.evaluation.judges.guard import GuardJudge
@@ -39,9 +40,9 @@ FAMILIES: dict[str, Family] = {
         rubric.CHAT,
     )
 }
-KEYWORD, REJECTION = "keyword", "rejection"
+KEYWORD, EMBEDDING, REJECTION = "keyword", "embedding", "rejection"
 REJECTION_MODEL = "protectai/distilroberta-base-rejection-v1"
-JUDGES = (KEYWORD, REJECTION, *FAMILIES)
+JUDGES = (KEYWORD, EMBEDDING, REJECTION, *FAMILIES)
 """The short names."""
 CLASSIFIER = "sees", "labels", "max_length"
 GUARD = "template", "tokens", "max_length", "cache"
@@ -72,12 +73,14 @@ def judge(
     kind, model = _parse(name_or_id, url)
     options |= {"url": url} if url else {}
     options |= {"load_in_4bit": True} if load_in_4bit else {}
-    known = {KEYWORD: (), REJECTION: CLASSIFIER}.get(kind, GUARD + (SERVED if url else LOCAL))
+    known = {KEYWORD: (), EMBEDDING: (), REJECTION: CLASSIFIER}.get(kind, GUARD + (SERVED if url else LOCAL))
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ConfigError(f"judge {name_or_id!r} has no option {unknown[0]!r}. It has: {', '.join(known) or 'none'}.")
     if kind == KEYWORD:
         return KeywordJudge()
+    if kind == EMBEDDING:
+        return EmbeddingJudge(model or None)
     if kind == REJECTION:
         return ClassifierJudge(model, batch_size=batch_size, **options)
     if not model:
@@ -91,7 +94,7 @@ def _parse(name: str, url: str | None) -> tuple[str, str]:
     """Short name and model."""
     short, colon, model = name.partition(":")
     if short in JUDGES:
-        default = FAMILIES[short].model if short in FAMILIES else REJECTION_MODEL
+        default = FAMILIES[short].model if short in FAMILIES else REJECTION_MODEL if short == REJECTION else ""
         return short, model or default
     if not name or ((colon or "/" not in name) and not Path(name).is_dir()):
         near = get_close_matches(short.lower(), JUDGES, 1, 0.4)
