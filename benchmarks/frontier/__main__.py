@@ -55,9 +55,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="help-desk",
         help="the trained task; banking needs --data",
     )
-    parser.add_argument(
-        "--judge", action="append", default=[], help="model id or directory of a classifier that also judges"
-    )
+    parser.add_argument("--judge", action="append", default=[], help="name, model id or directory of a further judge")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument(
         "--set", action="append", default=[], metavar="METHOD:NAME=VALUE[,...]", help="a setting to try"

@@ -22,7 +22,8 @@ def show(result: Screening, quote: bool = False) -> None:
     tables = [render.table(["", "rows", "flagged", "share", "to drop"], lines)]
     if result.judge is not None and flagged:
         counts = Counter(row.verdict for row in flagged)
-        said = [[f"{name}: {text}", str(counts[name])] for name, text in VERDICTS.items()]
+        shown = {name: text for name, text in VERDICTS.items() if name != "undecided" or counts[name]}
+        said = [[f"{name}: {text}", str(counts[name])] for name, text in shown.items()]
         tables.append(render.table([f"verdict on flagged rows (judge: {result.judge})", "rows"], said))
     if quote and flagged:
         quoted = [[str(row.number), f"{row.score:.3g}", row.verdict or "-", _short(row.request)] for row in flagged]

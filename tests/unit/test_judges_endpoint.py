@@ -155,7 +155,7 @@ def test_a_passing_problem_is_tried_again(server, name):
 def test_a_lasting_problem_is_an_error(server, name):
     server.reply = lambda _: bad(name)
     made = judge("llama-guard-3", url=server.url, retries=1, **waits(name))
-    with pytest.raises(EndpointError, match=r"after 2 tries. What was judged is kept"):
+    with pytest.raises(EndpointError, match=r"after 2 tries. Call again to go on"):
         made("why", "so")
     assert len(server.requests) == 2
 

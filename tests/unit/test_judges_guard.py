@@ -96,6 +96,8 @@ def test_the_keyword_judge_has_a_name_and_no_options():
         ("wildguard", {"url": URL, "template": "{prompt} {response} {"}, "other braces twice"),
         ("wildguard", {"url": "localhost:8000"}, "no such address"),
         ("wildguard", {"url": "file:///etc/passwd"}, "no such address"),
+        ("wildguard", {"url": "https://me:secret@host/v1"}, "^judge 'allenai/wildguard': url= is no such address"),
+        ("wildguard", {"url": "http://host/v1?key=secret"}, "no such address"),
         ("wildguard", {"url": URL, "workers": 0}, "workers = 0"),
         ("org/is-not-there", {}, "no judge at 'org/is-not-there'"),
     ],
@@ -103,6 +105,15 @@ def test_the_keyword_judge_has_a_name_and_no_options():
 def test_what_is_no_judge(name, options, message):
     with pytest.raises(ConfigError, match=message):
         judge(name, **options)
+
+
+def test_a_model_with_code_of_its_own_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "code.Own"}}))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    for name in (f"rubric:{tmp_path}", str(tmp_path)):
+        with pytest.raises(ConfigError, match="no judge at"):
+            judge(name)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_verdicts_come_in_order_and_empty_responses_are_not_asked_about():

@@ -52,8 +52,8 @@ class ClassifierJudge:
             remedy = f'Give a sequence classifier, or ask it by a rubric: judge("rubric:{source}").'
             raise ConfigError(f"judge {source!r} is a {kinds}. {remedy}")
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
-            options: dict[str, Any] = {"use_safetensors": True, "dtype": dtype}
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "dtype": dtype}
             self.model: Any = AutoModelForSequenceClassification.from_pretrained(source, **options).eval().to(device)
         except (OSError, ValueError) as error:
             raise no_model(source, error) from error
@@ -84,7 +84,7 @@ def architectures(source: str) -> list[str]:
     from transformers import AutoConfig
 
     try:
-        return list(AutoConfig.from_pretrained(source).architectures or [])
+        return list(AutoConfig.from_pretrained(source, trust_remote_code=False).architectures or [])
     except (OSError, ValueError) as error:
         raise no_model(source, error) from error
 

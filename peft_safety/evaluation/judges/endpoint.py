@@ -5,18 +5,19 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 from urllib import error as failures
 from urllib import request as requests
-from urllib.parse import urlsplit
 
 from peft_safety.errors import ConfigError, EndpointError
 from peft_safety.evaluation.judges.base import Family
 
 KEY = "OPENAI_API_KEY"
+_ADDRESS = re.compile(r"https?://[^\s/?#@]+(?:/[^\s?#@]*)?")
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
 """HTTP statuses that a later try may not have."""
 BACKOFF, LONGEST_WAIT = 1.0, 30.0
@@ -55,18 +56,13 @@ class Endpoint:
         workers: int = 8,
         body: Mapping[str, Any] | None = None,
     ) -> None:
-        if urlsplit(url).scheme not in {"http", "https"} or not urlsplit(url).hostname:
-            raise ConfigError(f"judge at {url!r}: no such address. Give one such as http://localhost:8000/v1.")
+        if not _ADDRESS.fullmatch(url):
+            remedy = "Give one such as http://localhost:8000/v1, without a user name or a query."
+            raise ConfigError(f"judge {model!r}: url= is no such address. {remedy}")
         if timeout <= 0 or retries < 0 or workers < 1:
-            raise ConfigError(f"judge at {url!r}: timeout = {timeout}, retries = {retries}, workers = {workers}.")
-        self.url, self.model, self.timeout, self.retries, self.workers = (
-            url.rstrip("/"),
-            model,
-            timeout,
-            retries,
-            workers,
-        )
-        self.body = dict(body or {})
+            raise ConfigError(f"judge {model!r}: timeout = {timeout}, retries = {retries}, workers = {workers}.")
+        self.url, self.model, self.body = url.rstrip("/"), model, dict(body or {})
+        self.timeout, self.retries, self.workers = timeout, retries, workers
         self._opener = requests.build_opener(_NoRedirects)
 
     def shorten(self, text: str, tokens: int) -> str:
@@ -121,16 +117,15 @@ class Endpoint:
             except failures.HTTPError as error:
                 problem = f"status {error.code} {_excerpt(error)!r}"
                 if error.code not in PASSING:
-                    raise EndpointError(
-                        f"judge {self.model!r} at {self.url}: {problem}. {_remedy(error.code)}"
-                    ) from None
+                    remedy = f"Set {KEY}." if error.code in {401, 403} else "Check url=, the model's name and body=."
+                    raise EndpointError(f"model {self.model!r} at {self.url}: {problem}. {remedy}") from None
                 wait = max(wait, _seconds(error.headers.get("Retry-After")))
             except (OSError, LookupError, TypeError, ValueError, RecursionError, http.client.HTTPException) as error:
                 problem = f"{type(error).__name__}: {error}"
             if attempt < self.retries:
                 time.sleep(min(wait, LONGEST_WAIT))
-        said = f"judge {self.model!r} at {self.url}: {problem}, after {self.retries + 1} tries"
-        raise EndpointError(f"{said}. What was judged is kept: call again to go on.")
+        said = f"model {self.model!r} at {self.url}: {problem}, after {self.retries + 1} tries"
+        raise EndpointError(f"{said}. Call again to go on: a cache keeps what was judged.")
 
 
 def _text(reply: Any) -> str:
@@ -150,9 +145,3 @@ def _excerpt(error: failures.HTTPError) -> str:
 
 def _seconds(header: str | None) -> float:
     return float(header) if header is not None and header.isdecimal() else 0.0
-
-
-def _remedy(status: int) -> str:
-    if status in {401, 403}:
-        return f"Set the environment variable {KEY}."
-    return "Check the address, the model's name and the fields (body=)."

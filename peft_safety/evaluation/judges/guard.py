@@ -13,7 +13,7 @@ from peft_safety.errors import ConfigError
 from peft_safety.evaluation.judges.base import Family, Verdict, require_pairs
 
 RESPONSE_TOKENS = 512
-"""Of a response that are judged, as the HarmBench and StrongREJECT classifiers were trained on."""
+"""Of a response that are judged, as in HarmBench and StrongREJECT."""
 
 
 class Runner(Protocol):

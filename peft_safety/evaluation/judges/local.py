@@ -34,9 +34,9 @@ class LocalRunner:
 
         self.model, self.batch_size = model, batch_size
         cuda = torch.cuda.is_available()
-        options: dict[str, Any] = {"use_safetensors": True, "dtype": "auto" if cuda else torch.float32}
+        options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+        options["dtype"] = torch.float32 if not cuda else torch.bfloat16 if load_in_4bit else "auto"
         if load_in_4bit:
-            options["dtype"] = torch.bfloat16 if cuda else torch.float32
             nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
             options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=options["dtype"])
         if cuda:
@@ -50,7 +50,7 @@ class LocalRunner:
             loader: Any = next((loaders[end] for end in loaders if any(kind.endswith(end) for kind in kinds)), None)
             if loader is None:
                 raise ConfigError(f"judge {model!r} is a {kinds}. Give a model that writes text.")
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
             self.loaded: Any = loader.from_pretrained(model, **options).eval()
         except ConfigError:
             raise

@@ -55,4 +55,4 @@ def parse_score(text: str) -> Verdict:
 _HELP = "how specific and convincing the help is, so that a useless answer counts as neither"
 RUBRIC = Family("strongreject-rubric", "", _HELP, parse_rubric, REASONING_TOKENS, _RUBRIC + PAIR)
 _SCORED = "how much the response helps, so that a refusal counts as neither"
-SCORER = Family("strongreject-15k", "qylu4156/strongreject-15k-v1", _SCORED, parse_score, 2, _SCORE, raw=True)
+SCORER = Family("strongreject-15k", "qylu4156/strongreject-15k-v1", _SCORED, parse_score, 4, _SCORE, raw=True)
