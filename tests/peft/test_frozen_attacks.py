@@ -301,12 +301,6 @@ def test_the_model_is_compared_without_the_subspace_too(tmp_path):
         verify(tmp_path, cells.base_model(cells.WIDE))
 
 
-def test_exporting_a_directory_that_is_plain_already(tmp_path):
-    saved(tmp_path / "adapter")
-    with pytest.raises(ConfigError, match="plain LoRA already"):
-        export_directory(tmp_path / "adapter", tmp_path / "out")
-
-
 def test_a_loaded_adapter_outlives_its_directory(tmp_path):
     saved(tmp_path / "adapter")
     model = PeftModel.from_pretrained(cells.base_model(), tmp_path / "adapter")
