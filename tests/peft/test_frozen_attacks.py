@@ -21,7 +21,6 @@ from peft_safety import (
     repair_adapter,
     verify,
 )
-from peft_safety.convert.export import export_directory
 from peft_safety.core import certificate
 from peft_safety.core.certificate import FILE_NAME
 from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST, PREFIX

@@ -21,7 +21,7 @@ from peft_safety.cli import app
 from peft_safety.convert.export import export_directory
 from peft_safety.convert.serving import SERVERS, VLLM_RANKS, check_server, serving_commands
 from peft_safety.errors import ArtifactError, ConfigError
-from tests.peft import cells, frozen_cells
+from tests.peft import cells, frozen_cells, guard_cells
 from tests.peft.test_classifiers import classifier
 
 PATTERNS = {"rank_pattern": {"q_proj": 2, "down_proj": 6}, "alpha_pattern": {"v_proj": 32}, "use_rslora": True}
@@ -73,6 +73,14 @@ def test_an_export_has_one_rank_and_no_patterns_and_keeps_the_certificate(tmp_pa
     torch.testing.assert_close(cells.logits(after), cells.logits(before), rtol=1e-5, atol=1e-5)
     assert verify(out).method == verify(adapter).method == "GUARDSPACE, frozen A"
     assert verify(out).subspace == verify(adapter).subspace
+
+
+def test_the_export_of_a_model_with_a_frozen_factor_is_verified_as_blind(tmp_path: Path) -> None:
+    space = guard_cells.subspace(cells.base_model())
+    export_lora(frozen_cells.frozen(space=space, **PATTERNS), tmp_path, server="vllm")
+    found = verify(tmp_path, subspace=space)
+    assert found.blindness_checked
+    assert found.worst_leak <= 1e-6
 
 
 def test_max_lora_rank_is_on_the_list_of_vllm(tmp_path: Path) -> None:
