@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -27,10 +23,8 @@ from peft_safety.recipes.job.plan import make_plan
 from peft_safety.recipes.job.settings import Settings
 from peft_safety.recipes.job.steps import run_job
 from peft_safety.reporting.report import Report
-from tests.recipes.jobs import PAIRS, job_on
+from tests.recipes.jobs import PAIRS, job_on, losses
 from tests.tiny import tiny_llama
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +39,6 @@ def run(folder, *args, callbacks=(), **more):
 def printed_steps(text):
     lines = [line.split("] ")[1] for line in text.splitlines() if line.startswith("[")]
     return {name: how.strip() for name, _, how in (line.partition(":") for line in lines)}
-
-
-def losses(run_directory, step):
-    history = json.loads((run_directory / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def test_end_to_end(tmp_path, capsys):
@@ -299,26 +288,3 @@ def test_a_subspace_for_another_model_is_refused(tmp_path):
     job = job_on(tmp_path / "other", hidden=48, subspace=str(tmp_path / "run" / "subspace.safetensors"))
     with pytest.raises(PeftSafetyError):
         run_job(Settings.of(**job))
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-def test_two_processes_train_as_one(tmp_path):
-    same = {"train_sampling_strategy": "sequential", "max_steps": 3, "save_steps": 3, "learning_rate": 1e-2}
-    one = job_on(tmp_path, **same, per_device_train_batch_size=4, safety_rank=4, eval_limit=1)
-    run_job(Settings.of(**one))
-    two = {**one, "output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 2}
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(two))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]  # or CPUs
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [*launch, "-m", "peft_safety", "train", "--config", str(tmp_path / "job.yaml")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("[2/6] calibrate") == 1, "one process speaks"
-    assert losses(tmp_path / "run", 3) == pytest.approx(losses(tmp_path / "two", 3), abs=1e-5)
-    facts = json.loads((tmp_path / "two" / "job.json").read_text())
-    assert list(facts) == list(STEPS[1:])
-    assert verify(
-        tmp_path / "two" / "adapter", tiny_llama(), tmp_path / "two" / "subspace.safetensors"
-    ).blindness_checked
