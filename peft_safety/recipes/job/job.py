@@ -16,6 +16,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import get_quantization_config
 from trl.trainer.utils import create_model_from_path
@@ -57,6 +58,11 @@ class Job:
         if self.training.use_cpu and any(os.environ.get(name) == "true" for name in SHARDING):
             wrong = "accelerate shards no model on CPUs: it would train whole replicas"
             raise ConfigError(f"{wrong}. Leave FSDP or DeepSpeed out, or set use_cpu: false where there are GPUs.")
+        try:
+            for report in get_reporting_integration_callbacks(self.training.report_to):
+                report()
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"report_to={self.training.report_to}: {error}") from error
         if unknown := sorted(set(self.own.skip or ()) - set(STEPS)):
             raise ConfigError(f"skip={unknown[0]!r} is no step. Steps: {', '.join(STEPS)}.")
         if self.own.drop_flagged and "screen" in (self.own.skip or ()):

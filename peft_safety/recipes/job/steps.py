@@ -140,7 +140,7 @@ def calibrate(job: Job) -> dict[str, Any]:
     PartialState().wait_for_everyone()
     provenance = SafetySubspace.load(str(job.subspace)).provenance
     plain = {name: value for name, value in provenance.items() if isinstance(value, (str, int, float))}
-    return {"subspace": job.subspace, **plain}
+    return {"subspace": Path(str(job.subspace)).name, **plain}
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -161,12 +161,13 @@ def train(job: Job) -> dict[str, Any]:
             eval_dataset=job.data.held_out if job.training.eval_strategy != "no" else None,
             processing_class=job.tokenizer,
             peft_config=config,
-            callbacks=[*monitor, *job.callbacks],
+            callbacks=[*job.callbacks],
         )
     except PeftSafetyError:
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"TRL refuses these settings: {error}") from error
+    trainer.callback_handler.callbacks[1:1] = monitor  # before those of report_to, which log what they are given
     job.sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     if not job.sharded:
@@ -221,7 +222,7 @@ def verify(job: Job) -> dict[str, Any]:
         return {"method": "lora", "protected": False}
     base = job.model if "model" in vars(job) and not job.sharded else None
     facts = asdict(check(job.adapter_dir, base, job.subspace))
-    return {name: value for name, value in facts.items() if name not in ("provenance", "settings")}
+    return {name: value for name, value in facts.items() if name not in ("directory", "provenance", "settings")}
 
 
 def report(job: Job) -> dict[str, Any] | None:
