@@ -117,17 +117,20 @@ def test_a_job_that_is_killed_goes_on_to_the_losses_of_an_unbroken_one(tmp_path,
 
 
 @pytest.mark.parametrize(
-    "sharding",
+    ("sharding", "quantized"),
     [
-        pytest.param(FSDP2, id="fsdp2"),
-        *(pytest.param(["--use_deepspeed", "--zero_stage", stage], id=f"zero{stage}") for stage in "123"),
+        pytest.param(FSDP2, False, id="fsdp2"),
+        pytest.param(FSDP2, True, id="fsdp2-4bit"),
+        *(pytest.param(["--use_deepspeed", "--zero_stage", stage], False, id=f"zero{stage}") for stage in "123"),
     ],
 )
-def test_shards_train_as_one_process_and_resume(tmp_path, sharding):
+def test_shards_train_as_one_process_and_resume(tmp_path, sharding, quantized):
     if "--use_deepspeed" in sharding:
         pytest.importorskip("deepspeed", reason="`make nightly` installs DeepSpeed")
+    if quantized:
+        pytest.importorskip("bitsandbytes")
     steps = {"max_steps": 4, "save_steps": 2, "resume_from_checkpoint": True, "skip": ["report"]}
-    one = job_on(tmp_path, **SAME, **steps, per_device_train_batch_size=4)
+    one = job_on(tmp_path, **SAME, **steps, per_device_train_batch_size=4, load_in_4bit=quantized)
     run_job(Settings.of(**{**one, "skip": ["screen", "measure", "report"]}))
     out = tmp_path / "shards"
     two = {**one, "output_dir": str(out), "per_device_train_batch_size": 2, "use_cpu": False}
@@ -138,7 +141,7 @@ def test_shards_train_as_one_process_and_resume(tmp_path, sharding):
         shutil.rmtree(out / left)
     assert f"resuming from {out / 'checkpoint-2'}" in finished(tmp_path, words)
     assert losses(tmp_path / "run", 4) == pytest.approx(losses(out, 4), abs=1e-5)
-    checked = verify(out / "adapter", tiny_llama(), out / "subspace.safetensors")
+    checked = verify(out / "adapter", subspace=out / "subspace.safetensors")
     assert checked.blindness_checked
     assert checked.worst_leak < 1e-5
 

@@ -170,9 +170,8 @@ def train(job: Job) -> dict[str, Any]:
     trainer.callback_handler.callbacks[1:1] = monitor  # before those of report_to, which log what they are given
     job.sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    if not job.sharded:
-        for parameter in trainable:  # TRL casts the factors on a quantized base to bf16, which leaks (1e-3)
-            parameter.data = parameter.data.float() if parameter.dtype == torch.bfloat16 else parameter.data
+    for parameter in trainable:  # TRL casts the factors on a quantized base to bf16, which leaks (1e-3)
+        parameter.data = parameter.data.float() if parameter.dtype == torch.bfloat16 else parameter.data
     for layer in trainer.model.modules() if is_deepspeed_zero3_enabled() else ():
         if isinstance(layer, FrozenLinear):
             layer.whole = layer.weight.detach().to("cpu", copy=True)
