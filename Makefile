@@ -104,8 +104,15 @@ DEEPSPEED := .nightly
 $(DEEPSPEED): $(STAMP)
 	DS_BUILD_OPS=0 $(PIP_INSTALL) --no-deps --no-build-isolation --target $@ deepspeed==0.19.8 hjson ninja py-cpuinfo msgpack einops
 
+# llama.cpp: its converters, which only the source distribution has, and its server as a wheel
+LLAMA_CPP := .llama_cpp
+$(LLAMA_CPP): $(STAMP)
+	$(PIP_INSTALL) --no-deps --target $@ xllamacpp==2026.10.11549 sentencepiece==0.2.3
+	$(BIN)/python -m pip download --quiet --progress-bar off --no-deps --no-binary llama-cpp-python --dest $@ llama-cpp-python==0.3.36
+	tar -xzf $@/llama_cpp_python-*.tar.gz -C $@ --wildcards '*/llama.cpp/*.py'
+
 # what is too long for every change: every test, with the oldest instructions too, and the harness at a small scale
-nightly: $(STAMP) model $(DEEPSPEED)
+nightly: $(STAMP) model $(DEEPSPEED) $(LLAMA_CPP)
 	$(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) $(PYTEST_ARGS)
 	$(OLDEST_ISA) $(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) -m "not gpu" $(PYTEST_ARGS)
 	PYTHONPATH=$(DEEPSPEED) DS_ACCELERATOR=cpu $(OFFLINE) $(BIN)/python -m pytest tests/distributed -k zero $(PYTEST_ARGS)

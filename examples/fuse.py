@@ -122,9 +122,7 @@ class Fusing:
                 self.model.load_adapter(str(self.given.out / "safe"), adapter, is_trainable=True)
                 self.model.set_adapter(adapter)
                 rows = poisoned(task.train, poison, self.given.seed)
-                _, run = finetune(
-                    self.model, self.tokenizer, rows, None, self.options, labels=task.labels, description=name
-                )
+                _, run = finetune(self.model, self.tokenizer, rows, None, self.options, labels=task.labels)
                 self.details[name] = asdict(run)
             self.measure(f"{name}, {100 * poison:g} % poison", adapter)
 

@@ -200,7 +200,17 @@ def fuse(
 @app.command()
 def export(
     directory: Annotated[Path, Argument(help="Directory of a protected adapter.")],
-    out: Annotated[Path, Option(help="Directory for the plain LoRA, or for the merged model.")],
+    out: Annotated[
+        Path | None, Option(help="Directory for the plain LoRA, or for the merged model. Only --for can do without.")
+    ] = None,
+    server: Annotated[
+        str | None,
+        Option(
+            "--for",
+            help="vllm, sglang or llama.cpp: refuse what it does not take, and print the command that serves the "
+            "adapter; without --out, a plain LoRA directory as it is.",
+        ),
+    ] = None,
     merge_to: Annotated[
         str | None,
         Option(
@@ -215,11 +225,18 @@ def export(
     """Write a protected adapter as plain LoRA that any PEFT loads and that computes the same function, or merge it."""
     from peft_safety.convert.export import export_directory
     from peft_safety.convert.merge import merge_quantized
+    from peft_safety.convert.serving import serving_commands
     from peft_safety.recipes.load import load_adapter
 
-    if merge_to is None:
-        written = export_directory(directory, out)
-        show({"out": str(written)}, json, f"plain LoRA written to {written}")
+    if server is not None and merge_to is not None:
+        raise ConfigError("--for serves an adapter, --merge-to makes a whole model. Give one of them.")
+    if out is None and server is None:
+        raise ConfigError("export writes nothing without --out. Give a directory.")
+    if out is None or merge_to is None:
+        written = directory if out is None else export_directory(directory, out, server)
+        commands = [] if server is None else serving_commands(written, server)
+        lines = commands if out is None else [f"plain LoRA written to {out}", *commands]
+        show({"out": str(written), "commands": commands}, json, *lines)
         return
     loaded, tokenizer = load_adapter(directory, model, load_in_4bit=True)
     result = merge_quantized(loaded, merge_to, force=force, verbose=False)  # type: ignore[arg-type]  # it refuses others

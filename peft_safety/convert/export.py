@@ -11,11 +11,21 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from peft_safety.convert.serving import check_server
 from peft_safety.core.adapter_dir import check_adapter
 from peft_safety.core.certificate import read_certificate
 from peft_safety.core.files import open_tensors
 from peft_safety.core.names import places, walk
-from peft_safety.core.plain_lora import ADAPTER_FILE, PREFIX, Factors, factor_tensors, plain_config, write_plain
+from peft_safety.core.plain_lora import (
+    ADAPTER_FILE,
+    PREFIX,
+    Factors,
+    check_elsewhere,
+    check_plain,
+    factor_tensors,
+    plain_config,
+    write_plain,
+)
 from peft_safety.core.projection import delta_leak, leak_tolerance
 from peft_safety.core.snapshot import reading
 from peft_safety.errors import ConfigError, ProtectionError
@@ -23,26 +33,33 @@ from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.factors import layer_factors, protected_factors
 from peft_safety.registry.configs import stored_config
+from peft_safety.registry.frozen import check_certified, freezing
 from peft_safety.registry.protection import check_adapters
 
 
-def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> Path:
+def export_lora(
+    model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default", server: str | None = None
+) -> Path:
     """Write a protected adapter as plain LoRA, atomically. PEFT computes the same function from it without this
     package.
 
     The scaling is folded into `lora_B`, so `lora_alpha = r`. Module names are explicit. The rank is uniform (padded
     with zeros). An adapter with a residual has twice the rank: `A' = [A; A0]`, `B' = s [C B, -C B0]`. Modules in
-    `modules_to_save`, such as the head of a classifier, are written beside the factors, as PEFT does.
+    `modules_to_save`, such as the head of a classifier, are written beside the factors, as PEFT does. A frozen A keeps
+    its certificate.
+
+    Args:
+        server: "vllm", "sglang" or "llama.cpp": what that server does not take is refused before anything is written.
 
     Raises:
         ProtectionError: the adapter is not protected any more, or a written factor would leak.
-        ConfigError: it also trained token rows, or is merged into the base weights.
+        ConfigError: it also trained token rows, is merged into the base weights, or is none for the server.
     """
     check_adapters(model, adapter_name)
     layers = adapter_layers(model, adapter_name)
     factors = {name: layer_factors(name, layer, adapter_name) for name, layer in layers.items()}
     saved = dict(_saved_modules(model, adapter_name))
-    return _publish(Path(directory), factors, config_table(model)[adapter_name], saved, places(model))
+    return _publish(Path(directory), factors, config_table(model)[adapter_name], saved, server, places(model))
 
 
 def _saved_modules(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
@@ -53,11 +70,18 @@ def _saved_modules(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, T
                 yield f"{PREFIX}{name}.{key}", tensor.detach().cpu().clone()
 
 
-def export_directory(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Path:
+def export_directory(
+    source: str | os.PathLike[str], directory: str | os.PathLike[str], server: str | None = None
+) -> Path:
     """`export_lora` for a saved adapter: from directory to directory, no model is built."""
     with reading(source, warn=True) as path:
-        if read_certificate(path) is not None:
-            raise ConfigError(f"{source} is a plain LoRA already, with a certificate beside it. Copy it.")
+        check_elsewhere(Path(source), directory)
+        if (certificate := read_certificate(path)) is not None:
+            plain = check_certified(path, certificate)
+            check_plain(plain.config, str(source))
+            plain.modules(path)  # every alpha is known
+            config = freezing(certificate).from_certificate(plain.config, certificate)
+            return _publish(Path(directory), plain.factors, config, plain.extra, server)
         stored = check_adapter(path)
         config = stored_config(stored)
         with open_tensors(path / ADAPTER_FILE) as handle:
@@ -66,7 +90,7 @@ def export_directory(source: str | os.PathLike[str], directory: str | os.PathLik
                 for key in stored.extra_tensors
                 if any(f".{name}." in f".{key}" for name in config.modules_to_save or ())
             }
-        return _publish(Path(directory), protected_factors(stored, stored.shapes), config, saved)
+        return _publish(Path(directory), protected_factors(stored, stored.shapes), config, saved, server)
 
 
 def _publish(
@@ -74,12 +98,15 @@ def _publish(
     factors: Mapping[str, Factors],
     config: ProtectedConfig,
     saved: Mapping[str, Tensor],
+    server: str | None,
     modules: Iterable[str] = (),
 ) -> Path:
     """Check and write the plain adapter; `saved` are of `modules_to_save`, `modules` all modules of a model."""
     if config.trainable_token_indices:
         raise ConfigError("the adapter also trained token rows (trainable_token_indices). Keep the native adapter.")
     rank = max(factor.a.shape[0] for factor in factors.values())
+    if server is not None:
+        check_server(server, factors, rank, saved, bool(config.fan_in_fan_out))
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name, factor in factors.items():
         a, b = factor.scaled()
@@ -94,7 +121,10 @@ def _publish(
         pairs[name] = pad(a, (0, 0, 0, rank - len(a))), pad(b, (0, rank - len(a)))
     plain = plain_config(pairs, vars(config), {name: name for name in (*modules, *factors)})
     plain.modules_to_save = config.modules_to_save
-    write_plain(target, {**factor_tensors(pairs), **saved}, plain, _card(config, rank, len(factors), sorted(saved)))
+    card = _card(config, rank, len(factors), sorted(saved))
+    certificate = config._certificate if config.freezes else None
+    more = None if certificate is None else certificate.write
+    write_plain(target, {**factor_tensors(pairs), **saved}, plain, card, more=more)
     return target
 
 

@@ -21,6 +21,8 @@ class FrozenLinear(nn.Linear):
     """
 
     behind: tuple[nn.ModuleDict, str]
+    whole: Tensor | None = None
+    """A copy to save: under ZeRO-3 the weight is in shards, and transformers saves trained weights only."""
 
     @classmethod
     def replacing(cls, linear: nn.Module, behind: nn.ModuleDict, adapter_name: str) -> FrozenLinear:

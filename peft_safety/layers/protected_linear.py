@@ -247,6 +247,8 @@ def folded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
         for kind in ("weight", "initial"):
             key = f"{own_name(name)}.{kind}"  # torch's state dicts leave out what its wrappers add to names
             if key not in result:
+                if isinstance(leaf, FrozenLinear) and kind == "weight" and hasattr(leaf.weight, "ds_id"):
+                    result[key] = _copied(leaf, key)
                 continue
             factor = result[key]
             if not (_is_tensor(factor) if basis is None else _is_whole(factor, basis, side)):
@@ -258,6 +260,15 @@ def folded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
             if basis is not None:
                 result[key] = saved(basis, factor, side)
     return result
+
+
+def _copied(leaf: FrozenLinear, key: str) -> Tensor:
+    if leaf.whole is None:
+        raise ProtectionError(
+            f"{key} is frozen, and under ZeRO-3 transformers saves trained weights only. Use ZeRO-2, FSDP2 or "
+            "`peft-safety train`, or pass save_pretrained weights gathered in deepspeed.zero.GatheredParameters."
+        )
+    return leaf.whole
 
 
 @torch.no_grad()

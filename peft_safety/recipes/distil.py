@@ -5,7 +5,6 @@ its adapters.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,18 +16,13 @@ from peft_safety.data.chat import IGNORE_INDEX
 from peft_safety.layers.adapters import without_adapters
 
 
-def distilling_trainer(weight: float) -> Callable[..., Trainer]:
-    """A Trainer whose batches say which rows to `distil`: there the loss is `weight KL(base || tuned)` at the response
-    tokens, elsewhere cross entropy.
+class DistillingTrainer(Trainer):
+    """Its batches say which rows to `distil`: there the loss is `weight KL(base || tuned)` at the response tokens,
+    elsewhere cross entropy.
 
     The mean is over the batch's tokens of either kind together. The base is the same model with its adapters switched
     off: no second copy.
     """
-    return partial(DistillingTrainer, weight=weight)
-
-
-class DistillingTrainer(Trainer):
-    """See `distilling_trainer`."""
 
     def __init__(self, *args: Any, weight: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -146,7 +146,6 @@ def patch(
         config,
         training,
         callbacks=[watch, *([SoftPenaltyCallback(adapter_name)] if options.mode == "soft" else [])],
-        description=f"safety patch ({options.mode})",
         adapter_name=adapter_name,
         distil_weight=options.distil_weight,
     )

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from peft_safety.core.training import LEARNING_RATE, TrainOptions
 from peft_safety.data.chat import Collator, can_trim, encode_rows
 from peft_safety.data.rows import Rows
 from peft_safety.errors import ConfigError
-from peft_safety.recipes.distil import distilling_trainer
+from peft_safety.recipes.distil import DistillingTrainer
 
 __all__ = ["LEARNING_RATE", "TrainOptions", "TrainingRun", "finetune"]
 
@@ -53,7 +54,6 @@ def finetune(
     *,
     labels: Sequence[Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-    description: str = "training",
     adapter_name: str = "default",
     distil_weight: float = 1.0,
 ) -> tuple[PeftModel, TrainingRun]:
@@ -65,7 +65,6 @@ def finetune(
             kept, with `distil_weight`, see `recipes.distil`.
         peft_config: any LoRA-like config. None trains the active adapter of a PeftModel on.
         labels: every label of a classification task; default those of `rows`.
-        description: label of the progress bar.
 
     Raises:
         DataError: malformed rows. ConfigError: no config, and no PeftModel whose active adapter trains.
@@ -81,13 +80,13 @@ def finetune(
     cuda = model.device.type == "cuda"
     distil = any("distil" in feature for feature in features)
     collator = Collator(tokenizer, distil, trim=can_trim(tuned))
-    kind = distilling_trainer(distil_weight) if distil else Trainer
+    kind: Any = partial(DistillingTrainer, weight=distil_weight) if distil else Trainer
     with tempfile.TemporaryDirectory() as scratch:
         arguments = options.arguments(scratch, cuda, save_strategy="no", disable_tqdm=True)
         trainer = kind(tuned, arguments, data_collator=collator, train_dataset=features, callbacks=list(callbacks))
         trainer.remove_callback(PrinterCallback)
         if options.progress:
-            trainer.add_callback(_Bar(description))
+            trainer.add_callback(_Bar())
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         result = trainer.train()
@@ -123,16 +122,6 @@ def _peak_resident() -> int:
 
 class _Bar(ProgressCallback):
     """The Trainer's bar on one line, with the running loss instead of printed logs."""
-
-    def __init__(self, description: str) -> None:
-        super().__init__()
-        self.description = description
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.description)
-            self.training_bar.leave = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:

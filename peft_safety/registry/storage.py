@@ -17,7 +17,7 @@ from torch import nn
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import check_adapter, seal
 from peft_safety.core.certificate import FILE_NAME as CERTIFICATE
-from peft_safety.core.names import places, relocated
+from peft_safety.core.names import places, public_name, relocated
 from peft_safety.core.plain_lora import ADAPTER_FILE, CARD, MANIFEST, PREFIX, rewrite
 from peft_safety.core.publish import copy_own, is_interrupted, publishing, recover
 from peft_safety.core.snapshot import Snapshot, named
@@ -77,6 +77,7 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
     with publishing(Path(save_directory), MANIFEST) as staging:
         copy_own(Path(save_directory), CARD, staging)  # PEFT adds to an existing model card
         original(self, str(staging), *args, **kwargs)
+        _hide_path(self, staging / CARD)
         names = {place: f"{PREFIX}{own}" for own, place in places(self).items()}  # without wrappers inside the model
         for name in protected:
             config, folder = self.peft_config[name], staging if name == "default" else staging / name
@@ -89,6 +90,13 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
         _record_repairs(self, selected, staging)
     _drop_stale(self, selected, Path(save_directory))
     return None
+
+
+def _hide_path(model: Any, card: Path) -> None:
+    """PEFT's card names the base model by its path; of a local one only the last part stays."""
+    base = str(getattr(model.get_base_model().config, "_name_or_path", ""))
+    if card.is_file() and (shown := public_name(base)) != base:
+        card.write_text(card.read_text(encoding="utf-8").replace(base, shown), encoding="utf-8")
 
 
 def _warn_unnamed(config: ProtectedConfig, extra: Sequence[str]) -> None:

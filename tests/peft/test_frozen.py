@@ -96,6 +96,19 @@ def test_preparing_for_kbit_training_before_and_after():
     assert_frozen(model, before)
 
 
+def test_a_factor_that_zero_3_leaves_out_is_refused_or_saved_from_its_copy(tmp_path):
+    model = frozen()
+    trained = {name: value for name, value in model.state_dict().items() if "lora_B" in name}
+    for weight in lora_a(model).values():
+        weight.ds_id = 0
+    with pytest.raises(ProtectionError, match="ZeRO-3"):
+        model.save_pretrained(tmp_path, state_dict=trained)
+    for layer in (module for module in model.modules() if isinstance(module, FrozenLinear)):
+        layer.whole = layer.weight.detach().clone()
+    model.save_pretrained(tmp_path, state_dict=trained)
+    assert verify(tmp_path, subspace=model.peft_config["default"].subspace).blindness_checked
+
+
 def test_it_is_a_plain_lora_for_whoever_reads_it(tmp_path):
     model = frozen()
     cells.train(model, cells.adamw, 10)

@@ -21,7 +21,6 @@ from peft_safety import (
     repair_adapter,
     verify,
 )
-from peft_safety.convert.export import export_directory
 from peft_safety.core import certificate
 from peft_safety.core.certificate import FILE_NAME
 from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST, PREFIX
@@ -299,12 +298,6 @@ def test_the_model_is_compared_without_the_subspace_too(tmp_path):
     assert verify(tmp_path, cells.base_model()).base_checked is False
     with pytest.raises(ArtifactError, match="Give the base"):
         verify(tmp_path, cells.base_model(cells.WIDE))
-
-
-def test_exporting_a_directory_that_is_plain_already(tmp_path):
-    saved(tmp_path / "adapter")
-    with pytest.raises(ConfigError, match="plain LoRA already"):
-        export_directory(tmp_path / "adapter", tmp_path / "out")
 
 
 def test_a_loaded_adapter_outlives_its_directory(tmp_path):

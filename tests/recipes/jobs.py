@@ -44,3 +44,9 @@ def job_on(
     }
     skip = [*more.pop("skip", []), *([] if screened else ["screen"])]
     return {**places, **QUICK, **({"skip": skip} if skip else {}), **more}
+
+
+def losses(run_directory: Path, step: int) -> list[float]:
+    """The logged losses up to a checkpoint."""
+    history = json.loads((run_directory / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +16,8 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
@@ -36,6 +40,8 @@ CONFIG_OPTIONS = (
     "safety_energy", "basis", "positions", "train", "window", "a_init", "init", "combine", "combine_rank",
 )  # fmt: skip
 """Options that are fields of a config under the same name."""
+SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+"""What `accelerate launch` sets."""
 BATCH = 8
 """Rows in a batch of calibration."""
 
@@ -49,6 +55,14 @@ class Job:
         self.main: bool = PartialState().is_main_process
         self.progress = self.main and not self.training.disable_tqdm
         self.out = Path(self.training.output_dir or "trainer_output")
+        if self.training.use_cpu and any(os.environ.get(name) == "true" for name in SHARDING):
+            wrong = "accelerate shards no model on CPUs: it would train whole replicas"
+            raise ConfigError(f"{wrong}. Leave FSDP or DeepSpeed out, or set use_cpu: false where there are GPUs.")
+        try:
+            for report in get_reporting_integration_callbacks(self.training.report_to):
+                report()
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"report_to={self.training.report_to}: {error}") from error
         if unknown := sorted(set(self.own.skip or ()) - set(STEPS)):
             raise ConfigError(f"skip={unknown[0]!r} is no step. Steps: {', '.join(STEPS)}.")
         if self.own.drop_flagged and "screen" in (self.own.skip or ()):
@@ -105,7 +119,9 @@ class Job:
         if training.world_size > 1:
             options["device_map"] = None
         try:
-            model = create_model_from_path(given.model_name_or_path, **(options | (training.model_init_kwargs or {})))
+            with _unsharded(training.deepspeed_plugin):
+                given_too = training.model_init_kwargs or {}
+                model = create_model_from_path(given.model_name_or_path, **(options | given_too))
         except (OSError, ValueError) as error:
             raise ConfigError(f"no model at {given.model_name_or_path!r}: {error}") from error
         weights.stay_unpacked(model)
@@ -148,6 +164,17 @@ class Job:
 
     def _encoded(self, rows: Dataset, limit: int) -> list[Feature]:
         return [feature(self.tokenizer, row, self.training.dataset_text_field, limit) for row in rows]
+
+
+@contextmanager
+def _unsharded(plugin: Any) -> Iterator[None]:
+    """ZeRO-3 shards weights when training begins, not when they are loaded: one process alone calibrates on them."""
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if plugin is not None:
+            plugin.set_deepspeed_weakref()
 
 
 def config_of(settings: Settings) -> LoraConfig:

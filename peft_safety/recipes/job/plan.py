@@ -65,7 +65,7 @@ def make_plan(settings: Settings) -> Plan:
         "method": f"{settings.own.method}{_form(job)}, r={given.lora_r}, lora_alpha={given.lora_alpha}",
         "modules": f"{len(shapes)}: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
         "trainable parameters": f"{trained:,} of {whole:,} ({trained / whole:.2%})",
-        **_memory(job, model, config.get_text_config(), trained),
+        **_memory(job, model, config.get_text_config(), shapes),
         "steps of the job": ", ".join(step for step in STEPS if step not in (settings.own.skip or ())),
     }
     ranks = [
@@ -108,7 +108,8 @@ def _trainable(job: Job, shapes: dict[str, tuple[int, int]], r: int) -> int:
     return sum(r * (m if frozen else m + n) for m, n in shapes.values())
 
 
-def _memory(job: Job, model: Any, config: Any, trained: int) -> dict[str, str]:
+def _memory(job: Job, model: Any, config: Any, shapes: dict[str, tuple[int, int]]) -> dict[str, str]:
+    """See docs/scale.md for the formula."""
     given, training = job.settings.model, job.training
     number = BYTES.get(str(given.dtype), BYTES["bfloat16"])
     small = BITS_4 if given.load_in_4bit else BITS_8 if given.load_in_8bit else number
@@ -119,9 +120,13 @@ def _memory(job: Job, model: Any, config: Any, trained: int) -> dict[str, str]:
     width = training.max_length if training.packing else max(lengths)
     tokens, layers = training.per_device_train_batch_size * width, config.num_hidden_layers
     half = 2 if training.bf16 or training.fp16 else number
-    one = ACTIVATION_BYTES * half / 2 * tokens * config.hidden_size
+    trained, features = _trainable(job, shapes, given.lora_r), sum(n for _, n in shapes.values())
+    frozen = job.protected and job.config.freezes
+    inputs = 0 if frozen else 4 * features / layers  # in fp32, for the gradient of a trained lora_A
+    one = tokens * (ACTIVATION_BYTES * half / 2 * config.hidden_size + inputs)
     kept = one + layers * half * tokens * config.hidden_size if training.gradient_checkpointing else layers * one
-    adapter = 16 * trained  # fp32: the parameter, its gradient, and two moments of Adam
+    # fp32: the parameter, and if it is trained its gradient and two moments of Adam
+    adapter = 16 * trained + (4 * given.lora_r * features if frozen else 0)
     return {
         "memory of the base": size_text(round(base)),
         "memory of the adapter": f"{size_text(adapter)}, gradients and optimizer included",

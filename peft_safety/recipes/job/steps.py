@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
 from peft_safety.callbacks import SafetyMonitorCallback
@@ -24,6 +25,7 @@ from peft_safety.data import calibration_rows
 from peft_safety.errors import CalibrationError, ConfigError, PeftSafetyError
 from peft_safety.evaluation.judges import KeywordJudge
 from peft_safety.evaluation.metrics import figure_from_json
+from peft_safety.layers.frozen_linear import FrozenLinear
 from peft_safety.methods.base import calibrate as estimate_for
 from peft_safety.recipes.adapter import TASK_ROWS, with_task
 from peft_safety.recipes.bench import Bench
@@ -138,7 +140,7 @@ def calibrate(job: Job) -> dict[str, Any]:
     PartialState().wait_for_everyone()
     provenance = SafetySubspace.load(str(job.subspace)).provenance
     plain = {name: value for name, value in provenance.items() if isinstance(value, (str, int, float))}
-    return {"subspace": job.subspace, **plain}
+    return {"subspace": Path(str(job.subspace)).name, **plain}
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -159,18 +161,23 @@ def train(job: Job) -> dict[str, Any]:
             eval_dataset=job.data.held_out if job.training.eval_strategy != "no" else None,
             processing_class=job.tokenizer,
             peft_config=config,
-            callbacks=[*monitor, *job.callbacks],
+            callbacks=[*job.callbacks],
         )
     except PeftSafetyError:
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"TRL refuses these settings: {error}") from error
+    trainer.callback_handler.callbacks[1:1] = monitor  # before those of report_to, which log what they are given
     job.sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    if not job.sharded:
-        for parameter in trainable:  # TRL casts the factors on a quantized base to bf16, which leaks (1e-3)
-            parameter.data = parameter.data.float() if parameter.dtype == torch.bfloat16 else parameter.data
+    for parameter in trainable:  # TRL casts the factors on a quantized base to bf16, which leaks (1e-3)
+        parameter.data = parameter.data.float() if parameter.dtype == torch.bfloat16 else parameter.data
+    for layer in trainer.model.modules() if is_deepspeed_zero3_enabled() else ():
+        if isinstance(layer, FrozenLinear):
+            layer.whole = layer.weight.detach().to("cpu", copy=True)
     result = trainer.train(resume_from_checkpoint=_checkpoint(job))
+    if trainer.is_fsdp_enabled:  # checkpoints may be in shards, the adapter may not
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(job.adapter_dir))  # and pushes it, if that was asked for
     job.tuned = trainer.accelerator.unwrap_model(trainer.model)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -214,7 +221,7 @@ def verify(job: Job) -> dict[str, Any]:
         return {"method": "lora", "protected": False}
     base = job.model if "model" in vars(job) and not job.sharded else None
     facts = asdict(check(job.adapter_dir, base, job.subspace))
-    return {name: value for name, value in facts.items() if name not in ("provenance", "settings")}
+    return {name: value for name, value in facts.items() if name not in ("directory", "provenance", "settings")}
 
 
 def report(job: Job) -> dict[str, Any] | None:
@@ -292,11 +299,13 @@ def _outputs(job: Job, step: str) -> bool:
 
 
 def _checkpoint(job: Job) -> str | None:
-    """The checkpoint to resume from, as given; with "true" the last one since training began with these settings."""
+    """The checkpoint to resume from, as given; with "true" the last one since training began with these settings.
+    `trainer_state.json` is the last file of one.
+    """
     given, began = job.training.resume_from_checkpoint, job.state.steps["train"]["began"]
     if str(given).lower() not in ("true", "yes"):
         return None if given is None or str(given).lower() in ("false", "no") else str(given)
-    saved = [path for path in job.out.glob("checkpoint-*") if path.stat().st_mtime >= began]
+    saved = [path.parent for path in job.out.glob("checkpoint-*/trainer_state.json") if path.stat().st_mtime >= began]
     last = max(saved, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     say(job, f"  resuming from {last}" if last else "  no checkpoint yet: training starts at its beginning")
     return None if last is None else str(last)
