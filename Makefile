@@ -104,11 +104,17 @@ DEEPSPEED := .nightly
 $(DEEPSPEED): $(STAMP)
 	DS_BUILD_OPS=0 $(PIP_INSTALL) --no-deps --no-build-isolation --target $@ deepspeed==0.19.8 hjson ninja py-cpuinfo msgpack einops
 
+# inspect_ai and all that it needs, likewise: it holds fsspec at an older release. The two pins keep pip from searching
+INSPECT := .nightly-inspect
+$(INSPECT): $(STAMP)
+	$(PIP_INSTALL) --target $@ inspect_ai==0.3.285 s3fs==2026.6.0 boto3==1.43.117
+
 # what is too long for every change: every test, with the oldest instructions too, and the harness at a small scale
-nightly: $(STAMP) model $(DEEPSPEED)
+nightly: $(STAMP) model $(DEEPSPEED) $(INSPECT)
 	$(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) $(PYTEST_ARGS)
 	$(OLDEST_ISA) $(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) -m "not gpu" $(PYTEST_ARGS)
 	PYTHONPATH=$(DEEPSPEED) DS_ACCELERATOR=cpu $(OFFLINE) $(BIN)/python -m pytest tests/distributed -k zero $(PYTEST_ARGS)
+	PYTHONPATH=$(INSPECT) $(OFFLINE) $(BIN)/python -m pytest tests/interop/test_inspect_ai.py $(PYTEST_ARGS)
 	$(MAKE) frontier-smoke attacks-smoke topic-smoke
 
 lint: $(STAMP)
