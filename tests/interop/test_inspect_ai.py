@@ -99,7 +99,7 @@ def test_compliance_by_content_asks_a_model(options, tmp_path):
 
 
 def test_a_task_refuses_a_set_of_another_kind():
-    with pytest.raises(ConfigError, match=r"kind 'over_refusal'. This task needs one of kind 'harmful'"):
+    with pytest.raises(ConfigError, match=r"kind 'over_refusal', not 'harmful'\. Choose one of packaged, advbench"):
         refusal(prompts="packaged-contrast")
-    with pytest.raises(ConfigError, match="needs one of kind 'over_refusal'"):
+    with pytest.raises(ConfigError, match="kind 'harmful', not 'over_refusal'"):
         over_refusal(prompts="packaged")

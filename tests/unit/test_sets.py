@@ -1,5 +1,7 @@
 """The table of named sets, against the documents and against directories of the form that the Hub has."""
 
+import configparser
+import importlib.util
 import json
 import os
 import subprocess
@@ -153,6 +155,14 @@ def test_a_local_copy_is_read(cache, entry):
         write_jsonl(cache / "plain" / entry.name / "rows.jsonl", ROWS[entry.name])
         for place in ("files", "plain"):
             check(entry, named_set(entry.name, directory=place))
+
+
+def test_inspect_finds_a_module_by_the_entry_point():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    name, _, module = config["options.entry_points"]["inspect_ai"].strip().partition(" = ")
+    assert name == "peft_safety", "the tasks' prefix"
+    assert importlib.util.find_spec(module) is not None
 
 
 def test_packaged_sets_are_those_of_prompt_set():

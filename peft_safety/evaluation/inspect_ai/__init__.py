@@ -83,10 +83,6 @@ def compliance_by_content(judge: str, prompts: str = "packaged", max_tokens: int
 
 def _task(kind: Kind, prompts: str, judge: str, max_tokens: int, draw: dict[str, Any]) -> Task:
     drawn = named_set(prompts, kind=kind, **draw)
-    if drawn.kind != kind:
-        raise ConfigError(
-            f"prompts={prompts!r} is a set of kind {drawn.kind!r}. This task needs one of kind {kind!r}."
-        )
     return Task(
         dataset=MemoryDataset([Sample(input=prompt) for prompt in drawn.prompts], name=drawn.name),
         solver=generate(),
