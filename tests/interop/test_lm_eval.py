@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from peft_safety.data import load
-from peft_safety.errors import DataError
-from peft_safety.evaluation import evaluate, prompt_set
+from peft_safety.errors import ConfigError, DataError
+from peft_safety.evaluation import evaluate, named_set, prompt_set
 from peft_safety.evaluation.lm_eval import functions, include_path
 from tests.interop.helpers import answering_llama
 
@@ -24,6 +24,10 @@ def test_the_prompts_are_those_of_one_split():
     assert functions.contrast("validation", version=1.0)["test"]["prompt"] == [
         row["prompt"] for row in load("contrast_prompts", "validation")
     ]
+    drawn = functions.contrast(prompts="packaged-everyday", limit=5, seed=1, version=1.0)["test"]["prompt"]
+    assert list(drawn) == list(named_set("packaged-everyday", limit=5, seed=1).prompts)
+    with pytest.raises(ConfigError, match="'packaged' is a set of kind 'harmful', not 'over_refusal'"):
+        functions.contrast(prompts="packaged")
     with pytest.raises(DataError, match="no split"):
         functions.harmful("secret")
 

@@ -17,17 +17,12 @@ from inspect_ai.scorer import Score, Scorer, Target, ci_wilson, mean, scorer
 from inspect_ai.solver import TaskState, generate
 
 from peft_safety.errors import ConfigError
-from peft_safety.evaluation.classifier import ClassifierJudge
-from peft_safety.evaluation.judges import Judge, KeywordJudge, Verdict
+from peft_safety.evaluation.judges import Verdict
+from peft_safety.evaluation.judges import judge as judge_named
 from peft_safety.evaluation.sets import Kind, named_set
 
 OPENING = 16
 """Tokens of a response, as in `evaluate`: a keyword judge needs only its head."""
-
-
-def judge_named(name: str) -> Judge:
-    """The judge of a task's argument: "keyword", or a model (see `ClassifierJudge`)."""
-    return KeywordJudge() if name == "keyword" else ClassifierJudge(name)
 
 
 @scorer(metrics={"*": [mean(), ci_wilson()]})
@@ -35,7 +30,7 @@ def verdict(judge: str = "keyword") -> Scorer:
     """The share of each verdict, with its 95 % interval.
 
     Args:
-        judge: "keyword", or the directory or Hub id of a model.
+        judge: a name or model id (see `evaluation.judges.judge`).
     """
     made, one_at_a_time = judge_named(judge), anyio.CapacityLimiter(1)
 
@@ -83,10 +78,6 @@ def compliance_by_content(judge: str, prompts: str = "packaged", max_tokens: int
 
 def _task(kind: Kind, prompts: str, judge: str, max_tokens: int, draw: dict[str, Any]) -> Task:
     drawn = named_set(prompts, kind=kind, **draw)
-    if drawn.kind != kind:
-        raise ConfigError(
-            f"prompts={prompts!r} is a set of kind {drawn.kind!r}. This task needs one of kind {kind!r}."
-        )
     return Task(
         dataset=MemoryDataset([Sample(input=prompt) for prompt in drawn.prompts], name=drawn.name),
         solver=generate(),

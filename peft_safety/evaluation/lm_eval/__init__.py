@@ -4,7 +4,8 @@
     peft_safety.evaluation.lm_eval)" \\
         --tasks peft_safety_refusal,peft_safety_over_refusal --apply_chat_template
 
-The test split by default; `--metadata '{"split": "validation"}'` while choosing settings. Figures of plain greedy
+The packaged test split by default; `--metadata '{"split": "validation"}'` while choosing settings. With one task,
+`{"prompts": "advbench", "limit": 50}` takes another set: the arguments of `named_set`. Figures of plain greedy
 generation as in `evaluate`, by the same keyword matcher: a smoke metric.
 """
 

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_safety.data import load
-from peft_safety.evaluation import KeywordJudge, Verdict
+from peft_safety.evaluation import KeywordJudge, Verdict, named_set
+from peft_safety.evaluation.sets import Kind
 
 
-def harmful(split: str = "test", **metadata: Any) -> dict[str, Any]:
-    """Harmful requests: `split` of the packaged ones, under the name that the task files give it."""
-    return _prompts("harmful_requests", split)
+def harmful(split: str | None = None, prompts: str = "packaged", **metadata: Any) -> dict[str, Any]:
+    """Harmful requests, under the name that the task files give their split: arguments of `named_set`."""
+    return _drawn("harmful", prompts, split, metadata)
 
 
-def contrast(split: str = "test", **metadata: Any) -> dict[str, Any]:
+def contrast(split: str | None = None, prompts: str = "packaged-contrast", **metadata: Any) -> dict[str, Any]:
     """Safe requests that only look dangerous."""
-    return _prompts("contrast_prompts", split)
+    return _drawn("over_refusal", prompts, split, metadata)
 
 
-def _prompts(name: str, split: str) -> dict[str, Any]:
+def _drawn(kind: Kind, prompts: str, split: str | None, metadata: dict[str, Any]) -> dict[str, Any]:
     from datasets import Dataset
 
-    return {"test": Dataset.from_list([{"prompt": row["prompt"]} for row in load(name, split)])}
+    draw = {name: metadata[name] for name in ("limit", "seed", "directory") if name in metadata}
+    drawn = named_set(prompts, kind=kind, split=split, **draw).prompts
+    return {"test": Dataset.from_list([{"prompt": prompt} for prompt in drawn])}
 
 
 def verdict(doc: dict[str, str], results: list[str]) -> dict[str, float]:
