@@ -66,7 +66,7 @@ def config_from_pretrained(
 
 
 def is_plain_lora(config: Any) -> bool:
-    """Whether it is PEFT's LoraConfig, or a framework's own class of it (ms-swift turns each that is read into one)."""
+    """Whether it is PEFT's LoraConfig, or a class that a framework made of it, as ms-swift does on reading."""
     ours = type(config) in config_types().values()
     return isinstance(config, LoraConfig) and config.peft_type == "LORA" and not ours
 
