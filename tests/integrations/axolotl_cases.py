@@ -31,7 +31,7 @@ refused("LoRA's", peft_safety={"r": 8})
 refused("adapter: lora has no options", adapter="lora")
 refused("lora_qkv_kernel", lora_qkv_kernel=True, peft_safety={"train": "A", "subspace": "guardspace.safetensors"})
 refused("use_dora", peft_use_dora=True)
-refused("plain", lora_model_dir="plain")
+refused("no protected adapter", lora_model_dir="plain")
 
 model, config, cfg = loaded(rl="dpo")
 assert not hasattr(model, "peft_config"), "the trainer injects the adapter"
