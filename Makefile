@@ -26,10 +26,10 @@ export MPLBACKEND := Agg
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock model demo demo-smoke frontier frontier-smoke attacks attacks-smoke topic topic-smoke test test-isa test-all nightly lint format clean
+.PHONY: help venv lock model demo demo-smoke frontier frontier-smoke attacks attacks-smoke topic topic-smoke test test-isa test-all integrations nightly lint format clean
 
 help:
-	@echo "make demo | test | test-isa | demo-smoke | frontier-smoke | frontier | attacks-smoke | attacks | topic-smoke | topic | test-all | nightly | lint | format | model | venv | lock | clean"
+	@echo "make demo | test | test-isa | demo-smoke | frontier-smoke | frontier | attacks-smoke | attacks | topic-smoke | topic | test-all | integrations | nightly | lint | format | model | venv | lock | clean"
 	@echo "  PYTHON=python3.12 (when .venv is made)  DEMO_ARGS=...  FRONTIER_ARGS=...  PYTEST_ARGS=..."
 
 venv: $(STAMP)
@@ -111,12 +111,17 @@ $(LLAMA_CPP): $(STAMP)
 	$(BIN)/python -m pip download --quiet --progress-bar off --no-deps --no-binary llama-cpp-python --dest $@ llama-cpp-python==0.3.36
 	tar -xzf $@/llama_cpp_python-*.tar.gz -C $@ --wildcards '*/llama.cpp/*.py'
 
+# axolotl and ms-swift themselves, each in an environment of its own beside .venv
+integrations: $(STAMP)
+	$(BIN)/python tests/integrations/install.py
+	$(OFFLINE) $(BIN)/python -m pytest tests/integrations $(PYTEST_ARGS)
+
 # what is too long for every change: every test, with the oldest instructions too, and the harness at a small scale
 nightly: $(STAMP) model $(DEEPSPEED) $(LLAMA_CPP)
 	$(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) $(PYTEST_ARGS)
 	$(OLDEST_ISA) $(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) -m "not gpu" $(PYTEST_ARGS)
 	PYTHONPATH=$(DEEPSPEED) DS_ACCELERATOR=cpu $(OFFLINE) $(BIN)/python -m pytest tests/distributed -k zero $(PYTEST_ARGS)
-	$(MAKE) frontier-smoke attacks-smoke topic-smoke
+	$(MAKE) integrations frontier-smoke attacks-smoke topic-smoke
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
