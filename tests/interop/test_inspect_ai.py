@@ -13,8 +13,8 @@ from inspect_ai.model import ModelOutput, ModelUsage, get_model
 
 from peft_safety.errors import ConfigError
 from peft_safety.evaluation import KeywordJudge, Rate, Verdict, evaluate, named_set, prompt_set
-from peft_safety.evaluation.judges import ClassifierJudge
 from peft_safety.evaluation.inspect_ai import compliance_by_content, over_refusal, refusal
+from peft_safety.evaluation.judges import ClassifierJudge
 from tests.interop.helpers import answering_llama
 from tests.tiny import VOCAB_SIZE, tiny_tokenizer
 
