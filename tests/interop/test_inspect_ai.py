@@ -96,6 +96,8 @@ def test_compliance_by_content_asks_a_model(options, tmp_path):
     assert len(set(verdicts)) == 2, "the judge tells the responses apart"
     with pytest.raises(ConfigError, match="not its content"):
         compliance_by_content(judge="keyword")
+    with pytest.raises(ConfigError, match="url= is no such address"):
+        compliance_by_content(judge="rubric:some-model", judge_url="ftp://here")
 
 
 def test_a_task_refuses_a_set_of_another_kind():
