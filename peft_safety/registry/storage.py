@@ -94,7 +94,7 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
 
 def _hide_path(model: Any, card: Path) -> None:
     """PEFT's card names the base model by its path; of a local one only the last part stays."""
-    base = str(getattr(model.get_base_model().config, "_name_or_path", ""))
+    base = str(getattr(getattr(model.get_base_model(), "config", None), "_name_or_path", ""))
     if card.is_file() and (shown := public_name(base)) != base:
         card.write_text(card.read_text(encoding="utf-8").replace(base, shown), encoding="utf-8")
 
