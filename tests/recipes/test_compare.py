@@ -82,7 +82,9 @@ def test_the_gate_decides_the_exit_status_and_tells_a_ci_server(places, tmp_path
     assert (tmp_path / "summary.md").read_text().count("| `refusal") == 2
 
 
-@pytest.mark.parametrize(("gate", "code"), [("refusal<=base+1", 0), ("refusal>=base+1", 1)])
+@pytest.mark.parametrize(
+    ("gate", "code"), [("refusal>=base+1", 1), pytest.param("refusal<=base+1", 0, marks=pytest.mark.slow)]
+)
 def test_the_github_workflow_passes_and_fails_as_written(places, tmp_path, gate, code):
     """The very step of the example, on this model and a short prompt file."""
     workflow = yaml.safe_load((ROOT / "examples" / "ci" / "safety-gate.yml").read_text())
