@@ -23,7 +23,7 @@ from peft_safety.recipes.bench import JUDGED_TOKENS
 from peft_safety.recipes.load import load_model
 from peft_safety.screening.requests import Request, requests_of
 from peft_safety.screening.result import COMPLIES, VERDICTS, ScreenedRow, Screening
-from peft_safety.screening.screen import Screen
+from peft_safety.screening.screen import KNOWN, Screen
 from peft_safety.screening.states import join_processes, process, shared_out
 
 CHUNK = 512
@@ -38,6 +38,7 @@ def screen(
     fpr: float = 0.01,
     clean: str | Path | Rows | None = None,
     fitted: Screen | None = None,
+    known: int = KNOWN,
     verdict: bool = True,
     judge: Judge | None = None,
     by: str | None = None,
@@ -63,6 +64,7 @@ def screen(
             so where your rows look less harmful than the package's contrast prompts.
         fitted: the screen of an earlier result on the same model (`result.screen`), which is used as it is: with its
             rate, threshold, `max_length` and `batch_tokens`. It saves reading the known prompts again.
+        known: packaged prompts of each file and split that a new screen learns from, at most.
         judge: of refusals, default `KeywordJudge`.
         by: a column; rows are counted by its values, default by their kind.
         labels: every label of {text, label} rows; needed for those of a stream only.
@@ -96,7 +98,7 @@ def screen(
     if fitted is None:
         reading: dict[str, Any] = {"max_length": max_length, "budget": batch_tokens, "progress": progress}
         checked = [] if clean is None else _clean(tokenizer, clean, max_length, names)
-        fitted = Screen.fit(reader, tokenizer, fpr=fpr, clean=checked, **reading)
+        fitted = Screen.fit(reader, tokenizer, fpr=fpr, clean=checked, known=known, **reading)
     asked = (judge or KeywordJudge()) if verdict else None
     result: list[ScreenedRow] = []
     with tqdm(total=total, desc="screening", unit="row", disable=not progress, leave=False) as bar:

@@ -69,6 +69,7 @@ class Screen:
         fpr: float = 0.01,
         clean: Sequence[Tokens] = (),
         without: Collection[str] = (),
+        known: int = KNOWN,
         max_length: int = 1024,
         budget: int = 4096,
         progress: bool = True,
@@ -78,15 +79,16 @@ class Screen:
         Args:
             clean: requests known to be harmless, in place of the package's harmless validation prompts.
             without: texts of packaged prompts that are left out: those that a benchmark of the screen is run on.
+            known: prompts of each packaged file and split that are read at most.
 
         Raises:
             ConfigError: an option out of range, or a model that is no causal language model.
             CalibrationError: the model does not tell harmful requests from others, or computes NaN.
             DataError: no chat template.
         """
-        if not 0 <= fpr < 1 or max_length < 1 or budget < 1:
-            given = f"fpr={fpr}, max_length={max_length}, budget={budget}"
-            raise ConfigError(f"{given}. Give a rate from 0 to below 1, and at least one token.")
+        if not 0 <= fpr < 1 or min(max_length, budget, known) < 1:
+            given = f"fpr={fpr}, max_length={max_length}, budget={budget}, known={known}"
+            raise ConfigError(f"{given}. Give a rate from 0 to below 1, at least one token, and at least one prompt.")
         config = model.config.get_text_config()
         if getattr(model.config, "is_encoder_decoder", False):
             raise ConfigError("a screen reads a causal language model, and this is an encoder-decoder. Give another.")
@@ -96,19 +98,19 @@ class Screen:
         depth = int(config.num_hidden_layers)
         layers = sorted({max(1, round(depth * part / LAYERS)) for part in range(2, LAYERS + 1)})
         kinds = [(names, split) for split in ("train", "validation") for names in (HARMFUL, HARMLESS)]
-        prompts = [[row for name in names for row in _drawn(name, split, left_out)] for names, split in kinds]
+        prompts = [[row for name in names for row in _drawn(name, split, left_out, known)] for names, split in kinds]
         parts = [[requests_of(tokenizer, row, 0, max_length)[0].ids for row in part] for part in prompts]
         parts[-1] = [list(ids) for ids in clean] or parts[-1]
         if not all(parts):
             names, split = kinds[parts.index([])]
             raise ConfigError(f"without= leaves no {split} prompt of {', '.join(names)}. Leave fewer out.")
-        known = [ids for part in parts for ids in part]
-        with tqdm(total=len(known), desc="known prompts", unit="row", disable=not progress, leave=False) as bar:
+        every = [ids for part in parts for ids in part]
+        with tqdm(total=len(every), desc="known prompts", unit="row", disable=not progress, leave=False) as bar:
 
             def run(part: Sequence[Tokens]) -> list[Tensor]:  # copies: a view is sent with all that it is a view of
                 return [state.clone() for state in last_states(model, part, layers, budget, bar.update)]
 
-            states = torch.stack(shared_out(known, run))
+            states = torch.stack(shared_out(every, run))
         if not bool(states.isfinite().all()):
             raise CalibrationError("the model's hidden states hold NaN or Inf. Load it in bfloat16 or float32.")
         train_p, train_n, valid_p, valid_n = states.split([len(part) for part in parts])
@@ -157,6 +159,6 @@ class Screen:
             )
 
 
-def _drawn(name: str, split: str, without: Collection[str]) -> list[dict[str, str]]:
+def _drawn(name: str, split: str, without: Collection[str], most: int) -> list[dict[str, str]]:
     rows = [row for row in load(name, split) if row["prompt"] not in without]
-    return random.Random(0).sample(rows, KNOWN) if split == "train" and len(rows) > KNOWN else rows
+    return random.Random(0).sample(rows, most) if len(rows) > most else rows

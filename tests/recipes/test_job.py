@@ -78,14 +78,16 @@ class Screened:
 
 def test_the_rows_are_screened_first_and_left_out_on_demand(tmp_path, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(steps, "screen_rows", lambda model, rows, **_: seen.append(len(rows)) or Screened)
-    quick = {"screened": True, "safety_rank": 4, "skip": ["measure", "report"]}
+    monkeypatch.setattr(
+        steps, "screen_rows", lambda model, rows, known, **_: seen.append((len(rows), known)) or Screened
+    )
+    quick = {"screened": True, "screen_prompts": 8, "safety_rank": 4, "skip": ["measure", "report"]}
     with pytest.warns(UserWarning, match=r"rows \[4, 9\] comply"):
         result = run(tmp_path, **quick)
     assert (result.facts["screen"]["flagged"], result.facts["train"]["rows"]) == ([1, 4, 9], 17)
     result = run(tmp_path, **quick, drop_flagged=True)
     assert "screen: done before" in capsys.readouterr().out
-    assert (seen, result.facts["train"]["rows"]) == ([17], 15)
+    assert (seen, result.facts["train"]["rows"]) == ([(17, 8)], 15)
     with pytest.raises(ConfigError, match="needs the step screen"):
         run(tmp_path, drop_flagged=True)
     monkeypatch.setattr(Screened, "dropped", [*range(17)])

@@ -120,6 +120,14 @@ def test_a_screen_can_be_fitted_without_some_of_the_packaged_prompts(monkeypatch
     assert read[1] == read[2] == read[0] - 2 - 2 * 2, "the stand-in has the same prompts in both harmless sets"
 
 
+def test_a_screen_can_learn_from_fewer_of_the_packaged_prompts():
+    found = screen(MODEL, ROWS, known=9, **COMMON)
+    assert (found.screen.true_positives[1], found.screen.false_positives[1]) == (9, 18)
+    assert set(FLAGGED) <= set(numbers(found.flagged))
+    with pytest.raises(ConfigError, match="known=0"):
+        screen(MODEL, ROWS, known=0, **COMMON)
+
+
 @pytest.mark.parametrize(
     ("without", "message"),
     [

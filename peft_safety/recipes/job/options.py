@@ -52,6 +52,9 @@ class SafetyOptions:
     )
     basis: str | None = option(None, "For guardspace: harmful (default), general or both.")
     positions: str | None = option(None, "For guardspace, tokens that count: all (default), prompt or response.")
+    screen_prompts: int | None = option(
+        None, "So many of each file of the package's prompts for the screen to learn from; default 256."
+    )
     calibration_rows: int | None = option(None, "So many of the package's prompts to calibrate on; default all.")
     train: str | None = option(
         None, "For guardspace: B (A frozen: a plain LoRA; default), A (both, projected) or window."

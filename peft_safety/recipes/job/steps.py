@@ -112,7 +112,10 @@ def screen(job: Job) -> dict[str, Any]:
         say(job, "  not screened: plain text and tokens have no user turns")
         return {"flagged": [], "suspicious": []}
     try:
-        result = screen_rows(job.model, job.data.train, tokenizer=job.tokenizer, progress=job.progress)
+        options: dict[str, Any] = {"tokenizer": job.tokenizer, "progress": job.progress}
+        if job.own.screen_prompts is not None:
+            options["known"] = job.own.screen_prompts
+        result = screen_rows(job.model, job.data.train, **options)
     except CalibrationError as error:
         say(job, f"  not screened: {error}")
         return {"flagged": [], "suspicious": [], "problem": str(error)}
@@ -282,7 +285,7 @@ def _digests(job: Job) -> dict[str, str]:
     settings = job.settings
     training = [n for n in settings.given if n not in UNTRAINED and not n.startswith(PREFIXES)]
     return {
-        "screen": settings.digest((*LOADING, *READING), data=job.data_digest),
+        "screen": settings.digest((*LOADING, *READING, "screen_prompts"), data=job.data_digest),
         "calibrate": settings.digest(CALIBRATING),
         "train": settings.digest(training, data=job.data_digest),
         "measure": settings.digest([*training, *MEASURING], data=job.data_digest),
