@@ -5,8 +5,8 @@
     python -m benchmarks.method_comparison --report             the picture and the section of docs/results.md
 
 A local twin of PEFT's `method_comparison/MetaMathQA`, whose entry for GuardSpace is in the folder metamathqa. Sums in
-words ("thirty-eight plus four") take the place of word problems, and the model's own answers to general prompts that of
-Wikipedia: forgetting is what their loss (nats a token) rises by. One seed.
+words ("thirty-eight plus four =") take the place of word problems, and the model's own answers to general prompts
+that of Wikipedia: forgetting is what their loss (nats a token) rises by. One seed.
 """
 
 from __future__ import annotations
@@ -23,45 +23,41 @@ from benchmarks.method_comparison.cells import Cells, Settings
 from benchmarks.method_comparison.report import NAME, report
 from peft_safety.reporting.report import environment
 
-RUNS = Path("runs") / NAME
 SMOKE = Settings(r=8, steps=2, test=8, general=4)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 1 if an arm failed."""
+    import torch
+
     parser = parser_of(__doc__)
     parser.prog = f"python -m benchmarks.{NAME}"
     add_model(parser)
-    parser.add_argument("--budget", type=float, help="minutes after which no further arm starts")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="minutes after which no further arm starts")
     parser.add_argument("--smoke", action="store_true", help="a quick check that everything runs")
     parser.add_argument("--report", action="store_true", help="only show the last results again")
-    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the finished arms (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
+    parser.add_argument("--runs", type=Path, default=Path("runs", NAME), help="folder of finished arms")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     given = parser.parse_args(argv)
     if given.report:
         report(given.out, PAGE if given.out == RESULTS else None)
         return 0
-    settings = SMOKE if given.smoke else Settings()
-    cells, failed, started = Cells(given.runs, model_source(given.model), settings), {}, time.monotonic()
+    settings, failed, started = SMOKE if given.smoke else Settings(), [], time.monotonic()
+    cells = Cells(given.runs, model_source(given.model), settings)
     for arm in ARMS:
-        if cells.get(arm) is not None:
+        if cells.get(arm) is not None or time.monotonic() - started >= 60 * given.budget:
             continue
-        if given.budget is not None and time.monotonic() - started > 60 * given.budget:
-            break
         try:
             row = cells.run(arm)
         except Exception as error:  # the other arms still run; what it said is in the results
-            failed[arm] = f"{type(error).__name__}: {error}"
-            print(f"{arm}: {failed[arm]}", file=sys.stderr)
-            continue
-        print(f"{arm}: {row['accuracy']['k']} of {row['accuracy']['n']} right, {row['seconds']} s", flush=True)
+            failed.append({"arm": arm, "failed": f"{type(error).__name__}: {error}"})
+            print(arm, failed[-1]["failed"], sep=": ", file=sys.stderr)
+        else:
+            print(f"{arm}: {row['accuracy']['k']} of {row['accuracy']['n']} right, loss {row['loss']:.2f}", flush=True)
     rows = [row for arm in ARMS if (row := cells.get(arm)) is not None]
-    rows += [{"arm": arm, "failed": reason} for arm, reason in failed.items()]
-    if rows and not given.smoke:
-        import torch
-
+    if not given.smoke:
         facts = {"model": model_name(given.model), "threads": torch.get_num_threads(), **asdict(settings)}
-        path = record(NAME, rows, environment(**facts), given.out)
+        path = record(NAME, [*rows, *failed], environment(**facts), given.out)
         print(f"{len(rows)} of {len(ARMS)} arms in {path}. Render with --report.")
     return 1 if failed else 0
 

@@ -20,18 +20,6 @@ HEADINGS = ("", "trained\nM", "accuracy\n%", "forgetting\nnats", "memory\nMiB", 
 Row = Mapping[str, Any]
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[Row], list[Row]]:
-    """The environment, the arms that ran, and those that did not.
-
-    Raises:
-        DataError: no results.
-    """
-    if not path.is_file():
-        raise DataError(f"{path} holds no results. Run python -m benchmarks.{NAME}.")
-    environment, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return environment["environment"], [r for r in rows if "failed" not in r], [r for r in rows if "failed" in r]
-
-
 def forgetting(row: Row) -> float:
     """Nats a token by which the loss on general text rose."""
     return row["general_after"] - row["general_before"]
@@ -44,7 +32,7 @@ def line(row: Row) -> tuple[str, ...]:
         f"{row['trainable'] / 1e6:.2f}",
         str(figure_from_json(row["accuracy"])).replace(" %", ""),
         f"{forgetting(row):+.3f}",
-        f"{row['added_mib']}",
+        str(row["added_mib"]),
         f"{row['step_cpu_seconds']:.1f}",
         f"{row['setup_cpu_seconds']:.0f}",
         f"{row['file_mib']:.1f}",
@@ -53,13 +41,11 @@ def line(row: Row) -> tuple[str, ...]:
 
 def notes(environment: Row, rows: Sequence[Row], failed: Sequence[Row]) -> list[str]:
     """What a reader of the table needs."""
-    first = rows[0]
-    before, general = figure_from_json(first["accuracy_before"]), first["general_before"]
-    made = max(row["calibration_cpu_seconds"] for row in rows)
+    before, made = figure_from_json(rows[0]["accuracy_before"]), max(row["calibration_cpu_seconds"] for row in rows)
     return [
-        f"Before training: accuracy {before}, loss on general text {general:.3f}. Brackets: 95 % intervals; one seed.",
-        f"{environment['steps']} steps of {environment['batch_size']} rows at a learning rate of {environment['lr']:g} "
-        f"(OSF half of it), q_proj and v_proj, LoRA's rank {environment['r']}; the others of equal size.",
+        f"Before training: accuracy {before}, loss on general text {rows[0]['general_before']:.3f}. Brackets: 95 % "
+        f"intervals; one seed. {environment['steps']} steps of {environment['batch_size']} rows, learning rate "
+        f"{environment['lr']:g} (OSF half of it), q_proj and v_proj, LoRA of rank {environment['r']}.",
         "Memory: the peak of training less the bare model. Step and set-up: seconds of one core; GuardSpace is "
         f"calibrated in {made:.0f} s beside that, once.",
         *(f"{row['arm']} did not run: {row['failed']}" for row in failed),
@@ -70,11 +56,11 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     """Accuracy against forgetting, every point with its name."""
     canvas, (panel,) = render.figure(7.5, 4.5)
     for index, row in enumerate(rows):
-        rate, x = figure_from_json(row["accuracy"]), forgetting(row)
+        rate, x, color = figure_from_json(row["accuracy"]), forgetting(row), render.PALETTE[index]
         ends = [[100 * (rate.value - rate.interval[0])], [100 * (rate.interval[1] - rate.value)]]
-        color = render.PALETTE[index % len(render.PALETTE)]
         panel.errorbar([x], [100 * rate.value], yerr=ends, fmt="o", color=color, elinewidth=0.8)
-        panel.annotate(row["arm"], (x, 100 * rate.value), (6, 4), textcoords="offset points", color=color, fontsize=8)
+        how = {"textcoords": "offset points", "color": color, "fontsize": 8}
+        panel.annotate(row["arm"], (x, 100 * rate.value), (6, 4), **how)
     panel.set_xlabel("forgetting: rise of the loss on general text, nats a token (left is better)", fontsize=9)
     panel.set_ylabel("accuracy on the task, %", fontsize=9)
     panel.grid(color="0.92")
@@ -82,27 +68,23 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     return render.save_figure(canvas, path)
 
 
-def section(environment: Row, rows: Sequence[Row], failed: Sequence[Row], picture: str) -> str:
-    """The section of the page, as markdown."""
-    lines = [f"![accuracy against forgetting of each method]({picture})", ""]
-    headings = tuple(heading.replace("\n", ", ") for heading in HEADINGS)
-    lines += [*Table(headings, [line(row) for row in rows]).markdown(), ""]
-    lines += [f"- {note}" for note in notes(environment, rows, failed)]
-    lines += [f"- Environment: {facts(environment)}.", f"- Written by `python -m benchmarks.{NAME} --report`."]
-    return "\n".join(lines)
-
-
 def report(out: Path = RESULTS, page: Path | None = PAGE) -> None:
-    """Print the table, draw the picture next to the results, and write the section of the page.
+    """Draw the picture next to the results, write the section of the page, and print the table.
 
     Raises:
         DataError: no results, or a page without markers. Nothing is written then.
     """
-    environment, rows, failed = read(out / f"{NAME}.jsonl")
-    path = out / f"{NAME}.png"
+    path = out / f"{NAME}.jsonl"
+    if not path.is_file():
+        raise DataError(f"{path} holds no results. Run python -m benchmarks.{NAME}.")
+    first, *every = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    environment, rows = first["environment"], [row for row in every if "failed" not in row]
+    lines, said = [line(row) for row in rows], notes(environment, rows, [row for row in every if "failed" in row])
+    picture = path.with_suffix(".png")
     if page is not None:
-        text = with_section(page, MARKERS, section(environment, rows, failed, link(path, page)))
-        publish(page, text)
-    draw(rows, path)
-    table = render.table(HEADINGS, [line(row) for row in rows])
-    render.show("Methods on sums in words", table, notes=notes(environment, rows, failed))
+        headings = tuple(heading.replace("\n", ", ") for heading in HEADINGS)
+        listed = [*said, f"Environment: {facts(environment)}.", f"Written by `python -m benchmarks.{NAME} --report`."]
+        parts = [f"![accuracy against forgetting]({link(picture, page)})", "", *Table(headings, lines).markdown(), ""]
+        publish(page, with_section(page, MARKERS, "\n".join([*parts, *(f"- {note}" for note in listed)])))
+    draw(rows, picture)
+    render.show("PEFT's methods on sums in words", render.table(HEADINGS, lines), notes=said)

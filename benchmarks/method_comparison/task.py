@@ -1,4 +1,4 @@
-"""A task of sums in words, which a small model learns in few steps: "thirty-eight plus four" -> "42"."""
+"""A task of sums in words, which a small model learns in few steps: "thirty-eight plus four =" -> " 42"."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from peft_safety.data.chat import IGNORE_INDEX
 from peft_safety.evaluation import Rate
 from peft_safety.evaluation.generate import generate
 
-ONES = "zero one two three four five six seven eight nine".split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 WORDS = {10 * (n + 2) + m: ten + (f"-{ONES[m]}" if m else "") for n, ten in enumerate(TENS) for m in range(10)}
-"""The numbers from 20 to 99."""
 MOST = 5
 """The second number is at most this."""
 HELD_OUT = 60
 """Rows of the validation and of the test split."""
-ANSWER_TOKENS = 6
 
 
 def rows(split: str, limit: int | None = None, seed: int = 0) -> list[dict[str, str]]:
@@ -42,6 +40,6 @@ def tokens(tokenizer: Any, given: Sequence[dict[str, str]]) -> list[dict[str, li
 
 def accuracy(model: Any, tokenizer: Any, given: Sequence[dict[str, str]]) -> Rate:
     """The share of rows whose greedy answer is exactly the number."""
-    how = {"max_new_tokens": ANSWER_TOKENS, "rendered": True, "progress": False}
-    answers = generate(model, tokenizer, [row["query"] for row in given], **how)
+    queries = [row["query"] for row in given]
+    answers = generate(model, tokenizer, queries, max_new_tokens=6, rendered=True, progress=False)
     return Rate.of(answer.text.strip() == row["response"].strip() for answer, row in zip(answers, given, strict=True))

@@ -12,12 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.method_comparison import __main__ as command
 from benchmarks.method_comparison import arms, cells, task
 from benchmarks.method_comparison.metamathqa import run_guardspace
-from benchmarks.method_comparison.report import forgetting, read, report
+from benchmarks.method_comparison.report import NAME, forgetting, report
 from peft_safety import GuardSpaceConfig
 from peft_safety.errors import DataError
 from tests.tiny import tiny_llama, tiny_tokenizer
 
-SETTINGS = cells.Settings(r=2, lr=1e-2, steps=2, batch_size=2, test=4, general=2, max_length=128)
+SETTINGS = cells.Settings(r=2, lr=1e-2, steps=2, batch_size=2, test=4, general=2)
 EXPERIMENTS = Path(run_guardspace.__file__).parent / "experiments" / "guardspace"
 ENTRIES = {"frozen-rank32": (32, "B"), "frozen-rank80": (80, "B"), "window64-rank32": (32, "window")}
 SUITE_LORA = 9_175_040
@@ -39,6 +39,10 @@ def finished(model, tmp_path_factory):
     """The rows of all arms, and the cells that they are in."""
     made = cells.Cells(tmp_path_factory.mktemp("runs"), model, SETTINGS)
     return {arm: made.run(arm) for arm in arms.ARMS}, made
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / f"{NAME}.jsonl").read_text().splitlines()]
 
 
 def test_splits_share_no_sum_and_the_answers_are_right():
@@ -73,29 +77,27 @@ def test_a_frozen_factor_does_not_train(model, tmp_path):
     assert arms.ARMS["LoRA-FA"].freeze_a
 
 
-def test_finished_arms_are_not_run_again_and_a_failure_is_in_the_results(
-    finished, model, tmp_path, monkeypatch, capsys
-):
+def test_finished_arms_are_not_run_again_and_failures_are_told(finished, model, tmp_path, monkeypatch, capsys):
     rows, made = finished
     monkeypatch.setattr(command, "Settings", lambda: SETTINGS)
     monkeypatch.setattr(cells.Cells, "run", lambda self, arm: pytest.fail(f"{arm} ran again"))
     given = ["--model", model, "--runs", str(made.folder), "--out", str(tmp_path)]
     assert command.main(given) == 0
-    environment, kept, failed = read(tmp_path / "method_comparison.jsonl")
-    assert (environment["steps"], kept, failed) == (SETTINGS.steps, list(rows.values()), [])
+    first, *kept = read(tmp_path)
+    assert (first["environment"]["steps"], kept) == (SETTINGS.steps, list(rows.values()))
 
     def refuse(self, arm):
         raise ValueError("no kernel for this CPU")
 
     monkeypatch.setattr(cells.Cells, "run", refuse)
-    made.path("OSF").rename(tmp_path / "kept.json")
+    made.cell("OSF").rename(tmp_path / "kept.json")
     try:
         assert command.main(given) == 1
         assert command.main([*given, "--budget", "0"]) == 0
-        assert len(read(tmp_path / "method_comparison.jsonl")[1]) == len(rows) - 1
+        assert len(read(tmp_path)) == len(rows)
         assert command.main(given) == 1
     finally:
-        (tmp_path / "kept.json").rename(made.path("OSF"))
+        (tmp_path / "kept.json").rename(made.cell("OSF"))
     capsys.readouterr()
     page = tmp_path / "results.md"
     page.write_text("# Results\n<!-- method_comparison:begin -->\n<!-- method_comparison:end -->\nthe rest\n")

@@ -7,8 +7,6 @@ holds: rows of the task, and for subspace="auto" a subspace. Both are written in
 the model there is no chat model.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import runpy
@@ -22,12 +20,12 @@ from peft_safety.data import calibration_rows
 TASK_ROWS = 32
 
 
-def batches(tokenizer: Any, texts: Sequence[str], size: int = 8, max_length: int = 512) -> list[dict[str, Any]]:
+def batches(tokenizer: Any, texts: Sequence[str], size: int = 8) -> list[dict[str, Any]]:
     """Tokenized batches in which every token counts."""
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, "right"
     result = []
     for start in range(0, len(texts), size):
-        how = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
+        how = {"padding": True, "truncation": True, "max_length": 512, "return_tensors": "pt"}
         batch = tokenizer(list(texts[start : start + size]), **how)
         ids, mask = batch["input_ids"], batch["attention_mask"]
         result.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
@@ -35,9 +33,7 @@ def batches(tokenizer: Any, texts: Sequence[str], size: int = 8, max_length: int
 
 
 def give_data(model: Any, config: Any, tokenizer: Any, template: str, task: Sequence[dict[str, str]]) -> None:
-    """Complete a GuardSpaceConfig in place; other configs stay as they are. `task`: {query, response} rows."""
-    if not isinstance(config, GuardSpaceConfig):
-        return
+    """Complete a GuardSpaceConfig in place. `task`: {query, response} rows."""
     config.task_data = batches(tokenizer, [template.format(query=row["query"]) + row["response"] for row in task])
     if config.subspace == "auto":
         rows = calibration_rows("guardspace", config.basis)
@@ -55,10 +51,11 @@ def main() -> None:
     inject = utils.get_peft_model
 
     def get_peft_model(model: Any, config: Any, **options: Any) -> Any:
-        with open(utils.FILE_NAME_DEFAULT_TRAIN_PARAMS, encoding="utf-8") as file:
-            template = json.load(file)["query_template"]
-        task = list(load_dataset("meta-math/MetaMathQA", split=f"train[:{TASK_ROWS}]"))
-        give_data(model, config, AutoTokenizer.from_pretrained(model.config._name_or_path), template, task)
+        if isinstance(config, GuardSpaceConfig):
+            with open(utils.FILE_NAME_DEFAULT_TRAIN_PARAMS, encoding="utf-8") as file:
+                template = json.load(file)["query_template"]
+            task = list(load_dataset("meta-math/MetaMathQA", split=f"train[:{TASK_ROWS}]"))
+            give_data(model, config, AutoTokenizer.from_pretrained(model.config._name_or_path), template, task)
         return inject(model, config, **options)
 
     utils.get_peft_model = get_peft_model
