@@ -28,7 +28,7 @@ class Settings:
 
     r: int = 32
     lr: float = 3e-3
-    steps: int = 12
+    steps: int = 24
     batch_size: int = 8
     test: int = 60
     general: int = 16

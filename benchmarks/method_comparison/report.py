@@ -55,16 +55,18 @@ def notes(environment: Row, rows: Sequence[Row], failed: Sequence[Row]) -> list[
 def draw(rows: Sequence[Row], path: Path) -> Path:
     """Accuracy against forgetting, every point with its name."""
     canvas, (panel,) = render.figure(7.5, 4.5)
-    for index, row in enumerate(rows):
+    place = -100.0
+    for index, row in enumerate(sorted(rows, key=lambda row: row["accuracy"]["value"])):
         rate, x, color = figure_from_json(row["accuracy"]), forgetting(row), render.PALETTE[index]
-        ends = [[100 * (rate.value - rate.interval[0])], [100 * (rate.interval[1] - rate.value)]]
-        panel.errorbar([x], [100 * rate.value], yerr=ends, fmt="o", color=color, elinewidth=0.8)
-        how = {"textcoords": "offset points", "color": color, "fontsize": 8}
-        panel.annotate(row["arm"], (x, 100 * rate.value), (6, 4), **how)
+        y, place = 100 * rate.value, max(100 * rate.value, place + 5)
+        ends = [[y - 100 * rate.interval[0]], [100 * rate.interval[1] - y]]
+        panel.errorbar([x], [y], yerr=ends, fmt="o", color=color, elinewidth=0.8)
+        how = {"xycoords": "data", "textcoords": panel.get_yaxis_transform(), "color": color, "fontsize": 8}
+        how["arrowprops"] = {"arrowstyle": "-", "color": color, "lw": 0.5, "alpha": 0.6}
+        panel.annotate(row["arm"], (x, y), (1.02, place), va="center", **how)
     panel.set_xlabel("forgetting: rise of the loss on general text, nats a token (left is better)", fontsize=9)
     panel.set_ylabel("accuracy on the task, %", fontsize=9)
     panel.grid(color="0.92")
-    panel.margins(x=0.2)
     return render.save_figure(canvas, path)
 
 
