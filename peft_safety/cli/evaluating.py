@@ -92,8 +92,7 @@ def evaluate(
     base = result.values.get(run.BASE)
     outcomes = [condition.check(arm, values, base) for arm, values in compared.items() for condition in wanted]
     if out is not None:
-        result.report.save(out / "report.json")
-        result.report.save_png(out / "report.png")
+        result.report.write(out)
     if junit is not None:
         gates.write_junit(outcomes, junit)
     if (summary := os.environ.get(SUMMARY)) and outcomes:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft_safety.core.environment import environment
-from peft_safety.errors import DataError
+from peft_safety.errors import ConfigError, DataError
 from peft_safety.evaluation.metrics import Figure, Rate, figure_from_json
 from peft_safety.reporting import render
 
@@ -71,6 +72,14 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         return path
+
+    def write(self, directory: Path) -> None:
+        """`report.json` and `report.png` in a directory; without matplotlib a warning instead of the picture."""
+        self.save(directory / "report.json")
+        try:
+            self.save_png(directory / "report.png")
+        except ConfigError as error:
+            warnings.warn(f"no report.png: {error}", stacklevel=2)
 
     @classmethod
     def load(cls, path: str | Path) -> Report:

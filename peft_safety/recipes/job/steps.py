@@ -250,8 +250,7 @@ def report(job: Job) -> dict[str, Any] | None:
             **{step: job.state.facts(step) for step in ("screen", "calibrate", "train", "verify")},
         },
     )
-    made.save(job.out / "report.json")
-    made.save_png(job.out / "report.png")
+    made.write(job.out)
     made.print()
     return {"report": "report.json"}
 
