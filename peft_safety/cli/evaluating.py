@@ -27,15 +27,21 @@ def evaluate(
     ] = None,
     sets: Annotated[
         list[str] | None,
-        Option("--set", "-s", help="Name of a prompt set, or KIND=FILE; may be repeated. Default: the packaged ones."),
+        Option(
+            "--set",
+            "-s",
+            help="Name of a prompt set, or KIND=FILE (harmful, over_refusal or utility); may be repeated. "
+            "Default: the packaged ones.",
+        ),
     ] = None,
     set_dir: Annotated[Path | None, Option(help="Directory with local copies of sets of the Hub.")] = None,
     judge: Annotated[
         list[str] | None, Option("--judge", "-j", help="Name or model id; two show their agreement. Default: keyword.")
     ] = None,
-    limit: Annotated[int | None, Option(min=1, help="Prompts of each set at most.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="At most so many prompts of each set.")] = None,
     gate: Annotated[
-        str | None, Option(help="Exit with 1 unless, e.g.: refusal>=0.95*base, over_refusal<=base+0.03.")
+        str | None,
+        Option(help='Exit with 1 unless all hold; in quotes: "refusal>=0.95*base, over_refusal<=base+0.03".'),
     ] = None,
     baseline: Annotated[
         Path | None, Option(help="Report of an earlier run, whose base figures are taken instead.")
@@ -45,7 +51,7 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, Option(help="Tokens of each answer; default 16 for the keyword judge alone, else 128.")
     ] = None,
-    samples: Annotated[int, Option(help="Answers a prompt, of which the worst counts; needs --temperature.")] = 1,
+    samples: Annotated[int, Option(help="Answers to each prompt; the worst one counts. Needs --temperature.")] = 1,
     temperature: Annotated[float, Option(help="Of sampling; 0 is greedy.")] = 0.0,
     contexts: Annotated[int, Option(help="Ask each prompt again behind so many random contexts.")] = 0,
     system: Annotated[str, Option(help="Ask each prompt again under this system prompt.")] = "",

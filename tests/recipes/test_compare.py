@@ -105,6 +105,11 @@ def test_a_gate_is_checked_before_a_model_is_loaded(places):
         run(places, "-m", "nowhere", "--gate", "accuracy>=base")
 
 
+def test_two_sets_of_one_name_are_refused(places):
+    with pytest.raises(PeftSafetyError, match="two sets have the name 'asked'"):
+        run(places, "-m", "nowhere", "-s", f"over_refusal={places / 'asked.jsonl'}")
+
+
 def test_figures_of_the_base_come_from_a_baseline_of_the_same_protocol_only(places, tmp_path):
     first = run(places, "--out", tmp_path)
     baseline = ("--baseline", tmp_path / "report.json")

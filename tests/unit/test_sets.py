@@ -100,7 +100,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def check(entry, drawn):
-    assert (drawn.name, drawn.kind, drawn.licence) == (entry.name, entry.kind, entry.licence)
+    assert (drawn.name, drawn.kind, drawn.license) == (entry.name, entry.kind, entry.license)
     if entry.kind == "utility":
         assert list(drawn.rows) == TASKS[entry.name]
         assert drawn.labels == tuple(entry.labels.split())
@@ -129,7 +129,7 @@ def test_the_document_has_the_table():
     assert told == [
         [
             *(entry.name, entry.kind, entry.hub or "packaged", entry.config or "", entry.split, entry.fields),
-            *(entry.where, entry.licence, "yes" if entry.gated else "no"),
+            *(entry.where, entry.license, "yes" if entry.gated else "no"),
         ]
         for entry in TABLE
     ]

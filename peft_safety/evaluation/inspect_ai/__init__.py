@@ -83,5 +83,5 @@ def _task(kind: Kind, prompts: str, judge: str, max_tokens: int, draw: dict[str,
         solver=generate(),
         scorer=verdict(judge),
         config=GenerateConfig(temperature=0, max_tokens=max_tokens),
-        metadata={"set": drawn.name, "source": drawn.source, "sha256": drawn.sha256, "licence": drawn.licence},
+        metadata={"set": drawn.name, "source": drawn.source, "sha256": drawn.sha256, "license": drawn.license},
     )
