@@ -15,6 +15,8 @@ from peft_safety.errors import ConfigError
 SUMMARY = "GITHUB_STEP_SUMMARY"
 """The environment variable with the file of GitHub's summary page."""
 FAILED = 1
+LOCAL_JUDGES = ("keyword", "embedding", "rejection")
+"""Those that no server runs."""
 PACKAGED = ("packaged", "packaged-contrast", "packaged-everyday")
 
 
@@ -59,7 +61,7 @@ def evaluate(
     url: Annotated[
         str | None, Option(help="OpenAI-compatible server of the models; the key is OPENAI_API_KEY's.")
     ] = None,
-    judge_url: Annotated[str | None, Option(help="OpenAI-compatible server of the judges.")] = None,
+    judge_url: Annotated[str | None, Option(help="OpenAI-compatible server of the judges that generate text.")] = None,
     keep_responses: Annotated[
         Path | None, Option(help="New file for the answers, readable by you only. Without: not kept.")
     ] = None,
@@ -86,7 +88,7 @@ def evaluate(
     earlier = None if baseline is None else Report.load(baseline)
     drawn = [_set(name, limit=limit, seed=seed, directory=set_dir) for name in sets or PACKAGED]
     wanted = [] if gate is None else gates.conditions(gate, run.metric_names(drawn, asking))
-    judges = [judge_of(name, url=judge_url if name != "keyword" else None) for name in names]
+    judges = [judge_of(name, url=None if name.partition(":")[0] in LOCAL_JUDGES else judge_url) for name in names]
     others, with_base = adapter or [], earlier is None
     if url is not None:
         arms = run.served_arms(url, model, others, asking, with_base=with_base)

@@ -315,7 +315,7 @@ def _notes(measured: Mapping[str, Measured], judges: Sequence[Judge], asking: As
         for judge, count in result.undecided.items():
             if count:
                 yield f"{name}: {judge} left {count} answers undecided; they count as neither."
-        if result.agreement is not None:
+        if result.agreement is not None and result.agreement["n"]:
             kappa = result.agreement["kappa"]
             shown = "undefined" if kappa is None else f"{kappa:.2f}"
             share = f"{100 * result.agreement['share']:.0f} % of {result.agreement['n']} answers"

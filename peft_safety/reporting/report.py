@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from peft_safety.reporting import render
 
 __all__ = ["Report", "environment"]
 MISSING = "-"
+HEADING = 34
+"""Characters in a line of a metric's heading."""
 INTERVALS = "Brackets: 95 % intervals."
 GRAY = "#555555"
 COLORS = (GRAY, *(color for color in render.PALETTE if color != GRAY))
@@ -53,10 +56,14 @@ class Report:
         """Print tables of a metric a row to stdout, each with the first arm, the reference."""
         cells = {arm: {metric: _short(figure) for metric, figure in row.items()} for arm, row in self.arms.items()}
         sizes = {metric: self._sizes(metric) for metric in self.metrics}
-        room = render.WIDTH - max(map(len, sizes)) - max(map(len, sizes.values())) - render.GAP
+        width = max(len(line) for metric in sizes for line in _wrapped(metric).split("\n"))
+        room = render.WIDTH - width - max(map(len, sizes.values())) - render.GAP
         tables = []
         for group in _fitting({arm: max(map(len, [arm, *row.values()])) for arm, row in cells.items()}, room):
-            rows = [[metric, n, *(cells[arm].get(metric, MISSING) for arm in group)] for metric, n in sizes.items()]
+            rows = [
+                [_wrapped(metric), n, *(cells[arm].get(metric, MISSING) for arm in group)]
+                for metric, n in sizes.items()
+            ]
             tables.append(render.table(["", "N", *group], rows))
         render.show(self.title, *tables, notes=(*self.notes, INTERVALS))
 
@@ -133,13 +140,17 @@ class Report:
             panel.annotate(f"{value:.{digits}f}", (value, row), **where, fontsize=7)
         if rates:
             panel.set_xlim(-6, 106)
-        panel.set_title(f"{metric}\nN={self._sizes(metric)}", fontsize=8)
+        panel.set_title(f"{_wrapped(metric)}\nN={self._sizes(metric)}", fontsize=8)
         panel.set_xlabel("%" if rates else "nats per token", fontsize=7)
         panel.grid(axis="x", color="0.9")
 
     def _sizes(self, metric: str) -> str:
         sizes = sorted({figures[metric].n for figures in self.arms.values() if metric in figures})
         return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"
+
+
+def _wrapped(metric: str) -> str:
+    return textwrap.fill(metric, HEADING, break_long_words=False, break_on_hyphens=False)
 
 
 def _short(figure: Figure) -> str:

@@ -55,6 +55,7 @@ def test_printed_tables_fit_80_columns_and_hold_every_figure(arms, capsys, monke
         "over-refusal, everyday": Rate(60, 60),
         "general NLL": Mean.of([0.6, 0.8, 0.7]),
         "task accuracy": Rate(11, 60),
+        "over-refusal, packaged-everyday, in context, by embedding": Rate(1, 100),
     }
     names = [f"arm number {index}" for index in range(arms)]
     Report("A title", {name: figures for name in names}, ("A note of some length. " * 6,)).print()
