@@ -252,6 +252,7 @@ def report(job: Job) -> dict[str, Any] | None:
     )
     made.write(job.out)
     made.print()
+    say(job, f"written to {job.out}")
     return {"report": "report.json"}
 
 
