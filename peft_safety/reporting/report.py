@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import textwrap
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from peft_safety.reporting import render
 __all__ = ["Report", "environment"]
 MISSING = "-"
 HEADING = 34
-"""Characters in a line of a metric's heading."""
+"""Characters of a metric's heading above which it is broken."""
 INTERVALS = "Brackets: 95 % intervals."
 GRAY = "#555555"
 COLORS = (GRAY, *(color for color in render.PALETTE if color != GRAY))
@@ -150,7 +149,8 @@ class Report:
 
 
 def _wrapped(metric: str) -> str:
-    return textwrap.fill(metric, HEADING, break_long_words=False, break_on_hyphens=False)
+    first, comma, last = metric.rpartition(", ")
+    return f"{_wrapped(first)},\n{last}" if comma and len(metric) > HEADING else metric
 
 
 def _short(figure: Figure) -> str:
