@@ -183,8 +183,10 @@ def named_set(
         source = f"{entry.hub} ({', '.join(filter(None, (entry.config, split or entry.split)))})"
     if entry.config is None and not entry.hub and entry.kind == "utility":
         rows = as_rows(data, source)
-        if {kind_of(row) for row in rows} - {"pair", "label"}:
-            raise DataError(f'{source}: write the rows of a task as {{"prompt", "response"}} or {{"text", "label"}}.')
+        asked = {"pair": "prompt", "label": "text"}  # TRL's rows have turns there
+        if not all(isinstance(row.get(asked.get(str(kind_of(row)), "")), str) for row in rows):
+            form = '{"prompt", "response"} or {"text", "label"}, with text in each'
+            raise DataError(f"{source}: write the rows of a task as {form}.")
     else:
         rows = _read(data, entry, source)
     if not rows:

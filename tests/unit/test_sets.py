@@ -235,9 +235,11 @@ def test_sets_without_rows_and_labels_without_name(cache):
     write_jsonl(cache / "copies" / "sst2.jsonl", [{"sentence": "Ask", "label": -1}])
     with pytest.raises(DataError, match="row 0: label -1 is none of the 2: negative, positive"):
         named_set("sst2", directory="copies")
-    write_jsonl(cache / "own.jsonl", [{"prompt": "Ask"}])
-    with pytest.raises(DataError, match="write the rows of a task as"):
-        named_set("own.jsonl", kind="utility")
+    turns = {"prompt": [{"role": "user", "content": "Ask"}], "completion": [{"role": "assistant", "content": "Told"}]}
+    for row in ({"prompt": "Ask"}, turns):
+        write_jsonl(cache / "own.jsonl", [row, row])
+        with pytest.raises(DataError, match="write the rows of a task as"):
+            named_set("own.jsonl", kind="utility")
 
 
 def test_unknown_sets_and_splits(cache):
