@@ -42,7 +42,6 @@ def machine(seed: int, model: str, **more: object) -> dict[str, object]:
 
 def finish(report: Report, out: Path, started: float) -> None:
     """Save, draw and print a report."""
-    report.save(out / "report.json")
-    report.save_png(out / "report.png")
+    report.write(out)
     report.print()
     print(f"{time.perf_counter() - started:.0f} s in all. Wrote {out / 'report.json'} and {out / 'report.png'}.")

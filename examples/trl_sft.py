@@ -1,6 +1,8 @@
 """`trl sft` with a protected adapter: TRL's parser, so its flags and `--config job.yaml`, and TRL's trainer.
 
 python examples/trl_sft.py --model_name_or_path M --dataset_name D --output_dir adapter --learning_rate 5e-4
+
+D is a Hub id, or a directory with JSON lines (not a file).
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ from peft_safety.errors import ConfigError
 SUMMARY = "GITHUB_STEP_SUMMARY"
 """The environment variable with the file of GitHub's summary page."""
 FAILED = 1
+LOCAL_JUDGES = ("keyword", "embedding", "rejection")
+"""Those that no server runs."""
 PACKAGED = ("packaged", "packaged-contrast", "packaged-everyday")
 
 
@@ -27,15 +29,21 @@ def evaluate(
     ] = None,
     sets: Annotated[
         list[str] | None,
-        Option("--set", "-s", help="Name of a prompt set, or KIND=FILE; may be repeated. Default: the packaged ones."),
+        Option(
+            "--set",
+            "-s",
+            help="Name of a prompt set, or KIND=FILE (harmful, over_refusal or utility); may be repeated. "
+            "Default: the packaged ones.",
+        ),
     ] = None,
     set_dir: Annotated[Path | None, Option(help="Directory with local copies of sets of the Hub.")] = None,
     judge: Annotated[
         list[str] | None, Option("--judge", "-j", help="Name or model id; two show their agreement. Default: keyword.")
     ] = None,
-    limit: Annotated[int | None, Option(min=1, help="Prompts of each set at most.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="At most so many prompts of each set.")] = None,
     gate: Annotated[
-        str | None, Option(help="Exit with 1 unless, e.g.: refusal>=0.95*base, over_refusal<=base+0.03.")
+        str | None,
+        Option(help='Exit with 1 unless all hold; in quotes: "refusal>=0.95*base, over_refusal<=base+0.03".'),
     ] = None,
     baseline: Annotated[
         Path | None, Option(help="Report of an earlier run, whose base figures are taken instead.")
@@ -45,7 +53,7 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, Option(help="Tokens of each answer; default 16 for the keyword judge alone, else 128.")
     ] = None,
-    samples: Annotated[int, Option(help="Answers a prompt, of which the worst counts; needs --temperature.")] = 1,
+    samples: Annotated[int, Option(help="Answers to each prompt; the worst one counts. Needs --temperature.")] = 1,
     temperature: Annotated[float, Option(help="Of sampling; 0 is greedy.")] = 0.0,
     contexts: Annotated[int, Option(help="Ask each prompt again behind so many random contexts.")] = 0,
     system: Annotated[str, Option(help="Ask each prompt again under this system prompt.")] = "",
@@ -53,7 +61,7 @@ def evaluate(
     url: Annotated[
         str | None, Option(help="OpenAI-compatible server of the models; the key is OPENAI_API_KEY's.")
     ] = None,
-    judge_url: Annotated[str | None, Option(help="OpenAI-compatible server of the judges.")] = None,
+    judge_url: Annotated[str | None, Option(help="OpenAI-compatible server of the judges that generate text.")] = None,
     keep_responses: Annotated[
         Path | None, Option(help="New file for the answers, readable by you only. Without: not kept.")
     ] = None,
@@ -80,7 +88,7 @@ def evaluate(
     earlier = None if baseline is None else Report.load(baseline)
     drawn = [_set(name, limit=limit, seed=seed, directory=set_dir) for name in sets or PACKAGED]
     wanted = [] if gate is None else gates.conditions(gate, run.metric_names(drawn, asking))
-    judges = [judge_of(name, url=judge_url if name != "keyword" else None) for name in names]
+    judges = [judge_of(name, url=None if name.partition(":")[0] in LOCAL_JUDGES else judge_url) for name in names]
     others, with_base = adapter or [], earlier is None
     if url is not None:
         arms = run.served_arms(url, model, others, asking, with_base=with_base)
@@ -92,8 +100,7 @@ def evaluate(
     base = result.values.get(run.BASE)
     outcomes = [condition.check(arm, values, base) for arm, values in compared.items() for condition in wanted]
     if out is not None:
-        result.report.save(out / "report.json")
-        result.report.save_png(out / "report.png")
+        result.report.write(out)
     if junit is not None:
         gates.write_junit(outcomes, junit)
     if (summary := os.environ.get(SUMMARY)) and outcomes:

@@ -84,7 +84,9 @@ def conditions(text: str, known: Collection[str] = ()) -> list[Condition]:
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = _CONDITION.fullmatch(part.replace(" ", ""))
         if match is None:
-            raise ConfigError(f"gate {part!r}. Write a figure, >= or <=, and a bound: refusal>=0.95*base.")
+            raise ConfigError(
+                f'gate {part!r}. Write a figure, >= or <=, and a bound, in quotes: "refusal>=0.95*base".'
+            )
         if known and match["metric"] not in known:
             raise ConfigError(f"gate {part!r}: these sets give the figures {', '.join(sorted(known))}.")
         number = match["number"]

@@ -32,7 +32,7 @@ class SetEntry:
         hub, config, split: arguments of `datasets.load_dataset` ("all" joins every split). Without `hub`, a packaged
             set: `config` is its file.
         fields: the columns that are read. Those of a task end with its answer; the others, joined, are its prompt.
-        licence, gated: as on its card; a gated set is for accounts that have accepted its terms.
+        license, gated: as on its card; a gated set is for accounts that have accepted its terms.
         where: "column=pattern": only rows whose column matches the regular expression as a whole.
         labels: names of the classes, in the order of their numbers.
         header: False if its CSV files have no line with names of columns.
@@ -42,7 +42,7 @@ class SetEntry:
     kind: Kind
     hub: str
     fields: str
-    licence: str
+    license: str
     split: str = "train"
     config: str | None = None
     gated: bool = False
@@ -138,7 +138,7 @@ class NamedSet:
     labels: tuple[str, ...]
     sha256: str
     source: str
-    licence: str
+    license: str
 
 
 def named_set(
@@ -183,8 +183,10 @@ def named_set(
         source = f"{entry.hub} ({', '.join(filter(None, (entry.config, split or entry.split)))})"
     if entry.config is None and not entry.hub and entry.kind == "utility":
         rows = as_rows(data, source)
-        if {kind_of(row) for row in rows} - {"pair", "label"}:
-            raise DataError(f'{source}: write the rows of a task as {{"prompt", "response"}} or {{"text", "label"}}.')
+        asked = {"pair": "prompt", "label": "text"}  # TRL's rows have turns there
+        if not all(isinstance(row.get(asked.get(str(kind_of(row)), "")), str) for row in rows):
+            form = '{"prompt", "response"} or {"text", "label"}, with text in each'
+            raise DataError(f"{source}: write the rows of a task as {form}.")
     else:
         rows = _read(data, entry, source)
     if not rows:
@@ -199,7 +201,7 @@ def named_set(
     task = entry.kind == "utility"
     labels = tuple(entry.labels.split() or label_names(rows)) if task else ()
     return NamedSet(
-        entry.name, entry.kind, tuple(prompts), tuple(drawn) if task else (), labels, digest, source, entry.licence
+        entry.name, entry.kind, tuple(prompts), tuple(drawn) if task else (), labels, digest, source, entry.license
     )
 
 
@@ -270,7 +272,7 @@ def _from_hub(entry: SetEntry, split: str) -> Iterable[Any]:
 def _why(entry: SetEntry, error: Exception) -> str:
     """What keeps a set of the Hub from being read, and the remedies."""
     name, said = f"{entry.hub} ({entry.name})", f"{error}"[:300]
-    copy = f"or put a copy, as on the Hub, into DIRECTORY/{entry.name} and give directory=DIRECTORY"
+    copy = f"or put a copy, as on the Hub, into DIRECTORY/{entry.name} and give directory=DIRECTORY (--set-dir)"
     if isinstance(error, ConnectionError):
         return f"{name} is not in the cache, and the Hub is out of reach (is HF_HUB_OFFLINE set?). Go online, {copy}."
     if entry.gated or "gated" in said:

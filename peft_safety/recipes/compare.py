@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -124,8 +125,11 @@ def compare(
         responses: a new file, readable by its owner only, for the answers, which are kept nowhere else.
 
     Raises:
-        ConfigError: a baseline of another protocol. ArtifactError: the file of responses exists.
+        ConfigError: a baseline of another protocol, or two sets of one name.
+        ArtifactError: the file of responses exists.
     """
+    if twice := [name for name, count in Counter(part.name for part in sets).items() if count > 1]:
+        raise ConfigError(f"two sets have the name {twice[0]!r}. Rename a file, or give the set once.")
     protocol = protocol_of(sets, judges, asking)
     measured: dict[str, Measured] = {}
     figures: dict[str, Mapping[str, Figure]] = {}
@@ -311,7 +315,7 @@ def _notes(measured: Mapping[str, Measured], judges: Sequence[Judge], asking: As
         for judge, count in result.undecided.items():
             if count:
                 yield f"{name}: {judge} left {count} answers undecided; they count as neither."
-        if result.agreement is not None:
+        if result.agreement is not None and result.agreement["n"]:
             kappa = result.agreement["kappa"]
             shown = "undefined" if kappa is None else f"{kappa:.2f}"
             share = f"{100 * result.agreement['share']:.0f} % of {result.agreement['n']} answers"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def load_adapter(
     base, tokenizer = load_model(source, load_in_4bit=load_in_4bit)
     exclude_look_alikes(config, places(base).values())
     try:
-        return PeftModel.from_pretrained(base, str(path), config=config), tokenizer
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* loaded as an ordinary ")  # of a frozen A: nothing trains it here
+            return PeftModel.from_pretrained(base, str(path), config=config), tokenizer
     except PeftSafetyError:
         raise
     except (RuntimeError, ValueError) as error:

@@ -286,8 +286,7 @@ def make_patch(
             "training": asdict(run.training),
         },
     )
-    report.save(out / "report.json")
-    report.save_png(out / "report.png")
+    report.write(out)
     report.print()
     return PatchReport(tuned, out / "adapter", before, after, run, report)
 

@@ -65,9 +65,8 @@ def inject_adapter(
         before.restore()
         _reset_table(model, adapter_name, known.get(adapter_name) if before.values else None)
         if isinstance(error, ValueError) and not isinstance(error, PeftSafetyError):  # PEFT's: no module matched
-            raise ConfigError(
-                f"{type(config).__name__}: {error} Give target_modules that the model has, or 'all-linear'."
-            ) from error
+            remedy = "Give a list of names that the model has, 'all-linear', or a pattern of whole names ('.*q_proj')."
+            raise ConfigError(f"{type(config).__name__}: {error} {remedy}") from error
         if given._snapshot is not None:
             refuse_unfit(error, given._snapshot.source)
         raise

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_safety.errors import ConfigError
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -81,8 +83,15 @@ def number(value: float | None, form: str = ".3g") -> str:
 
 
 def figure(width: float, height: float, panels: int = 1, sharey: bool = False) -> tuple[Any, Any]:
-    """A matplotlib figure with panels side by side: the figure and the array of its axes."""
-    from matplotlib.figure import Figure
+    """A matplotlib figure with panels side by side: the figure and the array of its axes.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError('pictures need matplotlib. Install it: pip install "peft-safety[plot]".') from error
 
     canvas = Figure(figsize=(width, height), layout="constrained")
     axes = canvas.subplots(1, panels, sharey=sharey, squeeze=False)[0]

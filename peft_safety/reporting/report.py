@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft_safety.core.environment import environment
-from peft_safety.errors import DataError
+from peft_safety.errors import ConfigError, DataError
 from peft_safety.evaluation.metrics import Figure, Rate, figure_from_json
 from peft_safety.reporting import render
 
 __all__ = ["Report", "environment"]
 MISSING = "-"
+HEADING = 34
+"""Characters of a metric's heading above which it is broken."""
 INTERVALS = "Brackets: 95 % intervals."
 GRAY = "#555555"
 COLORS = (GRAY, *(color for color in render.PALETTE if color != GRAY))
@@ -52,10 +55,14 @@ class Report:
         """Print tables of a metric a row to stdout, each with the first arm, the reference."""
         cells = {arm: {metric: _short(figure) for metric, figure in row.items()} for arm, row in self.arms.items()}
         sizes = {metric: self._sizes(metric) for metric in self.metrics}
-        room = render.WIDTH - max(map(len, sizes)) - max(map(len, sizes.values())) - render.GAP
+        width = max(len(line) for metric in sizes for line in _wrapped(metric).split("\n"))
+        room = render.WIDTH - width - max(map(len, sizes.values())) - render.GAP
         tables = []
         for group in _fitting({arm: max(map(len, [arm, *row.values()])) for arm, row in cells.items()}, room):
-            rows = [[metric, n, *(cells[arm].get(metric, MISSING) for arm in group)] for metric, n in sizes.items()]
+            rows = [
+                [_wrapped(metric), n, *(cells[arm].get(metric, MISSING) for arm in group)]
+                for metric, n in sizes.items()
+            ]
             tables.append(render.table(["", "N", *group], rows))
         render.show(self.title, *tables, notes=(*self.notes, INTERVALS))
 
@@ -71,6 +78,14 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         return path
+
+    def write(self, directory: Path) -> None:
+        """`report.json` and `report.png` in a directory; without matplotlib a warning instead of the picture."""
+        self.save(directory / "report.json")
+        try:
+            self.save_png(directory / "report.png")
+        except ConfigError as error:
+            warnings.warn(f"no report.png: {error}", stacklevel=2)
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
@@ -124,13 +139,18 @@ class Report:
             panel.annotate(f"{value:.{digits}f}", (value, row), **where, fontsize=7)
         if rates:
             panel.set_xlim(-6, 106)
-        panel.set_title(f"{metric}\nN={self._sizes(metric)}", fontsize=8)
+        panel.set_title(f"{_wrapped(metric)}\nN={self._sizes(metric)}", fontsize=8)
         panel.set_xlabel("%" if rates else "nats per token", fontsize=7)
         panel.grid(axis="x", color="0.9")
 
     def _sizes(self, metric: str) -> str:
         sizes = sorted({figures[metric].n for figures in self.arms.values() if metric in figures})
         return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"
+
+
+def _wrapped(metric: str) -> str:
+    first, comma, last = metric.rpartition(", ")
+    return f"{_wrapped(first)},\n{last}" if comma and len(metric) > HEADING else metric
 
 
 def _short(figure: Figure) -> str:

@@ -13,6 +13,7 @@ from peft_safety.cli import app
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.recipes.load import load_adapter
 from tests.peft.cells import base_model, perturb, plain, protected
+from tests.peft.frozen_cells import frozen
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 ROWS = {
@@ -54,6 +55,12 @@ def test_a_directory_gives_the_figures_of_the_model(stored, name):
     for found, expected in zip(audit(loaded).modules, audit(models[name]).modules, strict=True):
         assert found.norm == pytest.approx(expected.norm, rel=1e-6)
         assert found.right.energy == pytest.approx(expected.right.energy, rel=1e-4)
+
+
+def test_a_frozen_adapter_is_read_without_a_warning_of_training(stored, tmp_path, recwarn):
+    frozen(a_init="random").save_pretrained(str(tmp_path))
+    load_adapter(tmp_path, stored[0] / "base")
+    assert not [warning for warning in recwarn if "training it" in str(warning.message)]
 
 
 def rewrite(source, target, **fields):

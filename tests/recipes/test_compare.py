@@ -19,6 +19,10 @@ from typer.testing import CliRunner
 
 from peft_safety.cli import app
 from peft_safety.errors import PeftSafetyError
+from peft_safety.evaluation.asking import Asking
+from peft_safety.evaluation.judges import KeywordJudge
+from peft_safety.evaluation.judges.agreement import agreement
+from peft_safety.recipes import compare
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -105,6 +109,17 @@ def test_the_github_workflow_passes_and_fails_as_written(places, tmp_path, gate,
 def test_a_gate_is_checked_before_a_model_is_loaded(places):
     with pytest.raises(PeftSafetyError, match="these sets give the figures compliance, compliance:asked, refusal, "):
         run(places, "-m", "nowhere", "--gate", "accuracy>=base")
+
+
+def test_two_sets_of_one_name_are_refused(places):
+    with pytest.raises(PeftSafetyError, match="two sets have the name 'asked'"):
+        run(places, "-m", "nowhere", "-s", f"over_refusal={places / 'asked.jsonl'}")
+
+
+def test_judges_without_a_common_verdict_have_no_agreement():
+    arms = {"base": compare.Measured(agreement=agreement([], []))}
+    notes = [*compare._notes(arms, [KeywordJudge(), KeywordJudge()], Asking())]
+    assert len(notes) == 2, "the caveats of the judges alone"
 
 
 def test_figures_of_the_base_come_from_a_baseline_of_the_same_protocol_only(places, tmp_path):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from peft_safety.cli.common import fail
-from peft_safety.errors import DataError
+from peft_safety.errors import ConfigError, DataError
 from peft_safety.evaluation.metrics import Mean, Rate
 from peft_safety.reporting import render
 from peft_safety.reporting.report import Report, environment
@@ -55,6 +55,7 @@ def test_printed_tables_fit_80_columns_and_hold_every_figure(arms, capsys, monke
         "over-refusal, everyday": Rate(60, 60),
         "general NLL": Mean.of([0.6, 0.8, 0.7]),
         "task accuracy": Rate(11, 60),
+        "over-refusal, packaged-everyday, in context, by embedding": Rate(1, 100),
     }
     names = [f"arm number {index}" for index in range(arms)]
     Report("A title", {name: figures for name in names}, ("A note of some length. " * 6,)).print()
@@ -93,6 +94,15 @@ def test_png_is_a_legible_picture(report, tmp_path):
     width, height = struct.unpack(">II", content[16:24])
     assert width > 800
     assert height > 250
+
+
+def test_without_matplotlib_the_figures_are_saved_all_the_same(report, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.warns(UserWarning, match="no report.png: .*pip install"):
+        report.write(tmp_path)
+    assert Report.load(tmp_path / "report.json") == report
+    with pytest.raises(ConfigError, match="matplotlib"):
+        report.save_png(tmp_path / "report.png")
 
 
 @pytest.mark.parametrize("arms", [{}, {"before": {}}])

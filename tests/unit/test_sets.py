@@ -100,7 +100,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def check(entry, drawn):
-    assert (drawn.name, drawn.kind, drawn.licence) == (entry.name, entry.kind, entry.licence)
+    assert (drawn.name, drawn.kind, drawn.license) == (entry.name, entry.kind, entry.license)
     if entry.kind == "utility":
         assert list(drawn.rows) == TASKS[entry.name]
         assert drawn.labels == tuple(entry.labels.split())
@@ -129,7 +129,7 @@ def test_the_document_has_the_table():
     assert told == [
         [
             *(entry.name, entry.kind, entry.hub or "packaged", entry.config or "", entry.split, entry.fields),
-            *(entry.where, entry.licence, "yes" if entry.gated else "no"),
+            *(entry.where, entry.license, "yes" if entry.gated else "no"),
         ]
         for entry in TABLE
     ]
@@ -235,9 +235,11 @@ def test_sets_without_rows_and_labels_without_name(cache):
     write_jsonl(cache / "copies" / "sst2.jsonl", [{"sentence": "Ask", "label": -1}])
     with pytest.raises(DataError, match="row 0: label -1 is none of the 2: negative, positive"):
         named_set("sst2", directory="copies")
-    write_jsonl(cache / "own.jsonl", [{"prompt": "Ask"}])
-    with pytest.raises(DataError, match="write the rows of a task as"):
-        named_set("own.jsonl", kind="utility")
+    turns = {"prompt": [{"role": "user", "content": "Ask"}], "completion": [{"role": "assistant", "content": "Told"}]}
+    for row in ({"prompt": "Ask"}, turns):
+        write_jsonl(cache / "own.jsonl", [row, row])
+        with pytest.raises(DataError, match="write the rows of a task as"):
+            named_set("own.jsonl", kind="utility")
 
 
 def test_unknown_sets_and_splits(cache):

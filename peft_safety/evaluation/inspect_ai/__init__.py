@@ -94,5 +94,5 @@ def _task(kind: Kind, prompts: str, score: Scorer, max_tokens: int, draw: dict[s
         solver=generate(),
         scorer=score,
         config=GenerateConfig(temperature=0, max_tokens=max_tokens),
-        metadata={"set": drawn.name, "source": drawn.source, "sha256": drawn.sha256, "licence": drawn.licence},
+        metadata={"set": drawn.name, "source": drawn.source, "sha256": drawn.sha256, "license": drawn.license},
     )

@@ -253,9 +253,9 @@ def report(job: Job) -> dict[str, Any] | None:
             **{step: job.state.facts(step) for step in ("screen", "calibrate", "train", "verify")},
         },
     )
-    made.save(job.out / "report.json")
-    made.save_png(job.out / "report.png")
+    made.write(job.out)
     made.print()
+    say(job, f"written to {job.out}")
     return {"report": "report.json"}
 
 
