@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from peft_safety.errors import EndpointError
+from peft_safety.errors import EndpointError, PeftSafetyError
 from peft_safety.evaluation.judges import Verdict, endpoint, judge
 
 SECRET = "sk-a-secret-of-the-test"
@@ -174,13 +174,13 @@ def test_a_refused_request_is_not_tried_again(server, monkeypatch, status, messa
 
 @pytest.mark.parametrize("key", [SECRET, f"{SECRET}\n", f"{SECRET}\r{SECRET}"])
 def test_no_message_repeats_the_key(server, monkeypatch, key):
-    """A server may say what it was sent, and Python's client names a header that it refuses."""
+    """A server may say what it was sent, and Python's client shows a header that it refuses."""
     monkeypatch.setenv("OPENAI_API_KEY", key)
     server.reply = lambda request: (401, f"wrong: {request['headers']['Authorization']}", {})
-    with pytest.raises(EndpointError) as caught:
+    with pytest.raises(PeftSafetyError) as caught:
         judge("llama-guard-3", url=server.url, retries=0)("why", "so")
     assert SECRET not in str(caught.value)
-    assert "$OPENAI_API_KEY" in str(caught.value)
+    assert "OPENAI_API_KEY" in str(caught.value)
 
 
 def test_a_redirect_does_not_get_the_key(server, monkeypatch):

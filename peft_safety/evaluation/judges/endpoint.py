@@ -106,6 +106,8 @@ class Endpoint:
         body = json.dumps({key: value for key, value in every.items() if value is not None})
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY, "").strip():  # a secret's line end is no part of it
+            if not (key.isascii() and key.isprintable()):  # Python's error would show it
+                raise ConfigError(f"{KEY} holds a character that no key has. Set it again.")
             headers["Authorization"] = f"Bearer {key}"
         problem = ""
         for attempt in range(self.retries + 1):
