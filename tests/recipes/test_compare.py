@@ -128,6 +128,10 @@ def test_figures_of_the_base_come_from_a_baseline_of_the_same_protocol_only(plac
         run(places, *baseline, "--gate", "refusal>=base")
     with pytest.raises(PeftSafetyError, match="measured otherwise: max_new_tokens 4, now 5"):
         run(places, "-a", places / "adapter", *baseline, "--max-new-tokens", 5)
+    for values in ([1], {"base": {"refusal": "1"}}):
+        damaged = first | {"details": first["details"] | {"values": values}}
+        (tmp_path / "report.json").write_text(json.dumps(damaged))
+        assert "no report of" in nowhere(places, "-a", places / "adapter", *baseline)
 
 
 def test_answers_are_kept_only_in_a_new_private_file(places, tmp_path):
