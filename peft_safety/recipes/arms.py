@@ -85,8 +85,8 @@ def local_arms(
     """The base model, then each adapter on it, or other model, in its place; one after the other in memory."""
     folders = [_adapter_folder(path) for path in others]
     base = _Base(model, load_in_4bit)
-    for folder in filter(None, folders):
-        with base.adapted(folder):
+    for directory in filter(None, folders):
+        with base.adapted(directory):
             pass  # one that does not fit is refused before anything is measured
     if with_base:
         yield BASE, Local(base.model, base.tokenizer, asking, **options)
