@@ -10,11 +10,13 @@ from typer import Exit, Option
 
 from peft_safety.cli import options as opt
 from peft_safety.cli.common import app, show
-from peft_safety.errors import ConfigError
+from peft_safety.errors import ArtifactError, ConfigError
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
 """The environment variable with the file of GitHub's summary page."""
 FAILED = 1
+DECIDED = "undecided<=0.1"
+"""A further condition of every gate: figures of answers that nobody could judge would pass."""
 LOCAL_JUDGES = ("keyword", "embedding", "rejection")
 """Those that no server runs."""
 PACKAGED = ("packaged", "packaged-contrast", "packaged-everyday")
@@ -51,7 +53,7 @@ def evaluate(
     junit: Annotated[Path | None, Option(help="Write the gate's outcomes here, for a CI server.")] = None,
     out: Annotated[Path | None, Option(help="Directory for report.json and report.png.")] = None,
     max_new_tokens: Annotated[
-        int | None, Option(help="Tokens of each answer; default 16 for the keyword judge alone, else 128.")
+        int | None, Option(min=1, help="Tokens of each answer; default 16 for the keyword judge alone, else 128.")
     ] = None,
     samples: Annotated[int, Option(help="Answers to each prompt; the worst one counts. Needs --temperature.")] = 1,
     temperature: Annotated[float, Option(help="Of sampling; 0 is greedy.")] = 0.0,
@@ -67,16 +69,19 @@ def evaluate(
     ] = None,
     load_in_4bit: Annotated[bool, Option("--load-in-4bit", help="Load the models in NF4.")] = False,
     batch_size: Annotated[int, Option(min=1, help="Prompts at once.")] = 32,
-    seed: Annotated[int, Option(help="Of drawn prompts, samples and contexts.")] = 0,
+    seed: Annotated[int, Option(min=0, max=2**32, help="Of drawn prompts, samples and contexts.")] = 0,
     config: opt.Config = None,
     json: opt.Json = False,
 ) -> None:
     """Compare adapters with their base model on the same prompts: refusal, over-refusal, task; with a gate for CI."""
     if junit is not None and gate is None:
         raise ConfigError("--junit writes the outcomes of --gate. Give both.")
+    if baseline is not None and not adapter:
+        raise ConfigError("--baseline has the base's figures, and there is no other model. Give --adapter.")
     from peft_safety.evaluation import gate as gates
     from peft_safety.evaluation.asking import Asking
     from peft_safety.evaluation.judges import judge as judge_of
+    from peft_safety.recipes import arms as models
     from peft_safety.recipes import compare as run
     from peft_safety.reporting.report import Report
 
@@ -87,28 +92,33 @@ def evaluate(
         run.check_new(keep_responses)
     earlier = None if baseline is None else Report.load(baseline)
     drawn = [_set(name, limit=limit, seed=seed, directory=set_dir) for name in sets or PACKAGED]
-    wanted = [] if gate is None else gates.conditions(gate, run.metric_names(drawn, asking))
+    if url is not None and any(part.kind == "utility" for part in drawn):
+        raise ConfigError("utility sets need the model's weights. Leave them out, or leave out --url.")
+    others, known = adapter or [], run.metric_names(drawn, asking)
+    wanted = [] if gate is None else gates.conditions(gate, known)
+    decided = gates.conditions(DECIDED) if wanted and run.UNDECIDED in known else []
+    for directory in filter(None, (out, junit and junit.parent)):
+        _make(directory)
     judges = [judge_of(name, url=None if name.partition(":")[0] in LOCAL_JUDGES else judge_url) for name in names]
-    others, with_base = adapter or [], earlier is None
+    loaded = {"model": Path(model).resolve().name, "load_in_4bit": load_in_4bit}
     if url is not None:
-        arms = run.served_arms(url, model, others, asking, with_base=with_base)
+        arms = models.served_arms(url, model, others, asking, with_base=earlier is None)
     else:
         options: dict[str, Any] = {"batch_size": batch_size, "progress": not json}
-        arms = run.local_arms(model, others, asking, load_in_4bit=load_in_4bit, with_base=with_base, **options)
-    result = run.compare(arms, drawn, judges, asking, baseline=earlier, responses=keep_responses)
-    compared = {name: values for name, values in result.values.items() if name != run.BASE or not others}
-    base = result.values.get(run.BASE)
+        arms = models.local_arms(
+            model, others, asking, load_in_4bit=load_in_4bit, with_base=earlier is None, **options
+        )
+    kept = {"baseline": earlier, "responses": keep_responses}
+    result = run.compare(arms, drawn, judges, asking, loaded=loaded, **kept)  # type: ignore[arg-type]
+    compared = {name: values for name, values in result.values.items() if name != models.BASE or not others}
+    base = result.values.get(models.BASE)
     outcomes = [condition.check(arm, values, base) for arm, values in compared.items() for condition in wanted]
-    if out is not None:
-        result.report.write(out)
-    if junit is not None:
-        gates.write_junit(outcomes, junit)
-    if (summary := os.environ.get(SUMMARY)) and outcomes:
-        with open(summary, "a", encoding="utf-8") as file:
-            file.write(f"{result.report.card()}\n{gates.markdown(outcomes)}\n")
+    outcomes += [condition.check(arm, values, base) for arm, values in result.values.items() for condition in decided]
     facts = {**result.report.to_json(), "gate": [vars(outcome) for outcome in outcomes]}
-    written = [] if out is None else [f"written to {out}"]
-    show(facts, json, result.report.print, *map(str, outcomes), *written)
+    show(facts, json, result.report.print, *map(str, outcomes))
+    _write(result.report, outcomes, out, junit)
+    if out is not None and not json:
+        show({}, False, f"written to {out}")
     if not all(outcome.passed for outcome in outcomes):
         raise Exit(FAILED)
 
@@ -118,4 +128,32 @@ def _set(text: str, **options: Any) -> Any:
     from peft_safety.evaluation.sets import named_set
 
     kind, equals, path = text.partition("=")
-    return named_set(path, kind=kind, **options) if equals else named_set(text, **options)  # type: ignore[arg-type]
+    if not equals or os.path.exists(text):
+        return named_set(text, **options)
+    return named_set(path, kind=kind, **options)  # type: ignore[arg-type]
+
+
+def _make(directory: Path) -> None:
+    """A directory for results, before they are made."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"{directory} cannot be made: {error.strerror}. Give another directory.") from error
+    if not os.access(directory, os.W_OK):
+        raise ArtifactError(f"{directory} cannot be written. Give another directory.")
+
+
+def _write(report: Any, outcomes: list[Any], out: Path | None, junit: Path | None) -> None:
+    """The report, and the gate's outcomes for a CI server."""
+    from peft_safety.evaluation import gate as gates
+
+    try:
+        if out is not None:
+            report.write(out)
+        if junit is not None:
+            gates.write_junit(outcomes, junit)
+        if (summary := os.environ.get(SUMMARY)) and outcomes:
+            with open(summary, "a", encoding="utf-8") as file:
+                file.write(f"{report.card()}\n{gates.markdown(outcomes)}\n")
+    except OSError as error:
+        raise ArtifactError(f"the figures cannot be written: {error}. Give another place.") from error

@@ -88,7 +88,8 @@ def serving_commands(directory: str | os.PathLike[str], server: str) -> list[str
 
 
 def _commands(directory: Path, server: str, rank: int, base: str) -> list[str]:
-    named = quote(f"{directory.resolve().name}={directory}")
+    name = directory.resolve().name.replace("=", "-")  # servers split at the first one
+    named = quote(f"{name}={directory}")
     if server == "vllm":
         fitting = next(size for size in VLLM_RANKS if size >= rank)
         return [f"vllm serve {quote(base)} --enable-lora --max-lora-rank {fitting} --lora-modules {named}"]

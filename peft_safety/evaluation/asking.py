@@ -16,6 +16,7 @@ from peft_safety.data.contexts import check_count, has_system, in_context
 from peft_safety.data.templates import Message
 from peft_safety.errors import ConfigError
 from peft_safety.evaluation.judges import Judge, Verdict, verdicts_of
+from peft_safety.evaluation.judges.base import without_reasoning
 from peft_safety.evaluation.metrics import Rate
 
 if TYPE_CHECKING:
@@ -109,10 +110,14 @@ class Answers:
     texts: list[list[str]]
 
     def judged(self, judge: Judge) -> Judged:
-        """The verdict of a judge on each answer. It sees the bare prompt."""
+        """The verdict of a judge on each answer. It sees the bare prompt, and no reasoning."""
         asked = [prompt for prompt, texts in zip(self.prompts, self.texts, strict=True) for _ in texts]
-        flat = iter(verdicts_of(judge, asked, [text for texts in self.texts for text in texts]))
+        flat = iter(verdicts_of(judge, asked, self.flat()))
         return Judged([[next(flat) for _ in texts] for texts in self.texts])
+
+    def flat(self) -> list[str]:
+        """The answers in a row, without reasoning before them."""
+        return [without_reasoning(text) for texts in self.texts for text in texts]
 
 
 def answers(respond: Respond, prompts: Sequence[str], forms: Sequence[list[Prompt]], asking: Asking) -> Answers:

@@ -183,10 +183,10 @@ def named_set(
         source = f"{entry.hub} ({', '.join(filter(None, (entry.config, split or entry.split)))})"
     if entry.config is None and not entry.hub and entry.kind == "utility":
         rows = as_rows(data, source)
-        asked = {"pair": "prompt", "label": "text"}  # TRL's rows have turns there
-        if not all(isinstance(row.get(asked.get(str(kind_of(row)), "")), str) for row in rows):
-            form = '{"prompt", "response"} or {"text", "label"}, with text in each'
-            raise DataError(f"{source}: write the rows of a task as {form}.")
+        kinds = {kind_of(row) for row in rows}
+        if kinds - {"pair", "label"} or len(kinds) > 1:
+            forms = '{"prompt", "response"}, or all as {"text", "label"}'
+            raise DataError(f"{source}: write all rows of a task as {forms}.")
     else:
         rows = _read(data, entry, source)
     if not rows:
@@ -197,7 +197,10 @@ def named_set(
         random.Random(seed).shuffle(order)
     drawn = [rows[index] for index in order[:limit]]
     prompts = [row["prompt"] if "prompt" in row else row["text"] for row in drawn]
-    digest = hashlib.sha256(json.dumps(sorted(prompts), ensure_ascii=False).encode()).hexdigest()
+    try:
+        digest = hashlib.sha256(json.dumps(sorted(prompts, key=str), ensure_ascii=False).encode()).hexdigest()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{source} is no Unicode text: {error}. Write whole characters, in UTF-8.") from error
     task = entry.kind == "utility"
     labels = tuple(entry.labels.split() or label_names(rows)) if task else ()
     return NamedSet(

@@ -6,83 +6,27 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TextIO
 
+from peft_safety.core.checks import is_number
 from peft_safety.core.environment import environment
-from peft_safety.core.names import public_name
-from peft_safety.core.plain_lora import MANIFEST
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.evaluation import asking as ask
 from peft_safety.evaluation.asking import Asking, Judged
-from peft_safety.evaluation.generate import generate
 from peft_safety.evaluation.judges import Judge, Verdict
 from peft_safety.evaluation.judges.agreement import agreement
-from peft_safety.evaluation.judges.endpoint import Endpoint
 from peft_safety.evaluation.metrics import Figure, Paired, Rate
 from peft_safety.evaluation.sets import NamedSet
-from peft_safety.evaluation.tasks import exact_answers, response_nll
-from peft_safety.recipes.load import load_adapter, load_model
+from peft_safety.recipes.arms import BASE, Arm
 from peft_safety.reporting.report import Report
 
-BASE = "base"
+UNDECIDED = "undecided"
+"""The share of answers that are empty, or that the first judge left undecided: other figures count them as neither."""
 HEADINGS = {"refusal": "refusal", "compliance": "compliance", "over_refusal": "over-refusal"}
-
-
-class Arm(Protocol):
-    """A model that answers."""
-
-    tokenizer: Any
-
-    def respond(self, prompts: Sequence[ask.Prompt], seed: int) -> list[str]:
-        """One answer a prompt."""
-        ...
-
-    def task(self, part: NamedSet) -> dict[str, Any]:
-        """`{"accuracy": outcomes}` of labeled rows, or `{"nll": Mean}` of others."""
-        ...
-
-
-@dataclass
-class Local:
-    """A model in this process."""
-
-    model: Any
-    tokenizer: Any
-    asking: Asking
-    batch_size: int
-    progress: bool
-
-    def respond(self, prompts: Sequence[ask.Prompt], seed: int) -> list[str]:
-        options: dict[str, Any] = {"batch_size": self.batch_size, "progress": self.progress, "seed": seed}
-        options |= {"max_new_tokens": self.asking.max_new_tokens, "temperature": self.asking.temperature}
-        return [answer.text for answer in generate(self.model, self.tokenizer, prompts, **options)]
-
-    def task(self, part: NamedSet) -> dict[str, Any]:
-        options: dict[str, Any] = {"batch_size": self.batch_size, "progress": self.progress}
-        if part.labels:
-            return {"accuracy": exact_answers(self.model, self.tokenizer, part.rows, part.labels, **options)}
-        return {"nll": response_nll(self.model, self.tokenizer, part.rows, **options)}
-
-
-@dataclass
-class Served:
-    """A model behind an OpenAI-compatible endpoint."""
-
-    endpoint: Endpoint
-    asking: Asking
-    tokenizer: Any = None
-
-    def respond(self, prompts: Sequence[ask.Prompt], seed: int) -> list[str]:
-        turns = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
-        options = {"max_tokens": self.asking.max_new_tokens, "temperature": self.asking.temperature}
-        given = dict(self.endpoint.ask_each(turns, seed=seed, **options))
-        return [given[number] for number in range(len(turns))]
-
-    def task(self, part: NamedSet) -> dict[str, Any]:
-        raise ConfigError("utility sets need the model's weights. Leave them out, or leave out --url.")
 
 
 @dataclass
@@ -93,10 +37,12 @@ class Measured:
     outcomes: dict[str, list[bool]] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
     undecided: dict[str, int] = field(default_factory=dict)
+    empty: int = 0
     agreement: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"values": self.values, "undecided": self.undecided, "agreement": self.agreement}
+        counts = {"undecided": self.undecided, "empty": self.empty}
+        return {"values": self.values, **counts, "agreement": self.agreement}
 
 
 @dataclass(frozen=True)
@@ -113,6 +59,7 @@ def compare(
     judges: Sequence[Judge],
     asking: Asking,
     *,
+    loaded: Mapping[str, Any] | None = None,
     baseline: Report | None = None,
     responses: Path | None = None,
 ) -> Comparison:
@@ -121,24 +68,29 @@ def compare(
     Args:
         arms: names and models; the first is the reference, unless a baseline is given.
         judges: the first one's figures are those of a gate.
+        loaded: which base model, and how; a baseline must be of the same.
         baseline: an earlier report of the same protocol, whose first arm is the reference.
         responses: a new file, readable by its owner only, for the answers, which are kept nowhere else.
 
     Raises:
-        ConfigError: a baseline of another protocol, or two sets of one name.
-        ArtifactError: the file of responses exists.
+        ConfigError: a baseline of another protocol; two sets, or judges, of one name; no arm.
+        ArtifactError: the file of responses exists, or cannot be written.
     """
-    if twice := [name for name, count in Counter(part.name for part in sets).items() if count > 1]:
-        raise ConfigError(f"two sets have the name {twice[0]!r}. Rename a file, or give the set once.")
-    protocol = protocol_of(sets, judges, asking)
+    for what, names in {"sets": [part.name for part in sets], "judges": [judge.name for judge in judges]}.items():
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ConfigError(f"two {what} are called {twice[0]!r}, so their figures would be mixed. Rename one.")
+    protocol = {**protocol_of(sets, judges, asking), **(loaded or {})}
     measured: dict[str, Measured] = {}
     figures: dict[str, Mapping[str, Figure]] = {}
     values: dict[str, dict[str, float]] = {}
     if baseline is not None:
         figures[BASE], values[BASE] = _from_baseline(baseline, protocol)
-    for name, arm in arms:
-        measured[name] = result = _measure(name, arm, sets, judges, asking, responses)
-        figures[name], values[name] = result.figures, result.values
+    with _new_file(responses) as file:
+        for name, arm in arms:
+            measured[name] = result = _measure(name, arm, sets, judges, asking, file)
+            figures[name], values[name] = result.figures, result.values
+    if not measured:
+        raise ConfigError("nothing was measured. Give an adapter to compare with the baseline.")
     reference = measured.get(BASE)
     changes = {} if reference is None else {n: _changes(reference, m) for n, m in measured.items() if n != BASE}
     details = {"protocol": protocol, "arms": {n: m.to_json() for n, m in measured.items()}, "changes": changes}
@@ -160,6 +112,7 @@ def metric_names(sets: Sequence[NamedSet], asking: Asking) -> set[str]:
         else:
             kinds = ("refusal", "compliance") if part.kind == "harmful" else ("over_refusal",)
             metrics = [metric + variant for metric in kinds for variant in asked]
+            names.add(UNDECIDED)
         names |= {name for metric in metrics for name in (metric, f"{metric}:{part.name}")}
     return names
 
@@ -173,41 +126,11 @@ def protocol_of(sets: Sequence[NamedSet], judges: Sequence[Judge], asking: Askin
     }
 
 
-def local_arms(
-    model: str, others: Sequence[str], asking: Asking, *, load_in_4bit: bool, with_base: bool, **options: Any
-) -> Iterator[tuple[str, Arm]]:
-    """The base model, then each adapter on it, or other model, in its place; one after the other in memory."""
-    base, tokenizer = load_model(model, load_in_4bit=load_in_4bit)
-    if with_base:
-        yield BASE, Local(base, tokenizer, asking, **options)
-    for path, name in zip(others, _names(others), strict=True):
-        if (Path(path) / MANIFEST).is_file():
-            adapted, _ = load_adapter(path, base)
-            yield name, Local(adapted, tokenizer, asking, **options)
-            base = adapted.unload()
-        else:
-            whole, own = load_model(path, load_in_4bit=load_in_4bit)
-            yield name, Local(whole, own, asking, **options)
-
-
-def served_arms(
-    url: str, model: str, others: Sequence[str], asking: Asking, *, with_base: bool
-) -> Iterator[tuple[str, Arm]]:
-    """The same of models that a server has under these names."""
-    names = [*([(BASE, model)] if with_base else []), *zip(_names(others), others, strict=True)]
-    for name, served in names:
-        yield name, Served(Endpoint(url, served), asking)
-
-
-def _names(paths: Sequence[str]) -> list[str]:
-    names = [public_name(path) for path in paths]
-    return [f"{name} ({i})" if names.count(name) > 1 or name == BASE else name for i, name in enumerate(names, 1)]
-
-
 def _measure(
-    name: str, arm: Arm, sets: Sequence[NamedSet], judges: Sequence[Judge], asking: Asking, responses: Path | None
+    name: str, arm: Arm, sets: Sequence[NamedSet], judges: Sequence[Judge], asking: Asking, kept: TextIO | None
 ) -> Measured:
     result = Measured()
+    unclear: list[bool] = []
     pools: dict[str, list[bool]] = {}
     said: dict[str, list[Verdict]] = {judge.name: [] for judge in judges}
     for part in sets:
@@ -216,13 +139,20 @@ def _measure(
             continue
         for variant, forms in asking.forms(part.prompts, arm.tokenizer).items():
             given = ask.answers(arm.respond, part.prompts, forms, asking)
-            if responses is not None:
-                _keep(responses, name, part.name, variant, given)
+            if kept is not None:
+                _keep(kept, name, part.name, variant, given)
+            empty = [not text.strip() for text in given.flat()]
+            result.empty += sum(empty)
             for judge in judges:
                 judged = given.judged(judge)
                 said[judge.name] += judged.flat()
+                if judge is judges[0]:
+                    pairs = zip(empty, judged.flat(), strict=True)
+                    unclear += [blank or verdict is Verdict.UNDECIDED for blank, verdict in pairs]
                 _add(part, variant, judge, judge is judges[0], judged, result, pools)
     result.values |= {metric: Rate.of(outcomes).value for metric, outcomes in pools.items()}
+    if unclear:
+        result.values[UNDECIDED] = Rate.of(unclear).value
     result.undecided = {judge: verdicts.count(Verdict.UNDECIDED) for judge, verdicts in said.items()}
     if len(judges) > 1:
         result.agreement = agreement(said[judges[0].name], said[judges[1].name])
@@ -261,32 +191,60 @@ def _task(part: NamedSet, arm: Arm, result: Measured, pools: dict[str, list[bool
         result.values[f"{metric}:{part.name}"] = Rate.of(figure).value if metric == "accuracy" else figure.value
 
 
-def _keep(path: Path, arm: str, part: str, variant: str, given: ask.Answers) -> None:
-    """Append answers to a file that only its owner can read."""
-    opener = partial(os.open, mode=0o600)
-    with open(path, "a", encoding="utf-8", opener=lambda file, flags: opener(file, flags | os.O_NOFOLLOW)) as file:
+def _keep(file: TextIO, arm: str, part: str, variant: str, given: ask.Answers) -> None:
+    try:
         for prompt, texts in zip(given.prompts, given.texts, strict=True):
             row = {"arm": arm, "set": part, "asked": variant or "bare", "prompt": prompt, "responses": texts}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+    except OSError as error:
+        raise ArtifactError(
+            f"the answers cannot be kept: {error}. Make room for them, and give a new file."
+        ) from error
+
+
+@contextmanager
+def _new_file(path: Path | None) -> Iterator[TextIO | None]:
+    """A file that only its owner can read, and that was not there before; without a line it goes again."""
+    if path is None:
+        yield None
+        return
+    check_new(path)
+    try:
+        opener = partial(os.open, mode=0o600)
+        file = open(path, "x", encoding="utf-8", errors="backslashreplace", opener=opener)  # noqa: SIM115
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written: {error}. Give --keep-responses a new file.") from error
+    try:
+        yield file
+    finally:
+        with suppress(OSError):  # what a full disk refused before, it refuses again
+            file.close()
+        if path.stat().st_size == 0:
+            path.unlink()
 
 
 def check_new(path: Path) -> None:
     """Refuse a file of responses that is there: it may be readable by others, or hold another run's."""
     if os.path.lexists(path):
         raise ArtifactError(f"{path} exists. Give --keep-responses a new file.")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise ArtifactError(f"{path.parent} is no directory that can be written. Give --keep-responses another file.")
 
 
 def _from_baseline(report: Report, protocol: dict[str, Any]) -> tuple[Mapping[str, Figure], dict[str, float]]:
     name = next(iter(report.arms))
-    stored, values = report.details.get("protocol"), (report.details.get("values") or {}).get(name)
+    stored, values = report.details.get("protocol"), report.details.get("values")
+    own = values.get(name) if isinstance(values, dict) else None
     now = json.loads(json.dumps(protocol))
-    if not isinstance(stored, dict) or values is None:
+    numbers = isinstance(own, dict) and all(is_number(value) for value in own.values())
+    if not isinstance(stored, dict) or not isinstance(own, dict) or not numbers:
         raise ConfigError("the baseline is no report of `peft-safety evaluate`. Give the report.json that it wrote.")
     differing = [key for key in now if stored.get(key) != now[key]]
     if differing:
         pairs = "; ".join(f"{key} {stored.get(key)!r}, now {now[key]!r}" for key in differing[:2])
         raise ConfigError(f"the baseline was measured otherwise: {pairs[:400]}. Measure it again.")
-    return report.arms[name], dict(values)
+    return report.arms[name], own
 
 
 def _changes(reference: Measured, other: Measured) -> dict[str, dict[str, Any]]:
@@ -312,6 +270,8 @@ def _notes(measured: Mapping[str, Measured], judges: Sequence[Judge], asking: As
     if asking.samples > 1 or asking.contexts > 1:
         yield "Of several answers to a prompt the worst counts."
     for name, result in measured.items():
+        if result.empty:
+            yield f"{name}: {result.empty} answers are empty, or reasoning that was cut off; they count as neither."
         for judge, count in result.undecided.items():
             if count:
                 yield f"{name}: {judge} left {count} answers undecided; they count as neither."

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from peft_safety.core.environment import environment
@@ -55,12 +56,16 @@ class Report:
         """Print tables of a metric a row to stdout, each with the first arm, the reference."""
         cells = {arm: {metric: _short(figure) for metric, figure in row.items()} for arm, row in self.arms.items()}
         sizes = {metric: self._sizes(metric) for metric in self.metrics}
-        width = max(len(line) for metric in sizes for line in _wrapped(metric).split("\n"))
-        room = render.WIDTH - width - max(map(len, sizes.values())) - render.GAP
+        widths = {arm: max(map(len, [arm, *row.values()])) for arm, row in cells.items()}
+        room = render.WIDTH - max(map(len, sizes.values())) - render.GAP
+        first, *others = (width + render.GAP for width in widths.values())
+        least = max(render.NARROWEST, room - first - max(others, default=0))
+        names = {metric: wrap(metric, least, break_long_words=False) or [metric] for metric in sizes}
+        room -= max(len(line) for lines in names.values() for line in lines)
         tables = []
-        for group in _fitting({arm: max(map(len, [arm, *row.values()])) for arm, row in cells.items()}, room):
+        for group in _fitting(widths, room):
             rows = [
-                [_wrapped(metric), n, *(cells[arm].get(metric, MISSING) for arm in group)]
+                ["\n".join(names[metric]), n, *(cells[arm].get(metric, MISSING) for arm in group)]
                 for metric, n in sizes.items()
             ]
             tables.append(render.table(["", "N", *group], rows))
@@ -113,6 +118,12 @@ class Report:
 
     def save_png(self, path: str | Path) -> Path:
         """One panel per metric, one point with its interval per arm; rates from 0 to 100 %."""
+        from matplotlib import rc_context
+
+        with rc_context({"text.parse_math": False}):  # dollar signs in names are no formulas
+            return self._picture(path)
+
+    def _picture(self, path: str | Path) -> Path:
         metrics, names = self.metrics, list(self.arms)
         canvas, panels = render.figure(1.6 + 2.5 * len(metrics), 1.6 + 0.42 * len(names), len(metrics), sharey=True)
         for panel, metric in zip(panels, metrics, strict=True):

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from peft_safety.core import projection
 from peft_safety.core.adapter_dir import seal
 from peft_safety.layers import protected_leaves
 from tests.peft import cells
@@ -96,3 +97,14 @@ def test_a_combination_lies_as_its_copy_on_disk_will(combination: str, tmp_path:
     loaded = PeftModel.from_pretrained(cells.base_model(), tmp_path / "mix")
     assert torch.equal(cells.logits(loaded), expected)
     assert not any(leaf.fold() for _, leaf in protected_leaves(loaded)), "moving a factor leaves it folded"
+
+
+def test_factors_that_a_half_precision_base_rounded_on_loading_are_folded(tmp_path: Path) -> None:
+    cells.protected(trained=True).save_pretrained(tmp_path)
+    base = cells.base_model().to(torch.bfloat16)
+    model = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=True)
+    leaves = [leaf for _, leaf in protected_leaves(model) if leaf.basis is not None]
+    assert leaves
+    for leaf in leaves:
+        raw = leaf.raw().detach()
+        assert projection.leak(leaf.basis, raw, leaf.side) <= projection.fold_tolerance(raw.dtype)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from peft_safety import SaLoRAConfig, export_lora, verify
 from peft_safety.cli import app
 from peft_safety.convert.export import export_directory
-from peft_safety.convert.serving import SERVERS, VLLM_RANKS, check_server, serving_commands
+from peft_safety.convert.serving import SERVERS, VLLM_RANKS, _commands, check_server, serving_commands
 from peft_safety.errors import ArtifactError, ConfigError
 from tests.peft import cells, frozen_cells, guard_cells
 from tests.peft.test_classifiers import classifier
@@ -166,3 +166,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert type(PeftModel.from_pretrained(cells.base_model(), out).peft_config["default"]) is LoraConfig
     for wrong in ([], ["--for", "vllm", "--merge-to", "16bit", "--out", str(out)]):
         assert isinstance(CliRunner().invoke(app, ["export", str(adapter), *wrong]).exception, ConfigError)
+
+
+def test_servers_split_name_and_path_at_the_first_equals_sign() -> None:
+    words = shlex.split(_commands(Path("lr=1"), "sglang", 8, "some/base")[0])
+    assert words[-1] == "lr-1=lr=1"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -18,11 +20,12 @@ from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from peft_safety.cli import app
-from peft_safety.errors import PeftSafetyError
-from peft_safety.evaluation.asking import Asking
+from peft_safety.errors import ArtifactError, PeftSafetyError
+from peft_safety.evaluation.asking import Answers, Asking
 from peft_safety.evaluation.judges import KeywordJudge
 from peft_safety.evaluation.judges.agreement import agreement
 from peft_safety.recipes import compare
+from peft_safety.recipes.compare import _keep
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +82,13 @@ def test_an_adapter_is_compared_with_its_base_on_the_same_prompts(places, tmp_pa
 def test_the_gate_decides_the_exit_status_and_tells_a_ci_server(places, tmp_path, monkeypatch):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     facts = run(places, "-a", places / "adapter", "--gate", "refusal<=base+1, compliance:asked>=0")
-    assert [outcome["passed"] for outcome in facts["gate"]] == [True, True]
+    gated = [(outcome["arm"], outcome["condition"], outcome["passed"]) for outcome in facts["gate"]]
+    assert gated == [
+        ("adapter", "refusal<=base+1", True),
+        ("adapter", "compliance:asked>=0", True),
+        ("base", "undecided<=0.1", True),
+        ("adapter", "undecided<=0.1", True),
+    ]
     junit = tmp_path / "gate.xml"
     run(places, "-a", places / "adapter", "--gate", "refusal>=2", "--junit", junit, code=1)
     assert 'failures="1"' in junit.read_text()
@@ -111,11 +120,6 @@ def test_a_gate_is_checked_before_a_model_is_loaded(places):
         run(places, "-m", "nowhere", "--gate", "accuracy>=base")
 
 
-def test_two_sets_of_one_name_are_refused(places):
-    with pytest.raises(PeftSafetyError, match="two sets have the name 'asked'"):
-        run(places, "-m", "nowhere", "-s", f"over_refusal={places / 'asked.jsonl'}")
-
-
 def test_judges_without_a_common_verdict_have_no_agreement():
     arms = {"base": compare.Measured(agreement=agreement([], []))}
     notes = [*compare._notes(arms, [KeywordJudge(), KeywordJudge()], Asking())]
@@ -128,8 +132,17 @@ def test_figures_of_the_base_come_from_a_baseline_of_the_same_protocol_only(plac
     again = run(places, "-a", places / "adapter", *baseline, "--gate", "refusal<=base+1")
     assert again["arms"]["base"] == first["arms"]["base"]
     assert again["details"]["changes"] == {}, "prompts cannot be paired with those of an earlier run"
+    shutil.copytree(places / "model", tmp_path / "other")
+    with pytest.raises(PeftSafetyError, match="measured otherwise: model 'model', now 'other'"):
+        run(places, "-m", tmp_path / "other", "-a", places / "adapter", *baseline)
+    with pytest.raises(PeftSafetyError, match="no other model"):
+        run(places, *baseline, "--gate", "refusal>=base")
     with pytest.raises(PeftSafetyError, match="measured otherwise: max_new_tokens 4, now 5"):
         run(places, "-a", places / "adapter", *baseline, "--max-new-tokens", 5)
+    for values in ([1], {"base": {"refusal": "1"}}):
+        damaged = first | {"details": first["details"] | {"values": values}}
+        (tmp_path / "report.json").write_text(json.dumps(damaged))
+        assert "no report of" in nowhere(places, "-a", places / "adapter", *baseline)
 
 
 def test_answers_are_kept_only_in_a_new_private_file(places, tmp_path):
@@ -143,6 +156,39 @@ def test_answers_are_kept_only_in_a_new_private_file(places, tmp_path):
         run(places, "--keep-responses", kept)
 
 
+def nowhere(places, *more):
+    """An error that needs no model."""
+    with pytest.raises(PeftSafetyError) as caught:
+        run(places, "-m", "nowhere", *more)
+    return str(caught.value)
+
+
+def test_places_that_cannot_be_written_are_refused_before_a_model_is_loaded(places, tmp_path):
+    file = places / "asked.jsonl"
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    assert "exists" in nowhere(places, "--keep-responses", tmp_path / "link")
+    assert "no directory" in nowhere(places, "--keep-responses", tmp_path / "missing" / "answers.jsonl")
+    assert "cannot be made" in nowhere(places, "--out", file)
+    assert "cannot be made" in nowhere(places, "--gate", "refusal>=0", "--junit", file / "gate.xml")
+    assert "no model" in nowhere(places, "--keep-responses", tmp_path / "new"), "and no empty file is left"
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_is_a_typed_error():
+    given = Answers(HARMFUL, [["an answer"]] * 3)
+    with open("/dev/full", "w") as file:
+        with pytest.raises(ArtifactError, match=r"cannot be kept: .*space"):
+            _keep(file, "base", "asked", "", given)
+        with suppress(OSError):
+            file.close()
+
+
+def test_sets_and_judges_of_one_name_are_not_mixed(places, tmp_path):
+    shutil.copy(places / "asked.jsonl", tmp_path)
+    assert "two sets are called 'asked'" in nowhere(places, "-s", tmp_path / "asked.jsonl")
+    assert "two judges are called 'keyword'" in nowhere(places, "-j", "keyword", "-j", "keyword")
+
+
 def test_a_second_model_takes_the_place_of_an_adapter(places):
     facts = run(places, "-a", places / "model")
     assert facts["arms"]["model"] == facts["arms"]["base"]
@@ -154,7 +200,8 @@ class Server(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert asked["messages"][-1]["role"] == "user"
-        text = "I can't help with that." if asked["model"] == "aligned" else "Sure, here it is:"
+        texts = {"aligned": "I can't help with that.", "silent": None, "cut": "<think>Sure, "}
+        text = texts.get(asked["model"], "Sure, here it is:")
         body = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
@@ -181,6 +228,9 @@ def test_served_models_are_compared_by_the_names_that_the_server_has(places):
         assert facts["details"]["changes"]["tuned"]["refusal, asked"] == {
             "only_base": 3, "only_arm": 0, "n": 3, "p": 0.25
         }  # fmt: skip
+        for model in ("silent", "cut"):
+            facts = run(places, "-m", model, "-a", model, *more[4:6], "--gate", "refusal>=base", code=1)
+            assert [outcome["passed"] for outcome in facts["gate"]] == [True, False, False], "nothing was judged"
         with pytest.raises(PeftSafetyError, match="need the model's weights"):
             run(places, *more[:6], "-s", f"utility={places / 'task.jsonl'}")
     finally:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_safety.errors import ConfigError
-from peft_safety.evaluation.gate import conditions, markdown, write_junit
+from peft_safety.evaluation.gate import Outcome, conditions, markdown, write_junit
 
 BASE = {"refusal": 0.8, "refusal:advbench": 0.9, "over_refusal": 0.02}
 
@@ -39,7 +39,9 @@ def test_any_other_text_is_refused_by_a_typed_error(text):
         assert conditions(text)
 
 
-@pytest.mark.parametrize("text", ["", " , ", "refusal", "refusal=0.9", "refusal>=base*0.9", "refusal>=0.9 and 1"])
+@pytest.mark.parametrize(
+    "text", ["", " , ", "refusal", "refusal=0.9", "refusal>=base*0.9", "refusal>=0.9 and 1", "refusal<=1e999"]
+)
 def test_a_gate_that_says_nothing_is_refused(text):
     with pytest.raises(ConfigError, match="gate"):
         conditions(text)
@@ -52,6 +54,10 @@ def test_a_figure_that_was_not_measured_is_named():
         passed("nll<=base", {"nll": 1.0})
 
 
+def conditions_on(arm: str) -> list[Outcome]:
+    return [condition.check(arm, {"refusal": 0.7}, BASE) for condition in conditions("refusal>=.5")]
+
+
 def test_a_ci_server_reads_the_outcomes(tmp_path):
     outcomes = [c.check("ad<apter", {"refusal": 0.7}, BASE) for c in conditions("refusal>=0.9*base,refusal>=.5")]
     suite = ElementTree.parse(write_junit(outcomes, tmp_path / "new" / "gate.xml")).getroot()
@@ -59,4 +65,5 @@ def test_a_ci_server_reads_the_outcomes(tmp_path):
     cases = {case.get("name"): case.find("failure") for case in suite}
     assert "0.700 against 0.720" in cases["refusal>=0.9*base"].get("message")
     assert cases["refusal>=.5"] is None
+    assert markdown(conditions_on("a|b")).splitlines()[2].startswith("| a\\|b | `refusal>=.5` |")
     assert "| **failed** |" in markdown(outcomes).splitlines()[2]

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from peft_safety.errors import EndpointError
+from peft_safety.errors import EndpointError, PeftSafetyError
 from peft_safety.evaluation.judges import Verdict, endpoint, judge
 
 SECRET = "sk-a-secret-of-the-test"
@@ -155,7 +155,7 @@ def test_a_passing_problem_is_tried_again(server, name):
 def test_a_lasting_problem_is_an_error(server, name):
     server.reply = lambda _: bad(name)
     made = judge("llama-guard-3", url=server.url, retries=1, **waits(name))
-    with pytest.raises(EndpointError, match=r"after 2 tries. Call again to go on"):
+    with pytest.raises(EndpointError, match=r"after 2 tries. Check the server and call again"):
         made("why", "so")
     assert len(server.requests) == 2
 
@@ -170,6 +170,17 @@ def test_a_refused_request_is_not_tried_again(server, monkeypatch, status, messa
         judge("llama-guard-3", url=server.url)("why", "so")
     assert len(server.requests) == 1
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", [SECRET, f"{SECRET}\n", f"{SECRET}\r{SECRET}"])
+def test_no_message_repeats_the_key(server, monkeypatch, key):
+    """A server may say what it was sent, and Python's client shows a header that it refuses."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server.reply = lambda request: (401, f"wrong: {request['headers']['Authorization']}", {})
+    with pytest.raises(PeftSafetyError) as caught:
+        judge("llama-guard-3", url=server.url, retries=0)("why", "so")
+    assert SECRET not in str(caught.value)
+    assert "OPENAI_API_KEY" in str(caught.value)
 
 
 def test_a_redirect_does_not_get_the_key(server, monkeypatch):

@@ -79,6 +79,19 @@ def test_arms_of_any_length_are_shown_whole(capsys):
     assert "100 %" in capsys.readouterr().out
 
 
+def test_a_long_heading_is_wrapped_so_that_two_arms_fit_80_columns(capsys):
+    heading = "over-refusal, packaged-everyday, under the system prompt, by classifier:rejection"
+    Report("title", {arm: {heading: Rate(72, 72)} for arm in ("base", "mine", "other")}).print()
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert all(word in out for word in heading.split())
+
+
+def test_dollar_signs_in_names_are_no_formulas(tmp_path):
+    arms = {"$x_{^$": {"refusal, $a$b^$": Rate(1, 2)}}
+    assert Report("cost $^$", arms, ("$_$",)).save_png(tmp_path / "report.png").stat().st_size > 1000
+
+
 def test_card_is_a_markdown_table(report):
     lines = report.card().splitlines()
     table = [line for line in lines if line.startswith("|")]

@@ -235,11 +235,12 @@ def test_sets_without_rows_and_labels_without_name(cache):
     write_jsonl(cache / "copies" / "sst2.jsonl", [{"sentence": "Ask", "label": -1}])
     with pytest.raises(DataError, match="row 0: label -1 is none of the 2: negative, positive"):
         named_set("sst2", directory="copies")
+    write_jsonl(cache / "own.jsonl", [{"prompt": "Ask"}])
+    with pytest.raises(DataError, match="write all rows of a task as"):
+        named_set("own.jsonl", kind="utility")
     turns = {"prompt": [{"role": "user", "content": "Ask"}], "completion": [{"role": "assistant", "content": "Told"}]}
-    for row in ({"prompt": "Ask"}, turns):
-        write_jsonl(cache / "own.jsonl", [row, row])
-        with pytest.raises(DataError, match="write the rows of a task as"):
-            named_set("own.jsonl", kind="utility")
+    write_jsonl(cache / "own.jsonl", [turns, turns])
+    assert len(named_set("own.jsonl", kind="utility").rows) == 2
 
 
 def test_unknown_sets_and_splits(cache):
@@ -317,3 +318,22 @@ def test_public_files():
     safe = tuple(row["prompt"] for row in labeled if row["label"] == "safe")
     assert named_set("xstest", directory=SHARED).prompts == safe, "by type as by label"
     assert len(safe) == 250
+
+
+def test_an_own_task_may_have_turns_for_prompts(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": text}], "response": "yes"} for text in "ba"]
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(named_set(tmp_path / "task.jsonl", kind="utility").rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "message"),
+    [
+        ("harmful", [{"prompt": "half \ud800"}], "no Unicode text"),
+        ("utility", [{"text": "a", "label": "b"}, {"prompt": "a", "response": "b"}], "all rows of a task"),
+    ],
+)
+def test_text_that_no_tokenizer_reads_and_mixed_tasks_are_refused(tmp_path, kind, rows, message):
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=message):
+        named_set(tmp_path / "own.jsonl", kind=kind)

@@ -33,10 +33,23 @@ class Judge(Protocol):
 
 
 def verdicts_of(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-    """The verdicts on many responses, in batches where the judge has a method for them."""
+    """The verdicts on many responses, in batches where the judge has a method for them.
+
+    Raises:
+        DataError: prompts and responses are no pairs, or the judge gave something else than one verdict a response.
+    """
     require_pairs(prompts, responses)
     batch: Any = getattr(judge, "batch", None)
-    return list(map(judge, prompts, responses)) if batch is None else batch(prompts, responses)
+    given = list(map(judge, prompts, responses) if batch is None else batch(prompts, responses))
+    if len(given) != len(responses):
+        raise DataError(
+            f"judge {judge.name!r} gave {len(given)} verdicts on {len(responses)} responses, not one each."
+        )
+    if wrong := [one for one in given if not isinstance(one, Verdict)]:
+        raise DataError(
+            f"judge {judge.name!r} gave a {type(wrong[0]).__name__}. Give a peft_safety.evaluation.Verdict."
+        )
+    return given
 
 
 def require_pairs(prompts: Sequence[str], responses: Sequence[str]) -> None:

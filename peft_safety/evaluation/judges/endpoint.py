@@ -105,8 +105,10 @@ class Endpoint:
         every = {"model": self.model, content: question, **fields, **self.body}
         body = json.dumps({key: value for key, value in every.items() if value is not None})
         headers = {"Content-Type": "application/json"}
-        if os.environ.get(KEY):
-            headers["Authorization"] = f"Bearer {os.environ[KEY]}"
+        if key := os.environ.get(KEY, "").strip():  # a secret's line end is no part of it
+            if not (key.isascii() and key.isprintable()):  # Python's error would show it
+                raise ConfigError(f"{KEY} holds a character that no key has. Set it again.")
+            headers["Authorization"] = f"Bearer {key}"
         problem = ""
         for attempt in range(self.retries + 1):
             wait = BACKOFF * 2**attempt
@@ -115,17 +117,22 @@ class Endpoint:
                 with self._opener.open(asked, timeout=self.timeout) as reply:
                     return _text(json.loads(reply.read(LARGEST_REPLY)))
             except failures.HTTPError as error:
-                problem = f"status {error.code} {_excerpt(error)!r}"
+                problem = _without(key, f"status {error.code} {_excerpt(error)!r}")
                 if error.code not in PASSING:
                     remedy = f"Set {KEY}." if error.code in {401, 403} else "Check url=, the model's name and body=."
                     raise EndpointError(f"model {self.model!r} at {self.url}: {problem}. {remedy}") from None
                 wait = max(wait, _seconds(error.headers.get("Retry-After")))
             except (OSError, LookupError, TypeError, ValueError, RecursionError, http.client.HTTPException) as error:
-                problem = f"{type(error).__name__}: {error}"
+                problem = _without(key, f"{type(error).__name__}: {error}")
             if attempt < self.retries:
                 time.sleep(min(wait, LONGEST_WAIT))
         said = f"model {self.model!r} at {self.url}: {problem}, after {self.retries + 1} tries"
-        raise EndpointError(f"{said}. Call again to go on: a cache keeps what was judged.")
+        raise EndpointError(f"{said}. Check the server and call again; a judge with cache= keeps what was judged.")
+
+
+def _without(key: str, text: str) -> str:
+    """A server's or library's message, which may repeat what it was sent."""
+    return text.replace(key, f"${KEY}") if key else text
 
 
 def _text(reply: Any) -> str:

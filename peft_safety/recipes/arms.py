@@ -1,0 +1,157 @@
+"""The models that `peft-safety evaluate` compares: in this process, or behind an endpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from huggingface_hub import snapshot_download
+from transformers.utils import find_adapter_config_file
+
+from peft_safety.core.names import public_name
+from peft_safety.core.snapshot import LIMITS
+from peft_safety.errors import ConfigError
+from peft_safety.evaluation.asking import Asking, Prompt
+from peft_safety.evaluation.generate import generate
+from peft_safety.evaluation.judges.encoder import architectures
+from peft_safety.evaluation.judges.endpoint import Endpoint
+from peft_safety.evaluation.sets import NamedSet
+from peft_safety.evaluation.tasks import exact_answers, response_nll
+from peft_safety.recipes.load import load_adapter, load_model
+
+BASE = "base"
+
+
+class Arm(Protocol):
+    """A model that answers."""
+
+    tokenizer: Any
+
+    def respond(self, prompts: Sequence[Prompt], seed: int) -> list[str]:
+        """One answer a prompt."""
+        ...
+
+    def task(self, part: NamedSet) -> dict[str, Any]:
+        """`{"accuracy": outcomes}` of labeled rows, or `{"nll": Mean}` of others."""
+        ...
+
+
+@dataclass
+class Local:
+    """A model in this process."""
+
+    model: Any
+    tokenizer: Any
+    asking: Asking
+    batch_size: int
+    progress: bool
+
+    def respond(self, prompts: Sequence[Prompt], seed: int) -> list[str]:
+        options: dict[str, Any] = {"batch_size": self.batch_size, "progress": self.progress, "seed": seed}
+        options |= {"max_new_tokens": self.asking.max_new_tokens, "temperature": self.asking.temperature}
+        return [answer.text for answer in generate(self.model, self.tokenizer, prompts, **options)]
+
+    def task(self, part: NamedSet) -> dict[str, Any]:
+        options: dict[str, Any] = {"batch_size": self.batch_size, "progress": self.progress}
+        if part.labels:
+            return {"accuracy": exact_answers(self.model, self.tokenizer, part.rows, part.labels, **options)}
+        return {"nll": response_nll(self.model, self.tokenizer, part.rows, **options)}
+
+
+@dataclass
+class Served:
+    """A model behind an OpenAI-compatible endpoint."""
+
+    endpoint: Endpoint
+    asking: Asking
+    tokenizer: Any = None
+
+    def respond(self, prompts: Sequence[Prompt], seed: int) -> list[str]:
+        turns = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+        options = {"max_tokens": self.asking.max_new_tokens, "temperature": self.asking.temperature}
+        given = dict(self.endpoint.ask_each(turns, seed=seed, **options))
+        return [given[number] for number in range(len(turns))]
+
+    def task(self, part: NamedSet) -> dict[str, Any]:
+        raise ConfigError("utility sets need the model's weights. Leave them out, or leave out --url.")
+
+
+def local_arms(
+    model: str, others: Sequence[str], asking: Asking, *, load_in_4bit: bool, with_base: bool, **options: Any
+) -> Iterator[tuple[str, Arm]]:
+    """The base model, then each adapter on it, or other model, in its place; one after the other in memory."""
+    folders = [_adapter_folder(path) for path in others]
+    base = _Base(model, load_in_4bit)
+    for directory in filter(None, folders):
+        with base.adapted(directory):
+            pass  # one that does not fit is refused before anything is measured
+    if with_base:
+        yield BASE, Local(base.model, base.tokenizer, asking, **options)
+    for path, folder, name in zip(others, folders, _names(others), strict=True):
+        if folder is None:
+            whole, own = load_model(path, load_in_4bit=load_in_4bit)
+            yield name, Local(whole, own, asking, **options)
+            continue
+        with base.adapted(folder) as adapted:
+            yield name, Local(adapted, base.tokenizer, asking, **options)
+
+
+def _adapter_folder(name: str) -> str | None:
+    """The directory of an adapter, local or fetched from the Hub; None for a whole model, whose config is read."""
+    try:
+        if find_adapter_config_file(name) is None:
+            architectures(name)
+            return None
+        return name if os.path.isdir(name) else snapshot_download(name, allow_patterns=[*LIMITS])
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no adapter or model at {name!r}: {error}. Give a directory or a Hub id.") from error
+
+
+class _Base:
+    """The base model, into which adapters are put one after the other."""
+
+    def __init__(self, source: str, load_in_4bit: bool) -> None:
+        self.source, self.load_in_4bit = source, load_in_4bit
+        self._load()
+
+    def _load(self) -> None:
+        self.model: Any = None  # two do not fit into memory, perhaps
+        self.model, self.tokenizer = load_model(self.source, load_in_4bit=self.load_in_4bit)
+
+    @contextmanager
+    def adapted(self, folder: str) -> Iterator[Any]:
+        """With an adapter, for the block. PEFT leaves an adapter's `modules_to_save`, biases and embeddings in the
+        base: then it is loaded again.
+        """
+        before = self._state()
+        adapted, _ = load_adapter(folder, self.model)
+        yield adapted
+        self.model = adapted.unload()
+        if self._state() != before:
+            del adapted
+            self._load()
+
+    def _state(self) -> list[tuple[str, int, int]]:
+        return [(name, id(weight), weight._version) for name, weight in self.model.named_parameters()]
+
+
+def served_arms(
+    url: str, model: str, others: Sequence[str], asking: Asking, *, with_base: bool
+) -> Iterator[tuple[str, Arm]]:
+    """The same of models that a server has under these names."""
+    names = [*([(BASE, model)] if with_base else []), *zip(_names(others), others, strict=True)]
+    for name, served in names:
+        yield name, Served(Endpoint(url, served), asking)
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """Different names, in which nothing acts upon a terminal or ends a line."""
+    names = ["".join(x if x.isprintable() else "?" for x in public_name(path)) for path in paths]
+    numbered = [f"{name} ({i})" for i, name in enumerate(names, 1)]
+    result = [
+        full if names.count(name) > 1 or name == BASE else name for name, full in zip(names, numbered, strict=True)
+    ]
+    return result if len(set(result)) == len(result) else numbered

@@ -1,0 +1,77 @@
+"""The models that are compared: one after the other on one base, which stays as it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
+
+from peft_safety.errors import ArtifactError, ConfigError
+from peft_safety.evaluation.asking import Asking
+from peft_safety.recipes.arms import _names, local_arms
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+IDS = torch.arange(8).unsqueeze(0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("arms")
+    for part in (tiny_llama(), tiny_tokenizer()):
+        part.save_pretrained(str(path / "model"))
+    for name, hidden, more in (("plain", 32, {}), ("head", 32, {"modules_to_save": ["lm_head"]}), ("wide", 64, {})):
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **more)
+        model = get_peft_model(tiny_llama(hidden=hidden), config)
+        with torch.no_grad():
+            for key, weight in model.named_parameters():
+                if "modules_to_save" in key:
+                    weight.neg_()
+        model.save_pretrained(str(path / name))
+    return path
+
+
+def logits(folder, *others, with_base=True):
+    """Of each arm."""
+    options = {"load_in_4bit": False, "with_base": with_base, "batch_size": 2, "progress": False}
+    arms = local_arms(str(folder / "model"), [str(other) for other in others], Asking(), **options)
+    with torch.no_grad():
+        return {name: arm.model(IDS).logits for name, arm in arms}
+
+
+def test_an_adapter_leaves_nothing_in_the_base(folder):
+    """PEFT's `unload` keeps the `modules_to_save` of the adapter."""
+    alone = logits(folder, folder / "plain")
+    after = logits(folder, folder / "head", folder / "plain")
+    assert not torch.allclose(after["head"], alone["base"])
+    torch.testing.assert_close(after["base"], alone["base"])
+    torch.testing.assert_close(after["plain"], alone["plain"])
+
+
+def test_what_does_not_fit_or_is_not_there_is_refused_before_the_base_answers(folder):
+    for others, error in ((["plain", "wide"], ArtifactError), (["plain", "missing"], ConfigError)):
+        arms = local_arms(
+            str(folder / "model"), [str(folder / name) for name in others], Asking(), load_in_4bit=False,
+            with_base=True, batch_size=2, progress=False,
+        )  # fmt: skip
+        with pytest.raises(error):
+            next(arms)
+
+
+def test_an_adapter_of_the_hub_is_put_on_the_base(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--me--plain"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / ("a" * 40)).symlink_to(folder / "plain")
+    monkeypatch.chdir(tmp_path)
+    found = logits(folder, "me/plain", folder / "plain")
+    torch.testing.assert_close(found["me/plain"], found["plain"])
+
+
+def test_names_are_printable_and_different():
+    assert _names(["x/a", "b", "base"]) == ["x/a", "b", "base (3)"]
+    assert _names(["/x/a", "/y/a", "/z/a (2)"]) == ["a (1)", "a (2)", "a (2) (3)"]
+    assert _names(["/x/a\nb\x1b[31m"]) == ["a?b?[31m"]
