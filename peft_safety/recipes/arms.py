@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from huggingface_hub import snapshot_download
@@ -149,7 +150,11 @@ def served_arms(
 
 def _names(paths: Sequence[str]) -> list[str]:
     """Different names, in which nothing acts upon a terminal or ends a line."""
-    names = ["".join(x if x.isprintable() else "?" for x in public_name(path)) for path in paths]
+    shown = [public_name(path) for path in paths]
+    if len(set(shown)) < len(shown):  # runs/one/adapter and runs/two/adapter differ in the part before
+        pairs = zip(shown, paths, strict=True)
+        shown = [name if name == path else "/".join(Path(path).parts[-2:]) for name, path in pairs]
+    names = ["".join(x if x.isprintable() else "?" for x in name) for name in shown]
     numbered = [f"{name} ({i})" for i, name in enumerate(names, 1)]
     result = [
         full if names.count(name) > 1 or name == BASE else name for name, full in zip(names, numbered, strict=True)

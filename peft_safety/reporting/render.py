@@ -82,8 +82,8 @@ def number(value: float | None, form: str = ".3g") -> str:
     return text if float(text) else text.lstrip("-")
 
 
-def figure(width: float, height: float, panels: int = 1, sharey: bool = False) -> tuple[Any, Any]:
-    """A matplotlib figure with panels side by side: the figure and the array of its axes.
+def figure(width: float, height: float, panels: int = 1, sharey: bool = False, rows: int = 1) -> tuple[Any, Any]:
+    """A matplotlib figure with panels side by side, in rows: the figure and the array of its axes.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -94,7 +94,10 @@ def figure(width: float, height: float, panels: int = 1, sharey: bool = False) -
         raise ConfigError('pictures need matplotlib. Install it: pip install "peft-safety[plot]".') from error
 
     canvas = Figure(figsize=(width, height), layout="constrained")
-    axes = canvas.subplots(1, panels, sharey=sharey, squeeze=False)[0]
+    axes = canvas.subplots(rows, -(-panels // rows), sharey=sharey, squeeze=False).flatten()
+    for unused in axes[panels:]:
+        unused.remove()
+    axes = axes[:panels]
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)

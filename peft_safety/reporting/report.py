@@ -20,6 +20,8 @@ __all__ = ["Report", "environment"]
 MISSING = "-"
 HEADING = 34
 """Characters of a metric's heading above which it is broken."""
+PANELS = 4
+"""Panels of a picture side by side."""
 INTERVALS = "Brackets: 95 % intervals."
 GRAY = "#555555"
 COLORS = (GRAY, *(color for color in render.PALETTE if color != GRAY))
@@ -125,7 +127,9 @@ class Report:
 
     def _picture(self, path: str | Path) -> Path:
         metrics, names = self.metrics, list(self.arms)
-        canvas, panels = render.figure(1.6 + 2.5 * len(metrics), 1.6 + 0.42 * len(names), len(metrics), sharey=True)
+        rows = -(-len(metrics) // PANELS)
+        width, height = 1.6 + 2.5 * min(len(metrics), PANELS), (1.6 + 0.42 * len(names)) * rows
+        canvas, panels = render.figure(width, height, len(metrics), sharey=True, rows=rows)
         for panel, metric in zip(panels, metrics, strict=True):
             self._draw(panel, metric)
         panels[0].set_yticks(range(len(names)), names)

@@ -24,7 +24,7 @@ from peft_safety.errors import ArtifactError, PeftSafetyError
 from peft_safety.evaluation.asking import Answers, Asking
 from peft_safety.evaluation.judges import KeywordJudge
 from peft_safety.evaluation.judges.agreement import agreement
-from peft_safety.recipes import compare
+from peft_safety.recipes import arms, compare
 from peft_safety.recipes.compare import _keep
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -192,6 +192,15 @@ def test_sets_and_judges_of_one_name_are_not_mixed(places, tmp_path):
 def test_a_second_model_takes_the_place_of_an_adapter(places):
     facts = run(places, "-a", places / "model")
     assert facts["arms"]["model"] == facts["arms"]["base"]
+
+
+def test_adapters_of_equal_names_are_told_apart_by_the_folder_above(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / name / "adapter").mkdir(parents=True)
+    assert arms._names(["one/adapter", str(tmp_path / "two" / "adapter")]) == ["one/adapter", "two/adapter"]
+    assert arms._names(["one/adapter", "one/adapter"]) == ["one/adapter (1)", "one/adapter (2)"]
+    assert arms._names(["one/adapter", "org/x", "base"]) == ["adapter", "org/x", "base (3)"]
 
 
 class Server(BaseHTTPRequestHandler):
