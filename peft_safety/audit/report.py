@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from tqdm.auto import tqdm
@@ -22,6 +21,7 @@ from peft_safety.core import base_weights as weights
 from peft_safety.core.environment import environment
 from peft_safety.core.names import public_name
 from peft_safety.core.plain_lora import check_features
+from peft_safety.core.projection import all_finite
 from peft_safety.errors import CheckpointError, ConfigError
 from peft_safety.layers.adapters import adapter_layers, config_table
 from peft_safety.methods.factors import layer_factors
@@ -197,7 +197,7 @@ def orthogonality_report(
     for name, layer in tqdm(layers.items(), desc="orthogonality", unit="module", disable=not progress):
         update, weight = updates[name], weights.dense_weight(base[name], name)
         shape = (int(weight.shape[0]), int(weight.shape[1]))
-        if not bool(torch.isfinite(weight).all()):
+        if not all_finite(weight):
             raise CheckpointError(f"{name}: the base weight {shape} holds NaN or Inf. Load an intact checkpoint.")
         with exact_matmul():
             span = weight_span(weight, k)

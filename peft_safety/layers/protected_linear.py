@@ -367,7 +367,7 @@ def check_leaf(leaf: nn.Module, name: str, basis: Tensor | None, side: Side, res
                 f"{name}: {share:.2g} of its factor leaks (limit {limit:.2g}). Load the adapter again."
             )
     for factor in (leaf.raw(), leaf.initial):
-        if factor is None or hasattr(factor, "device_mesh") or factor.is_meta or bool(torch.isfinite(factor).all()):
+        if factor is None or hasattr(factor, "device_mesh") or factor.is_meta or projection.all_finite(factor):
             continue
         raise ProtectionError(
             f"{name}: a factor {tuple(factor.shape)} holds NaN or Inf. Lower the learning rate, and load the last "

@@ -12,6 +12,7 @@ from peft_safety.core import base_weights as weights
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import StoredAdapter
 from peft_safety.core.plain_lora import ADAPTER_FILE, PREFIX, Factors, scaling_of
+from peft_safety.core.projection import all_finite
 from peft_safety.errors import ConfigError, UnsupportedLayerError
 from peft_safety.layers import joined, stored_factors
 
@@ -34,7 +35,7 @@ def layer_factors(name: str, layer: LoraLayer, adapter_name: str) -> Factors:
     if not all(weights.is_whole(leaf.weight) for leaf in leaves):
         raise UnsupportedLayerError(f"{name}: its factors are sharded or on the meta device. Use the saved directory.")
     a, b = stored_factors(*leaves)
-    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+    if not (all_finite(a) and all_finite(b)):
         shapes = f"lora_A {tuple(a.shape)} or lora_B {tuple(b.shape)}"
         raise ConfigError(f"{name}: {shapes} holds NaN or Inf. Load the last good checkpoint.")
     return Factors(a, b, float(layer.scaling[adapter_name]), weights.is_conv1d(layer.get_base_layer()))

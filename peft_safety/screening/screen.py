@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from peft_safety.core.projection import all_finite
 from peft_safety.data import load
 from peft_safety.errors import CalibrationError, ConfigError
 from peft_safety.screening.direction import auc, discriminant, threshold_at
@@ -111,7 +112,7 @@ class Screen:
                 return [state.clone() for state in last_states(model, part, layers, budget, bar.update)]
 
             states = torch.stack(shared_out(every, run))
-        if not bool(states.isfinite().all()):
+        if not all_finite(states):
             raise CalibrationError("the model's hidden states hold NaN or Inf. Load it in bfloat16 or float32.")
         train_p, train_n, valid_p, valid_n = states.split([len(part) for part in parts])
         tried = []

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from peft_safety.core import base_weights as weights
 from peft_safety.core import publish
 from peft_safety.core.checkpoints import FLOATS, FileWeights
+from peft_safety.core.projection import all_finite
 from peft_safety.errors import CheckpointError, ConfigError
 from peft_safety.methods.somf.masks import mask_shape, rescaled
 from peft_safety.methods.somf.options import FuseOptions
@@ -108,7 +109,7 @@ def _fingerprint(label: str, parameters: dict[str, Tensor]) -> str:
     for name, parameter in sorted(parameters.items()):
         if not parameter.is_floating_point():
             raise CheckpointError(f"{label}: {name} is quantized. {REMEDY}")
-        if not bool(torch.isfinite(parameter).all()):
+        if not all_finite(parameter):
             raise CheckpointError(f"{label}: {name} {tuple(parameter.shape)} holds NaN or Inf. Use an intact one.")
         sample = weights.sample(parameter.detach().reshape(len(parameter), -1))
         digest.update(name.encode() + sample.float().numpy().tobytes())

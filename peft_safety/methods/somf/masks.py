@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_safety.core import files
+from peft_safety.core.projection import all_finite
 from peft_safety.errors import ArtifactError, ConfigError
 
 Shape = tuple[int, ...]
@@ -155,6 +156,6 @@ def load_masks(path: Path) -> Masks | dict[str, Tensor]:
         raise ArtifactError(f"{path} holds no masks of this package. Give a {FILE_NAME} that fuse wrote.")
     if dtypes == {torch.uint8} and all(bool((tensor <= 1).all()) for tensor in tensors.values()):
         return Masks(tensors, record)
-    if dtypes == {torch.float32} and all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+    if dtypes == {torch.float32} and all(map(all_finite, tensors.values())):
         return tensors
     raise ArtifactError(f"{path} holds neither masks of 0 and 1 nor finite logits. Copy the file or train again.")

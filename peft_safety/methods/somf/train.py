@@ -21,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from peft_safety.calibration.activations import tokenizer_of
 from peft_safety.core import base_weights as weights
+from peft_safety.core.projection import all_finite
 from peft_safety.data import preference_pairs, refusal_pairs
 from peft_safety.data.chat import IGNORE_INDEX, Collator, encode_each, encode_rows, row_losses
 from peft_safety.data.rows import Rows, as_rows
@@ -131,7 +132,7 @@ def train_mask(
         trainer = _trainer(masked, features, Batches(tokenizer), training, scratch)
         result = trainer.train(resume_from_checkpoint=last)
     masked.zero_grad(set_to_none=True)
-    if not all(bool(torch.isfinite(logit).all()) for logit in masked.logit_list):
+    if not all(map(all_finite, masked.logit_list)):
         raise ConfigError(f"training diverged at lr={training.lr:g}: the mask's logits are not finite. Lower lr.")
     return MaskRun(round(result.metrics["train_runtime"], 2), result.global_step, len(features), result.training_loss)
 
