@@ -82,16 +82,18 @@ def number(value: float | None, form: str = ".3g") -> str:
     return text if float(text) else text.lstrip("-")
 
 
-def figure(width: float, height: float, panels: int = 1, sharey: bool = False, rows: int = 1) -> tuple[Any, Any]:
-    """A matplotlib figure with panels side by side, in rows: the figure and the array of its axes.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
+def require_matplotlib() -> None:
+    """A ConfigError where matplotlib is not installed."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ConfigError('pictures need matplotlib. Install it: pip install "peft-safety[plot]".') from error
+
+
+def figure(width: float, height: float, panels: int = 1, sharey: bool = False, rows: int = 1) -> tuple[Any, Any]:
+    """A matplotlib figure with panels side by side, in rows: the figure and the array of its axes."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(width, height), layout="constrained")
     axes = canvas.subplots(rows, -(-panels // rows), sharey=sharey, squeeze=False).flatten()

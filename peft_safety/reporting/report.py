@@ -19,7 +19,7 @@ from peft_safety.reporting import render
 __all__ = ["Report", "environment"]
 MISSING = "-"
 HEADING = 34
-"""Characters of a metric's heading above which it is broken."""
+"""Characters of a line above a panel."""
 PANELS = 4
 """Panels of a picture side by side."""
 INTERVALS = "Brackets: 95 % intervals."
@@ -62,7 +62,7 @@ class Report:
         room = render.WIDTH - max(map(len, sizes.values())) - render.GAP
         first, *others = (width + render.GAP for width in widths.values())
         least = max(render.NARROWEST, room - first - max(others, default=0))
-        names = {metric: wrap(metric, least, break_long_words=False) or [metric] for metric in sizes}
+        names = {metric: _wrapped(metric, least) for metric in sizes}
         room -= max(len(line) for lines in names.values() for line in lines)
         tables = []
         for group in _fitting(widths, room):
@@ -120,6 +120,7 @@ class Report:
 
     def save_png(self, path: str | Path) -> Path:
         """One panel per metric, one point with its interval per arm; rates from 0 to 100 %."""
+        render.require_matplotlib()
         from matplotlib import rc_context
 
         with rc_context({"text.parse_math": False}):  # dollar signs in names are no formulas
@@ -154,7 +155,7 @@ class Report:
             panel.annotate(f"{value:.{digits}f}", (value, row), **where, fontsize=7)
         if rates:
             panel.set_xlim(-6, 106)
-        panel.set_title(f"{_wrapped(metric)}\nN={self._sizes(metric)}", fontsize=8)
+        panel.set_title("\n".join([*_wrapped(metric, HEADING), f"N={self._sizes(metric)}"]), fontsize=8)
         panel.set_xlabel("%" if rates else "nats per token", fontsize=7)
         panel.grid(axis="x", color="0.9")
 
@@ -163,9 +164,9 @@ class Report:
         return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"
 
 
-def _wrapped(metric: str) -> str:
-    first, comma, last = metric.rpartition(", ")
-    return f"{_wrapped(first)},\n{last}" if comma and len(metric) > HEADING else metric
+def _wrapped(metric: str, width: int) -> list[str]:
+    """The lines of a heading."""
+    return wrap(metric, width, break_long_words=False) or [metric]
 
 
 def _short(figure: Figure) -> str:

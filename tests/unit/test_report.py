@@ -109,8 +109,10 @@ def test_png_is_a_legible_picture(report, tmp_path):
     assert height > 250
 
 
-def test_without_matplotlib_the_figures_are_saved_all_the_same(report, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+@pytest.mark.parametrize("missing", [("matplotlib", "matplotlib.figure"), ("matplotlib.figure",)])
+def test_without_matplotlib_the_figures_are_saved_all_the_same(report, tmp_path, monkeypatch, missing):
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.warns(UserWarning, match="no report.png: .*pip install"):
         report.write(tmp_path)
     assert Report.load(tmp_path / "report.json") == report
