@@ -17,8 +17,6 @@ SUMMARY = "GITHUB_STEP_SUMMARY"
 FAILED = 1
 DECIDED = "undecided<=0.1"
 """A further condition of every gate: figures of answers that nobody could judge would pass."""
-LOCAL_JUDGES = ("keyword", "embedding", "rejection")
-"""Those that no server runs."""
 PACKAGED = ("packaged", "packaged-contrast", "packaged-everyday")
 
 
@@ -81,6 +79,7 @@ def evaluate(
     from peft_safety.evaluation import gate as gates
     from peft_safety.evaluation.asking import Asking
     from peft_safety.evaluation.judges import judge as judge_of
+    from peft_safety.evaluation.judges.registry import UNSERVED
     from peft_safety.recipes import arms as models
     from peft_safety.recipes import compare as run
     from peft_safety.reporting.report import Report
@@ -93,13 +92,13 @@ def evaluate(
     earlier = None if baseline is None else Report.load(baseline)
     drawn = [_set(name, limit=limit, seed=seed, directory=set_dir) for name in sets or PACKAGED]
     if url is not None and any(part.kind == "utility" for part in drawn):
-        raise ConfigError("utility sets need the model's weights. Leave them out, or leave out --url.")
+        raise ConfigError(models.NO_WEIGHTS)
     others, known = adapter or [], run.metric_names(drawn, asking)
     wanted = [] if gate is None else gates.conditions(gate, known)
     decided = gates.conditions(DECIDED) if wanted and run.UNDECIDED in known else []
     for directory in filter(None, (out, junit and junit.parent)):
         _make(directory)
-    judges = [judge_of(name, url=None if name.partition(":")[0] in LOCAL_JUDGES else judge_url) for name in names]
+    judges = [judge_of(name, url=None if name.partition(":")[0] in UNSERVED else judge_url) for name in names]
     loaded = {"model": Path(model).resolve().name, "load_in_4bit": load_in_4bit}
     if url is not None:
         arms = models.served_arms(url, model, others, asking, with_base=earlier is None)

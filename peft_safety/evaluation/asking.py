@@ -17,7 +17,6 @@ from peft_safety.data.templates import Message
 from peft_safety.errors import ConfigError
 from peft_safety.evaluation.judges import Judge, Verdict, verdicts_of
 from peft_safety.evaluation.judges.base import without_reasoning
-from peft_safety.evaluation.metrics import Rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,6 +59,10 @@ class Asking:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def variants(self) -> list[str]:
+        """The ways in which `forms` asks."""
+        return ["", *(name for name, option in OPTIONS.items() if getattr(self, option))]
 
     def forms(
         self, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None
@@ -140,5 +143,6 @@ def outcomes(kind: str, judged: Judged) -> dict[str, list[bool]]:
     return {"over_refusal": judged.refused(every=False)}
 
 
-def pooled(results: Sequence[list[bool]]) -> Rate:
-    return Rate.of(outcome for of_set in results for outcome in of_set)
+def metric_name(metric: str, variant: str) -> str:
+    """What a gate calls a metric of prompts that were asked in this way."""
+    return f"{metric}_{variant}" if variant else metric

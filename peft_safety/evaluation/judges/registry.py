@@ -42,7 +42,9 @@ FAMILIES: dict[str, Family] = {
 }
 KEYWORD, EMBEDDING, REJECTION = "keyword", "embedding", "rejection"
 REJECTION_MODEL = "protectai/distilroberta-base-rejection-v1"
-JUDGES = (KEYWORD, EMBEDDING, REJECTION, *FAMILIES)
+UNSERVED = (KEYWORD, EMBEDDING, REJECTION)
+"""Judges that no server runs."""
+JUDGES = (*UNSERVED, *FAMILIES)
 """The short names."""
 CLASSIFIER = "sees", "labels", "max_length"
 GUARD = "template", "tokens", "max_length", "cache"
