@@ -214,6 +214,14 @@ def merge_error(layer: nn.Module, delta: Tensor, name: str) -> float:
     return float((requantized(layer, delta, name) - before - delta).norm() / delta.norm())
 
 
+def nf4_config(dtype: torch.dtype) -> Any:
+    """bitsandbytes' NF4 with double quantization, for loading a model; products are computed in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    nf4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
+
+
 @torch.no_grad()
 def requantized(layer: nn.Module, delta: Tensor, name: str) -> Tensor:
     """`Q(W + dW)` as a dense fp32 `(out_features, in_features)`. The layer is not changed."""

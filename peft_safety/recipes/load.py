@@ -14,12 +14,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from peft_safety.core.adapter_dir import protected_types
+from peft_safety.core.base_weights import nf4_config
 from peft_safety.core.names import exclude_look_alikes, pin, places
 from peft_safety.core.plain_lora import read_manifest, read_plain
 from peft_safety.core.snapshot import reading
@@ -52,8 +52,7 @@ def load_model(
     options: dict[str, Any] = {"dtype": "auto" if cuda else torch.float32}
     if load_in_4bit:
         options["dtype"] = torch.bfloat16 if cuda else torch.float32
-        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=options["dtype"])
+        options["quantization_config"] = nf4_config(options["dtype"])
     try:
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from peft_safety.core.base_weights import nf4_config
 from peft_safety.data.templates import Chat
 from peft_safety.errors import ConfigError
 from peft_safety.evaluation.generate import generate
@@ -29,7 +30,7 @@ class LocalRunner:
 
     def __init__(self, model: str, *, load_in_4bit: bool = False, batch_size: int = 16) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
         from transformers.utils import cached_file, find_adapter_config_file
 
         self.model, self.batch_size = model, batch_size
@@ -37,8 +38,7 @@ class LocalRunner:
         options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
         options["dtype"] = torch.float32 if not cuda else torch.bfloat16 if load_in_4bit else "auto"
         if load_in_4bit:
-            nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-            options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=options["dtype"])
+            options["quantization_config"] = nf4_config(options["dtype"])
         if cuda:
             options["device_map"] = "auto"
         try:
