@@ -73,5 +73,6 @@ def test_an_adapter_of_the_hub_is_put_on_the_base(folder, tmp_path, monkeypatch)
 
 def test_names_are_printable_and_different():
     assert _names(["x/a", "b", "base"]) == ["x/a", "b", "base (3)"]
-    assert _names(["/x/a", "/y/a", "/z/a (2)"]) == ["a (1)", "a (2)", "a (2) (3)"]
+    assert _names(["/x/a", "/y/a", "/z/a (2)"]) == ["x/a", "y/a", "z/a (2)"], "the folder above tells them apart"
+    assert _names(["/x/a", "/x/a", "/x/a (2)"]) == ["x/a (1)", "x/a (2)", "x/a (2) (3)"]
     assert _names(["/x/a\nb\x1b[31m"]) == ["a?b?[31m"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from peft_safety.core.base_weights import nf4_config
 from peft_safety.data.templates import Chat
 from peft_safety.errors import ConfigError
 from peft_safety.evaluation.generate import generate
@@ -32,6 +31,8 @@ class LocalRunner:
         import torch
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
         from transformers.utils import cached_file, find_adapter_config_file
+
+        from peft_safety.core.base_weights import nf4_config
 
         self.model, self.batch_size = model, batch_size
         cuda = torch.cuda.is_available()
