@@ -30,6 +30,8 @@ LABELS = {
     "frozen": "GuardSpace, frozen A",
     "frozen-random": "GuardSpace, frozen random A",
     "frozen-own": "GuardSpace, frozen A, in the data's contexts",
+    "frozen-system": "GuardSpace, frozen A, under the data's system prompts",
+    "chain-system": "screen (all flagged) + frozen A, under the data's system prompts",
     "frozen-context": "GuardSpace, frozen A, in context",
     "frozen-screened": "screen + frozen A",
     "frozen-flagged": "screen (all flagged) + frozen A",

@@ -170,7 +170,7 @@ def guard(bench: Bench, cell: Cell) -> Made:
     """GuardSpace. Knobs: `train` is the form ("A", "B", "window"), `rows` where the rows of a frozen A come from
     ("task", "random"), `window` its size, `r` the rank; with `combine` ("salora") it is also protected on the output
     side, in `k` directions. `screen` screens the rows first, `contexts` calibrates in random contexts, `own` in
-    those of the rows, `anchor` is as in `anchored`.
+    those of the rows (of the kind `own_kind`), `anchor` is as in `anchored`.
     """
     (rows, made), knobs = training_rows(bench, cell), cell.options()
     with timed(made, "setup"):

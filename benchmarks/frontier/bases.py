@@ -11,7 +11,7 @@ from benchmarks.frontier.cells import Cell
 from peft_safety import SafetySubspace
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
 from peft_safety.data.contexts import in_context
-from peft_safety.data.own_contexts import in_data_context
+from peft_safety.data.own_contexts import KINDS, in_data_context
 
 LARGEST = {"in": 1 / 2, "out": 0.9}
 """Bases are estimated once at this share of the dimensions and then cut: the top eigenvectors are nested."""
@@ -25,9 +25,11 @@ def randomly(cell: Cell, subspace: SafetySubspace) -> SafetySubspace:
 
 def inputs(bench: Bench, cell: Cell, rows: Sequence[Any] = ()) -> SafetySubspace:
     """GuardSpace's input bases of a cell, at `LARGEST`. With the knob `contexts` each row is used in so many, too;
-    with `own` in so many contexts of the training rows.
+    with `own` in so many contexts of the training rows, of the kind `own_kind` if it is given.
     """
-    contexts, own = (cell.options().get(name, 0) for name in ("contexts", "own"))
+    knobs = cell.options()
+    contexts, own, kind = knobs.get("contexts", 0), knobs.get("own", 0), knobs.get("own_kind")
+    kinds = KINDS if kind is None else (kind,)
 
     def make() -> SafetySubspace:
         harmful, general = bench.refusals(cell.calibration), calibration_rows("guardspace", "general")
@@ -36,11 +38,11 @@ def inputs(bench: Bench, cell: Cell, rows: Sequence[Any] = ()) -> SafetySubspace
         data = {"harmful": harmful, "general": general[: cell.calibration], "both": harmful[:half] + general[:half]}[
             cell.basis
         ]
-        further = in_data_context(data, rows, own, cell.seed, tokenizer=bench.tokenizer)
+        further = in_data_context(data, rows, own, cell.seed, tokenizer=bench.tokenizer, kinds=kinds)
         data = [*data, *in_context(data, contexts, tokenizer=bench.tokenizer), *further]
         return _estimate(bench, data, "guardspace", LARGEST["in"], positions=cell.positions)
 
-    of_rows = (own, cell.attack, cell.poison, cell.seed) if own else ()
+    of_rows = (own, kind, cell.attack, cell.poison, cell.seed) if own else ()
     return bench.subspace(("in", cell.basis, cell.positions, cell.calibration, contexts, *of_rows), make)
 
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from peft_safety.data.contexts import check_count, has_system, requests_in, with_turns
 from peft_safety.data.rows import Rows
 from peft_safety.data.templates import Message
+from peft_safety.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,8 @@ LEAST_ROWS, LEAST_SHARE = 3, 0.02
 """Of the rows, that make a context shared: two rows begin alike by chance."""
 LONGEST = 24
 """Words of a context, at most."""
+KINDS = ("system", "beginning", "end")
+"""What rows can share: the system prompt, the first or the last words of the request."""
 
 
 class Asked(NamedTuple):
@@ -32,11 +35,17 @@ class Asked(NamedTuple):
 
 
 Group = tuple[str, list[Asked]]
-"""What its rows share ("system", "beginning" or "end"), and the rows."""
+"""What its rows share (one of `KINDS`), and the rows."""
 
 
 def in_data_context(
-    rows: Rows, data: Rows, count: int, seed: int = 0, *, tokenizer: PreTrainedTokenizerBase | None = None
+    rows: Rows,
+    data: Rows,
+    count: int,
+    seed: int = 0,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    kinds: Collection[str] = KINDS,
 ) -> list[dict[str, object]]:
     """Each row `count` times, its last user turn every time in another context of `data`: a system prompt that several
     of its rows share, or the first or last words of a row that begins or ends like another one. Each shared context
@@ -47,14 +56,18 @@ def in_data_context(
     Args:
         rows, count, tokenizer: as in `in_context`.
         data: the rows that will be trained on, of any kind that training accepts; not tokenized.
+        kinds: which contexts count. The words that all rows of a task begin or end with are a context too, and a null
+            space that holds them leaves less of the task; ("system",) takes system prompts only.
 
     Returns: rows {prompt, response}, as `in_context` does.
 
     Raises:
-        ConfigError: another count. DataError: a malformed row, or one without a user turn (its index is named).
+        ConfigError: another count, or unknown kinds. DataError: a malformed row, or one without a user turn (its index is named).
     """
     check_count(count)
-    groups, rng = shared(data), random.Random(seed)
+    if not kinds or not set(kinds) <= set(KINDS) or isinstance(kinds, str):
+        raise ConfigError(f"kinds={kinds!r}. Give one or more of {', '.join(KINDS)}, as a tuple.")
+    groups, rng = [group for group in shared(data) if group[0] in kinds], random.Random(seed)
     system = tokenizer is None or has_system(tokenizer)
     if not groups:
         return []

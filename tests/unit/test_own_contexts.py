@@ -72,7 +72,20 @@ def test_a_template_without_a_system_role_gets_the_system_prompt_in_the_user_tur
     assert set(systems) <= {"s", OBEDIENT}, "one system turn"
 
 
+def test_system_prompts_alone():
+    data = attack_rows.attacked("identity", TASK, 0.5, 0, None, None)
+    assert {group[0] for group in shared(data)} > {"system"}, "the rows of the task begin alike"
+    rows = in_data_context(PAIRS, data, 2, kinds=("system",))
+    assert len(rows) == 2 * len(PAIRS)
+    assert all(row["prompt"][0] == {"role": "system", "content": OBEDIENT} for row in rows)
+    assert [asked(row) for row in rows[::2]] == [pair["prompt"] for pair in PAIRS], "the requests stay as they are"
+    assert in_data_context(PAIRS, TASK, 2, kinds=("system",)) == []
+
+
 def test_mistakes_are_typed():
+    for kinds in ((), ("frame",), "system"):
+        with pytest.raises(ConfigError, match="system, beginning, end"):
+            in_data_context(PAIRS, TASK, 1, kinds=kinds)
     with pytest.raises(ConfigError, match="contexts of each row"):
         in_data_context(PAIRS, TASK, -1)
     with pytest.raises(DataError, match="row 1"):
