@@ -24,10 +24,10 @@ from pathlib import Path
 
 from benchmarks.common import PAGE, RESULTS, parser_of, record
 from benchmarks.frontier.attacks import ATTACKS
-from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Cell
 from benchmarks.frontier.command import (
     add_options,
+    cache_of,
     environment_of,
     exit_status,
     print_outcome,
@@ -155,7 +155,7 @@ def work(given: argparse.Namespace) -> int:
         given.rows, given.limit, given.out = 48, 8, given.runs
     folder = resolve(given.data)
     sets = {} if given.smoke else further_sets(folder)
-    cache = Cache(given.runs, protocol_of(given, sets))
+    cache = cache_of(given, protocol_of(given, sets))
     cells = plan(given.defences, given.attacks, given.split)
     if given.smoke:
         cells = [cell for cell in cells if cell.seed == 0 and cell.epochs <= 1]

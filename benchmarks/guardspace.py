@@ -26,6 +26,7 @@ from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Cell
 from benchmarks.frontier.command import (
     add_options,
+    cache_of,
     environment_of,
     exit_status,
     print_outcome,
@@ -166,7 +167,7 @@ def work(given: argparse.Namespace) -> int:
         report(given.out, PAGE if given.out == RESULTS else None)
         return 0
     sets = further_sets(resolve(given.data), given.harmful)
-    cache = Cache(given.runs, protocol_of(given, sets))
+    cache = cache_of(given, protocol_of(given, sets))
     if given.list:
         show_plan(cache, plan(cache))
         return 0

@@ -21,11 +21,11 @@ from typing import Any
 
 from benchmarks.common import PAGE, RESULTS, parser_of, record
 from benchmarks.frontier import data, plan, splits
-from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Cell
 from benchmarks.frontier.command import (
     RUNS,
     add_options,
+    cache_of,
     environment_of,
     exit_status,
     print_outcome,
@@ -33,7 +33,7 @@ from benchmarks.frontier.command import (
     run_plan,
     show_plan,
 )
-from benchmarks.frontier.results import BENCHMARK, adopt, stored
+from benchmarks.frontier.results import BENCHMARK, stored
 from peft_safety.data import load
 from peft_safety.errors import ConfigError
 
@@ -62,9 +62,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--choose", action="store_true", help="fix the best settings of the validation cells")
     parser.add_argument("--second", type=int, default=parser.get_default("second"), help="rows of the untrained task")
-    parser.add_argument(
-        "--adopt", type=Path, metavar="FILE", help="a results file (frontier.jsonl) whose cells count as finished"
-    )
     parser.add_argument("--smoke", action="store_true", help="a quick check that everything works")
     return parser.parse_args(argv)
 
@@ -127,9 +124,7 @@ def work(given: argparse.Namespace) -> int:
         if folder is None:
             raise ConfigError("--task banking needs --data, the directory of its files.")
         task = data.banking(folder)
-    cache = Cache(given.runs, protocol_of(given, sets, task))
-    if given.adopt is not None:
-        print(f"took {adopt(cache, given.adopt)} cells from {given.adopt}")
+    cache = cache_of(given, protocol_of(given, sets, task))
     chosen = splits.read(cache)
     poisons, seeds = numbers(given.p, float), [int(seed) for seed in numbers(given.seeds, int)]
     cells = plan.plan(methods_of(given, chosen), poisons, seeds, given.split)

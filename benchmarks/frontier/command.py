@@ -14,6 +14,7 @@ from benchmarks.frontier import data
 from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import PATCH, SECOND, Cell, Protocol, needs
 from benchmarks.frontier.plan import name_of
+from benchmarks.frontier.results import adopt
 from benchmarks.frontier.run import Outcome, run
 from peft_safety.core.environment import environment
 from peft_safety.errors import PeftSafetyError
@@ -39,6 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--harmful", type=Path, nargs="*", default=[], help="JSON lines {prompt}: more harmful prompts for test cells"
     )
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the finished cells")
+    parser.add_argument("--adopt", type=Path, metavar="FILE", help="a results file whose cells count as finished")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file and the pictures")
     parser.add_argument("--rows", type=int, default=Protocol.rows, help="number of training rows of the task")
     parser.add_argument("--limit", type=int, default=Protocol.limit, help="largest number of prompts of each kind")
@@ -63,6 +65,14 @@ def protocol_of(
         task="" if task is None else data.task_fingerprint(task),
         judges=",".join(sorted(given.judge)),
     )
+
+
+def cache_of(given: argparse.Namespace, protocol: Protocol) -> Cache:
+    """The folder of the finished cells, with those of `--adopt`."""
+    cache = Cache(given.runs, protocol)
+    if given.adopt is not None:
+        print(f"took {adopt(cache, given.adopt)} cells from {given.adopt}")
+    return cache
 
 
 def show_plan(cache: Cache, cells: Sequence[Cell]) -> None:

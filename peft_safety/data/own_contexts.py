@@ -62,7 +62,8 @@ def in_data_context(
     Returns: rows {prompt, response}, as `in_context` does.
 
     Raises:
-        ConfigError: another count, or unknown kinds. DataError: a malformed row, or one without a user turn (its index is named).
+        ConfigError: another count, or unknown kinds. DataError: a malformed row, or one without a user turn (its
+            index is named).
     """
     check_count(count)
     if not kinds or not set(kinds) <= set(KINDS) or isinstance(kinds, str):
