@@ -295,6 +295,8 @@ def test_from_the_command_line(tmp_path):
         ({"train": "C"}, ConfigError),
         ({"poison": 2}, ConfigError),
         ({"calibration_rows": 0}, ConfigError),
+        ({"calibration_contexts": "frames"}, ConfigError),
+        ({"calibration_contexts": "system", "subspace": "s.safetensors"}, ConfigError),
         ({"eval_split": "tset"}, DataError),
         ({"report_to": "nothing_of_this_name"}, ConfigError),
         ({"report_to": "neptune"}, ConfigError),

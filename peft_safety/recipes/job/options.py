@@ -56,6 +56,9 @@ class SafetyOptions:
         None, "So many of each file of the package's prompts for the screen to learn from; default 256."
     )
     calibration_rows: int | None = option(None, "So many of the package's prompts to calibrate on; default all.")
+    calibration_contexts: str | None = option(
+        None, "Calibrate under the training data's own system prompts, too: system; all: and behind what rows share."
+    )
     train: str | None = option(
         None, "For guardspace: B (A frozen: a plain LoRA; default), A (both, projected) or window."
     )

@@ -22,6 +22,7 @@ from peft_safety.core.environment import environment
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.training import TrainOptions
 from peft_safety.data import calibration_rows
+from peft_safety.data.rows import Row
 from peft_safety.errors import CalibrationError, ConfigError, PeftSafetyError
 from peft_safety.evaluation.judges import KeywordJudge
 from peft_safety.evaluation.metrics import figure_from_json
@@ -29,6 +30,7 @@ from peft_safety.layers.frozen_linear import FrozenLinear
 from peft_safety.methods.base import calibrate as estimate_for
 from peft_safety.recipes.adapter import TASK_ROWS, with_task
 from peft_safety.recipes.bench import Bench
+from peft_safety.recipes.job.contexts import contexts_for, system_prompts
 from peft_safety.recipes.job.job import Job
 from peft_safety.recipes.job.options import STEPS
 from peft_safety.recipes.job.settings import Settings
@@ -48,6 +50,7 @@ LOADING = (
 CALIBRATING = (
     *LOADING, "lora_target_modules", "lora_target_parameters", "seed", "method", "subspace", "safety_rank",
     "safety_energy", "safety_rank_pattern", "basis", "positions", "combine", "combine_rank", "calibration_rows",
+    "calibration_contexts",
 )  # fmt: skip
 """Settings that a subspace depends on."""
 MEASURING = ("eval_split", "eval_limit")
@@ -134,16 +137,31 @@ def calibrate(job: Job) -> dict[str, Any]:
     options = {"tokenizer": job.tokenizer, "seed": job.training.seed, "progress": job.progress}
     if job.main:
         config: Any = job.config
-        rows, most = None, job.own.calibration_rows
-        if most is not None:
-            every = calibration_rows(config.calibration["method"], config.calibration["basis"])
-            rows = every[:: max(1, len(every) // most)][:most]
-        subspace = estimate_for(job.model, config, rows, **options)
+        subspace = estimate_for(job.model, config, _calibration_rows(job, config), **options)
         subspace.save(str(job.subspace))
     PartialState().wait_for_everyone()
     provenance = SafetySubspace.load(str(job.subspace)).provenance
     plain = {name: value for name, value in provenance.items() if isinstance(value, (str, int, float))}
     return {"subspace": Path(str(job.subspace)).name, **plain}
+
+
+def _calibration_rows(job: Job, config: Any) -> list[Row] | None:
+    """Some of the package's prompts, or all, and if asked for the same in the contexts of the training rows; None for
+    the config's own.
+    """
+    most, kind, data = job.own.calibration_rows, job.own.calibration_contexts, job.data.train
+    if kind is None and (count := system_prompts(data)):
+        say(job, f"  system prompts that several rows share: {count}. Protect requests under them, too:")
+        say(job, "  calibration_contexts: system")
+    if most is None and kind is None:
+        return None
+    rows = calibration_rows(config.calibration["method"], config.calibration["basis"])
+    if most is not None:
+        rows = rows[:: max(1, len(rows) // most)][:most]
+    further = contexts_for(rows, data, kind, job.training.seed, job.tokenizer) if kind else []
+    if kind and not further:
+        say(job, "  no contexts that several training rows share")
+    return [*rows, *further]
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -284,9 +302,11 @@ def _digests(job: Job) -> dict[str, str]:
     """What each step depends on, beside the steps before it."""
     settings = job.settings
     training = [n for n in settings.given if n not in UNTRAINED and not n.startswith(PREFIXES)]
+    of_rows = (*READING, "drop_flagged") if job.own.calibration_contexts is not None else ()
+    more = {"data": job.data_digest} if of_rows else {}
     return {
         "screen": settings.digest((*LOADING, *READING, "screen_prompts"), data=job.data_digest),
-        "calibrate": settings.digest(CALIBRATING),
+        "calibrate": settings.digest((*CALIBRATING, *of_rows), **more),
         "train": settings.digest(training, data=job.data_digest),
         "measure": settings.digest([*training, *MEASURING], data=job.data_digest),
         "verify": settings.digest(()),

@@ -1,0 +1,68 @@
+"""`peft-safety train` calibrates under the system prompts of its own data, or says that it could."""
+
+import datasets
+import pytest
+
+from peft_safety.core.subspace import SafetySubspace
+from peft_safety.errors import ConfigError
+from peft_safety.recipes.job.contexts import system_prompts
+from peft_safety.recipes.job.settings import Settings
+from peft_safety.recipes.job.steps import run_job
+from tests.recipes.jobs import job_on
+
+ASKED = [
+    {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"it is {i}"}]}
+    for i in range(12)
+]
+UNDER = [
+    {"messages": [{"role": "system", "content": "You are Bob, and obey."}, *row["messages"]]} for row in ASKED[:6]
+]
+ONLY = {"safety_rank": 4, "calibration_rows": 8, "skip": ["train", "measure", "verify", "report"]}
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def calibrated(folder, rows, **more):
+    folder.mkdir(exist_ok=True)
+    facts = run_job(Settings.of(**job_on(folder, rows, **ONLY, **more))).facts["calibrate"]
+    return facts["samples"], SafetySubspace.load(str(folder / "run" / "subspace.safetensors"))
+
+
+def test_each_calibration_row_is_read_under_a_system_prompt_of_the_data(tmp_path, capsys):
+    samples, plain = calibrated(tmp_path / "plain", [*ASKED, *UNDER])
+    assert samples == 8
+    assert "calibration_contexts: system" in capsys.readouterr().out
+    samples, wider = calibrated(tmp_path / "wider", [*ASKED, *UNDER], calibration_contexts="system")
+    assert samples == 16
+    assert "calibration_contexts" not in capsys.readouterr().out
+    before, after = (space.bases[space.module_names[0]]["in"].float() for space in (plain, wider))
+    assert (before.T @ after).norm() ** 2 / before.shape[1] < 0.999, "another span"
+
+
+def test_data_without_shared_contexts_change_nothing(tmp_path, capsys):
+    samples, _ = calibrated(tmp_path / "a", ASKED, calibration_contexts="system")
+    assert samples == 8
+    printed = capsys.readouterr().out
+    assert "no contexts that several training rows share" in printed
+    assert "system prompts that several rows share" not in printed
+
+
+def test_other_data_are_calibrated_again(tmp_path, capsys):
+    calibrated(tmp_path / "a", [*ASKED, *UNDER], calibration_contexts="system")
+    capsys.readouterr()
+    samples, _ = calibrated(tmp_path / "a", [*ASKED, *UNDER[:5]], calibration_contexts="system")
+    assert (samples, "done" in capsys.readouterr().out) == (16, False)
+
+
+def test_rows_that_are_not_chat_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="needs rows of chat"):
+        calibrated(tmp_path / "a", [{"text": f"one {i}"} for i in range(9)], calibration_contexts="all")
+
+
+def test_rows_that_cannot_be_read_have_no_system_prompts():
+    turns = [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]
+    assert system_prompts(datasets.Dataset.from_list([{"messages": turns}] * 5)) == 0
+    assert system_prompts(datasets.Dataset.from_list([{"text": "t"}] * 5)) == 0
