@@ -191,7 +191,12 @@ def test_task_directions_come_from_the_trainers_own_data(tmp_path):
     run = trainer(frozen(a_init="random", space=space), tmp_path / "run", max_steps=4, save_steps=2)
     run.add_callback(TaskDirectionsCallback(rows=8, batch_size=4))
     before = copies(run.model)
+    assert saved_a_init(run.model, tmp_path / "before") == "random"
     run.train()
+    assert saved_a_init(run.model, tmp_path / "after") == "task"
+    run.model.add_adapter("copy", run.model.peft_config["default"])
+    assert all(torch.equal(weight, lora_a(run.model)[name]) for name, weight in lora_a(run.model, "copy").items())
+    run.model.delete_adapter("copy")
     ids = torch.tensor([row["input_ids"] for row in token_rows(32)[:8]])
     data = [{"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part} for part in ids.split(4)]
     assert_frozen(run.model, copies(frozen(space=space, task_data=data)))
@@ -200,11 +205,24 @@ def test_task_directions_come_from_the_trainers_own_data(tmp_path):
     resumed.add_callback(TaskDirectionsCallback(rows=16))
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert_frozen(resumed.model, copies(run.model))
+    assert saved_a_init(resumed.model, tmp_path / "again") == "task"
     with pytest.raises(ConfigError, match="learned something"):
         TaskDirectionsCallback().on_train_begin(None, TrainerState(), None, **_event(run))
     plain = trainer(cells.protected(), tmp_path / "plain")
     with pytest.raises(ConfigError, match="no frozen factor"):
         TaskDirectionsCallback().on_train_begin(None, TrainerState(), None, **_event(plain))
+
+
+def test_a_certificate_names_the_directions_that_were_taken(tmp_path):
+    with pytest.warns(UserWarning, match="without task_data"):
+        model = frozen(task_data=None)
+    assert saved_a_init(model, tmp_path / "random") == "random"
+    assert saved_a_init(frozen(), tmp_path / "task") == "task"
+
+
+def saved_a_init(model, folder):
+    model.save_pretrained(folder)
+    return verify(folder).settings["a_init"]
 
 
 def _event(run):
