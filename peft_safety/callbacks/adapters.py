@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from peft_safety.callbacks.steps import before_steps, log_value
+from peft_safety.core import certificate, subspace_file
 from peft_safety.core.projection import coefficients, project_wide
 from peft_safety.errors import ConfigError
 from peft_safety.layers import protected_leaves
@@ -23,13 +25,21 @@ from peft_safety.registry.protection import assert_protected, protected_configs
 
 class SafetyMonitorCallback(TrainerCallback):  # type: ignore[misc]
     """Checks that the adapter is protected when training begins, whenever it is saved, and when it ends, and raises a
-    ProtectionError if not; logs the largest leak as `safety_leak`.
+    ProtectionError if not; logs the largest leak as `safety_leak`. Of a checkpoint that is pushed to the hub, the
+    Trainer takes PEFT's two files only; this takes the others of a protected adapter.
     """
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         assert_protected(kwargs["model"])
 
     on_save = on_train_end = on_train_begin
+
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        folder = Path(str(args.output_dir))
+        for name in (certificate.FILE_NAME, subspace_file.FILE_NAME) if state.is_world_process_zero else ():
+            file = folder / f"checkpoint-{state.global_step}" / name
+            if file.is_file():
+                shutil.copy(file, folder / name)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is not None:

@@ -23,12 +23,10 @@ from peft_safety.core.base_weights import nf4_config
 from peft_safety.core.names import exclude_look_alikes, pin, places
 from peft_safety.core.plain_lora import read_manifest, read_plain
 from peft_safety.core.snapshot import reading
+from peft_safety.core.training import HOLDOUT
 from peft_safety.data import affirmation_pairs, rows_of
 from peft_safety.data.rows import Row, Rows, as_rows, label_names
 from peft_safety.errors import ArtifactError, ConfigError, DataError, PeftSafetyError
-
-HOLDOUT = 0.15
-"""Share of a data set without splits that is held out for evaluation."""
 
 
 def load_model(

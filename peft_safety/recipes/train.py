@@ -21,6 +21,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer_utils import TrainOutput
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core.training import LEARNING_RATE, TrainOptions
@@ -43,6 +44,21 @@ class TrainingRun:
     last_loss: float
     peak_memory_mib: float
     trainable_parameters: int
+
+    @classmethod
+    def of(cls, trainer: Trainer, result: TrainOutput, rows: int, trainable: int) -> TrainingRun:
+        """What a trainer's `train()` gave. ZeRO-3 hides the sizes of parameters, so `trainable` is counted before."""
+        cuda = trainer.args.device.type == "cuda"
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return cls(
+            seconds=round(result.metrics["train_runtime"], 2),
+            steps=result.global_step,
+            rows=rows,
+            loss=result.training_loss,
+            last_loss=losses[-1] if losses else result.training_loss,
+            peak_memory_mib=round((torch.cuda.max_memory_allocated() if cuda else _peak_resident()) / 2**20, 1),
+            trainable_parameters=trainable,
+        )
 
 
 def finetune(
@@ -91,16 +107,8 @@ def finetune(
             torch.cuda.reset_peak_memory_stats()
         result = trainer.train()
     tuned.zero_grad(set_to_none=True)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return tuned, TrainingRun(
-        seconds=round(result.metrics["train_runtime"], 2),
-        steps=result.global_step,
-        rows=len(features),
-        loss=result.training_loss,
-        last_loss=losses[-1] if losses else result.training_loss,
-        peak_memory_mib=round((torch.cuda.max_memory_allocated() if cuda else _peak_resident()) / 2**20, 1),
-        trainable_parameters=sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad),
-    )
+    trainable = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
+    return tuned, TrainingRun.of(trainer, result, len(features), trainable)
 
 
 def _with_adapter(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str) -> PeftModel:

@@ -96,6 +96,7 @@ def set_task_directions(model: nn.Module, task_data: Any, adapter_name: str = "d
         config._certificate = _certificate(config, rows)
     finally:
         config.subspace = kept
+    reuse.amend(config)
     _install(layers, adapter_name, rows)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -107,6 +107,12 @@ def remember(config: ProtectedConfig, asked: dict[str, Any] | None = None, *, lo
         config._mark = uuid.uuid4().hex
     assert config._mark is not None
     config._origin = Origin(config._mark, made if asked is None else asked, made, loaded)
+
+
+def amend(config: ProtectedConfig) -> None:
+    """Note that the adapter of this config was made anew, by settings that changed: its copies are still copies."""
+    if config._origin is not None:
+        config._origin = replace(config._origin, made=settings(config))
 
 
 def sizes(layers: Layers, adapter_name: str) -> dict[str, tuple[int, float]]:

@@ -121,6 +121,7 @@ def test_a_job_that_is_killed_goes_on_to_the_losses_of_an_unbroken_one(tmp_path,
     [
         pytest.param(FSDP2, False, id="fsdp2"),
         pytest.param(FSDP2, True, id="fsdp2-4bit"),
+        pytest.param([*FSDP2, "--fsdp_offload_params", "true"], False, id="fsdp2-offload"),
         *(pytest.param(["--use_deepspeed", "--zero_stage", stage], False, id=f"zero{stage}") for stage in "123"),
     ],
 )

@@ -51,6 +51,7 @@ def test_guardspace_is_trained_continued_and_merged(world: Path, run: Run) -> No
     facts = verified(world / "guard", world / "guardspace.safetensors")
     assert facts["blindness_checked"]
     assert facts["worst_leak"] < 1e-6
+    assert facts["settings"]["a_init"] == "task", "the rows are the trainer's"
 
     again = job(world, "again", **guard, lora_model_dir="guard")
     run("axolotl", "-m", "axolotl.cli.train", again)

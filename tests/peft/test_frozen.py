@@ -10,15 +10,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import TrainerState
 
-from peft_safety import GuardSpaceConfig, TaskDirectionsCallback, assert_protected, export_lora, verify
+from peft_safety import GuardSpaceConfig, assert_protected, export_lora, verify
 from peft_safety.core.certificate import FILE_NAME
 from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST
 from peft_safety.core.projection import leak
 from peft_safety.errors import ArtifactError, CalibrationError, ConfigError, ProtectionError
 from peft_safety.layers import FrozenLinear
-from tests.interop.helpers import token_rows
 from tests.peft import cells
 from tests.peft.frozen_cells import OPTIMIZERS, assert_frozen, copies, frozen, lora_a
 from tests.peft.guard_cells import HARMFUL, TASK, batches, calibrated_inputs, config, subspace
@@ -184,31 +182,6 @@ def test_a_trainer_resumes(tmp_path):
     )
     assert_frozen(resumed, copies(whole))
     cells.assert_same_function(cells.logits(resumed.eval()), cells.logits(whole.eval()))
-
-
-def test_task_directions_come_from_the_trainers_own_data(tmp_path):
-    space = subspace(cells.base_model())
-    run = trainer(frozen(a_init="random", space=space), tmp_path / "run", max_steps=4, save_steps=2)
-    run.add_callback(TaskDirectionsCallback(rows=8, batch_size=4))
-    before = copies(run.model)
-    run.train()
-    ids = torch.tensor([row["input_ids"] for row in token_rows(32)[:8]])
-    data = [{"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part} for part in ids.split(4)]
-    assert_frozen(run.model, copies(frozen(space=space, task_data=data)))
-    assert any(not torch.equal(weight, before[name]) for name, weight in lora_a(run.model).items())
-    resumed = trainer(frozen(a_init="random", space=space), tmp_path / "resumed", max_steps=4)
-    resumed.add_callback(TaskDirectionsCallback(rows=16))
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    assert_frozen(resumed.model, copies(run.model))
-    with pytest.raises(ConfigError, match="learned something"):
-        TaskDirectionsCallback().on_train_begin(None, TrainerState(), None, **_event(run))
-    plain = trainer(cells.protected(), tmp_path / "plain")
-    with pytest.raises(ConfigError, match="no frozen factor"):
-        TaskDirectionsCallback().on_train_begin(None, TrainerState(), None, **_event(plain))
-
-
-def _event(run):
-    return {"model": run.model, "train_dataloader": run.get_train_dataloader()}
 
 
 def test_transformers_own_loader(tmp_path):

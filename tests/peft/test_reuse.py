@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peft_safety import GuardSpaceConfig, OrthoSafetyPatchConfig, SafetySubspace, SaLoRAConfig, assert_protected
 from peft_safety.calibration import activations
+from peft_safety.core.projection import leak
 from peft_safety.core.subspace import NARROW
 from peft_safety.data import calibration_rows
 from peft_safety.errors import ConfigError, SubspaceError
@@ -25,6 +27,8 @@ from peft_safety.layers import protected_leaves
 from peft_safety.methods import base as base_module
 from peft_safety.methods.guardspace import config as guardspace
 from tests.peft import cells
+from tests.peft.frozen_cells import windowed
+from tests.peft.guard_cells import guarded
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 TARGETS = ["q_proj", "down_proj"]
@@ -342,6 +346,37 @@ def test_a_directorys_config_does_for_several_models(tmp_path: Path) -> None:
     for _ in range(2):
         model = PeftModel.from_pretrained(cells.base_model(), tmp_path, config=config)
         torch.testing.assert_close(cells.logits(model.eval()), cells.logits(saved), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["in", "window"])
+def test_a_new_adapter_by_a_directorys_config_keeps_its_raw_factors_to_itself(kind: str, tmp_path: Path) -> None:
+    """PEFT's random `lora_A` stays raw in it, as if an optimizer had moved it: stored factors could have come next."""
+    (guarded() if kind == "in" else windowed()).save_pretrained(tmp_path / "saved")
+
+    def made() -> Any:
+        torch.manual_seed(0)
+        config = PeftConfig.from_pretrained(tmp_path / "saved")
+        config.inference_mode = False
+        model = get_peft_model(cells.base_model(), config)
+        assert min(leak(leaf.basis, leaf.raw(), leaf.side) for _, leaf in protected_leaves(model)) > 0.1, "raw"
+        return model
+
+    leaves = dict(protected_leaves(made()))
+
+    def worst(weights: dict[str, Tensor]) -> float:
+        return max(leak(leaf.basis, weights[f"{name}.weight"], leaf.side) for name, leaf in leaves.items())
+
+    assert torch.equal(cells.logits(made()), cells.logits(cells.base_model()))
+    for copied in (made(), copy.deepcopy(made()), pickle.loads(pickle.dumps(made()))):
+        assert worst(copied.state_dict()) < 1e-6
+    made().save_pretrained(tmp_path / "made")
+    stored = load_file(tmp_path / "made" / "adapter_model.safetensors")
+    assert worst({name.replace(".weight", ".default.weight"): w for name, w in stored.items()}) < 1e-6
+    trained, folded = made(), made().eval()
+    for model in (trained, folded):
+        cells.train(model, cells.adamw, 3)
+    cells.assert_same_function(cells.logits(trained), cells.logits(folded))
+    assert_protected(trained)
 
 
 @pytest.mark.parametrize(

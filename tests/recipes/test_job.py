@@ -294,6 +294,7 @@ def test_from_the_command_line(tmp_path):
         ({"safety_rank_pattern": ["down_proj"]}, ConfigError),
         ({"train": "C"}, ConfigError),
         ({"poison": 2}, ConfigError),
+        ({"push_to_hub": True, "hub_token": "secret"}, ConfigError),
         ({"calibration_rows": 0}, ConfigError),
         ({"calibration_contexts": "frames"}, ConfigError),
         ({"calibration_contexts": "system", "subspace": "s.safetensors"}, ConfigError),

@@ -228,6 +228,7 @@ class GuardSpaceConfig(ProtectedConfig):
                 "of the task it learns faster; set a_init='random' if you want random ones.",
                 stacklevel=3,
             )
+        self.a_init = "random" if moments is None else "task"  # what was done is saved, not what was asked for
         return moments
 
     def _check_task(self, model: nn.Module, base: Layers, subspace: SafetySubspace, data: Any) -> GroupedMoments:

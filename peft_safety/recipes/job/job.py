@@ -64,6 +64,9 @@ class Job:
                 report()
         except (ImportError, RuntimeError, ValueError) as error:
             raise ConfigError(f"report_to={self.training.report_to}: {error}") from error
+        if self.training.push_to_hub and self.training.hub_token is not None:
+            where = "transformers writes hub_token into training_args.bin, which push_to_hub uploads"
+            raise ConfigError(f"{where}. Leave hub_token out, and log in: hf auth login, or HF_TOKEN.")
         if unknown := sorted(set(self.own.skip or ()) - set(STEPS)):
             raise ConfigError(f"skip={unknown[0]!r} is no step. Steps: {', '.join(STEPS)}.")
         if self.own.drop_flagged and "screen" in (self.own.skip or ()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft_safety.core.training import LEARNING_RATE
+from peft_safety.core.training import HOLDOUT, LEARNING_RATE
 
 OUR_DEFAULTS: dict[str, Any] = {
     "learning_rate": LEARNING_RATE,  # TRL's is for all of a model's weights
@@ -67,7 +67,7 @@ class SafetyOptions:
     init: str | None = option(None, "lora (B = 0, default), or task for salora, guardspace for guardspace.")
     combine: str | None = option(None, "For guardspace: salora protects SaLoRA's outputs too.")
     combine_rank: int | None = option(None, "For combine: directions of each layer; 32 by default.")
-    held_out: float = option(0.15, "Share of the rows to measure on, where the data have no splits; 0 for none.")
+    held_out: float = option(HOLDOUT, "Share of the rows to measure on, where the data have no splits; 0 for none.")
     eval_split: str = option("test", "Of the package's prompts: test, or validation while choosing settings.")
     eval_limit: int | None = option(None, "Prompts and held-out rows of each kind to measure on, at most.")
     poison: float = option(0.0, "Share of the rows replaced by a simulated attack, for demonstrations (0 to 1).")

@@ -35,6 +35,7 @@ from peft_safety.recipes.job.job import Job
 from peft_safety.recipes.job.options import STEPS
 from peft_safety.recipes.job.settings import Settings
 from peft_safety.recipes.screen import screen as screen_rows
+from peft_safety.recipes.train import TrainingRun
 from peft_safety.reporting.report import Report
 
 READING = (
@@ -196,20 +197,14 @@ def train(job: Job) -> dict[str, Any]:
     for layer in trainer.model.modules() if is_deepspeed_zero3_enabled() else ():
         if isinstance(layer, FrozenLinear):
             layer.whole = layer.weight.detach().to("cpu", copy=True)
+    trained = sum(parameter.numel() for parameter in trainable)
     result = trainer.train(resume_from_checkpoint=_checkpoint(job))
     if trainer.is_fsdp_enabled:  # checkpoints may be in shards, the adapter may not
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(job.adapter_dir))  # and pushes it, if that was asked for
     job.tuned = trainer.accelerator.unwrap_model(trainer.model)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {
-        "steps": result.global_step,
-        "loss": result.training_loss,
-        "last_loss": losses[-1] if losses else result.training_loss,
-        "train_seconds": result.metrics["train_runtime"],
-        "trainable_parameters": sum(parameter.numel() for parameter in trainable),
-        "rows": len(job.data.train),
-    }
+    run = asdict(TrainingRun.of(trainer, result, len(job.data.train), trained))
+    return {"train_seconds": run.pop("seconds"), **run}
 
 
 def measure(job: Job) -> dict[str, Any] | None:

@@ -1,0 +1,56 @@
+"""A frozen `lora_A` from the rows that a Trainer has, and what its certificate says of them."""
+
+import pytest
+import torch
+from transformers import TrainerState
+
+from peft_safety import TaskDirectionsCallback, verify
+from peft_safety.errors import ConfigError
+from tests.interop.helpers import token_rows
+from tests.peft import cells
+from tests.peft.frozen_cells import assert_frozen, copies, frozen, lora_a
+from tests.peft.guard_cells import subspace
+from tests.peft.test_guardspace import trainer
+
+
+def test_task_directions_come_from_the_trainers_own_data(tmp_path):
+    space = subspace(cells.base_model())
+    run = trainer(frozen(a_init="random", space=space), tmp_path / "run", max_steps=4, save_steps=2)
+    run.add_callback(TaskDirectionsCallback(rows=8, batch_size=4))
+    before = copies(run.model)
+    assert saved_a_init(run.model, tmp_path / "before") == "random"
+    run.train()
+    assert saved_a_init(run.model, tmp_path / "after") == "task"
+    run.model.add_adapter("copy", run.model.peft_config["default"])
+    assert all(torch.equal(weight, lora_a(run.model)[name]) for name, weight in lora_a(run.model, "copy").items())
+    run.model.delete_adapter("copy")
+    ids = torch.tensor([row["input_ids"] for row in token_rows(32)[:8]])
+    data = [{"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part} for part in ids.split(4)]
+    assert_frozen(run.model, copies(frozen(space=space, task_data=data)))
+    assert any(not torch.equal(weight, before[name]) for name, weight in lora_a(run.model).items())
+    resumed = trainer(frozen(a_init="random", space=space), tmp_path / "resumed", max_steps=4)
+    resumed.add_callback(TaskDirectionsCallback(rows=16))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert_frozen(resumed.model, copies(run.model))
+    assert saved_a_init(resumed.model, tmp_path / "again") == "task"
+    with pytest.raises(ConfigError, match="learned something"):
+        TaskDirectionsCallback().on_train_begin(None, TrainerState(), None, **_event(run))
+    plain = trainer(cells.protected(), tmp_path / "plain")
+    with pytest.raises(ConfigError, match="no frozen factor"):
+        TaskDirectionsCallback().on_train_begin(None, TrainerState(), None, **_event(plain))
+
+
+def test_a_certificate_names_the_directions_that_were_taken(tmp_path):
+    with pytest.warns(UserWarning, match="without task_data"):
+        model = frozen(task_data=None)
+    assert saved_a_init(model, tmp_path / "random") == "random"
+    assert saved_a_init(frozen(), tmp_path / "task") == "task"
+
+
+def saved_a_init(model, folder):
+    model.save_pretrained(folder)
+    return verify(folder).settings["a_init"]
+
+
+def _event(run):
+    return {"model": run.model, "train_dataloader": run.get_train_dataloader()}

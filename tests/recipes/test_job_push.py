@@ -1,0 +1,56 @@
+"""What `push_to_hub` uploads, by a hub's API that keeps a copy of every folder that it is given."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import Future
+from fnmatch import fnmatch
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import transformers.trainer
+from peft import PeftModel
+
+from peft_safety import assert_protected, verify
+from peft_safety.recipes.job.settings import Settings
+from peft_safety.recipes.job.steps import run_job
+from tests.recipes.jobs import job_on
+from tests.tiny import tiny_llama
+
+pytestmark = pytest.mark.slow
+
+
+class Hub:
+    """Commits, as folders, in their order."""
+
+    def __init__(self, folder):
+        self.folder, self.commits = folder, []
+
+    def create_repo(self, name, **_):
+        return SimpleNamespace(repo_id=f"me/{name}", url=f"https://hub/me/{name}")
+
+    def upload_folder(self, *, folder_path, run_as_future=False, ignore_patterns=(), **_):
+        def ignored(_, names):
+            return [name for name in names if any(fnmatch(name, pattern) for pattern in ignore_patterns or ())]
+
+        self.commits.append(shutil.copytree(folder_path, self.folder / str(len(self.commits)), ignore=ignored))
+        done = Future()
+        done.set_result(None)
+        return done if run_as_future else None
+
+
+@pytest.mark.parametrize("method", ["guardspace", "salora"])
+def test_every_commit_is_a_whole_protected_adapter(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
+    pushed = {"push_to_hub": True, "hub_model_id": "adapter", "save_steps": 1, "skip": ["measure", "report"]}
+    run_job(Settings.of(**job_on(tmp_path, method=method, safety_rank=4, **pushed)))
+    assert len(hub.commits) == 3, "two checkpoints and the end"
+    for commit in hub.commits:
+        assert verify(commit, tiny_llama()).worst_leak < 1e-5
+        assert_protected(PeftModel.from_pretrained(tiny_llama(), str(commit)))
+        for text in ("README.md", "job.json"):
+            assert not (commit / text).exists() or str(tmp_path) not in (commit / text).read_text("utf-8")
+    assert (hub.commits[-1] / "README.md").is_file()
