@@ -35,7 +35,7 @@ class Resume:
 
     def said(self) -> str:
         """A line about what an earlier run left; empty if that is nothing."""
-        return f"goes on with {len(self.answers)} answers and results in {self.folder}" if len(self.answers) else ""
+        return f"what fits is taken from {self.folder}, not asked again" if len(self.answers) else ""
 
     def finish(self) -> None:
         """Remove a folder that was of this run alone."""
