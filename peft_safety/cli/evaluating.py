@@ -116,11 +116,11 @@ def evaluate(
     served = {name: None if name.partition(":")[0] in UNSERVED else judge_url for name in names}
     judges = [judge_of(name, url=served[name], cache=resume.verdicts) for name in names]
     loaded = {"model": Path(model).resolve().name, "load_in_4bit": load_in_4bit}
-    options: dict[str, Any] = {"with_base": earlier is None, "kept": resume.answers}
+    options: dict[str, Any] = {"with_base": earlier is None, "kept": resume.answers, "progress": not json}
     if url is not None:
         arms = models.served_arms(url, model, others, asking, **options)
     else:
-        options |= {"load_in_4bit": load_in_4bit, "batch_size": batch_size, "progress": not json}
+        options |= {"load_in_4bit": load_in_4bit, "batch_size": batch_size}
         arms = models.local_arms(model, others, asking, **options)
     kept = {"baseline": earlier, "responses": keep_responses}
     result = run.compare(arms, drawn, judges, asking, loaded=loaded, **kept)  # type: ignore[arg-type]

@@ -64,7 +64,7 @@ class Local:
     def respond(self, prompts: Sequence[Prompt], seed: int) -> list[str]:
         order = sorted(range(len(prompts)), key=lambda place: -len(str(prompts[place])))
         answers: dict[int, str] = {}
-        with tqdm(total=len(order), desc="generating", unit="row", disable=not self.progress, leave=False) as bar:
+        with _bar(len(order), self.progress) as bar:
             for start in range(0, len(order), self.batch_size):
                 places = order[start : start + self.batch_size]
                 given = self._batch([prompts[place] for place in places], seed, start)
@@ -101,6 +101,10 @@ class Local:
         return key_of(self.version, versions(), self.model.device.type, str(self.model.dtype), *asked)
 
 
+def _bar(rows: int, shown: bool) -> Any:
+    return tqdm(total=rows, desc="generating", unit="row", disable=not shown, leave=False)
+
+
 def _is_list(value: Any, length: int, kind: type) -> bool:
     return isinstance(value, list) and len(value) == length and all(type(one) is kind for one in value)
 
@@ -113,6 +117,7 @@ class Served:
 
     endpoint: Endpoint
     asking: Asking
+    progress: bool = False
     tokenizer: Any = None
     kept: Kept = field(default_factory=Kept)
 
@@ -121,8 +126,10 @@ class Served:
         options = {"max_tokens": self.asking.max_new_tokens, "temperature": self.asking.temperature, "seed": seed}
         keys = [key_of(self.endpoint.url, self.endpoint.model, asked, options) for asked in turns]
         missing = [place for place, key in enumerate(keys) if self._answer(key) is None]
-        for number, text in self.endpoint.ask_each([turns[place] for place in missing], **options):
-            self.kept.add(keys[missing[number]], text)
+        with _bar(len(missing), self.progress) as bar:
+            for number, text in self.endpoint.ask_each([turns[place] for place in missing], **options):
+                self.kept.add(keys[missing[number]], text)
+                bar.update()
         return [self._answer(key) for key in keys]
 
     def _answer(self, key: str) -> Any:
@@ -208,12 +215,19 @@ class _Base:
 
 
 def served_arms(
-    url: str, model: str, others: Sequence[str], asking: Asking, *, with_base: bool, kept: Kept | None = None
+    url: str,
+    model: str,
+    others: Sequence[str],
+    asking: Asking,
+    *,
+    with_base: bool,
+    kept: Kept | None = None,
+    progress: bool = False,
 ) -> Iterator[tuple[str, Arm]]:
     """The same of models that a server has under these names."""
     names = [*([(BASE, model)] if with_base else []), *zip(_names(others), others, strict=True)]
     for name, served in names:
-        yield name, Served(Endpoint(url, served), asking, kept=kept if kept is not None else Kept())
+        yield name, Served(Endpoint(url, served), asking, progress, kept=kept if kept is not None else Kept())
 
 
 def _names(paths: Sequence[str]) -> list[str]:
