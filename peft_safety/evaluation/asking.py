@@ -31,7 +31,7 @@ OPTIONS = {"system": "system", "prefix": "prefix", "in_context": "contexts"}
 """The field of `Asking` that asks for each."""
 
 COLDEST, HOTTEST = 0.01, 100.0
-"""Temperatures of sampling: vLLM takes no lower one, since logits divided by it overflow."""
+"""Temperatures of sampling: vLLM samples at no lower one, since logits divided by it may overflow."""
 
 
 @dataclass(frozen=True)

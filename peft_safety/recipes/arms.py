@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
@@ -29,6 +30,7 @@ from peft_safety.evaluation.tasks import exact_answers, response_losses
 from peft_safety.evaluation.versions import own_version, version_of
 from peft_safety.recipes.load import load_adapter, load_model
 
+Value = TypeVar("Value")
 BASE = "base"
 NO_WEIGHTS = "utility sets need the model's weights. Leave them out, or leave out --url."
 
@@ -49,8 +51,8 @@ class Arm(Protocol):
 
 @dataclass
 class Local:
-    """A model in this process. What it answered is kept by batch, with its version: a batch that is there is not
-    computed again, and the others are the same batches as in a run that was not stopped.
+    """A model in this process. With `kept`, answers are kept by batch and by the model's `version`: a batch that is
+    there is not computed again, and the others are the same batches as in a run that was not stopped.
     """
 
     model: Any
@@ -58,7 +60,7 @@ class Local:
     asking: Asking
     batch_size: int
     progress: bool
-    kept: Kept = field(default_factory=Kept)
+    kept: Kept | None = None
     version: str = ""
 
     def respond(self, prompts: Sequence[Prompt], seed: int) -> list[str]:
@@ -78,34 +80,39 @@ class Local:
         if self.asking.temperature > 0:
             drawn = int(key_of(seed, start)[:15], 16)
             options |= {"temperature": self.asking.temperature, "seed": drawn}
-        key = self._key("answers", prompts, options)
-        texts = self.kept.get(key, lambda value: _is_list(value, len(prompts), str))
-        if texts is None:
+
+        def answered() -> list[str]:
             given = generate(self.model, self.tokenizer, prompts, batch_size=len(prompts), progress=False, **options)
-            texts = [answer.text for answer in given]
-            self.kept.add(key, texts)
-        return texts
+            return [answer.text for answer in given]
+
+        return self._once(answered, str, len(prompts), "answers", prompts, options)
 
     def task(self, part: NamedSet) -> dict[str, Any]:
         options: dict[str, Any] = {"batch_size": self.batch_size, "progress": self.progress}
-        kind, labels = (bool, (part.labels,)) if part.labels else (float, ())
-        measure: Any = exact_answers if part.labels else response_losses
-        key = self._key("task", part.rows, part.labels, self.batch_size)
-        values = self.kept.get(key, lambda value: _is_list(value, len(part.rows), kind))
-        if values is None:
-            values = measure(self.model, self.tokenizer, part.rows, *labels, **options)
-            self.kept.add(key, values)
-        return {"accuracy": values} if part.labels else {"nll": Mean.of(values)}
+        key = (part.rows, part.labels, self.batch_size)
+        if part.labels:
+            measure = partial(exact_answers, self.model, self.tokenizer, part.rows, part.labels, **options)
+            return {"accuracy": self._once(measure, bool, len(part.rows), "accuracy", *key)}
+        losses = partial(response_losses, self.model, self.tokenizer, part.rows, **options)
+        return {"nll": Mean.of(self._once(losses, float, len(part.rows), "nll", *key))}
 
-    def _key(self, *asked: Any) -> str:
-        return key_of(self.version, versions(), self.model.device.type, str(self.model.dtype), *asked)
+    def _once(self, make: Callable[[], list[Value]], kind: type[Value], length: int, *asked: Any) -> list[Value]:
+        """A list of values that is kept, or that is made and then kept."""
+        if self.kept is None:
+            return make()
+        key = key_of(self.version, versions(), self.model.device.type, str(self.model.dtype), *asked)
+        values: list[Value] | None = self.kept.get(key, lambda found: _is_list(found, kind, length))
+        if values is None:
+            values = make()
+            self.kept.add(key, values)
+        return values
 
 
 def _bar(rows: int, shown: bool) -> Any:
     return tqdm(total=rows, desc="generating", unit="row", disable=not shown, leave=False)
 
 
-def _is_list(value: Any, length: int, kind: type) -> bool:
+def _is_list(value: Any, kind: type, length: int) -> bool:
     return isinstance(value, list) and len(value) == length and all(type(one) is kind for one in value)
 
 
@@ -152,25 +159,24 @@ def local_arms(
     """The base model, then each adapter on it, or other model, in its place; one after the other in memory.
 
     Args:
-        kept: what was answered so far, by the versions of base and adapter.
+        kept: what was answered so far, by the versions of base and adapter; None keeps nothing.
     """
     folders = [_adapter_folder(path) for path in others]
     base = _Base(model, load_in_4bit)
     for directory in filter(None, folders):
         with base.adapted(directory):
             pass  # one that does not fit is refused before anything is measured
-    options["kept"] = kept if kept is not None else Kept()
+    options["kept"] = kept
     how = " in NF4" if load_in_4bit else ""
-    hashed = options["kept"].path is not None
-    below = version_of(model) + how if hashed else ""
+    below = "" if kept is None else version_of(model) + how
     if with_base:
         yield BASE, Local(base.model, base.tokenizer, asking, version=below, **options)
     for path, folder, name in zip(others, folders, _names(others), strict=True):
         if folder is None:
             whole, own = load_model(path, load_in_4bit=load_in_4bit)
-            yield name, Local(whole, own, asking, version=version_of(path) + how if hashed else "", **options)
+            yield name, Local(whole, own, asking, version="" if kept is None else version_of(path) + how, **options)
             continue
-        version = f"{own_version(folder)[0]} on {below}" if hashed else ""
+        version = "" if kept is None else f"{own_version(folder)[0]} on {below}"
         with base.adapted(folder) as adapted:
             yield name, Local(adapted, base.tokenizer, asking, version=version, **options)
 

@@ -31,11 +31,15 @@ class Resume:
         if self.folder is not None:
             _check_private(self.folder)
         self.verdicts = None if self.folder is None else self.folder / VERDICTS
-        self.answers = Kept(None if self.folder is None else self.folder / ANSWERS)
+        self.answers = None if self.folder is None else Kept(self.folder / ANSWERS)
 
     def said(self) -> str:
         """A line about what an earlier run left; empty if that is nothing."""
-        return f"what fits is taken from {self.folder}, not asked again" if len(self.answers) else ""
+        return (
+            f"what fits is taken from {self.folder}, not asked again"
+            if self.answers is not None and len(self.answers)
+            else ""
+        )
 
     def finish(self) -> None:
         """Remove a folder that was of this run alone."""

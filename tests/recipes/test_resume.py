@@ -128,6 +128,14 @@ def test_what_is_kept_is_of_one_model_one_adapter_and_one_way_to_ask(places, tmp
     assert not list((tmp_path / "cache").glob(VERDICTS)), "the keyword judge needs none"
 
 
+def test_without_a_place_nothing_is_kept_and_every_model_answers(places, tmp_path, calls):
+    adapter(tmp_path / "adapter", 0)
+    what = ("-m", places / "model", "-a", tmp_path / "adapter")
+    alone = run(places, *what)
+    assert len(calls) == 6
+    assert run(places, *what, "--out", tmp_path / "out") == alone
+
+
 def test_a_task_is_measured_once(places, tmp_path, monkeypatch):
     seen, real = [], arms.exact_answers
     monkeypatch.setattr(arms, "exact_answers", lambda *args, **how: seen.append(1) or real(*args, **how))
