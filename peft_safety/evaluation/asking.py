@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from peft_safety.core.checks import check_counts, is_number
@@ -29,6 +30,9 @@ VARIANTS = {"": "", "system": "under the system prompt", "prefix": "behind the p
 OPTIONS = {"system": "system", "prefix": "prefix", "in_context": "contexts"}
 """The field of `Asking` that asks for each."""
 
+COLDEST, HOTTEST = 0.01, 100.0
+"""Temperatures of sampling: vLLM samples at no lower one, since logits divided by it may overflow."""
+
 
 @dataclass(frozen=True)
 class Asking:
@@ -36,7 +40,7 @@ class Asking:
 
     Attributes:
         max_new_tokens: of each answer.
-        samples, temperature: answers of each prompt; more than one needs a temperature above 0.
+        samples, temperature: answers of each prompt; more than one needs a temperature above 0 (from 0.01 to 100).
         seed: of samples and contexts.
         contexts: ask each prompt again behind so many random contexts (see `data.contexts.in_context`).
         system, prefix: ask each prompt again under this system prompt, and behind this text.
@@ -53,12 +57,17 @@ class Asking:
     def __post_init__(self) -> None:
         check_counts(self, "max_new_tokens", "samples")
         check_count(self.contexts)
-        if not is_number(self.temperature, 0) or (self.samples > 1 and self.temperature == 0):
+        if self.temperature != 0 and not is_number(self.temperature, COLDEST, HOTTEST):
+            bounds = f"from {COLDEST:g} to {HOTTEST:g}"
+            raise ConfigError(f"temperature={self.temperature!r}. Give 0, which is greedy, or a number {bounds}.")
+        if self.samples > 1 and self.temperature == 0:
             what = f"samples={self.samples} at temperature={self.temperature}"
             raise ConfigError(f"{what}: greedy answers are all the same. Give a temperature above 0, or one sample.")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The settings; of a system prompt and a prefix, which may hold what nobody else may read, the hash."""
+        texts = {name: _hash(getattr(self, name)) for name in ("system", "prefix")}
+        return {**asdict(self), **texts}
 
     def variants(self) -> list[str]:
         """The ways in which `forms` asks."""
@@ -85,6 +94,10 @@ class Asking:
             asked = [row["prompt"] for row in rows]
             result["in_context"] = [asked[i : i + self.contexts] for i in range(0, len(asked), self.contexts)]
         return result
+
+
+def _hash(text: str) -> str:
+    return f"sha256:{sha256(text.encode(errors='surrogatepass')).hexdigest()}" if text else ""
 
 
 @dataclass(frozen=True)

@@ -54,22 +54,30 @@ class Condition:
         bound = self.factor * reference + self.offset
         slack = ROUNDING if self.operator.startswith(">") else -ROUNDING
         passed = OPERATORS[self.operator](value + slack if "=" in self.operator else value, bound)
-        return Outcome(arm, self.text, value, bound, passed)
+        worst = 0.0 if self.operator.startswith(">") else math.inf if self.metric.startswith("nll") else 1.0
+        trivial = OPERATORS[self.operator](worst, bound)
+        return Outcome(arm, self.text, value, bound, passed, trivial)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A condition on one arm: the figure, the bound that it was compared with, and whether it kept to it."""
+    """A condition on one arm: the figure, the bound that it was compared with, whether it kept to it, and whether any
+    figure would have: a base that refuses nothing gives no bound.
+    """
 
     arm: str
     condition: str
     value: float
     bound: float
     passed: bool
+    trivial: bool = False
+
+    @property
+    def verdict(self) -> str:
+        return "FAILED" if not self.passed else "passed, as any figure would" if self.trivial else "passed"
 
     def __str__(self) -> str:
-        verdict = "passed" if self.passed else "FAILED"
-        return f"{self.arm}: {self.condition}: {self.value:.3f} against {self.bound:.3f}, {verdict}"
+        return f"{self.arm}: {self.condition}: {self.value:.3f} against {self.bound:.3f}, {self.verdict}"
 
 
 def conditions(text: str, known: Collection[str] = ()) -> list[Condition]:
@@ -127,7 +135,7 @@ def markdown(outcomes: list[Outcome]) -> str:
     """A table for a summary page."""
     names = [outcome.arm.replace("|", "\\|") for outcome in outcomes]
     rows = [
-        f"| {name} | `{o.condition}` | {o.value:.3f} | {o.bound:.3f} | {'passed' if o.passed else '**failed**'} |"
+        f"| {name} | `{o.condition}` | {o.value:.3f} | {o.bound:.3f} | {o.verdict if o.passed else '**failed**'} |"
         for name, o in zip(names, outcomes, strict=True)
     ]
     return "\n".join(["| arm | condition | figure | bound | |", "|---|---|---:|---:|---|", *rows, ""])

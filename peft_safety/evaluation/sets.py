@@ -202,10 +202,20 @@ def named_set(
     except UnicodeEncodeError as error:
         raise DataError(f"{source} is no Unicode text: {error}. Write whole characters, in UTF-8.") from error
     task = entry.kind == "utility"
-    labels = tuple(entry.labels.split() or label_names(rows)) if task else ()
+    labels = _labels(rows, entry, source) if task else ()
     return NamedSet(
         entry.name, entry.kind, tuple(prompts), tuple(drawn) if task else (), labels, digest, source, entry.license
     )
+
+
+def _labels(rows: list[dict[str, Any]], entry: SetEntry, source: str) -> tuple[str, ...]:
+    """Every label of a classification; of other tasks none."""
+    labels = tuple(entry.labels.split() or label_names(rows))
+    if len(labels) == 1:
+        raise DataError(
+            f"{source}: every row has the label {labels[0]!r}, so no answer is wrong. Give other rows too."
+        )
+    return labels
 
 
 def _find(name: str, directory: str | os.PathLike[str] | None, kind: Kind) -> tuple[SetEntry, Path | None]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from huggingface_hub import snapshot_download
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers.utils import find_adapter_config_file
 
+from peft_safety.core.environment import versions
 from peft_safety.core.names import public_name
 from peft_safety.core.snapshot import LIMITS
 from peft_safety.data.chat import turns_of
@@ -20,10 +23,14 @@ from peft_safety.evaluation.asking import Asking, Prompt
 from peft_safety.evaluation.generate import generate
 from peft_safety.evaluation.judges.encoder import architectures
 from peft_safety.evaluation.judges.endpoint import Endpoint
+from peft_safety.evaluation.kept import Kept, key_of
+from peft_safety.evaluation.metrics import Mean
 from peft_safety.evaluation.sets import NamedSet
-from peft_safety.evaluation.tasks import exact_answers, response_nll
+from peft_safety.evaluation.tasks import exact_answers, response_losses
+from peft_safety.evaluation.versions import own_version, version_of
 from peft_safety.recipes.load import load_adapter, load_model
 
+Value = TypeVar("Value")
 BASE = "base"
 NO_WEIGHTS = "utility sets need the model's weights. Leave them out, or leave out --url."
 
@@ -44,62 +51,134 @@ class Arm(Protocol):
 
 @dataclass
 class Local:
-    """A model in this process."""
+    """A model in this process. With `kept`, answers are kept by batch and by the model's `version`: a batch that is
+    there is not computed again, and the others are the same batches as in a run that was not stopped.
+    """
 
     model: Any
     tokenizer: Any
     asking: Asking
     batch_size: int
     progress: bool
+    kept: Kept | None = None
+    version: str = ""
 
     def respond(self, prompts: Sequence[Prompt], seed: int) -> list[str]:
-        options: dict[str, Any] = {"batch_size": self.batch_size, "progress": self.progress, "seed": seed}
-        options |= {"max_new_tokens": self.asking.max_new_tokens, "temperature": self.asking.temperature}
-        return [answer.text for answer in generate(self.model, self.tokenizer, prompts, **options)]
+        order = sorted(range(len(prompts)), key=lambda place: -len(str(prompts[place])))
+        answers: dict[int, str] = {}
+        with _bar(len(order), self.progress) as bar:
+            for start in range(0, len(order), self.batch_size):
+                places = order[start : start + self.batch_size]
+                given = self._batch([prompts[place] for place in places], seed, start)
+                answers.update(zip(places, given, strict=True))
+                bar.update(len(places))
+        return [answers[place] for place in range(len(prompts))]
+
+    def _batch(self, prompts: list[Prompt], seed: int, start: int) -> list[str]:
+        """The answers to one batch; its samples depend on the seed and on where it starts."""
+        options: dict[str, Any] = {"max_new_tokens": self.asking.max_new_tokens}
+        if self.asking.temperature > 0:
+            drawn = int(key_of(seed, start)[:15], 16)
+            options |= {"temperature": self.asking.temperature, "seed": drawn}
+
+        def answered() -> list[str]:
+            given = generate(self.model, self.tokenizer, prompts, batch_size=len(prompts), progress=False, **options)
+            return [answer.text for answer in given]
+
+        return self._once(answered, str, len(prompts), "answers", prompts, options)
 
     def task(self, part: NamedSet) -> dict[str, Any]:
         options: dict[str, Any] = {"batch_size": self.batch_size, "progress": self.progress}
+        key = (part.rows, part.labels, self.batch_size)
         if part.labels:
-            return {"accuracy": exact_answers(self.model, self.tokenizer, part.rows, part.labels, **options)}
-        return {"nll": response_nll(self.model, self.tokenizer, part.rows, **options)}
+            measure = partial(exact_answers, self.model, self.tokenizer, part.rows, part.labels, **options)
+            return {"accuracy": self._once(measure, bool, len(part.rows), "accuracy", *key)}
+        losses = partial(response_losses, self.model, self.tokenizer, part.rows, **options)
+        return {"nll": Mean.of(self._once(losses, float, len(part.rows), "nll", *key))}
+
+    def _once(self, make: Callable[[], list[Value]], kind: type[Value], length: int, *asked: Any) -> list[Value]:
+        """A list of values that is kept, or that is made and then kept."""
+        if self.kept is None:
+            return make()
+        key = key_of(self.version, versions(), self.model.device.type, str(self.model.dtype), *asked)
+        values: list[Value] | None = self.kept.get(key, lambda found: _is_list(found, kind, length))
+        if values is None:
+            values = make()
+            self.kept.add(key, values)
+        return values
+
+
+def _bar(rows: int, shown: bool) -> Any:
+    return tqdm(total=rows, desc="generating", unit="row", disable=not shown, leave=False)
+
+
+def _is_list(value: Any, kind: type, length: int) -> bool:
+    return isinstance(value, list) and len(value) == length and all(type(one) is kind for one in value)
 
 
 @dataclass
 class Served:
-    """A model behind an OpenAI-compatible endpoint."""
+    """A model behind an OpenAI-compatible endpoint. Each answer is kept by the address and the model's name, since a
+    server does not say which weights it has.
+    """
 
     endpoint: Endpoint
     asking: Asking
+    progress: bool = False
     tokenizer: Any = None
+    kept: Kept = field(default_factory=Kept)
 
     def respond(self, prompts: Sequence[Prompt], seed: int) -> list[str]:
         turns = [turns_of(prompt, "user") for prompt in prompts]
-        options = {"max_tokens": self.asking.max_new_tokens, "temperature": self.asking.temperature}
-        given = dict(self.endpoint.ask_each(turns, seed=seed, **options))
-        return [given[number] for number in range(len(turns))]
+        options = {"max_tokens": self.asking.max_new_tokens, "temperature": self.asking.temperature, "seed": seed}
+        keys = [key_of(self.endpoint.url, self.endpoint.model, asked, options) for asked in turns]
+        missing = [place for place, key in enumerate(keys) if self._answer(key) is None]
+        with _bar(len(missing), self.progress) as bar:
+            for number, text in self.endpoint.ask_each([turns[place] for place in missing], **options):
+                self.kept.add(keys[missing[number]], text)
+                bar.update()
+        return [self._answer(key) for key in keys]
+
+    def _answer(self, key: str) -> Any:
+        return self.kept.get(key, lambda value: isinstance(value, str))
 
     def task(self, part: NamedSet) -> dict[str, Any]:
         raise ConfigError(NO_WEIGHTS)
 
 
 def local_arms(
-    model: str, others: Sequence[str], asking: Asking, *, load_in_4bit: bool, with_base: bool, **options: Any
+    model: str,
+    others: Sequence[str],
+    asking: Asking,
+    *,
+    load_in_4bit: bool,
+    with_base: bool,
+    kept: Kept | None = None,
+    **options: Any,
 ) -> Iterator[tuple[str, Arm]]:
-    """The base model, then each adapter on it, or other model, in its place; one after the other in memory."""
+    """The base model, then each adapter on it, or other model, in its place; one after the other in memory.
+
+    Args:
+        kept: what was answered so far, by the versions of base and adapter; None keeps nothing.
+    """
     folders = [_adapter_folder(path) for path in others]
     base = _Base(model, load_in_4bit)
     for directory in filter(None, folders):
         with base.adapted(directory):
             pass  # one that does not fit is refused before anything is measured
+    options["kept"] = kept
+    how = " in NF4" if load_in_4bit else ""
+    below = "" if kept is None else version_of(model) + how
     if with_base:
-        yield BASE, Local(base.model, base.tokenizer, asking, **options)
+        yield BASE, Local(base.model, base.tokenizer, asking, version=below, **options)
     for path, folder, name in zip(others, folders, _names(others), strict=True):
         if folder is None:
             whole, own = load_model(path, load_in_4bit=load_in_4bit)
-            yield name, Local(whole, own, asking, **options)
+            yield name, Local(whole, own, asking, version="" if kept is None else version_of(path) + how, **options)
             continue
+        version = "" if kept is None else f"{own_version(folder)[0]} on {below}"
         with base.adapted(folder) as adapted:
-            yield name, Local(adapted, base.tokenizer, asking, **options)
+            yield name, Local(adapted, base.tokenizer, asking, version=version, **options)
 
 
 def _adapter_folder(name: str) -> str | None:
@@ -142,12 +221,19 @@ class _Base:
 
 
 def served_arms(
-    url: str, model: str, others: Sequence[str], asking: Asking, *, with_base: bool
+    url: str,
+    model: str,
+    others: Sequence[str],
+    asking: Asking,
+    *,
+    with_base: bool,
+    kept: Kept | None = None,
+    progress: bool = False,
 ) -> Iterator[tuple[str, Arm]]:
     """The same of models that a server has under these names."""
     names = [*([(BASE, model)] if with_base else []), *zip(_names(others), others, strict=True)]
     for name, served in names:
-        yield name, Served(Endpoint(url, served), asking)
+        yield name, Served(Endpoint(url, served), asking, progress, kept=kept if kept is not None else Kept())
 
 
 def _names(paths: Sequence[str]) -> list[str]:

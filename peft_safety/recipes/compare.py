@@ -119,7 +119,7 @@ def protocol_of(sets: Sequence[NamedSet], judges: Sequence[Judge], asking: Askin
     """What must be equal for figures to be compared."""
     return {
         "sets": {part.name: {"kind": part.kind, "n": len(part.prompts), "sha256": part.sha256} for part in sets},
-        "judges": [judge.name for judge in judges],
+        "judges": {judge.name: getattr(judge, "version", "") for judge in judges},
         **asking.to_json(),
     }
 
@@ -203,23 +203,27 @@ def _keep(file: TextIO, arm: str, part: str, variant: str, given: ask.Answers) -
 
 @contextmanager
 def _new_file(path: Path | None) -> Iterator[TextIO | None]:
-    """A file that only its owner can read, and that was not there before; without a line it goes again."""
+    """A file that only its owner can read, and that was not there before. It has its name when the block is done."""
     if path is None:
         yield None
         return
     check_new(path)
+    part = path.with_name(f"{path.name}.part")
     try:
+        part.unlink(missing_ok=True)  # of a run that was stopped
         opener = partial(os.open, mode=0o600)
-        file = open(path, "x", encoding="utf-8", errors="backslashreplace", opener=opener)  # noqa: SIM115
+        file = open(part, "x", encoding="utf-8", errors="backslashreplace", opener=opener)  # noqa: SIM115
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be written: {error}. Give --keep-responses a new file.") from error
+        raise ArtifactError(f"{part} cannot be written: {error}. Give --keep-responses a new file.") from error
     try:
         yield file
     finally:
         with suppress(OSError):  # what a full disk refused before, it refuses again
             file.close()
-        if path.stat().st_size == 0:
-            path.unlink()
+        if part.stat().st_size == 0:
+            part.unlink()
+    if part.exists():
+        part.rename(path)
 
 
 def check_new(path: Path) -> None:

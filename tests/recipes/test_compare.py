@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from peft_safety.cli import app
+from peft_safety.cli.evaluating import FAILED
 from peft_safety.errors import ArtifactError, PeftSafetyError
 from peft_safety.evaluation.asking import Answers, Asking
 from peft_safety.evaluation.judges import KeywordJudge
@@ -71,7 +72,7 @@ def test_an_adapter_is_compared_with_its_base_on_the_same_prompts(places, tmp_pa
     assert set(rows) == {*expected, "accuracy, task"}
     assert {row["n"] for row in rows.values()} == {2, 3}
     protocol = facts["details"]["protocol"]
-    assert protocol["judges"] == ["keyword"]
+    assert protocol["judges"] == {"keyword": KeywordJudge.version}
     assert (protocol["sets"]["asked"]["n"], len(protocol["sets"]["asked"]["sha256"])) == (3, 64)
     assert set(facts["details"]["changes"]["adapter"]) == set(rows)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["arms"] == facts["arms"]
@@ -90,13 +91,13 @@ def test_the_gate_decides_the_exit_status_and_tells_a_ci_server(places, tmp_path
         ("adapter", "undecided<=0.1", True),
     ]
     junit = tmp_path / "gate.xml"
-    run(places, "-a", places / "adapter", "--gate", "refusal>=2", "--junit", junit, code=1)
+    run(places, "-a", places / "adapter", "--gate", "refusal>=2", "--junit", junit, code=FAILED)
     assert 'failures="1"' in junit.read_text()
     assert (tmp_path / "summary.md").read_text().count("| `refusal") == 2
 
 
 @pytest.mark.parametrize(
-    ("gate", "code"), [("refusal>=base+1", 1), pytest.param("refusal<=base+1", 0, marks=pytest.mark.slow)]
+    ("gate", "code"), [("refusal>=base+1", FAILED), pytest.param("refusal<=base+1", 0, marks=pytest.mark.slow)]
 )
 def test_the_github_workflow_passes_and_fails_as_written(places, tmp_path, gate, code):
     """The very step of the example, on this model and a short prompt file."""
@@ -111,7 +112,7 @@ def test_the_github_workflow_passes_and_fails_as_written(places, tmp_path, gate,
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(["bash", "-ec", command], cwd=tmp_path, env=environment, capture_output=True, check=False)
     assert done.returncode == code, done.stderr.decode()[-2000:]
-    assert f'failures="{code}"' in (tmp_path / "gate" / "gate.xml").read_text()
+    assert f'failures="{int(code != 0)}"' in (tmp_path / "gate" / "gate.xml").read_text()
     assert ("**failed**" in (tmp_path / "summary.md").read_text()) is bool(code)
 
 
@@ -227,7 +228,7 @@ def test_served_models_are_compared_by_the_names_that_the_server_has(places):
     try:
         url = f"http://127.0.0.1:{server.server_port}/v1"
         more = ("-m", "aligned", "-a", "tuned", "--url", url, "--gate", "refusal>=0.95*base")
-        facts = run(places, *more, "--system", "You are brief.", code=1)
+        facts = run(places, *more, "--system", "You are brief.", code=FAILED)
         assert {name: row["value"] for name, row in facts["arms"]["tuned"].items()} == {
             "refusal, asked": 0.0,
             "compliance, asked": 1.0,
@@ -238,7 +239,7 @@ def test_served_models_are_compared_by_the_names_that_the_server_has(places):
             "only_base": 3, "only_arm": 0, "n": 3, "p": 0.25
         }  # fmt: skip
         for model in ("silent", "cut"):
-            facts = run(places, "-m", model, "-a", model, *more[4:6], "--gate", "refusal>=base", code=1)
+            facts = run(places, "-m", model, "-a", model, *more[4:6], "--gate", "refusal>=base", code=FAILED)
             assert [outcome["passed"] for outcome in facts["gate"]] == [True, False, False], "nothing was judged"
         with pytest.raises(PeftSafetyError, match="need the model's weights"):
             run(places, *more[:6], "-s", f"utility={places / 'task.jsonl'}")

@@ -58,8 +58,24 @@ def test_a_judge_that_does_not_give_one_verdict_a_response_is_refused(given):
 
 @pytest.mark.parametrize(
     "options",
-    [{"samples": 2}, {"samples": 0}, {"temperature": -1.0}, {"contexts": -1}, {"max_new_tokens": 0}],
+    [
+        {"samples": 2},
+        {"samples": 0},
+        {"contexts": -1},
+        {"max_new_tokens": 0},
+        *({"temperature": value} for value in (-1.0, 1e-45, 1e-3, 1e300, float("inf"), float("nan"), True)),
+    ],
 )
 def test_settings_that_ask_nothing_new_are_refused(options):
     with pytest.raises(ConfigError):
         Asking(**options)
+
+
+def test_texts_that_may_be_secret_stand_as_hashes_in_a_report():
+    one, same, other = (
+        Asking(system=text, prefix="Hm. ").to_json() for text in ("The code is 7.", "The code is 7.", "?")
+    )
+    assert one == same != other
+    assert one["system"].startswith("sha256:")
+    assert len(one["prefix"]) == 71
+    assert Asking().to_json()["system"] == ""

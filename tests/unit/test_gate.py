@@ -54,6 +54,24 @@ def test_a_figure_that_was_not_measured_is_named():
         passed("nll<=base", {"nll": 1.0})
 
 
+@pytest.mark.parametrize(
+    ("text", "base", "trivial"),
+    [
+        ("refusal>=0.95*base", 0.0, True),
+        ("refusal>=0.95*base", 0.1, False),
+        ("refusal>0", 0.1, False),
+        ("refusal<=base+0.03", 0.98, True),
+        ("refusal<base", 1.0, False),
+        ("nll<=base+2", 1.0, False),
+    ],
+)
+def test_a_condition_that_any_figure_keeps_to_says_so(text, base, trivial):
+    outcome = conditions(text)[0].check("mine", {"refusal": 0.5, "nll": 2.0}, {"refusal": base, "nll": base})
+    assert outcome.passed
+    assert ("as any figure would" in str(outcome)) is trivial
+    assert ("as any figure would" in markdown([outcome])) is trivial
+
+
 def conditions_on(arm: str) -> list[Outcome]:
     return [condition.check(arm, {"refusal": 0.7}, BASE) for condition in conditions("refusal>=.5")]
 

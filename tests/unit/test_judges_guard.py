@@ -1,6 +1,7 @@
 """Judges that ask a generative model: by name, what is asked, and what is kept. Tiny models, made here."""
 
 import json
+import stat
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -28,6 +29,9 @@ def causal(tmp_path_factory):
 
 class Scripted:
     """A runner that answers by the response, last pair first, until `stop` answers were given."""
+
+    url: str | None = None
+    version = "one"
 
     def __init__(self, said: dict[str, str], model: str = "org/Guard") -> None:
         self.said, self.model, self.asked, self.stop = said, model, [], 1 << 30
@@ -141,7 +145,7 @@ def test_what_was_judged_survives_an_error(tmp_path):
 
     text = path.read_text(encoding="utf-8")
     assert not [word for word in [*prompts, "bad"] if word in text], "hashes, no texts"
-    path.write_text(text + '\n{"pair": "12', encoding="utf-8")  # a line that a kill cut off
+    path.write_text(text + '\n{"key": "12', encoding="utf-8")  # a line that a kill cut off
     later = Scripted(SAID)
     resumed = GuardJudge(FAMILIES["llama-guard-3"], later, cache=path)
     assert resumed.batch(prompts, ["bad"] * 4) == [COMPLIANCE] * 4
@@ -150,7 +154,7 @@ def test_what_was_judged_survives_an_error(tmp_path):
         GuardJudge(FAMILIES["llama-guard-3"], Scripted({}), cache=path).batch(prompts, ["bad"] * 4) == [COMPLIANCE] * 4
     )
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    assert [set(row) for row in rows] == [{"pair", "verdict"}] * 4
+    assert [set(row) for row in rows] == [{"key", "value"}] * 4
 
     runner.stop = 9
     made.batch(prompts, ["bad"] * 4)
@@ -173,6 +177,16 @@ def test_a_cache_is_of_one_way_to_ask(tmp_path, family, model, options):
     other = Scripted(SAID, model)
     GuardJudge(FAMILIES[family], other, cache=path, **options)("p", "bad")
     assert other.asked == [("p", "bad")]
+
+
+def test_a_cache_is_of_one_version_of_the_judge_at_one_place(tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    for version, url in (("one", None), ("two", None), ("one", URL)):
+        runner = Scripted(SAID)
+        runner.version, runner.url = version, url
+        GuardJudge(FAMILIES["llama-guard-3"], runner, cache=path)("p", "bad")
+        assert runner.asked == [("p", "bad")]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_a_model_that_runs_here_is_asked_as_its_card_says(causal):

@@ -331,9 +331,10 @@ def test_an_own_task_may_have_turns_for_prompts(tmp_path):
     [
         ("harmful", [{"prompt": "half \ud800"}], "no Unicode text"),
         ("utility", [{"text": "a", "label": "b"}, {"prompt": "a", "response": "b"}], "all rows of a task"),
+        ("utility", [{"text": "a", "label": "b"}, {"text": "c", "label": "b"}], "so no answer is wrong"),
     ],
 )
-def test_text_that_no_tokenizer_reads_and_mixed_tasks_are_refused(tmp_path, kind, rows, message):
+def test_text_that_no_tokenizer_reads_and_tasks_that_tell_nothing_are_refused(tmp_path, kind, rows, message):
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=message):
         named_set(tmp_path / "own.jsonl", kind=kind)

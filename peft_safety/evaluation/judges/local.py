@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 from peft_safety.data.templates import Chat
@@ -10,6 +11,7 @@ from peft_safety.errors import ConfigError
 from peft_safety.evaluation.generate import generate
 from peft_safety.evaluation.judges.base import Family
 from peft_safety.evaluation.judges.encoder import architectures, no_model
+from peft_safety.evaluation.versions import version_of
 
 BATCHES = 16
 """Batches between two looks at what was judged; rows of similar length are batched within them."""
@@ -27,6 +29,8 @@ class LocalRunner:
         ConfigError: no such model, or one that does not write.
     """
 
+    url = None
+
     def __init__(self, model: str, *, load_in_4bit: bool = False, batch_size: int = 16) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
@@ -34,7 +38,7 @@ class LocalRunner:
 
         from peft_safety.core.base_weights import nf4_config
 
-        self.model, self.batch_size = model, batch_size
+        self.model, self.batch_size, self.load_in_4bit = model, batch_size, load_in_4bit
         cuda = torch.cuda.is_available()
         options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
         options["dtype"] = torch.float32 if not cuda else torch.bfloat16 if load_in_4bit else "auto"
@@ -57,6 +61,10 @@ class LocalRunner:
             raise
         except (ImportError, OSError, ValueError) as error:
             raise no_model(model, error) from error
+
+    @cached_property
+    def version(self) -> str:
+        return version_of(self.model) + (" in NF4" if self.load_in_4bit else "")
 
     def shorten(self, text: str, tokens: int) -> str:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -47,14 +47,20 @@ UNSERVED = (KEYWORD, EMBEDDING, REJECTION)
 JUDGES = (*UNSERVED, *FAMILIES)
 """The short names."""
 CLASSIFIER = "sees", "labels", "max_length"
-GUARD = "template", "tokens", "max_length", "cache"
+GUARD = "template", "tokens", "max_length"
 SERVED = "url", "timeout", "retries", "workers", "body"
 LOCAL = ("load_in_4bit",)
 """Options by kind of judge."""
 
 
 def judge(
-    name_or_id: str, *, url: str | None = None, load_in_4bit: bool = False, batch_size: int = 16, **options: Any
+    name_or_id: str,
+    *,
+    url: str | None = None,
+    load_in_4bit: bool = False,
+    batch_size: int = 16,
+    cache: str | Path | None = None,
+    **options: Any,
 ) -> Judge:
     """A judge by name.
 
@@ -66,8 +72,9 @@ def judge(
         url: of an OpenAI-compatible endpoint that runs the model ("http://localhost:8000/v1").
         load_in_4bit: quantize a generative model that runs here to NF4.
         batch_size: rows at once of a model that runs here.
-        options: of a sequence classifier `sees`, `labels`, `max_length`; of others `template`, `tokens`, `max_length`,
-            `cache` (see `GuardJudge`), and at an endpoint `timeout`, `retries`, `workers`, `body` (see `Endpoint`).
+        cache: file that keeps the verdicts of a judge that generates text (see `GuardJudge`); the others take seconds.
+        options: of a sequence classifier `sees`, `labels`, `max_length`; of others `template`, `tokens`, `max_length`
+            (see `GuardJudge`), and at an endpoint `timeout`, `retries`, `workers`, `body` (see `Endpoint`).
 
     Raises:
         ConfigError: an unknown name, an option that the judge does not have, or no such model.
@@ -89,7 +96,7 @@ def judge(
         raise ConfigError(f'judge {name_or_id!r} needs a model. Name it: "{kind}:MODEL".')
     where = {option: options.pop(option) for option in (*SERVED, *LOCAL) if option in options}
     runner = Endpoint(model=model, **where) if url else LocalRunner(model, batch_size=batch_size, **where)
-    return GuardJudge(FAMILIES[kind], runner, **options)
+    return GuardJudge(FAMILIES[kind], runner, cache=cache, **options)
 
 
 def _parse(name: str, url: str | None) -> tuple[str, str]:

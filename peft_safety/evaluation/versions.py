@@ -1,0 +1,45 @@
+"""Which weights answer or judge: the commit of a Hub id, the content of a directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from hashlib import sha256
+from pathlib import Path
+
+from peft_safety.core.files import sha256 as sha256_of_file
+from peft_safety.errors import ConfigError
+
+READ = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
+"""Ends of the files that a model or an adapter is loaded from."""
+
+
+def version_of(source: str) -> str:
+    """The version of a model, as it is loaded: of an adapter with that of the base model that it names."""
+    own, folder = own_version(source)
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, LookupError, TypeError, ValueError):
+        base = None
+    return f"{own} on {version_of(base)}" if isinstance(base, str) and base else own
+
+
+def own_version(source: str) -> tuple[str, Path]:
+    """The version of what lies at a Hub id or in a directory alone, and the directory. A ConfigError: neither."""
+    if os.path.isdir(source):
+        return f"sha256:{_content(Path(source))}", Path(source)
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("config.json", "adapter_config.json"):
+        found = try_to_load_from_cache(source, name)
+        if isinstance(found, str):
+            folder = Path(found).parent
+            return f"commit:{folder.name}", folder
+    raise ConfigError(f"{source} is not in the Hub's cache, so its version is unknown. Give a directory.")
+
+
+def _content(folder: Path) -> str:
+    """A hash of names and bytes of the files that may be loaded."""
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in READ and path.is_file()]
+    listed = [f"{path.name} {sha256_of_file(path)}\n" for path in files]
+    return sha256("".join(listed).encode()).hexdigest()
