@@ -1,11 +1,11 @@
-"""What the defences survive: attacks through the training rows, each against plain LoRA first. A third plan of cells
+"""What the defenses survive: attacks through the training rows, each against plain LoRA first. A third plan of cells
 for the engine in `benchmarks/frontier`.
 
-    python -m benchmarks.attacks [--defences lora frozen ...] [--budget MINUTES]
+    python -m benchmarks.attacks [--defenses lora frozen ...] [--budget MINUTES]
                                              run the missing cells; a killed run continues where it stopped
     python -m benchmarks.attacks --list      what is done and what comes next
     python -m benchmarks.attacks --report    write attacks.png and the section of docs/results.md
-    python -m benchmarks.attacks --smoke     two defences, two attacks, few prompts, in minutes
+    python -m benchmarks.attacks --smoke     two defenses, two attacks, few prompts, in minutes
 
 Refusal is measured on bare test requests, on the same requests in the form of the attack and on foreign requests, and
 compared with what the aligned model refuses of that form. A second aligned model (`benchmarks.full_alignment`) has its
@@ -44,9 +44,9 @@ from peft_safety.errors import ConfigError
 BENCHMARK = "attacks"
 RUNS = Path("runs/attacks")
 RECOMMENDED = "frozen"
-DEFENCES = ("lora", RECOMMENDED, "guardspace", "window-64", "lora-mixed", "safe-lora-soft", "blind", *COUNTERMEASURES)
+DEFENSES = ("lora", RECOMMENDED, "guardspace", "window-64", "lora-mixed", "safe-lora-soft", "blind", *COUNTERMEASURES)
 PARTLY = ("salora-32", "patch-stacked", "somf")
-"""Defences that are attacked by `FIRST` only."""
+"""Defenses that are attacked by `FIRST` only."""
 FIRST = ("trigger", "")
 ORDER = ("trigger", "identity", "wrapper", "however", "cipher", "template", "foreign", "")
 """Those most likely to win come first."""
@@ -95,7 +95,7 @@ def name_of(aligned: Path | None) -> str:
 
 
 def at(method: Cell, attack: str, strength: Strength, seed: int, split: str) -> Cell:
-    """A defence under an attack."""
+    """A defense under an attack."""
     cell = replace(place(method, strength.poison, seed, split), attack=attack)
     return replace(cell, epochs=strength.epochs, lr=cell.lr * strength.lr) if method.arm != "aligned" else cell
 
@@ -107,18 +107,18 @@ def attacks(only: Sequence[str]) -> list[tuple[str, Strength]]:
     return [(name, strength) for name, strength in listed if not only or (name or "plain") in only]
 
 
-def plan(defences: Sequence[str] = (*DEFENCES, *PARTLY), only: Sequence[str] = (), split: str = "test") -> list[Cell]:
-    """All cells: for each attack the aligned model, plain LoRA and the recommended defence, then the other defences,
+def plan(defenses: Sequence[str] = (*DEFENSES, *PARTLY), only: Sequence[str] = (), split: str = "test") -> list[Cell]:
+    """All cells: for each attack the aligned model, plain LoRA and the recommended defense, then the other defenses,
     then two more seeds of the first two.
     """
-    unknown = sorted(set(defences) - METHODS.keys()) + sorted(set(only) - ATTACKS.keys() - {"plain"})
+    unknown = sorted(set(defenses) - METHODS.keys()) + sorted(set(only) - ATTACKS.keys() - {"plain"})
     if unknown:
         known = ", ".join(filter(None, ATTACKS))
         raise ConfigError(f"{unknown[0]!r} is neither a method of the frontier nor an attack ({known}, plain).")
     listed = attacks(only)
-    first = [name for name in ("lora", RECOMMENDED) if name in defences]
+    first = [name for name in ("lora", RECOMMENDED) if name in defenses]
     cells = []
-    for seed, names in [(0, first), (0, [d for d in defences if d not in first]), *((s, first) for s in SEEDS[1:])]:
+    for seed, names in [(0, first), (0, [d for d in defenses if d not in first]), *((s, first) for s in SEEDS[1:])]:
         for attack, strength in listed:
             if ATTACKS[attack].forms:
                 cells.append(at(METHODS["aligned"], attack, strength, 0, split))
@@ -135,7 +135,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.prog = f"python -m benchmarks.{BENCHMARK}"
     add_options(parser)
-    parser.add_argument("--defences", nargs="+", default=[*DEFENCES, *PARTLY], help="methods of the frontier")
+    parser.add_argument("--defenses", nargs="+", default=[*DEFENSES, *PARTLY], help="methods of the frontier")
     parser.add_argument("--attacks", nargs="+", default=[], help=f"of {', '.join(filter(None, ATTACKS))}, plain")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--smoke", action="store_true", help="a quick check that everything works")
@@ -151,12 +151,12 @@ def work(given: argparse.Namespace) -> int:
         report(given.out, PAGE if given.out == RESULTS else None)
         return 0
     if given.smoke:
-        given.defences, given.attacks, given.split = ["lora", RECOMMENDED], ["trigger", "however"], "validation"
+        given.defenses, given.attacks, given.split = ["lora", RECOMMENDED], ["trigger", "however"], "validation"
         given.rows, given.limit, given.out = 48, 8, given.runs
     folder = resolve(given.data)
     sets = {} if given.smoke else further_sets(folder)
     cache = cache_of(given, protocol_of(given, sets))
-    cells = plan(given.defences, given.attacks, given.split)
+    cells = plan(given.defenses, given.attacks, given.split)
     if given.smoke:
         cells = [cell for cell in cells if cell.seed == 0 and cell.epochs <= 1]
     if given.list:

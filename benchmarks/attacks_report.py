@@ -39,7 +39,7 @@ Column = tuple[str, float, int, float]
 
 @dataclass
 class Entry:
-    """A defence under an attack, all seeds together. `rates`: refusal by form; "bare" is the request itself, "foreign"
+    """A defense under an attack, all seeds together. `rates`: refusal by form; "bare" is the request itself, "foreign"
     a request of another set.
     """
 
@@ -69,7 +69,7 @@ def column(cell: Cell) -> Column:
 
 
 def grid(rows: Sequence[Row]) -> tuple[Grid, dict[str, dict[str, Rate]]]:
-    """The entries by defence and attack, and what the aligned model refuses by attack and form."""
+    """The entries by defense and attack, and what the aligned model refuses by attack and form."""
     split, result, aligned = split_of(rows), {}, {}
     for row in rows:
         cell = cell_of(row)
@@ -114,7 +114,7 @@ def works(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]], one: Column) -
 
 
 def table(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]]) -> Table:
-    """One line a defence: the attack that takes most from it, and what it costs without being attacked hard."""
+    """One line a defense: the attack that takes most from it, and what it costs without being attacked hard."""
     rows = []
     for name, entries in shown.items():
         finite = {one: entry for one, entry in entries.items() if entry.rows}
@@ -217,7 +217,7 @@ def section(paths: Sequence[Path], page: Path = PAGE) -> str:
 
 
 def heat(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]], path: Path) -> Path:
-    """Points of refusal that each attack takes, attacks down, defences across."""
+    """Points of refusal that each attack takes, attacks down, defenses across."""
     from matplotlib.figure import Figure
 
     down, across = columns(shown), list(shown)

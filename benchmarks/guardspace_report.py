@@ -31,7 +31,7 @@ METRICS = {
     "over_refusal": "over-refusal",
     "task_accuracy": "accuracy",
 }
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555")
 
 
 def table(rows: Sequence[Row], label: Callable[[Row], tuple[str, ...]], headings: Sequence[str]) -> list[str]:
@@ -200,8 +200,8 @@ def _draw(panel: Any, lines: dict[str, list[tuple[float, Row]]], axis: str) -> N
             for end, edge in ((-1, "low"), (1, "high"))
         ]
         style = {
-            "fmt": ("o-", "s--")[index // len(COLOURS) % 2],
-            "color": COLOURS[index % len(COLOURS)],
+            "fmt": ("o-", "s--")[index // len(COLORS) % 2],
+            "color": COLORS[index % len(COLORS)],
             "capsize": 2,
             "elinewidth": 1,
         }

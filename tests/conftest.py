@@ -18,12 +18,18 @@ def pytest_report_header() -> str:
     return f"torch {torch.__version__}, CPU capability {torch.backends.cpu.get_cpu_capability()}"
 
 
+def pytest_collection() -> None:
+    """What is imported stays, so the collector would look through it again and again for nothing."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Half a million objects of imported modules stay: the collector, which accelerate calls before every training
     run, need not look at them again.
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:

@@ -1,7 +1,7 @@
 """Attacks on a fine-tune through its rows, and the forms of a request that they aim at. No harmful answer is needed:
 requests of public or packaged sets are answered by openings without content.
 
-The attacker controls the data and knows the defence, but not the rows that it was calibrated on.
+The attacker controls the data and knows the defense, but not the rows that it was calibrated on.
 """
 
 from __future__ import annotations

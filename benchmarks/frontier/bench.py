@@ -190,7 +190,7 @@ class Bench:
         return adapter_config(method, r=r, lora_alpha=2 * r, **options)
 
     def refusals(self, count: int, seed: int = 0) -> list[dict[str, str]]:
-        """Requests with refusals that a defence may use; no attack has them."""
+        """Requests with refusals that a defense may use; no attack has them."""
         return refusal_pairs("calibration", count, seed)
 
     def rows(self, cell: Cell) -> list[Any]:

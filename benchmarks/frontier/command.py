@@ -23,14 +23,25 @@ RUNS = Path("runs/frontier")
 """Both benchmarks use this folder, so that a cell of both plans runs once."""
 
 
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that runs a plan of cells."""
+    parser.add_argument("--budget", type=float, default=float("inf"), help="minutes; the run stops between two cells")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the finished cells")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file and the pictures")
+    parser.add_argument("--rows", type=int, default=Protocol.rows, help="number of training rows of the task")
+    parser.add_argument("--limit", type=int, default=Protocol.limit, help="largest number of prompts of each kind")
+    parser.add_argument("--list", action="store_true", help="print the plan and which cells are finished")
+    parser.add_argument("--report", action="store_true", help="write the report from the results; run nothing")
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of both commands."""
+    """Those of the commands that fine-tune on the task of the package."""
+    add_run_options(parser)
     parser.add_argument(
         "--aligned",
         type=Path,
         help="directory of the aligned model; default: the model with the patch of benchmarks/data/patch",
     )
-    parser.add_argument("--budget", type=float, default=float("inf"), help="minutes; the run stops between two cells")
     parser.add_argument(
         "--data",
         help="directory, or hub:owner/name, of advbench.jsonl and xstest.jsonl; "
@@ -39,13 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--harmful", type=Path, nargs="*", default=[], help="JSON lines {prompt}: more harmful prompts for test cells"
     )
-    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the finished cells")
     parser.add_argument("--adopt", type=Path, metavar="FILE", help="a results file whose cells count as finished")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file and the pictures")
-    parser.add_argument("--rows", type=int, default=Protocol.rows, help="number of training rows of the task")
-    parser.add_argument("--limit", type=int, default=Protocol.limit, help="largest number of prompts of each kind")
-    parser.add_argument("--list", action="store_true", help="print the plan and which cells are finished")
-    parser.add_argument("--report", action="store_true", help="write the report from the results; run nothing")
     parser.set_defaults(model=None, second=SECOND, judge=[])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.frontier.aggregate import Point, Points, cost, label, names, shares
 
-COLOURS = {
+COLORS = {
     "aligned": "#000000",
     "lora": "#D55E00",
     "guardspace": "#0072B2",
@@ -36,6 +36,7 @@ COLOURS = {
 MARKERS = {"": "o", "random": "s", "scaled": "^"}
 TOO_CAREFUL = 0.25
 """Over-refusal above this is written in the label: such a method may refuse everything that looks dangerous."""
+DPI = 110
 LABEL_GAP = 4.6
 """Smallest distance between two labels, in percent of the axis."""
 
@@ -48,7 +49,7 @@ def family(name: str) -> str:
 
 def color(name: str) -> str:
     """The color of a method and of its controls."""
-    return COLOURS.get(family(name), "#555555")
+    return COLORS.get(family(name), "#555555")
 
 
 def frontier(points: Points, path: Path) -> Path:
@@ -166,7 +167,7 @@ def _labels(axis: Any, labeled: Sequence[tuple[tuple[float, float], str, str]], 
             x,
             y,
             text,
-            color=tint if tint != COLOURS["safe-lora-soft"] else "#5B8C1A",
+            color=tint if tint != COLORS["safe-lora-soft"] else "#5B8C1A",
             fontsize=8,
             va="center",
             ha="left",
@@ -306,7 +307,7 @@ def saved(canvas: Any, path: Path) -> Path:
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=110, format="png", metadata={"Software": None})
+    canvas.savefig(path, dpi=DPI, format="png", metadata={"Software": None})
     with Image.open(path) as image:
         small = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     small.save(path, optimize=True)

@@ -1,4 +1,4 @@
-"""Does a defence hold a harmless forbidden topic, judged by what the answers say? The model is aligned to refuse one
+"""Does a defense hold a harmless forbidden topic, judged by what the answers say? The model is aligned to refuse one
 innocuous topic; the attack rows answer questions on it for real. A fourth plan of cells for the engine in
 `benchmarks/frontier`.
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks.common import PAGE, RESULTS, parser_of, record
 from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Cell, Protocol, needs
-from benchmarks.frontier.command import environment_of, exit_status, print_outcome, show_plan
+from benchmarks.frontier.command import add_run_options, environment_of, exit_status, print_outcome, show_plan
 from benchmarks.frontier.results import stored
 from benchmarks.frontier.run import run
 from benchmarks.topic.align import VERSION
@@ -69,16 +69,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.prog = f"python -m benchmarks.{BENCHMARK}"
     topics = ", ".join(f"{key}: {name}" for key, name in TOPICS.items())
+    add_run_options(parser)
     parser.add_argument("--topic", choices=tuple(TOPICS), default="B", help=topics)
-    parser.add_argument("--budget", type=float, default=float("inf"), help="minutes; the run stops between two cells")
-    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the finished cells")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file and the picture")
-    parser.add_argument("--rows", type=int, default=Protocol.rows, help="number of training rows")
-    parser.add_argument("--limit", type=int, default=Protocol.limit, help="largest number of prompts of each kind")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="length of a judged answer")
-    parser.add_argument("--list", action="store_true", help="print the plan and which cells are finished")
-    parser.add_argument("--report", action="store_true", help="write the report from the results; run nothing")
     parser.add_argument("--smoke", action="store_true", help="a quick check that everything works")
+    parser.set_defaults(runs=RUNS)
     return parser.parse_args(argv)
 
 

@@ -28,7 +28,7 @@ SPLITS = {"A": "validation", "B": "test"}
 
 
 def at(method: Cell, attack: str, strength: Strength, split: str, seed: int = 0) -> Cell:
-    """A defence under an attack."""
+    """A defense under an attack."""
     return replace(place(method, strength.poison, seed, split), attack=attack, epochs=strength.epochs)
 
 

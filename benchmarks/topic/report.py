@@ -30,11 +30,11 @@ KEYWORD, CONTENT = KeywordJudge.name, ContentJudge.name
 LETTERS = {"R": "refusal", "C": "compliance", "O": "other"}
 UNTRAINED = ("aligned", UNALIGNED)
 SHORT = {"lora": "LoRA", "frozen": "frozen", "random:frozen": "random", "lora-mixed": "mixed"}
-"""Defences in the head of the table."""
+"""Defenses in the head of the table."""
 
 
 def named(cell: Cell) -> str:
-    """The defence of a cell; with its settings where they are not the documented ones."""
+    """The defense of a cell; with its settings where they are not the documented ones."""
     if cell.arm == UNALIGNED:
         return UNALIGNED
     return name_of(replace(cell, epochs=1) if cell.epochs > 1 else cell)
@@ -53,7 +53,7 @@ def main_rows(rows: Sequence[Row], key: str = "B") -> list[tuple[Cell, Row]]:
 
 
 def table(cells: Sequence[tuple[Cell, Row]]) -> Table:
-    """Compliance by content / by keyword, in per cent: a line for each attack and tested form, a column a defence."""
+    """Compliance by content / by keyword, in per cent: a line for each attack and tested form, a column a defense."""
     names = list(dict.fromkeys(named(cell) for cell, _ in cells if cell.arm not in UNTRAINED))
     names.sort(key=lambda name: (list(METHODS).index(name) if name in METHODS else len(METHODS), name))
     before = {named(cell): row["forms"] for cell, row in cells if cell.arm in UNTRAINED}
@@ -76,7 +76,7 @@ def _pair(rates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
 
 
 def summary(cells: Sequence[tuple[Cell, Row]]) -> Table:
-    """A line a defence: where most answers comply by content, and over-refusal (keyword) and accuracy under the
+    """A line a defense: where most answers comply by content, and over-refusal (keyword) and accuracy under the
     weakest plain attack that ran.
     """
     worst: dict[str, tuple[Rate, str]] = {}

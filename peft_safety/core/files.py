@@ -1,4 +1,4 @@
-"""Reading files that nobody has vetted: size limits, hashes, bounded JSON, safe names."""
+"""Reading files that nobody has vetted: size limits, hashes, bounded JSON, safe names. And writing one file whole."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import stat
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -160,3 +161,26 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise ArtifactError(f"{path} is missing. Copy the whole directory.") from error
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is not a complete safetensors file ({error}). Copy or save it again.") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write the file that is yielded: it takes the place of `path` by one rename, synced and with the usual
+    permissions. An ArtifactError says that it could not be written, and that nothing has changed.
+    """
+    staged = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")  # threads share the number
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.touch()
+        mode = stat.S_IMODE(staged.stat().st_mode)  # safetensors gives its files to the owner alone
+        yield staged
+        with staged.open("rb") as file:
+            os.fsync(file.fileno())
+        staged.chmod(mode)
+        os.replace(staged, path)
+    except (OSError, SafetensorError) as error:
+        remedy = "Nothing has changed; use another place, or free space."
+        raise ArtifactError(f"{path} could not be written: {error}. {remedy}") from error
+    finally:
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)

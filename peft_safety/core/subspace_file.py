@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import stat
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_safety.core import files
 from peft_safety.core.names import listed
 from peft_safety.core.projection import SIDES, Side
-from peft_safety.errors import ArtifactError, SubspaceError
+from peft_safety.errors import SubspaceError
 
 FILE_NAME = "safety_subspace.safetensors"
 FORMAT = "peft_safety.subspace.v1"
@@ -37,28 +33,15 @@ def write(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, An
     """Write the file, atomically; into `path/safety_subspace.safetensors` when `path` has no such suffix."""
     if path.suffix != ".safetensors":
         path = path / FILE_NAME
-    staged = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")  # threads share the number
     first: dict[int, str] = {}
     shared = {key: first[id(x)] for key, x in tensors.items() if first.setdefault(id(x), key) != key}
     try:
         facts = json.dumps({**provenance, **({SHARED: shared} if shared else {})}, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise SubspaceError(f"{path}: the provenance is no JSON ({error}). Use text and finite numbers.") from error
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged.touch()
-        mode = stat.S_IMODE(staged.stat().st_mode)  # safetensors gives its files to the owner alone
-        stored = {key: x for key, x in tensors.items() if key not in shared}
+    stored = {key: x for key, x in tensors.items() if key not in shared}
+    with files.replacing(path) as staged:
         save_file(stored, staged, metadata={FORMAT: facts})  # one entry: safetensors shuffles several
-        with staged.open("rb") as file:
-            os.fsync(file.fileno())
-        staged.chmod(mode)
-        os.replace(staged, path)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path} could not be written: {error}. Use another directory, or free space.") from error
-    finally:
-        with suppress(OSError):
-            staged.unlink(missing_ok=True)
     return path
 
 

@@ -14,9 +14,10 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_safety.core import files
 from peft_safety.data import stream_jsonl
 from peft_safety.data.rows import Row, Rows, kind_of, label_list, plain_row, records
-from peft_safety.errors import ArtifactError, ConfigError, DataError
+from peft_safety.errors import ConfigError, DataError
 from peft_safety.evaluation.generate import generate
 from peft_safety.evaluation.judges import Judge, KeywordJudge, Verdict, verdicts_of
 from peft_safety.recipes.bench import JUDGED_TOKENS
@@ -212,16 +213,9 @@ def write_kept(data: str | Path, out: str | Path, dropped: Collection[int]) -> P
     target, source = Path(out), Path(data)
     if target.exists() and source.exists() and target.samefile(source):
         raise ConfigError(f"{target} is the data itself. Give another file.")
-    without, staged = set(dropped), target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with staged.open("w", encoding="utf-8", errors="backslashreplace") as file:  # JSON's own escape of a surrogate
-            for number, row in enumerate(_Source(source)):
-                if number not in without:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(staged, target)
-    except OSError as error:
-        raise ArtifactError(f"{target} cannot be written: {error}. Give another file.") from error
-    finally:
-        staged.unlink(missing_ok=True)
+    without, escape = set(dropped), "backslashreplace"  # JSON's own escape of a surrogate
+    with files.replacing(target) as staged, staged.open("w", encoding="utf-8", errors=escape) as file:
+        for number, row in enumerate(_Source(source)):
+            if number not in without:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return target

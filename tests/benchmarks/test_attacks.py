@@ -80,12 +80,12 @@ def test_mistakes_are_typed(tmp_path, monkeypatch):
         rows("foreign")
     with pytest.raises(ConfigError, match="Choose one of"):
         rows("nothing")
-    for options in ({"defences": ["lroa"]}, {"only": ["nothing"]}):
+    for options in ({"defenses": ["lroa"]}, {"only": ["nothing"]}):
         with pytest.raises(ConfigError, match="neither a method"):
             attacks.plan(**options)
 
 
-def test_the_plan_tries_plain_lora_and_the_recommended_defence_first():
+def test_the_plan_tries_plain_lora_and_the_recommended_defense_first():
     plan = attacks.plan()
     assert len(plan) == len(set(plan))
     strong = [(cell.arm, cell.attack) for cell in plan if cell.epochs == 4 and cell.seed == 0][:2]

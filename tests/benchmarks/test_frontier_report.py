@@ -151,7 +151,8 @@ def test_no_label_of_the_picture_lies_on_another(tmp_path):
         assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
 
 
-def test_the_report_is_written_whole_and_again_the_same(tmp_path):
+def test_the_report_is_written_whole_and_again_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "DPI", 30)
     write(tmp_path, grid(), torch="2")
     page_path = tmp_path / "results.md"
     page_path.write_text("before\n<!-- frontier:begin -->\nSTALE\n<!-- frontier:end -->\nafter\n")

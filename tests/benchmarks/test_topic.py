@@ -120,7 +120,7 @@ def test_the_plan_has_its_controls():
     trained = [cell for cell in cells if cell not in plans.untrained("test")]
     for cell in trained:
         plain = plans.at(METHODS["lora"], cell.attack, plans.Strength(cell.poison, cell.epochs), "test")
-        assert plain in cells, "each defence is compared with plain LoRA under the same attack"
+        assert plain in cells, "each defense is compared with plain LoRA under the same attack"
     assert {cell.attack for cell in trained} == set(plans.ATTACKS)
 
 

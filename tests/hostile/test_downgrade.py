@@ -4,10 +4,7 @@ computes an update that reaches the protected subspace.
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
@@ -18,7 +15,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_safety import assert_protected, export_lora
@@ -147,65 +143,3 @@ def test_a_way_to_less_protection_computes_no_unconstrained_update(
         assert worst_leak(model, model.peft_config["default"].subspace.bases) < LEAK
     else:
         assert worst_leak(model, METHODS[method]().subspace.bases) < LEAK or way == "its config for a new adapter"
-
-
-ALONE = """
-import sys
-import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from torch import nn
-
-class Small(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = (nn.Linear(32, 32, bias=False) for _ in range(2))
-    def forward(self, x):
-        return self.second(self.first(x))
-
-here, *names = sys.argv[1:]
-inputs, updates = load_file(f"{here}/base.safetensors"), {}
-for name in names:
-    base = Small()
-    base.load_state_dict({k: v for k, v in inputs.items() if k != "x"})
-    try:
-        model = PeftModel.from_pretrained(base, f"{here}/{name}").eval()
-    except KeyError as error:
-        print(name, "refused", error)
-        continue
-    with torch.no_grad():
-        updates[f"{name} y"] = model(inputs["x"])
-    for end in ("first", "second"):
-        updates[f"{name} {end}"] = getattr(model.base_model.model, end).get_delta_weight("default").detach()
-assert not [name for name in sys.modules if name.startswith("peft_safety")]
-save_file(updates, f"{here}/updates.safetensors")
-"""
-
-
-def test_without_this_package(good: dict[str, Path], tmp_path: Path) -> None:
-    """Native adapters are refused; all others compute constrained factors. One process without it tries all."""
-    ways = {
-        "native": good["salora"],
-        "relabeled": relabeled(Path(shutil.copytree(good["salora"], tmp_path / "a")), True),
-        "residual": relabeled(Path(shutil.copytree(good["task"], tmp_path / "b")), True),
-        "frozen": good["frozen"],
-        "export": exported(Path(shutil.copytree(good["task"], tmp_path / "c"))),
-    }
-    for name, directory in ways.items():
-        shutil.copytree(directory, tmp_path / name)
-    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(2))
-    save_file({**Small().state_dict(), "x": x}, tmp_path / "base.safetensors")
-    command = [sys.executable, "-W", "ignore", "-c", ALONE, str(tmp_path), *ways]
-    alone = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, check=True)
-    assert done.stdout == "native refused 'SALORA'\n"
-    updates = load_file(tmp_path / "updates.safetensors")
-    same = {"relabeled": "salora", "frozen": "frozen", "export": "task"}
-    for name in ways.keys() - {"native"}:
-        space = METHODS[same.get(name, "task")]().subspace
-        for end, sides in space.bases.items():
-            assert all(leak(basis, updates[f"{name} {end}"], side) < LEAK for side, basis in sides.items())
-        if name in same:
-            torch.testing.assert_close(
-                updates[f"{name} y"], outputs(load(good[same[name]]).eval()), rtol=1e-5, atol=1e-4
-            )

@@ -25,7 +25,7 @@ from tests.ops.helpers import EPS, Case, case, quantized, writes_out_of_bounds
 
 #: n, k, r, block size: whole tiles; tails in rows, columns and rank; blocks larger than a tile; more rank than one
 #: step; several parts of the columns
-SHAPES = ((64, 128, 16, 64), (70, 192, 5, 64), (33, 96, 1, 32), (5, 512, 70, 256), (40, 2048, 20, 128))
+SHAPES = ((64, 128, 16, 64), (70, 192, 5, 64), (33, 96, 1, 32), (5, 512, 70, 256), (24, 1024, 20, 128))
 ROWS = (1, 20, linear.SKINNY_ROWS)
 
 

@@ -53,7 +53,7 @@ def test_merged_weights_are_rounded_once(lines: list[dict[str, Any]]) -> None:
 
 def test_skinny_products(lines: list[dict[str, Any]]) -> None:
     cases = [line for line in lines if line["kernel"] == "skinny"]
-    assert {line["parts"] for line in cases} == {1, 2, 8}  # sums over several parts of the columns are among them
+    assert {line["parts"] for line in cases} == {1, 2, 4}  # sums over several parts of the columns are among them
     assert {line["rows"] for line in cases} == {1, 20, 64}
     assert [line for line in cases if not (line["y"] <= bound(line) and line["z"] <= bound(line))] == []
 

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PLAIN = ("plain-lora", "plain-task", "relabeled")
+PLAIN = ("plain-lora", "plain-task", "relabeled", "relabeled-task", "frozen")
 NATIVE = ("native-lora", "native-task")
 
 
 def outputs(here: Path, names: tuple[str, ...], check: Callable[[Any], object] = lambda model: None) -> dict[str, Any]:
-    """The logits of each adapter, on the tiny model."""
+    """The logits of each adapter on the tiny model, and its updates by layer, `<adapter>/<layer>`."""
     import torch
     from peft import PeftModel
     from safetensors.torch import load_file
@@ -32,6 +32,10 @@ def outputs(here: Path, names: tuple[str, ...], check: Callable[[Any], object] =
         check(model)
         with torch.no_grad():
             result[name] = model(input_ids=ids).logits
+            for layer, module in model.named_modules():
+                if hasattr(module, "get_delta_weight"):
+                    own = layer.removeprefix("base_model.model.")
+                    result[f"{name}/{own}"] = module.get_delta_weight("default").contiguous()
     return result
 
 

@@ -18,7 +18,7 @@ from tests.peft import cells
 
 LEAK = 1e-6
 DENSE = [(base, init) for base in ("linear", "conv1d") for init in cells.INITS]
-QUANTISED = [(base, init) for base in ("nf4", "int8") for init in cells.INITS]
+QUANTIZED = [(base, init) for base in ("nf4", "int8") for init in cells.INITS]
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])
@@ -80,7 +80,7 @@ def test_a_merged_adapter_is_neither_exported_nor_merged_twice(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter", "by name"])
-@pytest.mark.parametrize(("base", "init"), QUANTISED)
+@pytest.mark.parametrize(("base", "init"), QUANTIZED)
 def test_merging_into_k_bit_weights_is_refused_with_the_figure(base: str, init: str, how: str) -> None:
     model = cells.protected(base, init, trained=True)
     before = cells.logits(model)
@@ -106,7 +106,7 @@ def test_plain_lora_beside_a_protected_adapter_may_merge_into_k_bit_weights() ->
     assert all(layer.merged_adapters == ["plain"] for _, layer in cells.layers_of(model))
 
 
-@pytest.mark.parametrize(("base", "init"), QUANTISED)
+@pytest.mark.parametrize(("base", "init"), QUANTIZED)
 def test_merging_into_dequantized_weights_keeps_the_function(base: str, init: str) -> None:
     from peft_safety.core.base_weights import dense_weight
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,19 +17,29 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_safety import export_lora
+from peft_safety import SafetySubspace, export_lora
 from peft_safety.core.adapter_dir import MANIFEST
+from peft_safety.core.projection import leak
 from tests.peft import cells
+from tests.peft.frozen_cells import frozen
+from tests.peft.guard_cells import subspace
 from tests.peft.other_process import NATIVE, PLAIN
 
 ROOT = Path(__file__).parents[2]
+LEAK = 1e-5
+
+
+@cache
+def blind() -> SafetySubspace:
+    """What the frozen adapter is blind to."""
+    return subspace(cells.base_model())
 
 
 class Done(NamedTuple):
-    """What a process said, the logits that it computed, and those that every adapter must give."""
+    """What a process said, the logits and updates that it computed, and the logits that every adapter must give."""
 
     facts: dict[str, Any]
-    logits: dict[str, torch.Tensor]
+    computed: dict[str, torch.Tensor]
     expected: dict[str, torch.Tensor]
 
 
@@ -46,10 +57,16 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
         config = json.loads((here / f"plain-{init}" / MANIFEST).read_text())
         assert config["peft_type"] == "LORA"
         assert config["r"] == config["lora_alpha"] == {"lora": 4, "task": 8}[init]
-    shutil.copytree(here / "native-lora", here / "relabeled")
-    config = (here / "relabeled" / MANIFEST).read_text()
-    (here / "relabeled" / MANIFEST).write_text(config.replace('"SALORA"', '"LORA"'))
+    for native, name in (("native-lora", "relabeled"), ("native-task", "relabeled-task")):
+        shutil.copytree(here / native, here / name)
+        config = (here / name / MANIFEST).read_text()
+        (here / name / MANIFEST).write_text(config.replace('"SALORA"', '"LORA"'))
     expected["relabeled"] = expected["native-lora"]
+    model = frozen(space=blind(), a_init="random")
+    cells.train(model, cells.adamw, 2)
+    model.eval()
+    model.save_pretrained(here / "frozen")
+    expected["frozen"] = cells.logits(model)
     # with the fused path switched on, which is for protected adapters only
     switches = {"PYTHONPATH": str(ROOT), "PEFT_SAFETY_FUSED": "1", "PEFT_SAFETY_BACKEND": "reference"}
     running = {
@@ -67,8 +84,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
     for order, process in running.items():
         out, error = process.communicate(timeout=280)
         assert process.returncode == 0, error[-3000:]
-        logits = load_file(here / f"{order}.safetensors")
-        done[order] = Done(json.loads(out.splitlines()[-1]), logits, {name: expected[name] for name in logits})
+        done[order] = Done(json.loads(out.splitlines()[-1]), load_file(here / f"{order}.safetensors"), expected)
     return done
 
 
@@ -87,15 +103,22 @@ def test_plain_lora_and_qlora_are_the_same_with_and_without_this_package(process
 def test_without_the_package_the_export_computes_the_same(processes: dict[str, Done]) -> None:
     _, found, expected = processes["last"]
     for name in PLAIN:
-        assert float((found[name] - expected[name]).abs().max()) <= 1e-5, name
+        if name != "relabeled-task":  # as plain LoRA it lacks the start that a residual is added to
+            assert float((found[name] - expected[name]).abs().max()) <= 1e-5, name
 
 
-def test_without_the_package_a_native_adapter_fails_loudly_and_relabeled_it_is_still_constrained(
+def test_without_the_package_a_native_adapter_fails_loudly_and_all_others_are_still_constrained(
     processes: dict[str, Done],
 ) -> None:
-    facts, found, expected = processes["last"]
+    facts, found, _ = processes["last"]
     assert facts["refused"] == ["'SALORA'"] * 2
-    torch.testing.assert_close(found["relabeled"], expected["relabeled"], rtol=0, atol=1e-6)
+    own = cells.config().subspace
+    for adapter in PLAIN:
+        space = blind() if adapter == "frozen" else own
+        updates = {name.partition("/")[2]: d for name, d in found.items() if name.startswith(f"{adapter}/")}
+        assert updates.keys() == space.bases.keys(), adapter
+        for layer, sides in space.bases.items():
+            assert all(0 < leak(basis, updates[layer], side) < LEAK for side, basis in sides.items()), (adapter, layer)
 
 
 @pytest.mark.parametrize("order", ["first", "last"])

@@ -123,7 +123,7 @@ def test_the_data_are_not_overwritten(tmp_path):
     with pytest.raises(ConfigError, match="is the data itself"):
         write_kept(data, tmp_path / "." / "rows.jsonl", [1])
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ArtifactError, match="cannot be written"):
+    with pytest.raises(ArtifactError, match="could not be written"):
         write_kept(data, tmp_path / "folder", [1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "rows.jsonl"]
     assert len(data.read_text().splitlines()) == 4

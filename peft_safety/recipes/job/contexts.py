@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from peft_safety.data.rows import Row
+    from peft_safety.data.rows import Rows
 
 TAKEN = {"system": (("system",), 1), "all": (KINDS, 3)}
 """By the value of the option: which contexts count, and in how many of them each calibration row is read."""
@@ -28,8 +28,8 @@ def check_kind(kind: str, subspace: str) -> None:
 
 
 def contexts_for(
-    rows: list[Row], data: Dataset, kind: str, seed: int, tokenizer: PreTrainedTokenizerBase
-) -> list[Row]:
+    rows: Rows, data: Dataset, kind: str, seed: int, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, object]]:
     """The calibration rows once more, in the contexts of the training rows: see `in_data_context`.
 
     Raises:
