@@ -22,13 +22,13 @@ GUARD = Cell()
 ANCHOR = "anchor=4,anchor_every=1,anchor_weight=1"
 COUNTERMEASURES: dict[str, Cell] = {
     "frozen-own": replace(GUARD, knobs="train=B,rows=task,own=3"),
-    "chain-system": replace(GUARD, knobs="train=B,rows=task,screen=flagged,own=1,own_kind=system"),
     "frozen-system": replace(GUARD, knobs="train=B,rows=task,own=1,own_kind=system"),
     "chain": replace(GUARD, knobs="train=B,rows=task,contexts=5,screen=verdict"),
     "chain-flagged": replace(GUARD, knobs="train=B,rows=task,contexts=5,screen=flagged"),
     "chain-anchor": replace(GUARD, knobs=f"train=B,rows=task,contexts=5,screen=verdict,{ANCHOR}"),
     "frozen-screened": replace(GUARD, knobs="train=B,rows=task,screen=verdict"),
     "frozen-flagged": replace(GUARD, knobs="train=B,rows=task,screen=flagged"),
+    "chain-system": replace(GUARD, knobs="train=B,rows=task,screen=flagged,own=1,own_kind=system"),
     "frozen-context": replace(GUARD, knobs="train=B,rows=task,contexts=5"),
     "frozen-anchor": replace(GUARD, knobs=f"train=B,rows=task,{ANCHOR}"),
     "lora-screened": replace(BARE, arm="screened", knobs="screen=verdict"),
