@@ -39,6 +39,8 @@ METHODS: dict[str, tuple[tuple[Side, ...], Positions]] = {
     "guardspace": (("in",), "all"),
 }
 """Default sides and token positions of each method."""
+MAX_LENGTH = 512
+"""Tokens of each row that are read, by default."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def prepare(
     exclude_modules: Iterable[str] | str | None = None,
     layers: Mapping[str, nn.Module] | None = None,
     batch_size: int = 8,
-    max_length: int = 512,
+    max_length: int = MAX_LENGTH,
 ) -> Job:
     """Check what is to be calibrated, and tokenize the data. No model runs.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from peft import LoraConfig
 from torch import nn
 
-from peft_safety.calibration.activations import estimate, tokenizer_for
+from peft_safety.calibration.activations import MAX_LENGTH, estimate, tokenizer_for
 from peft_safety.calibration.estimators import SafetySubspace
 from peft_safety.calibration.sizes import check_size_options
 from peft_safety.core import files
@@ -168,7 +168,7 @@ class ProtectedConfig(LoraConfig):
     def calibrate(
         self, model: nn.Module, layers: Layers, data: Any = None, tokenizer: Any = None, **options: Any
     ) -> SafetySubspace:
-        """The function `calibrate` for base layers by name. `options`: its `memory`, `seed` and `progress`."""
+        """The function `calibrate` for base layers by name. `options`: its `memory`, `seed`, `progress` and `max_length`."""
         how = self.calibration
         method, basis = how["method"], how.pop("basis")
         rows = calibration_rows(method, basis) if data is None else data_rows(data, "data")
@@ -245,6 +245,7 @@ def calibrate(
     memory: str | int | None = None,
     seed: int = 0,
     progress: bool = True,
+    max_length: int = MAX_LENGTH,
 ) -> SafetySubspace:
     """Estimate the subspace of a config before its adapter is injected, as `subspace="auto"` does at injection:
     `config.subspace = calibrate(model, config)`.
@@ -259,6 +260,7 @@ def calibrate(
         tokenizer: for rows; default the one under the model's own name.
         memory: budget for the second moments, in bytes or as "4GB"; default half of the device's free memory.
         seed: of the decompositions.
+        max_length: tokens of each row that are read; a row whose answer lies past them is left out, with a warning.
 
     Raises:
         ConfigError: a config without a subspace; data for a basis of weights; no target module; no tokenizer.
@@ -269,4 +271,5 @@ def calibrate(
     packed = "out" not in config.basis_sides
     wanted = config.target_modules, config.exclude_modules
     layers = target_layers(model, *wanted, target_parameters=config.target_parameters, packed=packed)
-    return config.calibrate(model, layers, data, tokenizer, memory=memory, seed=seed, progress=progress)
+    options: dict[str, Any] = {"memory": memory, "seed": seed, "progress": progress, "max_length": max_length}
+    return config.calibrate(model, layers, data, tokenizer, **options)

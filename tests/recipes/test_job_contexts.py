@@ -6,6 +6,7 @@ import pytest
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.errors import ConfigError
 from peft_safety.recipes.job.contexts import system_prompts
+from peft_safety.recipes.job.job import Job
 from peft_safety.recipes.job.settings import Settings
 from peft_safety.recipes.job.steps import run_job
 from tests.recipes.jobs import job_on
@@ -57,12 +58,29 @@ def test_other_data_are_calibrated_again(tmp_path, capsys):
     assert (samples, "done" in capsys.readouterr().out) == (16, False)
 
 
-def test_rows_that_are_not_chat_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="needs rows of chat"):
-        calibrated(tmp_path / "a", [{"text": f"one {i}"} for i in range(9)], calibration_contexts="all")
+def test_rows_under_a_long_system_prompt_are_read_as_training_reads_them(tmp_path, recwarn):
+    long = [{"messages": [{"role": "system", "content": "You are Bob. " * 60}, *row["messages"]]} for row in ASKED]
+    samples, _ = calibrated(tmp_path / "a", long, calibration_contexts="system", max_length=1200)
+    assert samples == 16
+    assert not [warning for warning in recwarn if "left out" in str(warning.message)]
 
 
-def test_rows_that_cannot_be_read_have_no_system_prompts():
-    turns = [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]
-    assert system_prompts(datasets.Dataset.from_list([{"messages": turns}] * 5)) == 0
+@pytest.mark.parametrize(
+    ("rows", "more", "error"),
+    [
+        ([{"text": f"one {i}"} for i in range(9)], {}, "needs rows of chat"),
+        (ASKED, {"method": "lora"}, "no option 'calibration_contexts'"),
+    ],
+)
+def test_what_has_no_contexts_or_no_calibration_is_refused_before_a_model_is_loaded(tmp_path, rows, more, error):
+    with pytest.raises(ConfigError, match=error):
+        Job(Settings.of(**job_on(tmp_path, rows, calibration_contexts="all", **more)))
+
+
+def test_a_row_may_ask_nothing_or_end_in_any_turn():
+    """As training accepts it: TRL takes the loss on all of a {messages} row."""
+    system, user, answer = ({"role": role, "content": "c"} for role in ("system", "user", "assistant"))
+    shared = [[system, user], [system, user, answer], [system, user, answer, {"role": "tool", "content": "3"}]]
+    for rows, count in ((shared, 1), ([*shared, [system, answer]], 1), ([[system, answer]] * 5, 0)):
+        assert system_prompts(datasets.Dataset.from_list([{"messages": turns} for turns in rows])) == count
     assert system_prompts(datasets.Dataset.from_list([{"text": "t"}] * 5)) == 0

@@ -128,7 +128,8 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
             return super().calibrate(model, layers, data, tokenizer, **options)
         if data is not None:
             raise ConfigError("OrthoSafetyPatchConfig: basis='weight' reads weights only. Leave data out.")
-        options.pop("memory", None)  # one weight at a time
+        for name in ("memory", "max_length"):  # one weight at a time, and no rows
+            options.pop(name, None)
         return estimate_from_weights(model, sides=self.basis_sides, layers=layers, **self.subspace_size, **options)
 
     def _check_spectrum(self, subspace: SafetySubspace, layers: Mapping[str, nn.Module]) -> None:

@@ -30,7 +30,7 @@ from peft_safety.errors import ConfigError, DataError
 from peft_safety.evaluation.prompts import prompt_set
 from peft_safety.evaluation.tasks import WHOLE
 from peft_safety.recipes.adapter import adapter_config
-from peft_safety.recipes.job.contexts import check_kind
+from peft_safety.recipes.job.contexts import check_chat, check_kind
 from peft_safety.recipes.job.data import feature, read_data
 from peft_safety.recipes.job.options import STEPS
 from peft_safety.recipes.job.settings import Settings
@@ -74,11 +74,13 @@ class Job:
         if self.own.calibration_rows is not None:
             check_positive(self.own, "calibration_rows")
         if (kind := self.own.calibration_contexts) is not None:
-            check_kind(kind, self.own.subspace)
+            check_kind(kind, self.own.method, self.own.subspace)
         self.config = config_of(settings)
         self.tokenizer = _tokenizer(settings)
         seed, text_field = self.training.seed, self.training.dataset_text_field
         self.data = read_data(settings.script, text_field, self.own.held_out, self.own.poison, seed)
+        if kind is not None:
+            check_chat(self.data.train)
         measured = "measure" not in (self.own.skip or ())
         if measured:
             prompt_set(self.own.eval_split, 1)

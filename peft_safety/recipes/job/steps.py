@@ -17,6 +17,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
 from peft_safety.callbacks import SafetyMonitorCallback
+from peft_safety.calibration.activations import MAX_LENGTH
 from peft_safety.convert.verify import verify as check
 from peft_safety.core.environment import environment
 from peft_safety.core.subspace import SafetySubspace
@@ -26,6 +27,7 @@ from peft_safety.data.rows import Row
 from peft_safety.errors import CalibrationError, ConfigError, PeftSafetyError
 from peft_safety.evaluation.judges import KeywordJudge
 from peft_safety.evaluation.metrics import figure_from_json
+from peft_safety.evaluation.tasks import WHOLE
 from peft_safety.layers.frozen_linear import FrozenLinear
 from peft_safety.methods.base import calibrate as estimate_for
 from peft_safety.recipes.adapter import TASK_ROWS, with_task
@@ -136,6 +138,8 @@ def calibrate(job: Job) -> dict[str, Any]:
     if not job.protected or job.own.subspace != "auto":
         return {"subspace": job.subspace}
     options = {"tokenizer": job.tokenizer, "seed": job.training.seed, "progress": job.progress}
+    if job.own.calibration_contexts is not None:  # a long system prompt is read as training reads it
+        options["max_length"] = max(MAX_LENGTH, job.training.max_length or WHOLE)
     if job.main:
         config: Any = job.config
         subspace = estimate_for(job.model, config, _calibration_rows(job, config), **options)
@@ -249,7 +253,7 @@ def report(job: Job) -> dict[str, Any] | None:
     own, training = job.own, job.training
     attack = f"{100 * own.poison:g} % of the training rows were a simulated attack." if own.poison else "No poison."
     settings = {name: getattr(part, name) for part in job.settings.parts for name in vars(part)}
-    shown = {name: _plain(settings[name]) for name in job.settings.given if not name.endswith("_token")}
+    shown = _plain({name: settings[name] for name in job.settings.given})
     made = Report(
         title=f"Fine-tuning by {own.method}: before and after",
         arms={arm: {name: figure_from_json(f) for name, f in row.items()} for arm, row in measured["arms"].items()},
@@ -297,7 +301,7 @@ def _digests(job: Job) -> dict[str, str]:
     """What each step depends on, beside the steps before it."""
     settings = job.settings
     training = [n for n in settings.given if n not in UNTRAINED and not n.startswith(PREFIXES)]
-    of_rows = (*READING, "drop_flagged") if job.own.calibration_contexts is not None else ()
+    of_rows = (*READING, "drop_flagged", "max_length") if job.own.calibration_contexts is not None else ()
     more = {"data": job.data_digest} if of_rows else {}
     return {
         "screen": settings.digest((*LOADING, *READING, "screen_prompts"), data=job.data_digest),
@@ -330,4 +334,7 @@ def _checkpoint(job: Job) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, (str, int, float, list, dict, type(None))) else str(value)
+    """A value of JSON, without the tokens that give access (`hub_token`, `model_init_kwargs: {token: ...}`)."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items() if not str(name).endswith("token")}
+    return value if isinstance(value, (str, int, float, list, type(None))) else str(value)
