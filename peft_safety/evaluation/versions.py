@@ -39,7 +39,16 @@ def own_version(source: str) -> tuple[str, Path]:
 
 
 def _content(folder: Path) -> str:
-    """A hash of names and bytes of the files that may be loaded."""
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in READ and path.is_file()]
-    listed = [f"{path.name} {sha256_of_file(path)}\n" for path in files]
+    """A hash of names and bytes of the files that may be loaded: those in the folder, and shards below it."""
+    names = {path.name for path in folder.iterdir() if path.suffix in READ}
+    names |= {name for index in folder.glob("*.index.json") for name in _shards(index)}
+    listed = [f"{name} {sha256_of_file(folder / name)}\n" for name in sorted(names) if (folder / name).is_file()]
     return sha256("".join(listed).encode()).hexdigest()
+
+
+def _shards(index: Path) -> set[str]:
+    """The files that an index names, which may lie in folders of their own."""
+    try:
+        return {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (AttributeError, LookupError, OSError, TypeError, ValueError):
+        return set()  # no index: its own bytes count

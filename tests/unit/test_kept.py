@@ -56,6 +56,20 @@ def test_a_version_changes_with_every_file_that_is_loaded(tmp_path):
     assert len(set(seen)) == 3
 
 
+def test_a_version_changes_with_shards_in_folders_of_their_own(tmp_path):
+    tiny_llama().save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    (tmp_path / "shards").mkdir()
+    for shard in tmp_path.glob("*.safetensors"):
+        shard.rename(tmp_path / "shards" / shard.name)
+    index.write_text(index.read_text().replace('"model-', '"shards/model-'))
+    type(tiny_llama()).from_pretrained(tmp_path)
+    before = version_of(str(tmp_path))
+    last = max((tmp_path / "shards").iterdir())
+    last.write_bytes(last.read_bytes()[:-1] + b"\x7f")
+    assert version_of(str(tmp_path)) != before
+
+
 def test_the_version_of_an_adapter_has_that_of_its_base(tmp_path):
     for name in ("base", "adapter"):
         (tmp_path / name).mkdir()
