@@ -30,6 +30,8 @@ class Resume:
         self.folder = cache if cache is not None else None if out is None else out / UNFINISHED
         if self.folder is not None:
             _check_private(self.folder)
+            if cache is not None:
+                _make(self.folder)
         self.verdicts = None if self.folder is None else self.folder / VERDICTS
         self.answers = None if self.folder is None else Kept(self.folder / ANSWERS)
 
@@ -50,6 +52,16 @@ class Resume:
         except OSError as error:
             what = f"{self.folder} holds the models' answers and cannot be removed: {error}"
             raise ArtifactError(f"{what}. Remove it.") from error
+
+
+def _make(folder: Path) -> None:
+    """Before a model is loaded."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"{folder} cannot be made: {error.strerror}. Give --cache another place.") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ArtifactError(f"{folder} cannot be written. Give --cache another place.")
 
 
 def _check_private(folder: Path) -> None:

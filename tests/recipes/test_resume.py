@@ -238,3 +238,5 @@ def test_a_cache_that_others_can_write_or_read_is_refused_before_a_model_is_load
     (tmp_path / "cache").rmdir()
     (tmp_path / "cache").touch()
     refused("is no directory")
+    with pytest.raises(ArtifactError, match="cannot be made"):
+        run(places, "-m", "nowhere", "--cache", tmp_path / "cache" / "below a file")
