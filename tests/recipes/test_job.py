@@ -42,8 +42,11 @@ def printed_steps(text):
     return {name: how.strip() for name, _, how in (line.partition(":") for line in lines)}
 
 
+LOADED = {"token": "secret", "use_safetensors": True}
+
+
 def test_end_to_end(tmp_path, capsys):
-    result = run(tmp_path, poison=0.25, safety_rank=4, calibration_rows=8, hub_token="secret")
+    result = run(tmp_path, poison=0.25, safety_rank=4, calibration_rows=8, hub_token="secret", model_init_kwargs=LOADED)
     printed = capsys.readouterr().out
     assert "17 rows to train on, 3 held out (15%)" in printed
     assert printed_steps(printed) == {"screen": "skipped", **dict.fromkeys(STEPS[1:], "")}
@@ -60,6 +63,7 @@ def test_end_to_end(tmp_path, capsys):
     assert (details["before"]["refusal"]["n"], details["after"]["task_accuracy"]["n"]) == (2, 2)
     assert result.facts["calibrate"]["samples"] == 8
     assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert details["settings"]["model_init_kwargs"] == {"use_safetensors": True}
     assert "secret" not in "".join(p.read_text("utf-8") for p in (tmp_path / "run").glob("*.json"))
     assert (tmp_path / "run" / "adapter" / "tokenizer.json").is_file()
     for published in ("README.md", "adapter/README.md", "job.json"):
