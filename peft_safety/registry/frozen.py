@@ -179,7 +179,8 @@ def take_over(config: ProtectedConfig, stored: ProtectedConfig, layers: Layers, 
 @torch.no_grad()
 def combined(layers: Layers, adapter_name: str, configs: Mapping[str, Any], sources: list[str]) -> None:
     """Freeze a weighted combination, projected onto the span of the sources' rows: pruned single elements leave it."""
-    first = configs[sources[0]]._certificate
+    first, *others = (configs[source]._certificate for source in sources)
+    agreed = {k: v for k, v in first.settings.items() if all(o.settings.get(k) == v for o in others)}
     rows, modules = {}, {}
     for name, layer in layers.items():
         parts = {source: layer.lora_A[source].weight.detach() for source in sources}
@@ -190,5 +191,5 @@ def combined(layers: Layers, adapter_name: str, configs: Mapping[str, Any], sour
         dtypes = [known[source].precision(part) or part.dtype for source, part in parts.items()]
         worst = max(*(entry.leak for entry in known.values()), *(leak_tolerance(dtype) for dtype in dtypes))
         modules[name] = FrozenFactor.of(rows[name], known[sources[0]].k, worst)
-    configs[adapter_name]._certificate = replace(first, modules=modules, directory=None)
+    configs[adapter_name]._certificate = replace(first, settings=agreed, modules=modules, directory=None)
     _install(layers, adapter_name, rows)

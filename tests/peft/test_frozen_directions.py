@@ -5,11 +5,12 @@ import torch
 from transformers import TrainerState
 
 from peft_safety import TaskDirectionsCallback, verify
-from peft_safety.errors import ConfigError
+from peft_safety.errors import CalibrationError, ConfigError
+from peft_safety.registry.frozen import set_task_directions
 from tests.interop.helpers import token_rows
 from tests.peft import cells
 from tests.peft.frozen_cells import assert_frozen, copies, frozen, lora_a
-from tests.peft.guard_cells import subspace
+from tests.peft.guard_cells import TASK, batches, config, subspace
 from tests.peft.test_guardspace import trainer
 
 
@@ -45,6 +46,28 @@ def test_a_certificate_names_the_directions_that_were_taken(tmp_path):
         model = frozen(task_data=None)
     assert saved_a_init(model, tmp_path / "random") == "random"
     assert saved_a_init(frozen(), tmp_path / "task") == "task"
+
+
+def test_data_that_give_no_directions_leave_the_adapter_and_its_config_as_they_were():
+    model = frozen(a_init="random")
+    before = copies(model)
+    with pytest.raises(CalibrationError, match="cannot give"):
+        set_task_directions(model, [{"input_ids": torch.tensor([[5]]), "labels": torch.tensor([[5]])}])
+    assert_frozen(model, before)
+    assert model.peft_config["default"].a_init == "random"
+
+
+def test_a_combination_of_other_directions_does_not_name_them(tmp_path):
+    space = subspace(cells.base_model())
+    model = frozen(space=space)
+    for name, a_init in (("random", "random"), ("task", "task")):
+        data = {} if a_init == "random" else {"task_data": batches(TASK)}
+        model.add_adapter(name, config(space, train="B", a_init=a_init, **data))
+        model.add_weighted_adapter(["default", name], [0.5, 0.5], f"with {name}", combination_type="svd")
+    named = {name: model.peft_config[f"with {name}"]._certificate.settings.get("a_init") for name in ("random", "task")}
+    assert named == {"random": None, "task": "task"}
+    model.save_pretrained(tmp_path, selected_adapters=["with random"])
+    assert "a_init" not in verify(tmp_path / "with random").settings
 
 
 def saved_a_init(model, folder):

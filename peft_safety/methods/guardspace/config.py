@@ -150,7 +150,10 @@ class GuardSpaceConfig(ProtectedConfig):
             return subspace  # which leaves out every layer: injection refuses it
         subspace.check_fits(base, ("in",))
         width = max(self.window, self.r, *(self.rank_pattern or {}).values())
-        return windows(subspace, base, width, self._task_moments(model, base, subspace))
+        moments = self._task_moments(model, base, subspace)
+        result = windows(subspace, base, width, moments)
+        self._took(moments)
+        return result
 
     @property
     def calibration(self) -> dict[str, Any]:
@@ -172,7 +175,10 @@ class GuardSpaceConfig(ProtectedConfig):
     ) -> dict[str, Tensor]:
         base = {name: layer.get_base_layer() for name, layer in layers.items()}
         ranks = {name: int(layer.r[adapter_name]) for name, layer in layers.items()}
-        return frozen_factors(self.subspace, ranks, self._task_moments(model, base, self.subspace, task_data))
+        moments = self._task_moments(model, base, self.subspace, task_data)
+        rows = frozen_factors(self.subspace, ranks, moments)
+        self._took(moments)
+        return rows
 
     def initialize(self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
         if self.train == "window":
@@ -228,8 +234,11 @@ class GuardSpaceConfig(ProtectedConfig):
                 "of the task it learns faster; set a_init='random' if you want random ones.",
                 stacklevel=3,
             )
-        self.a_init = "random" if moments is None else "task"  # what was done is saved, not what was asked for
         return moments
+
+    def _took(self, moments: GroupedMoments | None) -> None:
+        """What was done is saved, not what was asked for."""
+        self.a_init = "random" if moments is None else "task"
 
     def _check_task(self, model: nn.Module, base: Layers, subspace: SafetySubspace, data: Any) -> GroupedMoments:
         """The second moments of the task's inputs; warns if the task lies inside the null space."""
