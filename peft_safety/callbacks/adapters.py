@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from peft_safety.callbacks.steps import before_steps, log_value
-from peft_safety.core import certificate, subspace_file
+from peft_safety.core import certificate, files, subspace_file
 from peft_safety.core.projection import coefficients, project_wide
 from peft_safety.errors import ConfigError
 from peft_safety.layers import protected_leaves
@@ -36,10 +36,14 @@ class SafetyMonitorCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_push_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir))
-        for name in (certificate.FILE_NAME, subspace_file.FILE_NAME) if state.is_world_process_zero else ():
-            file = folder / f"checkpoint-{state.global_step}" / name
-            if file.is_file():
-                shutil.copy(file, folder / name)
+        checkpoint = folder / f"checkpoint-{state.global_step}"
+        if not (state.is_world_process_zero and checkpoint.is_dir()):
+            return
+        for name in (certificate.FILE_NAME, subspace_file.FILE_NAME):
+            if (checkpoint / name).is_file():
+                shutil.copy(checkpoint / name, folder / name)
+            else:
+                files.drop(folder / name)  # of an earlier run by another method
 
     def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is not None:

@@ -40,13 +40,28 @@ class Hub:
         return done if run_as_future else None
 
 
-@pytest.mark.parametrize("method", ["guardspace", "salora"])
-def test_every_commit_is_a_whole_protected_adapter(tmp_path, monkeypatch, method):
+PUSHED = {
+    "push_to_hub": True, "hub_model_id": "adapter", "save_steps": 1, "safety_rank": 4, "skip": ["measure", "report"]
+}  # fmt: skip
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     hub = Hub(tmp_path / "hub")
     monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
-    pushed = {"push_to_hub": True, "hub_model_id": "adapter", "save_steps": 1, "skip": ["measure", "report"]}
-    run_job(Settings.of(**job_on(tmp_path, method=method, safety_rank=4, **pushed)))
+    return hub
+
+
+def test_a_commit_has_nothing_of_an_earlier_run_by_another_method(tmp_path, hub):
+    for method, others in (("guardspace", "safety_subspace.safetensors"), ("salora", "safety_certificate.json")):
+        run_job(Settings.of(**job_on(tmp_path, method=method, **PUSHED)))
+        assert not [commit for commit in hub.commits[-3:] if (commit / others).exists()]
+
+
+@pytest.mark.parametrize("method", ["guardspace", "salora"])
+def test_every_commit_is_a_whole_protected_adapter(tmp_path, hub, method):
+    run_job(Settings.of(**job_on(tmp_path, method=method, **PUSHED)))
     assert len(hub.commits) == 3, "two checkpoints and the end"
     for commit in hub.commits:
         assert verify(commit, tiny_llama()).worst_leak < 1e-5
