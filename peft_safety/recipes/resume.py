@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -50,6 +51,8 @@ class Resume:
         try:
             shutil.rmtree(self.folder)
         except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTEMPTY):  # of another run in the same place
+                return
             what = f"{self.folder} holds the models' answers and cannot be removed: {error}"
             raise ArtifactError(f"{what}. Remove it.") from error
 

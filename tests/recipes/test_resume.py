@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from peft_safety.cli import app
 from peft_safety.errors import ArtifactError, EndpointError
 from peft_safety.evaluation.judges import endpoint
 from peft_safety.recipes import arms
-from peft_safety.recipes.resume import ANSWERS, UNFINISHED, VERDICTS
+from peft_safety.recipes.resume import ANSWERS, UNFINISHED, VERDICTS, Resume
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -211,6 +212,24 @@ def test_after_a_server_died_nothing_is_asked_twice(places, tmp_path, server):
     assert len(server.asked) == len(set(server.asked)) == 2 * len(ASKED)
     assert "127.0.0.1" not in (tmp_path / "out" / "report.json").read_text()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTEMPTY])
+def test_another_run_in_the_same_place_may_be_faster_or_go_on(tmp_path, monkeypatch, number):
+    resume = Resume(None, tmp_path)
+    resume.answers.add("key", ["answer"])
+
+    def fails(folder):
+        raise OSError(number, os.strerror(number), str(folder))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", fails)
+        resume.finish()
+        number = errno.EACCES
+        with pytest.raises(ArtifactError, match="cannot be removed"):
+            resume.finish()
+    resume.finish()
+    assert not (tmp_path / UNFINISHED).exists()
 
 
 def test_a_served_model_is_known_by_its_name_and_address(places, tmp_path, server):
