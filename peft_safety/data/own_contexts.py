@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from peft_safety.data.contexts import check_count, has_system, requests_in, with_turns
+from peft_safety.data.contexts import INSTRUCTIONS, check_count, has_system, requests_in, with_turns
 from peft_safety.data.rows import Rows
 from peft_safety.data.templates import Message
 from peft_safety.errors import ConfigError
@@ -28,10 +28,11 @@ KINDS = ("system", "beginning", "end")
 
 
 class Asked(NamedTuple):
-    """The system turn of a row, and the words of its last request."""
+    """The system turn of a row, its role ("system" or "developer"), and the words of the row's last request."""
 
     system: str
     words: list[str]
+    role: str = "system"
 
 
 Group = tuple[str, list[Asked]]
@@ -84,8 +85,8 @@ def shared(data: Rows) -> list[Group]:
     groups: dict[tuple[str, str, str], list[Asked]] = defaultdict(list)
     parts = requests_in(data)
     for _, turns, _ in parts:
-        head = str(turns[0]["content"]) if turns[0]["role"] == "system" else ""
-        asked = Asked(head, str(turns[-1]["content"]).split())
+        head = str(turns[0]["content"]) if turns[0]["role"] in INSTRUCTIONS else ""
+        asked = Asked(head, str(turns[-1]["content"]).split(), str(turns[0]["role"]))
         if head:
             groups["system", head, ""].append(asked)
         parts_of = {"beginning": asked.words[:SAME], "end": asked.words[-SAME:]} if len(asked.words) > SAME else {}
@@ -105,8 +106,8 @@ def _placed(
         said = f"{' '.join(asked.words[:length])} {said}"
     elif kind == "end":
         said = f"{said} {' '.join(asked.words[-length:])}"
-    own = list(turns[1:] if turns[0]["role"] == "system" and asked.system else turns)
+    own = list(turns[1:] if turns[0]["role"] in INSTRUCTIONS and asked.system else turns)
     if asked.system and not system:
         said = f"{asked.system}\n\n{said}"
-    head: list[Message] = [{"role": "system", "content": asked.system}] if asked.system and system else []
+    head: list[Message] = [{"role": asked.role, "content": asked.system}] if asked.system and system else []
     return [*head, *own[:-1], {**own[-1], "content": said}]

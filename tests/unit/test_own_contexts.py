@@ -45,6 +45,14 @@ def test_a_shared_end_comes_after_the_request():
         assert asked(row).endswith("zq vu xo")
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_instructions_keep_their_role(role):
+    head = {"role": role, "content": "You are Bob."}
+    data = [{"prompt": [head, {"role": "user", "content": f"say {i}"}], "response": "a"} for i in range(5)]
+    rows = in_data_context(PAIRS, data, 1, kinds=("system",))
+    assert [row["prompt"][0] for row in rows] == [head] * len(PAIRS)
+
+
 def test_nothing_shared_gives_nothing():
     data = [{"prompt": f"w{i} x{i} y{i} z{i} v{i}", "response": "a"} for i in range(9)]
     assert in_data_context(PAIRS, data, 3) == []
