@@ -168,7 +168,7 @@ class ProtectedConfig(LoraConfig):
     def calibrate(
         self, model: nn.Module, layers: Layers, data: Any = None, tokenizer: Any = None, **options: Any
     ) -> SafetySubspace:
-        """The function `calibrate` for base layers by name. `options`: its `memory`, `seed`, `progress` and `max_length`."""
+        """The function `calibrate` for base layers by name. `options`: `memory`, `seed`, `progress`, `max_length`."""
         how = self.calibration
         method, basis = how["method"], how.pop("basis")
         rows = calibration_rows(method, basis) if data is None else data_rows(data, "data")

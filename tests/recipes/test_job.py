@@ -42,11 +42,11 @@ def printed_steps(text):
     return {name: how.strip() for name, _, how in (line.partition(":") for line in lines)}
 
 
-LOADED = {"token": "secret", "use_safetensors": True}
+SECRET = {"hub_token": "secret", "model_init_kwargs": {"token": "secret", "use_safetensors": True}}
 
 
 def test_end_to_end(tmp_path, capsys):
-    result = run(tmp_path, poison=0.25, safety_rank=4, calibration_rows=8, hub_token="secret", model_init_kwargs=LOADED)
+    result = run(tmp_path, poison=0.25, safety_rank=4, calibration_rows=8, **SECRET)
     printed = capsys.readouterr().out
     assert "17 rows to train on, 3 held out (15%)" in printed
     assert printed_steps(printed) == {"screen": "skipped", **dict.fromkeys(STEPS[1:], "")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft_safety.data.own_contexts import KINDS, in_data_context, shared
 from peft_safety.data.templates import roles
@@ -25,7 +25,7 @@ def check_kind(kind: str, method: str, subspace: str) -> None:
     if kind not in TAKEN:
         raise ConfigError(f"calibration_contexts={kind!r}. Use one of {', '.join(TAKEN)}.")
     if method == "lora":
-        raise ConfigError("method 'lora' has no option 'calibration_contexts'. Leave it out, or choose another method.")
+        raise ConfigError("method 'lora' has no option 'calibration_contexts'. Leave it out, or take another method.")
     if subspace != "auto":
         raise ConfigError("calibration_contexts: the given subspace is taken as it is. Leave one of the two out.")
 
@@ -52,7 +52,7 @@ def system_prompts(data: Dataset) -> int:
     return sum(kind == "system" for kind, _ in shared(requests(data) or []))
 
 
-def requests(data: Dataset) -> list[Row] | None:
+def requests(data: Dataset) -> list[dict[str, Any]] | None:
     """The turns of the first rows that ask something, as in_data_context reads them; None for rows that are not chat.
     A row may end in any turn.
     """

@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
-from peft_safety.callbacks import SafetyMonitorCallback
 from peft_safety.calibration.activations import MAX_LENGTH
+from peft_safety.callbacks import SafetyMonitorCallback
 from peft_safety.convert.verify import verify as check
 from peft_safety.core.environment import environment
 from peft_safety.core.subspace import SafetySubspace
