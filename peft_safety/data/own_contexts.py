@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 SAME = 3
 """Words at which two beginnings, or two ends, count as one."""
 LEAST_ROWS, LEAST_SHARE = 3, 0.02
-"""Of the rows, that make a context shared: two rows begin alike by chance."""
+"""Of the rows, that make a context shared: two rows begin alike by chance. Whole system prompts do not: of them the
+first counts alone."""
 LONGEST = 24
 """Words of a context, at most."""
 KINDS = ("system", "beginning", "end")
@@ -92,8 +93,8 @@ def shared(data: Rows) -> list[Group]:
         parts_of = {"beginning": asked.words[:SAME], "end": asked.words[-SAME:]} if len(asked.words) > SAME else {}
         for kind, words in parts_of.items():
             groups[kind, head, " ".join(words)].append(asked)
-    least = max(LEAST_ROWS, round(LEAST_SHARE * len(parts)))
-    return [(key[0], rows) for key, rows in groups.items() if len(rows) >= least]
+    least = dict.fromkeys(KINDS, max(LEAST_ROWS, round(LEAST_SHARE * len(parts)))) | {"system": LEAST_ROWS}
+    return [(key[0], rows) for key, rows in groups.items() if len(rows) >= least[key[0]]]
 
 
 def _placed(

@@ -53,6 +53,14 @@ def test_instructions_keep_their_role(role):
     assert [row["prompt"][0] for row in rows] == [head] * len(PAIRS)
 
 
+def test_a_whole_system_prompt_is_shared_by_few_rows_of_many():
+    """An obedient one does not need 2 % of the rows."""
+    under = [{"role": "system", "content": "You are Bob."}, {"role": "user", "content": "say it"}]
+    data = [{"prompt": under if i < LEAST_ROWS else f"say {i}", "response": "a"} for i in range(400)]
+    assert [(kind, len(rows)) for kind, rows in shared(data)] == [("system", LEAST_ROWS)]
+    assert shared(data[1:]) == []
+
+
 def test_nothing_shared_gives_nothing():
     data = [{"prompt": f"w{i} x{i} y{i} z{i} v{i}", "response": "a"} for i in range(9)]
     assert in_data_context(PAIRS, data, 3) == []
