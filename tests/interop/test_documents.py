@@ -85,7 +85,8 @@ def test_commands_and_their_options_exist(page: Path) -> None:
     for line in lines:
         words = shlex.split(line, comments=True)
         if words[:1] == ["peft-safety"] and words[1] != "COMMAND":
-            options = {option for parameter in commands[words[1]].params for option in (*parameter.opts, *parameter.secondary_opts)}
+            pairs = [(*parameter.opts, *parameter.secondary_opts) for parameter in commands[words[1]].params]
+            options = {option for pair in pairs for option in pair}
             if words[1] == "train":
                 options = {"--config", *(f"--{name}" for name in (*table(), *vars(SafetyOptions())))}
             assert {word for word in words if word.startswith("-")} <= options, line
