@@ -1,0 +1,90 @@
+"""The table: what plain LoRA passes, and how the other arms end there, by kind."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peft_suite.arms import ARMS
+from benchmarks.peft_suite.plugin import finished
+from benchmarks.peft_suite.run import passing, results_file
+
+WIDTH = 80
+KINDS: tuple[tuple[str, str], ...] = (
+    ("r above a layer's width", r"exceeds the layer's|no linear layer is wider"),
+    ("DoRA", r"use_dora is not supported"),
+    ("experts: target_parameters", r"target_parameters is not supported|under ParamWrapper cannot be protected"),
+    ("activated LoRA", r"alora_invocation_tokens is not supported"),
+    ("lora_bias", r"lora_bias is not supported"),
+    ("BD-LoRA", r"use_bdlora is not supported"),
+    ("VeLoRA", r"velora_config is not supported"),
+    ("QALoRA", r"use_qalora is not supported"),
+    ("KaSA", r"kasa_config is not supported"),
+    ("MonteCLoRA", r"monteclora_config is not supported"),
+    ("Arrow", r"arrow_config is not supported"),
+    ("layer_replication", r"layer_replication is not supported"),
+    ("Megatron", r"megatron_config is not supported"),
+    ("rewriting initializations", r"(loftq|corda|lora_ga|eva)_config is not supported|init_lora_weights="),
+    ("MultiheadAttention", r"MultiheadAttention.*cannot be protected"),
+    ("embeddings", r"Embedding.*cannot be protected"),
+    ("convolutions", r"Conv[123]d.*cannot be protected"),
+    ("pickled saving", r"safe_serialization=False"),
+    ("bias", r"bias='(all|lora_only)'"),
+    ("merging of tied weights", r"tied"),
+    ("low-level tuner", r"builds no layers that can be protected|built by itself"),
+    ("no layer matches", r"gave no LoRA layer|Give a list of names that the model has"),
+    ("combinations", r"do not share one safety subspace"),
+    ("ranks, alphas, dropout", r"is no rank|lora_alpha=|lora_dropout="),
+    ("loading onto another adapter", r"Load it under a new name|Use another adapter_name"),
+)
+"""Kinds of refusals, and what their messages say."""
+
+
+def kind_of(row: dict[str, Any]) -> tuple[str, str]:
+    """What became of a test: "passed", "refused" or "undeclared", and the kind. A test that expects an error of PEFT's
+    and gets a typed one is refused, too.
+    """
+    if row["outcome"] == "passed":
+        return "passed", ""
+    typed = [*row.get("chain", ())[:1], *reversed(row.get("raised", ()))]
+    known = {entry["error"] for entry in row.get("raised", ())}
+    for entry in typed:
+        if entry["error"] in known:
+            name = next((name for name, says in KINDS if re.search(says, entry["says"], re.DOTALL)), "")
+            return "refused", name or f"{entry['error']}: {entry['says'][:50]}"
+    first = (row.get("chain") or [{"error": row["outcome"], "says": ""}])[0]
+    return "undeclared", f"{first['error']}: {first['says'][:50]}"
+
+
+def counted(folder: Path, arm: str, files: Iterable[str]) -> Counter[tuple[str, str]]:
+    """Tests of an arm by outcome and kind, of those that plain LoRA passes; those that have not run are "missing"."""
+    result: Counter[tuple[str, str]] = Counter()
+    for file in files:
+        rows = finished(results_file(folder, arm, file))
+        for test in passing(folder, file):
+            result[kind_of(rows[test]) if test in rows else ("missing", "")] += 1
+    return result
+
+
+def report(folder: Path, files: Sequence[str]) -> None:
+    """Print the table of every arm that has run."""
+    for arm in ARMS:
+        if arm != "plain" and (folder / "results" / arm).is_dir():
+            print("\n".join(table(arm, counted(folder, arm, files))))
+
+
+def table(arm: str, counts: Counter[tuple[str, str]]) -> list[str]:
+    """Lines of at most `WIDTH` characters."""
+    sums: Counter[str] = Counter()
+    for (outcome, _), number in counts.items():
+        sums[outcome] += number
+    head = ", ".join(f"{number} {outcome}" for outcome, number in sorted(sums.items()))
+    lines = [f"{arm}: of {sums.total()} tests that plain LoRA passes, {head}"]
+    for (outcome, kind), number in counts.most_common():
+        if kind:
+            text = " ".join(kind.split())
+            lines.append(f"  {number:5}  {outcome:10}  {text}"[:WIDTH])
+    return [*lines, ""]
