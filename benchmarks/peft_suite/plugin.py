@@ -132,7 +132,8 @@ def finished(path: Path) -> dict[str, dict[str, Any]]:
 def short(nodeid: str) -> str:
     """The name of a test without folders, the same in all arms: pytest names parameters by the class."""
     path, _, rest = nodeid.partition("::")
-    return f"{Path(path).name}::{re.sub(rf'\b{arms.LoraConfig.__name__}\b', 'LoraConfig', rest)}"
+    own = re.compile(rf"\b{arms.LoraConfig.__name__}\b")
+    return f"{Path(path).name}::{own.sub('LoraConfig', rest)}"
 
 
 def chain(error: BaseException | None) -> list[dict[str, str]]:
