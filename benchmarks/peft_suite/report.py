@@ -40,6 +40,8 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("ranks, alphas, dropout", r"is no rank|lora_alpha=|lora_dropout="),
     ("a layer class of the user's own", r"under MyLora"),
     ("a factor that was overwritten", r"has changed, and may see protected inputs|holds NaN or Inf"),
+    ("layers of a single feature", r"one of its modules, has no basis"),
+    ("another base model", r"belongs to other base weights"),
     ("loading onto another adapter", r"Load it under a new name|Use another adapter_name"),
 )
 """Kinds of refusals, and what their messages say."""
@@ -50,7 +52,7 @@ DIFFERENCES: tuple[tuple[str, str, str], ...] = (
         r"requires_grad|layer_indexing|gradient_checkpointing|test_(training|inference_mode)",
     ),
     ("a constrained or frozen factor stays fp32", "frozen", r"adapter_dtype"),
-    ("the model holds a copy of the config", "", r"from_pretrained_config_construction"),
+    ("the model holds a copy of the config", "", r"from_pretrained_config_construction|test_lora_conversion\["),
     ("equal A and weights of unequal sign", "frozen", r"weighted_adapter_with_different_scaling\[.*weights4"),
 )
 """What is so by design, in which arm (empty: in each), and the tests that plain LoRA passes and that expect the

@@ -78,7 +78,7 @@ class ProtectedConfig(LoraConfig):
         if self.freezes and self.velora_config is not None:
             self.velora_config = None
             warnings.warn(
-                f"{where}: VeLoRA compresses the inputs that the gradient of lora_A needs. A frozen lora_A needs none, "
+                f"{where}: VeLoRA compresses the inputs that the gradient of lora_A needs. A frozen one needs none, "
                 "so velora_config is left out: outputs and the gradient of lora_B are the same.",
                 stacklevel=4,
             )

@@ -12,7 +12,7 @@ from benchmarks.peft_suite import arms, models, report, run
 from benchmarks.peft_suite.plugin import Known, finished, short
 from benchmarks.peft_suite.sources import PACKAGE, STAND_IN, copy_tests, substituted
 
-SOURCE = '''import os
+SOURCE = """import os
 from peft import (
     LoraConfig,
     get_peft_model,
@@ -23,7 +23,7 @@ from peft.tuners.lora import LoraConfig as Own
 def test_ä():
     é = 1; from peft import LoraConfig  # inside
     assert LoraConfig is Own
-'''
+"""
 
 
 def test_the_stand_in_follows_each_import_and_moves_no_line():
@@ -100,7 +100,7 @@ def test_the_table_fits_a_terminal():
     assert max(map(len, lines)) <= report.WIDTH
 
 
-TESTS = '''import pytest, torch
+TESTS = """import pytest, torch
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 
 
@@ -122,7 +122,7 @@ def test_of_no_adapter():
 def test_that_fails():
     LoraConfig()
     assert False
-'''
+"""
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraRuntimeConfig
+from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraRuntimeConfig, VeloraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from peft_safety import GuardSpaceConfig, SafetySubspace, assert_protected, merge_quantized, verify
@@ -78,6 +78,20 @@ def test_an_option_that_is_refused(option, train):
     options, says = REFUSED[option]
     with pytest.raises(ConfigError, match=says):
         GuardSpaceConfig(train=train, **options)
+
+
+def test_velora_is_left_out_and_changes_nothing_with_a_frozen_a():
+    config = VeloraConfig(num_groups=4)
+    with pytest.warns(UserWarning, match="so velora_config is left out"):
+        model = frozen(velora_config=config)
+    assert model.peft_config["default"].velora_config is None
+    assert not any("velora" in name for name in model.state_dict())
+    other = frozen()
+    for each in (model, other):
+        cells.train(each, cells.adamw, 5)
+    cells.assert_same_function(cells.logits(model.eval()), cells.logits(other.eval()))
+    with pytest.raises(ConfigError, match="velora_config"):
+        GuardSpaceConfig(train="window", velora_config=config)
 
 
 @pytest.mark.parametrize("train", FORMS)
