@@ -49,8 +49,9 @@ DIFFERENCES: tuple[tuple[str, str, str], ...] = (
     (
         "lora_A takes no gradient",
         "frozen",
-        r"requires_grad|layer_indexing|gradient_checkpointing|test_(training|inference_mode)",
+        r"requires_grad|layer_indexing|gradient_checkpointing|test_(training|inference_mode)|status_with|nb_params_small",
     ),
+    ("the rows of A are ours", "frozen", r"test_lora_(linear_init_(default|gaussian)|init_orthogonal)"),
     ("a constrained or frozen factor stays fp32", "frozen", r"adapter_dtype"),
     ("the model holds a copy of the config", "", r"from_pretrained_config_construction|test_lora_conversion\["),
     ("equal A and weights of unequal sign", "frozen", r"weighted_adapter_with_different_scaling\[.*weights4"),
