@@ -32,7 +32,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("embeddings", r"Embedding.*cannot be protected"),
     ("convolutions", r"Conv[123]d.*cannot be protected"),
     ("pickled saving", r"safe_serialization=False"),
-    ("bias", r"bias='(all|lora_only)'"),
+    ("bias", r"bias='"),
     ("merging of tied weights", r"tied"),
     ("low-level tuner", r"builds no layers that can be protected|built by itself"),
     ("no layer matches", r"gave no LoRA layer|Give a list of names that the model has"),

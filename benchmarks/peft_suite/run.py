@@ -31,7 +31,6 @@ FILES = (
     "test_config",
     "test_helpers",
     "test_xlora",
-    "test_arrow",
     "test_lora_conversion",
     "test_lora_intruders",
     "test_lora_ga",
@@ -41,13 +40,12 @@ FILES = (
     "test_mapping",
     "test_riemannian_lora",
     "test_token_classification_qa",
-    "test_vision_models",
     "test_randlora",
     "test_unilora",
     "test_auto",
     "test_hub_features",
 )
-"""The files in which LoRA is tested without an accelerator, large ones first."""
+"""The files in which LoRA is tested without an accelerator, torchvision or data sets, large ones first."""
 
 
 def results_file(folder: Path, arm: str, file: str) -> Path:

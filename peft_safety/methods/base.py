@@ -75,8 +75,9 @@ class ProtectedConfig(LoraConfig):
     def __post_init__(self) -> None:
         where = type(self).__name__
         what, allowed = f"{where}(target_modules={self.target_modules!r})", WITH_FROZEN_A if self.freezes else ()
-        if self.freezes and vars(self).get("velora_config") is not None:
-            vars(self)["velora_config"] = None
+        given: Any = self
+        if self.freezes and getattr(given, "velora_config", None) is not None:
+            given.velora_config = None
             warnings.warn(
                 f"{where}: VeLoRA compresses the inputs that the gradient of lora_A needs. A frozen one needs none, "
                 "so velora_config is left out: outputs and the gradient of lora_B are the same.",
