@@ -31,6 +31,7 @@ FILES = (
     "test_config",
     "test_helpers",
     "test_xlora",
+    "test_arrow",
     "test_lora_conversion",
     "test_lora_intruders",
     "test_lora_ga",
@@ -45,7 +46,7 @@ FILES = (
     "test_auto",
     "test_hub_features",
 )
-"""The files in which LoRA is tested without an accelerator, torchvision or data sets, large ones first."""
+"""The files in which LoRA is tested without an accelerator or pictures from the Hub, large ones first."""
 
 
 def results_file(folder: Path, arm: str, file: str) -> Path:

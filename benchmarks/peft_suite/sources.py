@@ -6,8 +6,8 @@ import ast
 import shutil
 from pathlib import Path
 
-PACKAGE = "peft_tests"
-"""The name of the copy: some of PEFT's test modules import their neighbors."""
+PACKAGE = "tests"
+"""The name of the copy, by which some of PEFT's test modules import their neighbors."""
 NAME = "LoraConfig"
 STAND_IN = f"from benchmarks.peft_suite.arms import {NAME}"
 
