@@ -49,8 +49,9 @@ DIFFERENCES: tuple[tuple[str, str, str], ...] = (
     (
         "lora_A takes no gradient",
         "frozen",
-        r"requires_grad|layer_indexing|gradient_checkpointing|test_(training|inference_mode)|status_with|nb_params_small",
+        r"requires_grad|layer_indexing|gradient_checkpointing|test_(training|inference_mode)|status_with|nb_(params_small|trainable)",
     ),
+    ("VeLoRA is left out", "frozen", r"^test_velora|velora_config-"),
     ("the rows of A are ours", "frozen", r"test_lora_(linear_init_(default|gaussian)|init_orthogonal)"),
     ("a constrained or frozen factor stays fp32", "frozen", r"adapter_dtype"),
     ("the model holds a copy of the config", "", r"from_pretrained_config_construction|test_lora_conversion\["),
