@@ -11,8 +11,12 @@ from typing import Any
 from benchmarks.peft_suite.arms import ARMS
 from benchmarks.peft_suite.plugin import finished
 from benchmarks.peft_suite.run import passing, results_file
+from peft_safety import errors
+from peft_safety.errors import PeftSafetyError
 
 WIDTH = 80
+TYPED = {name for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, PeftSafetyError)}
+"""Names of this package's errors."""
 KINDS: tuple[tuple[str, str], ...] = (
     ("r above a layer's width", r"exceeds the layer's|no linear layer is wider"),
     ("DoRA", r"use_dora is not supported"),
@@ -49,7 +53,7 @@ DIFFERENCES: tuple[tuple[str, str, str], ...] = (
     (
         "lora_A takes no gradient",
         "frozen",
-        r"requires_grad|layer_indexing|gradient_checkpointing|test_(training|inference_mode)|status_with|nb_(params_small|trainable)",
+        r"requires_grad|layer_indexing|gradient_checkpointing|test_(training|inference_mode)|status_with|nb_(params_small|trainable)|riemannian",
     ),
     ("VeLoRA is left out", "frozen", r"^test_velora|velora_config-"),
     ("the rows of A are ours", "frozen", r"test_lora_(linear_init_(default|gaussian)|init_orthogonal)"),
@@ -69,9 +73,8 @@ def kind_of(row: dict[str, Any], arm: str = "") -> tuple[str, str]:
     if row["outcome"] == "passed":
         return "passed", ""
     typed = [*row.get("chain", ())[:1], *reversed(row.get("raised", ()))]
-    known = {entry["error"] for entry in row.get("raised", ())}
     for entry in typed:
-        if entry["error"] in known:
+        if entry["error"] in TYPED:
             name = next((name for name, says in KINDS if re.search(says, entry["says"], re.DOTALL)), "")
             return "refused", name or f"{entry['error']}: {entry['says'][:50]}"
     for name, where, tests in DIFFERENCES:
