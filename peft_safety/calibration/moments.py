@@ -271,7 +271,7 @@ def attended(batches: Sequence[Batch]) -> int:
 
 def is_tokenized(rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the rows are tokenized batches, which need no tokenizer."""
-    return bool(rows) and "input_ids" in rows[0]
+    return bool(rows) and ("input_ids" in rows[0] or any(isinstance(value, Tensor) for value in rows[0].values()))
 
 
 def content_digest(batches: Sequence[Batch]) -> str:
@@ -286,7 +286,14 @@ def content_digest(batches: Sequence[Batch]) -> str:
 
 
 def _check(index: int, batch: Mapping[str, Any], two_sequences: bool) -> Batch:
-    """A tokenized batch of tensors. Lists of numbers become tensors, a single sequence becomes a batch."""
+    """A tokenized batch of tensors. Lists of numbers become tensors, a single sequence becomes a batch; without labels
+    no position is a response.
+    """
+    if "input_ids" not in batch:
+        raise CalibrationError(
+            f"batch {index} has {', '.join(sorted(batch))}, but no input_ids: tokens say which positions count. "
+            "Give token batches, or a subspace of the weights (SafetySubspace.from_weights)."
+        )
     result = dict(batch)
     for key in {"input_ids", "attention_mask", "labels"} & set(batch):
         if not isinstance(batch[key], Tensor):
@@ -296,6 +303,8 @@ def _check(index: int, batch: Mapping[str, Any], two_sequences: bool) -> Batch:
     if isinstance(ids, Tensor) and ids.ndim == 1:
         result |= {key: value[None] for key, value in result.items() if isinstance(value, Tensor)}
     ids, labels = result.get("input_ids"), result.get("labels")
+    if labels is None and isinstance(ids, Tensor) and not two_sequences:
+        labels = result["labels"] = torch.full_like(ids, IGNORE_INDEX)
     if isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.ndim == 2 and ids.numel() and labels.numel():
         if labels.ndim == 1 and len(labels) == len(ids):  # classes of sequences: no position is a response
             return {**result, "labels": torch.full_like(ids, IGNORE_INDEX)}

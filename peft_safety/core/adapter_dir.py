@@ -235,7 +235,6 @@ def _check_shapes(
     a, b = shapes["lora_A.weight"], shapes["lora_B.weight"]
     rank = (config.get("rank_pattern") or {}).get(module, config["r"])
     fits = len(a) == len(b) == 2 and a[0] == b[1] == rank and 0 not in (*a, *b)
-    fits = fits and (1 <= rank <= min(a[1], b[0]) or rank == config["r"])  # r may exceed a narrow layer
     fits = fits and (shapes.get("lora_A.initial", a), shapes.get("lora_B.initial", b)) == (a, b)
     bases = {side: tuple(u.shape) for side, u in subspace.bases[module].items()}
     if not fits or any(shape[0] != (b[0] if side == "out" else a[1]) for side, shape in bases.items()):

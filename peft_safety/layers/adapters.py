@@ -70,6 +70,8 @@ def adapter_layers(
             usual = unread or (kind in KINDS and weights.supported(base))
             if not unread and (usual or scales.is_packed(base)):
                 weights.check_readable(base, name)
+            if kind in PACKED_KINDS and not usual:
+                raise scales.refusal(base, name, "its weight is packed")
             if kind == "ParamWrapper":
                 _check_experts(f"{name}.{layer.parameter_name}", layer, frozen or isinstance(factors[0], FrozenLinear))
             elif not usual or getattr(base, "_hf_tp_plan", None) is not None:

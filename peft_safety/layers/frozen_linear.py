@@ -36,9 +36,10 @@ class FrozenLinear(nn.Linear):
         """Nothing: the weight is PEFT's, which initializes it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight.detach())  # detached: no flag, optimizer or hook can train it
+        weight = self.weight.detach()  # no flag, optimizer or hook can train it
         if torch.is_autocast_enabled(x.device.type):
-            return y
+            return F.linear(x, weight)
+        y = F.linear(x.to(weight.dtype), weight)  # PEFT's own cast of the inputs can be switched off
         factors, name = self.behind
         trained = next(factors[name].parameters(), None) if name in factors else None
         return y if trained is None else y.to(trained.dtype)

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -74,6 +75,14 @@ class ProtectedConfig(LoraConfig):
     def __post_init__(self) -> None:
         where = type(self).__name__
         what, allowed = f"{where}(target_modules={self.target_modules!r})", WITH_FROZEN_A if self.freezes else ()
+        given: Any = self
+        if self.freezes and getattr(given, "velora_config", None) is not None:
+            given.velora_config = None
+            warnings.warn(
+                f"{where}: VeLoRA compresses the inputs that the gradient of lora_A needs. A frozen one needs none, "
+                "so velora_config is left out: outputs and the gradient of lora_B are the same.",
+                stacklevel=4,
+            )
         check_features(self, what, NOT_PROTECTED, INITS, allowed)
         if self.bias != "none":
             raise ConfigError(f"{where}: bias={self.bias!r} trains what no projection constrains. Use bias='none'.")

@@ -11,10 +11,9 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from peft_safety.calibration.leaving_out import warn_left_out
-from peft_safety.core import base_weights as weights
 from peft_safety.core.names import listed
 from peft_safety.core.projection import Side
-from peft_safety.errors import ConfigError, SubspaceError, UnsupportedLayerError
+from peft_safety.errors import SubspaceError, UnsupportedLayerError
 from peft_safety.layers import ProtectedLinear
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.layers.shared_bases import rebase
@@ -35,12 +34,6 @@ def attach(
         )
     config._parameters = {n: x.parameter_name for n, x in layers.items() if isinstance(x, ParamWrapper)}
     base = {name: layer.get_base_layer() for name, layer in layers.items()}
-    for name, layer in layers.items():
-        shape = weights.shape(base[name])
-        if config.r != layer.r[adapter_name] > min(shape):
-            raise ConfigError(
-                f"{name}: r={layer.r[adapter_name]} exceeds the layer's {shape}. Use a smaller r or a rank_pattern."
-            )
     if config.freezes and frozen.reuse_factors(layers, adapter_name, config, configs):
         return ()
     copied = not config.freezes and reuse.is_copy(config, configs) and reuse.fits(config, base)

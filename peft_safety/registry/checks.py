@@ -15,21 +15,18 @@ from peft_safety.core import files
 from peft_safety.core.adapter_dir import base_key
 from peft_safety.core.names import original, walk
 from peft_safety.core.plain_lora import ADAPTER_FILE, extra_keys
-from peft_safety.errors import ArtifactError, ConfigError
+from peft_safety.errors import ArtifactError
 from peft_safety.methods.base import ProtectedConfig
 
 
 def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
-    """Check, before anything is changed, that a stored adapter fits, and that some layer can have the rank."""
+    """Check, before anything is changed, that a stored adapter fits."""
     modules = {name: original(module) for name, _, module in walk(model)}
     certificate = config._certificate
     if certificate is not None and config._snapshot is not None:
         extra = extra_keys(config._snapshot.path / ADAPTER_FILE)  # checked when the config was read
         _check_extra(model, config, config._snapshot.path, extra, certificate.modules)
     if config._stored is None:
-        widest = max((min(shape) for shape in map(_shape, modules.values()) if shape), default=config.r)
-        if config.r > widest:
-            raise ConfigError(f"r={config.r}, but no linear layer is wider than {widest}. Use a smaller r.")
         return
     for name, (m, n, rank) in config._stored.shapes.items():
         base = modules.get(name)

@@ -22,6 +22,10 @@ class _Residual:
 
     replaces: ClassVar[type]
 
+    def _get_name(self) -> str:
+        """What is printed is PEFT's name."""
+        return self.replaces.__name__
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         layer: Any = self
         for adapter in adapter_names or layer.active_adapters:

@@ -78,6 +78,8 @@ class ProtectedMixedModel(_Merges, MixedModel):  # type: ignore[misc]
 
 
 KINDS: dict[type, type] = {LoraModel: ProtectedLoraModel, MixedModel: ProtectedMixedModel}
+for _kind, _own in KINDS.items():
+    _own.__name__ = _kind.__name__  # which PEFT's get_model_status reports
 
 
 def adopt(tuner: Any, config: ProtectedConfig) -> None:

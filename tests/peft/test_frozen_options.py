@@ -5,8 +5,9 @@ name before the model is changed.
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraRuntimeConfig
+from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraRuntimeConfig, VeloraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from peft_safety import GuardSpaceConfig, SafetySubspace, assert_protected, merge_quantized, verify
@@ -78,6 +79,30 @@ def test_an_option_that_is_refused(option, train):
     options, says = REFUSED[option]
     with pytest.raises(ConfigError, match=says):
         GuardSpaceConfig(train=train, **options)
+
+
+def test_velora_is_left_out_and_changes_nothing_with_a_frozen_a():
+    config = VeloraConfig(num_groups=4)
+    with pytest.warns(UserWarning, match="so velora_config is left out"):
+        model = frozen(velora_config=config)
+    assert model.peft_config["default"].velora_config is None
+    assert not any("velora" in name for name in model.state_dict())
+    other = frozen()
+    for each in (model, other):
+        cells.train(each, cells.adamw, 5)
+    cells.assert_same_function(cells.logits(model.eval()), cells.logits(other.eval()))
+    with pytest.raises(ConfigError, match="velora_config"):
+        GuardSpaceConfig(train="window", velora_config=config)
+
+
+def test_half_precision_inputs_that_peft_does_not_cast():
+    space = subspace(cells.base_model())
+    model = get_peft_model(
+        cells.base_model().bfloat16(), config(space, train="B", a_init="random"), autocast_adapter_dtype=False
+    )
+    expected = cells.logits(model)
+    with disable_input_dtype_casting(model):
+        torch.testing.assert_close(cells.logits(model), expected)
 
 
 @pytest.mark.parametrize("train", FORMS)

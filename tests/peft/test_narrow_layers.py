@@ -43,6 +43,31 @@ def test_a_rank_above_a_layers_width_trains_saves_and_loads(tmp_path):
         assert not torch.equal(model(**batch()).logits, moe()(**batch()).logits)
 
 
+@pytest.mark.parametrize("train", ["A", "B", "window"])
+@pytest.mark.parametrize("options", [{"r": 40}, {"r": 4, "rank_pattern": {"down_proj": 70}}], ids=str)
+def test_a_rank_above_every_layers_width_trains_saves_and_loads(train, options, tmp_path):
+    space = SafetySubspace.from_activations(tiny_llama(), [batch()], method="guardspace", rank=4, **ALL)
+    own = GuardSpaceConfig(subspace=space, target_modules="all-linear", train=train, a_init="random", **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = get_peft_model(tiny_llama(), own)
+    few = [w for w in caught if "fewer directions outside the null space than r" in str(w.message)]
+    assert len(few) == (train == "B"), "one warning for all layers"
+    if train == "B":
+        a = model.get_base_model().model.layers[0].mlp.down_proj.lora_A["default"].weight
+        free = a.shape[1] - 4
+        assert bool(a[:free].any(dim=1).all()) or a.shape[0] <= free
+        assert not bool(a[free:].any())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(**batch()).loss.backward()
+    optimizer.step()
+    assert_protected(model)
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch()).logits, model(**batch()).logits)
+
+
 def test_the_published_start_of_a_layer_narrower_than_r_leaves_the_function_alone_and_trains():
     space = guard(moe())
     model = get_peft_model(

@@ -1,0 +1,125 @@
+"""docs/compatibility.md, made of the tables behind `test_cells.py`: `python -m tests.compatibility.page`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.compatibility import architectures, bases, features
+from tests.compatibility.methods import METHODS, PLAIN
+
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+HEAD = """\
+# What works with which method?
+
+Each cell is a test of the same name in `tests/compatibility/test_cells.py`, on a tiny model: calibrate, train a step,
+save, load onto a new base, and compute the same. "limit" and "no" have a note below their table; "no" is a typed error
+that comes before the model is changed. An open cell was not run. `python -m tests.compatibility.page` makes this page,
+and a test compares it.
+
+"GuardSpace B", "window" and "A" are the forms of `train`; "patch" is `OrthoSafetyPatchConfig`. `SafeLoRAConfig` is
+plain LoRA until the repair. Targets are "all-linear" unless a note says otherwise.
+"""
+SUITE = """\
+## PEFT's own tests
+
+`benchmarks/peft_suite` runs the tests of PEFT's source distribution with these configs in place of `LoraConfig`: bases
+are random, models tiny and local, nothing of PEFT is kept. Without a network and an accelerator:
+
+```bash
+pip download --no-deps --no-binary :all: peft==0.21.2
+python -m benchmarks.peft_suite peft-0.21.2/tests --arm plain --arm frozen --report
+```
+
+With PEFT 0.21.2, of 4,734 tests that plain LoRA passes, the frozen form (`train="B"`) passes 1,805, refuses 2,598 by a
+typed error, and differs by design in 313. 7 fail in another way, and 11 were not run.
+
+| kind of refusal | tests | | difference by design | tests |
+| --- | --- | --- | --- | --- |
+| DoRA | 722 | | `lora_A` takes no gradient | 126 |
+| convolutions | 378 | | `lora_A` stays fp32, rounded it would leak | 118 |
+| fused experts and other `target_parameters` | 323 | | the model holds a copy of the config | 54 |
+| embeddings | 200 | | VeLoRA is left out | 7 |
+| `lora_bias` | 183 | | sums with weights of unequal sign, of adapters with equal A | 5 |
+| BD-LoRA | 174 | | the rows of A are ours | 3 |
+| inits that rewrite W | 158 | | | |
+| `nn.MultiheadAttention` | 115 | | | |
+| pickled saving | 81 | | | |
+| KaSA | 72 | | | |
+| `bias` | 68 | | | |
+| MonteCLoRA | 58 | | | |
+| others | 66 | | | |
+
+The 7: weights that hooks cast around each layer (3), `PeftModelForQuestionAnswering` or `...TokenClassification` built
+by itself from a config without `task_type` (2), conversion to a `LoraConfig` (1), and Qwen3-MoE with "all-linear",
+whose experts get no adapter, with a warning (1).
+"""
+
+
+class Notes:
+    """Numbers for sentences, in the order in which they come."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def number(self, sentence: str) -> int:
+        if sentence not in self.sentences:
+            self.sentences.append(sentence)
+        return self.sentences.index(sentence) + 1
+
+    def lines(self) -> list[str]:
+        return [f"{index}. {sentence}" for index, sentence in enumerate(self.sentences, 1)]
+
+
+def cell(row: str, method: str, refused: Mapping[str, Any], limits: Mapping[str, Any], notes: Notes) -> str:
+    for word, table in (("no", refused), ("limit", limits)):
+        entry = table.get(row)
+        if entry is not None and method in entry[0]:
+            return f"{word} ({notes.number(entry[1])})"
+    return "works"
+
+
+def table(title: str, rows: Iterable[str], of: Callable[[str, str, Notes], str]) -> list[str]:
+    """A heading, the table of all methods, and its notes."""
+    notes = Notes()
+    lines = ["", f"## {title}", "", f"| | {' | '.join(METHODS)} |", "| --- " * (len(METHODS) + 1) + "|"]
+    lines += [f"| {row} | {' | '.join(of(row, method, notes) for method in METHODS)} |" for row in rows]
+    return [*lines, "", *notes.lines()]
+
+
+def of_option(row: str, method: str, notes: Notes) -> str:
+    if method == PLAIN and row in features.NOT_RUN:
+        return ""
+    return cell(row, method, features.REFUSED, features.LIMITS, notes)
+
+
+def of_base(row: str, method: str, notes: Notes) -> str:
+    if row in bases.RUN:
+        quantized = "bitsandbytes" in row and method != PLAIN
+        return f"limit ({notes.number(bases.QUANTIZED_LIMIT)})" if quantized else "works"
+    if method not in bases.PACKED_CELLS:
+        return ""
+    word, _ = bases.PACKED_CELLS[method]
+    sentence = {"no": bases.PACKED_REFUSED, "limit": bases.PACKED_LIMIT}.get(word)
+    return word if sentence is None else f"{word} ({notes.number(sentence)})"
+
+
+def of_architecture(row: str, method: str, notes: Notes) -> str:
+    return cell(row, method, architectures.REFUSED, architectures.LIMITS, notes)
+
+
+def page() -> str:
+    lines = table("Options of LoRA", features.FEATURES, of_option)
+    lines += table("Base weights", [*bases.RUN, *bases.PACKED], of_base)
+    lines += [
+        "",
+        f"The last {len(bases.PACKED)} are in `tests/peft/test_packed.py`, on stand-ins for what is not installed.",
+    ]
+    lines += table("Architectures", architectures.ARCHITECTURES, of_architecture)
+    return HEAD + "\n".join(lines) + "\n\n" + SUITE
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
