@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.common import RESULTS
 from benchmarks.peft_suite.arms import ARMS
 from benchmarks.peft_suite.models import build
 from benchmarks.peft_suite.report import report
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arm", action="append", choices=tuple(ARMS), help="may be repeated")
     parser.add_argument("--file", action="append", choices=FILES, help="only this file of tests; may be repeated")
     parser.add_argument("--runs", type=Path, default=Path("runs", "peft_suite"), help="folder of the results")
-    parser.add_argument("--report", action="store_true", help="show the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the counts")
+    parser.add_argument("--report", action="store_true", help="show the results, and record their counts")
     given = parser.parse_args(argv)
     folder, files = given.runs.resolve(), given.file or FILES
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tests = copy_tests(given.tests.resolve(), folder)
         broken = [f"{arm}: {file}" for arm in given.arm for file in run(tests, folder, arm, files)]
     if given.report:
-        report(folder, files)
+        report(folder, files, given.out)
     for name in broken:
         print(f"{name} did not come to its end. Run it again.", file=sys.stderr)
     return 1 if broken else 0

@@ -8,13 +8,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
+
+from benchmarks.common import RESULTS, record
 from benchmarks.peft_suite.arms import ARMS
 from benchmarks.peft_suite.plugin import finished
 from benchmarks.peft_suite.run import passing, results_file
 from peft_safety import errors
 from peft_safety.errors import PeftSafetyError
 
+NAME = "peft_suite"
 WIDTH = 80
+OTHERS = "others"
 TYPED = {name for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, PeftSafetyError)}
 """Names of this package's errors."""
 KINDS: tuple[tuple[str, str], ...] = (
@@ -94,11 +99,24 @@ def counted(folder: Path, arm: str, files: Iterable[str]) -> Counter[tuple[str, 
     return result
 
 
-def report(folder: Path, files: Sequence[str]) -> None:
-    """Print the table of every arm that has run."""
+def report(folder: Path, files: Sequence[str], out: Path = RESULTS) -> None:
+    """Print the table of every arm that has run, and write the counts to `out/peft_suite.jsonl`."""
+    rows = []
     for arm in ARMS:
         if arm != "plain" and (folder / "results" / arm).is_dir():
-            print("\n".join(table(arm, counted(folder, arm, files))))
+            counts = counted(folder, arm, files)
+            print("\n".join(table(arm, counts)))
+            rows += [{"arm": arm, "outcome": o, "kind": k, "tests": n} for (o, k), n in summed(counts).items()]
+    record(NAME, rows, {"peft": peft.__version__}, out)
+
+
+def summed(counts: Counter[tuple[str, str]]) -> Counter[tuple[str, str]]:
+    """The counts with what has no name of its own put together, the largest first."""
+    named = {name for name, *_ in (*KINDS, *DIFFERENCES)}
+    result: Counter[tuple[str, str]] = Counter()
+    for (outcome, kind), number in counts.items():
+        result[outcome, kind if not kind or kind in named else OTHERS] += number
+    return Counter(dict(result.most_common()))
 
 
 def table(arm: str, counts: Counter[tuple[str, str]]) -> list[str]:

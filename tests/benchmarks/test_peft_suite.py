@@ -100,6 +100,17 @@ def test_the_table_fits_a_terminal():
     assert max(map(len, lines)) <= report.WIDTH
 
 
+def test_what_has_no_name_is_counted_together():
+    counts = Counter(
+        {("refused", "DoRA"): 2, ("refused", "ArtifactError: a"): 3, ("refused", "b"): 1, ("passed", ""): 9}
+    )
+    assert list(report.summed(counts).items()) == [
+        (("passed", ""), 9),
+        (("refused", report.OTHERS), 4),
+        (("refused", "DoRA"), 2),
+    ]
+
+
 TESTS = """import pytest, torch
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import RESULTS
+from benchmarks.peft_suite.report import NAME, OTHERS
 from tests.compatibility import architectures, bases, features
 from tests.compatibility.methods import METHODS, PLAIN
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+ARMS = {"frozen": 'GuardSpace, `train="B"`', "salora": "SaLoRA"}
+OUTCOMES = ("passed", "refused", "by design", "undeclared", "missing")
+SMALL = 10
+"""Kinds with fewer tests are put together."""
 HEAD = """\
 # What works with which method?
 
@@ -29,31 +37,14 @@ are random, models tiny and local, nothing of PEFT is kept. Without a network an
 
 ```bash
 pip download --no-deps --no-binary :all: peft==0.21.2
-python -m benchmarks.peft_suite peft-0.21.2/tests --arm plain --arm frozen --report
+python -m benchmarks.peft_suite peft-0.21.2/tests --arm plain --arm frozen --arm salora --report
 ```
+"""
 
-With PEFT 0.21.2, of 4,734 tests that plain LoRA passes, the frozen form (`train="B"`) passes 1,805, refuses 2,598 by a
-typed error, and differs by design in 313. 7 fail in another way, and 11 were not run.
-
-| kind of refusal | tests | | difference by design | tests |
-| --- | --- | --- | --- | --- |
-| DoRA | 722 | | `lora_A` takes no gradient | 126 |
-| convolutions | 378 | | `lora_A` stays fp32, rounded it would leak | 118 |
-| fused experts and other `target_parameters` | 323 | | the model holds a copy of the config | 54 |
-| embeddings | 200 | | VeLoRA is left out | 7 |
-| `lora_bias` | 183 | | sums with weights of unequal sign, of adapters with equal A | 5 |
-| BD-LoRA | 174 | | the rows of A are ours | 3 |
-| inits that rewrite W | 158 | | | |
-| `nn.MultiheadAttention` | 115 | | | |
-| pickled saving | 81 | | | |
-| KaSA | 72 | | | |
-| `bias` | 68 | | | |
-| MonteCLoRA | 58 | | | |
-| others | 66 | | | |
-
-The 7: weights that hooks cast around each layer (3), `PeftModelForQuestionAnswering` or `...TokenClassification` built
-by itself from a config without `task_type` (2), conversion to a `LoraConfig` (1), and Qwen3-MoE with "all-linear",
-whose experts get no adapter, with a warning (1).
+UNDECLARED = """
+The undeclared ones of the frozen form: weights that hooks cast around each layer (3), `PeftModelForQuestionAnswering`
+or `...TokenClassification` built by itself from a config without `task_type` (2), conversion to a `LoraConfig` (1),
+and Qwen3-MoE with "all-linear", whose experts get no adapter, with a warning (1).
 """
 
 
@@ -117,7 +108,36 @@ def page() -> str:
         f"The last {len(bases.PACKED)} are in `tests/peft/test_packed.py`, on stand-ins for what is not installed.",
     ]
     lines += table("Architectures", architectures.ARCHITECTURES, of_architecture)
-    return HEAD + "\n".join(lines) + "\n\n" + SUITE
+    return HEAD + "\n".join(lines) + "\n\n" + SUITE + "\n" + "\n".join(suite()) + "\n"
+
+
+def suite(path: Path = RESULTS / f"{NAME}.jsonl") -> list[str]:
+    """What became of PEFT's tests, by arm; then the kinds of refusals and of differences by design."""
+    environment, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    counts = {
+        (outcome, arm): sum(row["tests"] for row in rows if (row["arm"], row["outcome"]) == (arm, outcome))
+        for outcome in OUTCOMES
+        for arm in ARMS
+    }
+    number = sum(counts[outcome, "frozen"] for outcome in OUTCOMES)
+    lines = [
+        f"With PEFT {environment['environment']['peft']}, of {number:,} tests that plain LoRA passes "
+        '("refused" is a typed error, "undeclared" anything else, "missing" was not run):',
+        "",
+        f"| | {' | '.join(ARMS.values())} |",
+        "| --- " + "| ---: " * len(ARMS) + "|",
+    ]
+    lines += [f"| {outcome} | {' | '.join(f'{counts[outcome, arm]:,}' for arm in ARMS)} |" for outcome in OUTCOMES]
+    for outcome, title in (("refused", "refused, by kind"), ("by design", "by design, by kind")):
+        kinds: dict[str, Counter[str]] = {}
+        for row in rows:
+            if row["outcome"] == outcome:
+                few = row["tests"] < SMALL and outcome == "refused"
+                kinds.setdefault(OTHERS if few else row["kind"], Counter())[row["arm"]] += row["tests"]
+        order = sorted(kinds, key=lambda kind: (kind == OTHERS, -kinds[kind]["frozen"], kind))
+        lines += ["", f"| {title} | {' | '.join(ARMS.values())} |", "| --- " + "| ---: " * len(ARMS) + "|"]
+        lines += [f"| {kind} | {' | '.join(str(kinds[kind][arm]) for arm in ARMS)} |" for kind in order]
+    return [*lines, "", UNDECLARED.strip()]
 
 
 if __name__ == "__main__":
