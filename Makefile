@@ -130,9 +130,9 @@ integrations: $(STAMP)
 nightly: $(STAMP) model $(DEEPSPEED) $(LLAMA_CPP) $(INSPECT) $(ENCODER)
 	$(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) $(PYTEST_ARGS)
 	$(OLDEST_ISA) $(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) -m "not gpu" $(PYTEST_ARGS)
-	PYTHONPATH=$(DEEPSPEED) DS_ACCELERATOR=cpu $(OFFLINE) $(BIN)/python -m pytest tests/distributed -k zero $(PYTEST_ARGS)
-	PYTHONPATH=$(INSPECT) $(OFFLINE) $(BIN)/python -m pytest tests/interop/test_inspect_ai.py $(PYTEST_ARGS)
-	PYTHONPATH=$(ENCODER) $(OFFLINE) $(BIN)/python -m pytest tests/unit/test_judges_embedding.py $(PYTEST_ARGS)
+	PYTHONPATH=$(CURDIR)/$(DEEPSPEED) DS_ACCELERATOR=cpu $(OFFLINE) $(BIN)/python -m pytest tests/distributed -k zero $(PYTEST_ARGS)
+	PYTHONPATH=$(CURDIR)/$(INSPECT) $(OFFLINE) $(BIN)/python -m pytest tests/interop/test_inspect_ai.py $(PYTEST_ARGS)
+	PYTHONPATH=$(CURDIR)/$(ENCODER) $(OFFLINE) $(BIN)/python -m pytest tests/unit/test_judges_embedding.py $(PYTEST_ARGS)
 	$(MAKE) integrations frontier-smoke attacks-smoke topic-smoke
 
 lint: $(STAMP)
