@@ -42,7 +42,5 @@ class State:
 
     def _write(self) -> None:
         if self.writes:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps(self.steps, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self.path)
+            with files.replacing(self.path) as staged:
+                staged.write_text(json.dumps(self.steps, indent=1) + "\n", encoding="utf-8")
