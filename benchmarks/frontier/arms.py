@@ -18,8 +18,9 @@ from benchmarks.frontier.bench import Bench, Facts, timed
 from benchmarks.frontier.cells import Cell, needs
 from benchmarks.frontier.screened import training_rows
 from peft_safety import SafetyAnchorCallback, repair_adapter
+from peft_safety.calibration.batches import to_batches
 from peft_safety.calibration.coverage import task_inputs
-from peft_safety.calibration.moments import collect, to_batches
+from peft_safety.calibration.moments import collect
 from peft_safety.core.targets import target_layers
 from peft_safety.data import load
 from peft_safety.data.contexts import in_context

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from peft_safety.audit.metrics import Update
 from peft_safety.calibration.activations import adapters_off, tokenizer_of
-from peft_safety.calibration.moments import Batch, Positions, exact_matmul, is_tokenized, run, selected, to_batches
+from peft_safety.calibration.batches import Batch, Counted, Positions, is_tokenized, to_batches
+from peft_safety.calibration.moments import exact_matmul, run, selected
 from peft_safety.data import load, refusal_pairs
 from peft_safety.data.rows import Rows, as_rows
 from peft_safety.errors import CalibrationError, ConfigError
@@ -85,14 +86,14 @@ def interference(
     probes = {name: (update.right * update.values).float() for name, update in updates.items()}
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(layers, 0)
-    masks: tuple[Tensor, ...] = ()
+    which = Counted(())
 
-    def expect(*following: Tensor) -> None:
-        nonlocal masks
-        masks = following
+    def expect(following: Counted) -> None:
+        nonlocal which
+        which = following
 
     def record(name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        x, y = selected(name, args[0], *masks), selected(name, output, *masks)
+        x, y = selected(name, args[0], which), selected(name, output, which)
         bias = getattr(layer, "bias", None)
         if isinstance(bias, Tensor):
             y = y - bias.float()

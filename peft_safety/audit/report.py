@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from peft_safety.audit.functional import KINDS, Calibration, Interference, calibration_sets, interference
 from peft_safety.audit.metrics import SideOverlap, Update, compare, decompose, weight_span
-from peft_safety.calibration.moments import Positions, exact_matmul
+from peft_safety.calibration.batches import Positions
+from peft_safety.calibration.moments import exact_matmul
 from peft_safety.core import base_weights as weights
 from peft_safety.core.environment import environment
 from peft_safety.core.names import public_name

@@ -11,18 +11,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_safety.calibration.bases import contrastive_basis, input_basis, output_basis
-from peft_safety.calibration.budget import Need, bytes_of, groups, need
-from peft_safety.calibration.leaving_out import record
-from peft_safety.calibration.moments import (
+from peft_safety.calibration.batches import (
     Batch,
-    InputMoments,
     Positions,
     attended,
-    collect,
-    inputs_of,
+    data_of,
+    is_text,
     is_tokenized,
+    lacks_responses,
     to_batches,
+    unit_of,
 )
+from peft_safety.calibration.budget import Need, bytes_of, groups, need
+from peft_safety.calibration.leaving_out import record
+from peft_safety.calibration.moments import InputMoments, collect, inputs_of
 from peft_safety.calibration.sizes import DEFAULT_RANK, GUARDSPACE_SIZE, Size, plan
 from peft_safety.calibration.token_rows import TokenRows
 from peft_safety.core import base_weights as weights
@@ -81,8 +83,9 @@ def prepare(
     """Check what is to be calibrated, and tokenize the data. No model runs.
 
     Args:
-        data: rows `{prompt, response}`, `{messages}`, `{text, label}` or `{prompt}`, or tokenized batches with
-            `labels` (-100: no response); see `peft_safety.data.rows.as_rows`.
+        data: rows `{prompt, response}`, `{messages}`, `{text, label}` or `{prompt}`, see
+            `peft_safety.data.rows.as_rows`; or batches as the model's forward takes them: tokens with `labels` (-100:
+            no response), pixels, sounds, any of its keywords.
         tokenizer: with a chat template; for rows only.
         method: "salora" (out, response tokens), "ortho_patch" or "guardspace" (in, all tokens); sets `sides` and
             `positions` where they are not given.
@@ -90,7 +93,8 @@ def prepare(
             (default of "guardspace": 0.25).
         energy: as many directions as hold this share of `||W X||^2` or `||X||^2`, in (0, 1]; at most `rank` if given.
         per_kind: other values of `rank`, or of `energy`, for modules whose name ends so: `{"down_proj": 0.1}`.
-        positions: "response", "prompt" or "all" tokens.
+        positions: "response", "prompt" or "all" tokens; of images and sounds all patches and frames. A default of
+            "response" is "all", with a warning, for data with classes, or for a model that writes no text.
         against: data that must stay in reach; the basis is then contrastive (see `contrastive_basis`).
         target_modules, exclude_modules: as in `LoraConfig`; or `layers`: base layers by name.
 
@@ -116,6 +120,12 @@ def prepare(
         to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
         for rows in ([data] if against is None else [data, against])
     ]
+    if positions is None and where == "response" and all(lacks_responses(model, rows) for rows, _ in sources):
+        where = "all"
+        warnings.warn(
+            f"method={method!r} counts the tokens of responses, which these data do not have: all positions count.",
+            stacklevel=4,
+        )
     facts = size_facts(rank, energy, per_kind)
     return Job(method, chosen, where, layers, unfit, sizes, wanted, sources, facts)
 
@@ -163,7 +173,7 @@ def estimate(
     bases: dict[str, dict[Side, Tensor]] = {}
     spectra: dict[str, dict[Side, Tensor]] = {}
     covered: dict[str, float] = {}
-    tokens = 0
+    counts: dict[str, int] = {}
     with adapters_off(model):
         leaders = inputs_of(model, layers, batches, where)
         needs = input_needs(job, leaders)
@@ -173,9 +183,10 @@ def estimate(
             what = "calibrating" if len(parts) == 1 else f"calibrating, layers {number}/{len(parts)}"
             reading: dict[str, Any] = {"positions": where, "as_rows": as_rows, "progress": progress, "what": what}
             moments, *others = (collect(model, part, rows, **reading) for rows, _ in job.sources)
-            tokens, contrast = moments.tokens, next(iter(others), None)
-            if tokens < (needed := max((k for k in job.wanted.values() if k is not None), default=1)):
-                what = f"{tokens} {'labeled ' * (where == 'response')}tokens cannot span rank={needed} directions"
+            contrast, counts = next(iter(others), None), _counts(moments, batches)
+            if sum(counts.values()) < (needed := max((k for k in job.wanted.values() if k is not None), default=1)):
+                given = " and ".join(f"{n} {'labeled ' * (where == 'response')}{unit}" for unit, n in counts.items())
+                what = f"{given} cannot span rank={needed} directions"
                 raise CalibrationError(f"{what}. Give more data, or a smaller rank.")
             seen = {name: layer for name, layer in part.items() if all(m.reaches(name) for m in (moments, *others))}
             for name, side, basis, spectrum in _bases(seen, moments, contrast, job.sizes, seed):
@@ -197,8 +208,8 @@ def estimate(
         "seed": seed,
         "model": model_name(model),
         "data": digest,
-        "samples": sum(int(batch["input_ids"].shape[0]) for batch in batches),
-        "tokens": tokens,
+        "samples": sum(len(data_of(batch)) for batch in batches),
+        **counts,
         **job.size_facts,
         **record([name for name in layers if name not in reached], job.narrow),
     }
@@ -209,6 +220,15 @@ def estimate(
     subspace = SafetySubspace(bases, spectra, provenance=provenance).rounded(dtype)
     subspace.bind(reached)
     return subspace
+
+
+def _counts(moments: InputMoments, batches: Sequence[Batch]) -> dict[str, int]:
+    """How many positions counted, by what they are: tokens, patches, frames."""
+    result = {"tokens": moments.tokens} if moments.tokens or not moments.others else {}
+    if moments.others:
+        units = {unit_of(batch) for batch in batches if not is_text(batch)}
+        result[units.pop() if len(units) == 1 else "vectors"] = moments.others
+    return result
 
 
 def input_needs(job: Job, leaders: Mapping[str, str]) -> dict[str, Need]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from peft_safety.calibration.activations import Job, adapters_off, input_needs, prepare
 from peft_safety.calibration.bases import DENSE_LIMIT
+from peft_safety.calibration.batches import size_of
 from peft_safety.calibration.budget import bytes_of, groups, together
 from peft_safety.calibration.moments import collect, inputs_of
 from peft_safety.core import base_weights as weights
@@ -30,8 +31,8 @@ PROBE = 512
 @dataclass(frozen=True)
 class CalibrationCost:
     """What a calibration will take: distinct `inputs` of the `modules` that get a basis, `tokens` of all `passes` with
-    padding, at most `file_bytes`, `memory_bytes` beside the model, and times extrapolated from one batch and one
-    product.
+    padding (samples, of data without tokens), at most `file_bytes`, `memory_bytes` beside the model, and times
+    extrapolated from one batch and one product.
     """
 
     modules: int
@@ -62,7 +63,7 @@ def cost(
         parts = groups(job.layers, leaders, needs, budget)
         per_token = _seconds_per_token(model, job, parts[0])
     held = [{leader: needs[leader] for name in part if (leader := leaders.get(name, name))} for part in parts]
-    tokens = len(parts) * sum(batch["input_ids"].numel() for rows, _ in job.sources for batch in rows)
+    tokens = len(parts) * sum(size_of(batch) for rows, _ in job.sources for batch in rows)
     stored, operations, made = 4 * weights.SAMPLES * len(job.layers), 0, set()
     for name, sides in job.sizes.items():
         shape = weights.shape(job.layers[name])
@@ -91,12 +92,12 @@ def cost(
 def _seconds_per_token(model: nn.Module, job: Job, layers: Mapping[str, nn.Module]) -> float:
     """Of the middle batch by length, the second moments of a group of layers included."""
     batches = [batch for rows, _ in job.sources for batch in rows]
-    middle = sorted(batches, key=lambda batch: batch["input_ids"].numel())[len(batches) // 2]
+    middle = sorted(batches, key=size_of)[len(batches) // 2]
     started = time.perf_counter()
     moments = collect(model, layers, [middle], positions=job.positions, progress=False, what="one batch")
     for name in filter(moments.reaches, layers):
         moments.moment(name)  # waits for the device
-    return (time.perf_counter() - started) / middle["input_ids"].numel()
+    return (time.perf_counter() - started) / size_of(middle)
 
 
 def _operations(shape: tuple[int, int], side: Side, k: int, contrastive: bool) -> int:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_safety.calibration.bases import check_moment
+from peft_safety.calibration.batches import data_of, to_batches
 from peft_safety.calibration.grouped import GroupedMoments
-from peft_safety.calibration.moments import to_batches
 from peft_safety.calibration.token_rows import TokenRows
 from peft_safety.core.projection import project_out
 from peft_safety.core.subspace import SafetySubspace
@@ -95,7 +95,7 @@ def task_inputs(
     batches, digest = to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
     if digest == subspace.provenance.get("data"):
         raise CalibrationError(
-            f"the task data are the {sum(len(batch['input_ids']) for batch in batches)} rows that the subspace was "
+            f"the task data are the {sum(len(data_of(batch)) for batch in batches)} rows that the subspace was "
             "calibrated on, which the update must not see. Give rows of the task."
         )
     if not layers:

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_safety.calibration.activations import adapters_off
+from peft_safety.calibration.batches import Batch, attended
 from peft_safety.calibration.budget import bytes_of, groups, need, together
-from peft_safety.calibration.moments import Batch, InputMoments, attended, collect, inputs_of
+from peft_safety.calibration.moments import InputMoments, collect, inputs_of
 from peft_safety.calibration.token_rows import TokenRows
 
 
@@ -40,8 +41,9 @@ class GroupedMoments:
         self._index, self._current = 0, self._read(0)
 
     @property
-    def tokens(self) -> int:
-        return self._current.tokens
+    def positions(self) -> int:
+        """Tokens that counted, or patches or frames."""
+        return self._current.tokens + self._current.others
 
     def _read(self, index: int) -> InputMoments:
         with adapters_off(self._model):

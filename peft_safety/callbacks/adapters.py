@@ -71,9 +71,6 @@ class TaskDirectionsCallback(TrainerCallback):  # type: ignore[misc]
         loader = kwargs["train_dataloader"]
         rows = list(islice(loader.dataset, self.rows))
         batches = [loader.collate_fn(rows[i : i + self.batch_size]) for i in range(0, len(rows), self.batch_size)]
-        if not all("input_ids" in batch for batch in batches):
-            raise ConfigError("TaskDirectionsCallback: the data have no input_ids. Give the config task_data.")
-        batches = [{"labels": batch["input_ids"], **batch} for batch in batches]  # all tokens count
         set_task_directions(kwargs["model"], batches, self.adapter_name)
 
 

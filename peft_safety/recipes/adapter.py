@@ -9,8 +9,8 @@ from typing import Any
 from peft import LoraConfig, TaskType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_safety.calibration.batches import to_batches
 from peft_safety.calibration.estimators import SafetySubspace
-from peft_safety.calibration.moments import to_batches
 from peft_safety.data import calibration_rows
 from peft_safety.errors import ConfigError
 from peft_safety.methods.guardspace import GuardSpaceConfig

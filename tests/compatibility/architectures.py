@@ -20,6 +20,7 @@ HEADS = {**GROUPED, "head_dim": 8}
 EXPERTS = {**HEADS, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
 OLD = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 ENCODER = {**TEXT, "max_position_embeddings": 64}
+REGRESSION = {"num_labels": 1, "problem_type": "regression"}
 VISION = {k: TEXT[k] for k in TEXT if k not in ("vocab_size", "pad_token_id")} | {"image_size": 32, "patch_size": 16}
 TWO_SIDED = {
     "vocab_size": 99,
@@ -32,6 +33,16 @@ TWO_SIDED = {
     "decoder_ffn_dim": 48,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
+}
+WAV2VEC2 = {
+    **{k: TEXT[k] for k in TEXT if k != "pad_token_id"},
+    "conv_dim": (16, 16),
+    "conv_kernel": (8, 4),
+    "conv_stride": (4, 2),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "mask_time_prob": 0.0,
 }
 T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 LATENT = {
@@ -56,6 +67,12 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "BERT, tokens": ("BertForTokenClassification", "BertConfig", ENCODER),
     "BART": ("BartForConditionalGeneration", "BartConfig", TWO_SIDED),
     "BLOOM": ("BloomForCausalLM", "BloomConfig", {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "BERT, regression": ("BertForSequenceClassification", "BertConfig", {**ENCODER, **REGRESSION}),
+    "CLIP": (
+        "CLIPModel",
+        "CLIPConfig",
+        {"text_config": {**ENCODER, "eos_token_id": 2}, "vision_config": VISION, "projection_dim": 16},
+    ),
     "CLIP text": ("CLIPTextModelWithProjection", "CLIPTextConfig", ENCODER),
     "Cohere": ("CohereForCausalLM", "CohereConfig", GROUPED),
     "DeBERTa-v2, classifier": ("DebertaV2ForSequenceClassification", "DebertaV2Config", ENCODER),
@@ -125,6 +142,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Starcoder 2": ("Starcoder2ForCausalLM", "Starcoder2Config", GROUPED),
     "T5": ("T5ForConditionalGeneration", "T5Config", T5),
     "ViT, classifier": ("ViTForImageClassification", "ViTConfig", {**VISION, "num_labels": 3}),
+    "Wav2Vec2, CTC": ("Wav2Vec2ForCTC", "Wav2Vec2Config", WAV2VEC2),
     "Whisper": ("WhisperForConditionalGeneration", "WhisperConfig", {**TWO_SIDED, "num_mel_bins": 8}),
 }
 """Class, config class and sizes, by the name in docs/compatibility.md."""
@@ -158,7 +176,7 @@ def model_of(name: str) -> Any:
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     if name == "Whisper":
         sizes = {**sizes, "max_source_positions": 20, "max_target_positions": 64}
-    if name in ("LLaVA", "ViT, classifier"):
+    if name in ("LLaVA", "ViT, classifier", "CLIP"):
         special = {}
     config = getattr(transformers, config_name)(**{**special, **sizes})
     with torch.random.fork_rng(devices=[]):
@@ -170,7 +188,7 @@ def model_of(name: str) -> Any:
     return model
 
 
-def batch_of(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
+def batch_of(name: str, seed: int = 0) -> dict[str, Any]:
     """Three rows with labels."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 90, (3, TOKENS), generator=generator)
@@ -178,11 +196,17 @@ def batch_of(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     kind = ARCHITECTURES.get(name, ("",))[0]
     if "SequenceClassification" in kind:
-        batch["labels"] = torch.tensor([0, 1, 1])
+        batch["labels"] = torch.tensor([0.5, -1.0, 2.0]) if "regression" in name else torch.tensor([0, 1, 1])
     elif "TokenClassification" in kind:
         batch["labels"] = ids % 2
     elif name == "CLIP text":
         del batch["labels"]
+    elif name == "CLIP":
+        ids[:, -1] = 2
+        pixels = torch.randn(3, 3, 32, 32, generator=generator)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, "return_loss": True}
+    elif name == "Wav2Vec2, CTC":
+        batch = {"input_values": torch.randn(3, 400, generator=generator), "labels": ids[:, :6]}
     elif name == "LLaVA":
         ids[:, 1:5] = 98
         batch["pixel_values"] = torch.randn(3, 3, 32, 32, generator=generator)
@@ -201,11 +225,9 @@ TARGETS: dict[str, Any] = {
     "Llama 4, text": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
 """Where it is not "all-linear"."""
+SAVING: dict[str, Any] = {"Wav2Vec2, CTC": {"save_embedding_layers": False}}
+"""Options of `save_pretrained`."""
 EVERY = ("GuardSpace B", "GuardSpace window", "GuardSpace A", "SaLoRA", "patch")
-NO_TOKENS = (
-    EVERY,
-    "Calibration counts positions of tokens, which such batches lack; `SafetySubspace.from_weights` needs none.",
-)
 LIMITS: dict[str, tuple[tuple[str, ...], str]] = {
     "DeepSeek-V3": (
         EVERY,
@@ -215,25 +237,9 @@ LIMITS: dict[str, tuple[tuple[str, ...], str]] = {
         ("LoRA", *EVERY),
         'PEFT refuses `out_proj`, and so "all-linear"; targeted here: `in_proj`, `x_proj`.',
     ),
+    "Wav2Vec2, CTC": (("LoRA", *EVERY), "PEFT saves it only with `save_embedding_layers=False`."),
     "Llama 4, text": (("LoRA", *EVERY), 'PEFT\'s "all-linear" breaks the router; targeted here: attention.'),
-    "ViT, classifier": NO_TOKENS,
-    "Whisper": NO_TOKENS,
 }
 """Which methods take an architecture with a limit, and what it is."""
-UNLABELED = (
-    ("SaLoRA",),
-    "Its basis comes from the tokens of responses, which no row here has; give one that was calibrated on some.",
-    "0 labeled tokens",
-)
-REFUSED: dict[str, tuple[tuple[str, ...], str, str]] = dict.fromkeys(
-    (
-        "BERT, classifier",
-        "CLIP text",
-        "DeBERTa-v2, classifier",
-        "DistilBERT, classifier",
-        "Llama, classifier",
-        "RoBERTa, classifier",
-    ),
-    UNLABELED,
-)
+REFUSED: dict[str, tuple[tuple[str, ...], str, str]] = {}
 """Which methods refuse one, why, and what the error says."""

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_safety import (
     GuardSpaceConfig,
     OrthoSafetyPatchConfig,
-    SafetySubspace,
     SaLoRAConfig,
     assert_protected,
     calibrate,
 )
-from peft_safety.errors import CalibrationError
-from tests.compatibility.architectures import TARGETS, batch_of, model_of
+from tests.compatibility.architectures import SAVING, TARGETS, batch_of, model_of
 
 SIZE = {"r": 2, "lora_alpha": 4}
 PLAIN = "LoRA"
@@ -34,38 +31,36 @@ METHODS: dict[str, Callable[..., Any]] = {
 
 
 def first(output: Any) -> torch.Tensor:
-    return next(output[name] for name in ("logits", "text_embeds") if name in output)
+    return next(output[name] for name in ("logits", "logits_per_image", "text_embeds") if name in output)
 
 
-def outputs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def outputs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """What the model computes."""
     with torch.no_grad():
         return first(model(**batch)).float()
 
 
-def subspace_of(base: Any, config: Any, batch: dict[str, torch.Tensor]) -> SafetySubspace:
-    """Calibrated on a batch; one that has no tokens says nothing of positions, and the weights give a subspace."""
-    if "input_ids" in batch:
-        return calibrate(base, config, [batch], progress=False)
-    with pytest.raises(CalibrationError, match="no input_ids"):
-        calibrate(base, config, [batch], progress=False)
-    sides = tuple("in" if side == "window" else side for side in config.basis_sides)
-    targets = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
-    return SafetySubspace.from_weights(base, rank=4, sides=sides, progress=False, **targets)
-
-
 def life(name: str, method: str, folder: Any, **options: Any) -> None:
     """`life_of` one of the architectures."""
     given = {"target_modules": TARGETS.get(name, "all-linear"), **options}
-    life_of(lambda: model_of(name), lambda seed: batch_of(name, seed), method, folder, **given)
+    saving = SAVING.get(name, {})
+    life_of(lambda: model_of(name), lambda seed: batch_of(name, seed), method, folder, saving=saving, **given)
 
 
-def life_of(make: Callable[[], Any], rows: Callable[[int], Any], method: str, folder: Any, **options: Any) -> None:
+def life_of(
+    make: Callable[[], Any],
+    rows: Callable[[int], Any],
+    method: str,
+    folder: Any,
+    *,
+    saving: Any = None,
+    **options: Any,
+) -> None:
     """Calibrate on a batch, train one step, save, load onto a new base: the same function, and not the base's."""
     config = METHODS[method](**{**SIZE, **options})
     base, batch, other = make(), rows(0), rows(1)
     if method != PLAIN:
-        config.subspace = subspace_of(base, config, batch)
+        config.subspace = calibrate(base, config, [batch], progress=False)
     before = outputs(base, other)
     torch.manual_seed(0)
     model = get_peft_model(base, config)
@@ -76,7 +71,7 @@ def life_of(make: Callable[[], Any], rows: Callable[[int], Any], method: str, fo
     optimizer.step()
     got = outputs(model.eval(), other)
     assert not torch.equal(got, before), "it has learned something"
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), **(saving or {}))
     loaded = PeftModel.from_pretrained(make(), str(folder)).eval()
     if method != PLAIN:
         assert_protected(loaded)

@@ -4,6 +4,7 @@ import torch
 from peft import get_peft_model
 
 from peft_safety import GuardSpaceConfig, SafetySubspace
+from peft_safety.calibration.batches import Counted
 from peft_safety.calibration.moments import selected
 from peft_safety.core.targets import base_layers
 from tests.peft import cells
@@ -16,7 +17,7 @@ TASK = [{"prompt": f"Is {word} one word?", "response": "Yes."} for word in WORDS
 
 
 def batches(rows=HARMFUL):
-    from peft_safety.calibration.moments import to_batches
+    from peft_safety.calibration.batches import to_batches
 
     return to_batches(rows, tiny_tokenizer(), batch_size=4, max_length=64)[0]
 
@@ -55,7 +56,7 @@ def calibrated_inputs(model, kind="linear"):
     found, mask = {}, None
     hooks = [
         layer.register_forward_pre_hook(
-            lambda _, args, name=name: found.setdefault(name, []).append(selected(name, args[0], mask))
+            lambda _, args, name=name: found.setdefault(name, []).append(selected(name, args[0], Counted((mask,))))
         )
         for name, layer in layers.items()
     ]

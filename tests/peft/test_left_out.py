@@ -25,6 +25,7 @@ from peft_safety import (
     assert_protected,
     verify,
 )
+from peft_safety.calibration.batches import Counted
 from peft_safety.calibration.moments import InputMoments, positions_of
 from peft_safety.errors import CalibrationError, SubspaceError
 from tests.peft.left_out_cells import ALL, TOWER, adapted, batch, guard, ours, with_tower
@@ -179,12 +180,12 @@ MASK = torch.tensor([[True, True, False], [False, False, False]])
     ],
 )
 def test_positions_by_the_shape_of_the_input(lead, counted):
-    assert int(positions_of(lead, MASK).sum()) == counted
+    assert int(positions_of(lead, Counted((MASK,))).sum()) == counted
     model = nn.Module()
     model.fc = nn.Linear(4, 4, bias=False)
     moments = InputMoments({"fc": model.fc})
     with moments.watching():
-        moments.expect(MASK)
+        moments.expect(Counted((MASK,)))
         model.fc(input=torch.ones(*lead, 4))
     assert moments.moment("fc")[0, 0] == counted
 

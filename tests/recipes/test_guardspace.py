@@ -7,8 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 from peft_safety import GuardSpaceConfig, SafetySubspace
+from peft_safety.calibration.batches import content_digest, to_batches
 from peft_safety.calibration.coverage import coverage, task_inputs, warn_if_stalled
-from peft_safety.calibration.moments import content_digest, to_batches
 from peft_safety.cli import app
 from peft_safety.core.projection import principal_cosines
 from peft_safety.core.targets import target_layers

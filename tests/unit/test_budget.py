@@ -10,6 +10,7 @@ from torch import nn
 
 from peft_safety.calibration import bases, budget, grouped, moments
 from peft_safety.calibration.bases import Size, input_basis
+from peft_safety.calibration.batches import Counted
 from peft_safety.calibration.coverage import task_inputs
 from peft_safety.calibration.moments import InputMoments, collect
 from peft_safety.calibration.token_rows import TokenRows
@@ -164,7 +165,7 @@ def test_more_rows_than_features_become_a_moment():
     x = torch.randn(3, 4, 8)
     with seen.watching():
         for part in x:
-            seen.expect(torch.ones(1, 4, dtype=torch.bool))
+            seen.expect(Counted((torch.ones(1, 4, dtype=torch.bool),)))
             layer(part[None])
     assert isinstance(seen.operator("layer"), torch.Tensor)
     rows = x.reshape(-1, 8).double()

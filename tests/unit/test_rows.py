@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from peft_safety import GuardSpaceConfig, SafetySubspace, SaLoRAConfig
-from peft_safety.calibration.moments import to_batches
+from peft_safety.calibration.batches import to_batches
 from peft_safety.data import read_jsonl
 from peft_safety.data.chat import encode_rows, is_prompt_only, row_turns
 from peft_safety.data.rows import STREAM_ROWS, as_rows, label_names

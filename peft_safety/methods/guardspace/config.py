@@ -21,9 +21,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from peft_safety.calibration.activations import adapters_off, estimate, tokenizer_for
+from peft_safety.calibration.batches import Positions, to_batches
 from peft_safety.calibration.coverage import task_inputs, warn_if_stalled
 from peft_safety.calibration.grouped import GroupedMoments
-from peft_safety.calibration.moments import Positions, collect, to_batches
+from peft_safety.calibration.moments import collect
 from peft_safety.calibration.sizes import DEFAULT_RANK
 from peft_safety.core import base_weights as weights
 from peft_safety.core.certificate import Certificate

@@ -65,8 +65,8 @@ def frozen_factors(
     random ones only with `share_random`. A module that the task does not reach gets random rows, as all do without
     moments.
     """
-    if moments is not None and moments.tokens < max(ranks.values()):
-        few = f"task_data: {moments.tokens} tokens cannot give {max(ranks.values())} directions"
+    if moments is not None and moments.positions < max(ranks.values()):
+        few = f"task_data: {moments.positions} tokens, patches or frames cannot give {max(ranks.values())} directions"
         raise CalibrationError(f"{few}. Give more rows, or use a_init='random'.")
     shapes = {name: subspace.bases[name]["in"].shape for name in ranks}
     narrow = [name for name, (n, k) in shapes.items() if ranks[name] > n - k]
