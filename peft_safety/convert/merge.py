@@ -173,7 +173,7 @@ def _active(layer: LoraLayer) -> list[str]:
 def _part(model: PeftModel, base: nn.Module, name: str) -> _Part:
     layer: LoraLayer = base.get_submodule(name)  # type: ignore[assignment]
     active, inner = _active(layer), layer.get_base_layer()
-    delta = torch.zeros(weights.shape(inner), device=inner.weight.device)
+    delta = torch.zeros(weights.shape(inner), device=next(inner.parameters()).device)
     for adapter in active:
         update = layer.get_delta_weight(adapter).to(delta)
         delta += update.T if getattr(layer, "fan_in_fan_out", False) else update

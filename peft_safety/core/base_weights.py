@@ -31,8 +31,10 @@ _BITSANDBYTES = {"Linear4bit": "4bit", "LinearNF4": "4bit", "LinearFP4": "4bit",
 
 
 def quantization(layer: nn.Module) -> str | None:
-    """`"4bit"`, `"8bit"` (bitsandbytes), `"fp8"` (transformers), `"packed"` (a weight that cannot be read) or None."""
-    kind = "fp8" if scales.is_fp8(layer) else _BITSANDBYTES.get(type(layer).__name__)
+    """`"4bit"`, `"8bit"` (bitsandbytes), `"fp8"` (transformers), one of `scales.LIBRARIES`, `"packed"` (a weight that
+    cannot be read) or None.
+    """
+    kind = "fp8" if scales.is_fp8(layer) else _BITSANDBYTES.get(type(layer).__name__, scales.library(layer))
     if kind is None and not supported(layer):
         return "packed" if scales.is_packed(layer) else None
     weight = getattr(layer, "weight", None)
@@ -47,7 +49,9 @@ def supported(layer: nn.Module) -> bool:
 
 
 def check_readable(layer: nn.Module, name: str) -> None:
-    """An UnsupportedLayerError refuses what is not dense, bitsandbytes 4-bit or 8-bit, or transformers' FP8."""
+    """An UnsupportedLayerError refuses what is not dense, of bitsandbytes, transformers' FP8, torchao's or HQQ's."""
+    if scales.library(layer) is not None:
+        return
     if not supported(layer):
         reason = "its weight is packed" if scales.is_packed(layer) else "it is no Linear, Conv1D or bitsandbytes layer"
         raise scales.refusal(layer, name, reason)
@@ -88,6 +92,8 @@ def from_int8(values: Tensor, scale: Tensor) -> Tensor:
 def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
     """The weight `(out_features, in_features)` on its own device: a dense one as it is, a quantized one in fp32."""
     check_readable(layer, name)
+    if scales.library(layer) is not None:
+        return scales.dequantized(layer, name)
     weight: Any = layer.weight
     if _is_offloaded(layer, weight):
         with _fetched(layer):
@@ -208,7 +214,11 @@ def _say_unpacked() -> None:
 
 @torch.no_grad()
 def merge_error(layer: nn.Module, delta: Tensor, name: str) -> float:
-    """What a merge into this k-bit layer misses of `dW (out, in)`: `||Q(W + dW) - W - dW|| / ||dW||`; nan for zero."""
+    """What a merge into this k-bit layer misses of `dW (out, in)`: `||Q(W + dW) - W - dW|| / ||dW||`; nan for zero,
+    and for a library whose way to quantize is not known here.
+    """
+    if quantization(layer) in scales.LIBRARIES:
+        return math.nan
     before = dense_weight(layer, name)
     delta = delta.to(before)
     return float((requantized(layer, delta, name) - before - delta).norm() / delta.norm())

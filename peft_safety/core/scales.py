@@ -1,4 +1,5 @@
-"""Weights that are not what their dtype says: FP8 is read with its scales, every other kind is refused by name.
+"""Weights that are not what their dtype says: FP8 is read with its scales, torchao's and HQQ's by their own
+`dequantize`, every other kind is refused by name.
 
 A subclass of `nn.Linear` is dense if it holds a plain tensor of a floating dtype of two bytes or more, and computes
 `x W^T + b` (tried on a few inputs where the forward is not `nn.Linear`'s own).
@@ -25,6 +26,8 @@ READABLE = "Load the model in 16 bit, or in 4 or 8 bit by bitsandbytes, or leave
 FORWARD_TOLERANCE = 0.01
 """Largest relative difference from `x W^T + b` of a dense layer's forward. bf16 rounding is below half of it."""
 PROBES = 4
+LIBRARIES = ("torchao", "hqq")
+"""Those that give the dense weight `(out, in)` of one layer."""
 
 
 def is_fp8(layer: nn.Module) -> bool:
@@ -62,8 +65,33 @@ def requantized_fp8(layer: nn.Module, delta: Tensor, name: str) -> Tensor:
     return ((from_fp8(layer, name) + delta) / scale).clamp(-limit, limit).to(dtype).float() * scale  # type: ignore[call-overload, arg-type]
 
 
+def library(layer: nn.Module) -> str | None:
+    """Which of `LIBRARIES` holds the weight of a layer and can give it back."""
+    if type(layer).__name__ == "HQQLinear" and hasattr(layer, "dequantize"):
+        return "hqq"
+    kind = type(getattr(layer, "weight", None))
+    theirs = any(base.__name__ == "TorchAOBaseTensor" for base in kind.__mro__)
+    return "torchao" if theirs and kind.dequantize is not Tensor.dequantize else None  # type: ignore[attr-defined]
+
+
+def dequantized(layer: nn.Module, name: str) -> Tensor:
+    """The dense weight `(out, in)` of such a layer, fp32, by its own library."""
+    source: Any = layer if library(layer) == "hqq" else layer.weight
+    shape = (layer.out_features, layer.in_features)
+    try:
+        weight = source.dequantize().detach().float()
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as problem:
+        reason = f"{library(layer)} cannot dequantize its weight here ({type(problem).__name__})"
+        raise refusal(layer, name, reason) from problem
+    if tuple(weight.shape) != shape or weight.is_meta:
+        raise refusal(layer, name, f"its weight dequantizes to {tuple(weight.shape)} on {weight.device}, not {shape}")
+    return weight  # type: ignore[no-any-return]
+
+
 def unreadable(layer: nn.Module) -> str | None:
-    """Why the stored tensor of this layer is not its weight; None for dense weights and transformers' FP8."""
+    """Why the weight of this layer cannot be read; None for dense ones, transformers' FP8 and those of `LIBRARIES`."""
+    if library(layer) is not None:
+        return None
     weight: Any = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
         return "it has no weight of its own (packed)"

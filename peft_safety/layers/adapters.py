@@ -67,7 +67,7 @@ def adapter_layers(
             factors = [table._modules.get(adapter_name) for table in (layer.lora_A, layer.lora_B)]
             unread = packed or any(isinstance(factor, (FrozenLinear, ProtectedLinear)) for factor in factors)
             unread &= kind in PACKED_KINDS or (kind == "Linear" and weights.quantization(base) == "packed")
-            usual = unread or (kind in KINDS and weights.supported(base))
+            usual = unread or (kind in KINDS and weights.supported(base)) or scales.library(base) is not None
             if not unread and (usual or scales.is_packed(base)):
                 weights.check_readable(base, name)
             if kind in PACKED_KINDS and not usual:

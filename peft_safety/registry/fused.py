@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peft_safety import ops
 from peft_safety.core import base_weights as weights
 from peft_safety.core.names import walk
+from peft_safety.core.scales import LIBRARIES
 from peft_safety.layers import ProtectedLinear, joined
 from peft_safety.layers.adapters import peft_kind
 from peft_safety.ops.dispatch import VARIABLE
@@ -65,9 +66,9 @@ def plan(layer: Any) -> tuple[str, ops.QuantBundle, str] | str:
     base = layer.get_base_layer()
     kind = weights.quantization(base)
     if kind != "4bit":
-        return {"8bit": "an 8-bit base weight", "fp8": "an FP8 base weight", "packed": "a packed base weight"}.get(
-            kind or "", "a dense base weight: there is nothing to dequantize"
-        )
+        known = {"8bit": "an 8-bit base weight", "fp8": "an FP8 base weight", "packed": "a packed base weight"}
+        known |= {library: f"a base weight of {library}" for library in LIBRARIES}
+        return known.get(kind or "", "a dense base weight: there is nothing to dequantize")
     if peft_kind(layer).__name__ != "Linear4bit":
         return f"a {peft_kind(layer).__name__} around a 4-bit weight (PEFT did not know that the model is quantized)"
     name, reason = ops.backend_for(base.weight)

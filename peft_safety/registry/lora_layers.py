@@ -106,6 +106,10 @@ if is_bnb_4bit_available():
     KINDS[lora.Linear4bit] = LoraLinear4bit
 
 
+REQUANTIZED = ("TorchaoLoraLinear", "HqqLoraLinear")
+"""PEFT's layers that merge by quantizing again; PEFT defines them where their library is installed."""
+
+
 def refuse_lossy_merge(layer: Any, adapter: str, name: str) -> None:
     """Merging into a k-bit weight rounds most of the update away, and the rest leaks."""
     base = layer.get_base_layer()
@@ -127,4 +131,7 @@ def refuse_lossy_merge(layer: Any, adapter: str, name: str) -> None:
 
 def adopt(layer: nn.Module) -> None:
     """Make one of PEFT's layers the subclass of its kind."""
-    layer.__class__ = KINDS.get(type(layer), type(layer))
+    kind = type(layer)
+    if kind.__name__ in REQUANTIZED and kind not in KINDS and not issubclass(kind, _Residual):
+        KINDS[kind] = type(kind.__name__, (_Residual, kind), {"replaces": kind})
+    layer.__class__ = KINDS.get(kind, kind)

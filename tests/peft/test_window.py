@@ -333,7 +333,7 @@ def test_what_does_not_go_together(tmp_path):
     with pytest.raises(CalibrationError, match="rows that the subspace was"):
         windowed(space=space, task_data=batches(HARMFUL))
     few = [{"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([[5, 6]])}]
-    with pytest.raises(CalibrationError, match="tokens cannot give 8 directions"):
+    with pytest.raises(CalibrationError, match=r"tokens.* cannot give 8 directions"):
         windowed(space=space, task_data=few)
     with pytest.raises(SubspaceError, match="no 'in' basis"):
         windowed(space=cells.random_subspace(cells.base_model(), cells.LINEAR_TARGETS))
