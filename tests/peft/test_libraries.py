@@ -1,5 +1,5 @@
-"""Every form on bases that torchao and HQQ quantize themselves, on this CPU: needs the libraries, which `make nightly`
-installs apart from the environment.
+"""Every form on bases that torchao, HQQ and gptqmodel quantize themselves, on this CPU. It needs these libraries, which
+`make nightly` installs apart from the environment.
 """
 
 from __future__ import annotations
@@ -163,3 +163,53 @@ def test_a_library_that_cannot_dequantize_a_weight_is_refused_by_name(monkeypatc
     monkeypatch.setattr(type(layer.weight), "dequantize", refuse)
     with pytest.raises(UnsupportedLayerError, match=r"q_proj: .*torchao cannot dequantize its weight here"):
         calibrate(base, SaLoRAConfig(r=4, target_modules=["q_proj"], safety_rank=6), [batch()], progress=False)
+
+
+def gptq_model(seed: int = 0) -> nn.Module:
+    """Four bits, rounded to nearest: which values the integers have is no matter here."""
+    pytest.importorskip("optimum", reason="optimum is not installed, without which PEFT does not look for GPTQ")
+    kind = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch", reason="gptqmodel is not installed").TorchLinear
+    model = cells.base_model(seed=seed)
+    for name, layer in list(model.named_modules()):
+        if name.endswith(GPTQ_TARGETS):
+            m, n = layer.weight.shape
+            made = kind(bits=4, group_size=32, sym=True, desc_act=False, in_features=n, out_features=m)
+            scales = (layer.weight.detach().reshape(m, -1, 32).abs().amax(-1) / 7).clamp(min=1e-5)
+            index = (torch.arange(n) // 32).int()
+            made.pack_original(layer, scales, torch.full_like(scales, 8.0), index)
+            made.post_init()
+            made.optimized = True  # no compilation
+            model.set_submodule(name, made.eval())
+    return model
+
+
+GPTQ_TARGETS = ("q_proj", "down_proj")
+
+
+@pytest.mark.parametrize("form", ["B", "A", "window"])
+def test_the_life_of_an_adapter_on_gptq(form, tmp_path):
+    base = gptq_model()
+    given: Any = FORMS[form](r=4, target_modules=list(GPTQ_TARGETS), safety_rank=6)
+    given.subspace = space = calibrate(base, given, [batch()], progress=False)
+    model = get_peft_model(base, given)
+    assert {type(layer).__name__ for _, layer in cells.layers_of(model)} == {"GPTQLoraLinear"}
+    before = cells.logits(model)
+    cells.train(model, cells.adamw, 10)
+    assert not torch.equal(cells.logits(model.eval()), before), "it has learned something"
+    model.save_pretrained(tmp_path / "adapter")
+    found = verify(tmp_path / "adapter", gptq_model(), space)
+    assert (found.base_checked, found.blindness_checked, found.worst_leak <= LEAK) == (True, True, True)
+    loaded = PeftModel.from_pretrained(gptq_model(), tmp_path / "adapter").eval()
+    assert_protected(loaded)
+    cells.assert_same_function(cells.logits(loaded), cells.logits(model))
+    export_lora(model, tmp_path / "plain")
+    exported = PeftModel.from_pretrained(gptq_model(), tmp_path / "plain").eval()
+    cells.assert_same_function(cells.logits(exported), cells.logits(model))
+    with pytest.raises(LossyMergeError, match="cannot be merged into"):
+        model.merge_adapter()
+
+
+def test_a_basis_of_outputs_is_refused_on_gptq():
+    given = SaLoRAConfig(r=4, target_modules=list(GPTQ_TARGETS), safety_rank=6)
+    with pytest.raises(UnsupportedLayerError, match=r"q_proj: this TorchLinear .*packed.*16 bit"):
+        calibrate(gptq_model(), given, [batch()], progress=False)
