@@ -21,7 +21,7 @@ from peft_safety.calibration.moments import exact_matmul
 from peft_safety.core import base_weights as weights
 from peft_safety.core.environment import environment
 from peft_safety.core.names import public_name
-from peft_safety.core.plain_lora import check_features
+from peft_safety.core.plain_lora import SAME_UPDATE, check_features
 from peft_safety.core.projection import all_finite
 from peft_safety.errors import CheckpointError, ConfigError
 from peft_safety.layers.adapters import adapter_layers, config_table
@@ -221,7 +221,7 @@ def _resolve(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLayer], list
     table = config_table(model)
     if adapter not in table:
         raise ConfigError(f"the model has no adapter {adapter!r}, only {sorted(table)}. Name one of these.")
-    check_features(table[adapter], f"adapter {adapter!r}")
+    check_features(table[adapter], f"adapter {adapter!r}", allowed=SAME_UPDATE)
     layers = adapter_layers(model, adapter)
     if not layers:
         raise ConfigError(f"adapter {adapter!r} has no LoRA layer on this model. Name another adapter.")
@@ -229,7 +229,7 @@ def _resolve(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLayer], list
     for other, config in table.items():
         if other != adapter and any(other in layer.lora_A for layer in layers.values()):
             try:
-                check_features(config, f"adapter {other!r}")
+                check_features(config, f"adapter {other!r}", allowed=SAME_UPDATE)
                 comparable.append(other)
             except ConfigError as error:
                 skipped[other] = str(error)

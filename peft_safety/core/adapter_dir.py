@@ -30,7 +30,9 @@ FREE_FIELDS = ("base_model_name_or_path", "revision", "inference_mode")
 """Fields of the manifest that may be edited: they do not change what the adapter computes."""
 
 _PLAIN_NAME = re.compile(r"[\w.\-]+")
-_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<kind>lora_[AB]\.(?:weight|initial))")
+VELORA = "lora_velora_embed"
+"""The direction `(ceil(in_features / num_groups),)` onto which VeLoRA compresses inputs, which PEFT stores too."""
+_FACTOR = re.compile(rf"base_model\.model\.(?P<module>.+)\.(?P<kind>lora_[AB]\.(?:weight|initial)|{VELORA})")
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ def _check_factors(
     """`StoredAdapter.shapes`, `worst_leak` and `rounded_to`; `method` is PEFT's config."""
     kinds = ("weight", "initial") if method.residual else ("weight",)
     expected = {f"lora_{factor}.{kind}" for factor in "AB" for kind in kinds}
+    expected |= {VELORA} if getattr(method, "velora_config", None) is not None else set()
     factors: dict[str, dict[str, str]] = {}
     others = set()
     with files.open_tensors(path) as handle:
@@ -198,13 +201,15 @@ def _check_factors(
                 raise broken(path, f"{module} has {sorted(keys)}, expected {sorted(expected)}")
             headers = {kind: tuple(handle.get_slice(key).get_shape()) for kind, key in keys.items()}
             shapes[module] = _check_shapes(path, module, headers, subspace, config)
+            if VELORA in headers:
+                _check_direction(path, module, headers[VELORA], shapes[module][1], method.velora_config.num_groups)
             tensors = {k: plain_lora.read_tensor(handle, path, key, plain_lora.DTYPES) for k, key in keys.items()}
             alpha = (config.get("alpha_pattern") or {}).get(module, config["lora_alpha"])
             a, b = (max((tensors[f"lora_{x}.{kind}"] for kind in kinds), key=_largest) for x in "AB")
             plain_lora.check_product(path, module, a, b, plain_lora.scaling_of(alpha, shapes[module][2], config))
             for kind, factor in tensors.items():
                 side: Side = "out" if kind.startswith("lora_B") else method.a_side
-                if side not in method.sides:
+                if kind == VELORA or side not in method.sides:
                     continue
                 share, limit = leak(subspace.bases[module][side], factor, side), leak_tolerance(factor.dtype)
                 if not share <= limit:
@@ -240,6 +245,13 @@ def _check_shapes(
     if not fits or any(shape[0] != (b[0] if side == "out" else a[1]) for side, shape in bases.items()):
         raise broken(path, f"{module} has lora_A {a}, lora_B {b}, which do not fit rank {rank} and bases {bases}")
     return int(b[0]), int(a[1]), int(rank)
+
+
+def _check_direction(path: Path, module: str, shape: tuple[int, ...], features: int, groups: Any) -> None:
+    """Check the shape of VeLoRA's direction, which only makes gradients."""
+    if type(groups) is not int or not 1 <= groups <= plain_lora.MAX_RANK or shape != (-(-features // groups),):
+        what = f"{module}.{VELORA} {shape} does not fit {features} inputs in num_groups={groups!r}"
+        raise broken(path, what)
 
 
 def _check_extra(path: Path, key: str, handle: Any, subspace: SafetySubspace, saved: Sequence[str]) -> None:

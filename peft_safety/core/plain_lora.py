@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -54,7 +55,7 @@ NOT_PLAIN = {
     "use_bdlora": "BD-LoRA has its own block-diagonal lora_B",
     "kasa_config": "KaSA rewrites the base weight and has its own singular values between the factors",
     "arrow_config": "Arrow routes between adapters",
-    "velora_config": "VeLoRA replaces lora_A by its own layer",
+    "velora_config": "VeLoRA stores a direction beside the factors",
     "monteclora_config": "MonteCLoRA samples around the factors",
     "alora_invocation_tokens": "activated LoRA updates some tokens only",
     "target_parameters": "fused 3-D (MoE) parameters are no matrices",
@@ -72,6 +73,10 @@ NOT_PROTECTED = {
 """LoRA features that a protected adapter cannot have."""
 WITH_FROZEN_A = ("alora_invocation_tokens", "target_parameters")
 """Those among them that one with a frozen `lora_A` can have."""
+SAME_UPDATE = ("velora_config",)
+"""Those that change gradients only. The file of such an adapter holds more than factors."""
+WITH_PROJECTION = ("alora_invocation_tokens", *SAME_UPDATE)
+"""Those that one with projected factors can have: they say which tokens get the update, or how its gradient is made."""
 
 
 @dataclass(frozen=True)
@@ -157,10 +162,11 @@ def check_features(
 
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"{what} is a {type(config).__name__}, not a LoRA adapter. Give a LoRA adapter.")
-    usual = LoraConfig()
+    makers = {field.name: field.default_factory for field in dataclasses.fields(LoraConfig)}
+    usual = {name: maker() for name, maker in makers.items() if maker is not dataclasses.MISSING}
     for name, reason in features.items():
         value = getattr(config, name, None)
-        empty = isinstance(value, dict) and value != getattr(usual, name, None)  # PEFT takes {} for a config, too
+        empty = isinstance(value, dict) and value != usual.get(name)  # PEFT takes {} for a config, too
         if (value or empty) and name not in allowed:
             raise ConfigError(f"{what}: {name} is not supported: {reason}. Use LoRA without it.")
     if config.init_lora_weights not in inits:

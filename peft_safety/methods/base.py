@@ -22,7 +22,15 @@ from peft_safety.calibration.sizes import check_size_options
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import StoredAdapter, sign
 from peft_safety.core.certificate import Certificate
-from peft_safety.core.plain_lora import INITS, MANIFEST, NOT_PROTECTED, WITH_FROZEN_A, check_features, check_sizes
+from peft_safety.core.plain_lora import (
+    INITS,
+    MANIFEST,
+    NOT_PROTECTED,
+    WITH_FROZEN_A,
+    WITH_PROJECTION,
+    check_features,
+    check_sizes,
+)
 from peft_safety.core.projection import Side
 from peft_safety.core.snapshot import Snapshot
 from peft_safety.core.subspace_file import FILE_NAME
@@ -74,7 +82,7 @@ class ProtectedConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         where = type(self).__name__
-        what, allowed = f"{where}(target_modules={self.target_modules!r})", WITH_FROZEN_A if self.freezes else ()
+        what = f"{where}(target_modules={self.target_modules!r})"
         given: Any = self
         if self.freezes and getattr(given, "velora_config", None) is not None:
             given.velora_config = None
@@ -83,7 +91,7 @@ class ProtectedConfig(LoraConfig):
                 "so velora_config is left out: outputs and the gradient of lora_B are the same.",
                 stacklevel=4,
             )
-        check_features(self, what, NOT_PROTECTED, INITS, allowed)
+        check_features(self, what, NOT_PROTECTED, INITS, WITH_FROZEN_A if self.freezes else WITH_PROJECTION)
         if self.bias != "none":
             raise ConfigError(f"{where}: bias={self.bias!r} trains what no projection constrains. Use bias='none'.")
         check_sizes(vars(self), where)

@@ -18,7 +18,7 @@ from peft_safety.layers import ProtectedLinear
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.layers.shared_bases import rebase
 from peft_safety.methods.base import ProtectedConfig
-from peft_safety.registry import frozen, reuse
+from peft_safety.registry import frozen, reuse, velora
 from peft_safety.registry.lora_layers import adopt
 
 
@@ -85,6 +85,7 @@ def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedCo
                 existing[old] = basis
             else:
                 factor[adapter_name] = ProtectedLinear.replacing(old, basis, side, residual=config.residual)
+        velora.adopt(layer, adapter_name)
     rebase(existing)
     for name, layer in layers.items() if fold else ():
         for factor, _, _ in sides(layer, config, name):

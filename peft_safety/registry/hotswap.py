@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
 
@@ -55,6 +55,8 @@ def hotswap_adapter_from_state_dict(
         return original(model, state_dict, adapter_name, config, *args, **kwargs)
     if not isinstance(config, ProtectedConfig):
         raise ConfigError(f"a {type(config).__name__} cannot replace the protected {adapter_name!r}. {NEW_NAME}")
+    if any(adapter_name in m.merged_adapters for m in model.modules() if isinstance(m, BaseTunerLayer)):
+        raise ConfigError(f"adapter {adapter_name!r} is merged into the base weights. Call unmerge_adapter() first.")
     snapshot = config._snapshot
     if snapshot is not None and sys._getframe(2).f_code.co_name == "hotswap_adapter":
         device = next((str(x.device) for x in state_dict.values()), "cpu")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
+from peft import PeftModelForQuestionAnswering, PeftModelForTokenClassification
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
@@ -24,6 +26,8 @@ from peft_safety.registry.tuners import adopt
 HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """The heads that PEFT's models of these tasks train whole. They add them to the given config after injection, where
 the model's own copy no longer gets them."""
+MODELS = {PeftModelForTokenClassification: "TOKEN_CLS", PeftModelForQuestionAnswering: "QUESTION_ANS"}
+"""These models. One that is built by itself may have a config without a `task_type`."""
 
 
 def inject_adapter(
@@ -38,7 +42,7 @@ def inject_adapter(
         _check_unprotected(model, adapter_name, given, known.get(adapter_name))
         return original(self, model, adapter_name, *args, **kwargs)
     config = private(given)
-    if (heads := HEADS.get(str(config.task_type))) is not None:
+    if (heads := HEADS.get(str(config.task_type or _task_of_caller()))) is not None:
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
     config._combined = getattr(self, "_combining", False)
     if config._stored is not None:
@@ -77,6 +81,13 @@ def inject_adapter(
         vars(self)["_pending"] = (adapter_name, config._snapshot, before)
         config._snapshot = config._stored = None
     return None
+
+
+def _task_of_caller() -> str | None:
+    """The task of the model of PEFT's that is being built; None of another one."""
+    frame = sys._getframe(3)  # of PEFT's tuner, which its model makes
+    builder = None if frame.f_back is None else frame.f_back.f_locals.get("self")
+    return next((task for kind, task in MODELS.items() if isinstance(builder, kind)), None)
 
 
 def _expand_all_linear(model: nn.Module, config: ProtectedConfig) -> None:

@@ -11,6 +11,7 @@ import peft.peft_model
 import peft.tuners.lora
 from peft import mapping
 from peft.config import PeftConfigMixin
+from peft.tuners.lora.variants import ALoraLinearVariant
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import hotswap as peft_hotswap
 
@@ -38,6 +39,7 @@ def register() -> None:
     for row in WRAPS:
         _wrap(*row)
     _name_readers(peft.tuners.lora.LoraLayer)
+    DTYPE_READERS.add(ALoraLinearVariant.forward.__code__)
 
 
 def register_types() -> None:

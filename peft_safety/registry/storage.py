@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from torch import nn
+from peft.tuners.xlora import XLoraModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from peft_safety.core import files
-from peft_safety.core.adapter_dir import check_adapter, seal
+from peft_safety.core.adapter_dir import VELORA, check_adapter, seal
 from peft_safety.core.certificate import FILE_NAME as CERTIFICATE
 from peft_safety.core.names import places, public_name, relocated
 from peft_safety.core.plain_lora import ADAPTER_FILE, CARD, MANIFEST, PREFIX, rewrite
@@ -58,7 +60,13 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
             _drop_stale(self, selected, Path(save_directory))
         return None
     if not given.get("safe_serialization", True):
-        raise ConfigError("safe_serialization=False writes pickles, which are never read. Save as safetensors.")
+        warnings.warn(
+            "safe_serialization=False: a protected adapter is saved as safetensors all the same. A pickle can run code "
+            "when it is read, so this package reads none.",
+            stacklevel=3,
+        )
+        args, kwargs = (), {name: value for name, value in given.items() if name not in ("self", "save_directory")}
+        kwargs = {**kwargs.pop("kwargs", {}), **kwargs, "safe_serialization": True}
     if given.get("path_initial_model_for_weight_conversion") is not None:
         raise ConfigError(
             "path_initial_model_for_weight_conversion is for inits that change base weights. Use export_lora."
@@ -81,6 +89,8 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
         names = {place: f"{PREFIX}{own}" for own, place in places(self).items()}  # without wrappers inside the model
         for name in protected:
             config, folder = self.peft_config[name], staging if name == "default" else staging / name
+            if isinstance(self.base_model, XLoraModel):
+                save_file(_expert(self, name, kwargs.get("state_dict")), folder / ADAPTER_FILE, {"format": "pt"})
             rewrite(folder / ADAPTER_FILE, lambda key: relocated(key, names))
             if (certificate := config._certificate) is not None:
                 check_certified(folder, certificate)
@@ -90,6 +100,22 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
         _record_repairs(self, selected, staging)
     _drop_stale(self, selected, Path(save_directory))
     return None
+
+
+def _expert(model: Any, name: str, given: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """The factors of one adapter of an X-LoRA model. PEFT writes other tensors: it takes the numbers of layers for
+    names of adapters, and every tensor of the model, whose prefix is "lora_model", for a factor.
+    """
+    state = folded_state(model, model.state_dict() if given is None else given)
+    parts = {f"lora_{x}.{name}.{kind}": f"lora_{x}.{kind}" for x in "AB" for kind in ("weight", "initial")}
+    parts[f"{VELORA}.{name}"] = VELORA
+    where = places(model)
+    keys = {
+        f"{where[own]}.{part}": f"{PREFIX}{own}.{new}"
+        for own in adapter_layers(model, name)
+        for part, new in parts.items()
+    }
+    return {new: state[key].contiguous() for key, new in keys.items() if key in state}
 
 
 def _hide_path(model: Any, card: Path) -> None:

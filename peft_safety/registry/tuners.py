@@ -7,7 +7,9 @@ from typing import Any
 from peft.tuners.lora import LoraModel
 from peft.tuners.mixed import MixedModel
 
-from peft_safety.errors import ConfigError
+from peft_safety.core.base_weights import is_whole
+from peft_safety.core.projection import all_finite
+from peft_safety.errors import ConfigError, ProtectionError
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.layers.protected_linear import lay_out_adapter
 from peft_safety.methods.base import ProtectedConfig
@@ -33,12 +35,26 @@ def _check_merge(model: Any, adapter_names: list[str] | None) -> None:
     refuse_others(model, adapter_names)
     for adapter in protected_configs(model):
         layers = adapter_layers(model, adapter)
+        for name, layer in layers.items():
+            if adapter in (adapter_names or layer.active_adapters):
+                _refuse_broken(layer, adapter, name)
         if any(adapter in (adapter_names or layer.active_adapters) for layer in layers.values()):
             check_adapters(model, adapter)
         for name, layer in layers.items():
             if adapter in (adapter_names or layer.active_adapters):
                 refuse_tied(model, name, layer.get_base_layer())
                 refuse_lossy_merge(layer, adapter, name)
+
+
+def _refuse_broken(layer: Any, adapter: str, name: str) -> None:
+    """PEFT's own words, by which people look for what happened. PEFT asks with `safe_merge` only."""
+    for kind, table in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+        factor = table[adapter]._parameters.get("weight")
+        if factor is not None and is_whole(factor) and not all_finite(factor):
+            raise ProtectionError(
+                f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: {kind} "
+                f"{tuple(factor.shape)} of {name} holds NaN or Inf. Load the last good checkpoint."
+            )
 
 
 class ProtectedLoraModel(_Merges, LoraModel):  # type: ignore[misc]

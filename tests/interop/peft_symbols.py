@@ -33,7 +33,13 @@ SYMBOLS = {
         "BaseTunerLayer._get_available_adapters",
         "BaseTunerLayer.frozen_peft_weight_names",
     ),
+    "peft.tuners.lora.variants": (
+        "ALoraLinearVariant.forward",
+        "VeloraFunction",
+        "VeloraLinearVariant._maybe_update_embed",
+    ),
     "peft.tuners.lora.layer": ("Embedding.update_layer", "_ConvNd.update_layer"),
+    "peft.tuners.xlora": ("XLoraModel",),
     "peft.tuners.mixed": ("MixedModel._unload_and_optionally_merge",),
     "peft.import_utils": ("is_bnb_available", "is_bnb_4bit_available"),
     "peft.utils.other": ("transpose", "AuxiliaryTrainingWrapper"),
