@@ -12,6 +12,7 @@ import peft
 
 from benchmarks.common import RESULTS, record
 from benchmarks.peft_suite.arms import ARMS
+from benchmarks.peft_suite.kinds import DIFFERENCES, KINDS, REASONS
 from benchmarks.peft_suite.plugin import finished
 from benchmarks.peft_suite.run import passing, results_file
 from peft_safety import errors
@@ -22,53 +23,6 @@ WIDTH = 80
 OTHERS = "others"
 TYPED = {name for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, PeftSafetyError)}
 """Names of this package's errors."""
-KINDS: tuple[tuple[str, str], ...] = (
-    ("r above a layer's width", r"exceeds the layer's|no linear layer is wider"),
-    ("DoRA", r"use_dora is not supported"),
-    ("experts: target_parameters", r"target_parameters is not supported|under ParamWrapper cannot be protected"),
-    ("activated LoRA", r"alora_invocation_tokens is not supported"),
-    ("lora_bias", r"lora_bias is not supported"),
-    ("BD-LoRA", r"use_bdlora is not supported"),
-    ("VeLoRA", r"velora_config is not supported"),
-    ("QALoRA", r"use_qalora is not supported"),
-    ("KaSA", r"kasa_config is not supported"),
-    ("MonteCLoRA", r"monteclora_config is not supported"),
-    ("Arrow", r"arrow_config is not supported"),
-    ("layer_replication", r"layer_replication is not supported"),
-    ("Megatron", r"megatron_config is not supported"),
-    ("rewriting initializations", r"(loftq|corda|lora_ga|eva)_config is not supported|init_lora_weights="),
-    ("MultiheadAttention", r"MultiheadAttention.*cannot be protected"),
-    ("embeddings", r"Embedding.*cannot be protected"),
-    ("convolutions", r"Conv[123]d.*cannot be protected"),
-    ("pickled saving", r"safe_serialization=False"),
-    ("bias", r"bias='"),
-    ("merging of tied weights", r"tied"),
-    ("low-level tuner", r"builds no layers that can be protected|built by itself"),
-    ("no layer matches", r"gave no LoRA layer|Give a list of names that the model has"),
-    ("combinations", r"do not share one safety subspace"),
-    ("ranks, alphas, dropout", r"is no rank|lora_alpha=|lora_dropout="),
-    ("a layer class of the user's own", r"under MyLora"),
-    ("a factor that was overwritten", r"has changed, and may see protected inputs|holds NaN or Inf"),
-    ("layers of a single feature", r"one of its modules, has no basis"),
-    ("another base model", r"belongs to other base weights"),
-    ("loading onto another adapter", r"Load it under a new name|Use another adapter_name"),
-)
-"""Kinds of refusals, and what their messages say."""
-DIFFERENCES: tuple[tuple[str, str, str], ...] = (
-    (
-        "lora_A takes no gradient",
-        "frozen",
-        r"requires_grad|layer_indexing|gradient_checkpointing|test_(training|inference_mode)|status_with|nb_(params_small|trainable)|riemannian",
-    ),
-    ("VeLoRA is left out", "frozen", r"^test_velora|velora_config-"),
-    ("the rows of A are ours", "frozen", r"test_lora_(linear_init_(default|gaussian)|init_orthogonal)"),
-    ("a constrained or frozen factor stays fp32", "frozen", r"adapter_dtype"),
-    ("the model holds a copy of the config", "", r"from_pretrained_config_construction|test_lora_conversion\["),
-    ("equal A and weights of unequal sign", "frozen", r"weighted_adapter_with_different_scaling\[.*weights4"),
-)
-"""What is so by design, in which arm (empty: in each), and the tests that plain LoRA passes and that expect the
-contrary. docs/compatibility.md says so.
-"""
 
 
 def kind_of(row: dict[str, Any], arm: str = "") -> tuple[str, str]:
@@ -80,11 +34,11 @@ def kind_of(row: dict[str, Any], arm: str = "") -> tuple[str, str]:
     typed = [*row.get("chain", ())[:1], *reversed(row.get("raised", ()))]
     for entry in typed:
         if entry["error"] in TYPED:
-            name = next((name for name, says in KINDS if re.search(says, entry["says"], re.DOTALL)), "")
+            name = next((kind.name for kind in KINDS if re.search(kind.says, entry["says"], re.DOTALL)), "")
             return "refused", name or f"{entry['error']}: {entry['says'][:50]}"
-    for name, where, tests in DIFFERENCES:
-        if row["outcome"] == "failed" and where in ("", arm) and re.search(tests, row["test"]):
-            return "by design", name
+    for kind in DIFFERENCES:
+        if row["outcome"] == "failed" and kind.arm in ("", arm) and re.search(kind.tests, row["test"]):
+            return "by design", kind.name
     first = (row.get("chain") or [{"error": row["outcome"], "says": ""}])[0]
     return "undeclared", f"{first['error']}: {first['says'][:50]}"
 
@@ -112,10 +66,9 @@ def report(folder: Path, files: Sequence[str], out: Path = RESULTS) -> None:
 
 def summed(counts: Counter[tuple[str, str]]) -> Counter[tuple[str, str]]:
     """The counts with what has no name of its own put together, the largest first."""
-    named = {name for name, *_ in (*KINDS, *DIFFERENCES)}
     result: Counter[tuple[str, str]] = Counter()
     for (outcome, kind), number in counts.items():
-        result[outcome, kind if not kind or kind in named else OTHERS] += number
+        result[outcome, kind if not kind or kind in REASONS else OTHERS] += number
     return Counter(dict(result.most_common()))
 
 

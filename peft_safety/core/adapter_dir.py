@@ -201,8 +201,7 @@ def _check_factors(
                 raise broken(path, f"{module} has {sorted(keys)}, expected {sorted(expected)}")
             headers = {kind: tuple(handle.get_slice(key).get_shape()) for kind, key in keys.items()}
             shapes[module] = _check_shapes(path, module, headers, subspace, config)
-            if VELORA in headers:
-                _check_direction(path, module, headers[VELORA], shapes[module][1], method.velora_config.num_groups)
+            _check_direction(path, module, headers.get(VELORA), shapes[module][1], method)
             tensors = {k: plain_lora.read_tensor(handle, path, key, plain_lora.DTYPES) for k, key in keys.items()}
             alpha = (config.get("alpha_pattern") or {}).get(module, config["lora_alpha"])
             a, b = (max((tensors[f"lora_{x}.{kind}"] for kind in kinds), key=_largest) for x in "AB")
@@ -247,11 +246,13 @@ def _check_shapes(
     return int(b[0]), int(a[1]), int(rank)
 
 
-def _check_direction(path: Path, module: str, shape: tuple[int, ...], features: int, groups: Any) -> None:
+def _check_direction(path: Path, module: str, shape: tuple[int, ...] | None, features: int, method: Any) -> None:
     """Check the shape of VeLoRA's direction, which only makes gradients."""
+    if shape is None:
+        return
+    groups = method.velora_config.num_groups
     if type(groups) is not int or not 1 <= groups <= plain_lora.MAX_RANK or shape != (-(-features // groups),):
-        what = f"{module}.{VELORA} {shape} does not fit {features} inputs in num_groups={groups!r}"
-        raise broken(path, what)
+        raise broken(path, f"{module}.{VELORA} {shape} does not fit {features} inputs in num_groups={groups!r}")
 
 
 def _check_extra(path: Path, key: str, handle: Any, subspace: SafetySubspace, saved: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.peft_suite import arms, models, report, run
+from benchmarks.peft_suite import arms, kinds, models, report, run
 from benchmarks.peft_suite.plugin import Known, finished, short
 from benchmarks.peft_suite.sources import PACKAGE, STAND_IN, copy_tests, substituted
 
@@ -165,3 +165,22 @@ def test_the_command_says_what_it_does():
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
     assert "pip download" in done.stdout
+
+
+def test_each_kind_has_a_reason():
+    names = [kind.name for kind in (*kinds.KINDS, *kinds.DIFFERENCES)]
+    assert len(set(names)) == len(names) == len(kinds.REASONS)
+    assert all(reason.endswith(".") and "|" not in reason for reason in kinds.REASONS.values())
+
+
+@pytest.mark.parametrize(
+    ("says", "kind"),
+    [
+        ("lin0: the product of lora_A (8, 10) and lora_B (20, 8) may reach 8.5e+38.", "a factor that was overwritten"),
+        ("lin1 has lora_A missing and lora_B (5, 8).", "files that are incomplete"),
+        ("x is not a GuardSpaceConfig: is missing required keys", "a config of another kind"),
+    ],
+)
+def test_a_typed_error_is_named_by_what_it_says(says, kind):
+    row = {"outcome": "failed", "test": "test_a", "chain": [{"error": "ArtifactError", "says": says}]}
+    assert report.kind_of(row) == ("refused", kind)

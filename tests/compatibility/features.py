@@ -74,12 +74,6 @@ OURS = ("GuardSpace B", "GuardSpace window", "GuardSpace A", "SaLoRA", "patch")
 BUT_FROZEN = OURS[1:]
 UNCONSTRAINED = "no projection constrains"
 REFUSED: dict[str, tuple[tuple[str, ...], str, str]] = {
-    "VeLoRA": (BUT_FROZEN, "VeLoRA replaces `lora_A` by its own layer.", "velora_config"),
-    "activated LoRA": (
-        BUT_FROZEN,
-        "What reads their stored adapter takes the update to be the same for all tokens.",
-        "alora_invocation_tokens",
-    ),
     "experts: gate_up_proj": (BUT_FROZEN, "Fused 3-D parameters are no matrices.", "target_parameters"),
     "experts: down_proj": (
         OURS,
@@ -126,7 +120,7 @@ LIMITS: dict[str, tuple[tuple[str, ...], str, str]] = {
         "Left out, with a warning: a frozen `lora_A` has no gradient whose memory it could save.",
         "VeLoRA compresses the inputs",
     ),
-    "activated LoRA": (OURS[:1], "PEFT itself refuses to merge it.", ""),
+    "activated LoRA": (OURS, "PEFT itself refuses to merge it.", ""),
     "experts: gate_up_proj": (OURS[:1], "All experts of a layer are blind to the tokens of the layer.", ""),
 }
 """Which methods take an option with a limit, what it is, and the warning, if there is one."""

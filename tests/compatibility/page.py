@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS
+from benchmarks.peft_suite.kinds import REASONS
 from benchmarks.peft_suite.report import NAME, OTHERS
 from tests.compatibility import architectures, bases, features
 from tests.compatibility.methods import METHODS, PLAIN
@@ -16,8 +17,6 @@ from tests.compatibility.methods import METHODS, PLAIN
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 ARMS = {"frozen": 'GuardSpace, `train="B"`', "salora": "SaLoRA"}
 OUTCOMES = ("passed", "refused", "by design", "undeclared", "missing")
-SMALL = 10
-"""Kinds with fewer tests are put together."""
 HEAD = """\
 # What works with which method?
 
@@ -39,12 +38,6 @@ are random, models tiny and local, nothing of PEFT is kept. Without a network an
 pip download --no-deps --no-binary :all: peft==0.21.2
 python -m benchmarks.peft_suite peft-0.21.2/tests --arm plain --arm frozen --arm salora --report
 ```
-"""
-
-UNDECLARED = """
-The undeclared ones of the frozen form: weights that hooks cast around each layer (3), `PeftModelForQuestionAnswering`
-or `...TokenClassification` built by itself from a config without `task_type` (2), conversion to a `LoraConfig` (1),
-and Qwen3-MoE with "all-linear", whose experts get no adapter, with a warning (1).
 """
 
 
@@ -132,12 +125,13 @@ def suite(path: Path = RESULTS / f"{NAME}.jsonl") -> list[str]:
         kinds: dict[str, Counter[str]] = {}
         for row in rows:
             if row["outcome"] == outcome:
-                few = row["tests"] < SMALL and outcome == "refused"
-                kinds.setdefault(OTHERS if few else row["kind"], Counter())[row["arm"]] += row["tests"]
+                kinds.setdefault(row["kind"], Counter())[row["arm"]] += row["tests"]
         order = sorted(kinds, key=lambda kind: (kind == OTHERS, -kinds[kind]["frozen"], kind))
-        lines += ["", f"| {title} | {' | '.join(ARMS.values())} |", "| --- " + "| ---: " * len(ARMS) + "|"]
-        lines += [f"| {kind} | {' | '.join(str(kinds[kind][arm]) for arm in ARMS)} |" for kind in order]
-    return [*lines, "", UNDECLARED.strip()]
+        lines += ["", f"| {title} | {' | '.join(ARMS.values())} | why |"]
+        lines += ["| --- " + "| ---: " * len(ARMS) + "| --- |"]
+        for kind in order:
+            lines.append(f"| {kind} | {' | '.join(str(kinds[kind][arm]) for arm in ARMS)} | {REASONS.get(kind, '')} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from tests.tiny import tiny_llama
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("quiet")]
 
 
-@pytest.mark.parametrize("field", ["kasa_config", "arrow_config", "velora_config"])
+@pytest.mark.parametrize("field", ["kasa_config", "arrow_config", "monteclora_config"])
 def test_an_empty_config_of_a_feature_is_that_feature(field: str, space: SafetySubspace, tmp_path: Path) -> None:
     """PEFT asks whether it is None."""
     if field not in LoraConfig.__dataclass_fields__:
