@@ -132,8 +132,10 @@ def finished(path: Path) -> dict[str, dict[str, Any]]:
 def short(nodeid: str) -> str:
     """The name of a test without folders, the same in all arms: pytest names parameters by the class."""
     path, _, rest = nodeid.partition("::")
-    own = re.compile(rf"\b{arms.LoraConfig.__name__}\b")
-    return f"{Path(path).name}::{own.sub('LoraConfig', rest)}"
+    name = arms.LoraConfig.__name__
+    rest = re.sub(rf"\b{name}\b", "LoraConfig", rest)
+    rest = re.sub(rf"(?<=_){name.removesuffix('Config')}(?=_|$)", "Lora", rest)  # as the tests of mixed models do
+    return f"{Path(path).name}::{rest}"
 
 
 def chain(error: BaseException | None) -> list[dict[str, str]]:

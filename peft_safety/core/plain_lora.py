@@ -76,7 +76,7 @@ WITH_FROZEN_A = ("alora_invocation_tokens", "target_parameters")
 SAME_UPDATE = ("velora_config",)
 """Those that change gradients only. The file of such an adapter holds more than factors."""
 WITH_PROJECTION = ("alora_invocation_tokens", *SAME_UPDATE)
-"""Those that one with projected factors can have: they say which tokens get the update, or how its gradient is made."""
+"""Those that one with projected factors can have: they say which tokens are updated, or how the gradient is made."""
 
 
 @dataclass(frozen=True)

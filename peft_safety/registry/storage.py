@@ -59,14 +59,7 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
             _record_repairs(self, selected, Path(save_directory))
             _drop_stale(self, selected, Path(save_directory))
         return None
-    if not given.get("safe_serialization", True):
-        warnings.warn(
-            "safe_serialization=False: a protected adapter is saved as safetensors all the same. A pickle can run code "
-            "when it is read, so this package reads none.",
-            stacklevel=3,
-        )
-        args, kwargs = (), {name: value for name, value in given.items() if name not in ("self", "save_directory")}
-        kwargs = {**kwargs.pop("kwargs", {}), **kwargs, "safe_serialization": True}
+    args, kwargs = _without_pickle(given, args, kwargs)
     if given.get("path_initial_model_for_weight_conversion") is not None:
         raise ConfigError(
             "path_initial_model_for_weight_conversion is for inits that change base weights. Use export_lora."
@@ -100,6 +93,19 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
         _record_repairs(self, selected, staging)
     _drop_stale(self, selected, Path(save_directory))
     return None
+
+
+def _without_pickle(given: dict[str, Any], args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The arguments of a save, with `safe_serialization=True`."""
+    if given.get("safe_serialization", True):
+        return args, kwargs
+    warnings.warn(
+        "safe_serialization=False: a protected adapter is saved as safetensors all the same. A pickle can run code "
+        "when it is read, so this package reads none.",
+        stacklevel=4,
+    )
+    own = {name: value for name, value in given.items() if name not in ("self", "save_directory", "kwargs")}
+    return (), {**given.get("kwargs", {}), **own, "safe_serialization": True}
 
 
 def _expert(model: Any, name: str, given: dict[str, Tensor] | None) -> dict[str, Tensor]:

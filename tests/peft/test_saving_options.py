@@ -15,11 +15,9 @@ from tests.peft.frozen_cells import frozen
 @pytest.mark.parametrize("positional", [True, False])
 def test_no_pickle_is_written(form, positional, tmp_path):
     model = frozen() if form == "frozen" else cells.protected(trained=True)
+    named = {} if positional else {"safe_serialization": False, "state_dict": model.state_dict()}
     with pytest.warns(UserWarning, match="is saved as safetensors all the same"):
-        if positional:
-            model.save_pretrained(tmp_path, False, ["default"])
-        else:
-            model.save_pretrained(tmp_path, safe_serialization=False, state_dict=model.state_dict())
+        model.save_pretrained(tmp_path, *([False, ["default"]] if positional else []), **named)
     assert sorted(path.suffix for path in tmp_path.glob("adapter_model*")) == [".safetensors"]
     verify(tmp_path)
     loaded = PeftModel.from_pretrained(cells.base_model(), tmp_path).eval()
