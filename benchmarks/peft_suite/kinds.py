@@ -75,6 +75,11 @@ KINDS = (
         r"do not share one safety subspace",
         "A sum of adapters with different bases is in the complement of neither.",
     ),
+    Refusal(
+        "beside an ordinary adapter",
+        r"the ordinary adapters .* used together",
+        "The sum of both is not constrained, so it is not merged.",
+    ),
     Refusal("ranks, alphas, dropout", r"is no rank|lora_alpha=|lora_dropout=", "These numbers make no update."),
     Refusal(
         "a layer class of the user's own", r"under MyLora", "Nobody knows what its forward does with the factors."

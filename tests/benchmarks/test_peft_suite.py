@@ -61,6 +61,7 @@ def test_names_do_not_depend_on_the_arm(monkeypatch):
     assert short("some/test_x.py::T::test_y[LoraConfig-a]") == "test_x.py::T::test_y[LoraConfig-a]"
     monkeypatch.setattr(arms, "LoraConfig", GuardSpaceConfig)
     assert short("test_x.py::T::test_y[GuardSpaceConfig-a]") == "test_x.py::T::test_y[LoraConfig-a]"
+    assert short("test_x.py::T::test_y_0_GuardSpace_LoHa") == "test_x.py::T::test_y_0_Lora_LoHa"
     assert "any/model" in Known()
     Known()["any/model"] += 1
 
