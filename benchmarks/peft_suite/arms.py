@@ -82,20 +82,28 @@ def _random_bases() -> None:
 
 
 def random_subspace(layers: Mapping[str, Any], side: Any) -> Any:
-    """A `SafetySubspace` with random orthonormal columns for each layer; layers of one feature are left out."""
+    """A `SafetySubspace` with random orthonormal columns for each layer, and random tokens for the inputs of an
+    embedding; layers of one feature are left out.
+    """
     import torch
 
     from peft_safety import SafetySubspace
     from peft_safety.core import base_weights as weights
+    from peft_safety.core import kinds
     from peft_safety.core.projection import orthonormalize
     from peft_safety.core.subspace import NARROW
 
     bases, narrow = {}, []
     for index, (name, layer) in enumerate(layers.items()):
-        size = weights.shape(layer)[0 if side == "out" else 1]
-        if size < 2:
+        size, groups = weights.shape(layer)[0 if side == "out" else 1], kinds.groups(layer) if side == "out" else 1
+        if size // groups < 2:
             narrow.append(name)
             continue
         generator = torch.Generator().manual_seed(index)
-        bases[name] = {side: orthonormalize(torch.randn(size, max(1, size // SHARE), generator=generator))}
+        if kinds.is_embedding(layer) and side == "in":
+            bases[name] = {side: torch.randperm(size, generator=generator)[: max(1, size // SHARE)]}
+            continue
+        shape = size // groups, max(1, size // groups // SHARE)
+        blocks = [orthonormalize(torch.randn(*shape, generator=generator)) for _ in range(groups)]
+        bases[name] = {side: torch.block_diag(*blocks)}
     return SafetySubspace(bases, provenance={"method": "random", "left_out": {NARROW: narrow}})

@@ -54,11 +54,22 @@ KINDS = (
         r"MultiheadAttention.*cannot be protected",
         "PyTorch's layer never calls its projections, so that their inputs cannot be seen.",
     ),
-    Refusal("embeddings", r"Embedding.*cannot be protected", "Their inputs are tokens, which have no input basis."),
     Refusal(
-        "convolutions", r"Conv[123]d.*cannot be protected", "Their inputs are patches, for which nothing calibrates."
+        "embeddings",
+        r"Embedding.*cannot be protected",
+        "A window of few directions would train few tokens; `max_norm` rewrites W in the forward.",
+    ),
+    Refusal(
+        "convolutions",
+        r"Conv[123]d.*cannot be protected",
+        "PEFT does not dilate `lora_A`, which would see other patches than the layer; a class of its own may too.",
     ),
     Refusal("bias", r"bias='", "It trains biases of the base layers, which no projection constrains."),
+    Refusal(
+        "tying of adapters",
+        r"with ensure_weight_tying",
+        "An embedding and the head that shares its weight have inputs of different kinds, and so different bases.",
+    ),
     Refusal("merging of tied weights", r"tied", "The merge would change the other module that uses the weight, too."),
     Refusal(
         "low-level tuner",
@@ -96,7 +107,8 @@ KINDS = (
     ),
     Refusal(
         "another base model",
-        r"belongs to other base weights|the model has no such module|would replace the model's own",
+        r"belongs to other base weights|the model has no such module|not those of the model.s layers|"
+        r"would replace the model.s own|, the model has",
         "A basis of outputs means nothing on other weights, or on a weight into which something was merged; and no "
         "file replaces a base weight that its config does not name.",
     ),
@@ -117,7 +129,8 @@ DIFFERENCES = (
     Difference(
         "lora_A takes no gradient",
         "frozen",
-        r"requires_grad|layer_indexing|gradient_checkpointing|test_(training|inference_mode)|status_with|nb_(params_small|trainable)|riemannian",
+        r"requires_grad|layer_indexing|gradient_checkpointing|test_(training|inference_mode)|status_with|nb_(params|trainable)|riemannian"
+        r"|model_with_injected_layers|lora_plus_embedding",
         "It is made blind once, and then frozen; tests that expect its gradient, or count it, fail.",
     ),
     Difference(
@@ -129,7 +142,7 @@ DIFFERENCES = (
     Difference(
         "the rows of A are ours",
         "frozen",
-        r"test_lora_(linear_init_(default|gaussian)|init_orthogonal)",
+        r"test_lora_((linear|conv2d)_(init_)?(default|gaussian)|init_orthogonal|embedding_(default|gaussian))",
         "They lie outside of the null space, so they have another distribution.",
     ),
     Difference(
@@ -145,6 +158,18 @@ DIFFERENCES = (
         r"key_mapping_save_(new_load_new|old_load_old)_lora|inject_from_state_dict_model_with_weight|"
         r"prefix_removal_is_undone|velora_backward_matches_manual",
         "Values, or gradients, that a test writes by hand are not what the layer then holds.",
+    ),
+    Difference(
+        "the first B of an embedding is projected",
+        "salora",
+        r"test_lora_embedding_(default|gaussian)",
+        "It starts in the complement of the protected outputs, so it has another distribution.",
+    ),
+    Difference(
+        "a projected factor moves less than the tolerance",
+        "salora",
+        r"test_only_params_are_updated\[Embedding",
+        "With two steps of these tests, what the projection leaves of an update is below their threshold.",
     ),
     Difference(
         "saved as safetensors",

@@ -175,7 +175,7 @@ def orthogonality_report(
 
     Raises:
         ConfigError: no such adapter, one whose update is not a plain product, a merged one; malformed arguments.
-        UnsupportedLayerError, CheckpointError: embeddings, convolutions, sharded weights; a weight that is not finite.
+        UnsupportedLayerError, CheckpointError: embeddings, convolutions; sharded weights; a weight that is not finite.
         CalibrationError, DataError: calibration data that is empty, malformed or not finite.
 
     Reference: Mou et al., arXiv 2510.09004 (the metric); Roy and Vetterli, EUSIPCO 2007 (effective rank). The nulls
@@ -222,7 +222,7 @@ def _resolve(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLayer], list
     if adapter not in table:
         raise ConfigError(f"the model has no adapter {adapter!r}, only {sorted(table)}. Name one of these.")
     check_features(table[adapter], f"adapter {adapter!r}", allowed=SAME_UPDATE)
-    layers = adapter_layers(model, adapter)
+    layers = adapter_layers(model, adapter, linear=True)
     if not layers:
         raise ConfigError(f"adapter {adapter!r} has no LoRA layer on this model. Name another adapter.")
     comparable, skipped = [], {}

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_safety.calibration.bases import contrastive_basis, input_basis, output_basis
+from peft_safety.calibration.bases import contrastive_basis, input_basis, output_basis_in_groups
 from peft_safety.calibration.batches import (
     Batch,
     Positions,
@@ -24,16 +24,19 @@ from peft_safety.calibration.batches import (
 )
 from peft_safety.calibration.budget import Need, bytes_of, groups, need
 from peft_safety.calibration.leaving_out import record
-from peft_safety.calibration.moments import InputMoments, collect, inputs_of
+from peft_safety.calibration.moments import InputMoments, Moment, collect, inputs_of
 from peft_safety.calibration.sizes import DEFAULT_RANK, GUARDSPACE_SIZE, Size, plan
+from peft_safety.calibration.token_bases import embedding_outputs, seen_tokens
+from peft_safety.calibration.token_counts import TokenCounts
 from peft_safety.calibration.token_rows import TokenRows
 from peft_safety.core import base_weights as weights
+from peft_safety.core import kinds
 from peft_safety.core.names import listed
 from peft_safety.core.projection import OVERSAMPLING, Side
 from peft_safety.core.subspace import DEFAULT_DTYPE, SafetySubspace
 from peft_safety.core.targets import target_layers
 from peft_safety.data.rows import Rows
-from peft_safety.errors import CalibrationError, ConfigError
+from peft_safety.errors import CalibrationError, ConfigError, UnsupportedLayerError
 
 METHODS: dict[str, tuple[tuple[Side, ...], Positions]] = {
     "salora": (("out",), "response"),
@@ -200,7 +203,7 @@ def estimate(
         raise CalibrationError(
             f"no token that counts reaches any of the {len(layers)} target layers ({listed(layers)}). Give other data."
         )
-    _check_spans({(n, side): bases[n][side].shape[1] for n in reached for side in job.sides}, job.wanted, allow_fewer)
+    _check_spans({(n, side): bases[n][side].shape[-1] for n in reached for side in job.sides}, job.wanted, allow_fewer)
     provenance = {
         "method": job.method,
         "sides": "+".join(job.sides),
@@ -259,27 +262,37 @@ def _bases(
     """Name, side, basis and spectrum. Layers with one moment and of one size share their input basis."""
     made: dict[tuple[int | str, Size], tuple[Tensor, Tensor]] = {}
     for name, layer in layers.items():
-        moment, against = moments.operator(name), None if contrast is None else contrast.moment(name)
+        moment, against = moments.operator(name), None if contrast is None else contrast.operator(name)
         for side, size in sizes[name].items():
             key = (id(moment) if side == "in" else name, size)
             if key not in made:
                 basis, spectrum = _basis(layer, name, side, moment, against, size, seed)
-                made[key] = basis[:, : size.most], spectrum[: size.most]
+                made[key] = basis[..., : size.most], spectrum[: size.most]
             yield name, side, *made[key]
 
 
 def _basis(
-    layer: nn.Module, name: str, side: Side, moment: Tensor | TokenRows, against: Tensor | None, size: Size, seed: int
+    layer: nn.Module, name: str, side: Side, moment: Moment, against: Moment | None, size: Size, seed: int
 ) -> tuple[Tensor, Tensor]:
+    if isinstance(moment, TokenCounts):
+        other = against if isinstance(against, TokenCounts) else None
+        if side == "in":
+            return seen_tokens(moment, other, name)
+        return embedding_outputs(weights.dense_weight(layer, name).to(moment.device), moment, other, size, name, seed)
     if side == "in" and against is None:
         return input_basis(moment, size, name, seed=seed)
-    if isinstance(moment, TokenRows):
-        moment = moment.dense()
-    if side == "in" and against is not None:
+    moment = moment.dense() if isinstance(moment, TokenRows) else moment
+    against = against.dense() if isinstance(against, TokenRows) else against
+    if side == "in" and isinstance(against, Tensor):
         return contrastive_basis(moment, against, size, name)
-    weight = weights.dense_weight(layer, name).to(moment.device)
-    if against is None:
-        return output_basis(weight, moment, size, name, seed=seed)
+    weight, blocks = weights.dense_weight(layer, name).to(moment.device), kinds.groups(layer)
+    if not isinstance(against, Tensor):
+        return output_basis_in_groups(weight, moment, size, blocks, name, seed=seed)
+    if blocks > 1:
+        raise UnsupportedLayerError(
+            f"{name}: a contrastive basis of outputs mixes the {blocks} groups of this convolution, which its lora_B "
+            "cannot. Leave it out of target_modules, or use side='in'."
+        )
     weight = weight.to(moment.dtype)
     return contrastive_basis(weight @ moment @ weight.mT, weight @ against @ weight.mT, size, name)
 

@@ -4,10 +4,13 @@ basis comes with a spectrum, descending: the square roots of the eigenvalues beh
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from peft_safety.calibration.sizes import Size
+from peft_safety.calibration.token_counts import TokenCounts
 from peft_safety.calibration.token_rows import TokenRows
 from peft_safety.core import projection
 from peft_safety.core.projection import OVERSAMPLING
@@ -24,7 +27,7 @@ DENSE_LIMIT = 2048
 """Moments up to this size are decomposed exactly, which is as fast as iterating where many directions are wanted."""
 
 
-def check_moment(moment: Tensor | TokenRows, name: str) -> float:
+def check_moment(moment: Tensor | TokenRows | TokenCounts, name: str) -> float:
     """Trace of a moment. A CalibrationError refuses one that is zero or not finite."""
     total = float(moment.diagonal().double().sum())
     if not bool(moment.isfinite().all()) or not total > 0:
@@ -57,6 +60,23 @@ def output_basis(
         if enough < width or enough == limit or width == min(m, n):
             return _spanned(_exact(u[:, :enough]), s[:enough], weight.dtype)
         width = min(2 * width, m, n)
+
+
+@torch.no_grad()
+def output_basis_in_groups(
+    weight: Tensor, moment: Tensor | None, size: Size, groups: int, name: str, *, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """`output_basis` of a grouped convolution, whose `lora_B` is block-diagonal: each direction is one of a group."""
+    if groups == 1:
+        return output_basis(weight, moment, size, name, seed=seed)
+    m = weight.shape[0] // groups
+    rank = size.rank if size.rank is None else min(-(-size.rank // groups), m - 1)
+    part = replace(size, rank=rank, most=m - 1)
+    found = [output_basis(w, moment, part, name, seed=seed) for w in weight.chunk(groups)]
+    columns = torch.block_diag(*(u[:, : part.most] for u, _ in found))
+    values = torch.cat([s[: part.most] for _, s in found])
+    order = values.argsort(descending=True)[: size.rank]
+    return columns[:, order], values[order]
 
 
 @torch.no_grad()

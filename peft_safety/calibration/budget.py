@@ -17,6 +17,7 @@ from torch import nn
 from peft_safety.calibration import bases
 from peft_safety.calibration.token_rows import CHUNK
 from peft_safety.core import base_weights as weights
+from peft_safety.core import kinds
 from peft_safety.errors import CalibrationError, ConfigError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -36,6 +37,10 @@ class Need:
 def need(layer: nn.Module, tokens: int | None = None, width: int = 0) -> Need:
     """Of one input of a layer. Where rows may be held, `tokens` are the data's and `width` is the iteration's."""
     n = int(weights.shape(layer)[1])
+    if kinds.is_embedding(layer):
+        return Need(8 * n, 8 * n)  # counts
+    if kinds.is_convolution(layer):  # many patches for each token
+        return Need(8 * n**2, 16 * n**2)
     if tokens is not None and n > bases.DENSE_LIMIT and tokens < n:
         return Need(4 * tokens * n, 8 * n * (3 * width + CHUNK), as_rows=True)
     return Need(8 * n**2, 16 * n**2)

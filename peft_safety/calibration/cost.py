@@ -15,7 +15,9 @@ from peft_safety.calibration.bases import DENSE_LIMIT
 from peft_safety.calibration.batches import size_of
 from peft_safety.calibration.budget import bytes_of, groups, together
 from peft_safety.calibration.moments import collect, inputs_of
+from peft_safety.calibration.sizes import ALL_TOKENS
 from peft_safety.core import base_weights as weights
+from peft_safety.core import kinds
 from peft_safety.core.projection import OVERSAMPLING, POWER_ITERATIONS, Side
 from peft_safety.core.subspace import DEFAULT_DTYPE, DTYPES
 from peft_safety.data.rows import Rows
@@ -67,7 +69,12 @@ def cost(
     stored, operations, made = 4 * weights.SAMPLES * len(job.layers), 0, set()
     for name, sides in job.sizes.items():
         shape = weights.shape(job.layers[name])
+        if kinds.is_embedding(job.layers[name]):  # sees at most as many tokens as there are
+            shape = shape[0], min(shape[1], tokens)
         for side, size in sides.items():
+            if size is ALL_TOKENS:
+                stored += 12 * shape[1]
+                continue
             key = (leaders.get(name, name) if side == "in" else name, side, size)
             if key not in made:
                 made.add(key)
@@ -96,7 +103,8 @@ def _seconds_per_token(model: nn.Module, job: Job, layers: Mapping[str, nn.Modul
     started = time.perf_counter()
     moments = collect(model, layers, [middle], positions=job.positions, progress=False, what="one batch")
     for name in filter(moments.reaches, layers):
-        moments.moment(name)  # waits for the device
+        if not kinds.is_embedding(layers[name]):
+            moments.moment(name)  # waits for the device
     return (time.perf_counter() - started) / size_of(middle)
 
 

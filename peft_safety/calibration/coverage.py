@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from peft_safety.calibration.bases import check_moment
 from peft_safety.calibration.batches import data_of, to_batches
 from peft_safety.calibration.grouped import GroupedMoments
+from peft_safety.calibration.moments import Moment
+from peft_safety.calibration.token_counts import TokenCounts
 from peft_safety.calibration.token_rows import TokenRows
-from peft_safety.core.projection import project_out
+from peft_safety.core.projection import is_tokens, project_out
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data.rows import Rows
 from peft_safety.errors import CalibrationError
@@ -63,6 +65,8 @@ def coverage(subspace: SafetySubspace, task: Mapping[str, TaskShare] | None = No
     for name, sides in subspace.bases.items():
         if "in" not in sides:
             continue
+        if is_tokens(sides["in"]):
+            continue  # a set of tokens covers all that was seen
         n, k = sides["in"].shape
         covered, spectrum = known.get(name), subspace.spectra.get(name, {}).get("in")
         curve = torch.zeros(0)
@@ -100,7 +104,7 @@ def task_inputs(
         )
     if not layers:
         raise CalibrationError("the subspace has no input basis of any of the layers. Calibrate on this model.")
-    widths = {name: subspace.bases[name]["in"].shape[1] for name in layers}
+    widths = {name: subspace.bases[name]["in"].shape[-1] for name in layers}
     moments = GroupedMoments(model, layers, batches, widths, memory=memory, progress=progress)
     computed: dict[tuple[int, str], TaskShare] = {}
     shares = {}
@@ -108,7 +112,9 @@ def task_inputs(
         basis = subspace.bases[name]["in"]
         key = (id(basis), moments.leader(name))
         if key not in computed:
-            computed[key] = _share(moments.moment(name) if ranks else moments.operator(name), basis, name, ranks)
+            moment = moments.operator(name)
+            dense = ranks and isinstance(moment, TokenRows)
+            computed[key] = _share(moment.dense() if dense else moment, basis, name, ranks)  # type: ignore[union-attr]
         shares[name] = computed[key]
     if not shares:
         raise CalibrationError("the task data reach no layer with an input basis. Give rows with tokens that count.")
@@ -116,8 +122,12 @@ def task_inputs(
 
 
 @torch.no_grad()
-def _share(moment: Tensor | TokenRows, basis: Tensor, name: str, ranks: bool) -> TaskShare:
+def _share(moment: Moment, basis: Tensor, name: str, ranks: bool) -> TaskShare:
     total = check_moment(moment, name)
+    if isinstance(moment, TokenCounts):
+        u = basis.to(moment.device)
+        hidden = moment.counts[u] if is_tokens(u) else moment.counts @ u.to(moment.dtype).square()
+        return TaskShare(max(0.0, 1 - float(hidden.sum()) / total))
     q = basis.to(device=moment.device, dtype=moment.dtype)
     # the diagonal of P S P sums to that of S without that of Q Q^T S; fp64 leaves ten digits of a millionth
     free = max(0.0, 1 - float((q * (moment @ q)).sum()) / total)

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from peft_safety.calibration.activations import adapters_off
 from peft_safety.calibration.batches import Batch, attended
 from peft_safety.calibration.budget import bytes_of, groups, need, together
-from peft_safety.calibration.moments import InputMoments, collect, inputs_of
-from peft_safety.calibration.token_rows import TokenRows
+from peft_safety.calibration.moments import InputMoments, Moment, collect, inputs_of
 
 
 class GroupedMoments:
@@ -64,5 +63,5 @@ class GroupedMoments:
     def moment(self, name: str) -> Tensor:
         return self._of(name).moment(name)
 
-    def operator(self, name: str) -> Tensor | TokenRows:
+    def operator(self, name: str) -> Moment:
         return self._of(name).operator(name)

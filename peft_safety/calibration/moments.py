@@ -17,10 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from peft_safety.calibration.batches import Batch, Counted, Positions, are_padded, call, size_of
+from peft_safety.calibration.patches import Patches
+from peft_safety.calibration.positions import positions_of, selected
+from peft_safety.calibration.token_counts import TokenCounts, counted_ids
 from peft_safety.calibration.token_rows import TokenRows, wide
 from peft_safety.core import base_weights as weights
+from peft_safety.core.kinds import is_embedding
 from peft_safety.core.names import listed
-from peft_safety.errors import CalibrationError
+from peft_safety.errors import CalibrationError, UnsupportedLayerError
+
+Moment = Tensor | TokenRows | TokenCounts
+TOKENS = "tokens"
 
 
 class InputMoments:
@@ -34,11 +41,11 @@ class InputMoments:
         self.as_rows = as_rows
         self.tokens = 0
         self.loose: set[str] = set()
-        self._moments: dict[str, Tensor | TokenRows] = {}
+        self._moments: dict[str, Moment] = {}
         self.leaders: dict[str, str] = {}
         self._others: list[int] = []  # by batch, those of the layer that sees most of them
         self._counted: Counted | None = None
-        self._last: tuple[str, Tensor] | None = None
+        self._last: tuple[str, Tensor, Patches | str | None] | None = None
 
     @property
     def others(self) -> int:
@@ -48,12 +55,17 @@ class InputMoments:
         return self.leaders.get(name) in self._moments
 
     def moment(self, name: str) -> Tensor:
-        """`S (n, n)` of one layer, fp64 where the device has it; one tensor for layers with the same input."""
+        """`S (n, n)` of one layer, fp64 where the device has it; one tensor for layers with the same input. An
+        UnsupportedLayerError refuses an embedding, whose vocabulary is too large for it.
+        """
         result = self.operator(name)
+        if isinstance(result, TokenCounts):
+            what = f"{name}: an embedding of {len(result.counts)} tokens has no second moment that can be held"
+            raise UnsupportedLayerError(f"{what}. Leave it out of target_modules.")
         return result.dense() if isinstance(result, TokenRows) else result
 
-    def operator(self, name: str) -> Tensor | TokenRows:
-        """The same, or the rows behind it where they are kept."""
+    def operator(self, name: str) -> Moment:
+        """The same, or the rows behind it where they are kept; of an embedding how often each token counts."""
         if not self.reaches(name):
             raise CalibrationError(f"{name}: no token that counts reaches this layer. Give other data, or exclude it.")
         result = self._moments[self.leaders[name]]
@@ -78,27 +90,48 @@ class InputMoments:
 
     def _see(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x, last = args[0] if args else next(iter(kwargs.values())), self._last
-        if last is not None and last[1] is x and self.leaders.setdefault(name, last[0]) == last[0]:
+        reading = TOKENS if is_embedding(layer) else Patches.of(layer)
+        same = last is not None and last[1] is x and last[2] == reading
+        if same and last is not None and self.leaders.setdefault(name, last[0]) == last[0]:
             return  # the very same tensor: its leader has counted it
         if self.leaders.setdefault(name, name) != name:
             problem = f"{name}: shares its input with {self.leaders[name]} in some batches only"
             raise CalibrationError(f"{problem}. Calibrate it alone.")
-        self._last = (name, x)
-        if (which := self._counted) is not None:
-            rows = selected(name, x, which)
-            self._add(name, rows)
-            if positions_of(x.shape[:-1], which) is not None:
-                return
-            if which.others is not None:
-                self._others[-1] = max(self._others[-1], len(rows))
-            elif not all(bool(mask.all()) for mask in which.masks):
-                self.loose.add(name)
+        self._last = (name, x, reading)
+        if (which := self._counted) is None:
+            return
+        if isinstance(reading, Patches):
+            rows, lead = 0, x.shape[:1]
+            for block in reading.rows(x, which):
+                rows += len(block)
+                self._add(name, block)
+        elif reading == TOKENS:
+            ids, lead = counted_ids(x, which), x.shape
+            rows = len(ids)
+            self._count(name, ids, weights.shape(layer)[1])
+        else:
+            chosen, lead = selected(name, x, which), x.shape[:-1]
+            rows = len(chosen)
+            self._add(name, chosen)
+        if positions_of(lead, which) is not None:
+            return
+        if which.others is not None:
+            self._others[-1] = max(self._others[-1], rows)
+        elif not all(bool(mask.all()) for mask in which.masks):
+            self.loose.add(name)
+
+    def _count(self, name: str, ids: Tensor, vocabulary: int) -> None:
+        if ids.numel():
+            counts = self._moments.setdefault(name, TokenCounts(vocabulary, ids.device))
+            assert isinstance(counts, TokenCounts)
+            counts.add(ids)
 
     @torch.no_grad()
     def _add(self, name: str, x: Tensor) -> None:
         if not x.shape[0]:
             return
         n, total = x.shape[1], self._moments.get(name)
+        assert not isinstance(total, TokenCounts)
         if total is None:
             rows = TokenRows(n, x.device) if name in self.as_rows else None
             total = self._moments[name] = rows or torch.zeros(n, n, device=x.device, dtype=wide(x.device))
@@ -110,41 +143,6 @@ class InputMoments:
             else:
                 x = x.to(total.dtype)
                 total.addmm_(x.mT, x)
-
-
-def positions_of(lead: Sequence[int], which: Counted) -> Tensor | None:
-    """Which rows of a layer's input count, bool of the shape `lead`; None where the rows are not positions of the
-    batch.
-
-    Args:
-        lead: `(batch, tokens)`, also flattened, or with further dimensions (heads) after or between them; or
-            `(batch,)` of a pooled input, which counts if any position of its sequence does.
-    """
-    for mask in which.masks:
-        batch, tokens = mask.shape
-        if tuple(lead) == (mask.numel(),):
-            return mask.reshape(-1)
-        if len(lead) > 1 and lead[0] == batch and tokens in lead[1:]:
-            axis = 1 + list(lead[1:]).index(tokens)
-            return mask.view(batch, *(tokens if i == axis else 1 for i in range(1, len(lead)))).expand(*lead)
-    if which.others is None and len(lead) >= 1 and lead[0] == which.masks[0].shape[0]:
-        # pooled, or the patches of an image: by sequence
-        chosen = torch.stack([mask.any(dim=1) for mask in which.masks]).any(dim=0)
-        return chosen.view(-1, *(1 for _ in lead[1:])).expand(*lead)
-    return None
-
-
-def selected(name: str, x: Tensor, which: Counted) -> Tensor:
-    """The rows of `x (..., features)` that count, `(rows, features)`, fp32; all where they are not positions of the
-    batch (routed experts, patches of images, frames). A CalibrationError refuses what is no tensor.
-    """
-    if not isinstance(x, Tensor) or x.ndim < 1:
-        raise CalibrationError(f"{name}: a {type(x).__name__} is no rows of features. Leave it out of target_modules.")
-    rows, chosen = x.detach().reshape(-1, x.shape[-1]), positions_of(x.shape[:-1], which)
-    if chosen is None:
-        counts = any(bool(mask.any()) for mask in which.masks) if which.others is None else which.others
-        return rows.float() if counts else rows[:0].float()
-    return rows[chosen.reshape(-1).to(x.device)].float()
 
 
 def collect(

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from peft_safety.core import base_weights as weights
+from peft_safety.core.kinds import groups, is_embedding
 from peft_safety.core.names import listed
 from peft_safety.core.projection import Side
 from peft_safety.errors import ConfigError
@@ -95,14 +96,23 @@ def plan(
         some = ", ".join(sorted(kinds))
         raise ConfigError(f"safety_rank_pattern: no target module is of that kind: {unknown[0]!r}. There are {some}.")
     shapes = {name: weights.shape(layer) for name, layer in layers.items()}
-    features = {(name, side): shape[0 if side == "out" else 1] for name, shape in shapes.items() for side in sides}
+    tokens = [name for name, layer in layers.items() if is_embedding(layer) and not weights_only]
+    features = {
+        (name, side): shape[0] // groups(layers[name]) if side == "out" else shape[1]
+        for name, shape in shapes.items()
+        for side in sides
+    }
     unfit = [name for name in layers if any(features[name, side] < 2 for side in sides)]
     if len(unfit) == len(layers):
         raise ConfigError(f"{listed(unfit)}: a single feature leaves no direction free. Use other target_modules.")
     sizes: dict[str, dict[Side, Size]] = {name: {} for name in layers if name not in unfit}
     reduced = {}
     for side in sides:
-        widths = {name: shapes[name][1] if side == "in" and not weights_only else min(shapes[name]) for name in sizes}
+        sized = [name for name in sizes if side == "out" or name not in tokens]
+        sizes |= {name: {**sizes[name], side: ALL_TOKENS} for name in sizes if name not in sized}
+        widths = {name: shapes[name][1] if side == "in" and not weights_only else min(shapes[name]) for name in sized}
+        if not widths:
+            continue
         median = statistics.median_low(widths.values())
         for name, width in widths.items():
             size = special.get(kind_of(name), usual)
@@ -158,3 +168,7 @@ def _is_integer(value: Any) -> bool:
 
 def _is_energy(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+
+
+ALL_TOKENS = Size(energy=1.0)
+"""Of an embedding's inputs: each token that the data hold, whatever size is requested; see `token_bases`."""

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from peft_safety.calibration.activations import model_name, size_facts
-from peft_safety.calibration.bases import output_basis
+from peft_safety.calibration.bases import output_basis_in_groups
 from peft_safety.calibration.leaving_out import record
 from peft_safety.calibration.sizes import DEFAULT_RANK, plan
 from peft_safety.core import base_weights as weights
+from peft_safety.core import kinds
 from peft_safety.core.projection import Side
 from peft_safety.core.subspace import DEFAULT_DTYPE, SafetySubspace
 from peft_safety.core.targets import target_layers
@@ -56,7 +57,9 @@ def estimate_from_weights(
     for name, layer in tqdm(layers.items(), desc="weight bases", unit="module", disable=not progress):
         weight = weights.dense_weight(layer, name)
         for side, size in sizes[name].items():
-            u, s = output_basis(weight if side == "out" else weight.mT, None, size, name, seed=seed)
+            blocks = kinds.groups(layer) if side == "out" else 1
+            side_first = weight if side == "out" else weight.mT
+            u, s = output_basis_in_groups(side_first, None, size, blocks, name, seed=seed)
             bases[name][side], spectra[name][side] = u[:, : size.most], s[: size.most]
     provenance = {"method": "weight", "sides": "+".join(sides), "seed": seed, "model": model_name(model)}
     provenance |= size_facts(rank, energy, per_kind) | record([], unfit)

@@ -105,6 +105,12 @@ def _publish(
     if config.trainable_token_indices:
         raise ConfigError("the adapter also trained token rows (trainable_token_indices). Keep the native adapter.")
     rank = max(factor.a.shape[0] for factor in factors.values())
+    grouped = [name for name, f in factors.items() if f.form.groups > 1 and f.a.shape[0] != rank]
+    if grouped:
+        raise ConfigError(f"{grouped[0]}: factors of a grouped convolution cannot be padded. Keep the native adapter.")
+    unread = [name for name, factor in factors.items() if not factor.form.is_linear]
+    if server is not None and unread:
+        raise ConfigError(f"{unread[0]}: servers are not known to read factors other than linear layers'. Merge them.")
     if server is not None:
         check_server(server, factors, rank, saved, bool(config.fan_in_fan_out))
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -124,7 +130,7 @@ def _publish(
     card = _card(config, rank, len(factors), sorted(saved))
     certificate = config._certificate if config.freezes else None
     more = None if certificate is None else certificate.write
-    write_plain(target, {**factor_tensors(pairs), **saved}, plain, card, more=more)
+    write_plain(target, {**factor_tensors(pairs, factors), **saved}, plain, card, more=more)
     return target
 
 

@@ -19,11 +19,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from peft_safety.core import base_weights as weights
+from peft_safety.core import kinds
+from peft_safety.core.factor_forms import Form
 from peft_safety.core.names import own_name, places
 from peft_safety.core.plain_lora import plain_config
 from peft_safety.core.projection import Side, coefficients
 from peft_safety.errors import ConfigError, LossyMergeError
-from peft_safety.layers.adapters import config_table
+from peft_safety.layers.adapters import config_table, tables, weights_of
 from peft_safety.methods.factors import layer_factors
 from peft_safety.registry.protection import assert_protected, protected_configs, refuse_tied
 
@@ -161,13 +163,20 @@ def _mergeable(model: PeftModel, base: nn.Module) -> list[str]:
     for adapter in protected_configs(model):
         if any(adapter in _active(layer) for layer in layers.values()):
             assert_protected(model, adapter)
+    for name, layer in layers.items():
+        base_layer = layer.get_base_layer()
+        if kinds.groups(base_layer) > 1 or not kinds.merges_exactly(base_layer):
+            raise LossyMergeError(
+                f"{name}: nothing is merged into a {type(base_layer).__name__}({base_layer.extra_repr()}), whose "
+                "groups or padding lora_A does not have. Keep the adapter beside the base."
+            )
     if any(layer.merged for layer in layers.values()):
         raise ConfigError("an adapter is merged into the base weights. Call unmerge_adapter() first.")
     return list(layers)
 
 
 def _active(layer: LoraLayer) -> list[str]:
-    return [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    return [adapter for adapter in layer.active_adapters if adapter in tables(layer)[0]]
 
 
 def _part(model: PeftModel, base: nn.Module, name: str) -> _Part:
@@ -176,7 +185,10 @@ def _part(model: PeftModel, base: nn.Module, name: str) -> _Part:
     delta = torch.zeros(weights.shape(inner), device=next(inner.parameters()).device)
     for adapter in active:
         update = layer.get_delta_weight(adapter).to(delta)
-        delta += update.T if getattr(layer, "fan_in_fan_out", False) else update
+        if kinds.shape(inner) is not None:
+            delta += kinds.as_matrix(inner, update)
+        else:
+            delta += update.T if getattr(layer, "fan_in_fan_out", False) else update
     # two subspaces bind two parts of a sum, not the sum
     config = protected_configs(model).get(active[0]) if len(active) == 1 else None
     bases = {} if config is None else {side: config.subspace.bases[own_name(name)][side] for side in config.sides}
@@ -208,7 +220,9 @@ def _dense(part: _Part, before: Tensor, dtype: torch.dtype | None) -> nn.Module:
     inner: Any = part.inner
     total = before + part.delta
     if weights.quantization(inner) is None:
-        total = (total.T if weights.is_conv1d(inner) else total).to(dtype or inner.weight.dtype)
+        total = total.T if weights.is_conv1d(inner) else total
+        total = kinds.as_stored(inner, total) if kinds.shape(inner) is not None else total
+        total = total.to(dtype or inner.weight.dtype)
         inner.weight = nn.Parameter(total.contiguous(), requires_grad=False)
         return inner
     linear = nn.Linear(total.shape[1], total.shape[0], bias=inner.bias is not None, device="meta", dtype=dtype)
@@ -258,8 +272,9 @@ def _with_plain(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> 
     result = get_peft_model(base, plain_config(pairs, vars(config), places(base)))
     for name, (a, b) in factors.items():
         layer: Any = result.get_base_model().get_submodule(name)
-        for leaf, factor in ((layer.lora_A["default"], a), (layer.lora_B["default"], b)):
-            leaf.weight.data = factor.to(leaf.weight.device)
+        stored = Form.of(layer.get_base_layer()).stored(a, b)
+        for weight, factor in zip(weights_of(layer, "default"), stored, strict=True):
+            weight.data = factor.to(weight.device)
     return result.eval()
 
 

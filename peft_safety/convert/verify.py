@@ -21,7 +21,7 @@ from peft_safety.core.plain_lora import (
     read_plain,
     stored_record,
 )
-from peft_safety.core.projection import fold_tolerance, leak, leak_tolerance, orthonormality_error
+from peft_safety.core.projection import fold_tolerance, is_tokens, leak, leak_tolerance, orthonormality_error
 from peft_safety.core.snapshot import reading
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.targets import base_layers
@@ -139,7 +139,7 @@ def _verify(
         method=str(kind),
         modules=len(stored.shapes),
         ranks=tuple(sorted({rank for _, _, rank in stored.shapes.values()})),
-        protected=tuple(sorted({int(u.shape[1]) for u in bases})),
+        protected=tuple(sorted({int(u.shape[-1]) for u in bases})),
         blindness_checked=not window or subspace is not None,
         worst_leak=worst,
         rounded_to=rounded_to,
@@ -210,7 +210,8 @@ def _null_space(
 def _blindness(path: Path, space: SafetySubspace, name: str, a: Tensor, limit: float) -> float:
     """`||A Q|| / ||A||` of a module, which must not exceed `limit`."""
     basis = space.bases.get(name, {}).get("in")
-    share = 1.0 if basis is None or basis.shape[0] != a.shape[1] else leak(basis, a, "in")
+    fits = basis is not None and (int(basis.max()) < a.shape[1] if is_tokens(basis) else len(basis) == a.shape[1])
+    share = 1.0 if basis is None or not fits else leak(basis, a, "in")
     if not share <= limit:
         raise ProtectionError(
             f"{path}: lora_A {tuple(a.shape)} of {name} reaches {share:.2g} of its norm into the null space (limit "

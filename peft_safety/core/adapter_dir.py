@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core import files, plain_lora
+from peft_safety.core.factor_forms import Form
 from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST, PREFIX, broken
-from peft_safety.core.projection import HALF, Side, leak, leak_tolerance
+from peft_safety.core.projection import HALF, Side, is_tokens, leak, leak_tolerance
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE_FILE
 from peft_safety.errors import ArtifactError
@@ -32,14 +34,16 @@ FREE_FIELDS = ("base_model_name_or_path", "revision", "inference_mode")
 _PLAIN_NAME = re.compile(r"[\w.\-]+")
 VELORA = "lora_velora_embed"
 """The direction `(ceil(in_features / num_groups),)` onto which VeLoRA compresses inputs, which PEFT stores too."""
-_FACTOR = re.compile(rf"base_model\.model\.(?P<module>.+)\.(?P<kind>lora_[AB]\.(?:weight|initial)|{VELORA})")
+_FACTOR = re.compile(
+    rf"base_model\.model\.(?P<module>.+)\.(?P<kind>lora_(?:[AB]\.(?:weight|initial)|embedding_[AB])|{VELORA})"
+)
 
 
 @dataclass(frozen=True)
 class StoredAdapter:
     """A checked directory. `shapes` are `{module: (out_features, in_features, rank)}`, `worst_leak` is the largest
     `||U^T B|| / ||B||`, `rounded_to` the 16-bit dtype of the factor behind it, if it is in one, and `extra_tensors`
-    are keys of tensors that no projection constrains.
+    are keys of tensors that no projection constrains. `forms`: how the factors are stored.
     """
 
     directory: Path
@@ -50,6 +54,7 @@ class StoredAdapter:
     worst_leak: float
     rounded_to: str | None
     extra_tensors: tuple[str, ...]
+    forms: dict[str, Form]
 
 
 def protected_types() -> list[str]:
@@ -105,8 +110,9 @@ def check_adapter(directory: Path) -> StoredAdapter:
         missing += ["fingerprint of the base weight"] if module not in subspace.fingerprints else []
         if missing:
             raise broken(directory / SUBSPACE_FILE, f"{module} has no {missing[0]}, which the adapter needs")
-    shapes, (worst, rounded_to) = _check_factors(files.child(directory, ADAPTER_FILE), config, subspace, method, extra)
-    return StoredAdapter(directory, config, subspace, shapes, method.residual, worst, rounded_to, tuple(extra))
+    path = files.child(directory, ADAPTER_FILE)
+    shapes, forms, (worst, rounded_to) = _check_factors(path, config, subspace, method, extra)
+    return StoredAdapter(directory, config, subspace, shapes, method.residual, worst, rounded_to, tuple(extra), forms)
 
 
 def seal(directory: Path) -> None:
@@ -146,6 +152,11 @@ def _factor(key: str, targets: Container[str]) -> re.Match[str] | None:
     return match if match is not None and match["module"] in targets else None
 
 
+def _canonical(kind: str) -> str:
+    """The kind of a factor, with that of an embedding named as a linear one's."""
+    return f"{kind.replace('embedding_', '')}.weight" if "embedding_" in kind else kind
+
+
 def are_names(texts: Iterable[Any]) -> bool:
     """Whether these are names, in which PEFT cannot see a regular expression that takes long."""
     return all(isinstance(text, str) and _PLAIN_NAME.fullmatch(text) for text in texts)
@@ -173,8 +184,8 @@ def _record(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], list
 
 def _check_factors(
     path: Path, config: Mapping[str, Any], subspace: SafetySubspace, method: Any, extra: Sequence[str]
-) -> tuple[dict[str, tuple[int, int, int]], tuple[float, str | None]]:
-    """`StoredAdapter.shapes`, `worst_leak` and `rounded_to`; `method` is PEFT's config."""
+) -> tuple[dict[str, tuple[int, int, int]], dict[str, Form], tuple[float, str | None]]:
+    """`StoredAdapter.shapes`, `forms`, `worst_leak` and `rounded_to`; `method` is PEFT's config."""
     kinds = ("weight", "initial") if method.residual else ("weight",)
     expected = {f"lora_{factor}.{kind}" for factor in "AB" for kind in kinds}
     expected |= {VELORA} if getattr(method, "velora_config", None) is not None else set()
@@ -185,8 +196,8 @@ def _check_factors(
             match = _factor(key, config["target_modules"])
             if match is None:
                 others.add(key)
-            else:
-                factors.setdefault(match["module"], {})[match["kind"]] = key
+            elif factors.setdefault(match["module"], {}).setdefault(_canonical(match["kind"]), key) != key:
+                raise broken(path, f"{match['module']} has two factors {_canonical(match['kind'])}")
         if differing := sorted(others ^ set(extra)):
             raise broken(path, f"unknown or missing tensors {differing[:3]}; it must hold what {MANIFEST} lists")
         listed = {"the subspace": subspace.bases, f"target_modules in {MANIFEST}": config["target_modules"]}
@@ -195,14 +206,17 @@ def _check_factors(
                 counts = f"{len(factors)} modules, but {what} has {len(modules)}"
                 raise broken(path, f"{counts}; they differ at {differing[:3]}")
         shapes: dict[str, tuple[int, int, int]] = {}
+        forms: dict[str, Form] = {}
         worst, dtype = 0.0, torch.float32
         for module, keys in sorted(factors.items()):
             if set(keys) != expected:
                 raise broken(path, f"{module} has {sorted(keys)}, expected {sorted(expected)}")
             headers = {kind: tuple(handle.get_slice(key).get_shape()) for kind, key in keys.items()}
+            forms[module] = _form(path, module, headers, keys)
             shapes[module] = _check_shapes(path, module, headers, subspace, config)
             _check_direction(path, module, headers.get(VELORA), shapes[module][1], method)
-            tensors = {k: plain_lora.read_tensor(handle, path, key, plain_lora.DTYPES) for k, key in keys.items()}
+            read = {k: plain_lora.read_tensor(handle, path, key, plain_lora.DTYPES) for k, key in keys.items()}
+            tensors = {kind: tensor if kind == VELORA else tensor.flatten(1) for kind, tensor in read.items()}
             alpha = (config.get("alpha_pattern") or {}).get(module, config["lora_alpha"])
             a, b = (max((tensors[f"lora_{x}.{kind}"] for kind in kinds), key=_largest) for x in "AB")
             plain_lora.check_product(path, module, a, b, plain_lora.scaling_of(alpha, shapes[module][2], config))
@@ -220,7 +234,17 @@ def _check_factors(
                 worst, dtype = max((worst, dtype), (share, factor.dtype), key=lambda pair: pair[0])
         for key in extra:
             _check_extra(path, key, handle, subspace, config.get("modules_to_save") or [])
-    return shapes, (worst, half_name(dtype))
+    return shapes, forms, (worst, half_name(dtype))
+
+
+def _form(path: Path, module: str, shapes: Mapping[str, Any], keys: Mapping[str, str]) -> Form:
+    """The form of two factors, by the shapes in the header and the keys."""
+    a, b = shapes["lora_A.weight"], shapes["lora_B.weight"]
+    form = Form.stored_as(a, b, any("lora_embedding_" in key for key in keys.values()))
+    plain = len(keys) == 2 or (form is not None and form.is_linear)  # initial factors are those of linear layers
+    if form is None or not plain or any(keys[f"lora_{x}.weight"] != f"{PREFIX}{form.key(module, x)}" for x in "AB"):
+        raise broken(path, f"{module} has lora_A {a} and lora_B {b}, which are no factors of one layer")
+    return form
 
 
 def half_name(dtype: torch.dtype) -> str | None:
@@ -238,12 +262,16 @@ def _check_shapes(
     """Check the shapes in the header, before tensors are read. Returns `(out_features, in_features, rank)`."""
     a, b = shapes["lora_A.weight"], shapes["lora_B.weight"]
     rank = (config.get("rank_pattern") or {}).get(module, config["r"])
-    fits = len(a) == len(b) == 2 and a[0] == b[1] == rank and 0 not in (*a, *b)
-    fits = fits and (shapes.get("lora_A.initial", a), shapes.get("lora_B.initial", b)) == (a, b)
-    bases = {side: tuple(u.shape) for side, u in subspace.bases[module].items()}
-    if not fits or any(shape[0] != (b[0] if side == "out" else a[1]) for side, shape in bases.items()):
+    n = math.prod(a[1:])
+    fits = a[0] == rank and (shapes.get("lora_A.initial", a), shapes.get("lora_B.initial", b)) == (a, b)
+    given = subspace.bases[module]
+    bases = {side: tuple(u.shape) for side, u in given.items()}
+    fits &= all(
+        int(u.max()) < n if is_tokens(u) else len(u) == (b[0] if side == "out" else n) for side, u in given.items()
+    )
+    if not fits:
         raise broken(path, f"{module} has lora_A {a}, lora_B {b}, which do not fit rank {rank} and bases {bases}")
-    return int(b[0]), int(a[1]), int(rank)
+    return int(b[0]), n, int(rank)
 
 
 def _check_direction(path: Path, module: str, shape: tuple[int, ...] | None, features: int, method: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_safety.core import scales
+from peft_safety.core import kinds, scales
 from peft_safety.core.experts import expert_shape, stacked_weight
 from peft_safety.core.projection import all_finite
 from peft_safety.errors import SubspaceError, UnsupportedLayerError
@@ -44,7 +44,12 @@ def quantization(layer: nn.Module) -> str | None:
 
 
 def supported(layer: nn.Module) -> bool:
-    """Whether this is a linear layer or a Conv1D. Whether its weight can be read, see `check_readable`."""
+    """Whether this layer is of a kind that can be protected. Whether its weight can be read, see `check_readable`."""
+    return is_linear(layer) or kinds.shape(layer) is not None
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether this is a linear layer or a Conv1D."""
     return isinstance(layer, nn.Linear) or is_conv1d(layer)
 
 
@@ -53,12 +58,15 @@ def check_readable(layer: nn.Module, name: str) -> None:
     if scales.library(layer) is not None:
         return
     if not supported(layer):
-        reason = "its weight is packed" if scales.is_packed(layer) else "it is no Linear, Conv1D or bitsandbytes layer"
+        known = "Linear, Conv1D, convolution, embedding or bitsandbytes layer"
+        reason = "its weight is packed" if scales.is_packed(layer) else f"it is no {known}"
         raise scales.refusal(layer, name, reason)
     weight = getattr(layer, "weight", None)
     own = type(layer).__name__ not in _BITSANDBYTES and (weight is None or is_whole(weight))
     if own and (problem := scales.unreadable(layer)) is not None:
         raise scales.refusal(layer, name, problem)
+    if not is_linear(layer):
+        kinds.check(layer, name)
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -69,9 +77,11 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 def shape(layer: nn.Module) -> tuple[int, int]:
-    """`(out_features, in_features)`, whatever the storage; of fused experts those of one expert."""
-    if (of_expert := expert_shape(layer)) is not None:
-        return of_expert
+    """`(out_features, in_features)`, whatever the storage; of fused experts those of one expert, of a convolution
+    channels and numbers of a patch, of an embedding its width and the number of tokens.
+    """
+    if (special := expert_shape(layer) or kinds.shape(layer)) is not None:
+        return special
     if is_conv1d(layer):
         return int(layer.weight.shape[1]), int(layer.weight.shape[0])  # type: ignore[index, union-attr]
     return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
@@ -117,6 +127,8 @@ def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
         return scales.from_fp8(layer, name)
     if is_conv1d(layer):
         return weight.detach().T
+    if not is_linear(layer):
+        return kinds.as_matrix(layer, weight.detach())
     scales.check_forward(layer, name)
     return weight.detach()
 
@@ -250,15 +262,20 @@ def requantized(layer: nn.Module, delta: Tensor, name: str) -> Tensor:
 
 def fingerprint(layer: nn.Module, name: str) -> Tensor:
     """`SAMPLES` evenly spaced values of the flattened `(out, in)` weight, fp32, on the CPU; refused if not finite.
-    Those of a packed weight are what its forward gives. Of fused experts, as their parameter is stored.
+    Those of a packed weight are what its forward gives. Of fused experts, convolutions and embeddings, as their
+    parameter is stored.
     """
-    if (stack := stacked_weight(layer)) is not None:
+    special = kinds.shape(layer) is not None
+    if special:
+        check_readable(layer, name)
+    stack: Any = layer.weight if special else stacked_weight(layer)
+    if stack is not None:
         if _is_offloaded(layer, stack):
             with _fetched(layer):
                 return fingerprint(layer, name)
         if not is_whole(stack):
             raise UnsupportedLayerError(f"{name}: its weight is on the meta device or sharded. Load it whole.")
-        values = sample(stack.detach().flatten(0, 1)).float()
+        values = sample(stack.detach().flatten(1)).float()
     elif quantization(layer) == "packed":
         values = scales.sample_forward(layer, name, *_sampled(*shape(layer)), shape(layer)[1])
     else:

@@ -68,7 +68,7 @@ class Certificate:
 
 
 def certified_factor(a: Tensor, basis: Tensor) -> FrozenFactor:
-    return FrozenFactor.of(a, int(basis.shape[1]), leak(basis.to(a.device), a, "in"))
+    return FrozenFactor.of(a, int(basis.shape[-1]), leak(basis.to(a.device), a, "in"))
 
 
 def read_certificate(directory: Path) -> Certificate | None:

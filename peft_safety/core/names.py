@@ -142,6 +142,11 @@ def _certain_end(key: str) -> str:
     return "" if match is None or match[1] else match[2]
 
 
+def by_number(name: str) -> list[tuple[int, str]]:
+    """A key to sort names by: layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
 def listed(names: Collection[str]) -> str:
     """`a, b, c and 21 more`."""
     rest = len(names) - SHOWN

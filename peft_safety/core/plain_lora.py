@@ -16,7 +16,8 @@ from torch import Tensor
 
 from peft_safety.core import files, publish
 from peft_safety.core.certificate import FILE_NAME as CERTIFICATE
-from peft_safety.core.names import pattern_value, pin
+from peft_safety.core.factor_forms import KEYS, LINEAR, Form
+from peft_safety.core.names import by_number, pattern_value, pin
 from peft_safety.core.projection import all_finite
 from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError
 
@@ -82,13 +83,15 @@ WITH_PROJECTION = ("alora_invocation_tokens", *SAME_UPDATE)
 @dataclass(frozen=True)
 class Factors:
     """The update `s B A` of one module: `a (r, n)`, `b (m, r)`, and `s`, NaN where only a regular expression in the
-    config says what alpha is. `transposed`: the checkpoint stores the base weight as `(n, m)`.
+    config says what alpha is. `transposed`: the checkpoint stores the base weight as `(n, m)`. `form`: how PEFT stores
+    the factors.
     """
 
     a: Tensor
     b: Tensor
     scaling: float
     transposed: bool = False
+    form: Form = LINEAR
 
     def scaled(self) -> tuple[Tensor, Tensor]:
         """`(A, s B)`, copied to the CPU."""
@@ -204,9 +207,10 @@ def config_of(fields: Mapping[str, Any], path: Path) -> Any:
         raise broken(path, f"not a config of this PEFT ({error})") from error
 
 
-def read_plain(directory: Path, allowed: Collection[str] = (), warn: bool = True) -> PlainLoRA:
+def read_plain(directory: Path, allowed: Collection[str] = (), warn: bool = True, *, linear: bool = True) -> PlainLoRA:
     """Read and check a plain LoRA directory, repaired by Safe LoRA or not. Runs no pickle and no regular expression of
     it. `allowed`: features that the caller knows, see `NOT_PLAIN`; with them, the scalings are not those of a layer.
+    `linear`: factors of convolutions and embeddings are refused.
 
     Raises:
         ArtifactError: files or factors are missing, not finite, or of a wrong shape or dtype; a tensor that no plain
@@ -228,16 +232,16 @@ def read_plain(directory: Path, allowed: Collection[str] = (), warn: bool = True
         record = _record(handle, file) or fields.get("safe_lora")
         if not isinstance(record, (dict, type(None))):
             raise broken(path, "safe_lora must be a JSON object")
-        pairs = _factor_keys(handle, file)
-        others = set(handle.keys()).difference(*pairs.values())
+        pairs = _factor_keys(handle, file, linear)
+        others = set(handle.keys()).difference(*(pair for pair, _ in pairs.values()))
         extra = {key: read_tensor(handle, file, key, ("F64", *EXTRA_DTYPES)) for key in sorted(others)}
         factors = {}
-        for module, pair in pairs.items():
-            a, b = (read_tensor(handle, file, key, ("F64", *DTYPES)) for key in pair)
+        for module, (pair, form) in pairs.items():
+            a, b = form.matrices(*(read_tensor(handle, file, key, ("F64", *DTYPES)) for key in pair))
             alpha = pattern_value(fields.get("alpha_pattern"), module, fields["lora_alpha"])
             scaling = scaling_of(math.nan if alpha is None else alpha, a.shape[0], fields)
             check_product(file, module, a, b, scaling)
-            factors[module] = Factors(a, b, scaling, bool(fields.get("fan_in_fan_out")))
+            factors[module] = Factors(a, b, scaling, bool(fields.get("fan_in_fan_out")), form)
     if record is not None:
         config.safe_lora = record
     return PlainLoRA(fields, config, factors, extra, record)
@@ -246,7 +250,7 @@ def read_plain(directory: Path, allowed: Collection[str] = (), warn: bool = True
 def extra_keys(path: Path) -> list[str]:
     """The keys of an adapter's file that are no factors, from its header."""
     with files.open_tensors(path) as handle:
-        return sorted(set(handle.keys()).difference(*_factor_keys(handle, path).values()))
+        return sorted(set(handle.keys()).difference(*(pair for pair, _ in _factor_keys(handle, path).values())))
 
 
 def read_tensor(handle: Any, path: Path, key: str, dtypes: tuple[str, ...]) -> Tensor:
@@ -268,29 +272,33 @@ def check_product(path: Path, module: str, a: Tensor, b: Tensor, scaling: float)
         raise broken(path, f"{module}: the product of {shapes} may reach {largest:.2g}")
 
 
-def _factor_keys(handle: Any, path: Path) -> dict[str, tuple[str, str]]:
-    """The keys of lora_A and lora_B by module, layer 2 before layer 10. Their shapes are checked in the header."""
+def _factor_keys(handle: Any, path: Path, linear: bool = False) -> dict[str, tuple[tuple[str, str], Form]]:
+    """The keys of lora_A and lora_B by module, layer 2 before layer 10, and their form. Their shapes are checked in
+    the header. `linear` refuses every other form.
+    """
     pairs: dict[str, dict[str, str]] = {}
     for key in handle.keys():  # noqa: SIM118
         module, _, kind = key.removeprefix(PREFIX).partition(".lora_")
-        if kind and (kind not in ("A.weight", "B.weight") or not key.startswith(PREFIX)):
+        if kind and (kind not in KEYS or not key.startswith(PREFIX)):
             raise ArtifactError(
-                f"{path}: {key} is no factor of a plain linear LoRA (DoRA, embeddings and biases are not supported). "
-                "Train without it."
+                f"{path}: {key} is no factor of a plain LoRA (DoRA and biases are not supported). Train without it."
             )
-        if kind:
-            pairs.setdefault(module, {})[kind[0]] = key
+        if kind and pairs.setdefault(module, {}).setdefault(KEYS[kind], key) != key:
+            raise broken(path, f"{module} has two factors {KEYS[kind]}")
     if not pairs:
         raise ArtifactError(f"{path} holds no LoRA factors. Give an adapter directory.")
-    for module, pair in pairs.items():
-        a, b = (tuple(handle.get_slice(pair[kind]).get_shape()) if kind in pair else () for kind in "AB")
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
+    result = {}
+    for module in sorted(pairs, key=by_number):
+        keys = pairs[module]
+        a, b = (tuple(handle.get_slice(keys[kind]).get_shape()) if kind in keys else () for kind in "AB")
+        form = Form.stored_as(a, b, any("lora_embedding_" in key for key in keys.values()))
+        if form is None or any(keys[kind] != f"{PREFIX}{form.key(module, kind)}" for kind in "AB"):
             raise broken(path, f"{module} has lora_A {a or 'missing'} and lora_B {b or 'missing'}")
-    return {module: (pairs[module]["A"], pairs[module]["B"]) for module in sorted(pairs, key=_by_number)}
-
-
-def _by_number(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+        if linear and not form.is_linear:
+            kind = "an embedding" if form.embedding else "a convolution"
+            raise ArtifactError(f"{path}: {module} is {kind} ({a}), which is not supported here. Train without it.")
+        result[module] = (keys["A"], keys["B"]), form
+    return result
 
 
 def scaling_of(alpha: float, rank: int, fields: Mapping[str, Any]) -> float:
@@ -343,10 +351,16 @@ def plain_config(
     return config
 
 
-def factor_tensors(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """`(A, B)` by module under PEFT's keys."""
-    pieces = ((name, kind, x) for name, pair in pairs.items() for kind, x in zip("AB", pair, strict=True))
-    return {f"{PREFIX}{name}.lora_{kind}.weight": x for name, kind, x in pieces}
+def factor_tensors(
+    pairs: Mapping[str, tuple[Tensor, Tensor]], forms: Mapping[str, Factors] | None = None
+) -> dict[str, Tensor]:
+    """`(A, B)` by module under PEFT's keys, in the forms of these factors; else in that of linear layers."""
+    result = {}
+    for name, pair in pairs.items():
+        form = LINEAR if forms is None else forms[name].form
+        for kind, x in zip("AB", form.stored(*pair), strict=True):
+            result[f"{PREFIX}{form.key(name, kind)}"] = x
+    return result
 
 
 def check_elsewhere(source: Path, target: str | os.PathLike[str] | None) -> None:

@@ -5,6 +5,9 @@ on the input side. The complement `C = I - U U^T` is never formed: all work is w
 
 Two constraints keep a factor out of the span of `u`: "out" (`lora_B`) and "in" (`lora_A`). The third, "window", keeps
 `lora_A` in that span. Where the span lies in the complement of a null space, few columns do the work of its many.
+
+The inputs of an embedding are tokens. A basis of some of them, `k` unit vectors, is given by their indices: an integer
+tensor `(k,)` in place of `(d, k)`. Its constraint ("in") keeps columns of `lora_A` at zero, exactly, in any dtype.
 """
 
 from __future__ import annotations
@@ -40,10 +43,21 @@ OVERSAMPLING = 16
 POWER_ITERATIONS = 8
 
 
+def is_tokens(u: Tensor) -> bool:
+    """Whether a basis is a set of tokens."""
+    return u.ndim == 1
+
+
+def _double(u: Tensor) -> Tensor:
+    return u if is_tokens(u) else u.double()
+
+
 def coefficients(u: Tensor, w: Tensor, side: Side) -> Tensor:
     """What a constraint removes: coordinates in the protected span, `U^T w (k, r)` for `"out"`, `w U (r, k)` for
     `"in"`; the part outside the window, `w - (w U) U^T (r, d)`, for `"window"`.
     """
+    if is_tokens(u):
+        return w[:, u]
     if side == "window":
         return w - (w @ u) @ u.mT
     return u.mT @ w if side == "out" else w @ u
@@ -55,6 +69,8 @@ def project_out(u: Tensor, w: Tensor, side: Side = "out") -> Tensor:
 
     Reference: SaLoRA, arXiv 2501.01765, with `C = I - U U^T` applied to the weight instead of to the activations.
     """
+    if is_tokens(u):
+        return w.index_fill(1, u.to(w.device), 0)
     if side == "window":
         return (w @ u) @ u.mT
     c = coefficients(u, w, side)
@@ -63,6 +79,8 @@ def project_out(u: Tensor, w: Tensor, side: Side = "out") -> Tensor:
 
 def project_wide(u: Tensor, w: Tensor, side: Side) -> Tensor:
     """`project_out` in fp32 or better, back in the dtype of `w`. Differentiable."""
+    if is_tokens(u):
+        return project_out(u, w, side)
     wide = torch.promote_types(u.dtype, w.dtype)
     # a compiled product may run later, where low precision is allowed
     exact = not torch.compiler.is_compiling() and _full_precision()
@@ -88,7 +106,7 @@ def leak(u: Tensor, w: Tensor, side: Side = "out") -> float:
     """Share of a factor in the protected span (or outside its window), `||U^T w||_F / ||w||_F`, in fp64."""
     w = w.double()
     total = float(torch.linalg.vector_norm(w))
-    return float(torch.linalg.vector_norm(coefficients(u.double(), w, side))) / total if total > 0 else 0.0
+    return float(torch.linalg.vector_norm(coefficients(_double(u), w, side))) / total if total > 0 else 0.0
 
 
 @torch.no_grad()
@@ -96,7 +114,7 @@ def delta_leak(u: Tensor, a: Tensor, b: Tensor, side: Side = "out") -> float:
     """`||U^T B A||_F / ||B A||_F` (or `||B A U|| / ||B A||`) without forming the `m x n` product of `a (r, n)` and `b
     (m, r)`. The basis is `(m, k)` for `"out"`, else `(n, k)`.
     """
-    u, a, b = u.double(), a.double(), b.double()
+    u, a, b = _double(u), a.double(), b.double()
     r_a = torch.linalg.qr(a.mT, mode="r").R  # B A = (B R^T) Q^T with orthonormal Q, so norms need r x r work only
     r_b = torch.linalg.qr(b, mode="r").R
     total = float(torch.linalg.matrix_norm(r_b @ r_a.mT))
@@ -120,7 +138,7 @@ def fold_(u: Tensor, w: Tensor, side: Side = "out") -> bool:
     for done in range(FOLD_PASSES):
         if leak(u, w, side) <= fold_tolerance(w.dtype):
             return done > 0
-        w.copy_(project_out(u.double(), w.double(), side))
+        w.copy_(project_out(_double(u), w.double(), side))
     return True
 
 
@@ -130,7 +148,9 @@ def all_finite(x: Tensor) -> bool:
 
 
 def orthonormality_error(u: Tensor) -> float:
-    """`max|U^T U - I|`, in fp64."""
+    """`max|U^T U - I|`, in fp64; 0 for distinct tokens."""
+    if is_tokens(u):
+        return 0.0
     u = u.double()
     return float((u.mT @ u - torch.eye(u.shape[1], dtype=u.dtype, device=u.device)).abs().max())
 

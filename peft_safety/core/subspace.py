@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from peft_safety.core import base_weights as weights
-from peft_safety.core import subspace_file
+from peft_safety.core import kinds, subspace_file
 from peft_safety.core.names import exclusion_pattern, listed
 from peft_safety.core.projection import (
     ORTHONORMAL_TOLERANCE,
     SIDES,
     Side,
     all_finite,
+    is_tokens,
     orthonormality_error,
     orthonormalize,
     union,
@@ -45,7 +46,7 @@ class SafetySubspace:
         bases: `{module: {"out": (out_features, k), "in": (in_features, k)}}`, either side or both, orthonormal
             columns. One tensor given to several modules stays one. In fp16 or bf16, what is protected is the span of
             the rounded columns (see `rounded`). `{"window": (in_features, m)}` instead are directions in which
-            `lora_A` may train.
+            `lora_A` may train. "in" of an embedding is a set of tokens, int64 `(k,)`, as from a calibration.
         spectra: singular values behind each basis, `(k,)`, descending; optional.
         fingerprints: sampled base weights by module (`weights.fingerprint`); `bind` adds them.
         provenance: JSON-able facts: method, data hash, rank, tokens, seed.
@@ -82,10 +83,11 @@ class SafetySubspace:
                 if (id(u), side) not in checked:
                     _check_basis(u, name, side)
                     checked.add((id(u), side))
-                values = self.spectra.get(name, {}).get(side, u[0])
-                _check_values(values, (u.shape[1],), f"{name}: the {side} spectrum")
+                values = self.spectra.get(name, {}).get(side, torch.zeros(u.shape[-1:]))
+                _check_values(values, u.shape[-1:], f"{name}: the {side} spectrum")
                 if id(u) not in spans:
-                    spans[id(u)] = u if u.dtype == torch.float32 else orthonormalize(u.double()).float()
+                    given = u.dtype == torch.float32 or is_tokens(u)
+                    spans[id(u)] = u if given else orthonormalize(u.double()).float()
         self.bases = {name: {s: spans[id(u)] for s, u in sides.items()} for name, sides in self.stored.items()}
         for name, values in self.fingerprints.items():
             _check_values(values, (weights.SAMPLES,), f"{name}: the fingerprint")
@@ -181,7 +183,7 @@ class SafetySubspace:
 
     def rank(self, name: str, side: Side = "out") -> int:
         """Number of protected directions of one module."""
-        return int(self.bases[name][side].shape[1])
+        return int(self.bases[name][side].shape[-1])
 
     @classmethod
     def joined(cls, own: SafetySubspace | None, spans: Bases) -> SafetySubspace:
@@ -260,13 +262,17 @@ class SafetySubspace:
         """
         if dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype!r}. Use one of {', '.join(DTYPES)}.")
-        made = {id(u): u.to(DTYPES[dtype]) for sides in self.bases.values() for u in sides.values()}
+        spans = [u for sides in self.bases.values() for u in sides.values()]
+        made = {id(u): u if is_tokens(u) else u.to(DTYPES[dtype]) for u in spans}
         bases = {name: {side: made[id(u)] for side, u in sides.items()} for name, sides in self.bases.items()}
         return self if dtype == "float32" else SafetySubspace(bases, self.spectra, self.fingerprints, self.provenance)
 
     def randomized(self, seed: int = 0) -> SafetySubspace:
         """The control: a random subspace of equal ranks. A method's effect is its distance from this one."""
         generator = torch.Generator().manual_seed(seed)
+        if tokens := [n for n, sides in self.bases.items() if any(map(is_tokens, sides.values()))]:
+            what = f"{listed(tokens)}: a set of tokens has no random directions"
+            raise SubspaceError(f"{what}. Leave the embedding out of target_modules, or use restricted().")
         bases = {
             n: {s: orthonormalize(torch.randn(u.shape, generator=generator)) for s, u in self.bases[n].items()}
             for n in self.module_names
@@ -289,14 +295,28 @@ class SafetySubspace:
             )
         for name, layer in layers.items():
             for side in sides:
-                d, kind = weights.shape(layer)[0 if side == "out" else 1], "output" if side == "out" else "input"
-                if (shape := tuple(self.bases[name][side].shape))[0] != d:
-                    problem = f"{name}: the basis is {shape}, the layer has {d} {kind} features"
-                    raise SubspaceError(f"{problem}. Calibrate again.")
+                self._check_side(name, layer, side)
         quantized = self.provenance.get("precision", "dense") != "dense"
         weights.check_fingerprints(self.fingerprints, layers, quantized=quantized)
         if bind:
             self.bind(layers)
+
+    def _check_side(self, name: str, layer: nn.Module, side: Side) -> None:
+        u, d = self.bases[name][side], weights.shape(layer)[0 if side == "out" else 1]
+        if is_tokens(u):
+            problem = f"tokens up to {int(u.max())}, the layer has {d} input features"
+            wrong = not kinds.is_embedding(layer) or int(u.max()) >= d or len(u) >= d
+        else:
+            problem = f"{tuple(u.shape)}, the layer has {d} {'output' if side == 'out' else 'input'} features"
+            wrong = u.shape[0] != d
+        if wrong:
+            raise SubspaceError(f"{name}: the basis is {problem}. Calibrate again.")
+        groups = kinds.groups(layer)
+        if side == "out" and groups > 1 and not kinds.in_groups(u, groups):
+            raise SubspaceError(
+                f"{name}: directions {tuple(u.shape)} that mix the {groups} groups of this convolution, whose lora_B "
+                "cannot. Calibrate again."
+            )
 
     def lacking(self, names: Iterable[str], sides: Sequence[Side]) -> list[str]:
         """The given modules that have no basis on one of the sides, in the given order."""
@@ -310,7 +330,7 @@ class SafetySubspace:
         self.provenance.setdefault("precision", min(kinds, default="dense"))  # type: ignore[type-var]
 
     def __repr__(self) -> str:
-        ranks = sorted({u.shape[1] for sides in self.bases.values() for u in sides.values()})
+        ranks = sorted({u.shape[-1] for sides in self.bases.values() for u in sides.values()})
         sides = sorted({side for entry in self.bases.values() for side in entry})
         method = self.provenance.get("method", "unknown")
         return f"SafetySubspace({len(self.bases)} modules, {sides=}, k={ranks}, {method=})"
@@ -321,6 +341,11 @@ def _check_basis(u: Tensor, name: str, side: Side) -> None:
     if side not in SIDES:
         raise SubspaceError(f"{name}: side {side!r}; use 'out', 'in' or 'window'.")
     what = f"{name}: the {side} basis {tuple(u.shape)}"
+    if is_tokens(u):
+        distinct = u.dtype == torch.int64 and 0 < len(u) == len(u.unique()) and int(u.min()) >= 0
+        if side != "in" or not distinct:
+            raise SubspaceError(f"{what} is no set of tokens (int64, distinct, side 'in'). Calibrate again.")
+        return
     if u.ndim != 2 or u.shape[1] < 1:
         raise SubspaceError(f"{what} is not (features, k) with k >= 1. Calibrate again.")
     d, k = u.shape
@@ -351,6 +376,7 @@ def _frozen(x: Tensor, name: str, copies: dict[int, Tensor]) -> Tensor:
     if not isinstance(x, Tensor):
         raise SubspaceError(f"{name}: a {type(x).__name__} instead of a tensor. Use SafetySubspace.from_activations.")
     if id(x) not in copies:
-        dtype = x.dtype if x.dtype in DTYPES.values() else torch.float32
+        kept = x.dtype in DTYPES.values() or (x.dtype == torch.int64 and x.ndim == 1)
+        dtype = x.dtype if kept else torch.float32
         copies[id(x)] = x.detach().to(device="cpu", dtype=dtype).contiguous().clone()
     return copies[id(x)]

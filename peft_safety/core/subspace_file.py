@@ -1,8 +1,8 @@
 """The file of a safety subspace: plain safetensors.
 
 `basis.out.<module>` `(m, k)` and `basis.in.<module>` `(n, k)` have orthonormal columns, in fp32, or rounded to fp16 or
-bf16; then `spectrum.*` and `fingerprint.<module>`. The header holds the format's name with the provenance as JSON, and
-says which tensors are shared: they are stored once.
+bf16; `basis.in.<module>` `(k,)` in int64 are tokens of an embedding. Then `spectrum.*` and `fingerprint.<module>`. The
+header holds the format's name with the provenance as JSON, and says which tensors are shared: they are stored once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FILE_NAME = "safety_subspace.safetensors"
 FORMAT = "peft_safety.subspace.v1"
 SHARED = "shared"
 """Key of the provenance in a file's header that maps the names of tensors that are not stored to those they equal."""
-DTYPES = {"basis": ("F32", "F16", "BF16"), "spectrum": ("F32",), "fingerprint": ("F32",)}
+DTYPES = {"basis": ("F32", "F16", "BF16", "I64"), "spectrum": ("F32",), "fingerprint": ("F32",)}
 Bases = dict[str, dict[Side, Tensor]]
 
 
@@ -78,7 +78,9 @@ def read(
             known.add(name)
             if modules is not None and name not in modules:
                 continue
-            if (dtype := handle.get_slice(of).get_dtype()) not in DTYPES[kind]:
+            part = handle.get_slice(of)
+            dtype, tokens = part.get_dtype(), len(part.get_shape()) == 1 and kind == "basis"
+            if dtype not in DTYPES[kind] or tokens != (dtype == "I64"):
                 raise SubspaceError(f"{path}: {of!r} is {dtype}, not {' or '.join(DTYPES[kind])}. Save it again.")
             if of not in tensors:
                 tensors[of] = _leading(handle, of, None if kind == "fingerprint" else rank)

@@ -54,7 +54,7 @@ def target_layers(
     layers = base_layers(model)
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-        matched = {name: layer for name, layer in layers.items() if layer is not head and weights.supported(layer)}
+        matched = {name: layer for name, layer in layers.items() if layer is not head and weights.is_linear(layer)}
     else:
         matched = _named(layers, target_modules, "target_modules")
     excluded = _named(matched, exclude_modules, "exclude_modules") if exclude_modules else {}
@@ -63,7 +63,7 @@ def target_layers(
     if not selected:
         some = ", ".join(sorted({name.rpartition(".")[2] for name in layers})[:10])
         but = f" but those of exclude_modules={exclude_modules!r}" if excluded else ""
-        what = f"target_modules={target_modules!r} matches no linear layer of the model{but}"
+        what = f"target_modules={target_modules!r} matches no linear layer, convolution or embedding of the model{but}"
         raise ConfigError(f"{what}. Give names such as {some}, or 'all-linear'.")
     for name, layer in selected.items():
         if not packed or not (weights.quantization(layer) == "packed" or input_parameter(layer)):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from peft_safety.core import base_weights as weights
-from peft_safety.core import scales
+from peft_safety.core import kinds, scales
 from peft_safety.core.experts import input_parameter
 from peft_safety.core.names import walk
 from peft_safety.errors import UnsupportedLayerError
@@ -19,7 +19,7 @@ from peft_safety.layers.protected_linear import ProtectedLinear
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
-KINDS = ("Linear", "Linear4bit", "Linear8bitLt")
+KINDS = ("Linear", "Linear4bit", "Linear8bitLt", "Conv1d", "Conv2d", "Conv3d", "Embedding")
 """PEFT's LoRA layers that can be protected."""
 PACKED_KINDS = (
     "AqlmLoraLinear",
@@ -52,11 +52,12 @@ def without_adapters(model: Any) -> Iterator[None]:
 
 
 def adapter_layers(
-    model: nn.Module, adapter_name: str, *, packed: bool = False, frozen: bool = False
+    model: nn.Module, adapter_name: str, *, packed: bool = False, frozen: bool = False, linear: bool = False
 ) -> dict[str, LoraLayer]:
     """PEFT's LoRA layers that hold this adapter, by the module's name in the base model. An UnsupportedLayerError
     names one that cannot be protected. `packed`: whether base weights may be packed so that they cannot be read, as
-    they may where leaves are in place. `frozen`: whether `lora_A` will be, as it must on fused experts.
+    they may where leaves are in place. `frozen`: whether `lora_A` will be, as it must on fused experts. `linear`:
+    convolutions and embeddings are refused, too.
     """
     layers = {}
     for name, _, module in walk(model):
@@ -64,7 +65,7 @@ def adapter_layers(
             if adapter_name not in layer.lora_A and adapter_name not in layer.lora_embedding_A:
                 continue
             base, kind = layer.get_base_layer(), peft_kind(layer).__name__
-            factors = [table._modules.get(adapter_name) for table in (layer.lora_A, layer.lora_B)]
+            factors = [table._modules.get(adapter_name) for table in tables(layer)]
             unread = packed or any(isinstance(factor, (FrozenLinear, ProtectedLinear)) for factor in factors)
             unread &= kind in PACKED_KINDS or (kind == "Linear" and weights.quantization(base) == "packed")
             usual = unread or (kind in KINDS and weights.supported(base)) or scales.library(base) is not None
@@ -77,12 +78,32 @@ def adapter_layers(
             elif not usual or getattr(base, "_hf_tp_plan", None) is not None:
                 raise UnsupportedLayerError(
                     f"{name}: {type(base).__name__}({base.extra_repr()}) under {kind} cannot be protected (only "
-                    "linear layers and Conv1D, not split by tensor parallelism). Leave it out of "
-                    "target_modules."
+                    "linear layers, Conv1D, convolutions and embeddings, not split by tensor parallelism). Leave it "
+                    "out of target_modules."
+                )
+            if linear and kinds.shape(base) is not None:
+                raise UnsupportedLayerError(
+                    f"{name}: a {type(base).__name__}({base.extra_repr()}) is not supported here, only linear layers "
+                    "are. Train an adapter without it."
                 )
             layers[name] = layer
             break
     return layers
+
+
+def tables(layer: LoraLayer) -> tuple[Any, Any]:
+    """The factors of a layer by adapter, `lora_A` and `lora_B`; an embedding has tables of parameters."""
+    if kinds.is_embedding(layer.get_base_layer()):
+        return layer.lora_embedding_A, layer.lora_embedding_B
+    return layer.lora_A, layer.lora_B
+
+
+def weights_of(layer: LoraLayer, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """The parameters `lora_A` and `lora_B` of an adapter; reading those of leaves folds them."""
+    a, b = tables(layer)
+    if isinstance(a, nn.ParameterDict):
+        return getattr(a, adapter_name), getattr(b, adapter_name)
+    return a[adapter_name].weight, b[adapter_name].weight
 
 
 def _check_experts(name: str, layer: LoraLayer, frozen: bool) -> None:

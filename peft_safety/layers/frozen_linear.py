@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_safety.core.certificate import FrozenFactor
 from peft_safety.errors import ProtectionError
+from peft_safety.layers.convolution import Convolution, Factor, product, sizes
 
 if TYPE_CHECKING:  # importing PEFT registers the methods, which import this module
     from peft.tuners.lora import LoraLayer
 
 
-class FrozenLinear(nn.Linear):
+class FrozenLinear(Factor):
     """`lora_A` with a weight `(r, in_features)` that takes no gradient; see LoRA-FA, arXiv 2308.03303. The product is
-    in the dtype of the trained factor `behind` it, which alone PEFT and TRL cast.
+    in the dtype of the trained factor `behind` it, which alone PEFT and TRL cast. On a `convolution`, the weight is
+    `(r, channels, *kernel)`.
     """
 
     behind: tuple[nn.ModuleDict, str]
@@ -27,9 +28,10 @@ class FrozenLinear(nn.Linear):
     @classmethod
     def replacing(cls, linear: nn.Module, behind: nn.ModuleDict, adapter_name: str) -> FrozenLinear:
         weight: nn.Parameter = linear._parameters["weight"]  # type: ignore[assignment]
-        leaf = cls(int(weight.shape[1]), int(weight.shape[0]), bias=False, device="meta")
+        leaf = cls(*sizes(linear), bias=False, device="meta")
         leaf.weight = weight.requires_grad_(False)
         leaf.training, leaf.behind = linear.training, (behind, adapter_name)
+        leaf.convolution = Convolution.of(linear)
         return leaf
 
     def reset_parameters(self) -> None:
@@ -38,8 +40,8 @@ class FrozenLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.detach()  # no flag, optimizer or hook can train it
         if torch.is_autocast_enabled(x.device.type):
-            return F.linear(x, weight)
-        y = F.linear(x.to(weight.dtype), weight)  # PEFT's own cast of the inputs can be switched off
+            return product(self.convolution, x, weight)
+        y = product(self.convolution, x.to(weight.dtype), weight)  # PEFT's own cast of the inputs can be switched off
         factors, name = self.behind
         trained = next(factors[name].parameters(), None) if name in factors else None
         return y if trained is None else y.to(trained.dtype)
@@ -57,7 +59,7 @@ def freeze(layer: LoraLayer, adapter_name: str, a: Tensor) -> None:
         value = torch.zeros(weight.shape, dtype=dtype, device="meta")
     else:
         value = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-        value[: a.shape[0]].copy_(a)
+        value.flatten(1)[: a.shape[0]].copy_(a)
     weight.data = value
     if not isinstance(factor, FrozenLinear):
         layer.lora_A[adapter_name] = FrozenLinear.replacing(factor, layer.lora_B, adapter_name)
@@ -71,10 +73,14 @@ def check_frozen(factor: nn.Module, name: str, certified: FrozenFactor | None) -
         raise ProtectionError(
             f"{name}: a {type(factor).__name__} stands where the frozen lora_A belongs. Load the adapter again."
         )
-    weight = factor.weight
-    if weight.is_meta or hasattr(weight, "device_mesh") or weight.ndim != 2:
+    check_certified_rows(factor.weight, name, certified)
+
+
+def check_certified_rows(weight: Tensor, name: str, certified: FrozenFactor | None) -> None:
+    """The same for its weight."""
+    if weight.is_meta or hasattr(weight, "device_mesh") or weight.ndim < 2:
         return
-    if certified is None or certified.precision(weight) is None:
+    if certified is None or certified.precision(weight.flatten(1)) is None:
         raise ProtectionError(
             f"{name}: lora_A {tuple(weight.shape)} has changed, and may see protected inputs. Load the adapter again."
         )

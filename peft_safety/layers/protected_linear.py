@@ -18,13 +18,13 @@ from types import CodeType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_safety.core import projection
 from peft_safety.core.names import own_name
 from peft_safety.core.projection import Side
 from peft_safety.errors import ProtectionError
+from peft_safety.layers.convolution import Convolution, Factor, product, sizes
 from peft_safety.layers.frozen_linear import FrozenLinear
 from peft_safety.layers.shared_bases import leaves, moved, placed
 
@@ -48,6 +48,10 @@ def deferred_folds() -> Iterator[None]:
         _DEFERRED.reset(token)
 
 
+def folds_deferred() -> bool:
+    return _DEFERRED.get()
+
+
 class _Project(torch.autograd.Function):
     """A factor's projection, with that of its gradient, `dB = C dB'`."""
 
@@ -69,12 +73,23 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-class ProtectedLinear(nn.Linear):
+def project(basis: Tensor, factor: Tensor, side: Side) -> Tensor:
+    """The projection of a factor, whose rows may have further dimensions; differentiable, autocast off."""
+    with _without_autocast(factor.device.type):
+        rows = factor.flatten(1)
+        if _traced():  # plain products, which a compiler fuses and functional transforms differentiate
+            return projection.project_wide(basis.to(factor.device), rows, side).view(factor.shape)
+        projected: Tensor = _Project.apply(rows, moved(basis, factor.device), side)  # type: ignore[no-untyped-call]
+        return projected.view(factor.shape)
+
+
+class ProtectedLinear(Factor):
     """`lora_B` with `C = I - U U^T` before it (side "out"), `lora_A` with `C` behind it (side "in") or with the
     projection `U U^T` onto a window (side "window"), or an unconstrained factor with a residual.
 
     Attributes:
-        weight: the raw trainable factor, `(out_features, r)` for "out", else `(r, in_features)`.
+        weight: the raw trainable factor, `(out_features, r)` for "out", else `(r, in_features)`; on a convolution with
+            further dimensions, see `layers.convolution`.
         basis: `U (d, k)`, fp32, non-persistent, untouched by dtype casts; None for a factor that is not constrained.
         initial: the frozen initial factor (persistent, shape of `weight`) of a non-destructive residual, or None.
             `lora_A` then gives `[A x; A0 x]`, and `lora_B` computes `C B a - B0 a0`: bit-identical to zero at first.
@@ -94,8 +109,8 @@ class ProtectedLinear(nn.Linear):
         weight: nn.Parameter = linear._parameters["weight"]  # type: ignore[assignment]
         leaf = cls.__new__(cls)
         nn.Module.__init__(leaf)  # not nn.Linear's, which would make a weight first
-        leaf.in_features, leaf.out_features = int(linear.in_features), int(linear.out_features)  # type: ignore[arg-type]
-        leaf.side, leaf.weight = side, weight
+        leaf.in_features, leaf.out_features = sizes(linear)
+        leaf.side, leaf.weight, leaf.convolution = side, weight, Convolution.of(linear)
         leaf.register_parameter("bias", None)
         device = torch.device("cpu") if weight.is_meta else weight.device
         leaf.register_buffer("basis", None if basis is None else placed(basis, device), persistent=False)
@@ -111,13 +126,13 @@ class ProtectedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight, initial = self.factors(x)
         if initial is None:
-            return F.linear(x, weight)
+            return product(self.convolution, x, weight)
         if self.side == "in":
-            return torch.cat([F.linear(x, weight), F.linear(x, initial)], dim=-1)
+            return torch.cat([product(None, x, weight), product(None, x, initial)], dim=-1)
         # copies: a view that starts at an odd address may take another kernel, and the products must be equal to the
         # last bit where the factors are
         trained, frozen = (half.clone(memory_format=torch.contiguous_format) for half in x.chunk(2, dim=-1))
-        return F.linear(trained, weight) - F.linear(frozen, initial)
+        return product(None, trained, weight) - product(None, frozen, initial)
 
     def factors(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The projected weight, and the frozen initial factor of a residual, in the same dtype. A single token in eval
@@ -146,13 +161,7 @@ class ProtectedLinear(nn.Linear):
         return self.__dict__["weight"] if weight is None else weight  # a replica of `nn.DataParallel` has an attribute
 
     def _projection(self, factor: Tensor) -> Tensor:
-        if self.basis is None:
-            return factor
-        with _without_autocast(factor.device.type):
-            if _traced():  # plain products, which a compiler fuses and functional transforms differentiate
-                return projection.project_wide(self.basis.to(factor.device), factor, self.side)
-            projected: Tensor = _Project.apply(factor, moved(self.basis, factor.device), self.side)  # type: ignore[no-untyped-call]
-            return projected
+        return factor if self.basis is None else project(self.basis, factor, self.side)
 
     @torch.no_grad()
     def set_initial(self, value: Tensor) -> None:
@@ -174,11 +183,11 @@ class ProtectedLinear(nn.Linear):
             if self.initial.dtype != weight.dtype:  # PEFT and TRL cast parameters only; one file stores one dtype
                 self.initial = self.initial.to(weight.dtype)
             factors.append(self.initial)
-        if self.basis is None or _DEFERRED.get() or not _is_whole(weight, self.basis, self.side):
+        if self.basis is None or _DEFERRED.get() or not is_whole(weight, self.basis, self.side):
             return False
         if self.basis.device != weight.device:
             self.basis = moved(self.basis, weight.device)
-        return any([projection.fold_(self.basis, factor, self.side) for factor in factors])
+        return any([fold_rows(self.basis, factor, self.side) for factor in factors])
 
     def train(self, mode: bool = True) -> ProtectedLinear:
         super().train(mode)
@@ -251,7 +260,7 @@ def folded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
                     result[key] = _copied(leaf, key)
                 continue
             factor = result[key]
-            if not (_is_tensor(factor) if basis is None else _is_whole(factor, basis, side)):
+            if not (_is_tensor(factor) if basis is None else is_whole(factor, basis, side)):
                 raise ProtectionError(
                     f"{key} {tuple(factor.shape)} is a shard or on the meta device. Pass save_pretrained the gathered "
                     "weights: state_dict=get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, "
@@ -277,8 +286,18 @@ def saved(basis: Tensor, factor: Tensor, side: Side) -> Tensor:
     quantized base, it would leak 1e-3.
     """
     wide = factor.detach().to(torch.promote_types(factor.dtype, torch.float32), copy=True)
-    projection.fold_(basis.to(factor.device), wide, side)
+    fold_rows(basis.to(factor.device), wide, side)
     return wide
+
+
+@torch.no_grad()
+def fold_rows(basis: Tensor, factor: Tensor, side: Side) -> bool:
+    """`projection.fold_` of a factor, whose rows may have further dimensions, in any memory format."""
+    rows = factor.flatten(1)
+    written = projection.fold_(basis, rows, side)
+    if written and factor.ndim > 2:
+        factor.copy_(rows.view(factor.shape))
+    return written
 
 
 def fresh(tensor: Tensor) -> Tensor:
@@ -322,11 +341,11 @@ def joined(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> tuple[
 
 
 def stored_factors(leaf_a: nn.Module, leaf_b: nn.Module) -> tuple[Tensor, Tensor]:
-    """The `joined` factors in the leaves of a LoRA layer, folded, not differentiable; of plain LoRA its weights. A
-    constrained one in 16 bits is given in fp32, see `saved`.
+    """The `joined` factors in the leaves of a LoRA layer as matrices, folded, not differentiable; of plain LoRA its
+    weights. A constrained one in 16 bits is given in fp32, see `saved`.
     """
     (a, a0), (b, b0) = _stored(leaf_a), _stored(leaf_b)
-    return joined(a, b, a0, b0)
+    return joined(a.flatten(1), b.flatten(1), a0, b0)
 
 
 def _stored(leaf: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -344,37 +363,6 @@ def is_half(leaf: ProtectedLinear) -> bool:
     return leaf.raw().dtype in projection.HALF
 
 
-def check_leaf(leaf: nn.Module, name: str, basis: Tensor | None, side: Side, residual: bool = False) -> None:
-    """Refuse, by a ProtectionError, a leaf that does not hold the constraint: something else stands in its place, its
-    basis is not `basis` (None for the other factor of an adapter with a residual), or a factor is not finite.
-    """
-    if not isinstance(leaf, ProtectedLinear) or leaf.side != side or (leaf.initial is not None) != residual:
-        kind = type(leaf).__name__
-        raise ProtectionError(f"{name}: a {kind} stands where a protected leaf belongs. Load the adapter again.")
-    own = leaf.basis
-    if own is None or basis is None:
-        equal = own is basis
-    else:
-        equal = own.dtype == torch.float32 and torch.equal(own.cpu(), basis)
-    if not equal:
-        one, other = ("none" if u is None else f"{tuple(u.shape)} {u.dtype}" for u in (own, basis))
-        raise ProtectionError(f"{name}: its basis ({one}) is not the subspace's ({other}). Load the adapter again.")
-    if own is not None and _is_whole(leaf.raw(), own, side):
-        used = leaf.projected().detach()
-        share, limit = projection.leak(own.to(used.device), used, side), projection.leak_tolerance(used.dtype)
-        if share > limit:  # NaN is refused below
-            raise ProtectionError(
-                f"{name}: {share:.2g} of its factor leaks (limit {limit:.2g}). Load the adapter again."
-            )
-    for factor in (leaf.raw(), leaf.initial):
-        if factor is None or hasattr(factor, "device_mesh") or factor.is_meta or projection.all_finite(factor):
-            continue
-        raise ProtectionError(
-            f"{name}: a factor {tuple(factor.shape)} holds NaN or Inf. Lower the learning rate, and load the last "
-            "good checkpoint."
-        )
-
-
 def _traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
@@ -389,10 +377,14 @@ def _is_untracked(weight: Tensor) -> bool:
 
 
 def _is_tensor(weight: Tensor) -> bool:
-    """Whether this is a matrix with values here: not meta, not a shard."""
-    return not weight.is_meta and not hasattr(weight, "device_mesh") and weight.ndim == 2
+    """Whether this is a factor with values here: not meta, not a shard."""
+    return not weight.is_meta and not hasattr(weight, "device_mesh") and weight.ndim >= 2
 
 
-def _is_whole(weight: Tensor, basis: Tensor, side: Side) -> bool:
+def is_whole(weight: Tensor, basis: Tensor, side: Side) -> bool:
     """Whether the weight is a whole tensor here: not meta, not a shard, not flattened by a sharding wrapper."""
-    return _is_tensor(weight) and weight.shape[0 if side == "out" else 1] == basis.shape[0]
+    if not _is_tensor(weight):
+        return False
+    if projection.is_tokens(basis):
+        return weight.shape[1] > int(basis.max())
+    return (len(weight) if side == "out" else weight[0].numel()) == basis.shape[0]

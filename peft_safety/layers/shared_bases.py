@@ -22,7 +22,8 @@ def placed(source: Tensor, device: torch.device) -> Tensor:
     existing = None if copy is None else copy()
     if existing is not None and origin is not None and origin() is source and version == _version(source):
         return existing
-    return _remember(source, source.detach().to(device=device, dtype=torch.float32, copy=True))
+    dtype = torch.float32 if source.is_floating_point() else source.dtype  # tokens of an embedding
+    return _remember(source, source.detach().to(device=device, dtype=dtype, copy=True))
 
 
 def moved(basis: Tensor, device: torch.device) -> Tensor:

@@ -60,7 +60,8 @@ class ProtectedConfig(LoraConfig):
     Args:
         subspace: a `SafetySubspace`, file, directory, Hub id, or `"auto"`: calibrate when the adapter is injected.
         safety_rank: size of the subspace of `"auto"` (a given one has its own): directions per module, an integer, or
-            a share of its features, a float in (0, 1). None takes the method's default.
+            a share of its features, a float in (0, 1). None takes the method's default. For the inputs of an embedding
+            all tokens of the data are taken instead.
         safety_energy: as many directions as hold this share of the energy; at most `safety_rank`, if that is given.
         safety_rank_pattern: other values by the end of a module's name, `{"down_proj": 0.1}`: of the energy where one
             is given, else of the rank.

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from peft_safety.core import base_weights as weights
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import StoredAdapter
+from peft_safety.core.factor_forms import Form
 from peft_safety.core.plain_lora import ADAPTER_FILE, PREFIX, Factors, scaling_of
 from peft_safety.core.projection import all_finite
 from peft_safety.errors import ConfigError, UnsupportedLayerError
 from peft_safety.layers import joined, stored_factors
+from peft_safety.layers.adapters import tables, weights_of
+from peft_safety.layers.factor_table import stored_entry
 
 
 def layer_factors(name: str, layer: LoraLayer, adapter_name: str) -> Factors:
@@ -31,26 +34,34 @@ def layer_factors(name: str, layer: LoraLayer, adapter_name: str) -> Factors:
         )
     if layer.merged:
         raise ConfigError(f"{name}: an adapter is merged into the base weight. Call unmerge_adapter() first.")
-    leaves = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    if not all(weights.is_whole(leaf.weight) for leaf in leaves):
+    if not all(weights.is_whole(weight) for weight in weights_of(layer, adapter_name)):
         raise UnsupportedLayerError(f"{name}: its factors are sharded or on the meta device. Use the saved directory.")
-    a, b = stored_factors(*leaves)
+    table_a, table_b = tables(layer)
+    if isinstance(table_a, nn.ParameterDict):
+        a, b = stored_entry(table_a, adapter_name), stored_entry(table_b, adapter_name)
+    else:
+        a, b = stored_factors(table_a[adapter_name], table_b[adapter_name])
+    form = Form.of(layer.get_base_layer())
+    if form.groups > 1:
+        a, b = form.matrices(a, b)
     if not (all_finite(a) and all_finite(b)):
         shapes = f"lora_A {tuple(a.shape)} or lora_B {tuple(b.shape)}"
         raise ConfigError(f"{name}: {shapes} holds NaN or Inf. Load the last good checkpoint.")
-    return Factors(a, b, float(layer.scaling[adapter_name]), weights.is_conv1d(layer.get_base_layer()))
+    return Factors(a, b, float(layer.scaling[adapter_name]), weights.is_conv1d(layer.get_base_layer()), form)
 
 
 def protected_factors(stored: StoredAdapter, modules: Iterable[str]) -> dict[str, Factors]:
     """The factors of some modules of a checked protected directory; with a residual the joined ones."""
     alphas = stored.config.get("alpha_pattern") or {}
-    kinds = ("lora_A.weight", "lora_B.weight", "lora_A.initial", "lora_B.initial")[: 4 if stored.residual else 2]
+    initials = ("lora_A.initial", "lora_B.initial") if stored.residual else ()
     factors = {}
     with files.open_tensors(stored.directory / ADAPTER_FILE) as handle:
         for name in modules:
-            a, b, *initial = (handle.get_tensor(f"{PREFIX}{name}.{kind}") for kind in kinds)
+            form = stored.forms[name]
+            a, b = form.matrices(*(handle.get_tensor(f"{PREFIX}{form.key(name, kind)}") for kind in "AB"))
+            initial = [handle.get_tensor(f"{PREFIX}{name}.{kind}") for kind in initials]
             scaling = scaling_of(alphas.get(name, stored.config["lora_alpha"]), stored.shapes[name][2], stored.config)
-            factors[name] = Factors(*joined(a, b, *(initial or (None, None))), scaling)
+            factors[name] = Factors(*joined(a, b, *(initial or (None, None))), scaling, form=form)
     return factors
 
 

@@ -11,11 +11,13 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from peft_safety.calibration.leaving_out import warn_left_out
+from peft_safety.core import kinds
 from peft_safety.core.names import listed
 from peft_safety.core.projection import Side
 from peft_safety.errors import SubspaceError, UnsupportedLayerError
 from peft_safety.layers import ProtectedLinear
-from peft_safety.layers.adapters import adapter_layers
+from peft_safety.layers.adapters import adapter_layers, tables
+from peft_safety.layers.factor_table import FactorTable
 from peft_safety.layers.shared_bases import rebase
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry import frozen, reuse, velora
@@ -32,6 +34,7 @@ def attach(
         raise UnsupportedLayerError(
             f"target_modules={config.target_modules!r} gave no LoRA layer. Use names of linear layers."
         )
+    _check_kinds(layers, config)
     config._parameters = {n: x.parameter_name for n, x in layers.items() if isinstance(x, ParamWrapper)}
     base = {name: layer.get_base_layer() for name, layer in layers.items()}
     if config.freezes and frozen.reuse_factors(layers, adapter_name, config, configs):
@@ -74,12 +77,40 @@ def attach(
     return left_out
 
 
+def _check_kinds(layers: Mapping[str, LoraLayer], config: ProtectedConfig) -> None:
+    """An UnsupportedLayerError refuses what a convolution or an embedding cannot have."""
+    for name, layer in layers.items():
+        base: Any = layer.get_base_layer()
+        if kinds.shape(base) is None:
+            continue
+        where = f"{name}: {type(base).__name__}({base.extra_repr()})"
+        if config.residual:
+            raise UnsupportedLayerError(
+                f"{where} has no factors to start from other than LoRA's own. Use init='lora', or leave it out of "
+                "target_modules."
+            )
+        if kinds.is_embedding(base) and "window" in config.sides:
+            raise UnsupportedLayerError(
+                f"{where} gets tokens, and a window of few directions would train few of them. Use "
+                "train='B' or 'A', or leave it out of target_modules."
+            )
+        if kinds.is_embedding(base) and getattr(config, "target_modules_to_tie", None):
+            raise UnsupportedLayerError(
+                f"{where} is tied: with ensure_weight_tying the output embedding gets its factors, transposed, and "
+                "no basis constrains those. Leave out ensure_weight_tying, or the embedding."
+            )
+
+
 def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig, *, fold: bool = True) -> None:
     """Replace the factors by leaves with the config's bases, or give existing leaves these bases, and fold them."""
     existing: dict[ProtectedLinear, Tensor | None] = {}
     for name, layer in layers.items():
         adopt(layer)
         for factor, side, basis in sides(layer, config, name):
+            if isinstance(factor, nn.ParameterDict):
+                assert basis is not None
+                FactorTable.of(factor).constrain(adapter_name, basis, side)
+                continue
             old = factor[adapter_name]
             if isinstance(old, ProtectedLinear):
                 existing[old] = basis
@@ -89,12 +120,16 @@ def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedCo
     rebase(existing)
     for name, layer in layers.items() if fold else ():
         for factor, _, _ in sides(layer, config, name):
-            factor[adapter_name].fold()
+            if isinstance(factor, FactorTable):
+                factor.fold(adapter_name)
+            else:
+                factor[adapter_name].fold()
 
 
 def sides(layer: LoraLayer, config: ProtectedConfig, name: str) -> Iterator[tuple[Any, Side, Tensor | None]]:
     """The factors of a layer that are leaves, with side and basis: constrained ones, and with a residual both."""
-    pairs: tuple[tuple[Any, Side], ...] = ((layer.lora_A, config.a_side), (layer.lora_B, "out"))
+    a, b = tables(layer)
+    pairs: tuple[tuple[Any, Side], ...] = ((a, config.a_side), (b, "out"))
     for factor, side in pairs:
         if side in config.sides:
             yield factor, side, config.subspace.bases[name][side]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft_safety.core import base_weights as weights
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import base_key
+from peft_safety.core.factor_forms import Form
 from peft_safety.core.names import original, walk
 from peft_safety.core.plain_lora import ADAPTER_FILE, extra_keys
 from peft_safety.errors import ArtifactError
@@ -36,6 +37,11 @@ def check_ahead(model: nn.Module, config: ProtectedConfig) -> None:
             raise ArtifactError(
                 f"{config._stored.directory}: the adapter has {name} ({m} x {n}, rank {rank}), the model has "
                 f"{existing}. Load the base model that it was trained on."
+            )
+        if Form.of(base) != config._stored.forms[name]:
+            raise ArtifactError(
+                f"{config._stored.directory}: the factors of {name} are not those of a {type(base).__name__}. Load "
+                "the base model that it was trained on."
             )
     _check_extra(model, config, config._stored.directory, config._stored.extra_tensors, config._stored.shapes)
 

@@ -11,15 +11,18 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from peft_safety.core import kinds
 from peft_safety.core.adapter_dir import are_names
-from peft_safety.core.base_weights import is_whole
+from peft_safety.core.base_weights import is_whole, shape
 from peft_safety.core.certificate import FILE_NAME, Certificate, FrozenFactor, certified_factor, read_certificate
+from peft_safety.core.factor_forms import Form
 from peft_safety.core.names import pin
 from peft_safety.core.plain_lora import WITH_FROZEN_A, PlainLoRA, read_plain
 from peft_safety.core.projection import leak_tolerance
 from peft_safety.core.snapshot import Snapshot, reading
 from peft_safety.errors import ArtifactError, ConfigError, UnsupportedLayerError
-from peft_safety.layers.adapters import adapter_layers, config_table
+from peft_safety.layers.adapters import adapter_layers, config_table, weights_of
+from peft_safety.layers.factor_table import freeze_table
 from peft_safety.layers.frozen_linear import freeze
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry import reuse
@@ -35,7 +38,7 @@ def start(model: nn.Module, layers: Layers, adapter_name: str, config: Protected
     """Make the factors of a new adapter, whose config has its subspace, and freeze them."""
     rows = _of_all_experts(config.frozen_rows(model, layers, adapter_name), layers)
     config._certificate = _certificate(config, rows)
-    _install(layers, adapter_name, rows)
+    _install(layers, adapter_name, rows, config)
 
 
 def reuse_factors(layers: Layers, adapter_name: str, config: ProtectedConfig, configs: Mapping[str, Any]) -> bool:
@@ -46,14 +49,14 @@ def reuse_factors(layers: Layers, adapter_name: str, config: ProtectedConfig, co
         source = reuse.sibling(config, layers, adapter_name, configs) if reuse.is_copy(config, configs) else None
         if source is not None:
             config._certificate = configs[source]._certificate
-            rows = {name: layer.lora_A[source].weight.detach() for name, layer in layers.items()}
+            rows = {name: weights_of(layer, source)[0].detach().flatten(1) for name, layer in layers.items()}
         elif config._certificate is not None and config._certificate.directory is not None:
             folder = config._certificate.directory if config._snapshot is None else config._snapshot.path
             with reading(folder) as path:
                 rows = check_certified(path, config._certificate, layers, adapter_name).rows
         else:
             return False
-        _install(layers, adapter_name, rows)
+        _install(layers, adapter_name, rows, config)
         reuse.remember(config, loaded=True)
     config._modules = reuse.sizes(layers, adapter_name)
     return True
@@ -64,10 +67,19 @@ def _of_all_experts(rows: Mapping[str, Tensor], layers: Layers) -> dict[str, Ten
     return {name: a.repeat(getattr(layers[name], "num_experts", 1), 1) for name, a in rows.items()}
 
 
-def _install(layers: Layers, adapter_name: str, rows: Mapping[str, Tensor]) -> None:
+@torch.no_grad()
+def _install(
+    layers: Layers, adapter_name: str, rows: Mapping[str, Tensor], new: ProtectedConfig | None = None
+) -> None:
+    """Freeze factors. `new`: the config of an adapter that was just built."""
     for name, layer in layers.items():
         adopt(layer)
-        freeze(layer, adapter_name, rows[name])
+        if not kinds.is_embedding(layer.get_base_layer()):
+            freeze(layer, adapter_name, rows[name])
+            continue
+        freeze_table(layer, adapter_name, rows[name])
+        if new is not None and new.init_lora_weights is not False:
+            weights_of(layer, adapter_name)[1].zero_()  # on embeddings PEFT starts at A = 0, and B is random
 
 
 @torch.no_grad()
@@ -81,8 +93,8 @@ def set_task_directions(model: nn.Module, task_data: Any, adapter_name: str = "d
     layers = adapter_layers(model, adapter_name)
     base = {name: layer.get_base_layer() for name, layer in layers.items()}
     for name, layer in layers.items():
-        pair = [layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight]
-        if not all(is_whole(weight) and weight.ndim == 2 for weight in pair):
+        pair = weights_of(layer, adapter_name)
+        if not all(is_whole(weight) and weight.ndim >= 2 for weight in pair):
             raise UnsupportedLayerError(f"{name}: its factors are sharded. Give the config task_data before that.")
         if bool(pair[1].any()):
             raise ConfigError(f"{name}: adapter {adapter_name!r} has learned something. Do it before the first step.")
@@ -91,7 +103,7 @@ def set_task_directions(model: nn.Module, task_data: Any, adapter_name: str = "d
         rows = _of_all_experts(config.frozen_rows(model, layers, adapter_name, task_data), layers)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for name, a in rows.items():
-                rows[name] = a.to(layers[name].lora_B[adapter_name].weight.device)
+                rows[name] = a.to(weights_of(layers[name], adapter_name)[1].device)
                 torch.distributed.broadcast(rows[name], 0)
         config._certificate = _certificate(config, rows)
     finally:
@@ -107,22 +119,27 @@ def _certificate(config: ProtectedConfig, rows: Mapping[str, Tensor]) -> Certifi
     return Certificate(config.PEFT_KEY, config.subspace.restricted(rows).digest, settings, modules)
 
 
+def _expected(layer: Any, adapter_name: str) -> tuple[Any, ...]:
+    """Rows, inputs and form of a layer's `lora_A`."""
+    base = layer.get_base_layer()
+    features = layer.in_features if kinds.shape(base) is None else shape(base)[1]
+    return int(layer.r[adapter_name]) * getattr(layer, "num_experts", 1), int(features), Form.of(base)
+
+
 def check_certified(
     directory: Path, certificate: Certificate, layers: Layers | None = None, adapter_name: str = ""
 ) -> PlainLoRA:
     """A directory whose `lora_A` factors are its certificate's, and fit `layers`; others are refused."""
-    plain = read_plain(directory, WITH_FROZEN_A, warn=False)
+    plain = read_plain(directory, WITH_FROZEN_A, warn=False, linear=False)
     rows = plain.rows
     if layers is not None:
-        shapes = {name: (int(a.shape[0]), int(a.shape[1])) for name, a in rows.items()}
-        expected = {
-            name: (int(layer.r[adapter_name]) * getattr(layer, "num_experts", 1), int(layer.in_features))
-            for name, layer in layers.items()
-        }
-        if mismatched := sorted(set(shapes.items()) ^ set(expected.items())):
+        shapes = {name: (*map(int, a.shape), plain.factors[name].form) for name, a in rows.items()}
+        expected = {name: _expected(layer, adapter_name) for name, layer in layers.items()}
+        if mismatched := sorted(set(shapes.items()) ^ set(expected.items()), key=str):
+            found = [(name, rows[name].shape if name in rows else "missing") for name, _ in mismatched]
             raise ArtifactError(
                 f"{directory}: its lora_A factors are not those of the model's layers; they differ at "
-                f"{mismatched[:3]}. Load the base model that it was trained on."
+                f"{found[:3]}. Load the base model that it was trained on."
             )
     if differing := sorted(set(rows) ^ set(certificate.modules)):
         counts = f"{len(rows)} modules, but {FILE_NAME} has {len(certificate.modules)}"
@@ -183,11 +200,11 @@ def combined(layers: Layers, adapter_name: str, configs: Mapping[str, Any], sour
     agreed = {k: v for k, v in first.settings.items() if all(o.settings.get(k) == v for o in others)}
     rows, modules = {}, {}
     for name, layer in layers.items():
-        parts = {source: layer.lora_A[source].weight.detach() for source in sources}
+        parts = {source: weights_of(layer, source)[0].detach().flatten(1) for source in sources}
         known = {source: configs[source]._certificate.modules[name] for source in sources}
         _, s, vh = torch.linalg.svd(torch.cat(list(parts.values())).double(), full_matrices=False)
         span = vh[s > SPAN_TOLERANCE * s[0]]
-        rows[name] = (layer.lora_A[adapter_name].weight.detach().double() @ span.mT @ span).float()
+        rows[name] = (weights_of(layer, adapter_name)[0].detach().flatten(1).double() @ span.mT @ span).float()
         dtypes = [known[source].precision(part) or part.dtype for source, part in parts.items()]
         worst = max(*(entry.leak for entry in known.values()), *(leak_tolerance(dtype) for dtype in dtypes))
         modules[name] = FrozenFactor.of(rows[name], known[sources[0]].k, worst)

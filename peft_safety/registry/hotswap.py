@@ -11,6 +11,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
 
+from peft_safety.core import kinds
+from peft_safety.core.names import listed
 from peft_safety.core.plain_lora import ADAPTER_FILE, PREFIX
 from peft_safety.core.snapshot import named
 from peft_safety.errors import ArtifactError, ConfigError
@@ -27,18 +29,36 @@ from peft_safety.registry.tuners import adopt
 NO_RESIDUAL = "an adapter with a residual (init='task' or 'guardspace') cannot"
 
 
-def get_padded_linear(
-    original: Callable[..., Any], lora_module: Any, target_rank: int, is_lora_A: bool, **kwargs: Any
-) -> Any:
+def pad_lora_weights(original: Callable[..., bool], model: nn.Module, target_rank: int) -> bool:
     """`prepare_model_for_compiled_hotswap` replaces the factors by wider plain ones: keep them protected."""
-    padded = original(lora_module, target_rank, is_lora_A, **kwargs)
-    if isinstance(lora_module, FrozenLinear) and padded is not lora_module:
-        return FrozenLinear.replacing(padded, *lora_module.behind)
-    if not isinstance(lora_module, ProtectedLinear) or padded is lora_module:
-        return padded
-    if lora_module.initial is not None:
-        raise ConfigError(f"{NO_RESIDUAL} be padded for compiled hot-swapping. Use export_lora first.")
-    return ProtectedLinear.replacing(padded, lora_module.basis, lora_module.side)
+    leaves = [
+        (layer, table, name, leaf)
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer)
+        for table in (layer.lora_A, layer.lora_B)
+        for name, leaf in table.items()
+        if isinstance(leaf, (FrozenLinear, ProtectedLinear))
+    ]
+    for layer, _, name, leaf in leaves:
+        if layer.r[name] == target_rank:
+            continue
+        if isinstance(leaf, ProtectedLinear) and leaf.initial is not None:
+            raise ConfigError(f"{NO_RESIDUAL} be padded for compiled hot-swapping. Use export_lora first.")
+        if isinstance(leaf, FrozenLinear) and kinds.groups(layer.get_base_layer()) > 1:
+            raise ConfigError(
+                f"adapter {name!r}: PEFT pads each group of a convolution, and its certificate would not know the "
+                "frozen lora_A again. Give all adapters the same rank."
+            )
+    try:
+        return original(model, target_rank)
+    finally:
+        for _, table, name, leaf in leaves:
+            if (padded := table[name]) is leaf:
+                continue
+            if isinstance(leaf, FrozenLinear):
+                table[name] = FrozenLinear.replacing(padded, *leaf.behind)
+            else:
+                table[name] = ProtectedLinear.replacing(padded, leaf.basis, leaf.side)
 
 
 def hotswap_adapter_from_state_dict(
@@ -65,6 +85,8 @@ def hotswap_adapter_from_state_dict(
     with undone(Before(model, adapter_name), f"adapter {adapter_name!r}"), named(snapshot):
         check_ahead(model, config)
         layers = adapter_layers(model, adapter_name)
+        if tables := [name for name, layer in layers.items() if kinds.is_embedding(layer.get_base_layer())]:
+            raise ConfigError(f"{listed(tables)}: the factors of an embedding cannot be hot-swapped. {NEW_NAME}")
         if config.freezes or (current is not None and current.freezes):
             if current is None or not (current.freezes and config.is_plain):
                 raise ConfigError(
@@ -113,7 +135,7 @@ def _check_factors(state_dict: dict[str, Any], config: ProtectedConfig) -> None:
     modules = config._certificate.modules
     for key, tensor in state_dict.items():
         module, _, kind = key.removeprefix(PREFIX).partition(".lora_A")
-        if kind and (module not in modules or modules[module].precision(tensor) is None):
+        if kind and (module not in modules or modules[module].precision(tensor.flatten(1)) is None):
             raise ArtifactError(
                 f"{key} {tuple(tensor.shape)} is not the frozen factor that the certificate vouches for. Use "
                 f"peft.utils.hotswap.hotswap_adapter with a certified directory. {NEW_NAME}"

@@ -8,12 +8,15 @@ from typing import Any, ClassVar
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners import lora
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from peft_safety.core import base_weights
+from peft_safety.core import base_weights, kinds
 from peft_safety.errors import LossyMergeError
 from peft_safety.layers import FrozenLinear, ProtectedLinear, stored_factors
+from peft_safety.layers.adapters import weights_of
+from peft_safety.layers.factor_table import FactorTable
 from peft_safety.registry import fused
 
 
@@ -56,6 +59,48 @@ class LoraLinear(_Residual, lora.Linear):  # type: ignore[misc]
     replaces = lora.Linear
 
 
+class _Convolution(_Residual):
+    """The update is the product of the factors as matrices: PEFT's own takes some kernels for others."""
+
+    def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Any:
+        layer: Any = self
+        base = layer.get_base_layer()
+        if base.groups > 1:
+            return super().get_delta_weight(adapter, *args, **kwargs)
+        a, b = stored_factors(layer.lora_A[adapter], layer.lora_B[adapter])
+        delta = kinds.as_stored(base, b.float() @ a.float()) * layer.scaling[adapter]
+        return delta.to(torch.promote_types(a.dtype, b.dtype))
+
+
+class LoraConv1d(_Convolution, Conv1d):  # type: ignore[misc]
+    replaces = Conv1d
+
+
+class LoraConv2d(_Convolution, Conv2d):  # type: ignore[misc]
+    replaces = Conv2d
+
+
+class LoraConv3d(_Convolution, Conv3d):  # type: ignore[misc]
+    replaces = Conv3d
+
+
+class LoraEmbedding(lora.Embedding):  # type: ignore[misc]
+    replaces = lora.Embedding
+
+    def _get_name(self) -> str:
+        return self.replaces.__name__
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """In fp32: a frozen factor is not rounded to the trained one's 16 bits."""
+        a, b = (parameter.detach() for parameter in weights_of(self, adapter))
+        table = self.lora_embedding_B
+        b = table[adapter].detach() if isinstance(table, FactorTable) else b
+        constrained = isinstance(self.lora_embedding_A, FactorTable) and adapter in self.lora_embedding_A.constraints
+        a = self.lora_embedding_A[adapter].detach() if constrained else a
+        delta: Tensor = (b.float() @ a.float()).T * self.scaling[adapter]
+        return delta.to(torch.promote_types(a.dtype, b.dtype))
+
+
 class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT asks for a class of this name
     """On a parameter of fused experts, under a frozen `lora_A` or an adapter of another kind."""
 
@@ -78,7 +123,14 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT asks for a 
         return (torch.einsum(f"ore,eri->{order}", b, a) * self.scaling[adapter]).to(self.get_param())
 
 
-KINDS: dict[type, type] = {lora.Linear: LoraLinear, lora.ParamWrapper: ParamWrapper}
+KINDS: dict[type, type] = {
+    lora.Linear: LoraLinear,
+    lora.Embedding: LoraEmbedding,
+    Conv1d: LoraConv1d,
+    Conv2d: LoraConv2d,
+    Conv3d: LoraConv3d,
+    lora.ParamWrapper: ParamWrapper,
+}
 
 if is_bnb_available():
 
@@ -114,6 +166,11 @@ def refuse_lossy_merge(layer: Any, adapter: str, name: str) -> None:
     """Merging into a k-bit weight rounds most of the update away, and the rest leaks."""
     base = layer.get_base_layer()
     kind = base_weights.quantization(base)
+    if not kinds.merges_exactly(base):
+        raise LossyMergeError(
+            f"{name}: a {type(base).__name__} with padding_mode={base.padding_mode!r} cannot be merged into: PEFT's "
+            "lora_A is padded by zeros, and the merged weight would see other patches. Keep the adapter beside it."
+        )
     if kind == "packed":
         raise LossyMergeError(
             f"{name}: a {type(base).__name__} {base_weights.shape(base)} cannot be merged into: its weight cannot be "

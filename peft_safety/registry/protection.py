@@ -8,11 +8,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_safety.core import base_weights
+from peft_safety.core.certificate import FrozenFactor
 from peft_safety.core.names import own_name
 from peft_safety.errors import LossyMergeError, ProtectionError
-from peft_safety.layers.adapters import adapter_layers, config_table
+from peft_safety.layers.adapters import adapter_layers, config_table, tables
+from peft_safety.layers.check import check_leaf
+from peft_safety.layers.factor_table import check_constrained, check_frozen_table
 from peft_safety.layers.frozen_linear import check_frozen
-from peft_safety.layers.protected_linear import check_leaf
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry.attach import sides
 
@@ -68,9 +70,20 @@ def check_adapters(model: nn.Module, adapter_name: str | None = None) -> None:
         for module, layer in layers.items():
             if config.freezes:
                 modules = {} if config._certificate is None else config._certificate.modules
-                check_frozen(layer.lora_A[name], f"{module} (adapter {name!r})", modules.get(module))
+                _check_frozen(tables(layer)[0], name, f"{module} (adapter {name!r})", modules.get(module))
             for factor, side, basis in sides(layer, config, module):
-                check_leaf(factor[name], f"{module} (adapter {name!r})", basis, side, config.residual)
+                where = f"{module} (adapter {name!r})"
+                if isinstance(factor, nn.ParameterDict) and basis is not None:
+                    check_constrained(factor, name, where, basis, side)
+                else:
+                    check_leaf(factor[name], where, basis, side, config.residual)
+
+
+def _check_frozen(table: nn.Module, adapter: str, name: str, certified: FrozenFactor | None) -> None:
+    if isinstance(table, nn.ParameterDict):
+        check_frozen_table(table, adapter, name, certified)
+    else:
+        check_frozen(table[adapter], name, certified)  # type: ignore[index]
 
 
 def refuse_tied(model: nn.Module, name: str, base: nn.Module) -> None:

@@ -26,7 +26,7 @@ WRAPS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (peft.peft_model.PeftModel, "save_pretrained", storage.save_pretrained),
     (peft.peft_model.PeftModel, "load_adapter", storage.load_adapter),
     (BaseTuner, "inject_adapter", injection.inject_adapter),
-    (peft_hotswap, "_get_padded_linear", hotswap.get_padded_linear),
+    (peft_hotswap, "_pad_lora_weights", hotswap.pad_lora_weights),
     (peft_hotswap, "hotswap_adapter_from_state_dict", hotswap.hotswap_adapter_from_state_dict),
 )
 """Everything that is wrapped: owner, name, and the function that gets the original as its first argument."""

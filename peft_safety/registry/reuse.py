@@ -25,6 +25,7 @@ from peft_safety.core import files
 from peft_safety.core.plain_lora import ADAPTER_FILE, PREFIX
 from peft_safety.errors import ConfigError, SubspaceError
 from peft_safety.layers import ProtectedLinear
+from peft_safety.layers.adapters import tables
 from peft_safety.methods.base import ProtectedConfig
 
 NEW_NAME = "Load it under a new name."
@@ -158,7 +159,7 @@ def sibling(config: ProtectedConfig, layers: Layers, name: str, configs: Mapping
         origin = getattr(existing, "_origin", None)
         if other == name or origin is None or origin.source != config._origin.source:
             continue
-        if all(other in layer.lora_A and layer.r[other] == layer.r[name] for layer in layers.values()):
+        if all(other in tables(layer)[0] and layer.r[other] == layer.r[name] for layer in layers.values()):
             return other
     return None
 

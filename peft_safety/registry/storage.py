@@ -26,6 +26,7 @@ from peft_safety.core.snapshot import Snapshot, named
 from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.layers.adapters import adapter_layers
+from peft_safety.layers.factor_table import folded_tables, protected_tables
 from peft_safety.layers.protected_linear import (
     deferred_folds,
     folded_state,
@@ -72,9 +73,12 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
         raise ArtifactError(f"{save_directory} is a file. Give a directory.")
     state = kwargs.get("state_dict")
     sharded = any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in self.parameters())
-    if state is not None or sharded or any(is_half(leaf) for _, leaf in protected_leaves(self)):
+    half = any(is_half(leaf) for _, leaf in protected_leaves(self)) or any(
+        t.is_half for _, t in protected_tables(self)
+    )
+    if state is not None or sharded or half:
         # gathered weights are as the optimizer left them, not projected; those in 16 bits are saved in fp32
-        kwargs["state_dict"] = folded_state(self, self.state_dict() if state is None else state)
+        kwargs["state_dict"] = folded_tables(self, folded_state(self, self.state_dict() if state is None else state))
     with publishing(Path(save_directory), MANIFEST) as staging:
         copy_own(Path(save_directory), CARD, staging)  # PEFT adds to an existing model card
         original(self, str(staging), *args, **kwargs)
@@ -208,6 +212,8 @@ def _load(
             # with low_cpu_mem_usage the factors lie in the file's memory, or were rounded to the base's 16 bits
             known = None if args or kwargs.get("low_cpu_mem_usage") else Snapshot.of(Path(folder))
             lay_out_adapter(self, adapter_name, math.inf if known is None else known.worst_leak)
+            for _, table in protected_tables(self):
+                table.fold_all()
         for name, leaf in protected_leaves(self):  # PEFT's eval() in the block folded no other adapter either
             if not leaf.training and name.rpartition(".")[2] != adapter_name:
                 leaf.fold()

@@ -80,8 +80,11 @@ REFUSED: dict[str, tuple[tuple[str, ...], str, str]] = {
         "The inputs of this product are computed inside of the layer, where nobody can see them.",
         "target_parameters|computed inside",
     ),
-    "input embedding": (OURS, "`lora_embedding_A` has no input basis: its inputs are tokens.", "Embedding"),
-    "convolutions": (OURS, "Their inputs are patches, for which nothing calibrates a basis.", "Conv2d"),
+    "input embedding": (
+        OURS[1:2],
+        "Its inputs are tokens: a window of few directions would train few of them.",
+        "a window of few directions",
+    ),
     "MultiheadAttention": (
         OURS,
         "PyTorch's layer never calls its projections, so that their inputs cannot be seen.",
@@ -113,6 +116,16 @@ LIMITS: dict[str, tuple[tuple[str, ...], str, str]] = {
     ),
     "dropout": (OURS[:3], "While training, dropout moves inputs out of the calibrated span.", ""),
     "output embedding": (OURS, "Where it is tied to the input embedding, merging is refused.", ""),
+    "input embedding": (
+        ("GuardSpace B", "GuardSpace A", "patch"),
+        "Tokens of the calibration data keep their embedding, whatever size is asked for; the others train.",
+        "",
+    ),
+    "convolutions": (
+        OURS,
+        "Merging is refused with a border other than zeros, and PEFT has none into groups; dilated ones are refused.",
+        "",
+    ),
     "modules_to_save": (OURS, "These weights train unprotected, with a warning.", UNCONSTRAINED),
     "trainable_token_indices": (OURS, "These rows train unprotected, with a warning.", UNCONSTRAINED),
     "VeLoRA": (

@@ -36,9 +36,9 @@ class Zoo(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(16, 16)
-        self.embedding = nn.Embedding(10, 16)
-        self.conv = nn.Conv2d(3, 16, 3)
-        self.conv1 = nn.Conv1d(3, 16, 3)
+        self.embedding = nn.Embedding(10, 16, max_norm=1.0)
+        self.conv = nn.Conv2d(3, 16, 3, dilation=2)
+        self.conv1 = nn.Conv1d(3, 16, 3, dilation=2)
         self.attention = nn.MultiheadAttention(16, 4)
 
 

@@ -43,7 +43,7 @@ SYMBOLS = {
     "peft.tuners.mixed": ("MixedModel._unload_and_optionally_merge",),
     "peft.import_utils": ("is_bnb_available", "is_bnb_4bit_available"),
     "peft.utils.other": ("transpose", "AuxiliaryTrainingWrapper"),
-    "peft.utils.hotswap": ("_get_padded_linear", "hotswap_adapter", "hotswap_adapter_from_state_dict"),
+    "peft.utils.hotswap": ("_pad_lora_weights", "hotswap_adapter", "hotswap_adapter_from_state_dict"),
 }
 """Every PEFT symbol that is read, wrapped or overridden, by module. Instance attributes (`LoraLayer.lora_A`) are
 checked on an instance.

@@ -5,7 +5,7 @@ from peft import get_peft_model
 
 from peft_safety import GuardSpaceConfig, SafetySubspace
 from peft_safety.calibration.batches import Counted
-from peft_safety.calibration.moments import selected
+from peft_safety.calibration.positions import selected
 from peft_safety.core.targets import base_layers
 from tests.peft import cells
 from tests.tiny import tiny_tokenizer

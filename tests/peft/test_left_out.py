@@ -26,7 +26,8 @@ from peft_safety import (
     verify,
 )
 from peft_safety.calibration.batches import Counted
-from peft_safety.calibration.moments import InputMoments, positions_of
+from peft_safety.calibration.moments import InputMoments
+from peft_safety.calibration.positions import positions_of
 from peft_safety.errors import CalibrationError, SubspaceError
 from tests.peft.left_out_cells import ALL, TOWER, adapted, batch, guard, ours, with_tower
 from tests.tiny import tiny_tokenizer

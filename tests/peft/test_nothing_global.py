@@ -24,7 +24,7 @@ WRAPPED = {
     "PeftConfigMixin.from_pretrained",
     "PeftModel.load_adapter",
     "PeftModel.save_pretrained",
-    "peft.utils.hotswap._get_padded_linear",
+    "peft.utils.hotswap._pad_lora_weights",
     "peft.utils.hotswap.hotswap_adapter_from_state_dict",
 }
 

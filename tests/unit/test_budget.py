@@ -182,14 +182,14 @@ def test_the_directions_of_a_task_within_a_budget_take_more_passes_and_are_the_s
     model = cells.base_model()
     space = subspace(model, HARMFUL)
     layers = target_layers(model, list(cells.LINEAR_TARGETS))
-    ranks = dict.fromkeys(layers, 4)
+    ranks, features = dict.fromkeys(layers, 4), {name: layer.in_features for name, layer in layers.items()}
     whole, shares = task_inputs(model, layers, space, batches(TASK), progress=False)
-    wanted = frozen_factors(space, ranks, whole)
+    wanted = frozen_factors(space, ranks, whole, features)
     seen = []
     monkeypatch.setattr(grouped, "collect", lambda *args, **options: seen.append(args[1]) or collect(*args, **options))
     parts, again = task_inputs(model, layers, space, batches(TASK), memory=ONE_LAYER, progress=False)
     assert len(seen) > 2
     assert shares == again
-    found = frozen_factors(space, ranks, parts)
+    found = frozen_factors(space, ranks, parts, features)
     for name, a in wanted.items():
         torch.testing.assert_close(found[name], a, rtol=1e-5, atol=1e-6)

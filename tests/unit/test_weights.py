@@ -86,7 +86,9 @@ def test_conv1d_is_read_as_out_by_in():
     assert weights.fingerprint(layer, "conv").shape == (weights.SAMPLES,)
 
 
-@pytest.mark.parametrize("layer", [nn.Embedding(4, 4), nn.Linear(4, 4, device="meta"), nn.Conv2d(2, 2, 1)])
+@pytest.mark.parametrize(
+    "layer", [nn.Embedding(4, 4, max_norm=1.0), nn.Linear(4, 4, device="meta"), nn.Conv2d(2, 2, 3, dilation=2)]
+)
 def test_what_cannot_be_read_is_refused_by_name(layer):
     with pytest.raises(UnsupportedLayerError, match=r"model\.x"):
         weights.dense_weight(layer, "model.x")

@@ -177,7 +177,7 @@ class GuardSpaceConfig(ProtectedConfig):
         base = {name: layer.get_base_layer() for name, layer in layers.items()}
         ranks = {name: int(layer.r[adapter_name]) for name, layer in layers.items()}
         moments = self._task_moments(model, base, self.subspace, task_data)
-        rows = frozen_factors(self.subspace, ranks, moments)
+        rows = frozen_factors(self.subspace, ranks, moments, {n: weights.shape(layer)[1] for n, layer in base.items()})
         self._took(moments)
         return rows
 
@@ -217,7 +217,7 @@ class GuardSpaceConfig(ProtectedConfig):
     def _start_in_window(self, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
         """The window's first directions as the first rows of `A`; PEFT's own rows, in the window, for the rest."""
         for name, layer in layers.items():
-            weight = layer.lora_A[adapter_name].raw()
+            weight = layer.lora_A[adapter_name].raw().flatten(1)
             rows = self.subspace.bases[name]["window"].mT[: len(weight)] * ROW_NORM
             weight[: len(rows)].copy_(rows)
 

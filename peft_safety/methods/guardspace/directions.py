@@ -9,22 +9,40 @@ import torch
 from torch import Tensor
 
 from peft_safety.calibration.grouped import GroupedMoments
+from peft_safety.calibration.token_counts import TokenCounts
 from peft_safety.calibration.token_rows import TokenRows
 from peft_safety.core.names import listed
 from peft_safety.core.projection import (
     OVERSAMPLING,
     Side,
     fold_,
+    is_tokens,
     orthonormalize,
     principal_cosines,
     project_out,
     top_eigenvectors,
 )
 from peft_safety.core.subspace import SafetySubspace
-from peft_safety.errors import CalibrationError
+from peft_safety.errors import CalibrationError, UnsupportedLayerError
 
 ROW_NORM = 3**-0.5
 """Norm of a row of `lora_A` as PEFT initializes it: n entries uniform in +-1/sqrt(n)."""
+
+
+@torch.no_grad()
+def blind_signs(tokens: Tensor, vocabulary: int, rank: int, counts: TokenCounts | None, seed: int = 0) -> Tensor:
+    """`A (rank, vocabulary)` of an embedding: random signs, as large as entries of PEFT's normal `lora_B`, and
+    zeros at `tokens (k,)`. The moment of tokens is diagonal, so that its top directions would be single tokens:
+    with the task's `counts` all of the task's other tokens get signs instead, and no token beside them, unless the
+    task has none.
+    """
+    free = torch.ones(vocabulary, dtype=torch.bool)
+    free[tokens] = False
+    if counts is not None and bool((own := free & (counts.counts > 0).cpu()).any()):
+        free = own
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (rank, vocabulary), generator=generator, dtype=torch.int8)
+    return (2.0 * signs - 1.0) * free
 
 
 @torch.no_grad()
@@ -59,17 +77,22 @@ def blind_rows(basis: Tensor, rank: int, *, moment: Tensor | TokenRows | None = 
 
 
 def frozen_factors(
-    subspace: SafetySubspace, ranks: Mapping[str, int], moments: GroupedMoments | None, *, share_random: bool = False
+    subspace: SafetySubspace,
+    ranks: Mapping[str, int],
+    moments: GroupedMoments | None,
+    features: Mapping[str, int],
+    *,
+    share_random: bool = False,
 ) -> dict[str, Tensor]:
     """`blind_rows` of every module, `ranks` of them. Modules with one input and one basis share their directions,
     random ones only with `share_random`. A module that the task does not reach gets random rows, as all do without
-    moments.
+    moments. `features`: inputs by module.
     """
     if moments is not None and moments.positions < max(ranks.values()):
         few = f"task_data: {moments.positions} tokens, patches or frames cannot give {max(ranks.values())} directions"
         raise CalibrationError(f"{few}. Give more rows, or use a_init='random'.")
-    shapes = {name: subspace.bases[name]["in"].shape for name in ranks}
-    narrow = [name for name, (n, k) in shapes.items() if ranks[name] > n - k]
+    free = {name: features[name] - subspace.rank(name, "in") for name in ranks}
+    narrow = [name for name, rank in ranks.items() if rank > free[name]]
     if narrow:
         warnings.warn(
             f"{len(narrow)} of {len(ranks)} layers have fewer directions outside the null space than r, and rows of "
@@ -83,8 +106,15 @@ def frozen_factors(
         reached = moments is not None and moments.reaches(name)
         source = moments.leader(name) if moments is not None and reached else None if share_random else index
         key = (id(basis), rank, source)
+        if is_tokens(basis):
+            counts = moments.operator(name) if moments is not None and reached else None
+            of_task = counts if isinstance(counts, TokenCounts) else None
+            rows[name] = blind_signs(basis, features[name], rank, of_task, seed=index)
+            continue
         if key not in made:
             moment = moments.operator(name) if moments is not None and reached else None
+            if isinstance(moment, TokenCounts):
+                moment = None  # a basis of the weight: directions of tokens are none of it
             made[key] = blind_rows(basis, rank, moment=moment, seed=0 if reached else index)
         rows[name] = made[key]
     return rows
@@ -101,8 +131,14 @@ def windows(
     The provenance has the digest of the null space, and the largest `||N^T Q||_2`, which bounds `||A Q|| / ||A||`.
     """
     bases = {name: subspace.bases[name]["in"] for name in names}
+    if tokens := [name for name, basis in bases.items() if is_tokens(basis)]:
+        raise UnsupportedLayerError(
+            f"{listed(tokens)}: the inputs of an embedding are tokens, and a window of few directions would train few "
+            "of them. Use train='B' or 'A', or leave it out of target_modules."
+        )
+    features = {name: int(basis.shape[0]) for name, basis in bases.items()}
     widths = {name: min(width, basis.shape[0] - basis.shape[1]) for name, basis in bases.items()}
-    rows = frozen_factors(subspace, widths, moments, share_random=True)
+    rows = frozen_factors(subspace, widths, moments, features, share_random=True)
     made: dict[int, Tensor] = {}
     worst = 0.0
     for name, a in rows.items():

@@ -14,7 +14,7 @@ from torch import Tensor
 from peft_safety.core.certificate import Certificate, certified_factor
 from peft_safety.core.names import listed
 from peft_safety.core.plain_lora import card_with, check_elsewhere, factor_tensors, read_plain, write_plain
-from peft_safety.core.projection import delta_leak, fold_
+from peft_safety.core.projection import delta_leak, fold_, is_tokens
 from peft_safety.core.snapshot import reading
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.errors import SubspaceError
@@ -65,7 +65,7 @@ def repair_adapter(
     source = Path(adapter_dir)
     check_elsewhere(source, out_dir)
     with reading(source, warn=True) as path:
-        plain = read_plain(path)
+        plain = read_plain(path, linear=False)
     space = SafetySubspace.of(subspace, plain.factors)
     _check_fits(source, {name: factor.a for name, factor in plain.factors.items()}, space)
     pairs, rows, certified = {}, [], {}
@@ -74,12 +74,12 @@ def repair_adapter(
         a = blinded(factor.a, basis)
         pairs[name], certified[name] = (a, factor.b), certified_factor(a, basis)
         removed = delta_leak(basis, factor.a, factor.b, "in")
-        rows.append(BlindedModule(name, int(basis.shape[1]), removed, certified[name].leak))
+        rows.append(BlindedModule(name, int(basis.shape[-1]), removed, certified[name].leak))
     certificate = Certificate(GuardSpaceConfig.PEFT_KEY, space.digest, {"made_by": "repair"}, certified)
     fields = GuardSpaceConfig.from_certificate(plain.config, certificate).to_dict()  # refuses what could not be loaded
     report = BlindReport(tuple(rows), space.digest, tuple(sorted(plain.extra)))
     if out_dir is not None:
-        tensors, card = plain.extra | factor_tensors(pairs), card_with(source, _card(report))
+        tensors, card = plain.extra | factor_tensors(pairs, plain.factors), card_with(source, _card(report))
         write_plain(Path(out_dir), tensors, fields, card, more=certificate.write)
     return report
 
@@ -99,8 +99,9 @@ def _check_fits(source: Path, factors: Mapping[str, Tensor], space: SafetySubspa
         remedy = "Calibrate with method='guardspace' and the adapter's target_modules."
         raise SubspaceError(f"{source}: {problem}, which would stay as they are. {remedy}")
     for name, a in factors.items():
-        if (n := space.bases[name]["in"].shape[0]) != a.shape[1]:
-            shapes = f"lora_A is {tuple(a.shape)}, the basis has {n} features"
+        basis = space.bases[name]["in"]
+        if int(basis.max()) >= a.shape[1] if is_tokens(basis) else len(basis) != a.shape[1]:
+            shapes = f"lora_A is {tuple(a.shape)}, the basis is of other ones, {tuple(basis.shape)}"
             raise SubspaceError(f"{name}: {shapes}. Calibrate on the adapter's base.")
 
 

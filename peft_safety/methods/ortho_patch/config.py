@@ -110,7 +110,7 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         gone = own.left_out if own else {}
         extended = SafetySubspace.joined(own, {name: sides for name, sides in spans.items() if name not in gone})
         bases = [extended.bases[name][side] for side in self.basis_sides for name in layers if name not in gone]
-        left = min(u.shape[0] - u.shape[1] for u in bases)
+        left = min(u.shape[0] - u.shape[1] for u in bases if u.ndim == 2)
         extended.provenance |= {"prior_patches": source, "capacity_left": left}
         return extended
 

@@ -35,7 +35,7 @@ class SoftPenalty:
             raise ConfigError(f"adapter {adapter_name!r} has no soft constraint ({kind}). {remedy}")
         self.config, self.terms = config, []
         roots: dict[int, Tensor] = {}  # layers with the same input share one
-        for name, layer in adapter_layers(model, adapter_name).items():
+        for name, layer in adapter_layers(model, adapter_name, linear=True).items():
             a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
             if not weights.is_whole(a) or not weights.is_whole(b):
                 raise ConfigError(f"{name}: its factors are sharded or on the meta device. Use mode='hard', or DDP.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from peft_safety.calibration.activations import model_name
 from peft_safety.core import base_weights as weights
+from peft_safety.core import kinds
 from peft_safety.core.adapter_dir import check_adapter, protected_types
-from peft_safety.core.names import public_name
+from peft_safety.core.names import listed, public_name
 from peft_safety.core.plain_lora import MANIFEST, Factors, read_manifest, read_plain
 from peft_safety.core.projection import Side
 from peft_safety.core.snapshot import reading
@@ -39,10 +40,13 @@ def prior_spans(
     spans: Spans = {}
     for prior in priors:
         if prior in loaded:
-            own = {n: (x.lora_A[prior], x.lora_B[prior]) for n, x in adapter_layers(model, prior).items()}
+            on = adapter_layers(model, prior)
+            _check_linear(prior, on, layers)
+            own = {n: (x.lora_A[prior], x.lora_B[prior]) for n, x in on.items() if prior in x.lora_A}
             factors = {name: Factors(*stored_factors(*leaves), math.nan) for name, leaves in own.items()}
         else:
             factors = _stored(prior, model, layers)
+            _check_linear(prior, factors, layers)
         used = {name: f for name, f in factors.items() if name in layers and bool(f.a.any()) and bool(f.b.any())}
         if not used:
             unused = f"prior patch {prior!r} changes none of the new adapter's {len(layers)} modules"
@@ -53,6 +57,16 @@ def prior_spans(
                 taken = spans.setdefault(name, {})
                 taken[side] = torch.cat([taken[side], columns], dim=1) if side in taken else columns
     return spans, [public_name(prior) for prior in priors]
+
+
+def _check_linear(prior: str, patched: Iterable[str], layers: Mapping[str, nn.Module]) -> None:
+    """A ConfigError refuses an earlier patch of a convolution or an embedding that the new one targets, too."""
+    unfit = [name for name in patched if name in layers and kinds.shape(layers[name]) is not None]
+    if unfit:
+        raise ConfigError(
+            f"prior patch {prior!r}: {listed(unfit)} are no linear layers, and nothing is made orthogonal to it "
+            "there. Leave them out of target_modules."
+        )
 
 
 def _stored(directory: str, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Factors]:
@@ -78,7 +92,7 @@ def _read(path: Path, what: str, model: nn.Module, layers: Mapping[str, nn.Modul
         stored.subspace.check_fits(common, (), bind=False)
         factors = protected_factors(stored, common)
     else:
-        plain = read_plain(path)
+        plain = read_plain(path, linear=False)
         factors = plain.factors
         base, own = public_name(plain.config.base_model_name_or_path or ""), model_name(model)
         if base and own and base.rpartition("/")[2] != own:

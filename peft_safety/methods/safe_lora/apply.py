@@ -61,7 +61,7 @@ def apply_safe_lora(
     if new_adapter_name is not None and (new_adapter_name in table or not isinstance(peft_model, PeftModel)):
         needs = "needs a PeftModel without such an adapter"
         raise ConfigError(f"new_adapter_name={new_adapter_name!r} {needs}. Choose another name.")
-    layers = adapter_layers(peft_model, adapter_name)
+    layers = adapter_layers(peft_model, adapter_name, linear=True)
     factors = {name: layer_factors(name, layer, adapter_name) for name, layer in layers.items()}
     _check_different(unaligned, aligned)
     own, before = ModuleWeights(peft_model), open_weights(unaligned)
@@ -152,7 +152,7 @@ def add_adapter(model: Any, name: str, config: LoraConfig, pairs: Mapping[str, t
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # PEFT notes that there is an adapter already
             model.add_adapter(name, config)
-        layers = adapter_layers(model, name)
+        layers = adapter_layers(model, name, linear=True)
         _write([(layers[module].lora_A[name].weight, a) for module, (a, _) in pairs.items()])
         _write([(layers[module].lora_B[name].weight, b) for module, (_, b) in pairs.items()])
     except BaseException:

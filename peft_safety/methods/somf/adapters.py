@@ -146,7 +146,7 @@ def _read(source: str, model: nn.Module | None) -> Adapter:
     if model is not None and source in (table := config_table(model)):
         config = table[source]
         plain_lora.check_plain(config, f"adapter {source!r}")
-        layers = adapter_layers(model, source)
+        layers = adapter_layers(model, source, linear=True)
         own = {name: layer_factors(name, layer, source) for name, layer in layers.items()}
         adapter = Adapter(source, own, None, config.to_dict())
         extra = bool(config.modules_to_save or config.trainable_token_indices)
