@@ -40,15 +40,9 @@ def pad_lora_weights(original: Callable[..., bool], model: nn.Module, target_ran
         if isinstance(leaf, (FrozenLinear, ProtectedLinear))
     ]
     for layer, _, name, leaf in leaves:
-        if layer.r[name] == target_rank:
-            continue
-        if isinstance(leaf, ProtectedLinear) and leaf.initial is not None:
+        residual = isinstance(leaf, ProtectedLinear) and leaf.initial is not None
+        if residual and layer.r[name] != target_rank:
             raise ConfigError(f"{NO_RESIDUAL} be padded for compiled hot-swapping. Use export_lora first.")
-        if isinstance(leaf, FrozenLinear) and kinds.groups(layer.get_base_layer()) > 1:
-            raise ConfigError(
-                f"adapter {name!r}: PEFT pads each group of a convolution, and its certificate would not know the "
-                "frozen lora_A again. Give all adapters the same rank."
-            )
     try:
         return original(model, target_rank)
     finally:
