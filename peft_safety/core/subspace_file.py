@@ -81,7 +81,8 @@ def read(
             part = handle.get_slice(of)
             dtype, tokens = part.get_dtype(), len(part.get_shape()) == 1 and kind == "basis"
             if dtype not in DTYPES[kind] or tokens != (dtype == "I64"):
-                raise SubspaceError(f"{path}: {of!r} is {dtype}, not {' or '.join(DTYPES[kind])}. Save it again.")
+                what = f"{of!r} {tuple(part.get_shape())} is {dtype}"
+                raise SubspaceError(f"{path}: {what}, not {' or '.join(DTYPES[kind])}. Save it again.")
             if of not in tensors:
                 tensors[of] = _leading(handle, of, None if kind == "fingerprint" else rank)
             if kind == "fingerprint":
