@@ -10,7 +10,7 @@ from peft.tuners.mixed import MixedModel
 from peft_safety.core.base_weights import is_whole
 from peft_safety.core.projection import all_finite
 from peft_safety.errors import ConfigError, ProtectionError
-from peft_safety.layers.adapters import adapter_layers
+from peft_safety.layers.adapters import adapter_layers, tables
 from peft_safety.layers.factor_table import protected_tables, raw_factors
 from peft_safety.layers.protected_linear import lay_out_adapter
 from peft_safety.methods.base import ProtectedConfig
@@ -49,8 +49,10 @@ def _check_merge(model: Any, adapter_names: list[str] | None) -> None:
 
 def _refuse_broken(layer: Any, adapter: str, name: str) -> None:
     """PEFT's own words, by which people look for what happened. PEFT asks with `safe_merge` only."""
-    for kind, table in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-        factor = table[adapter]._parameters.get("weight")
+    for kind, table in zip(("lora_A", "lora_B"), tables(layer), strict=True):
+        factor = table._parameters.get(adapter)  # of an embedding
+        if adapter in table._modules:
+            factor = table[adapter]._parameters.get("weight")
         if factor is not None and is_whole(factor) and not all_finite(factor):
             raise ProtectionError(
                 f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: {kind} "

@@ -1,5 +1,5 @@
-"""Every form on bases that torchao, HQQ and gptqmodel quantize themselves, on this CPU. It needs these libraries, which
-`make nightly` installs apart from the environment.
+"""Every form on bases that torchao, HQQ and gptqmodel quantize themselves, on this CPU. It needs these libraries,
+which `make nightly` installs apart from the environment.
 """
 
 from __future__ import annotations
