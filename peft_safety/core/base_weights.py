@@ -87,6 +87,25 @@ def shape(layer: nn.Module) -> tuple[int, int]:
     return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
 
 
+def split_dimension(layer: nn.Module) -> int | None:
+    """Along which dimension of its weight `(out, in)` tensor parallelism splits a layer between processes, or None."""
+    weight: Any = getattr(layer, "weight", None)
+    names = getattr(getattr(weight, "device_mesh", None), "mesh_dim_names", None) or ()
+    if "tp" not in names:
+        return None
+    placement = weight.placements[names.index("tp")]
+    return int(placement.dim) % 2 if placement.is_shard() else None
+
+
+def check_inputs(layer: nn.Module, name: str) -> None:
+    """An UnsupportedLayerError refuses a layer of whose inputs each process sees a part."""
+    if split_dimension(layer) == 1:
+        raise UnsupportedLayerError(
+            f"{name}: tensor parallelism splits the inputs of this {type(layer).__name__} {shape(layer)} between "
+            "processes (row-wise), so that none of them sees whole ones. Leave it out of target_modules."
+        )
+
+
 def is_whole(weight: Any) -> bool:
     """Whether a weight can be read here: a tensor, not on the meta device, not a shard of DTensor or DeepSpeed."""
     sharded = hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")
@@ -105,6 +124,8 @@ def stored_weight(layer: nn.Module, name: str = "the layer") -> Tensor:
     if scales.library(layer) is not None:
         return scales.dequantized(layer, name)
     weight: Any = layer.weight
+    if split_dimension(layer) is not None:
+        return weight.detach().full_tensor()  # type: ignore[no-any-return]  # all processes come here
     if _is_offloaded(layer, weight):
         with _fetched(layer):
             return stored_weight(layer, name)

@@ -69,9 +69,9 @@ def library(layer: nn.Module) -> str | None:
     """Which of `LIBRARIES` holds the weight of a layer and can give it back."""
     if type(layer).__name__ == "HQQLinear" and hasattr(layer, "dequantize"):
         return "hqq"
-    kind = type(getattr(layer, "weight", None))
+    kind: Any = type(getattr(layer, "weight", None))
     theirs = any(base.__name__ == "TorchAOBaseTensor" for base in kind.__mro__)
-    return "torchao" if theirs and kind.dequantize is not Tensor.dequantize else None  # type: ignore[attr-defined]
+    return "torchao" if theirs and kind.dequantize is not Tensor.dequantize else None
 
 
 def dequantized(layer: nn.Module, name: str) -> Tensor:

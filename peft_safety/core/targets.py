@@ -66,6 +66,7 @@ def target_layers(
         what = f"target_modules={target_modules!r} matches no linear layer, convolution or embedding of the model{but}"
         raise ConfigError(f"{what}. Give names such as {some}, or 'all-linear'.")
     for name, layer in selected.items():
+        weights.check_inputs(layer, name)
         if not packed or not (weights.quantization(layer) == "packed" or input_parameter(layer)):
             weights.check_readable(layer, name)
     return selected

@@ -75,12 +75,13 @@ def adapter_layers(
                 raise scales.refusal(base, name, "its weight is packed")
             if kind == "ParamWrapper":
                 _check_experts(f"{name}.{layer.parameter_name}", layer, frozen or isinstance(factors[0], FrozenLinear))
-            elif not usual or getattr(base, "_hf_tp_plan", None) is not None:
+            elif not usual:
                 raise UnsupportedLayerError(
                     f"{name}: {type(base).__name__}({base.extra_repr()}) under {kind} cannot be protected (only "
-                    "linear layers, Conv1D, convolutions and embeddings, not split by tensor parallelism). Leave it "
-                    "out of target_modules."
+                    "linear layers, Conv1D, convolutions and embeddings). Leave it out of target_modules."
                 )
+            else:
+                _check_split(name, base, frozen or isinstance(factors[0], FrozenLinear))
             if linear and kinds.shape(base) is not None:
                 raise UnsupportedLayerError(
                     f"{name}: a {type(base).__name__}({base.extra_repr()}) is not supported here, only linear layers "
@@ -104,6 +105,18 @@ def weights_of(layer: LoraLayer, adapter_name: str) -> tuple[nn.Parameter, nn.Pa
     if isinstance(a, nn.ParameterDict):
         return getattr(a, adapter_name), getattr(b, adapter_name)
     return a[adapter_name].weight, b[adapter_name].weight
+
+
+def _check_split(name: str, base: Any, frozen: bool) -> None:
+    """Under tensor parallelism an UnsupportedLayerError refuses what needs the whole `lora_B` in each process."""
+    plan = getattr(base, "_hf_tp_plan", None)
+    weights.check_inputs(base, name)
+    if plan is not None and not (frozen and weights.split_dimension(base) == 0):
+        raise UnsupportedLayerError(
+            f"{name}: tensor parallelism ({plan!r}) splits this {type(base).__name__}({base.extra_repr()}) between "
+            "processes. Only a frozen lora_A, by train='B', is whole in each, and only on layers that are split by "
+            "their outputs (column-wise). Use it, or leave the layer out of target_modules."
+        )
 
 
 def _check_experts(name: str, layer: LoraLayer, frozen: bool) -> None:

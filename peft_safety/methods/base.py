@@ -197,6 +197,14 @@ class ProtectedConfig(LoraConfig):
         return subspace
 
     @property
+    def unconstrained(self) -> str:
+        """What trains beside the update without any constraint, in words; empty if nothing does."""
+        rows: Any = self.trainable_token_indices or {}
+        table = rows if isinstance(rows, dict) else {"the input embedding": rows}
+        named = [f"{len(indices)} rows of {name}" for name, indices in table.items()]
+        return ", ".join([*(self.modules_to_save or ()), *named])
+
+    @property
     def unfinished(self) -> str | None:
         """Why the adapter is not yet what its config says, for a warning when it is saved."""
         return None

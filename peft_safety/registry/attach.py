@@ -56,10 +56,10 @@ def attach(
             {name: value for name, value in table.items() if name not in left_out} for table in (layers, base)
         )
     subspace.check_fits(base, config.basis_sides)
-    if config.modules_to_save or config.trainable_token_indices:
+    if free := config.unconstrained:
         warnings.warn(
-            "modules_to_save and trainable_token_indices train weights that no projection constrains; the guarantee "
-            "covers the LoRA update only.",
+            f"modules_to_save and trainable_token_indices train weights that no projection constrains ({free}); the "
+            f"guarantee covers the LoRA update of {len(layers)} modules only.",
             stacklevel=2,
         )
     config.subspace = subspace

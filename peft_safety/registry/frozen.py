@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_safety.core import kinds
 from peft_safety.core.adapter_dir import are_names
-from peft_safety.core.base_weights import is_whole, shape
+from peft_safety.core.base_weights import is_whole, shape, split_dimension
 from peft_safety.core.certificate import FILE_NAME, Certificate, FrozenFactor, certified_factor, read_certificate
 from peft_safety.core.factor_forms import Form
 from peft_safety.core.names import pin
@@ -37,6 +37,12 @@ SPAN_TOLERANCE = 1e-6
 def start(model: nn.Module, layers: Layers, adapter_name: str, config: ProtectedConfig) -> None:
     """Make the factors of a new adapter, whose config has its subspace, and freeze them."""
     rows = _of_all_experts(config.frozen_rows(model, layers, adapter_name), layers)
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        if split_dimension(base) is not None:  # one A for all, which each process holds whole
+            group = base.weight.device_mesh.get_group("tp")  # type: ignore[union-attr, operator]
+            rows[name] = rows[name].to(base.weight.device).contiguous()  # type: ignore[arg-type]
+            torch.distributed.broadcast(rows[name], torch.distributed.get_global_rank(group, 0), group=group)
     config._certificate = _certificate(config, rows)
     _install(layers, adapter_name, rows, config)
 
@@ -116,6 +122,8 @@ def _certificate(config: ProtectedConfig, rows: Mapping[str, Tensor]) -> Certifi
     modules = {name: certified_factor(a, config.subspace.bases[name]["in"]) for name, a in rows.items()}
     own = {name: value for name, value in reuse.settings(config).items() if name != "subspace"}
     settings = {name: value for name, value in own.items() if isinstance(value, (str, int, float))}
+    if config.unconstrained:
+        settings["unconstrained"] = config.unconstrained
     return Certificate(config.PEFT_KEY, config.subspace.restricted(rows).digest, settings, modules)
 
 

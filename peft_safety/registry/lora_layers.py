@@ -13,7 +13,7 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from peft_safety.core import base_weights, kinds
-from peft_safety.errors import LossyMergeError
+from peft_safety.errors import LossyMergeError, UnsupportedLayerError
 from peft_safety.layers import FrozenLinear, ProtectedLinear, stored_factors
 from peft_safety.layers.adapters import weights_of
 from peft_safety.layers.factor_table import FactorTable
@@ -165,6 +165,11 @@ REQUANTIZED = ("TorchaoLoraLinear", "HqqLoraLinear")
 def refuse_lossy_merge(layer: Any, adapter: str, name: str) -> None:
     """Merging into a k-bit weight rounds most of the update away, and the rest leaks."""
     base = layer.get_base_layer()
+    if base_weights.split_dimension(base) is not None:
+        raise UnsupportedLayerError(
+            f"{name}: tensor parallelism splits this {type(base).__name__} {base_weights.shape(base)}, and the update "
+            "cannot be merged part by part. Save the adapter, load the base in one process, and merge there."
+        )
     kind = base_weights.quantization(base)
     if not kinds.merges_exactly(base):
         raise LossyMergeError(

@@ -16,6 +16,15 @@ RUN = {
     "bitsandbytes int8": ("int8", torch.float32),
 }
 """Kind of `cells.base_model`, and dtype."""
+LIBRARY = {
+    "torchao int8 weights": "int8 weights",
+    "torchao int8 dynamic": "int8 dynamic",
+    "torchao int4": "int4",
+    "torchao int4 dynamic": "int4 dynamic",
+    "torchao fp8 weights": "fp8 weights",
+    "HQQ": "HQQ",
+}
+"""Kinds of `tests/peft/test_libraries.py`, on the libraries themselves, which the nightly run installs."""
 PACKED = {
     "AQLM": "AqlmLoraLinear",
     "AWQ": "AwqLoraLinear",
@@ -35,6 +44,7 @@ PACKED_CELLS = {
 }
 PACKED_REFUSED = "A basis of outputs is computed from the weight, which only its own library can read."
 PACKED_LIMIT = "Merging into a packed weight is refused; export the adapter and keep it beside the base."
+LIBRARY_LIMIT = "Merging into the weight is refused; `merge_quantized` makes a 16-bit model."
 QUANTIZED_LIMIT = "Merging into the k-bit weight is refused with its error; `merge_quantized` makes a 16-bit model."
 
 

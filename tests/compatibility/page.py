@@ -82,6 +82,8 @@ def of_base(row: str, method: str, notes: Notes) -> str:
     if row in bases.RUN:
         quantized = "bitsandbytes" in row and method != PLAIN
         return f"limit ({notes.number(bases.QUANTIZED_LIMIT)})" if quantized else "works"
+    if row in bases.LIBRARY:
+        return "works" if method == PLAIN else f"limit ({notes.number(bases.LIBRARY_LIMIT)})"
     if method not in bases.PACKED_CELLS:
         return ""
     word, _ = bases.PACKED_CELLS[method]
@@ -95,10 +97,13 @@ def of_architecture(row: str, method: str, notes: Notes) -> str:
 
 def page() -> str:
     lines = table("Options of LoRA", features.FEATURES, of_option)
-    lines += table("Base weights", [*bases.RUN, *bases.PACKED], of_base)
+    packed = [name for name in bases.PACKED if not any(row.startswith(name) for row in bases.LIBRARY)]
+    lines += table("Base weights", [*bases.RUN, *bases.LIBRARY, *packed], of_base)
     lines += [
         "",
-        f"The last {len(bases.PACKED)} are in `tests/peft/test_packed.py`, on stand-ins for what is not installed.",
+        f"torchao and HQQ are in `tests/peft/test_libraries.py`, on the libraries themselves. The last {len(packed)} "
+        "are in\n`tests/peft/test_packed.py`, on stand-ins for what is not installed; GPTQ also on gptqmodel's own "
+        "layers.\nTensor parallelism: [training.md](training.md#on-several-gpus).",
     ]
     lines += table("Architectures", architectures.ARCHITECTURES, of_architecture)
     return HEAD + "\n".join(lines) + "\n\n" + SUITE + "\n" + "\n".join(suite()) + "\n"

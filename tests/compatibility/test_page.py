@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.compatibility import architectures, bases, features
 from tests.compatibility.methods import METHODS
 from tests.compatibility.page import PAGE, page
-from tests.peft import test_packed
+from tests.peft import test_libraries, test_packed
 
 
 def test_the_page_is_made_of_the_tables():
@@ -37,3 +37,8 @@ def test_packed_bases_have_the_tests_that_are_named():
     assert bases.PACKED_CELLS.keys() < METHODS.keys()
     source = Path(test_packed.__file__).read_text(encoding="utf-8")
     assert {name for _, name in bases.PACKED_CELLS.values()} <= set(re.findall(r"def (test_\w+)", source))
+
+
+def test_bases_of_libraries_are_tested_on_them():
+    assert set(bases.LIBRARY.values()) == set(test_libraries.KINDS)
+    assert len(test_libraries.FORMS) >= len(METHODS) - 1
