@@ -11,6 +11,7 @@ from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraRuntimeConfig, V
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from peft_safety import GuardSpaceConfig, SafetySubspace, assert_protected, merge_quantized, verify
+from peft_safety.core.certificate import read_certificate
 from peft_safety.errors import ConfigError, LossyMergeError, UnsupportedLayerError
 from tests.peft import cells
 from tests.peft.frozen_cells import assert_frozen, copies, frozen, lora_a
@@ -52,6 +53,20 @@ def test_an_option_that_works(option, train, tmp_path):
     loaded = PeftModel.from_pretrained(cells.base_model(), tmp_path).eval()
     assert_protected(loaded)
     cells.assert_same_function(cells.logits(loaded), cells.logits(model))
+
+
+def test_what_trains_without_a_constraint_is_named_once_and_certified(tmp_path):
+    space = subspace(cells.base_model(), target_modules=TARGETS)
+    free = {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [5, 6]}}
+    with pytest.warns(UserWarning, match="no projection constrains") as caught:
+        model = get_peft_model(cells.base_model(), config(space, train="B", a_init="random", **free))
+    said = [str(warning.message) for warning in caught if "no projection constrains" in str(warning.message)]
+    assert len(said) == 1
+    named = "lm_head, 2 rows of embed_tokens"
+    assert f"({named})" in said[0]
+    model.save_pretrained(tmp_path)
+    assert read_certificate(tmp_path).settings["unconstrained"] == named
+    assert verify(tmp_path, cells.base_model(), space).blindness_checked
 
 
 ONLY_FROZEN = ("parameters of experts",)
