@@ -28,9 +28,16 @@ KINDS = (
     Refusal("r above a layer's width", r"exceeds the layer's|no linear layer is wider", "Surplus rows train nothing."),
     Refusal("DoRA", r"use_dora is not supported", "DoRA rescales the rows of W, and so its outputs on the span."),
     Refusal(
+        "MultiheadAttention",
+        r"of MultiheadAttention cannot be protected|MultiheadAttention.*cannot be protected",
+        "PEFT adds the update to the weight and calls no `lora_A`, so that only a frozen one is blind.",
+    ),
+    Refusal(
         "experts: target_parameters",
-        r"target_parameters is not supported|under ParamWrapper cannot be protected",
-        "Only the first product of fused experts has inputs that can be seen, and only a frozen A fits a 3-D weight.",
+        r"target_parameters is not supported|kind of this layer does not say|cannot be protected: PEFT"
+        r"|under ParamWrapper cannot be protected",
+        "PEFT adds the update to the weight, so that only a frozen A is blind; and PEFT has `lora_A` on the side of "
+        "the outputs of some (Llama 4), or of a side that nobody knows without a calibration.",
     ),
     Refusal("lora_bias", r"lora_bias is not supported", "Such a bias is an update of its own, for every input."),
     Refusal("BD-LoRA", r"use_bdlora is not supported", "It has factors of its own, block-diagonal ones."),
@@ -48,11 +55,6 @@ KINDS = (
         "rewriting initializations",
         r"(loftq|corda|lora_ga|eva)_config is not supported|init_lora_weights=",
         "They rewrite W, which the subspace was computed from; EVA chooses A itself.",
-    ),
-    Refusal(
-        "MultiheadAttention",
-        r"MultiheadAttention.*cannot be protected",
-        "PyTorch's layer never calls its projections, so that their inputs cannot be seen.",
     ),
     Refusal(
         "embeddings",

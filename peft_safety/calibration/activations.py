@@ -32,6 +32,7 @@ from peft_safety.calibration.token_rows import TokenRows
 from peft_safety.core import base_weights as weights
 from peft_safety.core import kinds
 from peft_safety.core.names import listed
+from peft_safety.core.parameters import observed
 from peft_safety.core.projection import OVERSAMPLING, Side
 from peft_safety.core.subspace import DEFAULT_DTYPE, SafetySubspace
 from peft_safety.core.targets import target_layers
@@ -214,6 +215,7 @@ def estimate(
         "samples": sum(len(data_of(batch)) for batch in batches),
         **counts,
         **job.size_facts,
+        **({"observed": names} if (names := observed(reached)) else {}),
         **record([name for name in layers if name not in reached], job.narrow),
     }
     if len(job.sources) > 1:

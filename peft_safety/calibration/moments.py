@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_safety.calibration.batches import Batch, Counted, Positions, are_padded, call, size_of
+from peft_safety.calibration.inside import watching
 from peft_safety.calibration.patches import Patches
 from peft_safety.calibration.positions import positions_of, selected
 from peft_safety.calibration.token_counts import TokenCounts, counted_ids
@@ -24,6 +25,7 @@ from peft_safety.calibration.token_rows import TokenRows, wide
 from peft_safety.core import base_weights as weights
 from peft_safety.core.kinds import is_embedding
 from peft_safety.core.names import listed
+from peft_safety.core.parameters import ParameterOf, owner_of
 from peft_safety.errors import CalibrationError, UnsupportedLayerError
 
 Moment = Tensor | TokenRows | TokenCounts
@@ -75,10 +77,13 @@ class InputMoments:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        inside = {n: x for n, x in self.layers.items() if isinstance(x, ParameterOf) and not x.is_input}
         with ExitStack() as stack:
             for name, layer in self.layers.items():
-                hook = partial(self._see, name)
-                stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                if name not in inside:
+                    hook = partial(self._see, name)
+                    stack.callback(owner_of(layer).register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.enter_context(watching(inside, self))
             yield
         self._last = None
 
@@ -98,33 +103,60 @@ class InputMoments:
             problem = f"{name}: shares its input with {self.leaders[name]} in some batches only"
             raise CalibrationError(f"{problem}. Calibrate it alone.")
         self._last = (name, x, reading)
-        if (which := self._counted) is None:
+        if not self.counting:
             return
         if isinstance(reading, Patches):
-            rows, lead = 0, x.shape[:1]
-            for block in reading.rows(x, which):
-                rows += len(block)
-                self._add(name, block)
+            self._note(name, self._patches(name, reading, x), self.positions(x.shape[:1]) is not None)
         elif reading == TOKENS:
-            ids, lead = counted_ids(x, which), x.shape
-            rows = len(ids)
-            self._count(name, ids, weights.shape(layer)[1])
+            self._note(name, self._count(name, x, weights.shape(layer)[1]), self.positions(x.shape) is not None)
         else:
-            chosen, lead = selected(name, x, which), x.shape[:-1]
-            rows = len(chosen)
-            self._add(name, chosen)
-        if positions_of(lead, which) is not None:
+            self.take(name, x)
+
+    @property
+    def counting(self) -> bool:
+        """Whether positions were set, by `expect`."""
+        return self._counted is not None
+
+    def positions(self, lead: Sequence[int]) -> Tensor | None:
+        """`positions_of` those that count now."""
+        assert self._counted is not None
+        return positions_of(lead, self._counted)
+
+    def take(self, name: str, x: Tensor) -> None:
+        """Count the rows of an input `(..., features)` that are at these positions."""
+        assert self._counted is not None
+        self.add(name, selected(name, x, self._counted), self.positions(x.shape[:-1]) is not None)
+
+    def add(self, name: str, rows: Tensor, placed: bool) -> None:
+        """Count rows `(rows, features)`; `placed`: whether they were chosen by position."""
+        self._add(name, rows.float())
+        self._note(name, len(rows), placed)
+
+    def _note(self, name: str, rows: int, placed: bool) -> None:
+        assert self._counted is not None
+        if placed:
             return
-        if which.others is not None:
+        if self._counted.others is not None:
             self._others[-1] = max(self._others[-1], rows)
-        elif not all(bool(mask.all()) for mask in which.masks):
+        elif not all(bool(mask.all()) for mask in self._counted.masks):
             self.loose.add(name)
 
-    def _count(self, name: str, ids: Tensor, vocabulary: int) -> None:
+    def _patches(self, name: str, reading: Patches, x: Tensor) -> int:
+        assert self._counted is not None
+        rows = 0
+        for block in reading.rows(x, self._counted):
+            rows += len(block)
+            self._add(name, block)
+        return rows
+
+    def _count(self, name: str, x: Tensor, vocabulary: int) -> int:
+        assert self._counted is not None
+        ids = counted_ids(x, self._counted)
         if ids.numel():
             counts = self._moments.setdefault(name, TokenCounts(vocabulary, ids.device))
             assert isinstance(counts, TokenCounts)
             counts.add(ids)
+        return len(ids)
 
     @torch.no_grad()
     def _add(self, name: str, x: Tensor) -> None:

@@ -159,7 +159,7 @@ def _verify_frozen(
     plain = check_certified(path, certificate)
     freezing(certificate).from_certificate(plain.config, certificate)  # refuses what could not be loaded
     rows, modules = plain.rows, certificate.modules
-    layers = {} if model is None else base_layers(model)
+    layers = {} if model is None else base_layers(model, plain.fields.get("target_parameters"))
     if model is not None:
         for name, a in rows.items():
             shape = weights.shape(layers[name]) if name in layers else None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_safety.core import kinds, scales
-from peft_safety.core.experts import expert_shape, stacked_weight
+from peft_safety.core.parameters import expert_shape, owner_of, stacked_weight
 from peft_safety.core.projection import all_finite
 from peft_safety.errors import SubspaceError, UnsupportedLayerError
 
@@ -291,8 +291,8 @@ def fingerprint(layer: nn.Module, name: str) -> Tensor:
         check_readable(layer, name)
     stack: Any = layer.weight if special else stacked_weight(layer)
     if stack is not None:
-        if _is_offloaded(layer, stack):
-            with _fetched(layer):
+        if _is_offloaded(owner_of(layer), stack):
+            with _fetched(owner_of(layer)):
                 return fingerprint(layer, name)
         if not is_whole(stack):
             raise UnsupportedLayerError(f"{name}: its weight is on the meta device or sharded. Load it whole.")

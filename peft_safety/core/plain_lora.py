@@ -59,7 +59,7 @@ NOT_PLAIN = {
     "velora_config": "VeLoRA stores a direction beside the factors",
     "monteclora_config": "MonteCLoRA samples around the factors",
     "alora_invocation_tokens": "activated LoRA updates some tokens only",
-    "target_parameters": "fused 3-D (MoE) parameters are no matrices",
+    "target_parameters": "PEFT adds these updates to a weight and calls no lora_A, so that only a frozen one is blind",
 }
 """LoRA features whose update is not `s B A` on the original base weight, and why."""
 NOT_PROTECTED = {

@@ -9,22 +9,24 @@ from torch import nn
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core import scales
-from peft_safety.core.experts import input_parameter
-from peft_safety.core.names import walk
+from peft_safety.core.names import original, walk
+from peft_safety.core.parameters import ParameterOf, input_parameter, parts_of, place_of, targeted
 from peft_safety.errors import ConfigError
 
 
-def base_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every base layer that can hold an adapter, by name, also under existing adapters."""
+def base_layers(model: nn.Module, target_parameters: Iterable[str] | None = None) -> dict[str, nn.Module]:
+    """Every base layer that can hold an adapter, by name, also under existing adapters. Of `target_parameters` those
+    parameters, of other fused experts the parameter of their inputs, of PyTorch's attention both projections.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    kinds: tuple[Callable[[nn.Module], object], ...] = (weights.supported, scales.is_packed, input_parameter)
-    modules = {
-        name: module
-        for name, _, module in walk(model)
-        if isinstance(module, BaseTunerLayer) or any(is_one(module) for is_one in kinds)
-    }
-    return {name: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for name, m in modules.items()}
+    modules = {name: original(module) for name, _, module in walk(model)}
+    kinds: tuple[Callable[[nn.Module], object], ...] = (weights.supported, scales.is_packed)
+    tuned = {name for name, _, module in walk(model) if isinstance(module, BaseTunerLayer)}
+    result = {n: m for n, m in modules.items() if n in tuned or any(is_one(m) for is_one in kinds)}
+    for name, module in modules.items():
+        result |= parts_of(name, module, [part] if (part := input_parameter(module)) else ())
+    return result | targeted(modules.items(), target_parameters)
 
 
 def target_layers(
@@ -41,17 +43,17 @@ def target_layers(
         target_modules: names or suffixes, a regular expression for the full name, `"all-linear"` (all but the output
             embedding), or None for PEFT's default of this architecture.
         exclude_modules: those to leave out: names or suffixes, or a regular expression.
-        target_parameters: names or ends of names of parameters of fused experts. `target_modules` and a file's modules
-            name the layers that hold them.
-        packed: whether weights may be ones that cannot be read (GPTQ, AWQ, ...), or those of fused experts.
+        target_parameters: names or ends of names of parameters. For the first product of fused experts
+            `target_modules` may name the layer that holds it, too.
+        packed: whether weights may be ones that cannot be read (GPTQ, AWQ, ...), or single parameters.
 
     Raises:
         ConfigError, UnsupportedLayerError: nothing matches, or no default is known; a match that cannot be protected.
     """
-    parameters = tuple(f".{name}" for name in target_parameters or ())
     if target_modules is None:
-        target_modules = _default(model, required=not parameters)
-    layers = base_layers(model)
+        target_modules = _default(model, required=not target_parameters)
+    layers = base_layers(model, target_parameters)
+    parameters = targeted(((name, original(module)) for name, _, module in walk(model)), target_parameters)
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
         matched = {name: layer for name, layer in layers.items() if layer is not head and weights.is_linear(layer)}
@@ -59,7 +61,8 @@ def target_layers(
         matched = _named(layers, target_modules, "target_modules")
     excluded = _named(matched, exclude_modules, "exclude_modules") if exclude_modules else {}
     selected = {name: layer for name, layer in matched.items() if name not in excluded}
-    selected |= {n: layer for n, layer in layers.items() if f".{n}.{input_parameter(layer)}".endswith(parameters)}
+    places = {place_of(name) for name in selected}
+    selected |= {n: x for n, x in layers.items() if n in parameters or (_is_attention(x) and place_of(n) in places)}
     if not selected:
         some = ", ".join(sorted({name.rpartition(".")[2] for name in layers})[:10])
         but = f" but those of exclude_modules={exclude_modules!r}" if excluded else ""
@@ -67,9 +70,13 @@ def target_layers(
         raise ConfigError(f"{what}. Give names such as {some}, or 'all-linear'.")
     for name, layer in selected.items():
         weights.check_inputs(layer, name)
-        if not packed or not (weights.quantization(layer) == "packed" or input_parameter(layer)):
+        if not packed or not (weights.quantization(layer) == "packed" or isinstance(layer, ParameterOf)):
             weights.check_readable(layer, name)
     return selected
+
+
+def _is_attention(layer: nn.Module) -> bool:
+    return isinstance(layer, ParameterOf) and layer.is_attention
 
 
 def _named(layers: Mapping[str, nn.Module], wanted: Iterable[str] | str, field: str) -> dict[str, nn.Module]:

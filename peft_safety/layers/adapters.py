@@ -10,8 +10,8 @@ from torch import nn
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core import kinds, scales
-from peft_safety.core.experts import input_parameter
 from peft_safety.core.names import walk
+from peft_safety.core.parameters import INNER, ParameterOf, base_of, check_parameter
 from peft_safety.errors import UnsupportedLayerError
 from peft_safety.layers.frozen_linear import FrozenLinear
 from peft_safety.layers.protected_linear import ProtectedLinear
@@ -56,40 +56,43 @@ def adapter_layers(
 ) -> dict[str, LoraLayer]:
     """PEFT's LoRA layers that hold this adapter, by the module's name in the base model. An UnsupportedLayerError
     names one that cannot be protected. `packed`: whether base weights may be packed so that they cannot be read, as
-    they may where leaves are in place. `frozen`: whether `lora_A` will be, as it must on fused experts. `linear`:
+    they may where leaves are in place. `frozen`: whether `lora_A` will be, as it must on single parameters. `linear`:
     convolutions and embeddings are refused, too.
     """
-    layers = {}
+    layers: dict[str, LoraLayer] = {}
     for name, _, module in walk(model):
-        for layer in _stacked(module):
-            if adapter_name not in layer.lora_A and adapter_name not in layer.lora_embedding_A:
-                continue
-            base, kind = layer.get_base_layer(), peft_kind(layer).__name__
-            factors = [table._modules.get(adapter_name) for table in tables(layer)]
-            unread = packed or any(isinstance(factor, (FrozenLinear, ProtectedLinear)) for factor in factors)
-            unread &= kind in PACKED_KINDS or (kind == "Linear" and weights.quantization(base) == "packed")
-            usual = unread or (kind in KINDS and weights.supported(base)) or scales.library(base) is not None
-            if not unread and (usual or scales.is_packed(base)):
-                weights.check_readable(base, name)
-            if kind in PACKED_KINDS and not usual:
-                raise scales.refusal(base, name, "its weight is packed")
-            if kind == "ParamWrapper":
-                _check_experts(f"{name}.{layer.parameter_name}", layer, frozen or isinstance(factors[0], FrozenLinear))
-            elif not usual:
-                raise UnsupportedLayerError(
-                    f"{name}: {type(base).__name__}({base.extra_repr()}) under {kind} cannot be protected (only "
-                    "linear layers, Conv1D, convolutions and embeddings). Leave it out of target_modules."
-                )
-            else:
-                _check_split(name, base, frozen or isinstance(factors[0], FrozenLinear))
-            if linear and kinds.shape(base) is not None:
-                raise UnsupportedLayerError(
-                    f"{name}: a {type(base).__name__}({base.extra_repr()}) is not supported here, only linear layers "
-                    "are. Train an adapter without it."
-                )
-            layers[name] = layer
-            break
+        layers |= {key: layer for key, layer in _stacked(name, module) if _holds(layer, adapter_name)}
+    for name, layer in layers.items():
+        base, kind = base_of(name, layer, layers), peft_kind(layer).__name__
+        factors = [table._modules.get(adapter_name) for table in tables(layer)]
+        is_frozen = frozen or isinstance(factors[0], FrozenLinear)
+        if isinstance(base, ParameterOf) or kind == "ParamWrapper":
+            part = base if isinstance(base, ParameterOf) else ParameterOf(base, "weight")
+            check_parameter(name, part, int(layer.in_features), is_frozen)
+            continue
+        unread = packed or any(isinstance(factor, (FrozenLinear, ProtectedLinear)) for factor in factors)
+        unread &= kind in PACKED_KINDS or (kind == "Linear" and weights.quantization(base) == "packed")
+        usual = unread or (kind in KINDS and weights.supported(base)) or scales.library(base) is not None
+        if not unread and (usual or scales.is_packed(base)):
+            weights.check_readable(base, name)
+        if kind in PACKED_KINDS and not usual:
+            raise scales.refusal(base, name, "its weight is packed")
+        if not usual:
+            raise UnsupportedLayerError(
+                f"{name}: {type(base).__name__}({base.extra_repr()}) under {kind} cannot be protected (only "
+                "linear layers, Conv1D, convolutions and embeddings). Leave it out of target_modules."
+            )
+        _check_split(name, base, is_frozen)
+        if linear and kinds.shape(base) is not None:
+            raise UnsupportedLayerError(
+                f"{name}: a {type(base).__name__}({base.extra_repr()}) is not supported here, only linear layers "
+                "are. Train an adapter without it."
+            )
     return layers
+
+
+def _holds(layer: LoraLayer, adapter_name: str) -> bool:
+    return adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
 
 
 def tables(layer: LoraLayer) -> tuple[Any, Any]:
@@ -119,32 +122,25 @@ def _check_split(name: str, base: Any, frozen: bool) -> None:
         )
 
 
-def _check_experts(name: str, layer: LoraLayer, frozen: bool) -> None:
-    """An UnsupportedLayerError refuses a parameter under an adapter whose `lora_A` does not see a layer's inputs."""
-    base: Any = layer.get_base_layer()
-    whole = getattr(base, "_hf_tp_plan", None) is None
-    inputs = layer.parameter_name == input_parameter(base) and layer._did_swap_in_out_features != base.is_transposed
-    if not (frozen and whole and inputs):
-        raise UnsupportedLayerError(
-            f"{name}: this parameter {tuple(layer.get_param().shape)} of {type(base).__name__} under ParamWrapper "
-            "cannot be protected: only gate_up_proj or up_proj of transformers' fused experts can, by train='B' and "
-            "not split between processes; the inputs of down_proj are computed inside and cannot be seen. Leave it "
-            "out of target_parameters and target_modules."
-        )
-
-
 def peft_kind(layer: nn.Module) -> type:
     """PEFT's own class of a LoRA layer: `registry.lora_layers` has subclasses of some."""
     kind: type = getattr(type(layer), "replaces", type(layer))
     return kind
 
 
-def _stacked(module: nn.Module | None) -> Iterator[LoraLayer]:
-    """The LoRA layers at one place of a model: in a mixed model, other adapters may wrap them."""
+def _stacked(name: str, module: nn.Module | None) -> Iterator[tuple[str, LoraLayer]]:
+    """The LoRA layers at one place of a model, by PEFT's names: in a mixed model, other adapters may wrap them. Of
+    attention, the layer on its output projection is one, too.
+    """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     while isinstance(module, BaseTunerLayer):
         if isinstance(module, LoraLayer):
-            yield module
-        module = getattr(module, "base_layer", None)
+            yield name, module
+            if isinstance(base := module.get_base_layer(), nn.MultiheadAttention):
+                yield f"{name}{INNER}.out_proj", base.out_proj
+        inner = module._modules.get("base_layer")
+        if peft_kind(module).__name__ == "ParamWrapper":
+            name += INNER
+        module = inner

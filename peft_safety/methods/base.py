@@ -22,6 +22,7 @@ from peft_safety.calibration.sizes import check_size_options
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import StoredAdapter, sign
 from peft_safety.core.certificate import Certificate
+from peft_safety.core.parameters import stored_name
 from peft_safety.core.plain_lora import (
     INITS,
     MANIFEST,
@@ -108,7 +109,7 @@ class ProtectedConfig(LoraConfig):
         self._combined = False  # PEFT fills its factors with a combination of other adapters
         self._partial = False  # layers that the target patterns match were left out
         self._modules: dict[str, tuple[int, float]] = {}  # what injection found: rank and alpha by module
-        self._parameters: dict[str, str] = {}  # and of layers of fused experts, the parameter
+        self._parameters: dict[str, str] = {}  # and where PEFT adapts a single parameter, its name
         self._certificate: Certificate | None = None  # of an adapter whose lora_A is frozen
 
     @property
@@ -234,10 +235,11 @@ class ProtectedConfig(LoraConfig):
             result["peft_type"] = self.PEFT_KEY
         # full names: nobody who loads it has to run a regular expression from a file
         if self._modules and (self._partial or not self.is_plain):
-            keys = {f"{name}.{part}" if (part := self._parameters.get(name)) else name: name for name in self._modules}
-            result["target_modules"] = sorted(set(keys) & set(self._modules))
-            if self._parameters:
-                result["target_parameters"] = sorted(set(keys) - set(self._modules))
+            keys = {stored_name(name, self._parameters.get(name)): name for name in self._modules}
+            parameters = {stored_name(name, part) for name, part in self._parameters.items()}
+            result["target_modules"] = sorted(set(keys) - parameters)
+            if parameters:
+                result["target_parameters"] = sorted(parameters)
             sizes = {key: self._modules[name] for key, name in keys.items()}
             result["rank_pattern"] = {key: r for key, (r, _) in sizes.items() if r != self.r}
             result["alpha_pattern"] = {key: alpha for key, (_, alpha) in sizes.items() if alpha != self.lora_alpha}

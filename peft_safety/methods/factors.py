@@ -27,9 +27,9 @@ def layer_factors(name: str, layer: LoraLayer, adapter_name: str) -> Factors:
         ConfigError: an adapter is merged into the layer, or a factor is not finite.
         UnsupportedLayerError: a factor that is sharded or on the meta device.
     """
-    if hasattr(layer, "num_experts"):
+    if hasattr(layer, "num_experts") or isinstance(layer.get_base_layer(), nn.MultiheadAttention):
         raise UnsupportedLayerError(
-            f"{name}: its factors are those of {layer.num_experts} fused experts, not one product. What "
+            f"{name}: its factors are those of single parameters (experts, attention), not of one product. What "
             "save_pretrained writes is a plain LoRA already."
         )
     if layer.merged:

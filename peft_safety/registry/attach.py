@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft_safety.calibration.leaving_out import warn_left_out
 from peft_safety.core import kinds
 from peft_safety.core.names import listed
+from peft_safety.core.parameters import bases_of, check_sides, place_of
 from peft_safety.core.projection import Side
 from peft_safety.errors import SubspaceError, UnsupportedLayerError
 from peft_safety.layers import ProtectedLinear
@@ -36,7 +37,7 @@ def attach(
         )
     _check_kinds(layers, config)
     config._parameters = {n: x.parameter_name for n, x in layers.items() if isinstance(x, ParamWrapper)}
-    base = {name: layer.get_base_layer() for name, layer in layers.items()}
+    base = bases_of(layers)
     if config.freezes and frozen.reuse_factors(layers, adapter_name, config, configs):
         return ()
     copied = not config.freezes and reuse.is_copy(config, configs) and reuse.fits(config, base)
@@ -50,12 +51,14 @@ def attach(
         what = f"{listed(left_out)}: the subspace leaves out every layer of the adapter"
         raise SubspaceError(f"{what}. Use other target_modules, or calibrate on other data.")
     if left_out:
+        _check_whole(left_out, layers)
         config._partial = True
         warn_left_out(left_out, len(layers), "the adapter, which does not train them")
         layers, base = (
             {name: value for name, value in table.items() if name not in left_out} for table in (layers, base)
         )
     subspace.check_fits(base, config.basis_sides)
+    check_sides(base, subspace.provenance.get("observed") or ())
     if free := config.unconstrained:
         warnings.warn(
             f"modules_to_save and trainable_token_indices train weights that no projection constrains ({free}); the "
@@ -99,6 +102,17 @@ def _check_kinds(layers: Mapping[str, LoraLayer], config: ProtectedConfig) -> No
                 f"{where} is tied: with ensure_weight_tying the output embedding gets its factors, transposed, and "
                 "no basis constrains those. Leave out ensure_weight_tying, or the embedding."
             )
+
+
+def _check_whole(left_out: Collection[str], layers: Collection[str]) -> None:
+    """An UnsupportedLayerError refuses to leave out some of what PEFT adapts of one layer: all has one place."""
+    places = {place_of(name) for name in left_out}
+    kept = [name for name in layers if name not in left_out and place_of(name) in places]
+    if kept:
+        raise UnsupportedLayerError(
+            f"{listed(kept)}: the subspace leaves out another part of the same layer, and PEFT adapts all of it or "
+            "nothing. Leave the layer out of the targets, or calibrate on data that reach all of it."
+        )
 
 
 def bind(layers: Mapping[str, LoraLayer], adapter_name: str, config: ProtectedConfig, *, fold: bool = True) -> None:

@@ -17,6 +17,7 @@ from peft_safety.core.base_weights import is_whole, shape, split_dimension
 from peft_safety.core.certificate import FILE_NAME, Certificate, FrozenFactor, certified_factor, read_certificate
 from peft_safety.core.factor_forms import Form
 from peft_safety.core.names import pin
+from peft_safety.core.parameters import bases_of
 from peft_safety.core.plain_lora import WITH_FROZEN_A, PlainLoRA, read_plain
 from peft_safety.core.projection import leak_tolerance
 from peft_safety.core.snapshot import Snapshot, reading
@@ -97,7 +98,7 @@ def set_task_directions(model: nn.Module, task_data: Any, adapter_name: str = "d
     if not isinstance(config, ProtectedConfig) or not config.freezes or config.subspace is None:
         raise ConfigError(f"adapter {adapter_name!r} has no frozen factor. Give its config task_data, or train='B'.")
     layers = adapter_layers(model, adapter_name)
-    base = {name: layer.get_base_layer() for name, layer in layers.items()}
+    base = bases_of(layers)
     for name, layer in layers.items():
         pair = weights_of(layer, adapter_name)
         if not all(is_whole(weight) and weight.ndim >= 2 for weight in pair):

@@ -13,6 +13,7 @@ from torch import nn
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core.names import listed, pin, places, walk
+from peft_safety.core.parameters import INNER
 from peft_safety.core.snapshot import named
 from peft_safety.errors import ConfigError, PeftSafetyError
 from peft_safety.layers import FrozenLinear, ProtectedLinear
@@ -62,7 +63,8 @@ def inject_adapter(
             original(self, model, adapter_name, *args, **kwargs)
             left_out = attach(model, adapter_name, config, self.peft_config)
         # `places` of a mixed model, which is injected into from outside, would have PEFT's prefix
-        excluded = {place for own, place in where if own in left_out}
+        gone = {name.replace(INNER, "") for name in left_out}
+        excluded = {place for own, place in where if own in gone}
         _take_out(adapter_name, modules, excluded)
         self.targeted_module_names = [name for name in self.targeted_module_names if name not in excluded]
     except BaseException as error:
@@ -104,7 +106,7 @@ def _expand_all_linear(model: nn.Module, config: ProtectedConfig) -> None:
     if fused:
         warnings.warn(
             f"the fused parameters of {len(fused)} modules ({listed(fused)}) are no linear layers, and get no "
-            "adapter. With train='B', target_parameters=['gate_up_proj'] protects the experts' first product.",
+            "adapter. With train='B', target_parameters=['gate_up_proj', 'down_proj'] protects the experts.",
             stacklevel=4,
         )
 

@@ -9,6 +9,7 @@ import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners import lora
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d
+from peft.tuners.lora.layer import MultiheadAttention as PeftAttention
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
@@ -43,6 +44,8 @@ class _Residual:
         """
         layer: Any = self
         leaves = layer.lora_A[adapter], layer.lora_B[adapter]
+        if isinstance(leaves[0], FrozenLinear):
+            return transpose(_blind_product(layer, adapter), getattr(layer, "fan_in_fan_out", False))
         factors = stored_factors(*leaves)
         if {factor.dtype for factor in factors} != {leaves[1].weight.dtype}:
             product = factors[1].float() @ factors[0].float()
@@ -101,8 +104,14 @@ class LoraEmbedding(lora.Embedding):  # type: ignore[misc]
         return delta.to(torch.promote_types(a.dtype, b.dtype))
 
 
+class MultiheadAttention(_Residual, PeftAttention):  # type: ignore[misc]  # PEFT asks for this name
+    """On PyTorch's attention, under a frozen `lora_A`. Its forward merges the updates, and takes them out again."""
+
+    replaces = PeftAttention
+
+
 class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT asks for a class of this name
-    """On a parameter of fused experts, under a frozen `lora_A` or an adapter of another kind."""
+    """On a single parameter, under a frozen `lora_A` or an adapter of another kind."""
 
     replaces = lora.ParamWrapper
 
@@ -114,9 +123,11 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT asks for a 
         return left, right, scaling
 
     def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Any:
-        """The update of all experts; with a frozen `lora_A`, which may be of another dtype, the product is in fp32."""
+        """The update; with a frozen `lora_A`, which may be of another dtype, the product is in fp32."""
         if not isinstance(self.lora_A[adapter], FrozenLinear):
             return super().get_delta_weight(adapter, *args, **kwargs)
+        if self._param_ndim == 2:
+            return _blind_product(self, adapter).to(self.get_param())
         a, b = (factors[adapter].weight.float() for factors in (self.lora_A, self.lora_B))
         a, b = a.detach().reshape(self.num_experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, self.num_experts)
         order = "eoi" if self._did_swap_in_out_features else "eio"
@@ -129,6 +140,7 @@ KINDS: dict[type, type] = {
     Conv1d: LoraConv1d,
     Conv2d: LoraConv2d,
     Conv3d: LoraConv3d,
+    PeftAttention: MultiheadAttention,
     lora.ParamWrapper: ParamWrapper,
 }
 
@@ -160,6 +172,15 @@ if is_bnb_4bit_available():
 
 REQUANTIZED = ("TorchaoLoraLinear", "HqqLoraLinear")
 """PEFT's layers that merge by quantizing again; PEFT defines them where their library is installed."""
+
+
+def _blind_product(layer: Any, adapter: str) -> Tensor:
+    """`s B A` with a frozen A, which takes no gradient. In fp32 if either is: rounded, A would leak."""
+    a, b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    product: Tensor = b.to(wide) @ a.to(wide) * layer.scaling[adapter]
+    return product.to(dtype)
 
 
 def refuse_lossy_merge(layer: Any, adapter: str, name: str) -> None:

@@ -231,7 +231,7 @@ EVERY = ("GuardSpace B", "GuardSpace window", "GuardSpace A", "SaLoRA", "patch")
 LIMITS: dict[str, tuple[tuple[str, ...], str]] = {
     "DeepSeek-V3": (
         EVERY,
-        'With "all-linear" PEFT targets the fused experts, whose `down_proj` is refused; targeted here: attention.',
+        'With "all-linear" PEFT targets the fused experts and the router, too; targeted here: attention.',
     ),
     "Falcon-Mamba": (
         ("LoRA", *EVERY),

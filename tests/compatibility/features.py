@@ -73,23 +73,17 @@ NOT_RUN = ("QALoRA", "Arrow", "Megatron", "LoftQ", "EVA", "CorDA", "LoRA-GA")
 OURS = ("GuardSpace B", "GuardSpace window", "GuardSpace A", "SaLoRA", "patch")
 BUT_FROZEN = OURS[1:]
 UNCONSTRAINED = "no projection constrains"
+IN_WEIGHTS = "PEFT adds this update to the weight and calls no `lora_A`, so that only a frozen one is blind."
+SHARED = "All experts of a layer share one basis, of the inputs at all tokens that are routed to any of them."
 REFUSED: dict[str, tuple[tuple[str, ...], str, str]] = {
-    "experts: gate_up_proj": (BUT_FROZEN, "Fused 3-D parameters are no matrices.", "target_parameters"),
-    "experts: down_proj": (
-        OURS,
-        "The inputs of this product are computed inside of the layer, where nobody can see them.",
-        "target_parameters|computed inside",
-    ),
+    "experts: gate_up_proj": (BUT_FROZEN, IN_WEIGHTS, "target_parameters"),
+    "experts: down_proj": (BUT_FROZEN, IN_WEIGHTS, "target_parameters"),
     "input embedding": (
         OURS[1:2],
         "Its inputs are tokens: a window of few directions would train few of them.",
         "a window of few directions",
     ),
-    "MultiheadAttention": (
-        OURS,
-        "PyTorch's layer never calls its projections, so that their inputs cannot be seen.",
-        "matches no linear layer",
-    ),
+    "MultiheadAttention": (BUT_FROZEN, IN_WEIGHTS, "only a frozen one is blind|it is no Linear"),
     "bias": (OURS, "A bias changes the output for every input.", "bias='all'"),
     "lora_bias": (OURS, "A bias of `lora_B` is an update of its own, for every input.", "lora_bias"),
     "DoRA": (OURS, "DoRA rescales the rows of W, which changes its outputs on the span too.", "use_dora"),
@@ -134,7 +128,8 @@ LIMITS: dict[str, tuple[tuple[str, ...], str, str]] = {
         "VeLoRA compresses the inputs",
     ),
     "activated LoRA": (OURS, "PEFT itself refuses to merge it.", ""),
-    "experts: gate_up_proj": (OURS[:1], "All experts of a layer are blind to the tokens of the layer.", ""),
+    "experts: gate_up_proj": (OURS[:1], SHARED, ""),
+    "experts: down_proj": (OURS[:1], SHARED, ""),
 }
 """Which methods take an option with a limit, what it is, and the warning, if there is one."""
 

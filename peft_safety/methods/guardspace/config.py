@@ -30,6 +30,7 @@ from peft_safety.core import base_weights as weights
 from peft_safety.core.certificate import Certificate
 from peft_safety.core.checks import check_choices
 from peft_safety.core.names import listed
+from peft_safety.core.parameters import bases_of
 from peft_safety.core.projection import Side
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data import calibration_rows
@@ -174,7 +175,7 @@ class GuardSpaceConfig(ProtectedConfig):
     def frozen_rows(
         self, model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str, task_data: Any = None
     ) -> dict[str, Tensor]:
-        base = {name: layer.get_base_layer() for name, layer in layers.items()}
+        base = bases_of(layers)
         ranks = {name: int(layer.r[adapter_name]) for name, layer in layers.items()}
         moments = self._task_moments(model, base, self.subspace, task_data)
         rows = frozen_factors(self.subspace, ranks, moments, {n: weights.shape(layer)[1] for n, layer in base.items()})
@@ -185,7 +186,7 @@ class GuardSpaceConfig(ProtectedConfig):
         if self.train == "window":
             self._start_in_window(layers, adapter_name)
             return
-        base = {name: layer.get_base_layer() for name, layer in layers.items()}
+        base = bases_of(layers)
         if self.task_data is not None:
             self._check_task(model, base, self.subspace, self.task_data)
         if self.init == "lora":
