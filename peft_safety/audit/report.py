@@ -20,8 +20,8 @@ from peft_safety.calibration.batches import Positions
 from peft_safety.calibration.moments import exact_matmul
 from peft_safety.core import base_weights as weights
 from peft_safety.core.environment import environment
+from peft_safety.core.features import SAME_UPDATE, check_features
 from peft_safety.core.names import public_name
-from peft_safety.core.plain_lora import SAME_UPDATE, check_features
 from peft_safety.core.projection import all_finite
 from peft_safety.errors import CheckpointError, ConfigError
 from peft_safety.layers.adapters import adapter_layers, config_table

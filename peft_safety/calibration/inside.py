@@ -4,10 +4,10 @@ count and under `Products`, and its result is dropped. So the model computes wha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,26 @@ from torch.utils._pytree import tree_map_only
 from peft_safety.calibration.products import Products
 from peft_safety.core.parameters import IN_PROJ, ParameterOf, are_experts
 
-if TYPE_CHECKING:
-    from peft_safety.calibration.moments import InputMoments
-
 Parts = Mapping[str, ParameterOf]
 
 
+class Counts(Protocol):
+    """What counts the rows: `InputMoments`."""
+
+    leaders: dict[str, str]
+
+    @property
+    def counting(self) -> bool: ...
+
+    def positions(self, lead: Sequence[int]) -> Tensor | None: ...
+
+    def take(self, name: str, x: Tensor) -> None: ...
+
+    def add(self, name: str, rows: Tensor, placed: bool) -> None: ...
+
+
 @contextmanager
-def watching(parts: Parts, moments: InputMoments) -> Iterator[None]:
+def watching(parts: Parts, moments: Counts) -> Iterator[None]:
     """While active, each forward of the parameters' layers gives its rows to `moments`."""
     owners = {id(part.owner): part.owner for part in parts.values()}
     with ExitStack() as stack:
@@ -34,7 +46,7 @@ def watching(parts: Parts, moments: InputMoments) -> Iterator[None]:
         yield
 
 
-def _look(parts: Parts, moments: InputMoments, owner: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+def _look(parts: Parts, moments: Counts, owner: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
     moments.leaders |= {name: name for name in parts}
     if not moments.counting:
         return
@@ -47,7 +59,7 @@ def _look(parts: Parts, moments: InputMoments, owner: nn.Module, args: tuple[Any
 
 
 def _attention(
-    parts: Parts, moments: InputMoments, owner: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: Any
+    parts: Parts, moments: Counts, owner: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: Any
 ) -> None:
     """`in_proj` multiplies query, key and value; `out_proj` what they give, time first."""
     names = ("query", "key", "value")
@@ -68,7 +80,7 @@ def _attention(
         _again(out, see, owner, args, kwargs)
 
 
-def _experts(parts: Parts, moments: InputMoments, owner: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+def _experts(parts: Parts, moments: Counts, owner: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
     """Of routed tokens nobody knows the positions any more, so those that count are chosen before."""
     x = args[0] if args else next(iter(kwargs.values()))
     chosen = moments.positions(x.shape[:-1])
@@ -82,7 +94,7 @@ def _experts(parts: Parts, moments: InputMoments, owner: nn.Module, args: tuple[
     _again(parts, lambda name, rows: moments.add(name, rows, placed), owner, args, kwargs)
 
 
-def _others(parts: Parts, moments: InputMoments, owner: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+def _others(parts: Parts, moments: Counts, owner: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
     """A layer of any kind: what is multiplied are its own inputs, or rows whose positions nobody knows."""
     given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
 

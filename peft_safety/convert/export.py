@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from peft_safety.convert.serving import check_server
 from peft_safety.core.adapter_dir import check_adapter
 from peft_safety.core.certificate import read_certificate
+from peft_safety.core.features import check_plain
 from peft_safety.core.files import open_tensors
 from peft_safety.core.names import places, walk
 from peft_safety.core.plain_lora import (
@@ -21,7 +22,6 @@ from peft_safety.core.plain_lora import (
     PREFIX,
     Factors,
     check_elsewhere,
-    check_plain,
     factor_tensors,
     plain_config,
     write_plain,

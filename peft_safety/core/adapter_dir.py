@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from peft_safety.core import base_weights as weights
-from peft_safety.core import files, plain_lora
+from peft_safety.core import features, files, plain_lora
 from peft_safety.core.factor_forms import Form
+from peft_safety.core.features import MAX_RANK
 from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST, PREFIX, broken
 from peft_safety.core.projection import HALF, Side, is_tokens, leak, leak_tolerance
 from peft_safety.core.subspace import SafetySubspace
@@ -79,7 +80,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         table = config.get(field) or {}
         if not isinstance(table, dict) or not set(table) <= set(modules):
             raise broken(where, f"{field} must map names in target_modules to numbers")
-    plain_lora.check_sizes(config, where)
+    features.check_sizes(config, where)
 
 
 def check_adapter(directory: Path) -> StoredAdapter:
@@ -279,7 +280,7 @@ def _check_direction(path: Path, module: str, shape: tuple[int, ...] | None, fea
     if shape is None:
         return
     groups = method.velora_config.num_groups
-    if type(groups) is not int or not 1 <= groups <= plain_lora.MAX_RANK or shape != (-(-features // groups),):
+    if type(groups) is not int or not 1 <= groups <= MAX_RANK or shape != (-(-features // groups),):
         raise broken(path, f"{module}.{VELORA} {shape} does not fit {features} inputs in num_groups={groups!r}")
 
 

@@ -6,6 +6,7 @@ several parameters of one layer, the last one by the layer's own name, and those
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from operator import attrgetter
 from typing import Any
@@ -110,7 +111,7 @@ def targeted(layers: Iterable[tuple[str, nn.Module]], target_parameters: Iterabl
 
 def place_of(name: str) -> str:
     """The name of the base layer behind one of PEFT's names."""
-    return name.partition(INNER)[0]
+    return re.sub(rf"({re.escape(INNER)})+(\.out_proj)?$", "", name)
 
 
 def stored_name(name: str, parameter: str | None) -> str:

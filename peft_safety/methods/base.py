@@ -22,15 +22,10 @@ from peft_safety.calibration.sizes import check_size_options
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import StoredAdapter, sign
 from peft_safety.core.certificate import Certificate
+from peft_safety.core.features import INITS, NOT_PROTECTED, WITH_FROZEN_A, WITH_PROJECTION, check_features, check_sizes
 from peft_safety.core.parameters import stored_name
 from peft_safety.core.plain_lora import (
-    INITS,
     MANIFEST,
-    NOT_PROTECTED,
-    WITH_FROZEN_A,
-    WITH_PROJECTION,
-    check_features,
-    check_sizes,
 )
 from peft_safety.core.projection import Side
 from peft_safety.core.snapshot import Snapshot

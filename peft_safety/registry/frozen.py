@@ -16,9 +16,13 @@ from peft_safety.core.adapter_dir import are_names
 from peft_safety.core.base_weights import is_whole, shape, split_dimension
 from peft_safety.core.certificate import FILE_NAME, Certificate, FrozenFactor, certified_factor, read_certificate
 from peft_safety.core.factor_forms import Form
+from peft_safety.core.features import WITH_FROZEN_A
 from peft_safety.core.names import pin
 from peft_safety.core.parameters import bases_of
-from peft_safety.core.plain_lora import WITH_FROZEN_A, PlainLoRA, read_plain
+from peft_safety.core.plain_lora import (
+    PlainLoRA,
+    read_plain,
+)
 from peft_safety.core.projection import leak_tolerance
 from peft_safety.core.snapshot import Snapshot, reading
 from peft_safety.errors import ArtifactError, ConfigError, UnsupportedLayerError

@@ -126,7 +126,7 @@ def test_a_plain_lora_beside_it_survives_too(space: SafetySubspace) -> None:
 
 def test_every_feature_of_this_peft_is_either_known_or_refused() -> None:
     """A new LoraConfig field may be a new way around the projection: it must be judged before it is let through."""
-    from peft_safety.core.plain_lora import NOT_PROTECTED
+    from peft_safety.core.features import NOT_PROTECTED
 
     judged_harmless = {
         "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",

@@ -366,5 +366,5 @@ def test_what_does_not_go_together():
         get_peft_model(cells.base_model(), config(space, train="B"))
     with pytest.raises(CalibrationError, match="rows that the subspace was"):
         frozen(space=space, task_data=batches(HARMFUL))
-    with pytest.raises(CalibrationError, match="tokens cannot give"):
+    with pytest.raises(CalibrationError, match="2 tokens, patches or frames cannot give 4 directions"):
         frozen(space=space, task_data=[{"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([[5, 6]])}])

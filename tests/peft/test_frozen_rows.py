@@ -55,4 +55,5 @@ def test_zero_rows_do_not_count_in_a_digest():
     a = torch.randn(3, 8)
     assert digest(torch.cat([a, torch.zeros(2, 8)])) == digest(a)
     assert digest(a.bfloat16()) != digest(a)
-    assert digest(torch.cat([torch.zeros(1, 8), a])) != digest(a)
+    assert digest(torch.cat([a[:1], torch.zeros(1, 8), a[1:]])) == digest(a), "padding stands behind each group's rows"
+    assert digest(a.flip(0)) != digest(a)

@@ -11,9 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_safety import safe_lora_dir
+from peft_safety.core.features import NOT_PLAIN, check_features
 from peft_safety.core.plain_lora import (
-    NOT_PLAIN,
-    check_features,
     factor_tensors,
     plain_config,
     read_plain,

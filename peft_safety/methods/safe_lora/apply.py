@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
-from peft_safety.core import plain_lora
+from peft_safety.core import features, plain_lora
 from peft_safety.core.checkpoints import FileWeights, ModuleWeights, open_weights
 from peft_safety.core.names import pin, places
 from peft_safety.core.snapshot import reading
@@ -56,7 +56,7 @@ def apply_safe_lora(
     if adapter_name not in table:
         raise ConfigError(f"the model has no adapter {adapter_name!r}, only {sorted(table)}. Name one of these.")
     config = table[adapter_name]
-    plain_lora.check_plain(config, f"adapter {adapter_name!r}")
+    features.check_plain(config, f"adapter {adapter_name!r}")
     _check_unrepaired(config, f"adapter {adapter_name!r}")
     if new_adapter_name is not None and (new_adapter_name in table or not isinstance(peft_model, PeftModel)):
         needs = "needs a PeftModel without such an adapter"

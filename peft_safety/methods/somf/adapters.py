@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_safety.core import base_weights as weights
-from peft_safety.core import plain_lora
+from peft_safety.core import features, plain_lora
 from peft_safety.core.names import places, public_name
 from peft_safety.core.plain_lora import Factors
 from peft_safety.core.snapshot import reading
@@ -145,7 +145,7 @@ def _read(source: str, model: nn.Module | None) -> Adapter:
     """An adapter of the model by its name, or one in a directory."""
     if model is not None and source in (table := config_table(model)):
         config = table[source]
-        plain_lora.check_plain(config, f"adapter {source!r}")
+        features.check_plain(config, f"adapter {source!r}")
         layers = adapter_layers(model, source, linear=True)
         own = {name: layer_factors(name, layer, source) for name, layer in layers.items()}
         adapter = Adapter(source, own, None, config.to_dict())
