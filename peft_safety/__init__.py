@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from peft_safety.methods.somf import fuse as fuse
     from peft_safety.recipes.calibrate import calibration_cost as calibration_cost
     from peft_safety.recipes.screen import screen as screen
-    from peft_safety.registry.fused import explain as explain
+    from peft_safety.registry.fused import explain_dispatch as explain_dispatch
     from peft_safety.registry.protection import assert_protected as assert_protected
 
 __version__ = "0.1.0"
@@ -64,7 +64,7 @@ _NAMES = {
     "methods.somf": ["fuse"],
     "recipes.calibrate": ["calibration_cost"],
     "recipes.screen": ["screen"],
-    "registry.fused": ["explain"],
+    "registry.fused": ["explain_dispatch"],
     "registry.protection": ["assert_protected"],
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}

@@ -55,7 +55,7 @@ def info(
     from peft_safety.recipes.load import load_adapter
 
     loaded, _ = load_adapter(adapter, model, load_in_4bit=load_in_4bit)
-    routes = fused.explain(loaded)
+    routes = fused.explain_dispatch(loaded)
 
     def print_tables() -> None:
         print_facts("peft-safety", facts)

@@ -61,6 +61,8 @@ class ProtectedConfig(LoraConfig):
         safety_energy: as many directions as hold this share of the energy; at most `safety_rank`, if that is given.
         safety_rank_pattern: other values by the end of a module's name, `{"down_proj": 0.1}`: of the energy where one
             is given, else of the rank.
+        fused: whether layers on NF4 weights take the fused path where they can; None leaves it to PEFT_SAFETY_FUSED. Not
+            saved.
         safety_artifact: written by `save_pretrained`; leave it alone.
 
     Raises:
@@ -71,6 +73,7 @@ class ProtectedConfig(LoraConfig):
     safety_rank: int | float | None = option(None, "For 'auto': directions per module, or a share of its features.")
     safety_energy: float | None = option(None, "As many as hold this share of the energy; at most safety_rank.")
     safety_rank_pattern: dict[str, int | float] | None = option(None, "Other values, by the end of a module's name.")
+    fused: bool | None = option(None, "Fused operations on NF4 weights; None: PEFT_SAFETY_FUSED. Not saved.")
     safety_artifact: dict[str, Any] | None = option(None, "Hashes of the saved files; written by save_pretrained.")
 
     PEFT_KEY: ClassVar[str] = ""
@@ -89,6 +92,8 @@ class ProtectedConfig(LoraConfig):
                 stacklevel=4,
             )
         check_features(self, what, NOT_PROTECTED, INITS, WITH_FROZEN_A if self.freezes else WITH_PROJECTION)
+        if self.fused not in (None, True, False):
+            raise ConfigError(f"{where}: fused={self.fused!r}. Use True, False or None.")
         if self.bias != "none":
             raise ConfigError(f"{where}: bias={self.bias!r} trains what no projection constrains. Use bias='none'.")
         check_sizes(vars(self), where)
@@ -224,6 +229,7 @@ class ProtectedConfig(LoraConfig):
         elif isinstance(self.subspace, os.PathLike):
             plain.subspace = os.fspath(self.subspace)
         result: dict[str, Any] = LoraConfig.to_dict(plain)
+        result.pop("fused", None)  # a choice for this machine
         if self.is_plain:
             result = {entry.name: result[entry.name] for entry in fields(LoraConfig) if entry.name in result}
         else:

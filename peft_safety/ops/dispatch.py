@@ -1,57 +1,101 @@
-"""Which backend runs, and why."""
+"""Which backend runs, and why: for each type of device those that are registered, the best one first. The reference
+serves every device.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from peft_safety.errors import ConfigError
-from peft_safety.ops import reference
 
 VARIABLE = "PEFT_SAFETY_BACKEND"
-Backend = Literal["reference", "triton"]
 OLDEST_CAPABILITY = (8, 0)
 """Ampere, for which the kernels are written: bf16 tensor cores and asynchronous copies."""
 
 
-def backend_for(tensor: Tensor) -> tuple[Backend, str]:
-    """The backend and the reason: as `PEFT_SAFETY_BACKEND` says (a ConfigError where that cannot run); otherwise
-    Triton on NVIDIA GPUs from compute capability 8.0 on, and the reference everywhere else.
+class Backend(NamedTuple):
+    """Kernels for one type of device.
+
+    Attributes:
+        module: what holds `nf4_dequant`, `nf4_skinny` and `lora_z`; imported when it first serves a tensor.
+        obstacle: why it cannot serve a device; None if it can.
+        reason: why it is taken unless another is asked for; None for one that only `PEFT_SAFETY_BACKEND` chooses.
     """
+
+    name: str
+    module: str
+    obstacle: Callable[[torch.device], str | None]
+    reason: str | None
+
+
+_BACKENDS: dict[str, list[Backend]] = {}
+
+
+def register(device_type: str, backend: Backend) -> None:
+    """Let a backend serve a type of device, before those that are registered for it."""
+    _BACKENDS.setdefault(device_type, []).insert(0, backend)
+
+
+def backend_for(tensor: Tensor) -> tuple[str, str]:
+    """The name of the backend, and the reason: as `PEFT_SAFETY_BACKEND` says (a ConfigError where that cannot run),
+    else the first one that is registered for the device and can serve it, else the reference.
+    """
+    chosen, reason = _choose(tensor.device)
+    return chosen.name, reason
+
+
+def backend(tensor: Tensor) -> ModuleType:
+    """The module with the kernels for tensors like this one."""
+    return importlib.import_module(_choose(tensor.device)[0].module)
+
+
+def _choose(device: torch.device) -> tuple[Backend, str]:
     wanted = os.environ.get(VARIABLE, "")
-    if wanted not in ("", "auto", "reference", "triton"):
-        raise ConfigError(f"{VARIABLE}={wanted!r} is no backend. Use reference or triton, or unset it.")
-    if wanted == "reference":
-        return "reference", f"{VARIABLE}=reference"
-    obstacle = _obstacle(tensor.device)
-    if wanted == "triton":
-        if obstacle is not None:
-            raise ConfigError(f"{VARIABLE}=triton, but {obstacle}. Unset it, or use a device that Triton can serve.")
-        return "triton", f"{VARIABLE}=triton"
-    if obstacle is None and tensor.device.type == "cuda":
-        return "triton", "an NVIDIA GPU"
-    return "reference", obstacle or "CPU tensors (the interpreter is for tests)"
+    known = _BACKENDS.get(device.type, [])
+    names = {entry.name for table in _BACKENDS.values() for entry in table} | {_REFERENCE.name}
+    if wanted not in ("", "auto", *names):
+        raise ConfigError(f"{VARIABLE}={wanted!r} is no backend. Use {' or '.join(sorted(names))}, or unset it.")
+    if wanted == _REFERENCE.name:
+        return _REFERENCE, f"{VARIABLE}={wanted}"
+    obstacle = f"no backend is registered for {device.type}"
+    for entry in known:
+        if wanted not in ("", "auto", entry.name):
+            continue
+        obstacle = entry.obstacle(device) or ""
+        if not obstacle and wanted == entry.name:
+            return entry, f"{VARIABLE}={wanted}"
+        if not obstacle and entry.reason is not None:
+            return entry, entry.reason
+    if wanted in names:
+        raise ConfigError(f"{VARIABLE}={wanted}, but {obstacle}. Unset it, or use a device that it can serve.")
+    return _REFERENCE, obstacle or "CPU tensors (the interpreter is for tests)"
 
 
-def _obstacle(device: torch.device) -> str | None:
+def _gpu_obstacle(device: torch.device) -> str | None:
     if not _has_triton():
         return "triton is not installed"
-    if device.type == "cpu":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return None if interpreted else "the tensors are on the CPU (which needs TRITON_INTERPRET=1)"
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"the tensors are on {'a ROCm device' if device.type == 'cuda' else device.type}"
-    capability = _capability(device)
-    if capability >= OLDEST_CAPABILITY:
+    if torch.version.hip is not None:
+        return "the tensors are on a ROCm device"
+    if (capability := _capability(device)) >= OLDEST_CAPABILITY:
         return None
     own, least = (".".join(map(str, version)) for version in (capability, OLDEST_CAPABILITY))
     return f"the GPU has compute capability {own}, below {least}"
+
+
+def _interpreter_obstacle(device: torch.device) -> str | None:
+    if not _has_triton():
+        return "triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return None if interpreted else "the tensors are on the CPU (which needs TRITON_INTERPRET=1)"
 
 
 @cache
@@ -64,10 +108,6 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def backend(tensor: Tensor) -> ModuleType:
-    """The module with `nf4_dequant`, `nf4_merged` and `nf4_skinny` for tensors like this one."""
-    if backend_for(tensor)[0] == "reference":
-        return reference
-    from peft_safety.ops import triton_backend
-
-    return triton_backend
+_REFERENCE = Backend("reference", "peft_safety.ops.reference", lambda device: None, None)
+register("cuda", Backend("triton", "peft_safety.ops.triton_backend", _gpu_obstacle, "an NVIDIA GPU"))
+register("cpu", Backend("triton", "peft_safety.ops.triton_backend", _interpreter_obstacle, None))

@@ -50,17 +50,24 @@ def nf4_dequant(q: QuantBundle, dtype: torch.dtype) -> Tensor:
     return unrounded(q).to(dtype)
 
 
-def nf4_merged(q: QuantBundle, a: Tensor, bp: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """`W + scale * B' A (n, k)`: factors rounded to `dtype`, everything else in fp32, one rounding at the end."""
-    return unrounded(q).addmm_(bp.to(dtype).float(), a.to(dtype).float(), alpha=scale).to(dtype)
+def nf4_skinny(x: Tensor, q: QuantBundle, z: Tensor, bp: Tensor, scale: float) -> Tensor:
+    """`y = x W^T + scale * z B'^T (t, n)` for few rows `x (t, k)`, where a backend may read the packed weight instead of
+    a dense one. `z (t, r)` and `B' (n, r)` in one dtype.
+    """
+    return plus(x @ nf4_dequant(q, x.dtype).mT, z, bp, scale)
 
 
-def nf4_skinny(x: Tensor, xa: Tensor, q: QuantBundle, a: Tensor, bp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`two_paths` for few rows, where a backend may read the packed weight instead of a dense one."""
-    return two_paths(x, xa, nf4_dequant(q, x.dtype), a, bp, scale)
+def lora_z(x: Tensor, a: Tensor) -> Tensor:
+    """`z = x A^T (t, r)` in the wider dtype of `x (t, k)` and `A (r, k)`."""
+    wide = torch.promote_types(x.dtype, a.dtype)
+    return x.to(wide) @ a.to(wide).mT
 
 
-def two_paths(x: Tensor, xa: Tensor, weight: Tensor, a: Tensor, bp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`y = x W^T + scale * z B'^T` and `z = xa A^T`; `x, xa (t, k)`, `weight (n, k)`, all in one dtype."""
-    z = xa @ a.mT
-    return (x @ weight.mT).addmm_(z, bp.mT, alpha=scale), z
+def plus(base: Tensor, z: Tensor, bp: Tensor, scale: float) -> Tensor:
+    """`base + scale * z B'^T (t, n)`, which overwrites `base` if the factors are in its dtype. Else the sum is in the
+    wider dtype, and rounded once to that of `base`.
+    """
+    wide = torch.promote_types(base.dtype, z.dtype)
+    if base.dtype == wide:
+        return base.addmm_(z.to(wide), bp.to(wide).mT, alpha=scale)
+    return base.to(wide).addmm_(z.to(wide), bp.to(wide).mT, alpha=scale).to(base.dtype)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peft_safety.ops import reference, triton_kernels
+from peft_safety.ops import reference, triton_dequant, triton_finish, triton_partial, triton_z
 from peft_safety.ops.quant import QuantBundle
 
 
@@ -24,10 +24,14 @@ class Tile(NamedTuple):
 
 
 #: By bytes of an output value. Small enough for three thread blocks per processor without spills
-#: (tests/ops/test_compiled.py); large enough that reading A for every row of tiles stays a quarter of the writes.
+#: (tests/ops/test_compiled.py).
 WEIGHT_TILES = {2: Tile(64, 64, 8), 4: Tile(16, 128, 4)}
 SKINNY_TILE = Tile(32, 64, 4)
-FINISH_ROWS = 32
+FINISH_ROWS = 16
+Z_TILE = Tile(32, 64, 4)
+"""Rows and columns of x: 4,096 rows are 128 programs, about one on each processor of an H100."""
+Z_RANKS = 64
+"""Ranks of a program: as many as q, k and v have together at rank 16, so that x is read once for all of them."""
 PROGRAMS = 1024
 """Target number of programs of a skinny product: about eight on each of the 132 processors of an H100."""
 LEAST_COLUMNS = 256
@@ -39,7 +43,7 @@ RANK_STEPS = {2: 64, 4: 16}
 """Ranks that a tile holds at a time, by bytes of a factor; fp32 does not use tensor cores."""
 OPTIONS = {"enable_fp_fusion": False}
 """Round products and sums separately, as bitsandbytes does."""
-INTERPRETED = type(triton_kernels.weight_kernel).__name__ == "InterpretedFunction"
+INTERPRETED = type(triton_dequant.dequant_kernel).__name__ == "InterpretedFunction"
 
 
 def rank_block(r: int, dtype: torch.dtype) -> int:
@@ -85,48 +89,62 @@ def _bundle(q: QuantBundle) -> tuple[Tensor, ...]:
 
 
 def nf4_dequant(q: QuantBundle, dtype: torch.dtype) -> Tensor:
-    return _weight(q, q.absmax, q.absmax, 0, 0.0, dtype)  # without ranks the factors are never read
-
-
-def nf4_merged(q: QuantBundle, a: Tensor, bp: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return _weight(q, a.to(dtype).contiguous(), bp.to(dtype).contiguous(), a.shape[0], scale, dtype)
-
-
-def _weight(q: QuantBundle, a: Tensor, bp: Tensor, r: int, scale: float, dtype: torch.dtype) -> Tensor:
     out = torch.empty(q.n, q.k, dtype=dtype, device=q.wq.device)
     if not out.numel():
         return out
     tile = WEIGHT_TILES[dtype.itemsize]
     programs = -(-q.n // tile.rows) * -(-q.k // tile.columns)
     with _on(out):
-        triton_kernels.weight_kernel[(programs,)](
-            out, *_bundle(q), reference.code(out.device), a, bp, scale, q.n, q.k, r,
-            BLOCKSIZE=q.blocksize, BLOCK2=max(q.blocksize2, 1), NESTED=q.nested, HAS_LORA=r > 0, BN=tile.rows,
-            BK=tile.columns, BR=rank_block(r, dtype), WIDEN=INTERPRETED, num_warps=tile.warps, **OPTIONS,
+        triton_dequant.dequant_kernel[(programs,)](
+            out, *_bundle(q), reference.code(out.device), q.n, q.k,
+            BLOCKSIZE=q.blocksize, BLOCK2=max(q.blocksize2, 1), NESTED=q.nested, BN=tile.rows, BK=tile.columns,
+            num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
     return out
 
 
-def nf4_skinny(x: Tensor, xa: Tensor, q: QuantBundle, a: Tensor, bp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def nf4_skinny(x: Tensor, q: QuantBundle, z: Tensor, bp: Tensor, scale: float) -> Tensor:
     """See `reference.nf4_skinny`. Two launches read only the packed weight; fp32 is dequantized first."""
-    t, r = x.shape[0], a.shape[0]
+    t, r = x.shape[0], bp.shape[1]
     if x.dtype == torch.float32 or not t or not q.n:
-        return reference.two_paths(x, xa, nf4_dequant(q, x.dtype), a, bp, scale)
-    x, xa, a, bp = x.contiguous(), xa.contiguous(), a.contiguous(), bp.contiguous()
+        return reference.plus(x @ nf4_dequant(q, x.dtype).mT, z, bp, scale)
+    x, z, bp = x.contiguous(), z.contiguous(), bp.contiguous()
     tile, width = SKINNY_TILE, token_block(t)
     chunk = min(q.blocksize, tile.columns)  # columns that are multiplied before the scale of their block is applied
     parts = splits(q.n, q.k, t)
-    partial = torch.empty(parts, t, q.n + r, dtype=torch.float32, device=x.device)
-    y, z = (torch.empty(t, columns, dtype=x.dtype, device=x.device) for columns in (q.n, r))
-    grid = (-(-q.n // tile.rows) + -(-r // tile.rows), parts)
+    partial = torch.empty(parts, t, q.n, dtype=torch.float32, device=x.device)
+    y = torch.empty(t, q.n, dtype=x.dtype, device=x.device)
     with _on(x):
-        triton_kernels.partial_kernel[grid](
-            partial, x, xa, *_bundle(q), words(x.device, x.dtype), a, q.n, q.k, r, t, -(-(q.k // chunk) // parts),
+        triton_partial.partial_kernel[(-(-q.n // tile.rows), parts)](
+            partial, x, *_bundle(q), words(x.device, x.dtype), q.n, q.k, t, -(-(q.k // chunk) // parts),
             BLOCKSIZE=q.blocksize, BLOCK2=max(q.blocksize2, 1), NESTED=q.nested, BN=tile.rows, BK=chunk, BT=width,
             UNROLL=unroll(chunk, width), WIDEN=INTERPRETED, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
-        triton_kernels.finish_kernel[(-(-q.n // FINISH_ROWS),)](
+        triton_finish.finish_kernel[(-(-q.n // FINISH_ROWS),)](
             y, z, partial, bp, scale, q.n, r, t, parts,
-            BN=FINISH_ROWS, BT=width, BR=finish_ranks(r, x.dtype, width), WIDEN=INTERPRETED, num_warps=4, **OPTIONS,
+            BN=FINISH_ROWS, BT=width, BR=finish_ranks(r, z.dtype, width), WIDEN=INTERPRETED, num_warps=4, **OPTIONS,
         )  # fmt: skip
-    return y, z
+    return y
+
+
+def z_terms(x: torch.dtype, a: torch.dtype) -> tuple[int, bool]:
+    """How many terms stand for a value of A, and whether both sides are widened instead: see `triton_z.py`."""
+    terms = 3 if (x, a) == (torch.bfloat16, torch.float32) else 1
+    return terms, INTERPRETED or (terms == 1 and x != a)
+
+
+def lora_z(x: Tensor, a: Tensor) -> Tensor:
+    """See `reference.lora_z`, which also serves fp32 and few rows: too few programs for a GPU."""
+    t, r = x.shape[0], a.shape[0]
+    if x.dtype == torch.float32 or t < Z_TILE.rows or not r:
+        return reference.lora_z(x, a)
+    x, a = x.contiguous(), a.contiguous()
+    z = torch.empty(t, r, dtype=torch.promote_types(x.dtype, a.dtype), device=x.device)
+    ranks = min(Z_RANKS, token_block(r))
+    terms, widen = z_terms(x.dtype, a.dtype)
+    with _on(x):
+        triton_z.z_kernel[(-(-t // Z_TILE.rows), -(-r // ranks))](
+            z, x, a, x.shape[1], r, t, BT=Z_TILE.rows, BK=Z_TILE.columns, BR=ranks, TERMS=terms, WIDEN=widen,
+            num_warps=Z_TILE.warps, **OPTIONS,
+        )  # fmt: skip
+    return z

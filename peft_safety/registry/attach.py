@@ -21,7 +21,7 @@ from peft_safety.layers.adapters import adapter_layers, tables
 from peft_safety.layers.factor_table import FactorTable
 from peft_safety.layers.shared_bases import rebase
 from peft_safety.methods.base import ProtectedConfig
-from peft_safety.registry import frozen, reuse, velora
+from peft_safety.registry import frozen, fused, reuse, velora
 from peft_safety.registry.lora_layers import adopt
 
 
@@ -36,6 +36,7 @@ def attach(
             f"target_modules={config.target_modules!r} gave no LoRA layer. Use names of linear layers."
         )
     _check_kinds(layers, config)
+    fused.opt(layers, adapter_name, config.fused)
     config._parameters = {n: x.parameter_name for n, x in layers.items() if isinstance(x, ParamWrapper)}
     base = bases_of(layers)
     if config.freezes and frozen.reuse_factors(layers, adapter_name, config, configs):

@@ -59,8 +59,8 @@ def private(config: ProtectedConfig) -> ProtectedConfig:
 
 
 def settings(config: ProtectedConfig) -> dict[str, Any]:
-    """The fields that this package adds to LoRA's."""
-    theirs = {field.name for field in fields(LoraConfig)} | {"safety_artifact"}
+    """The fields that this package adds to LoRA's, and that say what the adapter is."""
+    theirs = {field.name for field in fields(LoraConfig)} | {"safety_artifact", "fused"}
     return {field.name: getattr(config, field.name) for field in fields(config) if field.name not in theirs}
 
 

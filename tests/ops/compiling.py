@@ -5,6 +5,7 @@ assembler made of them.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -60,101 +61,86 @@ def _quantized(nested: bool) -> dict[str, str]:
     }
 
 
-def weight_variant(dtype: torch.dtype, blocksize: int, nested: bool, r: int) -> Variant:
+def dequant_variant(dtype: torch.dtype, blocksize: int, nested: bool) -> Variant:
     from peft_safety.ops import triton_backend as backend
 
-    tile, pointer = backend.WEIGHT_TILES[dtype.itemsize], _POINTERS[dtype]
-    factor = pointer if r else "*u8" if nested else "*fp32"
-    types = {
-        "out": pointer,
-        **_quantized(nested),
-        "code": "*fp32",
-        "a": factor,
-        "bp": factor,
-        "scale": "fp32",
-        "n": "i32",
-        "k": "i32",
-        "r": "i32",
-    }
+    tile = backend.WEIGHT_TILES[dtype.itemsize]
+    types = {"out": _POINTERS[dtype], **_quantized(nested), "code": "*fp32", "n": "i32", "k": "i32"}
     constants = {
-        "BLOCKSIZE": blocksize, "BLOCK2": 256 if nested else 1, "NESTED": nested, "HAS_LORA": r > 0,
-        "BN": tile.rows, "BK": tile.columns, "BR": backend.rank_block(r, dtype), "WIDEN": False,
+        "BLOCKSIZE": blocksize, "BLOCK2": 256 if nested else 1, "NESTED": nested, "BN": tile.rows, "BK": tile.columns,
     }  # fmt: skip
-    _specialized(types, constants, r=r)
-    return Variant(
-        f"weight-{dtype}-{blocksize}-{nested}-{r}".replace("torch.", ""), "weight_kernel", types, constants, tile.warps
-    )
+    name = f"dequant-{dtype}-{blocksize}-{nested}".replace("torch.", "")
+    return Variant(name, "dequant_kernel", types, constants, tile.warps)
 
 
 def partial_variant(dtype: torch.dtype, blocksize: int, nested: bool, t: int) -> Variant:
     from peft_safety.ops import triton_backend as backend
 
-    tile, pointer = backend.SKINNY_TILE, _POINTERS[dtype]
+    tile = backend.SKINNY_TILE
     chunk, width = min(blocksize, tile.columns), backend.token_block(t)
-    types = {"partial": "*fp32", "x": pointer, "xa": pointer, **_quantized(nested), "pairs": "*i32", "a": pointer}
-    types |= dict.fromkeys(("n", "k", "r", "t", "split_chunks"), "i32")
+    types = {"partial": "*fp32", "x": _POINTERS[dtype], **_quantized(nested), "pairs": "*i32"}
+    types |= dict.fromkeys(("n", "k", "t", "split_chunks"), "i32")
     constants = {
         "BLOCKSIZE": blocksize, "BLOCK2": 256 if nested else 1, "NESTED": nested, "BN": tile.rows, "BK": chunk,
         "BT": width, "UNROLL": backend.unroll(chunk, width), "WIDEN": False,
     }  # fmt: skip
     _specialized(types, constants, t=t)
-    return Variant(
-        f"partial-{dtype}-{blocksize}-{nested}-{t}".replace("torch.", ""),
-        "partial_kernel",
-        types,
-        constants,
-        tile.warps,
-    )
+    name = f"partial-{dtype}-{blocksize}-{nested}-{t}".replace("torch.", "")
+    return Variant(name, "partial_kernel", types, constants, tile.warps)
 
 
-def finish_variant(dtype: torch.dtype, t: int, r: int) -> Variant:
+def finish_variant(dtype: torch.dtype, factor: torch.dtype, t: int, r: int) -> Variant:
     from peft_safety.ops import triton_backend as backend
 
-    pointer, width = _POINTERS[dtype], backend.token_block(t)
-    types = {
-        "y": pointer,
-        "z": pointer,
-        "partial": "*fp32",
-        "bp": pointer,
-        "scale": "fp32",
-        "n": "i32",
-        "r": "i32",
-        "t": "i32",
-        "parts": "i32",
-    }
-    constants = {"BN": backend.FINISH_ROWS, "BT": width, "BR": backend.finish_ranks(r, dtype, width), "WIDEN": False}
-    _specialized(
-        types, constants, t=t, r=r, parts=r
-    )  # r = 1 stands for a weight so small that its columns are not divided
-    return Variant(f"finish-{dtype}-{t}-{r}".replace("torch.", ""), "finish_kernel", types, constants, 4)
+    width = backend.token_block(t)
+    types = {"y": _POINTERS[dtype], "z": _POINTERS[factor], "partial": "*fp32", "bp": _POINTERS[factor]}
+    types |= {"scale": "fp32", **dict.fromkeys(("n", "r", "t", "parts"), "i32")}
+    constants = {"BN": backend.FINISH_ROWS, "BT": width, "BR": backend.finish_ranks(r, factor, width), "WIDEN": False}
+    _specialized(types, constants, t=t, r=r, parts=r)  # r = 1 stands for a weight so small that it has one part
+    return Variant(f"finish-{dtype}-{factor}-{t}-{r}".replace("torch.", ""), "finish_kernel", types, constants, 4)
+
+
+def z_variant(dtype: torch.dtype, factor: torch.dtype, r: int) -> Variant:
+    from peft_safety.ops import triton_backend as backend
+
+    tile = backend.Z_TILE
+    terms, widen = backend.z_terms(dtype, factor)
+    types = {"z": _POINTERS[torch.promote_types(dtype, factor)], "x": _POINTERS[dtype], "a": _POINTERS[factor]}
+    types |= dict.fromkeys(("k", "r", "t"), "i32")
+    ranks = min(backend.Z_RANKS, backend.token_block(r))
+    constants = {"BT": tile.rows, "BK": tile.columns, "BR": ranks, "TERMS": terms, "WIDEN": widen}
+    _specialized(types, constants, r=r)
+    return Variant(f"z-{dtype}-{factor}-{r}".replace("torch.", ""), "z_kernel", types, constants, tile.warps)
 
 
 def representative() -> list[Variant]:
-    """What a 7B model in bf16 with double quantization runs."""
-    bf16 = torch.bfloat16
+    """What a 7B model in bf16 with double quantization runs, with an adapter in fp32."""
+    bf16, fp32 = torch.bfloat16, torch.float32
     return [
-        weight_variant(bf16, 64, True, 0),
-        weight_variant(bf16, 64, True, 16),
+        dequant_variant(bf16, 64, True),
         partial_variant(bf16, 64, True, 1),
-        finish_variant(bf16, 1, 16),
+        finish_variant(bf16, fp32, 1, 16),
+        z_variant(bf16, fp32, 48),
     ]
 
 
 def everything() -> list[Variant]:
     """Each kernel in each dtype, with plain and quantized scales, at the corners of its tiles."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    found = [
-        weight_variant(dtype, 64, nested, r) for dtype in (bf16, fp32) for nested in (False, True) for r in (0, 16)
-    ]
-    found += [weight_variant(dtype, blocksize, True, 64) for dtype in (bf16, fp32) for blocksize in (32, 4096)]
+    found = [dequant_variant(dtype, 64, nested) for dtype in (bf16, fp32) for nested in (False, True)]
+    found += [dequant_variant(dtype, blocksize, True) for dtype in (bf16, fp32) for blocksize in (32, 4096)]
     found += [partial_variant(bf16, 64, nested, t) for nested in (False, True) for t in (1, 64)]
     found += [partial_variant(bf16, blocksize, True, t) for blocksize in (32, 4096) for t in (1, 32)]
-    found += [finish_variant(bf16, t, r) for t, r in ((1, 1), (64, 256))]
+    found += [finish_variant(bf16, factor, t, r) for factor in (bf16, fp32) for t, r in ((1, 1), (1, 16), (64, 256))]
+    found += [z_variant(bf16, factor, r) for factor in (bf16, fp32) for r in (1, 16, 48)]
     return [
         *found,
-        weight_variant(fp16, 64, True, 16),
+        dequant_variant(fp16, 64, True),
         partial_variant(fp16, 64, True, 1),
-        finish_variant(fp16, 1, 16),
+        finish_variant(fp16, fp16, 1, 16),
+        finish_variant(fp16, fp32, 1, 16),
+        z_variant(fp16, fp16, 16),
+        z_variant(fp16, fp32, 16),
     ]
 
 
@@ -164,9 +150,10 @@ def compiled(variant: Variant, capability: int) -> Usage:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from peft_safety.ops import triton_backend, triton_kernels
+    from peft_safety.ops import triton_backend
 
-    function = getattr(triton_kernels, variant.kernel)
+    file = importlib.import_module(f"peft_safety.ops.triton_{variant.kernel.removesuffix('_kernel')}")
+    function = getattr(file, variant.kernel)
     signature = {name: variant.types.get(name, "constexpr") for name in function.arg_names}
     aligned = {name for name, kind in variant.types.items() if kind.startswith("*")} | (
         {"n", "k"} & variant.types.keys()

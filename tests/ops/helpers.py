@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -58,15 +58,17 @@ def writes_out_of_bounds(q: QuantBundle) -> list[str]:
         return whole[GUARD : GUARD + length].view(dtype).view(size)
 
     device = q.wq.device
-    a, bp, x = (torch.randn(*size, device=device) for size in ((5, q.k), (q.n, 5), (3, q.k)))
+    rows = triton_backend.Z_TILE.rows + 1
+    a, bp, x, many = (torch.randn(*size, device=device) for size in ((5, q.k), (q.n, 5), (3, q.k), (rows, q.k)))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        inputs: list[Any] = [t.to(dtype) for t in (x, x, a, bp)]
+        few, wide, left, right = (t.to(dtype) for t in (x, many, a, bp))
+        z = few @ left.mT
         with mock.patch.object(torch, "empty", empty):
             triton_backend.nf4_dequant(q, dtype)
-            triton_backend.nf4_merged(q, a, bp, 0.5, dtype)
-            triton_backend.nf4_skinny(*inputs[:2], q, *inputs[2:], 0.5)
-    if len(guarded) != 3 + 5 + 5:  # fp32 dequantizes for its skinny product; the others have sums, y and z
-        raise AssertionError(f"only {len(guarded)} buffers came from torch.empty")
+            triton_backend.lora_z(wide, a)
+            triton_backend.nf4_skinny(few, q, z, right, 0.5)
+    if len(guarded) != 2 + 4 + 4:  # fp32 dequantizes for its skinny product; the others have z, sums and y
+        raise AssertionError(f"{len(guarded)} buffers came from torch.empty")
     return [
         name
         for name, whole, length in guarded

@@ -43,21 +43,21 @@ def off(found: Tensor, wanted: Tensor) -> float:
 
 def weights(c: Case, dtype: torch.dtype) -> dict[str, Any]:
     dense = reference.unrounded(c.q)
-    merged = triton_backend.nf4_merged(c.q, c.a, c.bp, 0.7, dtype)
-    sum_ = dense.double() + 0.7 * c.bp.to(dtype).double() @ c.a.to(dtype).double()
-    return {
-        "equal": torch.equal(triton_backend.nf4_dequant(c.q, dtype), rounded(dense, dtype)),
-        "merged": off(merged, sum_),
-    }
+    return {"equal": torch.equal(triton_backend.nf4_dequant(c.q, dtype), rounded(dense, dtype))}
 
 
-def skinny(c: Case, dtype: torch.dtype, rows: int) -> dict[str, Any]:
-    x, xa = torch.randn(rows, c.q.k).to(dtype), torch.randn(rows, c.q.k).to(dtype)
-    a, bp = c.a.to(dtype), c.bp.to(dtype)
-    y, z = triton_backend.nf4_skinny(x, xa, c.q, a, bp, 0.7)
-    inner = xa.double() @ a.double().mT
-    wanted = x.double() @ c.dense.mT + 0.7 * inner @ bp.double().mT
-    return {"y": off(y, wanted), "z": off(z, inner), "parts": triton_backend.splits(c.q.n, c.q.k, rows)}
+def skinny(c: Case, dtype: torch.dtype, factor: torch.dtype, rows: int) -> dict[str, Any]:
+    x, bp = torch.randn(rows, c.q.k).to(dtype), c.bp.to(factor)
+    z = (torch.randn(rows, c.q.k) @ c.a.mT).to(factor)
+    y = triton_backend.nf4_skinny(x, c.q, z, bp, 0.7)
+    wanted = x.double() @ c.dense.mT + 0.7 * z.double() @ bp.double().mT
+    return {"y": off(y, wanted), "parts": triton_backend.splits(c.q.n, c.q.k, rows)}
+
+
+def rank_product(c: Case, dtype: torch.dtype, factor: torch.dtype, rows: int) -> dict[str, Any]:
+    x, a = torch.randn(rows, c.q.k).to(dtype), c.a.to(factor)
+    z = triton_backend.lora_z(x, a)
+    return {"dtype of z": str(z.dtype), "z": off(z, x.double() @ a.double().mT)}
 
 
 def layer(rows: int) -> dict[str, Any]:
@@ -70,9 +70,9 @@ def layer(rows: int) -> dict[str, Any]:
     inputs, dy = torch.randn(rows, 192), torch.randn(rows, 33)
     for name in ("reference", "triton"):
         os.environ["PEFT_SAFETY_BACKEND"] = name
-        leaves = [t.clone().requires_grad_() for t in (inputs, c.a, c.bp)]
-        y = ops.nf4_lora(leaves[0], c.q, *leaves[1:], 0.7)
-        found[name] = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+        x, a, bp = (t.clone().requires_grad_() for t in (inputs, c.a, c.bp))
+        y = ops.nf4_lora(x, c.q, ops.lora_z(x, a), bp, 0.7)
+        found[name] = [y.detach(), *torch.autograd.grad(y, (x, a, bp), dy)]
     return {"off": max(off(got, want) for got, want in zip(found["triton"], found["reference"], strict=True))}
 
 
@@ -95,8 +95,11 @@ def main(which: str) -> None:
         c = case(*shape[:3], blocksize=shape[3], nested=nested)
         place = {"nested": nested, "shape": shape, "dtype": str(dtype)}
         print(json.dumps({"kernel": "weight", **place, **weights(c, dtype)}))
-        for rows in ROWS if dtype != torch.float32 else ():
-            print(json.dumps({"kernel": "skinny", **place, "rows": rows, **skinny(c, dtype, rows)}))
+        for rows, factor in itertools.product(ROWS, (dtype, torch.float32)) if dtype != torch.float32 else ():
+            where = {**place, "rows": rows, "factor": str(factor)}
+            print(json.dumps({"kernel": "skinny", **where, **skinny(c, dtype, factor, rows)}))
+            if rows >= triton_backend.Z_TILE.rows:
+                print(json.dumps({"kernel": "z", **where, **rank_product(c, dtype, factor, rows + 1)}))
     for rows in (3, 70):
         print(json.dumps({"kernel": "layer", "rows": rows, **layer(rows)}))
     print(

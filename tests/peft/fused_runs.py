@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from peft_safety import explain
+from peft_safety import explain_dispatch
 from tests.peft import cells
 from tests.peft.guard_cells import guarded
 
@@ -48,7 +48,7 @@ def main(steps: int) -> None:
     print(
         json.dumps(
             {
-                "paths": sorted({row.path for row in explain(build("salora"))}),
+                "paths": sorted({row.path for row in explain_dispatch(build("salora"))}),
                 **{arm: losses(arm, steps) for arm in ARMS},
             }
         )

@@ -18,7 +18,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from peft_safety import SaLoRAConfig, explain
+from peft_safety import SaLoRAConfig, explain_dispatch
 from peft_safety.core.projection import leak
 from peft_safety.layers import protected_leaves
 from peft_safety.registry import fused
@@ -27,7 +27,7 @@ from tests.peft.fused_cells import layer_of, plain, protected, quantized
 from tests.peft.patch_cells import patched
 
 ROOT = Path(__file__).resolve().parents[2]
-OFF = "the fused path is off; PEFT_SAFETY_FUSED=1 turns it on"
+OFF = "the fused path is off; fused=True in the config, or PEFT_SAFETY_FUSED=1, turns it on"
 LEAK = 1e-6
 EQUAL = 1e-5
 """Largest difference between two losses of one run on two paths."""
@@ -38,7 +38,7 @@ def test_twenty_steps_have_the_losses_of_pefts_own_path(arm: str, monkeypatch: p
     own = fused_runs.losses(arm, 20)
     monkeypatch.setenv("PEFT_SAFETY_BACKEND", "reference")
     monkeypatch.setenv(fused.SWITCH, "1")
-    assert {row.path for row in explain(fused_runs.build(arm))} == {"fused:reference"}
+    assert {row.path for row in explain_dispatch(fused_runs.build(arm))} == {"fused:reference"}
     found = fused_runs.losses(arm, 20)
     assert max(abs(a - b) for a, b in zip(own, found, strict=True)) <= EQUAL
     assert len(set(own)) == 20
@@ -108,7 +108,7 @@ def test_who_is_eligible_and_why_not(case: str, taken: list[bool]) -> None:
     if change is not None:
         change(model)
     x = torch.randn(3, 5, 64)
-    (row,) = explain(model)
+    (row,) = explain_dispatch(model)
     assert (row.path == "fused:reference") == (expected == "fused")
     assert row.module == "0"
     assert expected == "fused" or expected in row.reason, row
@@ -124,11 +124,11 @@ def test_who_is_eligible_and_why_not(case: str, taken: list[bool]) -> None:
 
 def test_plain_lora_is_never_fused(taken: list[bool]) -> None:
     model = quantized(plain()).train()
-    (row,) = explain(model)
+    (row,) = explain_dispatch(model)
     assert row.path == "peft"
     model(torch.randn(3, 64))
     model.add_adapter("safe", protected())
-    (row,) = explain(model)
+    (row,) = explain_dispatch(model)
     assert (row.path, row.reason) == ("peft", "a plain LoRA adapter: the fused path is for protected ones")
     model(torch.randn(3, 64))
     model.set_adapter("safe")
@@ -137,17 +137,17 @@ def test_plain_lora_is_never_fused(taken: list[bool]) -> None:
 
 
 def test_eight_bit_and_dense_layers_say_so(reference: None) -> None:
-    assert {row.reason for row in explain(cells.protected("int8"))} == {"an 8-bit base weight"}
-    assert {row.reason for row in explain(cells.protected())} == {
+    assert {row.reason for row in explain_dispatch(cells.protected("int8"))} == {"an 8-bit base weight"}
+    assert {row.reason for row in explain_dispatch(cells.protected())} == {
         "a dense base weight: there is nothing to dequantize"
     }
-    assert explain(cells.base_model(cells.WIDE)) == []
+    assert explain_dispatch(cells.base_model(cells.WIDE)) == []
 
 
 def test_on_a_cpu_nothing_is_fused_without_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PEFT_SAFETY_BACKEND", raising=False)
     monkeypatch.setenv(fused.SWITCH, "1")
-    rows = explain(cells.protected(cells.WIDE))
+    rows = explain_dispatch(cells.protected(cells.WIDE))
     assert len(rows) == 6
     assert {row.path for row in rows} == {"peft"}
     assert all("CPU" in row.reason or "triton is not installed" in row.reason for row in rows)
@@ -158,7 +158,7 @@ def test_on_a_cpu_nothing_is_fused_without_a_backend(monkeypatch: pytest.MonkeyP
         monkeypatch.delenv(fused.SWITCH)
         if value is not None:
             monkeypatch.setenv(fused.SWITCH, value)
-        assert {(row.path, row.reason) for row in explain(cells.protected(cells.WIDE))} == {("peft", OFF)}
+        assert {(row.path, row.reason) for row in explain_dispatch(cells.protected(cells.WIDE))} == {("peft", OFF)}
         monkeypatch.setenv(fused.SWITCH, "1")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_safety import explain
+from peft_safety import explain_dispatch
 from peft_safety.registry.fused import SWITCH
 from tests.peft import cells, fused_runs
 from tests.peft.fused_cells import layer_of, protected, quantized
@@ -83,7 +83,7 @@ def test_no_step_waits_for_the_device(arm: str, reference: None) -> None:
 def test_a_served_layer_is_captured_in_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, "1")
     model = quantized(protected(), bias=True).to("cuda").eval()
-    (row,) = explain(model)
+    (row,) = explain_dispatch(model)
     assert row.path == "fused:triton", row
     for rows in (1, 80):
         x = torch.randn(rows, 64, device="cuda")

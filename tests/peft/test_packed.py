@@ -21,7 +21,7 @@ from peft_safety import (
     SaLoRAConfig,
     assert_protected,
     calibrate,
-    explain,
+    explain_dispatch,
     export_lora,
     merge_quantized,
     verify,
@@ -149,7 +149,7 @@ def test_a_frozen_a_on_a_layer_that_peft_knows(name, monkeypatch, tmp_path):
     assert_protected(loaded)
     cells.assert_same_function(cells.logits(loaded), cells.logits(model))
     monkeypatch.setenv("PEFT_SAFETY_FUSED", "1")
-    assert {row.reason for row in explain(model)} == {"a packed base weight"}
+    assert {row.reason for row in explain_dispatch(model)} == {"a packed base weight"}
     with pytest.raises(LossyMergeError, match="cannot be merged into"):
         model.merge_and_unload()
     with pytest.raises(UnsupportedLayerError, match="is not supported"):

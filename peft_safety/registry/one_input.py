@@ -1,0 +1,91 @@
+"""Layers that get one input (q, k and v, or gate and up): with frozen factors `[A_q; A_k; A_v] x` is one product, and in
+the backward pass one product gives what all three adapters add to the gradient of x.
+
+The first layer that is called computes the product for all of them and leaves the others' parts at the input tensor,
+where they live as long as it does. Each takes its part only if it is called with that very tensor, unchanged; so
+layers of equal names with different inputs (q beside k and v in cross-attention) compute their own, as without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from peft_safety import ops
+from peft_safety.ops.linear import SKINNY_ROWS
+
+TOGETHER = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("wq", "wk", "wv"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+"""Names of layers under one parent whose inputs are the same as a rule."""
+_LEFT = "_peft_safety_z"
+
+_groups: WeakKeyDictionary[nn.Module, tuple[ref[nn.Module], ...]] = WeakKeyDictionary()
+
+
+class _Part(NamedTuple):
+    """The part of z that is left for a layer, what it was computed from, and whether with gradients."""
+
+    z: Tensor
+    weight: Tensor
+    versions: tuple[int, int]
+    graph: bool
+
+
+def join(layers: Mapping[str, LoraLayer]) -> None:
+    """Remember which of these layers have one input, by their names."""
+    for name, layer in layers.items():
+        parent, _, own = name.rpartition(".")
+        for names in TOGETHER:
+            if own in names:
+                places = [f"{parent}.{other}" if parent else other for other in names]
+                _groups[layer] = tuple(ref(layers[place]) for place in places if place in layers)
+
+
+def siblings(layer: nn.Module) -> list[Any]:
+    """The layers that have the input of this one, itself among them, in a fixed order."""
+    found = [one for known in _groups.get(layer, ()) if (one := known()) is not None]
+    return found if any(one is layer for one in found) else [layer]
+
+
+def z_of(layer: Any, adapter: str, x: Tensor, inputs: Tensor, takes: Callable[[Any], bool]) -> Tensor:
+    """`inputs A^T (..., r)` of a layer's frozen A; `inputs` are the layer's own input `x` in the compute dtype. `takes`
+    says of another layer with the same input whether it will ask for its part, in this dtype.
+    """
+    own = layer.lora_A[adapter].weight
+    rows = x.numel() // max(x.shape[-1], 1)
+    # few rows read all of A for nothing; a compiler would have to trace what is left at a tensor
+    if rows <= SKINNY_ROWS or torch.compiler.is_compiling() or type(x) is not Tensor or x.is_inference():
+        return ops.lora_z(inputs, own.detach())
+    part = vars(x).get(_LEFT, {}).pop(id(layer), None)
+    if part is not None and part.weight is own and part[2:] == (_versions(x, own), torch.is_grad_enabled()):
+        return part.z
+    group = [one for one in siblings(layer) if one is layer or takes(one)]
+    if len(group) == 1:
+        return ops.lora_z(inputs, own.detach())
+    factors = [one.lora_A[adapter].weight for one in group]
+    together = ops.lora_z(inputs, torch.cat([factor.detach() for factor in factors]))
+    parts = dict(zip(map(id, group), together.split([len(factor) for factor in factors], dim=-1), strict=True))
+    grad = torch.is_grad_enabled()
+    rest = {
+        id(one): _Part(parts[id(one)], factor, _versions(x, factor), grad)
+        for one, factor in zip(group, factors, strict=True)
+        if one is not layer
+    }
+    setattr(x, _LEFT, rest)
+    return parts[id(layer)]
+
+
+def _versions(x: Tensor, weight: Tensor) -> tuple[int, int]:
+    return x._version, weight._version
