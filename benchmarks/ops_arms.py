@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.train_step import DenseProjected
 from peft_safety import ops
-from peft_safety.core.projection import orthonormalize
+from peft_safety.core.projection import orthonormalize, project_wide
 
 R, SAFETY_RANK, SCALE = 16, 32, 1.0
 BLOCK = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)
@@ -111,20 +111,21 @@ class _TwoPath(torch.autograd.Function):
 
 
 def arms(one: Layer) -> dict[str, Arm]:
-    """Ways to compute the output from x (t, k). All but "peft LoRA" and "LoRA, this path" are protected."""
+    """Ways to compute the output from x (t, k). All but "peft LoRA" and "LoRA, this path" are protected;
+    that A is blind where it is frozen makes no difference to the cost."""
     packed, state = one.base.weight.data, one.state
 
     def two_path(x: Tensor) -> Tensor:
-        output: Tensor = _TwoPath.apply(x, one.a, ops.project_out(one.u, one.b), packed, state)
+        output: Tensor = _TwoPath.apply(x, one.a, project_wide(one.u, one.b, "out"), packed, state)
         return output
 
     return {
         "naive SaLoRA": peft_arm(one, dense=True),
         "peft LoRA": peft_arm(one, dense=False),
         "two-path": two_path,
-        "LoRA, this path": lambda x: ops.nf4_lora(x, one.q, one.a, one.b, SCALE),
-        "this": lambda x: ops.nf4_lora(x, one.q, one.a, ops.project_out(one.u, one.b), SCALE),
-        "this, exact": lambda x: ops.nf4_lora(x, one.q, one.a, ops.project_out(one.u, one.b), SCALE, exact=True),
+        "LoRA, this path": lambda x: ops.nf4_lora(x, one.q, ops.lora_z(x, one.a), one.b, SCALE),
+        "this": lambda x: ops.nf4_lora(x, one.q, ops.lora_z(x, one.a), project_wide(one.u, one.b, "out"), SCALE),
+        "this, frozen A": lambda x: ops.nf4_lora(x, one.q, ops.lora_z(x, one.a.detach()), one.b, SCALE),
     }
 
 

@@ -15,6 +15,7 @@ from benchmarks.common import quartiles, ratio
 from benchmarks.ops_arms import BLOCK, BLOCKS, SAFETY_RANK, Layer, R, arms, bare, layer, trained
 from benchmarks.ops_timing import bandwidth, both_ways, launches
 from peft_safety import ops
+from peft_safety.core.projection import project_wide
 
 Row = dict[str, Any]
 Shapes = Sequence[tuple[int, int]]
@@ -68,7 +69,7 @@ def k1_training(
 
 
 def k2_weights(n: int, k: int, device: str, dtype: torch.dtype, rounds: int) -> tuple[list[Row], dict[str, float]]:
-    """Dequantizing a weight, with and without an adapter. The weights take turns, so that no cache holds them."""
+    """Dequantizing a weight. The weights take turns, so that no cache holds them."""
     from bitsandbytes.functional import dequantize_4bit
 
     count = max(2, POOL_BYTES // (n * k * 3)) if device != "cpu" else 2
@@ -80,7 +81,6 @@ def k2_weights(n: int, k: int, device: str, dtype: torch.dtype, rounds: int) -> 
     works = {
         "bitsandbytes": over(lambda one: dequantize_4bit(one.base.weight.data, one.state)),
         "dequantized": over(lambda one: ops.nf4_dequant(one.q, dtype)),
-        "merged": over(lambda one: ops.nf4_merged(one.q, one.a.detach(), one.b.detach(), 1.0, dtype)),
     }
     moved = n * k * (0.5 + 1 / 64 + 4 / 64 / 256 + dtype.itemsize)
     floor = moved / bandwidth(device, 1024 if device != "cpu" else 8)
@@ -90,7 +90,7 @@ def k2_weights(n: int, k: int, device: str, dtype: torch.dtype, rounds: int) -> 
         rows += rows_of(f"K2 {n} x {k}", mode, each, floor)
         best = {name: statistics.median(values) for name, values in each.items()}
     return rows, {
-        "share of copy bandwidth, merged": floor / best["merged"],
+        "share of copy bandwidth": floor / best["dequantized"],
         "bitsandbytes / dequantized": best["bitsandbytes"] / best["dequantized"],
     }
 
@@ -106,7 +106,7 @@ def k3_decode(
     layers = [layer(n, k, device, dtype, index) for index in range(blocks) for n, k in shapes]
     inputs = {k: torch.randn(1, k, device=device, dtype=dtype) for _, k in shapes}
     by_layer = [arms(one) for one in layers]
-    factors = [(one.a.detach(), ops.project_out(one.u, one.b.detach())) for one in layers]
+    factors = [(one.a.detach(), project_wide(one.u, one.b.detach(), "out")) for one in layers]
 
     def all_of(call: Callable[[int, Layer], Tensor]) -> Callable[[], Any]:
         def work() -> None:
@@ -116,13 +116,16 @@ def k3_decode(
 
         return work
 
+    def adapted(x: Tensor, q: ops.QuantBundle, a: Tensor, b: Tensor) -> Tensor:
+        return ops.nf4_lora(x, q, ops.lora_z(x, a), b, 1.0)
+
     works = {
         "naive SaLoRA": all_of(lambda index, one: by_layer[index]["naive SaLoRA"](inputs[one.q.k])),
         "peft LoRA": all_of(lambda index, one: by_layer[index]["peft LoRA"](inputs[one.q.k])),
         "bnb gemm_4bit, no adapter": all_of(
             lambda _, one: bnb.matmul_4bit(inputs[one.q.k], one.base.weight.data.t(), quant_state=one.state)
         ),
-        "this": all_of(lambda index, one: ops.nf4_lora(inputs[one.q.k], one.q, *factors[index], 1.0)),
+        "this": all_of(lambda index, one: adapted(inputs[one.q.k], one.q, *factors[index])),
     }
     moved = blocks * sum(n * k * (0.5 + 1 / 64) + R * (n + k) * dtype.itemsize for n, k in shapes)
     floor = moved / bandwidth(device, 1024 if device != "cpu" else 8)
@@ -144,7 +147,7 @@ def k6_projections(shapes: Shapes, blocks: int, device: str, rounds: int) -> tup
 
     def each() -> None:
         for u, w in pairs:
-            ops.project_out(u, w)
+            project_wide(u, w, "out")
 
     moved = sum(4 * (2 * u.numel() + 3 * w.numel()) for u, w in pairs)
     floor = moved / bandwidth(device, 1024 if device != "cpu" else 8)

@@ -61,8 +61,8 @@ class ProtectedConfig(LoraConfig):
         safety_energy: as many directions as hold this share of the energy; at most `safety_rank`, if that is given.
         safety_rank_pattern: other values by the end of a module's name, `{"down_proj": 0.1}`: of the energy where one
             is given, else of the rank.
-        fused: whether layers on NF4 weights take the fused path where they can; None leaves it to PEFT_SAFETY_FUSED. Not
-            saved.
+        fused: whether layers on NF4 weights take the fused path where they can; None leaves it to PEFT_SAFETY_FUSED.
+            Not saved.
         safety_artifact: written by `save_pretrained`; leave it alone.
 
     Raises:

@@ -4,7 +4,7 @@ With `z = x A^T`, which `lora_z` computes and layers with one input share, `y = 
 `dz = s dY B'` and `dB' = s dY^T z`: of x nothing is needed. W is never saved: the backward pass makes it again.
 
 Base and adapter stay two products. A weight `W + s B' A` rounded to 16 bits has the rounding error of W, which is
-large beside a small update. The base is in the dtype of x, the adapter in that of its factors, and `y` is rounded once.
+large beside a small update. The base is in the dtype of x, the adapter in that of its factors.
 """
 
 from __future__ import annotations

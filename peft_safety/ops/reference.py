@@ -51,8 +51,8 @@ def nf4_dequant(q: QuantBundle, dtype: torch.dtype) -> Tensor:
 
 
 def nf4_skinny(x: Tensor, q: QuantBundle, z: Tensor, bp: Tensor, scale: float) -> Tensor:
-    """`y = x W^T + scale * z B'^T (t, n)` for few rows `x (t, k)`, where a backend may read the packed weight instead of
-    a dense one. `z (t, r)` and `B' (n, r)` in one dtype.
+    """`y = x W^T + scale * z B'^T (t, n)` for few rows `x (t, k)`, where a backend may read the packed weight instead
+    of a dense one. `z (t, r)` and `B' (n, r)` in one dtype.
     """
     return plus(x @ nf4_dequant(q, x.dtype).mT, z, bp, scale)
 

@@ -1,13 +1,13 @@
-"""`x W^T` of a packed NF4 weight for few rows x, in parts of the columns. Twin: the product in `reference.nf4_skinny`.
+"""`x W^T` of a packed NF4 weight for few rows x, in parts of the columns. Twin: `reference.nf4_skinny`.
 
-The values of a block share a scale, so `x W^T = sum_blocks scale * (x code^T)`: codes are multiplied in 16 bits as they
-are, and a scale once for each block and row. A byte holds two values; `pairs` has both as one word, and the even and
-odd columns of x are multiplied apart, so that nothing has to be interleaved.
+The values of a block share a scale, so `x W^T = sum_blocks scale * (x code^T)`: codes are multiplied in 16 bits as
+they are, and a scale once for each block and row. A byte holds two values; `pairs` has both as one word, and the even
+and odd columns of x are multiplied apart, so that nothing has to be interleaved.
 
-Traffic: the packed weight alone, 0.5 bytes a value (8.4 MB of 4096 x 4096, 2.0 us at 4.3 TB/s) against 4.5 bytes where
-it is dequantized first. x (t k values) is read by every tile of rows, from the cache; the parts' fp32 sums are
-`8 t n parts` bytes, at most a quarter of the weight (`SUM_SHARE`). One row of x leaves tensor cores 1/16 full, which is
-why the arithmetic is no limit but the loads' latency is: as measured on an H200 the kernel is far from its floor.
+Traffic: the packed weight alone, 0.5 bytes a value (8.4 MB of 4096 x 4096, 2.0 us at 4.3 TB/s) against 4.5 bytes
+where it is dequantized first. x (t k values) is read by every tile of rows, from the cache; the parts' fp32 sums are
+`8 t n parts` bytes, at most a quarter of the weight (`SUM_SHARE`). One row of x leaves tensor cores 1/16 full.
+With the rows of A among its tiles it was measured on an H200, at a twentieth of its floor.
 """
 
 from __future__ import annotations

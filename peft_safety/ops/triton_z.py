@@ -2,9 +2,9 @@
 
 A is blind: `A q = 0` for the protected directions. Rounded to bf16 it is so to 1e-3 of its length only, so the product
 has to be that of the fp32 A. An fp32 number has 24 bits and a bf16 number 8, so `A = A1 + A2 + A3` exactly, each term
-the rest rounded to bf16 (down to the smallest normal numbers). A product of two bf16 numbers is exact in fp32, so three
-products on tensor cores, summed in fp32, are that of x with A. fp16 has too small a range for its rests; there, and
-where A is in 16 bits of another kind, both sides are widened to fp32.
+the rest rounded to bf16 (down to the smallest normal numbers). A product of two bf16 numbers is exact in fp32, so
+three products on tensor cores, summed in fp32, are that of x with A. fp16 has too small a range for its rests; there,
+and where A is in 16 bits of another kind, both sides are widened to fp32.
 
 Traffic: x once, `2 t k` bytes, 33.5 MB for 4,096 x 4,096 or 7.8 us at 4.3 TB/s, and for each `BT` rows of x once A,
 from the cache. Converting x first reads and writes `10 t k` bytes. Arithmetic: `6 t k r`, 1.6 GFLOP at r = 16, 2 us.

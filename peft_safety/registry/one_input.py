@@ -1,5 +1,5 @@
-"""Layers that get one input (q, k and v, or gate and up): with frozen factors `[A_q; A_k; A_v] x` is one product, and in
-the backward pass one product gives what all three adapters add to the gradient of x.
+"""Layers that get one input (q, k and v, or gate and up): with frozen factors `[A_q; A_k; A_v] x` is one product, and
+in the backward pass one product gives what all three adapters add to the gradient of x.
 
 The first layer that is called computes the product for all of them and leaves the others' parts at the input tensor,
 where they live as long as it does. Each takes its part only if it is called with that very tensor, unchanged; so
@@ -60,8 +60,8 @@ def siblings(layer: nn.Module) -> list[Any]:
 
 
 def z_of(layer: Any, adapter: str, x: Tensor, inputs: Tensor, takes: Callable[[Any], bool]) -> Tensor:
-    """`inputs A^T (..., r)` of a layer's frozen A; `inputs` are the layer's own input `x` in the compute dtype. `takes`
-    says of another layer with the same input whether it will ask for its part, in this dtype.
+    """`inputs A^T (..., r)` of a layer's frozen A; `inputs` are the layer's own input `x` in the compute dtype.
+    `takes` says of another layer with the same input whether it will ask for its part, in this dtype.
     """
     own = layer.lora_A[adapter].weight
     rows = x.numel() // max(x.shape[-1], 1)

@@ -16,6 +16,7 @@ def test_all_protected_arms_give_the_same_numbers() -> None:
     x = torch.randn(80, 128)
     found = {name: arm(x).detach() for name, arm in arms(one).items()}
     unprotected = found.pop("peft LoRA"), found.pop("LoRA, this path")
+    torch.testing.assert_close(found.pop("this, frozen A"), unprotected[0], rtol=1e-4, atol=1e-4)
     for pair in (unprotected, *((found["naive SaLoRA"], other) for other in found.values())):
         torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
     assert float((unprotected[0] - found["this"]).abs().max()) > 1e-3

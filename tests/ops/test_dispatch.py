@@ -36,9 +36,25 @@ def test_the_variable_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gpus_from_ampere_on(capability: tuple[int, int], served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
     monkeypatch.setattr(dispatch, "_capability", lambda device: capability)
-    obstacle = dispatch._obstacle(torch.device("cuda:0"))
+    obstacle = dispatch._gpu_obstacle(torch.device("cuda:0"))
     assert (obstacle is None) == served
     assert served or "7.5" in str(obstacle)
+
+
+def test_a_backend_serves_the_device_that_it_is_registered_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "_BACKENDS", {kind: list(known) for kind, known in dispatch._BACKENDS.items()})
+    hindrance: list[str] = []
+    module = "peft_safety.ops.reference"
+    own = dispatch.Backend("own", module, lambda device: next(iter(hindrance), None), "it is ours")
+    dispatch.register("cpu", own)
+    assert backend_for(torch.zeros(1)) == ("own", "it is ours")
+    assert backend_for(torch.zeros(1, device="meta")) == ("reference", "no backend is registered for meta")
+    hindrance.append("it is out of order")
+    assert backend_for(torch.zeros(1))[0] == "reference"
+    monkeypatch.setenv(dispatch.VARIABLE, "own")
+    with pytest.raises(ConfigError, match=r"own.* but it is out of order"):
+        backend_for(torch.zeros(1))
 
 
 def test_importing_the_operations_loads_neither_triton_nor_bitsandbytes() -> None:

@@ -1,4 +1,4 @@
-"""The projection of a factor as an op, operands that do not fit, and every schema by torch's own check."""
+"""Every schema by torch's own check."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from peft_safety import ops
-from peft_safety.core import projection
 from peft_safety.errors import OperationError
 from peft_safety.ops import schemas
 from tests.ops.helpers import case, quantized
@@ -17,101 +16,28 @@ from tests.ops.helpers import case, quantized
 OPS: Any = torch.ops.peft_safety
 
 
-def basis(d: int, k: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(d, k, dtype=torch.float64)).Q
-
-
-@pytest.mark.parametrize("side", ["out", "in"])
-def test_project_out(side: projection.Side) -> None:
-    u = basis(20, 3).float()
-    w = torch.randn(20, 4) if side == "out" else torch.randn(4, 20)
-    assert torch.equal(ops.project_out(u, w, side), projection.project_out(u, w, side))
-    assert projection.leak(u, ops.project_out(u, w, side), side) < 1e-6
-    half = ops.project_out(u, w.bfloat16(), side)
-    assert half.dtype == torch.bfloat16
-    assert torch.equal(half, projection.project_out(u, w.bfloat16().float(), side).bfloat16())
-    wide = ops.project_out(u, w.double(), side)  # a factor wider than its basis keeps its digits
-    torch.testing.assert_close(wide, projection.project_out(u.double(), w.double(), side), rtol=0, atol=1e-14)
-
-
-def test_projections_are_differentiated_by_themselves() -> None:
-    u = basis(6, 2)
-    assert torch.autograd.gradcheck(
-        lambda w: ops.project_out(u, w, "out"), torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    )
-    assert torch.autograd.gradcheck(
-        lambda w: ops.project_out(u, w, "in"), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-    )
-    assert torch.autograd.gradgradcheck(
-        lambda w: ops.project_out(u, w, "out").pow(2), torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    )
-
-
-def test_autocast_does_not_lower_a_projection() -> None:
-    u, w = basis(64, 8).float(), torch.randn(64, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert projection.leak(u, ops.project_out(u, w)) < 1e-6
-
-
-def test_operands_that_do_not_fit() -> None:
-    q = quantized(32, 64)
-    for call in (
-        lambda: ops.nf4_dequant(q, torch.float64),
-        lambda: ops.project_out(torch.zeros(4, 2), torch.zeros(5, 2)),
-        lambda: ops.project_out(torch.zeros(4, 2), torch.zeros(4, 5), "in"),
-        lambda: ops.project_out(torch.zeros(4), torch.zeros(4, 5)),
-    ):
-        with pytest.raises(OperationError, match=r"\(|float64"):
-            call()
+def test_a_compute_dtype_that_no_kernel_has() -> None:
+    with pytest.raises(OperationError, match="float64"):
+        ops.nf4_dequant(quantized(32, 64), torch.float64)
 
 
 def arguments(nested: bool) -> dict[str, list[tuple[Any, ...]]]:
     """Arguments for every op, with gradients where it has any."""
     c = case(16, 64, 3, nested=nested)
 
-    def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
-        return [torch.randn(*shape, requires_grad=True) for shape in shapes]
+    def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, requires_grad=True)
 
-    a, bp = leaves((3, 64), (16, 3))
     lora, backward = [], []
-    for rows, merged, split in ((2, False, False), (70, True, False), (70, False, False), (70, False, True)):
-        x, xa = leaves((rows, 64), (rows, 64))
-        lora.append((x, xa if split else None, *c.q, a, bp, 0.5, merged))
-        z = torch.randn(0 if merged else rows, 3)
-        backward.append(
-            (
-                torch.randn(rows, 16),
-                xa.detach(),
-                z,
-                *c.q,
-                a.detach(),
-                bp.detach(),
-                0.5,
-                merged,
-                split,
-                [True, split, True, True],
-            )
-        )
-        backward.append(
-            (
-                torch.randn(rows, 16),
-                xa.detach(),
-                z,
-                *c.q,
-                a.detach(),
-                bp.detach(),
-                0.5,
-                merged,
-                split,
-                [False, False, False, True],
-            )
-        )
+    for rows, dtype in ((2, torch.float32), (70, torch.float32), (70, torch.bfloat16)):
+        lora.append((leaf(rows, 64, dtype=dtype), *c.q, leaf(rows, 3), leaf(16, 3), 0.5))
+        gradient, z, bp = torch.randn(rows, 16, dtype=dtype), torch.randn(rows, 3), torch.randn(16, 3)
+        backward += [(gradient, *c.q, z, bp, 0.5, needs) for needs in ([True, True, True], [False, False, True])]
+    half = leaf(5, 64, dtype=torch.bfloat16)
     return {
-        "nf4_dequant": [(*c.q, torch.bfloat16)],
-        "nf4_merged": [(*c.q, a, bp, 0.5, torch.float32)],
+        "lora_z": [(leaf(2, 5, 64), leaf(3, 64)), (half, leaf(3, 64)), (leaf(5, 64), torch.randn(3, 64))],
         "nf4_lora": lora,
         "nf4_lora_backward": backward,
-        "project_out": [(basis(16, 2).float(), bp, True), (basis(64, 2).float(), a, False)],
     }
 
 
