@@ -1,9 +1,10 @@
 """Operations on 4-bit weights: the cost of a protected layer, compared with other ways and with the machine's limit.
 
-On a GPU: K1 (training, 4,096 tokens through the linear layers of a 7B block), K2 (dequantizing), K3 (one token through
-all linear layers of a 7B model) and K6 (projecting all its adapters), eager and as CUDA graphs. On a CPU: the
-reference backend compared with the naive form. Elsewhere: K4 in `benchmarks/safe_lora.py`, K5 in `benchmarks/subspace.py`,
-K7 (compiling for four architectures) in the tests, and what a step keeps in `benchmarks/saved_bytes.py`.
+On a GPU: K1 (training, 4,096 tokens through the linear layers of a 7B block), K2 (dequantizing), K3 (one token
+through all linear layers of a 7B model) and K6 (projecting all its adapters), eager and as CUDA graphs. On a CPU: the
+reference backend compared with the naive form. Elsewhere: K4 in `benchmarks/safe_lora.py`, K5 in
+`benchmarks/subspace.py`, K7 (compiling for four architectures) in the tests, and what a step keeps in
+`benchmarks/saved_bytes.py`.
 
     python -m benchmarks.ops [--smoke]    (`--smoke` tests the GPU parts at tiny sizes on any machine)
 """

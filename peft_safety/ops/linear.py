@@ -36,7 +36,7 @@ def forward(x: Tensor, q: QuantBundle, z: Tensor, bp: Tensor, scale: float) -> T
     if rows.shape[0] <= SKINNY_ROWS:
         y = kernels.nf4_skinny(rows, q, *factors, scale)
     else:
-        y = reference.plus(rows @ kernels.nf4_dequant(q, x.dtype).mT, *factors, scale)
+        y = reference.plus(rows, kernels.nf4_dequant(q, x.dtype), *factors, scale)
     return y.view(*x.shape[:-1], q.n)
 
 

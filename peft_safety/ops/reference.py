@@ -54,7 +54,7 @@ def nf4_skinny(x: Tensor, q: QuantBundle, z: Tensor, bp: Tensor, scale: float) -
     """`y = x W^T + scale * z B'^T (t, n)` for few rows `x (t, k)`, where a backend may read the packed weight instead
     of a dense one. `z (t, r)` and `B' (n, r)` in one dtype.
     """
-    return plus(x @ nf4_dequant(q, x.dtype).mT, z, bp, scale)
+    return plus(x, nf4_dequant(q, x.dtype), z, bp, scale)
 
 
 def lora_z(x: Tensor, a: Tensor) -> Tensor:
@@ -63,11 +63,8 @@ def lora_z(x: Tensor, a: Tensor) -> Tensor:
     return x.to(wide) @ a.to(wide).mT
 
 
-def plus(base: Tensor, z: Tensor, bp: Tensor, scale: float) -> Tensor:
-    """`base + scale * z B'^T (t, n)`, which overwrites `base` if the factors are in its dtype. Else the sum is in the
-    wider dtype, and rounded once to that of `base`.
+def plus(x: Tensor, weight: Tensor, z: Tensor, bp: Tensor, scale: float) -> Tensor:
+    """`x W^T + scale * z B'^T (t, n)` in the dtype of x. The adapter comes first, rounded by a share of itself, and the
+    large product is summed onto it: a base that was rounded before would swallow an update below half its spacing.
     """
-    wide = torch.promote_types(base.dtype, z.dtype)
-    if base.dtype == wide:
-        return base.addmm_(z.to(wide), bp.to(wide).mT, alpha=scale)
-    return base.to(wide).addmm_(z.to(wide), bp.to(wide).mT, alpha=scale).to(base.dtype)
+    return (z @ bp.mT).mul_(scale).to(x.dtype).addmm_(x, weight.mT)

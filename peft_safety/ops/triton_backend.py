@@ -107,7 +107,7 @@ def nf4_skinny(x: Tensor, q: QuantBundle, z: Tensor, bp: Tensor, scale: float) -
     """See `reference.nf4_skinny`. Two launches read only the packed weight; fp32 is dequantized first."""
     t, r = x.shape[0], bp.shape[1]
     if x.dtype == torch.float32 or not t or not q.n:
-        return reference.plus(x @ nf4_dequant(q, x.dtype).mT, z, bp, scale)
+        return reference.plus(x, nf4_dequant(q, x.dtype), z, bp, scale)
     x, z, bp = x.contiguous(), z.contiguous(), bp.contiguous()
     tile, width = SKINNY_TILE, token_block(t)
     chunk = min(q.blocksize, tile.columns)  # columns that are multiplied before the scale of their block is applied
