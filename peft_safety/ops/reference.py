@@ -64,7 +64,7 @@ def lora_z(x: Tensor, a: Tensor) -> Tensor:
 
 
 def plus(x: Tensor, weight: Tensor, z: Tensor, bp: Tensor, scale: float) -> Tensor:
-    """`x W^T + scale * z B'^T (t, n)` in the dtype of x. The adapter comes first, rounded by a share of itself, and the
-    large product is summed onto it: a base that was rounded before would swallow an update below half its spacing.
+    """`x W^T + scale * z B'^T (t, n)` in the dtype of x. The adapter comes first, rounded by a share of itself, and
+    large product is summed onto it: a base rounded before would swallow an update below half its spacing.
     """
     return (z @ bp.mT).mul_(scale).to(x.dtype).addmm_(x, weight.mT)
