@@ -18,7 +18,7 @@ from peft_safety import (
     SaLoRAConfig,
     assert_protected,
     calibrate,
-    explain,
+    explain_dispatch,
     export_lora,
     merge_quantized,
     verify,
@@ -147,7 +147,9 @@ def test_a_model_merged_to_16_bit_computes_what_the_adapter_computed(kind, monke
     cells.train(model, cells.adamw, 10)
     before = cells.logits(model.eval())
     monkeypatch.setenv("PEFT_SAFETY_FUSED", "1")
-    assert {row.reason for row in explain(model)} == {f"a base weight of {'hqq' if kind == 'HQQ' else 'torchao'}"}
+    assert {row.reason for row in explain_dispatch(model)} == {
+        f"a base weight of {'hqq' if kind == 'HQQ' else 'torchao'}"
+    }
     merged = merge_quantized(model, dtype=torch.float32, verbose=False).model
     assert all(type(layer) is nn.Linear for name, layer in merged.named_modules() if name.endswith(tuple(TARGETS)))
     torch.testing.assert_close(cells.logits(merged), before, rtol=1e-4, atol=1e-4)
