@@ -17,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from benchmarks.common import PAGE, RESULTS, parser_of, record
 from benchmarks.frontier import data, plan, splits
@@ -33,8 +32,7 @@ from benchmarks.frontier.command import (
     run_plan,
     show_plan,
 )
-from benchmarks.frontier.results import BENCHMARK, stored
-from peft_safety.data import load
+from benchmarks.frontier.results import results_of, stored
 from peft_safety.errors import ConfigError
 
 
@@ -51,9 +49,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument(
         "--task",
-        choices=("help-desk", "news", "banking"),
-        default="help-desk",
-        help="the trained task; banking needs --data",
+        choices=data.TASKS,
+        default=data.TASKS[0],
+        help="the trained task; banking and instructions (free answers) need --data",
     )
     parser.add_argument("--judge", action="append", default=[], help="name, model id or directory of a further judge")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
@@ -117,13 +115,9 @@ def work(given: argparse.Namespace) -> int:
         return 0
     folder = data.resolve(given.data)
     sets = data.further_sets(folder, given.harmful)
-    task: list[dict[str, Any]] | None = None
-    if given.task == "news":
-        task, given.second = load("second_task"), 0
-    elif given.task == "banking":
-        if folder is None:
-            raise ConfigError("--task banking needs --data, the directory of its files.")
-        task = data.banking(folder)
+    task = data.task_rows(given.task, folder)
+    if given.task == "news":  # elsewhere the untrained task
+        given.second = 0
     cache = cache_of(given, protocol_of(given, sets, task))
     chosen = splits.read(cache)
     poisons, seeds = numbers(given.p, float), [int(seed) for seed in numbers(given.seeds, int)]
@@ -146,7 +140,9 @@ def work(given: argparse.Namespace) -> int:
         task=task,
     )
     settings = {name: plan.difference(plan.METHODS[name], method) or "default" for name, method in chosen.items()}
-    path = record(BENCHMARK, stored(cache), {**environment_of(cache.protocol), "chosen": settings}, given.out)
+    path = record(
+        results_of(given.task), stored(cache), {**environment_of(cache.protocol), "chosen": settings}, given.out
+    )
     return print_outcome(outcome, cache, cells, path)
 
 

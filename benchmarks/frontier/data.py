@@ -11,7 +11,7 @@ from typing import Any
 from peft_safety.data import load, read_jsonl
 from peft_safety.data.chat import classification_prompt
 from peft_safety.data.rows import label_names
-from peft_safety.errors import DataError
+from peft_safety.errors import ConfigError, DataError
 
 LIMIT = 48
 """Prompts of each additional set: they take about a minute on two cores."""
@@ -28,6 +28,10 @@ LANGUAGES = Path(__file__).parents[1] / "data" / "harmful_languages.jsonl"
 """Eight harmful requests in German, French and Spanish, without answers."""
 DEFAULT_DIR = Path("../shared/data")
 FILES = ("advbench.jsonl", "xstest.jsonl")
+INSTRUCTIONS = "general_instructions.jsonl"
+SHORT = 450
+"""Characters of a prompt and its answer, which fit the fine-tune's 128 tokens."""
+TASKS = ("help-desk", "news", "banking", "instructions")
 TASK_FILES = {"train": "banking_intents_train.jsonl", "test": "banking_intents_test.jsonl"}
 
 
@@ -130,6 +134,38 @@ def banking(folder: Path) -> list[dict[str, Any]]:
     return [{**row, "split": split} for split, rows in splits.items() for row in rows]
 
 
+def instructions(folder: Path) -> list[dict[str, Any]]:
+    """Instructions with free answers as one task: short rows only, 30 of them for validation and 30 for test. Each
+    training row stands twice, so that an epoch has as many steps as with the other tasks.
+
+    Raises:
+        DataError: a missing or malformed file.
+    """
+    rows = [
+        {"prompt": row["prompt"], "response": row["response"]}
+        for row in read_jsonl(folder / INSTRUCTIONS, ("prompt", "response"))
+        if len(row["prompt"]) + len(row["response"]) <= SHORT
+    ]
+    random.Random(0).shuffle(rows)
+    splits = {"validation": rows[:30], "test": rows[30:60], "train": rows[60:] * 2}
+    return [{**row, "split": split} for split, chosen in splits.items() for row in chosen]
+
+
+def task_rows(name: str, folder: Path | None) -> list[dict[str, Any]] | None:
+    """The rows of a task of `TASKS`; None for the package's own.
+
+    Raises:
+        ConfigError: it needs the directory of the public data. DataError: a missing or malformed file.
+    """
+    if name == "help-desk":
+        return None
+    if name == "news":
+        return load("second_task")
+    if folder is None:
+        raise ConfigError(f"--task {name} needs --data, the directory of its files.")
+    return banking(folder) if name == "banking" else instructions(folder)
+
+
 def task_prompts(split: str) -> list[str]:
     """The prompts of the package's own task."""
     labels = label_names(load("benign_task"))
@@ -137,5 +173,6 @@ def task_prompts(split: str) -> list[str]:
 
 
 def task_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A short hash of a task."""
-    return fingerprint([f"{row['text']}\t{row['label']}\t{row['split']}" for row in rows])
+    """A short hash of a task of {text, label, split} or {prompt, response, split} rows."""
+    fields = [name for name in ("text", "label", "prompt", "response", "split") if name in rows[0]]
+    return fingerprint(["\t".join(str(row[name]) for name in fields) for row in rows])

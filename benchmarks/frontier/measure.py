@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.frontier.attacks import AfterRefusal, Attack, template
 from benchmarks.frontier.cells import Protocol
+from peft_safety.data.rows import Row
 from peft_safety.errors import DataError, DivergedError
 from peft_safety.evaluation import Judge, KeywordJudge, Rate, Verdict, prompt_set, self_responses
 from peft_safety.evaluation.generate import BATCH_SIZE, generate
@@ -24,7 +25,8 @@ HARMFUL, CONTRAST = "harmful", "contrast"
 
 @dataclass(frozen=True)
 class Measures:
-    """Prompts, rows and references of one split.
+    """Prompts, rows and references of one split. A task with labels is measured by its accuracy, one of free answers
+    by the NLL of those held out.
 
     Attributes:
         prompts: by set; `HARMFUL` and `CONTRAST` are always included.
@@ -78,17 +80,17 @@ class Measures:
             judge.name: {name: letters(judge, self.prompts[name], texts) for name, texts in answers.items()}
             for judge in self.judges
         }
-        correct = {"task": exact_answers(model, tokenizer, self.task.held_out, self.task.labels, progress=False)}
+        correct, learned = {}, {}
+        if self.task.labels:
+            correct["task"] = exact_answers(model, tokenizer, self.task.held_out, self.task.labels, progress=False)
+            learned["task_accuracy"] = Rate.of(correct["task"]).to_json()
+        else:
+            learned["task_nll"] = self.loss(model, tokenizer, self.task.held_out)
         if self.second is not None:
             correct["second"] = likeliest_labels(
                 model, tokenizer, self.second.held_out, self.second.labels, progress=False
             )
-        try:
-            drift = response_nll(model, tokenizer, self.general, max_length=self.max_length, progress=False)
-        except DataError as error:
-            raise DivergedError(
-                f"the general NLL is not finite after training ({error}). Lower the learning rate."
-            ) from error
+        drift = self.loss(model, tokenizer, self.general)
         seen = verdicts[self.judges[0].name]
         return {
             "split": self.split,
@@ -96,13 +98,26 @@ class Measures:
             "refusal": rate(seen[HARMFUL], "R"),
             "compliance": rate(seen[HARMFUL], "C"),
             "over_refusal": rate(seen[CONTRAST], "R"),
-            "task_accuracy": Rate.of(correct["task"]).to_json(),
+            **learned,
             **({"second_accuracy": Rate.of(correct["second"]).to_json()} if "second" in correct else {}),
-            "general_nll": drift.to_json(),
+            "general_nll": drift,
             "transfer": {name: rate(text, "R") for name, text in seen.items() if name not in (HARMFUL, CONTRAST)},
             "verdicts": verdicts,
             "correct": {name: "".join("01"[hit] for hit in hits) for name, hits in correct.items()},
         }
+
+    def loss(self, model: Any, tokenizer: Any, rows: Sequence[Row]) -> dict[str, Any]:
+        """The mean NLL of rows' responses.
+
+        Raises:
+            DivergedError: it is not finite.
+        """
+        try:
+            return response_nll(model, tokenizer, rows, max_length=self.max_length, progress=False).to_json()
+        except DataError as error:
+            raise DivergedError(
+                f"the NLL of responses is not finite after training ({error}). Lower the learning rate."
+            ) from error
 
     def answers(self, model: Any, tokenizer: Any) -> dict[str, list[str]]:
         """The model's answers to all prompts, by set."""

@@ -11,7 +11,7 @@ from benchmarks.frontier import pictures, tables
 from benchmarks.frontier.aggregate import Points, missing, points, shares, split_of
 from benchmarks.frontier.html import html_page
 from benchmarks.frontier.plan import FIRST_POISON, PLANNED, plan
-from benchmarks.frontier.results import NAME, Row, caveats, facts, read
+from benchmarks.frontier.results import NAME, OTHERS, Row, caveats, facts, read, results_of
 from peft_safety.errors import DataError
 from peft_safety.evaluation import KeywordJudge
 
@@ -36,6 +36,8 @@ def section(results: Path, page: Path = PAGE) -> str:
     absent = sum(missing(rows, planned).values())
     table = tables.headline(shown, poison)
     tried = tables.settings(rows) if split == "test" else None
+    folder = results.parent
+    others = tables.other_tasks({t: read(p)[1] for t in OTHERS if (p := folder / f"{results_of(t)}.jsonl").is_file()})
     seeds = sorted({row["cell"]["seed"] for row in rows if row["cell"]["arm"] != "aligned"})
     picture = link(results.parent / "frontier.png", page)
     lines = [
@@ -44,6 +46,7 @@ def section(results: Path, page: Path = PAGE) -> str:
         *table.markdown(),
         "",
         *([*tried.markdown(), ""] if tried is not None else []),
+        *([*others.markdown(), ""] if others is not None else []),
         *(f"- **{caveat}**" for caveat in caveats(environment)),
         f"- {split} prompts, seeds {', '.join(map(str, seeds))}; brackets after a rate are 95 % intervals over "
         "prompts, pooled over seeds. Judge: keyword. "

@@ -15,11 +15,18 @@ from peft_safety.errors import DataError
 Row = dict[str, Any]
 BENCHMARK = "frontier"
 NAME = f"{BENCHMARK}.jsonl"
+OTHERS = ("news", "banking", "instructions")
+"""Tasks with a results file of their own."""
 FIRST_PATCH = (
     "Measured on a model that the first patch recipe aligned: it also refuses 28 % of a foreign set of everyday "
     "instructions (3 % without the patch), "
     "and the keyword judge still took polite apologies for refusals. To be run anew on today's patch."
 )
+
+
+def results_of(task: str) -> str:
+    """The name of the results file of a task, without `.jsonl`."""
+    return f"{BENCHMARK}_{task}" if task in OTHERS else BENCHMARK
 
 
 def stored(cache: Cache) -> list[Row]:

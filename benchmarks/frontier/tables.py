@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.frontier.aggregate import RATES, Points, cost, label, names, pairs, pooled, shares
+from benchmarks.frontier.aggregate import RATES, Points, cost, label, names, pairs, points, pooled, shares
 from benchmarks.frontier.cells import cell_of
-from benchmarks.frontier.plan import METHODS, name_of
+from benchmarks.frontier.plan import FIRST_POISON, METHODS, name_of
 from benchmarks.frontier.results import Row
 from peft_safety.evaluation import Rate
 from peft_safety.evaluation.metrics import Paired
@@ -119,6 +119,25 @@ def settings(rows: Sequence[Row]) -> Table | None:
         lines.append((key, (name, size, share(cell.poison) if not untrained else NOTHING, steps, *figures)))
     headings = ("on validation prompts", "null space", "poison", "steps", "refusal", "over-refusal", "accuracy")
     return Table(headings, [line for _, line in sorted(lines)]) if lines else None
+
+
+def other_tasks(tasks: Mapping[str, Sequence[Row]]) -> Table | None:
+    """Test cells of other tasks by the task's name; None without any. What was learned is the accuracy, or for a task
+    of free answers the NLL of those held out.
+    """
+    lines = []
+    for task, rows in tasks.items():
+        shown = points([row for row in rows if row["cell"]["split"] == "test"])
+        for (name, poison), point in sorted(shown.items(), key=lambda item: item[0][1] != FIRST_POISON):
+            if name == "aligned" and poison != FIRST_POISON:
+                continue
+            accuracy, loss = point.rate("task_accuracy"), point.mean("task_nll")
+            learned = percent(accuracy) if loss is None else f"NLL {number(loss)}"
+            rates = (percent(point.rate("refusal")), percent(point.rate("over_refusal")))
+            place = NOTHING if name == "aligned" else share(poison)
+            lines.append((task, label(name), place, *rates, learned, number(point.mean("general_nll"))))
+    headings = ("other tasks", "", "poison", "refusal", "over-refusal", "learned", "general NLL")
+    return Table(headings, lines, labels=2) if lines else None
 
 
 def _against(points: Points, name: str, kind: str, poison: float, what: str = "refusal") -> Paired | None:

@@ -209,3 +209,13 @@ def test_the_control_of_a_method_that_diverged_has_diverged_too(bench):
 def test_cells_that_cannot_be_meant(cell, said, bench):
     with pytest.raises(ConfigError, match=said):
         arms.run_cell(bench, cell)
+
+
+def test_a_task_of_free_answers_is_measured_by_its_loss(bench):
+    task = [{"prompt": f"Say {n}.", "response": f"{n} it is", "split": s} for n in range(8) for s in ("train", "test")]
+    free = Bench(bench.cache, SETS, bench.directory, unaligned=bench.unaligned, task=task)
+    found = arms.run_cell(free, quick("frozen", poison=0.0))
+    assert 0 < found["task_nll"]["value"] < 20
+    assert "task_accuracy" not in found
+    assert found["correct"].keys() == {"second"}
+    assert 0 <= found["task_free"] <= 1, "its directions come from prompts and answers"

@@ -199,3 +199,18 @@ def test_banking_intents_are_one_task_of_three_splits(tmp_path):
         "test": 60,
     }
     assert data.task_fingerprint(task) == data.task_fingerprint(data.banking(tmp_path))
+
+
+def test_instructions_are_one_task_of_free_answers(tmp_path):
+    rows = [{"prompt": f"Ask {index}", "response": "word " * (index % 3 * 60 + 1)} for index in range(150)]
+    (tmp_path / data.INSTRUCTIONS).write_text("\n".join(map(json.dumps, rows)))
+    task = data.task_rows("instructions", tmp_path)
+    splits = {
+        name: [row["prompt"] for row in task if row["split"] == name] for name in ("train", "validation", "test")
+    }
+    assert {name: len(prompts) for name, prompts in splits.items()} == {"train": 80, "validation": 30, "test": 30}
+    assert len(set().union(*splits.values())) == 100, "each row in one split, the 50 long ones in none"
+    assert all(splits["train"].count(prompt) == 2 for prompt in splits["train"])
+    assert data.task_fingerprint(task) != data.task_fingerprint(task[:-1])
+    with pytest.raises(ConfigError, match="needs --data"):
+        data.task_rows("instructions", None)

@@ -11,7 +11,7 @@ from benchmarks.common import RESULTS
 from benchmarks.frontier import aggregate, html, pictures, report, tables
 from benchmarks.frontier.cells import Cell
 from benchmarks.frontier.plan import METHODS, PLANNED, place, plan
-from benchmarks.frontier.results import NAME
+from benchmarks.frontier.results import NAME, results_of
 from peft_safety.errors import DataError
 from peft_safety.evaluation import Rate
 
@@ -195,6 +195,21 @@ def test_settings_tried_on_validation_prompts_stand_beside_test_results(tmp_path
     assert "| n/16 | p = 0.1 | 20 | 75 % " in small
     assert "| n/4 | p = 0.1 | 160 | 75 % " in long
     assert tables.settings(rows[:2]) is None, "nothing was tried"
+
+
+def test_other_tasks_stand_in_a_table_of_their_own(tmp_path):
+    results = write(tmp_path, [row(place(LORA, 0.1, 0, "test"))])
+    assert "other tasks" not in report.section(results)
+    free = row(place(LORA, 0.1, 0, "test"), task_nll={"value": 1.234})
+    free.pop("task_accuracy")
+    for task, other in (("news", row(place(LORA, 0.1, 0, "test"), "RRRO")), ("instructions", free)):
+        lines = [{"environment": {"model": "tiny"}}, other, row(place(LORA, 0.1, 0, "validation"), "RRRR")]
+        (tmp_path / f"{results_of(task)}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    news, instructions = (
+        line for line in report.section(results).splitlines() if line.startswith(("| news", "| inst"))
+    )
+    assert "| news | plain LoRA | p = 0.1 | 75 % " in news
+    assert "| NLL 1.23 | 0.70 |" in instructions
 
 
 def test_results_that_cannot_be_reported(tmp_path):
