@@ -6,6 +6,9 @@ is a `ValueError`, so that code that guards against PEFT's own `ValueError`s kee
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PeftSafetyError(ValueError):
     """Base class of everything this package raises on purpose."""
@@ -13,6 +16,29 @@ class PeftSafetyError(ValueError):
 
 class ConfigError(PeftSafetyError):
     """A config field, or a combination of fields, that the method cannot honor."""
+
+
+class MissingPackageError(ConfigError, ImportError):
+    """A package that only an extra brings is not installed, or not in a release that fits."""
+
+
+@contextmanager
+def extra(name: str, need: str) -> Iterator[None]:
+    """For imports of optional packages.
+
+    Args:
+        name: the extra of setup.cfg that brings them.
+        need: who needs what, the beginning of the message.
+
+    Raises:
+        MissingPackageError: instead of an ImportError.
+    """
+    try:
+        yield
+    except MissingPackageError:
+        raise
+    except ImportError as error:
+        raise MissingPackageError(f'{need}: pip install "peft-safety[{name}]" ({error}).') from error
 
 
 class UnsupportedLayerError(PeftSafetyError):

@@ -60,16 +60,12 @@ class MergeResult:
         return {"to": self.to, "modules": rows}
 
     def print(self) -> None:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(
-            "module", "|dW| / |W|", "kept", "error", "leak", title=f"merged into {self.to}", title_justify="left"
-        )
+        """A plain table: a merge needs no package for printing."""
+        wide = max((len(row.module) for row in self.modules), default=0)
+        print(f"merged into {self.to}\n{'module':{wide}} {'|dW| / |W|':>10} {'kept':>9} {'error':>9} {'leak':>9}")
         for row in self.modules:
             leak = "-" if row.leak is None else f"{row.leak:.2g}"
-            table.add_row(row.module, f"{row.norm:.2%}", f"{row.kept:.2%}", f"{row.error:.2%}", leak)
-        Console().print(table)
+            print(f"{row.module:{wide}} {row.norm:10.2%} {row.kept:9.2%} {row.error:9.2%} {leak:>9}")
 
 
 @dataclass(frozen=True)

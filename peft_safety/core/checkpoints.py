@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peft_safety.core import base_weights as weights
 from peft_safety.core import files, publish
 from peft_safety.core.targets import base_layers
-from peft_safety.errors import CheckpointError
+from peft_safety.errors import CheckpointError, extra
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -149,13 +149,13 @@ class FileWeights:
 
     def _dequantized(self, key: str, dtype: str) -> tuple[Tensor, str]:
         """A bitsandbytes weight, from the tensors stored with it."""
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-
         scale = f"{key.removesuffix('weight')}SCB"
         if dtype == "I8" and scale in self.place:
             return weights.from_int8(self._tensor(key), self._tensor(scale)), "8bit"
         state = {name.removeprefix(f"{key}."): self._tensor(name) for name in self.place if name.startswith(f"{key}.")}
         if any(name.startswith("quant_state.bitsandbytes__") for name in state):
+            with extra("quant", f"{self.label}: {key} is a 4-bit weight, and reading it needs bitsandbytes"):
+                from bitsandbytes.functional import QuantState, dequantize_4bit
             packed = self._tensor(key)
             return dequantize_4bit(packed, QuantState.from_dict(state, device=packed.device)).float(), "4bit"
         raise CheckpointError(f"{self.label}: {key} is {dtype}, which cannot be read. Give the 16-bit checkpoint.")

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from peft_safety.data import load, read_jsonl
 from peft_safety.data.rows import as_rows, kind_of, label_names
-from peft_safety.errors import ConfigError, DataError
+from peft_safety.errors import ConfigError, DataError, extra
 
 Kind = Literal["harmful", "over_refusal", "utility"]
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -239,11 +239,8 @@ def _find(name: str, directory: str | os.PathLike[str] | None, kind: Kind) -> tu
 
 
 def _datasets() -> Any:
-    try:
+    with extra("eval", "only the packaged sets and .jsonl files are read without the package `datasets`"):
         import datasets
-    except ImportError as error:
-        remedy = "pip install datasets. The packaged sets and .jsonl files do without."
-        raise ConfigError(f"sets are read by the package `datasets`, which is not installed: {remedy}") from error
     return datasets
 
 

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from axolotl.integrations.base import AdapterCapabilities, BasePlugin
-from axolotl.loaders.adapter import load_lora
 from peft import LoraConfig, get_peft_model
 from pydantic import BaseModel, Field, model_validator
 
 from peft_safety.callbacks import SafetyMonitorCallback, TaskDirectionsCallback
-from peft_safety.errors import ConfigError
+from peft_safety.errors import ConfigError, extra
 from peft_safety.integrations.configs import METHODS, protected_config
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry.protection import assert_protected
+
+with extra("axolotl", "the plugin needs axolotl"):
+    from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+    from axolotl.loaders.adapter import load_lora
 
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 

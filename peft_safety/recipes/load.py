@@ -26,7 +26,7 @@ from peft_safety.core.snapshot import reading
 from peft_safety.core.training import HOLDOUT
 from peft_safety.data import affirmation_pairs, rows_of
 from peft_safety.data.rows import Row, Rows, as_rows, label_names
-from peft_safety.errors import ArtifactError, ConfigError, DataError, PeftSafetyError
+from peft_safety.errors import ArtifactError, ConfigError, DataError, PeftSafetyError, extra
 
 
 def load_model(
@@ -49,6 +49,8 @@ def load_model(
     cuda = torch.cuda.is_available()
     options: dict[str, Any] = {"dtype": "auto" if cuda else torch.float32}
     if load_in_4bit:
+        with extra("quant", "a 4-bit base needs bitsandbytes"):
+            import bitsandbytes  # noqa: F401
         options["dtype"] = torch.bfloat16 if cuda else torch.float32
         options["quantization_config"] = nf4_config(options["dtype"])
     try:

@@ -31,6 +31,7 @@ from peft_safety.recipes.bench import Bench
 from peft_safety.recipes.load import TaskData, load_model
 from peft_safety.recipes.train import TrainingRun, finetune
 from peft_safety.recipes.watch import Look, Stopping, Watch
+from peft_safety.reporting import render
 from peft_safety.reporting.report import Report, environment
 
 BASIS_ROWS = 480
@@ -259,6 +260,7 @@ def make_patch(
         ConfigError, DataError, CalibrationError: before anything is trained or written.
     """
     options = PatchOptions() if options is None else options
+    render.require_rich()  # before the hours, for the table at the end
     base, tokenizer = load_model(model, tokenizer)
     earlier, names = _with_priors(base, options.prior_patches)
     no_task = TaskData([], [], [])

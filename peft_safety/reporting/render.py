@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_safety.errors import ConfigError
+from peft_safety.errors import ConfigError, extra
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +32,7 @@ def printable(text: str) -> str:
 
 def plain_console(**options: Any) -> Console:
     """A console that prints text as it is: names and messages from files are no markup, nor codes for a terminal."""
+    require_rich()
     from rich.console import Console
 
     class Plain(Console):
@@ -43,6 +44,7 @@ def plain_console(**options: Any) -> Console:
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], prose: Collection[int] = ()) -> Table:
     """A table of text; without any heading there is no header. Only `prose` columns are wrapped."""
+    require_rich()
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -83,11 +85,15 @@ def number(value: float | None, form: str = ".3g") -> str:
 
 
 def require_matplotlib() -> None:
-    """A ConfigError where matplotlib is not installed."""
-    try:
+    """A MissingPackageError where matplotlib is not installed."""
+    with extra("plot", "pictures need matplotlib"):
         import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ConfigError('pictures need matplotlib. Install it: pip install "peft-safety[plot]".') from error
+
+
+def require_rich() -> None:
+    """A MissingPackageError where rich, which draws the tables, is not installed."""
+    with extra("cli", "tables need rich"):
+        import rich.table  # noqa: F401
 
 
 def figure(width: float, height: float, panels: int = 1, sharey: bool = False, rows: int = 1) -> tuple[Any, Any]:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import anyio.to_thread
-from inspect_ai import Task, task
-from inspect_ai.dataset import MemoryDataset, Sample
-from inspect_ai.model import GenerateConfig
-from inspect_ai.scorer import Score, Scorer, Target, ci_wilson, mean, scorer
-from inspect_ai.solver import TaskState, generate
-
-from peft_safety.errors import ConfigError
+from peft_safety.errors import ConfigError, extra
 from peft_safety.evaluation import judges
 from peft_safety.evaluation.sets import Kind, named_set
+
+with extra("inspect", "these tasks need inspect_ai"):
+    import anyio.to_thread
+    from inspect_ai import Task, task
+    from inspect_ai.dataset import MemoryDataset, Sample
+    from inspect_ai.model import GenerateConfig
+    from inspect_ai.scorer import Score, Scorer, Target, ci_wilson, mean, scorer
+    from inspect_ai.solver import TaskState, generate
 
 OPENING = 16
 """Tokens of a response, as in `evaluate`: a keyword judge needs only its head."""

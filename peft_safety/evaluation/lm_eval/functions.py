@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft_safety.errors import extra
 from peft_safety.evaluation import KeywordJudge, Verdict, named_set
 from peft_safety.evaluation.sets import Kind
 
@@ -19,7 +20,8 @@ def contrast(split: str | None = None, prompts: str = "packaged-contrast", **met
 
 
 def _drawn(kind: Kind, prompts: str, split: str | None, metadata: dict[str, Any]) -> dict[str, Any]:
-    from datasets import Dataset
+    with extra("eval", "tasks of lm-evaluation-harness need the package `datasets`"):
+        from datasets import Dataset
 
     draw = {name: metadata[name] for name in ("limit", "seed", "directory") if name in metadata}
     drawn = named_set(prompts, kind=kind, split=split, **draw).prompts

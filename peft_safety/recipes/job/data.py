@@ -8,16 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import maybe_convert_to_chatml
 
 from peft_safety.core.checks import is_number
 from peft_safety.data import affirmation_pairs
 from peft_safety.data.chat import Feature, encode_row, row_turns
 from peft_safety.data.rows import SHAPES, Row, kind_of, label_names, plain_row
 from peft_safety.data.templates import plain_messages
-from peft_safety.errors import ConfigError, DataError
+from peft_safety.errors import ConfigError, DataError, extra
+
+with extra("trl", "a job needs TRL"):
+    from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+    from trl.data_utils import maybe_convert_to_chatml
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SHUFFLE = 42

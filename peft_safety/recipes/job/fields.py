@@ -11,6 +11,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from peft_safety.errors import extra
+
 FILE = Path(__file__).with_name("fields.json")
 TYPES = {"list": "list", "dict": "mapping", "bool": "yes/no", "int": "number", "float": "number"}
 """What a type is called in the help; of a union, the first of these that is in it."""
@@ -24,7 +26,8 @@ def table() -> dict[str, dict[str, Any]]:
 
 def installed() -> dict[str, dict[str, Any]]:
     """The same from the installed TRL."""
-    from trl import ModelConfig, ScriptArguments, SFTConfig
+    with extra("trl", "the table of fields needs TRL"):
+        from trl import ModelConfig, ScriptArguments, SFTConfig
 
     result = {}
     for kind in (ModelConfig, ScriptArguments, SFTConfig):

@@ -13,20 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from trl import get_quantization_config
-from trl.trainer.utils import create_model_from_path
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core import files
 from peft_safety.core.checks import check_positive, size_pattern, whole
 from peft_safety.data.chat import Collator, Feature
 from peft_safety.data.rows import Row
-from peft_safety.errors import ConfigError, DataError
+from peft_safety.errors import ConfigError, DataError, extra
 from peft_safety.evaluation.prompts import prompt_set
 from peft_safety.evaluation.tasks import WHOLE
 from peft_safety.recipes.adapter import adapter_config
@@ -36,6 +33,11 @@ from peft_safety.recipes.job.options import STEPS
 from peft_safety.recipes.job.settings import Settings
 from peft_safety.recipes.job.state import State
 from peft_safety.recipes.load import TaskData
+
+with extra("trl", "a job needs TRL"):
+    from datasets import Dataset
+    from trl import get_quantization_config
+    from trl.trainer.utils import create_model_from_path
 
 CONFIG_OPTIONS = (
     "safety_energy", "basis", "positions", "train", "window", "a_init", "init", "combine", "combine_rank",

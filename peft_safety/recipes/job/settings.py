@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from peft_safety.core.config_file import read_config
-from peft_safety.errors import ConfigError
+from peft_safety.errors import ConfigError, extra
 from peft_safety.recipes.job.fields import table, type_name
 from peft_safety.recipes.job.options import OTHER_NAMES, OUR_DEFAULTS, WITHOUT_ACCELERATOR, SafetyOptions
 
@@ -126,11 +126,10 @@ def _name(flag: str) -> str:
 
 def _parsed(flags: Sequence[str], config: Mapping[str, Any], given: Sequence[str]) -> tuple[Any, ...]:
     """Instances of the four dataclasses. What the file says becomes flags too, so that both mean the same."""
-    try:
-        import torch
+    import torch
+
+    with extra("trl", "a job needs TRL"):
         from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
-    except ImportError as error:
-        raise ConfigError(f"a job needs TRL ({error}): pip install 'peft-safety[trl]'.") from error
 
     class Parser(TrlParser):  # type: ignore[misc]
         def error(self, message: str) -> Any:

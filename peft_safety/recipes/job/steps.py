@@ -14,7 +14,6 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl import SFTTrainer
 
 from peft_safety.calibration.activations import MAX_LENGTH
 from peft_safety.callbacks import SafetyMonitorCallback
@@ -24,7 +23,7 @@ from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.training import TrainOptions
 from peft_safety.data import calibration_rows
 from peft_safety.data.rows import Row
-from peft_safety.errors import CalibrationError, ConfigError, PeftSafetyError
+from peft_safety.errors import CalibrationError, ConfigError, PeftSafetyError, extra
 from peft_safety.evaluation.judges import KeywordJudge
 from peft_safety.evaluation.metrics import figure_from_json
 from peft_safety.evaluation.tasks import WHOLE
@@ -39,6 +38,9 @@ from peft_safety.recipes.job.settings import Settings
 from peft_safety.recipes.screen import screen as screen_rows
 from peft_safety.recipes.train import TrainingRun
 from peft_safety.reporting.report import Report
+
+with extra("trl", "a job needs TRL"):
+    from trl import SFTTrainer
 
 READING = (
     "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_text_field", "held_out",
