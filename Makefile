@@ -26,10 +26,10 @@ export MPLBACKEND := Agg
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock model demo demo-smoke frontier frontier-smoke attacks attacks-smoke topic topic-smoke test test-isa test-all integrations nightly lint format clean
+.PHONY: help venv lock model demo demo-smoke frontier frontier-smoke attacks attacks-smoke topic topic-smoke test test-isa test-all integrations wheel wheel-check nightly lint format clean
 
 help:
-	@echo "make demo | test | test-isa | demo-smoke | frontier-smoke | frontier | attacks-smoke | attacks | topic-smoke | topic | test-all | integrations | nightly | lint | format | model | venv | lock | clean"
+	@echo "make demo | test | test-isa | demo-smoke | frontier-smoke | frontier | attacks-smoke | attacks | topic-smoke | topic | test-all | integrations | wheel | wheel-check | nightly | lint | format | model | venv | lock | clean"
 	@echo "  PYTHON=python3.12 (when .venv is made)  DEMO_ARGS=...  FRONTIER_ARGS=...  PYTEST_ARGS=..."
 
 venv: $(STAMP)
@@ -133,6 +133,19 @@ integrations: $(STAMP)
 	$(BIN)/python tests/integrations/install.py
 	$(OFFLINE) $(BIN)/python -m pytest tests/integrations $(PYTEST_ARGS)
 
+# sdist and wheel, in dist/
+BUILD := .nightly-build
+$(BUILD): $(STAMP)
+	$(PIP_INSTALL) --no-deps --target $@ build==1.6.1 pyproject_hooks==1.3.3
+
+wheel: $(BUILD)
+	rm -rf build dist
+	PYTHONPATH=$(CURDIR)/$(BUILD) $(BIN)/python -m build
+
+# the wheel in fresh environments: the newest and the oldest releases that setup.cfg allows
+wheel-check: wheel
+	PEFT_SAFETY_TORCH="$(TORCH)" $(OFFLINE) $(BIN)/python -m pytest tests/release $(PYTEST_ARGS)
+
 # what is too long for every change: every test, with the oldest instructions too, and the harness at a small scale
 nightly: $(STAMP) model $(DEEPSPEED) $(LLAMA_CPP) $(INSPECT) $(ENCODER) $(QUANTIZED)
 	$(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) $(PYTEST_ARGS)
@@ -141,7 +154,7 @@ nightly: $(STAMP) model $(DEEPSPEED) $(LLAMA_CPP) $(INSPECT) $(ENCODER) $(QUANTI
 	PYTHONPATH=$(CURDIR)/$(INSPECT) $(OFFLINE) $(BIN)/python -m pytest tests/interop/test_inspect_ai.py $(PYTEST_ARGS)
 	PYTHONPATH=$(CURDIR)/$(ENCODER) $(OFFLINE) $(BIN)/python -m pytest tests/unit/test_judges_embedding.py $(PYTEST_ARGS)
 	PYTHONPATH=$(CURDIR)/$(QUANTIZED) $(OFFLINE) $(BIN)/python -m pytest tests/peft/test_libraries.py $(PYTEST_ARGS)
-	$(MAKE) integrations frontier-smoke attacks-smoke topic-smoke
+	$(MAKE) wheel-check integrations frontier-smoke attacks-smoke topic-smoke
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

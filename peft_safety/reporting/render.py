@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_safety.errors import ConfigError, extra
+from peft_safety.errors import extra
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -4,7 +4,9 @@ model that answers.
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,21 @@ from peft_safety.core.targets import target_layers
 from peft_safety.layers import protected_leaves
 from tests.tiny import tiny_llama, tiny_tokenizer
 
+README = Path(__file__).resolve().parents[2] / "README.md"
 MAX_LEAK = 1e-6
+
+
+def readme_code(model: Path) -> str:
+    """The README's code on another model, and on the CPU, where TRL's default of bf16 has to be turned off."""
+    (block,) = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    cpu = 'SFTConfig(output_dir="run", use_cpu=True, bf16=False, report_to="none"'
+    for printed, here in {
+        "HuggingFaceTB/SmolLM2-135M-Instruct": str(model),
+        'SFTConfig(output_dir="run"': cpu,
+    }.items():
+        assert block.count(printed) == 1
+        block = block.replace(printed, here)
+    return str(block)
 
 
 def random_subspace(model: nn.Module, rank: int = 4, seed: int = 0) -> SafetySubspace:

@@ -17,12 +17,12 @@ from peft_safety import assert_protected, verify
 from peft_safety.cli import app
 from peft_safety.recipes.job.fields import table
 from peft_safety.recipes.job.options import SafetyOptions
+from tests.interop.helpers import readme_code
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LONGEST_README = 900
 
 
@@ -102,11 +102,6 @@ def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    (block,) = blocks(README, "python")
-    cpu = 'SFTConfig(output_dir="run", use_cpu=True, bf16=False, report_to="none"'
-    for printed, here in {MODEL: str(tmp_path / "tiny"), 'SFTConfig(output_dir="run"': cpu}.items():
-        assert block.count(printed) == 1
-        block = block.replace(printed, here)
-    exec(compile(block, str(README), "exec"), {})
+    exec(compile(readme_code(tmp_path / "tiny"), str(README), "exec"), {})
     assert verify("adapter").method == "GUARDSPACE, frozen A"
     assert_protected(PeftModel.from_pretrained(tiny_llama(), "adapter"))

@@ -34,7 +34,13 @@ assert "site-packages" in str(peft_safety.__file__), peft_safety.__file__
 options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 rows, tokens = calibration_rows("guardspace", "harmful")[:8], torch.arange(4, 20).reshape(2, 8)
 subspace = SafetySubspace.from_activations(
-    tiny_llama(), rows, tiny_tokenizer(), method="guardspace", rank=4, target_modules="all-linear", progress=False
+    tiny_llama(),
+    rows,
+    tokenizer=tiny_tokenizer(),
+    method="guardspace",
+    rank=4,
+    target_modules="all-linear",
+    progress=False,
 )
 aligned, unaligned = out / "aligned", out / "unaligned"
 tiny_llama().save_pretrained(aligned)
@@ -42,13 +48,13 @@ tiny_llama(seed=1).save_pretrained(unaligned)
 configs = [
     GuardSpaceConfig(subspace=subspace, **options),
     OrthoSafetyPatchConfig(subspace=subspace, **options),
-    SaLoRAConfig(subspace="auto", data=rows, tokenizer=tiny_tokenizer(), safety_rank=4, **options),
+    SaLoRAConfig(safety_rank=4, **options),
     SafeLoRAConfig(unaligned=unaligned, aligned=aligned, **options),
 ]
 for config in configs:
     model, name = tiny_llama(), type(config).__name__
     if isinstance(config, SaLoRAConfig):
-        calibrate(model, config)
+        config.subspace = calibrate(model, config, rows, tokenizer=tiny_tokenizer(), progress=False)
     adapted = peft.get_peft_model(model, config)
     optimizer = torch.optim.AdamW([weight for weight in adapted.parameters() if weight.requires_grad], lr=1e-2)
     for _ in range(3):
@@ -71,3 +77,4 @@ for config in configs:
     merged = merge_quantized(adapted, to="16bit", verbose=True).model
     torch.testing.assert_close(merged(input_ids=tokens).logits, wanted, atol=1e-4, rtol=1e-4)
     print(name)
+print("plain install works")
