@@ -119,6 +119,11 @@ KINDS = (
         r"Load it under a new name|Use another adapter_name",
         "A swap in place needs the same modules, as each has its basis.",
     ),
+    Refusal(
+        "an alpha by a regular expression",
+        r"a regular expression says the alpha",
+        "A regular expression of a stored config is not run, since a stranger's can take forever.",
+    ),
     Refusal("a config of another kind", r"is not a \w+Config", "It is not what its name says."),
     Refusal(
         "files that are incomplete",
@@ -132,7 +137,7 @@ DIFFERENCES = (
         "lora_A takes no gradient",
         "frozen",
         r"requires_grad|layer_indexing|gradient_checkpointing|test_(training|inference_mode)|status_with|nb_(params|trainable)|riemannian"
-        r"|model_with_injected_layers|lora_plus_embedding",
+        r"|model_with_injected_layers|lora_plus_embedding|test_model_target_parameters",
         "It is made blind once, and then frozen; tests that expect its gradient, or count it, fail.",
     ),
     Difference(

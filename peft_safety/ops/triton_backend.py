@@ -28,7 +28,7 @@ class Tile(NamedTuple):
 WEIGHT_TILES = {2: Tile(64, 64, 8), 4: Tile(16, 128, 4)}
 SKINNY_TILE = Tile(32, 64, 4)
 FINISH_ROWS = 16
-Z_TILE = Tile(32, 64, 4)
+Z_TILE = Tile(32, 32, 4)
 """Rows and columns of x: 4,096 rows are 128 programs, about one on each processor of an H100."""
 Z_RANKS = 64
 """Ranks of a program: as many as q, k and v have together at rank 16, so that x is read once for all of them."""

@@ -51,7 +51,8 @@ def test_skinny_products(lines: list[dict[str, Any]]) -> None:
     cases = [line for line in lines if line["kernel"] == "skinny"]
     assert {line["parts"] for line in cases} == {1, 2, 4}  # sums over several parts of the columns are among them
     assert {line["rows"] for line in cases} == {1, 20, 64}
-    assert [line for line in cases if not line["y"] <= bound(line)] == []
+    codes = 0.5  # those of the weight are rounded to 16 bits, too, as they are in bitsandbytes
+    assert [line for line in cases if not line["y"] <= bound(line) + codes] == []
 
 
 def test_the_product_with_a_has_the_precision_of_a(lines: list[dict[str, Any]]) -> None:
