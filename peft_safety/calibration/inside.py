@@ -121,13 +121,22 @@ def _plainly(owner: nn.Module) -> Iterator[None]:
     """Without the fused operations of PyTorch's attention, and with transformers' own loop over the experts."""
     config: Any = getattr(owner, "config", None)
     chosen = getattr(config, "_experts_implementation", None) if are_experts(owner) else None
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     if chosen is not None:
         config._experts_implementation = "eager"
     try:
-        yield
+        with without_fast_path():
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
         if chosen is not None:
             config._experts_implementation = chosen
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Without the fused operations of PyTorch's attention and encoder, which call no module and nest padded inputs."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_safety.calibration.batches import Batch, Counted, Positions, are_padded, call, size_of
-from peft_safety.calibration.inside import watching
+from peft_safety.calibration.inside import watching, without_fast_path
 from peft_safety.calibration.patches import Patches
 from peft_safety.calibration.positions import positions_of, selected
 from peft_safety.calibration.token_counts import TokenCounts, counted_ids
@@ -231,7 +231,7 @@ def run(
     from tqdm.auto import tqdm
 
     device = next(model.parameters()).device
-    with weights.evaluating(model):
+    with weights.evaluating(model), without_fast_path():
         for batch in tqdm(batches, desc=what, unit="batch", disable=not progress):
             which, arguments = call(model, batch, positions, device)
             expect(which)

@@ -88,13 +88,17 @@ def shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def split_dimension(layer: nn.Module) -> int | None:
-    """Along which dimension of its weight `(out, in)` tensor parallelism splits a layer between processes, or None."""
+    """Along which dimension of its matrix `(out, in)` tensor parallelism splits a layer between processes, or None.
+    The rows of an embedding's weight are its inputs.
+    """
     weight: Any = getattr(layer, "weight", None)
     names = getattr(getattr(weight, "device_mesh", None), "mesh_dim_names", None) or ()
     if "tp" not in names:
         return None
     placement = weight.placements[names.index("tp")]
-    return int(placement.dim) % 2 if placement.is_shard() else None
+    if not placement.is_shard():
+        return None
+    return 1 - int(placement.dim) % 2 if kinds.is_embedding(layer) else int(placement.dim) % 2
 
 
 def check_inputs(layer: nn.Module, name: str) -> None:

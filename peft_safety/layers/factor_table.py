@@ -72,7 +72,7 @@ class FactorTable(nn.ParameterDict):
 
     def __getitem__(self, adapter: str) -> Any:
         raw = super().__getitem__(adapter)
-        if _RAW.get() or raw.is_meta:
+        if raw.is_meta or (not torch.compiler.is_compiling() and _RAW.get()):  # no compiler traces a ContextVar
             return raw
         if adapter in self.frozen:  # no flag, optimizer or hook can train it
             behind = getattr(self.frozen[adapter], adapter, raw)

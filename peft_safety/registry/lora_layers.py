@@ -109,6 +109,21 @@ class MultiheadAttention(_Residual, PeftAttention):  # type: ignore[misc]  # PEF
 
     replaces = PeftAttention
 
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """What `nn.TransformerEncoderLayer` asks before its fast path, which in eval mode would compute with the base
+        weights and call no adapter.
+        """
+        return bool(self.merged and self.get_base_layer()._qkv_same_embed_dim)
+
+    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if query.is_nested:
+            raise UnsupportedLayerError(
+                f"nn.MultiheadAttention({self.embed_dim}) gets a nested tensor, which PyTorch computes on its fast "
+                "path only, without the adapter. Set use_nested_tensor = False on the nn.TransformerEncoder."
+            )
+        return super().forward(query, *args, **kwargs)
+
 
 class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT asks for a class of this name
     """On a single parameter, under a frozen `lora_A` or an adapter of another kind."""

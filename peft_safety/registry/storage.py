@@ -116,8 +116,9 @@ def _expert(model: Any, name: str, given: dict[str, Tensor] | None) -> dict[str,
     """The factors of one adapter of an X-LoRA model. PEFT writes other tensors: it takes the numbers of layers for
     names of adapters, and every tensor of the model, whose prefix is "lora_model", for a factor.
     """
-    state = folded_state(model, model.state_dict() if given is None else given)
+    state = folded_tables(model, folded_state(model, model.state_dict() if given is None else given))
     parts = {f"lora_{x}.{name}.{kind}": f"lora_{x}.{kind}" for x in "AB" for kind in ("weight", "initial")}
+    parts |= {f"lora_embedding_{x}.{name}": f"lora_embedding_{x}" for x in "AB"}
     parts[f"{VELORA}.{name}"] = VELORA
     where = places(model)
     keys = {

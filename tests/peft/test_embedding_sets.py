@@ -1,12 +1,14 @@
 """Where the tokens of an embedding's constraint come from, and what its files may hold."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import Shard
 
 from peft_safety import (
     SafetySubspace,
@@ -18,15 +20,18 @@ from peft_safety import (
 from peft_safety.calibration.cost import cost
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import sign
+from peft_safety.core.base_weights import check_inputs
 from peft_safety.core.projection import leak
 from peft_safety.errors import (
     ArtifactError,
     CalibrationError,
     ConfigError,
     SubspaceError,
+    UnsupportedLayerError,
 )
 from peft_safety.registry.frozen import set_task_directions
 from tests.peft.embedding_cells import (
+    INPUTS,
     LEAK,
     NAME,
     VOCABULARY,
@@ -205,3 +210,24 @@ def test_factors_of_an_embedding_do_not_load_onto_a_linear_layer(tmp_path):
         get_peft_model(Square(nn.Embedding(8, 8)), given).save_pretrained(str(tmp_path / kind))
         with pytest.raises(ArtifactError, match="not those of"):
             PeftModel.from_pretrained(Square(nn.Linear(8, 8)), str(tmp_path / kind))
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_it_compiles_in_one_graph(kind):
+    layer = embedding(train(protected(kind)))
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    everything = torch.arange(VOCABULARY)[None]
+    torch.testing.assert_close(compiled(everything), layer(everything))
+
+
+def test_vocabularies_that_are_split_between_processes_are_refused():
+    """The rows of an embedding are inputs, those of a linear layer outputs."""
+    layer = nn.Embedding(VOCABULARY, 4)
+    del layer.weight
+    split = SimpleNamespace(device_mesh=SimpleNamespace(mesh_dim_names=("tp",)), placements=[Shard(0)])
+    vars(layer)["weight"] = split
+    with pytest.raises(UnsupportedLayerError, match="splits the inputs of this Embedding"):
+        check_inputs(layer, "embed")
+    split.placements = [Shard(1)]
+    check_inputs(layer, "embed")

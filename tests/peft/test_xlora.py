@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel, XLoraConfig, get_peft_model
 
 from peft_safety import assert_protected, verify
-from tests.peft import cells
+from tests.peft import cells, embedding_cells
 from tests.peft.frozen_cells import frozen
 from tests.peft.guard_cells import subspace
 
@@ -21,8 +21,8 @@ def adapter(form, seed, **options):
     return cells.protected(init="task" if form == "residual" else "lora", trained=True, seed=seed, **options)
 
 
-def mixed(folders, **options):
-    base = cells.base_model()
+def mixed(folders, base=None, **options):
+    base = cells.base_model() if base is None else base
     base.config.use_cache = False
     config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, xlora_depth=2, adapters=folders, **options)
     torch.manual_seed(0)
@@ -66,3 +66,14 @@ def test_what_it_trained_of_an_adapter_is_saved(tmp_path):
     loaded = PeftModel.from_pretrained(cells.base_model(), tmp_path / "mixed" / "0")
     stored = next(m for n, m in loaded.named_modules() if n.endswith("layers.1.self_attn.q_proj"))
     torch.testing.assert_close(stored.lora_B["default"].weight, layer.lora_B["0"].weight)
+
+
+@pytest.mark.parametrize("kind", embedding_cells.INPUTS)
+def test_adapters_on_embeddings_are_saved_whole(kind, tmp_path):
+    alone = embedding_cells.train(embedding_cells.protected(kind))
+    alone.save_pretrained(tmp_path / "adapter")
+    model = mixed({"0": str(tmp_path / "adapter")}, base=embedding_cells.base_model())
+    model.save_pretrained(tmp_path / "mixed")
+    loaded = PeftModel.from_pretrained(embedding_cells.base_model(), tmp_path / "mixed" / "0").eval()
+    assert_protected(loaded)
+    torch.testing.assert_close(embedding_cells.outputs(loaded), embedding_cells.outputs(alone))
