@@ -82,6 +82,18 @@ class FactorTable(nn.ParameterDict):
             return project(moved(basis, raw.device), raw, side)
         return raw
 
+    def __setitem__(self, adapter: str, value: Any) -> None:
+        """PEFT moves and casts a factor by assigning what it has looked up, which is no parameter: the flag stays, and
+        so do the values of a frozen factor, which a look-up rounds.
+        """
+        known = adapter in self.constraints or adapter in self.frozen
+        if not known or isinstance(value, nn.Parameter) or not isinstance(value, Tensor):
+            super().__setitem__(adapter, value)
+            return
+        raw = self.raw(adapter)
+        dtype = torch.promote_types(raw.dtype, value.dtype)
+        raw.data = raw.detach().to(value.device, dtype) if adapter in self.frozen else value.detach()
+
     def __delitem__(self, adapter: str) -> None:
         super().__delitem__(adapter)
         self.constraints = {name: value for name, value in self.constraints.items() if name != adapter}

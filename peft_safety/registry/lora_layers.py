@@ -17,7 +17,7 @@ from peft_safety.core import base_weights, kinds
 from peft_safety.errors import LossyMergeError, UnsupportedLayerError
 from peft_safety.layers import FrozenLinear, ProtectedLinear, stored_factors
 from peft_safety.layers.adapters import weights_of
-from peft_safety.layers.factor_table import FactorTable
+from peft_safety.layers.factor_table import FactorTable, raw_factors
 from peft_safety.registry import fused
 
 
@@ -92,6 +92,11 @@ class LoraEmbedding(lora.Embedding):  # type: ignore[misc]
 
     def _get_name(self) -> str:
         return self.replaces.__name__
+
+    def _freeze_non_trainable_peft_weights(self, *args: Any, **kwargs: Any) -> None:
+        """On the parameters, not on what a look-up makes of them."""
+        with raw_factors():
+            super()._freeze_non_trainable_peft_weights(*args, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """In fp32: a frozen factor is not rounded to the trained one's 16 bits."""

@@ -231,3 +231,36 @@ def test_vocabularies_that_are_split_between_processes_are_refused():
         check_inputs(layer, "embed")
     split.placements = [Shard(1)]
     check_inputs(layer, "embed")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_peft_casts_the_frozen_factor_and_not_what_a_look_up_rounds(dtype):
+    options = {"rank": 4, "sides": ("in",), "target_modules": ["embed_tokens"], "progress": False}
+    subspace = SafetySubspace.from_weights(base_model(), **options)
+    given = config("B", target_modules=["embed_tokens"], subspace=subspace)
+    model = get_peft_model(base_model(dtype=dtype), given)
+    a = dict(embedding(model).lora_embedding_A.items())["default"]
+    assert (a.dtype, a.requires_grad) == (torch.float32, False)
+    assert leak(subspace.bases[NAME]["in"], a.detach(), "in") < LEAK
+
+
+def test_peft_freezes_the_factor_of_every_adapter():
+    model = protected("B")
+    model.add_adapter("two", config("B", subspace=calibrated("B")))
+    for adapter in ("two", "default", "two"):
+        model.set_adapter(adapter)
+        model.set_requires_grad(adapter, True)
+        trained = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+        assert not any("_A" in name for name in trained)
+        assert any("lora_embedding_B" in name for name in trained)
+
+
+def test_a_constrained_factor_that_peft_casts_stays_the_parameter_that_trains():
+    model = protected("A")
+    table = embedding(model).lora_embedding_A
+    before = dict(table.items())["default"]
+    table["default"] = table["default"].to(torch.float64)
+    after = dict(table.items())["default"]
+    assert after is before
+    assert (after.dtype, after.requires_grad) == (torch.float64, True)
+    assert_protected(model)
