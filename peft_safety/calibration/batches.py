@@ -94,8 +94,14 @@ def _check(index: int, batch: Mapping[str, Any], two_sequences: bool) -> Batch:
             "forward takes (input_ids, pixel_values, input_features, ...), rows first."
         )
     main, labels = data_of(result), result.get("labels")
-    if not isinstance(main, Tensor) or not main.numel() or ("input_ids" in result and main.ndim != 2):
+    if not isinstance(main, Tensor) or not main.numel() or ("input_ids" in result and not _are_tokens(main)):
         raise _unfit(index)
+    mask = result.get("attention_mask")
+    if is_text(result) and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape != main.shape[:2]:
+        raise CalibrationError(
+            f"batch {index}: attention_mask {tuple(mask.shape)} is no mask of {tuple(main.shape[:2])} tokens. Give "
+            "one number for each token."
+        )
     if not isinstance(labels, Tensor):
         if labels is not None:
             raise _unfit(index)
@@ -116,6 +122,10 @@ def _as_tensor(value: Any) -> Any:
     with suppress(TypeError, ValueError, RuntimeError):  # no table of numbers
         return torch.as_tensor(value)
     return value
+
+
+def _are_tokens(ids: Tensor) -> bool:
+    return ids.ndim == 2 and not ids.is_floating_point()
 
 
 def _unfit(index: int) -> CalibrationError:

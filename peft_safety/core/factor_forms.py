@@ -18,6 +18,8 @@ from peft_safety.core import kinds
 
 KEYS = {"A.weight": "A", "B.weight": "B", "embedding_A": "A", "embedding_B": "B"}
 """What follows `lora_` in the key of a factor, and which one it is."""
+MAX_BLOCKS = 2**26
+"""Numbers in a block-diagonal `lora_B`: a small file could ask for any amount of memory."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Form:
             return None
         groups = a[0] // b[1]
         whole = groups * b[1] == a[0] and b[0] % groups == 0 and all(size == 1 for size in b[2:])
-        if not whole or (len(a) == 2 and groups != 1):
+        if not whole or (len(a) == 2 and groups != 1) or (groups > 1 and a[0] * b[0] > MAX_BLOCKS):
             return None
         return cls(tuple(a[1:]) if len(a) > 2 else (), groups, embedding)
 

@@ -26,6 +26,7 @@ from peft_safety.calibration.batches import Counted
 from peft_safety.calibration.patches import Patches
 from peft_safety.convert.export import export_directory
 from peft_safety.core import kinds
+from peft_safety.core.factor_forms import Form
 from peft_safety.core.projection import leak
 from peft_safety.errors import CalibrationError, ConfigError, LossyMergeError, SubspaceError, UnsupportedLayerError
 from peft_safety.layers.adapters import adapter_layers, weights_of
@@ -361,3 +362,8 @@ def test_a_model_of_images_alone():
     top = torch.linalg.eigh(rows.mT @ rows).eigenvectors.flip(1)[:, :4]
     assert float(torch.linalg.svdvals(top.mT @ subspace.bases[name]["in"].double()).min()) > 0.999
     assert_protected(get_peft_model(base, given))
+
+
+def test_a_small_file_cannot_ask_for_a_huge_block_diagonal_factor():
+    assert Form.stored_as((256, 1, 3), (256, 1, 1), False) == Form((1, 3), 256)
+    assert Form.stored_as((2**16, 1, 1), (2**16, 1, 1), False) is None

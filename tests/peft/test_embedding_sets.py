@@ -264,3 +264,17 @@ def test_a_constrained_factor_that_peft_casts_stays_the_parameter_that_trains():
     assert after is before
     assert (after.dtype, after.requires_grad) == (torch.float64, True)
     assert_protected(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"attention_mask": torch.ones(3, 12)}, "no mask of"),
+        ({"attention_mask": torch.ones(2, 13)}, "no mask of"),
+        ({"input_ids": torch.rand(2, 12)}, "must be tensors of one shape"),
+    ],
+    ids=["rows", "tokens", "no integers"],
+)
+def test_batches_that_do_not_fit_are_refused_before_the_model_runs(change, says):
+    with pytest.raises(CalibrationError, match=says):
+        calibrate(base_model(), config("B"), [{**batch(0), **change}], progress=False)
