@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any
@@ -29,6 +29,8 @@ HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 the model's own copy no longer gets them."""
 MODELS = {PeftModelForTokenClassification: "TOKEN_CLS", PeftModelForQuestionAnswering: "QUESTION_ANS"}
 """These models. One that is built by itself may have a config without a `task_type`."""
+BUILDERS = 6
+"""Calls between such a model's constructor and the injection, this module's own included."""
 
 
 def inject_adapter(
@@ -86,10 +88,15 @@ def inject_adapter(
 
 
 def _task_of_caller() -> str | None:
-    """The task of the model of PEFT's that is being built; None of another one."""
-    frame = sys._getframe(3)  # of PEFT's tuner, which its model makes
-    builder = None if frame.f_back is None else frame.f_back.f_locals.get("self")
-    return next((task for kind, task in MODELS.items() if isinstance(builder, kind)), None)
+    """The task of the model of PEFT's whose constructor is waiting for this injection; None of any other caller."""
+    frame = inspect.currentframe()
+    for _ in range(BUILDERS):
+        builder = None if frame is None else frame.f_locals.get("self")
+        task = next((task for kind, task in MODELS.items() if isinstance(builder, kind)), None)
+        if frame is None or task is not None:
+            return task
+        frame = frame.f_back
+    return None
 
 
 def _expand_all_linear(model: nn.Module, config: ProtectedConfig) -> None:
