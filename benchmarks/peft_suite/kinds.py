@@ -25,17 +25,15 @@ class Difference(NamedTuple):
 
 
 KINDS = (
-    Refusal("r above a layer's width", r"exceeds the layer's|no linear layer is wider", "Surplus rows train nothing."),
     Refusal("DoRA", r"use_dora is not supported", "DoRA rescales the rows of W, and so its outputs on the span."),
     Refusal(
         "MultiheadAttention",
-        r"of MultiheadAttention cannot be protected|MultiheadAttention.*cannot be protected",
+        r"MultiheadAttention.*cannot be protected",
         "PEFT adds the update to the weight and calls no `lora_A`, so that only a frozen one is blind.",
     ),
     Refusal(
         "experts: target_parameters",
-        r"target_parameters is not supported|kind of this layer does not say|cannot be protected: PEFT"
-        r"|under ParamWrapper cannot be protected",
+        r"target_parameters is not supported|kind of this layer does not say|cannot be protected: PEFT",
         "PEFT adds the update to the weight, so that only a frozen A is blind; and PEFT has `lora_A` on the side of "
         "the outputs of some (Llama 4), or of a side that nobody knows without a calibration.",
     ),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peft_safety.calibration.batches import Batch, Counted, Positions, are_padded, call, size_of
 from peft_safety.calibration.inside import watching, without_fast_path
 from peft_safety.calibration.patches import Patches
-from peft_safety.calibration.positions import positions_of, selected
+from peft_safety.calibration.positions import placed_rows, positions_of
 from peft_safety.calibration.token_counts import TokenCounts, counted_ids
 from peft_safety.calibration.token_rows import TokenRows, wide
 from peft_safety.core import base_weights as weights
@@ -125,7 +125,7 @@ class InputMoments:
     def take(self, name: str, x: Tensor) -> None:
         """Count the rows of an input `(..., features)` that are at these positions."""
         assert self._counted is not None
-        self.add(name, selected(name, x, self._counted), self.positions(x.shape[:-1]) is not None)
+        self.add(name, *placed_rows(name, x, self._counted))
 
     def add(self, name: str, rows: Tensor, placed: bool) -> None:
         """Count rows `(rows, features)`; `placed`: whether they were chosen by position."""

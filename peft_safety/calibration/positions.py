@@ -42,9 +42,14 @@ def selected(name: str, x: Tensor, which: Counted) -> Tensor:
     """The rows of `x (..., features)` that count, `(rows, features)`, fp32; all where they are not positions of the
     batch (routed experts, patches of images, frames). A CalibrationError refuses what is no tensor.
     """
+    return placed_rows(name, x, which)[0]
+
+
+def placed_rows(name: str, x: Tensor, which: Counted) -> tuple[Tensor, bool]:
+    """`selected`, and whether the rows were chosen by position."""
     if not isinstance(x, Tensor) or x.ndim < 1:
         raise CalibrationError(f"{name}: a {type(x).__name__} is no rows of features. Leave it out of target_modules.")
     rows, chosen = x.detach().reshape(-1, x.shape[-1]), positions_of(x.shape[:-1], which)
     if chosen is None:
-        return rows.float() if all_count(which) else rows[:0].float()
-    return rows[chosen.reshape(-1).to(x.device)].float()
+        return (rows if all_count(which) else rows[:0]).float(), False
+    return rows[chosen.reshape(-1).to(x.device)].float(), True

@@ -21,7 +21,7 @@ from peft_safety.core.plain_lora import (
     read_plain,
     stored_record,
 )
-from peft_safety.core.projection import fold_tolerance, is_tokens, leak, leak_tolerance, orthonormality_error
+from peft_safety.core.projection import fits, fold_tolerance, leak, leak_tolerance, orthonormality_error
 from peft_safety.core.snapshot import reading
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.targets import base_layers
@@ -210,8 +210,7 @@ def _null_space(
 def _blindness(path: Path, space: SafetySubspace, name: str, a: Tensor, limit: float) -> float:
     """`||A Q|| / ||A||` of a module, which must not exceed `limit`."""
     basis = space.bases.get(name, {}).get("in")
-    fits = basis is not None and (int(basis.max()) < a.shape[1] if is_tokens(basis) else len(basis) == a.shape[1])
-    share = 1.0 if basis is None or not fits else leak(basis, a, "in")
+    share = 1.0 if basis is None or not fits(basis, a.shape[1]) else leak(basis, a, "in")
     if not share <= limit:
         raise ProtectionError(
             f"{path}: lora_A {tuple(a.shape)} of {name} reaches {share:.2g} of its norm into the null space (limit "

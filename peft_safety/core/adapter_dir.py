@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from peft_safety.core import base_weights as weights
-from peft_safety.core import features, files, plain_lora
+from peft_safety.core import files, plain_lora
 from peft_safety.core.factor_forms import Form
-from peft_safety.core.features import MAX_RANK
+from peft_safety.core.features import MAX_RANK, check_sizes
 from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST, PREFIX, broken
-from peft_safety.core.projection import HALF, Side, is_tokens, leak, leak_tolerance
+from peft_safety.core.projection import HALF, Side, fits, leak, leak_tolerance
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE_FILE
 from peft_safety.errors import ArtifactError
@@ -80,7 +80,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         table = config.get(field) or {}
         if not isinstance(table, dict) or not set(table) <= set(modules):
             raise broken(where, f"{field} must map names in target_modules to numbers")
-    features.check_sizes(config, where)
+    check_sizes(config, where)
 
 
 def check_adapter(directory: Path) -> StoredAdapter:
@@ -241,9 +241,8 @@ def _check_factors(
 def _form(path: Path, module: str, shapes: Mapping[str, Any], keys: Mapping[str, str]) -> Form:
     """The form of two factors, by the shapes in the header and the keys."""
     a, b = shapes["lora_A.weight"], shapes["lora_B.weight"]
-    form = Form.stored_as(a, b, any("lora_embedding_" in key for key in keys.values()))
-    plain = len(keys) == 2 or (form is not None and form.is_linear)  # initial factors are those of linear layers
-    if form is None or not plain or any(keys[f"lora_{x}.weight"] != f"{PREFIX}{form.key(module, x)}" for x in "AB"):
+    form = plain_lora.stored_form(module, {x: keys[f"lora_{x}.weight"] for x in "AB"}, a, b)
+    if form is None or not (len(keys) == 2 or form.is_linear):  # initial factors are those of linear layers
         raise broken(path, f"{module} has lora_A {a} and lora_B {b}, which are no factors of one layer")
     return form
 
@@ -264,13 +263,10 @@ def _check_shapes(
     a, b = shapes["lora_A.weight"], shapes["lora_B.weight"]
     rank = (config.get("rank_pattern") or {}).get(module, config["r"])
     n = math.prod(a[1:])
-    fits = a[0] == rank and (shapes.get("lora_A.initial", a), shapes.get("lora_B.initial", b)) == (a, b)
+    sized = a[0] == rank and (shapes.get("lora_A.initial", a), shapes.get("lora_B.initial", b)) == (a, b)
     given = subspace.bases[module]
     bases = {side: tuple(u.shape) for side, u in given.items()}
-    fits &= all(
-        int(u.max()) < n if is_tokens(u) else len(u) == (b[0] if side == "out" else n) for side, u in given.items()
-    )
-    if not fits:
+    if not sized or not all(fits(u, b[0] if side == "out" else n) for side, u in given.items()):
         raise broken(path, f"{module} has lora_A {a}, lora_B {b}, which do not fit rank {rank} and bases {bases}")
     return int(b[0]), n, int(rank)
 

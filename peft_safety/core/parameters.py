@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peft_safety.errors import UnsupportedLayerError
 
 INNER = ".base_layer"
+_PARTS = re.compile(rf"({re.escape(INNER)})+(\.out_proj)?$")
 IN_PROJ, OUT_PROJ = "in_proj_weight", "out_proj.weight"
 
 
@@ -111,7 +112,12 @@ def targeted(layers: Iterable[tuple[str, nn.Module]], target_parameters: Iterabl
 
 def place_of(name: str) -> str:
     """The name of the base layer behind one of PEFT's names."""
-    return re.sub(rf"({re.escape(INNER)})+(\.out_proj)?$", "", name)
+    return _PARTS.sub("", name)
+
+
+def own_place(name: str) -> str:
+    """The same, and of attention's output projection its own place in the base model."""
+    return _PARTS.sub(r"\2", name)
 
 
 def stored_name(name: str, parameter: str | None) -> str:

@@ -200,14 +200,21 @@ def _factor_keys(handle: Any, path: Path, linear: bool = False) -> dict[str, tup
     for module in sorted(pairs, key=by_number):
         keys = pairs[module]
         a, b = (tuple(handle.get_slice(keys[kind]).get_shape()) if kind in keys else () for kind in "AB")
-        form = Form.stored_as(a, b, any("lora_embedding_" in key for key in keys.values()))
-        if form is None or any(keys[kind] != f"{PREFIX}{form.key(module, kind)}" for kind in "AB"):
+        form = stored_form(module, keys, a, b)
+        if form is None:
             raise broken(path, f"{module} has lora_A {a or 'missing'} and lora_B {b or 'missing'}")
         if linear and not form.is_linear:
             kind = "an embedding" if form.embedding else "a convolution"
             raise ArtifactError(f"{path}: {module} is {kind} ({a}), which is not supported here. Train without it.")
         result[module] = (keys["A"], keys["B"]), form
     return result
+
+
+def stored_form(module: str, keys: Mapping[str, str], a: tuple[int, ...], b: tuple[int, ...]) -> Form | None:
+    """The form of two factors "A" and "B" by their keys and shapes; None if these are no factors of one layer."""
+    form = Form.stored_as(a, b, any("lora_embedding_" in key for key in keys.values()))
+    fits = form is not None and all(keys[kind] == f"{PREFIX}{form.key(module, kind)}" for kind in "AB")
+    return form if fits else None
 
 
 def scaling_of(alpha: float, rank: int, fields: Mapping[str, Any]) -> float:

@@ -48,6 +48,11 @@ def is_tokens(u: Tensor) -> bool:
     return u.ndim == 1
 
 
+def fits(u: Tensor, features: int) -> bool:
+    """Whether a basis is one of so many features (of a vocabulary that large)."""
+    return int(u.max()) < features if is_tokens(u) else u.shape[0] == features
+
+
 def _double(u: Tensor) -> Tensor:
     return u if is_tokens(u) else u.double()
 

@@ -20,6 +20,7 @@ from peft_safety.core.projection import (
     SIDES,
     Side,
     all_finite,
+    fits,
     is_tokens,
     orthonormality_error,
     orthonormalize,
@@ -305,11 +306,11 @@ class SafetySubspace:
         u, d = self.bases[name][side], weights.shape(layer)[0 if side == "out" else 1]
         if is_tokens(u):
             problem = f"tokens up to {int(u.max())}, the layer has {d} input features"
-            wrong = not kinds.is_embedding(layer) or int(u.max()) >= d or len(u) >= d
+            wrong = not kinds.is_embedding(layer) or len(u) >= d
         else:
             problem = f"{tuple(u.shape)}, the layer has {d} {'output' if side == 'out' else 'input'} features"
-            wrong = u.shape[0] != d
-        if wrong:
+            wrong = False
+        if wrong or not fits(u, d):
             raise SubspaceError(f"{name}: the basis is {problem}. Calibrate again.")
         groups = kinds.groups(layer)
         if side == "out" and groups > 1 and not kinds.in_groups(u, groups):

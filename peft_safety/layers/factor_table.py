@@ -156,6 +156,11 @@ def protected_tables(model: nn.Module) -> Iterator[tuple[str, FactorTable]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, FactorTable))
 
 
+def fold_tables(model: nn.Module) -> None:
+    for _, table in protected_tables(model):
+        table.fold_all()
+
+
 @torch.no_grad()
 def folded_tables(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """`protected_linear.folded_state` of the constrained factors in tables."""

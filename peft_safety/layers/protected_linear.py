@@ -383,8 +383,4 @@ def _is_tensor(weight: Tensor) -> bool:
 
 def is_whole(weight: Tensor, basis: Tensor, side: Side) -> bool:
     """Whether the weight is a whole tensor here: not meta, not a shard, not flattened by a sharding wrapper."""
-    if not _is_tensor(weight):
-        return False
-    if projection.is_tokens(basis):
-        return weight.shape[1] > int(basis.max())
-    return (len(weight) if side == "out" else weight[0].numel()) == basis.shape[0]
+    return _is_tensor(weight) and projection.fits(basis, len(weight) if side == "out" else weight[0].numel())

@@ -24,9 +24,7 @@ from peft_safety.core.adapter_dir import StoredAdapter, sign
 from peft_safety.core.certificate import Certificate
 from peft_safety.core.features import INITS, NOT_PROTECTED, WITH_FROZEN_A, WITH_PROJECTION, check_features, check_sizes
 from peft_safety.core.parameters import stored_name
-from peft_safety.core.plain_lora import (
-    MANIFEST,
-)
+from peft_safety.core.plain_lora import MANIFEST
 from peft_safety.core.projection import Side
 from peft_safety.core.snapshot import Snapshot
 from peft_safety.core.subspace_file import FILE_NAME

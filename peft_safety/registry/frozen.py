@@ -19,10 +19,7 @@ from peft_safety.core.factor_forms import Form
 from peft_safety.core.features import WITH_FROZEN_A
 from peft_safety.core.names import pin
 from peft_safety.core.parameters import bases_of
-from peft_safety.core.plain_lora import (
-    PlainLoRA,
-    read_plain,
-)
+from peft_safety.core.plain_lora import PlainLoRA, read_plain
 from peft_safety.core.projection import leak_tolerance
 from peft_safety.core.snapshot import Snapshot, reading
 from peft_safety.errors import ArtifactError, ConfigError, UnsupportedLayerError

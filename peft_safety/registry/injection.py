@@ -13,7 +13,7 @@ from torch import nn
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core.names import listed, pin, places, walk
-from peft_safety.core.parameters import INNER
+from peft_safety.core.parameters import own_place
 from peft_safety.core.snapshot import named
 from peft_safety.errors import ConfigError, PeftSafetyError
 from peft_safety.layers import FrozenLinear, ProtectedLinear
@@ -65,7 +65,7 @@ def inject_adapter(
             original(self, model, adapter_name, *args, **kwargs)
             left_out = attach(model, adapter_name, config, self.peft_config)
         # `places` of a mixed model, which is injected into from outside, would have PEFT's prefix
-        gone = {name.replace(INNER, "") for name in left_out}
+        gone = {own_place(name) for name in left_out}
         excluded = {place for own, place in where if own in gone}
         _take_out(adapter_name, modules, excluded)
         self.targeted_module_names = [name for name in self.targeted_module_names if name not in excluded]

@@ -26,7 +26,7 @@ from peft_safety.core.snapshot import Snapshot, named
 from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.layers.adapters import adapter_layers
-from peft_safety.layers.factor_table import folded_tables, protected_tables
+from peft_safety.layers.factor_table import fold_tables, folded_tables, protected_tables
 from peft_safety.layers.protected_linear import (
     deferred_folds,
     folded_state,
@@ -213,8 +213,7 @@ def _load(
             # with low_cpu_mem_usage the factors lie in the file's memory, or were rounded to the base's 16 bits
             known = None if args or kwargs.get("low_cpu_mem_usage") else Snapshot.of(Path(folder))
             lay_out_adapter(self, adapter_name, math.inf if known is None else known.worst_leak)
-            for _, table in protected_tables(self):
-                table.fold_all()
+            fold_tables(self)
         for name, leaf in protected_leaves(self):  # PEFT's eval() in the block folded no other adapter either
             if not leaf.training and name.rpartition(".")[2] != adapter_name:
                 leaf.fold()

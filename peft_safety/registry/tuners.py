@@ -11,7 +11,7 @@ from peft_safety.core.base_weights import is_whole
 from peft_safety.core.projection import all_finite
 from peft_safety.errors import ConfigError, ProtectionError
 from peft_safety.layers.adapters import adapter_layers, tables
-from peft_safety.layers.factor_table import protected_tables, raw_factors
+from peft_safety.layers.factor_table import fold_tables, raw_factors
 from peft_safety.layers.protected_linear import lay_out_adapter
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry import frozen
@@ -83,8 +83,7 @@ class ProtectedLoraModel(_Merges, LoraModel):  # type: ignore[misc]
         self._combining = True
         try:
             with raw_factors():
-                for _, table in protected_tables(self):
-                    table.fold_all()
+                fold_tables(self)
                 super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
         finally:
             self._combining = False
@@ -93,8 +92,7 @@ class ProtectedLoraModel(_Merges, LoraModel):  # type: ignore[misc]
             frozen.combined(adapter_layers(self, adapter_name), adapter_name, self.peft_config, adapters)
         elif protected:  # some combinations are slices of an SVD, not contiguous
             lay_out_adapter(self, adapter_name)
-            for _, table in protected_tables(self):
-                table.fold_all()
+            fold_tables(self)
 
 
 class ProtectedMixedModel(_Merges, MixedModel):  # type: ignore[misc]

@@ -4,37 +4,18 @@ trajectory.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.distributed.launching import printed
+
 LEAK = 1e-6
 
 
 def launch(folder: Path, method: str, *hows: str) -> dict[str, dict[str, float]]:
     """What rank 0 of each run prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.worker", str(folder), method, *hows],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-        },
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {line.pop("how"): line for line in found}
+    return {line.pop("how"): line for line in printed("worker", str(folder), method, *hows, timeout=400)}
 
 
 @pytest.mark.dist

@@ -4,32 +4,18 @@ single process trains. What cannot be kept whole is refused before the model is 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.distributed.launching import printed
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 def test_a_frozen_a_beside_split_columns(tmp_path: Path) -> None:
     pytest.importorskip("transformers.distributed.tensor_parallel", reason="a transformers that splits by DTensor")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.split", str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    (found,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    (found,) = printed("split", str(tmp_path))
     assert found["factor"] == ["DTensor", 16, 4], "half of B in each process"
     assert found["one A"]
     assert found["leak"] <= 1e-6

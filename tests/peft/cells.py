@@ -16,12 +16,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peft_safety import SafetySubspace, SaLoRAConfig
+from peft_safety import SafetySubspace, SaLoRAConfig, merge_quantized
 from peft_safety.core.base_weights import shape
 from peft_safety.core.names import own_name
 from peft_safety.core.plain_lora import PREFIX
 from peft_safety.core.projection import orthonormalize
 from peft_safety.core.targets import target_layers
+from peft_safety.errors import ConfigError
 from peft_safety.layers import protected_leaves
 from peft_safety.registry.protection import protected_configs
 from tests.tiny import tiny_llama
@@ -229,3 +230,12 @@ def leak_of(updates: dict[str, Tensor], subspace: SafetySubspace) -> float:
         assert float(delta.norm()) > 1e-6, f"{name} was not trained"
         worst = max(worst, float((subspace.bases[name]["out"].double().T @ delta).norm() / delta.norm()))
     return worst
+
+
+def assert_activated_is_not_merged(model):
+    """An activated LoRA updates some tokens only, and a merged weight would update all."""
+    for merge in (model.merge_adapter, lambda: model.merge_adapter(safe_merge=True)):
+        with pytest.raises(NotImplementedError, match="aLoRA does not support"):
+            merge()
+    with pytest.raises(ConfigError, match="alora_invocation_tokens cannot be merged here"):
+        merge_quantized(model, verbose=False)

@@ -4,9 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
-from peft_safety import assert_protected, export_lora, merge_quantized, verify
+from peft_safety import assert_protected, export_lora, verify
 from peft_safety.core.certificate import FILE_NAME
-from peft_safety.errors import ConfigError
 from tests.peft import cells
 from tests.peft.frozen_cells import assert_frozen, copies, frozen
 from tests.peft.guard_cells import subspace
@@ -60,9 +59,5 @@ def test_it_is_exported_with_its_invocation_and_not_merged(tmp_path):
     export_lora(model, tmp_path)
     plain = PeftModel.from_pretrained(cells.base_model(), tmp_path).eval()
     cells.assert_same_function(cells.logits(plain, tokens), got)
-    for merge in (model.merge_adapter, lambda: model.merge_adapter(safe_merge=True)):
-        with pytest.raises(NotImplementedError, match="aLoRA does not support"):
-            merge()
-    with pytest.raises(ConfigError, match="alora_invocation_tokens cannot be merged here"):
-        merge_quantized(model, verbose=False)
+    cells.assert_activated_is_not_merged(model)
     cells.assert_same_function(cells.logits(model, tokens), got)

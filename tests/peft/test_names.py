@@ -19,6 +19,7 @@ import peft_safety
 from peft_safety import SaLoRAConfig
 from peft_safety.convert.export import export_directory, export_lora
 from peft_safety.core.names import pattern_value
+from peft_safety.core.parameters import own_place, place_of
 from peft_safety.core.plain_lora import read_plain
 from peft_safety.core.targets import base_layers
 from peft_safety.errors import PeftSafetyError
@@ -286,3 +287,17 @@ def test_a_run_with_a_head_resumes_and_ends_with_its_best_model(case, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(second.model.eval()(row).logits, last.eval()(row).logits, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(first.model.eval()(row).logits, last(row).logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "own"),
+    [
+        ("a.q_proj", "a.q_proj", "a.q_proj"),
+        ("a.experts.base_layer.base_layer", "a.experts", "a.experts"),
+        ("a.attn.base_layer.out_proj", "a.attn", "a.attn.out_proj"),
+        ("y.base_layer.lin", "y.base_layer.lin", "y.base_layer.lin"),
+    ],
+)
+def test_the_layer_behind_one_of_pefts_names(name, place, own):
+    assert place_of(name) == place
+    assert own_place(name) == own

@@ -11,7 +11,7 @@ from peft.tuners.lora.config import VeloraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from peft_safety import assert_protected, export_lora, merge_quantized, orthogonality_report, verify
+from peft_safety import assert_protected, export_lora, orthogonality_report, verify
 from peft_safety.core.adapter_dir import VELORA, seal
 from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST
 from peft_safety.errors import ArtifactError, ConfigError
@@ -72,11 +72,7 @@ def test_activated_lora_starts_at_the_invocation_and_leaks_nothing(form, tmp_pat
     plain = PeftModel.from_pretrained(cells.base_model(), tmp_path / "plain").eval()
     assert type(plain.peft_config["default"]) is LoraConfig
     cells.assert_same_function(cells.logits(plain, tokens), got)
-    for merge in (model.merge_adapter, lambda: model.merge_adapter(safe_merge=True)):
-        with pytest.raises(NotImplementedError, match="aLoRA does not support"):
-            merge()
-    with pytest.raises(ConfigError, match="alora_invocation_tokens cannot be merged here"):
-        merge_quantized(model, verbose=False)
+    cells.assert_activated_is_not_merged(model)
 
 
 @pytest.mark.parametrize("form", FORMS)

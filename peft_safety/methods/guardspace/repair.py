@@ -14,7 +14,7 @@ from torch import Tensor
 from peft_safety.core.certificate import Certificate, certified_factor
 from peft_safety.core.names import listed
 from peft_safety.core.plain_lora import card_with, check_elsewhere, factor_tensors, read_plain, write_plain
-from peft_safety.core.projection import delta_leak, fold_, is_tokens
+from peft_safety.core.projection import delta_leak, fits, fold_
 from peft_safety.core.snapshot import reading
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.errors import SubspaceError
@@ -100,7 +100,7 @@ def _check_fits(source: Path, factors: Mapping[str, Tensor], space: SafetySubspa
         raise SubspaceError(f"{source}: {problem}, which would stay as they are. {remedy}")
     for name, a in factors.items():
         basis = space.bases[name]["in"]
-        if int(basis.max()) >= a.shape[1] if is_tokens(basis) else len(basis) != a.shape[1]:
+        if not fits(basis, a.shape[1]):
             shapes = f"lora_A is {tuple(a.shape)}, the basis is of other ones, {tuple(basis.shape)}"
             raise SubspaceError(f"{name}: {shapes}. Calibrate on the adapter's base.")
 

@@ -18,7 +18,7 @@ from torch import nn
 from peft_safety.calibration.weights import estimate_from_weights
 from peft_safety.core.checks import check_choices, is_number
 from peft_safety.core.names import public_name
-from peft_safety.core.projection import Side
+from peft_safety.core.projection import Side, is_tokens
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data import CALIBRATION_PAIRS, refusal_pairs
 from peft_safety.errors import ConfigError
@@ -110,7 +110,7 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
         gone = own.left_out if own else {}
         extended = SafetySubspace.joined(own, {name: sides for name, sides in spans.items() if name not in gone})
         bases = [extended.bases[name][side] for side in self.basis_sides for name in layers if name not in gone]
-        left = min(u.shape[0] - u.shape[1] for u in bases if u.ndim == 2)
+        left = min(u.shape[0] - u.shape[1] for u in bases if not is_tokens(u))
         extended.provenance |= {"prior_patches": source, "capacity_left": left}
         return extended
 

@@ -11,9 +11,7 @@ from peft import LoraConfig
 
 from peft_safety.core.checks import check_choices, is_number
 from peft_safety.core.features import check_features
-from peft_safety.core.plain_lora import (
-    REPAIRED_TYPE,
-)
+from peft_safety.core.plain_lora import REPAIRED_TYPE
 from peft_safety.errors import ConfigError
 from peft_safety.methods.base import option
 
