@@ -45,7 +45,9 @@ def run(rank: int, world: int, folder: str) -> None:
     bits = hashlib.sha256(b"".join(p.numpy().tobytes() for p in factors)).hexdigest()
     total = float(sum(p.abs().sum() for p in factors))
     found = {"world": world, "bits": bits, "sum": total, "kl": anchor._pending[-1][0], "looks": canary.looks}
-    print(json.dumps(found), flush=True)
+    print(json.dumps(found) + "\n", end="", flush=True)  # in one piece: both ranks print
+    del model  # its reducer ends before its group, and both ranks' groups together: else gloo may wait for ever
+    dist.barrier()
     dist.destroy_process_group()
 
 

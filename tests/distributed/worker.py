@@ -144,6 +144,8 @@ def run(rank: int, world: int, folder: str, how: str, method: str) -> None:
                 factor = stored[f"{name.removesuffix('.default')}.weight"]
                 worst, total = max(worst, leak(leaf.basis, factor, leaf.side)), total + float(factor.abs().sum())
         print(json.dumps({"how": how, "leak": worst, "sum": total, "sharded": sharded}), flush=True)
+    del model  # a reducer ends before its group, and all ranks' groups together: else gloo may wait for ever
+    dist.barrier()
     dist.destroy_process_group()
 
 
