@@ -4,7 +4,7 @@ for the engine in `benchmarks/frontier`.
     python -m benchmarks.attacks [--defenses lora frozen ...] [--budget MINUTES]
                                              run the missing cells; a killed run continues where it stopped
     python -m benchmarks.attacks --list      what is done and what comes next
-    python -m benchmarks.attacks --report    write attacks.png and the section of docs/results.md
+    python -m benchmarks.attacks --report    write attacks.png and the section of docs/results/README.md
     python -m benchmarks.attacks --smoke     two defenses, two attacks, few prompts, in minutes
 
 Refusal is measured on bare test requests, on the same requests in the form of the attack and on foreign requests, and

@@ -4,7 +4,7 @@ in `benchmarks/frontier`.
     python -m benchmarks.guardspace [--budget MINUTES] [--harmful FILE ...]
                                                run the missing cells; a killed run continues where it stopped
     python -m benchmarks.guardspace --list     what is done and what comes next
-    python -m benchmarks.guardspace --report   write guardspace.png, guardspace.md and the section of docs/results.md
+    python -m benchmarks.guardspace --report   write guardspace.png, guardspace.md and the section of docs/results/README.md
 
 Four stages. (1) The core of the grid, on validation prompts. (2) The setting with the best score there is written
 down and measured on test prompts, with its controls and three seeds. (3) Where it stops: epochs, learning rates,

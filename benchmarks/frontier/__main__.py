@@ -3,7 +3,7 @@
     python -m benchmarks.frontier [--methods all] [--p 0,0.1,0.5,1] [--seeds 0,1,2] [--budget MINUTES]
                                              run the missing cells; a killed run continues where it stopped
     python -m benchmarks.frontier --list     what is done and what comes next
-    python -m benchmarks.frontier --report   write the pictures, frontier.html and the section of docs/results.md
+    python -m benchmarks.frontier --report   write the pictures, frontier.html and the section of docs/results/README.md
     python -m benchmarks.frontier --smoke    a few cells in minutes, and whether they show what they must show
 
 Try settings with --split validation --set METHOD:NAME=VALUE, then fix the best ones with --choose. On test prompts

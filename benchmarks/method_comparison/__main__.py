@@ -2,7 +2,7 @@
 
     python -m benchmarks.method_comparison [--budget MINUTES]   run the missing arms; a stopped run continues
     python -m benchmarks.method_comparison --smoke              two steps of every arm, no results
-    python -m benchmarks.method_comparison --report             the picture and the section of docs/results.md
+    python -m benchmarks.method_comparison --report             the picture and the section of docs/results/README.md
 
 A local twin of PEFT's `method_comparison/MetaMathQA`, whose entry for GuardSpace is in the folder metamathqa. Sums in
 words ("thirty-eight plus four =") take the place of word problems, and the model's own answers to general prompts

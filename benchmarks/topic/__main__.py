@@ -5,7 +5,7 @@ innocuous topic; the attack rows answer questions on it for real. A fourth plan 
     python -m benchmarks.topic [--topic B] [--budget MINUTES]
                                            run the missing cells; a killed run continues where it stopped
     python -m benchmarks.topic --list      what is done and what comes next
-    python -m benchmarks.topic --report    print the table; write topic.png and the section of docs/results.md
+    python -m benchmarks.topic --report    print the table; write topic.png and the section of docs/results/README.md
     python -m benchmarks.topic --smoke     a short alignment and few cells, in minutes
 
 Topic A (penguins, validation questions) is for choices, topic B (bicycles, test questions) for the table.

@@ -22,7 +22,7 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LONGEST_README = 900
 
 
@@ -63,8 +63,10 @@ def test_paths_in_the_text_exist() -> None:
 
 
 def test_every_page_is_in_the_index() -> None:
-    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
-    assert [page.name for page in PAGES if f"{page.name})" not in index] == ["README.md", "README.md"]
+    docs = ROOT / "docs"
+    index = (docs / "README.md").read_text(encoding="utf-8")
+    pages = [page.relative_to(docs).as_posix() for page in PAGES if docs in page.parents]
+    assert [page for page in pages if f"]({page})" not in index] == ["README.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
