@@ -25,7 +25,7 @@ from peft_safety.errors import ArtifactError, DataError
 
 RESULTS = Path(__file__).parent / "results"
 """All results files, pictures and pages."""
-PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+PAGE = Path(__file__).parents[1] / "docs" / "results" / "README.md"
 """The page that has a section for each report, between markers."""
 
 

@@ -34,7 +34,7 @@ from peft_safety.reporting.report import environment
 from peft_safety.screening.direction import auc, threshold_at
 from peft_safety.screening.result import Screening
 
-DOCUMENT = PAGE.with_name("screening.md")
+DOCUMENT = PAGE.parents[1] / "guides" / "screening.md"
 MARKERS = ("<!-- screening:begin -->", "<!-- screening:end -->")
 NAME = "screening"
 FPR = 0.01

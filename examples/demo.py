@@ -47,7 +47,7 @@ SAFETY_RANK = 32
 FRACTION = 0.25
 """Of every layer's input dimensions, for GuardSpace: its default."""
 GUARD_PAIRS = 16
-"""Calibration requests: 64 and 128 do the same (docs/results.md)."""
+"""Calibration requests: 64 and 128 do the same (docs/results)."""
 DIRECTION_ROWS = 8
 """Training rows, poisoned ones among them, that the frozen factor takes its directions from."""
 ALIGNED, LORA, GUARDSPACE, SALORA, CONTROL = "aligned", "plain LoRA", "GuardSpace", "SaLoRA", "random basis"

@@ -17,7 +17,7 @@ from peft_safety.data.chat import Collator
 COMMON: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "task_type": TaskType.CAUSAL_LM}
 """PEFT's default targets for Llama, and those of the suite's LoRA entries."""
 TASK_ROWS = CALIBRATION_ROWS = 32
-"""What GuardSpace sees of the task, and of the package's prompts: a quarter, measured to be enough (results.md)."""
+"""What GuardSpace sees of the task, and of the package's prompts: a quarter, measured to be enough (docs/results)."""
 
 
 @dataclass
