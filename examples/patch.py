@@ -29,7 +29,7 @@ from peft.tuners.lora import LoraLayer
 from examples.get_model import model_dir
 from examples.options import command_line, finish, machine, notes
 from peft_safety import orthogonality_report
-from peft_safety.calibration.activations import DEFAULT_RANK
+from peft_safety.calibration.sizes import DEFAULT_RANK
 from peft_safety.data import load, read_jsonl, refusal_pairs
 from peft_safety.evaluation import KeywordJudge, Rate
 from peft_safety.evaluation.evaluate import refusal_rate

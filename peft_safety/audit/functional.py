@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_safety.audit.metrics import Update
-from peft_safety.calibration.activations import adapters_off, tokenizer_of
 from peft_safety.calibration.batches import Batch, Counted, Positions, is_tokenized, to_batches
+from peft_safety.calibration.models import adapters_off, tokenizer_of
 from peft_safety.calibration.moments import exact_matmul, run
 from peft_safety.calibration.positions import selected
 from peft_safety.data import load, refusal_pairs

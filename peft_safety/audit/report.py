@@ -172,6 +172,10 @@ def orthogonality_report(
         tokenizer: for rows of text; default the model's own.
         k: directions of W behind the energy overlap, at least 1; at most what W has.
         positions: tokens that count: "response", "prompt" or "all".
+        progress: show a bar.
+
+    Returns:
+        An `OrthogonalityReport`: figures of each module and of the whole.
 
     Raises:
         ConfigError: no such adapter, one whose update is not a plain product, a merged one; malformed arguments.

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from peft_safety.calibration.bases import contrastive_basis, input_basis, output_basis_in_groups
-from peft_safety.calibration.batches import (
-    Batch,
-    Positions,
-    attended,
-    data_of,
-    is_text,
-    is_tokenized,
-    lacks_responses,
-    to_batches,
-    unit_of,
-)
-from peft_safety.calibration.budget import Need, bytes_of, groups, need
+from peft_safety.calibration.batches import Batch, data_of, is_text, unit_of
+from peft_safety.calibration.budget import bytes_of, groups
 from peft_safety.calibration.leaving_out import record
+from peft_safety.calibration.models import adapters_off, model_name
 from peft_safety.calibration.moments import InputMoments, Moment, collect, inputs_of
-from peft_safety.calibration.sizes import DEFAULT_RANK, GUARDSPACE_SIZE, Size, plan
+from peft_safety.calibration.prepare import Job, input_needs, prepare
+from peft_safety.calibration.sizes import Size
 from peft_safety.calibration.token_bases import embedding_outputs, seen_tokens
 from peft_safety.calibration.token_counts import TokenCounts
 from peft_safety.calibration.token_rows import TokenRows
@@ -33,105 +23,10 @@ from peft_safety.core import base_weights as weights
 from peft_safety.core import kinds
 from peft_safety.core.names import listed
 from peft_safety.core.parameters import observed
-from peft_safety.core.projection import OVERSAMPLING, Side
+from peft_safety.core.projection import Side
 from peft_safety.core.subspace import DEFAULT_DTYPE, SafetySubspace
-from peft_safety.core.targets import target_layers
 from peft_safety.data.rows import Rows
-from peft_safety.errors import CalibrationError, ConfigError, UnsupportedLayerError
-
-METHODS: dict[str, tuple[tuple[Side, ...], Positions]] = {
-    "salora": (("out",), "response"),
-    "ortho_patch": (("in",), "all"),
-    "guardspace": (("in",), "all"),
-}
-"""Default sides and token positions of each method."""
-MAX_LENGTH = 512
-"""Tokens of each row that are read, by default."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A calibration that has been checked and not run yet. `narrow` layers have no room for a basis; `wanted` is None
-    where the energy decides; `sources` are batches and their hash, of the data and of those to compare with.
-    """
-
-    method: str
-    sides: tuple[Side, ...]
-    positions: Positions
-    layers: dict[str, nn.Module]
-    narrow: list[str]
-    sizes: Mapping[str, Mapping[Side, Size]]
-    wanted: dict[tuple[str, Side], int | None]
-    sources: list[tuple[list[Batch], str]]
-    size_facts: dict[str, Any]
-
-
-def prepare(
-    model: nn.Module,
-    data: Rows,
-    *,
-    tokenizer: Any = None,
-    method: str = "salora",
-    rank: float | None = None,
-    energy: float | None = None,
-    per_kind: Mapping[str, float] | None = None,
-    sides: Sequence[Side] | None = None,
-    positions: Positions | None = None,
-    against: Rows | None = None,
-    target_modules: Iterable[str] | str | None = None,
-    exclude_modules: Iterable[str] | str | None = None,
-    layers: Mapping[str, nn.Module] | None = None,
-    batch_size: int = 8,
-    max_length: int = MAX_LENGTH,
-) -> Job:
-    """Check what is to be calibrated, and tokenize the data. No model runs.
-
-    Args:
-        data: rows `{prompt, response}`, `{messages}`, `{text, label}` or `{prompt}`, see
-            `peft_safety.data.rows.as_rows`; or batches as the model's forward takes them: tokens with `labels` (-100:
-            no response), pixels, sounds, any of its keywords.
-        tokenizer: with a chat template; for rows only.
-        method: "salora" (out, response tokens), "ortho_patch" or "guardspace" (in, all tokens); sets `sides` and
-            `positions` where they are not given.
-        rank: directions per layer, an integer (default 32); or a share of the features of that side, a float in (0, 1)
-            (default of "guardspace": 0.25).
-        energy: as many directions as hold this share of `||W X||^2` or `||X||^2`, in (0, 1]; at most `rank` if given.
-        per_kind: other values of `rank`, or of `energy`, for modules whose name ends so: `{"down_proj": 0.1}`.
-        positions: "response", "prompt" or "all" tokens; of images and sounds all patches and frames. A default of
-            "response" is "all", with a warning, for data with classes, or for a model that writes no text.
-        against: data that must stay in reach; the basis is then contrastive (see `contrastive_basis`).
-        target_modules, exclude_modules: as in `LoraConfig`; or `layers`: base layers by name.
-
-    Raises:
-        ConfigError: an unknown method, a rank that leaves nothing to train, no module matched.
-        CalibrationError: no data, or rows without a tokenizer.
-    """
-    if method not in METHODS:
-        raise ConfigError(f"method={method!r}; no such method. Use one of {', '.join(METHODS)}.")
-    if positions not in (None, "response", "prompt", "all"):
-        raise ConfigError(f"positions={positions!r}. Use 'response', 'prompt' or 'all'.")
-    chosen = METHODS[method][0] if sides is None else tuple(sides)
-    where = positions or METHODS[method][1]
-    if rank is None and energy is None:
-        rank, energy = GUARDSPACE_SIZE if method == "guardspace" else (DEFAULT_RANK, None)
-    if layers is None:
-        layers = target_layers(model, target_modules, exclude_modules, packed="out" not in chosen)
-    targets = dict(layers)
-    sizes, unfit = plan(targets, rank, energy, per_kind, chosen)
-    layers = {name: targets[name] for name in sizes}
-    wanted = {(n, side): sizes[n][side].fixed(weights.shape(x), side, n) for n, x in layers.items() for side in chosen}
-    sources = [
-        to_batches(rows, tokenizer, batch_size=batch_size, max_length=max_length, model=model)
-        for rows in ([data] if against is None else [data, against])
-    ]
-    if positions is None and where == "response" and all(lacks_responses(model, rows) for rows, _ in sources):
-        where = "all"
-        warnings.warn(
-            f"method={method!r} counts the tokens of responses, which these data do not have: all positions count.",
-            stacklevel=4,
-        )
-    facts = size_facts(rank, energy, per_kind)
-    return Job(method, chosen, where, layers, unfit, sizes, wanted, sources, facts)
+from peft_safety.errors import CalibrationError, UnsupportedLayerError
 
 
 def estimate(
@@ -173,7 +68,7 @@ def estimate(
     once per layer; this is one pass.
     """
     job = prepare(model, data, **options)
-    layers, where, (batches, digest) = job.layers, job.positions, job.sources[0]
+    layers, where, batches = job.layers, job.positions, job.sources[0][0]
     bases: dict[str, dict[Side, Tensor]] = {}
     spectra: dict[str, dict[Side, Tensor]] = {}
     covered: dict[str, float] = {}
@@ -205,26 +100,28 @@ def estimate(
             f"no token that counts reaches any of the {len(layers)} target layers ({listed(layers)}). Give other data."
         )
     _check_spans({(n, side): bases[n][side].shape[-1] for n in reached for side in job.sides}, job.wanted, allow_fewer)
-    provenance = {
-        "method": job.method,
-        "sides": "+".join(job.sides),
-        "positions": where,
-        "seed": seed,
-        "model": model_name(model),
-        "data": digest,
-        "samples": sum(len(data_of(batch)) for batch in batches),
-        **counts,
-        **job.size_facts,
-        **({"observed": names} if (names := observed(reached)) else {}),
-        **record([name for name in layers if name not in reached], job.narrow),
-    }
-    if len(job.sources) > 1:
-        provenance["against"] = job.sources[1][1]
-    elif "in" in job.sides:
+    provenance = {"seed": seed, "model": model_name(model), **counts, **_facts(job, reached)}
+    if len(job.sources) == 1 and "in" in job.sides:
         provenance["covered"] = covered
     subspace = SafetySubspace(bases, spectra, provenance=provenance).rounded(dtype)
     subspace.bind(reached)
     return subspace
+
+
+def _facts(job: Job, reached: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """What was asked for, on which data, and which layers have no basis."""
+    (batches, digest), *against = job.sources
+    return {
+        "method": job.method,
+        "sides": "+".join(job.sides),
+        "positions": job.positions,
+        "data": digest,
+        "samples": sum(len(data_of(batch)) for batch in batches),
+        **job.size_facts,
+        **({"observed": names} if (names := observed(reached)) else {}),
+        **({"against": against[0][1]} if against else {}),
+        **record([name for name in job.layers if name not in reached], job.narrow),
+    }
 
 
 def _counts(moments: InputMoments, batches: Sequence[Batch]) -> dict[str, int]:
@@ -234,24 +131,6 @@ def _counts(moments: InputMoments, batches: Sequence[Batch]) -> dict[str, int]:
         units = {unit_of(batch) for batch in batches if not is_text(batch)}
         result[units.pop() if len(units) == 1 else "vectors"] = moments.others
     return result
-
-
-def input_needs(job: Job, leaders: Mapping[str, str]) -> dict[str, Need]:
-    """The memory that each distinct input takes, by its leader. Only top eigenvectors can be had from rows."""
-    rows = job.sides == ("in",) and len(job.sources) == 1
-    tokens = attended(job.sources[0][0]) if rows else None
-    width: dict[str, int] = {}
-    for name, layer in job.layers.items():
-        leader = leaders.get(name, name)
-        k = max(job.wanted[name, s] or job.sizes[name][s].limit(weights.shape(layer), s) for s in job.sides)
-        width[leader] = max(width.get(leader, 0), k + OVERSAMPLING)
-    return {name: need(job.layers[name], tokens, size) for name, size in width.items()}
-
-
-def size_facts(rank: float | None, energy: float | None, per_kind: Mapping[str, float] | None) -> dict[str, Any]:
-    """The requested size, for the provenance."""
-    size = {name: value for name, value in (("rank", rank), ("energy", energy)) if value is not None}
-    return size | ({"per_kind": dict(per_kind)} if per_kind else {})
 
 
 def _bases(
@@ -313,51 +192,3 @@ def _check_spans(
     if not allow_fewer or short[key] == 0:
         raise CalibrationError(f"{problem} Give more varied data, a smaller rank, or allow_fewer=True.")
     warnings.warn(f"{problem} Each protects all that it has.", stacklevel=3)
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Run the base model without its adapters, which come back unchanged. A ConfigError refuses a merged adapter."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    tuners = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    if any(module.merged for module in tuners):
-        raise ConfigError("an adapter is merged into the base weights. Call unmerge_adapter() before calibrating.")
-    trainable = [(p, p.requires_grad) for module in tuners for p in module.parameters()]
-    was_off = [module.disable_adapters for module in tuners]
-    for module in tuners:
-        module.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for module, off in zip(tuners, was_off, strict=True):
-            module.enable_adapters(not off)
-        for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
-
-
-def model_name(model: nn.Module) -> str:
-    """Last part of the model's name or path, so that no local path is published."""
-    path = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    return path.rstrip("/").rpartition("/")[2]
-
-
-def tokenizer_for(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Any:
-    """The tokenizer that these rows need: the model's own, or None for tokenized batches."""
-    return None if is_tokenized(rows) else tokenizer_of(model)
-
-
-def tokenizer_of(model: nn.Module) -> Any:
-    """The tokenizer under the model's own name or directory. A ConfigError says that there is none."""
-    from transformers import AutoTokenizer
-
-    source = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
-    try:
-        if not source:
-            raise OSError("the model has no name")
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no tokenizer can be loaded for {source or 'the model'!r} ({type(error).__name__}). Calibrate with "
-            "peft_safety.calibrate(model, config, tokenizer=...) and set config.subspace."
-        ) from error

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_safety.calibration.activations import Job, adapters_off, input_needs, prepare
 from peft_safety.calibration.bases import DENSE_LIMIT
 from peft_safety.calibration.batches import size_of
 from peft_safety.calibration.budget import bytes_of, groups, together
+from peft_safety.calibration.models import adapters_off
 from peft_safety.calibration.moments import collect, inputs_of
+from peft_safety.calibration.prepare import Job, input_needs, prepare
 from peft_safety.calibration.sizes import ALL_TOKENS
 from peft_safety.core import base_weights as weights
 from peft_safety.core import kinds

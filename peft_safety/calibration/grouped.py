@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_safety.calibration.activations import adapters_off
 from peft_safety.calibration.batches import Batch, attended
 from peft_safety.calibration.budget import bytes_of, groups, need, together
+from peft_safety.calibration.models import adapters_off
 from peft_safety.calibration.moments import InputMoments, Moment, collect, inputs_of
 
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from peft_safety.calibration.activations import model_name, size_facts
 from peft_safety.calibration.bases import output_basis_in_groups
 from peft_safety.calibration.leaving_out import record
+from peft_safety.calibration.models import model_name
+from peft_safety.calibration.prepare import size_facts
 from peft_safety.calibration.sizes import DEFAULT_RANK, plan
 from peft_safety.core import base_weights as weights
 from peft_safety.core import kinds

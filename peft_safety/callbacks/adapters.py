@@ -24,9 +24,12 @@ from peft_safety.registry.protection import assert_protected, protected_configs
 
 
 class SafetyMonitorCallback(TrainerCallback):  # type: ignore[misc]
-    """Checks that the adapter is protected when training begins, whenever it is saved, and when it ends, and raises a
-    ProtectionError if not; logs the largest leak as `safety_leak`. Of a checkpoint that is pushed to the hub, the
-    Trainer takes PEFT's two files only; this takes the others of a protected adapter.
+    """Checks that the adapter is protected when training begins, whenever it is saved, and when it ends; logs the
+    largest leak as `safety_leak`. Of a checkpoint that is pushed to the hub, the Trainer takes PEFT's two files only;
+    this takes the others of a protected adapter.
+
+    Raises:
+        ProtectionError: at one of these moments: the adapter is not protected.
     """
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
@@ -55,7 +58,9 @@ class TaskDirectionsCallback(TrainerCallback):  # type: ignore[misc]
     data set when training begins. A resumed run keeps those that it has.
 
     Args:
+        adapter_name: of the adapter with a frozen `lora_A`.
         rows: of the data set.
+        batch_size: rows of a forward.
 
     Raises:
         ConfigError, UnsupportedLayerError: at the beginning of training, see `registry.frozen.set_task_directions`.
@@ -78,8 +83,10 @@ class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]
     """Applies Safe LoRA, as the adapter's `SafeLoRAConfig` says, when training ends; save afterwards.
 
     Args:
+        adapter_name: of the adapter to repair.
         checkpoints: also repair a copy of the adapter of every checkpoint, in its sub-directory `safe_lora`. Training
             itself is not touched.
+        progress: show a bar.
 
     Attributes:
         report: of the repair at the end, or None.
@@ -118,8 +125,13 @@ class SafeLoRACallback(TrainerCallback):  # type: ignore[misc]
 class SoftPenaltyCallback(TrainerCallback):  # type: ignore[misc]
     """Trains an adapter with `OrthoSafetyPatchConfig(mode="soft")`: adds its penalty's exact gradient right before
     each optimizer step, after accumulation, clipping and loss scaling. The loss that the user sees stays the task's;
-    the penalty, without its weight, is logged as `soft_penalty`. DeepSpeed, which takes the gradients away, is
-    refused.
+    the penalty, without its weight, is logged as `soft_penalty`.
+
+    Args:
+        adapter_name: of the adapter in mode "soft".
+
+    Raises:
+        ConfigError: when training begins: an adapter in another mode; DeepSpeed, which takes the gradients away.
     """
 
     def __init__(self, adapter_name: str = "default") -> None:

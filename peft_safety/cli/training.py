@@ -89,7 +89,7 @@ def train(context: Context) -> None:
 
         show_plan(make_plan(chosen))
         return
-    from peft_safety.recipes.job.steps import run_job
+    from peft_safety.recipes.job.run import run_job
 
     run_job(chosen)
 

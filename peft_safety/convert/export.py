@@ -49,7 +49,13 @@ def export_lora(
     its certificate.
 
     Args:
+        model: a PeftModel, or a model with injected adapters.
+        directory: new, or of an earlier export, which is replaced.
+        adapter_name: the protected adapter to write.
         server: "vllm", "sglang" or "llama.cpp": what that server does not take is refused before anything is written.
+
+    Returns:
+        The directory.
 
     Raises:
         ProtectionError: the adapter is not protected any more, or a written factor would leak.

@@ -109,6 +109,9 @@ def merge_quantized(
         force: quantize again although most of the update is lost.
         verbose: print survival and leak of each module.
 
+    Returns:
+        A `MergeResult`: the merged model, and survival and leak of each module.
+
     Raises:
         LossyMergeError: "nf4" without `force`, with the figures of the worst module; nothing was changed.
         ConfigError: adapters that trained other weights too, one that is merged already, or "nf4" for another weight.

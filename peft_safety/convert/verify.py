@@ -100,11 +100,20 @@ def verify(
     subspace: SafetySubspace | str | os.PathLike[str] | None = None,
 ) -> Verification | FrozenVerification | RepairVerification:
     """Check an adapter directory in full, without building a model: a protected one, one with a frozen factor and a
-    certificate, or one that Safe LoRA has repaired. A PeftSafetyError says what is wrong.
+    certificate, or one that Safe LoRA has repaired.
 
     Args:
+        directory: of an adapter.
         model: a base model to compare with the shapes and the stored fingerprints; optional.
         subspace: the null space behind a certificate or a window, or its file, to check the blindness itself.
+
+    Returns:
+        What was checked, by kind of adapter: method, modules, the largest leak, digests.
+
+    Raises:
+        ArtifactError: files that are missing, changed, or no adapter of these kinds.
+        ProtectionError: a factor that reaches what it is blind to.
+        SubspaceError: another null space, or another base model.
     """
     with reading(directory, warn=True) as path:
         return replace(_verify(path, model, subspace), directory=os.fspath(directory))

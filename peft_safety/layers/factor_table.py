@@ -19,8 +19,9 @@ from peft_safety.core.names import own_name
 from peft_safety.core.projection import HALF, Side, all_finite, leak, leak_tolerance
 from peft_safety.errors import ProtectionError
 from peft_safety.layers.frozen_linear import check_certified_rows
-from peft_safety.layers.protected_linear import fold_rows, folds_deferred, is_whole, project, saved
+from peft_safety.layers.protected_linear import fold_rows, folds_deferred, is_whole, project
 from peft_safety.layers.shared_bases import moved, placed
+from peft_safety.layers.stored import saved
 
 _RAW: ContextVar[bool] = ContextVar("_RAW", default=False)
 
@@ -163,7 +164,7 @@ def fold_tables(model: nn.Module) -> None:
 
 @torch.no_grad()
 def folded_tables(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """`protected_linear.folded_state` of the constrained factors in tables."""
+    """`stored.folded_state` of the constrained factors in tables."""
     result = dict(state)
     for name, table in protected_tables(model):
         for adapter, (basis, side) in table.constraints.items():
@@ -181,7 +182,7 @@ def folded_tables(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def stored_entry(table: nn.ParameterDict, adapter: str) -> Tensor:
-    """A factor as it is saved: folded, a constrained one in fp32 or better, see `protected_linear.saved`."""
+    """A factor as it is saved: folded, a constrained one in fp32 or better, see `stored.saved`."""
     raw: Tensor = getattr(table, adapter).detach()
     if not isinstance(table, FactorTable) or adapter not in table.constraints:
         return raw

@@ -9,9 +9,8 @@ happens wherever somebody may look past the forward: when `.weight` is read, on 
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from types import CodeType
@@ -21,15 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from peft_safety.core import projection
-from peft_safety.core.names import own_name
 from peft_safety.core.projection import Side
-from peft_safety.errors import ProtectionError
 from peft_safety.layers.convolution import Convolution, Factor, product, sizes
-from peft_safety.layers.frozen_linear import FrozenLinear
+from peft_safety.layers.layout import fresh, lay_out
 from peft_safety.layers.shared_bases import leaves, moved, placed
 
-ALIGNMENT = 64
-"""Bytes. torch's allocator aligns to this on CPUs; a safetensors file only to eight."""
 DTYPE_READERS: set[CodeType] = set()
 """The forwards of PEFT's layers, which read `lora_A.weight` for its dtype only and need no fold. `registry` fills this
 set. A forward that is missing costs time, not safety.
@@ -243,54 +238,6 @@ def protected_leaves(model: nn.Module) -> Iterator[tuple[str, ProtectedLinear]]:
 
 
 @torch.no_grad()
-def folded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict with the factors of all leaves as they are saved (see `saved`); neither the model nor `state`
-    changes. FSDP and ZeRO keep a leaf from folding in place: what they gather is folded here. A factor that is not
-    whole is a ProtectionError.
-    """
-    result = dict(state)
-    for name, leaf in model.named_modules():
-        if not isinstance(leaf, (ProtectedLinear, FrozenLinear)):
-            continue
-        basis, side = (leaf.basis, leaf.side) if isinstance(leaf, ProtectedLinear) else (None, "in")
-        for kind in ("weight", "initial"):
-            key = f"{own_name(name)}.{kind}"  # torch's state dicts leave out what its wrappers add to names
-            if key not in result:
-                if isinstance(leaf, FrozenLinear) and kind == "weight" and hasattr(leaf.weight, "ds_id"):
-                    result[key] = _copied(leaf, key)
-                continue
-            factor = result[key]
-            if not (_is_tensor(factor) if basis is None else is_whole(factor, basis, side)):
-                raise ProtectionError(
-                    f"{key} {tuple(factor.shape)} is a shard or on the meta device. Pass save_pretrained the gathered "
-                    "weights: state_dict=get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, "
-                    "cpu_offload=True)); with ZeRO-3 those inside deepspeed.zero.GatheredParameters(parameters)."
-                )
-            if basis is not None:
-                result[key] = saved(basis, factor, side)
-    return result
-
-
-def _copied(leaf: FrozenLinear, key: str) -> Tensor:
-    if leaf.whole is None:
-        raise ProtectionError(
-            f"{key} is frozen, and under ZeRO-3 transformers saves trained weights only. Use ZeRO-2, FSDP2 or "
-            "`peft-safety train`, or pass save_pretrained weights gathered in deepspeed.zero.GatheredParameters."
-        )
-    return leaf.whole
-
-
-@torch.no_grad()
-def saved(basis: Tensor, factor: Tensor, side: Side) -> Tensor:
-    """A copy of a constrained factor, folded, in fp32 or better: rounded to the 16 bits that TRL trains in on a
-    quantized base, it would leak 1e-3.
-    """
-    wide = factor.detach().to(torch.promote_types(factor.dtype, torch.float32), copy=True)
-    fold_rows(basis.to(factor.device), wide, side)
-    return wide
-
-
-@torch.no_grad()
 def fold_rows(basis: Tensor, factor: Tensor, side: Side) -> bool:
     """`projection.fold_` of a factor, whose rows may have further dimensions, in any memory format."""
     rows = factor.flatten(1)
@@ -298,69 +245,6 @@ def fold_rows(basis: Tensor, factor: Tensor, side: Side) -> bool:
     if written and factor.ndim > 2:
         factor.copy_(rows.view(factor.shape))
     return written
-
-
-def fresh(tensor: Tensor) -> Tensor:
-    """The tensor itself if its layout is that of a new one (or it is a meta tensor or a shard), else a copy: a CPU's
-    BLAS chooses its kernels by strides and addresses, so a slice of an SVD, or of a file, gives other last bits.
-    """
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
-        return tensor
-    if tensor.is_contiguous() and (tensor.device.type != "cpu" or tensor.data_ptr() % ALIGNMENT == 0):
-        return tensor
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-@torch.no_grad()
-def lay_out(module: nn.Module) -> bool:
-    """Give parameters of a module the layout of new tensors. Returns whether any changed."""
-    changed = False
-    for parameter in module._parameters.values():
-        if parameter is not None and (copy := fresh(parameter)) is not parameter:
-            parameter.data, changed = copy, True
-    return changed
-
-
-def lay_out_adapter(model: nn.Module, adapter_name: str, leak: float = math.inf) -> None:
-    """Move what an adapter holds (factors, modules saved with them) to where new tensors would lie, and fold it unless
-    no factor has more than this leak and that is little enough.
-    """
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] == adapter_name:
-            for part in module.modules():
-                lay_out(part)
-                if isinstance(part, ProtectedLinear) and leak > projection.fold_tolerance(part.raw().dtype):
-                    part.fold()
-
-
-def joined(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`A' = [A; A0] (r', n)` and `B' = [B, -B0] (m, r')`: `B' A' = B A - B0 A0`. Without a residual, A and B."""
-    if a0 is None or b0 is None:
-        return a, b
-    return torch.cat([a, a0.to(a)]), torch.cat([b, -b0.to(b)], dim=1)
-
-
-def stored_factors(leaf_a: nn.Module, leaf_b: nn.Module) -> tuple[Tensor, Tensor]:
-    """The `joined` factors in the leaves of a LoRA layer as matrices, folded, not differentiable; of plain LoRA its
-    weights. A constrained one in 16 bits is given in fp32, see `saved`.
-    """
-    (a, a0), (b, b0) = _stored(leaf_a), _stored(leaf_b)
-    return joined(a.flatten(1), b.flatten(1), a0, b0)
-
-
-def _stored(leaf: nn.Module) -> tuple[Tensor, Tensor | None]:
-    weight: Tensor = leaf.weight.detach()  # type: ignore[assignment, operator]  # reading folds, the frozen factor too
-    if not isinstance(leaf, ProtectedLinear):
-        return weight, None
-    if leaf.basis is None or not is_half(leaf):
-        return weight, leaf.initial
-    initial = None if leaf.initial is None else saved(leaf.basis, leaf.initial, leaf.side)
-    return saved(leaf.basis, weight, leaf.side), initial
-
-
-def is_half(leaf: ProtectedLinear) -> bool:
-    """Whether a factor is held in 16 bits."""
-    return leaf.raw().dtype in projection.HALF
 
 
 def _traced() -> bool:
@@ -376,11 +260,11 @@ def _is_untracked(weight: Tensor) -> bool:
     return weight.is_inference() or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _is_tensor(weight: Tensor) -> bool:
+def is_here(weight: Tensor) -> bool:
     """Whether this is a factor with values here: not meta, not a shard."""
     return not weight.is_meta and not hasattr(weight, "device_mesh") and weight.ndim >= 2
 
 
 def is_whole(weight: Tensor, basis: Tensor, side: Side) -> bool:
     """Whether the weight is a whole tensor here: not meta, not a shard, not flattened by a sharding wrapper."""
-    return _is_tensor(weight) and projection.fits(basis, len(weight) if side == "out" else weight[0].numel())
+    return is_here(weight) and projection.fits(basis, len(weight) if side == "out" else weight[0].numel())

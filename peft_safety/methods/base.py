@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from peft import LoraConfig
 from torch import nn
 
-from peft_safety.calibration.activations import MAX_LENGTH, estimate, tokenizer_for
+from peft_safety.calibration.activations import estimate
 from peft_safety.calibration.estimators import SafetySubspace
+from peft_safety.calibration.models import tokenizer_for
+from peft_safety.calibration.prepare import MAX_LENGTH
 from peft_safety.calibration.sizes import check_size_options
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import StoredAdapter, sign
@@ -287,7 +289,11 @@ def calibrate(
         tokenizer: for rows; default the one under the model's own name.
         memory: budget for the second moments, in bytes or as "4GB"; default half of the device's free memory.
         seed: of the decompositions.
+        progress: show a bar.
         max_length: tokens of each row that are read; a row whose answer lies past them is left out, with a warning.
+
+    Returns:
+        The subspace: bases `(features, k)` of each module and side.
 
     Raises:
         ConfigError: a config without a subspace; data for a basis of weights; no target module; no tokenizer.

@@ -16,8 +16,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from peft_safety.calibration.activations import estimate, tokenizer_for
+from peft_safety.calibration.activations import estimate
 from peft_safety.calibration.leaving_out import warn_left_out
+from peft_safety.calibration.models import tokenizer_for
 from peft_safety.core import base_weights as weights
 from peft_safety.core.checks import check_choices
 from peft_safety.core.projection import top_singular
@@ -47,6 +48,8 @@ class SaLoRAConfig(ProtectedConfig):
 
     Raises:
         ConfigError: see `ProtectedConfig`; `init="task"` without `task_data`.
+
+    Reference: SaLoRA, arXiv 2501.01765.
     """
 
     init: Init = option("lora", "'lora' (B = 0) or 'task' (task-aware, arXiv 2501.01765).")

@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_safety.calibration.activations import METHODS
 from peft_safety.calibration.cost import CalibrationCost, cost
 from peft_safety.calibration.coverage import ModuleCoverage, coverage, task_inputs, warn_if_stalled
 from peft_safety.calibration.estimators import SafetySubspace
+from peft_safety.calibration.prepare import METHODS
 from peft_safety.calibration.sizes import check_size_options
 from peft_safety.core.subspace import DEFAULT_DTYPE
 from peft_safety.core.targets import target_layers
@@ -146,8 +146,15 @@ def calibration_cost(
     """What `calibrate` will take. Loads the model and runs two batches; nothing is written.
 
     Args:
-        options: as in `calibrate`: `basis`, `contexts`, the sizes, `side`, `positions`, `memory`, `dtype`,
+        model: Hub id, directory, or a loaded causal language model.
+        tokenizer: default the model's own.
+        data: as in `calibrate`; default the package's prompts.
+        stream: the cost of reading the model from disk, one layer at a time.
+        **options: as in `calibrate`: `basis`, `contexts`, the sizes, `side`, `positions`, `memory`, `dtype`,
             `batch_size`, `max_length`.
+
+    Returns:
+        A `CalibrationCost`: tokens, bytes and seconds.
 
     Raises:
         ConfigError, CalibrationError: as `calibrate` does; method "weight", which needs no pass.

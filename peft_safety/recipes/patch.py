@@ -14,8 +14,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_safety.calibration.activations import adapters_off
 from peft_safety.calibration.estimators import SafetySubspace
+from peft_safety.calibration.models import adapters_off
 from peft_safety.calibration.sizes import check_size_options
 from peft_safety.callbacks import SoftPenaltyCallback
 from peft_safety.core.training import PATCH_TRAINING, TrainOptions

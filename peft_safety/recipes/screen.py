@@ -60,18 +60,21 @@ def screen(
         model: the aligned model: hub id, directory, or a loaded causal language model, quantized or not.
         rows: a JSON-lines file, or rows of any kind that training accepts or with a `prompt` alone: a list, a data
             set, or a stream of any length.
+        tokenizer: with a chat template; default the model's own.
         fpr: share of the package's harmless validation prompts that may be flagged; or of `clean`.
         clean: rows of your own that you have checked, at least one: the threshold is set on them. More poison is found
             so where your rows look less harmful than the package's contrast prompts.
         fitted: the screen of an earlier result on the same model (`result.screen`), which is used as it is: with its
             rate, threshold, `max_length` and `batch_tokens`. It saves reading the known prompts again.
         known: packaged prompts of each file and split that a new screen learns from, at most.
+        verdict: ask the model for its own answer to flagged requests.
         judge: of refusals, default `KeywordJudge`.
         by: a column; rows are counted by its values, default by their kind.
         labels: every label of {text, label} rows; needed for those of a stream only.
         load_in_4bit: quantize a model that is given by name.
         max_length: tokens kept of a turn with what is before it, from the right.
         batch_tokens: tokens of a batch, padding included.
+        progress: show a bar, in the first process.
 
     Returns: a `Screening`: scores, flags and verdicts by number of the row, and `kept`, the numbers of the rows to
         train on. Among several processes (`accelerate launch`) all call this with the same rows; they share the work,

@@ -179,6 +179,9 @@ def explain_dispatch(model: nn.Module) -> list[Route]:
 
     Args:
         model: any module; without LoRA layers, plain or protected, the list is empty.
+
+    Returns:
+        A `Route` for each layer: its module, its path, and the reason.
     """
     routes = []
     for name, _, layer in walk(model):

@@ -28,6 +28,7 @@ def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
     adapter is active beside one.
 
     Args:
+        model: a PeftModel, or a model with injected adapters.
         adapter_name: one adapter; None checks all protected ones.
 
     Raises:

@@ -27,13 +27,8 @@ from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.layers.adapters import adapter_layers
 from peft_safety.layers.factor_table import fold_tables, folded_tables, protected_tables
-from peft_safety.layers.protected_linear import (
-    deferred_folds,
-    folded_state,
-    is_half,
-    lay_out_adapter,
-    protected_leaves,
-)
+from peft_safety.layers.protected_linear import deferred_folds, protected_leaves
+from peft_safety.layers.stored import folded_state, is_half, lay_out_adapter
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.methods.safe_lora.config import SafeLoRAConfig
 from peft_safety.registry.attach import bind

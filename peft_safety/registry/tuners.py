@@ -12,7 +12,7 @@ from peft_safety.core.projection import all_finite
 from peft_safety.errors import ConfigError, ProtectionError
 from peft_safety.layers.adapters import adapter_layers, tables
 from peft_safety.layers.factor_table import fold_tables, raw_factors
-from peft_safety.layers.protected_linear import lay_out_adapter
+from peft_safety.layers.stored import lay_out_adapter
 from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry import frozen
 from peft_safety.registry.lora_layers import refuse_lossy_merge

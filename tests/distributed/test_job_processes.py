@@ -20,8 +20,8 @@ import yaml
 from peft_safety import verify
 from peft_safety.errors import ConfigError
 from peft_safety.recipes.job.options import STEPS
+from peft_safety.recipes.job.run import run_job
 from peft_safety.recipes.job.settings import Settings
-from peft_safety.recipes.job.steps import run_job
 from tests.recipes.jobs import job_on, losses
 from tests.tiny import tiny_llama
 

@@ -73,7 +73,7 @@ def test_a_second_adapter_leaves_the_same_layers_out_and_the_first_one_alone():
 
 
 def test_auto_warns_once_and_protects_the_rest(monkeypatch):
-    monkeypatch.setattr("peft_safety.calibration.activations.tokenizer_of", lambda model: tiny_tokenizer())
+    monkeypatch.setattr("peft_safety.calibration.models.tokenizer_of", lambda model: tiny_tokenizer())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = get_peft_model(with_tower(), SaLoRAConfig(r=4, safety_rank=4, target_modules="all-linear"))

@@ -21,8 +21,8 @@ from peft_safety.errors import ConfigError, DataError, PeftSafetyError
 from peft_safety.recipes.job import steps
 from peft_safety.recipes.job.options import STEPS
 from peft_safety.recipes.job.plan import make_plan
+from peft_safety.recipes.job.run import run_job
 from peft_safety.recipes.job.settings import Settings
-from peft_safety.recipes.job.steps import run_job
 from peft_safety.reporting.report import Report
 from tests.recipes.jobs import PAIRS, job_on, losses
 from tests.tiny import tiny_llama

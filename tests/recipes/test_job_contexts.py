@@ -7,8 +7,8 @@ from peft_safety.core.subspace import SafetySubspace
 from peft_safety.errors import ConfigError
 from peft_safety.recipes.job.contexts import system_prompts
 from peft_safety.recipes.job.job import Job
+from peft_safety.recipes.job.run import run_job
 from peft_safety.recipes.job.settings import Settings
-from peft_safety.recipes.job.steps import run_job
 from tests.recipes.jobs import job_on
 
 ASKED = [

@@ -13,8 +13,8 @@ import transformers.trainer
 from peft import PeftModel
 
 from peft_safety import assert_protected, verify
+from peft_safety.recipes.job.run import run_job
 from peft_safety.recipes.job.settings import Settings
-from peft_safety.recipes.job.steps import run_job
 from tests.recipes.jobs import job_on
 from tests.tiny import tiny_llama
 

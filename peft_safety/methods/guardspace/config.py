@@ -20,10 +20,11 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from peft_safety.calibration.activations import adapters_off, estimate, tokenizer_for
+from peft_safety.calibration.activations import estimate
 from peft_safety.calibration.batches import Positions, to_batches
 from peft_safety.calibration.coverage import task_inputs, warn_if_stalled
 from peft_safety.calibration.grouped import GroupedMoments
+from peft_safety.calibration.models import adapters_off, tokenizer_for
 from peft_safety.calibration.moments import collect
 from peft_safety.calibration.sizes import DEFAULT_RANK
 from peft_safety.core import base_weights as weights
@@ -77,6 +78,11 @@ class GuardSpaceConfig(ProtectedConfig):
         init_data: rows or tokenized batches behind `Sigma`; None takes those of "auto". Not saved.
         task_data: rows or tokenized batches of the benign task (32 are enough), for a_init="task" and for a warning
             where the task lies almost entirely in the null space. Not saved.
+
+    Raises:
+        ConfigError: see `ProtectedConfig`; an option out of range, or options that exclude each other.
+
+    Reference: GuardSpace, arXiv 2510.14301, of which "guardspace" is the initialization. "B" and "window" are ours.
     """
 
     basis: Basis = option(DEFAULT_BASIS, "What subspace='auto' calibrates on.")

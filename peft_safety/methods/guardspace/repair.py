@@ -52,8 +52,13 @@ def repair_adapter(
     as `GuardSpaceConfig(train="B")` saves it, written atomically; without `out_dir` there is only the report.
 
     Args:
+        adapter_dir: directory of the plain LoRA; it is not touched.
         subspace: of the adapter's base model, with an input basis of every module: `SafetySubspace`, file, directory
             or Hub id.
+        out_dir: new directory for the repaired adapter.
+
+    Returns:
+        A `BlindReport`: what each module lost, and its leak before and after.
 
     Raises:
         ArtifactError: the directory is not a whole, finite LoRA adapter, or `out_dir` cannot be written.

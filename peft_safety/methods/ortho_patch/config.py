@@ -53,6 +53,12 @@ class OrthoSafetyPatchConfig(ProtectedConfig):
             frozen.
         reg_lambda: weight of the penalty for mode="soft", in units of the loss per unit of `E||dW x||^2 / E||W x||^2`,
             summed over the modules.
+
+    Raises:
+        ConfigError: see `ProtectedConfig`; an option out of range, a soft mode on another basis or side, or patches
+            that are not there.
+
+    Reference: Mou et al., arXiv 2510.09004, whose patches are those of mode "none". The constraint is ours.
     """
 
     mode: Mode = option("hard", "'hard', 'soft' or 'none'.")

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from peft_safety.calibration.activations import model_name
+from peft_safety.calibration.models import model_name
 from peft_safety.core import base_weights as weights
 from peft_safety.core import kinds
 from peft_safety.core.adapter_dir import check_adapter, protected_types

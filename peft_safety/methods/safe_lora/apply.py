@@ -43,8 +43,12 @@ def apply_safe_lora(
         peft_model: a PeftModel or a model with injected adapters; dense or bitsandbytes base.
         unaligned: the model before its alignment (the pretrained one): directory, Hub id, or module.
         aligned: the model after it, in 16 bit or more. Default: the weights under the adapter.
+        adapter_name: the LoRA to repair.
         new_adapter_name: leave `adapter_name` as it is and add the repaired adapter under this name.
         **options: see `RepairOptions`.
+
+    Returns:
+        A `RepairReport`: cosine, choice and what was removed of each module.
 
     Raises:
         ConfigError: no such adapter, one that was repaired before, or whose update is not a plain `B A`.
@@ -91,7 +95,14 @@ def safe_lora_dir(
     written atomically; without `out_dir` there is only the report. The source is not touched.
 
     Args:
+        adapter_dir: directory of the plain LoRA.
+        unaligned: the model before its alignment: directory, Hub id, or module.
         aligned: default, the adapter's `base_model_name_or_path`.
+        out_dir: new directory for the repaired adapter.
+        **options: see `RepairOptions`.
+
+    Returns:
+        A `RepairReport`, as of `apply_safe_lora`.
 
     Raises:
         ArtifactError: the directory is not a whole, finite LoRA adapter, or `out_dir` cannot be written.

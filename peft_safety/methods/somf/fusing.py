@@ -124,6 +124,9 @@ def fuse(
         adapter_name: add the result to the PeftModel under this name.
         **options: see `FuseOptions`.
 
+    Returns:
+        A `FuseReport`: what the mask keeps of each module, and where the result is.
+
     Raises:
         ConfigError, ArtifactError, CheckpointError, DataError: of options, inputs and rows. Nothing is written then.
 

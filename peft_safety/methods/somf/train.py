@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from peft_safety.calibration.activations import tokenizer_of
+from peft_safety.calibration.models import tokenizer_of
 from peft_safety.core import base_weights as weights
 from peft_safety.core.projection import all_finite
 from peft_safety.data import preference_pairs, refusal_pairs

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from peft_safety.calibration.activations import MAX_LENGTH
+from peft_safety.calibration.prepare import MAX_LENGTH
 from peft_safety.callbacks import SafetyMonitorCallback
 from peft_safety.convert.verify import verify as check
 from peft_safety.core.environment import environment
@@ -33,79 +31,12 @@ from peft_safety.recipes.adapter import TASK_ROWS, with_task
 from peft_safety.recipes.bench import Bench
 from peft_safety.recipes.job.contexts import contexts_for, system_prompts
 from peft_safety.recipes.job.job import Job
-from peft_safety.recipes.job.options import STEPS
-from peft_safety.recipes.job.settings import Settings
 from peft_safety.recipes.screen import screen as screen_rows
 from peft_safety.recipes.train import TrainingRun
 from peft_safety.reporting.report import Report
 
 with extra("trl", "a job needs TRL"):
     from trl import SFTTrainer
-
-READING = (
-    "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_text_field", "held_out",
-    "poison", "seed",
-)  # fmt: skip
-"""Settings that the rows depend on."""
-LOADING = (
-    "model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type",
-    "use_bnb_nested_quant", "chat_template_path",
-)  # fmt: skip
-"""Settings that the model depends on."""
-CALIBRATING = (
-    *LOADING, "lora_target_modules", "lora_target_parameters", "seed", "method", "subspace", "safety_rank",
-    "safety_energy", "safety_rank_pattern", "basis", "positions", "combine", "combine_rank", "calibration_rows",
-    "calibration_contexts",
-)  # fmt: skip
-"""Settings that a subspace depends on."""
-MEASURING = ("eval_split", "eval_limit")
-UNTRAINED = (*MEASURING, "skip", "dry_run", "output_dir", "disable_tqdm", "run_name")
-PREFIXES = ("hub_", "logging_", "push_", "report_", "resume_", "save_")
-"""Settings, and beginnings of others, that training does not depend on."""
-
-
-@dataclass(frozen=True)
-class JobResult:
-    """The adapter's directory, the facts of each finished step, and the report if safety was measured."""
-
-    adapter_dir: Path
-    facts: dict[str, dict[str, Any]]
-    report: Report | None
-
-
-def run_job(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> JobResult:
-    """Run the steps of a job that are neither skipped nor done. Writes `adapter/`, `subspace.safetensors`,
-    `report.json`, `report.png` and `job.json`, the state, into the output directory, and prints the report.
-
-    Args:
-        callbacks: further callbacks of the trainer.
-
-    Raises:
-        ConfigError, DataError: before a model is loaded. CalibrationError, ProtectionError, ArtifactError: by a step.
-    """
-    job = Job(settings, callbacks)
-    rows, held_out = len(job.data.train), len(job.data.held_out or ())
-    say(job, f"{rows} rows to train on, {held_out} held out ({held_out / (rows + held_out):.0%})")
-    digests = _digests(job)
-    done = _finished(job, digests)
-    PartialState().wait_for_everyone()  # all know what is done before one process changes it
-    for number, step in enumerate(STEPS, 1):
-        begins = f"[{number}/{len(STEPS)}] {step}"
-        if step in (settings.own.skip or ()) or step in done:
-            say(job, f"{begins}: {'done before' if step in done else 'skipped'}")
-        else:
-            say(job, begins)
-            started = time.perf_counter()
-            job.state.start(step, digests[step])
-            facts = RUN[step](job)
-            if facts is not None:
-                facts["seconds"] = round(time.perf_counter() - started, 2)
-                job.state.finish(step, facts)
-        if step == "screen" and settings.own.drop_flagged:
-            job.leave_out(job.state.facts(step)["suspicious"])
-    saved = job.state.facts("report")
-    loaded = Report.load(job.out / "report.json") if saved and job.main else None
-    return JobResult(job.adapter_dir, {step: job.state.facts(step) for step in job.state.steps}, loaded)
 
 
 def say(job: Job, text: str) -> None:
@@ -286,40 +217,6 @@ RUN: dict[str, Callable[[Job], dict[str, Any] | None]] = {
     "verify": verify,
     "report": report,
 }
-
-
-def _finished(job: Job, digests: dict[str, str]) -> set[str]:
-    """Steps that are done with these settings, and whose results are there, up to the first one that has to run."""
-    done: set[str] = set()
-    for step in STEPS:
-        if job.state.is_done(step, digests[step]) and _outputs(job, step):
-            done.add(step)
-        elif step not in (job.own.skip or ()):
-            break
-    return done
-
-
-def _digests(job: Job) -> dict[str, str]:
-    """What each step depends on, beside the steps before it."""
-    settings = job.settings
-    training = [n for n in settings.given if n not in UNTRAINED and not n.startswith(PREFIXES)]
-    of_rows = (*READING, "drop_flagged", "max_length") if job.own.calibration_contexts is not None else ()
-    more = {"data": job.data_digest} if of_rows else {}
-    return {
-        "screen": settings.digest((*LOADING, *READING, "screen_prompts"), data=job.data_digest),
-        "calibrate": settings.digest((*CALIBRATING, *of_rows), **more),
-        "train": settings.digest(training, data=job.data_digest),
-        "measure": settings.digest([*training, *MEASURING], data=job.data_digest),
-        "verify": settings.digest(()),
-        "report": settings.digest(()),
-    }
-
-
-def _outputs(job: Job, step: str) -> bool:
-    """Whether the files are there that a finished step has written."""
-    wanted = {"calibrate": job.subspace if job.own.subspace == "auto" else None, "train": str(job.adapter_dir)}
-    path = wanted.get(step) if step != "report" else str(job.out / "report.json")
-    return path is None or Path(path).exists()
 
 
 def _checkpoint(job: Job) -> str | None:
