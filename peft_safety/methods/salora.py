@@ -1,9 +1,9 @@
 """SaLoRA: keep the output directions that carry safe responses out of the update. `dW = s C B A` with
 `C = I - U_C U_C^T`, `U_C` the top left singular vectors of `W X_harm`: so `U_C^T dW = 0` at every step.
 
-Reference: Li et al., ICLR 2025, arXiv 2501.01765. Differences from its public code (2025-10-23): C acts on the weight,
-so that it survives save, merge and quantization; the residual of the task-aware initialization includes the scaling
-and leaves the base weight alone.
+Reference: Li et al., ICLR 2025, arXiv 2501.01765, section 4. Differences from its public code (2025-10-23): C acts on
+the weight, so that it survives save, merge and quantization; the residual of the task-aware initialization includes
+the scaling and leaves the base weight alone.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class SaLoRAConfig(ProtectedConfig):
             that keeps the function unchanged.
         task_data: for `init="task"`: rows `{prompt, response}`, tokenized batches, or a `SafetySubspace` estimated on
             the task.
-        task_rank: directions of the task subspace; 32 as published.
+        task_rank: directions of the task subspace, 32 as published; fewer, with a warning, where the task's answers
+            have fewer (a few labels).
 
     Raises:
         ConfigError: see `ProtectedConfig`; `init="task"` without `task_data`.
@@ -80,7 +81,8 @@ class SaLoRAConfig(ProtectedConfig):
         task = self.task_data
         if not isinstance(task, SafetySubspace):
             rows = data_rows(task, "SaLoRAConfig: task_data")
-            task = estimate(model, rows, tokenizer=tokenizer_for(model, rows), rank=self.task_rank, layers=base)
+            tokenizer = tokenizer_for(model, rows)
+            task = estimate(model, rows, tokenizer=tokenizer, rank=self.task_rank, layers=base, allow_fewer=True)
         unseen = {name: task.left_out[name] for name in task.lacking(base, ("out",)) if name in task.left_out}
         warn_left_out(unseen, len(base), "the task-aware initialization, and start as plain LoRA's do")
         task.check_fits({name: layer for name, layer in base.items() if name not in unseen}, bind=False)

@@ -160,3 +160,16 @@ def test_very_narrow_inputs_keep_a_direction_free():
         space = guard(model, target_modules=targets, **size)
         assert space.left_out == {"one": "narrow"}
         assert space.rank("two", "in") == 1
+
+
+def test_a_task_of_few_words_starts_salora_in_the_directions_that_it_has():
+    """Two distinct tokens: the first layer sees two directions, and no option could allow fewer."""
+    ids = torch.tensor([[5, 6] * 6])
+    task = [{"input_ids": ids, "labels": ids}]
+    space = SafetySubspace.from_activations(tiny_llama(), [batch()], rank=4, target_modules=["q_proj"])
+    config = SaLoRAConfig(r=4, subspace=space, target_modules=["q_proj"], init="task", task_data=task, task_rank=8)
+    with pytest.warns(UserWarning, match="span 2 directions"):
+        model = get_peft_model(tiny_llama(), config)
+    assert_protected(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**batch()).logits, tiny_llama()(**batch()).logits)

@@ -4,8 +4,9 @@
 calibration data. So `dW x = 0` on their span at every step, and `E||dW x||^2 <= lambda_{k+1} ||dW||_F^2` on all of
 them.
 
-Reference: Zhang et al., arXiv 2510.14301 (no public code was found). Ours: general instructions in place of harmful
-prompts, sizes per kind of module, the guard against stalling, and the residual that leaves the base weight unchanged.
+Reference: Zhang et al., arXiv 2510.14301, where Q is every eigenvector whose eigenvalue is not zero. Ours: the top k,
+refusals behind the prompts, general instructions in place of harmful ones, sizes per kind of module, the guard against
+stalling, A frozen or in a window, and the residual that leaves the base weight unchanged.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class GuardSpaceConfig(ProtectedConfig):
             warning, "task" without data) takes random ones. A subspace that holds windows gives its own.
         init: "lora" starts from B = 0; "guardspace" starts from the part of the weight that does least on the
             calibration data, with a residual that leaves function and base weight unchanged.
-        preconditioner: for init="guardspace": decompose `W Sigma^(1/2)` ("root") or `W Sigma` ("moment").
+        preconditioner: for init="guardspace": decompose `W Sigma^(1/2)` ("root") or, as published, `W Sigma`
+            ("moment").
         init_data: rows or tokenized batches behind `Sigma`; None takes those of "auto". Not saved.
         task_data: rows or tokenized batches of the benign task (32 are enough), for a_init="task" and for a warning
             where the task lies almost entirely in the null space. Not saved.
@@ -93,7 +95,7 @@ class GuardSpaceConfig(ProtectedConfig):
     window: int = option(64, "For train='window': directions per module.")
     a_init: Rows = option("task", "For train='B' and 'window': directions of A, from task_data or random.")
     init: Init = option("lora", "'lora' (B = 0) or 'guardspace' (arXiv 2510.14301).")
-    preconditioner: Kind = option("root", "Square root of the second moment, or itself.")
+    preconditioner: Kind = option("root", "Root of the second moment, or (published) itself.")
     init_data: Any = option(None, "Data behind init='guardspace'. Not saved.")
     task_data: Any = option(None, "Rows of the benign task, for a_init='task' and a warning. Not saved.")
 

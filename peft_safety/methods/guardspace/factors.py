@@ -43,7 +43,7 @@ def irrelevant_factors(weight: Tensor, preconditioner: Preconditioner, rank: int
     Raises:
         CalibrationError: the weight's smallest components are zero, so that neither factor would ever get a gradient.
 
-    Reference: GuardSpace, arXiv 2510.14301; the decomposition is CorDA's, arXiv 2406.05223.
+    Reference: GuardSpace, arXiv 2510.14301, with `C = Sigma`; the decomposition is CorDA's, arXiv 2406.05223.
     """
     u, s, vh = torch.linalg.svd(weight.double() @ preconditioner.matrix, full_matrices=False)
     u, kept, vh = u[:, -rank:], s[-rank:], vh[-rank:]

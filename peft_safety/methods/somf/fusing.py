@@ -130,7 +130,7 @@ def fuse(
     Raises:
         ConfigError, ArtifactError, CheckpointError, DataError: of options, inputs and rows. Nothing is written then.
 
-    Reference: Yi et al., SOMF, arXiv 2405.09055. Differences from its code: `docs/architecture.md`.
+    Reference: Yi et al., SOMF, arXiv 2405.09055. Differences from its code: `docs/methods/somf.md`.
     """
     chosen, training = FuseOptions(**options), training or MaskTraining()
     if mask is not None and chosen.method != "somf":
