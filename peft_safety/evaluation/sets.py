@@ -115,7 +115,7 @@ TABLE = (
         where=r"output=(?s:.*\S.*)",
     ),
 )
-"""Checked at the sets' cards in 2026-11; `docs/guides/measure.md` shows it."""
+"""Checked at the sets' cards in 2026-11; `docs/guides/judges_and_sets.md` shows it."""
 SETS: Mapping[str, SetEntry] = {entry.name: entry for entry in TABLE}
 
 

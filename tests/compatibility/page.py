@@ -103,7 +103,7 @@ def page() -> str:
         "",
         f"torchao and HQQ are in `tests/peft/test_libraries.py`, on the libraries themselves. The last {len(packed)} "
         "are in\n`tests/peft/test_packed.py`, on stand-ins for what is not installed; GPTQ also on gptqmodel's own "
-        "layers.\nTensor parallelism: [training.md](guides/training.md#on-several-gpus).",
+        "layers.\nTensor parallelism: [several_gpus.md](guides/several_gpus.md#what-works).",
     ]
     lines += table("Architectures", architectures.ARCHITECTURES, of_architecture)
     return HEAD + "\n".join(lines) + "\n\n" + SUITE + "\n" + "\n".join(suite()) + "\n"

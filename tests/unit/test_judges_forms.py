@@ -187,12 +187,8 @@ def test_a_template_with_other_braces_is_an_error():
 
 
 def test_the_documented_table_is_the_code():
-    text = (
-        (ROOT / "docs/guides/measure.md")
-        .read_text(encoding="utf-8")
-        .partition("## Which judge?")[2]
-        .partition("\n## ")[0]
-    )
+    page = (ROOT / "docs/guides/judges_and_sets.md").read_text(encoding="utf-8")
+    text = page.partition("## Which judge?")[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| `([\w-]+)(?::MODEL)?` \| (\S+).*\|$", text, re.MULTILINE))
     assert rows.keys() == set(JUDGES)
     assert rows["rejection"] == REJECTION_MODEL

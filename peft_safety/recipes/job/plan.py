@@ -109,7 +109,7 @@ def _trainable(job: Job, shapes: dict[str, tuple[int, int]], r: int) -> int:
 
 
 def _memory(job: Job, model: Any, config: Any, shapes: dict[str, tuple[int, int]]) -> dict[str, str]:
-    """See docs/guides/scale.md for the formula."""
+    """See docs/guides/several_gpus.md for the formula."""
     given, training = job.settings.model, job.training
     number = BYTES.get(str(given.dtype), BYTES["bfloat16"])
     small = BITS_4 if given.load_in_4bit else BITS_8 if given.load_in_8bit else number
