@@ -90,7 +90,10 @@ def check_adapter(directory: Path) -> StoredAdapter:
     config, path = plain_lora.read_manifest(directory, warn=False), directory / MANIFEST
     kind, types = config.get("peft_type"), protected_types()
     if kind not in types:
-        raise ArtifactError(f"{path}: peft_type {kind!r} promises no protection. Give one of {' or '.join(types)}.")
+        remedy = f"Give one of {' or '.join(types)}."
+        if kind == "LORA":
+            remedy = "It is an ordinary LoRA without a certificate: peft-safety repair makes it blind."
+        raise ArtifactError(f"{path}: peft_type {kind!r} promises no protection. {remedy}")
     for file in directory.glob("adapter_model*"):
         if file.suffix in files.PICKLES:
             raise ArtifactError(f"{file} is a pickle and is never opened: it can run code. Remove it.")
