@@ -62,7 +62,9 @@ def check_adapters(model: nn.Module, adapter_name: str | None = None) -> None:
         configs = {name: config for name, config in configs.items() if name == adapter_name}
     if not configs:
         wanted = "" if adapter_name is None else f" {adapter_name!r}"
-        raise ProtectionError(f"the model has no protected adapter{wanted}. Use GuardSpaceConfig instead of LoraConfig.")
+        raise ProtectionError(
+            f"the model has no protected adapter{wanted}. Use GuardSpaceConfig instead of LoraConfig."
+        )
     for name, config in configs.items():
         layers = adapter_layers(model, name)
         if set(layers) != set(config._modules):
