@@ -4,7 +4,7 @@ for the engine in `benchmarks/frontier`.
     python -m benchmarks.attacks [--defenses lora frozen ...] [--budget MINUTES]
                                              run the missing cells; a killed run continues where it stopped
     python -m benchmarks.attacks --list      what is done and what comes next
-    python -m benchmarks.attacks --report    write attacks.png and the section of docs/results/README.md
+    python -m benchmarks.attacks --report    write the pictures and the sections of docs/results
     python -m benchmarks.attacks --smoke     two defenses, two attacks, few prompts, in minutes
 
 Refusal is measured on bare test requests, on the same requests in the form of the attack and on foreign requests, and
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.common import PAGE, RESULTS, parser_of, record
+from benchmarks.common import RESULTS, parser_of, record
 from benchmarks.frontier.attacks import ATTACKS
 from benchmarks.frontier.cells import Cell
 from benchmarks.frontier.command import (
@@ -38,6 +38,7 @@ from benchmarks.frontier.command import (
 from benchmarks.frontier.data import Sets, public_sets, resolve, task_prompts
 from benchmarks.frontier.plan import COUNTERMEASURES, METHODS, place
 from benchmarks.frontier.results import stored
+from benchmarks.pages import DOCS
 from peft_safety.data import load
 from peft_safety.errors import ConfigError
 
@@ -148,7 +149,7 @@ def work(given: argparse.Namespace) -> int:
     if given.report:
         from benchmarks.attacks_report import report
 
-        report(given.out, PAGE if given.out == RESULTS else None)
+        report(given.out, DOCS if given.out == RESULTS else None)
         return 0
     if given.smoke:
         given.defenses, given.attacks, given.split = ["lora", RECOMMENDED], ["trigger", "however"], "validation"

@@ -7,7 +7,6 @@ import ctypes
 import gc
 import json
 import os
-import re
 import resource
 import statistics
 import subprocess
@@ -21,12 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.get_model import MODEL_NAME, model_dir
-from peft_safety.errors import ArtifactError, DataError
+from peft_safety.errors import ArtifactError
 
 RESULTS = Path(__file__).parent / "results"
-"""All results files, pictures and pages."""
-PAGE = Path(__file__).parents[1] / "docs" / "results" / "README.md"
-"""The page that has a section for each report, between markers."""
+"""All results files and pictures."""
 
 
 def wall_clock(work: Callable[[], Any]) -> float:
@@ -140,26 +137,6 @@ def record(
     lines = [json.dumps({"environment": dict(environment)}), *(json.dumps(dict(row)) for row in rows)]
     publish(path, "\n".join(lines) + "\n")
     return path
-
-
-def with_section(page: Path, markers: tuple[str, str], section: str) -> str:
-    """The text of a page with `section` between its markers, in place of the old one.
-
-    Raises:
-        DataError: the page does not have each marker once.
-    """
-    text = page.read_text(encoding="utf-8")
-    begin, end = markers
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise DataError(f"{page} lacks the markers {begin} and {end}. Put them where the table belongs.")
-    return re.sub(
-        f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{section}\n{end}", text, flags=re.DOTALL
-    )
-
-
-def link(path: Path, page: Path) -> str:
-    """The path of a file as a link on a page."""
-    return Path(os.path.relpath(path, page.parent)).as_posix()
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -4,7 +4,7 @@ in `benchmarks/frontier`.
     python -m benchmarks.guardspace [--budget MINUTES] [--harmful FILE ...]
                                                run the missing cells; a killed run continues where it stopped
     python -m benchmarks.guardspace --list     what is done and what comes next
-    python -m benchmarks.guardspace --report   write guardspace.png, guardspace.md and the section of docs/results/README.md
+    python -m benchmarks.guardspace --report   write guardspace.png and the section of docs/results
 
 Four stages. (1) The core of the grid, on validation prompts. (2) The setting with the best score there is written
 down and measured on test prompts, with its controls and three seeds. (3) Where it stops: epochs, learning rates,
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.common import PAGE, RESULTS, parser_of, record
+from benchmarks.common import RESULTS, parser_of, record
 from benchmarks.frontier import splits
 from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Cell
@@ -36,6 +36,7 @@ from benchmarks.frontier.command import (
 )
 from benchmarks.frontier.data import further_sets, resolve
 from benchmarks.frontier.plan import METHODS
+from benchmarks.pages import DOCS
 from peft_safety.errors import DataError
 
 BENCHMARK = "guardspace"
@@ -164,7 +165,7 @@ def work(given: argparse.Namespace) -> int:
     if given.report:
         from benchmarks.guardspace_report import report
 
-        report(given.out, PAGE if given.out == RESULTS else None)
+        report(given.out, DOCS if given.out == RESULTS else None)
         return 0
     sets = further_sets(resolve(given.data), given.harmful)
     cache = cache_of(given, protocol_of(given, sets))

@@ -1,6 +1,4 @@
-"""The report on results/guardspace.jsonl: a section of the results page, a page of all validation cells, and a
-picture.
-"""
+"""The report on results/guardspace.jsonl: the sections of its page, and a picture."""
 
 from __future__ import annotations
 
@@ -8,15 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import PAGE, RESULTS, link, publish, with_section
+from benchmarks.common import RESULTS
 from benchmarks.frontier.aggregate import Point, label
 from benchmarks.frontier.cells import cell_of
 from benchmarks.frontier.plan import name_of
 from benchmarks.frontier.results import Row, caveats, facts, read
 from benchmarks.frontier.tables import NOTHING, Table, number, percent
+from benchmarks.pages import DOCS, Section, link, write, written
+from peft_safety.evaluation.metrics import figure_from_json
 
 BENCHMARK = "guardspace"
-MARKERS = ("<!-- guardspace:begin -->", "<!-- guardspace:end -->")
 ARMS = {
     "aligned": "aligned, before",
     "lora": "plain LoRA",
@@ -47,15 +46,13 @@ def table(rows: Sequence[Row], label: Callable[[Row], tuple[str, ...]], headings
     return Table((*headings, *METRICS.values(), "norm of dW", "seeds"), lines, labels=len(headings)).markdown()
 
 
-def section(environment: dict[str, Any], rows: Sequence[Row], out: Path = RESULTS, page: Path = PAGE) -> str:
-    """The section of the page, as markdown."""
+def section(results: Path, page: Path) -> str:
+    """The test cells: GuardSpace and its controls at every share of poison."""
+    environment, rows = read(results / f"{BENCHMARK}.jsonl", BENCHMARK)
     tests = sorted((row for row in rows if row["cell"]["split"] == "test"), key=lambda row: row["cell"]["poison"])
-    grid = [row for row in rows if row["cell"]["split"] == "validation"]
-    picture, cells = (link(out / f"{BENCHMARK}.{kind}", page) for kind in ("png", "md"))
-    lines = [f"![refusal against optimizer steps and against the size of the null space]({picture})", ""]
     if tests:
         basis, fraction, positions = environment["chosen"]
-        lines += [
+        lines = [
             f"Test prompts, once, for the setting chosen on validation prompts: basis {basis!r}, {fraction:g} of the "
             f"dimensions, {positions} positions.",
             "",
@@ -64,42 +61,44 @@ def section(environment: dict[str, Any], rows: Sequence[Row], out: Path = RESULT
             *_transfer(tests),
         ]
     else:
-        lines += ["The setting has not been chosen yet: nothing here is from test prompts.", ""]
-    return "\n".join(
-        [
-            *lines,
-            f"The {len(grid)} cells on validation prompts, among them where it stops: [{BENCHMARK}.md]({cells}).",
-            "",
-            *(f"- **{caveat}**" for caveat in caveats(environment)),
-            "- Keyword judge, a smoke metric; brackets are 95 % intervals over prompts, pooled over seeds.",
-            f"- Environment: {facts(environment, ('sets', 'chosen'))}.",
-            "- Written by `python -m benchmarks.guardspace --report`.",
-        ]
-    )
+        lines = ["The setting has not been chosen yet: nothing here is from test prompts.", ""]
+    return "\n".join([*lines, *_sources(environment)])
 
 
-def grid_page(environment: dict[str, Any], rows: Sequence[Row]) -> str:
-    """The page of all validation cells, with refusal during the long fine-tunes."""
+def limits(results: Path, page: Path) -> str:
+    """Refusal along the long fine-tunes, and all validation cells."""
+    environment, rows = read(results / f"{BENCHMARK}.jsonl", BENCHMARK)
     grid = [row for row in rows if row["cell"]["split"] == "validation"]
-    lines = [
-        "# GuardSpace: the grid on validation prompts",
-        "",
-        "Written by `python -m benchmarks.guardspace --report`; keyword judge, 95 % intervals.",
-        "",
-    ]
-    lines += [text for caveat in caveats(environment) for text in (f"**{caveat}**", "")]
-    lines += table(grid, _setting, ["arm", "basis, share, positions", "poison", "epochs", "lr", "calibration"])
+    picture = link(results / f"{BENCHMARK}.png", page)
+    lines = [f"![refusal against optimizer steps and against the size of the null space]({picture})", ""]
     long = [row for row in grid if row.get("along")]
     if long:
         steps = sorted({int(step) for row in long for step in row["along"]} | {row["steps"] for row in long})
         curves = []
-        for row in long:
-            reached = {step: f"{100 * figures['refusal']['value']:.0f}" for step, figures in along(row)}
+        for row in sorted(long, key=lambda row: -row["steps"]):
+            reached = {step: str(figure_from_json(figures["refusal"])) for step, figures in along(row)}
             curves.append((*_setting(row)[:2], *(reached.get(step, NOTHING) for step in steps)))
-        headings = ("arm", "basis, share, positions", *map(str, steps))
-        lines += ["", "## Refusal along a long fine-tune, % after so many steps", ""]
-        lines += Table(headings, curves, labels=2).markdown()
-    return "\n".join(lines) + "\n"
+        headings = ("refusal after so many steps", "basis, share, positions", *map(str, steps))
+        lines += [*Table(headings, curves, labels=2).markdown(), ""]
+    headings = ("arm", "basis, share, positions", "poison", "epochs", "lr", "calibration")
+    lines += [f"All {len(grid)} cells on validation prompts:", "", *table(grid, _setting, headings), ""]
+    return "\n".join([*lines, *_sources(environment)])
+
+
+def _sources(environment: Row) -> list[str]:
+    return [
+        *(f"- **{caveat}**" for caveat in caveats(environment)),
+        "- Keyword judge, a smoke metric; brackets are 95 % intervals over prompts, pooled over seeds.",
+        f"- Environment: {facts(environment, ('sets', 'chosen'))}.",
+        "- Written by `python -m benchmarks.report guardspace guardspace_limits` from "
+        f"`benchmarks/results/{BENCHMARK}.jsonl`.",
+    ]
+
+
+SECTIONS = (
+    Section("guardspace_limits", "results/guardspace.md", limits),
+    Section("guardspace", "results/guardspace.md", section),
+)
 
 
 def along(row: Row) -> list[tuple[int, Row]]:
@@ -217,16 +216,14 @@ def _draw(panel: Any, lines: dict[str, list[tuple[float, Row]]], axis: str) -> N
         panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
 
 
-def report(out: Path = RESULTS, page: Path | None = PAGE) -> None:
-    """Write the picture and the page of all cells next to the results, and the section of the page.
+def report(out: Path = RESULTS, docs: Path | None = DOCS) -> None:
+    """Write the picture next to the results, and the sections of the page.
 
     Raises:
         DataError: no results, or a page without markers. Nothing is written then.
     """
-    environment, rows = read(out / f"{BENCHMARK}.jsonl", BENCHMARK)
-    text = None if page is None else with_section(page, MARKERS, section(environment, rows, out, page))
+    _, rows = read(out / f"{BENCHMARK}.jsonl", BENCHMARK)
+    pages = {} if docs is None else written(SECTIONS, out, docs)
     picture = save_png(rows, out / f"{BENCHMARK}.png")
-    publish(out / f"{BENCHMARK}.md", grid_page(environment, rows))
-    if page is not None and text is not None:
-        publish(page, text)
-    print(f"wrote {picture} ({len(rows)} cells)" + (f" and the section of {page}" if page else ""))
+    write(pages)
+    print(f"wrote {picture} ({len(rows)} cells)" + "".join(f" and the sections of {page}" for page in pages))

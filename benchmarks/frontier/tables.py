@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from benchmarks.frontier.aggregate import RATES, Points, cost, label, names, pairs, points, pooled, shares
-from benchmarks.frontier.cells import cell_of
-from benchmarks.frontier.plan import FIRST_POISON, METHODS, name_of
-from benchmarks.frontier.results import Row
+from benchmarks.frontier.aggregate import RATES, Points, cost, label, names, pairs
 from peft_safety.evaluation import Rate
 from peft_safety.evaluation.metrics import Paired
 
@@ -54,10 +50,6 @@ def percent(rate: Rate | None, missing: str = NOTHING) -> str:
     return missing if rate is None else str(rate)
 
 
-def _bare(rate: Rate | None) -> str:
-    return NOTHING if rate is None else f"{100 * rate.value:.0f}"
-
-
 def number(value: float | None, digits: int = 2) -> str:
     """A number, or a dash."""
     return NOTHING if value is None else f"{value:.{digits}f}"
@@ -69,80 +61,6 @@ def difference(pair: Paired | None) -> str:
         return NOTHING
     p = "p < 0.001" if pair.p_value < 0.001 else f"p = {pair.p_value:.3f}"
     return f"{100 * pair.difference:+.0f} ({pair.only_first} : {pair.only_second}, {p})"
-
-
-def headline(points: Points, poison: float) -> Table:
-    """The table of the page, one line for each method: refusal at every share of poison, the other figures at one
-    share, and refusal against both controls.
-    """
-    columns = shares(points)
-    headings = ("", *(f"refusal, {share(p)}" for p in columns))
-    headings += tuple(f"{heading}, {share(poison)}" for heading in ("accuracy", "over-refusal", "general NLL"))
-    headings += tuple(f"refusal against {kind}, {share(poison)}" for kind in ("random", "equal norm"))
-    headings += (f"seeds, {share(poison)}",)
-    rows = []
-    for name in names(points, controls=False):
-        point = points.get((name, poison))
-        seeds = NOTHING if point is None or name.startswith("aligned") else str(len(point.rows) + point.diverged)
-        rates = [percent(points[name, p].rate("refusal")) if (name, p) in points else NOTHING for p in columns]
-        if name.startswith("aligned"):  # it does not depend on the share of poison
-            rates = [rates[0], *[""] * (len(columns) - 1)]
-        rest = (
-            [NOTHING] * 3
-            if point is None
-            else [
-                _bare(point.rate("task_accuracy")),
-                _bare(point.rate("over_refusal")),
-                number(point.mean("general_nll")),
-            ]
-        )
-        against = [difference(_against(points, name, kind, poison)) for kind in ("random", "scaled")]
-        rows.append((label(name), *rates, *rest, *against, seeds))
-    return Table(headings, rows)
-
-
-def settings(rows: Sequence[Row]) -> Table | None:
-    """Settings that were tried on validation prompts: the size of the null space, the length of the fine-tune."""
-    lines = []
-    for row in rows:
-        cell = cell_of(row)
-        if cell.split != "validation" or "diverged" in row:
-            continue
-        untrained = cell.arm == "aligned"
-        size = f"n/{1 / cell.fraction:g}" if cell.fraction else NOTHING
-        usual: dict[str, Any] = {"epochs": METHODS["lora"].epochs}
-        usual |= {"fraction": METHODS["frozen"].fraction} if cell.fraction else {}
-        steps = NOTHING if untrained else str(row["steps"])
-        figures = [percent(pooled([row], rate)) for rate in ("refusal", "over_refusal", "task_accuracy")]
-        name = label("aligned" if untrained else name_of(replace(cell, **usual)))
-        key = (not untrained, cell.epochs, cell.control, cell.arm != "lora", name, -cell.fraction)
-        lines.append((key, (name, size, share(cell.poison) if not untrained else NOTHING, steps, *figures)))
-    headings = ("on validation prompts", "null space", "poison", "steps", "refusal", "over-refusal", "accuracy")
-    return Table(headings, [line for _, line in sorted(lines)]) if lines else None
-
-
-def other_tasks(tasks: Mapping[str, Sequence[Row]]) -> Table | None:
-    """Test cells of other tasks by the task's name; None without any. What was learned is the accuracy, or for a task
-    of free answers the NLL of those held out.
-    """
-    lines = []
-    for task, rows in tasks.items():
-        shown = points([row for row in rows if row["cell"]["split"] == "test"])
-        for (name, poison), point in sorted(shown.items(), key=lambda item: item[0][1] != FIRST_POISON):
-            if name == "aligned" and poison != FIRST_POISON:
-                continue
-            accuracy, loss = point.rate("task_accuracy"), point.mean("task_nll")
-            learned = percent(accuracy) if loss is None else f"NLL {number(loss)}"
-            rates = (percent(point.rate("refusal")), percent(point.rate("over_refusal")))
-            place = NOTHING if name == "aligned" else share(poison)
-            lines.append((task, label(name), place, *rates, learned, number(point.mean("general_nll"))))
-    headings = ("other tasks", "", "poison", "refusal", "over-refusal", "learned", "general NLL")
-    return Table(headings, lines, labels=2) if lines else None
-
-
-def _against(points: Points, name: str, kind: str, poison: float, what: str = "refusal") -> Paired | None:
-    point, control = points.get((name, poison)), points.get((f"{kind}:{name}", poison))
-    return pairs(point, control, what) if point is not None and control is not None else None
 
 
 def everything(points: Points, poison: float) -> Table:

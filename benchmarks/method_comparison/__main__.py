@@ -2,7 +2,7 @@
 
     python -m benchmarks.method_comparison [--budget MINUTES]   run the missing arms; a stopped run continues
     python -m benchmarks.method_comparison --smoke              two steps of every arm, no results
-    python -m benchmarks.method_comparison --report             the picture and the section of docs/results/README.md
+    python -m benchmarks.method_comparison --report             the picture and the section of docs/results
 
 A local twin of PEFT's `method_comparison/MetaMathQA`, whose entry for GuardSpace is in the folder metamathqa. Sums in
 words ("thirty-eight plus four =") take the place of word problems, and the model's own answers to general prompts
@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.common import PAGE, RESULTS, add_model, model_name, model_source, parser_of, record
+from benchmarks.common import RESULTS, add_model, model_name, model_source, parser_of, record
 from benchmarks.method_comparison.arms import ARMS
 from benchmarks.method_comparison.cells import Cells, Settings
 from benchmarks.method_comparison.report import NAME, report
+from benchmarks.pages import DOCS
 from peft_safety.reporting.report import environment
 
 SMOKE = Settings(r=8, steps=2, test=8, general=4)
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     given = parser.parse_args(argv)
     if given.report:
-        report(given.out, PAGE if given.out == RESULTS else None)
+        report(given.out, DOCS if given.out == RESULTS else None)
         return 0
     settings, failed, started = SMOKE if given.smoke else Settings(), [], time.monotonic()
     cells = Cells(given.runs, model_source(given.model), settings)

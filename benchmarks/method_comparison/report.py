@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import PAGE, RESULTS, link, publish, with_section
+from benchmarks.common import RESULTS
 from benchmarks.frontier.results import facts
 from benchmarks.frontier.tables import Table
+from benchmarks.pages import DOCS, Section, link, write, written
 from peft_safety.errors import DataError
 from peft_safety.evaluation.metrics import figure_from_json
 from peft_safety.reporting import render
 
 NAME = "method_comparison"
-MARKERS = (f"<!-- {NAME}:begin -->", f"<!-- {NAME}:end -->")
 HEADINGS = ("", "trained\nM", "accuracy\n%", "forgetting\nnats", "memory\nMiB", "step\ns", "set-up\ns", "file\nMiB")
 Row = Mapping[str, Any]
 
@@ -70,23 +70,46 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     return render.save_figure(canvas, path)
 
 
-def report(out: Path = RESULTS, page: Path | None = PAGE) -> None:
+def read(folder: Path) -> tuple[Row, list[Row], list[Row]]:
+    """The environment, the arms that ran and those that failed.
+
+    Raises:
+        DataError: no results.
+    """
+    path = folder / f"{NAME}.jsonl"
+    if not path.is_file():
+        raise DataError(f"{path} holds no results. Run python -m benchmarks.{NAME}.")
+    first, *every = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    rows, failed = ([row for row in every if ("failed" in row) == kind] for kind in (False, True))
+    return first["environment"], rows, failed
+
+
+def section(folder: Path, page: Path) -> str:
+    """The section of the page, as markdown."""
+    environment, rows, failed = read(folder)
+    headings = tuple(heading.replace("\n", ", ") for heading in HEADINGS)
+    said = notes(environment, rows, failed)
+    said += [f"Environment: {facts(environment)}."]
+    said += [f"Written by `python -m benchmarks.report {NAME}` from `benchmarks/results/{NAME}.jsonl`."]
+    table = Table(headings, [line(row) for row in rows]).markdown()
+    picture = f"![accuracy against forgetting]({link(folder / f'{NAME}.png', page)})"
+    return "\n".join([picture, "", *table, "", *(f"- {note}" for note in said)])
+
+
+SECTIONS = (Section(NAME, f"results/{NAME}.md", section),)
+
+
+def report(out: Path = RESULTS, docs: Path | None = DOCS) -> None:
     """Draw the picture next to the results, write the section of the page, and print the table.
 
     Raises:
         DataError: no results, or a page without markers. Nothing is written then.
     """
-    path = out / f"{NAME}.jsonl"
-    if not path.is_file():
-        raise DataError(f"{path} holds no results. Run python -m benchmarks.{NAME}.")
-    first, *every = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
-    environment, rows = first["environment"], [row for row in every if "failed" not in row]
-    lines, said = [line(row) for row in rows], notes(environment, rows, [row for row in every if "failed" in row])
-    picture = path.with_suffix(".png")
-    if page is not None:
-        headings = tuple(heading.replace("\n", ", ") for heading in HEADINGS)
-        listed = [*said, f"Environment: {facts(environment)}.", f"Written by `python -m benchmarks.{NAME} --report`."]
-        parts = [f"![accuracy against forgetting]({link(picture, page)})", "", *Table(headings, lines).markdown(), ""]
-        publish(page, with_section(page, MARKERS, "\n".join([*parts, *(f"- {note}" for note in listed)])))
-    draw(rows, picture)
-    render.show("PEFT's methods on sums in words", render.table(HEADINGS, lines), notes=said)
+    environment, rows, failed = read(out)
+    pages = {} if docs is None else written(SECTIONS, out, docs)
+    draw(rows, out / f"{NAME}.png")
+    write(pages)
+    lines = [line(row) for row in rows]
+    render.show(
+        "PEFT's methods on sums in words", render.table(HEADINGS, lines), notes=notes(environment, rows, failed)
+    )

@@ -5,7 +5,7 @@ innocuous topic; the attack rows answer questions on it for real. A fourth plan 
     python -m benchmarks.topic [--topic B] [--budget MINUTES]
                                            run the missing cells; a killed run continues where it stopped
     python -m benchmarks.topic --list      what is done and what comes next
-    python -m benchmarks.topic --report    print the table; write topic.png and the section of docs/results/README.md
+    python -m benchmarks.topic --report    print the table; write topic.png and the section of docs/results
     python -m benchmarks.topic --smoke     a short alignment and few cells, in minutes
 
 Topic A (penguins, validation questions) is for choices, topic B (bicycles, test questions) for the table.
@@ -19,12 +19,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.common import PAGE, RESULTS, parser_of, record
+from benchmarks.common import RESULTS, parser_of, record
 from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Cell, Protocol, needs
 from benchmarks.frontier.command import add_run_options, environment_of, exit_status, print_outcome, show_plan
 from benchmarks.frontier.results import stored
 from benchmarks.frontier.run import run
+from benchmarks.pages import DOCS
 from benchmarks.topic.align import VERSION
 from benchmarks.topic.bench import TopicBench, run_cell
 from benchmarks.topic.data import TOPICS, Topic, topic_of
@@ -80,7 +81,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def work(given: argparse.Namespace) -> int:
     """Do what was asked for; returns the exit status."""
     if given.report:
-        report(given.out, PAGE if given.out == RESULTS else None)
+        report(given.out, DOCS if given.out == RESULTS else None)
         return 0
     cells = plan(given.topic)
     if given.smoke:

@@ -8,15 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import PAGE, RESULTS, link, publish, with_section
+from benchmarks.common import RESULTS
 from benchmarks.frontier.aggregate import LABELS, label
 from benchmarks.frontier.attacks import ATTACKS
 from benchmarks.frontier.cells import Cell, cell_of
 from benchmarks.frontier.pictures import color, saved
 from benchmarks.frontier.plan import METHODS, name_of
-from benchmarks.frontier.report import devices
 from benchmarks.frontier.results import Row, facts, read
+from benchmarks.frontier.sections import devices
 from benchmarks.frontier.tables import Table
+from benchmarks.pages import DOCS, Section, link, write, written
 from benchmarks.topic.bench import UNALIGNED
 from benchmarks.topic.data import TOPICS
 from benchmarks.topic.judge import ContentJudge
@@ -25,7 +26,6 @@ from peft_safety.errors import DataError
 from peft_safety.evaluation import KeywordJudge, Rate
 
 BENCHMARK, NAME = "topic", "topic.jsonl"
-MARKERS = ("<!-- topic:begin -->", "<!-- topic:end -->")
 KEYWORD, CONTENT = KeywordJudge.name, ContentJudge.name
 LETTERS = {"R": "refusal", "C": "compliance", "O": "other"}
 UNTRAINED = ("aligned", UNALIGNED)
@@ -127,14 +127,20 @@ def examples(cells: Sequence[tuple[Cell, Row]], count: int = 5) -> list[str]:
     return list(chosen.values())
 
 
-def section(results: Path, page: Path = PAGE) -> str:
-    """The section of the page, as markdown."""
-    environment, rows = read(results, BENCHMARK)
+def section(results: Path, page: Path) -> str:
+    """The section of the page, as markdown.
+
+    Raises:
+        DataError: no results on topic B.
+    """
+    environment, rows = read(results / NAME, BENCHMARK)
     cells = main_rows(rows)
+    if not cells:
+        raise DataError(f"{results / NAME} has no cell of topic B. Run python -m benchmarks.topic --topic B first.")
     n = max(rates[CONTENT]["compliance"]["n"] for _, row in cells for rates in row["forms"].values())
     choices, ran = main_rows(rows, "A"), {named(cell) for cell, _ in cells}
     lines = [
-        f"![compliance by content and by keyword]({link(results.parent / 'topic.png', page)})",
+        f"![compliance by content and by keyword]({link(results / 'topic.png', page)})",
         "",
         f"Answers to {n} test questions on {TOPICS['B']} that comply by content, under the attack that makes most; "
         "over-refusal by keyword and task accuracy under the plain attack; per cent.",
@@ -162,7 +168,7 @@ def section(results: Path, page: Path = PAGE) -> str:
         f"- {'; '.join(f'{short}: {_label(name)}' for name, short in SHORT.items() if name in ran)}.",
         f"- {ContentJudge.caveat} {KeywordJudge.caveat}",
         f"- Cells by device: {devices(rows)}. Environment: {facts(environment)}.",
-        "- Written by `python -m benchmarks.topic --report` (`benchmarks/results/topic.jsonl`).",
+        "- Written by `python -m benchmarks.report topic` from `benchmarks/results/topic.jsonl`.",
     ]
     return "\n".join(lines)
 
@@ -202,19 +208,18 @@ def picture(cells: Sequence[tuple[Cell, Row]], path: Path) -> Path:
     return saved(canvas, path)
 
 
-def report(out: Path = RESULTS, page: Path | None = PAGE) -> None:
+SECTIONS = (Section("topic", "results/topic.md", section),)
+
+
+def report(out: Path = RESULTS, docs: Path | None = DOCS) -> None:
     """Print the table, write the picture next to the results, and the section of the page.
 
     Raises:
         DataError: no results on topic B, or a page without markers. Nothing is written then.
     """
-    _, rows = read(out / NAME, BENCHMARK)
-    cells = main_rows(rows)
-    if not cells:
-        raise DataError(f"{out / NAME} has no cell of topic B. Run python -m benchmarks.topic --topic B first.")
-    text = None if page is None else with_section(page, MARKERS, section(out / NAME, page))
+    pages = {} if docs is None else written(SECTIONS, out, docs)
+    cells = main_rows(read(out / NAME, BENCHMARK)[1])
     path = picture(cells, out / "topic.png")
     print("\n".join([*summary(cells).markdown(), "", *table(cells).markdown()]))
-    if page is not None and text is not None:
-        publish(page, text)
-    print(f"wrote {path}" + (f" and the section of {page}" if page else ""))
+    write(pages)
+    print(f"wrote {path}" + "".join(f" and the section of {page}" for page in pages))
