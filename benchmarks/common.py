@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.get_model import MODEL_NAME, model_dir
-from peft_safety.errors import ArtifactError
+from peft_safety.errors import ArtifactError, DataError
 
 RESULTS = Path(__file__).parent / "results"
 """All results files and pictures."""
@@ -137,6 +137,22 @@ def record(
     lines = [json.dumps({"environment": dict(environment)}), *(json.dumps(dict(row)) for row in rows)]
     publish(path, "\n".join(lines) + "\n")
     return path
+
+
+def recorded(name: str, folder: Path = RESULTS) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The environment and the rows of `folder/<name>.jsonl`.
+
+    Raises:
+        DataError: there is no such file, or it holds something else.
+    """
+    path = folder / f"{name}.jsonl"
+    try:
+        first, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return first["environment"], rows
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} holds no results ({type(error).__name__}). Run python -m benchmarks.{name}."
+        ) from error
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -24,7 +24,7 @@ from benchmarks.pages import Section
 from peft_safety.errors import DataError
 from peft_safety.evaluation.judges import agreement
 from peft_safety.evaluation.metrics import Rate
-from peft_safety.reporting.report import environment
+from peft_safety.reporting.report import environment as environment_of
 
 NAME = "judges"
 VERDICTS = {letter: verdict for verdict, letter in LETTERS.items()}
@@ -83,14 +83,11 @@ def apart(rows: list[dict[str, Any]]) -> Table:
 
 def section(folder: Path, page: Path) -> str:
     """The section of the page, as markdown."""
-    path = folder / f"{NAME}.jsonl"
-    if not path.is_file():
-        raise DataError(f"{path} holds no results. Run python -m benchmarks.{NAME}.")
-    first, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    environment, rows = common.recorded(NAME, folder)
     table = pooled(rows)
     lines = [*Table(tuple(table[0]), [tuple(line.values()) for line in table]).markdown(), ""]
     lines += ["Verdicts apart:", "", *apart(rows).markdown(), ""]
-    lines += [f"- Environment: {facts(first['environment'])}."]
+    lines += [f"- Environment: {facts(environment)}."]
     lines += [f"- Written by `python -m benchmarks.report {NAME}` from `benchmarks/results/{NAME}.jsonl`."]
     return "\n".join(lines)
 
@@ -105,7 +102,7 @@ def main() -> None:
     rows = [compared(row) for row in read(given.runs)]
     for line in pooled(rows):
         print(*(f"{head or 'method'}: {text}" for head, text in line.items()), sep="\n  ")
-    print(f"written to {common.record(NAME, rows, environment(0, cells=len(rows)))}")
+    print(f"written to {common.record(NAME, rows, environment_of(0, cells=len(rows)))}")
 
 
 if __name__ == "__main__":

@@ -234,9 +234,11 @@ def main() -> None:
     parser.add_argument("--one", nargs=3, metavar=("KIND", "ARM", "BLOCKS"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, threads = "cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()
     if args.whole:
-        show("a 1.5B-shaped model in NF4, rank 16, null spaces of 32", [whole(device)])
+        found = whole(device)
+        show("a 1.5B-shaped model in NF4, rank 16, null spaces of 32", [found])
+        print(f"written to {record('scale_whole', [found], environment(0, r=RANK, device=device, threads=threads))}")
         return
     if args.one:
         kind, arm, blocks = args.one

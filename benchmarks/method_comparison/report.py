@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, recorded
 from benchmarks.frontier.results import facts
 from benchmarks.frontier.tables import Table
 from benchmarks.pages import DOCS, Section, link, write, written
-from peft_safety.errors import DataError
 from peft_safety.evaluation.metrics import figure_from_json
 from peft_safety.reporting import render
 
@@ -76,12 +74,9 @@ def read(folder: Path) -> tuple[Row, list[Row], list[Row]]:
     Raises:
         DataError: no results.
     """
-    path = folder / f"{NAME}.jsonl"
-    if not path.is_file():
-        raise DataError(f"{path} holds no results. Run python -m benchmarks.{NAME}.")
-    first, *every = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    environment, every = recorded(NAME, folder)
     rows, failed = ([row for row in every if ("failed" in row) == kind] for kind in (False, True))
-    return first["environment"], rows, failed
+    return environment, rows, failed
 
 
 def section(folder: Path, page: Path) -> str:

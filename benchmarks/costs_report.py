@@ -1,0 +1,250 @@
+"""The sections of docs/results/costs.md, each from the results file of its benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import recorded
+from benchmarks.frontier.aggregate import points
+from benchmarks.frontier.results import NAME, facts, read
+from benchmarks.frontier.sections import FIRST_PATCH, devices
+from benchmarks.frontier.tables import Table, costs
+from benchmarks.pages import Section, link
+
+Row = dict[str, Any]
+PAGE = "results/costs.md"
+
+
+def times(value: float, digits: int = 2) -> str:
+    """A ratio."""
+    return f"{value:.{digits}f}"
+
+
+def between(text: str, digits: int = 2) -> str:
+    """Quartiles "low-high" as an interval."""
+    low, _, high = text.partition("-")
+    return f"[{float(low):.{digits}f}, {float(high):.{digits}f}]"
+
+
+def of(name: str, tables: Callable[[list[Row]], Sequence[Table]], *notes: str) -> Section:
+    """A section: the tables of a results file, the notes, and where the figures come from."""
+
+    def text(folder: Path, page: Path) -> str:
+        environment, rows = recorded(name, folder)
+        lines = [line for table in tables(rows) for line in (*table.markdown(), "")]
+        lines += [f"- {note}" for note in notes]
+        lines += [f"- Environment: {facts(environment)}."]
+        lines += [f"- Written by `python -m benchmarks.report {name}` from `benchmarks/results/{name}.jsonl`."]
+        return "\n".join(lines)
+
+    return Section(name, PAGE, text)
+
+
+def train_step(rows: list[Row]) -> list[Table]:
+    memory = {row["base"]: row["salora/lora"] for row in rows if "tokens" not in row}
+    lines = [
+        (
+            row["base"],
+            str(row["tokens"]),
+            f"{times(row['salora/lora'])} {between(row['quartiles'])}",
+            times(row["dense C/salora"]),
+            times(memory[row["base"]]),
+        )
+        for row in rows
+        if "tokens" in row
+    ]
+    headings = ("base", "tokens", "SaLoRA / plain LoRA", "dense form of the reference / SaLoRA", "peak memory")
+    return [Table(headings, [*lines, ("goal", "", "at most 1.05", "at least 1.5", "at most 1.05")])]
+
+
+def scale(rows: list[Row]) -> list[Table]:
+    trained = [row for row in rows if "step s" in row]
+    plain = trained[0]
+    lines = [
+        (
+            row["arm"],
+            f"{row['peak MiB'] / 1024:.1f} GiB ({times(row['peak MiB'] / plain['peak MiB'])})",
+            f"{row['step s']:.3f} s ({times(row['step s'] / plain['step s'])})",
+            f"{row['adapter MiB']:.0f} MiB ({times(row['adapter MiB'] / plain['adapter MiB'])})",
+        )
+        for row in trained
+    ]
+    goals = [("goal, frozen", "1.01", "1.00", "1.10"), ("goal, window", "1.03", "1.02", "1.10")]
+    return [Table(("8B-shaped QLoRA", "peak memory", "step", "saved adapter"), [*lines, *goals])]
+
+
+def scale_whole(rows: list[Row]) -> list[Table]:
+    units = {" s": ("s", 0), " MiB": ("MiB", 0)}
+    lines = []
+    for key, value in rows[0].items():
+        unit, digits = next((found for end, found in units.items() if key.endswith(end)), ("", None))
+        name = key.removesuffix(f" {unit}") if unit else key
+        lines.append((name, f"{value:.0e}" if digits is None else f"{value:.{digits}f} {unit}"))
+    return [Table(("1.5B-shaped model, once", "measured"), lines)]
+
+
+def median(rows: list[Row], part: str, mode: str, arm: str) -> Row:
+    return next(row for row in rows if (row["part"], row["mode"], row["arm"]) == (part, mode, arm))
+
+
+def ops_gpu(rows: list[Row]) -> list[Table]:
+    """The figures that have goals, from the medians."""
+
+    def ratio(what: str, part: str, one: str, other: str, goal: str) -> tuple[str, ...]:
+        values = [
+            times(median(rows, part, mode, one)["us"] / median(rows, part, mode, other)["us"])
+            for mode in ("eager", "graphed")
+        ]
+        return (what, *values, goal)
+
+    def share(what: str, part: str, arm: str, goal: str) -> tuple[str, ...]:
+        return (what, *(times(median(rows, part, mode, arm)["of floor"]) for mode in ("eager", "graphed")), goal)
+
+    block, token = "training, one 7B block, 4,096 tokens", "one token through a 7B model"
+    (dequantized,) = {row["part"] for row in rows if row["part"].startswith("K2")}
+    steps = [median(rows, "K6", mode, "one call a module")["us"] / 1e3 for mode in ("eager", "graphed")]
+    lines = [
+        ratio(f"{token}: plain LoRA of PEFT / this", "K3", "peft LoRA", "this", "1.5"),
+        ratio(f"{block}: plain LoRA of PEFT / this", "K1", "peft LoRA", "this", "1.2"),
+        ratio(f"{block}: matrix products alone / this", "K1", "bare GEMM", "this", "0.85"),
+        ratio(f"{block}: dense form of SaLoRA / this", "K1", "naive SaLoRA", "this", "1.4"),
+        share("dequantizing with the adapter merged: share of the copy bandwidth", dequantized, "merged", "0.85"),
+        ratio("dequantizing: bitsandbytes / this", dequantized, "bitsandbytes", "dequantized", "1.3"),
+        ("projecting all factors of a 7B adapter", *(f"{step:.1f} ms" for step in steps), "0.2 ms"),
+    ]
+    return [Table(("an earlier form, on a GPU", "eager", "as a CUDA graph", "goal"), lines)]
+
+
+def ops_cpu(rows: list[Row]) -> list[Table]:
+    arms = ("bare GEMM", "peft LoRA", "naive SaLoRA", "this")
+    lines = []
+    for part in dict.fromkeys(row["part"] for row in rows):
+        found = [median(rows, part, "eager", arm) for arm in arms]
+        figures = [f"{row['us'] / 1e3:.2f} [{row['low'] / 1e3:.2f}, {row['high'] / 1e3:.2f}]" for row in found]
+        lines.append((part, *figures))
+    heads = ("matrix products alone", "plain LoRA of PEFT", "dense form of SaLoRA", "reference backend")
+    return [Table(("ms, median and quartiles", *heads), lines)]
+
+
+def saved_bytes(rows: list[Row]) -> list[Table]:
+    lines = [
+        (
+            row["base"],
+            row["arm"],
+            f"{row['MiB a block']:.1f}",
+            f"{row['of the adapter']:.2f}",
+            times(row["of LoRA's"]),
+        )
+        for row in rows
+    ]
+    return [Table(("base", "", "MiB a block", "of it for the adapter", "of plain LoRA's"), lines, labels=2)]
+
+
+def loading(rows: list[Row]) -> list[Table]:
+    lines = [
+        (
+            row[""],
+            f"{row['CPU s']:.2f} ({times(row['CPU s, ratio'])})",
+            f"{row['peak MiB']:.0f} ({times(row['peak MiB, ratio'])})",
+        )
+        for row in rows
+    ]
+    return [Table(("loading with the base", "CPU s", "peak MiB"), [*lines, ("goal", "1.5", "1.1")])]
+
+
+def calibration(rows: list[Row]) -> list[Table]:
+    row, memory = rows[0], [row for row in rows if "peak MiB" in row]
+    one = (
+        f"{row['layers']} layers, {row['pairs']} pairs",
+        f"{row['one pass s']:.0f}",
+        f"{row['a pass per layer s']:.0f} (from {row['timed for layers']} layers)",
+        f"{row['faster']:.0f}",
+    )
+    tables = [Table(("", "one pass, s", "a pass per layer, s", "times faster"), [one])]
+    if memory:
+        lines = [(str(row["pairs"]), f"{row['peak MiB']:.0f}") for row in memory]
+        tables.append(Table(("pairs", "peak MiB"), lines))
+    return tables
+
+
+def safe_lora(rows: list[Row]) -> list[Table]:
+    lines = []
+    for row in rows:
+        other = "dense" if "dense s" in row else "read"
+        ratio = row.get("dense/streamed") or row["streamed/read"]
+        peak = row.get("streamed MiB") or row.get("MiB")
+        lines.append(
+            (
+                row["what"],
+                f"{row['streamed s']:.2f}",
+                f"{row[f'{other} s']:.2f} ({'dense form' if other == 'dense' else 'only reading'})",
+                f"{ratio:.2f} {between(row['quartiles'])}",
+                "-" if peak is None else f"{peak:.0f}",
+                f"{row['dense MiB']:.0f}" if "dense MiB" in row else "-",
+            )
+        )
+    headings = ("", "s", "compared with, s", "ratio", "peak MiB", "of the dense form")
+    return [Table(headings, lines)]
+
+
+def subspace(rows: list[Row]) -> list[Table]:
+    single, whole = ([row for row in rows if key in row] for key in ("weight", "model"))
+    one = [
+        (
+            row["weight"],
+            f"{row['full/randomised']:.0f} {between(row['quartiles'], 0)}",
+            f"{100 * row['energy of top 32']:.1f} %",
+        )
+        for row in single
+    ]
+    many = [(row["model"], f"{row['s']:.1f}", f"{row['peak MiB']:.0f}") for row in whole]
+    return [
+        Table(("", "full SVD / this, time", "energy of the top 32"), [*one, ("goal", "150", "99.5 %")]),
+        Table(("", "s", "peak MiB"), many),
+    ]
+
+
+def fusion(rows: list[Row]) -> list[Table]:
+    lines = [
+        (
+            row["way"],
+            f"{row['step s']:.2f}",
+            f"{row['mask and optimizer MiB']:.0f}",
+            times(row["/ floor"]),
+        )
+        for row in rows
+    ]
+    return [Table(("", "s a mask step", "mask and optimizer, MiB", "of three fp32 copies"), lines)]
+
+
+def frontier_costs(folder: Path, page: Path) -> str:
+    """Time and memory of every method, in both sets of cells."""
+    lines = [f"![training time and memory of the methods]({link(folder / 'frontier_costs.png', page)})", ""]
+    for file, what in ((NAME, "today's patch"), (FIRST_PATCH, "the older patch, an earlier form of the package")):
+        _, rows = read(folder / file)
+        table = costs(points(rows))
+        lines += [f"Cells on {what} ({devices(rows)}; of one device), as multiples of plain LoRA's:", ""]
+        lines += [*table.markdown(), "", table.note, ""]
+    return "\n".join([*lines, "- Written by `python -m benchmarks.report frontier_costs`."])
+
+
+SECTIONS = (
+    of("ops_gpu", ops_gpu, "Ratios of medians; above 1: this is faster. bf16."),
+    of("train_step", train_step, "Brackets: quartiles of interleaved rounds. SmolLM2-135M, rank 16 on all layers."),
+    of("loading", loading, "In brackets the ratio to a plain LoRA. SmolLM2-135M, r = 16; the least of all rounds."),
+    of("scale", scale, "In brackets the ratio to plain LoRA. Three steps, the fastest counts: times are rough."),
+    of("scale_whole", scale_whole, "A 1.5B-shaped model in NF4 (28 blocks), from calibration to `verify`."),
+    of("saved_bytes", saved_bytes, "Counted, not timed: MiB that autograd saves in a decoder block, 512 tokens."),
+    Section("frontier_costs", PAGE, frontier_costs),
+    of("calibration", calibration, "SaLoRA's bases, SmolLM2-135M, k = 32."),
+    of(
+        "safe_lora",
+        safe_lora,
+        "Brackets: quartiles. Goals: 40 times for one weight, at most 2.5 of reading.",
+    ),
+    of("subspace", subspace, "Bases of the weights, k = 32. Brackets: quartiles."),
+    of("fusion", fusion, "SOMF: 40 million logits, those of a LoRA of a 7B model."),
+    of("ops_cpu", ops_cpu, "fp32, forward and backward of one layer on a CPU: an earlier form too."),
+)

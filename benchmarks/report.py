@@ -1,0 +1,88 @@
+"""Write every table of the documents again, from the committed results files. No cell runs.
+
+python -m benchmarks.report               all sections
+python -m benchmarks.report NAME ...      only these
+python -m benchmarks.report --check       write nothing; exit status 1 if a page would change
+python -m benchmarks.report --pictures    draw the pictures again as well
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from benchmarks import (
+    attacks_report,
+    attacks_tables,
+    costs_report,
+    examples_report,
+    guardspace_report,
+    judges,
+    screening,
+    summary_report,
+)
+from benchmarks.common import RESULTS, parser_of
+from benchmarks.frontier import report as frontier_report
+from benchmarks.frontier import sections as frontier_sections
+from benchmarks.method_comparison import report as method_comparison
+from benchmarks.pages import DOCS, write, written
+from benchmarks.topic import report as topic
+from peft_safety.errors import DataError
+
+SECTIONS = (
+    *summary_report.SECTIONS,
+    *frontier_sections.SECTIONS,
+    *frontier_sections.OLDER,
+    *attacks_tables.SECTIONS,
+    *topic.SECTIONS,
+    *judges.SECTIONS,
+    *guardspace_report.SECTIONS,
+    *method_comparison.SECTIONS,
+    *examples_report.SECTIONS,
+    *costs_report.SECTIONS,
+    *screening.SECTIONS,
+)
+DRAWN = (frontier_report, attacks_report, topic, guardspace_report, method_comparison)
+"""Modules whose `report` draws."""
+
+
+def pictures() -> None:
+    """Draw the pictures of the benchmarks again; those of the examples are drawn by `peft-safety report`."""
+    for module in DRAWN:
+        module.report(RESULTS, None)
+    screening.draw(
+        json.loads((RESULTS / f"{screening.NAME}.json").read_text(encoding="utf-8")), RESULTS / "screening.png"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = parser_of(__doc__)
+    parser.prog = "python -m benchmarks.report"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(section.name for section in SECTIONS))
+    parser.add_argument("--check", action="store_true", help="say which pages would change, and write nothing")
+    parser.add_argument("--pictures", action="store_true", help="draw the pictures again, too")
+    given: argparse.Namespace = parser.parse_args(argv)
+    unknown = set(given.names) - {section.name for section in SECTIONS}
+    if unknown:
+        parser.error(f"no section {', '.join(sorted(unknown))}. There are {', '.join(s.name for s in SECTIONS)}.")
+    try:
+        pages = written(s for s in SECTIONS if not given.names or s.name in given.names)
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return 1
+    changed = {page: text for page, text in pages.items() if page.read_text(encoding="utf-8") != text}
+    if not given.check:
+        write(changed)
+        if given.pictures:
+            pictures()
+    for page in changed:
+        print(f"{'would change' if given.check else 'wrote'} {page.relative_to(DOCS.parent)}")
+    print(f"{len(pages)} pages, {len(changed)} changed")
+    return 1 if given.check and changed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
