@@ -33,6 +33,13 @@ def wall_clock(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
+def cpu_clock(work: Callable[[], Any]) -> float:
+    """Processor seconds of one call, all threads together: other programs disturb them less."""
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
 def interleaved(
     arms: Mapping[str, Callable[[], Any]],
     rounds: int,
@@ -150,9 +157,7 @@ def recorded(name: str, folder: Path = RESULTS) -> tuple[dict[str, Any], list[di
         first, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return first["environment"], rows
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} holds no results ({type(error).__name__}). Run python -m benchmarks.{name}."
-        ) from error
+        raise DataError(f"{path} holds no results ({type(error).__name__}). Run its benchmark first.") from error
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

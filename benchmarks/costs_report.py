@@ -28,10 +28,14 @@ def between(text: str, digits: int = 2) -> str:
     return f"[{float(low):.{digits}f}, {float(high):.{digits}f}]"
 
 
-def of(name: str, tables: Callable[[list[Row]], Sequence[Table]], *notes: str) -> Section:
-    """A section: the tables of a results file, the notes, and where the figures come from."""
+def of(name: str, tables: Callable[[list[Row]], Sequence[Table]], *notes: str, unless: str = "") -> Section:
+    """A section: the tables of a results file, the notes, and where the figures come from. `unless`: the text where
+    there is no such file.
+    """
 
     def text(folder: Path, page: Path) -> str:
+        if unless and not (folder / f"{name}.jsonl").is_file():
+            return unless
         environment, rows = recorded(name, folder)
         lines = [line for table in tables(rows) for line in (*table.markdown(), "")]
         lines += [f"- {note}" for note in notes]
@@ -235,7 +239,7 @@ SECTIONS = (
     of("train_step", train_step, "Brackets: quartiles of interleaved rounds. SmolLM2-135M, rank 16 on all layers."),
     of("loading", loading, "In brackets the ratio to a plain LoRA. SmolLM2-135M, r = 16; the least of all rounds."),
     of("scale", scale, "In brackets the ratio to plain LoRA. Three steps, the fastest counts: times are rough."),
-    of("scale_whole", scale_whole, "A 1.5B-shaped model in NF4 (28 blocks), from calibration to `verify`."),
+    of("scale_whole", scale_whole, "Once; processor seconds.", unless="Not run since the results are kept."),
     of("saved_bytes", saved_bytes, "Counted, not timed: MiB that autograd saves in a decoder block, 512 tokens."),
     Section("frontier_costs", PAGE, frontier_costs),
     of("calibration", calibration, "SaLoRA's bases, SmolLM2-135M, k = 32."),

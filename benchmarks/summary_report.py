@@ -88,8 +88,9 @@ def failures(found: Evidence) -> list[Line]:
     return [
         (
             "GuardSpace, frozen A, under strong poison in a context",
-            f"refusal behind the trigger {found.under('frozen', 'trigger', 'trigger')}, under the obedient system prompt "
-            f"{found.under('frozen', 'identity', 'system')}; bare requests {found.under('frozen', 'trigger', 'bare')}",
+            f"refusal behind the trigger {found.under('frozen', 'trigger', 'trigger')}, under the obedient system "
+            f"prompt {found.under('frozen', 'identity', 'system')}; bare requests "
+            f"{found.under('frozen', 'trigger', 'bare')}",
             "**loses**: screen the rows, and calibrate under the data's system prompts",
             "[attacks](attacks.md)",
         ),
@@ -188,8 +189,8 @@ def others(found: Evidence) -> list[Line]:
         (
             "`repair`, Safe LoRA",
             f"as published: refusal {of('safe-lora')}, accuracy {of('safe-lora', 'task_accuracy')}; soft "
-            f"{of('safe-lora-soft')}, {of('safe-lora-soft', 'task_accuracy')} († {older('safe-lora-soft')}, equal norm "
-            f"{older('scaled:safe-lora-soft')})",
+            f"{of('safe-lora-soft')}, {of('safe-lora-soft', 'task_accuracy')} († {older('safe-lora-soft')}, equal "
+            f"norm {older('scaled:safe-lora-soft')})",
             "undoes the fine-tune",
             "[repair](repair.md)",
         ),
@@ -214,8 +215,8 @@ def summary(folder: Path, page: Path) -> str:
     found = Evidence(folder)
     lines = [*failures(found), *training(found), *others(found)]
     notes = [
-        "- Test prompts, one row in ten poisoned unless it says otherwise; long fine-tunes: validation prompts. Strong "
-        "poison: half of the rows, four epochs. Brackets: 95 % intervals.",
+        "- Test prompts, one row in ten poisoned unless it says otherwise; long fine-tunes: validation prompts. "
+        "Strong poison: half of the rows, four epochs. Brackets: 95 % intervals.",
         "- †: on the older patch, which refuses too much. Seeds are on the pages.",
         "- Written by `python -m benchmarks.report summary`.",
     ]

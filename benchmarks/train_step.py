@@ -1,8 +1,8 @@
 """The cost of protection in training: one step (forward, backward, AdamW) of SaLoRA, plain LoRA and the dense
 projection of the reference code.
 
-One base model carries the three adapters, so that only the active adapter differs. The arms take turns. Peak memory is
-measured in a new process for each arm.
+One base model carries the three adapters, so that only the active adapter differs. The arms take turns. Time is that
+of the processor; peak memory is measured in a new process for each arm.
 
     python -m benchmarks.train_step [--rounds 3 --base fp32]    (15 minutes on two cores; less with these options)
 """
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from benchmarks.common import (
     add_model,
     compared,
+    cpu_clock,
     interleaved,
     load_causal,
     model_name,
@@ -116,7 +117,7 @@ def timings(source: str, base: str, lengths: list[int], rounds: int) -> list[dic
     model = with_adapters(load_causal(source, nf4=base == "nf4"), ARMS).train()
     rows = []
     for tokens in lengths:
-        seconds = interleaved({arm: step_of(model, arm, tokens) for arm in ARMS}, rounds)
+        seconds = interleaved({arm: step_of(model, arm, tokens) for arm in ARMS}, rounds, clock=cpu_clock)
         rows.append(
             {
                 "base": base,
