@@ -1,4 +1,4 @@
-"""The sections of docs/results/costs.md, each from the results file of its benchmark."""
+"""The sections of costs.md and operations.md, each from the results file of its benchmark."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.frontier.tables import Table, costs
 from benchmarks.pages import Section, link
 
 Row = dict[str, Any]
-PAGE = "results/costs.md"
+TRAINING, OPERATIONS = "results/costs.md", "results/operations.md"
 
 
 def times(value: float, digits: int = 2) -> str:
@@ -28,10 +28,11 @@ def between(text: str, digits: int = 2) -> str:
     return f"[{float(low):.{digits}f}, {float(high):.{digits}f}]"
 
 
-def of(name: str, tables: Callable[[list[Row]], Sequence[Table]], *notes: str, unless: str = "") -> Section:
-    """A section: the tables of a results file, the notes, and where the figures come from. `unless`: the text where
-    there is no such file.
+def of(page_of: str, tables: Callable[[list[Row]], Sequence[Table]], *notes: str, unless: str = "") -> Section:
+    """The section of a results file: its tables, which have the file's name, the notes, and where the figures come
+    from. `unless`: the text where there is no such file.
     """
+    name = tables.__name__
 
     def text(folder: Path, page: Path) -> str:
         if unless and not (folder / f"{name}.jsonl").is_file():
@@ -43,7 +44,7 @@ def of(name: str, tables: Callable[[list[Row]], Sequence[Table]], *notes: str, u
         lines += [f"- Written by `python -m benchmarks.report {name}` from `benchmarks/results/{name}.jsonl`."]
         return "\n".join(lines)
 
-    return Section(name, PAGE, text)
+    return Section(name, page_of, text)
 
 
 def train_step(rows: list[Row]) -> list[Table]:
@@ -235,20 +236,16 @@ def frontier_costs(folder: Path, page: Path) -> str:
 
 
 SECTIONS = (
-    of("ops_gpu", ops_gpu, "Ratios of medians; above 1: this is faster. bf16."),
-    of("train_step", train_step, "Brackets: quartiles of interleaved rounds. SmolLM2-135M, rank 16 on all layers."),
-    of("loading", loading, "In brackets the ratio to a plain LoRA. SmolLM2-135M, r = 16; the least of all rounds."),
-    of("scale", scale, "In brackets the ratio to plain LoRA. Three steps, the fastest counts: times are rough."),
-    of("scale_whole", scale_whole, "Once; processor seconds.", unless="Not run since the results are kept."),
-    of("saved_bytes", saved_bytes, "Counted, not timed: MiB that autograd saves in a decoder block, 512 tokens."),
-    Section("frontier_costs", PAGE, frontier_costs),
-    of("calibration", calibration, "SaLoRA's bases, SmolLM2-135M, k = 32."),
-    of(
-        "safe_lora",
-        safe_lora,
-        "Brackets: quartiles. Goals: 40 times for one weight, at most 2.5 of reading.",
-    ),
-    of("subspace", subspace, "Bases of the weights, k = 32. Brackets: quartiles."),
-    of("fusion", fusion, "SOMF: 40 million logits, those of a LoRA of a 7B model."),
-    of("ops_cpu", ops_cpu, "fp32, forward and backward of one layer on a CPU: an earlier form too."),
+    of(OPERATIONS, ops_gpu, "Ratios of medians; above 1: this is faster. bf16."),
+    of(TRAINING, train_step, "Brackets: quartiles of interleaved rounds. SmolLM2-135M, rank 16 on all layers."),
+    of(TRAINING, loading, "In brackets the ratio to a plain LoRA. SmolLM2-135M, r = 16; the least of all rounds."),
+    of(TRAINING, scale, "In brackets the ratio to plain LoRA. Three steps, the fastest counts: times are rough."),
+    of(TRAINING, scale_whole, "Once; processor seconds.", unless="Not run since its results are kept."),
+    of(TRAINING, saved_bytes, "Counted, not timed: MiB that autograd saves in a decoder block, 512 tokens."),
+    Section("frontier_costs", TRAINING, frontier_costs),
+    of(OPERATIONS, calibration, "SaLoRA's bases, SmolLM2-135M, k = 32."),
+    of(OPERATIONS, safe_lora, "Brackets: quartiles. Goals: 40 times for one weight, at most 2.5 of reading."),
+    of(OPERATIONS, subspace, "Bases of the weights, k = 32. Brackets: quartiles."),
+    of(OPERATIONS, fusion, "SOMF: 40 million logits, those of a LoRA of a 7B model."),
+    of(OPERATIONS, ops_cpu, "fp32, forward and backward of one layer on a CPU: an earlier form too."),
 )
