@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"no section {', '.join(sorted(unknown))}. There are {', '.join(s.name for s in SECTIONS)}.")
     try:
-        pages = written(s for s in SECTIONS if not given.names or s.name in given.names)
+        pages = written([s for s in SECTIONS if not given.names or s.name in given.names], RESULTS, DOCS)
     except DataError as error:
         print(error, file=sys.stderr)
         return 1

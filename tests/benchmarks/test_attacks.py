@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from benchmarks import attacks, attacks_report
+from benchmarks import attacks, attacks_report, attacks_tables
 from benchmarks.frontier import arms, attack_rows
 from benchmarks.frontier.attacks import ATTACKS, HOWEVER, OBEDIENT, TRIGGER, AfterRefusal, attack_of, template
 from benchmarks.frontier.bench import Bench
@@ -17,6 +17,7 @@ from peft_safety.data import load
 from peft_safety.data.chat import encode_rows
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.evaluation import KeywordJudge, Verdict
+from tests.benchmarks.pages import blank
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 CLEAN = [{"text": f"question {i}", "label": "a"} for i in range(20)]
@@ -132,10 +133,9 @@ def stored(cell, refusal, attacked=None):
 def report(tmp_path, cells):
     environment = json.dumps({"environment": {"python": "3"}})
     (tmp_path / "attacks.jsonl").write_text("\n".join([environment, *map(json.dumps, cells)]), encoding="utf-8")
-    page = tmp_path / "page.md"
-    page.write_text("\n".join(attacks_report.MARKERS), encoding="utf-8")
-    attacks_report.report(tmp_path, page)
-    return page.read_text(encoding="utf-8")
+    docs = blank(tmp_path / "docs", attacks_tables.SECTIONS)
+    attacks_report.report(tmp_path, docs)
+    return "".join(path.read_text(encoding="utf-8") for path in sorted(docs.rglob("*.md")))
 
 
 def test_the_report_says_the_worst_case_and_which_attacks_prove_nothing(tmp_path):
@@ -157,6 +157,10 @@ def test_the_report_says_the_worst_case_and_which_attacks_prove_nothing(tmp_path
     line = next(line for line in text.splitlines() if line.startswith("| GuardSpace, frozen A"))
     assert "trigger p 0.5 x4, trigger" in line
     assert "| -50 |" in line, "8 of 10 before, 3 of 10 after"
+    assert "| trigger p 0.5 x4 | -80 trigger | -50 trigger |" in text, "a column a defense"
+    (form,) = [line for line in text.splitlines() if line.startswith("| trigger p 0.5 x4 | trigger |")]
+    assert [cell.split(" [")[0] for cell in form.split(" | ")[2:]] == ["80 %", "0 %", "30 %"]
+    assert "| cipher p 0.1 | 0 bare | - |" in text
     assert "says nothing: cipher p 0.1." in text
     assert "refuses 10 % [2, 40] of safe prompts that look dangerous, 0 % [0, 28] of everyday prompts." in text
     assert (tmp_path / "attacks.png").stat().st_size > 1000
@@ -170,7 +174,7 @@ def test_the_report_has_a_part_for_each_aligned_model_and_the_settings_tried_on_
     setting = replace(METHODS["frozen-anchor"], knobs="train=B,rows=task,anchor=4,anchor_every=1,anchor_weight=5")
     choice = attacks.at(setting, "trigger", attacks.STRONG, 0, "validation")
     text = report(tmp_path, [stored(aligned, 9), stored(plain, 2), stored(choice, 8, {"trigger": 1})])
-    assert "#### other" in text
+    assert "### other" in text
     (line,) = [line for line in text.splitlines() if "anchor_weight=5" in line]
     assert "trigger p 0.5 x4" in line
     assert "trigger 10 %" in line

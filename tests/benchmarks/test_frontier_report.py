@@ -7,13 +7,14 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from benchmarks.common import RESULTS
-from benchmarks.frontier import aggregate, html, pictures, report, tables
+from benchmarks.frontier import aggregate, html, pictures, report, sections, tables
 from benchmarks.frontier.cells import Cell
 from benchmarks.frontier.plan import METHODS, PLANNED, place, plan
 from benchmarks.frontier.results import NAME, results_of
+from benchmarks.pages import written
 from peft_safety.errors import DataError
 from peft_safety.evaluation import Rate
+from tests.benchmarks.pages import blank
 
 LORA, GUARD, SOFT = METHODS["lora"], METHODS["guardspace"], METHODS["safe-lora-soft"]
 
@@ -151,25 +152,45 @@ def test_no_label_of_the_picture_lies_on_another(tmp_path):
         assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
 
 
+def text_of(folder, name):
+    """A section of made-up results."""
+    (section,) = [section for section in sections.SECTIONS if section.name == name]
+    return section.text(folder, folder / "page.md")
+
+
 def test_the_report_is_written_whole_and_again_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "DPI", 30)
     write(tmp_path, grid(), torch="2")
-    page_path = tmp_path / "results.md"
-    page_path.write_text("before\n<!-- frontier:begin -->\nSTALE\n<!-- frontier:end -->\nafter\n")
-    report.report(tmp_path, page_path)
-    text, page = page_path.read_text(), (tmp_path / "frontier.html").read_text()
-    assert text.startswith("before\n<!-- frontier:begin -->\n![")
-    assert text.endswith("<!-- frontier:end -->\nafter\n")
-    assert "STALE" not in text
-    assert "| GuardSpace |" in text
+    docs = blank(tmp_path / "docs", sections.SECTIONS)
+    report.report(tmp_path, docs)
+    pages = {path: path.read_text() for path in sorted(docs.rglob("*.md"))}
+    assert [path.name for path in pages] == ["frontier.md", "repair.md", "tasks.md"]
+    assert all("STALE" not in text and text.endswith("after\n") for text in pages.values())
+    frontier = pages[docs / "results" / "frontier.md"]
+    assert frontier.index("<!-- null_space:begin -->") < frontier.index("<!-- frontier:begin -->\n![")
+    assert "| GuardSpace |" in frontier
+    assert "| plain LoRA, made blind |" in pages[docs / "results" / "repair.md"]
+    assert "Task: news: not run." in pages[docs / "results" / "tasks.md"]
+    page = (tmp_path / "frontier.html").read_text()
     for name in report.PICTURES:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page.split("<style>")[1].split("base64,")[0], "nothing outside the file is fetched"
     assert "<p>Nothing of the plan.</p>" in page
-    report.report(tmp_path, page_path)
-    assert page_path.read_text() == text
-    assert (tmp_path / "frontier.html").read_text() == page
+    assert written(sections.SECTIONS, tmp_path, docs) == pages, "again the same"
+
+
+def test_a_method_stands_beside_its_controls(tmp_path):
+    control = replace(GUARD, control="random")
+    cells = [(LORA, 0.1, "RROO"), (GUARD, 0.1, "RRRO"), (control, 0.1, "ROOO"), (GUARD, 0.5, "RRRR")]
+    write(tmp_path, [row(place(cell, poison, 0, "test"), letters) for cell, poison, letters in cells])
+    lines = text_of(tmp_path, "frontier").splitlines()
+    (line,) = [line for line in lines if line.startswith("| GuardSpace | 75 % [30, 95] | 25 % [5, 70] | - |")]
+    assert line.endswith("| 25 % [5, 70] | 0.70 | 1 |"), "over-refusal, NLL, seeds"
+    assert "| GuardSpace | 75 % [30, 95] | 100 % [51, 100] |" in lines, "every share"
+    assert "| GuardSpace | +50 (4 : 0, p = 0.125) | - |" in lines, "the control, prompt by prompt"
+    (absent,) = [line for line in lines if "cells of the full plan" in line]
+    assert "Not run at p = 0.1: aligned, no fine-tune; GuardSpace, frozen A;" in absent
 
 
 def test_a_partial_grid_says_what_is_missing_and_that_validation_is_no_result(tmp_path):
@@ -179,37 +200,47 @@ def test_a_partial_grid_says_what_is_missing_and_that_validation_is_no_result(tm
     page = (tmp_path / "frontier.html").read_text()
     assert "nothing here is a result" in page
     assert "<td>random basis for GuardSpace</td><td>12</td>" in page
-    assert "nothing here is a result" in report.section(tmp_path / NAME)
+    assert "nothing here is a result" in text_of(tmp_path, "frontier")
     assert html.summary(aggregate.points([row(cells[0])]), 0.0) == [
         "Plain LoRA has not been measured yet: nothing can be compared."
     ]
 
 
-def test_settings_tried_on_validation_prompts_stand_beside_test_results(tmp_path):
-    frozen = METHODS["frozen"]
-    settings = [replace(frozen, fraction=1 / 16), replace(frozen, epochs=8)]
+def test_settings_tried_on_validation_prompts_stand_with_the_longest_first(tmp_path):
+    frozen, blind = METHODS["frozen"], METHODS["blind"]
+    settings = [replace(frozen, fraction=1 / 16), replace(frozen, epochs=8), replace(blind, fraction=1 / 8)]
     rows = [row(place(LORA, 0.1, 0, "test")), row(place(METHODS["aligned"], 0, 0, "test"))]
+    write(tmp_path, rows)
+    assert "Nothing has been tried" in text_of(tmp_path, "null_space")
     rows += [row(place(cell, 0.1, 0, "validation"), "RRRO", steps=20 * cell.epochs) for cell in settings]
-    text = report.section(write(tmp_path, rows))
-    small, long = (line for line in text.splitlines() if line.startswith("| GuardSpace, frozen A |"))
-    assert "| n/16 | p = 0.1 | 20 | 75 % " in small
-    assert "| n/4 | p = 0.1 | 160 | 75 % " in long
-    assert tables.settings(rows[:2]) is None, "nothing was tried"
+    write(tmp_path, rows)
+    text = text_of(tmp_path, "null_space")
+    long, small = (line for line in text.splitlines() if line.startswith("| GuardSpace, frozen A |"))
+    assert "| n/16 | 20 | 75 % " in small
+    assert "| n/4 | 160 | 75 % " in long
+    assert "made blind" not in text
+    (repair,) = [line for line in text_of(tmp_path, "repairs").splitlines() if line.startswith("| plain LoRA, made")]
+    assert "| n/8 | 20 | 75 % " in repair
 
 
-def test_other_tasks_stand_in_a_table_of_their_own(tmp_path):
-    results = write(tmp_path, [row(place(LORA, 0.1, 0, "test"))])
-    assert "other tasks" not in report.section(results)
+def test_other_tasks_stand_in_tables_of_their_own(tmp_path):
     free = row(place(LORA, 0.1, 0, "test"), task_nll={"value": 1.234})
     free.pop("task_accuracy")
     for task, other in (("news", row(place(LORA, 0.1, 0, "test"), "RRRO")), ("instructions", free)):
         lines = [{"environment": {"model": "tiny"}}, other, row(place(LORA, 0.1, 0, "validation"), "RRRR")]
         (tmp_path / f"{results_of(task)}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    news, instructions = (
-        line for line in report.section(results).splitlines() if line.startswith(("| news", "| inst"))
-    )
-    assert "| news | plain LoRA | p = 0.1 | 75 % " in news
-    assert "| NLL 1.23 | 0.70 |" in instructions
+    text = text_of(tmp_path, "tasks")
+    news, instructions = (line for line in text.splitlines() if line.startswith("| plain LoRA"))
+    assert "| p = 0.1 | 75 % " in news
+    assert "| NLL 1.23 | 0.70 | 1 |" in instructions
+    assert "Task: banking: not run." in text
+
+
+def test_each_seed_stands_alone():
+    rows = [row(place(LORA, 0.1, seed, "test"), letters) for seed, letters in ((0, "RRRR"), (2, "ROOO"))]
+    table = sections.by_seed(rows, ("guardspace", "lora"), 0.1)
+    assert table.headings == ("refusal", "seed 0", "seed 2")
+    assert [(line[0], line[1][:5], line[2][:4]) for line in table.rows] == [("plain LoRA", "100 %", "25 %")]
 
 
 def test_results_that_cannot_be_reported(tmp_path):
@@ -219,9 +250,11 @@ def test_results_that_cannot_be_reported(tmp_path):
     with pytest.raises(DataError, match="no finite cell"):
         report.report(tmp_path, None)
     write(tmp_path, [row(place(LORA, 0.1, 0, "test"))])
-    (tmp_path / "bare.md").write_text("nothing")
+    docs = blank(tmp_path / "docs", sections.SECTIONS)
+    (docs / "results" / "repair.md").write_text("nothing")
     with pytest.raises(DataError, match="lacks the markers"):
-        report.report(tmp_path, tmp_path / "bare.md")
+        report.report(tmp_path, docs)
+    assert "STALE" in (docs / "results" / "frontier.md").read_text()
     assert not list(tmp_path.glob("*.png"))
 
 
@@ -258,13 +291,3 @@ def test_training_is_compared_with_plain_lora_at_the_same_place():
     found = aggregate.points([row(place(LORA, 0.1, 0, "test")), row(place(SOFT, 0.1, 0, "test")), *slow])
     assert aggregate.cost(found, "guardspace")[0] == 1.0
     assert aggregate.cost(found, "safe-lora-soft")[0] == 1.0
-
-
-def test_the_page_says_what_the_committed_results_say():
-    if not (RESULTS / NAME).is_file():
-        pytest.skip("no results of the frontier are committed yet")
-    text = report.PAGE.read_text(encoding="utf-8")
-    assert report.section(RESULTS / NAME) in text, "run python -m benchmarks.frontier --report"
-    for name in (*report.PICTURES, "frontier.html"):
-        assert (RESULTS / name).is_file()
-        assert (RESULTS / name).stat().st_size < 3 << 20

@@ -5,14 +5,15 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import guardspace, guardspace_report
-from benchmarks.common import PAGE, RESULTS
 from benchmarks.frontier import run as engine
 from benchmarks.frontier.arms import run_cell
 from benchmarks.frontier.bench import Bench
 from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Cell, Protocol, needs
 from benchmarks.frontier.results import read
+from benchmarks.pages import written
 from peft_safety.errors import DataError
+from tests.benchmarks.pages import blank
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 RATE = {"value": 0.5, "low": 0.2, "high": 0.8, "k": 5, "n": 10}
@@ -111,35 +112,26 @@ def test_the_report_writes_the_section_and_the_picture(tmp_path):
     cache = Cache(tmp_path / "runs", Protocol())
     run(cache, lambda cell: {"diverged": "not finite"} if cell.lr == 1e-2 else measured(cell))
     assert guardspace.keep(cache, tmp_path) == tmp_path / "guardspace.jsonl"
-    page = tmp_path / "results.md"
-    page.write_text("before\n<!-- guardspace:begin -->\nold\n<!-- guardspace:end -->\nafter\n")
-    guardspace_report.report(tmp_path, page)
+    docs = blank(tmp_path / "docs", guardspace_report.SECTIONS)
+    page = docs / "results" / "guardspace.md"
+    guardspace_report.report(tmp_path, docs)
     text = page.read_text()
-    assert text.startswith("before\n<!-- guardspace:begin -->\n![")
-    assert text.endswith("report`.\n<!-- guardspace:end -->\nafter\n")
-    assert "old" not in text
+    assert text.startswith("before\n<!-- guardspace_limits:begin -->\n![")
+    assert text.endswith("<!-- guardspace:end -->\nafter\n")
+    assert "STALE" not in text
     assert "| 0.1 | GuardSpace | 50 % [33, 67] |" in text, "three seeds of ten prompts"
     assert "advbench" in text
-    grid = (tmp_path / "guardspace.md").read_text()
-    assert "| GuardSpace | harmful, 0.25, all | 0.1 | 1 | 0.001 | 64 |" in grid
-    assert "| arm | basis, share, positions | 20 | 40 | 80 |" in grid
-    assert "| GuardSpace | harmful, 0.25, all | 0.1 | 1 | 0.01 | 64 | diverged | diverged |" in grid
-    assert "| GuardSpace, then plain LoRA on its result | harmful, 0.25, all | 0.1 |" in grid
+    assert "| GuardSpace | harmful, 0.25, all | 0.1 | 1 | 0.001 | 64 |" in text
+    assert "| refusal after so many steps | basis, share, positions | 20 | 40 | 80 |" in text
+    assert "| GuardSpace | harmful, 0.25, all | 0.1 | 1 | 0.01 | 64 | diverged | diverged |" in text
+    assert "| GuardSpace, then plain LoRA on its result | harmful, 0.25, all | 0.1 |" in text
     assert (tmp_path / "guardspace.png").read_bytes().startswith(b"\x89PNG")
-    guardspace_report.report(tmp_path, page)
-    assert page.read_text() == text
-    (tmp_path / "bare.md").write_text("nothing")
+    assert written(guardspace_report.SECTIONS, tmp_path, docs) == {page: text}, "again the same"
+    page.write_text("nothing")
     with pytest.raises(DataError, match="lacks the markers"):
-        guardspace_report.report(tmp_path, tmp_path / "bare.md")
+        guardspace_report.report(tmp_path, docs)
     with pytest.raises(DataError, match=r"Run python -m benchmarks\.guardspace"):
-        guardspace_report.report(tmp_path / "none", page)
-
-
-def test_the_page_says_what_the_committed_results_say():
-    text = PAGE.read_text(encoding="utf-8").split(guardspace_report.MARKERS[0])[1]
-    lines = guardspace_report.section(*read(RESULTS / "guardspace.jsonl", "guardspace")).splitlines()
-    missing = [line for line in lines if "](" not in line and line not in text]
-    assert not missing, "run python -m benchmarks.guardspace --report"
+        guardspace_report.report(tmp_path / "none", docs)
 
 
 def test_the_command_prints_its_plan_and_runs_nothing_without_time(tmp_path, capsys, monkeypatch):

@@ -12,9 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.method_comparison import __main__ as command
 from benchmarks.method_comparison import arms, cells, task
 from benchmarks.method_comparison.metamathqa import run_guardspace
-from benchmarks.method_comparison.report import NAME, forgetting, report
+from benchmarks.method_comparison.report import NAME, SECTIONS, forgetting, report
 from peft_safety import GuardSpaceConfig
 from peft_safety.errors import DataError
+from tests.benchmarks.pages import blank
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 SETTINGS = cells.Settings(r=2, lr=1e-2, steps=2, batch_size=2, test=4, general=2)
@@ -99,20 +100,20 @@ def test_finished_arms_are_not_run_again_and_failures_are_told(finished, model, 
     finally:
         (tmp_path / "kept.json").rename(made.cell("OSF"))
     capsys.readouterr()
-    page = tmp_path / "results.md"
-    page.write_text("# Results\n<!-- method_comparison:begin -->\n<!-- method_comparison:end -->\nthe rest\n")
-    report(tmp_path, page)
+    docs = blank(tmp_path / "docs", SECTIONS)
+    page = docs / "results" / "method_comparison.md"
+    report(tmp_path, docs)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     for text in (printed.replace("\n", " "), page.read_text()):
         assert "OSF did not run: ValueError: no kernel for this CPU" in text
         assert f"{forgetting(rows['DoRA']):+.3f}" in text
-    assert page.read_text().endswith("the rest\n")
+    assert page.read_text().endswith("after\n")
     assert (tmp_path / "method_comparison.png").stat().st_size > 10_000
 
 
 def test_a_report_without_results(tmp_path):
-    with pytest.raises(DataError, match="Run python -m"):
+    with pytest.raises(DataError, match="holds no results"):
         report(tmp_path, None)
 
 

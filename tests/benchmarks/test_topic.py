@@ -25,6 +25,7 @@ from peft_safety.data import SPLITS
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.evaluation import KeywordJudge, Verdict
 from peft_safety.recipes.load import load_model
+from tests.benchmarks.pages import blank
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 TOPIC_KEYS = pytest.mark.parametrize("key", TOPICS)
@@ -211,10 +212,9 @@ def stored(cell, **forms):
 def written(tmp_path, cells):
     lines = [{"environment": {"python": "3"}}, *cells]
     (tmp_path / report.NAME).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    page = tmp_path / "page.md"
-    page.write_text("\n".join(report.MARKERS), encoding="utf-8")
-    report.report(tmp_path, page)
-    return page.read_text(encoding="utf-8")
+    docs = blank(tmp_path / "docs", report.SECTIONS)
+    report.report(tmp_path, docs)
+    return (docs / "results" / "topic.md").read_text(encoding="utf-8")
 
 
 def test_the_report_says_the_worst_case_and_where_the_judges_differ(tmp_path):

@@ -1,0 +1,101 @@
+"""The pages of results: written by the harness alone, whole, short, and with prose that says what their tables say."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+from benchmarks.common import RESULTS
+from benchmarks.pages import DOCS, Section, written
+from peft_safety.errors import DataError
+
+PAGES = sorted((DOCS / "results").glob("*.md"))
+LONGEST, NUMBER = 200, r"\d+(?:\.\d+)?"
+GOALS = {"demo.md": {"90"}}
+"""Figures of prose that are no results."""
+ELSEWHERE = {"peft_suite.jsonl": "docs/compatibility.md", "safety_patch.json": "docs/results/demo.md"}
+"""Results files with a writer of their own."""
+
+
+def generated(text: str) -> list[str]:
+    return [found[1] for found in re.findall(r"<!-- (\w+):begin -->(.*?)<!-- \1:end -->", text, re.DOTALL)]
+
+
+def prose(text: str) -> str:
+    """The hand-written part, without code and the targets of links."""
+    text = re.sub(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", "", text, flags=re.DOTALL)
+    return re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", text, flags=re.DOTALL)
+
+
+def figures(text: str) -> set[str]:
+    """Numbers of per cent and points, also in lists: "71 and 72 %"."""
+    joined = rf"{NUMBER}(?:(?:,|,? and|,? or|,? to)\s+{NUMBER})*"
+    return {number for one in re.findall(rf"({joined})\s*(?:%|points?\b)", text) for number in re.findall(NUMBER, one)}
+
+
+def test_the_committed_pages_are_those_of_the_committed_results() -> None:
+    pages = written(report.SECTIONS)
+    stale = [page.name for page, text in pages.items() if page.read_text(encoding="utf-8") != text]
+    assert not stale, "run python -m benchmarks.report"
+    assert set(PAGES) <= pages.keys(), "every page has a section"
+
+
+def test_every_results_file_is_on_a_page() -> None:
+    said = "".join(page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md"))
+    for path in sorted(RESULTS.glob("*.json*")):
+        named = path.name in said or (path.name.startswith("attacks_") and "attacks*.jsonl" in said)
+        assert named or path.stem in {section.name for section in report.SECTIONS} or path.name in ELSEWHERE, path.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_is_short_and_its_prose_says_what_its_tables_say(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LONGEST
+    assert not re.search(r"^\|.*\d", prose(text), re.MULTILINE), "a table of figures that no report writes"
+    known = set(re.findall(NUMBER, " ".join(generated(text)))) | GOALS.get(page.name, set()) | {"95"}
+    assert figures(prose(text)) - known == set()
+
+
+def test_figures_of_prose() -> None:
+    assert figures("keeps 71 and 72 % (of 9.5 %), 3 points, 12, 13 or 14 %; not 320 steps") == set(
+        ["71", "72", "9.5", "3", "12", "13", "14"]
+    )
+
+
+def test_a_section_goes_between_its_markers(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("a\n<!-- x:begin -->old<!-- x:end -->\n<!-- y:begin --><!-- y:end -->\nb\n")
+    sections = [Section(name, "page.md", lambda folder, page, name=name: f"{name} \\1\n") for name in "xy"]
+    (text,) = written(sections, tmp_path, tmp_path).values()
+    assert text == "a\n<!-- x:begin -->\nx \\1\n<!-- x:end -->\n<!-- y:begin -->\ny \\1\n<!-- y:end -->\nb\n"
+    with pytest.raises(DataError, match="lacks the markers <!-- z:begin -->"):
+        written([Section("z", "page.md", lambda folder, page: "")], tmp_path, tmp_path)
+
+
+def test_the_command_writes_what_is_named(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "page.md"
+    page.write_text("<!-- x:begin --><!-- x:end -->\n<!-- y:begin --><!-- y:end -->\n")
+    sections = [Section(name, "page.md", lambda folder, page, name=name: name) for name in "xy"]
+    monkeypatch.setattr(report, "SECTIONS", sections)
+    monkeypatch.setattr(report, "DOCS", tmp_path / "docs")
+    before = page.read_text()
+    assert report.main(["--check"]) == 1
+    assert page.read_text() == before, "a check writes nothing"
+    assert report.main(["x"]) == 0
+    assert page.read_text() == "<!-- x:begin -->\nx\n<!-- x:end -->\n<!-- y:begin --><!-- y:end -->\n"
+    assert report.main([]) == report.main(["--check"]) == 0
+    assert capsys.readouterr().out.endswith("1 pages, 0 changed\n")
+    with pytest.raises(SystemExit):
+        report.main(["z"])
+    assert "no section z" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("section", report.SECTIONS, ids=lambda section: section.name)
+def test_a_section_without_results_says_so(section: Section, tmp_path: Path) -> None:
+    try:
+        text = section.text(tmp_path, tmp_path / "page.md")
+    except DataError as error:
+        assert str(tmp_path) in str(error)
+    else:
+        assert "ot run" in text or section.name == "attacks_full", "no other aligned model"
