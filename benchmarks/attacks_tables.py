@@ -279,7 +279,8 @@ def first(folder: Path, page: Path) -> str:
 
 def others(folder: Path, page: Path) -> str:
     """The same for every other aligned model."""
-    return "\n".join([*(line for path in results(folder)[1:] for line in part(path, page)), *LEGEND])
+    found = [line for path in results(folder)[1:] for line in part(path, page)]
+    return "\n".join([*(found or ["Not run.", ""]), *LEGEND])
 
 
 LEGEND = (

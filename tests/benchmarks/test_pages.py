@@ -14,7 +14,7 @@ PAGES = sorted((DOCS / "results").glob("*.md"))
 LONGEST, NUMBER = 200, r"\d+(?:\.\d+)?"
 GOALS = {"demo.md": {"90"}}
 """Figures of prose that are no results."""
-ELSEWHERE = {"peft_suite.jsonl": "docs/compatibility.md", "safety_patch.json": "docs/results/demo.md"}
+ELSEWHERE = ("peft_suite",)
 """Results files with a writer of their own."""
 
 
@@ -42,10 +42,11 @@ def test_the_committed_pages_are_those_of_the_committed_results() -> None:
 
 
 def test_every_results_file_is_on_a_page() -> None:
-    said = "".join(page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md"))
-    for path in sorted(RESULTS.glob("*.json*")):
-        named = path.name in said or (path.name.startswith("attacks_") and "attacks*.jsonl" in said)
-        assert named or path.stem in {section.name for section in report.SECTIONS} or path.name in ELSEWHERE, path.name
+    said = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    files = [path for path in RESULTS.glob("*.json*") if path.stem not in ELSEWHERE]
+    absent = [path.name for path in files if f"results/{path.name}" not in said]
+    assert [name for name in absent if not re.match(r"attacks|screening", name)] == []
+    assert len(files) > 20
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -94,8 +95,7 @@ def test_the_command_writes_what_is_named(tmp_path, monkeypatch, capsys) -> None
 @pytest.mark.parametrize("section", report.SECTIONS, ids=lambda section: section.name)
 def test_a_section_without_results_says_so(section: Section, tmp_path: Path) -> None:
     try:
-        text = section.text(tmp_path, tmp_path / "page.md")
+        said = section.text(tmp_path, tmp_path / "page.md")
     except DataError as error:
-        assert str(tmp_path) in str(error)
-    else:
-        assert "ot run" in text or section.name == "attacks_full", "no other aligned model"
+        said = str(error)
+    assert str(tmp_path) in said or "ot run" in said
