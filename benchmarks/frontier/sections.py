@@ -147,9 +147,9 @@ def frontier(results: Path, page: Path) -> str:
     absent, main = missing(rows, planned), {name for name in names(shown) if name in CORE}
     other = transfer({place: point for place, point in shown.items() if place[0] in main}, poison)
     unmeasured = [label(name) for name in absent if (name, poison) not in shown and ":" not in name]
-    picture = link(results / "frontier.png", page)
+    picture = f"![refusal against accuracy, controls hollow]({link(results / 'frontier.png', page)})"
     lines = [
-        f"![refusal against accuracy, a panel a share of poison, controls hollow]({picture})",
+        picture,
         "",
         *([] if split == "test" else ["**Validation prompts only: nothing here is a result.**", ""]),
         f"{split.capitalize()} prompts, {share(poison)}:",
@@ -163,7 +163,7 @@ def frontier(results: Path, page: Path) -> str:
         *(["Refusal on other prompt sets:", "", *other.markdown(), ""] if other is not None else []),
         "- Against its controls: points of refusal on the same harmful prompts of all sets, in brackets the prompts "
         "on which only the method, only the control refuses, and McNemar's exact p (prompts repeat over seeds, so it "
-        "is somewhat too small).",
+        "is somewhat too small). A control may have fewer seeds than its method.",
         f"- {len(planned) - sum(absent.values())} of the {len(planned)} cells of the full plan. Not run at "
         f"{share(poison)}: {'; '.join(unmeasured) or 'no method'}. Controls that were not run have a dash.",
         "- All figures, also of the costs: `benchmarks/results/frontier.html`.",
