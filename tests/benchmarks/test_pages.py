@@ -29,9 +29,12 @@ def prose(text: str) -> str:
 
 
 def figures(text: str) -> set[str]:
-    """Numbers of per cent and points, also in lists: "71 and 72 %"."""
+    """Numbers of per cent and points, also in lists ("71 and 72 %"), and all with a decimal point."""
     joined = rf"{NUMBER}(?:(?:,|,? and|,? or|,? to)\s+{NUMBER})*"
-    return {number for one in re.findall(rf"({joined})\s*(?:%|points?\b)", text) for number in re.findall(NUMBER, one)}
+    counted = re.findall(rf"({joined})\s*(?:%|points?\b)", text)
+    return {number for one in counted for number in re.findall(NUMBER, one)} | set(
+        re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]\w)", text)
+    )
 
 
 def test_the_committed_pages_are_those_of_the_committed_results() -> None:
