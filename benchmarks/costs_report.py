@@ -53,7 +53,7 @@ def train_step(rows: list[Row]) -> list[Table]:
         (
             row["base"],
             str(row["tokens"]),
-            f"{times(row['salora/lora'])} {between(row['quartiles'])}",
+            f"{times(row['salora/lora'], 3)} {between(row['quartiles'], 3)}",
             times(row["dense C/salora"]),
             times(memory[row["base"]]),
         )
