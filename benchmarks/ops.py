@@ -22,6 +22,7 @@ from benchmarks.ops_arms import arms, bare, layer, trained
 from benchmarks.ops_gpu import everything, rows_of
 from peft_safety.core.environment import environment
 from peft_safety.ops import backend_for
+from peft_safety.reporting import style
 
 TARGETS = {
     "K1": {
@@ -57,23 +58,27 @@ def on_cpu(rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     return rows, figures
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: Path) -> Path:
     """Medians with quartiles, one panel for each part; a line marks the floor."""
-    from matplotlib.figure import Figure
-
-    parts = list(dict.fromkeys((row["part"], row["mode"]) for row in rows))
-    figure = Figure(figsize=(9, 2.2 * len(parts)), layout="constrained")
-    for axes, (part, mode) in zip(figure.subplots(len(parts), squeeze=False)[:, 0], parts, strict=True):
-        shown = [row for row in rows if (row["part"], row["mode"]) == (part, mode)]
-        middle = [row["us"] for row in shown]
-        errors = [[row["us"] - row["low"] for row in shown], [row["high"] - row["us"] for row in shown]]
-        axes.barh([row["arm"] for row in shown], middle, xerr=errors, color="#0072B2", ecolor="#555555")
-        axes.axvline(shown[0]["of floor"] * shown[0]["us"], color="#D55E00", label="floor")
-        axes.set_title(f"{part}, {mode}", loc="left", fontsize=10)
-        axes.set_xlabel("µs")
-        axes.invert_yaxis()
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0.1)
-    figure.savefig(path, dpi=120)
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        parts.setdefault(f"{row['part']}, {row['mode']}", []).append(row)
+    sizes = [len(shown) + 2.5 for shown in parts.values()]
+    title, note = "Microseconds of operations on 4-bit weights", "Thin lines: quartiles. Dotted: the machine's limit."
+    with style.picture(
+        path, 0.19 * sum(sizes), len(parts), len(parts), title, note, height_ratios=sizes
+    ) as (_, panels):
+        for panel, (name, shown) in zip(panels, parts.items(), strict=True):
+            for y, row in enumerate(shown):
+                tint = style.color_of("guardspace" if row["arm"].startswith("this") else row["arm"])
+                panel.barh(y, row["us"], color=tint, height=0.75)
+                style.whisker(panel, y, (row["low"], row["high"]))
+            panel.axvline(shown[0]["of floor"] * shown[0]["us"], color=style.INK, lw=1, ls=":")
+            panel.set_yticks(range(len(shown)), [row["arm"] for row in shown])
+            panel.set_title(name)
+            panel.tick_params(axis="y", length=0)
+            panel.invert_yaxis()
+    return path
 
 
 def main() -> None:

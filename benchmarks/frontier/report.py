@@ -18,7 +18,7 @@ from peft_safety.evaluation import KeywordJudge
 MARKERS = ("<!-- frontier:begin -->", "<!-- frontier:end -->")
 PICTURES = {
     "frontier.png": pictures.frontier,
-    "frontier_heat.png": pictures.heat,
+    "frontier_poison.png": pictures.poison,
     "frontier_costs.png": pictures.costs,
 }
 
