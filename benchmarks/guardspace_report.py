@@ -169,26 +169,29 @@ def save_png(rows: Sequence[Row], path: Path) -> Path:
         cell = row["cell"]
         if (
             cell["fraction"]
-            and cell["control"] not in ("scaled", "second")
+            and _kind(row) not in ("scaled", "second")
             and cell["positions"] == "all"
             and cell["calibration"] == 64
             and cell["epochs"] == 1
         ):
             kind = _kind(row)
             sizes.setdefault(cell["basis"] if kind == "guard" else kind, []).append((cell["fraction"], row))
-    title = "Refusal by training steps and by size of the null space, one row in ten poisoned"
+    title = "Refusal by training steps and size of the null space, 10 % poison"
     note = (
         "Names: data of the null space, its share of the input dimensions. Hollow: control, a random one. Bars: 95 % "
         "intervals."
     )
     with style.picture(path, 5.0, 2, 2, title, note) as (_, (steps, share)):
-        _draw(steps, {name: points for name, points in lines.items() if points}, "optimizer steps")
-        _draw(share, sizes, "size of the null space, share of the input dimensions")
+        drawn = {name: points for name, points in lines.items() if points}
+        ends = {steps: _draw(steps, drawn, "optimizer steps")}
+        ends[share] = _draw(share, sizes, "size of the null space, share of the input dimensions")
+        for panel, labels in ends.items():
+            style.label_points(panel, labels)
     return path
 
 
-def _draw(panel: Any, lines: dict[str, list[tuple[float, Row]]], axis: str) -> None:
-    """Lines with 95 % intervals. Each is shifted a little, so that equal figures stay visible."""
+def _draw(panel: Any, lines: dict[str, list[tuple[float, Row]]], axis: str) -> list[style.Label]:
+    """Lines with 95 % intervals, each shifted a little, so that equal figures stay visible; returns their names."""
     places, ends = sorted({place for points in lines.values() for place, _ in points}), []
     for index, (name, points) in enumerate(lines.items()):
         tint = style.color_of(name if name.startswith("plain") else "guardspace")
@@ -208,7 +211,7 @@ def _draw(panel: Any, lines: dict[str, list[tuple[float, Row]]], axis: str) -> N
     panel.set_xlabel(axis)
     panel.set_ylabel("refusal, %")
     panel.grid(axis="y")
-    style.label_points(panel, ends)
+    return ends
 
 
 def report(out: Path = RESULTS, page: Path | None = PAGE) -> None:

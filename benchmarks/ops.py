@@ -65,9 +65,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
         parts.setdefault(f"{row['part']}, {row['mode']}", []).append(row)
     sizes = [len(shown) + 2.5 for shown in parts.values()]
     title, note = "Microseconds of operations on 4-bit weights", "Thin lines: quartiles. Dotted: the machine's limit."
-    with style.picture(
-        path, 0.19 * sum(sizes), len(parts), len(parts), title, note, height_ratios=sizes
-    ) as (_, panels):
+    with style.picture(path, 0.19 * sum(sizes), len(parts), len(parts), title, note, height_ratios=sizes) as (
+        _,
+        panels,
+    ):
         for panel, (name, shown) in zip(panels, parts.items(), strict=True):
             for y, row in enumerate(shown):
                 tint = style.color_of("guardspace" if row["arm"].startswith("this") else row["arm"])

@@ -77,13 +77,15 @@ def poison(points: Points, path: Path) -> Path:
     lines = [name for name in ROLES if any((name, share) in points for share in measured)]
     title, note = "Refusal and accuracy after fine-tuning, by the share of poison", "Lines: 95 % intervals."
     with style.picture(path, 4.6, 2, 2, title, note, sharex=True) as (_, axes):
+        ends = {}
         for panel, metric in zip(axes, ("refusal", "task_accuracy"), strict=True):
-            ends = [end for index, name in enumerate(lines) if (end := _line(panel, points, name, metric, index))]
+            ends[panel] = [end for i, name in enumerate(lines) if (end := _line(panel, points, name, metric, i))]
             panel.set(ylim=(-4, 105), ylabel=AXES[metric])
             panel.set_xticks(range(len(measured)), [f"{100 * share:g} %" for share in measured])
             panel.grid(axis="y")
-            style.label_points(panel, ends)
         axes[-1].set_xlabel("share of the training rows that is poisoned")
+        for panel, labels in ends.items():
+            style.label_points(panel, labels)
     return path
 
 

@@ -93,11 +93,13 @@ def save_png(modules: Sequence[ModuleCoverage], path: str | Path) -> Path:
     note = f"Medians of {len(known)} modules; bands: the middle {MIDDLE[1] - MIDDLE[0]:.0%} of them."
     with style.picture(path, 3.0, title=title, note=note) as (_, (panel,)):
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("")
         colors = style.INK, style.color_of("guardspace")
         ends = [_draw_energy(panel, *curve, color) for curve, color in zip(curves.items(), colors, strict=False)]
-        panel.set_ylim(max(FLOOR, panel.get_ylim()[0]), 1.3)
+        panel.set_ylim(100 * FLOOR if panel.get_ylim()[0] < 100 * FLOOR else None, 130)
         panel.set_xlabel("k, % of the input dimensions")
-        panel.set_ylabel("share of energy outside")
+        panel.set_ylabel("energy outside, %")
         panel.grid(which="major")
         style.label_points(panel, ends)
     return Path(path)
@@ -108,11 +110,11 @@ def _draw_energy(panel: Any, name: str, curves: Sequence[tuple[torch.Tensor, int
     first = min(1 / features for _, features in curves)
     shares = torch.linspace(first, max(len(curve) / features for curve, features in curves), GRID)
     outside = torch.stack([_at(curve, shares * features) for curve, features in curves]).double().clamp(min=FLOOR)
-    low, middle, high = (outside.quantile(q, dim=0).tolist() for q in (MIDDLE[0], 0.5, MIDDLE[1]))
+    low, middle, high = ((100 * outside.quantile(q, dim=0)).tolist() for q in (MIDDLE[0], 0.5, MIDDLE[1]))
     across = (100 * shares).tolist()
     panel.fill_between(across, low, high, color=color, alpha=0.15, lw=0)
     panel.plot(across, middle, color=color, lw=2)
-    return across[-1], middle[-1], f"{name}:\n{middle[-1]:.2g}", color
+    return across[-1], middle[-1], f"{name}:\n{middle[-1]:.2g} %", color
 
 
 def _at(curve: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:

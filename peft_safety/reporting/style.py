@@ -123,7 +123,10 @@ def picture(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    heading, notes = wrap(title, TITLE_COLUMNS), [line for part in note.split("\n") for line in wrap(part, NOTE_COLUMNS)]
+    heading, notes = (
+        wrap(title, TITLE_COLUMNS),
+        [line for part in note.split("\n") for line in wrap(part, NOTE_COLUMNS)],
+    )
     with rc_context(RC):
         size = WIDTH, height + 0.18 * len(heading) + 0.15 * len(notes)
         canvas = Figure(size, layout="constrained", linewidth=2)
@@ -171,7 +174,9 @@ def point(
         panel.plot((x, x), up, solid_capstyle="round", **line)
     face, edge = (PANEL, color) if hollow else (color, PANEL)
     width, size = (1.2, 5.5) if hollow else (0.6, 11 if marker == "*" else 7)
-    panel.plot(x, y, marker, ms=size, mfc=face, mec=edge, mew=width, zorder=5 if marker == "*" else 4 - hollow, clip_on=False)
+    panel.plot(
+        x, y, marker, ms=size, mfc=face, mec=edge, mew=width, zorder=5 if marker == "*" else 4 - hollow, clip_on=False
+    )
 
 
 def whisker(panel: Any, y: float, ends: Interval) -> None:
@@ -190,7 +195,7 @@ LEVEL = 0.01
 
 def label_points(panel: Any, labels: Sequence[Label]) -> None:
     """Names in a column to the right, each with a line to its point, and none on another. Call it last: it lays the
-    figure out.
+    figure out, whose panels must not shrink afterwards.
     """
     order: list[Label] = []  # from below
     for run in _runs(labels, LEVEL * abs(panel.get_ylim()[1] - panel.get_ylim()[0])):
@@ -205,7 +210,13 @@ def label_points(panel: Any, labels: Sequence[Label]) -> None:
     for (x, y, text, color), place in zip(order, places, strict=True):
         how = {"xycoords": "data", "textcoords": "axes fraction", "va": "center", "ha": "left", "linespacing": 1.0}
         panel.annotate(
-            text, (x, y), (1.04, place), color=ink(color), fontsize=SMALLEST, arrowprops={**line, "color": color}, **how
+            text,
+            (x, y),
+            (1.04, place),
+            color=ink(color),
+            fontsize=SMALLEST,
+            arrowprops={**line, "color": color},
+            **how,
         )
 
 
@@ -250,6 +261,4 @@ def spread(wanted: Sequence[float], gaps: Sequence[float], low: float, high: flo
             mean, count = (before * members + mean * count) / (members + count), members + count
         blocks.append((mean, count))
     first = [mean for mean, count in blocks for _ in range(count)]
-    return [
-        offset + min(max(mean, low), high - offsets[-1]) for mean, offset in zip(first, offsets, strict=False)
-    ]
+    return [offset + min(max(mean, low), high - offsets[-1]) for mean, offset in zip(first, offsets, strict=False)]
