@@ -151,17 +151,12 @@ def shares(model: Any, tokenizer: Any, poisons: Mapping[str, Sequence[str]]) -> 
 
 def draw(data: Mapping[str, Any], path: Path) -> Path:
     """AUC and true positives, poison by benign rows."""
-    title, heads = (
-        "How well does the screen find poisoned rows?",
-        {"auc": "area under the curve", "found": "share found"},
-    )
+    heads, title = {"auc": "area under the curve", "found": "share found"}, "How well does the screen find poison?"
     note = "Found: at a threshold that flags 1 % of the benign rows."
     with style.picture(path, 3.6, 2, title=title, note=note, sharey=True) as (_, panels):
         for panel, (name, head) in zip(panels, heads.items(), strict=True):
-            matrix, columns = (
-                [list(row.values()) for row in data[name].values()],
-                list(next(iter(data[name].values()))),
-            )
+            matrix = [list(row.values()) for row in data[name].values()]
+            columns = list(next(iter(data[name].values())))
             low = 0.5 if name == "auc" else 0.0
             style.heat(panel, matrix, ".2f", low, 1, "#FFFFFF", style.color_of("guardspace"), "#00304C")
             panel.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")

@@ -25,9 +25,8 @@ def draw(evaluations: Mapping[str, Evaluation], poison: float, path: Path) -> Pa
             {name: found.task_accuracy for name, found in evaluations.items() if found.task_accuracy},
             "sorts help-desk messages",
         )
-        panels[0].set_yticks(
-            range(len(names)), [name if name == "aligned" else f"fine-tuned: {name}" for name in names]
-        )
+        said = [name if name == "aligned" else f"fine-tuned: {name}" for name in names]
+        panels[0].set_yticks(range(len(names)), said)
         panels[0].set_ylim(len(names) - 0.4, -0.6)
     return path
 

@@ -72,9 +72,8 @@ def save_png(report: OrthogonalityReport, path: str | Path) -> Path:
     names = ["none" if layer < 0 else str(layer) for layer in layers[::step]]
     model = report.environment.get("model")
     white = "chance, or as much on general as on harmful inputs" if report.measured else "chance"
-    title = (
-        f"Where the update of {report.adapter!r} lies{f' ({model})' if model else ''}, k = {report.environment['k']}"
-    )
+    of = f" ({model})" if model else ""
+    title = f"Where the update of {report.adapter!r} lies{of}, k = {report.environment['k']}"
     height = 2 * (1.6 + 0.05 * min(32, max(len(layers), 8)))
     note = f"White: {white}. Gray: no figure."
     with style.picture(path, height, len(panels), 2, title, note, sharex=True, sharey=True) as (canvas, axes):

@@ -73,8 +73,8 @@ def save_png(report: RepairReport, path: str | Path) -> Path:
         if report.record["select"] == "threshold":
             threshold = report.record["threshold"]
             axes.axhline(threshold, color=style.MUTED, linestyle="--", lw=1)
-            where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
-            axes.annotate(f"threshold {threshold:g}", (1, threshold), (0, 3), color=style.MUTED, **where)
+            where = {"transform": axes.get_yaxis_transform(), "va": "center"}
+            axes.text(1.02, threshold, f"threshold\n{threshold:g}", color=style.MUTED, **where)
         axes.set_xticks(range(len(kinds)), list(kinds))
         axes.set_xlabel("modules by kind, each from the first layer to the last")
         axes.set_ylabel("cos(C B A, B A)")

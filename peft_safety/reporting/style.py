@@ -123,10 +123,8 @@ def picture(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    heading, notes = (
-        wrap(title, TITLE_COLUMNS),
-        [line for part in note.split("\n") for line in wrap(part, NOTE_COLUMNS)],
-    )
+    heading = wrap(title, TITLE_COLUMNS)
+    notes = [line for part in note.split("\n") for line in wrap(part, NOTE_COLUMNS)]
     with rc_context(RC):
         size = WIDTH, height + 0.18 * len(heading) + 0.15 * len(notes)
         canvas = Figure(size, layout="constrained", linewidth=2)
@@ -173,10 +171,8 @@ def point(
     if up is not None:
         panel.plot((x, x), up, solid_capstyle="round", **line)
     face, edge = (PANEL, color) if hollow else (color, PANEL)
-    width, size = (1.2, 5.5) if hollow else (0.6, 11 if marker == "*" else 7)
-    panel.plot(
-        x, y, marker, ms=size, mfc=face, mec=edge, mew=width, zorder=5 if marker == "*" else 4 - hollow, clip_on=False
-    )
+    width, size, order = (1.2, 5.5, 3) if hollow else (0.6, 11, 5) if marker == "*" else (0.6, 7, 4)
+    panel.plot(x, y, marker, ms=size, mfc=face, mec=edge, mew=width, zorder=order, clip_on=False)
 
 
 def whisker(panel: Any, y: float, ends: Interval) -> None:
