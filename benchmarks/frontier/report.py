@@ -41,7 +41,7 @@ def section(results: Path, page: Path = PAGE) -> str:
     seeds = sorted({row["cell"]["seed"] for row in rows if row["cell"]["arm"] != "aligned"})
     picture = link(results.parent / "frontier.png", page)
     lines = [
-        f"![refusal against accuracy, controls hollow]({picture})",
+        f"![refusal against accuracy, a panel a share of poison, controls hollow]({picture})",
         "",
         *table.markdown(),
         "",
