@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from matplotlib.text import Text
 from PIL import Image
 
@@ -16,7 +17,8 @@ from benchmarks.frontier.results import read
 from benchmarks.method_comparison import report as comparison
 from benchmarks.topic import report as topic
 from examples.demo_picture import draw as draw_demo
-from peft_safety.reporting import style
+from peft_safety.calibration.coverage import ModuleCoverage, TaskShare
+from peft_safety.reporting import coverage, repair, style
 from peft_safety.reporting.report import Report
 
 DOCS = Path(__file__).parents[2] / "docs" / "pictures"
@@ -65,11 +67,30 @@ DRAWN = {
 }
 
 
-@pytest.mark.parametrize("name", DRAWN)
+def energy(path):
+    curve = torch.linspace(0.1, 0.9, 16, dtype=torch.float64)
+    task = TaskShare(0.4, 3, 2, 1 - curve * 2 / 3)
+    coverage.save_png([ModuleCoverage(f"layers.{i}.q_proj", 64, 16, 0.9, curve, task) for i in range(3)], path)
+
+
+def cosines(path):
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    rows = [
+        SimpleNamespace(name=f"layers.{i}.{kind}", cos=i / 30, selected=i < 11) for i in range(30) for kind in kinds
+    ]
+    record = {"projection": "frobenius", "select": "threshold", "threshold": 0.35}
+    repair.save_png(SimpleNamespace(modules=rows, selected=rows[:77], record=record), path)
+
+
+MADE = {"energy": energy, "cosines": cosines}
+"""Of made-up figures."""
+
+
+@pytest.mark.parametrize("name", [*DRAWN, *MADE])
 def test_text_is_large_whole_and_apart(name, tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(style, "save", lambda canvas, path: kept.append(canvas))
-    DRAWN[name](tmp_path / "x.png")
+    (DRAWN | MADE)[name](tmp_path / "x.png")
     (canvas,) = kept
     canvas.draw_without_rendering()
     hidden = _beyond(canvas)
