@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from peft_safety.audit.report import layer_number
 from peft_safety.calibration.sizes import kind_of
 from peft_safety.methods.guardspace import BlindReport
 from peft_safety.methods.safe_lora import RepairReport
@@ -59,7 +60,7 @@ def show_fusion(report: FuseReport) -> None:
 def save_png(report: RepairReport, path: str | Path) -> Path:
     """The cosine of each module, by kind and in the order of the layers; repaired ones are filled."""
     kinds: dict[str, list[ModuleRepair]] = {}
-    for row in report.modules:
+    for row in sorted(report.modules, key=lambda row: layer_number(row.name) or 0):
         if not math.isnan(row.cos):
             kinds.setdefault(kind_of(row.name), []).append(row)
     count = f"{len(report.selected)} of {len(report.modules)} modules repaired (filled)"

@@ -118,7 +118,7 @@ class Report:
     def save_png(self, path: str | Path) -> Path:
         """One panel per metric, one point with its interval per arm; rates from 0 to 100 %."""
         metrics, rows = self.metrics, -(-len(self.metrics) // PANELS)
-        names = ["\n".join(_wrapped(name, ARM)) for name in self.arms]
+        names = ["\n".join(wrap(name, ARM)) for name in self.arms]
         height = rows * (0.85 + len(names) * max(0.3, *(0.06 + 0.13 * (1 + name.count("\n")) for name in names)))
         note = "\n".join((*self.notes, "Lines: 95 % intervals."))
         with style.picture(path, height, len(metrics), rows, self.title, note, sharey=True) as (_, panels):
@@ -147,7 +147,7 @@ class Report:
             panel.set_xticks([0, 50, 100])
         else:
             panel.locator_params(axis="x", nbins=4)
-        panel.set_title("\n".join([*_wrapped(metric, HEADING), f"N={self._sizes(metric)}"]))
+        panel.set_title("\n".join([*wrap(metric, HEADING), f"N={self._sizes(metric)}"]))
         panel.set_xlabel("%" if rates else "nats per token")
         panel.tick_params(length=0)
         panel.grid(axis="x")

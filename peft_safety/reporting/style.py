@@ -23,7 +23,7 @@ METHODS = {
     "guardspace": ("#0072B2", r"guard|frozen|window|blind|chain|both-sides"),
     "salora": ("#CC79A7", r"salora"),
     "safe_lora": ("#009E73", r"safe[ _-]?lora|^repaired"),
-    "patch": ("#E69F00", r"patch|stacked|^(none|hard|soft|first|second)\b"),
+    "patch": ("#E69F00", r"patch|stacked|^(none|hard|soft)\b|^first of two|^second alone"),
     "somf": ("#56B4E9", r"somf"),
     "lora": ("#D55E00", r"lora|scaled"),
 }
@@ -50,8 +50,6 @@ RC: dict[str, Any] = {
     "axes.labelsize": SMALLEST,
     "xtick.labelsize": SMALLEST,
     "ytick.labelsize": SMALLEST,
-    "legend.fontsize": SMALLEST,
-    "legend.frameon": False,
     "figure.facecolor": PANEL,
     "figure.edgecolor": "#CFCFC8",
     "axes.facecolor": PANEL,
@@ -205,15 +203,7 @@ def label_points(panel: Any, labels: Sequence[Label]) -> None:
     line = {"arrowstyle": "-", "lw": 0.7, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
     for (x, y, text, color), place in zip(order, places, strict=True):
         how = {"xycoords": "data", "textcoords": "axes fraction", "va": "center", "ha": "left", "linespacing": 1.0}
-        panel.annotate(
-            text,
-            (x, y),
-            (1.04, place),
-            color=ink(color),
-            fontsize=SMALLEST,
-            arrowprops={**line, "color": color},
-            **how,
-        )
+        panel.annotate(text, (x, y), (1.04, place), color=ink(color), arrowprops={**line, "color": color}, **how)
 
 
 def _runs(labels: Sequence[Label], near: float) -> list[list[Label]]:

@@ -10,7 +10,7 @@ import pytest
 from peft_safety.cli.common import fail
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.evaluation.metrics import Mean, Rate
-from peft_safety.reporting import render
+from peft_safety.reporting import render, style
 from peft_safety.reporting.report import Report, environment
 
 
@@ -90,6 +90,15 @@ def test_a_long_heading_is_wrapped_so_that_two_arms_fit_80_columns(capsys):
 def test_dollar_signs_in_names_are_no_formulas(tmp_path):
     arms = {"$x_{^$": {"refusal, $a$b^$": Rate(1, 2)}}
     assert Report("cost $^$", arms, ("$_$",)).save_png(tmp_path / "report.png").stat().st_size > 1000
+
+
+def test_long_names_leave_room_for_the_panels(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(style, "save", lambda canvas, path: kept.append(canvas))
+    arms = {"runs/" + "x" * 90: {"m" * 60: Rate(1, 2), "n" * 60: Rate(1, 2), "o": Rate(0, 2)}}
+    Report("t", arms).save_png(tmp_path / "report.png")
+    kept[0].draw_without_rendering()
+    assert min(panel.get_window_extent().width for panel in kept[0].axes) > 0.15 * kept[0].bbox.width
 
 
 def test_card_is_a_markdown_table(report):
