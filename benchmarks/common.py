@@ -51,6 +51,11 @@ def both_clocks(work: Callable[[], Any]) -> Spent:
     return Spent(wall, time.process_time() - started)
 
 
+def cpu_clock(work: Callable[[], Any]) -> float:
+    """CPU seconds of one call."""
+    return both_clocks(work).cpu
+
+
 def in_turns(
     arms: Mapping[str, Callable[[], Any]], rounds: int, warmup: int, clock: Callable[[Callable[[], Any]], T]
 ) -> dict[str, list[T]]:
