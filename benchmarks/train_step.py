@@ -42,7 +42,7 @@ from benchmarks.common import (
 )
 from peft_safety import GuardSpaceConfig, SafetySubspace, SaLoRAConfig
 from peft_safety.core.base_weights import shape
-from peft_safety.core.projection import orthonormalize
+from peft_safety.core.projection import Side, orthonormalize
 from peft_safety.core.targets import target_layers
 from peft_safety.reporting.report import environment
 
@@ -63,6 +63,8 @@ MEMORY_TOKENS = 512
 class DenseProjected(nn.Linear):
     """`lora_B` followed by a dense `C (m x m)` on the activations, as in SaLoRA's reference code."""
 
+    complement: Tensor
+
     def __init__(self, linear: nn.Linear, basis: Tensor) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False)
         self.weight = linear.weight
@@ -72,7 +74,7 @@ class DenseProjected(nn.Linear):
         return F.linear(F.linear(x, self.weight), self.complement)
 
 
-def any_subspace(model: nn.Module, side: str) -> SafetySubspace:
+def any_subspace(model: nn.Module, side: Side) -> SafetySubspace:
     """Random bases on the "in" or "out" side: the cost of a step does not depend on the basis."""
     generator = torch.Generator().manual_seed(0)
     rows = 0 if side == "out" else 1
@@ -184,12 +186,12 @@ def main() -> None:
     if args.memory_of:
         memory(source, bases[0], args.memory_of)
         return
+    settings = {"model": model_name(args.model), "r": RANK, "safety_rank": SAFETY_RANK}
+    facts = environment(0, **settings, threads=torch.get_num_threads())
     rows = []
     for base in bases:
         rows += [peaks(source, base, arms), *timings(source, base, arms, lengths, args.rounds)]
-    settings = {"model": model_name(args.model), "r": RANK, "safety_rank": SAFETY_RANK}
-    facts = environment(0, **settings, threads=torch.get_num_threads())
-    print(f"written to {record('train_step', rows, facts)}")
+        print(f"{base}: written to {record('train_step', rows, facts)}", flush=True)
 
 
 if __name__ == "__main__":
