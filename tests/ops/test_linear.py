@@ -112,9 +112,8 @@ def test_the_effective_update_is_whole_and_blind(dtype: torch.dtype, share: floa
     assert float((found @ span).norm()) <= noise
     if share <= 1e-2:  # larger ones drown the rounding of W
         assert float(rounded.norm()) >= 5 * float(found.norm())
-    inside = (torch.randn(100, blind, dtype=torch.float64) @ span.mT).float()
-    z = ops.lora_z(inside, a)
-    assert float(z.norm()) <= 1e-6 * float(inside.norm() * a.norm())
+    seen = ops.lora_z(torch.eye(k, dtype=dtype), a).double()  # A as the inputs of this dtype meet it
+    assert float((span.mT @ seen).norm()) <= 1e-6 * float(a.norm())
 
 
 def test_an_fp32_factor_is_not_rounded_to_the_inputs() -> None:
