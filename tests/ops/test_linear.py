@@ -122,6 +122,18 @@ def test_an_fp32_factor_is_not_rounded_to_the_inputs() -> None:
     close(ops.lora_z(x, c.a), x.double() @ c.a.double().mT, torch.float32)
 
 
+@pytest.mark.parametrize("rows", [3, 100])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_the_adapter_is_rounded_once_at_the_end(dtype: torch.dtype, rows: int) -> None:
+    """Also where its terms cancel, so that rounded factors would show."""
+    c = case(48, 64, 5)
+    z, x = torch.randn(rows, 5), torch.zeros(rows, 64, dtype=dtype)
+    wanted = 0.7 * z.double() @ c.bp.double().mT
+    terms = 0.7 * z.double().abs() @ c.bp.double().abs().mT
+    error = (ops.nf4_lora(x, c.q, z, c.bp, 0.7).double() - wanted).abs()
+    assert bool((error <= 0.5 * EPS[dtype] * wanted.abs() + 1e-6 * terms).all())
+
+
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen A", "trained A"])
 def test_what_is_kept_for_the_backward_pass(trained: bool) -> None:
     c = case(32, 64, 4)
