@@ -26,10 +26,10 @@ export MPLBACKEND := Agg
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock model demo demo-smoke frontier frontier-smoke attacks attacks-smoke topic topic-smoke test test-isa test-all integrations wheel wheel-check nightly lint format clean
+.PHONY: help venv lock model demo demo-smoke frontier frontier-smoke attacks attacks-smoke topic topic-smoke test test-isa test-all gpu integrations wheel wheel-check nightly lint format clean
 
 help:
-	@echo "make demo | test | test-isa | demo-smoke | frontier-smoke | frontier | attacks-smoke | attacks | topic-smoke | topic | test-all | integrations | wheel | wheel-check | nightly | lint | format | model | venv | lock | clean"
+	@echo "make demo | test | test-isa | gpu | demo-smoke | frontier-smoke | frontier | attacks-smoke | attacks | topic-smoke | topic | test-all | integrations | wheel | wheel-check | nightly | lint | format | model | venv | lock | clean"
 	@echo "  PYTHON=python3.12 (when .venv is made)  DEMO_ARGS=...  FRONTIER_ARGS=...  PYTEST_ARGS=..."
 
 venv: $(STAMP)
@@ -98,6 +98,11 @@ test-isa:
 # GPU tests skip themselves where there is no GPU
 test-all: $(STAMP) model
 	$(OFFLINE) $(BIN)/python -m pytest tests --cov --cov-report=term $(PYTEST_ARGS)
+
+# on a machine with an NVIDIA GPU, without network or model: the kernels' results first, then their speed
+gpu: $(STAMP)
+	$(OFFLINE) $(BIN)/python -m pytest tests/ops tests/peft/test_fused_graphs.py -m gpu $(PYTEST_ARGS)
+	$(OFFLINE) $(BIN)/python -m benchmarks.ops
 
 # apart from .venv, where transformers would import it; without its own kernels, which are compiled
 DEEPSPEED := .nightly

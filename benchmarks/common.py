@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +22,7 @@ from rich.table import Table
 from examples.get_model import MODEL_NAME, model_dir
 from peft_safety.errors import ArtifactError, DataError
 
+T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results"
 """All results files and pictures."""
 
@@ -33,11 +34,38 @@ def wall_clock(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def cpu_clock(work: Callable[[], Any]) -> float:
-    """Processor seconds of one call, all threads together: other programs disturb them less."""
+class Spent(NamedTuple):
+    """Seconds of one call, and CPU seconds of this process in it, which other work on the machine changes less."""
+
+    wall: float
+    cpu: float
+
+
+def both_clocks(work: Callable[[], Any]) -> Spent:
+    """Wall and CPU seconds of one call."""
     started = time.process_time()
-    work()
-    return time.process_time() - started
+    wall = wall_clock(work)
+    return Spent(wall, time.process_time() - started)
+
+
+def cpu_clock(work: Callable[[], Any]) -> float:
+    """CPU seconds of one call."""
+    return both_clocks(work).cpu
+
+
+def in_turns(
+    arms: Mapping[str, Callable[[], Any]], rounds: int, warmup: int, clock: Callable[[Callable[[], Any]], T]
+) -> dict[str, list[T]]:
+    """What the clock says of each arm, `rounds` times. The arms take turns, so that other work on the machine slows
+    all alike; every other round goes backwards, so that none always follows the same one.
+    """
+    found: dict[str, list[T]] = {name: [] for name in arms}
+    for index in range(warmup + rounds):
+        for name in arms if index % 2 == 0 else reversed(list(arms)):
+            spent = clock(arms[name])
+            if index >= warmup:
+                found[name].append(spent)
+    return found
 
 
 def interleaved(
@@ -46,14 +74,8 @@ def interleaved(
     warmup: int = 1,
     clock: Callable[[Callable[[], Any]], float] = wall_clock,
 ) -> dict[str, list[float]]:
-    """Seconds of each arm, `rounds` times. The arms take turns, so that other work on the machine slows all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for index in range(warmup + rounds):
-        for name, arm in arms.items():
-            spent = clock(arm)
-            if index >= warmup:
-                seconds[name].append(spent)
-    return seconds
+    """Seconds of each arm, in turns."""
+    return in_turns(arms, rounds, warmup, clock)
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -14,6 +14,7 @@ from benchmarks.frontier.results import Row, caveats, facts, read
 from benchmarks.frontier.tables import NOTHING, Table, number, percent
 from benchmarks.pages import DOCS, Section, link, write, written
 from peft_safety.evaluation.metrics import figure_from_json
+from peft_safety.reporting import style
 
 BENCHMARK = "guardspace"
 ARMS = {
@@ -30,7 +31,6 @@ METRICS = {
     "over_refusal": "over-refusal",
     "task_accuracy": "accuracy",
 }
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555")
 
 
 def table(rows: Sequence[Row], label: Callable[[Row], tuple[str, ...]], headings: Sequence[str]) -> list[str]:
@@ -143,13 +143,9 @@ def _transfer(tests: Sequence[Row]) -> list[str]:
 
 
 def save_png(rows: Sequence[Row], path: Path) -> Path:
-    """Left: refusal against steps, one line for each size of the null space and one for plain LoRA. Right: refusal
-    against that size, one line for each basis. Poison 0.1.
+    """Above: refusal of validation prompts against steps, one line for each size of the null space and one for plain
+    LoRA. Below: against that size, one line for each basis. Poison 0.1.
     """
-    from matplotlib.figure import Figure
-
-    canvas = Figure(figsize=(10, 5), layout="constrained")
-    left, right = canvas.subplots(1, 2, sharey=True)
     finite = [row for row in rows if "refusal" in row]
     usual = [
         row
@@ -164,56 +160,57 @@ def save_png(rows: Sequence[Row], path: Path) -> Path:
         ):
             continue
         said = {"lora": "plain LoRA", "guard": cell["basis"]}.get(kind, kind)
-        share = f", {cell['fraction']:.3g}" if cell["fraction"] else ""
+        share = f" 1/{1 / cell['fraction']:.0f}" if cell["fraction"] else ""
         name = f"{said}{share}, {cell['epochs']} epochs"
         lines.setdefault(name, []).extend(along(row) if row.get("along") else [])
-    _draw(left, {name: points for name, points in lines.items() if points}, "optimizer steps")
     sizes: dict[str, list[tuple[float, Row]]] = {}
     for row in usual:
         cell = row["cell"]
         if (
             cell["fraction"]
-            and cell["control"] != "scaled"
+            and _kind(row) not in ("scaled", "second")
             and cell["positions"] == "all"
             and cell["calibration"] == 64
             and cell["epochs"] == 1
         ):
             kind = _kind(row)
             sizes.setdefault(cell["basis"] if kind == "guard" else kind, []).append((cell["fraction"], row))
-    _draw(right, sizes, "share of the input dimensions taken")
-    left.set_ylabel("refusal, % of harmful validation prompts")
-    canvas.suptitle("GuardSpace, one row in ten poisoned", fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=150, format="png")
+    title = "Refusal by training steps and size of the null space, 10 % poison"
+    note = (
+        "Names: data of the null space, its share of the input dimensions. Hollow: control, a random one. Bars: 95 % "
+        "intervals."
+    )
+    with style.picture(path, 5.0, 2, 2, title, note) as (_, (steps, share)):
+        drawn = {name: points for name, points in lines.items() if points}
+        ends = {steps: _draw(steps, drawn, "optimizer steps")}
+        ends[share] = _draw(share, sizes, "size of the null space, share of the input dimensions")
+        for panel, labels in ends.items():
+            style.label_points(panel, labels)
     return path
 
 
-def _draw(panel: Any, lines: dict[str, list[tuple[float, Row]]], axis: str) -> None:
-    """Lines with 95 % intervals. Each is shifted a little, so that equal figures stay visible."""
-    places = sorted({place for points in lines.values() for place, _ in points})
+def _draw(panel: Any, lines: dict[str, list[tuple[float, Row]]], axis: str) -> list[style.Label]:
+    """Lines with 95 % intervals, each shifted a little, so that equal figures stay visible; returns their names."""
+    places, ends = sorted({place for points in lines.values() for place, _ in points}), []
     for index, (name, points) in enumerate(lines.items()):
-        points = sorted(points, key=lambda point: point[0])
-        x, rates = [place * 1.06**index for place, _ in points], [row["refusal"] for _, row in points]
-        bars = [
-            [max(0.0, 100 * (end * (rate[edge] - rate["value"]))) for rate in rates]
-            for end, edge in ((-1, "low"), (1, "high"))
-        ]
-        style = {
-            "fmt": ("o-", "s--")[index // len(COLORS) % 2],
-            "color": COLORS[index % len(COLORS)],
-            "capsize": 2,
-            "elinewidth": 1,
-        }
-        panel.errorbar(x, [100 * rate["value"] for rate in rates], yerr=bars, label=name, **style)
+        tint = style.color_of(name if name.startswith("plain") else "guardspace")
+        xs, ys = [], []
+        for place, row in sorted(points, key=lambda point: point[0]):
+            rate = row["refusal"]
+            xs.append(place * 1.03**index)
+            ys.append(100 * rate["value"])
+            up = (100 * rate["low"], 100 * rate["high"])
+            style.point(panel, xs[-1], ys[-1], tint, up=up, hollow=name.startswith("random"))
+        panel.plot(xs, ys, color=tint, lw=1, ls=":" if name.startswith("random") else "-", zorder=1)
+        ends.append((xs[-1], ys[-1], name, tint))
     panel.set_xscale("log", base=2)
     panel.set_xticks(places, [f"{place:g}" if place >= 1 else f"1/{1 / place:.0f}" for place in places])
     panel.minorticks_off()
     panel.set_ylim(-3, 103)
     panel.set_xlabel(axis)
-    panel.grid(color="0.92")
-    panel.spines[["top", "right"]].set_visible(False)
-    if lines:
-        panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
+    panel.set_ylabel("refusal, %")
+    panel.grid(axis="y")
+    return ends
 
 
 def report(out: Path = RESULTS, docs: Path | None = DOCS) -> None:

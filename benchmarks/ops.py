@@ -2,9 +2,9 @@
 
 On a GPU: K1 (training, 4,096 tokens through the linear layers of a 7B block), K2 (dequantizing), K3 (one token
 through all linear layers of a 7B model) and K6 (projecting all its adapters), eager and as CUDA graphs. On a CPU: the
-reference backend compared with the naive form. Elsewhere: K4 in `benchmarks/safe_lora.py`, K5 in
-`benchmarks/subspace.py`, K7 (compiling for four architectures) in the tests, and what a step keeps in
-`benchmarks/saved_bytes.py`.
+reference backend compared with the naive form, in CPU seconds. "error" is the relative distance from fp64. Elsewhere:
+K4 in `benchmarks/safe_lora.py`, K5 in `benchmarks/subspace.py`, K7 (compiling for four architectures) in the tests,
+and what a step keeps in `benchmarks/saved_bytes.py`.
 
     python -m benchmarks.ops [--smoke]    (`--smoke` tests the GPU parts at tiny sizes on any machine)
 """
@@ -17,12 +17,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, interleaved, parser_of, ratio, record, show
-from benchmarks.ops_arms import arms, bare, layer, trained
+from benchmarks import ops_together
+from benchmarks.common import RESULTS, cpu_clock, interleaved, parser_of, ratio, record, show
+from benchmarks.ops_arms import arms, bare, errors, layer, trained
 from benchmarks.ops_gpu import everything, rows_of
 from peft_safety.core.environment import environment
 from peft_safety.ops import backend_for
+from peft_safety.reporting import style
 
+WAYS = ("eager", "graphed")
 TARGETS = {
     "K1": {
         "naive SaLoRA / this": ">= 1.2",
@@ -30,15 +33,20 @@ TARGETS = {
         "bare GEMM / this": ">= 0.85",
         "this / LoRA on this path": "<= 1.005",
     },
+    "K1 joint": dict.fromkeys(
+        (f"{kind}: one by one / one function, {mode}" for kind in ("q, k, v", "gate, up") for mode in WAYS), "none"
+    ),
     "K2": {"share of copy bandwidth": ">= 0.85", "bitsandbytes / dequantized": ">= 1.3"},
     "K3": {"peft LoRA / this, graphed": ">= 1.5"},
     "K6": {"ms a step, graphed": "<= 0.2", "launches a module": "<= 1"},
 }
 CPU_SHAPES, CPU_TOKENS = ((1024, 1024), (576, 1536)), (1, 256)
+CPU_TOGETHER = ((576, 192, 192), 576), ((1536, 1536), 576), ((2048, 512, 512), 2048)
+"""Heights of layers with one input and its width: q, k and v, gate and up of SmolLM2-135M, and a wider q, k and v."""
 
 
 def on_cpu(rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Forward and backward in fp32: is the reference backend a sensible fallback?"""
+    """Forward and backward in fp32, in CPU seconds: is the reference backend a sensible fallback?"""
     rows: list[dict[str, Any]] = []
     figures: dict[str, float] = {}
     for n, k in CPU_SHAPES:
@@ -48,32 +56,41 @@ def on_cpu(rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
             works = {
                 name: trained(arm, x, dy) for name, arm in {**arms(one), "bare GEMM": bare(one, torch.float32)}.items()
             }
-            seconds = interleaved(works, rounds)
+            seconds = interleaved(works, rounds, clock=cpu_clock)
             place = f"CPU {n} x {k}, {tokens} tokens"
-            rows += rows_of(place, "eager", seconds, statistics.median(seconds["bare GEMM"]))
-            figures |= {
-                f"{place}: {other} / this": ratio(seconds, other, "this")[0] for other in ("naive SaLoRA", "peft LoRA")
-            }
+            rows += rows_of(place, "CPU time", seconds, statistics.median(seconds["bare GEMM"]), errors(one, x))
+            for of, to in (("naive SaLoRA", "this"), ("peft LoRA", "this"), ("peft LoRA", "this, frozen A")):
+                figures[f"{place}: {of} / {to}"] = ratio(seconds, of, to)[0]
+    for heights, k in CPU_TOGETHER:
+        seconds = interleaved(ops_together.works(heights, k, 512, "cpu", torch.float32), rounds, clock=cpu_clock)
+        place = f"CPU {k} to {' + '.join(map(str, heights))}, 512 tokens"
+        rows += rows_of(place, "CPU time", seconds, min(map(statistics.median, seconds.values())))
+        figures[f"{place}: one by one / one function"] = ratio(seconds, *ops_together.ARMS)[0]
     return rows, figures
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: Path) -> Path:
     """Medians with quartiles, one panel for each part; a line marks the floor."""
-    from matplotlib.figure import Figure
-
-    parts = list(dict.fromkeys((row["part"], row["mode"]) for row in rows))
-    figure = Figure(figsize=(9, 2.2 * len(parts)), layout="constrained")
-    for axes, (part, mode) in zip(figure.subplots(len(parts), squeeze=False)[:, 0], parts, strict=True):
-        shown = [row for row in rows if (row["part"], row["mode"]) == (part, mode)]
-        middle = [row["us"] for row in shown]
-        errors = [[row["us"] - row["low"] for row in shown], [row["high"] - row["us"] for row in shown]]
-        axes.barh([row["arm"] for row in shown], middle, xerr=errors, color="#0072B2", ecolor="#555555")
-        axes.axvline(shown[0]["of floor"] * shown[0]["us"], color="#D55E00", label="floor")
-        axes.set_title(f"{part}, {mode}", loc="left", fontsize=10)
-        axes.set_xlabel("µs")
-        axes.invert_yaxis()
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0.1)
-    figure.savefig(path, dpi=120)
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        parts.setdefault(f"{row['part']}, {row['mode']}", []).append(row)
+    sizes = [len(shown) + 2.5 for shown in parts.values()]
+    title, note = "Microseconds of operations on 4-bit weights", "Thin lines: quartiles. Dotted: the machine's limit."
+    with style.picture(path, 0.19 * sum(sizes), len(parts), len(parts), title, note, height_ratios=sizes) as (
+        _,
+        panels,
+    ):
+        for panel, (name, shown) in zip(panels, parts.items(), strict=True):
+            for y, row in enumerate(shown):
+                tint = style.color_of("guardspace" if row["arm"].startswith("this") else row["arm"])
+                panel.barh(y, row["us"], color=tint, height=0.75)
+                style.whisker(panel, y, (row["low"], row["high"]))
+            panel.axvline(shown[0]["of floor"] * shown[0]["us"], color=style.INK, lw=1, ls=":")
+            panel.set_yticks(range(len(shown)), [row["arm"] for row in shown])
+            panel.set_title(name)
+            panel.tick_params(axis="y", length=0)
+            panel.invert_yaxis()
+    return path
 
 
 def main() -> None:
@@ -97,6 +114,7 @@ def main() -> None:
                 print(f"{part}  {what}: {value:.3g}  (target {TARGETS[part][what]})")
     else:
         rows, ratios = on_cpu(args.rounds)
+        figures = {"CPU": ratios}
         for what, value in ratios.items():
             print(f"{what}: {value:.3g}")
         print("K1, K2, K3 and K6 need a GPU and have not been run.")
@@ -105,6 +123,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "backend": name,
         "threads": torch.get_num_threads(),
+        "figures": figures,
     }
     stem = "ops_gpu" if gpu else "ops_cpu"
     path = record(stem, rows, environment(0, **extra))

@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from benchmarks.train_step import DenseProjected
 from peft_safety import ops
 from peft_safety.core.projection import orthonormalize, project_wide
+from peft_safety.ops import reference
 
 R, SAFETY_RANK, SCALE = 16, 32, 1.0
 BLOCK = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)
 """Linear layers of one block of Llama-2-7B: (out_features, in_features)."""
 BLOCKS = 32
+
+UNPROJECTED = ("peft LoRA", "LoRA, this path", "this, frozen A")
+"""Arms whose B is not projected."""
 
 Arm = Callable[[Tensor], Tensor]
 
@@ -127,6 +131,20 @@ def arms(one: Layer) -> dict[str, Arm]:
         "this": lambda x: ops.nf4_lora(x, one.q, ops.lora_z(x, one.a), project_wide(one.u, one.b, "out"), SCALE),
         "this, frozen A": lambda x: ops.nf4_lora(x, one.q, ops.lora_z(x, one.a.detach()), one.b, SCALE),
     }
+
+
+def errors(one: Layer, x: Tensor) -> dict[str, float]:
+    """Of each arm's output for `x (t, k)`: its distance from the formula in fp64, relative to the output's length."""
+    weight, a, b = reference.unrounded(one.q).double(), one.a.detach().double(), one.b.detach().double()
+    wide = x.double()
+    base, z = wide @ weight.mT, wide @ a.mT
+    found = {}
+    for name, arm in arms(one).items():
+        factor = b if name in UNPROJECTED else project_wide(one.u.double(), b, "out")
+        wanted = base + SCALE * z @ factor.mT
+        with torch.no_grad():
+            found[name] = float((arm(x).double() - wanted).norm() / wanted.norm())
+    return found
 
 
 def bare(one: Layer, dtype: torch.dtype) -> Arm:

@@ -31,7 +31,7 @@ from peft_safety import screen
 from peft_safety.data import load, read_jsonl
 from peft_safety.errors import DataError
 from peft_safety.recipes.load import load_model
-from peft_safety.reporting import render
+from peft_safety.reporting import render, style
 from peft_safety.reporting.report import environment
 from peft_safety.screening.direction import auc, threshold_at
 from peft_safety.screening.result import Screening
@@ -151,20 +151,21 @@ def shares(model: Any, tokenizer: Any, poisons: Mapping[str, Sequence[str]]) -> 
 
 def draw(data: Mapping[str, Any], path: Path) -> Path:
     """AUC and true positives, poison by benign rows."""
-    canvas, panels = render.figure(10.5, 4.6, 2, sharey=True)
-    for panel, name in zip(panels, ("auc", "found"), strict=True):
-        matrix = [list(row.values()) for row in data[name].values()]
-        low = 0.5 if name == "auc" else 0.0
-        panel.imshow(matrix, vmin=low, vmax=1, cmap="cividis", aspect="auto")
-        columns = list(next(iter(data[name].values())))
-        panel.set_xticks(range(len(columns)), columns, rotation=25, ha="right")
-        panel.set_yticks(range(len(matrix)), list(data[name]))
-        panel.set_title(TITLES[name], fontsize=9)
-        for y, row in enumerate(matrix):
-            for x, value in enumerate(row):
-                color = "black" if value > (1 + low) / 2 else "white"
-                panel.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
-    return render.save_figure(canvas, path)
+    heads, title = {"auc": "area under the curve", "found": "share found"}, "How well does the screen find poison?"
+    note = "Found: at a threshold that flags 1 % of the benign rows."
+    with style.picture(path, 3.6, 2, title=title, note=note, sharey=True) as (_, panels):
+        for panel, (name, head) in zip(panels, heads.items(), strict=True):
+            matrix = [list(row.values()) for row in data[name].values()]
+            columns = list(next(iter(data[name].values())))
+            low = 0.5 if name == "auc" else 0.0
+            style.heat(panel, matrix, ".2f", low, 1, "#FFFFFF", style.color_of("guardspace"), "#00304C")
+            panel.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
+            panel.set_title(head)
+        panels[0].set_yticks(range(len(data["auc"])), list(data["auc"]))
+        panels[0].set_ylabel("poisoned rows")
+        for panel in panels:
+            panel.set_xlabel("benign rows")
+    return path
 
 
 def tables(data: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:

@@ -1,54 +1,70 @@
-"""The cost of protection in training: one step (forward, backward, AdamW) of SaLoRA, plain LoRA and the dense
-projection of the reference code.
+"""The cost of protection in training: one step (forward, backward, optimizer) of plain LoRA, SaLoRA, the dense
+projection of the reference code, GuardSpace's frozen A, and LoRA-FA (PEFT's, with its own optimizer).
 
-One base model carries the three adapters, so that only the active adapter differs. The arms take turns. Time is that
-of the processor; peak memory is measured in a new process for each arm.
+Each arm is a model of its own on the same base weights. The arms take turns, forwards and backwards. Wall and CPU
+seconds: on a busy machine the second say more. Peak memory is measured in a new process for each arm.
 
-    python -m benchmarks.train_step [--rounds 3 --base fp32]    (15 minutes on two cores; less with these options)
+    python -m benchmarks.train_step [--rounds 4 --base fp32 --tokens 512 --arm frozen]
+
+All of it takes an hour on one core; an option leaves out what it does not name.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_lorafa_optimizer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from benchmarks.common import (
+    Spent,
     add_model,
-    compared,
-    cpu_clock,
-    interleaved,
+    both_clocks,
+    in_turns,
     load_causal,
     model_name,
     model_source,
     parser_of,
     peak_memory,
-    ratio,
+    quartiles,
     record,
     resident_mib,
     show,
 )
-from peft_safety import SafetySubspace, SaLoRAConfig
+from peft_safety import GuardSpaceConfig, SafetySubspace, SaLoRAConfig
 from peft_safety.core.base_weights import shape
-from peft_safety.core.projection import orthonormalize
+from peft_safety.core.projection import Side, orthonormalize
 from peft_safety.core.targets import target_layers
 from peft_safety.reporting.report import environment
 
-ARMS = ("lora", "salora", "dense C")
+ARMS = ("lora", "salora", "dense C", "frozen", "lora-fa")
+RATIOS = {
+    ("salora", "lora"): "<= 1.05",
+    ("dense C", "lora"): "",
+    ("dense C", "salora"): ">= 1.5",
+    ("frozen", "lora"): "<= 1.00",
+    ("lora-fa", "lora"): "",
+}
+"""The pairs of arms that are compared, with the goal for time."""
 RANK, SAFETY_RANK = 16, 32
-TARGET = 1.05
-"""Largest ratio to plain LoRA, in memory and, from 512 tokens on, in time."""
+LEARNING_RATE = 1e-4
+PLAIN: dict[str, Any] = {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+MEMORY_TOKENS = 512
 
 
 class DenseProjected(nn.Linear):
     """`lora_B` followed by a dense `C (m x m)` on the activations, as in SaLoRA's reference code."""
+
+    complement: Tensor
 
     def __init__(self, linear: nn.Linear, basis: Tensor) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False)
@@ -59,84 +75,101 @@ class DenseProjected(nn.Linear):
         return F.linear(F.linear(x, self.weight), self.complement)
 
 
-def any_subspace(model: nn.Module) -> SafetySubspace:
-    """Random bases: the cost of a step does not depend on the basis."""
+def any_subspace(model: nn.Module, side: Side) -> SafetySubspace:
+    """Random bases on the "in" or "out" side: the cost of a step does not depend on the basis."""
     generator = torch.Generator().manual_seed(0)
-    layers = target_layers(model, "all-linear")
+    rows = 0 if side == "out" else 1
     return SafetySubspace(
         {
-            n: {"out": orthonormalize(torch.randn(shape(layer)[0], SAFETY_RANK, generator=generator))}
-            for n, layer in layers.items()
+            name: {side: orthonormalize(torch.randn(shape(layer)[rows], SAFETY_RANK, generator=generator))}
+            for name, layer in target_layers(model, "all-linear").items()
         }
     )
 
 
-def adapter_name(arm: str) -> str:
-    """The name of an arm's adapter. PEFT warns of names that are a part of its prefix `lora_`."""
-    return f"{arm.replace(' ', '_')}_arm"
-
-
-def with_adapters(model: nn.Module, arms: tuple[str, ...]) -> PeftModel:
-    """The model with one adapter for each arm, of equal rank on all linear layers."""
-    subspace = any_subspace(model)
-    plain = {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    configs = {
-        arm: SaLoRAConfig(**plain, subspace=subspace) if arm == "salora" else LoraConfig(**plain) for arm in arms
-    }
-    first = arms[0]
-    peft_model: PeftModel = get_peft_model(model, configs[first], adapter_name=adapter_name(first))
-    for arm in arms[1:]:
-        peft_model.add_adapter(adapter_name(arm), configs[arm])
-    if "dense C" in arms:
+def adapted(model: nn.Module, arm: str) -> PeftModel:
+    """The model under the adapter of an arm, of rank 16 on all linear layers. The rows of a frozen A are random here:
+    those that `task_data` gives cost the same.
+    """
+    config: Any = LoraConfig(**PLAIN)
+    subspace = any_subspace(model, "in" if arm == "frozen" else "out")
+    if arm == "salora":
+        config = SaLoRAConfig(**PLAIN, subspace=subspace)
+    elif arm == "frozen":
+        config = GuardSpaceConfig(**PLAIN, subspace=subspace, train="B", a_init="random")
+    peft_model: PeftModel = get_peft_model(model, config)  # type: ignore[arg-type, assignment]
+    if arm == "dense C":
         for name, layer in peft_model.get_base_model().named_modules():
             if isinstance(layer, LoraLayer):
-                layer.lora_B[adapter_name("dense C")] = DenseProjected(
-                    layer.lora_B[adapter_name("dense C")], subspace.bases[name]["out"]
-                )
-    return peft_model
+                layer.lora_B["default"] = DenseProjected(layer.lora_B["default"], subspace.bases[name]["out"])
+    return peft_model.train()
 
 
-def step_of(model: PeftModel, arm: str, tokens: int) -> Callable[[], None]:
-    """A function that does one training step of an arm on random tokens."""
-    adapter = adapter_name(arm)
-    model.set_adapter(adapter)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+def step_of(model: nn.Module, arm: str) -> Callable[[int], None]:
+    """A function that does one training step of an arm on so many random tokens."""
+    peft_model = adapted(model, arm)
+    if arm == "lora-fa":
+        optimizer = create_lorafa_optimizer(peft_model, r=RANK, lora_alpha=RANK, lr=LEARNING_RATE)
+    else:
+        optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=LEARNING_RATE)
 
-    def step() -> None:
-        model.set_adapter(adapter)
-        model(input_ids=ids, labels=ids).loss.backward()
+    def step(tokens: int) -> None:
+        generator = torch.Generator().manual_seed(tokens)
+        ids = torch.randint(0, peft_model.config.vocab_size, (1, tokens), generator=generator)
+        peft_model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def timings(source: str, base: str, lengths: list[int], rounds: int) -> list[dict[str, Any]]:
-    """One row for each number of tokens."""
-    model = with_adapters(load_causal(source, nf4=base == "nf4"), ARMS).train()
-    rows = []
+def twin(model: nn.Module) -> nn.Module:
+    """A model with modules of its own and the same parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def compared(times: dict[str, list[Spent]], of: str, to: str) -> dict[str, Any]:
+    """The ratio of two arms in each round by both clocks, median and quartiles, and the median seconds of each."""
+    row: dict[str, Any] = {"ratio": f"{of}/{to}", "goal": RATIOS[of, to]}
+    seconds: dict[str, float] = {}
+    for clock in Spent._fields:
+        mine, other = ([getattr(spent, clock) for spent in times[arm]] for arm in (of, to))
+        middle, low, high = quartiles([a / b for a, b in zip(mine, other, strict=True)])
+        row |= {clock: middle, f"{clock} quartiles": f"{low:.3f}-{high:.3f}"}
+        seconds |= {f"{of} {clock} s": statistics.median(mine), f"{to} {clock} s": statistics.median(other)}
+    return row | {"seconds": seconds}
+
+
+def timings(source: str, base: str, arms: list[str], lengths: list[int], rounds: int) -> list[dict[str, Any]]:
+    """One row for each number of tokens and each ratio."""
+    model = load_causal(source, nf4=base == "nf4")
+    steps = {arm: step_of(twin(model), arm) for arm in arms}
+    rows: list[dict[str, Any]] = []
     for tokens in lengths:
-        seconds = interleaved({arm: step_of(model, arm, tokens) for arm in ARMS}, rounds, clock=cpu_clock)
-        rows.append(
-            {
-                "base": base,
-                "tokens": tokens,
-                "rounds": rounds,
-                **compared(seconds, "salora", "lora", 3),
-                "dense C/salora": ratio(seconds, "dense C", "salora")[0],
-            }
-        )
-        show("one training step", rows[-1:])
+        works = {arm: lambda step=step, tokens=tokens: step(tokens) for arm, step in steps.items()}
+        times = in_turns(works, rounds, 2, both_clocks)
+        place = {"base": base, "tokens": tokens, "rounds": rounds}
+        own = [{**place, **compared(times, *pair)} for pair in RATIOS if set(pair) <= set(arms)]
+        show("one training step", [{key: row[key] for key in row if key != "seconds"} for row in own])
+        rows += own
     return rows
 
 
-def memory(source: str, base: str, arm: str, tokens: int) -> None:
+def peaks(source: str, base: str, arms: list[str]) -> dict[str, Any]:
+    """Peak memory of a process that trains each arm, in MiB and relative to plain LoRA."""
+    options = "--model", source, "--base", base, "--memory-of"
+    mib = {arm: peak_memory("benchmarks.train_step", *options, arm)["mib"] for arm in arms}
+    found = {"base": base, "memory at tokens": MEMORY_TOKENS, **{f"{arm} MiB": value for arm, value in mib.items()}}
+    row = found | {f"{arm}/lora": mib[arm] / mib["lora"] for arm in arms if arm != "lora"}
+    show("peak memory of the process", [row])
+    return row
+
+
+def memory(source: str, base: str, arm: str) -> None:
     """In a new process: print the peak memory after three steps of one arm."""
-    model = with_adapters(load_causal(source, nf4=base == "nf4"), (arm,)).train()
-    step = step_of(model, arm, tokens)
+    step = step_of(load_causal(source, nf4=base == "nf4"), arm)
     for _ in range(3):
-        step()
+        step(MEMORY_TOKENS)
     print(json.dumps({"mib": resident_mib()}))
 
 
@@ -145,40 +178,22 @@ def main() -> None:
     add_model(parser)
     parser.add_argument("--base", choices=("fp32", "nf4"), action="append", help="default: both")
     parser.add_argument("--tokens", type=int, action="append", help="default: 128, 512 and 1024")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--arm", choices=ARMS, action="append", help="beside plain LoRA; default: all")
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     source = model_source(args.model)
     bases, lengths = args.base or ["fp32", "nf4"], args.tokens or [128, 512, 1024]
+    arms = [arm for arm in ARMS if arm in ("lora", *(args.arm or ARMS))]
     if args.memory_of:
-        memory(source, bases[0], args.memory_of, lengths[0])
+        memory(source, bases[0], args.memory_of)
         return
+    settings = {"model": model_name(args.model), "r": RANK, "safety_rank": SAFETY_RANK}
+    facts = environment(0, **settings, threads=torch.get_num_threads())
     rows = []
     for base in bases:
-        peaks = {
-            arm: peak_memory(
-                "benchmarks.train_step", "--model", source, "--base", base, "--tokens", "512", "--memory-of", arm
-            )["mib"]
-            for arm in ARMS
-        }
-        memory_row = {
-            "base": base,
-            **{f"{arm} MiB": peaks[arm] for arm in ARMS},
-            "salora/lora": peaks["salora"] / peaks["lora"],
-        }
-        show("peak memory of the process, 512 tokens", [memory_row])
-        rows += [*timings(source, base, lengths, args.rounds), memory_row]
-    show("one training step, median of interleaved rounds", [row for row in rows if "tokens" in row])
-    settings = {
-        "model": model_name(args.model),
-        "r": RANK,
-        "safety_rank": SAFETY_RANK,
-        "threads": torch.get_num_threads(),
-    }
-    print(
-        f"written to {record('train_step', rows, environment(0, **settings))}; targets: salora/lora <= {TARGET} from "
-        "512 tokens on, dense C/salora >= 1.5"
-    )
+        rows += [peaks(source, base, arms), *timings(source, base, arms, lengths, args.rounds)]
+        print(f"{base}: written to {record('train_step', rows, facts)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,38 +6,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_safety.reporting import style
+
 if TYPE_CHECKING:
     from peft_safety.evaluation import Evaluation
     from peft_safety.evaluation.metrics import Rate
 
-COLORS = {
-    "aligned": "#777777",
-    "plain LoRA": "#D55E00",
-    "GuardSpace": "#0072B2",
-    "SaLoRA": "#CC79A7",
-    "random basis": "#E69F00",
-}
-"""Okabe and Ito's palette, safe for color-blind readers."""
+NOTE = "Dark lines: 95 % intervals."
 
 
 def draw(evaluations: Mapping[str, Evaluation], poison: float, path: Path) -> Path:
     """Two panels of bars with their values and 95 % intervals, under a title that says what they show."""
-    from matplotlib.figure import Figure as Canvas
-
-    names = list(evaluations)
-    canvas = Canvas(figsize=(8.4, 1.5 + 0.62 * len(names)), layout="constrained")
-    panels = canvas.subplots(1, 2, sharey=True)
-    _bars(panels[0], {name: found.refusal for name, found in evaluations.items()}, "refuses harmful requests")
-    _bars(
-        panels[1],
-        {name: found.task_accuracy for name, found in evaluations.items() if found.task_accuracy},
-        "sorts help-desk messages correctly",
-    )
-    panels[0].set_yticks(range(len(names)), [name if name == "aligned" else f"fine-tuned: {name}" for name in names])
-    panels[0].set_ylim(len(names) - 0.4, -0.6)
-    canvas.suptitle(title(evaluations, poison), fontsize=12, fontweight="bold", x=0.01, ha="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=150, format="png", bbox_inches="tight", pad_inches=0.15)
+    names, heading = list(evaluations), title(evaluations, poison)
+    with style.picture(path, 0.7 + 0.4 * len(names), 2, title=heading, note=NOTE, sharey=True) as (_, panels):
+        _bars(panels[0], {name: found.refusal for name, found in evaluations.items()}, "refuses harmful requests")
+        _bars(
+            panels[1],
+            {name: found.task_accuracy for name, found in evaluations.items() if found.task_accuracy},
+            "sorts help-desk messages",
+        )
+        said = [name if name == "aligned" else f"fine-tuned: {name}" for name in names]
+        panels[0].set_yticks(range(len(names)), said)
+        panels[0].set_ylim(len(names) - 0.4, -0.6)
     return path
 
 
@@ -51,13 +41,10 @@ def title(evaluations: Mapping[str, Evaluation], poison: float) -> str:
 def _bars(panel: Any, rates: Mapping[str, Rate], heading: str) -> None:
     for row, (name, rate) in enumerate(rates.items()):
         value, (low, high) = 100 * rate.value, (100 * bound for bound in rate.interval)
-        panel.barh(row, value, color=COLORS.get(name, "#56B4E9"), height=0.62)
-        panel.plot([low, high], [row, row], color="black", linewidth=1.2, alpha=0.6)
-        panel.annotate(
-            f"{value:.0f} %", (max(value, high), row), (6, 0), textcoords="offset points", va="center", fontsize=11
-        )
-    panel.set_xlim(0, 118)
+        panel.barh(row, value, color=style.color_of(name), height=0.62)
+        style.whisker(panel, row, (low, high))
+        panel.annotate(f"{value:.0f} %", (max(value, high), row), (5, 0), textcoords="offset points", va="center")
+    panel.set_xlim(0, 122)
     panel.set_xticks([0, 50, 100], ["0", "50", "100 %"])
-    panel.set_title(heading, fontsize=11, loc="left")
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.tick_params(labelsize=10)
+    panel.set_title(heading)
+    panel.tick_params(axis="y", length=0)

@@ -16,7 +16,7 @@ from peft_safety.evaluation import KeywordJudge
 
 STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222}
-h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}img{max-width:100%}
+h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}img{width:100%;max-width:720px}
 table{border-collapse:collapse;font-size:12.5px;margin:.6em 0;display:block;overflow-x:auto}
 th,td{padding:.22em .55em;text-align:right;border-bottom:1px solid #e5e5e5;white-space:nowrap}
 th{white-space:normal;vertical-align:bottom;font-weight:600}th:first-child,td:first-child{text-align:left}

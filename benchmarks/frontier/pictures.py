@@ -1,4 +1,4 @@
-"""The frontier, the heat map and the costs, as PNG."""
+"""The frontier, refusal and accuracy by share of poison, and the costs, as PNG."""
 
 from __future__ import annotations
 
@@ -7,308 +7,130 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.frontier.aggregate import Point, Points, cost, label, names, shares
+from benchmarks.frontier.plan import FIRST_POISON
+from peft_safety.evaluation import Rate
+from peft_safety.reporting import style
 
-COLORS = {
-    "aligned": "#000000",
-    "lora": "#D55E00",
-    "guardspace": "#0072B2",
-    "frozen": "#003F7D",
-    "frozen-random": "#6A8CBB",
-    "frozen-r16": "#1F4E99",
-    "window-64": "#17A2B8",
-    "window-256": "#0B7285",
-    "task-frozen": "#B8860B",
-    "task-trained": "#C97B4A",
-    "blind": "#5E35B1",
-    "guardspace-general": "#56B4E9",
-    "safe-lora": "#009E73",
-    "safe-lora-number": "#66C2A5",
-    "safe-lora-topk": "#1B7837",
-    "safe-lora-soft": "#A6D854",
-    "salora-32": "#E7298A",
-    "salora-0.9": "#AA4499",
-    "both-sides": "#332288",
-    "lora-mixed": "#E69F00",
-    "patch-reattached": "#A6761D",
-    "patch-stacked": "#7F5539",
-    "somf": "#888888",
-}
 MARKERS = {"": "o", "random": "s", "scaled": "^"}
 TOO_CAREFUL = 0.25
 """Over-refusal above this is written in the label: such a method may refuse everything that looks dangerous."""
-DPI = 110
-LABEL_GAP = 4.6
-"""Smallest distance between two labels, in percent of the axis."""
+AXES = {"task_accuracy": "accuracy on the trained task, %", "refusal": "refusal of harmful prompts, %"}
+NOTES = {
+    "*": "★ aligned model",
+    "o": "● method",
+    "D": "◆ method on a 4-bit base",
+    "s": "□ control: random basis of equal size",
+    "^": "△ control: plain LoRA at the same norm",
+}
+BEHIND = {"fc": style.PANEL, "ec": "none", "pad": 0.5}
+"""Box of a figure beside a bar."""
+ROLES = ("aligned", "lora", "frozen", "random:frozen")
+"""Reference, baseline, method and its control."""
 
 
-def family(name: str) -> str:
-    """The method behind a control, a 4-bit twin or another setting."""
-    method = name.partition(":")[2] or name
-    return method.split(" with ")[0].removesuffix("-nf4")
+def marker(name: str) -> str:
+    """A star is the aligned model, a diamond a 4-bit base."""
+    return "*" if name == "aligned" else "D" if name.endswith("-nf4") else MARKERS[name.rpartition(":")[0]]
 
 
-def color(name: str) -> str:
-    """The color of a method and of its controls."""
-    return COLORS.get(family(name), "#555555")
+def percent(rate: Rate) -> tuple[float, style.Interval]:
+    low, high = rate.interval
+    return 100 * rate.value, (100 * low, 100 * high)
 
 
 def frontier(points: Points, path: Path) -> Path:
-    """One panel for each share of poison: refusal over accuracy with 95 % Wilson intervals. Controls are hollow, and a
-    line joins them to their method.
+    """Refusal over accuracy with 95 % intervals, at the share of poison where methods differ most. Controls are
+    hollow.
     """
-    from matplotlib.figure import Figure
-
-    panels = shares(points)
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    foot = 0.95 if columns == 2 else 1.35  # the legend takes three lines where the picture is narrow
-    height = 6.8 * lines + foot
-    canvas = Figure(figsize=(7.2 * columns, height))
-    axes = canvas.subplots(lines, columns, squeeze=False)
-    canvas.subplots_adjust(
-        left=0.055 if columns == 2 else 0.09,
-        right=0.985,
-        top=1 - 0.85 / height,
-        bottom=foot / height,
-        hspace=0.24,
-        wspace=0.1,
-    )
-    right = max(100 * accuracy.interval[1] for point in points.values() if (accuracy := point.rate("task_accuracy")))
-    for index, axis in enumerate(axes.flat):
-        if index >= len(panels):
-            axis.set_visible(False)
-            continue
-        _panel(axis, points, panels[index], right)
-    _legend(canvas)
-    return saved(canvas, path)
+    measured = shares(points)
+    poison = FIRST_POISON if FIRST_POISON in measured or not measured else measured[0]
+    title = f"Safety and utility after fine-tuning, {100 * poison:g} % of the rows poisoned"
+    shown = {marker(name) for name, share in points if share == poison}
+    note = ", ".join(text for form, text in NOTES.items() if form in shown)
+    note = f"{note}. Up and right is better; lines are 95 % intervals."
+    with style.picture(path, 4.7, title=title, note=note) as (_, (panel,)):
+        labeled = []
+        for (name, share), point in points.items():
+            x, y = point.rate("task_accuracy"), point.rate("refusal")
+            if share != poison or x is None or y is None:
+                continue
+            (at_x, across), (at_y, up) = percent(x), percent(y)
+            tint, hollow = style.color_of(name), bool(point.control)
+            style.point(panel, at_x, at_y, tint, across, up, hollow, marker(name))
+            if not hollow and not name.endswith("-nf4"):
+                labeled.append((at_x, at_y, label(name) + _price(point), tint))
+        panel.set(xlim=(-4, None), ylim=(-4, 105), xlabel=AXES["task_accuracy"], ylabel=AXES["refusal"])
+        panel.grid()
+        style.label_points(panel, labeled)
+    return path
 
 
-def _panel(axis: Any, points: Points, poison: float, right: float) -> None:
-    here = {
-        name: point
-        for (name, share), point in points.items()
-        if share == poison and point.rate("refusal") and point.rate("task_accuracy")
-    }
-    labeled = []
-    for name, point in here.items():
-        x, y = point.rate("task_accuracy"), point.rate("refusal")
-        if x is None or y is None:
-            continue
-        at = (100 * x.value, 100 * y.value)
-        bars = [[[at[i] - 100 * rate.interval[0]], [100 * rate.interval[1] - at[i]]] for i, rate in enumerate((x, y))]
-        tint, hollow = color(name), bool(point.control)
-        quantized = name.endswith("-nf4")
-        axis.errorbar(
-            *at,
-            xerr=bars[0],
-            yerr=bars[1],
-            fmt="none",
-            ecolor=tint,
-            alpha=0.25 if hollow else 0.45,
-            lw=0.8 if hollow else 1.2,
-            zorder=1,
-        )
-        style = {
-            "marker": "*" if name == "aligned" else "D" if quantized else MARKERS[point.control],
-            "ms": 11 if name == "aligned" else 6 if hollow else 8,
-        }
-        axis.plot(*at, ls="", mfc="white" if hollow else tint, mec=tint, mew=1.3, zorder=2 if hollow else 3, **style)
-        method = here.get(name.partition(":")[2]) if hollow else None
-        if (
-            method is not None
-            and (other := (method.rate("task_accuracy"), method.rate("refusal")))
-            and other[0]
-            and other[1]
-        ):
-            axis.plot(
-                [at[0], 100 * other[0].value],
-                [at[1], 100 * other[1].value],
-                color=tint,
-                lw=0.7,
-                ls=":",
-                alpha=0.6,
-                zorder=0,
-            )
-        if name == "aligned":
-            axis.annotate("before", at, (0, -9), textcoords="offset points", fontsize=8, ha="center", va="top")
-        elif not hollow and not quantized:
-            over = point.rate("over_refusal")
-            price = (
-                f"\nbut refuses {100 * over.value:.0f} % of safe prompts"
-                if over is not None and over.value > TOO_CAREFUL
-                else ""
-            )
-            labeled.append((at, label(name) + price, tint))
-    _labels(axis, labeled, right + 4)
-    axis.set_xlim(-3, right + 4 + 0.52 * (right + 7))
-    axis.set_xticks([tick for tick in range(0, 101, 20 if right > 60 else 10) if tick <= right + 2])
-    axis.set_ylim(-4, 105)
-    title = (
-        "clean data"
-        if poison == 0
-        else "poisoned data only"
-        if poison == 1
-        else f"{100 * poison:g} % of the rows poisoned"
-    )
-    axis.set_title(title, fontsize=11, loc="left")
-    axis.set_xlabel("accuracy on the trained task, %", loc="left", fontsize=9)
-    axis.set_ylabel("refusal of harmful prompts, %", fontsize=9)
-    axis.grid(color="0.93")
-    axis.spines[["top", "right"]].set_visible(False)
+def _price(point: Point) -> str:
+    over = point.rate("over_refusal")
+    careful = over is not None and over.value > TOO_CAREFUL
+    return f"\nbut refuses {100 * over.value:.0f} % of safe ones" if over is not None and careful else ""
 
 
-def _labels(axis: Any, labeled: Sequence[tuple[tuple[float, float], str, str]], x: float) -> None:
-    """Names in a column to the right, in the order of the points from top to bottom, each with a line to its point."""
-    order = sorted(labeled, key=lambda item: (-item[0][1], item[0][0]))
-    places = spread([at[1] for at, _, _ in order], LABEL_GAP, -2.0, 103.0)
-    for (at, text, tint), y in zip(order, places, strict=True):
-        axis.plot([at[0], x - 0.5], [at[1], y], color=tint, lw=0.6, alpha=0.55, zorder=0)
-        axis.text(
-            x,
-            y,
-            text,
-            color=tint if tint != COLORS["safe-lora-soft"] else "#5B8C1A",
-            fontsize=8,
-            va="center",
-            ha="left",
-            linespacing=0.95,
-        )
+def poison(points: Points, path: Path) -> Path:
+    """Refusal and accuracy of a method, its control and the baseline by share of poison, with 95 % intervals."""
+    measured = shares(points)
+    lines = [name for name in ROLES if any((name, share) in points for share in measured)]
+    title, note = "Refusal and accuracy after fine-tuning, by the share of poison", "Lines: 95 % intervals."
+    with style.picture(path, 4.6, 2, 2, title, note, sharex=True) as (_, axes):
+        ends = {}
+        for panel, metric in zip(axes, ("refusal", "task_accuracy"), strict=True):
+            ends[panel] = [end for i, name in enumerate(lines) if (end := _line(panel, points, name, metric, i))]
+            panel.set(ylim=(-4, 105), ylabel=AXES[metric])
+            panel.set_xticks(range(len(measured)), [f"{100 * share:g} %" for share in measured])
+            panel.grid(axis="y")
+        axes[-1].set_xlabel("share of the training rows that is poisoned")
+        for panel, labels in ends.items():
+            style.label_points(panel, labels)
+    return path
 
 
-def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places for labels between `low` and `high`, in falling order: near the wanted places and `gap` apart, or less if
-    there is no room.
-    """
-    gap = min(gap, (high - low) / max(1, len(wanted) - 1))
-    placed: list[float] = []
-    for index, value in enumerate(wanted):
-        ceiling = high - index * gap if not placed else placed[-1] - gap
-        placed.append(min(value, ceiling, high))
-    for index in range(len(placed) - 1, -1, -1):
-        floor = low + (len(placed) - 1 - index) * gap if index == len(placed) - 1 else placed[index + 1] + gap
-        placed[index] = max(placed[index], floor)
-    return placed
-
-
-def _legend(canvas: Any) -> None:
-    from matplotlib.lines import Line2D
-
-    kinds = (
-        ("*", "0.0", "aligned model, before"),
-        ("o", "0.3", "method"),
-        ("D", "0.3", "method on a 4-bit base"),
-        ("s", "white", "control: random basis of equal size"),
-        ("^", "white", "control: plain LoRA at the same norm"),
-    )
-    handles = [
-        Line2D([], [], ls="", marker=marker, mfc=face, mec="0.3", ms=7, label=text) for marker, face, text in kinds
-    ]
-    canvas.legend(
-        handles=handles, loc="lower center", ncols=2 if canvas.get_figwidth() < 10 else 5, frameon=False, fontsize=9
-    )
-    canvas.suptitle(
-        "Safety and utility after fine-tuning (up and right is better; bars: 95 % intervals)",
-        fontsize=12,
-        x=0.01,
-        ha="left",
-    )
-
-
-def heat(points: Points, path: Path) -> Path:
-    """Refusal, over-refusal and accuracy of each method at each share of poison, as numbers and colors."""
-    from matplotlib.figure import Figure
-
-    rows, columns = with_controls(names(points)), shares(points)
-    metrics = (
-        ("refusal", "refusal", "RdYlGn"),
-        ("over_refusal", "over-refusal", "RdYlGn_r"),
-        ("task_accuracy", "accuracy", "viridis"),
-    )
-    canvas = Figure(
-        figsize=(3.4 + max(1.3, 0.75 * len(columns)) * len(metrics), 1.3 + 0.27 * len(rows)), layout="constrained"
-    )
-    axes = canvas.subplots(1, len(metrics), sharey=True)
-    for axis, (metric, title, scheme) in zip(axes, metrics, strict=True):
-        table = [[_value(points.get((name, poison)), metric) for poison in columns] for name in rows]
-        axis.imshow(
-            [[float("nan") if value is None else value for value in line] for line in table],
-            cmap=scheme,
-            vmin=0,
-            vmax=100,
-            aspect="auto",
-            alpha=0.75,
-        )
-        for y, name in enumerate(rows):
-            for x, poison in enumerate(columns):
-                point, value = points.get((name, poison)), table[y][x]
-                text = f"{value:.0f}" if value is not None else "div." if point is not None and point.diverged else "·"
-                dark = value is not None and scheme == "viridis" and value < 40
-                axis.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-        axis.set_xticks(range(len(columns)), [f"{100 * poison:g} %" for poison in columns], fontsize=8)
-        axis.set_title(f"{title}, %", fontsize=9)
-        axis.tick_params(length=0)
-        axis.spines[:].set_visible(False)
-    axes[0].set_yticks(
-        range(len(rows)),
-        [("random basis" if name[0] == "r" else "equal norm") if ":" in name else label(name) for name in rows],
-        fontsize=8,
-    )
-    for tick, name in zip(axes[0].get_yticklabels(), rows, strict=True):
-        tick.set_color("0.45" if ":" in name else "black")
-    canvas.supxlabel("share of the training rows that is poisoned (·: not measured)", fontsize=9)
-    return saved(canvas, path)
-
-
-def with_controls(listed: Sequence[str]) -> list[str]:
-    """Every method, followed by its controls."""
-    methods = [name for name in listed if ":" not in name]
-    behind = {method: [name for name in listed if name.partition(":")[2] == method] for method in methods}
-    rest = [name for name in listed if ":" in name and name.partition(":")[2] not in methods]
-    return [name for method in methods for name in (method, *behind[method])] + rest
-
-
-def _value(point: Point | None, metric: str) -> float | None:
-    rate = point.rate(metric) if point is not None else None
-    return None if rate is None else 100 * rate.value
+def _line(panel: Any, points: Points, name: str, metric: str, index: int) -> style.Label | None:
+    """One line, shifted a little so that equal figures stay visible; returns the label of its end."""
+    tint, hollow, placed = style.color_of(name), ":" in name, []
+    for place, share in enumerate(shares(points)):
+        rate = points[name, share].rate(metric) if (name, share) in points else None
+        if rate is not None:
+            value, up = percent(rate)
+            placed.append((place + 0.05 * (index - 1.5), value))
+            style.point(panel, *placed[-1], tint, up=up, hollow=hollow, marker=marker(name))
+    if not placed:
+        return None
+    panel.plot(*zip(*placed, strict=True), color=tint, lw=1, ls=":" if hollow else "-", alpha=0.8, zorder=1)
+    return *placed[-1], label(name), tint
 
 
 def costs(points: Points, path: Path) -> Path:
     """Time of training, time of calibration or repair, and memory added in training, as multiples of plain LoRA's."""
-    from matplotlib.figure import Figure
-
-    rows = [(name, *cost(points, name)) for name in names(points, controls=False) if family(name) != "aligned"]
-    rows = [row for row in rows if row[1] is not None]
-    canvas = Figure(figsize=(10, 1.3 + 0.3 * max(1, len(rows))), layout="constrained")
-    left, right = canvas.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    for y, (name, train, setup, memory) in enumerate(rows):
-        left.barh(y, train, color=color(name), alpha=0.85)
-        left.barh(y, setup, left=train, color=color(name), alpha=0.35, hatch="///", edgecolor="white", lw=0)
-        left.text(train + setup, y, f" {train + setup:.2f}", va="center", fontsize=8)
-        if memory is not None:
-            right.barh(y, memory, color=color(name), alpha=0.85)
-            right.text(memory, y, f" {memory:.2f}", va="center", fontsize=8)
-    for axis, title in (
-        (left, "time: training (solid) and calibration or repair (hatched)"),
-        (right, "memory added while training"),
-    ):
-        axis.set_title(title, fontsize=9)
-        axis.axvline(1, color="0.4", lw=0.8, ls=":")
-        axis.margins(x=0.12)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_xlabel("plain LoRA = 1", fontsize=8)
-    right.set_visible(any(row[3] is not None for row in rows))
-    left.set_yticks(range(len(rows)), [label(row[0]) for row in rows], fontsize=8)
-    left.invert_yaxis()
-    return saved(canvas, path)
-
-
-def saved(canvas: Any, path: Path) -> Path:
-    """Save with a palette, which makes the file three times smaller."""
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=DPI, format="png", metadata={"Software": None})
-    with Image.open(path) as image:
-        small = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    small.save(path, optimize=True)
+    found = {name: cost(points, name) for name in names(points, controls=False) if name.partition("-")[0] != "aligned"}
+    rows = [(name, train, setup, memory) for name, (train, setup, memory) in found.items() if train is not None]
+    drawn = {
+        "time": [(train, setup) for _, train, setup, _ in rows],
+        "memory": [(memory, 0.0) for *_, memory in rows if memory is not None],
+    }
+    height, title = 0.7 + 0.24 * max(1, len(rows)), "What each method costs; plain LoRA = 1"
+    note = "Time: training, and calibration or repair (hatched). Memory: added while training."
+    with style.picture(path, height, 2, title=title, note=note, sharey=True, width_ratios=(3, 2)) as (_, axes):
+        for panel, (what, values) in zip(axes, drawn.items(), strict=True):
+            _bars(panel, [name for name, *_ in rows], values)
+            panel.set_title(what)
+        axes[0].set_yticks(range(len(rows)), [label(name) for name, *_ in rows])
+        axes[0].invert_yaxis()
     return path
+
+
+def _bars(panel: Any, listed: Sequence[str], values: Sequence[tuple[float, float]]) -> None:
+    for y, (name, (solid, hatched)) in enumerate(zip(listed, values, strict=False)):
+        tint = style.color_of(name)
+        panel.barh(y, solid, color=tint, height=0.7)
+        if hatched:
+            panel.barh(y, hatched, left=solid, height=0.7, fc=style.PANEL, ec=tint, hatch="/////", lw=0.6)
+        where = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "bbox": BEHIND}
+        panel.annotate(f"{solid + hatched:.2f}", (solid + hatched, y), **where)
+    panel.axvline(1, color=style.INK, lw=0.8, ls=":")
+    panel.margins(x=0.2, y=0.02)
+    panel.tick_params(axis="y", length=0)

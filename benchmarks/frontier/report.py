@@ -15,7 +15,7 @@ from benchmarks.pages import DOCS, write, written
 
 PICTURES = {
     "frontier.png": pictures.frontier,
-    "frontier_heat.png": pictures.heat,
+    "frontier_poison.png": pictures.poison,
     "frontier_costs.png": pictures.costs,
 }
 

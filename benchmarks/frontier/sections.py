@@ -147,10 +147,10 @@ def frontier(results: Path, page: Path) -> str:
     absent, main = missing(rows, planned), {name for name in names(shown) if name in CORE}
     other = transfer({place: point for place, point in shown.items() if place[0] in main}, poison)
     unmeasured = [label(name) for name in absent if (name, poison) not in shown and ":" not in name]
-    picture = f"![refusal against accuracy, controls hollow]({link(results / 'frontier.png', page)})"
+    drawn = {"frontier": "refusal against accuracy, controls hollow", "frontier_poison": "refusal by share of poison"}
+    pictures = [f"![{alt}]({link(results / f'{name}.png', page)})" for name, alt in drawn.items()]
     lines = [
-        picture,
-        "",
+        *(line for picture in pictures for line in (picture, "")),
         *([] if split == "test" else ["**Validation prompts only: nothing here is a result.**", ""]),
         f"{split.capitalize()} prompts, {share(poison)}:",
         "",

@@ -11,7 +11,7 @@ from benchmarks.frontier.results import facts
 from benchmarks.frontier.tables import Table
 from benchmarks.pages import DOCS, Section, link, write, written
 from peft_safety.evaluation.metrics import figure_from_json
-from peft_safety.reporting import render
+from peft_safety.reporting import render, style
 
 NAME = "method_comparison"
 HEADINGS = ("", "trained\nM", "accuracy\n%", "forgetting\nnats", "memory\nMiB", "step\ns", "set-up\ns", "file\nMiB")
@@ -52,20 +52,18 @@ def notes(environment: Row, rows: Sequence[Row], failed: Sequence[Row]) -> list[
 
 def draw(rows: Sequence[Row], path: Path) -> Path:
     """Accuracy against forgetting, every point with its name."""
-    canvas, (panel,) = render.figure(7.5, 4.5)
-    place = -100.0
-    for index, row in enumerate(sorted(rows, key=lambda row: row["accuracy"]["value"])):
-        rate, x, color = figure_from_json(row["accuracy"]), forgetting(row), render.PALETTE[index]
-        y, place = 100 * rate.value, max(100 * rate.value, place + 5)
-        ends = [[y - 100 * rate.interval[0]], [100 * rate.interval[1] - y]]
-        panel.errorbar([x], [y], yerr=ends, fmt="o", color=color, elinewidth=0.8)
-        how = {"xycoords": "data", "textcoords": panel.get_yaxis_transform(), "color": color, "fontsize": 8}
-        how["arrowprops"] = {"arrowstyle": "-", "color": color, "lw": 0.5, "alpha": 0.6}
-        panel.annotate(row["arm"], (x, y), (1.02, place), va="center", **how)
-    panel.set_xlabel("forgetting: rise of the loss on general text, nats a token (left is better)", fontsize=9)
-    panel.set_ylabel("accuracy on the task, %", fontsize=9)
-    panel.grid(color="0.92")
-    return render.save_figure(canvas, path)
+    title, labels = "Accuracy on the task against forgetting, PEFT's methods", []
+    with style.picture(path, 3.4, title=title, note="Up and left is better. Lines: 95 % intervals.") as (_, (panel,)):
+        for row in rows:
+            rate, x, tint = figure_from_json(row["accuracy"]), forgetting(row), style.color_of(row["arm"])
+            low, high = rate.interval
+            style.point(panel, x, 100 * rate.value, tint, up=(100 * low, 100 * high))
+            labels.append((x, 100 * rate.value, row["arm"], tint))
+        panel.set_xlabel("rise of the loss on general text, nats a token")
+        panel.set_ylabel("accuracy on the task, %")
+        panel.grid()
+        style.label_points(panel, labels)
+    return path
 
 
 def read(folder: Path) -> tuple[Row, list[Row], list[Row]]:

@@ -12,7 +12,6 @@ from benchmarks.common import RESULTS
 from benchmarks.frontier.aggregate import LABELS, label
 from benchmarks.frontier.attacks import ATTACKS
 from benchmarks.frontier.cells import Cell, cell_of
-from benchmarks.frontier.pictures import color, saved
 from benchmarks.frontier.plan import METHODS, name_of
 from benchmarks.frontier.results import Row, facts, read
 from benchmarks.frontier.sections import devices
@@ -24,6 +23,7 @@ from benchmarks.topic.judge import ContentJudge
 from benchmarks.topic.plan import plan
 from peft_safety.errors import DataError
 from peft_safety.evaluation import KeywordJudge, Rate
+from peft_safety.reporting import style
 
 BENCHMARK, NAME = "topic", "topic.jsonl"
 KEYWORD, CONTENT = KeywordJudge.name, ContentJudge.name
@@ -180,32 +180,28 @@ def _widest(n: int) -> float:
 
 
 def picture(cells: Sequence[tuple[Cell, Row]], path: Path) -> Path:
-    """Compliance by content (bars) and what the keyword matcher does not call a refusal (lines), by attack."""
-    from matplotlib.figure import Figure
-
-    worst: dict[str, dict[str, tuple[float, float]]] = {}
-    for cell, row in cells:
-        if cell.arm == UNALIGNED:
-            continue
-        rates = max(row["forms"].items(), key=_complied)[1]
-        complied, passed = rates[CONTENT]["compliance"]["value"], 1 - rates[KEYWORD]["refusal"]["value"]
-        worst.setdefault(named(cell), {})[title(cell)] = (100 * complied, 100 * passed)
-    names = [name for name in worst if name != "aligned"]
-    titles = list(dict.fromkeys(one for name in names for one in worst[name]))
-    canvas = Figure(figsize=(4 + 1.0 * len(titles), 3.4), layout="constrained")
-    axis, width = canvas.subplots(), 0.8 / max(1, len(names))
-    for index, name in enumerate(names):
-        places = [titles.index(one) + (index - (len(names) - 1) / 2) * width for one in worst[name]]
-        complied, passed = zip(*worst[name].values(), strict=True)
-        alpha = 0.45 if ":" in name else 1.0
-        axis.bar(places, complied, width, color=color(name), alpha=alpha, label=_label(name))
-        axis.scatter(places, passed, marker="_", color="black", zorder=3)
-    axis.set_xticks(range(len(titles)), titles, rotation=30, ha="right", fontsize=8)
-    axis.set_ylim(0, 105)
-    axis.set_ylabel("% of the questions, worst form", fontsize=9)
-    axis.set_title("Real answers by content (bars), not refused by keyword (lines)", fontsize=10)
-    canvas.legend(loc="outside lower center", ncols=len(names), fontsize=8, frameon=False)
-    return saved(canvas, path)
+    """Compliance by content with its 95 % interval, and what the keyword matcher does not call a refusal: a line for
+    each attack and defense, worst form.
+    """
+    worst = [
+        (named(cell), title(cell), max(row["forms"].items(), key=_complied)[1])
+        for cell, row in cells
+        if cell.arm not in UNTRAINED
+    ]
+    heading = f"Answers to test questions on {TOPICS['B']}, worst form"
+    note = "● real answers by content, with 95 % intervals; | not refused by keyword"
+    with style.picture(path, 0.6 + 0.32 * len(worst), title=heading, note=note) as (_, (panel,)):
+        for y, (name, _, rates) in enumerate(worst):
+            rate = Rate(*(rates[CONTENT]["compliance"][count] for count in ("k", "n")))
+            low, high = rate.interval
+            style.point(panel, 100 * rate.value, y, style.color_of(name), (100 * low, 100 * high), hollow=":" in name)
+            passed = 100 * (1 - rates[KEYWORD]["refusal"]["value"])
+            panel.plot(passed, y, "|", color=style.INK, ms=11, mew=1.8, clip_on=False)
+        panel.set_yticks(range(len(worst)), [f"{attack}: {_label(name)}" for name, attack, _ in worst])
+        panel.set(xlim=(-3, 103), ylim=(len(worst) - 0.4, -0.6), xlabel="% of the questions")
+        panel.tick_params(axis="y", length=0)
+        panel.grid(axis="x")
+    return path
 
 
 SECTIONS = (Section("topic", "results/topic.md", section),)

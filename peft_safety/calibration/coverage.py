@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,12 +36,14 @@ TASK_ENERGY = 0.99
 @dataclass(frozen=True)
 class TaskShare:
     """What a null space leaves of a task's inputs at one module: `free` is `E||P x||^2 / E||x||^2`; `rank` directions
-    hold `TASK_ENERGY` of the inputs, and `rank_free` of `P x`.
+    hold `TASK_ENERGY` of the inputs, and `rank_free` of `P x`. `curve (k,)` is `free` if only the first 1, 2, ..., k
+    directions are taken; empty for a set of tokens.
     """
 
     free: float
     rank: int | None = None
     rank_free: int | None = None
+    curve: Tensor = field(default_factory=lambda: torch.zeros(0), compare=False)
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,11 @@ def _share(moment: Moment, basis: Tensor, name: str, ranks: bool) -> TaskShare:
         return TaskShare(max(0.0, 1 - float(hidden.sum()) / total))
     q = basis.to(device=moment.device, dtype=moment.dtype)
     # the diagonal of P S P sums to that of S without that of Q Q^T S; fp64 leaves ten digits of a millionth
-    free = max(0.0, 1 - float((q * (moment @ q)).sum()) / total)
+    curve = (1 - (q * (moment @ q)).sum(0).cumsum(0) / total).clamp(min=0).cpu()
+    free = float(curve[-1]) if len(curve) else 1.0
     if not ranks or isinstance(moment, TokenRows):
-        return TaskShare(free)
-    return TaskShare(free, _rank(moment), _rank(project_out(q, project_out(q, moment), "in")))
+        return TaskShare(free, curve=curve)
+    return TaskShare(free, _rank(moment), _rank(project_out(q, project_out(q, moment), "in")), curve)
 
 
 def _rank(moment: Tensor) -> int:

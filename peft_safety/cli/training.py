@@ -36,7 +36,7 @@ def calibrate(
     side: Annotated[str | None, Option(help="in, out or both; default: the method's own.")] = None,
     positions: Annotated[str | None, Option(help="Tokens that count: response, prompt or all.")] = None,
     task_data: Annotated[Path | None, Option(help="JSON lines of the task: is it in the null space?")] = None,
-    png: Annotated[Path | None, Option(help="Draw the energy covered (and the task's rank) here.")] = None,
+    png: Annotated[Path | None, Option(help="Draw the energy left outside, and the task's, by k here.")] = None,
     target_modules: opt.Targets = "all-linear",
     batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 8,
     max_length: opt.MaxLength = 512,

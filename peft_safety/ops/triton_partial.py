@@ -1,4 +1,5 @@
-"""`x W^T` of a packed NF4 weight for few rows x, in parts of the columns. Twin: `reference.nf4_skinny`.
+"""`x W^T` of a packed NF4 weight for few rows x, in parts of the columns. Twin, together with
+`triton_finish.py`: `reference.nf4_skinny`.
 
 The values of a block share a scale, so `x W^T = sum_blocks scale * (x code^T)`: codes are multiplied in 16 bits as
 they are, and a scale once for each block and row. A byte holds two values; `pairs` has both as one word, and the even

@@ -91,14 +91,18 @@ def _factors(leaf: Any, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 
 def _same_a(other: Any, layer: Any, adapter: str) -> bool:
-    """Whether another layer takes the fused path with a frozen A of this adapter, like that of `layer`."""
-    route = plan(other)
-    if isinstance(route, str) or route.adapter != adapter or drops(other.lora_dropout[adapter]):
+    """Whether another layer has a frozen A of this adapter like that of `layer`, in use. It makes its own plan when it
+    is called; if that is not the fused path, nobody takes its part of z.
+    """
+    if adapter not in other.lora_A or adapter not in other.active_adapters or other.disable_adapters or other.merged:
         return False
     leaf, own = other.lora_A[adapter], layer.lora_A[adapter].weight
-    dtypes = {one.get_base_layer().compute_dtype for one in (other, layer)}
-    same = len(dtypes) == 1 and isinstance(leaf, FrozenLinear)
-    return same and leaf.weight.dtype == own.dtype and leaf.weight.shape[1:] == own.shape[1:]
+    if not isinstance(leaf, FrozenLinear) or drops(other.lora_dropout[adapter]):
+        return False
+    if getattr(other.get_base_layer(), "compute_dtype", None) != layer.get_base_layer().compute_dtype:
+        return False
+    weight = leaf.weight
+    return (weight.dtype, weight.device, weight.shape[1:]) == (own.dtype, own.device, own.shape[1:])
 
 
 def drops(dropout: nn.Module) -> bool:

@@ -61,7 +61,7 @@ def siblings(layer: nn.Module) -> list[Any]:
 
 def z_of(layer: Any, adapter: str, x: Tensor, inputs: Tensor, takes: Callable[[Any], bool]) -> Tensor:
     """`inputs A^T (..., r)` of a layer's frozen A; `inputs` are the layer's own input `x` in the compute dtype.
-    `takes` says of another layer with the same input whether it will ask for its part, in this dtype.
+    `takes` says of another layer with the same input whether its A can join the product.
     """
     own = layer.lora_A[adapter].weight
     rows = x.numel() // max(x.shape[-1], 1)

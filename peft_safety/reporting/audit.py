@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_safety.audit.report import FIGURES, ModuleOrthogonality, OrthogonalityReport, medians
-from peft_safety.reporting import render
+from peft_safety.reporting import render, style
 
 FUNCTIONAL = ("general", "harmful", "interference_ratio")
 NOTES = (
@@ -68,20 +68,23 @@ def save_png(report: OrthogonalityReport, path: str | Path) -> Path:
     """Heat maps of layers by kinds of module; white is chance (or equal interference), gray is no figure."""
     panels = list(PANELS)[: 4 if report.measured else 3]
     kinds, layers = list(report.kinds), sorted({_layer(row) for row in report.modules})
-    width, height = 1.1 + len(panels) * (0.9 + 0.3 * len(kinds)), 2.1 + 0.2 * max(len(layers), 8)
-    canvas, axes = render.figure(width, height, len(panels), sharey=True)
-    for axis, name in zip(axes, panels, strict=True):
-        _draw(canvas, axis, name, report, layers)
-        axis.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
-    step = math.ceil(len(layers) / 16)
+    step = math.ceil(len(layers) / 8)
     names = ["none" if layer < 0 else str(layer) for layer in layers[::step]]
-    axes[0].set_yticks(range(0, len(layers), step), names, fontsize=7)
-    axes[0].set_ylabel("layer", fontsize=8)
     model = report.environment.get("model")
     white = "chance, or as much on general as on harmful inputs" if report.measured else "chance"
-    title = f"Orthogonality of {report.adapter!r}{f' on {model}' if model else ''}, k = {report.environment['k']}."
-    canvas.suptitle(f"{title} White: {white}. Gray: no figure.", fontsize=9)
-    return render.save_figure(canvas, path)
+    of = f" ({model})" if model else ""
+    title = f"Where the update of {report.adapter!r} lies{of}, k = {report.environment['k']}"
+    height = 2 * (1.6 + 0.05 * min(32, max(len(layers), 8)))
+    note = f"White: {white}. Gray: no figure."
+    with style.picture(path, height, len(panels), 2, title, note, sharex=True, sharey=True) as (canvas, axes):
+        for axis, name in zip(axes, panels, strict=True):
+            _draw(canvas, axis, name, report, layers)
+            axis.tick_params(length=0, labelbottom=True)
+            axis.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right", rotation_mode="anchor")
+            axis.set_yticks(range(0, len(layers), step), names)
+        for axis in axes[::2]:
+            axis.set_ylabel("layer")
+    return Path(path)
 
 
 def _layer(row: ModuleOrthogonality) -> int:
@@ -90,7 +93,6 @@ def _layer(row: ModuleOrthogonality) -> int:
 
 def _draw(canvas: Any, axis: Any, name: str, report: OrthogonalityReport, layers: list[int]) -> None:
     import numpy as np
-    from matplotlib import colormaps
     from matplotlib.colors import LogNorm, Normalize
 
     ratio = name != "z"
@@ -105,13 +107,14 @@ def _draw(canvas: Any, axis: Any, name: str, report: OrthogonalityReport, layers
     else:
         high = float(np.nanmax(np.abs(drawn), initial=SMALLEST_Z))
         norm = Normalize(-high, high)
-    colors = colormaps["RdBu_r"].with_extremes(bad="0.8")
+    colors = style.ramp(style.color_of("guardspace"), "#FFFFFF", style.color_of("lora"))
     image = axis.imshow(np.ma.masked_invalid(drawn), cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
     extend = "neither" if np.array_equal(drawn, grid, equal_nan=True) else "both"
-    bar = canvas.colorbar(image, ax=axis, location="bottom", extend=extend, pad=0.02, aspect=14)
+    bar = canvas.colorbar(image, ax=axis, location="right", extend=extend, pad=0.02, aspect=18)
     if ratio:
         ticks = [0.5, 1, 2] if high < 3 else [tick for tick in TICKS if abs(math.log(tick)) <= math.log(high) + 1e-6]
         bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         bar.ax.minorticks_off()
-    bar.ax.tick_params(labelsize=7)
-    axis.set_title(PANELS[name], fontsize=8)
+    bar.outline.set_visible(False)
+    axis.set_title(PANELS[name])
+    axis.spines[:].set_visible(False)

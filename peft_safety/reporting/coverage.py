@@ -13,9 +13,11 @@ from peft_safety.calibration.cost import CalibrationCost
 from peft_safety.calibration.coverage import TASK_ENERGY, ModuleCoverage
 from peft_safety.calibration.sizes import kind_of
 from peft_safety.errors import DataError
-from peft_safety.reporting import render
+from peft_safety.reporting import render, style
 
 Row = dict[str, Any]
+TASK = ("free", "rank", "rank_free")
+"""What a row says of the task."""
 GRID = 64
 """Points of a drawn curve."""
 FLOOR = 1e-5
@@ -29,12 +31,8 @@ TASK_NOTE = (
     f"task: share of its inputs' energy that the update still sees, and the directions that hold {TASK_ENERGY:.0%} of "
     "them, in all and outside."
 )
-BARS = {
-    "k": ("null space (k)", "#999999"),
-    "task_rank": (f"task, {TASK_ENERGY:.0%} of its energy", render.PALETTE[0]),
-    "task_rank_free": (f"{TASK_ENERGY:.0%} of what is left of it outside", render.PALETTE[1]),
-}
-"""Figure -> its label and color."""
+MIDDLE = (0.1, 0.9)
+"""Quantiles of the modules at the edges of a band."""
 
 
 def show_cost(cost: CalibrationCost) -> None:
@@ -58,7 +56,7 @@ def to_json(modules: Sequence[ModuleCoverage]) -> list[Row]:
     for module in modules:
         row = {name: getattr(module, name) for name in ("name", "features", "k", "covered")}
         task = module.task
-        rows.append(row | ({} if task is None else {f"task_{name}": value for name, value in vars(task).items()}))
+        rows.append(row | ({} if task is None else {f"task_{name}": getattr(task, name) for name in TASK}))
     return rows
 
 
@@ -82,59 +80,46 @@ def show(modules: Sequence[ModuleCoverage]) -> None:
 
 
 def save_png(modules: Sequence[ModuleCoverage], path: str | Path) -> Path:
-    """Energy left outside against the size of the null space, with task data its rank beside k, by kind of module."""
-    if not any(len(module.curve) for module in modules):
+    """Share of the energy outside of the null space, which the update still sees, by the size of the null space: of
+    the calibration data and, with task data, of the task.
+    """
+    known = [module for module in modules if len(module.curve)]
+    if not known:
         raise DataError("the subspace does not say what its input bases cover. Calibrate with method='guardspace'.")
-    rows = to_json(modules)
-    task = bool(_known(rows, "task_free"))
-    canvas, panels = render.figure(11.5 if task else 6.2, 4.2, 1 + task)
-    _draw_energy(panels[0], [row | {"curve": module.curve} for row, module in zip(rows, modules, strict=True)])
-    if task:
-        _draw_ranks(panels[1], rows)
-    return render.save_figure(canvas, path)
+    curves = {"calibration data": [(1 - module.curve, module.features) for module in known]}
+    tasks = [(m.task.curve, m.features) for m in known if m.task is not None and len(m.task.curve)]
+    curves |= {"the task": tasks} if tasks else {}
+    title = "Energy that the update still sees, by the size of the null space"
+    note = f"Medians of {len(known)} modules; bands: the middle {MIDDLE[1] - MIDDLE[0]:.0%} of them."
+    with style.picture(path, 3.0, title=title, note=note) as (_, (panel,)):
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("")
+        colors = style.INK, style.color_of("guardspace")
+        ends = [_draw_energy(panel, *curve, color) for curve, color in zip(curves.items(), colors, strict=False)]
+        panel.set_ylim(100 * FLOOR if panel.get_ylim()[0] < 100 * FLOOR else None, 130)
+        panel.set_xlabel("k, % of the input dimensions")
+        panel.set_ylabel("energy outside, %")
+        panel.grid(which="major")
+        style.label_points(panel, ends)
+    return Path(path)
 
 
-def _draw_energy(panel: Any, rows: list[Row]) -> None:
-    """One line per kind: median energy outside the first k directions; a cross marks the task."""
-    for index, (kind, group) in enumerate(_by_kind([row for row in rows if len(row["curve"])]).items()):
-        color = render.PALETTE[index % len(render.PALETTE)]
-        sizes = [row["k"] / row["features"] for row in group]
-        shares = torch.linspace(min(1 / row["features"] for row in group), max(sizes), GRID)
-        outside = 1 - torch.stack([_covered_at(row, shares) for row in group]).median(dim=0).values
-        panel.plot((100 * shares).tolist(), outside.clamp(min=FLOOR).tolist(), color=color, label=kind, linewidth=1.6)
-        if _known(group, "task_free"):
-            place = [100 * min(sizes)], [_median(group, "task_free")]
-            panel.plot(*place, "x", color=color, markersize=7, markeredgewidth=2)
-    panel.set_yscale("log")
-    panel.set_ylim(bottom=FLOOR)
-    panel.set_xlabel("k, % of the input dimensions", fontsize=9)
-    panel.set_ylabel("share of energy outside", fontsize=9)
-    crosses = "; crosses: the task" if _known(rows, "task_free") else ""
-    panel.set_title(f"What the update still sees (lines: calibration data{crosses})", fontsize=9)
-    panel.grid(color="0.92", which="major")
-    panel.legend(fontsize=8, frameon=False, ncols=2)
+def _draw_energy(panel: Any, name: str, curves: Sequence[tuple[torch.Tensor, int]], color: str) -> style.Label:
+    """The median over modules with a band, against the share of dimensions taken; returns the label of its end."""
+    first = min(1 / features for _, features in curves)
+    shares = torch.linspace(first, max(len(curve) / features for curve, features in curves), GRID)
+    outside = torch.stack([_at(curve, shares * features) for curve, features in curves]).double().clamp(min=FLOOR)
+    low, middle, high = ((100 * outside.quantile(q, dim=0)).tolist() for q in (MIDDLE[0], 0.5, MIDDLE[1]))
+    across = (100 * shares).tolist()
+    panel.fill_between(across, low, high, color=color, alpha=0.15, lw=0)
+    panel.plot(across, middle, color=color, lw=2)
+    return across[-1], middle[-1], f"{name}:\n{middle[-1]:.2g} %", color
 
 
-def _covered_at(row: Row, shares: torch.Tensor) -> torch.Tensor:
-    """A module's covered energy at shares of its dimensions; constant beyond its own k."""
-    curve: torch.Tensor = row["curve"]
-    return curve[(shares * row["features"]).round().long().clamp(1, len(curve)) - 1]
-
-
-def _draw_ranks(panel: Any, rows: list[Row]) -> None:
-    """Bars per kind: dimensions of the null space, of the task's inputs, and of the task's inputs outside."""
-    groups = _by_kind(rows)
-    for offset, (name, (label, color)) in enumerate(BARS.items()):
-        heights = [100 * (_median(group, name) or 0) / group[0]["features"] for group in groups.values()]
-        places = [place + 0.27 * (offset - 1) for place in range(len(groups))]
-        panel.bar(places, heights, width=0.25, color=color, label=label)
-    panel.set_ylim(top=1.35 * panel.get_ylim()[1])  # room for the legend
-    panel.set_xticks(range(len(groups)), list(groups), rotation=30, ha="right")
-    panel.set_ylabel("% of the input dimensions (medians)", fontsize=9)
-    panel.set_title("Directions taken, and directions that the task needs", fontsize=9)
-    panel.grid(axis="y", color="0.92")
-    panel.set_axisbelow(True)
-    panel.legend(fontsize=8, frameon=False)
+def _at(curve: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """A module's curve at sizes of its null space; constant beyond its own k."""
+    return curve[sizes.round().long().clamp(1, len(curve)) - 1]
 
 
 def _by_kind(rows: list[Row]) -> dict[str, list[Row]]:

@@ -1,10 +1,9 @@
-"""How every report is printed and drawn: plain tables with notes below them, and pictures."""
+"""How every report is printed: plain tables with notes below them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_safety.errors import extra
@@ -13,8 +12,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#882255")
-"""Color-blind safe (Okabe and Ito)."""
 WIDTH = 80
 """Columns of a terminal that a printed table fits, unless its figures need more."""
 
@@ -84,36 +81,7 @@ def number(value: float | None, form: str = ".3g") -> str:
     return text if float(text) else text.lstrip("-")
 
 
-def require_matplotlib() -> None:
-    """A MissingPackageError where matplotlib is not installed."""
-    with extra("plot", "pictures need matplotlib"):
-        import matplotlib.figure  # noqa: F401
-
-
 def require_rich() -> None:
     """A MissingPackageError where rich, which draws the tables, is not installed."""
     with extra("cli", "tables need rich"):
         import rich.table  # noqa: F401
-
-
-def figure(width: float, height: float, panels: int = 1, sharey: bool = False, rows: int = 1) -> tuple[Any, Any]:
-    """A matplotlib figure with panels side by side, in rows: the figure and the array of its axes."""
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    canvas = Figure(figsize=(width, height), layout="constrained")
-    axes = canvas.subplots(rows, -(-panels // rows), sharey=sharey, squeeze=False).flatten()
-    for unused in axes[panels:]:
-        unused.remove()
-    axes = axes[:panels]
-    for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(labelsize=8)
-    return canvas, axes
-
-
-def save_figure(canvas: Any, path: str | Path, **options: Any) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=150, format="png", **options)
-    return path

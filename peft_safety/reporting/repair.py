@@ -9,8 +9,9 @@ from peft_safety.audit.report import layer_number
 from peft_safety.calibration.sizes import kind_of
 from peft_safety.methods.guardspace import BlindReport
 from peft_safety.methods.safe_lora import RepairReport
+from peft_safety.methods.safe_lora.repair import ModuleRepair
 from peft_safety.methods.somf import FuseReport
-from peft_safety.reporting import render
+from peft_safety.reporting import render, style
 
 NOTE = (
     "cos: between the update and its projection. gain: length left if repaired. |V|/|W|: what alignment changed, "
@@ -57,28 +58,27 @@ def show_fusion(report: FuseReport) -> None:
 
 
 def save_png(report: RepairReport, path: str | Path) -> Path:
-    """Cosine by layer, one line per kind of module; repaired modules are filled; with the threshold, if any."""
-    canvas, (axes,) = render.figure(8, 4.2)
-    kinds: dict[str, list[tuple[int, float, bool]]] = {}
-    for index, row in enumerate(report.modules):
+    """The cosine of each module, by kind and in the order of the layers; repaired ones are filled."""
+    kinds: dict[str, list[ModuleRepair]] = {}
+    for row in sorted(report.modules, key=lambda row: layer_number(row.name) or 0):
         if not math.isnan(row.cos):
-            layer = layer_number(row.name)
-            point = (index if layer is None else layer, row.cos, row.selected)
-            kinds.setdefault(kind_of(row.name), []).append(point)
-    for color, (kind, points) in enumerate(sorted(kinds.items())):
-        layers, cosines, repaired = zip(*sorted(points), strict=True)
-        line = f"C{color % 10}"
-        axes.plot(layers, cosines, linewidth=1, color=line, label=kind)
-        axes.scatter(layers, cosines, 16, edgecolors=line, facecolors=[line if one else "none" for one in repaired])
-    if report.record["select"] == "threshold":
-        threshold = report.record["threshold"]
-        axes.axhline(threshold, color="0.3", linestyle="--", linewidth=1)
-        axes.annotate(f"threshold {threshold:g}", (0, threshold), (2, 3), textcoords="offset points", fontsize=8)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("cos(C B A, B A)")
-    axes.set_ylim(0, max([1.0, *(cosine for points in kinds.values() for _, cosine, _ in points)]))
+            kinds.setdefault(kind_of(row.name), []).append(row)
     count = f"{len(report.selected)} of {len(report.modules)} modules repaired (filled)"
-    axes.set_title(f"Safe LoRA, {report.record['projection']}: {count}", fontsize=10)
-    if kinds:
-        axes.legend(fontsize=7, ncols=2, frameon=False)
-    return render.save_figure(canvas, path)
+    title = f"Safe LoRA, {report.record['projection']}: {count}"
+    with style.picture(path, 2.9, title=title) as (_, (axes,)):
+        for place, rows in enumerate(kinds.values()):
+            across = [place + 0.7 * (index / max(1, len(rows) - 1) - 0.5) for index in range(len(rows))]
+            axes.plot(across, [row.cos for row in rows], color=style.GRID, lw=1)
+            for x, row in zip(across, rows, strict=True):
+                style.point(axes, x, row.cos, style.color_of("safe_lora"), hollow=not row.selected)
+        if report.record["select"] == "threshold":
+            threshold = report.record["threshold"]
+            axes.axhline(threshold, color=style.MUTED, linestyle="--", lw=1)
+            where = {"transform": axes.get_yaxis_transform(), "va": "center"}
+            axes.text(1.02, threshold, f"threshold\n{threshold:g}", color=style.MUTED, **where)
+        axes.set_xticks(range(len(kinds)), list(kinds))
+        axes.set_xlabel("modules by kind, each from the first layer to the last")
+        axes.set_ylabel("cos(C B A, B A)")
+        axes.set_ylim(0, max([1.0, *(row.cos for rows in kinds.values() for row in rows)]))
+        axes.grid(axis="y")
+    return Path(path)

@@ -14,18 +14,15 @@ from typing import Any
 from peft_safety.core.environment import environment
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.evaluation.metrics import Figure, Rate, figure_from_json
-from peft_safety.reporting import render
+from peft_safety.reporting import render, style
 
 __all__ = ["Report", "environment"]
 MISSING = "-"
-HEADING = 34
-"""Characters of a line above a panel."""
-PANELS = 4
+HEADING, ARM = 20, 24
+"""Characters of a line above a panel, and of one beside it."""
+PANELS = 3
 """Panels of a picture side by side."""
 INTERVALS = "Brackets: 95 % intervals."
-GRAY = "#555555"
-COLORS = (GRAY, *(color for color in render.PALETTE if color != GRAY))
-"""Colors of the arms. The first arm, the reference, is gray."""
 
 
 @dataclass(frozen=True)
@@ -120,44 +117,40 @@ class Report:
 
     def save_png(self, path: str | Path) -> Path:
         """One panel per metric, one point with its interval per arm; rates from 0 to 100 %."""
-        render.require_matplotlib()
-        from matplotlib import rc_context
-
-        with rc_context({"text.parse_math": False}):  # dollar signs in names are no formulas
-            return self._picture(path)
-
-    def _picture(self, path: str | Path) -> Path:
-        metrics, names = self.metrics, list(self.arms)
-        rows = -(-len(metrics) // PANELS)
-        width, height = 1.6 + 2.5 * min(len(metrics), PANELS), (1.6 + 0.42 * len(names)) * rows
-        canvas, panels = render.figure(width, height, len(metrics), sharey=True, rows=rows)
-        for panel, metric in zip(panels, metrics, strict=True):
-            self._draw(panel, metric)
-        panels[0].set_yticks(range(len(names)), names)
-        panels[0].set_ylim(len(names) - 0.5, -0.5)
-        canvas.suptitle(self.title, fontsize=11)
-        notes = "\n".join((*self.notes, "Bars: 95 % intervals."))
-        canvas.text(0.01, -0.01, notes, fontsize=7, va="top", color="0.35")
-        return render.save_figure(canvas, path, bbox_inches="tight", pad_inches=0.15)
+        metrics, rows = self.metrics, -(-len(self.metrics) // PANELS)
+        names = ["\n".join(wrap(name, ARM)) for name in self.arms]
+        height = rows * (0.85 + len(names) * max(0.3, *(0.06 + 0.13 * (1 + name.count("\n")) for name in names)))
+        note = "\n".join((*self.notes, "Lines: 95 % intervals."))
+        with style.picture(path, height, len(metrics), rows, self.title, note, sharey=True) as (_, panels):
+            for panel, metric in zip(panels, metrics, strict=True):
+                self._draw(panel, metric)
+            panels[0].set_yticks(range(len(names)), names)
+            panels[0].set_ylim(len(names) - 0.5, -0.6)
+        return Path(path)
 
     def _draw(self, panel: Any, metric: str) -> None:
-        drawn = {row: figures[metric] for row, figures in enumerate(self.arms.values()) if metric in figures}
+        first = next(iter(self.arms))
+        drawn = {arm: figures[metric] for arm, figures in self.arms.items() if metric in figures}
         rates = any(isinstance(figure, Rate) for figure in drawn.values())
-        for row, figure in drawn.items():
-            color = COLORS[row % len(COLORS)]
+        for row, arm in enumerate(self.arms):
+            if arm not in drawn:
+                continue
+            figure, color = drawn[arm], style.color_of("aligned" if arm == first else arm)
             scale, digits = (100, 0) if isinstance(figure, Rate) else (1, 2)
             low, high = (scale * bound for bound in figure.interval)
-            value = scale * figure.value
-            if math.isfinite(high):
-                panel.plot([low, high], [row, row], color=color, linewidth=3, alpha=0.45, solid_capstyle="round")
-            panel.plot([value], [row], "o", color=color, markersize=7)
-            where: dict[str, Any] = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
-            panel.annotate(f"{value:.{digits}f}", (value, row), **where, fontsize=7)
+            value, across = scale * figure.value, (low, high) if math.isfinite(high) else None
+            style.point(panel, value, row, color, across=across, hollow=style.is_control(arm))
+            where: dict[str, Any] = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+            panel.annotate(f"{value:.{digits}f}", (value, row), **where)
         if rates:
-            panel.set_xlim(-6, 106)
-        panel.set_title("\n".join([*_wrapped(metric, HEADING), f"N={self._sizes(metric)}"]), fontsize=8)
-        panel.set_xlabel("%" if rates else "nats per token", fontsize=7)
-        panel.grid(axis="x", color="0.9")
+            panel.set_xlim(-8, 108)
+            panel.set_xticks([0, 50, 100])
+        else:
+            panel.locator_params(axis="x", nbins=4)
+        panel.set_title("\n".join([*wrap(metric, HEADING), f"N={self._sizes(metric)}"]))
+        panel.set_xlabel("%" if rates else "nats per token")
+        panel.tick_params(length=0)
+        panel.grid(axis="x")
 
     def _sizes(self, metric: str) -> str:
         sizes = sorted({figures[metric].n for figures in self.arms.values() if metric in figures})

@@ -51,7 +51,20 @@ def skinny(c: Case, dtype: torch.dtype, factor: torch.dtype, rows: int) -> dict[
     z = (torch.randn(rows, c.q.k) @ c.a.mT).to(factor)
     y = triton_backend.nf4_skinny(x, c.q, z, bp, 0.7)
     wanted = x.double() @ c.dense.mT + 0.7 * z.double() @ bp.double().mT
-    return {"y": off(y, wanted), "parts": triton_backend.splits(c.q.n, c.q.k, rows)}
+    found = {"y": off(y, wanted), "parts": triton_backend.splits(c.q.n, c.q.k, rows)}
+    return {**found, "adapter": adapter_alone(c, torch.zeros_like(x), z, bp)}
+
+
+def adapter_alone(c: Case, nothing: Tensor, z: Tensor, bp: Tensor) -> float:
+    """Where x is zero: the largest error of y beyond its one rounding, as a share of the terms' sizes. Rounded factors
+    would show where the terms cancel.
+    """
+    y = triton_backend.nf4_skinny(nothing, c.q, z, bp, 0.7).double()
+    z, bp = z.double(), bp.double()
+    wanted, terms = 0.7 * z @ bp.mT, 0.7 * z.abs() @ bp.abs().mT
+    once = EPS[nothing.dtype] * (1.0 if nothing.dtype == torch.bfloat16 else 0.5)  # which is truncated here
+    size = wanted.abs().clamp(min=torch.finfo(nothing.dtype).tiny)
+    return float((((y - wanted).abs() - once * size) / terms).max())
 
 
 def rank_product(c: Case, dtype: torch.dtype, factor: torch.dtype, rows: int) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks import ops_together
 from benchmarks.ops import TARGETS
-from benchmarks.ops_arms import arms, layer
+from benchmarks.ops_arms import arms, errors, layer
 from benchmarks.ops_gpu import everything
 
 
@@ -20,6 +21,23 @@ def test_all_protected_arms_give_the_same_numbers() -> None:
     for pair in (unprotected, *((found["naive SaLoRA"], other) for other in found.values())):
         torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
     assert float((unprotected[0] - found["this"]).abs().max()) > 1e-3
+
+
+def test_errors_are_those_of_the_dtype() -> None:
+    one = layer(64, 128, "cpu", torch.float32)
+    x = torch.randn(80, 128)
+    found = errors(one, x)
+    assert found.keys() == arms(one).keys()
+    assert max(found.values()) <= 1e-6
+
+
+def test_layers_with_one_input_give_the_same_either_way() -> None:
+    """One after another and as one function: outputs and gradients."""
+    ways = ops_together.works((48, 16, 16), 64, 70, "cpu", torch.float32)
+    found, wanted = (ways[name]() for name in ops_together.ARMS)
+    assert len(found) == len(wanted) == 3 + 1 + 3
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_every_part_runs_and_names_what_the_targets_name() -> None:

@@ -53,6 +53,7 @@ def test_skinny_products(lines: list[dict[str, Any]]) -> None:
     assert {line["rows"] for line in cases} == {1, 20, 64}
     codes = 0.5  # those of the weight are rounded to 16 bits, too, as they are in bitsandbytes
     assert [line for line in cases if not line["y"] <= bound(line) + codes] == []
+    assert [line for line in cases if not line["adapter"] <= 2e-6] == []
 
 
 def test_the_product_with_a_has_the_precision_of_a(lines: list[dict[str, Any]]) -> None:

@@ -112,15 +112,26 @@ def test_the_effective_update_is_whole_and_blind(dtype: torch.dtype, share: floa
     assert float((found @ span).norm()) <= noise
     if share <= 1e-2:  # larger ones drown the rounding of W
         assert float(rounded.norm()) >= 5 * float(found.norm())
-    inside = (torch.randn(100, blind, dtype=torch.float64) @ span.mT).float()
-    z = ops.lora_z(inside, a)
-    assert float(z.norm()) <= 1e-6 * float(inside.norm() * a.norm())
+    seen = ops.lora_z(torch.eye(k, dtype=dtype), a).double()  # A as the inputs of this dtype meet it
+    assert float((span.mT @ seen).norm()) <= 1e-6 * float(a.norm())
 
 
 def test_an_fp32_factor_is_not_rounded_to_the_inputs() -> None:
     c = case(48, 128, 5)
     x = torch.randn(100, 128).bfloat16()
     close(ops.lora_z(x, c.a), x.double() @ c.a.double().mT, torch.float32)
+
+
+@pytest.mark.parametrize("rows", [3, 100])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_the_adapter_is_rounded_once_at_the_end(dtype: torch.dtype, rows: int) -> None:
+    """Also where its terms cancel, so that rounded factors would show."""
+    c = case(48, 64, 5)
+    z, x = torch.randn(rows, 5), torch.zeros(rows, 64, dtype=dtype)
+    wanted = 0.7 * z.double() @ c.bp.double().mT
+    terms = 0.7 * z.double().abs() @ c.bp.double().abs().mT
+    error = (ops.nf4_lora(x, c.q, z, c.bp, 0.7).double() - wanted).abs()
+    assert bool((error <= 0.5 * EPS[dtype] * wanted.abs() + 1e-6 * terms).all())
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen A", "trained A"])

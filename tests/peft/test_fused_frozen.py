@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from peft_safety import SaLoRAConfig, explain_dispatch, ops
@@ -79,6 +80,41 @@ def test_one_product_for_layers_with_one_input(reference: None, products: list[A
     assert len(members) > len(groups) > 0
     run(model)
     assert len(products) == len(layers) - len(members) + len(groups)
+
+
+def test_each_layer_makes_one_plan(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, planned, original = model_of(), [], fused.plan
+    monkeypatch.setattr(fused, "plan", lambda layer: planned.append(layer) or original(layer))
+    run(model)
+    layers = [layer for _, layer in cells.layers_of(model)]
+    assert len(planned) == len(layers)
+    assert set(planned) == set(layers)
+
+
+@pytest.mark.parametrize("what", ["disabled", "another adapter", "merged", "hooked"])
+def test_a_layer_that_takes_another_path_has_no_part(what: str, reference: None, products: list[Any]) -> None:
+    """Or nobody takes it: its numbers are those of PEFT's path, and the others' too."""
+    model = model_of()
+    table = dict(cells.layers_of(model))
+    first = next(name for name in table if name.endswith("q_proj"))
+    q, v = table[first], table[first.replace("q_proj", "v_proj")]
+    if what == "disabled":
+        v.enable_adapters(False)
+    elif what == "another adapter":
+        model.add_adapter("other", LoraConfig(r=4, target_modules=["v_proj"]))
+        v.set_adapter("other")
+    elif what == "merged":
+        v.merged_adapters.append("default")
+    else:
+        v.lora_A["default"].register_forward_hook(lambda *given: None)
+    x = torch.randn(100, q.in_features)
+    found = [layer(x) for layer in (q, v)]
+    rank = len(q.lora_A["default"].weight)
+    assert products == [(rank * (2 if what == "hooked" else 1), q.in_features)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(fused.SWITCH, "0")
+        for layer, y in zip((q, v), found, strict=True):
+            torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("what", ["another tensor", "written in place", "without gradients", "its A was written"])

@@ -110,6 +110,10 @@ def test_the_tasks_share_outside_is_what_a_dense_computation_gives():
         q = space.bases[name]["in"].double()
         outside = x - x @ q @ q.T
         assert share.free == pytest.approx(float(outside.square().sum() / x.square().sum()), rel=1e-3)
+        assert share.curve.shape == (5,)
+        assert float(share.curve[-1]) == share.free
+        two = x - x @ q[:, :2] @ q[:, :2].T
+        assert float(share.curve[1]) == pytest.approx(float(two.square().sum() / x.square().sum()), rel=1e-3)
         for found, matrix in ((share.rank, x), (share.rank_free, outside)):
             energy = torch.linalg.svdvals(matrix).square().cumsum(0)
             assert abs(found - (int((energy < 0.99 * energy[-1]).sum()) + 1)) <= 1

@@ -24,7 +24,7 @@ MISSING = {
     "trl": ("import peft_safety.recipes.job.steps", ["trl"]),
     "inspect": ("import peft_safety.evaluation.inspect_ai", ["inspect_ai"]),
     "axolotl": ("import peft_safety.integrations.axolotl", ["axolotl"]),
-    "plot": ("from peft_safety.reporting import render; render.require_matplotlib()", ["matplotlib"]),
+    "plot": ("from peft_safety.reporting import style; style.require_matplotlib()", ["matplotlib"]),
     "eval": ("from peft_safety.evaluation.lm_eval import functions; functions.harmful()", ["datasets"]),
     "quant": (
         "from peft_safety.recipes.load import load_model; load_model('', load_in_4bit=True)",
