@@ -1,0 +1,84 @@
+"""Of MkDocs: what pages link to outside of docs/ comes into the site, so that one link works there and on GitHub.
+
+A link `../../benchmarks/results/frontier.png` is, to MkDocs, a file `../benchmarks/results/frontier.png` in docs/. So
+files get such names here, and a place of their own in the site: Markdown and source code as pages, all else as it is.
+No text of a page is changed.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files, InclusionLevel
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+
+LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
+ALWAYS = ("../SECURITY.md", "../CONTRIBUTING.md", "../CHANGELOG.md")
+LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".cfg": "ini", ".txt": "text"}
+INSIDE = "../docs/"
+
+
+def linked(text: str, page: str) -> list[str]:
+    """The files that a page links to, relative to docs/; `page` is the page's own place."""
+    links = [link for link in LINK.findall(text) if ":" not in link]
+    return [posixpath.normpath(posixpath.join(posixpath.dirname(page), link)) for link in links]
+
+
+def place(uri: str) -> str:
+    """Where in the site a file from outside of docs/ is."""
+    path = uri.removeprefix("../")
+    if path.endswith(".md"):
+        return f"{path[:-3].lower().removesuffix('/readme')}/index.html"
+    return f"{path}/index.html" if Path(path).suffix in LANGUAGES else path
+
+
+class Source(File):
+    """A page that shows a file of source code."""
+
+    def is_documentation_page(self) -> bool:
+        return True
+
+
+class Repository(Files):
+    """Files by their names relative to docs/, to which the pages outside of it link by `docs/`."""
+
+    def get_file_from_path(self, path: str) -> File | None:
+        return super().get_file_from_path(path.removeprefix(INSIDE))
+
+
+def on_files(files: Files, *, config: MkDocsConfig) -> Files:
+    result = Repository(files)
+    pages = [(file.src_uri, file.content_string) for file in files.documentation_pages()]
+    wanted = [*ALWAYS, *(uri for page, text in pages for uri in linked(text, page))]
+    while wanted:
+        uri = wanted.pop()
+        if not uri.startswith("../") or result.get_file_from_path(uri) is not None:
+            continue
+        source = Path(config.docs_dir, uri).resolve()
+        root = Path(config.docs_dir).resolve().parent
+        if not source.is_file() or root not in source.parents:
+            raise PluginError(f"a page links to {uri}, relative to docs/, which is no file of this repository")
+        file = outside(uri, source, config)
+        result.append(file)
+        if uri.endswith(".md"):
+            wanted += linked(file.content_string, uri)
+    return result
+
+
+def outside(uri: str, source: Path, config: MkDocsConfig) -> File:
+    """A file from outside of docs/."""
+    hidden = InclusionLevel.NOT_IN_NAV
+    language = LANGUAGES.get(source.suffix)
+    if language is None:
+        file = File(uri, config.docs_dir, config.site_dir, config.use_directory_urls, inclusion=hidden)
+    else:
+        text = f"# `{uri.removeprefix('../')}`\n\n`````{language}\n{source.read_text(encoding='utf-8')}`````\n"
+        file = Source.generated(config, uri, content=text, inclusion=hidden)
+    file.dest_uri = place(uri)
+    return file
