@@ -7,35 +7,18 @@ No text of a page is changed.
 
 from __future__ import annotations
 
-import posixpath
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files, InclusionLevel
+from places import LANGUAGES, linked, place  # MkDocs puts this folder on the path while it imports this file
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
 
-LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
 ALWAYS = ("../SECURITY.md", "../CONTRIBUTING.md", "../CHANGELOG.md")
-LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".cfg": "ini", ".txt": "text"}
 INSIDE = "../docs/"
-
-
-def linked(text: str, page: str) -> list[str]:
-    """The files that a page links to, relative to docs/; `page` is the page's own place."""
-    links = [link for link in LINK.findall(text) if ":" not in link]
-    return [posixpath.normpath(posixpath.join(posixpath.dirname(page), link)) for link in links]
-
-
-def place(uri: str) -> str:
-    """Where in the site a file from outside of docs/ is."""
-    path = uri.removeprefix("../")
-    if path.endswith(".md"):
-        return f"{path[:-3].lower().removesuffix('/readme')}/index.html"
-    return f"{path}/index.html" if Path(path).suffix in LANGUAGES else path
 
 
 class Source(File):
