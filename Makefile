@@ -167,7 +167,7 @@ docs-serve: $(DOCS)/.installed
 	$(MKDOCS) serve --livereload
 
 # what is too long for every change: every test, with the oldest instructions too, and the harness at a small scale
-nightly: $(STAMP) model $(DEEPSPEED) $(LLAMA_CPP) $(INSPECT) $(ENCODER) $(QUANTIZED)
+nightly: $(STAMP) model $(DEEPSPEED) $(LLAMA_CPP) $(INSPECT) $(ENCODER) $(QUANTIZED) $(DOCS)/.installed
 	$(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) $(PYTEST_ARGS)
 	$(OLDEST_ISA) $(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) -m "not gpu" $(PYTEST_ARGS)
 	PYTHONPATH=$(CURDIR)/$(DEEPSPEED) DS_ACCELERATOR=cpu $(OFFLINE) $(BIN)/python -m pytest tests/distributed -k zero $(PYTEST_ARGS)
