@@ -1,7 +1,7 @@
 """Of MkDocs: what pages link to outside of docs/ comes into the site, so that one link works there and on GitHub.
 
 A link `../../benchmarks/results/frontier.png` is, to MkDocs, a file `../benchmarks/results/frontier.png` in docs/. So
-files get such names here, and a place of their own in the site: Markdown and source code as pages, all else as it is.
+files get such names here, and a place of their own in the site: Markdown, notebooks and source code as pages, all else as it is.
 No text of a page is changed.
 """
 
@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files, InclusionLevel
-from places import LANGUAGES, linked, place  # MkDocs puts this folder on the path while it imports this file
+from places import (
+    NOTEBOOK,
+    is_shown,
+    linked,
+    page,
+    place,
+)  # MkDocs puts this folder on the path while it imports this file
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -21,8 +27,8 @@ ALWAYS = ("../SECURITY.md", "../CONTRIBUTING.md", "../CHANGELOG.md")
 INSIDE = "../docs/"
 
 
-class Source(File):
-    """A page that shows a file of source code."""
+class Shown(File):
+    """A page made of a file that is not Markdown."""
 
     def is_documentation_page(self) -> bool:
         return True
@@ -49,7 +55,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
             raise PluginError(f"a page links to {uri}, relative to docs/, which is no file of this repository")
         file = outside(uri, source, config)
         result.append(file)
-        if uri.endswith(".md"):
+        if uri.endswith((".md", NOTEBOOK)):
             wanted += linked(file.content_string, uri)
     return result
 
@@ -57,11 +63,10 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 def outside(uri: str, source: Path, config: MkDocsConfig) -> File:
     """A file from outside of docs/."""
     hidden = InclusionLevel.NOT_IN_NAV
-    language = LANGUAGES.get(source.suffix)
-    if language is None:
-        file = File(uri, config.docs_dir, config.site_dir, config.use_directory_urls, inclusion=hidden)
+    if is_shown(uri):
+        text = page(uri, source.read_text(encoding="utf-8"))
+        file: File = Shown.generated(config, uri, content=text, inclusion=hidden)
     else:
-        text = f"# `{uri.removeprefix('../')}`\n\n`````{language}\n{source.read_text(encoding='utf-8')}`````\n"
-        file = Source.generated(config, uri, content=text, inclusion=hidden)
+        file = File(uri, config.docs_dir, config.site_dir, config.use_directory_urls, inclusion=hidden)
     file.dest_uri = place(uri)
     return file

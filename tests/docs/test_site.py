@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import re
 import shutil
@@ -139,11 +140,23 @@ def test_what_a_page_links_to(places: ModuleType) -> None:
         ("../SECURITY.md", "security/index.html"),
         ("../examples/patches/p/README.md", "examples/patches/p/index.html"),
         ("../examples/x.py", "examples/x.py/index.html"),
+        ("../notebooks/x.ipynb", "notebooks/x.ipynb/index.html"),
         ("../benchmarks/results/x.png", "benchmarks/results/x.png"),
     ],
 )
 def test_where_a_file_from_outside_comes(places: ModuleType, uri: str, path: str) -> None:
     assert places.place(uri) == path
+
+
+def test_source_code_and_notebooks_are_shown_as_pages(places: ModuleType) -> None:
+    assert places.page("../examples/x.py", "a = 1\n") == "# `examples/x.py`\n\n`````python\na = 1\n`````\n"
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "[a](../docs/x.md)"]},
+        {"cell_type": "code", "source": ["b = 2"], "outputs": [{"text": "printed"}]},
+    ]
+    shown = places.page("../notebooks/x.ipynb", json.dumps({"cells": cells}))
+    assert shown == "# Title\n[a](../docs/x.md)\n\n`````python\nb = 2\n`````\n"
+    assert places.linked(shown, "../notebooks/x.ipynb") == ["../docs/x.md"]
 
 
 def test_the_lock_holds_what_the_extra_asks_for() -> None:
