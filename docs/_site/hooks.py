@@ -1,8 +1,8 @@
 """Of MkDocs: what pages link to outside of docs/ comes into the site, so that one link works there and on GitHub.
 
 A link `../../benchmarks/results/frontier.png` is, to MkDocs, a file `../benchmarks/results/frontier.png` in docs/. So
-files get such names here, and a place of their own in the site: Markdown, notebooks and source code as pages, all else as it is.
-No text of a page is changed.
+files get such names here, and a place of their own in the site: Markdown, notebooks and source code as pages, all else
+as it is. No text of a page is changed. While MkDocs imports this file, its folder is on the path.
 """
 
 from __future__ import annotations
@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files, InclusionLevel
-from places import (
-    NOTEBOOK,
-    is_shown,
-    linked,
-    page,
-    place,
-)  # MkDocs puts this folder on the path while it imports this file
+from places import NOTEBOOK, is_shown, linked, page, place
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
