@@ -158,6 +158,7 @@ $(DOCS)/.installed: requirements/docs.txt
 	rm -rf $(DOCS)
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -m pip install --quiet --progress-bar off --no-deps -r requirements/docs.txt
+	$(DOCS)/bin/python -m pip check
 	@touch $@
 
 docs: $(DOCS)/.installed
