@@ -7,6 +7,7 @@ as it is. No text of a page is changed. While MkDocs imports this file, its fold
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,11 @@ class Repository(Files):
 
     def get_file_from_path(self, path: str) -> File | None:
         return super().get_file_from_path(path.removeprefix(INSIDE))
+
+
+def on_config(config: MkDocsConfig) -> None:
+    if url := os.environ.get("REPO_URL"):
+        config.extra["social"] = [{"icon": "fontawesome/brands/github", "link": url, "name": "Source code"}]
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:

@@ -66,6 +66,7 @@ def test_the_menu_has_every_page_once(config: dict[str, Any]) -> None:
 def test_nothing_comes_from_elsewhere_and_every_link_is_checked(config: dict[str, Any]) -> None:
     assert config["strict"]
     assert config["theme"]["font"] is False
+    assert "repo_url" not in config, "its stars come from GitHub"
     assert {level for part in config["validation"].values() for level in part.values()} == {"warn"}
     own = [*config.get("extra_css", []), *config.get("extra_javascript", []), *config["hooks"]]
     assert not [path for path in own if "://" in path]
