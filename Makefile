@@ -26,10 +26,10 @@ export MPLBACKEND := Agg
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock model demo demo-smoke frontier frontier-smoke attacks attacks-smoke topic topic-smoke test test-isa test-all gpu integrations wheel wheel-check nightly lint format clean
+.PHONY: help venv lock model demo demo-smoke frontier frontier-smoke attacks attacks-smoke topic topic-smoke test test-isa test-all gpu integrations wheel wheel-check nightly docs docs-serve lint format clean
 
 help:
-	@echo "make demo | test | test-isa | gpu | demo-smoke | frontier-smoke | frontier | attacks-smoke | attacks | topic-smoke | topic | test-all | integrations | wheel | wheel-check | nightly | lint | format | model | venv | lock | clean"
+	@echo "make demo | test | test-isa | gpu | demo-smoke | frontier-smoke | frontier | attacks-smoke | attacks | topic-smoke | topic | test-all | integrations | wheel | wheel-check | nightly | docs | docs-serve | lint | format | model | venv | lock | clean"
 	@echo "  PYTHON=python3.12 (when .venv is made)  DEMO_ARGS=...  FRONTIER_ARGS=...  PYTEST_ARGS=..."
 
 venv: $(STAMP)
@@ -151,8 +151,24 @@ wheel: $(BUILD)
 wheel-check: wheel
 	PEFT_SAFETY_TORCH="$(TORCH)" $(OFFLINE) $(BIN)/python -m pytest tests/release $(PYTEST_ARGS)
 
+# the site, in build/site: every link, every page and every public name is checked. It reads the package's source, so that torch is not needed
+DOCS := .nightly-docs
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs
+$(DOCS)/.installed: requirements/docs.txt
+	rm -rf $(DOCS)
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --progress-bar off --no-deps -r requirements/docs.txt
+	$(DOCS)/bin/python -m pip check
+	@touch $@
+
+docs: $(DOCS)/.installed
+	$(MKDOCS) build --strict
+
+docs-serve: $(DOCS)/.installed
+	$(MKDOCS) serve --livereload --no-strict
+
 # what is too long for every change: every test, with the oldest instructions too, and the harness at a small scale
-nightly: $(STAMP) model $(DEEPSPEED) $(LLAMA_CPP) $(INSPECT) $(ENCODER) $(QUANTIZED)
+nightly: $(STAMP) model $(DEEPSPEED) $(LLAMA_CPP) $(INSPECT) $(ENCODER) $(QUANTIZED) $(DOCS)/.installed
 	$(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) $(PYTEST_ARGS)
 	$(OLDEST_ISA) $(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) -m "not gpu" $(PYTEST_ARGS)
 	PYTHONPATH=$(CURDIR)/$(DEEPSPEED) DS_ACCELERATOR=cpu $(OFFLINE) $(BIN)/python -m pytest tests/distributed -k zero $(PYTEST_ARGS)

@@ -76,9 +76,10 @@ def screen(
         batch_tokens: tokens of a batch, padding included.
         progress: show a bar, in the first process.
 
-    Returns: a `Screening`: scores, flags and verdicts by number of the row, and `kept`, the numbers of the rows to
-        train on. Among several processes (`accelerate launch`) all call this with the same rows; they share the work,
-        and each gets the whole result. Every process needs a whole model.
+    Returns:
+        A `Screening`: scores, flags and verdicts by number of the row, and `kept`, the numbers of the rows to train
+        on. Among several processes (`accelerate launch`) all call this with the same rows; they share the work, and
+        each gets the whole result. Every process needs a whole model.
 
     Raises:
         ConfigError: an option out of range, `clean` beside `fitted`, or `fitted` on a model of another size.
