@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import recorded
-from benchmarks.frontier.aggregate import points
-from benchmarks.frontier.results import NAME, facts, read
-from benchmarks.frontier.sections import FIRST_PATCH, devices
-from benchmarks.frontier.tables import Table, costs
-from benchmarks.pages import Section, link
+from benchmarks.frontier.results import facts
+from benchmarks.frontier.tables import Table
+from benchmarks.pages import Section
 
 Row = dict[str, Any]
 TRAINING, OPERATIONS = "results/costs.md", "results/operations.md"
@@ -232,17 +230,6 @@ def fusion(rows: list[Row]) -> list[Table]:
     return [Table(("", "s a mask step", "mask and optimizer, MiB", "of three fp32 copies"), lines)]
 
 
-def frontier_costs(folder: Path, page: Path) -> str:
-    """Time and memory of every method, in both sets of cells."""
-    lines = [f"![training time and memory of the methods]({link(folder / 'frontier_costs.png', page)})", ""]
-    for file, what in ((NAME, "today's patch"), (FIRST_PATCH, "the older patch, an earlier form of the package")):
-        _, rows = read(folder / file)
-        table = costs(points(rows))
-        lines += [f"Cells on {what} ({devices(rows)}; of one device), as multiples of plain LoRA's:", ""]
-        lines += [*table.markdown(), "", table.note, ""]
-    return "\n".join([*lines, "- Written by `python -m benchmarks.report frontier_costs`."])
-
-
 SECTIONS = (
     of(OPERATIONS, ops_gpu, "Ratios of medians; above 1: this is faster. bf16."),
     of(TRAINING, train_step, "Brackets: quartiles of interleaved rounds. SmolLM2-135M, rank 16 on all layers."),
@@ -250,7 +237,6 @@ SECTIONS = (
     of(TRAINING, scale, "In brackets the ratio to plain LoRA. Three steps, the fastest counts: times are rough."),
     of(TRAINING, scale_whole, "Once; processor seconds.", unless="Not run since its results are kept."),
     of(TRAINING, saved_bytes, "Counted, not timed: MiB that autograd saves in a decoder block, 512 tokens."),
-    Section("frontier_costs", TRAINING, frontier_costs),
     of(OPERATIONS, calibration, "SaLoRA's bases, SmolLM2-135M, k = 32."),
     of(OPERATIONS, safe_lora, "Brackets: quartiles. Goals: 40 times for one weight, at most 2.5 of reading."),
     of(OPERATIONS, subspace, "Bases of the weights, k = 32. Brackets: quartiles."),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.frontier.cells import cell_of
@@ -205,46 +204,3 @@ def missing(rows: Sequence[Row], planned: Sequence[Any]) -> dict[str, int]:
         if cell not in done:
             count[name_of(cell)] = count.get(name_of(cell), 0) + 1
     return count
-
-
-def cost(points: Points, name: str) -> tuple[float | None, float, float | None]:
-    """Time of training, time of calibration or repair, and memory, as multiples of plain LoRA's; None if not measured.
-
-    Only cells of the device that most cells ran on count. Training includes the injection of the adapter; training and
-    memory: the median over cells of the ratio to plain LoRA with the same share of poison and seed.
-    Calibration or repair: the largest time, since only the first cell of a process calibrates. Processor time is used
-    where it was measured: other programs disturb it less.
-    """
-    points = _of_one_device(points)
-    unit = "cpu_seconds" if _values(points, "lora", "train_cpu_seconds") else "seconds"
-    train, memory = (_ratio(points, name, key) for key in (f"train_{unit}", "added_mib"))
-    if train is None:
-        return None, 0.0, None
-    setup = max(_values(points, name, f"setup_{unit}").values(), default=0.0)
-    return train, setup / statistics.median(_values(points, "lora", f"train_{unit}").values()), memory
-
-
-def _of_one_device(points: Points) -> Points:
-    devices = Counter(row.get("device", "cpu") for point in points.values() for row in point.rows)
-    device = devices.most_common(1)[0][0] if devices else "cpu"
-    return {
-        place: replace(point, rows=[row for row in point.rows if row.get("device", "cpu") == device])
-        for place, point in points.items()
-    }
-
-
-def _values(points: Points, name: str, key: str) -> dict[tuple[float, int], float]:
-    """By share of poison and seed."""
-    return {
-        (share, row["cell"]["seed"]): row[key]
-        for (other, share), point in points.items()
-        if other == name
-        for row in point.rows
-        if row.get(key)
-    }
-
-
-def _ratio(points: Points, name: str, key: str) -> float | None:
-    base, own = _values(points, "lora", key), _values(points, name, key)
-    ratios = [value / base[place] for place, value in own.items() if place in base]
-    return statistics.median(ratios) if ratios else None

@@ -94,7 +94,6 @@ def html_page(
         ):
             if table is not None:
                 parts.append(_folded(title, table.html()))
-    parts.append("<h2>Costs</h2>" + tables.costs(points).html())
     parts.append(
         "<h2>What is missing</h2>"
         + (tables.absent(missing, planned).html() if missing else "<p>Nothing of the plan.</p>")

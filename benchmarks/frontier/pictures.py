@@ -1,12 +1,11 @@
-"""The frontier, refusal and accuracy by share of poison, and the costs, as PNG."""
+"""The frontier, and refusal and accuracy by share of poison, as PNG."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.frontier.aggregate import Point, Points, cost, label, names, shares
+from benchmarks.frontier.aggregate import Point, Points, label, shares
 from benchmarks.frontier.plan import FIRST_POISON
 from peft_safety.evaluation import Rate
 from peft_safety.reporting import style
@@ -102,35 +101,3 @@ def _line(panel: Any, points: Points, name: str, metric: str, index: int) -> sty
         return None
     panel.plot(*zip(*placed, strict=True), color=tint, lw=1, ls=":" if hollow else "-", alpha=0.8, zorder=1)
     return *placed[-1], label(name), tint
-
-
-def costs(points: Points, path: Path) -> Path:
-    """Time of training, time of calibration or repair, and memory added in training, as multiples of plain LoRA's."""
-    found = {name: cost(points, name) for name in names(points, controls=False) if name.partition("-")[0] != "aligned"}
-    rows = [(name, train, setup, memory) for name, (train, setup, memory) in found.items() if train is not None]
-    drawn = {
-        "time": [(train, setup) for _, train, setup, _ in rows],
-        "memory": [(memory, 0.0) for *_, memory in rows if memory is not None],
-    }
-    height, title = 0.7 + 0.24 * max(1, len(rows)), "What each method costs; plain LoRA = 1"
-    note = "Time: training, and calibration or repair (hatched). Memory: added while training."
-    with style.picture(path, height, 2, title=title, note=note, sharey=True, width_ratios=(3, 2)) as (_, axes):
-        for panel, (what, values) in zip(axes, drawn.items(), strict=True):
-            _bars(panel, [name for name, *_ in rows], values)
-            panel.set_title(what)
-        axes[0].set_yticks(range(len(rows)), [label(name) for name, *_ in rows])
-        axes[0].invert_yaxis()
-    return path
-
-
-def _bars(panel: Any, listed: Sequence[str], values: Sequence[tuple[float, float]]) -> None:
-    for y, (name, (solid, hatched)) in enumerate(zip(listed, values, strict=False)):
-        tint = style.color_of(name)
-        panel.barh(y, solid, color=tint, height=0.7)
-        if hatched:
-            panel.barh(y, hatched, left=solid, height=0.7, fc=style.PANEL, ec=tint, hatch="/////", lw=0.6)
-        where = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "bbox": BEHIND}
-        panel.annotate(f"{solid + hatched:.2f}", (solid + hatched, y), **where)
-    panel.axvline(1, color=style.INK, lw=0.8, ls=":")
-    panel.margins(x=0.2, y=0.02)
-    panel.tick_params(axis="y", length=0)

@@ -16,7 +16,6 @@ from benchmarks.pages import DOCS, write, written
 PICTURES = {
     "frontier.png": pictures.frontier,
     "frontier_poison.png": pictures.poison,
-    "frontier_costs.png": pictures.costs,
 }
 
 

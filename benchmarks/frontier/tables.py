@@ -6,7 +6,7 @@ import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.frontier.aggregate import RATES, Points, cost, label, names, pairs
+from benchmarks.frontier.aggregate import RATES, Points, label, names, pairs
 from peft_safety.evaluation import Rate
 from peft_safety.evaluation.metrics import Paired
 
@@ -156,21 +156,6 @@ def paired(points: Points, poison: float) -> Table:
         "for many comparisons."
     )
     return Table(headings, rows, note)
-
-
-def costs(points: Points) -> Table:
-    """Time and memory as multiples of plain LoRA's."""
-    rows = []
-    for name in names(points, controls=False):
-        train, setup, memory = cost(points, name)
-        if train is not None:
-            rows.append((label(name), number(train), number(setup), number(memory)))
-    note = (
-        "Medians over the cells of a method, for calibration or repair the most (one calibration serves all cells of "
-        "a process); training includes the injection of the adapter, and with a frozen A one pass over 32 rows; "
-        "processor time on the CPU, wall clock on a GPU."
-    )
-    return Table(("", "training time", "calibration or repair", "memory added while training"), rows, note)
 
 
 def absent(missing: dict[str, int], planned: Sequence[object]) -> Table:

@@ -248,22 +248,3 @@ def test_two_judges_stand_side_by_side():
         "compliance, classifier:x",
     )
     assert [value.split(" [")[0] for value in table.rows[0]] == ["plain LoRA", "50 %", "0 %", "25 %", "75 %"]
-
-
-def test_costs_are_multiples_of_plain_lora():
-    found = aggregate.points(
-        [
-            row(place(LORA, 0.1, 0, "test")),
-            row(place(GUARD, 0.1, 0, "test"), train_cpu_seconds=180.0, setup_cpu_seconds=45.0, added_mib=1800),
-        ]
-    )
-    assert aggregate.cost(found, "guardspace") == (2.0, 0.5, 2.0)
-    assert aggregate.cost(found, "somf") == (None, 0.0, None)
-
-
-def test_training_is_compared_with_plain_lora_at_the_same_place():
-    """A run on a slow machine at one place says nothing about a method that was only run at another."""
-    slow = [row(place(cell, 0.5, 0, "test"), train_cpu_seconds=900.0) for cell in (LORA, GUARD)]
-    found = aggregate.points([row(place(LORA, 0.1, 0, "test")), row(place(SOFT, 0.1, 0, "test")), *slow])
-    assert aggregate.cost(found, "guardspace")[0] == 1.0
-    assert aggregate.cost(found, "safe-lora-soft")[0] == 1.0

@@ -49,7 +49,6 @@ def demo(path):
 DRAWN = {
     "frontier": lambda path: pictures.frontier(points(), path),
     "frontier_poison": lambda path: pictures.poison(points(), path),
-    "frontier_costs": lambda path: pictures.costs(points(), path),
     "attacks": lambda path: attacks("attacks.jsonl", path),
     "attacks_full": lambda path: attacks("attacks_full.jsonl", path),
     "guardspace": lambda path: guardspace_report.save_png(read(RESULTS / "guardspace.jsonl", "guardspace")[1], path),
