@@ -47,7 +47,7 @@ def requirements(lines: str) -> list[Requirement]:
 def test_the_version_is_one(setup: configparser.ConfigParser) -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert peft_safety.__version__ == setup["metadata"]["version"] == str(citation["version"])
-    assert citation["license"] == setup["metadata"]["license"]
+    assert citation["license"] == setup["metadata"]["license_expression"]
     assert citation["cff-version"] == "1.2.0"
     assert {"message", "title", "authors", "type"} <= citation.keys()
 
