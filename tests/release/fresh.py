@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DIST = ROOT / "dist"
-MEASURED = DIST / "installs.jsonl"
+MEASURED = ROOT / "build" / "installs.jsonl"
 """One `Install` a line; `tests/release/table.py` writes the table of docs/install.md from it."""
 TORCH = os.environ.get("PEFT_SAFETY_TORCH", "")
 """What pip is asked for, for the same build of torch everywhere."""
@@ -39,6 +40,8 @@ class Install:
         seconds: how long pip took.
         packages: number of distributions, without pip and setuptools.
         megabytes: 10^6 bytes of their files, without compiled Python.
+        versions: `{name: version}`.
+        python, platform, date: where and when.
     """
 
     releases: str
@@ -46,12 +49,14 @@ class Install:
     seconds: float
     packages: int
     megabytes: float
+    versions: dict[str, str]
     python: str
     platform: str
     date: str
 
     def put_down(self) -> None:
         """Append it to `MEASURED`."""
+        MEASURED.parent.mkdir(exist_ok=True)
         with MEASURED.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(self)) + "\n")
 
@@ -84,9 +89,9 @@ class Fresh:
         found: dict[str, str]
         found, size = json.loads(self.run("python", "-I", "-c", TALLY))
         if what:
-            version, system = (".".join(map(str, sys.version_info[:2])), f"{sys.platform} {os.uname().machine}")
-            number, day = len(found.keys() - OWN), time.strftime("%Y-%m-%d")
-            Install(self.releases, what, seconds, number, size / 1e6, version, system, day).put_down()
+            python, day = ".".join(map(str, sys.version_info[:2])), time.strftime("%Y-%m-%d")
+            number, system = len(found.keys() - OWN), f"{platform.system()} {platform.machine()}"
+            Install(self.releases, what, seconds, number, size / 1e6, found, python, system, day).put_down()
         return found
 
     def run(self, program: str, *words: str | Path, code: int = 0, at: Path | None = None) -> str:

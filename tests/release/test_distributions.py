@@ -8,7 +8,6 @@ import tarfile
 import zipfile
 from email import message_from_bytes
 from email.message import Message
-from pathlib import Path
 
 import pytest
 
@@ -87,4 +86,6 @@ def test_the_entry_points_lead_into_the_wheel(wheel: dict[str, bytes]) -> None:
 
 def test_its_description_is_the_readme(metadata: Message) -> None:
     assert metadata["Description-Content-Type"] == "text/markdown"
-    assert str(metadata.get_payload(decode=False)).strip() == Path(ROOT / "README.md").read_text("utf-8").strip()
+    text = metadata.get_payload(decode=True)
+    assert isinstance(text, bytes)
+    assert text.strip() == (ROOT / "README.md").read_bytes().strip()
