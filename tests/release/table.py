@@ -17,7 +17,7 @@ def read(path: Path = MEASURED) -> list[Install]:
 
 
 def table(installs: list[Install]) -> str:
-    """A row for each environment: all that it holds, and what it holds beside what PEFT and transformers need alone."""
+    """A row for each call of pip: what there is then, and how much of it PEFT and transformers alone do not need."""
     lines = [
         "| releases | installed | packages | MB | beside PEFT and transformers | seconds of pip |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -34,7 +34,7 @@ def table(installs: list[Install]) -> str:
         f"{releases}: " + ", ".join(f"{name} {one.versions[name]}" for name in ("torch", "peft", "transformers"))
         for releases, one in alone.items()
     )
-    where = f"Measured on {here.date} with Python {here.python} on {here.platform}. {versions[0].upper()}{versions[1:]}."
+    where = f"Measured on {here.date} with Python {here.python} on {here.platform} ({versions})."
     return "\n".join(lines) + f"\n\n{where}\n"
 
 

@@ -27,7 +27,7 @@ CANARIES = ["tests/unit", "tests/interop/test_canary.py"] + [
     f"tests/peft/test_{name}.py"
     for name in ("guardspace", "lifecycle", "frozen", "export", "merge", "invariant", "ortho_patch", "safe_lora")
 ]
-"""Tests that run with each set of releases: what PEFT and transformers have to offer, and each method on a tiny model."""
+"""Run with each set of releases: what PEFT and transformers have to offer, and each method on a tiny model."""
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(3600),
@@ -79,7 +79,7 @@ def test_the_wheel_works_in_a_fresh_environment(releases: str, folder: Path) -> 
         assert "GUARDSPACE, frozen A" in fresh.run("peft-safety", "verify", "adapter")
     fresh.run("python", "-m", "pip", "check")
 
-    fresh.pip("pytest", "pytest-timeout", "hypothesis")
+    fresh.pip(f"{WHEEL}[plot,quant]", "pytest", "pytest-timeout", "hypothesis")
     options = ["-q", "-p", "no:cacheprovider", "--basetemp", folder / "tests", "-m", "not slow and not gpu"]
     print(fresh.run("python", "-m", "pytest", *CANARIES, *options, at=ROOT).splitlines()[-1])
 

@@ -64,7 +64,7 @@ def test_the_oldest_releases_are_the_lower_bounds(setup: configparser.ConfigPars
     lines = (ROOT / "requirements" / "oldest.txt").read_text(encoding="utf-8").splitlines()
     oldest = dict(line.split("==") for line in lines if "==" in line)
     asked = requirements(setup["options"]["install_requires"])
-    for name in ("cli", "trl"):
+    for name in ("cli", "quant", "trl"):
         asked += [one for one in requirements(setup["options.extras_require"][name]) if one.name != "peft-safety"]
     bounds = {one.name: [own for own in one.specifier if own.operator == ">="] for one in asked}
     found = {name: Version(own.version) for name, several in bounds.items() for own in several if name != "torch"}
