@@ -32,7 +32,7 @@ def table(installs: list[Install]) -> str:
     here = installs[0]
     versions = "; ".join(
         f"{releases}: " + ", ".join(f"{name} {one.versions[name]}" for name in ("torch", "peft", "transformers"))
-        for releases, one in alone.items()
+        for releases, one in {one.releases: one for one in installs}.items()
     )
     where = f"Measured on {here.date} with Python {here.python} on {here.platform} ({versions})."
     return "\n".join(lines) + f"\n\n{where}\n"
