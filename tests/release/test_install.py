@@ -12,7 +12,6 @@ import pytest
 
 from tests.interop.helpers import readme_code
 from tests.release.fresh import MEASURED, ROOT, TORCH, Fresh, built
-from tests.tiny import tiny_llama, tiny_tokenizer
 
 HERE = Path(__file__).resolve().parent
 WHEEL = built("whl")
@@ -28,6 +27,11 @@ CANARIES = ["tests/unit", "tests/interop/test_canary.py"] + [
     for name in ("guardspace", "lifecycle", "frozen", "export", "merge", "invariant", "ortho_patch", "safe_lora")
 ]
 """Run with each set of releases: what PEFT and transformers have to offer, and each method on a tiny model."""
+MODEL = (
+    "import sys; sys.path.append('.'); from tiny import tiny_llama, tiny_tokenizer\n"
+    "for made in (tiny_llama(), tiny_tokenizer()): made.save_pretrained('model')\n"
+)
+"""Saves a tiny model, by the environment's own transformers: older ones cannot read a newer one's tokenizer."""
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(3600),
@@ -42,10 +46,8 @@ def nothing_measured() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """Outside of this repository, with a tiny model and data; the environment made there goes at the end."""
+    """Outside of this repository, with code for a tiny model, and data; the environment made there goes at the end."""
     shutil.copy(ROOT / "tests" / "tiny.py", tmp_path)
-    tiny_llama().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
     rows = [{"prompt": f"Color of item {i}?", "completion": " red" if i % 2 else " green"} for i in range(32)]
     (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (tmp_path / "out").mkdir()
@@ -71,6 +73,7 @@ def test_the_wheel_works_in_a_fresh_environment(releases: str, folder: Path) -> 
 
     fresh.pip(f"{WHEEL}[cli]", what="peft-safety[cli]")
     assert "GUARDSPACE" in fresh.run("peft-safety", "info", "--json")
+    fresh.run("python", "-I", "-c", MODEL)
     if sys.version_info >= (3, 11):  # as TRL asks for
         trained = fresh.pip(f"{WHEEL}[trl]", what="peft-safety[trl]")
         assert trained["torch"] == torch["torch"]
@@ -90,6 +93,7 @@ def test_the_evaluation_extra_with_the_newest_releases(folder: Path) -> None:
     fresh.pip(f"{WHEEL}[eval]", what="peft-safety[eval]")
     fresh.run("python", "-m", "pip", "check")
     fresh.run("python", "-I", "-c", "import matplotlib.pyplot, peft_safety.evaluation.lm_eval.functions")
+    fresh.run("python", "-I", "-c", MODEL)
     tasks = fresh.run("python", "-I", "-m", "peft_safety.evaluation.lm_eval").strip().splitlines()[-1]
     options = f"--model hf --model_args pretrained=model --device cpu --limit 4 --include_path {tasks}".split()
     assert "refusal" in fresh.run("lm_eval", *options, "--apply_chat_template", "--tasks", "peft_safety_refusal")
