@@ -147,9 +147,16 @@ wheel: $(BUILD)
 	rm -rf build dist
 	PYTHONPATH=$(CURDIR)/$(BUILD) $(BIN)/python -m build
 
-# the wheel in fresh environments: the newest and the oldest releases that setup.cfg allows
-wheel-check: wheel
+# checkers of CITATION.cff, classifiers and workflows, apart from what they check
+CHECKERS := .nightly-checkers
+$(CHECKERS):
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --progress-bar off cffconvert==2.0.0 trove-classifiers==2026.9.21.13 zizmor==1.32.0
+
+# the wheel in fresh environments: the newest and the oldest releases that setup.cfg allows; its table in docs/install.md
+wheel-check: wheel $(CHECKERS)
 	PEFT_SAFETY_TORCH="$(TORCH)" $(OFFLINE) $(BIN)/python -m pytest tests/release $(PYTEST_ARGS)
+	$(BIN)/python -m tests.release.table
 
 # the site, in build/site: every link, every page and every public name is checked. It reads the package's source, so that torch is not needed
 DOCS := .nightly-docs

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
-from pydantic import BaseModel, Field, model_validator
 
 from peft_safety.callbacks import SafetyMonitorCallback, TaskDirectionsCallback
 from peft_safety.errors import ConfigError, extra
@@ -19,6 +18,7 @@ from peft_safety.registry.protection import assert_protected
 with extra("axolotl", "the plugin needs axolotl"):
     from axolotl.integrations.base import AdapterCapabilities, BasePlugin
     from axolotl.loaders.adapter import load_lora
+    from pydantic import BaseModel, Field, model_validator
 
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 

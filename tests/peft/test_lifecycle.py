@@ -10,8 +10,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 from peft_safety import SafetySubspace, SaLoRAConfig, assert_protected
@@ -196,7 +198,8 @@ def test_a_weighted_combination_of_one_subspace_is_protected(combination: str, t
     model.set_adapter("mix")
     assert_protected(model, "mix")
     assert cells.leak(model, "mix") <= LEAK
-    if combination in ("cat", "svd"):  # exact ones; svd keeps the rank, so it is the best approximation only
+    # exact ones; svd keeps the rank, so it is the best approximation only, and PEFT 0.20 scales it twice
+    if combination == "cat" or (combination == "svd" and Version(peft.__version__) >= Version("0.21")):
         sums = {
             name: 0.7 * delta - 0.3 * cells.deltas(model, "other")[name] for name, delta in cells.deltas(model).items()
         }

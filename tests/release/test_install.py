@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.interop.helpers import readme_code
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.release.fresh import MEASURED, ROOT, TORCH, Fresh, built
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-WHEELS = sorted((ROOT / "dist").glob("*.whl"))
-TORCH = os.environ.get("PEFT_SAFETY_TORCH", "")
-PARTS = {"newest": [], "oldest": ["-c", str(ROOT / "requirements" / "oldest.txt")]}
-TALLY = (
-    "from importlib.metadata import distributions as all; import json; "
-    "print(json.dumps({there.metadata['Name'].lower(): there.version for there in all()}))"
-)
+WHEEL = built("whl")
 ENTRY_POINTS = (
     "from importlib.metadata import distribution; from peft_safety.errors import MissingPackageError as M\n"
     "for entry in distribution('peft-safety').entry_points:\n"
@@ -31,70 +22,78 @@ ENTRY_POINTS = (
     "    except M as error: print(entry.group, error)\n"
     "    else: print(entry.group, 'loads')\n"
 )
+CANARIES = ["tests/unit", "tests/interop/test_canary.py"] + [
+    f"tests/peft/test_{name}.py"
+    for name in ("guardspace", "lifecycle", "frozen", "export", "merge", "invariant", "ortho_patch", "safe_lora")
+]
+"""Run with each set of releases: what PEFT and transformers have to offer, and each method on a tiny model."""
+MODEL = (
+    "import sys; sys.path.append('.'); from tiny import tiny_llama, tiny_tokenizer\n"
+    "for made in (tiny_llama(), tiny_tokenizer()): made.save_pretrained('model')\n"
+)
+"""Saves a tiny model, by the environment's own transformers: older ones cannot read a newer one's tokenizer."""
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(not (TORCH and len(WHEELS) == 1), reason="make wheel-check builds the wheel and names torch"),
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(not (TORCH and WHEEL), reason="make wheel-check builds the wheel and names torch"),
 ]
 
 
-@dataclass(frozen=True)
-class Fresh:
-    """A virtual environment, and a directory that is outside of this repository."""
-
-    folder: Path
-    chosen: list[str]
-
-    def pip(self, *words: str) -> None:
-        self.run("python", "-m", "pip", "install", "--quiet", "--no-compile", TORCH, *self.chosen, *words)
-
-    def run(self, program: str, *words: str, code: int = 0) -> str:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        done = subprocess.run(
-            [self.folder / "venv" / "bin" / program, *words],
-            cwd=self.folder,
-            env={**kept, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(self.folder / "cache"), "COLUMNS": "200"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    def packages(self) -> dict[str, str]:
-        found: dict[str, str] = json.loads(self.run("python", "-I", "-c", TALLY))
-        return found
+@pytest.fixture(scope="module", autouse=True)
+def nothing_measured() -> None:
+    MEASURED.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_the_wheel_works_in_a_fresh_environment(part: str, tmp_path: Path) -> None:
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Outside of this repository, with code for a tiny model, and data; the environment made there goes at the end."""
     shutil.copy(ROOT / "tests" / "tiny.py", tmp_path)
-    tiny_llama().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    fresh, (wheel,) = Fresh(tmp_path, PARTS[part]), WHEELS
-    try:
-        fresh.pip(str(wheel))
-        plain = fresh.packages()
-        assert not {"trl", "datasets", "matplotlib", "bitsandbytes", "pandas", "lm_eval"} & plain.keys()
-        (tmp_path / "out").mkdir()
-        assert "plain install works" in fresh.run("python", "-I", str(HERE / "plain.py"), str(tmp_path), "out")
-        loaded = fresh.run("python", "-I", "-c", ENTRY_POINTS)
-        assert 'inspect_ai these tasks need inspect_ai: pip install "peft-safety[inspect]"' in loaded
-        if {"typer", "rich"} <= plain.keys():  # newer releases of transformers bring them
-            assert "console_scripts loads" in loaded
-        else:
-            assert 'pip install "peft-safety[cli]"' in fresh.run("peft-safety", "info", code=2)
-        print(f"{part}: {len(plain)} packages without extras: {plain}")
-        fresh.pip(f"{wheel}[trl]")
-        print(f"{part}: {len(fresh.packages())} packages with [trl]")
-        fresh.run("python", "-m", "pip", "check")
-        assert "GUARDSPACE" in fresh.run("peft-safety", "info", "--json")
-        rows = [{"prompt": f"Color of item {i}?", "completion": " red" if i % 2 else " green"} for i in range(32)]
-        (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        (tmp_path / "quickstart.py").write_text(readme_code(tmp_path / "model"), encoding="utf-8")
+    rows = [{"prompt": f"Color of item {i}?", "completion": " red" if i % 2 else " green"} for i in range(32)]
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "out").mkdir()
+    yield tmp_path
+    shutil.rmtree(tmp_path / "venv")
+
+
+@pytest.mark.parametrize("releases", ["newest", "oldest"])
+def test_the_wheel_works_in_a_fresh_environment(releases: str, folder: Path) -> None:
+    fresh = Fresh(folder, releases)
+    torch = fresh.pip(what="torch")
+    before = fresh.pip("peft", "transformers", what="peft, transformers")
+    plain = fresh.pip(str(WHEEL), what="peft-safety")
+    assert plain.keys() - before.keys() == {"peft-safety"}, "the package itself needs what PEFT needs, and no more"
+    assert not {"trl", "datasets", "matplotlib", "bitsandbytes", "pandas", "lm_eval"} & plain.keys()
+    assert "plain install works" in fresh.run("python", "-I", HERE / "plain.py", folder, "out")
+    loaded = fresh.run("python", "-I", "-c", ENTRY_POINTS)
+    assert 'inspect_ai these tasks need inspect_ai: pip install "peft-safety[inspect]"' in loaded
+    assert 'axolotl.plugins the plugin needs axolotl: pip install "peft-safety[axolotl]"' in loaded
+    assert "console_scripts loads" in loaded
+    if not {"typer", "rich"} <= plain.keys():  # newer releases of transformers bring them
+        assert 'pip install "peft-safety[cli]"' in fresh.run("peft-safety", "info", code=2)
+
+    fresh.pip(f"{WHEEL}[cli]", what="peft-safety[cli]")
+    assert "GUARDSPACE" in fresh.run("peft-safety", "info", "--json")
+    fresh.run("python", "-I", "-c", MODEL)
+    if sys.version_info >= (3, 11):  # as TRL asks for
+        trained = fresh.pip(f"{WHEEL}[trl]", what="peft-safety[trl]")
+        assert trained["torch"] == torch["torch"]
+        (folder / "quickstart.py").write_text(readme_code(folder / "model"), encoding="utf-8")
         fresh.run("python", "quickstart.py")
-        checked = fresh.run("peft-safety", "verify", "adapter")
-        assert "GUARDSPACE, frozen A" in checked
-    finally:
-        shutil.rmtree(tmp_path / "venv")
+        assert "GUARDSPACE, frozen A" in fresh.run("peft-safety", "verify", "adapter")
+    fresh.run("python", "-m", "pip", "check")
+
+    fresh.pip(f"{WHEEL}[plot,quant]", "pytest", "pytest-timeout", "hypothesis")
+    options = ["-q", "-p", "no:cacheprovider", "--basetemp", folder / "tests", "-m", "not slow and not gpu"]
+    print(fresh.run("python", "-m", "pytest", *CANARIES, *options, at=ROOT).splitlines()[-1])
+
+
+def test_the_evaluation_extra_with_the_newest_releases(folder: Path) -> None:
+    fresh = Fresh(folder)
+    fresh.pip()
+    fresh.pip(f"{WHEEL}[eval]", what="peft-safety[eval]")
+    fresh.run("python", "-m", "pip", "check")
+    fresh.run("python", "-I", "-c", "import matplotlib.pyplot, peft_safety.evaluation.lm_eval.functions")
+    fresh.run("python", "-I", "-c", MODEL)
+    tasks = fresh.run("python", "-I", "-m", "peft_safety.evaluation.lm_eval").strip().splitlines()[-1]
+    options = f"--model hf --model_args pretrained=model --device cpu --limit 4 --include_path {tasks}".split()
+    assert "refusal" in fresh.run("lm_eval", *options, "--apply_chat_template", "--tasks", "peft_safety_refusal")

@@ -47,7 +47,7 @@ def requirements(lines: str) -> list[Requirement]:
 def test_the_version_is_one(setup: configparser.ConfigParser) -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert peft_safety.__version__ == setup["metadata"]["version"] == str(citation["version"])
-    assert citation["license"] == setup["metadata"]["license"]
+    assert citation["license"] == setup["metadata"]["license_expression"]
     assert citation["cff-version"] == "1.2.0"
     assert {"message", "title", "authors", "type"} <= citation.keys()
 
@@ -63,7 +63,9 @@ def test_the_package_itself_needs_what_peft_needs_and_no_more(setup: configparse
 def test_the_oldest_releases_are_the_lower_bounds(setup: configparser.ConfigParser) -> None:
     lines = (ROOT / "requirements" / "oldest.txt").read_text(encoding="utf-8").splitlines()
     oldest = dict(line.split("==") for line in lines if "==" in line)
-    asked = requirements(setup["options"]["install_requires"]) + requirements(setup["options.extras_require"]["cli"])
+    asked = requirements(setup["options"]["install_requires"])
+    for name in ("cli", "quant", "trl"):
+        asked += [one for one in requirements(setup["options.extras_require"][name]) if one.name != "peft-safety"]
     bounds = {one.name: [own for own in one.specifier if own.operator == ">="] for one in asked}
     found = {name: Version(own.version) for name, several in bounds.items() for own in several if name != "torch"}
     assert found == {name: Version(version) for name, version in oldest.items()}
@@ -112,12 +114,13 @@ def test_a_missing_package_is_both_kinds_of_error() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.name)
 def test_workflows_are_well_formed(path: Path) -> None:
     flow: dict[Any, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert flow.keys() == {"name", True, "permissions", "jobs"}, "YAML 1.1 reads `on` as True"
+    assert {"name", True, "permissions", "concurrency", "jobs"} <= flow.keys(), "YAML 1.1 reads `on` as True"
+    assert flow["permissions"] == {}, "each job says what it needs"
     for job in flow["jobs"].values():
         assert set(job.get("needs", [])) <= flow["jobs"].keys()
-        assert "timeout-minutes" in job
+        assert {"timeout-minutes", "permissions"} <= job.keys()
         for step in job["steps"]:
             assert ("run" in step) != ("uses" in step)
-            assert re.fullmatch(r"[\w./-]+@[\w./-]+", step.get("uses", "a@v1"))
+            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", step.get("uses", f"a@{0:040}")), "a tag can be moved"
             for target in re.findall(r"\bmake ([\w-]+)", step.get("run", "")):
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
