@@ -1,0 +1,80 @@
+"""Every code block of the documents runs: in the order of its page, as it is printed, on tiny models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+
+from peft_safety import assert_protected, verify
+from tests.docs.pages import PAGES, README, Block, blocks, commands, inline, name
+from tests.docs.shell import check, check_options
+from tests.docs.world import Store, provide, without_gpu
+from tests.tiny import tiny_llama
+
+NOT_RUN = 0
+"""Blocks of code that no CPU can run."""
+WITH_CODE = [page for page in PAGES if any(block.language in ("python", "bash", "yaml") for block in blocks(page))]
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("docs"))
+
+
+@pytest.fixture
+def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / ".datasets")
+    without_gpu(monkeypatch)
+
+
+def run(page: Path, store: Store) -> None:
+    """Run the blocks of a page in the current directory."""
+    code = [block for block in blocks(page) if block.language in ("python", "bash", "yaml")]
+    store.furnish("\n".join(block.code for block in code if not block.reason))
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in code:
+        place = f"{name(page)}, line {block.line}"
+        try:
+            run_block(block, place, namespace)
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"{place}: {type(error).__name__}: {error}") from error
+
+
+def run_block(block: Block, place: str, namespace: dict[str, Any]) -> None:
+    if block.language == "python":
+        source = compile("\n" * (block.line - 1) + block.code, place.partition(",")[0], "exec")
+        if not block.reason:
+            provide(block.code, namespace)
+            exec(source, namespace)
+    elif block.language == "bash":
+        for line in commands(block):
+            check(line, run=not block.reason)
+    else:
+        keys = block.code.split(":", 1)[0]
+        os.environ.get(keys)
+
+
+@pytest.mark.usefixtures("_offline")
+@pytest.mark.parametrize("page", WITH_CODE, ids=name)
+def test_the_code_of_a_page_runs(page: Path, store: Store) -> None:
+    run(page, store)
+    if page == README:
+        assert verify("adapter").method == "GUARDSPACE, frozen A"
+        assert_protected(PeftModel.from_pretrained(tiny_llama(), "adapter"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_in_the_text_have_these_options(page: Path) -> None:
+    for code in inline(page):
+        if code.startswith("peft-safety "):
+            check_options(code)
+
+
+def test_blocks_that_are_not_run_are_few() -> None:
+    reasons = [(name(page), block.line, block.reason) for page in PAGES for block in blocks(page) if block.reason]
+    assert len(reasons) <= NOT_RUN, reasons
