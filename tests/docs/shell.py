@@ -23,10 +23,12 @@ from peft_safety.recipes.job.options import SafetyOptions
 from peft_safety.recipes.job.settings import Settings
 from tests.docs.pages import ROOT
 
+FEW = "few.jsonl"
+"""A file with one row, for what would else read all that the package has."""
 SHORTER: dict[str, tuple[str, ...]] = {
     "evaluate": ("--limit", "2", "--max-new-tokens", "2"),
     "fuse": ("--max-steps", "1"),
-    "patch": ("--max-steps", "1", "--eval-limit", "2"),
+    "patch": ("--max-steps", "1", "--eval-limit", "2", "--general", FEW),
     "train": ("--max_steps", "1", "--eval_limit", "2", "--lora_r", "4", "--calibration_rows", "8", "--screen_prompts", "24"),
 }
 """Options behind those of the page, so that a run is over soon."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import os
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from peft import PeftModel
 
 from peft_safety import assert_protected, verify
 from tests.docs.pages import PAGES, README, Block, blocks, commands, inline, name
-from tests.docs.shell import check, check_options
+from tests.docs.shell import FEW, check, check_options
 from tests.docs.world import Store, provide, without_gpu
+from tests.screening.separable import known
 from tests.tiny import tiny_llama
 
 NOT_RUN = 0
@@ -29,7 +32,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / ".datasets")
+    monkeypatch.setattr("peft_safety.screening.screen.load", known)  # a random model knows no other classes
     without_gpu(monkeypatch)
+    Path(FEW).write_text(json.dumps({"prompt": "Say yes.", "response": "Yes."}) + "\n", encoding="utf-8")
 
 
 def run(page: Path, store: Store) -> None:
@@ -40,23 +45,25 @@ def run(page: Path, store: Store) -> None:
     for block in code:
         place = f"{name(page)}, line {block.line}"
         try:
-            run_block(block, place, namespace)
+            run_block(block, place, namespace, store)
         except (Exception, SystemExit) as error:
             raise AssertionError(f"{place}: {type(error).__name__}: {error}") from error
 
 
-def run_block(block: Block, place: str, namespace: dict[str, Any]) -> None:
+def run_block(block: Block, place: str, namespace: dict[str, Any], store: Store) -> None:
     if block.language == "python":
         source = compile("\n" * (block.line - 1) + block.code, place.partition(",")[0], "exec")
         if not block.reason:
-            provide(block.code, namespace)
+            provide(block.code, namespace, store)
             exec(source, namespace)
     elif block.language == "bash":
         for line in commands(block):
             check(line, run=not block.reason)
     else:
-        keys = block.code.split(":", 1)[0]
-        os.environ.get(keys)
+        settings = yaml.safe_load(block.code)
+        file = re.match(r"# (\S+\.yaml)", block.code)
+        if file or "model_name_or_path" in settings:
+            Path(file[1] if file else "job.yaml").write_text(block.code, encoding="utf-8")
 
 
 @pytest.mark.usefixtures("_offline")

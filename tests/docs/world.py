@@ -1,7 +1,7 @@
-"""The world that the blocks of a page run in: the models, files and variables that it names, all tiny.
+"""The world that the blocks of a page run in: models, adapters and files with the names that the page uses, all tiny.
 
-A block is run as it is printed. What it names, a directory such as "meta-llama/Llama-3.1-8B-Instruct" or a file such
-as "task.jsonl", is there in the current directory, where every loader looks before it asks the Hub.
+A block runs as it is printed. What it names, a directory such as "meta-llama/Llama-3.1-8B-Instruct" or a file such as
+"task.jsonl", is in the current directory, where every loader looks before it asks the Hub.
 """
 
 from __future__ import annotations
@@ -12,26 +12,39 @@ import functools
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from peft_safety import GuardSpaceConfig, SafetySubspace
 from peft_safety.data import refusal_pairs
 from tests.tiny import tiny_llama, tiny_tokenizer
 
-HUB_MODEL = re.compile(r"(?<![\w./-])(?:meta-llama|HuggingFaceTB|Qwen|mistralai|google)/[\w.-]*\w")
-MODELS = ("M", "MODEL", "BASE", "CHAT", "PRETRAINED")
-PROTECTED = ("adapter", "run/adapter", "ADAPTER", "PATCH/adapter")
-PLAIN = ("A", "B", "plain_adapter")
-SUBSPACES = ("subspace.safetensors",)
+HUB = r"(?:meta-llama|HuggingFaceTB|Qwen|mistralai|google)/[\w.-]*\w"
+ALIGNED = re.compile(rf"M|MODEL|BASE|CHAT|{HUB}-(?:Instruct|Chat|it)")
+UNALIGNED = re.compile(rf"PRETRAINED|{HUB}")
+PROTECTED = re.compile(r"adapter|run/adapter|DIR")
+PLAIN = re.compile(r"ADAPTER|A|B|PATCH|patch|lora|stranger")
+SUBSPACE = re.compile(r"(?:sub)?space\.safetensors")
+ROWS = re.compile(r"[\w./-]+\.jsonl")
+PROMPTS = re.compile(r"[\w./-]+\.csv")
+JOB = re.compile(r"job\.yaml")
+NAME = re.compile(
+    r"(?<![\w./-])(?:"
+    + "|".join(kind.pattern for kind in (ALIGNED, UNALIGNED, PROTECTED, PLAIN, SUBSPACE, ROWS, PROMPTS, JOB))
+    + r")(?![\w/-]|\.\w)"
+)
 WRITTEN = re.compile(r"""(?:save\w*\(|--out[ =]|output_dir[ =]|out=)\s*["']?([\w./-]+)""")
-ROWS = [{"prompt": f"Color of item {i}?", "completion": " red" if i % 2 else " green"} for i in range(64)]
+TASK = [{"prompt": f"Color of item {i}?", "completion": " red" if i % 2 else " green"} for i in range(64)]
+FUSION = "safe: PATCH\ntasks: [A, B]\nout: FUSED\nmax_steps: 1\n"
+WIDTH = 96
+"""Of the models: more than the directions that methods protect by default."""
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
-"""Defaults of a trainer's arguments, in place of TRL's own, which are for a GPU."""
+"""Defaults of a trainer's arguments in place of TRL's, which are for a GPU."""
 
 
 class Store:
@@ -40,126 +53,119 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def _once(self, name: str, make: Callable[[Path], Any]) -> Path:
-        path = self.root / name
-        if not path.exists():
-            make(path)
-        return path
+    @functools.cached_property
+    def aligned(self) -> Path:
+        return self._model("aligned", 0)
 
     @functools.cached_property
-    def model(self) -> Path:
-        return self._once("model", lambda path: [part.save_pretrained(path) for part in (tiny_llama(), tiny_tokenizer())])
+    def unaligned(self) -> Path:
+        return self._model("unaligned", 1)
 
     @functools.cached_property
     def subspace(self) -> Path:
-        def make(path: Path) -> None:
-            pairs = refusal_pairs(n=16)
-            made = SafetySubspace.from_activations(
-                tiny_llama(), pairs, tokenizer=tiny_tokenizer(), method="guardspace", rank=0.25, target_modules="all-linear"
-            )
-            made.save(path)
-
-        return self._once("subspace.safetensors", make)
+        path = self.root / "subspace.safetensors"
+        model, tokenizer = tiny_llama(hidden=WIDTH), tiny_tokenizer()
+        options: dict[str, Any] = {"method": "guardspace", "rank": 0.25, "target_modules": "all-linear"}
+        SafetySubspace.from_activations(model, refusal_pairs(n=16), tokenizer=tokenizer, **options).save(path)
+        return path
 
     @functools.cached_property
     def protected(self) -> Path:
-        return self._adapter("protected", GuardSpaceConfig(
-            r=4, target_modules="all-linear", train="B", subspace=str(self.subspace), a_init="random"
-        ))
+        config = GuardSpaceConfig(r=4, target_modules="all-linear", subspace=str(self.subspace), a_init="random")
+        return self._adapter("protected", config)
 
-    @functools.cached_property
-    def plain(self) -> Path:
-        return self._adapter("plain", LoraConfig(r=4, target_modules="all-linear"))
+    def plain(self, name: str) -> Path:
+        """Another one for each name."""
+        path = self.root / "plain" / name
+        return path if path.exists() else self._adapter(f"plain/{name}", LoraConfig(r=4, target_modules="all-linear"))
+
+    def _model(self, name: str, seed: int) -> Path:
+        for part in (tiny_llama(seed, WIDTH), tiny_tokenizer()):
+            part.save_pretrained(self.root / name)
+        return self.root / name
 
     def _adapter(self, name: str, config: Any) -> Path:
-        """An adapter that moves the model a little, and names the model that it is for."""
-        base = tiny_llama()
-        base.config._name_or_path = base.name_or_path = str(self.model)
+        """An adapter that changes the aligned model a little, and names it."""
         config.task_type = "CAUSAL_LM"
-        model = get_peft_model(base, config)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(self.aligned), config)
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
                 parameter.data.normal_(std=0.02)
-        return self._once(name, model.save_pretrained)
+        model.save_pretrained(self.root / name)
+        return self.root / name
 
     def furnish(self, code: str) -> None:
-        """Put what a page's code names into the current directory, without what the page writes itself first."""
-        for path in named(code):
-            target = Path(path)
-            if target.exists():
-                continue
+        """Make in the current directory what the code of a page names and does not write first."""
+        for name in named(code):
+            target = Path(name)
             target.parent.mkdir(parents=True, exist_ok=True)
-            if path in MODELS or HUB_MODEL.fullmatch(path):
-                target.symlink_to(self.model, target_is_directory=True)
-            elif path in SUBSPACES:
+            if ALIGNED.fullmatch(name):
+                target.symlink_to(self.aligned, target_is_directory=True)
+            elif UNALIGNED.fullmatch(name):
+                target.symlink_to(self.unaligned, target_is_directory=True)
+            elif PLAIN.fullmatch(name) or (PROTECTED.fullmatch(name) and "repair" in code):
+                shutil.copytree(self.plain(name), target)
+            elif PROTECTED.fullmatch(name):
+                shutil.copytree(self.protected, target)
+            elif SUBSPACE.fullmatch(name):
                 shutil.copy(self.subspace, target)
-            elif path in PROTECTED or path in PLAIN:
-                shutil.copytree(self.protected if path in PROTECTED else self.plain, target)
-            elif path.endswith(".jsonl"):
-                target.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-            elif path.endswith(".csv"):
+            elif ROWS.fullmatch(name):
+                target.write_text("".join(json.dumps(row) + "\n" for row in TASK), encoding="utf-8")
+            elif PROMPTS.fullmatch(name):
                 with target.open("w", encoding="utf-8", newline="") as file:
-                    csv.writer(file).writerows([["prompt"], *([row["prompt"]] for row in ROWS)])
+                    csv.writer(file).writerows([["prompt"], *([row["prompt"]] for row in TASK)])
+            else:
+                target.write_text(FUSION, encoding="utf-8")
 
 
 def named(code: str) -> list[str]:
-    """Models, adapters and files of rows that the code names, in their order, without those that it writes first."""
-    known = "|".join(map(re.escape, (*MODELS, *PROTECTED, *PLAIN, *SUBSPACES)))
-    pattern = rf"(?<![\w./-])(?:{known}|[\w./-]+\.(?:jsonl|csv)|{HUB_MODEL.pattern})(?![\w/-])"
+    """What code names of all that can be made, without what it writes itself (or into) at its first mention."""
     first: dict[str, int] = {}
-    for match in re.finditer(pattern, code):
+    for match in NAME.finditer(code):
         first.setdefault(match[0], match.start())
-    made = {match[1]: match.start(1) for match in reversed([*WRITTEN.finditer(code)])}
-    return [path for path, place in first.items() if made.get(path) != place]
+    written: dict[str, int] = {}
+    for match in WRITTEN.finditer(code):
+        written.setdefault(match[1], match.start(1))
+    end = len(code)
+    return [
+        name
+        for name, place in first.items()
+        if all(written.get(str(path), end) > place for path in (Path(name), *Path(name).parents))
+    ]
 
 
-def _trainer() -> Any:
-    from trl import SFTConfig, SFTTrainer
-
-    model = get_peft_model(tiny_llama(), GuardSpaceConfig(r=4, target_modules="all-linear", task_data=ROWS[:8]))
-    return SFTTrainer(model, args=SFTConfig(output_dir="run", max_steps=1), train_dataset=_data(), processing_class=tiny_tokenizer())
-
-
-def _data() -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_list(ROWS)
-
-
-STANDARD: dict[str, Callable[[], Any]] = {
-    "base": tiny_llama,
-    "model": tiny_llama,
-    "tokenizer": tiny_tokenizer,
-    "rows": lambda: [*ROWS],
-    "train_rows": lambda: [*ROWS],
-    "held_out_rows": lambda: [*ROWS[:4]],
-    "trainer": _trainer,
+STANDARD: dict[str, Callable[[Store], Any]] = {
+    "base": lambda store: AutoModelForCausalLM.from_pretrained(store.aligned),
+    "model": lambda store: AutoModelForCausalLM.from_pretrained(store.aligned),
+    "tokenizer": lambda _: tiny_tokenizer(),
+    "rows": lambda _: [*TASK],
+    "held_out_rows": lambda _: TASK[:4],
 }
 """Variables that a page may use without making them."""
 
 
-def provide(code: str, namespace: dict[str, Any], names: Iterable[str] = tuple(STANDARD)) -> None:
-    """Make those of the standard variables that a block reads and nobody has set."""
-    read = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    for variable in names:
-        if variable in read and variable not in namespace:
-            namespace[variable] = STANDARD[variable]()
+def provide(code: str, namespace: dict[str, Any], store: Store) -> None:
+    """Make those of the standard variables that a block reads before anything sets them."""
+    known = {*namespace}
+    for statement in ast.parse(code).body:
+        names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+        for node in names:
+            if isinstance(node.ctx, ast.Load) and node.id in STANDARD.keys() - known:
+                namespace[node.id] = STANDARD[node.id](store)
+        known |= {node.id for node in names}
 
 
 def without_gpu(patch: pytest.MonkeyPatch) -> None:
-    """Give the arguments of trainers the defaults of `CPU`. A block that sets one of them itself keeps its own."""
+    """Give the arguments of trainers the defaults of `CPU`. What a block sets itself stays."""
     import trl
-    from transformers import TrainingArguments
 
-    for kind in (TrainingArguments, *(value for key, value in vars(trl).items() if key.endswith("Config"))):
-        _with_defaults(kind, patch)
+    for kind in (TrainingArguments, trl.SFTConfig, trl.DPOConfig, trl.KTOConfig, trl.GRPOConfig):
+        patch.setattr(kind, "__init__", _on_cpu(kind.__init__))
 
 
-def _with_defaults(kind: type, patch: pytest.MonkeyPatch) -> None:
-    plain = kind.__init__
-
+def _on_cpu(plain: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(plain)
     def initialize(self: Any, *positional: Any, **given: Any) -> None:
         plain(self, *positional, **{**CPU, **given})
 
-    patch.setattr(kind, "__init__", initialize)
+    return initialize
