@@ -11,13 +11,13 @@ import runpy
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
 
 from peft_safety.cli import app
-from peft_safety.errors import PeftSafetyError
 from peft_safety.recipes.job.fields import table
 from peft_safety.recipes.job.options import SafetyOptions
 from peft_safety.recipes.job.settings import Settings
@@ -29,7 +29,18 @@ SHORTER: dict[str, tuple[str, ...]] = {
     "evaluate": ("--limit", "2", "--max-new-tokens", "2"),
     "fuse": ("--max-steps", "1"),
     "patch": ("--max-steps", "1", "--eval-limit", "2", "--general", FEW),
-    "train": ("--max_steps", "1", "--eval_limit", "2", "--lora_r", "4", "--calibration_rows", "8", "--screen_prompts", "24"),
+    "train": (
+        "--max_steps",
+        "1",
+        "--eval_limit",
+        "2",
+        "--lora_r",
+        "4",
+        "--calibration_rows",
+        "8",
+        "--screen_prompts",
+        "24",
+    ),
 }
 """Options behind those of the page, so that a run is over soon."""
 STATUS = {"evaluate": {0, 100}, "screen": {0, 1}}
@@ -52,7 +63,10 @@ def check(line: str, run: bool = True) -> bool:
     words = shlex.split(line, comments=True)
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         del words[0]
-    if "peft_safety" in words and words[0] in ("accelerate", "python"):  # `-m peft_safety`, in several processes or one
+    if "peft_safety" in words and words[0] in (
+        "accelerate",
+        "python",
+    ):  # `-m peft_safety`, in several processes or one
         check_command(words[words.index("peft_safety") + 1 :])
     elif words[0] == "peft-safety":
         check_command(words[1:])
@@ -108,7 +122,7 @@ def check_module(module: str, options: Sequence[str]) -> None:
         spec = importlib.util.find_spec(f"{module}.__main__")
     assert spec is not None, f"no module {module}"
     assert spec.origin is not None
-    if ".parse_args(" not in open(spec.origin, encoding="utf-8").read():
+    if ".parse_args(" not in Path(spec.origin).read_text(encoding="utf-8"):
         return
     whole = argparse.ArgumentParser.parse_args
 
@@ -132,6 +146,3 @@ def extras() -> set[str]:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
     return {*config["options.extras_require"]}
-
-
-__all__ = ["PeftSafetyError", "check", "check_options"]

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import yaml
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from peft_safety import assert_protected, verify
 from tests.docs.pages import PAGES, README, Block, blocks, commands, inline, name
 from tests.docs.shell import FEW, check, check_options
 from tests.docs.world import Store, provide, without_gpu
 from tests.screening.separable import known
-from tests.tiny import tiny_llama
 
 NOT_RUN = 0
 """Blocks of code that no CPU can run."""
@@ -72,7 +72,7 @@ def test_the_code_of_a_page_runs(page: Path, store: Store) -> None:
     run(page, store)
     if page == README:
         assert verify("adapter").method == "GUARDSPACE, frozen A"
-        assert_protected(PeftModel.from_pretrained(tiny_llama(), "adapter"))
+        assert_protected(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(store.aligned), "adapter"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -40,7 +40,7 @@ NAME = re.compile(
 )
 WRITTEN = re.compile(r"""(?:save\w*\(|--out[ =]|output_dir[ =]|out=)\s*["']?([\w./-]+)""")
 TASK = [{"prompt": f"Color of item {i}?", "completion": " red" if i % 2 else " green"} for i in range(64)]
-FUSION = "safe: PATCH\ntasks: [A, B]\nout: FUSED\nmax_steps: 1\n"
+FUSION = "safe: PATCH\ntasks: [A, B]\nout: FUSED\n"
 WIDTH = 96
 """Of the models: more than the directions that methods protect by default."""
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
