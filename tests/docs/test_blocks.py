@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,59 +13,49 @@ from transformers import AutoModelForCausalLM
 
 from peft_safety import assert_protected, verify
 from tests.docs.pages import PAGES, README, Block, blocks, commands, inline, name
-from tests.docs.shell import FEW, check, check_options
-from tests.docs.world import Store, provide, without_gpu
-from tests.screening.separable import known
+from tests.docs.shell import check, check_options
+from tests.docs.world import Store, provide
 
 NOT_RUN = 0
 """Blocks of code that no CPU can run."""
-WITH_CODE = [page for page in PAGES if any(block.language in ("python", "bash", "yaml") for block in blocks(page))]
-
-
-@pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return Store(tmp_path_factory.mktemp("docs"))
-
-
-@pytest.fixture
-def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / ".datasets")
-    monkeypatch.setattr("peft_safety.screening.screen.load", known)  # a random model knows no other classes
-    without_gpu(monkeypatch)
-    Path(FEW).write_text(json.dumps({"prompt": "Say yes.", "response": "Yes."}) + "\n", encoding="utf-8")
+LANGUAGES = ("python", "bash", "yaml")
+WITH_CODE = [page for page in PAGES if any(block.language in LANGUAGES for block in blocks(page))]
 
 
 def run(page: Path, store: Store) -> None:
     """Run the blocks of a page in the current directory."""
-    code = [block for block in blocks(page) if block.language in ("python", "bash", "yaml")]
+    code = [block for block in blocks(page) if block.language in LANGUAGES]
     store.furnish("\n".join(block.code for block in code if not block.reason))
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in code:
         place = f"{name(page)}, line {block.line}"
         try:
-            run_block(block, place, namespace, store)
+            if block.language == "python":
+                run_python(block, place, namespace, store)
+            elif block.language == "bash":
+                for line in commands(block):
+                    check(line, run=not block.reason)
+            else:
+                write_settings(block)
         except (Exception, SystemExit) as error:
             raise AssertionError(f"{place}: {type(error).__name__}: {error}") from error
 
 
-def run_block(block: Block, place: str, namespace: dict[str, Any], store: Store) -> None:
-    if block.language == "python":
-        source = compile("\n" * (block.line - 1) + block.code, place.partition(",")[0], "exec")
-        if not block.reason:
-            provide(block.code, namespace, store)
-            exec(source, namespace)
-    elif block.language == "bash":
-        for line in commands(block):
-            check(line, run=not block.reason)
-    else:
-        settings = yaml.safe_load(block.code)
-        file = re.match(r"# (\S+\.yaml)", block.code)
-        if file or "model_name_or_path" in settings:
-            Path(file[1] if file else "job.yaml").write_text(block.code, encoding="utf-8")
+def run_python(block: Block, place: str, namespace: dict[str, Any], store: Store) -> None:
+    source = compile("\n" * (block.line - 1) + block.code, place.partition(",")[0], "exec")
+    if not block.reason:
+        provide(block.code, namespace, store)
+        exec(source, namespace)
 
 
-@pytest.mark.usefixtures("_offline")
+def write_settings(block: Block) -> None:
+    """Settings of a job, for the commands below them: into the file that their first line names, or job.yaml."""
+    settings, file = yaml.safe_load(block.code), re.match(r"# (\S+\.ya?ml)", block.code)
+    if file or "model_name_or_path" in settings:
+        Path(file[1] if file else "job.yaml").write_text(block.code, encoding="utf-8")
+
+
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("page", WITH_CODE, ids=name)
 def test_the_code_of_a_page_runs(page: Path, store: Store) -> None:
     run(page, store)
