@@ -39,12 +39,20 @@ NAME = re.compile(
     + r")(?![\w/-]|\.\w)"
 )
 WRITTEN = re.compile(r"""(?:save\w*\(|--out[ =]|output_dir[ =]|out=)\s*["']?([\w./-]+)""")
-TASK = [{"prompt": f"Color of item {i}?", "completion": " red" if i % 2 else " green"} for i in range(64)]
+FOR_PLAIN = re.compile(r"safe_lora_dir|fuse\(")
+"""What takes no protected adapter: on such a page an adapter of any name is a plain LoRA."""
+TASK = [
+    {
+        "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Color of item {i}?"}],
+        "completion": [{"role": "assistant", "content": "red" if i % 2 else "green"}],
+    }
+    for i in range(128)
+]
 FUSION = "safe: PATCH\ntasks: [A, B]\nout: FUSED\n"
 WIDTH = 96
 """Of the models: more than the directions that methods protect by default."""
-CPU = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
-"""Defaults of a trainer's arguments in place of TRL's, which are for a GPU."""
+DEFAULTS = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "max_steps": 4}
+"""Of a trainer's arguments: TRL's own are for a GPU and for hours."""
 
 
 class Store:
@@ -71,7 +79,9 @@ class Store:
 
     @functools.cached_property
     def protected(self) -> Path:
-        config = GuardSpaceConfig(r=4, target_modules="all-linear", subspace=str(self.subspace), a_init="random")
+        config = GuardSpaceConfig(
+            r=4, target_modules="all-linear", train="B", a_init="random", subspace=str(self.subspace)
+        )
         return self._adapter("protected", config)
 
     def plain(self, name: str) -> Path:
@@ -103,7 +113,7 @@ class Store:
                 target.symlink_to(self.aligned, target_is_directory=True)
             elif UNALIGNED.fullmatch(name):
                 target.symlink_to(self.unaligned, target_is_directory=True)
-            elif PLAIN.fullmatch(name) or (PROTECTED.fullmatch(name) and "repair" in code):
+            elif PLAIN.fullmatch(name) or (PROTECTED.fullmatch(name) and FOR_PLAIN.search(code)):
                 shutil.copytree(self.plain(name), target)
             elif PROTECTED.fullmatch(name):
                 shutil.copytree(self.protected, target)
@@ -113,7 +123,7 @@ class Store:
                 target.write_text("".join(json.dumps(row) + "\n" for row in TASK), encoding="utf-8")
             elif PROMPTS.fullmatch(name):
                 with target.open("w", encoding="utf-8", newline="") as file:
-                    csv.writer(file).writerows([["prompt"], *([row["prompt"]] for row in TASK)])
+                    csv.writer(file).writerows([["prompt"], *([f"Question {i}?"] for i in range(8))])
             else:
                 target.write_text(FUSION, encoding="utf-8")
 
@@ -155,17 +165,17 @@ def provide(code: str, namespace: dict[str, Any], store: Store) -> None:
         known |= {node.id for node in names}
 
 
-def without_gpu(patch: pytest.MonkeyPatch) -> None:
-    """Give the arguments of trainers the defaults of `CPU`. What a block sets itself stays."""
+def quick_trainers(patch: pytest.MonkeyPatch) -> None:
+    """Give the arguments of trainers the `DEFAULTS` above. What a block sets itself stays."""
     import trl
 
     for kind in (TrainingArguments, trl.SFTConfig, trl.DPOConfig, trl.KTOConfig, trl.GRPOConfig):
-        patch.setattr(kind, "__init__", _on_cpu(kind.__init__))
+        patch.setattr(kind, "__init__", _with_defaults(kind.__init__))
 
 
-def _on_cpu(plain: Callable[..., None]) -> Callable[..., None]:
+def _with_defaults(plain: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(plain)
     def initialize(self: Any, *positional: Any, **given: Any) -> None:
-        plain(self, *positional, **{**CPU, **given})
+        plain(self, *positional, **{**DEFAULTS, **given})
 
     return initialize
