@@ -76,11 +76,12 @@ def test_a_notebook_runs_and_draws(notebook: Path, monkeypatch: pytest.MonkeyPat
 @each
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_tiny")
-def test_a_notebook_runs_in_jupyter(notebook: Path) -> None:
+def test_a_notebook_runs_in_jupyter(notebook: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a kernel of its own, whose backend shows the picture. Its first cell, which installs, is left out."""
     pytest.importorskip("ipykernel")
     nbformat = pytest.importorskip("nbformat")
     client = pytest.importorskip("nbclient").NotebookClient
+    monkeypatch.delenv("MPLBACKEND", raising=False)
     book = nbformat.read(notebook, as_version=4)
     nbformat.validate(book)
     book.cells = [cell for cell in book.cells if not cell.source.startswith("%pip ")]
