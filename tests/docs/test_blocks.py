@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,17 @@ def run(page: Path, store: Store) -> None:
 
 
 def run_python(block: Block, place: str, namespace: dict[str, Any], store: Store) -> None:
-    source = compile("\n" * (block.line - 1) + block.code, place.partition(",")[0], "exec")
-    if not block.reason:
+    """Run it; of one that is not run, import what it takes from this package."""
+    tree = ast.parse("\n" * (block.line - 1) + block.code, place)
+    if block.reason:
+        tree.body = [node for node in tree.body if isinstance(node, ast.ImportFrom) and _is_ours(node)]
+    else:
         provide(block.code, namespace, store)
-        exec(source, namespace)
+    exec(compile(tree, place, "exec"), namespace)
+
+
+def _is_ours(node: ast.ImportFrom) -> bool:
+    return str(node.module).partition(".")[0] == "peft_safety"
 
 
 def write_settings(block: Block) -> None:
