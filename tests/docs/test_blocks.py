@@ -20,7 +20,12 @@ from tests.docs.world import Store, provide
 NOT_RUN = 2
 """Blocks that say why no test runs them: they need a GPU, or another framework."""
 LANGUAGES = ("python", "bash", "yaml")
-WITH_CODE = [page for page in PAGES if any(block.language in LANGUAGES for block in blocks(page))]
+SLOW = {"docs/methods/ortho_safety_patch.md"}
+WITH_CODE = [
+    pytest.param(page, marks=[pytest.mark.slow] if name(page) in SLOW else [], id=name(page))
+    for page in PAGES
+    if any(block.language in LANGUAGES for block in blocks(page))
+]
 
 
 def run(page: Path, store: Store) -> None:
@@ -46,14 +51,12 @@ def run_python(block: Block, place: str, namespace: dict[str, Any], store: Store
     """Run it; of one that is not run, import what it takes from this package."""
     tree = ast.parse("\n" * (block.line - 1) + block.code, place)
     if block.reason:
-        tree.body = [node for node in tree.body if isinstance(node, ast.ImportFrom) and _is_ours(node)]
+        tree.body = [
+            node for node in tree.body if isinstance(node, ast.ImportFrom) and "peft_safety" in str(node.module)
+        ]
     else:
         provide(block.code, namespace, store)
     exec(compile(tree, place, "exec"), namespace)
-
-
-def _is_ours(node: ast.ImportFrom) -> bool:
-    return str(node.module).partition(".")[0] == "peft_safety"
 
 
 def write_settings(block: Block) -> None:
@@ -64,7 +67,7 @@ def write_settings(block: Block) -> None:
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("page", WITH_CODE, ids=name)
+@pytest.mark.parametrize("page", WITH_CODE)
 def test_the_code_of_a_page_runs(page: Path, store: Store) -> None:
     run(page, store)
     if page == README:

@@ -12,11 +12,13 @@ import functools
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
@@ -98,9 +100,10 @@ class Store:
         """An adapter that changes the aligned model a little, and names it."""
         config.task_type = "CAUSAL_LM"
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(self.aligned), config)
+        own = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
-                parameter.data.normal_(std=0.02)
+                parameter.data.normal_(std=0.02, generator=own)
         model.save_pretrained(self.root / name)
         return self.root / name
 
