@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from benchmarks import (
     attacks_report,
     attacks_tables,
+    costs_picture,
     costs_report,
     examples_report,
     guardspace_report,
@@ -44,7 +45,7 @@ SECTIONS = (
     *costs_report.SECTIONS,
     *screening.SECTIONS,
 )
-DRAWN = (frontier_report, attacks_report, topic, guardspace_report, method_comparison)
+DRAWN = (frontier_report, attacks_report, topic, guardspace_report, method_comparison, costs_picture)
 """Modules whose `report` draws."""
 
 

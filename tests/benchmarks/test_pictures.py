@@ -10,8 +10,8 @@ import torch
 from matplotlib.text import Text
 from PIL import Image
 
-from benchmarks import attacks_report, guardspace_report, ops, screening
-from benchmarks.common import RESULTS
+from benchmarks import attacks_report, costs_picture, guardspace_report, ops, screening
+from benchmarks.common import RESULTS, recorded
 from benchmarks.frontier import aggregate, pictures
 from benchmarks.frontier.results import read
 from benchmarks.method_comparison import report as comparison
@@ -49,6 +49,7 @@ def demo(path):
 DRAWN = {
     "frontier": lambda path: pictures.frontier(points(), path),
     "frontier_poison": lambda path: pictures.poison(points(), path),
+    "costs": lambda path: costs_picture.draw(recorded("train_step")[1], path),
     "attacks": lambda path: attacks("attacks.jsonl", path),
     "attacks_full": lambda path: attacks("attacks_full.jsonl", path),
     "guardspace": lambda path: guardspace_report.save_png(read(RESULTS / "guardspace.jsonl", "guardspace")[1], path),
