@@ -46,9 +46,10 @@ def test_task_directions_come_from_the_trainers_own_data(tmp_path):
 def test_labels_of_the_last_positions_count_as_all_do(tmp_path):
     space, made = subspace(cells.base_model()), {}
     rows = [{"prompt": f"{number} {'and ' * number}", "response": "tea"} for number in range(6)]
+    tokenizer = tiny_tokenizer()
     for trim in (False, True):
         run = trainer(frozen(a_init="random", space=space), tmp_path / str(trim))
-        run.train_dataset, run.data_collator = encode_rows(tiny_tokenizer(), rows, 64), Collator(tiny_tokenizer(), trim=trim)
+        run.train_dataset, run.data_collator = encode_rows(tokenizer, rows, 64), Collator(tokenizer, trim=trim)
         TaskDirectionsCallback(rows=6, batch_size=3).on_train_begin(None, TrainerState(), None, **_event(run))
         made[trim] = run.model
     before = copies(frozen(a_init="random", space=space))

@@ -67,7 +67,8 @@ def test_loading_into_an_adapter_that_is_there_brings_the_bases_along(tmp_path: 
 
 def test_another_adapter_than_the_one_that_is_there_is_refused(tmp_path: Path) -> None:
     cells.protected("linear").save_pretrained(tmp_path)
-    with pytest.raises(ArtifactError, match=r"rank 4 and 2 at \S*layers\.0\.mlp\.down_proj \(\d+ of \d+ modules differ"):
+    both = r"rank 4 and 2 at \S*layers\.0\.mlp\.down_proj \(\d+ of \d+ modules differ"
+    with pytest.raises(ArtifactError, match=both):
         cells.protected("linear", r=2).load_adapter(tmp_path, "default")
     with pytest.raises(ArtifactError, match="are without and with initial factors"):
         cells.protected("linear", "task").load_adapter(tmp_path, "default")
