@@ -21,23 +21,22 @@ def verify(
         str | None, Option("--model", "-m", help="Also compare the base weights with this model.")
     ] = None,
     subspace: Annotated[
-        str | None, Option(help="The subspace of a certificate or a window, to check the blindness itself.")
+        str | None,
+        Option(help="Check the blindness itself; of any other adapter: how much of its update lies in there."),
     ] = None,
     json: opt.Json = False,
 ) -> None:
     """Check that a directory holds a protected adapter, whole and unchanged. Exits with 1 if not."""
     from peft_safety.convert.verify import verify as check
     from peft_safety.recipes.load import load_model
+    from peft_safety.reporting import verification
 
     base = None if model is None else load_model(model)[0]
     try:
-        facts = asdict(check(directory, base, subspace))
+        found = check(directory, base, subspace)
     except PeftSafetyError as error:
         fail(error, code=1)
-    table = {name: value for name, value in facts.items() if name != "rounded_to"}
-    if (dtype := facts.get("rounded_to")) is not None:
-        table["worst_leak"] = f"{facts['worst_leak']:.3g}, the rounding to {dtype}"
-    show(facts, json, lambda: print_facts("Adapter: all checks passed", table))
+    show(asdict(found), json, lambda: print_facts("Adapter: all checks passed", verification.facts(found)))
 
 
 @app.command()
