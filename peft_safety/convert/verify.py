@@ -108,8 +108,9 @@ def verify(
         directory: of an adapter.
         model: a base model to compare with the shapes and the stored fingerprints; optional.
         subspace: the one that the adapter was made with, or its file. It proves the blindness behind a certificate or
-            a window. Any other is refused, and so is any adapter without a constraint: the error says how much of the
-            update lies in it, so that an adapter from elsewhere can be measured on a subspace of your own.
+            a window, which take no other; the other forms also take one in which nothing of their update lies. With
+            any other, and for an adapter without a constraint, the error says how much of the update lies in it: so an
+            adapter from elsewhere can be measured on a subspace of your own.
 
     Returns:
         What was checked, by kind of adapter: method, modules, the largest leak, digests.

@@ -186,8 +186,8 @@ def _each(rows: Sequence[Row], encoded: Callable[[Row], Feature]) -> list[Featur
 
 class Collator:
     """Makes a batch of what `encode_rows` gives, as `collate_fn` of a `DataLoader` or `data_collator` of a `Trainer`:
-    a dict of `input_ids`, `attention_mask` and `labels`, int64 `(batch, tokens)`. Shorter rows are padded on
-    the right: ids with the pad token (else the end-of-sequence token), mask with 0, labels with -100.
+    a dict of `input_ids`, `attention_mask` and `labels`, int64 `(batch, tokens)`. Shorter rows are padded on the
+    right: ids with the pad token (else the end-of-sequence token), mask with 0, labels with -100.
 
     Args:
         tokenizer: names the pad token.
