@@ -254,7 +254,7 @@ def _unconstrained(
             f"{path}: Safe LoRA keeps an update out of no subspace: {found}. Verify it without one."
         )
     kind = "peft_type 'LORA' promises no protection. It is an ordinary LoRA without a certificate"
-    return ArtifactError(f"{path}: {kind}: {found}. peft-safety repair makes it blind.")
+    return ArtifactError(f"{path}: {kind}: {found}. Make it blind with peft-safety repair.")
 
 
 def _pairs(factors: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor]]:
