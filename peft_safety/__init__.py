@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from peft_safety.convert.export import export_lora as export_lora
     from peft_safety.convert.merge import merge_quantized as merge_quantized
     from peft_safety.convert.verify import verify as verify
+    from peft_safety.data.chat import Collator as Collator
+    from peft_safety.data.chat import encode_rows as encode_rows
     from peft_safety.errors import PeftSafetyError as PeftSafetyError
     from peft_safety.methods.base import calibrate as calibrate
     from peft_safety.methods.guardspace import GuardSpaceConfig as GuardSpaceConfig
@@ -55,6 +57,7 @@ _NAMES = {
     "convert.export": ["export_lora"],
     "convert.merge": ["merge_quantized"],
     "convert.verify": ["verify"],
+    "data.chat": ["Collator", "encode_rows"],
     "errors": ["PeftSafetyError"],
     "methods.base": ["calibrate"],
     "methods.guardspace": ["GuardSpaceConfig", "repair_adapter"],

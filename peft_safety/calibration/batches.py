@@ -93,9 +93,11 @@ def _check(index: int, batch: Mapping[str, Any], two_sequences: bool) -> Batch:
             f"batch {index} has {', '.join(sorted(batch)) or 'nothing'}, but no tensor of data. Give what the model's "
             "forward takes (input_ids, pixel_values, input_features, ...), rows first."
         )
-    main, labels = data_of(result), result.get("labels")
+    main = data_of(result)
     if not isinstance(main, Tensor) or not main.numel() or ("input_ids" in result and not _are_tokens(main)):
-        raise _unfit(index)
+        raise _unfit(index, result)
+    result = _all_labels(result)
+    labels = result.get("labels")
     mask = result.get("attention_mask")
     if is_text(result) and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape != main.shape[:2]:
         raise CalibrationError(
@@ -104,7 +106,7 @@ def _check(index: int, batch: Mapping[str, Any], two_sequences: bool) -> Batch:
         )
     if not isinstance(labels, Tensor):
         if labels is not None:
-            raise _unfit(index)
+            raise _unfit(index, result)
         if two_sequences and is_text(result) and "decoder_input_ids" not in result:
             raise CalibrationError(f"batch {index}: an encoder-decoder needs labels, or decoder_input_ids. Give them.")
         return result
@@ -112,7 +114,18 @@ def _check(index: int, batch: Mapping[str, Any], two_sequences: bool) -> Batch:
         fits = labels.ndim == 2 and labels.shape[1:] == main.shape[1:2]
         classes = labels.ndim == 1 or labels.is_floating_point()
         if not labels.numel() or len(labels) != len(main) or not (fits or classes or two_sequences):
-            raise _unfit(index)
+            raise _unfit(index, result)
+    return result
+
+
+def _all_labels(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch that asks for all logits. Its labels may have been those of the last `logits_to_keep` positions only."""
+    result = dict(batch)
+    kept, labels = result.pop("logits_to_keep", None), result.get("labels")
+    if isinstance(kept, int) and is_text(result) and isinstance(labels, Tensor) and labels.ndim == 2:
+        left_out = data_of(result).shape[1] - kept
+        if labels.shape[1] == kept and left_out > 0:
+            result["labels"] = nn.functional.pad(labels, (left_out, 0), value=IGNORE_INDEX)
     return result
 
 
@@ -128,10 +141,12 @@ def _are_tokens(ids: Tensor) -> bool:
     return ids.ndim == 2 and not ids.is_floating_point()
 
 
-def _unfit(index: int) -> CalibrationError:
+def _unfit(index: int, batch: Batch) -> CalibrationError:
+    given = {key: batch[key] for key in ("input_ids", "inputs_embeds", "labels") if key in batch}
+    shapes = ", ".join(f"{key} {tuple(getattr(x, 'shape', ())) or type(x).__name__}" for key, x in given.items())
     return CalibrationError(
-        f"batch {index}: input_ids and labels must be tensors of one shape (batch, tokens), not empty. Set labels to "
-        "-100 where a token does not count; labels (batch,) are classes."
+        f"batch {index}: input_ids and labels must be tensors of one shape (batch, tokens), not empty; given are "
+        f"{shapes}. Set labels to -100 where a token does not count; labels (batch,) are classes."
     )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core.kinds import groups, is_embedding
-from peft_safety.core.names import listed
+from peft_safety.core.names import kind_of, listed
 from peft_safety.core.projection import Side
 from peft_safety.errors import ConfigError
 
@@ -130,11 +130,6 @@ def plan(
             stacklevel=4,
         )
     return sizes, unfit
-
-
-def kind_of(name: str) -> str:
-    """Last part of a module's name: `q_proj`."""
-    return name.rpartition(".")[2]
 
 
 def check_size_options(

@@ -21,23 +21,22 @@ def verify(
         str | None, Option("--model", "-m", help="Also compare the base weights with this model.")
     ] = None,
     subspace: Annotated[
-        str | None, Option(help="The subspace of a certificate or a window, to check the blindness itself.")
+        str | None,
+        Option(help="Check the blindness itself; of any other adapter: how much of its update lies in there."),
     ] = None,
     json: opt.Json = False,
 ) -> None:
     """Check that a directory holds a protected adapter, whole and unchanged. Exits with 1 if not."""
     from peft_safety.convert.verify import verify as check
     from peft_safety.recipes.load import load_model
+    from peft_safety.reporting import verification
 
     base = None if model is None else load_model(model)[0]
     try:
-        facts = asdict(check(directory, base, subspace))
+        found = check(directory, base, subspace)
     except PeftSafetyError as error:
         fail(error, code=1)
-    table = {name: value for name, value in facts.items() if name != "rounded_to"}
-    if (dtype := facts.get("rounded_to")) is not None:
-        table["worst_leak"] = f"{facts['worst_leak']:.3g}, the rounding to {dtype}"
-    show(facts, json, lambda: print_facts("Adapter: all checks passed", table))
+    show(asdict(found), json, lambda: print_facts("Adapter: all checks passed", verification.facts(found)))
 
 
 @app.command()
@@ -81,6 +80,7 @@ def repair(
     ] = False,
     dry_run: opt.DryRun = False,
     png: Annotated[Path | None, Option(help="Draw the cosines here.")] = None,
+    every: opt.EveryModule = False,
     json: opt.Json = False,
 ) -> None:
     """Repair a trained LoRA adapter, by Safe LoRA or by GuardSpace's null space: no data, no training, no model in
@@ -101,13 +101,13 @@ def repair(
         raise ConfigError(f"repair by {method} needs {option}.")
     if method == "guardspace":
         blind = repair_adapter(adapter, str(subspace), None if dry_run else out)
-        show(blind.to_json(), json, lambda: report.show_blind(blind), last)
+        show(blind.to_json(), json, lambda: report.show_blind(blind, every), last)
         return
     chosen: dict[str, Any] = {name: options[name] for name in OPTIONS}
     result = safe_lora_dir(adapter, str(unaligned), aligned, None if dry_run else out, progress=not json, **chosen)
     if png is not None:
         report.save_png(result, png)
-    show(result.to_json(), json, lambda: report.show(result), last)
+    show(result.to_json(), json, lambda: report.show(result, every), last)
 
 
 @app.command()
@@ -120,7 +120,7 @@ def audit(
     k: Annotated[int, Option(help="Directions of each weight behind the energy overlap.")] = 32,
     positions: opt.Positions = "response",
     png: Annotated[Path | None, Option(help="Draw layers by kinds of module here.")] = None,
-    every: Annotated[bool, Option("--all", help="One row a module instead of medians by kind of module.")] = False,
+    every: opt.EveryModule = False,
     json: opt.Json = False,
 ) -> None:
     """Compare an adapter's update with the weights under it and with chance, and measure what it does to general and
@@ -181,6 +181,7 @@ def fuse(
     resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint.")] = False,
     report_to: Annotated[str | None, Option(help="As in TrainingArguments.")] = None,
     dry_run: opt.DryRun = False,
+    every: opt.EveryModule = False,
     json: opt.Json = False,
 ) -> None:
     """Fuse a safe model with fine-tuned ones through a learned mask (SOMF), or without a mask (task arithmetic)."""
@@ -194,7 +195,7 @@ def fuse(
     job = FuseJob.of({} if config is None else read_config(config), flags)
     result = job.plan() if dry_run else job.run(progress=not json)
     last = "nothing written: --dry-run" if dry_run else f"fused model written to {job.out}"
-    show(result.to_json(), json, lambda: show_fusion(result), last)
+    show(result.to_json(), json, lambda: show_fusion(result, every), last)
 
 
 @app.command()
@@ -220,6 +221,7 @@ def export(
     ] = None,
     model: opt.AdapterModel = None,
     force: Annotated[bool, Option("--force", help="For --merge-to nf4: although most of the update is lost.")] = False,
+    every: opt.EveryModule = False,
     json: opt.Json = False,
 ) -> None:
     """Write a protected adapter as plain LoRA that any PEFT loads and that computes the same function, or merge it."""
@@ -243,4 +245,4 @@ def export(
     for part in (result.model, tokenizer):
         part.save_pretrained(str(out))  # type: ignore[union-attr, operator]
     (out / "merge.json").write_text(dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
-    show(result.to_json(), json, result.print, f"written to {out}")
+    show(result.to_json(), json, lambda: result.print(every), f"written to {out}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
 import typer
@@ -18,6 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def fail(error: Exception, code: int) -> Any:
@@ -39,15 +42,22 @@ def show(facts: Mapping[str, Any], as_json: bool, *parts: str | Callable[[], obj
 
 
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:
-    rows = [[name.replace("_", " "), _text(name, value)] for name, value in facts.items()]
+    """Print a table of facts. Those without a value are left out, and hashes are shortened as in errors."""
+    rows = [[name.replace("_", " "), _text(name, value)] for name, value in facts.items() if _has_value(value)]
     render.show(title, render.table(["", ""], rows, prose=[1]))
+
+
+def _has_value(value: Any) -> bool:
+    return value is not None and not (isinstance(value, Sized) and len(value) == 0)
 
 
 def _text(name: str, value: Any) -> str:
     if name == "covered" and value:
         return f"median {statistics.median(value.values()):.3g}, least {min(value.values()):.3g}"
     if isinstance(value, Mapping):
-        return "; ".join(f"{key}: {_text(key, item)}" for key, item in value.items())
+        return "; ".join(f"{key}: {_text(key, item)}" for key, item in value.items() if _has_value(item))
     if isinstance(value, (tuple, list)):
         return ", ".join(_text("", item) for item in value)
+    if isinstance(value, str) and SHA256.fullmatch(value):
+        return value[:12]
     return f"{value:.3g}" if isinstance(value, float) else str(value)

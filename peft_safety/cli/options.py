@@ -16,6 +16,7 @@ Model = Annotated[str, Option("--model", "-m", help="Hub id or directory of the 
 AdapterModel = Annotated[str | None, Option("--model", "-m", help="The base model, if not the one the adapter names.")]
 Json = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
 DryRun = Annotated[bool, Option("--dry-run", help="Only report what would be done; write nothing.")]
+EveryModule = Annotated[bool, Option("--all", help="One row a module instead of medians by kind of module.")]
 Targets = Annotated[str, Option(help='"all-linear", names separated by commas, or one regular expression.')]
 Rank = Annotated[int, Option("--rank", help="LoRA rank.")]
 Alpha = Annotated[int, Option(help="LoRA alpha.")]

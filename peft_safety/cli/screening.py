@@ -22,6 +22,9 @@ def screen(
     clean: Annotated[
         Path | None, Option(help="JSON lines of rows like yours that you have checked: sets the threshold on them.")
     ] = None,
+    known: Annotated[
+        int | None, Option(help="So many of each file of the package's prompts to learn from; default 256.")
+    ] = None,
     verdict: Annotated[
         bool, Option(help="Ask the model for its own answer to flagged requests; without: drop all flagged rows.")
     ] = True,
@@ -49,6 +52,7 @@ def screen(
 
     reading: dict[str, Any] = {"fpr": fpr, "clean": clean, "verdict": verdict, "by": by}
     reading |= {"load_in_4bit": load_in_4bit, "max_length": max_length, "batch_tokens": batch_tokens}
+    reading |= {} if known is None else {"known": known}
     result = run(model, data, progress=not json, **reading)
     if process()[0] == 0:
         last = [] if out is None else [f"{len(result.kept)} rows written to {write_kept(data, out, result.dropped)}"]

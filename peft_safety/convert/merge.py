@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from peft_safety.core import base_weights as weights
 from peft_safety.core import kinds
 from peft_safety.core.factor_forms import Form
-from peft_safety.core.names import own_name, places
+from peft_safety.core.names import lines, own_name, places
 from peft_safety.core.plain_lora import plain_config
 from peft_safety.core.projection import Side, coefficients
 from peft_safety.errors import ConfigError, LossyMergeError
@@ -59,13 +60,25 @@ class MergeResult:
             row |= {name: None for name in ("kept", "error") if math.isnan(row[name])}
         return {"to": self.to, "modules": rows}
 
-    def print(self) -> None:
-        """A plain table: a merge needs no package for printing."""
-        wide = max((len(row.module) for row in self.modules), default=0)
-        print(f"merged into {self.to}\n{'module':{wide}} {'|dW| / |W|':>10} {'kept':>9} {'error':>9} {'leak':>9}")
-        for row in self.modules:
-            leak = "-" if row.leak is None else f"{row.leak:.2g}"
-            print(f"{row.module:{wide}} {row.norm:10.2%} {row.kept:9.2%} {row.error:9.2%} {leak:>9}")
+    def print(self, every_module: bool = False) -> None:
+        """A plain table: a merge needs no package for printing. Medians by kind of module and over all, with the
+        largest leak; or one row a module.
+        """
+        groups = lines(self.modules, lambda row: row.module, every_module)
+        wide = max((len(label) for label, _ in groups), default=0)
+        what = "" if every_module else " (medians by kind, largest leak)"
+        print(f"merged into {self.to}{what}")
+        print(f"{'module':{wide}} {'|dW| / |W|':>10} {'kept':>9} {'error':>9} {'leak':>9}")
+        for label, rows in groups:
+            norm = statistics.median(row.norm for row in rows)
+            changed = [row for row in rows if not math.isnan(row.kept)]
+            kept, error = (
+                statistics.median(getattr(row, name) for row in changed) if changed else math.nan
+                for name in ("kept", "error")
+            )
+            leak = max((row.leak for row in rows if row.leak is not None), default=None)
+            text = "-" if leak is None else f"{leak:.2g}"
+            print(f"{label:{wide}} {norm:10.2%} {kept:9.2%} {error:9.2%} {text:>9}")
 
 
 @dataclass(frozen=True)

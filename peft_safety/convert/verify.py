@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_safety.convert.acting import acting, shares
 from peft_safety.core import base_weights as weights
 from peft_safety.core.adapter_dir import check_adapter, half_name
 from peft_safety.core.certificate import Certificate, read_certificate
 from peft_safety.core.plain_lora import (
     PLAIN_TYPES,
     REPAIRED_TYPE,
+    Factors,
     read_manifest,
     read_plain,
     stored_record,
@@ -105,15 +107,18 @@ def verify(
     Args:
         directory: of an adapter.
         model: a base model to compare with the shapes and the stored fingerprints; optional.
-        subspace: the null space behind a certificate or a window, or its file, to check the blindness itself.
+        subspace: the one that the adapter was made with, or its file. It proves the blindness behind a certificate or
+            a window, which take no other; the other forms also take one in which nothing of their update lies. With
+            any other, and for an adapter without a constraint, the error says how much of the update lies in it: so an
+            adapter from elsewhere can be measured on a subspace of your own.
 
     Returns:
         What was checked, by kind of adapter: method, modules, the largest leak, digests.
 
     Raises:
         ArtifactError: files that are missing, changed, or no adapter of these kinds.
-        ProtectionError: a factor that reaches what it is blind to.
-        SubspaceError: another null space, or another base model.
+        ProtectionError: a factor that reaches what it is blind to, or another subspace than the adapter's.
+        SubspaceError: no subspace, or another base model.
     """
     with reading(directory, warn=True) as path:
         return replace(_verify(path, model, subspace), directory=os.fspath(directory))
@@ -127,8 +132,12 @@ def _verify(
     if certificate is not None:
         return _verify_frozen(path, certificate, model, subspace)
     repaired = kind == REPAIRED_TYPE or manifest.get("safe_lora") is not None
-    if kind in PLAIN_TYPES and (repaired or stored_record(path) is not None):
-        return _verify_repair(path)
+    if kind in PLAIN_TYPES:
+        repaired = repaired or stored_record(path) is not None
+        if subspace is not None:
+            raise _unconstrained(path, subspace, repaired)
+        if repaired:
+            return _verify_repair(path)
     stored = check_adapter(path)
     config = stored_config(stored)
     if model is not None:
@@ -137,12 +146,14 @@ def _verify(
         stored.subspace.check_fits({name: layers[name] for name in stored.shapes}, config.basis_sides, bind=False)
     bases = [u for sides in stored.subspace.bases.values() for u in sides.values()]
     window, worst, rounded_to = "window" in config.sides, stored.worst_leak, stored.rounded_to
-    if window and subspace is not None:
-        space = _null_space(path, subspace, str(stored.subspace.provenance.get("null_space")), stored.shapes)
-        factors = protected_factors(stored, stored.shapes)
-        shares = {n: _blindness(path, space, n, f.a, leak_tolerance(f.a.dtype)) for n, f in factors.items()}
-        name = max(shares, key=lambda name: shares[name])
-        worst, rounded_to = shares[name], half_name(factors[name].a.dtype)
+    factors = {} if subspace is None else protected_factors(stored, stored.shapes)
+    if subspace is not None and not window:
+        _check_kept_out(path, subspace, stored.subspace.digest, factors)
+    if subspace is not None and window:
+        space = _own_subspace(path, subspace, str(stored.subspace.provenance.get("null_space")), factors)
+        reach = {n: _blindness(path, space, n, f.a, leak_tolerance(f.a.dtype)) for n, f in factors.items()}
+        name = max(reach, key=lambda name: reach[name])
+        worst, rounded_to = reach[name], half_name(factors[name].a.dtype)
     return Verification(
         directory=os.fspath(path),
         method=str(kind),
@@ -182,7 +193,7 @@ def _verify_frozen(
     rounding = {name: 0.0 if p == torch.float32 else fold_tolerance(p) for name, p in precisions.items()}
     leaks = {name: max(entry.leak, rounding[name]) for name, entry in modules.items()}
     if subspace is not None:
-        space = _null_space(path, subspace, certificate.subspace, rows)
+        space = _own_subspace(path, subspace, certificate.subspace, plain.factors)
         for name, a in rows.items():
             limit = max(leak_tolerance(precisions[name]), min(modules[name].leak, leak_tolerance(torch.bfloat16)))
             leaks[name] = _blindness(path, space, name, a, limit)
@@ -204,16 +215,50 @@ def _verify_frozen(
     )
 
 
-def _null_space(
-    path: Path, subspace: SafetySubspace | str | os.PathLike[str], digest: str, modules: Collection[str]
+def _own_subspace(
+    path: Path, subspace: SafetySubspace | str | os.PathLike[str], digest: str, factors: Mapping[str, Factors]
 ) -> SafetySubspace:
-    """The given null space, which must have this digest on the modules."""
-    space = SafetySubspace.of(subspace, modules)
+    """The given subspace, which must have this digest on the modules."""
+    space = SafetySubspace.of(subspace, factors)
     if space.digest != digest:
-        raise ProtectionError(
-            f"{path}: the adapter was made with subspace {digest[:12]}, not {space.digest[:12]}. Give that one."
-        )
+        raise _another(path, space, digest, factors)
     return space
+
+
+def _check_kept_out(
+    path: Path, subspace: SafetySubspace | str | os.PathLike[str], digest: str, factors: Mapping[str, Factors]
+) -> None:
+    """Refuse a given subspace that is neither the adapter's own nor one in which nothing of its update lies."""
+    space = SafetySubspace.of(subspace, factors)
+    if space.digest != digest:
+        found = shares(space, _pairs(factors))
+        if len(found) < len(factors) or any(x > leak_tolerance(factors[name].a.dtype) for name, x in found.items()):
+            raise _another(path, space, digest, factors)
+
+
+def _another(path: Path, space: SafetySubspace, digest: str, factors: Mapping[str, Factors]) -> ProtectionError:
+    return ProtectionError(
+        f"{path}: the adapter was made with subspace {digest[:12]}, not {space.digest[:12]}: "
+        f"{acting(space, _pairs(factors))}. Give that one, or make it blind to yours with peft-safety repair."
+    )
+
+
+def _unconstrained(
+    path: Path, subspace: SafetySubspace | str | os.PathLike[str], repaired: bool
+) -> ArtifactError | ProtectionError:
+    """What is said of a plain LoRA that nothing keeps out of a subspace."""
+    factors = read_plain(path, linear=False).factors
+    found = acting(SafetySubspace.of(subspace, factors), _pairs(factors))
+    if repaired:
+        return ProtectionError(
+            f"{path}: Safe LoRA keeps an update out of no subspace: {found}. Verify it without one."
+        )
+    kind = "peft_type 'LORA' promises no protection. It is an ordinary LoRA without a certificate"
+    return ArtifactError(f"{path}: {kind}: {found}. Make it blind with peft-safety repair.")
+
+
+def _pairs(factors: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (factor.a, factor.b) for name, factor in factors.items()}
 
 
 def _blindness(path: Path, space: SafetySubspace, name: str, a: Tensor, limit: float) -> float:

@@ -92,7 +92,7 @@ def check_adapter(directory: Path) -> StoredAdapter:
     if kind not in types:
         remedy = f"Give one of {' or '.join(types)}."
         if kind == "LORA":
-            remedy = "It is an ordinary LoRA without a certificate: peft-safety repair makes it blind."
+            remedy = "It is an ordinary LoRA without a certificate. Make it blind with peft-safety repair."
         raise ArtifactError(f"{path}: peft_type {kind!r} promises no protection. {remedy}")
     for file in directory.glob("adapter_model*"):
         if file.suffix in files.PICKLES:

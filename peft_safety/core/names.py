@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -145,6 +145,25 @@ def _certain_end(key: str) -> str:
 def by_number(name: str) -> list[tuple[int, str]]:
     """A key to sort names by: layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def kind_of(name: str) -> str:
+    """Last part of a module's name: `q_proj`."""
+    return name.rpartition(".")[2]
+
+
+def lines(
+    rows: Sequence[T], name: Callable[[T], str], every: bool, kind: Callable[[str], str] = kind_of
+) -> list[tuple[str, list[T]]]:
+    """Label and rows of each line of a table: one for each module; or one for each kind of module, in the order in
+    which they appear, and one for all.
+    """
+    if every or not rows:
+        return [(name(row), [row]) for row in rows]
+    kinds: dict[str, list[T]] = {}
+    for row in rows:
+        kinds.setdefault(kind(name(row)), []).append(row)
+    return [(f"{label} ({len(part)})", part) for label, part in [*kinds.items(), ("all", list(rows))]]
 
 
 def listed(names: Collection[str]) -> str:

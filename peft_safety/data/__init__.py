@@ -125,10 +125,10 @@ def calibration_rows(method: str, basis: str | None = None) -> list[dict[str, st
 def _objects(path: Path, example: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each JSON object of a file, with its place."""
     try:
-        with path.open("rb") as raw:
+        with path.open("rb") as raw, TextIOWrapper(raw, "utf-8-sig") as file:
             if raw.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise DataError(UTF16.format(path))
-            for where, value in _values(path, TextIOWrapper(raw, "utf-8-sig"), example):
+            for where, value in _values(path, file, example):
                 if not isinstance(value, dict):
                     wrong = f"{type(value).__name__} instead of an object"
                     raise DataError(f"{where}: {wrong}. Each row must be one, as {example}.")

@@ -96,7 +96,23 @@ def encode_each(
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, labels: Sequence[Any] | None = None
 ) -> list[Feature]:
-    """`encode_each` without the rows whose answer lies past `max_length`, with a warning. None left is an error."""
+    """Tokens and labels of rows, for a loop of your own or a `Trainer`: the labels that TRL's SFTTrainer gives.
+
+    Args:
+        tokenizer: with a chat template.
+        rows: {prompt, response} or {prompt, completion}, {messages}, {text, label}, or tokenized rows: a list or a
+            data set.
+        max_length: tokens kept of each row, from the left.
+        labels: every label of {text, label} rows; default: those that occur.
+
+    Returns:
+        One dict a row, of three lists of so many whole numbers as the row has tokens: `input_ids`, `attention_mask`
+        (ones) and `labels` (the token where the assistant speaks, else -100). Rows without a label within
+        `max_length` are left out, with a warning that names them.
+
+    Raises:
+        DataError: no rows, a malformed one (its number is named), none with a label, or no chat template.
+    """
     features = encode_each(tokenizer, rows, max_length, labels)
     dropped = [index for index, feature in enumerate(features) if feature is None]
     if len(dropped) == len(features):
@@ -169,12 +185,19 @@ def _each(rows: Sequence[Row], encoded: Callable[[Row], Feature]) -> list[Featur
 
 
 class Collator:
-    """Pads features on the right to the longest of the batch: ids with the pad token, mask with 0, labels with -100.
+    """Makes a batch of what `encode_rows` gives, as `collate_fn` of a `DataLoader` or `data_collator` of a `Trainer`:
+    a dict of `input_ids`, `attention_mask` and `labels`, int64 `(batch, tokens)`. Shorter rows are padded on the
+    right: ids with the pad token (else the end-of-sequence token), mask with 0, labels with -100.
 
     Args:
+        tokenizer: names the pad token.
         distil: also say which rows have `"distil": True`, `(batch,)` bool.
-        trim: give labels of the last positions only, and how many they are (`logits_to_keep`): the same loss, without
-            the logits of a long prompt, a quarter of the step for SmolLM2-135M with one-word answers.
+        trim: give labels of the last positions only, `(batch, kept)`, and `kept` as `logits_to_keep`, which the model
+            must take: the same loss, without the logits of a long prompt, a quarter of the step for SmolLM2-135M with
+            one-word answers.
+
+    Raises:
+        DataError: the tokenizer has neither a pad token nor an end-of-sequence token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, distil: bool = False, trim: bool = False) -> None:

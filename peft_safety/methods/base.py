@@ -54,7 +54,9 @@ class ProtectedConfig(LoraConfig):
     """Base of the protected configs, not used by itself.
 
     Args:
-        subspace: a `SafetySubspace`, file, directory, Hub id, or `"auto"`: calibrate when the adapter is injected.
+        subspace: a `SafetySubspace`, file, directory, Hub id, or `"auto"`: calibrate when the adapter is injected. A
+            config makes any number of adapters and is not written to: what was calibrated is
+            `model.peft_config["default"].subspace`.
         safety_rank: size of the subspace of `"auto"` (a given one has its own): directions per module, an integer, or
             a share of its features, a float in (0, 1). None takes the method's default. For the inputs of an embedding
             all tokens of the data are taken instead.

@@ -17,7 +17,7 @@ from peft_safety.core.base_weights import is_whole, shape, split_dimension
 from peft_safety.core.certificate import FILE_NAME, Certificate, FrozenFactor, certified_factor, read_certificate
 from peft_safety.core.factor_forms import Form
 from peft_safety.core.features import WITH_FROZEN_A
-from peft_safety.core.names import pin
+from peft_safety.core.names import by_number, pin
 from peft_safety.core.parameters import bases_of
 from peft_safety.core.plain_lora import PlainLoRA, read_plain
 from peft_safety.core.projection import leak_tolerance
@@ -136,6 +136,15 @@ def _expected(layer: Any, adapter_name: str) -> tuple[Any, ...]:
     return int(layer.r[adapter_name]) * getattr(layer, "num_experts", 1), int(features), Form.of(base)
 
 
+def _named(expected: tuple[Any, ...] | None) -> str:
+    """What `_expected` has found, in an error."""
+    if expected is None:
+        return "none"
+    *shape, form = expected
+    kind = "" if form.is_linear else " of an embedding" if form.embedding else f" of a convolution {form.patch}"
+    return f"{tuple(shape)}{kind}"
+
+
 def check_certified(
     directory: Path, certificate: Certificate, layers: Layers | None = None, adapter_name: str = ""
 ) -> PlainLoRA:
@@ -145,11 +154,13 @@ def check_certified(
     if layers is not None:
         shapes = {name: (*map(int, a.shape), plain.factors[name].form) for name, a in rows.items()}
         expected = {name: _expected(layer, adapter_name) for name, layer in layers.items()}
-        if mismatched := sorted(set(shapes.items()) ^ set(expected.items()), key=str):
-            found = [(name, rows[name].shape if name in rows else "missing") for name, _ in mismatched]
+        names = sorted(shapes.keys() | expected.keys(), key=by_number)
+        if differing := [name for name in names if shapes.get(name) != expected.get(name)]:
+            stored, own = (_named(table.get(differing[0])) for table in (shapes, expected))
             raise ArtifactError(
-                f"{directory}: its lora_A factors are not those of the model's layers; they differ at "
-                f"{found[:3]}. Load the base model that it was trained on."
+                f"{directory}: its lora_A factors are not those of the model's layers: {differing[0]} has {stored} in "
+                f"the adapter and {own} in the model ({len(differing)} of {len(names)} modules differ). Load the base "
+                "model that it was trained on."
             )
     if differing := sorted(set(rows) ^ set(certificate.modules)):
         counts = f"{len(rows)} modules, but {FILE_NAME} has {len(certificate.modules)}"

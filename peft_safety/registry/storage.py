@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import VELORA, check_adapter, seal
 from peft_safety.core.certificate import FILE_NAME as CERTIFICATE
-from peft_safety.core.names import places, public_name, relocated
+from peft_safety.core.names import by_number, places, public_name, relocated
 from peft_safety.core.plain_lora import ADAPTER_FILE, CARD, MANIFEST, PREFIX, rewrite
 from peft_safety.core.publish import copy_own, is_interrupted, publishing, recover
 from peft_safety.core.snapshot import Snapshot, named
@@ -249,7 +249,13 @@ def _check_same(adapter_name: str, source: str, stored: Any, config: Any, layers
         raise ArtifactError(
             f"{source} is constrained on sides {stored.sides}, {adapter_name!r} on {config.sides}. {NEW_NAME}"
         )
-    if ranks != existing or stored._stored.residual != config.residual:
-        mismatched = sorted(set(ranks.items()) ^ set(existing.items()))[:3]
-        what = f"modules, ranks or init other than those of adapter {adapter_name!r}; they differ at {mismatched}"
-        raise ArtifactError(f"{source} has {what}. {NEW_NAME}")
+    names = sorted(ranks.keys() | existing.keys(), key=by_number)
+    if differing := [name for name in names if ranks.get(name) != existing.get(name)]:
+        one, other = (table.get(differing[0], "none") for table in (ranks, existing))
+        raise ArtifactError(
+            f"{source} has modules or ranks other than those of adapter {adapter_name!r}: rank {one} and {other} at "
+            f"{differing[0]} ({len(differing)} of {len(names)} modules differ). {NEW_NAME}"
+        )
+    if stored._stored.residual != config.residual:
+        both = " and ".join("with" if own else "without" for own in (stored._stored.residual, config.residual))
+        raise ArtifactError(f"{source} and adapter {adapter_name!r} are {both} initial factors. {NEW_NAME}")

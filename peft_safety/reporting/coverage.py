@@ -11,7 +11,7 @@ import torch
 
 from peft_safety.calibration.cost import CalibrationCost
 from peft_safety.calibration.coverage import TASK_ENERGY, ModuleCoverage
-from peft_safety.calibration.sizes import kind_of
+from peft_safety.core.names import kind_of, lines
 from peft_safety.errors import DataError
 from peft_safety.reporting import render, style
 
@@ -66,17 +66,17 @@ def show(modules: Sequence[ModuleCoverage]) -> None:
     task = bool(_known(rows, "task_free"))
     headings = ["module", "inputs", "k", "covered", "(least)"]
     headings += ["task:\nseen", "(least)", "rank", "rank\noutside"] if task else []
-    lines = []
-    for kind, group in [*_by_kind(rows).items(), ("all", rows)]:
-        cells = [f"{kind} ({len(group)})", _span(group, "features"), _span(group, "k")]
+    table = []
+    for label, group in lines(rows, lambda row: str(row["name"]), every=False):
+        cells = [label, *(render.span(row[name] for row in group) for name in ("features", "k"))]
         for name in ("covered", "task_free") if task else ("covered",):
             least = min(_known(group, name), default=None)
             cells += [render.number(_median(group, name), ".4f"), render.number(least, ".2g")]
         for name in ("task_rank", "task_rank_free") if task else ():
             cells.append(render.number(_median(group, name), ".0f"))
-        lines.append(cells)
+        table.append(cells)
     title = f"Null spaces of {len(modules)} modules, by kind (medians)"
-    render.show(title, render.table(headings, lines), notes=[COVERED_NOTE, *([TASK_NOTE] if task else [])])
+    render.show(title, render.table(headings, table), notes=[COVERED_NOTE, *([TASK_NOTE] if task else [])])
 
 
 def save_png(modules: Sequence[ModuleCoverage], path: str | Path) -> Path:
@@ -132,11 +132,6 @@ def _by_kind(rows: list[Row]) -> dict[str, list[Row]]:
 
 def _known(rows: list[Row], name: str) -> list[float]:
     return [row[name] for row in rows if row.get(name) is not None]
-
-
-def _span(rows: list[Row], name: str) -> str:
-    values = _known(rows, name)
-    return "-".join(str(value) for value in sorted({min(values), max(values)}))
 
 
 def _median(rows: list[Row], name: str) -> float | None:

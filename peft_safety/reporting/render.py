@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,18 @@ def number(value: float | None, form: str = ".3g") -> str:
         return "-"
     text = format(value, form)
     return text if float(text) else text.lstrip("-")
+
+
+def median(values: Iterable[float]) -> float:
+    """The median of the values that are known; NaN without any."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.median(known) if known else math.nan
+
+
+def span(values: Iterable[int]) -> str:
+    """The smallest and the largest, or the only one: `16`, `96-144`."""
+    known = list(values)
+    return "-".join(str(value) for value in sorted({min(known), max(known)}))
 
 
 def require_rich() -> None:

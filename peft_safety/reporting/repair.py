@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 from peft_safety.audit.report import layer_number
-from peft_safety.calibration.sizes import kind_of
+from peft_safety.core.names import kind_of, lines
 from peft_safety.methods.guardspace import BlindReport
 from peft_safety.methods.safe_lora import RepairReport
 from peft_safety.methods.safe_lora.repair import ModuleRepair
@@ -17,30 +18,46 @@ NOTE = (
     "cos: between the update and its projection. gain: length left if repaired. |V|/|W|: what alignment changed, "
     "relative to the weight."
 )
+BLIND_NOTE = (
+    "removed: share of the update that acted on the protected inputs. leak: largest share of lora_A left there."
+)
 
 
-def show(report: RepairReport) -> None:
-    record = report.record
-    rows = [
-        [row.name, render.number(row.cos), "yes" if row.selected else ""]
-        + [render.number(value) for value in (row.gain, row.kept_norm, row.delta)]
-        for row in report.modules
-    ]
-    table = render.table(["module", "cos", "repaired", "gain", "norm left", "|V|/|W|"], rows)
+def show(report: RepairReport, every_module: bool = False) -> None:
+    """Print medians by kind of module and over all, with the smallest cosine; or one row a module."""
+    record, cells = report.record, []
+    for label, rows in lines(report.modules, lambda row: row.name, every_module):
+        least = min((row.cos for row in rows if not math.isnan(row.cos)), default=math.nan)
+        cosines = [render.median(row.cos for row in rows), *([] if every_module else [least])]
+        others = [render.median(getattr(row, name) for row in rows) for name in ("gain", "kept_norm", "delta")]
+        cells.append([label, str(sum(row.selected for row in rows)), *map(render.number, [*cosines, *others])])
+    headings = ["module", "repaired", "cos", *([] if every_module else ["(least)"]), "gain", "norm left", "|V|/|W|"]
     counts = f"{record['repaired']} of {record['modules']} modules repaired"
-    render.show(f"Safe LoRA ({record['projection']}, {record['select']}): {counts}", table, notes=[NOTE])
+    title = f"Safe LoRA ({record['projection']}, {record['select']}): {counts}{_what(every_module)}"
+    render.show(title, render.table(headings, cells), notes=[NOTE])
 
 
-def show_blind(report: BlindReport) -> None:
-    rows = [[row.name, str(row.k), f"{row.removed:.1%}", f"{row.leak:.1e}"] for row in report.modules]
-    table = render.table(["module", "k", "removed", "leak"], rows)
-    notes = ["removed: share of the update that acted on the protected inputs. leak: share of lora_A left there."]
+def show_blind(report: BlindReport, every_module: bool = False) -> None:
+    """Print medians by kind of module and over all, with the largest figures; or one row a module."""
+    cells = []
+    for label, rows in lines(report.modules, lambda row: row.name, every_module):
+        shares = [f"{render.median(row.removed for row in rows):.1%}", f"{max(row.removed for row in rows):.1%}"]
+        leak = f"{max(row.leak for row in rows):.1e}"
+        cells.append([label, render.span(row.k for row in rows), *shares[: 1 if every_module else 2], leak])
+    headings = ["module", "k", "removed", *([] if every_module else ["(most)"]), "leak"]
+    notes = [BLIND_NOTE]
     if report.unconstrained:
         notes.append(f"{len(report.unconstrained)} trained tensors are no factors, and stay as they are.")
-    render.show(f"GuardSpace: {len(rows)} modules made blind", table, notes=notes)
+    title = f"GuardSpace: {len(report.modules)} modules made blind{_what(every_module)}"
+    render.show(title, render.table(headings, cells), notes=notes)
 
 
-def show_fusion(report: FuseReport) -> None:
+def _what(every_module: bool) -> str:
+    return "" if every_module else " (medians by kind)"
+
+
+def show_fusion(report: FuseReport, every_mask: bool = False) -> None:
+    """Print what is fused, and the masks: medians by kind of mask and over all, or one row a mask."""
     facts, record = report.facts, report.to_json()
     tasks = " + ".join(f"{w:g} {task['name']}" for w, task in zip(facts["weights"], facts["tasks"], strict=True))
     result = f"a LoRA of rank {facts['rank']}" if facts["rank"] else "a checkpoint"
@@ -50,11 +67,18 @@ def show_fusion(report: FuseReport) -> None:
         title += f"; {facts['granularity']} mask of {record['mask_entries']:,} entries ({size})"
     if "density" in record:
         title += f", density {record['density']:.3f}"
-    rows = [
-        [name, " x ".join(map(str, mask["shape"])), render.number(mask["density"], ".3f")]
-        for name, mask in record["masks"].items()
-    ]
-    render.show(title, *([render.table(["mask", "shape", "density"], rows)] if rows else []))
+    cells = []
+    for label, masks in lines([*record["masks"].items()], lambda item: item[0], every_mask, _kind_of_mask):
+        shapes = {" x ".join(map(str, mask["shape"])) for _, mask in masks}
+        densities = [mask["density"] for _, mask in masks if mask["density"] is not None]
+        shape = shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes"
+        cells.append([label, shape, render.number(render.median(densities), ".3f")])
+    render.show(title, *([render.table(["mask", "shape", "density"], cells)] if record["masks"] else []))
+
+
+def _kind_of_mask(name: str) -> str:
+    """What follows the last number of a mask's name: `self_attn.q_proj.lora_A`."""
+    return re.split(r"(?:^|\.)\d+\.", name)[-1]
 
 
 def save_png(report: RepairReport, path: str | Path) -> Path:

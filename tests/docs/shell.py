@@ -34,6 +34,8 @@ SHORTER: dict[str, str] = {
 """Options behind those of the page, so that a run is over soon."""
 STATUS = {"evaluate": {0, 100}, "screen": {0, 1}}
 """What a command may end with, where that depends on the model: a gate that fails, rows that are flagged."""
+OWN = "mine.safetensors"
+"""A subspace that no adapter of the pages was made with: `verify` refuses it, and says how much lies in it."""
 FOREIGN = {"lm_eval", "inspect", "garak", "npx", "vllm", "llama-server", "git", "cd", "axolotl", "swift", "torchrun"}
 """Programs of others, whose options nobody checks here."""
 
@@ -99,7 +101,8 @@ def run_command(words: Sequence[str]) -> None:
         status = tree().main([*words, *SHORTER.get(words[0], "").split()], standalone_mode=False)
     except SystemExit as end:
         status = end.code
-    assert (status or 0) in STATUS.get(words[0], {0}), f"exit status {status}: peft-safety {' '.join(words)}"
+    expected = {1} if words[0] == "verify" and OWN in words else STATUS.get(words[0], {0})
+    assert (status or 0) in expected, f"exit status {status}: peft-safety {' '.join(words)}"
 
 
 def check_module(module: str, options: Sequence[str]) -> None:

@@ -98,6 +98,11 @@ def test_the_command(trained, tmp_path):
     assert (told.exit_code, (tmp_path / "out").exists()) == (0, False)
     assert "6 modules made blind" in told.output
     assert max(map(len, told.output.splitlines())) <= 80
+    assert "(medians by kind)" in told.output
+    assert "q_proj (2)" in told.output
+    every = command(*given, "--dry-run", "--all").output
+    assert "model.layers.1.self_attn.q_proj" in every
+    assert "(most)" not in every
     found = json.loads(command(*given, "--out", tmp_path / "out", "--json").output)
     assert len(found["modules"]) == 6
     assert verify(tmp_path / "out", subspace=tmp_path / "space.safetensors").blindness_checked

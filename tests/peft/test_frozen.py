@@ -345,8 +345,10 @@ def test_a_malformed_certificate(text, tmp_path):
 def test_another_base_model(tmp_path):
     frozen().save_pretrained(tmp_path / "adapter")
     shutil.copytree(tmp_path / "adapter", tmp_path / "copy")
-    with pytest.raises(ArtifactError, match="lora_A"):
+    with pytest.raises(ArtifactError, match="Load the base model") as told:
         PeftModel.from_pretrained(cells.base_model(cells.WIDE), tmp_path / "copy")
+    both = "layers.0.mlp.down_proj has (4, 64) in the adapter and (4, 128) in the model (6 of 6 modules differ)"
+    assert both in str(told.value)
 
 
 def test_a_config_by_itself_keeps_its_name(tmp_path):

@@ -5,6 +5,7 @@ import torch
 from transformers import TrainerState
 
 from peft_safety import TaskDirectionsCallback, verify
+from peft_safety.data.chat import Collator, encode_rows
 from peft_safety.errors import CalibrationError, ConfigError
 from peft_safety.registry.frozen import set_task_directions
 from tests.interop.helpers import token_rows
@@ -12,6 +13,7 @@ from tests.peft import cells
 from tests.peft.frozen_cells import assert_frozen, copies, frozen, lora_a
 from tests.peft.guard_cells import TASK, batches, config, subspace
 from tests.peft.test_guardspace import trainer
+from tests.tiny import tiny_tokenizer
 
 
 def test_task_directions_come_from_the_trainers_own_data(tmp_path):
@@ -39,6 +41,21 @@ def test_task_directions_come_from_the_trainers_own_data(tmp_path):
     plain = trainer(cells.protected(), tmp_path / "plain")
     with pytest.raises(ConfigError, match="no frozen factor"):
         TaskDirectionsCallback().on_train_begin(None, TrainerState(), None, **_event(plain))
+
+
+def test_labels_of_the_last_positions_count_as_all_do(tmp_path):
+    space, made = subspace(cells.base_model()), {}
+    rows = [{"prompt": f"{number} {'and ' * number}", "response": "tea"} for number in range(6)]
+    tokenizer = tiny_tokenizer()
+    for trim in (False, True):
+        run = trainer(frozen(a_init="random", space=space), tmp_path / str(trim))
+        run.train_dataset, run.data_collator = encode_rows(tokenizer, rows, 64), Collator(tokenizer, trim=trim)
+        TaskDirectionsCallback(rows=6, batch_size=3).on_train_begin(None, TrainerState(), None, **_event(run))
+        made[trim] = run.model
+    before = copies(frozen(a_init="random", space=space))
+    assert any(not torch.equal(weight, before[name]) for name, weight in lora_a(made[True]).items())
+    for name, weight in lora_a(made[True]).items():
+        torch.testing.assert_close(weight, lora_a(made[False])[name])
 
 
 def test_a_certificate_names_the_directions_that_were_taken(tmp_path):

@@ -35,6 +35,8 @@ def test_flags(stored, tmp_path):
     assert dry.exit_code == 0, dry.output
     assert "continued" in dry.output
     assert not (tmp_path / "out").exists()
+    assert "self_attn.q_proj.lora_A (2)" in dry.output
+    assert "layers.1.self_attn.q_proj.lora_A" in run(*common, "--dry-run", "--all").output
     planned = run(*common, "--dry-run", "--json", "--granularity", "rank")
     assert json.loads(planned.stdout)["mask_entries"] == plan_fusion(safe, [one, two], granularity="rank").mask_entries
     done = run(*common, "--out", tmp_path / "out", "--method", "task_arithmetic", "--weight", 0.4, "--json")

@@ -67,7 +67,12 @@ def test_the_figures_are_those_of_the_merged_weights(
         if to == "nf4":
             assert row.kept < 0.9
             assert row.leak > 1e-3
-    assert "kept" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "kept" in shown
+    assert f"all ({len(result.modules)})" in shown
+    assert result.modules[0].module not in shown
+    result.print(every_module=True)
+    assert result.modules[0].module in capsys.readouterr().out
     assert json.loads(json.dumps(result.to_json()))["modules"][0]["module"] == result.modules[0].module
 
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from peft_safety import GuardSpaceConfig, SaLoRAConfig, assert_protected
 from peft_safety.core.projection import leak
-from peft_safety.errors import ConfigError, PeftSafetyError, SubspaceError
+from peft_safety.errors import ArtifactError, ConfigError, PeftSafetyError, SubspaceError
 from peft_safety.layers import protected_leaves
 from tests.peft import cells
 from tests.tiny import tiny_tokenizer
@@ -155,6 +155,15 @@ def test_a_loaded_adapter_is_protected_and_computes_what_was_saved(road: str, in
     cells.train(model, cells.adamw, 3)
     assert_protected(model, adapter)
     assert cells.leak(model, adapter) <= LEAK
+
+
+def test_another_adapter_than_the_one_that_is_there_is_refused(tmp_path: Path) -> None:
+    cells.protected("linear").save_pretrained(tmp_path)
+    both = r"rank 4 and 2 at \S*layers\.0\.mlp\.down_proj \(\d+ of \d+ modules differ"
+    with pytest.raises(ArtifactError, match=both):
+        cells.protected("linear", r=2).load_adapter(tmp_path, "default")
+    with pytest.raises(ArtifactError, match="are without and with initial factors"):
+        cells.protected("linear", "task").load_adapter(tmp_path, "default")
 
 
 def test_loading_an_adapter_folds_those_beside_it_as_eval_does(tmp_path: Path) -> None:

@@ -122,4 +122,11 @@ def test_the_command(pair, tmp_path):
     assert done.exit_code == 0, done.output
     assert "3 of 14" in done.output
     assert verify(tmp_path / "out").repaired == 3
+    every = CliRunner().invoke(app, [*arguments, "--dry-run", "--all"]).stdout
+    for text, label, lines in ((done.stdout, "down_proj (2)", 7 + 1), (every, "model.layers.1.mlp.down_proj", 14)):
+        shown = text.splitlines()
+        assert max(map(len, shown)) <= 80
+        rows = [line for line in shown if "_proj" in line or line.startswith("all (")]
+        assert len(rows) == lines
+        assert any(row.startswith(label) for row in rows)
     assert isinstance(CliRunner().invoke(app, arguments).exception, ConfigError)

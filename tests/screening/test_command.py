@@ -86,6 +86,13 @@ def test_the_status_counts_flagged_and_unscreened_rows(run, limit, status):
     assert run("--max-flagged", limit).exit_code == status
 
 
+def test_fewer_known_prompts(run):
+    data = json.loads(run("--json", "--known", 8).stdout)
+    assert data["screen"]["true_positives"][1] == 8
+    with pytest.raises(ConfigError, match="known=0"):
+        raise run("--known", 0).exception
+
+
 def test_settings_of_a_file(run, tmp_path):
     config = tmp_path / "screen.yaml"
     lines = [f"model: {tmp_path / 'model'}", f"data: {tmp_path / 'rows.jsonl'}", "json: true", "fpr: 0.05"]

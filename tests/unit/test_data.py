@@ -1,11 +1,22 @@
 from __future__ import annotations
 
+import gc
+import warnings
 from collections import Counter
 from importlib.resources import files
 
 import pytest
 
-from peft_safety.data import FIELDS, SPLITS, affirmation_pairs, load, preference_pairs, read_jsonl, refusal_pairs
+from peft_safety.data import (
+    FIELDS,
+    SPLITS,
+    affirmation_pairs,
+    load,
+    preference_pairs,
+    read_jsonl,
+    refusal_pairs,
+    stream_jsonl,
+)
 from peft_safety.errors import DataError
 from peft_safety.evaluation.prompts import prompt_set
 
@@ -32,6 +43,20 @@ def test_splits_are_disjoint_and_complete(name):
 )
 def test_sizes(name, least):
     assert len(load(name)) >= least
+
+
+def test_no_file_is_left_open(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n{')
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", ResourceWarning)
+        for name in FIELDS:
+            load(name)
+        next(stream_jsonl(path))  # and is left
+        with pytest.raises(DataError, match="not JSON"):
+            read_jsonl(path)
+        gc.collect()
+    assert not [str(one.message) for one in told if one.category is ResourceWarning]
 
 
 def test_harmful_requests_have_sixteen_categories_of_equal_size():

@@ -101,6 +101,13 @@ class GuardSpaceConfig(ProtectedConfig):
 
     PEFT_KEY: ClassVar[str] = "GUARDSPACE"
     UNSAVED: ClassVar[tuple[str, ...]] = ("init_data", "task_data")
+    ONLY_WITH: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
+        "combine_rank": ("combine", ("salora",)),
+        "window": ("train", ("window",)),
+        "a_init": ("train", ("B", "window")),
+        "preconditioner": ("init", ("guardspace",)),
+    }
+    """Options that mean something only where another one has one of these values."""
 
     def __post_init__(self) -> None:
         where = type(self).__name__
