@@ -117,7 +117,9 @@ def test_a_layer_that_takes_another_path_has_no_part(what: str, reference: None,
             torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("what", ["another tensor", "written in place", "without gradients", "its A was written"])
+@pytest.mark.parametrize(
+    "what", ["another tensor", "written in place", "without gradients", "its A was written", "its A has other data"]
+)
 def test_a_part_of_another_input_is_not_taken(what: str, reference: None, products: list[Any]) -> None:
     model = model_of()
     table = dict(cells.layers_of(model))
@@ -133,6 +135,8 @@ def test_a_part_of_another_input_is_not_taken(what: str, reference: None, produc
     elif what == "its A was written":
         with torch.no_grad():
             v.lora_A["default"].weight.mul_(2)
+    elif what == "its A has other data":
+        v.lora_A["default"].weight.data = v.lora_A["default"].weight.data * 2
     with torch.set_grad_enabled(what != "without gradients"):
         y = v(other)
     assert products[0][0] > v.lora_A["default"].weight.shape[0]
