@@ -30,8 +30,9 @@ def parameters(thing: Any) -> set[str]:
 
 def described(text: str) -> set[str]:
     """The names that have an entry of their own under "Args:", not those that another entry mentions."""
-    entries = re.split(r"^(?:Attributes|Returns|Raises|Reference)\b", text.partition("Args:")[2], flags=re.MULTILINE)[0]
-    return {word for names in re.findall(r"^ {4}(\S[^:\n]*):", entries, re.MULTILINE) for word in re.findall(r"\w+", names)}
+    args = re.split(r"^(?:Attributes|Returns|Raises|Reference)\b", text.partition("Args:")[2], flags=re.MULTILINE)[0]
+    entries = re.findall(r"^ {4}(\S[^:\n]*):", args, re.MULTILINE)
+    return {word for entry in entries for word in re.findall(r"\w+", entry)}
 
 
 def test_a_name_is_described_by_an_entry_of_its_own() -> None:
