@@ -38,7 +38,7 @@ def of(page_of: str, tables: Callable[[list[Row]], Sequence[Table]], *notes: str
         environment, rows = recorded(name, folder)
         lines = [line for table in tables(rows) for line in (*table.markdown(), "")]
         lines += [f"- {note}" for note in notes]
-        lines += [f"- Environment: {facts(environment)}."]
+        lines += [f"- Environment: {facts(environment, ('figures',))}."]
         lines += [f"- Written by `python -m benchmarks.report {name}` from `benchmarks/results/{name}.jsonl`."]
         return "\n".join(lines)
 

@@ -191,4 +191,4 @@ def _check_spans(
     )
     if not allow_fewer or short[key] == 0:
         raise CalibrationError(f"{problem} Give more varied data, a smaller rank, or allow_fewer=True.")
-    warnings.warn(f"{problem} Each protects all that it has.", stacklevel=3)
+    warnings.warn(f"{problem} Each takes all that there are.", stacklevel=3)

@@ -64,6 +64,7 @@ class SafetyAnchorCallback(TrainerCallback):  # type: ignore[misc]
         every: optimizer steps from one use of the anchor to the next.
         weight: of the anchor's loss.
         max_length: tokens kept of each anchor row.
+        seed: of the draws.
 
     Raises:
         ConfigError: no anchors, or an option out of range; when training begins: a model without adapters, DeepSpeed

@@ -116,6 +116,7 @@ def merge_quantized(
     are.
 
     Args:
+        model: with one or more active adapters.
         to: see the module's text; the result of "nf4+residual" is a PeftModel with one plain LoRA.
         dtype: of "16bit": all dense parameters of the model get it, or none if no merged layer was quantized. Rounding
             to bf16 moves the update by up to 0.4 % of the *weight*; float32 keeps the constraint.

@@ -39,7 +39,7 @@ class _Part(NamedTuple):
 
     z: Tensor
     weight: Tensor
-    versions: tuple[int, int]
+    versions: tuple[int, int, int]
     graph: bool
 
 
@@ -87,5 +87,6 @@ def z_of(layer: Any, adapter: str, x: Tensor, inputs: Tensor, takes: Callable[[A
     return parts[id(layer)]
 
 
-def _versions(x: Tensor, weight: Tensor) -> tuple[int, int]:
-    return x._version, weight._version
+def _versions(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
+    """What changes when either is written; a hot swap gives a weight other data without counting that as a write."""
+    return x._version, weight._version, weight.data_ptr()

@@ -117,7 +117,22 @@ def test_a_layer_that_takes_another_path_has_no_part(what: str, reference: None,
             torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("what", ["another tensor", "written in place", "without gradients", "its A was written"])
+def test_layers_that_compute_in_other_dtypes_do_not_share(reference: None, products: list[Any]) -> None:
+    """A sum of bf16 inputs is another one."""
+    model = model_of()
+    table = dict(cells.layers_of(model))
+    first = next(name for name in table if name.endswith("q_proj"))
+    q, v = table[first], table[first.replace("q_proj", "v_proj")]
+    v.get_base_layer().compute_dtype = torch.bfloat16
+    x = torch.randn(100, q.in_features)
+    for layer in (q, v):
+        layer(x)
+    assert products == [(len(q.lora_A["default"].weight), q.in_features)] * 2
+
+
+@pytest.mark.parametrize(
+    "what", ["another tensor", "written in place", "without gradients", "its A was written", "its A has other data"]
+)
 def test_a_part_of_another_input_is_not_taken(what: str, reference: None, products: list[Any]) -> None:
     model = model_of()
     table = dict(cells.layers_of(model))
@@ -133,6 +148,8 @@ def test_a_part_of_another_input_is_not_taken(what: str, reference: None, produc
     elif what == "its A was written":
         with torch.no_grad():
             v.lora_A["default"].weight.mul_(2)
+    elif what == "its A has other data":
+        v.lora_A["default"].weight.data = v.lora_A["default"].weight.data * 2
     with torch.set_grad_enabled(what != "without gradients"):
         y = v(other)
     assert products[0][0] > v.lora_A["default"].weight.shape[0]

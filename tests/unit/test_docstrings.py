@@ -28,12 +28,23 @@ def parameters(thing: Any) -> set[str]:
     return {name for name in inspect.signature(thing).parameters if name != "self"}
 
 
+def described(text: str) -> set[str]:
+    """The names that have an entry of their own under "Args:", not those that another entry mentions."""
+    args = re.split(r"^(?:Attributes|Returns|Raises|Reference)\b", text.partition("Args:")[2], flags=re.MULTILINE)[0]
+    entries = re.findall(r"^ {4}(\S[^:\n]*):", args, re.MULTILINE)
+    return {word for entry in entries for word in re.findall(r"\w+", entry)}
+
+
+def test_a_name_is_described_by_an_entry_of_its_own() -> None:
+    text = "Do.\n\nArgs:\n    model: with rows of it:\n        text.\n    a, *b: two.\n\nRaises:\n    rows: no.\n"
+    assert described(text) == {"model", "a", "b"}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_public_name_says_what_it_takes_gives_and_refuses(name: str) -> None:
     thing = getattr(peft_safety, name)
     text = inspect.getdoc(thing) or ""
-    described = text.partition("Args:")[2]
-    assert {word for word in parameters(thing) if not re.search(rf"\b{word}\b", described)} == set()
+    assert parameters(thing) - described(text) == set()
     if inspect.isfunction(thing) and inspect.signature(thing).return_annotation != "None":
         assert "Returns:" in text
     assert "Raises:" in text or name == "explain_dispatch", "and that refuses nothing"

@@ -81,6 +81,16 @@ def test_every_extra_that_a_message_names_exists(setup: configparser.ConfigParse
     assert MISSING.keys() <= setup["options.extras_require"].keys()
 
 
+def test_the_entry_points_exist(setup: configparser.ConfigParser) -> None:
+    targets = re.findall(r"= ([\w.]+)(?::(\w+))?$", "\n".join(setup["options.entry_points"].values()), re.MULTILINE)
+    assert len(targets) == 3
+    for module, name in targets:
+        place = ROOT / module.replace(".", "/")
+        file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        text = file.read_text(encoding="utf-8")
+        assert not name or re.search(rf"^(?:def|class) {name}\b", text, re.MULTILINE), f"{module}:{name}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MISSING)
 def test_a_missing_extra_is_named_in_one_sentence(name: str) -> None:

@@ -68,6 +68,19 @@ def test_names_of_arms_are_recognized(name, method):
     assert style.method_of(name) == method
 
 
+def test_the_smallest_text_is_legible_where_a_page_shows_a_picture_at_600_pixels():
+    sizes = [value for key, value in style.RC.items() if key.endswith("size")]
+    assert len(sizes) > 3
+    assert min(sizes) * 600 / (72 * style.WIDTH) >= 11
+
+
+def test_controls_are_hollow(tmp_path):
+    with style.picture(tmp_path / "one.png", 1.0) as (_, (panel,)):
+        for hollow in (False, True):
+            style.point(panel, 1, 1, "#0072B2", hollow=hollow)
+        assert [line.get_markerfacecolor() for line in panel.lines] == ["#0072B2", style.PANEL]
+
+
 def test_controls_are_told_by_their_names():
     assert all(map(style.is_control, ["random:frozen", "hard, random basis", "random mask (control)", "scaled:somf"]))
     assert not any(map(style.is_control, ["GuardSpace", "aligned, before", "plain LoRA"]))
