@@ -53,7 +53,10 @@ def built(kind):
         model = AutoModelForCausalLM.from_config(KINDS[kind]()).eval()
         for parameter in model.parameters():
             parameter.data.normal_(std=0.2)  # gpt-oss leaves its parameters as they are allocated
-    layer = model.get_submodule(EXPERTS)
+    try:
+        layer = model.get_submodule(EXPERTS)
+    except AttributeError:  # transformers 4 calls Mixtral's otherwise
+        pytest.skip("this transformers has no fused experts there")
     if input_parameter(layer) is None:
         pytest.skip("this transformers has no fused experts")
     return model
