@@ -224,8 +224,8 @@ def export(
         bool | None,
         Option(
             "--load-in-4bit/--no-load-in-4bit",
-            help="For --merge-to: load the base in NF4, or not. Default for 16bit: as the adapter was trained, and not "
-            "if that is unknown.",
+            help="For --merge-to: load the base in NF4, or not. Default for 16bit: as the adapter was trained, and "
+            "not if that is unknown.",
         ),
     ] = None,
     force: Annotated[bool, Option("--force", help="For --merge-to nf4: although most of the update is lost.")] = False,

@@ -45,8 +45,8 @@ def evaluate(
     gate: Annotated[
         str | None,
         Option(
-            help='Exit with 100 unless all hold; in quotes: "refusal>=0.95*base, over_refusal<=base+0.03". Undecidable '
-            "is failed: a base that refuses nothing gives no bound."
+            help='Exit with 100 unless all hold; in quotes: "refusal>=0.95*base, over_refusal<=base+0.03". '
+            "Undecidable is failed: a base that refuses nothing gives no bound."
         ),
     ] = None,
     baseline: Annotated[

@@ -40,7 +40,7 @@ def load_for_merge(
     and "16bit" in what the adapter was trained on, which is not quantized if it is unknown.
 
     Raises:
-        ConfigError: no base, or an adapter of a quantized base, not in 4 bits, with a checkpoint that is not quantized.
+        ConfigError: no base, or an adapter of an otherwise quantized base, and a checkpoint that is not quantized.
     """
     precision = trained_on(directory)
     source = model or read_manifest(Path(directory), warn=False).get("base_model_name_or_path")

@@ -72,7 +72,7 @@ def test_sixteen_bit_factors_are_stored_wide_enough(trained, tmp_path):
 
 
 def test_an_ordinary_adapter_has_two_remedies(trained):
-    with pytest.raises(ProtectionError, match="Train with GuardSpaceConfig .*, or make .* with peft-safety repair"):
+    with pytest.raises(ProtectionError, match=r"Train with GuardSpaceConfig .*, or make .* with peft-safety repair"):
         assert_protected(trained)
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from peft_safety import GuardSpaceConfig, SaLoRAConfig, SafetySubspace, repair_adapter
+from peft_safety import GuardSpaceConfig, SafetySubspace, SaLoRAConfig, repair_adapter
 from peft_safety.cli import app
 from peft_safety.core.certificate import FILE_NAME
 from peft_safety.core.targets import target_layers
@@ -101,6 +102,9 @@ def test_what_is_not_known_is_said_and_can_be_given(base, tmp_path):
     load_model(base, load_in_4bit=True)[0].save_pretrained(packed)
     tiny_tokenizer().save_pretrained(packed)
     assert "its checkpoint is quantized" in export(adapter, tmp_path / "stored", "--model", str(packed))
+    stored, four = (load_file(tmp_path / name / "model.safetensors")[WEIGHT] for name in ("stored", "four"))
+    torch.testing.assert_close(stored.float(), four.float(), rtol=1e-2, atol=1e-3)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "stored")
     blinded = tmp_path / "blinded"
     repair_adapter(adapter, blind(tiny_llama(hidden=64)), blinded)
     assert trained_on(blinded) is None
