@@ -306,7 +306,8 @@ def _bare(base: nn.Module) -> nn.Module:
         del base.peft_config
     config: Any = getattr(base, "config", None)
     if conversions := getattr(base, "_weight_conversions", None):
-        base._weight_conversions = [conversion for conversion in conversions if not _reads_4bit(conversion)]
+        kept: Any = [conversion for conversion in conversions if not _reads_4bit(conversion)]
+        base._weight_conversions = kept
     quantization = getattr(config, "quantization_config", None)
     if any(weights.quantization(module) for module in base.modules()):
         if quantization is not None:
