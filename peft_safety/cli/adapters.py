@@ -101,7 +101,7 @@ def repair(
         raise ConfigError(f"repair by {method} needs {option}.")
     if method == "guardspace":
         blind = repair_adapter(adapter, str(subspace), None if dry_run else out)
-        show(blind.to_json(), json, lambda: report.show_blind(blind, every), last)
+        show(blind.to_json(), json, lambda: report.show_blind(blind, every, dry_run), last)
         return
     chosen: dict[str, Any] = {name: options[name] for name in OPTIONS}
     result = safe_lora_dir(adapter, str(unaligned), aligned, None if dry_run else out, progress=not json, **chosen)
@@ -215,11 +215,19 @@ def export(
     merge_to: Annotated[
         str | None,
         Option(
-            help="Merge into the base model, loaded in 4 bits, instead: 16bit, nf4+residual (exact: a plain LoRA "
-            "beside it) or nf4 (lossy)."
+            help="Merge into the base model instead: 16bit (dense weights; the base is loaded as the adapter was "
+            "trained), or in 4 bits: nf4+residual (exact: a plain LoRA beside it) or nf4 (lossy)."
         ),
     ] = None,
     model: opt.AdapterModel = None,
+    load_in_4bit: Annotated[
+        bool | None,
+        Option(
+            "--load-in-4bit/--no-load-in-4bit",
+            help="For --merge-to: load the base in NF4, or not. Default for 16bit: as the adapter was trained, and "
+            "not if that is unknown.",
+        ),
+    ] = None,
     force: Annotated[bool, Option("--force", help="For --merge-to nf4: although most of the update is lost.")] = False,
     every: opt.EveryModule = False,
     json: opt.Json = False,
@@ -228,7 +236,7 @@ def export(
     from peft_safety.convert.export import export_directory
     from peft_safety.convert.merge import merge_quantized
     from peft_safety.convert.serving import serving_commands
-    from peft_safety.recipes.load import load_adapter
+    from peft_safety.recipes.merging import load_for_merge
 
     if server is not None and merge_to is not None:
         raise ConfigError("--for serves an adapter, --merge-to makes a whole model. Give one of them.")
@@ -240,9 +248,10 @@ def export(
         lines = commands if out is None else [f"plain LoRA written to {out}", *commands]
         show({"out": str(written), "commands": commands}, json, *lines)
         return
-    loaded, tokenizer = load_adapter(directory, model, load_in_4bit=True)
+    loaded, tokenizer, said = load_for_merge(directory, model, merge_to, load_in_4bit)
     result = merge_quantized(loaded, merge_to, force=force, verbose=False)  # type: ignore[arg-type]  # it refuses others
     for part in (result.model, tokenizer):
         part.save_pretrained(str(out))  # type: ignore[union-attr, operator]
-    (out / "merge.json").write_text(dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
-    show(result.to_json(), json, lambda: result.print(every), f"written to {out}")
+    facts = {"base": said, **result.to_json()}
+    (out / "merge.json").write_text(dumps(facts, indent=1) + "\n", encoding="utf-8")
+    show(facts, json, said, lambda: result.print(every), f"written to {out}")

@@ -44,7 +44,10 @@ def evaluate(
     limit: Annotated[int | None, Option(min=1, help="At most so many prompts of each set.")] = None,
     gate: Annotated[
         str | None,
-        Option(help='Exit with 100 unless all hold; in quotes: "refusal>=0.95*base, over_refusal<=base+0.03".'),
+        Option(
+            help='Exit with 100 unless all hold; in quotes: "refusal>=0.95*base, over_refusal<=base+0.03". '
+            "Undecidable is failed: a base that refuses nothing gives no bound."
+        ),
     ] = None,
     baseline: Annotated[
         Path | None, Option(help="Report of an earlier run, whose base figures are taken instead.")

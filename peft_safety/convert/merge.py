@@ -291,11 +291,23 @@ def _with_plain(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> 
     return result.eval()
 
 
+def _reads_4bit(conversion: Any) -> bool:
+    """Whether it has read bitsandbytes' packed weights from a checkpoint: transformers 5.23 cannot revert that, and
+    saves no such model, while one that was quantized on the way in is saved without it.
+    """
+    return any(
+        type(step).__module__.endswith("bitsandbytes") for step in getattr(conversion, "operations", None) or ()
+    )
+
+
 def _bare(base: nn.Module) -> nn.Module:
     """The base model without adapters; its quantization config matches its layers, so that it can be saved."""
     if hasattr(base, "peft_config"):
         del base.peft_config
     config: Any = getattr(base, "config", None)
+    if conversions := getattr(base, "_weight_conversions", None):
+        kept: Any = [conversion for conversion in conversions if not _reads_4bit(conversion)]
+        base._weight_conversions = kept
     quantization = getattr(config, "quantization_config", None)
     if any(weights.quantization(module) for module in base.modules()):
         if quantization is not None:

@@ -43,6 +43,11 @@ def quantization(layer: nn.Module) -> str | None:
     return kind
 
 
+def precision(layers: Mapping[str, nn.Module]) -> str:
+    """The `quantization` of these base layers, "dense" if none has any."""
+    return min({kind for layer in layers.values() if (kind := quantization(layer)) is not None}, default="dense")
+
+
 def supported(layer: nn.Module) -> bool:
     """Whether this layer is of a kind that can be protected. Whether its weight can be read, see `check_readable`."""
     return is_linear(layer) or kinds.shape(layer) is not None

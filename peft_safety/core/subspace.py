@@ -327,8 +327,7 @@ class SafetySubspace:
         """Record fingerprints of the base layers that have none yet."""
         new = {name: layer for name, layer in layers.items() if name not in self.fingerprints}
         self.fingerprints |= {name: _frozen(weights.fingerprint(layer, name), name, {}) for name, layer in new.items()}
-        kinds = {weights.quantization(layer) for layer in layers.values()} - {None}
-        self.provenance.setdefault("precision", min(kinds, default="dense"))  # type: ignore[type-var]
+        self.provenance.setdefault("precision", weights.precision(layers))
 
     def __repr__(self) -> str:
         ranks = sorted({u.shape[-1] for sides in self.bases.values() for u in sides.values()})

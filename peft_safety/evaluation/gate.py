@@ -56,13 +56,15 @@ class Condition:
         passed = OPERATORS[self.operator](value + slack if "=" in self.operator else value, bound)
         worst = 0.0 if self.operator.startswith(">") else math.inf if self.metric.startswith("nll") else 1.0
         trivial = OPERATORS[self.operator](worst, bound)
-        return Outcome(arm, self.text, value, bound, passed, trivial)
+        undecidable = trivial and self.factor != 0 and self.operator.startswith(">")
+        return Outcome(arm, self.text, value, bound, passed and not undecidable, trivial, undecidable, reference)
 
 
 @dataclass(frozen=True)
 class Outcome:
     """A condition on one arm: the figure, the bound that it was compared with, whether it kept to it, and whether any
-    figure would have: a base that refuses nothing gives no bound.
+    figure would have (`trivial`). Where that is so of a lower bound from the base's figure `base`, as of a base that
+    refuses nothing, the condition decides nothing: it is `undecidable`, and has not passed.
     """
 
     arm: str
@@ -71,9 +73,13 @@ class Outcome:
     bound: float
     passed: bool
     trivial: bool = False
+    undecidable: bool = False
+    base: float = 0.0
 
     @property
     def verdict(self) -> str:
+        if self.undecidable:
+            return f"FAILED, undecidable: the base has {self.base:.3f}, and any figure would pass"
         return "FAILED" if not self.passed else "passed, as any figure would" if self.trivial else "passed"
 
     def __str__(self) -> str:
@@ -135,7 +141,7 @@ def markdown(outcomes: list[Outcome]) -> str:
     """A table for a summary page."""
     names = [outcome.arm.replace("|", "\\|") for outcome in outcomes]
     rows = [
-        f"| {name} | `{o.condition}` | {o.value:.3f} | {o.bound:.3f} | {o.verdict if o.passed else '**failed**'} |"
+        f"| {name} | `{o.condition}` | {o.value:.3f} | {o.bound:.3f} | {o.verdict.replace('FAILED', '**failed**')} |"
         for name, o in zip(names, outcomes, strict=True)
     ]
     return "\n".join(["| arm | condition | figure | bound | |", "|---|---|---:|---:|---|", *rows, ""])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_safety.core import kinds
 from peft_safety.core.adapter_dir import are_names
-from peft_safety.core.base_weights import is_whole, shape, split_dimension
+from peft_safety.core.base_weights import is_whole, precision, shape, split_dimension
 from peft_safety.core.certificate import FILE_NAME, Certificate, FrozenFactor, certified_factor, read_certificate
 from peft_safety.core.factor_forms import Form
 from peft_safety.core.features import WITH_FROZEN_A
@@ -45,7 +45,7 @@ def start(model: nn.Module, layers: Layers, adapter_name: str, config: Protected
             group = base.weight.device_mesh.get_group("tp")  # type: ignore[union-attr, operator]
             rows[name] = rows[name].to(base.weight.device).contiguous()  # type: ignore[arg-type]
             torch.distributed.broadcast(rows[name], torch.distributed.get_global_rank(group, 0), group=group)
-    config._certificate = _certificate(config, rows)
+    config._certificate = _certificate(config, rows, bases_of(layers))
     _install(layers, adapter_name, rows, config)
 
 
@@ -113,17 +113,18 @@ def set_task_directions(model: nn.Module, task_data: Any, adapter_name: str = "d
             for name, a in rows.items():
                 rows[name] = a.to(weights_of(layers[name], adapter_name)[1].device)
                 torch.distributed.broadcast(rows[name], 0)
-        config._certificate = _certificate(config, rows)
+        config._certificate = _certificate(config, rows, base)
     finally:
         config.subspace = kept
     reuse.amend(config)
     _install(layers, adapter_name, rows)
 
 
-def _certificate(config: ProtectedConfig, rows: Mapping[str, Tensor]) -> Certificate:
+def _certificate(config: ProtectedConfig, rows: Mapping[str, Tensor], base: Mapping[str, nn.Module]) -> Certificate:
     modules = {name: certified_factor(a, config.subspace.bases[name]["in"]) for name, a in rows.items()}
     own = {name: value for name, value in reuse.settings(config).items() if name != "subspace"}
     settings = {name: value for name, value in own.items() if isinstance(value, (str, int, float))}
+    settings["precision"] = precision(base)
     if config.unconstrained:
         settings["unconstrained"] = config.unconstrained
     return Certificate(config.PEFT_KEY, config.subspace.restricted(rows).digest, settings, modules)

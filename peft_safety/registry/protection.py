@@ -63,7 +63,8 @@ def check_adapters(model: nn.Module, adapter_name: str | None = None) -> None:
     if not configs:
         wanted = "" if adapter_name is None else f" {adapter_name!r}"
         raise ProtectionError(
-            f"the model has no protected adapter{wanted}. Use GuardSpaceConfig instead of LoraConfig."
+            f"the model has no protected adapter{wanted}. Train with GuardSpaceConfig instead of LoraConfig, or make "
+            "a trained adapter blind with peft-safety repair."
         )
     for name, config in configs.items():
         layers = adapter_layers(model, name)

@@ -37,7 +37,7 @@ def show(report: RepairReport, every_module: bool = False) -> None:
     render.show(title, render.table(headings, cells), notes=[NOTE])
 
 
-def show_blind(report: BlindReport, every_module: bool = False) -> None:
+def show_blind(report: BlindReport, every_module: bool = False, dry_run: bool = False) -> None:
     """Print medians by kind of module and over all, with the largest figures; or one row a module."""
     cells = []
     for label, rows in lines(report.modules, lambda row: row.name, every_module):
@@ -48,7 +48,7 @@ def show_blind(report: BlindReport, every_module: bool = False) -> None:
     notes = [BLIND_NOTE]
     if report.unconstrained:
         notes.append(f"{len(report.unconstrained)} trained tensors are no factors, and stay as they are.")
-    title = f"GuardSpace: {len(report.modules)} modules made blind{_what(every_module)}"
+    title = f"GuardSpace: {len(report.modules)} modules {'would be ' * dry_run}made blind{_what(every_module)}"
     render.show(title, render.table(headings, cells), notes=notes)
 
 

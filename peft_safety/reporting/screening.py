@@ -44,9 +44,17 @@ def _notes(result: Screening) -> list[str]:
         f"({wrong} of {harmless}; at most {100 * screen.fpr:g} % asked for).",
         *([f"Flagged: {_numbers(flagged)}."] if flagged else []),
         *([f"To drop: {_numbers(result.dropped)}."] if result.dropped else []),
+        *([_nothing_to_drop(result)] if flagged and not result.dropped else []),
         *([f"Not screened, no user turn: {_numbers(result.unscreened)}."] if result.unscreened else []),
         *([f"Cut on the left to {screen.max_length} tokens: {_numbers(cut)}."] if cut else []),
     ]
+
+
+def _nothing_to_drop(result: Screening) -> str:
+    """What to do with flagged rows of which the verdict drops none."""
+    verdicts = {row.verdict for row in result.flagged}
+    why = "the model answers these requests itself" if verdicts == {"answered"} else "the verdicts above say why"
+    return f"0 to drop: {why}. Look at them with --show, or drop them with --no-verdict --drop --out FILE."
 
 
 def _numbers(numbers: Sequence[int]) -> str:

@@ -15,8 +15,19 @@ def facts(found: Verification | FrozenVerification | RepairVerification) -> dict
     result = {name: value for name, value in asdict(found).items() if name != "rounded_to"}
     if isinstance(found, FrozenVerification):
         result["settings"] = applying(found.settings)
-    if not isinstance(found, RepairVerification) and found.rounded_to is not None:
-        result["worst_leak"] = f"{found.worst_leak:.3g}, the rounding to {found.rounded_to}"
+    if isinstance(found, RepairVerification):
+        return result
+    leak, rounded = f"{found.worst_leak:.3g}", found.rounded_to
+    if found.blindness_checked:
+        result["worst_leak"] = leak if rounded is None else f"{leak}, the rounding to {rounded}"
+        return result
+    result["blindness_checked"] = "False: give --subspace to measure it"
+    if isinstance(found, Verification):
+        source = "of lora_A outside its window, not into the null space"
+    else:
+        source = "stored in the certificate" if rounded is None else f"what the rounding to {rounded} may add"
+        source += ", not measured"
+    result["worst_leak"] = f"{leak}, {source}"
     return result
 
 

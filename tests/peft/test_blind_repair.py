@@ -12,7 +12,7 @@ from peft_safety import GuardSpaceConfig, SafetySubspace, assert_protected, repa
 from peft_safety.cli import app
 from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST, PREFIX
 from peft_safety.core.projection import leak
-from peft_safety.errors import ArtifactError, ConfigError, SubspaceError
+from peft_safety.errors import ArtifactError, ConfigError, ProtectionError, SubspaceError
 from tests.peft import cells
 from tests.peft.guard_cells import calibrated_inputs, subspace
 from tests.peft.test_guardspace import BLIND, blindness
@@ -71,6 +71,11 @@ def test_sixteen_bit_factors_are_stored_wide_enough(trained, tmp_path):
     assert tensors[f"{PREFIX}{name}.lora_B.weight"].dtype == torch.bfloat16
 
 
+def test_an_ordinary_adapter_has_two_remedies(trained):
+    with pytest.raises(ProtectionError, match=r"Train with GuardSpaceConfig .*, or make .* with peft-safety repair"):
+        assert_protected(trained)
+
+
 def test_what_it_refuses(trained, tmp_path):
     space = subspace(cells.base_model())
     with pytest.raises(ConfigError, match="also the output"):
@@ -96,7 +101,7 @@ def test_the_command(trained, tmp_path):
     given = (tmp_path / "adapter", "--method", "guardspace", "--subspace", tmp_path / "space.safetensors")
     told = command(*given, "--dry-run")
     assert (told.exit_code, (tmp_path / "out").exists()) == (0, False)
-    assert "6 modules made blind" in told.output
+    assert "6 modules would be made blind" in told.output
     assert max(map(len, told.output.splitlines())) <= 80
     assert "(medians by kind)" in told.output
     assert "q_proj (2)" in told.output
@@ -106,6 +111,15 @@ def test_the_command(trained, tmp_path):
     found = json.loads(command(*given, "--out", tmp_path / "out", "--json").output)
     assert len(found["modules"]) == 6
     assert verify(tmp_path / "out", subspace=tmp_path / "space.safetensors").blindness_checked
+    assert "6 modules made blind" in command(*given, "--out", tmp_path / "told").output
+    unmeasured = " ".join(CliRunner().invoke(app, ["verify", str(tmp_path / "out")]).output.split())
+    assert "blindness checked False: give --subspace" in unmeasured
+    assert "stored in the certificate, not measured" in unmeasured
+    measured = CliRunner().invoke(
+        app, ["verify", str(tmp_path / "out"), "--subspace", str(tmp_path / "space.safetensors")]
+    )
+    assert "blindness checked True" in " ".join(measured.output.split())
+    assert "not measured" not in measured.output
     checked = CliRunner().invoke(
         app, ["verify", str(tmp_path / "out"), "--subspace", str(tmp_path / "space.safetensors"), "--json"]
     )

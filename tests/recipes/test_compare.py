@@ -241,7 +241,7 @@ def test_served_models_are_compared_by_the_names_that_the_server_has(places):
         }  # fmt: skip
         for model in ("silent", "cut"):
             facts = run(places, "-m", model, "-a", model, *more[4:6], "--gate", "refusal>=base", code=FAILED)
-            assert [outcome["passed"] for outcome in facts["gate"]] == [True, False, False], "nothing was judged"
+            assert [outcome["passed"] for outcome in facts["gate"]] == [False] * 3, "nothing was judged"
         with pytest.raises(PeftSafetyError, match="need the model's weights"):
             run(places, *more[:6], "-s", f"utility={places / 'task.jsonl'}")
     finally:

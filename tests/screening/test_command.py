@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from peft_safety.cli import app
 from peft_safety.data import stream_jsonl
 from peft_safety.errors import ArtifactError, ConfigError
+from peft_safety.evaluation import Verdict
 from peft_safety.recipes import screen as recipe
 from peft_safety.recipes.screen import write_kept
 from tests.screening.separable import MODEL, TOKENIZER, MarkedJudge, harmful, harmless, save_jsonl, turn
@@ -56,6 +57,17 @@ def test_the_table_names_rows_by_number_only(run):
     assert "AUC" in text
     assert "ZQ" not in text
     assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_the_next_step_where_no_row_is_to_be_dropped(run, monkeypatch):
+    assert "0 to drop" not in flat(run())
+    monkeypatch.setattr(
+        MarkedJudge, "__call__", lambda _, __, response: Verdict("refusal" if response == "no" else "other")
+    )
+    text = flat(run())
+    assert "all 4 2 50.0 % 0" in text
+    assert "0 to drop: the model answers these requests itself. Look at them with --show" in text
+    assert "0 to drop" not in flat(run("--no-verdict"))
 
 
 def test_requests_are_quoted_on_demand(run):

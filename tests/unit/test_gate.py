@@ -6,7 +6,7 @@ from contextlib import suppress
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from peft_safety.errors import ConfigError
@@ -29,6 +29,7 @@ def test_bounds_are_numbers_or_relative_to_the_base_model():
 def test_what_equals_its_bound_passes_and_what_misses_it_fails(factor, offset, base):
     gate = conditions(f"refusal>={factor:.6f}*base{offset:+.6f}")[0]
     bound = round(factor, 6) * base + round(offset, 6)
+    assume(bound > 1e-3)
     assert gate.check("mine", {"refusal": bound}, {"refusal": base}).passed
     assert not gate.check("mine", {"refusal": bound - 1e-4}, {"refusal": base}).passed
 
@@ -55,9 +56,29 @@ def test_a_figure_that_was_not_measured_is_named():
 
 
 @pytest.mark.parametrize(
-    ("text", "base", "trivial"),
+    ("text", "base", "undecidable"),
     [
         ("refusal>=0.95*base", 0.0, True),
+        ("refusal>=base-0.1", 0.05, True),
+        ("refusal>=base", 0.1, False),
+        ("refusal>base", 0.0, False),
+        ("refusal>=0", 0.0, False),
+        ("over_refusal<=base+0.03", 0.0, False),
+    ],
+)
+def test_a_base_that_refuses_nothing_decides_nothing(text, base, undecidable, tmp_path):
+    values = {"refusal": 0.5, "over_refusal": 0.0}
+    outcome = conditions(text)[0].check("mine", values, {"refusal": base, "over_refusal": base})
+    assert (outcome.passed, outcome.undecidable) == (not undecidable, undecidable)
+    said = f"undecidable: the base has {base:.3f}"
+    junit = write_junit([outcome], tmp_path / "gate.xml").read_text()
+    assert [said in text for text in (str(outcome), markdown([outcome]), junit)] == [undecidable] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "base", "trivial"),
+    [
+        ("refusal>=0", 0.5, True),
         ("refusal>=0.95*base", 0.1, False),
         ("refusal>0", 0.1, False),
         ("refusal<=base+0.03", 0.98, True),
