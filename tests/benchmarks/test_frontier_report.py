@@ -150,7 +150,7 @@ def test_the_report_is_written_whole_and_again_the_same(tmp_path, monkeypatch):
     page = (tmp_path / "frontier.html").read_text()
     for name in report.PICTURES:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == len(report.PICTURES)
     assert "http" not in page.split("<style>")[1].split("base64,")[0], "nothing outside the file is fetched"
     assert "<p>Nothing of the plan.</p>" in page
     assert written(sections.SECTIONS, tmp_path, docs) == pages, "again the same"

@@ -14,7 +14,12 @@ import pytest
 from tests.release.fresh import ROOT, built
 
 WHEEL, SOURCE = built("whl"), built("tar.gz")
-pytestmark = pytest.mark.skipif(not (WHEEL and SOURCE), reason="make wheel builds them")
+CONTENT = [*(ROOT / "peft_safety").rglob("*.*"), *(ROOT / name for name in ("README.md", "setup.cfg"))]
+CHANGED = max(path.stat().st_mtime for path in CONTENT if path.suffix != ".pyc" and path.is_file())
+BUILT = [path.stat().st_mtime for path in (WHEEL, SOURCE) if path]
+pytestmark = pytest.mark.skipif(
+    len(BUILT) < 2 or min(BUILT) < CHANGED, reason="make wheel builds them, after a change"
+)
 
 
 @pytest.fixture(scope="module")

@@ -171,7 +171,7 @@ def test_a_layer_with_fewer_directions_than_asked_for_is_refused_or_protected_wh
     targets = ["model.layers.0.self_attn.q_proj"]
     with pytest.raises(CalibrationError, match=r"layers.0.self_attn.q_proj.*span 2 directions.*allow_fewer"):
         estimate(tiny_llama(), data, target_modules=targets)
-    with pytest.warns(UserWarning, match=r"span 2 directions.*protects all"):
+    with pytest.warns(UserWarning, match=r"span 2 directions.*takes all"):
         subspace = estimate(tiny_llama(), data, target_modules=targets, allow_fewer=True)
     assert subspace.rank(targets[0]) == 2
     weight, inputs = (
