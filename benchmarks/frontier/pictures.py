@@ -21,8 +21,6 @@ NOTES = {
     "s": "□ control: random basis of equal size",
     "^": "△ control: plain LoRA at the same norm",
 }
-BEHIND = {"fc": style.PANEL, "ec": "none", "pad": 0.5}
-"""Box of a figure beside a bar."""
 ROLES = ("aligned", "lora", "frozen", "random:frozen")
 """Reference, baseline, method and its control."""
 

@@ -64,7 +64,6 @@ RC: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "grid.color": GRID,
-    "hatch.linewidth": 0.6,
     "text.parse_math": False,  # dollar signs in names are no formulas
 }
 
