@@ -48,11 +48,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, base: str = "fp32") -> Path
         for panel, (what, values) in zip(axes, panels.items(), strict=True):
             for y, arm in enumerate(shown):
                 value, ends = values[arm]
-                panel.barh(y, value, color=style.color_of(NAMES[arm]), height=0.7)
-                if ends[0] < ends[1]:
-                    style.whisker(panel, y, ends)
-                at = max(value, ends[1], 1.0), y  # beside the dotted line
-                panel.annotate(f"{value:.2f}", at, xytext=(4, 0), textcoords="offset points", va="center")
+                style.bar(panel, y, value, style.color_of(NAMES[arm]), ends, f"{value:.2f}", beside=1.0)
             panel.axvline(1, color=style.INK, lw=0.8, ls=":")
             panel.set_title(what)
             panel.margins(x=0.25, y=0.02)

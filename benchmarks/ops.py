@@ -83,8 +83,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
         for panel, (name, shown) in zip(panels, parts.items(), strict=True):
             for y, row in enumerate(shown):
                 tint = style.color_of("guardspace" if row["arm"].startswith("this") else row["arm"])
-                panel.barh(y, row["us"], color=tint, height=0.75)
-                style.whisker(panel, y, (row["low"], row["high"]))
+                style.bar(panel, y, row["us"], tint, (row["low"], row["high"]), height=0.75)
             panel.axvline(shown[0]["of floor"] * shown[0]["us"], color=style.INK, lw=1, ls=":")
             panel.set_yticks(range(len(shown)), [row["arm"] for row in shown])
             panel.set_title(name)

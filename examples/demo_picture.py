@@ -41,9 +41,7 @@ def title(evaluations: Mapping[str, Evaluation], poison: float) -> str:
 def _bars(panel: Any, rates: Mapping[str, Rate], heading: str) -> None:
     for row, (name, rate) in enumerate(rates.items()):
         value, (low, high) = 100 * rate.value, (100 * bound for bound in rate.interval)
-        panel.barh(row, value, color=style.color_of(name), height=0.62)
-        style.whisker(panel, row, (low, high))
-        panel.annotate(f"{value:.0f} %", (max(value, high), row), (5, 0), textcoords="offset points", va="center")
+        style.bar(panel, row, value, style.color_of(name), (low, high), f"{value:.0f} %", height=0.62)
     panel.set_xlim(0, 122)
     panel.set_xticks([0, 50, 100], ["0", "50", "100 %"])
     panel.set_title(heading)

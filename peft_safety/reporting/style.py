@@ -178,6 +178,24 @@ def whisker(panel: Any, y: float, ends: Interval) -> None:
         panel.plot(ends, (y, y), color=color, lw=width, solid_capstyle="butt", zorder=3)
 
 
+def bar(
+    panel: Any,
+    y: float,
+    value: float,
+    color: str,
+    ends: Interval,
+    text: str = "",
+    height: float = 0.7,
+    beside: float = 0.0,
+) -> None:
+    """A horizontal bar with its interval; the text to the right of both, and of `beside`."""
+    panel.barh(y, value, color=color, height=height)
+    if ends[0] < ends[1]:
+        whisker(panel, y, ends)
+    if text:
+        panel.annotate(text, (max(value, ends[1], beside), y), (5, 0), textcoords="offset points", va="center")
+
+
 MIDDLE = 0.22
 """Luminance of a cell below which its figure is light."""
 Label = tuple[float, float, str, str]
