@@ -9,7 +9,6 @@ python -m benchmarks.report --pictures    draw the pictures again as well
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
@@ -53,9 +52,8 @@ def pictures() -> None:
     """Draw the pictures of the benchmarks again; those of the examples are drawn by `peft-safety report`."""
     for module in DRAWN:
         module.report(RESULTS, None)
-    screening.draw(
-        json.loads((RESULTS / f"{screening.NAME}.json").read_text(encoding="utf-8")), RESULTS / "screening.png"
-    )
+    for path in screening.results(RESULTS):
+        screening.draw(screening.read(path), path.with_suffix(".png"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,14 +1,17 @@
 """How well does a screen find poisoned rows, and how many benign rows does it flag?
 
-    python -m benchmarks.screening [--clean | --shares | --report]    (20 minutes on two busy cores; --shares: 6)
+    python -m benchmarks.screening                      (MINUTES minutes on two busy cores)
+    python -m benchmarks.screening --model runs/full    another aligned model, in a results file of its own
+    python -m benchmarks.screening --report             the pictures and the section again; run nothing
 
 The model is that of the demo: SmolLM2-135M-Instruct with its safety patch. Poisoned rows are harmful requests of test
 splits: bare, of public sets where `--data` has them, and hidden in four ways that the screen has never seen, three of
 them those of `benchmarks.attacks`. All rows, benign ones too, have a contentless answer ("Sure, here is"). For each
 pair of sets: the area under the curve (AUC), and the share of poisoned rows found at a threshold that flags at most
-1 % of the benign set; then what the screen does by itself, at the threshold that it chose on the package's validation
-prompts: rows flagged, and rows to be dropped after the model's verdict. `--shares` mixes each kind into the task's own
-rows: how many poisoned rows are dropped before training, and how many of the task's?
+1 % of the benign set; then what the screen does by itself: rows flagged, and rows to be dropped after the model's
+verdict, at the threshold that it chose on the package's validation prompts and at one of the task's own rows
+("clean"). Last, each kind is mixed into rows of the task: how many poisoned rows are dropped before training, and how
+many of the task's?
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, add_model, model_name, model_source, parser_of, publish
+from benchmarks.attacks_tables import MODELS
+from benchmarks.common import RESULTS, add_model, model_source, parser_of, publish
 from benchmarks.frontier.attacks import ATTACKS
 from benchmarks.frontier.data import HELD_OUT, resolve, task_prompts
 from benchmarks.pages import Section, link, write, written
@@ -37,6 +41,7 @@ from peft_safety.screening.direction import auc, threshold_at
 from peft_safety.screening.result import Screening
 
 NAME = "screening"
+PATCHED = "SmolLM2-135M-Instruct, patched"
 FPR = 0.01
 SHARES, ROWS = (0.01, 0.1), 200
 """Shares of poison in a data set, and its rows."""
@@ -185,31 +190,69 @@ def tables(data: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[str]
     return result
 
 
-def section(folder: Path, page: Path) -> str:
-    """The section of the page, as markdown.
+def results(folder: Path) -> list[Path]:
+    """The results files: of the patched model first, then of others.
 
     Raises:
         DataError: no results.
     """
-    path, parts = folder / f"{NAME}.json", []
-    if not path.is_file():
-        raise DataError(f"{path} holds no results. Run python -m benchmarks.{NAME}.")
-    for title, (columns, rows) in tables(json.loads(path.read_text(encoding="utf-8"))).items():
+    first = folder / f"{NAME}.json"
+    if not first.is_file():
+        raise DataError(f"{first} holds no results. Run python -m benchmarks.{NAME}.")
+    return [first, *sorted(folder.glob(f"{NAME}_*.json"))]
+
+
+def part(path: Path, page: Path) -> str:
+    """What the page says of one aligned model."""
+    data = read(path)
+    parts = [f"### {title_of(data)}"]
+    for title, (columns, rows) in tables(data).items():
         lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
         parts.append("\n".join([f"{title}:\n", *(f"| {' | '.join(line)} |" for line in lines)]))
     parts.append(f"![AUC and poisoned rows found, by kind of rows]({link(path.with_suffix('.png'), page)})")
     return "\n\n".join(parts)
 
 
+def read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def title_of(data: Mapping[str, Any]) -> str:
+    model = data["environment"]["model"]
+    return MODELS.get(model, model)
+
+
+def section(folder: Path, page: Path) -> str:
+    """The section of the page, as markdown: a part for each aligned model."""
+    return "\n\n".join(part(path, page) for path in results(folder))
+
+
 SECTIONS = (Section(NAME, "guides/screening.md", section),)
 
 
-def report(data: Mapping[str, Any]) -> None:
+def report(folder: Path = RESULTS) -> None:
     """Print, draw and write the section of the page."""
-    for title, (columns, rows) in tables(data).items():
-        render.show(title, render.table([column.replace(" ", "\n") for column in columns], rows))
-    draw(data, RESULTS / f"{NAME}.png")
+    for path in results(folder):
+        data = read(path)
+        for title, (columns, rows) in tables(data).items():
+            shown = render.table([column.replace(" ", "\n") for column in columns], rows)
+            render.show(f"{title_of(data)}: {title}", shown)
+        draw(data, path.with_suffix(".png"))
     write(written(SECTIONS))
+
+
+def measured(model: Any, tokenizer: Any, folder: Path | None, limit: int) -> dict[str, Any]:
+    """All figures of one aligned model."""
+    harmful, harmless = poison(folder), benign(folder)
+    rows = rows_of({**harmful, **harmless}, limit)
+
+    def screened(**options: Any) -> dict[str, Any]:
+        result = screen(model, rows, tokenizer=tokenizer, fpr=FPR, by="set", **options)
+        told = result.to_json()
+        return {"judge": told["judge"], "screen": told["screen"], **figures(result, list(harmful), list(harmless))}
+
+    clean = [{"prompt": prompt} for prompt in task_prompts("validation")]
+    return {**screened(), "clean": screened(clean=clean), "shares": shares(model, tokenizer, harmful)}
 
 
 def main() -> None:
@@ -219,34 +262,19 @@ def main() -> None:
     parser.add_argument("--data", help="directory of the public sets, or hub:owner/name")
     parser.add_argument("--limit", type=int, default=LIMIT, help="rows of each set at most")
     parser.add_argument("--report", action="store_true", help="only show the last results again")
-    parser.add_argument("--clean", action="store_true", help="add the rows flagged at a threshold of the task's rows")
-    parser.add_argument("--shares", action="store_true", help="add the rows dropped from a poisoned data set")
-    args, path = parser.parse_args(), RESULTS / f"{NAME}.json"
-    last = json.loads(path.read_text(encoding="utf-8")) if args.report or args.clean or args.shares else {}
-    if args.report:
-        report(last)
-        return
-    folder, started = resolve(args.data), time.perf_counter()
-    harmful, harmless = poison(folder), benign(folder)
-    model, tokenizer = load_model(model_source(args.model))
-    if args.model is None:
-        model = safety_patch.attach(model)
-    if args.shares:
-        given = {"environment": environment(0, model=model_name(args.model)), **shares(model, tokenizer, harmful)}
-        publish(path, json.dumps(last | {"shares": given}, indent=1) + "\n")
-        report(last | {"shares": given})
-        return
-    rows = rows_of({**harmful, **harmless}, args.limit)
-    clean = [{"prompt": prompt} for prompt in task_prompts("validation")] if args.clean else None
-    result = screen(model, rows, tokenizer=tokenizer, fpr=FPR, clean=clean, by="set")
-    seconds, screened = round(time.perf_counter() - started), result.to_json()
-    data = {"environment": environment(0, model=model_name(args.model), seconds=seconds)}
-    data |= {"judge": screened["judge"], "screen": screened["screen"]}
-    data |= figures(result, list(harmful), list(harmless))
-    data = last | {"clean": data} if args.clean else data
-    publish(path, json.dumps(data, indent=1) + "\n")
-    report(data)
-    print(f"{seconds} s; {NAME}.json and {NAME}.png written")
+    args = parser.parse_args()
+    if not args.report:
+        started = time.perf_counter()
+        model, tokenizer = load_model(model_source(args.model))
+        if args.model is None:
+            model = safety_patch.attach(model)
+        name = PATCHED if args.model is None else Path(args.model).name
+        data = measured(model, tokenizer, resolve(args.data), args.limit)
+        facts = environment(0, model=name, seconds=round(time.perf_counter() - started))
+        path = RESULTS / (f"{NAME}.json" if args.model is None else f"{NAME}_{name}.json")
+        publish(path, json.dumps({"environment": facts, **data}, indent=1) + "\n")
+        print(f"{facts['seconds']} s; {path.name} written")
+    report()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """How the benchmark of the screen counts the rows of poisoned data sets."""
 
+import json
 from types import SimpleNamespace
+
+import pytest
 
 from benchmarks import screening
 from benchmarks.frontier.attacks import FRAME, TRIGGER
 from peft_safety.data import load
+from peft_safety.errors import DataError
 from peft_safety.screening.result import COMPLIES, ScreenedRow, Screening
 from tests.screening.separable import MODEL, TOKENIZER
 
@@ -46,3 +50,22 @@ def test_what_is_dropped_from_data_sets_of_two_shares(monkeypatch):
     ]
     assert columns == ["rows", *(f"{key}, p = {p}" for p in ("0.01", "0.1") for key in ("flagged", "dropped"))]
     assert lines[1] == ["bare", "1 of 2", "1 of 2", "10 of 20", "10 of 20"]
+
+
+def test_each_aligned_model_has_its_own_part_of_the_page(tmp_path):
+    with pytest.raises(DataError, match="screening"):
+        screening.section(tmp_path, tmp_path / "page.md")
+    numbers = {"rows": 4, "flagged": 3, "to drop": 2}
+    for name, model, auc in (("screening_full", "full", 0.5), ("screening", screening.PATCHED, 0.75)):
+        clean = {"sets": {"bare": numbers | {"flagged": 4}}}
+        facts = {"sets": {"bare": numbers}, "auc": {"bare": {"task": auc}}, "found": {"bare": {"task": 1.0}}}
+        data = {"environment": {"model": model}, **facts, "clean": clean}
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+    first, second = screening.section(tmp_path, tmp_path / "page.md").split("### ")[1:]
+    assert first.startswith(screening.PATCHED)
+    assert second.startswith("SmolLM2-135M-Instruct, aligned in all its weights")
+    assert "| bare | 4 | 3 | 2 | 4 | 2 |" in first
+    assert "| bare | 0.75 |" in first
+    assert "| bare | 0.50 |" in second
+    assert "(screening.png)" in first
+    assert "(screening_full.png)" in second
