@@ -32,8 +32,8 @@ color-blind readers, with one of Tol's ("data": defenses that change the trainin
 """
 CONTROL = re.compile(r"random|scaled|control|at the (same )?norm", re.IGNORECASE)
 """In the name of a control. Controls have their method's color and are hollow."""
-PANEL, INK, MUTED, GRID = "#F8F8F5", "#222222", "#5F5F5F", "#E1E1DB"
-"""Colors of the panel, of text, of notes and of grid lines."""
+PANEL, INK, MUTED, GRID, HATCH = "#F8F8F5", "#222222", "#5F5F5F", "#E1E1DB", "#C4C4BC"
+"""Colors of the panel, of text, of notes, of grid lines, and of the hatching where there is no figure."""
 CONTRAST = 4.5
 """Of text and panel at least (WCAG 2.2, AA)."""
 WIDTH, DPI = 6.0, 200
@@ -64,6 +64,7 @@ RC: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "grid.color": GRID,
+    "hatch.linewidth": 0.7,
     "text.parse_math": False,  # dollar signs in names are no formulas
 }
 
@@ -235,10 +236,11 @@ def _runs(labels: Sequence[Label], near: float) -> list[list[Label]]:
 
 
 def heat(panel: Any, values: Sequence[Sequence[float]], form: str, low: float, high: float, *colors: str) -> None:
-    """A heat map with its figures in the cells; those without a figure (NaN) stay empty."""
+    """A heat map with its figures in the cells; those without a figure (NaN) are hatched."""
     from matplotlib.colors import Normalize, to_hex
 
-    scale, norm = ramp(*colors).with_extremes(bad=PANEL), Normalize(low, high, clip=True)
+    scale, norm = ramp(*colors).with_extremes(bad=(0, 0, 0, 0)), Normalize(low, high, clip=True)
+    panel.patch.set(facecolor=PANEL, edgecolor=HATCH, hatch="////")
     panel.imshow(values, cmap=scale, norm=norm, aspect="auto")
     for y, line in enumerate(values):
         for x, value in enumerate(line):

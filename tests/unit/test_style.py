@@ -108,6 +108,24 @@ def test_labels_stay_where_there_is_room_and_share_the_way_where_there_is_none()
     assert style.spread([50.0, 50.0], [6.0], 0.0, 100.0) == [47.0, 53.0]
 
 
+def test_a_cell_that_was_not_run_is_hatched_and_a_zero_is_not(tmp_path):
+    path = tmp_path / "one.png"
+    with style.picture(path, 2.0) as (canvas, (panel,)):
+        style.heat(panel, [[0.0, float("nan"), 0.0]], ".0f", 0, 100, "#FFFFFF", style.color_of("lora"))
+        canvas.draw_without_rendering()
+        height = 2.0 * style.DPI
+        shares = []
+        centers = [panel.transData.transform((x, -0.3)) for x in range(3)]  # beside the figure in the middle
+    with Image.open(path) as image:
+        for x, y in (center * style.DPI / canvas.dpi for center in centers):
+            part = np.asarray(
+                image.convert("L").crop((int(x) - 40, int(height - y) - 40, int(x) + 40, int(height - y) + 40))
+            )
+            shares.append((part < 225).mean())
+    assert shares[0] == shares[2] == 0
+    assert 0.05 < shares[1] < 0.5
+
+
 def test_a_picture_is_an_opaque_panel_of_one_width(tmp_path):
     path = tmp_path / "new" / "one.png"
     with style.picture(path, 1.0, title="$x^$", note="a\nb") as (_, (panel,)):
