@@ -149,7 +149,7 @@ $(BUILD): $(STAMP)
 	$(PIP_INSTALL) --no-deps --target $@ build==1.6.1 pyproject_hooks==1.3.3
 
 wheel: $(BUILD)
-	rm -rf build dist
+	rm -rf build/lib build/bdist.* dist
 	PYTHONPATH=$(CURDIR)/$(BUILD) $(BIN)/python -m build
 
 # checkers of CITATION.cff, classifiers and workflows, apart from what they check

@@ -25,7 +25,7 @@ def heat(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]], path: Path) -> 
             [100 * e.lost(aligned[one[0]])[0] if e is not None and e.rows else float("nan") for e in entries]
         )
     note = (
-        "p: share of poisoned rows; x4: four epochs; lr: learning rate. Empty: not run. Gray names: fails on "
+        "p: share of poisoned rows; x4: four epochs; lr: learning rate. Hatched: not run. Gray names: fails on "
         "plain LoRA."
     )
     height = 1.3 + 0.21 * len(down)

@@ -1,8 +1,8 @@
-"""Write every table of the documents again, from the committed results files. No cell runs.
+"""Write every table of the documents and frontier.html again, from the committed results files. No cell runs.
 
 python -m benchmarks.report               all sections
 python -m benchmarks.report NAME ...      only these
-python -m benchmarks.report --check       write nothing; exit status 1 if a page would change
+python -m benchmarks.report --check       write nothing; exit status 1 if a file would change
 python -m benchmarks.report --pictures    draw the pictures again as well
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks import (
     attacks_report,
@@ -56,30 +57,45 @@ def pictures() -> None:
         screening.draw(screening.read(path), path.with_suffix(".png"))
 
 
+def current(names: Sequence[str] = ()) -> dict[Path, str]:
+    """The files that have these sections, or any, as they have to be; frontier.html goes with the frontier's.
+
+    Raises:
+        DataError: no results, or a page without markers.
+    """
+    sections = [section for section in SECTIONS if not names or section.name in names]
+    files = written(sections, RESULTS, DOCS)
+    if any(section.name == frontier_report.BENCHMARK for section in sections):
+        files[RESULTS / frontier_report.HTML] = frontier_report.page(RESULTS)
+    return files
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = parser_of(__doc__)
     parser.prog = "python -m benchmarks.report"
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(section.name for section in SECTIONS))
-    parser.add_argument("--check", action="store_true", help="say which pages would change, and write nothing")
+    parser.add_argument("--check", action="store_true", help="say which files would change, and write nothing")
     parser.add_argument("--pictures", action="store_true", help="draw the pictures again, too")
     given: argparse.Namespace = parser.parse_args(argv)
     unknown = set(given.names) - {section.name for section in SECTIONS}
     if unknown:
         parser.error(f"no section {', '.join(sorted(unknown))}. There are {', '.join(s.name for s in SECTIONS)}.")
     try:
-        pages = written([s for s in SECTIONS if not given.names or s.name in given.names], RESULTS, DOCS)
+        if given.pictures and not given.check:
+            pictures()
+        files = current(given.names)
     except DataError as error:
         print(error, file=sys.stderr)
         return 1
-    changed = {page: text for page, text in pages.items() if page.read_text(encoding="utf-8") != text}
+    changed = {
+        path: text for path, text in files.items() if not path.exists() or path.read_text(encoding="utf-8") != text
+    }
     if not given.check:
         write(changed)
-        if given.pictures:
-            pictures()
-    for page in changed:
-        print(f"{'would change' if given.check else 'wrote'} {page.relative_to(DOCS.parent)}")
-    print(f"{len(pages)} pages, {len(changed)} changed")
+    for path in changed:
+        print(f"{'would change' if given.check else 'wrote'} {path.relative_to(DOCS.parent)}")
+    print(f"{len(files)} files, {len(changed)} changed")
     return 1 if given.check and changed else 0
 
 

@@ -21,6 +21,10 @@ NOTES = {
     "s": "□ control: random basis of equal size",
     "^": "△ control: plain LoRA at the same norm",
 }
+NAMED = ("aligned", "lora", "guardspace", "frozen", "blind", "safe-lora", "safe-lora-soft")
+"""Arms with a name in the picture of the frontier: those that the first page and the README speak of."""
+OTHERS = "#B4B4AD"
+"""Color of all others there."""
 ROLES = ("aligned", "lora", "frozen", "random:frozen")
 """Reference, baseline, method and its control."""
 
@@ -37,29 +41,35 @@ def percent(rate: Rate) -> tuple[float, style.Interval]:
 
 def frontier(points: Points, path: Path) -> Path:
     """Refusal over accuracy with 95 % intervals, at the share of poison where methods differ most. Controls are
-    hollow.
+    hollow. Few points have a name and a color, so that it is legible on the first page, where it is small.
     """
     measured = shares(points)
     poison = FIRST_POISON if FIRST_POISON in measured or not measured else measured[0]
-    title = f"Safety and utility after fine-tuning, {100 * poison:g} % of the rows poisoned"
+    title = f"Refusal and accuracy, {100 * poison:g} % of the rows poisoned"
     shown = {marker(name) for name, share in points if share == poison}
     note = ", ".join(text for form, text in NOTES.items() if form in shown)
-    note = f"{note}. Up and right is better; lines are 95 % intervals."
-    with style.picture(path, 4.7, title=title, note=note) as (_, (panel,)):
+    note = f"{note}. Gray: others. Up and right is better; lines are 95 % intervals."
+    with style.picture(path, 2.7, title=title, note=note, width=style.NARROW) as (_, (panel,)):
         labeled = []
-        for (name, share), point in points.items():
-            x, y = point.rate("task_accuracy"), point.rate("refusal")
-            if share != poison or x is None or y is None:
+        for named, name in sorted((_named(name), name) for name, share in points if share == poison):  # gray below
+            point = points[name, poison]
+            x, y, hollow = point.rate("task_accuracy"), point.rate("refusal"), bool(point.control)
+            if x is None or y is None:
                 continue
             (at_x, across), (at_y, up) = percent(x), percent(y)
-            tint, hollow = style.color_of(name), bool(point.control)
+            tint = style.color_of(name) if named else OTHERS
             style.point(panel, at_x, at_y, tint, across, up, hollow, marker(name))
-            if not hollow and not name.endswith("-nf4"):
+            if named and not hollow:
                 labeled.append((at_x, at_y, label(name) + _price(point), tint))
         panel.set(xlim=(-4, None), ylim=(-4, 105), xlabel=AXES["task_accuracy"], ylabel=AXES["refusal"])
         panel.grid()
         style.label_points(panel, labeled)
     return path
+
+
+def _named(name: str) -> bool:
+    """Whether it is one of `NAMED`, or its control."""
+    return name.rpartition(":")[2] in NAMED
 
 
 def _price(point: Point) -> str:

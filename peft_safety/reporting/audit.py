@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from peft_safety.audit.report import FIGURES, ModuleOrthogonality, OrthogonalityReport, medians
 from peft_safety.reporting import render, style
 
+INPUT_SIDE = ("effective_rank", "relative_norm", "metric", "metric_null", "z", "angle", "energy", "energy_ratio")
+"""Figures of the first table: size, and where the update lies on the input side."""
 FUNCTIONAL = ("general", "harmful", "interference_ratio")
 NOTES = (
     "metric: largest entry between the top-8 right singular vectors of dW and of W (arXiv 2510.09004); null and z: "
@@ -24,6 +27,8 @@ FUNCTIONAL_NOTE = (
 UNMEASURED_NOTE = (
     "What the update does to general and harmful inputs was not measured: give calibration data (--calibration auto)."
 )
+NAME = 20
+"""Columns of a line of another adapter's name."""
 LARGEST_RATIO = 100.0
 """Largest ratio of the color scale: an exactly orthogonal update has the ratio 0."""
 SMALLEST_RATIO, SMALLEST_Z = 2.0, 3.0
@@ -32,18 +37,23 @@ TICKS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
 def show(report: OrthogonalityReport, every_module: bool = False) -> None:
-    """Print medians by kind of module and over all; or one row a module."""
+    """Print medians by kind of module and over all, or one row a module: first a table of the input side, below it the
+    output side, what the update does to inputs, and overlaps with other adapters.
+    """
     columns = {name: column[1:] for name, column in FIGURES.items() if report.measured or name not in FUNCTIONAL}
-    columns |= {f"overlap:{other}": (f"overlap with\n{other}", ".2g") for other in report.others}
+    columns |= {
+        f"overlap:{other}": ("\n".join(["overlap with", *wrap(other, NAME)]), ".2g") for other in report.others
+    }
     if every_module:
         groups = [(row.name if row.layer is None else f"{row.layer}.{row.kind}", [row]) for row in report.modules]
     else:
         kinds = [*report.kinds.items(), ("all", list(report.modules))]
         groups = [(f"{kind} ({len(modules)})", modules) for kind, modules in kinds]
-    rows = []
-    for label, modules in groups:
-        figures = medians(modules, report.others)
-        rows.append([label, *(render.number(figures[name], form) for name, (_, form) in columns.items())])
+    figures = [(label, medians(modules, report.others)) for label, modules in groups]
+    tables = []
+    for part in (INPUT_SIDE, [name for name in columns if name not in INPUT_SIDE]):
+        rows = [[label, *(render.number(row[name], columns[name][1]) for name in part)] for label, row in figures]
+        tables += render.tables(["module", *(columns[name][0] for name in part)], rows)
     zeros = sum(row.rank == 0 for row in report.modules)
     notes = [*NOTES, FUNCTIONAL_NOTE if report.measured else UNMEASURED_NOTE]
     notes += [f"{zeros} of {len(report.modules)} modules have a zero update and no figures."] if zeros else []
@@ -52,7 +62,7 @@ def show(report: OrthogonalityReport, every_module: bool = False) -> None:
     title = (
         f"Orthogonality of {report.adapter!r}: {len(report.modules)} modules, k = {report.environment['k']} ({what})"
     )
-    render.show(title, render.table(["module", *(heading for heading, _ in columns.values())], rows), notes=notes)
+    render.show(title, *tables, notes=notes)
 
 
 PANELS = {

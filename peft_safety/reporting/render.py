@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from peft_safety.errors import extra
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+Key = TypeVar("Key")
 WIDTH = 80
 """Columns of a terminal that a printed table fits, unless its figures need more."""
 
@@ -52,12 +53,35 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], prose: Collect
         if index in prose:
             result.add_column(heading, overflow="fold")
             continue
-        lines = [line for cell in (heading, *(row[index] for row in rows)) for line in cell.split("\n")]
         justify: Any = "right" if index else "left"
-        result.add_column(heading, justify=justify, no_wrap=True, min_width=max(map(len, lines)))
+        result.add_column(heading, justify=justify, no_wrap=True, min_width=_wide(heading, rows, index))
     for row in rows:
         result.add_row(*row)
     return result
+
+
+def tables(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[Table]:
+    """The columns in several tables that fit `WIDTH`, if no two columns are wider. Each has the first column."""
+    rows = list(rows)
+    widths = {index: _wide(heading, rows, index) for index, heading in enumerate(headings)}
+    groups = fitting(widths, WIDTH + GAP)
+    return [table([headings[i] for i in group], [[row[i] for i in group] for row in rows]) for group in groups]
+
+
+def fitting(widths: Mapping[Key, int], room: int) -> list[list[Key]]:
+    """Groups of columns that fit side by side, each with a gap. Every group starts with the first column."""
+    first, *others = widths
+    groups = [[first]]
+    for one in others:
+        if len(groups[-1]) > 1 and sum(widths[member] + GAP for member in (*groups[-1], one)) > room:
+            groups.append([first])
+        groups[-1].append(one)
+    return groups
+
+
+def _wide(heading: str, rows: Iterable[Sequence[str]], index: int) -> int:
+    """Columns of the terminal that a column of a table needs."""
+    return max(len(line) for cell in (heading, *(row[index] for row in rows)) for line in cell.split("\n"))
 
 
 def show(title: str, *tables: Table, notes: Iterable[str] = ()) -> None:

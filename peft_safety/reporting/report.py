@@ -62,7 +62,7 @@ class Report:
         names = {metric: _wrapped(metric, least) for metric in sizes}
         room -= max(len(line) for lines in names.values() for line in lines)
         tables = []
-        for group in _fitting(widths, room):
+        for group in render.fitting(widths, room):
             rows = [
                 ["\n".join(names[metric]), n, *(cells[arm].get(metric, MISSING) for arm in group)]
                 for metric, n in sizes.items()
@@ -167,14 +167,3 @@ def _short(figure: Figure) -> str:
     if isinstance(figure, Rate) or not math.isfinite(figure.interval[1]):
         return str(figure)
     return f"{figure.value:.2f} ± {figure.interval[1] - figure.value:.2f}"
-
-
-def _fitting(widths: Mapping[str, int], room: int) -> list[list[str]]:
-    """Groups of names that fit side by side. Every group starts with the first name."""
-    first, *others = widths
-    groups = [[first]]
-    for name in others:
-        if len(groups[-1]) > 1 and sum(widths[member] + render.GAP for member in (*groups[-1], name)) > room:
-            groups.append([first])
-        groups[-1].append(name)
-    return groups

@@ -32,16 +32,18 @@ color-blind readers, with one of Tol's ("data": defenses that change the trainin
 """
 CONTROL = re.compile(r"random|scaled|control|at the (same )?norm", re.IGNORECASE)
 """In the name of a control. Controls have their method's color and are hollow."""
-PANEL, INK, MUTED, GRID = "#F8F8F5", "#222222", "#5F5F5F", "#E1E1DB"
-"""Colors of the panel, of text, of notes and of grid lines."""
+PANEL, INK, MUTED, GRID, HATCH = "#F8F8F5", "#222222", "#5F5F5F", "#E1E1DB", "#C4C4BC"
+"""Colors of the panel, of text, of notes, of grid lines, and of the hatching where there is no figure."""
 CONTRAST = 4.5
 """Of text and panel at least (WCAG 2.2, AA)."""
-WIDTH, DPI = 6.0, 200
-"""Inches and dots per inch: 1200 px, twice the width at which a page shows it."""
+WIDTH, NARROW = 6.0, 4.0
+"""Inches of a picture, and of one for small screens too: it has less in it, and text of the same points is larger."""
+PIXELS = 1200
+"""Of the width of every picture: twice that at which a page shows it."""
 SMALLEST = 8.0
-"""Points of the smallest text: 11 px where the picture is 600 px wide."""
-TITLE_COLUMNS, NOTE_COLUMNS = 74, 98
-"""Characters of a line of the title, and of the notes."""
+"""Points of the smallest text: 11 px where a picture is 600 px wide, a narrow one 400 px."""
+TITLE_COLUMNS, NOTE_COLUMNS = 74 / WIDTH, 98 / WIDTH
+"""Characters of an inch of the title, and of the notes."""
 RC: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": SMALLEST,
@@ -64,6 +66,7 @@ RC: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "grid.color": GRID,
+    "hatch.linewidth": 0.7,
     "text.parse_math": False,  # dollar signs in names are no formulas
 }
 
@@ -111,19 +114,26 @@ def require_matplotlib() -> None:
 
 @contextmanager
 def picture(
-    path: str | Path, height: float, panels: int = 1, rows: int = 1, title: str = "", note: str = "", **options: Any
+    path: str | Path,
+    height: float,
+    panels: int = 1,
+    rows: int = 1,
+    title: str = "",
+    note: str = "",
+    width: float = WIDTH,
+    **options: Any,
 ) -> Iterator[tuple[Any, Any]]:
-    """A figure and the array of its axes, in rows: drawn inside the `with`, saved as PNG behind it. `height` in inches
-    is that of the axes' part; title and note add their lines.
+    """A figure and the array of its axes, in rows: drawn inside the `with`, saved as PNG behind it. `width`, and
+    `height` of the axes' part, are in inches; title and note add their lines.
     """
     require_matplotlib()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    heading = wrap(title, TITLE_COLUMNS)
-    notes = [line for part in note.split("\n") for line in wrap(part, NOTE_COLUMNS)]
+    heading = wrap(title, int(TITLE_COLUMNS * width))
+    notes = [line for part in note.split("\n") for line in wrap(part, int(NOTE_COLUMNS * width))]
     with rc_context(RC):
-        size = WIDTH, height + 0.18 * len(heading) + 0.15 * len(notes)
+        size = width, height + 0.18 * len(heading) + 0.15 * len(notes)
         canvas = Figure(size, layout="constrained", linewidth=2)
         canvas.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # type: ignore[union-attr,call-arg]
         axes = canvas.subplots(rows, -(-panels // rows), squeeze=False, **options).flatten()
@@ -142,7 +152,7 @@ def save(canvas: Any, path: Path) -> None:
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=DPI, format="png", metadata={"Software": None})
+    canvas.savefig(path, dpi=PIXELS / canvas.get_figwidth(), format="png", metadata={"Software": None})
     with Image.open(path) as image:
         small = image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
@@ -235,10 +245,11 @@ def _runs(labels: Sequence[Label], near: float) -> list[list[Label]]:
 
 
 def heat(panel: Any, values: Sequence[Sequence[float]], form: str, low: float, high: float, *colors: str) -> None:
-    """A heat map with its figures in the cells; those without a figure (NaN) stay empty."""
+    """A heat map with its figures in the cells; those without a figure (NaN) are hatched."""
     from matplotlib.colors import Normalize, to_hex
 
-    scale, norm = ramp(*colors).with_extremes(bad=PANEL), Normalize(low, high, clip=True)
+    scale, norm = ramp(*colors).with_extremes(bad=(0, 0, 0, 0)), Normalize(low, high, clip=True)
+    panel.patch.set(facecolor=PANEL, edgecolor=HATCH, hatch="////")
     panel.imshow(values, cmap=scale, norm=norm, aspect="auto")
     for y, line in enumerate(values):
         for x, value in enumerate(line):

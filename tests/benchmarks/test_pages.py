@@ -1,12 +1,14 @@
 """The pages of results: written by the harness alone, whole, short, and with prose that says what their tables say."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from benchmarks import report
 from benchmarks.common import RESULTS
+from benchmarks.frontier import report as frontier_report
 from benchmarks.pages import DOCS, Section, written
 from peft_safety.errors import DataError
 
@@ -38,10 +40,10 @@ def figures(text: str) -> set[str]:
 
 
 def test_the_committed_pages_are_those_of_the_committed_results() -> None:
-    pages = written(report.SECTIONS)
-    stale = [page.name for page, text in pages.items() if page.read_text(encoding="utf-8") != text]
+    files = report.current()
+    stale = [path.name for path, text in files.items() if path.read_text(encoding="utf-8") != text]
     assert not stale, "run python -m benchmarks.report"
-    assert set(PAGES) <= pages.keys(), "every page has a section"
+    assert {*PAGES, *RESULTS.glob("*.html")} <= files.keys(), "every page has a section"
 
 
 def test_every_results_file_is_on_a_page() -> None:
@@ -89,10 +91,34 @@ def test_the_command_writes_what_is_named(tmp_path, monkeypatch, capsys) -> None
     assert report.main(["x"]) == 0
     assert page.read_text() == "<!-- x:begin -->\nx\n<!-- x:end -->\n<!-- y:begin --><!-- y:end -->\n"
     assert report.main([]) == report.main(["--check"]) == 0
-    assert capsys.readouterr().out.endswith("1 pages, 0 changed\n")
+    assert capsys.readouterr().out.endswith("1 files, 0 changed\n")
     with pytest.raises(SystemExit):
         report.main(["z"])
     assert "no section z" in capsys.readouterr().err
+
+
+def test_frontier_html_is_checked_against_the_lines_and_pictures_beside_it(tmp_path, monkeypatch, capsys) -> None:
+    for name in ("frontier.jsonl", "frontier.html", "frontier.png", "frontier_poison.png"):
+        shutil.copy(RESULTS / name, tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "page.md").write_text("<!-- frontier:begin -->\nx\n<!-- frontier:end -->")
+    monkeypatch.setattr(report, "SECTIONS", [Section("frontier", "page.md", lambda folder, page: "x")])
+    monkeypatch.setattr(report, "DOCS", tmp_path / "docs")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "pictures", lambda: frontier_report.report(tmp_path, None))
+    assert report.main(["--check"]) == 0
+    lines = (tmp_path / "frontier.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "frontier.jsonl").write_text("".join(line for line in lines if '"arm": "lora"' not in line))
+    assert report.main(["--check"]) == 1
+    assert "would change frontier.html" in capsys.readouterr().out
+    assert report.main([]) == report.main(["--check"]) == 0
+    shutil.copy(tmp_path / "frontier.png", tmp_path / "frontier_poison.png")
+    assert report.main(["--check"]) == 1, "it holds another picture"
+    (tmp_path / "frontier.html").unlink()
+    (tmp_path / "frontier.png").unlink()
+    assert report.main([]) == 1
+    assert "lacks frontier.png" in capsys.readouterr().err
+    assert report.main(["--pictures"]) == report.main(["--check"]) == 0
 
 
 @pytest.mark.parametrize("section", report.SECTIONS, ids=lambda section: section.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from peft import LoraConfig, OFTConfig, get_peft_model
 
 from peft_safety import orthogonality_report
 from peft_safety.audit import OrthogonalityReport
+from peft_safety.audit.report import FIGURES
 from peft_safety.core.base_weights import dense_weight, is_conv1d
 from peft_safety.core.targets import base_layers
 from peft_safety.errors import CalibrationError, CheckpointError, ConfigError, UnsupportedLayerError
@@ -250,8 +252,27 @@ def test_the_picture_and_the_table(tmp_path, capsys, measured):
     assert "1 of 14 modules have a zero update" in text
     show(report, every_module=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if "_proj" in line]
-    assert len(lines) == 14
-    assert "1.self_attn.v_proj" in next(line for line in lines if " - " in line)
+    assert len(lines) == 2 * 14
+    assert [line.split()[0] for line in lines if " - " in line] == 2 * ["1.self_attn.v_proj"]
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_the_tables_fit_80_columns_and_hold_every_figure(capsys, monkeypatch, every):
+    monkeypatch.setenv("COLUMNS", "200")
+    measured = audit(plain(), k=4, calibration={"general": batches(0), "harmful": batches(10)})
+    others = {
+        name: index / 100 for index, name in enumerate(["a", "second", "x" * 45, *(f"task-{i}" for i in range(9))])
+    }
+    modules = [replace(row, name=row.name.replace("layers.", "layers.3"), others=others) for row in measured.modules]
+    show(OrthogonalityReport("default", tuple(modules), tuple(others), measured.environment), every_module=every)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    label = "30.self_attn.q_proj " if every else "all "
+    rows = [line.split()[1 if every else 2 :] for line in out.splitlines() if line.startswith(label)]
+    assert len(rows[0]) == 8, "of the input side"
+    assert sum(map(len, rows)) == len(FIGURES) + len(others)
+    assert out.count("overlap with") == len(others)
+    assert [float(share) for row in rows for share in row][len(FIGURES) :] == list(others.values())
 
 
 @pytest.mark.parametrize(

@@ -134,3 +134,18 @@ def test_workflows_are_well_formed(path: Path) -> None:
             assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", step.get("uses", f"a@{0:040}")), "a tag can be moved"
             for target in re.findall(r"\bmake ([\w-]+)", step.get("run", "")):
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_make_wheel_keeps_the_site_and_clears_what_setuptools_made(tmp_path: Path) -> None:
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    for name in ("build/site/index.html", "build/lib/gone.py", "build/bdist.linux-x86_64/gone", "dist/old.whl"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "tools").mkdir()
+    done = ["make", "-f", str(ROOT / "Makefile"), "-o", "tools", "wheel", "BUILD=tools", "BIN=bin"]
+    subprocess.run(done, cwd=tmp_path, check=True, capture_output=True)
+    assert [path.name for path in (tmp_path / "build").rglob("*")] == ["site", "index.html"]
+    assert not (tmp_path / "dist").exists()

@@ -68,10 +68,11 @@ def test_names_of_arms_are_recognized(name, method):
     assert style.method_of(name) == method
 
 
-def test_the_smallest_text_is_legible_where_a_page_shows_a_picture_at_600_pixels():
+def test_the_smallest_text_is_legible_where_a_page_shows_a_picture_at_600_pixels_or_a_narrow_one_at_400():
     sizes = [value for key, value in style.RC.items() if key.endswith("size")]
     assert len(sizes) > 3
     assert min(sizes) * 600 / (72 * style.WIDTH) >= 11
+    assert min(sizes) * 400 / (72 * style.NARROW) >= 11
 
 
 def test_controls_are_hollow(tmp_path):
@@ -106,6 +107,24 @@ def test_labels_keep_their_distance_and_their_order(wanted):
 def test_labels_stay_where_there_is_room_and_share_the_way_where_there_is_none():
     assert style.spread([10.0, 40.0, 80.0], [6.0, 6.0], 0.0, 100.0) == [10.0, 40.0, 80.0]
     assert style.spread([50.0, 50.0], [6.0], 0.0, 100.0) == [47.0, 53.0]
+
+
+def test_a_cell_that_was_not_run_is_hatched_and_a_zero_is_not(tmp_path):
+    path = tmp_path / "one.png"
+    with style.picture(path, 2.0) as (canvas, (panel,)):
+        style.heat(panel, [[0.0, float("nan"), 0.0]], ".0f", 0, 100, "#FFFFFF", style.color_of("lora"))
+        canvas.draw_without_rendering()
+        height = style.PIXELS / style.WIDTH * 2.0
+        shares = []
+        centers = [panel.transData.transform((x, -0.3)) for x in range(3)]  # beside the figure in the middle
+    with Image.open(path) as image:
+        for x, y in (center * style.PIXELS / canvas.bbox.width for center in centers):
+            part = np.asarray(
+                image.convert("L").crop((int(x) - 40, int(height - y) - 40, int(x) + 40, int(height - y) + 40))
+            )
+            shares.append((part < 225).mean())
+    assert shares[0] == shares[2] == 0
+    assert 0.05 < shares[1] < 0.5
 
 
 def test_a_picture_is_an_opaque_panel_of_one_width(tmp_path):
