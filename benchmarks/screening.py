@@ -1,7 +1,7 @@
 """How well does a screen find poisoned rows, and how many benign rows does it flag?
 
-    python -m benchmarks.screening                      (MINUTES minutes on two busy cores)
-    python -m benchmarks.screening --model runs/full    another aligned model, in a results file of its own
+    python -m benchmarks.screening                      (half an hour on one core of a busy machine)
+    python -m benchmarks.screening --model runs/full    another aligned model, a results file of its own
     python -m benchmarks.screening --report             the pictures and the section again; run nothing
 
 The model is that of the demo: SmolLM2-135M-Instruct with its safety patch. Poisoned rows are harmful requests of test
