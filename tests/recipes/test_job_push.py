@@ -13,6 +13,7 @@ import transformers.trainer
 from peft import PeftModel
 
 from peft_safety import assert_protected, verify
+from peft_safety.recipes.job import claims
 from peft_safety.recipes.job.run import run_job
 from peft_safety.recipes.job.settings import Settings
 from tests.recipes.jobs import job_on
@@ -22,22 +23,33 @@ pytestmark = pytest.mark.slow
 
 
 class Hub:
-    """Commits, as folders, in their order."""
+    """What a repository holds after each commit that adds files: a push removes none."""
 
     def __init__(self, folder):
         self.folder, self.commits = folder, []
+        self.now = folder / "now"
+        self.now.mkdir(parents=True)
 
     def create_repo(self, name, **_):
         return SimpleNamespace(repo_id=f"me/{name}", url=f"https://hub/me/{name}")
 
-    def upload_folder(self, *, folder_path, run_as_future=False, ignore_patterns=(), **_):
+    def upload_folder(self, *, folder_path, path_in_repo="", run_as_future=False, ignore_patterns=(), **_):
         def ignored(_, names):
             return [name for name in names if any(fnmatch(name, pattern) for pattern in ignore_patterns or ())]
 
-        self.commits.append(shutil.copytree(folder_path, self.folder / str(len(self.commits)), ignore=ignored))
+        shutil.copytree(folder_path, self.now / path_in_repo, ignore=ignored, dirs_exist_ok=True)
+        self.commits.append(shutil.copytree(self.now, self.folder / str(len(self.commits))))
         done = Future()
         done.set_result(None)
         return done if run_as_future else None
+
+    def list_repo_files(self, repo_id, **_):
+        assert repo_id == "me/adapter"
+        return [str(path.relative_to(self.now)) for path in self.now.rglob("*") if path.is_file()]
+
+    def delete_files(self, repo_id, delete_patterns, **_):
+        for name in delete_patterns:
+            (self.now / name).unlink()
 
 
 PUSHED = {
@@ -50,13 +62,36 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     hub = Hub(tmp_path / "hub")
     monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
+    monkeypatch.setattr(claims, "HfApi", lambda: hub)
     return hub
 
 
-def test_a_commit_has_nothing_of_an_earlier_run_by_another_method(tmp_path, hub):
-    for method, others in (("guardspace", "safety_subspace.safetensors"), ("salora", "safety_certificate.json")):
-        run_job(Settings.of(**job_on(tmp_path, method=method, **PUSHED)))
-        assert not [commit for commit in hub.commits[-3:] if (commit / others).exists()]
+@pytest.mark.parametrize(("method", "rank"), [("lora", None), ("salora", 4)])
+def test_no_certificate_or_report_of_an_earlier_run_is_beside_an_adapter_that_was_pushed(tmp_path, hub, method, rank):
+    more = {**PUSHED, "hub_strategy": "checkpoint"}
+    run_job(Settings.of(**job_on(tmp_path, **more)))
+    assert (hub.now / "safety_certificate.json").is_file()
+    assert (hub.now / "last-checkpoint" / "safety_certificate.json").is_file()
+    for folder in (tmp_path / "run", hub.now):
+        (folder / "report.json").write_text("of the earlier adapter")
+    before = len(hub.commits)
+    run_job(Settings.of(**job_on(tmp_path, **{**more, "method": method, "safety_rank": rank})))
+    for commit in hub.commits[before:]:
+        assert not {"safety_certificate.json", "report.json"} & {path.name for path in commit.rglob("*")}
+        PeftModel.from_pretrained(tiny_llama(), str(commit))
+
+
+def test_a_commit_has_no_bases_of_an_earlier_run_by_another_method(tmp_path, hub):
+    run_job(Settings.of(**job_on(tmp_path, method="salora", **PUSHED)))
+    run_job(Settings.of(**job_on(tmp_path, **PUSHED)))
+    assert not (tmp_path / "run" / "safety_subspace.safetensors").exists()
+
+
+def test_a_report_goes_with_its_adapter(tmp_path):
+    run_job(Settings.of(**job_on(tmp_path, safety_rank=4)))
+    assert (tmp_path / "run" / "report.json").is_file()
+    run_job(Settings.of(**job_on(tmp_path, method="lora", skip=["measure", "report"])))
+    assert not [*(tmp_path / "run").glob("report.*")]
 
 
 @pytest.mark.parametrize("method", ["guardspace", "salora"])

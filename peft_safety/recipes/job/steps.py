@@ -29,6 +29,7 @@ from peft_safety.layers.frozen_linear import FrozenLinear
 from peft_safety.methods.base import calibrate as estimate_for
 from peft_safety.recipes.adapter import TASK_ROWS, with_task
 from peft_safety.recipes.bench import Bench
+from peft_safety.recipes.job.claims import forget
 from peft_safety.recipes.job.contexts import contexts_for, system_prompts
 from peft_safety.recipes.job.job import Job
 from peft_safety.recipes.screen import screen as screen_rows
@@ -135,6 +136,8 @@ def train(job: Job) -> dict[str, Any]:
         if isinstance(layer, FrozenLinear):
             layer.whole = layer.weight.detach().to("cpu", copy=True)
     trained = sum(parameter.numel() for parameter in trainable)
+    if job.main:
+        forget(job, trainer)
     result = trainer.train(resume_from_checkpoint=_checkpoint(job))
     if trainer.is_fsdp_enabled:  # checkpoints may be in shards, the adapter may not
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

@@ -1,0 +1,32 @@
+"""What an earlier run said of its adapter, and what would stand beside that of a new one: a push to the hub adds files
+and replaces them, and removes none.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from peft_safety.core import certificate, files
+from peft_safety.recipes.job.job import Job
+
+REPORT = ("report.json", "report.png")
+
+
+def forget(job: Job, trainer: Any) -> None:
+    """Remove the report of an earlier run. Before a push also its certificate, unless the new adapter gets one, and
+    both from every folder of the repository, by one commit.
+    """
+    for name in REPORT:
+        files.drop(job.out / name)
+    if not trainer.args.push_to_hub:
+        return
+    certified = job.protected and job.config.freezes
+    for folder in () if certified else (job.out, job.adapter_dir):
+        files.drop(folder / certificate.FILE_NAME)
+    stale = {*REPORT, *(() if certified else (certificate.FILE_NAME,))}
+    api, where = HfApi(), {"repo_id": trainer.hub_model_id, "revision": trainer.args.hub_revision}
+    if found := [path for path in api.list_repo_files(**where) if PurePosixPath(path).name in stale]:
+        api.delete_files(delete_patterns=found, commit_message="Remove what is of an earlier adapter", **where)
