@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 from peft_safety import verify
 from peft_safety.cli import app
 from peft_safety.errors import ConfigError, DataError, PeftSafetyError
-from peft_safety.recipes.job import steps
+from peft_safety.recipes.job import data, steps
 from peft_safety.recipes.job.options import STEPS
 from peft_safety.recipes.job.plan import make_plan
 from peft_safety.recipes.job.run import run_job
 from peft_safety.recipes.job.settings import Settings
 from peft_safety.reporting.report import Report
-from tests.recipes.jobs import PAIRS, job_on, losses
+from tests.recipes.jobs import PAIRS, TASK, job_on, losses, write_rows
 from tests.tiny import tiny_llama
 
 
@@ -122,6 +122,24 @@ def test_a_finished_step_runs_again_only_with_other_settings(tmp_path, capsys):
     assert steps(eval_limit=1, learning_rate=1e-2, lora_target_modules=["q_proj"]) == list(STEPS[1:])
     (tmp_path / "run" / "subspace.safetensors").unlink()
     assert steps(eval_limit=1, learning_rate=1e-2, lora_target_modules=["q_proj"]) == list(STEPS[1:])
+
+
+@pytest.mark.parametrize("source", ["a hub id", "a directory"])
+def test_new_rows_under_the_same_name_are_trained_on(tmp_path, capsys, monkeypatch, source):
+    (tmp_path / "rows").mkdir()
+
+    def trained(rows):
+        write_rows(tmp_path / "rows" / "train.jsonl", rows)
+        hub = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
+        name = str(tmp_path / "rows")
+        if source == "a hub id":
+            name = "me/rows"
+            monkeypatch.setattr(data, "load_dataset", lambda *_, **__: hub)
+        run(tmp_path, dataset_name=name, method="lora", skip=["measure", "report"])
+        return not printed_steps(capsys.readouterr().out)["train"]
+
+    changed = [*TASK[:-1], {**TASK[-1], "text": "another message"}]
+    assert [trained(rows) for rows in (TASK, TASK, changed)] == [True, False, True]
 
 
 def test_a_broken_run_resumes_with_the_losses_of_an_unbroken_one(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,8 @@ with extra("trl", "a job needs TRL"):
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SHUFFLE = 42
 """Seed of the split into training and held-out rows: the same rows whatever the seed of training is."""
+DIGESTED = 1000
+"""Rows read at once for a digest."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,14 @@ class JobData:
     held_out: Dataset | None
     raw: Dataset | None
     labels: list[str]
+
+    def digest(self) -> str:
+        """sha256 of the rows: what a name stands for may change, on the hub or in a directory."""
+        result = hashlib.sha256()
+        for part in filter(None, (self.train, self.held_out)):
+            for rows in part.with_format("arrow").iter(DIGESTED):
+                result.update(json.dumps(rows.to_pylist(), sort_keys=True, default=str).encode())
+        return result.hexdigest()
 
 
 def read_data(script: Any, text_field: str, share: float, poison: float = 0.0, seed: int = 0) -> JobData:

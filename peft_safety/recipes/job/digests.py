@@ -28,15 +28,15 @@ PREFIXES = ("hub_", "logging_", "push_", "report_", "resume_", "save_")
 
 def step_digests(job: Job) -> dict[str, str]:
     """What each step depends on, beside the steps before it."""
-    settings = job.settings
+    settings, data = job.settings, job.data.digest()
     training = [n for n in settings.given if n not in UNTRAINED and not n.startswith(PREFIXES)]
     of_rows = (*READING, "drop_flagged", "max_length") if job.own.calibration_contexts is not None else ()
-    more = {"data": job.data_digest} if of_rows else {}
+    more = {"data": data} if of_rows else {}
     return {
-        "screen": settings.digest((*LOADING, *READING, "screen_prompts"), data=job.data_digest),
+        "screen": settings.digest((*LOADING, *READING, "screen_prompts"), data=data),
         "calibrate": settings.digest((*CALIBRATING, *of_rows), **more),
-        "train": settings.digest(training, data=job.data_digest),
-        "measure": settings.digest([*training, *MEASURING], data=job.data_digest),
+        "train": settings.digest(training, data=data),
+        "measure": settings.digest([*training, *MEASURING], data=data),
         "verify": settings.digest(()),
         "report": settings.digest(()),
     }

@@ -19,7 +19,6 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from peft_safety.core import base_weights as weights
-from peft_safety.core import files
 from peft_safety.core.checks import check_positive, size_pattern, whole
 from peft_safety.data.chat import Collator, Feature
 from peft_safety.data.rows import Row
@@ -156,12 +155,6 @@ class Job:
         """The same as batches."""
         rows, collate = self.features(count), Collator(self.tokenizer)
         return [collate(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
-
-    @cached_property
-    def data_digest(self) -> str:
-        """Of the file of rows; empty for other sources."""
-        path = Path(str(self.settings.script.dataset_name))
-        return files.sha256(path) if path.is_file() else ""
 
     def _held_out(self) -> list[Row]:
         """Held-out rows to measure on: {text, label} as they are, others with the labels that training has."""
