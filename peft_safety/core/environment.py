@@ -17,10 +17,14 @@ def environment(seed: int, **extra: Any) -> dict[str, Any]:
     return {**result, **versions(), **extra}
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that a figure depends on."""
+def versions(model: Any = None) -> dict[str, str]:
+    """Of the packages that a figure depends on: the usual ones, and others that layers or weights of the model are of,
+    such as bitsandbytes.
+    """
+    parts = () if model is None else (*model.modules(), *model.parameters())
+    others = {type(part).__module__.partition(".")[0] for part in parts}
     result = {}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *sorted(others - {name.replace("-", "_") for name in PACKAGES})):
         with suppress(PackageNotFoundError):
             result[package] = version(package)
     return result

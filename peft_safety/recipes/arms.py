@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -100,7 +100,7 @@ class Local:
         """A list of values that is kept, or that is made and then kept."""
         if self.kept is None:
             return make()
-        key = key_of(self.version, versions(), self.model.device.type, str(self.model.dtype), *asked)
+        key = key_of(self.version, versions(self.model), self.model.device.type, str(self.model.dtype), *asked)
         values: list[Value] | None = self.kept.get(key, lambda found: _is_list(found, kind, length))
         if values is None:
             values = make()
@@ -116,31 +116,33 @@ def _is_list(value: Any, kind: type, length: int) -> bool:
     return isinstance(value, list) and len(value) == length and all(type(one) is kind for one in value)
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 @dataclass
 class Served:
-    """A model behind an OpenAI-compatible endpoint. Each answer is kept by the address and the model's name, since a
-    server does not say which weights it has.
+    """A model behind an OpenAI-compatible endpoint. With `kept`, each answer is kept by the address and the model's
+    name, since a server does not say which weights it has.
     """
 
     endpoint: Endpoint
     asking: Asking
     progress: bool = False
     tokenizer: Any = None
-    kept: Kept = field(default_factory=Kept)
+    kept: Kept | None = None
 
     def respond(self, prompts: Sequence[Prompt], seed: int) -> list[str]:
+        kept = Kept() if self.kept is None else self.kept
         turns = [turns_of(prompt, "user") for prompt in prompts]
         options = {"max_tokens": self.asking.max_new_tokens, "temperature": self.asking.temperature, "seed": seed}
         keys = [key_of(self.endpoint.url, self.endpoint.model, asked, options) for asked in turns]
-        missing = [place for place, key in enumerate(keys) if self._answer(key) is None]
+        missing = [place for place, key in enumerate(keys) if kept.get(key, _is_text) is None]
         with _bar(len(missing), self.progress) as bar:
             for number, text in self.endpoint.ask_each([turns[place] for place in missing], **options):
-                self.kept.add(keys[missing[number]], text)
+                kept.add(keys[missing[number]], text)
                 bar.update()
-        return [self._answer(key) for key in keys]
-
-    def _answer(self, key: str) -> Any:
-        return self.kept.get(key, lambda value: isinstance(value, str))
+        return [kept.get(key, _is_text) for key in keys]
 
     def task(self, part: NamedSet) -> dict[str, Any]:
         raise ConfigError(NO_WEIGHTS)
@@ -233,7 +235,7 @@ def served_arms(
     """The same of models that a server has under these names."""
     names = [*([(BASE, model)] if with_base else []), *zip(_names(others), others, strict=True)]
     for name, served in names:
-        yield name, Served(Endpoint(url, served), asking, progress, kept=kept if kept is not None else Kept())
+        yield name, Served(Endpoint(url, served), asking, progress, kept=kept)
 
 
 def _names(paths: Sequence[str]) -> list[str]:

@@ -9,7 +9,10 @@ from peft import LoraConfig, get_peft_model
 
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.evaluation.asking import Asking
-from peft_safety.recipes.arms import _names, local_arms
+from peft_safety.evaluation.generate import Generation
+from peft_safety.evaluation.kept import Kept
+from peft_safety.recipes import arms
+from peft_safety.recipes.arms import Local, Served, _names, local_arms
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 IDS = torch.arange(8).unsqueeze(0)
@@ -69,6 +72,39 @@ def test_an_adapter_of_the_hub_is_put_on_the_base(folder, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     found = logits(folder, "me/plain", folder / "plain")
     torch.testing.assert_close(found["me/plain"], found["plain"])
+
+
+class Asked:
+    """An endpoint that counts what it is asked."""
+
+    url, model = "http://localhost/v1", "tuned"
+
+    def __init__(self):
+        self.turns = []
+
+    def ask_each(self, questions, **_):
+        self.turns += questions
+        yield from enumerate("no" for _ in questions)
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_an_arm_keeps_answers_only_where_it_is_told_to(monkeypatch, tmp_path, served):
+    endpoint = Asked()
+
+    def generate(model, tokenizer, prompts, **_):
+        endpoint.turns += prompts
+        return [Generation("no", True) for _ in prompts]
+
+    monkeypatch.setattr(arms, "generate", generate)
+
+    def asked(kept):
+        local = {"model": tiny_llama(), "tokenizer": None, "batch_size": 2, "progress": False}
+        arm = Served(endpoint, Asking(), kept=kept) if served else Local(**local, asking=Asking(), kept=kept)
+        before = len(endpoint.turns)
+        assert [arm.respond(["a", "b"], 0) for _ in range(2)] == [["no", "no"]] * 2
+        return len(endpoint.turns) - before
+
+    assert (asked(None), asked(Kept()), asked(Kept(tmp_path / "kept.jsonl"))) == (4, 2, 2)
 
 
 def test_names_are_printable_and_different():

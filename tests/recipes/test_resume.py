@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from peft_safety.cli import app
+from peft_safety.core import environment
 from peft_safety.errors import ArtifactError, EndpointError
 from peft_safety.evaluation.judges import endpoint
 from peft_safety.recipes import arms
@@ -127,6 +128,21 @@ def test_what_is_kept_is_of_one_model_one_adapter_and_one_way_to_ask(places, tmp
     run(places, *what)
     assert len(calls) == 18 + 3, "the base's answers hold"
     assert not list((tmp_path / "cache").glob(VERDICTS)), "the keyword judge needs none"
+
+
+@pytest.mark.parametrize(("bits", "asked_again"), [((), 0), (("--load-in-4bit",), 3)])
+def test_another_bitsandbytes_may_answer_otherwise_only_in_4_bits(
+    places, tmp_path, calls, monkeypatch, bits, asked_again
+):
+    pytest.importorskip("bitsandbytes")
+    what = ("-m", places / "model", *bits, "--cache", tmp_path / "cache")
+    run(places, *what)
+    run(places, *what)
+    assert len(calls) == 3
+    installed = environment.version
+    monkeypatch.setattr(environment, "version", lambda name: "9" if name == "bitsandbytes" else installed(name))
+    run(places, *what)
+    assert len(calls) == 3 + asked_again
 
 
 def test_without_a_place_nothing_is_kept_and_every_model_answers(places, tmp_path, calls):
