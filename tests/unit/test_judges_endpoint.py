@@ -10,6 +10,7 @@ import pytest
 
 from peft_safety.errors import EndpointError, PeftSafetyError
 from peft_safety.evaluation.judges import Verdict, endpoint, judge
+from peft_safety.evaluation.judges.endpoint import Endpoint
 
 SECRET = "sk-a-secret-of-the-test"
 LATE = 1.0
@@ -201,6 +202,29 @@ def test_nobody_listens(monkeypatch):
         url = gone.url
     with pytest.raises(EndpointError, match="after 2 tries"):
         judge("llama-guard-3", url=url, retries=1)("why", "so")
+
+
+def test_who_waits_for_a_server_is_told_so_once(monkeypatch, capfd):
+    monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
+    with serving() as gone:
+        url = gone.url
+    with pytest.raises(EndpointError, match="after 3 tries"):
+        judge("llama-guard-3:guard", url=url, retries=2).batch([*"abcdefghij"], ["so"] * 10)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"model 'guard' at {url}: ")
+    assert "refused" in line
+    assert line.endswith("Try 2 of 3 in 0.01 s")
+
+
+def test_nobody_waits_for_a_server_when_the_answers_are_not_wanted(server, monkeypatch):
+    """As after Ctrl-C."""
+    monkeypatch.setattr(endpoint, "BACKOFF", 20.0)
+    server.reply = lambda request: chat("safe") if request["body"]["messages"][0]["content"] == "a" else (503, "", {})
+    answers = Endpoint(server.url, "guard").ask_each([[{"role": "user", "content": text}] for text in "abc"])
+    started = time.monotonic()
+    assert next(answers) == (0, "safe")
+    answers.close()
+    assert time.monotonic() - started < 10
 
 
 def test_questions_are_asked_at_once(server):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import re
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -22,6 +25,9 @@ PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
 """HTTP statuses that a later try may not have."""
 BACKOFF, LONGEST_WAIT = 1.0, 30.0
 """Seconds before the second try, doubled with each, and at most; a server's Retry-After counts within that."""
+QUIET = 30.0
+"""Seconds between two lines that say what is waited for."""
+_SPEAKING = threading.Lock()
 LARGEST_REPLY = 1 << 24
 CHARACTERS = 4
 """Of a token, about: there is no tokenizer here."""
@@ -37,7 +43,8 @@ class _NoRedirects(requests.HTTPRedirectHandler):
 class Endpoint:
     """A model behind `url`, which ends where "/chat/completions" begins ("http://localhost:8000/v1").
 
-    The key is read from the environment variable OPENAI_API_KEY, if there is one, and never written anywhere.
+    The key is read from the environment variable OPENAI_API_KEY, if there is one, and never written anywhere. Lines on
+    stderr say that a question is asked again, and why.
 
     Args:
         timeout: seconds without an answer.
@@ -67,6 +74,7 @@ class Endpoint:
         self.url, self.model, self.body = url.rstrip("/"), model, dict(body or {})
         self.timeout, self.retries, self.workers = timeout, retries, workers
         self._opener = requests.build_opener(_NoRedirects)
+        self._said = -math.inf
 
     def shorten(self, text: str, tokens: int) -> str:
         return text[: tokens * CHARACTERS]
@@ -81,10 +89,10 @@ class Endpoint:
         """The model's answers to texts or lists of turns, in any order, each with its number. Raises the first error
         after the answers that were on their way.
         """
-        pool = ThreadPoolExecutor(self.workers)
+        pool, stop = ThreadPoolExecutor(self.workers), threading.Event()
         try:
             running: dict[Future[str], int] = {
-                pool.submit(self.ask, question, fields): number for number, question in enumerate(questions)
+                pool.submit(self._ask, question, fields, stop): number for number, question in enumerate(questions)
             }
             failed: BaseException | None = None
             for future in as_completed(running):
@@ -95,15 +103,17 @@ class Endpoint:
                     yield running[future], future.result()
                 elif failed is None:
                     failed = problem
+                    stop.set()
                     for other in running:
                         other.cancel()
             if failed is not None:
                 raise failed
         finally:
+            stop.set()
             pool.shutdown(cancel_futures=True)
 
-    def ask(self, question: Any, fields: Mapping[str, Any]) -> str:
-        """The model's answer to one text or list of turns."""
+    def _ask(self, question: Any, fields: Mapping[str, Any], stop: threading.Event) -> str:
+        """The model's answer to one text or list of turns, which is not asked for again after `stop`."""
         path, content = ("completions", "prompt") if isinstance(question, str) else ("chat/completions", "messages")
         every = {"model": self.model, content: question, **fields, **self.body}
         body = json.dumps({key: value for key, value in every.items() if value is not None})
@@ -128,9 +138,23 @@ class Endpoint:
             except (OSError, LookupError, TypeError, ValueError, RecursionError, http.client.HTTPException) as error:
                 problem = _without(key, f"{type(error).__name__}: {error}")
             if attempt < self.retries:
-                time.sleep(min(wait, LONGEST_WAIT))
-        said = f"model {self.model!r} at {self.url}: {problem}, after {self.retries + 1} tries"
+                wait = min(wait, LONGEST_WAIT)
+                self._say(f"{problem}. Try {attempt + 2} of {self.retries + 1} in {wait:g} s")
+                if stop.wait(wait):
+                    break
+        said = f"model {self.model!r} at {self.url}: {problem}, after {attempt + 1} tries"
         raise EndpointError(f"{said}. Check the server and call again; what a cache holds is not asked again.")
+
+    def _say(self, text: str) -> None:
+        """A line on stderr, above a progress bar; one of many when a server is down."""
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+        with _SPEAKING:
+            if time.monotonic() < self._said + QUIET:
+                return
+            self._said = time.monotonic()
+            line = f"model {self.model!r} at {self.url}: {text}"
+            tqdm.write("".join(x if x.isprintable() else "?" for x in line), file=sys.stderr)
 
 
 def _without(key: str, text: str) -> str:
