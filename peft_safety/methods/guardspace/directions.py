@@ -23,7 +23,7 @@ from peft_safety.core.projection import (
     top_eigenvectors,
 )
 from peft_safety.core.subspace import SafetySubspace
-from peft_safety.errors import CalibrationError, UnsupportedLayerError
+from peft_safety.errors import CalibrationError
 
 ROW_NORM = 3**-0.5
 """Norm of a row of `lora_A` as PEFT initializes it: n entries uniform in +-1/sqrt(n)."""
@@ -131,11 +131,6 @@ def windows(
     The provenance has the digest of the null space, and the largest `||N^T Q||_2`, which bounds `||A Q|| / ||A||`.
     """
     bases = {name: subspace.bases[name]["in"] for name in names}
-    if tokens := [name for name, basis in bases.items() if is_tokens(basis)]:
-        raise UnsupportedLayerError(
-            f"{listed(tokens)}: the inputs of an embedding are tokens, and a window of few directions would train few "
-            "of them. Use train='B' or 'A', or leave it out of target_modules."
-        )
     features = {name: int(basis.shape[0]) for name, basis in bases.items()}
     widths = {name: min(width, basis.shape[0] - basis.shape[1]) for name, basis in bases.items()}
     rows = frozen_factors(subspace, widths, moments, features, share_random=True)
