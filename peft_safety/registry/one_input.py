@@ -8,9 +8,9 @@ layers of equal names with different inputs (q beside k and v in cross-attention
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -30,8 +30,24 @@ TOGETHER = (
 )
 """Names of layers under one parent whose inputs are the same as a rule."""
 _LEFT = "_peft_safety_z"
+_GROUP = "_one_input"
 
-_groups: WeakKeyDictionary[nn.Module, tuple[ref[nn.Module], ...]] = WeakKeyDictionary()
+
+class _Group:
+    """Layers of one model. They own it, so it holds them weakly; that of a copied or unpickled model holds the
+    copies.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self._layers = [ref(layer) for layer in layers]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (layer for known in self._layers if (layer := known()) is not None)
+
+    def __getstate__(self) -> list[nn.Module]:
+        return list(self)
+
+    __setstate__ = __init__
 
 
 class _Part(NamedTuple):
@@ -50,12 +66,12 @@ def join(layers: Mapping[str, LoraLayer]) -> None:
         for names in TOGETHER:
             if own in names:
                 places = [f"{parent}.{other}" if parent else other for other in names]
-                _groups[layer] = tuple(ref(layers[place]) for place in places if place in layers)
+                vars(layer)[_GROUP] = _Group(layers[place] for place in places if place in layers)
 
 
 def siblings(layer: nn.Module) -> list[Any]:
     """The layers that have the input of this one, itself among them, in a fixed order."""
-    found = [one for known in _groups.get(layer, ()) if (one := known()) is not None]
+    found = list(vars(layer).get(_GROUP, ()))
     return found if any(one is layer for one in found) else [layer]
 
 

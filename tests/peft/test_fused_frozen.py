@@ -4,6 +4,9 @@ one input.
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 from typing import Any
 
 import pytest
@@ -80,6 +83,19 @@ def test_one_product_for_layers_with_one_input(reference: None, products: list[A
     assert len(members) > len(groups) > 0
     run(model)
     assert len(products) == len(layers) - len(members) + len(groups)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_one_product_for_them_too(copied: Any, reference: None, products: list[Any]) -> None:
+    model = model_of()
+    run(model)
+    of_model = list(products)
+    products.clear()
+    other = copied(model)
+    del model
+    gc.collect()
+    run(other)
+    assert products == of_model
 
 
 def test_each_layer_makes_one_plan(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
