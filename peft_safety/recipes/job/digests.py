@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from peft_safety.core import files, subspace_file
+from peft_safety.errors import ConfigError
+from peft_safety.evaluation.versions import own_version
 from peft_safety.recipes.job.job import Job
 
 READING = (
@@ -28,15 +37,38 @@ PREFIXES = ("hub_", "logging_", "push_", "report_", "resume_", "save_")
 
 def step_digests(job: Job) -> dict[str, str]:
     """What each step depends on, beside the steps before it."""
-    settings, data = job.settings, job.data.digest()
+    settings, data, base, given = job.settings, job.data.digest(), _base(job), _subspace(job)
     training = [n for n in settings.given if n not in UNTRAINED and not n.startswith(PREFIXES)]
     of_rows = (*READING, "drop_flagged", "max_length") if job.own.calibration_contexts is not None else ()
     more = {"data": data} if of_rows else {}
     return {
-        "screen": settings.digest((*LOADING, *READING, "screen_prompts"), data=data),
-        "calibrate": settings.digest((*CALIBRATING, *of_rows), **more),
-        "train": settings.digest(training, data=data),
-        "measure": settings.digest([*training, *MEASURING], data=data),
+        "screen": settings.digest((*LOADING, *READING, "screen_prompts"), data=data, **base),
+        "calibrate": settings.digest((*CALIBRATING, *of_rows), **more, **base, **given),
+        "train": settings.digest(training, data=data, **base, **given),
+        "measure": settings.digest([*training, *MEASURING], data=data, **base, **given),
         "verify": settings.digest(()),
         "report": settings.digest(()),
     }
+
+
+def _base(job: Job) -> dict[str, Any]:
+    """What the name of the model stands for today: a commit of the hub, or the content of a directory (a second for
+    each GB). And how its tokenizer writes turns.
+    """
+    name = job.settings.model.model_name_or_path
+    if os.path.isdir(name):
+        version = own_version(name)[0]
+    else:
+        try:
+            config = cached_file(name, "config.json", revision=job.settings.model.model_revision)
+            version = Path(str(config)).parent.name
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"no model at {name!r}: {error}") from error
+    return {"model": version, "template": job.tokenizer.chat_template}
+
+
+def _subspace(job: Job) -> dict[str, str]:
+    """The same of a given subspace."""
+    if not job.protected or job.own.subspace == "auto":
+        return {}
+    return {"subspace": files.sha256(subspace_file.locate(job.own.subspace))}

@@ -97,8 +97,8 @@ def help_text(width: int = 80) -> str:
 ABOUT = (
     "Fine-tune by TRL's SFTTrainer with safety kept: screen the rows, calibrate, train, measure safety before and "
     "after, verify the adapter, report. Writes adapter/, report.json and report.png into output_dir. Finished steps "
-    "are not run again unless their settings or the rows change. Every setting is a flag and a key of the YAML file. "
-    "Several processes: accelerate launch -m peft_safety train ..."
+    "are not run again unless settings, rows, model or subspace change. Every setting is a flag and a key of the YAML "
+    "file. Several processes: accelerate launch -m peft_safety train ..."
 )
 
 
