@@ -16,8 +16,8 @@ REPORT = ("report.json", "report.png")
 
 
 def forget(job: Job, trainer: Any) -> None:
-    """Remove the report of an earlier run. Before a push also its certificate, unless the new adapter gets one, and
-    both from every folder of the repository, by one commit.
+    """Remove the report of an earlier run. Before a push, remove it from the repository, too, and the certificate from
+    all of its folders, unless the new adapter gets one.
     """
     for name in REPORT:
         files.drop(job.out / name)
@@ -26,7 +26,9 @@ def forget(job: Job, trainer: Any) -> None:
     certified = job.protected and job.config.freezes
     for folder in () if certified else (job.out, job.adapter_dir):
         files.drop(folder / certificate.FILE_NAME)
-    stale = {*REPORT, *(() if certified else (certificate.FILE_NAME,))}
     api, where = HfApi(), {"repo_id": trainer.hub_model_id, "revision": trainer.args.hub_revision}
-    if found := [path for path in api.list_repo_files(**where) if PurePosixPath(path).name in stale]:
-        api.delete_files(delete_patterns=found, commit_message="Remove what is of an earlier adapter", **where)
+    paths = api.list_repo_files(**where)
+    stale = [path for path in paths if path in REPORT]
+    stale += [path for path in paths if PurePosixPath(path).name == certificate.FILE_NAME and not certified]
+    if stale:
+        api.delete_files(delete_patterns=stale, commit_message="Remove what is of an earlier adapter", **where)
