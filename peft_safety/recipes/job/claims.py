@@ -4,7 +4,7 @@ and replaces them, and removes none.
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+from fnmatch import fnmatch
 from typing import Any
 
 from huggingface_hub import HfApi
@@ -13,11 +13,13 @@ from peft_safety.core import certificate, files
 from peft_safety.recipes.job.job import Job
 
 REPORT = ("report.json", "report.png")
+FOLDERS = ("", "adapter/", "last-checkpoint/", "checkpoint-*/")
+"""Of a repository, into which a job pushes adapters. Others are of the user's own."""
 
 
 def forget(job: Job, trainer: Any) -> None:
-    """Remove the report of an earlier run. Before a push, remove it from the repository, too, and the certificate from
-    all of its folders, unless the new adapter gets one.
+    """Remove the report of an earlier run. Before a push, remove it from the repository, too, and the certificate,
+    unless the new adapter gets one.
     """
     for name in REPORT:
         files.drop(job.out / name)
@@ -28,7 +30,6 @@ def forget(job: Job, trainer: Any) -> None:
         files.drop(folder / certificate.FILE_NAME)
     api, where = HfApi(), {"repo_id": trainer.hub_model_id, "revision": trainer.args.hub_revision}
     paths = api.list_repo_files(**where)
-    stale = [path for path in paths if path in REPORT]
-    stale += [path for path in paths if PurePosixPath(path).name == certificate.FILE_NAME and not certified]
-    if stale:
+    stale = [*REPORT] + ([] if certified else [folder + certificate.FILE_NAME for folder in FOLDERS])
+    if stale := [path for path in paths if any(fnmatch(path, pattern) for pattern in stale)]:
         api.delete_files(delete_patterns=stale, commit_message="Remove what is of an earlier adapter", **where)
