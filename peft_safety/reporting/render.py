@@ -80,8 +80,12 @@ def fitting(widths: Mapping[Key, int], room: int) -> list[list[Key]]:
 
 
 def _wide(heading: str, rows: Iterable[Sequence[str]], index: int) -> int:
-    """Columns of the terminal that a column of a table needs."""
-    return max(len(line) for cell in (heading, *(row[index] for row in rows)) for line in cell.split("\n"))
+    """Columns of the terminal that a column of a table needs: a wide character takes two, a control character four."""
+    require_rich()
+    from rich.cells import cell_len
+
+    lines = (line for cell in (heading, *(row[index] for row in rows)) for line in cell.split("\n"))
+    return max(cell_len(printable(line).expandtabs()) for line in lines)
 
 
 def show(title: str, *tables: Table, notes: Iterable[str] = ()) -> None:

@@ -174,6 +174,16 @@ def test_text_is_never_read_as_markup(capsys):
     assert "DataError: [/x] in a file" in printed.err
 
 
+@pytest.mark.parametrize("name", ["\u65e5\u672c\u8a9e" * 15, "a\tb", "\x1b[31m" * 9, "\U0001f600" * 20])
+def test_no_figure_is_cut_off_beside_a_name_of_wide_or_control_characters(capsys, name):
+    heads = ["module", "z", *(f"overlap with\n{name}{index}" for index in range(3))]
+    rows = [[label, *(f"{line}{column}.125" for column in range(4))] for line, label in enumerate([name, "q_proj"], 1)]
+    render.show("title", *render.tables(heads, rows))
+    out = capsys.readouterr().out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in out
+    assert all(figure in out for row in rows for figure in row[1:])
+
+
 def test_importing_the_report_is_light():
     heavy = ("matplotlib", "torch", "transformers", "rich")
     code = f"import sys, peft_safety.reporting.report; print([m for m in {heavy} if m in sys.modules])"
