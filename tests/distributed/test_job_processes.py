@@ -48,12 +48,13 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def command(folder, job, processes=2, sharding=()):
-    """The command that runs a job."""
+def command(folder, job, processes=2, sharding=(), script=None):
+    """The command that runs a job: on shards or by a script of this folder, or else as users do."""
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
     arguments = ["train", "--config", str(folder / "job.yaml")]
-    if sharding:
-        return [*LAUNCH, *sharding, str(ROOT / "tests" / "distributed" / "train_sharded.py"), *arguments]
+    if sharding or script:
+        path = ROOT / "tests" / "distributed" / (script or "train_sharded.py")
+        return [*LAUNCH, *(sharding or ["--multi_gpu"]), str(path), *arguments]
     first = [*LAUNCH, "--multi_gpu"] if processes > 1 else [sys.executable]  # or CPUs
     return [*first, "-m", "peft_safety", *arguments]
 
@@ -95,6 +96,12 @@ def test_two_processes_train_as_one(tmp_path):
     assert verify(
         tmp_path / "two" / "adapter", tiny_llama(), tmp_path / "two" / "subspace.safetensors"
     ).blindness_checked
+
+
+def test_what_is_done_is_what_the_first_process_finds_done(tmp_path):
+    one = job_on(tmp_path, **SAME, skip=["measure", "report"])
+    run_job(Settings.of(**one))
+    assert "[3/6] train: done before" in finished(tmp_path, command(tmp_path, one, script="train_apart.py"))
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from peft_safety.recipes.job.digests import step_digests
@@ -41,9 +42,7 @@ def run_job(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> Jo
     job = Job(settings, callbacks)
     rows, held_out = len(job.data.train), len(job.data.held_out or ())
     say(job, f"{rows} rows to train on, {held_out} held out ({held_out / (rows + held_out):.0%})")
-    digests = step_digests(job)
-    done = _finished(job, digests)
-    PartialState().wait_for_everyone()  # all know what is done before one process changes it
+    digests, done = _agreed(job)
     for number, step in enumerate(STEPS, 1):
         begins = f"[{number}/{len(STEPS)}] {step}"
         if step in (settings.own.skip or ()) or step in done:
@@ -61,6 +60,20 @@ def run_job(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> Jo
     saved = job.state.facts("report")
     loaded = Report.load(job.out / "report.json") if saved and job.main else None
     return JobResult(job.adapter_dir, {step: job.state.facts(step) for step in job.state.steps}, loaded)
+
+
+def _agreed(job: Job) -> tuple[dict[str, str], set[str]]:
+    """What the steps depend on, and those that are done, as the first process finds it: all have to run the same steps,
+    and another one may have other files under the same names.
+    """
+    told: list[Any] = [None]
+    if job.main:
+        digests = step_digests(job)
+        told = [(digests, _finished(job, digests))]
+    broadcast_object_list(told)
+    PartialState().wait_for_everyone()  # all have read the state before one process changes it
+    agreed: tuple[dict[str, str], set[str]] = told[0]
+    return agreed
 
 
 def _finished(job: Job, digests: dict[str, str]) -> set[str]:
