@@ -63,8 +63,8 @@ def run_job(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> Jo
 
 
 def _agreed(job: Job) -> tuple[dict[str, str], set[str]]:
-    """What the steps depend on, and those that are done, as the first process finds it: all have to run the same steps,
-    and another one may have other files under the same names.
+    """What the steps depend on, and those that are done, as the first process finds it: all processes have to run the
+    same steps, and another one may have other files under the same names.
     """
     told: list[Any] = [None]
     if job.main:
