@@ -10,7 +10,7 @@ from pathlib import Path
 from peft_safety.core.files import sha256 as sha256_of_file
 from peft_safety.errors import ConfigError
 
-READ = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
+READ = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
 """Ends of the files that a model or an adapter is loaded from."""
 
 

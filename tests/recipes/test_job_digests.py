@@ -36,6 +36,11 @@ def test_another_model_in_the_same_directory(job):
     assert changed(job, lambda: tiny_llama(seed=1).save_pretrained(job["model_name_or_path"])) == ALL
 
 
+def test_the_model_loaded_in_another_way(job):
+    ways: dict = {"attn_implementation": "eager"}
+    assert changed({**job, "model_init_kwargs": ways}, lambda: ways.update(attn_implementation="sdpa")) == ALL
+
+
 def test_another_model_of_the_hub(tmp_path, job, monkeypatch):
     repository = tmp_path / "hub" / "models--me--model"
     (repository / "refs").mkdir(parents=True)

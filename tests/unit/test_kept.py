@@ -53,7 +53,9 @@ def test_a_version_changes_with_every_file_that_is_loaded(tmp_path):
     seen.append(version_of(str(tmp_path / "model")))
     (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
     seen.append(version_of(str(tmp_path / "model")))
-    assert len(set(seen)) == 3
+    (tmp_path / "model" / "modeling.py").write_text("# code of the model's own")
+    seen.append(version_of(str(tmp_path / "model")))
+    assert len(set(seen)) == 4
 
 
 def test_a_version_changes_with_shards_in_folders_of_their_own(tmp_path):
