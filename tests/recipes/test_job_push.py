@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import transformers.trainer
+from huggingface_hub.errors import OfflineModeIsEnabled
 from peft import PeftModel
 
 from peft_safety import assert_protected, verify
+from peft_safety.errors import ConfigError
 from peft_safety.recipes.job import claims
 from peft_safety.recipes.job.run import run_job
 from peft_safety.recipes.job.settings import Settings
@@ -88,6 +90,17 @@ def test_a_commit_has_no_bases_of_an_earlier_run_by_another_method(tmp_path, hub
     run_job(Settings.of(**job_on(tmp_path, method="salora", **PUSHED)))
     run_job(Settings.of(**job_on(tmp_path, **PUSHED)))
     assert not (tmp_path / "run" / "safety_subspace.safetensors").exists()
+
+
+@pytest.mark.parametrize("call", ["create_repo", "list_repo_files"])
+def test_a_hub_out_of_reach_is_told_before_training(tmp_path, hub, monkeypatch, call):
+    def offline(*_, **__):
+        raise OfflineModeIsEnabled("offline mode is enabled.")
+
+    monkeypatch.setattr(hub, call, offline)
+    with pytest.raises(ConfigError, match=r"push_to_hub: .* offline mode is enabled\. Log in"):
+        run_job(Settings.of(**job_on(tmp_path, **PUSHED)))
+    assert not [*(tmp_path / "run").glob("checkpoint-*")]
 
 
 def test_a_report_goes_with_its_adapter(tmp_path):

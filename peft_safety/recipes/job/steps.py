@@ -123,8 +123,15 @@ def train(job: Job) -> dict[str, Any]:
             peft_config=config,
             callbacks=[*job.callbacks],
         )
+        if job.main:
+            forget(job, trainer)
     except PeftSafetyError:
         raise
+    except OSError as error:  # the hub's errors are among them
+        if not job.training.push_to_hub:
+            raise
+        remedy = "Log in (hf auth login), or leave push_to_hub out."
+        raise ConfigError(f"push_to_hub: the repository is out of reach: {error} {remedy}") from error
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"TRL refuses these settings: {error}") from error
     trainer.callback_handler.callbacks[1:1] = monitor  # before those of report_to, which log what they are given
@@ -136,8 +143,6 @@ def train(job: Job) -> dict[str, Any]:
         if isinstance(layer, FrozenLinear):
             layer.whole = layer.weight.detach().to("cpu", copy=True)
     trained = sum(parameter.numel() for parameter in trainable)
-    if job.main:
-        forget(job, trainer)
     result = trainer.train(resume_from_checkpoint=_checkpoint(job))
     if trainer.is_fsdp_enabled:  # checkpoints may be in shards, the adapter may not
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
