@@ -200,8 +200,9 @@ def test_nobody_listens(monkeypatch):
     monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
     with serving() as gone:
         url = gone.url
-    with pytest.raises(EndpointError, match="after 2 tries"):
-        judge("llama-guard-3", url=url, retries=1)("why", "so")
+    for retries, tries in ((0, "one try"), (1, "2 tries")):
+        with pytest.raises(EndpointError, match=f"after {tries}. Check"):
+            judge("llama-guard-3", url=url, retries=retries)("why", "so")
 
 
 def test_who_waits_for_a_server_is_told_so_once(monkeypatch, capfd):

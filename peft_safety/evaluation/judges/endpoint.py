@@ -142,7 +142,8 @@ class Endpoint:
                 self._say(f"{problem}. Try {attempt + 2} of {self.retries + 1} in {wait:g} s")
                 if stop.wait(wait):
                     break
-        said = f"model {self.model!r} at {self.url}: {problem}, after {attempt + 1} tries"
+        tries = f"{attempt + 1} tries" if attempt else "one try"
+        said = f"model {self.model!r} at {self.url}: {problem}, after {tries}"
         raise EndpointError(f"{said}. Check the server and call again; what a cache holds is not asked again.")
 
     def _say(self, text: str) -> None:
