@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from peft_safety import verify
 from peft_safety.cli import app
-from peft_safety.errors import ConfigError, DataError, PeftSafetyError
+from peft_safety.errors import ConfigError, DataError, PeftSafetyError, SubspaceError
 from peft_safety.recipes.job import data, steps
 from peft_safety.recipes.job.options import STEPS
 from peft_safety.recipes.job.plan import make_plan
@@ -317,6 +317,8 @@ def test_from_the_command_line(tmp_path):
         ({"train": "C"}, ConfigError),
         ({"poison": 2}, ConfigError),
         ({"push_to_hub": True, "hub_token": "secret"}, ConfigError),
+        ({"subspace": None}, ConfigError),
+        ({"subspace": "no/such/file.safetensors"}, SubspaceError),
         ({"calibration_rows": 0}, ConfigError),
         ({"calibration_contexts": "frames"}, ConfigError),
         ({"calibration_contexts": "system", "subspace": "s.safetensors"}, ConfigError),

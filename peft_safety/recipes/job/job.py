@@ -72,6 +72,8 @@ class Job:
             raise ConfigError(f"skip={unknown[0]!r} is no step. Steps: {', '.join(STEPS)}.")
         if self.own.drop_flagged and "screen" in (self.own.skip or ()):
             raise ConfigError("drop_flagged needs the step screen. Do not skip it.")
+        if self.protected and not self.own.subspace:
+            raise ConfigError("subspace is empty. Give auto, a file, a directory or a Hub id.")
         if self.own.calibration_rows is not None:
             check_positive(self.own, "calibration_rows")
         if (kind := self.own.calibration_contexts) is not None:
