@@ -174,9 +174,7 @@ def test_text_is_never_read_as_markup(capsys):
     assert "DataError: [/x] in a file" in printed.err
 
 
-@pytest.mark.parametrize(
-    "name", ["\u65e5\u672c\u8a9e" * 15, "a\tb", "\x1b[31m" * 9], ids=["wide", "tab", "control"]
-)
+@pytest.mark.parametrize("name", ["\u65e5\u672c\u8a9e" * 15, "a\tb", "\x1b[31m" * 9], ids=["wide", "tab", "control"])
 def test_no_figure_is_cut_off_beside_a_name_of_wide_or_control_characters(capsys, name):
     heads = ["module", "z", *(f"overlap with\n{name}{index}" for index in range(3))]
     rows = [[label, *(f"{line}{column}.125" for column in range(4))] for line, label in enumerate([name, "q_proj"], 1)]
