@@ -15,7 +15,6 @@ from peft import PeftModel
 
 from peft_safety import assert_protected, verify
 from peft_safety.errors import ConfigError
-from peft_safety.recipes.job import claims
 from peft_safety.recipes.job.run import run_job
 from peft_safety.recipes.job.settings import Settings
 from tests.recipes.jobs import job_on
@@ -64,7 +63,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     hub = Hub(tmp_path / "hub")
     monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
-    monkeypatch.setattr(claims, "HfApi", lambda: hub)
+    monkeypatch.setattr("peft_safety.recipes.job.hub.HfApi", lambda: hub)
     return hub
 
 
@@ -92,15 +91,27 @@ def test_a_commit_has_no_bases_of_an_earlier_run_by_another_method(tmp_path, hub
     assert not (tmp_path / "run" / "safety_subspace.safetensors").exists()
 
 
+def offline(*_, **__):
+    raise OfflineModeIsEnabled("offline mode is enabled.")
+
+
 @pytest.mark.parametrize("call", ["create_repo", "list_repo_files"])
 def test_a_hub_out_of_reach_is_told_before_training(tmp_path, hub, monkeypatch, call):
-    def offline(*_, **__):
-        raise OfflineModeIsEnabled("offline mode is enabled.")
-
     monkeypatch.setattr(hub, call, offline)
     with pytest.raises(ConfigError, match=r"push_to_hub: .* offline mode is enabled\. Log in"):
         run_job(Settings.of(**job_on(tmp_path, **PUSHED)))
     assert not [*(tmp_path / "run").glob("checkpoint-*")]
+
+
+def test_a_hub_that_is_lost_at_the_end_costs_no_second_training(tmp_path, hub, monkeypatch, capsys):
+    job = job_on(tmp_path, **PUSHED, resume_from_checkpoint=True, hub_strategy="end")
+    with monkeypatch.context() as lost:
+        lost.setattr(hub, "upload_folder", offline)
+        with pytest.raises(ConfigError, match="with resume_from_checkpoint goes on"):
+            run_job(Settings.of(**job))
+    run_job(Settings.of(**job))
+    assert "resuming from" in capsys.readouterr().out
+    assert (hub.now / "safety_certificate.json").is_file()
 
 
 def test_a_report_goes_with_its_adapter(tmp_path):

@@ -29,8 +29,8 @@ from peft_safety.layers.frozen_linear import FrozenLinear
 from peft_safety.methods.base import calibrate as estimate_for
 from peft_safety.recipes.adapter import TASK_ROWS, with_task
 from peft_safety.recipes.bench import Bench
-from peft_safety.recipes.job.claims import forget
 from peft_safety.recipes.job.contexts import contexts_for, system_prompts
+from peft_safety.recipes.job.hub import forget, reaching_hub
 from peft_safety.recipes.job.job import Job
 from peft_safety.recipes.screen import screen as screen_rows
 from peft_safety.recipes.train import TrainingRun
@@ -114,24 +114,20 @@ def train(job: Job) -> dict[str, Any]:
     arguments.model_init_kwargs = None  # they are in the model
     monitor = [SafetyMonitorCallback()] if job.protected else []
     try:
-        trainer = SFTTrainer(
-            model=job.model,
-            args=arguments,
-            train_dataset=job.data.train,
-            eval_dataset=job.data.held_out if job.training.eval_strategy != "no" else None,
-            processing_class=job.tokenizer,
-            peft_config=config,
-            callbacks=[*job.callbacks],
-        )
-        if job.main:
-            forget(job, trainer)
+        with reaching_hub(job, "Log in (hf auth login), or leave push_to_hub out."):
+            trainer = SFTTrainer(
+                model=job.model,
+                args=arguments,
+                train_dataset=job.data.train,
+                eval_dataset=job.data.held_out if job.training.eval_strategy != "no" else None,
+                processing_class=job.tokenizer,
+                peft_config=config,
+                callbacks=[*job.callbacks],
+            )
+            if job.main:
+                forget(job, trainer)
     except PeftSafetyError:
         raise
-    except OSError as error:  # the hub's errors are among them
-        if not job.training.push_to_hub:
-            raise
-        remedy = "Log in (hf auth login), or leave push_to_hub out."
-        raise ConfigError(f"push_to_hub: the repository is out of reach: {error} {remedy}") from error
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"TRL refuses these settings: {error}") from error
     trainer.callback_handler.callbacks[1:1] = monitor  # before those of report_to, which log what they are given
@@ -146,7 +142,8 @@ def train(job: Job) -> dict[str, Any]:
     result = trainer.train(resume_from_checkpoint=_checkpoint(job))
     if trainer.is_fsdp_enabled:  # checkpoints may be in shards, the adapter may not
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(job.adapter_dir))  # and pushes it, if that was asked for
+    with reaching_hub(job, "The same command with resume_from_checkpoint goes on from the last checkpoint."):
+        trainer.save_model(str(job.adapter_dir))  # and pushes it, if that was asked for
     job.tuned = trainer.accelerator.unwrap_model(trainer.model)
     run = asdict(TrainingRun.of(trainer, result, len(job.data.train), trained))
     return {"train_seconds": run.pop("seconds"), **run}

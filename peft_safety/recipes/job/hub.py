@@ -1,15 +1,18 @@
-"""What an earlier run said of its adapter, and what would stand beside that of a new one: a push to the hub adds files
-and replaces them, and removes none.
+"""Before and around a push: it adds files to a repository and replaces them, and removes none, so that what an earlier
+run said of its adapter would stand beside a new one. And the hub may be out of reach.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from typing import Any
 
 from huggingface_hub import HfApi
 
 from peft_safety.core import certificate, files
+from peft_safety.errors import ConfigError
 from peft_safety.recipes.job.job import Job
 
 REPORT = ("report.json", "report.png")
@@ -33,3 +36,14 @@ def forget(job: Job, trainer: Any) -> None:
     stale = [*REPORT] + ([] if certified else [folder + certificate.FILE_NAME for folder in FOLDERS])
     if stale := [path for path in paths if any(fnmatch(path, pattern) for pattern in stale)]:
         api.delete_files(delete_patterns=stale, commit_message="Remove what is of an earlier adapter", **where)
+
+
+@contextmanager
+def reaching_hub(job: Job, remedy: str) -> Iterator[None]:
+    """A ConfigError with this remedy where a job that pushes does not reach the hub."""
+    try:
+        yield
+    except OSError as error:  # the hub's errors are among them
+        if not job.training.push_to_hub:
+            raise
+        raise ConfigError(f"push_to_hub: the repository is out of reach: {error} {remedy}") from error
