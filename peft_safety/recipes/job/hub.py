@@ -46,4 +46,5 @@ def reaching_hub(job: Job, remedy: str) -> Iterator[None]:
     except OSError as error:  # the hub's errors are among them
         if not job.training.push_to_hub:
             raise
-        raise ConfigError(f"push_to_hub: the repository is out of reach: {error} {remedy}") from error
+        problem = str(error).rstrip(". \n")
+        raise ConfigError(f"push_to_hub: the repository is out of reach: {problem}. {remedy}") from error
