@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from concurrent.futures import Future
 from fnmatch import fnmatch
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import transformers.trainer
+from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 from peft import PeftModel
 
@@ -95,10 +97,18 @@ def offline(*_, **__):
     raise OfflineModeIsEnabled("offline mode is enabled.")
 
 
+def refused(*_, **__):
+    """What the hub's own client raises where nothing listens."""
+    with pytest.MonkeyPatch.context() as online:
+        online.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        HfApi(endpoint="http://127.0.0.1:9").model_info("me/adapter")
+
+
 @pytest.mark.parametrize("call", ["create_repo", "list_repo_files"])
-def test_a_hub_out_of_reach_is_told_before_training(tmp_path, hub, monkeypatch, call):
-    monkeypatch.setattr(hub, call, offline)
-    with pytest.raises(ConfigError, match=r"push_to_hub: .* offline mode is enabled\. Log in"):
+@pytest.mark.parametrize(("lost", "why"), [(offline, "offline mode is enabled"), (refused, ".*efused.*")])
+def test_a_hub_out_of_reach_is_told_before_training(tmp_path, hub, monkeypatch, call, lost, why):
+    monkeypatch.setattr(hub, call, lost)
+    with pytest.raises(ConfigError, match=rf"push_to_hub: .* {why}\. Log in"):
         run_job(Settings.of(**job_on(tmp_path, **PUSHED)))
     assert not [*(tmp_path / "run").glob("checkpoint-*")]
 
@@ -112,6 +122,15 @@ def test_a_hub_that_is_lost_at_the_end_costs_no_second_training(tmp_path, hub, m
     run_job(Settings.of(**job))
     assert "resuming from" in capsys.readouterr().out
     assert (hub.now / "safety_certificate.json").is_file()
+
+
+def test_a_full_disk_is_not_told_as_a_hub_out_of_reach(tmp_path, hub, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("trl.SFTTrainer.save_model", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_job(Settings.of(**job_on(tmp_path, **PUSHED | {"save_steps": 5})))
 
 
 def test_a_report_goes_with_its_adapter(tmp_path):

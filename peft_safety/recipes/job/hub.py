@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
 from peft_safety.core import certificate, files
 from peft_safety.errors import ConfigError
@@ -18,6 +19,8 @@ from peft_safety.recipes.job.job import Job
 REPORT = ("report.json", "report.png")
 FOLDERS = ("", "adapter/", "last-checkpoint/", "checkpoint-*/")
 """Of a repository, into which a job pushes adapters. Others are of the user's own."""
+UNREACHED = (OSError, HfHubHTTPError.__bases__[0])
+"""What the hub and its HTTP library raise, which is httpx or requests: a refused connection is no OSError in httpx."""
 
 
 def forget(job: Job, trainer: Any) -> None:
@@ -43,8 +46,8 @@ def reaching_hub(job: Job, remedy: str) -> Iterator[None]:
     """A ConfigError with this remedy where a job that pushes does not reach the hub."""
     try:
         yield
-    except OSError as error:  # the hub's errors are among them
-        if not job.training.push_to_hub:
+    except UNREACHED as error:
+        if not job.training.push_to_hub or getattr(error, "errno", None) is not None:  # that of a file
             raise
         problem = str(error).rstrip(". \n")
         raise ConfigError(f"push_to_hub: the repository is out of reach: {problem}. {remedy}") from error
