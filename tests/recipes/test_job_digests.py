@@ -41,20 +41,25 @@ def test_the_model_loaded_in_another_way(job):
     assert changed({**job, "model_init_kwargs": ways}, lambda: ways.update(attn_implementation="sdpa")) == ALL
 
 
-def test_another_model_of_the_hub(tmp_path, job, monkeypatch):
+@pytest.mark.parametrize("folder", ["", "part"])
+def test_another_model_of_the_hub(tmp_path, job, monkeypatch, folder):
     repository = tmp_path / "hub" / "models--me--model"
     (repository / "refs").mkdir(parents=True)
     (repository / "snapshots").mkdir()
 
     def revise(commit):
         (repository / "refs" / "main").write_text(commit)
-        (repository / "snapshots" / commit).symlink_to(job["model_name_or_path"])
+        snapshot = repository / "snapshots" / commit
+        if folder:
+            tiny_tokenizer().save_pretrained(snapshot)
+        (snapshot / folder).symlink_to(job["model_name_or_path"])
 
     revise("a" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    assert changed({**job, "model_name_or_path": "me/model"}, lambda: revise("b" * 40)) == ALL
+    given = {"model_name_or_path": "me/model", "model_init_kwargs": {"subfolder": folder}}
+    assert changed({**job, **given}, lambda: revise("b" * 40)) == ALL
 
 
 def test_another_chat_template_in_the_same_file(tmp_path, job):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from peft_safety.core import files, subspace_file
 from peft_safety.errors import ConfigError
@@ -56,12 +56,14 @@ def _base(job: Job) -> dict[str, Any]:
     each GB). And how its tokenizer writes turns.
     """
     name = job.settings.model.model_name_or_path
+    asked = {"revision": job.settings.model.model_revision, **(job.training.model_init_kwargs or {})}
+    folder = str(asked.get("subfolder", ""))
     if os.path.isdir(name):
-        version = own_version(name)[0]
+        version: str | None = own_version(os.path.join(name, folder))[0]
     else:
         try:
-            config = cached_file(name, "config.json", revision=job.settings.model.model_revision)
-            version = Path(str(config)).parent.name
+            config = cached_file(name, "config.json", revision=asked["revision"], subfolder=folder)
+            version = extract_commit_hash(config, None)
         except (OSError, ValueError) as error:
             raise ConfigError(f"no model at {name!r}: {error}") from error
     return {"model": version, "template": job.tokenizer.chat_template}

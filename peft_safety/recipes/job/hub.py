@@ -19,7 +19,7 @@ from peft_safety.recipes.job.job import Job
 REPORT = ("report.json", "report.png")
 FOLDERS = ("", "adapter/", "last-checkpoint/", "checkpoint-*/")
 """Of a repository, into which a job pushes adapters. Others are of the user's own."""
-UNREACHED = (OSError, HfHubHTTPError.__bases__[0])
+UNREACHED: tuple[type[Any], ...] = (OSError, HfHubHTTPError.__bases__[0])
 """What the hub and its HTTP library raise, which is httpx or requests: a refused connection is no OSError in httpx."""
 
 
