@@ -1,7 +1,7 @@
 """A second aligned model for the attacks: every parameter of SmolLM2-135M-Instruct trained to refuse, on the rows of
 the safety patch. A patch of rank 8 is an easy thing to protect; here the refusal is in all weights.
 
-    python -m benchmarks.full_alignment OUT [--lr 3e-5] [--steps N]
+    python -m benchmarks.full_alignment OUT [--lr 3e-5] [--steps N]    (an hour on two busy cores)
 
 Where the patch keeps the model's own answers by their distribution, this one learns them as text.
 """
