@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 from matplotlib.text import Text
 from PIL import Image
 
-from benchmarks import attacks_report, costs_picture, guardspace_report, ops, screening
+from benchmarks import attacks_report, attacks_tables, costs_picture, guardspace_report, ops, screening
 from benchmarks.common import RESULTS, recorded
 from benchmarks.frontier import aggregate, pictures
 from benchmarks.frontier.results import read
@@ -50,11 +51,10 @@ DRAWN = {
     "frontier": lambda path: pictures.frontier(points(), path),
     "frontier_poison": lambda path: pictures.poison(points(), path),
     "costs": lambda path: costs_picture.draw(recorded("train_step")[1], path),
-    "attacks": lambda path: attacks("attacks.jsonl", path),
-    "attacks_full": lambda path: attacks("attacks_full.jsonl", path),
+    **{found.stem: partial(attacks, found.name) for found in attacks_tables.results(RESULTS)},
     "guardspace": lambda path: guardspace_report.save_png(read(RESULTS / "guardspace.jsonl", "guardspace")[1], path),
     "topic": lambda path: topic.picture(topic.main_rows(read(RESULTS / "topic.jsonl", "topic")[1]), path),
-    "screening": lambda path: screening.draw(json.loads((RESULTS / "screening.json").read_text()), path),
+    **{found.stem: partial(screening.draw, screening.read(found)) for found in screening.results(RESULTS)},
     "method_comparison": lambda path: comparison.draw(
         [r for r in lines("method_comparison.jsonl") if "arm" in r], path
     ),
