@@ -34,6 +34,9 @@ help:
 
 venv: $(STAMP)
 
+# what setuptools leaves in the tree; with the tree on sys.path it hides the installed metadata, and inspect_ai then finds no task of the package
+FORGET := rm -rf peft_safety.egg-info
+
 # torch comes first and alone: the same pin is a CPU or a CUDA build, whichever pip's own settings offer on this machine
 $(DEMO_STAMP): setup.cfg pyproject.toml constraints.txt requirements/demo.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt pins releases that need Python 3.11 or newer; try make PYTHON=python3.12")'
@@ -42,6 +45,7 @@ $(DEMO_STAMP): setup.cfg pyproject.toml constraints.txt requirements/demo.txt
 	$(PIP_INSTALL) --no-deps -r requirements/demo.txt
 	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	$(call complete,demo)
+	$(FORGET)
 	@touch $@
 
 # CUDA builds of torch bring the Triton they need; CPU builds bring none, and the kernels' tests compile and interpret with this one
@@ -151,6 +155,7 @@ $(BUILD): $(STAMP)
 wheel: $(BUILD)
 	rm -rf build/lib build/bdist.* dist
 	PYTHONPATH=$(CURDIR)/$(BUILD) $(BIN)/python -m build
+	$(FORGET)
 
 # checkers of CITATION.cff, classifiers and workflows, apart from what they check
 CHECKERS := .nightly-checkers
