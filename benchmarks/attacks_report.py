@@ -28,7 +28,7 @@ def heat(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]], path: Path) -> 
         "p: share of poisoned rows; x4: four epochs; lr: learning rate. Hatched: not run. Gray names: fails on "
         "plain LoRA."
     )
-    height = 1.3 + 0.21 * len(down)
+    height = 2.3 + 0.18 * len(down)
     heading = "Points of refusal lost to each attack, worst form of the request"
     with style.picture(path, height, title=heading, note=note) as (_, (axis,)):
         style.heat(axis, values, ".0f", 0, 100, "#FFFFFF", style.color_of("lora"), "#6B2F00")
