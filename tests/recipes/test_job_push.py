@@ -77,13 +77,15 @@ def test_no_certificate_or_report_of_an_earlier_run_is_beside_an_adapter_that_wa
     assert (hub.now / "last-checkpoint" / "safety_certificate.json").is_file()
     for folder in (tmp_path / "run", hub.now):
         (folder / "report.json").write_text("of the earlier adapter")
-    (hub.now / "mine").mkdir()
-    (hub.now / "mine" / "safety_certificate.json").write_text("of an adapter in a folder of the user's own")
+    own = ("mine", "checkpoint-1/mine")
+    for folder in own:
+        (hub.now / folder).mkdir(parents=True)
+        (hub.now / folder / "safety_certificate.json").write_text("of an adapter in a folder of the user's own")
     before = len(hub.commits)
     run_job(Settings.of(**job_on(tmp_path, **{**more, "method": method, "safety_rank": rank})))
     for commit in hub.commits[before:]:
         found = [path for name in ("safety_certificate.json", "report.json") for path in commit.rglob(name)]
-        assert found == [commit / "mine" / "safety_certificate.json"]
+        assert set(found) == {commit / folder / "safety_certificate.json" for folder in own}
         PeftModel.from_pretrained(tiny_llama(), str(commit))
 
 

@@ -37,8 +37,12 @@ def forget(job: Job, trainer: Any) -> None:
     api, where = HfApi(), {"repo_id": trainer.hub_model_id, "revision": trainer.args.hub_revision}
     paths = api.list_repo_files(**where)
     stale = [*REPORT] + ([] if certified else [folder + certificate.FILE_NAME for folder in FOLDERS])
-    if stale := [path for path in paths if any(fnmatch(path, pattern) for pattern in stale)]:
+    if stale := [path for path in paths if any(_is(path, pattern) for pattern in stale)]:
         api.delete_files(delete_patterns=stale, commit_message="Remove what is of an earlier adapter", **where)
+
+
+def _is(path: str, pattern: str) -> bool:
+    return fnmatch(path, pattern) and path.count("/") == pattern.count("/")
 
 
 @contextmanager
