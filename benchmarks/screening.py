@@ -230,9 +230,9 @@ def section(folder: Path, page: Path) -> str:
 SECTIONS = (Section(NAME, "guides/screening.md", section),)
 
 
-def report(folder: Path = RESULTS) -> None:
+def report() -> None:
     """Print, draw and write the section of the page."""
-    for path in results(folder):
+    for path in results(RESULTS):
         data = read(path)
         for title, (columns, rows) in tables(data).items():
             shown = render.table([column.replace(" ", "\n") for column in columns], rows)

@@ -11,7 +11,7 @@ import torch
 
 from peft_safety.calibration.cost import CalibrationCost
 from peft_safety.calibration.coverage import TASK_ENERGY, ModuleCoverage
-from peft_safety.core.names import kind_of, lines
+from peft_safety.core.names import lines
 from peft_safety.errors import DataError
 from peft_safety.reporting import render, style
 
@@ -120,14 +120,6 @@ def _draw_energy(panel: Any, name: str, curves: Sequence[tuple[torch.Tensor, int
 def _at(curve: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """A module's curve at sizes of its null space; constant beyond its own k."""
     return curve[sizes.round().long().clamp(1, len(curve)) - 1]
-
-
-def _by_kind(rows: list[Row]) -> dict[str, list[Row]]:
-    """The rows by the last part of their name, in order of first appearance."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(kind_of(row["name"]), []).append(row)
-    return groups
 
 
 def _known(rows: list[Row], name: str) -> list[float]:
