@@ -92,7 +92,8 @@ def test_no_certificate_or_report_of_an_earlier_run_is_beside_an_adapter_that_wa
 def test_a_commit_has_no_bases_of_an_earlier_run_by_another_method(tmp_path, hub):
     run_job(Settings.of(**job_on(tmp_path, method="salora", **PUSHED)))
     run_job(Settings.of(**job_on(tmp_path, **PUSHED)))
-    assert not (tmp_path / "run" / "safety_subspace.safetensors").exists()
+    for folder in (tmp_path / "run", hub.now):
+        assert not (folder / "safety_subspace.safetensors").exists()
 
 
 def offline(*_, **__):
@@ -152,3 +153,11 @@ def test_every_commit_is_a_whole_protected_adapter(tmp_path, hub, method):
         for text in ("README.md", "job.json"):
             assert not (commit / text).exists() or str(tmp_path) not in (commit / text).read_text("utf-8")
     assert (hub.commits[-1] / "README.md").is_file()
+
+
+@pytest.mark.parametrize("method", ["guardspace", "salora"])
+def test_nothing_of_a_protected_adapter_is_left_beside_a_plain_one(tmp_path, method):
+    skip = ["measure", "report"]
+    run_job(Settings.of(**job_on(tmp_path, method=method, safety_rank=4, skip=skip)))
+    run_job(Settings.of(**job_on(tmp_path, method="lora", skip=skip)))
+    assert not [*(tmp_path / "run" / "adapter").glob("safety_*")]

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from peft_safety.core import certificate, files
+from peft_safety.core import certificate, files, subspace_file
 from peft_safety.errors import ConfigError
 from peft_safety.recipes.job.job import Job
 
@@ -24,21 +24,30 @@ UNREACHED: tuple[type[Any], ...] = (OSError, HfHubHTTPError.__bases__[0])
 
 
 def forget(job: Job, trainer: Any) -> None:
-    """Remove the report of an earlier run. Before a push, remove it from the repository, too, and the certificate,
-    unless the new adapter gets one.
+    """Remove the report of an earlier run. Before a push, remove it from the repository, too, and the certificate or
+    the bases that the new adapter does not have.
     """
     for name in REPORT:
         files.drop(job.out / name)
     if not trainer.args.push_to_hub:
         return
-    certified = job.protected and job.config.freezes
-    for folder in () if certified else (job.out, job.adapter_dir):
-        files.drop(folder / certificate.FILE_NAME)
+    others = stale_names(job)
+    for folder in (job.out, job.adapter_dir):
+        for name in others:
+            files.drop(folder / name)
     api, where = HfApi(), {"repo_id": trainer.hub_model_id, "revision": trainer.args.hub_revision}
     paths = api.list_repo_files(**where)
-    stale = [*REPORT] + ([] if certified else [folder + certificate.FILE_NAME for folder in FOLDERS])
+    stale = [*REPORT, *(folder + name for folder in FOLDERS for name in others)]
     if stale := [path for path in paths if any(_is(path, pattern) for pattern in stale)]:
         api.delete_files(delete_patterns=stale, commit_message="Remove what is of an earlier adapter", **where)
+
+
+def stale_names(job: Job) -> list[str]:
+    """Files that an earlier adapter can have left in a folder, and that this job's adapter does not have."""
+    bases, seal = subspace_file.FILE_NAME, certificate.FILE_NAME
+    if not job.protected:
+        return [bases, seal]
+    return [bases if job.config.freezes else seal]
 
 
 def _is(path: str, pattern: str) -> bool:

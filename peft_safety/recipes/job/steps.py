@@ -16,6 +16,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from peft_safety.calibration.prepare import MAX_LENGTH
 from peft_safety.callbacks import SafetyMonitorCallback
 from peft_safety.convert.verify import verify as check
+from peft_safety.core import files
 from peft_safety.core.environment import environment
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.training import TrainOptions
@@ -30,7 +31,7 @@ from peft_safety.methods.base import calibrate as estimate_for
 from peft_safety.recipes.adapter import TASK_ROWS, with_task
 from peft_safety.recipes.bench import Bench
 from peft_safety.recipes.job.contexts import contexts_for, system_prompts
-from peft_safety.recipes.job.hub import forget, reaching_hub
+from peft_safety.recipes.job.hub import forget, reaching_hub, stale_names
 from peft_safety.recipes.job.job import Job
 from peft_safety.recipes.screen import screen as screen_rows
 from peft_safety.recipes.train import TrainingRun
@@ -144,6 +145,8 @@ def train(job: Job) -> dict[str, Any]:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     with reaching_hub(job, "The same command with resume_from_checkpoint goes on from the last checkpoint."):
         trainer.save_model(str(job.adapter_dir))  # and pushes it, if that was asked for
+    for name in stale_names(job) if job.main else ():
+        files.drop(job.adapter_dir / name)
     job.tuned = trainer.accelerator.unwrap_model(trainer.model)
     run = asdict(TrainingRun.of(trainer, result, len(job.data.train), trained))
     return {"train_seconds": run.pop("seconds"), **run}
