@@ -136,6 +136,21 @@ def reset_peak() -> None:
         clear.write_text("5")
 
 
+def kept_result(path: Path) -> dict[str, Any] | None:
+    """What a finished cell has written; None if it has not run.
+
+    Raises:
+        ArtifactError: the file is damaged. (A killed run damages no file, since files appear by one rename.)
+    """
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is no result of a cell: {error}. Delete it; the cell then runs again.") from error
+    return result
+
+
 def publish(path: Path, text: str) -> None:
     """Write a file by one rename: it is complete or not there.
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import publish
+from benchmarks.common import kept_result, publish
 from benchmarks.frontier.cells import Cell, Protocol
 from peft_safety.errors import ArtifactError
 
@@ -49,18 +49,9 @@ class Cache:
         """The result of a finished cell, or None.
 
         Raises:
-            ArtifactError: its file is damaged. (A killed run damages no file, since files appear by one rename.)
+            ArtifactError: its file is damaged.
         """
-        path = self.path(cell)
-        try:
-            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise ArtifactError(
-                f"{path} is no result of a cell: {error}. Delete it; the cell then runs again."
-            ) from error
-        return result
+        return kept_result(self.path(cell))
 
     def put(self, cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
         """Write a result by one rename.

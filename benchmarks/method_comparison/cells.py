@@ -13,7 +13,7 @@ from typing import Any
 from peft import get_peft_model
 from transformers import set_seed
 
-from benchmarks.common import publish, reset_peak, resident_mib, resident_now_mib
+from benchmarks.common import kept_result, publish, reset_peak, resident_mib, resident_now_mib
 from benchmarks.method_comparison import task
 from benchmarks.method_comparison.arms import ARMS, Base, lora
 from peft_safety.evaluation import prompt_set, self_responses
@@ -54,8 +54,7 @@ class Cells:
 
     def get(self, arm: str) -> dict[str, Any] | None:
         """The result of a finished cell, or None."""
-        path = self.cell(arm)
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return kept_result(self.cell(arm))
 
     def prepare(self, model: Any, tokenizer: Any, test: list[dict[str, str]]) -> None:
         """Measure the model before training; and one step, so that no arm pays for what the first one loads."""

@@ -22,7 +22,7 @@ def versions(model: Any = None) -> dict[str, str]:
     such as bitsandbytes.
     """
     parts = () if model is None else (*model.modules(), *model.parameters())
-    others = {type(part).__module__.partition(".")[0] for part in parts}
+    others = {(type(part).__module__ or "").partition(".")[0] for part in parts} - {""}
     result = {}
     for package in (*PACKAGES, *sorted(others - {name.replace("-", "_") for name in PACKAGES})):
         with suppress(PackageNotFoundError):

@@ -13,7 +13,7 @@ from peft_safety.data import chat
 from peft_safety.data.rows import Rows, as_rows, kind_of, label_list
 from peft_safety.errors import DataError
 from peft_safety.evaluation.generate import BATCH_SIZE, generate, in_batches
-from peft_safety.evaluation.metrics import Mean, Rate
+from peft_safety.evaluation.metrics import Mean
 
 if TYPE_CHECKING:
     import torch
@@ -98,14 +98,6 @@ def likeliest_labels(
         tried = losses[start : start + len(labels)]
         likeliest.append(labels[tried.index(min(tried))] if all(map(math.isfinite, tried)) else None)
     return [label == row["label"] for label, row in zip(likeliest, rows, strict=True)]
-
-
-def accuracy(*args: Any, **options: Any) -> Rate:
-    return Rate.of(exact_answers(*args, **options))
-
-
-def choice_accuracy(*args: Any, **options: Any) -> Rate:
-    return Rate.of(likeliest_labels(*args, **options))
 
 
 def read_label(answer: str, labels: Sequence[str]) -> str | None:

@@ -14,7 +14,7 @@ from benchmarks.method_comparison import arms, cells, task
 from benchmarks.method_comparison.metamathqa import run_guardspace
 from benchmarks.method_comparison.report import NAME, SECTIONS, forgetting, report
 from peft_safety import GuardSpaceConfig
-from peft_safety.errors import DataError
+from peft_safety.errors import ArtifactError, DataError
 from tests.benchmarks.pages import blank
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -54,6 +54,14 @@ def test_splits_share_no_sum_and_the_answers_are_right():
     value = {word: number for number, word in [*task.WORDS.items(), *enumerate(task.ONES)]}
     for name, rows in splits.items():
         assert [f" {value[a] + value[b]}" for a, b in asked[name]] == [row["response"] for row in rows]
+
+
+def test_a_damaged_cell_is_named(tmp_path, model):
+    made = cells.Cells(tmp_path, model, SETTINGS)
+    assert made.get("LoRA") is None
+    made.cell("LoRA").write_text('{"arm": "LoRA", "lr')
+    with pytest.raises(ArtifactError, match=f"{made.cell('LoRA').name} is no result of a cell.*Delete it"):
+        made.get("LoRA")
 
 
 def test_every_arm_trains_and_has_the_size_of_the_lora(finished):

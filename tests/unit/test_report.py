@@ -7,9 +7,11 @@ import sys
 from importlib.metadata import version
 
 import pytest
+import torch
 from packaging.version import Version
 
 from peft_safety.cli.common import fail
+from peft_safety.core.environment import versions
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.evaluation.metrics import Mean, Rate
 from peft_safety.reporting import render, style
@@ -160,6 +162,11 @@ def test_environment_names_versions_and_seed():
     assert found["seed"] == 7
     assert found["device"] == "cpu"
     assert {"python", "torch", "transformers", "peft"} <= set(found)
+
+
+def test_a_layer_of_a_class_without_a_module_has_no_version():
+    made = torch.nn.Sequential(type("Made", (torch.nn.Module,), {"__module__": None})())
+    assert versions(made) == versions()
 
 
 def test_text_is_never_read_as_markup(capsys):
