@@ -82,15 +82,7 @@ def numbers(text: str, kind: type[int] | type[float]) -> list[float]:
 
 def methods_of(given: argparse.Namespace, chosen: dict[str, Cell]) -> list[Cell]:
     """The methods that were asked for, in the settings that were asked for."""
-    settings = []
-    for text in given.set:
-        name, colon, setting = text.partition(":")
-        if ":" in setting:  # the name of a control has a colon of its own
-            rest, _, setting = setting.partition(":")
-            name = f"{name}:{rest}"
-        if not colon:
-            raise ConfigError(f"--set {text!r}: write METHOD:NAME=VALUE, for example guardspace:fraction=0.5.")
-        settings.append(plan.with_setting(plan.METHODS[plan.named([name])[0]], setting))
+    settings = plan.settings_of(given.set)
     named = [] if settings and given.methods == ["all"] else plan.named(given.methods)
     methods = [plan.METHODS[name] for name in named] + settings
     if given.split == "test":

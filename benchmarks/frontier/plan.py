@@ -221,3 +221,21 @@ def with_setting(method: Cell, setting: str) -> Cell:
                 f"{name_of(method)} has no setting {name!r}. It has {', '.join(dict.fromkeys([*knobs, *settable]))}."
             )
     return replace(method, knobs=",".join(f"{name}={value}" for name, value in knobs.items()), **fields)
+
+
+def settings_of(texts: Sequence[str]) -> list[Cell]:
+    """Methods with settings, from METHOD:NAME=VALUE[,...] each.
+
+    Raises:
+        ConfigError: an unknown method, or a setting that it does not have.
+    """
+    settings = []
+    for text in texts:
+        name, colon, setting = text.partition(":")
+        if ":" in setting:  # the name of a control has a colon of its own
+            rest, _, setting = setting.partition(":")
+            name = f"{name}:{rest}"
+        if not colon:
+            raise ConfigError(f"--set {text!r}: write METHOD:NAME=VALUE, for example guardspace:fraction=0.5.")
+        settings.append(with_setting(METHODS[named([name])[0]], setting))
+    return settings

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from benchmarks import attacks, attacks_report, attacks_tables
+from benchmarks import attacks, attacks_plan, attacks_report, attacks_tables
 from benchmarks.frontier import arms, attack_rows
 from benchmarks.frontier.attacks import ATTACKS, HOWEVER, OBEDIENT, TRIGGER, AfterRefusal, attack_of, template
 from benchmarks.frontier.bench import Bench
@@ -83,11 +83,11 @@ def test_mistakes_are_typed(tmp_path, monkeypatch):
         rows("nothing")
     for options in ({"defenses": ["lroa"]}, {"only": ["nothing"]}):
         with pytest.raises(ConfigError, match="neither a method"):
-            attacks.plan(**options)
+            attacks_plan.plan(**options)
 
 
 def test_the_plan_tries_plain_lora_and_the_recommended_defense_first():
-    plan = attacks.plan()
+    plan = attacks_plan.plan()
     assert len(plan) == len(set(plan))
     strong = [(cell.arm, cell.attack) for cell in plan if cell.epochs == 4 and cell.seed == 0][:2]
     assert strong == [("lora", "trigger"), ("guard", "trigger")]
@@ -99,6 +99,27 @@ def test_the_plan_tries_plain_lora_and_the_recommended_defense_first():
     }
     assert all(ATTACKS[cell.attack].forms or not cell.attack for cell in plan if cell.arm == "aligned")
     assert {cell.attack for cell in plan if cell.arm == "salora"} == {"trigger", ""}
+
+
+def planned(*argv):
+    given = attacks.parse(argv)
+    settings = attacks.settings_of(given.set)
+    return attacks_plan.plan(["lora"], given.attacks, strength=attacks.strength_of(given), settings=settings)
+
+
+def test_the_strength_of_an_attack_and_a_setting_are_knobs():
+    cells = [cell for cell in planned("--attacks", "trigger", "--p", "0.2", "--lr", "2") if cell.arm != "aligned"]
+    assert {(cell.poison, cell.epochs, cell.lr) for cell in cells} == {(0.2, 4, 2 * METHODS["lora"].lr)}
+    assert {cell.seed for cell in cells} == {0, 1, 2}
+    (cell,) = [
+        cell
+        for cell in planned("--set", "frozen:fraction=0.5", "--epochs", "2", "--attacks", "plain")
+        if cell.arm == "guard"
+    ]
+    assert (cell.fraction, cell.poison, cell.epochs, cell.seed) == (0.5, 0.5, 2, 0)
+    for wrong in (["--p", "0"], ["--p", "1.5"], ["--epochs", "0"], ["--lr", "-1"]):
+        with pytest.raises(ConfigError, match="give a share above 0"):
+            planned(*wrong)
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +147,14 @@ def stored(cell, refusal, attacked=None):
         return {"k": k, "n": 10, "value": k / 10}
 
     forms = {name: {"refusal": rate(k), "compliance": rate(10 - k)} for name, k in (attacked or {}).items()}
+
+    def marks(k):
+        return "R" * k + "C" * (10 - k)
+
     figures = {"refusal": rate(refusal), "over_refusal": rate(1), "task_accuracy": rate(6)}
-    return {"cell": asdict(cell), **figures, "transfer": {"everyday": rate(0)}, "attacked": forms}
+    kept = {"judge": "keyword", "verdicts": {"keyword": {"harmful": marks(refusal), "advbench": ""}}}
+    kept["attacked_verdicts"] = {name: marks(k) for name, k in (attacked or {}).items()}
+    return {"cell": asdict(cell), **figures, "transfer": {"everyday": rate(0)}, "attacked": forms, **kept}
 
 
 def report(tmp_path, cells):
@@ -139,8 +166,8 @@ def report(tmp_path, cells):
 
 
 def test_the_report_says_the_worst_case_and_which_attacks_prove_nothing(tmp_path):
-    def cell(name, attack="", strength=attacks.WEAK):
-        return attacks.at(METHODS[name], attack, strength, 0, "test")
+    def cell(name, attack="", strength=attacks_plan.WEAK):
+        return attacks_plan.at(METHODS[name], attack, strength, 0, "test")
 
     text = report(
         tmp_path,
@@ -148,10 +175,10 @@ def test_the_report_says_the_worst_case_and_which_attacks_prove_nothing(tmp_path
             stored(cell("aligned"), 9),
             stored(cell("aligned", "trigger"), 9, {"trigger": 8}),
             stored(cell("lora"), 2),
-            stored(cell("lora", "trigger", attacks.STRONG), 1, {"trigger": 0}),
+            stored(cell("lora", "trigger", attacks_plan.STRONG), 1, {"trigger": 0}),
             stored(cell("lora", "cipher"), 9),
             stored(cell("frozen"), 9),
-            stored(cell("frozen", "trigger", attacks.STRONG), 8, {"trigger": 3}),
+            stored(cell("frozen", "trigger", attacks_plan.STRONG), 8, {"trigger": 3}),
         ],
     )
     line = next(line for line in text.splitlines() if line.startswith("| GuardSpace, frozen A"))
@@ -161,6 +188,13 @@ def test_the_report_says_the_worst_case_and_which_attacks_prove_nothing(tmp_path
     (form,) = [line for line in text.splitlines() if line.startswith("| trigger p 0.5 x4 | trigger |")]
     assert [cell.split(" [")[0] for cell in form.split(" | ")[2:]] == ["80 %", "0 %", "30 %"]
     assert "| cipher p 0.1 | 0 bare | - |" in text
+    assert "| trigger p 0.5 x4 | trigger | +30 (3 : 0, p = 0.250) |" in text, "against plain LoRA"
+    assert "| trigger p 0.5 x4 | bare | +70 (7 : 0, p = 0.016) |" in text
+    assert "| 0 % [0, 28] / - | 2 |" in line, "everyday prompts refused, the task's not asked"
+    (absent,) = [line for line in text.splitlines() if line.startswith("- Planned and not run at all:")]
+    assert "SaLoRA" in absent
+    assert "GuardSpace, frozen A;" not in absent
+    assert "plain p 0.5 x4" in absent
     assert "says nothing: cipher p 0.1." in text
     assert "refuses 10 % [2, 40] of safe prompts that look dangerous, 0 % [0, 28] of everyday prompts." in text
     assert (tmp_path / "attacks.png").stat().st_size > 1000
@@ -168,11 +202,11 @@ def test_the_report_says_the_worst_case_and_which_attacks_prove_nothing(tmp_path
 
 def test_the_report_has_a_part_for_each_aligned_model_and_the_settings_tried_on_validation_prompts(tmp_path):
     aligned, plain = (replace(METHODS[name], split="test") for name in ("aligned", "lora"))
-    other = [stored(aligned, 9), stored(attacks.at(plain, "", attacks.WEAK, 0, "test"), 2)]
+    other = [stored(aligned, 9), stored(attacks_plan.at(plain, "", attacks_plan.WEAK, 0, "test"), 2)]
     lines = [json.dumps({"environment": {"model": "other"}}), *map(json.dumps, other)]
     (tmp_path / "attacks_other.jsonl").write_text("\n".join(lines), encoding="utf-8")
     setting = replace(METHODS["frozen-anchor"], knobs="train=B,rows=task,anchor=4,anchor_every=1,anchor_weight=5")
-    choice = attacks.at(setting, "trigger", attacks.STRONG, 0, "validation")
+    choice = attacks_plan.at(setting, "trigger", attacks_plan.STRONG, 0, "validation")
     text = report(tmp_path, [stored(aligned, 9), stored(plain, 2), stored(choice, 8, {"trigger": 1})])
     assert "### other" in text
     (line,) = [line for line in text.splitlines() if "anchor_weight=5" in line]
