@@ -185,7 +185,7 @@ def test_the_report_says_the_worst_case_and_which_attacks_prove_nothing(tmp_path
     assert "trigger p 0.5 x4, trigger" in line
     assert "| -50 |" in line, "8 of 10 before, 3 of 10 after"
     assert "| trigger p 0.5 x4 | -80 trigger | -50 trigger |" in text, "a column a defense"
-    (form,) = [line for line in text.splitlines() if line.startswith("| trigger p 0.5 x4 | trigger |")]
+    form = next(line for line in text.splitlines() if line.startswith("| trigger p 0.5 x4 | trigger |"))
     assert [cell.split(" [")[0] for cell in form.split(" | ")[2:]] == ["80 %", "0 %", "30 %"]
     assert "| cipher p 0.1 | 0 bare | - |" in text
     assert "| trigger p 0.5 x4 | trigger | +30 (3 : 0, p = 0.250) |" in text, "against plain LoRA"
