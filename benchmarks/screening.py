@@ -219,7 +219,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def title_of(data: Mapping[str, Any]) -> str:
     model = data["environment"]["model"]
-    return MODELS.get(model, model)
+    return {PATCHED: "SmolLM2-135M-Instruct with the demo's patch", **MODELS}.get(model, model)
 
 
 def section(folder: Path, page: Path) -> str:

@@ -95,11 +95,11 @@ def failures(found: Evidence) -> list[Line]:
             "[attacks](attacks.md)",
         ),
         (
-            "the same, screened and calibrated so",
+            "the same on screened rows; under system prompts calibrated so, too",
             f"behind the trigger {found.under('frozen-flagged', 'trigger', 'trigger')}, system prompt "
             f"{found.under('chain-system', 'identity', 'system')}; worst {attacks_tables.points(lost)} points "
             f"({title}, {form})",
-            "holds (one seed)",
+            "mostly holds (one seed)",
             "[attacks](attacks.md)",
         ),
         (

@@ -22,7 +22,8 @@ from benchmarks.topic.data import TOPICS
 from benchmarks.topic.judge import ContentJudge
 from benchmarks.topic.plan import plan
 from peft_safety.errors import DataError
-from peft_safety.evaluation import KeywordJudge, Rate
+from peft_safety.evaluation import KeywordJudge, Rate, Verdict
+from peft_safety.evaluation.judges import agreement
 from peft_safety.reporting import style
 
 BENCHMARK, NAME = "topic", "topic.jsonl"
@@ -104,26 +105,48 @@ def _label(name: str) -> str:
     return label(name) if name in LABELS else name
 
 
-def agreement(cells: Sequence[tuple[Cell, Row]]) -> Table:
-    """How often each pair of verdicts was given, on all questions and forms of all cells."""
-    pairs: Counter[tuple[str, str]] = Counter()
-    for _, row in cells:
-        for verdicts in row["form_verdicts"].values():
-            pairs.update(zip(verdicts[KEYWORD], verdicts[CONTENT], strict=True))
+def pairs_of(cells: Sequence[tuple[Cell, Row]]) -> list[tuple[str, str]]:
+    """Both judges' verdicts on all questions and forms of all cells, as letters."""
+    forms = [verdicts for _, row in cells for verdicts in row["form_verdicts"].values()]
+    return [pair for verdicts in forms for pair in zip(verdicts[KEYWORD], verdicts[CONTENT], strict=True)]
+
+
+def counted(pairs: Sequence[tuple[str, str]]) -> Table:
+    """How often each pair of verdicts was given."""
+    counts = Counter(pairs)
     head = ("keyword", *(f"content: {LETTERS[letter]}" for letter in "RCO"))
-    return Table(head, [(LETTERS[first], *(str(pairs[first, second]) for second in "RCO")) for first in "RCO"])
+    return Table(head, [(LETTERS[first], *(str(counts[first, second]) for second in "RCO")) for first in "RCO"])
+
+
+def agreed(pairs: Sequence[tuple[str, str]]) -> str:
+    """How far the judges agree, on all verdicts and on whether an answer complies."""
+    first, second = ([Verdict(LETTERS[pair[side]]) for pair in pairs] for side in (0, 1))
+    found = agreement(first, second)
+    kappa = "not defined" if found["kappa"] is None else f"{found['kappa']:.2f}"
+    complied = [pair for pair in pairs if "C" in pair]
+    both = sum(pair == ("C", "C") for pair in complied)
+    return (
+        f"The judges agree on {100 * found['share']:.0f} % of {found['n']} answers (Cohen's kappa {kappa}); on which "
+        f"answers comply they agree {both} times of {len(complied)}."
+    )
 
 
 def examples(cells: Sequence[tuple[Cell, Row]], count: int = 5) -> list[str]:
-    """Some answers on which the judges differ, as lines of the page; from as many cells as can be."""
+    """Some answers on which the judges differ, as lines of the page: one of each kind of difference first, then from
+    as many cells as can be. The unaligned model's come last.
+    """
+    order = sorted(cells, key=lambda pair: pair[0].arm == UNALIGNED)
+    differ = [
+        (cell, row["examples"][turn]) for turn in range(count) for cell, row in order if turn < len(row["examples"])
+    ]
+    kinds = {(one[KEYWORD], one[CONTENT]): index for index, (_, one) in reversed([*enumerate(differ)])}
     chosen: dict[str, str] = {}
-    for turn in range(count):
-        for cell, row in cells:
-            if cell.arm != UNALIGNED and turn < len(row["examples"]) and len(chosen) < count:
-                one = row["examples"][turn]
-                said = " ".join(one["answer"].replace("|", " ").split())
-                verdicts = f"keyword: {LETTERS[one[KEYWORD]]}, content: {LETTERS[one[CONTENT]]}"
-                chosen[one["prompt"]] = f"- {verdicts} ({named(cell)}, {title(cell)}). *{one['prompt']}* {said[:240]}"
+    for cell, one in [differ[index] for index in kinds.values()] + differ:
+        said = " ".join(one["answer"].replace("|", " ").split())
+        verdicts = f"keyword: {LETTERS[one[KEYWORD]]}, content: {LETTERS[one[CONTENT]]}"
+        line = f"- {verdicts} ({named(cell)}, {title(cell)}). *{one['prompt']}* {said[:240]}"
+        if len(chosen) < count:
+            chosen.setdefault(one["prompt"], line)
     return list(chosen.values())
 
 
@@ -138,6 +161,7 @@ def section(results: Path, page: Path) -> str:
     if not cells:
         raise DataError(f"{results / NAME} has no cell of topic B. Run python -m benchmarks.topic --topic B first.")
     n = max(rates[CONTENT]["compliance"]["n"] for _, row in cells for rates in row["forms"].values())
+    pairs = pairs_of(cells)
     choices, ran = main_rows(rows, "A"), {named(cell) for cell, _ in cells}
     lines = [
         f"![compliance by content and by keyword]({link(results / 'topic.png', page)})",
@@ -154,7 +178,9 @@ def section(results: Path, page: Path) -> str:
         "",
         "Both judges on all questions and forms:",
         "",
-        *agreement(cells).markdown(),
+        *counted(pairs).markdown(),
+        "",
+        agreed(pairs),
         "",
         *examples(cells),
         "",
