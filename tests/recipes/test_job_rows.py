@@ -51,7 +51,7 @@ def test_rows_without_turns_are_not_screened(tmp_path, kind):
 def test_rows_that_are_cut_before_their_answer_are_not_counted(tmp_path):
     rows = [row | {"prompt": row["prompt"] + "?" * 300 * (i % 2)} for i, row in enumerate(PAIRS)]
     quick = {"method": "lora", "held_out": 0, "max_steps": 1, "skip": ["measure"]}
-    with pytest.warns(UserWarning, match="10 of 20 rows have no token to train on within max_length=99"):
+    with pytest.warns(UserWarning, match="10 of 20 rows: no token to train on within max_length=99"):
         facts = run_job(settings(tmp_path, rows, max_length=99, **quick)).facts["train"]
     assert facts["rows"] == 10
     with pytest.raises(DataError, match="none of the 20 rows has a token to train on"):

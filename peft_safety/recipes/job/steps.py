@@ -133,13 +133,13 @@ def train(job: Job) -> dict[str, Any]:
                 peft_config=config,
                 callbacks=[*job.callbacks],
             )
+            rows = _trained_rows(job, trainer)
             if job.main:
                 forget(job, trainer)
     except PeftSafetyError:
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"TRL refuses these settings: {error}") from error
-    rows = _trained_rows(job, trainer)
     trainer.callback_handler.callbacks[1:1] = monitor  # before those of report_to, which log what they are given
     job.sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     trainable = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
@@ -170,8 +170,7 @@ def _trained_rows(job: Job, trainer: Any) -> int:
     if not left:
         raise DataError(f"none of the {given} rows has a token to train on {within}.")
     if left < given:
-        lost = f"{given - left} of {given} rows have no token to train on {within}"
-        warnings.warn(f"{lost}; TRL leaves them out.", stacklevel=3)
+        warnings.warn(f"TRL leaves out {given - left} of {given} rows: no token to train on {within}.", stacklevel=3)
     return left
 
 
