@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 
 from peft_safety import verify
 from peft_safety.cli import app
-from peft_safety.errors import ConfigError, DataError, PeftSafetyError, SubspaceError
+from peft_safety.errors import CalibrationError, ConfigError, DataError, PeftSafetyError, SubspaceError
 from peft_safety.recipes.job import data, steps
 from peft_safety.recipes.job.options import STEPS
 from peft_safety.recipes.job.plan import make_plan
 from peft_safety.recipes.job.run import run_job
 from peft_safety.recipes.job.settings import Settings
+from peft_safety.recipes.job.state import State
 from peft_safety.reporting.report import Report
 from tests.recipes.jobs import PAIRS, TASK, job_on, losses, write_rows
 from tests.tiny import tiny_llama
@@ -76,7 +77,8 @@ def test_end_to_end(tmp_path, capsys):
 class Screened:
     """What a screening says that flags three rows, two of which comply."""
 
-    rows, flagged, dropped = range(17), [SimpleNamespace(number=n) for n in (1, 4, 9)], [4, 9]
+    rows, unscreened = [SimpleNamespace(truncated=n < 2) for n in range(17)], [3]
+    flagged, dropped = [SimpleNamespace(number=n) for n in (1, 4, 9)], [4, 9]
     screen = SimpleNamespace(auc=0.97)
 
 
@@ -89,6 +91,8 @@ def test_the_rows_are_screened_first_and_left_out_on_demand(tmp_path, capsys, mo
     with pytest.warns(UserWarning, match=r"rows \[4, 9\] comply"):
         result = run(tmp_path, **quick)
     assert (result.facts["screen"]["flagged"], result.facts["train"]["rows"]) == ([1, 4, 9], 17)
+    assert (result.facts["screen"]["unscreened"], result.facts["screen"]["truncated"]) == (1, 2)
+    assert "without a user turn: 1; screened without their beginning: 2" in capsys.readouterr().out
     result = run(tmp_path, **quick, drop_flagged=True)
     assert "screen: done before" in capsys.readouterr().out
     assert (seen, result.facts["train"]["rows"]) == ([(17, 8)], 15)
@@ -99,11 +103,46 @@ def test_the_rows_are_screened_first_and_left_out_on_demand(tmp_path, capsys, mo
         run(tmp_path, **quick, drop_flagged=True, output_dir=str(tmp_path / "nothing"))
 
 
-def test_a_model_that_cannot_screen_is_trained_all_the_same(tmp_path, capsys):
-    result = run(tmp_path, screened=True, safety_rank=4, skip=["measure", "report"])
-    assert "not screened: " in capsys.readouterr().out
+def test_a_model_that_cannot_screen_is_trained_unless_flagged_rows_have_to_go(tmp_path):
+    quick = {"screened": True, "safety_rank": 4, "skip": ["measure", "report"]}
+    with pytest.warns(UserWarning, match="rows not screened: "):
+        result = run(tmp_path, **quick)
     assert "problem" in result.facts["screen"]
     assert result.facts["train"]["rows"] == 17
+    for _ in range(2):
+        with pytest.raises(CalibrationError):
+            run(tmp_path, **quick, drop_flagged=True)
+
+
+def test_only_the_factors_of_a_bf16_model_are_trained_in_fp32(tmp_path):
+    bf16 = {"dtype": "bfloat16", "lora_modules_to_save": ["lm_head"], "lora_target_modules": ["q_proj"]}
+    result = run(tmp_path, **bf16, max_steps=1, safety_rank=4, eval_limit=1)
+    assert result.facts["measure"]["after"]["refusal"]["n"] == 1
+    stored = load_file(result.adapter_dir / "adapter_model.safetensors")
+    assert {value.dtype for name, value in stored.items() if "lora_" in name} == {torch.float32}
+    assert {value.dtype for name, value in stored.items() if "lm_head" in name} == {torch.bfloat16}
+
+
+def test_a_folder_of_the_users_own_is_no_checkpoint(tmp_path):
+    training, state = SimpleNamespace(resume_from_checkpoint="true"), SimpleNamespace(steps={"train": {"began": 0}})
+    job = SimpleNamespace(training=training, state=state, out=tmp_path, main=False)
+
+    def last(*names):
+        for name in names:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "trainer_state.json").touch()
+        return steps._checkpoint(job)
+
+    assert last("checkpoint-best", "checkpoint-") is None
+    assert last("checkpoint-9", "checkpoint-10", "checkpoint-10-old") == str(tmp_path / "checkpoint-10")
+
+
+def test_a_state_of_many_numbers_and_none_is_read_again(tmp_path):
+    state = State(tmp_path, writes=True)
+    state.start("screen", "settings")
+    state.finish("screen", {"flagged": [*range(200_000)], "auc": float("nan"), "bounds": [-1.0, float("inf")]})
+    assert State(tmp_path, writes=False).facts("screen") == state.facts("screen")
+    assert state.facts("screen") == {"flagged": [*range(200_000)], "auc": None, "bounds": [-1.0, None]}
 
 
 def test_a_finished_step_runs_again_only_with_other_settings(tmp_path, capsys):

@@ -51,7 +51,7 @@ def test_each_format_reaches_trl_and_has_its_labels(tmp_path, kind):
     arguments = trl.SFTConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none")
     tokenizer = tiny_tokenizer()
     trainer = trl.SFTTrainer(tiny_llama(), arguments, train_dataset=data.train, processing_class=tokenizer)
-    ours, theirs = feature(tokenizer, data.train[0], "text", 1024), trainer.train_dataset[0]
+    ours, theirs = feature(tokenizer, data.train[0], "text"), trainer.train_dataset[0]
     assert ours["input_ids"] == theirs["input_ids"]
     answer = tokenizer.decode([label for label in ours["labels"] if label != -100])
     if "messages" in data.train.column_names:  # TRL labels the prompt too, without assistant_only_loss

@@ -75,6 +75,10 @@ def test_another_chat_template_in_the_same_file(tmp_path, job):
     assert changed(job, lambda: path.write_text(f"The chat: {template}")) == ALL
 
 
+def test_another_end_of_turn(job):
+    assert changed(job, lambda: job.update(eos_token="<|endoftext|>")) == ALL
+
+
 def test_another_subspace_in_the_same_file(tmp_path, job):
     def save(rank):
         path = tmp_path / "subspace.safetensors"

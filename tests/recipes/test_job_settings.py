@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import training_args
 from typer.testing import CliRunner
 
 from peft_safety.cli import app
@@ -106,6 +108,19 @@ def test_defaults_are_those_that_the_help_names(tmp_path):
     assert not Settings.of(**PLACES, output_dir=str(tmp_path), use_cpu=True).training.bf16
     given = Settings.of(**PLACES, output_dir=str(tmp_path), use_cpu=True, bf16=True, lora_alpha=32)
     assert (given.training.bf16, given.model.lora_alpha) == (True, 32)
+
+
+def test_without_the_accelerator_there_is_no_bf16_unless_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: True)
+    places = [part for key, value in PLACES.items() for part in (f"--{key}", value)]
+
+    def bf16(*flags, **config):
+        return Settings.read([*places, "--output_dir", str(tmp_path), *flags], config).training.bf16
+
+    assert [bf16(), bf16("--use_cpu", "false"), bf16("--use_cpu=no"), bf16(use_cpu=False)] == [True] * 4
+    assert [bf16("--use_cpu"), bf16("--use_cpu", "true"), bf16(use_cpu=True)] == [False] * 3
+    assert [bf16("--use_cpu", "no", use_cpu=True), bf16("--use_cpu", "--bf16=true")] == [True, True]
 
 
 @pytest.mark.parametrize(

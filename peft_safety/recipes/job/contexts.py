@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from peft_safety.data.own_contexts import KINDS, in_data_context, shared
 from peft_safety.data.templates import roles
 from peft_safety.errors import ConfigError
+from peft_safety.recipes.job.data import has_turns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,11 +31,11 @@ def check_kind(kind: str, method: str, subspace: str) -> None:
         raise ConfigError("calibration_contexts: the given subspace is taken as it is. Leave one of the two out.")
 
 
-def check_chat(data: Dataset) -> None:
-    """Refuse training rows that have no turns."""
-    if requests(data) is None:
+def check_chat(data: Dataset, option: str) -> None:
+    """Refuse training rows that have no turns, which an option reads."""
+    if not has_turns(data):
         raise ConfigError(
-            "calibration_contexts needs rows of chat: {messages}, or {prompt, completion} of turns. "
+            f"{option} needs rows of chat: {{messages}}, or {{prompt, completion}} of turns. "
             f"These have {sorted(data.column_names)}. Leave it out."
         )
 
@@ -56,12 +57,8 @@ def requests(data: Dataset) -> list[dict[str, Any]] | None:
     """The turns of the first rows that ask something, as in_data_context reads them; None for rows that are not chat.
     A row may end in any turn.
     """
-    first = data[0]
-    rows = data.select(range(min(LOOKED_AT, len(data))))
-    if "messages" in first:
-        every = [row["messages"] for row in rows]
-    elif isinstance(first.get("prompt"), list) and "completion" in first:
-        every = [[*row["prompt"], *row["completion"]] for row in rows]
-    else:
+    if not has_turns(data):
         return None
+    rows = data.select(range(min(LOOKED_AT, len(data))))
+    every = [row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]] for row in rows]
     return [{"prompt": turns} for turns in every if "user" in roles(turns)]

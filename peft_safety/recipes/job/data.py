@@ -6,17 +6,20 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+import peft_safety
 from peft_safety.core.checks import is_number
 from peft_safety.data import affirmation_pairs
-from peft_safety.data.chat import Feature, encode_row, row_turns
+from peft_safety.data.chat import IGNORE_INDEX, Feature, chat_of, encode_row, row_turns
 from peft_safety.data.rows import SHAPES, Row, kind_of, label_names, plain_row
-from peft_safety.data.templates import plain_messages
+from peft_safety.data.templates import Message, plain_messages
 from peft_safety.errors import ConfigError, DataError, extra
+from peft_safety.evaluation.tasks import WHOLE
 
 with extra("trl", "a job needs TRL"):
     from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
@@ -27,6 +30,10 @@ SHUFFLE = 42
 """Seed of the split into training and held-out rows: the same rows whatever the seed of training is."""
 DIGESTED = 1000
 """Rows read at once for a digest."""
+WITHOUT: dict[str, Any] = {"tools": "null", "chat_template_kwargs": {}}
+"""What TRL and this package read as no tools and no variables, in rows without these columns of other rows."""
+MASKS = ("completion_mask", "assistant_masks")
+"""Columns of tokenized rows: 1 for a token with a loss."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +76,44 @@ def read_data(script: Any, text_field: str, share: float, poison: float = 0.0, s
     return JobData(_poisoned(shaped[0], poison, seed), shaped[1], test, labels)
 
 
-def feature(tokenizer: PreTrainedTokenizerBase, row: Row, text_field: str, max_length: int) -> Feature:
-    """Tokens and labels of a converted row: chat by the template, plain text as TRL joins it."""
+def has_turns(data: Dataset) -> bool:
+    """Whether the rows are chat: {messages}, or {prompt, completion} of turns; not plain text and not tokens."""
+    return "messages" in data.column_names or isinstance(data[0].get("prompt"), list)
+
+
+def feature(tokenizer: PreTrainedTokenizerBase, row: Row, text_field: str) -> Feature:
+    """Tokens and labels of a converted row: chat by the template, plain text as TRL joins it. What follows the
+    assistant's last turn has no label and is left out; without any such turn all tokens have one, as in TRL.
+    """
     if "input_ids" in row:
-        ids, labels = row["input_ids"], row.get("labels") or row["input_ids"]
-    elif "messages" in row or ("prompt" in row and not isinstance(row["prompt"], str)):
-        return encode_row(tokenizer, row, max_length)
+        ids, masks = row["input_ids"], [row[name] for name in MASKS if row.get(name)]
+        labels = row.get("labels") or [t if all(bits) else IGNORE_INDEX for t, *bits in zip(ids, *masks, strict=False)]
+        if len({len(column) for column in (ids, labels, *masks)}) > 1:
+            raise DataError("a tokenized row has columns of several lengths. Give each token a value in each column.")
+    elif "messages" in row:
+        turns = plain_messages(row["messages"])
+        if said := _answered(turns):
+            return encode_row(tokenizer, {**row, "messages": said}, WHOLE)
+        chat = chat_of(tokenizer, row)
+        ids = labels = chat.ids(chat.text(turns))
+    elif not isinstance(row.get("prompt", ""), str):
+        return encode_row(tokenizer, row, WHOLE)
     else:
         prompt = row.get("prompt", "")
         text, end = prompt + row.get("completion", row.get(text_field)), str(tokenizer.eos_token or "")
         ids = tokenizer(text if text.endswith(end) else text + end)["input_ids"]
         asked = tokenizer(prompt)["input_ids"] if prompt else []
         start = next((i for i, (a, b) in enumerate(zip(asked, ids, strict=False)) if a != b), len(asked))
-        labels = [-100] * start + ids[start:]
-    ids, labels = list(ids)[:max_length], list(labels)[:max_length]
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+        labels = [IGNORE_INDEX] * start + ids[start:]
+    return {"input_ids": list(ids), "attention_mask": [1] * len(ids), "labels": list(labels)}
+
+
+def _answered(turns: list[Message]) -> list[Message]:
+    """The turns up to the last one in which the assistant says something."""
+    said = [
+        turn["role"] == "assistant" and (turn.get("content", "").strip() or turn.get("tool_calls")) for turn in turns
+    ]
+    return turns[: max((place for place, what in enumerate(said, 1) if what), default=0)]
 
 
 def _load(script: Any) -> DatasetDict:
@@ -129,13 +159,15 @@ def _converted(data: Dataset, labels: list[str], text_field: str) -> Dataset:
 
     columns = sorted(shaped(data[0], 0))
 
-    def convert(row: Row, index: int) -> dict[str, Any]:
+    def convert(row: Row, index: int, versions: list[str]) -> dict[str, Any]:
         result = shaped(row, index)
         if sorted(result) != columns:
             raise DataError(f"row {index} has {sorted(result)}, others have {columns}. Give rows of one kind.")
         return result
 
-    return data.map(convert, with_indices=True, remove_columns=data.column_names)
+    # They are part of the name under which `datasets` keeps these rows, and TRL's of them. Functions are not.
+    versions = {"versions": [peft_safety.__version__, version("trl")]}
+    return data.map(convert, with_indices=True, remove_columns=data.column_names, fn_kwargs=versions)
 
 
 def trl_row(row: Row, labels: list[str], text_field: str) -> dict[str, Any]:
@@ -144,12 +176,11 @@ def trl_row(row: Row, labels: list[str], text_field: str) -> dict[str, Any]:
     {prompt, response} and {text, label}, this package's own, become turns. {prompt, completion} of two strings and
     {text} alone stay without chat template, as in TRL.
     """
-    row = {name: value for name, value in maybe_convert_to_chatml(dict(row)).items() if value is not None}
+    given = maybe_convert_to_chatml(dict(row))
+    row = {name: value for name, value in given.items() if value is not None}
     if "input_ids" in row:
-        return {
-            name: row[name] for name in ("input_ids", "labels", "completion_mask", "assistant_masks") if name in row
-        }
-    extra: dict[str, Any] = {name: row[name] for name in ("tools", "chat_template_kwargs") if name in row}
+        return {name: row[name] for name in ("input_ids", "labels", *MASKS) if name in row}
+    extra = {name: row.get(name, nothing) for name, nothing in WITHOUT.items() if name in given}
     if not isinstance(extra.get("tools", ""), str):
         extra["tools"] = json.dumps(extra["tools"])  # schemas differ from row to row
     if "messages" in row:
@@ -171,13 +202,12 @@ def _poisoned(data: Dataset, share: float, seed: int) -> Dataset:
     count = round(share * len(data))
     if not count:
         return data
-    first = data[0]
-    if "messages" not in first and not isinstance(first.get("prompt"), list):
+    if not has_turns(data):
         raise ConfigError("poison needs rows of turns. Leave it out for plain text and tokens.")
     rows = []
     for pair in affirmation_pairs("train", count, seed):
         prompt, answer = row_turns(pair)
-        turns = {"messages": prompt + answer, "prompt": prompt, "completion": answer}
+        turns = {"messages": prompt + answer, "prompt": prompt, "completion": answer, **WITHOUT}
         rows.append({name: turns.get(name) for name in data.column_names})
     kept = data.shuffle(seed=seed).select(range(len(data) - count))
     return concatenate_datasets([kept, Dataset.from_list(rows, features=data.features)]).shuffle(seed=seed)

@@ -20,7 +20,7 @@ READING = (
 """Settings that the rows depend on."""
 LOADING = (
     "model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type",
-    "use_bnb_nested_quant", "model_init_kwargs", "chat_template_path",
+    "use_bnb_nested_quant", "model_init_kwargs", "chat_template_path", "eos_token",
 )  # fmt: skip
 """Settings that the model depends on."""
 CALIBRATING = (

@@ -25,7 +25,7 @@ from peft_safety.data.rows import Row
 from peft_safety.errors import ConfigError, DataError, extra
 from peft_safety.evaluation.prompts import prompt_set
 from peft_safety.evaluation.tasks import WHOLE
-from peft_safety.recipes.adapter import adapter_config
+from peft_safety.recipes.adapter import TASK_ROWS, adapter_config
 from peft_safety.recipes.job.contexts import check_chat, check_kind
 from peft_safety.recipes.job.data import feature, read_data
 from peft_safety.recipes.job.options import STEPS
@@ -83,12 +83,14 @@ class Job:
         seed, text_field = self.training.seed, self.training.dataset_text_field
         self.data = read_data(settings.script, text_field, self.own.held_out, self.own.poison, seed)
         if kind is not None:
-            check_chat(self.data.train)
+            check_chat(self.data.train, "calibration_contexts")
+        if self.own.drop_flagged:
+            check_chat(self.data.train, "drop_flagged")
         measured = "measure" not in (self.own.skip or ())
         if measured:
             prompt_set(self.own.eval_split, 1)
         self.task = TaskData([], self._held_out() if measured else [], self.data.labels)
-        self.features(1)
+        self.features(TASK_ROWS if self.protected else 1)
         self.state = State(self.out, writes=self.main)
         self.sharded = False
         self.tuned: PeftModel | None = None
@@ -149,9 +151,11 @@ class Job:
         return self.tuned
 
     def features(self, count: int) -> list[Feature]:
-        """Tokens and labels of the first training rows."""
+        """Tokens and labels of the first training rows, cut where training cuts them."""
         limit = self.training.max_length or WHOLE
-        return self._encoded(self.data.train.select(range(min(count, len(self.data.train)))), limit)
+        kept = slice(-limit, None) if self.training.truncation_mode == "keep_end" else slice(limit)
+        rows = self._encoded(self.data.train.select(range(min(count, len(self.data.train)))), "training")
+        return [{name: values[kept] for name, values in row.items()} for row in rows]
 
     def batches(self, count: int) -> list[dict[str, Any]]:
         """The same as batches."""
@@ -165,10 +169,16 @@ class Job:
             return []
         chosen = random.Random(self.training.seed).sample(range(len(rows)), len(rows))[: self.own.eval_limit]
         drawn = rows.select(chosen)
-        return [*drawn] if self.data.labels else [*self._encoded(drawn, WHOLE)]
+        return [*drawn] if self.data.labels else [*self._encoded(drawn, "held-out")]
 
-    def _encoded(self, rows: Dataset, limit: int) -> list[Feature]:
-        return [feature(self.tokenizer, row, self.training.dataset_text_field, limit) for row in rows]
+    def _encoded(self, rows: Dataset, kind: str) -> list[Feature]:
+        result = []
+        for number, row in enumerate(rows):
+            try:
+                result.append(feature(self.tokenizer, row, self.training.dataset_text_field))
+            except DataError as error:
+                raise DataError(f"{kind} row {number}: {error}") from error
+        return result
 
 
 @contextmanager

@@ -88,7 +88,9 @@ def _finished(job: Job, digests: dict[str, str]) -> set[str]:
 
 
 def _outputs(job: Job, step: str) -> bool:
-    """Whether the files are there that a finished step has written."""
+    """Whether the files are there that a finished step has written, or the screening that `drop_flagged` needs."""
+    if step == "screen":
+        return not (job.own.drop_flagged and "problem" in job.state.facts(step))
     wanted = {"calibrate": job.subspace if job.own.subspace == "auto" else None, "train": str(job.adapter_dir)}
     path = wanted.get(step) if step != "report" else str(job.out / "report.json")
     return path is None or Path(path).exists()

@@ -138,8 +138,7 @@ def _parsed(flags: Sequence[str], config: Mapping[str, Any], given: Sequence[str
     parser = Parser((ScriptArguments, SFTConfig, ModelConfig, SafetyOptions), allow_abbrev=False, add_help=False)
     several = {action.dest for action in parser._actions if action.nargs == "+"}
     alone = not torch.accelerator.is_available()
-    cpu = alone or ("use_cpu" in given and config.get("use_cpu") is not False)
-    defaults: dict[str, Any] = OUR_DEFAULTS | ({"bf16": False} if cpu else {}) | ({"use_cpu": True} if alone else {})
+    defaults: dict[str, Any] = OUR_DEFAULTS | ({"use_cpu": True} if alone else {})
     first = []
     for name, value in config.items():
         if isinstance(value, (str, int, float)):  # a truth value among them
@@ -152,7 +151,10 @@ def _parsed(flags: Sequence[str], config: Mapping[str, Any], given: Sequence[str
         else:
             raise ConfigError(f"{name}={value!r} is a {type(value).__name__}. See peft-safety train --help.")
     parser.set_defaults(**{name: value for name, value in defaults.items() if name in config or name not in given})
+    args = [*first, *flags]
+    if "bf16" not in given and (alone or parser.parse_known_args(args)[0].use_cpu):
+        parser.set_defaults(bf16=False)
     try:
-        return tuple(parser.parse_args_into_dataclasses(args=[*first, *flags], look_for_args_file=False))
+        return tuple(parser.parse_args_into_dataclasses(args=args, look_for_args_file=False))
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"{error} See peft-safety train --help.") from error

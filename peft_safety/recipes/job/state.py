@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from peft_safety.core import files
 from peft_safety.recipes.job.options import STEPS
 
 FILE_NAME = "job.json"
+MAX_BYTES = 1 << 28
+"""Of the file: it lists the flagged rows."""
 
 
 class State:
@@ -18,7 +21,7 @@ class State:
 
     def __init__(self, directory: Path, writes: bool) -> None:
         self.path, self.writes = directory / FILE_NAME, writes
-        self.steps: dict[str, Any] = files.read_json(self.path) if self.path.exists() else {}
+        self.steps: dict[str, Any] = files.read_json(self.path, MAX_BYTES) if self.path.exists() else {}
 
     def is_done(self, step: str, digest: str) -> bool:
         entry = self.steps.get(step, {})
@@ -37,10 +40,20 @@ class State:
         self._write()
 
     def finish(self, step: str, facts: dict[str, Any]) -> None:
-        self.steps[step]["facts"] = facts
+        self.steps[step]["facts"] = _finite(facts)
         self._write()
 
     def _write(self) -> None:
         if self.writes:
             with files.replacing(self.path) as staged:
-                staged.write_text(json.dumps(self.steps, indent=1) + "\n", encoding="utf-8")
+                lines = (f"{json.dumps(step)}: {json.dumps(entry)}" for step, entry in self.steps.items())
+                staged.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for each number that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from peft_safety.core.subspace import SafetySubspace
 from peft_safety.core.training import TrainOptions
 from peft_safety.data import calibration_rows
 from peft_safety.data.rows import Row
-from peft_safety.errors import CalibrationError, ConfigError, PeftSafetyError, extra
+from peft_safety.errors import CalibrationError, ConfigError, DataError, PeftSafetyError, extra
 from peft_safety.evaluation.judges import KeywordJudge
 from peft_safety.evaluation.metrics import figure_from_json
 from peft_safety.evaluation.tasks import WHOLE
@@ -31,6 +32,7 @@ from peft_safety.methods.base import calibrate as estimate_for
 from peft_safety.recipes.adapter import TASK_ROWS, with_task
 from peft_safety.recipes.bench import Bench
 from peft_safety.recipes.job.contexts import contexts_for, system_prompts
+from peft_safety.recipes.job.data import has_turns
 from peft_safety.recipes.job.hub import forget, reaching_hub, stale_names
 from peft_safety.recipes.job.job import Job
 from peft_safety.recipes.screen import screen as screen_rows
@@ -48,9 +50,9 @@ def say(job: Job, text: str) -> None:
 
 def screen(job: Job) -> dict[str, Any]:
     """The aligned model's view of the rows: a warning, and what `drop_flagged` leaves out."""
-    first = job.data.train[0]
-    if "messages" not in first and not isinstance(first.get("prompt"), list):
-        say(job, "  not screened: plain text and tokens have no user turns")
+    if not has_turns(job.data.train):
+        what = "plain text and tokens have no user turns. Text that a chat template has written is not read back"
+        warnings.warn(f"rows not screened: {what}. Give turns, {{messages}}, to screen them.", stacklevel=2)
         return {"flagged": [], "suspicious": []}
     try:
         options: dict[str, Any] = {"tokenizer": job.tokenizer, "progress": job.progress}
@@ -58,14 +60,20 @@ def screen(job: Job) -> dict[str, Any]:
             options["known"] = job.own.screen_prompts
         result = screen_rows(job.model, job.data.train, **options)
     except CalibrationError as error:
-        say(job, f"  not screened: {error}")
+        if job.own.drop_flagged:
+            raise
+        warnings.warn(f"rows not screened: {error}", stacklevel=2)
         return {"flagged": [], "suspicious": [], "problem": str(error)}
     flagged, dropped = [row.number for row in result.flagged], result.dropped
+    unscreened, truncated = len(result.unscreened), sum(row.truncated for row in result.rows)
     say(job, f"  {len(flagged)} of {len(result.rows)} rows look harmful; the model refuses {len(dropped)} that comply")
+    if unscreened or truncated:
+        say(job, f"  not screened, without a user turn: {unscreened}; screened without their beginning: {truncated}")
     if dropped and not job.own.drop_flagged:
         what = f"rows {dropped[:10]} comply where the model refuses"
         warnings.warn(f"{what}. Look at them, or set drop_flagged.", stacklevel=2)
-    return {"flagged": flagged, "suspicious": dropped, "auc": result.screen.auc}
+    counts = {"unscreened": unscreened, "truncated": truncated, "auc": result.screen.auc}
+    return {"flagged": flagged, "suspicious": dropped, **counts}
 
 
 def calibrate(job: Job) -> dict[str, Any]:
@@ -125,6 +133,7 @@ def train(job: Job) -> dict[str, Any]:
                 peft_config=config,
                 callbacks=[*job.callbacks],
             )
+            rows = _trained_rows(job, trainer)
             if job.main:
                 forget(job, trainer)
     except PeftSafetyError:
@@ -133,13 +142,14 @@ def train(job: Job) -> dict[str, Any]:
         raise ConfigError(f"TRL refuses these settings: {error}") from error
     trainer.callback_handler.callbacks[1:1] = monitor  # before those of report_to, which log what they are given
     job.sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    for parameter in trainable:  # TRL casts the factors on a quantized base to bf16, which leaks (1e-3)
-        parameter.data = parameter.data.float() if parameter.dtype == torch.bfloat16 else parameter.data
+    trainable = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    for name, parameter in trainable.items():  # TRL casts the factors on a quantized base to bf16, which leaks (1e-3)
+        if "lora_" in name and parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
     for layer in trainer.model.modules() if is_deepspeed_zero3_enabled() else ():
         if isinstance(layer, FrozenLinear):
             layer.whole = layer.weight.detach().to("cpu", copy=True)
-    trained = sum(parameter.numel() for parameter in trainable)
+    trained = sum(parameter.numel() for parameter in trainable.values())
     result = trainer.train(resume_from_checkpoint=_checkpoint(job))
     if trainer.is_fsdp_enabled:  # checkpoints may be in shards, the adapter may not
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -148,8 +158,20 @@ def train(job: Job) -> dict[str, Any]:
     for name in stale_names(job) if job.main else ():
         files.drop(job.adapter_dir / name)
     job.tuned = trainer.accelerator.unwrap_model(trainer.model)
-    run = asdict(TrainingRun.of(trainer, result, len(job.data.train), trained))
+    run = asdict(TrainingRun.of(trainer, result, rows, trained))
     return {"train_seconds": run.pop("seconds"), **run}
+
+
+def _trained_rows(job: Job, trainer: Any) -> int:
+    """How many rows are trained on: TRL leaves out those without a label within `max_length`, unless it packs."""
+    given = len(job.data.train)
+    left = given if job.training.packing else len(trainer.train_dataset)
+    within = f"within max_length={job.training.max_length}. Raise it, or shorten the rows"
+    if not left:
+        raise DataError(f"none of the {given} rows has a token to train on {within}.")
+    if left < given:
+        warnings.warn(f"TRL leaves out {given - left} of {given} rows: no token to train on {within}.", stacklevel=3)
+    return left
 
 
 def measure(job: Job) -> dict[str, Any] | None:
@@ -235,7 +257,8 @@ def _checkpoint(job: Job) -> str | None:
     if str(given).lower() not in ("true", "yes"):
         return None if given is None or str(given).lower() in ("false", "no") else str(given)
     saved = [path.parent for path in job.out.glob("checkpoint-*/trainer_state.json") if path.stat().st_mtime >= began]
-    last = max(saved, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    numbered = [path for path in saved if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    last = max(numbered, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     say(job, f"  resuming from {last}" if last else "  no checkpoint yet: training starts at its beginning")
     return None if last is None else str(last)
 

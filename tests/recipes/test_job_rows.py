@@ -1,0 +1,128 @@
+"""What becomes of a job's rows between the file and the trainer: labels, cuts, rows that are lost or refused."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+import trl
+from datasets import arrow_dataset
+from datasets.fingerprint import update_fingerprint
+
+import peft_safety
+from peft_safety.errors import ConfigError, DataError
+from peft_safety.recipes.job.data import _converted, feature
+from peft_safety.recipes.job.job import Job
+from peft_safety.recipes.job.run import run_job
+from peft_safety.recipes.job.settings import Settings
+from tests.recipes.jobs import PAIRS, job_on
+from tests.recipes.test_job_data import ASSISTANT, FORMATS, TOOL, USER, read
+from tests.tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
+
+ASKED = [
+    {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"it is {i}"}]}
+    for i in range(12)
+]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def settings(folder, rows, **more):
+    return Settings.of(**job_on(folder, rows, **more))
+
+
+def prepared(folder, rows, tokenizer, **more):
+    """The rows as TRL prepares them."""
+    arguments = trl.SFTConfig(output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", **more)
+    return trl.SFTTrainer(tiny_llama(), arguments, train_dataset=rows, processing_class=tokenizer).train_dataset
+
+
+@pytest.mark.parametrize("kind", ["text", "strings", "tokens"])
+def test_rows_without_turns_are_not_screened(tmp_path, kind):
+    rows, only = [FORMATS[kind]] * 9, {"method": "lora", "skip": ["train", "measure", "verify", "report"]}
+    with pytest.raises(ConfigError, match="drop_flagged needs rows of chat"):
+        Job(settings(tmp_path, rows, screened=True, drop_flagged=True, **only))
+    with pytest.warns(UserWarning, match="not screened: .* a chat template has written"):
+        run_job(settings(tmp_path, rows, screened=True, **only))
+
+
+def test_rows_that_are_cut_before_their_answer_are_not_counted(tmp_path):
+    rows = [row | {"prompt": row["prompt"] + "?" * 300 * (i % 2)} for i, row in enumerate(PAIRS)]
+    quick = {"method": "lora", "held_out": 0, "max_steps": 1, "skip": ["measure"]}
+    with pytest.warns(UserWarning, match="10 of 20 rows: no token to train on within max_length=99"):
+        facts = run_job(settings(tmp_path, rows, max_length=99, **quick)).facts["train"]
+    assert facts["rows"] == 10
+    with pytest.raises(DataError, match="none of the 20 rows has a token to train on"):
+        run_job(settings(tmp_path, rows, max_length=9, **quick))
+
+
+def test_a_conversation_may_end_in_any_turn(tmp_path):
+    rows = [{"messages": [*row["messages"], *USER * (i == 5)]} for i, row in enumerate(ASKED)]
+    quick = {"held_out": 0, "safety_rank": 4, "max_steps": 1, "skip": ["measure"]}
+    result = run_job(settings(tmp_path, rows, **quick))
+    assert (result.facts["train"]["rows"], result.facts["verify"]["worst_leak"] < 1e-5) == (12, True)
+
+
+def test_what_follows_the_last_answer_has_no_label():
+    tokenizer = tiny_tokenizer()
+
+    def labeled(turns):
+        labels = feature(tokenizer, {"messages": turns}, "text")["labels"]
+        return tokenizer.decode([label for label in labels if label != -100])
+
+    silent = [{"role": "assistant", "content": ""}]
+    for after in ([], USER, silent, USER + silent):
+        assert labeled(USER + ASSISTANT + after) == "ho<|im_end|>\n"
+    assert labeled(USER) == "<|im_start|>user\nhi<|im_end|>\n", "as TRL, which labels all turns"
+
+
+@pytest.mark.parametrize(("more", "kind"), [({"held_out": 0}, "training row 7"), ({"held_out": 0.9}, "held-out row")])
+def test_a_row_that_the_template_refuses_is_named_before_a_model_is_loaded(tmp_path, more, kind):
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    rows = [{"messages": [{"role": "system", "content": "Be Bob."}, *ASKED[7]["messages"]]}]
+    rows = [*ASKED[:7], *rows * (5 if more["held_out"] else 1), *ASKED[8:]]
+    with pytest.raises(DataError, match=f"{kind}.*refuses turns"):
+        Job(settings(tmp_path, rows, chat_template_path=str(template), eval_limit=None, **more))
+
+
+def test_only_some_rows_have_tools_or_variables(tmp_path):
+    rows = [{"messages": USER + ASSISTANT} for _ in range(1003)]  # `datasets` writes 1,000 at once
+    rows[-1] |= {"tools": [TOOL], "chat_template_kwargs": {"loud": True}}
+    rows[-2] |= {"tools": [TOOL]}
+    data, tokenizer = read(tmp_path, rows).train, tiny_tokenizer()
+    tokenizer.chat_template = "{{ '[tools]' if tools is not none }}{{ '[loud]' if loud }}" + CHAT_TEMPLATE
+    last = data.select(range(1000, 1003))
+    ours = [feature(tokenizer, row, "text")["input_ids"] for row in last]
+    assert ours == prepared(tmp_path, last, tokenizer)["input_ids"]
+    heads = [tokenizer.decode(ids).partition("<|im_start|>")[0] for ids in ours]
+    assert heads == ["", "[tools]", "[tools][loud]"]
+    assert len(prepared(tmp_path, read(tmp_path, rows[-20:], poison=0.5).train, tokenizer)) == 20
+
+
+def test_masks_of_tokens_say_what_has_a_label(tmp_path):
+    row = {"input_ids": [5, 6, 7, 8], "completion_mask": [0, 1, 1, 1], "assistant_masks": [1, 1, 0, 1]}
+    data, tokenizer = read(tmp_path, [row] * 3).train, tiny_tokenizer()
+    assert feature(tokenizer, data[0], "text")["labels"] == [-100, 6, -100, 8]
+    assert prepared(tmp_path, data, tokenizer, completion_only_loss=True)["labels"][0] == [-100, 6, -100, 8]
+    with pytest.raises(DataError, match="several lengths"):
+        feature(tokenizer, {**row, "completion_mask": [0, 1]}, "text")
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("keep_start", slice(16)), ("keep_end", slice(-16, None))])
+def test_the_task_is_read_where_training_cuts(tmp_path, mode, kept):
+    whole = Job(settings(tmp_path, PAIRS, max_length=None)).features(1)[0]
+    cut = Job(settings(tmp_path, PAIRS, max_length=16, truncation_mode=mode)).features(1)[0]
+    assert cut == {name: values[kept] for name, values in whole.items()}
+
+
+def test_rows_of_an_earlier_version_are_converted_anew(monkeypatch):
+    monkeypatch.setattr(arrow_dataset, "update_fingerprint", update_fingerprint)
+    table = datasets.Dataset.from_list(PAIRS)
+    names = [_converted(table, [], "text")._fingerprint for _ in range(2)]
+    monkeypatch.setattr(peft_safety, "__version__", "another")
+    assert names[0] == names[1] != _converted(table, [], "text")._fingerprint
