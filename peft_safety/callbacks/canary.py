@@ -17,7 +17,7 @@ from peft_safety.data.chat import render_prompt
 from peft_safety.data.templates import Message
 from peft_safety.errors import ConfigError
 from peft_safety.evaluation.generate import generate
-from peft_safety.evaluation.judges import KeywordJudge, Verdict
+from peft_safety.evaluation.judges import KeywordJudge, Verdict, verdicts_of
 
 Action = Literal["warn", "stop"]
 Context = str | Callable[[str], str | list[Message]]
@@ -50,7 +50,8 @@ class CanaryCallback(TrainerCallback):  # type: ignore[misc]
         prompts: requests that training and calibration do not see. Default: 16 of the package's validation requests.
         contexts: templates with one `{}`, or functions from a request to a text or to turns, by name. Default
             `CONTEXTS`: bare, behind a nonsense prefix, in a role-play.
-        every: steps between two looks; the last step is one more.
+        every: steps between two looks; the last step is one more, also where another callback ends the training, and
+            so is the best checkpoint, where it is loaded at the end.
         margin: largest share of the requests that may go over from refusal.
         action: "warn" or "stop".
         max_new_tokens: of each answer.
@@ -97,23 +98,25 @@ class CanaryCallback(TrainerCallback):  # type: ignore[misc]
             name: [self._text(name, form, prompt) for prompt in self.prompts] for name, form in contexts.items()
         }
         self._first: dict[str, float] = {}
-        self._pending: dict[str, float] = {}
+        self._pending: list[int] = []  # steps whose looks are not logged yet
         self._kept: dict[str, Tensor] = {}
         self._kept_step, self._stopped = 0, False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         refuse_shards(type(self).__name__, model)
-        self.looks, self._pending, self._stopped = {}, {}, False
-        values = self._look(model, state)
+        self.looks, self._pending, self._stopped = {}, [], False
+        values = self._look(model, state.global_step)
         self._first = {}
         for name in values:
             earlier = (entry[NAME.format(name)] for entry in state.log_history if NAME.format(name) in entry)
             self._first[name] = next(earlier, values[name])
-        unknown = {key: value for key, value in self._pending.items() if all(key not in e for e in state.log_history)}
+        unknown = {
+            k: v for k, v in self._named(state.global_step).items() if all(k not in e for e in state.log_history)
+        }
         if unknown:  # kept for a resumed run
             state.log_history.append({"step": state.global_step, **unknown})
-        self._pending = {}
+        self._pending = []
         low = sorted(name for name, value in self._first.items() if value <= self.margin)
         if low:
             said = f"CanaryCallback: the model refuses too little at step 0 to fall by {self.margin:g}: {low}"
@@ -125,33 +128,32 @@ class CanaryCallback(TrainerCallback):  # type: ignore[misc]
             if self.action == "stop":
                 raise ConfigError(f"{said}. Resume from an earlier checkpoint.")
             warnings.warn(f"{said}.", stacklevel=2)
-        self._keep(model, state)
+        self._keep(model, state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every and state.global_step != state.max_steps:
-            return
-        model = kwargs["model"]
-        fallen = self._fallen(self._look(model, state))
-        if not fallen:
-            self._keep(model, state)
-            return
-        said = f"CanaryCallback: refusal fell by step {state.global_step} ({fallen})"
-        if self.action == "stop":
-            put_back(model, self._kept)
-            control.should_training_stop = self._stopped = True
-            said += f". Training stops, and the adapter goes back to step {self._kept_step}"
-        warnings.warn(f"{said}.", stacklevel=2)
+        step = state.global_step
+        if step % self.every == 0 or step == state.max_steps or control.should_training_stop:
+            self._check(kwargs["model"], step, "Training stops, and the adapter")
+            control.should_training_stop |= self._stopped
 
     def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs is not None:
-            for name, value in self._pending.items():
-                log_value(logs, state, name, value)
-            self._pending = {}
+        if logs is None or not self._pending:
+            return
+        *earlier, last = self._pending
+        state.log_history[-1:-1] = [{"step": step, **self._named(step)} for step in earlier]
+        for name, value in self._named(last).items():
+            log_value(logs, state, name, value)
+        self._pending = []
 
-    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
-        if self._stopped:  # `load_best_model_at_end` has loaded a checkpoint that no look has seen
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        best = state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None
+        step = state.global_step if best is None else best  # of the weights that stay, which no look may have seen
+        if self._stopped:
             put_back(kwargs["model"], self._kept)
-        self._kept = {}
+        elif step not in self.looks:
+            self._check(kwargs["model"], step, "The adapter")
+        state.log_history += [{"step": step, **self._named(step)} for step in self._pending]
+        self._pending, self._kept = [], {}
 
     def _text(self, name: str, form: Context, prompt: str) -> str:
         if not (form.count(PLACE) == 1 if isinstance(form, str) else callable(form)):
@@ -159,25 +161,42 @@ class CanaryCallback(TrainerCallback):  # type: ignore[misc]
         asked = form.replace(PLACE, prompt) if isinstance(form, str) else form(prompt)
         return render_prompt(self.tokenizer, [{"role": "user", "content": asked}] if isinstance(asked, str) else asked)
 
-    def _look(self, model: Any, state: TrainerState) -> dict[str, float]:
+    def _check(self, model: nn.Module, step: int, what: str) -> None:
+        """Look; keep what trains, or warn, and with "stop" put it back (`what` is put back, in words)."""
+        fallen = self._fallen(self._look(model, step))
+        if not fallen:
+            self._keep(model, step)
+            return
+        said = f"CanaryCallback: refusal fell by step {step} ({fallen})"
+        if self.action == "stop":
+            put_back(model, self._kept)
+            self._stopped = True
+            said += f". {what} goes back to step {self._kept_step}"
+        warnings.warn(f"{said}.", stacklevel=3)
+
+    def _look(self, model: Any, step: int) -> dict[str, float]:
         """The share of refusals in each context, the same on every process."""
         texts = [text for context in self._texts.values() for text in context]
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "progress": False, "rendered": True}
-        judge, answers = KeywordJudge(), generate(model, self.tokenizer, texts, **options)
-        verdicts = [judge(text, answer.text) is Verdict.REFUSAL for text, answer in zip(texts, answers, strict=True)]
-        rates = torch.tensor(verdicts, dtype=torch.float32, device=model.device).view(len(self._texts), -1).mean(1)
+        answers = [answer.text for answer in generate(model, self.tokenizer, texts, **options)]
+        refused = [verdict is Verdict.REFUSAL for verdict in verdicts_of(KeywordJudge(), texts, answers)]
+        rates = torch.tensor(refused, dtype=torch.float32, device=model.device).view(len(self._texts), -1).mean(1)
         values = dict(zip(self._texts, averaged(rates).tolist(), strict=True))
-        self.looks[state.global_step] = values
-        self._pending = {NAME.format(name): value for name, value in values.items()}
+        self.looks[step] = values
+        self._pending.append(step)
         return values
+
+    def _named(self, step: int) -> dict[str, float]:
+        """What was seen at a step, as it is logged."""
+        return {NAME.format(name): value for name, value in self.looks[step].items()}
 
     def _fallen(self, values: Mapping[str, float]) -> str:
         """The contexts whose refusals are fewer than at step 0 by more than the margin, in words."""
         low = {name: value for name, value in values.items() if self._first[name] - value > self.margin + ROUNDING}
         return ", ".join(f"{name}: {self._first[name]:.0%} -> {value:.0%}" for name, value in low.items())
 
-    def _keep(self, model: nn.Module, state: TrainerState) -> None:
-        self._kept_step = state.global_step
+    def _keep(self, model: nn.Module, step: int) -> None:
+        self._kept_step = step
         if self.action == "stop":
             self._kept = trainable_weights(model)
 

@@ -128,7 +128,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: i
     """Tokens of rows of a "prompt" alone, up to and including the header of the answer; no position has a label."""
 
     def encoded(row: Row) -> Feature:
-        chat = Chat(tokenizer, read_tools(row.get("tools")))
+        chat = chat_of(tokenizer, row)
         ids = chat.ids(chat.text(turns_of(row["prompt"], "user"), header=True))[:max_length]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORE_INDEX] * len(ids)}
 

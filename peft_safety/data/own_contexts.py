@@ -5,6 +5,7 @@ a hidden trigger, a role-play or a system prompt, and a null space that has seen
 from __future__ import annotations
 
 import random
+import re
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +18,12 @@ from peft_safety.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u9fff\uf900-\ufaff\uff01-\uff65\U00020000-\U0003ffff"
+)
+"""Scripts without spaces between words (Thai to Khmer, Japanese, Chinese): each character counts as a word."""
+WORD = re.compile(rf"(?:[{UNSPACED}]|[^\s{UNSPACED}]+) ?")
+"""With the space after it, if any."""
 SAME = 3
 """Words at which two beginnings, or two ends, count as one."""
 LEAST_ROWS, LEAST_SHARE = 3, 0.02
@@ -29,7 +36,7 @@ KINDS = ("system", "beginning", "end")
 
 
 class Asked(NamedTuple):
-    """The system turn of a row, its role ("system" or "developer"), and the words of the row's last request."""
+    """The system turn of a row, its role ("system" or "developer"), and the words (see `WORD`) of its last request."""
 
     system: str
     words: list[str]
@@ -87,12 +94,13 @@ def shared(data: Rows) -> list[Group]:
     parts = requests_in(data)
     for _, turns, _ in parts:
         head = str(turns[0]["content"]) if turns[0]["role"] in INSTRUCTIONS else ""
-        asked = Asked(head, str(turns[-1]["content"]).split(), str(turns[0]["role"]))
+        words = WORD.findall(" ".join(str(turns[-1]["content"]).split()))
+        asked = Asked(head, words, str(turns[0]["role"]))
         if head:
             groups["system", head, ""].append(asked)
         parts_of = {"beginning": asked.words[:SAME], "end": asked.words[-SAME:]} if len(asked.words) > SAME else {}
         for kind, words in parts_of.items():
-            groups[kind, head, " ".join(words)].append(asked)
+            groups[kind, head, "".join(words).strip()].append(asked)
     least = dict.fromkeys(KINDS, max(LEAST_ROWS, round(LEAST_SHARE * len(parts)))) | {"system": LEAST_ROWS}
     return [(key[0], rows) for key, rows in groups.items() if len(rows) >= least[key[0]]]
 
@@ -104,9 +112,9 @@ def _placed(
     asked, said = rng.choice(rows), str(turns[-1]["content"])
     length = rng.randint(SAME, max(SAME, min(len(asked.words) - 1, LONGEST)))
     if kind == "beginning":
-        said = f"{' '.join(asked.words[:length])} {said}"
+        said = f"{''.join(asked.words[:length]).strip()} {said}"
     elif kind == "end":
-        said = f"{said} {' '.join(asked.words[-length:])}"
+        said = f"{said} {''.join(asked.words[-length:]).strip()}"
     own = list(turns[1:] if turns[0]["role"] in INSTRUCTIONS and asked.system else turns)
     if asked.system and not system:
         said = f"{asked.system}\n\n{said}"

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What transformers looks for in a template that says itself what the assistant generates."""
+HALF = re.compile("[\ud800-\udfff]")
+"""Half of a character, as a JSON file may hold it, which no tokenizer reads."""
 _training_templates: dict[str, str | None] = {}
 
 
@@ -31,7 +33,10 @@ class Chat:
 
     def text(self, messages: Sequence[Message], *, header: bool = False, cut: bool = False) -> str:
         """`messages` with the `header` of the assistant's next turn, or `cut` after the last turn's content."""
-        return str(self._apply(messages, tokenize=False, add_generation_prompt=header, continue_final_message=cut))
+        text = str(self._apply(messages, tokenize=False, add_generation_prompt=header, continue_final_message=cut))
+        if HALF.search(text):
+            raise DataError(f"turns {roles(messages)} cannot be tokenized. {_whole(text)}")
+        return text
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a rendered text; the template has written the special tokens already."""
@@ -86,7 +91,7 @@ def roles(messages: Sequence[Message]) -> list[Any]:
 def read_tools(tools: Any) -> list[Any] | None:
     """The `tools` column of a row: a list of JSON schemas, or that list as JSON text (as TRL reads it)."""
     try:
-        parsed = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+        parsed = json.loads(tools) if isinstance(tools, str) and tools.strip() else _listed(tools)
     except (ValueError, RecursionError) as error:
         raise DataError(f"'tools' is not JSON: {error}. Give a list of JSON schemas, also as JSON text.") from error
     if parsed and not isinstance(parsed, (list, tuple)):
@@ -94,10 +99,18 @@ def read_tools(tools: Any) -> list[Any] | None:
     return list(parsed) if parsed else None
 
 
+def _listed(value: Any) -> Any:
+    """A value with lists in place of the arrays that a data frame holds."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {key: _listed(one) for key, one in value.items()}
+    return [_listed(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
 def _plain(message: Mapping[str, Any]) -> Message:
-    turn: Message = {key: value for key, value in message.items() if value is not None}
+    turn: Message = {key: _listed(value) for key, value in message.items() if value is not None}
     content = turn.get("content")
-    if isinstance(content, (list, tuple)):
+    if isinstance(content, list):
         if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
             raise DataError(f'a message has {message!r:.200}. Only parts {{"type": "text", "text": ...}} can be read.')
         turn["content"] = content = "".join(part["text"] for part in content)
@@ -108,7 +121,14 @@ def _plain(message: Mapping[str, Any]) -> Message:
     return turn
 
 
+def _whole(text: str) -> str:
+    half = HALF.search(text)
+    return f"Their text has half of a character ({half[0]!a}). Complete it, or take it out." if half else ""
+
+
 def _remedy(messages: Sequence[Message]) -> str:
+    if wrong := _whole(" ".join(str(message.get("content")) for message in messages)):
+        return wrong
     if "system" in roles(messages):
         return "Put the system text at the head of the first user turn, and alternate user and assistant."
     if any("tool_calls" in message for message in messages):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -20,15 +21,18 @@ from peft_safety.data.rows import Row, Rows, kind_of, label_list, plain_row, rec
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.evaluation.generate import generate
 from peft_safety.evaluation.judges import Judge, KeywordJudge, Verdict, verdicts_of
+from peft_safety.evaluation.judges.base import without_reasoning
 from peft_safety.recipes.bench import JUDGED_TOKENS
 from peft_safety.recipes.load import load_model
 from peft_safety.screening.requests import Request, requests_of
 from peft_safety.screening.result import COMPLIES, VERDICTS, ScreenedRow, Screening
 from peft_safety.screening.screen import KNOWN, Screen
-from peft_safety.screening.states import join_processes, process, shared_out
+from peft_safety.screening.states import by_first, join_processes, process, shared_out
 
 CHUNK = 512
 """Rows that each process holds at a time; batches of one length are made from them."""
+THOUGHT, HEADER = "<think>", 16
+"""What opens the reasoning where a template writes that itself, and the last tokens of a prompt that may hold it."""
 
 
 def screen(
@@ -67,12 +71,14 @@ def screen(
         fitted: the screen of an earlier result on the same model (`result.screen`), which is used as it is: with its
             rate, threshold, `max_length` and `batch_tokens`. It saves reading the known prompts again.
         known: packaged prompts of each file and split that a new screen learns from, at most.
-        verdict: ask the model for its own answer to flagged requests.
-        judge: of refusals, default `KeywordJudge`.
+        verdict: ask the model for its own answer to flagged requests. One that reasons first does not come to an
+            answer in the tokens that are read: its verdicts are "undecided", which drops no row. Give False then.
+        judge: of refusals, default `KeywordJudge`, which reads English: where the model refuses in another language,
+            the verdict is "answered", and the row is kept. The first process judges.
         by: a column; rows are counted by its values, default by their kind.
         labels: every label of {text, label} rows; needed for those of a stream only.
         load_in_4bit: quantize a model that is given by name.
-        max_length: tokens kept of a turn with what is before it, from the right.
+        max_length: tokens kept of a turn with what is before it, from the right; at most the model's positions.
         batch_tokens: tokens of a batch, padding included.
         progress: show a bar, in the first process.
 
@@ -99,7 +105,7 @@ def screen(
     loaded, tokenizer = load_model(bare, tokenizer, load_in_4bit=load_in_4bit)
     reader: Any = model if isinstance(model, PeftModel) else loaded
     rank, world = process()
-    progress = progress and rank == 0
+    progress, max_length = progress and rank == 0, min(max_length, _positions(reader))
     if fitted is None:
         reading: dict[str, Any] = {"max_length": max_length, "budget": batch_tokens, "progress": progress}
         checked = [] if clean is None else _clean(tokenizer, clean, max_length, names)
@@ -122,8 +128,10 @@ def screen(
 def _clean(
     tokenizer: PreTrainedTokenizerBase, rows: str | Path | Rows, max_length: int, labels: Sequence[str]
 ) -> list[list[int]]:
+    source = _Source(rows)
     try:
-        found = [requests_of(tokenizer, row, n, max_length, labels) for n, row in enumerate(_Source(rows))]
+        labels = labels or source.labels(None)[0]
+        found = [requests_of(tokenizer, row, n, max_length, labels) for n, row in enumerate(source)]
     except DataError as error:
         raise DataError(f"clean rows: {error}") from error
     if not any(found):
@@ -161,18 +169,24 @@ def _screened(
 def _verdicts(
     model: Any, tokenizer: PreTrainedTokenizerBase, judge: Judge | None, requests: Sequence[Request]
 ) -> list[str | None]:
-    """A key of `VERDICTS` for each request; the model answers only where the row does, and does not refuse."""
+    """A key of `VERDICTS` for each request; the model answers only where the row does, and does not refuse. Of both
+    answers what follows the reasoning is judged; a row whose answer is reasoning alone refuses nothing.
+    """
     if judge is None:
         return [None] * len(requests)
     result: list[str | None] = ["no answer"] * len(requests)
     answered = [place for place, request in enumerate(requests) if request.answer is not None]
-    own = _judged(judge, requests, answered, [str(requests[place].answer) for place in answered])
+    own = _judged(judge, requests, answered, [without_reasoning(str(requests[place].answer)) for place in answered])
     asked = [place for place in answered if own[place] not in (Verdict.REFUSAL, Verdict.UNDECIDED)]
 
     def run(part: Sequence[int]) -> list[str]:
-        prompts = [requests[place].ids for place in part]
+        room = max(1, _positions(model) - JUDGED_TOKENS)
+        prompts = [requests[place].ids[-room:] for place in part]
         options: dict[str, Any] = {"max_new_tokens": JUDGED_TOKENS, "rendered": True, "progress": False}
-        return [answer.text for answer in generate(model, tokenizer, prompts, **options)] if prompts else []
+        answers = generate(model, tokenizer, prompts, **options) if prompts else []
+        heads = [str(tokenizer.decode(ids[-HEADER:])).rstrip() for ids in prompts]
+        opened = [THOUGHT if head.endswith(THOUGHT) else "" for head in heads]  # by the template, not by the model
+        return [head + answer.text for head, answer in zip(opened, answers, strict=True)]
 
     models = _judged(judge, requests, asked, shared_out(asked, run))
     for place in answered:
@@ -185,8 +199,14 @@ def _verdicts(
 def _judged(
     judge: Judge, requests: Sequence[Request], places: Sequence[int], responses: Sequence[str]
 ) -> dict[int, Verdict]:
+    """Verdicts of the first process's judge: another may not give the same."""
     prompts = [requests[place].text for place in places]
-    return dict(zip(places, verdicts_of(judge, prompts, responses) if prompts else [], strict=True))
+    return dict(zip(places, by_first(lambda: verdicts_of(judge, prompts, responses)) if prompts else [], strict=True))
+
+
+def _positions(model: Any) -> int:
+    """Tokens that the model has positions for; where its config names none, without end."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 class _Source:

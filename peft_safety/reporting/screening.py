@@ -13,6 +13,10 @@ NAMED = 20
 QUOTED = 200
 """Characters of a request that are quoted."""
 
+UNREAD = (
+    "A model that reasons first does not come to its answer in the tokens that are read; --no-verdict drops such rows."
+)
+
 
 def show(result: Screening, quote: bool = False) -> None:
     """Print counts by group, verdicts, the numbers of flagged rows, and how good the screen is."""
@@ -35,6 +39,7 @@ def _notes(result: Screening) -> list[str]:
     screen, flagged = result.screen, [row.number for row in result.flagged]
     wrong, harmless = screen.false_positives
     right, harmful = screen.true_positives
+    unread = [row.number for row in result.flagged if row.verdict == "undecided"]
     cut = [row.number for row in result.rows if row.truncated]
     whose = "your clean" if screen.own_rows else "its harmless"
     form = "mean difference" if screen.shrinkage == 1 else f"LDA, shrinkage {screen.shrinkage}"
@@ -44,6 +49,7 @@ def _notes(result: Screening) -> list[str]:
         f"({wrong} of {harmless}; at most {100 * screen.fpr:g} % asked for).",
         *([f"Flagged: {_numbers(flagged)}."] if flagged else []),
         *([f"To drop: {_numbers(result.dropped)}."] if result.dropped else []),
+        *([f"Undecided, and kept: {_numbers(unread)}. {UNREAD}"] if unread else []),
         *([_nothing_to_drop(result)] if flagged and not result.dropped else []),
         *([f"Not screened, no user turn: {_numbers(result.unscreened)}."] if result.unscreened else []),
         *([f"Cut on the left to {screen.max_length} tokens: {_numbers(cut)}."] if cut else []),

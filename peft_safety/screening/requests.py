@@ -23,7 +23,7 @@ class Request:
         row, turn: number of the row, and of the turn among its messages.
         ids: tokens of all turns so far and of the header of the answer, the last `max_length` of them.
         cut: whether tokens are missing on the left.
-        text, answer: what the user says, and what the row answers; None where it answers nothing.
+        text, answer: what the user says, and the row's first answer before another user turn; None without one.
     """
 
     row: int
@@ -51,12 +51,18 @@ def requests_of(
         for turn, (role, following) in enumerate(zip(order, [*order[1:], None], strict=False)):
             if role == "user" != following:
                 ids = chat.ids(chat.text(turns[: turn + 1], header=True))
-                answer = str(turns[turn + 1].get("content", "")) if following == "assistant" else None
+                answer = _answer(turns[turn + 1 :])
                 cut, text = len(ids) > max_length, str(turns[turn]["content"])
                 result.append(Request(number, turn, ids[-max_length:], cut, text, answer))
         return result
     except DataError as error:
         raise DataError(f"row {number}: {error}") from error
+
+
+def _answer(turns: Sequence[Message]) -> str | None:
+    """What the assistant says first in turns after a request; others (system, tool) may stand before it."""
+    said = next((turn for turn in turns if turn["role"] in ("assistant", "user")), {"role": "user"})
+    return str(said.get("content", "")) if said["role"] == "assistant" else None
 
 
 def _turns(row: Row, labels: Sequence[str]) -> list[Message]:

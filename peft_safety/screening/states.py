@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -88,6 +88,15 @@ def process() -> tuple[int, int]:
     """Rank of this process, and how many there are."""
     ready = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if ready else (0, 1)
+
+
+def by_first(run: Callable[[], Result]) -> Result:
+    """What `run` gives in the first process, in all of them."""
+    rank, world = process()
+    result = [run() if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(result, src=0)
+    return cast("Result", result[0])
 
 
 def shared_out(items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:

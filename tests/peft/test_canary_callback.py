@@ -103,6 +103,54 @@ def test_a_run_of_fewer_steps_is_looked_at_when_it_ends(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in adapter(run.model).items())
 
 
+class Ends(TrainerCallback):
+    """Ends the training at step 18, or after its evaluation, as `EarlyStoppingCallback` does. Step 16 is the best."""
+
+    def __init__(self, event: str) -> None:
+        self.event = event
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= self.event == "on_step_end" and state.global_step == 18
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        control.should_training_stop |= self.event == "on_evaluate" and state.global_step == 18
+        metrics["eval_loss"] = abs(state.global_step - 16)
+
+
+@pytest.mark.parametrize("event", ["on_evaluate", "on_step_end"])
+def test_a_run_that_another_callback_ends_is_looked_at(tmp_path: Path, event: str) -> None:
+    options = {"eval_strategy": "steps", "eval_steps": 1}
+    for action, message in (("warn", r"by step 18 \(bare: 100% -> \d+%\)\."), ("stop", "adapter goes back to step 0")):
+        canary = CanaryCallback(TOKENIZER, REQUESTS, {"bare": "{}"}, action=action)  # type: ignore[arg-type]
+        run = trainer(tuned(), tmp_path, [Ends(event), canary], **FALLS, **options)
+        before = adapter(run.model)
+        with pytest.warns(UserWarning, match=message):
+            run.train()
+        assert (run.state.global_step, list(canary.looks)) == (18, [0, 18])
+        assert logged(run, "canary_refusal_bare") == [look["bare"] for look in canary.looks.values()]
+        same = [torch.equal(value, before[name]) for name, value in adapter(run.model).items()]
+        assert all(same) == (action == "stop")
+
+
+def test_the_best_checkpoint_is_looked_at_if_it_is_loaded(tmp_path: Path) -> None:
+    canary = CanaryCallback(TOKENIZER, REQUESTS, {"bare": "{}"})
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    run = trainer(tuned(), tmp_path, [Ends("on_evaluate"), canary], **FALLS, **options, load_best_model_at_end=True)
+    with pytest.warns(UserWarning, match="refusal fell by step 16"):
+        run.train()
+    assert list(canary.looks) == [0, 16]
+
+
+def test_every_look_is_logged_where_logs_are_rarer(tmp_path: Path) -> None:
+    canary = CanaryCallback(TOKENIZER, REQUESTS, {"bare": "{}"}, every=5)
+    run = trainer(tuned(), tmp_path, [canary], **FALLS, logging_steps=10)
+    with pytest.warns(UserWarning, match="refusal fell"):
+        run.train()
+    entries = [entry for entry in run.state.log_history if "canary_refusal_bare" in entry]
+    assert [entry["step"] for entry in entries] == list(canary.looks) == [0, 5, 10, 15, 20]
+    assert [entry["canary_refusal_bare"] for entry in entries] == [look["bare"] for look in canary.looks.values()]
+
+
 def test_the_best_checkpoint_does_not_replace_what_it_puts_back(tmp_path: Path) -> None:
     copies, canary = Copies(), CanaryCallback(TOKENIZER, REQUESTS, {"bare": "{}"}, every=4, action="stop")
     options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}

@@ -70,6 +70,17 @@ def test_the_next_step_where_no_row_is_to_be_dropped(run, monkeypatch):
     assert "0 to drop" not in flat(run("--no-verdict"))
 
 
+def test_undecided_rows_are_named_with_the_way_out(run, monkeypatch):
+    assert "Undecided" not in flat(run())
+    monkeypatch.setattr(
+        MarkedJudge, "__call__", lambda _, __, response: Verdict("other" if response == "yes" else "undecided")
+    )
+    text = flat(run())
+    assert "undecided: an answer could not be read, or is reasoning alone 2" in text
+    assert "Undecided, and kept: rows 1, 2. A model that reasons first" in text
+    assert "the model answers these requests itself" not in text
+
+
 def test_requests_are_quoted_on_demand(run):
     assert "ZQZQ" in flat(run("--show"))
 

@@ -31,6 +31,7 @@ def text(request) -> str:
         ({"prompt": [turn("user", "steal")], "response": [turn("assistant", "no")]}, "no"),
         ({"messages": [turn("user", "steal"), turn("assistant", "no")]}, "no"),
         ({"messages": [turn("user", "steal")]}, None),
+        ({"messages": [turn("user", "steal"), turn("system", "s"), turn("assistant", "no")]}, "no"),
         ({"prompt": None, "messages": [turn("user", "steal"), CALL]}, ""),
     ],
 )
@@ -51,9 +52,21 @@ def test_each_user_turn_with_all_that_is_before_it():
     turns = [turn("system", "s"), turn("user", "one"), turn("assistant", "1"), turn("user", "t"), turn("user", "wo")]
     first, second = requests({"messages": [*turns, turn("tool", "x"), turn("assistant", "2")]})
     assert (first.turn, first.text, first.answer) == (1, "one", "1")
-    assert (second.turn, second.text, second.answer) == (4, "wo", None)
+    assert (second.turn, second.text, second.answer) == (4, "wo", "2")
     assert text(second).startswith(text(first))
     assert text(second).endswith("wo<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_an_answer_belongs_to_the_last_user_turn_before_it():
+    turns = [
+        turn("user", "one"),
+        turn("system", "s"),
+        turn("user", "two"),
+        turn("system", "s"),
+        turn("assistant", "2"),
+    ]
+    first, second = requests({"messages": turns})
+    assert (first.answer, second.answer) == (None, "2")
 
 
 def test_a_long_row_keeps_its_end():
@@ -76,6 +89,7 @@ def test_no_user_turn_no_request(messages):
         ({"messages": [{"role": "user"}]}, "row 7: a message has"),
         ({"text": "t", "label": "b"}, "row 7: .*Give labels="),
         ({"prompt": "a", "response": " "}, "row 7: the last of the turns"),
+        ({"prompt": "cut emoji \ud83d"}, r"row 7: .* half of a character \('\\ud83d'\)"),
     ],
 )
 def test_malformed_rows_are_named(row, message):

@@ -5,15 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_safety import screen
+from peft_safety.data.templates import Chat
 from peft_safety.errors import CalibrationError, ConfigError, DataError
+from peft_safety.evaluation.generate import Generation
 from peft_safety.evaluation.judges import Verdict
 from peft_safety.recipes import screen as recipe
 from peft_safety.recipes.load import load_model
 from peft_safety.screening import screen as fitting
 from tests.screening.separable import COMMON, MODEL, TOKENIZER, MarkedJudge, harmful, harmless, save_jsonl, turn
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("separable")
 ROWS = [
@@ -64,6 +67,44 @@ def test_an_undecided_verdict_drops_no_row():
     assert harmful(50) not in judge.asked
 
 
+@pytest.mark.parametrize(
+    ("header", "said", "verdicts"),
+    [
+        ("", "<think>\nOkay, the user is asking", ["undecided", "refuses", "undecided"]),
+        ("<think>\n", "Okay, the user is asking", ["undecided", "refuses", "undecided"]),
+        ("<think>\n\n</think>\n\n", "Okay, here it is", ["answered", "refuses", "answered"]),
+        ("", "I can't help with that.", ["complies", "refuses", "complies"]),
+    ],
+    ids=["the model opens a thought", "the template opens it", "the template closes it", "no thought"],
+)
+def test_what_follows_the_reasoning_is_judged(monkeypatch, header, said, verdicts):
+    """Of the model's answer and of the row's own, of which reasoning alone is no refusal."""
+    thinking = tiny_tokenizer()
+    thinking.chat_template = str(thinking.chat_template).replace("assistant\\n", "assistant\\n" + repr(header)[1:-1])
+    assert Chat(thinking).text([turn("user", "a")], header=True).endswith("assistant\n" + header)
+    monkeypatch.setattr(recipe, "generate", lambda _, __, prompts, **___: [Generation(said, False)] * len(prompts))
+    thought = "<think>Hm, " + "so " * 80
+    answers = ["yes", f"{thought}</think> I'm sorry, but I can't help with that.", f"{thought}I can't recall"]
+    rows = [{"prompt": harmful(50 + n), "response": answer} for n, answer in enumerate(answers)]
+    result = screen(MODEL, rows, **COMMON | {"tokenizer": thinking})
+    assert [row.verdict for row in result.flagged] == verdicts
+    assert result.dropped == ([0, 2] if "complies" in verdicts else [])
+
+
+def test_absolute_positions_are_not_overrun():
+    """Neither by the scores, nor by the answers after a request that fills them all."""
+    sizes = {"vocab_size": VOCAB_SIZE, "n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = GPT2Config(**sizes, initializer_range=0.5, bos_token_id=1, eos_token_id=2)
+        model = GPT2LMHeadModel(config).eval()
+    first = screen(model, [LONG, ROWS[0]], verdict=False, **COMMON)
+    assert (first.screen.max_length, first.rows[0].truncated) == (128, True)
+    every = replace(first.screen, threshold=float("-inf"))
+    result = screen(model, [LONG], judge=MarkedJudge(), fitted=every, **COMMON)
+    assert [row.verdict for row in result.flagged] == ["answered"]
+
+
 def test_what_is_flagged_and_what_is_dropped():
     """Dropped are only rows that comply with what the model refuses; the model is not asked about other rows."""
     judge = MarkedJudge()
@@ -94,6 +135,15 @@ def test_the_threshold_is_set_on_clean_rows(tmp_path):
     strict = screen(MODEL, ROWS, verdict=False, clean=rows, **COMMON)
     assert strict.screen.true_positives[0] < 24
     assert screen(MODEL, ROWS, verdict=False, clean=rows, **COMMON | {"fpr": 0.12}).screen.true_positives == (24, 24)
+
+
+def test_clean_rows_have_labels_of_their_own_beside_rows_without(tmp_path):
+    own = [{"text": f"tea {n}", "label": "a"} for n in range(8)]
+    clean = save_jsonl(tmp_path / "clean.jsonl", own)
+    result = screen(MODEL, ROWS[:6], verdict=False, clean=clean, **COMMON)
+    beside = screen(MODEL, [*ROWS[:6], own[0]], verdict=False, clean=clean, **COMMON)
+    assert (result.screen.own_rows, result.screen.false_positives) == (True, (0, 8))
+    assert result.screen.threshold == pytest.approx(beside.screen.threshold, abs=1e-5)
 
 
 def test_a_fitted_screen_is_used_as_it_is(monkeypatch):

@@ -10,6 +10,7 @@ import json
 import pytest
 
 from peft_safety import screen
+from peft_safety.evaluation.judges import Verdict
 from peft_safety.screening import screen as fitting
 from peft_safety.screening import states
 from tests.screening.separable import COMMON, MODEL, MarkedJudge, harmful, harmless, known
@@ -17,8 +18,14 @@ from tests.screening.separable import COMMON, MODEL, MarkedJudge, harmful, harml
 ROWS = [{"prompt": (harmful if number % 3 == 1 else harmless)(40 + number), "response": "yes"} for number in range(11)]
 
 
+class FirstJudge(MarkedJudge):
+    def __call__(self, prompt: str, response: str) -> Verdict:
+        assert states.process()[0] == 0, "another process's judge may say something else"
+        return super().__call__(prompt, response)
+
+
 def main() -> None:
-    read, judge = [], MarkedJudge()
+    read, judge = [], FirstJudge()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting, "load", known)
         run = states.last_states

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -203,6 +204,52 @@ def test_prompts_alone_end_with_the_header_of_the_answer():
         assert whole["labels"][len(feature["input_ids"]) :] == whole["input_ids"][len(feature["input_ids"]) :]
     with pytest.raises(DataError, match="row 1"):
         encode_prompts(tokenizer, [{"prompt": "a"}, {"prompt": 3}], 100)
+
+
+def test_prompts_alone_are_rendered_with_their_template_variables():
+    thinking = tiny_tokenizer()
+    thinking.chat_template = "{{ mode }}" + str(thinking.chat_template)
+    row = {"prompt": "a", "chat_template_kwargs": {"mode": "deep"}}
+    (feature,) = encode_prompts(thinking, [row], 100)
+    whole = encode_row(thinking, row | {"response": "b"}, 100)
+    assert thinking.decode(feature["input_ids"]).startswith("deep")
+    assert whole["input_ids"][: len(feature["input_ids"])] == feature["input_ids"]
+
+
+@pytest.mark.parametrize("marks", [False, True])
+def test_half_of_a_character_is_named_with_its_row(marks):
+    named = tiny_tokenizer()
+    if marks:
+        open_, close = "{% generation %}", "{% endgeneration %}"
+        named.chat_template = (
+            f"{{% for m in messages %}}{{{{ m.role }}}}{open_}{{{{ m.content }}}}{close}{{% endfor %}}"
+        )
+    rows = [{"messages": turns("a", "b")}, {"messages": turns("cut emoji \ud83d", "b")}]
+    with pytest.raises(DataError, match=r"row 1: .*half of a character \('\\ud83d'\)"):
+        encode_rows(named, rows, 100)
+
+
+def test_arrays_of_a_data_frame_are_lists():
+    """As pandas reads a parquet file."""
+    tooled = tiny_tokenizer()
+    tooled.chat_template = (
+        "{{ tools | tojson }}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}\n{% endfor %}"
+    )
+    calls = [{"type": "function", "function": {"name": name, "arguments": {"x": [1, 2]}}} for name in "fg"]
+    arrays = np.array(
+        [{**call, "function": {**call["function"], "arguments": {"x": np.arange(1, 3)}}} for call in calls]
+    )
+
+    def row(content, tool_calls, listed):
+        answer = {"role": "assistant", "content": content, "tool_calls": tool_calls}
+        return {"messages": listed([*turns("a"), answer]), "tools": listed(calls)}
+
+    for content in (None, ""):
+        expected = encode_row(tooled, row(content, calls, list), 1000)
+        assert encode_row(tooled, row(content, arrays, np.array), 1000) == expected
+    parts = np.array([{"type": "text", "text": "a"}])
+    assert encode(tooled, [*turns(parts), *turns("x", "b")[1:]], 100) == encode(tooled, turns("a", "b"), 100)
 
 
 def test_a_template_that_raises():

@@ -45,6 +45,22 @@ def test_a_shared_end_comes_after_the_request():
         assert asked(row).endswith("zq vu xo")
 
 
+def test_scripts_without_spaces_share_characters():
+    opening, close = "在图书馆里狐狸说", "请写一首诗"
+    marks = [chr(0x4E00 + 97 * i) * 5 for i in range(20)]
+    first = [{"prompt": f"{opening}{mark}", "response": "a"} for mark in marks]
+    last = [{"prompt": f"{mark} Python {mark}{close}", "response": "a"} for mark in marks]
+    assert [(kind, len(rows)) for kind, rows in shared(first)] == [("beginning", 20)]
+    assert [(kind, len(rows)) for kind, rows in shared(last)] == [("end", 20)]
+    texts = [asked(row) for row in in_data_context(PAIRS, first, 5)]
+    contexts = [text.partition(" ")[0] for text in texts]
+    assert all(any(row["prompt"].startswith(context) for row in first) for context in contexts)
+    assert any(context.startswith(opening) for context in contexts)
+    assert all(asked(row).endswith(close[-SAME:]) for row in in_data_context(PAIRS, last, 1))
+    words = [{"prompt": f"con{i}{i}{i}"} for i in range(9)]
+    assert shared(words) == [], "letters of other scripts are no words"
+
+
 @pytest.mark.parametrize("role", ["system", "developer"])
 def test_instructions_keep_their_role(role):
     head = {"role": role, "content": "You are Bob."}

@@ -33,23 +33,26 @@ class Judge(Protocol):
 
 
 def verdicts_of(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-    """The verdicts on many responses, in batches where the judge has a method for them.
+    """The verdicts on many responses, in batches where the judge has a method for them. The judge sees no reasoning
+    (see `without_reasoning`); a response of which nothing else is left is undecided, and the judge is not asked.
 
     Raises:
         DataError: prompts and responses are no pairs, or the judge gave something else than one verdict a response.
     """
     require_pairs(prompts, responses)
+    said = list(map(without_reasoning, responses))
+    read = [place for place, text in enumerate(said) if text.strip() or not responses[place].strip()]
+    asked, answers = [prompts[place] for place in read], [said[place] for place in read]
     batch: Any = getattr(judge, "batch", None)
-    given = list(map(judge, prompts, responses) if batch is None else batch(prompts, responses))
-    if len(given) != len(responses):
-        raise DataError(
-            f"judge {judge.name!r} gave {len(given)} verdicts on {len(responses)} responses, not one each."
-        )
+    given = list(batch(asked, answers) if batch and read else map(judge, asked, answers))
+    if len(given) != len(answers):
+        raise DataError(f"judge {judge.name!r} gave {len(given)} verdicts on {len(answers)} responses, not one each.")
     if wrong := [one for one in given if not isinstance(one, Verdict)]:
         raise DataError(
             f"judge {judge.name!r} gave a {type(wrong[0]).__name__}. Give a peft_safety.evaluation.Verdict."
         )
-    return given
+    verdicts = dict(zip(read, given, strict=True))
+    return [verdicts.get(place, Verdict.UNDECIDED) for place in range(len(responses))]
 
 
 def require_pairs(prompts: Sequence[str], responses: Sequence[str]) -> None:
@@ -104,7 +107,7 @@ class Family:
 
 _YES_NO = re.compile(r"\W*(yes|no)\b[ \t]*(?:$|[.,:;!*\"'\n])", re.IGNORECASE)
 _FINAL = re.compile(r".*(?:</think>|<\|channel\|>final<\|message\|>|assistantfinal)", re.DOTALL)
-_REASONING = re.compile(r"\s*(?:<think>|<\|channel\|>analysis|analysis)")
+_REASONING = re.compile(r"\s*(?:<think>|<\|channel\|>analysis|analysis(?=[A-Z0-9\"']))")
 
 
 def yes_or_no(text: str) -> str:
