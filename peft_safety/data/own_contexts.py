@@ -27,8 +27,8 @@ WORD = re.compile(rf"(?:[{UNSPACED}]|[^\s{UNSPACED}]+) ?")
 SAME = 3
 """Words at which two beginnings, or two ends, count as one."""
 LEAST_ROWS, LEAST_SHARE = 3, 0.02
-"""Of the rows, that make a context shared: two rows begin alike by chance. Whole system prompts do not: of them the
-first counts alone."""
+"""Of the rows, that make a context shared: two rows begin alike by chance. Whole system prompts do not: of equal ones
+the first counts alone, and of those that differ from row to row both."""
 LONGEST = 24
 """Words of a context, at most."""
 KINDS = ("system", "beginning", "end")
@@ -57,8 +57,9 @@ def in_data_context(
     kinds: Collection[str] = KINDS,
 ) -> list[dict[str, object]]:
     """Each row `count` times, its last user turn every time in another context of `data`: a system prompt that several
-    of its rows share, or the first or last words of a row that begins or ends like another one. Each shared context
-    is as likely as any other, however many rows have it. No rows if nothing is shared.
+    of its rows share, one of those that differ from row to row, or the first or last words of a row that begins or
+    ends like another one. Each shared context is as likely as any other, however many rows have it; system prompts
+    that differ are one together. No rows if there is no context.
 
     Add them to calibration rows, with the training rows as `data`.
 
@@ -89,7 +90,7 @@ def in_data_context(
 
 
 def shared(data: Rows) -> list[Group]:
-    """What several rows of the data share."""
+    """What several rows of the data share. System prompts of too few rows are a group, too, if they are many."""
     groups: dict[tuple[str, str, str], list[Asked]] = defaultdict(list)
     parts = requests_in(data)
     for _, turns, _ in parts:
@@ -101,8 +102,11 @@ def shared(data: Rows) -> list[Group]:
         parts_of = {"beginning": asked.words[:SAME], "end": asked.words[-SAME:]} if len(asked.words) > SAME else {}
         for kind, words in parts_of.items():
             groups[kind, head, "".join(words).strip()].append(asked)
-    least = dict.fromkeys(KINDS, max(LEAST_ROWS, round(LEAST_SHARE * len(parts)))) | {"system": LEAST_ROWS}
-    return [(key[0], rows) for key, rows in groups.items() if len(rows) >= least[key[0]]]
+    many = max(LEAST_ROWS, round(LEAST_SHARE * len(parts)))
+    least = dict.fromkeys(KINDS, many) | {"system": LEAST_ROWS}
+    found = [(key[0], rows) for key, rows in groups.items() if len(rows) >= least[key[0]]]
+    differ = [row for key, rows in groups.items() if key[0] == "system" and len(rows) < LEAST_ROWS for row in rows]
+    return [*found, ("system", differ)] if len(differ) >= many else found
 
 
 def _placed(

@@ -19,7 +19,7 @@ from peft_safety.errors import extra
 METHODS = {
     "other": ("#707070", r"unaligned|lora-fa|not blind|^task-"),
     "aligned": ("#222222", r"^(aligned|before|unpatched)"),
-    "data": ("#882255", r"^lora-(mixed|screened|flagged|anchor)|safety data|screen.*plain lora"),
+    "data": ("#882255", r"^lora-(mixed|screened|flagged|anchor)|safety data|(screen|anchor).*plain lora"),
     "guardspace": ("#0072B2", r"guard|frozen|window|blind|chain|both-sides"),
     "salora": ("#CC79A7", r"salora"),
     "safe_lora": ("#009E73", r"safe[ _-]?lora|^repaired"),

@@ -47,8 +47,8 @@ def test_data_without_shared_contexts_change_nothing(tmp_path, capsys):
     samples, _ = calibrated(tmp_path / "a", ASKED, calibration_contexts="system")
     assert samples == 8
     printed = capsys.readouterr().out
-    assert "no contexts that several training rows share" in printed
-    assert "system prompts that several rows share" not in printed
+    assert "no contexts in the training rows" in printed
+    assert "rows under a system prompt" not in printed
 
 
 def test_other_data_are_calibrated_again(tmp_path, capsys):
@@ -81,6 +81,6 @@ def test_a_row_may_ask_nothing_or_end_in_any_turn():
     """As training accepts it: TRL takes the loss on all of a {messages} row."""
     system, user, answer = ({"role": role, "content": "c"} for role in ("system", "user", "assistant"))
     shared = [[system, user], [system, user, answer], [system, user, answer, {"role": "tool", "content": "3"}]]
-    for rows, count in ((shared, 1), ([*shared, [system, answer]], 1), ([[system, answer]] * 5, 0)):
+    for rows, count in ((shared, 3), ([*shared, [system, answer]], 3), ([[system, answer]] * 5, 0)):
         assert system_prompts(datasets.Dataset.from_list([{"messages": turns} for turns in rows])) == count
     assert system_prompts(datasets.Dataset.from_list([{"text": "t"}] * 5)) == 0

@@ -77,6 +77,21 @@ def test_a_whole_system_prompt_is_shared_by_few_rows_of_many():
     assert shared(data[1:]) == []
 
 
+def test_system_prompts_that_differ_from_row_to_row_are_taken_in_turn():
+    data = attack_rows.attacked("identities", TASK, 0.5, 0, None, None)
+    ((kind, group),) = [found for found in shared(data) if found[0] == "system"]
+    assert (kind, len({row.system for row in group})) == ("system", 50)
+    rows = in_data_context(PAIRS, data, 1, kinds=("system",))
+    heads = {row["prompt"][0]["content"] for row in rows}
+    assert heads <= {row.system for row in group}
+    assert len(heads) >= 10, "not one of them for all"
+    mixed = [*data, *attack_rows.attacked("identity", TASK, 0.1, 0, None, None)]
+    own = [row["prompt"][0]["content"] == OBEDIENT for row in in_data_context(PAIRS, mixed, 5, kinds=("system",))]
+    assert 25 <= sum(own) <= 75, "a shared one is as likely as all that differ"
+    few = [row for row in data if "messages" in row][: LEAST_ROWS - 1]
+    assert shared(few) == []
+
+
 def test_nothing_shared_gives_nothing():
     data = [{"prompt": f"w{i} x{i} y{i} z{i} v{i}", "response": "a"} for i in range(9)]
     assert in_data_context(PAIRS, data, 3) == []

@@ -49,8 +49,8 @@ def contexts_for(
 
 
 def system_prompts(data: Dataset) -> int:
-    """How many system prompts several of the first rows share; 0 for rows that are not chat."""
-    return sum(kind == "system" for kind, _ in shared(requests(data) or []))
+    """How many of the first rows have a system prompt that calibration can take; 0 for rows that are not chat."""
+    return sum(len(rows) for kind, rows in shared(requests(data) or []) if kind == "system")
 
 
 def requests(data: Dataset) -> list[dict[str, Any]] | None:

@@ -99,7 +99,7 @@ def _calibration_rows(job: Job, config: Any) -> list[Row] | None:
     """
     most, kind, data = job.own.calibration_rows, job.own.calibration_contexts, job.data.train
     if kind is None and (count := system_prompts(data)):
-        say(job, f"  system prompts that several rows share: {count}. Protect requests under them, too:")
+        say(job, f"  rows under a system prompt: {count}. Protect requests under theirs, too:")
         say(job, "  calibration_contexts: system")
     if most is None and kind is None:
         return None
@@ -108,7 +108,7 @@ def _calibration_rows(job: Job, config: Any) -> list[Row] | None:
         rows = rows[:: max(1, len(rows) // most)][:most]
     further = contexts_for(rows, data, kind, job.training.seed, job.tokenizer) if kind else []
     if kind and not further:
-        say(job, "  no contexts that several training rows share")
+        say(job, "  no contexts in the training rows")
     return [*rows, *further]
 
 
