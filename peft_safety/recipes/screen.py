@@ -25,7 +25,7 @@ from peft_safety.evaluation.judges.base import without_reasoning
 from peft_safety.recipes.bench import JUDGED_TOKENS
 from peft_safety.recipes.load import load_model
 from peft_safety.screening.requests import Request, requests_of
-from peft_safety.screening.result import COMPLIES, VERDICTS, ScreenedRow, Screening
+from peft_safety.screening.result import COMPLIES, UNDECIDED, VERDICTS, ScreenedRow, Screening
 from peft_safety.screening.screen import KNOWN, Screen
 from peft_safety.screening.states import by_first, join_processes, process, shared_out
 
@@ -192,7 +192,7 @@ def _verdicts(
     for place in answered:
         last = models.get(place, own[place])
         said = "refuses" if place not in models else COMPLIES if last is Verdict.REFUSAL else "answered"
-        result[place] = "undecided" if last is Verdict.UNDECIDED else said
+        result[place] = UNDECIDED if last is Verdict.UNDECIDED else said
     return result
 
 

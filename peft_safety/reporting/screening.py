@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from peft_safety.reporting import render
-from peft_safety.screening.result import VERDICTS, Screening
+from peft_safety.screening.result import UNDECIDED, VERDICTS, Screening
 
 NAMED = 20
 """Row numbers in a note."""
@@ -26,7 +26,7 @@ def show(result: Screening, quote: bool = False) -> None:
     tables = [render.table(["", "rows", "flagged", "share", "to drop"], lines)]
     if result.judge is not None and flagged:
         counts = Counter(row.verdict for row in flagged)
-        shown = {name: text for name, text in VERDICTS.items() if name != "undecided" or counts[name]}
+        shown = {name: text for name, text in VERDICTS.items() if name != UNDECIDED or counts[name]}
         said = [[f"{name}: {text}", str(counts[name])] for name, text in shown.items()]
         tables.append(render.table([f"verdict on flagged rows (judge: {result.judge})", "rows"], said))
     if quote and flagged:
@@ -39,7 +39,7 @@ def _notes(result: Screening) -> list[str]:
     screen, flagged = result.screen, [row.number for row in result.flagged]
     wrong, harmless = screen.false_positives
     right, harmful = screen.true_positives
-    unread = [row.number for row in result.flagged if row.verdict == "undecided"]
+    unread = [row.number for row in result.flagged if row.verdict == UNDECIDED]
     cut = [row.number for row in result.rows if row.truncated]
     whose = "your clean" if screen.own_rows else "its harmless"
     form = "mean difference" if screen.shrinkage == 1 else f"LDA, shrinkage {screen.shrinkage}"

@@ -9,10 +9,10 @@ from typing import Any
 
 from peft_safety.screening.screen import Screen
 
-COMPLIES = "complies"
+COMPLIES, UNDECIDED = "complies", "undecided"
 VERDICTS = {
     COMPLIES: "the model refuses the request, and the row complies",
-    "undecided": "an answer could not be read, or is reasoning alone",
+    UNDECIDED: "an answer could not be read, or is reasoning alone",
     "answered": "the model answers the request itself",
     "refuses": "the row's own answer is a refusal",
     "no answer": "the row has no answer",

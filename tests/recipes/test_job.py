@@ -78,7 +78,8 @@ class Screened:
     """What a screening says that flags three rows, two of which comply."""
 
     rows, unscreened = [SimpleNamespace(truncated=n < 2) for n in range(17)], [3]
-    flagged, dropped = [SimpleNamespace(number=n) for n in (1, 4, 9)], [4, 9]
+    verdicts = ((1, "undecided"), (4, "complies"), (9, "complies"))
+    flagged, dropped = [SimpleNamespace(number=n, verdict=verdict) for n, verdict in verdicts], [4, 9]
     screen = SimpleNamespace(auc=0.97)
 
 
@@ -88,7 +89,10 @@ def test_the_rows_are_screened_first_and_left_out_on_demand(tmp_path, capsys, mo
         steps, "screen_rows", lambda model, rows, known, **_: seen.append((len(rows), known)) or Screened
     )
     quick = {"screened": True, "screen_prompts": 8, "safety_rank": 4, "skip": ["measure", "report"]}
-    with pytest.warns(UserWarning, match=r"rows \[4, 9\] comply"):
+    with (
+        pytest.warns(UserWarning, match=r"rows \[4, 9\] comply"),
+        pytest.warns(match="1 flagged rows are kept without"),
+    ):
         result = run(tmp_path, **quick)
     assert (result.facts["screen"]["flagged"], result.facts["train"]["rows"]) == ([1, 4, 9], 17)
     assert (result.facts["screen"]["unscreened"], result.facts["screen"]["truncated"]) == (1, 2)

@@ -38,6 +38,7 @@ from peft_safety.recipes.job.job import Job
 from peft_safety.recipes.screen import screen as screen_rows
 from peft_safety.recipes.train import TrainingRun
 from peft_safety.reporting.report import Report
+from peft_safety.screening.result import UNDECIDED
 
 with extra("trl", "a job needs TRL"):
     from trl import SFTTrainer
@@ -72,7 +73,13 @@ def screen(job: Job) -> dict[str, Any]:
     if dropped and not job.own.drop_flagged:
         what = f"rows {dropped[:10]} comply where the model refuses"
         warnings.warn(f"{what}. Look at them, or set drop_flagged.", stacklevel=2)
-    counts = {"unscreened": unscreened, "truncated": truncated, "auc": result.screen.auc}
+    undecided = sum(row.verdict == UNDECIDED for row in result.flagged)
+    if undecided:
+        what = (
+            f"{undecided} flagged rows are kept without a verdict: an answer could not be read, or is reasoning alone"
+        )
+        warnings.warn(f"{what}. Look at them, or screen first: peft-safety screen --no-verdict.", stacklevel=2)
+    counts = {"unscreened": unscreened, "truncated": truncated, "undecided": undecided, "auc": result.screen.auc}
     return {"flagged": flagged, "suspicious": dropped, **counts}
 
 
