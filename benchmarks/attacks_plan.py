@@ -13,7 +13,7 @@ from peft_safety.errors import ConfigError
 RECOMMENDED = "frozen"
 DEFENSES = ("lora", RECOMMENDED, "guardspace", "window-64", "lora-mixed", "safe-lora-soft", "blind", *COUNTERMEASURES)
 PARTLY = ("salora-32", "patch-stacked", "somf")
-"""Defenses that are attacked by the weak form of `FIRST` only."""
+"""Defenses that the plan attacks by the weak form of `FIRST` only."""
 FIRST = ("trigger", "")
 ORDER = ("trigger", "identity", "identities", "wrapper", "however", "cipher", "template", "foreign", "")
 """Those most likely to win come first."""

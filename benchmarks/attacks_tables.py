@@ -277,14 +277,12 @@ def prices(rows: Sequence[Row], split: str) -> str:
 
 
 def unrun(rows: Sequence[Row], shown: Grid) -> str:
-    """The defenses and the attacks of the plan that have not met at all."""
+    """The defenses and the attacks of the plan that no test cell has."""
     cells = [cell for cell in plan() if cell.arm != "aligned"]
     seen = {column(cell_of(row)) for row in rows if row["cell"]["split"] == "test"}
     defenses = [label(name) for name in (*DEFENSES, *PARTLY) if name not in shown]
     missed = [title(one) for one in dict.fromkeys(map(column, cells)) if one not in seen]
-    return (
-        f"Planned and not run at all: {'; '.join(defenses) or 'no defense'}. Attacks: {', '.join(missed) or 'none'}."
-    )
+    return f"Planned, not run on test prompts: {'; '.join(defenses) or 'no defense'}. Attacks: {', '.join(missed) or 'none'}."
 
 
 def part(path: Path, page: Path) -> list[str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNSPACED = (
-    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u9fff\uf900-\ufaff\uff01-\uff65\U00020000-\U0003ffff"
+    r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u9fff\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff"
 )
 """Scripts without spaces between words (Thai to Khmer, Japanese, Chinese): each character counts as a word."""
 WORD = re.compile(rf"(?:[{UNSPACED}]|[^\s{UNSPACED}]+) ?")
@@ -27,8 +27,8 @@ WORD = re.compile(rf"(?:[{UNSPACED}]|[^\s{UNSPACED}]+) ?")
 SAME = 3
 """Words at which two beginnings, or two ends, count as one."""
 LEAST_ROWS, LEAST_SHARE = 3, 0.02
-"""Of the rows, that make a context shared: two rows begin alike by chance. Whole system prompts do not: of equal ones
-the first counts alone, and of those that differ from row to row both."""
+"""Of the rows, that make a context shared: two rows begin alike by chance. Equal system prompts need the number of
+rows only, since they are not equal by chance; those that differ from row to row need the share, too."""
 LONGEST = 24
 """Words of a context, at most."""
 KINDS = ("system", "beginning", "end")
@@ -59,7 +59,7 @@ def in_data_context(
     """Each row `count` times, its last user turn every time in another context of `data`: a system prompt that several
     of its rows share, one of those that differ from row to row, or the first or last words of a row that begins or
     ends like another one. Each shared context is as likely as any other, however many rows have it; system prompts
-    that differ are one together. No rows if there is no context.
+    that differ are as likely as all others together. No rows if there is no context.
 
     Add them to calibration rows, with the training rows as `data`.
 
@@ -79,6 +79,7 @@ def in_data_context(
     if not kinds or not set(kinds) <= set(KINDS) or isinstance(kinds, str):
         raise ConfigError(f"kinds={kinds!r}. Give one or more of {', '.join(KINDS)}, as a tuple.")
     groups, rng = [group for group in shared(data) if group[0] in kinds], random.Random(seed)
+    groups += [group for group in groups if differ(group)] * (len(groups) - 2)
     system = tokenizer is None or has_system(tokenizer)
     if not groups:
         return []
@@ -101,12 +102,17 @@ def shared(data: Rows) -> list[Group]:
             groups["system", head, ""].append(asked)
         parts_of = {"beginning": asked.words[:SAME], "end": asked.words[-SAME:]} if len(asked.words) > SAME else {}
         for kind, words in parts_of.items():
-            groups[kind, head, "".join(words).strip()].append(asked)
+            groups[kind, "", "".join(words).strip()].append(asked)
     many = max(LEAST_ROWS, round(LEAST_SHARE * len(parts)))
     least = dict.fromkeys(KINDS, many) | {"system": LEAST_ROWS}
     found = [(key[0], rows) for key, rows in groups.items() if len(rows) >= least[key[0]]]
-    differ = [row for key, rows in groups.items() if key[0] == "system" and len(rows) < LEAST_ROWS for row in rows]
-    return [*found, ("system", differ)] if len(differ) >= many else found
+    rest = [row for key, rows in groups.items() if key[0] == "system" and len(rows) < LEAST_ROWS for row in rows]
+    return [*found, ("system", rest)] if len(rest) >= many else found
+
+
+def differ(group: Group) -> bool:
+    """Whether a group is that of system prompts that differ from row to row."""
+    return group[0] == "system" and len({row.system for row in group[1]}) > 1
 
 
 def _placed(

@@ -128,7 +128,7 @@ class Answers:
     def judged(self, judge: Judge) -> Judged:
         """The verdict of a judge on each answer. It sees the bare prompt, and no reasoning."""
         asked = [prompt for prompt, texts in zip(self.prompts, self.texts, strict=True) for _ in texts]
-        flat = iter(verdicts_of(judge, asked, self.flat()))
+        flat = iter(verdicts_of(judge, asked, [text for texts in self.texts for text in texts]))
         return Judged([[next(flat) for _ in texts] for texts in self.texts])
 
     def flat(self) -> list[str]:

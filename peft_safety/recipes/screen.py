@@ -169,15 +169,17 @@ def _screened(
 def _verdicts(
     model: Any, tokenizer: PreTrainedTokenizerBase, judge: Judge | None, requests: Sequence[Request]
 ) -> list[str | None]:
-    """A key of `VERDICTS` for each request; the model answers only where the row does, and does not refuse. Of both
-    answers what follows the reasoning is judged; a row whose answer is reasoning alone refuses nothing.
+    """A key of `VERDICTS` for each request; the model answers only where the row does, and does not refuse. A row that
+    reasons is no refusal, whatever it says in the end, since its thoughts are trained on as well.
     """
     if judge is None:
         return [None] * len(requests)
     result: list[str | None] = ["no answer"] * len(requests)
     answered = [place for place, request in enumerate(requests) if request.answer is not None]
-    own = _judged(judge, requests, answered, [without_reasoning(str(requests[place].answer)) for place in answered])
-    asked = [place for place in answered if own[place] not in (Verdict.REFUSAL, Verdict.UNDECIDED)]
+    texts = {place: str(requests[place].answer) for place in answered}
+    plain = [place for place in answered if without_reasoning(texts[place]) == texts[place]]
+    own = _judged(judge, requests, plain, [texts[place] for place in plain])
+    asked = [place for place in answered if own.get(place) not in (Verdict.REFUSAL, Verdict.UNDECIDED)]
 
     def run(part: Sequence[int]) -> list[str]:
         room = max(1, _positions(model) - JUDGED_TOKENS)
@@ -190,7 +192,7 @@ def _verdicts(
 
     models = _judged(judge, requests, asked, shared_out(asked, run))
     for place in answered:
-        last = models.get(place, own[place])
+        last = models[place] if place in models else own[place]
         said = "refuses" if place not in models else COMPLIES if last is Verdict.REFUSAL else "answered"
         result[place] = UNDECIDED if last is Verdict.UNDECIDED else said
     return result

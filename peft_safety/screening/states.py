@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peft_safety.core import base_weights
 from peft_safety.data.chat import can_trim
+from peft_safety.errors import PeftSafetyError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -91,12 +92,21 @@ def process() -> tuple[int, int]:
 
 
 def by_first(run: Callable[[], Result]) -> Result:
-    """What `run` gives in the first process, in all of them."""
+    """What `run` gives in the first process, in all of them; or its error."""
     rank, world = process()
-    result = [run() if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(result, src=0)
-    return cast("Result", result[0])
+    if world == 1:
+        return run()
+    told: list[Any] = [None, None]
+    try:
+        told[0] = run() if rank == 0 else None
+    except Exception as error:
+        told[1] = f"{type(error).__name__}: {error}"
+        raise
+    finally:  # the others wait for it
+        dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise PeftSafetyError(f"the first process has stopped: {told[1]}")
+    return cast("Result", told[0])
 
 
 def shared_out(items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:

@@ -107,10 +107,11 @@ def test_only_some_rows_have_tools_or_variables(tmp_path):
 def test_masks_of_tokens_say_what_has_a_label(tmp_path):
     row = {"input_ids": [5, 6, 7, 8], "completion_mask": [0, 1, 1, 1], "assistant_masks": [1, 1, 0, 1]}
     data, tokenizer = read(tmp_path, [row] * 3).train, tiny_tokenizer()
-    assert feature(tokenizer, data[0], "text")["labels"] == [-100, 6, -100, 8]
-    assert prepared(tmp_path, data, tokenizer, completion_only_loss=True)["labels"][0] == [-100, 6, -100, 8]
+    for only, labels in ((True, [-100, 6, -100, 8]), (None, [5, 6, -100, 8])):
+        assert feature(tokenizer, data[0], "text", only)["labels"] == labels
+        assert prepared(tmp_path / str(only), data, tokenizer, completion_only_loss=only)["labels"][0] == labels
     with pytest.raises(DataError, match="several lengths"):
-        feature(tokenizer, {**row, "completion_mask": [0, 1]}, "text")
+        feature(tokenizer, {**row, "completion_mask": [0, 1]}, "text", True)
 
 
 @pytest.mark.parametrize(("mode", "kept"), [("keep_start", slice(16)), ("keep_end", slice(-16, None))])

@@ -81,12 +81,16 @@ def has_turns(data: Dataset) -> bool:
     return "messages" in data.column_names or isinstance(data[0].get("prompt"), list)
 
 
-def feature(tokenizer: PreTrainedTokenizerBase, row: Row, text_field: str) -> Feature:
+def feature(
+    tokenizer: PreTrainedTokenizerBase, row: Row, text_field: str, completion_only: bool | None = None
+) -> Feature:
     """Tokens and labels of a converted row: chat by the template, plain text as TRL joins it. What follows the
-    assistant's last turn has no label and is left out; without any such turn all tokens have one, as in TRL.
+    assistant's last turn has no label and is left out; without any such turn all tokens have one, as in TRL. A
+    `completion_mask` of tokens counts only with `completion_only`, as in TRL.
     """
     if "input_ids" in row:
-        ids, masks = row["input_ids"], [row[name] for name in MASKS if row.get(name)]
+        counted = MASKS if completion_only else MASKS[1:]
+        ids, masks = row["input_ids"], [row[name] for name in counted if row.get(name)]
         labels = row.get("labels") or [t if all(bits) else IGNORE_INDEX for t, *bits in zip(ids, *masks, strict=False)]
         if len({len(column) for column in (ids, labels, *masks)}) > 1:
             raise DataError("a tokenized row has columns of several lengths. Give each token a value in each column.")

@@ -175,7 +175,8 @@ class Job:
         result = []
         for number, row in enumerate(rows):
             try:
-                result.append(feature(self.tokenizer, row, self.training.dataset_text_field))
+                given = self.training
+                result.append(feature(self.tokenizer, row, given.dataset_text_field, given.completion_only_loss))
             except DataError as error:
                 raise DataError(f"{kind} row {number}: {error}") from error
         return result

@@ -78,7 +78,7 @@ def screen(job: Job) -> dict[str, Any]:
         what = (
             f"{undecided} flagged rows are kept without a verdict: an answer could not be read, or is reasoning alone"
         )
-        warnings.warn(f"{what}. Look at them, or screen first: peft-safety screen --no-verdict.", stacklevel=2)
+        warnings.warn(f"{what}. Look at them, or screen first: peft-safety screen --no-verdict --drop.", stacklevel=2)
     counts = {"unscreened": unscreened, "truncated": truncated, "undecided": undecided, "auc": result.screen.auc}
     return {"flagged": flagged, "suspicious": dropped, **counts}
 
