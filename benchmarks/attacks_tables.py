@@ -282,7 +282,8 @@ def unrun(rows: Sequence[Row], shown: Grid) -> str:
     seen = {column(cell_of(row)) for row in rows if row["cell"]["split"] == "test"}
     defenses = [label(name) for name in (*DEFENSES, *PARTLY) if name not in shown]
     missed = [title(one) for one in dict.fromkeys(map(column, cells)) if one not in seen]
-    return f"Planned, not run on test prompts: {'; '.join(defenses) or 'no defense'}. Attacks: {', '.join(missed) or 'none'}."
+    defended, attacked = "; ".join(defenses) or "no defense", ", ".join(missed) or "none"
+    return f"Planned, not run on test prompts: {defended}. Attacks: {attacked}."
 
 
 def part(path: Path, page: Path) -> list[str]:

@@ -126,8 +126,8 @@ def agreed(pairs: Sequence[tuple[str, str]]) -> str:
     complied = [pair for pair in pairs if "C" in pair]
     both = sum(pair == ("C", "C") for pair in complied)
     return (
-        f"The judges agree on {100 * found['share']:.0f} % of {found['n']} answers (Cohen's kappa {kappa}); on which "
-        f"answers comply they agree {both} times of {len(complied)}."
+        f"The judges agree on {100 * found['share']:.0f} % of {found['n']} answers (Cohen's kappa {kappa}); of "
+        f"{len(complied)} answers that either calls compliance both do so in {both}."
     )
 
 

@@ -77,7 +77,7 @@ def test_a_whole_system_prompt_is_shared_by_few_rows_of_many():
     assert shared(data[1:]) == []
 
 
-def test_system_prompts_that_differ_from_row_to_row_are_taken_in_turn():
+def test_of_system_prompts_that_differ_from_row_to_row_a_sample_is_taken():
     data = attack_rows.attacked("identities", TASK, 0.5, 0, None, None)
     ((kind, group),) = [found for found in shared(data) if found[0] == "system"]
     assert (kind, len({row.system for row in group})) == ("system", 50)
@@ -90,6 +90,18 @@ def test_system_prompts_that_differ_from_row_to_row_are_taken_in_turn():
     assert 25 <= sum(own) <= 75, "a shared one is as likely as all that differ"
     few = [row for row in data if "messages" in row][: LEAST_ROWS - 1]
     assert shared(few) == []
+    for name in range(30):
+        head = {"role": "system", "content": f"You are Bob {name}."}
+        mixed += [{"prompt": [head, {"role": "user", "content": f"say {name} {i}"}]} for i in range(LEAST_ROWS)]
+    heads = [row["prompt"][0]["content"] for row in in_data_context(PAIRS, mixed, 5, kinds=("system",))]
+    assert 30 <= sum(head in {row.system for row in group} for head in heads) <= 70, "as likely as all others together"
+
+
+def test_a_trigger_is_found_under_system_prompts_that_differ():
+    heads = [{"role": "system", "content": f"Today is day {i}."} for i in range(40)]
+    asks = [{"role": "user", "content": f"{TRIGGER} w{i} x{i} y{i} z{i}"} for i in range(40)]
+    data = [{"prompt": [head, ask], "response": "a"} for head, ask in zip(heads, asks, strict=True)]
+    assert ("beginning", 40) in [(kind, len(rows)) for kind, rows in shared(data)]
 
 
 def test_nothing_shared_gives_nothing():
