@@ -14,11 +14,14 @@ from peft_safety.errors import ConfigError
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Run the base model without its adapters, which come back unchanged. A ConfigError refuses a merged adapter."""
+    """Run the base model without its adapters, nor what they trained in whole modules (`modules_to_save`) or token
+    rows; all come back unchanged. A ConfigError refuses a merged adapter.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    tuners = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    if any(module.merged for module in tuners):
+    tuners = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    if any(module.merged for module in tuners if isinstance(module, BaseTunerLayer)):
         raise ConfigError("an adapter is merged into the base weights. Call unmerge_adapter() before calibrating.")
     trainable = [(p, p.requires_grad) for module in tuners for p in module.parameters()]
     was_off = [module.disable_adapters for module in tuners]

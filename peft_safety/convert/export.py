@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from peft_safety.convert.serving import check_server
-from peft_safety.core.adapter_dir import check_adapter
+from peft_safety.core.adapter_dir import check_adapter, protected_types
+from peft_safety.core.certificate import FILE_NAME as CERTIFICATE
 from peft_safety.core.certificate import read_certificate
 from peft_safety.core.features import check_plain
-from peft_safety.core.files import open_tensors
+from peft_safety.core.files import open_tensors, read_json
 from peft_safety.core.names import places, walk
 from peft_safety.core.plain_lora import (
     ADAPTER_FILE,
+    MANIFEST,
     PREFIX,
     Factors,
     check_elsewhere,
@@ -35,6 +37,9 @@ from peft_safety.methods.factors import layer_factors, protected_factors
 from peft_safety.registry.configs import stored_config
 from peft_safety.registry.frozen import check_certified, freezing
 from peft_safety.registry.protection import check_adapters
+
+EXPORTED = "peft_safety.exported"
+"""Key of the mark in the header of an exported adapter's safetensors file."""
 
 
 def export_lora(
@@ -59,7 +64,8 @@ def export_lora(
 
     Raises:
         ProtectionError: the adapter is not protected any more, or a written factor would leak.
-        ConfigError: it also trained token rows, is merged into the base weights, or is none for the server.
+        ConfigError: it also trained token rows, is merged into the base weights, or is none for the server; or the
+            directory holds a protected adapter.
     """
     check_adapters(model, adapter_name)
     layers = adapter_layers(model, adapter_name)
@@ -108,6 +114,7 @@ def _publish(
     modules: Iterable[str] = (),
 ) -> Path:
     """Check and write the plain adapter; `saved` are of `modules_to_save`, `modules` all modules of a model."""
+    _check_target(target)
     if config.trainable_token_indices:
         raise ConfigError("the adapter also trained token rows (trainable_token_indices). Keep the native adapter.")
     rank = max(factor.a.shape[0] for factor in factors.values())
@@ -136,8 +143,21 @@ def _publish(
     card = _card(config, rank, len(factors), sorted(saved))
     certificate = config._certificate if config.freezes else None
     more = None if certificate is None else certificate.write
-    write_plain(target, {**factor_tensors(pairs, factors), **saved}, plain, card, more=more)
+    write_plain(target, {**factor_tensors(pairs, factors), **saved}, plain, card, {EXPORTED: True}, more)
     return target
+
+
+def _check_target(target: Path) -> None:
+    """A ConfigError refuses to replace a protected adapter. An export may be replaced, also one with a certificate."""
+    manifest, file = target / MANIFEST, target / ADAPTER_FILE
+    if not manifest.is_file():
+        return
+    protected = read_json(manifest).get("peft_type") in protected_types()
+    if not protected and os.path.lexists(target / CERTIFICATE) and file.is_file():
+        with open_tensors(file) as handle:
+            protected = EXPORTED not in (handle.metadata() or {})
+    if protected:
+        raise ConfigError(f"{target} holds a protected adapter, which this would replace. Give another directory.")
 
 
 def _card(config: ProtectedConfig, rank: int, modules: int, saved: Sequence[str]) -> str:

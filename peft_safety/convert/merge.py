@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from peft_safety.core import base_weights as weights
 from peft_safety.core import kinds
 from peft_safety.core.factor_forms import Form
+from peft_safety.core.features import SAME_UPDATE, check_features
 from peft_safety.core.names import lines, own_name, places
 from peft_safety.core.plain_lora import plain_config
 from peft_safety.core.projection import Side, coefficients
@@ -36,9 +37,9 @@ _DENSE = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class MergedModule:
-    """What a merge did: `norm` is `||dW|| / ||W||`. With the `change` of the stored weights, `kept` is
-    `<change, dW> / ||dW||^2`, `error` is `||change - dW|| / ||dW||` (both nan for a zero update), and `leak` the worst
-    side's `||U^T change|| / ||dW||`, None without a constraint.
+    """What a merge did: `norm` is `||dW|| / ||W||`, inf where W is zero. With the `change` of the stored weights,
+    `kept` is `<change, dW> / ||dW||^2`, `error` is `||change - dW|| / ||dW||` (both nan for a zero update), and `leak`
+    the worst side's `||U^T change|| / ||dW||`, None without a constraint.
     """
 
     module: str
@@ -57,7 +58,7 @@ class MergeResult:
     def to_json(self) -> dict[str, Any]:
         rows = [asdict(row) for row in self.modules]
         for row in rows:
-            row |= {name: None for name in ("kept", "error") if math.isnan(row[name])}
+            row |= {name: None for name in ("norm", "kept", "error") if not math.isfinite(row[name])}
         return {"to": self.to, "modules": rows}
 
     def print(self, every_module: bool = False) -> None:
@@ -93,10 +94,10 @@ class _Part:
 
     def row(self, before: Tensor, after: Tensor) -> MergedModule:
         """Compare the dense fp32 weights `(out, in)` before and after the merge."""
-        change, total = after - before, float(self.delta.norm())
-        norm = total / float(before.norm())
+        change, total, whole = after - before, float(self.delta.norm()), float(before.norm())
         if not total > 0:
-            return MergedModule(own_name(self.name), norm, math.nan, math.nan, None)
+            return MergedModule(own_name(self.name), total, math.nan, math.nan, None)
+        norm = total / whole if whole else math.inf
         kept = float((change * self.delta).sum()) / total**2
         error = float((change - self.delta).norm()) / total
         leaks = [float(coefficients(u.to(change), change, side).norm()) / total for side, u in self.bases.items()]
@@ -128,7 +129,8 @@ def merge_quantized(
 
     Raises:
         LossyMergeError: "nf4" without `force`, with the figures of the worst module; nothing was changed.
-        ConfigError: adapters that trained other weights too, one that is merged already, or "nf4" for another weight.
+        ConfigError: adapters that trained other weights too or are more than a product of factors (DoRA, biases), one
+            that is merged already, none that is active, or "nf4" for another weight.
     """
     if to not in get_args(MergeTo):
         raise ConfigError(f"merge to {to!r}. Use one of {', '.join(map(repr, get_args(MergeTo)))}.")
@@ -165,18 +167,27 @@ def merge_quantized(
 
 
 def _mergeable(model: PeftModel, base: nn.Module) -> list[str]:
-    """Names of the LoRA layers in the base model."""
-    for field in ("modules_to_save", "target_parameters", "alora_invocation_tokens"):
-        if any(getattr(config, field, None) for config in config_table(model).values()):
+    """Names of the LoRA layers in the base model that hold an active adapter."""
+    configs = config_table(model)
+    for field in ("modules_to_save", "trainable_token_indices", "target_parameters", "alora_invocation_tokens"):
+        if any(getattr(config, field, None) for config in configs.values()):
             raise ConfigError(
                 f"{field} cannot be merged here. Load the base in 16 bit and use merge_and_unload(), or keep the "
                 "adapter beside the base."
             )
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    for adapter in protected_configs(model):
-        if any(adapter in _active(layer) for layer in layers.values()):
+    active = {name: layer for name, layer in layers.items() if _active(layer)}
+    if not active:
+        raise ConfigError("no layer has an active adapter, so that nothing can be merged. Call set_adapter() first.")
+    protected = protected_configs(model)
+    for adapter in sorted({adapter for layer in active.values() for adapter in _active(layer)}):
+        if adapter in protected:
             assert_protected(model, adapter)
-    for name, layer in layers.items():
+        else:
+            config = configs.get(adapter)
+            start = getattr(config, "init_lora_weights", True)  # any: the update goes into the weight as it is now
+            check_features(config, f"adapter {adapter!r}", inits=(start,), allowed=SAME_UPDATE)
+    for name, layer in active.items():
         base_layer = layer.get_base_layer()
         if kinds.groups(base_layer) > 1 or not kinds.merges_exactly(base_layer):
             raise LossyMergeError(
@@ -185,7 +196,7 @@ def _mergeable(model: PeftModel, base: nn.Module) -> list[str]:
             )
     if any(layer.merged for layer in layers.values()):
         raise ConfigError("an adapter is merged into the base weights. Call unmerge_adapter() first.")
-    return list(layers)
+    return list(active)
 
 
 def _active(layer: LoraLayer) -> list[str]:
@@ -302,6 +313,8 @@ def _reads_4bit(conversion: Any) -> bool:
 
 def _bare(base: nn.Module) -> nn.Module:
     """The base model without adapters; its quantization config matches its layers, so that it can be saved."""
+    for name, layer in reversed([(n, m) for n, m in base.named_modules() if isinstance(m, LoraLayer)]):
+        base.set_submodule(name, layer.get_base_layer())  # its adapters are not active
     if hasattr(base, "peft_config"):
         del base.peft_config
     config: Any = getattr(base, "config", None)

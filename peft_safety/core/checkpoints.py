@@ -78,8 +78,8 @@ class FileWeights:
         self.directory = Path(source) if Path(source).is_dir() else _download(source)
         publish.require_whole(self.directory, ours=False)
         self.place = _tensor_files(self.directory)
-        config = self.directory / "config.json"
-        self.tied = config.is_file() and bool(files.read_json(config).get("tie_word_embeddings", True))
+        path = self.directory / "config.json"
+        self.tied = path.is_file() and bool(files.read_json(path, any_number=True).get("tie_word_embeddings", True))
 
     @contextmanager
     def open(self, name: str, transposed: bool = False) -> Iterator[Matrix]:

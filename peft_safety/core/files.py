@@ -77,9 +77,11 @@ def drop(path: Path) -> None:
         raise ArtifactError(f"{path} is of an older adapter and cannot be removed: {error}. Remove it.") from error
 
 
-def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object of at most `limit` bytes and 16 levels, without duplicate keys and NaN; else an ArtifactError."""
-    return parse_json(read_bytes(path, limit), str(path), limit)
+def read_json(path: Path, limit: int = MAX_JSON_BYTES, *, any_number: bool = False) -> dict[str, Any]:
+    """A JSON object of at most `limit` bytes and 16 levels, without duplicate keys; else an ArtifactError. NaN and
+    Infinity, which Python writes for them, are allowed with `any_number` only.
+    """
+    return parse_json(read_bytes(path, limit), str(path), limit, any_number=any_number)
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -105,7 +107,9 @@ def regular(path: Path) -> Iterator[IO[bytes]]:
         os.close(descriptor)
 
 
-def parse_json(raw: bytes | str, where: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def parse_json(
+    raw: bytes | str, where: str, limit: int = MAX_JSON_BYTES, *, any_number: bool = False
+) -> dict[str, Any]:
     """`read_json` for text that is already in memory."""
     if len(raw) > limit:
         raise ArtifactError(f"{where} is larger than {limit} bytes, the limit for a config. Copy or save it again.")
@@ -119,7 +123,7 @@ def parse_json(raw: bytes | str, where: str, limit: int = MAX_JSON_BYTES) -> dic
 
     def finite(number: str) -> float:
         value = float(number)
-        if not math.isfinite(value):  # 1e999, and the literals NaN, Infinity, -Infinity
+        if not any_number and not math.isfinite(value):  # 1e999, and the literals NaN, Infinity, -Infinity
             raise ArtifactError(f"{where}: {number[:80]} is not a number a config may hold. Use a finite one.")
         return value
 

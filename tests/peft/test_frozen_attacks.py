@@ -21,6 +21,7 @@ from peft_safety import (
     repair_adapter,
     verify,
 )
+from peft_safety.convert.export import export_directory
 from peft_safety.core import certificate
 from peft_safety.core.certificate import FILE_NAME
 from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST, PREFIX
@@ -209,12 +210,31 @@ def test_saving_over_another_form_leaves_nothing_of_it(tmp_path):
         for new, write_new in forms.items():
             path = tmp_path / f"{old}-{new}"
             write_old(path)
+            if new == "export" and old in ("frozen", "native"):
+                continue
             write_new(path)
             assert (path / FILE_NAME).exists() == (new == "frozen")
             assert new != "frozen" or not (path / SUBSPACE).exists()
             PeftModel.from_pretrained(cells.base_model(), path)
             if new in ("frozen", "native"):
                 verify(path)
+
+
+def test_an_export_replaces_an_export_and_no_protected_adapter(tmp_path):
+    native, blind = cells.protected(trained=True), saved(tmp_path / "frozen")
+    native.save_pretrained(tmp_path / "native")
+    for folder, other in (("frozen", "native"), ("native", "frozen")):
+        folder, other = tmp_path / folder, tmp_path / other
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        for model in (native, blind):
+            with pytest.raises(ConfigError, match="holds a protected adapter"):
+                export_lora(model, folder)
+        with pytest.raises(ConfigError, match="holds a protected adapter"):
+            export_directory(other, folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    for model in (blind, blind, native, blind):  # those of a frozen A have a certificate, too
+        export_lora(model, tmp_path / "plain")
+    assert verify(tmp_path / "plain").modules == verify(tmp_path / "frozen").modules
 
 
 def test_a_round_trip_through_16_bits_is_said(tmp_path):

@@ -198,6 +198,72 @@ def test_what_cannot_be_merged_is_refused() -> None:
         merge_quantized(model, "16bit")
 
 
+PARTIAL = {
+    "rows": {"trainable_token_indices": [1, 2]},
+    "copies": {"modules_to_save": ["lm_head"]},
+    "dora": {"use_dora": True},
+    "bias": {"lora_bias": True},
+}
+
+
+@pytest.mark.parametrize("to", ["16bit", "nf4+residual"])
+@pytest.mark.parametrize("kind", PARTIAL)
+def test_an_adapter_that_is_more_than_factors_is_refused_whole(kind: str, to: Any) -> None:
+    model = cells.plain(**PARTIAL[kind])
+    before = cells.logits(model)
+    with pytest.raises(ConfigError, match=next(iter(PARTIAL[kind]))):
+        merge_quantized(model, to, verbose=False)
+    torch.testing.assert_close(cells.logits(model), before)
+
+
+def test_an_init_that_changed_the_base_weight_is_merged_into_it_as_it_is() -> None:
+    model = cells.plain(init_lora_weights="pissa")
+    before = cells.logits(model)
+    merged = merge_quantized(model, verbose=False).model
+    torch.testing.assert_close(cells.logits(merged), before, rtol=0, atol=1e-5 * float(before.abs().max()))
+
+
+@pytest.mark.parametrize("to", ["16bit", "nf4+residual", "nf4"])
+def test_layers_without_an_active_adapter_are_left_as_they_are(to: Any) -> None:
+    """Each of two adapters has layers of its own; the base weights under the one that is not active do not change."""
+    model = cells.protected("nf4", target_modules=["q_proj"])
+    model.add_adapter("second", cells.config("nf4", seed=2, target_modules=["v_proj"]))
+    cells.perturb(model)
+    names = {kind: f"model.layers.1.self_attn.{kind}_proj" for kind in "qv"}
+    packed = model.get_base_model().get_submodule(names["v"]).get_base_layer().weight.data.clone()
+    both = copy.deepcopy(model)
+    both.base_model.set_adapter(["default", "second"])
+    for given, kinds in ((model, "q"), (both, "qv")):
+        before = cells.logits(given)
+        result = merge_quantized(given, to, dtype=torch.float32, force=True, verbose=False)
+        assert {row.module for row in result.modules if ".1." in row.module} == {names[kind] for kind in kinds}
+        if to != "nf4":
+            torch.testing.assert_close(cells.logits(result.model), before, rtol=0, atol=1e-5)
+        if kinds == "q":
+            base = result.model.get_base_model() if to == "nf4+residual" else result.model
+            layer = base.get_submodule(names["v"])
+            assert type(layer).__name__ == "Linear4bit"
+            assert torch.equal(layer.weight.data, packed)
+    model = cells.protected("nf4")
+    model.base_model.set_adapter([])
+    with pytest.raises(ConfigError, match="no layer has an active adapter"):
+        merge_quantized(model, to, verbose=False)
+
+
+def test_a_base_weight_of_zeros_has_no_relative_update(capsys: pytest.CaptureFixture[str]) -> None:
+    model = cells.protected(trained=True)
+    name, layer = next(iter(cells.layers_of(model)))
+    layer.get_base_layer().weight.data.zero_()
+    before = cells.logits(model)
+    result = merge_quantized(model)
+    torch.testing.assert_close(cells.logits(result.model), before, rtol=0, atol=1e-4 * float(before.abs().max()))
+    row = next(row for row in result.modules if row.module == name)
+    assert row.norm == math.inf
+    assert row.kept == pytest.approx(1, abs=1e-4)
+    assert json.loads(json.dumps(result.to_json(), allow_nan=False))["modules"][0]["norm"] is None
+    assert "inf" in capsys.readouterr().out
+
+
 def test_a_requantized_model_still_is_one(tmp_path: Path) -> None:
     model = small()
     expected = {

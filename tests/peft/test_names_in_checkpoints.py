@@ -1,5 +1,7 @@
 """Checkpoints whose names are not those of the model: vision-language models, and weights that could be one of two."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,6 +18,7 @@ from peft_safety.core.checkpoints import open_weights
 from peft_safety.core.targets import base_layers
 from peft_safety.errors import CheckpointError, PeftSafetyError
 from tests.peft.named_cells import random_subspace
+from tests.tiny import tiny_llama
 
 
 def llava(shift=0.0):
@@ -65,6 +68,19 @@ def test_checkpoints_with_other_names_than_their_model(tmp_path):
         open_weights(tmp_path).open("model.language_model.layers.0.self_attn.q_proj"),
     ):
         pass
+
+
+def test_a_base_models_config_may_hold_infinity(tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields |= {"time_step_limit": [0.0, float("inf")], "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert "Infinity" in (tmp_path / "config.json").read_text()
+    source = open_weights(tmp_path)
+    assert source.tied
+    with source.open("model.layers.0.self_attn.q_proj") as matrix:
+        assert matrix.shape == (32, 32)
 
 
 def test_safe_lora_and_protection_on_a_vision_language_model(tmp_path):

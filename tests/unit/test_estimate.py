@@ -122,6 +122,22 @@ def test_an_adapter_on_the_model_is_switched_off_and_comes_back(pairs):
     assert not torch.equal(model(ids).logits, off)
 
 
+@pytest.mark.parametrize("option", [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [4, 5, 6]}])
+def test_what_an_adapter_trained_beside_its_factors_is_switched_off_too(option, pairs):
+    bare = estimate(tiny_llama(), pairs, tokenizer=tiny_tokenizer())
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"], **option))
+    trained = {name: p for name, p in model.named_parameters() if "modules_to_save" in name or "tokens_delta" in name}
+    for parameter in trained.values():
+        torch.nn.init.normal_(parameter)
+    ids = torch.arange(4, 20)[None]
+    before = model(ids).logits
+    assert trained
+    assert not torch.equal(before, tiny_llama()(ids).logits)
+    assert estimate(model, pairs, tokenizer=tiny_tokenizer()).digest == bare.digest
+    assert all(parameter.requires_grad for parameter in trained.values())
+    torch.testing.assert_close(model(ids).logits, before)
+
+
 def test_calibrating_under_a_merged_adapter_is_refused(pairs):
     model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     model.merge_adapter()
