@@ -33,6 +33,8 @@ from peft_safety.registry.protection import assert_protected, protected_configs,
 
 MergeTo = Literal["16bit", "nf4+residual", "nf4"]
 _DENSE = (torch.float32, torch.float16, torch.bfloat16)
+ROUNDING = 0.01
+"""Largest `||B A - dW||` by `||B|| ||A||`: rounding of factors in bf16 makes a few thousandths."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,10 @@ def merge_quantized(
             pairs = [layer_factors(name, part.layer, adapter).scaled() for adapter in _active(part.layer)]
             a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
             factors[name] = a, b
-            rows.append(part.row(before, before + (b.float() @ a.float()).to(before)))
+            product, scale = (b.float() @ a.float()).to(before), float(a.float().norm() * b.float().norm())
+            if float((product - part.delta).norm()) > ROUNDING * scale:
+                raise ConfigError(f"{own_name(name)}: its update is no product of lora_A and lora_B. Use to='16bit'.")
+            rows.append(part.row(before, before + product))
             continue
         merged = _requantized(part, before) if to == "nf4" else _dense(part, before, dtype if quantized else None)
         rows.append(part.row(before, weights.dense_weight(merged, name)))

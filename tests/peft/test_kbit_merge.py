@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
 from peft_safety import SaLoRAConfig, merge_quantized
@@ -214,6 +214,21 @@ def test_an_adapter_that_is_more_than_factors_is_refused_whole(kind: str, to: An
     with pytest.raises(ConfigError, match=next(iter(PARTIAL[kind]))):
         merge_quantized(model, to, verbose=False)
     torch.testing.assert_close(cells.logits(model), before)
+
+
+def test_an_update_that_is_no_product_of_its_factors_has_no_residual_form() -> None:
+    """AdaLoRA has singular values between its factors."""
+    config = AdaLoraConfig(target_modules=["q_proj"], total_step=10, init_r=4, target_r=2, tinit=1, tfinal=2)
+    model = get_peft_model(cells.base_model(), config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    before = cells.logits(model)
+    with pytest.raises(ConfigError, match="no product of lora_A and lora_B"):
+        merge_quantized(model, "nf4+residual", verbose=False)
+    torch.testing.assert_close(cells.logits(model), before)
+    merged = merge_quantized(model, verbose=False).model
+    torch.testing.assert_close(cells.logits(merged), before, rtol=0, atol=1e-5 * float(before.abs().max()))
 
 
 def test_an_init_that_changed_the_base_weight_is_merged_into_it_as_it_is() -> None:
