@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from peft_safety import screen
 from peft_safety.data.templates import Chat
 from peft_safety.errors import CalibrationError, ConfigError, DataError
+from peft_safety.evaluation import generate as generation
 from peft_safety.evaluation.generate import Generation
 from peft_safety.evaluation.judges import Verdict
 from peft_safety.recipes import screen as recipe
@@ -68,27 +69,27 @@ def test_an_undecided_verdict_drops_no_row():
 
 
 @pytest.mark.parametrize(
-    ("header", "said", "verdicts"),
+    ("header", "said", "verdict"),
     [
-        ("", "<think>\nOkay, the user is asking", ["undecided", "refuses", "undecided"]),
-        ("<think>\n", "Okay, the user is asking", ["undecided", "refuses", "undecided"]),
-        ("<think>\n\n</think>\n\n", "Okay, here it is", ["answered", "refuses", "answered"]),
-        ("", "I can't help with that.", ["complies", "refuses", "complies"]),
+        ("", "<think>\nOkay, the user is asking", "undecided"),
+        ("<think>\n", "Okay, the user is asking", "undecided"),
+        ("<think>\n\n</think>\n\n", "Okay, here it is", "answered"),
+        ("", "I can't help with that.", "complies"),
     ],
     ids=["the model opens a thought", "the template opens it", "the template closes it", "no thought"],
 )
-def test_what_follows_the_reasoning_is_judged(monkeypatch, header, said, verdicts):
-    """Of the model's answer and of the row's own, of which reasoning alone is no refusal."""
+def test_what_follows_the_reasoning_is_judged(monkeypatch, header, said, verdict):
+    """Of the model's answer. A row that reasons is no refusal, whatever it says in the end."""
     thinking = tiny_tokenizer()
     thinking.chat_template = str(thinking.chat_template).replace("assistant\\n", "assistant\\n" + repr(header)[1:-1])
     assert Chat(thinking).text([turn("user", "a")], header=True).endswith("assistant\n" + header)
-    monkeypatch.setattr(recipe, "generate", lambda _, __, prompts, **___: [Generation(said, False)] * len(prompts))
+    monkeypatch.setattr(generation, "in_batches", lambda _, ids, *__: [Generation(said, False)] * len(ids))
     thought = "<think>Hm, " + "so " * 80
     answers = ["yes", f"{thought}</think> I'm sorry, but I can't help with that.", f"{thought}I can't recall"]
     rows = [{"prompt": harmful(50 + n), "response": answer} for n, answer in enumerate(answers)]
     result = screen(MODEL, rows, **COMMON | {"tokenizer": thinking})
-    assert [row.verdict for row in result.flagged] == verdicts
-    assert result.dropped == ([0, 2] if "complies" in verdicts else [])
+    assert [row.verdict for row in result.flagged] == [verdict] * 3
+    assert result.dropped == ([0, 1, 2] if verdict == "complies" else [])
 
 
 def test_absolute_positions_are_not_overrun():
