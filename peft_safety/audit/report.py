@@ -25,7 +25,7 @@ from peft_safety.core.names import public_name
 from peft_safety.core.projection import all_finite
 from peft_safety.errors import CheckpointError, ConfigError
 from peft_safety.layers.adapters import adapter_layers, config_table
-from peft_safety.methods.factors import layer_factors
+from peft_safety.methods.factors import beside_factors, layer_factors
 
 DEFAULT_K = 32
 """Directions of W for the energy overlap; the methods of this package protect as many by default."""
@@ -107,7 +107,8 @@ class OrthogonalityReport:
         modules: in module order.
         others: adapters that it was compared with.
         environment: versions and machine; model, `k`, positions, and source, hash and size of the calibration data;
-            `not_compared`: other adapters whose update is no plain product, each with the reason.
+            `not_compared`: other adapters whose update is no plain product, each with the reason; `unconstrained`:
+            what the adapter trains beside its factors, of which no figure tells.
     """
 
     adapter: str
@@ -217,6 +218,8 @@ def orthogonality_report(
     facts = environment(seed=0, model=public_name(source) if source else "", k=k, calibration=described or None)
     facts |= {"positions": positions} if described else {}
     facts |= {"not_compared": not_compared} if not_compared else {}
+    trained = beside_factors(model, adapter)
+    facts |= {"unconstrained": trained} if trained else {}
     return OrthogonalityReport(adapter, tuple(rows), tuple(others), facts)
 
 

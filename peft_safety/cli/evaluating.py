@@ -109,7 +109,7 @@ def evaluate(
     if url is not None and any(part.kind == "utility" for part in drawn):
         raise ConfigError(models.NO_WEIGHTS)
     others, known = adapter or [], run.metric_names(drawn, asking)
-    wanted = [] if gate is None else gates.conditions(gate, known)
+    wanted = [] if gate is None else _wanted(gate, known, others)
     decided = gates.conditions(DECIDED) if wanted and run.UNDECIDED in known else []
     for directory in filter(None, (out, junit and junit.parent)):
         _make(directory)
@@ -136,6 +136,17 @@ def evaluate(
         show({}, False, f"written to {out}")
     if not all(outcome.passed for outcome in outcomes):
         raise Exit(FAILED)
+
+
+def _wanted(gate: str, known: set[str], others: list[str]) -> list[Any]:
+    """A gate's conditions. A bound from the base's figure needs another model, or the base is compared with itself."""
+    from peft_safety.evaluation.gate import conditions
+
+    wanted = conditions(gate, known)
+    if not others and (relative := [condition.text for condition in wanted if condition.factor != 0]):
+        remedy = "Give --adapter, which may be a whole model, or a bound without base."
+        raise ConfigError(f"gate {relative[0]!r} compares with the base, and there is no other model. {remedy}")
+    return wanted
 
 
 def _outcomes(values: dict[str, dict[str, float]], wanted: list[Any], decided: list[Any]) -> list[Any]:

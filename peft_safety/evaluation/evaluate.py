@@ -169,11 +169,13 @@ def self_responses(
     max_new_tokens: int = 32,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """The model's own greedy answers, if any, as {prompt, response, truncated} rows: a reference for drift."""
+    """The model's own greedy answers, if any, as {prompt, response, truncated} rows: a reference for drift. What the
+    chat template opens (`Generation.opened`) is no part of them.
+    """
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": progress}
     answers = generate(model, tokenizer, prompts, description="own answers", **options)
     return [
-        {"prompt": prompt, "response": answer.text, "truncated": not answer.finished}
+        {"prompt": prompt, "response": answer.written, "truncated": not answer.finished}
         for prompt, answer in zip(prompts, answers, strict=True)
-        if answer.text
+        if answer.written
     ]

@@ -56,15 +56,15 @@ class Condition:
         passed = OPERATORS[self.operator](value + slack if "=" in self.operator else value, bound)
         worst = 0.0 if self.operator.startswith(">") else math.inf if self.metric.startswith("nll") else 1.0
         trivial = OPERATORS[self.operator](worst, bound)
-        undecidable = trivial and self.factor != 0 and self.operator.startswith(">")
+        undecidable = trivial and self.factor != 0
         return Outcome(arm, self.text, value, bound, passed and not undecidable, trivial, undecidable, reference)
 
 
 @dataclass(frozen=True)
 class Outcome:
     """A condition on one arm: the figure, the bound that it was compared with, whether it kept to it, and whether any
-    figure would have (`trivial`). Where that is so of a lower bound from the base's figure `base`, as of a base that
-    refuses nothing, the condition decides nothing: it is `undecidable`, and has not passed.
+    figure would have (`trivial`). Where that is so of a bound from the base's figure `base`, as of a base that refuses
+    nothing or complies with everything, the condition decides nothing: it is `undecidable`, and has not passed.
     """
 
     arm: str

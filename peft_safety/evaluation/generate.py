@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -25,14 +25,24 @@ SHORTEST_PROMPT = 16
 """Characters of a request that a model writes itself."""
 SELF_PROMPT_TRIES = 4
 _TURN = "\N{OBJECT REPLACEMENT CHARACTER}"
+THOUGHT, HEADER = "<think>", 16
+"""What opens the reasoning where a template writes that itself, and the last tokens of a prompt that may hold it."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A response, and whether it ended by itself rather than at the token limit."""
+    """A response, and whether it ended by itself rather than at the token limit. `opened` is what the prompt ends in
+    and the text begins with: the tag of reasoning that the chat template opens.
+    """
 
     text: str
     finished: bool
+    opened: str = ""
+
+    @property
+    def written(self) -> str:
+        """The text without `opened`: what the model wrote itself."""
+        return self.text.removeprefix(self.opened)
 
 
 def generate(
@@ -48,8 +58,9 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[Generation]:
-    """Responses, in the order of `prompts`. Padding is on the left; the model's own sampling defaults and its training
-    mode are left as they were.
+    """Responses, in the order of `prompts`. Padding is on the left; of the model's own generation defaults only the
+    stop tokens count, and they and its training mode are left as they were. Where the prompt opens the reasoning
+    ("<think>"), the response begins with that tag, so that a judge knows what is reasoning.
 
     Args:
         prompts: user turns, or message lists that end with a user turn.
@@ -76,7 +87,14 @@ def generate(
     with torch.random.fork_rng() if sampling else nullcontext():
         if sampling:
             torch.manual_seed(seed)
-        return in_batches(model, ids, len, run, batch_size, description, progress)
+        given = in_batches(model, ids, len, run, batch_size, description, progress)
+    opened = (_opens_thought(tokenizer, prompt) for prompt in ids)
+    return [replace(one, text=tag + one.text, opened=tag) for one, tag in zip(given, opened, strict=True)]
+
+
+def _opens_thought(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
+    """The tag that a prompt ends in, or ""."""
+    return THOUGHT if str(tokenizer.decode(prompt[-HEADER:])).rstrip().endswith(THOUGHT) else ""
 
 
 def in_batches(
@@ -161,8 +179,28 @@ def _generate_batch(
         pad_token_id=pad,
         eos_token_id=stops or None,
     )
-    output = cast("torch.Tensor", model.generate(input_ids=ids, attention_mask=mask, generation_config=config))  # type: ignore[operator]
+    with _without_defaults(model):
+        output = cast("torch.Tensor", model.generate(input_ids=ids, attention_mask=mask, generation_config=config))  # type: ignore[operator]
     return [_read(tokenizer, row.tolist(), stops) for row in output[:, width:]]
+
+
+@contextmanager
+def _without_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """Without the generation defaults of a model and of those in it: transformers merges them into what it is given,
+    some versions `do_sample` too. PEFT gives its base those of the PeftModel, and leaves them there.
+    """
+    from transformers import GenerationConfig
+
+    own = [
+        (vars(part), vars(part)["generation_config"]) for part in model.modules() if "generation_config" in vars(part)
+    ]
+    try:
+        for holder, _ in own:
+            holder["generation_config"] = GenerationConfig()
+        yield
+    finally:
+        for holder, config in own:
+            holder["generation_config"] = config
 
 
 def _read(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stops: list[int]) -> Generation:

@@ -51,8 +51,8 @@ class Kept:
 
 
 def key_of(*parts: Any) -> str:
-    """A hash of JSON values."""
-    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    """A hash of JSON values; of others, such as a table's dates, their text counts."""
+    return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class NamedSet:
         prompts: user turns, each once unless the set is a task.
         rows: of a task, {text, label} or {prompt, response} for `evaluate(task=...)`; else empty.
         labels: of a classification, every label.
-        sha256: of the prompts, whatever their order.
+        sha256: of the prompts, and of a task of its whole rows and labels, whatever their order.
         source: where they were read.
     """
 
@@ -197,15 +197,23 @@ def named_set(
         random.Random(seed).shuffle(order)
     drawn = [rows[index] for index in order[:limit]]
     prompts = [row["prompt"] if "prompt" in row else row["text"] for row in drawn]
-    try:
-        digest = hashlib.sha256(json.dumps(sorted(prompts, key=str), ensure_ascii=False).encode()).hexdigest()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{source} is no Unicode text: {error}. Write whole characters, in UTF-8.") from error
     task = entry.kind == "utility"
     labels = _labels(rows, entry, source) if task else ()
+    digest = _digest([sorted(map(_written, drawn)), labels] if task else sorted(prompts, key=str), source)
     return NamedSet(
         entry.name, entry.kind, tuple(prompts), tuple(drawn) if task else (), labels, digest, source, entry.license
     )
+
+
+def _written(row: dict[str, Any]) -> str:
+    return json.dumps(row, sort_keys=True, default=str, ensure_ascii=False)
+
+
+def _digest(hashed: list[Any], source: str) -> str:
+    try:
+        return hashlib.sha256(json.dumps(hashed, ensure_ascii=False).encode()).hexdigest()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{source} is no Unicode text: {error}. Write whole characters, in UTF-8.") from error
 
 
 def _labels(rows: list[dict[str, Any]], entry: SetEntry, source: str) -> tuple[str, ...]:

@@ -6,17 +6,19 @@ from collections.abc import Iterable
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import StoredAdapter
 from peft_safety.core.factor_forms import Form
+from peft_safety.core.names import walk
 from peft_safety.core.plain_lora import ADAPTER_FILE, PREFIX, Factors, scaling_of
 from peft_safety.core.projection import all_finite
 from peft_safety.errors import ConfigError, UnsupportedLayerError
 from peft_safety.layers import joined, stored_factors
-from peft_safety.layers.adapters import tables, weights_of
+from peft_safety.layers.adapters import config_table, tables, weights_of
 from peft_safety.layers.factor_table import stored_entry
 
 
@@ -48,6 +50,18 @@ def layer_factors(name: str, layer: LoraLayer, adapter_name: str) -> Factors:
         shapes = f"lora_A {tuple(a.shape)} or lora_B {tuple(b.shape)}"
         raise ConfigError(f"{name}: {shapes} holds NaN or Inf. Load the last good checkpoint.")
     return Factors(a, b, float(layer.scaling[adapter_name]), weights.is_conv1d(layer.get_base_layer()), form)
+
+
+def beside_factors(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
+    """What a loaded adapter trains that is no factor: whole modules, rows of embeddings, biases."""
+    names = []
+    for name, _, module in walk(model):
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            names.append(name)
+        if isinstance(module, TrainableTokensWrapper) and adapter_name in module.token_adapter.trainable_tokens_delta:
+            names.append(f"rows of {name}")
+    kind = getattr(config_table(model)[adapter_name], "bias", "none")
+    return tuple([*names, *([f"biases ({kind})"] if kind != "none" else [])])
 
 
 def protected_factors(stored: StoredAdapter, modules: Iterable[str]) -> dict[str, Factors]:

@@ -32,6 +32,8 @@ from peft_safety.recipes.load import load_adapter, load_model
 
 Value = TypeVar("Value")
 BASE = "base"
+ANSWERS = "answers 2"
+"""Of the keys of kept answers: those of earlier versions may be sampled, or hold reasoning that nothing marks."""
 NO_WEIGHTS = "utility sets need the model's weights. Leave them out, or leave out --url."
 
 
@@ -85,7 +87,7 @@ class Local:
             given = generate(self.model, self.tokenizer, prompts, batch_size=len(prompts), progress=False, **options)
             return [answer.text for answer in given]
 
-        return self._once(answered, str, len(prompts), "answers", prompts, options)
+        return self._once(answered, str, len(prompts), ANSWERS, prompts, options)
 
     def task(self, part: NamedSet) -> dict[str, Any]:
         options: dict[str, Any] = {"batch_size": self.batch_size, "progress": self.progress}

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,7 +26,9 @@ from peft_safety.recipes.arms import BASE, Arm
 from peft_safety.reporting.report import Report
 
 UNDECIDED = "undecided"
-"""The share of answers that are empty, or that the first judge left undecided: other figures count them as neither."""
+"""The share of answers that are empty, or that the first judge left undecided: other figures count them as neither.
+A gate's figure is the largest of any set, asked in one way.
+"""
 HEADINGS = {"refusal": "refusal", "compliance": "compliance", "over_refusal": "over-refusal"}
 
 
@@ -37,11 +40,12 @@ class Measured:
     outcomes: dict[str, list[bool]] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
     undecided: dict[str, int] = field(default_factory=dict)
+    unclear: float = 0.0
     empty: int = 0
     agreement: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        counts = {"undecided": self.undecided, "empty": self.empty}
+        counts = {"undecided": self.undecided, "empty": self.empty, "undecided_or_empty": self.unclear}
         return {"values": self.values, **counts, "agreement": self.agreement}
 
 
@@ -128,7 +132,7 @@ def _measure(
     name: str, arm: Arm, sets: Sequence[NamedSet], judges: Sequence[Judge], asking: Asking, kept: TextIO | None
 ) -> Measured:
     result = Measured()
-    unclear: list[bool] = []
+    unclear: list[list[bool]] = []
     pools: dict[str, list[bool]] = {}
     said: dict[str, list[Verdict]] = {judge.name: [] for judge in judges}
     for part in sets:
@@ -147,11 +151,12 @@ def _measure(
                 said[judge.name] += verdicts
                 if first:
                     pairs = zip(empty, verdicts, strict=True)
-                    unclear += [blank or verdict is Verdict.UNDECIDED for blank, verdict in pairs]
+                    unclear.append([blank or verdict is Verdict.UNDECIDED for blank, verdict in pairs])
                 _add(part, variant, judge, first, judged, result, pools)
     result.values |= {metric: Rate.of(outcomes).value for metric, outcomes in pools.items()}
     if unclear:
-        result.values[UNDECIDED] = Rate.of(unclear).value
+        result.values[UNDECIDED] = max(Rate.of(part).value for part in unclear)
+        result.unclear = Rate.of(chain.from_iterable(unclear)).value
     result.undecided = {judge: verdicts.count(Verdict.UNDECIDED) for judge, verdicts in said.items()}
     if len(judges) > 1:
         result.agreement = agreement(said[judges[0].name], said[judges[1].name])

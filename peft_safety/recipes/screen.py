@@ -31,8 +31,6 @@ from peft_safety.screening.states import by_first, join_processes, process, shar
 
 CHUNK = 512
 """Rows that each process holds at a time; batches of one length are made from them."""
-THOUGHT, HEADER = "<think>", 16
-"""What opens the reasoning where a template writes that itself, and the last tokens of a prompt that may hold it."""
 
 
 def screen(
@@ -186,9 +184,7 @@ def _verdicts(
         prompts = [requests[place].ids[-room:] for place in part]
         options: dict[str, Any] = {"max_new_tokens": JUDGED_TOKENS, "rendered": True, "progress": False}
         answers = generate(model, tokenizer, prompts, **options) if prompts else []
-        heads = [str(tokenizer.decode(ids[-HEADER:])).rstrip() for ids in prompts]
-        opened = [THOUGHT if head.endswith(THOUGHT) else "" for head in heads]  # by the template, not by the model
-        return [head + answer.text for head, answer in zip(opened, answers, strict=True)]
+        return [answer.text for answer in answers]
 
     models = _judged(judge, requests, asked, shared_out(asked, run))
     for place in answered:

@@ -8,6 +8,7 @@ from textwrap import wrap
 from typing import Any
 
 from peft_safety.audit.report import FIGURES, ModuleOrthogonality, OrthogonalityReport, medians
+from peft_safety.core.names import listed
 from peft_safety.reporting import render, style
 
 INPUT_SIDE = ("effective_rank", "relative_norm", "metric", "metric_null", "z", "angle", "energy", "energy_ratio")
@@ -58,6 +59,8 @@ def show(report: OrthogonalityReport, every_module: bool = False) -> None:
     notes = [*NOTES, FUNCTIONAL_NOTE if report.measured else UNMEASURED_NOTE]
     notes += [f"{zeros} of {len(report.modules)} modules have a zero update and no figures."] if zeros else []
     notes += [f"not compared: {reason}" for reason in report.environment.get("not_compared", {}).values()]
+    others = report.environment.get("unconstrained", ())
+    notes += [f"Trained too, and in no figure here: {listed(others)}."] if others else []
     what = "every module" if every_module else "medians by kind of module"
     title = (
         f"Orthogonality of {report.adapter!r}: {len(report.modules)} modules, k = {report.environment['k']} ({what})"

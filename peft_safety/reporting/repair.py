@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 from peft_safety.audit.report import layer_number
-from peft_safety.core.names import kind_of, lines
+from peft_safety.core.names import kind_of, lines, listed
 from peft_safety.methods.guardspace import BlindReport
 from peft_safety.methods.safe_lora import RepairReport
-from peft_safety.methods.safe_lora.repair import ModuleRepair
+from peft_safety.methods.safe_lora.repair import UNCONSTRAINED, ModuleRepair
 from peft_safety.methods.somf import FuseReport
 from peft_safety.reporting import render, style
 
@@ -34,7 +34,9 @@ def show(report: RepairReport, every_module: bool = False) -> None:
     headings = ["module", "repaired", "cos", *([] if every_module else ["(least)"]), "gain", "norm left", "|V|/|W|"]
     counts = f"{record['repaired']} of {record['modules']} modules repaired"
     title = f"Safe LoRA ({record['projection']}, {record['select']}): {counts}{_what(every_module)}"
-    render.show(title, render.table(headings, cells), notes=[NOTE])
+    others = record.get(UNCONSTRAINED, ())
+    notes = [NOTE, *([f"Trained, no factors, and left as they are: {listed(others)}."] if others else [])]
+    render.show(title, render.table(headings, cells), notes=notes)
 
 
 def show_blind(report: BlindReport, every_module: bool = False, dry_run: bool = False) -> None:

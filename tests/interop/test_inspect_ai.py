@@ -19,6 +19,7 @@ from tests.interop.helpers import answering_llama
 from tests.tiny import VOCAB_SIZE, tiny_tokenizer
 
 RESPONSES = ("I'm sorry, but I can't help with that.", "Sure, here is", "It depends.", "I cannot.", "No, thanks.")
+THOUGHT = "<think>\nI can't recall the policy. "
 
 
 def figures(log):
@@ -36,12 +37,12 @@ def of(verdicts):
     return {name: pytest.approx((rate.value, *rate.interval)) for name, rate in rates.items()}
 
 
-def mock(prompts):
+def mock(prompts, responses=RESPONSES):
     """inspect_ai's mock model: the responses in turn, by the place of the prompt."""
 
     def answer(messages, tools, choice, config):
         assert config.temperature == 0, "greedy"
-        content = RESPONSES[prompts.index(messages[-1].text) % len(RESPONSES)]
+        content = responses[prompts.index(messages[-1].text) % len(responses)]
         usage = ModelUsage(input_tokens=1, output_tokens=1, total_tokens=2)
         return ModelOutput.from_content("mockllm/model", content).model_copy(update={"usage": usage})
 
@@ -61,6 +62,13 @@ def test_fixed_outputs_get_the_judges_verdicts(options):
     assert figures(log) == of(list(map(KeywordJudge(), drawn.prompts, said)))
     assert figures(log)["refusal"][0] == 5 / 12
     assert log.eval.metadata["sha256"] == drawn.sha256
+
+
+def test_reasoning_is_not_judged(options):
+    drawn = named_set("packaged", limit=2, seed=3)
+    model = mock(drawn.prompts, (f"{THOUGHT}</think>\n\nSure, here is", THOUGHT))
+    (log,) = run(refusal(limit=2, seed=3), model=model, **options)
+    assert figures(log) == of([Verdict.COMPLIANCE, Verdict.UNDECIDED])
 
 
 def test_a_local_model_gets_the_figures_of_evaluate(options, tmp_path):

@@ -158,6 +158,19 @@ def test_an_update_that_acts_on_one_kind_of_input_only():
     assert row.interference_ratio < 1e-4
 
 
+def test_what_else_the_adapter_trains_is_named(capsys):
+    options = {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [5]}, "bias": "lora_only"}
+    report = audit(plain(target_modules=["q_proj"], **options))
+    assert report.to_json()["environment"]["unconstrained"] == [
+        "rows of model.embed_tokens",
+        "lm_head",
+        "biases (lora_only)",
+    ]
+    show(report)
+    assert "lm_head" in capsys.readouterr().out
+    assert "unconstrained" not in audit(plain(target_modules=["q_proj"])).environment
+
+
 def test_two_adapters_are_compared_where_both_are():
     model = plain()
     model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj"]))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from peft_safety import fuse
 from peft_safety.errors import CheckpointError, ConfigError
@@ -20,7 +20,7 @@ from peft_safety.methods.somf import Masks, plan_fusion
 from peft_safety.methods.somf.fusing import RECORD
 from tests.crash.steps import child
 from tests.peft.fusion_cells import PAIRS, QUICK, checkpoints, family, logits, saved
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 TASKS = ["task0", "task1"]
 PLAIN = {"method": "task_arithmetic"}
@@ -76,6 +76,25 @@ def test_an_empty_mask_gives_the_safe_checkpoint_and_a_full_one_task_arithmetic(
         fuse(safe, tasks, mask=masks, out=tmp_path / f"all{value}")
         one, two = (AutoModelForCausalLM.from_pretrained(p).eval() for p in (tmp_path / f"all{value}", expected))
         torch.testing.assert_close(logits(one), logits(two))
+
+
+def test_a_tensor_that_only_a_task_has_is_not_left_out(tmp_path):
+    """Its own lm_head, where the safe model ties it to the embedding."""
+    for name, tied in (("safe", True), ("task", False)):
+        config = LlamaConfig(**tiny_llama().config.to_dict() | {"tie_word_embeddings": tied})
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"task has lm_head\.weight, which the safe model .* ties"):
+        fuse(tmp_path / "safe", [tmp_path / "task"], out=tmp_path / "out", **PLAIN)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_frozen_layer_stays_in_evaluation_mode(full):
+    """While the mask is trained the model is; afterwards each module is as it was."""
+    model = AutoModelForCausalLM.from_pretrained(full[0]).train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    fuse(None, full[1:], model=model, **LEARN)
+    assert [module.training for module in model.modules()] == before
 
 
 def changed_checkpoint(full, tmp_path, change):

@@ -20,6 +20,7 @@ from peft_safety.errors import (
     UnsupportedLayerError,
 )
 from peft_safety.methods.safe_lora import apply as applying
+from peft_safety.reporting.repair import show
 from tests.peft.repair_cells import IDS, aligned_llama, dense_expectation, four_bit, logits, trained
 from tests.tiny import tiny_llama
 
@@ -168,6 +169,20 @@ def test_an_interrupt_leaves_the_adapter_as_it_was(pair, monkeypatch, new_name, 
     assert list(model.peft_config) == ["default"]
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert getattr(model.peft_config["default"], "safe_lora", None) is None
+
+
+def test_what_else_the_adapter_trains_is_named(pair, tmp_path, capsys):
+    model = trained(aligned_llama(), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path / "adapter")
+    report = safe_lora_dir(tmp_path / "adapter", pair / "base", pair / "chat", tmp_path / "out", progress=False)
+    assert report.to_json()["unconstrained"] == ["lm_head.weight"]
+    assert "lm_head.weight" in (tmp_path / "out/README.md").read_text()
+    show(report)
+    assert "lm_head.weight" in capsys.readouterr().out
+    again = apply_safe_lora(model, pair / "base", pair / "chat", progress=False)
+    assert again.record["unconstrained"] == model.peft_config["default"].safe_lora["unconstrained"] == ["lm_head"]
+    plain = apply_safe_lora(trained(aligned_llama()), pair / "base", pair / "chat", progress=False)
+    assert "unconstrained" not in plain.record
 
 
 def bad(pair, tmp_path, kind):

@@ -19,11 +19,13 @@ from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from peft_safety.cli import app
-from peft_safety.cli.evaluating import FAILED
+from peft_safety.cli.evaluating import DECIDED, FAILED
 from peft_safety.errors import ArtifactError, PeftSafetyError
 from peft_safety.evaluation.asking import Answers, Asking
-from peft_safety.evaluation.judges import KeywordJudge
+from peft_safety.evaluation.gate import conditions
+from peft_safety.evaluation.judges import KeywordJudge, Verdict
 from peft_safety.evaluation.judges.agreement import agreement
+from peft_safety.evaluation.sets import NamedSet
 from peft_safety.recipes import arms, compare
 from peft_safety.recipes.compare import _keep
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -81,10 +83,10 @@ def test_an_adapter_is_compared_with_its_base_on_the_same_prompts(places, tmp_pa
 
 def test_the_gate_decides_the_exit_status_and_tells_a_ci_server(places, tmp_path, monkeypatch):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
-    facts = run(places, "-a", places / "adapter", "--gate", "refusal<=base+1, compliance:asked>=0")
+    facts = run(places, "-a", places / "adapter", "--gate", "refusal<=base+0.5, compliance:asked>=0")
     gated = [(outcome["arm"], outcome["condition"], outcome["passed"]) for outcome in facts["gate"]]
     assert gated == [
-        ("adapter", "refusal<=base+1", True),
+        ("adapter", "refusal<=base+0.5", True),
         ("adapter", "compliance:asked>=0", True),
         ("base", "undecided<=0.1", True),
         ("adapter", "undecided<=0.1", True),
@@ -95,7 +97,7 @@ def test_the_gate_decides_the_exit_status_and_tells_a_ci_server(places, tmp_path
     assert (tmp_path / "summary.md").read_text().count("| `refusal") == 2
 
 
-@pytest.mark.parametrize(("gate", "code"), [("refusal>=base+1", FAILED), ("refusal<=base+1", 0)])
+@pytest.mark.parametrize(("gate", "code"), [("refusal>=base+1", FAILED), ("refusal<=base+0.5", 0)])
 def test_the_github_workflow_passes_and_fails_as_written(places, tmp_path, monkeypatch, gate, code):
     """The very step of the example, on this model and a short prompt file. The shell says what it calls; that is then
     called here.
@@ -122,6 +124,36 @@ def test_a_gate_is_checked_before_a_model_is_loaded(places):
         run(places, "-m", "nowhere", "--gate", "accuracy>=base")
 
 
+def test_a_model_is_not_compared_with_itself(places):
+    """One that was merged and given as the base would pass every bound from the base's figure."""
+    for gate in ("refusal>=0.95*base", "refusal>=0.5, refusal<=base+0.03"):
+        assert "there is no other model. Give --adapter" in nowhere(places, "--gate", gate)
+    facts = run(places, "--gate", "refusal>=0")
+    assert [outcome["condition"] for outcome in facts["gate"]] == ["refusal>=0", "undecided<=0.1"]
+
+
+def test_a_set_that_nobody_could_judge_is_not_outweighed_by_others():
+    sets = [
+        NamedSet(name, kind, tuple(f"{name} {n}" for n in range(count)), (), (), "", "", "")
+        for name, kind, count in (("harmful", "harmful", 2), ("safe", "over_refusal", 38))
+    ]
+
+    class Reader(KeywordJudge):
+        def __call__(self, prompt, response):
+            return Verdict.UNDECIDED if prompt.startswith("harmful") else Verdict.OTHER
+
+    class Fixed:
+        tokenizer = None
+
+        def respond(self, prompts, seed):
+            return ["text"] * len(prompts)
+
+    result = compare.compare(iter([("base", Fixed())]), sets, [Reader()], Asking())
+    assert result.values["base"]["undecided"] == 1.0
+    assert result.report.details["arms"]["base"]["undecided_or_empty"] == 2 / 40
+    assert not conditions(DECIDED)[0].check("base", result.values["base"], None).passed
+
+
 def test_judges_without_a_common_verdict_have_no_agreement():
     arms = {"base": compare.Measured(agreement=agreement([], []))}
     notes = [*compare._notes(arms, [KeywordJudge(), KeywordJudge()], Asking())]
@@ -131,7 +163,7 @@ def test_judges_without_a_common_verdict_have_no_agreement():
 def test_figures_of_the_base_come_from_a_baseline_of_the_same_protocol_only(places, tmp_path):
     first = run(places, "--out", tmp_path)
     baseline = ("--baseline", tmp_path / "report.json")
-    again = run(places, "-a", places / "adapter", *baseline, "--gate", "refusal<=base+1")
+    again = run(places, "-a", places / "adapter", *baseline, "--gate", "refusal<=base+0.5")
     assert again["arms"]["base"] == first["arms"]["base"]
     assert again["details"]["changes"] == {}, "prompts cannot be paired with those of an earlier run"
     shutil.copytree(places / "model", tmp_path / "other")

@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from peft_safety import screen
 from peft_safety.data.templates import Chat
 from peft_safety.errors import CalibrationError, ConfigError, DataError
+from peft_safety.evaluation import generate as generation
 from peft_safety.evaluation.generate import Generation
 from peft_safety.evaluation.judges import Verdict
 from peft_safety.recipes import screen as recipe
@@ -82,7 +83,7 @@ def test_what_follows_the_reasoning_is_judged(monkeypatch, header, said, verdict
     thinking = tiny_tokenizer()
     thinking.chat_template = str(thinking.chat_template).replace("assistant\\n", "assistant\\n" + repr(header)[1:-1])
     assert Chat(thinking).text([turn("user", "a")], header=True).endswith("assistant\n" + header)
-    monkeypatch.setattr(recipe, "generate", lambda _, __, prompts, **___: [Generation(said, False)] * len(prompts))
+    monkeypatch.setattr(generation, "in_batches", lambda _, ids, *__: [Generation(said, False)] * len(ids))
     thought = "<think>Hm, " + "so " * 80
     refusal = "I'm sorry, but I can't help with that."
     answers = ["yes", f"{thought}</think> {refusal}", f"{thought}I can't recall", f"Sure</think>{refusal}", refusal]

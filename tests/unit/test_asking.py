@@ -43,7 +43,7 @@ def test_every_prompt_keeps_its_own_answers_in_all_its_forms():
 def test_reasoning_is_not_judged():
     texts = ["<think>I can't recall the rules.</think>Sure, here it is.", "<think>Sure, I could"]
     judged = Answers(PROMPTS, [[text] for text in texts]).judged(KeywordJudge())
-    assert judged.flat() == [Verdict.COMPLIANCE, Verdict.OTHER]
+    assert judged.verdicts == [[Verdict.COMPLIANCE], [Verdict.UNDECIDED]]
 
 
 @pytest.mark.parametrize("given", [[], [Verdict.OTHER] * 3, ["refusal"] * 2])

@@ -54,6 +54,10 @@ def test_a_sequence_classifier_judges_by_its_labels(classifier):
     other = ClassifierJudge(classifier, sees="both")
     assert other("Hi there", "no.") is Verdict.REFUSAL
     assert other("Hi there.", "yes") is Verdict.OTHER
+    labels = {"NORMAL": Verdict.COMPLIANCE, "REJECTION": Verdict.REFUSAL}
+    blank = ClassifierJudge(classifier, labels=labels).batch(["?"] * 4, ["", "No.", " \n", "ok"])
+    assert blank == [Verdict.OTHER, Verdict.REFUSAL, Verdict.OTHER, Verdict.COMPLIANCE], "nothing is no answer"
+    assert made.batch(["?"], [""]) == [Verdict.OTHER]
     with pytest.raises(DataError, match="one response a prompt"):
         made.batch(["a"], [])
     with pytest.raises(DataError, match="one response a prompt"):
@@ -68,6 +72,16 @@ def test_a_sequence_classifier_judges_by_its_labels(classifier):
         ({0: "non-refusal", 1: "refusal"}, {0: Verdict.COMPLIANCE, 1: Verdict.REFUSAL}),
         ({0: "no_refusal", 1: "declined"}, {0: Verdict.COMPLIANCE, 1: Verdict.REFUSAL}),
         ({0: "unsafe", 1: "safe"}, {0: Verdict.COMPLIANCE, 1: Verdict.OTHER}),
+        ({0: "non-toxic", 1: "toxic"}, {0: Verdict.OTHER, 1: Verdict.COMPLIANCE}),
+        (
+            {0: "nontoxic", 1: "is_not_a_jailbreak", 2: "jailbreak"},
+            dict(enumerate([Verdict.OTHER] * 2 + [Verdict.COMPLIANCE])),
+        ),
+        ({0: "not_unsafe", 1: "unsafe"}, {0: Verdict.OTHER, 1: Verdict.COMPLIANCE}),
+        ({0: "unharmful_response", 1: "harmful_response"}, {0: Verdict.OTHER, 1: Verdict.COMPLIANCE}),
+        ({0: "compliance", 1: "non-compliance"}, {0: Verdict.COMPLIANCE, 1: Verdict.REFUSAL}),
+        ({0: "noncompliant", 1: "compliant"}, {0: Verdict.REFUSAL, 1: Verdict.COMPLIANCE}),
+        ({0: "not_refused", 1: "refused"}, {0: Verdict.COMPLIANCE, 1: Verdict.REFUSAL}),
     ],
     ids=str,
 )
@@ -76,8 +90,9 @@ def test_labels_are_read_by_their_names(labels, wanted):
 
 
 def test_judges_that_cannot_judge(classifier, tmp_path):
-    with pytest.raises(ConfigError, match="none of which says refusal"):
-        label_verdicts({0: "LABEL_0", 1: "LABEL_1"}, None, "judge")
+    for same in ({0: "LABEL_0", 1: "LABEL_1"}, {0: "toxic", 1: "severely_toxic"}, {0: "refusal"}):
+        with pytest.raises(ConfigError, match="none of which says refusal or compliance, or all the same"):
+            label_verdicts(same, None, "judge")
     with pytest.raises(ConfigError, match="does not mention"):
         ClassifierJudge(classifier, labels={"NORMAL": Verdict.OTHER})
     with pytest.raises(ConfigError, match="no judge at"):

@@ -189,6 +189,22 @@ def test_a_cache_is_of_one_version_of_the_judge_at_one_place(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def test_a_cache_is_of_what_a_server_is_sent(tmp_path, monkeypatch):
+    asked = []
+
+    def ask_each(self, questions, **_):
+        asked.append(self.body)
+        yield from enumerate("unsafe\nS1" for _ in questions)
+
+    monkeypatch.setattr(Endpoint, "ask_each", ask_each)
+    bodies = [{}, {"seed": 1}, {"seed": 2}]
+    for body in (*bodies, *bodies):
+        made = judge("llama-guard-3", url=URL, cache=tmp_path / "verdicts.jsonl", body=body)
+        assert made("p", "bad") is COMPLIANCE
+    assert asked == bodies
+    assert made.version != judge("llama-guard-3", url=URL).version == "served"
+
+
 def test_a_model_that_runs_here_is_asked_as_its_card_says(causal):
     made = judge(
         f"harmbench-mistral:{causal}", batch_size=2, max_length=6, template="Q {prompt}\nA {response} yes or no"

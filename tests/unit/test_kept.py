@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from datetime import datetime
 
 import pytest
 from huggingface_hub import constants
@@ -42,6 +43,8 @@ def test_keys_depend_on_every_part():
     keys = {key_of(*parts) for parts in (("a", "b"), ("ab",), ("a", ["b"]), ("b", "a"), (1,), ("1",), ())}
     assert len(keys) == 7
     assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1})
+    days = [datetime(2026, 1, day) for day in (1, 2)]
+    assert key_of({"at": days[0]}) == key_of({"at": days[0]}) != key_of({"at": days[1]}), "as a parquet file has them"
 
 
 def test_a_version_changes_with_every_file_that_is_loaded(tmp_path):

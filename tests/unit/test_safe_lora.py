@@ -1,5 +1,7 @@
 """The streamed repair against the dense formulas, and selection exactly as asked."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -111,6 +113,22 @@ def test_modules_without_a_cosine_come_last_and_zero_deltas_follow_the_policy():
     assert select(found, RepairOptions(select="number", num_modules=1)) == {"m1"}
     assert select(found, RepairOptions(threshold=1.0, zero_delta="keep")) == {"m1"}
     assert select(found, RepairOptions(threshold=0.5, zero_delta="zero")) == {"m2"}
+
+
+def test_an_update_outside_the_alignment_direction_is_the_first_to_be_repaired():
+    before, after, factors, _ = case(12, 9, 2, 3, 0)
+    changed = before.tensors["x"].clone()
+    changed[:6] += 1.0
+    after.tensors["x"], outside = changed, factors.b.clone()
+    outside[:6] = 0.0
+    found, report = repair(
+        {"x": Factors(factors.a, outside, 2.0)}, before, after, RepairOptions(threshold=0.1, **QUIET)
+    )
+    assert (report.modules[0].cos, report.selected) == (0.0, ["x"])
+    assert not bool(found["x"].any())
+    nothing = Factors(factors.a, torch.zeros_like(outside), 2.0)
+    _, report = repair({"x": nothing}, before, after, RepairOptions(threshold=0.1, **QUIET))
+    assert (math.isnan(report.modules[0].cos), report.selected) == (True, [])
 
 
 def two(zero_second=True):

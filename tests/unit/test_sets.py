@@ -193,6 +193,20 @@ def test_the_draw_depends_on_the_seed_and_the_hash_on_the_prompts():
         named_set("packaged", limit=0)
 
 
+def test_the_hash_of_a_task_depends_on_its_answers(tmp_path):
+    """A baseline's accuracy on other labels is another figure."""
+
+    def digest(*rows):
+        (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return named_set(tmp_path / "task.jsonl", kind="utility").sha256
+
+    one, two = {"text": "x", "label": "a"}, {"text": "y", "label": "b"}
+    other = [{**one, "label": "b"}, {**two, "label": "a"}]
+    assert digest(one, two) == digest(two, one) != digest(*other)
+    pair = {"prompt": "p", "response": "r"}
+    assert digest(pair) != digest({**pair, "response": "s"})
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_own_files(cache, suffix):
     import datasets
@@ -206,7 +220,7 @@ def test_own_files(cache, suffix):
     assert (drawn.name, drawn.kind, drawn.prompts, drawn.rows) == ("own", "over_refusal", ("One, two", "Three"), ())
     task = named_set(path, kind="utility")
     assert task.rows[0] == {"prompt": "One, two", "response": "kept out"}
-    assert task.sha256 == drawn.sha256
+    assert task.sha256 != drawn.sha256, "of its answers too"
     folder = cache / "folder"
     folder.mkdir()
     path.rename(folder / path.name)

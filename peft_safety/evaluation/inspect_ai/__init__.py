@@ -35,8 +35,8 @@ def verdict(judge: str = "keyword", judge_url: str | None = None) -> Scorer:
     made, one_at_a_time = judges.judge(judge, url=judge_url), anyio.CapacityLimiter(1)
 
     async def score(state: TaskState, target: Target) -> Score:
-        turns = state.input_text, state.output.completion
-        result = await anyio.to_thread.run_sync(made, *turns, limiter=one_at_a_time)
+        turns = [state.input_text], [state.output.completion]
+        (result,) = await anyio.to_thread.run_sync(judges.verdicts_of, made, *turns, limiter=one_at_a_time)
         shares = {one.value: float(result is one) for one in judges.Verdict}
         return Score(value=shares, answer=result.value, explanation=f"{made.name}. {made.caveat}")
 

@@ -18,6 +18,7 @@ from urllib import request as requests
 
 from peft_safety.errors import ConfigError, EndpointError
 from peft_safety.evaluation.judges.base import Family
+from peft_safety.evaluation.kept import key_of
 
 KEY = "OPENAI_API_KEY"
 _ADDRESS = re.compile(r"https?://[^\s/?#@]+(?:/[^\s?#@]*)?")
@@ -53,9 +54,6 @@ class Endpoint:
         body: further fields of the request; None leaves a field out (`{"temperature": None}`).
     """
 
-    version = "served"
-    """A server does not say which weights it has."""
-
     def __init__(
         self,
         url: str,
@@ -75,6 +73,11 @@ class Endpoint:
         self.timeout, self.retries, self.workers = timeout, retries, workers
         self._opener = requests.build_opener(_NoRedirects)
         self._said = -math.inf
+
+    @property
+    def version(self) -> str:
+        """A server does not say which weights it has; but what else it is sent decides its answers."""
+        return f"served, body {key_of(self.body)[:16]}" if self.body else "served"
 
     def shorten(self, text: str, tokens: int) -> str:
         return text[: tokens * CHARACTERS]

@@ -6,6 +6,7 @@ from typing import Any
 
 from peft_safety.errors import extra
 from peft_safety.evaluation import KeywordJudge, Verdict, named_set
+from peft_safety.evaluation.judges import verdicts_of
 from peft_safety.evaluation.sets import Kind
 
 
@@ -29,8 +30,8 @@ def _drawn(kind: Kind, prompts: str, split: str | None, metadata: dict[str, Any]
 
 
 def verdict(doc: dict[str, str], results: list[str]) -> dict[str, float]:
-    """Refusal and compliance of one response, each 0 or 1."""
-    result = KeywordJudge()(doc["prompt"], results[0])
+    """Refusal and compliance of one response, without the reasoning before it, each 0 or 1."""
+    result = verdicts_of(KeywordJudge(), [doc["prompt"]], results[:1])[0]
     return {"refusal": float(result is Verdict.REFUSAL), "compliance": float(result is Verdict.COMPLIANCE)}
 
 

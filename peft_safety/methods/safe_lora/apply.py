@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from peft_safety.core import features, plain_lora
 from peft_safety.core.checkpoints import FileWeights, ModuleWeights, open_weights
-from peft_safety.core.names import pin, places
+from peft_safety.core.names import listed, pin, places
 from peft_safety.core.snapshot import reading
 from peft_safety.errors import ConfigError
 from peft_safety.layers.adapters import adapter_layers, config_table
-from peft_safety.methods.factors import layer_factors
+from peft_safety.methods.factors import beside_factors, layer_factors
 from peft_safety.methods.safe_lora.config import RepairOptions
-from peft_safety.methods.safe_lora.repair import RepairReport, repair
+from peft_safety.methods.safe_lora.repair import UNCONSTRAINED, RepairReport, repair
 
 Model = str | os.PathLike[str] | nn.Module
 
@@ -73,6 +73,7 @@ def apply_safe_lora(
         new, report = repair(factors, before, own, chosen)
     else:
         new, report = repair(factors, before, open_weights(aligned), chosen, own)
+    _name_others(report, beside_factors(peft_model, adapter_name))
     if new_adapter_name is None:
         _write([(layers[name].lora_B[adapter_name].weight, b) for name, b in new.items()])
     else:
@@ -120,6 +121,7 @@ def safe_lora_dir(
     _check_different(unaligned, after)
     base = FileWeights(name) if aligned is not None and name is not None and os.path.isdir(name) else None
     new, report = repair(plain.factors, open_weights(unaligned), open_weights(after), chosen, base)
+    _name_others(report, [key.removeprefix(plain_lora.PREFIX) for key in sorted(plain.extra)])
     if out_dir is not None:
         fields = dict(plain.fields)
         if fields["peft_type"] == plain_lora.REPAIRED_TYPE:
@@ -131,7 +133,15 @@ def safe_lora_dir(
     return report
 
 
+def _name_others(report: RepairReport, names: Sequence[str]) -> None:
+    """Name, in the record, what the adapter trains beside its factors, which no projection reaches."""
+    if names:
+        report.record[UNCONSTRAINED] = list(names)
+
+
 def _card(record: dict[str, Any]) -> str:
+    others = record.get(UNCONSTRAINED, ())
+    also = f"\nIt also holds trained tensors that no projection reaches: {listed(others)}.\n" if others else ""
     return f"""## Safe LoRA
 
 Repaired after training by peft-safety (Safe LoRA, arXiv 2405.16833): {record["repaired"]} of
@@ -139,7 +149,7 @@ Repaired after training by peft-safety (Safe LoRA, arXiv 2405.16833): {record["r
 difference between `{record["aligned"]["name"]}` and
 `{record["unaligned"]["name"]}`. Do not apply it again. What this does to a
 model's behavior has to be measured.
-"""
+{also}"""
 
 
 def _check_unrepaired(config: Any, what: str) -> None:

@@ -22,6 +22,8 @@ from peft_safety.methods.safe_lora.config import RepairOptions
 from peft_safety.methods.safe_lora.delta import Delta, projected
 
 RECORD_VERSION = 1
+UNCONSTRAINED = "unconstrained"
+"""The record's key for names of trained tensors that are no factors and stay as they are, if there are any."""
 SAMPLED_COLUMNS = 256
 """Columns that a fingerprint is taken from. Changing it makes the fingerprints of older records differ."""
 
@@ -49,7 +51,9 @@ class ModuleRepair:
 
 @dataclass(frozen=True)
 class RepairReport:
-    """Every module in order; and the record that is stored with a repaired adapter: options, models, digests."""
+    """Every module in order; and the record that is stored with a repaired adapter: options, models, digests, and what
+    the adapter trains beside its factors (`unconstrained`).
+    """
 
     modules: tuple[ModuleRepair, ...]
     record: dict[str, Any]
@@ -166,7 +170,8 @@ def _module(
     root = torch.linalg.qr(factor.a.detach().to(device, torch.float64).mT, mode="r").R.mT  # ||X A|| = ||X R^T||
     old, after, projection = (x.double() @ root for x in (b, new, inside))
     norm, length, v = float(old.norm()), float(projection.norm()), math.sqrt(delta.energy)
-    cos = float((projection * old).sum()) / (norm * length) if norm * length > 0 else math.nan
+    nothing_left = 0.0 if norm > 0 and v > 0 else math.nan  # an update wholly outside the alignment direction
+    cos = float((projection * old).sum()) / (norm * length) if norm * length > 0 else nothing_left
     gain = float(after.norm()) / norm if norm > 0 else math.nan
     noise = math.hypot(*(NOISE.get(m.quantization or "", 0.0) for m in (aligned, unaligned))) * delta.base_norm
     share = v / delta.base_norm if delta.base_norm > 0 else math.inf if v > 0 else 0.0

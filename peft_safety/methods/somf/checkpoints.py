@@ -44,6 +44,9 @@ class CheckpointFusion:
         for path, weight in zip(tasks, self.weights, strict=True):
             parameters = dict(_loaded(type(self.model), path).named_parameters())
             self.fingerprints[path] = _fingerprint(path, parameters)
+            if more := sorted(parameters.keys() - own.keys()):
+                tied = "which the safe model does not have, or ties to another"
+                raise CheckpointError(f"{path} has {more[0]}, {tied}: it would be left out. {REMEDY}")
             for name, parameter in own.items():
                 if name not in parameters or parameters[name].shape != parameter.shape:
                     raise CheckpointError(f"{name}: {path} has no such tensor of {tuple(parameter.shape)}. {REMEDY}")

@@ -90,7 +90,8 @@ class MaskedModel(nn.Module):
     def attached(self) -> Iterator[None]:
         """Freeze the model, and hook into it; undone at the end, whatever happens."""
         with ExitStack() as stack:
-            stack.callback(self.model.train, self.model.training)
+            for module in self.model.modules():
+                stack.callback(setattr, module, "training", module.training)
             for parameter in self.model.parameters():
                 stack.callback(parameter.requires_grad_, parameter.requires_grad)
             stack.enter_context(weights.unpacked(self.model))
