@@ -122,7 +122,7 @@ def check_adapter(directory: Path) -> StoredAdapter:
 def seal(directory: Path) -> None:
     """Complete the manifest of a new directory: hash of the adapter file, extra tensors, and hash of the config."""
     path, file = directory / MANIFEST, directory / ADAPTER_FILE
-    config = files.read_json(path)
+    config = files.read_json(path, files.MAX_LISTING_BYTES)
     record = config["safety_artifact"]
     record["files"][ADAPTER_FILE] = files.sha256(file)
     with files.open_tensors(file) as handle:

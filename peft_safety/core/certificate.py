@@ -20,8 +20,6 @@ from peft_safety.errors import ArtifactError
 
 FILE_NAME = "safety_certificate.json"
 FORMAT = "peft_safety.certificate.v1"
-MAX_BYTES = 1 << 24
-"""Enough for 50,000 modules."""
 CASTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes to which a model may be cast. A cast factor is the same factor, rounded."""
 
@@ -62,7 +60,7 @@ class Certificate:
         content = {"format": FORMAT, **asdict(self)}
         del content["directory"]
         text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
-        if len(text) > MAX_BYTES:
+        if len(text) > files.MAX_LISTING_BYTES:
             raise ArtifactError(f"{directory / FILE_NAME}: {len(self.modules)} modules are too many to certify.")
         (directory / FILE_NAME).write_text(text, encoding="utf-8")
 
@@ -76,7 +74,7 @@ def read_certificate(directory: Path) -> Certificate | None:
     path = directory / FILE_NAME
     if not os.path.lexists(path):
         return None
-    content = files.read_json(path, MAX_BYTES)
+    content = files.read_json(path, files.MAX_LISTING_BYTES)
     modules = content.get("modules")
     if (
         content.get("format") != FORMAT

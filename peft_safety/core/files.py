@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from peft_safety.errors import ArtifactError
 
 MAX_JSON_BYTES = 1 << 20
+MAX_LISTING_BYTES = 1 << 24
+"""For JSON that names every module: enough for 50,000 of them."""
 MAX_JSON_DEPTH = 16
 MAX_TENSORS = 100_000
 MAX_NAME_BYTES = 255

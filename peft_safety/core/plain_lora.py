@@ -101,7 +101,7 @@ def read_manifest(directory: Path, warn: bool = True) -> dict[str, Any]:
     if not directory.is_dir():
         raise ArtifactError(f"{directory} is not a directory. Give the directory that save_pretrained wrote.")
     publish.require_whole(directory, warn=warn)
-    return files.read_json(files.child(directory, MANIFEST))
+    return files.read_json(files.child(directory, MANIFEST), files.MAX_LISTING_BYTES)
 
 
 def config_of(fields: Mapping[str, Any], path: Path) -> Any:

@@ -17,12 +17,12 @@ from typing import Any, ClassVar
 
 from peft_safety.core import files, publish
 from peft_safety.core.certificate import FILE_NAME as CERTIFICATE
-from peft_safety.core.certificate import MAX_BYTES
 from peft_safety.core.plain_lora import ADAPTER_FILE, MANIFEST
 from peft_safety.core.subspace_file import FILE_NAME as SUBSPACE
 from peft_safety.errors import ArtifactError, PeftSafetyError
 
-LIMITS = {MANIFEST: files.MAX_JSON_BYTES, CERTIFICATE: MAX_BYTES, SUBSPACE: None, ADAPTER_FILE: None}
+LISTING = files.MAX_LISTING_BYTES
+LIMITS = {MANIFEST: LISTING, CERTIFICATE: LISTING, SUBSPACE: None, ADAPTER_FILE: None}
 """The files that are copied, with the bytes that a JSON file may have. A safetensors file says how long it is."""
 LARGE = 1 << 26
 """From this size on, a file's header must account for its size, and its bytes must be on the disk."""

@@ -61,7 +61,7 @@ def read(
                 f"{path} is no safety subspace: its header has {str(sorted(header))[:80]}, not {FORMAT!r}. Write it "
                 "with SafetySubspace.save."
             )
-        provenance = files.parse_json(header[FORMAT], f"{path} (header)")
+        provenance = files.parse_json(header[FORMAT], f"{path} (header)", files.MAX_LISTING_BYTES)
         stored = {key: key for key in handle.keys()}  # noqa: SIM118  a safetensors handle is no mapping
         shared = provenance.pop(SHARED, {})
         if not isinstance(shared, dict) or not all(

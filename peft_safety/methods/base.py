@@ -25,6 +25,7 @@ from peft_safety.core import files
 from peft_safety.core.adapter_dir import StoredAdapter, sign
 from peft_safety.core.certificate import Certificate
 from peft_safety.core.features import INITS, NOT_PROTECTED, WITH_FROZEN_A, WITH_PROJECTION, check_features, check_sizes
+from peft_safety.core.names import pattern_value
 from peft_safety.core.parameters import stored_name
 from peft_safety.core.plain_lora import MANIFEST
 from peft_safety.core.projection import Side
@@ -236,9 +237,9 @@ class ProtectedConfig(LoraConfig):
             result = {entry.name: result[entry.name] for entry in fields(LoraConfig) if entry.name in result}
         else:
             result["peft_type"] = self.PEFT_KEY
+        keys = {stored_name(name, self._parameters.get(name)): name for name in self._modules}
         # full names: nobody who loads it has to run a regular expression from a file
-        if self._modules and (self._partial or not self.is_plain):
-            keys = {stored_name(name, self._parameters.get(name)): name for name in self._modules}
+        if self._modules and (self._partial or not self.is_plain or not self._says(keys)):
             parameters = {stored_name(name, part) for name, part in self._parameters.items()}
             result["target_modules"] = sorted(set(keys) - parameters)
             if parameters:
@@ -248,6 +249,14 @@ class ProtectedConfig(LoraConfig):
             result["alpha_pattern"] = {key: alpha for key, (_, alpha) in sizes.items() if alpha != self.lora_alpha}
             result |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
         return result
+
+    def _says(self, keys: Mapping[str, str]) -> bool:
+        """Whether the patterns, without running any, say the rank and alpha of each module. `keys`: stored names."""
+        tables = (self.rank_pattern, self.r), (self.alpha_pattern, self.lora_alpha)
+        return all(
+            tuple(pattern_value(table, key, usual) for table, usual in tables) == self._modules[name]
+            for key, name in keys.items()
+        )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the subspace of the adapter's modules, or its certificate, and the config with its hashes."""
@@ -262,7 +271,7 @@ class ProtectedConfig(LoraConfig):
             self._certificate.write(Path(save_directory))
         if stored:
             path = Path(save_directory, MANIFEST)
-            config = files.read_json(path)
+            config = files.read_json(path, files.MAX_LISTING_BYTES)
             sign(config)
             path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 

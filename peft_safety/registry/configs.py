@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig
 
@@ -52,6 +52,8 @@ def config_from_pretrained(
             local = Path(source, subfolder or "") if snapshot is None else snapshot.path
             if getattr(config, "safe_lora", None) is None and (record := stored_record(local)) is not None:
                 config.safe_lora = record  # so that a second repair is refused
+            if snapshot is None and is_plain_lora(config) and _may_be_certified(source, subfolder, kwargs):
+                config._uncertain = f"{source!r}"  # `injection` warns, where it is trained
             return config
         if snapshot is None:
             raise ArtifactError(f"{source!r} changed while it was read. Try again.")
@@ -123,7 +125,7 @@ def _check_file(path: Path) -> str:
     """Parse a config of this package with limits before PEFT sees it, and refuse one that hides what it is. Returns
     its peft_type.
     """
-    raw = files.read_bytes(path, files.MAX_JSON_BYTES)
+    raw = files.read_bytes(path, files.MAX_LISTING_BYTES)
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError):
@@ -136,7 +138,7 @@ def _check_file(path: Path) -> str:
         certified or (path.parent / FILE_NAME).exists() or any(name.encode() in raw for name in config_types())
     )
     if ours or unreadable:
-        files.parse_json(raw, str(path))
+        files.parse_json(raw, str(path), files.MAX_LISTING_BYTES)
     publish.require_whole(path.parent, ours=ours or unreadable, warn=False)
     other = not ours and (fields.get("safety_artifact") is not None or (certified and kind != "LORA"))
     if unreadable or other:
@@ -150,14 +152,29 @@ def _check_file(path: Path) -> str:
 
 
 def _certified_folder(source: str | os.PathLike[str], subfolder: str | None, kwargs: dict[str, Any]) -> Path | None:
-    """The folder in the Hub's cache of an adapter with a certificate; None without one; else an ArtifactError."""
+    """The folder in the Hub's cache of an adapter with a certificate; None without one, or where none can be fetched
+    (`_may_be_certified`); else an ArtifactError.
+    """
     try:
         _fetch(source, CERTIFICATE, subfolder, kwargs)
-        return _fetch(source, ADAPTER_FILE, subfolder, kwargs).parent
     except (EntryNotFoundError, HFValidationError):
         return None
     except HfHubHTTPError as error:
         raise ArtifactError(f"{source!r}: whether it has a {CERTIFICATE} is unknown ({error}). Try again.") from error
+    if (folder := _folder(source, subfolder, kwargs, ADAPTER_FILE)) is None:
+        raise ArtifactError(f"{source!r} has a {CERTIFICATE}, but its {ADAPTER_FILE} cannot be fetched. Try again.")
+    return folder
+
+
+def _may_be_certified(source: str | os.PathLike[str], subfolder: str | None, kwargs: dict[str, Any]) -> bool:
+    """Whether nobody knows if a repository has a certificate: the Hub was not asked, and the cache holds neither the
+    file nor a note that there is none.
+    """
+    if Path(source, subfolder or "").is_dir():
+        return False
+    name = "/".join(filter(None, (subfolder, CERTIFICATE)))
+    where = {option: kwargs[option] for option in ("cache_dir", "revision") if option in kwargs}
+    return try_to_load_from_cache(str(source), name, **where) is None
 
 
 def _folder(source: str | os.PathLike[str], subfolder: str | None, kwargs: dict[str, Any], *names: str) -> Path | None:

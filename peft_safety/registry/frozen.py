@@ -211,6 +211,7 @@ def take_over(config: ProtectedConfig, stored: ProtectedConfig, layers: Layers, 
         raise ConfigError(f"{certificate.directory} avoids another null space than adapter {name!r}. {reuse.NEW_NAME}")
     with reading(certificate.directory if stored._snapshot is None else stored._snapshot.path) as path:
         rows = check_certified(path, certificate, layers, name).rows
+    reuse.check_scalings(certificate.directory, stored, config, layers, name)
     config._certificate = certificate
     _install(layers, name, rows)
 

@@ -22,7 +22,7 @@ from peft_safety.methods.base import ProtectedConfig
 from peft_safety.registry.attach import bind
 from peft_safety.registry.checks import check_ahead
 from peft_safety.registry.protection import protected_configs
-from peft_safety.registry.reuse import NEW_NAME, remember, sizes
+from peft_safety.registry.reuse import NEW_NAME, remember, rescale, resize
 from peft_safety.registry.rollback import Before, undone
 from peft_safety.registry.tuners import adopt
 
@@ -44,7 +44,7 @@ def pad_lora_weights(original: Callable[..., bool], model: nn.Module, target_ran
         if residual and layer.r[name] != target_rank:
             raise ConfigError(f"{NO_RESIDUAL} be padded for compiled hot-swapping. Use export_lora first.")
     try:
-        return original(model, target_rank)
+        found = original(model, target_rank)
     finally:
         for _, table, name, leaf in leaves:
             if (padded := table[name]) is leaf:
@@ -53,6 +53,9 @@ def pad_lora_weights(original: Callable[..., bool], model: nn.Module, target_ran
                 table[name] = FrozenLinear.replacing(padded, *leaf.behind)
             else:
                 table[name] = ProtectedLinear.replacing(padded, leaf.basis, leaf.side)
+    for name, config in protected_configs(model).items():
+        resize(adapter_layers(model, name), name, config)
+    return found
 
 
 def hotswap_adapter_from_state_dict(
@@ -92,11 +95,12 @@ def hotswap_adapter_from_state_dict(
             for tuner in (module for module in model.modules() if isinstance(module, BaseTuner)):
                 adopt(tuner, config)
         original(model, state_dict, adapter_name, config, *args, **kwargs)
-        config._modules = sizes(layers, adapter_name)
+        config._modules = rescale(layers, adapter_name, config)
         remember(config, loaded=True)
         config_table(model)[adapter_name] = config
         if not config.freezes:
             bind(layers, adapter_name, config)
+        resize(layers, adapter_name, config)
     config._snapshot = None
     return None
 

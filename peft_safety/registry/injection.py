@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from torch import nn
 
 from peft_safety.core import base_weights as weights
-from peft_safety.core.names import listed, pin, places, walk
+from peft_safety.core.names import base_model, listed, pin, places, walk
 from peft_safety.core.parameters import own_place
 from peft_safety.core.snapshot import named
 from peft_safety.errors import ConfigError, PeftSafetyError
@@ -31,6 +31,7 @@ MODELS = {PeftModelForTokenClassification: "TOKEN_CLS", PeftModelForQuestionAnsw
 """These models. One that is built by itself may have a config without a `task_type`."""
 BUILDERS = 6
 """Calls between such a model's constructor and the injection, this module's own included."""
+LOADERS = ("from_pretrained", "load_adapter")
 
 
 def inject_adapter(
@@ -43,6 +44,7 @@ def inject_adapter(
     )
     if not isinstance(given, ProtectedConfig):
         _check_unprotected(model, adapter_name, given, known.get(adapter_name))
+        _warn_uncertain(given)
         return original(self, model, adapter_name, *args, **kwargs)
     config = private(given)
     if (heads := HEADS.get(str(config.task_type or _task_of_caller()))) is not None:
@@ -80,11 +82,23 @@ def inject_adapter(
         raise
     finally:
         config._injecting = False
-    vars(model)["_protected"] = {**known, adapter_name: config}
-    if config._snapshot is not None:  # `storage.load_adapter` is next
-        vars(self)["_pending"] = (adapter_name, config._snapshot, before)
+    vars(base_model(model))["_protected"] = {**known, adapter_name: config}
+    if config._snapshot is not None:
+        if _loads():  # `storage.load_adapter` is next
+            vars(self)["_pending"] = (adapter_name, config._snapshot, before)
         config._snapshot = config._stored = None
     return None
+
+
+def _warn_uncertain(config: Any) -> None:
+    """An ordinary LoRA that is only used is the same with and without a certificate; one that is trained is not."""
+    source = vars(config).get("_uncertain")
+    if source is not None and not config.inference_mode:
+        warnings.warn(
+            f"{source} trains as an ordinary LoRA. Whether it has a safety_certificate.json, which would protect it, "
+            "is unknown: the Hub cannot be reached, and its cache does not say. Load it once with a connection.",
+            stacklevel=2,
+        )
 
 
 def _task_of_caller() -> str | None:
@@ -97,6 +111,14 @@ def _task_of_caller() -> str | None:
             return task
         frame = frame.f_back
     return None
+
+
+def _loads() -> bool:
+    """Whether PEFT loads an adapter's factors after this injection. From `get_peft_model` it does not."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name not in LOADERS:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _expand_all_linear(model: nn.Module, config: ProtectedConfig) -> None:

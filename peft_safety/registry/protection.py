@@ -25,7 +25,8 @@ def protected_configs(model: nn.Module) -> dict[str, ProtectedConfig]:
 
 def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
     """Check that every protected adapter still is: leaf, basis and weight of each of its modules, and that no ordinary
-    adapter is active beside one.
+    adapter is active, or merged, beside one. Each adapter avoids its own subspace, so the sum of several avoids only
+    what all of their subspaces have in common.
 
     Args:
         model: a PeftModel, or a model with injected adapters.
@@ -33,7 +34,7 @@ def assert_protected(model: nn.Module, adapter_name: str | None = None) -> None:
 
     Raises:
         ProtectionError: the model has no protected adapter, a module of one has lost its protection, or an ordinary
-            adapter is active beside one.
+            adapter is active, or merged, beside one.
     """
     refuse_others(model)
     check_adapters(model, adapter_name)
@@ -47,6 +48,7 @@ def refuse_others(model: nn.Module, adapters: Iterable[str] | None = None) -> No
     for module in model.modules():
         if isinstance(module, BaseTunerLayer) and (adapters is not None or not module.disable_adapters):
             used |= module._get_available_adapters() & set(module.active_adapters if adapters is None else adapters)
+            used |= set(module.merged_adapters)
     protected = protected_configs(model).keys()
     if used & protected and (others := sorted(used - protected)):
         raise ProtectionError(

@@ -11,6 +11,7 @@ Where the parts of a new adapter come from:
 from __future__ import annotations
 
 import copy
+import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -19,11 +20,14 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from peft_safety.core import files
-from peft_safety.core.plain_lora import ADAPTER_FILE, PREFIX
-from peft_safety.errors import ConfigError, SubspaceError
+from peft_safety.core.names import by_number, pattern_value
+from peft_safety.core.parameters import stored_name
+from peft_safety.core.plain_lora import ADAPTER_FILE, PREFIX, scaling_of
+from peft_safety.errors import ArtifactError, ConfigError, SubspaceError
 from peft_safety.layers import ProtectedLinear
 from peft_safety.layers.adapters import tables
 from peft_safety.methods.base import ProtectedConfig
@@ -118,6 +122,58 @@ def amend(config: ProtectedConfig) -> None:
 
 def sizes(layers: Layers, adapter_name: str) -> dict[str, tuple[int, float]]:
     return {name: (int(layer.r[adapter_name]), layer.lora_alpha[adapter_name]) for name, layer in layers.items()}
+
+
+def rescale(layers: Layers, adapter_name: str, config: ProtectedConfig) -> dict[str, tuple[int, float]]:
+    """Give the layers of a hot-swapped adapter the scalings that its config says: PEFT's swap reads no pattern.
+    Returns the config's ranks and alphas.
+    """
+    said = config._modules or {name: _said(config, name) for name in layers}
+    for name, layer in layers.items():
+        rank, alpha = said[name] if name in said else _said(config, name)
+        scaling = scaling_of(alpha, rank, vars(config))
+        if isinstance(layer.scaling[adapter_name], Tensor):  # compiled graphs read it
+            layer.scaling[adapter_name].fill_(scaling)
+        else:
+            layer.scaling[adapter_name] = scaling
+    return said
+
+
+def _said(config: ProtectedConfig, name: str) -> tuple[int, float]:
+    tables: Any = ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha))
+    rank, alpha = (table.get(get_pattern_key(table.keys(), name), usual) for table, usual in tables)
+    return rank, alpha
+
+
+def resize(layers: Layers, adapter_name: str, config: ProtectedConfig) -> None:
+    """Set the ranks and alphas of the layers by the factors, which PEFT has swapped or padded, and the scalings."""
+    for layer in layers.values():
+        leaf = tables(layer)[0][adapter_name]
+        weight = leaf.raw() if isinstance(leaf, ProtectedLinear) else leaf.weight
+        rank = int(weight.shape[0]) // getattr(layer, "num_experts", 1)
+        alpha = float(layer.scaling[adapter_name]) * (math.sqrt(rank) if config.use_rslora else rank)
+        layer.r[adapter_name] = rank
+        layer.lora_alpha[adapter_name] = round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-6) else alpha
+
+
+def check_scalings(
+    source: object, stored: ProtectedConfig, config: ProtectedConfig, layers: Layers, adapter_name: str
+) -> None:
+    """An ArtifactError refuses to load factors onto an existing adapter that would scale their product otherwise."""
+    differing = {}
+    for name, layer in layers.items():
+        key, rank = stored_name(name, config._parameters.get(name)), int(layer.r[adapter_name])
+        alpha = pattern_value(stored.alpha_pattern, key, stored.lora_alpha)
+        theirs = scaling_of(math.nan if alpha is None else alpha, rank, vars(stored))
+        own = scaling_of(layer.lora_alpha[adapter_name], rank, vars(config))
+        if not math.isclose(theirs, own, rel_tol=1e-6):
+            differing[name] = f"{theirs:g} and {own:g}"
+    if differing:
+        first = min(differing, key=by_number)
+        raise ArtifactError(
+            f"{source} and adapter {adapter_name!r} have other alphas: they scale the update of {first} by "
+            f"{differing[first]} ({len(differing)} of {len(layers)} modules differ). {NEW_NAME}"
+        )
 
 
 def fits(config: ProtectedConfig, layers: Mapping[str, nn.Module]) -> bool:

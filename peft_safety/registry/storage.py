@@ -7,7 +7,8 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from peft_safety.registry.checks import check_ahead
 from peft_safety.registry.configs import is_protected, snapshot_of
 from peft_safety.registry.frozen import check_certified, take_over
 from peft_safety.registry.protection import check_adapters, protected_configs
-from peft_safety.registry.reuse import NEW_NAME, remember
+from peft_safety.registry.reuse import NEW_NAME, check_scalings, remember, sizes
 from peft_safety.registry.rollback import Before, undone
 
 
@@ -74,7 +75,7 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
     if state is not None or sharded or half:
         # gathered weights are as the optimizer left them, not projected; those in 16 bits are saved in fp32
         kwargs["state_dict"] = folded_tables(self, folded_state(self, self.state_dict() if state is None else state))
-    with publishing(Path(save_directory), MANIFEST) as staging:
+    with publishing(Path(save_directory), MANIFEST) as staging, _stored_sizes(self, protected):
         copy_own(Path(save_directory), CARD, staging)  # PEFT adds to an existing model card
         original(self, str(staging), *args, **kwargs)
         _hide_path(self, staging / CARD)
@@ -92,6 +93,21 @@ def save_pretrained(original: Callable[..., None], self: Any, save_directory: st
         _record_repairs(self, selected, staging)
     _drop_stale(self, selected, Path(save_directory))
     return None
+
+
+@contextmanager
+def _stored_sizes(model: Any, adapters: Sequence[str]) -> Iterator[None]:
+    """The configs say the ranks and alphas of the factors as they are: padding for compiled hot swaps changes them.
+    Afterwards they say again what they said, by which PEFT compares configs before the next swap.
+    """
+    before = {name: model.peft_config[name]._modules for name in adapters}
+    try:
+        for name in adapters:
+            model.peft_config[name]._modules = sizes(adapter_layers(model, name), name)
+        yield
+    finally:
+        for name, modules in before.items():
+            model.peft_config[name]._modules = modules
 
 
 def _without_pickle(given: dict[str, Any], args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -225,6 +241,7 @@ def _load(
         raise ArtifactError(f"{folder} holds a config without an adapter. Give one that save_pretrained wrote.")
     else:
         _check_same(adapter_name, folder, stored, config, layers)
+        check_scalings(folder, stored, config, layers, adapter_name)
         stored.subspace.check_fits({n: layer.get_base_layer() for n, layer in layers.items()}, config.basis_sides)
         config.subspace = stored.subspace
         remember(config, loaded=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from peft.tuners.lora import LoraModel
@@ -20,7 +21,9 @@ from peft_safety.registry.protection import check_adapters, protected_configs, r
 
 
 class _Merges:
-    """Refuses merges of what is not protected any more, and into k-bit weights, before anything is merged."""
+    """Refuses merges of what is not protected any more, and into k-bit weights, before anything is merged. What is
+    taken out of the model is forgotten.
+    """
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         _check_merge(self, adapter_names)
@@ -29,7 +32,22 @@ class _Merges:
     def _unload_and_optionally_merge(self, merge: bool = True, **options: Any) -> Any:
         if merge:
             _check_merge(self, options.get("adapter_names"))
-        return super()._unload_and_optionally_merge(merge, **options)  # type: ignore[misc]
+        result = super()._unload_and_optionally_merge(merge, **options)  # type: ignore[misc]
+        _forget(result, ())
+        return result
+
+    def delete_adapter(self, adapter_name: Any) -> None:
+        super().delete_adapter(adapter_name)  # type: ignore[misc]
+        tuner: Any = self
+        _forget(tuner.model, tuner.peft_config)
+
+
+def _forget(model: Any, kept: Collection[str]) -> None:
+    """Drop the configs, with their bases, that injection has noted of other adapters than those that are kept."""
+    for module in model.modules():
+        known = vars(module).get("_protected", {})
+        for name in known.keys() - kept:
+            del known[name]
 
 
 def _check_merge(model: Any, adapter_names: list[str] | None) -> None:

@@ -294,9 +294,9 @@ CASES = [
     # the config's text
     Case(
         "json_too_long",
-        text(lambda t: t.replace('"task_data": null', f'"task_data": "{"x" * (1 << 20)}"')),
+        text(lambda t: t.replace('"task_data": null', f'"task_data": "{"x" * (1 << 24)}"')),
         ART,
-        (MANIFEST, "1048576"),
+        (MANIFEST, "16777216"),
     ),
     Case(
         "json_too_deep",

@@ -39,7 +39,9 @@ OVERRIDDEN = (
     (tuners.ProtectedLoraModel, "add_weighted_adapter"),
     (tuners.ProtectedLoraModel, "merge_adapter"),
     (tuners.ProtectedLoraModel, "_unload_and_optionally_merge"),
+    (tuners.ProtectedLoraModel, "delete_adapter"),
     (tuners.ProtectedMixedModel, "_unload_and_optionally_merge"),
+    (tuners.ProtectedMixedModel, "delete_adapter"),
     (lora_layers.LoraLinear, "get_delta_weight"),
     (lora_layers.LoraLinear, "merge"),
 )
@@ -128,12 +130,14 @@ def test_peft_still_calls_each_wrapped_or_overridden_function(tmp_path: Path, mo
     loaded.set_adapter("default")
     loaded.merge_adapter()
     loaded.unmerge_adapter()
+    loaded.delete_adapter("both")
     prepare_model_for_compiled_hotswap(loaded, target_rank=8)
     hotswap_adapter(
         PeftModel.from_pretrained(tiny_llama(), str(tmp_path)), str(tmp_path), "default", torch_device="cpu"
     )
     PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).merge_and_unload()
     get_peft_model(tiny_llama(), salora_config(), mixed=True).merge_and_unload()
+    get_peft_model(tiny_llama(), salora_config(), mixed=True).delete_adapter("default")
     assert called == {label(row) for row in rows}
 
 

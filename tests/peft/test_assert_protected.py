@@ -118,6 +118,20 @@ def test_an_ordinary_adapter_that_is_active_beside_it_is_refused() -> None:
     assert_protected(model)
 
 
+def test_an_ordinary_adapter_that_is_merged_beside_it_is_refused() -> None:
+    model = cells.protected(trained=True)
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.merge_adapter(["plain"])
+    with pytest.raises(ProtectionError, match=r"plain.*together with.*default"):
+        assert_protected(model)
+    with pytest.raises(ProtectionError, match=r"plain.*together with.*default"):
+        model.merge_adapter(["default"])
+    model.unmerge_adapter()
+    assert_protected(model)
+    model.merge_adapter(["default"])
+    assert_protected(model)
+
+
 def test_the_factors_that_the_forward_uses_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     model = cells.protected(trained=True)
     leaf = dict(cells.layers_of(model))[NAME].lora_B["default"]

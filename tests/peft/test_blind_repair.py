@@ -92,6 +92,16 @@ def test_what_it_refuses(trained, tmp_path):
     assert len(repair_adapter(tmp_path / "adapter", space).modules) == 6, "a report alone"
 
 
+def test_an_alpha_that_only_a_regular_expression_says_is_refused(tmp_path):
+    model = cells.plain(
+        target_modules=cells.LINEAR_TARGETS, alpha_pattern={r".*layers\.[01]\.self_attn\.(q|v)_proj": 16}
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="a regular expression says the alpha"):
+        repair_adapter(tmp_path / "adapter", subspace(cells.base_model()), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def command(*arguments):
     return CliRunner().invoke(app, ["repair", *map(str, arguments)])
 

@@ -5,7 +5,9 @@ import torch
 from peft import PeftModel, PeftModelForQuestionAnswering, PeftModelForTokenClassification
 from peft.utils.hotswap import hotswap_adapter
 
-from peft_safety import SaLoRAConfig, verify
+from peft_safety import SafetySubspace, SaLoRAConfig, verify
+from peft_safety.core import files
+from peft_safety.core.plain_lora import MANIFEST, read_manifest
 from peft_safety.errors import ConfigError, ProtectionError
 from tests.peft import cells
 from tests.peft.frozen_cells import frozen
@@ -70,3 +72,20 @@ def test_a_model_of_a_task_that_the_config_does_not_name(cls, heads):
     assert set(model.peft_config["default"].modules_to_save) == heads
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(any(f"{head}.modules_to_save" in name for name in trained) for head in heads)
+
+
+def test_the_names_of_many_modules_are_read_again(tmp_path):
+    """As of a mixture with thousands of experts."""
+    names = [f"{'experts.' * 20}{i}.up_proj" for i in range(7000)]
+    basis, spectrum = torch.eye(8)[:, :2], torch.ones(2)
+    space = SafetySubspace(
+        {name: {"out": basis} for name in names},
+        spectra={name: {"out": spectrum} for name in names},
+        fingerprints={name: torch.ones(256) for name in names},
+    )
+    config = SaLoRAConfig(subspace=space, target_modules=names)
+    config._modules = {name: (config.r, config.lora_alpha) for name in names}
+    config.save_pretrained(tmp_path)
+    assert (tmp_path / MANIFEST).stat().st_size > files.MAX_JSON_BYTES
+    assert read_manifest(tmp_path)["target_modules"] == sorted(names)
+    assert SafetySubspace.load(tmp_path).digest == space.digest

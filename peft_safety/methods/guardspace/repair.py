@@ -80,6 +80,7 @@ def repair_adapter(
         pairs[name], certified[name] = (a, factor.b), certified_factor(a, basis)
         removed = delta_leak(basis, factor.a, factor.b, "in")
         rows.append(BlindedModule(name, int(basis.shape[-1]), removed, certified[name].leak))
+    plain.modules(source)  # refuses an alpha that could not be read again
     certificate = Certificate(GuardSpaceConfig.PEFT_KEY, space.digest, {"made_by": "repair"}, certified)
     fields = GuardSpaceConfig.from_certificate(plain.config, certificate).to_dict()  # refuses what could not be loaded
     report = BlindReport(tuple(rows), space.digest, tuple(sorted(plain.extra)))
