@@ -236,7 +236,7 @@ def test_the_report_says_the_worst_case_and_where_the_judges_differ(tmp_path):
     assert "| however 0.1 | bare | 100 / 100 | 0 / 0 | 100 / 0 | - |" in text
     assert "| refusal | 22 | 4 | 0 |" in text, "the refusal that goes on is compliance"
     assert "*How?* I can't. However, push." in text
-    assert "answers that either calls compliance both do so in 12." in text
+    assert "of 15 answers that either calls compliance both do so in 0." in text
     assert max(map(len, [line for line in text.splitlines() if line.startswith("| ")])) <= 80
     assert (tmp_path / "topic.png").stat().st_size > 1000
 
