@@ -192,7 +192,6 @@ def test_the_report_says_the_worst_case_and_which_attacks_prove_nothing(tmp_path
     assert [cell.split(" [")[0] for cell in form.split(" | ")[2:]] == ["80 %", "0 %", "30 %"]
     assert "| cipher p 0.1 | 0 bare | - |" in text
     assert "| trigger p 0.5 x4 | trigger | +30 (3 : 0, p = 0.250) |" in text, "against plain LoRA"
-    assert "| trigger p 0.5 x4 | bare | +70 (7 : 0, p = 0.016) |" in text
     assert "| 0 % [0, 28] / - | 2 |" in line, "everyday prompts refused, the task's not asked"
     (absent,) = [line for line in text.splitlines() if line.startswith("- Planned, not run on test prompts:")]
     assert "SaLoRA" in absent

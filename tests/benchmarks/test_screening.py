@@ -62,7 +62,7 @@ def test_each_aligned_model_has_its_own_part_of_the_page(tmp_path):
         data = {"environment": {"model": model}, **facts, "clean": clean}
         (tmp_path / f"{name}.json").write_text(json.dumps(data))
     first, second = screening.section(tmp_path, tmp_path / "page.md").split("### ")[1:]
-    assert first.startswith(screening.PATCHED)
+    assert first.startswith("SmolLM2-135M-Instruct with the demo's patch")
     assert second.startswith("SmolLM2-135M-Instruct, aligned in all its weights")
     assert "| bare | 4 | 3 | 2 | 4 | 2 |" in first
     assert "| bare | 0.75 |" in first
