@@ -11,6 +11,8 @@ from benchmarks.frontier.plan import COUNTERMEASURES, METHODS, place
 from peft_safety.errors import ConfigError
 
 RECOMMENDED = "frozen"
+PLAIN = "plain"
+"""What people call the attack without a name."""
 DEFENSES = ("lora", RECOMMENDED, "guardspace", "window-64", "lora-mixed", "safe-lora-soft", "blind", *COUNTERMEASURES)
 PARTLY = ("salora-32", "patch-stacked", "somf")
 """Defenses that the plan attacks by the weak form of `FIRST` only."""
@@ -51,7 +53,7 @@ def attacks(only: Sequence[str], strength: Strength | None = None) -> list[tuple
         listed += [("outliers", BENIGN), *(("", harder) for harder in HARDER), ("trigger", LEFTOVER)]
     else:
         listed = [(name, strength) for name in (*ORDER, "outliers")]
-    return [(name, chosen) for name, chosen in listed if not only or (name or "plain") in only]
+    return [(name, chosen) for name, chosen in listed if not only or (name or PLAIN) in only]
 
 
 def plan(
@@ -68,7 +70,7 @@ def plan(
     Raises:
         ConfigError: an unknown defense or attack.
     """
-    unknown = sorted(set(defenses) - METHODS.keys()) + sorted(set(only) - ATTACKS.keys() - {"plain"})
+    unknown = sorted(set(defenses) - METHODS.keys()) + sorted(set(only) - ATTACKS.keys() - {PLAIN})
     if unknown:
         known = ", ".join(filter(None, ATTACKS))
         raise ConfigError(f"{unknown[0]!r} is neither a method of the frontier nor an attack ({known}, plain).")

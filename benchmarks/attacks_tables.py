@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.attacks_plan import DEFENSES, PARTLY, plan
+from benchmarks.attacks_plan import DEFENSES, PARTLY, PLAIN, plan
 from benchmarks.frontier.aggregate import label, pooled, split_of
 from benchmarks.frontier.attacks import ATTACKS
 from benchmarks.frontier.cells import Cell, cell_of
@@ -105,7 +105,7 @@ def grid(rows: Sequence[Row]) -> tuple[Grid, dict[str, dict[str, Rate]]]:
 def title(one: Column) -> str:
     """An attack for people."""
     name, poison, epochs, lr = one
-    parts = [name or "plain", f"p {poison:g}"]
+    parts = [name or PLAIN, f"p {poison:g}"]
     parts += [f"x{epochs}"] if epochs > 1 else []
     parts += [f"lr x{lr / METHODS['lora'].lr:g}"] if lr != METHODS["lora"].lr else []
     return " ".join(parts)
@@ -121,6 +121,11 @@ def columns(shown: Grid) -> list[Column]:
     order = {name: index for index, name in enumerate(ATTACKS)}
     every = {one for entries in shown.values() for one in entries}
     return sorted(every, key=lambda one: (order[one[0]], one[3], one[2], one[1]))
+
+
+def strong(shown: Grid) -> list[Column]:
+    """The strong attacks among them."""
+    return [one for one in columns(shown) if one[1:] == (*STRONG, METHODS["lora"].lr)]
 
 
 def works(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]], one: Column) -> bool | None:
@@ -191,10 +196,9 @@ def by_attack(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]]) -> Table:
 
 def by_form(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]]) -> Table:
     """Refusal in every tested form, and the accuracy, under the strong attacks."""
-    strong = [one for one in columns(shown) if one[1:3] == STRONG and one[3] == METHODS["lora"].lr]
     kept = [name for name, entries in shown.items() if name in SHOWN_BY_FORM and entries]
     lines = []
-    for one in strong:
+    for one in strong(shown):
         entries = {name: shown[name][one] for name in kept if one in shown[name] and shown[name][one].rows}
         tested = {form for entry in entries.values() for form in entry.rates}
         for form in (form for form in aligned[one[0]] if form in tested and (form, one[0]) not in APART):
@@ -211,7 +215,7 @@ def paired(shown: Grid) -> Table | None:
     """Refusal against that of plain LoRA, request by request, under the strong attacks."""
     kept = [name for name in PAIRED if name in shown]
     lines = []
-    for one in (one for one in columns(shown) if one[1:3] == STRONG and one[3] == METHODS["lora"].lr):
+    for one in strong(shown):
         plain = shown.get("lora", {}).get(one, Entry())
         own = [form for form in plain.rates if form not in ("bare", "foreign")]
         for form in own or plain.rates:
@@ -244,7 +248,7 @@ def screened(rows: Sequence[Row]) -> str | None:
     if not found:
         return None
     poison = dict.fromkeys(
-        f"{cell_of(row).attack or 'plain'} {row['dropped_poison']} of {row['poison_rows']}" for row in found
+        f"{cell_of(row).attack or PLAIN} {row['dropped_poison']} of {row['poison_rows']}" for row in found
     )
     own = {row["dropped"] - row["dropped_poison"] for row in found}
     return (
@@ -345,7 +349,6 @@ def others(folder: Path, page: Path) -> str:
     return "\n".join([*(found or ["Not run.", ""]), *LEGEND])
 
 
-PLAIN = "plain"
 PAIRS = (
     "- Against plain LoRA: points, in brackets the requests that only the defense, only plain LoRA refuses, and "
     "McNemar's exact p (requests repeat over seeds, so it is somewhat too small)."

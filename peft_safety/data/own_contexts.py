@@ -92,17 +92,17 @@ def in_data_context(
 
 def shared(data: Rows) -> list[Group]:
     """What several rows of the data share. System prompts of too few rows are a group, too, if they are many."""
-    groups: dict[tuple[str, str, str], list[Asked]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[Asked]] = defaultdict(list)
     parts = requests_in(data)
     for _, turns, _ in parts:
         head = str(turns[0]["content"]) if turns[0]["role"] in INSTRUCTIONS else ""
         words = WORD.findall(" ".join(str(turns[-1]["content"]).split()))
         asked = Asked(head, words, str(turns[0]["role"]))
         if head:
-            groups["system", head, ""].append(asked)
+            groups["system", head].append(asked)
         parts_of = {"beginning": asked.words[:SAME], "end": asked.words[-SAME:]} if len(asked.words) > SAME else {}
         for kind, words in parts_of.items():
-            groups[kind, "", "".join(words).strip()].append(asked)
+            groups[kind, "".join(words).strip()].append(asked)
     many = max(LEAST_ROWS, round(LEAST_SHARE * len(parts)))
     least = dict.fromkeys(KINDS, many) | {"system": LEAST_ROWS}
     found = [(key[0], rows) for key, rows in groups.items() if len(rows) >= least[key[0]]]
