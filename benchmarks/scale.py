@@ -1,8 +1,8 @@
 """What GuardSpace costs at the sizes that people train: one to four decoder blocks of the shape of Llama-3-8B, random
 NF4 weights, so that the cost of a block is a slope; extrapolated to whole models beside the targets.
 
-Training: plain QLoRA, the frozen form, and today's form with bases of n/16 and n/4, three AdamW steps each, in a new
-process each. Calibration: by memory budget. Steps take turns; memory is the peak of the process.
+Training: plain QLoRA, the frozen form, on request also on the fused path, and today's form with bases of n/16 and n/4,
+some AdamW steps each, in a new process each. Calibration: by memory budget. Memory is the peak of the process.
 
     python -m benchmarks.scale [--blocks 1 2] [--tokens 256]     (half an hour on two cores; a GPU is used if there is
     one; --blocks 1 2 4 32 adds an 8B-shaped model in full, plain and frozen)
@@ -37,7 +37,8 @@ from peft_safety.core.projection import orthonormalize
 from peft_safety.core.targets import target_layers
 from peft_safety.reporting.report import environment
 
-ARMS = {"lora": None, "frozen": 16, "window": 16, "trained A, n/16": 16, "trained A, n/4": 4}
+FUSED = "frozen, fused"
+ARMS = {"lora": None, "frozen": 16, FUSED: 16, "window": 16, "trained A, n/16": 16, "trained A, n/4": 4}
 """Arm -> one over the share of the input dimensions that its null space takes."""
 MANY = 4
 """Blocks of the models that all arms and the calibration are measured on, at most."""
@@ -116,11 +117,12 @@ def adapted(model: nn.Module, arm: str, folder: Path) -> Any:
     if ARMS[arm] is None:
         return get_peft_model(model, LoraConfig(**common))
     file = folder / f"bases-{ARMS[arm]}.safetensors"
-    train: Any = {"frozen": "B", "window": "window"}.get(arm, "A")
-    return get_peft_model(model, GuardSpaceConfig(**common, subspace=str(file), train=train, a_init="random"))
+    train: Any = {"frozen": "B", FUSED: "B", "window": "window"}.get(arm, "A")
+    common |= {"subspace": str(file), "train": train, "a_init": "random", "fused": arm == FUSED}
+    return get_peft_model(model, GuardSpaceConfig(**common))
 
 
-def training(arm: str, blocks: int, tokens: int, device: str, folder: Path) -> dict[str, Any]:
+def training(arm: str, blocks: int, tokens: int, steps: int, device: str, folder: Path) -> dict[str, Any]:
     """In a process of its own: peak memory, seconds a step, and the bytes of the saved adapter."""
     model = block_model(blocks, device)
     peft_model = adapted(model, arm, folder).train()
@@ -128,7 +130,7 @@ def training(arm: str, blocks: int, tokens: int, device: str, folder: Path) -> d
     ids = torch.randint(0, 2048, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
     seconds = []
     reset(device)
-    for _ in range(STEPS):
+    for _ in range(steps):
         started = time.perf_counter()
         peft_model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
@@ -230,8 +232,10 @@ def slopes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
+    usual = [arm for arm in ARMS if arm != FUSED]
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=usual, metavar="ARM")
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training; the fastest counts")
     parser.add_argument("--budgets", nargs="*", default=list(BUDGETS))
     parser.add_argument("--whole", action="store_true", help="a 1.5B-shaped model from calibration to verify; alone")
     parser.add_argument("--one", nargs=3, metavar=("KIND", "ARM", "BLOCKS"), help=argparse.SUPPRESS)
@@ -246,7 +250,7 @@ def main() -> None:
     if args.one:
         kind, arm, blocks = args.one
         found = (
-            training(arm, int(blocks), args.tokens, device, args.folder)
+            training(arm, int(blocks), args.tokens, args.steps, device, args.folder)
             if kind == "training"
             else calibration(arm, int(blocks), device)
         )
@@ -260,8 +264,9 @@ def main() -> None:
             model = block_model(blocks, "meta")
             for share in sorted({share for arm in arms if (share := ARMS[arm]) is not None}):
                 bases(model, share, device).save(Path(name, f"bases-{share}.safetensors"))
+            sizes = ("--tokens", str(args.tokens), "--steps", str(args.steps), "--folder", name)
             for arm in arms:
-                given = ("--tokens", str(args.tokens), "--folder", name, "--one", "training", arm, str(blocks))
+                given = (*sizes, "--one", "training", arm, str(blocks))
                 rows.append({"arm": arm, "blocks": blocks, **peak_memory("benchmarks.scale", *given)})
                 show("training", rows[-1:])
     for budget in args.budgets:
@@ -275,7 +280,8 @@ def main() -> None:
     summary = slopes(rows) if len({blocks for blocks in args.blocks if blocks <= MANY}) > 1 else []
     if summary:
         show("a block, and the ratio to plain QLoRA", summary)
-    facts = environment(0, model="blocks of Llama-3-8B's shape, NF4", r=RANK, tokens=args.tokens, device=device)
+    facts = environment(0, model="blocks of Llama-3-8B's shape, NF4", r=RANK, tokens=args.tokens, steps=args.steps)
+    facts |= {"device": torch.cuda.get_device_name() if device == "cuda" else device}
     path = record("scale", [*rows, *calibrations, *summary], facts)
     print(f"written to {path}; targets of the frozen form: memory <= 1.01, time <= 1.00, adapter <= 1.1 of plain")
 

@@ -28,6 +28,7 @@ COUNTERMEASURES: dict[str, Cell] = {
     "chain-anchor": replace(GUARD, knobs=f"train=B,rows=task,contexts=5,screen=verdict,{ANCHOR}"),
     "frozen-screened": replace(GUARD, knobs="train=B,rows=task,screen=verdict"),
     "frozen-flagged": replace(GUARD, knobs="train=B,rows=task,screen=flagged"),
+    "random:frozen-flagged": replace(GUARD, knobs="train=B,rows=task,screen=flagged", control="random"),
     "chain-system": replace(GUARD, knobs="train=B,rows=task,screen=flagged,own=1,own_kind=system"),
     "frozen-context": replace(GUARD, knobs="train=B,rows=task,contexts=5"),
     "frozen-anchor": replace(GUARD, knobs=f"train=B,rows=task,{ANCHOR}"),
