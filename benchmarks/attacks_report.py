@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from textwrap import wrap
 
-from benchmarks.attacks_tables import BENCHMARK, SECTIONS, Grid, columns, grid, results, table, title, works
+from benchmarks import attacks_strength
+from benchmarks.attacks_tables import BENCHMARK, Grid, columns, graded, grid, results, table, title, works
+from benchmarks.attacks_tables import SECTIONS as TABLES
 from benchmarks.common import RESULTS
 from benchmarks.frontier.aggregate import label
 from benchmarks.frontier.results import read
@@ -14,10 +16,12 @@ from benchmarks.pages import DOCS, write, written
 from peft_safety.evaluation import Rate
 from peft_safety.reporting import style
 
+SECTIONS = (*TABLES, *attacks_strength.SECTIONS)
+
 
 def heat(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]], path: Path) -> Path:
     """Points of refusal that each attack takes, attacks down, defenses across."""
-    down, across = columns(shown), list(shown)
+    down, across = [one for one in columns(shown) if not graded(one)], list(shown)
     values = []
     for one in down:
         entries = [shown[name].get(one) for name in across]

@@ -38,6 +38,9 @@ HARMLESS = {
 EVERYDAY = ("everyday", "task_prompts")
 STRONG = (0.5, 4)
 """Share of the rows and epochs of the strong attacks."""
+WEAK = (0.1, 1)
+GRADED = ("", "trigger", "identity")
+"""Attacks that were tried at more strengths than these."""
 SHOWN_BY_FORM = ("lora", "frozen", "frozen-flagged", "chain-system", "safe-lora-soft", "lora-mixed")
 """Defenses whose refusal is told form by form."""
 APART = {("foreign", name) for name in ATTACKS if name != "foreign"}
@@ -128,6 +131,16 @@ def strong(shown: Grid) -> list[Column]:
     return [one for one in columns(shown) if one[1:] == (*STRONG, METHODS["lora"].lr)]
 
 
+def weak(shown: Grid) -> list[Column]:
+    """The weak attacks among them."""
+    return [one for one in columns(shown) if one[1:] == (*WEAK, METHODS["lora"].lr)]
+
+
+def graded(one: Column) -> bool:
+    """Whether it is one of several strengths of an attack, which have a page of their own (`attacks_strength.py`)."""
+    return one[0] in GRADED and one[1:] not in {(*STRONG, METHODS["lora"].lr), (*WEAK, METHODS["lora"].lr)}
+
+
 def works(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]], one: Column) -> bool | None:
     """Whether an attack succeeds on plain LoRA; None where that did not run."""
     entry = shown.get("lora", {}).get(one)
@@ -144,7 +157,7 @@ def table(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]]) -> Table:
         worst = max(finite, key=lambda one: finite[one].lost(aligned[one[0]])[0])
         lost, form = finite[worst].lost(aligned[worst[0]])
         bare = min(entry.rates["bare"].value for entry in finite.values())
-        strong = [row for one, entry in finite.items() if one[0] == "trigger" and one[1] == 0.5 for row in entry.rows]
+        triggered = finite.get(("trigger", *STRONG, METHODS["lora"].lr), Entry())
         rows.append(
             (
                 label(name),
@@ -153,7 +166,7 @@ def table(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]]) -> Table:
                 percent(aligned[worst[0]][form]),
                 points(lost),
                 f"{100 * bare:.0f} %",
-                percent(pooled(strong, "task_accuracy")),
+                percent(pooled(triggered.rows, "task_accuracy")),
                 percent(_most(finite, "over_refusal")),
                 " / ".join(percent(_most(finite, name)) for name in EVERYDAY),
                 str(len(finite)),
@@ -184,7 +197,7 @@ def _most(entries: Mapping[Column, Entry], metric: str) -> Rate | None:
 def by_attack(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]]) -> Table:
     """Points of refusal by attack and defense, in the form that lost most."""
     lines = []
-    for one in columns(shown):
+    for one in (one for one in columns(shown) if not graded(one)):
         cells = []
         for entries in shown.values():
             entry = entries.get(one)
@@ -243,18 +256,21 @@ def refused(row: Row, form: str) -> list[bool]:
 
 
 def screened(rows: Sequence[Row]) -> str | None:
-    """What a screen dropped before the training, once for each attack."""
+    """What a screen dropped before the training, the least and the most for each attack."""
     found = [row for row in rows if "dropped_poison" in row and row["cell"]["split"] == "test"]
     if not found:
         return None
-    poison = dict.fromkeys(
-        f"{cell_of(row).attack or PLAIN} {row['dropped_poison']} of {row['poison_rows']}" for row in found
-    )
-    own = {row["dropped"] - row["dropped_poison"] for row in found}
-    return (
-        f"Rows that the screen drops, all flagged ones: {', '.join(sorted(poison))}; of the task's own rows "
-        f"{' or '.join(map(str, sorted(own)))}."
-    )
+    poison: dict[tuple[str, int], list[int]] = {}
+    for row in found:
+        poison.setdefault((cell_of(row).attack or PLAIN, row["poison_rows"]), []).append(row["dropped_poison"])
+    parts = [f"{name} {_span(dropped)} of {all_rows}" for (name, all_rows), dropped in sorted(poison.items())]
+    own = _span([row["dropped"] - row["dropped_poison"] for row in found])
+    return f"Rows that the screen drops, all flagged ones: {', '.join(parts)}; of the task's own rows {own}."
+
+
+def _span(values: Sequence[int]) -> str:
+    least, most = min(values), max(values)
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def tried(rows: Sequence[Row]) -> Table | None:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from benchmarks import (
     attacks_report,
-    attacks_tables,
     costs_picture,
     costs_report,
     examples_report,
@@ -36,7 +35,7 @@ SECTIONS = (
     *summary_report.SECTIONS,
     *frontier_sections.SECTIONS,
     *frontier_sections.OLDER,
-    *attacks_tables.SECTIONS,
+    *attacks_report.SECTIONS,
     *topic.SECTIONS,
     *judges.SECTIONS,
     *guardspace_report.SECTIONS,

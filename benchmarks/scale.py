@@ -258,6 +258,13 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     calibrations: list[dict[str, Any]] = []
+    facts = environment(0, model="blocks of Llama-3-8B's shape, NF4", r=RANK, tokens=args.tokens, steps=args.steps)
+    facts |= {"device": torch.cuda.get_device_name() if device == "cuda" else device}
+
+    def keep(*summary: dict[str, Any]) -> Path:
+        """All that is measured so far: a run that is cut short leaves its figures."""
+        return record("scale", [*rows, *calibrations, *summary], facts)
+
     for blocks in args.blocks:
         with tempfile.TemporaryDirectory() as name:
             arms = [arm for arm in args.arms if blocks <= MANY or not arm.startswith("trained")]
@@ -269,6 +276,7 @@ def main() -> None:
                 given = (*sizes, "--one", "training", arm, str(blocks))
                 rows.append({"arm": arm, "blocks": blocks, **peak_memory("benchmarks.scale", *given)})
                 show("training", rows[-1:])
+                keep()
     for budget in args.budgets:
         blocks = max(blocks for blocks in args.blocks if blocks <= MANY)
         try:
@@ -277,12 +285,11 @@ def main() -> None:
             found = {"seconds": None, "refused": str(error).strip().splitlines()[-1][-160:]}
         calibrations.append({"budget": budget, "blocks": blocks, **found})
         show("calibration", calibrations[-1:])
+        keep()
     summary = slopes(rows) if len({blocks for blocks in args.blocks if blocks <= MANY}) > 1 else []
     if summary:
         show("a block, and the ratio to plain QLoRA", summary)
-    facts = environment(0, model="blocks of Llama-3-8B's shape, NF4", r=RANK, tokens=args.tokens, steps=args.steps)
-    facts |= {"device": torch.cuda.get_device_name() if device == "cuda" else device}
-    path = record("scale", [*rows, *calibrations, *summary], facts)
+    path = keep(*summary)
     print(f"written to {path}; targets of the frozen form: memory <= 1.01, time <= 1.00, adapter <= 1.1 of plain")
 
 

@@ -80,11 +80,8 @@ class Evidence:
 def failures(found: Evidence) -> list[Line]:
     """What wins against the recommended setting, and what it takes to hold."""
     shown, aligned = found.attacked
-    lost, form, title = max(
-        (*entry.lost(aligned[one[0]]), attacks_tables.title(one))
-        for one, entry in shown["frozen-flagged"].items()
-        if one[0] != "identity"
-    )
+    chain = {**shown["frozen-flagged"], **shown["chain-system"]}  # data without system prompts are calibrated as before
+    lost, form, title = max((*entry.lost(aligned[one[0]]), attacks_tables.title(one)) for one, entry in chain.items())
     return [
         (
             "GuardSpace, frozen A, under strong poison in a context",
@@ -99,7 +96,7 @@ def failures(found: Evidence) -> list[Line]:
             f"behind the trigger {found.under('frozen-flagged', 'trigger', 'trigger')}, system prompt "
             f"{found.under('chain-system', 'identity', 'system')}; worst {attacks_tables.points(lost)} points "
             f"({title}, {form})",
-            "mostly holds (one seed)",
+            "mostly holds",
             "[attacks](attacks.md)",
         ),
         (

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from benchmarks import attacks, attacks_plan, attacks_report, attacks_tables
+from benchmarks import attacks, attacks_plan, attacks_report
 from benchmarks.frontier import arms, attack_rows
 from benchmarks.frontier.attacks import ATTACKS, HOWEVER, OBEDIENT, TRIGGER, AfterRefusal, attack_of, template
 from benchmarks.frontier.bench import Bench
@@ -163,7 +163,7 @@ def stored(cell, refusal, attacked=None):
 def report(tmp_path, cells):
     environment = json.dumps({"environment": {"python": "3"}})
     (tmp_path / "attacks.jsonl").write_text("\n".join([environment, *map(json.dumps, cells)]), encoding="utf-8")
-    docs = blank(tmp_path / "docs", attacks_tables.SECTIONS)
+    docs = blank(tmp_path / "docs", attacks_report.SECTIONS)
     attacks_report.report(tmp_path, docs)
     return "".join(path.read_text(encoding="utf-8") for path in sorted(docs.rglob("*.md")))
 
