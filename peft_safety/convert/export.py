@@ -16,7 +16,7 @@ from peft_safety.core.adapter_dir import check_adapter, protected_types
 from peft_safety.core.certificate import FILE_NAME as CERTIFICATE
 from peft_safety.core.certificate import read_certificate
 from peft_safety.core.features import check_plain
-from peft_safety.core.files import open_tensors, read_json
+from peft_safety.core.files import MAX_LISTING_BYTES, open_tensors, read_json
 from peft_safety.core.names import places, walk
 from peft_safety.core.plain_lora import (
     ADAPTER_FILE,
@@ -152,7 +152,7 @@ def _check_target(target: Path) -> None:
     manifest, file = target / MANIFEST, target / ADAPTER_FILE
     if not manifest.is_file():
         return
-    protected = read_json(manifest).get("peft_type") in protected_types()
+    protected = read_json(manifest, MAX_LISTING_BYTES).get("peft_type") in protected_types()
     if not protected and os.path.lexists(target / CERTIFICATE) and file.is_file():
         with open_tensors(file) as handle:
             protected = EXPORTED not in (handle.metadata() or {})

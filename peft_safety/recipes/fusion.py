@@ -70,7 +70,8 @@ class FuseJob:
         adapters = [path for d in (self.safe, *self.tasks) if d is not None and (path := Path(d, MANIFEST)).is_file()]
         if self.options.get("method", "somf") == "somf" and self.mask is None and adapters:
             self.plan()  # refuse what can be refused before a model is loaded
-            names = [self.model, *(files.read_json(path).get("base_model_name_or_path") for path in adapters)]
+            manifests = [files.read_json(path, files.MAX_LISTING_BYTES) for path in adapters]
+            names = [self.model, *(manifest.get("base_model_name_or_path") for manifest in manifests)]
             model = next((name for name in names if isinstance(name, str) and name), None)
             if model is None:
                 raise ConfigError("the adapters do not say which base model they are for. Give model.")

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from peft_safety.recipes.job.digests import step_digests
@@ -18,6 +16,7 @@ from peft_safety.recipes.job.options import STEPS
 from peft_safety.recipes.job.settings import Settings
 from peft_safety.recipes.job.steps import RUN, say
 from peft_safety.reporting.report import Report
+from peft_safety.screening.states import by_first
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,12 @@ def _agreed(job: Job) -> tuple[dict[str, str], set[str]]:
     """What the steps depend on, and those that are done, as the first process finds it: all processes have to run the
     same steps, and another one may have other files under the same names.
     """
-    told: list[Any] = [None]
-    if job.main:
+
+    def found() -> tuple[dict[str, str], set[str]]:
         digests = step_digests(job)
-        told = [(digests, _finished(job, digests))]
-    broadcast_object_list(told)
-    PartialState().wait_for_everyone()  # all have read the state before one process changes it
-    agreed: tuple[dict[str, str], set[str]] = told[0]
-    return agreed
+        return digests, _finished(job, digests)
+
+    return by_first(found)
 
 
 def _finished(job: Job, digests: dict[str, str]) -> set[str]:
