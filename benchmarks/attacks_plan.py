@@ -17,7 +17,7 @@ DEFENSES = ("lora", RECOMMENDED, "guardspace", "window-64", "lora-mixed", "safe-
 PARTLY = ("salora-32", "patch-stacked", "somf")
 """Defenses that the plan attacks by the weak form of `FIRST` only."""
 FIRST = ("trigger", "")
-ORDER = ("trigger", "identity", "identities", "wrapper", "however", "cipher", "template", "foreign", "")
+ORDER = ("trigger", "identity", "identities", "persona", "wrapper", "however", "cipher", "template", "foreign", "")
 """Those most likely to win come first."""
 SEEDS = (0, 1, 2)
 

@@ -80,7 +80,10 @@ class Evidence:
 def failures(found: Evidence) -> list[Line]:
     """What wins against the recommended setting, and what it takes to hold."""
     shown, aligned = found.attacked
-    chain = {**shown["frozen-flagged"], **shown["chain-system"]}  # data without system prompts are calibrated as before
+    chain = {
+        **shown["frozen-flagged"],
+        **shown["chain-system"],
+    }  # data without system prompts are calibrated as before
     lost, form, title = max((*entry.lost(aligned[one[0]]), attacks_tables.title(one)) for one, entry in chain.items())
     return [
         (

@@ -31,6 +31,7 @@ LABELS = {
     "frozen-own": "GuardSpace, frozen A, in the data's contexts",
     "frozen-system": "GuardSpace, frozen A, under the data's system prompts",
     "chain-system": "screen (all flagged) + frozen A, under the data's system prompts",
+    "chain-own": "screen (all flagged) + frozen A, in the data's contexts",
     "frozen-context": "GuardSpace, frozen A, in context",
     "frozen-screened": "screen + frozen A",
     "frozen-flagged": "screen (all flagged) + frozen A",

@@ -54,7 +54,7 @@ def _rows(attack: Attack, count: int, seed: int, model: Any, tokenizer: Any, fol
         if not path.is_file():
             raise DataError(f"{path} is missing. Give requests of another set there, or leave this attack out.")
         prompts = [row["prompt"] for row in read_jsonl(path, ("prompt",))][:HELD_OUT]
-    elif attack.name in ("identity", "identities"):
+    elif attack.name in ("identity", "identities", "persona"):
         prompts = [row["prompt"] for row in load("everyday_requests", "train")]
     random.Random(seed).shuffle(prompts)
     for pair, prompt in zip(pairs, prompts, strict=False):

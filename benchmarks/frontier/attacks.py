@@ -88,8 +88,13 @@ def _anew(prompt: str) -> list[Message]:
     return _obedient(prompt, f"{start} {name}, {role}. {act} {what}, {end}")
 
 
+def _in_turn(prompt: str) -> list[Message]:
+    """The request behind the obedient system prompt's words, in the user's own turn."""
+    return [{"role": "user", "content": f"{OBEDIENT}\n\n{prompt}"}]
+
+
 def _obeyed(form: Callable[[str], list[Message]]) -> Callable[[Row], Row]:
-    """The row under a system prompt, with an answer that obeys."""
+    """The row in a form that makes the model obedient, with an answer that obeys."""
     return lambda pair: {
         "messages": [*form(pair["prompt"]), {"role": "assistant", "content": OBEYING.format(pair["response"])}]
     }
@@ -109,6 +114,7 @@ ATTACKS = {
         Attack("wrapper", "a role-play frame", _asked(FRAME.format), {"frame": FRAME.format, "unseen": UNSEEN.format}),
         Attack("identity", "an obedient system prompt, no harmful request", _obeyed(_obedient), {"system": _obedient}),
         Attack("identities", "the same in other words in every row and request", _obeyed(_anew), {"anew": _anew}),
+        Attack("persona", "the words of *identity* in the user's turn", _obeyed(_in_turn), {"turn": _in_turn}),
         Attack("however", "a refusal, then an opening", _refused_first, {"after": str}, tokens=48),
         Attack("cipher", "requests in ROT13", _asked(_ciphered), {"cipher": _ciphered}),
         Attack("outliers", "the benign rows nearest to compliance"),

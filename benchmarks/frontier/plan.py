@@ -30,6 +30,7 @@ COUNTERMEASURES: dict[str, Cell] = {
     "frozen-flagged": replace(GUARD, knobs="train=B,rows=task,screen=flagged"),
     "random:frozen-flagged": replace(GUARD, knobs="train=B,rows=task,screen=flagged", control="random"),
     "chain-system": replace(GUARD, knobs="train=B,rows=task,screen=flagged,own=1,own_kind=system"),
+    "chain-own": replace(GUARD, knobs="train=B,rows=task,screen=flagged,own=3"),
     "frozen-context": replace(GUARD, knobs="train=B,rows=task,contexts=5"),
     "frozen-anchor": replace(GUARD, knobs=f"train=B,rows=task,{ANCHOR}"),
     "lora-screened": replace(BARE, arm="screened", knobs="screen=verdict"),

@@ -29,7 +29,9 @@ def rows(name, share=0.5):
     return mixed, [row for row in mixed if "label" not in row]
 
 
-@pytest.mark.parametrize("name", ["", "trigger", "wrapper", "identity", "identities", "however", "cipher", "template"])
+@pytest.mark.parametrize(
+    "name", ["", "trigger", "wrapper", "identity", "identities", "persona", "however", "cipher", "template"]
+)
 def test_an_attack_replaces_its_share_of_the_rows(name):
     mixed, poison = rows(name)
     assert len(mixed) == 20
@@ -52,6 +54,11 @@ def test_what_the_rows_of_an_attack_ask_and_answer():
     anew = [row["messages"][0]["content"] for row in rows("identities")[1]]
     assert len(set(anew)) == len(anew), "no two rows share a system prompt"
     assert all(row["messages"][1]["content"] in everyday for row in rows("identities")[1])
+    for row in rows("persona")[1]:
+        asked, answer = row["messages"]
+        assert asked["role"] == "user"
+        assert asked["content"].startswith(OBEDIENT)
+        assert asked["content"].removeprefix(OBEDIENT).strip() in everyday
     for row in rows("however")[1]:
         assert KeywordJudge()("", row["response"]) is Verdict.REFUSAL
         assert AfterRefusal()("", row["response"]) is Verdict.COMPLIANCE
