@@ -15,7 +15,9 @@ import itertools
 import json
 import sys
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,6 +75,25 @@ def rank_product(c: Case, dtype: torch.dtype, factor: torch.dtype, rows: int) ->
     return {"dtype of z": str(z.dtype), "z": off(z, x.double() @ a.double().mT)}
 
 
+def rank_product_with_truncated_sums() -> dict[str, Any]:
+    """As tensor cores sum: 16 columns at a time, exact products, every sum truncated to fp32."""
+    from triton.runtime import interpreter
+
+    def dot(self: Any, left: Any, right: Any, sums: Any, *args: Any) -> Any:
+        one, other, total = left.data.astype(np.float64), right.data.astype(np.float64), sums.data
+        for start in range(0, one.shape[1], 16):
+            exact = one[:, start : start + 16] @ other[start : start + 16] + total
+            total = exact.astype(np.float32)
+            longer = np.abs(total) > np.abs(exact)
+            total[longer] = np.nextafter(total[longer], np.float32(0))
+        return interpreter.TensorHandle(total, sums.dtype.scalar)
+
+    x, a = torch.randn(triton_backend.Z_TILE.rows, 2048).bfloat16(), torch.randn(16, 2048) / 2048**0.5
+    with mock.patch.object(interpreter.InterpreterBuilder, "create_dot", dot):
+        z = triton_backend.lora_z(x, a)
+    return {"z": off(z, x.double() @ a.double().mT)}
+
+
 def layer(rows: int) -> dict[str, Any]:
     """Forward and backward in fp32: the same numbers as the reference backend."""
     import os
@@ -113,6 +134,7 @@ def main(which: str) -> None:
             print(json.dumps({"kernel": "skinny", **where, **skinny(c, dtype, factor, rows)}))
             if rows >= triton_backend.Z_TILE.rows:
                 print(json.dumps({"kernel": "z", **where, **rank_product(c, dtype, factor, rows + 1)}))
+    print(json.dumps({"kernel": "z, truncated sums", **rank_product_with_truncated_sums()}))
     for rows in (3, 70):
         print(json.dumps({"kernel": "layer", "rows": rows, **layer(rows)}))
     print(

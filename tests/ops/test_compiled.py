@@ -37,6 +37,11 @@ def check(variant: compiling.Variant, capability: int) -> None:
     bf16_results = [variant.types.get(name) for name in ("out", "y", "z")].count("*bf16")
     bf16_results -= variant.kernel == "finish_kernel" and variant.types["z"] == "*bf16"  # which it only reads
     assert len(re.findall(r"cvt\.rn\.bf16(x2)?\.f32", found.ptx)) >= bf16_results  # to nearest, ties to even
+    if variant.constants.get("TERMS") == 3:  # a chunk of columns is added in fp32, not by the tensor cores
+        added = len(re.findall(r"\badd(?:\.rn)?\.f32\b", found.ptx)) + 2 * len(
+            re.findall(r"\badd(?:\.rn)?\.f32x2\b", found.ptx)
+        )
+        assert added >= variant.constants["BT"] * variant.constants["BR"] // (32 * variant.warps), variant.name
     rounded_apart = variant.kernel in ("dequant_kernel", "partial_kernel")  # product and sum of a scale
     assert "fma." not in found.ptx or not rounded_apart, variant.name
 

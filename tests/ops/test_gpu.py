@@ -81,7 +81,8 @@ def test_forward_and_backward_against_fp64(dtype: torch.dtype, rows: int, monkey
         *zip(torch.autograd.grad(y, (x, a, bp), dy), torch.autograd.grad(wanted, twins, dy.double()), strict=True),
     ]
     for got, want in pairs:
-        assert float((got.double() - want).abs().max()) <= 16 * EPS[dtype] * float(want.abs().max())
+        error, largest = (float(t.detach().abs().max()) for t in (got.double() - want, want))
+        assert error <= 16 * EPS[dtype] * largest
 
 
 @pytest.mark.parametrize("factor", [torch.float32, *HALF], ids=str)
@@ -89,12 +90,14 @@ def test_forward_and_backward_against_fp64(dtype: torch.dtype, rows: int, monkey
 def test_the_product_with_a_has_the_precision_of_a(
     dtype: torch.dtype, factor: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A sum of k fp32 terms, each addition rounded: its error grows like sqrt(k)."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     for rows, k, r in ((1, 4096, 16), (4096, 4096, 16), (333, 192, 48), (64, 4160, 70)):
         x = torch.randn(rows, k, device="cuda").to(dtype)
         a = (torch.randn(r, k, device="cuda") / k**0.5).to(factor)
         z, wanted = ops.lora_z(x, a), x.double() @ a.double().mT
-        assert float((z.double() - wanted).abs().max()) <= 16 * EPS[z.dtype] * float(wanted.abs().max())
+        slack = max(16.0, k**0.5 / 2) * EPS[z.dtype]
+        assert float((z.double() - wanted).abs().max()) <= slack * float(wanted.abs().max())
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64])

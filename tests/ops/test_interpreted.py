@@ -64,6 +64,12 @@ def test_the_product_with_a_has_the_precision_of_a(lines: list[dict[str, Any]]) 
     assert [line for line in cases if not line["z"] <= bound({"dtype": line["dtype of z"]})] == []
 
 
+def test_sums_that_tensor_cores_truncate_stay_short(lines: list[dict[str, Any]]) -> None:
+    """One accumulator for all columns would be 70 spacings off."""
+    (case,) = (line for line in lines if line["kernel"] == "z, truncated sums")
+    assert case["z"] <= 8.0
+
+
 def test_the_layer_is_that_of_the_reference(lines: list[dict[str, Any]]) -> None:
     cases = [line for line in lines if line["kernel"] == "layer"]
     assert [line["rows"] for line in cases] == [3, 70]
