@@ -20,7 +20,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from peft_safety.ops.triton_common import dot
+
+@triton.jit
+def dot(left, right, sums, WIDEN: tl.constexpr):
+    """`sums + left right` in fp32. `WIDEN` converts 16-bit operands first: bf16 cannot be multiplied in the
+    interpreter, nor 16 bits with fp32.
+    """
+    if WIDEN:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, sums, input_precision="ieee")
 
 
 @triton.jit
