@@ -55,7 +55,7 @@ def test_the_product_with_a_has_the_precision_of_a(lines: list[dict[str, Any]]) 
 
 
 def test_sums_that_tensor_cores_truncate_stay_short(lines: list[dict[str, Any]]) -> None:
-    """One accumulator for all columns would be 70 spacings off."""
+    """One accumulator for all columns would be 75 spacings off."""
     (case,) = (line for line in lines if line["kernel"] == "z, truncated sums")
     assert case["z"] <= 8.0
 
