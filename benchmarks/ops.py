@@ -1,10 +1,10 @@
 """Operations on 4-bit weights: the cost of a protected layer, compared with other ways and with the machine's limit.
 
-On a GPU: K1 (training, 4,096 tokens through the linear layers of a 7B block), K2 (dequantizing), K3 (one token
-through all linear layers of a 7B model) and K6 (projecting all its adapters), eager and as CUDA graphs. On a CPU: the
-reference backend compared with the naive form, in CPU seconds. "error" is the relative distance from fp64. Elsewhere:
-K4 in `benchmarks/safe_lora.py`, K5 in `benchmarks/subspace.py`, K7 (compiling for four architectures) in the tests,
-and what a step keeps in `benchmarks/saved_bytes.py`.
+On a GPU: K1 (training, 4,096 tokens through the linear layers of a 7B block), K2 (dequantizing) and K6 (projecting all
+adapters of a 7B model), eager and as CUDA graphs. On a CPU: the reference backend compared with the naive form, in CPU
+seconds. "error" is the relative distance from fp64. Elsewhere: K4 in `benchmarks/safe_lora.py`, K5 in
+`benchmarks/subspace.py`, K7 (compiling for four architectures) in the tests, and what a step keeps in
+`benchmarks/saved_bytes.py`. K3 (one token through a 7B model) ended with its kernels: PEFT's path serves few rows.
 
     python -m benchmarks.ops [--smoke]    (`--smoke` tests the GPU parts at tiny sizes on any machine)
 """
@@ -37,7 +37,6 @@ TARGETS = {
         (f"{kind}: one by one / one function, {mode}" for kind in ("q, k, v", "gate, up") for mode in WAYS), "none"
     ),
     "K2": {"share of copy bandwidth": ">= 0.85", "bitsandbytes / dequantized": ">= 1.3"},
-    "K3": {"peft LoRA / this, graphed": ">= 1.5"},
     "K6": {"ms a step, graphed": "<= 0.2", "launches a module": "<= 1"},
 }
 CPU_SHAPES, CPU_TOKENS = ((1024, 1024), (576, 1536)), (1, 256)
@@ -116,7 +115,7 @@ def main() -> None:
         figures = {"CPU": ratios}
         for what, value in ratios.items():
             print(f"{what}: {value:.3g}")
-        print("K1, K2, K3 and K6 need a GPU and have not been run.")
+        print("K1, K2 and K6 need a GPU and have not been run.")
     show("operations" + (f" on {torch.cuda.get_device_name()}" if gpu else " on the CPU, fp32"), rows)
     extra = {
         "device": torch.cuda.get_device_name() if gpu else "cpu",

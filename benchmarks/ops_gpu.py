@@ -1,4 +1,4 @@
-"""K1, K2, K3 and K6 of the benchmark of operations, which need a GPU. Each function returns the rows of a table and
+"""K1, K2 and K6 of the benchmark of operations, which need a GPU. Each function returns the rows of a table and
 the figures that have targets; see `ops.py`.
 """
 
@@ -126,51 +126,6 @@ def k2_weights(n: int, k: int, device: str, dtype: torch.dtype, rounds: int) -> 
     }
 
 
-def k3_decode(
-    shapes: Shapes, blocks: int, device: str, dtype: torch.dtype, rounds: int
-) -> tuple[list[Row], dict[str, float]]:
-    """One token through all linear layers of a model, each with its adapter. The factors are projected before, as in
-    evaluation.
-    """
-    import bitsandbytes as bnb
-
-    layers = [layer(n, k, device, dtype, index) for index in range(blocks) for n, k in shapes]
-    inputs = {k: torch.randn(1, k, device=device, dtype=dtype) for _, k in shapes}
-    by_layer = [arms(one) for one in layers]
-    factors = [(one.a.detach(), project_wide(one.u, one.b.detach(), "out")) for one in layers]
-
-    def all_of(call: Callable[[int, Layer], Tensor]) -> Callable[[], Any]:
-        def work() -> None:
-            with torch.no_grad():
-                for index, one in enumerate(layers):
-                    call(index, one)
-
-        return work
-
-    def adapted(x: Tensor, q: ops.QuantBundle, a: Tensor, b: Tensor) -> Tensor:
-        return ops.nf4_lora(x, q, ops.lora_z(x, a), b, 1.0)
-
-    works = {
-        "naive SaLoRA": all_of(lambda index, one: by_layer[index]["naive SaLoRA"](inputs[one.q.k])),
-        "peft LoRA": all_of(lambda index, one: by_layer[index]["peft LoRA"](inputs[one.q.k])),
-        "bnb gemm_4bit, no adapter": all_of(
-            lambda _, one: bnb.matmul_4bit(inputs[one.q.k], one.base.weight.data.t(), quant_state=one.state)
-        ),
-        "this": all_of(lambda index, one: adapted(inputs[one.q.k], one.q, *factors[index])),
-    }
-    moved = blocks * sum(n * k * (0.5 + 1 / 64) + R * (n + k) * dtype.itemsize for n, k in shapes)
-    floor = moved / bandwidth(device, 1024 if device != "cpu" else 8)
-    seconds = both_ways(works, rounds, device)
-    off = errors(layers[0], inputs[layers[0].q.k])
-    rows = [row for mode, times in seconds.items() for row in rows_of("K3", mode, times, floor, off)]
-    graphs = seconds["graphed"]
-    return rows, {
-        "peft LoRA / this, graphed": ratio(graphs, "peft LoRA", "this")[0]
-        if {"peft LoRA", "this"} <= graphs.keys()
-        else float("nan")
-    }
-
-
 def k6_projections(shapes: Shapes, blocks: int, device: str, rounds: int) -> tuple[list[Row], dict[str, float]]:
     """Projecting the factors of all adapters of a model, with one call for each module, as in its forward."""
     heights = [n for n, _ in shapes] * blocks
@@ -202,7 +157,6 @@ def everything(device: str, rounds: int, *, tiny: bool) -> tuple[list[Row], dict
         "K1": lambda: k1_training(shapes, tokens, device, dtype, rounds),
         "K1 joint": lambda: joint(shapes, tokens, device, dtype, rounds),
         "K2": lambda: k2_weights(*((128, 128) if tiny else (4096, 4096)), device, dtype, rounds),
-        "K3": lambda: k3_decode(shapes, blocks, device, dtype, rounds),
         "K6": lambda: k6_projections(shapes, blocks, device, rounds),
     }
     for name, part in parts.items():

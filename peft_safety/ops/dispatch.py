@@ -26,7 +26,7 @@ class Backend(NamedTuple):
     """Kernels for one type of device.
 
     Attributes:
-        module: what holds `nf4_dequant`, `nf4_skinny` and `lora_z`; imported when it first serves a tensor.
+        module: what holds `nf4_dequant` and `lora_z`; imported when it first serves a tensor.
         obstacle: why it cannot serve a device; None if it can.
         reason: why it is taken unless another is asked for; None for one that only `PEFT_SAFETY_BACKEND` chooses.
     """

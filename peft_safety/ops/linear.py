@@ -12,12 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_safety.ops import dispatch, reference
+from peft_safety.ops import dispatch
 from peft_safety.ops.quant import QuantBundle
-
-SKINNY_ROWS = 64
-"""Up to so many rows of x, reading W dominates: 0.5 bytes per packed weight, 4.5 if it is dequantized first.
-bitsandbytes switches between 16 and 64 rows."""
 
 
 def rank_product(x: Tensor, a: Tensor) -> Tensor:
@@ -29,14 +25,10 @@ def rank_product(x: Tensor, a: Tensor) -> Tensor:
 
 def forward(x: Tensor, q: QuantBundle, z: Tensor, bp: Tensor, scale: float) -> Tensor:
     """`y (..., n)` in the dtype of `x (..., k)`, from `z (..., r)` and `B' (n, r)`."""
-    kernels = dispatch.backend(x)
-    rows = x.reshape(-1, q.k)
     wide = torch.promote_types(z.dtype, bp.dtype)
-    factors = z.reshape(-1, z.shape[-1]).to(wide), bp.to(wide)
-    if rows.shape[0] <= SKINNY_ROWS:
-        y = kernels.nf4_skinny(rows, q, *factors, scale)
-    else:
-        y = reference.plus(rows, kernels.nf4_dequant(q, x.dtype), *factors, scale)
+    adapter = (z.reshape(-1, z.shape[-1]).to(wide) @ bp.to(wide).mT).mul_(scale).to(x.dtype)
+    # a base rounded before the sum would swallow an update below half its spacing
+    y: Tensor = adapter.addmm_(x.reshape(-1, q.k), dispatch.backend(x).nf4_dequant(q, x.dtype).mT)
     return y.view(*x.shape[:-1], q.n)
 
 

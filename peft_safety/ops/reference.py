@@ -24,10 +24,10 @@ def code(device: torch.device) -> Tensor:
 
 
 @cache
-def pairs(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`(256, 2)`: the two values of a packed byte, the first from its high half."""
+def pairs(device: torch.device) -> Tensor:
+    """`(256, 2)` fp32: the two values of a packed byte, the first from its high half."""
     byte = torch.arange(256, device=device)
-    return torch.stack([code(device)[byte >> 4], code(device)[byte & 15]], dim=1).to(dtype)
+    return torch.stack([code(device)[byte >> 4], code(device)[byte & 15]], dim=1)
 
 
 def scales(q: QuantBundle) -> Tensor:
@@ -50,21 +50,7 @@ def nf4_dequant(q: QuantBundle, dtype: torch.dtype) -> Tensor:
     return unrounded(q).to(dtype)
 
 
-def nf4_skinny(x: Tensor, q: QuantBundle, z: Tensor, bp: Tensor, scale: float) -> Tensor:
-    """`y = x W^T + scale * z B'^T (t, n)` for few rows `x (t, k)`, where a backend may read the packed weight instead
-    of a dense one. `z (t, r)` and `B' (n, r)` in one dtype.
-    """
-    return plus(x, nf4_dequant(q, x.dtype), z, bp, scale)
-
-
 def lora_z(x: Tensor, a: Tensor) -> Tensor:
     """`z = x A^T (t, r)` in the wider dtype of `x (t, k)` and `A (r, k)`."""
     wide = torch.promote_types(x.dtype, a.dtype)
     return x.to(wide) @ a.to(wide).mT
-
-
-def plus(x: Tensor, weight: Tensor, z: Tensor, bp: Tensor, scale: float) -> Tensor:
-    """`x W^T + scale * z B'^T (t, n)` in the dtype of x. The adapter comes first, rounded by a share of itself, and
-    large product is summed onto it: a base rounded before would swallow an update below half its spacing.
-    """
-    return (z @ bp.mT).mul_(scale).to(x.dtype).addmm_(x, weight.mT)

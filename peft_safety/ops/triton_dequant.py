@@ -13,7 +13,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from peft_safety.ops.triton_common import block_scales
+
+@triton.jit
+def block_scales(absmax, absmax2, code2, offset, index, mask, NESTED: tl.constexpr, BLOCK2: tl.constexpr):
+    """fp32 scales of the blocks at `index`: product, then sum, each rounded, as bitsandbytes decodes them."""
+    if NESTED:
+        quantized = tl.load(absmax + index, mask=mask, other=0).to(tl.int32)
+        scale = tl.load(code2 + quantized) * tl.load(absmax2 + index // BLOCK2, mask=mask, other=0.0) + tl.load(offset)
+    else:
+        scale = tl.load(absmax + index, mask=mask, other=0.0)
+    return scale
 
 
 @triton.jit

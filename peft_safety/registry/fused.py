@@ -1,6 +1,6 @@
 """The fused path of a protected adapter on NF4 weights: `ops.lora_z` and `ops.nf4_lora` instead of PEFT's base
 product, adapter product and sum. `fused=True` in the config turns it on, or `PEFT_SAFETY_FUSED=1`. Other layers run as
-PEFT wrote them; `explain_dispatch` says why.
+PEFT wrote them; `explain_dispatch` says why. So do calls with few rows in which nothing learns (`SKINNY_ROWS`).
 """
 
 from __future__ import annotations
@@ -49,12 +49,14 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
     """What `lora.Linear4bit` returns for `x (..., in)`; None where PEFT's own path must run. Base and adapter are two
     products: `W + dW` rounded to 16 bits would lose a small update.
     """
+    if not isinstance(x, Tensor) or (not _learns(layer, x) and one_input.skinny(x)):
+        return None
     route = plan(layer)
     if isinstance(route, str):
         return None
     base = layer.get_base_layer()
     dtype = base.compute_dtype or x.dtype
-    if not isinstance(x, Tensor) or dtype not in COMPUTE or not x.dtype.is_floating_point:
+    if dtype not in COMPUTE or not x.dtype.is_floating_point:
         return None
     if x.device != route.weight.wq.device:
         return None
@@ -73,6 +75,14 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
     if base.bias is not None:
         y = y + base.bias.to(dtype)
     return y.to(x.dtype)
+
+
+def _learns(layer: Any, x: Tensor) -> bool:
+    """Whether x or an active factor takes a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    leaves = (table[name] for table in (layer.lora_A, layer.lora_B) for name in layer.active_adapters if name in table)
+    return x.requires_grad or any(factor.requires_grad for leaf in leaves for factor in leaf.parameters())
 
 
 def factors(leaf_a: nn.Module, leaf_b: nn.Module, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -179,7 +189,8 @@ class Route(NamedTuple):
 
 def explain_dispatch(model: nn.Module) -> list[Route]:
     """Which path each LoRA layer of a model takes in its present state (mode, active adapters, device, environment),
-    and why. A call with `adapter_names`, or with an input on another device, always takes PEFT's path.
+    and why. A call with `adapter_names`, or with an input on another device, always takes PEFT's path. So does one
+    with at most 64 rows (tokens of the batch) in which nothing learns, as when a model generates.
 
     Args:
         model: any module; without LoRA layers, plain or protected, the list is empty.

@@ -73,33 +73,6 @@ def dequant_variant(dtype: torch.dtype, blocksize: int, nested: bool) -> Variant
     return Variant(name, "dequant_kernel", types, constants, tile.warps)
 
 
-def partial_variant(dtype: torch.dtype, blocksize: int, nested: bool, t: int) -> Variant:
-    from peft_safety.ops import triton_backend as backend
-
-    tile = backend.SKINNY_TILE
-    chunk, width = min(blocksize, tile.columns), backend.token_block(t)
-    types = {"partial": "*fp32", "x": _POINTERS[dtype], **_quantized(nested), "pairs": "*i32"}
-    types |= dict.fromkeys(("n", "k", "t", "split_chunks"), "i32")
-    constants = {
-        "BLOCKSIZE": blocksize, "BLOCK2": 256 if nested else 1, "NESTED": nested, "BN": tile.rows, "BK": chunk,
-        "BT": width, "UNROLL": backend.unroll(chunk, width), "WIDEN": False,
-    }  # fmt: skip
-    _specialized(types, constants, t=t)
-    name = f"partial-{dtype}-{blocksize}-{nested}-{t}".replace("torch.", "")
-    return Variant(name, "partial_kernel", types, constants, tile.warps)
-
-
-def finish_variant(dtype: torch.dtype, factor: torch.dtype, t: int, r: int) -> Variant:
-    from peft_safety.ops import triton_backend as backend
-
-    width = backend.token_block(t)
-    types = {"y": _POINTERS[dtype], "z": _POINTERS[factor], "partial": "*fp32", "bp": _POINTERS[factor]}
-    types |= {"scale": "fp32", **dict.fromkeys(("n", "r", "t", "parts"), "i32")}
-    constants = {"BN": backend.FINISH_ROWS, "BT": width, "BR": backend.finish_ranks(r, factor, width), "WIDEN": False}
-    _specialized(types, constants, t=t, r=r, parts=r)  # r = 1 stands for a weight so small that it has one part
-    return Variant(f"finish-{dtype}-{factor}-{t}-{r}".replace("torch.", ""), "finish_kernel", types, constants, 4)
-
-
 def z_variant(dtype: torch.dtype, factor: torch.dtype, r: int) -> Variant:
     from peft_safety.ops import triton_backend as backend
 
@@ -107,8 +80,7 @@ def z_variant(dtype: torch.dtype, factor: torch.dtype, r: int) -> Variant:
     terms, widen = backend.z_terms(dtype, factor)
     types = {"z": _POINTERS[torch.promote_types(dtype, factor)], "x": _POINTERS[dtype], "a": _POINTERS[factor]}
     types |= dict.fromkeys(("k", "r", "t"), "i32")
-    ranks = min(backend.Z_RANKS, backend.token_block(r))
-    constants = {"BT": tile.rows, "BK": tile.columns, "BR": ranks, "TERMS": terms, "WIDEN": widen}
+    constants = {"BT": tile.rows, "BK": tile.columns, "BR": backend.rank_block(r), "TERMS": terms, "WIDEN": widen}
     _specialized(types, constants, r=r)
     return Variant(f"z-{dtype}-{factor}-{r}".replace("torch.", ""), "z_kernel", types, constants, tile.warps)
 
@@ -116,12 +88,7 @@ def z_variant(dtype: torch.dtype, factor: torch.dtype, r: int) -> Variant:
 def representative() -> list[Variant]:
     """What a 7B model in bf16 with double quantization runs, with an adapter in fp32."""
     bf16, fp32 = torch.bfloat16, torch.float32
-    return [
-        dequant_variant(bf16, 64, True),
-        partial_variant(bf16, 64, True, 1),
-        finish_variant(bf16, fp32, 1, 16),
-        z_variant(bf16, fp32, 48),
-    ]
+    return [dequant_variant(bf16, 64, True), z_variant(bf16, fp32, 48)]
 
 
 def everything() -> list[Variant]:
@@ -129,19 +96,8 @@ def everything() -> list[Variant]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     found = [dequant_variant(dtype, 64, nested) for dtype in (bf16, fp32) for nested in (False, True)]
     found += [dequant_variant(dtype, blocksize, True) for dtype in (bf16, fp32) for blocksize in (32, 4096)]
-    found += [partial_variant(bf16, 64, nested, t) for nested in (False, True) for t in (1, 64)]
-    found += [partial_variant(bf16, blocksize, True, t) for blocksize in (32, 4096) for t in (1, 32)]
-    found += [finish_variant(bf16, factor, t, r) for factor in (bf16, fp32) for t, r in ((1, 1), (1, 16), (64, 256))]
     found += [z_variant(bf16, factor, r) for factor in (bf16, fp32) for r in (1, 16, 48)]
-    return [
-        *found,
-        dequant_variant(fp16, 64, True),
-        partial_variant(fp16, 64, True, 1),
-        finish_variant(fp16, fp16, 1, 16),
-        finish_variant(fp16, fp32, 1, 16),
-        z_variant(fp16, fp16, 16),
-        z_variant(fp16, fp32, 16),
-    ]
+    return [*found, dequant_variant(fp16, 64, True), z_variant(fp16, fp16, 16), z_variant(fp16, fp32, 16)]
 
 
 def compiled(variant: Variant, capability: int) -> Usage:

@@ -15,18 +15,20 @@ import itertools
 import json
 import sys
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from peft_safety import ops
-from peft_safety.ops import linear, reference, triton_backend
+from peft_safety.ops import reference, triton_backend
 from tests.ops.helpers import EPS, Case, case, quantized, writes_out_of_bounds
 
-#: n, k, r, block size: whole tiles; tails in rows, columns and rank; blocks larger than a tile; more rank than one
-#: step; several parts of the columns
+#: n, k, r, block size: whole tiles; tails in rows, columns and rank; blocks larger than a tile; more ranks than those
+#: of one program
 SHAPES = ((64, 128, 16, 64), (70, 192, 5, 64), (33, 96, 1, 32), (5, 512, 70, 256), (24, 1024, 20, 128))
-ROWS = (1, 20, linear.SKINNY_ROWS)
+ROWS = 65
 
 
 def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -46,31 +48,29 @@ def weights(c: Case, dtype: torch.dtype) -> dict[str, Any]:
     return {"equal": torch.equal(triton_backend.nf4_dequant(c.q, dtype), rounded(dense, dtype))}
 
 
-def skinny(c: Case, dtype: torch.dtype, factor: torch.dtype, rows: int) -> dict[str, Any]:
-    x, bp = torch.randn(rows, c.q.k).to(dtype), c.bp.to(factor)
-    z = (torch.randn(rows, c.q.k) @ c.a.mT).to(factor)
-    y = triton_backend.nf4_skinny(x, c.q, z, bp, 0.7)
-    wanted = x.double() @ c.dense.mT + 0.7 * z.double() @ bp.double().mT
-    found = {"y": off(y, wanted), "parts": triton_backend.splits(c.q.n, c.q.k, rows)}
-    return {**found, "adapter": adapter_alone(c, torch.zeros_like(x), z, bp)}
-
-
-def adapter_alone(c: Case, nothing: Tensor, z: Tensor, bp: Tensor) -> float:
-    """Where x is zero: the largest error of y beyond its one rounding, as a share of the terms' sizes. Rounded factors
-    would show where the terms cancel.
-    """
-    y = triton_backend.nf4_skinny(nothing, c.q, z, bp, 0.7).double()
-    z, bp = z.double(), bp.double()
-    wanted, terms = 0.7 * z @ bp.mT, 0.7 * z.abs() @ bp.abs().mT
-    once = EPS[nothing.dtype] * (1.0 if nothing.dtype == torch.bfloat16 else 0.5)  # which is truncated here
-    size = wanted.abs().clamp(min=torch.finfo(nothing.dtype).tiny)
-    return float((((y - wanted).abs() - once * size) / terms).max())
-
-
-def rank_product(c: Case, dtype: torch.dtype, factor: torch.dtype, rows: int) -> dict[str, Any]:
-    x, a = torch.randn(rows, c.q.k).to(dtype), c.a.to(factor)
+def rank_product(c: Case, dtype: torch.dtype, factor: torch.dtype) -> dict[str, Any]:
+    x, a = torch.randn(ROWS, c.q.k).to(dtype), c.a.to(factor)
     z = triton_backend.lora_z(x, a)
     return {"dtype of z": str(z.dtype), "z": off(z, x.double() @ a.double().mT)}
+
+
+def rank_product_with_truncated_sums() -> dict[str, Any]:
+    """As tensor cores sum: 16 columns at a time, exact products, every sum truncated to fp32."""
+    from triton.runtime import interpreter
+
+    def dot(self: Any, left: Any, right: Any, sums: Any, *args: Any) -> Any:
+        one, other, total = left.data.astype(np.float64), right.data.astype(np.float64), sums.data
+        for start in range(0, one.shape[1], 16):
+            exact = one[:, start : start + 16] @ other[start : start + 16] + total
+            total = exact.astype(np.float32)
+            longer = np.abs(total) > np.abs(exact)
+            total[longer] = np.nextafter(total[longer], np.float32(0))
+        return interpreter.TensorHandle(total, sums.dtype.scalar)
+
+    x, a = torch.randn(triton_backend.Z_TILE.rows, 2048).bfloat16(), torch.randn(16, 2048) / 2048**0.5
+    with mock.patch.object(interpreter.InterpreterBuilder, "create_dot", dot):
+        z = triton_backend.lora_z(x, a)
+    return {"z": off(z, x.double() @ a.double().mT)}
 
 
 def layer(rows: int) -> dict[str, Any]:
@@ -108,11 +108,10 @@ def main(which: str) -> None:
         c = case(*shape[:3], blocksize=shape[3], nested=nested)
         place = {"nested": nested, "shape": shape, "dtype": str(dtype)}
         print(json.dumps({"kernel": "weight", **place, **weights(c, dtype)}))
-        for rows, factor in itertools.product(ROWS, (dtype, torch.float32)) if dtype != torch.float32 else ():
-            where = {**place, "rows": rows, "factor": str(factor)}
-            print(json.dumps({"kernel": "skinny", **where, **skinny(c, dtype, factor, rows)}))
-            if rows >= triton_backend.Z_TILE.rows:
-                print(json.dumps({"kernel": "z", **where, **rank_product(c, dtype, factor, rows + 1)}))
+        for factor in (dtype, torch.float32) if dtype != torch.float32 else ():
+            where = {**place, "factor": str(factor)}
+            print(json.dumps({"kernel": "z", **where, **rank_product(c, dtype, factor)}))
+    print(json.dumps({"kernel": "z, truncated sums", **rank_product_with_truncated_sums()}))
     for rows in (3, 70):
         print(json.dumps({"kernel": "layer", "rows": rows, **layer(rows)}))
     print(

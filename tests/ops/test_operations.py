@@ -29,7 +29,7 @@ def arguments(nested: bool) -> dict[str, list[tuple[Any, ...]]]:
         return torch.randn(*shape, dtype=dtype, requires_grad=True)
 
     lora, backward = [], []
-    for rows, dtype in ((2, torch.float32), (70, torch.float32), (70, torch.bfloat16)):
+    for rows, dtype in ((2, torch.float32), (70, torch.bfloat16)):
         lora.append((leaf(rows, 64, dtype=dtype), *c.q, leaf(rows, 3), leaf(16, 3), 0.5))
         gradient, z, bp = torch.randn(rows, 16, dtype=dtype), torch.randn(rows, 3), torch.randn(16, 3)
         backward += [(gradient, *c.q, z, bp, 0.5, needs) for needs in ([True, True, True], [False, False, True])]

@@ -29,7 +29,7 @@ def build(arm: str) -> Any:
 
 
 def losses(arm: str, steps: int, rows: int = 8) -> list[float]:
-    """Losses of a run; batches alternate between few rows (two paths) and many (one merged product)."""
+    """Losses of a run; batches alternate between few rows and many."""
     model = build(arm)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     found = []

@@ -22,6 +22,7 @@ from peft_safety import SaLoRAConfig, explain_dispatch
 from peft_safety.core.projection import leak
 from peft_safety.layers import protected_leaves
 from peft_safety.registry import fused
+from peft_safety.registry.one_input import SKINNY_ROWS
 from tests.peft import cells, fused_runs
 from tests.peft.fused_cells import layer_of, plain, protected, quantized
 from tests.peft.patch_cells import patched
@@ -122,6 +123,38 @@ def test_who_is_eligible_and_why_not(case: str, taken: list[bool]) -> None:
     assert taken[-1] is False
 
 
+@pytest.mark.parametrize(
+    ("learns", "rows", "path"),
+    [
+        ("nothing, no_grad", SKINNY_ROWS, "peft"),
+        ("nothing, no_grad", SKINNY_ROWS + 1, "fused"),
+        ("nothing, inference_mode", 1, "peft"),
+        ("nothing, frozen factors", SKINNY_ROWS, "peft"),
+        ("nothing, frozen factors", SKINNY_ROWS + 1, "fused"),
+        ("the input", 1, "fused"),
+        ("a factor", 1, "fused"),
+    ],
+)
+def test_few_rows_take_pefts_path_where_nothing_learns(
+    learns: str, rows: int, path: str, taken: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes reads packed weights there."""
+    model = quantized(protected(), bias=True)
+    if learns != "a factor":
+        model.requires_grad_(False)
+    (row,) = explain_dispatch(model)
+    assert row.path == "fused:reference", "it says what more rows take"
+    off = {"nothing, no_grad": torch.no_grad, "nothing, inference_mode": torch.inference_mode}
+    found = []
+    for switch in ("1", "0"):
+        monkeypatch.setenv(fused.SWITCH, switch)
+        with off.get(learns, torch.enable_grad)():
+            x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(0))
+            found.append(model(x.requires_grad_(learns == "the input")))
+    assert taken == [path == "fused", False]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
 def test_plain_lora_is_never_fused(taken: list[bool]) -> None:
     model = quantized(plain()).train()
     (row,) = explain_dispatch(model)
@@ -166,12 +199,12 @@ def test_a_mixed_batch_takes_pefts_path(taken: list[bool]) -> None:
     model = cells.protected(cells.WIDE, trained=True)
     model.add_adapter("other", cells.config(cells.WIDE, seed=2))
     cells.perturb(model)
-    ids = cells.tokens(2)
-    mixed = cells.logits(model, ids, adapter_names=["default", "other"])
+    ids, names = cells.tokens(8), ("default", "other")
+    mixed = cells.logits(model, ids, adapter_names=list(names) * 4)
     assert not taken
-    for row, name in enumerate(("default", "other")):
+    for row, name in enumerate(names):
         model.set_adapter(name)
-        torch.testing.assert_close(mixed[row], cells.logits(model, ids)[row], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mixed[row::2], cells.logits(model, ids)[row::2], rtol=1e-5, atol=1e-5)
     assert taken
     assert all(taken)
 
@@ -180,12 +213,12 @@ def test_a_mixed_batch_takes_pefts_path(taken: list[bool]) -> None:
 def test_sixteen_bit_inputs_and_compute_types(dtype: torch.dtype, taken: list[bool]) -> None:
     model = quantized(protected(), bias=True).eval()
     layer = model.get_base_model()[0]
-    exact = model(torch.randn(70, 64, generator=torch.Generator().manual_seed(0)))
+    exact = model(torch.randn(70, 64, generator=torch.Generator().manual_seed(0))).detach()
     layer.get_base_layer().compute_dtype = dtype
     for training in (False, True):
         model.train(training)
         x = torch.randn(70, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-        y = model(x)
+        y = model(x).detach()
         assert y.dtype == dtype
         assert float((y.float() - exact).norm() / exact.norm()) <= 2 * torch.finfo(dtype).eps
         assert model(x.float()).dtype == torch.float32, "the dtype of the input comes back, as with PEFT"
@@ -282,16 +315,16 @@ def test_inputs_of_any_shape(taken: list[bool]) -> None:
 
 
 def test_copies_and_switches_of_adapters(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = cells.protected(cells.WIDE, "task", trained=True)
+    model, ids = cells.protected(cells.WIDE, "task", trained=True), cells.tokens(8)
     twin = copy.deepcopy(model)
-    assert torch.equal(cells.logits(twin), cells.logits(model))
-    found = cells.logits(model)
+    found = cells.logits(model, ids)
+    assert torch.equal(cells.logits(twin, ids), found)
     monkeypatch.setenv(fused.SWITCH, "0")
-    torch.testing.assert_close(found, cells.logits(model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, cells.logits(model, ids), rtol=1e-5, atol=1e-5)
     monkeypatch.delenv(fused.SWITCH)
     with model.disable_adapter():
-        off = cells.logits(model)
-    torch.testing.assert_close(off, cells.logits(cells.base_model(cells.WIDE)), rtol=1e-5, atol=1e-5)
+        off = cells.logits(model, ids)
+    torch.testing.assert_close(off, cells.logits(cells.base_model(cells.WIDE), ids), rtol=1e-5, atol=1e-5)
 
 
 def test_a_fresh_adapter_changes_nothing(reference: None) -> None:

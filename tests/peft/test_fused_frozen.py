@@ -17,12 +17,13 @@ from torch import Tensor
 from peft_safety import SaLoRAConfig, explain_dispatch, ops
 from peft_safety.errors import ConfigError
 from peft_safety.registry import fused
+from peft_safety.registry.one_input import SKINNY_ROWS
 from tests.peft import cells
 from tests.peft.frozen_cells import frozen
 from tests.peft.fused_cells import protected, quantized
 
 ROWS = 16
-"""Of the batches: more tokens than the path for few rows takes."""
+"""Of the batches: so many tokens that layers with one input share a product."""
 
 
 def run(model: Any, **options: Any) -> tuple[float, dict[str, Tensor]]:
@@ -133,6 +134,27 @@ def test_a_layer_that_takes_another_path_has_no_part(what: str, reference: None,
             torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [SKINNY_ROWS, SKINNY_ROWS + 1])
+def test_no_part_is_left_for_a_layer_on_pefts_path(rows: int, taken: list[bool], products: list[Any]) -> None:
+    """Of two layers with one input, one learns and one does not."""
+    model = model_of()
+    table = dict(cells.layers_of(model))
+    first = next(name for name in table if name.endswith("q_proj"))
+    q, v = table[first], table[first.replace("q_proj", "v_proj")]
+    v.lora_B["default"].requires_grad_(False)
+    x = torch.randn(rows, q.in_features)
+    taken.clear()
+    found = [layer(x) for layer in (q, v)]
+    few, rank = rows <= SKINNY_ROWS, len(q.lora_A["default"].weight)
+    assert taken == [True, not few]
+    assert products == [(rank if few else 2 * rank, q.in_features)]
+    assert not vars(x).get("_peft_safety_z"), "taken, or never left"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(fused.SWITCH, "0")
+        for layer, y in zip((q, v), found, strict=True):
+            torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-5)
+
+
 def test_layers_that_compute_in_other_dtypes_do_not_share(reference: None, products: list[Any]) -> None:
     """A sum of bf16 inputs is another one."""
     model = model_of()
@@ -219,13 +241,14 @@ def test_protected_inputs_change_nothing_in_sixteen_bits(dtype: torch.dtype, ref
         base.compute_dtype = dtype
         blind = torch.linalg.svd(a.double()).Vh[len(a) :]
         x = torch.eye(layer.in_features, dtype=dtype)
+        many = torch.cat([x, x])  # few rows, where nothing learns, take PEFT's path
         z = ops.lora_z(x, a.detach()).double()
         assert float((blind @ z).norm() / z.norm()) <= 1e-6
         with torch.no_grad():
-            y = layer(x)
+            y = layer(many)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                assert torch.equal(layer(x), y)
-            assert float((y - base(x)).norm()) > 0
+                assert torch.equal(layer(many), y)
+            assert float((y - base(many)).norm()) > 0
 
 
 def test_the_config_decides_before_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

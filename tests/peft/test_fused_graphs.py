@@ -34,10 +34,30 @@ def test_a_layer_compiles_in_one_graph(init: str, training: bool, rows: int, ref
 def test_a_model_compiles_in_one_graph(reference: None) -> None:
     torch._dynamo.reset()
     model = cells.protected(cells.WIDE, trained=True)
-    expected = cells.logits(model)
-    torch.testing.assert_close(
-        cells.logits(torch.compile(model, backend="aot_eager", fullgraph=True)), expected, rtol=1e-5, atol=1e-5
-    )
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for rows in (2, 8):  # 24 tokens on PEFT's path, 96 on the fused one
+        ids = cells.tokens(rows)
+        torch.testing.assert_close(cells.logits(compiled, ids), cells.logits(model, ids), rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_one_graph_for_few_rows_and_one_for_many(learns: bool, reference: None) -> None:
+    """With dynamic shapes. In training there is one path, and one graph."""
+    torch._dynamo.reset()
+    layer = layer_of(cells.protected(cells.WIDE, trained=True))
+    fused: list[bool] = []
+
+    def seen(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        fused.append(any("nf4_lora" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    compiled = torch.compile(layer, backend=seen, fullgraph=True, dynamic=True)
+    with torch.set_grad_enabled(learns):
+        for rows in (3, 64, 65, 100, 5):
+            x = torch.randn(rows, 64)
+            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
+    assert fused == ([True] if learns else [False, True])
     torch._dynamo.reset()
 
 
