@@ -10,7 +10,8 @@ GuardSpace? Minutes on two CPU cores.
    GuardSpace in its frozen form (`train="B"`, a plain LoRA by content): same rows, rank, seed and settings.
 3. Every model is measured on prompts that nothing above has seen. Writes report.json and report.png.
 
---full trains the patch too, and adds SaLoRA and a control: GuardSpace with a random basis of the same size.
+--full trains the patch too, and adds SaLoRA and a control: GuardSpace with a random basis of the same size. Another
+--model needs it: the patch that ships is for SmolLM2-135M-Instruct.
 """
 
 from __future__ import annotations

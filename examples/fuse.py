@@ -71,6 +71,7 @@ class Fusing:
 
     def __init__(self, scale: Scale, given: argparse.Namespace) -> None:
         self.scale, self.given = scale, given
+        self.names = (given.data.name if given.data else TASKS[0], TASKS[1])
         self.options = TrainOptions(lr=ATTACK_RATE, max_length=128, seed=given.seed)
         self.arms: dict[str, dict[str, Any]] = {}
         self.details: dict[str, Any] = {"seconds": {}}
@@ -117,7 +118,7 @@ class Fusing:
 
     def train_tasks(self) -> None:
         """Both task adapters, each trained on from the safe one; the second on poisoned rows."""
-        for adapter, name, task, poison in zip(ADAPTERS, TASKS, self.tasks, (0.0, POISON), strict=True):
+        for adapter, name, task, poison in zip(ADAPTERS, self.names, self.tasks, (0.0, POISON), strict=True):
             with self.phase(f"fine-tuning on {name}, {100 * poison:g} % poison"):
                 self.model.load_adapter(str(self.given.out / "safe"), adapter, is_trainable=True)
                 self.model.set_adapter(adapter)
@@ -182,10 +183,10 @@ class Fusing:
         with self.phase(f"measuring {name}"):
             self.model.set_adapter(adapter)
             figures = self.bench.measure(self.model, self.tokenizer).figures()
-            figures[f"accuracy, {TASKS[0]}"] = figures.pop("task accuracy")
+            figures[f"accuracy, {self.names[0]}"] = figures.pop("task accuracy")
             second = self.tasks[1]
             correct = exact_answers(self.model, self.tokenizer, second.held_out, second.labels)
-            figures[f"accuracy, {TASKS[1]}"] = Rate.of(correct)
+            figures[f"accuracy, {self.names[1]}"] = Rate.of(correct)
             self.arms[name] = figures
 
     def report(self, model: str) -> Report:

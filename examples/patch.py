@@ -1,7 +1,7 @@
 """What does a safety patch cost, and what does keeping it out of the model's own directions buy? One small model, one
 command.
 
-    python -m examples.patch [--out runs/patch] [--arms none,hard,...]      (about 25 minutes on two cores)
+    python -m examples.patch [--out runs/patch] [--arms "none;hard;..."]      (about 25 minutes on two cores)
 
 SmolLM2-135M-Instruct refuses little by itself. It gets a safety patch (`peft_safety.recipes.patch`) in several ways,
 from the same rows and settings:
@@ -173,6 +173,9 @@ def main() -> None:
         help="keep what OUT/report.json has, and run only --arms again (same split, seed and machine)",
     )
     given = parser.parse_args()
+    arms = [name.strip() for name in given.arms.split(";")]
+    if unknown := [name for name in arms if name not in ARMS]:
+        parser.error(f"--arms {unknown[0]!r}. Known, separated by semicolons: {'; '.join(ARMS)}")
 
     started = time.perf_counter()
     model_path = given.model or str(model_dir())
@@ -182,7 +185,7 @@ def main() -> None:
         run.arms, run.details = {arm: dict(figures) for arm, figures in before.arms.items()}, dict(before.details)
     if "unpatched" not in run.arms:
         run.measure("unpatched", run.model)
-    for name in given.arms.split(";"):
+    for name in arms:
         run.arm(name)
     options = run.options
     energy, rank = options.safety_energy, options.safety_rank or DEFAULT_RANK

@@ -6,7 +6,8 @@ three.
 The unaligned model is SmolLM2-135M-Instruct, the aligned one the same with the safety patch of the demo merged in. A
 plain LoRA is fine-tuned on the demo's task with one row in ten replaced by a simulated attack; `peft-safety repair`
 then projects it, with every projection, and each result is measured, beside the
-control: the same LoRA, each module merely shortened to the norm that "soft" leaves it.
+control: the same LoRA, each module merely shortened to the norm that "soft" leaves it. No other --model: the patch is
+for this one (`python -m examples.demo --full` trains one for another model).
 """
 
 from __future__ import annotations

@@ -58,12 +58,20 @@ def attach(model: PreTrainedModel, directory: Path = SHIPPED) -> PreTrainedModel
     """The model with the patch merged in.
 
     Raises:
-        ArtifactError: a file is missing, or is not the one that the manifest names.
+        ArtifactError: a file is missing, or is not the one that the manifest names; or the patch is of another model.
     """
     from peft import PeftModel
 
-    check(directory)
-    return PeftModel.from_pretrained(model, str(directory)).merge_and_unload()
+    from peft_safety.errors import ArtifactError
+
+    base = check(directory)["base"]
+    try:
+        return PeftModel.from_pretrained(model, str(directory)).merge_and_unload()
+    except (RuntimeError, ValueError) as error:
+        remedy = "Leave --model out; or train a patch for the model: python -m examples.demo --model MODEL --full"
+        raise ArtifactError(
+            f"the safety patch in {directory} is for {base}, and does not fit this model. {remedy}"
+        ) from error
 
 
 def check(directory: Path = SHIPPED) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from peft_safety.cli import options as opt
 from peft_safety.cli.common import app, fail, print_facts, show
@@ -55,6 +55,7 @@ def recover(
 
 @app.command()
 def repair(
+    context: Context,
     adapter: Annotated[Path, Argument(help="Directory of a trained LoRA adapter.")],
     method: Annotated[
         str, Option(help="safe_lora, or guardspace: take out what acts on the inputs that --subspace holds.")
@@ -91,11 +92,14 @@ def repair(
     from peft_safety.methods.safe_lora import safe_lora_dir
     from peft_safety.methods.safe_lora.config import OPTIONS
     from peft_safety.reporting import repair as report
+    from peft_safety.reporting import style
 
     if out is None and not dry_run:
         raise ConfigError("repair writes nothing without --out. Give a directory, or --dry-run.")
     last = "--dry-run: no adapter written" if dry_run else f"repaired adapter written to {out}"
     needed = {"safe_lora": ("--unaligned", unaligned), "guardspace": ("--subspace", subspace)}
+    others = {"safe_lora": ("subspace",), "guardspace": ("unaligned", "aligned", "png", *OPTIONS)}
+    opt.refuse(context, others.get(method, ()), f"with --method {method}")
     if method not in needed or needed[method][1] is None:
         option = needed.get(method, ("--method safe_lora or guardspace",))[0]
         raise ConfigError(f"repair by {method} needs {option}.")
@@ -104,10 +108,12 @@ def repair(
         show(blind.to_json(), json, lambda: report.show_blind(blind, every, dry_run), last)
         return
     chosen: dict[str, Any] = {name: options[name] for name in OPTIONS}
+    if png is not None:
+        style.check_png(png)
     result = safe_lora_dir(adapter, str(unaligned), aligned, None if dry_run else out, progress=not json, **chosen)
+    show(result.to_json(), json, lambda: report.show(result, every), last)
     if png is not None:
         report.save_png(result, png)
-    show(result.to_json(), json, lambda: report.show(result, every), last)
 
 
 @app.command()
@@ -130,6 +136,7 @@ def audit(
     from peft_safety.data import read_jsonl
     from peft_safety.recipes.load import load_adapter
     from peft_safety.reporting import audit as report
+    from peft_safety.reporting import style
 
     if calibration not in ("none", "auto"):
         raise ConfigError(f"--calibration {calibration!r}. Use none or auto, or give --general and --harmful.")
@@ -138,12 +145,14 @@ def audit(
         if general is None or harmful is None or data is not None:
             raise ConfigError("Give both --general and --harmful, two files, and no --calibration auto with them.")
         data = {"general": read_jsonl(general), "harmful": read_jsonl(harmful)}
+    if png is not None:
+        style.check_png(png)
     chosen: dict[str, Any] = {"calibration": data, "k": k, "positions": positions}
     loaded, tokenizer = load_adapter(adapter, model)
     result = orthogonality_report(loaded, tokenizer=tokenizer, **chosen)
+    show(result.to_json(), json, lambda: report.show(result, every))
     if png is not None:
         report.save_png(result, png)
-    show(result.to_json(), json, lambda: report.show(result, every))
 
 
 @app.command()
@@ -200,6 +209,7 @@ def fuse(
 
 @app.command()
 def export(
+    context: Context,
     directory: Annotated[Path, Argument(help="Directory of a protected adapter.")],
     out: Annotated[
         Path | None, Option(help="Directory for the plain LoRA, or for the merged model. Only --for can do without.")
@@ -242,13 +252,16 @@ def export(
         raise ConfigError("--for serves an adapter, --merge-to makes a whole model. Give one of them.")
     if out is None and server is None:
         raise ConfigError("export writes nothing without --out. Give a directory.")
+    if merge_to != "nf4":
+        opt.refuse(context, ("force",), "without --merge-to nf4")
     if out is None or merge_to is None:
+        opt.refuse(context, ("model", "load_in_4bit"), "without --merge-to")
         written = directory if out is None else export_directory(directory, out, server)
         commands = [] if server is None else serving_commands(written, server)
         lines = commands if out is None else [f"plain LoRA written to {out}", *commands]
         show({"out": str(written), "commands": commands}, json, *lines)
         return
-    loaded, tokenizer, said = load_for_merge(directory, model, merge_to, load_in_4bit)
+    loaded, tokenizer, said = load_for_merge(directory, out, model, merge_to, load_in_4bit)
     result = merge_quantized(loaded, merge_to, force=force, verbose=False)  # type: ignore[arg-type]  # it refuses others
     for part in (result.model, tokenizer):
         part.save_pretrained(str(out))  # type: ignore[union-attr, operator]

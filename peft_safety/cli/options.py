@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,12 +47,29 @@ def _read_defaults(context: Context, path: Path | None) -> Path | None:
     """The settings of a YAML file, as defaults of the command's options."""
     from peft_safety.core.config_file import read_config
 
-    config = {} if path is None else {key.replace("-", "_"): value for key, value in read_config(path).items()}
-    known = {str(parameter.name) for parameter in context.command.params} - {"config"}
-    if unknown := sorted(config.keys() - known):
-        raise ConfigError(f"{path} has {unknown[0]!r}. Known: {', '.join(sorted(known))}.")
-    context.default_map = config
+    names = _names([parameter for parameter in context.command.params if parameter.name != "config"])
+    defaults: dict[str, Any] = {}
+    for key, value in ({} if path is None else read_config(path)).items():
+        name, on = names.get(key.replace("-", "_"), (None, True))
+        if name is None:
+            raise ConfigError(f"{path} has {key!r}. Known: {', '.join(sorted(names))}.")
+        if name in defaults:
+            raise ConfigError(f"{path} has {key!r} twice, under two names. Keep one.")
+        if not on and not isinstance(value, bool):
+            raise ConfigError(f"{path}: {key} is {value!r}. Give true or false.")
+        defaults[name] = value if on else not value
+    context.default_map = defaults
     return path
+
+
+def _names(parameters: Iterable[Any]) -> dict[str, tuple[str, bool]]:
+    """How a file may call each parameter, by its option or by its name; False for an option that switches it off."""
+    names: dict[str, tuple[str, bool]] = {}
+    for parameter in parameters:
+        for options, on in (([f"--{parameter.name}", *parameter.opts], True), (parameter.secondary_opts, False)):
+            long = [option[2:].replace("-", "_") for option in options if option.startswith("--")]
+            names |= {option: (str(parameter.name), on) for option in long}
+    return names
 
 
 Config = Annotated[
@@ -62,6 +79,14 @@ Config = Annotated[
     ),
 ]
 EvalLimit = Annotated[int | None, Option(help="Prompts of each kind at most.")]
+
+
+def refuse(context: Context, names: Collection[str], why: str) -> None:
+    """A ConfigError where one of these options was given, which would have no effect."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name in names and source is not None and source.name != "DEFAULT":
+            raise ConfigError(f"{parameter.opts[0]} has no effect {why}. Leave it out.")
 
 
 def parsed(options: Mapping[str, Any], *without: str) -> dict[str, Any]:

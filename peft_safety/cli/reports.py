@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from peft_safety.cli import options as opt
 from peft_safety.cli.common import app, print_facts, show
@@ -20,22 +20,28 @@ def report(
     card: Annotated[bool, Option("--card", help="Print a Markdown section for a model card instead.")] = False,
 ) -> None:
     """Print a saved report as a table or a model-card section, or draw it."""
+    from peft_safety.reporting import style
     from peft_safety.reporting.report import Report
 
     loaded = Report.load(path)
     if png is not None:
-        loaded.save_png(png)
+        style.check_png(png)
     typer.echo(render.printable(loaded.card())) if card else loaded.print()
+    if png is not None:
+        loaded.save_png(png)
 
 
 @app.command()
 def info(
+    context: Context,
     adapter: Annotated[Path | None, Option(help="A LoRA adapter: show which path its modules take, and why.")] = None,
     model: opt.AdapterModel = None,
     load_in_4bit: Annotated[bool, Option("--load-in-4bit", help="Load that base model in NF4.")] = False,
     json: opt.Json = False,
 ) -> None:
     """Versions, registered adapter types and devices; with --adapter, which path its modules take."""
+    if adapter is None:
+        opt.refuse(context, ("model", "load_in_4bit"), "without --adapter")
     import torch
 
     from peft_safety import ops, registry

@@ -45,18 +45,22 @@ def screen(
     """
     if drop != (out is not None):
         raise ConfigError("--drop writes the rows that it keeps to --out FILE. Give both, or neither.")
+    from peft_safety.recipes.screen import check_kept, write_kept
     from peft_safety.recipes.screen import screen as run
-    from peft_safety.recipes.screen import write_kept
     from peft_safety.reporting import screening as report
     from peft_safety.screening.states import process
 
+    if out is not None:
+        check_kept(data, out)
     reading: dict[str, Any] = {"fpr": fpr, "clean": clean, "verdict": verdict, "by": by}
     reading |= {"load_in_4bit": load_in_4bit, "max_length": max_length, "batch_tokens": batch_tokens}
     reading |= {} if known is None else {"known": known}
     result = run(model, data, progress=not json, **reading)
     if process()[0] == 0:
-        last = [] if out is None else [f"{len(result.kept)} rows written to {write_kept(data, out, result.dropped)}"]
-        show(result.to_json(quote), json, lambda: report.show(result, quote), *last)
+        show(result.to_json(quote), json, lambda: report.show(result, quote))
+        if out is not None:
+            write_kept(data, out, result.dropped)
+            show({}, False, *([] if json else [f"{len(result.kept)} rows written to {out}"]))
     count = len(result.flagged) + len(result.unscreened)
     if max_flagged is not None and count > (max_flagged if max_flagged >= 1 else max_flagged * len(result.rows)):
         raise Exit(1)

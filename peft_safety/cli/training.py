@@ -57,7 +57,7 @@ def calibrate(
     """Estimate a safety subspace and save it. For input sides, the energy that it covers is printed."""
     options = opt.parsed(locals(), "out", "task_data", "png", "dry_run", "json")
     from peft_safety.recipes import calibrate as recipe
-    from peft_safety.reporting import coverage
+    from peft_safety.reporting import coverage, style
 
     if dry_run:
         expected = recipe.calibration_cost(**options)
@@ -65,14 +65,17 @@ def calibrate(
         return
     if out is None:
         raise ConfigError("calibrate writes nothing without --out. Give a file or directory, or --dry-run.")
-    result = recipe.calibrate(**options, out=out, task_data=task_data)
     if png is not None:
-        coverage.save_png(result.coverage, png)
+        recipe.CalibrationOptions(**opt.split(options, recipe.CalibrationOptions)[0]).check_drawn()
+        style.check_png(png)
+    result = recipe.calibrate(**options, out=out, task_data=task_data)
     provenance = {name: value for name, value in result.subspace.provenance.items() if name != "covered"}
     facts = {"file": str(result.path), "modules": len(result.subspace.bases), **provenance}
     tables = [lambda: print_facts("Safety subspace", facts)]
     tables += [lambda: coverage.show(result.coverage)] if result.coverage else []
     show(facts | {"coverage": coverage.to_json(result.coverage)}, json, *tables)
+    if png is not None:
+        coverage.save_png(result.coverage, png)
 
 
 @app.command(context_settings=ANY_FLAG, add_help_option=False)

@@ -24,6 +24,7 @@ from peft_safety.core.plain_lora import (
     PREFIX,
     Factors,
     check_elsewhere,
+    check_no_model,
     factor_tensors,
     plain_config,
     write_plain,
@@ -65,7 +66,7 @@ def export_lora(
     Raises:
         ProtectionError: the adapter is not protected any more, or a written factor would leak.
         ConfigError: it also trained token rows, is merged into the base weights, or is none for the server; or the
-            directory holds a protected adapter.
+            directory holds a protected adapter or a model.
     """
     check_adapters(model, adapter_name)
     layers = adapter_layers(model, adapter_name)
@@ -148,7 +149,10 @@ def _publish(
 
 
 def _check_target(target: Path) -> None:
-    """A ConfigError refuses to replace a protected adapter. An export may be replaced, also one with a certificate."""
+    """A ConfigError refuses to replace a protected adapter, or to write into a model's directory. An export may be
+    replaced, also one with a certificate.
+    """
+    check_no_model(target)
     manifest, file = target / MANIFEST, target / ADAPTER_FILE
     if not manifest.is_file():
         return

@@ -127,7 +127,8 @@ def merge_quantized(
         verbose: print survival and leak of each module.
 
     Returns:
-        A `MergeResult`: the merged model, and survival and leak of each module.
+        A `MergeResult`: the merged model, and survival and leak of each module. Save it into a new directory: beside
+        an adapter it would be loaded with that adapter, and the update would count twice.
 
     Raises:
         LossyMergeError: "nf4" without `force`, with the figures of the worst module; nothing was changed.

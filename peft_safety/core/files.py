@@ -169,6 +169,18 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise ArtifactError(f"{path} is not a complete safetensors file ({error}). Copy or save it again.") from error
 
 
+def check_place(file: Path) -> None:
+    """Before the work: an ArtifactError where a file cannot be written. Its directory need not be there yet."""
+    found = next(path for path in file.absolute().parents if os.path.lexists(path))
+    problem = "it is a directory" if file.is_dir() else ""
+    if not found.is_dir():
+        problem = f"{found} is not a directory"
+    elif not os.access(found, os.W_OK):
+        problem = f"{found} is not writable"
+    if problem:
+        raise ArtifactError(f"{file} cannot be written: {problem}. Give another place.")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Write the file that is yielded: it takes the place of `path` by one rename, synced and with the usual

@@ -29,6 +29,8 @@ ADAPTER_FILE = "adapter_model.safetensors"
 CARD = "README.md"
 PREFIX = "base_model.model."
 """Of every key that PEFT stores."""
+MODEL_FILES = ("config.json", "model*.safetensors", "pytorch_model*.bin")
+"""Of a whole model in its directory."""
 REPAIRED_TYPE = "SAFELORA"
 """`peft_type` of a stored `SafeLoRAConfig`. Its factors are plain LoRA."""
 PLAIN_TYPES = ("LORA", REPAIRED_TYPE)
@@ -280,9 +282,26 @@ def factor_tensors(
 
 
 def check_elsewhere(source: Path, target: str | os.PathLike[str] | None) -> None:
-    """A ConfigError refuses to write a repaired adapter over its original."""
+    """A ConfigError refuses to write a repaired adapter over its original, or among the files of a model."""
     if target is not None and os.path.realpath(target) == os.path.realpath(source):
         raise ConfigError(f"{source} is also the output directory. Write somewhere else; the original adapter stays.")
+    if target is not None:
+        check_no_model(Path(target))
+
+
+def check_no_model(target: Path) -> None:
+    """A ConfigError refuses to write an adapter among the files of a model: who loads them would get both."""
+    found = [path.name for pattern in MODEL_FILES for path in sorted(target.glob(pattern))]
+    if found:
+        problem = f"{target} holds a model ({found[0]}), and an adapter beside it would be loaded with it"
+        raise ConfigError(f"{problem}. Give another directory.")
+
+
+def check_no_adapter(target: Path) -> None:
+    """A ConfigError refuses to write a whole model beside an adapter, which would be loaded on top of it."""
+    if os.path.lexists(target / MANIFEST):
+        problem = f"{target} holds an adapter, which would be loaded on top of the new model"
+        raise ConfigError(f"{problem}. Give another directory.")
 
 
 def card_with(source: Path, section: str) -> str:

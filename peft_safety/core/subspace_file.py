@@ -29,10 +29,14 @@ DTYPES = {"basis": ("F32", "F16", "BF16", "I64"), "spectrum": ("F32",), "fingerp
 Bases = dict[str, dict[Side, Tensor]]
 
 
+def file_of(path: Path) -> Path:
+    """The file that is written: `path/safety_subspace.safetensors` where `path` has no such suffix."""
+    return path if path.suffix == ".safetensors" else path / FILE_NAME
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> Path:
-    """Write the file, atomically; into `path/safety_subspace.safetensors` when `path` has no such suffix."""
-    if path.suffix != ".safetensors":
-        path = path / FILE_NAME
+    """Write the file, atomically; see `file_of`."""
+    path = file_of(path)
     first: dict[int, str] = {}
     shared = {key: first[id(x)] for key, x in tensors.items() if first.setdefault(id(x), key) != key}
     try:

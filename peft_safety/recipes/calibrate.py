@@ -14,6 +14,7 @@ from peft_safety.calibration.coverage import ModuleCoverage, coverage, task_inpu
 from peft_safety.calibration.estimators import SafetySubspace
 from peft_safety.calibration.prepare import METHODS
 from peft_safety.calibration.sizes import check_size_options
+from peft_safety.core import files, subspace_file
 from peft_safety.core.subspace import DEFAULT_DTYPE
 from peft_safety.core.targets import target_layers
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, rows_of
@@ -69,10 +70,21 @@ class CalibrationOptions:
             )
         if data is not None and self.basis is not None:
             raise ConfigError(f"basis {self.basis!r} is of the package's own rows. Give either it or your own data.")
-        own = METHODS[self.method][0] if self.method in METHODS else ("in",)
-        if task_data is not None and "in" not in (own if self.side is None else SIDES[self.side]):
+        if task_data is not None and not self.has_inputs:
             problem = f"method {self.method!r} has no input side here, so no task can lie in its null space"
             raise ConfigError(f"{problem}. Use guardspace, or leave task_data out.")
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether a basis of each layer's inputs is calibrated."""
+        own = METHODS[self.method][0] if self.method in METHODS else ("in",)
+        return "in" in (own if self.side is None else SIDES.get(self.side, own))
+
+    def check_drawn(self) -> None:
+        """Refuse, before a model is loaded, to draw the energy that an input side covers where none is measured."""
+        if self.method == "weight" or not self.has_inputs:
+            problem = f"method {self.method!r} does not measure the energy of an input side here, so none can be drawn"
+            raise ConfigError(f"{problem}. Use guardspace, or leave out --png.")
 
     def arguments(self, *names: str) -> dict[str, Any]:
         """Sizes, sides and targets as `estimate` takes them, and further options by name."""
@@ -109,11 +121,13 @@ def calibrate(
         **options: see `CalibrationOptions`.
 
     Raises:
-        ConfigError: options that do not go together, before the model is loaded. CalibrationError, DataError: see
-            `SafetySubspace.from_activations`.
+        ConfigError, ArtifactError: options that do not go together, or a place that cannot be written; before the
+            model is loaded.
+        CalibrationError, DataError: see `SafetySubspace.from_activations`.
     """
     chosen = CalibrationOptions(**options)
     chosen.check(data, task_data)
+    files.check_place(subspace_file.file_of(Path(out)))
     if chosen.method == "weight":
         loaded = load_model(model, tokenizer, stream=stream)[0]
         subspace = SafetySubspace.from_weights(loaded, **chosen.arguments("seed", "dtype", "progress"))

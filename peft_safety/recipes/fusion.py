@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_safety.core import files
-from peft_safety.core.plain_lora import MANIFEST
+from peft_safety.core.plain_lora import MANIFEST, check_no_adapter, check_no_model
 from peft_safety.data import read_jsonl
 from peft_safety.errors import ConfigError
 from peft_safety.methods.somf import FuseOptions, FuseReport, MaskTraining, fuse, plan_fusion
@@ -68,6 +68,8 @@ class FuseJob:
             raise ConfigError("fuse writes nothing without an output directory. Give out.")
         given: dict[str, Any] = {"mask": self.mask, "data": None if self.data is None else read_jsonl(self.data)}
         adapters = [path for d in (self.safe, *self.tasks) if d is not None and (path := Path(d, MANIFEST)).is_file()]
+        (check_no_model if adapters else check_no_adapter)(Path(self.out))
+        files.check_place(Path(self.out, MANIFEST))
         if self.options.get("method", "somf") == "somf" and self.mask is None and adapters:
             self.plan()  # refuse what can be refused before a model is loaded
             manifests = [files.read_json(path, files.MAX_LISTING_BYTES) for path in adapters]

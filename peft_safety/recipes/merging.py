@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from peft_safety.core import files
 from peft_safety.core.adapter_dir import check_adapter, protected_types
 from peft_safety.core.certificate import read_certificate
-from peft_safety.core.plain_lora import read_manifest
+from peft_safety.core.plain_lora import check_no_adapter, check_no_model, read_manifest
 from peft_safety.core.snapshot import reading
 from peft_safety.errors import ConfigError
 from peft_safety.recipes.load import load_adapter
@@ -32,7 +34,7 @@ def trained_on(directory: str | Path) -> str | None:
 
 
 def load_for_merge(
-    directory: str | Path, model: str | None, to: str, load_in_4bit: bool | None = None
+    directory: str | Path, out: Path, model: str | None, to: str, load_in_4bit: bool | None = None
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
     """An adapter on its base, the tokenizer, and one line on how the base was loaded, and why.
 
@@ -40,12 +42,15 @@ def load_for_merge(
     and "16bit" in what the adapter was trained on, which is not quantized if it is unknown.
 
     Raises:
-        ConfigError: no base, or an adapter of an otherwise quantized base, and a checkpoint that is not quantized.
+        ConfigError: no base, or an adapter of an otherwise quantized base, and a checkpoint that is not quantized; or
+            the result cannot be saved in `out`, see `check_target`.
+        ArtifactError: `out` cannot be written.
     """
     precision = trained_on(directory)
     source = model or read_manifest(Path(directory), warn=False).get("base_model_name_or_path")
     if not source:
         raise ConfigError(f"{directory}: the adapter does not say which base model it is for. Give --model.")
+    check_target(out, source, to)
     if _is_quantized(source):
         four, why = False, "its checkpoint is quantized"
     elif load_in_4bit is not None:
@@ -66,6 +71,18 @@ def load_for_merge(
     how = "quantized" if getattr(base.config, "quantization_config", None) else "unquantized"
     how = "in 4 bits" if four else f"{how}, in {str(base.dtype).removeprefix('torch.')}"
     return loaded, tokenizer, f"base loaded {how}: {why}"
+
+
+def check_target(out: Path, base: str, to: str) -> None:
+    """Before anything is loaded: a ConfigError refuses a directory with an adapter, which would be loaded on top of
+    the merged model; that of the base; and for "nf4+residual", which is an adapter, that of any model.
+    """
+    check_no_adapter(out)
+    if os.path.isdir(base) and os.path.realpath(base) == os.path.realpath(out):
+        raise ConfigError(f"{out} is the base model itself, which this would replace. Give another directory.")
+    if to == "nf4+residual":
+        check_no_model(out)
+    files.check_place(out / "merge.json")
 
 
 def _is_quantized(source: str) -> bool:

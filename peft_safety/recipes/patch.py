@@ -18,10 +18,12 @@ from peft_safety.calibration.estimators import SafetySubspace
 from peft_safety.calibration.models import adapters_off
 from peft_safety.calibration.sizes import check_size_options
 from peft_safety.callbacks import SoftPenaltyCallback
+from peft_safety.core import files
+from peft_safety.core.plain_lora import MANIFEST, read_manifest
 from peft_safety.core.training import PATCH_TRAINING, TrainOptions
 from peft_safety.data import CALIBRATION_PAIRS, load, refusal_pairs
 from peft_safety.data.rows import Row, Rows, as_rows, kind_of
-from peft_safety.errors import ConfigError, DataError
+from peft_safety.errors import ArtifactError, ConfigError, DataError, PeftSafetyError
 from peft_safety.evaluation.evaluate import Evaluation, self_responses
 from peft_safety.evaluation.generate import self_prompts
 from peft_safety.evaluation.judges import KeywordJudge
@@ -257,10 +259,14 @@ def make_patch(
         eval_limit: prompts of each kind at most.
 
     Raises:
-        ConfigError, DataError, CalibrationError: before anything is trained or written.
+        ConfigError, DataError, CalibrationError, ArtifactError: before anything is trained or written.
     """
     options = PatchOptions() if options is None else options
     render.require_rich()  # before the hours, for the table at the end
+    out = Path(out_dir)
+    files.check_place(out / "adapter" / MANIFEST)
+    for directory in options.prior_patches:
+        read_manifest(Path(directory), warn=False)
     base, tokenizer = load_model(model, tokenizer)
     earlier, names = _with_priors(base, options.prior_patches)
     no_task = TaskData([], [], [])
@@ -268,7 +274,6 @@ def make_patch(
     before = bench.measure(earlier, tokenizer)
     tuned, run = patch(earlier, tokenizer, replace(options, prior_patches=names), refusals=refusals, general=general)
     after = bench.measure(tuned, tokenizer)
-    out = Path(out_dir)
     tuned.save_pretrained(str(out / "adapter"), selected_adapters=["default"])
     seed, step = options.training.seed, run.best.step if run.best else run.training.steps
     plain = (str, int, float, list, tuple, dict)
@@ -288,8 +293,8 @@ def make_patch(
             "training": asdict(run.training),
         },
     )
-    report.write(out)
     report.print()
+    report.write(out)
     return PatchReport(tuned, out / "adapter", before, after, run, report)
 
 
@@ -298,10 +303,16 @@ def _with_priors(model: PreTrainedModel, directories: Sequence[str]) -> tuple[An
     tuned: Any = model
     names = tuple(f"prior{index}" for index in range(len(directories)))
     for name, directory in zip(names, directories, strict=True):
-        if tuned is model:
-            tuned = PeftModel.from_pretrained(model, directory, adapter_name=name)
-        else:
-            tuned.load_adapter(directory, name)
+        try:
+            if tuned is model:
+                tuned = PeftModel.from_pretrained(model, directory, adapter_name=name)
+            else:
+                tuned.load_adapter(directory, name)
+        except PeftSafetyError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
+            problem = f"{directory}: the earlier patch does not fit this model: {error}"
+            raise ArtifactError(f"{problem}. Give one that was trained on it.") from error
     if names:
         tuned.base_model.set_adapter(list(names))
     return tuned, names

@@ -230,11 +230,20 @@ class _Source:
         return label_list(sorted(names) if given is None else given) if names or given else [], count
 
 
-def write_kept(data: str | Path, out: str | Path, dropped: Collection[int]) -> Path:
-    """Write the rows of a JSON-lines file, without those of the numbers `dropped`, to another file, by one rename."""
+def check_kept(data: str | Path, out: str | Path) -> None:
+    """Before the work: a ConfigError refuses the data itself as the file for its kept rows, an ArtifactError one that
+    cannot be written.
+    """
     target, source = Path(out), Path(data)
     if target.exists() and source.exists() and target.samefile(source):
         raise ConfigError(f"{target} is the data itself. Give another file.")
+    files.check_place(target)
+
+
+def write_kept(data: str | Path, out: str | Path, dropped: Collection[int]) -> Path:
+    """Write the rows of a JSON-lines file, without those of the numbers `dropped`, to another file, by one rename."""
+    check_kept(data, out)
+    target, source = Path(out), Path(data)
     without, escape = set(dropped), "backslashreplace"  # JSON's own escape of a surrogate
     with files.replacing(target) as staged, staged.open("w", encoding="utf-8", errors=escape) as file:
         for number, row in enumerate(_Source(source)):

@@ -14,7 +14,8 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from peft_safety.errors import extra
+from peft_safety.core import files
+from peft_safety.errors import ArtifactError, ConfigError, extra
 
 METHODS = {
     "other": ("#707070", r"unaligned|lora-fa|not blind|^task-"),
@@ -112,6 +113,14 @@ def require_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
 
 
+def check_png(path: str | Path) -> None:
+    """Before the work that a picture shows: a typed error where it could not be drawn, or not written as PNG."""
+    require_matplotlib()
+    if Path(path).suffix.lower() != ".png":
+        raise ConfigError(f"{path}: pictures are PNG files. Give a name that ends in .png.")
+    files.check_place(Path(path))
+
+
 @contextmanager
 def picture(
     path: str | Path,
@@ -126,7 +135,7 @@ def picture(
     """A figure and the array of its axes, in rows: drawn inside the `with`, saved as PNG behind it. `width`, and
     `height` of the axes' part, are in inches; title and note add their lines.
     """
-    require_matplotlib()
+    check_png(path)
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -151,11 +160,14 @@ def save(canvas: Any, path: Path) -> None:
     """As PNG with a palette of 256 colors, which makes the file three times smaller."""
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=PIXELS / canvas.get_figwidth(), format="png", metadata={"Software": None})
-    with Image.open(path) as image:
-        small = image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    small.save(path, optimize=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        canvas.savefig(path, dpi=PIXELS / canvas.get_figwidth(), format="png", metadata={"Software": None})
+        with Image.open(path) as image:
+            small = image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        small.save(path, format="png", optimize=True)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written: {error}. Give another place.") from error
 
 
 Interval = tuple[float, float]

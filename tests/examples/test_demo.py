@@ -9,6 +9,7 @@ import re
 import shutil
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from examples import demo, safety_patch
 from examples.demo_picture import draw, title
@@ -60,6 +61,13 @@ def test_a_patch_with_another_content_is_refused(tmp_path):
     config.write_text(config.read_text() + " ")
     with pytest.raises(ArtifactError, match=r"adapter_config\.json has sha256"):
         safety_patch.check(tmp_path / "patch")
+
+
+def test_the_shipped_patch_on_another_model_is_one_clear_error():
+    other = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32))
+    for model in (tiny_llama(), other):
+        with pytest.raises(ArtifactError, match=r"is for HuggingFaceTB/SmolLM2-135M-Instruct.*--full"):
+            safety_patch.attach(model)
 
 
 def test_a_finished_patch_is_measured_again_without_training(monkeypatch, tmp_path):

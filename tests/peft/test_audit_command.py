@@ -138,6 +138,22 @@ def test_the_command(stored, tmp_path):
     assert str(root) not in printed.stdout
 
 
+def test_a_picture_that_cannot_be_written_costs_no_work(stored, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place, error in (("audit", ConfigError), ("audit.pdf", ConfigError), ("file/audit.png", ArtifactError)):
+        done = run(tmp_path / "nowhere", "--png", tmp_path / place)
+        assert type(done.exception) is error
+        assert "nowhere" not in str(done.exception), "the adapter was not read yet"
+
+
+def test_the_result_is_shown_before_it_is_drawn(stored, tmp_path):
+    (tmp_path / "audit.png").symlink_to(tmp_path / "missing" / "audit.png")
+    done = run(stored[0] / "plain", "--png", tmp_path / "audit.png", "--k", 4)
+    assert isinstance(done.exception, ArtifactError)
+    assert "cannot be written" in str(done.exception)
+    assert "v_proj (2)" in done.stdout
+
+
 def test_the_command_on_own_data(stored, tmp_path):
     root, models = stored
     files = {}

@@ -136,6 +136,26 @@ def test_the_command(trained, tmp_path):
     assert json.loads(checked.output)["blindness_checked"] is True
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--subspace x", "--subspace has no effect with --method safe_lora"),
+        ("--subspace x --unaligned y", "--subspace has no effect with --method safe_lora"),
+        ("--method guardspace --subspace x --png x.png", "--png has no effect with --method guardspace"),
+        ("--method guardspace --subspace x --unaligned y", "--unaligned has no effect"),
+        ("--method guardspace --subspace x --aligned y", "--aligned has no effect"),
+        ("--method guardspace --subspace x --select threshold", "--select has no effect"),
+        ("--method guardspace --subspace x --safety-rank 4", "--safety-rank has no effect"),
+        ("--method guardspace --subspace x --allow-quantized-delta", "--allow-quantized-delta has no effect"),
+        ("--unaligned y --png cosines", "ends in .png"),
+    ],
+)
+def test_options_of_the_other_method_are_refused(options, said, tmp_path):
+    result = command(tmp_path / "adapter", "--dry-run", *options.split())
+    assert isinstance(result.exception, ConfigError)
+    assert said in str(result.exception)
+
+
 @pytest.mark.parametrize("method", ["guardspace", "safe_lora", "magic"])
 def test_what_the_command_asks_for(method, trained, tmp_path):
     result = command(tmp_path / "adapter", "--method", method, "--dry-run")

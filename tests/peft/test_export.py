@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from peft_safety import export_lora
+from peft_safety.convert.export import export_directory
 from peft_safety.errors import ConfigError, ProtectionError
 from tests.peft import cells
 
@@ -73,6 +74,19 @@ def test_an_adapter_that_is_not_the_active_one_can_be_exported(tmp_path: Path) -
     model.set_adapter("other")
     loaded = PeftModel.from_pretrained(cells.base_model(), tmp_path)
     torch.testing.assert_close(cells.logits(loaded), cells.logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin"])
+def test_an_export_is_not_written_among_the_files_of_a_model(name: str, tmp_path: Path) -> None:
+    """Who loads that model would get the adapter on top."""
+    model, target = cells.protected(), tmp_path / "model"
+    model.save_pretrained(tmp_path / "adapter")
+    target.mkdir()
+    (target / name).write_text("{}")
+    for write in (lambda: export_lora(model, target), lambda: export_directory(tmp_path / "adapter", target)):
+        with pytest.raises(ConfigError, match=f"holds a model .{name}"):
+            write()
+    assert [path.name for path in target.iterdir()] == [name]
 
 
 def test_what_cannot_be_exported_is_refused_and_writes_nothing(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from peft_safety.cli import app
 from peft_safety.core.config_file import read_config
-from peft_safety.errors import ConfigError
+from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.methods.somf import load_masks, plan_fusion
+from peft_safety.recipes import fusion
 from peft_safety.recipes.fusion import FuseJob
 from tests.peft.fusion_cells import PAIRS, family, saved
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -92,3 +93,17 @@ def test_bad_configs(tmp_path, text):
 def test_a_job_without_an_output_directory(stored):
     with pytest.raises(ConfigError, match="Give out"):
         FuseJob.of({"tasks": [stored["task0"]], "safe": stored["safe"], "method": "task_arithmetic"}).run()
+
+
+def test_a_place_for_the_result_is_checked_before_the_work(stored, tmp_path, monkeypatch):
+    """An adapter among a model's files, or a model beside an adapter, would be loaded with what is there."""
+    monkeypatch.setattr(fusion, "fuse", None)
+    adapters = ("--safe", stored["safe"], "--task", stored["task0"], "--method", "task_arithmetic", "--out")
+    tiny_llama().save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="holds a model"):
+        raise run(*adapters, tmp_path / "model").exception
+    with pytest.raises(ConfigError, match="holds an adapter"):
+        raise run("--safe", tmp_path / "model", "--task", tmp_path / "model", "--out", stored["task1"]).exception
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="is not a directory"):
+        raise run(*adapters, tmp_path / "file" / "out").exception

@@ -13,7 +13,8 @@ from peft_safety import GuardSpaceConfig, SafetySubspace, SaLoRAConfig, repair_a
 from peft_safety.cli import app
 from peft_safety.core.certificate import FILE_NAME
 from peft_safety.core.targets import target_layers
-from peft_safety.errors import ConfigError
+from peft_safety.errors import ArtifactError, ConfigError
+from peft_safety.recipes import merging
 from peft_safety.recipes.load import load_model
 from peft_safety.recipes.merging import trained_on
 from tests.peft import cells
@@ -108,6 +109,70 @@ def test_what_is_not_known_is_said_and_can_be_given(base, tmp_path):
     blinded = tmp_path / "blinded"
     repair_adapter(adapter, blind(tiny_llama(hidden=64)), blinded)
     assert trained_on(blinded) is None
+
+
+@pytest.mark.parametrize("to", ["16bit", "nf4", "nf4+residual"])
+def test_nothing_is_merged_into_the_directory_of_an_adapter_or_of_the_base(base, to, tmp_path, monkeypatch):
+    """The update would count twice, or a protected adapter would be lost."""
+    monkeypatch.setattr(merging, "load_adapter", None)  # nothing is loaded
+    adapter = save(base, tmp_path / "adapter", "salora")
+    other = save(base, tmp_path / "other", "plain")
+    for place in (adapter, other):
+        before = {path.name: path.read_bytes() for path in place.iterdir()}
+        with pytest.raises(ConfigError, match="holds an adapter, which would be loaded on top"):
+            export(adapter, place, to=to)
+        assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+    weights = (base / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="is the base model itself"):
+        export(adapter, base, "--model", str(base), to=to)
+    assert (base / "model.safetensors").read_bytes() == weights
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="is not a directory"):
+        export(adapter, tmp_path / "file", to=to)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_residual_adapter_is_not_written_among_the_files_of_a_model(base, name, tmp_path):
+    adapter = save(base, tmp_path / "adapter", "plain")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("{}")
+    with pytest.raises(ConfigError, match=f"holds a model .{name}"):
+        export(adapter, tmp_path / "out", to="nf4+residual")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+def test_a_merged_model_takes_the_place_of_an_earlier_one(base, tmp_path):
+    adapter = save(base, tmp_path / "adapter", "plain")
+    for _ in range(2):
+        assert "written to" in export(adapter, tmp_path / "out")
+    expected = PeftModel.from_pretrained(load_model(base)[0], adapter).merge_and_unload().state_dict()[WEIGHT]
+    torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors")[WEIGHT], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--force"], "--force has no effect without --merge-to nf4"),
+        (["--force", "--merge-to", "16bit"], "--force has no effect without --merge-to nf4"),
+        (["--model", "m"], "--model has no effect without --merge-to"),
+        (["--load-in-4bit"], "--load-in-4bit has no effect"),
+        (["--no-load-in-4bit"], "--load-in-4bit has no effect"),
+        (["--for", "vllm", "-m", "m"], "--model has no effect"),
+    ],
+    ids=str,
+)
+def test_options_without_effect_are_refused(options, said, tmp_path):
+    command = ["export", str(tmp_path / "adapter"), "--out", str(tmp_path / "out"), *options]
+    found = CliRunner().invoke(app, command).exception
+    assert isinstance(found, ConfigError)
+    assert said in str(found)
+
+
+def test_a_base_is_for_an_adapter():
+    for options in (["--model", "m"], ["--load-in-4bit"]):
+        found = CliRunner().invoke(app, ["info", *options]).exception
+        assert isinstance(found, ConfigError)
+        assert f"{options[0]} has no effect without --adapter" in str(found)
 
 
 def test_another_quantization_is_refused_without_its_checkpoint(base, tmp_path):

@@ -208,6 +208,14 @@ def test_places_that_cannot_be_written_are_refused_before_a_model_is_loaded(plac
     assert not (tmp_path / "new").exists()
 
 
+def test_a_file_names_settings_as_the_options_do(places, tmp_path):
+    """`set` is the parameter `sets`: the file's set is asked, not the packaged ones."""
+    config = tmp_path / "evaluate.yaml"
+    config.write_text(f"model: {places / 'model'}\nset: [{places / 'asked.jsonl'}]\nmax-new-tokens: 4\njson: true\n")
+    done = CliRunner().invoke(app, ["evaluate", "--config", str(config)], catch_exceptions=False)
+    assert set(json.loads(done.stdout)["arms"]["base"]) == {"refusal, asked", "compliance, asked"}
+
+
 def test_a_full_disk_is_a_typed_error():
     given = Answers(HARMFUL, [["an answer"]] * 3)
     with open("/dev/full", "w") as file:

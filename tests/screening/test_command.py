@@ -141,6 +141,42 @@ def test_options_that_do_not_fit(run, options, message):
         raise run(*options).exception
 
 
+def test_a_place_for_the_kept_rows_is_checked_before_the_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "load_model", None)
+    with pytest.raises(ConfigError, match="is the data itself"):
+        raise run("--drop", "--out", tmp_path / "rows.jsonl").exception
+    for place in (tmp_path / "rows.jsonl" / "kept.jsonl", tmp_path / "model"):
+        with pytest.raises(ArtifactError, match="cannot be written"):
+            raise run("--drop", "--out", place).exception
+
+
+def test_the_result_is_shown_before_the_rows_are_written(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise ArtifactError("no space")
+
+    monkeypatch.setattr(recipe, "write_kept", full)
+    result = run("--drop", "--out", tmp_path / "kept.jsonl")
+    assert isinstance(result.exception, ArtifactError)
+    assert "all 4 2 50.0 % 1" in " ".join(result.stdout.split())
+
+
+def test_a_file_names_settings_as_the_options_do(run, tmp_path):
+    config = tmp_path / "screen.yaml"
+    lines = [f"model: {tmp_path / 'model'}", f"data: {tmp_path / 'rows.jsonl'}", "json: true"]
+    config.write_text("\n".join([*lines, "show: true", "no_verdict: true"]))
+    data = json.loads(run(config=str(config)).stdout)
+    assert "request" in data["flagged_rows"][0]
+    assert data["dropped"] == 2, "all that are flagged: no verdict"
+    config.write_text("\n".join([*lines, "quote: true", "no-verdict: false"]))
+    data = json.loads(run(config=str(config)).stdout)
+    assert "request" in data["flagged_rows"][0]
+    assert data["dropped"] == 1
+    for line, message in (("no_verdict: maybe", "Give true or false"), ("show: true\nquote: true", "under two names")):
+        config.write_text("\n".join([*lines, line]))
+        with pytest.raises(ConfigError, match=message):
+            raise run(config=str(config)).exception
+
+
 def test_texts_survive(tmp_path):
     rows = [{"prompt": "für \u2028 \ud83d\ude00"}, {"prompt": "half of a pair: \ud83d"}, {"prompt": "x"}]
     data = save_jsonl(tmp_path / "rows.jsonl", rows)
@@ -153,7 +189,7 @@ def test_the_data_are_not_overwritten(tmp_path):
     with pytest.raises(ConfigError, match="is the data itself"):
         write_kept(data, tmp_path / "." / "rows.jsonl", [1])
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ArtifactError, match="could not be written"):
+    with pytest.raises(ArtifactError, match="cannot be written"):
         write_kept(data, tmp_path / "folder", [1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "rows.jsonl"]
     assert len(data.read_text().splitlines()) == 4

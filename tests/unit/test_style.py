@@ -1,6 +1,7 @@
 """The style of all pictures: colors that color-blind readers tell apart, legible text, places of labels."""
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 from benchmarks.frontier.aggregate import label
 from benchmarks.frontier.plan import METHODS
+from peft_safety.errors import ArtifactError, ConfigError, MissingPackageError
 from peft_safety.reporting import style
 
 VISION = {
@@ -135,3 +137,20 @@ def test_a_picture_is_an_opaque_panel_of_one_width(tmp_path):
         assert image.width == 1200
         assert "transparency" not in image.info, "nothing of the page shows through"
         assert image.convert("RGBA").getpixel((12, 12)) == (*(int(style.PANEL[i : i + 2], 16) for i in (1, 3, 5)), 255)
+
+
+def test_a_picture_is_a_png_in_a_place_that_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    for name in ("one", "one.jpg", "one.pdf", "one.foo"):
+        with pytest.raises(ConfigError, match=r"ends in \.png"), style.picture(tmp_path / name, 1.0):
+            raise AssertionError("drawn")
+    for name in ("file/one.png", "folder.png"):
+        with pytest.raises(ArtifactError, match="cannot be written"), style.picture(tmp_path / name, 1.0):
+            raise AssertionError("drawn")
+    with style.picture(tmp_path / "new" / "ONE.PNG", 1.0):
+        pass
+    assert (tmp_path / "new" / "ONE.PNG").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingPackageError, match=r"peft-safety\[plot\]"):
+        style.check_png(tmp_path / "one.png")
