@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,11 +126,18 @@ Points = dict[tuple[str, float], Point]
 
 
 def pooled(rows: Sequence[Row], metric: str) -> Rate | None:
-    """A rate over all prompts and seeds. Its interval takes the prompts of different seeds as independent, which is
-    not quite true.
+    """A rate, see `averaged`."""
+    return averaged([row[metric] for row in rows if row.get(metric)])
+
+
+def averaged(rates: Sequence[Mapping[str, Any]]) -> Rate | None:
+    """The mean over seeds of the counts {k, n}. All seeds ask the same prompts, so that the interval is that of their
+    number: more seeds do not make it narrower. `k` may be a fraction.
     """
-    rates = [row[metric] for row in rows if row.get(metric)]
-    return Rate(sum(rate["k"] for rate in rates), sum(rate["n"] for rate in rates)) if rates else None
+    if not rates:
+        return None
+    k, n, prompts = sum(rate["k"] for rate in rates), sum(rate["n"] for rate in rates), min(rate["n"] for rate in rates)
+    return Rate(prompts * k / n, prompts)
 
 
 def split_of(rows: Sequence[Row]) -> str:

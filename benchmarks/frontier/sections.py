@@ -12,7 +12,7 @@ from benchmarks.frontier.aggregate import Points, label, missing, names, pairs, 
 from benchmarks.frontier.cells import Cell, cell_of
 from benchmarks.frontier.plan import CORE, FIRST_POISON, METHODS, PLANNED, name_of, plan
 from benchmarks.frontier.results import NAME, OTHERS, Row, caveats, facts, read, results_of
-from benchmarks.frontier.tables import NOTHING, Table, difference, number, percent, share, transfer
+from benchmarks.frontier.tables import BRACKETS, NOTHING, Table, difference, number, percent, share, transfer
 from benchmarks.pages import Section, link
 from peft_safety.errors import DataError
 from peft_safety.evaluation import KeywordJudge
@@ -133,7 +133,7 @@ def sources(environment: Row, rows: Sequence[Row], file: str) -> list[str]:
     """The last lines of a section: where the figures come from."""
     return [
         *(f"- **{caveat}**" for caveat in caveats(environment)),
-        f"- Judge: keyword. {KeywordJudge.caveat} Brackets: 95 % intervals over prompts, pooled over seeds.",
+        f"- Judge: keyword. {KeywordJudge.caveat} {BRACKETS}",
         f"- Cells by device: {devices(rows)}. Environment of the report: {facts(environment)}.",
         f"- Written by `python -m benchmarks.report` from `benchmarks/results/{file}`.",
     ]

@@ -6,11 +6,13 @@ import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.frontier.aggregate import RATES, Points, label, names, pairs
+from benchmarks.frontier.aggregate import RATES, Points, averaged, label, names, pairs
+from benchmarks.frontier.results import Row
 from peft_safety.evaluation import Rate
 from peft_safety.evaluation.metrics import Paired
 
 NOTHING = "-"
+BRACKETS = "Brackets: 95 % intervals over prompts; seeds are averaged."
 
 
 @dataclass(frozen=True)
@@ -110,26 +112,17 @@ def verdicts_of_judges(points: Points, poison: float) -> Table | None:
         return None
     rows = []
     for name in names(points):
-        texts = (
-            {
-                judge: "".join(row["verdicts"].get(judge, {}).get("harmful", "") for row in points[name, poison].rows)
-                for judge in judges
-            }
-            if (name, poison) in points
-            else {}
-        )
-        if any(texts.values()):
-            rows.append(
-                (
-                    label(name),
-                    *(
-                        percent(Rate(text.count(letter), len(text))) if text else NOTHING
-                        for text in texts.values()
-                        for letter in "RC"
-                    ),
-                )
-            )
+        found = points[name, poison].rows if (name, poison) in points else []
+        rates = [_judged(found, judge, letter) for judge in judges for letter in "RC"]
+        if any(rates):
+            rows.append((label(name), *map(percent, rates)))
     return Table(("", *(f"{what}, {judge}" for judge in judges for what in ("refusal", "compliance"))), rows)
+
+
+def _judged(rows: Sequence[Row], judge: str, letter: str) -> Rate | None:
+    """How often a judge gave a verdict on the harmful prompts."""
+    texts = [text for row in rows if (text := row["verdicts"].get(judge, {}).get("harmful"))]
+    return averaged([{"k": text.count(letter), "n": len(text)} for text in texts])
 
 
 def paired(points: Points, poison: float) -> Table:

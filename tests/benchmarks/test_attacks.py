@@ -209,6 +209,21 @@ def test_the_report_says_the_worst_case_and_which_attacks_prove_nothing(tmp_path
     assert (tmp_path / "attacks.png").stat().st_size > 1000
 
 
+def test_the_worst_case_is_that_of_the_worst_seed(tmp_path):
+    def cell(name, seed):
+        return attacks_plan.at(METHODS[name], "", attacks_plan.WEAK, seed, "test")
+
+    lora = [stored(cell("lora", seed), k) for seed, k in ((0, 8), (1, 2), (2, 8))]
+    lora[2]["over_refusal"] = {"k": 4, "n": 10, "value": 0.4}
+    text = report(tmp_path, [stored(cell("aligned", 0), 9), *lora])
+    (line,) = [line for line in text.splitlines() if line.startswith("| plain LoRA | plain p 0.1, bare |")]
+    fields = line.split(" | ")
+    assert fields[2] == "60 % [31, 83]", "18 of 30, on the same ten requests"
+    assert fields[4:6] == ["-70", "20 %"], "the second seed"
+    assert fields[7] == "40 % [17, 69]", "the third"
+    assert "| plain p 0.1 | -70 bare |" in text
+
+
 def test_the_report_has_a_part_for_each_aligned_model_and_the_settings_tried_on_validation_prompts(tmp_path):
     aligned, plain = (replace(METHODS[name], split="test") for name in ("aligned", "lora"))
     other = [stored(aligned, 9), stored(attacks_plan.at(plain, "", attacks_plan.WEAK, 0, "test"), 2)]

@@ -66,7 +66,7 @@ def write(folder, rows, **environment):
     return folder / NAME
 
 
-def test_seeds_are_pooled_and_no_fine_tune_stands_everywhere():
+def test_seeds_are_averaged_and_no_fine_tune_stands_everywhere():
     rows = [row(place(GUARD, 0.1, seed, "test"), "RRRO") for seed in (0, 1)] + [row(place(GUARD, 0.5, 0, "test"))]
     rows += [
         row(place(METHODS["aligned"], 0, 0, "test"), "RRRR"),
@@ -78,12 +78,21 @@ def test_seeds_are_pooled_and_no_fine_tune_stands_everywhere():
         "validation cells are not mixed in"
     )
     point = found["guardspace", 0.1]
-    assert point.rate("refusal") == Rate(6, 8)
-    assert point.transfer("advbench") == Rate(6, 8)
+    assert point.rate("refusal") == Rate(3, 4), "the same four prompts twice"
+    assert point.transfer("advbench") == Rate(3, 4)
     assert point.diverged == 1
     assert point.mean("norm") == 5.0
     assert found["aligned", 0.5].rate("refusal") == Rate(4, 4)
     assert aggregate.split_of(rows[-1:]) == "validation"
+
+
+def test_an_average_over_seeds_is_as_wide_as_one_seed():
+    counts = [{"k": k, "n": 72} for k in (2, 32, 8)]
+    rate = aggregate.averaged(counts)
+    assert (rate.value, rate.n) == (14 / 72, 72)
+    assert rate.interval == Rate(14, 72).interval
+    assert aggregate.averaged([{"k": 1, "n": 2}, {"k": 2, "n": 2}]).value == 0.75
+    assert aggregate.averaged([]) is None
 
 
 def test_arms_are_compared_on_the_same_prompts_and_seeds():
@@ -248,3 +257,5 @@ def test_two_judges_stand_side_by_side():
         "compliance, classifier:x",
     )
     assert [value.split(" [")[0] for value in table.rows[0]] == ["plain LoRA", "50 %", "0 %", "25 %", "75 %"]
+    twice = tables.verdicts_of_judges(aggregate.points([both, {**both, "cell": asdict(replace(cell, seed=1))}]), 0.1)
+    assert twice.rows == table.rows, "a seed that says the same adds nothing"
