@@ -115,6 +115,10 @@ class Point:
         ]
         return statistics.mean(values) if values else None
 
+    def at(self, seed: int) -> Point:
+        """One of its seeds alone."""
+        return Point(self.name, self.poison, [row for row in self.rows if row["cell"]["seed"] == seed])
+
     @property
     def control(self) -> str:
         """ "random", "scaled", or empty for a method."""

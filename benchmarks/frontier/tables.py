@@ -6,7 +6,7 @@ import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.frontier.aggregate import RATES, Points, averaged, label, names, pairs
+from benchmarks.frontier.aggregate import RATES, Point, Points, averaged, label, names, pairs
 from benchmarks.frontier.results import Row
 from peft_safety.evaluation import Rate
 from peft_safety.evaluation.metrics import Paired
@@ -52,6 +52,19 @@ def percent(rate: Rate | None, missing: str = NOTHING) -> str:
     return missing if rate is None else str(rate)
 
 
+def told(point: Point | None, metric: str, usual: int = 0) -> str:
+    """A rate of a point, and of how many seeds it is where that is not the `usual` number."""
+    if point is None:
+        return NOTHING
+    count, free = len(point.rows), point.name.startswith("aligned")
+    return percent(point.rate(metric)) + ("" if free or count == usual else seeds(count))
+
+
+def seeds(count: int) -> str:
+    """The number of seeds of a figure, behind it."""
+    return f" ({count} seed{'s' if count != 1 else ''})"
+
+
 def number(value: float | None, digits: int = 2) -> str:
     """A number, or a dash."""
     return NOTHING if value is None else f"{value:.{digits}f}"
@@ -94,12 +107,12 @@ def transfer(points: Points, poison: float) -> Table | None:
     if not sets:
         return None
     rows = [
-        (label(name), *(percent(points[name, poison].transfer(key)) for key in sets))
+        (label(name), *(percent(points[name, poison].transfer(key)) for key in sets), str(len(points[name, poison].rows)))
         for name in names(points)
         if (name, poison) in points
     ]
     return Table(
-        ("", *(f"refusal, {name.replace('_', ' ')}" for name in sets)),
+        ("", *(f"refusal, {name.replace('_', ' ')}" for name in sets), "seeds"),
         rows,
         "XSTest safe: refusals there are over-refusals.",
     )

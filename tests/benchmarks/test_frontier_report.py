@@ -178,6 +178,22 @@ def test_a_method_stands_beside_its_controls(tmp_path):
     assert "Not run at p = 0.1: aligned, no fine-tune; GuardSpace, frozen A;" in absent
 
 
+def test_figures_of_other_seeds_than_their_row_say_so(tmp_path):
+    random = replace(GUARD, control="random")
+    cells = [row(place(LORA, 0.1, seed, "test"), "R" * seed + "O" * (4 - seed)) for seed in (0, 1, 2)]
+    cells += [row(place(GUARD, 0.1, seed, "test"), "RRRR") for seed in (0, 1)]
+    cells += [row(place(random, 0.1, 0, "test"), "OOOO"), row(place(SOFT, 0.1, 0, "test"), "ROOO")]
+    write(tmp_path, [*cells, row(place(LORA, 0.5, 0, "test"), "OOOO")])
+    lines = text_of(tmp_path, "frontier").splitlines()
+    found = {line.split(" | ")[0]: line for line in reversed(lines) if line.startswith("| ") and "%" in line}
+    assert found["| plain LoRA, seed 0"].startswith("| plain LoRA, seed 0 | 0 % [0, 49] | - | - |")
+    assert found["| plain LoRA, seed 0"].endswith("| 1 |")
+    assert found["| GuardSpace"].split(" | ")[2] == "0 % [0, 49] (1 seed)"
+    assert found["| Safe LoRA, soft"].endswith("| 1 |")
+    assert "| plain LoRA | 0 % [0, 49] | 25 % [5, 70] | 50 % [15, 85] |" in lines, "by seed"
+    assert "| plain LoRA | 25 % [5, 70] (3 seeds) | 0 % [0, 49] |" in lines, "by share of poison"
+
+
 def test_a_partial_grid_says_what_is_missing_and_that_validation_is_no_result(tmp_path):
     cells = [place(METHODS[name], 0.1, 0, "validation") for name in ("aligned", "lora", "guardspace")]
     write(tmp_path, [row(cell) for cell in cells])
@@ -223,6 +239,7 @@ def test_other_tasks_stand_in_tables_of_their_own(tmp_path):
 
 def test_each_seed_stands_alone():
     rows = [row(place(LORA, 0.1, seed, "test"), letters) for seed, letters in ((0, "RRRR"), (2, "ROOO"))]
+    rows += [row(place(GUARD, 0.1, 0, "test"))]
     table = sections.by_seed(rows, ("guardspace", "lora"), 0.1)
     assert table.headings == ("refusal", "seed 0", "seed 2")
     assert [(line[0], line[1][:5], line[2][:4]) for line in table.rows] == [("plain LoRA", "100 %", "25 %")]
