@@ -84,6 +84,11 @@ class Entry:
 Grid = dict[str, dict[Column, Entry]]
 
 
+def named(cell: Cell) -> str:
+    """A defense with its settings; the epochs and the learning rate are the attack's."""
+    return name_of(replace(cell, epochs=1, lr=METHODS["lora"].lr))
+
+
 def column(cell: Cell) -> Column:
     return cell.attack, cell.poison, cell.epochs, cell.lr
 
@@ -98,8 +103,7 @@ def grid(rows: Sequence[Row]) -> tuple[Grid, dict[str, dict[str, Rate]]]:
         if cell.arm == "aligned":
             aligned[cell.attack] = Entry([row]).rates
             continue
-        name = name_of(replace(cell, epochs=1, lr=METHODS["lora"].lr)).split(" with ")[0]
-        entry = result.setdefault(name, {}).setdefault(column(cell), Entry())
+        entry = result.setdefault(named(cell), {}).setdefault(column(cell), Entry())
         if "diverged" in row:
             entry.diverged += 1
         else:
@@ -286,7 +290,7 @@ def tried(rows: Sequence[Row]) -> Table | None:
         cell = cell_of(row)
         if cell.split != "validation" or "diverged" in row or not row.get("attacked"):
             continue
-        method = name_of(replace(cell, epochs=1, lr=METHODS["lora"].lr)) if cell.arm != "aligned" else "aligned"
+        method = named(cell) if cell.arm != "aligned" else "aligned"
         forms = ", ".join(f"{name} {percent(pooled([f], 'refusal'))}" for name, f in row["attacked"].items())
         accuracy = NOTHING if cell.arm == "aligned" else percent(pooled([row], "task_accuracy"))
         where = NOTHING if cell.arm == "aligned" else title(column(cell))

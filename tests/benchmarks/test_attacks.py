@@ -132,6 +132,15 @@ def test_the_strength_of_an_attack_and_a_setting_are_knobs():
             planned(*wrong)
 
 
+def test_settings_are_tried_on_validation_prompts_only(tmp_path, capsys):
+    def run(*argv):
+        return attacks.main(["--list", "--runs", str(tmp_path), "--attacks", "plain", "--set", *argv])
+
+    assert run("frozen:fraction=0.5") == 1
+    assert "never tried on test prompts" in capsys.readouterr().err
+    assert run("frozen:fraction=0.5", "--split", "validation") == run("frozen:fraction=0.25") == 0
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("attacks")
@@ -237,6 +246,17 @@ def test_the_report_has_a_part_for_each_aligned_model_and_the_settings_tried_on_
     assert "trigger p 0.5 x4" in line
     assert "trigger 10 %" in line
     assert (tmp_path / "attacks_other.png").is_file()
+
+
+def test_a_setting_is_no_further_seed_of_its_default(tmp_path):
+    aligned, half = replace(METHODS["aligned"], split="test"), replace(METHODS["frozen"], fraction=0.5)
+    cells = [attacks_plan.at(method, "", attacks_plan.WEAK, 0, "test") for method in (METHODS["frozen"], half)]
+    text = report(tmp_path, [stored(aligned, 9), stored(cells[0], 8), stored(cells[1], 2)])
+    lines = [line for line in text.splitlines() if " | plain p 0.1, bare | " in line]
+    assert [line.split(" [")[0] for line in lines] == [
+        "| GuardSpace, frozen A | plain p 0.1, bare | 80 %",
+        "| GuardSpace, frozen A (fraction=0.5) | plain p 0.1, bare | 20 %",
+    ]
 
 
 def test_a_report_without_the_aligned_model_is_refused(tmp_path):

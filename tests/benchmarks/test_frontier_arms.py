@@ -153,6 +153,14 @@ def test_calibration_in_context_is_a_subspace_of_its_own(bench):
     assert spaces[1] is spaces[2]
 
 
+def test_calibration_in_the_contexts_of_screened_rows_is_not_that_of_all_rows(bench):
+    turns = [("system", "You are terse."), ("user", "Who are you?"), ("assistant", "A model.")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    rows = {"frozen-system": [row] * 4, "chain-system": []}  # the screen drops them all
+    spaces = [bases.inputs(bench, quick(name), own) for name, own in rows.items()]
+    assert [space.provenance["samples"] for space in spaces] == [16, 8]
+
+
 def test_a_scaled_control_has_the_norm_of_its_method(bench):
     for name in ("guardspace", "safe-lora-soft"):
         kept, control = (ran(bench, quick(full)) for full in (name, f"scaled:{name}"))
