@@ -202,7 +202,8 @@ def others(found: Evidence) -> list[Line]:
         ),
         (
             "† SOMF `fuse`",
-            f"refusal {older('somf')}, accuracy {older('somf', 'task_accuracy')}; random mask {older('random:somf')}",
+            f"refusal {older('somf-seen')}, accuracy {older('somf-seen', 'task_accuracy')}; random mask "
+            f"{older('random:somf-seen')}; learned on the poison's own requests, too",
             "helps",
             "[older patch](older_patch.md)",
         ),

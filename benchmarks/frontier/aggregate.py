@@ -61,6 +61,8 @@ LABELS = {
     "patch-reattached": "patch re-attached",
     "patch-stacked": "patch stacked",
     "somf": "SOMF",
+    "patch-stacked-seen": "patch stacked, on the poison's requests",
+    "somf-seen": "SOMF, on the poison's requests",
 }
 KINDS = {"random": "random basis for {}", "scaled": "plain LoRA at the norm of {}"}
 
