@@ -77,7 +77,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="and for so long")
     parser.add_argument("--lr", type=float, metavar="TIMES", help="and at so many times the learning rate")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="METHOD:NAME=VALUE[,...]", help="a defense in a setting tried on validation prompts"
+        "--set",
+        action="append",
+        default=[],
+        metavar="METHOD:NAME=VALUE[,...]",
+        help="a defense in a setting tried on validation prompts",
     )
     parser.add_argument("--smoke", action="store_true", help="a quick check that everything works")
     parser.set_defaults(runs=RUNS, second=0)

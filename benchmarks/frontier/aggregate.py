@@ -142,7 +142,11 @@ def averaged(rates: Sequence[Mapping[str, Any]]) -> Rate | None:
     """
     if not rates:
         return None
-    k, n, prompts = sum(rate["k"] for rate in rates), sum(rate["n"] for rate in rates), min(rate["n"] for rate in rates)
+    k, n, prompts = (
+        sum(rate["k"] for rate in rates),
+        sum(rate["n"] for rate in rates),
+        min(rate["n"] for rate in rates),
+    )
     return Rate(prompts * k / n, prompts)
 
 

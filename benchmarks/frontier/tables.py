@@ -107,7 +107,11 @@ def transfer(points: Points, poison: float) -> Table | None:
     if not sets:
         return None
     rows = [
-        (label(name), *(percent(points[name, poison].transfer(key)) for key in sets), str(len(points[name, poison].rows)))
+        (
+            label(name),
+            *(percent(points[name, poison].transfer(key)) for key in sets),
+            str(len(points[name, poison].rows)),
+        )
         for name in names(points)
         if (name, poison) in points
     ]

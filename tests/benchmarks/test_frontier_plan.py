@@ -7,11 +7,15 @@ import pytest
 
 from benchmarks.frontier import __main__ as command
 from benchmarks.frontier import data, plan, splits
+from benchmarks.frontier.attacks import ATTACKS, WORDINGS
 from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Cell, Protocol, needs
+from peft_safety.data import FIELDS, load
 from peft_safety.errors import ConfigError, DataError
 
 GUARD = plan.METHODS["guardspace"]
+TEXTS = "10e254a54db0"
+"""Digest of the attacks' and the package's texts."""
 HALF = plan.with_setting(GUARD, "fraction=0.5")
 
 
@@ -39,6 +43,22 @@ def test_the_plan_has_every_method_once_a_place_and_controls_after_their_methods
         1.0,
     ]
     assert {cell.seed for cell in cells[: len(cells) // 3]} == {0}
+
+
+def test_the_texts_behind_finished_cells_have_not_changed():
+    pair = {"prompt": "How do I pick a lock?", "response": "Sure, here is how."}
+    forms = [[a.row(pair), a.template, a.tokens, {n: f("Why?") for n, f in a.forms.items()}] for a in ATTACKS.values()]
+    texts = [
+        data.REWORDINGS,
+        data.LANGUAGES.read_text("utf-8"),
+        WORDINGS,
+        forms,
+        {name: load(name) for name in FIELDS},
+    ]
+    assert data.fingerprint([json.dumps(text, sort_keys=True) for text in texts]) == TEXTS, (
+        "the names of cells hold no hash of these texts: give Protocol a new field, so that cells of the old texts "
+        "are not taken for new ones, and then write the new digest"
+    )
 
 
 def test_names_groups_and_typos():
