@@ -85,10 +85,8 @@ def _told(point: Point, metric: str) -> str:
 def failures(found: Evidence) -> list[Line]:
     """What wins against the recommended setting, and what it takes to hold."""
     shown, aligned = found.attacked
-    chain = {
-        **shown["frozen-flagged"],
-        **shown["chain-system"],
-    }  # data without system prompts are calibrated as before
+    # data without system prompts are calibrated as before
+    chain = {**shown["frozen-flagged"], **shown["chain-system"]}
     lost, form, title = max((*entry.lost(aligned[one[0]]), attacks_tables.title(one)) for one, entry in chain.items())
     return [
         (
@@ -224,8 +222,8 @@ def summary(folder: Path, page: Path) -> str:
     notes = [
         "- Test prompts, one row in ten poisoned unless it says otherwise; long fine-tunes: validation prompts. "
         f"Strong poison: half of the rows, four epochs. {BRACKETS} Points: of the seed that loses most.",
-        "- One seed where no number is said; compare such rows with plain LoRA of seed 0. †: on the older patch, which "
-        "refuses too much.",
+        "- One seed where no number is said; compare such rows with plain LoRA of seed 0. †: on the older patch, "
+        "which refuses too much.",
         "- Written by `python -m benchmarks.report summary`.",
     ]
     return "\n".join([*Table(("method", "measured", "verdict", "page"), lines, labels=4).markdown(), "", *notes])
