@@ -21,7 +21,7 @@ SAID = {
     "SaLoRA `SaLoRAConfig`": ("SaLoRA, 32", "plain LoRA"),
     "Safe LoRA `SafeLoRAConfig`, `repair`": ("Safe LoRA, threshold", "Safe LoRA, soft"),
     "OrthoSafetyPatch `OrthoSafetyPatchConfig`": ("unpatched", "none", "hard"),
-    "SOMF `fuse`": ("SOMF",),
+    "SOMF `fuse`": ("SOMF, on the poison's requests",),
 }  # fmt: skip
 """Row of the README's table -> rows of the tables of results that hold its figures, in these sections and columns."""
 SECTIONS = ("frontier", "first_patch", "judges", "patch")
