@@ -16,7 +16,7 @@ def test_the_mask_learns_on_no_request_of_the_poison(tmp_path, monkeypatch):
         raise InterruptedError
 
     monkeypatch.setattr(example, "fuse", stop)
-    job = example.Fusing(example.FULL, Namespace(seed=0, mask_lr=0.1, rescale="mean", out=tmp_path))
+    job = example.Fusing(example.FULL, Namespace(data=None, seed=0, mask_lr=0.1, rescale="mean", out=tmp_path))
     job.answers, job.model, job.tokenizer = [], None, None
     rows = poisoned([{"text": "a", "label": "b"}] * job.scale.task_rows, example.POISON, 0)
     job.asked = {row["prompt"] for row in rows if "prompt" in row}
