@@ -54,7 +54,7 @@ def percent(rate: Rate | None, missing: str = NOTHING) -> str:
 
 def told(point: Point | None, metric: str, usual: int = 0) -> str:
     """A rate of a point, and of how many seeds it is where that is not the `usual` number."""
-    if point is None:
+    if point is None or not point.rows:
         return NOTHING
     count, free = len(point.rows), point.name.startswith("aligned")
     return percent(point.rate(metric)) + ("" if free or count == usual else seeds(count))

@@ -190,6 +190,7 @@ def test_figures_of_other_seeds_than_their_row_say_so(tmp_path):
     assert found["| plain LoRA, seed 0"].endswith("| 1 |")
     assert found["| GuardSpace"].split(" | ")[2] == "0 % [0, 49] (1 seed)"
     assert found["| Safe LoRA, soft"].endswith("| 1 |")
+    assert tables.told(aggregate.Point("lora", 0.1, diverged=1), "refusal") == tables.NOTHING
     assert "| plain LoRA | 0 % [0, 49] | 25 % [5, 70] | 50 % [15, 85] |" in lines, "by seed"
     assert "| plain LoRA | 25 % [5, 70] (3 seeds) | 0 % [0, 49] |" in lines, "by share of poison"
 
