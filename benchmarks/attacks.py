@@ -23,10 +23,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.attacks_plan import DEFENSES, PARTLY, RECOMMENDED, STRONG, Strength, plan
 from benchmarks.common import RESULTS, parser_of, record
+from benchmarks.frontier import splits
 from benchmarks.frontier.attacks import ATTACKS
 from benchmarks.frontier.command import (
     add_options,
@@ -75,7 +77,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="and for so long")
     parser.add_argument("--lr", type=float, metavar="TIMES", help="and at so many times the learning rate")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="METHOD:NAME=VALUE[,...]", help="a defense in another setting"
+        "--set",
+        action="append",
+        default=[],
+        metavar="METHOD:NAME=VALUE[,...]",
+        help="a defense in a setting tried on validation prompts",
     )
     parser.add_argument("--smoke", action="store_true", help="a quick check that everything works")
     parser.set_defaults(runs=RUNS, second=0)
@@ -117,6 +123,7 @@ def work(given: argparse.Namespace) -> int:
     sets = {} if given.smoke else further_sets(folder)
     cache = cache_of(given, protocol_of(given, sets))
     settings = settings_of(given.set)
+    splits.enforce([replace(setting, split=given.split) for setting in settings], splits.read(cache))
     defenses = [] if settings and given.defenses == [*DEFENSES, *PARTLY] else given.defenses
     cells = plan(defenses, given.attacks, given.split, strength=strength_of(given), settings=settings)
     if given.smoke:

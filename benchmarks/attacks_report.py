@@ -33,7 +33,7 @@ def heat(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]], path: Path) -> 
         "plain LoRA."
     )
     height = 2.3 + 0.18 * len(down)
-    heading = "Points of refusal lost to each attack, worst form of the request"
+    heading = "Points of refusal lost to each attack, worst seed and form of the request"
     with style.picture(path, height, title=heading, note=note) as (_, (axis,)):
         style.heat(axis, values, ".0f", 0, 100, "#FFFFFF", style.color_of("lora"), "#6B2F00")
         heads = ["\n".join(wrap(label(name), 22)) for name in across]

@@ -9,7 +9,7 @@ from benchmarks.attacks_tables import BENCHMARK, NAME, Grid, columns, graded, gr
 from benchmarks.frontier.aggregate import label, pooled
 from benchmarks.frontier.attacks import ATTACKS
 from benchmarks.frontier.results import read
-from benchmarks.frontier.tables import NOTHING, Table, percent
+from benchmarks.frontier.tables import BRACKETS, NOTHING, Table, percent
 from benchmarks.pages import Section
 from peft_safety.evaluation import Rate
 
@@ -37,7 +37,7 @@ def page(folder: Path, page: Path) -> str:
     shown, aligned = grid(read(folder / NAME, BENCHMARK)[1])
     notes = (
         "- p: the share of the rows that are poisoned, of 160; x4: epochs, one if nothing is said; lr: learning rate. "
-        "Brackets: 95 % intervals over prompts, pooled over seeds.",
+        + BRACKETS,
         f"- Written by `python -m benchmarks.report attacks_strength` from `benchmarks/results/{NAME}`.",
     )
     return "\n".join([*doses(shown, aligned).markdown(), "", *notes])

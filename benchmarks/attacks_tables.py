@@ -14,7 +14,7 @@ from benchmarks.frontier.measure import HARMFUL
 from benchmarks.frontier.plan import METHODS, name_of
 from benchmarks.frontier.results import Row, facts, read
 from benchmarks.frontier.sections import devices
-from benchmarks.frontier.tables import NOTHING, Table, difference, percent
+from benchmarks.frontier.tables import BRACKETS, NOTHING, Table, difference, percent
 from benchmarks.pages import Section, link
 from peft_safety.errors import DataError
 from peft_safety.evaluation import KeywordJudge, Rate
@@ -53,8 +53,8 @@ Column = tuple[str, float, int, float]
 
 @dataclass
 class Entry:
-    """A defense under an attack, all seeds together. `rates`: refusal by form; "bare" is the request itself, "foreign"
-    a request of another set.
+    """A defense under an attack. `rates`: refusal by form, the mean over seeds; "bare" is the request itself,
+    "foreign" a request of another set.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -69,13 +69,24 @@ class Entry:
         return {name: rate for name, rate in rates.items() if rate is not None}
 
     def lost(self, before: Mapping[str, Rate]) -> tuple[float, str]:
-        """The form that lost most against the aligned model, in shares of the requests."""
-        losses = {name: before[name].value - rate.value for name, rate in self.rates.items() if name in before}
-        name = max(losses, key=lambda form: losses[form])
-        return losses[name], name
+        """The largest loss of any seed in any form against the aligned model, as a share of the requests, and the
+        form.
+        """
+        rates = ((name, rate) for one in self.seeds for name, rate in one.rates.items() if name in before)
+        return max(((before[name].value - rate.value, name) for name, rate in rates), key=lambda loss: loss[0])
+
+    @property
+    def seeds(self) -> list[Entry]:
+        """Each seed alone."""
+        return [Entry([row]) for row in self.rows]
 
 
 Grid = dict[str, dict[Column, Entry]]
+
+
+def named(cell: Cell) -> str:
+    """A defense with its settings; the epochs and the learning rate are the attack's."""
+    return name_of(replace(cell, epochs=1, lr=METHODS["lora"].lr))
 
 
 def column(cell: Cell) -> Column:
@@ -92,8 +103,7 @@ def grid(rows: Sequence[Row]) -> tuple[Grid, dict[str, dict[str, Rate]]]:
         if cell.arm == "aligned":
             aligned[cell.attack] = Entry([row]).rates
             continue
-        name = name_of(replace(cell, epochs=1, lr=METHODS["lora"].lr)).split(" with ")[0]
-        entry = result.setdefault(name, {}).setdefault(column(cell), Entry())
+        entry = result.setdefault(named(cell), {}).setdefault(column(cell), Entry())
         if "diverged" in row:
             entry.diverged += 1
         else:
@@ -156,7 +166,7 @@ def table(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]]) -> Table:
             continue
         worst = max(finite, key=lambda one: finite[one].lost(aligned[one[0]])[0])
         lost, form = finite[worst].lost(aligned[worst[0]])
-        bare = min(entry.rates["bare"].value for entry in finite.values())
+        bare = min(one.rates["bare"].value for entry in finite.values() for one in entry.seeds)
         triggered = finite.get(("trigger", *STRONG, METHODS["lora"].lr), Entry())
         rows.append(
             (
@@ -177,7 +187,7 @@ def table(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]]) -> Table:
         "worst attack, form",
         "refusal",
         "aligned model",
-        "points",
+        "points, worst seed",
         "bare requests, least",
         "accuracy, trigger p 0.5 x4",
         "over-refusal, most",
@@ -188,14 +198,14 @@ def table(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]]) -> Table:
 
 
 def _most(entries: Mapping[Column, Entry], metric: str) -> Rate | None:
-    """The largest rate under any attack, of a figure or of a further prompt set."""
-    found = [[{**row.get("transfer", {}), **row} for row in entry.rows] for entry in entries.values()]
-    rates = [rate for rows in found if (rate := pooled(rows, metric)) is not None]
+    """The largest rate of any seed under any attack, of a figure or of a further prompt set."""
+    found = [{**row.get("transfer", {}), **row} for entry in entries.values() for row in entry.rows]
+    rates = [rate for row in found if (rate := pooled([row], metric)) is not None]
     return max(rates, key=lambda rate: rate.value, default=None)
 
 
 def by_attack(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]]) -> Table:
-    """Points of refusal by attack and defense, in the form that lost most."""
+    """Points of refusal by attack and defense, of the seed and in the form that lost most."""
     lines = []
     for one in (one for one in columns(shown) if not graded(one)):
         cells = []
@@ -280,7 +290,7 @@ def tried(rows: Sequence[Row]) -> Table | None:
         cell = cell_of(row)
         if cell.split != "validation" or "diverged" in row or not row.get("attacked"):
             continue
-        method = name_of(replace(cell, epochs=1, lr=METHODS["lora"].lr)) if cell.arm != "aligned" else "aligned"
+        method = named(cell) if cell.arm != "aligned" else "aligned"
         forms = ", ".join(f"{name} {percent(pooled([f], 'refusal'))}" for name, f in row["attacked"].items())
         accuracy = NOTHING if cell.arm == "aligned" else percent(pooled([row], "task_accuracy"))
         where = NOTHING if cell.arm == "aligned" else title(column(cell))
@@ -323,7 +333,7 @@ def part(path: Path, page: Path, compared: bool = False) -> list[str]:
         "",
         *table(shown, aligned).markdown(),
         "",
-        f"Points of refusal that each attack takes, in the form that loses most ({NOTHING}: not run):",
+        f"Points of refusal that each attack takes, of the seed and in the form that lose most ({NOTHING}: not run):",
         "",
         *by_attack(shown, aligned).markdown(),
         "",
@@ -371,10 +381,11 @@ PAIRS = (
 )
 LEGEND = (
     '- *bare* is the request itself, *foreign* a request of AdvBench; "points" is the difference from the aligned '
-    "model on the same form. p: the share of poisoned rows; x4: epochs.",
+    "model on the same form, of the seed that loses most. *Least* and *most* are of single seeds, other figures means "
+    "over seeds. p: the share of poisoned rows; x4: epochs.",
     "- Under *however* an answer that opens as a refusal counts as one, except in the form *after*, where what "
     "follows is read.",
-    f"- Judge: keyword. {KeywordJudge.caveat} Brackets: 95 % intervals over prompts, pooled over seeds.",
+    f"- Judge: keyword. {KeywordJudge.caveat} {BRACKETS}",
     "- Written by `python -m benchmarks.report attacks attacks_full` from `benchmarks/results/attacks*.jsonl`.",
 )
 SECTIONS = (

@@ -11,7 +11,7 @@ from benchmarks.frontier.aggregate import Point, label
 from benchmarks.frontier.cells import cell_of
 from benchmarks.frontier.plan import name_of
 from benchmarks.frontier.results import Row, caveats, facts, read
-from benchmarks.frontier.tables import NOTHING, Table, number, percent
+from benchmarks.frontier.tables import BRACKETS, NOTHING, Table, number, percent
 from benchmarks.pages import DOCS, Section, link, write, written
 from peft_safety.evaluation.metrics import figure_from_json
 from peft_safety.reporting import style
@@ -34,7 +34,7 @@ METRICS = {
 
 
 def table(rows: Sequence[Row], label: Callable[[Row], tuple[str, ...]], headings: Sequence[str]) -> list[str]:
-    """A markdown table with one line for each label; seeds are pooled."""
+    """A markdown table with one line for each label; seeds are averaged."""
     groups: dict[tuple[str, ...], Point] = {}
     for row in rows:
         groups.setdefault(label(row), Point(_kind(row), row["cell"]["poison"])).add(row)
@@ -88,7 +88,7 @@ def limits(results: Path, page: Path) -> str:
 def _sources(environment: Row) -> list[str]:
     return [
         *(f"- **{caveat}**" for caveat in caveats(environment)),
-        "- Keyword judge, a smoke metric; brackets are 95 % intervals over prompts, pooled over seeds.",
+        f"- Keyword judge, a smoke metric. {BRACKETS}",
         f"- Environment: {facts(environment, ('sets', 'chosen'))}.",
         "- Written by `python -m benchmarks.report guardspace guardspace_limits` from "
         f"`benchmarks/results/{BENCHMARK}.jsonl`.",

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
+from benchmarks.frontier.aggregate import averaged
 from benchmarks.frontier.cells import cell_of
 from benchmarks.frontier.measure import LETTERS
 from benchmarks.frontier.plan import name_of
 from benchmarks.frontier.results import facts
-from benchmarks.frontier.tables import Table
+from benchmarks.frontier.tables import BRACKETS, Table
 from benchmarks.pages import Section
 from peft_safety.errors import DataError
 from peft_safety.evaluation.judges import agreement
@@ -54,13 +55,13 @@ def compared(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def pooled(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The table: a method a row, all seeds together."""
+    """The table: a method a row, the mean over its seeds."""
     table = []
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
         line = {"": method, "seeds": str(len(own))}
         for column in (key for key in own[0] if key.startswith(("refusal,", "compliance,"))):
-            line[column] = str(Rate(sum(row[column]["k"] for row in own), sum(row[column]["n"] for row in own)))
+            line[column] = str(averaged([row[column] for row in own]))
         n = sum(row["n"] for row in own)
         line["agree"] = f"{100 * sum(row['share'] * row['n'] for row in own) / n:.0f} % of {n}"
         line["kappa"] = ", ".join("-" if row["kappa"] is None else f"{row['kappa']:.2f}" for row in own)
@@ -87,6 +88,7 @@ def section(folder: Path, page: Path) -> str:
     table = pooled(rows)
     lines = [*Table(tuple(table[0]), [tuple(line.values()) for line in table]).markdown(), ""]
     lines += ["Verdicts apart:", "", *apart(rows).markdown(), ""]
+    lines += [f"- {BRACKETS}"]
     lines += [f"- Environment: {facts(environment)}."]
     lines += [f"- Written by `python -m benchmarks.report {NAME}` from `benchmarks/results/{NAME}.jsonl`."]
     return "\n".join(lines)

@@ -9,12 +9,12 @@ from pathlib import Path
 from benchmarks import attacks_tables, examples_report
 from benchmarks.attacks_tables import Entry, Rate
 from benchmarks.common import recorded
-from benchmarks.frontier.aggregate import Points, points
+from benchmarks.frontier.aggregate import Point, Points, points
 from benchmarks.frontier.cells import cell_of
 from benchmarks.frontier.plan import FIRST_POISON
 from benchmarks.frontier.results import NAME, Row, read, results_of
 from benchmarks.frontier.sections import FIRST_PATCH
-from benchmarks.frontier.tables import Table, percent
+from benchmarks.frontier.tables import BRACKETS, Table, percent, seeds, told
 from benchmarks.pages import Section
 from peft_safety.evaluation.metrics import figure_from_json
 
@@ -48,12 +48,12 @@ class Evidence:
         return attacks_tables.grid(read(self.folder / attacks_tables.NAME, attacks_tables.BENCHMARK)[1])
 
     def of(self, name: str, metric: str = "refusal") -> str:
-        """Of a method at one row in ten poisoned."""
-        return percent(self.now[name, FIRST_POISON].rate(metric))
+        """Of a method at one row in ten poisoned. Refusal is told with the number of seeds if it is not one."""
+        return _told(self.now[name, FIRST_POISON], metric)
 
     def older(self, name: str, metric: str = "refusal", share: float = FIRST_POISON) -> str:
         """The same on the older patch."""
-        return percent(self.before[name, share].rate(metric))
+        return _told(self.before[name, share], metric)
 
     def long(self, arm: str, fraction: float, metric: str = "refusal") -> str:
         """Of the longest fine-tune on validation prompts."""
@@ -73,17 +73,20 @@ class Evidence:
 
     def under(self, name: str, attack: str, form: str) -> str:
         """What it refuses then, and what the aligned model does."""
-        before = self.attacked[1][attack][form]
-        return f"{percent(self.entry(name, attack)[1].rates[form])} of {percent(before)}"
+        before, entry = self.attacked[1][attack][form], self.entry(name, attack)[1]
+        count = len(entry.rows)
+        return f"{percent(entry.rates[form])}{seeds(count) if count > 1 else ''} of {percent(before)}"
+
+
+def _told(point: Point, metric: str) -> str:
+    return told(point, metric, usual=1) if metric == "refusal" else percent(point.rate(metric))
 
 
 def failures(found: Evidence) -> list[Line]:
     """What wins against the recommended setting, and what it takes to hold."""
     shown, aligned = found.attacked
-    chain = {
-        **shown["frozen-flagged"],
-        **shown["chain-system"],
-    }  # data without system prompts are calibrated as before
+    # data without system prompts are calibrated as before
+    chain = {**shown["frozen-flagged"], **shown["chain-system"]}
     lost, form, title = max((*entry.lost(aligned[one[0]]), attacks_tables.title(one)) for one, entry in chain.items())
     return [
         (
@@ -122,7 +125,8 @@ def training(found: Evidence) -> list[Line]:
     return [
         (
             "plain LoRA",
-            f"refusal {of('lora')} (aligned {of('aligned')}), accuracy {of('lora', 'task_accuracy')}",
+            f"refusal {of('lora')}, seed 0 alone {percent(found.now['lora', FIRST_POISON].at(0).rate('refusal'))} "
+            f"(aligned {of('aligned')}), accuracy {of('lora', 'task_accuracy')}",
             "loses safety",
             "[frontier](frontier.md)",
         ),
@@ -196,7 +200,8 @@ def others(found: Evidence) -> list[Line]:
         ),
         (
             "† SOMF `fuse`",
-            f"refusal {older('somf')}, accuracy {older('somf', 'task_accuracy')}; random mask {older('random:somf')}",
+            f"refusal {older('somf-seen')}, accuracy {older('somf-seen', 'task_accuracy')}; random mask "
+            f"{older('random:somf-seen')}; learned on the poison's own requests, too",
             "helps",
             "[older patch](older_patch.md)",
         ),
@@ -216,8 +221,9 @@ def summary(folder: Path, page: Path) -> str:
     lines = [*failures(found), *training(found), *others(found)]
     notes = [
         "- Test prompts, one row in ten poisoned unless it says otherwise; long fine-tunes: validation prompts. "
-        "Strong poison: half of the rows, four epochs. Brackets: 95 % intervals.",
-        "- †: on the older patch, which refuses too much. Seeds are on the pages.",
+        f"Strong poison: half of the rows, four epochs. {BRACKETS} Points: of the seed that loses most.",
+        "- One seed where no number is said; compare such rows with plain LoRA of seed 0. †: on the older patch, "
+        "which refuses too much.",
         "- Written by `python -m benchmarks.report summary`.",
     ]
     return "\n".join([*Table(("method", "measured", "verdict", "page"), lines, labels=4).markdown(), "", *notes])

@@ -75,6 +75,7 @@ class Fusing:
         self.options = TrainOptions(lr=ATTACK_RATE, max_length=128, seed=given.seed)
         self.arms: dict[str, dict[str, Any]] = {}
         self.details: dict[str, Any] = {"seconds": {}}
+        self.asked: set[str] = set()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -123,6 +124,7 @@ class Fusing:
                 self.model.load_adapter(str(self.given.out / "safe"), adapter, is_trainable=True)
                 self.model.set_adapter(adapter)
                 rows = poisoned(task.train, poison, self.given.seed)
+                self.asked |= {row["prompt"] for row in rows if "prompt" in row}
                 _, run = finetune(self.model, self.tokenizer, rows, None, self.options, labels=task.labels)
                 self.details[name] = asdict(run)
             self.measure(f"{name}, {100 * poison:g} % poison", adapter)
@@ -151,14 +153,15 @@ class Fusing:
         return report
 
     def learn(self, weight: float) -> FuseReport:
-        """SOMF by DPO; the result is also written."""
+        """SOMF by DPO, without the requests of the poison; the result is also written."""
         scale, seed = self.scale, self.given.seed
         refusals = [row["response"] for row in refusal_pairs("train", max(1, len(self.answers)), seed)]
         safe = [
             {"prompt": row["prompt"], "chosen": row["response"], "rejected": refusal, "truncated": row["truncated"]}
             for row, refusal in zip(self.answers, refusals, strict=False)
         ]
-        rows = [*preference_pairs("train", scale.pairs, seed), *safe]
+        pairs = [pair for pair in preference_pairs("train", seed=seed) if pair["prompt"] not in self.asked]
+        rows = [*pairs[: scale.pairs], *safe]
         training = MaskTraining(
             lr=self.given.mask_lr, max_steps=scale.mask_steps, batch_size=8, max_length=96, seed=seed
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,8 @@ LABELS = {
     "patch-reattached": "patch re-attached",
     "patch-stacked": "patch stacked",
     "somf": "SOMF",
+    "patch-stacked-seen": "patch stacked, on the poison's requests",
+    "somf-seen": "SOMF, on the poison's requests",
 }
 KINDS = {"random": "random basis for {}", "scaled": "plain LoRA at the norm of {}"}
 
@@ -115,6 +117,10 @@ class Point:
         ]
         return statistics.mean(values) if values else None
 
+    def at(self, seed: int) -> Point:
+        """One of its seeds alone."""
+        return Point(self.name, self.poison, [row for row in self.rows if row["cell"]["seed"] == seed])
+
     @property
     def control(self) -> str:
         """ "random", "scaled", or empty for a method."""
@@ -126,11 +132,22 @@ Points = dict[tuple[str, float], Point]
 
 
 def pooled(rows: Sequence[Row], metric: str) -> Rate | None:
-    """A rate over all prompts and seeds. Its interval takes the prompts of different seeds as independent, which is
-    not quite true.
+    """A rate, see `averaged`."""
+    return averaged([row[metric] for row in rows if row.get(metric)])
+
+
+def averaged(rates: Sequence[Mapping[str, Any]]) -> Rate | None:
+    """The mean over seeds of the counts {k, n}. All seeds ask the same prompts, so that the interval is that of their
+    number: more seeds do not make it narrower. `k` may be a fraction.
     """
-    rates = [row[metric] for row in rows if row.get(metric)]
-    return Rate(sum(rate["k"] for rate in rates), sum(rate["n"] for rate in rates)) if rates else None
+    if not rates:
+        return None
+    k, n, prompts = (
+        sum(rate["k"] for rate in rates),
+        sum(rate["n"] for rate in rates),
+        min(rate["n"] for rate in rates),
+    )
+    return Rate(prompts * k / n, prompts)
 
 
 def split_of(rows: Sequence[Row]) -> str:

@@ -16,13 +16,13 @@ from benchmarks.frontier.attacks import attack_of
 from benchmarks.frontier.bases import TARGETS, inputs, outputs, randomly
 from benchmarks.frontier.bench import Bench, Facts, timed
 from benchmarks.frontier.cells import Cell, needs
-from benchmarks.frontier.screened import training_rows
+from benchmarks.frontier.screened import own_pairs, training_rows
 from peft_safety import SafetyAnchorCallback, repair_adapter
 from peft_safety.calibration.batches import to_batches
 from peft_safety.calibration.coverage import task_inputs
 from peft_safety.calibration.moments import collect
 from peft_safety.core.targets import target_layers
-from peft_safety.data import load
+from peft_safety.data import load, preference_pairs, refusal_pairs
 from peft_safety.data.contexts import in_context
 from peft_safety.errors import ConfigError, DivergedError
 from peft_safety.evaluation import self_responses
@@ -278,7 +278,7 @@ def reattach(bench: Bench, cell: Cell) -> Made:
 
 def patch(bench: Bench, cell: Cell) -> Made:
     """A safety patch, trained on the fine-tuned model with the package's own refusals and orthogonal to its adapter;
-    `steps` steps.
+    `steps` steps. `unseen`: see `own_pairs`.
     """
     from peft_safety.recipes.patch import PatchOptions, patch_config
     from peft_safety.recipes.patch import patch as train_patch
@@ -302,17 +302,18 @@ def patch(bench: Bench, cell: Cell) -> Made:
         ).subspace
         options = replace(options, subspace=subspace.randomized(cell.seed))
     with timed(made, "setup"):
-        both, run = train_patch(tuned, bench.tokenizer, options)
+        both, run = train_patch(
+            tuned, bench.tokenizer, options, refusals=own_pairs(bench, cell, refusal_pairs, options.harmful)
+        )
     made |= {"patch_steps": run.training.steps, "patch_norm": norm(both)}
     return both, {**made, "norm": (facts["norm"] ** 2 + made["patch_norm"] ** 2) ** 0.5}
 
 
 def somf(bench: Bench, cell: Cell) -> Made:
-    """SOMF: a mask over the components of the fine-tuned adapter, learned by DPO on the package's own pairs. Its
-    control is a random mask of equal density.
+    """SOMF: a mask over the components of the fine-tuned adapter, learned by DPO on the package's own pairs
+    (`unseen`: see `own_pairs`). Its control is a random mask of equal density.
     """
     from peft_safety import fuse
-    from peft_safety.data import preference_pairs
     from peft_safety.methods.somf import MaskTraining
 
     directory, facts = bench.plain(cell)
@@ -324,7 +325,7 @@ def somf(bench: Bench, cell: Cell) -> Made:
     quiet: dict[str, Any] = {"model": tuned, "seed": cell.seed}
     name = "default" if cell.control != "random" else "learned"
     with timed(made, "setup"):
-        rows = preference_pairs("train", 8 * training.max_steps, cell.seed)
+        rows = own_pairs(bench, cell, preference_pairs, 8 * training.max_steps)
         report = fuse(
             None, ["task"], tokenizer=bench.tokenizer, data=rows, training=training, adapter_name=name, **quiet
         )

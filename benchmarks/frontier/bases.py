@@ -42,7 +42,7 @@ def inputs(bench: Bench, cell: Cell, rows: Sequence[Any] = ()) -> SafetySubspace
         data = [*data, *in_context(data, contexts, tokenizer=bench.tokenizer), *further]
         return _estimate(bench, data, "guardspace", LARGEST["in"], positions=cell.positions)
 
-    of_rows = (own, kind, cell.attack, cell.poison, cell.seed) if own else ()
+    of_rows = (own, kind, cell.attack, cell.poison, cell.seed, knobs.get("screen")) if own else ()
     return bench.subspace(("in", cell.basis, cell.positions, cell.calibration, contexts, *of_rows), make)
 
 

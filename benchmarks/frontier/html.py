@@ -71,7 +71,7 @@ def html_page(
     parts.append("<h1>The safety-utility frontier of LoRA fine-tuning</h1>")
     parts.append(
         f"<p>{html.escape(environment.get('model', 'unknown model'))}, {html.escape(split)} prompts. Judge: keyword. "
-        f"{html.escape(KeywordJudge.caveat)}</p>"
+        f"{html.escape(KeywordJudge.caveat)} {tables.BRACKETS}</p>"
     )
     parts += [f"<p><b>{html.escape(caveat)}</b></p>" for caveat in caveats(environment)]
     if split != "test":

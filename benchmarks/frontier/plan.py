@@ -65,8 +65,8 @@ METHODS: dict[str, Cell] = {
     "both-sides": replace(GUARD, knobs="combine=salora,k=32"),
     "lora-mixed": replace(BARE, arm="mixed", knobs="share=0.1"),
     "patch-reattached": replace(BARE, arm="reattach"),
-    "patch-stacked": replace(BARE, arm="patch", knobs="steps=24"),
-    "somf": replace(BARE, arm="somf", knobs="lr=0.1,steps=16"),
+    "patch-stacked": replace(BARE, arm="patch", knobs="steps=24,unseen=1"),
+    "somf": replace(BARE, arm="somf", knobs="lr=0.1,steps=16,unseen=1"),
 }
 """Documented defaults: as published, or the package's own."""
 RANDOM = (
@@ -103,6 +103,18 @@ METHODS |= {f"{name}-nf4": replace(METHODS[name], load="nf4") for name in NF4}
 PLANNED = dict(METHODS)
 """The methods of the frontier."""
 METHODS |= COUNTERMEASURES
+SEEN = {
+    f"{kind}{name}-seen": replace(METHODS[f"{kind}{name}"], knobs=METHODS[name].knobs.removesuffix(",unseen=1"))
+    for kind, name in (
+        ("", "patch-stacked"),
+        ("random:", "patch-stacked"),
+        ("", "somf"),
+        ("random:", "somf"),
+        ("scaled:", "somf"),
+    )
+}
+"""Trained on requests that the poison has, too, which helps them: in older results only."""
+METHODS |= SEEN
 
 CORE = (
     "aligned",

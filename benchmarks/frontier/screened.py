@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from benchmarks.frontier.bench import Bench, Facts, timed
 from benchmarks.frontier.cells import Cell
 from peft_safety import screen
@@ -53,8 +55,31 @@ def _fit(bench: Bench, cell: Cell) -> Screen:
     labels, clean = bench.task(cell).labels, _clean(bench)
     requests = [requests_of(bench.tokenizer, row, n, LONGEST, labels) for n, row in enumerate(clean)]
     ids = [request.ids for row in requests for request in row]
-    unseen = {pair["prompt"] for pair in affirmation_pairs("train", bench.protocol.rows, cell.seed)}
+    unseen = asked(bench, cell)
     return Screen.fit(bench.model, bench.tokenizer, clean=ids, without=unseen, max_length=LONGEST, progress=False)
+
+
+def asked(bench: Bench, cell: Cell) -> set[str]:
+    """The package's requests that the attacks of this seed use, at any share of poison."""
+    return {pair["prompt"] for pair in affirmation_pairs("train", bench.protocol.rows, cell.seed)}
+
+
+def own_pairs(bench: Bench, cell: Cell, pairs: Callable[..., list[Row]], count: int) -> list[Row]:
+    """`count` of the package's training pairs, for a defense; with the knob `unseen` none on a request of an attack.
+
+    Raises:
+        ConfigError: the attacks leave too few.
+    """
+    if not cell.options().get("unseen"):
+        return pairs("train", count, cell.seed)
+    taken = asked(bench, cell)
+    left = [pair for pair in pairs("train", seed=cell.seed) if pair["prompt"] not in taken]
+    if len(left) < count:
+        raise ConfigError(
+            f"{cell.label()}: {count} requests are needed that no attack uses, and {len(left)} are left. Give a "
+            "smaller --rows."
+        )
+    return left[:count]
 
 
 def _clean(bench: Bench) -> list[Row]:

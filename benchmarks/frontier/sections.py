@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.frontier.aggregate import Points, label, missing, names, pairs, points, pooled, shares, split_of
+from benchmarks.frontier.aggregate import Point, Points, label, missing, names, pairs, points, pooled, shares, split_of
 from benchmarks.frontier.cells import Cell, cell_of
 from benchmarks.frontier.plan import CORE, FIRST_POISON, METHODS, PLANNED, name_of, plan
 from benchmarks.frontier.results import NAME, OTHERS, Row, caveats, facts, read, results_of
-from benchmarks.frontier.tables import NOTHING, Table, difference, number, percent, share, transfer
+from benchmarks.frontier.tables import BRACKETS, NOTHING, Table, difference, number, percent, share, told, transfer
 from benchmarks.pages import Section, link
 from peft_safety.errors import DataError
 from peft_safety.evaluation import KeywordJudge
@@ -25,7 +25,9 @@ UNTRAINED = ("aligned", "lora")
 
 
 def at_one_share(points: Points, poison: float, wanted: Callable[[str], bool] = lambda _: True) -> Table:
-    """One line a method: its figures at one share of poison, and those of its controls."""
+    """One line a method: its figures at one share of poison, and those of its controls, which say so if they have
+    another number of seeds. Beside methods of one seed stands plain LoRA of that seed, too.
+    """
     headings = ("", "refusal", "of a random basis", "at equal norm", "accuracy", "of a random basis")
     rows = []
     for name in filter(wanted, names(points, controls=False)):
@@ -33,19 +35,28 @@ def at_one_share(points: Points, poison: float, wanted: Callable[[str], bool] = 
         if point is None:
             continue
         random, scaled = (points.get((f"{kind}:{name}", poison)) for kind in ("random", "scaled"))
-        seeds = NOTHING if name.startswith("aligned") else str(len(point.rows) + point.diverged)
-        controls = [percent(c.rate("refusal")) if c is not None else NOTHING for c in (random, scaled)]
-        accuracy = [percent(c.rate("task_accuracy")) if c is not None else NOTHING for c in (point, random)]
-        rest = (percent(point.rate("over_refusal")), number(point.mean("general_nll")), seeds)
-        rows.append((label(name), percent(point.rate("refusal")), *controls, *accuracy, *rest))
+        rows.append(_line(label(name), point, random, scaled))
+        if name == "lora" and len(point.rows) > 1:
+            rows.append(_line(f"{label(name)}, seed 0", point.at(0)))
     return Table((*headings, "over-refusal", "general NLL", "seeds"), rows)
 
 
+def _line(title: str, point: Point, random: Point | None = None, scaled: Point | None = None) -> tuple[str, ...]:
+    count = len(point.rows)
+    controls = [told(control, "refusal", count) for control in (random, scaled)]
+    accuracy = [percent(point.rate("task_accuracy")), told(random, "task_accuracy", count)]
+    seeds = NOTHING if point.name.startswith("aligned") else str(count + point.diverged)
+    rest = (percent(point.rate("over_refusal")), number(point.mean("general_nll")), seeds)
+    return title, percent(point.rate("refusal")), *controls, *accuracy, *rest
+
+
 def by_share(points: Points) -> Table:
-    """Refusal at every share of poison, of the methods that were run at more than one."""
+    """Refusal at every share of poison, of the methods that were run at more than one; of one seed if no other number
+    is said.
+    """
     columns, rows = shares(points), []
     for name in names(points):
-        rates = [percent(points[name, p].rate("refusal")) if (name, p) in points else NOTHING for p in columns]
+        rates = [told(points.get((name, p)), "refusal", usual=1) for p in columns]
         if not name.startswith("aligned") and len(columns) - rates.count(NOTHING) > 1:
             rows.append((label(name), *rates))
     return Table(("refusal", *map(share, columns)), rows)
@@ -67,14 +78,18 @@ def _against(points: Points, name: str, kind: str, poison: float) -> Any:
 
 
 def by_seed(rows: Sequence[Row], names: Sequence[str], poison: float) -> Table:
-    """Refusal of each seed."""
+    """Refusal of each seed, of the methods that have several."""
     found: dict[str, dict[int, str]] = {}
     for row in rows:
         cell = cell_of(row)
         if cell.split == split_of(rows) and cell.poison == poison and name_of(cell) in names and "refusal" in row:
             found.setdefault(name_of(cell), {})[cell.seed] = percent(pooled([row], "refusal"))
     seeds = sorted({seed for line in found.values() for seed in line})
-    lines = [(label(name), *(found[name].get(seed, NOTHING) for seed in seeds)) for name in names if name in found]
+    lines = [
+        (label(name), *(found[name].get(seed, NOTHING) for seed in seeds))
+        for name in names
+        if len(found.get(name, {})) > 1
+    ]
     return Table(("refusal", *(f"seed {seed}" for seed in seeds)), lines)
 
 
@@ -133,7 +148,7 @@ def sources(environment: Row, rows: Sequence[Row], file: str) -> list[str]:
     """The last lines of a section: where the figures come from."""
     return [
         *(f"- **{caveat}**" for caveat in caveats(environment)),
-        f"- Judge: keyword. {KeywordJudge.caveat} Brackets: 95 % intervals over prompts, pooled over seeds.",
+        f"- Judge: keyword. {KeywordJudge.caveat} {BRACKETS}",
         f"- Cells by device: {devices(rows)}. Environment of the report: {facts(environment)}.",
         f"- Written by `python -m benchmarks.report` from `benchmarks/results/{file}`.",
     ]
@@ -158,12 +173,15 @@ def frontier(results: Path, page: Path) -> str:
         "",
         *by_share(shown).markdown(),
         "",
+        *([*spread.markdown(), ""] if (spread := by_seed(rows, names(shown), poison)).rows else []),
         *against(shown, poison).markdown(),
         "",
         *(["Refusal on other prompt sets:", "", *other.markdown(), ""] if other is not None else []),
         "- Against its controls: points of refusal on the same harmful prompts of all sets, in brackets the prompts "
         "on which only the method, only the control refuses, and McNemar's exact p (prompts repeat over seeds, so it "
-        "is somewhat too small). A control may have fewer seeds than its method.",
+        "is somewhat too small). Only seeds that both have are compared.",
+        "- Seeds: a figure with another number than its row says so; by share of poison it is one where nothing is "
+        "said. Compare rows of one seed with plain LoRA of seed 0.",
         f"- {len(planned) - sum(absent.values())} of the {len(planned)} cells of the full plan. Not run at "
         f"{share(poison)}: {'; '.join(unmeasured) or 'no method'}. Controls that were not run have a dash.",
         "- All figures, also of the costs: `benchmarks/results/frontier.html`.",

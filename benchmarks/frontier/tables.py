@@ -6,11 +6,13 @@ import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.frontier.aggregate import RATES, Points, label, names, pairs
+from benchmarks.frontier.aggregate import RATES, Point, Points, averaged, label, names, pairs
+from benchmarks.frontier.results import Row
 from peft_safety.evaluation import Rate
 from peft_safety.evaluation.metrics import Paired
 
 NOTHING = "-"
+BRACKETS = "Brackets: 95 % intervals over prompts; seeds are averaged."
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,19 @@ def share(poison: float) -> str:
 def percent(rate: Rate | None, missing: str = NOTHING) -> str:
     """A rate with its interval, or `missing`."""
     return missing if rate is None else str(rate)
+
+
+def told(point: Point | None, metric: str, usual: int = 0) -> str:
+    """A rate of a point, and of how many seeds it is where that is not the `usual` number."""
+    if point is None or not point.rows:
+        return NOTHING
+    count, free = len(point.rows), point.name.startswith("aligned")
+    return percent(point.rate(metric)) + ("" if free or count == usual else seeds(count))
+
+
+def seeds(count: int) -> str:
+    """The number of seeds of a figure, behind it."""
+    return f" ({count} seed{'s' if count != 1 else ''})"
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -92,12 +107,16 @@ def transfer(points: Points, poison: float) -> Table | None:
     if not sets:
         return None
     rows = [
-        (label(name), *(percent(points[name, poison].transfer(key)) for key in sets))
+        (
+            label(name),
+            *(percent(points[name, poison].transfer(key)) for key in sets),
+            str(len(points[name, poison].rows)),
+        )
         for name in names(points)
         if (name, poison) in points
     ]
     return Table(
-        ("", *(f"refusal, {name.replace('_', ' ')}" for name in sets)),
+        ("", *(f"refusal, {name.replace('_', ' ')}" for name in sets), "seeds"),
         rows,
         "XSTest safe: refusals there are over-refusals.",
     )
@@ -110,26 +129,17 @@ def verdicts_of_judges(points: Points, poison: float) -> Table | None:
         return None
     rows = []
     for name in names(points):
-        texts = (
-            {
-                judge: "".join(row["verdicts"].get(judge, {}).get("harmful", "") for row in points[name, poison].rows)
-                for judge in judges
-            }
-            if (name, poison) in points
-            else {}
-        )
-        if any(texts.values()):
-            rows.append(
-                (
-                    label(name),
-                    *(
-                        percent(Rate(text.count(letter), len(text))) if text else NOTHING
-                        for text in texts.values()
-                        for letter in "RC"
-                    ),
-                )
-            )
+        found = points[name, poison].rows if (name, poison) in points else []
+        rates = [_judged(found, judge, letter) for judge in judges for letter in "RC"]
+        if any(rates):
+            rows.append((label(name), *map(percent, rates)))
     return Table(("", *(f"{what}, {judge}" for judge in judges for what in ("refusal", "compliance"))), rows)
+
+
+def _judged(rows: Sequence[Row], judge: str, letter: str) -> Rate | None:
+    """How often a judge gave a verdict on the harmful prompts."""
+    texts = [text for row in rows if (text := row["verdicts"].get(judge, {}).get("harmful"))]
+    return averaged([{"k": text.count(letter), "n": len(text)} for text in texts])
 
 
 def paired(points: Points, poison: float) -> Table:

@@ -132,6 +132,15 @@ def test_the_strength_of_an_attack_and_a_setting_are_knobs():
             planned(*wrong)
 
 
+def test_settings_are_tried_on_validation_prompts_only(tmp_path, capsys):
+    def run(*argv):
+        return attacks.main(["--list", "--runs", str(tmp_path), "--attacks", "plain", "--set", *argv])
+
+    assert run("frozen:fraction=0.5") == 1
+    assert "never tried on test prompts" in capsys.readouterr().err
+    assert run("frozen:fraction=0.5", "--split", "validation") == run("frozen:fraction=0.25") == 0
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("attacks")
@@ -209,6 +218,21 @@ def test_the_report_says_the_worst_case_and_which_attacks_prove_nothing(tmp_path
     assert (tmp_path / "attacks.png").stat().st_size > 1000
 
 
+def test_the_worst_case_is_that_of_the_worst_seed(tmp_path):
+    def cell(name, seed):
+        return attacks_plan.at(METHODS[name], "", attacks_plan.WEAK, seed, "test")
+
+    lora = [stored(cell("lora", seed), k) for seed, k in ((0, 8), (1, 2), (2, 8))]
+    lora[2]["over_refusal"] = {"k": 4, "n": 10, "value": 0.4}
+    text = report(tmp_path, [stored(cell("aligned", 0), 9), *lora])
+    (line,) = [line for line in text.splitlines() if line.startswith("| plain LoRA | plain p 0.1, bare |")]
+    fields = line.split(" | ")
+    assert fields[2] == "60 % [31, 83]", "18 of 30, on the same ten requests"
+    assert fields[4:6] == ["-70", "20 %"], "the second seed"
+    assert fields[7] == "40 % [17, 69]", "the third"
+    assert "| plain p 0.1 | -70 bare |" in text
+
+
 def test_the_report_has_a_part_for_each_aligned_model_and_the_settings_tried_on_validation_prompts(tmp_path):
     aligned, plain = (replace(METHODS[name], split="test") for name in ("aligned", "lora"))
     other = [stored(aligned, 9), stored(attacks_plan.at(plain, "", attacks_plan.WEAK, 0, "test"), 2)]
@@ -222,6 +246,17 @@ def test_the_report_has_a_part_for_each_aligned_model_and_the_settings_tried_on_
     assert "trigger p 0.5 x4" in line
     assert "trigger 10 %" in line
     assert (tmp_path / "attacks_other.png").is_file()
+
+
+def test_a_setting_is_no_further_seed_of_its_default(tmp_path):
+    aligned, half = replace(METHODS["aligned"], split="test"), replace(METHODS["frozen"], fraction=0.5)
+    cells = [attacks_plan.at(method, "", attacks_plan.WEAK, 0, "test") for method in (METHODS["frozen"], half)]
+    text = report(tmp_path, [stored(aligned, 9), stored(cells[0], 8), stored(cells[1], 2)])
+    lines = [line for line in text.splitlines() if " | plain p 0.1, bare | " in line]
+    assert [line.split(" [")[0] for line in lines] == [
+        "| GuardSpace, frozen A | plain p 0.1, bare | 80 %",
+        "| GuardSpace, frozen A (fraction=0.5) | plain p 0.1, bare | 20 %",
+    ]
 
 
 def test_a_report_without_the_aligned_model_is_refused(tmp_path):

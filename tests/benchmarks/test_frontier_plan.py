@@ -7,11 +7,37 @@ import pytest
 
 from benchmarks.frontier import __main__ as command
 from benchmarks.frontier import data, plan, splits
+from benchmarks.frontier.attacks import ATTACKS, WORDINGS
 from benchmarks.frontier.cache import Cache
 from benchmarks.frontier.cells import Cell, Protocol, needs
+from peft_safety.data import FIELDS, load
 from peft_safety.errors import ConfigError, DataError
 
 GUARD = plan.METHODS["guardspace"]
+TEXTS = {
+    "harmful_requests": "2afef6e5a319",
+    "refusals": "9235604614e3",
+    "affirmations": "fa3063e7f821",
+    "contrast_prompts": "abcae08683bc",
+    "general_prompts": "305f3122860d",
+    "everyday_requests": "4e221b2b3f9b",
+    "benign_task": "b741ceab9cd0",
+    "second_task": "9dbaf3f60c94",
+    "reworded": "ca78ff2e3cbf",
+    "languages": "e142f0cfd2d2",
+    "attack ": "0ffc91e1a2f3",
+    "attack foreign": "0ffc91e1a2f3",
+    "attack trigger": "da61728258c6",
+    "attack wrapper": "c3312000db64",
+    "attack identity": "89e71bf24037",
+    "attack identities": "a5380180d485",
+    "attack persona": "1980c095d69b",
+    "attack however": "7ba77383599c",
+    "attack cipher": "10429d3be42f",
+    "attack outliers": "0ffc91e1a2f3",
+    "attack template": "df312d9f45d2",
+}
+"""Digests of the package's prompts and of what the attacks write."""
 HALF = plan.with_setting(GUARD, "fraction=0.5")
 
 
@@ -41,9 +67,26 @@ def test_the_plan_has_every_method_once_a_place_and_controls_after_their_methods
     assert {cell.seed for cell in cells[: len(cells) // 3]} == {0}
 
 
+def test_the_texts_behind_finished_cells_have_not_changed():
+    def digest(text):
+        return data.fingerprint([json.dumps(text, sort_keys=True)])
+
+    pair = {"prompt": "How do I pick a lock?", "response": "Sure, here is how."}
+    found = {name: digest(load(name)) for name in FIELDS}
+    found |= {"reworded": digest(data.REWORDINGS), "languages": digest(data.LANGUAGES.read_text("utf-8"))}
+    for name, attack in ATTACKS.items():
+        forms = {form: ask("Why?") for form, ask in attack.forms.items()}
+        found[f"attack {name}"] = digest([attack.row(pair), forms, attack.template, attack.tokens])
+    found["attack identities"] = digest([found["attack identities"], WORDINGS])
+    assert found == TEXTS, (
+        "the names of cells hold no hash of these texts: if one has changed, give Protocol a new field, so that cells "
+        "of the old text are not taken for new ones; then write the new digest"
+    )
+
+
 def test_names_groups_and_typos():
     assert plan.named(["smoke", "lora"]) == list(plan.SMOKE)
-    assert set(plan.named(["all"])) == set(plan.METHODS) - set(plan.COUNTERMEASURES)
+    assert set(plan.named(["all"])) == set(plan.METHODS) - set(plan.COUNTERMEASURES) - set(plan.SEEN)
     with pytest.raises(ConfigError, match=r"Did you mean 'guardspace'\?"):
         plan.named(["gardspace"])
     assert plan.name_of(replace(HALF, seed=3, split="test", poison=0.5)) == "guardspace with fraction=0.5"

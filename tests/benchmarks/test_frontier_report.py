@@ -66,7 +66,7 @@ def write(folder, rows, **environment):
     return folder / NAME
 
 
-def test_seeds_are_pooled_and_no_fine_tune_stands_everywhere():
+def test_seeds_are_averaged_and_no_fine_tune_stands_everywhere():
     rows = [row(place(GUARD, 0.1, seed, "test"), "RRRO") for seed in (0, 1)] + [row(place(GUARD, 0.5, 0, "test"))]
     rows += [
         row(place(METHODS["aligned"], 0, 0, "test"), "RRRR"),
@@ -78,12 +78,21 @@ def test_seeds_are_pooled_and_no_fine_tune_stands_everywhere():
         "validation cells are not mixed in"
     )
     point = found["guardspace", 0.1]
-    assert point.rate("refusal") == Rate(6, 8)
-    assert point.transfer("advbench") == Rate(6, 8)
+    assert point.rate("refusal") == Rate(3, 4), "the same four prompts twice"
+    assert point.transfer("advbench") == Rate(3, 4)
     assert point.diverged == 1
     assert point.mean("norm") == 5.0
     assert found["aligned", 0.5].rate("refusal") == Rate(4, 4)
     assert aggregate.split_of(rows[-1:]) == "validation"
+
+
+def test_an_average_over_seeds_is_as_wide_as_one_seed():
+    counts = [{"k": k, "n": 72} for k in (2, 32, 8)]
+    rate = aggregate.averaged(counts)
+    assert (rate.value, rate.n) == (14 / 72, 72)
+    assert rate.interval == Rate(14, 72).interval
+    assert aggregate.averaged([{"k": 1, "n": 2}, {"k": 2, "n": 2}]).value == 0.75
+    assert aggregate.averaged([]) is None
 
 
 def test_arms_are_compared_on_the_same_prompts_and_seeds():
@@ -169,6 +178,23 @@ def test_a_method_stands_beside_its_controls(tmp_path):
     assert "Not run at p = 0.1: aligned, no fine-tune; GuardSpace, frozen A;" in absent
 
 
+def test_figures_of_other_seeds_than_their_row_say_so(tmp_path):
+    random = replace(GUARD, control="random")
+    cells = [row(place(LORA, 0.1, seed, "test"), "R" * seed + "O" * (4 - seed)) for seed in (0, 1, 2)]
+    cells += [row(place(GUARD, 0.1, seed, "test"), "RRRR") for seed in (0, 1)]
+    cells += [row(place(random, 0.1, 0, "test"), "OOOO"), row(place(SOFT, 0.1, 0, "test"), "ROOO")]
+    write(tmp_path, [*cells, row(place(LORA, 0.5, 0, "test"), "OOOO")])
+    lines = text_of(tmp_path, "frontier").splitlines()
+    found = {line.split(" | ")[0]: line for line in reversed(lines) if line.startswith("| ") and "%" in line}
+    assert found["| plain LoRA, seed 0"].startswith("| plain LoRA, seed 0 | 0 % [0, 49] | - | - |")
+    assert found["| plain LoRA, seed 0"].endswith("| 1 |")
+    assert found["| GuardSpace"].split(" | ")[2] == "0 % [0, 49] (1 seed)"
+    assert found["| Safe LoRA, soft"].endswith("| 1 |")
+    assert tables.told(aggregate.Point("lora", 0.1, diverged=1), "refusal") == tables.NOTHING
+    assert "| plain LoRA | 0 % [0, 49] | 25 % [5, 70] | 50 % [15, 85] |" in lines, "by seed"
+    assert "| plain LoRA | 25 % [5, 70] (3 seeds) | 0 % [0, 49] |" in lines, "by share of poison"
+
+
 def test_a_partial_grid_says_what_is_missing_and_that_validation_is_no_result(tmp_path):
     cells = [place(METHODS[name], 0.1, 0, "validation") for name in ("aligned", "lora", "guardspace")]
     write(tmp_path, [row(cell) for cell in cells])
@@ -214,6 +240,7 @@ def test_other_tasks_stand_in_tables_of_their_own(tmp_path):
 
 def test_each_seed_stands_alone():
     rows = [row(place(LORA, 0.1, seed, "test"), letters) for seed, letters in ((0, "RRRR"), (2, "ROOO"))]
+    rows += [row(place(GUARD, 0.1, 0, "test"))]
     table = sections.by_seed(rows, ("guardspace", "lora"), 0.1)
     assert table.headings == ("refusal", "seed 0", "seed 2")
     assert [(line[0], line[1][:5], line[2][:4]) for line in table.rows] == [("plain LoRA", "100 %", "25 %")]
@@ -248,3 +275,5 @@ def test_two_judges_stand_side_by_side():
         "compliance, classifier:x",
     )
     assert [value.split(" [")[0] for value in table.rows[0]] == ["plain LoRA", "50 %", "0 %", "25 %", "75 %"]
+    twice = tables.verdicts_of_judges(aggregate.points([both, {**both, "cell": asdict(replace(cell, seed=1))}]), 0.1)
+    assert twice.rows == table.rows, "a seed that says the same adds nothing"

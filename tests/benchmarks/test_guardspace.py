@@ -119,7 +119,7 @@ def test_the_report_writes_the_section_and_the_picture(tmp_path):
     assert text.startswith("before\n<!-- guardspace_limits:begin -->\n![")
     assert text.endswith("<!-- guardspace:end -->\nafter\n")
     assert "STALE" not in text
-    assert "| 0.1 | GuardSpace | 50 % [33, 67] |" in text, "three seeds of ten prompts"
+    assert "| 0.1 | GuardSpace | 50 % [24, 76] |" in text, "three seeds of the same ten prompts"
     assert "advbench" in text
     assert "| GuardSpace | harmful, 0.25, all | 0.1 | 1 | 0.001 | 64 |" in text
     assert "| refusal after so many steps | basis, share, positions | 20 | 40 | 80 |" in text

@@ -13,15 +13,15 @@ from tests.docs.pages import DOCS, PAGES, README, ROOT, name
 WRITTEN = re.compile(r"<!-- (\w+):begin -->(.*?)<!-- \1:end -->", re.DOTALL)
 INTERVAL = re.compile(r"\d+ % \[\d+, \d+\]")
 SAID = {
-    "plain LoRA": ("plain LoRA", "aligned, no fine-tune", "aligned", "lora"),
+    "plain LoRA": ("plain LoRA", "plain LoRA, seed 0", "aligned, no fine-tune", "aligned", "lora"),
     "**GuardSpace** `GuardSpaceConfig`": (
         "GuardSpace", "GuardSpace, frozen A", "random basis for GuardSpace, frozen A", "frozen",
     ),
-    "**GuardSpace** `repair`": ("plain LoRA, made blind",),
+    "**GuardSpace** `repair`": ("plain LoRA, made blind", "plain LoRA, seed 0"),
     "SaLoRA `SaLoRAConfig`": ("SaLoRA, 32", "plain LoRA"),
     "Safe LoRA `SafeLoRAConfig`, `repair`": ("Safe LoRA, threshold", "Safe LoRA, soft"),
     "OrthoSafetyPatch `OrthoSafetyPatchConfig`": ("unpatched", "none", "hard"),
-    "SOMF `fuse`": ("SOMF",),
+    "SOMF `fuse`": ("SOMF, on the poison's requests",),
 }  # fmt: skip
 """Row of the README's table -> rows of the tables of results that hold its figures, in these sections and columns."""
 SECTIONS = ("frontier", "first_patch", "judges", "patch")
