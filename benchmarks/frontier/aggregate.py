@@ -32,6 +32,8 @@ LABELS = {
     "frozen-system": "GuardSpace, frozen A, under the data's system prompts",
     "chain-system": "screen (all flagged) + frozen A, under the data's system prompts",
     "chain-own": "screen (all flagged) + frozen A, in the data's contexts",
+    "chain-clean": "screen (all flagged) + frozen A, in the data's contexts but the task's own",
+    "frozen-clean": "GuardSpace, frozen A, in the data's contexts but the task's own",
     "frozen-context": "GuardSpace, frozen A, in context",
     "frozen-screened": "screen + frozen A",
     "frozen-flagged": "screen (all flagged) + frozen A",

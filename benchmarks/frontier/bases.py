@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.frontier.bench import Bench
 from benchmarks.frontier.cells import Cell
+from benchmarks.frontier.data import task_prompts
 from peft_safety import SafetySubspace
 from peft_safety.data import CALIBRATION_PAIRS, calibration_rows, refusal_pairs
 from peft_safety.data.contexts import in_context
@@ -25,7 +26,8 @@ def randomly(cell: Cell, subspace: SafetySubspace) -> SafetySubspace:
 
 def inputs(bench: Bench, cell: Cell, rows: Sequence[Any] = ()) -> SafetySubspace:
     """GuardSpace's input bases of a cell, at `LARGEST`. With the knob `contexts` each row is used in so many, too;
-    with `own` in so many contexts of the training rows, of the kind `own_kind` if it is given.
+    with `own` in so many contexts of the training rows, of the kind `own_kind` if it is given, with `clean` but those
+    of the task's validation rows.
     """
     knobs = cell.options()
     contexts, own, kind = knobs.get("contexts", 0), knobs.get("own", 0), knobs.get("own_kind")
@@ -38,11 +40,12 @@ def inputs(bench: Bench, cell: Cell, rows: Sequence[Any] = ()) -> SafetySubspace
         data = {"harmful": harmful, "general": general[: cell.calibration], "both": harmful[:half] + general[:half]}[
             cell.basis
         ]
-        further = in_data_context(data, rows, own, cell.seed, tokenizer=bench.tokenizer, kinds=kinds)
+        clean = [{"prompt": prompt} for prompt in task_prompts("validation")] if knobs.get("clean") else []
+        further = in_data_context(data, rows, own, cell.seed, tokenizer=bench.tokenizer, kinds=kinds, clean=clean)
         data = [*data, *in_context(data, contexts, tokenizer=bench.tokenizer), *further]
         return _estimate(bench, data, "guardspace", LARGEST["in"], positions=cell.positions)
 
-    of_rows = (own, kind, cell.attack, cell.poison, cell.seed, knobs.get("screen")) if own else ()
+    of_rows = (own, kind, cell.attack, cell.poison, cell.seed, knobs.get("screen"), knobs.get("clean")) if own else ()
     return bench.subspace(("in", cell.basis, cell.positions, cell.calibration, contexts, *of_rows), make)
 
 

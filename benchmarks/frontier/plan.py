@@ -31,6 +31,8 @@ COUNTERMEASURES: dict[str, Cell] = {
     "random:frozen-flagged": replace(GUARD, knobs="train=B,rows=task,screen=flagged", control="random"),
     "chain-system": replace(GUARD, knobs="train=B,rows=task,screen=flagged,own=1,own_kind=system"),
     "chain-own": replace(GUARD, knobs="train=B,rows=task,screen=flagged,own=3"),
+    "chain-clean": replace(GUARD, knobs="train=B,rows=task,screen=flagged,own=3,clean=1"),
+    "frozen-clean": replace(GUARD, knobs="train=B,rows=task,own=3,clean=1"),
     "frozen-context": replace(GUARD, knobs="train=B,rows=task,contexts=5"),
     "frozen-anchor": replace(GUARD, knobs=f"train=B,rows=task,{ANCHOR}"),
     "lora-screened": replace(BARE, arm="screened", knobs="screen=verdict"),

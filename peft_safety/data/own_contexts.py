@@ -55,6 +55,7 @@ def in_data_context(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     kinds: Collection[str] = KINDS,
+    clean: Rows = (),
 ) -> list[dict[str, object]]:
     """Each row `count` times, its last user turn every time in another context of `data`: a system prompt that several
     of its rows share, one of those that differ from row to row, or the first or last words of a row that begins or
@@ -68,6 +69,8 @@ def in_data_context(
         data: the rows that will be trained on, of any kind that training accepts; not tokenized.
         kinds: which contexts count. The words that all rows of a task begin or end with are a context too, and a null
             space that holds them leaves less of the task; ("system",) takes system prompts only.
+        clean: rows of the task that somebody has checked. First and last words that one of them has are the task's own
+            and no context.
 
     Returns: rows {prompt, response}, as `in_context` does.
 
@@ -78,7 +81,7 @@ def in_data_context(
     check_count(count)
     if not kinds or not set(kinds) <= set(KINDS) or isinstance(kinds, str):
         raise ConfigError(f"kinds={kinds!r}. Give one or more of {', '.join(KINDS)}, as a tuple.")
-    groups, rng = [group for group in shared(data) if group[0] in kinds], random.Random(seed)
+    groups, rng = [group for group in shared(data, clean) if group[0] in kinds], random.Random(seed)
     groups += [group for group in groups if differ(group)] * (len(groups) - 2)
     system = tokenizer is None or has_system(tokenizer)
     if not groups:
@@ -90,24 +93,42 @@ def in_data_context(
     ]
 
 
-def shared(data: Rows) -> list[Group]:
-    """What several rows of the data share. System prompts of too few rows are a group, too, if they are many."""
+def shared(data: Rows, clean: Rows = ()) -> list[Group]:
+    """What several rows of the data share, and no clean row begins or ends with. System prompts of too few rows are a
+    group, too, if they are many.
+    """
     groups: dict[tuple[str, str], list[Asked]] = defaultdict(list)
     parts = requests_in(data)
     for _, turns, _ in parts:
-        head = str(turns[0]["content"]) if turns[0]["role"] in INSTRUCTIONS else ""
-        words = WORD.findall(" ".join(str(turns[-1]["content"]).split()))
-        asked = Asked(head, words, str(turns[0]["role"]))
-        if head:
-            groups["system", head].append(asked)
-        parts_of = {"beginning": asked.words[:SAME], "end": asked.words[-SAME:]} if len(asked.words) > SAME else {}
-        for kind, words in parts_of.items():
-            groups[kind, "".join(words).strip()].append(asked)
+        asked = _asked(turns)
+        if asked.system:
+            groups["system", asked.system].append(asked)
+        for key in _around(asked):
+            groups[key].append(asked)
+    for _, turns, _ in requests_in(clean):
+        for key in _around(_asked(turns)):
+            groups.pop(key, None)
     many = max(LEAST_ROWS, round(LEAST_SHARE * len(parts)))
     least = dict.fromkeys(KINDS, many) | {"system": LEAST_ROWS}
     found = [(key[0], rows) for key, rows in groups.items() if len(rows) >= least[key[0]]]
     rest = [row for key, rows in groups.items() if key[0] == "system" and len(rows) < LEAST_ROWS for row in rows]
     return [*found, ("system", rest)] if len(rest) >= many else found
+
+
+def _asked(turns: Sequence[Message]) -> Asked:
+    head = str(turns[0]["content"]) if turns[0]["role"] in INSTRUCTIONS else ""
+    words = WORD.findall(" ".join(str(turns[-1]["content"]).split()))
+    return Asked(head, words, str(turns[0]["role"]))
+
+
+def _around(asked: Asked) -> list[tuple[str, str]]:
+    """The first and the last words of a request, with the kind of context that they are."""
+    if len(asked.words) <= SAME:
+        return []
+    return [
+        ("beginning", "".join(asked.words[:SAME]).strip()),
+        ("end", "".join(asked.words[-SAME:]).strip()),
+    ]
 
 
 def differ(group: Group) -> bool:
