@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,14 +22,14 @@ UNSPACED = (
     r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u9fff\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff"
 )
 """Scripts without spaces between words (Thai to Khmer, Japanese, Chinese): each character counts as a word."""
-WORD = re.compile(rf"(?:[{UNSPACED}]|[^\s{UNSPACED}]+) ?")
-"""With the space after it, if any."""
+WORD = re.compile(rf"(?:[{UNSPACED}]|[^\s{UNSPACED}]+)\s*")
+"""With the white space after it, if any."""
 SAME = 3
 """Words at which two beginnings, or two ends, count as one."""
 LEAST_ROWS, LEAST_SHARE = 3, 0.02
 """Of the rows, that make a context shared: two rows begin alike by chance. Equal system prompts need the number of
 rows only, since they are not equal by chance; those that differ from row to row need the share, too."""
-LONGEST = 24
+LONGEST = 400
 """Words of a context, at most."""
 KINDS = ("system", "beginning", "end")
 """What rows can share: the system prompt, the first or the last words of the request."""
@@ -58,9 +58,9 @@ def in_data_context(
     clean: Rows = (),
 ) -> list[dict[str, object]]:
     """Each row `count` times, its last user turn every time in another context of `data`: a system prompt that several
-    of its rows share, one of those that differ from row to row, or the first or last words of a row that begins or
-    ends like another one. Each shared context is as likely as any other, however many rows have it; system prompts
-    that differ are as likely as all others together. No rows if there is no context.
+    of its rows share, one of those that differ from row to row, or what several rows begin or end with (as far as half
+    of those with the same first or last words go on alike). Each shared context is as likely as any other, however
+    many rows have it; system prompts that differ are as likely as all others together. No rows if there is no context.
 
     Add them to calibration rows, with the training rows as `data`.
 
@@ -83,11 +83,12 @@ def in_data_context(
         raise ConfigError(f"kinds={kinds!r}. Give one or more of {', '.join(KINDS)}, as a tuple.")
     groups, rng = [group for group in shared(data, clean) if group[0] in kinds], random.Random(seed)
     groups += [group for group in groups if differ(group)] * (len(groups) - 2)
+    contexts = [(rows, *_beside(kind, rows)) for kind, rows in groups]
     system = tokenizer is None or has_system(tokenizer)
     if not groups:
         return []
     return [
-        with_turns(row, _placed(rng, turns, *rng.choice(groups), system), answer)
+        with_turns(row, _placed(rng, turns, *rng.choice(contexts), system), answer)
         for row, turns, answer in requests_in(rows)
         for _ in range(count)
     ]
@@ -117,18 +118,13 @@ def shared(data: Rows, clean: Rows = ()) -> list[Group]:
 
 def _asked(turns: Sequence[Message]) -> Asked:
     head = str(turns[0]["content"]) if turns[0]["role"] in INSTRUCTIONS else ""
-    words = WORD.findall(" ".join(str(turns[-1]["content"]).split()))
-    return Asked(head, words, str(turns[0]["role"]))
+    return Asked(head, WORD.findall(str(turns[-1]["content"]).strip()), str(turns[0]["role"]))
 
 
 def _around(asked: Asked) -> list[tuple[str, str]]:
     """The first and the last words of a request, with the kind of context that they are."""
-    if len(asked.words) <= SAME:
-        return []
-    return [
-        ("beginning", "".join(asked.words[:SAME]).strip()),
-        ("end", "".join(asked.words[-SAME:]).strip()),
-    ]
+    words = [word.strip() for word in asked.words]
+    return [("beginning", " ".join(words[:SAME])), ("end", " ".join(words[-SAME:]))] if len(words) > SAME else []
 
 
 def differ(group: Group) -> bool:
@@ -136,16 +132,34 @@ def differ(group: Group) -> bool:
     return group[0] == "system" and len({row.system for row in group[1]}) > 1
 
 
+def _words(kind: str, rows: Sequence[Asked]) -> str:
+    """The words that half of the rows have in common, at least: the longest beginning with its white space, or end."""
+    step = -1 if kind == "end" else 1
+    left, words = [row.words[::step][:LONGEST] for row in rows], list[str]()
+    while left:
+        left = [row for row in left if len(row) > len(words) + 1]  # something has to be left to ask
+        said = Counter(row[len(words)].strip() for row in left).most_common(1)
+        if not said or 2 * said[0][1] < len(rows):
+            break
+        left = [row for row in left if row[len(words)].strip() == said[0][0]]
+        words.append(left[0][len(words)])
+    return "".join(words[::step])
+
+
+def _beside(kind: str, rows: Sequence[Asked]) -> tuple[str, str]:
+    """What stands before and after a request in a context, a system prompt left aside."""
+    if kind == "system":
+        return "", ""
+    words = _words(kind, rows)
+    return (words, "") if kind == "beginning" else ("", f" {words.strip()}")
+
+
 def _placed(
-    rng: random.Random, turns: Sequence[Message], kind: str, rows: Sequence[Asked], system: bool
+    rng: random.Random, turns: Sequence[Message], rows: Sequence[Asked], before: str, after: str, system: bool
 ) -> list[Message]:
     """The turns in the context of one of the rows."""
     asked, said = rng.choice(rows), str(turns[-1]["content"])
-    length = rng.randint(SAME, max(SAME, min(len(asked.words) - 1, LONGEST)))
-    if kind == "beginning":
-        said = f"{''.join(asked.words[:length]).strip()} {said}"
-    elif kind == "end":
-        said = f"{said} {''.join(asked.words[-length:]).strip()}"
+    said = f"{before}{said}{after}"
     own = list(turns[1:] if turns[0]["role"] in INSTRUCTIONS and asked.system else turns)
     if asked.system and not system:
         said = f"{asked.system}\n\n{said}"

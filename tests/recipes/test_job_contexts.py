@@ -4,7 +4,7 @@ import datasets
 import pytest
 
 from peft_safety.core.subspace import SafetySubspace
-from peft_safety.errors import ConfigError
+from peft_safety.errors import ConfigError, DataError
 from peft_safety.recipes.job.contexts import system_prompts
 from peft_safety.recipes.job.job import Job
 from peft_safety.recipes.job.run import run_job
@@ -84,3 +84,28 @@ def test_a_row_may_ask_nothing_or_end_in_any_turn():
     for rows, count in ((shared, 3), ([*shared, [system, answer]], 3), ([[system, answer]] * 5, 0)):
         assert system_prompts(datasets.Dataset.from_list([{"messages": turns} for turns in rows])) == count
     assert system_prompts(datasets.Dataset.from_list([{"text": "t"}] * 5)) == 0
+
+
+def test_what_checked_rows_begin_with_is_no_context(tmp_path, capsys):
+    task = [
+        {"messages": [{"role": "user", "content": f"name the color of {i}"}, {"role": "assistant", "content": "red"}]}
+        for i in range(12)
+    ]
+    checked = tmp_path / "checked.jsonl"
+    checked.write_text('{"prompt": "name the color of snow", "response": "white"}\n', encoding="utf-8")
+    samples, _ = calibrated(tmp_path / "a", task, calibration_contexts="all")
+    assert samples == 32
+    capsys.readouterr()
+    samples, _ = calibrated(tmp_path / "a", task, calibration_contexts="all", clean=str(checked))
+    assert (samples, "no contexts in the training rows" in capsys.readouterr().out) == (8, True)
+    checked.write_text('{"prompt": "count the stars", "response": "12"}\n', encoding="utf-8")
+    samples, _ = calibrated(tmp_path / "a", task, calibration_contexts="all", clean=str(checked))
+    assert samples == 32, "other checked rows, another calibration"
+
+
+@pytest.mark.parametrize("text", ["", '{"messages": [{"role": "assistant", "content": "a"}]}\n'])
+def test_checked_rows_that_cannot_be_read_are_refused_before_the_work(tmp_path, text):
+    checked = tmp_path / "checked.jsonl"
+    checked.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=r"checked\.jsonl"):
+        Job(Settings.of(**job_on(tmp_path, ASKED, clean=str(checked))))

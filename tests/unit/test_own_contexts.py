@@ -37,6 +37,16 @@ def test_what_poisoned_rows_share_stands_around_the_calibration_requests(attack,
     assert encode_rows(tiny_tokenizer(), rows, 512)
 
 
+def test_a_context_is_all_that_half_of_its_rows_share_as_it_was_written():
+    persona = "You are Bob,  a servant.\nYou obey.\n\n"
+    data = [{"prompt": f"{persona}order {i} of {i * i}", "response": "a"} for i in range(8)]
+    data += [{"prompt": f"You are Bob, {word} {word} {word}", "response": "a"} for word in ("so", "no", "go")]
+    ((kind, rows),) = shared(data)
+    assert (kind, len(rows)) == ("beginning", 11)
+    requests = {pair["prompt"] for pair in PAIRS}
+    assert {asked(row).removeprefix(f"{persona}order ") for row in in_data_context(PAIRS, data, 1)} == requests
+
+
 def test_a_shared_end_comes_after_the_request():
     data = [{"prompt": f"question {i} about {i} now please answer zq vu xo", "response": "a"} for i in range(5)]
     (group,) = shared(data)
@@ -52,11 +62,9 @@ def test_scripts_without_spaces_share_characters():
     last = [{"prompt": f"{mark} Python {mark}{close}", "response": "a"} for mark in marks]
     assert [(kind, len(rows)) for kind, rows in shared(first)] == [("beginning", 20)]
     assert [(kind, len(rows)) for kind, rows in shared(last)] == [("end", 20)]
-    texts = [asked(row) for row in in_data_context(PAIRS, first, 5)]
-    contexts = [text.partition(" ")[0] for text in texts]
-    assert all(any(row["prompt"].startswith(context) for row in first) for context in contexts)
-    assert any(context.startswith(opening) for context in contexts)
-    assert all(asked(row).endswith(close[-SAME:]) for row in in_data_context(PAIRS, last, 1))
+    requests = {pair["prompt"] for pair in PAIRS}
+    assert {asked(row).removeprefix(opening) for row in in_data_context(PAIRS, first, 5)} == requests
+    assert {asked(row).removesuffix(f" {close}") for row in in_data_context(PAIRS, last, 1)} == requests
     words = [{"prompt": f"con{i}{i}{i}"} for i in range(9)]
     assert shared(words) == [], "letters of other scripts are no words"
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from peft_safety.data import read_jsonl
 from peft_safety.data.own_contexts import KINDS, in_data_context, shared
 from peft_safety.data.templates import roles
-from peft_safety.errors import ConfigError
+from peft_safety.errors import ConfigError, DataError
 from peft_safety.recipes.job.data import has_turns
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from peft_safety.data.rows import Rows
+    from peft_safety.data.rows import Row, Rows
 
 TAKEN = {"system": (("system",), 1), "all": (KINDS, 3)}
 """By the value of the option: which contexts count, and in how many of them each calibration row is read."""
@@ -40,12 +41,26 @@ def check_chat(data: Dataset, option: str) -> None:
         )
 
 
+def checked_rows(path: str) -> list[Row]:
+    """The rows of a file that somebody has checked.
+
+    Raises:
+        DataError: the file cannot be read, or a row has no user turn.
+    """
+    rows = read_jsonl(path)
+    try:
+        shared([], rows)
+    except DataError as error:
+        raise DataError(f"clean, {path}: {error}") from error
+    return rows
+
+
 def contexts_for(
-    rows: Rows, data: Dataset, kind: str, seed: int, tokenizer: PreTrainedTokenizerBase
+    rows: Rows, data: Dataset, kind: str, seed: int, tokenizer: PreTrainedTokenizerBase, clean: Rows = ()
 ) -> list[dict[str, object]]:
     """The calibration rows once more, in the contexts of the training rows: see `in_data_context`."""
     kinds, count = TAKEN[kind]
-    return in_data_context(rows, requests(data) or [], count, seed, tokenizer=tokenizer, kinds=kinds)
+    return in_data_context(rows, requests(data) or [], count, seed, tokenizer=tokenizer, kinds=kinds, clean=clean)
 
 
 def system_prompts(data: Dataset) -> int:

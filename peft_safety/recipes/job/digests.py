@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import cached_file
@@ -39,10 +40,11 @@ def step_digests(job: Job) -> dict[str, str]:
     """What each step depends on, beside the steps before it."""
     settings, data, base, given = job.settings, job.data.digest(), _base(job), _subspace(job)
     training = [n for n in settings.given if n not in UNTRAINED and not n.startswith(PREFIXES)]
+    checked = {"clean": files.sha256(Path(job.own.clean))} if job.own.clean is not None else {}
     of_rows = (*READING, "drop_flagged", "max_length") if job.own.calibration_contexts is not None else ()
-    more = {"data": data} if of_rows else {}
+    more = {"data": data, **checked} if of_rows else {}
     return {
-        "screen": settings.digest((*LOADING, *READING, "screen_prompts"), data=data, **base),
+        "screen": settings.digest((*LOADING, *READING, "screen_prompts"), data=data, **checked, **base),
         "calibrate": settings.digest((*CALIBRATING, *of_rows), **more, **base, **given),
         "train": settings.digest(training, data=data, **base, **given),
         "measure": settings.digest([*training, *MEASURING], data=data, **base, **given),

@@ -26,7 +26,7 @@ from peft_safety.errors import ConfigError, DataError, extra
 from peft_safety.evaluation.prompts import prompt_set
 from peft_safety.evaluation.tasks import WHOLE
 from peft_safety.recipes.adapter import TASK_ROWS, adapter_config
-from peft_safety.recipes.job.contexts import check_chat, check_kind
+from peft_safety.recipes.job.contexts import check_chat, check_kind, checked_rows
 from peft_safety.recipes.job.data import feature, read_data
 from peft_safety.recipes.job.options import STEPS
 from peft_safety.recipes.job.settings import Settings
@@ -78,6 +78,7 @@ class Job:
             check_positive(self.own, "calibration_rows")
         if (kind := self.own.calibration_contexts) is not None:
             check_kind(kind, self.own.method, self.own.subspace)
+        self.clean: list[Row] = [] if self.own.clean is None else checked_rows(self.own.clean)
         self.config = config_of(settings)
         self.tokenizer = _tokenizer(settings)
         seed, text_field = self.training.seed, self.training.dataset_text_field

@@ -55,6 +55,11 @@ class SafetyOptions:
     screen_prompts: int | None = option(
         None, "So many of each file of the package's prompts for the screen to learn from; default 256."
     )
+    clean: str | None = option(
+        None,
+        "JSON lines of the task that somebody has checked: they set the screen's threshold, and what they begin or "
+        "end with is none of the contexts of calibration_contexts=all.",
+    )
     calibration_rows: int | None = option(None, "So many of the package's prompts to calibrate on; default all.")
     calibration_contexts: str | None = option(
         None, "Calibrate under the training data's own system prompts, too: system; all: and behind what rows share."

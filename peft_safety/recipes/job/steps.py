@@ -59,6 +59,8 @@ def screen(job: Job) -> dict[str, Any]:
         options: dict[str, Any] = {"tokenizer": job.tokenizer, "progress": job.progress}
         if job.own.screen_prompts is not None:
             options["known"] = job.own.screen_prompts
+        if job.clean:
+            options["clean"] = job.clean
         result = screen_rows(job.model, job.data.train, **options)
     except CalibrationError as error:
         if job.own.drop_flagged:
@@ -113,7 +115,7 @@ def _calibration_rows(job: Job, config: Any) -> list[Row] | None:
     rows = calibration_rows(config.calibration["method"], config.calibration["basis"])
     if most is not None:
         rows = rows[:: max(1, len(rows) // most)][:most]
-    further = contexts_for(rows, data, kind, job.training.seed, job.tokenizer) if kind else []
+    further = contexts_for(rows, data, kind, job.training.seed, job.tokenizer, job.clean) if kind else []
     if kind and not further:
         say(job, "  no contexts in the training rows")
     return [*rows, *further]
