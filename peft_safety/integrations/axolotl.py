@@ -24,7 +24,9 @@ with extra("axolotl", "the plugin needs axolotl"):
     from axolotl.loaders.adapter import load_lora
     from pydantic import BaseModel, Field, model_validator
 
-KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+EARLY_KERNELS = ("lora_qkv_kernel", "lora_o_kernel")
+"""Kernels for which axolotl replaces the attention's forward before the adapter is made, which it needs then."""
+KERNELS = (*EARLY_KERNELS, "lora_mlp_kernel", "lora_embedding_kernel")
 
 
 class GuardSpaceArgs(BaseModel):
@@ -114,6 +116,12 @@ class GuardSpacePlugin(BasePlugin):  # type: ignore[misc]
             config.a_init = "random"  # until training begins
         if config_only:
             return None, config
+        early = [name for name in EARLY_KERNELS if cfg[name]]
+        if early and (config.subspace == "auto" or config.task_data is not None):
+            raise ConfigError(
+                f"{early[0]} changes the attention, which cannot run before it has its adapter. Give subspace a file "
+                "and leave out task_data, or set it to false."
+            )
         cast = cfg.peft_autocast_adapter_dtype
         return get_peft_model(model, config, **({} if cast is None else {"autocast_adapter_dtype": cast})), None
 

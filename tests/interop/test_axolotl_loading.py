@@ -100,6 +100,17 @@ def test_a_trainer_that_makes_the_adapter_cannot_continue_one(plugin: Any, base:
         loaded(plugin, settings(rl=rl, lora_model_dir="adapter"), bare(base))
 
 
+def test_kernels_that_replace_the_attention_leave_no_forward_before_the_adapter(
+    plugin: Any, base: Path, settings: Any
+) -> None:
+    assert_protected(loaded(plugin, settings(lora_qkv_kernel=True), bare(base)))
+    for options in ({"task_data": guard_cells.TASK}, {"subspace": "auto"}):
+        cfg = settings(lora_o_kernel=True)
+        cfg.peft_safety.update(options)
+        with pytest.raises(ConfigError, match="lora_o_kernel"):
+            loaded(plugin, cfg, bare(base))
+
+
 def test_other_adapters_are_left_alone(plugin: Any, base: Path) -> None:
     cfg = Settings(adapter="lora")
     assert plugin.load_adapter(bare(base), cfg) is None
