@@ -1,6 +1,6 @@
 """axolotl: `adapter: guardspace` (or `salora`) in the YAML file, with this plugin under `plugins:`.
 
-Written against axolotl 0.19.0, and the sources of 0.20.0 and 0.21.0.
+Written against axolotl 0.19.0 to 0.21.0.
 """
 
 from __future__ import annotations
