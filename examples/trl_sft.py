@@ -2,7 +2,8 @@
 
 python examples/trl_sft.py --model_name_or_path M --dataset_name D --output_dir adapter --learning_rate 5e-4
 
-D is a Hub id, or a directory with JSON lines (not a file).
+D is a Hub id, or a directory with JSON lines (not a file). Two defaults differ from TRL's: no dropout, and all linear
+layers are adapted.
 """
 
 from __future__ import annotations
@@ -11,12 +12,17 @@ from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_quantization_config
 
 from peft_safety import GuardSpaceConfig
+from peft_safety.errors import ConfigError
 
 TASK_ROWS = 32
 
 
 def main() -> None:
-    script, training, model = TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config()
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig))
+    parser.set_defaults(lora_dropout=0.0)
+    script, training, model = parser.parse_args_and_config()
+    if script.dataset_streaming:
+        raise ConfigError("dataset_streaming: the adapter is made from the first rows. Load the data set as a whole.")
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -28,7 +34,12 @@ def main() -> None:
     adapter = GuardSpaceConfig(
         r=model.lora_r,
         lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        use_rslora=model.use_rslora,
+        use_dora=model.use_dora,  # refused: it rescales the update
         target_modules=model.lora_target_modules or "all-linear",
+        target_parameters=model.lora_target_parameters,
+        modules_to_save=model.lora_modules_to_save,
         task_type=model.lora_task_type,
         task_data=rows.select(range(min(TASK_ROWS, len(rows)))),
     )

@@ -12,6 +12,10 @@ import jinja2
 import pytest
 import torch
 
+from tests import required
+
+pytest.importorskip = required.importorskip
+
 
 def pytest_report_header() -> str:
     """Which instructions torch's own kernels use: `make test` and `make test-isa` differ in them."""

@@ -1,26 +1,32 @@
 """axolotl: `adapter: guardspace` (or `salora`) in the YAML file, with this plugin under `plugins:`.
 
-Written against axolotl 0.19.0.
+Written against axolotl 0.19.0 to 0.21.0.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from peft_safety.callbacks import SafetyMonitorCallback, TaskDirectionsCallback
-from peft_safety.errors import ConfigError, extra
+from peft_safety.errors import ConfigError, ProtectionError, extra
 from peft_safety.integrations.configs import METHODS, protected_config
+from peft_safety.layers.adapters import adapter_layers, tables, weights_of
+from peft_safety.layers.protected_linear import is_here
 from peft_safety.methods.base import ProtectedConfig
-from peft_safety.registry.protection import assert_protected
+from peft_safety.registry.protection import assert_protected, protected_configs
 
 with extra("axolotl", "the plugin needs axolotl"):
     from axolotl.integrations.base import AdapterCapabilities, BasePlugin
     from axolotl.loaders.adapter import load_lora
     from pydantic import BaseModel, Field, model_validator
 
-KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+EARLY_KERNELS = ("lora_qkv_kernel", "lora_o_kernel")
+"""Kernels for which axolotl replaces the attention's forward before the adapter is made, which it needs then."""
+KERNELS = (*EARLY_KERNELS, "lora_mlp_kernel", "lora_embedding_kernel")
 
 
 class GuardSpaceArgs(BaseModel):
@@ -75,16 +81,27 @@ class GuardSpacePlugin(BasePlugin):  # type: ignore[misc]
 
     def load_adapter(
         self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False
-    ) -> tuple[Any, ProtectedConfig] | None:
+    ) -> tuple[Any, ProtectedConfig | None] | None:
         """A protected adapter on the model; with `config_only`, its config for a trainer that injects it.
 
+        A new adapter comes without its config: from 0.20 on, axolotl draws every `lora_A` anew where it gets one with
+        `init_lora_weights=True`. Its other uses are telemetry, a copy in `output_dir` before training, and trainers
+        that make an adapter themselves.
+
         Raises:
-            ConfigError: a LoRA feature that cannot be protected, or a fused kernel beside trained factors A.
+            ConfigError: a LoRA feature that cannot be protected, a fused kernel beside trained factors A, or
+                `lora_model_dir` for a trainer that injects a new adapter.
             ProtectionError: `lora_model_dir` is an ordinary adapter.
         """
         if cfg.adapter not in METHODS:
             return None
-        if cfg.lora_model_dir and not config_only:
+        self.rows_of_trainer = False
+        if cfg.lora_model_dir and config_only:
+            raise ConfigError(
+                f"rl: {getattr(cfg.rl, 'value', cfg.rl)} makes a new adapter, and would ignore lora_model_dir: "
+                f"{cfg.lora_model_dir}. Leave one of them out."
+            )
+        if cfg.lora_model_dir:
             model, _ = load_lora(model, cfg, inference=inference)
             assert_protected(model, "default")
             return model, model.peft_config["default"]
@@ -99,8 +116,26 @@ class GuardSpacePlugin(BasePlugin):  # type: ignore[misc]
             config.a_init = "random"  # until training begins
         if config_only:
             return None, config
+        early = [name for name in EARLY_KERNELS if cfg[name]]
+        if early and (config.subspace == "auto" or config.task_data is not None):
+            raise ConfigError(
+                f"{early[0]} changes the attention, which cannot run before it has its adapter. Give subspace a file "
+                "and leave out task_data, or set it to false."
+            )
         cast = cfg.peft_autocast_adapter_dtype
-        return get_peft_model(model, config, **({} if cast is None else {"autocast_adapter_dtype": cast})), config
+        return get_peft_model(model, config, **({} if cast is None else {"autocast_adapter_dtype": cast})), None
+
+    def post_model_load(self, cfg: Any, model: Any) -> None:
+        """The last word, after all that axolotl does to a model with its adapter.
+
+        Raises:
+            ProtectionError: the adapter is not protected, or a new one does not start from a zero update.
+        """
+        if not (method_of(cfg) and protected_configs(model)):
+            return  # a trainer injects it
+        assert_protected(model, "default")
+        if not cfg.lora_model_dir:
+            check_start(model)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         """The check of the protection, and where no `task_data` were given, the directions of the training rows."""
@@ -112,3 +147,28 @@ class GuardSpacePlugin(BasePlugin):  # type: ignore[misc]
 def method_of(cfg: Any) -> str | None:
     """The method that a validated axolotl config asks for."""
     return cfg.peft_safety.method if cfg.peft_safety else None
+
+
+@torch.no_grad()
+def check_start(model: nn.Module, adapter_name: str = "default") -> None:
+    """Refuse, by a ProtectionError, a new adapter whose update is not zero. Factors that are not here (sharded, or on
+    the meta device) are not seen.
+    """
+    config = protected_configs(model)[adapter_name]
+    if config.init_lora_weights is not True:
+        return
+    layers = adapter_layers(model, adapter_name)
+    for name, layer in layers.items():
+        pair = weights_of(layer, adapter_name)
+        if not all(is_here(weight) for weight in pair):
+            continue
+        if config.residual:
+            initial = [table[adapter_name].initial for table in tables(layer)]
+            zero = all(torch.equal(weight, value.to(weight)) for weight, value in zip(pair, initial, strict=True))
+        else:
+            zero = not all(bool(weight.any()) for weight in pair)
+        if not zero:
+            raise ProtectionError(
+                f"{name}: the update of the new adapter is not zero. axolotl, or another plugin, has changed its "
+                "factors after they were made. Leave out that plugin, or use a release of axolotl that was tested."
+            )

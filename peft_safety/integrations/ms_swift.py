@@ -12,8 +12,14 @@ from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules
 from swift.tuner_plugin import PeftTuner, tuners_map
 from torch import nn
 
+from peft_safety.errors import ConfigError
 from peft_safety.integrations.configs import METHODS, protected_config
 from peft_safety.registry.protection import assert_protected
+
+TASK_TYPES = {"EMBEDDING": None, "RERANKER": "SEQ_CLS", "GENERATIVE_RERANKER": "CAUSAL_LM", "DECISION": "CAUSAL_LM"}
+"""PEFT's task types for ms-swift's own ones, as its LoRA takes them."""
+SWIFT_ONLY = ("lorap_lr_ratio", "lora_dtype")
+"""Arguments of ms-swift's own LoRA classes, which a protected adapter cannot follow."""
 
 
 class ProtectedTuner(PeftTuner):  # type: ignore[misc]
@@ -24,7 +30,15 @@ class ProtectedTuner(PeftTuner):  # type: ignore[misc]
         self.method, self.options = method, options
 
     def prepare_model(self, args: Any, model: nn.Module) -> nn.Module:
-        """The model with a new adapter, of the size that ms-swift's own LoRA arguments name."""
+        """The model with a new adapter, of the size that ms-swift's own LoRA arguments name.
+
+        Raises:
+            ConfigError: an argument that would have no effect, or a LoRA feature that cannot be protected.
+        """
+        for name in SWIFT_ONLY:
+            if (value := getattr(args, name, None)) is not None:
+                raise ConfigError(f"--{name} {value} has no effect on --tuner_type {self.method}. Leave it out.")
+        task_type = args.task_type.upper()
         lora = LoraConfig(
             r=args.lora_rank,
             lora_alpha=args.lora_alpha,
@@ -36,7 +50,7 @@ class ProtectedTuner(PeftTuner):  # type: ignore[misc]
             target_modules=get_target_modules(args, model),
             target_parameters=args.target_parameters,
             modules_to_save=get_modules_to_save(args, model, args.task_type) or None,
-            task_type=args.task_type.upper(),
+            task_type=TASK_TYPES.get(task_type, task_type),
         )
         return get_peft_model(model, protected_config(self.method, lora, self.options))
 

@@ -26,12 +26,19 @@ def refused(text: str, **keys: Any) -> None:
         loaded(**keys)
 
 
+# before axolotl patches the attention for its kernels
+residual = {"init": "guardspace", "init_data": "task.jsonl", "subspace": "guardspace.safetensors"}
+model, config, cfg = loaded(peft_safety=residual)  # the plugin itself checks that its update is zero
+layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+assert layer.lora_A["default"].initial is not None, layer
+
 refused("safety_rnk", peft_safety={"safety_rnk": 8})
 refused("LoRA's", peft_safety={"r": 8})
 refused("adapter: lora has no options", adapter="lora")
 refused("lora_qkv_kernel", lora_qkv_kernel=True, peft_safety={"train": "A", "subspace": "guardspace.safetensors"})
 refused("use_dora", peft_use_dora=True)
 refused("no protected adapter", lora_model_dir="plain")
+refused("lora_model_dir", lora_model_dir="plain", rl="dpo")
 
 model, config, cfg = loaded(rl="dpo")
 assert not hasattr(model, "peft_config"), "the trainer injects the adapter"

@@ -145,7 +145,7 @@ def test_make_wheel_keeps_the_site_and_clears_what_setuptools_made(tmp_path: Pat
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
     (tmp_path / "tools").mkdir()
-    done = ["make", "-f", str(ROOT / "Makefile"), "-o", "tools", "wheel", "BUILD=tools", "BIN=bin"]
+    done = ["make", "-f", str(ROOT / "Makefile"), "-o", "tools/.installed", "wheel", "BUILD=tools", "BIN=bin"]
     subprocess.run(done, cwd=tmp_path, check=True, capture_output=True)
     assert [path.name for path in (tmp_path / "build").rglob("*")] == ["site", "index.html"]
     assert not (tmp_path / "dist").exists()
