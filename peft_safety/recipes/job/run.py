@@ -6,17 +6,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from transformers import TrainerCallback
 
+from peft_safety.errors import ConfigError
 from peft_safety.recipes.job.digests import step_digests
 from peft_safety.recipes.job.job import Job
 from peft_safety.recipes.job.options import STEPS
 from peft_safety.recipes.job.settings import Settings
 from peft_safety.recipes.job.steps import RUN, say
 from peft_safety.reporting.report import Report
-from peft_safety.screening.states import by_first
+from peft_safety.screening.states import by_first, process
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,11 @@ def run_job(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> Jo
     """
     job = Job(settings, callbacks)
     rows, held_out = len(job.data.train), len(job.data.held_out or ())
-    say(job, f"{rows} rows to train on, {held_out} held out ({held_out / (rows + held_out):.0%})")
+    split = f"{rows} rows to train on, {held_out} held out ({held_out / (rows + held_out):.0%})"
+    world = process()[1]
+    say(job, f"{split}, {world} process{'es' if world > 1 else ''}")
+    if job.note:
+        say(job, job.note)
     digests, done = _agreed(job)
     for number, step in enumerate(STEPS, 1):
         begins = f"[{number}/{len(STEPS)}] {step}"
@@ -56,6 +62,8 @@ def run_job(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> Jo
                 job.state.finish(step, facts)
         if step == "screen" and settings.own.drop_flagged:
             job.leave_out(job.state.facts(step)["suspicious"])
+    if job.adapter_dir.is_dir():
+        say(job, f"adapter: {job.adapter_dir}")
     saved = job.state.facts("report")
     loaded = Report.load(job.out / "report.json") if saved and job.main else None
     return JobResult(job.adapter_dir, {step: job.state.facts(step) for step in job.state.steps}, loaded)
@@ -68,9 +76,19 @@ def _agreed(job: Job) -> tuple[dict[str, str], set[str]]:
 
     def found() -> tuple[dict[str, str], set[str]]:
         digests = step_digests(job)
+        _check_writable(job.out)
         return digests, _finished(job, digests)
 
     return by_first(found)
+
+
+def _check_writable(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ConfigError(f"output_dir {directory} cannot be written to: {error.strerror}. Give another.") from error
 
 
 def _finished(job: Job, digests: dict[str, str]) -> set[str]:
