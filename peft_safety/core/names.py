@@ -190,7 +190,8 @@ def not_found(what: str, source: str, error: Exception, remedy: str = "Give a di
     """Why there is no `what` at a place, and the remedy. A path in a folder that is there, or one that no Hub
     repository can be called, is a directory that is missing: what the Hub said does not matter.
     """
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     parent = os.path.dirname(source.rstrip("/"))
     try:

@@ -128,7 +128,7 @@ def screen(
 
 def _nothing(count: int) -> DataError:
     what = f"none of the {count} rows has a user turn to screen" if count else "there are no rows to screen"
-    return DataError(f"{what}. Give rows with prompts.")
+    return DataError(f"{what}. Give rows with prompts, or turns of the role user.")
 
 
 def _chunks(
