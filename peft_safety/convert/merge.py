@@ -85,7 +85,7 @@ class MergeResult:
             print(f"{label:{wide}} {norm:10.2%} {kept:9.2%} {error:9.2%} {text:>9}")
             lost = lost or error > 1
         print("kept: share of the update dW that is in the weights; error: |what was added - dW| / |dW|")
-        print("leak: part of what was added that lies in the protected subspace, by |dW| (-: no such subspace)")
+        print("leak: part of what was added that lies in the protected subspace, by |dW| (-: none is stored)")
         if lost:
             bits = "4" if self.to == "nf4" else "16"
             print(f"error above 100 %: {bits} bits round away more than the update. Keep the adapter beside the base,")
