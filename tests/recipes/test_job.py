@@ -357,7 +357,7 @@ def test_mistakes_cost_nothing(tmp_path, bad, kind):
 
 def test_a_directory_that_cannot_be_written_to_is_told_first(tmp_path, capsys):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"output_dir .*/file/run cannot be written to: Not a directory"):
+    with pytest.raises(ArtifactError, match=r"run/job\.json cannot be written: .*/file is not a directory"):
         run(tmp_path, output_dir=str(tmp_path / "file" / "run"))
     assert "[1/" not in capsys.readouterr().out
 

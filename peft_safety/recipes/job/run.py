@@ -6,12 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 from transformers import TrainerCallback
 
-from peft_safety.errors import ConfigError
+from peft_safety.core import files
 from peft_safety.recipes.job.digests import step_digests
 from peft_safety.recipes.job.job import Job
 from peft_safety.recipes.job.options import STEPS
@@ -38,7 +37,8 @@ def run_job(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> Jo
         callbacks: further callbacks of the trainer.
 
     Raises:
-        ConfigError, DataError: before a model is loaded. CalibrationError, ProtectionError, ArtifactError: by a step.
+        ConfigError, DataError, and an ArtifactError where the output directory cannot be written: before a model is
+            loaded. CalibrationError, ProtectionError, ArtifactError: by a step.
     """
     job = Job(settings, callbacks)
     rows, held_out = len(job.data.train), len(job.data.held_out or ())
@@ -75,20 +75,11 @@ def _agreed(job: Job) -> tuple[dict[str, str], set[str]]:
     """
 
     def found() -> tuple[dict[str, str], set[str]]:
+        files.check_place(job.state.path)
         digests = step_digests(job)
-        _check_writable(job.out)
         return digests, _finished(job, digests)
 
     return by_first(found)
-
-
-def _check_writable(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise ConfigError(f"output_dir {directory} cannot be written to: {error.strerror}. Give another.") from error
 
 
 def _finished(job: Job, digests: dict[str, str]) -> set[str]:
