@@ -72,6 +72,7 @@ class MergeResult:
         what = "" if every_module else " (medians by kind, largest leak)"
         print(f"merged into {self.to}{what}")
         print(f"{'module':{wide}} {'|dW| / |W|':>10} {'kept':>9} {'error':>9} {'leak':>9}")
+        lost = False
         for label, rows in groups:
             norm = statistics.median(row.norm for row in rows)
             changed = [row for row in rows if not math.isnan(row.kept)]
@@ -82,6 +83,13 @@ class MergeResult:
             leak = max((row.leak for row in rows if row.leak is not None), default=None)
             text = "-" if leak is None else f"{leak:.2g}"
             print(f"{label:{wide}} {norm:10.2%} {kept:9.2%} {error:9.2%} {text:>9}")
+            lost = lost or error > 1
+        print("kept: share of the update dW that is in the weights; error: |what was added - dW| / |dW|")
+        print("leak: part of what was added that lies in the protected subspace, by |dW| (-: none is stored)")
+        if lost:
+            bits = "4" if self.to == "nf4" else "16"
+            print(f"error above 100 %: {bits} bits round away more than the update. Keep the adapter beside the base,")
+            print("or merge to nf4+residual.")
 
 
 @dataclass(frozen=True)

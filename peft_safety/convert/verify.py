@@ -16,6 +16,7 @@ from peft_safety.core import base_weights as weights
 from peft_safety.core.adapter_dir import check_adapter, half_name
 from peft_safety.core.certificate import Certificate, read_certificate
 from peft_safety.core.plain_lora import (
+    MANIFEST,
     PLAIN_TYPES,
     REPAIRED_TYPE,
     Factors,
@@ -120,6 +121,9 @@ def verify(
         ProtectionError: a factor that reaches what it is blind to, or another subspace than the adapter's.
         SubspaceError: no subspace, or another base model.
     """
+    inner = Path(directory) / "adapter"
+    if (inner / MANIFEST).is_file() and not (Path(directory) / MANIFEST).exists():
+        raise ArtifactError(f"{directory} is no adapter, but the folder of one. Give {inner}.")
     with reading(directory, warn=True) as path:
         return replace(_verify(path, model, subspace), directory=os.fspath(directory))
 

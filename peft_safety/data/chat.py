@@ -62,7 +62,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, la
         raise DataError(f"max_length = {max_length} keeps no token. Give at least 1.")
     prompt, answer = row_turns(row, labels)
     chat = chat_of(tokenizer, row)
-    asked = None if row.get("messages") is not None else len(prompt)
+    asked = None if kind_of(plain_row(row)) == "messages" else len(prompt)
     ids, mask = label_mask(chat, prompt + answer, asked, end_of_turn=not row.get("truncated", False))
     tokens = [token if labeled else IGNORE_INDEX for token, labeled in zip(ids, mask, strict=True)][:max_length]
     feature: Feature = {"input_ids": ids[:max_length], "attention_mask": [1] * len(tokens), "labels": tokens}

@@ -60,12 +60,14 @@ def data_rows(data: Any, what: str) -> list[dict[str, Any]]:
 
 def plain_row(row: Row) -> dict[str, Any]:
     """One row, its further columns included, in this package's spelling. A field that is None is one that the row
-    lacks: tables have every column in every row. `completion` (as TRL has it) becomes `response`; a label becomes
-    text.
+    lacks: tables have every column in every row. `completion` (as TRL has it) becomes `response`, `conversations` (as
+    ShareGPT has it) `messages`; a label becomes text.
     """
     if "input_ids" in row:
         return dict(row)
     plain = {key: value for key, value in row.items() if value is not None}
+    if "conversations" in plain:
+        plain["messages"] = plain.pop("conversations")
     if "completion" in plain and "messages" not in plain and "response" not in plain:
         plain["response"] = plain.pop("completion")
     kind = kind_of(plain)

@@ -19,6 +19,8 @@ MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What transformers looks for in a template that says itself what the assistant generates."""
 HALF = re.compile("[\ud800-\udfff]")
 """Half of a character, as a JSON file may hold it, which no tokenizer reads."""
+NAMES = {"from": "role", "value": "content"}
+"""ShareGPT's names of the keys of a turn -> the names here."""
 _training_templates: dict[str, str | None] = {}
 
 
@@ -77,7 +79,9 @@ class Chat:
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Turns as templates of text models read them: no empty keys, and the text parts of a content list joined."""
+    """Turns as templates of text models read them: no empty keys, the text parts of a content list joined, and
+    {from, value} as {role, content}, as in TRL.
+    """
     listed = isinstance(messages, Iterable) and not isinstance(messages, (str, bytes, Mapping))
     if not listed or not all(isinstance(message, Mapping) for message in messages):
         raise DataError(f'turns must be a list of {{"role", "content"}}, and are {messages!r:.200}.')
@@ -108,7 +112,7 @@ def _listed(value: Any) -> Any:
 
 
 def _plain(message: Mapping[str, Any]) -> Message:
-    turn: Message = {key: _listed(value) for key, value in message.items() if value is not None}
+    turn: Message = {NAMES.get(key, key): _listed(value) for key, value in message.items() if value is not None}
     content = turn.get("content")
     if isinstance(content, list):
         if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):

@@ -12,16 +12,16 @@ from typing import Any, Protocol, TypeVar
 
 from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import AutoConfig
 from transformers.utils import find_adapter_config_file
 
 from peft_safety.core.environment import versions
-from peft_safety.core.names import public_name
+from peft_safety.core.names import not_found, public_name
 from peft_safety.core.snapshot import LIMITS
 from peft_safety.data.chat import turns_of
 from peft_safety.errors import ConfigError
 from peft_safety.evaluation.asking import Asking, Prompt
 from peft_safety.evaluation.generate import generate
-from peft_safety.evaluation.judges.encoder import architectures
 from peft_safety.evaluation.judges.endpoint import Endpoint
 from peft_safety.evaluation.kept import Kept, key_of
 from peft_safety.evaluation.metrics import Mean
@@ -189,11 +189,11 @@ def _adapter_folder(name: str) -> str | None:
     """The directory of an adapter, local or fetched from the Hub; None for a whole model, whose config is read."""
     try:
         if find_adapter_config_file(name) is None:
-            architectures(name)
+            AutoConfig.from_pretrained(name, trust_remote_code=False)
             return None
         return name if os.path.isdir(name) else snapshot_download(name, allow_patterns=[*LIMITS])
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no adapter or model at {name!r}: {error}. Give a directory or a Hub id.") from error
+        raise ConfigError(not_found("adapter or model", name, error)) from error
 
 
 class _Base:

@@ -20,7 +20,7 @@ from transformers import (
 
 from peft_safety.core.adapter_dir import protected_types
 from peft_safety.core.base_weights import nf4_config
-from peft_safety.core.names import exclude_look_alikes, pin, places
+from peft_safety.core.names import exclude_look_alikes, not_found, pin, places
 from peft_safety.core.plain_lora import read_manifest, read_plain
 from peft_safety.core.snapshot import reading
 from peft_safety.core.training import HOLDOUT
@@ -62,8 +62,9 @@ def load_model(
             options["device_map"] = _blocks_on_disk(source, "cuda:0" if cuda else "cpu")
         loaded = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
-        remedy = "Give a hub id or a directory, or pass tokenizer= with a loaded model."
-        raise ConfigError(f"no model or tokenizer at {source!r}: {error}. {remedy}") from error
+        if isinstance(model, PreTrainedModel):
+            raise ConfigError(f"no tokenizer at {source!r}: {error}. Pass tokenizer= with a loaded model.") from error
+        raise ConfigError(not_found("model or tokenizer", source, error)) from error
     return (loaded.to("cuda") if cuda and not load_in_4bit and not stream else loaded), tokenizer
 
 
@@ -106,8 +107,16 @@ def load_adapter(
     except PeftSafetyError:
         raise
     except (RuntimeError, ValueError) as error:
-        problem = f"{path}: the adapter does not fit this model: {error}"
+        problem = f"{path}: the adapter does not fit this model: {_first(error)}"
         raise ArtifactError(f"{problem}. Give the model that it was trained on.") from error
+
+
+def _first(error: Exception) -> str:
+    """The first of the mismatches that PyTorch lists, and how many more there are; other errors as they are."""
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines()]
+    found = [line for line in lines if line.startswith("size mismatch")]
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return f"{found[0]}{more}" if found else str(error)
 
 
 def _adapter_config(path: Path) -> Any:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import check_adapter, protected_types
 from peft_safety.core.certificate import read_certificate
+from peft_safety.core.names import not_found
 from peft_safety.core.plain_lora import check_no_adapter, check_no_model, read_manifest
 from peft_safety.core.snapshot import reading
 from peft_safety.errors import ConfigError
@@ -89,4 +90,5 @@ def _is_quantized(source: str) -> bool:
     try:
         return getattr(AutoConfig.from_pretrained(source), "quantization_config", None) is not None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no model at {source!r}: {error}. Give a hub id or a directory (--model).") from error
+        remedy = "Give a directory or a Hub id (--model)."
+        raise ConfigError(not_found("model", source, error, remedy)) from error

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +99,18 @@ def screen(
     join_processes()
     source = _Source(rows)
     names, total = source.labels(labels)  # reads the file once, before a model is loaded
+    if total == 0:
+        raise _nothing(0)
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     loaded, tokenizer = load_model(bare, tokenizer, load_in_4bit=load_in_4bit)
     reader: Any = model if isinstance(model, PeftModel) else loaded
     rank, world = process()
-    progress, max_length = progress and rank == 0, min(max_length, _positions(reader))
+    progress = progress and rank == 0
+    max_length = min(max_length, _positions(reader)) if fitted is None else fitted.max_length
+    chunks = _chunks(tokenizer, source, max_length, names, by, CHUNK * world)
+    first = next(chunks, ([], []))  # a malformed row is told before the known prompts are read, which takes minutes
+    if len(first[0]) < CHUNK * world and not any(first[0]):
+        raise _nothing(len(first[0]))
     if fitted is None:
         reading: dict[str, Any] = {"max_length": max_length, "budget": batch_tokens, "progress": progress}
         checked = [] if clean is None else _clean(tokenizer, clean, max_length, names)
@@ -111,16 +118,34 @@ def screen(
     asked = (judge or KeywordJudge()) if verdict else None
     result: list[ScreenedRow] = []
     with tqdm(total=total, desc="screening", unit="row", disable=not progress, leave=False) as bar:
-        numbered = enumerate(source)
-        while chunk := list(islice(numbered, CHUNK * world)):
-            requests = [requests_of(tokenizer, row, number, fitted.max_length, names) for number, row in chunk]
-            groups = [str(row.get(by)) if by else kind_of(plain_row(row)) or "" for _, row in chunk]
+        for requests, groups in chain([first], chunks):
             result += _screened(reader, tokenizer, fitted, asked, requests, groups, len(result))
-            bar.update(len(chunk))
+            bar.update(len(groups))
     if all(row.score is None for row in result):
-        what = f"none of the {len(result)} rows has a user turn to screen" if result else "there are no rows to screen"
-        raise DataError(f"{what}. Give rows with prompts.")
+        raise _nothing(len(result))
     return Screening(result, fitted, asked.name if asked else None)
+
+
+def _nothing(count: int) -> DataError:
+    what = f"none of the {count} rows has a user turn to screen" if count else "there are no rows to screen"
+    return DataError(f"{what}. Give rows with prompts, or turns of the role user.")
+
+
+def _chunks(
+    tokenizer: PreTrainedTokenizerBase,
+    source: _Source,
+    max_length: int,
+    labels: Sequence[str],
+    by: str | None,
+    size: int,
+) -> Iterator[tuple[list[list[Request]], list[str]]]:
+    """The requests of so many rows at a time, and the group of each row."""
+    numbered = enumerate(source)
+    while chunk := list(islice(numbered, size)):
+        yield (
+            [requests_of(tokenizer, row, number, max_length, labels) for number, row in chunk],
+            [str(row.get(by)) if by else kind_of(plain_row(row)) or "" for _, row in chunk],
+        )
 
 
 def _clean(

@@ -76,6 +76,18 @@ def test_the_figures_are_those_of_the_merged_weights(
     assert json.loads(json.dumps(result.to_json()))["modules"][0]["module"] == result.modules[0].module
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_update_below_the_rounding_of_16_bits_is_said(lost: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    model = small()
+    with torch.no_grad():
+        for _, leaf in protected_leaves(model):
+            leaf.raw().mul_(1e-4 if lost else 1)
+    merge_quantized(model, "16bit")
+    shown = capsys.readouterr().out
+    assert "leak: part of what was added" in shown
+    assert ("16 bits round away more than the update. Keep the adapter beside the base" in shown) == lost
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("base", ["nf4", "int8"])

@@ -10,9 +10,11 @@ from peft import LoraConfig, get_peft_model
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.evaluation.asking import Asking
 from peft_safety.evaluation.generate import Generation
+from peft_safety.evaluation.judges.encoder import ClassifierJudge
 from peft_safety.evaluation.kept import Kept
 from peft_safety.recipes import arms
 from peft_safety.recipes.arms import Local, Served, _names, local_arms
+from peft_safety.recipes.load import load_adapter, load_model
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 IDS = torch.arange(8).unsqueeze(0)
@@ -59,6 +61,26 @@ def test_what_does_not_fit_or_is_not_there_is_refused_before_the_base_answers(fo
         )  # fmt: skip
         with pytest.raises(error):
             next(arms)
+
+
+def test_a_directory_that_is_missing_is_told_without_a_word_of_the_hub(folder):
+    absent, arms = str(folder / "plain" / "typo"), {"load_in_4bit": False, "with_base": True}
+    for raised in (
+        lambda: next(local_arms(str(folder / "model"), [absent], Asking(), **arms)),
+        lambda: load_model(absent),
+        lambda: load_model("no/such/path"),
+        lambda: ClassifierJudge(absent),
+    ):
+        with pytest.raises(ConfigError, match=r"^no [a-z ]+ at '[^']+': no such directory\. Correct the path\.$"):
+            raised()
+    with pytest.raises(ConfigError, match=r"(?s)no/model'.*Give a directory or a Hub id\.$"):
+        load_model("no/model")
+
+
+def test_an_adapter_of_another_model_is_told_in_one_line(folder):
+    with pytest.raises(ArtifactError, match=r"size mismatch for [^\n]* \(and \d+ more\)\. Give the model") as told:
+        load_adapter(folder / "wide", folder / "model")
+    assert str(told.value).count("size mismatch") == 1
 
 
 def test_an_adapter_of_the_hub_is_put_on_the_base(folder, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import time
 from types import SimpleNamespace
 
 import datasets
@@ -12,15 +12,14 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import LlamaConfig, TrainerCallback
+from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from peft_safety import verify
 from peft_safety.cli import app
-from peft_safety.errors import CalibrationError, ConfigError, DataError, PeftSafetyError, SubspaceError
+from peft_safety.errors import ArtifactError, CalibrationError, ConfigError, DataError, PeftSafetyError, SubspaceError
 from peft_safety.recipes.job import data, steps
 from peft_safety.recipes.job.options import STEPS
-from peft_safety.recipes.job.plan import make_plan
 from peft_safety.recipes.job.run import run_job
 from peft_safety.recipes.job.settings import Settings
 from peft_safety.recipes.job.state import State
@@ -49,12 +48,14 @@ SECRET = {"hub_token": "secret", "model_init_kwargs": {"token": "secret", "use_s
 def test_end_to_end(tmp_path, capsys):
     result = run(tmp_path, poison=0.25, safety_rank=4, calibration_rows=8, **SECRET)
     printed = capsys.readouterr().out
-    assert "17 rows to train on, 3 held out (15%)" in printed
+    assert "17 rows to train on, 3 held out (15%), 1 process\n" in printed
     assert printed_steps(printed) == {"screen": "skipped", **dict.fromkeys(STEPS[1:], "")}
     assert "smoke metric" in " ".join(printed.split())
     assert (
         verify(tmp_path / "run" / "adapter", tiny_llama(), tmp_path / "run" / "subspace.safetensors").worst_leak < 1e-5
     )
+    with pytest.raises(ArtifactError, match=r"the folder of one\. Give .*/run/adapter\."):
+        verify(tmp_path / "run")
     assert result.facts["verify"]["base_checked"]
     assert result.facts["verify"]["blindness_checked"]
     report = Report.load(tmp_path / "run" / "report.json")
@@ -127,9 +128,9 @@ def test_only_the_factors_of_a_bf16_model_are_trained_in_fp32(tmp_path):
     assert {value.dtype for name, value in stored.items() if "lm_head" in name} == {torch.bfloat16}
 
 
-def test_a_folder_of_the_users_own_is_no_checkpoint(tmp_path):
+def test_a_folder_of_the_users_own_is_no_checkpoint(tmp_path, capsys):
     training, state = SimpleNamespace(resume_from_checkpoint="true"), SimpleNamespace(steps={"train": {"began": 0}})
-    job = SimpleNamespace(training=training, state=state, out=tmp_path, main=False)
+    job = SimpleNamespace(training=training, state=state, out=tmp_path, main=True)
 
     def last(*names):
         for name in names:
@@ -138,7 +139,11 @@ def test_a_folder_of_the_users_own_is_no_checkpoint(tmp_path):
         return steps._checkpoint(job)
 
     assert last("checkpoint-best", "checkpoint-") is None
+    assert "no checkpoint yet" in capsys.readouterr().out
     assert last("checkpoint-9", "checkpoint-10", "checkpoint-10-old") == str(tmp_path / "checkpoint-10")
+    state.steps["train"]["began"] = time.time() + 60
+    assert last() is None
+    assert "none of the checkpoints is of these settings" in capsys.readouterr().out
 
 
 def test_a_state_of_many_numbers_and_none_is_read_again(tmp_path):
@@ -150,11 +155,15 @@ def test_a_state_of_many_numbers_and_none_is_read_again(tmp_path):
 
 
 def test_a_finished_step_runs_again_only_with_other_settings(tmp_path, capsys):
+    printed = []
+
     def steps(**more):
         run(tmp_path, safety_rank=4, **more)
-        return [name for name, how in printed_steps(capsys.readouterr().out).items() if not how]
+        printed.append(capsys.readouterr().out)
+        return [name for name, how in printed_steps(printed[-1]).items() if not how]
 
     assert steps(skip=["measure", "report"]) == ["calibrate", "train", "verify"]
+    assert printed[-1].endswith(f"adapter: {tmp_path / 'run' / 'adapter'}\n")
     assert steps() == ["measure", "verify", "report"]
     before = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
     assert steps() == []
@@ -305,36 +314,6 @@ def test_the_leak_is_reported(tmp_path):
     assert all(0 < event.value < 1e-5 for event in events.Scalars("train/safety_leak"))
 
 
-def test_a_plan_writes_nothing(tmp_path, capsys):
-    job = job_on(tmp_path, num_train_epochs=2, max_steps=-1, safety_rank=0.25)
-    plan = make_plan(Settings.of(**job))
-    assert plan.facts["rows"] == "17 to train on, 3 held out"
-    assert plan.facts["steps"].startswith("18 of 2 rows")
-    trained = run_job(Settings.of(**{**job, "skip": ["screen", "measure"]})).facts["train"]
-    assert trained["steps"] == 18
-    assert plan.facts["trainable parameters"].startswith(f"{trained['trainable_parameters']:,} of")
-    assert [row[0] for row in plan.ranks] == ["4", "8", "16", "32", "64"]
-    assert [row[:2] for row in plan.subspaces][1] == ["0.25", "8 to 16"]
-    flags = [part for key, value in job_on(tmp_path, screened=True).items() for part in (f"--{key}", str(value))]
-    out = tmp_path / "none"
-    capsys.readouterr()
-    done = CliRunner().invoke(app, ["train", *flags, "--output_dir", str(out), "--dry_run"], catch_exceptions=False)
-    assert "Plan of the job" in done.stdout
-    assert not out.exists()
-
-
-@pytest.mark.parametrize(("method", "measured"), [("lora", 13549.9), ("guardspace", 8589.0)])
-def test_the_memory_of_a_plan_is_what_an_8b_model_took(tmp_path, method, measured):
-    """`benchmarks/results/scale.jsonl`: peaks in MiB, one row of 1,024 tokens on an H200."""
-    job = job_on(tmp_path, method=method, lora_r=16, load_in_4bit=True, dtype="bfloat16", packing=True)
-    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
-    config = LlamaConfig(vocab_size=2048, num_hidden_layers=32, **shape)
-    config.save_pretrained(job["model_name_or_path"])
-    plan = make_plan(Settings.of(**job | {"max_length": 1024, "per_device_train_batch_size": 1}))
-    planned = float(re.search(r"about ([\d.]+) GB a process", plan.facts["memory in all"])[1])
-    assert 1e9 * planned == pytest.approx(measured * 2**20, rel=0.03)
-
-
 def test_from_the_command_line(tmp_path):
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job_on(tmp_path, PAIRS, safety_rank=4)))
     command = ["train", "--config", str(tmp_path / "job.yaml"), "--lora_target_modules", "q_proj", "v_proj"]
@@ -374,6 +353,13 @@ def test_mistakes_cost_nothing(tmp_path, bad, kind):
     with pytest.raises(kind):
         run(tmp_path, **bad)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_cannot_be_written_to_is_told_first(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match=r"run/job\.json cannot be written: .*/file is not a directory"):
+        run(tmp_path, output_dir=str(tmp_path / "file" / "run"))
+    assert "[1/" not in capsys.readouterr().out
 
 
 def test_there_is_nothing_to_measure_without_an_adapter(tmp_path):

@@ -129,6 +129,9 @@ def test_bad_sources(tmp_path):
     for name in ("broken.jsonl", "rows.txt", "none.csv", "none"):
         with pytest.raises(DataError, match=r"cannot be read|is no file"):
             read_data(script(tmp_path / name), "text", 0.1)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"empty\.jsonl has no rows"):
+        read_data(script(tmp_path / "empty.jsonl"), "text", 0.1)
     for wrong in ({"share": 1.0}, {"share": -0.1}, {"poison": 1.5}):
         with pytest.raises(ConfigError, match="share of the rows"):
             read(tmp_path, PAIRS, **wrong)

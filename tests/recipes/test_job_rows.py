@@ -12,6 +12,7 @@ import peft_safety
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.recipes.job.data import _converted, feature
 from peft_safety.recipes.job.job import Job
+from peft_safety.recipes.job.plan import make_plan
 from peft_safety.recipes.job.run import run_job
 from peft_safety.recipes.job.settings import Settings
 from tests.recipes.jobs import PAIRS, job_on
@@ -63,6 +64,30 @@ def test_a_conversation_may_end_in_any_turn(tmp_path):
     quick = {"held_out": 0, "safety_rank": 4, "max_steps": 1, "skip": ["measure"]}
     result = run_job(settings(tmp_path, rows, **quick))
     assert (result.facts["train"]["rows"], result.facts["verify"]["worst_leak"] < 1e-5) == (12, True)
+
+
+def test_rows_without_an_answer_are_counted_and_alone_refused(tmp_path, capsys):
+    rows = [{"messages": row["messages"][: 1 if i < 4 else 2]} for i, row in enumerate(ASKED)]
+    quick = {"method": "lora", "held_out": 0}
+    note = "4 of 12 rows have no answer: TRL trains on the user's words"
+    assert make_plan(settings(tmp_path, rows, **quick)).facts["without an answer"] == note
+    run_job(settings(tmp_path, rows, skip=["train", "measure", "verify", "report"], **quick))
+    assert note in capsys.readouterr().out
+    assert "without an answer" not in make_plan(settings(tmp_path, ASKED, **quick)).facts
+    humans = [{"conversations": [{"from": who, "value": "hi"} for who in ("human", "gpt")]}]
+    for bad in (rows[:4], humans * 4):
+        with pytest.raises(DataError, match=r"none of the 4 rows has an answer.*Name the roles user and assistant"):
+            Job(settings(tmp_path, bad, **quick))
+
+
+def test_a_model_without_a_chat_template_can_be_given_one(tmp_path):
+    given = settings(tmp_path, ASKED, method="lora")
+    bare = tiny_tokenizer()
+    bare.chat_template = None
+    bare.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(DataError, match=r"no chat template\. Give chat_template_path"):
+        Job(given)
 
 
 def test_what_follows_the_last_answer_has_no_label():

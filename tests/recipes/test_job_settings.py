@@ -100,6 +100,21 @@ def test_a_file_and_flags_mean_the_same(tmp_path):
     assert file.digest(["learning_rate"]) == overridden.digest(["learning_rate"])
 
 
+def test_the_flag_of_a_list_adds_up_and_overrides_the_file(tmp_path):
+    places = [part for key, value in PLACES.items() for part in (f"--{key}", value)]
+    flags = (
+        "--skip screen --skip=measure --skip report verify --lora_target_modules q_proj --lora-target-modules v_proj"
+    )
+    flags += " --optim_target_modules a --optim_target_modules b --report_to none"
+    file = {"skip": ["train"], "lora_target_modules": ["k_proj"], "report_to": "all", "safety_rank_pattern": ["a=1"]}
+    read = Settings.read([*places, f"--output_dir={tmp_path}", *flags.split()], file)
+    assert read.own.skip == ["screen", "measure", "report", "verify"]
+    assert read.model.lora_target_modules == ["q_proj", "v_proj"]
+    assert (read.training.optim_target_modules, read.training.report_to) == (["a", "b"], [])
+    assert read.own.safety_rank_pattern == ["a=1"]
+    assert "--skip screen" in help_text()
+
+
 def test_defaults_are_those_that_the_help_names(tmp_path):
     plain = Settings.of(**PLACES, output_dir=str(tmp_path))
     assert (plain.training.learning_rate, plain.model.lora_alpha, plain.model.lora_dropout) == (5e-4, 16, 0)

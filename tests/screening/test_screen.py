@@ -1,5 +1,6 @@
 """Whole screenings on a tiny model: which rows are flagged, in which order, and what is refused."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_safety import screen
+from peft_safety.data.chat import encode_row
 from peft_safety.data.templates import Chat
 from peft_safety.errors import CalibrationError, ConfigError, DataError
 from peft_safety.evaluation import generate as generation
@@ -296,6 +298,33 @@ def test_bad_rows_are_named_across_chunks(monkeypatch):
         screen(MODEL, [*ROWS[:3], {"question": "q"}], verdict=False, **COMMON)
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [([*ROWS[:2], {"question": "q"}], "row 2: a row has fields"), ([ROWS[6]] * 2, "none of the 2")],
+)
+def test_bad_rows_are_told_before_the_known_prompts_are_read(rows, message, monkeypatch):
+    monkeypatch.delattr(fitting.Screen, "fit")
+    for source in (rows, iter(rows)):
+        with pytest.raises(DataError, match=message):
+            screen(MODEL, source, **COMMON)
+
+
+def test_rows_of_conversations_are_those_of_messages(tmp_path):
+    def spelled(given, *names):
+        return [dict(zip(names, (one["role"], one["content"]), strict=True)) for one in given]
+
+    turns = [row["messages"] for row in (ROWS[4], ROWS[5])]
+    shared = [{"conversations": spelled(one, "from", "value"), "source": "web"} for one in turns]
+    one = screen(MODEL, [{"messages": given} for given in turns], judge=MarkedJudge(), **COMMON)
+    other = screen(MODEL, save_jsonl(tmp_path / "rows.jsonl", shared), judge=MarkedJudge(), **COMMON)
+    assert [row.score for row in one.rows] == pytest.approx([row.score for row in other.rows], abs=1e-5)
+    assert [row.verdict for row in one.rows] == [row.verdict for row in other.rows]
+    assert numbers(other.flagged) == [1]
+    written = recipe.write_kept(tmp_path / "rows.jsonl", tmp_path / "kept.jsonl", [1])
+    assert json.loads(written.read_text()) == shared[0], "the rows that are kept stay as they were"
+    assert encode_row(TOKENIZER, shared[1], 512) == encode_row(TOKENIZER, {"messages": turns[1]}, 512)
+
+
 @pytest.mark.parametrize("options", [{"fpr": 1.0}, {"fpr": -0.1}, {"max_length": 0}, {"batch_tokens": 0}], ids=str)
 def test_options_out_of_range(options):
     with pytest.raises(ConfigError, match=r"Give a rate"):
@@ -313,6 +342,9 @@ def test_a_broken_file_is_found_before_a_model_is_loaded(tmp_path):
     broken = tmp_path / "rows.jsonl"
     broken.write_text('{"prompt": "a"}\n{"prompt"', encoding="utf-8")
     with pytest.raises(DataError, match=":2: not JSON"):
+        screen(tmp_path / "no model", broken)
+    broken.write_text("\n", encoding="utf-8")
+    with pytest.raises(DataError, match="no rows to screen"):
         screen(tmp_path / "no model", broken)
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from peft_safety.core.names import not_found
 from peft_safety.errors import ConfigError
 from peft_safety.evaluation.generate import in_batches
 from peft_safety.evaluation.judges.base import Verdict, require_pairs
@@ -106,7 +107,8 @@ def architectures(source: str) -> list[str]:
 
 
 def no_model(source: str, error: Exception) -> ConfigError:
-    return ConfigError(f"no judge at {source!r}: {error}. Give a Hub id or a directory with safetensors weights.")
+    remedy = "Give a Hub id or a directory with safetensors weights."
+    return ConfigError(not_found("judge", source, error, remedy))
 
 
 def _label_verdict(label: str) -> Verdict:

@@ -81,6 +81,14 @@ def has_turns(data: Dataset) -> bool:
     return "messages" in data.column_names or isinstance(data[0].get("prompt"), list)
 
 
+def unanswered(data: Dataset) -> int:
+    """How many {messages} rows have no turn in which the assistant says something."""
+    if "messages" not in data.column_names:
+        return 0
+    parts = data.select_columns(["messages"]).with_format("arrow").iter(DIGESTED)
+    return sum(not _answered(plain_messages(row["messages"])) for rows in parts for row in rows.to_pylist())
+
+
 def feature(
     tokenizer: PreTrainedTokenizerBase, row: Row, text_field: str, completion_only: bool | None = None
 ) -> Feature:
@@ -130,7 +138,9 @@ def _load(script: Any) -> DatasetDict:
             return load_dataset(name, name=script.dataset_config)
         return load_dataset(reader, data_files={script.dataset_train_split: name})
     except Exception as error:  # `datasets` and its readers raise what they like
-        causes = f"{error.__cause__ or error}"
+        if reader is not None and not Path(name).read_bytes().strip():
+            raise DataError(f"{name} has no rows. Rows are {SHAPES}, or in TRL's formats.") from error
+        causes = f"{error.__cause__ or error}" or type(error).__name__
         raise DataError(f"{name} cannot be read: {causes[:300]}. Rows are {SHAPES}, or in TRL's formats.") from error
 
 

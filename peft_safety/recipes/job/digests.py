@@ -10,6 +10,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from peft_safety.core import files, subspace_file
+from peft_safety.core.names import not_found
 from peft_safety.errors import ConfigError
 from peft_safety.evaluation.versions import own_version
 from peft_safety.recipes.job.job import Job
@@ -67,7 +68,7 @@ def _base(job: Job) -> dict[str, Any]:
             config = cached_file(name, "config.json", revision=asked["revision"], subfolder=folder)
             version = extract_commit_hash(config, None)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"no model at {name!r}: {error}") from error
+            raise ConfigError(not_found("model", name, error)) from error
     return {"model": version, "template": job.tokenizer.chat_template}
 
 

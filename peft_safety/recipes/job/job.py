@@ -20,14 +20,16 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core.checks import check_positive, size_pattern, whole
+from peft_safety.core.names import not_found
 from peft_safety.data.chat import Collator, Feature
-from peft_safety.data.rows import Row
+from peft_safety.data.rows import SHAPES, Row
+from peft_safety.data.templates import plain_messages, roles
 from peft_safety.errors import ConfigError, DataError, extra
 from peft_safety.evaluation.prompts import prompt_set
 from peft_safety.evaluation.tasks import WHOLE
 from peft_safety.recipes.adapter import TASK_ROWS, adapter_config
 from peft_safety.recipes.job.contexts import check_chat, check_kind, checked_rows
-from peft_safety.recipes.job.data import feature, read_data
+from peft_safety.recipes.job.data import feature, has_turns, read_data, unanswered
 from peft_safety.recipes.job.options import STEPS
 from peft_safety.recipes.job.settings import Settings
 from peft_safety.recipes.job.state import State
@@ -83,6 +85,7 @@ class Job:
         self.tokenizer = _tokenizer(settings)
         seed, text_field = self.training.seed, self.training.dataset_text_field
         self.data = read_data(settings.script, text_field, self.own.held_out, self.own.poison, seed)
+        self.unanswered = _unanswered(self.data.train, self.tokenizer)
         if kind is not None:
             check_chat(self.data.train, "calibration_contexts")
         if self.own.drop_flagged:
@@ -102,6 +105,12 @@ class Job:
         if not kept:
             raise DataError("drop_flagged leaves no row to train on. Look at the rows: peft-safety screen --show.")
         self.data = replace(self.data, train=self.data.train.select(kept))
+
+    @property
+    def note(self) -> str | None:
+        """On rows without an answer, if there are any."""
+        what = "TRL leaves them out" if self.training.assistant_only_loss else "TRL trains on the user's words"
+        return f"{self.unanswered} of {len(self.data.train)} rows have no answer: {what}" if self.unanswered else None
 
     @property
     def adapter_dir(self) -> Path:
@@ -137,7 +146,7 @@ class Job:
                 given_too = training.model_init_kwargs or {}
                 model = create_model_from_path(given.model_name_or_path, **(options | given_too))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"no model at {given.model_name_or_path!r}: {error}") from error
+            raise ConfigError(not_found("model", given.model_name_or_path, error)) from error
         weights.stay_unpacked(model)
         if training.world_size > 1 and quantization is None:
             model = model.to(training.device)
@@ -183,6 +192,21 @@ class Job:
         return result
 
 
+def _unanswered(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many rows have no answer; refused if there is one in none of them, or no template to write turns by."""
+    if has_turns(data) and not tokenizer.chat_template:
+        remedy = "Give chat_template_path, a Jinja file or a model that has one."
+        raise DataError(f"the tokenizer of {tokenizer.name_or_path} has no chat template. {remedy}")
+    count = unanswered(data)
+    if count == len(data):
+        found = roles(plain_messages(data[0]["messages"]))
+        raise DataError(
+            f"none of the {count} rows has an answer to train on: no turn of the role 'assistant' says anything "
+            f"(roles of the first row: {found}). Name the roles user and assistant, or give {SHAPES}."
+        )
+    return count
+
+
 @contextmanager
 def _unsharded(plugin: Any) -> Iterator[None]:
     """ZeRO-3 shards weights when training begins, not when they are loaded: one process alone calibrates on them."""
@@ -224,7 +248,7 @@ def _tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
             own = path.read_text("utf-8") if path.is_file() else AutoTokenizer.from_pretrained(template).chat_template
             tokenizer.chat_template = own
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer at {name!r}: {error} Give a directory or a hub id.") from error
+        raise ConfigError(not_found("tokenizer", name, error)) from error
     tokenizer.eos_token = settings.training.eos_token or tokenizer.eos_token
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer

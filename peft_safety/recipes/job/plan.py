@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_safety.calibration.sizes import DEFAULT_RANK, GUARDSPACE_SIZE, Size
 from peft_safety.core import base_weights as weights
-from peft_safety.core.names import kind_of
+from peft_safety.core.names import kind_of, not_found
 from peft_safety.core.targets import target_layers
 from peft_safety.errors import ConfigError
 from peft_safety.recipes.job.job import Job
@@ -51,7 +51,7 @@ def make_plan(settings: Settings) -> Plan:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no model at {given.model_name_or_path!r}: {error}") from error
+        raise ConfigError(not_found("model", given.model_name_or_path, error)) from error
     packed = not job.protected or "out" not in job.config.basis_sides
     targets = target_layers(
         model, job.config.target_modules, target_parameters=job.config.target_parameters, packed=packed
@@ -62,6 +62,7 @@ def make_plan(settings: Settings) -> Plan:
     whole = sum(parameter.numel() for parameter in model.parameters())
     facts = {
         "rows": f"{len(job.data.train)} to train on, {len(job.data.held_out or ())} held out",
+        **({"without an answer": job.note} if job.note else {}),
         **_work(job),
         "method": f"{settings.own.method}{_form(job)}, r={given.lora_r}, lora_alpha={given.lora_alpha}",
         "modules": f"{len(shapes)}: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
@@ -126,6 +127,8 @@ def _memory(job: Job, model: Any, config: Any, shapes: dict[str, tuple[int, int]
     inputs = 0 if frozen else 4 * features / layers  # in fp32, for the gradient of a trained lora_A
     one = tokens * (ACTIVATION_BYTES * half / 2 * config.hidden_size + inputs)
     kept = one + layers * half * tokens * config.hidden_size if training.gradient_checkpointing else layers * one
+    if training.label_smoothing_factor:  # else TRL makes the logits of a few tokens at a time
+        kept += 4 * tokens * config.vocab_size
     # fp32: the parameter, and if it is trained its gradient and two moments of Adam
     adapter = 16 * trained + (4 * given.lora_r * features if frozen else 0)
     return {

@@ -10,13 +10,14 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from peft_safety.core import files
 from peft_safety.recipes.job.digests import step_digests
 from peft_safety.recipes.job.job import Job
 from peft_safety.recipes.job.options import STEPS
 from peft_safety.recipes.job.settings import Settings
 from peft_safety.recipes.job.steps import RUN, say
 from peft_safety.reporting.report import Report
-from peft_safety.screening.states import by_first
+from peft_safety.screening.states import by_first, process
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,16 @@ def run_job(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> Jo
         callbacks: further callbacks of the trainer.
 
     Raises:
-        ConfigError, DataError: before a model is loaded. CalibrationError, ProtectionError, ArtifactError: by a step.
+        ConfigError, DataError, and an ArtifactError where the output directory cannot be written: before a model is
+            loaded. CalibrationError, ProtectionError, ArtifactError: by a step.
     """
     job = Job(settings, callbacks)
     rows, held_out = len(job.data.train), len(job.data.held_out or ())
-    say(job, f"{rows} rows to train on, {held_out} held out ({held_out / (rows + held_out):.0%})")
+    split = f"{rows} rows to train on, {held_out} held out ({held_out / (rows + held_out):.0%})"
+    world = process()[1]
+    say(job, f"{split}, {world} process{'es' if world > 1 else ''}")
+    if job.note:
+        say(job, job.note)
     digests, done = _agreed(job)
     for number, step in enumerate(STEPS, 1):
         begins = f"[{number}/{len(STEPS)}] {step}"
@@ -56,6 +62,8 @@ def run_job(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> Jo
                 job.state.finish(step, facts)
         if step == "screen" and settings.own.drop_flagged:
             job.leave_out(job.state.facts(step)["suspicious"])
+    if job.adapter_dir.is_dir():
+        say(job, f"adapter: {job.adapter_dir}")
     saved = job.state.facts("report")
     loaded = Report.load(job.out / "report.json") if saved and job.main else None
     return JobResult(job.adapter_dir, {step: job.state.facts(step) for step in job.state.steps}, loaded)
@@ -67,6 +75,7 @@ def _agreed(job: Job) -> tuple[dict[str, str], set[str]]:
     """
 
     def found() -> tuple[dict[str, str], set[str]]:
+        files.check_place(job.state.path)
         digests = step_digests(job)
         return digests, _finished(job, digests)
 

@@ -36,7 +36,7 @@ class Settings:
     @classmethod
     def read(cls, flags: Sequence[str], config: Mapping[str, Any] | None = None) -> Settings:
         """Settings from flags (`--name value`, `--name=value`, `--config FILE.yaml`), which override those of the
-        file and of `config`.
+        file and of `config`. A list's flag that is given several times adds up.
 
         Raises:
             ConfigError: an unknown name (the nearest is given), or a value of the wrong kind; before any model or
@@ -44,13 +44,15 @@ class Settings:
         """
         file, flags = _config_file(flags)
         config = {**(config or {}), **({} if file is None else read_config(Path(file)))}
-        given = [*config, *(_name(flag) for flag in flags if flag.startswith("--"))]
+        flagged = [_name(flag) for flag in flags if flag.startswith("--")]
+        given = [*config, *flagged]
         known = {*table(), *(field.name for field in fields(SafetyOptions))}
         for name in given:
             check_name(name, known)
         if "model_name_or_path" not in given or "dataset_name" not in given:
             raise ConfigError("a job needs model_name_or_path and dataset_name. Give both, here or in --config.")
-        script, training, model, own = _parsed(flags, config, given)
+        kept = {name: value for name, value in config.items() if name not in flagged}
+        script, training, model, own = _parsed(flags, kept, given)
         return cls(script, training, model, own, tuple(sorted(set(given))))
 
     def digest(self, names: Iterable[str], **more: Any) -> str:
@@ -98,7 +100,8 @@ ABOUT = (
     "Fine-tune by TRL's SFTTrainer with safety kept: screen the rows, calibrate, train, measure safety before and "
     "after, verify the adapter, report. Writes adapter/, report.json and report.png into output_dir. Finished steps "
     "are not run again unless settings, rows, model or subspace change. Every setting is a flag and a key of the YAML "
-    "file. Several processes: accelerate launch -m peft_safety train ..."
+    "file; a flag overrides the file. A list takes several values, or its flag several times: --skip screen measure. "
+    "Several processes: accelerate launch -m peft_safety train ..."
 )
 
 
@@ -124,6 +127,16 @@ def _name(flag: str) -> str:
     return positive if name != positive and table().get(positive, {}).get("default") is True else name
 
 
+class _Added(argparse.Action):
+    """Of a list: its flag, given again, adds to what it was given before."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        before = getattr(namespace, self.dest)
+        parts = [values] if before is self.default else [before, values]
+        added = [item for part in parts for item in (part if isinstance(part, list) else [part])]
+        setattr(namespace, self.dest, added if isinstance(values, list) or len(added) > 1 else values)
+
+
 def _parsed(flags: Sequence[str], config: Mapping[str, Any], given: Sequence[str]) -> tuple[Any, ...]:
     """Instances of the four dataclasses. What the file says becomes flags too, so that both mean the same."""
     import torch
@@ -131,7 +144,14 @@ def _parsed(flags: Sequence[str], config: Mapping[str, Any], given: Sequence[str
     with extra("trl", "a job needs TRL"):
         from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
+    lists = {name for name, entry in table().items() if entry["type"] == "list"}
+
     class Parser(TrlParser):  # type: ignore[misc]
+        def add_argument(self, *names: str, **options: Any) -> Any:
+            if options.get("nargs") == "+" or names[0].removeprefix("--") in lists:
+                options["action"] = _Added
+            return super().add_argument(*names, **options)
+
         def error(self, message: str) -> Any:
             raise ConfigError(f"{message}. See peft-safety train --help.")
 

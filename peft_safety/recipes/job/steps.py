@@ -265,10 +265,12 @@ def _checkpoint(job: Job) -> str | None:
     given, began = job.training.resume_from_checkpoint, job.state.steps["train"]["began"]
     if str(given).lower() not in ("true", "yes"):
         return None if given is None or str(given).lower() in ("false", "no") else str(given)
-    saved = [path.parent for path in job.out.glob("checkpoint-*/trainer_state.json") if path.stat().st_mtime >= began]
-    numbered = [path for path in saved if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
-    last = max(numbered, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    say(job, f"  resuming from {last}" if last else "  no checkpoint yet: training starts at its beginning")
+    saved = job.out.glob("checkpoint-*/trainer_state.json")
+    numbered = [path for path in saved if re.fullmatch(r"checkpoint-[0-9]+", path.parent.name)]
+    fitting = [path.parent for path in numbered if path.stat().st_mtime >= began]
+    last = max(fitting, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    none = "none of the checkpoints is of these settings" if numbered else "no checkpoint yet"
+    say(job, f"  resuming from {last}" if last else f"  {none}: training starts at its beginning")
     return None if last is None else str(last)
 
 
