@@ -47,7 +47,7 @@ def checked_rows(path: str) -> list[Row]:
     Raises:
         DataError: the file cannot be read, or a row has no user turn.
     """
-    rows = read_jsonl(path)
+    rows: list[Row] = [*read_jsonl(path)]
     try:
         shared([], rows)
     except DataError as error:
