@@ -41,7 +41,9 @@ STRONG = (0.5, 4)
 WEAK = (0.1, 1)
 GRADED = ("", "trigger", "identity")
 """Attacks that were tried at more strengths than these."""
-SHOWN_BY_FORM = ("lora", "frozen", "frozen-flagged", "chain-system", "safe-lora-soft", "lora-mixed")
+SHOWN_BY_FORM = (
+    "lora", "frozen", "frozen-clean", "frozen-flagged", "chain-system", "chain-clean", "safe-lora-soft", "lora-mixed",
+)  # fmt: skip
 """Defenses whose refusal is told form by form."""
 APART = {("foreign", name) for name in ATTACKS if name != "foreign"}
 """Forms that are not told attack by attack: requests of another set, unless the attack is on them."""
