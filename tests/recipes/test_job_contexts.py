@@ -4,12 +4,15 @@ import datasets
 import pytest
 
 from peft_safety.core.subspace import SafetySubspace
+from peft_safety.data.own_contexts import shared
 from peft_safety.errors import ConfigError, DataError
-from peft_safety.recipes.job.contexts import system_prompts
+from peft_safety.recipes.job.contexts import checked_rows, system_prompts
 from peft_safety.recipes.job.job import Job
 from peft_safety.recipes.job.run import run_job
 from peft_safety.recipes.job.settings import Settings
-from tests.recipes.jobs import job_on
+from peft_safety.screening.requests import requests_of
+from tests.recipes.jobs import job_on, write_rows
+from tests.tiny import tiny_tokenizer
 
 ASKED = [
     {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"it is {i}"}]}
@@ -101,6 +104,18 @@ def test_what_checked_rows_begin_with_is_no_context(tmp_path, capsys):
     checked.write_text('{"prompt": "count the stars", "response": "12"}\n', encoding="utf-8")
     samples, _ = calibrated(tmp_path / "a", task, calibration_contexts="all", clean=str(checked))
     assert samples == 32, "other checked rows, another calibration"
+
+
+def test_checked_rows_may_end_in_any_turn_as_the_rows_to_train_on(tmp_path):
+    user, answer = ({"role": role, "content": "name the color of snow"} for role in ("user", "assistant"))
+    data = [{"prompt": f"name the color of {i}"} for i in range(9)]
+    assert shared(data)
+    for more in ([], [user], [{"role": "tool", "content": "white"}]):
+        rows = checked_rows(write_rows(tmp_path / "checked.jsonl", [{"messages": [user, answer, *more]}]))
+        assert shared(data, rows) == []
+        assert len(requests_of(tiny_tokenizer(), rows[0], 0, 512)) == 1 + (more == [user]), (
+            "the screen reads them, too"
+        )
 
 
 @pytest.mark.parametrize("text", ["", '{"messages": [{"role": "assistant", "content": "a"}]}\n'])
