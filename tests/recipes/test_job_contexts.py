@@ -5,12 +5,14 @@ import pytest
 
 from peft_safety.core.subspace import SafetySubspace
 from peft_safety.data.own_contexts import shared
-from peft_safety.errors import ConfigError, DataError
+from peft_safety.errors import CalibrationError, ConfigError, DataError
 from peft_safety.recipes.job.contexts import checked_rows, system_prompts
 from peft_safety.recipes.job.job import Job
 from peft_safety.recipes.job.run import run_job
 from peft_safety.recipes.job.settings import Settings
+from peft_safety.recipes.job.steps import screen
 from peft_safety.screening.requests import requests_of
+from peft_safety.screening.screen import Screen
 from tests.recipes.jobs import job_on, write_rows
 from tests.tiny import tiny_tokenizer
 
@@ -116,6 +118,20 @@ def test_checked_rows_may_end_in_any_turn_as_the_rows_to_train_on(tmp_path):
         assert len(requests_of(tiny_tokenizer(), rows[0], 0, 512)) == 1 + (more == [user]), (
             "the screen reads them, too"
         )
+
+
+def test_the_screen_reads_checked_rows_with_all_labels_of_the_task(tmp_path, monkeypatch):
+    read = []
+
+    def fit(model, tokenizer, *, clean, **options):
+        read.extend(map(tokenizer.decode, clean))
+        raise CalibrationError("enough")
+
+    monkeypatch.setattr(Screen, "fit", fit)
+    checked = write_rows(tmp_path / "checked.jsonl", [{"text": "snow", "label": "a"}])
+    with pytest.warns(UserWarning, match="rows not screened: enough"):
+        screen(Job(Settings.of(**job_on(tmp_path, screened=True, clean=checked, held_out=0))))
+    assert [text.count("labels: a, b.") for text in read] == [1]
 
 
 @pytest.mark.parametrize("text", ["", '{"messages": [{"role": "assistant", "content": "a"}]}\n'])
