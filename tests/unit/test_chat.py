@@ -338,3 +338,12 @@ def test_a_turn_with_a_role_and_a_content_keeps_further_columns():
     assert plain_messages(given) == given
     table = [{"role": None, "content": None, "from": "user", "value": "hi"}]
     assert plain_messages(table) == [{"role": "user", "content": "hi"}]
+
+
+def test_prompts_that_lose_their_end_are_counted(recwarn):
+    rows = [{"prompt": "word " * 30}, {"prompt": "hi"}]
+    encode_prompts(tiny_tokenizer(), rows[1:], 40)
+    assert not [warning for warning in recwarn if "prompts" in str(warning.message)]
+    with pytest.warns(UserWarning, match=r"1 of 2 prompts are longer than max_length = 40 tokens, and lose their end"):
+        features = encode_prompts(tiny_tokenizer(), rows, 40)
+    assert len(features[0]["input_ids"]) == 40
