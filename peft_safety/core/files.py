@@ -171,11 +171,11 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 def check_place(file: Path) -> None:
     """Before the work: an ArtifactError where a file cannot be written. Its directory need not be there yet."""
-    found = next(path for path in file.absolute().parents if os.path.lexists(path))
-    problem = "it is a directory" if file.is_dir() else ""
+    found = next((path for path in file.absolute().parents if os.path.lexists(path)), file)
+    problem = "it is a directory" if os.path.isdir(file) else ""
     if not found.is_dir():
         problem = f"{found} is not a directory"
-    elif not os.access(found, os.W_OK):
+    elif not os.access(found, os.W_OK | os.X_OK):
         problem = f"{found} is not writable"
     if problem:
         raise ArtifactError(f"{file} cannot be written: {problem}. Give another place.")

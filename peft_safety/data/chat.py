@@ -125,14 +125,23 @@ def encode_rows(
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int) -> list[Feature]:
-    """Tokens of rows of a "prompt" alone, up to and including the header of the answer; no position has a label."""
+    """Tokens of rows of a "prompt" alone, up to and including the header of the answer; no position has a label. A
+    warning counts the prompts that `max_length` cuts: the request itself may be what is lost.
+    """
+    cut: list[bool] = []
 
     def encoded(row: Row) -> Feature:
         chat = chat_of(tokenizer, row)
-        ids = chat.ids(chat.text(turns_of(row["prompt"], "user"), header=True))[:max_length]
+        whole = chat.ids(chat.text(turns_of(row["prompt"], "user"), header=True))
+        cut.append(len(whole) > max_length)
+        ids = whole[:max_length]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORE_INDEX] * len(ids)}
 
-    return _each(as_rows(rows), encoded)
+    features = _each(as_rows(rows), encoded)
+    if any(cut):
+        lost = f"{sum(cut)} of {len(cut)} prompts are longer than max_length = {max_length} tokens, and lose their end"
+        warnings.warn(f"{lost}. Raise max_length.", stacklevel=2)
+    return features
 
 
 def is_prompt_only(row: Row) -> bool:

@@ -132,26 +132,26 @@ def differ(group: Group) -> bool:
     return group[0] == "system" and len({row.system for row in group[1]}) > 1
 
 
-def _words(kind: str, rows: Sequence[Asked]) -> str:
-    """The words that half of the rows have in common, at least: the longest beginning with its white space, or end."""
-    step = -1 if kind == "end" else 1
-    left, words = [row.words[::step][:LONGEST] for row in rows], list[str]()
-    while left:
-        left = [row for row in left if len(row) > len(words) + 1]  # something has to be left to ask
-        said = Counter(row[len(words)].strip() for row in left).most_common(1)
-        if not said or 2 * said[0][1] < len(rows):
-            break
-        left = [row for row in left if row[len(words)].strip() == said[0][0]]
-        words.append(left[0][len(words)])
-    return "".join(words[::step])
-
-
 def _beside(kind: str, rows: Sequence[Asked]) -> tuple[str, str]:
-    """What stands before and after a request in a context, a system prompt left aside."""
+    """What stands before and after a request in a context, a system prompt left aside: the longest beginning, or end,
+    that half of the rows have in common, at least, with the white space between it and the rest of a row.
+    """
     if kind == "system":
         return "", ""
-    words = _words(kind, rows)
-    return (words, "") if kind == "beginning" else ("", f" {words.strip()}")
+    left, size = [row.words for row in rows], 0
+    found = left[0]
+    while size < LONGEST:
+        left = [words for words in left if len(words) > size + 1]  # something has to be left to ask
+        place = -1 - size if kind == "end" else size
+        said = Counter(words[place].strip() for words in left).most_common(1)
+        if not said or 2 * said[0][1] < len(rows):
+            break
+        left = [words for words in left if words[place].strip() == said[0][0]]
+        found, size = left[0], size + 1
+    if kind == "beginning":
+        return "".join(found[:size]), ""
+    before = found[-size - 1]
+    return "", before[len(before.rstrip()) :] + "".join(found[-size:])
 
 
 def _placed(

@@ -20,7 +20,7 @@ MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 HALF = re.compile("[\ud800-\udfff]")
 """Half of a character, as a JSON file may hold it, which no tokenizer reads."""
 NAMES = {"from": "role", "value": "content"}
-"""ShareGPT's names of the keys of a turn -> the names here."""
+"""ShareGPT's names of the keys of a turn -> the names here. A turn that has those keeps its other keys."""
 _training_templates: dict[str, str | None] = {}
 
 
@@ -112,7 +112,8 @@ def _listed(value: Any) -> Any:
 
 
 def _plain(message: Mapping[str, Any]) -> Message:
-    turn: Message = {NAMES.get(key, key): _listed(value) for key, value in message.items() if value is not None}
+    turn: Message = {key: _listed(value) for key, value in message.items() if value is not None}
+    turn |= {name: turn.pop(key) for key, name in NAMES.items() if key in turn and name not in turn}
     content = turn.get("content")
     if isinstance(content, list):
         if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig, get_peft_model
 
+from peft_safety.core.names import not_found
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.evaluation.asking import Asking
 from peft_safety.evaluation.generate import Generation
@@ -75,6 +79,17 @@ def test_a_directory_that_is_missing_is_told_without_a_word_of_the_hub(folder):
             raised()
     with pytest.raises(ConfigError, match=r"(?s)no/model'.*Give a directory or a Hub id\.$"):
         load_model("no/model")
+
+
+def test_a_gated_model_is_told_beside_a_folder_of_its_owner(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    response = SimpleNamespace(headers={}, request=None, status_code=403)
+    gated = GatedRepoError("gated", response=response)
+    for cause, said in ((gated, "ask for access"), (None, "no such directory")):
+        error = OSError("ask for access")
+        error.__cause__ = cause
+        assert said in not_found("model", "owner/model", error)
 
 
 def test_an_adapter_of_another_model_is_told_in_one_line(folder):

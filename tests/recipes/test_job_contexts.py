@@ -4,12 +4,17 @@ import datasets
 import pytest
 
 from peft_safety.core.subspace import SafetySubspace
-from peft_safety.errors import ConfigError, DataError
-from peft_safety.recipes.job.contexts import system_prompts
+from peft_safety.data.own_contexts import shared
+from peft_safety.errors import CalibrationError, ConfigError, DataError
+from peft_safety.recipes.job.contexts import checked_rows, system_prompts
 from peft_safety.recipes.job.job import Job
 from peft_safety.recipes.job.run import run_job
 from peft_safety.recipes.job.settings import Settings
-from tests.recipes.jobs import job_on
+from peft_safety.recipes.job.steps import screen
+from peft_safety.screening.requests import requests_of
+from peft_safety.screening.screen import Screen
+from tests.recipes.jobs import job_on, write_rows
+from tests.tiny import tiny_tokenizer
 
 ASKED = [
     {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"it is {i}"}]}
@@ -101,6 +106,32 @@ def test_what_checked_rows_begin_with_is_no_context(tmp_path, capsys):
     checked.write_text('{"prompt": "count the stars", "response": "12"}\n', encoding="utf-8")
     samples, _ = calibrated(tmp_path / "a", task, calibration_contexts="all", clean=str(checked))
     assert samples == 32, "other checked rows, another calibration"
+
+
+def test_checked_rows_may_end_in_any_turn_as_the_rows_to_train_on(tmp_path):
+    user, answer = ({"role": role, "content": "name the color of snow"} for role in ("user", "assistant"))
+    data = [{"prompt": f"name the color of {i}"} for i in range(9)]
+    assert shared(data)
+    for more in ([], [user], [{"role": "tool", "content": "white"}]):
+        rows = checked_rows(write_rows(tmp_path / "checked.jsonl", [{"messages": [user, answer, *more]}]))
+        assert shared(data, rows) == []
+        assert len(requests_of(tiny_tokenizer(), rows[0], 0, 512)) == 1 + (more == [user]), (
+            "the screen reads them, too"
+        )
+
+
+def test_the_screen_reads_checked_rows_with_all_labels_of_the_task(tmp_path, monkeypatch):
+    read = []
+
+    def fit(model, tokenizer, *, clean, **options):
+        read.extend(map(tokenizer.decode, clean))
+        raise CalibrationError("enough")
+
+    monkeypatch.setattr(Screen, "fit", fit)
+    checked = write_rows(tmp_path / "checked.jsonl", [{"text": "snow", "label": "a"}])
+    with pytest.warns(UserWarning, match="rows not screened: enough"):
+        screen(Job(Settings.of(**job_on(tmp_path, screened=True, clean=checked, held_out=0))))
+    assert [text.count("labels: a, b.") for text in read] == [1]
 
 
 @pytest.mark.parametrize("text", ["", '{"messages": [{"role": "assistant", "content": "a"}]}\n'])

@@ -11,7 +11,7 @@ import trl
 
 from peft_safety.data import load
 from peft_safety.data.chat import classification_prompt
-from peft_safety.errors import ConfigError, DataError
+from peft_safety.errors import ArtifactError, ConfigError, DataError
 from peft_safety.recipes.job.data import feature, read_data
 from tests.recipes.jobs import PAIRS, TASK, write_rows
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -139,3 +139,15 @@ def test_bad_sources(tmp_path):
     streamed.dataset_streaming = True
     with pytest.raises(ConfigError, match="dataset_streaming"):
         read_data(streamed, "text", 0.1)
+
+
+def test_a_file_that_cannot_be_opened_is_a_typed_error(tmp_path, monkeypatch):
+    def closed(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    path = write_rows(tmp_path / "rows.jsonl", PAIRS)
+    monkeypatch.setattr("peft_safety.recipes.job.data.load_dataset", closed)
+    monkeypatch.setattr("pathlib.Path.read_bytes", closed)
+    monkeypatch.setattr("peft_safety.core.files.regular", closed)
+    with pytest.raises(ArtifactError, match="Permission denied"):
+        read_data(script(path), "text", 0.0)

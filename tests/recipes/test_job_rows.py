@@ -80,6 +80,28 @@ def test_rows_without_an_answer_are_counted_and_alone_refused(tmp_path, capsys):
             Job(settings(tmp_path, bad, **quick))
 
 
+def test_rows_that_assistant_only_loss_cannot_take_are_refused_before_the_work(tmp_path):
+    """TRL refuses a row without a turn of the assistant; one that is blank has its end."""
+    template = tmp_path / "marked.jinja"
+    turn = "{{ message['content'] + '<|im_end|>' }}"
+    template.write_text(
+        "{% for message in messages %}{{ message['role'] }}: {% if message['role'] == 'assistant' %}"
+        f"{{% generation %}}{turn}{{% endgeneration %}}{{% else %}}{turn}{{% endif %}}{{% endfor %}}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    more = {"method": "lora", "assistant_only_loss": True, "chat_template_path": str(template), "held_out": 0}
+    rows = [{"messages": [*row["messages"][:1], *ASSISTANT * (i != 5)]} for i, row in enumerate(ASKED)]
+    with pytest.raises(DataError, match=r"1 of 12 rows have no turn of the role 'assistant'"):
+        Job(settings(tmp_path, rows, **more))
+    halves = [{**row, "split": "train" if "assistant" in str(row) else "test"} for row in rows]
+    Job(settings(tmp_path, halves, **more, skip=["measure"]))
+    with pytest.raises(DataError, match=r"1 of 1 rows have no turn"):
+        Job(settings(tmp_path, halves, **more, skip=["measure"], eval_strategy="steps", eval_steps=1))
+    rows[5] = {"messages": [*rows[5]["messages"], {"role": "assistant", "content": ""}]}
+    result = run_job(settings(tmp_path, rows, **more, skip=["calibrate", "measure", "verify", "report"]))
+    assert result.facts["train"]["rows"] == 12
+
+
 def test_a_model_without_a_chat_template_can_be_given_one(tmp_path):
     given = settings(tmp_path, ASKED, method="lora")
     bare = tiny_tokenizer()

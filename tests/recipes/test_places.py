@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
 from peft_safety.cli import app
+from peft_safety.core.files import check_place
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.recipes.patch import PatchOptions, make_patch
 from tests.peft import cells
@@ -31,6 +34,12 @@ def test_the_directory_of_a_patch(file):
         assert f"{file} is not a directory" in str(found)
     assert "no model" in str(refused("patch", "--out", file.parent / "new"))
     assert [path.name for path in file.parent.iterdir()] == ["file"], "a refused patch leaves nothing behind"
+
+
+def test_a_place_that_is_no_name_is_a_typed_error(tmp_path):
+    with pytest.raises(ArtifactError, match="it is a directory"):
+        check_place(Path("/"))
+    check_place(tmp_path / ("a" * 300))  # only writing it tells
 
 
 def test_the_file_of_a_subspace(file):

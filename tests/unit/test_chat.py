@@ -15,6 +15,7 @@ from peft_safety.data.chat import (
     row_turns,
 )
 from peft_safety.data.rows import label_names
+from peft_safety.data.templates import plain_messages
 from peft_safety.errors import DataError
 from peft_safety.evaluation.generate import generate
 from peft_safety.evaluation.tasks import normalize, response_nll
@@ -330,3 +331,19 @@ def test_a_trimmed_batch_gives_the_same_loss_and_gradients():
         gradients.append(torch.autograd.grad(loss, model.get_input_embeddings().weight)[0])
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
+
+
+def test_a_turn_with_a_role_and_a_content_keeps_further_columns():
+    given = [{"role": "user", "content": "hi", "from": "web"}, {"role": "assistant", "content": "ho", "value": 0.5}]
+    assert plain_messages(given) == given
+    table = [{"role": None, "content": None, "from": "user", "value": "hi"}]
+    assert plain_messages(table) == [{"role": "user", "content": "hi"}]
+
+
+def test_prompts_that_lose_their_end_are_counted(recwarn):
+    rows = [{"prompt": "word " * 30}, {"prompt": "hi"}]
+    encode_prompts(tiny_tokenizer(), rows[1:], 40)
+    assert not [warning for warning in recwarn if "prompts" in str(warning.message)]
+    with pytest.warns(UserWarning, match=r"1 of 2 prompts are longer than max_length = 40 tokens, and lose their end"):
+        features = encode_prompts(tiny_tokenizer(), rows, 40)
+    assert len(features[0]["input_ids"]) == 40

@@ -55,6 +55,16 @@ def test_a_shared_end_comes_after_the_request():
         assert asked(row).endswith("zq vu xo")
 
 
+def test_a_shared_end_stands_as_it_was_written():
+    close = "\n\nReply  in JSON.\nNo prose."
+    data = [{"prompt": f"question {i}{close}", "response": "a"} for i in range(8)]
+    data += [{"prompt": close, "response": "a"}, {"prompt": f"question 9 {' '.join(close.split())}", "response": "a"}]
+    requests = {pair["prompt"] for pair in PAIRS}
+    ends = [row for row in in_data_context(PAIRS, data, 3) if asked(row).endswith("prose.")]
+    assert ends
+    assert {asked(row).removesuffix(close) for row in ends} <= requests
+
+
 def test_scripts_without_spaces_share_characters():
     opening, close = "在图书馆里狐狸说", "请写一首诗"
     marks = [chr(0x4E00 + 97 * i) * 5 for i in range(20)]
@@ -64,7 +74,7 @@ def test_scripts_without_spaces_share_characters():
     assert [(kind, len(rows)) for kind, rows in shared(last)] == [("end", 20)]
     requests = {pair["prompt"] for pair in PAIRS}
     assert {asked(row).removeprefix(opening) for row in in_data_context(PAIRS, first, 5)} == requests
-    assert {asked(row).removesuffix(f" {close}") for row in in_data_context(PAIRS, last, 1)} == requests
+    assert {asked(row).removesuffix(close) for row in in_data_context(PAIRS, last, 1)} == requests
     words = [{"prompt": f"con{i}{i}{i}"} for i in range(9)]
     assert shared(words) == [], "letters of other scripts are no words"
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from peft_safety.data import read_jsonl
+from peft_safety.data.contexts import with_turns
 from peft_safety.data.own_contexts import KINDS, in_data_context, shared
+from peft_safety.data.rows import as_rows, kind_of
 from peft_safety.data.templates import roles
 from peft_safety.errors import ConfigError, DataError
 from peft_safety.recipes.job.data import has_turns
@@ -42,13 +44,14 @@ def check_chat(data: Dataset, option: str) -> None:
 
 
 def checked_rows(path: str) -> list[Row]:
-    """The rows of a file that somebody has checked.
+    """The rows of a file that somebody has checked. As rows to train on, {messages} may end in any turn.
 
     Raises:
         DataError: the file cannot be read, or a row has no user turn.
     """
     rows: list[Row] = [*read_jsonl(path)]
     try:
+        rows = [with_turns(r, r["messages"], []) if kind_of(r) == "messages" else r for r in as_rows(rows)]
         shared([], rows)
     except DataError as error:
         raise DataError(f"clean, {path}: {error}") from error

@@ -13,11 +13,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 import peft_safety
+from peft_safety.core import files
 from peft_safety.core.checks import is_number
 from peft_safety.data import affirmation_pairs
 from peft_safety.data.chat import IGNORE_INDEX, Feature, chat_of, encode_row, row_turns
 from peft_safety.data.rows import SHAPES, Row, kind_of, label_names, plain_row
-from peft_safety.data.templates import Message, plain_messages
+from peft_safety.data.templates import Message, plain_messages, roles
 from peft_safety.errors import ConfigError, DataError, extra
 from peft_safety.evaluation.tasks import WHOLE
 
@@ -81,12 +82,13 @@ def has_turns(data: Dataset) -> bool:
     return "messages" in data.column_names or isinstance(data[0].get("prompt"), list)
 
 
-def unanswered(data: Dataset) -> int:
-    """How many {messages} rows have no turn in which the assistant says something."""
+def unanswered(data: Dataset, silent: bool = False) -> int:
+    """How many {messages} rows have no turn in which the assistant says something; `silent`: no turn of it at all."""
     if "messages" not in data.column_names:
         return 0
     parts = data.select_columns(["messages"]).with_format("arrow").iter(DIGESTED)
-    return sum(not _answered(plain_messages(row["messages"])) for rows in parts for row in rows.to_pylist())
+    every = (plain_messages(row["messages"]) for rows in parts for row in rows.to_pylist())
+    return sum("assistant" not in roles(turns) if silent else not _answered(turns) for turns in every)
 
 
 def feature(
@@ -138,7 +140,7 @@ def _load(script: Any) -> DatasetDict:
             return load_dataset(name, name=script.dataset_config)
         return load_dataset(reader, data_files={script.dataset_train_split: name})
     except Exception as error:  # `datasets` and its readers raise what they like
-        if reader is not None and not Path(name).read_bytes().strip():
+        if reader is not None and not files.read_bytes(Path(name), files.MAX_JSON_BYTES).strip():
             raise DataError(f"{name} has no rows. Rows are {SHAPES}, or in TRL's formats.") from error
         causes = f"{error.__cause__ or error}" or type(error).__name__
         raise DataError(f"{name} cannot be read: {causes[:300]}. Rows are {SHAPES}, or in TRL's formats.") from error

@@ -29,7 +29,7 @@ from peft_safety.evaluation.prompts import prompt_set
 from peft_safety.evaluation.tasks import WHOLE
 from peft_safety.recipes.adapter import TASK_ROWS, adapter_config
 from peft_safety.recipes.job.contexts import check_chat, check_kind, checked_rows
-from peft_safety.recipes.job.data import feature, has_turns, read_data, unanswered
+from peft_safety.recipes.job.data import JobData, feature, has_turns, read_data, unanswered
 from peft_safety.recipes.job.options import STEPS
 from peft_safety.recipes.job.settings import Settings
 from peft_safety.recipes.job.state import State
@@ -86,6 +86,7 @@ class Job:
         seed, text_field = self.training.seed, self.training.dataset_text_field
         self.data = read_data(settings.script, text_field, self.own.held_out, self.own.poison, seed)
         self.unanswered = _unanswered(self.data.train, self.tokenizer)
+        _check_assistant(self.data, self.training)
         if kind is not None:
             check_chat(self.data.train, "calibration_contexts")
         if self.own.drop_flagged:
@@ -109,7 +110,8 @@ class Job:
     @property
     def note(self) -> str | None:
         """On rows without an answer, if there are any."""
-        what = "TRL leaves them out" if self.training.assistant_only_loss else "TRL trains on the user's words"
+        only = self.training.assistant_only_loss
+        what = "TRL trains on the end of their blank turns" if only else "TRL trains on the user's words"
         return f"{self.unanswered} of {len(self.data.train)} rows have no answer: {what}" if self.unanswered else None
 
     @property
@@ -205,6 +207,15 @@ def _unanswered(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
             f"(roles of the first row: {found}). Name the roles user and assistant, or give {SHAPES}."
         )
     return count
+
+
+def _check_assistant(data: JobData, training: Any) -> None:
+    """Refuse rows without a turn of the assistant where TRL would refuse them once the trainer is made."""
+    parts = (data.train, data.held_out if training.eval_strategy != "no" else None)
+    for part in parts if training.assistant_only_loss else ():
+        if part is not None and (count := unanswered(part, silent=True)):
+            problem = f"{count} of {len(part)} rows have no turn of the role 'assistant'"
+            raise DataError(f"{problem}, which assistant_only_loss needs. Leave them out, or the option.")
 
 
 @contextmanager

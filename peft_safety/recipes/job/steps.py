@@ -60,7 +60,7 @@ def screen(job: Job) -> dict[str, Any]:
         if job.own.screen_prompts is not None:
             options["known"] = job.own.screen_prompts
         if job.clean:
-            options["clean"] = job.clean
+            options |= {"clean": job.clean, "labels": job.data.labels or None}  # checked rows may lack a label
         result = screen_rows(job.model, job.data.train, **options)
     except CalibrationError as error:
         if job.own.drop_flagged:
