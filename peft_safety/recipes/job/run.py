@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import TrainerCallback
 
 from peft_safety.core import files
@@ -79,7 +80,9 @@ def _agreed(job: Job) -> tuple[dict[str, str], set[str]]:
         digests = step_digests(job)
         return digests, _finished(job, digests)
 
-    return by_first(found)
+    agreed = by_first(found)
+    PartialState().wait_for_everyone()  # all know it before one process changes the state
+    return agreed
 
 
 def _finished(job: Job, digests: dict[str, str]) -> set[str]:
