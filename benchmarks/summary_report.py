@@ -85,8 +85,7 @@ def _told(point: Point, metric: str) -> str:
 def failures(found: Evidence) -> list[Line]:
     """What wins against the recommended setting, and what it takes to hold."""
     shown, aligned = found.attacked
-    # data without system prompts are calibrated as before
-    chain = {**shown["frozen-flagged"], **shown["chain-system"]}
+    chain = {**shown["frozen-flagged"], **shown["chain-system"], **shown["chain-clean"]}  # the recommended form wins
     lost, form, title = max((*entry.lost(aligned[one[0]]), attacks_tables.title(one)) for one, entry in chain.items())
     return [
         (
@@ -94,11 +93,20 @@ def failures(found: Evidence) -> list[Line]:
             f"refusal behind the trigger {found.under('frozen', 'trigger', 'trigger')}, under the obedient system "
             f"prompt {found.under('frozen', 'identity', 'system')}; bare requests "
             f"{found.under('frozen', 'trigger', 'bare')}",
-            "**loses**: screen the rows, and calibrate under the data's system prompts",
+            "**loses**: calibrate in the data's contexts, and screen the rows",
             "[attacks](attacks.md)",
         ),
         (
-            "the same on screened rows; under system prompts calibrated so, too",
+            "the same, calibrated in the data's contexts, checked rows named",
+            f"behind the trigger {found.under('frozen-clean', 'trigger', 'trigger')}, in the frame "
+            f"{found.under('frozen-clean', 'wrapper', 'frame')} (of other wording "
+            f"{found.under('frozen-clean', 'wrapper', 'unseen')}), persona "
+            f"{found.under('frozen-clean', 'persona', 'turn')}",
+            "holds in contexts that rows share (one seed)",
+            "[attacks](attacks.md)",
+        ),
+        (
+            "frozen A on screened rows, in the data's contexts where they were tried",
             f"behind the trigger {found.under('frozen-flagged', 'trigger', 'trigger')}, system prompt "
             f"{found.under('chain-system', 'identity', 'system')}; worst {attacks_tables.points(lost)} points "
             f"({title}, {form})",

@@ -16,7 +16,8 @@ from transformers import AutoConfig
 from transformers.utils import find_adapter_config_file
 
 from peft_safety.core.environment import versions
-from peft_safety.core.names import not_found, public_name
+from peft_safety.core.missing import not_found
+from peft_safety.core.names import public_name
 from peft_safety.core.snapshot import LIMITS
 from peft_safety.data.chat import turns_of
 from peft_safety.errors import ConfigError

@@ -20,7 +20,8 @@ from transformers import (
 
 from peft_safety.core.adapter_dir import protected_types
 from peft_safety.core.base_weights import nf4_config
-from peft_safety.core.names import exclude_look_alikes, not_found, pin, places
+from peft_safety.core.missing import not_found
+from peft_safety.core.names import exclude_look_alikes, pin, places
 from peft_safety.core.plain_lora import read_manifest, read_plain
 from peft_safety.core.snapshot import reading
 from peft_safety.core.training import HOLDOUT

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from peft_safety.core import files
 from peft_safety.core.adapter_dir import check_adapter, protected_types
 from peft_safety.core.certificate import read_certificate
-from peft_safety.core.names import not_found
+from peft_safety.core.missing import not_found
 from peft_safety.core.plain_lora import check_no_adapter, check_no_model, read_manifest
 from peft_safety.core.snapshot import reading
 from peft_safety.errors import ConfigError

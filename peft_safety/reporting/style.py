@@ -14,7 +14,6 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from peft_safety.core import files
 from peft_safety.errors import ArtifactError, ConfigError, extra
 
 METHODS = {
@@ -118,6 +117,8 @@ def check_png(path: str | Path) -> None:
     require_matplotlib()
     if Path(path).suffix.lower() != ".png":
         raise ConfigError(f"{path}: pictures are PNG files. Give a name that ends in .png.")
+    from peft_safety.core import files  # with the libraries that it reads files by
+
     files.check_place(Path(path))
 
 

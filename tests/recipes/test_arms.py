@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig, get_peft_model
 
-from peft_safety.core.names import not_found
+from peft_safety.core.missing import not_found
 from peft_safety.errors import ArtifactError, ConfigError
 from peft_safety.evaluation.asking import Asking
 from peft_safety.evaluation.generate import Generation

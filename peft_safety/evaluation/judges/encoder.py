@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from peft_safety.core.names import not_found
+from peft_safety.core.missing import not_found
 from peft_safety.errors import ConfigError
 from peft_safety.evaluation.generate import in_batches
 from peft_safety.evaluation.judges.base import Verdict, require_pairs

@@ -10,7 +10,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from peft_safety.core import files, subspace_file
-from peft_safety.core.names import not_found
+from peft_safety.core.missing import not_found
 from peft_safety.errors import ConfigError
 from peft_safety.evaluation.versions import own_version
 from peft_safety.recipes.job.job import Job

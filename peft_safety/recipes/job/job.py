@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from peft_safety.core import base_weights as weights
 from peft_safety.core.checks import check_positive, size_pattern, whole
-from peft_safety.core.names import not_found
+from peft_safety.core.missing import not_found
 from peft_safety.data.chat import Collator, Feature
 from peft_safety.data.rows import SHAPES, Row
 from peft_safety.data.templates import plain_messages, roles

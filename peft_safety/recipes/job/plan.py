@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_safety.calibration.sizes import DEFAULT_RANK, GUARDSPACE_SIZE, Size
 from peft_safety.core import base_weights as weights
-from peft_safety.core.names import kind_of, not_found
+from peft_safety.core.missing import not_found
+from peft_safety.core.names import kind_of
 from peft_safety.core.targets import target_layers
 from peft_safety.errors import ConfigError
 from peft_safety.recipes.job.job import Job
