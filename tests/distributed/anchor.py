@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from transformers import TrainerControl
 
 from peft_safety import CanaryCallback, SafetyAnchorCallback
 from peft_safety.data.chat import Collator, encode_rows
@@ -40,7 +41,7 @@ def run(rank: int, world: int, folder: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         state.global_step += 1
-        canary.on_step_end(None, state, None, **given)  # type: ignore[arg-type]
+        canary.on_step_end(None, state, TrainerControl(), **given)  # type: ignore[arg-type]
     factors = [p.detach() for p in inner.parameters() if p.requires_grad]
     bits = hashlib.sha256(b"".join(p.numpy().tobytes() for p in factors)).hexdigest()
     total = float(sum(p.abs().sum() for p in factors))
