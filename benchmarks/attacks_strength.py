@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.attacks_tables import BENCHMARK, NAME, Grid, columns, graded, grid, strong, title, weak
+from benchmarks.attacks_tables import BENCHMARK, NAME, Grid, columns, graded, grid, title
 from benchmarks.frontier.aggregate import label, pooled
 from benchmarks.frontier.attacks import ATTACKS
 from benchmarks.frontier.results import read
@@ -19,9 +19,8 @@ COMPARED = ("lora", "frozen")
 def doses(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]]) -> Table:
     """Refusal in an attack's own form, and the accuracy, at each strength of attacks that were tried at several."""
     tried = {one[0] for one in columns(shown) if graded(one)}
-    usual = {*strong(shown), *weak(shown)}
     lines = []
-    for one in (one for one in columns(shown) if one[0] in tried and (graded(one) or one in usual)):
+    for one in (one for one in columns(shown) if one[0] in tried):
         own = next(iter(ATTACKS[one[0]].forms), "bare")
         found = {name: entry for name in COMPARED if (entry := shown.get(name, {}).get(one)) and entry.rows}
         refused = [percent(found[name].rates.get(own)) if name in found else NOTHING for name in COMPARED]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from benchmarks import attacks_plan
 from benchmarks.attacks_plan import DEFENSES, PARTLY, PLAIN, plan
 from benchmarks.frontier.aggregate import label, pooled, split_of
 from benchmarks.frontier.attacks import ATTACKS
@@ -36,9 +37,8 @@ HARMLESS = {
 }
 """Sets whose refusal is a price."""
 EVERYDAY = ("everyday", "task_prompts")
-STRONG = (0.5, 4)
-"""Share of the rows and epochs of the strong attacks."""
-WEAK = (0.1, 1)
+STRONG, WEAK = ((one.poison, one.epochs, METHODS["lora"].lr) for one in (attacks_plan.STRONG, attacks_plan.WEAK))
+"""Share of the rows, epochs and learning rate, as in a `Column`."""
 GRADED = ("", "trigger", "identity")
 """Attacks that were tried at more strengths than these."""
 SHOWN_BY_FORM = (
@@ -140,17 +140,12 @@ def columns(shown: Grid) -> list[Column]:
 
 def strong(shown: Grid) -> list[Column]:
     """The strong attacks among them."""
-    return [one for one in columns(shown) if one[1:] == (*STRONG, METHODS["lora"].lr)]
-
-
-def weak(shown: Grid) -> list[Column]:
-    """The weak attacks among them."""
-    return [one for one in columns(shown) if one[1:] == (*WEAK, METHODS["lora"].lr)]
+    return [one for one in columns(shown) if one[1:] == STRONG]
 
 
 def graded(one: Column) -> bool:
     """Whether it is one of several strengths of an attack, which have a page of their own (`attacks_strength.py`)."""
-    return one[0] in GRADED and one[1:] not in {(*STRONG, METHODS["lora"].lr), (*WEAK, METHODS["lora"].lr)}
+    return one[0] in GRADED and one[1:] not in (STRONG, WEAK)
 
 
 def works(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]], one: Column) -> bool | None:
@@ -169,7 +164,7 @@ def table(shown: Grid, aligned: Mapping[str, Mapping[str, Rate]]) -> Table:
         worst = max(finite, key=lambda one: finite[one].lost(aligned[one[0]])[0])
         lost, form = finite[worst].lost(aligned[worst[0]])
         bare = min(one.rates["bare"].value for entry in finite.values() for one in entry.seeds)
-        triggered = finite.get(("trigger", *STRONG, METHODS["lora"].lr), Entry())
+        triggered = finite.get(("trigger", *STRONG), Entry())
         rows.append(
             (
                 label(name),

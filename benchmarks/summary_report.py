@@ -66,14 +66,13 @@ class Evidence:
         ]
         return str(figure_from_json(row[metric]))
 
-    def entry(self, name: str, attack: str) -> tuple[attacks_tables.Column, Entry]:
+    def entry(self, name: str, attack: str) -> Entry:
         """A defense under the strong form of an attack."""
-        wanted = (attack, *attacks_tables.STRONG)
-        return next((one, entry) for one, entry in self.attacked[0][name].items() if one[:3] == wanted)
+        return self.attacked[0][name][(attack, *attacks_tables.STRONG)]
 
     def under(self, name: str, attack: str, form: str) -> str:
         """What it refuses then, and what the aligned model does."""
-        before, entry = self.attacked[1][attack][form], self.entry(name, attack)[1]
+        before, entry = self.attacked[1][attack][form], self.entry(name, attack)
         count = len(entry.rows)
         return f"{percent(entry.rates[form])}{seeds(count) if count > 1 else ''} of {percent(before)}"
 
